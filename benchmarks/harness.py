@@ -1,0 +1,111 @@
+"""Timing that holds on a noisy machine: every candidate runs in turn with the baseline, ratios are taken pair by pair."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    ratio: float
+    """Median of the candidate's time over the baseline's, the two run in turn."""
+
+
+def _clock(run: Callable[[], object], device: str) -> float:
+    """Seconds of one call, device work included."""
+    start = time.perf_counter()
+    run()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
+
+
+def alternate(
+    candidates: dict[str, Callable[[], object]], baseline: str, seconds: float, device: str = "cpu", min_rounds: int = 5
+) -> dict[str, Timing]:
+    """Times every candidate against ``candidates[baseline]``.
+
+    A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
+    and for ``min_rounds`` at least. One untimed round comes first.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    ratios: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():
+        _clock(run, device)
+    start = time.perf_counter()
+    while len(times[baseline]) < min_rounds or time.perf_counter() - start < seconds:
+        for name, run in candidates.items():
+            base = _clock(candidates[baseline], device)
+            taken = _clock(run, device)
+            times[name].append(taken)
+            ratios[name].append(taken / base)
+    result = {}
+    for name, values in times.items():
+        fifths = quantiles(values, n=5, method="inclusive")
+        ratio = 1.0 if name == baseline else median(ratios[name])
+        result[name] = Timing(median(values) * 1e3, fifths[0] * 1e3, fifths[-1] * 1e3, ratio)
+    return result
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """The commit that is measured, with ``+`` when the tree differs from it; empty outside a checkout."""
+    root = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
+    head = git("rev-parse", "--short", "HEAD")
+    return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def device_name(device: str) -> str:
+    """The processor's or the card's name."""
+    if device != "cpu":
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else device
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "cpu"
+
+
+def write_csv(path: str | Path, rows: list[dict]) -> None:
+    """Writes the rows whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(path.suffix + ".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
+
+
+def print_table(rows: list[dict], columns: list[str]) -> None:
+    """Prints the columns of the rows, numbers to the right."""
+    cells = [[str(row[column]) for column in columns] for row in rows]
+    widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
+    numeric = [all(line[i].replace(".", "").replace("-", "").isdigit() for line in cells) for i in range(len(columns))]
+    for line in [columns, *cells]:
+        padded = (t.rjust(w) if n else t.ljust(w) for t, w, n in zip(line, widths, numeric, strict=True))
+        print("  ".join(padded).rstrip(), flush=True)

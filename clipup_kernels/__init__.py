@@ -1,0 +1,29 @@
+"""Fused kernels for Mixture-of-Experts layers: token routing, permutation, grouped expert MLP and combine.
+
+    gating = topk_gating(x @ router.T, k=2, renormalize=True)
+    plan = dispatch(gating.experts, num_experts=8, capacity_factor=1.0)
+    y = expert_mlp(x, gating.gates, plan, in_weight, in_bias, out_weight, out_bias, "gelu")
+
+The ops are registered as ``torch.ops.clipup.*``: they work under autograd, autocast, ``torch.compile(fullgraph=True)``
+and ``FlopCounterMode``. ``clipup_kernels.reference`` holds the same functions in plain torch.
+"""
+
+from . import reference
+from .mlp import expert_mlp
+from .info import backend_info
+from .ops import combine, dispatch, grouped_linear, permute, topk_gating
+from .types import ACTIVATIONS, Gating, Plan
+
+__all__ = [
+    "ACTIVATIONS",
+    "Gating",
+    "Plan",
+    "backend_info",
+    "combine",
+    "dispatch",
+    "expert_mlp",
+    "grouped_linear",
+    "permute",
+    "reference",
+    "topk_gating",
+]

@@ -1,0 +1,88 @@
+"""Shapes and types of every op's outputs, for meta tensors, ``torch.compile`` and export."""
+
+from __future__ import annotations
+
+import torch
+
+
+def topk_gating(logits, k, renormalize, selection_bias=None, mask=None):
+    num_tokens, num_experts = logits.shape
+    return (
+        logits.new_empty(num_tokens, k),
+        logits.new_empty(num_tokens, k, dtype=torch.int32),
+        logits.new_empty(num_tokens),
+        logits.new_empty(num_experts),
+        logits.new_empty(()),
+        logits.new_empty(k, num_experts, dtype=torch.int32),
+    )
+
+
+def topk_gating_backward(logits, *args):
+    return logits.new_empty(logits.shape)
+
+
+def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None):
+    return (
+        experts.new_empty(num_experts + 1),
+        experts.new_empty(experts.shape[0] * experts.shape[1]),
+        experts.new_empty(experts.shape),
+    )
+
+
+def permute(x, offsets, choice_of_row, row_of_choice):
+    return x.new_empty(choice_of_row.shape[0], x.shape[1])
+
+
+def gather_sum(rows, row_of_choice):
+    return rows.new_empty(row_of_choice.shape[0], rows.shape[1])
+
+
+def grouped_linear(rows, weight, bias, offsets):
+    return rows.new_empty(rows.shape[0], weight.shape[1])
+
+
+def grouped_linear_backward(d_out, rows, weight, offsets, output_mask):
+    return (
+        rows.new_empty(rows.shape if output_mask[0] else 0),
+        rows.new_empty(weight.shape if output_mask[1] else 0),
+        rows.new_empty(weight.shape[:2] if output_mask[2] else 0),
+    )
+
+
+def combine(rows, gates, offsets, choice_of_row, row_of_choice):
+    return rows.new_empty(gates.shape[0], rows.shape[1])
+
+
+def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice):
+    return rows.new_empty(rows.shape), gates.new_empty(gates.shape)
+
+
+def expert_mlp_forward(
+    x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
+    activation, keep_z,
+):  # fmt: skip
+    pre_activation = (choice_of_row.shape[0], in_weight.shape[1])
+    if gate_weight is not None:
+        pre_activation = (2, *pre_activation)
+    return x.new_empty(x.shape), x.new_empty(pre_activation if keep_z else 0)
+
+
+def expert_mlp_backward(
+    dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
+    gate_bias, z, activation, output_mask,
+):  # fmt: skip
+    need_x, need_gates, need_in, need_out = output_mask
+
+    def gradient_of(parameter, wanted):
+        return x.new_empty(parameter.shape if wanted and parameter is not None else 0)
+
+    return (
+        gradient_of(x, need_x),
+        gates.new_empty(gates.shape if need_gates else 0),
+        gradient_of(in_weight, need_in),
+        gradient_of(in_bias, need_in),
+        gradient_of(out_weight, need_out),
+        gradient_of(out_bias, need_out),
+        gradient_of(gate_weight, need_in),
+        gradient_of(gate_bias, need_in),
+    )

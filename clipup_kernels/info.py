@@ -1,0 +1,64 @@
+"""What was built and what will run: the compiled extension, if there is one, and ``backend_info()``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import warnings
+
+import torch
+
+FORCE_REFERENCE = "CLIPUP_BACKEND"
+"""Environment variable; ``reference`` leaves the compiled extension unused, for comparing and for finding faults."""
+
+
+def _load_native():
+    if os.environ.get(FORCE_REFERENCE) == "reference":
+        return None, f"{FORCE_REFERENCE}=reference is set"
+    try:
+        # After torch: the extension takes its OpenMP symbols from the runtime that torch has loaded.
+        return importlib.import_module("clipup_kernels._C"), None
+    except ImportError as error:
+        warnings.warn(
+            f"clipup_kernels runs without its compiled extension ({error}); the CPU ops fall back to plain torch and "
+            'are slower. Reinstall with a C++17 compiler: pip install --force-reinstall --no-deps "clipup"',
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None, str(error)
+
+
+NATIVE, FALLBACK_REASON = _load_native()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def backend_info() -> dict:
+    """Says what was built and which implementation every op uses on each device.
+
+    Returns a dict with ``compiled`` (bool), ``fallback_reason`` (why not, or None), ``build`` (compiler, OpenMP and
+    CUDA architectures of the extension, or None), ``cpu`` and ``cuda`` (implementation by op), ``threads`` (what the
+    CPU ops use now) and the versions of clipup, torch and triton. Float64 always takes plain torch.
+    """
+    compiled = NATIVE is not None
+    routing = ("topk_gating", "dispatch", "permute", "combine")
+    cpu = dict.fromkeys(routing, "c++" if compiled else "torch")
+    cpu["grouped_linear"] = "torch matmul per expert"
+    cpu["expert_mlp"] = "c++ permute and combine, torch matmul per expert" if compiled else "torch"
+    return {
+        "version": _version("clipup"),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "compiled": compiled,
+        "fallback_reason": FALLBACK_REASON,
+        "build": NATIVE.build_info() if compiled else None,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu,
+        "cuda": dict.fromkeys((*routing, "grouped_linear", "expert_mlp"), "torch"),
+    }

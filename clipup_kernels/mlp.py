@@ -1,0 +1,137 @@
+"""``expert_mlp``: the fused expert MLP, its registration, and what it saves for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, cpu, fakes, generic
+from .registry import define
+from .types import Plan
+
+
+def _context(ctx, inputs, output):
+    *tensors, activation, _ = inputs
+    _, z = output
+    ctx.save_for_backward(*tensors, z)
+    ctx.activation = activation
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of(ctx, dy, dz):
+    if dy is None:
+        return (None,) * 13
+    *tensors, z = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    need_in = any(needs[i] for i in (5, 6, 9, 10))
+    need_out = any(needs[i] for i in (7, 8))
+    grads = _expert_mlp_backward(dy, *tensors, z, ctx.activation, [needs[0], needs[1], need_in, need_out])
+    places = (0, 1, 5, 6, 7, 8, 9, 10)
+    by_place = {place: grad for place, grad in zip(places, grads, strict=True) if needs[place]}
+    return tuple(by_place.get(place) for place in range(13))
+
+
+def _forward_flops(
+    x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, *args,
+    out_shape=None, **kwargs,
+) -> int:  # fmt: skip
+    products = 2 if gate_weight is None else 3
+    return products * 2 * choice_of_row[0] * in_weight[1] * in_weight[2]
+
+
+def _backward_flops(
+    dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
+    gate_bias, z, activation, output_mask, out_shape=None, **kwargs,
+) -> int:  # fmt: skip
+    need_x, _, need_in, need_out = output_mask
+    product = 2 * choice_of_row[0] * in_weight[1] * in_weight[2]
+    in_products = 1 if gate_weight is None else 2
+    recomputed = in_products if 0 in z else 0
+    return product * (1 + need_out + in_products * (need_x + need_in) + recomputed)
+
+
+_expert_mlp_forward = define(
+    "expert_mlp_forward(Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
+    " Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight, Tensor? gate_bias,"
+    " str activation, bool keep_z) -> (Tensor, Tensor)",
+    cpu=cpu.expert_mlp_forward,
+    generic=generic.expert_mlp_forward,
+    fake=fakes.expert_mlp_forward,
+    setup_context=_context,
+    backward=_backward_of,
+    flops=_forward_flops,
+)
+_expert_mlp_backward = define(
+    "expert_mlp_backward(Tensor dy, Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
+    " Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight, Tensor? gate_bias,"
+    " Tensor z, str activation, bool[4] output_mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=cpu.expert_mlp_backward,
+    generic=generic.expert_mlp_backward,
+    fake=fakes.expert_mlp_backward,
+    flops=_backward_flops,
+)
+
+
+def expert_mlp(
+    x: Tensor,
+    gates: Tensor,
+    plan: Plan,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    activation: str = "gelu",
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    recompute: str = "none",
+) -> Tensor:
+    """The experts' MLPs applied to the tokens that ``plan`` sends them, weighted by ``gates`` and summed per token.
+
+    ``z = W_in x + b_in``, ``a = act(z)`` (gated: ``a = act(W_gate x + b_gate) * z``), ``y = sum_k g_k (W_out a + b_out)``.
+    Saved for backward beside arguments: z ([R, H]; gated both pre-activations), nothing else of R*D or R*H elements.
+
+    Args:
+        x: [T, D] float32, bfloat16, float16 or float64; all weights and biases have its type.
+        gates: [T, K] float32.
+        plan: from ``dispatch``; y is 0 for tokens without a row.
+        in_weight: [E, H, D]. in_bias: [E, H] or None. out_weight: [E, D, H]. out_bias: [E, D] or None.
+        activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
+        gate_weight: [E, H, D] for gated experts. gate_bias: [E, H] or None.
+        recompute: "none" keeps z for backward; "full" keeps x only and computes z again.
+
+    Returns:
+        [T, D] of x's type. Sums are in float32.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+        NotImplementedError: on a second derivative.
+    """
+    checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
+    parameters = dict(
+        in_weight=in_weight, in_bias=in_bias, out_weight=out_weight, out_bias=out_bias, gate_weight=gate_weight,
+        gate_bias=gate_bias,
+    )  # fmt: skip
+    checks.same_dtype("x", x, **parameters)
+    width = x.shape[1]
+    checks.tensor("in_weight", in_weight, ("E", "H", width), checks.FLOATING, x)
+    num_experts, hidden, _ = in_weight.shape
+    checks.optional("in_bias", in_bias, (num_experts, hidden), checks.FLOATING, x)
+    checks.tensor("out_weight", out_weight, (num_experts, width, hidden), checks.FLOATING, x)
+    checks.optional("out_bias", out_bias, (num_experts, width), checks.FLOATING, x)
+    checks.optional("gate_weight", gate_weight, (num_experts, hidden, width), checks.FLOATING, x)
+    checks.optional("gate_bias", gate_bias, (num_experts, hidden), checks.FLOATING, x)
+    if gate_bias is not None and gate_weight is None:
+        raise ValueError("gate_bias was given without gate_weight; give both for gated experts, or neither")
+    checks.activation(activation)
+    if recompute not in ("none", "full"):
+        raise ValueError(f"recompute must be 'none' or 'full', got {recompute!r}")
+    checks.plan(plan, x.shape[0], x, num_experts)
+    checks.gates(gates, x)
+    checks.tensor("gates", gates, tuple(plan.row_of_choice.shape), (gates.dtype,), x)
+    differentiated = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, gates, *parameters.values())
+    )
+    y, _ = _expert_mlp_forward(x, gates, *plan, *parameters.values(), activation, differentiated and recompute == "none")
+    return y

@@ -1,0 +1,128 @@
+"""The oracle: every op of this package in a few plain torch lines, for any device and floating dtype.
+
+Written to be read, not to be fast: each expert looks at every row and masks what is not its own, so nothing here depends
+on values (no host synchronisation) and autograd differentiates all of it. The shapes are explained in ``types.py``; the
+public functions with the same names in ``clipup_kernels`` say what each one is for.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .types import Gating, Plan
+
+
+def topk_gating(
+    logits: Tensor, k: int, renormalize: bool, selection_bias: Tensor | None = None, mask: Tensor | None = None
+) -> Gating:
+    num_experts = logits.shape[1]
+    if mask is None:
+        mask = torch.ones_like(logits[:, 0], dtype=torch.bool)
+    logits = torch.where(mask[:, None], logits, 0)  # whatever lies in a masked row (NaN, say) ends here
+    probs = logits.softmax(-1)
+    scores = logits if selection_bias is None else probs + selection_bias  # logits order as probs do, without underflow
+    experts = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    gates = probs.gather(1, experts)
+    if renormalize:
+        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+    share = mask.to(probs.dtype) / mask.sum().clamp_min(1)
+    chosen = (experts[..., None] == torch.arange(num_experts, device=logits.device)) & mask[:, None, None]
+    return Gating(
+        gates=torch.where(mask[:, None], gates, 0),
+        experts=torch.where(mask[:, None], experts, -1).int(),
+        top_prob=torch.where(mask, probs.max(-1).values, 0),
+        mean_probs=share @ probs,
+        z_loss=share @ logits.logsumexp(-1).square(),
+        picks=chosen.sum(0).int(),
+    )
+
+
+def dispatch(
+    experts: Tensor,
+    num_experts: int,
+    capacity_factor: float | None = None,
+    priority: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Plan:
+    num_tokens, k = experts.shape
+    device, num_rows = experts.device, num_tokens * k
+    takes_part = (experts >= 0).any(1) if mask is None else (experts >= 0).any(1) & mask
+    order = torch.arange(num_tokens, device=device)
+    if priority is not None:
+        order = priority.where(~priority.isnan(), -torch.inf).argsort(descending=True, stable=True)
+    # Slots in the order in which they are given away: choice by choice, inside a choice token by token.
+    choice = (order * k + torch.arange(k, device=device)[:, None]).flatten()
+    owner = torch.where(takes_part[:, None], experts, -1).flatten()[choice].long()
+    hits = owner[:, None] == torch.arange(num_experts, device=device)
+    if capacity_factor is not None:
+        capacity = (capacity_factor * k * takes_part.sum(dtype=torch.float64) / num_experts).ceil()
+        hits &= hits.cumsum(0) <= capacity
+    owner = torch.where(hits.any(1), owner, num_experts)
+    offsets = F.pad(hits.sum(0).cumsum(0), (1, 0)).int()
+    choice = choice[owner.argsort(stable=True)]
+    rows = torch.arange(num_rows, device=device)
+    filled = rows < offsets[-1]
+    row_of_choice = torch.empty(num_rows, dtype=torch.int32, device=device)
+    row_of_choice[choice] = torch.where(filled, rows, -1).int()
+    return Plan(offsets, torch.where(filled, choice, -1).int(), row_of_choice.view(num_tokens, k))
+
+
+def expert_of_row(offsets: Tensor, num_rows: int) -> Tensor:
+    """[R] int64: the expert that owns each row, ``E`` for empty rows."""
+    rows = torch.arange(num_rows, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets[1:].contiguous(), rows, right=True)
+
+
+def permute(x: Tensor, plan: Plan) -> Tensor:
+    choice = plan.choice_of_row.long()
+    k = plan.row_of_choice.shape[1]
+    return torch.where((choice >= 0)[:, None], x[choice.clamp_min(0) // k], 0)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    owner = expert_of_row(offsets, rows.shape[0])[:, None]
+    rows = torch.where(owner < weight.shape[0], rows, 0)
+    out = rows.new_zeros(rows.shape[0], weight.shape[1])
+    for expert in range(weight.shape[0]):
+        out = torch.where(owner == expert, F.linear(rows, weight[expert], None if bias is None else bias[expert]), out)
+    return out
+
+
+def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
+    row = plan.row_of_choice.long()
+    picked = torch.where((row >= 0)[..., None], rows[row.clamp_min(0)], 0)
+    return (gates.to(picked.dtype)[..., None] * picked).sum(1)
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """``activation(z)`` for every name in ``ACTIVATIONS``."""
+    if activation == "gelu":
+        return F.gelu(z)
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if activation == "quick_gelu":  # OpenAI's CLIP: x * sigmoid(1.702 x)
+        return z * torch.sigmoid(1.702 * z)
+    return {"relu": F.relu, "silu": F.silu}[activation](z)
+
+
+def expert_mlp(
+    x: Tensor,
+    gates: Tensor,
+    plan: Plan,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    activation: str = "gelu",
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> Tensor:
+    rows = permute(x, plan)
+    z = grouped_linear(rows, in_weight, in_bias, plan.offsets)
+    if gate_weight is None:
+        a = activate(z, activation)
+    else:
+        a = activate(grouped_linear(rows, gate_weight, gate_bias, plan.offsets), activation) * z
+    return combine(grouped_linear(a, out_weight, out_bias, plan.offsets), gates, plan)

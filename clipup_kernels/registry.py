@@ -1,0 +1,49 @@
+"""One function that registers an op with ``torch.library``: schema, kernels, fake, autograd and FLOP formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+LIBRARY = torch.library.Library("clipup", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    cpu: Callable,
+    generic: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    flops: Callable | None = None,
+) -> Callable:
+    """Registers ``clipup::<schema>`` and returns the op.
+
+    ``cpu`` runs on CPU tensors, ``generic`` on every other device. An op without ``backward`` refuses to be
+    differentiated by name; that is how second derivatives are refused.
+    """
+    name = schema.partition("(")[0]
+    qualified = f"clipup::{name}"
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, generic, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    if backward is None:
+
+        def backward(ctx, *grads):
+            raise NotImplementedError(f"{qualified} has no derivative: second derivatives are not supported")
+
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    op = getattr(torch.ops.clipup, name)
+    if flops is not None:
+        register_flop_formula(op)(flops)
+    return op
+
+
+def non_differentiable(ctx, inputs, output) -> None:
+    """``setup_context`` of ops whose outputs are indices."""
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.mark_non_differentiable(*outputs)

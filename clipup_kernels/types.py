@@ -1,0 +1,45 @@
+"""What the ops return, and the activations that they know.
+
+Axis legend, used in every shape of this package: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts,
+``K`` choices a token, ``R = T*K`` rows (one a (token, choice) pair). Weights lie as in ``nn.Linear``: ``[E, out, in]``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+
+
+class Gating(NamedTuple):
+    """What a router decided for ``T`` tokens, before any capacity is applied."""
+
+    gates: Tensor
+    """[T, K] float32: weight of every choice, largest score first; 0 for tokens that take no part."""
+    experts: Tensor
+    """[T, K] int32: expert of every choice; -1 for tokens that take no part."""
+    top_prob: Tensor
+    """[T] float32: the token's largest router probability (the key of batch-priority routing)."""
+    mean_probs: Tensor
+    """[E] float32: router probability averaged over the tokens that take part; 0 when there are none."""
+    z_loss: Tensor
+    """[] float32: mean of logsumexp(logits)^2 over the tokens that take part (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    picks: Tensor
+    """[K, E] int32: how many tokens chose expert e as their k-th choice."""
+
+
+class Plan(NamedTuple):
+    """Which row of the expert-sorted order holds which (token, choice) pair.
+
+    Rows of expert ``e`` are ``offsets[e]:offsets[e+1]``, in slot order: all first choices before any second choice,
+    inside a choice by token position (or by priority). Rows from ``offsets[E]`` on are empty.
+    """
+
+    offsets: Tensor
+    """[E+1] int32, ascending from 0."""
+    choice_of_row: Tensor
+    """[R] int32: ``t*K + k`` of the pair in this row; -1 from ``offsets[E]`` on."""
+    row_of_choice: Tensor
+    """[T, K] int32: row of the pair; -1 where it was dropped or the token takes no part."""

@@ -1,0 +1,37 @@
+import json
+import os
+import subprocess
+import sys
+
+import clipup_kernels as ck
+
+
+def backend_info_in_a_fresh_process(**environment):
+    code = "import json, clipup_kernels as ck; print(json.dumps(ck.backend_info()))"
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+
+
+def test_the_compiled_extension_is_what_runs():
+    info = ck.backend_info()
+    assert info["compiled"] and info["fallback_reason"] is None
+    assert info["cpu"]["dispatch"] == "c++"
+    assert info["build"]["openmp"] in (True, False) and info["build"]["compiler"]
+    json.dumps(info)
+
+
+def test_the_extension_can_be_left_out_and_the_reason_is_told():
+    info = json.loads(backend_info_in_a_fresh_process(CLIPUP_BACKEND="reference").stdout)
+    assert not info["compiled"] and info["fallback_reason"] == "CLIPUP_BACKEND=reference is set"
+    assert info["cpu"]["dispatch"] == "torch"
+
+
+def test_a_missing_extension_warns_once_and_says_how_to_mend_it():
+    code = (
+        "import sys; sys.modules['clipup_kernels._C'] = None\n"
+        "import clipup_kernels as ck; assert not ck.backend_info()['compiled']; print(ck.backend_info()['fallback_reason'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr.count("runs without its compiled extension") == 1
+    assert "pip install" in run.stderr and "_C" in run.stdout

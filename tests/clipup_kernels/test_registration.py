@@ -1,0 +1,143 @@
+"""The ops behave as torch's own: opcheck, torch.compile, meta tensors, FlopCounterMode, second derivatives refused."""
+
+import pytest
+import torch
+from moe_cases import SHAPES, Shape, make_experts, randn, route, with_grad
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import clipup_kernels as ck
+
+ops = torch.ops.clipup
+SHAPE = SHAPES["plain"]
+
+
+def sample_arguments():
+    gates, plan = route(SHAPE, "capacity")
+    gates = gates.requires_grad_()
+    x, rows = (randn(n, SHAPE.width).requires_grad_() for n in (SHAPE.tokens, SHAPE.tokens * SHAPE.k))
+    logits = randn(SHAPE.tokens, SHAPE.experts).requires_grad_()
+    mask = torch.arange(SHAPE.tokens) % 4 > 0
+    plain, gated = with_grad(make_experts(SHAPE)), with_grad(make_experts(SHAPE, gated=True, activation="silu"))
+    experts = ck.topk_gating(logits.detach(), SHAPE.k, True).experts
+    z = randn(SHAPE.tokens * SHAPE.k, SHAPE.hidden)
+    dy = randn(SHAPE.tokens, SHAPE.width)
+
+    def fused(e, *tail):
+        return (x, gates, *plan, *e[:4], *e[5:], *tail)
+
+    def detached(arguments):
+        return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+
+    backward = detached(fused(plain))
+    return {
+        "topk_gating": (logits, SHAPE.k, True, randn(SHAPE.experts), mask),
+        "topk_gating plain": (logits, SHAPE.k, False, None, None),
+        "topk_gating_backward": detached((logits, experts, True, mask, gates, dy[:, 0], None, torch.tensor(1.0))),
+        "dispatch": (experts, SHAPE.experts, 1.0, dy[:, 0], mask),
+        "dispatch plain": (experts, SHAPE.experts, None, None, None),
+        "permute": (x, *plan),
+        "gather_sum": detached((rows, plan.row_of_choice)),
+        "grouped_linear": (rows, plain.in_weight, plain.in_bias, plan.offsets),
+        "grouped_linear no bias": (rows, plain.in_weight, None, plan.offsets),
+        "grouped_linear_backward": detached((z, rows, plain.in_weight, plan.offsets, [True, True, False])),
+        "combine": (rows, gates, *plan),
+        "combine_backward": detached((dy, rows, gates, *plan)),
+        "expert_mlp_forward": fused(plain, "gelu", True),
+        "expert_mlp_forward gated": fused(gated, "silu", True),
+        "expert_mlp_forward inference": detached(fused(plain, "gelu", False)),
+        "expert_mlp_backward": (dy, *backward, z, "gelu", [True, True, True, True]),
+        "expert_mlp_backward recomputing": (dy, *backward, x.new_empty(0), "gelu", [True, False, True, False]),
+    }
+
+
+@pytest.mark.parametrize("name", sample_arguments())
+def test_opcheck_accepts(name):
+    opcheck(getattr(ops, name.split()[0]), sample_arguments()[name])
+
+
+def moe(logits, x, experts, mask=None):
+    gating = ck.topk_gating(logits, 2, True, mask=mask)
+    plan = ck.dispatch(gating.experts, logits.shape[1], 1.25, gating.top_prob, mask)
+    y = ck.expert_mlp(x, gating.gates, plan, *experts)
+    return y, gating.z_loss + gating.mean_probs.square().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_without_graph_breaks_gives_the_eager_result(dtype):
+    compiled = torch.compile(moe, fullgraph=True)
+    for tokens in (96, 40):
+        shape = SHAPE._replace(tokens=tokens)
+        results = []
+        for function in (moe, compiled):
+            logits = randn(tokens, shape.experts).requires_grad_()
+            x = randn(tokens, shape.width, dtype=dtype, seed=1).requires_grad_()
+            experts = with_grad(make_experts(shape, dtype))
+            y, loss = function(logits, x, experts)
+            (y.float().square().mean() + loss).backward()
+            results.append([y.detach(), loss.detach(), logits.grad, x.grad, experts.in_weight.grad])
+        for eager, fused in zip(*results, strict=True):
+            torch.testing.assert_close(fused, eager)
+
+
+def test_meta_tensors_go_through():
+    shape = SHAPE
+    logits = torch.empty(shape.tokens, shape.experts, device="meta")
+    x = torch.empty(shape.tokens, shape.width, device="meta", requires_grad=True)
+    experts = with_grad(make_experts(shape))
+    experts = type(experts)(*(e.detach().to("meta").requires_grad_() if isinstance(e, torch.Tensor) else e for e in experts))
+    y, loss = moe(logits, x, experts)
+    y.sum().backward()
+    assert y.is_meta and y.shape == x.shape and experts.in_weight.grad.shape == experts.in_weight.shape
+
+
+@pytest.mark.parametrize(("gated", "products"), [(False, 2), (True, 3)], ids=["plain", "gated"])
+def test_flops_are_counted_forward_backward_and_recomputed(gated, products):
+    gates, plan = route(SHAPE)
+    one = 2 * SHAPE.tokens * SHAPE.k * SHAPE.width * SHAPE.hidden
+    for recompute, again in (("none", 0), ("full", products - 1)):
+        x, experts = randn(SHAPE.tokens, SHAPE.width).requires_grad_(), with_grad(make_experts(SHAPE, gated=gated))
+        with FlopCounterMode(display=False) as forward:
+            y = ck.expert_mlp(x, gates, plan, *experts, recompute=recompute)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        assert forward.get_total_flops() == products * one
+        assert backward.get_total_flops() == (2 * products + again) * one
+
+
+def test_grouped_linear_flops_are_counted():
+    _, plan = route(SHAPE)
+    rows = randn(SHAPE.tokens * SHAPE.k, SHAPE.width).requires_grad_()
+    weight = make_experts(SHAPE).in_weight.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        ck.grouped_linear(rows, weight, None, plan.offsets).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * SHAPE.tokens * SHAPE.k * SHAPE.width * SHAPE.hidden
+
+
+def test_second_derivatives_are_refused_by_name():
+    gates, plan = route(SHAPE)
+    rows = randn(SHAPE.tokens * SHAPE.k, SHAPE.width).requires_grad_()
+    logits = randn(SHAPE.tokens, SHAPE.experts).requires_grad_()
+    x = randn(SHAPE.tokens, SHAPE.width).requires_grad_()
+    weight = make_experts(SHAPE).in_weight.requires_grad_()
+    for output, leaf, name in [
+        (ck.topk_gating(logits, 2, True).gates, logits, "topk_gating_backward"),
+        (ck.combine(rows, gates.requires_grad_(), plan), gates, "combine_backward"),
+        (ck.grouped_linear(rows, weight, None, plan.offsets), weight, "grouped_linear_backward"),
+        (ck.permute(x, plan), x, "gather_sum"),
+    ]:
+        (gradient,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match=f"{name}.*second derivatives"):
+            gradient.sum().backward()
+
+
+def test_two_runs_of_the_whole_layer_agree_to_the_bit():
+    shape = Shape(700, 48, 96, 8, 2)
+    runs = []
+    for _ in range(2):
+        logits, x = randn(700, 8).requires_grad_(), randn(700, 48, seed=1).requires_grad_()
+        experts = with_grad(make_experts(shape))
+        y, loss = moe(logits, x, experts, torch.arange(700) % 5 > 0)
+        (y.square().mean() + loss).backward()
+        runs.append([y, loss, logits.grad, x.grad, experts.in_weight.grad, experts.out_bias.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
