@@ -1,0 +1,42 @@
+"""CLIP-UP: turns a dense CLIP into a sparse Mixture-of-Experts CLIP, trains it and evaluates it.
+
+    model, _, preprocess = clipup.create_model_and_transforms("ViT-B-16", pretrained="laion2b_s34b_b88k")
+    model = clipup.upcycle(model, clipup.MoEConfig.clip_up())
+    loss = contrastive + clipup.aux_loss(model)
+
+``SparseMoE`` is the layer by itself, for any model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .checkpoint import save_pretrained
+from .config import MoEConfig
+from .metrics import moe_metrics
+from .moe import SparseMoE, aux_loss, moe_layers
+from .upcycle import step0_difference, upcycle
+
+_FROM_MODELS = ("create_model_and_transforms", "get_model_config", "get_tokenizer")
+
+__all__ = [
+    "MoEConfig",
+    "SparseMoE",
+    "aux_loss",
+    "create_model_and_transforms",
+    "get_model_config",
+    "get_tokenizer",
+    "moe_layers",
+    "moe_metrics",
+    "save_pretrained",
+    "step0_difference",
+    "upcycle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_MODELS:
+        from . import models  # imports open_clip, which takes seconds and which SparseMoE does not need
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,174 @@
+"""Model directories: open_clip's hub format (a config and safetensors) with ``moe_cfg`` beside ``model_cfg``.
+
+    DIR/open_clip_config.json         {"model_cfg": ..., "preprocess_cfg": ..., "moe_cfg": ...}
+    DIR/open_clip_model.safetensors   the state dict
+
+Files are replaced only once the new ones lie whole on the disk. ``clipup.create_model_and_transforms(DIR)`` reads both;
+plain open_clip reads the config too, and refuses the weights of a sparse model because they do not fit a dense one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from .config import MoEConfig
+from .moe import moe_layers
+
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAME = "open_clip_model.safetensors"
+_PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode")
+_MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg")
+_SHOWN = 3
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    model_cfg: dict[str, Any],
+    preprocess_cfg: dict[str, Any] | None = None,
+) -> None:
+    """Writes an open_clip model, dense or upcycled, so that ``clipup.create_model_and_transforms(directory)`` loads it.
+
+    Args:
+        model: what ``clipup.upcycle`` or open_clip returned, not wrapped.
+        directory: made when it does not exist; a model in it is replaced, and stays whole if writing fails.
+        model_cfg: open_clip's architecture config, as ``clipup.get_model_config(name)`` returns it.
+        preprocess_cfg: mean, std, interpolation, resize_mode; None takes what open_clip attached to the model.
+
+    Raises:
+        ValueError: ``model_cfg`` is no model config, or the model has sparse layers but no ``moe_config``.
+        OSError: a file could not be written.
+    """
+    missing = [field for field in _MODEL_FIELDS if field not in model_cfg]
+    if missing:
+        raise ValueError(f"model_cfg lacks {', '.join(missing)}; pass clipup.get_model_config(name)")
+    moe_config = getattr(model, "moe_config", None)
+    if moe_config is None and moe_layers(model):
+        raise ValueError(
+            "the model has sparse layers but no moe_config, so it could not be built again; make it with clipup.upcycle"
+        )
+    if preprocess_cfg is None:
+        preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
+    config: dict[str, Any] = {
+        "model_cfg": model_cfg,
+        "preprocess_cfg": {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg},
+    }
+    if moe_config is not None:
+        config["moe_cfg"] = moe_config.to_dict()
+    text = json.dumps(config, indent=2) + "\n"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_files(
+        {
+            directory / WEIGHTS_NAME: lambda path: _save_tensors(tensors, path),
+            directory / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8"),
+        }
+    )
+
+
+def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+    """Writes files so that they appear whole and together, or not at all.
+
+    Every writer gets a path beside its own to write to. Once all have written and the bytes are on the disk, the files
+    are moved into place. When anything fails before that, what was there stays as it was.
+    """
+    temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in writers}
+    try:
+        for path, write in writers.items():
+            temporary[path].touch()
+            mode = temporary[path].stat().st_mode  # as the umask has it; safetensors makes its files private
+            write(temporary[path])
+            temporary[path].chmod(mode)
+            with open(temporary[path], "rb+") as file:
+                os.fsync(file.fileno())
+        for path, written in temporary.items():
+            os.replace(written, path)
+    finally:
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"could not write the weights to {path.parent}: {error}; nothing there was changed") from error
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The directory's config file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or has no ``model_cfg``.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}; expected a directory that clipup or open_clip saved")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or "model_cfg" not in config:
+        raise ValueError(f"{path} has no model_cfg")
+    return config
+
+
+def read_moe_config(directory: str | Path) -> MoEConfig | None:
+    """The directory's ``moe_cfg``, None for a dense model."""
+    values = read_config(directory).get("moe_cfg")
+    if values is None:
+        return None
+    try:
+        return MoEConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{Path(directory) / CONFIG_NAME}: {error}") from error
+
+
+def read_weights(directory: str | Path) -> dict[str, Tensor]:
+    """The directory's state dict, on the CPU."""
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False builds the model without")
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore: tuple[str, ...] = ()) -> None:
+    """Compares a state dict with a model's, by names and shapes, before anything is copied.
+
+    Raises:
+        ValueError: naming the parameters (up to three of each kind), both shapes, and what to do.
+    """
+    expected = model.state_dict()
+    faults = [
+        f"{name} is {list(weights[name].shape)} there, {list(tensor.shape)} in the model"
+        for name, tensor in expected.items()
+        if name in weights and name not in ignore and weights[name].shape != tensor.shape
+    ]
+    faults = faults[:_SHOWN] + [f"{len(faults) - _SHOWN} more of another shape"] * (len(faults) > _SHOWN)
+    faults += _names("missing there", [name for name in expected if name not in weights])
+    faults += _names("unknown to the model", [name for name in weights if name not in expected])
+    if faults:
+        raise ValueError(
+            f"the weights in {source} do not fit the model that its {CONFIG_NAME} describes: {'; '.join(faults)}. "
+            "Put back the config that they were saved with, or save the model again"
+        )
+
+
+def _names(kind: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return [f"{kind}: {', '.join(names[:_SHOWN])}{rest}"]

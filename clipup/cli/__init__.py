@@ -1,0 +1,51 @@
+"""The command line: ``clipup COMMAND ...``, one small module a command, imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+COMMANDS = {
+    "demo": "dense CLIP to CLIP-UP on real pictures, in minutes, with a report",
+    "data": "build a data set as WebDataset shards",
+    "upcycle": "make a dense model sparse, and check that it computes the same",
+    "train": "train a dense or sparse model",
+    "eval": "retrieval and zero-shot classification",
+    "flops": "FLOPs and parameters of a model, dense and sparse",
+}
+DEBUG = "CLIPUP_DEBUG"
+"""Environment variable; 1 shows the traceback of an error that is otherwise one line."""
+
+_USER_ERRORS = (ValueError, TypeError, OSError)
+_BAD_INPUT, _INTERRUPTED = 2, 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else _BAD_INPUT
+    command, *options = argv
+    if command not in COMMANDS:
+        print(f"clipup: there is no command {command!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        return _BAD_INPUT
+    try:
+        return importlib.import_module(f"{__name__}.{command}").main(options)
+    except _USER_ERRORS as error:
+        if os.environ.get(DEBUG) == "1":
+            traceback.print_exc()
+        else:
+            print(f"clipup {command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"clipup {command}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    return f"usage: clipup COMMAND [OPTIONS]\n\n{commands}\n\nclipup COMMAND --help explains a command's options."

@@ -1,0 +1,77 @@
+"""``clipup flops``: what a model costs, dense and sparse."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import tyro
+
+from .. import models
+from ..config import MoEConfig
+from ..flops import TowerCounts, count
+from ..moe import moe_layers
+from ..upcycle import upcycle
+
+
+@dataclass
+class Options:
+    """Counts FLOPs (one multiply-add is 2) and parameters of a model, for one image and one text of full length.
+
+    Example: clipup flops ViT-B-16 --moe --json
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A model that open_clip knows, or a directory. No weights are loaded."""
+    moe: bool = False
+    """With --json: count the upcycled model instead of the dense one."""
+    json: bool = False
+    """Print JSON alone: image_gflops, text_gflops (10^9 FLOPs), params, active_params. Without: a table of both."""
+    num_experts: int = 8
+    """Experts in a layer."""
+    top_k: int = 2
+    """Experts that every token is sent to."""
+
+
+def main(argv: list[str]) -> int:
+    options = tyro.cli(Options, args=argv, prog="clipup flops")
+    config = MoEConfig.clip_up(num_experts=options.num_experts, top_k=options.top_k)
+    model = _build(options.model)
+    is_sparse = bool(moe_layers(model))
+    if options.json:
+        wanted = upcycle(model, config, inplace=True) if options.moe and not is_sparse else model
+        print(json.dumps(count(wanted)._asdict()))
+        return 0
+    counts = {"MoE" if is_sparse else "dense": count(model)}
+    if not is_sparse:
+        counts["MoE"] = count(upcycle(model, config, inplace=True))
+    print(table(counts))
+    return 0
+
+
+def _build(name: str) -> torch.nn.Module:
+    """The model on the meta device, without weights."""
+    with torch.device("meta"), models.expecting_random_weights():
+        return models.create_model_and_transforms(name, device="meta", load_weights=False, pretrained_text=False)[0]
+
+
+def table(counts: dict[str, TowerCounts]) -> str:
+    """A row a model and, for two models, the second over the first; as text."""
+    lines = [f"{'':<6}{'image GFLOP':>12}{'text GFLOP':>12}{'both':>9}{'params':>11}{'active':>11}"]
+    for name, row in counts.items():
+        lines.append(
+            f"{name:<6}{row.image_gflops:>12.2f}{row.text_gflops:>12.2f}{_both(row):>9.1f}"
+            f"{row.params / 1e6:>9.1f} M{row.active_params / 1e6:>9.1f} M"
+        )
+    if len(counts) == 2:
+        first, second = counts.values()
+        image, text, params, active = (b / a for a, b in zip(first, second, strict=True))
+        both = _both(second) / _both(first)
+        lines.append(f"{'ratio':<6}{image:>12.2f}{text:>12.2f}{both:>9.2f}{params:>11.2f}{active:>11.2f}")
+    return "\n".join(lines)
+
+
+def _both(counts: TowerCounts) -> float:
+    return counts.image_gflops + counts.text_gflops

@@ -1,0 +1,27 @@
+"""``clipup train``: trains a dense or sparse model."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from ..train import NonFiniteLoss, TrainingInterrupted, TrainOptions, train
+
+_DIVERGED, _INTERRUPTED = 1, 130
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0, 1 when the loss is not finite, 130 after Ctrl-C or SIGTERM (with a checkpoint to go on from)."""
+    options = tyro.cli(TrainOptions, args=argv, prog="clipup train", config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        result = train(options)
+    except NonFiniteLoss as error:
+        print(f"clipup train: {error}", file=sys.stderr)
+        return _DIVERGED
+    except TrainingInterrupted as stopped:
+        print(f"clipup train: {stopped}", file=sys.stderr)
+        return _INTERRUPTED
+    last = f", last loss {result.history[-1]['loss']:.4f}" if result.history else ""
+    print(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}")
+    return 0

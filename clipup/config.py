@@ -1,0 +1,167 @@
+"""``MoEConfig``: what becomes sparse, how tokens are routed, and which losses keep the routing healthy.
+
+Frozen and JSON both ways; it is stored as ``moe_cfg`` beside open_clip's ``model_cfg``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+GateNormalization = Literal["none", "before_drop", "after_drop"]
+BalanceForm = Literal["top2", "topk"]
+Tower = Literal["image", "text"]
+
+_WEIGHTS = (
+    "balance_weight",
+    "z_weight",
+    "importance_weight",
+    "load_weight",
+    "local_entropy_weight",
+    "global_entropy_weight",
+)
+_MODEL_FIELDS = ("towers", "blocks")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Options of the sparse layers. A bad value raises ``ValueError`` or ``TypeError`` that names it."""
+
+    num_experts: int = 8
+    """Experts in a layer (E)."""
+    top_k: int = 2
+    """Experts that every token is sent to (K), at most num_experts."""
+    capacity_factor: float | None = None
+    """An expert takes at most ceil(capacity_factor*K*T/E) of T tokens' choices in training. None drops nothing."""
+    eval_capacity_factor: float | None = None
+    """The same in evaluation. None: nobody's embedding depends on who else is in the batch."""
+    normalize_gates: GateNormalization = "before_drop"
+    """Where a token's K gates are scaled to sum to 1: before over-capacity choices are dropped, after, or nowhere."""
+    priority: bool = False
+    """Give slots to tokens with a large router probability first (batch-priority routing) instead of by position."""
+    router_noise: float = 0.0
+    """Normal noise on the router's logits in training, its standard deviation in units of 1/num_experts (V-MoE)."""
+    towers: tuple[Tower, ...] = ("image", "text")
+    """Towers that become sparse; the others stay dense."""
+    blocks: Literal["every_other"] | tuple[int, ...] = "every_other"
+    """Blocks that become sparse: every other one, block 0 dense (1, 3, ...), or indices (negative from the end)."""
+    balance_weight: float = 0.0
+    """Weight of the load-balance loss, which is 1 when balanced."""
+    balance: BalanceForm = "topk"
+    """Picks that the balance loss counts: first choices only (top2), or all choices (topk)."""
+    z_weight: float = 0.0
+    """Weight of the router z-loss."""
+    importance_weight: float = 0.0
+    """Weight of V-MoE's importance loss."""
+    load_weight: float = 0.0
+    """Weight of V-MoE's load loss, which needs router_noise > 0."""
+    local_entropy_weight: float = 0.0
+    """Weight of LIMoE's local entropy (of each token's router distribution), in nats."""
+    global_entropy_weight: float = 0.0
+    """Weight of LIMoE's global entropy loss (of the mean router distribution), in nats."""
+    entropy_threshold: float | None = None
+    """Nats of global entropy above which there is nothing to pay. None: log(num_experts)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k"):
+            _check(name, getattr(self, name), _is_int(getattr(self, name)), "an int", TypeError)
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}): a token goes at most once to "
+                "each expert; lower top_k or raise num_experts"
+            )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            if value is not None:
+                _number(name, value)
+                _check(name, value, value > 0, "positive, or None to drop nothing")
+        for name in ("router_noise", *_WEIGHTS):
+            _number(name, getattr(self, name))
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        if self.entropy_threshold is not None:
+            _number("entropy_threshold", self.entropy_threshold)
+        for name, choices in (("normalize_gates", get_args(GateNormalization)), ("balance", get_args(BalanceForm))):
+            _check(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        _check("priority", self.priority, isinstance(self.priority, bool), "True or False", TypeError)
+        if self.load_weight > 0 and self.router_noise == 0:
+            raise ValueError("load_weight > 0 needs router_noise > 0: the load loss is a probability under that noise")
+        self._check_model_fields()
+
+    def _check_model_fields(self) -> None:
+        for name in _MODEL_FIELDS:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        towers = self.towers
+        known = isinstance(towers, tuple) and towers and all(tower in get_args(Tower) for tower in towers)
+        _check("towers", towers, known and len(set(towers)) == len(towers), 'a tuple of "image" and "text", each once')
+        if self.blocks != "every_other":
+            indices = isinstance(self.blocks, tuple) and self.blocks and all(_is_int(block) for block in self.blocks)
+            _check("blocks", self.blocks, indices, '"every_other" or a tuple of block indices')
+
+    @classmethod
+    def clip_up(cls, **overrides: Any) -> MoEConfig:
+        """The CLIP-UP recipe (arXiv 2502.00965): 8 experts, top 2, every other block of both towers, capacity factor 1.
+
+        The capacity factor is derived from the paper's numbers; the weights of the losses (balance 0.01, z 1e-4) are
+        common values, not confirmed by its text.
+        """
+        return cls(**{"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2", **overrides})
+
+    def replace(self, **changes: Any) -> MoEConfig:
+        """A copy with some fields changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    def layer_options(self) -> dict[str, Any]:
+        """The fields that a single layer takes: all but which towers and blocks are sparse."""
+        return {name: value for name, value in vars(self).items() if name not in _MODEL_FIELDS}
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether any auxiliary loss has a weight."""
+        return any(getattr(self, name) > 0 for name in _WEIGHTS)
+
+    @property
+    def global_entropy_threshold(self) -> float:
+        """The threshold in force, in nats."""
+        return math.log(self.num_experts) if self.entropy_threshold is None else self.entropy_threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
+        """The inverse of ``to_dict``; missing fields take their defaults, unknown ones raise ``ValueError``."""
+        if not isinstance(values, dict):
+            raise TypeError(f"moe_cfg must be a JSON object, got {type(values).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"moe_cfg has unknown fields {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> MoEConfig:
+        return cls.from_dict(json.loads(text))
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(name: str, value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    _check(name, value, is_number, "a number", TypeError)
+    _check(name, value, math.isfinite(value), "finite")
+
+
+def _check(name: str, value: object, holds: bool, expected: str, error: type[Exception] = ValueError) -> None:
+    if not holds:
+        raise error(f"{name} must be {expected}, got {value!r}")

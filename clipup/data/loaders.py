@@ -1,0 +1,318 @@
+"""Training batches and evaluation samples. `train_loader`, `eval_samples` and `describe` are all that others need."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clipup.data.samples import (
+    Images,
+    Record,
+    Skips,
+    check_csv,
+    csv_records,
+    expand_shards,
+    is_remote,
+    tar_records,
+)
+from clipup.data.shards import DATASET_FILE, SIZES_FILE
+
+if TYPE_CHECKING:
+    from clipup.data.streams import TrainData
+
+_LOG = logging.getLogger(__name__)
+_CSV_EXTENSIONS = (".csv", ".tsv")
+
+
+def train_loader(
+    train_data: str | os.PathLike,
+    preprocess: Callable,
+    tokenizer: Callable[[list[str]], Tensor],
+    batch_size: int,
+    workers: int = 1,
+    seed: int = 0,
+    *,
+    dataset_type: str = "auto",
+    csv_separator: str = "\t",
+    csv_img_key: str = "filepath",
+    csv_caption_key: str = "title",
+    train_num_samples: int | None = None,
+    dataset_resampled: bool = False,
+    world_size: int = 1,
+    rank: int = 0,
+    distributed: bool | None = None,
+    cache: bool = False,
+    epoch: int = 0,
+    progress: bool = True,
+) -> TrainData:
+    """Training batches `(images [B, C, H, W], tokens [B, L])` by open_clip's own loaders, or from memory.
+
+    A text of several lines holds several captions; one is drawn each time. The same arguments give the same batches.
+
+    Args:
+        train_data: shards (a path, DIR/train-*.tar, DIR/train-{000000..000024}.tar, several joined by "::"), a CSV
+            file, or a directory that `clipup data` wrote (its training shards).
+        preprocess: PIL image to tensor; must pickle where workers are spawned.
+        tokenizer: texts to tokens [N, L].
+        batch_size: samples a batch and process.
+        workers: processes that read (0: this one); with `cache` they only fill the memory.
+        dataset_type: "webdataset", "csv", or "auto" (by the file's extension).
+        train_num_samples: samples an epoch; needed where shards have no `sizes.json` or `__len__` beside them.
+        dataset_resampled: draws shards with replacement.
+        distributed: whether several processes share the data; default: world_size > 1.
+        cache: keeps preprocessed images and captions in memory; for small data sets (see `clipup.data.cache`).
+        epoch: where to begin; then `set_epoch` before every epoch, as in open_clip.
+
+    Returns:
+        open_clip's DataInfo: `dataloader` (with `num_batches`, `num_samples`) and `set_epoch`; besides, `skipped`
+        counts what could not be read.
+
+    Raises:
+        ImportError: open_clip's training requirements are missing.
+        FileNotFoundError, ValueError: the data or an argument, by name, with what to do.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    if workers < 0:
+        raise ValueError(f"workers: got {workers}, expected 0 (read in this process) or more")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
+    streams = _streams()
+    args = Namespace(
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        csv_separator=csv_separator,
+        csv_img_key=csv_img_key,
+        csv_caption_key=csv_caption_key,
+        train_num_samples=train_num_samples,
+        dataset_resampled=dataset_resampled,
+        world_size=world_size,
+        rank=rank,
+        distributed=world_size > 1 if distributed is None else distributed,
+    )
+    skips = Skips()
+    train_data = _training_shards_of(train_data)
+    kind = _kind(train_data, dataset_type, "train_data")
+    if cache:
+        data = _cached(streams, args, train_data, kind, preprocess, tokenizer, skips, epoch, progress)
+    elif kind == "csv":
+        check_csv(train_data, csv_separator, csv_img_key, csv_caption_key, "train_data")
+        draw = streams.DrawCaption(tokenizer, seed, rank)
+        data = streams.csv_data(args, train_data, preprocess, draw, skips, epoch)
+    else:
+        shards = expand_shards(train_data, "train_data")
+        if not dataset_resampled and len(shards) < max(1, workers) * world_size:
+            raise ValueError(
+                f"workers: {workers} in each of {world_size} processes, but train_data has {len(shards)} shards and "
+                f"every worker needs one: at most {len(shards) // world_size} workers, or cache the data"
+            )
+        args.train_num_samples = _num_samples(shards, train_num_samples)
+        draw = streams.DrawCaption(tokenizer, seed, rank)
+        data = streams.webdataset_data(args, shards, preprocess, draw, skips, epoch)
+    data.set_epoch(epoch)
+    return data
+
+
+def describe(directory: str | os.PathLike) -> dict:
+    """What the `dataset.json` of a data set says: splits and their counts, rules, sources and licences."""
+    path = Path(directory) / DATASET_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no {DATASET_FILE}: build a data set there with `clipup data pictograms {directory}`"
+        )
+    return json.loads(path.read_text("utf-8"))
+
+
+class EvalSamples:
+    """Images with all their captions, for retrieval, in the order of the files.
+
+    Iterating gives `(image [C, H, W], captions, metadata)` a sample; `batches` gives many at once. `len()` counts the
+    samples of the source, `skipped` those of them (and incomplete ones) that could not be read so far.
+    """
+
+    def __init__(self, records: list[Record], preprocess: Callable, incomplete: Skips) -> None:
+        self.records, self.preprocess = records, preprocess
+        self._incomplete = incomplete
+        self._unreadable: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def skipped(self) -> int:
+        return int(self._incomplete) + len(self._unreadable)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str], dict]]:
+        for record, image in zip(self.records, Images(self.records, self.preprocess), strict=True):
+            if isinstance(image, Tensor):
+                yield image, list(record.captions), dict(record.metadata)
+            else:
+                self._note(record, image)
+
+    def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
+        """`(images [B, C, H, W], captions of each, metadata of each)`.
+
+        A batch is smaller where an image is unreadable. Metadata is the sample's json (concept, source, group)
+        without its captions, and its `key`.
+        """
+        dataset = Images(self.records, self.preprocess)
+        loader = DataLoader(
+            dataset, batch_size=batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator()
+        )
+        records = iter(self.records)
+        for items in loader:
+            kept = []
+            for item, record in zip(items, records, strict=False):
+                if isinstance(item, Tensor):
+                    kept.append((item, record))
+                else:
+                    self._note(record, item)
+            if kept:
+                images = torch.stack([image for image, _ in kept])
+                captions = [list(record.captions) for _, record in kept]
+                yield images, captions, [dict(record.metadata) for _, record in kept]
+
+    def _note(self, record: Record, reason: str) -> None:
+        where = f"{record.key} in {record.path}"
+        if where not in self._unreadable:
+            self._unreadable[where] = reason
+            _LOG.warning("skipped %s: %s", where, reason)
+
+
+def eval_samples(
+    source: str | os.PathLike,
+    preprocess: Callable,
+    *,
+    dataset_type: str = "auto",
+    csv_separator: str = "\t",
+    csv_img_key: str = "filepath",
+    csv_caption_key: str = "title",
+) -> EvalSamples:
+    """Samples for retrieval from evaluation shards or from a CSV file (rows of one image are its captions).
+
+    Args:
+        source: shards, as in `train_loader` (on this machine), or a CSV file.
+        preprocess: PIL image to tensor.
+
+    Raises FileNotFoundError or ValueError, naming `source` or the option, when there is nothing to be read.
+    """
+    if os.path.isdir(source):
+        raise ValueError(f"source: {source} is a directory: name the shards of one split, such as {source}/test-*.tar")
+    skips = Skips()
+    kind = _kind(source, dataset_type, "source")
+    if kind == "csv":
+        records = csv_records(
+            os.fspath(source), csv_separator, csv_img_key, csv_caption_key, skips, "source", one_an_image=True
+        )
+    else:
+        records = tar_records(expand_shards(source, "source"), skips, "source")
+    if not records:
+        raise ValueError(f"source: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
+    return EvalSamples(records, preprocess, skips)
+
+
+def _cached(
+    streams: object, args: Namespace, source: str, kind: str, preprocess: Callable, tokenizer: Callable, skips: Skips,
+    epoch: int, progress: bool,
+) -> TrainData:  # fmt: skip
+    from clipup.data.cache import CachedLoader
+
+    if args.dataset_resampled or args.train_num_samples is not None:
+        name = "dataset_resampled" if args.dataset_resampled else "train_num_samples"
+        raise ValueError(f"{name}: has no meaning with cache, which serves every sample once an epoch: leave one out")
+    if kind == "csv":
+        columns = (args.csv_separator, args.csv_img_key, args.csv_caption_key)
+        records = csv_records(source, *columns, skips, "train_data", one_an_image=False)
+    else:
+        records = tar_records(expand_shards(source, "train_data"), skips, "train_data")
+    if not records:
+        raise ValueError(f"train_data: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
+    shared_epoch = streams.open_clip_data.SharedEpoch(epoch)
+    loader = CachedLoader(
+        records,
+        preprocess,
+        tokenizer,
+        args.batch_size,
+        workers=args.workers,
+        seed=args.seed,
+        epoch=shared_epoch.get_value,
+        rank=args.rank,
+        world_size=args.world_size,
+        skips=skips,
+        progress=progress and args.rank == 0,
+    )
+    return streams.TrainData(loader, shared_epoch=shared_epoch, skips=skips, seed=args.seed)
+
+
+def _training_shards_of(source: str | os.PathLike) -> str:
+    """A directory stands for the training shards that its `dataset.json` lists."""
+    source = os.fspath(source)
+    if not os.path.isdir(source):
+        return source
+    listed = describe(source)["splits"]["train"]["shards"]
+    return "::".join(os.path.join(source, shard["file"]) for shard in listed)
+
+
+def _kind(source: str | os.PathLike, dataset_type: str, argument: str) -> str:
+    if dataset_type in ("webdataset", "csv"):
+        return dataset_type
+    if dataset_type != "auto":
+        raise ValueError(f"dataset_type: got {dataset_type!r}, expected 'auto', 'webdataset' or 'csv'")
+    name = os.fspath(source)
+    if name.endswith(_CSV_EXTENSIONS):
+        return "csv"
+    if ".tar" in os.path.basename(name):
+        return "webdataset"
+    raise ValueError(
+        f"{argument}: cannot tell from its name what {name!r} is, expected .tar, .csv or .tsv: name the dataset_type"
+    )
+
+
+def _num_samples(shards: list[str], given: int | None) -> int:
+    """Samples an epoch: as given, else the sum of `sizes.json` beside the shards, else `__len__` beside the first."""
+    total = _from_sizes(shards) if given is None else given
+    if total is None:
+        raise ValueError(
+            f"train_num_samples: not given, and neither {SIZES_FILE} nor __len__ beside {shards[0]} says how many "
+            "samples there are: name the number of samples an epoch"
+        )
+    if total < 1:
+        raise ValueError(f"train_data: got {total} samples, the data set is empty")
+    return total
+
+
+def _from_sizes(shards: list[str]) -> int | None:
+    total = 0
+    for shard in shards:
+        sizes = Path(shard).parent / SIZES_FILE
+        if is_remote(shard) or not sizes.is_file():
+            length = Path(shards[0]).parent / "__len__"
+            return int(length.read_text("utf-8")) if length.is_file() else None
+        known = json.loads(sizes.read_text("utf-8"))
+        if os.path.basename(shard) not in known:
+            raise ValueError(
+                f"train_data: {sizes} does not list {os.path.basename(shard)}: give the number of samples an epoch as "
+                "train_num_samples"
+            )
+        total += int(known[os.path.basename(shard)])
+    return total
+
+
+def _streams() -> object:
+    try:
+        from clipup.data import streams
+    except ImportError as error:
+        raise ImportError(
+            f'training data are read by open_clip_train, which needs {error.name}: pip install "clipup[train]"'
+        ) from error
+    return streams

@@ -1,0 +1,91 @@
+"""Pictures for the demonstration's page: which expert took which patch, and what was retrieved for which caption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..evaluate.encode import encode_images, encode_texts, evaluating
+from ..metrics import moe_metrics
+
+Sample = tuple[Tensor, Sequence[str], dict[str, Any]]
+
+
+def routing_examples(model: nn.Module, samples: list[Sample], pictures: list[Image.Image], count: int = 8) -> list[dict]:
+    """The first choice of every patch in every sparse layer of the image tower, for ``count`` pictures of both groups.
+
+    Returns:
+        [{"image", "caption", "layers": {layer: int64 array [grid height, grid width]}}]
+    """
+    chosen = _alternating(samples, count)
+    with evaluating(model):
+        model.encode_image(torch.stack([samples[i][0] for i in chosen]))
+        experts = {
+            layer: numbers["experts"][:, 0].view(len(chosen), -1)[:, 1:]  # without the class token
+            for layer, numbers in moe_metrics(model).items()
+            if layer.startswith("visual")
+        }
+    examples = []
+    for row, i in enumerate(chosen):
+        layers = {layer: _grid(first_choice[row]).numpy() for layer, first_choice in experts.items()}
+        examples.append({"image": pictures[i], "caption": samples[i][1][0], "layers": layers})
+    return examples
+
+
+def retrieval_examples(
+    model: nn.Module,
+    samples: list[Sample],
+    pictures: list[Image.Image],
+    tokenizer: Callable[[list[str]], Tensor],
+    count: int = 4,
+) -> dict[str, list[dict]]:
+    """The first captions that find their picture by the widest margin, and those that rank it lowest.
+
+    Returns:
+        {"best", "worst"}: ``count`` each of {"caption", "target", "rank" (1 is found), "retrieved" (5 pictures), "model"}
+    """
+    images = encode_images(model, [image for image, _, _ in samples], batch_size=256)
+    captions = [texts[0] for _, texts, _ in samples]
+    scores = encode_texts(model, captions, tokenizer, batch_size=256) @ images.T
+    own = scores.diagonal()
+    others = scores.masked_fill(torch.eye(len(samples), dtype=torch.bool), -math.inf)
+    margin = own - others.max(1).values
+    rank = 1 + (scores > own[:, None]).sum(1)
+
+    def examples(order: Tensor) -> list[dict]:
+        picked = _alternating([samples[i] for i in order.tolist()], count)
+        rows = [int(order[i]) for i in picked]
+        return [
+            {
+                "caption": captions[i],
+                "target": pictures[i],
+                "rank": int(rank[i]),
+                "retrieved": [pictures[j] for j in scores[i].topk(5).indices.tolist()],
+                "model": "clip_up",
+            }
+            for i in rows
+        ]
+
+    return {
+        "best": examples(margin.argsort(descending=True, stable=True)),
+        "worst": examples(margin.argsort(stable=True)),
+    }
+
+
+def _alternating(samples: Sequence[Sample], count: int) -> list[int]:
+    """Indices of the first ``count`` samples, taken from the groups in turn."""
+    groups: dict[str, list[int]] = {}
+    for index, (_, _, metadata) in enumerate(samples):
+        groups.setdefault(metadata["group"], []).append(index)
+    turns = max(map(len, groups.values()))
+    return [members[turn] for turn in range(turns) for members in groups.values() if turn < len(members)][:count]
+
+
+def _grid(patches: Tensor) -> Tensor:
+    side = math.isqrt(len(patches))
+    return patches.view(side, side).long()

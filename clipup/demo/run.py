@@ -1,0 +1,244 @@
+"""The stages of the demonstration, in the order in which they run."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from clipup_kernels import backend_info
+
+from .. import models
+from ..config import MoEConfig
+from ..data.loaders import describe, eval_samples, train_loader
+from ..data.pictograms import build
+from ..evaluate.retrieval import evaluate_retrieval
+from ..flops import count
+from ..report import render_demo
+from ..train import Every, TrainOptions, TrainResult, train
+from ..upcycle import step0_difference, upcycle
+from .examples import retrieval_examples, routing_examples
+
+MODEL = "clipup-tiny-32"
+ARMS = ("dense", "dense_continued", "clip_up")
+REPORT_FILES = ("report.json", "report.html")
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Trains a tiny CLIP on real pictograms, makes it sparse, and compares it with the dense one continued.
+
+    Example: clipup demo --out runs/demo
+    """
+
+    out: str = "runs/demo"
+    """Directory for the report, the runs and the data."""
+    data: str | None = None
+    """Directory of the pictograms data set, built there when it is missing. None: OUT/data."""
+    dense_steps: int = 600
+    """Steps of the dense model before it is upcycled."""
+    continue_steps: int = 600
+    """Steps by which the dense and the sparse model go on."""
+    batch_size: int = 256
+    """Pairs a step."""
+    lr: float = 2e-3
+    """Peak learning rate of the dense model."""
+    continue_lr: float = 2e-3
+    """Peak learning rate of both continuations."""
+    eval_every: int = 100
+    """Steps between two points of the R@1 curves."""
+    seed: int = 0
+    """Seed of weights and data order."""
+    overwrite: bool = False
+    """Replace the report and the runs of an earlier demonstration in OUT; its data are used again."""
+
+    def __post_init__(self) -> None:
+        for name in ("dense_steps", "continue_steps", "batch_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def run(options: DemoOptions) -> dict[str, Any]:
+    """Runs the demonstration and returns what ``report.json`` holds.
+
+    Raises:
+        FileExistsError: OUT holds an earlier demonstration and ``overwrite`` is not set.
+        ImportError: the packages of the data set are missing.
+    """
+    out = Path(options.out)
+    _refuse_earlier(out, options.overwrite)
+    _say("1/5", "real pictograms and their names, rendered from Python packages")
+    data = Path(options.data or out / "data")
+    dataset = build(data)
+
+    torch.manual_seed(options.seed)
+    with models.expecting_random_weights():
+        model, _, preprocess = models.create_model_and_transforms(MODEL, load_weights=False, output_dict=True)
+    tokenizer = models.get_tokenizer(MODEL)
+    stages = _Stages(options, out, data, preprocess, tokenizer)
+
+    _say("2/5", f"a dense CLIP from scratch, {options.dense_steps} steps")
+    dense = stages.train(model, "dense", options.dense_steps, options.lr)
+    report = {"data": _about(dataset), "chance_r1": None, "dense": stages.measure(model, dense)}
+
+    _say("3/5", "upcycling: every other MLP becomes 8 experts behind a router")
+    config = MoEConfig.clip_up()
+    sparse = upcycle(model, config)
+    difference = step0_difference(model, sparse)
+    print(f"      largest difference of any feature, before the first step: {difference:.1e}")
+    report["upcycled_step0"] = {**stages.measure(sparse), "max_feature_difference": difference}
+
+    _say("4/5", f"the dense model goes on for {options.continue_steps} steps")
+    continued = copy.deepcopy(model)
+    dense_continued = stages.train(continued, "dense_continued", options.continue_steps, options.continue_lr)
+    report["dense_continued"] = stages.measure(continued, dense_continued)
+
+    _say("5/5", f"the sparse model goes on for the same {options.continue_steps} steps")
+    clip_up = stages.train(sparse, "clip_up", options.continue_steps, options.continue_lr)
+    report["clip_up"] = stages.measure(sparse, clip_up)
+    report["chance_r1"] = report["dense"]["chance_r1"]
+    report |= {"options": asdict(options), "moe_cfg": config.to_dict(), "model": MODEL, "machine": _machine()}
+
+    results = dict(zip(ARMS, (dense, dense_continued, clip_up), strict=True))
+    page = render_demo(
+        report,
+        curves={arm: _on_one_axis(arm, result.history, options) for arm, result in results.items()},
+        evaluations={arm: _on_one_axis(arm, result.evaluations, options) for arm, result in results.items()},
+        loads=_loads(_on_one_axis("clip_up", clip_up.history, options)),
+        routing=routing_examples(sparse, stages.test, stages.pictures),
+        retrievals=retrieval_examples(sparse, stages.test, stages.pictures, tokenizer),
+        data_notes=_data_notes(dataset),
+    )
+    _write(out / "report.json", json.dumps(report, indent=2) + "\n")
+    _write(out / "report.html", page)
+    return report
+
+
+class _Stages:
+    """Data that is read once, and the two things that every stage does with a model: train it, measure it."""
+
+    def __init__(self, options: DemoOptions, out: Path, data: Path, preprocess: Any, tokenizer: Any) -> None:
+        self.options, self.out, self.tokenizer = options, out, tokenizer
+        self.loader = train_loader(
+            data, preprocess, tokenizer, options.batch_size, workers=0, seed=options.seed, cache=True
+        )
+        self.test = list(eval_samples(data / "test-*.tar", preprocess))
+        self.concepts = list(eval_samples(data / "concepts-*.tar", preprocess))
+        self.pictures = [to_pil_image(picture) for picture, _, _ in eval_samples(data / "test-*.tar", pil_to_tensor)]
+
+    def train(self, model: nn.Module, name: str, steps: int, lr: float) -> TrainResult:
+        options = TrainOptions(
+            model=MODEL,
+            logs=str(self.out),
+            name=name,
+            force=self.options.overwrite,
+            steps=steps,
+            lr=lr,
+            wd=0.1,
+            warmup=max(1, steps // 10),
+            grad_clip_norm=1.0,
+            batch_size=self.options.batch_size,
+            precision="fp32",
+            device="cpu",
+            seed=self.options.seed,
+            save_frequency=0,
+        )
+        curve = Every(self.options.eval_every, self._recall)
+        return train(options, model=model, loader=self.loader, callbacks=[curve])
+
+    def _recall(self, model: nn.Module) -> dict[str, float]:
+        recall = evaluate_retrieval(model, self.test, self.tokenizer, batch_size=256)
+        return {"t2i_r1": recall["t2i"]["r1"], "i2t_r1": recall["i2t"]["r1"]}
+
+    def measure(self, model: nn.Module, result: TrainResult | None = None) -> dict[str, Any]:
+        """An arm's entry of the report."""
+        counts = count(model)
+        test = evaluate_retrieval(model, self.test, self.tokenizer, batch_size=256, by="group")
+        concepts = evaluate_retrieval(model, self.concepts, self.tokenizer, batch_size=256)
+        splits = {**test.pop("splits"), "concepts": concepts}
+        return {
+            "steps": result.steps if result else 0,
+            "seconds": round(result.seconds, 2) if result else 0.0,
+            "params": counts.params,
+            "active_params": counts.active_params,
+            "gflops_per_pair": counts.image_gflops + counts.text_gflops,
+            **test,
+            "splits": splits,
+        }
+
+
+def _refuse_earlier(out: Path, overwrite: bool) -> None:
+    held = [name for name in (*REPORT_FILES, *ARMS) if (out / name).exists()]
+    if held and not overwrite:
+        raise FileExistsError(
+            f"{out} holds an earlier demonstration ({', '.join(held)}); pass --overwrite to replace it, or another --out"
+        )
+
+
+def _on_one_axis(arm: str, records: list[dict[str, Any]], options: DemoOptions) -> list[dict[str, Any]]:
+    """Steps counted from the dense model's first: the continuations begin where it ended."""
+    before = 0 if arm == "dense" else options.dense_steps
+    return [{**record, "step": record["step"] + before} for record in records]
+
+
+def _loads(history: list[dict[str, Any]]) -> dict[str, dict[str, list]]:
+    """{layer: {"steps": [...], "load": [[share of every expert], ...]}}"""
+    steps = [record["step"] for record in history]
+    return {
+        layer: {"steps": steps, "load": [record["layers"][layer]["load"] for record in history]}
+        for layer in history[0]["layers"]
+    }
+
+
+def _about(dataset: dict[str, Any]) -> dict[str, Any]:
+    splits = dataset["splits"]
+    return {
+        "name": dataset["name"],
+        "train_pairs": splits["train"]["images"],
+        "test_images": splits["test"]["images"],
+        "test_captions": splits["test"]["captions"],
+    }
+
+
+def _data_notes(dataset: dict[str, Any]) -> dict[str, Any]:
+    splits = {
+        name: {"images": split["images"], "captions": split["captions"], "rule": dataset["rules"].get(name, "the rest")}
+        for name, split in dataset["splits"].items()
+    }
+    licences = [
+        {"name": source["gives"], "licence": source["licence"], "artist": source["made_by"], "url": source["url"]}
+        for source in dataset["sources"]
+    ]
+    return {"splits": splits, "licences": licences, "left_out": dataset["rules"]["left_out"]}
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": version("open_clip_torch"),
+        "clipup": backend_info()["version"],
+        "compiled": backend_info()["compiled"],
+    }
+
+
+def _say(stage: str, what: str) -> None:
+    print(f"\n[{stage}] {what}", flush=True)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,15 @@
+"""Evaluation: retrieval (``evaluate_retrieval``) and zero-shot classification (``zero_shot``)."""
+
+from .encode import encode_images, encode_texts
+from .retrieval import evaluate_retrieval, retrieval
+from .zero_shot import image_folder, read_lines, zero_shot
+
+__all__ = [
+    "encode_images",
+    "encode_texts",
+    "evaluate_retrieval",
+    "image_folder",
+    "read_lines",
+    "retrieval",
+    "zero_shot",
+]

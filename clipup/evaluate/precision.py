@@ -1,0 +1,27 @@
+"""open_clip's names for precisions: what runs under autocast, and which type images have."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import open_clip
+import torch
+from open_clip_train.precision import get_autocast
+
+Precision = Literal["fp32", "amp", "amp_bf16", "bf16"]
+"""amp: float16 autocast; amp_bf16: bfloat16 autocast; bf16: the model itself is in bfloat16."""
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
+    """The context that a forward runs in."""
+    return get_autocast(precision, device_type=device.type)()
+
+
+def image_dtype(precision: Precision) -> torch.dtype | None:
+    """The type that images are converted to; None leaves them as they are."""
+    return open_clip.get_input_dtype(precision)
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,237 @@
+"""Every contact with open_clip: creating models and tokenizers, and where the blocks of their towers are."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import TextTransformer, VisionTransformer
+from torch import Tensor, nn
+
+from . import checkpoint
+from .mlp_families import families_read
+from .moe import SparseMoE
+from .upcycle import upcycle
+
+open_clip.add_model_config(Path(__file__).parent / "model_configs")  # ours, known by name as open_clip's own are
+
+LOCAL_PREFIX = "local-dir:"
+_POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
+
+
+def create_model_and_transforms(
+    model_name: str, pretrained: str | None = None, **kwargs: Any
+) -> tuple[nn.Module, Any, Any]:
+    """open_clip's function of the same name, which also loads what ``clipup.checkpoint.save_pretrained`` wrote.
+
+    Args:
+        model_name: a name that open_clip knows, or a directory with an ``open_clip_config.json`` (``"DIR"`` or
+            ``"local-dir:DIR"``). A bare word that open_clip knows means open_clip's model.
+        pretrained: a tag or file for a model known by name. A directory brings its own weights.
+        kwargs: as in open_clip, device, precision, load_weights and force_image_size among them.
+
+    Returns:
+        model, preprocess_train, preprocess_val; a sparse model carries its ``moe_config``.
+
+    Raises:
+        ValueError: an unknown name or tag, or weights that do not fit the model.
+        FileNotFoundError: a directory without config or weights.
+    """
+    directory = model_directory(model_name)
+    if directory is None:
+        _check_names(model_name, pretrained)
+        with _clear_errors(model_name):
+            return open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
+    if pretrained:
+        raise ValueError(f"pretrained={pretrained!r} has no meaning with the directory {directory}, which has weights")
+    moe_config = checkpoint.read_moe_config(directory)
+    local_name = f"{LOCAL_PREFIX}{directory}"
+    if moe_config is None:
+        with _clear_errors(local_name):
+            return open_clip.create_model_and_transforms(local_name, **kwargs)
+    if kwargs.get("jit"):
+        raise ValueError("jit=True is not supported for sparse models; use torch.compile")
+    load_weights = kwargs.pop("load_weights", True)
+    weights = checkpoint.read_weights(directory) if load_weights else None
+    dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
+    with _clear_errors(local_name), expecting_random_weights():
+        model, *transforms = open_clip.create_model_and_transforms(local_name, **dense_kwargs)
+    upcycle(model, moe_config, inplace=True)
+    if weights is not None:
+        checkpoint.check_fit(model, weights, str(directory), ignore=_POSITION_EMBEDDINGS)
+        resize_pos_embed(weights, model)
+        resize_text_pos_embed(weights, model)
+        checkpoint.check_fit(model, weights, str(directory))
+        model.load_state_dict(weights)
+    return model, *transforms
+
+
+def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
+    """open_clip's function of the same name, which also takes a bare directory.
+
+    A Hugging Face tokenizer is read from the directory where it was saved there, else by the name in the config.
+    """
+    directory = model_directory(model_name)
+    if directory is None:
+        _check_names(model_name, None)
+        return open_clip.get_tokenizer(model_name, **kwargs)
+    text_cfg = checkpoint.read_config(directory)["model_cfg"].get("text_cfg", {})
+    hub_name = text_cfg.get("hf_tokenizer_name")
+    if hub_name and not (directory / "tokenizer_config.json").is_file():
+        options = {**text_cfg.get("tokenizer_kwargs", {}), **kwargs}
+        options.setdefault("context_length", text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
+        return open_clip.tokenizer.HFTokenizer(hub_name, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
+    return open_clip.get_tokenizer(f"{LOCAL_PREFIX}{directory}", **kwargs)
+
+
+def get_model_config(model_name: str) -> dict[str, Any]:
+    """The ``model_cfg`` of a name that open_clip knows, or of a directory; a copy."""
+    directory = model_directory(model_name)
+    if directory is not None:
+        return checkpoint.read_config(directory)["model_cfg"]
+    _check_names(model_name, None)
+    return open_clip.get_model_config(model_name)
+
+
+def model_directory(model_name: str) -> Path | None:
+    """The directory that a model name means, None when it is a name for open_clip."""
+    if model_name.startswith(LOCAL_PREFIX):
+        return Path(model_name.removeprefix(LOCAL_PREFIX))
+    if model_name in open_clip.list_models() or model_name.startswith("hf-hub:"):
+        return None
+    return Path(model_name) if Path(model_name).is_dir() else None
+
+
+def _check_names(model_name: str, pretrained: str | None) -> None:
+    if model_name.startswith("hf-hub:"):
+        return
+    if model_name.replace("/", "-") not in open_clip.list_models():
+        close = difflib.get_close_matches(model_name, open_clip.list_models(), n=3)
+        hint = f"; similar names are {', '.join(close)}" if close else ""
+        raise ValueError(f"{model_name!r} is neither a model that open_clip knows nor a directory{hint}")
+    if pretrained and open_clip.get_pretrained_cfg(model_name, pretrained) == {} and not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
+        raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag of {model_name}; its tags are {tags}")
+
+
+@contextmanager
+def _clear_errors(model_name: str) -> Iterator[None]:
+    """Turns what open_clip raises about names, files and downloads (RuntimeError, and AssertionError about widths) into
+    a ValueError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
+        more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
+        raise ValueError(
+            f"open_clip could not create {model_name}: {' '.join(lines[:4])}{more}; if weights do not fit, they are of "
+            "another model or config"
+        ) from error
+
+
+@contextmanager
+def expecting_random_weights() -> Iterator[None]:
+    """Silences open_clip's warning that a model has random weights, where that is intended."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("No pretrained weights loaded")
+
+    logging.getLogger().addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(keep)
+
+
+class _Projection(NamedTuple):
+    weight: Tensor
+
+
+class BlockMoE(SparseMoE):
+    """SparseMoE in a block of open_clip's own, which reads the tower's type from ``block.mlp.c_fc.weight.dtype``."""
+
+    @property
+    def c_fc(self) -> _Projection:
+        return _Projection(self.in_weight)
+
+
+def sparse_layer_class(block: nn.Module) -> type[SparseMoE]:
+    """The class that takes the place of the MLP in a block."""
+    return BlockMoE if hasattr(block, "get_weight_dtype") else SparseMoE
+
+
+def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
+    """The transformer blocks of a tower ("image" or "text") by their full names, first to last.
+
+    Raises:
+        TypeError: the model is no CLIP of open_clip, or the tower has no list of transformer blocks.
+    """
+    if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP):
+        inner = ", the model inside a wrapper" if hasattr(model, "module") or hasattr(model, "_orig_mod") else ""
+        raise TypeError(f"expected open_clip's CLIP or CustomTextCLIP{inner}, got {type(model).__name__}")
+    if tower == "image":
+        module, path = model.visual, "visual"
+        if isinstance(module, VisionTransformer):
+            module, path = module.transformer, f"{path}.transformer"
+        elif isinstance(module, TimmModel):
+            module, path = module.trunk, f"{path}.trunk"
+    else:
+        module, path = getattr(model, "text", model), "text" if hasattr(model, "text") else ""
+        if module is model or isinstance(module, TextTransformer):
+            module, path = module.transformer, f"{path}.transformer".lstrip(".")
+    for name in ("resblocks", "blocks"):
+        blocks = getattr(module, name, None)
+        if isinstance(blocks, nn.ModuleList | nn.Sequential) and not isinstance(module, HFTextEncoder):
+            return {f"{path}.{name}.{i}": block for i, block in enumerate(blocks)}
+    raise TypeError(
+        f"the {tower} tower ({path}: {type(module).__name__}) has no list of transformer blocks; {families_read()}; "
+        f"{leave_dense(tower)}"
+    )
+
+
+def leave_dense(tower: str) -> str:
+    """The option that leaves a tower dense, as advice."""
+    other = "text" if tower == "image" else "image"
+    return f'towers=("{other}",) leaves the {tower} tower dense'
+
+
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Height and width in pixels that the image tower takes."""
+    size = model.visual.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def image_dtype(model: nn.Module) -> torch.dtype:
+    """The type that the image tower takes: that of its first convolution, else of its first parameter."""
+    convolutions = (module.weight for module in model.visual.modules() if isinstance(module, nn.Conv2d))
+    return next(convolutions, next(model.visual.parameters())).dtype
+
+
+def random_inputs(model: nn.Module, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Noise images [B, 3, height, width] and texts [B, context_length] of random tokens, each with an end-of-text token
+    at a random place and padding behind it. On the CPU, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch_size, 3, *image_size(model), generator=generator).to(image_dtype(model))
+    text = getattr(model, "text", None)
+    pool_type = getattr(text, "pool_type", getattr(model, "text_pool_type", "argmax"))
+    eos_id = getattr(text, "eos_id", getattr(model, "text_eos_id", None))
+    length, vocabulary = model.context_length, model.vocab_size
+    end_of_text = eos_id if pool_type == "eos" else vocabulary - 1
+    texts = torch.randint(max(1, vocabulary // 2), vocabulary - 1, (batch_size, length), generator=generator)
+    texts = texts.where(texts != end_of_text, 1)
+    ends = torch.randint(min(2, length - 1), length, (batch_size, 1), generator=generator)
+    positions = torch.arange(length)
+    texts = torch.where(positions < ends, texts, torch.where(positions == ends, end_of_text, 0))
+    return images, texts

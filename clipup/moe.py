@@ -1,0 +1,264 @@
+"""``SparseMoE``: a Mixture-of-Experts MLP in place of a dense one. It holds parameters and options and calls ops.
+
+Axis legend, used in every shape: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts, ``K`` choices a
+token, ``R = T*K`` rows (one a (token, choice) pair). Weights lie as in ``nn.Linear``: ``[E, out, in]``.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipup_kernels import ACTIVATIONS, expert_mlp
+
+from .config import BalanceForm, GateNormalization, MoEConfig
+from .mlp_families import DenseMLP, read_mlp
+from .records import Records, recomputing
+from .router import Router, weighted_losses
+
+
+class SparseMoE(nn.Module):
+    """``y = sum_k gate_k * expert_k(x)`` over the K experts that a router picks for every token.
+
+    Parameters: ``router.weight`` [E, D], ``in_weight`` [E, H, D], ``in_bias`` [E, H], ``out_weight`` [E, D, H],
+    ``out_bias`` [E, D]; gated experts also ``gate_weight`` [E, H, D], ``gate_bias`` [E, H]. ``bias=False``: no biases.
+
+    Types: x and the experts' weights must be of one floating type, as in ``nn.Linear``; inside autocast both are cast
+    to its type. y is of that type. The router, the gates and the losses are float32 in any case.
+
+    Losses: a forward in training mode with gradients enabled leaves its weighted losses in the layer until ``aux_loss``
+    takes them. Each forward is counted once; activation checkpointing's second forward is not counted. A loss that
+    nobody took goes when a backward pass has gone through y. Reentrant checkpointing runs its first forward without
+    gradients and therefore leaves no losses: use ``use_reentrant=False``. Under ``torch.compile`` a layer holds the
+    losses of its last forward only.
+
+    Args:
+        d_model: D. d_hidden: H, of every expert.
+        activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
+        bias: whether both projections have biases.
+        gated: experts compute ``act(W_gate x + b_gate) * (W_in x + b_in)`` before the output projection.
+        device, dtype: of all parameters.
+
+    The other options are those of ``MoEConfig``, where each is explained. ``layer.config`` holds them; assigning
+    another config (``layer.config = layer.config.replace(capacity_factor=1.25)``) takes effect at the next forward.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int = 8,
+        top_k: int = 2,
+        capacity_factor: float | None = None,
+        eval_capacity_factor: float | None = None,
+        activation: str = "gelu",
+        bias: bool = True,
+        gated: bool = False,
+        normalize_gates: GateNormalization = "before_drop",
+        priority: bool = False,
+        router_noise: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        balance_weight: float = 0.0,
+        balance: BalanceForm = "topk",
+        z_weight: float = 0.0,
+        importance_weight: float = 0.0,
+        load_weight: float = 0.0,
+        local_entropy_weight: float = 0.0,
+        global_entropy_weight: float = 0.0,
+        entropy_threshold: float | None = None,
+    ) -> None:
+        super().__init__()
+        for name, width in (("d_model", d_model), ("d_hidden", d_hidden)):
+            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+                raise ValueError(f"{name} must be a positive int, got {width!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.d_model, self.d_hidden, self.activation = d_model, d_hidden, activation
+        config = MoEConfig(
+            num_experts=num_experts,
+            top_k=top_k,
+            capacity_factor=capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+            normalize_gates=normalize_gates,
+            priority=priority,
+            router_noise=router_noise,
+            balance_weight=balance_weight,
+            balance=balance,
+            z_weight=z_weight,
+            importance_weight=importance_weight,
+            load_weight=load_weight,
+            local_entropy_weight=local_entropy_weight,
+            global_entropy_weight=global_entropy_weight,
+            entropy_threshold=entropy_threshold,
+        )
+        self.router = Router(d_model, config, device=device, dtype=dtype)
+
+        def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype)) if wanted else None
+
+        self.register_parameter("in_weight", parameter(d_hidden, d_model))
+        self.register_parameter("in_bias", parameter(d_hidden, wanted=bias))
+        self.register_parameter("out_weight", parameter(d_model, d_hidden))
+        self.register_parameter("out_bias", parameter(d_model, wanted=bias))
+        self.register_parameter("gate_weight", parameter(d_hidden, d_model, wanted=gated))
+        self.register_parameter("gate_bias", parameter(d_hidden, wanted=gated and bias))
+        self.records = Records()
+        self._reset_experts()
+
+    @classmethod
+    def from_dense(cls, mlp: nn.Module, config: MoEConfig | None = None) -> SparseMoE:
+        """E copies of a dense MLP behind a fresh router, on the MLP's device and of its type.
+
+        Every parameter can be trained as the one it is copied from could; the router can when any of them could.
+        With gates that are normalised (``normalize_gates`` not "none") and nothing dropped, the layer computes what
+        the MLP did.
+
+        Raises:
+            TypeError: the MLP is of no family that ``clipup.mlp_families`` reads.
+        """
+        dense = mlp if isinstance(mlp, DenseMLP) else read_mlp(mlp)
+        config = config if config is not None else MoEConfig()
+        d_hidden, d_model = dense.in_weight.shape
+        layer = cls(
+            d_model,
+            d_hidden,
+            activation=dense.activation,
+            bias=dense.in_bias is not None,
+            gated=dense.gate_weight is not None,
+            device="meta",
+            dtype=dense.in_weight.dtype,
+            **config.layer_options(),
+        )
+        layer.config = config
+        for name, source in dense.parameters().items():
+            copies = source.detach().unsqueeze(0).repeat(config.num_experts, *[1] * source.dim())
+            setattr(layer, name, nn.Parameter(copies, requires_grad=source.requires_grad))
+        trained = any(source.requires_grad for source in dense.parameters().values())
+        fresh = torch.empty_like(layer.router.weight, device=dense.in_weight.device)
+        layer.router.weight = nn.Parameter(fresh, requires_grad=trained)
+        layer.router.reset_parameters()
+        layer.train(mlp.training if isinstance(mlp, nn.Module) else True)
+        return layer
+
+    @property
+    def config(self) -> MoEConfig:
+        return self.router.config
+
+    @config.setter
+    def config(self, config: MoEConfig) -> None:
+        if config.num_experts != self.router.weight.shape[0]:
+            raise ValueError(
+                f"config.num_experts is {config.num_experts}, but the layer has {self.router.weight.shape[0]} experts; "
+                "make a new layer to change their number"
+            )
+        self.router.config = config
+
+    def reset_parameters(self) -> None:
+        """Draws every expert as ``nn.Linear`` would draw it, independently, and a fresh router."""
+        self.router.reset_parameters()
+        self._reset_experts()
+
+    def _reset_experts(self) -> None:
+        for name, fan_in in (("in", self.d_model), ("out", self.d_hidden), ("gate", self.d_model)):
+            for parameter in (getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: [..., D].
+            mask: bool, x's leading dimensions; True takes part. Elsewhere y is 0, and the token counts neither for
+                capacity nor for losses.
+
+        Returns:
+            y: [..., D] of x's type, or autocast's.
+        """
+        self._check(x, mask)
+        tokens = x.reshape(-1, self.d_model)
+        token_mask = None if mask is None else mask.reshape(-1)
+        dtype = _autocast_dtype(x)
+        with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
+            routing = self.router(tokens, token_mask)
+            y = self._experts(tokens, routing.gates, routing.plan, dtype)
+            wants_loss = self.training and torch.is_grad_enabled() and self.config.has_losses
+            loss = weighted_losses(routing, self.config) if wants_loss else None
+        if not (recomputing() or torch.compiler.is_exporting()):
+            self.records.keep_routing(routing)
+            if loss is not None and loss.requires_grad:
+                self.records.keep_loss(loss, y)
+        return y.view(x.shape)
+
+    def _experts(self, tokens: Tensor, gates: Tensor, plan: Any, dtype: torch.dtype | None) -> Tensor:
+        """[T, D], computed in ``dtype``, or in the parameters' type when that is None."""
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+        return expert_mlp(
+            cast(tokens),
+            gates,
+            plan,
+            cast(self.in_weight),
+            cast(self.in_bias),
+            cast(self.out_weight),
+            cast(self.out_bias),
+            self.activation,
+            cast(self.gate_weight),
+            cast(self.gate_bias),
+        )
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x must be [..., {self.d_model}], the layer's d_model last, got {list(x.shape)}")
+        if x.dtype != self.in_weight.dtype and _autocast_dtype(x) is None:
+            raise TypeError(
+                f"x is {x.dtype} but the experts' weights are {self.in_weight.dtype}; cast one of them, or use "
+                "torch.autocast, where the layer casts both"
+            )
+        if mask is None:
+            return
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be torch.bool, True for tokens that take part, got {mask.dtype}")
+        if mask.shape != x.shape[:-1]:
+            raise ValueError(f"mask must have x's leading dimensions {list(x.shape[:-1])}, got {list(mask.shape)}")
+
+    def extra_repr(self) -> str:
+        config = self.config
+        parts = [f"{self.d_model}, {self.d_hidden}", f"num_experts={config.num_experts}", f"top_k={config.top_k}"]
+        parts += [f"activation={self.activation!r}", f"capacity_factor={config.capacity_factor}"]
+        parts += ["bias=False"] if self.in_bias is None else []
+        parts += ["gated=True"] if self.gate_weight is not None else []
+        return ", ".join(parts)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast asks for on x's device, or None where it is off. Like torch's, it leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
+    """The sparse layers of a model by name, in the order in which its modules are registered."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """Takes the weighted auxiliary losses that the model's sparse layers hold, and returns their sum.
+
+    Add it to the loss of every forward, or of several forwards at once: each forward's losses are counted once. A 0-d
+    float32 tensor, 0 when there is nothing to take (evaluation, no weights, no sparse layers).
+    """
+    taken = [loss for layer in moe_layers(model).values() for loss in layer.records.take_losses()]
+    if not taken:
+        parameter = next(model.parameters(), None)
+        return torch.zeros((), device=None if parameter is None else parameter.device)
+    return torch.stack([loss.to(taken[0].device) for loss in taken]).sum()

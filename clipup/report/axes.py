@@ -1,0 +1,171 @@
+"""The frame of a chart: scales, ticks, grid, title and legend. ``charts.py`` draws into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from . import svg
+
+FONT = 12
+_CHARACTER = 6.3  # mean width of a character at FONT, to lay text out without measuring it
+_LINE = 18
+
+
+@dataclass(frozen=True)
+class Key:
+    """One entry of a legend: what a line looks like and what it is called."""
+
+    label: str
+    color: str
+    dash: str | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A plot's place on the figure and what its edges stand for."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+
+    def x(self, value: float) -> float:
+        """Pixels from the left edge of the figure."""
+        low, high = self.x_range
+        return self.left + (value - low) / (high - low) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        """Pixels from the top edge of the figure."""
+        low, high = self.y_range
+        return self.bottom - (value - low) / (high - low) * (self.bottom - self.top)
+
+    def path(self, points: Iterable[tuple[float, float]]) -> str:
+        """Path data through the points; a point with a coordinate that is not finite interrupts the line."""
+        written, pen_down = [], False
+        for x, y in points:
+            if math.isfinite(x) and math.isfinite(y):
+                written.append(f"{'L' if pen_down else 'M'}{self.x(x):.1f} {self.y(y):.1f}")
+                pen_down = True
+            else:
+                pen_down = False
+        return "".join(written)
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) from low to high, ``about`` that many."""
+    rough = (high - low) / max(1, about)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def span(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+    """Smallest and largest finite value, a ``margin`` of their distance further apart; never an empty range."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return 0.0, 1.0
+    low, high = min(finite), max(finite)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        room = abs(low) * 0.1 or 1.0
+        return low - room, high + room
+    room = (high - low) * margin
+    return low - room, high + room
+
+
+def text_width(label: str) -> float:
+    return _CHARACTER * len(label)
+
+
+def build(
+    *,
+    width: float,
+    height: float,
+    title: str,
+    x_label: str,
+    y_label: str,
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    x_format: Callable[[float], str],
+    y_format: Callable[[float], str],
+    legend: Sequence[Key] = (),
+    right: float = 14,
+) -> tuple[Frame, str]:
+    """The frame and the markup of everything around the lines.
+
+    ``right`` pixels are kept free at the right for labels. The plot gets what title, legend and ticks leave of ``height``.
+    """
+    head, top = _head(title, legend, y_label, width)
+    y_ticks = ticks(*y_range, about=5)
+    left = 12 + max([text_width(y_format(value)) for value in y_ticks], default=0.0)
+    frame = Frame(left, top, width - right, max(height - 40, top + 60), x_range, y_range)
+    return frame, head + _grid(frame, y_ticks, y_format) + _bottom(frame, x_format, x_label)
+
+
+def _head(title: str, legend: Sequence[Key], y_label: str, width: float) -> tuple[str, float]:
+    parts, baseline = [], 2.0
+    for line in _wrap(title, int(width / (_CHARACTER * 1.2))):
+        baseline += _LINE - 2
+        parts.append(svg.text(0.0, baseline, line, font_size=14, font_weight=600))
+    x = 0.0
+    for index, key in enumerate(legend):
+        taken = 30 + text_width(key.label) + 16
+        if index == 0 or x + taken > width:
+            x, baseline = 0.0, baseline + _LINE + 2
+        line = svg.element(
+            "line", x1=x, x2=x + 22, y1=baseline - 4, y2=baseline - 4, stroke=key.color, stroke_width=2.5,
+            stroke_dasharray=key.dash,
+        )  # fmt: skip
+        parts += [line, svg.text(x + 28, baseline, key.label, font_size=FONT)]
+        x += taken
+    baseline += _LINE + 2
+    parts.append(svg.text(0.0, baseline, y_label, font_size=FONT, fill_opacity=0.7))
+    return "".join(parts), baseline + 12
+
+
+def _grid(frame: Frame, y_ticks: Sequence[float], y_format: Callable[[float], str]) -> str:
+    parts = []
+    for value in y_ticks:
+        y = frame.y(value)
+        parts.append(
+            svg.element(
+                "line", x1=frame.left, x2=frame.right, y1=y, y2=y, stroke="currentColor", stroke_opacity="0.13"
+            )
+        )  # fmt: skip
+        parts.append(
+            svg.text(frame.left - 6, y + 4, y_format(value), font_size=FONT, text_anchor="end", fill_opacity=0.7)
+        )
+    return "".join(parts)
+
+
+def _bottom(frame: Frame, x_format: Callable[[float], str], x_label: str) -> str:
+    base = svg.element(
+        "line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, stroke="currentColor",
+        stroke_opacity="0.5",
+    )  # fmt: skip
+    parts, occupied = [base], -math.inf
+    for value in ticks(*frame.x_range, about=5):
+        x, label = frame.x(value), x_format(value)
+        if x - text_width(label) / 2 < occupied + 6:
+            continue
+        occupied = x + text_width(label) / 2
+        mark = svg.element(
+            "line", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4, stroke="currentColor", stroke_opacity="0.5"
+        )
+        parts += [mark, svg.text(x, frame.bottom + 17, label, font_size=FONT, text_anchor="middle", fill_opacity=0.7)]
+    middle = (frame.left + frame.right) / 2
+    parts.append(svg.text(middle, frame.bottom + 34, x_label, font_size=FONT, text_anchor="middle", fill_opacity=0.7))
+    return "".join(parts)
+
+
+def _wrap(title: str, length: int) -> list[str]:
+    """At most two lines of about ``length`` characters, the second cut where it is too long."""
+    words, first = svg.clean(title).split(" "), ""
+    while words and (not first or len(first) + 1 + len(words[0]) <= length):
+        first = f"{first} {words.pop(0)}".strip()
+    lines = [first, " ".join(words)] if words else [first]
+    return [svg.shorten(line, length + 4) for line in lines]

@@ -1,0 +1,255 @@
+"""The demonstration's report: one self-contained HTML page that loads nothing and needs no script."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from . import charts, pictures, svg, tables
+from .charts import Series
+from .numbers import MISSING, chance, count, dig, number, percent_tick
+from .palette import ARMS as COLORS
+from .palette import DASHES
+from .verdict import WAYS, verdict
+
+MOST_ROUTING_EXAMPLES = 12
+MOST_RETRIEVALS = 10
+"""Pictures of each kind on a page, so that it stays under 3 MB whatever it is given."""
+
+_CURVES = {"dense": "Dense", "dense_continued": "Dense continued", "clip_up": "CLIP-UP"}
+_KNOWN = frozenset({"data", "chance_r1", "commands", *(arm for arm, _ in tables.ARMS)})
+_KNOWN_OF_ARM = frozenset(
+    "steps seconds params active_params gflops_per_pair t2i i2t splits max_feature_difference chance_r1 gallery captions".split()
+)
+_LONGEST_VALUE = 400
+_MOST_POINTS = 300
+_MOST_EXTRAS = 60
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def render_demo(
+    report: Mapping[str, Any],
+    curves: Mapping[str, Records],
+    evaluations: Mapping[str, Records],
+    loads: Mapping[str, Mapping[str, Any]],
+    routing: Sequence[Mapping[str, Any]],
+    retrievals: Mapping[str, Sequence[Mapping[str, Any]]],
+    data_notes: Mapping[str, Any],
+) -> str:
+    """The page as a string, to be written as UTF-8. Under 3 MB, all text escaped.
+
+    Args:
+        report: what ``report.json`` holds. Keys that the page does not know are listed in its footer; ``commands``
+            (strings) are shown where it says how to reproduce it.
+        curves: {arm: [{"step", "loss", "contrastive"?}]} for ``dense``, ``dense_continued``, ``clip_up``; steps are
+            counted from the dense model's first, the continuations begin where it ended.
+        evaluations: {arm: [{"step", "t2i_r1", "i2t_r1"}]}, fractions of 1, steps as above.
+        loads: {layer: {"steps": [N], "load": [N][E]}}, shares of 1.
+        routing: [{"image": PIL image, "caption", "layers": {layer: int [grid_h, grid_w]}}], experts from 0.
+        retrievals: {"best", "worst"}: [{"caption", "target", "rank" from 1, "retrieved": [PIL image], "model"}].
+        data_notes: {"splits": {name: {"images", "captions", "rule"}}, "licences": [{"name", "licence", "artist",
+            "url"?}], "left_out"?: text}.
+    """
+    page = _template().render(
+        done=_what_was_done(report),
+        verdict=verdict(report),
+        heading=tables.heading(report),
+        step0=tables.step0(report),
+        quality=Markup(tables.as_html(tables.quality(report), "Recall on the held-out renderings")),
+        cost=Markup(tables.as_html(tables.cost(report), "Training, parameters and FLOPs")),
+        splits=_markup_or_none(tables.splits(report)),
+        curves=[Markup(chart) for chart in _curves(report, curves, evaluations)],
+        window=_window(curves),
+        loads=[Markup(chart) for chart in _load_charts(loads)],
+        experts=_experts(loads, routing),
+        legend=Markup(pictures.expert_legend(_experts(loads, routing))) if _experts(loads, routing) else None,
+        routing=[_routing(example) for example in routing[:MOST_ROUTING_EXAMPLES]],
+        retrievals={kind: _retrievals(retrievals.get(kind, ())) for kind in ("best", "worst")},
+        data=_data(report, data_notes),
+        commands=_commands(report),
+        extras=_extras(report),
+    )
+    return svg.clean(page)
+
+
+def layer_title(name: str) -> str:
+    """A sparse layer's name for readers: ``visual.transformer.resblocks.3.mlp`` is "Image tower, block 3"."""
+    blocks = re.findall(r"\.(\d+)(?=\.|$)", f".{name}")
+    if not blocks:
+        return name
+    return f"{'Image' if name.startswith('visual') else 'Text'} tower, block {'.'.join(blocks)}"
+
+
+@cache
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"count": count}
+    return environment.get_template("demo.html.j2")
+
+
+def _what_was_done(report: Mapping[str, Any]) -> str:
+    steps, more, other = (count(dig(report, arm, "steps")) for arm in ("dense", "clip_up", "dense_continued"))
+    continued = f"for {more} steps each" if more == other else f"for {more} and {other} steps"
+    name = dig(report, "data", "name")
+    called = f" of the data set “{svg.shorten(name, 60)}”" if name else ""
+    return (
+        f"A dense CLIP was trained for {steps} steps on {count(dig(report, 'data', 'train_pairs'))} training "
+        f"pairs{called}, then turned into a sparse Mixture-of-Experts CLIP (CLIP-UP), and the sparse and the dense model "
+        f"went on {continued}."
+    )
+
+
+def _curves(
+    report: Mapping[str, Any], curves: Mapping[str, Records], evaluations: Mapping[str, Records]
+) -> list[str]:
+    window = _window(curves)
+    losses = {arm: _loss(arm, curves.get(arm, ()), window) for arm in _CURVES}
+    branch = _last_step(curves.get("dense", ()))
+    marks = () if branch is None else ((branch, "upcycled"),)
+    continued = [losses[arm] for arm in ("dense_continued", "clip_up")]
+    drawn = [
+        charts.line_chart(list(losses.values()), "Contrastive loss", "step", "nats", marks=marks),
+        charts.line_chart(continued, "Contrastive loss, the continuations alone", "step", "nats"),
+    ]
+    level = number(dig(report, "chance_r1"))
+    levels = () if level is None else ((level, f"chance {chance(level)}%"),)
+    for way, name in WAYS:
+        series = [_recall(report, arm, evaluations, f"{way}_r1", way, branch) for arm in _CURVES]
+        drawn.append(
+            charts.line_chart(
+                series, f"R@1 {name}, held-out renderings", "step", "R@1", percent_tick, marks=marks, levels=levels
+            )
+        )
+    return drawn
+
+
+def _loss(arm: str, records: Records, window: int) -> Series:
+    steps = [_float(record.get("step")) for record in records]
+    values = [_float(record.get("contrastive", record.get("loss"))) for record in records]
+    smoothed = charts.smooth(values, window)
+    keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MOST_POINTS)).round().astype(int)).tolist()
+    x, y = [steps[index] for index in keep], [smoothed[index] for index in keep]
+    return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm])
+
+
+def _recall(
+    report: Mapping[str, Any], arm: str, evaluations: Mapping[str, Records], key: str, way: str, branch: float | None
+) -> Series:
+    """An arm's R@1 over steps; a continuation's line begins with the model that it starts from."""
+    found = [(_float(record.get("step")), _float(record.get(key))) for record in evaluations.get(arm, ())]
+    start = {"dense_continued": "dense", "clip_up": "upcycled_step0"}.get(arm)
+    value = number(dig(report, start, way, "r1")) if start else None
+    if found and branch is not None and value is not None and found[0][0] > branch:
+        found.insert(0, (branch, value))
+    x, y = [step for step, _ in found], [recall for _, recall in found]
+    return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm], points=True)
+
+
+def _window(curves: Mapping[str, Records]) -> int:
+    """Steps that the loss is averaged over: a twentieth of the shortest run, between 1 and 51, odd."""
+    shortest = min((len(records) for records in curves.values() if len(records)), default=1)
+    return min(51, shortest // 20 | 1)
+
+
+def _last_step(records: Records) -> float | None:
+    return number(records[-1].get("step")) if len(records) else None
+
+
+def _load_charts(loads: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    shares = [_float(share) for layer in loads.values() for row in layer["load"] for share in row]
+    finite = [share for share in shares if np.isfinite(share)]
+    experts = max((len(layer["load"][0]) for layer in loads.values() if len(layer["load"])), default=1)
+    top = 1.06 * max([*finite, 1.5 / experts])
+    return [
+        charts.load_chart(layer["steps"], layer["load"], layer_title(name), y_max=top) for name, layer in loads.items()
+    ]
+
+
+def _experts(loads: Mapping[str, Mapping[str, Any]], routing: Sequence[Mapping[str, Any]]) -> int:
+    """Number of experts that any figure shows."""
+    of_loads = [len(layer["load"][0]) for layer in loads.values() if len(layer["load"])]
+    of_maps = [int(np.max(grid)) + 1 for example in routing for grid in example["layers"].values() if np.size(grid)]
+    return max([*of_loads, *of_maps], default=0)
+
+
+def _routing(example: Mapping[str, Any]) -> dict[str, Any]:
+    caption, image = svg.shorten(example["caption"], pictures.MOST_CAPTION_CHARACTERS), example["image"]
+    maps = [
+        (layer_title(name).removeprefix("Image tower, "), Markup(pictures.routing_map(image, grid, layer_title(name))))
+        for name, grid in example["layers"].items()
+    ]
+    return {"caption": caption, "maps": [("picture", Markup(pictures.picture(image, caption, 144))), *maps]}
+
+
+def _retrievals(found: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    names = dict(tables.ARMS)
+    return [
+        Markup(
+            pictures.retrieval_row(
+                one["caption"], one["target"], one["retrieved"], one["rank"], names.get(one["model"], one["model"])
+            )
+        )
+        for one in found[:MOST_RETRIEVALS]
+    ]
+
+
+def _data(report: Mapping[str, Any], notes: Mapping[str, Any]) -> dict[str, Any]:
+    licences = [
+        {**licence, "url": url if str(url := licence.get("url") or "").startswith(("https://", "http://")) else None}
+        for licence in notes.get("licences", ())
+    ]
+    name = svg.shorten(dig(report, "data", "name") or MISSING, 60)
+    return {"name": name, "splits": notes.get("splits", {}), "licences": licences, "left_out": notes.get("left_out")}
+
+
+def _markup_or_none(table: tables.Table) -> Markup | None:
+    return Markup(tables.as_html(table, "R@1 on the other splits")) if table.columns else None
+
+
+def _commands(report: Mapping[str, Any]) -> list[str]:
+    given = report.get("commands") or ["make demo"]
+    values = [given] if isinstance(given, str) else given.values() if isinstance(given, Mapping) else given
+    return [svg.shorten(command, _LONGEST_VALUE) for command in values]
+
+
+def _extras(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Everything in the report that is shown nowhere else, in groups: versions, machine, options."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key, value in report.items():
+        if key not in _KNOWN:
+            group = key if isinstance(value, Mapping) else "run"
+            groups.setdefault(group, []).extend(_flatten("" if isinstance(value, Mapping) else key, value))
+    for arm, name in tables.ARMS:
+        entry = report.get(arm)
+        known = entry if isinstance(entry, Mapping) else {}
+        for key, value in known.items():
+            if key not in _KNOWN_OF_ARM:
+                groups.setdefault(name, []).extend(_flatten(key, value))
+    return [(name, _cut(rows)) for name, rows in groups.items()]
+
+
+def _cut(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    if len(rows) <= _MOST_EXTRAS:
+        return rows
+    return [*rows[:_MOST_EXTRAS], ("…", f"{len(rows) - _MOST_EXTRAS} more in report.json")]
+
+
+def _flatten(path: str, value: Any) -> list[tuple[str, str]]:
+    if not isinstance(value, Mapping):
+        return [(path, svg.shorten(value, _LONGEST_VALUE))]
+    return [row for key, inner in value.items() for row in _flatten(f"{path}.{key}" if path else str(key), inner)]
+
+
+def _float(value: Any) -> float:
+    found = number(value)
+    return float("nan") if found is None else found

@@ -1,0 +1,183 @@
+"""From options to what a run is made of: the model, the data, the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import models
+from ..evaluate.precision import Precision
+from ..evaluate.retrieval import evaluate_retrieval
+from ..upcycle import upcycle
+from .distributed import Ranks
+from .openclip import SIGLIP_INIT
+from .options import TrainOptions
+from .step import Batch
+
+
+class Built(NamedTuple):
+    """A model and what belongs to it; ``None`` for what the caller did not give and nothing needs."""
+
+    model: nn.Module
+    preprocess_train: Callable[[Any], torch.Tensor] | None
+    preprocess_val: Callable[[Any], torch.Tensor] | None
+    tokenizer: Callable[[list[str]], torch.Tensor] | None
+    model_cfg: dict[str, Any] | None
+    """open_clip's architecture config; None when the model was passed in and ``options.model`` does not name it."""
+
+
+def build_model(
+    options: TrainOptions,
+    device: torch.device,
+    precision: Precision,
+    model: nn.Module | None = None,
+    preprocess: Any = None,
+    tokenizer: Any = None,
+) -> Built:
+    """The model on its device, made sparse when ``options.moe`` says so.
+
+    Args:
+        model: one that is built already; ``options.model`` then only names its architecture, for saving.
+        preprocess: the transform of training and validation images, or a pair of them.
+    """
+    train_transform, val_transform = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
+    if model is None:
+        model, model_cfg, transforms, tokenizer = _create(options, device, precision, tokenizer)
+        train_transform, val_transform = train_transform or transforms[0], val_transform or transforms[1]
+    else:
+        model = model.to(device)
+        model_cfg = None if options.model is None else models.get_model_config(options.model)
+    if options.moe:
+        model = upcycle(model, options.moe_cfg, inplace=True)
+    if options.siglip and getattr(model, "logit_bias", None) is None:
+        raise ValueError(
+            "siglip needs a model with a logit_bias, which this one lacks; train a fresh one by name, or create it "
+            f"with {', '.join(f'{key}={value:.4g}' for key, value in SIGLIP_INIT.items())}"
+        )
+    if options.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return Built(model, train_transform, val_transform, tokenizer, model_cfg)
+
+
+def _create(options: TrainOptions, device: torch.device, precision: Precision, tokenizer: Any) -> tuple[Any, ...]:
+    name, pretrained = options.model, options.pretrained
+    if pretrained is not None and Path(pretrained).is_dir():
+        if name is not None and models.get_model_config(name) != models.get_model_config(pretrained):
+            raise ValueError(
+                f"model is {name!r}, but the directory pretrained={pretrained!r} holds another architecture; leave "
+                "model out"
+            )
+        name, pretrained = pretrained, None
+    if name is None:
+        raise ValueError("model is missing: pass a name that open_clip knows, or a directory with a saved model")
+    model_cfg = models.get_model_config(name)
+    fresh = pretrained is None and models.model_directory(name) is None
+    init = SIGLIP_INIT if options.siglip and fresh else {}
+    model, *transforms = models.create_model_and_transforms(
+        name, pretrained, precision=precision, device=device, output_dict=True, **init
+    )
+    return model, {**model_cfg, **init}, transforms, tokenizer or models.get_tokenizer(name)
+
+
+class Epochs:
+    """Training data as steps: lists of ``accum_freq`` batches of (images [B, 3, H, W], texts [B, context_length])."""
+
+    def __init__(self, loader: Any, accum_freq: int) -> None:
+        """
+        Args:
+            loader: open_clip's DataInfo, or anything with a length that can be iterated again and again.
+
+        Raises:
+            ValueError: fewer than ``accum_freq`` batches an epoch.
+        """
+        self._info = loader
+        self._batches = getattr(loader, "dataloader", loader)
+        self._accum_freq = accum_freq
+        count = getattr(self._batches, "num_batches", None)
+        count = len(self._batches) if count is None else count
+        self.steps = count // accum_freq
+        if self.steps == 0:
+            raise ValueError(
+                f"the training data gives {count} batches an epoch, too few for a step of {accum_freq}; lower "
+                "batch_size or accum_freq, or pass more data"
+            )
+
+    def epoch(self, epoch: int) -> Iterator[list[Batch]]:
+        """An epoch's steps; batches left over at its end are not used."""
+        if hasattr(self._info, "set_epoch"):
+            self._info.set_epoch(epoch)
+        group: list[Batch] = []
+        for images, texts in self._batches:
+            group.append((images, texts))
+            if len(group) == self._accum_freq:
+                yield group
+                group = []
+
+    @property
+    def skipped(self) -> int:
+        """Samples that could not be read so far."""
+        return int(getattr(self._info, "skipped", 0) or 0)
+
+
+def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> Any:
+    """open_clip's loader over ``options.train_data``."""
+    from ..data.loaders import train_loader
+
+    if options.train_data is None:
+        raise ValueError("train_data is missing: pass a CSV file or WebDataset shards (or a loader, in Python)")
+    _needs(built, built.preprocess_train)
+    return train_loader(
+        options.train_data,
+        built.preprocess_train,
+        built.tokenizer,
+        options.batch_size,
+        options.workers,
+        options.seed,
+        dataset_type=options.dataset_type,
+        csv_separator=options.csv_separator,
+        csv_img_key=options.csv_img_key,
+        csv_caption_key=options.csv_caption_key,
+        train_num_samples=options.train_num_samples,
+        dataset_resampled=options.dataset_resampled,
+        world_size=ranks.world_size,
+        rank=ranks.rank,
+        distributed=ranks.several,
+        cache=options.cache_data,
+        epoch=epoch,
+    )
+
+
+def build_validation(
+    options: TrainOptions, built: Built, precision: Precision
+) -> Callable[[nn.Module], dict[str, Any]] | None:
+    """Retrieval on ``options.val_data``, as a function of the model."""
+    if options.val_data is None:
+        return None
+    from ..data.loaders import eval_samples
+
+    _needs(built, built.preprocess_val)
+
+    def samples() -> Iterable[Any]:
+        return eval_samples(
+            options.val_data,
+            built.preprocess_val,
+            csv_separator=options.csv_separator,
+            csv_img_key=options.csv_img_key,
+            csv_caption_key=options.csv_caption_key,
+        )
+
+    def validate(model: nn.Module) -> dict[str, Any]:
+        return evaluate_retrieval(
+            model, samples(), built.tokenizer, batch_size=options.batch_size, by="group", precision=precision
+        )
+
+    return validate
+
+
+def _needs(built: Built, preprocess: Any) -> None:
+    if preprocess is None or built.tokenizer is None:
+        raise ValueError("to read data, a model that is passed in needs its preprocess and tokenizer passed too")

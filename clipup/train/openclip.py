@@ -1,0 +1,56 @@
+"""The trainer's contact with open_clip and open_clip_train: losses, schedules, and how processes find each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip_train.distributed import init_distributed_device_so, is_using_distributed
+from open_clip_train.scheduler import const_lr, cosine_lr
+from torch import Tensor, nn
+
+from .options import TrainOptions
+
+LOGIT_SCALE_MAX = math.log(100)
+"""The logit scale is kept between 1 and 100, as in CLIP."""
+SIGLIP_INIT = {"init_logit_scale": math.log(10), "init_logit_bias": -10}
+"""What a fresh model starts from under the sigmoid loss (arXiv 2303.15343, section 3.2)."""
+
+__all__ = [
+    "LOGIT_SCALE_MAX",
+    "SIGLIP_INIT",
+    "contrastive_loss",
+    "features_of",
+    "init_distributed_device_so",
+    "is_using_distributed",
+    "schedule",
+]
+
+
+def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], float]:
+    """A function of the step that sets the learning rate of every group."""
+    make = {"cosine": cosine_lr, "const": const_lr}[options.lr_scheduler]
+    return make(optimizer, options.lr, options.warmup, total_steps)
+
+
+def contrastive_loss(options: TrainOptions, rank: int, world_size: int) -> nn.Module:
+    """ClipLoss or SigLipLoss over the batch of all ranks."""
+    if options.siglip:
+        return SigLipLoss(rank=rank, world_size=world_size)
+    return ClipLoss(
+        local_loss=options.local_loss,
+        gather_with_grad=options.gather_with_grad,
+        cache_labels=True,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def features_of(output: Any) -> dict[str, Tensor]:
+    """A CLIP forward's output by open_clip's names, whether the model returns a dict or a tuple."""
+    if isinstance(output, dict):
+        return dict(output)
+    return dict(zip(("image_features", "text_features", "logit_scale", "logit_bias"), output, strict=False))

@@ -1,0 +1,146 @@
+"""Options of a training run. A name that open_clip_train has means what it means there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import MoEConfig
+from ..evaluate.precision import Precision, default_device
+
+
+@dataclass
+class TrainOptions:
+    """Trains a CLIP, dense or sparse, on image-text pairs.
+
+    Example: clipup train --model ViT-B-16 --pretrained laion2b_s34b_b88k --moe --train-data 'data/{000..099}.tar'
+    --train-num-samples 1000000 --batch-size 512 --lr 5e-5 --warmup 500 --steps 20000 --name b16-moe
+    """
+
+    model: str | None = None
+    """A model that open_clip knows, or a directory that clipup saved (dense or sparse)."""
+    pretrained: str | None = None
+    """Tag or file of open_clip weights for a model known by name, or a directory with weights. None: random weights."""
+    moe: bool = False
+    """Make the model sparse before training, with the options of MoEConfig below."""
+    moe_cfg: MoEConfig = field(default_factory=MoEConfig.clip_up)
+    """The sparse layers that --moe makes; the defaults are CLIP-UP's recipe."""
+
+    train_data: str | None = None
+    """CSV file, or WebDataset shards ("data/{000..099}.tar", several joined by "::")."""
+    train_num_samples: int | None = None
+    """Samples in an epoch, for WebDataset shards without a sizes.json."""
+    dataset_type: Literal["webdataset", "csv", "auto"] = "auto"
+    """What train_data is; auto goes by its ending."""
+    dataset_resampled: bool = False
+    """Draw shards with replacement."""
+    csv_separator: str = "\t"
+    """Separates the columns of a CSV file."""
+    csv_img_key: str = "filepath"
+    """Column with the paths of the images."""
+    csv_caption_key: str = "title"
+    """Column with the captions."""
+    cache_data: bool = False
+    """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
+    val_data: str | None = None
+    """CSV file or shards for retrieval after every val_frequency epochs and at the end."""
+    val_frequency: int = 1
+    """Epochs between two evaluations; 0 evaluates at the end only."""
+    workers: int = 4
+    """Data loader processes a rank."""
+
+    batch_size: int = 64
+    """Images in a batch, a rank."""
+    accum_freq: int = 1
+    """Batches a step: the loss is over all of them, the memory that of one."""
+    epochs: int = 32
+    """Passes over the training data."""
+    steps: int | None = None
+    """Optimizer steps after which to stop, whatever epochs says."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """AdamW's first beta."""
+    beta2: float = 0.98
+    """AdamW's second beta."""
+    eps: float = 1e-6
+    """AdamW's epsilon."""
+    wd: float = 0.2
+    """Weight decay of matrices; biases, norms and the logit scale have none."""
+    warmup: int = 10000
+    """Steps over which the learning rate rises to lr."""
+    lr_scheduler: Literal["cosine", "const"] = "cosine"
+    """After warm-up: down to 0 along a cosine, or constant."""
+    skip_scheduler: bool = False
+    """Keep lr as it is, without warm-up."""
+    grad_clip_norm: float | None = None
+    """Largest norm of the gradient; None leaves it alone."""
+    siglip: bool = False
+    """Sigmoid loss (SigLIP) in place of the softmax loss (CLIP)."""
+    local_loss: bool = True
+    """Several ranks: every rank computes the logits of its own images and texts only."""
+    gather_with_grad: bool = True
+    """Several ranks: gradients flow through gathered features. Without it and local_loss the contrastive gradient is
+    1/ranks of the true one, while the router's losses keep their size."""
+    precision: Precision | None = None
+    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (the model itself). None: amp on CUDA, else
+    fp32."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    device: str = field(default_factory=default_device)
+    """cpu, cuda or cuda:N."""
+    dist_backend: str | None = None
+    """torch.distributed backend under torchrun. None: nccl on CUDA, gloo on CPU."""
+    seed: int = 0
+    """Seed of weights, data order and noise."""
+
+    logs: str | None = "./logs"
+    """Directory of runs. None (in Python only) writes nothing."""
+    name: str | None = None
+    """Name of the run, a directory under logs. None: date, model and learning rate."""
+    resume: str | None = None
+    """"latest" or the path of a checkpoint: go on from there."""
+    force: bool = False
+    """Throw away a run of the same name instead of refusing to start."""
+    save_frequency: int = 1
+    """Epochs between two kept checkpoints (epoch_K.pt); 0 keeps none but the latest."""
+    save_most_recent: bool = True
+    """Write epoch_latest.pt after every epoch."""
+    save_every_n_steps: int = 0
+    """Write epoch_latest.pt after every n steps too; 0 does not."""
+    delete_previous_checkpoint: bool = False
+    """Delete the epoch_K.pt before the one just written."""
+    log_every_n_steps: int = 1
+    """Steps between two lines of metrics.jsonl."""
+    report_to: Literal["", "tensorboard"] = ""
+    """tensorboard writes the metrics for TensorBoard too."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("seed", "warmup", "workers", "val_frequency", "save_frequency", "save_every_n_steps", "wd", "eps"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("steps", "train_num_samples"):
+            self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
+        self._check("grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive, or None")
+        for name in ("beta1", "beta2"):
+            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        if self.name is not None:
+            self._check("name", Path(self.name).name == self.name, "the name of a directory, without separators")
+        if self.resume == "latest" and (self.logs is None or self.name is None):
+            raise ValueError("resume='latest' needs logs and name, which say where the checkpoints are")
+
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def to_json(self) -> str:
+        """All options, for the record beside a run."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["moe_cfg"] = self.moe_cfg.to_dict() if self.moe else None
+        return json.dumps(values, indent=2) + "\n"

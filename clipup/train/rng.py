@@ -1,0 +1,58 @@
+"""The random number generators of a process: seeding, saving, putting back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int, *more: int) -> None:
+    """Seeds Python, NumPy and torch from whole numbers >= 0 (a run's seed, an epoch, a rank, say)."""
+    mixed = int(np.random.SeedSequence((seed, *more)).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def torch_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's generators of the CPU and the device."""
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_torch_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def get_state(device: torch.device) -> dict[str, Any]:
+    """All generators, as values that ``torch.load(weights_only=True)`` reads."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)
+    return {"python": random.getstate(), "numpy": numpy_state, **torch_state(device)}
+
+
+def set_state(state: dict[str, Any], device: torch.device) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    set_torch_state(state, device)
+
+
+@contextmanager
+def preserved(device: torch.device) -> Iterator[None]:
+    """Puts all generators back at the end, so that what happens inside cannot change a run."""
+    state = get_state(device)
+    try:
+        yield
+    finally:
+        set_state(state, device)

@@ -1,0 +1,123 @@
+"""One optimizer step on one batch, or on several with the memory of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..evaluate.precision import Precision, autocast, image_dtype
+from ..moe import aux_loss
+from .openclip import LOGIT_SCALE_MAX, features_of
+from .rng import set_torch_state, torch_state
+
+Batch = tuple[Tensor, Tensor]
+_FEATURES = ("image_features", "text_features")
+_SCALES = ("logit_scale", "logit_bias")
+
+
+class StepLosses(NamedTuple):
+    """0-d tensors on the device, without graph."""
+
+    contrastive: Tensor
+    aux: Tensor
+    """Weighted losses of the sparse layers; 0 for a dense model."""
+    logit_scale: Tensor
+    """The factor in front of the cosine, at the forward."""
+
+
+class TrainStep:
+    """Forward, backward, update. ``step([batch])`` or, for accumulation, ``step([batch, batch, ...])``.
+
+    Accumulation is that of open_clip (GradCache, arXiv 2101.06983): features of all batches without gradient, then each
+    batch's forward again with gradient, against the cached features of the others. Unlike there, the second forward
+    draws the random numbers of the first, and the logit scale's gradient is counted once, so the step is that of one
+    big batch. Routing capacity and the layers' losses are per batch; the losses are averaged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        precision: Precision = "fp32",
+        grad_clip_norm: float | None = None,
+    ) -> None:
+        self.model = model
+        self.module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.loss = loss
+        self.optimizer = optimizer
+        self.device = device
+        self.precision: Precision = precision
+        self.grad_clip_norm = grad_clip_norm
+        self.scaler = torch.amp.GradScaler(device.type) if precision == "amp" else None
+
+    def __call__(self, batches: Sequence[Batch]) -> StepLosses:
+        self.optimizer.zero_grad()
+        on_device = [self._to_device(*batch) for batch in batches]
+        losses = self._plain(*on_device[0]) if len(on_device) == 1 else self._accumulated(on_device)
+        self._update()
+        return losses
+
+    def _plain(self, images: Tensor, texts: Tensor) -> StepLosses:
+        with autocast(self.precision, self.device):
+            output = features_of(self.model(images, texts))
+            contrastive = self._contrastive(output, output)
+        aux = aux_loss(self.module)
+        self._backward(contrastive + aux)
+        return StepLosses(contrastive.detach(), aux.detach(), output["logit_scale"].detach())
+
+    def _accumulated(self, batches: list[Batch]) -> StepLosses:
+        cached, states = [], []
+        with torch.no_grad(), autocast(self.precision, self.device):
+            for images, texts in batches:
+                states.append(torch_state(self.device))
+                cached.append(features_of(self.module(images, texts)))
+        losses = []
+        for index, (images, texts) in enumerate(batches):
+            last = index == len(batches) - 1
+            set_torch_state(states[index], self.device)
+            with nullcontext() if last else self._without_sync():
+                with autocast(self.precision, self.device):
+                    output = features_of(self.model(images, texts))
+                    around = [*cached[:index], output, *cached[index + 1 :]]
+                    features = {name: torch.cat([part[name] for part in around]) for name in _FEATURES}
+                    scales = output if last else {name: value.detach() for name, value in output.items()}
+                    contrastive = self._contrastive(features, scales)
+                aux = aux_loss(self.module) / len(batches)
+                self._backward(contrastive + aux)
+            losses.append((contrastive.detach(), aux.detach()))
+        contrastives, auxes = zip(*losses, strict=True)
+        return StepLosses(torch.stack(contrastives).mean(), torch.stack(auxes).sum(), output["logit_scale"].detach())
+
+    def _contrastive(self, features: dict[str, Tensor], scales: dict[str, Tensor]) -> Tensor:
+        inputs = {name: features[name] for name in _FEATURES}
+        return self.loss(**inputs, **{name: scales[name] for name in _SCALES if name in scales})
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def _update(self) -> None:
+        if self.grad_clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        with torch.no_grad():
+            self.module.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+
+    def _to_device(self, images: Tensor, texts: Tensor) -> Batch:
+        images = images.to(device=self.device, dtype=image_dtype(self.precision), non_blocking=True)
+        return images, texts.to(device=self.device, non_blocking=True)
+
+    def _without_sync(self) -> Any:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,137 @@
+// The Python module clipup_kernels._C: addresses come as integers (0: a null pointer), every call releases
+// the GIL, std::invalid_argument becomes ValueError. moe.h says what the functions do.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "moe.h"
+#ifdef CLIPUP_WITH_CUDA
+#include "moe_cuda.h"
+#endif
+
+namespace py = pybind11;
+using py::literals::operator""_a;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr)
+}
+
+const auto floats = at<const float>;
+const auto ints = at<const std::int32_t>;
+const auto flags = at<const std::uint8_t>;
+const auto anything = at<const void>;
+const auto out_floats = at<float>;
+const auto out_ints = at<std::int32_t>;
+const auto out_anything = at<void>;
+
+void topk_gating(Address logits, Address mask, Address selection_bias, Size T, Size E, Size K,
+                 bool renormalize, Address gates, Address experts, Address top_prob, Address mean_probs,
+                 Address z_loss, Address picks) {
+  clipup::topk_gating(floats(logits), flags(mask), floats(selection_bias), T, E, K, renormalize,
+                      out_floats(gates), out_ints(experts), out_floats(top_prob), out_floats(mean_probs),
+                      out_floats(z_loss), out_ints(picks));
+}
+
+void topk_gating_backward(Address logits, Address mask, Address experts, Size T, Size E, Size K,
+                          bool renormalize, Address d_gates, Address d_top_prob, Address d_mean_probs,
+                          Address d_z_loss, Address d_logits) {
+  clipup::topk_gating_backward(floats(logits), flags(mask), ints(experts), T, E, K, renormalize,
+                               floats(d_gates), floats(d_top_prob), floats(d_mean_probs), floats(d_z_loss),
+                               out_floats(d_logits));
+}
+
+void dispatch(Address experts, Address mask, Address priority, Size T, Size K, Size E, double capacity_factor,
+              Address offsets, Address choice_of_row, Address row_of_choice) {
+  clipup::dispatch(ints(experts), flags(mask), floats(priority), T, K, E, capacity_factor, out_ints(offsets),
+                   out_ints(choice_of_row), out_ints(row_of_choice));
+}
+
+void permute(Address x, Size row_bytes, Address choice_of_row, Address rows_used, Size R, Size K,
+             Address rows) {
+  clipup::permute(anything(x), row_bytes, ints(choice_of_row), ints(rows_used), R, K, out_anything(rows));
+}
+
+void gather_sum(Address rows, int dtype, Address row_of_choice, Address gates, Size T, Size K, Size D,
+                Address y) {
+  clipup::gather_sum(anything(rows), clipup::DType{dtype}, ints(row_of_choice), floats(gates), T, K, D,
+                     out_anything(y));
+}
+
+void combine_backward(Address dy, Address rows, int dtype, Address gates, Address row_of_choice, Size T,
+                      Size K, Size D, Address rows_used, Size R, Address d_rows, Address d_gates) {
+  clipup::combine_backward(anything(dy), anything(rows), clipup::DType{dtype}, floats(gates),
+                           ints(row_of_choice), T, K, D, ints(rows_used), R, out_anything(d_rows),
+                           out_floats(d_gates));
+}
+
+#ifdef CLIPUP_WITH_CUDA
+void cuda_permute(Address x, Size row_bytes, Address choice_of_row, Address rows_used, Size R, Size K,
+                  Address rows, Address stream) {
+  clipup::cuda::permute(anything(x), row_bytes, ints(choice_of_row), ints(rows_used), R, K,
+                        out_anything(rows), out_anything(stream));
+}
+
+void cuda_gather_sum(Address rows, int dtype, Address row_of_choice, Address gates, Size T, Size K, Size D,
+                     Address y, Address stream) {
+  clipup::cuda::gather_sum(anything(rows), clipup::DType{dtype}, ints(row_of_choice), floats(gates), T, K, D,
+                           out_anything(y), out_anything(stream));
+}
+
+void cuda_combine_backward(Address dy, Address rows, int dtype, Address gates, Address row_of_choice, Size T,
+                           Size K, Size D, Address rows_used, Size R, Address d_rows, Address d_gates,
+                           Address stream) {
+  clipup::cuda::combine_backward(anything(dy), anything(rows), clipup::DType{dtype}, floats(gates),
+                                 ints(row_of_choice), T, K, D, ints(rows_used), R, out_anything(d_rows),
+                                 out_floats(d_gates), out_anything(stream));
+}
+
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
+#ifdef _OPENMP
+constexpr bool kOpenMP = true;
+#else
+constexpr bool kOpenMP = false;
+#endif
+
+py::dict build_info() {
+  return py::dict("version"_a = CLIPUP_VERSION, "compiler"_a = CLIPUP_COMPILER, "openmp"_a = kOpenMP,
+                  "cuda"_a = kCuda, "cuda_archs"_a = py::str(CLIPUP_CUDA_ARCHS).attr("split")());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Native ops of clipup_kernels. Arguments are addresses and sizes; see csrc/moe.h.";
+  m.def("topk_gating", &topk_gating, WithoutGil(), "logits"_a, "mask"_a, "selection_bias"_a, "T"_a, "E"_a,
+        "K"_a, "renormalize"_a, "gates"_a, "experts"_a, "top_prob"_a, "mean_probs"_a, "z_loss"_a, "picks"_a);
+  m.def("topk_gating_backward", &topk_gating_backward, WithoutGil(), "logits"_a, "mask"_a, "experts"_a, "T"_a,
+        "E"_a, "K"_a, "renormalize"_a, "d_gates"_a, "d_top_prob"_a, "d_mean_probs"_a, "d_z_loss"_a,
+        "d_logits"_a);
+  m.def("dispatch", &dispatch, WithoutGil(), "experts"_a, "mask"_a, "priority"_a, "T"_a, "K"_a, "E"_a,
+        "capacity_factor"_a, "offsets"_a, "choice_of_row"_a, "row_of_choice"_a);
+  m.def("permute", &permute, WithoutGil(), "x"_a, "row_bytes"_a, "choice_of_row"_a, "rows_used"_a, "R"_a,
+        "K"_a, "rows"_a);
+  m.def("gather_sum", &gather_sum, WithoutGil(), "rows"_a, "dtype"_a, "row_of_choice"_a, "gates"_a, "T"_a,
+        "K"_a, "D"_a, "y"_a);
+  m.def("combine_backward", &combine_backward, WithoutGil(), "dy"_a, "rows"_a, "dtype"_a, "gates"_a,
+        "row_of_choice"_a, "T"_a, "K"_a, "D"_a, "rows_used"_a, "R"_a, "d_rows"_a, "d_gates"_a);
+#ifdef CLIPUP_WITH_CUDA
+  m.def("cuda_permute", &cuda_permute, WithoutGil(), "x"_a, "row_bytes"_a, "choice_of_row"_a, "rows_used"_a,
+        "R"_a, "K"_a, "rows"_a, "stream"_a);
+  m.def("cuda_gather_sum", &cuda_gather_sum, WithoutGil(), "rows"_a, "dtype"_a, "row_of_choice"_a, "gates"_a,
+        "T"_a, "K"_a, "D"_a, "y"_a, "stream"_a);
+  m.def("cuda_combine_backward", &cuda_combine_backward, WithoutGil(), "dy"_a, "rows"_a, "dtype"_a, "gates"_a,
+        "row_of_choice"_a, "T"_a, "K"_a, "D"_a, "rows_used"_a, "R"_a, "d_rows"_a, "d_gates"_a, "stream"_a);
+#endif
+  m.def("build_info", &build_info);
+}

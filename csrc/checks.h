@@ -1,0 +1,56 @@
+// Argument checks that several stages share. Each throws std::invalid_argument with the name of the argument.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace clipup {
+
+inline void check(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+inline void check_size(const char* name, std::int64_t size, std::int64_t smallest) {
+  check(size >= smallest, std::string(name) + ": expected at least " + std::to_string(smallest) + ", got " +
+                              std::to_string(size));
+}
+
+// A row is numbered by an int32.
+inline void check_row_count(std::int64_t T, std::int64_t K) {
+  check_size("T", T, 0);
+  check_size("K", K, 0);
+  check(K == 0 || T <= std::numeric_limits<std::int32_t>::max() / K,
+        "T*K: expected fewer than 2^31 rows, got " + std::to_string(T) + " tokens of " + std::to_string(K) +
+            " choices");
+}
+
+// `permute` moves R rows of row_bytes bytes, K rows a token.
+inline void check_permute_sizes(std::int64_t row_bytes, std::int64_t R, std::int64_t K) {
+  check_size("row_bytes", row_bytes, 0);
+  check_size("R", R, 0);
+  check_size("K", K, R > 0 ? 1 : 0);
+  check(R == 0 || R % K == 0,
+        "R: expected a multiple of K = " + std::to_string(K) + ", got " + std::to_string(R));
+  check_row_count(R, 1);
+}
+
+inline void check_pointer(const char* name, const void* pointer, std::int64_t elements) {
+  check(pointer != nullptr || elements == 0, std::string(name) + ": expected an array of " +
+                                                 std::to_string(elements) + " elements, got a null pointer");
+}
+
+// Throws unless lowest <= values[i] < end for every i.
+inline void check_values(const char* name, const std::int32_t* values, std::int64_t count,
+                         std::int32_t lowest, std::int64_t end) {
+  const auto* bad = std::find_if(values, values + count,
+                                 [=](std::int32_t value) { return value < lowest || value >= end; });
+  if (bad == values + count) return;
+  throw std::invalid_argument(std::string(name) + ": expected values from " + std::to_string(lowest) +
+                              " to " + std::to_string(end - 1) + ", got " + std::to_string(*bad) +
+                              " at position " + std::to_string(bad - values));
+}
+
+}  // namespace clipup

@@ -1,0 +1,46 @@
+// The one place that knows how work is spread over threads. Callers split their work into items whose results
+// do not depend on who computes them, so every result is the same for every number of threads.
+#pragma once
+
+#include <cstdint>
+
+#ifdef CLIPUP_STD_THREADS
+#include <thread>
+#include <vector>
+#endif
+
+namespace clipup {
+
+// Calls body(i) once for every i in [0, n); in parallel when n >= `parallel_n`. `body` must not throw.
+//
+// OpenMP where the build has it (the Python module then shares torch's thread pool), a plain loop elsewhere.
+// CLIPUP_STD_THREADS is for the thread sanitizer, which understands std::thread but not gcc's OpenMP runtime.
+template <class Body>
+void parallel_for(std::int64_t n, std::int64_t parallel_n, const Body& body) {
+#ifdef CLIPUP_STD_THREADS
+  constexpr std::int64_t kThreads = 4;
+  std::vector<std::thread> threads;
+  for (std::int64_t thread = 0; n >= parallel_n && thread < kThreads; ++thread) {
+    threads.emplace_back([&body, n, thread] {
+      for (std::int64_t i = thread; i < n; i += kThreads) body(i);
+    });
+  }
+  for (std::int64_t i = 0; n < parallel_n && i < n; ++i) body(i);
+  for (std::thread& thread : threads) thread.join();
+#else
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) if (n >= parallel_n)
+#endif
+  for (std::int64_t i = 0; i < n; ++i) body(i);
+#endif
+}
+
+// Number of rows of `row_bytes` bytes from which spreading them over threads pays for waking the threads.
+inline std::int64_t parallel_from(std::int64_t row_bytes) {
+  constexpr std::int64_t kBytes = 1 << 16;
+  return kBytes / (row_bytes + 1) + 2;
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace clipup

@@ -1,0 +1,187 @@
+// Gating: softmax over the experts, the K best of them, and their gradient.
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "../checks.h"
+#include "../moe.h"
+#include "parallel.h"
+
+namespace clipup {
+namespace {
+
+// Sums over tokens are taken in blocks of this size, whose partial sums are added in order.
+constexpr std::int64_t kBlock = 256;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// Writes softmax(logits) to `probs`; returns logsumexp(logits).
+float softmax(const float* logits, std::int64_t E, float* probs) {
+  float highest = kMinusInfinity;
+  for (std::int64_t e = 0; e < E; ++e) highest = std::max(highest, logits[e]);
+  float sum = 0.0F;
+  for (std::int64_t e = 0; e < E; ++e) sum += probs[e] = std::exp(logits[e] - highest);
+  for (std::int64_t e = 0; e < E; ++e) probs[e] /= sum;
+  return highest + std::log(sum);
+}
+
+// Writes the K experts of the highest scores, highest first, ties to the lowest expert.
+// `taken` is scratch of E flags. A NaN counts as minus infinity, so the choices are distinct and in [0, E).
+void choose(const float* scores, std::int64_t E, std::int64_t K, std::uint8_t* taken, std::int32_t* experts) {
+  std::fill_n(taken, E, std::uint8_t{0});
+  for (std::int64_t k = 0; k < K; ++k) {
+    std::int64_t best = -1;
+    float best_score = kMinusInfinity;
+    for (std::int64_t e = 0; e < E; ++e) {
+      if (taken[e] == 0 && (best < 0 || scores[e] > best_score)) {
+        best = e;
+        best_score = std::isnan(scores[e]) ? kMinusInfinity : scores[e];
+      }
+    }
+    taken[best] = 1;
+    experts[k] = static_cast<std::int32_t>(best);
+  }
+}
+
+// What the gates are divided by. An underflow of every chosen probability gives gates of 0, not NaN.
+float gate_divisor(const float* probs, const std::int32_t* experts, std::int64_t K, bool renormalize) {
+  if (!renormalize) return 1.0F;
+  float sum = 0.0F;
+  for (std::int64_t k = 0; k < K; ++k) sum += probs[experts[k]];
+  return std::max(sum, FLT_MIN);
+}
+
+std::int64_t count_participating(const std::uint8_t* mask, std::int64_t T) {
+  return mask == nullptr ? T : T - std::count(mask, mask + T, std::uint8_t{0});
+}
+
+void check_gating_sizes(std::int64_t T, std::int64_t E, std::int64_t K) {
+  check_size("E", E, 1);
+  check_row_count(T, K);
+  check(K <= E, "K: expected at most E = " + std::to_string(E) + ", got " + std::to_string(K));
+}
+
+}  // namespace
+
+void topk_gating(const float* logits, const std::uint8_t* mask, const float* selection_bias, std::int64_t T,
+                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* experts,
+                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* picks) {
+  check_gating_sizes(T, E, K);
+  check_pointer("logits", logits, T * E);
+  check_pointer("gates", gates, T * K);
+  check_pointer("experts", experts, T * K);
+  check_pointer("top_prob", top_prob, T);
+  check_pointer("mean_probs", mean_probs, E);
+  check_pointer("z_loss", z_loss, 1);
+  check_pointer("picks", picks, K * E);
+
+  const std::int64_t blocks = ceil_div(T, kBlock);
+  std::vector<float> all_probs(blocks * E);
+  std::vector<float> all_scores(blocks * E);
+  std::vector<std::uint8_t> all_taken(blocks * E);
+  std::vector<double> sums(blocks * E);  // of the probabilities, by block
+  std::vector<double> z_sums(blocks);    // of logsumexp^2, by block
+
+  parallel_for(blocks, 2, [&](std::int64_t block) {
+    float* probs = all_probs.data() + block * E;
+    float* scores = all_scores.data() + block * E;
+    for (std::int64_t t = block * kBlock; t < std::min(T, (block + 1) * kBlock); ++t) {
+      float* gates_K = gates + t * K;
+      std::int32_t* experts_K = experts + t * K;
+      if (mask != nullptr && mask[t] == 0) {
+        std::fill_n(gates_K, K, 0.0F);
+        std::fill_n(experts_K, K, -1);
+        top_prob[t] = 0.0F;
+        continue;
+      }
+      const double log_sum = softmax(logits + t * E, E, probs);
+      for (std::int64_t e = 0; e < E; ++e) {
+        // Logits order the experts as their probabilities do, and still do where those underflow.
+        scores[e] = selection_bias == nullptr ? logits[t * E + e] : probs[e] + selection_bias[e];
+        sums[block * E + e] += probs[e];
+      }
+      z_sums[block] += log_sum * log_sum;
+      choose(scores, E, K, all_taken.data() + block * E, experts_K);
+      const float divisor = gate_divisor(probs, experts_K, K, renormalize);
+      for (std::int64_t k = 0; k < K; ++k) gates_K[k] = probs[experts_K[k]] / divisor;
+      top_prob[t] = *std::max_element(probs, probs + E);
+    }
+  });
+
+  const std::int64_t participating = count_participating(mask, T);
+  const double share = participating == 0 ? 0.0 : 1.0 / static_cast<double>(participating);
+  for (std::int64_t e = 0; e < E; ++e) {
+    double sum = 0.0;
+    for (std::int64_t block = 0; block < blocks; ++block) sum += sums[block * E + e];
+    mean_probs[e] = static_cast<float>(sum * share);
+  }
+  double z_sum = 0.0;
+  for (std::int64_t block = 0; block < blocks; ++block) z_sum += z_sums[block];
+  *z_loss = static_cast<float>(z_sum * share);
+
+  std::fill_n(picks, K * E, 0);
+  parallel_for(K, T < kBlock ? K + 1 : 2, [&](std::int64_t k) {
+    for (std::int64_t t = 0; t < T; ++t) {
+      if (experts[t * K + k] >= 0) ++picks[k * E + experts[t * K + k]];
+    }
+  });
+}
+
+void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* experts,
+                          std::int64_t T, std::int64_t E, std::int64_t K, bool renormalize,
+                          const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
+                          const float* d_z_loss, float* d_logits) {
+  check_gating_sizes(T, E, K);
+  check_pointer("logits", logits, T * E);
+  check_pointer("experts", experts, T * K);
+  check_pointer("d_logits", d_logits, T * E);
+  for (std::int64_t t = 0; t < T; ++t) {
+    if (mask == nullptr || mask[t] != 0) check_values("experts", experts + t * K, K, 0, E);
+  }
+
+  const std::int64_t blocks = ceil_div(T, kBlock);
+  const std::int64_t participating = count_participating(mask, T);
+  const float share = participating == 0 ? 0.0F : 1.0F / static_cast<float>(participating);
+  std::vector<float> all_probs(blocks * E);
+  std::vector<float> all_d_probs(blocks * E);
+
+  parallel_for(blocks, 2, [&](std::int64_t block) {
+    float* probs = all_probs.data() + block * E;
+    float* d_probs = all_d_probs.data() + block * E;
+    for (std::int64_t t = block * kBlock; t < std::min(T, (block + 1) * kBlock); ++t) {
+      float* d_logits_E = d_logits + t * E;
+      if (mask != nullptr && mask[t] == 0) {
+        std::fill_n(d_logits_E, E, 0.0F);
+        continue;
+      }
+      const std::int32_t* experts_K = experts + t * K;
+      const float* d_gates_K = d_gates == nullptr ? nullptr : d_gates + t * K;
+      const float log_sum = softmax(logits + t * E, E, probs);
+
+      for (std::int64_t e = 0; e < E; ++e)
+        d_probs[e] = d_mean_probs == nullptr ? 0.0F : d_mean_probs[e] * share;
+      if (d_top_prob != nullptr) d_probs[std::max_element(probs, probs + E) - probs] += d_top_prob[t];
+      if (d_gates_K != nullptr && !renormalize) {
+        for (std::int64_t k = 0; k < K; ++k) d_probs[experts_K[k]] += d_gates_K[k];
+      }
+      float inner = 0.0F;
+      for (std::int64_t e = 0; e < E; ++e) inner += probs[e] * d_probs[e];
+      const float d_log_sum = d_z_loss == nullptr ? 0.0F : *d_z_loss * 2.0F * log_sum * share;
+      for (std::int64_t e = 0; e < E; ++e) d_logits_E[e] = probs[e] * (d_probs[e] - inner + d_log_sum);
+
+      // Renormalised gates are the softmax over the chosen logits alone.
+      if (d_gates_K != nullptr && renormalize) {
+        const float divisor = gate_divisor(probs, experts_K, K, renormalize);
+        float mean = 0.0F;
+        for (std::int64_t k = 0; k < K; ++k) mean += probs[experts_K[k]] / divisor * d_gates_K[k];
+        for (std::int64_t k = 0; k < K; ++k) {
+          d_logits_E[experts_K[k]] += probs[experts_K[k]] / divisor * (d_gates_K[k] - mean);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace clipup

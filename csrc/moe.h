@@ -1,0 +1,98 @@
+// The native interface of clipup_kernels: token routing for Mixture-of-Experts layers on the CPU.
+//
+// Plain pointers and sizes; every array is dense and row-major. Axes, as everywhere in the project:
+//   T tokens, E experts, K choices a token, D model width, R = T*K rows, one a (token, choice) pair.
+//
+// A stage checks its arguments before it writes: std::invalid_argument names the argument, what came and what
+// was expected. Outputs are written whole. Sizes may be zero; an array without elements may be null. Every
+// result is the same to the bit from run to run and for every number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace clipup {
+
+// How the elements of rows are stored. Sums are taken in float whatever the storage.
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Softmax over the experts, the K best experts of every token, and what the losses are made of.
+//
+//   logits[T,E]          router logits; a NaN leads to NaN gates, never to an index outside [0, E)
+//   mask[T]              non-zero: the token takes part; null: all do. The others get gates 0, experts -1,
+//                        top_prob 0, and count nowhere
+//   selection_bias[E]    added to the probabilities for the choice alone, gates stay unbiased; null: none
+//
+// Choices are ordered by their scores, highest first: logits, or probabilities plus selection bias if given.
+// Ties go to the lowest expert, a NaN ranks as minus infinity.
+//
+//   gates[T,K]           probability of the choice; `renormalize`: over the sum of the token's choices
+//   experts[T,K]         expert of the choice, distinct within a token
+//   top_prob[T]          largest probability of the token
+//   mean_probs[E]        mean probability over the tokens that take part, 0 where none does
+//   z_loss[1]            mean of logsumexp(logits)^2 over the tokens that take part, 0 where none does
+//   picks[K,E]           how many tokens chose expert e as their k-th choice
+void topk_gating(const float* logits, const std::uint8_t* mask, const float* selection_bias, std::int64_t T,
+                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* experts,
+                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* picks);
+
+// Gradient of `topk_gating` with respect to the logits, the choices held constant.
+//
+//   logits, mask, renormalize   as in the forward pass
+//   experts[T,K]                as the forward pass wrote them
+//   d_gates[T,K], d_top_prob[T], d_mean_probs[E], d_z_loss[1]   incoming gradients; null stands for zero
+//   d_logits[T,E]               written; exactly 0 for tokens that take no part, whatever their logits are
+//
+// top_prob passes its gradient to the most probable expert, the lowest on ties.
+void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* experts,
+                          std::int64_t T, std::int64_t E, std::int64_t K, bool renormalize,
+                          const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
+                          const float* d_z_loss, float* d_logits);
+
+// Gives every (token, choice) pair a row, the rows of an expert next to each other, experts ascending: a
+// stable counting sort.
+//
+//   experts[T,K]         expert of the choice, -1 where there is none
+//   mask[T]              non-zero: the token takes part; null: all do. A token whose choices are all -1 does not
+//   priority[T]          who is served first: highest first, ties by position, NaN like minus infinity;
+//                        null: by position
+//   capacity_factor      f > 0: an expert takes at most ceil(f*K*N/E) rows, N the tokens that take part, in
+//                        double, from left to right; f < 0: no limit; 0 and NaN are refused
+//
+// Inside an expert all first choices come before any second choice, and so on; inside a choice tokens come in
+// the order of `priority`. What exceeds the capacity is dropped from the end of that order.
+//
+//   offsets[E+1]         rows of expert e are [offsets[e], offsets[e+1])
+//   choice_of_row[R]     t*K+k of the row, -1 past offsets[E]
+//   row_of_choice[T,K]   row of the choice, -1 where it was dropped or takes no part
+void dispatch(const std::int32_t* experts, const std::uint8_t* mask, const float* priority, std::int64_t T,
+              std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
+              std::int32_t* choice_of_row, std::int32_t* row_of_choice);
+
+// Gathers tokens into rows: rows[r] = x[choice_of_row[r] / K], and 0 past offsets[E].
+//
+//   x[R/K], rows[R]      elements of `row_bytes` bytes, whatever they hold
+//   choice_of_row[R]     as `dispatch` wrote it
+//   rows_used[1]         offsets[E]
+void permute(const void* x, std::int64_t row_bytes, const std::int32_t* choice_of_row,
+             const std::int32_t* rows_used, std::int64_t R, std::int64_t K, void* rows);
+
+// Sums every token's rows: y[t] = sum over k of gates[t,k] * rows[row_of_choice[t,k]], k ascending, sums in
+// float. A choice without a row adds nothing, a token without rows gets 0.
+//
+//   rows[T*K,D], y[T,D]  of type `dtype`
+//   row_of_choice[T,K]   as `dispatch` wrote it
+//   gates[T,K]           null: all are 1 (the backward pass of `permute`)
+void gather_sum(const void* rows, DType dtype, const std::int32_t* row_of_choice, const float* gates,
+                std::int64_t T, std::int64_t K, std::int64_t D, void* y);
+
+// Gradients of the gated `gather_sum`.
+//
+//   dy[T,D], rows[R,D]   of type `dtype`
+//   rows_used[1]         offsets[E]
+//   d_rows[R,D]          gates[t,k] * dy[t], of type `dtype`; 0 past offsets[E]
+//   d_gates[T,K]         <dy[t], rows[row_of_choice[t,k]]> in float; 0 for a choice without a row
+void combine_backward(const void* dy, const void* rows, DType dtype, const float* gates,
+                      const std::int32_t* row_of_choice, std::int64_t T, std::int64_t K, std::int64_t D,
+                      const std::int32_t* rows_used, std::int64_t R, void* d_rows, float* d_gates);
+
+}  // namespace clipup

@@ -1,0 +1,71 @@
+// What the native tests share: a check that prints, random numbers, and the arrays that the stages write.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace clipup::tests {
+
+// Counts and prints a failure, with the case that was running.
+void expect(bool holds, const char* file, int line, const char* text);
+#define EXPECT(condition) ::clipup::tests::expect((condition), __FILE__, __LINE__, #condition)
+
+// Names the case in failures that follow.
+void describe(const std::string& text);
+
+// How many threads the stages may use from now on.
+void set_threads(int threads);
+
+std::mt19937& random_engine();
+float uniform();                         // [0, 1)
+float normal();                          // mean 0, standard deviation 1
+std::int64_t integer(std::int64_t end);  // [0, end)
+
+inline bool close(double a, double b, double tolerance) {
+  return std::abs(a - b) <= tolerance * (1.0 + std::abs(b));
+}
+
+// The message of the std::invalid_argument that `function` throws; empty when it throws none.
+template <class Function>
+std::string refusal(const Function& function) {
+  try {
+    function();
+  } catch (const std::invalid_argument& error) {
+    return error.what();
+  }
+  return "";
+}
+
+inline bool starts_with(const std::string& text, const std::string& prefix) {
+  return text.compare(0, prefix.size(), prefix) == 0;
+}
+
+// A routing plan with guard values, so that an element which nobody wrote shows.
+struct Plan {
+  static constexpr std::int32_t kUnwritten = -12345;
+
+  Plan(std::int64_t T, std::int64_t K, std::int64_t E)
+      : offsets(E + 1, kUnwritten), choice_of_row(T * K, kUnwritten), row_of_choice(T * K, kUnwritten) {}
+
+  bool operator==(const Plan& other) const {
+    return offsets == other.offsets && choice_of_row == other.choice_of_row &&
+           row_of_choice == other.row_of_choice;
+  }
+
+  std::vector<std::int32_t> offsets;
+  std::vector<std::int32_t> choice_of_row;
+  std::vector<std::int32_t> row_of_choice;
+};
+
+// K distinct random experts for each of T tokens; each is -1 with probability `missing`.
+std::vector<std::int32_t> random_experts(std::int64_t T, std::int64_t K, std::int64_t E, float missing);
+
+void test_routing();
+void test_dispatch();
+void test_rows();
+
+}  // namespace clipup::tests

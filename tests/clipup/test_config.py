@@ -1,0 +1,83 @@
+import json
+
+import pytest
+
+from clipup import MoEConfig
+
+
+def test_clip_up_preset_is_the_recipe():
+    config = MoEConfig.clip_up()
+    assert (config.num_experts, config.top_k, config.capacity_factor, config.eval_capacity_factor) == (8, 2, 1.0, None)
+    assert (config.balance_weight, config.z_weight, config.balance) == (0.01, 1e-4, "top2")
+    assert (config.towers, config.blocks, config.normalize_gates) == (("image", "text"), "every_other", "before_drop")
+
+
+def test_preset_takes_overrides():
+    config = MoEConfig.clip_up(num_experts=4, capacity_factor=None)
+    assert (config.num_experts, config.capacity_factor, config.balance_weight) == (4, None, 0.01)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MoEConfig(),
+        MoEConfig.clip_up(),
+        MoEConfig(towers=("text",), blocks=(0, -1), router_noise=1.0, load_weight=0.1, entropy_threshold=1.5),
+    ],
+)
+def test_json_round_trip_gives_an_equal_config(config):
+    assert MoEConfig.from_json(config.to_json()) == config
+    assert MoEConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_fields_missing_from_json_take_their_defaults():
+    assert MoEConfig.from_dict({"num_experts": 4}) == MoEConfig(num_experts=4)
+
+
+def test_unknown_fields_in_json_are_named():
+    with pytest.raises(ValueError, match=r"unknown fields expert_count; known are num_experts, "):
+        MoEConfig.from_dict({"expert_count": 4})
+    with pytest.raises(TypeError, match="moe_cfg must be a JSON object, got list"):
+        MoEConfig.from_dict([8, 2])
+
+
+def test_config_is_hashable_and_frozen():
+    assert hash(MoEConfig()) == hash(MoEConfig())
+    with pytest.raises(AttributeError):
+        MoEConfig().top_k = 1
+
+
+def test_threshold_of_global_entropy_defaults_to_the_uniform_distribution():
+    assert MoEConfig(num_experts=8).global_entropy_threshold == pytest.approx(2.0794415)
+    assert MoEConfig(entropy_threshold=1.0).global_entropy_threshold == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"top_k": 9}, ValueError, r"top_k \(9\) is larger than num_experts \(8\)"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"num_experts": 0, "top_k": 0}, ValueError, "num_experts must be at least 1, got 0"),
+        ({"num_experts": 8.0}, TypeError, "num_experts must be an int, got 8.0"),
+        ({"top_k": True}, TypeError, "top_k must be an int, got True"),
+        ({"capacity_factor": 0}, ValueError, "capacity_factor must be positive, or None to drop nothing, got 0"),
+        ({"capacity_factor": -1.0}, ValueError, "capacity_factor must be positive"),
+        ({"capacity_factor": float("nan")}, ValueError, "capacity_factor must be finite, got nan"),
+        ({"eval_capacity_factor": "2"}, TypeError, "eval_capacity_factor must be a number, got '2'"),
+        ({"router_noise": -0.1}, ValueError, "router_noise must be 0 or more, got -0.1"),
+        ({"balance_weight": -1}, ValueError, "balance_weight must be 0 or more, got -1"),
+        ({"z_weight": float("inf")}, ValueError, "z_weight must be finite, got inf"),
+        ({"normalize_gates": "after"}, ValueError, "normalize_gates must be one of none, before_drop, after_drop"),
+        ({"balance": "top1"}, ValueError, "balance must be one of top2, topk, got 'top1'"),
+        ({"priority": 1}, TypeError, "priority must be True or False, got 1"),
+        ({"towers": ()}, ValueError, "towers must be a tuple of"),
+        ({"towers": ("vision",)}, ValueError, r"towers must be a tuple of .* got \('vision',\)"),
+        ({"towers": "image"}, ValueError, "towers must be a tuple of"),
+        ({"blocks": "all"}, ValueError, 'blocks must be "every_other" or a tuple of block indices'),
+        ({"blocks": (1, 2.0)}, ValueError, "blocks must be"),
+        ({"load_weight": 0.1}, ValueError, "load_weight > 0 needs router_noise > 0"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, error, message):
+    with pytest.raises(error, match=message):
+        MoEConfig(**options)

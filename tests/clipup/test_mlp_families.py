@@ -1,0 +1,144 @@
+import open_clip.transformer
+import pytest
+import timm.layers
+import torch
+from timm.models.vision_transformer import Block
+from tiny_clip import CONFIGS, tiny_clip
+from torch import nn
+
+from clipup import MoEConfig, SparseMoE
+from clipup.mlp_families import families_read, read_block, read_mlp
+from clipup.models import tower_blocks
+from clipup_kernels.reference import activate
+
+D, H = 12, 20
+
+
+def open_clip_mlp(activation=None, **extra):
+    mlp = nn.Sequential()
+    for name, part in {
+        "c_fc": nn.Linear(D, H),
+        "gelu": activation or nn.GELU(),
+        **extra,
+        "c_proj": nn.Linear(H, D),
+    }.items():
+        mlp.add_module(name, part)
+    return mlp
+
+
+ACTIVATIONS = [
+    (nn.GELU(), "gelu"),
+    (nn.GELU(approximate="tanh"), "gelu_tanh"),
+    (open_clip.transformer.QuickGELU(), "quick_gelu"),
+    (nn.ReLU(), "relu"),
+    (nn.SiLU(), "silu"),
+    (timm.layers.GELU(), "gelu"),
+    (timm.layers.GELUTanh(), "gelu_tanh"),
+    (timm.layers.QuickGELU(), "quick_gelu"),
+    (timm.layers.Swish(), "silu"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), ACTIVATIONS)
+def test_activation_is_read_as_what_it_computes(module, name):
+    z = torch.linspace(-4, 4, 101)
+    assert read_mlp(open_clip_mlp(module)).activation == name
+    torch.testing.assert_close(activate(z, name), module(z.clone()))
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        open_clip_mlp(),
+        open_clip_mlp(ln=nn.Identity()),
+        timm.layers.Mlp(D, H),
+        timm.layers.Mlp(D, H, bias=False, act_layer=timm.layers.QuickGELU),
+    ],
+)
+def test_mlp_read_computes_what_the_module_does(mlp):
+    x = torch.randn(9, D)
+    layer = SparseMoE.from_dense(mlp, MoEConfig(num_experts=3))
+    torch.testing.assert_close(layer(x), mlp(x))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_every_block_of_the_supported_towers_is_read(kind, tower):
+    blocks = tower_blocks(tiny_clip(kind), tower)
+    expected = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_tanh"}.get(kind, "gelu")
+    assert {read_block(block).activation for block in blocks.values()} == {expected}
+    assert all(read_block(block).in_weight is block.mlp[0].weight for block in blocks.values() if kind != "timm")
+
+
+class LooksLikeMlp(timm.layers.Mlp):
+    """Has all the attributes of a timm Mlp and computes something else."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class LooksLikeABlock(Block):
+    """Has ``.mlp`` and may use it in any way."""
+
+
+class WithoutMlp(nn.Module):
+    """A block of some other kind."""
+
+
+def mlp_of_other_linears():
+    mlp = open_clip_mlp()
+    mlp.c_proj = nn.LazyLinear(D)
+    return mlp
+
+
+def mlp_with_one_bias():
+    mlp = open_clip_mlp()
+    mlp.c_proj = nn.Linear(H, D, bias=False)
+    return mlp
+
+
+@pytest.mark.parametrize(
+    ("mlp", "message"),
+    [
+        (LooksLikeMlp(D, H), "cannot read .*LooksLikeMlp as an MLP; MLPs that are read: open_clip's .*; timm's "),
+        (timm.layers.SwiGLU(D, H), "cannot read timm.layers.mlp.SwiGLU as an MLP"),
+        (nn.Sequential(nn.Linear(D, H)), "cannot read an nn.Sequential of 0 as an MLP, expected c_fc, gelu, c_proj"),
+        (open_clip_mlp(ln=nn.LayerNorm(H)), r"with a torch.nn.modules.normalization.LayerNorm \(ln\) between its proj"),
+        (open_clip_mlp(nn.Tanh()), "activation torch.nn.modules.activation.Tanh; activations that are read: torch.nn"),
+        (timm.layers.Mlp(D, H, norm_layer=nn.LayerNorm), r"LayerNorm \(norm\) between its projections"),
+        (timm.layers.Mlp(D, H, drop=0.1), r"drop1=Dropout\(p=0.1, .*experts have no dropout"),
+        (timm.layers.Mlp(D, H, drop=(0.0, 0.2)), r"drop2=Dropout\(p=0.2"),
+        (
+            timm.layers.Mlp(D, H, use_conv=True),
+            "projection is a torch.nn.modules.conv.Conv2d, expected a plain",
+        ),
+        (mlp_of_other_linears(), "projection is a torch.nn.modules.linear.LazyLinear"),
+        (mlp_with_one_bias(), "with a bias in only one of its projections"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(mlp, message):
+    with pytest.raises(TypeError, match=message):
+        read_mlp(mlp)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (LooksLikeABlock(D, 2), r"MLP of a .*LooksLikeABlock with an mlp of class timm.layers.mlp.Mlp; MLPs that"),
+        (
+            Block(D, 2, mlp_layer=LooksLikeMlp),
+            "MLP of a timm.models.vision_transformer.Block with an .*LooksLikeMlp",
+        ),
+        (WithoutMlp(), "MLP of a .*WithoutMlp; MLPs that are read"),
+    ],
+)
+def test_blocks_are_matched_by_class_and_not_by_attribute(block, message):
+    with pytest.raises(TypeError, match=message):
+        read_block(block)
+
+
+def test_families_read_are_named():
+    assert families_read() == (
+        "MLPs that are read: open_clip's ResidualAttentionBlock and CustomResidualAttentionBlock with "
+        "Sequential(c_fc, gelu, c_proj); timm's Block and EvaBlock with Mlp"
+    )

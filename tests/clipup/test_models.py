@@ -1,0 +1,124 @@
+import subprocess
+import sys
+
+import open_clip
+import pytest
+import torch
+from tiny_clip import CONFIGS, tiny_clip, tiny_config
+from torch import nn
+
+import clipup
+from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
+from clipup.models import get_model_config, random_inputs, tower_blocks
+
+CONFIG = MoEConfig(num_experts=3)
+
+
+def test_names_of_open_clip_give_open_clips_model_and_transforms():
+    with torch.device("meta"):
+        model, train, val = clipup.create_model_and_transforms("ViT-B-32", device="meta")
+    assert isinstance(model, open_clip.CLIP) and not moe_layers(model)
+    assert callable(train) and callable(val)
+
+
+def test_model_config_is_a_copy():
+    config = get_model_config("ViT-B-32")
+    config["vision_cfg"]["layers"] = 1
+    assert get_model_config("ViT-B-32")["vision_cfg"]["layers"] == 12
+
+
+@pytest.mark.parametrize("call", [clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config])
+def test_unknown_names_are_refused_with_similar_ones(call):
+    with pytest.raises(ValueError, match="'ViT-B-61' is neither a model that open_clip knows nor a dir.* ViT-B-16"):
+        call("ViT-B-61")
+
+
+def test_unknown_weights_are_refused_with_the_tags_there_are():
+    with pytest.raises(ValueError, match="pretrained='laion' is neither a file nor a tag of ViT-B-32; .*openai"):
+        clipup.create_model_and_transforms("ViT-B-32", "laion")
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [("", "text pos_embed width changed!"), ("visual.", r"Missing key\(s\) in state_dict: .*Unexpected key\(s\)")],
+)
+def test_dense_weights_of_another_model_are_refused_in_one_line(tmp_path, tower, message):
+    weights = tiny_clip("timm").state_dict()
+    torch.save({name: value for name, value in weights.items() if name.startswith(tower)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=f"could not create ViT-B-32: .*{message}.* of another model") as caught:
+        clipup.create_model_and_transforms("ViT-B-32", str(tmp_path / "other.pt"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1200
+
+
+def test_tokenizer_of_a_name_and_of_a_directory(tmp_path):
+    sparse = upcycle(tiny_clip(), CONFIG)
+    save_pretrained(sparse, tmp_path, tiny_config())
+    assert clipup.get_tokenizer("ViT-B-32")(["a dog"]).shape == (1, 77)
+    for name in (str(tmp_path), f"local-dir:{tmp_path}"):
+        tokens = clipup.get_tokenizer(name)(["a dog", "two cats and a bird"])
+        assert tokens.shape == (2, 10)
+
+
+def test_hub_tokenizer_is_read_from_the_directory_only_where_it_was_saved(tmp_path, monkeypatch):
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"clean": "lower"}}
+    save_pretrained(tiny_clip(), tmp_path, config)
+    asked = []
+    for module in (open_clip.tokenizer, open_clip.factory):
+        monkeypatch.setattr(module, "HFTokenizer", lambda source, **kwargs: asked.append((str(source), kwargs)))
+    clipup.get_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    clipup.get_tokenizer(str(tmp_path))
+    assert [source for source, _ in asked] == ["org/words", str(tmp_path)]
+    assert all(kwargs["context_length"] == 10 and kwargs["clean"] == "lower" for _, kwargs in asked)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_random_inputs_are_what_the_towers_take(kind):
+    model = tiny_clip(kind).eval()
+    images, texts = random_inputs(model, 4)
+    image_features, text_features, *_ = model(images, texts)
+    assert image_features.shape == text_features.shape == (4, tiny_config(kind)["embed_dim"])
+    assert torch.equal(random_inputs(model, 4)[1], texts)
+    end = 2 if kind == "eos_pool" else 63
+    assert ((texts == end).sum(1) == 1).all()
+    assert len({row.tolist().index(end) for row in texts}) > 1
+
+
+def test_random_images_have_the_towers_type():
+    assert random_inputs(tiny_clip().bfloat16(), 2)[0].dtype == torch.bfloat16
+
+
+def test_blocks_are_named_as_in_the_model():
+    for kind in CONFIGS:
+        model = tiny_clip(kind)
+        for tower in ("image", "text"):
+            for name, block in tower_blocks(model, tower).items():
+                assert model.get_submodule(name) is block
+
+
+@pytest.mark.parametrize("kind", ["gelu", "custom_text", "timm"])
+def test_open_clips_features_keep_working_on_a_sparse_model(kind):
+    sparse = upcycle(tiny_clip(kind), CONFIG).eval()
+    images, texts = random_inputs(sparse, 2)
+    expected = sparse(images, texts)
+    sparse.set_grad_checkpointing(True)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(images, texts)[0], expected[0])
+    out = sparse.forward_intermediates(images, texts)
+    torch.testing.assert_close(out["image_features"], expected[0])
+    torch.testing.assert_close(out["text_features"], expected[1])
+    sparse.lock_image_tower()
+    assert not any(parameter.requires_grad for parameter in sparse.visual.parameters() if parameter.dim() == 3)
+
+
+def test_the_layer_alone_does_not_import_open_clip():
+    code = "import clipup, sys; clipup.SparseMoE(8, 16); sys.exit('open_clip' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_package_names_what_it_does_not_have():
+    with pytest.raises(AttributeError, match="module 'clipup' has no attribute 'nothing'"):
+        clipup.nothing  # noqa: B018
+    assert set(clipup.__all__) <= {name for name in clipup.__all__ if hasattr(clipup, name)}
+    assert issubclass(clipup.SparseMoE, nn.Module)

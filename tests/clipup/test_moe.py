@@ -1,0 +1,334 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clipup import MoEConfig, SparseMoE, aux_loss
+from clipup_kernels.reference import activate
+
+D, H, E, K = 12, 20, 4, 2
+
+
+def make_layer(seed=0, **options):
+    torch.manual_seed(seed)
+    layer = SparseMoE(D, H, **{"num_experts": E, "top_k": K, **options})
+    with torch.no_grad():
+        layer.router.weight.mul_(30)
+    return layer
+
+
+def by_hand(layer, x):
+    """The definition, token by token in float64, nothing dropped."""
+    p = {name: parameter.double() for name, parameter in layer.named_parameters()}
+    outputs = []
+    for token in x.reshape(-1, D).double():
+        probs = (p["router.weight"] @ token).softmax(-1)
+        gates, experts = probs.topk(layer.config.top_k)
+        gates = gates / gates.sum()
+        y = torch.zeros_like(token)
+        for gate, e in zip(gates, experts, strict=True):
+            z = F.linear(token, p["in_weight"][e], p["in_bias"][e] if "in_bias" in p else None)
+            if "gate_weight" in p:
+                gate_bias = p["gate_bias"][e] if "gate_bias" in p else None
+                a = activate(F.linear(token, p["gate_weight"][e], gate_bias), layer.activation) * z
+            else:
+                a = activate(z, layer.activation)
+            y = y + gate * F.linear(a, p["out_weight"][e], p["out_bias"][e] if "out_bias" in p else None)
+        outputs.append(y)
+    return torch.stack(outputs).view(x.shape)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"])
+def test_layer_computes_its_definition(activation):
+    layer = make_layer(activation=activation)
+    x = torch.randn(3, 5, D)
+    torch.testing.assert_close(layer(x).double(), by_hand(layer, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"gated": True}, {"gated": True, "bias": False}, {"top_k": E}])
+def test_layer_without_biases_and_with_gated_experts_computes_its_definition(options):
+    layer = make_layer(**options)
+    x = torch.randn(17, D)
+    torch.testing.assert_close(layer(x).double(), by_hand(layer, x), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_definition():
+    layer, x = make_layer(gated=True).double(), torch.randn(9, D, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(9, D, dtype=torch.float64)
+    inputs = (x, *layer.parameters())
+    found = torch.autograd.grad((layer(x) * weights).sum(), inputs)
+    expected = torch.autograd.grad((by_hand(layer, x) * weights).sum(), inputs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def names_and_shapes(layer):
+    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+
+
+def test_parameters_have_the_documented_names_and_shapes():
+    plain = {
+        "router.weight": (E, D),
+        "in_weight": (E, H, D),
+        "in_bias": (E, H),
+        "out_weight": (E, D, H),
+        "out_bias": (E, D),
+    }
+    gated = {**plain, "gate_weight": (E, H, D), "gate_bias": (E, H)}
+    assert names_and_shapes(make_layer()) == plain
+    assert names_and_shapes(make_layer(gated=True)) == gated
+    without_bias = {name: shape for name, shape in gated.items() if "bias" not in name}
+    assert names_and_shapes(make_layer(gated=True, bias=False)) == without_bias
+
+
+def test_defaults_are_the_documented_ones():
+    layer = SparseMoE(D, H)
+    assert layer.config == MoEConfig()
+    assert layer.activation == "gelu" and layer.in_bias is not None and layer.gate_weight is None
+    assert not layer.config.has_losses
+
+
+def test_every_expert_is_drawn_like_a_linear_layer_of_its_own():
+    layer = SparseMoE(256, 1024, num_experts=2)
+    linear_in, linear_out = nn.Linear(256, 1024), nn.Linear(1024, 256)
+    for stacked, linear in ((layer.in_weight, linear_in.weight), (layer.out_weight, linear_out.weight)):
+        for expert in stacked:
+            assert expert.std().item() == pytest.approx(linear.std().item(), rel=0.02)
+            assert expert.abs().max().item() == pytest.approx(linear.abs().max().item(), rel=0.02)
+        assert not torch.equal(stacked[0], stacked[1])
+    assert layer.out_bias.abs().max().item() <= linear_out.weight.abs().max().item()
+
+
+def test_reset_parameters_draws_everything_anew():
+    layer = make_layer(gated=True)
+    before = copy.deepcopy(layer.state_dict())
+    layer.reset_parameters()
+    assert all(not torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_output_is_zero_and_gradient_is_zero_where_the_mask_is_false():
+    layer = make_layer(capacity_factor=1.0)
+    x = torch.randn(4, 6, D, requires_grad=True)
+    mask = torch.rand(4, 6) > 0.4
+    y = layer(x, mask)
+    assert torch.equal(y[~mask], torch.zeros_like(y[~mask]))
+    y.square().sum().backward()
+    assert torch.equal(x.grad[~mask], torch.zeros_like(x.grad[~mask]))
+    assert x.grad[mask].abs().sum() > 0
+
+
+def test_masked_tokens_change_nothing_for_the_others():
+    layer = make_layer(capacity_factor=1.0, balance_weight=0.01, z_weight=0.01)
+    x = torch.randn(4, 6, D)
+    mask = torch.rand(4, 6) > 0.4
+    alone = layer(x[mask])
+    loss_alone = aux_loss(layer)
+    together = layer(x, mask)[mask]
+    assert torch.equal(alone, together)
+    torch.testing.assert_close(aux_loss(layer), loss_alone)
+
+
+@pytest.mark.parametrize("shape", [(0, D), (2, 0, D), (1, D), (D,)])
+def test_few_tokens_and_none_are_served(shape):
+    layer = make_layer(capacity_factor=1.0, balance_weight=0.1)
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    (y.sum() + aux_loss(layer)).backward()
+    assert y.shape == x.shape and x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_all_masked_gives_zeros_and_zero_gradients():
+    layer = make_layer(balance_weight=0.1, z_weight=0.1, local_entropy_weight=0.1, global_entropy_weight=0.1)
+    x = torch.randn(5, D, requires_grad=True)
+    y = layer(x, torch.zeros(5, dtype=torch.bool))
+    loss = aux_loss(layer)
+    (y.sum() + loss).backward()
+    assert y.abs().sum() == 0 and loss == 0 and x.grad.abs().sum() == 0
+    assert all(p.grad.abs().sum() == 0 for p in layer.parameters())
+
+
+def test_non_contiguous_input_gives_what_contiguous_input_gives():
+    layer = make_layer()
+    x = torch.randn(D, 5, 3).permute(1, 2, 0)
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+def test_capacity_drops_in_training_and_nothing_in_evaluation():
+    layer = make_layer(capacity_factor=0.5)
+    x = torch.randn(64, D)
+    dropless = make_layer()(x)
+    assert not torch.allclose(layer(x), dropless)
+    assert torch.equal(layer.eval()(x), dropless)
+    halves = torch.cat([layer(x[:20]), layer(x[20:])])
+    torch.testing.assert_close(halves, dropless)
+
+
+def test_another_config_takes_effect_at_the_next_forward():
+    layer = make_layer()
+    x = torch.randn(64, D)
+    before = layer(x)
+    layer.config = layer.config.replace(top_k=1)
+    assert not torch.allclose(layer(x), before)
+    with pytest.raises(ValueError, match="config.num_experts is 8, but the layer has 4 experts"):
+        layer.config = MoEConfig()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_layer_follows_the_definition(dtype):
+    layer = make_layer().to(dtype)
+    x = torch.randn(32, D, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert (y.double() - by_hand(layer, x)).abs().max() < {torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+
+
+def test_autocast_runs_experts_in_half_precision_and_routes_in_float32():
+    layer = make_layer(balance_weight=0.1)
+    x = torch.randn(64, D)
+    exact = layer(x)
+    routing, loss = layer.records.last_routing, aux_loss(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert torch.equal(layer.records.last_routing.logits, routing.logits)
+        torch.testing.assert_close(aux_loss(layer), loss)
+    assert y.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.02)
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_autocast_takes_half_precision_input_too():
+    layer = make_layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(5, D, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_autocast_leaves_float64_alone():
+    layer, x = make_layer().double(), torch.randn(5, D, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), by_hand(layer, x))
+
+
+def test_mixed_types_without_autocast_are_refused_by_name():
+    with pytest.raises(TypeError, match="x is torch.bfloat16 but the experts' weights are torch.float32; cast one"):
+        make_layer()(torch.randn(5, D, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "error", "message"),
+    [
+        (torch.zeros(3, D + 1), None, ValueError, r"x must be \[\.\.\., 12\].* got \[3, 13\]"),
+        (torch.zeros(()), None, ValueError, r"x must be \[\.\.\., 12\]"),
+        (torch.zeros(3, D), torch.ones(3), TypeError, "mask must be torch.bool.* got torch.float32"),
+        (torch.zeros(2, 3, D), torch.ones(6, dtype=torch.bool), ValueError, r"mask must have .* \[2, 3\], got \[6\]"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(x, mask, error, message):
+    with pytest.raises(error, match=message):
+        make_layer()(x, mask)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 5}, r"top_k \(5\) is larger than num_experts \(4\)"),
+        ({"capacity_factor": 0.0}, "capacity_factor must be positive"),
+        ({"activation": "tanh"}, "activation must be one of gelu, .* got 'tanh'"),
+        ({"d_model": 0}, "d_model must be a positive int, got 0"),
+        ({"d_hidden": 2.5}, "d_hidden must be a positive int, got 2.5"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        SparseMoE(**{"d_model": D, "d_hidden": H, "num_experts": E, **options})
+
+
+def test_meta_device_costs_nothing_and_gives_shapes():
+    layer = SparseMoE(D, H, device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in layer.parameters())
+    assert layer(torch.empty(3, 5, D, device="meta", dtype=torch.bfloat16)).shape == (3, 5, D)
+    real = layer.to_empty(device="cpu")
+    real.reset_parameters()
+    assert real(torch.randn(3, D, dtype=torch.bfloat16)).isfinite().all()
+
+
+def test_state_dict_round_trip_gives_the_same_function():
+    layer, other = make_layer(seed=0), make_layer(seed=1)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(7, D)
+    assert torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_compute_the_same_and_carry_no_losses(duplicate):
+    layer = make_layer(balance_weight=0.1)
+    x = torch.randn(7, D)
+    y = layer(x)
+    twin = duplicate(layer)
+    assert aux_loss(twin) == 0 and twin.records.last_routing is None
+    assert torch.equal(twin(x), y)
+    assert not any("records" in name for name in layer.state_dict())
+    assert aux_loss(layer) > 0
+
+
+def test_compiled_layer_is_one_graph_and_computes_the_same():
+    layer = make_layer(capacity_factor=1.0, balance_weight=0.1, z_weight=0.1)
+    x = torch.randn(24, D)
+    expected = torch.autograd.grad(layer(x).square().sum() + aux_loss(layer), tuple(layer.parameters()))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    found = torch.autograd.grad(y.square().sum() + aux_loss(layer), tuple(layer.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_exported_layer_computes_the_same():
+    layer = make_layer(balance_weight=0.1).eval()
+    x = torch.randn(24, D)
+    program = torch.export.export(layer, (x,))
+    assert layer.records.last_routing is None  # what was traced is no routing of any tokens
+    assert torch.equal(program.module()(x), layer(x))
+
+
+def test_representation_names_what_matters():
+    text = repr(SparseMoE(D, H, capacity_factor=1.25, bias=False, gated=True))
+    for part in (
+        "12, 20, num_experts=8, top_k=2",
+        "activation='gelu'",
+        "capacity_factor=1.25",
+        "bias=False",
+        "gated=True",
+    ):
+        assert part in text
+
+
+def test_from_dense_reads_an_mlp_and_computes_the_same():
+    torch.manual_seed(0)
+    parts = {"c_fc": nn.Linear(D, H), "gelu": nn.GELU(), "c_proj": nn.Linear(H, D)}
+    mlp = nn.Sequential()
+    for name, part in parts.items():
+        mlp.add_module(name, part)
+    layer = SparseMoE.from_dense(mlp, MoEConfig(num_experts=3, top_k=2))
+    x = torch.randn(2, 9, D)
+    torch.testing.assert_close(layer(x), mlp(x))
+    assert layer.in_weight.shape == (3, H, D)
+    with torch.no_grad():
+        layer.in_weight.zero_()
+    assert mlp.c_fc.weight.abs().sum() > 0  # the experts are copies
+
+
+def test_from_dense_keeps_type_and_what_is_trained():
+    mlp = nn.Sequential()
+    for name, part in {"c_fc": nn.Linear(D, H), "gelu": nn.ReLU(), "c_proj": nn.Linear(H, D)}.items():
+        mlp.add_module(name, part)
+    mlp.bfloat16().eval().c_proj.weight.requires_grad_(False)
+    layer = SparseMoE.from_dense(mlp)
+    assert all(p.dtype == torch.bfloat16 for p in layer.parameters()) and not layer.training
+    trained = {name for name, p in layer.named_parameters() if p.requires_grad}
+    assert trained == {"router.weight", "in_weight", "in_bias", "out_bias"}
+    frozen = SparseMoE.from_dense(mlp.requires_grad_(False))
+    assert not any(p.requires_grad for p in frozen.parameters())

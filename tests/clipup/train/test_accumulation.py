@@ -1,0 +1,74 @@
+"""A step on several batches is the step on one big batch."""
+
+from __future__ import annotations
+
+import math
+
+import open_clip
+import pytest
+import torch
+
+import clipup
+from clipup.train import train
+from clipup.train.step import TrainStep
+
+# z-loss in the image tower alone: there every batch has as many tokens, so the mean of means is the mean
+SPARSE = clipup.MoEConfig(num_experts=4, z_weight=0.1, towers=("image",))
+
+
+def gradients_of_one_step(model, batches, loss):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses = TrainStep(model, loss, optimizer, torch.device("cpu"))(batches)
+    return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("moe", [None, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("siglip", [False, True], ids=["softmax", "sigmoid"])
+def test_accumulation_has_the_losses_and_gradients_of_one_big_batch(make_model, pairs, moe, siglip):
+    data = pairs()
+    bias = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if siglip else {}
+    loss = open_clip.loss.SigLipLoss() if siglip else open_clip.ClipLoss()
+    parts = list(zip(data.images.split(8), data.texts.split(8), strict=True))
+
+    big, expected = gradients_of_one_step(make_model(moe, **bias), [(data.images, data.texts)], loss)
+    accumulated, gradients = gradients_of_one_step(make_model(moe, **bias), parts, loss)
+
+    torch.testing.assert_close(torch.stack(accumulated), torch.stack(big), rtol=1e-5, atol=1e-6)
+    assert (big.aux > 0) == (moe is not None)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_accumulated_training_follows_training_on_big_batches(make_model, pairs, options):
+    def run(**changes):
+        data = pairs(pairs=32, noise=0, batch_size=32 // changes.get("accum_freq", 1))
+        return train(options(logs=None, **changes), model=make_model(SPARSE), loader=data).history
+
+    for accumulated, big in zip(run(accum_freq=4), run(), strict=True):
+        assert accumulated["loss"] == pytest.approx(big["loss"], rel=1e-3)
+
+
+def test_the_second_forward_draws_the_random_numbers_of_the_first(make_model, pairs):
+    noisy = clipup.MoEConfig(num_experts=8, top_k=1, router_noise=50.0, normalize_gates="none")
+    seen = []
+
+    class Watched(open_clip.ClipLoss):
+        def forward(self, image_features, text_features, logit_scale, output_dict=False):
+            seen.append(torch.cat([image_features, text_features]).detach())
+            return super().forward(image_features, text_features, logit_scale, output_dict)
+
+    data = pairs()
+    parts = list(zip(data.images.split(8), data.texts.split(8), strict=True))
+
+    gradients_of_one_step(make_model(noisy), parts, Watched())
+
+    assert len(seen) == 3
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+def test_batches_left_over_at_the_end_of_an_epoch_are_not_mixed_into_the_next(make_model, pairs, options):
+    data = pairs(pairs=40)  # five batches: two steps and one left over
+
+    result = train(options(logs=None, accum_freq=2, steps=4), model=make_model(), loader=data)
+
+    assert [record["epoch"] for record in result.history] == [0, 0, 1, 1]

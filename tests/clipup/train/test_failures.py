@@ -1,0 +1,155 @@
+"""What bad input, a full disk and a diverging loss do to a run: a clear error, and nothing lost."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+import clipup
+from clipup.train import NonFiniteLoss, train
+from clipup.train.checkpoints import load
+
+
+@pytest.fixture
+def run(make_model, pairs, options):
+    def run(model=None, loader=None, **changes):
+        return train(options(**changes), model=model or make_model(), loader=loader or pairs())
+
+    return run
+
+
+class Poisoned:
+    """Batches of which one holds a NaN."""
+
+    def __init__(self, batches, position):
+        self.batches, self.position = batches, position
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for position, (images, texts) in enumerate(self.batches):
+            yield (images * torch.nan if position == self.position else images), texts
+
+
+@pytest.mark.parametrize("log_every_n_steps", [1, 100])
+def test_a_loss_that_is_not_finite_stops_the_run_and_the_checkpoint_before_stays_whole(run, pairs, log_every_n_steps):
+    loader = Poisoned(pairs(pairs=64), position=5)  # step 6 of 8
+
+    with pytest.raises(NonFiniteLoss, match="loss is nan.*epoch_latest.pt, is from before and whole.*Lower lr"):
+        run(loader=loader, steps=8, save_every_n_steps=2, log_every_n_steps=log_every_n_steps)
+
+    resumed = run(loader=pairs(pairs=64), steps=8, resume="latest")
+    assert resumed.steps == 8
+    assert [record["step"] for record in resumed.history][-4:] == [5, 6, 7, 8]  # went on from step 4
+    assert all(value.isfinite().all() for value in resumed.model.state_dict().values())
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole_and_no_rubbish(run, monkeypatch):
+    save, calls = torch.save, []
+
+    def save_until_full(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half a check")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", save_until_full)
+
+    with pytest.raises(OSError, match="No space left.*epoch_latest.pt is whole.*--resume latest") as failure:
+        run(save_every_n_steps=2)
+
+    folder = calls[0].parent
+    assert [path.name for path in folder.iterdir()] == ["epoch_latest.pt"]
+    assert load(folder / "epoch_latest.pt")["step"] == 2
+    assert "could not write the checkpoint" in str(failure.value)
+
+
+def test_torchs_own_report_of_a_full_disk_is_an_os_error_too(run, monkeypatch):
+    def fail(state, path):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
+
+    monkeypatch.setattr(torch, "save", fail)
+
+    with pytest.raises(OSError, match="file write failed; there is no earlier one. Make room"):
+        run()
+
+
+def test_a_directory_with_another_run_is_refused_with_the_mend_and_left_alone(run):
+    first = run()
+    before = {path: path.read_bytes() for path in first.directory.rglob("*") if path.is_file()}
+
+    with pytest.raises(FileExistsError, match="already holds a run.*--resume latest.*another --name.*--force"):
+        run()
+
+    assert {path: path.read_bytes() for path in first.directory.rglob("*") if path.is_file()} == before
+
+
+def test_force_replaces_the_run_that_was_there_and_keeps_foreign_files(run):
+    first = run(steps=9)
+    (first.directory / "notes.txt").write_text("mine")
+
+    second = run(steps=4, force=True)
+
+    assert [record["step"] for record in second.history] == [1, 2, 3, 4]
+    assert {path.name for path in (second.directory / "checkpoints").iterdir()} == {"epoch_1.pt", "epoch_latest.pt"}
+    assert (second.directory / "notes.txt").read_text() == "mine"
+
+
+def test_a_checkpoint_of_another_run_is_not_continued_in_a_used_directory(run):
+    other = run(name="other")
+    run()
+
+    with pytest.raises(FileExistsError, match="already holds another run"):
+        run(resume=str(other.directory / "checkpoints" / "epoch_latest.pt"))
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(run, make_model):
+    run(model=make_model(clipup.MoEConfig(num_experts=4)))
+
+    with pytest.raises(ValueError, match="another model.*mlp.c_fc.weight .* is missing.*in_weight .* is unknown"):
+        run(resume="latest")
+    with pytest.raises(ValueError, match=r"is \[4, 128, 32\] in the checkpoint and \[8, 128, 32\] in"):
+        run(model=make_model(clipup.MoEConfig(num_experts=8)), resume="latest")
+
+
+def test_weights_alone_and_broken_files_are_no_checkpoints(run, make_model, tmp_path):
+    torch.save(make_model().state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "broken.pt").write_bytes(b"PK nothing")
+
+    with pytest.raises(ValueError, match="lacks epoch, state_dict, optimizer.*--pretrained"):
+        run(resume=str(tmp_path / "weights.pt"))
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        run(resume=str(tmp_path / "broken.pt"))
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        run(resume=str(tmp_path / "missing.pt"))
+
+
+def test_data_that_end_early_are_reported_instead_of_waited_for(run):
+    class Empty:
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return iter(())
+
+    with pytest.raises(ValueError, match="no whole batch in an epoch"):
+        run(loader=Empty())
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, {"epoch_1.pt", "epoch_2.pt", "epoch_3.pt", "epoch_4.pt", "epoch_latest.pt"}),
+        ({"save_frequency": 2}, {"epoch_2.pt", "epoch_4.pt", "epoch_latest.pt"}),
+        ({"save_frequency": 0}, {"epoch_latest.pt"}),
+        ({"delete_previous_checkpoint": True}, {"epoch_4.pt", "epoch_latest.pt"}),
+    ],
+)
+def test_checkpoints_are_kept_as_asked(run, changes, expected):
+    result = run(steps=None, epochs=4, **changes)
+
+    assert {path.name for path in (result.directory / "checkpoints").iterdir()} == expected

@@ -1,0 +1,185 @@
+"""A run that was stopped and resumed is the run that was not stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+
+import open_clip
+import pytest
+import torch
+
+import clipup
+from clipup.train import Every, TrainingInterrupted, train
+from clipup.train.checkpoints import load
+
+NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
+TIMES = ("seconds", "images_per_second")
+
+
+def stop_in(step: int, number: signal.Signals = signal.SIGINT) -> Every:
+    """Sends the process a signal in step ``step``."""
+    calls = []
+
+    def send(model):
+        calls.append(model)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+
+    return Every(1, send)
+
+
+def without_times(records):
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+def assert_same_run(one, other):
+    assert without_times(one.history) == without_times(other.history)
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+@pytest.fixture(params=["memory", "csv", "csv with workers", "cached csv"])
+def run(request, make_model, pairs, options, csv_data):
+    """Trains a sparse model with router noise from in-memory data, or from a CSV file with random crops."""
+    source = request.param
+    preprocess = open_clip.image_transform(16, is_train=True)
+    tokenizer = open_clip.SimpleTokenizer(context_length=8)
+
+    def run(callbacks=(), **changes):
+        settings = {"steps": 8, "batch_size": 8, **changes}
+        if source == "memory":
+            return train(options(**settings), model=make_model(NOISY), loader=pairs(), callbacks=callbacks)
+        settings |= {"workers": 2 * ("workers" in source), "cache_data": "cached" in source}
+        return train(
+            options(train_data=str(csv_data), **settings),
+            model=make_model(NOISY),
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+            callbacks=callbacks,
+        )
+
+    return run
+
+
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(run):
+    whole = run(name="whole")
+    with pytest.raises(TrainingInterrupted):
+        run(callbacks=[stop_in(5)])  # the second step of the second of three epochs
+    torch.rand(17)
+
+    resumed = run(resume="latest")
+
+    assert resumed.steps == 8
+    assert_same_run(whole, resumed)
+
+
+@pytest.fixture
+def train_pairs(make_model, pairs, options):
+    """Trains a sparse model with router noise on in-memory data, three steps an epoch."""
+
+    def run(callbacks=(), **changes):
+        return train(options(**changes), model=make_model(NOISY), loader=pairs(), callbacks=callbacks)
+
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(train_pairs, number):
+    before = signal.getsignal(number)
+
+    with pytest.raises(TrainingInterrupted, match="after step 2 of 6.*--name run --resume latest") as stopped:
+        train_pairs([stop_in(2, number)])
+
+    assert load(stopped.value.checkpoint)["step"] == 2
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_stops_at_once(train_pairs):
+    def send_twice(model):
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train_pairs([Every(1, send_twice)])
+
+    assert not isinstance(stopped.value, TrainingInterrupted)
+
+
+def test_a_run_without_a_directory_stops_at_once(train_pairs):
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train_pairs([stop_in(2)], logs=None)
+
+    assert not isinstance(stopped.value, TrainingInterrupted)
+
+
+def test_a_run_resumed_at_the_end_of_an_epoch_equals_an_uninterrupted_one(train_pairs, tmp_path):
+    whole = train_pairs(name="whole", steps=None, epochs=3)
+    (tmp_path / "logs" / "run").mkdir()
+    kept = whole.directory / "checkpoints" / "epoch_1.pt"
+
+    resumed = train_pairs(steps=None, epochs=3, resume=str(kept))
+
+    assert without_times(resumed.history) == without_times(whole.history)[3:]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_a_run_resumed_from_an_older_checkpoint_forgets_what_was_logged_after_it(train_pairs):
+    whole = train_pairs(steps=None, epochs=2)
+    (whole.directory / "checkpoints" / "epoch_latest.pt").unlink()
+    (whole.directory / "checkpoints" / "epoch_2.pt").unlink()
+    with open(whole.directory / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "cut o')
+
+    resumed = train_pairs(steps=None, epochs=2, resume="latest")
+
+    assert_same_run(whole, resumed)
+
+
+def test_a_finished_run_can_be_extended(train_pairs):
+    train_pairs(steps=4, lr_scheduler="const")
+
+    extended = train_pairs(steps=8, lr_scheduler="const", resume="latest")
+
+    assert_same_run(train_pairs(steps=8, lr_scheduler="const", name="whole"), extended)
+
+
+def test_resuming_before_the_first_checkpoint_starts_at_the_beginning(train_pairs):
+    assert [record["step"] for record in train_pairs(resume="latest").history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_half_precision_run_resumes_its_gradient_scaler(train_pairs):
+    half = {"precision": "amp", "lr_scheduler": "const"}
+    train_pairs(**half, steps=3)
+
+    resumed = train_pairs(**half, steps=5, resume="latest")
+
+    whole = train_pairs(**half, steps=5, name="whole")
+    scalers = [load(run.directory / "checkpoints" / "epoch_latest.pt")["scaler"] for run in (resumed, whole)]
+    assert scalers[0] == scalers[1] != torch.amp.GradScaler("cpu").state_dict()
+    assert_same_run(whole, resumed)
+
+
+def test_a_checkpoint_of_open_clip_train_resumes(make_model, pairs, options, train_pairs, tmp_path):
+    whole = train_pairs(name="whole", steps=None, epochs=2)
+    ours = load(whole.directory / "checkpoints" / "epoch_1.pt")
+    theirs = {key: ours[key] for key in ("epoch", "name", "optimizer")}
+    theirs["state_dict"] = {f"module.{name}": value for name, value in ours["state_dict"].items()}
+    torch.save(theirs, tmp_path / "theirs.pt")
+
+    resumed = train_pairs(steps=None, epochs=2, resume=str(tmp_path / "theirs.pt"))
+
+    assert without_times(resumed.history) == without_times(whole.history)[3:]
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_most_steps(train_pairs):
+    result = train_pairs(steps=None, epochs=2)
+    folder = result.directory / "checkpoints"
+    shutil.copy(folder / "epoch_1.pt", folder / "epoch_latest.pt")  # older than epoch_2.pt
+    (folder / "epoch_9.pt").write_bytes(b"not a checkpoint")
+
+    resumed = train_pairs(steps=None, epochs=2, resume="latest")
+
+    assert resumed.steps == 6 and len(resumed.history) == 6

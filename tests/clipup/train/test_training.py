@@ -1,0 +1,230 @@
+"""What a run does from its first step to its last."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+import clipup
+from clipup.train import Every, TrainOptions, train
+
+DROPLESS = clipup.MoEConfig(num_experts=4, balance_weight=0.01, z_weight=1e-3)
+
+
+@pytest.mark.parametrize("moe", [None, clipup.MoEConfig.clip_up(num_experts=4)], ids=["dense", "sparse"])
+@pytest.mark.parametrize("siglip", [False, True], ids=["softmax", "sigmoid"])
+def test_training_lowers_the_loss(make_model, pairs, options, moe, siglip):
+    bias = {"init_logit_scale": math.log(10), "init_logit_bias": -10} if siglip else {}
+    model = make_model(moe, **bias)
+
+    result = train(options(logs=None, steps=40, lr=3e-3, siglip=siglip), model=model, loader=pairs(batch_size=24))
+
+    losses = [record["contrastive"] for record in result.history]
+    assert len(losses) == result.steps == 40
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options):
+    model = make_model(clipup.MoEConfig.clip_up(num_experts=4))
+
+    result = train(options(), model=model, loader=pairs())
+
+    lines = (result.directory / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert records == result.history
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["epoch"] for record in records] == [0, 0, 0, 1, 1, 1]
+    for record in records:
+        assert record["loss"] == pytest.approx(record["contrastive"] + record["aux"], rel=1e-5)
+        assert record["aux"] == pytest.approx(2 * (0.01 * record["balance"] + 1e-4 * record["z"]), rel=1e-4)
+        assert record["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
+        assert record["images_per_second"] > 0 and record["seconds"] > 0
+        assert 0 <= record["dropped"] < 1 and 0 < record["router_entropy"] <= math.log(4) + 1e-5
+        assert set(record["layers"]) == set(clipup.moe_layers(model))
+        for layer in record["layers"].values():
+            assert sum(layer["load"]) == pytest.approx(1) and len(layer["load"]) == 4
+            assert {"balance", "z", "dropped", "router_entropy"} < set(layer)
+    assert "step 6" in (result.directory / "out.log").read_text()
+
+
+def test_a_dense_run_has_no_routing_metrics(make_model, pairs, options):
+    result = train(options(logs=None), model=make_model(), loader=pairs())
+
+    assert all(record["aux"] == 0 and "layers" not in record for record in result.history)
+
+
+def test_logging_every_third_step_logs_these_and_the_last(make_model, pairs, options):
+    result = train(options(logs=None, steps=7, log_every_n_steps=3), model=make_model(), loader=pairs())
+
+    assert [record["step"] for record in result.history] == [3, 6, 7]
+
+
+@pytest.mark.parametrize("moe", [None, DROPLESS], ids=["dense", "sparse"])
+def test_gradient_checkpointing_changes_no_loss(make_model, pairs, options, moe):
+    def losses(**changes):
+        result = train(options(logs=None, **changes), model=make_model(moe), loader=pairs())
+        return [(record["contrastive"], record["aux"]) for record in result.history]
+
+    assert torch.tensor(losses(grad_checkpointing=True)) == pytest.approx(torch.tensor(losses()), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["amp_bf16", "amp"])
+def test_autocast_follows_float32(make_model, pairs, options, precision):
+    def last_loss(precision):
+        model = make_model(DROPLESS)
+        changes = {"logs": None, "steps": 10, "precision": precision}
+        return train(options(**changes), model=model, loader=pairs()).history[-1]["loss"]
+
+    assert last_loss(precision) == pytest.approx(last_loss("fp32"), rel=0.05)
+
+
+def test_learning_rate_warms_up_and_falls_along_a_cosine(make_model, pairs, options):
+    result = train(options(logs=None, steps=10, warmup=4, lr=1e-3), model=make_model(), loader=pairs())
+
+    rates = [record["lr"] for record in result.history]
+    assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+    assert rates[4:] == pytest.approx([0.5e-3 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+
+
+@pytest.mark.parametrize("changes", [{"lr_scheduler": "const", "warmup": 0}, {"skip_scheduler": True}])
+def test_learning_rate_can_stay_constant(make_model, pairs, options, changes):
+    result = train(options(logs=None, lr=1e-3, **changes), model=make_model(), loader=pairs())
+
+    assert [record["lr"] for record in result.history] == pytest.approx([1e-3] * 6)
+
+
+def test_the_logit_scale_never_exceeds_100(make_model, pairs, options):
+    model = make_model(init_logit_scale=math.log(100) - 1e-4)
+
+    result = train(options(logs=None, steps=20, lr=0.1, warmup=0), model=model, loader=pairs(pairs=8, noise=0))
+
+    assert all(record["logit_scale"] <= 100.001 for record in result.history)
+    assert model.logit_scale.item() <= math.log(100)
+
+
+def test_gradients_are_clipped_to_the_norm(make_model, pairs, options):
+    model, before = make_model(), make_model().state_dict()
+    settings = {"logs": None, "steps": 1, "warmup": 0, "lr": 1.0, "eps": 1e6, "wd": 0, "grad_clip_norm": 1e-3}
+
+    train(options(**settings), model=model, loader=pairs())
+
+    # with a huge epsilon AdamW moves by lr * gradient / eps
+    moved = sum(((model.state_dict()[name] - before[name]) ** 2).sum() for name in before).sqrt()
+    assert moved.item() == pytest.approx(0, abs=1.01e-9)
+    gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert gradients.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_callbacks_see_the_model_at_their_steps_and_at_the_end_and_do_not_change_the_run(make_model, pairs, options):
+    seen = []
+
+    def look(model):
+        seen.append(model.logit_scale.item())
+        model.eval()
+        torch.rand(100)
+        return {"scale": seen[-1]}
+
+    plain = train(options(logs=None, steps=7), model=make_model(), loader=pairs())
+    looked = train(options(steps=7), model=make_model(), loader=pairs(), callbacks=[Every(3, look)])
+
+    assert [record["step"] for record in looked.evaluations] == [3, 6, 7]
+    assert [record["scale"] for record in looked.evaluations] == seen
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, looked.model.state_dict()[name]), name
+
+
+def test_the_trained_model_is_saved_and_loads(model_directory, pairs, options):
+    result = train(options(model=str(model_directory), moe=True, steps=2), loader=pairs())
+
+    saved, _, _ = clipup.create_model_and_transforms(str(result.directory / "model"))
+    assert saved.moe_config == clipup.MoEConfig.clip_up()
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, saved.state_dict()[name]), name
+
+
+def test_a_fresh_model_for_the_sigmoid_loss_gets_its_bias_and_keeps_it_when_saved(named_model, pairs, options):
+    result = train(options(model=named_model, siglip=True, steps=1), loader=pairs())
+
+    saved, _, _ = clipup.create_model_and_transforms(str(result.directory / "model"))
+    assert torch.equal(saved.logit_bias, result.model.logit_bias)
+    assert saved.logit_bias.item() == pytest.approx(-10, abs=0.01)
+
+
+def test_tensorboard_has_the_metrics(make_model, pairs, options):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(options(report_to="tensorboard"), model=make_model(DROPLESS), loader=pairs())
+
+    events = EventAccumulator(str(result.directory / "tensorboard"))
+    events.Reload()
+    loss = [event.value for event in events.Scalars("train/loss")]
+    assert loss == pytest.approx([record["loss"] for record in result.history])
+    layer = next(iter(clipup.moe_layers(result.model)))
+    assert len(events.Scalars(f"train/layers/{layer}/load/3")) == 6
+
+
+def test_frozen_parameters_stay_as_they_are(make_model, pairs, options):
+    model = make_model(DROPLESS)
+    model.visual.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.visual.state_dict().items()}
+
+    train(options(logs=None), model=model, loader=pairs())
+
+    assert all(torch.equal(value, before[name]) for name, value in model.visual.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lr": 0.0}, "lr must be a positive number, got 0.0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"warmup": -1}, "warmup must be 0 or more"),
+        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\)"),
+        ({"grad_clip_norm": 0.0}, "grad_clip_norm must be positive"),
+        ({"name": "a/b"}, "name must be the name of a directory"),
+        ({"resume": "latest"}, "needs logs and name"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainOptions(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "train_data is missing"),
+        ({"train_data": "nowhere.csv"}, "nowhere.csv"),
+        ({"siglip": True, "train_data": "nowhere.csv"}, "logit_bias"),
+        ({"device": "cuda", "train_data": "nowhere.csv"}, "no CUDA GPU"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_and_leaves_no_directory(model_directory, options, changes, message):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        changes = {**changes, "device": "cpu"}
+        message = "nowhere.csv"
+    settings = options(model=str(model_directory), **changes)
+
+    with pytest.raises((ValueError, OSError), match=message):
+        train(settings)
+
+    assert not (model_directory.parent / "logs").exists()
+
+
+def test_data_with_fewer_batches_than_a_step_needs_are_refused(make_model, pairs, options):
+    with pytest.raises(ValueError, match="3 batches an epoch, too few for a step of 4"):
+        train(options(logs=None, accum_freq=4), model=make_model(), loader=pairs())
+
+
+def test_a_model_of_another_architecture_than_named_is_refused(model_directory, options, pairs):
+    with pytest.raises(ValueError, match="another architecture"):
+        train(options(model="ViT-B-32", pretrained=str(model_directory)), loader=pairs())
+
+
+def test_a_frozen_model_is_refused(make_model, pairs, options):
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(options(logs=None), model=make_model().requires_grad_(False), loader=pairs())

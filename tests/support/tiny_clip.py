@@ -1,0 +1,62 @@
+"""Small CLIP models of every kind that upcycles, built from dicts in milliseconds."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+_VISION = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 4}
+_TEXT = {"context_length": 10, "vocab_size": 64, "width": 32, "heads": 2, "layers": 4}
+
+CONFIGS = {
+    "gelu": {"embed_dim": 16, "vision_cfg": _VISION, "text_cfg": _TEXT},
+    "quick_gelu": {"embed_dim": 16, "quick_gelu": True, "vision_cfg": _VISION, "text_cfg": _TEXT},
+    "gelu_tanh": {
+        "embed_dim": 16,
+        "vision_cfg": {**_VISION, "act_kwargs": {"approximate": "tanh"}},
+        "text_cfg": {**_TEXT, "act_kwargs": {"approximate": "tanh"}},
+    },
+    "custom_text": {"embed_dim": 16, "custom_text": True, "vision_cfg": _VISION, "text_cfg": _TEXT},
+    "custom_blocks": {
+        "embed_dim": 16,
+        "vision_cfg": {**_VISION, "block_type": "custom", "qk_norm": True, "scale_attn": True, "ls_init_value": 0.1},
+        "text_cfg": {**_TEXT, "block_type": "custom", "scale_heads": True},
+    },
+    "eos_pool": {
+        "embed_dim": 16,
+        "custom_text": True,
+        "vision_cfg": {**_VISION, "pool_type": "avg"},
+        "text_cfg": {**_TEXT, "pool_type": "eos", "eos_id": 2},
+    },
+    "timm": {
+        "embed_dim": 64,
+        "vision_cfg": {"timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none", "image_size": 160},
+        "text_cfg": _TEXT,
+    },
+}
+"""open_clip's ``model_cfg`` by the name of a kind. All but "timm" have 4 blocks a tower."""
+
+
+def tiny_config(kind: str = "gelu") -> dict:
+    return deepcopy(CONFIGS[kind])
+
+
+def tiny_clip(kind: str = "gelu", seed: int = 0) -> nn.Module:
+    """A float32 model in training mode with all parameters drawn at random, biases and layer norms too."""
+    torch.manual_seed(seed)
+    config = tiny_config(kind)
+    model_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    model = model_class(**config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 and "logit_scale" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def contrastive_loss(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
+    image_features, text_features, scale, *_ = model(images, texts)
+    return open_clip.ClipLoss()(image_features, text_features, scale)
