@@ -245,7 +245,8 @@ def _apart(sorted_places: Sequence[float], gap: float, low: float, high: float) 
     for index, place in enumerate(sorted_places):
         pools.append([place - index * gap])
         while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
-            pools[-2] += pools.pop()
+            later = pools.pop()
+            pools[-1] += later
     last = high - (len(sorted_places) - 1) * gap
     bases = [min(max(_mean(pool), low), last) for pool in pools for _ in pool]
     return [base + index * gap for index, base in enumerate(bases)]

@@ -34,7 +34,7 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         f"({percent(arms['clip_up'][way])} against {percent(arms['dense_continued'][way])} %)"
         for way, name in WAYS
     )
-    sentence = f"{_steps(report)} CLIP-UP {_standing(list(differences.values()))}: {details}, with one seed."
+    sentence = f"{_steps(report)} CLIP-UP {_standing(list(differences.values()))}: {details}, in one run."
     return Verdict(sentence, (*_sampling(report, arms), *_compute(report)))
 
 
@@ -64,8 +64,8 @@ def _sampling(report: Mapping[str, Any], arms: Mapping[str, Mapping[str, float |
     rates = [min(1.0, max(0.0, rate)) for found in arms.values() for rate in found.values() if rate is not None]
     error = max(math.sqrt(rate * (1 - rate) / images) for rate in rates)
     return (
-        f"One seed cannot tell a difference of this kind from luck: {count(images)} test images alone leave each R@1 a "
-        f"standard error of up to {100 * error:.1f} points, and another seed moves it as well.",
+        f"This is one seed and no claim of significance: {count(images)} test images alone leave each R@1 a standard "
+        f"error of up to {100 * error:.1f} points, and another seed would move it as well.",
     )
 
 

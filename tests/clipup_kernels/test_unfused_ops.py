@@ -52,6 +52,8 @@ def test_each_part_follows_the_oracle(shape, routing, dtype):
     routing=st.sampled_from(ROUTINGS), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_any_shape_and_routing_follows_the_oracle(shape, routing, dtype, seed):
+    if dtype != torch.float32:  # few terms may cancel, and what is left of their rounding can be as large as their sum
+        shape = shape._replace(tokens=shape.tokens + 8, width=shape.width + 8)
     gates, plan = route(shape, routing, seed)
     rows = randn(shape.tokens * shape.k, shape.width, dtype=dtype, seed=seed)
     x = randn(shape.tokens, shape.width, dtype=dtype, seed=seed)

@@ -1,0 +1,46 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipup.data.captions import caption_set, other_names, same_words, useful_tags, words
+
+
+def test_names_of_packages_become_words():
+    assert words(":face_with_tears_of_joy:") == "face with tears of joy"
+    assert words("arrow-bend-up-left") == "arrow bend up left"
+    assert words(":AB_button_(blood_type):") == "ab button blood type"
+    assert words(":eight_o’clock:") == "eight oclock"
+    assert words(":piñata:") == "pinata"
+    assert words(":keycap_#:") == "keycap number sign"
+    assert words(":Heard_Island_&_McDonald_Islands:") == "heard island and mcdonald islands"
+
+
+@given(st.text())
+def test_words_are_lower_case_and_clean_whatever_comes(text):
+    cleaned = words(text)
+    assert cleaned == words(cleaned)
+    assert all(c.isascii() and (c.isalnum() or c == " ") for c in cleaned)
+    assert cleaned == " ".join(cleaned.lower().split())
+
+
+def test_aliases_that_say_nothing_are_no_captions():
+    assert other_names("cross mark", [":x:", ":cross_mark:"]) == []
+    assert other_names("one thirty", [":clock130:"]) == []
+    assert other_names("check mark button", [":white_check_mark:"]) == []
+    assert other_names("black cat", ["black_feline"]) == ["black feline"]
+    assert other_names("pile of poo", [":poop:", ":shit:", ":poop:"]) == ["poop"]
+
+
+def test_tags_are_words_that_add_something_and_are_few():
+    tags = ["*updated*", "trees", "emoji", "c++", "sea", "sea", "boat", "sail", "wind", "race", "sport"]
+    assert useful_tags("boat race", tags) == ["trees", "sea", "sail", "wind"]
+
+
+def test_captions_begin_with_the_name_and_no_tag_stands_alone():
+    captions = caption_set(["automobile", "car"], ["vehicle", "transport"])
+    assert captions == ("automobile", "car", "automobile, vehicle", "automobile, transport")
+    assert caption_set(["car", "car"], []) == ("car",)
+
+
+def test_the_same_words_in_another_order_are_recognised():
+    assert same_words("waving hand") == same_words("hand, waving")
+    assert same_words("waving hand") != same_words("waving hands")
