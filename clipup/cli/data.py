@@ -37,7 +37,9 @@ class Pictograms:
     def run(self) -> None:
         start = time.perf_counter()
         dataset = pictograms.build(self.out, self.size, self.overwrite, self.samples_per_shard, self.processes)
-        print(f"{dataset['name']} in {self.out} ({time.perf_counter() - start:.0f} s), drawings {self.size} pixels wide:")
+        print(
+            f"{dataset['name']} in {self.out} ({time.perf_counter() - start:.0f} s), {self.size} x {self.size} pixels:"
+        )
         for name, split in dataset["splits"].items():
             shards = len(split["shards"])
             groups = ", ".join(f"{count:,} {group}" for group, count in split["images_by_group"].items())

@@ -162,12 +162,7 @@ def tar_records(shards: Sequence[str], skips: Skips, argument: str) -> list[Reco
     for shard in shards:
         if is_remote(shard):
             raise ValueError(f"{argument}: {shard} is not a file of this machine, which is needed here: copy it first")
-        try:
-            samples = _tar_samples(shard)
-        except (OSError, tarfile.TarError) as error:
-            skips.note(shard, f"not readable as an uncompressed tar file ({error})")
-            continue
-        for key, (members, text, about) in samples.items():
+        for key, (members, text, about) in _tar_samples(shard, skips).items():
             listed = about.pop("captions", None)
             captions = [str(c) for c in listed] if isinstance(listed, list) and listed else lines(text)
             image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
@@ -178,31 +173,36 @@ def tar_records(shards: Sequence[str], skips: Skips, argument: str) -> list[Reco
     return records
 
 
-def _tar_samples(shard: str) -> dict[str, tuple[dict[str, tuple[int, int]], str, dict]]:
-    """By key: where its members lie (offset, size, by extension), its text, and its json."""
+def _tar_samples(shard: str, skips: Skips) -> dict[str, tuple[dict[str, tuple[int, int]], str, dict]]:
+    """By key: where its members lie (offset, size, by extension), its text, and its json.
+
+    A shard that breaks off gives what lies before, and counts as one that is skipped.
+    """
     samples: dict[str, tuple[dict[str, tuple[int, int]], str, dict]] = {}
-    with tarfile.open(shard, "r:", ignore_zeros=True) as tar:  # ignore_zeros: goes on behind a damaged header
-        for member in tar:
-            folder, name = os.path.split(member.name)
-            stem, dot, extension = name.partition(".")
-            if not member.isreg() or not dot:
-                continue
-            key = os.path.join(folder, stem)
-            members, text, about = samples.get(key, ({}, "", {}))
-            if extension in ("txt", "json"):
-                content = _content(tar, member)
-                try:
-                    text, about = (content.decode(), about) if extension == "txt" else (text, dict(json.loads(content)))
-                except (ValueError, TypeError):
-                    pass  # without captions the sample is skipped, and counted, by the caller
-            members[extension.lower()] = (member.offset_data, member.size)
-            samples[key] = (members, text, about)
+    try:
+        with tarfile.open(shard, "r:", ignore_zeros=True) as tar:  # ignore_zeros: goes on behind a damaged header
+            for member in tar:
+                folder, name = os.path.split(member.name)
+                stem, dot, extension = name.partition(".")
+                if not member.isreg() or not dot:
+                    continue
+                key = os.path.join(folder, stem)
+                members, text, about = samples.get(key, ({}, "", {}))
+                if extension in ("txt", "json"):
+                    text, about = _words(extension, tar.extractfile(member).read(), text, about)
+                members[extension.lower()] = (member.offset_data, member.size)
+                samples[key] = (members, text, about)
+    except (OSError, tarfile.TarError) as error:
+        skips.note(f"the rest of {shard}", f"not readable as an uncompressed tar file ({error})")
     return samples
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    return file.read() if file is not None else b""
+def _words(extension: str, content: bytes, text: str, about: dict) -> tuple[str, dict]:
+    """Text and json of a sample, one of them replaced by `content`, or by nothing where it cannot be decoded."""
+    try:
+        return (content.decode(), about) if extension == "txt" else (text, dict(json.loads(content)))
+    except (ValueError, TypeError):
+        return text, about
 
 
 def csv_rows(path: str, separator: str, img_key: str, caption_key: str, argument: str) -> Iterator[tuple[str, str]]:

@@ -92,7 +92,7 @@ def check_target(directory: Path, overwrite: bool) -> None:
 @contextmanager
 def appearing_whole(directory: Path) -> Iterator[Path]:
     """A directory to build in; takes the place of `directory` when the block ends well, vanishes when it does not."""
-    directory = directory.absolute()
+    directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{directory.name}.building-", dir=directory.parent))
     try:

@@ -43,7 +43,7 @@ class DemoOptions:
     out: str = "runs/demo"
     """Directory for the report, the runs and the data."""
     data: str | None = None
-    """Directory of the pictograms data set, built there when it is missing. None: OUT/data."""
+    """Directory of a data set that `clipup data` wrote. None: the pictograms, built in OUT/data once."""
     dense_steps: int = 600
     """Steps of the dense model before it is upcycled."""
     continue_steps: int = 600
@@ -78,7 +78,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     _refuse_earlier(out, options.overwrite)
     _say("1/5", "real pictograms and their names, rendered from Python packages")
     data = Path(options.data or out / "data")
-    dataset = build(data)
+    dataset = describe(data) if options.data else build(data)
 
     torch.manual_seed(options.seed)
     with models.expecting_random_weights():

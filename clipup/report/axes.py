@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) from low to high, ``about`` that many."""
     rough = (high - low) / max(1, about)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
+    step = min((factor * power for factor in (1, 2, 2.5, 5, 10)), key=lambda step: abs(math.log(step / rough)))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
 
@@ -93,70 +94,76 @@ def build(
     x_format: Callable[[float], str],
     y_format: Callable[[float], str],
     legend: Sequence[Key] = (),
+    subtitle: str = "",
     right: float = 14,
 ) -> tuple[Frame, str]:
     """The frame and the markup of everything around the lines.
 
-    ``right`` pixels are kept free at the right for labels. The plot gets what title, legend and ticks leave of ``height``.
+    At least ``right`` pixels are kept free at the right for labels. The plot gets the height that the rest leaves.
     """
-    head, top = _head(title, legend, y_label, width)
+    if not y_range[0] < y_range[1]:
+        raise ValueError(f"the y axis goes from {y_range[0]} to {y_range[1]}; its lower end must come first")
+    head, top = _head(title, subtitle, legend, y_label, width)
     y_ticks = ticks(*y_range, about=5)
-    left = 12 + max([text_width(y_format(value)) for value in y_ticks], default=0.0)
+    x_ticks = ticks(*x_range, about=5)
+    right = max(right, 2 + text_width(x_format(x_ticks[-1])) / 2 if x_ticks else 0)
+    y_labels = _same_decimals([y_format(value) for value in y_ticks])
+    left = 12 + max(map(text_width, y_labels), default=0.0)
     frame = Frame(left, top, width - right, max(height - 40, top + 60), x_range, y_range)
-    return frame, head + _grid(frame, y_ticks, y_format) + _bottom(frame, x_format, x_label)
+    return frame, head + _grid(frame, y_ticks, y_labels) + _bottom(frame, x_ticks, x_format, x_label)
 
 
-def _head(title: str, legend: Sequence[Key], y_label: str, width: float) -> tuple[str, float]:
+def _head(title: str, subtitle: str, legend: Sequence[Key], y_label: str, width: float) -> tuple[str, float]:
     parts, baseline = [], 2.0
     for line in _wrap(title, int(width / (_CHARACTER * 1.2))):
         baseline += _LINE - 2
         parts.append(svg.text(0.0, baseline, line, font_size=14, font_weight=600))
+    if subtitle:
+        baseline += _LINE
+        parts.append(svg.text(0.0, baseline, subtitle, font_size=FONT, fill_opacity=0.7))
     x = 0.0
     for index, key in enumerate(legend):
         taken = 30 + text_width(key.label) + 16
         if index == 0 or x + taken > width:
             x, baseline = 0.0, baseline + _LINE + 2
-        line = svg.element(
-            "line", x1=x, x2=x + 22, y1=baseline - 4, y2=baseline - 4, stroke=key.color, stroke_width=2.5,
-            stroke_dasharray=key.dash,
-        )  # fmt: skip
-        parts += [line, svg.text(x + 28, baseline, key.label, font_size=FONT)]
+        y = baseline - 4
+        parts.append(svg.line(x, y, x + 22, y, stroke=key.color, stroke_width=2.5, stroke_dasharray=key.dash))
+        parts.append(svg.text(x + 28, baseline, key.label, font_size=FONT))
         x += taken
     baseline += _LINE + 2
     parts.append(svg.text(0.0, baseline, y_label, font_size=FONT, fill_opacity=0.7))
     return "".join(parts), baseline + 12
 
 
-def _grid(frame: Frame, y_ticks: Sequence[float], y_format: Callable[[float], str]) -> str:
+def _same_decimals(labels: Sequence[str]) -> list[str]:
+    """Labels with zeros added to their numbers until all have the same decimals: 1.7 beside 1.75 becomes 1.70."""
+    decimals = [len(found[1]) if (found := re.search(r"\.(\d+)", label)) else 0 for label in labels]
+    most = max(decimals, default=0)
+
+    def filled(label: str, has: int) -> str:
+        return re.sub(r"\d(?!.*\d)", lambda last: last[0] + ("" if has else ".") + "0" * (most - has), label, count=1)
+
+    return [label if has == most else filled(label, has) for label, has in zip(labels, decimals, strict=True)]
+
+
+def _grid(frame: Frame, y_ticks: Sequence[float], y_labels: Sequence[str]) -> str:
     parts = []
-    for value in y_ticks:
+    for value, label in zip(y_ticks, y_labels, strict=True):
         y = frame.y(value)
-        parts.append(
-            svg.element(
-                "line", x1=frame.left, x2=frame.right, y1=y, y2=y, stroke="currentColor", stroke_opacity="0.13"
-            )
-        )  # fmt: skip
-        parts.append(
-            svg.text(frame.left - 6, y + 4, y_format(value), font_size=FONT, text_anchor="end", fill_opacity=0.7)
-        )
+        parts.append(svg.line(frame.left, y, frame.right, y, stroke_opacity="0.13"))
+        parts.append(svg.text(frame.left - 6, y + 4, label, font_size=FONT, text_anchor="end", fill_opacity=0.7))
     return "".join(parts)
 
 
-def _bottom(frame: Frame, x_format: Callable[[float], str], x_label: str) -> str:
-    base = svg.element(
-        "line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, stroke="currentColor",
-        stroke_opacity="0.5",
-    )  # fmt: skip
-    parts, occupied = [base], -math.inf
-    for value in ticks(*frame.x_range, about=5):
+def _bottom(frame: Frame, x_ticks: Sequence[float], x_format: Callable[[float], str], x_label: str) -> str:
+    parts, occupied = [svg.line(frame.left, frame.bottom, frame.right, frame.bottom, stroke_opacity="0.5")], -math.inf
+    for value in x_ticks:
         x, label = frame.x(value), x_format(value)
         if x - text_width(label) / 2 < occupied + 6:
             continue
         occupied = x + text_width(label) / 2
-        mark = svg.element(
-            "line", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4, stroke="currentColor", stroke_opacity="0.5"
-        )
-        parts += [mark, svg.text(x, frame.bottom + 17, label, font_size=FONT, text_anchor="middle", fill_opacity=0.7)]
+        parts.append(svg.line(x, frame.bottom, x, frame.bottom + 4, stroke_opacity="0.5"))
+        parts.append(svg.text(x, frame.bottom + 17, label, font_size=FONT, text_anchor="middle", fill_opacity=0.7))
     middle = (frame.left + frame.right) / 2
     parts.append(svg.text(middle, frame.bottom + 34, x_label, font_size=FONT, text_anchor="middle", fill_opacity=0.7))
     return "".join(parts)

@@ -21,7 +21,7 @@ _MOST_POINTS = 100
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``y`` over ``x``, of the same length. ``points`` marks every point, which has its value as a tooltip."""
+    """One line: ``y`` over ``x``, of the same length. ``points``: every point is marked, its value a tooltip."""
 
     label: str
     x: Sequence[SupportsFloat]
@@ -56,8 +56,8 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
     levels: Sequence[tuple[float, str]] = (),
-    width: float = 480,
-    height: float = 300,
+    width: float = 440,
+    height: float = 290,
 ) -> str:
     """Lines over a common x, as SVG.
 
@@ -69,10 +69,17 @@ def line_chart(
     if y_range is None:
         y_range = axes.span([y for _, y in finite] + [level for level, _ in levels if finite], margin=0.06)
     frame, around = axes.build(
-        width=width, height=height, title=title, x_label=x_label, y_label=y_label,
-        x_range=axes.span([x for x, _ in finite]), y_range=y_range, x_format=x_format, y_format=y_format,
+        width=width,
+        height=height,
+        title=title,
+        x_label=x_label,
+        y_label=y_label,
+        x_range=axes.span([x for x, _ in finite]),
+        y_range=y_range,
+        x_format=x_format,
+        y_format=y_format,
         legend=[Key(one.label, color, one.dash) for one, color, _ in drawn] if len(drawn) > 1 else (),
-    )  # fmt: skip
+    )
     parts = [around, *(_mark(frame, x, label) for x, label in marks), *(_level(frame, y, label) for y, label in levels)]
     for one, color, pairs in drawn:
         parts.append(_line(frame, pairs, color, one.dash))
@@ -89,8 +96,8 @@ def load_chart(
     title: str,
     *,
     y_max: float | None = None,
-    width: float = 480,
-    height: float = 300,
+    width: float = 440,
+    height: float = 290,
 ) -> str:
     """Share of all picks that fell on each expert over training, one line an expert, as SVG.
 
@@ -105,13 +112,23 @@ def load_chart(
     lines = [_thin([float(step) for step in steps], [float(row[expert]) for row in loads]) for expert in range(experts)]
     finite = [(x, y) for line in lines for x, y in line if math.isfinite(x) and math.isfinite(y)]
     top = y_max if y_max is not None else max([y for _, y in finite] + [1.5 / experts if experts else 1.0]) * 1.06
+    y_label = f"share of picks; dashed: uniform, 1/{experts}" if experts else "share of picks"
     frame, around = axes.build(
-        width=width, height=height, title=title, x_label="step", y_label=_load_label(loads, experts),
-        x_range=axes.span([x for x, _ in finite]), y_range=(0.0, top), x_format=short, y_format=percent_tick, right=40,
-    )  # fmt: skip
+        width=width,
+        height=height,
+        title=title,
+        subtitle=_imbalances(loads),
+        x_label="step",
+        y_label=y_label,
+        x_range=axes.span([x for x, _ in finite]),
+        y_range=(0.0, top),
+        x_format=short,
+        y_format=percent_tick,
+        right=40,
+    )
     parts = [around]
     if experts:
-        parts.append(_level(frame, 1 / experts, f"uniform, 1/{experts}"))
+        parts.append(_level(frame, 1 / experts, ""))
     parts += [_line(frame, line, expert_color(e), _expert_dash(e), 1.6) for e, line in enumerate(lines)]
     parts.append(_end_labels(frame, lines) if finite else _nothing(frame))
     return svg.picture(width, height, title, *parts)
@@ -125,11 +142,9 @@ def imbalance(load: Sequence[SupportsFloat]) -> float:
     return max(shares) * len(shares)
 
 
-def _load_label(loads: Sequence[Sequence[SupportsFloat]], experts: int) -> str:
-    known = [value for value in map(imbalance, loads) if math.isfinite(value)] if experts else []
-    if not known:
-        return "share of picks"
-    return f"share of picks; largest over uniform {known[-1]:.2f} at the end, {max(known):.2f} at most"
+def _imbalances(loads: Sequence[Sequence[SupportsFloat]]) -> str:
+    known = [value for value in map(imbalance, loads) if math.isfinite(value)]
+    return f"largest share over uniform: {known[-1]:.2f} at the end, {max(known):.2f} at most" if known else ""
 
 
 def _thin(x: list[float], y: list[float]) -> list[tuple[float, float]]:
@@ -150,9 +165,15 @@ def _line(
     frame: Frame, pairs: Sequence[tuple[float, float]], color: str, dash: str | None, stroke_width: float = 2
 ) -> str:
     return svg.element(
-        "path", d=frame.path(pairs), fill="none", stroke=color, stroke_width=stroke_width, stroke_dasharray=dash,
-        stroke_linejoin="round", stroke_linecap="round" if dash is None else None,
-    )  # fmt: skip
+        "path",
+        d=frame.path(pairs),
+        fill="none",
+        stroke=color,
+        stroke_width=stroke_width,
+        stroke_dasharray=dash,
+        stroke_linejoin="round",
+        stroke_linecap="round" if dash is None else None,
+    )
 
 
 def _points(
@@ -168,8 +189,11 @@ def _points(
         svg.element(
             "circle",
             svg.title(f"{label}, {x_label} {x_format(x)}: {y_format(y)}"),
-            cx=frame.x(x), cy=frame.y(y), r=3.5, fill=color,
-        )  # fmt: skip
+            cx=frame.x(x),
+            cy=frame.y(y),
+            r=3.5,
+            fill=color,
+        )
         for x, y in pairs
         if math.isfinite(x) and math.isfinite(y)
     ]
@@ -181,13 +205,10 @@ def _mark(frame: Frame, x: float, label: str) -> str:
         return ""
     at = frame.x(x)
     leftwards = at + 6 + axes.text_width(label) > frame.right
-    line = svg.element(
-        "line", x1=at, x2=at, y1=frame.top - 6, y2=frame.bottom, stroke="currentColor", stroke_opacity="0.5",
-        stroke_dasharray="2 3",
-    )  # fmt: skip
-    anchor = {"text_anchor": "end"} if leftwards else {}
+    line = svg.line(at, frame.top - 6, at, frame.bottom, stroke_opacity="0.5", stroke_dasharray="2 3")
+    side = {"text_anchor": "end"} if leftwards else {}
     return line + svg.text(
-        at + (-6 if leftwards else 6), frame.top + 2, label, font_size=FONT, fill_opacity=0.7, **anchor
+        at - 6 if leftwards else at + 6, frame.top + 2, label, font_size=FONT, fill_opacity=0.7, **side
     )
 
 
@@ -196,13 +217,9 @@ def _level(frame: Frame, y: float, label: str) -> str:
     if not low <= y <= high:
         return ""
     at = frame.y(y)
-    line = svg.element(
-        "line", x1=frame.left, x2=frame.right, y1=at, y2=at, stroke="currentColor", stroke_opacity="0.75",
-        stroke_dasharray="4 4",
-    )  # fmt: skip
-    return line + svg.text(
-        frame.right - 2, at - 5, label, font_size=FONT - 1, fill_opacity=0.75, text_anchor="end"
-    )
+    line = svg.line(frame.left, at, frame.right, at, stroke_opacity="0.75", stroke_dasharray="4 4")
+    words = svg.text(frame.right - 2, at - 5, label, font_size=FONT - 1, fill_opacity=0.75, text_anchor="end")
+    return line + words if label else line
 
 
 def _nothing(frame: Frame) -> str:
@@ -226,9 +243,14 @@ def _end_labels(frame: Frame, lines: Sequence[Sequence[tuple[float, float]]]) ->
     parts = []
     for (y, x, expert), place in zip(ends, places, strict=True):
         leader = svg.element(
-            "path", d=f"M{x + 1:.1f} {y:.1f}L{frame.right + 14:.1f} {place:.1f}", stroke=expert_color(expert),
-            stroke_width=1, stroke_opacity=0.8, fill="none", stroke_dasharray=_expert_dash(expert),
-        )  # fmt: skip
+            "path",
+            d=f"M{x + 1:.1f} {y:.1f}L{frame.right + 14:.1f} {place:.1f}",
+            stroke=expert_color(expert),
+            stroke_width=1,
+            stroke_opacity=0.8,
+            fill="none",
+            stroke_dasharray=_expert_dash(expert),
+        )
         parts += [leader, svg.text(frame.right + 18, place + 4, expert, font_size=FONT - 1)]
     return "".join(parts)
 

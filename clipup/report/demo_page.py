@@ -25,8 +25,10 @@ MOST_RETRIEVALS = 10
 _CURVES = {"dense": "Dense", "dense_continued": "Dense continued", "clip_up": "CLIP-UP"}
 _KNOWN = frozenset({"data", "chance_r1", "commands", *(arm for arm, _ in tables.ARMS)})
 _KNOWN_OF_ARM = frozenset(
-    "steps seconds params active_params gflops_per_pair t2i i2t splits max_feature_difference chance_r1 gallery captions".split()
+    {"steps", "seconds", "params", "active_params", "gflops_per_pair", "max_feature_difference"}
+    | {"t2i", "i2t", "splits", "chance_r1", "gallery", "captions"}
 )
+_KNOWN_OF_DATA = frozenset({"name", "train_pairs", "test_images", "test_captions"})
 _LONGEST_VALUE = 400
 _MOST_POINTS = 300
 _MOST_EXTRAS = 60
@@ -62,8 +64,7 @@ def render_demo(
         verdict=verdict(report),
         heading=tables.heading(report),
         step0=tables.step0(report),
-        quality=Markup(tables.as_html(tables.quality(report), "Recall on the held-out renderings")),
-        cost=Markup(tables.as_html(tables.cost(report), "Training, parameters and FLOPs")),
+        comparison=Markup(tables.as_html(tables.overview(report), "Recall and cost of every model")),
         splits=_markup_or_none(tables.splits(report)),
         curves=[Markup(chart) for chart in _curves(report, curves, evaluations)],
         window=_window(curves),
@@ -90,9 +91,12 @@ def layer_title(name: str) -> str:
 @cache
 def _template() -> Any:
     environment = Environment(
-        loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader(__package__),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     environment.filters |= {"count": count}
     return environment.get_template("demo.html.j2")
 
@@ -104,14 +108,12 @@ def _what_was_done(report: Mapping[str, Any]) -> str:
     called = f" of the data set “{svg.shorten(name, 60)}”" if name else ""
     return (
         f"A dense CLIP was trained for {steps} steps on {count(dig(report, 'data', 'train_pairs'))} training "
-        f"pairs{called}, then turned into a sparse Mixture-of-Experts CLIP (CLIP-UP), and the sparse and the dense model "
-        f"went on {continued}."
+        f"pairs{called}, then turned into a sparse Mixture-of-Experts CLIP (CLIP-UP), and the sparse and the "
+        f"dense model went on {continued}."
     )
 
 
-def _curves(
-    report: Mapping[str, Any], curves: Mapping[str, Records], evaluations: Mapping[str, Records]
-) -> list[str]:
+def _curves(report: Mapping[str, Any], curves: Mapping[str, Records], evaluations: Mapping[str, Records]) -> list[str]:
     window = _window(curves)
     losses = {arm: _loss(arm, curves.get(arm, ()), window) for arm in _CURVES}
     branch = _last_step(curves.get("dense", ()))
@@ -178,7 +180,8 @@ def _load_charts(loads: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _experts(loads: Mapping[str, Mapping[str, Any]], routing: Sequence[Mapping[str, Any]]) -> int:
     """Number of experts that any figure shows."""
     of_loads = [len(layer["load"][0]) for layer in loads.values() if len(layer["load"])]
-    of_maps = [int(np.max(grid)) + 1 for example in routing for grid in example["layers"].values() if np.size(grid)]
+    grids = [np.asarray(grid) for example in routing for grid in example["layers"].values()]
+    of_maps = [int(grid.max()) + 1 for grid in grids if grid.size]
     return max([*of_loads, *of_maps], default=0)
 
 
@@ -229,11 +232,11 @@ def _extras(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
         if key not in _KNOWN:
             group = key if isinstance(value, Mapping) else "run"
             groups.setdefault(group, []).extend(_flatten("" if isinstance(value, Mapping) else key, value))
-    for arm, name in tables.ARMS:
-        entry = report.get(arm)
-        known = entry if isinstance(entry, Mapping) else {}
-        for key, value in known.items():
-            if key not in _KNOWN_OF_ARM:
+    parts = [("data", "data", _KNOWN_OF_DATA), *((arm, name, _KNOWN_OF_ARM) for arm, name in tables.ARMS)]
+    for part, name, known in parts:
+        entry = report.get(part)
+        for key, value in entry.items() if isinstance(entry, Mapping) else ():
+            if key not in known:
                 groups.setdefault(name, []).extend(_flatten(key, value))
     return [(name, _cut(rows)) for name, rows in groups.items()]
 
@@ -246,7 +249,8 @@ def _cut(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _flatten(path: str, value: Any) -> list[tuple[str, str]]:
     if not isinstance(value, Mapping):
-        return [(path, svg.shorten(value, _LONGEST_VALUE))]
+        listed = ", ".join(map(str, value)) if isinstance(value, list | tuple) else MISSING if value is None else value
+        return [(svg.shorten(path, _LONGEST_VALUE), svg.shorten(listed, _LONGEST_VALUE))]
     return [row for key, inner in value.items() for row in _flatten(f"{path}.{key}" if path else str(key), inner)]
 
 

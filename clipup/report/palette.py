@@ -6,10 +6,10 @@ deuteranopia and tritanopia (Machado et al. 2009); a test holds the distances.
 
 from __future__ import annotations
 
-EXPERTS = ("#5577ee", "#ff9900", "#883344", "#77ccaa", "#cc5599", "#6633aa", "#887700", "#cc99ff")
+EXPERTS = ("#2266aa", "#ff9911", "#bb2266", "#55cc99", "#9966ff", "#aa7700", "#bbaaff", "#5599aa")
 """Colour of expert e is ``EXPERTS[e % 8]``; a second mark (a dash, a dot) tells the second eight from the first."""
 
-ARMS = {"dense": "#7f8894", "dense_continued": "#3f74e0", "clip_up": "#e0660a"}
+ARMS = {"dense": "#949da8", "dense_continued": "#2f68d8", "clip_up": "#e0660a"}
 """Colours of the three training curves."""
 
 DASHES = {"dense": None, "dense_continued": "6 3", "clip_up": None}

@@ -38,9 +38,13 @@ def data_uri(image: Image.Image, longest_side: int = _MOST_PIXELS) -> str:
 def picture(image: Image.Image, label: str, width: int) -> str:
     """The picture as an ``<img>`` on white, ``width`` CSS pixels wide where there is room."""
     return svg.element(
-        "img", src=data_uri(image), alt=label, width=width, height=round(width * image.height / image.width),
+        "img",
+        src=data_uri(image),
+        alt=label,
+        width=width,
+        height=round(width * image.height / image.width),
         style=f"width:100%;max-width:{width}px;height:auto;background:#fff;border-radius:3px;display:block",
-    )  # fmt: skip
+    )
 
 
 def routing_map(image: Image.Image, experts: Any, name: str = "first choices", width: int = 144) -> str:
@@ -66,11 +70,14 @@ def routing_map(image: Image.Image, experts: Any, name: str = "first choices", w
 
 
 def expert_legend(experts: int) -> str:
-    """The colours of all experts with their numbers, as SVG; the legend of every routing map and load chart."""
+    """The colours of all experts with their numbers, as SVG; the legend of every routing map."""
     a_line, size, parts = 8, 16, []
     for expert in range(experts):
         x, y = 46 * (expert % a_line), 24 * (expert // a_line)
-        parts.append(_cell(expert, float(x), y + 2.0, size, size, opacity="0.85", numbered=False))
+        place = {"x": x + 1, "y": y + 3, "width": size - 2, "height": size - 2}
+        parts.append(svg.element("rect", fill="#fff", **place))
+        parts.append(_cell(expert, **place, numbered=False))
+        parts.append(svg.element("rect", fill="none", stroke=expert_color(expert), stroke_width=2, **place))
         parts.append(svg.text(x + size + 6, y + 15, expert, font_size=13))
     lines = -(-experts // a_line)
     return svg.picture(46 * min(experts, a_line), 24 * lines, f"Colours of experts 0 to {experts - 1}", *parts)
@@ -91,14 +98,14 @@ def retrieval_row(
         "figcaption",
         svg.element("span", escape(svg.shorten(caption, MOST_CAPTION_CHARACTERS)), dir="auto"),
         svg.element("small", escape(beside), style="opacity:.75;white-space:nowrap"),
-        style="display:flex;justify-content:space-between;gap:12px;overflow-wrap:anywhere;line-height:1.35",
+        style="display:flex;justify-content:space-between;gap:12px;overflow-wrap:anywhere;line-height:1.35;text-align:left",
     )
     tiles = [_tile(target, "belongs to the caption", width, "outline:1px dashed currentColor;outline-offset:2px")]
     tiles.append(svg.element("span", "→", style="align-self:center;opacity:.6", aria_hidden="true"))
     for place, image in enumerate(retrieved, start=1):
-        framed = f"outline:3px solid {_HIT};outline-offset:1px" if place == rank else ""
-        label = f"retrieved at rank {place}" + (", the right one" if place == rank else "")
-        tiles.append(_tile(image, label, width, framed))
+        right = place == rank
+        label = f"retrieved at rank {place}" + (", the right one" if right else "")
+        tiles.append(_tile(image, label, width, f"outline:3px solid {_HIT};outline-offset:1px" if right else ""))
     row = svg.element("div", *tiles, style="display:flex;gap:9px;margin-top:7px")
     return svg.element("figure", head, row, class_="retrieval", style="margin:0")
 
@@ -109,20 +116,33 @@ def _tile(image: Image.Image, label: str, width: int, style: str) -> str:
     )
 
 
-def _cell(
-    expert: int, x: float, y: float, width: float, height: float, opacity: str = "0.5", numbered: bool = True
-) -> str:
+def _cell(expert: int, x: float, y: float, width: float, height: float, numbered: bool = True) -> str:
     rect = svg.element(
-        "rect", x=x, y=y, width=width, height=height, fill=expert_color(expert), fill_opacity=opacity, stroke="#fff",
+        "rect",
+        x=x,
+        y=y,
+        width=width,
+        height=height,
+        fill=expert_color(expert),
+        fill_opacity="0.5",
+        stroke="#fff",
         stroke_width=0.5,
-    )  # fmt: skip
+    )
     size, middle_x, middle_y = min(width, height), x + width / 2, y + height / 2
     if numbered and size >= _SMALLEST_CELL_WITH_NUMBER:
-        font = max(9.0, min(13.0, size * 0.5))
+        font = max(8.5, min(13.0, size * 0.42))
         return rect + svg.text(
-            middle_x, middle_y + font * 0.36, expert, font_size=font, font_weight=600, text_anchor="middle",
-            fill="#111", stroke="#fff", stroke_width=2, stroke_opacity="0.7", style="paint-order:stroke",
-        )  # fmt: skip
+            middle_x,
+            middle_y + font * 0.36,
+            expert,
+            font_size=font,
+            text_anchor="middle",
+            fill="#111",
+            stroke="#fff",
+            stroke_width=1.6,
+            stroke_opacity="0.75",
+            style="paint-order:stroke",
+        )
     if is_second_eight(expert):
         return rect + svg.element("circle", cx=middle_x, cy=middle_y, r=size * 0.16, fill="#fff", stroke="#111")
     return rect

@@ -37,6 +37,11 @@ def text(x: float, y: float, content: object, **attributes: object) -> str:
     return element("text", escape(clean(content)), **({"x": x, "y": y, "fill": "currentColor"} | attributes))
 
 
+def line(x1: float, y1: float, x2: float, y2: float, **attributes: object) -> str:
+    """An SVG line in the colour of the text around the figure."""
+    return element("line", **({"x1": x1, "y1": y1, "x2": x2, "y2": y2, "stroke": "currentColor"} | attributes))
+
+
 def title(content: object) -> str:
     """The name of a figure or a mark, which browsers show as a tooltip."""
     return element("title", escape(clean(content)))

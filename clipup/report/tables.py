@@ -20,9 +20,11 @@ ARMS = (
 )
 DIFFERENCE = "CLIP-UP − dense continued"
 RATIO = "CLIP-UP / dense continued"
+VERSUS = "CLIP-UP vs. continued"
+_ROW_CLASSES = {"Chance": "chance", DIFFERENCE: "difference", VERSUS: "difference"}
 _RECALLS = (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"))
 _TARGETS = {"t2i": "to image", "i2t": "to text"}
-_TERMINAL = str.maketrans({"→": "to", "−": "-", "–": "-", "×": "x", "‑": "-"})
+_TERMINAL = str.maketrans({"→": "to", "−": "-", "–": "-", "×": "x", "\u00a0": " "})
 _TEXT_WIDTH = 100
 
 
@@ -69,7 +71,7 @@ def comparison_table(report: Mapping[str, Any]) -> str:
 def heading(report: Mapping[str, Any]) -> str:
     """Gallery size and chance of the main comparison."""
     images, captions = (count(dig(report, "data", key)) for key in ("test_images", "test_captions"))
-    return f"gallery of {images} images and {captions} captions, chance R@1 {chance(dig(report, 'chance_r1'))} %"
+    return f"gallery of {images} images and {captions} captions, chance R@1 {chance(dig(report, 'chance_r1'))}\u00a0%"
 
 
 def step0(report: Mapping[str, Any]) -> str | None:
@@ -87,7 +89,7 @@ def step0(report: Mapping[str, Any]) -> str | None:
 
 
 def quality(report: Mapping[str, Any]) -> Table:
-    """Recall of every arm on the held-out renderings, in per cent, with chance above and the difference in points below."""
+    """Recall of every arm on the held-out renderings in per cent, chance above, the difference in points below."""
     columns = []
     for way, name in WAYS:
         for recall, label in _RECALLS:
@@ -119,10 +121,17 @@ def cost(report: Mapping[str, Any]) -> Table:
             one("training", "seconds", of("seconds"), whole),
             one("parameters, M", "all", of("params", 1e6), column),
             one("parameters, M", "active", of("active_params", 1e6), column),
-            one("forward", "GFLOPs a pair", of("gflops_per_pair"), column),
+            one("GFLOPs", "a pair", of("gflops_per_pair"), column),
         ),
         frozenset({2, 3}),
     )
+
+
+def overview(report: Mapping[str, Any]) -> Table:
+    """``quality`` and ``cost`` side by side, for where there is room; the last row has points and ratios."""
+    first, second = quality(report), cost(report)
+    columns = tuple(Column(one.group, one.label, ("", *one.cells)) for one in second.columns)
+    return Table((*first.rows[:-1], VERSUS), first.columns + columns, first.strong)
 
 
 def splits(report: Mapping[str, Any]) -> Table:
@@ -134,10 +143,11 @@ def splits(report: Mapping[str, Any]) -> Table:
     columns = []
     for split in names:
         about = next((found for arm, _ in reversed(ARMS) if (found := dig(report, arm, "splits", split))), {})
+        group = f"{svg.shorten(split, 40)}, gallery {count(dig(about, 'gallery'))}"
         for way, _ in WAYS:
             values = [number(dig(report, arm, "splits", split, way, "r1")) for arm, _ in ARMS]
             cells = (chance(dig(about, "chance_r1")), *map(percent, values), points(_lead(values)))
-            columns.append(Column(f"{svg.shorten(split, 40)}, gallery {count(dig(about, 'gallery'))}", _TARGETS[way], cells))
+            columns.append(Column(group, _TARGETS[way], cells))
     rows = ("Chance", *(name for _, name in ARMS), DIFFERENCE)
     return Table(rows, tuple(columns), frozenset({3, 4}))
 
@@ -186,7 +196,7 @@ def _html_row(table: Table, index: int, name: str, firsts: set[int]) -> str:
         svg.element("td", escape(one.cells[index]), class_="first" if place in firsts else None)
         for place, one in enumerate(table.columns)
     )
-    kind = "strong" if index in table.strong else "difference" if name in (DIFFERENCE, RATIO) else None
+    kind = "strong" if index in table.strong else _ROW_CLASSES.get(name)
     return svg.element("tr", svg.element("th", escape(name), scope="row"), cells, class_=kind)
 
 

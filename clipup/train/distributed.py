@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import atexit
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,22 +86,22 @@ class Ranks:
             raise failure
 
 
-@contextmanager
-def connected(options: TrainOptions) -> Iterator[Ranks]:
-    """Joins the ranks that torchrun started, and parts from them at the end.
+def connect(options: TrainOptions) -> Ranks:
+    """Joins the ranks that torchrun started. The process stays joined until it ends: parting and joining again, for a
+    second run, is a race with ranks that are still parting.
 
     Raises:
         ValueError: the device is not there.
     """
-    wanted = torch.device(options.device).type
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {options.device!r}, but torch finds no CUDA GPU; use --device cpu")
     if not is_using_distributed():
-        yield Ranks(torch.device(options.device))
-        return
-    found = init_distributed_device_so(options.device, dist_backend=options.dist_backend)
-    try:
-        control = dist.new_group(backend="gloo")
-        yield Ranks(torch.device(found["device"]), found["global_rank"], found["world_size"], control)
-    finally:
-        dist.destroy_process_group()
+        return Ranks(torch.device(options.device))
+    return Ranks(*_join(options.device, options.dist_backend))
+
+
+@functools.cache
+def _join(device: str, backend: str | None) -> tuple[torch.device, int, int, Any]:
+    found = init_distributed_device_so(device, dist_backend=backend)
+    atexit.register(dist.destroy_process_group)
+    return torch.device(found["device"]), found["global_rank"], found["world_size"], dist.new_group(backend="gloo")

@@ -16,7 +16,7 @@ from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
 from . import checkpoints, metrics, rng
 from .build import Built, Epochs, build_loader, build_model, build_validation
-from .distributed import Ranks, connected
+from .distributed import Ranks, connect
 from .openclip import contrastive_loss, schedule
 from .optim import adamw
 from .options import TrainOptions
@@ -90,21 +90,21 @@ def train(
         TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint. Without ``options.logs`` it is KeyboardInterrupt,
             at once.
     """
-    with connected(options) as ranks:
-        directory = _directory(options, ranks)
-        resume = directory.resumed_from(options.resume) if directory and ranks.first else None
-        resume = ranks.of_first(resume) if directory else options.resume
-        state = None if resume is None else checkpoints.load(resume)
-        precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
-        rng.seed_everything(options.seed)
-        built = build_model(options, ranks.device, precision, model, preprocess, tokenizer)
-        if loader is None:
-            loader = build_loader(options, built, ranks, epoch=state["epoch"] if state else 0)
-        trainer = Trainer(options, built, Epochs(loader, options.accum_freq), ranks, directory, precision, callbacks)
-        if state is not None:
-            trainer.restore(state, resume)
-        with StopRequest(enabled=directory is not None) as stop:
-            return trainer.run(stop)
+    ranks = connect(options)
+    directory = _directory(options, ranks)
+    resume = directory.resumed_from(options.resume) if directory and ranks.first else None
+    resume = ranks.of_first(resume) if directory else options.resume
+    state = None if resume is None else checkpoints.load(resume)
+    precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
+    rng.seed_everything(options.seed)
+    built = build_model(options, ranks.device, precision, model, preprocess, tokenizer)
+    if loader is None:
+        loader = build_loader(options, built, ranks, epoch=state["epoch"] if state else 0)
+    trainer = Trainer(options, built, Epochs(loader, options.accum_freq), ranks, directory, precision, callbacks)
+    if state is not None:
+        trainer.restore(state, resume)
+    with StopRequest(enabled=directory is not None) as stop:
+        return trainer.run(stop)
 
 
 def _directory(options: TrainOptions, ranks: Ranks) -> RunDirectory | None:

@@ -1,0 +1,305 @@
+"""Training batches from WebDataset shards, from CSV and from memory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tarfile
+
+import open_clip_train.data
+import pytest
+import torch
+from picture_samples import preprocess, samples_of, tokenizer
+
+import clipup.data
+from clipup.data import cache, samples
+from clipup.data.loaders import train_loader
+
+KINDS = ("webdataset", "csv", "cached webdataset", "cached csv")
+
+
+def loader(pictures, kind: str, batch_size: int = 3, workers: int = 0, **options):
+    source = options.pop("source", None) or (pictures.csv() if "csv" in kind else pictures.shards())
+    return train_loader(
+        source, preprocess, tokenizer, batch_size, workers, cache="cached" in kind, progress=False, **options
+    )
+
+
+def epoch_of(data, epoch: int):
+    data.set_epoch(epoch)
+    return samples_of(data.dataloader)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_holds_every_sample_once_with_one_of_its_own_captions(pictures, kind, workers):
+    data = loader(pictures, kind, workers=workers)
+    seen = epoch_of(data, 0)
+    assert sorted(picture for picture, _, _ in seen) == list(range(24))
+    assert all(picture == caption and variant in (0, 1, 2) for picture, caption, variant in seen)
+    assert [picture for picture, _, _ in seen] != list(range(24))
+    assert data.skipped == 0
+    assert (data.dataloader.num_samples, data.dataloader.num_batches) == (24, 8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_captions_of_an_image_are_drawn_in_time(pictures, kind):
+    data = loader(pictures, kind)
+    drawn = {(caption, variant) for epoch in range(40) for _, caption, variant in epoch_of(data, epoch)}
+    assert drawn == {(caption, variant) for caption in range(24) for variant in range(3)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_gives_the_same_batches_and_another_seed_or_epoch_others(pictures, kind, workers):
+    first = loader(pictures, kind, workers=workers, seed=1)
+    again = loader(pictures, kind, workers=workers, seed=1)
+    epochs = [epoch_of(first, epoch) for epoch in (0, 1)]
+    assert [epoch_of(again, epoch) for epoch in (0, 1)] == epochs
+    assert epochs[0] != epochs[1]
+    assert epoch_of(loader(pictures, kind, workers=workers, seed=2), 0) != epochs[0]
+    assert epoch_of(loader(pictures, kind, workers=workers, seed=1, epoch=1), 1) == epochs[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_leaves_the_random_state_of_training_alone(pictures, kind):
+    before = torch.random.get_rng_state()
+    list(loader(pictures, kind).dataloader)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_cached_batches_are_what_preprocess_made(pictures):
+    images, tokens = next(iter(loader(pictures, "cached webdataset", batch_size=24).dataloader))
+    assert images.shape == (24, 3, 4, 4) and images.dtype == torch.float32
+    assert tokens.shape == (24, 2) and tokens.dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_share_the_data_and_see_equally_many_batches(pictures, kind):
+    ranks = [loader(pictures, kind, world_size=2, rank=rank) for rank in (0, 1)]
+    seen = [epoch_of(data, 3) for data in ranks]
+    assert len(seen[0]) == len(seen[1]) == 12
+    assert sorted(picture for rank in seen for picture, _, _ in rank) == list(range(24))
+    assert len({data.dataloader.num_batches for data in ranks}) == 1
+
+
+def test_a_process_that_can_read_less_serves_as_many_batches_as_the_others(pictures):
+    source = pictures.shards()
+    for member in ("s0.png", "s2.png", "s4.png"):
+        pictures.damage_content(0, member)
+    ranks = [loader(pictures, "cached webdataset", source=source, world_size=2, rank=rank) for rank in (0, 1)]
+    assert [len(epoch_of(data, 0)) for data in ranks] == [12, 12]
+    assert [data.skipped for data in ranks] == [3, 0]
+
+
+def test_a_directory_stands_for_its_training_shards(small):
+    out, dataset = small
+    tokens = lambda texts: torch.tensor([[len(text)] for text in texts])
+    data = train_loader(out, preprocess, tokens, 16, 0, cache=True, progress=False)
+    assert data.dataloader.num_batches == dataset["splits"]["train"]["images"] // 16
+    images, texts = next(iter(data.dataloader))
+    assert images.shape == (16, 3, 32, 32) and len(texts) == 16
+
+
+def test_shards_can_be_named_in_several_ways(pictures):
+    pictures.shards()
+    folder = pictures.folder
+    for source in (f"{folder}/train-*.tar", f"{folder}/train-00000[0-1].tar::{folder}/train-{{000002,000003}}.tar"):
+        assert len(epoch_of(loader(pictures, "webdataset", source=source), 0)) == 24
+
+
+def test_resampling_draws_shards_and_keeps_the_length_of_an_epoch(pictures):
+    data = loader(pictures, "webdataset", dataset_resampled=True)
+    seen = epoch_of(data, 0)
+    assert len(seen) == 24
+    assert all(picture == caption for picture, caption, _ in seen)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
+def test_what_is_unreadable_in_a_shard_is_skipped_and_counted(pictures, kind, workers, caplog):
+    source = pictures.shards()
+    pictures.damage_content(0, "s1.png")
+    pictures.damage_header(1, "s8.png")
+    pictures.damage_header(2, "s14.txt")
+    with caplog.at_level(logging.WARNING):
+        data = loader(pictures, kind, source=source, workers=workers, batch_size=1)
+        seen = {picture for picture, _, _ in epoch_of(data, 0)}
+    assert seen == set(range(24)) - {1, 8, 14}
+    if kind == "cached webdataset":
+        assert data.skipped == 3
+    else:  # an epoch has 24 samples, so the stream begins again after 21
+        assert 3 <= data.skipped <= 6
+    if workers == 0:
+        for reason in ("skipped", "s8 in", "no image", "s14 in", "no caption"):
+            assert reason in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
+def test_a_shard_that_breaks_off_costs_no_more_than_its_rest(pictures, kind):
+    source = pictures.shards()
+    path = pictures.folder / "train-000003.tar"
+    with tarfile.open(path) as tar:
+        middle = tar.getmember("s21.png").offset_data + 20
+    path.write_bytes(path.read_bytes()[:middle])
+    (pictures.folder / "train-000000.tar").write_bytes(b"no tar file" * 100)
+    data = loader(pictures, kind, source=source, batch_size=1)
+    assert {picture for picture, _, _ in epoch_of(data, 0)} == set(range(6, 21))
+    assert data.skipped >= 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["csv", "cached csv"])
+def test_what_is_unreadable_in_a_csv_is_skipped_and_counted(pictures, kind, workers):
+    source = pictures.csv()
+    (pictures.folder / "5.png").write_bytes(b"no picture")
+    (pictures.folder / "23.png").unlink()
+    with open(source, "a") as file:
+        file.write(f"{pictures.folder / '1.png'}\t\n")
+    data = loader(pictures, kind, source=source, workers=workers, batch_size=1)
+    assert {picture for picture, _, _ in epoch_of(data, 0)} == set(range(24)) - {5, 23}
+    assert data.skipped == (3 if kind == "cached csv" else 4)  # in the place of row 23 comes the one without a caption
+
+
+def test_readable_rows_take_the_place_of_unreadable_ones(pictures):
+    source = pictures.csv()
+    (pictures.folder / "5.png").write_bytes(b"no picture")
+    seen = [picture for picture, _, _ in epoch_of(loader(pictures, "csv", source=source), 0)]
+    assert len(seen) == 24 and seen.count(6) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_of_which_nothing_can_be_read_is_an_error_and_no_endless_search(pictures, kind, monkeypatch):
+    monkeypatch.setattr(samples, "GIVE_UP_AFTER", 100)
+    source = pictures.csv() if "csv" in kind else pictures.shards()
+    for n in range(24):
+        if "csv" in kind:
+            (pictures.folder / f"{n}.png").write_bytes(b"no picture")
+        else:
+            pictures.damage_content(n // 6, f"s{n}.png")
+    with pytest.raises(ValueError, match="can be read|could not be read|readable samples"):
+        list(loader(pictures, kind, source=source).dataloader)
+
+
+def test_resampling_gives_up_too_when_nothing_can_be_read(pictures, monkeypatch):
+    monkeypatch.setattr(samples, "GIVE_UP_AFTER", 100)
+    source = pictures.shards()
+    for n in range(24):
+        pictures.damage_content(n // 6, f"s{n}.png")
+    with pytest.raises(ValueError, match="100 samples in a row could not be read"):
+        list(loader(pictures, "webdataset", source=source, dataset_resampled=True).dataloader)
+
+
+def test_a_batch_larger_than_a_workers_share_is_an_error(pictures):
+    with pytest.raises(ValueError, match="batch_size: the shards of one worker hold fewer than 25 readable samples"):
+        list(loader(pictures, "webdataset", batch_size=25).dataloader)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ({"workers": -1}, "workers: got -1, expected 0"),
+        ({"workers": 5}, r"workers: 5 in each of 1 processes, but train_data has 4 shards .* at most 4 workers"),
+        ({"workers": 2, "world_size": 3}, "at most 1 workers"),
+        ({"world_size": 2, "rank": 2}, "rank: got 2 for world_size 2, expected 0 to 1"),
+        ({"dataset_type": "parquet"}, "dataset_type: got 'parquet', expected 'auto', 'webdataset' or 'csv'"),
+        ({"train_num_samples": 0}, "train_data: got 0 samples, the data set is empty"),
+        ({"cache": True, "train_num_samples": 5}, "train_num_samples: has no meaning with cache"),
+        ({"cache": True, "dataset_resampled": True}, "dataset_resampled: has no meaning with cache"),
+        ({"cache": True, "batch_size": 25}, "batch_size: got 25 for 1 processes, but there are 24 samples"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(pictures, options, message):
+    options = {"batch_size": 3, "workers": 0} | options
+    with pytest.raises(ValueError, match=message):
+        train_loader(pictures.shards(), preprocess, tokenizer, progress=False, **options)
+
+
+def test_data_that_is_not_there_is_named(pictures):
+    pictures.shards()
+    folder = pictures.folder
+    for source in (f"{folder}/nothing-*.tar", f"{folder}/train-{{000000..000009}}.tar", f"{folder}/none.tar"):
+        for cached in (False, True):
+            with pytest.raises(FileNotFoundError, match="train_data: no shard .*: build the data first"):
+                train_loader(source, preprocess, tokenizer, 3, 0, cache=cached)
+    with pytest.raises(FileNotFoundError, match="train_data: there is no file .*none.csv"):
+        train_loader(f"{folder}/none.csv", preprocess, tokenizer, 3)
+    with pytest.raises(FileNotFoundError, match=r"holds no dataset.json: build a data set there with `clipup data"):
+        train_loader(folder, preprocess, tokenizer, 3)
+    with pytest.raises(ValueError, match="train_data: cannot tell from its name what .* name the dataset_type"):
+        train_loader("images.parquet", preprocess, tokenizer, 3)
+    with pytest.raises(FileNotFoundError, match="names no shard"):
+        train_loader("", preprocess, tokenizer, 3, dataset_type="webdataset")
+
+
+def test_the_number_of_samples_is_found_or_asked_for(pictures):
+    source = pictures.shards()
+    sizes = pictures.folder / "sizes.json"
+    sizes.write_text('{"train-000000.tar": 6}')
+    with pytest.raises(ValueError, match="does not list train-000001.tar: give the number of samples an epoch"):
+        loader(pictures, "webdataset", source=source)
+    sizes.unlink()
+    with pytest.raises(ValueError, match="train_num_samples: not given, and neither sizes.json nor __len__"):
+        loader(pictures, "webdataset", source=source)
+    assert loader(pictures, "webdataset", source=source, train_num_samples=12).dataloader.num_batches == 4
+    (pictures.folder / "__len__").write_text("24")
+    assert loader(pictures, "webdataset", source=source).dataloader.num_batches == 8
+
+
+def test_a_wrong_csv_says_which_column_is_missing(pictures):
+    source = pictures.csv(separator=",")
+    for cached in (False, True):
+        with pytest.raises(ValueError, match=r"csv_img_key: .* has no column 'filepath'.*csv_separator \(now '\\t'\)"):
+            train_loader(source, preprocess, tokenizer, 3, cache=cached)
+        with pytest.raises(ValueError, match="csv_caption_key: .* has no column 'text', its columns are"):
+            train_loader(source, preprocess, tokenizer, 3, csv_separator=",", csv_caption_key="text", cache=cached)
+    assert train_loader(source, preprocess, tokenizer, 3, csv_separator=",").dataloader.num_batches == 8
+    for content, message in (("", "is empty"), ("filepath\ttitle\n", "has no rows|holds no sample")):
+        (pictures.folder / "train.csv").write_text(content)
+        for cached in (False, True):
+            with pytest.raises(ValueError, match=f"train_data: .*({message})"):
+                train_loader(source, preprocess, tokenizer, 3, 0, cache=cached)
+    with pytest.raises(ValueError, match="batch_size: got 25, but .* has 24 rows"):
+        loader(pictures, "csv", batch_size=25)
+
+
+def test_empty_shards_are_an_empty_data_set(pictures):
+    pictures.tar("train-000000.tar", [])
+    (pictures.folder / "sizes.json").write_text('{"train-000000.tar": 0}')
+    for cached in (False, True):
+        with pytest.raises(ValueError, match="train_data: .*(empty|holds no sample)"):
+            train_loader(pictures.folder / "train-000000.tar", preprocess, tokenizer, 3, 0, cache=cached)
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_read(pictures, monkeypatch):
+    monkeypatch.setattr(cache.os, "sysconf", lambda name: 64)
+    with pytest.raises(ValueError, match=r"cache: 24 images of 3 x 4 x 4 take .* more than half of"):
+        loader(pictures, "cached webdataset")
+
+
+def test_only_files_of_this_machine_are_cached():
+    with pytest.raises(ValueError, match="train_data: https://host/a.tar is not a file of this machine"):
+        train_loader("https://host/a.tar", preprocess, tokenizer, 3, cache=True)
+
+
+def test_missing_training_requirements_are_named_with_what_to_install(pictures, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.delitem(sys.modules, "clipup.data.streams", raising=False)
+    monkeypatch.delattr(clipup.data, "streams", raising=False)
+    with pytest.raises(ImportError, match=r'needs webdataset: pip install "clipup\[train\]"'):
+        train_loader(pictures.shards(), preprocess, tokenizer, 3)
+
+
+def test_another_pipeline_than_open_clips_is_noticed(pictures, monkeypatch):
+    monkeypatch.setattr(open_clip_train.data, "tarfile_to_samples_nothrow", lambda source: source)
+    real = open_clip_train.data.get_wds_dataset
+
+    def other_pipeline(*args, **kwargs):
+        info = real(*args, **kwargs)
+        del info.dataloader.pipeline[0].dataset.pipeline[5]
+        return info
+
+    monkeypatch.setattr(open_clip_train.data, "get_wds_dataset", other_pipeline)
+    with pytest.raises(RuntimeError, match="expected 1: install open_clip_torch 3.3"):
+        loader(pictures, "webdataset")

@@ -1,0 +1,171 @@
+"""Retrieval recall: known values, a naive twin, and CLIP_benchmark's own function."""
+
+from __future__ import annotations
+
+import importlib
+from math import comb
+
+import pytest
+import torch
+import torch.nn.functional as F
+from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipup.evaluate import evaluate_retrieval, retrieval
+
+module = importlib.import_module("clipup.evaluate.retrieval")  # the package's attribute is the function
+
+
+def features(images: int, texts: int, seed: int, noise: float = 0.8):
+    """Normalised features, and an image for every text; each image has at least one."""
+    generator = torch.Generator().manual_seed(seed)
+    image_features = F.normalize(torch.randn(images, 16, generator=generator), dim=-1)
+    extra = torch.randint(images, (texts - images,), generator=generator)
+    image_of_text = torch.cat([torch.arange(images), extra])[torch.randperm(texts, generator=generator)]
+    drawn = image_features[image_of_text] + noise * torch.randn(texts, 16, generator=generator)
+    return image_features, F.normalize(drawn, dim=-1), image_of_text
+
+
+def clip_benchmark(image_features, text_features, image_of_text, k):
+    """(image_retrieval_recall, text_retrieval_recall) at k, as CLIP_benchmark's ``evaluate`` computes them."""
+    scores = text_features @ image_features.T
+    positive = torch.zeros_like(scores, dtype=torch.bool)
+    positive[torch.arange(len(scores)), image_of_text] = True
+    pairs = ((scores, positive), (scores.T, positive.T))
+    return tuple((batchify(recall_at_k, s, p, 64, "cpu", k=k) > 0).float().mean().item() for s, p in pairs)
+
+
+@pytest.mark.parametrize("images, texts", [(10, 10), (57, 57), (60, 300), (211, 250)])
+def test_recall_is_that_of_clip_benchmark(images, texts):
+    seed = torch.seed() % 2**31
+    drawn = features(images, texts, seed)
+
+    ours = retrieval(*drawn)
+
+    for k in (1, 5, 10):
+        theirs = clip_benchmark(*drawn, k)
+        assert (ours["t2i"][f"r{k}"], ours["i2t"][f"r{k}"]) == pytest.approx(theirs, abs=1e-6), f"seed {seed}"
+
+
+def test_recall_of_scores_worked_out_by_hand():
+    # rows of scores: captions a0, a1 (of image 0) and b (of image 1) against images 0 and 1
+    image_features = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    text_features = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.3, 0.7]])
+
+    result = retrieval(image_features, text_features, torch.tensor([0, 0, 1]))
+
+    assert result["t2i"] == {"r1": pytest.approx(2 / 3), "r5": 1.0, "r10": 1.0}  # a0 goes to image 1
+    assert result["i2t"] == {"r1": 0.5, "r5": 1.0, "r10": 1.0}  # image 0 finds a1, image 1 finds a0 before b
+    assert result["chance_r1"] == 0.5 and result["gallery"] == 2 and result["captions"] == 3
+
+
+def naive(image_features, text_features, image_of_text, k):
+    """Recall at k by sorting, for scores without ties."""
+    scores = (text_features @ image_features.T).tolist()
+    owner = image_of_text.tolist()
+    images = range(len(image_features))
+    t2i = [owner[t] in sorted(images, key=lambda i, r=row: -r[i])[:k] for t, row in enumerate(scores)]
+    best = [sorted(range(len(scores)), key=lambda t, i=i: -scores[t][i])[:k] for i in images]
+    i2t = [any(owner[t] == i for t in best[i]) for i in images]
+    return sum(t2i) / len(t2i), sum(i2t) / len(i2t)
+
+
+@given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 10**6), st.integers(1, 7))
+@settings(max_examples=60, deadline=None)
+def test_recall_equals_a_naive_twin_whatever_the_chunk(images, more, seed, chunk):
+    drawn = features(images, images + more, seed, noise=2.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CHUNK", chunk)
+        result = retrieval(*drawn)
+
+    for k in (1, 5, 10):
+        assert (result["t2i"][f"r{k}"], result["i2t"][f"r{k}"]) == pytest.approx(naive(*drawn, k))
+
+
+@given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 6), st.integers(1, 12))
+def test_ties_count_as_the_mean_over_all_orders(right, wrong, above, k):
+    tied = right + wrong
+    rights = torch.tensor([right])
+
+    share = module.hits_at(k, torch.tensor([above]), torch.tensor([tied]), rights).item()
+
+    seen = min(max(k - above, 0), tied)
+    assert share == pytest.approx(1 - comb(wrong, seen) / comb(tied, seen))
+
+
+def test_a_collapsed_model_is_at_chance():
+    result = retrieval(torch.ones(50, 4), torch.ones(50, 4), torch.arange(50))
+
+    for way in ("t2i", "i2t"):
+        assert result[way] == pytest.approx({"r1": 0.02, "r5": 0.1, "r10": 0.2})
+
+
+@pytest.mark.parametrize(
+    "image_features, text_features, image_of_text, message",
+    [
+        (torch.ones(0, 4), torch.ones(0, 4), torch.zeros(0).long(), "image_features is empty"),
+        (torch.ones(2, 4), torch.ones(2, 3), torch.arange(2), r"\[2, 4\] and \[2, 3\]"),
+        (torch.ones(2, 4), torch.ones(2, 4), torch.arange(3), "an image for each of 2 texts"),
+        (torch.ones(2, 4), torch.ones(2, 4), torch.tensor([0, 2]), r"must lie in 0..1, got 0..2"),
+        (torch.ones(2, 4), torch.ones(2, 4), torch.tensor([0, 0]), "image 1 has no caption"),
+        (torch.ones(2, 4), torch.ones(2, 4) * torch.nan, torch.arange(2), "text_features holds NaN"),
+    ],
+)
+def test_features_that_cannot_be_ranked_are_refused(image_features, text_features, image_of_text, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval(image_features, text_features, image_of_text)
+
+
+def test_a_data_set_is_encoded_in_batches_and_every_group_is_also_a_gallery_of_its_own(
+    oracle, number_tokenizer, number_image
+):
+    def sample(number, group, *captions):
+        return number_image(number), captions, {"group": group}
+
+    samples = [
+        sample(0, "emoji", "picture 0", "drawing 0"),
+        sample(1, "icons", "picture 1"),
+        sample(2, "emoji", "picture 1"),  # a wrong caption: it finds image 1, unless it looks among emoji alone
+    ]
+
+    result = evaluate_retrieval(oracle, samples, number_tokenizer, batch_size=2, by="group")
+
+    assert result["t2i"]["r1"] == pytest.approx(3 / 4)
+    assert result["gallery"] == 3 and result["captions"] == 4
+    assert set(result["splits"]) == {"emoji", "icons"}
+    emoji = result["splits"]["emoji"]
+    assert emoji["gallery"] == 2 and emoji["captions"] == 3 and emoji["chance_r1"] == 0.5
+    assert emoji["t2i"]["r1"] == pytest.approx((1 + 1 + 0.5) / 3)  # nothing among emoji looks like a 1: a tie
+    assert result["splits"]["icons"]["t2i"]["r1"] == 1
+
+
+def test_without_the_key_there_are_no_splits(oracle, number_tokenizer, number_image):
+    samples = [(number_image(n), [f"number {n}"], {}) for n in range(3)]
+
+    assert "splits" not in evaluate_retrieval(oracle, samples, number_tokenizer, by="group")
+
+
+def test_the_result_does_not_depend_on_the_batch_and_the_model_stays_in_training(model, tokenizer):
+    model.train()
+    samples = [(torch.randn(3, 16, 16), [f"a {word}", f"one {word} more"], {}) for word in "cat dog sun sea".split()]
+
+    one, four = (evaluate_retrieval(model, samples, tokenizer, batch_size=size) for size in (1, 4))
+
+    assert one == four
+    assert model.training and all(layer.training for layer in model.modules())
+
+
+def test_images_are_preprocessed_when_asked(oracle, number_tokenizer, number_image):
+    samples = [(n, [f"number {n}"], {}) for n in range(3)]
+
+    result = evaluate_retrieval(oracle, samples, number_tokenizer, preprocess=number_image)
+
+    assert result["t2i"]["r1"] == result["i2t"]["r1"] == 1
+
+
+def test_an_empty_data_set_and_an_image_without_caption_are_refused(oracle, number_tokenizer, number_image):
+    with pytest.raises(ValueError, match="the data set is empty"):
+        evaluate_retrieval(oracle, [], number_tokenizer)
+    with pytest.raises(ValueError, match="image 1 of the data set has no caption"):
+        evaluate_retrieval(oracle, [(number_image(0), ["number 0"], {}), (number_image(1), [], {})], number_tokenizer)

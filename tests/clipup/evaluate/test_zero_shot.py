@@ -1,0 +1,132 @@
+"""Zero-shot classification on toys whose right answers are known."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from clipup.evaluate import image_folder, read_lines, zero_shot
+from clipup.evaluate.zero_shot import image_shards, open_images
+
+
+def names(count):
+    return [f"number {n}" for n in range(count)]
+
+
+def test_accuracy_of_a_model_that_knows(oracle, number_tokenizer, number_image):
+    samples = [(number_image(n), n) for n in range(8)]
+
+    result = zero_shot(oracle, samples, names(8), number_tokenizer, batch_size=3)
+
+    assert result == {"top1": 1.0, "top5": 1.0, "chance": 1 / 8, "images": 8, "classes": 8}
+
+
+def test_accuracy_counts_wrong_answers(oracle, number_tokenizer, number_image):
+    samples = [(number_image(n), label) for n, label in [(0, 0), (1, 1), (2, 3), (3, 2)]]
+
+    assert zero_shot(oracle, samples, names(4), number_tokenizer)["top1"] == 0.5
+
+
+def test_top5_is_over_all_classes_where_there_are_fewer(oracle, number_tokenizer, number_image):
+    result = zero_shot(oracle, [(number_image(0), 1)], names(2), number_tokenizer)
+
+    assert (result["top1"], result["top5"]) == (0.0, 1.0)
+
+
+def test_templates_as_strings_and_functions_mean_the_same(model, tokenizer):
+    torch.manual_seed(0)
+    samples = [(torch.randn(3, 16, 16), index % 6) for index in range(12)]
+    classes = ["cat", "dog", "tree", "house", "sun", "sea"]
+
+    strings = zero_shot(model, samples, classes, tokenizer, templates=["a {}.", "the {} alone."])
+    functions = zero_shot(
+        model, samples, classes, tokenizer, templates=[lambda c: f"a {c}.", lambda c: f"the {c} alone."]
+    )
+
+    assert strings == functions
+    assert model.training
+
+
+def test_what_cannot_be_classified_is_refused(oracle, number_tokenizer, number_image):
+    with pytest.raises(ValueError, match="classes is empty"):
+        zero_shot(oracle, [(number_image(0), 0)], [], number_tokenizer)
+    with pytest.raises(ValueError, match="templates is empty"):
+        zero_shot(oracle, [(number_image(0), 0)], names(1), number_tokenizer, templates=[])
+    with pytest.raises(ValueError, match="the data set is empty"):
+        zero_shot(oracle, [], names(1), number_tokenizer)
+    with pytest.raises(ValueError, match="image 0 is of class 2, but 2 class names"):
+        zero_shot(oracle, [(number_image(0), 2)], names(2), number_tokenizer)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ("dog", "cat"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
+        (tmp_path / name / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_subdirectories_are_found_by_the_names_of_their_classes(folders):
+    found = image_folder(folders, ["dog", "bird", "cat"])
+
+    assert [(path.parent.name, label) for path, label in found] == [("cat", 2), ("dog", 0)]
+
+
+def test_subdirectories_with_other_names_are_the_classes_in_sorted_order(folders):
+    found = image_folder(folders, ["tabby", "hound"])
+
+    assert [(path.parent.name, label) for path, label in found] == [("cat", 0), ("dog", 1)]
+
+
+def test_image_folders_that_fit_no_class_list_are_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match="has 2 subdirectories, the class list 3 names"):
+        image_folder(folders, ["a", "b", "c"])
+    with pytest.raises(FileNotFoundError, match="there is no directory"):
+        image_folder(tmp_path / "nowhere", ["a"])
+    for name in ("cat", "dog"):
+        (folders / name / "1.png").unlink()
+    with pytest.raises(ValueError, match="no image"):
+        image_folder(folders, ["cat", "dog"])
+
+
+def test_an_unreadable_image_is_named(folders):
+    (folders / "cat" / "1.png").write_bytes(b"no picture")
+
+    with pytest.raises(ValueError, match="cannot read the image .*cat/1.png"):
+        list(open_images(image_folder(folders, ["cat", "dog"])))
+
+
+def test_shards_give_images_and_classes(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(picture, "PNG")
+    members = {"0.png": picture.getvalue(), "0.cls": b"3", "1.png": picture.getvalue()}
+    with tarfile.open(tmp_path / "test.tar", "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+    samples = image_shards(str(tmp_path / "test.tar"))
+
+    image, label = next(samples)
+    assert image.getpixel((0, 0)) == (255, 0, 0) and label == 3
+    with pytest.raises(ValueError, match="sample 1 of .* lacks an image or its .cls"):
+        next(samples)
+    with pytest.raises(FileNotFoundError, match="there is no shard"):
+        next(image_shards(str(tmp_path / "none.tar")))
+
+
+def test_lines_of_a_file_without_blank_ones(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\n\n dog \n")
+    (tmp_path / "empty.txt").write_text("\n")
+
+    assert read_lines(tmp_path / "classes.txt") == ["cat", "dog"]
+    with pytest.raises(ValueError, match="holds no line of text"):
+        read_lines(tmp_path / "empty.txt")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_lines(tmp_path / "none.txt")

@@ -1,0 +1,99 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+LAYERS = ("visual.transformer.resblocks.1.mlp", "visual.transformer.resblocks.3.mlp", "transformer.resblocks.1.mlp")
+
+
+def recall(r1):
+    return {"r1": r1, "r5": 1.9 * r1, "r10": 2.4 * r1}
+
+
+def arm(t2i, i2t, steps, seconds, params, active, gflops):
+    def measured(share, gallery):
+        found = {"t2i": recall(share * t2i), "i2t": recall(share * i2t)}
+        return {**found, "chance_r1": 1 / gallery, "gallery": gallery, "captions": 3 * gallery}
+
+    costs = {"steps": steps, "seconds": seconds, "params": params, "active_params": active, "gflops_per_pair": gflops}
+    return {**costs, **measured(1, 1012), "splits": {"emoji": measured(1.2, 402), "concepts": measured(0.6, 894)}}
+
+
+def make_report(t2i=0.2433, i2t=0.2461):
+    """What report.json holds; the dense model continued has 0.231 and 0.239."""
+    return {
+        "data": {"name": "pictograms", "train_pairs": 11873, "test_images": 1012, "test_captions": 3988},
+        "chance_r1": 1 / 1012,
+        "dense": arm(0.178, 0.185, 600, 88.3, 843_521, 843_521, 0.01234),
+        "upcycled_step0": {
+            **arm(0.178, 0.185, 0, 0.0, 1_772_033, 1_013_345, 0.01633),
+            "max_feature_difference": 2.98e-7,
+        },
+        "dense_continued": arm(0.231, 0.239, 400, 58.4, 843_521, 843_521, 0.01234),
+        "clip_up": arm(t2i, i2t, 400, 78.0, 1_772_033, 1_013_345, 0.01633),
+        "machine": {"processor": "Abacus-7", "threads": 2},
+    }
+
+
+def make_inputs(report, experts=8):
+    """Everything that render_demo takes, as keywords."""
+    rng = np.random.default_rng(0)
+
+    def curve(first, count):
+        return [
+            {"step": first + i, "loss": 1.5 + math.exp(-i / 50), "contrastive": 1.4 + math.exp(-i / 50)}
+            for i in range(1, count + 1)
+        ]
+
+    def evaluations(first, last):
+        return [{"step": step, "t2i_r1": step / 5000, "i2t_r1": step / 4800} for step in range(first, last + 1, 100)]
+
+    def picture():
+        return Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+    def retrieval(rank):
+        shown = {"caption": "smiling cat", "target": picture(), "rank": rank, "model": "clip_up"}
+        return {**shown, "retrieved": [picture() for _ in range(5)]}
+
+    shares = rng.dirichlet(np.full(experts, 40.0), 400).tolist()
+    return {
+        "report": report,
+        "curves": {"dense": curve(0, 600), "dense_continued": curve(600, 400), "clip_up": curve(600, 400)},
+        "evaluations": {
+            "dense": evaluations(100, 600),
+            "dense_continued": evaluations(700, 1000),
+            "clip_up": evaluations(700, 1000),
+        },
+        "loads": {layer: {"steps": list(range(601, 1001)), "load": shares} for layer in LAYERS},
+        "routing": [
+            {
+                "image": picture(),
+                "caption": "potted plant",
+                "layers": {layer: rng.integers(0, experts, (4, 4)) for layer in LAYERS[:2]},
+            }
+        ],
+        "retrievals": {"best": [retrieval(1)], "worst": [retrieval(871)]},
+        "data_notes": {
+            "splits": {"test": {"images": 1012, "captions": 3988, "rule": "one rendering is held out"}},
+            "licences": [
+                {"name": "Drawings", "licence": "CC-BY-4.0", "artist": "A. Painter", "url": "https://example.org/"}
+            ],
+        },
+    }
+
+
+@pytest.fixture
+def report():
+    return make_report()
+
+
+@pytest.fixture
+def inputs(report):
+    return make_inputs(report)
+
+
+@pytest.fixture
+def make():
+    return SimpleNamespace(report=make_report, inputs=make_inputs)

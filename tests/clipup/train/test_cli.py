@@ -1,0 +1,90 @@
+"""``clipup train`` from the outside."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import clipup
+from clipup.cli import main
+from clipup.train.checkpoints import load
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def command(model_directory, csv_data, tmp_path):
+    """The arguments of a short sparse run; more can be added."""
+    usual = ["--model", model_directory, "--train-data", csv_data, "--val-data", csv_data, "--logs", tmp_path / "logs"]
+    usual += ["--name", "run", "--device", "cpu", "--workers", "0", "--batch-size", "8", "--warmup", "2"]
+    return ["train", *map(str, usual), "--moe", "--num-experts", "4", "--balance-weight", "0.02"]
+
+
+def test_train_makes_the_model_sparse_trains_evaluates_and_saves_it(command, tmp_path, capsys):
+    assert main([*command, "--epochs", "2"]) == 0
+
+    run = tmp_path / "logs" / "run"
+    assert "6 steps" in capsys.readouterr().out
+    config = clipup.create_model_and_transforms(str(run / "model"))[0].moe_config
+    assert config == clipup.MoEConfig.clip_up(num_experts=4, balance_weight=0.02)
+    evaluations = (run / "evaluations.jsonl").read_text().splitlines()
+    assert len(evaluations) == 2 and '"t2i": {"r1": ' in evaluations[0]
+    names = {path.name for path in run.iterdir()}
+    assert names == {"checkpoints", "evaluations.jsonl", "metrics.jsonl", "model", "options.json", "out.log"}
+
+
+def test_a_used_name_is_refused_with_exit_code_2_and_one_line(command, capsys):
+    assert main([*command, "--steps", "1"]) == 0
+    assert main([*command, "--steps", "1"]) == 2
+
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "already holds a run" in error and "--resume latest" in error
+
+
+def test_a_diverging_run_ends_with_exit_code_1_and_one_line(command, capsys):
+    assert main([*command, "--steps", "50", "--lr", "1e30", "--skip-scheduler"]) == 1
+
+    assert "clipup train: the loss is" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(command, tmp_path, capsys):
+    log = tmp_path / "logs" / "run" / "metrics.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "clipup", *command, "--steps", "100000", "--workers", "2"]
+    process = subprocess.Popen(
+        program, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
+    )
+    started = time.monotonic()
+    while not (log.is_file() and log.read_text().count("\n") >= 4):
+        assert time.monotonic() < started + 60
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert process.wait(timeout=0.05) is None, process.communicate()[1]
+
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the data workers get it too
+    error = process.communicate(timeout=60)[1]
+
+    assert process.returncode == 130, error
+    assert "with --name run --resume latest" in error.strip().splitlines()[-1] and "Traceback" not in error
+    done = load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")["step"]
+    assert main([*command, "--steps", str(done + 2), "--resume", "latest"]) == 0
+    assert f"{done + 2} steps" in capsys.readouterr().out
+    assert torch.isfinite(clipup.create_model_and_transforms(str(tmp_path / "logs/run/model"))[0].logit_scale)
+
+
+def test_help_shows_defaults_units_and_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert stop.value.code == 0
+    assert "Example: clipup train --model ViT-B-16" in text
+    assert "Steps over which the learning rate rises to lr. (default: 10000)" in text
+    assert "--num-experts" in text

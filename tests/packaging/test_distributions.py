@@ -1,0 +1,68 @@
+"""sdist and wheel, as someone who downloads them would meet them."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOT_SOURCE = shutil.ignore_patterns(".git", ".venv", ".*cache", ".hypothesis", "build", "dist", "runs", "logs", "*.so")
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The sdist, and the wheel made from the sdist, with the tools of this environment (no network)."""
+    source, out = tmp_path_factory.mktemp("source") / "clipup", tmp_path_factory.mktemp("dist")
+    shutil.copytree(ROOT, source, ignore=NOT_SOURCE)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    subprocess.run(build, check=True, capture_output=True, env={**os.environ, "CLIPUP_CUDA": "OFF"})
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.mark.slow
+def test_sdist_holds_what_a_build_and_the_tests_need(distributions):
+    with tarfile.open(distributions[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ["csrc", "tests", "benchmarks", "examples"]:
+        for path in (ROOT / folder).rglob("*.[ch]*"):
+            assert path.relative_to(ROOT).as_posix() in names
+    assert {"CMakeLists.txt", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "setup.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_packages_their_data_and_the_licence(distributions):
+    names = set(zipfile.ZipFile(distributions[1]).namelist())
+    for package in ["clipup", "clipup_kernels"]:
+        for path in (ROOT / package).rglob("*"):
+            is_source = path.is_file() and path.suffix not in {".pyc", ".so"} and "cache" not in str(path.parent)
+            assert not is_source or path.relative_to(ROOT).as_posix() in names
+    assert any(name.startswith("clipup_kernels/_C.") for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"clipup", "clipup_kernels"}
+
+
+@pytest.mark.slow
+def test_wheel_works_in_an_empty_environment(distributions, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(distributions[1])]
+    subprocess.run(install, check=True)
+
+    # torch and the others come from here; the path file of an editable install is not read along.
+    environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib")}
+    script = (
+        "import clipup_kernels as ck; info = ck.backend_info(); print(ck.__file__, info['compiled'], info['build'])"
+    )
+    run = {"cwd": tmp_path, "env": environment, "check": True, "capture_output": True, "text": True}
+    output = subprocess.run([str(python), "-c", script], **run).stdout
+    assert output.startswith(str(tmp_path / "venv")) and " True " in output and "'cuda': False" in output
+    help_text = subprocess.run([str(python.with_name("clipup")), "--help"], **run).stdout
+    assert "upcycle" in help_text
