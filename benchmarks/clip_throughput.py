@@ -10,7 +10,6 @@ to the type rather than run under autocast, which on a CPU is several times slow
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 
 import open_clip
@@ -19,6 +18,7 @@ from harness import alternate, commit, device_name, package_version, print_table
 
 import clipup
 from clipup.flops import count
+from clipup.models import expecting_random_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASELINE = "ViT-B-16"
@@ -28,10 +28,44 @@ WORDS = "a photograph of one small brown dog that runs along the wide grey beach
 
 def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
     architecture, _, sparse = name.partition(" ")
-    model = open_clip.create_model(architecture, load_weights=False)
+    with expecting_random_weights():
+        model = open_clip.create_model(architecture, load_weights=False)
     if sparse:
         model = clipup.upcycle(model, clipup.MoEConfig.clip_up(), inplace=True)
     return model.eval().to(device, dtype)
+
+
+def measure(args: argparse.Namespace, dtype: str, texts: torch.Tensor) -> list[dict]:
+    """The rows of one dtype; its models live no longer than the call."""
+    models = {name: build(name, DTYPES[dtype], args.device) for name in dict.fromkeys([BASELINE, *args.models])}
+    counts = {name: count(model) for name, model in models.items()}
+    images = torch.randn(args.batch_size, 3, 224, 224).to(args.device, DTYPES[dtype])
+
+    def pairs(model):
+        return lambda: (model.encode_image(images), model.encode_text(texts))
+
+    with torch.inference_mode():
+        check_finite(models, images, texts)
+        candidates = {name: pairs(model) for name, model in models.items()}
+        timings = alternate(candidates, BASELINE, args.seconds, args.device, args.rounds)
+    rows = []
+    for name in args.models:
+        timing = timings[name]
+        gflops = counts[name].image_gflops + counts[name].text_gflops
+        pairs_per_second = args.batch_size / timing.median_ms * 1e3
+        rows.append({
+            "device": device_name(args.device), "dtype": dtype,
+            "threads": args.threads if args.device == "cpu" else "", "batch_size": args.batch_size,
+            "caption_words": args.words, "model": name, "median_ms": f"{timing.median_ms:.1f}",
+            "p20_ms": f"{timing.p20_ms:.1f}", "p80_ms": f"{timing.p80_ms:.1f}",
+            "pairs_per_s": f"{pairs_per_second:.2f}", "gflops_per_pair": f"{gflops:.1f}",
+            "gflop_per_s": f"{gflops * pairs_per_second:.0f}", "params_m": f"{counts[name].params / 1e6:.0f}",
+            "active_params_m": f"{counts[name].active_params / 1e6:.0f}",
+            "speed_to_b16": f"{1 / timing.ratio:.3f}",
+            "speed_to_l14": f"{timings['ViT-L-14'].ratio / timing.ratio:.3f}" if "ViT-L-14" in timings else "",
+            "commit": commit(), "torch": torch.__version__, "triton": package_version("triton"),
+        })  # fmt: skip
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,38 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     texts = open_clip.get_tokenizer(BASELINE)([caption] * args.batch_size).to(args.device)
 
     print(f"{device_name(args.device)}; ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model\n")
-    rows = []
-    for dtype in args.dtype:
-        models = {name: build(name, DTYPES[dtype], args.device) for name in dict.fromkeys([BASELINE, *args.models])}
-        counts = {name: count(model) for name, model in models.items()}
-        images = torch.randn(args.batch_size, 3, 224, 224).to(args.device, DTYPES[dtype])
-
-        def pairs(model):
-            return lambda: (model.encode_image(images), model.encode_text(texts))
-
-        with torch.inference_mode():
-            check_finite(models, images, texts)
-            candidates = {name: pairs(model) for name, model in models.items()}
-            timings = alternate(candidates, BASELINE, args.seconds, args.device, args.rounds)
-        for name, timing in timings.items():
-            if name not in args.models:
-                continue
-            gflops = counts[name].image_gflops + counts[name].text_gflops
-            pairs_per_second = args.batch_size / timing.median_ms * 1e3
-            rows.append({
-                "device": device_name(args.device), "dtype": dtype,
-                "threads": args.threads if args.device == "cpu" else "", "batch_size": args.batch_size,
-                "caption_words": args.words, "model": name, "median_ms": f"{timing.median_ms:.1f}",
-                "p20_ms": f"{timing.p20_ms:.1f}", "p80_ms": f"{timing.p80_ms:.1f}",
-                "pairs_per_s": f"{pairs_per_second:.2f}", "gflops_per_pair": f"{gflops:.1f}",
-                "gflop_per_s": f"{gflops * pairs_per_second:.0f}", "params_m": f"{counts[name].params / 1e6:.0f}",
-                "active_params_m": f"{counts[name].active_params / 1e6:.0f}",
-                "speed_to_b16": f"{1 / timing.ratio:.3f}",
-                "speed_to_l14": f"{timings['ViT-L-14'].ratio / timing.ratio:.3f}" if "ViT-L-14" in timings else "",
-                "commit": commit(), "torch": torch.__version__, "triton": package_version("triton"),
-            })  # fmt: skip
-        del models, candidates
-        gc.collect()
+    rows = [row for dtype in args.dtype for row in measure(args, dtype, texts)]
     columns = "dtype model pairs_per_s gflops_per_pair gflop_per_s active_params_m speed_to_b16 speed_to_l14".split()
     print_table(rows, columns)
     if args.csv:

@@ -1,4 +1,4 @@
-"""Timing that holds on a noisy machine: every candidate runs in turn with the baseline, ratios are taken pair by pair."""
+"""Timing that holds on a noisy machine: candidates run in turn with a baseline, and ratios are taken pair by pair."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ def saved_megabytes(function, x: torch.Tensor, weights: Weights) -> float:
     return sum(storages.values()) / 1e6
 
 
-def measure(args: argparse.Namespace, shape: str, num_experts: int, dtype: str, threads: int, training: bool) -> list[dict]:
+def measure(
+    args: argparse.Namespace, shape: str, num_experts: int, dtype: str, threads: int, training: bool
+) -> list[dict]:
     tokens, d_model, d_hidden = map(int, shape.split("x"))
     if args.device == "cpu":
         torch.set_num_threads(threads)
@@ -121,8 +123,21 @@ def measure(args: argparse.Namespace, shape: str, num_experts: int, dtype: str, 
 
 def main(description: str, training: bool, argv: list[str] | None = None) -> int:
     args = parse(description, argv)
-    print(f"{device_name(args.device)}; times in ms, ratio_to_dense_k is the median of pair-by-pair ratios\n", flush=True)
-    columns = ["dtype", "threads", "tokens", "d_model", "d_hidden", "experts", "impl", "median_ms", "tflops", "ratio_to_dense_k"]
+    print(
+        f"{device_name(args.device)}; times in ms, ratio_to_dense_k is the median of pair-by-pair ratios\n", flush=True
+    )
+    columns = [
+        "dtype",
+        "threads",
+        "tokens",
+        "d_model",
+        "d_hidden",
+        "experts",
+        "impl",
+        "median_ms",
+        "tflops",
+        "ratio_to_dense_k",
+    ]
     if training:
         columns.append("saved_mb")
     rows = []

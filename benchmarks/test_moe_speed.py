@@ -8,7 +8,11 @@ import pytest
 import torch
 from baselines import IMPLEMENTATIONS, make_weights, make_x
 
-SHAPES = {"vision_b16_8_images": (1576, 768, 3072), "text_b16_8_captions": (616, 512, 2048), "one_image": (197, 768, 3072)}
+SHAPES = {
+    "vision_b16_8_images": (1576, 768, 3072),
+    "text_b16_8_captions": (616, 512, 2048),
+    "one_image": (197, 768, 3072),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

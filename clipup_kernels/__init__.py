@@ -9,8 +9,8 @@ and ``FlopCounterMode``. ``clipup_kernels.reference`` holds the same functions i
 """
 
 from . import reference
-from .mlp import expert_mlp
 from .info import backend_info
+from .mlp import expert_mlp
 from .ops import combine, dispatch, grouped_linear, permute, topk_gating
 from .types import ACTIVATIONS, Gating, Plan
 

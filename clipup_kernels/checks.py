@@ -12,7 +12,9 @@ from .types import ACTIVATIONS, Plan
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def tensor(name: str, value: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
+def tensor(
+    name: str, value: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
+) -> None:
     """Checks one tensor. A letter in ``shape`` admits any size and is only printed; an int must match."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")

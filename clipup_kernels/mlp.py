@@ -89,7 +89,8 @@ def expert_mlp(
 ) -> Tensor:
     """The experts' MLPs applied to the tokens that ``plan`` sends them, weighted by ``gates`` and summed per token.
 
-    ``z = W_in x + b_in``, ``a = act(z)`` (gated: ``a = act(W_gate x + b_gate) * z``), ``y = sum_k g_k (W_out a + b_out)``.
+    ``z = W_in x + b_in``, ``a = act(z)`` (gated: ``a = act(W_gate x + b_gate) * z``), and
+    ``y = sum_k g_k (W_out a + b_out)``.
     Saved for backward beside arguments: z ([R, H]; gated both pre-activations), nothing else of R*D or R*H elements.
 
     Args:
@@ -133,5 +134,7 @@ def expert_mlp(
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, gates, *parameters.values())
     )
-    y, _ = _expert_mlp_forward(x, gates, *plan, *parameters.values(), activation, differentiated and recompute == "none")
+    y, _ = _expert_mlp_forward(
+        x, gates, *plan, *parameters.values(), activation, differentiated and recompute == "none"
+    )
     return y

@@ -1,8 +1,8 @@
 """The oracle: every op of this package in a few plain torch lines, for any device and floating dtype.
 
-Written to be read, not to be fast: each expert looks at every row and masks what is not its own, so nothing here depends
-on values (no host synchronisation) and autograd differentiates all of it. The shapes are explained in ``types.py``; the
-public functions with the same names in ``clipup_kernels`` say what each one is for.
+Written to be read, not to be fast: each expert looks at every row and masks what is not its own, so nothing here
+depends on values (no host synchronisation) and autograd differentiates all of it. The shapes are explained in
+``types.py``; the public functions with the same names in ``clipup_kernels`` say what each one is for.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ from ..metrics import moe_metrics
 Sample = tuple[Tensor, Sequence[str], dict[str, Any]]
 
 
-def routing_examples(model: nn.Module, samples: list[Sample], pictures: list[Image.Image], count: int = 8) -> list[dict]:
+def routing_examples(
+    model: nn.Module, samples: list[Sample], pictures: list[Image.Image], count: int = 8
+) -> list[dict]:
     """The first choice of every patch in every sparse layer of the image tower, for ``count`` pictures of both groups.
 
     Returns:
@@ -47,7 +49,7 @@ def retrieval_examples(
     """The first captions that find their picture by the widest margin, and those that rank it lowest.
 
     Returns:
-        {"best", "worst"}: ``count`` each of {"caption", "target", "rank" (1 is found), "retrieved" (5 pictures), "model"}
+        {"best", "worst"}: ``count`` each of {"caption", "target", "rank" (from 1), "retrieved" (5 pictures), "model"}
     """
     images = encode_images(model, [image for image, _, _ in samples], batch_size=256)
     captions = [texts[0] for _, texts, _ in samples]

@@ -31,6 +31,7 @@ from .examples import retrieval_examples, routing_examples
 MODEL = "clipup-tiny-32"
 ARMS = ("dense", "dense_continued", "clip_up")
 REPORT_FILES = ("report.json", "report.html")
+_TRAIN_RULE = "every other drawing; several captions an image, of which a step sees one"
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def _refuse_earlier(out: Path, overwrite: bool) -> None:
     held = [name for name in (*REPORT_FILES, *ARMS) if (out / name).exists()]
     if held and not overwrite:
         raise FileExistsError(
-            f"{out} holds an earlier demonstration ({', '.join(held)}); pass --overwrite to replace it, or another --out"
+            f"{out} holds an earlier demonstration ({', '.join(held)}); pass --overwrite to replace it, or "
+            "another --out"
         )
 
 
@@ -211,7 +213,11 @@ def _about(dataset: dict[str, Any]) -> dict[str, Any]:
 
 def _data_notes(dataset: dict[str, Any]) -> dict[str, Any]:
     splits = {
-        name: {"images": split["images"], "captions": split["captions"], "rule": dataset["rules"].get(name, "the rest")}
+        name: {
+            "images": split["images"],
+            "captions": split["captions"],
+            "rule": dataset["rules"].get(name, _TRAIN_RULE),
+        }
         for name, split in dataset["splits"].items()
     }
     licences = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from . import svg
 
 FONT = 12
-_CHARACTER = 6.3  # mean width of a character at FONT, to lay text out without measuring it
+_CHARACTER = 7.3  # width of a character at FONT in a wide sans serif, to lay text out without measuring it
 _LINE = 18
 
 

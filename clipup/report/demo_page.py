@@ -54,8 +54,10 @@ def render_demo(
             counted from the dense model's first, the continuations begin where it ended.
         evaluations: {arm: [{"step", "t2i_r1", "i2t_r1"}]}, fractions of 1, steps as above.
         loads: {layer: {"steps": [N], "load": [N][E]}}, shares of 1.
-        routing: [{"image": PIL image, "caption", "layers": {layer: int [grid_h, grid_w]}}], experts from 0.
-        retrievals: {"best", "worst"}: [{"caption", "target", "rank" from 1, "retrieved": [PIL image], "model"}].
+        routing: [{"image": PIL image, "caption", "layers": {layer: int [grid_h, grid_w]}}], experts from 0;
+            the first 12 are shown.
+        retrievals: {"best", "worst"}: [{"caption", "target", "rank" from 1, "retrieved": [PIL image], "model"}];
+            the first 10 of each are shown.
         data_notes: {"splits": {name: {"images", "captions", "rule"}}, "licences": [{"name", "licence", "artist",
             "url"?}], "left_out"?: text}.
     """
@@ -69,8 +71,7 @@ def render_demo(
         curves=[Markup(chart) for chart in _curves(report, curves, evaluations)],
         window=_window(curves),
         loads=[Markup(chart) for chart in _load_charts(loads)],
-        experts=_experts(loads, routing),
-        legend=Markup(pictures.expert_legend(_experts(loads, routing))) if _experts(loads, routing) else None,
+        legend=Markup(pictures.expert_legend(_experts(loads, routing))),
         routing=[_routing(example) for example in routing[:MOST_ROUTING_EXAMPLES]],
         retrievals={kind: _retrievals(retrievals.get(kind, ())) for kind in ("best", "worst")},
         data=_data(report, data_notes),
@@ -127,10 +128,11 @@ def _curves(report: Mapping[str, Any], curves: Mapping[str, Records], evaluation
     levels = () if level is None else ((level, f"chance {chance(level)}%"),)
     for way, name in WAYS:
         series = [_recall(report, arm, evaluations, f"{way}_r1", way, branch) for arm in _CURVES]
+        title = f"R@1 {name}, held-out renderings"
+        highest = max([value for one in series for value in one.y if np.isfinite(value)] + [level or 0.0]) or 1.0
+        from_zero = (-0.03 * highest, 1.06 * highest)
         drawn.append(
-            charts.line_chart(
-                series, f"R@1 {name}, held-out renderings", "step", "R@1", percent_tick, marks=marks, levels=levels
-            )
+            charts.line_chart(series, title, "step", "R@1", percent_tick, y_range=from_zero, marks=marks, levels=levels)
         )
     return drawn
 
@@ -181,8 +183,7 @@ def _experts(loads: Mapping[str, Mapping[str, Any]], routing: Sequence[Mapping[s
     """Number of experts that any figure shows."""
     of_loads = [len(layer["load"][0]) for layer in loads.values() if len(layer["load"])]
     grids = [np.asarray(grid) for example in routing for grid in example["layers"].values()]
-    of_maps = [int(grid.max()) + 1 for grid in grids if grid.size]
-    return max([*of_loads, *of_maps], default=0)
+    return max([*of_loads, *(int(grid.max()) + 1 for grid in grids if grid.size)], default=0)
 
 
 def _routing(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -139,8 +139,8 @@ def _cell(expert: int, x: float, y: float, width: float, height: float, numbered
             text_anchor="middle",
             fill="#111",
             stroke="#fff",
-            stroke_width=1.6,
-            stroke_opacity="0.75",
+            stroke_width=2.4,
+            stroke_opacity="0.85",
             style="paint-order:stroke",
         )
     if is_second_eight(expert):

@@ -24,6 +24,9 @@ from .records import Record, Recorder, RunDirectory, run_name
 from .signals import StopRequest
 from .step import Batch, TrainStep
 
+_DATA = 1
+"""Sets the seed of an epoch's data apart from that of its training."""
+
 
 class NonFiniteLoss(FloatingPointError):
     """The loss became NaN or infinite; no checkpoint was written since."""
@@ -190,17 +193,19 @@ class Trainer:
     def _run_epoch(self) -> None:
         """From ``step_of_epoch`` to the epoch's end, or to the run's last step within it.
 
-        Every epoch starts from its own seed, so that the order of its data can be had again: a resumed run draws the
-        batches that were seen, then puts the generators where the checkpoint had them.
+        Every epoch starts from its own seed, and its data draw from a stream of their own, so that they can be had
+        again: a resumed run puts the generators where the checkpoint had them, and draws the batches that were seen.
         """
-        rng.seed_everything(self.options.seed, self.epoch, self.ranks.rank)
-        self.model.train()
-        steps = self.data.epoch(self.epoch)
-        for _ in range(self.step_of_epoch):
-            next(steps, None)
+        seed = (self.options.seed, self.epoch, self.ranks.rank)
+        rng.seed_everything(*seed)
         if self._rng is not None:
             rng.set_state(self._rng, self.ranks.device)
             self._rng = None
+        self._data_rng = rng.Stream(self.ranks.device, *seed, _DATA)
+        self.model.train()
+        steps = self.data.epoch(self.epoch)
+        for _ in range(self.step_of_epoch):
+            self._next(steps)
         self._restart_clock()
         at_start = self.step
         while self.step < self.total_steps:
@@ -216,12 +221,12 @@ class Trainer:
     def _next(self, steps: Any) -> list[Batch] | None:
         """The next step's batches, None at the end of the epoch. Data workers may die of the Ctrl-C that we survive."""
         try:
-            batches = next(steps, None)
+            with self._data_rng.drawing():
+                return next(steps, None)
         except RuntimeError:
             if self.ranks.several or not self.stop.received:
                 raise
             self._interrupt()
-        return batches
 
     def _one_step(self, batches: list[Batch]) -> None:
         if not self.options.skip_scheduler:

@@ -48,6 +48,25 @@ def set_state(state: dict[str, Any], device: torch.device) -> None:
     set_torch_state(state, device)
 
 
+class Stream:
+    """Random numbers of their own: what is drawn inside ``drawing()`` depends on what was drawn there before, alone."""
+
+    def __init__(self, device: torch.device, *seed: int) -> None:
+        self._device = device
+        with preserved(device):
+            seed_everything(*seed)
+            self._state = get_state(device)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        with preserved(self._device):
+            set_state(self._state, self._device)
+            try:
+                yield
+            finally:
+                self._state = get_state(self._device)
+
+
 @contextmanager
 def preserved(device: torch.device) -> Iterator[None]:
     """Puts all generators back at the end, so that what happens inside cannot change a run."""

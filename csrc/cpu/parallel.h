@@ -16,7 +16,7 @@ namespace clipup {
 // OpenMP where the build has it (the Python module then shares torch's thread pool), a plain loop elsewhere.
 // CLIPUP_STD_THREADS is for the thread sanitizer, which understands std::thread but not gcc's OpenMP runtime.
 template <class Body>
-void parallel_for(std::int64_t n, std::int64_t parallel_n, const Body& body) {
+void parallel_for(std::int64_t n, [[maybe_unused]] std::int64_t parallel_n, const Body& body) {
 #ifdef CLIPUP_STD_THREADS
   constexpr std::int64_t kThreads = 4;
   std::vector<std::thread> threads;

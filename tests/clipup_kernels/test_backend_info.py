@@ -30,7 +30,8 @@ def test_the_extension_can_be_left_out_and_the_reason_is_told():
 def test_a_missing_extension_warns_once_and_says_how_to_mend_it():
     code = (
         "import sys; sys.modules['clipup_kernels._C'] = None\n"
-        "import clipup_kernels as ck; assert not ck.backend_info()['compiled']; print(ck.backend_info()['fallback_reason'])"
+        "import clipup_kernels as ck; info = ck.backend_info()\n"
+        "assert not info['compiled']; print(info['fallback_reason'])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr.count("runs without its compiled extension") == 1

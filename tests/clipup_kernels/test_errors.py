@@ -89,7 +89,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-    ("call", "changed", "error", "message"), WRONG, ids=[f"{c.__name__[5:]}-{'-'.join(w)}-{i}" for i, (c, w, _, _) in enumerate(WRONG)]
+    ("call", "changed", "error", "message"),
+    WRONG,
+    ids=[f"{c.__name__[5:]}-{'-'.join(w)}-{i}" for i, (c, w, _, _) in enumerate(WRONG)],
 )
 def test_a_wrong_argument_is_named(call, changed, error, message):
     with pytest.raises(error, match=message):

@@ -30,7 +30,9 @@ def outputs_and_gradients(mlp, x, gates, plan, experts: Experts, dy, **kwargs) -
     return {"y": y.detach()} | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def assert_expert_mlp_follows_oracle(shape, routing, dtype, activation="gelu", bias=True, gated=False, seed=0, **kwargs):
+def assert_expert_mlp_follows_oracle(
+    shape, routing, dtype, activation="gelu", bias=True, gated=False, seed=0, **kwargs
+):
     gates, plan = route(shape, routing, seed)
     x = randn(shape.tokens, shape.width, dtype=dtype, seed=seed + 10)
     dy = randn(shape.tokens, shape.width, dtype=dtype, seed=seed + 11)

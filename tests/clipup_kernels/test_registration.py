@@ -85,7 +85,9 @@ def test_meta_tensors_go_through():
     logits = torch.empty(shape.tokens, shape.experts, device="meta")
     x = torch.empty(shape.tokens, shape.width, device="meta", requires_grad=True)
     experts = with_grad(make_experts(shape))
-    experts = type(experts)(*(e.detach().to("meta").requires_grad_() if isinstance(e, torch.Tensor) else e for e in experts))
+    experts = type(experts)(
+        *(e.detach().to("meta").requires_grad_() if isinstance(e, torch.Tensor) else e for e in experts)
+    )
     y, loss = moe(logits, x, experts)
     y.sum().backward()
     assert y.is_meta and y.shape == x.shape and experts.in_weight.grad.shape == experts.in_weight.shape

@@ -31,9 +31,7 @@ def test_each_part_follows_the_oracle(shape, routing, dtype):
     experts = make_experts(shape, dtype)
     x, rows = randn(shape.tokens, shape.width, dtype=dtype), randn(shape.tokens * shape.k, shape.width, dtype=dtype)
     assert_follows_with_gradients(ck.permute, ck.reference.permute, dict(x=x, plan=plan), dtype)
-    assert_follows_with_gradients(
-        ck.combine, ck.reference.combine, dict(rows=rows, gates=gates, plan=plan), dtype
-    )
+    assert_follows_with_gradients(ck.combine, ck.reference.combine, dict(rows=rows, gates=gates, plan=plan), dtype)
     for bias in (None, experts.in_bias):
         assert_follows_with_gradients(
             ck.grouped_linear,

@@ -94,7 +94,10 @@ def test_a_process_that_can_read_less_serves_as_many_batches_as_the_others(pictu
 
 def test_a_directory_stands_for_its_training_shards(small):
     out, dataset = small
-    tokens = lambda texts: torch.tensor([[len(text)] for text in texts])
+
+    def tokens(texts):
+        return torch.tensor([[len(text)] for text in texts])
+
     data = train_loader(out, preprocess, tokens, 16, 0, cache=True, progress=False)
     assert data.dataloader.num_batches == dataset["splits"]["train"]["images"] // 16
     images, texts = next(iter(data.dataloader))

@@ -48,7 +48,7 @@ def test_the_sparse_model_starts_where_the_dense_one_ended(demonstration):
 def test_the_page_stands_alone(demonstration):
     page = (demonstration[0] / "report.html").read_text()
     assert page.lstrip().lower().startswith("<!doctype html")
-    assert "src=\"http" not in page and "<link" not in page
+    assert 'src="http' not in page and "<link" not in page
 
 
 def test_an_earlier_demonstration_is_not_overwritten_unasked(demonstration, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import clipup
@@ -94,15 +96,32 @@ def model_directory(make_model: Callable[..., nn.Module], tmp_path: Path) -> Pat
 
 
 @pytest.fixture
-def csv_data(tmp_path: Path) -> Path:
-    """24 pictures of flat colours with captions, as a CSV file."""
-    from PIL import Image
-
-    rows = ["filepath\ttitle"]
+def pictures(tmp_path: Path) -> dict[Path, str]:
+    """24 pictures of two colours with captions."""
+    captions = {}
     for index in range(24):
-        path = tmp_path / f"{index}.png"
-        Image.new("RGB", (20, 20), (10 * index, 255 - 10 * index, 7 * index)).save(path)
-        rows.append(f"{path}\tcolour number {index}")
-    file = tmp_path / "train.csv"
-    file.write_text("\n".join(rows) + "\n")
-    return file
+        picture = Image.new("RGB", (20, 20), (10 * index, 255 - 10 * index, 7 * index))
+        picture.paste((255, 255, 255), (0, 0, 10, 10))
+        picture.save(tmp_path / f"{index}.png")
+        captions[tmp_path / f"{index}.png"] = f"colour number {index}"
+    return captions
+
+
+@pytest.fixture
+def csv_data(pictures: dict[Path, str], tmp_path: Path) -> str:
+    """The pictures as a CSV file."""
+    rows = [f"{path}\t{caption}" for path, caption in pictures.items()]
+    (tmp_path / "train.csv").write_text("\n".join(["filepath\ttitle", *rows]) + "\n")
+    return str(tmp_path / "train.csv")
+
+
+@pytest.fixture
+def shards(pictures: dict[Path, str], tmp_path: Path) -> str:
+    """The pictures as two WebDataset shards."""
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"train-{shard}.tar", "w") as tar:
+            for path, caption in list(pictures.items())[shard::2]:
+                tar.add(path, path.name)
+                path.with_suffix(".txt").write_text(caption)
+                tar.add(path.with_suffix(".txt"), f"{path.stem}.txt")
+    return str(tmp_path / "train-{0..1}.tar")

@@ -40,9 +40,9 @@ def assert_same_run(one, other):
         assert torch.equal(value, other.model.state_dict()[name]), name
 
 
-@pytest.fixture(params=["memory", "csv", "csv with workers", "cached csv"])
-def run(request, make_model, pairs, options, csv_data):
-    """Trains a sparse model with router noise from in-memory data, or from a CSV file with random crops."""
+@pytest.fixture(params=["memory", "csv", "csv with workers", "cached csv", "webdataset", "webdataset with workers"])
+def run(request, make_model, pairs, options, csv_data, shards):
+    """Trains a sparse model with router noise on in-memory data, or on files with random crops."""
     source = request.param
     preprocess = open_clip.image_transform(16, is_train=True)
     tokenizer = open_clip.SimpleTokenizer(context_length=8)
@@ -52,8 +52,9 @@ def run(request, make_model, pairs, options, csv_data):
         if source == "memory":
             return train(options(**settings), model=make_model(NOISY), loader=pairs(), callbacks=callbacks)
         settings |= {"workers": 2 * ("workers" in source), "cache_data": "cached" in source}
+        data = {"train_data": shards, "train_num_samples": 24} if "webdataset" in source else {"train_data": csv_data}
         return train(
-            options(train_data=str(csv_data), **settings),
+            options(**data, **settings),
             model=make_model(NOISY),
             preprocess=preprocess,
             tokenizer=tokenizer,
