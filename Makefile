@@ -27,8 +27,9 @@ space := $() $()
 
 install: $(VENV)/.installed-all
 
+# Threads wait for each other asleep after a short while, so that another program on one of the cores costs little.
 demo: $(call installed,demo)
-	$(BIN)/clipup demo --out runs/demo --overwrite
+	GOMP_SPINCOUNT=2000 $(BIN)/clipup demo --out runs/demo --overwrite
 
 test: $(call installed,test)
 	$(BIN)/python -m pytest -q -m "not slow and not cuda" $(PYTEST_ARGS)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import os
+import re
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -13,11 +16,27 @@ FORCE_REFERENCE = "CLIPUP_BACKEND"
 """Environment variable; ``reference`` leaves the compiled extension unused, for comparing and for finding faults."""
 
 
+def _share_openmp() -> None:
+    """Makes the OpenMP runtime that torch has loaded visible to the extension, which is linked to none.
+
+    So there is one thread pool, and ``torch.set_num_threads`` holds for the extension too. Torch's x86-64 wheels load
+    the runtime with global symbols already; the aarch64 ones do not.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    loaded = {fields[5] for fields in lines if len(fields) == 6}
+    for path in sorted(loaded):
+        if re.fullmatch(r"lib(gomp|iomp5|omp)[-.\w]*\.so[.\d]*", Path(path).name):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
 def _load_native():
     if os.environ.get(FORCE_REFERENCE) == "reference":
         return None, f"{FORCE_REFERENCE}=reference is set"
     try:
-        # After torch: the extension takes its OpenMP symbols from the runtime that torch has loaded.
+        _share_openmp()
         return importlib.import_module("clipup_kernels._C"), None
     except ImportError as error:
         warnings.warn(

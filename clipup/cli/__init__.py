@@ -18,7 +18,7 @@ COMMANDS = {
 DEBUG = "CLIPUP_DEBUG"
 """Environment variable; 1 shows the traceback of an error that is otherwise one line."""
 
-_USER_ERRORS = (ValueError, TypeError, OSError)
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 _BAD_INPUT, _INTERRUPTED = 2, 130
 
 

@@ -45,9 +45,9 @@ class DemoOptions:
     """Directory for the report, the runs and the data."""
     data: str | None = None
     """Directory of a data set that `clipup data` wrote. None: the pictograms, built in OUT/data once."""
-    dense_steps: int = 600
+    dense_steps: int = 500
     """Steps of the dense model before it is upcycled."""
-    continue_steps: int = 600
+    continue_steps: int = 400
     """Steps by which the dense and the sparse model go on."""
     batch_size: int = 256
     """Pairs a step."""

@@ -36,15 +36,25 @@ def save(state: dict[str, Any], *paths: Path) -> None:
     """
     first, *others = paths
     try:
-        replace_files({first: lambda path: torch.save(state, path)})
+        replace_files({first: lambda path: _write(state, path)})
         for other in others:
             replace_files({other: lambda path: _link_or_copy(first, path)})
-    except (OSError, RuntimeError) as error:  # torch's archive writer reports a full disk as RuntimeError
+    except OSError as error:
         before = newest(first.parent)
         whole = f"{before} is whole" if before else "there is no earlier one"
         raise OSError(
             f"could not write the checkpoint {first}: {error}; {whole}. Make room, then go on with --resume latest"
         ) from error
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # so torch's archive writer ends when it cannot write; the cause is in the context
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def _link_or_copy(source: Path, path: Path) -> None:

@@ -60,7 +60,7 @@ class TrainResult(NamedTuple):
     seconds: float
     """Time in training, without evaluations and checkpoints."""
     history: list[Record]
-    """A record a logged step; see ``docs`` of metrics.jsonl in ``clipup.train``."""
+    """A record a logged step, as ``clipup.train`` describes it; on rank 0."""
     evaluations: list[Record]
     directory: Path | None
 

@@ -102,6 +102,7 @@ class Recorder:
         self._handlers = [logging.FileHandler(directory.root / "out.log", encoding="utf-8")]
         self._handlers[0].setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
         self.log.setLevel(logging.INFO)
+        self.log.propagate = False  # open_clip sets up the root logger, which would print every step over the bar
         for handler in self._handlers:
             self.log.addHandler(handler)
         if report_to == "tensorboard":
@@ -125,6 +126,7 @@ class Recorder:
         return self._all("evaluations")
 
     def close(self) -> None:
+        self.log.propagate = True
         for handler in self._handlers:
             self.log.removeHandler(handler)
             handler.close()

@@ -29,10 +29,19 @@ def two_ranks(tmp_path_factory):
     return out
 
 
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("kind", ["dense", "siglip"])
 def test_two_ranks_do_what_one_process_does_on_the_same_global_batch(two_ranks, tmp_path, kind):
     runpy.run_path(str(SCRIPT))["run"](tmp_path, kind)
 
+    contrastive = [
+        [record["contrastive"] for record in metrics(out / "logs" / f"{kind}-{ranks}")]
+        for out, ranks in ((two_ranks, 2), (tmp_path, 1))
+    ]
+    assert contrastive[0] == pytest.approx(contrastive[1], rel=1e-4)
     alone = torch.load(tmp_path / f"{kind}-1-rank_0.pt")
     for name, value in torch.load(two_ranks / f"{kind}-2-rank_0.pt").items():
         torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -48,7 +57,7 @@ def test_two_ranks_end_with_the_same_weights(two_ranks, kind):
 def test_rank_0_alone_writes_metrics_and_checkpoints_for_all(two_ranks):
     run = two_ranks / "logs" / "sparse-2"
 
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(run)
     checkpoint = load(run / "checkpoints" / "epoch_latest.pt")
 
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,22 @@ def run(make_model, pairs, options):
         return train(options(**changes), model=model or make_model(), loader=loader or pairs())
 
     return run
+
+
+class FullDisk:
+    """A file on a disk that has room for 100 kB more."""
+
+    def __init__(self, file):
+        self.file, self.room = file, 100_000
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
 
 
 class Poisoned:
@@ -50,12 +67,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_checkpoint_before_stays
 def test_a_full_disk_leaves_the_checkpoint_before_whole_and_no_rubbish(run, monkeypatch):
     save, calls = torch.save, []
 
-    def save_until_full(state, path):
-        calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half a check")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(state, path)
+    def save_until_full(state, file):
+        calls.append(Path(file.name))
+        save(state, FullDisk(file) if len(calls) == 2 else file)
 
     monkeypatch.setattr(torch, "save", save_until_full)
 
@@ -66,16 +80,6 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole_and_no_rubbish(run, monk
     assert [path.name for path in folder.iterdir()] == ["epoch_latest.pt"]
     assert load(folder / "epoch_latest.pt")["step"] == 2
     assert "could not write the checkpoint" in str(failure.value)
-
-
-def test_torchs_own_report_of_a_full_disk_is_an_os_error_too(run, monkeypatch):
-    def fail(state, path):
-        raise RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed")
-
-    monkeypatch.setattr(torch, "save", fail)
-
-    with pytest.raises(OSError, match="file write failed; there is no earlier one. Make room"):
-        run()
 
 
 def test_a_directory_with_another_run_is_refused_with_the_mend_and_left_alone(run):
