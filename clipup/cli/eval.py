@@ -14,7 +14,7 @@ import tyro
 
 from .. import models
 from ..checkpoint import replace_files
-from ..evaluate.precision import Precision, default_device
+from ..evaluate.precision import Precision, default_device, default_workers
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, image_folder, image_shards, open_images, read_lines, zero_shot
 
@@ -42,7 +42,7 @@ class Options:
     """Column with the paths of the images; rows of one image are its captions."""
     csv_caption_key: str = "title"
     """Column with the captions."""
-    workers: int = 4
+    workers: int = field(default_factory=default_workers)
     """Retrieval: processes that read images."""
     classes: Path | None = None
     """Classification: text file with one class name a line."""

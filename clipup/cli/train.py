@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import TextIO
 
 import tyro
 
@@ -17,11 +19,17 @@ def main(argv: list[str]) -> int:
     try:
         result = train(options)
     except NonFiniteLoss as error:
-        print(f"clipup train: {error}", file=sys.stderr)
+        _say(f"clipup train: {error}", sys.stderr)
         return _DIVERGED
     except TrainingInterrupted as stopped:
-        print(f"clipup train: {stopped}", file=sys.stderr)
+        _say(f"clipup train: {stopped}", sys.stderr)
         return _INTERRUPTED
     last = f", last loss {result.history[-1]['loss']:.4f}" if result.history else ""
-    print(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}")
+    _say(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}", sys.stdout)
     return 0
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Once, whatever the number of ranks that torchrun started."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=stream)

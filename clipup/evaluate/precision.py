@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -25,3 +26,8 @@ def image_dtype(precision: Precision) -> torch.dtype | None:
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_workers() -> int:
+    """Data loader processes: four, or one a core where there are fewer."""
+    return min(4, os.cpu_count() or 1)

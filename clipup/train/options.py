@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import MoEConfig
-from ..evaluate.precision import Precision, default_device
+from ..evaluate.precision import Precision, default_device, default_workers
 
 
 @dataclass
@@ -19,6 +19,8 @@ class TrainOptions:
 
     Example: clipup train --model ViT-B-16 --pretrained laion2b_s34b_b88k --moe --train-data 'data/{000..099}.tar'
     --train-num-samples 1000000 --batch-size 512 --lr 5e-5 --warmup 500 --steps 20000 --name b16-moe
+
+    Several ranks: torchrun --nproc-per-node 8 -m clipup -- train --model ...
     """
 
     model: str | None = None
@@ -50,7 +52,7 @@ class TrainOptions:
     """CSV file or shards for retrieval after every val_frequency epochs and at the end."""
     val_frequency: int = 1
     """Epochs between two evaluations; 0 evaluates at the end only."""
-    workers: int = 4
+    workers: int = field(default_factory=default_workers)
     """Data loader processes a rank."""
 
     batch_size: int = 64

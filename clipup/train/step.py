@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..evaluate.precision import Precision, autocast, image_dtype
-from ..moe import aux_loss
+from ..moe import aux_loss, moe_layers
 from .openclip import LOGIT_SCALE_MAX, features_of
 from .rng import set_torch_state, torch_state
 
@@ -30,6 +30,12 @@ class StepLosses(NamedTuple):
     """The factor in front of the cosine, at the forward."""
 
 
+def drops_by_position(model: nn.Module) -> bool:
+    """Whether which tokens a layer drops in training depends on their place in the batch."""
+    configs = (layer.config for layer in moe_layers(model).values())
+    return any(config.capacity_factor is not None and not config.priority for config in configs)
+
+
 class TrainStep:
     """Forward, backward, update. ``step([batch])`` or, for accumulation, ``step([batch, batch, ...])``.
 
@@ -37,6 +43,12 @@ class TrainStep:
     batch's forward again with gradient, against the cached features of the others. Unlike there, the second forward
     draws the random numbers of the first, and the logit scale's gradient is counted once, so the step is that of one
     big batch. Routing capacity and the layers' losses are per batch; the losses are averaged.
+
+    **Places in the batch.** Under a capacity an expert's slots go to tokens by position, so what is dropped depends on
+    a sample's place in the batch. If the image and the text of a pair had the same place, both towers could tell it
+    from what they lack, and would learn to match places instead of contents: the loss falls far below chance even on
+    unrelated images and texts, and all of that is lost in evaluation. So the text tower gets the texts in a random
+    order.
     """
 
     def __init__(
@@ -66,7 +78,7 @@ class TrainStep:
 
     def _plain(self, images: Tensor, texts: Tensor) -> StepLosses:
         with autocast(self.precision, self.device):
-            output = features_of(self.model(images, texts))
+            output = self._forward(self.model, images, texts)
             contrastive = self._contrastive(output, output)
         aux = aux_loss(self.module)
         self._backward(contrastive + aux)
@@ -77,14 +89,14 @@ class TrainStep:
         with torch.no_grad(), autocast(self.precision, self.device):
             for images, texts in batches:
                 states.append(torch_state(self.device))
-                cached.append(features_of(self.module(images, texts)))
+                cached.append(self._forward(self.module, images, texts))
         losses = []
         for index, (images, texts) in enumerate(batches):
             last = index == len(batches) - 1
             set_torch_state(states[index], self.device)
             with nullcontext() if last else self._without_sync():
                 with autocast(self.precision, self.device):
-                    output = features_of(self.model(images, texts))
+                    output = self._forward(self.model, images, texts)
                     around = [*cached[:index], output, *cached[index + 1 :]]
                     features = {name: torch.cat([part[name] for part in around]) for name in _FEATURES}
                     scales = output if last else {name: value.detach() for name, value in output.items()}
@@ -94,6 +106,15 @@ class TrainStep:
             losses.append((contrastive.detach(), aux.detach()))
         contrastives, auxes = zip(*losses, strict=True)
         return StepLosses(torch.stack(contrastives).mean(), torch.stack(auxes).sum(), output["logit_scale"].detach())
+
+    def _forward(self, model: nn.Module, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        """The model's output; row i of both features belongs to pair i."""
+        if not drops_by_position(self.module):
+            return features_of(model(images, texts))
+        order = torch.randperm(len(texts)).to(texts.device)
+        output = features_of(model(images, texts[order]))
+        output["text_features"] = output["text_features"][order.argsort()]
+        return output
 
     def _contrastive(self, features: dict[str, Tensor], scales: dict[str, Tensor]) -> Tensor:
         inputs = {name: features[name] for name in _FEATURES}

@@ -50,6 +50,27 @@ def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options
     assert "step 6" in (result.directory / "out.log").read_text()
 
 
+def test_nothing_is_learned_from_unrelated_images_and_texts_when_slots_are_scarce(make_model, options):
+    # were slots given by the place in the batch to both towers alike, pairs could be told by what they lack: 2.4 nats
+    class Unrelated:
+        def __len__(self):
+            return 1000
+
+        def __iter__(self):
+            texts = torch.tensor([[0] * 6 + [49407, 0]] * 16)
+            for _ in range(1000):
+                texts[:, :6] = torch.randint(1, 1000, (16, 6))
+                yield torch.randn(16, 3, 16, 16), texts.clone()
+
+    scarce = clipup.MoEConfig(num_experts=2, top_k=1, capacity_factor=0.5, blocks=(0, 1))
+    settings = options(logs=None, steps=100, lr=5e-3, lr_scheduler="const", warmup=10)
+
+    result = train(settings, model=make_model(scarce), loader=Unrelated())
+
+    last = [record["contrastive"] for record in result.history[-20:]]
+    assert sum(last) / 20 == pytest.approx(math.log(16), abs=0.05)
+
+
 def test_a_dense_run_has_no_routing_metrics(make_model, pairs, options):
     result = train(options(logs=None), model=make_model(), loader=pairs())
 
