@@ -37,7 +37,7 @@ test: $(call installed,test)
 # Tests marked cuda run where there is a GPU.
 test-all: $(call installed,test) test-native
 	$(BIN)/python -m pytest -q -m "$$(nvidia-smi -L >/dev/null 2>&1 || echo not cuda)" $(PYTEST_ARGS)
-	CLIPUP_BACKEND=reference $(BIN)/python -m pytest -q tests/clipup_kernels --deselect tests/clipup_kernels/test_backend_info.py
+	CLIPUP_BACKEND=reference $(BIN)/python -m pytest -q tests/clipup_kernels -k "not backend_info and not number_of_threads"
 
 # The native code by itself, under the sanitizers.
 test-native: $(VENV)/.build-tools

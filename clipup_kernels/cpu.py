@@ -76,8 +76,12 @@ def topk_gating_backward(
     return d_logits
 
 
-@native
 def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
+    if NATIVE is None:
+        wrong = experts[(experts < -1) | (experts >= num_experts)]
+        if len(wrong):
+            raise ValueError(f"experts: expected values from -1 to {num_experts - 1}, got {int(wrong[0])}")
+        return generic.dispatch(experts, num_experts, capacity_factor, priority, mask)
     experts, priority, mask = _dense(experts, priority, mask)
     outputs = (
         experts.new_empty(num_experts + 1),

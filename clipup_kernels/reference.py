@@ -93,7 +93,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: T
 def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
     row = plan.row_of_choice.long()
     picked = torch.where((row >= 0)[..., None], rows[row.clamp_min(0)], 0)
-    return (gates.to(picked.dtype)[..., None] * picked).sum(1)
+    gates = torch.where(row >= 0, gates.to(picked.dtype), 0)
+    return (gates[..., None] * picked).sum(1)
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
