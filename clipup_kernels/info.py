@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -14,6 +15,9 @@ import torch
 
 FORCE_REFERENCE = "CLIPUP_BACKEND"
 """Environment variable; ``reference`` leaves the compiled extension unused, for comparing and for finding faults."""
+
+FORCE_TIER = "CLIPUP_CPU_ISA"
+"""Environment variable; avx512_bf16, avx512, avx2 or portable chooses the micro-kernels instead of the CPU's best."""
 
 
 def _share_openmp() -> None:
@@ -51,6 +55,16 @@ def _load_native():
 NATIVE, FALLBACK_REASON = _load_native()
 
 
+@functools.cache
+def matmul_dtypes() -> frozenset[torch.dtype]:
+    """The types whose products torch's matmul computes faster than the micro-kernels that this CPU can run."""
+    if NATIVE is None or os.environ.get(FORCE_TIER):
+        return frozenset()
+    if NATIVE.instruction_tier() == "portable":
+        return frozenset({torch.float32, torch.bfloat16, torch.float16})
+    return frozenset({torch.bfloat16} if NATIVE.has_matrix_tiles() else ())
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -67,9 +81,7 @@ def backend_info() -> dict:
     """
     compiled = NATIVE is not None
     routing = ("topk_gating", "dispatch", "permute", "combine")
-    cpu = dict.fromkeys(routing, "c++" if compiled else "torch")
-    cpu["grouped_linear"] = "torch matmul per expert"
-    cpu["expert_mlp"] = "c++ permute and combine, torch matmul per expert" if compiled else "torch"
+    cpu = dict.fromkeys((*routing, "grouped_linear", "expert_mlp"), "c++" if compiled else "torch")
     return {
         "version": _version("clipup"),
         "torch": torch.__version__,

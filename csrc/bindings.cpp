@@ -1,7 +1,9 @@
 // The Python module clipup_kernels._C: addresses come as integers (0: a null pointer), every call releases
 // the GIL, std::invalid_argument becomes ValueError. moe.h says what the functions do.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 #include "moe.h"
@@ -71,6 +73,71 @@ void combine_backward(Address dy, Address rows, int dtype, Address gates, Addres
                            out_floats(d_gates));
 }
 
+// Addresses in the order of moe.h's members.
+using Addresses = std::array<Address, 9>;
+
+clipup::Experts experts_of(int dtype, int activation, Size E, Size D, Size H, const Addresses& weights) {
+  const auto [in, in_bias, out, out_bias, gate, gate_bias, packed_in, packed_out, packed_gate] = weights;
+  return {clipup::DType{dtype},
+          clipup::Activation{activation},
+          E,
+          D,
+          H,
+          anything(in),
+          anything(in_bias),
+          anything(out),
+          anything(out_bias),
+          anything(gate),
+          anything(gate_bias),
+          anything(packed_in),
+          anything(packed_out),
+          anything(packed_gate)};
+}
+
+clipup::Routing routing_of(Size T, Size K, const std::array<Address, 4>& routing) {
+  const auto [gates, offsets, choice_of_row, row_of_choice] = routing;
+  return {T, K, floats(gates), ints(offsets), ints(choice_of_row), ints(row_of_choice)};
+}
+
+void expert_mlp_forward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H,
+                        const std::array<Address, 4>& routing, const Addresses& weights, Address x, Address y,
+                        Address z) {
+  clipup::expert_mlp_forward(experts_of(dtype, activation, E, D, H, weights), routing_of(T, K, routing),
+                             anything(x), out_anything(y), out_anything(z));
+}
+
+void expert_mlp_backward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H,
+                         const std::array<Address, 4>& routing, const Addresses& weights, Address dy,
+                         Address x, Address z, const std::array<Address, 8>& gradients) {
+  const auto [d_x, d_gates, d_in, d_in_bias, d_out, d_out_bias, d_gate, d_gate_bias] = gradients;
+  clipup::expert_mlp_backward(
+      experts_of(dtype, activation, E, D, H, weights), routing_of(T, K, routing), anything(dy), anything(x),
+      anything(z),
+      {out_anything(d_x), out_floats(d_gates), out_anything(d_in), out_anything(d_in_bias),
+       out_anything(d_out), out_anything(d_out_bias), out_anything(d_gate), out_anything(d_gate_bias)});
+}
+
+void grouped_linear(int dtype, Address rows, Address weight, Address bias, Address offsets, Size R, Size E,
+                    Size O, Size I, Address out) {
+  clipup::grouped_linear(clipup::DType{dtype}, anything(rows), anything(weight), anything(bias),
+                         ints(offsets), R, E, O, I, out_anything(out));
+}
+
+void grouped_linear_backward(int dtype, Address d_out, Address rows, Address weight, Address offsets, Size R,
+                             Size E, Size O, Size I, Address d_rows, Address d_weight, Address d_bias) {
+  clipup::grouped_linear_backward(clipup::DType{dtype}, anything(d_out), anything(rows), anything(weight),
+                                  ints(offsets), R, E, O, I, out_anything(d_rows), out_anything(d_weight),
+                                  out_anything(d_bias));
+}
+
+Size packed_weight_bytes(int dtype, Size E, Size O, Size I) {
+  return clipup::packed_weight_bytes(clipup::DType{dtype}, E, O, I);
+}
+
+void pack_weight(int dtype, Address weight, Size E, Size O, Size I, Address packed) {
+  clipup::pack_weight(clipup::DType{dtype}, anything(weight), E, O, I, out_anything(packed));
+}
+
 #ifdef CLIPUP_WITH_CUDA
 void cuda_permute(Address x, Size row_bytes, Address choice_of_row, Address rows_used, Size R, Size K,
                   Address rows, Address stream) {
@@ -125,6 +192,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "K"_a, "D"_a, "y"_a);
   m.def("combine_backward", &combine_backward, WithoutGil(), "dy"_a, "rows"_a, "dtype"_a, "gates"_a,
         "row_of_choice"_a, "T"_a, "K"_a, "D"_a, "rows_used"_a, "R"_a, "d_rows"_a, "d_gates"_a);
+  m.def("expert_mlp_forward", &expert_mlp_forward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
+        "E"_a, "D"_a, "H"_a, "routing"_a, "weights"_a, "x"_a, "y"_a, "z"_a);
+  m.def("expert_mlp_backward", &expert_mlp_backward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
+        "E"_a, "D"_a, "H"_a, "routing"_a, "weights"_a, "dy"_a, "x"_a, "z"_a, "gradients"_a);
+  m.def("grouped_linear", &grouped_linear, WithoutGil(), "dtype"_a, "rows"_a, "weight"_a, "bias"_a,
+        "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "out"_a);
+  m.def("grouped_linear_backward", &grouped_linear_backward, WithoutGil(), "dtype"_a, "d_out"_a, "rows"_a,
+        "weight"_a, "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "d_rows"_a, "d_weight"_a, "d_bias"_a);
+  m.def("packed_weight_bytes", &packed_weight_bytes, "dtype"_a, "E"_a, "O"_a, "I"_a);
+  m.def("pack_weight", &pack_weight, WithoutGil(), "dtype"_a, "weight"_a, "E"_a, "O"_a, "I"_a, "packed"_a);
+  m.def("instruction_tier", &clipup::instruction_tier);
+  m.def("has_matrix_tiles", &clipup::has_matrix_tiles);
+  m.def("kept_memory", &clipup::kept_memory);
+  m.def("release_memory", &clipup::release_memory);
 #ifdef CLIPUP_WITH_CUDA
   m.def("cuda_permute", &cuda_permute, WithoutGil(), "x"_a, "row_bytes"_a, "choice_of_row"_a, "rows_used"_a,
         "R"_a, "K"_a, "rows"_a, "stream"_a);

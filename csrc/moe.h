@@ -15,6 +15,9 @@ namespace clipup {
 // How the elements of rows are stored. Sums are taken in float whatever the storage.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// act(z) of an expert: z Phi(z) by erf, its tanh form, z sigmoid(1.702 z), max(z, 0), z sigmoid(z).
+enum class Activation : int { kGelu = 0, kGeluTanh = 1, kQuickGelu = 2, kRelu = 3, kSilu = 4 };
+
 // Softmax over the experts, the K best experts of every token, and what the losses are made of.
 //
 //   logits[T,E]          router logits; a NaN leads to NaN gates, never to an index outside [0, E)
@@ -94,5 +97,80 @@ void gather_sum(const void* rows, DType dtype, const std::int32_t* row_of_choice
 void combine_backward(const void* dy, const void* rows, DType dtype, const float* gates,
                       const std::int32_t* row_of_choice, std::int64_t T, std::int64_t K, std::int64_t D,
                       const std::int32_t* rows_used, std::int64_t R, void* d_rows, float* d_gates);
+
+// Tokens, their experts and the weights of those: what `topk_gating` and `dispatch` have decided.
+struct Routing {
+  std::int64_t T, K;
+  const float* gates;                 // [T,K]; null: K = 1 and every gate is 1
+  const std::int32_t* offsets;        // [E+1]
+  const std::int32_t* choice_of_row;  // [R]; null with row_of_choice: K = 1 and token t is row t
+  const std::int32_t* row_of_choice;  // [T,K]
+};
+
+// E MLPs of one shape. A packed matrix, from `pack_weight`, stands in for the matrix itself in the forward pass.
+struct Experts {
+  DType dtype;  // of x, weights, biases and z
+  Activation activation;
+  std::int64_t E, D, H;
+  const void *in_weight, *in_bias;                   // [E,H,D]; [E,H] or null
+  const void *out_weight, *out_bias;                 // [E,D,H]; [E,D] or null
+  const void *gate_weight, *gate_bias;               // [E,H,D] for gated experts, else null; [E,H] or null
+  const void *packed_in, *packed_out, *packed_gate;  // or null
+};
+
+// y[t] = sum over the choices k of gates[t,k] * (W_out a + b_out), a = act(z), z = W_in x[t] + b_in, of the choice's
+// expert; gated: a = act(W_gate x + b_gate) * z. k ascending, sums in float; z is rounded to `dtype`.
+//
+//   x[T,D], y[T,D]       a token without rows gets 0
+//   z[R,H]               gated: [2,R,H], z and then the gate's pre-activation; 0 past offsets[E]; null: not kept
+void expert_mlp_forward(const Experts& experts, const Routing& routing, const void* x, void* y, void* z);
+
+// Gradients of `expert_mlp_forward`, by name; null: not wanted. An expert without rows gets 0.
+struct ExpertGradients {
+  void* x;       // [T,D]
+  float* gates;  // [T,K]; 0 for a choice without a row
+  void *in_weight, *in_bias, *out_weight, *out_bias, *gate_weight, *gate_bias;
+};
+
+// For row r of token t, with d = dy[t], g its gate:
+//   da  = W_out^T d          dgate = <a, da> + <d, b_out>
+//   dz  = g * da * act'(z)   dW_in += dz x^T          db_in += dz        dx[t] += W_in^T dz
+//   dW_out += (g * d) a^T    db_out += g * d
+//
+//   dy[T,D], x[T,D]
+//   z                    as the forward pass wrote it; null: computed again
+void expert_mlp_backward(const Experts& experts, const Routing& routing, const void* dy, const void* x,
+                         const void* z, const ExpertGradients& gradients);
+
+// out[r] = weight[e] rows[r] + bias[e] for the rows of every expert, and 0 past offsets[E].
+//
+//   rows[R,I], weight[E,O,I], bias[E,O] or null, out[R,O]   of type `dtype`
+//   offsets[E+1]
+void grouped_linear(DType dtype, const void* rows, const void* weight, const void* bias,
+                    const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
+                    std::int64_t I, void* out);
+
+// Its gradients; null: not wanted. d_rows is 0 past offsets[E], an expert without rows gets 0.
+void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, const void* weight,
+                             const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
+                             std::int64_t I, void* d_rows, void* d_weight, void* d_bias);
+
+// A weight in the order in which the forward pass reads it, for weights that are used more than once unchanged.
+//
+//   weight[E,O,I]        of type `dtype`
+//   packed               packed_weight_bytes(...) bytes, 64-byte aligned; only this CPU's tier can read it
+std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I);
+void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
+                 void* packed);
+
+// Name of the instruction tier that runs: avx512_bf16, avx512, avx2 or portable.
+const char* instruction_tier();
+
+// Whether the CPU multiplies matrices of bfloat16 in tiles (AMX), which no tier here does.
+bool has_matrix_tiles();
+
+// Bytes of working memory that are kept for the next call, and giving them back.
+std::int64_t kept_memory();
+void release_memory();
 
 }  // namespace clipup

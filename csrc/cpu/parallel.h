@@ -5,8 +5,11 @@
 #include <cstdint>
 
 #ifdef CLIPUP_STD_THREADS
+#include <atomic>
 #include <thread>
 #include <vector>
+#elif defined(_OPENMP)
+#include <omp.h>
 #endif
 
 namespace clipup {
@@ -35,6 +38,38 @@ void parallel_for(std::int64_t n, [[maybe_unused]] std::int64_t parallel_n, cons
 #endif
 }
 
+// How many threads `parallel_tasks` uses at most.
+inline std::int64_t thread_count() {
+#ifdef CLIPUP_STD_THREADS
+  return 4;
+#elif defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// Calls body(task, thread) once for every task in [0, n), thread < thread_count(). Tasks are large: a thread takes the
+// next one when it is done with the last, so that no thread waits while there is work. `body` must not throw.
+template <class Body>
+void parallel_tasks(std::int64_t n, const Body& body) {
+#ifdef CLIPUP_STD_THREADS
+  std::atomic<std::int64_t> next{0};
+  std::vector<std::thread> threads;
+  for (std::int64_t thread = 0; thread < thread_count(); ++thread) {
+    threads.emplace_back([&, thread] {
+      for (std::int64_t task = next++; task < n; task = next++) body(task, thread);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+#elif defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) if (n > 1)
+  for (std::int64_t task = 0; task < n; ++task) body(task, omp_get_thread_num());
+#else
+  for (std::int64_t task = 0; task < n; ++task) body(task, 0);
+#endif
+}
+
 // Number of rows of `row_bytes` bytes from which spreading them over threads pays for waking the threads.
 inline std::int64_t parallel_from(std::int64_t row_bytes) {
   constexpr std::int64_t kBytes = 1 << 16;
@@ -42,5 +77,6 @@ inline std::int64_t parallel_from(std::int64_t row_bytes) {
 }
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace clipup

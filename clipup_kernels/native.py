@@ -1,0 +1,184 @@
+"""Calls into the compiled extension: every op's arguments as addresses and sizes (csrc/moe.h), its outputs allocated.
+
+Every function takes what its op takes, on CPU tensors of float32, bfloat16 or float16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .info import NATIVE
+from .types import ACTIVATIONS
+
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _end_address(offsets: Tensor) -> int:
+    """Address of offsets[E], the number of rows in use."""
+    return offsets.data_ptr() + (offsets.numel() - 1) * offsets.element_size()
+
+
+def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple[Tensor, ...]:
+    logits, selection_bias, mask = _dense(logits, selection_bias, mask)
+    num_tokens, num_experts = logits.shape
+    outputs = (
+        logits.new_empty(num_tokens, k),
+        logits.new_empty(num_tokens, k, dtype=torch.int32),
+        logits.new_empty(num_tokens),
+        logits.new_empty(num_experts),
+        logits.new_empty(()),
+        logits.new_empty(k, num_experts, dtype=torch.int32),
+    )
+    NATIVE.topk_gating(
+        _address(logits), _address(mask), _address(selection_bias), num_tokens, num_experts, k, renormalize,
+        *map(_address, outputs),
+    )  # fmt: skip
+    return outputs
+
+
+def topk_gating_backward(
+    logits, experts, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
+) -> Tensor:
+    logits, experts, mask = _dense(logits, experts, mask)
+    grads = _dense(d_gates, d_top_prob, d_mean_probs, d_z_loss)
+    d_logits = torch.empty_like(logits)
+    NATIVE.topk_gating_backward(
+        _address(logits), _address(mask), _address(experts), *logits.shape, experts.shape[1], renormalize,
+        *map(_address, grads), _address(d_logits),
+    )  # fmt: skip
+    return d_logits
+
+
+def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
+    experts, priority, mask = _dense(experts, priority, mask)
+    outputs = (
+        experts.new_empty(num_experts + 1),
+        experts.new_empty(experts.numel()),
+        experts.new_empty(experts.shape),
+    )
+    NATIVE.dispatch(
+        _address(experts), _address(mask), _address(priority), *experts.shape, num_experts,
+        -1.0 if capacity_factor is None else capacity_factor, *map(_address, outputs),
+    )  # fmt: skip
+    return outputs
+
+
+def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:
+    x, offsets, choice_of_row = _dense(x, offsets, choice_of_row)
+    width, num_rows = x.shape[1], choice_of_row.numel()
+    rows = x.new_empty(num_rows, width)
+    NATIVE.permute(
+        _address(x), width * x.element_size(), _address(choice_of_row), _end_address(offsets), num_rows,
+        row_of_choice.shape[1], _address(rows),
+    )  # fmt: skip
+    return rows
+
+
+def gather_sum(rows, row_of_choice) -> Tensor:
+    return _gather_sum(rows, None, row_of_choice)
+
+
+def combine(rows, gates, offsets, choice_of_row, row_of_choice) -> Tensor:
+    return _gather_sum(rows, gates, row_of_choice)
+
+
+def _gather_sum(rows: Tensor, gates: Tensor | None, row_of_choice: Tensor) -> Tensor:
+    rows, gates, row_of_choice = _dense(rows, gates, row_of_choice)
+    num_tokens, k = row_of_choice.shape
+    y = rows.new_empty(num_tokens, rows.shape[1])
+    NATIVE.gather_sum(
+        _address(rows), DTYPE_CODE[rows.dtype], _address(row_of_choice), _address(gates), num_tokens, k,
+        rows.shape[1], _address(y),
+    )  # fmt: skip
+    return y
+
+
+def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> tuple[Tensor, Tensor]:
+    dy, rows, gates, offsets, row_of_choice = _dense(dy, rows, gates, offsets, row_of_choice)
+    d_rows, d_gates = torch.empty_like(rows), torch.empty_like(gates)
+    NATIVE.combine_backward(
+        _address(dy), _address(rows), DTYPE_CODE[rows.dtype], _address(gates), _address(row_of_choice),
+        *row_of_choice.shape, rows.shape[1], _end_address(offsets), rows.shape[0], _address(d_rows),
+        _address(d_gates),
+    )  # fmt: skip
+    return d_rows, d_gates
+
+
+def grouped_linear(rows, weight, bias, offsets) -> Tensor:
+    rows, weight, bias, offsets = _dense(rows, weight, bias, offsets)
+    num_experts, width, _ = weight.shape
+    out = rows.new_empty(rows.shape[0], width)
+    NATIVE.grouped_linear(
+        DTYPE_CODE[rows.dtype], _address(rows), _address(weight), _address(bias), _address(offsets), rows.shape[0],
+        *weight.shape, _address(out),
+    )  # fmt: skip
+    return out
+
+
+def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[Tensor, ...]:
+    d_out, rows, weight, offsets = _dense(d_out, rows, weight, offsets)
+    shapes = (rows.shape, weight.shape, weight.shape[:2])
+    grads = [rows.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True)]
+    NATIVE.grouped_linear_backward(
+        DTYPE_CODE[rows.dtype], *map(_address, (d_out, rows, weight, offsets)), rows.shape[0], *weight.shape,
+        *(_address(grad if wanted else None) for grad, wanted in zip(grads, output_mask, strict=True)),
+    )  # fmt: skip
+    return tuple(grads)
+
+
+def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str) -> tuple[int, ...]:
+    """dtype, activation, T, K, E, D, H as the native calls take them."""
+    num_experts, hidden, width = in_weight.shape
+    return (
+        *(DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation)),
+        *(*row_of_choice.shape, num_experts, width, hidden),
+    )
+
+
+def expert_mlp_forward(
+    x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
+    activation, keep_z,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, gates, *weights = _dense(x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    routing = _dense(offsets, choice_of_row, row_of_choice)
+    pre_activation = (choice_of_row.numel(), in_weight.shape[1])
+    if gate_weight is not None:
+        pre_activation = (2, *pre_activation)
+    y, z = torch.empty_like(x), x.new_empty(pre_activation if keep_z else 0)
+    NATIVE.expert_mlp_forward(
+        *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
+        [*map(_address, weights), 0, 0, 0], _address(x), _address(y), _address(z if keep_z else None),
+    )  # fmt: skip
+    return y, z
+
+
+def expert_mlp_backward(
+    dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
+    gate_bias, z, activation, output_mask,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need_x, need_gates, need_in, need_out = output_mask
+    dy, x, gates, *weights = _dense(dy, x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    routing = _dense(offsets, choice_of_row, row_of_choice)
+    (z,) = _dense(z)
+    wanted = (need_x, need_gates, need_in, need_in, need_out, need_out, need_in, need_in)
+    grads = [
+        torch.empty_like(t) if need and t is not None else None
+        for t, need in zip((x, gates, *weights), wanted, strict=True)
+    ]
+    recompute = z.numel() == 0
+    NATIVE.expert_mlp_backward(
+        *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
+        [*map(_address, weights), 0, 0, 0], _address(dy), _address(x), _address(None if recompute else z),
+        [*map(_address, grads)],
+    )  # fmt: skip
+    empty = (x, gates, *[x] * 6)
+    return tuple(like.new_empty(0) if grad is None else grad for grad, like in zip(grads, empty, strict=True))

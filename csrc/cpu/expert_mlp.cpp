@@ -1,0 +1,87 @@
+// Forward pass of the experts: wave by wave, rows gathered while they are packed, first product with bias and
+// experts.activation, second product with bias; at the end every token's rows are combined.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../checks.h"
+#include "expert_rows.h"
+
+namespace clipup {
+namespace {
+
+// Rows of a wave: their hidden activations stay in the last-level cache or close to it.
+constexpr std::int64_t kWaveRows = 2048;
+
+}  // namespace
+
+void expert_mlp_forward(const Experts& experts, const Routing& routing, const void* x, void* y, void* z) {
+  check_experts(experts);
+  check_routing(routing, experts.E);
+  const DType dtype = experts.dtype;
+  const std::int64_t E = experts.E, D = experts.D, H = experts.H;
+  const std::int64_t T = routing.T;
+  const std::int64_t R = T * routing.K;
+  check_pointer("x", x, T * D);
+  check_pointer("y", y, T * D);
+
+  const Kernels& ks = kernels();
+  const TypedKernels& typed = ks.of(dtype);
+  const bool gated = experts.gate_weight != nullptr || experts.packed_gate != nullptr;
+  const bool identity = routing.choice_of_row == nullptr && routing.gates == nullptr;  // rows are y
+  const std::int64_t used = routing.offsets[E];
+  const std::vector<Wave> waves = make_waves(routing.offsets, E, kWaveRows, ks, typed);
+  const WaveSize most = largest(waves);
+  const std::int64_t x_words = line_words(D, typed);
+  const std::int64_t a_words = line_words(round_up(H, ks.panel), typed);
+  const Buffer<Word> x_lines(most.rows * x_words);
+  const Buffer<Word> a_lines(most.rows * a_words);
+  const Buffer<float> out_rows(identity ? 0 : used * D);
+  const Workspace workspace(ks, gated ? 2 : 1);
+
+  for (const Wave& wave : waves) {
+    for_row_tiles(wave, ks,
+                  [&](const RowTile& tile) { pack_lines(ks, experts, routing, tile, x, x_lines.get()); });
+    std::vector<PreActivations> places;
+    for (const Piece& piece : wave.pieces) {
+      places.push_back(
+          {element(z, dtype, piece.begin * H), gated ? element(z, dtype, (R + piece.begin) * H) : nullptr});
+    }
+    hidden_product(experts, wave, x_lines.get(), a_lines.get(), places, workspace);
+
+    const std::vector<Block> blocks = make_blocks(wave, D, ks);
+    parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
+      const Block& block = blocks[task];
+      const Piece& piece = *block.piece;
+      const Term term{lines_at(a_lines.get(), piece.at + block.row, a_words), a_words,
+                      forward_matrix(experts, experts.out_weight, experts.packed_out, piece.expert, D, H)};
+      multiply_block(ks, dtype, &term, 1, 1, block, workspace, thread,
+                     [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
+                       const std::int64_t column = panel * ks.panel;
+                       const std::int64_t at = (piece.begin + block.row + row) * D + column;
+                       OutputTile tile{};
+                       tile.rows = rows;
+                       tile.columns = std::min(ks.panel, D - column);
+                       tile.c = c[0];
+                       tile.bias = element(experts.out_bias, dtype, piece.expert * D + column);
+                       tile.stride = D;
+                       if (identity) {
+                         tile.out = element(y, dtype, at);
+                       } else {
+                         tile.sum = out_rows.get() + at;
+                       }
+                       typed.finish_output(tile);
+                     });
+    });
+  }
+
+  if (z != nullptr) {
+    for (std::int64_t part = 0; part < (gated ? 2 : 1); ++part) {
+      void* const rest = element(z, dtype, (part * R + used) * H);
+      std::memset(rest, 0, (R - used) * H * element_size(dtype));
+    }
+  }
+  if (!identity) sum_rows(ks, dtype, routing, routing.gates, out_rows.get(), D, y);
+}
+
+}  // namespace clipup

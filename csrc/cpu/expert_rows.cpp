@@ -1,0 +1,147 @@
+#include "expert_rows.h"
+
+#include <algorithm>
+#include <string>
+
+#include "../checks.h"
+
+namespace clipup {
+
+void check_dtype(DType dtype) {
+  const int value = static_cast<int>(dtype);
+  check(value >= 0 && value < 3,
+        "dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(value));
+}
+
+void check_offsets(const std::int32_t* offsets, std::int64_t E, std::int64_t R) {
+  check_pointer("offsets", offsets, E + 1);
+  check_values("offsets", offsets, E + 1, 0, R + 1);
+  check(offsets[0] == 0, "offsets: expected 0 first, got " + std::to_string(offsets[0]));
+  check(std::is_sorted(offsets, offsets + E + 1), "offsets: expected ascending values");
+}
+
+void check_experts(const Experts& experts) {
+  const DType dtype = experts.dtype;
+  const std::int64_t E = experts.E, D = experts.D, H = experts.H;
+  check_dtype(dtype);
+  check(static_cast<int>(experts.activation) >= 0 && static_cast<int>(experts.activation) < 5,
+        "activation: expected 0 to 4, got " + std::to_string(static_cast<int>(experts.activation)));
+  check_size("E", E, 0);
+  check_size("D", D, 0);
+  check_size("H", H, 0);
+  if (experts.packed_in == nullptr) check_pointer("in_weight", experts.in_weight, E * H * D);
+  if (experts.packed_out == nullptr) check_pointer("out_weight", experts.out_weight, E * D * H);
+  check(experts.gate_bias == nullptr || experts.gate_weight != nullptr,
+        "gate_bias: expected gate_weight beside it, got none");
+}
+
+void check_routing(const Routing& routing, std::int64_t E) {
+  const std::int64_t T = routing.T, K = routing.K;
+  const float* const gates = routing.gates;
+  const std::int32_t* const offsets = routing.offsets;
+  const std::int32_t* const choice_of_row = routing.choice_of_row;
+  const std::int32_t* const row_of_choice = routing.row_of_choice;
+  check_row_count(T, K);
+  check_offsets(offsets, E, T * K);
+  check((choice_of_row == nullptr) == (row_of_choice == nullptr) || T * K == 0,
+        "choice_of_row: expected both it and row_of_choice, or neither");
+  check(T * K == 0 || gates != nullptr || K == 1, "K: expected 1 without gates, got " + std::to_string(K));
+  check(T * K == 0 || gates == nullptr || choice_of_row != nullptr,
+        "gates: expected routing beside them, got none");
+  if (choice_of_row == nullptr) {
+    check(offsets[E] == T * K,
+          "offsets: expected all " + std::to_string(T * K) + " rows, got " + std::to_string(offsets[E]));
+    return;
+  }
+  check_values("choice_of_row", choice_of_row, offsets[E], 0, T * K);
+  check_values("row_of_choice", row_of_choice, T * K, -1, offsets[E]);
+}
+
+std::vector<RowTile> row_tiles(const Wave& wave, const Kernels& kernels) {
+  std::vector<RowTile> tiles;
+  for (const Piece& piece : wave.pieces) {
+    for (std::int64_t row = 0; row < piece.count; row += kernels.tile_rows) {
+      tiles.push_back({&piece, row, std::min(kernels.tile_rows, piece.count - row)});
+    }
+  }
+  return tiles;
+}
+
+void pack_lines(const Kernels& kernels, const Experts& experts, const Routing& routing, const RowTile& tile,
+                const void* tokens, Word* lines) {
+  const TypedKernels& typed = kernels.of(experts.dtype);
+  Word* const first = lines_at(lines, tile.piece->at + tile.row, line_words(experts.D, typed));
+  for (std::int64_t i = 0; i < tile.rows; ++i) {
+    const std::int64_t token = token_of_row(routing, tile.piece->begin + tile.row + i);
+    typed.row_to_lines(element(tokens, experts.dtype, token * experts.D), experts.D, tile.rows,
+                       first + i * kLineWords);
+  }
+}
+
+Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
+                     std::int64_t n, std::int64_t k) {
+  Right right{element(weight, experts.dtype, expert * n * k), true, n, k, nullptr};
+  if (packed != nullptr) {
+    const std::int64_t bytes = packed_weight_bytes(experts.dtype, 1, n, k);
+    right.packed =
+        static_cast<const Word*>(packed) + expert * bytes / static_cast<std::int64_t>(sizeof(Word));
+  }
+  return right;
+}
+
+void hidden_product(const Experts& experts, const Wave& wave, const Word* x_lines, Word* a_lines,
+                    const std::vector<PreActivations>& places, const Workspace& workspace) {
+  const Kernels& ks = kernels();
+  const TypedKernels& typed = ks.of(experts.dtype);
+  const DType dtype = experts.dtype;
+  const std::int64_t D = experts.D, H = experts.H;
+  const bool gated = experts.gate_weight != nullptr || experts.packed_gate != nullptr;
+  const std::int64_t x_words = line_words(D, typed);
+  const std::int64_t a_words = line_words(round_up(H, ks.panel), typed);
+  const auto finish_hidden = typed.finish_hidden[static_cast<int>(experts.activation)];
+  const std::vector<Block> blocks = make_blocks(wave, H, ks);
+  const auto* const first_piece = wave.pieces.data();
+
+  parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
+    const Block& block = blocks[task];
+    const Piece& piece = *block.piece;
+    const PreActivations& place = places[block.piece - first_piece];
+    const Word* const lines = lines_at(x_lines, piece.at + block.row, x_words);
+    const Term terms[2] = {
+        {lines, x_words, forward_matrix(experts, experts.in_weight, experts.packed_in, piece.expert, H, D)},
+        {lines, x_words,
+         forward_matrix(experts, experts.gate_weight, experts.packed_gate, piece.expert, H, D)}};
+    const std::int64_t outputs = gated ? 2 : 1;
+    multiply_block(ks, dtype, terms, outputs, outputs, block, workspace, thread,
+                   [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
+                     const std::int64_t column = panel * ks.panel;
+                     const std::int64_t bias_at = piece.expert * H + column;
+                     const std::int64_t z_at = (block.row + row) * H + column;
+                     HiddenTile tile{};
+                     tile.rows = rows;
+                     tile.columns = std::min(ks.panel, H - column);
+                     tile.column = column;
+                     tile.c = c[0];
+                     tile.c_gate = gated ? c[1] : nullptr;
+                     tile.bias = element(experts.in_bias, dtype, bias_at);
+                     tile.bias_gate = element(experts.gate_bias, dtype, bias_at);
+                     tile.z = element(place.z, dtype, z_at);
+                     tile.z_gate = element(place.z_gate, dtype, z_at);
+                     tile.z_stride = H;
+                     if (a_lines != nullptr) tile.a = lines_at(a_lines, piece.at + block.row + row, a_words);
+                     finish_hidden(tile);
+                   });
+  });
+}
+
+void sum_rows(const Kernels& kernels, DType dtype, const Routing& routing, const float* gates,
+              const float* rows, std::int64_t D, void* y) {
+  const TypedKernels& typed = kernels.of(dtype);
+  parallel_for(routing.T, parallel_from(D * 4), [&](std::int64_t t) {
+    const std::int64_t choice = t * routing.K;
+    typed.weighted_sum(rows, routing.row_of_choice + choice, gates == nullptr ? nullptr : gates + choice,
+                       routing.K, D, element(y, dtype, t * D));
+  });
+}
+
+}  // namespace clipup

@@ -1,0 +1,65 @@
+// What forward and backward share: checked arguments, packed rows, the hidden product.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../moe.h"
+#include "grouped_gemm.h"
+
+namespace clipup {
+
+// Throws std::invalid_argument by name.
+void check_dtype(DType dtype);
+void check_offsets(const std::int32_t* offsets, std::int64_t E, std::int64_t R);
+void check_experts(const Experts& experts);
+void check_routing(const Routing& routing, std::int64_t E);
+
+// Element `index` of an array of `dtype`; null stays null.
+inline const void* element(const void* array, DType dtype, std::int64_t index) {
+  return array == nullptr ? nullptr : static_cast<const unsigned char*>(array) + index * element_size(dtype);
+}
+inline void* element(void* array, DType dtype, std::int64_t index) {
+  return array == nullptr ? nullptr : static_cast<unsigned char*>(array) + index * element_size(dtype);
+}
+
+inline std::int64_t token_of_row(const Routing& routing, std::int64_t row) {
+  return routing.choice_of_row == nullptr ? row : routing.choice_of_row[row] / routing.K;
+}
+
+// A tile of rows of a wave: rows [row, row + rows) of the piece.
+struct RowTile {
+  const Piece* piece;
+  std::int64_t row, rows;
+};
+std::vector<RowTile> row_tiles(const Wave& wave, const Kernels& kernels);
+
+// Calls body(tile) for every tile of the wave, spread over threads.
+template <class Body>
+void for_row_tiles(const Wave& wave, const Kernels& kernels, const Body& body) {
+  const std::vector<RowTile> tiles = row_tiles(wave, kernels);
+  parallel_for(static_cast<std::int64_t>(tiles.size()), 2, [&](std::int64_t i) { body(tiles[i]); });
+}
+
+// Tokens of the tile's rows into lines of the wave.
+void pack_lines(const Kernels& kernels, const Experts& experts, const Routing& routing, const RowTile& tile,
+                const void* tokens, Word* lines);
+
+// One of the forward matrices of an expert as the right operand: [n, k], packed or not.
+Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
+                     std::int64_t n, std::int64_t k);
+
+// Where a piece's pre-activations lie: those of its row `i` at z + i * H; null: not kept.
+struct PreActivations {
+  void *z, *z_gate;
+};
+
+// First product of a wave: a of its rows into lines (null: not wanted), pre-activations where `places` says, by piece.
+void hidden_product(const Experts& experts, const Wave& wave, const Word* x_lines, Word* a_lines,
+                    const std::vector<PreActivations>& places, const Workspace& workspace);
+
+// y[t] = the gated sum of the rows of every token, from rows[R,D] in float.
+void sum_rows(const Kernels& kernels, DType dtype, const Routing& routing, const float* gates,
+              const float* rows, std::int64_t D, void* y);
+
+}  // namespace clipup

@@ -1,0 +1,7 @@
+#include "microkernels.h"
+
+namespace clipup {
+
+const Kernels kAvx2 = tier("avx2");
+
+}  // namespace clipup

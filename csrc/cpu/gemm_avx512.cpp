@@ -1,0 +1,7 @@
+#include "microkernels.h"
+
+namespace clipup {
+
+const Kernels kAvx512 = tier("avx512");
+
+}  // namespace clipup

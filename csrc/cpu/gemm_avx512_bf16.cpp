@@ -1,0 +1,7 @@
+#include "microkernels.h"
+
+namespace clipup {
+
+const Kernels kAvx512Bf16 = tier("avx512_bf16");
+
+}  // namespace clipup

@@ -1,0 +1,7 @@
+#include "microkernels.h"
+
+namespace clipup {
+
+const Kernels kPortable = tier("portable");
+
+}  // namespace clipup

@@ -1,0 +1,130 @@
+#include "grouped_gemm.h"
+
+#include <algorithm>
+#include <array>
+
+#include "../checks.h"
+
+namespace clipup {
+namespace {
+
+// Enough blocks that the last ones to finish leave no thread waiting long.
+constexpr std::int64_t kBlocksPerThread = 8;
+
+std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_unit, std::int64_t columns,
+                       const Kernels& kernels) {
+  const std::int64_t all_panels = ceil_div(columns, kernels.panel);
+  std::int64_t most_panels = kBlockColumns / kernels.panel;
+  std::int64_t most_rows = kBlockRows;
+  const auto rows_of = [&](const Piece& piece) { return rows > 0 ? round_up(rows, row_unit) : piece.count; };
+  const auto count = [&] {
+    std::int64_t blocks = 0;
+    for (const Piece& piece : wave.pieces) {
+      blocks += ceil_div(rows_of(piece), most_rows) * ceil_div(all_panels, most_panels);
+    }
+    return blocks;
+  };
+  const std::int64_t wanted = kBlocksPerThread * thread_count();
+  while (count() < wanted && most_panels > 1) most_panels /= 2;
+  while (count() < wanted && most_rows > 4 * row_unit) most_rows = round_up(most_rows / 2, row_unit);
+
+  std::vector<Block> blocks;
+  for (const Piece& piece : wave.pieces) {
+    const std::int64_t total = rows_of(piece);
+    const std::int64_t row_blocks = ceil_div(total, most_rows);
+    const std::int64_t height = round_up(ceil_div(total, row_blocks), row_unit);
+    for (std::int64_t row = 0; row < total; row += height) {
+      for (std::int64_t panel = 0; panel < all_panels; panel += most_panels) {
+        blocks.push_back(
+            {&piece, row, std::min(height, total - row), panel, std::min(most_panels, all_panels - panel)});
+      }
+    }
+  }
+  return blocks;
+}
+
+}  // namespace
+
+std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::int64_t most_rows,
+                             const Kernels& kernels, const TypedKernels& typed) {
+  std::vector<Wave> waves;
+  bool open = false;  // the last wave may take more
+  for (std::int64_t e = 0; e < E; ++e) {
+    const std::int64_t begin = offsets[e];
+    const std::int64_t count = offsets[e + 1] - begin;
+    if (count == 0) continue;
+    const std::int64_t parts = ceil_div(count, most_rows);
+    const std::int64_t height = round_up(ceil_div(count, parts), kernels.tile_rows);
+    for (std::int64_t row = 0; row < count; row += height) {
+      const std::int64_t rows = std::min(height, count - row);
+      if (!open || parts > 1 || waves.back().rows + rows > most_rows) waves.emplace_back();
+      Wave& wave = waves.back();
+      wave.pieces.push_back({e, begin + row, rows, wave.rows, wave.words, row == 0, row + rows == count});
+      wave.rows += rows;
+      wave.words += ceil_div(rows, typed.per_word);
+      open = parts == 1;
+    }
+  }
+  return waves;
+}
+
+WaveSize largest(const std::vector<Wave>& waves) {
+  WaveSize size;
+  for (const Wave& wave : waves) {
+    size.rows = std::max(size.rows, wave.rows);
+    size.words = std::max(size.words, wave.words);
+  }
+  return size;
+}
+
+std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels) {
+  return cut(wave, 0, kernels.tile_rows, columns, kernels);
+}
+
+std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
+                                      const Kernels& kernels) {
+  return cut(wave, left_columns, kernels.column_tile, columns, kernels);
+}
+
+std::int64_t sum_block(std::int64_t words) {
+  if (words == 0) return kLineWords;
+  return round_up(ceil_div(words, ceil_div(words, kMostSumWords)), kLineWords);
+}
+
+Workspace::Workspace(const Kernels& kernels, std::int64_t outputs)
+    : outputs_(outputs),
+      panel_words_(std::max(kBlockColumns, kernels.panel) * kMostSumWords),
+      sum_floats_(kBlockRows * std::max(kBlockColumns, kernels.panel)),
+      panels_(thread_count() * panel_words_),
+      sums_(thread_count() * outputs * sum_floats_) {}
+
+void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
+                std::int64_t panels, std::int64_t begin, std::int64_t words, Word* strips) {
+  const TypedKernels& typed = kernels.of(dtype);
+  const std::int64_t size = element_size(dtype);
+  const auto* const matrix = static_cast<const unsigned char*>(right.matrix);
+  const std::int64_t k_begin = begin * typed.per_word;
+  const std::int64_t k = std::min(words * typed.per_word, right.k - k_begin);
+  const std::int64_t n_begin = panel * kernels.panel;
+  const std::int64_t n = std::min(panels * kernels.panel, right.n - n_begin);
+  if (right.transposed) {
+    for (std::int64_t p = 0; p < panels; ++p) {
+      const std::int64_t column = n_begin + p * kernels.panel;
+      typed.transposed_strip(matrix + (column * right.k + k_begin) * size, right.k,
+                             std::min(kernels.panel, right.n - column), k,
+                             strips + p * words * kernels.panel);
+    }
+    return;
+  }
+  constexpr std::array<float, 2> kOnes = {1.0F, 1.0F};
+  for (std::int64_t word = 0; word < words; ++word) {
+    std::array<const void*, 2> rows{};
+    for (std::int64_t i = 0; i < typed.per_word; ++i) {
+      const std::int64_t row = word * typed.per_word + i;
+      if (row < k) rows[i] = matrix + ((k_begin + row) * right.n + n_begin) * size;
+    }
+    typed.rows_to_strips(rows.data(), kOnes.data(), n, kernels.panel, words, strips + word * kernels.panel);
+  }
+}
+
+}  // namespace clipup

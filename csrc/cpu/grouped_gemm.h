@@ -1,0 +1,175 @@
+// Products of rows with their experts' matrices: how the rows of a call are cut into waves and blocks, and a block's
+// loops over the cache. What is done with a finished tile is the caller's.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "parallel.h"
+
+namespace clipup {
+
+inline std::int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Rows of one expert that are worked on together.
+struct Piece {
+  std::int64_t expert;
+  std::int64_t begin, count;  // rows [begin, begin + count) of the call
+  std::int64_t at;            // the first row's place in the wave
+  std::int64_t word_at;       // the first row's place in the wave where rows are the summed axis, in words
+  bool first, last;           // of the expert's pieces
+};
+
+// Pieces whose intermediate results are in memory at the same time.
+struct Wave {
+  std::vector<Piece> pieces;
+  std::int64_t rows = 0, words = 0;
+};
+
+// All rows, experts ascending, in waves of at most `most_rows` rows. An expert with more than that has several pieces,
+// each a wave of its own: what is summed over an expert's rows has one owner at a time.
+std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::int64_t most_rows,
+                             const Kernels& kernels, const TypedKernels& typed);
+
+// Largest number of rows and of words of any wave.
+struct WaveSize {
+  std::int64_t rows = 0, words = 0;
+};
+WaveSize largest(const std::vector<Wave>& waves);
+
+// A block of a product: rows [row, row + rows) of a piece, `panels` panels of columns from `panel` on.
+struct Block {
+  const Piece* piece;
+  std::int64_t row, rows, panel, panels;
+};
+
+// Cuts the product of a wave's rows with matrices of `columns` columns into blocks, small enough that every thread
+// finds several. No result depends on the cut: a sum's order is fixed by the summed axis alone.
+std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels);
+
+// The same for a product that sums over a piece's rows: `rows` tiles of columns of the left operand.
+std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
+                                      const Kernels& kernels);
+
+// One expert's matrix as the right operand: [n, k] if `transposed` (the summed axis lies along its rows), else [k, n].
+struct Right {
+  const void* matrix;
+  bool transposed;
+  std::int64_t n, k;
+  const Word* packed;  // as pack_weight wrote it, or null
+};
+
+// Lines of a block's rows, and what they are multiplied with.
+struct Term {
+  const Word* lines;
+  std::int64_t row_words;  // words of a row in `lines`
+  Right right;
+};
+
+// A thread's own memory: a block of the right operand, and sums.
+struct Workspace {
+  Workspace(const Kernels& kernels, std::int64_t outputs);
+
+  Word* panels(std::int64_t thread) const { return panels_.get() + thread * panel_words_; }
+  float* sums(std::int64_t thread, std::int64_t output) const {
+    return sums_.get() + (thread * outputs_ + output) * sum_floats_;
+  }
+
+ private:
+  std::int64_t outputs_, panel_words_, sum_floats_;
+  Buffer<Word> panels_;
+  Buffer<float> sums_;
+};
+
+// How a summed axis of `words` words is cut: blocks of `size` words, the last one shorter.
+std::int64_t sum_block(std::int64_t words);
+constexpr std::int64_t kMostSumWords = 768;
+constexpr std::int64_t kBlockColumns = 128;
+constexpr std::int64_t kBlockRows = 504;  // a multiple of every tier's tile_rows and column_tile
+
+inline std::int64_t line_words(std::int64_t k, const TypedKernels& typed) {
+  return round_up(ceil_div(k, typed.per_word), kLineWords);
+}
+
+// Where `word` of the rows from `row` on begins, rows of `words` words in lines, `row` a multiple of tile_rows.
+template <class W>
+W* lines_at(W* lines, std::int64_t row, std::int64_t words) {
+  return lines + row * words;
+}
+
+// Packs words [begin, begin + words) of `panels` panels, one strip of `words` words behind the other.
+void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
+                std::int64_t panels, std::int64_t begin, std::int64_t words, Word* strips);
+
+// The terms' products over one block. With `outputs` = 1 the terms are added, else each is an output of its own.
+// finish(row, rows, panel, c): a tile of the block is done; c[output] its sums [rows, panel].
+template <class Finish>
+void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std::int64_t count,
+                    std::int64_t outputs, const Block& block, const Workspace& workspace, std::int64_t thread,
+                    const Finish& finish) {
+  const TypedKernels& typed = kernels.of(dtype);
+  Word* const packed = workspace.panels(thread);
+  const std::int64_t tile_floats = kernels.tile_rows * kernels.panel;
+  for (std::int64_t t = 0; t < count; ++t) {
+    const Right& right = terms[t].right;
+    const std::int64_t words = ceil_div(right.k, typed.per_word);
+    const std::int64_t output = outputs == 1 ? 0 : t;
+    const std::int64_t step = sum_block(words);
+    std::int64_t begin = 0;
+    do {  // once even where nothing is summed
+      const std::int64_t length = begin + step < words ? step : words - begin;
+      const bool add = begin > 0 || (outputs == 1 && t > 0);
+      const bool done = begin + length == words && t + 1 == count;
+      const bool once = count == 1 && step >= words;  // a tile's sums need no place of their own
+      const Word* strips = packed;
+      std::int64_t strip = length * kernels.panel;
+      if (right.packed != nullptr) {
+        strips = right.packed + (block.panel * words + begin) * kernels.panel;
+        strip = words * kernels.panel;
+      } else {
+        pack_right(right, dtype, kernels, block.panel, block.panels, begin, length, packed);
+      }
+      for (std::int64_t row = 0; row < block.rows; row += kernels.tile_rows) {
+        const std::int64_t rows = row + kernels.tile_rows < block.rows ? kernels.tile_rows : block.rows - row;
+        const Word* lines = lines_at(terms[t].lines, row, terms[t].row_words) + begin * rows;
+        for (std::int64_t p = 0; p < block.panels; ++p) {
+          const std::int64_t slot = once ? 0 : row / kernels.tile_rows * block.panels + p;
+          float* const c = workspace.sums(thread, output) + slot * tile_floats;
+          typed.by_rows[rows](lines, strips + p * strip, length, c, add);
+          if (!done) continue;
+          const float* const sums[2] = {outputs == 1 ? c : workspace.sums(thread, 0) + slot * tile_floats, c};
+          finish(row, rows, block.panel + p, sums);
+        }
+      }
+      begin += length;
+    } while (begin < words);
+  }
+}
+
+// left^T . right over a piece's rows: both in strips of `words` words. finish(tile, panel, c): tile `tile` of
+// column_tile columns of the left operand is done.
+template <class Finish>
+void multiply_strips(const Kernels& kernels, const TypedKernels& typed, const Word* left, const Word* right,
+                     std::int64_t words, const Block& block, const Workspace& workspace, std::int64_t thread,
+                     const Finish& finish) {
+  const std::int64_t step = sum_block(words);
+  const std::int64_t tile_floats = kernels.column_tile * kernels.panel;
+  const std::int64_t tiles = block.rows / kernels.column_tile;
+  const std::int64_t first = block.row / kernels.column_tile;
+  for (std::int64_t begin = 0; begin < words; begin += step) {
+    const std::int64_t length = begin + step < words ? step : words - begin;
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      const Word* const a = left + ((first + tile) * words + begin) * kernels.column_tile;
+      for (std::int64_t p = 0; p < block.panels; ++p) {
+        const Word* const b = right + ((block.panel + p) * words + begin) * kernels.panel;
+        float* const c = workspace.sums(thread, 0) + (tile * block.panels + p) * tile_floats;
+        typed.by_columns(a, b, length, c, begin > 0);
+        if (begin + length == words) finish(first + tile, block.panel + p, c);
+      }
+    }
+  }
+}
+
+}  // namespace clipup

@@ -1,0 +1,158 @@
+// The experts' linear layers by themselves, and weights packed ahead.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../checks.h"
+#include "element.h"
+#include "expert_rows.h"
+#include "weight_gradient.h"
+
+namespace clipup {
+namespace {
+
+constexpr std::int64_t kWaveRows = 2048;
+
+void check_grouped(DType dtype, const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
+                   std::int64_t I) {
+  check_dtype(dtype);
+  check_size("E", E, 0);
+  check_size("O", O, 0);
+  check_size("I", I, 0);
+  check_row_count(R, 1);
+  check_offsets(offsets, E, R);
+}
+
+// Rows [R, n] past the last expert's are zero.
+void clear_rest(void* rows, DType dtype, std::int64_t used, std::int64_t R, std::int64_t n) {
+  if (rows != nullptr && R > used && n > 0) {
+    std::memset(element(rows, dtype, used * n), 0, (R - used) * n * element_size(dtype));
+  }
+}
+
+// out[r] = the row times its expert's matrix, [n, k] if transposed, else [k, n].
+void multiply_rows(DType dtype, const void* rows, const void* weight, const void* bias, bool transposed,
+                   const std::int32_t* offsets, std::int64_t E, std::int64_t n, std::int64_t k, void* out) {
+  const Kernels& ks = kernels();
+  const TypedKernels& typed = ks.of(dtype);
+  const std::vector<Wave> waves = make_waves(offsets, E, kWaveRows, ks, typed);
+  const std::int64_t words = line_words(k, typed);
+  const Buffer<Word> lines(largest(waves).rows * words);
+  const Workspace workspace(ks, 1);
+  for (const Wave& wave : waves) {
+    for_row_tiles(wave, ks, [&](const RowTile& tile) {
+      Word* const first = lines_at(lines.get(), tile.piece->at + tile.row, words);
+      for (std::int64_t i = 0; i < tile.rows; ++i) {
+        const void* const row = element(rows, dtype, (tile.piece->begin + tile.row + i) * k);
+        typed.row_to_lines(row, k, tile.rows, first + i * kLineWords);
+      }
+    });
+    const std::vector<Block> blocks = make_blocks(wave, n, ks);
+    parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
+      const Block& block = blocks[task];
+      const Piece& piece = *block.piece;
+      const Right right{element(weight, dtype, piece.expert * n * k), transposed, n, k, nullptr};
+      const Term term{lines_at(lines.get(), piece.at + block.row, words), words, right};
+      multiply_block(
+          ks, dtype, &term, 1, 1, block, workspace, thread,
+          [&](std::int64_t row, std::int64_t tile_rows, std::int64_t panel, const float* const* c) {
+            const std::int64_t column = panel * ks.panel;
+            OutputTile tile{};
+            tile.rows = tile_rows;
+            tile.columns = std::min(ks.panel, n - column);
+            tile.c = c[0];
+            tile.bias = element(bias, dtype, piece.expert * n + column);
+            tile.out = element(out, dtype, (piece.begin + block.row + row) * n + column);
+            tile.stride = n;
+            typed.finish_output(tile);
+          });
+    });
+  }
+}
+
+}  // namespace
+
+void grouped_linear(DType dtype, const void* rows, const void* weight, const void* bias,
+                    const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
+                    std::int64_t I, void* out) {
+  check_grouped(dtype, offsets, R, E, O, I);
+  check_pointer("rows", rows, R * I);
+  check_pointer("weight", weight, E * O * I);
+  check_pointer("out", out, R * O);
+  multiply_rows(dtype, rows, weight, bias, true, offsets, E, O, I, out);
+  clear_rest(out, dtype, offsets[E], R, O);
+}
+
+void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, const void* weight,
+                             const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
+                             std::int64_t I, void* d_rows, void* d_weight, void* d_bias) {
+  check_grouped(dtype, offsets, R, E, O, I);
+  check_pointer("d_out", d_out, R * O);
+  check_pointer("rows", rows, R * I);
+  check_pointer("weight", weight, E * O * I);
+  if (d_rows != nullptr) {
+    multiply_rows(dtype, d_out, weight, nullptr, false, offsets, E, I, O, d_rows);
+    clear_rest(d_rows, dtype, offsets[E], R, I);
+  }
+  if (d_weight == nullptr && d_bias == nullptr) return;
+
+  const Kernels& ks = kernels();
+  const TypedKernels& typed = ks.of(dtype);
+  const std::vector<Wave> waves = make_waves(offsets, E, kWaveRows, ks, typed);
+  const Strips left(waves, O, ks.column_tile);
+  const Strips right(waves, I, ks.panel);
+  const Workspace workspace(ks, 1);
+  const WeightGradient gradient(ks, dtype, E, O, I, d_weight, d_bias, waves, left, right);
+  for (const Wave& wave : waves) {
+    for_row_tiles(wave, ks, [&](const RowTile& tile) {
+      const Piece& piece = *tile.piece;
+      const std::int64_t strip_words = ceil_div(piece.count, typed.per_word);
+      constexpr float kOnes[2] = {1.0F, 1.0F};
+      for (std::int64_t i = 0; i < tile.rows; i += typed.per_word) {
+        const void* left_rows[2] = {nullptr, nullptr};
+        const void* right_rows[2] = {nullptr, nullptr};
+        for (std::int64_t r = 0; r < typed.per_word && i + r < tile.rows; ++r) {
+          const std::int64_t row = piece.begin + tile.row + i + r;
+          left_rows[r] = element(d_out, dtype, row * O);
+          right_rows[r] = element(rows, dtype, row * I);
+        }
+        const std::int64_t word = (tile.row + i) / typed.per_word;
+        typed.rows_to_strips(left_rows, kOnes, O, ks.column_tile, strip_words,
+                             left.of(piece) + word * ks.column_tile);
+        typed.rows_to_strips(right_rows, kOnes, I, ks.panel, strip_words, right.of(piece) + word * ks.panel);
+      }
+    });
+    const std::vector<Block> blocks = gradient.blocks(wave);
+    parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
+      gradient.run(blocks[task], workspace, thread);
+    });
+  }
+  gradient.finish(offsets);
+}
+
+std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I) {
+  check_dtype(dtype);
+  const Kernels& ks = kernels();
+  const std::int64_t words = ceil_div(I, ks.of(dtype).per_word) * round_up(O, ks.panel);
+  return E * words * static_cast<std::int64_t>(sizeof(Word));
+}
+
+void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
+                 void* packed) {
+  check_dtype(dtype);
+  check_size("E", E, 0);
+  check_size("O", O, 0);
+  check_size("I", I, 0);
+  check_pointer("weight", weight, E * O * I);
+  check_pointer("packed", packed, E * O * I);
+  const Kernels& ks = kernels();
+  const std::int64_t words = ceil_div(I, ks.of(dtype).per_word);
+  const std::int64_t panels = ceil_div(O, ks.panel);
+  parallel_tasks(E * panels, [&](std::int64_t task, std::int64_t) {
+    const Right right{element(weight, dtype, task / panels * O * I), true, O, I, nullptr};
+    Word* const strip = static_cast<Word*>(packed) + task * words * ks.panel;
+    pack_right(right, dtype, ks, task % panels, 1, 0, words, strip);
+  });
+}
+
+}  // namespace clipup

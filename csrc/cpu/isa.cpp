@@ -1,0 +1,73 @@
+// Which tier of instructions runs: the best that CPU and operating system offer, or the one CLIPUP_CPU_ISA names.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#ifdef CLIPUP_X86_TIERS
+#include <cpuid.h>
+#endif
+
+namespace clipup {
+namespace {
+
+struct Tier {
+  const Kernels* kernels;
+  bool supported;
+};
+
+// Best first. The compiler's runtime reads cpuid and asks whether the system saves the registers.
+const Tier* tiers(std::size_t& count) {
+#ifdef CLIPUP_X86_TIERS
+  static const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                             __builtin_cpu_supports("avx512dq");
+  static const Tier all[] = {{&kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+                             {&kAvx512, avx512},
+                             {&kAvx2, avx2},
+                             {&kPortable, true}};
+#else
+  static const Tier all[] = {{&kPortable, true}};
+#endif
+  count = sizeof all / sizeof all[0];
+  return all;
+}
+
+const Kernels& choose() {
+  std::size_t count = 0;
+  const Tier* const all = tiers(count);
+  const char* const wanted = std::getenv("CLIPUP_CPU_ISA");
+  std::string names;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (!all[i].supported) continue;
+    if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == all[i].kernels->name) {
+      return *all[i].kernels;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(all[i].kernels->name);
+  }
+  throw std::invalid_argument("CLIPUP_CPU_ISA: expected one that this CPU has (" + names + "), got " +
+                              wanted);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const char* instruction_tier() { return kernels().name; }
+
+bool has_matrix_tiles() {
+#ifdef CLIPUP_X86_TIERS
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16Tiles = 1U << 22U;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16Tiles) != 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace clipup

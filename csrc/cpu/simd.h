@@ -1,0 +1,128 @@
+// Vectors of floats in the compiler's own notation, as wide as the instructions that the including file is compiled
+// for. Everything is in an unnamed namespace: every tier has its own copy, compiled with its own flags. For the same
+// reason this includes no header that defines inline functions.
+#pragma once
+
+#include <cstdint>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace clipup {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using F32x = float __attribute__((vector_size(kLanes * 4)));
+using U32x = std::uint32_t __attribute__((vector_size(kLanes * 4)));
+using U16x = std::uint16_t __attribute__((vector_size(kLanes * 2)));
+
+template <class V>
+inline V load_as(const void* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class V>
+inline void store_as(void* to, V value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+inline F32x splat(float value) { return F32x{} + value; }
+inline U32x bits(F32x value) { return reinterpret_cast<U32x>(value); }
+inline F32x from_bits(U32x value) { return reinterpret_cast<F32x>(value); }
+
+// The lower (upper) halves of two vectors, element by element in turn.
+inline U32x interleave_low(U32x a, U32x b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+inline U32x interleave_high(U32x a, U32x b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// A square of words, transposed: interleaving row i with row i + half, log2(rows) times.
+inline void transpose(U32x (&rows)[kLanes]) {
+  for (int step = 1; step < kLanes; step *= 2) {
+    U32x next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2]);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2]);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+inline float sum_of(F32x value) {
+  float lanes[kLanes];
+  store_as(lanes, value);
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  }
+  return lanes[0];
+}
+
+// The upper half of a float, rounded to nearest, ties to even, in the lower half of the result; a NaN stays one.
+inline U32x bfloat16_bits(F32x value) {
+  const U32x b = bits(value);
+  const U32x rounded = b + 0x7FFFU + ((b >> 16) & 1U);
+  const U32x quiet = b | 0x400000U;
+  return ((b & 0x7FFFFFFFU) > 0x7F800000U ? quiet : rounded) >> 16;
+}
+
+// IEEE binary16, as in element.h: rounds to nearest, ties to even, beyond 65504 to infinity.
+inline F32x float16_to_float(U16x half) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32x>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(half)));
+#elif defined(__F16C__)
+  return reinterpret_cast<F32x>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(half)));
+#else
+  const U32x value = __builtin_convertvector(half, U32x);
+  const U32x magnitude = value & 0x7FFFU;
+  const U32x sign = (value & 0x8000U) << 16;
+  const U32x infinite = magnitude >= 0x7C00U ? U32x{} + (112U << 23) : U32x{};
+  const U32x normal = (magnitude << 13) + (112U << 23) + infinite;
+  const U32x subnormal = bits(from_bits(0x3F000000U | magnitude) - 0.5F);
+  return from_bits(sign | (magnitude < 0x400U ? subnormal : normal));
+#endif
+}
+
+inline U16x float_to_float16(F32x value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U16x>(_mm512_cvtps_ph(reinterpret_cast<__m512>(value), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  return reinterpret_cast<U16x>(_mm256_cvtps_ph(reinterpret_cast<__m256>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const U32x b = bits(value);
+  const U32x magnitude = b & 0x7FFFFFFFU;
+  const U32x normal = (magnitude - (112U << 23) + 0xFFFU + ((magnitude >> 13) & 1U)) >> 13;
+  const U32x subnormal = bits(from_bits(magnitude) + 0.5F) - 0x3F000000U;
+  const U32x nan = 0x7E00U | ((magnitude >> 13) & 0x3FFU);
+  const U32x special = magnitude > 0x7F800000U ? nan : U32x{} + 0x7C00U;
+  const U32x finite = magnitude < 0x38800000U ? subnormal : normal;
+  const U32x result = magnitude >= 0x47800000U ? special : finite;
+  return __builtin_convertvector(result | ((b >> 16) & 0x8000U), U16x);
+#endif
+}
+
+}  // namespace
+}  // namespace clipup

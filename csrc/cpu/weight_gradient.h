@@ -1,0 +1,54 @@
+// Gradients of the experts' matrices and biases: sums over the rows of an expert, each element owned by one task.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../moe.h"
+#include "grouped_gemm.h"
+
+namespace clipup {
+
+// Rows of a wave packed so that they are the summed axis: strips of `unit` columns, every piece by itself.
+class Strips {
+ public:
+  Strips() = default;
+  Strips(const std::vector<Wave>& waves, std::int64_t columns, std::int64_t unit)
+      : width_(round_up(columns, unit)), words_(largest(waves).words * width_) {}
+
+  // The piece's first strip; null where nothing is packed.
+  Word* of(const Piece& piece) const {
+    return words_.get() == nullptr ? nullptr : words_.get() + piece.word_at * width_;
+  }
+
+ private:
+  std::int64_t width_ = 0;
+  Buffer<Word> words_;
+};
+
+// weight[e] = left^T right and bias[e] = the sum of left, over the rows of expert e.
+class WeightGradient {
+ public:
+  // weight[E, rows, columns], bias[E, rows]: written whole once every wave's blocks have run; null: not wanted.
+  // left and right stay where they are, column_tile and panel strips.
+  WeightGradient(const Kernels& kernels, DType dtype, std::int64_t E, std::int64_t rows, std::int64_t columns,
+                 void* weight, void* bias, const std::vector<Wave>& waves, const Strips& left,
+                 const Strips& right);
+
+  std::vector<Block> blocks(const Wave& wave) const;
+  void run(const Block& block, const Workspace& workspace, std::int64_t thread) const;
+
+  // Zeros for experts without rows, and the biases in their storage type.
+  void finish(const std::int32_t* offsets) const;
+
+ private:
+  const Kernels* kernels_;
+  DType dtype_;
+  std::int64_t E_, rows_, columns_;
+  void *weight_, *bias_;
+  const Strips *left_, *right_;
+  Buffer<float> sum_;       // [rows, columns] of the expert in work, where its pieces' sums meet
+  Buffer<float> bias_sum_;  // [E, rows]
+};
+
+}  // namespace clipup
