@@ -50,12 +50,15 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
     hidden_product(experts, wave, x_lines.get(), a_lines.get(), places, workspace);
 
     const std::vector<Block> blocks = make_blocks(wave, D, ks);
+    const auto out_matrix = [&](const Piece& piece) {
+      return forward_matrix(experts, experts.out_weight, experts.packed_out, piece.expert, D, H);
+    };
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
-      const Term term{lines_at(a_lines.get(), piece.at + block.row, a_words), a_words,
-                      forward_matrix(experts, experts.out_weight, experts.packed_out, piece.expert, D, H)};
-      multiply_block(ks, dtype, &term, 1, 1, block, workspace, thread,
+      const Term term{lines_at(a_lines.get(), piece.at + block.row, a_words), a_words, out_matrix(piece)};
+      multiply_block(ks, dtype, &term, 1, 1, block, following_region(blocks, task, dtype, ks, out_matrix),
+                     workspace, thread, nothing_ahead,
                      [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
                        const std::int64_t column = panel * ks.panel;
                        const std::int64_t at = (piece.begin + block.row + row) * D + column;

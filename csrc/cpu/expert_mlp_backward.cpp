@@ -167,32 +167,43 @@ class Backward {
       const PreActivations saved = place(piece);
       const Term term{lines_at(rows_.dy_lines.get(), piece.at + block.row, d_words_), d_words_,
                       backward_matrix(experts_.out_weight, piece.expert, H_, D_)};
-      multiply_block(ks_, dtype_, &term, 1, 1, block, workspace_, thread,
-                     [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
-                       const std::int64_t at = piece.at + block.row + row;
-                       const std::int64_t z_at = (block.row + row) * H_ + panel * ks_.panel;
-                       HiddenGradientTile tile{};
-                       tile.rows = rows;
-                       tile.column = panel * ks_.panel;
-                       tile.columns = std::min(ks_.panel, H_ - tile.column);
-                       tile.da = c[0];
-                       tile.z = element(saved.z, dtype_, z_at);
-                       tile.z_gate = element(saved.z_gate, dtype_, z_at);
-                       tile.z_stride = H_;
-                       tile.gates = rows_.gates.get() + at;
-                       if (wanted_.gates != nullptr) {
-                         tile.d_gates = rows_.d_gates.get() + at * (panels_H_ + 1) + 1 + panel;
-                         tile.d_gates_stride = panels_H_ + 1;
-                       }
-                       tile.dz = lines_of(rows_.dz_lines, at);
-                       tile.dz_gate = lines_of(rows_.dz_gate_lines, at);
-                       tile.dz_strips = rows_.dz_strips.of(piece);
-                       tile.dz_gate_strips = rows_.dz_gate_strips.of(piece);
-                       tile.a_strips = rows_.a_strips.of(piece);
-                       tile.strip_words = ceil_div(piece.count, typed_.per_word);
-                       tile.word = (block.row + row) / typed_.per_word;
-                       finish(tile);
-                     });
+      const auto out_matrix = [&](const Piece& next) {
+        return backward_matrix(experts_.out_weight, next.expert, H_, D_);
+      };
+      multiply_block(
+          ks_, dtype_, &term, 1, 1, block, following_region(blocks, task, dtype_, ks_, out_matrix),
+          workspace_, thread,
+          [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
+            const std::int64_t z_at = (block.row + row) * H_ + panel * ks_.panel;
+            const std::int64_t size = element_size(dtype_);
+            ask_for_rows(element(saved.z, dtype_, z_at), H_ * size, rows, ks_.panel * size);
+            ask_for_rows(element(saved.z_gate, dtype_, z_at), H_ * size, rows, ks_.panel * size);
+          },
+          [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
+            const std::int64_t at = piece.at + block.row + row;
+            const std::int64_t z_at = (block.row + row) * H_ + panel * ks_.panel;
+            HiddenGradientTile tile{};
+            tile.rows = rows;
+            tile.column = panel * ks_.panel;
+            tile.columns = std::min(ks_.panel, H_ - tile.column);
+            tile.da = c[0];
+            tile.z = element(saved.z, dtype_, z_at);
+            tile.z_gate = element(saved.z_gate, dtype_, z_at);
+            tile.z_stride = H_;
+            tile.gates = rows_.gates.get() + at;
+            if (wanted_.gates != nullptr) {
+              tile.d_gates = rows_.d_gates.get() + at * (panels_H_ + 1) + 1 + panel;
+              tile.d_gates_stride = panels_H_ + 1;
+            }
+            tile.dz = lines_of(rows_.dz_lines, at);
+            tile.dz_gate = lines_of(rows_.dz_gate_lines, at);
+            tile.dz_strips = rows_.dz_strips.of(piece);
+            tile.dz_gate_strips = rows_.dz_gate_strips.of(piece);
+            tile.a_strips = rows_.a_strips.of(piece);
+            tile.strip_words = ceil_div(piece.count, typed_.per_word);
+            tile.word = (block.row + row) / typed_.per_word;
+            finish(tile);
+          });
     });
   }
 
@@ -230,20 +241,28 @@ class Backward {
     }
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const auto index = static_cast<std::size_t>(task);
-      if (index < dx_end) return input_gradient(blocks[index], thread);
+      if (index < dx_end) {
+        const auto in_matrix = [&](const Piece& next) {
+          return backward_matrix(experts_.in_weight, next.expert, D_, H_);
+        };
+        const auto following = task + thread_count() < static_cast<std::int64_t>(dx_end)
+                                   ? following_region(blocks, task, dtype_, ks_, in_matrix)
+                                   : Prefetch{};
+        return input_gradient(blocks[index], following, thread);
+      }
       const std::size_t which = std::upper_bound(ends.begin(), ends.end(), index) - ends.begin();
       weights_[which].run(blocks[index], workspace_, thread);
     });
   }
 
-  void input_gradient(const Block& block, std::int64_t thread) {
+  void input_gradient(const Block& block, const Prefetch& following, std::int64_t thread) {
     const Piece& piece = *block.piece;
     const std::int64_t at = piece.at + block.row;
     const Term terms[2] = {
         {lines_of(rows_.dz_lines, at), h_words_, backward_matrix(experts_.in_weight, piece.expert, D_, H_)},
         {lines_of(rows_.dz_gate_lines, at), h_words_,
          backward_matrix(experts_.gate_weight, piece.expert, D_, H_)}};
-    multiply_block(ks_, dtype_, terms, gated_ ? 2 : 1, 1, block, workspace_, thread,
+    multiply_block(ks_, dtype_, terms, gated_ ? 2 : 1, 1, block, following, workspace_, thread, nothing_ahead,
                    [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
                      OutputTile tile{};
                      tile.rows = rows;

@@ -102,35 +102,44 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_line
   const std::vector<Block> blocks = make_blocks(wave, H, ks);
   const auto* const first_piece = wave.pieces.data();
 
+  const auto in_matrix = [&](const Piece& piece) {
+    return forward_matrix(experts, experts.in_weight, experts.packed_in, piece.expert, H, D);
+  };
   parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
     const Block& block = blocks[task];
     const Piece& piece = *block.piece;
     const PreActivations& place = places[block.piece - first_piece];
     const Word* const lines = lines_at(x_lines, piece.at + block.row, x_words);
     const Term terms[2] = {
-        {lines, x_words, forward_matrix(experts, experts.in_weight, experts.packed_in, piece.expert, H, D)},
+        {lines, x_words, in_matrix(piece)},
         {lines, x_words,
          forward_matrix(experts, experts.gate_weight, experts.packed_gate, piece.expert, H, D)}};
     const std::int64_t outputs = gated ? 2 : 1;
-    multiply_block(ks, dtype, terms, outputs, outputs, block, workspace, thread,
-                   [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
-                     const std::int64_t column = panel * ks.panel;
-                     const std::int64_t bias_at = piece.expert * H + column;
-                     const std::int64_t z_at = (block.row + row) * H + column;
-                     HiddenTile tile{};
-                     tile.rows = rows;
-                     tile.columns = std::min(ks.panel, H - column);
-                     tile.column = column;
-                     tile.c = c[0];
-                     tile.c_gate = gated ? c[1] : nullptr;
-                     tile.bias = element(experts.in_bias, dtype, bias_at);
-                     tile.bias_gate = element(experts.gate_bias, dtype, bias_at);
-                     tile.z = element(place.z, dtype, z_at);
-                     tile.z_gate = element(place.z_gate, dtype, z_at);
-                     tile.z_stride = H;
-                     if (a_lines != nullptr) tile.a = lines_at(a_lines, piece.at + block.row + row, a_words);
-                     finish_hidden(tile);
-                   });
+    multiply_block(
+        ks, dtype, terms, outputs, outputs, block, following_region(blocks, task, dtype, ks, in_matrix),
+        workspace, thread,
+        [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
+          const void* const z = element(place.z, dtype, (block.row + row) * H + panel * ks.panel);
+          ask_for_rows(z, H * element_size(dtype), rows, ks.panel * element_size(dtype));
+        },
+        [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
+          const std::int64_t column = panel * ks.panel;
+          const std::int64_t bias_at = piece.expert * H + column;
+          const std::int64_t z_at = (block.row + row) * H + column;
+          HiddenTile tile{};
+          tile.rows = rows;
+          tile.columns = std::min(ks.panel, H - column);
+          tile.column = column;
+          tile.c = c[0];
+          tile.c_gate = gated ? c[1] : nullptr;
+          tile.bias = element(experts.in_bias, dtype, bias_at);
+          tile.bias_gate = element(experts.gate_bias, dtype, bias_at);
+          tile.z = element(place.z, dtype, z_at);
+          tile.z_gate = element(place.z_gate, dtype, z_at);
+          tile.z_stride = H;
+          if (a_lines != nullptr) tile.a = lines_at(a_lines, piece.at + block.row + row, a_words);
+          finish_hidden(tile);
+        });
   });
 }
 

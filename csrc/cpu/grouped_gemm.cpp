@@ -127,4 +127,52 @@ void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::in
   }
 }
 
+Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
+                   std::int64_t panels, std::int64_t begin, std::int64_t words) {
+  const TypedKernels& typed = kernels.of(dtype);
+  const std::int64_t size = element_size(dtype);
+  const std::int64_t k_begin = begin * typed.per_word;
+  const std::int64_t k = std::min(words * typed.per_word, right.k - k_begin);
+  const std::int64_t n_begin = panel * kernels.panel;
+  const std::int64_t n = std::min(panels * kernels.panel, right.n - n_begin);
+  const auto* const matrix = static_cast<const char*>(right.matrix);
+  Prefetch region;
+  std::int64_t bytes = 0;
+  std::int64_t stride = 0;
+  if (right.packed != nullptr) {
+    const std::int64_t all_words = ceil_div(right.k, typed.per_word);
+    const std::int64_t word_bytes = kernels.panel * static_cast<std::int64_t>(sizeof(Word));
+    region.next = reinterpret_cast<const char*>(right.packed) + (panel * all_words + begin) * word_bytes;
+    region.rows = panels;
+    bytes = words * word_bytes;
+    stride = all_words * word_bytes;
+  } else if (right.transposed) {
+    region.next = matrix + (n_begin * right.k + k_begin) * size;
+    region.rows = n;
+    bytes = k * size;
+    stride = right.k * size;
+  } else {
+    region.next = matrix + (k_begin * right.n + n_begin) * size;
+    region.rows = k;
+    bytes = n * size;
+    stride = right.n * size;
+  }
+  constexpr std::int64_t kLineBytes = kLineWords * static_cast<std::int64_t>(sizeof(Word));
+  region.lines = ceil_div(bytes, kLineBytes);
+  region.left = region.lines;
+  region.skip = stride - region.lines * kLineBytes;
+  return region;
+}
+
+Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, const Block& block) {
+  const std::int64_t words = ceil_div(right.k, kernels.of(dtype).per_word);
+  return region_of(right, dtype, kernels, block.panel, block.panels, 0, std::min(words, sum_block(words)));
+}
+
+void spread(Prefetch& region, std::int64_t chances) {
+  constexpr std::int64_t kMost = 8;  // more would wait for each other
+  const std::int64_t lines = region.rows * region.lines;
+  region.each = lines == 0 ? 0 : std::min(kMost, ceil_div(lines, std::max<std::int64_t>(chances, 1)));
+}
+
 }  // namespace clipup

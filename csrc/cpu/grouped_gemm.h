@@ -103,15 +103,47 @@ W* lines_at(W* lines, std::int64_t row, std::int64_t words) {
 void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
                 std::int64_t panels, std::int64_t begin, std::int64_t words, Word* strips);
 
+// What pack_right would read, or the product of packed panels, to be asked for ahead; `each` is left to the product.
+Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
+                   std::int64_t panels, std::int64_t begin, std::int64_t words);
+
+// The part that a block's first step reads.
+Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, const Block& block);
+
+// What the block that this thread probably takes next reads first. right_of(piece): its right operand.
+template <class RightOf>
+Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, DType dtype,
+                          const Kernels& kernels, const RightOf& right_of) {
+  const std::size_t next = task + thread_count();
+  if (next >= blocks.size()) return {};
+  return first_region(right_of(*blocks[next].piece), dtype, kernels, blocks[next]);
+}
+
+// Spreads the region over `chances` lines of words.
+void spread(Prefetch& region, std::int64_t chances);
+
+// Asks for `rows` rows of `bytes` bytes at once: what a tile is finished with, while it is multiplied.
+inline void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std::int64_t bytes) {
+  const auto* row = static_cast<const char*>(first);
+  for (std::int64_t i = 0; row != nullptr && i < rows; ++i, row += stride) {
+    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 1, 2);
+  }
+}
+
+inline void nothing_ahead(std::int64_t, std::int64_t, std::int64_t) {}
+
 // The terms' products over one block. With `outputs` = 1 the terms are added, else each is an output of its own.
-// finish(row, rows, panel, c): a tile of the block is done; c[output] its sums [rows, panel].
-template <class Finish>
+// prepare(row, rows, panel): the tile will be finished next; finish(row, rows, panel, c): its sums are c[output], [rows,
+// panel]. `following` is asked for while the last step computes.
+template <class Prepare, class Finish>
 void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std::int64_t count,
-                    std::int64_t outputs, const Block& block, const Workspace& workspace, std::int64_t thread,
+                    std::int64_t outputs, const Block& block, const Prefetch& following,
+                    const Workspace& workspace, std::int64_t thread, const Prepare& prepare,
                     const Finish& finish) {
   const TypedKernels& typed = kernels.of(dtype);
   Word* const packed = workspace.panels(thread);
   const std::int64_t tile_floats = kernels.tile_rows * kernels.panel;
+  const std::int64_t tiles = ceil_div(block.rows, kernels.tile_rows);
   for (std::int64_t t = 0; t < count; ++t) {
     const Right& right = terms[t].right;
     const std::int64_t words = ceil_div(right.k, typed.per_word);
@@ -121,7 +153,8 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
     do {  // once even where nothing is summed
       const std::int64_t length = begin + step < words ? step : words - begin;
       const bool add = begin > 0 || (outputs == 1 && t > 0);
-      const bool done = begin + length == words && t + 1 == count;
+      const bool last = begin + length == words;
+      const bool done = last && t + 1 == count;
       const bool once = count == 1 && step >= words;  // a tile's sums need no place of their own
       const Word* strips = packed;
       std::int64_t strip = length * kernels.panel;
@@ -131,13 +164,24 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
       } else {
         pack_right(right, dtype, kernels, block.panel, block.panels, begin, length, packed);
       }
-      for (std::int64_t row = 0; row < block.rows; row += kernels.tile_rows) {
+      Prefetch ahead = following;
+      if (!last) {
+        const std::int64_t next = begin + length;
+        ahead = region_of(right, dtype, kernels, block.panel, block.panels, next,
+                          next + step < words ? step : words - next);
+      } else if (!done) {
+        ahead = first_region(terms[t + 1].right, dtype, kernels, block);
+      }
+      spread(ahead, tiles * block.panels * ceil_div(length, kLineWords));
+      for (std::int64_t tile = 0; tile < tiles; ++tile) {
+        const std::int64_t row = tile * kernels.tile_rows;
         const std::int64_t rows = row + kernels.tile_rows < block.rows ? kernels.tile_rows : block.rows - row;
         const Word* lines = lines_at(terms[t].lines, row, terms[t].row_words) + begin * rows;
         for (std::int64_t p = 0; p < block.panels; ++p) {
-          const std::int64_t slot = once ? 0 : row / kernels.tile_rows * block.panels + p;
+          const std::int64_t slot = once ? 0 : tile * block.panels + p;
           float* const c = workspace.sums(thread, output) + slot * tile_floats;
-          typed.by_rows[rows](lines, strips + p * strip, length, c, add);
+          if (done) prepare(row, rows, block.panel + p);
+          typed.by_rows[rows](lines, strips + p * strip, length, c, add, ahead);
           if (!done) continue;
           const float* const sums[2] = {outputs == 1 ? c : workspace.sums(thread, 0) + slot * tile_floats, c};
           finish(row, rows, block.panel + p, sums);
@@ -154,6 +198,7 @@ template <class Finish>
 void multiply_strips(const Kernels& kernels, const TypedKernels& typed, const Word* left, const Word* right,
                      std::int64_t words, const Block& block, const Workspace& workspace, std::int64_t thread,
                      const Finish& finish) {
+  Prefetch nothing;
   const std::int64_t step = sum_block(words);
   const std::int64_t tile_floats = kernels.column_tile * kernels.panel;
   const std::int64_t tiles = block.rows / kernels.column_tile;
@@ -165,7 +210,7 @@ void multiply_strips(const Kernels& kernels, const TypedKernels& typed, const Wo
       for (std::int64_t p = 0; p < block.panels; ++p) {
         const Word* const b = right + ((block.panel + p) * words + begin) * kernels.panel;
         float* const c = workspace.sums(thread, 0) + (tile * block.panels + p) * tile_floats;
-        typed.by_columns(a, b, length, c, begin > 0);
+        typed.by_columns(a, b, length, c, begin > 0, nothing);
         if (begin + length == words) finish(first + tile, block.panel + p, c);
       }
     }

@@ -48,13 +48,16 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
       }
     });
     const std::vector<Block> blocks = make_blocks(wave, n, ks);
+    const auto right_of = [&](const Piece& piece) {
+      return Right{element(weight, dtype, piece.expert * n * k), transposed, n, k, nullptr};
+    };
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
-      const Right right{element(weight, dtype, piece.expert * n * k), transposed, n, k, nullptr};
-      const Term term{lines_at(lines.get(), piece.at + block.row, words), words, right};
+      const Term term{lines_at(lines.get(), piece.at + block.row, words), words, right_of(piece)};
       multiply_block(
-          ks, dtype, &term, 1, 1, block, workspace, thread,
+          ks, dtype, &term, 1, 1, block, following_region(blocks, task, dtype, ks, right_of), workspace,
+          thread, nothing_ahead,
           [&](std::int64_t row, std::int64_t tile_rows, std::int64_t panel, const float* const* c) {
             const std::int64_t column = panel * ks.panel;
             OutputTile tile{};

@@ -23,8 +23,18 @@ constexpr std::int64_t kLineWords = 16;  // 64 bytes
 constexpr std::int64_t kMostTileRows = 14;
 constexpr std::int64_t kMostColumnTile = 8;
 
+// Memory that will be needed soon: `rows` rows of `lines` cache lines. A product asks for `each` of them per line of
+// words that it multiplies, so that they arrive while it computes.
+struct Prefetch {
+  const char* next = nullptr;
+  std::int64_t rows = 0, lines = 0, skip = 0;  // skip: from the end of a row to the next one
+  std::int64_t each = 0;
+  std::int64_t left = 0;  // lines of this row
+};
+
 // c[m, panel] = a . b, or c += a . b: `words` words of the summed axis, c's rows `panel` floats apart.
-using Multiply = void (*)(const Word* a, const Word* b, std::int64_t words, float* c, bool add);
+using Multiply = void (*)(const Word* a, const Word* b, std::int64_t words, float* c, bool add,
+                          Prefetch& prefetch);
 
 // A tile of the first product on its way to the second: z = c + bias, a = act(z), gated a = act(z_gate) * z.
 // z is rounded to the storage type whether it is kept or not, so that both passes see the same function.

@@ -19,7 +19,13 @@ constexpr int kTileRows = 4, kColumnTile = 4;
 #endif
 constexpr int kPanel = 2 * kLanes;
 static_assert(kTileRows <= kMostTileRows && kTileRows % 2 == 0 && kLineWords % kLanes == 0 &&
-              kLanes % kColumnTile == 0);
+              (kColumnTile == kLanes || 2 * kColumnTile == kLanes));
+
+// A null array stays null.
+template <class T>
+inline T* from(T* array, std::int64_t index) {
+  return array == nullptr ? nullptr : array + index;
+}
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
@@ -34,13 +40,9 @@ struct Float32 {
 
 struct BFloat16 {
   using Element = std::uint16_t;
-  static F32x load(const Element* from) {
-    return from_bits(__builtin_convertvector(load_as<U16x>(from), U32x) << 16);
-  }
-  static void store(Element* to, F32x value) {
-    store_as(to, __builtin_convertvector(bfloat16_bits(value), U16x));
-  }
-  static F32x rounded(F32x value) { return from_bits(bfloat16_bits(value) << 16); }
+  static F32x load(const Element* from) { return bfloat16_to_float(load_as<U16x>(from)); }
+  static void store(Element* to, F32x value) { store_as(to, float_to_bfloat16(value)); }
+  static F32x rounded(F32x value) { return bfloat16_to_float(float_to_bfloat16(value)); }
 };
 
 struct Float16 {
@@ -87,6 +89,8 @@ struct Floats {
 };
 
 #ifdef __AVX512BF16__
+using U16x32 = std::uint16_t __attribute__((vector_size(64)));
+
 struct BFloat16Pairs {
   static constexpr int kPerWord = 2;
   template <class Storage>
@@ -97,40 +101,50 @@ struct BFloat16Pairs {
                                                    reinterpret_cast<__m512bh>(U32x{} + a),
                                                    reinterpret_cast<__m512bh>(b)));
   }
-  static void store_along(Word* to, F32x value) {
-    store_as(to, __builtin_convertvector(bfloat16_bits(value), U16x));
+  static void store_along(Word* to, F32x value) { store_as(to, float_to_bfloat16(value)); }
+  // The pairs of two rows: their bfloat16 in turn.
+  static U32x across(const F32x* rows) {
+    const __m512i pairs = reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(rows[1]), reinterpret_cast<__m512>(rows[0])));
+    const U16x32 order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return reinterpret_cast<U32x>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), pairs));
   }
-  static U32x across(const F32x* rows) { return bfloat16_bits(rows[0]) | bfloat16_bits(rows[1]) << 16; }
   static F32x sum(U32x words) { return from_bits(words << 16) + from_bits(words & 0xFFFF0000U); }
 };
 #endif
 
-// Where element `e` of row `row` lies in a tile of `rows` rows in lines.
+// Where kLanes neighbours from element `e` of the first row on lie in a tile of `rows` rows in lines; those of row i are
+// i * kLineWords further. e is a multiple of kLanes.
 template <class Operand>
-inline Word* in_lines(Word* lines, std::int64_t rows, std::int64_t row, std::int64_t e) {
+inline Word* in_lines(Word* lines, std::int64_t rows, std::int64_t e) {
   const std::int64_t word = e / Operand::kPerWord;
-  return lines + (word / kLineWords * rows + row) * kLineWords + word % kLineWords;
+  return from(lines, word / kLineWords * rows * kLineWords + word % kLineWords);
 }
 
-// Stores the words of columns [column, column + kLanes) at word `word` of their strips, those below `end`.
-inline void store_in_strips(Word* strips, std::int64_t width, std::int64_t strip_words, std::int64_t word,
-                            std::int64_t column, std::int64_t end, U32x words) {
-  if (width >= kLanes) {
-    store_as(strips + (column / width * strip_words + word) * width + column % width, words);
-    return;
-  }
-  Word parts[kLanes];
-  store_as(parts, words);
-  for (std::int64_t i = 0; i < kLanes && column + i < end; i += kColumnTile) {
-    __builtin_memcpy(strips + ((column + i) / kColumnTile * strip_words + word) * kColumnTile, parts + i,
-                     kColumnTile * sizeof(Word));
+// Stores words of kLanes columns side by side into strips of kColumnTile, `strip` words from one to the next.
+inline void store_columns(Word* to, std::int64_t strip, std::int64_t columns, U32x words) {
+  if constexpr (kColumnTile == kLanes) {
+    store_as(to, words);
+  } else {
+    store_as(to, low_half(words));
+    if (columns > kColumnTile) store_as(to + strip, high_half(words));
   }
 }
 
 // ---------------------------------------------------------------- products
 
+inline void ask_for_line(Prefetch& prefetch) {
+  __builtin_prefetch(prefetch.next, 0, 2);
+  prefetch.next += kLineWords * sizeof(Word);
+  if (--prefetch.left > 0) return;
+  prefetch.next += prefetch.skip;
+  prefetch.left = prefetch.lines;
+  if (--prefetch.rows == 0) prefetch.each = 0;
+}
+
 template <class Operand, int kRows, bool kLines>
-void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool add) {
+void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Prefetch& prefetch) {
   F32x sum[kRows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -139,6 +153,7 @@ void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool a
   }
   for (std::int64_t line = 0; line < words; line += kLineWords) {
     const std::int64_t count = smaller(kLineWords, words - line);
+    for (std::int64_t ask = prefetch.each; ask > 0; --ask) ask_for_line(prefetch);
     for (std::int64_t k = 0; k < count; ++k) {
       const F32x low = load_as<F32x>(b);
       const F32x high = load_as<F32x>(b + kLanes);
@@ -177,7 +192,7 @@ void row_to_lines(const void* row, std::int64_t n, std::int64_t rows, Word* line
     }
   } else {
     for (std::int64_t e = 0; e < n; e += kLanes) {
-      Operand::store_along(in_lines<Operand>(lines, rows, 0, e), load_some<Storage>(from + e, n - e));
+      Operand::store_along(in_lines<Operand>(lines, rows, e), load_some<Storage>(from + e, n - e));
     }
   }
 }
@@ -186,13 +201,21 @@ template <class Storage, class Operand>
 void rows_to_strips(const void* const* rows, const float* scales, std::int64_t n, std::int64_t width,
                     std::int64_t strip_words, Word* strips) {
   const std::int64_t end = (n + width - 1) / width * width;
+  const std::int64_t strip = strip_words * width;
+  const std::int64_t step =
+      width < kLanes ? kLanes / width * strip : strip;  // vectors of a narrow strip's neighbours
   for (std::int64_t e = 0; e < end; e += kLanes) {
     F32x values[Operand::kPerWord];
     for (int i = 0; i < Operand::kPerWord; ++i) {
       const auto* row = static_cast<const typename Storage::Element*>(rows[i]);
       values[i] = row == nullptr ? F32x{} : load_some<Storage>(row + e, n - e) * scales[i];
     }
-    store_in_strips(strips, width, strip_words, 0, e, end, Operand::across(values));
+    const U32x words = Operand::across(values);
+    if (width == kPanel) {
+      store_as(strips + e / kPanel * strip + e % kPanel, words);
+    } else {
+      store_columns(strips + e / kLanes * step, strip, end - e, words);
+    }
   }
 }
 
@@ -257,89 +280,98 @@ struct Bias {
   }
 };
 
-template <class Storage, class Operand, class Activation>
-void finish_hidden(const HiddenTile& tile) {
+template <class Storage, class Operand, class Activation, bool kGated>
+void finish_hidden_tile(const HiddenTile& tile) {
   using Element = typename Storage::Element;
   const Bias<Storage> bias(tile.bias, tile.columns);
   const Bias<Storage> bias_gate(tile.bias_gate, tile.columns);
-  const bool gated = tile.c_gate != nullptr;
-  for (std::int64_t i = 0; i < tile.rows; ++i) {
-    for (int v = 0; v < 2; ++v) {
+  for (int v = 0; v < 2; ++v) {
+    const std::int64_t left = tile.columns - v * kLanes;
+    auto* z_to = from(static_cast<Element*>(tile.z), v * kLanes);
+    auto* z_gate_to = from(static_cast<Element*>(tile.z_gate), v * kLanes);
+    Word* a_to = in_lines<Operand>(tile.a, tile.rows, tile.column + v * kLanes);
+    for (std::int64_t i = 0; i < tile.rows; ++i) {
       const std::int64_t at = i * kPanel + v * kLanes;
-      const std::int64_t left = tile.columns - v * kLanes;
-      const std::int64_t z_at = i * tile.z_stride + v * kLanes;
       const F32x z = Storage::rounded(load_as<F32x>(tile.c + at) + bias.values[v]);
-      if (tile.z != nullptr) store_some<Storage>(static_cast<Element*>(tile.z) + z_at, z, left);
+      if (tile.z != nullptr) store_some<Storage>(z_to + i * tile.z_stride, z, left);
       F32x a;
-      if (gated) {
+      if constexpr (kGated) {
         const F32x z_gate = Storage::rounded(load_as<F32x>(tile.c_gate + at) + bias_gate.values[v]);
-        if (tile.z_gate != nullptr)
-          store_some<Storage>(static_cast<Element*>(tile.z_gate) + z_at, z_gate, left);
+        if (tile.z != nullptr) store_some<Storage>(z_gate_to + i * tile.z_stride, z_gate, left);
         a = Activation::at(z_gate).value * z;
       } else {
         a = Activation::at(z).value;
       }
-      if (tile.a != nullptr) {
-        Operand::store_along(in_lines<Operand>(tile.a, tile.rows, i, tile.column + v * kLanes), a);
-      }
+      if (tile.a != nullptr) Operand::store_along(a_to + i * kLineWords, a);
     }
   }
 }
 
 template <class Storage, class Operand, class Activation>
-void finish_hidden_gradient(const HiddenGradientTile& tile) {
+void finish_hidden(const HiddenTile& tile) {
+  if (tile.c_gate == nullptr) return finish_hidden_tile<Storage, Operand, Activation, false>(tile);
+  finish_hidden_tile<Storage, Operand, Activation, true>(tile);
+}
+
+template <class Storage, class Operand, class Activation, bool kGated>
+void finish_hidden_gradient_tile(const HiddenGradientTile& tile) {
   using Element = typename Storage::Element;
   constexpr int kRows = Operand::kPerWord;
-  const bool gated = tile.z_gate != nullptr;
-  const std::int64_t column_end = (tile.column + tile.columns + kColumnTile - 1) / kColumnTile * kColumnTile;
-  for (std::int64_t i = 0; i < tile.rows; i += kRows) {
-    F32x products[kRows] = {};
-    for (int v = 0; v < 2; ++v) {
-      const std::int64_t left = tile.columns - v * kLanes;
-      const std::int64_t column = tile.column + v * kLanes;
-      F32x dz[kRows] = {}, dz_gate[kRows] = {}, a[kRows] = {};
-      for (int r = 0; r < kRows && i + r < tile.rows; ++r) {
-        const std::int64_t z_at = (i + r) * tile.z_stride + v * kLanes;
+  const std::int64_t strip = tile.strip_words * kColumnTile;
+  F32x products[kMostTileRows] = {};
+  for (int v = 0; v < 2; ++v) {
+    const std::int64_t left = tile.columns - v * kLanes;
+    const std::int64_t column = tile.column + v * kLanes;
+    const auto* z_from = static_cast<const Element*>(tile.z) + v * kLanes;
+    const auto* z_gate_from = from(static_cast<const Element*>(tile.z_gate), v * kLanes);
+    Word* const dz_to = in_lines<Operand>(tile.dz, tile.rows, column);
+    Word* const dz_gate_to = in_lines<Operand>(tile.dz_gate, tile.rows, column);
+    const std::int64_t strip_at = column / kColumnTile * strip + tile.word * kColumnTile;
+    const std::int64_t panel_at = (tile.column / kPanel * tile.strip_words + tile.word) * kPanel + v * kLanes;
+    for (std::int64_t i = 0; i < tile.rows; i += kRows) {
+      F32x dz[kRows], dz_gate[kRows], a[kRows];
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        dz[r] = dz_gate[r] = a[r] = F32x{};
+        if (i + r == tile.rows) break;  // an odd last row has zeros for its partner
         const F32x da = load_as<F32x>(tile.da + (i + r) * kPanel + v * kLanes);
         const F32x scaled = da * tile.gates[i + r];
-        const F32x z = load_some<Storage>(static_cast<const Element*>(tile.z) + z_at, left);
-        if (gated) {
-          const F32x z_gate = load_some<Storage>(static_cast<const Element*>(tile.z_gate) + z_at, left);
-          const ValueSlope gate = Activation::at(z_gate);
+        const F32x z = load_some<Storage>(z_from + (i + r) * tile.z_stride, left);
+        if constexpr (kGated) {
+          const ValueSlope gate =
+              Activation::at(load_some<Storage>(z_gate_from + (i + r) * tile.z_stride, left));
           a[r] = gate.value * z;
           dz[r] = scaled * gate.value;
           dz_gate[r] = scaled * z * gate.slope;
+          if (tile.dz != nullptr) Operand::store_along(dz_gate_to + (i + r) * kLineWords, dz_gate[r]);
         } else {
           const ValueSlope hidden = Activation::at(z);
           a[r] = hidden.value;
           dz[r] = scaled * hidden.slope;
         }
-        products[r] += a[r] * da;
-        if (tile.dz != nullptr) {
-          Operand::store_along(in_lines<Operand>(tile.dz, tile.rows, i + r, column), dz[r]);
-        }
-        if (tile.dz_gate != nullptr) {
-          Operand::store_along(in_lines<Operand>(tile.dz_gate, tile.rows, i + r, column), dz_gate[r]);
-        }
+        products[i + r] += a[r] * da;
+        if (tile.dz != nullptr) Operand::store_along(dz_to + (i + r) * kLineWords, dz[r]);
       }
-      const std::int64_t word = tile.word + i / kRows;
-      if (tile.dz_strips != nullptr) {
-        store_in_strips(tile.dz_strips, kColumnTile, tile.strip_words, word, column, column_end,
-                        Operand::across(dz));
-      }
-      if (tile.dz_gate_strips != nullptr) {
-        store_in_strips(tile.dz_gate_strips, kColumnTile, tile.strip_words, word, column, column_end,
+      const std::int64_t word = i / kRows;
+      if (tile.dz_strips != nullptr && left > 0) {
+        store_columns(tile.dz_strips + strip_at + word * kColumnTile, strip, left, Operand::across(dz));
+        if constexpr (kGated) {
+          store_columns(tile.dz_gate_strips + strip_at + word * kColumnTile, strip, left,
                         Operand::across(dz_gate));
+        }
       }
-      if (tile.a_strips != nullptr) {
-        store_in_strips(tile.a_strips, kPanel, tile.strip_words, word, column, column_end,
-                        Operand::across(a));
-      }
-    }
-    for (int r = 0; tile.d_gates != nullptr && r < kRows && i + r < tile.rows; ++r) {
-      tile.d_gates[(i + r) * tile.d_gates_stride] = sum_of(products[r]);
+      if (tile.a_strips != nullptr) store_as(tile.a_strips + panel_at + word * kPanel, Operand::across(a));
     }
   }
+  for (std::int64_t i = 0; tile.d_gates != nullptr && i < tile.rows; ++i) {
+    tile.d_gates[i * tile.d_gates_stride] = sum_of(products[i]);
+  }
+}
+
+template <class Storage, class Operand, class Activation>
+void finish_hidden_gradient(const HiddenGradientTile& tile) {
+  if (tile.z_gate == nullptr) return finish_hidden_gradient_tile<Storage, Operand, Activation, false>(tile);
+  finish_hidden_gradient_tile<Storage, Operand, Activation, true>(tile);
 }
 
 template <class Storage>

@@ -21,6 +21,7 @@ constexpr int kLanes = 4;
 
 using F32x = float __attribute__((vector_size(kLanes * 4)));
 using U32x = std::uint32_t __attribute__((vector_size(kLanes * 4)));
+using U32half = std::uint32_t __attribute__((vector_size(kLanes * 2)));
 using U16x = std::uint16_t __attribute__((vector_size(kLanes * 2)));
 
 template <class V>
@@ -60,6 +61,26 @@ inline U32x interleave_high(U32x a, U32x b) {
 #endif
 }
 
+inline U32half low_half(U32x value) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(value, value, 0, 1, 2, 3);
+#else
+  return __builtin_shufflevector(value, value, 0, 1);
+#endif
+}
+
+inline U32half high_half(U32x value) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(value, value, 4, 5, 6, 7);
+#else
+  return __builtin_shufflevector(value, value, 2, 3);
+#endif
+}
+
 // A square of words, transposed: interleaving row i with row i + half, log2(rows) times.
 inline void transpose(U32x (&rows)[kLanes]) {
   for (int step = 1; step < kLanes; step *= 2) {
@@ -81,13 +102,19 @@ inline float sum_of(F32x value) {
   return lanes[0];
 }
 
-// The upper half of a float, rounded to nearest, ties to even, in the lower half of the result; a NaN stays one.
-inline U32x bfloat16_bits(F32x value) {
+// Rounded to nearest, ties to even; a NaN stays one. (The instruction takes subnormals for zero.)
+inline U16x float_to_bfloat16(F32x value) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<U16x>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(value)));
+#else
   const U32x b = bits(value);
   const U32x rounded = b + 0x7FFFU + ((b >> 16) & 1U);
   const U32x quiet = b | 0x400000U;
-  return ((b & 0x7FFFFFFFU) > 0x7F800000U ? quiet : rounded) >> 16;
+  return __builtin_convertvector(((b & 0x7FFFFFFFU) > 0x7F800000U ? quiet : rounded) >> 16, U16x);
+#endif
 }
+
+inline F32x bfloat16_to_float(U16x value) { return from_bits(__builtin_convertvector(value, U32x) << 16); }
 
 // IEEE binary16, as in element.h: rounds to nearest, ties to even, beyond 65504 to infinity.
 inline F32x float16_to_float(U16x half) {
