@@ -5,6 +5,8 @@ Every function takes what its op takes, on CPU tensors of float32, bfloat16 or f
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,17 @@ def _address(tensor: Tensor | None) -> int:
 
 def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _pooled(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """An uninitialised tensor over memory that goes back to the extension's pool.
+
+    For large outputs of every step, gradients of weights above all: memory fresh from the system costs page faults.
+    """
+    count = math.prod(shape)
+    if count * like.element_size() < 1 << 20:
+        return like.new_empty(shape)
+    return torch.frombuffer(NATIVE.Block(count * like.element_size()), dtype=like.dtype).view(shape)
 
 
 def _end_address(offsets: Tensor) -> int:
@@ -127,7 +140,7 @@ def grouped_linear(rows, weight, bias, offsets) -> Tensor:
 def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[Tensor, ...]:
     d_out, rows, weight, offsets = _dense(d_out, rows, weight, offsets)
     shapes = (rows.shape, weight.shape, weight.shape[:2])
-    grads = [rows.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, output_mask, strict=True)]
+    grads = [_pooled(rows, shape if wanted else (0,)) for shape, wanted in zip(shapes, output_mask, strict=True)]
     NATIVE.grouped_linear_backward(
         DTYPE_CODE[rows.dtype], *map(_address, (d_out, rows, weight, offsets)), rows.shape[0], *weight.shape,
         *(_address(grad if wanted else None) for grad, wanted in zip(grads, output_mask, strict=True)),
@@ -153,7 +166,7 @@ def expert_mlp_forward(
     pre_activation = (choice_of_row.numel(), in_weight.shape[1])
     if gate_weight is not None:
         pre_activation = (2, *pre_activation)
-    y, z = torch.empty_like(x), x.new_empty(pre_activation if keep_z else 0)
+    y, z = torch.empty_like(x), _pooled(x, pre_activation if keep_z else (0,))
     NATIVE.expert_mlp_forward(
         *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
         [*map(_address, weights), 0, 0, 0], _address(x), _address(y), _address(z if keep_z else None),
@@ -171,7 +184,7 @@ def expert_mlp_backward(
     (z,) = _dense(z)
     wanted = (need_x, need_gates, need_in, need_in, need_out, need_out, need_in, need_in)
     grads = [
-        torch.empty_like(t) if need and t is not None else None
+        _pooled(t, t.shape) if need and t is not None else None
         for t, need in zip((x, gates, *weights), wanted, strict=True)
     ]
     recompute = z.numel() == 0

@@ -138,6 +138,22 @@ void pack_weight(int dtype, Address weight, Size E, Size O, Size I, Address pack
   clipup::pack_weight(clipup::DType{dtype}, anything(weight), E, O, I, out_anything(packed));
 }
 
+// A block of the pool, for outputs that are made anew every step: fresh memory costs page faults. It goes back to the
+// pool with the object, whose buffer torch.frombuffer() wraps.
+class Block {
+ public:
+  explicit Block(Size bytes) : bytes_(bytes), memory_(clipup::acquire_memory(bytes)) {}
+  ~Block() { clipup::return_memory(memory_); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  py::buffer_info buffer() const { return {static_cast<unsigned char*>(memory_), bytes_}; }
+
+ private:
+  Size bytes_;
+  void* memory_;
+};
+
 #ifdef CLIPUP_WITH_CUDA
 void cuda_permute(Address x, Size row_bytes, Address choice_of_row, Address rows_used, Size R, Size K,
                   Address rows, Address stream) {
@@ -202,6 +218,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "weight"_a, "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "d_rows"_a, "d_weight"_a, "d_bias"_a);
   m.def("packed_weight_bytes", &packed_weight_bytes, "dtype"_a, "E"_a, "O"_a, "I"_a);
   m.def("pack_weight", &pack_weight, WithoutGil(), "dtype"_a, "weight"_a, "E"_a, "O"_a, "I"_a, "packed"_a);
+  py::class_<Block>(m, "Block", py::buffer_protocol())
+      .def(py::init<Size>(), "bytes"_a)
+      .def_buffer(&Block::buffer);
   m.def("instruction_tier", &clipup::instruction_tier);
   m.def("has_matrix_tiles", &clipup::has_matrix_tiles);
   m.def("kept_memory", &clipup::kept_memory);

@@ -8,6 +8,7 @@
 // result is the same to the bit from run to run and for every number of threads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace clipup {
@@ -169,7 +170,11 @@ const char* instruction_tier();
 // Whether the CPU multiplies matrices of bfloat16 in tiles (AMX), which no tier here does.
 bool has_matrix_tiles();
 
-// Bytes of working memory that are kept for the next call, and giving them back.
+// Memory from the pool of blocks that calls have used, 64-byte aligned and uninitialised; back to the pool.
+void* acquire_memory(std::size_t bytes);
+void return_memory(void* block);
+
+// Bytes that the pool keeps for the next call, and giving them back to the system.
 std::int64_t kept_memory();
 void release_memory();
 

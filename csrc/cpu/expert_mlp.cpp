@@ -8,13 +8,6 @@
 #include "expert_rows.h"
 
 namespace clipup {
-namespace {
-
-// Rows of a wave: their hidden activations stay in the last-level cache or close to it.
-constexpr std::int64_t kWaveRows = 2048;
-
-}  // namespace
-
 void expert_mlp_forward(const Experts& experts, const Routing& routing, const void* x, void* y, void* z) {
   check_experts(experts);
   check_routing(routing, experts.E);
@@ -24,6 +17,9 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const std::int64_t R = T * routing.K;
   check_pointer("x", x, T * D);
   check_pointer("y", y, T * D);
+
+  expect_whole_write(y, T * D * element_size(dtype));
+  expect_whole_write(z, (experts.gate_weight != nullptr ? 2 : 1) * R * H * element_size(dtype));
 
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);

@@ -10,9 +10,6 @@
 namespace clipup {
 namespace {
 
-// Rows of a wave. A weight's gradient sums over an expert's rows: those of few pieces are written once.
-constexpr std::int64_t kWaveRows = 2048;
-
 // What a wave's rows are packed into, and what is made of them.
 struct Rows {
   Buffer<Word> dy_lines, x_lines, dz_lines, dz_gate_lines;
@@ -116,7 +113,6 @@ class Backward {
       const void* dy_rows[2] = {nullptr, nullptr};
       const void* x_rows[2] = {nullptr, nullptr};
       float gates[2] = {0.0F, 0.0F};
-      constexpr float kOnes[2] = {1.0F, 1.0F};
       for (std::int64_t r = 0; r < typed_.per_word && i + r < tile.rows; ++r) {
         const std::int64_t row = piece.begin + tile.row + i + r;
         const std::int64_t token = token_of_row(routing_, row);
@@ -131,7 +127,7 @@ class Backward {
       }
       const std::int64_t word = (tile.row + i) / typed_.per_word;
       if (need_in_) {
-        typed_.rows_to_strips(x_rows, kOnes, D_, ks_.panel, strip_words,
+        typed_.rows_to_strips(x_rows, nullptr, D_, ks_.panel, strip_words,
                               rows_.x_strips.of(piece) + word * ks_.panel);
       }
       if (need_out_) {

@@ -116,14 +116,13 @@ void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::in
     }
     return;
   }
-  constexpr std::array<float, 2> kOnes = {1.0F, 1.0F};
   for (std::int64_t word = 0; word < words; ++word) {
     std::array<const void*, 2> rows{};
     for (std::int64_t i = 0; i < typed.per_word; ++i) {
       const std::int64_t row = word * typed.per_word + i;
       if (row < k) rows[i] = matrix + ((k_begin + row) * right.n + n_begin) * size;
     }
-    typed.rows_to_strips(rows.data(), kOnes.data(), n, kernels.panel, words, strips + word * kernels.panel);
+    typed.rows_to_strips(rows.data(), nullptr, n, kernels.panel, words, strips + word * kernels.panel);
   }
 }
 
@@ -169,10 +168,14 @@ Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, c
   return region_of(right, dtype, kernels, block.panel, block.panels, 0, std::min(words, sum_block(words)));
 }
 
-void spread(Prefetch& region, std::int64_t chances) {
+std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines) {
+  constexpr std::int64_t kUsual = 2;
   constexpr std::int64_t kMost = 8;  // more would wait for each other
-  const std::int64_t lines = region.rows * region.lines;
-  region.each = lines == 0 ? 0 : std::min(kMost, ceil_div(lines, std::max<std::int64_t>(chances, 1)));
+  const std::int64_t wanted = region.rows * region.lines;
+  if (wanted == 0 || lines == 0) return tiles;
+  const std::int64_t late = std::max<std::int64_t>(tiles - ceil_div(wanted, lines * kUsual), 0);
+  region.each = std::min(kMost, ceil_div(wanted, (tiles - late) * lines));
+  return late;
 }
 
 }  // namespace clipup

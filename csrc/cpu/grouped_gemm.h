@@ -87,6 +87,9 @@ struct Workspace {
 std::int64_t sum_block(std::int64_t words);
 constexpr std::int64_t kMostSumWords = 768;
 constexpr std::int64_t kBlockColumns = 128;
+
+// Rows of a wave: their hidden activations stay in the last-level cache or close to it.
+constexpr std::int64_t kWaveRows = 2016;
 constexpr std::int64_t kBlockRows = 504;  // a multiple of every tier's tile_rows and column_tile
 
 inline std::int64_t line_words(std::int64_t k, const TypedKernels& typed) {
@@ -119,8 +122,9 @@ Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, D
   return first_region(right_of(*blocks[next].piece), dtype, kernels, blocks[next]);
 }
 
-// Spreads the region over `chances` lines of words.
-void spread(Prefetch& region, std::int64_t chances);
+// From which of `tiles` tiles on the region is asked for, each of which multiplies `lines` lines of words: as late as
+// there is time for it, lest the tiles before push it out of the cache again.
+std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines);
 
 // Asks for `rows` rows of `bytes` bytes at once: what a tile is finished with, while it is multiplied.
 inline void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std::int64_t bytes) {
@@ -172,7 +176,8 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
       } else if (!done) {
         ahead = first_region(terms[t + 1].right, dtype, kernels, block);
       }
-      spread(ahead, tiles * block.panels * ceil_div(length, kLineWords));
+      Prefetch nothing;
+      const std::int64_t from = ask_from(ahead, tiles, block.panels * ceil_div(length, kLineWords));
       for (std::int64_t tile = 0; tile < tiles; ++tile) {
         const std::int64_t row = tile * kernels.tile_rows;
         const std::int64_t rows = row + kernels.tile_rows < block.rows ? kernels.tile_rows : block.rows - row;
@@ -181,7 +186,7 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
           const std::int64_t slot = once ? 0 : tile * block.panels + p;
           float* const c = workspace.sums(thread, output) + slot * tile_floats;
           if (done) prepare(row, rows, block.panel + p);
-          typed.by_rows[rows](lines, strips + p * strip, length, c, add, ahead);
+          typed.by_rows[rows](lines, strips + p * strip, length, c, add, tile < from ? nothing : ahead);
           if (!done) continue;
           const float* const sums[2] = {outputs == 1 ? c : workspace.sums(thread, 0) + slot * tile_floats, c};
           finish(row, rows, block.panel + p, sums);

@@ -11,8 +11,6 @@
 namespace clipup {
 namespace {
 
-constexpr std::int64_t kWaveRows = 2048;
-
 void check_grouped(DType dtype, const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
                    std::int64_t I) {
   check_dtype(dtype);
@@ -110,7 +108,6 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
     for_row_tiles(wave, ks, [&](const RowTile& tile) {
       const Piece& piece = *tile.piece;
       const std::int64_t strip_words = ceil_div(piece.count, typed.per_word);
-      constexpr float kOnes[2] = {1.0F, 1.0F};
       for (std::int64_t i = 0; i < tile.rows; i += typed.per_word) {
         const void* left_rows[2] = {nullptr, nullptr};
         const void* right_rows[2] = {nullptr, nullptr};
@@ -120,9 +117,10 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
           right_rows[r] = element(rows, dtype, row * I);
         }
         const std::int64_t word = (tile.row + i) / typed.per_word;
-        typed.rows_to_strips(left_rows, kOnes, O, ks.column_tile, strip_words,
+        typed.rows_to_strips(left_rows, nullptr, O, ks.column_tile, strip_words,
                              left.of(piece) + word * ks.column_tile);
-        typed.rows_to_strips(right_rows, kOnes, I, ks.panel, strip_words, right.of(piece) + word * ks.panel);
+        typed.rows_to_strips(right_rows, nullptr, I, ks.panel, strip_words,
+                             right.of(piece) + word * ks.panel);
       }
     });
     const std::vector<Block> blocks = gradient.blocks(wave);

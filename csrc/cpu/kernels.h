@@ -82,7 +82,7 @@ struct TypedKernels {
 
   // One row of n elements into its place in a tile of `rows` rows.
   void (*row_to_lines)(const void* row, std::int64_t n, std::int64_t rows, Word* lines);
-  // per_word rows of n elements, each times its scale, into word `strips` of every strip; a null row is zero.
+  // per_word rows of n elements, each times its scale (null: 1), into word `strips` of every strip; a null row is zero.
   void (*rows_to_strips)(const void* const* rows, const float* scales, std::int64_t n, std::int64_t width,
                          std::int64_t strip_words, Word* strips);
   // One panel strip from `count` <= panel rows of a matrix, k elements of each, along the summed axis.

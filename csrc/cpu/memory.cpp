@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -13,7 +14,7 @@
 namespace clipup {
 namespace {
 
-constexpr std::size_t kKeptBytes = std::size_t{256} << 20U;
+constexpr std::size_t kKeptBytes = std::size_t{2} << 30U;
 constexpr std::size_t kHugePage = std::size_t{2} << 20U;
 
 struct Pool {
@@ -40,6 +41,15 @@ void* fresh(std::size_t bytes) {
 }
 
 }  // namespace
+
+void expect_whole_write([[maybe_unused]] void* block, [[maybe_unused]] std::int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const auto begin = (reinterpret_cast<std::uintptr_t>(block) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(block) + bytes) / kHugePage * kHugePage;
+  // NOLINTNEXTLINE(performance-no-int-to-ptr)
+  if (block != nullptr && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 void* acquire_memory(std::size_t bytes) {
   const std::size_t unit = bytes >= kHugePage ? kHugePage : 4096;

@@ -10,8 +10,9 @@
 
 namespace clipup {
 
-void* acquire_memory(std::size_t bytes);
-void return_memory(void* block);
+// Lets the system back a large output that nobody has touched yet with huge pages, where it knows them: a fresh
+// gradient of a hundred megabytes otherwise costs as many page faults as time to compute.
+void expect_whole_write(void* block, std::int64_t bytes);
 
 // `count` uninitialised elements, aligned to a cache line.
 template <class T>

@@ -85,6 +85,10 @@ struct Floats {
   static void store_along(Word* to, F32x value) { store_as(to, value); }
   // One word each: the summed axis runs across `rows`.
   static U32x across(const F32x* rows) { return bits(rows[0]); }
+  // The same for elements that are stored as they are multiplied.
+  static U32x bits_across(const void* row, const void*) {
+    return row == nullptr ? U32x{} : load_as<U32x>(row);
+  }
   static F32x sum(U32x words) { return from_bits(words); }
 };
 
@@ -109,6 +113,11 @@ struct BFloat16Pairs {
     const U16x32 order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return reinterpret_cast<U32x>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), pairs));
+  }
+  static U32x bits_across(const void* row, const void* next) {
+    const U32x low = row == nullptr ? U32x{} : __builtin_convertvector(load_as<U16x>(row), U32x);
+    const U32x high = next == nullptr ? U32x{} : __builtin_convertvector(load_as<U16x>(next), U32x);
+    return low | high << 16;
   }
   static F32x sum(U32x words) { return from_bits(words << 16) + from_bits(words & 0xFFFF0000U); }
 };
@@ -200,17 +209,25 @@ void row_to_lines(const void* row, std::int64_t n, std::int64_t rows, Word* line
 template <class Storage, class Operand>
 void rows_to_strips(const void* const* rows, const float* scales, std::int64_t n, std::int64_t width,
                     std::int64_t strip_words, Word* strips) {
+  using Element = typename Storage::Element;
   const std::int64_t end = (n + width - 1) / width * width;
   const std::int64_t strip = strip_words * width;
   const std::int64_t step =
       width < kLanes ? kLanes / width * strip : strip;  // vectors of a narrow strip's neighbours
   for (std::int64_t e = 0; e < end; e += kLanes) {
-    F32x values[Operand::kPerWord];
-    for (int i = 0; i < Operand::kPerWord; ++i) {
-      const auto* row = static_cast<const typename Storage::Element*>(rows[i]);
-      values[i] = row == nullptr ? F32x{} : load_some<Storage>(row + e, n - e) * scales[i];
+    U32x words;
+    if (Operand::template kSameBits<Storage> && scales == nullptr && e + kLanes <= n) {
+      words = Operand::bits_across(from(static_cast<const Element*>(rows[0]), e),
+                                   from(static_cast<const Element*>(rows[Operand::kPerWord - 1]), e));
+    } else {
+      F32x values[Operand::kPerWord];
+      for (int i = 0; i < Operand::kPerWord; ++i) {
+        const auto* row = static_cast<const Element*>(rows[i]);
+        const float scale = scales == nullptr ? 1.0F : scales[i];
+        values[i] = row == nullptr ? F32x{} : load_some<Storage>(row + e, n - e) * scale;
+      }
+      words = Operand::across(values);
     }
-    const U32x words = Operand::across(values);
     if (width == kPanel) {
       store_as(strips + e / kPanel * strip + e % kPanel, words);
     } else {

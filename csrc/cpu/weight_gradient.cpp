@@ -22,6 +22,7 @@ WeightGradient::WeightGradient(const Kernels& kernels, DType dtype, std::int64_t
       left_(&left),
       right_(&right),
       bias_sum_(bias == nullptr ? 0 : E * rows) {
+  expect_whole_write(weight, E * rows * columns * element_size(dtype));
   const bool pieces_meet =
       std::any_of(waves.begin(), waves.end(), [](const Wave& wave) { return !wave.pieces.front().last; });
   // Floats meet in the gradient itself.
