@@ -116,7 +116,13 @@ void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::in
     }
     return;
   }
+  // Rows that lie a power of two apart push each other out of the second-level cache: ask for them once more.
+  constexpr std::int64_t kAhead = 16;
   for (std::int64_t word = 0; word < words; ++word) {
+    const std::int64_t soon = (word + kAhead) * typed.per_word;
+    if (soon < k) {
+      ask_for_rows(matrix + ((k_begin + soon) * right.n + n_begin) * size, right.n * size, typed.per_word, n * size);
+    }
     std::array<const void*, 2> rows{};
     for (std::int64_t i = 0; i < typed.per_word; ++i) {
       const std::int64_t row = word * typed.per_word + i;

@@ -130,7 +130,7 @@ std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines);
 inline void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std::int64_t bytes) {
   const auto* row = static_cast<const char*>(first);
   for (std::int64_t i = 0; row != nullptr && i < rows; ++i, row += stride) {
-    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 1, 2);
+    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(row + byte, 0, 3);
   }
 }
 
