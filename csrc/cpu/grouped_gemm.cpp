@@ -121,7 +121,8 @@ void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::in
   for (std::int64_t word = 0; word < words; ++word) {
     const std::int64_t soon = (word + kAhead) * typed.per_word;
     if (soon < k) {
-      ask_for_rows(matrix + ((k_begin + soon) * right.n + n_begin) * size, right.n * size, typed.per_word, n * size);
+      ask_for_rows(matrix + ((k_begin + soon) * right.n + n_begin) * size, right.n * size, typed.per_word,
+                   n * size);
     }
     std::array<const void*, 2> rows{};
     for (std::int64_t i = 0; i < typed.per_word; ++i) {

@@ -72,6 +72,7 @@ struct OutputTile {
   float* sum;             // written in float, rows `stride` apart; null: not wanted
   void* out;              // written in the storage type, rows `stride` apart; null: not wanted
   std::int64_t stride;
+  bool stream;  // out past the caches, for what is large and not read soon; ends with `streams_done`
 };
 
 // The tier's functions for one storage type.
@@ -106,6 +107,7 @@ struct Kernels {
   std::int64_t tile_rows;    // rows of a full tile in lines, a multiple of every per_word
   std::int64_t panel;        // columns of a tile
   std::int64_t column_tile;  // rows of a tile whose left operand lies in strips
+  void (*streams_done)();    // orders a thread's streamed stores before what it stores next
   TypedKernels typed[3];     // by DType
 
   const TypedKernels& of(DType dtype) const { return typed[static_cast<int>(dtype)]; }

@@ -35,6 +35,7 @@ struct Float32 {
   using Element = float;
   static F32x load(const Element* from) { return load_as<F32x>(from); }
   static void store(Element* to, F32x value) { store_as(to, value); }
+  static void stream(Element* to, F32x value) { stream_as(to, value); }
   static F32x rounded(F32x value) { return value; }
 };
 
@@ -42,6 +43,7 @@ struct BFloat16 {
   using Element = std::uint16_t;
   static F32x load(const Element* from) { return bfloat16_to_float(load_as<U16x>(from)); }
   static void store(Element* to, F32x value) { store_as(to, float_to_bfloat16(value)); }
+  static void stream(Element* to, F32x value) { stream_as(to, float_to_bfloat16(value)); }
   static F32x rounded(F32x value) { return bfloat16_to_float(float_to_bfloat16(value)); }
 };
 
@@ -49,6 +51,7 @@ struct Float16 {
   using Element = std::uint16_t;
   static F32x load(const Element* from) { return float16_to_float(load_as<U16x>(from)); }
   static void store(Element* to, F32x value) { store_as(to, float_to_float16(value)); }
+  static void stream(Element* to, F32x value) { stream_as(to, float_to_float16(value)); }
   static F32x rounded(F32x value) { return float16_to_float(float_to_float16(value)); }
 };
 
@@ -393,7 +396,11 @@ void finish_hidden_gradient(const HiddenGradientTile& tile) {
 
 template <class Storage>
 void finish_output(const OutputTile& tile) {
+  using Element = typename Storage::Element;
   const Bias<Storage> bias(tile.bias, tile.columns);
+  constexpr std::int64_t kVectorBytes = kLanes * sizeof(Element);
+  const bool aligned =
+      reinterpret_cast<std::uintptr_t>(tile.out) % kVectorBytes == 0 && tile.stride % kLanes == 0;
   for (std::int64_t i = 0; i < tile.rows; ++i) {
     for (int v = 0; v < 2; ++v) {
       const std::int64_t left = tile.columns - v * kLanes;
@@ -401,8 +408,12 @@ void finish_output(const OutputTile& tile) {
       F32x value = load_as<F32x>(tile.c + i * kPanel + v * kLanes) + bias.values[v];
       if (tile.previous != nullptr) value += load_some<Float32>(tile.previous + at, left);
       if (tile.sum != nullptr) store_some<Float32>(tile.sum + at, value, left);
-      if (tile.out != nullptr) {
-        store_some<Storage>(static_cast<typename Storage::Element*>(tile.out) + at, value, left);
+      auto* const out = static_cast<Element*>(tile.out);
+      if (out == nullptr) continue;
+      if (tile.stream && aligned && left >= kLanes) {
+        Storage::stream(out + at, value);
+      } else {
+        store_some<Storage>(out + at, value, left);
       }
     }
   }
@@ -491,6 +502,7 @@ constexpr Kernels tier(const char* name) {
           kTileRows,
           kPanel,
           kColumnTile,
+          streams_done,
           {typed_kernels<Float32, Floats>(), typed_kernels<BFloat16, BFloat16Operand>(),
            typed_kernels<Float16, Floats>()}};
 }

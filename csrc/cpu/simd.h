@@ -36,6 +36,28 @@ inline void store_as(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
+// Past the caches: a line that is written whole is not read first. `to` is aligned to the vector.
+template <class V>
+inline void stream_as(void* to, V value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64)
+    return _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret_cast<__m512i>(value));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32)
+    return _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret_cast<__m256i>(value));
+  if constexpr (sizeof(V) == 16)
+    return _mm_stream_si128(static_cast<__m128i*>(to), reinterpret_cast<__m128i>(value));
+#endif
+  store_as(to, value);
+}
+
+inline void streams_done() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 inline F32x splat(float value) { return F32x{} + value; }
 inline U32x bits(F32x value) { return reinterpret_cast<U32x>(value); }
 inline F32x from_bits(U32x value) { return reinterpret_cast<F32x>(value); }

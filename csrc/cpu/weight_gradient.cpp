@@ -8,6 +8,12 @@
 #include "expert_rows.h"
 
 namespace clipup {
+namespace {
+
+// Bytes from which a gradient would leave the last-level cache before anyone reads it.
+constexpr std::int64_t kLarge = std::int64_t{16} << 20U;
+
+}  // namespace
 
 WeightGradient::WeightGradient(const Kernels& kernels, DType dtype, std::int64_t E, std::int64_t rows,
                                std::int64_t columns, void* weight, void* bias, const std::vector<Wave>& waves,
@@ -21,6 +27,7 @@ WeightGradient::WeightGradient(const Kernels& kernels, DType dtype, std::int64_t
       bias_(bias),
       left_(&left),
       right_(&right),
+      large_(E * rows * columns * element_size(dtype) > kLarge),
       bias_sum_(bias == nullptr ? 0 : E * rows) {
   expect_whole_write(weight, E * rows * columns * element_size(dtype));
   const bool pieces_meet =
@@ -61,11 +68,13 @@ void WeightGradient::run(const Block& block, const Workspace& workspace, std::in
                     tile.columns = std::min(kernels_->panel, columns_ - column);
                     tile.c = c;
                     tile.stride = columns_;
+                    tile.stream = large_ && piece.last;
                     tile.previous = piece.first ? nullptr : meet;
                     tile.sum = piece.last ? nullptr : meet;
                     tile.out = piece.last ? out : nullptr;
                     typed.finish_output(tile);
                   });
+  kernels_->streams_done();
 }
 
 void WeightGradient::finish(const std::int32_t* offsets) const {

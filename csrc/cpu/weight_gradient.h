@@ -47,6 +47,7 @@ class WeightGradient {
   std::int64_t E_, rows_, columns_;
   void *weight_, *bias_;
   const Strips *left_, *right_;
+  bool large_;              // larger than the caches: written past them
   Buffer<float> sum_;       // [rows, columns] of the expert in work, where its pieces' sums meet
   Buffer<float> bias_sum_;  // [E, rows]
 };
