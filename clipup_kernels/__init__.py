@@ -12,6 +12,7 @@ from . import reference
 from .info import backend_info
 from .mlp import expert_mlp
 from .ops import combine, dispatch, grouped_linear, permute, topk_gating
+from .packing import pack_weights, release_memory
 from .types import ACTIVATIONS, Gating, Plan
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "dispatch",
     "expert_mlp",
     "grouped_linear",
+    "pack_weights",
     "permute",
     "reference",
+    "release_memory",
     "topk_gating",
 ]

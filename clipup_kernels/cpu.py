@@ -1,4 +1,4 @@
-"""What answers an op on CPU tensors: C++ (``native``), torch's matmul per expert (``matmul``) or plain torch (``generic``)."""
+"""What answers an op on CPU tensors: C++ (``native``), matmul per expert (``matmul``) or plain torch (``generic``)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _PRODUCTS = ("grouped_linear", "grouped_linear_backward", "expert_mlp_forward", 
 def backend(name: str, dtype: torch.dtype) -> ModuleType:
     """The module that computes op ``name`` for tensors of ``dtype``.
 
-    Plain torch without the extension and in float64. Matmul where torch has what the micro-kernels lack: matrix tiles for
-    bfloat16 (AMX), any vector instructions at all on a CPU that only the portable kernels know.
+    Plain torch without the extension and in float64. Matmul where torch has what the micro-kernels lack: matrix tiles
+    for bfloat16 (AMX), any vector instructions at all on a CPU that only the portable kernels know.
     """
     if info.NATIVE is None or dtype == torch.float64:
         return generic

@@ -77,8 +77,13 @@ def backend_info() -> dict:
 
     Returns a dict with ``compiled`` (bool), ``fallback_reason`` (why not, or None), ``build`` (compiler, OpenMP and
     CUDA architectures of the extension, or None), ``cpu`` and ``cuda`` (implementation by op), ``threads`` (what the
-    CPU ops use now) and the versions of clipup, torch and triton. Float64 always takes plain torch.
+    CPU ops use now), ``instructions`` (the tier of CPU kernels), ``matmul_dtypes`` (types whose products torch's matmul
+    computes instead), ``packed_weights`` (whether copies are kept between inference calls, and their bytes),
+    ``kept_memory_bytes`` (working memory kept for the next call; ``release_memory()`` gives both back) and the versions
+    of clipup, torch and triton. Float64 always takes plain torch.
     """
+    from . import packing
+
     compiled = NATIVE is not None
     routing = ("topk_gating", "dispatch", "permute", "combine")
     cpu = dict.fromkeys((*routing, "grouped_linear", "expert_mlp"), "c++" if compiled else "torch")
@@ -89,6 +94,10 @@ def backend_info() -> dict:
         "compiled": compiled,
         "fallback_reason": FALLBACK_REASON,
         "build": NATIVE.build_info() if compiled else None,
+        "instructions": NATIVE.instruction_tier() if compiled else None,
+        "matmul_dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in matmul_dtypes()),
+        "packed_weights": packing.status(),
+        "kept_memory_bytes": NATIVE.kept_memory() if compiled else 0,
         "threads": torch.get_num_threads(),
         "cpu": cpu,
         "cuda": dict.fromkeys((*routing, "grouped_linear", "expert_mlp"), "torch"),

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import packing
 from .info import NATIVE
 from .types import ACTIVATIONS
 
@@ -148,6 +149,10 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
     return tuple(grads)
 
 
+def _packed(weight: Tensor, training: bool) -> Tensor | None:
+    return packing.forget(weight) if training else packing.packed(weight, DTYPE_CODE[weight.dtype])
+
+
 def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str) -> tuple[int, ...]:
     """dtype, activation, T, K, E, D, H as the native calls take them."""
     num_experts, hidden, width = in_weight.shape
@@ -166,10 +171,12 @@ def expert_mlp_forward(
     pre_activation = (choice_of_row.numel(), in_weight.shape[1])
     if gate_weight is not None:
         pre_activation = (2, *pre_activation)
+    matrices = (in_weight, out_weight, gate_weight)
+    kept = [None if weight is None else _packed(weight, keep_z) for weight in matrices]
     y, z = torch.empty_like(x), _pooled(x, pre_activation if keep_z else (0,))
     NATIVE.expert_mlp_forward(
         *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
-        [*map(_address, weights), 0, 0, 0], _address(x), _address(y), _address(z if keep_z else None),
+        [*map(_address, weights), *map(_address, kept)], _address(x), _address(y), _address(z if keep_z else None),
     )  # fmt: skip
     return y, z
 

@@ -164,6 +164,10 @@ std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, st
 void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
                  void* packed);
 
+// A hash of one cache line in every 32 KiB of `bytes` bytes, and of the last ones: tells weights that were written to
+// from those that were not, for far less than reading them.
+std::uint64_t sample_hash(const void* data, std::int64_t bytes);
+
 // Name of the instruction tier that runs: avx512_bf16, avx512, avx2 or portable.
 const char* instruction_tier();
 

@@ -138,6 +138,25 @@ std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, st
   return E * words * static_cast<std::int64_t>(sizeof(Word));
 }
 
+std::uint64_t sample_hash(const void* data, std::int64_t bytes) {
+  check_size("bytes", bytes, 0);
+  check_pointer("data", data, bytes);
+  constexpr std::int64_t kStride = 32768;
+  constexpr std::int64_t kSample = 64;
+  const auto* const from = static_cast<const unsigned char*>(data);
+  std::uint64_t hash = 14695981039346656037U;  // FNV-1a, eight bytes at a time
+  const auto take = [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t at = begin; at < end; at += 8) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, from + at, std::min<std::int64_t>(8, end - at));
+      hash = (hash ^ word) * 1099511628211U;
+    }
+  };
+  for (std::int64_t at = 0; at < bytes; at += kStride) take(at, std::min(at + kSample, bytes));
+  take(std::max<std::int64_t>(bytes - kSample, 0), bytes);
+  return hash;
+}
+
 void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
                  void* packed) {
   check_dtype(dtype);
