@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .accelerate import accelerate
 from .checkpoint import save_pretrained
 from .config import MoEConfig
 from .metrics import moe_metrics
@@ -22,6 +23,7 @@ _FROM_MODELS = ("create_model_and_transforms", "get_model_config", "get_tokenize
 __all__ = [
     "MoEConfig",
     "SparseMoE",
+    "accelerate",
     "aux_loss",
     "create_model_and_transforms",
     "get_model_config",

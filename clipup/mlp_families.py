@@ -74,6 +74,15 @@ def read_block(block: nn.Module) -> DenseMLP:
     raise TypeError(f"cannot read the MLP of a {_class_name(block)}{inside}; {families_read()}")
 
 
+def holds_family(block: nn.Module) -> bool:
+    """Whether ``block`` is of a family's class and holds an MLP that can be read."""
+    try:
+        read_block(block)
+    except (AttributeError, TypeError):
+        return False
+    return True
+
+
 def families_read() -> str:
     """One line that says what is read."""
     return "MLPs that are read: " + "; ".join(family.name for family in FAMILIES)

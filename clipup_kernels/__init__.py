@@ -10,7 +10,7 @@ and ``FlopCounterMode``. ``clipup_kernels.reference`` holds the same functions i
 
 from . import reference
 from .info import backend_info
-from .mlp import expert_mlp
+from .mlp import dense_mlp, expert_mlp
 from .ops import combine, dispatch, grouped_linear, permute, topk_gating
 from .packing import pack_weights, release_memory
 from .types import ACTIVATIONS, Gating, Plan
@@ -21,6 +21,7 @@ __all__ = [
     "Plan",
     "backend_info",
     "combine",
+    "dense_mlp",
     "dispatch",
     "expert_mlp",
     "grouped_linear",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import generic, info, matmul, native
 
-_PRODUCTS = ("grouped_linear", "grouped_linear_backward", "expert_mlp_forward", "expert_mlp_backward")
+_PRODUCTS = ("grouped_linear", "grouped_linear_backward", "expert_mlp_forward", "expert_mlp_backward", "dense_mlp")
 
 
 def backend(name: str, dtype: torch.dtype) -> ModuleType:
@@ -44,6 +44,7 @@ grouped_linear = _op("grouped_linear")
 grouped_linear_backward = _op("grouped_linear_backward")
 expert_mlp_forward = _op("expert_mlp_forward")
 expert_mlp_backward = _op("expert_mlp_backward")
+dense_mlp = _op("dense_mlp")
 
 
 def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:

@@ -67,6 +67,10 @@ def expert_mlp_forward(
     return x.new_empty(x.shape), x.new_empty(pre_activation if keep_z else 0)
 
 
+def dense_mlp(x, *args):
+    return x.new_empty(x.shape)
+
+
 def expert_mlp_backward(
     dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
     gate_bias, z, activation, output_mask,

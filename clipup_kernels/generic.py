@@ -7,6 +7,7 @@ Nothing here depends on values, so it never synchronises the host. Half types ar
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -206,3 +207,12 @@ def expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias) -> T
     if gate_weight is None:
         return z
     return torch.stack([z, reference.grouped_linear(rows, gate_weight, gate_bias, offsets)])
+
+
+def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias, activation) -> Tensor:
+    z = F.linear(x, in_weight, in_bias)
+    if gate_weight is None:
+        a = reference.activate(z, activation)
+    else:
+        a = reference.activate(F.linear(x, gate_weight, gate_bias), activation) * z
+    return F.linear(a, out_weight, out_bias)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import generic, native
+from .generic import dense_mlp  # noqa: F401  torch's matmul is what it uses
 from .reference import activate
 
 

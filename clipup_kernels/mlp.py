@@ -74,6 +74,25 @@ _expert_mlp_backward = define(
 )
 
 
+def _refuse_derivative(ctx, dy):
+    raise NotImplementedError(
+        "clipup::dense_mlp has no derivative: it is for inference; train with torch's linear layers"
+    )
+
+
+_dense_mlp = define(
+    "dense_mlp(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight,"
+    " Tensor? gate_bias, str activation) -> Tensor",
+    cpu=cpu.dense_mlp,
+    generic=generic.dense_mlp,
+    fake=fakes.dense_mlp,
+    backward=_refuse_derivative,
+    flops=lambda x, in_weight, in_bias, out_weight, out_bias, gate_weight, *args, out_shape=None, **kwargs: (
+        (2 if gate_weight is None else 3) * 2 * x[0] * in_weight[0] * in_weight[1]
+    ),
+)
+
+
 def expert_mlp(
     x: Tensor,
     gates: Tensor,
@@ -138,3 +157,50 @@ def expert_mlp(
         x, gates, *plan, *parameters.values(), activation, differentiated and recompute == "none"
     )
     return y
+
+
+def dense_mlp(
+    x: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    activation: str = "gelu",
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> Tensor:
+    """One MLP for all tokens, for inference: ``expert_mlp`` with one expert and nothing to route.
+
+    ``y = W_out act(W_in x + b_in) + b_out``, gated: ``act(W_gate x + b_gate) * (W_in x + b_in)`` in the middle. On CPUs
+    on the kernels of the experts, elsewhere in plain torch. It has no derivative.
+
+    Args:
+        x: [T, D] float32, bfloat16, float16 or float64; all weights and biases have its type.
+        in_weight: [H, D]. in_bias: [H] or None. out_weight: [D, H]. out_bias: [D] or None.
+        activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
+        gate_weight: [H, D] for a gated MLP. gate_bias: [H] or None.
+
+    Returns:
+        [T, D] of x's type.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+        NotImplementedError: when it is differentiated.
+    """
+    checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
+    parameters = dict(
+        in_weight=in_weight, in_bias=in_bias, out_weight=out_weight, out_bias=out_bias, gate_weight=gate_weight,
+        gate_bias=gate_bias,
+    )  # fmt: skip
+    checks.same_dtype("x", x, **parameters)
+    width = x.shape[1]
+    checks.tensor("in_weight", in_weight, ("H", width), checks.FLOATING, x)
+    hidden = in_weight.shape[0]
+    shapes = {"in_bias": (hidden,), "out_bias": (width,), "gate_weight": (hidden, width), "gate_bias": (hidden,)}
+    checks.tensor("out_weight", out_weight, (width, hidden), checks.FLOATING, x)
+    for name, shape in shapes.items():
+        checks.optional(name, parameters[name], shape, checks.FLOATING, x)
+    if gate_bias is not None and gate_weight is None:
+        raise ValueError("gate_bias was given without gate_weight; give both for a gated MLP, or neither")
+    checks.activation(activation)
+    return _dense_mlp(x, *parameters.values(), activation)

@@ -181,6 +181,19 @@ def expert_mlp_forward(
     return y, z
 
 
+def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias, activation) -> Tensor:
+    x, *weights = _dense(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    kept = [None if weight is None else _packed(weight, False) for weight in (in_weight, out_weight, gate_weight)]
+    num_tokens, (hidden, width) = x.shape[0], in_weight.shape
+    offsets = torch.tensor([0, num_tokens], dtype=torch.int32)
+    y = torch.empty_like(x)
+    NATIVE.expert_mlp_forward(
+        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_tokens, 1, 1, width, hidden,
+        [0, _address(offsets), 0, 0], [*map(_address, weights), *map(_address, kept)], _address(x), _address(y), 0,
+    )  # fmt: skip
+    return y
+
+
 def expert_mlp_backward(
     dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
     gate_bias, z, activation, output_mask,

@@ -64,7 +64,7 @@ def forget(weight: Tensor) -> None:
 
 
 def packed(weight: Tensor, dtype_code: int) -> Tensor | None:
-    """The packed form of ``weight`` [E, O, I], or None where it is not (yet) worth keeping."""
+    """The packed form of ``weight`` [E, O, I] or [O, I], or None where it is not (yet) worth keeping."""
     if not _enabled or weight.is_inference() or not weight.is_contiguous():
         return None
     size = weight.numel() * weight.element_size()
@@ -74,7 +74,8 @@ def packed(weight: Tensor, dtype_code: int) -> Tensor | None:
         _kept[weight] = _Entry(stamp)
         return None
     if entry.packed is None:
-        block = info.NATIVE.Block(max(info.NATIVE.packed_weight_bytes(dtype_code, *weight.shape), 1))
+        shape = (1, *weight.shape)[-3:]
+        block = info.NATIVE.Block(max(info.NATIVE.packed_weight_bytes(dtype_code, *shape), 1))
         entry.packed = torch.frombuffer(block, dtype=torch.uint8)
-        info.NATIVE.pack_weight(dtype_code, weight.data_ptr(), *weight.shape, entry.packed.data_ptr())
+        info.NATIVE.pack_weight(dtype_code, weight.data_ptr(), *shape, entry.packed.data_ptr())
     return entry.packed
