@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-FORCE_REFERENCE = "CLIPUP_BACKEND"
-"""Environment variable; ``reference`` leaves the compiled extension unused, for comparing and for finding faults."""
+FORCE_BACKEND = "CLIPUP_BACKEND"
+"""Environment variable, for comparing and for finding faults: ``reference`` leaves the compiled extension unused,
+``matmul`` uses it for routing and lets torch's matmul compute the products."""
 
 FORCE_TIER = "CLIPUP_CPU_ISA"
 """Environment variable; avx512_bf16, avx512, avx2 or portable chooses the micro-kernels instead of the CPU's best."""
@@ -37,8 +38,8 @@ def _share_openmp() -> None:
 
 
 def _load_native():
-    if os.environ.get(FORCE_REFERENCE) == "reference":
-        return None, f"{FORCE_REFERENCE}=reference is set"
+    if os.environ.get(FORCE_BACKEND) == "reference":
+        return None, f"{FORCE_BACKEND}=reference is set"
     try:
         _share_openmp()
         return importlib.import_module("clipup_kernels._C"), None
@@ -58,10 +59,13 @@ NATIVE, FALLBACK_REASON = _load_native()
 @functools.cache
 def matmul_dtypes() -> frozenset[torch.dtype]:
     """The types whose products torch's matmul computes faster than the micro-kernels that this CPU can run."""
+    every_type = frozenset({torch.float32, torch.bfloat16, torch.float16})
+    if os.environ.get(FORCE_BACKEND) == "matmul":
+        return every_type
     if NATIVE is None or os.environ.get(FORCE_TIER):
         return frozenset()
     if NATIVE.instruction_tier() == "portable":
-        return frozenset({torch.float32, torch.bfloat16, torch.float16})
+        return every_type
     return frozenset({torch.bfloat16} if NATIVE.has_matrix_tiles() else ())
 
 
@@ -86,7 +90,7 @@ def backend_info() -> dict:
 
     compiled = NATIVE is not None
     routing = ("topk_gating", "dispatch", "permute", "combine")
-    cpu = dict.fromkeys((*routing, "grouped_linear", "expert_mlp"), "c++" if compiled else "torch")
+    cpu = dict.fromkeys((*routing, "grouped_linear", "expert_mlp", "dense_mlp"), "c++" if compiled else "torch")
     return {
         "version": _version("clipup"),
         "torch": torch.__version__,

@@ -33,9 +33,10 @@ struct ValueSlope {
 // t = 1 / (1 + 0.35 u), 3.2e-8 relative for u <= 14.5, beyond which Phi(-u) is 0 in floats.
 struct Gelu {
   static ValueSlope at(F32x z) {
-    const F32x u = from_bits(bits(z) & 0x7FFFFFFFU);
+    const F32x magnitude = from_bits(bits(z) & 0x7FFFFFFFU);
+    const F32x u = magnitude < 15.0F ? magnitude : splat(15.0F);
     const F32x density = exp_of(z * z * -0.5F);
-    const F32x t = 1.0F / (u * 0.35F + 1.0F);
+    const F32x t = inverse(u * 0.35F + 1.0F);
     F32x p = splat(-0.0291578863F);
     p = p * t + 0.144030914F;
     p = p * t + -0.25583899F;
@@ -54,7 +55,7 @@ struct Gelu {
 // z * sigmoid(s) with s a function of z and s' its derivative.
 inline ValueSlope sigmoid_unit(F32x z, F32x s, F32x slope_of_s) {
   const F32x e = exp_of(from_bits(bits(s) | 0x80000000U));  // exp(-|s|)
-  const F32x positive = 1.0F / (1.0F + e);
+  const F32x positive = inverse(1.0F + e);
   const F32x sigmoid = s < 0.0F ? e * positive : positive;
   const F32x complement = s < 0.0F ? positive : e * positive;
   return {z * sigmoid, sigmoid + z * (sigmoid * complement) * slope_of_s};

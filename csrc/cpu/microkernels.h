@@ -249,6 +249,16 @@ void transposed_strip(const void* rows, std::int64_t stride, std::int64_t count,
     const std::int64_t left = k - word * Operand::kPerWord;
     for (int half = 0; half < kPanel; half += kLanes) {
       U32x square[kLanes];
+      if (Operand::template kSameBits<Storage> && half + kLanes <= count &&
+          left >= kLanes * Operand::kPerWord) {
+        const Element* const first = from + half * stride + word * Operand::kPerWord;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load_as<U32x>(first + i * stride);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store_as(strip + (word + i) * kPanel + half, square[i]);
+        continue;
+      }
       for (int i = 0; i < kLanes; ++i) {
         const Element* row = from + (half + i) * stride + word * Operand::kPerWord;
         if (half + i >= count) {
@@ -338,7 +348,8 @@ void finish_hidden_gradient_tile(const HiddenGradientTile& tile) {
   using Element = typename Storage::Element;
   constexpr int kRows = Operand::kPerWord;
   const std::int64_t strip = tile.strip_words * kColumnTile;
-  F32x products[kMostTileRows] = {};
+  F32x products[kTileRows];
+  for (std::int64_t i = 0; i < tile.rows; ++i) products[i] = F32x{};
   for (int v = 0; v < 2; ++v) {
     const std::int64_t left = tile.columns - v * kLanes;
     const std::int64_t column = tile.column + v * kLanes;

@@ -62,6 +62,16 @@ inline F32x splat(float value) { return F32x{} + value; }
 inline U32x bits(F32x value) { return reinterpret_cast<U32x>(value); }
 inline F32x from_bits(U32x value) { return reinterpret_cast<F32x>(value); }
 
+// 1 / value, to a unit in the last place, for finite values of usual size.
+inline F32x inverse(F32x value) {
+#if defined(__AVX512F__)
+  const F32x estimate = reinterpret_cast<F32x>(_mm512_rcp14_ps(reinterpret_cast<__m512>(value)));
+  return estimate + estimate * (1.0F - value * estimate);
+#else
+  return 1.0F / value;
+#endif
+}
+
 // The lower (upper) halves of two vectors, element by element in turn.
 inline U32x interleave_low(U32x a, U32x b) {
 #if defined(__AVX512F__)
@@ -105,12 +115,15 @@ inline U32half high_half(U32x value) {
 
 // A square of words, transposed: interleaving row i with row i + half, log2(rows) times.
 inline void transpose(U32x (&rows)[kLanes]) {
+#pragma GCC unroll 4
   for (int step = 1; step < kLanes; step *= 2) {
     U32x next[kLanes];
+#pragma GCC unroll 8
     for (int i = 0; i < kLanes / 2; ++i) {
       next[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2]);
       next[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
   }
 }
