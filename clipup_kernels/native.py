@@ -128,17 +128,18 @@ def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> 
 
 
 def grouped_linear(rows, weight, bias, offsets) -> Tensor:
+    kept = _packed(weight, training=False)
     rows, weight, bias, offsets = _dense(rows, weight, bias, offsets)
-    num_experts, width, _ = weight.shape
-    out = rows.new_empty(rows.shape[0], width)
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
     NATIVE.grouped_linear(
         DTYPE_CODE[rows.dtype], _address(rows), _address(weight), _address(bias), _address(offsets), rows.shape[0],
-        *weight.shape, _address(out),
+        *weight.shape, _address(out), _address(kept),
     )  # fmt: skip
     return out
 
 
 def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[Tensor, ...]:
+    packing.forget(weight)
     d_out, rows, weight, offsets = _dense(d_out, rows, weight, offsets)
     shapes = (rows.shape, weight.shape, weight.shape[:2])
     grads = [_pooled(rows, shape if wanted else (0,)) for shape, wanted in zip(shapes, output_mask, strict=True)]

@@ -118,9 +118,9 @@ void expert_mlp_backward(int dtype, int activation, Size T, Size K, Size E, Size
 }
 
 void grouped_linear(int dtype, Address rows, Address weight, Address bias, Address offsets, Size R, Size E,
-                    Size O, Size I, Address out) {
+                    Size O, Size I, Address out, Address packed) {
   clipup::grouped_linear(clipup::DType{dtype}, anything(rows), anything(weight), anything(bias),
-                         ints(offsets), R, E, O, I, out_anything(out));
+                         ints(offsets), R, E, O, I, out_anything(out), anything(packed));
 }
 
 void grouped_linear_backward(int dtype, Address d_out, Address rows, Address weight, Address offsets, Size R,
@@ -215,7 +215,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("expert_mlp_backward", &expert_mlp_backward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
         "E"_a, "D"_a, "H"_a, "routing"_a, "weights"_a, "dy"_a, "x"_a, "z"_a, "gradients"_a);
   m.def("grouped_linear", &grouped_linear, WithoutGil(), "dtype"_a, "rows"_a, "weight"_a, "bias"_a,
-        "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "out"_a);
+        "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "out"_a, "packed"_a);
   m.def("grouped_linear_backward", &grouped_linear_backward, WithoutGil(), "dtype"_a, "d_out"_a, "rows"_a,
         "weight"_a, "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "d_rows"_a, "d_weight"_a, "d_bias"_a);
   m.def("packed_weight_bytes", &packed_weight_bytes, "dtype"_a, "E"_a, "O"_a, "I"_a);

@@ -78,15 +78,17 @@ void pack_lines(const Kernels& kernels, const Experts& experts, const Routing& r
   }
 }
 
+const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, std::int64_t n,
+                          std::int64_t k) {
+  if (packed == nullptr) return nullptr;
+  const std::int64_t bytes = packed_weight_bytes(dtype, 1, n, k);
+  return static_cast<const Word*>(packed) + expert * bytes / static_cast<std::int64_t>(sizeof(Word));
+}
+
 Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
                      std::int64_t n, std::int64_t k) {
-  Right right{element(weight, experts.dtype, expert * n * k), true, n, k, nullptr};
-  if (packed != nullptr) {
-    const std::int64_t bytes = packed_weight_bytes(experts.dtype, 1, n, k);
-    right.packed =
-        static_cast<const Word*>(packed) + expert * bytes / static_cast<std::int64_t>(sizeof(Word));
-  }
-  return right;
+  return {element(weight, experts.dtype, expert * n * k), true, n, k,
+          packed_matrix(packed, experts.dtype, expert, n, k)};
 }
 
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_lines, Word* a_lines,

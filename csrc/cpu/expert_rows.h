@@ -45,6 +45,10 @@ void for_row_tiles(const Wave& wave, const Kernels& kernels, const Body& body) {
 void pack_lines(const Kernels& kernels, const Experts& experts, const Routing& routing, const RowTile& tile,
                 const void* tokens, Word* lines);
 
+// The packed form of an expert's [n, k] matrix; null stays null.
+const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, std::int64_t n,
+                          std::int64_t k);
+
 // One of the forward matrices of an expert as the right operand: [n, k], packed or not.
 Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
                      std::int64_t n, std::int64_t k);

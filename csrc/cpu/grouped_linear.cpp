@@ -29,8 +29,9 @@ void clear_rest(void* rows, DType dtype, std::int64_t used, std::int64_t R, std:
 }
 
 // out[r] = the row times its expert's matrix, [n, k] if transposed, else [k, n].
-void multiply_rows(DType dtype, const void* rows, const void* weight, const void* bias, bool transposed,
-                   const std::int32_t* offsets, std::int64_t E, std::int64_t n, std::int64_t k, void* out) {
+void multiply_rows(DType dtype, const void* rows, const void* weight, const void* packed, const void* bias,
+                   bool transposed, const std::int32_t* offsets, std::int64_t E, std::int64_t n,
+                   std::int64_t k, void* out) {
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
   const std::vector<Wave> waves = make_waves(offsets, E, kWaveRows, ks, typed);
@@ -47,7 +48,8 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
     });
     const std::vector<Block> blocks = make_blocks(wave, n, ks);
     const auto right_of = [&](const Piece& piece) {
-      return Right{element(weight, dtype, piece.expert * n * k), transposed, n, k, nullptr};
+      return Right{element(weight, dtype, piece.expert * n * k), transposed, n, k,
+                   packed_matrix(packed, dtype, piece.expert, n, k)};
     };
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
@@ -75,12 +77,12 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
 
 void grouped_linear(DType dtype, const void* rows, const void* weight, const void* bias,
                     const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
-                    std::int64_t I, void* out) {
+                    std::int64_t I, void* out, const void* packed) {
   check_grouped(dtype, offsets, R, E, O, I);
   check_pointer("rows", rows, R * I);
-  check_pointer("weight", weight, E * O * I);
+  if (packed == nullptr) check_pointer("weight", weight, E * O * I);
   check_pointer("out", out, R * O);
-  multiply_rows(dtype, rows, weight, bias, true, offsets, E, O, I, out);
+  multiply_rows(dtype, rows, weight, packed, bias, true, offsets, E, O, I, out);
   clear_rest(out, dtype, offsets[E], R, O);
 }
 
@@ -92,7 +94,7 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
   check_pointer("rows", rows, R * I);
   check_pointer("weight", weight, E * O * I);
   if (d_rows != nullptr) {
-    multiply_rows(dtype, d_out, weight, nullptr, false, offsets, E, I, O, d_rows);
+    multiply_rows(dtype, d_out, weight, nullptr, nullptr, false, offsets, E, I, O, d_rows);
     clear_rest(d_rows, dtype, offsets[E], R, I);
   }
   if (d_weight == nullptr && d_bias == nullptr) return;

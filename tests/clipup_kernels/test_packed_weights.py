@@ -57,6 +57,18 @@ def test_packed_weights_give_the_same_bits(dtype, gated):
     assert torch.equal(first, second) and torch.equal(first, third)
 
 
+def test_grouped_linear_keeps_its_weight_packed_too():
+    layer = Layer()
+    rows = ck.permute(layer.x, layer.plan)
+    weight, bias = layer.experts.in_weight, layer.experts.in_bias
+    results = [ck.grouped_linear(rows, weight, bias, layer.plan.offsets) for _ in range(3)]
+    assert packed_bytes() > 0
+    assert all(torch.equal(results[0], result) for result in results)
+    weight.requires_grad_()
+    ck.grouped_linear(rows, weight, bias, layer.plan.offsets).sum().backward()
+    assert packed_bytes() == 0
+
+
 @pytest.mark.parametrize("write", ["in place", "through .data", "new storage"])
 def test_a_written_weight_is_packed_again(write):
     layer = Layer()
