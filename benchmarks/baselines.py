@@ -6,69 +6,28 @@ E experts, the best K, gates renormalised, nothing dropped.
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from harness import package_version
+from moe_layer import Case, DenseWeights, Weights, check_loads, first_expert, make_weights, make_x, route
 from torch import Tensor
 
 import clipup_kernels as ck
 
 
-class Weights(NamedTuple):
-    router: Tensor  # [E, D]
-    in_weight: Tensor  # [E, H, D]
-    in_bias: Tensor  # [E, H]
-    out_weight: Tensor  # [E, D, H]
-    out_bias: Tensor  # [E, D]
-    top_k: int
+def dense(x: Tensor, w: DenseWeights) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w.in_weight, w.in_bias)), w.out_weight, w.out_bias)
 
 
-def make_weights(d_model, d_hidden, num_experts, top_k, dtype, device="cpu", skew=False) -> Weights:
-    """Random weights. ``skew`` biases the router (through x's first feature, see ``make_x``) to one expert."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return (torch.randn(*size, generator=generator) / size[-1] ** 0.5).to(device, dtype)
-
-    router = normal(num_experts, d_model)
-    if skew:  # the first feature of x is 1: it lifts expert 0's logit for all tokens
-        router[0, 0] += 8
-    return Weights(
-        router,
-        normal(num_experts, d_hidden, d_model),
-        normal(num_experts, d_hidden),
-        normal(num_experts, d_model, d_hidden),
-        normal(num_experts, d_model),
-        top_k,
-    )
-
-
-def make_x(tokens, d_model, dtype, device="cpu", seed=1) -> Tensor:
-    x = torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(seed))
-    x[:, 0] = 1
-    return x.to(device, dtype)
-
-
-def mlp(x: Tensor, w: Weights, expert: int) -> Tensor:
-    hidden = F.gelu(F.linear(x, w.in_weight[expert], w.in_bias[expert]))
-    return F.linear(hidden, w.out_weight[expert], w.out_bias[expert])
-
-
-def dense_1(x: Tensor, w: Weights) -> Tensor:
-    """One dense MLP on T rows: what the dense model pays."""
-    return mlp(x, w, 0)
-
-
-def dense_k(x: Tensor, w: Weights) -> Tensor:
-    """One dense MLP on K*T rows: the sparse layer's arithmetic without any routing."""
-    return mlp(x, w, 0)
-
-
-def route(x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-    probs = F.linear(x.float(), w.router.float()).softmax(-1)
-    gates, experts = probs.topk(w.top_k)
-    return gates / gates.sum(-1, keepdim=True), experts
+def dense_engine(x: Tensor, w: DenseWeights) -> Tensor:
+    """The same on this project's kernels, without a derivative."""
+    return ck.dense_mlp(x, *w.parameters, "gelu")
 
 
 def loop(x: Tensor, w: Weights) -> Tensor:
@@ -77,7 +36,8 @@ def loop(x: Tensor, w: Weights) -> Tensor:
     y = torch.zeros_like(x)
     for expert in range(w.router.shape[0]):
         token, choice = (experts == expert).nonzero(as_tuple=True)
-        y.index_add_(0, token, mlp(x[token], w, expert) * gates[token, choice, None].to(x.dtype))
+        out = dense(x[token], DenseWeights(*(t[expert] for t in w[1:5])))
+        y.index_add_(0, token, out * gates[token, choice, None].to(x.dtype))
     return y
 
 
@@ -85,10 +45,9 @@ def loop_unbind(x: Tensor, w: Weights) -> Tensor:
     """The same loop with the stacked weights unbound once, which spares its backward a stack of zero gradients."""
     gates, experts = route(x, w)
     y = torch.zeros_like(x)
-    unbound = zip(w.in_weight.unbind(), w.in_bias.unbind(), w.out_weight.unbind(), w.out_bias.unbind(), strict=True)
-    for expert, (in_weight, in_bias, out_weight, out_bias) in enumerate(unbound):
+    for expert, unbound in enumerate(zip(*(t.unbind() for t in w[1:5]), strict=True)):
         token, choice = (experts == expert).nonzero(as_tuple=True)
-        out = F.linear(F.gelu(F.linear(x[token], in_weight, in_bias)), out_weight, out_bias)
+        out = dense(x[token], DenseWeights(*unbound))
         y = y.index_add(0, token, out * gates[token, choice, None].to(x.dtype))
     return y
 
@@ -105,6 +64,27 @@ def grouped_mm(x: Tensor, w: Weights) -> Tensor:
     return torch.zeros_like(x).index_add(0, token, out * gates.flatten()[order, None].to(x.dtype))
 
 
+@functools.cache
+def _hf_experts_forward() -> Callable:
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    return grouped_mm_experts_forward
+
+
+def hf_grouped_mm(x: Tensor, w: Weights) -> Tensor:
+    """The experts of Hugging Face transformers, ``experts_implementation="grouped_mm"``: no gate, biases, erf GELU.
+
+    Called as a model's expert module calls it; gates come in x's type, as from the routers of Qwen3-MoE.
+    """
+    gates, experts = route(x, w)
+    module = SimpleNamespace(
+        up_proj=w.in_weight, up_proj_bias=w.in_bias, down_proj=w.out_weight, down_proj_bias=w.out_bias, act_fn=F.gelu,
+        num_experts=w.router.shape[0], has_gate=False, has_bias=True, is_transposed=False, has_post_expert_norm=False,
+        _is_expert_parallel=False,
+    )  # fmt: skip
+    return _hf_experts_forward()(module, x, experts, gates.to(x.dtype))
+
+
 def clipup(x: Tensor, w: Weights) -> Tensor:
     """This project's ops, as ``SparseMoE`` calls them."""
     logits = F.linear(x.float(), w.router.float())
@@ -113,8 +93,10 @@ def clipup(x: Tensor, w: Weights) -> Tensor:
     return ck.expert_mlp(x, gating.gates, plan, w.in_weight, w.in_bias, w.out_weight, w.out_bias, "gelu")
 
 
-def oracle(x: Tensor, w: Weights) -> Tensor:
-    """The same layer in float64 by the reference ops; routed on the same float32 logits."""
+def oracle(x: Tensor, w: Weights | DenseWeights) -> Tensor:
+    """The same layer in float64, sparse ones by the reference ops and routed on the same float32 logits."""
+    if isinstance(w, DenseWeights):
+        return dense(x.double(), DenseWeights(*(t.double() for t in w)))
     logits = F.linear(x.float(), w.router.float())
     gating = ck.reference.topk_gating(logits, w.top_k, renormalize=True)
     plan = ck.reference.dispatch(gating.experts, w.router.shape[0])
@@ -122,6 +104,64 @@ def oracle(x: Tensor, w: Weights) -> Tensor:
     return ck.reference.expert_mlp(x.double(), gating.gates.double(), plan, *parameters, "gelu")
 
 
-DENSE = {"dense_1": dense_1, "dense_k": dense_k}
-SPARSE = {"loop": loop, "loop_unbind": loop_unbind, "grouped_mm": grouped_mm, "clipup": clipup}
+DENSE = {"dense_1": dense, "dense_k": dense, "dense_k_engine": dense_engine}
+"""One dense MLP: ``dense_1`` on T rows, what the dense model pays; all others on K*T rows, the sparse layer's."""
+SPARSE = {
+    "loop": loop,
+    "loop_unbind": loop_unbind,
+    "grouped_mm": grouped_mm,
+    "hf_grouped_mm": hf_grouped_mm,
+    "clipup": clipup,
+}
 IMPLEMENTATIONS = DENSE | SPARSE
+WITHOUT_DERIVATIVE = {"dense_k_engine"}
+TRANSFORMERS = (5, 4)
+"""The first version whose grouped experts can do without a gate."""
+
+
+def available(training: bool) -> list[str]:
+    """The implementations that can run: their packages are there, and they have a derivative if one is wanted."""
+    missing = WITHOUT_DERIVATIVE if training else set()
+    if version_of("transformers") < TRANSFORMERS:
+        missing = missing | {"hf_grouped_mm"}
+    return [name for name in IMPLEMENTATIONS if name not in missing]
+
+
+def version_of(package: str) -> tuple[int, ...]:
+    """Major and minor version; empty, less than any, where the package is not installed."""
+    return tuple(map(int, re.findall(r"\d+", package_version(package))[:2]))
+
+
+class Candidate(NamedTuple):
+    """An implementation with its input and weights, ready to run."""
+
+    function: Callable[[Tensor, Weights | DenseWeights], Tensor]
+    x: Tensor
+    weights: Weights | DenseWeights
+
+    def forward(self) -> Tensor:
+        return self.function(self.x, self.weights)
+
+    def gradients(self, dy: Tensor) -> tuple[Tensor, ...]:
+        """Forward and backward: gradients of the input and of every parameter."""
+        return torch.autograd.grad(self.forward(), [self.x, *self.weights.parameters], dy)
+
+    def runner(self, training: bool) -> Callable[[], object]:
+        """What is timed."""
+        if not training:
+            return self.forward
+        dy = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(2)).to(self.x)
+        return lambda: self.gradients(dy)
+
+
+def candidates(impls: Iterable[str], case: Case, top_k: int, dtype: torch.dtype, device: str) -> dict[str, Candidate]:
+    """The implementations on one case; the sparse ones share their weights."""
+    weights = make_weights(case, top_k, dtype, device)
+    x, x_k = (make_x(rows, case.d_model, dtype, device) for rows in (case.tokens, top_k * case.tokens))
+    check_loads(case, x, weights)
+    one = first_expert(weights)
+    made = {}
+    for impl in impls:
+        dense_x = x if impl == "dense_1" else x_k
+        made[impl] = Candidate(DENSE[impl], dense_x, one) if impl in DENSE else Candidate(SPARSE[impl], x, weights)
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import subprocess
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ class Timing(NamedTuple):
     """Median of the candidate's time over the baseline's, the two run in turn."""
 
 
-def _clock(run: Callable[[], object], device: str) -> float:
+def clock(run: Callable[[], object], device: str) -> float:
     """Seconds of one call, device work included."""
     start = time.perf_counter()
     run()
@@ -37,17 +38,18 @@ def alternate(
     """Times every candidate against ``candidates[baseline]``.
 
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
-    and for ``min_rounds`` at least. One untimed round comes first.
+    and for ``min_rounds`` at least. Two untimed rounds come first: what is kept between calls, packed weights for one,
+    is there after the second.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
-        _clock(run, device)
+    for run in [*candidates.values()] * 2:
+        clock(run, device)
     start = time.perf_counter()
     while len(times[baseline]) < min_rounds or time.perf_counter() - start < seconds:
         for name, run in candidates.items():
-            base = _clock(candidates[baseline], device)
-            taken = _clock(run, device)
+            base = clock(candidates[baseline], device)
+            taken = clock(run, device)
             times[name].append(taken)
             ratios[name].append(taken / base)
     result = {}
@@ -65,8 +67,9 @@ def package_version(name: str) -> str:
         return ""
 
 
+@functools.cache
 def commit() -> str:
-    """The commit that is measured, with ``+`` when the tree differs from it; empty outside a checkout."""
+    """The commit of the first call, with ``+`` when the tree differs from it; empty outside a checkout."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:

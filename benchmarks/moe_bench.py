@@ -4,152 +4,190 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 
 import torch
-from baselines import IMPLEMENTATIONS, SPARSE, Weights, make_weights, make_x, oracle
-from harness import alternate, commit, device_name, package_version, print_table, write_csv
+from baselines import IMPLEMENTATIONS, TRANSFORMERS, WITHOUT_DERIVATIVE, Candidate, available, candidates, oracle
+from gemm_peak import GemmPeak
+from harness import Timing, alternate, commit, device_name, package_version, print_table, write_csv
+from moe_layer import ROUTINGS, Case, make_x
+from torch import Tensor
 
+BASELINE = "dense_k"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
-DEFAULT_SHAPES = ["197x768x3072", "616x512x2048", "1576x768x3072"]
+CHECKED_TOKENS = 96
+FORWARD_SHAPES = ["197x768x3072", "1576x768x3072", "6304x768x3072", "616x512x2048", "4928x512x2048"]
+TRAINING_SHAPES = ["1576x768x3072", "6304x768x3072", "616x512x2048", "4928x512x2048"]
+FULL = [Case(6304, 768, 3072, experts) for experts in (8, 16, 64)] + [Case(6304, 768, 3072, 8, "skewed")]
+"""What ``--suite full`` adds: more experts for the same rows, and one expert that takes half of them."""
 FIELDS = (
-    "device dtype threads tokens d_model d_hidden experts top_k pass impl median_ms p20_ms p80_ms tflops "
-    "ratio_to_dense_k saved_mb commit torch triton"
+    "device dtype threads tokens d_model d_hidden experts top_k routing pass impl median_ms p20_ms p80_ms tflops "
+    "ratio_to_dense_k peak_share saved_mb commit torch triton"
 ).split()
+SHOWN = (
+    "dtype threads tokens d_model d_hidden experts routing impl median_ms tflops ratio_to_dense_k peak_share".split()
+)
 
 
-def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=DEFAULT_SHAPES, help="TOKENSxD_MODELxD_HIDDEN")
-    parser.add_argument("--num-experts", nargs="+", type=int, default=[8])
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--impl", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
-    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], help="CPU threads")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--skew", action="store_true", help="a router that sends most tokens to one expert first")
-    parser.add_argument("--seconds", type=float, default=5.0, help="timing budget of one shape and dtype, in seconds")
-    parser.add_argument("--csv", help="file to write the rows to")
+def options(description: str, training: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    shapes = TRAINING_SHAPES if training else FORWARD_SHAPES
+    add("--shapes", nargs="+", default=shapes, help=f"TOKENSxD_MODELxD_HIDDEN (default: {' '.join(shapes)})")
+    add("--num-experts", nargs="+", type=int, default=[8], help="experts of the layer (default: 8)")
+    add("--top-k", type=int, default=2, help="choices a token (default: 2)")
+    text = "skewed: one expert takes half of all rows (default: balanced)"
+    add("--routing", nargs="+", choices=ROUTINGS, default=["balanced"], help=text)
+    text = "full adds E = 8, 16, 64 and the skewed routing at 6304x768x3072, and one thread"
+    add("--suite", choices=["default", "full"], default="default", help=text)
+    add("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], help="(default: fp32 bf16)")
+    impls = available(training)
+    add("--impl", nargs="+", choices=list(IMPLEMENTATIONS), default=impls, help=f"(default: {' '.join(impls)})")
+    add("--threads", nargs="+", type=int, help=f"CPU threads (default: {torch.get_num_threads()}; --suite full: 1 too)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
+    add("--seconds", type=float, default=5.0, help="timing budget of one case and dtype, in seconds (default: 5)")
+    add("--csv", help="file to write the rows to")
+    return parser
+
+
+def parse(description: str, training: bool, argv: list[str] | None) -> argparse.Namespace:
+    parser = options(description, training)
     args = parser.parse_args(argv)
     for shape in args.shapes:
         if len(shape.split("x")) != 3 or not all(part.isdigit() and int(part) > 0 for part in shape.split("x")):
             parser.error(f"--shapes: expected TOKENSxD_MODELxD_HIDDEN such as 1576x768x3072, got {shape!r}")
-    for num_experts in args.num_experts:
-        if not 1 <= args.top_k <= num_experts:
-            parser.error(f"--top-k must be between 1 and --num-experts ({num_experts}), got {args.top_k}")
+    for impl in set(args.impl) - set(available(training)):
+        needs = "transformers " + ".".join(map(str, TRANSFORMERS))
+        why = "has no derivative" if impl in WITHOUT_DERIVATIVE else f"needs {needs} or newer"
+        parser.error(f"--impl: {impl} {why}")
+    if args.rounds < 2:
+        parser.error(f"--rounds must be 2 or more, got {args.rounds}")
+    args.cases = cases(args)
+    for case in args.cases:
+        if not 1 <= args.top_k <= case.experts:
+            parser.error(f"--top-k must be between 1 and --num-experts ({case.experts}), got {args.top_k}")
+        if case.routing == "skewed" and not args.top_k == 2 < case.experts:
+            parser.error("--routing skewed, half of the rows to one expert, needs --top-k 2 and at least 3 experts")
+    if args.device != "cpu":
+        args.threads = [""]
+    all_threads = torch.get_num_threads()
+    args.threads = args.threads or sorted({1, all_threads} if args.suite == "full" else {all_threads})
     return args
 
 
-def check(impl: str, weights: Weights, dtype: str, device: str, training: bool) -> None:
-    """Compares an implementation with the float64 oracle on 96 fresh tokens; raises when it is off."""
-    x = make_x(96, weights.in_weight.shape[2], DTYPES[dtype], device, seed=7)
-    inputs = []
-    for precision in (lambda t: t, lambda t: t.double() if t.is_floating_point() else t):
-        tensors = [precision(t).detach().clone().requires_grad_(training) for t in (x, *weights[:-1])]
-        inputs.append((tensors[0], Weights(*tensors[1:], weights.top_k)))
-    (x_ours, w_ours), (x_oracle, w_oracle) = inputs
-    results = [IMPLEMENTATIONS[impl](x_ours, w_ours)], [oracle(x_oracle, w_oracle)]
-    if training:
-        for result, leaf_x, leaf_w in ((results[0], x_ours, w_ours), (results[1], x_oracle, w_oracle)):
-            leaves = [leaf_x, *leaf_w[1:5]]
-            result.extend(torch.autograd.grad(result[0].float().square().sum(), leaves))
-    for ours, want in zip(*results, strict=True):
-        error = ((ours.double() - want).abs().max() / want.abs().max()).item()
-        if not error <= TOLERANCE[dtype]:
-            raise SystemExit(f"{impl} in {dtype} is off by {error:.1e} of the largest entry; nothing was timed")
+def cases(args: argparse.Namespace) -> list[Case]:
+    """What is measured, each case once."""
+    asked = product(args.shapes, args.num_experts, args.routing)
+    listed = [Case(*map(int, shape.split("x")), experts, routing) for shape, experts, routing in asked]
+    return list(dict.fromkeys(listed + (FULL if args.suite == "full" else [])))
 
 
-def saved_megabytes(function, x: torch.Tensor, weights: Weights) -> float:
+def check(timed: dict[str, Candidate], dtype: str, device: str, training: bool) -> None:
+    """Compares all candidates with the float64 oracle on fresh tokens; raises when one is off.
+
+    Each runs twice on the weights that are timed, so that what is kept from the first call is checked too.
+    """
+    width = next(iter(timed.values())).x.shape[1]
+    x = make_x(CHECKED_TOKENS, width, DTYPES[dtype], device, seed=7)
+    wanted: dict[type, tuple[Tensor, ...]] = {}
+    for impl, candidate in timed.items():
+        kind = type(candidate.weights)
+        if kind not in wanted:
+            wanted[kind] = results(Candidate(oracle, exactly(x), kind(*map(exactly, candidate.weights))), training)
+        for _ in range(2):
+            error = max(map(largest_error, results(candidate._replace(x=x), training), wanted[kind]))
+            if not error <= TOLERANCE[dtype]:
+                raise SystemExit(f"{impl} in {dtype} is off by {error:.1e} of the largest entry; nothing was timed")
+
+
+def exactly(value: Tensor | int) -> Tensor | int:
+    """A leaf in float64."""
+    return value.detach().double().requires_grad_() if isinstance(value, Tensor) else value
+
+
+def results(candidate: Candidate, training: bool) -> tuple[Tensor, ...]:
+    """The output; when training also the gradients of the input and the parameters."""
+    with torch.inference_mode(not training):
+        y = candidate.forward()
+        return (y, *candidate.gradients(y.detach())) if training else (y,)
+
+
+def largest_error(actual: Tensor, exact: Tensor) -> float:
+    """Largest difference over the largest exact entry."""
+    return ((actual.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def saved_megabytes(candidate: Candidate) -> float:
     """MB that autograd keeps between forward and backward beside the layer's own arguments."""
-    arguments = {t.data_ptr() for t in (x, *weights[:-1])}
+    arguments = {t.untyped_storage().data_ptr() for t in (candidate.x, *candidate.weights.parameters)}
     storages: dict[int, int] = {}
 
-    def pack(tensor):
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if tensor.data_ptr() not in arguments and storage.data_ptr() not in arguments:
+        if storage.data_ptr() not in arguments:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function(x, weights)
+        result = candidate.forward()
     del result
     return sum(storages.values()) / 1e6
 
 
 def measure(
-    args: argparse.Namespace, shape: str, num_experts: int, dtype: str, threads: int, training: bool
+    args: argparse.Namespace, case: Case, dtype: str, threads: int | str, training: bool, peak: GemmPeak
 ) -> list[dict]:
-    tokens, d_model, d_hidden = map(int, shape.split("x"))
+    """The rows of one case and dtype; ``peak`` is measured before and after."""
     if args.device == "cpu":
         torch.set_num_threads(threads)
-    weights = make_weights(d_model, d_hidden, num_experts, args.top_k, DTYPES[dtype], args.device, args.skew)
-    for impl in args.impl:
-        if impl in SPARSE:
-            check(impl, weights, dtype, args.device, training)
-    weights = Weights(*(t.requires_grad_(training) for t in weights[:-1]), weights.top_k)
-    inputs = {
-        "dense_1": make_x(tokens, d_model, DTYPES[dtype], args.device).requires_grad_(training),
-        "dense_k": make_x(tokens * args.top_k, d_model, DTYPES[dtype], args.device).requires_grad_(training),
-    }
-
-    def runner(impl: str):
-        function, x = IMPLEMENTATIONS[impl], inputs.get(impl, inputs["dense_1"])
-        if not training:
-            return lambda: function(x, weights)
-        dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x)
-        leaves = [x, *weights[1:5]]
-        return lambda: torch.autograd.grad(function(x, weights), leaves, dy)
-
-    candidates = {impl: runner(impl) for impl in dict.fromkeys(["dense_k", *args.impl])}
+    timed = candidates(dict.fromkeys([BASELINE, *args.impl]), case, args.top_k, DTYPES[dtype], args.device)
+    check(timed, dtype, args.device, training)
+    peak.measure(dtype, DTYPES[dtype], threads)
     with torch.inference_mode(not training):
-        timings = alternate(candidates, "dense_k", args.seconds, args.device)
-    rows = []
-    for impl, timing in timings.items():
-        if impl not in args.impl:
-            continue
-        x = inputs.get(impl, inputs["dense_1"])
-        products = tokens * (1 if impl == "dense_1" else args.top_k) * 2 * 2 * d_model * d_hidden
-        flops = products * (3 if training else 1)
-        saved = saved_megabytes(IMPLEMENTATIONS[impl], x, weights) if training else 0.0
-        values = (
-            device_name(args.device), dtype, threads if args.device == "cpu" else "", tokens, d_model, d_hidden,
-            num_experts, args.top_k, "fwd_bwd" if training else "fwd", impl, f"{timing.median_ms:.3f}",
-            f"{timing.p20_ms:.3f}", f"{timing.p80_ms:.3f}", f"{flops / timing.median_ms / 1e9:.3f}",
-            f"{timing.ratio:.3f}", f"{saved:.1f}", commit(), torch.__version__, package_version("triton"),
-        )  # fmt: skip
-        rows.append(dict(zip(FIELDS, values, strict=True)))
-    return rows
+        runners = {impl: candidate.runner(training) for impl, candidate in timed.items()}
+        timings = alternate(runners, BASELINE, args.seconds, args.device, args.rounds)
+    peak.measure(dtype, DTYPES[dtype], threads)
+    where = dict(device=device_name(args.device), dtype=dtype, threads=threads, top_k=args.top_k, **case._asdict())
+    return [row(where, impl, timings[impl], timed[impl], training, peak) for impl in args.impl]
+
+
+def row(where: dict, impl: str, timing: Timing, candidate: Candidate, training: bool, peak: GemmPeak) -> dict:
+    rows = where["tokens"] * (1 if impl == "dense_1" else where["top_k"])
+    flops = rows * 2 * 2 * where["d_model"] * where["d_hidden"] * (3 if training else 1)
+    values = where | {
+        "pass": "fwd_bwd" if training else "fwd",
+        "impl": impl,
+        "median_ms": f"{timing.median_ms:.3f}",
+        "p20_ms": f"{timing.p20_ms:.3f}",
+        "p80_ms": f"{timing.p80_ms:.3f}",
+        "tflops": f"{flops / timing.median_ms / 1e9:.4g}",
+        "ratio_to_dense_k": f"{timing.ratio:.3f}",
+        "saved_mb": f"{saved_megabytes(candidate) if training else 0:.1f}",
+        "commit": commit(),
+        "torch": torch.__version__,
+        "triton": package_version("triton"),
+    }
+    values["peak_share"] = f"{peak.share(values):.3f}"
+    return {field: values[field] for field in FIELDS}
 
 
 def main(description: str, training: bool, argv: list[str] | None = None) -> int:
-    args = parse(description, argv)
-    print(
-        f"{device_name(args.device)}; times in ms, ratio_to_dense_k is the median of pair-by-pair ratios\n", flush=True
-    )
-    columns = [
-        "dtype",
-        "threads",
-        "tokens",
-        "d_model",
-        "d_hidden",
-        "experts",
-        "impl",
-        "median_ms",
-        "tflops",
-        "ratio_to_dense_k",
-    ]
-    if training:
-        columns.append("saved_mb")
-    rows = []
-    for threads in args.threads:
-        for shape in args.shapes:
-            for num_experts in args.num_experts:
-                for dtype in args.dtype:
-                    fresh = measure(args, shape, num_experts, dtype, threads, training)
-                    print_table(fresh, columns)
-                    print(flush=True)
-                    rows += fresh
+    args = parse(description, training, argv)
+    print(f"{device_name(args.device)}, commit {commit() or 'unknown'}; times in ms")
+    print("ratio_to_dense_k is the median of pair-by-pair ratios\n", flush=True)
+    columns = SHOWN + (["saved_mb"] if training else [])
+    peak, rows = GemmPeak(args.device), []
+    for threads, case, dtype in product(args.threads, args.cases, args.dtype):
+        fresh = measure(args, case, dtype, threads, training, peak)
+        print_table(fresh, columns)
+        print(flush=True)
+        rows += fresh
+        if args.csv:  # all rows again: the peak may have risen
+            write_csv(args.csv, [row | {"peak_share": f"{peak.share(row):.3f}"} for row in rows])
+    for (dtype, threads), rate in peak.best.items():
+        print(f"peak_share 1.000: {rate:.3f} TFLOP/s, {dtype}" + (f", threads: {threads}" if threads else ""))
     if args.csv:
-        write_csv(args.csv, rows)
         print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
     return 0

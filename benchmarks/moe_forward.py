@@ -1,7 +1,8 @@
 """One Mixture-of-Experts layer, inference: this project's ops against dense MLPs and plain torch.
 
-    python benchmarks/moe_forward.py                                  # a table in about a minute
+    python benchmarks/moe_forward.py                                  # tables, in some minutes
     python benchmarks/moe_forward.py --shapes 6304x768x3072 --dtype fp32 --csv benchmarks/results/forward.csv
+    python benchmarks/moe_forward.py --suite full --csv benchmarks/results/moe_forward_cpu.csv
 
 Every implementation is checked against a float64 oracle before anything is timed.
 """
