@@ -1,0 +1,138 @@
+"""A chart of ratio_to_dense_k from the CSV files of moe_forward.py and moe_training.py.
+
+    python benchmarks/plot.py benchmarks/results/moe_*_cpu.csv --out benchmarks/results/moe_cpu.svg
+
+A line for every case, a panel for every dtype, a mark for every implementation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipup.report import svg
+from clipup.report.palette import EXPERTS
+
+IMPLEMENTATIONS = ("clipup", "hf_grouped_mm", "grouped_mm", "loop_unbind", "loop", "dense_k_engine", "dense_1")
+COLORS = dict(zip(IMPLEMENTATIONS, ("#e0660a", *EXPERTS), strict=False))
+PASSES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
+LABELS, PANEL, GAP, LINE, HEAD = 260, 300, 24, 22, 44  # px: widths of labels and panels, heights of lines and headings
+TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
+
+
+def read(paths: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of all files; files of whole models and the baseline's own rows are left out."""
+    rows = [row for path in paths for row in csv.DictReader(Path(path).read_text().splitlines())]
+    return [row for row in rows if "ratio_to_dense_k" in row and row["impl"] in COLORS]
+
+
+def section_of(row: dict[str, str]) -> str:
+    threads = f", threads: {row['threads']}" if row["threads"] else ""
+    return f"{PASSES[row['pass']]} — {row['device']}{threads}"
+
+
+def case_of(row: dict[str, str]) -> str:
+    skewed = ", skewed" if row.get("routing") == "skewed" else ""
+    return f"T={row['tokens']}, {row['d_model']}/{row['d_hidden']}, E={row['experts']}, K={row['top_k']}{skewed}"
+
+
+class Scale:
+    """A logarithmic axis over the ratios, 1 always on it."""
+
+    def __init__(self, ratios: Sequence[float]) -> None:
+        low, high = min(0.9, *ratios) / 1.08, max(1.1, *ratios) * 1.08
+        self.low, self.range = math.log(low), math.log(high / low)
+        self.ticks = [tick for tick in TICKS if low <= tick <= high]
+
+    def __call__(self, ratio: float) -> float:
+        """Pixels from the panel's left edge."""
+        return (math.log(ratio) - self.low) / self.range * PANEL
+
+
+def legend(y: float, impls: Sequence[str]) -> str:
+    parts, x = [], 0.0
+    for impl in impls:
+        parts.append(mark(x + 6, y - 4, impl, impl))
+        parts.append(svg.text(x + 16, y, impl, font_size=12))
+        x += 34 + 7.3 * len(impl)
+    return "".join(parts)
+
+
+def mark(x: float, y: float, impl: str, tooltip: str) -> str:
+    """A dot; this project's is a larger diamond, dense ones are rings."""
+    if impl == "clipup":
+        path = f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"
+        return svg.element("path", svg.title(tooltip), d=path, fill=COLORS[impl])
+    ring = {"fill": "none", "stroke": COLORS[impl], "stroke_width": 2} if impl.startswith("dense") else {}
+    return svg.element("circle", svg.title(tooltip), **({"cx": x, "cy": y, "r": 4.5, "fill": COLORS[impl]} | ring))
+
+
+def grid(left: float, top: float, bottom: float, scale: Scale) -> str:
+    parts = []
+    for tick in scale.ticks:
+        x = left + scale(tick)
+        strong = {"stroke_opacity": "0.8", "stroke_width": 1.5} if tick == 1 else {"stroke_opacity": "0.15"}
+        parts.append(svg.line(x, top, x, bottom, **strong))
+        parts.append(svg.text(x, bottom + 14, f"{tick:g}", font_size=11, text_anchor="middle"))
+    return "".join(parts)
+
+
+def section(
+    title: str, rows: Sequence[dict[str, str]], dtypes: Sequence[str], top: float, scale: Scale
+) -> tuple[str, float]:
+    """A heading and a line for every case; also where the next section begins."""
+    cases = list(dict.fromkeys(map(case_of, rows)))
+    first = top + HEAD
+    bottom = first + LINE * len(cases)
+    parts = [svg.text(0.0, top + 16, title, font_size=13, font_weight=600)]
+    parts += [svg.text(0.0, first + LINE * (i + 0.5) + 4, case, font_size=12) for i, case in enumerate(cases)]
+    lefts = {dtype: LABELS + i * (PANEL + GAP) for i, dtype in enumerate(dtypes)}
+    for dtype, left in lefts.items():
+        parts.append(svg.text(left + PANEL / 2, top + 36, dtype, font_size=12, text_anchor="middle"))
+        parts.append(grid(left, first, bottom, scale))
+    for row in sorted(rows, key=lambda row: -IMPLEMENTATIONS.index(row["impl"])):  # clipup on top
+        ratio = float(row["ratio_to_dense_k"])
+        y = first + LINE * (cases.index(case_of(row)) + 0.5)
+        parts.append(mark(lefts[row["dtype"]] + scale(ratio), y, row["impl"], f"{row['impl']}: {ratio:.2f}"))
+    return "".join(parts), bottom + 28
+
+
+def chart(rows: Sequence[dict[str, str]]) -> str:
+    """The whole figure as SVG, on white so that it reads on any page."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    scale = Scale([float(row["ratio_to_dense_k"]) for row in rows])
+    found = {row["impl"] for row in rows}
+    title = "Time over that of a dense MLP on K·T rows; left of 1 is faster"
+    parts = [
+        svg.text(0.0, 16.0, title, font_size=15, font_weight=600),
+        legend(40, [impl for impl in IMPLEMENTATIONS if impl in found]),
+    ]
+    y = 58.0
+    for name in dict.fromkeys(map(section_of, rows)):
+        drawn, y = section(name, [row for row in rows if section_of(row) == name], dtypes, y, scale)
+        parts.append(drawn)
+    width, margin = LABELS + len(dtypes) * (PANEL + GAP), 16
+    paper = svg.element("rect", width=width + 2 * margin, height=y + 2 * margin, fill="#fff")
+    content = svg.element("g", *parts, transform=f"translate({margin} {margin})", font_family="sans-serif")
+    return svg.picture(width + 2 * margin, y + 2 * margin, title, paper, content, color="#1c2128")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", nargs="+", help="files written with --csv")
+    parser.add_argument("--out", required=True, help="SVG file to write")
+    args = parser.parse_args(argv)
+    rows = read(args.csv)
+    if not rows:
+        parser.error("no rows with a ratio_to_dense_k in these files")
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(chart(rows) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
