@@ -1,5 +1,7 @@
 """Whole models, inference: dense B/16, dense L/14 and CLIP-UP B/16 in one alternating run, beside their counted GFLOPs.
 
+"accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``).
+
     python benchmarks/clip_throughput.py                              # bf16 models, a few minutes
     python benchmarks/clip_throughput.py --dtype fp32 bf16 --batch-size 16 --csv benchmarks/results/clip_throughput.csv
 
@@ -22,16 +24,18 @@ from clipup.models import expecting_random_weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASELINE = "ViT-B-16"
-MODELS = (BASELINE, "ViT-L-14", "ViT-B-16 CLIP-UP")
+MODELS = (BASELINE, "ViT-L-14", "ViT-B-16 CLIP-UP", "ViT-B-16 CLIP-UP accelerated")
 WORDS = "a photograph of one small brown dog that runs along the wide grey beach at dusk".split()
 
 
 def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    architecture, _, sparse = name.partition(" ")
+    architecture, *options = name.split()
     with expecting_random_weights():
         model = open_clip.create_model(architecture, load_weights=False)
-    if sparse:
+    if "CLIP-UP" in options:
         model = clipup.upcycle(model, clipup.MoEConfig.clip_up(), inplace=True)
+    if "accelerated" in options:
+        model = clipup.accelerate(model, inplace=True)
     return model.eval().to(device, dtype)
 
 
