@@ -1,0 +1,171 @@
+// What happens to a tile of sums while it is in the cache, and to rows afterwards.
+#pragma once
+
+#include "activations.h"
+#include "operands.h"
+
+namespace clipup {
+namespace {
+
+// ---------------------------------------------------------------- finishing a tile
+
+template <class Storage>
+struct Bias {
+  F32x values[2];
+  Bias(const void* bias, std::int64_t columns) {
+    const auto* from = static_cast<const typename Storage::Element*>(bias);
+    for (int v = 0; v < 2; ++v) {
+      values[v] = bias == nullptr ? F32x{} : load_some<Storage>(from + v * kLanes, columns - v * kLanes);
+    }
+  }
+};
+
+template <class Storage, class Operand, class Activation, bool kGated>
+void finish_hidden_tile(const HiddenTile& tile) {
+  using Element = typename Storage::Element;
+  const Bias<Storage> bias(tile.bias, tile.columns);
+  const Bias<Storage> bias_gate(tile.bias_gate, tile.columns);
+  for (int v = 0; v < 2; ++v) {
+    const std::int64_t left = tile.columns - v * kLanes;
+    auto* z_to = from(static_cast<Element*>(tile.z), v * kLanes);
+    auto* z_gate_to = from(static_cast<Element*>(tile.z_gate), v * kLanes);
+    Word* a_to = in_lines<Operand>(tile.a, tile.rows, tile.column + v * kLanes);
+    for (std::int64_t i = 0; i < tile.rows; ++i) {
+      const std::int64_t at = i * kPanel + v * kLanes;
+      const F32x z = Storage::rounded(load_as<F32x>(tile.c + at) + bias.values[v]);
+      if (tile.z != nullptr) store_some<Storage>(z_to + i * tile.z_stride, z, left);
+      F32x a;
+      if constexpr (kGated) {
+        const F32x z_gate = Storage::rounded(load_as<F32x>(tile.c_gate + at) + bias_gate.values[v]);
+        if (tile.z != nullptr) store_some<Storage>(z_gate_to + i * tile.z_stride, z_gate, left);
+        a = Activation::at(z_gate).value * z;
+      } else {
+        a = Activation::at(z).value;
+      }
+      if (tile.a != nullptr) Operand::store_along(a_to + i * kLineWords, a);
+    }
+  }
+}
+
+template <class Storage, class Operand, class Activation>
+void finish_hidden(const HiddenTile& tile) {
+  if (tile.c_gate == nullptr) return finish_hidden_tile<Storage, Operand, Activation, false>(tile);
+  finish_hidden_tile<Storage, Operand, Activation, true>(tile);
+}
+
+template <class Storage, class Operand, class Activation, bool kGated>
+void finish_hidden_gradient_tile(const HiddenGradientTile& tile) {
+  using Element = typename Storage::Element;
+  constexpr int kRows = Operand::kPerWord;
+  const std::int64_t strip = tile.strip_words * kColumnTile;
+  F32x products[kTileRows];
+  for (std::int64_t i = 0; i < tile.rows; ++i) products[i] = F32x{};
+  for (int v = 0; v < 2; ++v) {
+    const std::int64_t left = tile.columns - v * kLanes;
+    const std::int64_t column = tile.column + v * kLanes;
+    const auto* z_from = static_cast<const Element*>(tile.z) + v * kLanes;
+    const auto* z_gate_from = from(static_cast<const Element*>(tile.z_gate), v * kLanes);
+    Word* const dz_to = in_lines<Operand>(tile.dz, tile.rows, column);
+    Word* const dz_gate_to = in_lines<Operand>(tile.dz_gate, tile.rows, column);
+    const std::int64_t strip_at = column / kColumnTile * strip + tile.word * kColumnTile;
+    const std::int64_t panel_at = (tile.column / kPanel * tile.strip_words + tile.word) * kPanel + v * kLanes;
+    for (std::int64_t i = 0; i < tile.rows; i += kRows) {
+      F32x dz[kRows], dz_gate[kRows], a[kRows];
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        dz[r] = dz_gate[r] = a[r] = F32x{};
+        if (i + r == tile.rows) break;  // an odd last row has zeros for its partner
+        const F32x da = load_as<F32x>(tile.da + (i + r) * kPanel + v * kLanes);
+        const F32x scaled = da * tile.gates[i + r];
+        const F32x z = load_some<Storage>(z_from + (i + r) * tile.z_stride, left);
+        if constexpr (kGated) {
+          const ValueSlope gate =
+              Activation::at(load_some<Storage>(z_gate_from + (i + r) * tile.z_stride, left));
+          a[r] = gate.value * z;
+          dz[r] = scaled * gate.value;
+          dz_gate[r] = scaled * z * gate.slope;
+          if (tile.dz != nullptr) Operand::store_along(dz_gate_to + (i + r) * kLineWords, dz_gate[r]);
+        } else {
+          const ValueSlope hidden = Activation::at(z);
+          a[r] = hidden.value;
+          dz[r] = scaled * hidden.slope;
+        }
+        products[i + r] += a[r] * da;
+        if (tile.dz != nullptr) Operand::store_along(dz_to + (i + r) * kLineWords, dz[r]);
+      }
+      const std::int64_t word = i / kRows;
+      if (tile.dz_strips != nullptr && left > 0) {
+        store_columns(tile.dz_strips + strip_at + word * kColumnTile, strip, left, Operand::across(dz));
+        if constexpr (kGated) {
+          store_columns(tile.dz_gate_strips + strip_at + word * kColumnTile, strip, left,
+                        Operand::across(dz_gate));
+        }
+      }
+      if (tile.a_strips != nullptr) store_as(tile.a_strips + panel_at + word * kPanel, Operand::across(a));
+    }
+  }
+  for (std::int64_t i = 0; tile.d_gates != nullptr && i < tile.rows; ++i) {
+    tile.d_gates[i * tile.d_gates_stride] = sum_of(products[i]);
+  }
+}
+
+template <class Storage, class Operand, class Activation>
+void finish_hidden_gradient(const HiddenGradientTile& tile) {
+  if (tile.z_gate == nullptr) return finish_hidden_gradient_tile<Storage, Operand, Activation, false>(tile);
+  finish_hidden_gradient_tile<Storage, Operand, Activation, true>(tile);
+}
+
+template <class Storage>
+void finish_output(const OutputTile& tile) {
+  using Element = typename Storage::Element;
+  const Bias<Storage> bias(tile.bias, tile.columns);
+  constexpr std::int64_t kVectorBytes = kLanes * sizeof(Element);
+  const bool aligned =
+      reinterpret_cast<std::uintptr_t>(tile.out) % kVectorBytes == 0 && tile.stride % kLanes == 0;
+  for (std::int64_t i = 0; i < tile.rows; ++i) {
+    for (int v = 0; v < 2; ++v) {
+      const std::int64_t left = tile.columns - v * kLanes;
+      const std::int64_t at = i * tile.stride + v * kLanes;
+      F32x value = load_as<F32x>(tile.c + i * kPanel + v * kLanes) + bias.values[v];
+      if (tile.previous != nullptr) value += load_some<Float32>(tile.previous + at, left);
+      if (tile.sum != nullptr) store_some<Float32>(tile.sum + at, value, left);
+      auto* const out = static_cast<Element*>(tile.out);
+      if (out == nullptr) continue;
+      if (tile.stream && aligned && left >= kLanes) {
+        Storage::stream(out + at, value);
+      } else {
+        store_some<Storage>(out + at, value, left);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- rows
+
+template <class Storage>
+void weighted_sum(const float* rows, const std::int32_t* row_of_choice, const float* gates, std::int64_t K,
+                  std::int64_t D, void* y) {
+  for (std::int64_t d = 0; d < D; d += kLanes) {
+    F32x total{};
+    for (std::int64_t k = 0; k < K; ++k) {
+      if (row_of_choice[k] < 0) continue;
+      const F32x row = load_some<Float32>(rows + row_of_choice[k] * D + d, D - d);
+      total += gates == nullptr ? row : row * gates[k];
+    }
+    store_some<Storage>(static_cast<typename Storage::Element*>(y) + d, total, D - d);
+  }
+}
+
+template <class Storage>
+float dot(const void* a, const void* b, std::int64_t n) {
+  using Element = typename Storage::Element;
+  F32x total{};
+  for (std::int64_t e = 0; e < n; e += kLanes) {
+    total += load_some<Storage>(static_cast<const Element*>(a) + e, n - e) *
+             load_some<Storage>(static_cast<const Element*>(b) + e, n - e);
+  }
+  return sum_of(total);
+}
+
+}  // namespace
+}  // namespace clipup

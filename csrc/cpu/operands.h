@@ -1,0 +1,146 @@
+// How elements are stored, how they are multiplied, and where they lie in packed operands (kernels.h).
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace clipup {
+namespace {
+
+// Accumulators, a panel's two vectors and a broadcast fill the 32 (AVX-512) or 16 registers.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14, kColumnTile = 8;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6, kColumnTile = 4;
+#else
+constexpr int kTileRows = 4, kColumnTile = 4;
+#endif
+constexpr int kPanel = 2 * kLanes;
+static_assert(kTileRows <= kMostTileRows && kTileRows % 2 == 0 && kLineWords % kLanes == 0 &&
+              (kColumnTile == kLanes || 2 * kColumnTile == kLanes));
+
+// A null array stays null.
+template <class T>
+inline T* from(T* array, std::int64_t index) {
+  return array == nullptr ? nullptr : array + index;
+}
+
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// ---------------------------------------------------------------- storage types
+
+struct Float32 {
+  using Element = float;
+  static F32x load(const Element* from) { return load_as<F32x>(from); }
+  static void store(Element* to, F32x value) { store_as(to, value); }
+  static void stream(Element* to, F32x value) { stream_as(to, value); }
+  static F32x rounded(F32x value) { return value; }
+};
+
+struct BFloat16 {
+  using Element = std::uint16_t;
+  static F32x load(const Element* from) { return bfloat16_to_float(load_as<U16x>(from)); }
+  static void store(Element* to, F32x value) { store_as(to, float_to_bfloat16(value)); }
+  static void stream(Element* to, F32x value) { stream_as(to, float_to_bfloat16(value)); }
+  static F32x rounded(F32x value) { return bfloat16_to_float(float_to_bfloat16(value)); }
+};
+
+struct Float16 {
+  using Element = std::uint16_t;
+  static F32x load(const Element* from) { return float16_to_float(load_as<U16x>(from)); }
+  static void store(Element* to, F32x value) { store_as(to, float_to_float16(value)); }
+  static void stream(Element* to, F32x value) { stream_as(to, float_to_float16(value)); }
+  static F32x rounded(F32x value) { return float16_to_float(float_to_float16(value)); }
+};
+
+// The first `count` elements, zeros behind them; count may be negative or beyond the vector.
+template <class Storage>
+inline F32x load_some(const typename Storage::Element* from, std::int64_t count) {
+  if (count >= kLanes) return Storage::load(from);
+  typename Storage::Element elements[kLanes] = {};
+  for (std::int64_t i = 0; i < count; ++i) elements[i] = from[i];
+  return Storage::load(elements);
+}
+
+template <class Storage>
+inline void store_some(typename Storage::Element* to, F32x value, std::int64_t count) {
+  if (count >= kLanes) return Storage::store(to, value);
+  typename Storage::Element elements[kLanes];
+  Storage::store(elements, value);
+  for (std::int64_t i = 0; i < count; ++i) to[i] = elements[i];
+}
+
+// ---------------------------------------------------------------- operands: floats, or pairs of bfloat16
+
+struct Floats {
+  static constexpr int kPerWord = 1;
+  template <class Storage>
+  static constexpr bool kSameBits = sizeof(typename Storage::Element) == 4;
+
+  static F32x multiply_add(F32x sum, Word a, F32x b) {
+    float value;
+    __builtin_memcpy(&value, &a, sizeof value);
+    return sum + value * b;
+  }
+  // kLanes neighbours of the summed axis, from word `to` on.
+  static void store_along(Word* to, F32x value) { store_as(to, value); }
+  // One word each: the summed axis runs across `rows`.
+  static U32x across(const F32x* rows) { return bits(rows[0]); }
+  // The same for elements that are stored as they are multiplied.
+  static U32x bits_across(const void* row, const void*) {
+    return row == nullptr ? U32x{} : load_as<U32x>(row);
+  }
+  static F32x sum(U32x words) { return from_bits(words); }
+};
+
+#ifdef __AVX512BF16__
+using U16x32 = std::uint16_t __attribute__((vector_size(64)));
+
+struct BFloat16Pairs {
+  static constexpr int kPerWord = 2;
+  template <class Storage>
+  static constexpr bool kSameBits = true;  // only bfloat16 is stored like this
+
+  static F32x multiply_add(F32x sum, Word a, F32x b) {
+    return reinterpret_cast<F32x>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                   reinterpret_cast<__m512bh>(U32x{} + a),
+                                                   reinterpret_cast<__m512bh>(b)));
+  }
+  static void store_along(Word* to, F32x value) { store_as(to, float_to_bfloat16(value)); }
+  // The pairs of two rows: their bfloat16 in turn.
+  static U32x across(const F32x* rows) {
+    const __m512i pairs = reinterpret_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(rows[1]), reinterpret_cast<__m512>(rows[0])));
+    const U16x32 order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return reinterpret_cast<U32x>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), pairs));
+  }
+  static U32x bits_across(const void* row, const void* next) {
+    const U32x low = row == nullptr ? U32x{} : __builtin_convertvector(load_as<U16x>(row), U32x);
+    const U32x high = next == nullptr ? U32x{} : __builtin_convertvector(load_as<U16x>(next), U32x);
+    return low | high << 16;
+  }
+  static F32x sum(U32x words) { return from_bits(words << 16) + from_bits(words & 0xFFFF0000U); }
+};
+#endif
+
+// Where kLanes neighbours from element `e` of the first row on lie in a tile of `rows` rows in lines; those of row i are
+// i * kLineWords further. e is a multiple of kLanes.
+template <class Operand>
+inline Word* in_lines(Word* lines, std::int64_t rows, std::int64_t e) {
+  const std::int64_t word = e / Operand::kPerWord;
+  return from(lines, word / kLineWords * rows * kLineWords + word % kLineWords);
+}
+
+// Stores words of kLanes columns side by side into strips of kColumnTile, `strip` words from one to the next.
+inline void store_columns(Word* to, std::int64_t strip, std::int64_t columns, U32x words) {
+  if constexpr (kColumnTile == kLanes) {
+    store_as(to, words);
+  } else {
+    store_as(to, low_half(words));
+    if (columns > kColumnTile) store_as(to + strip, high_half(words));
+  }
+}
+
+}  // namespace
+}  // namespace clipup

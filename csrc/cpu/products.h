@@ -1,0 +1,163 @@
+// Tiles multiplied in registers, and their operands packed.
+#pragma once
+
+#include "operands.h"
+
+namespace clipup {
+namespace {
+
+// ---------------------------------------------------------------- products
+
+inline void ask_for_line(Prefetch& prefetch) {
+  __builtin_prefetch(prefetch.next, 0, 2);
+  prefetch.next += kLineWords * sizeof(Word);
+  if (--prefetch.left > 0) return;
+  prefetch.next += prefetch.skip;
+  prefetch.left = prefetch.lines;
+  if (--prefetch.rows == 0) prefetch.each = 0;
+}
+
+template <class Operand, int kRows, bool kLines>
+void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Prefetch& prefetch) {
+  F32x sum[kRows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    sum[i][0] = add ? load_as<F32x>(c + i * kPanel) : F32x{};
+    sum[i][1] = add ? load_as<F32x>(c + i * kPanel + kLanes) : F32x{};
+  }
+  for (std::int64_t line = 0; line < words; line += kLineWords) {
+    const std::int64_t count = smaller(kLineWords, words - line);
+    for (std::int64_t ask = prefetch.each; ask > 0; --ask) ask_for_line(prefetch);
+    for (std::int64_t k = 0; k < count; ++k) {
+      const F32x low = load_as<F32x>(b);
+      const F32x high = load_as<F32x>(b + kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const Word word = a[kLines ? i * kLineWords + k : k * kRows + i];
+        sum[i][0] = Operand::multiply_add(sum[i][0], word, low);
+        sum[i][1] = Operand::multiply_add(sum[i][1], word, high);
+      }
+      b += kPanel;
+    }
+    a += kRows * kLineWords;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    store_as(c + i * kPanel, sum[i][0]);
+    store_as(c + i * kPanel + kLanes, sum[i][1]);
+  }
+}
+
+// ---------------------------------------------------------------- packing
+
+template <class Storage, class Operand>
+void row_to_lines(const void* row, std::int64_t n, std::int64_t rows, Word* lines) {
+  using Element = typename Storage::Element;
+  const auto* from = static_cast<const Element*>(row);
+  if constexpr (Operand::template kSameBits<Storage>) {
+    constexpr std::int64_t kLine = kLineWords * Operand::kPerWord;
+    for (std::int64_t e = 0; e < n; e += kLine, lines += rows * kLineWords) {
+      if (e + kLine <= n) {
+        __builtin_memcpy(lines, from + e, kLine * sizeof(Element));
+      } else {
+        __builtin_memset(lines, 0, kLineWords * sizeof(Word));
+        __builtin_memcpy(lines, from + e, (n - e) * sizeof(Element));
+      }
+    }
+  } else {
+    for (std::int64_t e = 0; e < n; e += kLanes) {
+      Operand::store_along(in_lines<Operand>(lines, rows, e), load_some<Storage>(from + e, n - e));
+    }
+  }
+}
+
+template <class Storage, class Operand>
+void rows_to_strips(const void* const* rows, const float* scales, std::int64_t n, std::int64_t width,
+                    std::int64_t strip_words, Word* strips) {
+  using Element = typename Storage::Element;
+  const std::int64_t end = (n + width - 1) / width * width;
+  const std::int64_t strip = strip_words * width;
+  const std::int64_t step =
+      width < kLanes ? kLanes / width * strip : strip;  // vectors of a narrow strip's neighbours
+  for (std::int64_t e = 0; e < end; e += kLanes) {
+    U32x words;
+    if (Operand::template kSameBits<Storage> && scales == nullptr && e + kLanes <= n) {
+      words = Operand::bits_across(from(static_cast<const Element*>(rows[0]), e),
+                                   from(static_cast<const Element*>(rows[Operand::kPerWord - 1]), e));
+    } else {
+      F32x values[Operand::kPerWord];
+      for (int i = 0; i < Operand::kPerWord; ++i) {
+        const auto* row = static_cast<const Element*>(rows[i]);
+        const float scale = scales == nullptr ? 1.0F : scales[i];
+        values[i] = row == nullptr ? F32x{} : load_some<Storage>(row + e, n - e) * scale;
+      }
+      words = Operand::across(values);
+    }
+    if (width == kPanel) {
+      store_as(strips + e / kPanel * strip + e % kPanel, words);
+    } else {
+      store_columns(strips + e / kLanes * step, strip, end - e, words);
+    }
+  }
+}
+
+template <class Storage, class Operand>
+void transposed_strip(const void* rows, std::int64_t stride, std::int64_t count, std::int64_t k,
+                      Word* strip) {
+  using Element = typename Storage::Element;
+  const auto* from = static_cast<const Element*>(rows);
+  const std::int64_t words = (k + Operand::kPerWord - 1) / Operand::kPerWord;
+  for (std::int64_t word = 0; word < words; word += kLanes) {
+    const std::int64_t left = k - word * Operand::kPerWord;
+    for (int half = 0; half < kPanel; half += kLanes) {
+      U32x square[kLanes];
+      if (Operand::template kSameBits<Storage> && half + kLanes <= count &&
+          left >= kLanes * Operand::kPerWord) {
+        const Element* const first = from + half * stride + word * Operand::kPerWord;
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load_as<U32x>(first + i * stride);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store_as(strip + (word + i) * kPanel + half, square[i]);
+        continue;
+      }
+      for (int i = 0; i < kLanes; ++i) {
+        const Element* row = from + (half + i) * stride + word * Operand::kPerWord;
+        if (half + i >= count) {
+          square[i] = U32x{};
+        } else if constexpr (Operand::template kSameBits<Storage>) {
+          if (left >= kLanes * Operand::kPerWord) {
+            square[i] = load_as<U32x>(row);
+          } else {
+            square[i] = U32x{};
+            __builtin_memcpy(&square[i], row, left * sizeof(Element));
+          }
+        } else {
+          square[i] = bits(load_some<Storage>(row, left));
+        }
+      }
+      transpose(square);
+      const std::int64_t real = smaller(kLanes, words - word);
+      for (std::int64_t i = 0; i < real; ++i) store_as(strip + (word + i) * kPanel + half, square[i]);
+    }
+  }
+}
+
+template <class Operand>
+void sum_strip(const Word* strip, std::int64_t words, float* sums) {
+  constexpr int kStep = kLanes / kColumnTile;  // words of a strip in a vector
+  F32x total{};
+  for (std::int64_t word = 0; word + kStep <= words; word += kStep) {
+    total += Operand::sum(load_as<U32x>(strip + word * kColumnTile));
+  }
+  float lanes[kLanes];
+  store_as(lanes, total);
+  Word rest[kLanes] = {};
+  __builtin_memcpy(rest, strip + words / kStep * kLanes, words % kStep * kColumnTile * sizeof(Word));
+  float tail[kLanes];
+  store_as(tail, Operand::sum(load_as<U32x>(rest)));
+  for (int i = 0; i < kLanes; ++i) sums[i % kColumnTile] += lanes[i] + tail[i];
+}
+
+}  // namespace
+}  // namespace clipup
