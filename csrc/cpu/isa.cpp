@@ -16,11 +16,20 @@ struct Tier {
   bool supported;
 };
 
+#ifdef CLIPUP_X86_TIERS
+// Not every compiler's runtime has a name for it.
+bool has_float16_conversions() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kF16c = 1U << 29U;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kF16c) != 0;
+}
+#endif
+
 // Best first. The compiler's runtime reads cpuid and asks whether the system saves the registers.
 const Tier* tiers(std::size_t& count) {
 #ifdef CLIPUP_X86_TIERS
   static const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_float16_conversions();
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512dq");
