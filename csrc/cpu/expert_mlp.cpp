@@ -24,7 +24,8 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
   const bool gated = experts.gate_weight != nullptr || experts.packed_gate != nullptr;
-  const bool identity = routing.choice_of_row == nullptr && routing.gates == nullptr;  // rows are y
+  const bool identity =  // rows are y
+      routing.K == 1 && routing.choice_of_row == nullptr && routing.gates == nullptr;
   const std::int64_t used = routing.offsets[E];
   const std::vector<Wave> waves = make_waves(routing.offsets, E, kWaveRows, ks, typed);
   const WaveSize most = largest(waves);

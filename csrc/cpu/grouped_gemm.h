@@ -92,8 +92,9 @@ constexpr std::int64_t kBlockColumns = 128;
 constexpr std::int64_t kWaveRows = 2016;
 constexpr std::int64_t kBlockRows = 504;  // a multiple of every tier's tile_rows and column_tile
 
+// Words of a row of k elements in lines; a line where there are none, so that rows have an address.
 inline std::int64_t line_words(std::int64_t k, const TypedKernels& typed) {
-  return round_up(ceil_div(k, typed.per_word), kLineWords);
+  return k == 0 ? kLineWords : round_up(ceil_div(k, typed.per_word), kLineWords);
 }
 
 // Where `word` of the rows from `row` on begins, rows of `words` words in lines, `row` a multiple of tile_rows.

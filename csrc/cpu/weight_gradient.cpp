@@ -23,7 +23,7 @@ WeightGradient::WeightGradient(const Kernels& kernels, DType dtype, std::int64_t
       E_(E),
       rows_(rows),
       columns_(columns),
-      weight_(weight),
+      weight_(rows * columns == 0 ? nullptr : weight),
       bias_(bias),
       left_(&left),
       right_(&right),
@@ -38,6 +38,7 @@ WeightGradient::WeightGradient(const Kernels& kernels, DType dtype, std::int64_t
 }
 
 std::vector<Block> WeightGradient::blocks(const Wave& wave) const {
+  if (rows_ == 0) return {};
   return make_weight_blocks(wave, rows_, weight_ == nullptr ? 1 : columns_, *kernels_);
 }
 

@@ -14,7 +14,7 @@ class Strips {
  public:
   Strips() = default;
   Strips(const std::vector<Wave>& waves, std::int64_t columns, std::int64_t unit)
-      : width_(round_up(columns, unit)), words_(largest(waves).words * width_) {}
+      : width_(round_up(columns > 0 ? columns : 1, unit)), words_(largest(waves).words * width_) {}
 
   // The piece's first strip; null where nothing is packed.
   Word* of(const Piece& piece) const {
