@@ -17,6 +17,7 @@ void check_grouped(DType dtype, const std::int32_t* offsets, std::int64_t R, std
   check_size("E", E, 0);
   check_size("O", O, 0);
   check_size("I", I, 0);
+  check_size("R", R, 0);
   check_row_count(R, 1);
   check_offsets(offsets, E, R);
 }
@@ -135,6 +136,9 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
 
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I) {
   check_dtype(dtype);
+  check_size("E", E, 0);
+  check_size("O", O, 0);
+  check_size("I", I, 0);
   const Kernels& ks = kernels();
   const std::int64_t words = ceil_div(I, ks.of(dtype).per_word) * round_up(O, ks.panel);
   return E * words * static_cast<std::int64_t>(sizeof(Word));
