@@ -46,10 +46,10 @@ std::vector<std::int32_t> serving_order(const float* priority, std::int64_t T) {
   return order;
 }
 
-// Rows that an expert may take: ceil(f*K*N/E), at most N.
+// Rows that an expert may take: ceil(f*K*N/E), at most all.
 std::int64_t expert_capacity(const std::int32_t* experts, const std::uint8_t* mask, std::int64_t T,
                              std::int64_t K, std::int64_t E, double capacity_factor) {
-  if (capacity_factor < 0.0) return T;
+  if (capacity_factor < 0.0) return T * K;
   std::int64_t participating = 0;
   for (std::int64_t t = 0; t < T; ++t) {
     const bool routed =
@@ -59,7 +59,7 @@ std::int64_t expert_capacity(const std::int32_t* experts, const std::uint8_t* ma
   const auto tokens = static_cast<double>(participating);
   const double capacity =
       std::ceil(capacity_factor * static_cast<double>(K) * tokens / static_cast<double>(E));
-  return static_cast<std::int64_t>(std::min(capacity, tokens));
+  return static_cast<std::int64_t>(std::min(capacity, tokens * static_cast<double>(K)));
 }
 
 }  // namespace
