@@ -1,37 +1,114 @@
 // Native tests of csrc/cpu: every stage against naive loops over random shapes, sizes of zero included. No
 // framework, so that sanitizers need nothing but the compiler. Exit status 1 when an expectation fails.
+//
+//   native_tests [--quick] [--errors]      all tests, of the tier that CLIPUP_CPU_ISA names or the best one.
+//                                          --quick: fewer cases; --errors: prints measured errors
+//   native_tests --fuzz SECONDS [--seed N] random calls; a failing case by itself: --fuzz 0 --seed N
+//   native_tests --tiers                   the tiers that this CPU has, one a line
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <numeric>
+#include <random>
 
+#include "../moe.h"
+#include "arrays.h"
 #include "tests.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+// gcc gives locals of 64 bytes, which are read by aligned instructions, a place of 32 on the heap where their use after
+// return is to be found (gcc bug 110027).
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
+  return "detect_stack_use_after_return=0";
+}
+
+namespace clipup::tests {
+void print_running_case();
+}
+// Called when the undefined-behaviour sanitizer has found something.
+extern "C" __attribute__((visibility("default"))) void __ubsan_on_report() {
+  clipup::tests::print_running_case();
+}
+
+// The sanitizers' runtime, where there is one.
+extern "C" void __sanitizer_set_death_callback(void (*callback)()) __attribute__((weak));
+
 namespace clipup::tests {
 namespace {
 
 int expectations = 0;
 int failures = 0;
+std::int64_t elements = 0;
+double worst_error = 0.0;  // of all sums before they are rounded, in units of what they may be off
 std::string running;
+std::string seed_of_case;
+bool is_quick = false;
+bool is_printing_errors = false;
 
 }  // namespace
+
+void print_running_case() {
+  std::printf("ended in   [%s%s]\n", running.c_str(), seed_of_case.c_str());
+  std::fflush(stdout);
+}
 
 void expect(bool holds, const char* file, int line, const char* text) {
   ++expectations;
   if (holds) return;
-  if (++failures <= 20) std::printf("%s:%d: failed: %s   [%s]\n", file, line, text, running.c_str());
+  if (++failures > 20) return;
+  std::printf("%s:%d: failed: %s   [%s%s]\n", file, line, text, running.c_str(), seed_of_case.c_str());
+  std::fflush(stdout);
+}
+
+void expect_close(const char* name, const Array& array, const Expected& expected, const char* file,
+                  int line) {
+  const auto size = static_cast<std::int64_t>(expected.value.size());
+  count_elements(size);
+  // Half the distance between neighbours, relative and, among subnormals, absolute. An instruction may flush those.
+  constexpr double kRounding[] = {0x1p-24, 0x1p-8, 0x1p-11};
+  constexpr double kSmallest[] = {0x1p-125, 0x1p-125, 0x1p-25};
+  const auto dtype = static_cast<int>(array.dtype());
+  std::string text;
+  for (std::int64_t i = 0; i < size && text.empty() && array.size() == size; ++i) {
+    const double error = std::abs(array.at(i) - expected.value[i]);
+    const double rounding = kRounding[dtype] * (std::abs(expected.value[i]) + expected.error[i]);
+    const double allowed = expected.error[i] + rounding + kSmallest[dtype];
+    if (error <= allowed) {
+      if (error > rounding) worst_error = std::max(worst_error, (error - rounding) / (allowed - rounding));
+      continue;
+    }
+    text = std::string(name) + "[" + std::to_string(i) + "] = " + std::to_string(array.at(i)) +
+           ", expected " + std::to_string(expected.value[i]) + " within " + std::to_string(allowed);
+  }
+  if (array.size() != size) {
+    text = std::string(name) + ": " + std::to_string(array.size()) + " elements, expected " +
+           std::to_string(size);
+  }
+  expect(text.empty(), file, line, text.c_str());
 }
 
 void describe(const std::string& text) { running = text; }
+
+void start_case(std::uint64_t seed) {
+  seed_of_case = " --fuzz 0 --seed " + std::to_string(seed);
+  std::seed_seq words{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32U)};
+  random_engine().seed(words);
+}
 
 void set_threads([[maybe_unused]] int threads) {
 #ifdef _OPENMP
   omp_set_num_threads(threads);
 #endif
 }
+
+bool quick() { return is_quick; }
+bool print_errors() { return is_printing_errors; }
+void count_elements(std::int64_t count) { elements += count; }
 
 std::mt19937& random_engine() {
   static std::mt19937 engine(20250202);
@@ -55,13 +132,73 @@ std::vector<std::int32_t> random_experts(std::int64_t T, std::int64_t K, std::in
   return experts;
 }
 
+namespace {
+
+// The tiers of this CPU, as the refusal of one that there is not names them.
+int print_tiers() {
+  setenv("CLIPUP_CPU_ISA", "none", 1);
+  const std::string message = refusal([] { instruction_tier(); });
+  const std::size_t begin = message.find('(');
+  const std::size_t end = message.find(')');
+  if (!starts_with(message, "CLIPUP_CPU_ISA: expected one that this CPU has (") || end == std::string::npos) {
+    std::fprintf(stderr, "CLIPUP_CPU_ISA=none was not refused by the names of the tiers: '%s'\n",
+                 message.c_str());
+    return 1;
+  }
+  for (const char c : message.substr(begin + 1, end - begin - 1)) {
+    if (c != ' ') std::putchar(c == ',' ? '\n' : c);
+  }
+  std::putchar('\n');
+  return 0;
+}
+
+int usage() {
+  std::fprintf(stderr, "usage: native_tests [--quick] [--errors] | --fuzz SECONDS [--seed N] | --tiers\n");
+  return 2;
+}
+
+int run(int count, char** arguments) {
+  double fuzz_seconds = -1.0;
+  std::uint64_t seed = std::random_device{}();
+  for (int i = 1; i < count; ++i) {
+    const std::string option = arguments[i];
+    if (option == "--tiers") return print_tiers();
+    if (option == "--quick") {
+      is_quick = true;
+    } else if (option == "--errors") {
+      is_printing_errors = true;
+    } else if (option == "--fuzz" && i + 1 < count) {
+      fuzz_seconds = std::atof(arguments[++i]);
+    } else if (option == "--seed" && i + 1 < count) {
+      seed = std::strtoull(arguments[++i], nullptr, 10);
+    } else {
+      return usage();
+    }
+  }
+  if (__sanitizer_set_death_callback != nullptr) __sanitizer_set_death_callback(print_running_case);
+
+  using Clock = std::chrono::steady_clock;
+  const auto begin = Clock::now();
+  if (fuzz_seconds >= 0.0) {
+    fuzz(fuzz_seconds, seed);
+  } else {
+    const char* const wanted = std::getenv("CLIPUP_CPU_ISA");
+    EXPECT(wanted == nullptr || *wanted == '\0' || std::string(wanted) == instruction_tier());
+    test_routing();
+    test_dispatch();
+    test_rows();
+    test_memory();
+    test_activations();
+    test_products();
+  }
+  const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+  std::printf("%s: %d passed, %d failed, %lld elements compared, %.1f s\n", instruction_tier(),
+              expectations - failures, failures, static_cast<long long>(elements), seconds);
+  if (is_printing_errors) std::printf("largest error of a sum: %.2f of what is allowed\n", worst_error);
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
 }  // namespace clipup::tests
 
-int main() {
-  clipup::tests::test_routing();
-  clipup::tests::test_dispatch();
-  clipup::tests::test_rows();
-  std::printf("%d passed, %d failed\n", clipup::tests::expectations - clipup::tests::failures,
-              clipup::tests::failures);
-  return clipup::tests::failures == 0 ? 0 : 1;
-}
+int main(int count, char** arguments) { return clipup::tests::run(count, arguments); }

@@ -90,6 +90,12 @@ void expect_refused(const Case& c, const std::string& message) {
 
 }  // namespace
 
+void check_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, bool masked,
+                    bool prioritised) {
+  const Case c(T, K, E, capacity_factor, masked, prioritised);
+  EXPECT(c.run() == c.naive());
+}
+
 void test_dispatch() {
   for (const std::int64_t T : {0, 1, 6, 100, 5000}) {
     for (const std::int64_t E : {1, 2, 8}) {
@@ -97,8 +103,7 @@ void test_dispatch() {
         if (K > E) continue;
         for (const double f : {-1.0, 0.05, 0.5, 1.0, 1.3, 1e300}) {
           for (int options = 0; options < 4; ++options) {
-            const Case c(T, K, E, f, (options & 1) != 0, (options & 2) != 0);
-            EXPECT(c.run() == c.naive());
+            check_dispatch(T, K, E, f, (options & 1) != 0, (options & 2) != 0);
           }
         }
       }
@@ -108,6 +113,13 @@ void test_dispatch() {
   Case one_expert(500, 1, 4, 1.0, false, false);
   std::fill(one_expert.experts.begin(), one_expert.experts.end(), 2);
   EXPECT((one_expert.run().offsets == std::vector<std::int32_t>{0, 0, 0, 125, 125}));
+
+  // A token may name an expert more than once; without a limit nothing is dropped, with one the expert's rows count.
+  for (const double f : {-1.0, 0.7, 1.5, 4.0}) {
+    Case repeated(60, 4, 6, f, true, true);
+    for (std::int32_t& e : repeated.experts) e = static_cast<std::int32_t>(integer(3)) - 1;
+    EXPECT(repeated.run() == repeated.naive());
+  }
 
   const Case many_experts(3000, 2, 6000, 1.0, true, true);  // more experts than slots in a block
   EXPECT(many_experts.run() == many_experts.naive());

@@ -14,11 +14,23 @@ namespace clipup::tests {
 void expect(bool holds, const char* file, int line, const char* text);
 #define EXPECT(condition) ::clipup::tests::expect((condition), __FILE__, __LINE__, #condition)
 
-// Names the case in failures that follow.
+// Names the case in failures that follow, and when a sanitizer ends the process.
 void describe(const std::string& text);
+
+// Random numbers from `seed` on; failures that follow name it.
+void start_case(std::uint64_t seed);
 
 // How many threads the stages may use from now on.
 void set_threads(int threads);
+
+// Fewer cases, for an emulated CPU.
+bool quick();
+
+// Print errors that were measured beside their bounds.
+bool print_errors();
+
+// Elements that were compared, for the summary.
+void count_elements(std::int64_t count);
 
 std::mt19937& random_engine();
 float uniform();                         // [0, 1)
@@ -67,5 +79,17 @@ std::vector<std::int32_t> random_experts(std::int64_t T, std::int64_t K, std::in
 void test_routing();
 void test_dispatch();
 void test_rows();
+void test_activations();
+void test_products();
+void test_memory();
+
+// Single cases of these tests, for the fuzzer.
+void check_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, bool masked,
+                    bool prioritised);
+void check_rows(std::int64_t T, std::int64_t K, std::int64_t D);
+void check_rows_refusals();
+
+// Random cases for `seconds`, at least one; case i is the one that `seed` + i stands for.
+void fuzz(double seconds, std::uint64_t seed);
 
 }  // namespace clipup::tests
