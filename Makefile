@@ -6,10 +6,12 @@
 # PYTHON       the interpreter that makes .venv, 3.10 or newer  (python3)
 # PIP_ARGS     options for pip, to choose a torch build         (none)
 # PYTEST_ARGS  options for pytest                               (none)
+# FUZZ_SECONDS how long test-all calls the native code at random (60)
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -23,7 +25,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native bench lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -35,17 +37,41 @@ test: $(call installed,test)
 	$(BIN)/python -m pytest -q -m "not slow and not cuda" $(PYTEST_ARGS)
 
 # Tests marked cuda run where there is a GPU.
-test-all: $(call installed,test) test-native
+test-all: $(call installed,test) test-native test-fuzz test-aarch64
 	$(BIN)/python -m pytest -q -m "$$(nvidia-smi -L >/dev/null 2>&1 || echo not cuda)" $(PYTEST_ARGS)
 	CLIPUP_BACKEND=reference $(BIN)/python -m pytest -q tests/clipup_kernels -k "not backend_info and not number_of_threads"
 
-# The native code by itself, under the sanitizers.
+# The native code by itself. Under the address and undefined-behaviour sanitizers every tier of instructions that this CPU
+# has, under the thread sanitizer the best one.
+NATIVE_BUILD = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCLIPUP_PYTHON=OFF \
+  -DCLIPUP_NATIVE_TESTS=ON
+native_tests = OMP_WAIT_POLICY=passive build/native-$(1)/native_tests
+
 test-native: $(VENV)/.build-tools
 	for sanitizer in address,undefined thread; do \
-	  $(BIN)/cmake -S . -B build/native-$$sanitizer -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	    -DCLIPUP_PYTHON=OFF -DCLIPUP_NATIVE_TESTS=ON -DCLIPUP_SANITIZE=$$sanitizer && \
-	  $(BIN)/cmake --build build/native-$$sanitizer && build/native-$$sanitizer/native_tests || exit 1; \
+	  $(NATIVE_BUILD) -B build/native-$$sanitizer -DCLIPUP_SANITIZE=$$sanitizer && \
+	  $(BIN)/cmake --build build/native-$$sanitizer || exit 1; \
 	done
+	tiers=$$($(call native_tests,address$(comma)undefined) --tiers) && for tier in $$tiers; do \
+	  CLIPUP_CPU_ISA=$$tier $(call native_tests,address$(comma)undefined) || exit 1; \
+	done
+	$(call native_tests,thread) --quick
+
+# Random calls for FUZZ_SECONDS; what fails is printed with the seed that repeats it.
+test-fuzz: test-native
+	$(call native_tests,address$(comma)undefined) --fuzz $(FUZZ_SECONDS)
+
+# The portable tier on the other architecture, emulated. Debian: apt install g++-aarch64-linux-gnu qemu-user
+QEMU_AARCH64 = $(firstword $(shell command -v qemu-aarch64; command -v qemu-aarch64-static))
+test-aarch64: $(VENV)/.build-tools
+	@if ! command -v aarch64-linux-gnu-g++ >/dev/null || [ -z "$(QEMU_AARCH64)" ]; then \
+	  echo "SKIPPED: native tests on aarch64 (no aarch64-linux-gnu-g++ or no qemu-aarch64)"; \
+	else \
+	  $(NATIVE_BUILD) -B build/native-aarch64 -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	    -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ && \
+	  $(BIN)/cmake --build build/native-aarch64 && \
+	  $(QEMU_AARCH64) -L /usr/aarch64-linux-gnu build/native-aarch64/native_tests --quick; \
+	fi
 
 bench: $(call installed,bench)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(PYTEST_ARGS)
