@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clipup_kernels import dense_mlp
 
-from .mlp_families import families_read, holds_family, read_mlp
+from .mlp_families import families_read, find_mlp, read_mlp, replace_mlp
 
 
 class AcceleratedMLP(nn.Module):
@@ -32,8 +32,11 @@ class AcceleratedMLP(nn.Module):
             x.requires_grad or any(t.requires_grad for t in dense.parameters().values())
         )
         casts = torch.is_autocast_enabled("cpu") or x.dtype != dense.in_weight.dtype
-        if x.device.type != "cpu" or differentiated or casts:
+        drops = self.training and dense.dropout > 0
+        if x.device.type != "cpu" or differentiated or casts or drops:
             return mlp(x)
+        if dense.input_norm is not None:
+            x = dense.input_norm(x)
         y = dense_mlp(
             x.reshape(-1, x.shape[-1]), dense.in_weight, dense.in_bias, dense.out_weight, dense.out_bias,
             dense.activation, dense.gate_weight, dense.gate_bias,
@@ -49,7 +52,8 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     Upcycle first: what was accelerated is not read as an MLP again.
 
     Args:
-        model: any module with transformer blocks of a family that ``clipup.mlp_families`` reads, sparse or dense.
+        model: any module with transformer blocks of a family that ``clipup.mlp_families`` reads, sparse or dense. MLPs
+            that are spread over several modules (BERT's) or have a norm between their projections run as before.
         inplace: change ``model`` itself instead of a copy.
 
     Raises:
@@ -57,9 +61,18 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     """
     if not inplace:
         model = copy.deepcopy(model)
-    blocks = [module for module in model.modules() if holds_family(module)]
+    blocks = [module for module in model.modules() if _can_run(module)]
     if not blocks:
         raise ValueError(f"the model has no dense MLP to accelerate; {families_read()}")
     for block in blocks:
-        block.mlp = AcceleratedMLP(block.mlp)
+        replace_mlp(block, AcceleratedMLP(find_mlp(block).module))
     return model
+
+
+def _can_run(block: nn.Module) -> bool:
+    """Whether a block's MLP is one module that ``dense_mlp`` computes."""
+    try:
+        found = find_mlp(block)
+    except TypeError:
+        return False
+    return len(found.family.parts) == 1 and found.dense.ln_weight is None

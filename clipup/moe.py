@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from clipup_kernels import ACTIVATIONS, expert_mlp
 
 from .config import BalanceForm, GateNormalization, MoEConfig
-from .mlp_families import DenseMLP, read_mlp
+from .experts import unfused_mlp
+from .mlp_families import read_mlp
+from .mlp_parts import DenseMLP
 from .records import Records, recomputing
 from .router import Router, weighted_losses
 
@@ -25,7 +27,9 @@ class SparseMoE(nn.Module):
     """``y = sum_k gate_k * expert_k(x)`` over the K experts that a router picks for every token.
 
     Parameters: ``router.weight`` [E, D], ``in_weight`` [E, H, D], ``in_bias`` [E, H], ``out_weight`` [E, D, H],
-    ``out_bias`` [E, D]; gated experts also ``gate_weight`` [E, H, D], ``gate_bias`` [E, H]. ``bias=False``: no biases.
+    ``out_bias`` [E, D]; gated experts also ``gate_weight`` [E, H, D], ``gate_bias`` [E, H]; with a norm ``ln_weight``
+    and ``ln_bias`` [E, H] ("ln" in a name tells open_clip's optimizer what does not decay). ``bias=False``: projections
+    without biases.
 
     Types: x and the experts' weights must be of one floating type, as in ``nn.Linear``; inside autocast both are cast
     to its type. y is of that type. The router, the gates and the losses are float32 in any case.
@@ -42,6 +46,10 @@ class SparseMoE(nn.Module):
         bias: whether both projections have biases.
         gated: experts compute ``act(W_gate x + b_gate) * (W_in x + b_in)`` before the output projection.
         device, dtype: of all parameters.
+        norm: "layer" gives every expert a layer norm of its own between its projections.
+        norm_eps: what the norm adds to the variance.
+        dropout: probability with which an entry between the projections is dropped in training, before the norm. With a
+            norm, and with a dropout in training, experts run on the unfused ops.
 
     The other options are those of ``MoEConfig``, where each is explained. ``layer.config`` holds them; assigning
     another config (``layer.config = layer.config.replace(capacity_factor=1.25)``) takes effect at the next forward.
@@ -64,6 +72,9 @@ class SparseMoE(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        norm: Literal["layer"] | None = None,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
         balance_weight: float = 0.0,
         balance: BalanceForm = "topk",
         z_weight: float = 0.0,
@@ -79,7 +90,12 @@ class SparseMoE(nn.Module):
                 raise ValueError(f"{name} must be a positive int, got {width!r}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if norm not in (None, "layer"):
+            raise ValueError(f'norm must be "layer" or None, got {norm!r}')
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a probability below 1, got {dropout!r}")
         self.d_model, self.d_hidden, self.activation = d_model, d_hidden, activation
+        self.norm_eps, self.dropout = norm_eps, dropout
         config = MoEConfig(
             num_experts=num_experts,
             top_k=top_k,
@@ -108,6 +124,8 @@ class SparseMoE(nn.Module):
         self.register_parameter("out_bias", parameter(d_model, wanted=bias))
         self.register_parameter("gate_weight", parameter(d_hidden, d_model, wanted=gated))
         self.register_parameter("gate_bias", parameter(d_hidden, wanted=gated and bias))
+        self.register_parameter("ln_weight", parameter(d_hidden, wanted=norm is not None))
+        self.register_parameter("ln_bias", parameter(d_hidden, wanted=norm is not None))
         self.records = Records()
         self._reset_experts()
 
@@ -120,9 +138,15 @@ class SparseMoE(nn.Module):
         the MLP did.
 
         Raises:
-            TypeError: the MLP is of no family that ``clipup.mlp_families`` reads.
+            TypeError: the MLP is of no family that ``clipup.mlp_families`` reads, or has a norm in front of its
+                projections, which is no part of an expert (``upcycle`` leaves it in front of the layer).
         """
         dense = mlp if isinstance(mlp, DenseMLP) else read_mlp(mlp)
+        if dense.input_norm is not None:
+            raise TypeError(
+                "the MLP has a norm in front of its projections, which is no part of an expert; use clipup.upcycle, or "
+                "read the MLP with clipup.mlp_families.read_mlp and put its input_norm in front of the layer"
+            )
         config = config if config is not None else MoEConfig()
         d_hidden, d_model = dense.in_weight.shape
         layer = cls(
@@ -133,6 +157,9 @@ class SparseMoE(nn.Module):
             gated=dense.gate_weight is not None,
             device="meta",
             dtype=dense.in_weight.dtype,
+            norm=None if dense.ln_weight is None else "layer",
+            norm_eps=dense.ln_eps,
+            dropout=dense.dropout,
             **config.layer_options(),
         )
         layer.config = config
@@ -169,6 +196,9 @@ class SparseMoE(nn.Module):
             for parameter in (getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        if self.ln_weight is not None:
+            nn.init.ones_(self.ln_weight)
+            nn.init.zeros_(self.ln_bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """
@@ -201,18 +231,14 @@ class SparseMoE(nn.Module):
         def cast(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or dtype is None else tensor.to(dtype)
 
-        return expert_mlp(
-            cast(tokens),
-            gates,
-            plan,
-            cast(self.in_weight),
-            cast(self.in_bias),
-            cast(self.out_weight),
-            cast(self.out_bias),
-            self.activation,
-            cast(self.gate_weight),
-            cast(self.gate_bias),
-        )
+        weights = (self.in_weight, self.in_bias, self.out_weight, self.out_bias)
+        gate = (self.gate_weight, self.gate_bias)
+        mlp = (cast(tokens), gates, plan, *map(cast, weights), self.activation, *map(cast, gate))
+        dropout = self.dropout if self.training else 0.0
+        if self.ln_weight is None and dropout == 0:
+            return expert_mlp(*mlp)
+        norm = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
+        return unfused_mlp(*mlp, **norm, dropout=dropout)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.dim() == 0 or x.shape[-1] != self.d_model:
@@ -235,6 +261,8 @@ class SparseMoE(nn.Module):
         parts += [f"activation={self.activation!r}", f"capacity_factor={config.capacity_factor}"]
         parts += ["bias=False"] if self.in_bias is None else []
         parts += ["gated=True"] if self.gate_weight is not None else []
+        parts += ["norm='layer'"] if self.ln_weight is not None else []
+        parts += [f"dropout={self.dropout}"] if self.dropout else []
         return ", ".join(parts)
 
 
