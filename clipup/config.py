@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 GateNormalization = Literal["none", "before_drop", "after_drop"]
 BalanceForm = Literal["top2", "topk"]
-Tower = Literal["image", "text"]
+Tower = Literal["image", "text", "decoder"]
 
 _WEIGHTS = (
     "balance_weight",
@@ -45,7 +45,7 @@ class MoEConfig:
     router_noise: float = 0.0
     """Normal noise on the router's logits in training, its standard deviation in units of 1/num_experts (V-MoE)."""
     towers: tuple[Tower, ...] = ("image", "text")
-    """Towers that become sparse; the others stay dense."""
+    """Towers that become sparse; the others stay dense. A CoCa has a decoder too."""
     blocks: Literal["every_other"] | tuple[int, ...] = "every_other"
     """Blocks that become sparse: every other one, block 0 dense (1, 3, ...), or indices (negative from the end)."""
     balance_weight: float = 0.0
@@ -97,7 +97,8 @@ class MoEConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         towers = self.towers
         known = isinstance(towers, tuple) and towers and all(tower in get_args(Tower) for tower in towers)
-        _check("towers", towers, known and len(set(towers)) == len(towers), 'a tuple of "image" and "text", each once')
+        expected = 'a tuple of "image", "text" and "decoder", each once'
+        _check("towers", towers, known and len(set(towers)) == len(towers), expected)
         if self.blocks != "every_other":
             indices = isinstance(self.blocks, tuple) and self.blocks and all(_is_int(block) for block in self.blocks)
             _check("blocks", self.blocks, indices, '"every_other" or a tuple of block indices')

@@ -25,7 +25,7 @@ class TowerCounts(NamedTuple):
     image_gflops: float
     """10^9 FLOPs to encode one image."""
     text_gflops: float
-    """10^9 FLOPs to encode one text of full context length."""
+    """10^9 FLOPs to encode one text of full context length; 0 for a model that takes none."""
     params: int
     """All parameters."""
     active_params: int
@@ -33,15 +33,21 @@ class TowerCounts(NamedTuple):
 
 
 def count(model: nn.Module) -> TowerCounts:
-    """Counts an open_clip model, dense or sparse, on any device; it is neither run nor changed. Nothing is dropped."""
+    """Counts an open_clip or timm model, dense or sparse, on any device; it is neither run nor changed. Nothing is
+    dropped. The decoder of a CoCa, which makes captions and no features, counts as parameters only."""
     from . import models
 
     twin = meta_twin(model).eval()
+    models.ignore_padding(twin)
+    encode = models.encoders(twin)
     images = torch.empty(1, 3, *models.image_size(model), dtype=models.image_dtype(model), device="meta")
-    texts = torch.zeros(1, model.context_length, dtype=torch.long, device="meta")
+    text_flops = 0
+    if "text" in encode:
+        texts = torch.zeros(1, models.text_length(model), dtype=torch.long, device="meta")
+        text_flops = _flops(encode["text"], texts)
     return TowerCounts(
-        image_gflops=_flops(twin.encode_image, images) / 1e9,
-        text_gflops=_flops(twin.encode_text, texts) / 1e9,
+        image_gflops=_flops(encode["image"], images) / 1e9,
+        text_gflops=text_flops / 1e9,
         params=sum(parameter.numel() for parameter in model.parameters()),
         active_params=count_active(model),
     )

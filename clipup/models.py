@@ -1,11 +1,11 @@
-"""Every contact with open_clip: creating models and tokenizers, and where the blocks of their towers are."""
+"""Models and tokenizers of open_clip, how they are created, and what they take."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,11 @@ import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from . import checkpoint
-from .mlp_families import families_read
 from .moe import SparseMoE
+from .towers import is_timm
 from .upcycle import upcycle
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # ours, known by name as open_clip's own are
@@ -74,6 +72,12 @@ def create_model_and_transforms(
         checkpoint.check_fit(model, weights, str(directory))
         model.load_state_dict(weights)
     return model, *transforms
+
+
+def create_on_meta(model_name: str) -> nn.Module:
+    """A model that open_clip knows, or a directory's, on the meta device: shapes without weights, in no memory."""
+    with torch.device("meta"), expecting_random_weights():
+        return create_model_and_transforms(model_name, device="meta", load_weights=False, pretrained_text=False)[0]
 
 
 def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
@@ -172,66 +176,61 @@ def sparse_layer_class(block: nn.Module) -> type[SparseMoE]:
     return BlockMoE if hasattr(block, "get_weight_dtype") else SparseMoE
 
 
-def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
-    """The transformer blocks of a tower ("image" or "text") by their full names, first to last.
-
-    Raises:
-        TypeError: the model is no CLIP of open_clip, or the tower has no list of transformer blocks.
-    """
-    if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP):
-        inner = ", the model inside a wrapper" if hasattr(model, "module") or hasattr(model, "_orig_mod") else ""
-        raise TypeError(f"expected open_clip's CLIP or CustomTextCLIP{inner}, got {type(model).__name__}")
-    if tower == "image":
-        module, path = model.visual, "visual"
-        if isinstance(module, VisionTransformer):
-            module, path = module.transformer, f"{path}.transformer"
-        elif isinstance(module, TimmModel):
-            module, path = module.trunk, f"{path}.trunk"
-    else:
-        module, path = getattr(model, "text", model), "text" if hasattr(model, "text") else ""
-        if module is model or isinstance(module, TextTransformer):
-            module, path = module.transformer, f"{path}.transformer".lstrip(".")
-    for name in ("resblocks", "blocks"):
-        blocks = getattr(module, name, None)
-        if isinstance(blocks, nn.ModuleList | nn.Sequential) and not isinstance(module, HFTextEncoder):
-            return {f"{path}.{name}.{i}": block for i, block in enumerate(blocks)}
-    raise TypeError(
-        f"the {tower} tower ({path}: {type(module).__name__}) has no list of transformer blocks; {families_read()}; "
-        f"{leave_dense(tower)}"
-    )
-
-
-def leave_dense(tower: str) -> str:
-    """The option that leaves a tower dense, as advice."""
-    other = "text" if tower == "image" else "image"
-    return f'towers=("{other}",) leaves the {tower} tower dense'
+def encoders(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What turns images into features [B, ...], called "image", and for texts, where there is a tower, "text"."""
+    return {"image": model} if is_timm(model) else {"image": model.encode_image, "text": model.encode_text}
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width in pixels that the image tower takes."""
+    if is_timm(model):
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        return tuple(size or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:])
     size = model.visual.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def image_dtype(model: nn.Module) -> torch.dtype:
     """The type that the image tower takes: that of its first convolution, else of its first parameter."""
-    convolutions = (module.weight for module in model.visual.modules() if isinstance(module, nn.Conv2d))
-    return next(convolutions, next(model.visual.parameters())).dtype
+    tower = getattr(model, "visual", model)
+    convolutions = (module.weight for module in tower.modules() if isinstance(module, nn.Conv2d))
+    return next(convolutions, next(tower.parameters())).dtype
 
 
-def random_inputs(model: nn.Module, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Noise images [B, 3, height, width] and texts [B, context_length] of random tokens, each with an end-of-text token
-    at a random place and padding behind it. On the CPU, the same for the same seed."""
+def text_length(model: nn.Module) -> int:
+    """Tokens in a text of full length; for Hugging Face towers, which may set no bound, what open_clip's tokenizers cut
+    a text to."""
+    if isinstance(getattr(model, "text", None), HFTextEncoder):
+        return open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH
+    return model.context_length
+
+
+def ignore_padding(model: nn.Module) -> None:
+    """Keeps the mask of padding from a Hugging Face text tower, which looks into it: on the meta device it cannot."""
+    text = getattr(model, "text", None)
+    if isinstance(text, HFTextEncoder):
+        text.transformer.register_forward_pre_hook(
+            lambda tower, args, kwargs: (args, {**kwargs, "attention_mask": None}), with_kwargs=True
+        )
+
+
+def random_inputs(model: nn.Module, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Noise images [B, 3, height, width] and texts [B, length] of random tokens, each with an end-of-text token at a
+    random place and padding behind it; None for texts where the model takes none. On the CPU, the same for the same
+    seed."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch_size, 3, *image_size(model), generator=generator).to(image_dtype(model))
-    text = getattr(model, "text", None)
+    if "text" not in encoders(model):
+        return images, None
+    text = getattr(model, "text", model)
     pool_type = getattr(text, "pool_type", getattr(model, "text_pool_type", "argmax"))
     eos_id = getattr(text, "eos_id", getattr(model, "text_eos_id", None))
-    length, vocabulary = model.context_length, model.vocab_size
+    length, vocabulary = text_length(model), text.vocab_size
+    padding = text.config.pad_token_id if isinstance(text, HFTextEncoder) else 0
     end_of_text = eos_id if pool_type == "eos" else vocabulary - 1
     texts = torch.randint(max(1, vocabulary // 2), vocabulary - 1, (batch_size, length), generator=generator)
     texts = texts.where(texts != end_of_text, 1)
     ends = torch.randint(min(2, length - 1), length, (batch_size, 1), generator=generator)
     positions = torch.arange(length)
-    texts = torch.where(positions < ends, texts, torch.where(positions == ends, end_of_text, 0))
+    texts = torch.where(positions < ends, texts, torch.where(positions == ends, end_of_text, padding))
     return images, texts

@@ -7,7 +7,9 @@ sparse model's output is the dense model's; ``step0_difference`` measures it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MoEConfig
-from .mlp_families import read_block
-from .moe import SparseMoE, moe_layers
+from .mlp_families import find_mlp, replace_mlp
+from .moe import moe_layers
 
 
 def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = False) -> nn.Module:
@@ -26,12 +28,12 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
     as ``model.moe_config``. When anything is refused, the model is as it was.
 
     Args:
-        model: open_clip's CLIP or CustomTextCLIP, dense and not wrapped.
+        model: open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model (``towers=("image",)``), dense and not wrapped.
         config: what becomes sparse and how; None means ``MoEConfig.clip_up()``.
         inplace: change ``model`` itself instead of a copy.
 
     Raises:
-        TypeError: a chosen block whose MLP is of no family that is read, by name, or no open_clip model.
+        TypeError: a chosen block whose MLP is of no family that is read, by name, or no model of these.
         ValueError: the model is sparse already, or ``config.blocks`` names a block that is not there.
     """
     config = config if config is not None else MoEConfig.clip_up()
@@ -44,29 +46,30 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
         chosen = _chosen_blocks(model, config)
     layers = {name: _sparse_layer(block, config) for name, block in chosen.items()}
     for name, block in chosen.items():
-        block.mlp = layers[name]
+        replace_mlp(block, layers[name])
     model.moe_config = config
     return model
 
 
 def _chosen_blocks(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
     """The blocks that become sparse, by name; refuses the model unless the MLP of each can be read."""
-    from . import models  # open_clip takes seconds to import, and SparseMoE alone does not need it
+    from .towers import leave_dense, tower_blocks  # open_clip takes seconds to import, and SparseMoE does not need it
 
     chosen = {}
     for tower in config.towers:
-        blocks = models.tower_blocks(model, tower)
-        names = [list(blocks)[index] for index in _indices(config, tower, len(blocks))]
+        blocks = tower_blocks(model, tower)
+        names = [list(blocks)[index] for index in chosen_indices(config, tower, len(blocks))]
         for name in names:
             try:
-                read_block(blocks[name])
+                find_mlp(blocks[name])
             except TypeError as error:
-                raise TypeError(f"{name}: {error}; {models.leave_dense(tower)}") from error
+                raise TypeError(f"{name}: {error}; {leave_dense(tower)}") from error
             chosen[name] = blocks[name]
     return chosen
 
 
-def _indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
+def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
+    """Which of a tower's ``depth`` blocks become sparse; raises ``ValueError`` for blocks that are not there."""
     if config.blocks == "every_other":
         if depth < 2:
             raise ValueError(f"the {tower} tower has {depth} block, so blocks='every_other' chooses none; name indices")
@@ -80,11 +83,16 @@ def _indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
     return sorted(indices)
 
 
-def _sparse_layer(block: nn.Module, config: MoEConfig) -> SparseMoE:
+def _sparse_layer(block: nn.Module, config: MoEConfig) -> nn.Module:
+    """What takes the place of a block's MLP: a sparse layer, behind the MLP's own input norm where it has one."""
     from . import models
 
-    layer = models.sparse_layer_class(block).from_dense(read_block(block), config)
-    return layer.train(block.mlp.training)
+    mlp = find_mlp(block)
+    dense = dataclasses.replace(mlp.dense, input_norm=None)
+    layer = models.sparse_layer_class(block).from_dense(dense, config).train(mlp.module.training)
+    if mlp.dense.input_norm is None:
+        return layer
+    return nn.Sequential(OrderedDict(norm=mlp.dense.input_norm, moe=layer)).train(mlp.module.training)
 
 
 @torch.no_grad()
@@ -92,11 +100,12 @@ def step0_difference(
     dense: nn.Module, sparse: nn.Module, images: Tensor | None = None, texts: Tensor | None = None
 ) -> float:
     """Largest absolute difference between the two models' normalised features, in evaluation with nothing dropped.
+    Features of a CoCa are also what its decoder says about every token.
 
     Args:
         dense, sparse: a model and what ``upcycle`` made of it; training mode and configs are as before afterwards.
         images: [B, 3, height, width]. texts: [B, context_length] token ids. When neither is given both are random, 8
-            of each.
+            of each (of what the model takes).
 
     Returns:
         0 to rounding right after upcycling with normalised gates; features have length 1.
@@ -105,18 +114,24 @@ def step0_difference(
 
     if images is None and texts is None:
         images, texts = models.random_inputs(dense, batch_size=8)
-    difference = 0.0
     with _evaluating(dense), _evaluating(sparse):
-        for inputs, encoder in ((images, "encode_image"), (texts, "encode_text")):
-            if inputs is not None:
-                ours, theirs = (_features(getattr(model, encoder), model, inputs) for model in (sparse, dense))
-                difference = max(difference, (ours - theirs).abs().max().item())
-    return difference
+        pairs = zip(_features(sparse, images, texts), _features(dense, images, texts), strict=True)
+        differences = [(ours - theirs).abs().max() for ours, theirs in pairs]
+    return torch.stack(differences).max().item()  # NaN where any is
 
 
-def _features(encode: Callable[[Tensor], Tensor], model: nn.Module, inputs: Tensor) -> Tensor:
+def _features(model: nn.Module, images: Tensor | None, texts: Tensor | None) -> Iterator[Tensor]:
+    """All that a model computes from the inputs, of length 1 along the last axis, on the CPU."""
+    from . import models
+
     device = next(model.parameters()).device
-    return F.normalize(encode(inputs.to(device)).float(), dim=-1).cpu()
+    encode = models.encoders(model)
+    if images is not None:
+        yield F.normalize(encode["image"](images.to(device)).float(), dim=-1).cpu()
+    if texts is not None:
+        yield F.normalize(encode["text"](texts.to(device)).float(), dim=-1).cpu()
+    if images is not None and texts is not None and hasattr(model, "text_decoder"):
+        yield F.normalize(model(images.to(device), texts.to(device))["logits"].float(), dim=-1).cpu()
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from torch import nn
 
 import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
-from clipup.models import get_model_config, random_inputs, tower_blocks
+from clipup.models import get_model_config, random_inputs
+from clipup.towers import tower_blocks
 
 CONFIG = MoEConfig(num_experts=3)
 

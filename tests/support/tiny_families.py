@@ -1,0 +1,121 @@
+"""A small real model of every family whose MLPs can become experts, built in milliseconds and without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import timm
+import torch
+import transformers
+from open_clip.coca_model import CoCa
+from timm.layers import GluMlp, SwiGLU
+from timm.models import convnext, eva, swin_transformer, swin_transformer_v2, vision_transformer_relpos, vitamin
+from timm.models import vision_transformer as vit
+from torch import nn
+
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 16}
+_SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 2), "num_classes": 16}
+_SWIN |= {"window_size": 4}
+_VISION = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+_TEXT = {"context_length": 10, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
+
+TIMM: dict[str, Callable[[], nn.Module]] = {
+    "Block/Mlp": lambda: vit.VisionTransformer(**_VIT, init_values=0.1),
+    "Block/Mlp, normed": lambda: vit.VisionTransformer(**_VIT, scale_mlp_norm=True),
+    "Block/SwiGLU": lambda: vit.VisionTransformer(**_VIT, mlp_layer=SwiGLU, act_layer="silu"),
+    "Block/GluMlp": lambda: vit.VisionTransformer(**_VIT, mlp_layer=GluMlp, act_layer="gelu"),
+    "Block/GeGluMlp": lambda: vit.VisionTransformer(
+        **_VIT, mlp_layer=vitamin.GeGluMlp, class_token=False, global_pool="avg"
+    ),
+    "ResPostBlock/Mlp": lambda: vit.VisionTransformer(**_VIT, block_fn=vit.ResPostBlock, init_values=0.5),
+    "EvaBlock/Mlp": lambda: eva.Eva(**_VIT, init_values=0.1),
+    "EvaBlock/SwiGLU, normed": lambda: eva.Eva(**_VIT, swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True),
+    "EvaBlock/GluMlp": lambda: eva.Eva(**_VIT, swiglu_mlp=True),
+    "EvaBlockPostNorm/Mlp": lambda: eva.Eva(**_VIT, use_post_norm=True),
+    "RelPosBlock/Mlp": lambda: vision_transformer_relpos.VisionTransformerRelPos(**_VIT, init_values=0.1),
+    "ResPostRelPosBlock/Mlp": lambda: vision_transformer_relpos.VisionTransformerRelPos(
+        **_VIT, block_fn=vision_transformer_relpos.ResPostRelPosBlock, init_values=0.5
+    ),
+    "SwinTransformerBlock/Mlp": lambda: swin_transformer.SwinTransformer(**_SWIN),
+    "SwinTransformerV2Block/Mlp": lambda: swin_transformer_v2.SwinTransformerV2(**_SWIN),
+    "ConvNeXtBlock/Mlp": lambda: convnext.ConvNeXt(
+        depths=(1, 2, 1, 1), dims=(16, 16, 24, 24), num_classes=16, ls_init_value=0.5
+    ),
+}
+"""timm models by the names of their block and MLP."""
+
+
+def mt5_config(feed_forward: str) -> transformers.PretrainedConfig:
+    return transformers.MT5Config(
+        vocab_size=64, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, feed_forward_proj=feed_forward
+    )
+
+
+def bert_config(name: str, activation: str = "gelu") -> transformers.PretrainedConfig:
+    return getattr(transformers, f"{name}Config")(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=90,
+        hidden_act=activation,
+    )
+
+
+HUGGING_FACE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
+    "MT5Block/MT5DenseActDense": lambda: mt5_config("relu"),
+    "MT5Block/MT5DenseGatedActDense": lambda: mt5_config("gated-gelu"),
+    "BertLayer": lambda: bert_config("Bert"),
+    "RobertaLayer": lambda: bert_config("Roberta"),
+    "XLMRobertaLayer": lambda: bert_config("XLMRoberta", "gelu_new"),
+}
+"""Configs of Hugging Face text towers by the names of their block and MLP."""
+
+
+def hugging_face_cfg(config: transformers.PretrainedConfig, directory: Path) -> dict:
+    """open_clip's ``model_cfg`` of a CLIP with that text tower, whose config is read from ``directory``."""
+    config.save_pretrained(directory)
+    text = {"hf_model_name": str(directory), "hf_model_pretrained": False, "hf_tokenizer_name": str(directory)}
+    text |= {"hf_pooler_type": "mean_pooler", "hf_proj_type": "mlp"}
+    return {"embed_dim": 16, "vision_cfg": dict(_VISION), "text_cfg": text}
+
+
+def coca_cfg() -> dict:
+    """open_clip's ``model_cfg`` of a CoCa: towers for images and texts, and a decoder of 2 layers."""
+    return {
+        "embed_dim": 32,
+        "vision_cfg": {**_VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+        "text_cfg": {**_TEXT, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {**_TEXT, "attn_pooler_heads": 2},
+        "custom_text": True,
+    }
+
+
+def build(cfg: dict, seed: int = 0) -> nn.Module:
+    """The model of a ``model_cfg``, in training mode with all parameters drawn at random."""
+    torch.manual_seed(seed)
+    cfg = dict(cfg)
+    is_custom = cfg.pop("custom_text", True)
+    if "multimodal_cfg" in cfg:
+        model = CoCa(**cfg)
+        torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # which open_clip leaves as it found it
+        return draw_biases_and_norms(model)
+    return draw_biases_and_norms((open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**cfg))
+
+
+def timm_model(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = TIMM[name]() if name in TIMM else timm.create_model(name)
+    return draw_biases_and_norms(model)
+
+
+def draw_biases_and_norms(model: nn.Module) -> nn.Module:
+    """Adds noise to what starts as zeros or ones, so that nothing passes a test because it does nothing."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 and "logit_scale" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
