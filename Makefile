@@ -36,10 +36,15 @@ demo: $(call installed,demo)
 test: $(call installed,test)
 	$(BIN)/python -m pytest -q -m "not slow and not cuda" $(PYTEST_ARGS)
 
-# Tests marked cuda run where there is a GPU.
+# Tests marked cuda run where there is a GPU. The ops run again on every backend and every tier of instructions.
+OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py dense_mlp.py packed_weights.py)
 test-all: $(call installed,test) test-native test-fuzz test-aarch64
 	$(BIN)/python -m pytest -q -m "$$(nvidia-smi -L >/dev/null 2>&1 || echo not cuda)" $(PYTEST_ARGS)
 	CLIPUP_BACKEND=reference $(BIN)/python -m pytest -q tests/clipup_kernels -k "not backend_info and not number_of_threads"
+	CLIPUP_BACKEND=matmul $(BIN)/python -m pytest -q $(OP_TESTS)
+	tiers=$$($(call native_tests,address$(comma)undefined) --tiers) && for tier in $$tiers; do \
+	  CLIPUP_CPU_ISA=$$tier $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; \
+	done
 
 # The native code by itself. Under the address and undefined-behaviour sanitizers every tier of instructions that this CPU
 # has, under the thread sanitizer the best one.
