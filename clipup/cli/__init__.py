@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a dense or sparse model",
     "eval": "retrieval and zero-shot classification",
     "flops": "FLOPs and parameters of a model, dense and sparse",
+    "doctor": "the blocks of a model, and what upcycle would do with each",
 }
 DEBUG = "CLIPUP_DEBUG"
 """Environment variable; 1 shows the traceback of an error that is otherwise one line."""

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 import tyro
 
 from .. import models
@@ -38,7 +37,7 @@ class Options:
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, args=argv, prog="clipup flops")
     config = MoEConfig.clip_up(num_experts=options.num_experts, top_k=options.top_k)
-    model = _build(options.model)
+    model = models.create_on_meta(options.model)
     is_sparse = bool(moe_layers(model))
     if options.json:
         wanted = upcycle(model, config, inplace=True) if options.moe and not is_sparse else model
@@ -49,12 +48,6 @@ def main(argv: list[str]) -> int:
         counts["MoE"] = count(upcycle(model, config, inplace=True))
     print(table(counts))
     return 0
-
-
-def _build(name: str) -> torch.nn.Module:
-    """The model on the meta device, without weights."""
-    with torch.device("meta"), models.expecting_random_weights():
-        return models.create_model_and_transforms(name, device="meta", load_weights=False, pretrained_text=False)[0]
 
 
 def table(counts: dict[str, TowerCounts]) -> str:
