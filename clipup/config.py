@@ -23,7 +23,7 @@ _WEIGHTS = (
     "local_entropy_weight",
     "global_entropy_weight",
 )
-_MODEL_FIELDS = ("towers", "blocks")
+_MODEL_FIELDS = ("towers", "blocks", "padding_aware")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class MoEConfig:
     """Towers that become sparse; the others stay dense. A CoCa has a decoder too."""
     blocks: Literal["every_other"] | tuple[int, ...] = "every_other"
     """Blocks that become sparse: every other one, block 0 dense (1, 3, ...), or indices (negative from the end)."""
+    padding_aware: bool = True
+    """Leave the tokens behind a text's end out of routing, capacity and losses, in text towers whose features they
+    never reach (causal, pooled at end-of-text). It means nothing in other towers."""
     balance_weight: float = 0.0
     """Weight of the load-balance loss, which is 1 when balanced."""
     balance: BalanceForm = "topk"
@@ -86,13 +89,14 @@ class MoEConfig:
             _number("entropy_threshold", self.entropy_threshold)
         for name, choices in (("normalize_gates", get_args(GateNormalization)), ("balance", get_args(BalanceForm))):
             _check(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        _check("priority", self.priority, isinstance(self.priority, bool), "True or False", TypeError)
+        for name in ("priority", "padding_aware"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False", TypeError)
         if self.load_weight > 0 and self.router_noise == 0:
             raise ValueError("load_weight > 0 needs router_noise > 0: the load loss is a probability under that noise")
         self._check_model_fields()
 
     def _check_model_fields(self) -> None:
-        for name in _MODEL_FIELDS:
+        for name in ("towers", "blocks"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         towers = self.towers
@@ -117,7 +121,7 @@ class MoEConfig:
         return dataclasses.replace(self, **changes)
 
     def layer_options(self) -> dict[str, Any]:
-        """The fields that a single layer takes: all but which towers and blocks are sparse."""
+        """The fields that a single layer takes: all but those about the model around it."""
         return {name: value for name, value in vars(self).items() if name not in _MODEL_FIELDS}
 
     @property

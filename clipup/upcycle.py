@@ -47,6 +47,8 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
     layers = {name: _sparse_layer(block, config) for name, block in chosen.items()}
     for name, block in chosen.items():
         replace_mlp(block, layers[name])
+    if "text" in config.towers:
+        _leave_padding_out(model)
     model.moe_config = config
     return model
 
@@ -93,6 +95,12 @@ def _sparse_layer(block: nn.Module, config: MoEConfig) -> nn.Module:
     if mlp.dense.input_norm is None:
         return layer
     return nn.Sequential(OrderedDict(norm=mlp.dense.input_norm, moe=layer)).train(mlp.module.training)
+
+
+def _leave_padding_out(model: nn.Module) -> None:
+    from .padding_aware import leave_padding_out
+
+    leave_padding_out(model)
 
 
 @torch.no_grad()

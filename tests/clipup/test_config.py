@@ -70,6 +70,7 @@ def test_threshold_of_global_entropy_defaults_to_the_uniform_distribution():
         ({"normalize_gates": "after"}, ValueError, "normalize_gates must be one of none, before_drop, after_drop"),
         ({"balance": "top1"}, ValueError, "balance must be one of top2, topk, got 'top1'"),
         ({"priority": 1}, TypeError, "priority must be True or False, got 1"),
+        ({"padding_aware": None}, TypeError, "padding_aware must be True or False, got None"),
         ({"towers": ()}, ValueError, "towers must be a tuple of"),
         ({"towers": ("vision",)}, ValueError, r"towers must be a tuple of .* got \('vision',\)"),
         ({"towers": "image"}, ValueError, "towers must be a tuple of"),

@@ -44,10 +44,15 @@ def tiny_config(kind: str = "gelu") -> dict:
     return deepcopy(CONFIGS[kind])
 
 
-def tiny_clip(kind: str = "gelu", seed: int = 0) -> nn.Module:
-    """A float32 model in training mode with all parameters drawn at random, biases and layer norms too."""
+def tiny_clip(kind: str = "gelu", seed: int = 0, text_cfg: dict | None = None) -> nn.Module:
+    """A float32 model in training mode with all parameters drawn at random, biases and layer norms too.
+
+    Args:
+        text_cfg: options of the text tower that change the kind's own.
+    """
     torch.manual_seed(seed)
     config = tiny_config(kind)
+    config["text_cfg"].update(text_cfg or {})
     model_class = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
     model = model_class(**config)
     with torch.no_grad():

@@ -1,0 +1,46 @@
+"""Sparse CLIPs whose experts differ and whose routers are sure, so that what is routed where shows in the features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny_clip import tiny_clip
+from torch import Tensor, nn
+
+from clipup import MoEConfig, SparseMoE, moe_layers, upcycle
+
+
+def sparse_clip(kind: str = "gelu", **options: Any) -> nn.Module:
+    """CLIP-UP with 4 experts in training mode; ``options`` are ``MoEConfig``'s."""
+    model = upcycle(tiny_clip(kind), MoEConfig.clip_up(**{"num_experts": 4, **options}), inplace=True)
+    return randomise_experts(model)
+
+
+@torch.no_grad()
+def randomise_experts(model: nn.Module) -> nn.Module:
+    for layer in moe_layers(model).values():
+        layer.router.weight.mul_(10)
+        for name, parameter in layer.named_parameters(recurse=False):
+            parameter.add_((0.3 if "weight" in name else 0.1) * torch.randn_like(parameter))
+    return model
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    return getattr(model, "text", model)
+
+
+def text_layers(model: nn.Module) -> list[SparseMoE]:
+    return [layer for name, layer in moe_layers(model).items() if not name.startswith("visual.")]
+
+
+def routed_texts(model: nn.Module) -> list[Tensor | None]:
+    """The mask [T] that each sparse layer of the text tower got in its last forward, None for all tokens."""
+    layers = text_layers(model)
+    assert layers
+    return [layer.records.last_routing.mask for layer in layers]
+
+
+def set_padding_aware(model: nn.Module, value: bool) -> None:
+    for layer in moe_layers(model).values():
+        layer.config = layer.config.replace(padding_aware=value)
