@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from open_clip.coca_model import CoCa
 from torch import nn
 
 from .. import models
@@ -51,6 +52,11 @@ def build_model(
     else:
         model = model.to(device)
         model_cfg = None if options.model is None else models.get_model_config(options.model)
+    if isinstance(model, CoCa):
+        raise ValueError(
+            "train has the contrastive losses only, and a CoCa's decoder learns from captions; upcycle it with clipup "
+            "and train it with a captioning loss of your own"
+        )
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
     if options.siglip and getattr(model, "logit_bias", None) is None:
