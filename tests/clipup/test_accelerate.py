@@ -5,10 +5,12 @@ import importlib
 import pytest
 import torch
 from tiny_clip import CONFIGS, tiny_clip
+from tiny_families import HUGGING_FACE, TIMM, build, hugging_face_cfg, timm_model
 from torch import nn
 
 import clipup
 from clipup.models import random_inputs
+from clipup.towers import tower_blocks
 
 
 def features(model):
@@ -103,3 +105,39 @@ def test_the_model_itself_is_changed_only_when_asked():
 def test_a_model_without_dense_mlps_is_refused():
     with pytest.raises(ValueError, match="no dense MLP to accelerate; MLPs that are read"):
         clipup.accelerate(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_every_family_that_dense_mlp_computes_is_accelerated(name):
+    model = timm_model(name).eval()
+    if name.endswith("normed"):
+        with pytest.raises(ValueError, match="no dense MLP to accelerate"):
+            clipup.accelerate(model)
+        return
+    fast = clipup.accelerate(model)
+    replaced = [module for module in fast.modules() if type(module).__name__ == "AcceleratedMLP"]
+    assert len(replaced) == len(tower_blocks(model, "image"))
+    images, _ = random_inputs(model, 2)
+    with torch.inference_mode():
+        assert_close([fast(images), fast(images)], [model(images)] * 2, 1e-5)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_towers_are_accelerated_where_their_mlp_is_one_module(name, tmp_path):
+    model = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)).eval()
+    fast = clipup.accelerate(model)
+    replaced = [n for n, module in fast.named_modules() if type(module).__name__ == "AcceleratedMLP"]
+    assert sum(n.startswith("text.") for n in replaced) == (2 if name.startswith("MT5") else 0)
+    with torch.inference_mode():
+        assert_close(features(fast), features(model), 1e-5)
+
+
+def test_dropout_in_training_mode_is_the_models_own(tmp_path):
+    model = build(hugging_face_cfg(HUGGING_FACE["MT5Block/MT5DenseActDense"](), tmp_path)).train()
+    fast = clipup.accelerate(model)
+    with torch.no_grad():
+        found = []
+        for each in (model, fast):
+            torch.manual_seed(1)
+            found.append(features(each)[1])
+    assert torch.equal(*found)
