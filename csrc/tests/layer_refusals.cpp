@@ -116,6 +116,9 @@ void check_layer_refusals(const LayerShape& shape) {
       call.routing.choice_of_row = call.choice_of_row.data();
       call.routing.row_of_choice = call.row_of_choice.data();
       fault.make(call);
+      const std::string text =
+          text_of(with_rows) + (forward ? " forward" : " backward") + ", fault in " + fault.name;
+      describe(text);
       const std::string message = refusal([&] {
         if (forward) {
           expert_mlp_forward(call.experts, call.routing, call.x, call.y, z.data());
@@ -123,8 +126,7 @@ void check_layer_refusals(const LayerShape& shape) {
           expert_mlp_backward(call.experts, call.routing, call.dy, call.x, nullptr, call.gradients);
         }
       });
-      describe(text_of(with_rows) + (forward ? " forward" : " backward") + ", fault in " + fault.name +
-               ": '" + message + "'");
+      describe(text + ": '" + message + "'");
       EXPECT(starts_with(message, std::string(fault.name) + ": expected"));
       EXPECT(y.untouched() && z.untouched());
       for (const Array* array : gradients.arrays) EXPECT(array->untouched());

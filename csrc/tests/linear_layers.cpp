@@ -165,6 +165,9 @@ void check_linear_refusals(const LinearShape& shape) {
              with_rows.O,     with_rows.I,      out.data(),        good.offsets};
       c.offsets = c.own_offsets.data();
       fault.make(c);
+      const std::string text =
+          text_of(with_rows) + (forward ? " forward" : " backward") + ", fault in " + fault.name;
+      describe(text);
       const std::string message = refusal([&] {
         if (forward) {
           grouped_linear(c.dtype, c.rows, c.weight, good.bias.data(), c.offsets, c.R, c.E, c.O, c.I, c.out);
@@ -173,8 +176,7 @@ void check_linear_refusals(const LinearShape& shape) {
                                   d_rows.data(), d_weight.data(), d_bias.data());
         }
       });
-      describe(text_of(with_rows) + (forward ? " forward" : " backward") + ", fault in " + fault.name +
-               ": '" + message + "'");
+      describe(text + ": '" + message + "'");
       EXPECT(starts_with(message, std::string(fault.name) + ": expected"));
       EXPECT(out.untouched() && d_rows.untouched() && d_weight.untouched() && d_bias.untouched());
     }
