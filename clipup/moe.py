@@ -211,7 +211,7 @@ class SparseMoE(nn.Module):
             y: [..., D] of x's type, or autocast's.
         """
         self._check(x, mask)
-        tokens = x.reshape(-1, self.d_model)
+        tokens = x.reshape(-1, self.d_model).contiguous()  # the router rounds a strided view differently
         token_mask = None if mask is None else mask.reshape(-1)
         dtype = _autocast_dtype(x)
         with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
