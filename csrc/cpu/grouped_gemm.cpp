@@ -135,6 +135,7 @@ void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::in
 
 Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
                    std::int64_t panels, std::int64_t begin, std::int64_t words) {
+  if (right.k == 0) return {};  // no elements: the matrix may be null
   const TypedKernels& typed = kernels.of(dtype);
   const std::int64_t size = element_size(dtype);
   const std::int64_t k_begin = begin * typed.per_word;

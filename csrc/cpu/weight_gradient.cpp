@@ -62,8 +62,8 @@ void WeightGradient::run(const Block& block, const Workspace& workspace, std::in
                     const std::int64_t column = panel * kernels_->panel;
                     const std::int64_t at = row * columns_ + column;
                     void* const out = element(weight_, dtype_, piece.expert * rows_ * columns_ + at);
-                    float* const meet =
-                        dtype_ == DType::kFloat32 ? static_cast<float*>(out) : sum_.get() + at;
+                    float* meet = static_cast<float*>(out);
+                    if (dtype_ != DType::kFloat32) meet = sum_.get() == nullptr ? nullptr : sum_.get() + at;
                     OutputTile tile{};
                     tile.rows = std::min(tile_rows, rows_ - row);
                     tile.columns = std::min(kernels_->panel, columns_ - column);
