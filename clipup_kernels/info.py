@@ -90,7 +90,10 @@ def backend_info() -> dict:
 
     compiled = NATIVE is not None
     routing = ("topk_gating", "dispatch", "permute", "combine")
-    cpu = dict.fromkeys((*routing, "grouped_linear", "expert_mlp", "dense_mlp"), "c++" if compiled else "torch")
+    products = ("grouped_linear", "expert_mlp", "dense_mlp")
+    cpu = dict.fromkeys((*routing, *products), "c++" if compiled else "torch")
+    if compiled and len(matmul_dtypes()) == 3:
+        cpu |= dict.fromkeys(products, "torch matmul")
     return {
         "version": _version("clipup"),
         "torch": torch.__version__,
@@ -104,5 +107,5 @@ def backend_info() -> dict:
         "kept_memory_bytes": NATIVE.kept_memory() if compiled else 0,
         "threads": torch.get_num_threads(),
         "cpu": cpu,
-        "cuda": dict.fromkeys((*routing, "grouped_linear", "expert_mlp"), "torch"),
+        "cuda": dict.fromkeys((*routing, *products), "torch"),
     }

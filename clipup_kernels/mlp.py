@@ -93,6 +93,23 @@ _dense_mlp = define(
 )
 
 
+def _check_weights(x: Tensor, parameters: dict[str, Tensor | None], activation: str, lead: tuple[str, ...]) -> None:
+    """x [T, D] and the weights of MLPs, with ``lead`` before [H, D] and [D, H]: ("E",) for experts, () for one MLP."""
+    checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
+    checks.same_dtype("x", x, **parameters)
+    width = x.shape[1]
+    checks.tensor("in_weight", parameters["in_weight"], (*lead, "H", width), checks.FLOATING, x)
+    *experts, hidden, _ = parameters["in_weight"].shape
+    checks.tensor("out_weight", parameters["out_weight"], (*experts, width, hidden), checks.FLOATING, x)
+    inside, outside = (*experts, hidden), (*experts, width)
+    shapes = {"in_bias": inside, "out_bias": outside, "gate_weight": (*inside, width), "gate_bias": inside}
+    for name, shape in shapes.items():
+        checks.optional(name, parameters[name], shape, checks.FLOATING, x)
+    if parameters["gate_bias"] is not None and parameters["gate_weight"] is None:
+        raise ValueError("gate_bias was given without gate_weight; give both for a gated MLP, or neither")
+    checks.activation(activation)
+
+
 def expert_mlp(
     x: Tensor,
     gates: Tensor,
@@ -128,23 +145,12 @@ def expert_mlp(
         TypeError, ValueError: a wrong argument, by name.
         NotImplementedError: on a second derivative.
     """
-    checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
     parameters = dict(
         in_weight=in_weight, in_bias=in_bias, out_weight=out_weight, out_bias=out_bias, gate_weight=gate_weight,
         gate_bias=gate_bias,
     )  # fmt: skip
-    checks.same_dtype("x", x, **parameters)
-    width = x.shape[1]
-    checks.tensor("in_weight", in_weight, ("E", "H", width), checks.FLOATING, x)
-    num_experts, hidden, _ = in_weight.shape
-    checks.optional("in_bias", in_bias, (num_experts, hidden), checks.FLOATING, x)
-    checks.tensor("out_weight", out_weight, (num_experts, width, hidden), checks.FLOATING, x)
-    checks.optional("out_bias", out_bias, (num_experts, width), checks.FLOATING, x)
-    checks.optional("gate_weight", gate_weight, (num_experts, hidden, width), checks.FLOATING, x)
-    checks.optional("gate_bias", gate_bias, (num_experts, hidden), checks.FLOATING, x)
-    if gate_bias is not None and gate_weight is None:
-        raise ValueError("gate_bias was given without gate_weight; give both for gated experts, or neither")
-    checks.activation(activation)
+    _check_weights(x, parameters, activation, ("E",))
+    num_experts = in_weight.shape[0]
     if recompute not in ("none", "full"):
         raise ValueError(f"recompute must be 'none' or 'full', got {recompute!r}")
     checks.plan(plan, x.shape[0], x, num_experts)
@@ -187,20 +193,9 @@ def dense_mlp(
         TypeError, ValueError: a wrong argument, by name.
         NotImplementedError: when it is differentiated.
     """
-    checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
     parameters = dict(
         in_weight=in_weight, in_bias=in_bias, out_weight=out_weight, out_bias=out_bias, gate_weight=gate_weight,
         gate_bias=gate_bias,
     )  # fmt: skip
-    checks.same_dtype("x", x, **parameters)
-    width = x.shape[1]
-    checks.tensor("in_weight", in_weight, ("H", width), checks.FLOATING, x)
-    hidden = in_weight.shape[0]
-    shapes = {"in_bias": (hidden,), "out_bias": (width,), "gate_weight": (hidden, width), "gate_bias": (hidden,)}
-    checks.tensor("out_weight", out_weight, (width, hidden), checks.FLOATING, x)
-    for name, shape in shapes.items():
-        checks.optional(name, parameters[name], shape, checks.FLOATING, x)
-    if gate_bias is not None and gate_weight is None:
-        raise ValueError("gate_bias was given without gate_weight; give both for a gated MLP, or neither")
-    checks.activation(activation)
+    _check_weights(x, parameters, activation, ())
     return _dense_mlp(x, *parameters.values(), activation)

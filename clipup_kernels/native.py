@@ -151,7 +151,10 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
 
 
 def _packed(weight: Tensor, training: bool) -> Tensor | None:
-    return packing.forget(weight) if training else packing.packed(weight, DTYPE_CODE[weight.dtype])
+    if training:
+        packing.forget(weight)
+        return None
+    return packing.packed(weight, DTYPE_CODE[weight.dtype])
 
 
 def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str) -> tuple[int, ...]:

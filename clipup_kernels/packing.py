@@ -33,8 +33,8 @@ class _Entry:
 def pack_weights(enabled: bool) -> None:
     """Says whether the CPU kernels may keep packed copies of weights between inference calls; they do by default.
 
-    The copies cost as much memory as the weights, float16 ones twice as much (``backend_info()["packed_weights"]``).
-    False also drops those that are kept.
+    The copies cost as much memory as the weights, twice as much where a 16-bit type is widened to float32
+    (``backend_info()["packed_weights"]`` has the bytes). False also drops those that are kept.
     """
     global _enabled
     _enabled = enabled

@@ -1,5 +1,5 @@
 // Forward pass of the experts: wave by wave, rows gathered while they are packed, first product with bias and
-// experts.activation, second product with bias; at the end every token's rows are combined.
+// activation, second product with bias; at the end every token's rows are combined.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -8,6 +8,7 @@
 #include "expert_rows.h"
 
 namespace clipup {
+
 void expert_mlp_forward(const Experts& experts, const Routing& routing, const void* x, void* y, void* z) {
   check_experts(experts);
   check_routing(routing, experts.E);

@@ -1,5 +1,5 @@
 // What a tier of CPU instructions (gemm_<tier>.cpp) offers to the drivers: tiles multiplied in registers, operands
-// packed, and what happens to a tile while it is in the cache. A tier is chosen once, when the module is loaded.
+// packed, and what happens to a tile while it is in the cache. A tier is chosen once, when it is first needed.
 //
 // Operands are packed in 32-bit words along the summed axis: a word is one float, or, where the CPU multiplies
 // bfloat16 pairs, two neighbouring bfloat16. Storage types without such an instruction are widened to floats.
@@ -48,7 +48,7 @@ struct HiddenTile {
   Word* a;  // written: lines of this tile of rows; null: not wanted
 };
 
-// A tile of da = W_out^T dout on its way to everything that is made of it (DESIGN: moe.h, expert_mlp_backward).
+// A tile of da = W_out^T dout on its way to everything that is made of it (moe.h, expert_mlp_backward).
 struct HiddenGradientTile {
   std::int64_t rows, columns, column;  // as above
   const float* da;                     // [rows, panel]
