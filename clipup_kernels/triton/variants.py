@@ -1,0 +1,122 @@
+"""Compiling kernels for an architecture without having it: what ``variants(arch)`` of a kernel file yields, and the
+registers, stack, shared memory and machine code that come out.
+
+``compile_variant`` needs Triton as the process imports it by default: with ``TRITON_INTERPRET=1`` there is no kernel to
+compile.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (80, 90, 100)
+"""Compute capabilities, times ten, that the kernels are compiled for where there is no GPU."""
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory that one block may have, by architecture (CUDA C++ Programming Guide, technical specifications)."""
+
+TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""Triton's name of every storage type that the kernels take."""
+
+
+class Variant(NamedTuple):
+    """One specialisation of a kernel."""
+
+    name: str
+    kernel: Any
+    """The ``triton.JITFunction``."""
+    signature: dict[str, str]
+    """Every argument's type in the kernel's order: "*bf16" (a pointer, divisible by 16 as torch allocates), "i32",
+    "i32:16" (an int divisible by 16), "i64", "fp32" or "constexpr"."""
+    constants: dict[str, Any]
+    """The value of every constexpr; None for a pointer that is absent."""
+    options: dict[str, int]
+    """``num_warps`` and ``num_stages``."""
+    instructions: tuple[str, ...] = ()
+    """Machine instructions that must occur, "HGMMA" say."""
+
+
+class Compiled(NamedTuple):
+    """What the compiler made of a variant."""
+
+    registers: int
+    """A thread."""
+    stack_bytes: int
+    """A thread: registers that were spilled, and arrays in local memory. 0 is wanted."""
+    shared_bytes: int
+    """A block."""
+    sass: str
+    """Machine code as text."""
+
+
+def signature(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
+    """The types of all of the kernel's arguments in its order, those in ``constants`` being constexpr."""
+    names = list(kernel.arg_names)
+    unknown = (types.keys() | constants.keys()) - set(names)
+    missing = set(names) - types.keys() - constants.keys()
+    if unknown or missing:
+        raise ValueError(
+            f"types and constants must name the arguments of {kernel.__name__} once each; "
+            f"missing {sorted(missing)}, unknown {sorted(unknown)}"
+        )
+    return {name: "constexpr" if name in constants else types[name] for name in names}
+
+
+def compile_variant(variant: Variant, arch: int) -> Compiled:
+    """Compiles ``variant`` for compute capability ``arch`` / 10.
+
+    Raises:
+        RuntimeError: Triton interprets in this process.
+    """
+    if not isinstance(variant.kernel, triton.JITFunction):
+        raise RuntimeError(
+            f"{variant.name} is interpreted in this process, so it cannot be compiled; unset TRITON_INTERPRET"
+        )
+    divisible = [["tt.divisibility", 16]]
+    attributes = {
+        (position,): divisible
+        for position, kind in enumerate(variant.signature.values())
+        if kind.startswith("*") or kind.endswith(":16")
+    }
+    types = {name: kind.removesuffix(":16") for name, kind in variant.signature.items()}
+    source = ASTSource(variant.kernel, types, variant.constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(variant.options))
+    usage, sass = _inspect(compiled.asm["cubin"])
+    registers, stack = (int(_search(rf"\b{what}:(\d+)", usage)) for what in ("REG", "STACK"))
+    return Compiled(registers, stack, compiled.metadata.shared, sass)
+
+
+def count(instruction: str, sass: str) -> int:
+    """How often a machine instruction occurs, whatever its suffixes: "HGMMA" counts HGMMA.64x128x16.F32.BF16."""
+    return len(re.findall(rf"\b{instruction}\b", sass))
+
+
+def _search(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump's output has no {pattern!r}: {text[:500]!r}")
+    return found[1]
+
+
+def _inspect(cubin: bytes) -> tuple[str, str]:
+    """cuobjdump's report of the resources and of the machine code."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        outputs: Iterator[str] = (
+            subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+        usage, sass = outputs
+    return usage, sass
