@@ -34,6 +34,8 @@ class Options:
     """Retrieval: WebDataset shards or a CSV file; an image may have several captions."""
     by: str = "group"
     """Retrieval: key of the samples' metadata whose values are also measured apart, where there is such a key."""
+    multi_positive: bool = False
+    """Retrieval: equal captions are one text, and every image that it stands beside is a right answer to it."""
     dataset_type: Literal["webdataset", "csv", "auto"] = "auto"
     """What val_data is; auto goes by its ending."""
     csv_separator: str = "\t"
@@ -105,7 +107,9 @@ def evaluate(options: Options) -> dict[str, Any]:
             csv_caption_key=options.csv_caption_key,
         )
         triples = _one_by_one(samples.batches(options.batch_size, options.workers))
-        found = evaluate_retrieval(model, triples, tokenizer, by=options.by, **common)
+        found = evaluate_retrieval(
+            model, triples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
+        )
         results["retrieval"] = {**found, "skipped": samples.skipped}
     if names is not None:
         templates = TEMPLATES if options.templates is None else read_lines(options.templates)

@@ -4,6 +4,9 @@ Text to image (t2i): the share of captions whose image is among the k best-score
 of images of which any caption is among the k best-scored captions. Both are what CLIP papers and CLIP_benchmark report.
 Equal scores count as if they were ordered by lot, and the expectation is reported: a model that gives everything the
 same feature gets chance, not 0 or 1.
+
+Short captions repeat. With ``multi_positive`` equal captions are one text that describes several images, every one of
+which is a right answer to it; without, a caption asks for the one image that it stands beside, as in those papers.
 """
 
 from __future__ import annotations
@@ -27,19 +30,22 @@ def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tens
     Args:
         image_features: [N, D], normalised; every image must have a caption.
         text_features: [M, D], normalised.
-        image_of_text: [M] int64, the row of the image that a text describes.
+        image_of_text: [M] int64, the row of the image that a text describes; or [P, 2], rows (text, image), where texts
+            describe several images.
 
     Returns:
-        ``t2i`` and ``i2t``, each {"r1", "r5", "r10"}; ``chance_r1`` (1/N, both ways); ``gallery`` N; ``captions`` M.
+        ``t2i`` and ``i2t``, each {"r1", "r5", "r10"}; ``chance_r1`` (P/(N*M) for P pairs, which is 1/N where a text has
+        one image); ``gallery`` N; ``captions`` M.
 
     Raises:
-        ValueError: no images, shapes that do not fit, an image without caption, features that are not finite.
+        ValueError: no images, shapes that do not fit, a row without a partner, features that are not finite.
     """
-    _check(image_features, text_features, image_of_text)
+    pairs = _pairs(image_of_text)
+    _check(image_features, text_features, pairs)
     images, captions = len(image_features), len(text_features)
-    ranks = ranks_both_ways(image_features, text_features, image_of_text)
+    ranks = ranks_both_ways(image_features, text_features, pairs)
     recall = {way: {f"r{k}": hits_at(k, *counts).mean().item() for k in RECALL_AT} for way, counts in ranks.items()}
-    return {**recall, "chance_r1": 1 / images, "gallery": images, "captions": captions}
+    return {**recall, "chance_r1": len(pairs) / captions / images, "gallery": images, "captions": captions}
 
 
 def ranks_both_ways(
@@ -47,10 +53,30 @@ def ranks_both_ways(
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """For ``t2i`` (a row a text) and ``i2t`` (a row an image): how many candidates score above the best right one, how
     many score as it does, and how many of those are right. int64 each."""
-    rows = torch.arange(len(image_features))
+    pairs = _pairs(image_of_text)
     return {
-        "t2i": _rank(text_features, image_features, image_of_text, rows),
-        "i2t": _rank(image_features, text_features, rows, image_of_text),
+        "t2i": _rank(text_features, image_features, pairs),
+        "i2t": _rank(image_features, text_features, pairs.flip(1)),
+    }
+
+
+def nll_both_ways(
+    image_features: Tensor, text_features: Tensor, image_of_text: Tensor, logit_scale: float
+) -> dict[str, float]:
+    """Negative log likelihood in nats, ``t2i`` and ``i2t``: the mean over queries of -log of the probability that the
+    softmax over the gallery, at the model's own scale, gives to right candidates. It sees what recall does not: how
+    sure a model is. Arguments as in ``retrieval``; logit_scale: the factor in front of the cosine."""
+    pairs = _pairs(image_of_text)
+
+    def mean_nll(queries: Tensor, candidates: Tensor, relation: Tensor) -> float:
+        nll = []
+        for scores, right in _scored(logit_scale * queries, candidates, relation):
+            nll.append(scores.logsumexp(1) - scores.masked_fill(~right, -torch.inf).logsumexp(1))
+        return torch.cat(nll).double().mean().item()
+
+    return {
+        "t2i": mean_nll(text_features, image_features, pairs),
+        "i2t": mean_nll(image_features, text_features, pairs.flip(1)),
     }
 
 
@@ -77,6 +103,7 @@ def evaluate_retrieval(
     by: str | None = None,
     precision: Precision = "fp32",
     show_progress: bool = False,
+    multi_positive: bool = False,
 ) -> dict[str, Any]:
     """Encodes a data set and measures retrieval on it.
 
@@ -85,6 +112,7 @@ def evaluate_retrieval(
         samples: (image, captions, metadata) triples; ``clipup.data.loaders.eval_samples`` makes them.
         preprocess: image to tensor [3, height, width]; None when the images are tensors already.
         by: a key of the metadata: every value's images are also measured apart, as a gallery of their own.
+        multi_positive: equal captions are one text, and all images that they stand beside are right answers to it.
 
     Returns:
         What ``retrieval`` returns, and ``splits`` {value: the same} when ``by`` is given and some sample has the key.
@@ -106,32 +134,47 @@ def evaluate_retrieval(
             yield image if preprocess is None else preprocess(image)
 
     image_features = encode_images(model, images(), batch_size, precision)
+    pairs = _pairs(torch.tensor(image_of_text))
+    if multi_positive:
+        captions, pairs = merge_equal(captions, pairs)
     text_features = encode_texts(model, captions, tokenizer, batch_size, precision)
-    owners = torch.tensor(image_of_text)
-    result = retrieval(image_features, text_features, owners)
+    result = retrieval(image_features, text_features, pairs)
     values = sorted({group for group in groups if group is not None}, key=str)
     if values:
         result["splits"] = {
-            str(value): _of_group(image_features, text_features, owners, [group == value for group in groups])
+            str(value): _of_group(image_features, text_features, pairs, [group == value for group in groups])
             for value in values
         }
     return result
 
 
-def _of_group(image_features: Tensor, text_features: Tensor, image_of_text: Tensor, member: list[bool]) -> dict:
+def merge_equal(captions: Sequence[str], pairs: Tensor) -> tuple[list[str], Tensor]:
+    """The distinct captions in the order of their first appearance, and each (text, image) pair once, between them."""
+    row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    rows = torch.tensor([row_of[caption] for caption in captions])
+    return list(row_of), torch.stack([rows[pairs[:, 0]], pairs[:, 1]], 1).unique(dim=0)
+
+
+def _of_group(image_features: Tensor, text_features: Tensor, pairs: Tensor, member: list[bool]) -> dict:
     """Retrieval among the images that are members, and their captions."""
     inside = torch.tensor(member)
-    new_row = inside.cumsum(0) - 1
-    texts = inside[image_of_text]
-    return retrieval(image_features[inside], text_features[texts], new_row[image_of_text[texts]])
+    kept = pairs[inside[pairs[:, 1]]]
+    texts, text_row = kept[:, 0].unique(return_inverse=True)
+    image_row = (inside.cumsum(0) - 1)[kept[:, 1]]
+    return retrieval(image_features[inside], text_features[texts], torch.stack([text_row, image_row], 1))
 
 
-def _rank(queries: Tensor, candidates: Tensor, query_key: Tensor, candidate_key: Tensor) -> tuple[Tensor, ...]:
-    """A candidate is right for a query when their keys are equal; every query has one that is right."""
+def _pairs(image_of_text: Tensor) -> Tensor:
+    """[P, 2] rows (text, image) from either form of ``image_of_text``."""
+    if image_of_text.dim() != 1:
+        return image_of_text
+    return torch.stack([torch.arange(len(image_of_text)), image_of_text], 1)
+
+
+def _rank(queries: Tensor, candidates: Tensor, pairs: Tensor) -> tuple[Tensor, ...]:
+    """``pairs``: (query, candidate), those that are right; every query has one."""
     counts = []
-    for start in range(0, len(queries), _CHUNK):
-        scores = queries[start : start + _CHUNK] @ candidates.T
-        right = query_key[start : start + _CHUNK, None] == candidate_key[None, :]
+    for scores, right in _scored(queries, candidates, pairs):
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         ties = scores == best
         counts.append(torch.stack([(scores > best).sum(1), ties.sum(1), (ties & right).sum(1)]))
@@ -139,7 +182,18 @@ def _rank(queries: Tensor, candidates: Tensor, query_key: Tensor, candidate_key:
     return above, tied, right_ties
 
 
-def _check(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> None:
+def _scored(queries: Tensor, candidates: Tensor, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A chunk of queries at a time: scores [chunk, candidates], and which are of right candidates (bool)."""
+    pairs = pairs[pairs[:, 0].argsort(stable=True)]
+    for start in range(0, len(queries), _CHUNK):
+        scores = queries[start : start + _CHUNK] @ candidates.T
+        first, last = torch.searchsorted(pairs[:, 0].contiguous(), torch.tensor([start, start + len(scores)])).tolist()
+        right = torch.zeros_like(scores, dtype=torch.bool)
+        right[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
+        yield scores, right
+
+
+def _check(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> None:
     images, texts = len(image_features), len(text_features)
     if images == 0:
         raise ValueError("image_features is empty: there is no image to retrieve")
@@ -148,13 +202,18 @@ def _check(image_features: Tensor, text_features: Tensor, image_of_text: Tensor)
             "image_features and text_features must be [N, D] and [M, D], got "
             f"{list(image_features.shape)} and {list(text_features.shape)}"
         )
-    if image_of_text.shape != (texts,):
-        raise ValueError(f"image_of_text must name an image for each of {texts} texts, got {list(image_of_text.shape)}")
-    if texts and not 0 <= int(image_of_text.min()) <= int(image_of_text.max()) < images:
-        raise ValueError(f"image_of_text must lie in 0..{images - 1}, got {image_of_text.min()}..{image_of_text.max()}")
-    without = torch.bincount(image_of_text, minlength=images) == 0
-    if without.any():
-        raise ValueError(f"image {int(without.nonzero()[0])} has no caption in image_of_text; every image needs one")
+    owned, owners = pairs[:, 0], pairs[:, 1]
+    if pairs.shape[1:] != (2,) or (owned.numel() and not 0 <= int(owned.min()) <= int(owned.max()) < texts):
+        raise ValueError(
+            f"image_of_text must name an image for each of {texts} texts, got rows of shape {list(pairs.shape)} (text, "
+            "image)"
+        )
+    if owners.numel() and not 0 <= int(owners.min()) <= int(owners.max()) < images:
+        raise ValueError(f"image_of_text must lie in 0..{images - 1}, got {owners.min()}..{owners.max()}")
+    for name, column, count, other in (("image", owners, images, "caption"), ("text", owned, texts, "image")):
+        without = torch.bincount(column, minlength=count) == 0
+        if without.any():
+            raise ValueError(f"{name} {int(without.nonzero()[0])} has no {other} in image_of_text; each needs one")
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         if not features.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity, so nothing can be ranked: the model is broken")

@@ -178,7 +178,13 @@ def build_validation(
 
     def validate(model: nn.Module) -> dict[str, Any]:
         return evaluate_retrieval(
-            model, samples(), built.tokenizer, batch_size=options.batch_size, by="group", precision=precision
+            model,
+            samples(),
+            built.tokenizer,
+            batch_size=options.batch_size,
+            by="group",
+            precision=precision,
+            multi_positive=options.multi_positive,
         )
 
     return validate

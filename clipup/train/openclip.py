@@ -12,6 +12,7 @@ from open_clip_train.distributed import init_distributed_device_so, is_using_dis
 from open_clip_train.scheduler import const_lr, cosine_lr
 from torch import Tensor, nn
 
+from .multi_positive import MultiPositiveClipLoss
 from .options import TrainOptions
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -37,10 +38,11 @@ def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_step
 
 
 def contrastive_loss(options: TrainOptions, rank: int, world_size: int) -> nn.Module:
-    """ClipLoss or SigLipLoss over the batch of all ranks."""
+    """ClipLoss, MultiPositiveClipLoss or SigLipLoss over the batch of all ranks."""
     if options.siglip:
         return SigLipLoss(rank=rank, world_size=world_size)
-    return ClipLoss(
+    softmax_loss = MultiPositiveClipLoss if options.multi_positive else ClipLoss
+    return softmax_loss(
         local_loss=options.local_loss,
         gather_with_grad=options.gather_with_grad,
         cache_labels=True,

@@ -83,6 +83,9 @@ class TrainOptions:
     """Largest norm of the gradient; None leaves it alone."""
     siglip: bool = False
     """Sigmoid loss (SigLIP) in place of the softmax loss (CLIP)."""
+    multi_positive: bool = False
+    """Pairs of a batch whose captions are equal are positives of each other, not negatives (UniCL's loss); in val_data
+    every image of a caption is then a right answer to it. Not with siglip."""
     local_loss: bool = True
     """Several ranks: every rank computes the logits of its own images and texts only."""
     gather_with_grad: bool = True
@@ -134,6 +137,10 @@ class TrainOptions:
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         if self.name is not None:
             self._check("name", Path(self.name).name == self.name, "the name of a directory, without separators")
+        if self.siglip and self.multi_positive:
+            raise ValueError(
+                "multi_positive is a softmax over several targets, and siglip has no softmax; drop one of them"
+            )
         if self.resume == "latest" and (self.logs is None or self.name is None):
             raise ValueError("resume='latest' needs logs and name, which say where the checkpoints are")
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..evaluate.precision import Precision, autocast, image_dtype
 from ..moe import aux_loss, moe_layers
+from .multi_positive import MultiPositiveClipLoss
 from .openclip import LOGIT_SCALE_MAX, features_of
 from .rng import set_torch_state, torch_state
 
@@ -79,7 +80,7 @@ class TrainStep:
     def _plain(self, images: Tensor, texts: Tensor) -> StepLosses:
         with autocast(self.precision, self.device):
             output = self._forward(self.model, images, texts)
-            contrastive = self._contrastive(output, output)
+            contrastive = self._contrastive(output, output, texts)
         aux = aux_loss(self.module)
         self._backward(contrastive + aux)
         return StepLosses(contrastive.detach(), aux.detach(), output["logit_scale"].detach())
@@ -91,6 +92,7 @@ class TrainStep:
                 states.append(torch_state(self.device))
                 cached.append(self._forward(self.module, images, texts))
         losses = []
+        all_texts = torch.cat([texts for _, texts in batches])
         for index, (images, texts) in enumerate(batches):
             last = index == len(batches) - 1
             set_torch_state(states[index], self.device)
@@ -100,7 +102,7 @@ class TrainStep:
                     around = [*cached[:index], output, *cached[index + 1 :]]
                     features = {name: torch.cat([part[name] for part in around]) for name in _FEATURES}
                     scales = output if last else {name: value.detach() for name, value in output.items()}
-                    contrastive = self._contrastive(features, scales)
+                    contrastive = self._contrastive(features, scales, all_texts)
                 aux = aux_loss(self.module) / len(batches)
                 self._backward(contrastive + aux)
             losses.append((contrastive.detach(), aux.detach()))
@@ -116,8 +118,10 @@ class TrainStep:
         output["text_features"] = output["text_features"][order.argsort()]
         return output
 
-    def _contrastive(self, features: dict[str, Tensor], scales: dict[str, Tensor]) -> Tensor:
+    def _contrastive(self, features: dict[str, Tensor], scales: dict[str, Tensor], texts: Tensor) -> Tensor:
         inputs = {name: features[name] for name in _FEATURES}
+        if isinstance(self.loss, MultiPositiveClipLoss):
+            inputs["texts"] = texts
         return self.loss(**inputs, **{name: scales[name] for name in _SCALES if name in scales})
 
     def _backward(self, loss: Tensor) -> None:
