@@ -13,6 +13,7 @@ COMMANDS = {
     "upcycle": "make a dense model sparse, and check that it computes the same",
     "train": "train a dense or sparse model",
     "eval": "retrieval and zero-shot classification",
+    "benchmark": "CLIP_benchmark's command line, for models of clipup",
     "flops": "FLOPs and parameters of a model, dense and sparse",
     "doctor": "the blocks of a model, and what upcycle would do with each",
 }

@@ -5,31 +5,47 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
-from .. import models
+from .. import card, models
 from ..checkpoint import replace_files
+from ..data.loaders import EvalSamples, eval_samples
+from ..data.samples import Skips
+from ..evaluate import datasets
 from ..evaluate.precision import Precision, default_device, default_workers
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
-from ..evaluate.zero_shot import TEMPLATES, image_folder, image_shards, open_images, read_lines, zero_shot
+from ..evaluate.zero_shot import TEMPLATES, image_folder, image_shards, labelled_images, read_lines, zero_shot
 
 
 @dataclass
 class Options:
-    """Measures retrieval (--val-data) and zero-shot classification (--classes and --images) of a dense or sparse model.
+    """Measures retrieval and zero-shot classification of a dense or sparse model on a benchmark (--dataset and --root),
+    or on data of one's own (--val-data; --classes and --images). docs/evaluation.md shows how they lie on disk.
 
-    Example: clipup eval runs/b16-moe/model --val-data 'data/test-{000..009}.tar' --json results.json
+    Example: clipup eval runs/b16-moe/model --dataset coco --root /data/coco --out coco.json
     """
 
     model: tyro.conf.Positional[str]
-    """A model that open_clip knows, or a directory."""
+    """A model that open_clip knows, a directory, or hf-hub:ORG/NAME."""
     pretrained: str | None = None
-    """Tag or file of open_clip weights for a model known by name. None: random weights."""
+    """Tag or file of weights for a model known by name; a training checkpoint may be sparse. None: random weights."""
+    dataset: Literal["coco", "flickr30k", "imagenet", "webdataset", "csv"] | None = None
+    """A benchmark. coco, flickr30k: retrieval with Karpathy's splits; imagenet: classification; webdataset: what its
+    directory says; csv: retrieval."""
+    root: str | None = None
+    """Where the benchmark lies: a directory; for webdataset and csv also the shards or the file themselves."""
+    split: str = "test"
+    """Split of the benchmark."""
+    annotations: Path | None = None
+    """coco, flickr30k: the file with the captions. None: the one in root, as CLIP_benchmark or Karpathy name it."""
+    captions_per_image: int | None = None
+    """Benchmarks: the first n captions of an image only. None: all, as CLIP_benchmark does: five, on COCO sometimes
+    more."""
     val_data: str | None = None
     """Retrieval: WebDataset shards or a CSV file; an image may have several captions."""
     by: str = "group"
@@ -45,86 +61,136 @@ class Options:
     csv_caption_key: str = "title"
     """Column with the captions."""
     workers: int = field(default_factory=default_workers)
-    """Retrieval: processes that read images."""
+    """Processes that read images."""
     classes: Path | None = None
     """Classification: text file with one class name a line."""
     images: str | None = None
     """Classification: directory with a subdirectory for every class, or shards with .cls files."""
     templates: Path | None = None
-    """Classification: text file with one prompt a line, {} for the class name. None: open_clip's seven short ones."""
+    """Classification: text file with one prompt a line, {} for the class name. None: the benchmark's own (imagenet:
+    open_clip's 80), for --classes open_clip's seven short ones."""
     batch_size: int = 64
     """Images, or texts, in a batch."""
     precision: Precision = "fp32"
     """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (the model itself)."""
     device: str = field(default_factory=default_device)
     """cpu, cuda or cuda:N."""
-    json: str | None = None
+    out: Annotated[str | None, tyro.conf.arg(aliases=["--json"])] = None
     """File for the results as JSON; "-" prints JSON alone."""
+    card: bool = False
+    """Write the numbers into the model card (README.md) of the model's directory."""
 
     def __post_init__(self) -> None:
-        if self.val_data is None and self.classes is None:
-            raise ValueError("there is nothing to measure: pass --val-data, or --classes and --images")
+        if self.dataset is None and self.val_data is None and self.classes is None:
+            raise ValueError(
+                "there is nothing to measure: pass --dataset and --root, --val-data, or --classes and --images"
+            )
+        if (self.dataset is None) != (self.root is None):
+            raise ValueError("a benchmark needs both --dataset and --root")
+        if self.dataset is not None and (self.val_data is not None or self.classes is not None):
+            raise ValueError("--dataset names the data already; leave out --val-data, --classes and --images")
         if (self.classes is None) != (self.images is None):
             raise ValueError("classification needs both --classes and --images")
+        if self.captions_per_image is not None and self.captions_per_image < 1:
+            raise ValueError(f"captions_per_image must be at least 1, got {self.captions_per_image}")
 
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, args=argv, prog="clipup eval")
     logging.getLogger().setLevel(logging.ERROR)
+    directory = models.model_directory(options.model)
+    if options.card and directory is None:
+        raise ValueError(f"card: {options.model} is no directory of this machine, so there is no card to write into")
     results = evaluate(options)
+    if options.card:
+        card.add_results(directory, results)
     text = json.dumps(results, indent=2) + "\n"
-    if options.json == "-":
+    if options.out == "-":
         print(text, end="")
         return 0
     print(table(results))
-    if options.json is not None:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        replace_files({Path(options.json): lambda path: path.write_text(text, encoding="utf-8")})
+    if options.out is not None:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        replace_files({Path(options.out): lambda path: path.write_text(text, encoding="utf-8")})
     return 0
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """``retrieval`` and ``zero_shot``, those that were asked for."""
+    """``retrieval`` and ``zero_shot``, those that were asked for, and what was measured: model, dataset, split."""
     if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {options.device!r}, but torch finds no CUDA GPU; use --device cpu")
-    names = None if options.classes is None else read_lines(options.classes)
-    labelled = None if names is None else _labelled_images(options.images, names)
+    found = _find(options)
     model, _, preprocess = models.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
     tokenizer = models.get_tokenizer(options.model)
     common = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
-    results: dict[str, Any] = {"model": options.model}
-    if options.val_data is not None:
-        from ..data.loaders import eval_samples
-
-        samples = eval_samples(
-            options.val_data,
-            preprocess,
-            dataset_type=options.dataset_type,
-            csv_separator=options.csv_separator,
-            csv_img_key=options.csv_img_key,
-            csv_caption_key=options.csv_caption_key,
-        )
+    results: dict[str, Any] = {"model": options.model, "precision": options.precision}
+    if options.dataset is not None:
+        results |= {"dataset": options.dataset, "split": options.split}
+    if options.val_data is not None or isinstance(found, datasets.RetrievalSet):
+        samples = _retrieval_samples(options, found, preprocess)
         triples = _one_by_one(samples.batches(options.batch_size, options.workers))
-        found = evaluate_retrieval(
+        recall = evaluate_retrieval(
             model, triples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
         )
-        results["retrieval"] = {**found, "skipped": samples.skipped}
-    if names is not None:
-        templates = TEMPLATES if options.templates is None else read_lines(options.templates)
-        results["zero_shot"] = zero_shot(model, labelled, names, tokenizer, preprocess, templates, **common)
+        results["retrieval"] = {**recall, "skipped": samples.skipped}
+    if isinstance(found, datasets.ClassificationSet):
+        pairs = _labelled(options, found, preprocess)
+        results["zero_shot"] = zero_shot(model, pairs, found.classes, tokenizer, None, found.templates, **common)
     return results
+
+
+def _find(options: Options) -> datasets.DataSet | None:
+    """The benchmark, or the labelled images; None where there is only ``val_data``."""
+    templates = [] if options.templates is None else read_lines(options.templates)
+    root, split = options.root, options.split
+    if options.dataset == "coco":
+        found = datasets.coco(root, split, options.annotations)
+    elif options.dataset == "flickr30k":
+        found = datasets.flickr30k(root, split, options.annotations)
+    elif options.dataset == "imagenet":
+        found = datasets.imagenet(root, split)
+    elif options.dataset == "webdataset":
+        found = datasets.webdataset(root, split, templates)
+    elif options.dataset == "csv":
+        columns = options.csv_separator, options.csv_img_key, options.csv_caption_key
+        found = datasets.csv(root, split, *columns)
+    elif options.classes is not None:
+        names = read_lines(options.classes)
+        images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
+        found = datasets.ClassificationSet(images, names, TEMPLATES)
+    else:
+        return None
+    if isinstance(found, datasets.ClassificationSet):
+        return datasets.ClassificationSet(found.images, found.classes, templates or found.templates)
+    kept = slice(options.captions_per_image)
+    return datasets.RetrievalSet([replace(record, captions=record.captions[kept]) for record in found.records])
+
+
+def _retrieval_samples(options: Options, found: datasets.DataSet | None, preprocess: Any) -> EvalSamples:
+    if isinstance(found, datasets.RetrievalSet):
+        return EvalSamples(found.records, preprocess, Skips(), strict=True)
+    return eval_samples(
+        options.val_data,
+        preprocess,
+        dataset_type=options.dataset_type,
+        csv_separator=options.csv_separator,
+        csv_img_key=options.csv_img_key,
+        csv_caption_key=options.csv_caption_key,
+    )
+
+
+def _labelled(options: Options, found: datasets.ClassificationSet, preprocess: Any) -> Iterator[tuple[Any, int]]:
+    if isinstance(found.images[0], str):
+        return ((preprocess(image), label) for image, label in image_shards(found.images))
+    return labelled_images(found.images, preprocess, options.batch_size, options.workers)
 
 
 def _one_by_one(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
     """The samples of batches that other processes have read."""
     for batch in batches:
         yield from zip(*batch, strict=True)
-
-
-def _labelled_images(images: str, classes: list[str]) -> Any:
-    return image_shards(images) if images.endswith(".tar") else open_images(image_folder(images, classes))
 
 
 def table(results: dict[str, Any]) -> str:

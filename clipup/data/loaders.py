@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,11 +137,14 @@ class EvalSamples:
     """Images with all their captions, for retrieval, in the order of the files.
 
     Iterating gives `(image [C, H, W], captions, metadata)` a sample; `batches` gives many at once. `len()` counts the
-    samples of the source, `skipped` those of them (and incomplete ones) that could not be read so far.
+    samples of the source, `skipped` those of them (and incomplete ones) that could not be read so far. With `strict` an
+    image that cannot be read raises ValueError, naming it: of a benchmark nothing may be left out.
     """
 
-    def __init__(self, records: list[Record], preprocess: Callable, incomplete: Skips) -> None:
-        self.records, self.preprocess = records, preprocess
+    def __init__(
+        self, records: Sequence[Record], preprocess: Callable, incomplete: Skips, strict: bool = False
+    ) -> None:
+        self.records, self.preprocess, self.strict = records, preprocess, strict
         self._incomplete = incomplete
         self._unreadable: dict[str, str] = {}
 
@@ -184,6 +187,8 @@ class EvalSamples:
 
     def _note(self, record: Record, reason: str) -> None:
         where = f"{record.key} in {record.path}"
+        if self.strict:
+            raise ValueError(f"cannot read the image {where}: {reason}; mend or remove it")
         if where not in self._unreadable:
             self._unreadable[where] = reason
             _LOG.warning("skipped %s: %s", where, reason)

@@ -1,4 +1,5 @@
-"""Evaluation: retrieval (``evaluate_retrieval``) and zero-shot classification (``zero_shot``)."""
+"""Evaluation: retrieval (``evaluate_retrieval``), zero-shot classification (``zero_shot``), and ``datasets``, which
+reads COCO, Flickr30k, ImageNet and other benchmarks from disk."""
 
 from .encode import encode_images, encode_texts
 from .retrieval import evaluate_retrieval, retrieval

@@ -13,9 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..data.loaders import EvalSamples
+from ..data.samples import Record, Skips, expand_shards
 from .encode import device_of, encode_images, evaluating, progress
 from .precision import Precision, autocast
 
+Template = Callable[[str], str] | str
+"""A prompt: a function of the class name, or a string with ``{}`` in its place."""
 TEMPLATES = open_clip.SIMPLE_IMAGENET_TEMPLATES
 """open_clip's seven short prompts."""
 TOP_K = (1, 5)
@@ -27,7 +31,7 @@ def zero_shot(
     classes: Sequence[str],
     tokenizer: Callable[[list[str]], Tensor],
     preprocess: Callable[[Any], Tensor] | None = None,
-    templates: Sequence[Callable[[str], str] | str] = TEMPLATES,
+    templates: Sequence[Template] = TEMPLATES,
     batch_size: int = 64,
     precision: Precision = "fp32",
     show_progress: bool = False,
@@ -63,7 +67,12 @@ def zero_shot(
     device = device_of(model)
     with evaluating(model), autocast(precision, device):
         classifier = open_clip.build_zero_shot_classifier(
-            model, tokenizer, classnames=list(classes), templates=list(templates), device=device
+            model,
+            tokenizer,
+            classnames=list(classes),
+            templates=list(templates),
+            num_classes_per_batch=max(1, batch_size // len(templates)),
+            device=device,
         )
     best = (image_features @ classifier.float().cpu()).topk(min(max(TOP_K), len(classes)), dim=1).indices
     right = best == torch.tensor(labels)[:, None]
@@ -119,31 +128,29 @@ def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Pa
     return found
 
 
-def open_images(found: Iterable[tuple[Path, int]]) -> Iterator[tuple[Image.Image, int]]:
-    """Opens what ``image_folder`` found.
+def labelled_images(
+    found: Sequence[tuple[Path, int]],
+    preprocess: Callable[[Image.Image], Tensor],
+    batch_size: int = 64,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, int]]:
+    """Reads and preprocesses what ``image_folder`` found, a batch at a time in ``workers`` processes.
 
     Raises:
         ValueError: naming the image that cannot be read: leaving it out would change the accuracy.
     """
-    for path, label in found:
-        try:
-            with Image.open(path) as image:
-                yield image.convert("RGB"), label
-        except OSError as error:
-            raise ValueError(f"cannot read the image {path}: {error}; mend or remove it") from error
+    records = [Record(path.name, str(path), (), metadata={"label": label}) for path, label in found]
+    for images, _, metadata in EvalSamples(records, preprocess, Skips(), strict=True).batches(batch_size, workers):
+        yield from ((image, about["label"]) for image, about in zip(images, metadata, strict=True))
 
 
-def image_shards(shards: str) -> Iterator[tuple[Image.Image, int]]:
+def image_shards(shards: str | Sequence[str]) -> Iterator[tuple[Image.Image, int]]:
     """(image, class index) of WebDataset samples with an image and a ``cls``; braces name several shards.
 
     Raises:
         FileNotFoundError, ValueError: no such shard, or a sample without image or class.
     """
-    urls = webdataset.shardlists.expand_urls(shards)
-    missing = [url for url in urls if "://" not in url and not Path(url).is_file()]
-    if missing:
-        raise FileNotFoundError(f"there is no shard {missing[0]}; expected tar files with images and .cls files")
-    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode("pilrgb")
+    dataset = webdataset.WebDataset(expand_shards(shards, "images"), shardshuffle=False).decode("pilrgb")
     for sample in dataset:
         image = next((sample[key] for key in ("jpg", "png", "jpeg", "webp") if key in sample), None)
         if image is None or "cls" not in sample:

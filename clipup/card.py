@@ -1,0 +1,140 @@
+"""Model cards: the README.md of a model's directory, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import flops
+from .moe import moe_layers
+
+README = "README.md"
+_HEAD = "## Evaluation"
+_NOTHING = "Nothing was measured yet: `clipup eval DIR --dataset ... --root ... --card` writes its numbers here."
+_TABLE = ["| data | measure | % |", "|---|---|---|"]
+_SPARSE = (
+    " whose MLPs in some blocks are sparse Mixtures of Experts behind a router, made from a dense model by upcycling "
+    "([CLIP-UP](https://arxiv.org/abs/2502.00965))."
+)
+_ROW = re.compile(r"^\| (.+) \| (.+) \| ([\d.]+) \|$")
+_WAYS = {"t2i": "text to image", "i2t": "image to text"}
+
+
+def model_card(model: nn.Module, library: str, license: str = "other") -> str:
+    """A card in Markdown with the hub's metadata in front: what the model is made of and costs, and how to load it.
+
+    Args:
+        model: open_clip's or timm's, dense or sparse; its FLOPs are counted, it is not run.
+        library: "open_clip" or "timm".
+        license: the hub's name of a licence, such as mit or apache-2.0.
+    """
+    layers = moe_layers(model)
+    sparse = bool(layers)
+    is_clip = library == "open_clip"
+    kind = "CLIP" if is_clip else "image model"
+    tags = ["clip"] * is_clip + ["mixture-of-experts", "clip-up"] * sparse
+    counts = flops.count(model)
+    parts = [
+        *_front_matter(
+            license, library, "zero-shot-image-classification" if is_clip else "image-feature-extraction", tags
+        ),
+        f"# {_title(model, kind)}",
+        "",
+        f"A {kind}" + (_SPARSE if sparse else ", dense."),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {_millions(counts.params)} |",
+    ]
+    if sparse:
+        parts.append(f"| parameters active for a token | {_millions(counts.active_params)} |")
+    parts.append(f"| GFLOPs for an image | {counts.image_gflops:.3g} |")
+    if counts.text_gflops:
+        parts.append(f"| GFLOPs for a text of full length | {counts.text_gflops:.3g} |")
+    if sparse:
+        parts += ["", "## Experts", "", *_experts(layers)]
+    parts += ["", "## Use", "", "```python", "import clipup", "", *_usage(is_clip), "```"]
+    if sparse:
+        parts += ["", f"Plain {library} builds the dense model of the config, and refuses these weights."]
+    return "\n".join([*parts, "", _HEAD, "", _NOTHING, ""])
+
+
+def add_results(directory: str | Path, results: dict[str, Any]) -> None:
+    """Writes what ``clipup eval`` measured into the directory's card; those of the same data and measure are replaced.
+
+    Args:
+        results: ``retrieval`` and ``zero_shot`` as the functions of those names return them; ``dataset``, ``split`` and
+            ``precision`` where they are known.
+
+    Raises:
+        FileNotFoundError: the directory has no README.md.
+    """
+    from .checkpoint import replace_files
+
+    path = Path(directory) / README
+    if not path.is_file():
+        raise FileNotFoundError(f"card: there is no {README} in {directory}; clipup.save_pretrained writes one")
+    before, _, section = path.read_text(encoding="utf-8").partition(f"{_HEAD}\n")
+    lines = section.splitlines()
+    end = next((index for index, line in enumerate(lines) if line.startswith("#")), len(lines))
+    rows = {(row[1], row[2]): row[3] for row in map(_ROW.match, lines[:end]) if row}
+    rows |= _rows(results)
+    table = [*_TABLE, *(f"| {data} | {measure} | {value} |" for (data, measure), value in rows.items())]
+    text = "\n".join([before.rstrip("\n"), "", _HEAD, "", *table, "", *lines[end:]]).rstrip("\n") + "\n"
+    replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
+
+
+def _front_matter(license: str, library: str, task: str, tags: list[str]) -> list[str]:
+    listed = ["tags:", *(f"- {tag}" for tag in tags)] if tags else []
+    return ["---", f"license: {license}", f"library_name: {library}", f"pipeline_tag: {task}", *listed, "---", ""]
+
+
+def _title(model: nn.Module, kind: str) -> str:
+    config = getattr(model, "moe_config", None)
+    if config is None:
+        return f"Dense {kind}"
+    return f"Sparse {kind}: {config.num_experts} experts, top {config.top_k}"
+
+
+def _experts(layers: dict[str, nn.Module]) -> list[str]:
+    lines = ["| layer | experts | top k | width | hidden | parameters |", "|---|---|---|---|---|---|"]
+    for name, layer in layers.items():
+        experts, hidden, width = layer.in_weight.shape
+        params = sum(parameter.numel() for parameter in layer.parameters())
+        lines.append(f"| `{name}` | {experts} | {layer.config.top_k} | {width} | {hidden} | {_millions(params)} |")
+    return lines
+
+
+def _usage(is_clip: bool) -> list[str]:
+    if is_clip:
+        return [
+            '# "hf-hub:ORG/NAME", or a directory',
+            'model, _, preprocess = clipup.create_model_and_transforms("hf-hub:ORG/NAME")',
+            'tokenizer = clipup.get_tokenizer("hf-hub:ORG/NAME")',
+        ]
+    return ['model = clipup.create_timm_model("hf-hub:ORG/NAME")  # or a directory']
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def _rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """(data, measure) to percent."""
+    name = f"{results['dataset']} {results.get('split', '')}".strip() if "dataset" in results else "own data"
+    if results.get("precision", "fp32") != "fp32":
+        name += f" in {results['precision']}"
+    rows = {}
+    if "retrieval" in results:
+        found = results["retrieval"]
+        data = f"{name}: {found['gallery']:,} images, {found['captions']:,} captions"
+        for way, words in _WAYS.items():
+            rows |= {(data, f"{words} R@{k[1:]}"): f"{100 * value:.2f}" for k, value in found[way].items()}
+    if "zero_shot" in results:
+        found = results["zero_shot"]
+        data = f"{name}: {found['images']:,} images, {found['classes']:,} classes"
+        rows |= {(data, f"zero-shot top-{k}"): f"{100 * found[f'top{k}']:.2f}" for k in (1, 5)}
+    return rows

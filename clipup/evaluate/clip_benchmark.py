@@ -1,0 +1,69 @@
+"""Models of clipup in CLIP_benchmark (github.com/LAION-AI/CLIP_benchmark), as its model type "clipup".
+
+    clipup benchmark eval --model DIR --dataset mscoco_captions --dataset_root ROOT --output coco.json
+
+is CLIP_benchmark's own command line with that type registered. In Python importing this module registers it:
+``clip_benchmark.models.load_clip("clipup", DIR, "", cache_dir=None)``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import models
+
+try:
+    import clip_benchmark.models as registry
+except ImportError as error:
+    raise ImportError(f'CLIP_benchmark is not installed ({error}): pip install "clip_benchmark>=1.6"') from error
+
+MODEL_TYPE = "clipup"
+
+
+def load(
+    model_name: str, pretrained: str = "", cache_dir: str | None = None, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Any, Callable[[list[str]], torch.Tensor]]:
+    """Model, transform and tokenizer, as CLIP_benchmark asks for them.
+
+    Args:
+        model_name: what ``clipup.create_model_and_transforms`` takes: a name, a directory, "hf-hub:ORG/NAME".
+        pretrained: tag or file for a name; "" for a directory, which brings its own weights.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``clipup.create_model_and_transforms``.
+    """
+    model, _, transform = models.create_model_and_transforms(
+        model_name, pretrained or None, device=device, cache_dir=cache_dir
+    )
+    return model, transform, models.get_tokenizer(model_name)
+
+
+registry.TYPE2FUNC[MODEL_TYPE] = load
+if MODEL_TYPE not in registry.MODEL_TYPES:
+    registry.MODEL_TYPES.append(MODEL_TYPE)
+
+
+def run(argv: Sequence[str]) -> int:
+    """CLIP_benchmark's command line; for ``eval`` the model type is clipup, and no pretrained tag is meant, unless the
+    arguments say otherwise."""
+    from clip_benchmark import cli
+
+    arguments = list(argv)
+    if arguments[:1] == ["eval"]:
+        arguments += _unless_given(arguments, "--model_type", MODEL_TYPE)
+        arguments += _unless_given(arguments, "--pretrained", "")
+    before, sys.argv = sys.argv, ["clip_benchmark", *arguments]
+    try:
+        return cli.main() or 0
+    finally:
+        sys.argv = before
+
+
+def _unless_given(arguments: list[str], option: str, value: str) -> list[str]:
+    """``--pretrained`` is given by ``--pretrained_model``, too."""
+    return [] if any(argument.startswith(option) for argument in arguments) else [option, value]

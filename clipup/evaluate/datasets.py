@@ -1,0 +1,284 @@
+"""Benchmarks as people have them on disk: COCO and Flickr30k in Karpathy's splits, ImageNet, WebDataset, CSV.
+
+The layouts are those that CLIP_benchmark reads, so that one directory serves both; nothing is downloaded.
+
+    COCO        ROOT/val2014/COCO_val2014_000000391895.jpg ...   ROOT/coco_test_karpathy.json
+    Flickr30k   ROOT/1007129816.jpg ...                          ROOT/flickr30k_test_karpathy.txt
+    ImageNet    ROOT/val/n01440764/ILSVRC2012_val_00000293.JPEG ...
+    WebDataset  ROOT/test/{0..N-1}.tar, ROOT/test/nshards.txt, ROOT/dataset_type.txt (classification: also
+                ROOT/classnames.txt and ROOT/zeroshot_classification_templates.txt)
+
+Beside them: Karpathy's own dataset_coco.json and dataset_flickr30k.json, data sets that ``clipup data`` wrote, shards
+and CSV files by path.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+
+from ..data.loaders import describe
+from ..data.samples import Record, Skips, csv_records, expand_shards, tar_records
+from ..data.shards import DATASET_FILE
+from .zero_shot import Template, image_folder, read_lines
+
+_ANNOTATIONS = "https://github.com/mehdidc/retrieval_annotations/releases"
+_WORDNET_ID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class RetrievalSet:
+    """Images with their captions."""
+
+    records: Sequence[Record]
+
+
+@dataclass(frozen=True)
+class ClassificationSet:
+    """Images with their classes: files with class indices, or shards with ``.cls`` members."""
+
+    images: Sequence[tuple[Path, int]] | Sequence[str]
+    classes: Sequence[str]
+    templates: Sequence[Template]
+
+
+DataSet = RetrievalSet | ClassificationSet
+
+
+def coco(root: str | Path, split: str = "test", annotations: str | Path | None = None) -> RetrievalSet:
+    """COCO captions. All captions of an image are kept: mostly five, sometimes more, as CLIP_benchmark has it.
+
+    Args:
+        root: holds ``val2014`` (and ``train2014`` for the split train) and the annotations.
+        split: Karpathy's test, val or train.
+        annotations: in COCO's caption format or Karpathy's. None: coco_SPLIT_karpathy.json, else dataset_coco.json.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file that is missing or that cannot be read, and where to get it.
+    """
+    root = Path(root)
+    path = _annotations(root, annotations, f"coco_{split}_karpathy.json", "dataset_coco.json")
+    content = _json(path)
+    if "annotations" in content:
+        root /= "train2014" if split == "train" else "val2014"
+        named = _coco_captions(content, path)
+    else:
+        named = _karpathy(content, path, split)
+    return _retrieval([(root / name, texts) for name, texts in named], path, root)
+
+
+def flickr30k(root: str | Path, split: str = "test", annotations: str | Path | None = None) -> RetrievalSet:
+    """Flickr30k, five captions an image.
+
+    Args:
+        root: holds the images, by themselves or in ``flickr30k-images``, and the annotations.
+        split: Karpathy's test, val or train.
+        annotations: a text file, header and then ``NAME.jpg,CAPTION`` a line, or Karpathy's JSON. None:
+            flickr30k_SPLIT_karpathy.txt, else dataset_flickr30k.json.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``coco``.
+    """
+    root = Path(root)
+    path = _annotations(root, annotations, f"flickr30k_{split}_karpathy.txt", "dataset_flickr30k.json")
+    folder = root / "flickr30k-images" if (root / "flickr30k-images").is_dir() else root
+    named = _karpathy(_json(path), path, split) if path.suffix == ".json" else _caption_lines(path)
+    return _retrieval([(folder / name, texts) for name, texts in named], path, folder)
+
+
+def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
+    """ImageNet-1k with open_clip's class names and 80 templates (those of OpenAI's CLIP).
+
+    Args:
+        root: holds ``val`` with one directory a class, named by its WordNet id.
+        split: test or val, which are the same images, or train.
+
+    Raises:
+        FileNotFoundError, ValueError: no such directory, or not one for each of 1,000 classes.
+    """
+    folder = Path(root) / ("train" if split == "train" else "val")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no directory {folder}; expected ImageNet's images in a directory a class")
+    named = [path.name for path in folder.iterdir() if path.is_dir()]
+    wordnet = [name for name in named if _WORDNET_ID.fullmatch(name)]
+    classes = open_clip.IMAGENET_CLASSNAMES
+    if len(named) != len(classes) or len(wordnet) != len(classes):
+        raise ValueError(
+            f"{folder} has {len(named)} directories, {len(wordnet)} of them named by a WordNet id such as n01440764; "
+            f"expected {len(classes)}, one a class. Images that lie flat, torchvision.datasets.ImageNet sorts from the "
+            "original archives"
+        )
+    return ClassificationSet(image_folder(folder, classes), classes, open_clip.OPENAI_IMAGENET_TEMPLATES)
+
+
+def webdataset(root: str | Path, split: str = "test", templates: Sequence[Template] = ()) -> DataSet:
+    """Shards: CLIP_benchmark's directory, one that ``clipup data`` wrote, or the shards' own paths (retrieval).
+
+    Args:
+        templates: prompts in place of those beside the shards, for classification.
+
+    Returns:
+        A ``RetrievalSet`` or, where CLIP_benchmark's ``dataset_type.txt`` does not say retrieval, a
+        ``ClassificationSet``.
+
+    Raises:
+        FileNotFoundError, ValueError: no shards, a shard that is missing, nothing in them, no class names or templates.
+    """
+    directory = Path(root)
+    count = directory / split / "nshards.txt"
+    if count.is_file():
+        shards = expand_shards([directory / split / f"{index}.tar" for index in range(int(count.read_text()))], "root")
+        kind = directory / "dataset_type.txt"
+        if not kind.is_file() or kind.read_text().strip().lower() != "retrieval":
+            return _classified(directory, shards, templates)
+    elif (directory / DATASET_FILE).is_file():
+        splits = describe(directory)["splits"]
+        if split not in splits:
+            raise ValueError(f"split: {directory} has no split {split!r}, its splits are {', '.join(splits)}")
+        shards = expand_shards([directory / shard["file"] for shard in splits[split]["shards"]], "root")
+    elif directory.is_dir():
+        raise FileNotFoundError(
+            f"root: {directory} holds neither {split}/nshards.txt nor {DATASET_FILE}; name the shards themselves, such "
+            f"as {directory}/{split}-*.tar"
+        )
+    else:
+        shards = expand_shards(str(root), "root")
+    skips = Skips()
+    return _nothing_skipped(tar_records(shards, skips, "root"), skips, root)
+
+
+def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key: str) -> RetrievalSet:
+    """A CSV file with a row a caption; rows of one image are its captions.
+
+    Args:
+        root: the file, with paths of images as they are, or a directory with SPLIT.csv or SPLIT.tsv, where paths are
+            relative to the directory.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no such column, or rows without image or caption.
+    """
+    path = Path(root)
+    if path.is_dir():
+        path = next((path / f"{split}{end}" for end in (".csv", ".tsv") if (path / f"{split}{end}").is_file()), None)
+        if path is None:
+            raise FileNotFoundError(f"root: there is neither {split}.csv nor {split}.tsv in {root}")
+    skips = Skips()
+    records = csv_records(str(path), separator, img_key, caption_key, skips, "root", one_an_image=True)
+    found = _nothing_skipped(records, skips, path)
+    if not Path(root).is_dir():
+        return found
+    return _retrieval([(Path(root) / record.path, list(record.captions)) for record in found.records], path, Path(root))
+
+
+def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
+    """The file that was given, else the first of these names that ``root`` has."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"root: there is no directory {root}")
+    candidates = [Path(given)] if given is not None else [root / name for name in names]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"annotations: there is no {' or '.join(map(str, candidates))}; Karpathy's splits in this format are at "
+            f"{_ANNOTATIONS}"
+        )
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"annotations: {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise ValueError(f"annotations: {path} has no list of images, so it is neither COCO's format nor Karpathy's")
+    return content
+
+
+def _coco_captions(content: dict[str, Any], path: Path) -> list[tuple[Path, list[str]]]:
+    """Names of images, by their ids, and captions in the order of the file."""
+    with _well_formed(path):
+        captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        images = sorted(content["images"], key=lambda image: image["id"])
+        return [(Path(image["file_name"]), captions[image["id"]]) for image in images]
+
+
+def _karpathy(content: dict[str, Any], path: Path, split: str) -> list[tuple[Path, list[str]]]:
+    """Paths below the root and captions. What Karpathy calls restval belongs to the split train."""
+    wanted = ("train", "restval") if split == "train" else (split,)
+    images = [image for image in content["images"] if image.get("split") in wanted]
+    if not images:
+        there = sorted({str(image.get("split")) for image in content["images"]})
+        raise ValueError(f"split: {path} has no images of the split {split!r}, its splits are {', '.join(there)}")
+    with _well_formed(path):
+        return [
+            (Path(image.get("filepath", ""), image["filename"]), [sentence["raw"] for sentence in image["sentences"]])
+            for image in images
+        ]
+
+
+@contextmanager
+def _well_formed(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"annotations: {path} is neither in COCO's caption format nor in Karpathy's: {type(error).__name__} {error}"
+        ) from error
+
+
+def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
+    """``NAME.jpg,CAPTION`` lines behind a header; a caption may hold commas and is not quoted."""
+    captions: dict[str, list[str]] = {}
+    header, *rows = path.read_text(encoding="utf-8").splitlines() or [""]
+    if ".jpg," in header:
+        raise ValueError(f"annotations: {path} begins with {header!r}, expected a header such as image,caption")
+    for number, row in enumerate(rows, 2):
+        if not row.strip():
+            continue
+        name, separator, caption = row.strip().partition(".jpg,")
+        if not separator:
+            raise ValueError(f"annotations: line {number} of {path} is {row!r}, expected NAME.jpg,CAPTION")
+        captions.setdefault(f"{name}.jpg", []).append(caption.strip())
+    return [(Path(name), texts) for name, texts in captions.items()]
+
+
+def _retrieval(pairs: list[tuple[Path, list[str]]], source: Path, root: Path) -> RetrievalSet:
+    """Records of images that are all there and all have a caption: leaving one out would change the recall."""
+    if not pairs:
+        raise ValueError(f"annotations: {source} names no image")
+    mute = [path for path, captions in pairs if not captions]
+    if mute:
+        raise ValueError(f"annotations: {source} has no caption for {len(mute)} images, the first is {mute[0].name}")
+    missing = [path for path, _ in pairs if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"root: {len(missing)} of the {len(pairs)} images that {source} names are missing under {root}, the first "
+            f"is {missing[0]}"
+        )
+    return RetrievalSet([Record(path.name, str(path), tuple(texts)) for path, texts in pairs])
+
+
+def _nothing_skipped(records: list[Record], skips: Skips, source: str | Path) -> RetrievalSet:
+    if int(skips) or not records:
+        raise ValueError(
+            f"root: {source} holds {len(records)} samples with an image and a caption, and {int(skips)} without; "
+            "expected every sample to have both"
+        )
+    return RetrievalSet(records)
+
+
+def _classified(directory: Path, shards: list[str], templates: Sequence[Template]) -> ClassificationSet:
+    classes = read_lines(directory / "classnames.txt")
+    if not templates:
+        lines = read_lines(directory / "zeroshot_classification_templates.txt")
+        templates = [line.replace("{c}", "{}") for line in lines]
+    return ClassificationSet(shards, classes, templates)
