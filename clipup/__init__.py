@@ -18,7 +18,8 @@ from .metrics import moe_metrics
 from .moe import SparseMoE, aux_loss, moe_layers
 from .upcycle import step0_difference, upcycle
 
-_FROM_MODELS = ("create_model_and_transforms", "get_model_config", "get_tokenizer")
+_FROM_MODELS = ("create_model_and_transforms", "get_model_config", "get_tokenizer", "load_checkpoint")
+_FROM_TIMM_MODELS = ("create_timm_model",)
 
 __all__ = [
     "MoEConfig",
@@ -26,8 +27,10 @@ __all__ = [
     "accelerate",
     "aux_loss",
     "create_model_and_transforms",
+    "create_timm_model",
     "get_model_config",
     "get_tokenizer",
+    "load_checkpoint",
     "moe_layers",
     "moe_metrics",
     "save_pretrained",
@@ -41,4 +44,8 @@ def __getattr__(name: str) -> Any:
         from . import models  # imports open_clip, which takes seconds and which SparseMoE does not need
 
         return getattr(models, name)
+    if name in _FROM_TIMM_MODELS:
+        from . import timm_models
+
+        return getattr(timm_models, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

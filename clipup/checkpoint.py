@@ -2,9 +2,13 @@
 
     DIR/open_clip_config.json         {"model_cfg": ..., "preprocess_cfg": ..., "moe_cfg": ...}
     DIR/open_clip_model.safetensors   the state dict
+    DIR/README.md                     the model card
+    DIR/vocabulary.txt                where the tokenizer is clipup's own (``clipup.word_tokenizer``)
 
-Files are replaced only once the new ones lie whole on the disk. ``clipup.create_model_and_transforms(DIR)`` reads both;
-plain open_clip reads the config too, and refuses the weights of a sparse model because they do not fit a dense one.
+``huggingface_hub.upload_folder`` can push such a directory as it is. timm models have timm's two files in place of
+open_clip's (``clipup.timm_models``). Files are replaced only once the new ones lie whole on the disk.
+``clipup.create_model_and_transforms(DIR)`` reads both; plain open_clip reads the config too, and refuses the weights of
+a sparse model because they do not fit a dense one.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
+from . import word_tokenizer
 from .config import MoEConfig
 from .moe import moe_layers
+from .weights import read_safetensors
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -32,47 +38,71 @@ _SHOWN = 3
 def save_pretrained(
     model: nn.Module,
     directory: str | Path,
-    model_cfg: dict[str, Any],
+    model_cfg: dict[str, Any] | None = None,
     preprocess_cfg: dict[str, Any] | None = None,
+    license: str = "other",
 ) -> None:
-    """Writes an open_clip model, dense or upcycled, so that ``clipup.create_model_and_transforms(directory)`` loads it.
+    """Writes a model, dense or upcycled, with a model card. ``clipup.create_model_and_transforms(directory)`` loads it,
+    ``clipup.create_timm_model(directory)`` where it is a timm model.
 
     Args:
-        model: what ``clipup.upcycle`` or open_clip returned, not wrapped.
-        directory: made when it does not exist; a model in it is replaced, and stays whole if writing fails.
-        model_cfg: open_clip's architecture config, as ``clipup.get_model_config(name)`` returns it.
+        model: what ``clipup.upcycle``, open_clip or timm returned, not wrapped.
+        directory: made when it does not exist; a model in it is replaced with its card, and stays whole if writing
+            fails.
+        model_cfg: open_clip's architecture config, as ``clipup.get_model_config(name)`` returns it. For a timm model
+            arguments of ``timm.create_model`` that timm did not record itself.
         preprocess_cfg: mean, std, interpolation, resize_mode; None takes what open_clip attached to the model.
+        license: of the weights, in the card, by the hub's name for it (mit, apache-2.0, ...).
 
     Raises:
         ValueError: ``model_cfg`` is no model config, or the model has sparse layers but no ``moe_config``.
         OSError: a file could not be written.
     """
-    missing = [field for field in _MODEL_FIELDS if field not in model_cfg]
-    if missing:
-        raise ValueError(f"model_cfg lacks {', '.join(missing)}; pass clipup.get_model_config(name)")
     moe_config = getattr(model, "moe_config", None)
     if moe_config is None and moe_layers(model):
         raise ValueError(
             "the model has sparse layers but no moe_config, so it could not be built again; make it with clipup.upcycle"
         )
-    if preprocess_cfg is None:
-        preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
-    config: dict[str, Any] = {
-        "model_cfg": model_cfg,
-        "preprocess_cfg": {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg},
-    }
+    from . import (
+        card,
+        timm_models,
+        towers,
+    )  # they import open_clip, which takes seconds and which SparseMoE does not need
+
+    library = "timm" if towers.is_timm(model) else "open_clip"
+    if library == "timm":
+        names = timm_models.CONFIG_NAME, timm_models.WEIGHTS_NAME
+        config = timm_models.config_of(model, model_cfg)
+    else:
+        names = CONFIG_NAME, WEIGHTS_NAME
+        config = _open_clip_config(model, model_cfg, preprocess_cfg)
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
-    text = json.dumps(config, indent=2) + "\n"
+    texts = {names[0]: json.dumps(config, indent=2) + "\n", card.README: card.model_card(model, library, license)}
+    vocabulary = word_tokenizer.vocabulary_text(config["model_cfg"]["text_cfg"]) if library == "open_clip" else None
+    if vocabulary is not None:
+        texts[word_tokenizer.FILE_NAME] = vocabulary
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    replace_files(
-        {
-            directory / WEIGHTS_NAME: lambda path: _save_tensors(tensors, path),
-            directory / CONFIG_NAME: lambda path: path.write_text(text, encoding="utf-8"),
-        }
-    )
+    writers: dict[Path, Callable[[Path], object]] = {directory / names[1]: lambda path: _save_tensors(tensors, path)}
+    for name, text in texts.items():
+        writers[directory / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
+    replace_files(writers)
+
+
+def _open_clip_config(
+    model: nn.Module, model_cfg: dict[str, Any] | None, preprocess_cfg: dict[str, Any] | None
+) -> dict[str, Any]:
+    missing = [field for field in _MODEL_FIELDS if field not in (model_cfg or {})]
+    if missing:
+        raise ValueError(f"model_cfg lacks {', '.join(missing)}; pass clipup.get_model_config(name)")
+    if preprocess_cfg is None:
+        preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
+    return {
+        "model_cfg": model_cfg,
+        "preprocess_cfg": {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg},
+    }
 
 
 def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
@@ -139,14 +169,20 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     path = Path(directory) / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False builds the model without")
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    return read_safetensors(path)
 
 
-def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore: tuple[str, ...] = ()) -> None:
+def check_fit(
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    source: str,
+    ignore: tuple[str, ...] = (),
+    described_by: str = f"its {CONFIG_NAME}",
+) -> None:
     """Compares a state dict with a model's, by names and shapes, before anything is copied.
+
+    Args:
+        source: where the weights come from. described_by: what says which model is meant; both for the message.
 
     Raises:
         ValueError: naming the parameters (up to three of each kind), both shapes, and what to do.
@@ -162,7 +198,7 @@ def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore:
     faults += _names("unknown to the model", [name for name in weights if name not in expected])
     if faults:
         raise ValueError(
-            f"the weights in {source} do not fit the model that its {CONFIG_NAME} describes: {'; '.join(faults)}. "
+            f"the weights in {source} do not fit the model that {described_by} describes: {'; '.join(faults)}. "
             "Put back the config that they were saved with, or save the model again"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import pickle
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,62 +17,133 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, hub, word_tokenizer
+from .config import MoEConfig
 from .moe import SparseMoE
 from .towers import is_timm
 from .upcycle import upcycle
+from .weights import Weights, read_weights
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # ours, known by name as open_clip's own are
 
 LOCAL_PREFIX = "local-dir:"
+_NUMPY = (".npz", ".npy")  # big_vision's weights, which open_clip reads
 _POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 
 
 def create_model_and_transforms(
-    model_name: str, pretrained: str | None = None, **kwargs: Any
+    model_name: str, pretrained: str | None = None, *, moe_cfg: MoEConfig | None = None, **kwargs: Any
 ) -> tuple[nn.Module, Any, Any]:
-    """open_clip's function of the same name, which also loads what ``clipup.checkpoint.save_pretrained`` wrote.
+    """open_clip's function of the same name, which also loads sparse models: what ``clipup.save_pretrained`` wrote,
+    from a directory or the hub, and training checkpoints.
 
     Args:
-        model_name: a name that open_clip knows, or a directory with an ``open_clip_config.json`` (``"DIR"`` or
-            ``"local-dir:DIR"``). A bare word that open_clip knows means open_clip's model.
-        pretrained: a tag or file for a model known by name. A directory brings its own weights.
+        model_name: a name that open_clip knows, a directory with an ``open_clip_config.json`` (``"DIR"`` or
+            ``"local-dir:DIR"``), or ``"hf-hub:ORG/NAME"``. A bare word that open_clip knows means open_clip's model.
+        pretrained: a tag or file for a model known by name: safetensors, a state dict, or a checkpoint of open_clip's
+            trainer or ours. A directory brings its own weights.
+        moe_cfg: the sparse layers of a sparse ``pretrained`` file that does not name them itself.
         kwargs: as in open_clip, device, precision, load_weights and force_image_size among them.
 
     Returns:
         model, preprocess_train, preprocess_val; a sparse model carries its ``moe_config``.
 
     Raises:
-        ValueError: an unknown name or tag, or weights that do not fit the model.
+        ValueError: an unknown name or tag, weights that do not fit the model, or a file that holds more than weights.
         FileNotFoundError: a directory without config or weights.
     """
-    directory = model_directory(model_name)
-    if directory is None:
+    if not kwargs.get("weights_only", True):
+        raise ValueError("weights_only=False would run code that a file brings; save its state dict alone instead")
+    load_weights = kwargs.get("load_weights", True)
+    directory = model_directory(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
+    if directory is not None:
+        if pretrained:
+            raise ValueError(
+                f"pretrained={pretrained!r} has no meaning with the directory {directory}, which has weights"
+            )
+        found = checkpoint.read_moe_config(directory)
+        model_name = f"{LOCAL_PREFIX}{directory}"
+        weights = checkpoint.read_weights(directory) if found is not None and load_weights else None
+        described_by = f"its {checkpoint.CONFIG_NAME}"
+    else:
         _check_names(model_name, pretrained)
+        file = _file_of_weights(model_name, pretrained)
+        found = _config_of_file(file, pretrained, moe_cfg)
+        weights = file.state_dict if file is not None and load_weights else None
+        described_by = f"{model_name} with its moe_cfg"
+    if moe_cfg is not None and found != moe_cfg:
+        raise ValueError(
+            "moe_cfg has no meaning here: it says what a sparse file of weights does not say itself. To make a dense "
+            "model sparse use clipup.upcycle"
+        )
+    if found is None:
         with _clear_errors(model_name):
             return open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
-    if pretrained:
-        raise ValueError(f"pretrained={pretrained!r} has no meaning with the directory {directory}, which has weights")
-    moe_config = checkpoint.read_moe_config(directory)
-    local_name = f"{LOCAL_PREFIX}{directory}"
-    if moe_config is None:
-        with _clear_errors(local_name):
-            return open_clip.create_model_and_transforms(local_name, **kwargs)
     if kwargs.get("jit"):
         raise ValueError("jit=True is not supported for sparse models; use torch.compile")
-    load_weights = kwargs.pop("load_weights", True)
-    weights = checkpoint.read_weights(directory) if load_weights else None
     dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
-    with _clear_errors(local_name), expecting_random_weights():
-        model, *transforms = open_clip.create_model_and_transforms(local_name, **dense_kwargs)
-    upcycle(model, moe_config, inplace=True)
+    with _clear_errors(model_name), expecting_random_weights():
+        model, *transforms = open_clip.create_model_and_transforms(model_name, **dense_kwargs)
+    upcycle(model, found, inplace=True)
     if weights is not None:
-        checkpoint.check_fit(model, weights, str(directory), ignore=_POSITION_EMBEDDINGS)
-        resize_pos_embed(weights, model)
-        resize_text_pos_embed(weights, model)
-        checkpoint.check_fit(model, weights, str(directory))
-        model.load_state_dict(weights)
+        _load(model, weights, str(pretrained or directory), described_by)
     return model, *transforms
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Loads weights into a model that has their architecture, dense or sparse; position embeddings are resized.
+
+    Args:
+        path: safetensors, a state dict, or a checkpoint of open_clip's trainer or ours, with or without "module."
+            prefixes. Nothing in it is executed.
+
+    Raises:
+        ValueError: they do not fit, or the file holds more than weights; the model is as it was.
+    """
+    _load(model, read_weights(path).state_dict, str(path), f"a {type(model).__name__} with these options")
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], source: str, described_by: str) -> None:
+    checkpoint.check_fit(model, weights, source, _POSITION_EMBEDDINGS, described_by)
+    weights = dict(weights)
+    resize_pos_embed(weights, model)
+    resize_text_pos_embed(weights, model)
+    checkpoint.check_fit(model, weights, source, described_by=described_by)
+    model.load_state_dict(weights)
+
+
+def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:
+    """Where a sparse model of the hub lies on this machine; None for everything else, which open_clip loads."""
+    if not model_name.startswith(hub.HUB_PREFIX):
+        return None
+    directory = hub.cached(model_name, checkpoint.CONFIG_NAME, cache_dir=cache_dir)
+    if checkpoint.read_moe_config(directory) is None:
+        return None
+    files = [checkpoint.CONFIG_NAME] + [checkpoint.WEIGHTS_NAME] * load_weights
+    return hub.cached(model_name, *files, cache_dir=cache_dir)
+
+
+def _file_of_weights(model_name: str, pretrained: str | None) -> Weights | None:
+    """The sparse weights that ``pretrained`` means; None for everything else, which open_clip loads.
+
+    A dense file is read here too, so that whatever it brings beside weights is refused by name.
+    """
+    is_tag = bool(pretrained) and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
+    if not pretrained or is_tag or Path(pretrained).suffix in _NUMPY:
+        return None
+    weights = read_weights(pretrained)
+    return weights if weights.sparse else None
+
+
+def _config_of_file(file: Weights | None, path: str | None, given: MoEConfig | None) -> MoEConfig | None:
+    if file is None:
+        return None
+    if file.moe_config is None and given is None:
+        raise ValueError(
+            f"{path} has sparse layers but does not say how they were made; pass moe_cfg, the MoEConfig that they were "
+            "upcycled with"
+        )
+    return file.moe_config or given
 
 
 def create_on_meta(model_name: str) -> nn.Module:
@@ -83,13 +155,16 @@ def create_on_meta(model_name: str) -> nn.Module:
 def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
     """open_clip's function of the same name, which also takes a bare directory.
 
-    A Hugging Face tokenizer is read from the directory where it was saved there, else by the name in the config.
+    A Hugging Face tokenizer is read from the directory where it was saved there, else by the name in the config; the
+    vocabulary of a ``clipup.word_tokenizer`` likewise.
     """
     directory = model_directory(model_name)
+    on_hub = directory is None and model_name.startswith(hub.HUB_PREFIX)
+    text_cfg = {} if on_hub else get_model_config(model_name).get("text_cfg", {})
+    if word_tokenizer.is_asked_for(text_cfg):
+        return word_tokenizer.of_config(text_cfg, directory, **kwargs)
     if directory is None:
-        _check_names(model_name, None)
         return open_clip.get_tokenizer(model_name, **kwargs)
-    text_cfg = checkpoint.read_config(directory)["model_cfg"].get("text_cfg", {})
     hub_name = text_cfg.get("hf_tokenizer_name")
     if hub_name and not (directory / "tokenizer_config.json").is_file():
         options = {**text_cfg.get("tokenizer_kwargs", {}), **kwargs}
@@ -111,13 +186,13 @@ def model_directory(model_name: str) -> Path | None:
     """The directory that a model name means, None when it is a name for open_clip."""
     if model_name.startswith(LOCAL_PREFIX):
         return Path(model_name.removeprefix(LOCAL_PREFIX))
-    if model_name in open_clip.list_models() or model_name.startswith("hf-hub:"):
+    if model_name in open_clip.list_models() or model_name.startswith(hub.HUB_PREFIX):
         return None
     return Path(model_name) if Path(model_name).is_dir() else None
 
 
 def _check_names(model_name: str, pretrained: str | None) -> None:
-    if model_name.startswith("hf-hub:"):
+    if model_name.startswith(hub.HUB_PREFIX):
         return
     if model_name.replace("/", "-") not in open_clip.list_models():
         close = difflib.get_close_matches(model_name, open_clip.list_models(), n=3)
@@ -130,12 +205,17 @@ def _check_names(model_name: str, pretrained: str | None) -> None:
 
 @contextmanager
 def _clear_errors(model_name: str) -> Iterator[None]:
-    """Turns what open_clip raises about names, files and downloads (RuntimeError, and AssertionError about widths) into
-    a ValueError of one line."""
+    """Turns what open_clip raises about names, files and downloads (RuntimeError, AssertionError about widths, and
+    UnpicklingError about files that bring code) into a ValueError of one line."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the weights of {model_name} hold more than tensors and plain values, which only running their code could "
+            "load; nothing of it was run. Get them as safetensors"
+        ) from error
     except (RuntimeError, AssertionError) as error:
         lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import replace_files
+from ..weights import read_pickle, unwrapped
 
 LATEST = "epoch_latest.pt"
 _REQUIRED = ("epoch", "state_dict", "optimizer")
-_DDP_PREFIX = "module."
 
 
 def epoch_name(epoch: int) -> str:
@@ -72,24 +72,14 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    state = _read(Path(path))
+    state = read_pickle(Path(path))
     missing = [key for key in _REQUIRED if key not in state]
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}, so it is no checkpoint of a run; to start from weights alone use "
             "--pretrained"
         )
-    state["state_dict"] = {name.removeprefix(_DDP_PREFIX): value for name, value in state["state_dict"].items()}
-    return state
-
-
-def _read(path: Path, mmap: bool = False) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a broken file shows as one of many types, from pickle, zipfile or torch
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    state["state_dict"] = unwrapped(state["state_dict"])
     return state
 
 
@@ -100,7 +90,7 @@ def newest(directory: Path) -> Path | None:
         if not re.fullmatch(r"epoch_(\d+|latest)\.pt", path.name):
             continue
         try:
-            state = _read(path, mmap=True)
+            state = read_pickle(path, mmap=True)
         except ValueError:
             continue
         done = (state.get("step", -1), state.get("epoch", -1))

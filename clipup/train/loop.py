@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .. import card
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
 from . import checkpoints, metrics, rng
@@ -155,6 +156,7 @@ class Trainer:
         self._rng: dict[str, Any] | None = None
         self._loss_since_check = torch.zeros((), device=ranks.device)
         self._evaluated_at = -1
+        self._validated: dict[str, Any] | None = None
 
     def restore(self, state: dict[str, Any], source: str | Path) -> None:
         """Puts the run where the checkpoint was written."""
@@ -297,10 +299,11 @@ class Trainer:
     def _validate(self) -> None:
         if self.validate is not None and self._evaluated_at != self.step:
             self._evaluated_at = self.step
-            self._evaluate(self.validate)
+            self._validated = self._evaluate(self.validate)
 
-    def _evaluate(self, function: Callable[[nn.Module], dict[str, Any] | None]) -> None:
+    def _evaluate(self, function: Callable[[nn.Module], dict[str, Any] | None]) -> dict[str, Any] | None:
         """On rank 0; the others wait. Leaves generators, modes and the clock as they were."""
+        numbers = None
         if self.ranks.first:
             with rng.preserved(self.ranks.device):
                 numbers = function(self.model)
@@ -310,6 +313,7 @@ class Trainer:
                 self.recorder.evaluation({**place, **numbers})
         self.ranks.gather(None)
         self._restart_clock()
+        return numbers
 
     def _interrupt(self) -> None:
         self._save(checkpoints.LATEST)
@@ -326,6 +330,9 @@ class Trainer:
         self._save(checkpoints.LATEST)
         if self.directory and self.ranks.first and self.built.model_cfg is not None:
             model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg)
+            if self._evaluated_at == self.step:
+                results = {"dataset": "validation data", "precision": self.train_step.precision}
+                card.add_results(self.directory.model, {**results, "retrieval": self._validated})
 
     def _save(self, *names: str) -> None:
         """Writes a checkpoint under these names. A failure on rank 0 is raised on every rank."""

@@ -1,0 +1,94 @@
+"""Weights from files: safetensors, and what ``torch.save`` wrote. Nothing in a file is ever executed.
+
+A training checkpoint is open_clip's dictionary, ``{"state_dict": ..., "epoch": ..., ...}``, whose names may begin with
+"module." as DistributedDataParallel has them. Those of ``clipup train`` hold ``moe_cfg`` too, None for a dense model.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from .config import MoEConfig
+
+_WRAPPERS = ("module.", "_orig_mod.")
+_ROUTER = ".router.weight"
+_GLOBAL = re.compile(r"(?:GLOBAL|global|class)\W+([\w.]+)")
+
+
+class Weights(NamedTuple):
+    """A state dict on the CPU, and the config of its sparse layers where the file has one."""
+
+    state_dict: dict[str, Tensor]
+    moe_config: MoEConfig | None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether there are sparse layers in it."""
+        return any(name.endswith(_ROUTER) for name in self.state_dict)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The weights of a file: safetensors, a training checkpoint, or a state dict by itself.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not whole, holds more than tensors and plain values, or no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; expected weights as safetensors or a checkpoint")
+    if path.suffix == ".safetensors":
+        return Weights(unwrapped(read_safetensors(path)), None)
+    content = read_pickle(path, mmap=zipfile.is_zipfile(path))
+    state_dict = content.get("state_dict", content)
+    if not isinstance(state_dict, dict) or not any(isinstance(value, Tensor) for value in state_dict.values()):
+        raise ValueError(f"{path} holds no weights: expected a state dict, or a dictionary with a state_dict")
+    moe_cfg = content.get("moe_cfg") if state_dict is not content else None
+    return Weights(unwrapped(state_dict), None if moe_cfg is None else MoEConfig.from_dict(moe_cfg))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises ``ValueError`` when it is not whole."""
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A dictionary that ``torch.save`` wrote, of tensors and plain values, on the CPU.
+
+    Raises:
+        ValueError: the file cannot be read, is no dictionary, or could only be read by running code that it names.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        named = _GLOBAL.search(str(error))
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is broken, or holds more than tensors and plain values"
+            f"{f' ({named[1]})' if named else ''}. Nothing in it was run, and nothing is: get the weights as "
+            "safetensors, or have someone who trusts the file save its state dict alone"
+        ) from error
+    except Exception as error:  # a broken file shows as one of many types, from zipfile or torch
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def unwrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict under the names that the model itself has, without those of the wrappers around it."""
+    for prefix in _WRAPPERS:
+        state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+    return state_dict
