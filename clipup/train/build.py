@@ -17,7 +17,7 @@ from ..upcycle import upcycle
 from .distributed import Ranks
 from .openclip import SIGLIP_INIT
 from .options import TrainOptions
-from .step import Batch
+from .step import Batch, drops_by_position
 
 
 class Built(NamedTuple):
@@ -52,13 +52,14 @@ def build_model(
     else:
         model = model.to(device)
         model_cfg = None if options.model is None else models.get_model_config(options.model)
-    if isinstance(model, CoCa):
-        raise ValueError(
-            "train has the contrastive losses only, and a CoCa's decoder learns from captions; upcycle it with clipup "
-            "and train it with a captioning loss of your own"
-        )
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
+    if isinstance(model, CoCa) and drops_by_position(model):
+        raise ValueError(
+            "a CoCa's decoder reads the image and the text of a pair together, so its texts cannot be shuffled against "
+            "the images, as training has to where an expert's slots go by position; give them by probability (with "
+            "--moe: --moe-cfg.priority) or set no capacity factor (--moe-cfg.capacity-factor None)"
+        )
     if options.siglip and getattr(model, "logit_bias", None) is None:
         raise ValueError(
             "siglip needs a model with a logit_bias, which this one lacks; train a fresh one by name, or create it "

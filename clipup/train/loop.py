@@ -142,7 +142,7 @@ class Trainer:
         self.callbacks = callbacks
         self.validate = build_validation(options, built, precision)
         self.optimizer = adamw(self.model, options)
-        loss = contrastive_loss(options, ranks.rank, ranks.world_size)
+        loss = contrastive_loss(options, self.model, ranks.rank, ranks.world_size)
         self.train_step = TrainStep(
             ranks.wrap(self.model), loss, self.optimizer, ranks.device, precision, options.grad_clip_norm
         )

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from open_clip.loss import ClipLoss, SigLipLoss
+from open_clip.coca_model import CoCa
+from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
 from open_clip_train.distributed import init_distributed_device_so, is_using_distributed
 from open_clip_train.scheduler import const_lr, cosine_lr
 from torch import Tensor, nn
@@ -37,12 +38,44 @@ def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_step
     return make(optimizer, options.lr, options.warmup, total_steps)
 
 
-def contrastive_loss(options: TrainOptions, rank: int, world_size: int) -> nn.Module:
-    """ClipLoss, MultiPositiveClipLoss or SigLipLoss over the batch of all ranks."""
+def contrastive_loss(options: TrainOptions, model: nn.Module, rank: int, world_size: int) -> nn.Module:
+    """ClipLoss, MultiPositiveClipLoss or SigLipLoss over the batch of all ranks; for a CoCa its two losses.
+
+    Raises:
+        ValueError: an option that a CoCa's loss does not have.
+    """
+    if isinstance(model, CoCa):
+        return _coca_loss(options, model, rank, world_size)
     if options.siglip:
         return SigLipLoss(rank=rank, world_size=world_size)
     softmax_loss = MultiPositiveClipLoss if options.multi_positive else ClipLoss
     return softmax_loss(
+        local_loss=options.local_loss,
+        gather_with_grad=options.gather_with_grad,
+        cache_labels=True,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+class SummedCoCaLoss(CoCaLoss):
+    """The contrastive and the captioning loss of a CoCa (arXiv 2205.01917, eq. 4), weighted and added."""
+
+    def forward(self, **output: Tensor) -> Tensor:
+        """output: image_features, text_features [B, D], logits [B, L, V], labels [B, L], logit_scale."""
+        return sum(super().forward(**output))
+
+
+def _coca_loss(options: TrainOptions, model: CoCa, rank: int, world_size: int) -> nn.Module:
+    for name in ("siglip", "multi_positive"):
+        if getattr(options, name):
+            raise ValueError(f"{name} has no captioning loss, which a CoCa's decoder learns from; leave it out")
+    if getattr(model, "logit_bias", None) is not None:
+        raise ValueError("a CoCa's contrastive loss has no bias; create the model without init_logit_bias")
+    return SummedCoCaLoss(
+        caption_loss_weight=options.coca_caption_loss_weight,
+        clip_loss_weight=options.coca_contrastive_loss_weight,
+        pad_id=model.pad_id,
         local_loss=options.local_loss,
         gather_with_grad=options.gather_with_grad,
         cache_labels=True,

@@ -86,6 +86,10 @@ class TrainOptions:
     multi_positive: bool = False
     """Pairs of a batch whose captions are equal are positives of each other, not negatives (UniCL's loss); in val_data
     every image of a caption is then a right answer to it. Not with siglip."""
+    coca_caption_loss_weight: float = 2.0
+    """Weight of the captioning loss, for a CoCa."""
+    coca_contrastive_loss_weight: float = 1.0
+    """Weight of the contrastive loss, for a CoCa."""
     local_loss: bool = True
     """Several ranks: every rank computes the logits of its own images and texts only."""
     gather_with_grad: bool = True
@@ -133,6 +137,8 @@ class TrainOptions:
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         self._check("grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive, or None")
+        for name in ("coca_caption_loss_weight", "coca_contrastive_loss_weight"):
+            self._check(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "0 or more")
         for name in ("beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         if self.name is not None:

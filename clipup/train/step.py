@@ -17,7 +17,6 @@ from .openclip import LOGIT_SCALE_MAX, features_of
 from .rng import set_torch_state, torch_state
 
 Batch = tuple[Tensor, Tensor]
-_FEATURES = ("image_features", "text_features")
 _SCALES = ("logit_scale", "logit_bias")
 
 
@@ -25,10 +24,16 @@ class StepLosses(NamedTuple):
     """0-d tensors on the device, without graph."""
 
     contrastive: Tensor
+    """With a CoCa also its captioning loss, both weighted."""
     aux: Tensor
     """Weighted losses of the sparse layers; 0 for a dense model."""
     logit_scale: Tensor
     """The factor in front of the cosine, at the forward."""
+
+
+def _per_pair(output: dict[str, Tensor]) -> list[str]:
+    """What a forward gives for every pair: features, and a CoCa's logits and labels of captions."""
+    return [name for name in output if name not in _SCALES]
 
 
 def drops_by_position(model: nn.Module) -> bool:
@@ -100,7 +105,7 @@ class TrainStep:
                 with autocast(self.precision, self.device):
                     output = self._forward(self.model, images, texts)
                     around = [*cached[:index], output, *cached[index + 1 :]]
-                    features = {name: torch.cat([part[name] for part in around]) for name in _FEATURES}
+                    features = {name: torch.cat([part[name] for part in around]) for name in _per_pair(output)}
                     scales = output if last else {name: value.detach() for name, value in output.items()}
                     contrastive = self._contrastive(features, scales, all_texts)
                 aux = aux_loss(self.module) / len(batches)
@@ -119,7 +124,7 @@ class TrainStep:
         return output
 
     def _contrastive(self, features: dict[str, Tensor], scales: dict[str, Tensor], texts: Tensor) -> Tensor:
-        inputs = {name: features[name] for name in _FEATURES}
+        inputs = {name: features[name] for name in _per_pair(features)}
         if isinstance(self.loss, MultiPositiveClipLoss):
             inputs["texts"] = texts
         return self.loss(**inputs, **{name: scales[name] for name in _SCALES if name in scales})

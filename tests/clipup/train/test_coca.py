@@ -1,0 +1,110 @@
+"""A CoCa trains on its two losses, dense and sparse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from open_clip.loss import ClipLoss
+from tiny_families import build, coca_cfg
+
+import clipup
+from clipup.models import random_inputs
+from clipup.train import train
+
+MOE = clipup.MoEConfig.clip_up(num_experts=4, priority=True, towers=("image", "text", "decoder"))
+
+
+class Batches:
+    """The same random pairs again and again."""
+
+    def __init__(self, model, pairs=16, batch_size=8):
+        images, texts = random_inputs(model, pairs, seed=torch.seed() % 2**31)
+        self.batches = list(zip(images.split(batch_size), texts.split(batch_size), strict=True))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def losses_by_hand(model, images, texts):
+    """Contrastive and captioning loss: every next token, where it is no padding, from the image and those before."""
+    output = model(images, texts)
+    contrastive = ClipLoss()(output["image_features"], output["text_features"], output["logit_scale"])
+    likelihood = output["logits"].double().log_softmax(-1).gather(-1, texts[:, 1:, None])[..., 0]
+    return contrastive.item(), -likelihood[texts[:, 1:] != 0].mean().item()
+
+
+@pytest.mark.parametrize("weights", [(2.0, 1.0), (0.5, 3.0)])
+def test_the_loss_is_the_weighted_sum_of_both(options, weights):
+    model = build(coca_cfg())
+    data = Batches(model, pairs=8)
+    contrastive, captioning = losses_by_hand(model, *data.batches[0])
+    caption_weight, contrastive_weight = weights
+    chosen = {"coca_caption_loss_weight": caption_weight, "coca_contrastive_loss_weight": contrastive_weight}
+
+    result = train(options(logs=None, steps=1, **chosen), model=model, loader=data)
+
+    assert result.history[0]["loss"] == pytest.approx(
+        caption_weight * captioning + contrastive_weight * contrastive, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "sparse"])
+def test_both_losses_fall_and_every_part_learns(options, moe):
+    dense = build(coca_cfg())
+    model = dense if moe is None else clipup.upcycle(dense, moe)
+    data = Batches(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    first = losses_by_hand(model.eval(), *data.batches[0])
+
+    train(options(logs=None, steps=30, lr=3e-3), model=model, loader=data)
+
+    last = losses_by_hand(model.eval(), *data.batches[0])
+    assert all(after < at_first for after, at_first in zip(last, first, strict=True))
+    for tower in ("visual", "text", "text_decoder"):
+        names = [name for name in before if name.startswith(f"{tower}.")]
+        assert any(not torch.equal(before[name], model.get_parameter(name)) for name in names)
+
+
+def test_accumulation_has_the_gradients_of_one_big_batch(options):
+    data = Batches(build(coca_cfg()), pairs=16, batch_size=4)
+    whole = Batches(build(coca_cfg()), pairs=16, batch_size=16)
+    whole.batches = [tuple(torch.cat(parts) for parts in zip(*data.batches, strict=True))]
+
+    trained = {}
+    for name, loader, accum_freq in (("parts", data, 4), ("whole", whole, 1)):
+        model = build(coca_cfg())
+        result = train(
+            options(logs=None, steps=1, skip_scheduler=True, accum_freq=accum_freq), model=model, loader=loader
+        )
+        trained[name] = result
+
+    assert trained["parts"].history[0]["loss"] == pytest.approx(trained["whole"].history[0]["loss"], rel=1e-5)
+    for name, value in trained["whole"].model.state_dict().items():
+        torch.testing.assert_close(trained["parts"].model.state_dict()[name], value, rtol=1e-3, atol=2e-4)
+
+
+def test_a_capacity_by_position_is_refused_with_what_helps(options):
+    model = clipup.upcycle(build(coca_cfg()), MOE.replace(priority=False))
+    with pytest.raises(ValueError, match="cannot be shuffled against the images.*--moe-cfg.priority"):
+        train(options(logs=None), model=model, loader=Batches(model))
+
+
+@pytest.mark.parametrize("option", ["siglip", "multi_positive"])
+def test_losses_without_captions_are_refused(options, option):
+    model = build({**coca_cfg(), "init_logit_bias": -10})
+    with pytest.raises(ValueError, match=f"{option} has no captioning loss"):
+        train(options(logs=None, **{option: True}), model=model, loader=Batches(model))
+
+
+def test_a_bias_that_the_loss_does_not_have_is_refused(options):
+    model = build({**coca_cfg(), "init_logit_bias": -10})
+    with pytest.raises(ValueError, match="contrastive loss has no bias; create the model without init_logit_bias"):
+        train(options(logs=None), model=model, loader=Batches(model))
+
+
+def test_a_loss_cannot_have_a_negative_weight(options):
+    with pytest.raises(ValueError, match="coca_caption_loss_weight must be 0 or more, got -1"):
+        options(coca_caption_loss_weight=-1)
