@@ -53,8 +53,8 @@ def test_saved_model_loads_as_it_was(tmp_path, kind, prefix):
     assert step0_difference(model, loaded) == 0
 
 
-def test_directory_holds_open_clips_two_files_and_config_keys(saved):
-    assert set(contents(saved)) == {"open_clip_config.json", "open_clip_model.safetensors"}
+def test_directory_holds_open_clips_two_files_a_card_and_config_keys(saved):
+    assert set(contents(saved)) == {"open_clip_config.json", "open_clip_model.safetensors", "README.md"}
     config = json.loads((saved / CONFIG_NAME).read_text())
     assert config["model_cfg"] == tiny_config() and MoEConfig.from_dict(config["moe_cfg"]) == CONFIG
 
@@ -233,7 +233,7 @@ def test_files_replaced_together_appear_together_or_not_at_all(tmp_path):
     assert contents(tmp_path) == {"first": b"new", "second": b"new"}
 
 
-def test_both_files_have_ordinary_permissions(saved):
+def test_all_files_have_ordinary_permissions(saved):
     plain = saved / "plain"
     plain.touch()
     assert {path.stat().st_mode for path in saved.iterdir()} == {plain.stat().st_mode}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -30,6 +31,13 @@ def model() -> nn.Module:
     """A tiny sparse CLIP."""
     torch.manual_seed(0)
     return clipup.upcycle(open_clip.CLIP(**MODEL_CFG), clipup.MoEConfig.clip_up(num_experts=4))
+
+
+@pytest.fixture
+def directory(model: nn.Module, tmp_path: Path) -> Path:
+    """The tiny sparse CLIP, saved."""
+    clipup.save_pretrained(model, tmp_path / "model", MODEL_CFG)
+    return tmp_path / "model"
 
 
 @pytest.fixture

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import json
 
+import benchmark_layouts as layouts
 import pytest
 from PIL import Image
 
-import clipup
 from clipup.cli import main
-
-
-@pytest.fixture
-def directory(model, tmp_path):
-    from .conftest import MODEL_CFG
-
-    clipup.save_pretrained(model, tmp_path / "model", MODEL_CFG)
-    return tmp_path / "model"
 
 
 @pytest.fixture
@@ -105,3 +97,94 @@ def test_nothing_to_measure_is_refused(directory, capsys):
         run(directory)
 
     assert "nothing to measure" in capsys.readouterr().err
+
+
+def results(directory, capsys, *options):
+    assert run(directory, *options, "--out", "-") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_coco_and_flickr30k_are_measured_on_all_captions_or_on_the_first_of_each_image(directory, tmp_path, capsys):
+    for name in ("coco", "flickr30k"):
+        options = ["--dataset", name, "--root", getattr(layouts, name)(tmp_path / name)]
+
+        every = results(directory, capsys, *options)
+        first = results(directory, capsys, *options, "--captions-per-image", 1)
+
+        assert (every["dataset"], every["split"]) == (name, "test")
+        assert (every["retrieval"]["gallery"], every["retrieval"]["captions"]) == (12, 60)
+        assert (first["retrieval"]["gallery"], first["retrieval"]["captions"]) == (12, 12)
+
+
+def test_imagenet_is_classified_with_open_clips_names_and_templates(directory, tmp_path, capsys):
+    root = layouts.imagenet(tmp_path / "imagenet")
+    (tmp_path / "one.txt").write_text("a {}\n")
+
+    found = results(directory, capsys, "--dataset", "imagenet", "--root", root, "--templates", tmp_path / "one.txt")
+
+    assert (found["zero_shot"]["images"], found["zero_shot"]["classes"]) == (10, 1000)
+    assert found["zero_shot"]["top1"] <= found["zero_shot"]["top5"]
+
+
+@pytest.mark.parametrize("retrieval", [True, False])
+def test_shards_of_clip_benchmark_are_measured_as_they_say(directory, tmp_path, capsys, retrieval):
+    root = layouts.webdataset(tmp_path / "data", retrieval)
+
+    found = results(directory, capsys, "--dataset", "webdataset", "--root", root)
+
+    assert ("retrieval" in found, "zero_shot" in found) == (retrieval, not retrieval)
+
+
+def test_shards_and_csv_files_by_path_are_measured_too(directory, tmp_path, val_data, capsys):
+    root = layouts.webdataset(tmp_path / "data", retrieval=True)
+    shards = results(directory, capsys, "--dataset", "webdataset", "--root", root / "test" / "{0..1}.tar")
+    (tmp_path / "broken.png").unlink()
+    layouts.picture(1).save(tmp_path / "broken.png")
+    rows = results(directory, capsys, "--dataset", "csv", "--root", val_data)
+
+    assert shards["retrieval"]["gallery"] == 12 and rows["retrieval"]["gallery"] == 5
+
+
+def test_half_precision_runs_on_a_benchmark(directory, tmp_path, capsys):
+    options = ["--dataset", "coco", "--root", layouts.coco(tmp_path / "coco")]
+
+    found = {p: results(directory, capsys, *options, "--precision", p)["retrieval"] for p in ("fp32", "bf16")}
+
+    assert found["fp32"]["captions"] == found["bf16"]["captions"] == 60
+    assert found["bf16"]["t2i"]["r10"] == pytest.approx(found["fp32"]["t2i"]["r10"], abs=0.1)
+
+
+def test_a_benchmark_with_an_image_that_cannot_be_read_is_refused(directory, tmp_path, capsys):
+    root = layouts.coco(tmp_path / "coco")
+    (root / "val2014" / "COCO_val2014_000000391896.jpg").write_bytes(b"no picture")
+
+    assert run(directory, "--dataset", "coco", "--root", root) == 2
+
+    assert "cannot read the image COCO_val2014_000000391896.jpg" in capsys.readouterr().err
+
+
+def test_numbers_go_into_the_card_of_the_model_on_request(directory, tmp_path, capsys):
+    root = layouts.coco(tmp_path / "coco")
+    assert run(directory, "--dataset", "coco", "--root", root, "--card") == 0
+    printed = capsys.readouterr().out.splitlines()[1].split()
+
+    card = (directory / "README.md").read_text()
+
+    assert f"| coco test: 12 images, 60 captions | text to image R@1 | {printed[2]} |" in card
+    assert run("ViT-B-32", "--dataset", "coco", "--root", root, "--card") == 2
+    assert "card: ViT-B-32 is no directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--dataset", "coco"], "a benchmark needs both --dataset and --root"),
+        (["--dataset", "coco", "--root", ".", "--val-data", "a.csv"], "names the data already"),
+        (["--dataset", "coco", "--root", ".", "--captions-per-image", "0"], "captions_per_image must be at least 1"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(directory, capsys, options, message):
+    with pytest.raises(SystemExit):
+        run(directory, *options)
+
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -117,6 +117,64 @@ def test_features_that_cannot_be_ranked_are_refused(image_features, text_feature
         retrieval(image_features, text_features, image_of_text)
 
 
+def drawn_relation(images, texts, more, seed):
+    """Features, and (text, image) pairs in which every image and every text has a partner and some have several."""
+    generator = torch.Generator().manual_seed(seed)
+    image_features = F.normalize(torch.randn(images, 8, generator=generator), dim=-1)
+    text_features = F.normalize(torch.randn(texts, 8, generator=generator), dim=-1)
+    rows = max(images, texts)
+    pairs = torch.stack([torch.arange(rows) % texts, torch.arange(rows) % images], 1)
+    extra = torch.stack([torch.randint(count, (more,), generator=generator) for count in (texts, images)], 1)
+    pairs = torch.cat([pairs, extra]).unique(dim=0)
+    return image_features, text_features, pairs[torch.randperm(len(pairs), generator=generator)]
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 20), st.integers(0, 10**6), st.integers(1, 7))
+@settings(max_examples=60, deadline=None)
+def test_every_image_of_a_text_is_a_right_answer_and_every_text_of_an_image(images, texts, more, seed, chunk):
+    image_features, text_features, pairs = drawn_relation(images, texts, more, seed)
+    right = set(map(tuple, pairs.tolist()))
+    scores = (text_features @ image_features.T).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CHUNK", chunk)
+        result = retrieval(image_features, text_features, pairs)
+
+    for k in (1, 5, 10):
+        best_images = [sorted(range(images), key=lambda i, r=row: -r[i])[:k] for row in scores]
+        best_texts = [sorted(range(texts), key=lambda t, i=i: -scores[t][i])[:k] for i in range(images)]
+        t2i = sum(any((t, i) in right for i in best) for t, best in enumerate(best_images)) / texts
+        i2t = sum(any((t, i) in right for t in best) for i, best in enumerate(best_texts)) / images
+        assert (result["t2i"][f"r{k}"], result["i2t"][f"r{k}"]) == pytest.approx((t2i, i2t))
+    assert result["chance_r1"] == pytest.approx(len(right) / images / texts)
+
+
+def test_nll_is_minus_log_of_the_probability_of_right_answers():
+    image_features, text_features, pairs = drawn_relation(9, 6, 8, torch.seed() % 2**31)
+    relation = torch.zeros(6, 9, dtype=torch.bool)
+    relation[pairs[:, 0], pairs[:, 1]] = True
+    logits = 7.5 * (text_features.double() @ image_features.double().T)
+
+    nll = module.nll_both_ways(image_features, text_features, pairs, logit_scale=7.5)
+
+    for way, scores, right in (("t2i", logits, relation), ("i2t", logits.T, relation.T)):
+        probability = (scores.softmax(1) * right).sum(1)
+        assert nll[way] == pytest.approx(-probability.log().mean().item(), rel=1e-5)
+
+
+def test_with_multi_positive_a_caption_finds_any_image_that_it_stands_beside(oracle, number_tokenizer, number_image):
+    # two images of number 0 have the caption "picture 1", as the image of number 1 has
+    samples = [(number_image(number), ["picture 1"], {"group": "a"}) for number in (0, 0, 1)]
+    samples.append((number_image(2), ["picture 2"], {"group": "b"}))
+
+    alone = evaluate_retrieval(oracle, samples, number_tokenizer)
+    shared = evaluate_retrieval(oracle, samples, number_tokenizer, by="group", multi_positive=True)
+
+    assert alone["captions"] == 4 and alone["t2i"]["r1"] == 0.5  # of three equal captions one asks for image 2
+    assert shared["captions"] == 2 and shared["gallery"] == 4
+    assert shared["t2i"]["r1"] == 1.0  # "picture 1" is answered by image 2, whose caption it is too
+    assert shared["splits"]["a"]["captions"] == 1 and shared["splits"]["a"]["gallery"] == 3
+
+
 def test_a_data_set_is_encoded_in_batches_and_every_group_is_also_a_gallery_of_its_own(
     oracle, number_tokenizer, number_image
 ):

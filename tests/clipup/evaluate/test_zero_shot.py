@@ -8,9 +8,10 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 from clipup.evaluate import image_folder, read_lines, zero_shot
-from clipup.evaluate.zero_shot import image_shards, open_images
+from clipup.evaluate.zero_shot import image_shards, labelled_images
 
 
 def names(count):
@@ -94,11 +95,19 @@ def test_image_folders_that_fit_no_class_list_are_refused(folders, tmp_path):
         image_folder(folders, ["cat", "dog"])
 
 
+def test_labelled_images_are_read_in_batches_by_other_processes_too(folders):
+    found = image_folder(folders, ["dog", "cat"])
+
+    for workers in (0, 2):
+        images, labels = zip(*labelled_images(found, to_tensor, batch_size=1, workers=workers), strict=True)
+        assert labels == (1, 0) and all(image.shape == (3, 4, 4) for image in images)
+
+
 def test_an_unreadable_image_is_named(folders):
     (folders / "cat" / "1.png").write_bytes(b"no picture")
 
     with pytest.raises(ValueError, match="cannot read the image .*cat/1.png"):
-        list(open_images(image_folder(folders, ["cat", "dog"])))
+        list(labelled_images(image_folder(folders, ["cat", "dog"]), to_tensor))
 
 
 def test_shards_give_images_and_classes(tmp_path):
@@ -117,7 +126,7 @@ def test_shards_give_images_and_classes(tmp_path):
     assert image.getpixel((0, 0)) == (255, 0, 0) and label == 3
     with pytest.raises(ValueError, match="sample 1 of .* lacks an image or its .cls"):
         next(samples)
-    with pytest.raises(FileNotFoundError, match="there is no shard"):
+    with pytest.raises(FileNotFoundError, match="images: no shard .*none.tar"):
         next(image_shards(str(tmp_path / "none.tar")))
 
 

@@ -1,0 +1,176 @@
+"""Benchmarks in the layouts that the real ones have on disk."""
+
+from __future__ import annotations
+
+import json
+
+import benchmark_layouts as layouts
+import open_clip
+import pytest
+from clip_benchmark.datasets.builder import build_dataset
+from PIL import Image
+
+from clipup.evaluate import datasets
+
+
+def pairs(found):
+    """(file, captions) of a retrieval set."""
+    return [(record.key, list(record.captions)) for record in found.records]
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return layouts.coco(tmp_path / "coco")
+
+
+@pytest.fixture
+def flickr(tmp_path):
+    return layouts.flickr30k(tmp_path / "flickr30k")
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    return layouts.imagenet(tmp_path_factory.mktemp("imagenet"))
+
+
+@pytest.mark.parametrize("name, read", [("mscoco_captions", datasets.coco), ("flickr30k", datasets.flickr30k)])
+def test_images_and_captions_are_those_of_clip_benchmark_in_its_order(name, read, request):
+    root = request.getfixturevalue("coco" if name == "mscoco_captions" else "flickr")
+    theirs = build_dataset(name, root=str(root), split="test", task="zeroshot_retrieval", transform=lambda image: image)
+
+    ours = read(root)
+
+    assert len(ours.records) == len(theirs) == 12
+    for record, (image, captions) in zip(ours.records, theirs, strict=True):
+        assert list(record.captions) == [caption.strip() for caption in captions]
+        assert len(captions) == 5 and all(", " in caption for caption in captions)
+        assert image.tobytes() == Image.open(record.path).convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("read, name", [(datasets.coco, "coco"), (datasets.flickr30k, "flickr30k")])
+def test_karpathys_own_file_serves_too_and_restval_belongs_to_train(read, name, request):
+    root = request.getfixturevalue("coco" if name == "coco" else "flickr")
+    layouts.karpathy(root, f"dataset_{name}.json")
+    for path in root.glob(f"{name}_test_karpathy.*"):
+        path.unlink()
+
+    test, train = read(root, "test"), read(root, "train")
+
+    assert [len(found.records) for found in (test, train)] == [6, 6]
+    assert [captions for _, captions in pairs(test)] == [layouts.captions(number) for number in range(0, 12, 2)]
+    with pytest.raises(ValueError, match="has no images of the split 'val', its splits are restval, test"):
+        read(root, "val")
+
+
+def test_flickr_images_may_lie_in_a_directory_of_their_own(flickr):
+    before = pairs(datasets.flickr30k(flickr))
+    (flickr / "flickr30k-images").mkdir()
+    for picture in flickr.glob("*.jpg"):
+        picture.rename(flickr / "flickr30k-images" / picture.name)
+
+    assert pairs(datasets.flickr30k(flickr)) == before
+
+
+def test_annotations_may_lie_elsewhere(coco, tmp_path):
+    moved = (coco / "coco_test_karpathy.json").rename(tmp_path / "mine.json")
+
+    assert len(datasets.coco(coco, annotations=moved).records) == 12
+    with pytest.raises(FileNotFoundError, match="no .*coco_test_karpathy.json or .*dataset_coco.json; .*github.com"):
+        datasets.coco(coco)
+
+
+def test_what_is_missing_of_coco_is_named(coco):
+    (coco / "val2014" / "COCO_val2014_000000391895.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match="1 of the 12 images .* the first is .*000000391895.jpg"):
+        datasets.coco(coco)
+    with pytest.raises(FileNotFoundError, match="there is no directory .*nowhere"):
+        datasets.coco(coco / "nowhere")
+
+
+def without_caption(content):
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 391895]
+
+
+def of_another_image(content):
+    content["annotations"][0]["image_id"] = 7
+
+
+def without_images(content):
+    del content["images"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (without_caption, "no caption for 1 images, the first is COCO_val2014_000000391895.jpg"),
+        (of_another_image, "neither in COCO's caption format nor in Karpathy's: KeyError 7"),
+        (without_images, "has no list of images"),
+    ],
+)
+def test_annotations_that_are_not_cocos_are_refused(coco, change, message):
+    path = coco / "coco_test_karpathy.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(ValueError, match=message):
+        datasets.coco(coco)
+
+
+def test_caption_files_that_are_not_flickrs_are_refused(flickr):
+    path = flickr / "flickr30k_test_karpathy.txt"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="begins with '1007129816.jpg,.*, expected a header"):
+        datasets.flickr30k(flickr)
+    path.write_text(f"{header}\n1007129816.png no caption\n")
+    with pytest.raises(ValueError, match="line 2 of .* is '1007129816.png no caption', expected NAME.jpg,CAPTION"):
+        datasets.flickr30k(flickr)
+
+
+def test_imagenets_directories_in_sorted_order_are_open_clips_classes(imagenet):
+    found = datasets.imagenet(imagenet)
+
+    assert [label for _, label in found.images] == list(range(0, 1000, 100))
+    assert all(path.parent.name == f"n{1440764 + label:08d}" for path, label in found.images)
+    assert found.classes == open_clip.IMAGENET_CLASSNAMES and len(found.templates) == 80
+
+
+def test_imagenet_with_a_class_missing_is_refused(tmp_path):
+    layouts.imagenet(tmp_path, classes=999)
+    with pytest.raises(ValueError, match="has 999 directories, 999 of them named by a WordNet id .* expected 1000"):
+        datasets.imagenet(tmp_path)
+    (tmp_path / "val" / "tench").mkdir()
+    with pytest.raises(ValueError, match="has 1000 directories, 999 of them"):
+        datasets.imagenet(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no directory .*train"):
+        datasets.imagenet(tmp_path, "train")
+
+
+def test_clip_benchmarks_shards_say_themselves_what_they_are(tmp_path):
+    retrieval = datasets.webdataset(layouts.webdataset(tmp_path / "retrieval", retrieval=True))
+    classification = datasets.webdataset(layouts.webdataset(tmp_path / "classification", retrieval=False))
+
+    assert sorted(pairs(retrieval)) == [(f"s{number:07d}", layouts.captions(number)) for number in range(12)]
+    assert classification.classes == ["cat", "dog", "sea"]
+    assert classification.templates == ["a photo of a {}.", "the {}"]
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    root = layouts.webdataset(tmp_path, retrieval=True)
+    (root / "test" / "1.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="no shard .*1.tar"):
+        datasets.webdataset(root)
+    with pytest.raises(FileNotFoundError, match="neither val/nshards.txt nor dataset.json; name the shards"):
+        datasets.webdataset(root, "val")
+
+
+def test_a_csv_of_a_directory_names_images_inside_it(tmp_path):
+    layouts.picture(0).save(tmp_path / "0.jpg")
+    (tmp_path / "test.csv").write_text("filepath\ttitle\n0.jpg\ta cat\n0.jpg\ta dog\n")
+
+    (record,) = datasets.csv(tmp_path, "test", "\t", "filepath", "title").records
+
+    assert record.path == str(tmp_path / "0.jpg") and record.captions == ("a cat", "a dog")
+    with pytest.raises(FileNotFoundError, match="neither val.csv nor val.tsv"):
+        datasets.csv(tmp_path, "val", "\t", "filepath", "title")

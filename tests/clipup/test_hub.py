@@ -1,0 +1,89 @@
+"""Models on the Hugging Face hub, by way of a cache on disk and without a network."""
+
+import shutil
+
+import huggingface_hub
+import open_clip
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from tiny_clip import tiny_clip, tiny_config
+
+import clipup
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
+
+CONFIG = MoEConfig.clip_up(num_experts=3)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def publish(tmp_path):
+    """Puts a directory into a cache, as if it had been downloaded as org/NAME."""
+
+    def put(directory, name):
+        repository = tmp_path / "cache" / f"models--org--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        shutil.copytree(directory, repository / "snapshots" / COMMIT)
+        return {"cache_dir": str(tmp_path / "cache")}
+
+    return put
+
+
+@pytest.fixture
+def sparse():
+    return upcycle(tiny_clip(seed=torch.seed() % 2**31), CONFIG)
+
+
+def test_a_sparse_model_loads_from_the_hub(sparse, tmp_path, publish):
+    save_pretrained(sparse, tmp_path / "model", tiny_config())
+    cache = publish(tmp_path / "model", "sparse")
+
+    loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/sparse", **cache)
+
+    assert loaded.moe_config == CONFIG and step0_difference(sparse, loaded) == 0
+    assert clipup.get_tokenizer("hf-hub:org/sparse", **cache)(["a dog"]).shape == (1, 10)
+
+
+def test_a_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
+    dense = tiny_clip()
+    save_pretrained(dense, tmp_path / "model", tiny_config())
+    cache = publish(tmp_path / "model", "dense")
+
+    for create in (clipup.create_model_and_transforms, open_clip.create_model_and_transforms):
+        loaded, *_ = create("hf-hub:org/dense", **cache)
+        assert not moe_layers(loaded) and step0_difference(dense, loaded) == 0
+
+
+def test_what_the_hub_does_not_have_is_named(sparse, tmp_path, publish):
+    save_pretrained(sparse, tmp_path / "model", tiny_config())
+    (tmp_path / "model" / "open_clip_model.safetensors").unlink()
+    cache = publish(tmp_path / "model", "weightless")
+
+    with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors.* for org/weightless"):
+        clipup.create_model_and_transforms("hf-hub:org/weightless", **cache)
+    loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/weightless", load_weights=False, **cache)
+    assert len(moe_layers(loaded)) == 4
+    with pytest.raises(FileNotFoundError, match="open_clip_config.json.* for org/nothing"):
+        clipup.create_model_and_transforms("hf-hub:org/nothing", **cache)
+
+
+def test_a_saved_directory_can_be_pushed_as_it_is(sparse, tmp_path, monkeypatch):
+    save_pretrained(sparse, tmp_path / "model", tiny_config(), license="mit")
+    pushed = {}
+
+    def create_commit(self, operations, **kwargs):
+        pushed.update({operation.path_in_repo: operation for operation in operations})
+
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    HfApi().upload_folder(repo_id="org/sparse", folder_path=tmp_path / "model")
+
+    assert set(pushed) == {"README.md", "open_clip_config.json", "open_clip_model.safetensors"}
+    card = ModelCard.load(tmp_path / "model" / "README.md").data
+    assert (card.license, card.library_name) == ("mit", "open_clip")
+    assert card.pipeline_tag == "zero-shot-image-classification" and "mixture-of-experts" in card.tags
