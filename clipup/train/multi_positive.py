@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 class MultiPositiveClipLoss(ClipLoss):
-    """CLIP's loss with every pair of equal captions as a target (UniCL, arXiv 2204.03610, eq. 1-3).
+    """CLIP's loss in which pair i competes with the pairs of other captions alone:
+    ``-log(exp(s_ii) / (exp(s_ii) + sum of exp(s_ij) over captions j unlike i))``, the mean over rows and both ways.
 
-    Image i and text j belong together when the captions i and j are equal, token for token. The target of an image is
-    uniform over its texts, that of a text over its images; the loss is the mean of both cross-entropies. Where all
-    captions differ it is open_clip's ClipLoss. The target's entropy is part of it: with n equal captions it is at least
-    log(n), not 0.
+    It is the elimination of false negatives (arXiv 2011.11765, section 3.2) where captions are equal token for token;
+    where all differ it is open_clip's ClipLoss. Targets that are uniform over all equal captions (UniCL, arXiv
+    2204.03610) would change nothing: equal texts have equal features, so their rows add up to ClipLoss again.
     """
 
     def forward(
@@ -31,21 +31,23 @@ class MultiPositiveClipLoss(ClipLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """image_features, text_features: [B, D], normalised; texts: [B, L] token ids, row i of pair i."""
-        per_image, per_text = self.get_logits(image_features, text_features, logit_scale)
-        targets = self._targets(texts)  # shares of 1 need float32, whatever autocast made of the logits
-        loss = (F.cross_entropy(per_image.float(), targets) + F.cross_entropy(per_text.float(), targets)) / 2
+        logits = self.get_logits(image_features, text_features, logit_scale)
+        own = self.get_ground_truth(image_features.device, len(logits[0]))
+        twins = self._twins(texts, own)
+        losses = [F.cross_entropy(one.float().masked_fill(twins, -torch.inf), own) for one in logits]
+        loss = sum(losses) / 2
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _targets(self, texts: Tensor) -> Tensor:
-        """[rows of the logits, pairs of all ranks]; rows sum to 1. The relation is symmetric, so both ways share it."""
+    def _twins(self, texts: Tensor, own: Tensor) -> Tensor:
+        """bool [rows of the logits, pairs of all ranks]: other pairs with a row's caption; the same both ways.
+
+        own: [rows], where each row's own pair is.
+        """
         everywhere = texts
         if self.world_size > 1:
             of_rank = [torch.empty_like(texts) for _ in range(self.world_size)]
             dist.all_gather(of_rank, texts.contiguous())
             everywhere = torch.cat(of_rank)
         caption = everywhere.unique(dim=0, return_inverse=True)[1]
-        rows = caption
-        if self.world_size > 1 and self.local_loss:
-            rows = caption[self.rank * len(texts) : (self.rank + 1) * len(texts)]
-        same = (rows[:, None] == caption[None, :]).float()
-        return same / same.sum(1, keepdim=True)
+        same = caption[own][:, None] == caption[None, :]
+        return same.scatter(1, own[:, None], False)

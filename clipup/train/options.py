@@ -84,8 +84,8 @@ class TrainOptions:
     siglip: bool = False
     """Sigmoid loss (SigLIP) in place of the softmax loss (CLIP)."""
     multi_positive: bool = False
-    """Pairs of a batch whose captions are equal are positives of each other, not negatives (UniCL's loss); in val_data
-    every image of a caption is then a right answer to it. Not with siglip."""
+    """Pairs of a batch whose captions are equal are no negatives of each other, and in val_data every image of a caption
+    is a right answer to it. Not with siglip."""
     coca_caption_loss_weight: float = 2.0
     """Weight of the captioning loss, for a CoCa."""
     coca_contrastive_loss_weight: float = 1.0
@@ -145,7 +145,7 @@ class TrainOptions:
             self._check("name", Path(self.name).name == self.name, "the name of a directory, without separators")
         if self.siglip and self.multi_positive:
             raise ValueError(
-                "multi_positive is a softmax over several targets, and siglip has no softmax; drop one of them"
+                "multi_positive leaves pairs out of a softmax, and siglip has no softmax; drop one of them"
             )
         if self.resume == "latest" and (self.logs is None or self.name is None):
             raise ValueError("resume='latest' needs logs and name, which say where the checkpoints are")

@@ -33,7 +33,7 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["dense", "siglip"])
+@pytest.mark.parametrize("kind", ["dense", "siglip", "multi_positive"])
 def test_two_ranks_do_what_one_process_does_on_the_same_global_batch(two_ranks, tmp_path, kind):
     runpy.run_path(str(SCRIPT))["run"](tmp_path, kind)
 

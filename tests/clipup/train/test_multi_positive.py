@@ -1,0 +1,102 @@
+"""Equal captions in a batch are positives of each other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.loss import ClipLoss
+
+import clipup
+from clipup.train import train
+from clipup.train.multi_positive import MultiPositiveClipLoss
+from clipup.train.step import TrainStep
+
+
+def drawn(pairs: int, captions: int):
+    """Features in float64 that need gradients, a logit scale, and texts of which only ``captions`` differ."""
+    features = [F.normalize(torch.randn(pairs, 6, dtype=torch.float64), dim=-1).requires_grad_() for _ in range(2)]
+    texts = torch.randint(1, 100, (captions, 5))[torch.randint(captions, (pairs,))]
+    return *features, torch.tensor(9.0, dtype=torch.float64, requires_grad=True), texts
+
+
+def naive(images, texts, scale, tokens):
+    """The mean over rows of -log p of a row's own pair among itself and the pairs of other captions, both ways."""
+    total = 0
+    for rows, columns in ((images, texts), (texts, images)):
+        scores = scale * rows @ columns.T
+        for i in range(len(rows)):
+            others = [scores[i, j] for j in range(len(rows)) if tokens[i].tolist() != tokens[j].tolist()]
+            total = total + (torch.stack([scores[i, i], *others]).logsumexp(0) - scores[i, i]) / len(rows)
+    return total / 2
+
+
+@pytest.mark.parametrize("pairs, captions", [(7, 3), (12, 1), (1, 1), (9, 40)])
+def test_the_loss_and_its_gradients_are_those_of_the_formula(pairs, captions):
+    *inputs, texts = drawn(pairs, captions)
+
+    ours = MultiPositiveClipLoss()(*inputs, texts)
+    expected = naive(*inputs, texts)
+
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(ours, inputs), torch.autograd.grad(expected, inputs)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_open_clips_loss_where_all_captions_differ():
+    images, texts, scale, _ = drawn(11, 1)
+    tokens = torch.arange(11)[:, None].repeat(1, 4)
+
+    torch.testing.assert_close(
+        MultiPositiveClipLoss()(images, texts, scale, tokens).double(),
+        ClipLoss()(images, texts, scale),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_pairs_of_one_caption_do_not_compete():
+    # every image fits its caption as well as can be; the plain loss still asks to tell the two equal captions apart
+    features = torch.eye(3)[[0, 0, 1]]
+    tokens = torch.tensor([[5, 5], [5, 5], [7, 7]])
+    scale = torch.tensor(100.0)
+
+    assert MultiPositiveClipLoss()(features, features, scale, tokens) < 1e-6
+    assert ClipLoss()(features, features, scale) == pytest.approx(2 / 3 * math.log(2), rel=1e-4)
+
+
+def test_accumulation_finds_equal_captions_across_batches(make_model, pairs):
+    data = pairs()
+    data.texts[12:] = data.texts[:12]  # each caption in the first and in a later batch
+
+    def step(batches):
+        model = make_model(clipup.MoEConfig(num_experts=4, z_weight=0.1, towers=("image",)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        losses = TrainStep(model, MultiPositiveClipLoss(), optimizer, torch.device("cpu"))(batches)
+        return losses, [parameter.grad.clone() for parameter in model.parameters()]
+
+    big, expected = step([(data.images, data.texts)])
+    accumulated, gradients = step(list(zip(data.images.split(8), data.texts.split(8), strict=True)))
+
+    torch.testing.assert_close(torch.stack(accumulated), torch.stack(big), rtol=1e-5, atol=1e-6)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_option_trains_with_it(make_model, pairs, options):
+    def first_loss(repeated, **changes):
+        data = pairs(pairs=8, noise=0)
+        if repeated:
+            data.texts[4:] = data.texts[:4]
+        return train(options(logs=None, steps=1, **changes), model=make_model(), loader=data).history[0]["contrastive"]
+
+    assert first_loss(False, multi_positive=True) == pytest.approx(first_loss(False), rel=1e-5)
+    assert first_loss(True, multi_positive=True) != pytest.approx(first_loss(True), rel=1e-3)
+
+
+def test_a_sigmoid_loss_has_no_targets_to_share(options):
+    with pytest.raises(ValueError, match="multi_positive leaves pairs out"):
+        options(siglip=True, multi_positive=True)
