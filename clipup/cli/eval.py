@@ -15,11 +15,10 @@ import tyro
 from .. import card, models
 from ..checkpoint import replace_files
 from ..data.loaders import EvalSamples, eval_samples
-from ..data.samples import Skips
 from ..evaluate import datasets
 from ..evaluate.precision import Precision, default_device, default_workers
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
-from ..evaluate.zero_shot import TEMPLATES, image_folder, image_shards, labelled_images, read_lines, zero_shot
+from ..evaluate.zero_shot import TEMPLATES, image_folder, read_lines, zero_shot
 
 
 @dataclass
@@ -136,8 +135,8 @@ def evaluate(options: Options) -> dict[str, Any]:
         )
         results["retrieval"] = {**recall, "skipped": samples.skipped}
     if isinstance(found, datasets.ClassificationSet):
-        pairs = _labelled(options, found, preprocess)
-        results["zero_shot"] = zero_shot(model, pairs, found.classes, tokenizer, None, found.templates, **common)
+        images = found.samples(preprocess, options.batch_size, options.workers)
+        results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)
     return results
 
 
@@ -170,7 +169,7 @@ def _find(options: Options) -> datasets.DataSet | None:
 
 def _retrieval_samples(options: Options, found: datasets.DataSet | None, preprocess: Any) -> EvalSamples:
     if isinstance(found, datasets.RetrievalSet):
-        return EvalSamples(found.records, preprocess, Skips(), strict=True)
+        return found.samples(preprocess)
     return eval_samples(
         options.val_data,
         preprocess,
@@ -179,12 +178,6 @@ def _retrieval_samples(options: Options, found: datasets.DataSet | None, preproc
         csv_img_key=options.csv_img_key,
         csv_caption_key=options.csv_caption_key,
     )
-
-
-def _labelled(options: Options, found: datasets.ClassificationSet, preprocess: Any) -> Iterator[tuple[Any, int]]:
-    if isinstance(found.images[0], str):
-        return ((preprocess(image), label) for image, label in image_shards(found.images))
-    return labelled_images(found.images, preprocess, options.batch_size, options.workers)
 
 
 def _one_by_one(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

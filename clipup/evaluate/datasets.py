@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
+from torch import Tensor
 
-from ..data.loaders import describe
+from ..data.loaders import EvalSamples, describe
 from ..data.samples import Record, Skips, csv_records, expand_shards, tar_records
 from ..data.shards import DATASET_FILE
-from .zero_shot import Template, image_folder, read_lines
+from .zero_shot import Template, image_folder, image_shards, labelled_images, read_lines
 
 _ANNOTATIONS = "https://github.com/mehdidc/retrieval_annotations/releases"
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -39,6 +40,10 @@ class RetrievalSet:
 
     records: Sequence[Record]
 
+    def samples(self, preprocess: Callable[[Any], Tensor]) -> EvalSamples:
+        """What ``evaluate_retrieval`` takes. An image that cannot be read raises ``ValueError``, naming it."""
+        return EvalSamples(self.records, preprocess, Skips(), strict=True)
+
 
 @dataclass(frozen=True)
 class ClassificationSet:
@@ -47,6 +52,15 @@ class ClassificationSet:
     images: Sequence[tuple[Path, int]] | Sequence[str]
     classes: Sequence[str]
     templates: Sequence[Template]
+
+    def samples(
+        self, preprocess: Callable[[Any], Tensor], batch_size: int = 64, workers: int = 0
+    ) -> Iterator[tuple[Tensor, int]]:
+        """What ``zero_shot`` takes; ``workers`` processes read files. An image that cannot be read raises
+        ``ValueError``, naming it."""
+        if isinstance(self.images[0], str):
+            return ((preprocess(image), label) for image, label in image_shards(self.images))
+        return labelled_images(self.images, preprocess, batch_size, workers)
 
 
 DataSet = RetrievalSet | ClassificationSet
