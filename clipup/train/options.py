@@ -84,8 +84,8 @@ class TrainOptions:
     siglip: bool = False
     """Sigmoid loss (SigLIP) in place of the softmax loss (CLIP)."""
     multi_positive: bool = False
-    """Pairs of a batch whose captions are equal are no negatives of each other, and in val_data every image of a caption
-    is a right answer to it. Not with siglip."""
+    """Pairs of a batch whose captions are equal are no negatives of each other, and in val_data every image of a
+    caption is a right answer to it. Not with siglip."""
     coca_caption_loss_weight: float = 2.0
     """Weight of the captioning loss, for a CoCa."""
     coca_contrastive_loss_weight: float = 1.0
