@@ -75,15 +75,15 @@ def test_what_the_hub_does_not_have_is_named(sparse, tmp_path, publish):
 
 def test_a_saved_directory_can_be_pushed_as_it_is(sparse, tmp_path, monkeypatch):
     save_pretrained(sparse, tmp_path / "model", tiny_config(), license="mit")
-    pushed = {}
+    pushed, validated = [], []
+    monkeypatch.setattr(huggingface_hub.hf_api, "is_xet_available", lambda: False)
+    monkeypatch.setattr(HfApi, "_validate_yaml", lambda self, content, **kwargs: validated.append(content))
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, operations, **kwargs: pushed.extend(operations))
 
-    def create_commit(self, operations, **kwargs):
-        pushed.update({operation.path_in_repo: operation for operation in operations})
-
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
     HfApi().upload_folder(repo_id="org/sparse", folder_path=tmp_path / "model")
 
-    assert set(pushed) == {"README.md", "open_clip_config.json", "open_clip_model.safetensors"}
-    card = ModelCard.load(tmp_path / "model" / "README.md").data
+    names = {operation.path_in_repo for operation in pushed}
+    assert names == {"README.md", "open_clip_config.json", "open_clip_model.safetensors"}
+    card = ModelCard(validated[0]).data
     assert (card.license, card.library_name) == ("mit", "open_clip")
     assert card.pipeline_tag == "zero-shot-image-classification" and "mixture-of-experts" in card.tags
