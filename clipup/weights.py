@@ -21,7 +21,7 @@ from .config import MoEConfig
 
 _WRAPPERS = ("module.", "_orig_mod.")
 _ROUTER = ".router.weight"
-_GLOBAL = re.compile(r"(?:GLOBAL|global|class)\W+([\w.]+)")
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 class Weights(NamedTuple):

@@ -115,8 +115,10 @@ def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
         split: test or val, which are the same images, or train.
 
     Raises:
-        FileNotFoundError, ValueError: no such directory, or not one for each of 1,000 classes.
+        FileNotFoundError, ValueError: no such split or directory, or not one for each of 1,000 classes.
     """
+    if split not in ("test", "val", "train"):
+        raise ValueError(f"split: {split!r} is none of ImageNet's; expected test or val, which are the same, or train")
     folder = Path(root) / ("train" if split == "train" else "val")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no directory {folder}; expected ImageNet's images in a directory a class")

@@ -145,6 +145,8 @@ def test_imagenet_with_a_class_missing_is_refused(tmp_path):
         datasets.imagenet(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no directory .*train"):
         datasets.imagenet(tmp_path, "train")
+    with pytest.raises(ValueError, match="split: 'dev' is none of ImageNet's"):
+        datasets.imagenet(tmp_path, "dev")
 
 
 def test_clip_benchmarks_shards_say_themselves_what_they_are(tmp_path):
