@@ -4,6 +4,7 @@ What is changed, and why:
 - one of several captions is drawn each time a sample is read (`DrawCaption`);
 - what cannot be read is skipped and counted. open_clip only logs it, does not notice the loss of what lies behind a
   damaged tar header, and stops at an unreadable image of a CSV file;
+- images and texts are decoded, and nothing else: webdataset unpickles what lies beside them under some names;
 - a run with the same seed reads the same batches (webdataset seeds its buffer of samples with the clock);
 - a worker whose shards hold less than a batch says so instead of searching for ever.
 """
@@ -97,7 +98,7 @@ def webdataset_data(
             epoch=info.shared_epoch,
         ),
         webdataset.select: webdataset.select(Complete(skips)),
-        webdataset.decode: webdataset.decode("pilrgb", handler=SkipSample(skips)),
+        webdataset.decode: webdataset.decode("pilrgb", handler=SkipSample(skips), only=[*IMAGE_EXTENSIONS, "txt"]),
     }
     if args.dataset_resampled:
         del replaced[webdataset.split_by_node]  # every worker draws from all shards

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..data.loaders import EvalSamples
-from ..data.samples import Record, Skips, expand_shards
+from ..data.samples import IMAGE_EXTENSIONS, Record, Skips, expand_shards, load_image
 from .encode import device_of, encode_images, evaluating, progress
 from .precision import Precision, autocast
 
@@ -150,9 +150,13 @@ def image_shards(shards: str | Sequence[str]) -> Iterator[tuple[Image.Image, int
     Raises:
         FileNotFoundError, ValueError: no such shard, or a sample without image or class.
     """
-    dataset = webdataset.WebDataset(expand_shards(shards, "images"), shardshuffle=False).decode("pilrgb")
-    for sample in dataset:
-        image = next((sample[key] for key in ("jpg", "png", "jpeg", "webp") if key in sample), None)
+    for sample in webdataset.WebDataset(expand_shards(shards, "images"), shardshuffle=False):
+        image = next((sample[key] for key in IMAGE_EXTENSIONS if key in sample), None)
         if image is None or "cls" not in sample:
             raise ValueError(f"sample {sample['__key__']} of {sample['__url__']} lacks an image or its .cls")
-        yield image, int(sample["cls"])
+        try:  # webdataset's own decoders would unpickle whatever lies beside the image
+            found = load_image(image), int(sample["cls"])
+        except Exception as error:  # PIL has no common class for what a broken file may raise
+            where = f"sample {sample['__key__']} of {sample['__url__']}"
+            raise ValueError(f"cannot read {where}: {error}; mend or remove it") from error
+        yield found

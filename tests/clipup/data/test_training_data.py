@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import tarfile
 
@@ -10,6 +11,7 @@ import open_clip_train.data
 import pytest
 import torch
 from picture_samples import preprocess, samples_of, tokenizer
+from strangers import MakesFile
 
 import clipup.data
 from clipup.data import cache, samples

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import pickle
 import tarfile
 
 import pytest
 import torch
 from PIL import Image
+from strangers import MakesFile
 from torchvision.transforms.functional import to_tensor
 
 from clipup.evaluate import image_folder, read_lines, zero_shot
@@ -114,13 +116,8 @@ def test_shards_give_images_and_classes(tmp_path):
     picture = io.BytesIO()
     Image.new("RGB", (4, 4), (255, 0, 0)).save(picture, "PNG")
     members = {"0.png": picture.getvalue(), "0.cls": b"3", "1.png": picture.getvalue()}
-    with tarfile.open(tmp_path / "test.tar", "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
-    samples = image_shards(str(tmp_path / "test.tar"))
+    samples = image_shards(write_shard(tmp_path / "test.tar", members))
 
     image, label = next(samples)
     assert image.getpixel((0, 0)) == (255, 0, 0) and label == 3
@@ -128,6 +125,35 @@ def test_shards_give_images_and_classes(tmp_path):
         next(samples)
     with pytest.raises(FileNotFoundError, match="images: no shard .*none.tar"):
         next(image_shards(str(tmp_path / "none.tar")))
+
+
+def write_shard(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def test_a_sample_that_cannot_be_read_is_named(tmp_path):
+    shard = write_shard(tmp_path / "test.tar", {"7.png": b"no picture", "7.cls": b"0"})
+
+    with pytest.raises(ValueError, match="cannot read sample 7 of .*test.tar"):
+        next(image_shards(shard))
+
+
+def test_a_pickle_beside_an_image_is_not_run(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    code = pickle.dumps(MakesFile(tmp_path / "executed"))
+    shard = write_shard(tmp_path / "test.tar", {"0.png": picture.getvalue(), "0.cls": b"1", "0.pyd": code})
+
+    ((_, label),) = image_shards(shard)
+
+    assert label == 1 and not (tmp_path / "executed").exists()
+    pickle.loads(code)
+    assert (tmp_path / "executed").exists()
 
 
 def test_lines_of_a_file_without_blank_ones(tmp_path):

@@ -1,0 +1,15 @@
+"""Data that would run code if they were read carelessly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class MakesFile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
