@@ -141,6 +141,18 @@ def test_what_is_unreadable_in_a_shard_is_skipped_and_counted(pictures, kind, wo
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
+def test_a_pickle_beside_an_image_is_not_run(pictures, picture, kind, tmp_path):
+    trace = tmp_path / "executed"
+    code = pickle.dumps(MakesFile(trace))
+    shard = pictures.tar("train.tar", [("a.png", picture(1)), ("a.txt", b"1 0"), ("a.pyd", code)])
+    size = {} if "cached" in kind else {"train_num_samples": 1}
+    assert epoch_of(loader(pictures, kind, batch_size=1, source=str(shard), **size), 0) == [(1, 1, 0)]
+    assert not trace.exists()
+    pickle.loads(code)
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
 def test_a_shard_that_breaks_off_costs_no_more_than_its_rest(pictures, kind):
     source = pictures.shards()
     path = pictures.folder / "train-000003.tar"
