@@ -32,6 +32,7 @@ from .zero_shot import Template, image_folder, image_shards, labelled_images, re
 
 _ANNOTATIONS = "https://github.com/mehdidc/retrieval_annotations/releases"
 _WORDNET_ID = re.compile(r"n\d{8}")
+_WORDNET_DIRECTORIES = f"n{'[0-9]' * 8}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
     """ImageNet-1k with open_clip's class names and 80 templates (those of OpenAI's CLIP).
 
     Args:
-        root: holds ``val`` with one directory a class, named by its WordNet id.
+        root: holds ``val`` with one directory a class, named by its WordNet id; or is that directory.
         split: test or val, which are the same images, or train.
 
     Raises:
@@ -120,6 +121,8 @@ def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
     if split not in ("test", "val", "train"):
         raise ValueError(f"split: {split!r} is none of ImageNet's; expected test or val, which are the same, or train")
     folder = Path(root) / ("train" if split == "train" else "val")
+    if not folder.is_dir() and any(Path(root).glob(_WORDNET_DIRECTORIES)):
+        folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no directory {folder}; expected ImageNet's images in a directory a class")
     named = [path.name for path in folder.iterdir() if path.is_dir()]

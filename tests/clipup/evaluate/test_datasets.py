@@ -134,6 +134,7 @@ def test_imagenets_directories_in_sorted_order_are_open_clips_classes(imagenet):
     assert [label for _, label in found.images] == list(range(0, 1000, 100))
     assert all(path.parent.name == f"n{1440764 + label:08d}" for path, label in found.images)
     assert found.classes == open_clip.IMAGENET_CLASSNAMES and len(found.templates) == 80
+    assert datasets.imagenet(imagenet / "val").images == found.images
 
 
 def test_imagenet_with_a_class_missing_is_refused(tmp_path):
