@@ -87,7 +87,7 @@ def hf_grouped_mm(x: Tensor, w: Weights) -> Tensor:
 
 def clipup(x: Tensor, w: Weights) -> Tensor:
     """This project's ops, as ``SparseMoE`` calls them."""
-    logits = F.linear(x.float(), w.router.float())
+    logits = ck.router_logits(x, w.router.float())
     gating = ck.topk_gating(logits, w.top_k, renormalize=True)
     plan = ck.dispatch(gating.experts, w.router.shape[0])
     return ck.expert_mlp(x, gating.gates, plan, w.in_weight, w.in_bias, w.out_weight, w.out_bias, "gelu")

@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipup_kernels import Gating, Plan, dispatch, topk_gating
+from clipup_kernels import Gating, Plan, dispatch, router_logits, topk_gating
 
 from . import losses
 from .config import MoEConfig
@@ -64,10 +63,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """x: [T, D], floating; mask: [T] bool, True takes part. Autocast is expected to be off."""
         config = self.config
-        if mask is not None:
-            x = x.where(mask[:, None], 0)  # a NaN in padding would reach the weight's gradient as 0 * NaN
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), self.weight.to(wide))
+        logits = router_logits(x, self.weight.to(torch.promote_types(x.dtype, torch.float32)), mask)
         noisy_logits = logits
         if self.training and config.router_noise > 0:
             noisy_logits = logits + torch.randn_like(logits) * (config.router_noise / config.num_experts)

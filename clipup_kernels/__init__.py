@@ -1,6 +1,6 @@
 """Fused kernels for Mixture-of-Experts layers: token routing, permutation, grouped expert MLP and combine.
 
-    gating = topk_gating(x @ router.T, k=2, renormalize=True)
+    gating = topk_gating(router_logits(x, router), k=2, renormalize=True)
     plan = dispatch(gating.experts, num_experts=8, capacity_factor=1.0)
     y = expert_mlp(x, gating.gates, plan, in_weight, in_bias, out_weight, out_bias, "gelu")
 
@@ -13,6 +13,7 @@ from .info import backend_info
 from .mlp import dense_mlp, expert_mlp
 from .ops import combine, dispatch, grouped_linear, permute, topk_gating
 from .packing import pack_weights, release_memory
+from .router import router_logits
 from .types import ACTIVATIONS, Gating, Plan
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "permute",
     "reference",
     "release_memory",
+    "router_logits",
     "topk_gating",
 ]

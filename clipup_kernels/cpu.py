@@ -34,6 +34,8 @@ def _op(name: str) -> Callable:
     return chosen
 
 
+router_logits = _op("router_logits")
+router_logits_backward = _op("router_logits_backward")
 topk_gating = _op("topk_gating")
 topk_gating_backward = _op("topk_gating_backward")
 permute = _op("permute")

@@ -21,6 +21,19 @@ def wide(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
 
 
+def router_logits(x, weight, mask=None) -> Tensor:
+    return reference.router_logits(x, weight, mask)
+
+
+def router_logits_backward(d_logits, x, weight, mask, output_mask) -> Outputs:
+    if mask is not None:
+        d_logits, x = torch.where(mask[:, None], d_logits, 0), torch.where(mask[:, None], x, 0)
+    return (
+        (d_logits @ weight).to(x.dtype) if output_mask[0] else x.new_empty(0),
+        d_logits.mT @ x.to(weight.dtype) if output_mask[1] else weight.new_empty(0),
+    )
+
+
 def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> Outputs:
     return tuple(reference.topk_gating(logits, k, renormalize, selection_bias, mask))
 

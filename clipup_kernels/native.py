@@ -41,6 +41,26 @@ def _end_address(offsets: Tensor) -> int:
     return offsets.data_ptr() + (offsets.numel() - 1) * offsets.element_size()
 
 
+def router_logits(x, weight, mask=None) -> Tensor:
+    x, weight, mask = _dense(x, weight, mask)
+    logits = weight.new_empty(x.shape[0], weight.shape[0])
+    NATIVE.router_logits(
+        _address(x), DTYPE_CODE[x.dtype], _address(mask), _address(weight), *x.shape, weight.shape[0], _address(logits)
+    )
+    return logits
+
+
+def router_logits_backward(d_logits, x, weight, mask, output_mask) -> tuple[Tensor, Tensor]:
+    d_logits, x, weight, mask = _dense(d_logits, x, weight, mask)
+    d_x = x.new_empty(x.shape if output_mask[0] else 0)
+    d_weight = weight.new_empty(weight.shape if output_mask[1] else 0)
+    NATIVE.router_logits_backward(
+        _address(d_logits), _address(x), DTYPE_CODE[x.dtype], _address(mask), _address(weight), *x.shape,
+        weight.shape[0], _address(d_x if output_mask[0] else None), _address(d_weight if output_mask[1] else None),
+    )  # fmt: skip
+    return d_x, d_weight
+
+
 def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple[Tensor, ...]:
     logits, selection_bias, mask = _dense(logits, selection_bias, mask)
     num_tokens, num_experts = logits.shape

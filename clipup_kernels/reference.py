@@ -14,6 +14,12 @@ from torch import Tensor
 from .types import Gating, Plan
 
 
+def router_logits(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    if mask is not None:
+        x = torch.where(mask[:, None], x, 0)
+    return F.linear(x.to(weight.dtype), weight)
+
+
 def topk_gating(
     logits: Tensor, k: int, renormalize: bool, selection_bias: Tensor | None = None, mask: Tensor | None = None
 ) -> Gating:

@@ -33,6 +33,18 @@ const auto out_floats = at<float>;
 const auto out_ints = at<std::int32_t>;
 const auto out_anything = at<void>;
 
+void router_logits(Address x, int dtype, Address mask, Address weight, Size T, Size D, Size E,
+                   Address logits) {
+  clipup::router_logits(anything(x), clipup::DType{dtype}, flags(mask), floats(weight), T, D, E,
+                        out_floats(logits));
+}
+
+void router_logits_backward(Address d_logits, Address x, int dtype, Address mask, Address weight, Size T,
+                            Size D, Size E, Address d_x, Address d_weight) {
+  clipup::router_logits_backward(floats(d_logits), anything(x), clipup::DType{dtype}, flags(mask),
+                                 floats(weight), T, D, E, out_anything(d_x), out_floats(d_weight));
+}
+
 void topk_gating(Address logits, Address mask, Address selection_bias, Size T, Size E, Size K,
                  bool renormalize, Address gates, Address experts, Address top_prob, Address mean_probs,
                  Address z_loss, Address picks) {
@@ -197,6 +209,10 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Native ops of clipup_kernels. Arguments are addresses and sizes; see csrc/moe.h.";
+  m.def("router_logits", &router_logits, WithoutGil(), "x"_a, "dtype"_a, "mask"_a, "weight"_a, "T"_a, "D"_a,
+        "E"_a, "logits"_a);
+  m.def("router_logits_backward", &router_logits_backward, WithoutGil(), "d_logits"_a, "x"_a, "dtype"_a,
+        "mask"_a, "weight"_a, "T"_a, "D"_a, "E"_a, "d_x"_a, "d_weight"_a);
   m.def("topk_gating", &topk_gating, WithoutGil(), "logits"_a, "mask"_a, "selection_bias"_a, "T"_a, "E"_a,
         "K"_a, "renormalize"_a, "gates"_a, "experts"_a, "top_prob"_a, "mean_probs"_a, "z_loss"_a, "picks"_a);
   m.def("topk_gating_backward", &topk_gating_backward, WithoutGil(), "logits"_a, "mask"_a, "experts"_a, "T"_a,

@@ -19,6 +19,25 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // act(z) of an expert: z Phi(z) by erf, its tanh form, z sigmoid(1.702 z), max(z, 0), z sigmoid(z).
 enum class Activation : int { kGelu = 0, kGeluTanh = 1, kQuickGelu = 2, kRelu = 3, kSilu = 4 };
 
+// The router's logits in float, from tokens as they are stored: logits[t,e] = <x[t], weight[e]>. The logits of a token
+// do not depend on the others.
+//
+//   x[T,D]               of type `dtype`
+//   mask[T]              non-zero: the token takes part; null: all do. The others are not read, their logits are 0
+//   weight[E,D]
+//   logits[T,E]          written
+void router_logits(const void* x, DType dtype, const std::uint8_t* mask, const float* weight, std::int64_t T,
+                   std::int64_t D, std::int64_t E, float* logits);
+
+// Gradients of `router_logits`.
+//
+//   d_logits[T,E], x, mask, weight   d_logits of tokens that take no part is not read
+//   d_x[T,D]             d_logits . weight, of type `dtype`, 0 for tokens that take no part; null: not wanted
+//   d_weight[E,D]        d_logits^T . x; null: not wanted
+void router_logits_backward(const float* d_logits, const void* x, DType dtype, const std::uint8_t* mask,
+                            const float* weight, std::int64_t T, std::int64_t D, std::int64_t E, void* d_x,
+                            float* d_weight);
+
 // Softmax over the experts, the K best experts of every token, and what the losses are made of.
 //
 //   logits[T,E]          router logits; a NaN leads to NaN gates, never to an index outside [0, E)

@@ -23,6 +23,9 @@ constexpr std::int64_t kLineWords = 16;  // 64 bytes
 constexpr std::int64_t kMostTileRows = 14;
 constexpr std::int64_t kMostColumnTile = 8;
 
+// Columns of the router's weight gradient that have one owner.
+constexpr std::int64_t kRouterColumns = 64;
+
 // Memory that will be needed soon: `rows` rows of `lines` cache lines. A product asks for `each` of them per line of
 // words that it multiplies, so that they arrive while it computes.
 struct Prefetch {
@@ -100,6 +103,18 @@ struct TypedKernels {
   void (*weighted_sum)(const float* rows, const std::int32_t* row_of_choice, const float* gates,
                        std::int64_t K, std::int64_t D, void* y);
   float (*dot)(const void* a, const void* b, std::int64_t n);
+
+  // logits[rows,E] = x[rows,D] . weight[E,D]^T.
+  void (*router_logits)(const void* x, std::int64_t rows, const float* weight, std::int64_t D, std::int64_t E,
+                        float* logits);
+  // d_x[rows,D] = d_logits[rows,E] . weight[E,D].
+  void (*router_input_gradient)(const float* d_logits, std::int64_t rows, const float* weight, std::int64_t D,
+                                std::int64_t E, void* d_x);
+  // d_weight[E,columns] = d_logits[T,E]^T . x[T,columns] over the tokens that take part; rows of x and of d_weight lie D
+  // elements apart.
+  void (*router_weight_gradient)(const void* x, const std::uint8_t* mask, const float* d_logits,
+                                 std::int64_t T, std::int64_t D, std::int64_t E, std::int64_t columns,
+                                 float* d_weight);
 };
 
 struct Kernels {

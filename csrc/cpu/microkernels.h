@@ -4,6 +4,7 @@
 
 #include "epilogues.h"
 #include "products.h"
+#include "router_products.h"
 
 namespace clipup {
 namespace {
@@ -49,6 +50,9 @@ constexpr TypedKernels typed_kernels() {
   table.finish_output = finish_output<Storage>;
   table.weighted_sum = weighted_sum<Storage>;
   table.dot = dot<Storage>;
+  table.router_logits = router_logits<Storage>;
+  table.router_input_gradient = router_input_gradient<Storage>;
+  table.router_weight_gradient = router_weight_gradient<Storage>;
   return table;
 }
 

@@ -52,7 +52,7 @@ LayerShape random_layer() {
 
 void fuzz_case() {
   set_threads(1 + static_cast<int>(integer(3)));
-  switch (integer(10)) {
+  switch (integer(11)) {
     case 0:
       return fuzz_dispatch();
     case 1:
@@ -64,7 +64,9 @@ void fuzz_case() {
     case 4:
       return check_linear_refusals(random_linear());
     case 5:
+      return check_router_logits(random_size(150), random_size(150), random_size(20), uniform() < 0.5F);
     case 6:
+    case 7:
       return check_linear(random_linear());
     default:
       return Layer(random_layer()).check();

@@ -184,6 +184,7 @@ int run(int count, char** arguments) {
   } else {
     const char* const wanted = std::getenv("CLIPUP_CPU_ISA");
     EXPECT(wanted == nullptr || *wanted == '\0' || std::string(wanted) == instruction_tier());
+    test_router_logits();
     test_routing();
     test_dispatch();
     test_rows();

@@ -76,6 +76,7 @@ struct Plan {
 // K distinct random experts for each of T tokens; each is -1 with probability `missing`.
 std::vector<std::int32_t> random_experts(std::int64_t T, std::int64_t K, std::int64_t E, float missing);
 
+void test_router_logits();
 void test_routing();
 void test_dispatch();
 void test_rows();
@@ -88,6 +89,7 @@ void check_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double capac
                     bool prioritised);
 void check_rows(std::int64_t T, std::int64_t K, std::int64_t D);
 void check_rows_refusals();
+void check_router_logits(std::int64_t T, std::int64_t D, std::int64_t E, bool masked);
 
 // Random cases for `seconds`, at least one; case i is the one that `seed` + i stands for.
 void fuzz(double seconds, std::uint64_t seed);
