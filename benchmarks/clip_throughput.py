@@ -1,108 +1,195 @@
-"""Whole models, inference: dense B/16, dense L/14 and CLIP-UP B/16 in one alternating run, beside their counted GFLOPs.
+"""Whole models in one alternating run: dense B/32, B/16 and L/14 beside CLIP-UP B/32 and B/16, inference and training.
 
-"accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``).
+"accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``, inference only).
 
-    python benchmarks/clip_throughput.py                              # bf16 models, a few minutes
-    python benchmarks/clip_throughput.py --dtype fp32 bf16 --batch-size 16 --csv benchmarks/results/clip_throughput.csv
+    python benchmarks/clip_throughput.py                              # inference of bf16 models, some minutes
+    python benchmarks/clip_throughput.py --pass fwd_bwd --batch-size 8
+    python benchmarks/clip_throughput.py --dtype fp32 bf16 --csv benchmarks/results/clip_throughput.csv
 
-Weights are random: speed does not depend on them, except that a trained router may be less balanced. Models are cast
-to the type rather than run under autocast, which on a CPU is several times slower.
+A training step is forward, contrastive loss, balance and z loss, backward and a step of AdamW. Weights are random:
+speed does not depend on them, except that a trained router may be less balanced. Models are cast to the type rather
+than run under autocast, which on a CPU is several times slower. Every model runs in turn with dense B/16, two models
+in memory at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from itertools import product
+from statistics import median
 
 import open_clip
 import torch
-from harness import alternate, commit, device_name, package_version, print_table, write_csv
+from harness import Timing, alternate, commit, device_name, package_version, print_table, write_csv
+from torch import Tensor, nn
 
 import clipup
-from clipup.flops import count
-from clipup.models import expecting_random_weights
+from clipup.flops import TowerCounts, count
+from clipup.models import create_model_and_transforms, expecting_random_weights, get_tokenizer, image_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BASELINE = "ViT-B-16"
-MODELS = (BASELINE, "ViT-L-14", "ViT-B-16 CLIP-UP", "ViT-B-16 CLIP-UP accelerated")
+BASELINE, LARGE, ACCELERATED = "ViT-B-16", "ViT-L-14", "accelerated"
+MODELS = (
+    BASELINE, "ViT-B-16 CLIP-UP", f"ViT-B-16 CLIP-UP {ACCELERATED}",
+    "ViT-B-32", "ViT-B-32 CLIP-UP", f"ViT-B-32 CLIP-UP {ACCELERATED}", LARGE,
+)  # fmt: skip
 WORDS = "a photograph of one small brown dog that runs along the wide grey beach at dusk".split()
+UNTIMED = 2  # calls before the timed ones
 
 
-def build(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+def build(name: str, dtype: torch.dtype, device: str, training: bool) -> nn.Module:
     architecture, *options = name.split()
     with expecting_random_weights():
-        model = open_clip.create_model(architecture, load_weights=False)
+        model = create_model_and_transforms(architecture, load_weights=False)[0]
     if "CLIP-UP" in options:
         model = clipup.upcycle(model, clipup.MoEConfig.clip_up(), inplace=True)
-    if "accelerated" in options:
+    if ACCELERATED in options:
         model = clipup.accelerate(model, inplace=True)
-    return model.eval().to(device, dtype)
+    return model.train(training).to(device, dtype)
 
 
-def measure(args: argparse.Namespace, dtype: str, texts: torch.Tensor) -> list[dict]:
-    """The rows of one dtype; its models live no longer than the call."""
-    models = {name: build(name, DTYPES[dtype], args.device) for name in dict.fromkeys([BASELINE, *args.models])}
-    counts = {name: count(model) for name, model in models.items()}
-    images = torch.randn(args.batch_size, 3, 224, 224).to(args.device, DTYPES[dtype])
+def synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
 
-    def pairs(model):
-        return lambda: (model.encode_image(images), model.encode_text(texts))
 
-    with torch.inference_mode():
-        check_finite(models, images, texts)
-        candidates = {name: pairs(model) for name, model in models.items()}
-        timings = alternate(candidates, BASELINE, args.seconds, args.device, args.rounds)
-    rows = []
-    for name in args.models:
-        timing = timings[name]
-        gflops = counts[name].image_gflops + counts[name].text_gflops
-        pairs_per_second = args.batch_size / timing.median_ms * 1e3
-        rows.append({
-            "device": device_name(args.device), "dtype": dtype,
-            "threads": args.threads if args.device == "cpu" else "", "batch_size": args.batch_size,
-            "caption_words": args.words, "model": name, "median_ms": f"{timing.median_ms:.1f}",
-            "p20_ms": f"{timing.p20_ms:.1f}", "p80_ms": f"{timing.p80_ms:.1f}",
-            "pairs_per_s": f"{pairs_per_second:.2f}", "gflops_per_pair": f"{gflops:.1f}",
-            "gflop_per_s": f"{gflops * pairs_per_second:.0f}", "params_m": f"{counts[name].params / 1e6:.0f}",
-            "active_params_m": f"{counts[name].active_params / 1e6:.0f}",
-            "speed_to_b16": f"{1 / timing.ratio:.3f}",
-            "speed_to_l14": f"{timings['ViT-L-14'].ratio / timing.ratio:.3f}" if "ViT-L-14" in timings else "",
-            "commit": commit(), "torch": torch.__version__, "triton": package_version("triton"),
-        })  # fmt: skip
-    return rows
+class Inference:
+    """Encodes a batch of pairs; keeps what the images and the texts of every call took, in seconds."""
+
+    def __init__(self, model: nn.Module, images: Tensor, texts: Tensor) -> None:
+        self.model, self.images, self.texts = model, images, texts
+        self.device = images.device.type
+        self.image_seconds: list[float] = []
+        self.text_seconds: list[float] = []
+
+    def __call__(self) -> None:
+        start = time.perf_counter()
+        self.model.encode_image(self.images)
+        synchronise(self.device)
+        middle = time.perf_counter()
+        self.model.encode_text(self.texts)
+        synchronise(self.device)
+        self.image_seconds.append(middle - start)
+        self.text_seconds.append(time.perf_counter() - middle)
+
+    def check(self) -> bool:
+        """Whether features are finite."""
+        towers = (self.model.encode_image(self.images[:2]), self.model.encode_text(self.texts[:2]))
+        return all(features.isfinite().all() for features in towers)
+
+
+class TrainingStep:
+    """One step on a batch of pairs."""
+
+    def __init__(self, model: nn.Module, images: Tensor, texts: Tensor) -> None:
+        self.model, self.images, self.texts = model, images, texts
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        self.loss = open_clip.ClipLoss()
+        self.last = torch.zeros(())
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.last = self.loss(*self.model(self.images, self.texts)) + clipup.aux_loss(self.model)
+        self.last.backward()
+        self.optimizer.step()
+
+    def check(self) -> bool:
+        """Whether a step's loss is finite."""
+        self()
+        return bool(self.last.isfinite())
+
+
+def measure(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> list[dict]:
+    """The rows of one pass and dtype."""
+    training = pass_ == "fwd_bwd"
+    wanted = [name for name in MODELS if name in {*args.models, BASELINE} and not (training and ACCELERATED in name)]
+
+    def runner(name: str) -> Inference | TrainingStep:
+        model = build(name, DTYPES[dtype], args.device, training)
+        images = torch.randn(args.batch_size, 3, *image_size(model)).to(args.device, DTYPES[dtype])
+        run = (TrainingStep if training else Inference)(model, images, texts)
+        with torch.inference_mode(not training):
+            finite = run.check()
+        if not finite:
+            raise SystemExit(f"{name} in {dtype}: values that are not finite; nothing was timed")
+        return run
+
+    timings: dict[str, Timing] = {}
+    counts: dict[str, TowerCounts] = {}
+    towers: dict[str, list[float]] = {}
+    base = runner(BASELINE)
+    for name in wanted:
+        run = base if name == BASELINE else runner(name)
+        counts[name] = count(run.model)
+        pair = {BASELINE: base, name: run}
+        with torch.inference_mode(not training):
+            timings[name] = alternate(pair, BASELINE, args.seconds, args.device, args.rounds)[name]
+        if not training:
+            towers[name] = [median(seconds[UNTIMED:]) for seconds in (run.image_seconds, run.text_seconds)]
+        print(f"{pass_} {dtype} {name}: {timings[name].median_ms:.0f} ms", file=sys.stderr, flush=True)
+        del run, pair  # the next model takes their memory
+    measured = [name for name in wanted if name in args.models]
+    return [row(args, pass_, dtype, name, timings, counts[name], towers.get(name, [])) for name in measured]
+
+
+def row(
+    args: argparse.Namespace, pass_: str, dtype: str, name: str, timings: dict[str, Timing], counted: TowerCounts,
+    tower_seconds: list[float],
+) -> dict:  # fmt: skip
+    timing = timings[name]
+    gflops = (counted.image_gflops + counted.text_gflops) * (1 if pass_ == "fwd" else 3)
+    pairs_per_second = args.batch_size / timing.median_ms * 1e3
+    image_rate, text_rate = [f"{args.batch_size / s:.2f}" for s in tower_seconds] or ("", "")
+    return {
+        "device": device_name(args.device), "dtype": dtype, "threads": args.threads if args.device == "cpu" else "",
+        "pass": pass_, "batch_size": args.batch_size, "caption_words": args.words, "model": name,
+        "median_ms": f"{timing.median_ms:.1f}", "p20_ms": f"{timing.p20_ms:.1f}", "p80_ms": f"{timing.p80_ms:.1f}",
+        "images_per_s": image_rate, "texts_per_s": text_rate, "pairs_per_s": f"{pairs_per_second:.2f}",
+        "gflops_per_pair": f"{gflops:.4g}", "gflop_per_s": f"{gflops * pairs_per_second:.4g}",
+        "params_m": f"{counted.params / 1e6:.0f}", "active_params_m": f"{counted.active_params / 1e6:.0f}",
+        "speed_to_b16": f"{1 / timing.ratio:.3f}",
+        "speed_to_l14": f"{timings[LARGE].ratio / timing.ratio:.3f}" if LARGE in timings else "",
+        "commit": commit(), "torch": torch.__version__, "triton": package_version("triton"),
+    }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"])
+    parser.add_argument(
+        "--pass", nargs="+", choices=("fwd", "fwd_bwd"), default=["fwd"], dest="passes",
+        help="fwd: encode images and texts; fwd_bwd: a training step (default: fwd)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a batch (default: 16)")
     parser.add_argument("--words", type=int, default=12, help="words a caption (default: 12)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
-    parser.add_argument("--seconds", type=float, default=60, help="timing budget of one dtype (default: 60)")
+    parser.add_argument("--seconds", type=float, default=20, help="timing budget of a model (default: 20)")
     parser.add_argument("--csv", help="file to write the rows to")
     args = parser.parse_args(argv)
+    if args.rounds < 2:
+        parser.error(f"--rounds must be 2 or more, got {args.rounds}")
     torch.set_num_threads(args.threads)
     caption = " ".join((WORDS * (args.words // len(WORDS) + 1))[: args.words])
-    texts = open_clip.get_tokenizer(BASELINE)([caption] * args.batch_size).to(args.device)
+    texts = get_tokenizer(BASELINE)([caption] * args.batch_size).to(args.device)
 
     print(f"{device_name(args.device)}; ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model\n")
-    rows = [row for dtype in args.dtype for row in measure(args, dtype, texts)]
-    columns = "dtype model pairs_per_s gflops_per_pair gflop_per_s active_params_m speed_to_b16 speed_to_l14".split()
-    print_table(rows, columns)
+    rows = []
+    for pass_, dtype in product(args.passes, args.dtype):
+        rows += measure(args, pass_, dtype, texts)
+        if args.csv:
+            write_csv(args.csv, rows)
+    columns = (
+        "pass dtype model images_per_s texts_per_s pairs_per_s gflops_per_pair gflop_per_s speed_to_b16 speed_to_l14"
+    )
+    print_table(rows, columns.split())
     if args.csv:
-        write_csv(args.csv, rows)
         print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
     return 0
-
-
-def check_finite(models: dict[str, torch.nn.Module], images: torch.Tensor, texts: torch.Tensor) -> None:
-    for name, model in models.items():
-        for features in (model.encode_image(images[:2]), model.encode_text(texts[:2])):
-            if not features.isfinite().all():
-                raise SystemExit(f"{name} gives features that are not finite; nothing was timed")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""A chart of measured time against counted FLOPs, from a CSV file of clip_throughput.py.
+
+    cd benchmarks/results && python ../plot_throughput.py clip_throughput_cpu.csv --out clip_throughput_cpu.svg
+
+A panel for every pass and type; both axes are relative to dense B/16. On the diagonal a model takes the time that its
+FLOPs promise; above it, it takes more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipup.report import svg
+
+PANEL, GAP, HEAD, FOOT, LEFT = 260, 56, 76, 40, 44  # px
+TICKS = (0.25, 0.5, 1, 2, 4, 8)
+DENSE, SPARSE, ACCELERATED = "#57606a", "#e0660a", "#0969da"
+PASSES = {"fwd": "inference", "fwd_bwd": "training step"}
+BASELINE = "ViT-B-16"
+
+
+def read(path: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
+
+
+def color(model: str) -> str:
+    if "accelerated" in model:
+        return ACCELERATED
+    return SPARSE if "CLIP-UP" in model else DENSE
+
+
+def relative(rows: Sequence[dict[str, str]]) -> list[tuple[str, float, float]]:
+    """Model, FLOPs and time, both over the baseline's."""
+    base = next(float(row["gflops_per_pair"]) for row in rows if row["model"] == BASELINE)
+    return [(row["model"], float(row["gflops_per_pair"]) / base, 1 / float(row["speed_to_b16"])) for row in rows]
+
+
+class Scale:
+    """A logarithmic axis that holds every value and 1."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        low, high = min(1.0, *values) / 1.25, max(1.0, *values) * 1.6
+        self.low, self.range = math.log(low), math.log(high / low)
+        self.ticks = [tick for tick in TICKS if low <= tick <= high]
+
+    def __call__(self, value: float) -> float:
+        """Pixels from the axis' lower end."""
+        return (math.log(value) - self.low) / self.range * PANEL
+
+
+def apart(places: Sequence[float], least: float) -> list[float]:
+    """The places, moved down where needed until neighbours (in sorted order) are ``least`` apart."""
+    moved = list(places)
+    lowest = -math.inf
+    for index in sorted(range(len(moved)), key=moved.__getitem__):
+        moved[index] = lowest = max(moved[index], lowest + least)
+    return moved
+
+
+def panel(title: str, points: Sequence[tuple[str, float, float]], left: float, scale: Scale) -> str:
+    """One panel; its labels stand beside their marks, at the left where there is no room at the right."""
+    top, bottom = float(HEAD), float(HEAD + PANEL)
+    parts = [svg.text(left, top - 10, title, font_size=13, font_weight=600)]
+    for tick in scale.ticks:
+        at, label = scale(tick), f"{tick:g}"
+        parts += [
+            svg.line(left + at, top, left + at, bottom, stroke_opacity="0.13"),
+            svg.line(left, bottom - at, left + PANEL, bottom - at, stroke_opacity="0.13"),
+            svg.text(left + at, bottom + 15, label, font_size=11, text_anchor="middle"),
+            svg.text(left - 6, bottom - at + 4, label, font_size=11, text_anchor="end"),
+        ]
+    parts.append(svg.line(left, bottom, left + PANEL, top, stroke_opacity="0.6", stroke_dasharray="4 4"))
+    parts.append(svg.text(left + PANEL / 2, bottom + 32, "FLOPs", font_size=11, text_anchor="middle"))
+    heights = apart([bottom - scale(time) for _, _, time in points], 13)
+    for (model, flops, time), height in zip(points, heights, strict=True):
+        x, y = left + scale(flops), bottom - scale(time)
+        label = f"{model.removeprefix('ViT-')} {time:.2f}"
+        room = x + 12 + 6.2 * len(label) < left + PANEL
+        place = {"x": x + 9} if room else {"x": x - 9, "text_anchor": "end"}
+        tooltip = svg.title(f"{model}: FLOPs {flops:.2f}, time {time:.2f} of {BASELINE}")
+        parts.append(svg.element("circle", tooltip, cx=x, cy=y, r=4.5, fill=color(model)))
+        parts.append(svg.text(**({"y": height + 4, "content": label, "font_size": 11, "fill": color(model)} | place)))
+    return "".join(parts)
+
+
+def chart(rows: Sequence[dict[str, str]]) -> str:
+    """The whole figure as SVG, on white so that it reads on any page."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["pass"], row["dtype"]), []).append(row)
+    points = {key: relative(group) for key, group in groups.items()}
+    scale = Scale([value for group in points.values() for _, *pair in group for value in pair])
+    title = "Measured time against counted FLOPs, both over dense ViT-B-16's"
+    first = rows[0]
+    where = f"{first['device']}, threads: {first['threads']}" if first["threads"] else first["device"]
+    parts = [
+        svg.text(0.0, 16.0, title, font_size=15, font_weight=600),
+        svg.text(0.0, 36.0, f"{where}; on the dashed line a model takes the time that its FLOPs promise", font_size=12),
+    ]
+    for index, ((pass_, dtype), group) in enumerate(points.items()):
+        batch = groups[pass_, dtype][0]["batch_size"]
+        name = f"{PASSES[pass_]}, {dtype}, batch {batch}"
+        parts.append(panel(name, group, LEFT + index * (PANEL + GAP), scale))
+    width, height, margin = LEFT + len(points) * (PANEL + GAP), HEAD + PANEL + FOOT, 16
+    paper = svg.element("rect", width=width + 2 * margin, height=height + 2 * margin, fill="#fff")
+    content = svg.element("g", *parts, transform=f"translate({margin} {margin})", font_family="sans-serif")
+    return svg.picture(width + 2 * margin, height + 2 * margin, title, paper, content, color="#1c2128")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("csv", nargs="+", help="files written by clip_throughput.py --csv")
+    parser.add_argument("--out", required=True, help="SVG file to write")
+    args = parser.parse_args(argv)
+    rows = [row for path in args.csv for row in read(path)]
+    for key in {(row.get("pass"), row["dtype"]) for row in rows}:
+        if None in key or not any(row["model"] == BASELINE and (row["pass"], row["dtype"]) == key for row in rows):
+            parser.error(f"expected rows of clip_throughput.py with a {BASELINE} in every pass and type")
+    if not rows:
+        parser.error("the files hold no rows")
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(chart(rows) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
