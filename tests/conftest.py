@@ -1,0 +1,13 @@
+"""Triton's kernels are interpreted on CPU tensors where there is no GPU that could run them.
+
+Whether a process compiles kernels or interprets them is settled when it imports Triton, which torch and others do for
+reasons of their own, so it is settled here, in front of everything. On a machine with a GPU kernels are compiled, and
+``TRITON_INTERPRET=1 pytest -m interpreter`` interprets them there too.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
