@@ -20,7 +20,7 @@ from .. import models
 try:
     import clip_benchmark.models as registry
 except ImportError as error:
-    raise ImportError(f'CLIP_benchmark is not installed ({error}): pip install "clip_benchmark>=1.6"') from error
+    raise ImportError(f'CLIP_benchmark is not installed ({error}): pip install "clipup[benchmark]"') from error
 
 MODEL_TYPE = "clipup"
 
