@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "train a dense or sparse model",
     "eval": "retrieval and zero-shot classification",
     "benchmark": "CLIP_benchmark's command line, for models of clipup",
+    "study": "runs of a study from their config files",
+    "report": "what the experts of a sparse model do, as one HTML page",
     "flops": "FLOPs and parameters of a model, dense and sparse",
     "doctor": "the blocks of a model, and what upcycle would do with each",
 }

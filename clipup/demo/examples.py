@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..evaluate.encode import encode_images, encode_texts, evaluating
-from ..metrics import moe_metrics
+from ..evaluate.encode import encode_images, encode_texts
+from ..report import route_images
 
 Sample = tuple[Tensor, Sequence[str], dict[str, Any]]
 
@@ -22,21 +22,15 @@ def routing_examples(
     """The first choice of every patch in every sparse layer of the image tower, for ``count`` pictures of both groups.
 
     Returns:
-        [{"image", "caption", "layers": {layer: int64 array [grid height, grid width]}}]
+        [{"image", "caption", "layers": {layer: integers [grid height, grid width]}}]
     """
     chosen = _alternating(samples, count)
-    with evaluating(model):
-        model.encode_image(torch.stack([samples[i][0] for i in chosen]))
-        experts = {
-            layer: numbers["experts"][:, 0].view(len(chosen), -1)[:, 1:]  # without the class token
-            for layer, numbers in moe_metrics(model).items()
-            if layer.startswith("visual")
-        }
-    examples = []
-    for row, i in enumerate(chosen):
-        layers = {layer: _grid(first_choice[row]).numpy() for layer, first_choice in experts.items()}
-        examples.append({"image": pictures[i], "caption": samples[i][1][0], "layers": layers})
-    return examples
+    routings = route_images(model, [samples[i][0] for i in chosen])
+    maps = {layer: routing.maps() for layer, routing in routings.items()}
+    return [
+        {"image": pictures[i], "caption": samples[i][1][0], "layers": {layer: maps[layer][row] for layer in maps}}
+        for row, i in enumerate(chosen)
+    ]
 
 
 def retrieval_examples(
@@ -86,8 +80,3 @@ def _alternating(samples: Sequence[Sample], count: int) -> list[int]:
         groups.setdefault(metadata["group"], []).append(index)
     turns = max(map(len, groups.values()))
     return [members[turn] for turn in range(turns) for members in groups.values() if turn < len(members)][:count]
-
-
-def _grid(patches: Tensor) -> Tensor:
-    side = math.isqrt(len(patches))
-    return patches.view(side, side).long()

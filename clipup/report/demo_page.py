@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from . import charts, pictures, svg, tables
 from .charts import Series
 from .numbers import MISSING, chance, count, dig, number, percent_tick
+from .page import layer_title, template
 from .palette import ARMS as COLORS
 from .palette import DASHES
 from .verdict import WAYS, verdict
@@ -61,7 +59,7 @@ def render_demo(
         data_notes: {"splits": {name: {"images", "captions", "rule"}}, "licences": [{"name", "licence", "artist",
             "url"?}], "left_out"?: text}.
     """
-    page = _template().render(
+    page = template("demo.html.j2").render(
         done=_what_was_done(report),
         verdict=verdict(report),
         heading=tables.heading(report),
@@ -79,27 +77,6 @@ def render_demo(
         extras=_extras(report),
     )
     return svg.clean(page)
-
-
-def layer_title(name: str) -> str:
-    """A sparse layer's name for readers: ``visual.transformer.resblocks.3.mlp`` is "Image tower, block 3"."""
-    blocks = re.findall(r"\.(\d+)(?=\.|$)", f".{name}")
-    if not blocks:
-        return name
-    return f"{'Image' if name.startswith('visual') else 'Text'} tower, block {'.'.join(blocks)}"
-
-
-@cache
-def _template() -> Any:
-    environment = Environment(
-        loader=PackageLoader(__package__),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"count": count}
-    return environment.get_template("demo.html.j2")
 
 
 def _what_was_done(report: Mapping[str, Any]) -> str:

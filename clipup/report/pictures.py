@@ -14,12 +14,15 @@ from PIL import Image
 from . import svg
 from .numbers import count
 from .palette import expert_color, is_second_eight
+from .svg import Figure
 
 MOST_CAPTION_CHARACTERS = 200
 _MOST_PIXELS = 128
 _MOST_PNG_BYTES = 10_000
 _SMALLEST_CELL_WITH_NUMBER = 13
+_CONTEXT = 1  # patches around a patch that are shown with it
 _HIT = "#e0660a"
+_FRAME = (("#fff", 4), ("#111", 1.6))
 
 
 def data_uri(image: Image.Image, longest_side: int = _MOST_PIXELS) -> str:
@@ -47,7 +50,7 @@ def picture(image: Image.Image, label: str, width: int) -> str:
     )
 
 
-def routing_map(image: Image.Image, experts: Any, name: str = "first choices", width: int = 144) -> str:
+def routing_map(image: Image.Image, experts: Any, name: str = "first choices", width: int = 144) -> Figure:
     """A picture with each patch in the colour of the expert of its first choice, translucent, as SVG.
 
     experts [grid_h, grid_w] integers from 0 (array, tensor or nested lists; negative: the patch took no part and stays
@@ -59,24 +62,55 @@ def routing_map(image: Image.Image, experts: Any, name: str = "first choices", w
         raise ValueError(f"experts is {grid.dtype} of shape {grid.shape}; it must be integers [grid_h, grid_w]")
     height = width * image.height / image.width
     cell_h, cell_w = height / grid.shape[0], width / grid.shape[1]
-    parts = [
-        svg.element("rect", width=width, height=height, fill="#fff"),
-        svg.element("image", href=data_uri(image), width=width, height=height, preserveAspectRatio="none"),
-    ]
+    cells, numbers = [], []
     for (row, col), expert in np.ndenumerate(grid):
         if expert >= 0:
-            parts.append(_cell(int(expert), col * cell_w, row * cell_h, cell_w, cell_h))
-    return svg.picture(width, round(height, 1), name, *parts)
+            place = (col * cell_w, row * cell_h, cell_w, cell_h)
+            cells.append(_cell(int(expert), *place))
+            numbers.append(_number(int(expert), *place))
+    return svg.picture(
+        width, round(height, 1), name, *_backdrop(image, width, height), *cells, _numbers(numbers, cell_w, cell_h)
+    )
 
 
-def expert_legend(experts: int) -> str:
+def patch(image: Image.Image, grid: tuple[int, int], row: int, column: int, name: str, width: int = 56) -> Figure:
+    """One patch of a picture, framed, with the patches around it, as SVG; ``grid``: rows and columns of patches."""
+    size_w, size_h = image.width / grid[1], image.height / grid[0]
+    top, bottom = max(0, row - _CONTEXT), min(grid[0], row + _CONTEXT + 1)
+    left, right = max(0, column - _CONTEXT), min(grid[1], column + _CONTEXT + 1)
+    crop = image.crop((round(left * size_w), round(top * size_h), round(right * size_w), round(bottom * size_h)))
+    cell_w = width / (right - left)
+    cell_h = cell_w * size_h / size_w
+    height = cell_h * (bottom - top)
+    frame = {
+        "x": (column - left) * cell_w,
+        "y": (row - top) * cell_h,
+        "width": cell_w,
+        "height": cell_h,
+        "fill": "none",
+    }
+    frames = [svg.element("rect", stroke=color, stroke_width=stroke, **frame) for color, stroke in _FRAME]
+    return svg.picture(width, round(height, 1), name, *_backdrop(crop, width, height), *frames)
+
+
+def expert_mark(expert: int) -> Figure:
+    """A square in the expert's colour, with its number."""
+    size = 20
+    place = (1, 1, size - 2, size - 2)
+    outline = svg.element("rect", x=1, y=1, width=size - 2, height=size - 2, fill="none", stroke=expert_color(expert))
+    parts = [svg.element("rect", width=size, height=size, fill="#fff"), _cell(expert, *place), outline]
+    number = _numbers([_number(expert, *place)], size, size)
+    return svg.picture(size, size, f"expert {expert}", *parts, number, style="flex:none")
+
+
+def expert_legend(experts: int) -> Figure:
     """The colours of all experts with their numbers, as SVG; the legend of every routing map."""
     a_line, size, parts = 8, 16, []
     for expert in range(experts):
         x, y = 46 * (expert % a_line), 24 * (expert // a_line)
         place = {"x": x + 1, "y": y + 3, "width": size - 2, "height": size - 2}
         parts.append(svg.element("rect", fill="#fff", **place))
-        parts.append(_cell(expert, **place, numbered=False))
+        parts.append(_cell(expert, **place) + _dot(expert, **place))
         parts.append(svg.element("rect", fill="none", stroke=expert_color(expert), stroke_width=2, **place))
         parts.append(svg.text(x + size + 6, y + 15, expert, font_size=13))
     lines = -(-experts // a_line)
@@ -85,7 +119,7 @@ def expert_legend(experts: int) -> str:
 
 def retrieval_row(
     caption: str, target: Image.Image, retrieved: Sequence[Image.Image], rank: int, note: str = "", width: int = 72
-) -> str:
+) -> Figure:
     """A caption, the picture that it belongs to, and the pictures that a model brought back for it, best first.
 
     ``rank`` counts from 1; the retrieved picture of that rank, when it is among those shown, is framed and marked.
@@ -107,7 +141,7 @@ def retrieval_row(
         label = f"retrieved at rank {place}" + (", the right one" if right else "")
         tiles.append(_tile(image, label, width, f"outline:3px solid {_HIT};outline-offset:1px" if right else ""))
     row = svg.element("div", *tiles, style="display:flex;gap:9px;margin-top:7px")
-    return svg.element("figure", head, row, class_="retrieval", style="margin:0")
+    return Figure(svg.element("figure", head, row, class_="retrieval", style="margin:0"))
 
 
 def _tile(image: Image.Image, label: str, width: int, style: str) -> str:
@@ -116,8 +150,16 @@ def _tile(image: Image.Image, label: str, width: int, style: str) -> str:
     )
 
 
-def _cell(expert: int, x: float, y: float, width: float, height: float, numbered: bool = True) -> str:
-    rect = svg.element(
+def _backdrop(image: Image.Image, width: float, height: float) -> list[str]:
+    """The picture on white, for what is transparent in it."""
+    return [
+        svg.element("rect", width=width, height=height, fill="#fff"),
+        svg.element("image", href=data_uri(image), width=width, height=height, preserveAspectRatio="none"),
+    ]
+
+
+def _cell(expert: int, x: float, y: float, width: float, height: float) -> str:
+    return svg.element(
         "rect",
         x=x,
         y=y,
@@ -128,24 +170,42 @@ def _cell(expert: int, x: float, y: float, width: float, height: float, numbered
         stroke="#fff",
         stroke_width=0.5,
     )
-    size, middle_x, middle_y = min(width, height), x + width / 2, y + height / 2
-    if numbered and size >= _SMALLEST_CELL_WITH_NUMBER:
-        font = max(8.5, min(13.0, size * 0.42))
-        return rect + svg.text(
-            middle_x,
-            middle_y + font * 0.36,
-            expert,
-            font_size=font,
-            text_anchor="middle",
-            fill="#111",
-            stroke="#fff",
-            stroke_width=2.4,
-            stroke_opacity="0.85",
-            style="paint-order:stroke",
-        )
-    if is_second_eight(expert):
-        return rect + svg.element("circle", cx=middle_x, cy=middle_y, r=size * 0.16, fill="#fff", stroke="#111")
-    return rect
+
+
+def _number(expert: int, x: float, y: float, width: float, height: float) -> str:
+    """The expert's number in the middle of its cell; in a small cell the dot of the second eight."""
+    if min(width, height) < _SMALLEST_CELL_WITH_NUMBER:
+        return _dot(expert, x, y, width, height)
+    baseline = y + height / 2 + 0.36 * _font(width, height)
+    return svg.element("text", str(expert), x=x + width / 2, y=baseline)
+
+
+def _numbers(numbers: Sequence[str], width: float, height: float) -> str:
+    """What ``_number`` wrote, dark with a light rim, so that it reads on every picture."""
+    return svg.element(
+        "g",
+        "",
+        *numbers,
+        font_size=_font(width, height),
+        text_anchor="middle",
+        fill="#111",
+        stroke="#fff",
+        stroke_width=2.4,
+        stroke_opacity="0.85",
+        style="paint-order:stroke",
+    )
+
+
+def _font(width: float, height: float) -> float:
+    return max(8.5, min(13.0, min(width, height) * 0.42))
+
+
+def _dot(expert: int, x: float, y: float, width: float, height: float) -> str:
+    if not is_second_eight(expert):
+        return ""
+    radius = min(width, height) * 0.16
+    look = {"fill": "#fff", "stroke": "#111", "stroke_width": 1, "stroke_opacity": 1}
+    return svg.element("circle", cx=x + width / 2, cy=y + height / 2, r=radius, **look)
 
 
 def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

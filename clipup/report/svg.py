@@ -5,6 +5,21 @@ from __future__ import annotations
 import re
 from html import escape
 
+
+class Figure(str):
+    """Markup of a figure: a string that a notebook shows as the figure, and a template takes as it is."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return str(self)
+
+    __html__ = _repr_html_
+
+    def __repr__(self) -> str:
+        return f"<Figure, {len(self):,} characters>"
+
+
 _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -47,18 +62,20 @@ def title(content: object) -> str:
     return element("title", escape(clean(content)))
 
 
-def picture(width: float, height: float, name: str, *children: str, **attributes: object) -> str:
+def picture(width: float, height: float, name: str, *children: str, **attributes: object) -> Figure:
     """A whole inline SVG that shrinks with the column that it stands in."""
-    return element(
-        "svg",
-        title(name),
-        *children,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {_value(width)} {_value(height)}",
-        width=width,
-        height=height,
-        role="img",
-        **({"style": "max-width:100%;height:auto"} | attributes),
+    return Figure(
+        element(
+            "svg",
+            title(name),
+            *children,
+            xmlns="http://www.w3.org/2000/svg",
+            viewBox=f"0 0 {_value(width)} {_value(height)}",
+            width=width,
+            height=height,
+            role="img",
+            **({"style": "max-width:100%;height:auto"} | attributes),
+        )
     )
 
 
