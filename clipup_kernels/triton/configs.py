@@ -1,0 +1,229 @@
+"""Tile sizes, warps and pipeline stages of the grouped products, chosen by a table and never by timing at run time.
+
+What decides: the architecture, the kernel, how float32 is multiplied, how many rows an expert has on average, and the
+sizes of the weights. Where ``python -m clipup_kernels.triton.tune`` has measured that case, its table answers, and
+everywhere else the heuristic below. The table is a JSON file: the path in CLIPUP_TRITON_CONFIGS, or
+``clipup/triton_configs.json`` in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+TABLE_PATH = "CLIPUP_TRITON_CONFIGS"
+"""Environment variable: the file that ``tune`` writes and that is read when the first product is launched."""
+
+KERNELS = ("project_in", "project_in_gated", "project_rows", "project_back", "weight_gradient")
+BUCKETS = {"few": 96, "some": 768, "many": float("inf")}
+"""Classes of rows per expert, with the most that each admits."""
+
+
+class Config(NamedTuple):
+    """How a grouped product is cut: a block computes ``block_m x block_n`` outputs, ``block_k`` terms at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+    """Weights come through descriptors (TMA, architecture 90 and later) instead of ``cp.async``."""
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    def even(self, depth: int, columns: int) -> dict[str, bool]:
+        """Whether whole steps and whole tiles fill the product, so that its loads need no masks."""
+        return {"EVEN_DEPTH": depth % self.block_k == 0, "EVEN_COLUMNS": columns % self.block_n == 0}
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# By architecture and arithmetic: the tile of products whose epilogue is long (activations), and that of the others. A
+# long epilogue costs about as much as the products of a tile; with 4 warps and at most 113 KB two blocks share a
+# multiprocessor, and one computes its epilogue under the other's products. Architecture 80 stays within 99 KB, which is
+# what the small relatives of the large chips have (8.6, 8.9, 12.0).
+_TILES = {
+    (80, "half"): (Config(128, 128, 32, 4, 3), Config(128, 256, 32, 8, 3)),
+    (90, "half"): (Config(128, 128, 64, 4, 3), Config(128, 256, 64, 8, 3)),
+    (100, "half"): (Config(128, 128, 64, 4, 3), Config(128, 256, 64, 8, 3)),
+    (80, "tf32"): (Config(128, 64, 32, 4, 3), Config(128, 128, 16, 8, 3)),
+    (90, "tf32"): (Config(128, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
+    (100, "tf32"): (Config(128, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
+    (80, "ieee"): (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
+    (90, "ieee"): (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
+    (100, "ieee"): (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
+}
+
+
+def architecture(device: torch.device) -> int:
+    """The column of the table for a device: 80, 90 or 100. What the interpreter runs on CPU tensors follows 90.
+
+    Raises:
+        RuntimeError: a GPU older than compute capability 8.0.
+    """
+    if device.type == "cpu":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise RuntimeError(
+            f"the Triton kernels need a GPU of compute capability 8.0 or later, {device} has {major}.{minor}; "
+            "set CLIPUP_BACKEND=reference to run in plain torch"
+        )
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """How ``dtype`` is multiplied: "half" for 16 bits; float32 by "tf32" if torch allows it in matmuls, else "ieee"."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``, which 16-bit types ignore."""
+    return "tf32" if arithmetic(dtype) == "tf32" else "ieee"
+
+
+def bucket_of(num_rows: int, num_experts: int) -> str:
+    """The class of rows per expert."""
+    return next(name for name, most in BUCKETS.items() if num_rows <= most * num_experts)
+
+
+def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config:
+    """A tile for products of ``depth`` terms that yield ``columns`` columns."""
+    fused, plain = _TILES[arch, kind]
+    tile = fused if kernel in ("project_in", "project_in_gated", "project_back") else plain
+    if kernel == "project_in_gated":  # two sums of products instead of one
+        tile = tile._replace(block_n=tile.block_n // 2)
+    if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
+        tile = tile._replace(block_n=128, num_warps=4)
+    tile = tile._replace(block_n=min(tile.block_n, _power_of_two(columns)))
+    if kernel == "weight_gradient":  # its rows are a weight's, its terms the experts' rows
+        return tile
+    if bucket == "few":
+        tile = tile._replace(block_m=64, num_warps=4)
+    return tile._replace(block_k=min(tile.block_k, _power_of_two(depth)))
+
+
+class Case(NamedTuple):
+    """A kernel with one of the tiles that the heuristic gives it."""
+
+    arch: int
+    kernel: str
+    dtype: torch.dtype
+    kind: str
+    config: Config
+    is_main: bool
+    """Many rows an expert in bfloat16: one case per kernel, in which its rarer forms are compiled too."""
+
+
+def cases(arch: int, kernel: str) -> Iterator[Case]:
+    """Every tile that the heuristic gives a kernel on an architecture, once, for weights with 128 columns and more.
+
+    On architecture 90 and later the main one also with descriptors, which ``tune`` may choose.
+    """
+    for kind, dtypes in {
+        "half": (torch.bfloat16, torch.float16), "tf32": (torch.float32,), "ieee": (torch.float32,),
+    }.items():  # fmt: skip
+        sizes = [(bucket, columns) for bucket in reversed(BUCKETS) for columns in (3072, 640)]
+        tiles = dict.fromkeys(heuristic(arch, kernel, kind, bucket, 768, columns) for bucket, columns in sizes)
+        for number, tile in enumerate(tiles):
+            for dtype in dtypes:
+                is_main = number == 0 and dtype == torch.bfloat16
+                yield Case(arch, kernel, dtype, kind, tile, is_main)
+                if is_main and arch >= 90 and kernel != "weight_gradient":
+                    yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False)
+
+
+def choose(
+    kernel: str, device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, depth: int, columns: int
+) -> Config:
+    """The config of a launch: from the measured table if the case is in it, from the heuristic if not.
+
+    Args:
+        kernel: one of ``KERNELS``.
+        num_rows: R. depth, columns: terms and columns of the product; for ``weight_gradient``, whose terms are rows,
+            the rows and columns of a weight.
+    """
+    bucket = bucket_of(num_rows, num_experts)
+    return _choose(architecture(device), kernel, arithmetic(dtype), bucket, depth, columns)
+
+
+@functools.cache
+def _choose(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config:
+    measured = table().get(entry_name(arch, kernel, kind, bucket, depth, columns))
+    return measured or heuristic(arch, kernel, kind, bucket, depth, columns)
+
+
+def entry_name(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> str:
+    """A case's name in the table."""
+    return f"sm{arch} {kernel} {kind} {bucket} {depth}x{columns}"
+
+
+def table_path() -> Path:
+    """Where the measured table lies, whether it exists or not."""
+    if os.environ.get(TABLE_PATH):
+        return Path(os.environ[TABLE_PATH])
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "clipup" / "triton_configs.json"
+
+
+@functools.cache
+def table() -> dict[str, Config]:
+    """The measured configs by ``entry_name``; empty where nothing was measured.
+
+    Raises:
+        ValueError: the file is no table of configs.
+        FileNotFoundError: CLIPUP_TRITON_CONFIGS names a file that does not exist.
+    """
+    path = table_path()
+    if not path.exists() and not os.environ.get(TABLE_PATH):
+        return {}
+    try:
+        return {name: _checked(values) for name, values in json.loads(path.read_text()).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no table of configs ({error}); delete it, or write it anew with "
+            "python -m clipup_kernels.triton.tune"
+        ) from error
+
+
+def store(measured: dict[str, Config]) -> Path:
+    """Adds configs to the table's file and returns its path; launches from now on read them."""
+    path = table_path()
+    known = {name: list(config) for name, config in table().items()} if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known | {name: list(config) for name, config in measured.items()}, indent=1) + "\n")
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Lets the next launch read the table's file again."""
+    table.cache_clear()
+    _choose.cache_clear()
+
+
+def _checked(values: object) -> Config:
+    kinds = [int] * 5 + [bool]
+    if not (isinstance(values, list) and [type(value) for value in values] == kinds and all(v > 0 for v in values[:5])):
+        raise ValueError(f"expected {list(Config._fields)} as five positive integers and a bool, got {values!r}")
+    if any(v & (v - 1) for v in values[:4]):
+        raise ValueError(f"blocks and warps must be powers of two, got {values!r}")
+    return Config(*values)
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest power of two that holds ``size``, and at least the 16 that a tensor core takes."""
+    return max(16, 1 << (size - 1).bit_length())

@@ -1,0 +1,144 @@
+"""The fused expert MLP, forward: three launches.
+
+    project_in     z = x W_in^T + b_in, rows gathered from x as they are loaded; a = act(z) in the epilogue.
+                   Gated experts: both pre-activations from one pass over the rows, a = act(z_gate) * z_in.
+    project_rows   a W_out^T + b_out                                                          (grouped_linear.py)
+    combine        y = the gated sum of a token's rows                                        (rows.py)
+
+z is rounded to the storage type before the activation whether it is kept or not, so that training, inference and a
+recomputed z give the same a to the bit. In inference it is not written.
+
+``dense_mlp`` has no kernels here: one MLP has nothing to route or to gather, and torch's own linear layers are what
+these products are held to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import ACTIVATIONS
+from . import configs, rows
+from .activations import activate
+from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, multiply_pair, operand
+from .grouped_linear import project_rows
+from .launch import dense
+from .variants import Variant
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
+def _project_in(
+    x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a, num_rows, num_experts, top_k, depth, columns,
+    ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    tile = tl.program_id(0) // column_tiles
+    expert, first, end = find_tile(offsets, tile, num_rows, num_experts, BLOCK_M, GROUPS)
+    if first >= end:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    first_column = (tl.program_id(0) % column_tiles) * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    inside = (row < end)[:, None] & (column < columns)[None, :]
+    target = row.to(tl.int64)[:, None] * columns + column[None, :]
+    plane = num_rows.to(tl.int64) * columns  # from the pre-activations of W_in to those of W_gate
+    storage = x.dtype.element_ty
+    if expert == num_experts:
+        if z is not None:
+            nothing = tl.zeros([BLOCK_M, BLOCK_N], storage)
+            tl.store(z + target, nothing, mask=inside)
+            if gate_weight is not None:
+                tl.store(z + plane + target, nothing, mask=inside)
+        return
+    token = tl.load(choice_of_row + row, mask=row < end, other=0) // top_k  # surplus rows compute token 0, unstored
+    left = x + token.to(tl.int64) * depth
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if gate_weight is None:
+        total = multiply(
+            total, left, weight, expert, first_column, depth, columns,
+            False, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        gate_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        total, gate_total = multiply_pair(
+            total, gate_total, left, weight, gate_weight, expert, first_column, depth, columns,
+            DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        gate_z = add_bias(gate_total, gate_bias, expert, column, columns).to(storage)
+        if z is not None:
+            tl.store(z + plane + target, gate_z, mask=inside)
+    own_z = add_bias(total, bias, expert, column, columns).to(storage)
+    if z is not None:
+        tl.store(z + target, own_z, mask=inside)
+    if a is not None:
+        if gate_weight is None:
+            activated = activate(own_z.to(tl.float32), ACTIVATION)
+        else:
+            activated = activate(gate_z.to(tl.float32), ACTIVATION) * own_z.to(tl.float32)
+        tl.store(a + target, activated.to(storage), mask=inside)
+
+
+def project_in(
+    x, offsets, choice_of_row, top_k, weight, bias, gate_weight, gate_bias, activation, *, keep_z: bool, keep_a: bool,
+    config: configs.Config | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """z [R, H] (gated: [2, R, H], W_in's first), 0 past ``offsets[E]``, and a [R, H], unwritten there; each or None."""
+    x, offsets, choice_of_row, weight, bias, gate_weight, gate_bias = dense(
+        x, offsets, choice_of_row, weight, bias, gate_weight, gate_bias
+    )
+    num_experts, columns, depth = weight.shape
+    num_rows = len(choice_of_row)
+    shape = (num_rows, columns) if gate_weight is None else (2, num_rows, columns)
+    z = x.new_empty(shape) if keep_z else None
+    a = x.new_empty(num_rows, columns) if keep_a else None
+    if num_rows == 0:
+        return z, a
+    kernel = "project_in" if gate_weight is None else "project_in_gated"
+    config = config or configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, depth, columns)
+    grid = (max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n),)
+    with torch.cuda.device_of(x):
+        _project_in[grid](
+            x, operand(weight, config), bias, operand(gate_weight, config), gate_bias, offsets, choice_of_row, z, a,
+            num_rows, num_experts, top_k, depth, columns,
+            ACTIVATION=activation, DESCRIPTORS=config.descriptors, **config.even(depth, columns),
+            PRECISION=configs.precision(x.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
+        )  # fmt: skip
+    return z, a
+
+
+def expert_mlp_forward(
+    x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
+    activation, keep_z,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y [T, D], and z ([R, H], gated [2, R, H]) or a tensor of 0 elements if not ``keep_z``."""
+    z, a = project_in(
+        x, offsets, choice_of_row, row_of_choice.shape[1], in_weight, in_bias, gate_weight, gate_bias, activation,
+        keep_z=keep_z, keep_a=True,
+    )  # fmt: skip
+    out = project_rows(a, out_weight, out_bias, offsets)
+    y = rows.combine(out, gates, offsets, choice_of_row, row_of_choice)
+    return y, z if keep_z else x.new_empty(0)
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """``project_in`` with every tile and type, with every activation, and for odd sizes.
+
+    Without a bias, without z or without a the kernel only leaves work out; those forms are not listed.
+    """
+    pointers = ("x", "weight", "bias", "gate_weight", "gate_bias", "z", "a")
+    for case in configs.cases(arch, "project_in"):
+        form = dict(gate_weight=None, gate_bias=None, ACTIVATION="gelu")
+        yield describe(_project_in, "gelu", pointers, form, case)
+        if case.is_main:
+            for activation in ACTIVATIONS[1:]:
+                yield describe(_project_in, activation, pointers, form | {"ACTIVATION": activation}, case)
+            yield describe(_project_in, "inference", pointers, form | {"z": None}, case)
+            yield describe(_project_in, "odd sizes", pointers, form, case, even=False)
+    for case in configs.cases(arch, "project_in_gated"):
+        yield describe(_project_in, "silu", pointers, dict(ACTIVATION="silu"), case)

@@ -1,0 +1,226 @@
+"""The inside of every grouped product: which expert a tile belongs to, and a tile's sum over the terms.
+
+Rows are sorted by expert, so a tile of rows belongs to one expert. The host knows R and E but not how many rows an
+expert has: it starts a block for every tile that there could be, and a block finds its tile from ``offsets``. Experts
+follow each other, so that an expert's weights stay in the second-level cache while its tiles are computed. Rows past
+``offsets[E]`` come last, as tiles of a group E that no expert owns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
+from .variants import TYPE_NAMES, Variant, signature
+
+
+def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+    """The most tiles that R rows in E + 1 groups can be cut into: every group may end in a tile of a single row."""
+    return (num_rows + (num_experts + 1) * (block_m - 1)) // block_m
+
+
+def operand(
+    weight: Tensor | None, config: configs.Config, transposed: bool = False
+) -> Tensor | TensorDescriptor | None:
+    """What ``multiply`` takes for weights [E, N, K] ([E, K, N] if ``transposed``): themselves or, if the config says
+    so, a descriptor (TMA) of them as one matrix.
+
+    Raises:
+        ValueError: descriptors cannot serve these sizes.
+    """
+    if weight is None or not config.descriptors:
+        return weight
+    block = [config.block_k, config.block_n] if transposed else [config.block_n, config.block_k]
+    if weight.shape[2] * weight.itemsize % 16 or (transposed and weight.shape[1] % config.block_k):
+        raise ValueError(
+            f"the measured config {tuple(config)} takes weights by descriptors, which weights {list(weight.shape)} of "
+            f"{weight.dtype} do not allow; delete {configs.table_path()}"
+        )
+    return TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), block)
+
+
+def groups(num_experts: int) -> int:
+    """GROUPS of ``find_tile``: a power of two that holds the experts and the group of empty rows."""
+    return triton.next_power_of_2(num_experts + 1)
+
+
+@triton.jit
+def find_tile(offsets, tile, num_rows, num_experts, BLOCK_M: tl.constexpr, GROUPS: tl.constexpr):
+    """Expert, first row and end of the expert's rows for a tile; E: the tile's rows are empty; 0, 0: no such tile."""
+    group = tl.arange(0, GROUPS)
+    start = tl.load(offsets + group, mask=group <= num_experts, other=0)
+    stop = tl.load(offsets + group + 1, mask=group < num_experts, other=0)
+    stop = tl.where(group == num_experts, num_rows, stop)
+    tiles = tl.where(group <= num_experts, (stop - start + BLOCK_M - 1) // BLOCK_M, 0)
+    tiles_so_far = tl.cumsum(tiles, 0)
+    expert = tl.sum((tiles_so_far <= tile).to(tl.int32), 0)
+    mine = group == expert
+    first_row = tl.sum(tl.where(mine, start + (tile - tiles_so_far + tiles) * BLOCK_M, 0), 0)
+    end = tl.sum(tl.where(mine, stop, 0), 0)
+    return expert, first_row, end
+
+
+@triton.jit
+def expert_of(row, offsets, num_experts, GROUPS: tl.constexpr):
+    """The expert of each row [N] below ``offsets[E]``."""
+    group = tl.arange(0, GROUPS)
+    stop = tl.load(offsets + group + 1, mask=group < num_experts, other=2147483647)
+    return tl.sum((stop[None, :] <= row[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def _weight_pointers(weight, expert, term, column, depth, columns, TRANSPOSED: tl.constexpr):
+    """[K, N] pointers into an expert's weight, which lies as [columns, depth] or TRANSPOSED, as [depth, columns]."""
+    own = weight + expert.to(tl.int64) * depth * columns
+    if TRANSPOSED:
+        pointers = own + term[:, None] * columns + column[None, :]
+    else:
+        pointers = own + column[None, :] * depth + term[:, None]
+    return pointers
+
+
+@triton.jit
+def _load_rows(pointers, term, depth, EVEN_DEPTH: tl.constexpr):
+    """[M, K]: one step's terms of the rows, 0 past the last term."""
+    if EVEN_DEPTH:
+        rows = tl.load(pointers)
+    else:
+        rows = tl.load(pointers, mask=(term < depth)[None, :], other=0.0)
+    return rows
+
+
+@triton.jit
+def _load_weight(pointers, term, depth, column, columns, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
+    """[K, N]: one step's terms of the columns, 0 past the last term and the last column."""
+    if EVEN_DEPTH and EVEN_COLUMNS:
+        weight = tl.load(pointers)
+    else:
+        weight = tl.load(pointers, mask=(term < depth)[:, None] & (column < columns)[None, :], other=0.0)
+    return weight
+
+
+@triton.jit
+def _load_block(weight, expert, start, first_column, depth, columns, TRANSPOSED: tl.constexpr):
+    """[K, N]: ``_load_weight`` through a descriptor of all experts' weights; past the last column anything."""
+    if TRANSPOSED:
+        block = weight.load([expert * depth + start, first_column])
+    else:
+        block = tl.trans(weight.load([expert * columns + first_column, start]))
+    return block
+
+
+@triton.jit
+def multiply(
+    total, left, weight, expert, first_column, depth, columns,
+    TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``total`` [M, N] float32 plus rows times the expert's weight; ``left`` [M] points to a row's first term."""
+    term = tl.arange(0, BLOCK_K)
+    column = first_column + tl.arange(0, BLOCK_N)
+    left = left[:, None] + term[None, :]
+    if not DESCRIPTORS:
+        right = _weight_pointers(weight, expert, term, column, depth, columns, TRANSPOSED)
+    for start in range(0, depth, BLOCK_K):
+        rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
+        left += BLOCK_K
+        if DESCRIPTORS:
+            own = _load_block(weight, expert, start, first_column, depth, columns, TRANSPOSED)
+        else:
+            own = _load_weight(right, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
+            if TRANSPOSED:
+                right += BLOCK_K * columns
+            else:
+                right += BLOCK_K
+        total = tl.dot(rows, own, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def multiply_pair(
+    total, other_total, left, weight, other_weight, expert, first_column, depth, columns,
+    DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``multiply`` of the same rows by two weights [columns, depth], the rows read once."""
+    term = tl.arange(0, BLOCK_K)
+    column = first_column + tl.arange(0, BLOCK_N)
+    left = left[:, None] + term[None, :]
+    if not DESCRIPTORS:
+        right = _weight_pointers(weight, expert, term, column, depth, columns, False)
+        other_right = _weight_pointers(other_weight, expert, term, column, depth, columns, False)
+    for start in range(0, depth, BLOCK_K):
+        rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
+        left += BLOCK_K
+        if DESCRIPTORS:
+            own = _load_block(weight, expert, start, first_column, depth, columns, False)
+            other = _load_block(other_weight, expert, start, first_column, depth, columns, False)
+        else:
+            own = _load_weight(right, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
+            other = _load_weight(other_right, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
+            right += BLOCK_K
+            other_right += BLOCK_K
+        total = tl.dot(rows, own, total, input_precision=PRECISION)
+        other_total = tl.dot(rows, other, other_total, input_precision=PRECISION)
+    return total, other_total
+
+
+@triton.jit
+def add_bias(total, bias, expert, column, columns):
+    """``total`` [M, N] plus the expert's bias [E, columns]; without a bias as it is."""
+    if bias is not None:
+        own = tl.load(bias + expert.to(tl.int64) * columns + column, mask=column < columns, other=0.0)
+        total += own.to(tl.float32)[None, :]
+    return total
+
+
+_INT32_POINTERS = {"offsets", "choice_of_row"}
+_FLOAT32_POINTERS = {"gates", "parts"}
+_WIDTHS = {"depth", "columns", "left_columns", "right_columns"}
+_WEIGHTS = {"weight", "other_weight", "gate_weight"}
+_TENSOR_CORE_INSTRUCTION = {90: ("HGMMA",), 100: ("UTCHMMA",)}
+
+
+def describe(
+    kernel: Any, form: str, storage: tuple[str, ...], constants: dict[str, Any], case: configs.Case, *,
+    even: bool = True, transposed: bool = False,
+) -> Variant:  # fmt: skip
+    """A product's kernel as it is launched in ``case``, for ``variants``.
+
+    Args:
+        form: what tells this specialisation from the kernel's others.
+        storage: the arguments that point to the storage type.
+        constants: the constexprs that make up the form; those of the config are added.
+        even: whether the weights' sizes are multiples of the tile's; if not, they do not divide by 16 either.
+        transposed: how weights lie that are read by descriptors.
+    """
+    names = kernel.arg_names
+    pointer = "*" + TYPE_NAMES[case.dtype]
+    types = {name: "i32:16" if even and name in _WIDTHS else "i32" for name in names}
+    types |= {name: "*i32" for name in names if name in _INT32_POINTERS}
+    types |= {name: "*fp32" for name in names if name in _FLOAT32_POINTERS}
+    types |= dict.fromkeys(storage, pointer)
+    block = case.config
+    if block.descriptors:
+        sizes = (block.block_k, block.block_n) if transposed else (block.block_n, block.block_k)
+        descriptor = f"tensordesc<{TYPE_NAMES[case.dtype]}[{sizes[0]}, {sizes[1]}]>"
+        types |= {name: descriptor for name in names if name in _WEIGHTS}
+    shared = {"DESCRIPTORS": block.descriptors, "PRECISION": "tf32" if case.kind == "tf32" else "ieee", "GROUPS": 16}
+    shared |= block.constants
+    shared |= {name: even for name in names if name.startswith("EVEN_")}
+    constants = {name: value for name, value in (shared | constants).items() if name in names}
+    tile = f"{block.block_m}x{block.block_n}x{block.block_k}" + (" descriptors" if block.descriptors else "")
+    instructions = _TENSOR_CORE_INSTRUCTION.get(case.arch, ()) if case.kind == "half" else ()
+    return Variant(
+        f"{case.kernel} {form} {TYPE_NAMES[case.dtype]} {case.kind} {tile}",
+        kernel,
+        signature(kernel, types, constants),
+        constants,
+        block.options,
+        instructions + (("UTMALDG",) if block.descriptors else ()),
+    )

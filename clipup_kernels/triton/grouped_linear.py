@@ -1,0 +1,117 @@
+"""Grouped products of rows that lie in expert order: ``grouped_linear``, and what the fused op shares with it.
+
+``project_rows`` is ``rows W^T + b``, or ``rows W``: the second projection of the experts, and the gradient of a
+product's rows. A block owns a tile of the output and computes all of it, so every sum has a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, operand
+from .launch import dense
+from .variants import Variant
+from .weight_gradient import weight_gradient
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])
+def _project_rows(
+    rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns,
+    TRANSPOSED: tl.constexpr, FILL_EMPTY: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    tile = tl.program_id(0) // column_tiles
+    expert, first, end = find_tile(offsets, tile, num_rows, num_experts, BLOCK_M, GROUPS)
+    if first >= end:
+        return
+    row = first + tl.arange(0, BLOCK_M)
+    first_column = (tl.program_id(0) % column_tiles) * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    inside = (row < end)[:, None] & (column < columns)[None, :]
+    target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+    if expert == num_experts:
+        if FILL_EMPTY:
+            tl.store(target, tl.zeros([BLOCK_M, BLOCK_N], out.dtype.element_ty), mask=inside)
+        return
+    own = tl.where(row < end, row, first).to(tl.int64)  # a tile's surplus rows repeat its first: nothing else is read
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    total = multiply(
+        total, rows + own * depth, weight, expert, first_column, depth, columns,
+        TRANSPOSED, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if other_rows is not None:
+        total = multiply(
+            total, other_rows + own * depth, other_weight, expert, first_column, depth, columns,
+            TRANSPOSED, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    total = add_bias(total, bias, expert, column, columns)
+    tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+
+
+def project_rows(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, *, transposed: bool = False,
+    fill_empty: bool = False, other: tuple[Tensor, Tensor] | None = None, config: configs.Config | None = None,
+) -> Tensor:  # fmt: skip
+    """[R, N]: each row [depth] times its expert's weight, ``rows W^T + b``.
+
+    Args:
+        weight: [E, N, depth], or [E, depth, N] if ``transposed`` (``rows W``).
+        fill_empty: rows past ``offsets[E]`` become 0; without it they are left unwritten.
+        other: rows and weight of a second product that is added to the first.
+        config: another one than the table's.
+    """
+    rows, weight, bias, offsets, other_rows, other_weight = dense(rows, weight, bias, offsets, *(other or (None, None)))
+    num_experts, columns, depth = weight.mT.shape if transposed else weight.shape
+    num_rows = rows.shape[0]
+    out = rows.new_empty(num_rows, columns)
+    if num_rows == 0:
+        return out
+    config = config or configs.choose("project_rows", rows.device, rows.dtype, num_rows, num_experts, depth, columns)
+    grid = (max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n),)
+    with torch.cuda.device_of(rows):
+        _project_rows[grid](
+            rows, operand(weight, config, transposed), other_rows, operand(other_weight, config, transposed), bias,
+            offsets, out, num_rows, num_experts, depth, columns,
+            TRANSPOSED=transposed, FILL_EMPTY=fill_empty, DESCRIPTORS=config.descriptors, **config.even(depth, columns),
+            PRECISION=configs.precision(rows.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
+        )  # fmt: skip
+    return out
+
+
+def grouped_linear(rows, weight, bias, offsets) -> Tensor:
+    """[R, N]: each row [K] times its expert's weight [E, N, K] plus its bias [E, N]; 0 past ``offsets[E]``."""
+    return project_rows(rows, weight, bias, offsets, fill_empty=True)
+
+
+def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[Tensor, ...]:
+    """Gradients of rows, weight and bias; one of 0 elements where ``output_mask`` wants none."""
+    need_rows, need_weight, need_bias = output_mask
+    none = rows.new_empty(0)
+    d_rows = project_rows(d_out, weight, None, offsets, transposed=True, fill_empty=True) if need_rows else none
+    d_weight = d_bias = none
+    if need_weight or need_bias:
+        d_weight, d_bias = weight_gradient(d_out, rows, offsets, need_bias=need_bias)
+    return d_rows, d_weight if need_weight else none.clone(), d_bias if need_bias else none.clone()
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """``project_rows`` with every tile and type, in all its forms and for odd sizes."""
+    pointers = ("rows", "weight", "other_rows", "other_weight", "bias", "out")
+    single = dict(other_rows=None, other_weight=None)
+    forward = dict(TRANSPOSED=False, FILL_EMPTY=True, **single)
+    gradient = dict(TRANSPOSED=True, FILL_EMPTY=False, bias=None)
+    for case in configs.cases(arch, "project_rows"):
+        yield describe(_project_rows, "forward", pointers, forward, case)
+        yield describe(_project_rows, "gradient", pointers, gradient, case, transposed=True)
+        if case.is_main:
+            unfused = dict(TRANSPOSED=True, FILL_EMPTY=True, bias=None, **single)
+            yield describe(_project_rows, "unfused gradient", pointers, unfused, case)
+            yield describe(_project_rows, "odd sizes", pointers, forward, case, even=False)

@@ -1,0 +1,49 @@
+"""Compiling what a layer will launch before its first step: a cold kernel takes a second or more to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from . import dispatch, expert_mlp, expert_mlp_backward, gating
+
+
+def warmup(
+    width: int,
+    hidden: int,
+    num_experts: int,
+    top_k: int,
+    tokens: Iterable[int],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cuda",
+    activation: str = "gelu",
+    bias: bool = True,
+    gated: bool = False,
+    training: bool = True,
+) -> None:
+    """Compiles routing and experts of one layer, by running them on zeros; Triton keeps the result on disk.
+
+    Args:
+        width, hidden, num_experts, top_k: D, H, E, K.
+        tokens: values of T that will be seen; what differs by T is only whether experts have few, some or many rows.
+        training: with z kept, and the backward pass.
+    """
+
+    def zeros(*size: int, wanted: bool = True, dtype: torch.dtype = dtype):
+        return torch.zeros(size, dtype=dtype, device=device) if wanted else None
+
+    in_weight, out_weight = zeros(num_experts, hidden, width), zeros(num_experts, width, hidden)
+    in_bias, out_bias = zeros(num_experts, hidden, wanted=bias), zeros(num_experts, width, wanted=bias)
+    gate_weight = zeros(num_experts, hidden, width, wanted=gated)
+    gate_bias = zeros(num_experts, hidden, wanted=gated and bias)
+    parameters = (in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    for num_tokens in tokens:
+        x, logits = zeros(num_tokens, width), zeros(num_tokens, num_experts, dtype=torch.float32)
+        gates, experts, *_ = gating.topk_gating(logits, top_k, True)
+        routed = (x, gates, *dispatch.dispatch(experts, num_experts), *parameters)
+        y, z = expert_mlp.expert_mlp_forward(*routed, activation, training)
+        if training:
+            gating.topk_gating_backward(logits, experts, True, None, gates)
+            expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)

@@ -1,0 +1,150 @@
+"""Gradients of the experts' weights and biases: sums over each expert's rows of the outer product of two rows.
+
+``dW = left^T right``, ``db = sum of left's rows``, the second inside the loop of the first. A block owns a tile of one
+expert's weight and runs over all of the expert's rows: a fixed order of every sum, no atomics, and no split along the
+rows. With 8 experts of 768/3072 there are 576 tiles of 128 x 256, which fill a large GPU.
+
+Either operand may lie in token order: then the row's choice says which token it belongs to, and x and dy are read where
+they are instead of being permuted first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from .grouped_gemm import describe
+from .launch import dense
+from .variants import Variant
+
+
+@triton.jit
+def _sum_of_outer(
+    left, right, gates, choice_of_row, begin, end, top_k, left_column, right_column, left_columns, right_columns,
+    BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``left^T right`` [M, N] over rows ``begin:end``; with BIAS also left's rows [M] summed, by gates if given.
+
+    A gathered operand has a row per token, and the row's choice says which.
+    """
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    bias = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        row = start + tl.arange(0, BLOCK_K)
+        mine = row < end
+        left_row = row
+        right_row = row
+        if GATHER_LEFT or GATHER_RIGHT:
+            choice = tl.load(choice_of_row + row, mask=mine, other=0)
+            if GATHER_LEFT:
+                left_row = choice // top_k
+            if GATHER_RIGHT:
+                right_row = choice // top_k
+        left_mask = mine[:, None]
+        if not EVEN_LEFT:
+            left_mask = left_mask & (left_column < left_columns)[None, :]
+        right_mask = mine[:, None]
+        if not EVEN_RIGHT:
+            right_mask = right_mask & (right_column < right_columns)[None, :]
+        left_pointers = left + left_row.to(tl.int64)[:, None] * left_columns + left_column[None, :]
+        right_pointers = right + right_row.to(tl.int64)[:, None] * right_columns + right_column[None, :]
+        lhs = tl.load(left_pointers, mask=left_mask, other=0.0)
+        rhs = tl.load(right_pointers, mask=right_mask, other=0.0)
+        total = tl.dot(tl.trans(lhs), rhs, total, input_precision=PRECISION)
+        if BIAS:
+            terms = lhs.to(tl.float32)
+            if gates is not None:
+                terms *= tl.load(gates + choice, mask=mine, other=0.0)[:, None]
+            bias += tl.sum(terms, 0)
+    return total, bias
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def _weight_gradient(
+    left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, left_columns, right_columns,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    left_tiles = tl.cdiv(left_columns, BLOCK_M)
+    right_tiles = tl.cdiv(right_columns, BLOCK_N)
+    expert = tl.program_id(0) // (left_tiles * right_tiles)
+    left_tile = tl.program_id(0) // right_tiles % left_tiles
+    right_tile = tl.program_id(0) % right_tiles
+    begin = tl.load(offsets + expert)
+    end = tl.load(offsets + expert + 1)
+    left_column = left_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    right_column = right_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Two loops, so that summing left's rows costs nothing where another tile does it.
+    if d_bias is None or right_tile != 0:
+        total, _ = _sum_of_outer(
+            left, right, gates, choice_of_row, begin, end, top_k,
+            left_column, right_column, left_columns, right_columns,
+            False, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        total, bias = _sum_of_outer(
+            left, right, gates, choice_of_row, begin, end, top_k,
+            left_column, right_column, left_columns, right_columns,
+            True, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        own_bias = d_bias + expert.to(tl.int64) * left_columns + left_column
+        tl.store(own_bias, bias.to(d_bias.dtype.element_ty), mask=left_column < left_columns)
+    target = d_weight + expert.to(tl.int64) * left_columns * right_columns
+    target += left_column[:, None] * right_columns + right_column[None, :]
+    inside = (left_column < left_columns)[:, None] & (right_column < right_columns)[None, :]
+    tl.store(target, total.to(d_weight.dtype.element_ty), mask=inside)
+
+
+def weight_gradient(
+    left: Tensor, right: Tensor, offsets: Tensor, *, need_bias: bool, choice_of_row: Tensor | None = None,
+    top_k: int = 1, gather_left: bool = False, gather_right: bool = False, gates: Tensor | None = None,
+    config: configs.Config | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """``left^T right`` [E, M, N] over each expert's rows, and the sum of left's rows [E, M] or None.
+
+    Args:
+        left: [R, M], or [T, M] with ``gather_left``. right: [R, N], or [T, N] with ``gather_right``.
+        choice_of_row: [R] int32, for what is gathered: row r belongs to token ``choice_of_row[r] // top_k``.
+        gates: [T, K] float32: weights of left's rows in the bias gradient, for a gathered left.
+        config: another one than the table's.
+    """
+    left, right, offsets, choice_of_row, gates = dense(left, right, offsets, choice_of_row, gates)
+    num_experts, num_left, num_right = len(offsets) - 1, left.shape[1], right.shape[1]
+    num_rows = len(left if choice_of_row is None else choice_of_row)
+    d_weight = left.new_empty(num_experts, num_left, num_right)
+    d_bias = left.new_empty(num_experts, num_left) if need_bias else None
+    config = config or configs.choose(
+        "weight_gradient", left.device, left.dtype, num_rows, num_experts, num_left, num_right
+    )
+    tiles = triton.cdiv(num_left, config.block_m) * triton.cdiv(num_right, config.block_n)
+    with torch.cuda.device_of(left):
+        _weight_gradient[(num_experts * tiles,)](
+            left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, num_left, num_right,
+            GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, **_even(config, num_left, num_right),
+            PRECISION=configs.precision(left.dtype), **config.constants, **config.options,
+        )  # fmt: skip
+    return d_weight, d_bias
+
+
+def _even(config: configs.Config, num_left: int, num_right: int) -> dict[str, bool]:
+    return {"EVEN_LEFT": num_left % config.block_m == 0, "EVEN_RIGHT": num_right % config.block_n == 0}
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """``weight_gradient`` with every tile and type, for both sides of the experts, ``grouped_linear`` and odd sizes."""
+    pointers = ("left", "right", "d_weight", "d_bias")
+    in_side = dict(GATHER_LEFT=False, GATHER_RIGHT=True, gates=None)
+    for case in configs.cases(arch, "weight_gradient"):
+        yield describe(_weight_gradient, "in", pointers, in_side, case)
+        yield describe(_weight_gradient, "out", pointers, dict(GATHER_LEFT=True, GATHER_RIGHT=False), case)
+        if case.is_main:
+            unfused = dict(GATHER_LEFT=False, GATHER_RIGHT=False, gates=None, choice_of_row=None)
+            yield describe(_weight_gradient, "unfused", pointers, unfused, case)
+            yield describe(_weight_gradient, "odd sizes", pointers, in_side, case, even=False)
