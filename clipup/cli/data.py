@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from ..data import pictograms
+from ..data import icons, pictograms
 
 
 @dataclass
@@ -52,7 +52,54 @@ class Pictograms:
         print("who made them and under which licences: LICENSES.md there")
 
 
-COMMANDS = {"pictograms": Pictograms}
+@dataclass
+class Icons:
+    """268,000 openly licensed icons with their names as captions, from the npm package @iconify/json; no network.
+
+    RGB on white. Held out are names (validation, test_names) and whole sets in styles of their own (test_styles). Takes
+    a few minutes. Get the package with `npm pack @iconify/json@2.2.535` and `tar -xzf iconify-json-2.2.535.tgz`.
+
+    Example: clipup data icons data/icons --package package
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Directory to write; nothing is done when it holds this data set already."""
+    package: Path
+    """Directory of the unpacked npm package @iconify/json."""
+    size: int = 32
+    """Side of the images, in pixels (8 to 512)."""
+    seed: int = 0
+    """Another seed holds out other names."""
+    overwrite: bool = False
+    """Replace another data set in OUT."""
+    samples_per_shard: int = 4096
+    """Samples in a shard; training needs at least as many shards as workers."""
+    processes: int | None = None
+    """Processes that draw; None: one a CPU."""
+
+    def run(self) -> None:
+        start = time.perf_counter()
+        dataset = icons.build(
+            self.out, self.package, self.size, self.seed, self.overwrite, self.samples_per_shard, self.processes
+        )
+        print(
+            f"{dataset['name']} in {self.out} ({time.perf_counter() - start:.0f} s), {self.size} x {self.size} pixels:"
+        )
+        for name, split in dataset["splits"].items():
+            twins = dataset["left_out_twins"].get(name)
+            left_out = f"; {twins['same']:,} twins and {twins['near']:,} near-twins left out" if twins else ""
+            print(
+                f"  {name:<12}{split['images']:>8,} images of {len(split['images_by_set'])} sets, "
+                f"{split['distinct_captions']:,} captions{left_out}"
+            )
+        for reason, count in dataset["skipped"].items():
+            print(f"{count:,} drawings left out: {reason}", file=sys.stderr)
+        print(
+            "who drew them and under which licences: LICENSES.md there; which words were cut from names: captions.json"
+        )
+
+
+COMMANDS = {"pictograms": Pictograms, "icons": Icons}
 
 
 def main(argv: list[str]) -> int:

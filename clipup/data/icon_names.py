@@ -1,0 +1,53 @@
+"""Captions of icons: the words of an icon's name, without those that say how its set drew it.
+
+A set that draws everything as an outline and filled, or in four sizes, says so at the start or the end of its names
+("access-time-20-filled"). Such a word is cut where a set puts it on at least CUT_FROM of its names, and only words that
+are on the list of `STYLE_WORDS`, or numbers, can be cut: "outline" is style in a set where every fourth name ends in
+it, and a thing that is drawn where one name does. What was cut is recorded a set, with the number of names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from clipup.data.captions import words
+
+CUT_FROM = 0.02
+"""Share of a set's names from which a style word at one end of them is the set's and not the icon's."""
+STYLE_WORDS = frozenset(
+    "outline outlined outlines line linear lined stroke filled fill solid bold light thin regular medium thick duo "
+    "duotone twotone rounded round sharp baseline broken bulk color colour colored flat mono monochrome remix sc alt "
+    "variant expressive mirrored loop transition f o s r l d sm lg xs xl mini micro small large tiny big duocolor "
+    "freeform ios md one two three four".split()
+)
+_TONES = re.compile(r"\b(two|duo) tone$")  # written as one word elsewhere; an emoji's "skin tone" is no style
+
+
+def captions(names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, int]]]:
+    """The captions of a set's names, in their order, and what was cut: {"end": {word: names}, "start": {word: names}}.
+
+    A name keeps at least one word.
+    """
+    parts = [_TONES.sub(r"\1tone", words(name)).split() for name in names]
+    cut: dict[str, Counter] = {"end": Counter(), "start": Counter()}
+    while True:
+        style = {end: _style_of(parts, place) for end, place in (("end", -1), ("start", 0))}
+        if not any(style.values()):
+            break
+        for row, part in enumerate(parts):
+            for end, place in (("end", -1), ("start", 0)):
+                if len(part) > 1 and part[place] in style[end]:
+                    cut[end][part[place]] += 1
+                    part = part[:-1] if place == -1 else part[1:]
+            parts[row] = part
+    found = {end: dict(sorted(counts.items())) for end, counts in cut.items() if counts}
+    return [" ".join(part) for part in parts], found
+
+
+def _style_of(parts: Sequence[Sequence[str]], place: int) -> set[str]:
+    """Style words and numbers at one end of enough names that hold another word too."""
+    counts = Counter(part[place] for part in parts if len(part) > 1)
+    enough = CUT_FROM * len(parts)
+    return {word for word, count in counts.items() if count >= enough and (word in STYLE_WORDS or word.isdigit())}

@@ -1,0 +1,155 @@
+"""Drawings and names out of the npm package @iconify/json: 390,000 openly licensed icons, one JSON file a set.
+
+    DIR/package.json         {"version": ...}
+    DIR/json/<set>.json      {"icons": {name: {"body": SVG, ...}}, "width", "height", "info": {"name", "license", ...}}
+
+DIR is what `npm pack @iconify/json` unpacks to, or node_modules/@iconify/json.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PACKAGE = "@iconify/json"
+_DEFAULT_SIDE = 16  # the format's own
+_QUARTER_TURNS = 4
+_FRAME = ("left", "top", "width", "height", "rotate", "hFlip", "vFlip")
+
+
+@dataclass(frozen=True)
+class IconSet:
+    """Who made a set, under which licence (an SPDX identifier), and where that can be read."""
+
+    prefix: str
+    name: str
+    author: str
+    licence: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Icon:
+    """One drawing: its set's prefix, its name ("account-arrow-left") and a whole SVG document."""
+
+    set: str
+    name: str
+    svg: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.set}/{self.name}"
+
+
+def find_package(directory: str | Path) -> Path:
+    """The directory with package.json and json/: `directory`, or the `package` that npm's archive holds.
+
+    Raises FileNotFoundError, ValueError when it is not there or another package.
+    """
+    for candidate in (Path(directory), Path(directory) / "package"):
+        if (candidate / "package.json").is_file() and (candidate / "json").is_dir():
+            name = _read(candidate / "package.json").get("name")
+            if name != PACKAGE:
+                raise ValueError(f"package: {candidate} holds the npm package {name}, expected {PACKAGE}")
+            return candidate
+    raise FileNotFoundError(
+        f"package: {directory} holds no unpacked {PACKAGE} (package.json and json/): get it with "
+        f"`npm pack {PACKAGE}` and `tar -xzf iconify-json-*.tgz`, and name the directory `package`"
+    )
+
+
+def version(package: Path) -> str:
+    return str(_read(package / "package.json")["version"])
+
+
+def read_set(package: Path, prefix: str) -> tuple[IconSet, list[Icon]]:
+    """A set and its icons by name; hidden ones (withdrawn by their makers) and aliases are left out.
+
+    Raises FileNotFoundError, ValueError: the package lacks the set, or its file is not in Iconify's format.
+    """
+    path = package / "json" / f"{prefix}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"package: {package} lacks the icon set {prefix}: take the version that the docs name")
+    content = _read(path)
+    try:
+        info, icons = content["info"], content["icons"]
+        licence = info["license"]
+        described = IconSet(
+            prefix,
+            info["name"],
+            info["author"]["name"],
+            licence.get("spdx") or licence["title"],
+            licence.get("url") or info["author"].get("url", ""),
+        )
+        drawn = [
+            Icon(prefix, name, _document({**_frame(content), **icon}))
+            for name, icon in sorted(icons.items())
+            if not icon.get("hidden")
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"package: {path} is not in Iconify's format ({error!r})") from error
+    return described, drawn
+
+
+def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) -> tuple[list[IconSet], list[Icon]]:
+    """Several sets, and all their icons in the order of the prefixes."""
+    from tqdm import tqdm
+
+    sets, icons = [], []
+    for prefix in tqdm(prefixes, desc="reading icon sets", unit=" sets", disable=not progress):
+        described, drawn = read_set(package, prefix)
+        sets.append(described)
+        icons += drawn
+    return sets, icons
+
+
+def render(svg: str, size: int) -> Image:
+    """A drawing as a picture: RGB, black or its own colours on white, `size` x `size` pixels, centred where it is not
+    square. ValueError when it is unreadable."""
+    import resvg_py
+    from PIL import Image
+
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
+    return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _frame(content: dict) -> dict:
+    """What a set says for all icons that do not say it themselves."""
+    return {name: content[name] for name in _FRAME if name in content}
+
+
+def _document(icon: dict) -> str:
+    """An icon's body in the document that Iconify's format means: its own frame, flipped, then turned, drawn in black.
+
+    The outer frame is square whatever the inner one is, so that a renderer keeps the proportions.
+    """
+    left, top = icon.get("left", 0), icon.get("top", 0)
+    width, height = icon.get("width", _DEFAULT_SIDE), icon.get("height", _DEFAULT_SIDE)
+    x, y = left + width / 2, top + height / 2
+    turns = icon.get("rotate", 0) % _QUARTER_TURNS
+    moves = []
+    if turns:
+        moves.append(f"rotate({90 * turns} {x:g} {y:g})")
+    if icon.get("hFlip") or icon.get("vFlip"):
+        across, down = (-1 if icon.get("hFlip") else 1), (-1 if icon.get("vFlip") else 1)
+        moves.append(f"translate({x:g} {y:g}) scale({across} {down}) translate({-x:g} {-y:g})")
+    body = f'<g transform="{" ".join(moves)}">{icon["body"]}</g>' if moves else icon["body"]
+    side = max(width, height)
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
+        f'viewBox="{x - side / 2:g} {y - side / 2:g} {side:g} {side:g}">{body}</svg>'
+    )
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"package: {path} is not JSON: {error}") from error
