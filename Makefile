@@ -1,4 +1,4 @@
-# make install | demo | test | test-all | bench | lint | build | clean
+# make install | demo | test | test-all | bench | study | study-runs | lint | build | clean
 #
 # Everything runs in .venv, which is made when it is missing. Stamps in it say which extras are installed; they are renewed
 # when the packaging or the native code changes.
@@ -7,11 +7,15 @@
 # PIP_ARGS     options for pip, to choose a torch build         (none)
 # PYTEST_ARGS  options for pytest                               (none)
 # FUZZ_SECONDS how long test-all calls the native code at random (60)
+# ICONS        the data set of the study, made by `clipup data icons` (runs/icons/data)
+# STUDY_RUNS   where the study's runs keep their checkpoints (runs/icons/runs)
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
+ICONS ?= runs/icons/data
+STUDY_RUNS ?= runs/icons/runs
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -25,7 +29,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench study study-runs lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -34,13 +38,17 @@ demo: $(call installed,demo)
 	GOMP_SPINCOUNT=2000 $(BIN)/clipup demo --out runs/demo --overwrite
 
 test: $(call installed,test)
-	$(BIN)/python -m pytest -q -m "not slow and not cuda" $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow and not cuda" $(PYTEST_ARGS)
 
-# Tests marked cuda run where there is a GPU. The ops run again on every backend and every tier of instructions.
+# Tests marked cuda run where there is a GPU, and those that interpret Triton's kernels in a process of their own there
+# (tests/conftest.py). The ops run again on every backend and every tier of instructions.
+HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py dense_mlp.py packed_weights.py)
 test-all: $(call installed,test) test-native test-fuzz test-aarch64
-	$(BIN)/python -m pytest -q -m "$$(nvidia-smi -L >/dev/null 2>&1 || echo not cuda)" $(PYTEST_ARGS)
-	CLIPUP_BACKEND=reference $(BIN)/python -m pytest -q tests/clipup_kernels -k "not backend_info and not number_of_threads"
+	$(BIN)/python -m pytest -q -m "$$($(HAS_GPU) || echo not cuda)" $(PYTEST_ARGS)
+	! $(HAS_GPU) || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
+	CLIPUP_BACKEND=reference $(BIN)/python -m pytest -q tests/clipup_kernels -m "not cuda and not interpreter" \
+	  -k "not backend_info and not number_of_threads"
 	CLIPUP_BACKEND=matmul $(BIN)/python -m pytest -q $(OP_TESTS)
 	tiers=$$($(call native_tests,address$(comma)undefined) --tiers) && for tier in $$tiers; do \
 	  CLIPUP_CPU_ISA=$$tier $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; \
@@ -80,6 +88,14 @@ test-aarch64: $(VENV)/.build-tools
 
 bench: $(call installed,bench)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(PYTEST_ARGS)
+
+# The page of the study out of its logs; and the runs that have no log yet, one at a time, beside other work. They take
+# days in all, can be stopped whenever, and go on where they were.
+study: $(call installed,demo)
+	$(BIN)/clipup study report studies/icons --out docs/study.md
+
+study-runs: $(call installed,all)
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
 
 lint: $(call installed,test)
 	$(BIN)/ruff check .

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 FORCE_BACKEND = "CLIPUP_BACKEND"
-"""Environment variable, for comparing and for finding faults: ``reference`` leaves the compiled extension unused,
-``matmul`` uses it for routing and lets torch's matmul compute the products."""
+"""Environment variable, for comparing and for finding faults: ``reference`` leaves the compiled extension and Triton
+unused, ``matmul`` uses the extension for routing and lets torch's matmul compute the products on CPUs."""
 
 FORCE_TIER = "CLIPUP_CPU_ISA"
 """Environment variable; avx512_bf16, avx512, avx2 or portable chooses the micro-kernels instead of the CPU's best."""
@@ -80,13 +80,14 @@ def backend_info() -> dict:
     """Says what was built and which implementation every op uses on each device.
 
     Returns a dict with ``compiled`` (bool), ``fallback_reason`` (why not, or None), ``build`` (compiler, OpenMP and
-    CUDA architectures of the extension, or None), ``cpu`` and ``cuda`` (implementation by op), ``threads`` (what the
-    CPU ops use now), ``instructions`` (the tier of CPU kernels), ``matmul_dtypes`` (types whose products torch's matmul
-    computes instead), ``packed_weights`` (whether copies are kept between inference calls, and their bytes),
-    ``kept_memory_bytes`` (working memory kept for the next call; ``release_memory()`` gives both back) and the versions
-    of clipup, torch and triton. Float64 always takes plain torch.
+    CUDA architectures of the extension, or None), ``cpu`` and ``cuda`` (implementation by op), ``cuda_fallback_reason``
+    (why Triton does not run there, or None), ``threads`` (what the CPU ops use now), ``instructions`` (the tier of CPU
+    kernels), ``matmul_dtypes`` (types whose products torch's matmul computes instead on CPUs), ``packed_weights``
+    (whether copies are kept between inference calls, and their bytes), ``kept_memory_bytes`` (working memory kept for
+    the next call; ``release_memory()`` gives both back) and the versions of clipup, torch and triton. Float64 always
+    takes plain torch.
     """
-    from . import packing
+    from . import cuda, packing
 
     compiled = NATIVE is not None
     routing = ("topk_gating", "dispatch", "permute", "combine")
@@ -107,5 +108,6 @@ def backend_info() -> dict:
         "kept_memory_bytes": NATIVE.kept_memory() if compiled else 0,
         "threads": torch.get_num_threads(),
         "cpu": cpu,
-        "cuda": dict.fromkeys((*routing, *products), "torch"),
+        "cuda": {name: cuda.implementation(name) for name in (*routing, *products)},
+        "cuda_fallback_reason": cuda.fallback_reason(),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, cpu, fakes, generic
+from . import checks, cpu, cuda, fakes, generic
 from .registry import define
 from .types import Plan
 
@@ -56,6 +56,7 @@ _expert_mlp_forward = define(
     " Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight, Tensor? gate_bias,"
     " str activation, bool keep_z) -> (Tensor, Tensor)",
     cpu=cpu.expert_mlp_forward,
+    cuda=cuda.expert_mlp_forward,
     generic=generic.expert_mlp_forward,
     fake=fakes.expert_mlp_forward,
     setup_context=_context,
@@ -68,6 +69,7 @@ _expert_mlp_backward = define(
     " Tensor z, str activation, bool[4] output_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu=cpu.expert_mlp_backward,
+    cuda=cuda.expert_mlp_backward,
     generic=generic.expert_mlp_backward,
     fake=fakes.expert_mlp_backward,
     flops=_backward_flops,
@@ -84,6 +86,7 @@ _dense_mlp = define(
     "dense_mlp(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight,"
     " Tensor? gate_bias, str activation) -> Tensor",
     cpu=cpu.dense_mlp,
+    cuda=cuda.dense_mlp,
     generic=generic.dense_mlp,
     fake=fakes.dense_mlp,
     backward=_refuse_derivative,

@@ -16,19 +16,22 @@ def define(
     cpu: Callable,
     generic: Callable,
     fake: Callable,
+    cuda: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     flops: Callable | None = None,
 ) -> Callable:
     """Registers ``clipup::<schema>`` and returns the op.
 
-    ``cpu`` runs on CPU tensors, ``generic`` on every other device. An op without ``backward`` refuses to be
-    differentiated by name; that is how second derivatives are refused.
+    ``cpu`` runs on CPU tensors, ``cuda`` on CUDA tensors if given, ``generic`` on every other device. An op without
+    ``backward`` refuses to be differentiated by name; that is how second derivatives are refused.
     """
     name = schema.partition("(")[0]
     qualified = f"clipup::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        LIBRARY.impl(name, cuda, "CUDA")
     LIBRARY.impl(name, generic, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if backward is None:

@@ -23,7 +23,7 @@ from .launch import dense
 from .variants import Variant, signature
 
 _MAX_BLOCKS = 256  # of tokens; every program of _assign adds up that many counts
-_TILE = 4096  # elements of a tile of slots and experts
+_TILE = 2048  # elements of a tile of slots and experts
 _SCAN_EXPERTS = 32
 _SCAN_ROWS = 64
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
