@@ -1,0 +1,81 @@
+"""``clipup study``: runs of a study from their config files, and the page made of their logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from ..study import report, runner, runs
+from ..train import NonFiniteLoss, TrainingInterrupted
+
+_DIVERGED, _INTERRUPTED = 1, 130
+
+
+@dataclass
+class Run:
+    """Runs or resumes runs, the shortest first, each after the run that it starts from; what has a log is done.
+
+    On one thread of the CPU. A run that was stopped goes on where its last checkpoint is, to the same bits.
+
+    Example: clipup study run studies/icons/clip_up-5000-s0.yaml --data data/icons --runs runs/icons
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """Config files, a run each."""
+    data: Path
+    """Directory of the data set (`clipup data icons`)."""
+    runs: Path
+    """Directory of checkpoints and models; may be thrown away once the logs are there."""
+    logs: Path | None = None
+    """Directory of the logs. None: `logs` beside the config."""
+
+    def run(self) -> int:
+        if not self.files:
+            raise ValueError("files: name at least one config file of a run")
+        files = sorted(self.files, key=lambda file: (runs.read(file).steps, file.name))
+        for number, file in enumerate(files, 1):
+            print(f"[{number}/{len(files)}] {file.stem}", flush=True)
+            try:
+                print(f"      {runner.run(file, self.data, self.runs, self.logs)}", flush=True)
+            except NonFiniteLoss as error:
+                print(f"clipup study: {file.stem}: {error}", flush=True)
+                return _DIVERGED
+            except TrainingInterrupted as stopped:
+                print(f"clipup study: stopped, saved {stopped.checkpoint}; the same command goes on", flush=True)
+                return _INTERRUPTED
+        return 0
+
+
+@dataclass
+class Report:
+    """Writes the page of a study and its figures, every number out of the logs.
+
+    Example: clipup study report studies/icons --out docs/study.md
+    """
+
+    study: tyro.conf.Positional[Path]
+    """Directory of the study: page.md.j2, and logs."""
+    out: Path
+    """The page; figures are written beside it."""
+
+    def run(self) -> int:
+        for path in report.write(self.study, self.out):
+            print(path)
+        return 0
+
+
+COMMANDS = {"run": Run, "report": Report}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: clipup study COMMAND [OPTIONS]\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<8}{command.__doc__.strip().splitlines()[0]}")
+        print("\nclipup study COMMAND --help explains a command's options.")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        raise ValueError(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
+    return tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=f"clipup study {argv[0]}").run()

@@ -1,0 +1,212 @@
+"""The page of a study: a template with words in it, and every number out of the logs.
+
+``studies/icons/page.md.j2`` calls the methods of ``Tables`` where a table belongs; figures are written beside the page.
+The same logs and template give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jinja2
+
+from ..report import svg
+from ..report.charts import Series, line_chart
+from ..report.numbers import MISSING, percent, percent_tick, short
+from . import results
+from .results import Result
+
+TEMPLATE = "page.md.j2"
+_WIDTH, _HEIGHT, _MARGIN = 640, 340, 12
+
+
+def write(study: str | Path, out: str | Path) -> list[Path]:
+    """Writes the page of a study's directory (its template and ``logs``) to ``out``, and its figures beside it.
+
+    Raises:
+        FileNotFoundError, ValueError: no template, no logs, or a broken log.
+    """
+    study, out = Path(study), Path(out)
+    if not (study / TEMPLATE).is_file():
+        raise FileNotFoundError(f"there is no {TEMPLATE} in {study}; name the directory of a study")
+    tables = Tables(results.read(study / "logs"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(study),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in tables.figures().items()}
+    written[out] = environment.get_template(TEMPLATE).render(tables=tables)
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+    return list(written)
+
+
+class Tables:
+    """Tables in Markdown, rows ordered by steps and arm; a group is the runs of one arm and length, a run a seed."""
+
+    def __init__(self, found: dict[str, Result]) -> None:
+        self.results = found
+        chosen = results.chosen(found.values())
+        self.groups = sorted(chosen.items(), key=lambda item: (item[0][1], item[0][2], item[0][0]))
+
+    def data(self) -> dict:
+        """What the logs say of their data, which is the same in all of them."""
+        seen = {one.config["data"]["fingerprint"]: one.config["data"] for one in self.results.values()}
+        if len(seen) > 1:
+            raise ValueError(f"the logs are of {len(seen)} different data sets: run the study on one")
+        return next(iter(seen.values()))
+
+    def retrieval(self, split: str) -> str:
+        """Every group's recall and negative log likelihood on a split, at its chosen learning rate."""
+        head = ["arm", "steps", "lr", "seeds", "PFLOP", "t2i R@1", "R@5", "NLL", "i2t R@1", "R@5", "NLL"]
+        rows = []
+        for (arm, _, steps), runs in self.groups:
+            cells = [_label(arm), f"{steps:,}", f"{runs[0].config['lr']:g}", str(len(runs)), self._pflop(runs)]
+            for way in results.WAYS:
+                values = {name: [run.test[split][way][name] for run in runs] for name in ("r1", "r5", "nll")}
+                cells += [_spread(values["r1"], percent), _spread(values["r5"], percent), _spread(values["nll"], _nll)]
+            rows.append(cells)
+        return _table(head, rows)
+
+    def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
+        """R@1 of an arm minus that of every other arm, on the same queries, in points, one row a pair of runs that
+        share seed and start."""
+        head = ["run", "minus", *(f"{split.removeprefix('test_')} {way}" for split in splits for way in results.WAYS)]
+        rows = []
+        for ours in self._of(arm):
+            for theirs in (run for _, runs in self.groups for run in runs):
+                same = all(ours.config[key] == theirs.config[key] for key in ("seed", "model", "start"))
+                if theirs.config["arm"] == arm or not same:
+                    continue
+                cells = [f"`{ours.name}`", f"`{theirs.name}`"]
+                for split in splits:
+                    for way in results.WAYS:
+                        difference, half = results.paired_difference(ours, theirs, split, way)
+                        cells.append(f"{100 * difference:+.2f} ± {100 * half:.2f}")
+                rows.append(cells)
+        return _table(head, rows)
+
+    def sweep(self) -> str:
+        """Validation at the end for every learning rate: the mean R@1 of both ways, the chosen rate in bold."""
+        picked = {run.name for _, runs in self.groups for run in runs}
+        by_group: dict[tuple, list[Result]] = {}
+        for run in self.results.values():
+            by_group.setdefault(results.group_of(run), []).append(run)
+        rows = []
+        for (arm, _, steps), runs in sorted(by_group.items(), key=lambda item: (item[0][1], item[0][2], item[0][0])):
+            scores: dict[float, list[Result]] = {}
+            for run in sorted(runs, key=lambda run: (run.config["lr"], run.config["seed"])):
+                scores.setdefault(run.config["lr"], []).append(run)
+            cells = []
+            for rate, of_rate in scores.items():
+                text = f"{rate:g}: {' / '.join(percent(run.selection, 2) for run in of_rate)}"
+                cells.append(f"**{text}**" if of_rate[0].name in picked else text)
+            rows.append([_label(arm), f"{steps:,}", ", ".join(cells)])
+        return _table(["arm", "steps", "learning rate: R@1 on validation, a seed each"], rows)
+
+    def experts(self) -> str:
+        """How far the experts parted, and how balanced their load was, at the end of every run."""
+        rows = []
+        for run in sorted(self.results.values(), key=lambda run: run.name):
+            if run.layers:
+                loads = [layer["load"] for layer in run.layers.values()]
+                dropped = [layer["dropped"] for layer in run.layers.values()]
+                cells = [
+                    f"`{run.name}`",
+                    f"{run.similarity:.3f}",
+                    f"{sum(loads) / len(loads):.2f}",
+                    f"{max(loads):.2f}",
+                ]
+                rows.append([*cells, percent(sum(dropped) / len(dropped))])
+        return _table(["run", "cosine of experts", "load, max / mean", "worst layer", "dropped %"], rows)
+
+    def costs(self) -> str:
+        """What every run took."""
+        rows = []
+        for run in sorted(self.results.values(), key=lambda run: run.name):
+            cost = run.cost
+            cells = [
+                f"`{run.name}`",
+                f"{cost['steps']:,}",
+                f"{cost['pairs'] / 1e6:.2f}",
+                f"{cost['gflops_per_pair']:.4f}",
+            ]
+            cells += [f"{cost['train_gflops'] / 1e6:.3f}", f"{cost['params'] / 1e6:.2f}"]
+            cells += [
+                f"{cost['active_params'] / 1e6:.2f}",
+                f"{cost['seconds'] / 3600:.2f}",
+                cost["machine"]["processor"],
+            ]
+            rows.append(cells)
+        head = ["run", "steps", "M pairs", "GFLOP a pair", "PFLOP", "M params", "active", "hours, 1 thread", "machine"]
+        return _table(head, rows)
+
+    def figures(self) -> dict[str, str]:
+        """``recall`` over FLOPs, and ``loss`` and ``similarity`` over steps, of each group's first seed, as SVG."""
+        firsts = [runs[0] for _, runs in self.groups]
+        recall = [self._over_flops(run) for run in firsts if len(run.validations) > 1]
+        loss = [_over_steps(run, run.training, "contrastive") for run in firsts]
+        alike = [_over_steps(run, run.validations, "similarity") for run in firsts if run.layers]
+        figures = {
+            "recall": (recall, "R@1 on validation, mean of both ways", "PFLOP of training, with the start", "R@1"),
+            "loss": (loss, "Contrastive loss in training", "step of the run", "nats"),
+            "similarity": (alike, "Mean cosine between two experts of a layer", "step of the run", "cosine"),
+        }
+        formats = {"recall": percent_tick}
+        return {
+            name: _on_paper(line_chart(*content, formats.get(name, short), width=_WIDTH, height=_HEIGHT))
+            for name, content in figures.items()
+        }
+
+    def _of(self, arm: str) -> list[Result]:
+        return [run for (name, _, _), runs in self.groups if name == arm for run in runs]
+
+    def _pflop(self, runs: Sequence[Result]) -> str:
+        return f"{results.total_gflops(runs[0], self.results) / 1e6:.2f}"
+
+    def _over_flops(self, run: Result) -> Series:
+        total = results.total_gflops(run, self.results)
+        own = run.cost["train_gflops"]
+        x = [(total - own + own * line["step"] / run.config["steps"]) / 1e6 for line in run.validations]
+        y = [sum(line[way]["r1"] for way in results.WAYS) / 2 for line in run.validations]
+        return Series(_legend(run), x, y, points=True)
+
+
+def _over_steps(run: Result, lines: Sequence[dict], field: str) -> Series:
+    return Series(_legend(run), [line["step"] for line in lines], [line[field] for line in lines])
+
+
+def _legend(run: Result) -> str:
+    return f"{_label(run.config['arm'])}, {short(run.config['steps'])}"
+
+
+def _label(arm: str) -> str:
+    return arm.replace("_", " ")
+
+
+def _nll(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
+    """Mean, and ± the standard deviation over seeds where there are several."""
+    mean, spread = results.mean_and_spread(values)
+    return written(mean) if spread is None else f"{written(mean)} ± {written(spread)}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        rows = [[MISSING] * len(head)]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _on_paper(figure: str) -> str:
+    """A figure on white, for it is shown as an image, where it cannot take the colour of the page's text."""
+    width, height = _WIDTH + 2 * _MARGIN, _HEIGHT + 2 * _MARGIN
+    paper = svg.element("rect", width=width, height=height, fill="#fff")
+    content = svg.element("g", figure, transform=f"translate({_MARGIN} {_MARGIN})", font_family="sans-serif")
+    return svg.picture(width, height, "", paper, content, color="#1c2128")

@@ -1,0 +1,123 @@
+"""The logs of a study, read back: what came out of a run, which learning rate is chosen, what two runs differ by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import log, measure
+
+TESTS = ("test_styles", "test_names")
+WAYS = ("t2i", "i2t")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One log. ``config`` is the run's, ``test`` by split, ``layers`` empty for a dense model."""
+
+    config: dict[str, Any]
+    training: list[log.Record]
+    validations: list[log.Record]
+    test: dict[str, dict[str, Any]]
+    layers: dict[str, dict[str, float]]
+    cost: log.Record
+
+    @property
+    def name(self) -> str:
+        return self.config["name"]
+
+    @property
+    def selection(self) -> float:
+        """What learning rates are chosen by: the mean R@1 of both ways on validation, at the end."""
+        return _mean(self.test["validation"][way]["r1"] for way in WAYS)
+
+    @property
+    def similarity(self) -> float | None:
+        return _mean(layer["similarity"] for layer in self.layers.values()) if self.layers else None
+
+
+def read(directory: str | Path) -> dict[str, Result]:
+    """All logs of a directory by the runs' names.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or one is broken.
+    """
+    paths = sorted(Path(directory).glob(f"*{log.SUFFIX}"))
+    if not paths:
+        raise FileNotFoundError(f"there is no log (*{log.SUFFIX}) in {directory}: run the study first")
+    results = [_result(log.read(path)) for path in paths]
+    return {result.name: result for result in results}
+
+
+def _result(records: Sequence[log.Record]) -> Result:
+    of_kind: dict[str, list[log.Record]] = {}
+    for record in records:
+        of_kind.setdefault(record["kind"], []).append({key: record[key] for key in record if key != "kind"})
+    layers = of_kind.get("layers", [{"layers": {}}])[0]["layers"]
+    return Result(
+        of_kind["run"][0],
+        of_kind["train"],
+        of_kind.get("validation", []),
+        of_kind["test"][0],
+        layers,
+        of_kind["cost"][0],
+    )
+
+
+def group_of(result: Result) -> tuple[str, str, int]:
+    """What must be equal for two runs to differ by learning rate and seed alone: arm, model, steps."""
+    return result.config["arm"], result.config["model"], result.config["steps"]
+
+
+def chosen(results: Iterable[Result]) -> dict[tuple[str, str, int], list[Result]]:
+    """By group the runs at the learning rate that is best on validation, ordered by seed.
+
+    Rates are compared by their mean over the seeds that all rates of the group have; a rate that a single seed was not
+    run with can therefore not win by luck of the seed.
+    """
+    groups: dict[tuple[str, str, int], dict[float, list[Result]]] = {}
+    for result in results:
+        groups.setdefault(group_of(result), {}).setdefault(result.config["lr"], []).append(result)
+    best = {}
+    for group, by_rate in groups.items():
+        common = set.intersection(*({one.config["seed"] for one in runs} for runs in by_rate.values()))
+        if not common:
+            raise ValueError(f"the learning rates of {group} have no seed in common, so none can be chosen")
+
+        def score(rate: float, by_rate: dict = by_rate, common: set = common) -> float:
+            return _mean(one.selection for one in by_rate[rate] if one.config["seed"] in common)
+
+        rate = max(sorted(by_rate), key=score)
+        best[group] = sorted(by_rate[rate], key=lambda one: one.config["seed"])
+    return best
+
+
+def total_gflops(result: Result, results: dict[str, Result]) -> float:
+    """FLOPs of a run's training and of all runs that it goes on from, in 10^9."""
+    start = result.config["start"]
+    before = total_gflops(results[start], results) if start is not None else 0.0
+    return before + result.cost["train_gflops"]
+
+
+def paired_difference(a: Result, b: Result, split: str, way: str) -> tuple[float, float]:
+    """R@1 of ``a`` minus that of ``b`` on the same queries, and half the width of its 95 % interval (normal)."""
+    count = a.test[split]["captions" if way == "t2i" else "gallery"]
+    hits = [measure.unpack(one.test[split][way]["hits"], count).astype(float) for one in (a, b)]
+    differences = hits[0] - hits[1]
+    return float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / math.sqrt(count)
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None for a single value."""
+    mean = _mean(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)

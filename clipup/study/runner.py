@@ -1,0 +1,224 @@
+"""Runs or resumes a run of a study, with the project's own training and evaluation, on one thread of the CPU.
+
+Everything that a killed run needs to go on lies in RUNS/NAME (checkpoints, metrics); the log is written from it at the
+end. On the same machine the same config gives the same log, to the bit, however often the run was stopped.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipup_kernels import backend_info
+
+from .. import models
+from ..data.loaders import describe, eval_samples, train_loader
+from ..flops import count
+from ..moe import moe_layers
+from ..train import Every, TrainOptions, TrainResult, train
+from ..upcycle import step0_difference, upcycle
+from . import log, measure, runs
+from .runs import StudyRun
+
+TESTS = ("test_styles", "test_names")
+_ABOUT_DATA = ("name", "fingerprint", "options", "source", "vocabulary", "skipped", "left_out_twins")
+_EVALUATIONS = 10
+_LOG_EVERY, _SAVE_EVERY = 10, 500
+_BACKWARD = 2  # the FLOPs of a backward pass over those of the forward pass
+
+
+def run(file: str | Path, data: str | Path, runs_directory: str | Path, logs: str | Path | None = None) -> Path:
+    """Runs what a config file says, and first the run that it starts from, as far as they are not done.
+
+    Args:
+        file: the config (``StudyRun``); that of the run that it starts from lies beside it.
+        data: directory of a data set with the splits train, validation, test_styles and test_names.
+        runs_directory: where checkpoints and models are kept, a directory a run.
+        logs: directory of the logs; default: ``logs`` beside the config. A run that has one is done.
+
+    Returns:
+        The log's path.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: the config or the data.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the same call goes on.
+    """
+    config = runs.read(file)
+    logs = Path(file).parent / "logs" if logs is None else Path(logs)
+    path = logs / f"{config.name}{log.SUFFIX}"
+    if path.is_file():
+        return path
+    if config.start is not None and not _model(runs_directory, config.start).is_dir():
+        _write_log(_Run(runs.read(runs.beside(file, config.start)), data, runs_directory), logs)
+    return _write_log(_Run(config, data, runs_directory), logs)
+
+
+def _write_log(run: _Run, logs: Path) -> Path:
+    """Runs it. A log that is there and says the same stays as it is, with the cost of the first time."""
+    path = logs / f"{run.config.name}{log.SUFFIX}"
+    records = run.records()
+    if not path.is_file() or log.reproducible(log.read(path)) != log.reproducible(records):
+        log.write(path, records)
+    return path
+
+
+class _Run:
+    """One run: its model, its data, its training, and the records of its log."""
+
+    def __init__(self, config: StudyRun, data: str | Path, runs_directory: str | Path) -> None:
+        torch.set_num_threads(1)
+        self.config, self.data, self.runs = config, Path(data), Path(runs_directory)
+        self.dataset = describe(data)
+        self.model, self.step0 = self._model()
+        _, _, self.preprocess = _create(config.model, load_weights=False)
+        self.tokenizer = models.get_tokenizer(config.model)
+
+    def records(self) -> list[log.Record]:
+        result = self._train()
+        test = {split: self._measure(result.model, split, with_hits=True) for split in (*TESTS, "validation")}
+        evaluations = [{"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations]
+        return [
+            {"kind": "run", **self.config.to_dict(), "data": self._about_data(), "step0_difference": self.step0},
+            *log.training(result.history, result.steps),
+            *evaluations,
+            {"kind": "test", **test},
+            *self._layers(result),
+            self._cost(result),
+        ]
+
+    def _model(self) -> tuple[nn.Module, float | None]:
+        """The model before its first step, and how far an upcycled one is from the dense one that it was made of."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        if config.start is None:
+            model, *_ = _create(config.model, load_weights=False)
+            return (model if config.moe_cfg is None else _sparse_from_scratch(model, config)), None
+        dense, *_ = _create(str(_model(self.runs, config.start)))
+        if config.moe_cfg is None:
+            return dense, None
+        sparse = upcycle(dense, config.moe_cfg)
+        return sparse, step0_difference(dense, sparse)
+
+    def _train(self) -> TrainResult:
+        config = self.config
+        options = TrainOptions(
+            model=config.model,
+            logs=str(self.runs),
+            name=config.name,
+            resume="latest",
+            steps=config.steps,
+            lr=config.lr,
+            wd=config.wd,
+            warmup=config.warmup,
+            grad_clip_norm=config.grad_clip_norm,
+            batch_size=config.batch_size,
+            precision=config.precision,
+            multi_positive=True,
+            device="cpu",
+            seed=config.seed,
+            save_frequency=0,
+            save_every_n_steps=_SAVE_EVERY,
+            log_every_n_steps=_LOG_EVERY,
+        )
+        loader = train_loader(
+            self.data, self.preprocess, self.tokenizer, config.batch_size, workers=0, seed=config.seed, cache=True
+        )
+        validation = list(self._samples("validation"))
+
+        def validate(model: nn.Module) -> dict[str, Any]:
+            numbers = measure.retrieval_numbers(model, validation, self.tokenizer)
+            alike = measure.experts_alike(model)
+            return {"numbers": numbers | ({"similarity": sum(alike.values()) / len(alike)} if alike else {})}
+
+        every = max(1, config.steps // _EVALUATIONS)
+        return train(options, model=self.model, loader=loader, callbacks=[Every(every, validate)])
+
+    def _samples(self, split: str) -> Any:
+        return eval_samples(self.data / f"{split}-*.tar", self.preprocess)
+
+    def _measure(self, model: nn.Module, split: str, with_hits: bool) -> dict[str, Any]:
+        return measure.retrieval_numbers(model, list(self._samples(split)), self.tokenizer, with_hits)
+
+    def _about_data(self) -> dict[str, Any]:
+        splits = self.dataset["splits"].items()
+        known = {key: self.dataset[key] for key in _ABOUT_DATA if key in self.dataset}
+        return {**known, "images": {split: content["images"] for split, content in splits}}
+
+    def _layers(self, result: TrainResult) -> list[log.Record]:
+        """The sparse layers at the end; load and dropped of the last step's batch."""
+        last = result.history[-1].get("layers", {})
+        layers = {
+            name: {
+                "similarity": similarity,
+                "load": log.load_ratio(last[name]),
+                "dropped": last[name]["dropped"],
+            }
+            for name, similarity in measure.experts_alike(result.model).items()
+        }
+        return [{"kind": "layers", "layers": layers}] if layers else []
+
+    def _cost(self, result: TrainResult) -> log.Record:
+        counts = count(result.model)
+        gflops = counts.image_gflops + counts.text_gflops
+        pairs = result.steps * self.config.batch_size
+        return {
+            "kind": "cost",
+            "steps": result.steps,
+            "pairs": pairs,
+            "gflops_per_pair": gflops,
+            "train_gflops": (1 + _BACKWARD) * gflops * pairs,
+            "params": counts.params,
+            "active_params": counts.active_params,
+            "seconds": round(result.seconds, 1),
+            "machine": _machine(),
+        }
+
+
+def _model(runs_directory: str | Path, name: str) -> Path:
+    return Path(runs_directory) / name / "model"
+
+
+def _create(model: str, **options: Any) -> tuple[nn.Module, Any, Any]:
+    with models.expecting_random_weights():
+        return models.create_model_and_transforms(model, output_dict=True, **options)
+
+
+def _sparse_from_scratch(model: nn.Module, config: StudyRun) -> nn.Module:
+    """A sparse model whose experts are drawn one by one, each as the dense model's own MLP is: at the dense scale, and
+    not copies of each other."""
+    sparse = upcycle(model, config.moe_cfg, inplace=True)
+    layers = moe_layers(sparse)
+    with torch.no_grad():
+        for expert in range(1, config.moe_cfg.num_experts):
+            other = moe_layers(upcycle(_create(config.model, load_weights=False)[0], config.moe_cfg, inplace=True))
+            for name, layer in layers.items():
+                drawn = dict(other[name].named_parameters(recurse=False))
+                for parameter_name, parameter in layer.named_parameters(recurse=False):
+                    parameter[expert].copy_(drawn[parameter_name][expert])
+    return sparse
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": version("open_clip_torch"),
+        "clipup": backend_info()["version"],
+    }
+
+
+def _processor() -> str:
+    """The CPU's name as Linux gives it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

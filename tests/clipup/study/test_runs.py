@@ -1,0 +1,94 @@
+"""Config files of runs: what they may say, and what the study's own files say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clipup import flops, models
+from clipup.config import MoEConfig
+from clipup.study import runs
+from clipup.upcycle import upcycle
+
+STUDY = Path(__file__).parents[3] / "studies" / "icons"
+COMPLETE = "arm: clip_up\nmodel: clipup-icons-w64\nsteps: 10\nlr: 0.001\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "a-run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return [runs.read(path) for path in sorted(STUDY.glob("*.yaml"))]
+
+
+def test_a_config_names_its_run_by_its_file_and_changes_the_preset(write):
+    run = runs.read(write(COMPLETE + "moe: {num_experts: 4, blocks: [1]}\nstart: dense\n"))
+
+    assert (run.name, run.steps, run.lr, run.start) == ("a-run", 10, 0.001, "dense")
+    assert run.moe_cfg == MoEConfig.clip_up(num_experts=4, blocks=(1,))
+    assert runs.read(write(COMPLETE + "moe: {}\n")).moe_cfg == MoEConfig.clip_up()
+    assert runs.read(write(COMPLETE)).moe_cfg is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (COMPLETE + "learning_rate: 1\n", r"a-run\.yaml has unknown fields learning_rate; known are arm, batch_size"),
+        ("arm: dense\nsteps: 10\n", r"a-run\.yaml lacks model, lr"),
+        (COMPLETE.replace("0.001", "1e-3"), r"a-run\.yaml: lr must be float or int, got '1e-3'"),  # a string in YAML
+        (COMPLETE.replace("10", "0"), "steps must be at least 1, got 0"),
+        (COMPLETE.replace("10", "true"), "steps must be int, got True"),
+        (COMPLETE + "moe: {num_experts: 0}\n", r"a-run\.yaml: num_experts must be at least 1"),
+        (COMPLETE + "precision: fp8\n", "precision must be one of fp32"),
+        (COMPLETE + "start: a-run\n", "start must be another run"),
+        ("- arm\n", "holds no fields of a run"),
+        ("arm: [\n", "is not YAML"),
+    ],
+)
+def test_what_a_config_gets_wrong_is_named(write, text, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        runs.read(write(text))
+
+
+def test_every_run_of_the_study_starts_from_a_run_of_the_study(committed):
+    names = {run.name for run in committed}
+
+    assert names and {run.start for run in committed if run.start} <= names
+
+
+def test_runs_of_the_study_are_called_what_they_are(committed):
+    for run in committed:
+        assert run.name.startswith(run.arm) and f"-{run.steps}-" in run.name
+        assert f"-lr{run.lr:g}-" in run.name and run.name.endswith(f"-s{run.seed}") and run.why
+
+
+def test_runs_at_equal_flops_cost_what_they_are_compared_with(committed):
+    """A dense run of arm ``dense_equal_flops`` costs what CLIP-UP costs in 5,000 steps, 15,000 or 50,000; so does a
+    sparse one from scratch, with the dense steps that CLIP-UP started from."""
+    dense = models.create_on_meta("clipup-icons-w64")
+    costs = [sum(flops.count(model)[:2]) for model in (dense, upcycle(dense, MoEConfig.clip_up()))]
+    ratio = costs[1] / costs[0]
+    found = {arm: {run.steps for run in committed if run.arm == arm} for arm in ("dense_equal_flops", "sparse_scratch")}
+
+    assert found["dense_equal_flops"] <= {round(steps * ratio) for steps in (5000, 15000, 50000)}
+    assert found["sparse_scratch"] <= {round(5000 / ratio) + steps for steps in (5000, 15000, 50000)}
+    assert all(found.values())
+
+
+def test_every_learning_rate_of_one_arm_is_one_of_all_arms(committed):
+    """Dense arms are tuned as hard as sparse ones: at every budget all arms are run at the same rates."""
+    rates: dict[str, set[float]] = {}
+    for run in committed:
+        if run.seed == 0 and run.start is not None and run.steps < 10000:
+            rates.setdefault(run.arm, set()).add(run.lr)
+
+    assert len({frozenset(found) for found in rates.values()}) == 1, rates
