@@ -1,0 +1,84 @@
+"""Every Triton kernel compiled for every architecture, without a GPU: registers, stack, shared memory, instructions.
+
+    python benchmarks/gpu_static.py                             all of them; minutes
+    python benchmarks/gpu_static.py --arch 90 --match dispatch  those whose name holds "dispatch", for sm_90
+
+A kernel fails when it does not compile, when it has a stack (registers were spilled), when its shared memory is more
+than a block may have on the architecture, or when machine instructions are missing that it is meant to use. The last
+line counts kernels and failures; the exit status is 1 when there are failures or nothing was compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator
+
+import clipup_kernels.triton
+from clipup_kernels.triton import variants
+from clipup_kernels.triton.variants import ARCHITECTURES, SHARED_BYTES, Compiled, Variant
+
+INSTRUCTIONS = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "LDGSTS")
+"""Counted in the table: tensor cores of sm_90, of sm_100 and of sm_80; loads by TMA and by cp.async."""
+COLUMNS = ("arch", "kernel", "registers", "stack", "shared", "limit", *INSTRUCTIONS, "verdict")
+WIDTHS = (6, 52, 9, 5, 7, 7, 5, 7, 5, 7, 6, 0)
+
+
+def all_variants(arch: int) -> Iterator[Variant]:
+    """What every kernel file may launch on ``arch``."""
+    for file in pkgutil.iter_modules(clipup_kernels.triton.__path__):
+        module = importlib.import_module(f"{clipup_kernels.triton.__name__}.{file.name}")
+        if module is not variants and hasattr(module, "variants"):
+            yield from module.variants(arch)
+
+
+def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
+    """What is off about a compiled variant, in words."""
+    found = []
+    if compiled.stack_bytes:
+        found.append(f"{compiled.stack_bytes} bytes of stack")
+    if compiled.shared_bytes > SHARED_BYTES[arch]:
+        found.append(f"shared memory over the limit by {compiled.shared_bytes - SHARED_BYTES[arch]} bytes")
+    missing = [name for name in variant.instructions if not variants.count(name, compiled.sass)]
+    return found + [f"no {name}" for name in missing]
+
+
+def line(values: tuple) -> str:
+    """A row of the table: words to the left, numbers to the right."""
+    cells = [str(v).rjust(w) if isinstance(v, int) else str(v).ljust(w) for v, w in zip(values, WIDTHS, strict=True)]
+    return " ".join(cells).rstrip()
+
+
+def check(variant: Variant, arch: int) -> tuple[str, bool]:
+    """A variant's row of the table, and whether all is well with it."""
+    try:
+        compiled = variants.compile_variant(variant, arch)
+    except Exception as error:  # the compiler's own, of many kinds: the table goes on and counts it
+        return line((f"sm_{arch}", variant.name, *("",) * (len(COLUMNS) - 3), f"does not compile: {error}")), False
+    found = faults(variant, compiled, arch)
+    counts = (variants.count(name, compiled.sass) for name in INSTRUCTIONS)
+    numbers = (compiled.registers, compiled.stack_bytes, compiled.shared_bytes, SHARED_BYTES[arch], *counts)
+    return line((f"sm_{arch}", variant.name, *numbers, "; ".join(found) or "ok")), not found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--match", default="", help="compile the kernels whose name holds this text (default: all)")
+    arguments = parser.parse_args(argv)
+    print(line(COLUMNS))
+    kernels, failures = 0, 0
+    for arch in arguments.arch:
+        for variant in all_variants(arch):
+            if arguments.match in variant.name:
+                row, well = check(variant, arch)
+                print(row, flush=True)
+                kernels, failures = kernels + 1, failures + (not well)
+    print(f"{kernels} kernels, {failures} failures")
+    return int(failures > 0 or kernels == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
