@@ -19,6 +19,8 @@ from .. import models
 
 try:
     import clip_benchmark.models as registry
+    from clip_benchmark import cli
+    from clip_benchmark.metrics import linear_probe, zeroshot_classification
 except ImportError as error:
     raise ImportError(f'CLIP_benchmark is not installed ({error}): pip install "clipup[benchmark]"') from error
 
@@ -43,6 +45,14 @@ def load(
     return model, transform, models.get_tokenizer(model_name)
 
 
+def accuracy(output: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
+    """Top-k accuracies for scores [N, C] and classes [N], in place of CLIP_benchmark's function of that name: that of
+    1.6.2 makes a float of an array with one element, which NumPy 2.4 refuses."""
+    right = output.topk(max(topk), dim=1).indices == target[:, None]
+    return [right[:, :k].any(1).double().mean().item() for k in topk]
+
+
+zeroshot_classification.accuracy = linear_probe.accuracy = accuracy
 registry.TYPE2FUNC[MODEL_TYPE] = load
 if MODEL_TYPE not in registry.MODEL_TYPES:
     registry.MODEL_TYPES.append(MODEL_TYPE)
@@ -51,8 +61,6 @@ if MODEL_TYPE not in registry.MODEL_TYPES:
 def run(argv: Sequence[str]) -> int:
     """CLIP_benchmark's command line; for ``eval`` the model type is clipup, and no pretrained tag is meant, unless the
     arguments say otherwise."""
-    from clip_benchmark import cli
-
     arguments = list(argv)
     if arguments[:1] == ["eval"]:
         arguments += _unless_given(arguments, "--model_type", MODEL_TYPE)
