@@ -1,0 +1,98 @@
+"""The page of a study: its numbers are those of the logs, and it is the same for the same logs."""
+
+from __future__ import annotations
+
+import shutil
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from clipup.cli import study as cli
+from clipup.study import report
+from clipup.study.report import Tables
+
+ROOT = Path(__file__).parents[3]
+LAYERS = {
+    "visual": {"similarity": 0.8, "load": 1.5, "dropped": 0.1},
+    "text": {"similarity": 0.9, "load": 2.5, "dropped": 0.3},
+}
+
+
+@pytest.fixture
+def found(write, make_records):
+    """A dense start, dense and sparse continuations at two rates, and a second seed of the sparse one."""
+    hits = [True] * 4 + [False] * 4
+    return write(
+        make_records("base", "dense", score=0.4, gflops=2e6),
+        make_records("dense-a", "dense_continued", 0.1, start="base", score=0.50, gflops=1e6),
+        make_records("dense-b", "dense_continued", 0.2, start="base", score=0.45, gflops=1e6),
+        make_records("sparse-a", "clip_up", 0.1, start="base", score=0.52, gflops=1.5e6, hits=hits, layers=LAYERS),
+        make_records("sparse-s1", "clip_up", 0.1, seed=1, start="base", score=0.56, gflops=1.5e6, layers=LAYERS),
+    )
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_retrieval_is_given_at_the_chosen_rate_with_its_spread_over_seeds(found):
+    head, _, *lines = rows(Tables(found).retrieval("test_styles"))
+    by_arm = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
+
+    assert set(by_arm) == {"dense", "dense continued", "clip up"}
+    assert by_arm["dense continued"]["lr"] == "0.1" and by_arm["dense continued"]["t2i R@1"] == "50.0"
+    assert by_arm["clip up"]["seeds"] == "2" and by_arm["clip up"]["t2i R@1"] == "54.0 ± 2.8"
+    assert by_arm["clip up"]["PFLOP"] == "3.50" and by_arm["dense"]["PFLOP"] == "2.00"  # with the start's
+
+
+def test_differences_are_those_of_runs_with_the_same_seed_and_start(found):
+    _, _, *lines = rows(Tables(found).differences("clip_up"))
+
+    assert [line[:2] for line in lines] == [["`sparse-a`", "`dense-a`"]]  # the second seed has no dense twin
+    assert all(cell.startswith("+50.00 ± ") for cell in lines[0][2:])
+
+
+def test_every_rate_is_shown_and_the_chosen_one_marked(found):
+    _, _, *lines = rows(Tables(found).sweep())
+
+    assert ["dense continued", "5", "**0.1: 50.00**, 0.2: 45.00"] in lines
+    assert ["clip up", "5", "**0.1: 52.00 / 56.00**"] in lines
+
+
+def test_experts_and_costs_are_those_of_the_logs(found):
+    tables = Tables(found)
+
+    assert ["`sparse-a`", "0.850", "2.00", "2.50", "20.0"] in rows(tables.experts())
+    cost = dict(zip(*(rows(tables.costs())[i] for i in (0, 2)), strict=True))
+    assert cost["run"] == "`base`" and cost["PFLOP"] == "2.000" and cost["hours, 1 thread"] == "1.00"
+
+
+def test_logs_of_different_data_are_not_put_on_one_page(write, make_records):
+    other = make_records("b", lr=0.2)
+    other[0]["data"] = {**other[0]["data"], "fingerprint": "g"}
+
+    with pytest.raises(ValueError, match="2 different data sets"):
+        Tables(write(make_records("a"), other)).data()
+
+
+def test_the_studys_own_template_gives_a_page_and_figures_that_stay_the_same(found, tmp_path, capsys):
+    shutil.copy(ROOT / "studies" / "icons" / report.TEMPLATE, tmp_path)
+
+    contents = []
+    for _ in range(2):
+        assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "study.md")]) == 0
+        names = capsys.readouterr().out.split()
+        contents.append({Path(name).name: Path(name).read_bytes() for name in names})
+
+    assert contents[0] == contents[1]
+    assert set(contents[0]) == {"study.md", "study_recall.svg", "study_loss.svg", "study_similarity.svg"}
+    page = contents[0]["study.md"].decode()
+    assert "1,000" in page and "11 the same and 12 nearly the same" in page and "54.0 ± 2.8" in page
+    for name, content in contents[0].items():
+        assert not name.endswith(".svg") or ElementTree.fromstring(content).tag.endswith("svg")
+
+
+def test_a_study_without_template_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no page\.md\.j2 in"):
+        report.write(tmp_path, tmp_path / "study.md")
