@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 from .accelerate import accelerate
+from .balancing import update_selection_bias
+from .calibration import calibrate
 from .checkpoint import save_pretrained
 from .config import MoEConfig
 from .metrics import moe_metrics
@@ -26,6 +28,7 @@ __all__ = [
     "SparseMoE",
     "accelerate",
     "aux_loss",
+    "calibrate",
     "create_model_and_transforms",
     "create_timm_model",
     "get_model_config",
@@ -36,6 +39,7 @@ __all__ = [
     "save_pretrained",
     "step0_difference",
     "upcycle",
+    "update_selection_bias",
 ]
 
 

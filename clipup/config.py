@@ -13,6 +13,9 @@ from typing import Any, Literal, get_args
 
 GateNormalization = Literal["none", "before_drop", "after_drop"]
 BalanceForm = Literal["top2", "topk"]
+Score = Literal["softmax", "sigmoid"]
+SelectionBias = Literal["none", "sign", "z_score"]
+Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
 
 _WEIGHTS = (
@@ -23,17 +26,36 @@ _WEIGHTS = (
     "local_entropy_weight",
     "global_entropy_weight",
 )
-_MODEL_FIELDS = ("towers", "blocks", "padding_aware")
+_MODEL_FIELDS = ("towers", "blocks", "last_blocks", "padding_aware", "reinit_ratio")
+
+
+_CHOICES = {
+    "normalize_gates": GateNormalization,
+    "balance": BalanceForm,
+    "score": Score,
+    "selection_bias": SelectionBias,
+}
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Options of the sparse layers. A bad value raises ``ValueError`` or ``TypeError`` that names it."""
+    """Options of the sparse layers. A bad value raises ``ValueError`` or ``TypeError`` that names it.
+
+    Where each choice comes from, and how sure that is: docs/recipe.md.
+    """
 
     num_experts: int = 8
     """Experts in a layer (E)."""
     top_k: int = 2
     """Experts that every token is sent to (K), at most num_experts."""
+    granularity: int = 1
+    """Parts into which a dense MLP's hidden width is split, an expert being one part (fine-grained experts). It divides
+    num_experts and top_k, which count parts: 32 experts, top 8, granularity 4 cost what 8 experts, top 2 cost."""
+    shared_expert: bool = False
+    """A copy of the whole dense MLP that every token takes beside its K experts; each gives half of the output."""
+    reinit_ratio: float = 0.0
+    """Share of its hidden units that every expert draws anew when a dense MLP is upcycled (Drop-Upcycling; 0.5 there).
+    The shared expert keeps all."""
     capacity_factor: float | None = None
     """An expert takes at most ceil(capacity_factor*K*T/E) of T tokens' choices in training. None drops nothing."""
     eval_capacity_factor: float | None = None
@@ -44,10 +66,20 @@ class MoEConfig:
     """Give slots to tokens with a large router probability first (batch-priority routing) instead of by position."""
     router_noise: float = 0.0
     """Normal noise on the router's logits in training, its standard deviation in units of 1/num_experts (V-MoE)."""
+    score: Score = "softmax"
+    """What makes router probabilities of logits: softmax, or sigmoids divided by their sum over all experts."""
+    selection_bias: SelectionBias = "none"
+    """Balance by a bias an expert that is added to the probabilities for choosing only, and moved after every step by
+    the load: by its sign (loss-free balancing) or by its z-score."""
+    selection_bias_rate: float = 1e-3
+    """How far a step moves that bias, in units of a router probability."""
     towers: tuple[Tower, ...] = ("image", "text")
     """Towers that become sparse; the others stay dense. A CoCa has a decoder too."""
-    blocks: Literal["every_other"] | tuple[int, ...] = "every_other"
-    """Blocks that become sparse: every other one, block 0 dense (1, 3, ...), or indices (negative from the end)."""
+    blocks: Blocks | tuple[int, ...] = "every_other"
+    """Blocks that become sparse: every other one, block 0 dense (1, 3, ...), every one, or indices (negative from the
+    end)."""
+    last_blocks: int | None = None
+    """Of the blocks that a word for blocks means, only the last n in each tower (with every_other: V-MoE's Last-n)."""
     padding_aware: bool = True
     """Leave the tokens behind a text's end out of routing, capacity and losses, in text towers whose features they
     never reach (causal, pooled at end-of-text). It means nothing in other towers."""
@@ -69,7 +101,7 @@ class MoEConfig:
     """Nats of global entropy above which there is nothing to pay. None: log(num_experts)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k"):
+        for name in ("num_experts", "top_k", "granularity"):
             _check(name, getattr(self, name), _is_int(getattr(self, name)), "an int", TypeError)
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         if self.top_k > self.num_experts:
@@ -77,6 +109,12 @@ class MoEConfig:
                 f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}): a token goes at most once to "
                 "each expert; lower top_k or raise num_experts"
             )
+        for name in ("num_experts", "top_k"):
+            if getattr(self, name) % self.granularity:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) is not a multiple of granularity ({self.granularity}): it counts "
+                    f"parts of MLPs, and {self.granularity} of them make a whole one; round it up or down"
+                )
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             if value is not None:
@@ -87,12 +125,22 @@ class MoEConfig:
             _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         if self.entropy_threshold is not None:
             _number("entropy_threshold", self.entropy_threshold)
-        for name, choices in (("normalize_gates", get_args(GateNormalization)), ("balance", get_args(BalanceForm))):
+        for name, values in _CHOICES.items():
+            choices = get_args(values)
             _check(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        for name in ("priority", "padding_aware"):
+        for name in ("selection_bias_rate", "reinit_ratio"):
+            _number(name, getattr(self, name))
+        _check("selection_bias_rate", self.selection_bias_rate, self.selection_bias_rate > 0, "positive")
+        _check("reinit_ratio", self.reinit_ratio, 0 <= self.reinit_ratio <= 1, "between 0 and 1")
+        for name in ("priority", "padding_aware", "shared_expert"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False", TypeError)
         if self.load_weight > 0 and self.router_noise == 0:
             raise ValueError("load_weight > 0 needs router_noise > 0: the load loss is a probability under that noise")
+        if self.load_weight > 0 and self.selection_bias != "none":
+            raise ValueError(
+                f"load_weight > 0 has no meaning with selection_bias={self.selection_bias!r}: the load loss is about "
+                "the experts with the largest logits, and the bias chooses others; drop one of them"
+            )
         self._check_model_fields()
 
     def _check_model_fields(self) -> None:
@@ -103,9 +151,17 @@ class MoEConfig:
         known = isinstance(towers, tuple) and towers and all(tower in get_args(Tower) for tower in towers)
         expected = 'a tuple of "image", "text" and "decoder", each once'
         _check("towers", towers, known and len(set(towers)) == len(towers), expected)
-        if self.blocks != "every_other":
+        named = self.blocks in get_args(Blocks)
+        if not named:
             indices = isinstance(self.blocks, tuple) and self.blocks and all(_is_int(block) for block in self.blocks)
-            _check("blocks", self.blocks, indices, '"every_other" or a tuple of block indices')
+            _check("blocks", self.blocks, indices, '"every_other", "every" or a tuple of block indices')
+        if self.last_blocks is not None:
+            _check("last_blocks", self.last_blocks, _is_int(self.last_blocks), "an int or None", TypeError)
+            _check("last_blocks", self.last_blocks, self.last_blocks >= 1, "at least 1, or None for all")
+            if not named:
+                raise ValueError(
+                    f"last_blocks={self.last_blocks} has no meaning with a list of blocks, {self.blocks}; list fewer"
+                )
 
     @classmethod
     def clip_up(cls, **overrides: Any) -> MoEConfig:
@@ -123,6 +179,11 @@ class MoEConfig:
     def layer_options(self) -> dict[str, Any]:
         """The fields that a single layer takes: all but those about the model around it."""
         return {name: value for name, value in vars(self).items() if name not in _MODEL_FIELDS}
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether an upcycled model computes, with nothing dropped, what the dense one does."""
+        return self.normalize_gates != "none" and self.reinit_ratio == 0
 
     @property
     def has_losses(self) -> bool:

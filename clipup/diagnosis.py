@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from .config import MoEConfig
+from .expert_init import check_shards
 from .mlp_families import find_mlp
 from .moe import SparseMoE
 from .towers import tower_blocks, towers
@@ -68,13 +69,13 @@ def _diagnose_tower(model: nn.Module, tower: str, config: MoEConfig) -> TowerRep
         refused = str(error)
     reports = []
     for index, (name, block) in enumerate(blocks.items()):
-        report, problem = _diagnose_block(name, block, index in chosen)
+        report, problem = _diagnose_block(name, block, index in chosen, config.granularity)
         reports.append(report)
         refused = refused or problem
     return TowerReport(tower, reports, refused)
 
 
-def _diagnose_block(name: str, block: nn.Module, is_chosen: bool) -> tuple[BlockReport, str | None]:
+def _diagnose_block(name: str, block: nn.Module, is_chosen: bool, granularity: int) -> tuple[BlockReport, str | None]:
     """The block's report, and why a chosen one cannot become sparse."""
     kind = type(block).__name__
     for layer in block.modules():
@@ -86,7 +87,9 @@ def _diagnose_block(name: str, block: nn.Module, is_chosen: bool) -> tuple[Block
             return BlockReport(name, kind, type(layer).__name__, *shape, fate="sparse already"), problem
     try:
         found = find_mlp(block)
-    except TypeError as error:
+        if is_chosen:
+            check_shards(found.dense, granularity)
+    except (TypeError, ValueError) as error:
         report = BlockReport(name, kind, None, fate="refused" if is_chosen else "dense")
         return report, f"{name}: {error}" if is_chosen else None
     dense = found.dense

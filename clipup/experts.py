@@ -1,4 +1,5 @@
-"""Experts with a layer norm or a dropout between their projections, out of the public parts of ``expert_mlp``.
+"""Experts: stacked MLPs, their parameters and what they compute; with a layer norm or a dropout between the projections
+out of the public parts of ``expert_mlp``.
 
 Axis legend: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts, ``K`` choices a token, ``R = T*K`` rows
 (one a (token, choice) pair).
@@ -6,12 +7,106 @@ Axis legend: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts,
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from clipup_kernels import Plan, combine, grouped_linear, permute
+from clipup_kernels import ACTIVATIONS, Plan, combine, dispatch, expert_mlp, grouped_linear, permute
 from clipup_kernels.reference import activate
+
+
+class Experts(nn.Module):
+    """E MLPs of one shape, stacked.
+
+    Parameters: ``in_weight`` [E, H, D], ``in_bias`` [E, H], ``out_weight`` [E, D, H], ``out_bias`` [E, D]; gated ones
+    also ``gate_weight`` [E, H, D], ``gate_bias`` [E, H]; with a norm ``ln_weight`` and ``ln_bias`` [E, H]. What an
+    expert lacks is None. The options are explained in ``SparseMoE``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int,
+        activation: str = "gelu",
+        bias: bool = True,
+        gated: bool = False,
+        norm: Literal["layer"] | None = None,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, width in (("d_model", d_model), ("d_hidden", d_hidden)):
+            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+                raise ValueError(f"{name} must be a positive int, got {width!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if norm not in (None, "layer"):
+            raise ValueError(f'norm must be "layer" or None, got {norm!r}')
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a probability below 1, got {dropout!r}")
+        self.d_model, self.d_hidden, self.activation = d_model, d_hidden, activation
+        self.norm_eps, self.dropout = norm_eps, dropout
+
+        def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype)) if wanted else None
+
+        self.register_parameter("in_weight", parameter(d_hidden, d_model))
+        self.register_parameter("in_bias", parameter(d_hidden, wanted=bias))
+        self.register_parameter("out_weight", parameter(d_model, d_hidden))
+        self.register_parameter("out_bias", parameter(d_model, wanted=bias))
+        self.register_parameter("gate_weight", parameter(d_hidden, d_model, wanted=gated))
+        self.register_parameter("gate_bias", parameter(d_hidden, wanted=gated and bias))
+        self.register_parameter("ln_weight", parameter(d_hidden, wanted=norm is not None))
+        self.register_parameter("ln_bias", parameter(d_hidden, wanted=norm is not None))
+        self.reset_experts()
+
+    def reset_experts(self) -> None:
+        """Draws every expert as ``nn.Linear`` would draw it, independently."""
+        for name, fan_in in (("in", self.d_model), ("out", self.d_hidden), ("gate", self.d_model)):
+            for parameter in (getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        if self.ln_weight is not None:
+            nn.init.ones_(self.ln_weight)
+            nn.init.zeros_(self.ln_bias)
+
+    def set_experts(self, values: dict[str, Tensor], requires_grad: dict[str, bool]) -> None:
+        """Takes these tensors, not copies, as the parameters of these names, which may lie on another device."""
+        for name, value in values.items():
+            setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=requires_grad[name]))
+
+    def run_experts(self, tokens: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
+        """tokens [T, D] -> [T, D], computed in ``dtype``, or in the parameters' type when that is None."""
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+        weights = (self.in_weight, self.in_bias, self.out_weight, self.out_bias)
+        gate = (self.gate_weight, self.gate_bias)
+        mlp = (cast(tokens), gates, plan, *map(cast, weights), self.activation, *map(cast, gate))
+        dropout = self.dropout if self.training else 0.0
+        if self.ln_weight is None and dropout == 0:
+            return expert_mlp(*mlp)
+        norm = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
+        return unfused_mlp(*mlp, **norm, dropout=dropout)
+
+
+class SharedExpert(Experts):
+    """One expert that every token takes (DeepSeekMoE, arXiv 2401.06066, section 3.2). Several such experts are one of
+    their joint width."""
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, dtype: torch.dtype | None, gate: float) -> Tensor:
+        """gate times the expert's output, [T, D]; 0 where the mask [T] is False."""
+        everyone = torch.zeros(tokens.shape[0], 1, device=tokens.device, dtype=torch.int32)
+        gates_dtype = torch.promote_types(tokens.dtype, torch.float32)
+        gates = torch.full(everyone.shape, gate, device=tokens.device, dtype=gates_dtype)
+        return self.run_experts(tokens, gates, dispatch(everyone, 1, mask=mask), dtype)
 
 
 def unfused_mlp(

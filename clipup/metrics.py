@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .moe import SparseMoE, moe_layers
+from .router import log_scores
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
     return {
         "load": picks / pairs.clamp_min(1),
         "dropped": (pairs - last.offsets[-1]) / pairs.clamp_min(1),
-        "router_entropy": losses.local_entropy(last.logits, last.mask),
+        "router_entropy": losses.local_entropy(log_scores(last.logits, layer.config.score), last.mask),
         "balance": losses.load_balance(last.mean_probs, last.picks, layer.config.balance),
         "z": last.z_loss,
         "experts": last.experts,

@@ -6,30 +6,36 @@ token, ``R = T*K`` rows (one a (token, choice) pair). Weights lie as in ``nn.Lin
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from clipup_kernels import ACTIVATIONS, expert_mlp
-
-from .config import BalanceForm, GateNormalization, MoEConfig
-from .experts import unfused_mlp
+from .config import BalanceForm, GateNormalization, MoEConfig, Score, SelectionBias
+from .expert_init import experts_of, redraw_hidden_units
+from .experts import Experts, SharedExpert
 from .mlp_families import read_mlp
 from .mlp_parts import DenseMLP
 from .records import Records, recomputing
-from .router import Router, weighted_losses
+from .router import Router, Routing, weighted_losses
+
+SHARED_GATE = 0.5
+"""The shared expert's part of the output. DeepSeekMoE adds shared and routed experts up; an average of them makes an
+upcycled layer, in which both are the dense MLP, start as that MLP."""
 
 
-class SparseMoE(nn.Module):
+class SparseMoE(Experts):
     """``y = sum_k gate_k * expert_k(x)`` over the K experts that a router picks for every token.
 
     Parameters: ``router.weight`` [E, D], ``in_weight`` [E, H, D], ``in_bias`` [E, H], ``out_weight`` [E, D, H],
     ``out_bias`` [E, D]; gated experts also ``gate_weight`` [E, H, D], ``gate_bias`` [E, H]; with a norm ``ln_weight``
     and ``ln_bias`` [E, H] ("ln" in a name tells open_clip's optimizer what does not decay). ``bias=False``: projections
-    without biases.
+    without biases. A shared expert's have the same names under ``shared.``, [1, ...]. A selection bias is the buffer
+    ``router.selection_bias`` [E].
+
+    With a ``granularity`` G the experts are parts of MLPs, and y is G times that sum (a whole MLP is the sum of G
+    parts). With a ``shared_expert``, ``y = (shared(x) + sum_k gate_k * expert_k(x)) / 2``.
 
     Types: x and the experts' weights must be of one floating type, as in ``nn.Linear``; inside autocast both are cast
     to its type. y is of that type. The router, the gates and the losses are float32 in any case.
@@ -41,7 +47,7 @@ class SparseMoE(nn.Module):
     losses of its last forward only.
 
     Args:
-        d_model: D. d_hidden: H, of every expert.
+        d_model: D. d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
         activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
         bias: whether both projections have biases.
         gated: experts compute ``act(W_gate x + b_gate) * (W_in x + b_in)`` before the output projection.
@@ -75,6 +81,11 @@ class SparseMoE(nn.Module):
         norm: Literal["layer"] | None = None,
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
+        granularity: int = 1,
+        shared_expert: bool = False,
+        score: Score = "softmax",
+        selection_bias: SelectionBias = "none",
+        selection_bias_rate: float = 1e-3,
         balance_weight: float = 0.0,
         balance: BalanceForm = "topk",
         z_weight: float = 0.0,
@@ -84,26 +95,21 @@ class SparseMoE(nn.Module):
         global_entropy_weight: float = 0.0,
         entropy_threshold: float | None = None,
     ) -> None:
-        super().__init__()
-        for name, width in (("d_model", d_model), ("d_hidden", d_hidden)):
-            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-                raise ValueError(f"{name} must be a positive int, got {width!r}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if norm not in (None, "layer"):
-            raise ValueError(f'norm must be "layer" or None, got {norm!r}')
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a probability below 1, got {dropout!r}")
-        self.d_model, self.d_hidden, self.activation = d_model, d_hidden, activation
-        self.norm_eps, self.dropout = norm_eps, dropout
+        mlp: dict[str, Any] = {"activation": activation, "bias": bias, "gated": gated, "norm": norm}
+        mlp |= {"norm_eps": norm_eps, "dropout": dropout, "device": device, "dtype": dtype}
         config = MoEConfig(
             num_experts=num_experts,
             top_k=top_k,
+            granularity=granularity,
+            shared_expert=shared_expert,
             capacity_factor=capacity_factor,
             eval_capacity_factor=eval_capacity_factor,
             normalize_gates=normalize_gates,
             priority=priority,
             router_noise=router_noise,
+            score=score,
+            selection_bias=selection_bias,
+            selection_bias_rate=selection_bias_rate,
             balance_weight=balance_weight,
             balance=balance,
             z_weight=z_weight,
@@ -113,33 +119,27 @@ class SparseMoE(nn.Module):
             global_entropy_weight=global_entropy_weight,
             entropy_threshold=entropy_threshold,
         )
+        super().__init__(d_model, d_hidden, num_experts, **mlp)
         self.router = Router(d_model, config, device=device, dtype=dtype)
-
-        def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype)) if wanted else None
-
-        self.register_parameter("in_weight", parameter(d_hidden, d_model))
-        self.register_parameter("in_bias", parameter(d_hidden, wanted=bias))
-        self.register_parameter("out_weight", parameter(d_model, d_hidden))
-        self.register_parameter("out_bias", parameter(d_model, wanted=bias))
-        self.register_parameter("gate_weight", parameter(d_hidden, d_model, wanted=gated))
-        self.register_parameter("gate_bias", parameter(d_hidden, wanted=gated and bias))
-        self.register_parameter("ln_weight", parameter(d_hidden, wanted=norm is not None))
-        self.register_parameter("ln_bias", parameter(d_hidden, wanted=norm is not None))
+        self.shared = SharedExpert(d_model, granularity * d_hidden, 1, **mlp) if shared_expert else None
         self.records = Records()
-        self._reset_experts()
 
     @classmethod
     def from_dense(cls, mlp: nn.Module, config: MoEConfig | None = None) -> SparseMoE:
         """E copies of a dense MLP behind a fresh router, on the MLP's device and of its type.
 
         Every parameter can be trained as the one it is copied from could; the router can when any of them could.
-        With gates that are normalised (``normalize_gates`` not "none") and nothing dropped, the layer computes what
-        the MLP did.
+        With gates that are normalised (``normalize_gates`` not "none"), no hidden units drawn anew (``reinit_ratio``)
+        and nothing dropped, the layer computes what the MLP did:
+
+        - with a shared expert, because that and the normalised sum of the others are the MLP, half of each;
+        - with a granularity, because the router's rows are drawn once for every virtual group of shards, so that
+          whole groups are chosen, each shard with the same gate.
 
         Raises:
             TypeError: the MLP is of no family that ``clipup.mlp_families`` reads, or has a norm in front of its
                 projections, which is no part of an expert (``upcycle`` leaves it in front of the layer).
+            TypeError, ValueError: the MLP does not split into ``config.granularity`` shards.
         """
         dense = mlp if isinstance(mlp, DenseMLP) else read_mlp(mlp)
         if dense.input_norm is not None:
@@ -149,9 +149,12 @@ class SparseMoE(nn.Module):
             )
         config = config if config is not None else MoEConfig()
         d_hidden, d_model = dense.in_weight.shape
+        experts = experts_of(dense, config.num_experts, config.granularity)
+        if config.reinit_ratio > 0:
+            redraw_hidden_units(experts, config.reinit_ratio)
         layer = cls(
             d_model,
-            d_hidden,
+            d_hidden // config.granularity,
             activation=dense.activation,
             bias=dense.in_bias is not None,
             gated=dense.gate_weight is not None,
@@ -163,13 +166,12 @@ class SparseMoE(nn.Module):
             **config.layer_options(),
         )
         layer.config = config
-        for name, source in dense.parameters().items():
-            copies = source.detach().unsqueeze(0).repeat(config.num_experts, *[1] * source.dim())
-            setattr(layer, name, nn.Parameter(copies, requires_grad=source.requires_grad))
-        trained = any(source.requires_grad for source in dense.parameters().values())
-        fresh = torch.empty_like(layer.router.weight, device=dense.in_weight.device)
-        layer.router.weight = nn.Parameter(fresh, requires_grad=trained)
-        layer.router.reset_parameters()
+        trained = {name: source.requires_grad for name, source in dense.parameters().items()}
+        layer.set_experts(experts, trained)
+        if layer.shared is not None:
+            layer.shared.set_experts(experts_of(dense, num_experts=1), trained)
+        layer.router.to_empty(device=dense.in_weight.device).requires_grad_(any(trained.values()))
+        layer.router.reset_to_virtual_groups()
         layer.train(mlp.training if isinstance(mlp, nn.Module) else True)
         return layer
 
@@ -184,21 +186,21 @@ class SparseMoE(nn.Module):
                 f"config.num_experts is {config.num_experts}, but the layer has {self.router.weight.shape[0]} experts; "
                 "make a new layer to change their number"
             )
+        held = _structure(self.config)
+        for name, wanted in _structure(config).items():
+            if wanted != held[name]:
+                raise ValueError(
+                    f"config.{name} is {getattr(config, name)!r}, but the layer was made with "
+                    f"{getattr(self.config, name)!r}; make a new layer to change its parameters"
+                )
         self.router.config = config
 
     def reset_parameters(self) -> None:
         """Draws every expert as ``nn.Linear`` would draw it, independently, and a fresh router."""
         self.router.reset_parameters()
-        self._reset_experts()
-
-    def _reset_experts(self) -> None:
-        for name, fan_in in (("in", self.d_model), ("out", self.d_hidden), ("gate", self.d_model)):
-            for parameter in (getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")):
-                if parameter is not None:
-                    nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-        if self.ln_weight is not None:
-            nn.init.ones_(self.ln_weight)
-            nn.init.zeros_(self.ln_bias)
+        self.reset_experts()
+        if self.shared is not None:
+            self.shared.reset_experts()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """
@@ -216,29 +218,25 @@ class SparseMoE(nn.Module):
         dtype = _autocast_dtype(x)
         with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
             routing = self.router(tokens, token_mask)
-            y = self._experts(tokens, routing.gates, routing.plan, dtype)
-            wants_loss = self.training and torch.is_grad_enabled() and self.config.has_losses
-            loss = weighted_losses(routing, self.config) if wants_loss else None
+            y = self._mixture(tokens, routing, dtype)
+            learns = self.training and torch.is_grad_enabled()
+            loss = weighted_losses(routing, self.config) if learns and self.config.has_losses else None
         if not (recomputing() or torch.compiler.is_exporting()):
             self.records.keep_routing(routing)
+            if learns and self.config.selection_bias != "none":
+                self.records.keep_load(routing.gating.picks)
             if loss is not None and loss.requires_grad:
                 self.records.keep_loss(loss, y)
         return y.view(x.shape)
 
-    def _experts(self, tokens: Tensor, gates: Tensor, plan: Any, dtype: torch.dtype | None) -> Tensor:
-        """[T, D], computed in ``dtype``, or in the parameters' type when that is None."""
-
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or dtype is None else tensor.to(dtype)
-
-        weights = (self.in_weight, self.in_bias, self.out_weight, self.out_bias)
-        gate = (self.gate_weight, self.gate_bias)
-        mlp = (cast(tokens), gates, plan, *map(cast, weights), self.activation, *map(cast, gate))
-        dropout = self.dropout if self.training else 0.0
-        if self.ln_weight is None and dropout == 0:
-            return expert_mlp(*mlp)
-        norm = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
-        return unfused_mlp(*mlp, **norm, dropout=dropout)
+    def _mixture(self, tokens: Tensor, routing: Routing, dtype: torch.dtype | None) -> Tensor:
+        """[T, D]. Gates that sum to 1 over parts of MLPs add up to 1/granularity of an MLP. NVIDIA (arXiv 2410.07524)
+        scales the weights to make up for it; here the gates are scaled, and the experts' projections stay the dense
+        MLP's to the bit."""
+        routed = 1 if self.shared is None else 1 - SHARED_GATE
+        scale = self.config.granularity * routed
+        y = self.run_experts(tokens, routing.gates if scale == 1 else scale * routing.gates, routing.plan, dtype)
+        return y if self.shared is None else y + self.shared(tokens, routing.mask, dtype, SHARED_GATE)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.dim() == 0 or x.shape[-1] != self.d_model:
@@ -259,11 +257,19 @@ class SparseMoE(nn.Module):
         config = self.config
         parts = [f"{self.d_model}, {self.d_hidden}", f"num_experts={config.num_experts}", f"top_k={config.top_k}"]
         parts += [f"activation={self.activation!r}", f"capacity_factor={config.capacity_factor}"]
+        parts += [f"granularity={config.granularity}"] if config.granularity > 1 else []
+        parts += [f"score={config.score!r}"] if config.score != "softmax" else []
         parts += ["bias=False"] if self.in_bias is None else []
         parts += ["gated=True"] if self.gate_weight is not None else []
         parts += ["norm='layer'"] if self.ln_weight is not None else []
         parts += [f"dropout={self.dropout}"] if self.dropout else []
         return ", ".join(parts)
+
+
+def _structure(config: MoEConfig) -> dict[str, Any]:
+    """What decides which parameters and buffers a layer has."""
+    has_bias = config.selection_bias != "none"
+    return {"granularity": config.granularity, "shared_expert": config.shared_expert, "selection_bias": has_bias}
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

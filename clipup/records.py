@@ -1,4 +1,5 @@
-"""What a sparse layer remembers of its forwards: losses that nobody has taken yet, and how the last tokens were routed.
+"""What a sparse layer remembers of its forwards: losses and loads that nobody has taken yet, and how the last tokens
+were routed.
 
 A loss has to outlive the forward that made it, because the training loop adds it to its own loss later, but it must not
 outlive the graph it belongs to. So a record of a loss ends
@@ -61,6 +62,7 @@ class Records:
         self.last_routing: LastRouting | None = None
         self._newest: LossRecord | None = None
         self._earlier: list[weakref.ref[LossRecord]] = []
+        self._load: Tensor | None = None
 
     def keep_routing(self, routing: Routing) -> None:
         gating = routing.gating
@@ -89,6 +91,16 @@ class Records:
         records = [*(ref() for ref in self._earlier), self._newest]
         self._newest, self._earlier = None, []
         return [loss for loss in (record.take() for record in records if record is not None) if loss is not None]
+
+    def keep_load(self, picks: Tensor) -> None:
+        """Adds a forward's picks [K, E] to the load since ``take_load``."""
+        load = picks.sum(0)
+        self._load = load if self._load is None else self._load + load
+
+    def take_load(self) -> Tensor | None:
+        """[E] int64: picks of every expert since the last call, which are forgotten here; None for no forward."""
+        load, self._load = self._load, None
+        return load
 
     def __deepcopy__(self, memo: dict) -> Records:
         return Records()

@@ -1,19 +1,21 @@
-"""The router: a linear layer without bias, softmax, the K best experts of every token, and a slot for each choice.
+"""The router: a linear layer without bias, probabilities, the K best experts of every token, a slot for each choice.
 
 Axis legend: ``T`` tokens, ``D`` model width, ``E`` experts, ``K`` choices a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipup_kernels import Gating, Plan, dispatch, router_logits, topk_gating
 
 from . import losses
-from .config import MoEConfig
+from .config import MoEConfig, Score
 
 INIT_STD = 0.02
 """Standard deviation of a fresh router's weight. On normalised input its logits then have a deviation of 0.02*sqrt(D),
@@ -40,6 +42,10 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Sends every token to K of E experts. Parameter: ``weight`` [E, D]; logits are float32 whatever its type.
 
+    Buffer: ``selection_bias`` [E], float32 whatever type the module is cast to, None without ``config.selection_bias``.
+    The K experts with the largest ``probability + bias`` are chosen; the gates are the probabilities.
+    ``clipup.update_selection_bias`` moves it.
+
     Args:
         d_model: D.
         config: how to route; read at every forward, so that assigning another config to ``self.config`` takes effect.
@@ -55,10 +61,31 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, d_model, device=device, dtype=dtype))
+        has_bias = config.selection_bias != "none"
+        bias = torch.empty(config.num_experts, device=device, dtype=torch.float32) if has_bias else None
+        self.register_buffer("selection_bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INIT_STD)
+        if self.selection_bias is not None:
+            nn.init.zeros_(self.selection_bias)
+
+    @torch.no_grad()
+    def reset_to_virtual_groups(self) -> None:
+        """A fresh router that draws one row for every ``granularity`` neighbours (virtual groups, NVIDIA, arXiv
+        2410.07524): their logits are equal, so that top-K takes whole groups until training has parted them."""
+        self.reset_parameters()
+        one_a_group = self.weight[:: self.config.granularity].clone()
+        self.weight.copy_(one_a_group.repeat_interleave(self.config.granularity, 0))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves the selection bias with the module, but keeps its type: a step of 1e-3 is lost in bfloat16."""
+        exact = self.selection_bias
+        super()._apply(fn, recurse)
+        if exact is not None and self.selection_bias.dtype != exact.dtype:
+            self.selection_bias = exact.to(self.selection_bias.device)
+        return self
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """x: [T, D], floating; mask: [T] bool, True takes part. Autocast is expected to be off."""
@@ -67,7 +94,11 @@ class Router(nn.Module):
         noisy_logits = logits
         if self.training and config.router_noise > 0:
             noisy_logits = logits + torch.randn_like(logits) * (config.router_noise / config.num_experts)
-        gating = topk_gating(noisy_logits, config.top_k, config.normalize_gates == "before_drop", mask=mask)
+        bias = None if self.selection_bias is None else self.selection_bias.to(logits.dtype)
+        scores = log_scores(noisy_logits, config.score)
+        gating = topk_gating(scores, config.top_k, config.normalize_gates == "before_drop", bias, mask)
+        if scores is not noisy_logits:
+            gating = gating._replace(z_loss=losses.router_z(noisy_logits, mask))
         plan = dispatch(
             gating.experts,
             config.num_experts,
@@ -82,6 +113,17 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, num_experts={self.weight.shape[0]}, top_k={self.config.top_k}"
+
+
+def log_scores(logits: Tensor, score: Score) -> Tensor:
+    """Scores [T, E] whose softmax are the router's probabilities.
+
+    Of logits that is softmax itself. Of ``log(sigmoid(logits))`` it is ``p_e = s_e / sum_j s_j`` with
+    ``s_e = sigmoid(logit_e)``: the affinities of DeepSeek-V3 (arXiv 2412.19437, eq. 12-16). Its gates, the chosen s_e
+    divided by their sum, are those of ``normalize_gates="before_drop"``, and p_e is what its balance loss averages.
+    One thing differs: a selection bias is added to p_e here and to s_e there.
+    """
+    return F.logsigmoid(logits) if score == "sigmoid" else logits
 
 
 def renormalize_kept(gates: Tensor, plan: Plan) -> Tensor:
@@ -104,14 +146,17 @@ def weighted_losses(routing: Routing, config: MoEConfig) -> Tensor:
         terms.append(config.z_weight * gating.z_loss)
     if config.importance_weight > 0:
         noisy = routing.noisy_logits is not routing.logits
-        mean_probs = losses.mean_over_tokens(routing.logits.softmax(-1), mask) if noisy else gating.mean_probs
+        mean_probs = gating.mean_probs
+        if noisy:
+            mean_probs = losses.mean_over_tokens(log_scores(routing.logits, config.score).softmax(-1), mask)
         terms.append(config.importance_weight * losses.importance(mean_probs))
     if config.load_weight > 0:
         noise_std = config.router_noise / config.num_experts
         load = losses.load(routing.logits, routing.noisy_logits, noise_std, config.top_k, mask)
         terms.append(config.load_weight * load)
     if config.local_entropy_weight > 0:
-        terms.append(config.local_entropy_weight * losses.local_entropy(routing.noisy_logits, mask))
+        scores = log_scores(routing.noisy_logits, config.score)
+        terms.append(config.local_entropy_weight * losses.local_entropy(scores, mask))
     if config.global_entropy_weight > 0:
         loss = losses.global_entropy(gating.mean_probs, config.global_entropy_threshold)
         terms.append(config.global_entropy_weight * loss)

@@ -1,7 +1,8 @@
 """Upcycling: a dense CLIP becomes a sparse one that computes the same function (CLIP-UP, arXiv 2502.00965).
 
 The MLP of some blocks becomes E copies of itself behind a fresh router. With normalised gates and nothing dropped the
-sparse model's output is the dense model's; ``step0_difference`` measures it.
+sparse model's output is the dense model's; ``step0_difference`` measures it, and ``MoEConfig.keeps_function`` says for
+which options that holds.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MoEConfig
+from .expert_init import check_shards
 from .mlp_families import find_mlp, replace_mlp
 from .moe import moe_layers
 
@@ -34,7 +36,8 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
 
     Raises:
         TypeError: a chosen block whose MLP is of no family that is read, by name, or no model of these.
-        ValueError: the model is sparse already, or ``config.blocks`` names a block that is not there.
+        ValueError: the model is sparse already, ``config.blocks`` names a block that is not there, or a hidden width
+            is no multiple of ``config.granularity``.
     """
     config = config if config is not None else MoEConfig.clip_up()
     already = list(moe_layers(model))
@@ -63,19 +66,26 @@ def _chosen_blocks(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
         names = [list(blocks)[index] for index in chosen_indices(config, tower, len(blocks))]
         for name in names:
             try:
-                find_mlp(blocks[name])
-            except TypeError as error:
-                raise TypeError(f"{name}: {error}; {leave_dense(tower)}") from error
+                check_shards(find_mlp(blocks[name]).dense, config.granularity)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}; {leave_dense(tower)}") from error
             chosen[name] = blocks[name]
     return chosen
 
 
 def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
     """Which of a tower's ``depth`` blocks become sparse; raises ``ValueError`` for blocks that are not there."""
-    if config.blocks == "every_other":
-        if depth < 2:
+    if isinstance(config.blocks, str):
+        chosen = list(range(depth) if config.blocks == "every" else range(1, depth, 2))
+        if not chosen:
             raise ValueError(f"the {tower} tower has {depth} block, so blocks='every_other' chooses none; name indices")
-        return list(range(1, depth, 2))
+        last = config.last_blocks or len(chosen)
+        if last > len(chosen):
+            raise ValueError(
+                f"last_blocks is {last}, but blocks={config.blocks!r} chooses {len(chosen)} of the {tower} tower's "
+                f"{depth} blocks; lower it, or choose every block"
+            )
+        return chosen[-last:]
     outside = [index for index in config.blocks if not -depth <= index < depth]
     if outside:
         raise ValueError(f"blocks names {outside}, but the {tower} tower has {depth} blocks (0 to {depth - 1})")
@@ -122,7 +132,7 @@ def step0_difference(
 
     if images is None and texts is None:
         images, texts = models.random_inputs(dense, batch_size=8)
-    with _evaluating(dense), _evaluating(sparse):
+    with evaluating(dense), evaluating(sparse):
         pairs = zip(_features(sparse, images, texts), _features(dense, images, texts), strict=True)
         differences = [(ours - theirs).abs().max() for ours, theirs in pairs]
     return torch.stack(differences).max().item()  # NaN where any is
@@ -143,7 +153,7 @@ def _features(model: nn.Module, images: Tensor | None, texts: Tensor | None) -> 
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without capacity; everything is put back afterwards."""
     modes = {module: module.training for module in model.modules()}
     configs = {layer: layer.config for layer in moe_layers(model).values()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
@@ -28,15 +28,12 @@ class Options:
     """With --json: count the upcycled model instead of the dense one."""
     json: bool = False
     """Print JSON alone: image_gflops, text_gflops (10^9 FLOPs), params, active_params. Without: a table of both."""
-    num_experts: int = 8
-    """Experts in a layer."""
-    top_k: int = 2
-    """Experts that every token is sent to."""
+    moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, args=argv, prog="clipup flops")
-    config = MoEConfig.clip_up(num_experts=options.num_experts, top_k=options.top_k)
+    config = options.moe_cfg
     model = models.create_on_meta(options.model)
     is_sparse = bool(moe_layers(model))
     if options.json:

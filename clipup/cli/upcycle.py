@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
 
 from .. import checkpoint, flops, models
+from ..calibration import calibrate
 from ..config import MoEConfig
 from ..upcycle import step0_difference, upcycle
 
@@ -31,7 +36,16 @@ class Options:
     pretrained: str | None = None
     """Tag or file of open_clip weights for a model known by name. None: random weights."""
     seed: int = 0
-    """Seed of the fresh routers, and of random weights."""
+    """Seed of the fresh routers, of hidden units drawn anew, and of random weights."""
+    calibrate_data: str | None = None
+    """CSV file or WebDataset shards of image-text pairs to fit experts to the dense MLPs' outputs on, for experts that
+    do not start as copies (--reinit-ratio)."""
+    calibrate_steps: int = 100
+    """Steps of that fit, a batch each."""
+    calibrate_batch_size: int = 64
+    """Pairs in a batch of it."""
+    calibrate_lr: float = 1e-3
+    """Adam's step size in it."""
     moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
@@ -39,10 +53,17 @@ def main(argv: list[str]) -> int:
     options = tyro.cli(Options, args=argv, prog="clipup upcycle")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise FileExistsError(f"{options.out} exists already and holds something; choose another directory")
+    if options.calibrate_data is not None and options.moe.keeps_function:
+        raise ValueError(
+            f"calibrate_data={options.calibrate_data!r} fits experts that differ from the dense MLP, and these are its "
+            "copies; set reinit_ratio, or leave calibrate_data out"
+        )
     model_cfg = models.get_model_config(options.model)
     torch.manual_seed(options.seed)
-    dense, *_ = models.create_model_and_transforms(options.model, options.pretrained)
+    dense, _, preprocess = models.create_model_and_transforms(options.model, options.pretrained)
     sparse = upcycle(dense, options.moe)
+    if options.calibrate_data is not None:
+        fit(sparse, dense, options, preprocess)
     difference = check_step0(step0_difference(dense, sparse), options.moe)
     checkpoint.save_pretrained(sparse, options.out, model_cfg)
     before, after = flops.count(dense), flops.count(sparse)
@@ -55,9 +76,46 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def fit(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Callable[..., Any]) -> None:
+    """Calibrates the sparse model and prints how far its layers were and are from the dense ones."""
+    from ..data.loaders import train_loader
+
+    loader = train_loader(
+        options.calibrate_data,
+        preprocess,
+        models.get_tokenizer(options.model),
+        options.calibrate_batch_size,
+        workers=1,
+        seed=options.seed,
+        train_num_samples=_samples(options),
+    )
+    steps = tqdm(islice(_batches(loader), options.calibrate_steps), total=options.calibrate_steps, unit="step")
+    errors = calibrate(sparse, dense, steps, lr=options.calibrate_lr)
+    for name, values in errors.items():
+        print(f"{name}: squared error {values[0]:.1e} of the MLP's output before, {values[-1]:.1e} in the last batch")
+
+
+def _samples(options: Options) -> int | None:
+    """What shards without a sizes.json do not say: as many samples an epoch as there are to be."""
+    is_csv = options.calibrate_data.endswith((".csv", ".tsv"))
+    return None if is_csv else options.calibrate_steps * options.calibrate_batch_size
+
+
+def _batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Epoch after epoch; ends when an epoch gives nothing."""
+    for epoch in count(1):
+        loader.set_epoch(epoch)
+        got = 0
+        for batch in loader.dataloader:
+            got += 1
+            yield batch
+        if not got:
+            return
+
+
 def check_step0(difference: float, config: MoEConfig) -> float:
-    """Returns the difference, or refuses it where the two models must compute the same: with normalised gates."""
-    if config.normalize_gates != "none" and not difference <= TOLERANCE:
+    """Returns the difference, or refuses it where the config promises that the two models compute the same."""
+    if config.keeps_function and not difference <= TOLERANCE:
         raise ValueError(
             f"the sparse model's features differ from the dense model's by {difference:.1e}, more than rounding "
             f"({TOLERANCE:.0e}); nothing was saved"

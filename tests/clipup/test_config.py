@@ -23,6 +23,8 @@ def test_preset_takes_overrides():
         MoEConfig(),
         MoEConfig.clip_up(),
         MoEConfig(towers=("text",), blocks=(0, -1), router_noise=1.0, load_weight=0.1, entropy_threshold=1.5),
+        MoEConfig(blocks="every", last_blocks=3, num_experts=32, top_k=8, granularity=4, shared_expert=True),
+        MoEConfig(score="sigmoid", selection_bias="z_score", selection_bias_rate=0.01, reinit_ratio=0.5),
     ],
 )
 def test_json_round_trip_gives_an_equal_config(config):
@@ -32,6 +34,31 @@ def test_json_round_trip_gives_an_equal_config(config):
 
 def test_fields_missing_from_json_take_their_defaults():
     assert MoEConfig.from_dict({"num_experts": 4}) == MoEConfig(num_experts=4)
+
+
+def test_config_saved_before_the_upcycling_choices_were_there_means_what_it_meant():
+    old = {
+        "num_experts": 8, "top_k": 2, "capacity_factor": 1.0, "eval_capacity_factor": None,
+        "normalize_gates": "before_drop", "priority": False, "router_noise": 0.0, "towers": ["image", "text"],
+        "blocks": "every_other", "padding_aware": True, "balance_weight": 0.01, "balance": "top2", "z_weight": 1e-4,
+        "importance_weight": 0.0, "load_weight": 0.0, "local_entropy_weight": 0.0, "global_entropy_weight": 0.0,
+        "entropy_threshold": None,
+    }  # fmt: skip
+    assert MoEConfig.from_dict(old) == MoEConfig.clip_up()
+
+
+@pytest.mark.parametrize(
+    ("options", "keeps"),
+    [
+        ({}, True),
+        ({"granularity": 2, "shared_expert": True, "score": "sigmoid", "selection_bias": "sign"}, True),
+        ({"normalize_gates": "after_drop"}, True),
+        ({"normalize_gates": "none"}, False),
+        ({"reinit_ratio": 0.1}, False),
+    ],
+)
+def test_config_says_whether_the_upcycled_model_computes_the_dense_function(options, keeps):
+    assert MoEConfig(**options).keeps_function is keeps
 
 
 def test_unknown_fields_in_json_are_named():
@@ -74,7 +101,27 @@ def test_threshold_of_global_entropy_defaults_to_the_uniform_distribution():
         ({"towers": ()}, ValueError, "towers must be a tuple of"),
         ({"towers": ("vision",)}, ValueError, r"towers must be a tuple of .* got \('vision',\)"),
         ({"towers": "image"}, ValueError, "towers must be a tuple of"),
-        ({"blocks": "all"}, ValueError, 'blocks must be "every_other" or a tuple of block indices'),
+        ({"blocks": "all"}, ValueError, 'blocks must be "every_other", "every" or a tuple of block indices'),
+        ({"last_blocks": 0}, ValueError, "last_blocks must be at least 1, or None for all, got 0"),
+        ({"last_blocks": 1.5}, TypeError, "last_blocks must be an int or None, got 1.5"),
+        (
+            {"last_blocks": 1, "blocks": (1, 2)},
+            ValueError,
+            "last_blocks=1 has no meaning with a list of blocks",
+        ),
+        ({"granularity": 3}, ValueError, r"num_experts \(8\) is not a multiple of granularity \(3\)"),
+        ({"granularity": 4}, ValueError, r"top_k \(2\) is not a multiple of granularity \(4\)"),
+        ({"granularity": 0}, ValueError, "granularity must be at least 1, got 0"),
+        ({"shared_expert": 1}, TypeError, "shared_expert must be True or False, got 1"),
+        ({"reinit_ratio": 1.5}, ValueError, "reinit_ratio must be between 0 and 1, got 1.5"),
+        ({"score": "relu"}, ValueError, "score must be one of softmax, sigmoid, got 'relu'"),
+        ({"selection_bias": None}, ValueError, "selection_bias must be one of none, sign, z_score, got None"),
+        ({"selection_bias_rate": 0}, ValueError, "selection_bias_rate must be positive, got 0"),
+        (
+            {"load_weight": 0.1, "router_noise": 1.0, "selection_bias": "sign"},
+            ValueError,
+            "load_weight > 0 has no meaning with selection_bias='sign'",
+        ),
         ({"blocks": (1, 2.0)}, ValueError, "blocks must be"),
         ({"load_weight": 0.1}, ValueError, "load_weight > 0 needs router_noise > 0"),
     ],

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from clipup import MoEConfig
+from clipup import MoEConfig, losses
 from clipup.router import INIT_STD, Router, renormalize_kept, weighted_losses
 
 T, D, E, K = 48, 16, 6, 2
@@ -32,6 +32,50 @@ def test_gates_are_softmax_over_all_experts(x):
     values, experts = probs.topk(K, -1)
     torch.testing.assert_close(routing.gates, values)
     assert torch.equal(routing.gating.experts.long(), experts)
+
+
+def test_sigmoid_gates_are_those_of_deepseek_v3(x):
+    router = make_router(score="sigmoid")
+    routing = router(x)
+    scores = (x.double() @ router.weight.double().T).sigmoid()
+    values, experts = scores.topk(K, -1)
+    torch.testing.assert_close(routing.gates.double(), values / values.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+    assert torch.equal(routing.gating.experts.long(), experts)
+    shares = scores / scores.sum(-1, keepdim=True)
+    torch.testing.assert_close(routing.gating.mean_probs.double(), shares.mean(0), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(routing.gates, make_router()(x).gates, atol=1e-2)
+
+
+def test_sigmoid_gradients_are_those_of_the_definition(x):
+    router, x = make_router(score="sigmoid").double(), x.double()
+    weights = torch.randn(T, K, dtype=torch.float64)
+    routing = router(x)
+    (found,) = torch.autograd.grad((routing.gates * weights).sum(), router.weight)
+    scores = (x @ router.weight.T).sigmoid().gather(1, routing.gating.experts.long())
+    (expected,) = torch.autograd.grad((scores / scores.sum(-1, keepdim=True) * weights).sum(), router.weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_sigmoid_tells_sure_experts_apart_where_float32_sigmoids_are_all_one():
+    router = make_router(score="sigmoid")
+    with torch.no_grad():
+        router.weight.zero_()
+        router.weight[:, 0] = torch.tensor([30.0, 40.0, 20.0, 60.0, 50.0, 10.0])
+    routing = router(torch.nn.functional.one_hot(torch.zeros(1, dtype=torch.long), D).float())
+    assert routing.logits.sigmoid().eq(1).sum() > K
+    assert routing.gating.experts.tolist() == [[3, 4]]
+
+
+def test_losses_under_sigmoid_gates_are_of_its_probabilities_and_of_the_raw_logits(x):
+    router = make_router(score="sigmoid", z_weight=1.0)
+    routing = router(x)
+    assert weighted_losses(routing, router.config).item() == pytest.approx(losses.router_z(routing.logits).item())
+    probs = routing.logits.sigmoid() / routing.logits.sigmoid().sum(-1, keepdim=True)
+    entropy = -(probs * probs.log()).sum(-1).mean()
+    config = router.config.replace(z_weight=0.0, local_entropy_weight=1.0)
+    assert weighted_losses(routing, config).item() == pytest.approx(entropy.item(), rel=1e-5)
+    config = router.config.replace(z_weight=0.0, importance_weight=1.0)
+    assert weighted_losses(routing, config).item() == pytest.approx(losses.importance(probs.mean(0)).item(), rel=1e-4)
 
 
 def test_before_drop_gates_sum_to_one_with_dropped_choices_counted(x):

@@ -27,7 +27,19 @@ def test_upcycled_model_equals_dense_at_step_zero(kind):
     torch.testing.assert_close(sparse(images, texts)[1], dense(images, texts)[1])
 
 
-@pytest.mark.parametrize("options", [{"normalize_gates": "after_drop"}, {"top_k": 1}, {"top_k": 4}, {"priority": True}])
+ROUTINGS = [
+    {"normalize_gates": "after_drop"},
+    {"top_k": 1},
+    {"top_k": 4},
+    {"priority": True},
+    {"score": "sigmoid"},
+    {"score": "sigmoid", "normalize_gates": "after_drop", "top_k": 3},
+    {"selection_bias": "sign"},
+    {"selection_bias": "z_score", "score": "sigmoid"},
+]
+
+
+@pytest.mark.parametrize("options", ROUTINGS)
 def test_step_zero_equality_holds_for_every_normalised_routing(options):
     dense = tiny_clip()
     assert step0_difference(dense, upcycle(dense, CONFIG.replace(**options))) <= 1e-6
@@ -72,6 +84,12 @@ def test_every_other_block_of_both_towers_is_sparse_and_block_zero_is_dense(kind
     [
         ({"towers": ("text",)}, {"transformer.resblocks.1.mlp", "transformer.resblocks.3.mlp"}),
         ({"towers": ("image",), "blocks": (-1,)}, {"visual.transformer.resblocks.3.mlp"}),
+        ({"blocks": "every", "towers": ("text",)}, {f"transformer.resblocks.{i}.mlp" for i in range(4)}),
+        ({"last_blocks": 1}, {f"{tower}transformer.resblocks.3.mlp" for tower in ("", "visual.")}),
+        (
+            {"blocks": "every", "last_blocks": 3, "towers": ("image",)},
+            {f"visual.transformer.resblocks.{i}.mlp" for i in (1, 2, 3)},
+        ),
         ({"blocks": (2, 0)}, {f"{tower}transformer.resblocks.{i}.mlp" for tower in ("", "visual.") for i in (0, 2)}),
     ],
 )
@@ -218,6 +236,18 @@ REFUSED = [
         CONFIG.replace(blocks=(3, -1)),
         ValueError,
         r"blocks=\(3, -1\) names a block of the image tower .* twice",
+    ),
+    (
+        tiny_clip,
+        CONFIG.replace(last_blocks=3),
+        ValueError,
+        "last_blocks is 3, but blocks='every_other' chooses 2 of the image tower's 4 blocks; lower it, or",
+    ),
+    (
+        tiny_clip,
+        CONFIG.replace(num_experts=3, top_k=3, granularity=3),
+        ValueError,
+        "resblocks.1: granularity is 3, which does not divide the MLP's 128 hidden units",
     ),
     (
         lambda: upcycle(tiny_clip(), CONFIG),
