@@ -14,6 +14,8 @@ from .. import models
 from ..evaluate.precision import Precision
 from ..evaluate.retrieval import evaluate_retrieval
 from ..upcycle import upcycle
+from . import checkpoints
+from .carry_over import OptimizerState, named_state, upcycled_state
 from .distributed import Ranks
 from .openclip import SIGLIP_INIT
 from .options import TrainOptions
@@ -29,6 +31,8 @@ class Built(NamedTuple):
     tokenizer: Callable[[list[str]], torch.Tensor] | None
     model_cfg: dict[str, Any] | None
     """open_clip's architecture config; None when the model was passed in and ``options.model`` does not name it."""
+    optimizer_state: OptimizerState | None = None
+    """What the optimizer starts with, carried over from ``options.resume_dense``."""
 
 
 def build_model(
@@ -52,6 +56,9 @@ def build_model(
     else:
         model = model.to(device)
         model_cfg = None if options.model is None else models.get_model_config(options.model)
+    optimizer_state = None
+    if options.resume_dense is not None:
+        optimizer_state = _resume_dense(model, options.resume_dense, options)
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
     if isinstance(model, CoCa) and drops_by_position(model):
@@ -67,7 +74,39 @@ def build_model(
         )
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
-    return Built(model, train_transform, val_transform, tokenizer, model_cfg)
+    return Built(model, train_transform, val_transform, tokenizer, model_cfg, optimizer_state)
+
+
+def build_teacher(
+    options: TrainOptions, student: nn.Module, device: torch.device, precision: Precision
+) -> nn.Module | None:
+    """The model that ``options.distill_model`` names, in evaluation and frozen.
+
+    Raises:
+        ValueError: it would have random weights, or takes other images or texts than the student.
+    """
+    name, pretrained = options.distill_model, options.distill_pretrained
+    if name is None:
+        return None
+    if pretrained is None and models.model_directory(name) is None:
+        raise ValueError(f"distill_pretrained is missing: {name} with random weights teaches nothing")
+    teacher, *_ = models.create_model_and_transforms(
+        name, pretrained, precision=precision, device=device, output_dict=True
+    )
+    for what, of in (("image size", models.image_size), ("text length", models.text_length)):
+        if of(teacher) != of(student):
+            raise ValueError(
+                f"distill_model={name!r} has {what} {of(teacher)}, the model that it teaches {of(student)}: both get "
+                "the same batch; choose a teacher of the same"
+            )
+    return teacher.eval().requires_grad_(False)
+
+
+def _resume_dense(model: nn.Module, path: str, options: TrainOptions) -> OptimizerState:
+    """Puts a dense run's weights into the model; the optimizer's state, as the sparse model needs it."""
+    state = checkpoints.load(path)
+    checkpoints.restore(model, state["state_dict"], path)
+    return upcycled_state(model, options.moe_cfg, named_state(model, state["optimizer"], path))
 
 
 def _create(options: TrainOptions, device: torch.device, precision: Precision, tokenizer: Any) -> tuple[Any, ...]:

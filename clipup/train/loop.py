@@ -15,15 +15,15 @@ from tqdm import tqdm
 from .. import card
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
-from . import checkpoints, metrics, rng
-from .build import Built, Epochs, build_loader, build_model, build_validation
+from . import carry_over, checkpoints, metrics, rng
+from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation
 from .distributed import Ranks, connect
 from .openclip import contrastive_loss, schedule
 from .optim import adamw
 from .options import TrainOptions
 from .records import Record, Recorder, RunDirectory, run_name
 from .signals import StopRequest
-from .step import Batch, TrainStep
+from .step import Batch, StepLosses, TrainStep
 
 _DATA = 1
 """Sets the seed of an epoch's data apart from that of its training."""
@@ -142,9 +142,17 @@ class Trainer:
         self.callbacks = callbacks
         self.validate = build_validation(options, built, precision)
         self.optimizer = adamw(self.model, options)
+        if built.optimizer_state is not None:
+            carry_over.load_state(self.optimizer, self.model, built.optimizer_state)
         loss = contrastive_loss(options, self.model, ranks.rank, ranks.world_size)
         self.train_step = TrainStep(
-            ranks.wrap(self.model), loss, self.optimizer, ranks.device, precision, options.grad_clip_norm
+            ranks.wrap(self.model),
+            loss,
+            self.optimizer,
+            ranks.device,
+            precision,
+            options.grad_clip_norm,
+            teacher=build_teacher(options, self.model, ranks.device, precision),
         )
         self.total_steps = options.steps or options.epochs * data.steps
         self.total_epochs = math.inf if options.steps else options.epochs
@@ -236,10 +244,10 @@ class Trainer:
         losses = self.train_step(batches)
         self.step += 1
         self.step_of_epoch += 1
-        self._loss_since_check = self._loss_since_check + losses.contrastive + losses.aux
+        self._loss_since_check = self._loss_since_check + losses.total
         self._images += sum(len(images) for images, _ in batches) * self.ranks.world_size
         if self.step % self.options.log_every_n_steps == 0 or self.step == self.total_steps:
-            self._log(losses._asdict())
+            self._log(losses)
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
@@ -252,8 +260,8 @@ class Trainer:
         if self.options.save_every_n_steps and self.step % self.options.save_every_n_steps == 0:
             self._save(checkpoints.LATEST)
 
-    def _log(self, losses: dict[str, torch.Tensor]) -> None:
-        scalars = {"loss": losses["contrastive"] + losses["aux"], **losses, "since": self._loss_since_check}
+    def _log(self, losses: StepLosses) -> None:
+        scalars = {"loss": losses.total, **losses.scalars(), "since": self._loss_since_check}
         numbers = metrics.read(scalars, self.model, self.ranks)
         self._check_finite(numbers.pop("since"))
         now = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from open_clip.coca_model import CoCa
-from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
+from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
 from open_clip_train.distributed import init_distributed_device_so, is_using_distributed
 from open_clip_train.scheduler import const_lr, cosine_lr
 from torch import Tensor, nn
@@ -39,7 +39,11 @@ def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_step
 
 
 def contrastive_loss(options: TrainOptions, model: nn.Module, rank: int, world_size: int) -> nn.Module:
-    """ClipLoss, MultiPositiveClipLoss or SigLipLoss over the batch of all ranks; for a CoCa its two losses.
+    """ClipLoss, DistillClipLoss, MultiPositiveClipLoss or SigLipLoss over the batch of all ranks; for a CoCa its two
+    losses.
+
+    DistillClipLoss returns two terms: ClipLoss, and the mean cross-entropy of the similarities (times logit scale) with
+    the softmax of the teacher's as targets, images to texts and back, half of each.
 
     Raises:
         ValueError: an option that a CoCa's loss does not have.
@@ -49,6 +53,8 @@ def contrastive_loss(options: TrainOptions, model: nn.Module, rank: int, world_s
     if options.siglip:
         return SigLipLoss(rank=rank, world_size=world_size)
     softmax_loss = MultiPositiveClipLoss if options.multi_positive else ClipLoss
+    if options.distill_model is not None:
+        softmax_loss = DistillClipLoss
     return softmax_loss(
         local_loss=options.local_loss,
         gather_with_grad=options.gather_with_grad,
@@ -67,7 +73,7 @@ class SummedCoCaLoss(CoCaLoss):
 
 
 def _coca_loss(options: TrainOptions, model: CoCa, rank: int, world_size: int) -> nn.Module:
-    for name in ("siglip", "multi_positive"):
+    for name in ("siglip", "multi_positive", "distill_model"):
         if getattr(options, name):
             raise ValueError(f"{name} has no captioning loss, which a CoCa's decoder learns from; leave it out")
     if getattr(model, "logit_bias", None) is not None:

@@ -31,6 +31,9 @@ class TrainOptions:
     """Make the model sparse before training, with the options of MoEConfig below."""
     moe_cfg: MoEConfig = field(default_factory=MoEConfig.clip_up)
     """The sparse layers that --moe makes; the defaults are CLIP-UP's recipe."""
+    resume_dense: str | None = None
+    """Checkpoint of a dense run (epoch_K.pt, ours or open_clip_train's) to start --moe from: its weights, and Adam's
+    moments for every expert. Steps and schedule start anew."""
 
     train_data: str | None = None
     """CSV file, or WebDataset shards ("data/{000..099}.tar", several joined by "::")."""
@@ -81,6 +84,11 @@ class TrainOptions:
     """Keep lr as it is, without warm-up."""
     grad_clip_norm: float | None = None
     """Largest norm of the gradient; None leaves it alone."""
+    distill_model: str | None = None
+    """Teacher: a model that open_clip knows, or a directory. Its similarities are a second target (DistillClipLoss); it
+    takes the same images and tokens. The dense model that --moe starts from is one choice."""
+    distill_pretrained: str | None = None
+    """Tag or file of the teacher's weights, for one known by name."""
     siglip: bool = False
     """Sigmoid loss (SigLIP) in place of the softmax loss (CLIP)."""
     multi_positive: bool = False
@@ -146,6 +154,24 @@ class TrainOptions:
         if self.siglip and self.multi_positive:
             raise ValueError(
                 "multi_positive leaves pairs out of a softmax, and siglip has no softmax; drop one of them"
+            )
+        if self.distill_pretrained is not None and self.distill_model is None:
+            raise ValueError(
+                f"distill_pretrained={self.distill_pretrained!r} needs distill_model, whose weights it names"
+            )
+        for name in ("siglip", "multi_positive"):
+            if self.distill_model is not None and getattr(self, name):
+                raise ValueError(
+                    f"distill_model goes with the softmax loss over one target, {name} has another; drop one of them"
+                )
+        if self.resume_dense is not None and not self.moe:
+            raise ValueError(
+                f"resume_dense={self.resume_dense!r} is about making a model sparse; set moe, or go on with the dense "
+                "run by resume"
+            )
+        if self.resume_dense is not None and self.pretrained is not None:
+            raise ValueError(
+                f"resume_dense={self.resume_dense!r} and pretrained={self.pretrained!r} both bring weights; give one"
             )
         if self.resume == "latest" and (self.logs is None or self.name is None):
             raise ValueError("resume='latest' needs logs and name, which say where the checkpoints are")

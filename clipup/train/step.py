@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..balancing import update_selection_bias
 from ..evaluate.precision import Precision, autocast, image_dtype
 from ..moe import aux_loss, moe_layers
 from .multi_positive import MultiPositiveClipLoss
@@ -17,6 +18,7 @@ from .openclip import LOGIT_SCALE_MAX, features_of
 from .rng import set_torch_state, torch_state
 
 Batch = tuple[Tensor, Tensor]
+_FEATURES = ("image_features", "text_features")
 _SCALES = ("logit_scale", "logit_bias")
 
 
@@ -29,6 +31,18 @@ class StepLosses(NamedTuple):
     """Weighted losses of the sparse layers; 0 for a dense model."""
     logit_scale: Tensor
     """The factor in front of the cosine, at the forward."""
+    distill: Tensor | None = None
+    """Cross-entropy with the teacher's similarities as targets; None without a teacher."""
+
+    @property
+    def total(self) -> Tensor:
+        """What was minimised."""
+        total = self.contrastive + self.aux
+        return total if self.distill is None else total + self.distill
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The losses there are, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def _per_pair(output: dict[str, Tensor]) -> list[str]:
@@ -55,6 +69,9 @@ class TrainStep:
     from what they lack, and would learn to match places instead of contents: the loss falls far below chance even on
     unrelated images and texts, and all of that is lost in evaluation. So the text tower gets the texts in a random
     order.
+
+    With a ``teacher``, ``loss`` is open_clip's DistillClipLoss, and the teacher sees every batch as the model does.
+    (open_clip_train refuses to accumulate then; here the teacher's features of all batches are kept.)
     """
 
     def __init__(
@@ -65,8 +82,10 @@ class TrainStep:
         device: torch.device,
         precision: Precision = "fp32",
         grad_clip_norm: float | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         self.model = model
+        self.teacher = teacher
         self.module = model.module if isinstance(model, DistributedDataParallel) else model
         self.loss = loss
         self.optimizer = optimizer
@@ -85,10 +104,10 @@ class TrainStep:
     def _plain(self, images: Tensor, texts: Tensor) -> StepLosses:
         with autocast(self.precision, self.device):
             output = self._forward(self.model, images, texts)
-            contrastive = self._contrastive(output, output, texts)
+            terms = self._contrastive(output, output, texts, self._taught([(images, texts)]))
         aux = aux_loss(self.module)
-        self._backward(contrastive + aux)
-        return StepLosses(contrastive.detach(), aux.detach(), output["logit_scale"].detach())
+        self._backward(sum(terms) + aux)
+        return StepLosses(terms[0].detach(), aux.detach(), output["logit_scale"].detach(), *_detached(terms[1:]))
 
     def _accumulated(self, batches: list[Batch]) -> StepLosses:
         cached, states = [], []
@@ -96,6 +115,7 @@ class TrainStep:
             for images, texts in batches:
                 states.append(torch_state(self.device))
                 cached.append(self._forward(self.module, images, texts))
+            taught = self._taught(batches)
         losses = []
         all_texts = torch.cat([texts for _, texts in batches])
         for index, (images, texts) in enumerate(batches):
@@ -107,12 +127,13 @@ class TrainStep:
                     around = [*cached[:index], output, *cached[index + 1 :]]
                     features = {name: torch.cat([part[name] for part in around]) for name in _per_pair(output)}
                     scales = output if last else {name: value.detach() for name, value in output.items()}
-                    contrastive = self._contrastive(features, scales, all_texts)
+                    terms = self._contrastive(features, scales, all_texts, taught)
                 aux = aux_loss(self.module) / len(batches)
-                self._backward(contrastive + aux)
-            losses.append((contrastive.detach(), aux.detach()))
-        contrastives, auxes = zip(*losses, strict=True)
-        return StepLosses(torch.stack(contrastives).mean(), torch.stack(auxes).sum(), output["logit_scale"].detach())
+                self._backward(sum(terms) + aux)
+            losses.append((aux.detach(), *_detached(terms)))
+        auxes, *means = map(torch.stack, zip(*losses, strict=True))
+        contrastive, *distill = (mean.mean() for mean in means)
+        return StepLosses(contrastive, auxes.sum(), output["logit_scale"].detach(), *distill)
 
     def _forward(self, model: nn.Module, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """The model's output; row i of both features belongs to pair i."""
@@ -123,11 +144,24 @@ class TrainStep:
         output["text_features"] = output["text_features"][order.argsort()]
         return output
 
-    def _contrastive(self, features: dict[str, Tensor], scales: dict[str, Tensor], texts: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _taught(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """The teacher's features of all batches and its logit scale, as DistillClipLoss calls them; {} without one."""
+        if self.teacher is None:
+            return {}
+        outputs = [features_of(self.teacher(images, texts)) for images, texts in batches]
+        features = {f"dist_{name}": torch.cat([output[name] for output in outputs]) for name in _FEATURES}
+        return {**features, "dist_logit_scale": outputs[0]["logit_scale"]}
+
+    def _contrastive(
+        self, features: dict[str, Tensor], scales: dict[str, Tensor], texts: Tensor, taught: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The contrastive loss and, with a teacher, the distillation loss."""
         inputs = {name: features[name] for name in _per_pair(features)}
         if isinstance(self.loss, MultiPositiveClipLoss):
             inputs["texts"] = texts
-        return self.loss(**inputs, **{name: scales[name] for name in _SCALES if name in scales})
+        terms = self.loss(**inputs, **{name: scales[name] for name in _SCALES if name in scales}, **taught)
+        return terms if isinstance(terms, tuple) else (terms,)
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -142,6 +176,7 @@ class TrainStep:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        update_selection_bias(self.module)
         with torch.no_grad():
             self.module.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
 
@@ -151,3 +186,7 @@ class TrainStep:
 
     def _without_sync(self) -> Any:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+
+def _detached(terms: Iterable[Tensor]) -> list[Tensor]:
+    return [term.detach() for term in terms]

@@ -19,7 +19,7 @@ from clipup.train import TrainOptions, train
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
 GLOBAL_BATCH, BATCHES = 8, 2
-KINDS = ("dense", "siglip", "multi_positive", "sparse")
+KINDS = ("dense", "siglip", "multi_positive", "sparse", "balanced")
 
 
 def run(out: Path, kind: str) -> None:
@@ -32,6 +32,9 @@ def run(out: Path, kind: str) -> None:
         clipup.upcycle(model, clipup.MoEConfig.clip_up(num_experts=4), inplace=True)
     images = torch.randn(BATCHES, GLOBAL_BATCH, 3, 16, 16)
     texts = torch.randint(1, 64, (BATCHES, GLOBAL_BATCH, 8))
+    if kind == "balanced":
+        config = clipup.MoEConfig(num_experts=4, selection_bias="z_score", selection_bias_rate=0.01)
+        clipup.upcycle(model, config, inplace=True)
     if kind == "multi_positive":
         texts[:, GLOBAL_BATCH // 2 :] = texts[:, : GLOBAL_BATCH // 2]  # each caption once on either of two ranks
     part = slice(rank * GLOBAL_BATCH // ranks, (rank + 1) * GLOBAL_BATCH // ranks)

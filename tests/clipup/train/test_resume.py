@@ -15,7 +15,7 @@ import clipup
 from clipup.train import Every, TrainingInterrupted, train
 from clipup.train.checkpoints import load
 
-NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
+NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0, selection_bias="sign")
 TIMES = ("seconds", "images_per_second")
 
 

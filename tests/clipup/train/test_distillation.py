@@ -1,0 +1,107 @@
+"""The dense model as teacher (open_clip's DistillClipLoss)."""
+
+from __future__ import annotations
+
+import copy
+
+import open_clip
+import pytest
+import torch
+
+import clipup
+from clipup.train import train
+from clipup.train.step import TrainStep
+
+MOE = clipup.MoEConfig(num_experts=4, z_weight=0.1, towers=("image",))
+
+
+def one_step(model, teacher, batches, loss=None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = TrainStep(model, loss or open_clip.loss.DistillClipLoss(), optimizer, torch.device("cpu"), teacher=teacher)
+    losses = step(batches)
+    return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def similarities(model, images, texts):
+    out = model(images, texts)
+    return out["logit_scale"] * out["image_features"] @ out["text_features"].T
+
+
+def test_loss_is_contrastive_plus_the_cross_entropy_with_the_teachers_similarities(make_model, pairs):
+    model, teacher, data = make_model(MOE), make_model(seed=1).eval(), pairs()
+
+    losses, gradients = one_step(model, teacher, [(data.images, data.texts)])
+
+    twin = make_model(MOE)
+    logits, targets = similarities(twin, data.images, data.texts), similarities(teacher, data.images, data.texts)
+    distill = sum(
+        -(taught.detach().softmax(1) * own.log_softmax(1)).sum(1).mean() / 2
+        for taught, own in ((targets, logits), (targets.T, logits.T))
+    )
+    numbers = torch.arange(len(logits))
+    cross_entropy = torch.nn.functional.cross_entropy
+    contrastive = (cross_entropy(logits, numbers) + cross_entropy(logits.T, numbers)) / 2
+    aux = clipup.aux_loss(twin)
+    torch.testing.assert_close(losses.distill, distill.detach())
+    torch.testing.assert_close(losses.contrastive, contrastive.detach())
+    torch.testing.assert_close(losses.total, (contrastive + distill + aux).detach())
+    (contrastive + distill + aux).backward()
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_distillation_loss_is_least_for_the_teacher_itself(make_model, pairs):
+    teacher, data = make_model(seed=1).eval(), pairs()
+    batch = [(data.images, data.texts)]
+    itself = one_step(copy.deepcopy(teacher), teacher, batch)[0].distill
+    targets = similarities(teacher, data.images, data.texts).detach()
+    entropy = sum(-(t.softmax(1) * t.log_softmax(1)).sum(1).mean() / 2 for t in (targets, targets.T))
+    torch.testing.assert_close(itself, entropy)
+    assert one_step(make_model(seed=2), teacher, batch)[0].distill > itself
+
+
+def test_accumulated_step_is_that_of_one_big_batch(make_model, pairs):
+    teacher, data = make_model(seed=1).eval(), pairs()
+    parts = list(zip(data.images.split(8), data.texts.split(8), strict=True))
+
+    big, expected = one_step(make_model(MOE), teacher, [(data.images, data.texts)])
+    accumulated, gradients = one_step(make_model(MOE), teacher, parts)
+
+    torch.testing.assert_close(accumulated.scalars(), big.scalars(), rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_run_with_a_teacher_records_its_loss_and_leaves_it_alone(make_model, pairs, options, model_directory):
+    teacher = clipup.create_model_and_transforms(str(model_directory))[0].state_dict()
+
+    result = train(options(distill_model=str(model_directory)), model=make_model(MOE, seed=3), loader=pairs())
+
+    for record in result.history:
+        assert record["loss"] == pytest.approx(record["contrastive"] + record["aux"] + record["distill"], rel=1e-5)
+        assert record["distill"] > 0
+    after = clipup.create_model_and_transforms(str(model_directory))[0].state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in teacher.items())
+    without = train(options(name="without"), model=make_model(MOE, seed=3), loader=pairs())
+    assert "distill" not in without.history[0]
+    assert without.history[-1]["contrastive"] != result.history[-1]["contrastive"]
+
+
+def test_teachers_that_cannot_teach_are_refused_by_name(make_model, pairs, options, named_model):
+    with pytest.raises(ValueError, match="distill_pretrained='openai' needs distill_model"):
+        options(distill_pretrained="openai")
+    with pytest.raises(ValueError, match="goes with the softmax loss over one target, siglip has another"):
+        options(distill_model="ViT-B-32", siglip=True)
+    with pytest.raises(ValueError, match="goes with the softmax loss over one target, multi_positive has another"):
+        options(distill_model="ViT-B-32", multi_positive=True)
+    with pytest.raises(ValueError, match="distill_pretrained is missing: tiny with random weights teaches nothing"):
+        train(options(distill_model=named_model), model=make_model(MOE), loader=pairs())
+
+
+def test_teacher_of_another_image_size_is_refused_by_name(make_model, pairs, options, tmp_path):
+    cfg = copy.deepcopy(clipup.get_model_config("ViT-B-32"))
+    cfg["vision_cfg"] |= {"image_size": 32, "width": 32, "layers": 1, "head_width": 16, "patch_size": 16}
+    cfg["text_cfg"] |= {"width": 32, "layers": 1, "heads": 2, "context_length": 8}
+    clipup.save_pretrained(open_clip.CLIP(**{**cfg, "embed_dim": 16}), tmp_path / "teacher", {**cfg, "embed_dim": 16})
+    with pytest.raises(ValueError, match=r"has image size \(32, 32\), the model that it teaches \(16, 16\)"):
+        train(options(distill_model=str(tmp_path / "teacher")), model=make_model(MOE), loader=pairs())
