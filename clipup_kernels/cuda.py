@@ -23,6 +23,10 @@ _TRITON_FILE = {
     "gather_sum": "rows",
     "combine": "rows",
     "combine_backward": "rows",
+    "grouped_linear": "grouped_linear",
+    "grouped_linear_backward": "grouped_linear",
+    "expert_mlp_forward": "expert_mlp",
+    "expert_mlp_backward": "expert_mlp_backward",
 }
 """Where under ``triton/`` an op's kernels are; plain torch answers the others."""
 
