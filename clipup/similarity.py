@@ -2,7 +2,8 @@
 
 Upcycled experts start out equal, and while they stay so a sparse layer with normalised gates computes what the dense
 MLP would. Measured is the cosine between two experts' matrices, each taken as one long vector: 1 where they are equal,
-0 where they have nothing in common.
+0 where they have nothing in common. Experts that are shards of an MLP (``MoEConfig.granularity``) began equal where
+they are the same shard of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .expert_init import experts_of
 from .mlp_families import find_mlp
 from .mlp_parts import DenseMLP
 from .moe import SparseMoE, moe_layers
@@ -30,9 +32,21 @@ class Similarity(NamedTuple):
     second: Tensor
     """[E, E]."""
     first_to_dense: Tensor | None = None
-    """[E]; None where no dense MLP was given."""
+    """[E], of each expert with what it is a copy of; None where no dense MLP was given."""
     second_to_dense: Tensor | None = None
     """[E]."""
+    granularity: int = 1
+    """Shards that an MLP was split into: experts e and f began equal where e and f have the same remainder."""
+
+    @property
+    def first_mean(self) -> float:
+        """Mean cosine between first matrices over all pairs of experts that began equal; NaN without a pair."""
+        return mean_cosine(self.first, self.granularity)
+
+    @property
+    def second_mean(self) -> float:
+        """The same of second matrices."""
+        return mean_cosine(self.second, self.granularity)
 
 
 @torch.no_grad()
@@ -40,16 +54,20 @@ def expert_similarity(layer: SparseMoE, dense: DenseMLP | None = None) -> Simila
     """Cosines between a layer's experts, and with the dense MLP ``dense`` where it is given.
 
     Raises:
-        ValueError: the dense MLP's matrices are not of the experts' shapes.
+        ValueError: the dense MLP's matrices, or shards of them, are not of the experts' shapes.
     """
-    first, second = _first(layer.in_weight, layer.gate_weight), _second(layer.out_weight)
-    between = (_cosines(first, first), _cosines(second, second))
+    granularity, experts = layer.config.granularity, dict(layer.named_parameters(recurse=False))
+    first, second = _first(experts), _second(experts)
+    between = (first @ first.T).cpu(), (second @ second.T).cpu()
     if dense is None:
-        return Similarity(*between)
-    _check_shapes(layer, dense)
-    gate = None if dense.gate_weight is None else dense.gate_weight[None]
-    dense_first, dense_second = _first(dense.in_weight[None], gate), _second(dense.out_weight[None])
-    return Similarity(*between, _cosines(first, dense_first)[:, 0], _cosines(second, dense_second)[:, 0])
+        return Similarity(*between, granularity=granularity)
+    shards = experts_of(dense, granularity, granularity)
+    _check_shapes(experts, shards)
+    to_dense = []
+    for ours, theirs in ((first, _first(shards)), (second, _second(shards))):
+        own = theirs.to(ours.device).repeat(len(ours) // granularity, 1)
+        to_dense.append((ours * own).sum(1).cpu())
+    return Similarity(*between, *to_dense, granularity)
 
 
 def model_similarity(model: nn.Module, dense: nn.Module | None = None) -> dict[str, Similarity]:
@@ -76,9 +94,11 @@ def model_similarity(model: nn.Module, dense: nn.Module | None = None) -> dict[s
     return found
 
 
-def mean_cosine(cosines: Tensor) -> float:
-    """The mean over all pairs of different experts of cosines [E, E]; NaN for a single expert."""
-    pairs = cosines[torch.ones_like(cosines, dtype=torch.bool).triu(1)]
+def mean_cosine(cosines: Tensor, granularity: int = 1) -> float:
+    """The mean of cosines [E, E] over all pairs of different experts with the same remainder by ``granularity``; NaN
+    where there is no pair."""
+    shard = torch.arange(len(cosines)) % granularity
+    pairs = cosines[(shard[:, None] == shard).triu(1)]
     return pairs.double().mean().item()
 
 
@@ -93,25 +113,19 @@ def _dense_mlp(dense: nn.Module, name: str) -> DenseMLP:
     raise ValueError("it has no block of that name with an MLP that is read")
 
 
-def _check_shapes(layer: SparseMoE, dense: DenseMLP) -> None:
-    pairs = {"in": (layer.in_weight, dense.in_weight), "gate": (layer.gate_weight, dense.gate_weight)}
-    for which, (ours, theirs) in pairs.items():
-        expert = None if ours is None else list(ours.shape[1:])
-        mlp = None if theirs is None else list(theirs.shape)
+def _check_shapes(experts: dict[str, Tensor], shards: dict[str, Tensor]) -> None:
+    for name in ("in_weight", "gate_weight"):
+        expert, mlp = (list(of[name].shape[1:]) if name in of else None for of in (experts, shards))
         if expert != mlp:
-            raise ValueError(f"{which}_weight of an expert is {expert}, of the dense MLP {mlp}; they must be alike")
+            raise ValueError(f"{name} of an expert is {expert}, in the dense MLP it is {mlp}; they must be alike")
 
 
-def _first(in_weight: Tensor, gate_weight: Tensor | None) -> Tensor:
-    """[E, features]."""
-    matrices = [in_weight] if gate_weight is None else [in_weight, gate_weight]
-    return torch.cat([matrix.flatten(1) for matrix in matrices], 1)
+def _first(parameters: dict[str, Tensor]) -> Tensor:
+    """[E, features], of length 1."""
+    names = [name for name in ("in_weight", "gate_weight") if name in parameters]
+    return F.normalize(torch.cat([parameters[name].flatten(1) for name in names], 1).float(), dim=1)
 
 
-def _second(out_weight: Tensor) -> Tensor:
-    return out_weight.flatten(1)
-
-
-def _cosines(a: Tensor, b: Tensor) -> Tensor:
-    """[E, F] between the rows of a [E, n] and b [F, n]."""
-    return (F.normalize(a.float(), dim=1) @ F.normalize(b.to(a.device).float(), dim=1).T).cpu()
+def _second(parameters: dict[str, Tensor]) -> Tensor:
+    """[E, features], of length 1."""
+    return F.normalize(parameters["out_weight"].flatten(1).float(), dim=1)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..moe import moe_layers
-from ..similarity import Similarity, mean_cosine, model_similarity
+from ..similarity import Similarity, model_similarity
 from . import cards, pictures, svg
 from .charts import imbalance
 from .experts_page import render_experts
@@ -78,8 +78,8 @@ class ExpertReport:
             column("load", "unused", lambda one: count((one.load == 0).sum())),
             column("entropy, share of ln E", "a token", lambda one: _decimals(_of_most(one.token_entropy, one), 2)),
             column("entropy, share of ln E", "mean", lambda one: _decimals(_of_most(one.mean_entropy, one), 2)),
-            _cosines("experts' cosine", "first", [mean_cosine(one.first) for one in alike]),
-            _cosines("experts' cosine", "second", [mean_cosine(one.second) for one in alike]),
+            _cosines("experts' cosine", "first", [one.first_mean for one in alike]),
+            _cosines("experts' cosine", "second", [one.second_mean for one in alike]),
         ]
         if any(one.first_to_dense is not None for one in alike):
             columns += [
@@ -116,14 +116,13 @@ class ExpertReport:
 
     def similarity(self, layer: str) -> Figure:
         """Cosines between the experts' first matrices, and between their second ones, side by side."""
-        alike, title = self.similarities[layer], self.title(layer)
-        return _side_by_side(
-            [
-                ("", similarity_heatmap(alike.first, f"{title}: first", alike.first_to_dense)),
-                ("", similarity_heatmap(alike.second, f"{title}: second", alike.second_to_dense)),
-            ],
-            narrowest=260,
-        )
+        alike, title, figures = self.similarities[layer], self.title(layer), []
+        for which, cosines, to_dense in (
+            ("first", alike.first, alike.first_to_dense),
+            ("second", alike.second, alike.second_to_dense),
+        ):
+            figures.append(("", similarity_heatmap(cosines, f"{title}: {which}", to_dense, alike.granularity)))
+        return _side_by_side(figures, narrowest=260)
 
     def cards(self, layer: str, most: int = 6) -> Figure:
         """What each expert of a layer takes most: patches by its probability, words beyond what its size explains."""

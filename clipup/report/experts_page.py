@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from clipup_kernels import backend_info
 
-from ..similarity import Similarity, mean_cosine
+from ..similarity import Similarity
 from . import pictures, svg
 from .charts import imbalance
 from .numbers import count
@@ -80,9 +81,9 @@ def _parted(report: ExpertReport, tower: str) -> str:
     alike: Mapping[str, Similarity] = {
         name: one for name, one in report.similarities.items() if report.title(name).startswith(prefix)
     }
-    if not alike or any(len(one.first) < 2 for one in alike.values()):
+    means = [one.first_mean for one in alike.values() if math.isfinite(one.first_mean)]
+    if not means:
         return ""
-    means = [mean_cosine(one.first) for one in alike.values()]
     low, high = min(means), max(means)
     lie = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
     judged = "are still equal" if low > 1 - 1e-5 else "have parted"

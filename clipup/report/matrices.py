@@ -51,11 +51,14 @@ def load_bars(load: Sequence[float], title: str, subtitle: str = "", width: floa
     return svg.picture(width, bottom + 8, f"{title}: share of choices of every expert", *parts)
 
 
-def similarity_heatmap(cosines: Any, title: str, to_dense: Any = None, width: float = 300) -> Figure:
+def similarity_heatmap(
+    cosines: Any, title: str, to_dense: Any = None, granularity: int = 1, width: float = 300
+) -> Figure:
     """Cosines between all pairs of experts as a table of shades, from 0 (light) to 1 (dark).
 
     cosines [E, E]; to_dense [E] adds a column for the dense MLP. Cells with room for it carry the value, and every cell
-    has it as a tooltip. The mean over the pairs of different experts stands in the title's second line.
+    has it as a tooltip. Under the title stands the mean over all pairs of experts that began equal: those with the same
+    remainder by ``granularity``, the number of shards of an MLP that experts are.
     """
     values = np.asarray(cosines, dtype=float)
     if values.ndim != 2 or values.shape[0] != values.shape[1] or not values.size:
@@ -70,7 +73,7 @@ def similarity_heatmap(cosines: Any, title: str, to_dense: Any = None, width: fl
     cell = min(38.0, room / (experts + (to_dense is not None)))
     parts = [
         svg.text(0.0, 15.0, svg.shorten(title, int(width / 8)), font_size=14, font_weight=600),
-        svg.text(0.0, 33.0, _means(values, to_dense), font_size=FONT - 0.5, fill_opacity=0.75),
+        svg.text(0.0, 33.0, _means(values, to_dense, granularity), font_size=FONT - 0.5, fill_opacity=0.75),
     ]
     for row in range(experts):
         y = top + cell * row
@@ -87,9 +90,11 @@ def similarity_heatmap(cosines: Any, title: str, to_dense: Any = None, width: fl
     return svg.picture(width, height, f"{title}: cosine between every two experts", *parts)
 
 
-def _means(values: np.ndarray, to_dense: Any) -> str:
-    between = values[np.triu_indices(len(values), 1)]
-    words = [f"mean of all pairs: {between.mean():.3f}"] if between.size else ["a single expert"]
+def _means(values: np.ndarray, to_dense: Any, granularity: int) -> str:
+    shard = np.arange(len(values)) % granularity
+    between = values[np.triu(shard[:, None] == shard, 1)]
+    pairs = "all pairs" if granularity == 1 else "pairs of the same shard"
+    words = [f"mean of {pairs}: {between.mean():.3f}"] if between.size else ["no two experts began equal"]
     if to_dense is not None:
         words.append(f"to dense: {np.mean(np.asarray(to_dense, dtype=float)):.3f}")
     return " · ".join(words)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import models
 from ..evaluate.encode import device_of, evaluating, in_batches
 from ..moe import SparseMoE, moe_layers
+from ..router import log_scores
 
 NO_SPARSE_LAYERS = "the model has no sparse layers, so there are no experts to look at; clipup upcycle makes it sparse"
 
@@ -29,7 +30,7 @@ class LayerRouting:
     experts: np.ndarray
     """[N, S, K] integers, the first choice first; -1 for tokens that took no part (padding)."""
     probabilities: np.ndarray
-    """[N, S, E] float32: the router's softmax."""
+    """[N, S, E] float32: the router's, which sum to 1."""
     grid: tuple[int, int] | None = None
     """Rows and columns of the patches, which are the last tokens of every image; None for texts, and for images whose
     tokens lie in no grid that is known."""
@@ -148,7 +149,7 @@ def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]
     def hook_of(name: str) -> Callable:
         def keep(layer: SparseMoE, inputs: tuple, output: Tensor) -> None:
             last, shape = layer.records.last_routing, tuple(output.shape[:-1])
-            experts, probabilities = last.experts, last.logits.softmax(-1)
+            experts, probabilities = last.experts, log_scores(last.logits, layer.config.score).softmax(-1)
             by_sample = [
                 values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in (experts, probabilities)
             ]

@@ -99,6 +99,12 @@ def test_heatmaps_of_any_numbers_are_well_formed(value, title):
     ElementTree.fromstring(similarity_heatmap([[1, value], [value, 1]], title, [value, value]))
 
 
+def test_the_mean_of_shards_is_over_pairs_of_the_same_shard():
+    cosines = np.array([[1, 0.1, 0.5, 0.1], [0.1, 1, 0.1, 0.7], [0.5, 0.1, 1, 0.1], [0.1, 0.7, 0.1, 1]])
+    assert "mean of pairs of the same shard: 0.600" in texts(similarity_heatmap(cosines, "t", granularity=2))
+    assert "no two experts began equal" in texts(similarity_heatmap(np.eye(2), "t", granularity=2))
+
+
 @pytest.mark.parametrize("wrong, dense", [(np.ones(3), None), (np.ones((2, 3)), None), (np.ones((0, 0)), None)])
 def test_cosines_that_are_no_square_are_refused(wrong, dense):
     with pytest.raises(ValueError, match=r"it must be \[E, E\]"):

@@ -175,3 +175,13 @@ def test_a_model_without_a_text_tower_is_refused_texts():
 
 def test_the_transform_gives_what_the_model_takes(model):
     assert route_images(model, map(transform(), pictures(2)))[LAYER].experts.shape == (2, 5, CHOICES)
+
+
+def test_probabilities_of_sigmoid_gates_are_what_the_router_chooses_by():
+    model, batch = sparse_clip(score="sigmoid"), images(3)
+    given = inputs_of_layers(model, lambda: model.encode_image(batch))
+    for name, layer in route_images(model, batch).items():
+        scores = (given[name][0].double() @ moe_layers(model)[name].router.weight.double().T).sigmoid()
+        expected = scores / scores.sum(-1, keepdim=True)
+        torch.testing.assert_close(torch.from_numpy(layer.probabilities), expected.float())
+        assert np.array_equal(layer.experts, expected.topk(CHOICES).indices.numpy())
