@@ -39,9 +39,10 @@ def icon_set(prefix: str, icons_: dict[str, dict]) -> dict:
 
 @pytest.fixture(scope="module")
 def sets_of_package():
-    """Three sets: fluent says size and style at the end of every name, the others do not."""
+    """Three sets: fluent says size and style at the end of every name and turns the words around, the others do not."""
     names = [f"{noun}-{place}" for noun in NOUNS for place in PLACES]
-    fluent = {f"{name}-{size}-filled": {"body": drawing(hash_of(name, size))} for name in names for size in (16, 24)}
+    turned = {f"{place}-{noun}" for noun in NOUNS for place in PLACES}
+    fluent = {f"{name}-{size}-filled": {"body": drawing(hash_of(name, size))} for name in turned for size in (16, 24)}
     mdi = {name: {"body": drawing(hash_of(name, 0))} for name in names}
     mdi["circle-outline"] = {"body": '<circle cx="12" cy="12" r="9" fill="none" stroke="currentColor"/>'}
     carbon = {f"{noun}-{place}": {"body": drawing(hash_of(noun + place, 99))} for noun in NOUNS[:6] for place in PLACES}
