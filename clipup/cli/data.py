@@ -54,7 +54,7 @@ class Pictograms:
 
 @dataclass
 class Icons:
-    """268,000 openly licensed icons with their names as captions, from the npm package @iconify/json; no network.
+    """250,000 openly licensed icons with their names as captions, from the npm package @iconify/json; no network.
 
     RGB on white. Held out are names (validation, test_names) and whole sets in styles of their own (test_styles). Takes
     a few minutes. Get the package with `npm pack @iconify/json@2.2.535` and `tar -xzf iconify-json-2.2.535.tgz`.
