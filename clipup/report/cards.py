@@ -51,5 +51,6 @@ def _word_list(shown: Sequence[WordShare]) -> str:
     for one in shown:
         word = svg.element("bdi", escape(svg.shorten(one.word, 40)))
         times = svg.element("small", f" {one.taken}/{one.seen}", style="opacity:.7;font-variant-numeric:tabular-nums")
-        items.append(svg.element("span", word, times, style="white-space:nowrap"))
-    return svg.element("div", " · ".join(items), style="line-height:1.5;overflow-wrap:anywhere;text-align:left")
+        items.append(svg.element("li", word, times, style="overflow-wrap:anywhere"))
+    look = "display:flex;flex-wrap:wrap;gap:0 12px;margin:0;padding:0;list-style:none;line-height:1.5;text-align:left"
+    return svg.element("ul", *items, style=look)

@@ -137,6 +137,9 @@ class ExpertReport:
         are shown whole."""
         return render_experts(self, shown)
 
+    def __repr__(self) -> str:
+        return f"<ExpertReport of {self.name}: {len(self.pictures)} images, {len(self.captions)} captions>"
+
     def _repr_html_(self) -> str:
         return str(self.table())
 

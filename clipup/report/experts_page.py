@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .experts import ExpertReport
 
 _MOST_SKIPPED = 20
+_NARROW = 2  # maps beside a picture that leave room for another picture
 _TOWERS = ("image", "text")
 
 
@@ -41,6 +42,7 @@ def render_experts(report: ExpertReport, shown: int = 6) -> str:
         images=len(report.pictures),
         captions=len(report.captions),
         table=report.table(),
+        narrow_maps=sum(layer.grid is not None for layer in report.layers.values()) <= _NARROW,
         has_dense=any(one.first_to_dense is not None for one in report.similarities.values()),
         loads=[report.load(name) for name in report.layers],
         legend=pictures.expert_legend(max((one.num_experts for one in report.layers.values()), default=0)),

@@ -20,7 +20,7 @@ MOST_CAPTION_CHARACTERS = 200
 _MOST_PIXELS = 128
 _MOST_PNG_BYTES = 10_000
 _SMALLEST_CELL_WITH_NUMBER = 13
-_CONTEXT = 1  # patches around a patch that are shown with it
+_CONTEXT = 1  # patches to each side of a patch that are shown with it
 _HIT = "#e0660a"
 _FRAME = (("#fff", 4), ("#111", 1.6))
 
@@ -76,8 +76,8 @@ def routing_map(image: Image.Image, experts: Any, name: str = "first choices", w
 def patch(image: Image.Image, grid: tuple[int, int], row: int, column: int, name: str, width: int = 56) -> Figure:
     """One patch of a picture, framed, with the patches around it, as SVG; ``grid``: rows and columns of patches."""
     size_w, size_h = image.width / grid[1], image.height / grid[0]
-    top, bottom = max(0, row - _CONTEXT), min(grid[0], row + _CONTEXT + 1)
-    left, right = max(0, column - _CONTEXT), min(grid[1], column + _CONTEXT + 1)
+    top, bottom = _around(row, grid[0])
+    left, right = _around(column, grid[1])
     crop = image.crop((round(left * size_w), round(top * size_h), round(right * size_w), round(bottom * size_h)))
     cell_w = width / (right - left)
     cell_h = cell_w * size_h / size_w
@@ -148,6 +148,13 @@ def _tile(image: Image.Image, label: str, width: int, style: str) -> str:
     return svg.element(
         "div", picture(image, label, width), style=f"flex:0 1 {width}px;min-width:0;align-self:start;{style}"
     )
+
+
+def _around(place: int, count: int) -> tuple[int, int]:
+    """First and behind last of the places that are shown with one of ``count``: as many at an edge as in the middle."""
+    size = min(count, 2 * _CONTEXT + 1)
+    first = min(max(0, place - _CONTEXT), count - size)
+    return first, first + size
 
 
 def _backdrop(image: Image.Image, width: float, height: float) -> list[str]:

@@ -74,7 +74,7 @@ def picture(width: float, height: float, name: str, *children: str, **attributes
             width=width,
             height=height,
             role="img",
-            **({"style": "max-width:100%;height:auto"} | attributes),
+            **({"style": "display:block;max-width:100%;height:auto"} | attributes),
         )
     )
 

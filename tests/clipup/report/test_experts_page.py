@@ -200,3 +200,7 @@ def test_what_cannot_be_looked_at_is_refused(models):
 
 def test_in_a_notebook_the_report_shows_its_table(seen):
     assert seen._repr_html_() == str(seen.table()) and "Image tower, block 1" in seen._repr_html_()
+
+
+def test_in_words_the_report_is_short(seen):
+    assert repr(seen) == "<ExpertReport of tiny: 9 images, 5 captions>"
