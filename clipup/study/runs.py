@@ -39,7 +39,7 @@ class StudyRun:
     warmup: int = 250
     wd: float = 0.1
     grad_clip_norm: float = 1.0
-    precision: str = "amp_bf16"
+    precision: str = "fp32"
     moe_cfg: MoEConfig | None = field(init=False, default=None)
     """The sparse layers that ``moe`` means."""
 
