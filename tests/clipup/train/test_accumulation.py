@@ -72,3 +72,18 @@ def test_batches_left_over_at_the_end_of_an_epoch_are_not_mixed_into_the_next(ma
     result = train(options(logs=None, accum_freq=2, steps=4), model=make_model(), loader=data)
 
     assert [record["epoch"] for record in result.history] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["sign", "z_score"])
+def test_step_moves_the_selection_bias_by_the_load_of_all_its_batches(make_model, pairs, kind):
+    moe = clipup.MoEConfig(num_experts=4, selection_bias=kind, selection_bias_rate=0.125)
+    data = pairs()
+    parts = list(zip(data.images.split(8), data.texts.split(8), strict=True))
+    biases = []
+    for batches in ([(data.images, data.texts)], parts):
+        model = make_model(moe)
+        gradients_of_one_step(model, batches, open_clip.ClipLoss())
+        biases.append([layer.router.selection_bias for layer in clipup.moe_layers(model).values()])
+    for big, accumulated in zip(*biases, strict=True):
+        assert big.abs().max() > 0.1
+        torch.testing.assert_close(accumulated, big)
