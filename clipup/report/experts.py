@@ -33,6 +33,7 @@ from .tokens import token_strip
 from .words import Piece, expert_words, pieces
 
 _MAP_WIDTH, _CELL_WITH_NUMBER = 144, 14
+_MAP_MARGIN = 14  # by which a map may shrink before it gets a row of its own
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ class ExpertReport:
     def routing(self, picture: int) -> Figure:
         """A picture, and for every sparse layer of the image tower which expert took which of its patches."""
         image = self.pictures[picture]
-        shown = [("as the model sees it", pictures.picture(image, f"picture {picture}", _MAP_WIDTH))]
-        for name, layer in self.of_tower("image").items():
-            if layer.grid is not None:
-                width = max(_MAP_WIDTH, _CELL_WITH_NUMBER * layer.grid[1])
-                drawn = pictures.routing_map(image, layer.maps()[picture], self.title(name), width)
-                shown.append((self.title(name).removeprefix("Image tower, "), drawn))
-        return _side_by_side(shown)
+        layers = {name: layer for name, layer in self.of_tower("image").items() if layer.grid is not None}
+        width = max([_MAP_WIDTH, *(_CELL_WITH_NUMBER * layer.grid[1] for layer in layers.values())])
+        shown = [("as the model sees it", pictures.picture(image, f"picture {picture}", width))]
+        for name, layer in layers.items():
+            drawn = pictures.routing_map(image, layer.maps()[picture], self.title(name), width)
+            shown.append((self.title(name).removeprefix("Image tower, "), drawn))
+        return _side_by_side(shown, narrowest=width - _MAP_MARGIN)
 
     def tokens(self, caption: int) -> Figure:
         """A caption, once for every sparse layer of the text tower, its tokens in the colours of their experts."""
@@ -218,7 +219,7 @@ def _as_seen(tensor: Tensor, preprocess: Any) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _side_by_side(figures: Sequence[tuple[str, str]], narrowest: int = 130) -> Figure:
+def _side_by_side(figures: Sequence[tuple[str, str]], narrowest: int) -> Figure:
     """Figures in as many columns as there is room for, their names below."""
     cells = [
         svg.element("div", figure, *([svg.element("small", name, style="opacity:.75")] if name else []))

@@ -197,7 +197,7 @@ def _numbers(numbers: Sequence[str], width: float, height: float) -> str:
         text_anchor="middle",
         fill="#111",
         stroke="#fff",
-        stroke_width=2.4,
+        stroke_width=0.22 * _font(width, height),
         stroke_opacity="0.85",
         style="paint-order:stroke",
     )
