@@ -17,7 +17,8 @@ from torch import Tensor
 from .launch import dense
 from .variants import TYPE_NAMES, Variant, signature
 
-_BLOCK_ROWS = 16
+_MOVED_ROWS = 16
+_SUMMED_ROWS = 8  # a tile of sums in float32 lies in registers beside those that move
 _MAX_COLUMNS = 256
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 
@@ -85,8 +86,8 @@ def _columns(width: int) -> int:
     return min(_MAX_COLUMNS, max(16, triton.next_power_of_2(width)))
 
 
-def _grid(num_rows: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(num_rows, _BLOCK_ROWS), triton.cdiv(width, _columns(width))
+def _grid(num_rows: int, block_rows: int, width: int) -> tuple[int, int]:
+    return triton.cdiv(num_rows, block_rows), triton.cdiv(width, _columns(width))
 
 
 def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:
@@ -95,9 +96,9 @@ def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:
     rows = x.new_empty(num_rows, width)
     if rows.numel():
         with torch.cuda.device_of(x):
-            _permute[_grid(num_rows, width)](
+            _permute[_grid(num_rows, _MOVED_ROWS, width)](
                 x, choice_of_row, rows, num_rows, width,
-                K=row_of_choice.shape[1], BLOCK_R=_BLOCK_ROWS, BLOCK_D=_columns(width), **_OPTIONS,
+                K=row_of_choice.shape[1], BLOCK_R=_MOVED_ROWS, BLOCK_D=_columns(width), **_OPTIONS,
             )  # fmt: skip
     return rows
 
@@ -117,9 +118,9 @@ def _weighted_sum(rows: Tensor, gates: Tensor | None, row_of_choice: Tensor) -> 
     y = rows.new_empty(num_tokens, width)
     if y.numel():
         with torch.cuda.device_of(rows):
-            _gather_sum[_grid(num_tokens, width)](
+            _gather_sum[_grid(num_tokens, _SUMMED_ROWS, width)](
                 rows, gates, row_of_choice, y, num_tokens, width,
-                K=k, BLOCK_T=_BLOCK_ROWS, BLOCK_D=_columns(width), **_OPTIONS,
+                K=k, BLOCK_T=_SUMMED_ROWS, BLOCK_D=_columns(width), **_OPTIONS,
             )  # fmt: skip
     return y
 
@@ -130,9 +131,9 @@ def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> 
     d_rows, d_gates = torch.empty_like(rows), torch.empty_like(gates)
     if num_rows:
         with torch.cuda.device_of(rows):
-            _combine_backward[(triton.cdiv(num_rows, _BLOCK_ROWS),)](
+            _combine_backward[(triton.cdiv(num_rows, _SUMMED_ROWS),)](
                 dy, rows, gates, row_of_choice, offsets, d_rows, d_gates, num_rows, width, offsets.numel() - 1,
-                K=row_of_choice.shape[1], BLOCK_R=_BLOCK_ROWS, BLOCK_D=_columns(width), **_OPTIONS,
+                K=row_of_choice.shape[1], BLOCK_R=_SUMMED_ROWS, BLOCK_D=_columns(width), **_OPTIONS,
             )  # fmt: skip
     return d_rows, d_gates
 
@@ -142,10 +143,10 @@ def variants(arch: int) -> Iterator[Variant]:
     shared = dict.fromkeys(("choice_of_row", "row_of_choice", "offsets"), "*i32") | dict.fromkeys("RTE", "i32")
     shared |= {"gates": "*fp32", "d_gates": "*fp32"}
     stages = (
-        ("permute", _permute, {"BLOCK_R": _BLOCK_ROWS}),
-        ("combine", _gather_sum, {"BLOCK_T": _BLOCK_ROWS}),
-        ("gather_sum", _gather_sum, {"BLOCK_T": _BLOCK_ROWS, "gates": None}),
-        ("combine_backward", _combine_backward, {"BLOCK_R": _BLOCK_ROWS}),
+        ("permute", _permute, {"BLOCK_R": _MOVED_ROWS}),
+        ("combine", _gather_sum, {"BLOCK_T": _SUMMED_ROWS}),
+        ("gather_sum", _gather_sum, {"BLOCK_T": _SUMMED_ROWS, "gates": None}),
+        ("combine_backward", _combine_backward, {"BLOCK_R": _SUMMED_ROWS}),
     )
     for dtype, width in (*((name, "i32:16") for name in TYPE_NAMES.values()), ("bf16", "i32")):
         types = shared | dict.fromkeys(("x", "rows", "y", "dy", "d_rows"), f"*{dtype}") | {"D": width}
