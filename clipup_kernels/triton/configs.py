@@ -50,16 +50,16 @@ class Config(NamedTuple):
 
 
 # By architecture and arithmetic: the tile of products whose epilogue is long (activations), and that of the others. A
-# long epilogue costs about as much as the products of a tile; with 4 warps and at most 113 KB two blocks share a
-# multiprocessor, and one computes its epilogue under the other's products. Architecture 80 stays within 99 KB, which is
-# what the small relatives of the large chips have (8.6, 8.9, 12.0).
+# long epilogue costs about as much as the products of a tile. With 8 warps, 128 registers a thread and up to 113 KB two
+# blocks share a multiprocessor, and one computes its epilogue under the other's products. Architecture 80 stays within
+# 99 KB, which is what the small relatives of the large chips have (8.6, 8.9, 12.0).
 _TILES = {
-    (80, "half"): (Config(128, 128, 32, 4, 3), Config(128, 256, 32, 8, 3)),
-    (90, "half"): (Config(128, 128, 64, 4, 3), Config(128, 256, 64, 8, 3)),
-    (100, "half"): (Config(128, 128, 64, 4, 3), Config(128, 256, 64, 8, 3)),
-    (80, "tf32"): (Config(128, 64, 32, 4, 3), Config(128, 128, 16, 8, 3)),
-    (90, "tf32"): (Config(128, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
-    (100, "tf32"): (Config(128, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
+    (80, "half"): (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 4)),
+    (90, "half"): (Config(128, 128, 64, 8, 3), Config(128, 256, 64, 8, 3)),
+    (100, "half"): (Config(128, 128, 64, 8, 3), Config(128, 256, 64, 8, 3)),
+    (80, "tf32"): (Config(64, 64, 32, 4, 3), Config(128, 128, 16, 8, 3)),
+    (90, "tf32"): (Config(64, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
+    (100, "tf32"): (Config(64, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
     (80, "ieee"): (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
     (90, "ieee"): (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
     (100, "ieee"): (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
@@ -104,6 +104,8 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
     """A tile for products of ``depth`` terms that yield ``columns`` columns."""
     fused, plain = _TILES[arch, kind]
     tile = fused if kernel in ("project_in", "project_in_gated", "project_back") else plain
+    if depth % 16 or columns % 16:  # rows that are not aligned come element by element, through registers
+        tile = Config(64, 64, 32, 8, 2) if kind != "ieee" else tile
     if kernel == "project_in_gated":  # two sums of products instead of one
         tile = tile._replace(block_n=tile.block_n // 2)
     if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
@@ -111,7 +113,7 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
     tile = tile._replace(block_n=min(tile.block_n, _power_of_two(columns)))
     if kernel == "weight_gradient":  # its rows are a weight's, its terms the experts' rows
         return tile
-    if bucket == "few":
+    if bucket == "few" and tile.block_m > 64:
         tile = tile._replace(block_m=64, num_warps=4)
     return tile._replace(block_k=min(tile.block_k, _power_of_two(depth)))
 
@@ -126,6 +128,8 @@ class Case(NamedTuple):
     config: Config
     is_main: bool
     """Many rows an expert in bfloat16: one case per kernel, in which its rarer forms are compiled too."""
+    even: bool
+    """The weights' sizes are multiples of the tile's; if not, they do not even divide by 16."""
 
 
 def cases(arch: int, kernel: str) -> Iterator[Case]:
@@ -133,17 +137,22 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
 
     On architecture 90 and later the main one also with descriptors, which ``tune`` may choose.
     """
+
+    def tiles(depth: int, widths: tuple[int, ...]) -> list[Config]:
+        sizes = [(bucket, columns) for bucket in reversed(BUCKETS) for columns in widths]
+        return list(dict.fromkeys(heuristic(arch, kernel, kind, bucket, depth, columns) for bucket, columns in sizes))
+
     for kind, dtypes in {
         "half": (torch.bfloat16, torch.float16), "tf32": (torch.float32,), "ieee": (torch.float32,),
     }.items():  # fmt: skip
-        sizes = [(bucket, columns) for bucket in reversed(BUCKETS) for columns in (3072, 640)]
-        tiles = dict.fromkeys(heuristic(arch, kernel, kind, bucket, 768, columns) for bucket, columns in sizes)
-        for number, tile in enumerate(tiles):
-            for dtype in dtypes:
+        for dtype in dtypes:
+            for number, tile in enumerate(tiles(768, (3072, 640))):
                 is_main = number == 0 and dtype == torch.bfloat16
-                yield Case(arch, kernel, dtype, kind, tile, is_main)
+                yield Case(arch, kernel, dtype, kind, tile, is_main, even=True)
                 if is_main and arch >= 90 and kernel != "weight_gradient":
-                    yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False)
+                    yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False, even=True)
+            for tile in tiles(767, (3071,)):
+                yield Case(arch, kernel, dtype, kind, tile, False, even=False)
 
 
 def choose(

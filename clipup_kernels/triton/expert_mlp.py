@@ -24,10 +24,38 @@ from torch import Tensor
 from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate
-from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, multiply_pair, operand
+from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, multiply_pair, operand, quarters
 from .grouped_linear import project_rows
 from .launch import dense
 from .variants import Variant
+
+
+@triton.jit
+def _finish_in(
+    total, gate_total, bias, gate_bias, z, a, expert, first, end, first_column, plane, columns,
+    STORAGE: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of ``_project_in`` for some columns of a tile: z and a from the sums [M, N]."""
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    inside = (row < end - first)[:, None]
+    if not EVEN_COLUMNS:
+        inside = inside & (column < columns - first_column)[None, :]
+    corner = first.to(tl.int64) * columns + first_column
+    target = row[:, None] * columns + column[None, :]
+    own_z = add_bias(total, bias, expert, first_column + column, columns).to(STORAGE)
+    if z is not None:
+        tl.store(z + corner + target, own_z, mask=inside)
+    if gate_total is None:
+        activated = activate(own_z.to(tl.float32), ACTIVATION)
+    else:
+        gate_z = add_bias(gate_total, gate_bias, expert, first_column + column, columns).to(STORAGE)
+        if z is not None:
+            tl.store(z + plane + corner + target, gate_z, mask=inside)
+        activated = activate(gate_z.to(tl.float32), ACTIVATION) * own_z.to(tl.float32)
+    if a is not None:
+        tl.store(a + corner + target, activated.to(STORAGE), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
@@ -44,17 +72,16 @@ def _project_in(
         return
     row = first + tl.arange(0, BLOCK_M)
     first_column = (tl.program_id(0) % column_tiles) * BLOCK_N
-    column = first_column + tl.arange(0, BLOCK_N)
-    inside = (row < end)[:, None] & (column < columns)[None, :]
-    target = row.to(tl.int64)[:, None] * columns + column[None, :]
     plane = num_rows.to(tl.int64) * columns  # from the pre-activations of W_in to those of W_gate
-    storage = x.dtype.element_ty
     if expert == num_experts:
         if z is not None:
-            nothing = tl.zeros([BLOCK_M, BLOCK_N], storage)
-            tl.store(z + target, nothing, mask=inside)
+            column = first_column + tl.arange(0, BLOCK_N)
+            target = z + row.to(tl.int64)[:, None] * columns + column[None, :]
+            inside = (row < end)[:, None] & (column < columns)[None, :]
+            nothing = tl.zeros([BLOCK_M, BLOCK_N], z.dtype.element_ty)
+            tl.store(target, nothing, mask=inside)
             if gate_weight is not None:
-                tl.store(z + plane + target, nothing, mask=inside)
+                tl.store(target + plane, nothing, mask=inside)
         return
     token = tl.load(choice_of_row + row, mask=row < end, other=0) // top_k  # surplus rows compute token 0, unstored
     left = x + token.to(tl.int64) * depth
@@ -64,24 +91,28 @@ def _project_in(
             total, left, weight, expert, first_column, depth, columns,
             False, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        if BLOCK_N < 128:
+            _finish_in(
+                total, None, bias, None, z, a, expert, first, end, first_column, plane, columns,
+                x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+        else:
+            parts = quarters(total, BLOCK_M, BLOCK_N)
+            for part in tl.static_range(4):
+                _finish_in(
+                    parts[part], None, bias, None, z, a, expert, first, end, first_column + part * (BLOCK_N // 4),
+                    plane, columns, x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 4,
+                )  # fmt: skip
     else:
         gate_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total, gate_total = multiply_pair(
             total, gate_total, left, weight, gate_weight, expert, first_column, depth, columns,
             DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        gate_z = add_bias(gate_total, gate_bias, expert, column, columns).to(storage)
-        if z is not None:
-            tl.store(z + plane + target, gate_z, mask=inside)
-    own_z = add_bias(total, bias, expert, column, columns).to(storage)
-    if z is not None:
-        tl.store(z + target, own_z, mask=inside)
-    if a is not None:
-        if gate_weight is None:
-            activated = activate(own_z.to(tl.float32), ACTIVATION)
-        else:
-            activated = activate(gate_z.to(tl.float32), ACTIVATION) * own_z.to(tl.float32)
-        tl.store(a + target, activated.to(storage), mask=inside)
+        _finish_in(
+            total, gate_total, bias, gate_bias, z, a, expert, first, end, first_column, plane, columns,
+            x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 def project_in(
@@ -127,7 +158,7 @@ def expert_mlp_forward(
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """``project_in`` with every tile and type, with every activation, and for odd sizes.
+    """``project_in`` with every tile and type, and with every activation.
 
     Without a bias, without z or without a the kernel only leaves work out; those forms are not listed.
     """
@@ -139,6 +170,5 @@ def variants(arch: int) -> Iterator[Variant]:
             for activation in ACTIVATIONS[1:]:
                 yield describe(_project_in, activation, pointers, form | {"ACTIVATION": activation}, case)
             yield describe(_project_in, "inference", pointers, form | {"z": None}, case)
-            yield describe(_project_in, "odd sizes", pointers, form, case, even=False)
     for case in configs.cases(arch, "project_in_gated"):
         yield describe(_project_in, "silu", pointers, dict(ACTIVATION="silu"), case)

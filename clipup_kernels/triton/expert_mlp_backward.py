@@ -23,11 +23,46 @@ from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate_with_slope
 from .expert_mlp import project_in
-from .grouped_gemm import describe, expert_of, find_tile, groups, max_tiles, multiply, operand
+from .grouped_gemm import describe, expert_of, find_tile, groups, max_tiles, multiply, operand, quarters
 from .grouped_linear import project_rows
 from .launch import dense
 from .variants import TYPE_NAMES, Variant, signature
 from .weight_gradient import weight_gradient
+
+
+@triton.jit
+def _finish_back(
+    da, gate, z, dz, scaled_a, first, end, first_column, plane, columns,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of ``_project_back`` for some columns of a tile, da [M, N]; returns their part of <a, da> [M]."""
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    inside = (row < end - first)[:, None]
+    if not EVEN_COLUMNS:
+        inside = inside & (column < columns - first_column)[None, :]
+    corner = first.to(tl.int64) * columns + first_column
+    target = row[:, None] * columns + column[None, :]
+    storage = z.dtype.element_ty
+    linear = tl.load(z + corner + target, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        gate_z = tl.load(z + plane + corner + target, mask=inside, other=0.0).to(tl.float32)
+        activated, slope = activate_with_slope(gate_z, ACTIVATION)
+        a = activated * linear
+    else:
+        a, slope = activate_with_slope(linear, ACTIVATION)
+    d_gate = tl.sum(a * da, 1)  # both are 0 past the last column
+    if scaled_a is not None:
+        tl.store(scaled_a + corner + target, (gate[:, None] * a).to(storage), mask=inside)
+    if dz is not None:
+        da *= gate[:, None]
+        if GATED:
+            tl.store(dz + corner + target, (da * activated).to(storage), mask=inside)
+            tl.store(dz + plane + corner + target, (da * linear * slope).to(storage), mask=inside)
+        else:
+            tl.store(dz + corner + target, (da * slope).to(storage), mask=inside)
+    return d_gate
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
@@ -46,36 +81,28 @@ def _project_back(
     row = first + tl.arange(0, BLOCK_M)
     own = row < end
     first_column = column_tile * BLOCK_N
-    column = first_column + tl.arange(0, BLOCK_N)
-    inside = own[:, None] & (column < columns)[None, :]
-    target = row.to(tl.int64)[:, None] * columns + column[None, :]
     plane = num_rows.to(tl.int64) * columns
     choice = tl.load(choice_of_row + row, mask=own, other=0)
     da = multiply(
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32), dy + (choice // top_k).to(tl.int64) * depth, weight, expert,
         first_column, depth, columns, True, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    gate = tl.load(gates + choice, mask=own, other=0.0)[:, None]
-    storage = dy.dtype.element_ty
-    linear = tl.load(z + target, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        gate_z = tl.load(z + plane + target, mask=inside, other=0.0).to(tl.float32)
-        activated, slope = activate_with_slope(gate_z, ACTIVATION)
-        a = activated * linear
+    gate = tl.load(gates + choice, mask=own, other=0.0)
+    if BLOCK_N < 128:
+        d_gate = _finish_back(
+            da, gate, z, dz, scaled_a, first, end, first_column, plane, columns,
+            GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     else:
-        a, slope = activate_with_slope(linear, ACTIVATION)
+        d_gate = tl.zeros([BLOCK_M], tl.float32)
+        das = quarters(da, BLOCK_M, BLOCK_N)
+        for part in tl.static_range(4):
+            d_gate += _finish_back(
+                das[part], gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // 4), plane, columns,
+                GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 4,
+            )  # fmt: skip
     if parts is not None:
-        part = tl.sum(tl.where(inside, a * da, 0.0), 1)
-        tl.store(parts + row.to(tl.int64) * column_tiles + column_tile, part, mask=own)
-    if scaled_a is not None:
-        tl.store(scaled_a + target, (gate * a).to(storage), mask=inside)
-    if dz is not None:
-        da *= gate
-        if GATED:
-            tl.store(dz + target, (da * activated).to(storage), mask=inside)
-            tl.store(dz + plane + target, (da * linear * slope).to(storage), mask=inside)
-        else:
-            tl.store(dz + target, (da * slope).to(storage), mask=inside)
+        tl.store(parts + row.to(tl.int64) * column_tiles + column_tile, d_gate, mask=own)
 
 
 def project_back(
@@ -198,7 +225,7 @@ def expert_mlp_backward(
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """``project_back`` with every tile, type and activation, gated and for odd sizes; ``gate_gradient`` by type."""
+    """``project_back`` with every tile, type and activation, and gated; ``gate_gradient`` with every type."""
     pointers = ("dy", "weight", "z", "dz", "scaled_a")
     for case in configs.cases(arch, "project_back"):
         form = dict(GATED=False, ACTIVATION="gelu")
@@ -208,7 +235,6 @@ def variants(arch: int) -> Iterator[Variant]:
         if case.is_main:
             for activation in ACTIVATIONS[1:]:
                 yield describe(_project_back, activation, pointers, form | {"ACTIVATION": activation}, case)
-            yield describe(_project_back, "odd sizes", pointers, form, case, even=False)
     integers = ("num_tokens", "num_experts", "top_k", "num_parts", "width")
     for name in TYPE_NAMES.values():
         types = {"parts": "*fp32", "dy": f"*{name}", "out_bias": f"*{name}", "offsets": "*i32", "row_of_choice": "*i32"}

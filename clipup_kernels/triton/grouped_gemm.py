@@ -171,6 +171,20 @@ def multiply_pair(
 
 
 @triton.jit
+def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The four [M, N/4] of a tile [M, N] from left to right: a long epilogue takes one at a time, to save registers."""
+    left, right = _halves(tile, BLOCK_M, BLOCK_N)
+    first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
+    third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
 def add_bias(total, bias, expert, column, columns):
     """``total`` [M, N] plus the expert's bias [E, columns]; without a bias as it is."""
     if bias is not None:
@@ -183,12 +197,12 @@ _INT32_POINTERS = {"offsets", "choice_of_row"}
 _FLOAT32_POINTERS = {"gates", "parts"}
 _WIDTHS = {"depth", "columns", "left_columns", "right_columns"}
 _WEIGHTS = {"weight", "other_weight", "gate_weight"}
-_TENSOR_CORE_INSTRUCTION = {90: ("HGMMA",), 100: ("UTCHMMA",)}
+_TENSOR_CORE_INSTRUCTION = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
 
 
 def describe(
-    kernel: Any, form: str, storage: tuple[str, ...], constants: dict[str, Any], case: configs.Case, *,
-    even: bool = True, transposed: bool = False,
+    kernel: Any, form: str, storage: tuple[str, ...], constants: dict[str, Any], case: configs.Case,
+    transposed: bool = False,
 ) -> Variant:  # fmt: skip
     """A product's kernel as it is launched in ``case``, for ``variants``.
 
@@ -196,12 +210,11 @@ def describe(
         form: what tells this specialisation from the kernel's others.
         storage: the arguments that point to the storage type.
         constants: the constexprs that make up the form; those of the config are added.
-        even: whether the weights' sizes are multiples of the tile's; if not, they do not divide by 16 either.
         transposed: how weights lie that are read by descriptors.
     """
     names = kernel.arg_names
     pointer = "*" + TYPE_NAMES[case.dtype]
-    types = {name: "i32:16" if even and name in _WIDTHS else "i32" for name in names}
+    types = {name: "i32:16" if case.even and name in _WIDTHS else "i32" for name in names}
     types |= {name: "*i32" for name in names if name in _INT32_POINTERS}
     types |= {name: "*fp32" for name in names if name in _FLOAT32_POINTERS}
     types |= dict.fromkeys(storage, pointer)
@@ -212,10 +225,11 @@ def describe(
         types |= {name: descriptor for name in names if name in _WEIGHTS}
     shared = {"DESCRIPTORS": block.descriptors, "PRECISION": "tf32" if case.kind == "tf32" else "ieee", "GROUPS": 16}
     shared |= block.constants
-    shared |= {name: even for name in names if name.startswith("EVEN_")}
+    shared |= {name: case.even for name in names if name.startswith("EVEN_")}
     constants = {name: value for name, value in (shared | constants).items() if name in names}
-    tile = f"{block.block_m}x{block.block_n}x{block.block_k}" + (" descriptors" if block.descriptors else "")
-    instructions = _TENSOR_CORE_INSTRUCTION.get(case.arch, ()) if case.kind == "half" else ()
+    tile = f"{block.block_m}x{block.block_n}x{block.block_k} w{block.num_warps}" + ("" if case.even else " odd")
+    tile += " descriptors" if block.descriptors else ""
+    instructions = _TENSOR_CORE_INSTRUCTION[case.arch] if case.kind == "half" else ()
     return Variant(
         f"{case.kernel} {form} {TYPE_NAMES[case.dtype]} {case.kind} {tile}",
         kernel,

@@ -103,7 +103,7 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """``project_rows`` with every tile and type, in all its forms and for odd sizes."""
+    """``project_rows`` with every tile and type, in all its forms."""
     pointers = ("rows", "weight", "other_rows", "other_weight", "bias", "out")
     single = dict(other_rows=None, other_weight=None)
     forward = dict(TRANSPOSED=False, FILL_EMPTY=True, **single)
@@ -114,4 +114,3 @@ def variants(arch: int) -> Iterator[Variant]:
         if case.is_main:
             unfused = dict(TRANSPOSED=True, FILL_EMPTY=True, bias=None, **single)
             yield describe(_project_rows, "unfused gradient", pointers, unfused, case)
-            yield describe(_project_rows, "odd sizes", pointers, forward, case, even=False)

@@ -128,9 +128,15 @@ def weight_gradient(
         _weight_gradient[(num_experts * tiles,)](
             left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, num_left, num_right,
             GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, **_even(config, num_left, num_right),
-            PRECISION=configs.precision(left.dtype), **config.constants, **config.options,
+            PRECISION=configs.precision(left.dtype), **config.constants,
+            **_staged(config, gather_left or gather_right).options,
         )  # fmt: skip
     return d_weight, d_bias
+
+
+def _staged(config: configs.Config, gather: bool) -> configs.Config:
+    """The compiler halves the stages of loads whose rows are loaded too; here they get what a plain product has."""
+    return config._replace(num_stages=2 * config.num_stages - 1) if gather else config
 
 
 def _even(config: configs.Config, num_left: int, num_right: int) -> dict[str, bool]:
@@ -138,13 +144,13 @@ def _even(config: configs.Config, num_left: int, num_right: int) -> dict[str, bo
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """``weight_gradient`` with every tile and type, for both sides of the experts, ``grouped_linear`` and odd sizes."""
+    """``weight_gradient`` with every tile and type, for both sides of the experts and for ``grouped_linear``."""
     pointers = ("left", "right", "d_weight", "d_bias")
     in_side = dict(GATHER_LEFT=False, GATHER_RIGHT=True, gates=None)
     for case in configs.cases(arch, "weight_gradient"):
-        yield describe(_weight_gradient, "in", pointers, in_side, case)
-        yield describe(_weight_gradient, "out", pointers, dict(GATHER_LEFT=True, GATHER_RIGHT=False), case)
+        gathered = case._replace(config=_staged(case.config, True))
+        yield describe(_weight_gradient, "in", pointers, in_side, gathered)
+        yield describe(_weight_gradient, "out", pointers, dict(GATHER_LEFT=True, GATHER_RIGHT=False), gathered)
         if case.is_main:
             unfused = dict(GATHER_LEFT=False, GATHER_RIGHT=False, gates=None, choice_of_row=None)
             yield describe(_weight_gradient, "unfused", pointers, unfused, case)
-            yield describe(_weight_gradient, "odd sizes", pointers, in_side, case, even=False)

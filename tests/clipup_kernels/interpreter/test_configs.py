@@ -1,0 +1,168 @@
+"""Which tiles the grouped products are launched with, and the table that holds measured ones."""
+
+import json
+
+import pytest
+import torch
+from moe_cases import Shape, make_experts, randn, route
+
+from clipup_kernels.triton import configs, expert_mlp, expert_mlp_backward, tune, warmup
+from clipup_kernels.triton.configs import Config
+from clipup_kernels.triton.grouped_gemm import max_tiles
+
+pytestmark = pytest.mark.interpreter
+
+CPU = torch.device("cpu")
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """An empty table's path."""
+    path = tmp_path / "table.json"
+    monkeypatch.setenv(configs.TABLE_PATH, str(path))
+    configs.forget()
+    yield path
+    configs.forget()
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_operands_fit_into_shared_memory_and_sums_into_registers(arch, kernel):
+    cases = list(configs.cases(arch, kernel))
+    assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16, torch.float32}
+    assert sum(case.is_main for case in cases) == 1
+    for case in cases:
+        block = case.config
+        columns = block.block_n * (2 if kernel == "project_in_gated" else 1)
+        operands = (block.block_m + columns) * block.block_k * case.dtype.itemsize * block.num_stages
+        assert operands <= SHARED_BYTES[arch], case
+        assert block.block_m * columns / (32 * block.num_warps) <= 128, case
+
+
+def test_the_grid_covers_every_way_to_part_rows_among_experts():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        experts, block = int(torch.randint(1, 9, (), generator=generator)), 16
+        counts = torch.randint(0, 40, (experts + 1,), generator=generator)
+        needed = int(((counts + block - 1) // block).sum())
+        assert needed <= max_tiles(int(counts.sum()), experts, block)
+    assert max_tiles(9 + 9 * 16, 8, 16) == 18  # nine groups of a full tile and one row
+
+
+def test_small_products_get_small_tiles():
+    tile = configs.heuristic(90, "project_in", "half", "few", depth=19, columns=24)
+    assert (tile.block_m, tile.block_n, tile.block_k) == (64, 32, 32)
+
+
+def test_no_tile_of_256_columns_is_half_empty():
+    assert configs.heuristic(90, "project_rows", "half", "many", 3072, 768).block_n == 256
+    assert configs.heuristic(90, "project_rows", "half", "many", 2560, 640).block_n == 128
+
+
+def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(monkeypatch):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert configs.precision(torch.float32) == "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert configs.precision(torch.float32) == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_what_was_measured_is_used_and_nothing_else_changes(table):
+    usual = configs.heuristic(90, "project_in", "half", "many", 768, 3072)
+    measured = Config(64, 128, 32, 8, 2, True)
+    assert measured != usual
+    table.write_text("{}")
+    assert configs.choose("project_in", CPU, torch.bfloat16, 50000, 8, 768, 3072) == usual
+    name = configs.entry_name(90, "project_in", "half", "many", 768, 3072)
+    assert configs.store({name: measured}) == table
+    configs.store({"another": usual})
+    assert configs.choose("project_in", CPU, torch.bfloat16, 50000, 8, 768, 3072) == measured
+    assert configs.choose("project_in", CPU, torch.bfloat16, 50, 8, 768, 3072) != measured
+    assert configs.choose("project_in", CPU, torch.bfloat16, 50000, 8, 768, 1536) == usual
+    assert json.loads(table.read_text()) == {name: list(measured), "another": list(usual)}
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"a": 3}', '{"a": [64, 64, 64, 4, 3]}', '{"a": [64, 96, 64, 4, 3, false]}']
+)
+def test_a_broken_table_is_refused_by_its_path(table, content):
+    table.write_text(content)
+    with pytest.raises(ValueError, match="table.json.*delete it"):
+        configs.choose("project_rows", CPU, torch.bfloat16, 50000, 8, 3072, 768)
+
+
+def test_a_table_that_was_named_must_exist(table):
+    with pytest.raises(FileNotFoundError, match="table.json"):
+        configs.choose("project_rows", CPU, torch.bfloat16, 50000, 8, 3072, 768)
+
+
+def test_without_a_name_the_table_lies_in_the_users_cache(monkeypatch, tmp_path):
+    monkeypatch.delenv(configs.TABLE_PATH, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert configs.table_path() == tmp_path / "clipup" / "triton_configs.json"
+
+
+def test_an_old_gpu_is_refused_with_the_mend(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(RuntimeError, match="8.0.*7.5.*CLIPUP_BACKEND=reference"):
+        configs.architecture(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((8, 6), 80), ((9, 0), 90), ((10, 3), 100), ((12, 0), 80)])
+def test_relatives_of_a_large_chip_share_its_tiles(monkeypatch, capability, arch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert configs.architecture(torch.device("cuda:0")) == arch
+
+
+def test_warmup_launches_what_a_training_step_launches(monkeypatch):
+    asked = []
+    choose = configs.choose
+    monkeypatch.setattr(configs, "choose", lambda *arguments: asked.append(arguments) or choose(*arguments))
+    warmup.warmup(24, 40, 4, 2, [20], dtype=torch.float16, device="cpu", gated=True)
+    warm = set(asked)
+    asked.clear()
+    shape = Shape(tokens=20, width=24, hidden=40, experts=4, k=2)
+    experts = make_experts(shape, torch.float16, gated=True)
+    gates, plan = route(shape)
+    x = randn(20, 24, dtype=torch.float16)
+    arguments = (x, gates, *plan, *experts[:4], *experts[5:])
+    y, z = expert_mlp.expert_mlp_forward(*arguments, "gelu", True)
+    expert_mlp_backward.expert_mlp_backward(y, *arguments, z, "gelu", [True] * 4)
+    assert set(asked) == warm and len(warm) >= 5
+
+
+def test_tuning_takes_the_quickest_tile_that_the_gpu_has_room_for():
+    from triton.runtime.errors import OutOfResources
+
+    tiles = list(tune.candidates(90, "project_in", 2, 768, 3072))
+    assert len(tiles) > 10 and len(set(tiles)) == len(tiles)
+    assert {tile.descriptors for tile in tiles} == {False, True}
+    for without in (
+        (80, "project_in", 2, 768, 3072),
+        (90, "project_in", 2, 750, 3072),
+        (90, "weight_gradient", 2, 768, 3072),
+    ):
+        assert not any(tile.descriptors for tile in tune.candidates(*without))
+    times = {tile: 1.0 + number for number, tile in enumerate(reversed(tiles))}
+
+    def launch(tile):
+        if tile == tiles[-1]:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return tile
+
+    best, time = tune.fastest(launch, iter(tiles), lambda run: times[run()])
+    assert best == tiles[-2] and time == 2.0
+
+
+def test_tuning_measures_every_product_of_a_training_step():
+    products = list(tune.products(24, 40, 4, 2, 20, torch.float16, "cpu", gated=True))
+    assert {kernel for kernel, *_ in products} == {
+        "project_in_gated", "project_rows", "project_back", "weight_gradient",
+    }  # fmt: skip
+    for kernel, depth, columns, launch in products:
+        assert {depth, columns} == {24, 40}
+        launch(configs.heuristic(90, kernel, "half", "few", depth, columns))

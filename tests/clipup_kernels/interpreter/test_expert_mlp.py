@@ -1,0 +1,197 @@
+"""The fused expert MLP on Triton's kernels, interpreted: y, z and every gradient against the oracle in float64.
+
+In float32 and float16: the interpreter's bfloat16 is wrong.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moe_cases import ROUTINGS, SHAPES, Experts, Shape, assert_follows, double, make_experts, randn, route, with_grad
+from torch import Tensor
+
+from clipup_kernels import ACTIVATIONS, Plan, generic, reference
+from clipup_kernels.triton import configs
+from clipup_kernels.triton.expert_mlp import expert_mlp_forward
+from clipup_kernels.triton.expert_mlp_backward import expert_mlp_backward
+
+pytestmark = pytest.mark.interpreter
+
+SEVERAL_TILES = {
+    "half": Shape(210, 80, 140, 3, 2),
+    "tf32": Shape(120, 40, 100, 3, 2),
+    "ieee": Shape(120, 40, 100, 3, 2),
+}
+GRADIENTS = ("x", "gates", "in_weight", "in_bias", "out_weight", "out_bias", "gate_weight", "gate_bias")
+
+
+def parameters(experts: Experts) -> tuple[Tensor | None, ...]:
+    return (*experts[:4], *experts[5:])
+
+
+def forward(x, gates, plan, experts: Experts, keep_z=True):
+    return expert_mlp_forward(x, gates, *plan, *parameters(experts), experts.activation, keep_z)
+
+
+def backward(dy, x, gates, plan, experts: Experts, z, wanted=(True,) * 4) -> dict[str, Tensor]:
+    gradients = expert_mlp_backward(dy, x, gates, *plan, *parameters(experts), z, experts.activation, list(wanted))
+    return dict(zip(GRADIENTS, gradients, strict=True))
+
+
+def oracle(dy, x, gates, plan, experts: Experts) -> dict[str, Tensor]:
+    """y, z and every gradient in float64; parameters that are absent have no elements."""
+    dy, x, gates, experts = double(dy), double(x).requires_grad_(), double(gates).requires_grad_(), double(experts)
+    experts = with_grad(experts)
+    y = reference.expert_mlp(x, gates, plan, *experts)
+    leaves = {"x": x, "gates": gates} | {n: t for n, t in experts._asdict().items() if isinstance(t, Tensor)}
+    gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
+    with torch.no_grad():
+        _, z = generic.expert_mlp_forward(x, gates, *plan, *parameters(experts), experts.activation, True)
+    return {"y": y.detach(), "z": z} | {name: gradients.get(name, torch.empty(0)) for name in GRADIENTS}
+
+
+def case(shape, routing="capacity", dtype=torch.float32, activation="gelu", bias=True, gated=False, seed=0):
+    gates, plan = route(shape, routing, seed)
+    x = randn(shape.tokens, shape.width, dtype=dtype, seed=seed + 10)
+    dy = randn(shape.tokens, shape.width, dtype=dtype, seed=seed + 11)
+    return dy, x, gates, plan, make_experts(shape, dtype, activation, bias, gated, seed + 20)
+
+
+def assert_follows_oracle(shape, routing="capacity", dtype=torch.float32, **form):
+    dy, x, gates, plan, experts = case(shape, routing, dtype, **form)
+    y, z = forward(x, gates, plan, experts)
+    ours = {"y": y, "z": z} | backward(dy, x, gates, plan, experts, z)
+    for what, want in oracle(dy, x, gates, plan, experts).items():
+        assert_follows(ours[what], want, dtype, what)
+        assert ours[what].dtype == (torch.float32 if what == "gates" else dtype), what
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape_follows_the_oracle(shape):
+    assert_follows_oracle(shape, "capacity" if shape.tokens > 1 else "dropless", torch.float16)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_routing_follows_the_oracle(routing):
+    assert_follows_oracle(SHAPES["odd"], routing, gated=True)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_form_of_expert_follows_the_oracle(activation, bias, gated):
+    assert_follows_oracle(SHAPES["odd"], activation=activation, bias=bias, gated=gated)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("kind", SEVERAL_TILES)
+def test_tiles_fit_together_along_rows_columns_and_terms(monkeypatch, kind, gated):
+    monkeypatch.setattr(configs, "arithmetic", lambda dtype: kind)
+    dtype, shape = torch.float16 if kind == "half" else torch.float32, SEVERAL_TILES[kind]
+    rows = shape.tokens * shape.k
+    tile = configs.choose("project_in", torch.device("cpu"), dtype, rows, shape.experts, shape.width, shape.hidden)
+    assert tile.block_m < rows / shape.experts and tile.block_n < shape.hidden and tile.block_k < shape.width
+    assert_follows_oracle(shape, "dropless", dtype, gated=gated)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("shape", [Shape(160, 64, 128, 2, 2), Shape(90, 64, 96, 2, 2)], ids=["even", "uneven"])
+def test_weights_read_by_descriptors_give_the_same_answer_to_the_bit(monkeypatch, shape, gated):
+    choose = configs.choose
+
+    def results(descriptors: bool) -> dict[str, Tensor]:
+        monkeypatch.setattr(
+            configs, "choose", lambda *which: choose(*which)._replace(block_k=32, descriptors=descriptors)
+        )
+        dy, x, gates, plan, experts = case(shape, dtype=torch.float16, gated=gated)
+        y, z = forward(x, gates, plan, experts)
+        return {"y": y, "z": z} | backward(dy, x, gates, plan, experts, z)
+
+    without = results(False)
+    for what, value in results(True).items():
+        assert torch.equal(value, without[what]), what
+
+
+def test_weights_that_no_descriptor_can_serve_are_refused(monkeypatch):
+    choose = configs.choose
+    monkeypatch.setattr(configs, "choose", lambda *which: choose(*which)._replace(descriptors=True))
+    _, x, gates, plan, experts = case(SHAPES["odd"])
+    with pytest.raises(ValueError, match=r"descriptors.*\[5, 53, 19\].*delete"):
+        forward(x, gates, plan, experts)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    shape=st.builds(
+        lambda t, d, h, e, k: Shape(t, d, h, e, min(k, e)),
+        st.integers(0, 120), st.integers(1, 90), st.integers(1, 90), st.integers(1, 9), st.integers(1, 4),
+    ),
+    routing=st.sampled_from(ROUTINGS), gated=st.booleans(), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_any_shape_and_routing_follows_the_oracle(shape, routing, gated, seed):
+    assert_follows_oracle(shape, routing, gated=gated, seed=seed)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_a_recomputed_z_gives_the_same_gradients_to_the_bit(gated):
+    dy, x, gates, plan, experts = case(SHAPES["odd"], dtype=torch.float16, gated=gated)
+    y, z = forward(x, gates, plan, experts)
+    inferred, nothing = forward(x, gates, plan, experts, keep_z=False)
+    assert torch.equal(y, inferred) and nothing.numel() == 0
+    kept, again = (backward(dy, x, gates, plan, experts, pre) for pre in (z, nothing))
+    for name in GRADIENTS:
+        assert torch.equal(kept[name], again[name]), name
+
+
+def test_what_lies_in_empty_rows_and_in_tokens_without_a_row_is_never_read():
+    dy, x, gates, plan, experts = case(SHAPES["plain"], "masked")
+    nowhere, filled = (plan.row_of_choice < 0).all(1), int(plan.offsets[-1])
+    assert 0 < nowhere.sum() < len(nowhere) and filled < len(plan.choice_of_row)
+    y, z = forward(x, gates, plan, experts)
+    clean = backward(dy, x, gates, plan, experts, z)
+    assert (y[nowhere] == 0).all() and (z[filled:] == 0).all()
+    x[nowhere], dy[nowhere], gates[nowhere], z[filled:] = (torch.nan,) * 4
+    assert torch.equal(forward(x, gates, plan, experts)[0], y)
+    for name, gradient in backward(dy, x, gates, plan, experts, z).items():
+        assert torch.equal(gradient, clean[name]), name
+    assert (clean["x"][nowhere] == 0).all() and (clean["gates"][nowhere] == 0).all()
+
+
+def test_experts_without_a_row_get_zero_gradients():
+    dy, x, gates, plan, experts = case(SHAPES["plain"]._replace(experts=4), "dropless")
+    experts = make_experts(SHAPES["plain"])
+    plan = Plan(torch.cat([plan.offsets, plan.offsets[-1:].expand(4)]), *plan[1:])
+    _, z = forward(x, gates, plan, experts)
+    gradients = backward(dy, x, gates, plan, experts, z)
+    for name in ("in_weight", "in_bias", "out_weight", "out_bias"):
+        assert (gradients[name][4:] == 0).all() and (gradients[name][:4] != 0).any()
+
+
+def test_only_the_wanted_gradients_are_computed_and_they_do_not_change():
+    dy, x, gates, plan, experts = case(SHAPES["odd"], gated=True)
+    _, z = forward(x, gates, plan, experts)
+    full = backward(dy, x, gates, plan, experts, z)
+    groups = (("x",), ("gates",), ("in_weight", "in_bias", "gate_weight", "gate_bias"), ("out_weight", "out_bias"))
+    for wanted in range(4):
+        some = backward(dy, x, gates, plan, experts, z, [place == wanted for place in range(4)])
+        for place, names in enumerate(groups):
+            for name in names:
+                if place == wanted:
+                    assert torch.equal(some[name], full[name]), name
+                else:
+                    assert some[name].numel() == 0, name
+
+
+def test_strided_arguments_are_read_as_they_are_indexed():
+    dy, x, gates, plan, experts = case(SHAPES["odd"])
+    y, z = forward(x, gates, plan, experts)
+    strided = experts._replace(
+        in_weight=experts.in_weight.mT.contiguous().mT, out_weight=experts.out_weight.mT.contiguous().mT
+    )
+    spread = torch.stack([x, x], -1)[..., 0]
+    assert not spread.is_contiguous() and not strided.in_weight.is_contiguous()
+    assert torch.equal(forward(spread, gates.mT.contiguous().mT, plan, strided)[0], y)
+    expanded = dy[:1].expand_as(dy)
+    want = backward(expanded.contiguous(), x, gates, plan, experts, z)
+    for name, gradient in backward(expanded, spread, gates, plan, strided, z).items():
+        assert torch.equal(gradient, want[name]), name
