@@ -1,4 +1,4 @@
-# make install | demo | test | test-all | bench | study | study-runs | notebooks | lint | build | clean
+# make install | demo | test | test-all | bench | study | study-runs | notebooks | docs | lint | build | clean
 #
 # Everything runs in .venv, which is made when it is missing. Stamps in it say which extras are installed; they are renewed
 # when the packaging or the native code changes.
@@ -29,7 +29,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench study study-runs notebooks lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench study study-runs notebooks docs lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -89,6 +89,11 @@ test-aarch64: $(VENV)/.build-tools
 # Runs the notebooks again and keeps what they show; a few minutes.
 notebooks: $(call installed,test)
 	$(BIN)/python examples/run_notebooks.py examples/*.ipynb
+
+# The manual as pages, from docs/ and the docstrings; a warning is an error.
+docs: $(call installed,docs)
+	$(BIN)/sphinx-build -E -W --keep-going -q -d build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 bench: $(call installed,bench)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(PYTEST_ARGS)
