@@ -23,7 +23,7 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
     """Fits the experts of an upcycled model, in place, to the MLPs that they come from.
 
     Per layer, with x what reaches the dense model's MLP from a batch, one step of Adam (betas 0.9 and 0.999, no decay)
-    on the relative squared error of the layer's output, dropless, through its router, which stays as it is:
+    on the relative squared error of the layer's output, dropless, through its router, which stays as it is::
 
         sum_t |moe(x_t) - mlp(x_t)|^2 / sum_t |mlp(x_t)|^2
 

@@ -16,7 +16,19 @@ napoleon_numpy_docstring = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
+smartquotes = False  # it would make dashes of the two hyphens in front of options
+
 html_theme = "furo"
 html_title = f"clipup {release}"
 html_copy_source = False
 html_show_copyright = False
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", _keep_first_line, priority=400)  # before napoleon, which has 500
+
+
+def _keep_first_line(app, what, name, obj, options, lines):
+    """Napoleon takes what an attribute's first line has before a colon for its type; here it is a sentence."""
+    if what in ("attribute", "property"):
+        lines.insert(0, "")
