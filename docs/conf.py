@@ -25,10 +25,13 @@ html_show_copyright = False
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", _keep_first_line, priority=400)  # before napoleon, which has 500
+    app.connect("autodoc-process-docstring", _keep_colons, priority=400)  # before napoleon, which has 500
 
 
-def _keep_first_line(app, what, name, obj, options, lines):
-    """Napoleon takes what an attribute's first line has before a colon for its type; here it is a sentence."""
+def _keep_colons(app, what, name, obj, options, lines):
+    """Napoleon takes for a type what stands before a colon in the first line of an attribute's docstring or under
+    Returns. Here it is part of a sentence; an escaped space, which renders as nothing, takes the place of that line."""
     if what in ("attribute", "property"):
-        lines.insert(0, "")
+        lines.insert(0, "\\ ")
+    if "Returns:" in lines:
+        lines.insert(lines.index("Returns:") + 1, "    \\ ")
