@@ -105,14 +105,14 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
     fused, plain = _TILES[arch, kind]
     tile = fused if kernel in ("project_in", "project_in_gated", "project_back") else plain
     if depth % 16 or columns % 16:  # rows that are not aligned come element by element, through registers
-        tile = Config(64, 64, 32, 8, 2) if kind != "ieee" else tile
+        tile = Config(64, 32, 32, 4, 2) if kind != "ieee" else tile
     if kernel == "project_in_gated":  # two sums of products instead of one
         tile = tile._replace(block_n=tile.block_n // 2)
     if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
         tile = tile._replace(block_n=128, num_warps=4)
     tile = tile._replace(block_n=min(tile.block_n, _power_of_two(columns)))
     if kernel == "weight_gradient":  # its rows are a weight's, its terms the experts' rows
-        return tile
+        return tile._replace(num_stages=max(3, tile.num_stages))
     if bucket == "few" and tile.block_m > 64:
         tile = tile._replace(block_m=64, num_warps=4)
     return tile._replace(block_k=min(tile.block_k, _power_of_two(depth)))
