@@ -1,0 +1,44 @@
+"""The messages that the FAQ quotes are messages of the code, with … where it puts something in."""
+
+import ast
+
+import pytest
+from documents import ROOT, blocks
+
+HOLE = "…"
+QUOTED = [line for block in blocks(ROOT / "docs" / "faq.md", "text") for line in block.text.splitlines()]
+
+
+def literals():
+    """Every string of the two packages, f-strings with a hole for each expression."""
+    for path in [*ROOT.glob("clipup/**/*.py"), *ROOT.glob("clipup_kernels/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else HOLE for part in node.values)
+
+
+def says(literal, message):
+    """Whether the parts of a quoted message stand in a literal, one behind the other."""
+    start = 0
+    for part in filter(None, map(str.strip, message.split(HOLE))):
+        found = literal.find(part, start)
+        if found < 0:
+            return False
+        start = found + len(part)
+    return True
+
+
+LITERALS = list(literals())
+
+
+@pytest.mark.parametrize("message", QUOTED)
+def test_message_is_one_of_the_code(message):
+    assert any(says(literal, message) for literal in LITERALS)
+
+
+def test_message_that_nobody_raises_is_found():
+    assert len(QUOTED) > 20
+    assert not any(says(literal, "… already holds a race (…)") for literal in LITERALS)
+    assert not says("a … b", "b … a") and says("a … b", "a… b")
