@@ -43,7 +43,7 @@ class Scale:
     """A logarithmic axis that holds every value and 1."""
 
     def __init__(self, values: Sequence[float]) -> None:
-        low, high = min(1.0, *values) / 1.25, max(1.0, *values) * 1.6
+        low, high = min(1.0, *values) / 2, max(1.0, *values) * 1.4
         self.low, self.range = math.log(low), math.log(high / low)
         self.ticks = [tick for tick in TICKS if low <= tick <= high]
 
@@ -62,7 +62,7 @@ def apart(places: Sequence[float], least: float) -> list[float]:
 
 
 def panel(title: str, points: Sequence[tuple[str, float, float]], left: float, scale: Scale) -> str:
-    """One panel; its labels stand beside their marks, at the left where there is no room at the right."""
+    """One panel; dense models have their labels at the left, sparse ones at the right."""
     top, bottom = float(HEAD), float(HEAD + PANEL)
     parts = [svg.text(left, top - 10, title, font_size=13, font_weight=600)]
     for tick in scale.ticks:
@@ -75,15 +75,16 @@ def panel(title: str, points: Sequence[tuple[str, float, float]], left: float, s
         ]
     parts.append(svg.line(left, bottom, left + PANEL, top, stroke_opacity="0.6", stroke_dasharray="4 4"))
     parts.append(svg.text(left + PANEL / 2, bottom + 32, "FLOPs", font_size=11, text_anchor="middle"))
-    heights = apart([bottom - scale(time) for _, _, time in points], 13)
-    for (model, flops, time), height in zip(points, heights, strict=True):
-        x, y = left + scale(flops), bottom - scale(time)
-        label = f"{model.removeprefix('ViT-')} {time:.2f}"
-        room = x + 12 + 6.2 * len(label) < left + PANEL
-        place = {"x": x + 9} if room else {"x": x - 9, "text_anchor": "end"}
-        tooltip = svg.title(f"{model}: FLOPs {flops:.2f}, time {time:.2f} of {BASELINE}")
-        parts.append(svg.element("circle", tooltip, cx=x, cy=y, r=4.5, fill=color(model)))
-        parts.append(svg.text(**({"y": height + 4, "content": label, "font_size": 11, "fill": color(model)} | place)))
+    for side in (True, False):
+        group = [point for point in points if (color(point[0]) == DENSE) == side]
+        heights = apart([bottom - scale(time) for _, _, time in group], 13)
+        for (model, flops, time), height in zip(group, heights, strict=True):
+            x, y, ink = left + scale(flops), bottom - scale(time), color(model)
+            label = f"{'accelerated' if ink == ACCELERATED else model.removeprefix('ViT-')} {time:.2f}"
+            place = {"x": x - 9, "text_anchor": "end"} if side else {"x": x + 9}
+            tooltip = svg.title(f"{model}: FLOPs {flops:.2f}, time {time:.2f} of {BASELINE}")
+            parts.append(svg.element("circle", tooltip, cx=x, cy=y, r=4.5, fill=ink))
+            parts.append(svg.text(**({"y": height + 4, "content": label, "font_size": 11, "fill": ink} | place)))
     return "".join(parts)
 
 
@@ -99,7 +100,7 @@ def chart(rows: Sequence[dict[str, str]]) -> str:
     where = f"{first['device']}, threads: {first['threads']}" if first["threads"] else first["device"]
     parts = [
         svg.text(0.0, 16.0, title, font_size=15, font_weight=600),
-        svg.text(0.0, 36.0, f"{where}; on the dashed line a model takes the time that its FLOPs promise", font_size=12),
+        svg.text(0.0, 36.0, f"{where}; below the dashed line: less time than FLOPs promise", font_size=12),
     ]
     for index, ((pass_, dtype), group) in enumerate(points.items()):
         batch = groups[pass_, dtype][0]["batch_size"]
