@@ -119,7 +119,7 @@ def test_a_missing_vocabulary_is_named(vocabularies):
         clipup.get_tokenizer("words")
 
 
-@pytest.mark.parametrize("name", [name for name in open_clip.list_models() if name.startswith("clipup-icons")])
+@pytest.mark.parametrize("name", ["clipup-icons-w64", "clipup-icons-w128", "clipup-icons-w384-64px"])
 def test_every_model_for_icons_ships_with_its_vocabulary(name):
     tokenizer = clipup.get_tokenizer(name)
     text_cfg = clipup.get_model_config(name)["text_cfg"]
