@@ -43,7 +43,7 @@ test: $(call installed,test)
 # Tests marked cuda run where there is a GPU, and those that interpret Triton's kernels in a process of their own there
 # (tests/conftest.py). The ops run again on every backend and every tier of instructions.
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
-OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py dense_mlp.py packed_weights.py)
+OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py dense_mlp.py packed_weights.py router_logits.py)
 test-all: $(call installed,test) test-native test-fuzz test-aarch64
 	$(BIN)/python -m pytest -q -m "$$($(HAS_GPU) || echo not cuda)" $(PYTEST_ARGS)
 	! $(HAS_GPU) || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
