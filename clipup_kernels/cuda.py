@@ -16,6 +16,8 @@ from torch import Tensor
 from . import generic, info
 
 _TRITON_FILE = {
+    "router_logits": "router",
+    "router_logits_backward": "router",
     "topk_gating": "gating",
     "topk_gating_backward": "gating",
     "dispatch": "dispatch",
@@ -84,6 +86,8 @@ def _op(name: str) -> Callable:
     return chosen
 
 
+router_logits = _op("router_logits")
+router_logits_backward = _op("router_logits_backward")
 topk_gating = _op("topk_gating")
 topk_gating_backward = _op("topk_gating_backward")
 dispatch = _op("dispatch")

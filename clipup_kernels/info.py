@@ -90,7 +90,7 @@ def backend_info() -> dict:
     from . import cuda, packing
 
     compiled = NATIVE is not None
-    routing = ("topk_gating", "dispatch", "permute", "combine")
+    routing = ("router_logits", "topk_gating", "dispatch", "permute", "combine")
     products = ("grouped_linear", "expert_mlp", "dense_mlp")
     cpu = dict.fromkeys((*routing, *products), "c++" if compiled else "torch")
     if compiled and len(matmul_dtypes()) == 3:

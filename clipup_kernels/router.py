@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, cpu, fakes, generic
+from . import checks, cpu, cuda, fakes, generic
 from .registry import define
 
 
@@ -23,6 +23,7 @@ def _backward_of(ctx, d_logits):
 _router_logits = define(
     "router_logits(Tensor x, Tensor weight, Tensor? mask=None) -> Tensor",
     cpu=cpu.router_logits,
+    cuda=cuda.router_logits,
     generic=generic.router_logits,
     fake=fakes.router_logits,
     setup_context=_context,
@@ -33,6 +34,7 @@ _router_logits_backward = define(
     "router_logits_backward(Tensor d_logits, Tensor x, Tensor weight, Tensor? mask, bool[2] output_mask)"
     " -> (Tensor, Tensor)",
     cpu=cpu.router_logits_backward,
+    cuda=cuda.router_logits_backward,
     generic=generic.router_logits_backward,
     fake=fakes.router_logits_backward,
     flops=lambda d_logits, x, weight, mask, output_mask, out_shape=None, **kwargs: (

@@ -3,6 +3,7 @@
 A file holds the kernels of one stage (jitted, private) and the plain functions that launch them. These have the names,
 arguments and outputs of the functions in ``generic.py``, so that ``cuda.py`` can choose by op:
 
+    router.py     router_logits and its backward
     gating.py     topk_gating and its backward
     dispatch.py   dispatch: a stable counting sort
     rows.py       permute, gather_sum, combine and its backward

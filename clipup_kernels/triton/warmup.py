@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from . import dispatch, expert_mlp, expert_mlp_backward, gating
+from . import dispatch, expert_mlp, expert_mlp_backward, gating, router
 
 
 def warmup(
@@ -40,10 +40,12 @@ def warmup(
     gate_bias = zeros(num_experts, hidden, wanted=gated and bias)
     parameters = (in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
     for num_tokens in tokens:
-        x, logits = zeros(num_tokens, width), zeros(num_tokens, num_experts, dtype=torch.float32)
+        x, router_weight = zeros(num_tokens, width), zeros(num_experts, width, dtype=torch.float32)
+        logits = router.router_logits(x, router_weight)
         gates, experts, *_ = gating.topk_gating(logits, top_k, True)
         routed = (x, gates, *dispatch.dispatch(experts, num_experts), *parameters)
         y, z = expert_mlp.expert_mlp_forward(*routed, activation, training)
         if training:
+            router.router_logits_backward(logits, x, router_weight, None, [True, True])
             gating.topk_gating_backward(logits, experts, True, None, gates)
             expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)

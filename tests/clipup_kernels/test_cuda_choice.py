@@ -13,7 +13,7 @@ from moe_cases import DTYPES
 import clipup_kernels as ck
 from clipup_kernels import cuda, info
 
-ON_TRITON = {"topk_gating", "dispatch", "permute", "combine", "grouped_linear", "expert_mlp"}
+ON_TRITON = {"router_logits", "topk_gating", "dispatch", "permute", "combine", "grouped_linear", "expert_mlp"}
 
 
 def in_a_fresh_process(code: str, **environment: str) -> str:

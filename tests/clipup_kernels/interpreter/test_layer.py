@@ -25,30 +25,31 @@ def on_triton(monkeypatch):
     return answered
 
 
-def layer_and_gradients(logits, x, experts, mask):
+def layer_and_gradients(router, x, experts, mask):
+    logits = ck.router_logits(x, router, mask)
     gating = ck.topk_gating(logits, 2, True, mask=mask)
     plan = ck.dispatch(gating.experts, logits.shape[1], 1.25, gating.top_prob, mask)
     rows = ck.grouped_linear(ck.permute(x, plan), experts.in_weight, experts.in_bias, plan.offsets)
     unfused = ck.combine(ck.grouped_linear(rows, experts.out_weight, None, plan.offsets), gating.gates, plan)
     y = ck.expert_mlp(x, gating.gates, plan, *experts) + unfused
     loss = y.square().mean() + gating.z_loss + gating.mean_probs.square().sum()
-    leaves = [logits, x, *(e for e in experts if isinstance(e, torch.Tensor))]
+    leaves = [router, x, *(e for e in experts if isinstance(e, torch.Tensor))]
     return [y, loss, *torch.autograd.grad(loss, leaves)]
 
 
 def test_a_layer_on_triton_follows_the_oracle_forward_and_backward(on_triton):
     tokens, shape = 90, Shape(90, 32, 48, 6, 2)
-    logits, x, mask = randn(tokens, 6), randn(tokens, 32, seed=1), torch.arange(tokens) % 5 > 0
+    router, x, mask = randn(6, 32), randn(tokens, 32, seed=1), torch.arange(tokens) % 5 > 0
     experts = make_experts(shape)
-    ours = layer_and_gradients(logits.requires_grad_(), x.requires_grad_(), with_grad(experts), mask)
+    ours = layer_and_gradients(router.requires_grad_(), x.requires_grad_(), with_grad(experts), mask)
     assert on_triton == set(cuda._TRITON_FILE)
-    wide = (double(logits).requires_grad_(), double(x).requires_grad_(), with_grad(double(experts)), mask)
+    wide = (double(router).requires_grad_(), double(x).requires_grad_(), with_grad(double(experts)), mask)
     for position, (value, want) in enumerate(zip(ours, layer_and_gradients(*wide), strict=True)):
         assert_follows(value, want, torch.float32, f"result {position}")
 
 
 def test_two_runs_on_triton_agree_to_the_bit(on_triton):
     experts = make_experts(Shape(40, 16, 24, 4, 2))
-    arguments = (randn(40, 4).requires_grad_(), randn(40, 16, seed=1).requires_grad_(), with_grad(experts), None)
+    arguments = (randn(4, 16).requires_grad_(), randn(40, 16, seed=1).requires_grad_(), with_grad(experts), None)
     first, second = layer_and_gradients(*arguments), layer_and_gradients(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -10,16 +10,16 @@ import sys
 
 import pytest
 
-from clipup_kernels.triton import dispatch, gating, rows, variants
+from clipup_kernels.triton import dispatch, gating, router, rows, variants
 
 pytestmark = pytest.mark.interpreter
 
 COMPILE = """
 import json, sys
-from clipup_kernels.triton import dispatch, gating, rows, variants
+from clipup_kernels.triton import dispatch, gating, router, rows, variants
 
 arch, *names = sys.argv[1:]
-for file in (dispatch, gating, rows):
+for file in (dispatch, gating, router, rows):
     for variant in file.variants(int(arch)):
         if not names or variant.name in names:
             compiled = variants.compile_variant(variant, int(arch))
@@ -28,6 +28,7 @@ for file in (dispatch, gating, rows):
 
 USUAL = ["gating E=8 K=2", "gating_backward E=8 K=2", "gating_reduce E=8 K=2", "permute bf16", "combine bf16"]
 USUAL += ["combine_backward bf16", "dispatch_count E=8 K=2", "dispatch_scan E=8 K=2", "dispatch_assign E=8 K=2"]
+USUAL += ["router_logits bf16", "router_d_x bf16", "router_weight_sums bf16", "router_add_up"]
 
 
 def assert_all_sound(arch: int, *names: str) -> set[str]:
@@ -55,11 +56,11 @@ def test_the_usual_kernels_compile_without_a_stack(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", variants.ARCHITECTURES)
 def test_every_kernel_compiles_without_a_stack(arch):
-    expected = {variant.name for file in (dispatch, gating, rows) for variant in file.variants(arch)}
+    expected = {variant.name for file in (dispatch, gating, router, rows) for variant in file.variants(arch)}
     assert assert_all_sound(arch) == expected
 
 
-@pytest.mark.parametrize("file", [gating, dispatch, rows], ids=lambda file: file.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("file", [router, gating, dispatch, rows], ids=lambda file: file.__name__.rpartition(".")[2])
 def test_a_variant_says_everything_that_a_launch_would(file):
     seen = set()
     for variant in file.variants(90):

@@ -1,0 +1,177 @@
+"""router_logits and its backward: few outputs a token, so that what counts is to read tokens once, in their own type.
+
+    x, weight --_logits--> logits            d_logits, weight --_token_gradient--> d_x
+    d_logits, x --_weight_sums--> a sum by range of tokens --_add_up--> d_weight
+
+Products and sums are float32 outside of the tensor cores, which would round them: with 8 experts the arithmetic hides
+behind the loads. How tokens are cut into ranges depends on T and E alone, so every GPU adds in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import dense
+from .variants import TYPE_NAMES, Variant, signature
+
+_EXPERTS = 8  # the most that a program takes; more experts read the tokens again, from the second-level cache
+_LOGITS = {"BLOCK_T": 8, "BLOCK_D": 128}
+_TOKEN = {"BLOCK_T": 16, "BLOCK_D": 256}
+_WEIGHT = {"BLOCK_T": 4, "BLOCK_D": 128}
+_ADD_UP = {"BLOCK_S": 32, "BLOCK": 64}
+_PARTIAL_SUMS = 2048  # sums kept of a column of the weight, over all experts: enough programs for any GPU
+_OPTIONS = {"num_warps": 4, "num_stages": 1}
+
+
+@triton.jit
+def _takes_part(mask, token, T):
+    """Which tokens are there and not masked; what the others hold is never read."""
+    part = token < T
+    if mask is not None:
+        part = part & (tl.load(mask + token, mask=part, other=0) != 0)
+    return part
+
+
+@triton.jit(do_not_specialize=["T", "E"])
+def _logits(
+    x, weight, mask, logits, T, D, E, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    part = _takes_part(mask, token, T)
+    # Each thread sums its own columns, and the threads' sums meet once, at the end.
+    products = tl.zeros([BLOCK_T, BLOCK_E, BLOCK_D], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        read = part[:, None] & (column < D)[None, :]
+        rows = tl.load(x + token[:, None] * D + column[None, :], mask=read, other=0.0)
+        read = (expert < E)[:, None] & (column < D)[None, :]
+        weights = tl.load(weight + expert[:, None] * D + column[None, :], mask=read, other=0.0)
+        products += rows.to(tl.float32)[:, None, :] * weights[None, :, :]
+    place = logits + token[:, None] * E + expert[None, :]
+    tl.store(place, tl.sum(products, axis=2), mask=(token < T)[:, None] & (expert < E)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "E"])
+def _token_gradient(d_logits, weight, mask, d_x, T, D, E, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    part = _takes_part(mask, token, T)
+    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for expert in range(E):
+        gradient = tl.load(d_logits + token * E + expert, mask=part, other=0.0)
+        row = tl.load(weight + expert * D + column, mask=column < D, other=0.0)
+        total += gradient[:, None] * row[None, :]
+    place = d_x + token[:, None] * D + column[None, :]
+    tl.store(place, total.to(d_x.dtype.element_ty), mask=(token < T)[:, None] & (column < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["T", "E", "share"])
+def _weight_sums(
+    d_logits, x, mask, sums, T, D, E, share, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Program s adds up tokens ``s * share`` to ``(s + 1) * share``."""
+    split = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    expert = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    products = tl.zeros([BLOCK_T, BLOCK_E, BLOCK_D], tl.float32)
+    for start in range(0, share, BLOCK_T):
+        token = split * share + start + tl.arange(0, BLOCK_T)
+        part = _takes_part(mask, token, T)
+        read = part[:, None] & (expert < E)[None, :]
+        gradients = tl.load(d_logits + token[:, None] * E + expert[None, :], mask=read, other=0.0)
+        read = part[:, None] & (column < D)[None, :]
+        rows = tl.load(x + token[:, None] * D + column[None, :], mask=read, other=0.0)
+        products += gradients[:, :, None] * rows.to(tl.float32)[:, None, :]
+    place = sums + (split * E + expert[:, None]) * D + column[None, :]
+    tl.store(place, tl.sum(products, axis=0), mask=(expert < E)[:, None] & (column < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _add_up(sums, d_weight, splits, size, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr):
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK_S, BLOCK], tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        split = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+        inside = (split < splits)[:, None] & (element < size)[None, :]
+        total += tl.load(sums + split[:, None] * size + element[None, :], mask=inside, other=0.0)
+    tl.store(d_weight + element, tl.sum(total, axis=0), mask=element < size)
+
+
+def _block_of_experts(num_experts: int) -> int:
+    return min(_EXPERTS, triton.next_power_of_2(num_experts))
+
+
+def router_logits(x, weight, mask=None) -> Tensor:
+    x, weight, mask = dense(x, weight, mask)
+    (num_tokens, width), num_experts = x.shape, weight.shape[0]
+    logits = weight.new_empty(num_tokens, num_experts)
+    if num_tokens:
+        block_e = _block_of_experts(num_experts)
+        with torch.cuda.device_of(x):
+            _logits[(triton.cdiv(num_tokens, _LOGITS["BLOCK_T"]), triton.cdiv(num_experts, block_e))](
+                x, weight, mask, logits, num_tokens, width, num_experts, BLOCK_E=block_e, **_LOGITS, **_OPTIONS
+            )
+    return logits
+
+
+def router_logits_backward(d_logits, x, weight, mask, output_mask) -> tuple[Tensor, Tensor]:
+    d_logits, x, weight, mask = dense(d_logits, x, weight, mask)
+    d_x = _d_x(d_logits, x, weight, mask) if output_mask[0] else x.new_empty(0)
+    d_weight = _d_weight(d_logits, x, weight, mask) if output_mask[1] else weight.new_empty(0)
+    return d_x, d_weight
+
+
+def _d_x(d_logits: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    (num_tokens, width), num_experts = x.shape, weight.shape[0]
+    d_x = torch.empty_like(x)
+    if d_x.numel():
+        grid = triton.cdiv(num_tokens, _TOKEN["BLOCK_T"]), triton.cdiv(width, _TOKEN["BLOCK_D"])
+        with torch.cuda.device_of(x):
+            _token_gradient[grid](d_logits, weight, mask, d_x, num_tokens, width, num_experts, **_TOKEN, **_OPTIONS)
+    return d_x
+
+
+def _d_weight(d_logits: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    (num_tokens, width), num_experts = x.shape, weight.shape[0]
+    if num_tokens == 0 or width == 0:
+        return torch.zeros_like(weight)
+    steps = triton.cdiv(num_tokens, _WEIGHT["BLOCK_T"])
+    share = triton.cdiv(steps, max(1, _PARTIAL_SUMS // num_experts)) * _WEIGHT["BLOCK_T"]
+    splits = triton.cdiv(num_tokens, share)
+    block_e = _block_of_experts(num_experts)
+    sums, d_weight = weight.new_empty(splits, *weight.shape), torch.empty_like(weight)
+    grid = splits, triton.cdiv(width, _WEIGHT["BLOCK_D"]), triton.cdiv(num_experts, block_e)
+    with torch.cuda.device_of(x):
+        _weight_sums[grid](
+            d_logits, x, mask, sums, num_tokens, width, num_experts, share, BLOCK_E=block_e, **_WEIGHT, **_OPTIONS
+        )
+        _add_up[(triton.cdiv(weight.numel(), _ADD_UP["BLOCK"]),)](
+            sums, d_weight, splits, weight.numel(), **_ADD_UP, **_OPTIONS
+        )
+    return d_weight
+
+
+def variants(arch: int) -> Iterator[Variant]:
+    """Every storage type at a width that is a multiple of 16, and one width that is not; 8 experts and more, masked."""
+    shared = {"logits": "*fp32", "d_logits": "*fp32", "weight": "*fp32", "d_weight": "*fp32", "sums": "*fp32"}
+    shared |= {"mask": "*u8"} | dict.fromkeys(("T", "E", "share", "splits"), "i32") | {"size": "i32:16"}
+    block_e = {"BLOCK_E": _EXPERTS}
+    stages = (
+        ("router_logits", _logits, block_e | _LOGITS),
+        ("router_d_x", _token_gradient, _TOKEN),
+        ("router_weight_sums", _weight_sums, block_e | _WEIGHT),
+    )
+    for dtype, width in (*((name, "i32:16") for name in TYPE_NAMES.values()), ("bf16", "i32")):
+        types = shared | dict.fromkeys(("x", "d_x"), f"*{dtype}") | {"D": width}
+        for stage, kernel, constants in stages:
+            arguments = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+            name = f"{stage} {dtype}" + ("" if width == "i32:16" else ", odd width")
+            yield Variant(name, kernel, signature(kernel, arguments, constants), constants, _OPTIONS)
+    arguments = {argument: shared[argument] for argument in _add_up.arg_names if argument not in _ADD_UP}
+    yield Variant("router_add_up", _add_up, signature(_add_up, arguments, _ADD_UP), _ADD_UP, _OPTIONS)
