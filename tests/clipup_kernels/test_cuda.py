@@ -1,66 +1,34 @@
 """The ops on a GPU: the oracle's values, the same bits every time, and a host that never waits."""
 
-import os
-from contextlib import contextmanager
-
 import pytest
 import torch
+from gpu_cases import NEEDS_GPU, on_cpu, on_gpu, poison_memory, waiting_is_an_error
 from moe_cases import DTYPES, ROUTINGS, SHAPES, Shape, assert_follows, double, make_experts, randn, route, seeded
 
 import clipup_kernels as ck
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets in this process"),
-]
+pytestmark = NEEDS_GPU
 
 LARGE = Shape(20_000, 768, 64, 8, 2)
 
 
-def on_gpu(value):
-    if isinstance(value, torch.Tensor):
-        return value.cuda()
-    if isinstance(value, tuple):
-        items = [on_gpu(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
-
-
-def on_cpu(value):
-    if isinstance(value, tuple):
-        return type(value)(*(on_cpu(item) for item in value))
-    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
-
-
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Memory that the caching allocator hands out next holds NaN, so that an output not written whole shows."""
-    blocks = [torch.full((size,), torch.nan, device="cuda") for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24)]
-    del blocks
+    poison_memory()
 
 
-@contextmanager
-def waiting_is_an_error():
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def layer(logits, x, experts, mask=None):
-    gating = ck.topk_gating(logits, 2, True, mask=mask)
-    plan = ck.dispatch(gating.experts, logits.shape[1], 1.25, gating.top_prob, mask)
+def layer(router, x, experts, mask=None):
+    gating = ck.topk_gating(ck.router_logits(x, router, mask), 2, True, mask=mask)
+    plan = ck.dispatch(gating.experts, len(router), 1.25, gating.top_prob, mask)
     fused = ck.expert_mlp(x, gating.gates, plan, *experts)
     rows = ck.grouped_linear(ck.permute(x, plan), experts.in_weight, experts.in_bias, plan.offsets)
     unfused = ck.combine(ck.grouped_linear(rows, experts.out_weight, None, plan.offsets), gating.gates, plan)
     return fused + unfused, gating.z_loss + gating.mean_probs.square().sum()
 
 
-def layer_and_gradients(logits, x, experts, mask):
-    leaves = [logits, x, *(e for e in experts if isinstance(e, torch.Tensor))]
-    y, loss = layer(logits, x, experts, mask)
+def layer_and_gradients(router, x, experts, mask):
+    leaves = [router, x, *(e for e in experts if isinstance(e, torch.Tensor))]
+    y, loss = layer(router, x, experts, mask)
     return [y, loss, *torch.autograd.grad(y.float().square().mean() + loss, leaves)]
 
 
@@ -68,9 +36,9 @@ def layer_arguments(dtype=torch.bfloat16, tokens=500, device="cuda"):
     shape = Shape(tokens, 64, 128, 8, 2)
     experts = make_experts(shape, dtype)
     experts = type(experts)(*(e.to(device).requires_grad_() if isinstance(e, torch.Tensor) else e for e in experts))
-    logits = randn(tokens, 8).to(device).requires_grad_()
+    router = (randn(8, shape.width) / 8).to(device).requires_grad_()
     x = randn(tokens, shape.width, dtype=dtype, seed=1).to(device).requires_grad_()
-    return logits, x, experts, torch.arange(tokens, device=device) % 5 > 0
+    return router, x, experts, torch.arange(tokens, device=device) % 5 > 0
 
 
 def test_triton_answers():
@@ -227,8 +195,8 @@ def test_compiled_without_graph_breaks_gives_the_eager_result():
 
 
 def test_layer_follows_the_oracle_on_the_cpu():
-    logits, x, experts, mask = layer_arguments(torch.float32)
-    y, loss = layer(logits, x, experts, mask)
-    want, want_loss = layer(*(double(on_cpu(argument)) for argument in (logits, x, experts, mask)))
+    arguments = layer_arguments(torch.float32)
+    y, loss = layer(*arguments)
+    want, want_loss = layer(*(double(on_cpu(argument)) for argument in arguments))
     assert_follows(y.cpu(), want, torch.float32, "y")
     assert_follows(loss.cpu(), want_loss, torch.float32, "loss")

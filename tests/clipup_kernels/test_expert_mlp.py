@@ -6,11 +6,11 @@ from moe_cases import (
     DTYPES,
     ROUTINGS,
     SHAPES,
-    Experts,
     Shape,
     assert_follows,
     double,
     make_experts,
+    outputs_and_gradients,
     randn,
     route,
     with_grad,
@@ -18,16 +18,6 @@ from moe_cases import (
 from torch import Tensor
 
 import clipup_kernels as ck
-
-
-def outputs_and_gradients(mlp, x, gates, plan, experts: Experts, dy, **kwargs) -> dict[str, Tensor]:
-    """y and the gradient of every floating argument."""
-    x, gates = x.detach().clone().requires_grad_(), gates.detach().clone().requires_grad_()
-    experts = with_grad(experts)
-    y = mlp(x, gates, plan, *experts, **kwargs)
-    leaves = {"x": x, "gates": gates} | {n: t for n, t in experts._asdict().items() if isinstance(t, Tensor)}
-    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-    return {"y": y.detach()} | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 def assert_expert_mlp_follows_oracle(

@@ -120,3 +120,13 @@ def with_grad(value):
             for item in value
         )
     )
+
+
+def outputs_and_gradients(mlp, x, gates, plan, experts: Experts, dy, **kwargs) -> dict[str, Tensor]:
+    """y and the gradient of every floating argument."""
+    x, gates = x.detach().clone().requires_grad_(), gates.detach().clone().requires_grad_()
+    experts = with_grad(experts)
+    y = mlp(x, gates, plan, *experts, **kwargs)
+    leaves = {"x": x, "gates": gates} | {n: t for n, t in experts._asdict().items() if isinstance(t, Tensor)}
+    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
+    return {"y": y.detach()} | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}

@@ -1,0 +1,49 @@
+"""What the tests on a GPU share: when they run, tensors moved there and back, memory that shows unwritten outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+NEEDS_GPU = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets in this process"),
+]
+
+
+def on_gpu(value):
+    """A tensor, or the tensors of a tuple, on the current GPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cuda()
+    if isinstance(value, tuple):
+        items = [on_gpu(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def on_cpu(value):
+    """The same in the other direction, without gradients."""
+    if isinstance(value, tuple):
+        return type(value)(*(on_cpu(item) for item in value))
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
+
+
+def poison_memory() -> None:
+    """Memory that the caching allocator hands out next holds NaN, so that an output not written whole shows."""
+    blocks = [torch.full((size,), torch.nan, device="cuda") for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24)]
+    del blocks
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Inside, whatever makes the host wait for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
