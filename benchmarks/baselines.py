@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from harness import package_version
 from moe_layer import Case, DenseWeights, Weights, check_loads, first_expert, make_weights, make_x, route
+from peers import PEERS, missing_packages
 from torch import Tensor
 
 import clipup_kernels as ck
@@ -50,6 +51,22 @@ def loop_unbind(x: Tensor, w: Weights) -> Tensor:
         out = dense(x[token], DenseWeights(*unbound))
         y = y.index_add(0, token, out * gates[token, choice, None].to(x.dtype))
     return y
+
+
+def loop_sorted(x: Tensor, w: Weights) -> Tensor:
+    """Rows sorted by expert once, a product per expert on its slice, a gather and a sum back; the host asks once.
+
+    The strongest loop on a GPU, where every ``nonzero`` of the others makes the host wait.
+    """
+    gates, experts = route(x, w)
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    row_of_choice = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    loads = torch.bincount(flat, minlength=w.router.shape[0]).tolist()
+    slices = x[order // w.top_k].split(loads)
+    experts_of = zip(*(t.unbind() for t in w[1:5]), strict=True)
+    out = torch.cat([dense(rows, DenseWeights(*unbound)) for rows, unbound in zip(slices, experts_of, strict=True)])
+    return (out[row_of_choice].view(*gates.shape, -1) * gates[..., None].to(x.dtype)).sum(1)
 
 
 def grouped_mm(x: Tensor, w: Weights) -> Tensor:
@@ -109,9 +126,11 @@ DENSE = {"dense_1": dense, "dense_k": dense, "dense_k_engine": dense_engine}
 SPARSE = {
     "loop": loop,
     "loop_unbind": loop_unbind,
+    "loop_sorted": loop_sorted,
     "grouped_mm": grouped_mm,
     "hf_grouped_mm": hf_grouped_mm,
     "clipup": clipup,
+    **PEERS,
 }
 IMPLEMENTATIONS = DENSE | SPARSE
 WITHOUT_DERIVATIVE = {"dense_k_engine"}
@@ -119,12 +138,23 @@ TRANSFORMERS = (5, 4)
 """The first version whose grouped experts can do without a gate."""
 
 
-def available(training: bool) -> list[str]:
-    """The implementations that can run: their packages are there, and they have a derivative if one is wanted."""
-    missing = WITHOUT_DERIVATIVE if training else set()
-    if version_of("transformers") < TRANSFORMERS:
-        missing = missing | {"hf_grouped_mm"}
-    return [name for name in IMPLEMENTATIONS if name not in missing]
+def refusal(impl: str, training: bool, device: str) -> str | None:
+    """Why an implementation cannot run here; None where it can."""
+    if training and impl in WITHOUT_DERIVATIVE:
+        return "has no derivative"
+    if impl == "hf_grouped_mm" and version_of("transformers") < TRANSFORMERS:
+        return "needs transformers " + ".".join(map(str, TRANSFORMERS)) + " or newer"
+    if impl in PEERS and device == "cpu":
+        return "runs on CUDA devices only"
+    if impl in PEERS and (missing := missing_packages(impl)):
+        return f"needs {' and '.join(missing)}"
+    return None
+
+
+def usual(training: bool, device: str) -> list[str]:
+    """What is measured when nothing is chosen: all that can run, but for what belongs to the other kind of device."""
+    others = {"loop_sorted"} if device == "cpu" else {"loop", "dense_k_engine"}
+    return [name for name in IMPLEMENTATIONS if name not in others and refusal(name, training, device) is None]
 
 
 def version_of(package: str) -> tuple[int, ...]:
@@ -150,7 +180,8 @@ class Candidate(NamedTuple):
         """What is timed."""
         if not training:
             return self.forward
-        dy = torch.randn(self.x.shape, generator=torch.Generator().manual_seed(2)).to(self.x)
+        generator = torch.Generator(self.x.device).manual_seed(2)
+        dy = torch.randn(self.x.shape, generator=generator, device=self.x.device).to(self.x)
         return lambda: self.gradients(dy)
 
 

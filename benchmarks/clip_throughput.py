@@ -22,7 +22,7 @@ from statistics import median
 
 import open_clip
 import torch
-from harness import Timing, alternate, commit, device_name, package_version, print_table, write_csv
+from harness import Timing, alternate, commit, device_name, package_version, print_table, require_device, write_csv
 from torch import Tensor, nn
 
 import clipup
@@ -166,13 +166,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="pairs a batch (default: 16)")
     parser.add_argument("--words", type=int, default=12, help="words a caption (default: 12)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
     parser.add_argument("--seconds", type=float, default=20, help="timing budget of a model (default: 20)")
     parser.add_argument("--csv", help="file to write the rows to")
     args = parser.parse_args(argv)
     if args.rounds < 2:
         parser.error(f"--rounds must be 2 or more, got {args.rounds}")
+    require_device(args.device)
     torch.set_num_threads(args.threads)
     caption = " ".join((WORDS * (args.words // len(WORDS) + 1))[: args.words])
     texts = get_tokenizer(BASELINE)([caption] * args.batch_size).to(args.device)

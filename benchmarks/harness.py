@@ -23,13 +23,44 @@ class Timing(NamedTuple):
     """Median of the candidate's time over the baseline's, the two run in turn."""
 
 
+def require_device(device: str) -> None:
+    """Stops the program unless ``device`` is there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch finds no CUDA GPU here; use --device cpu")
+
+
 def clock(run: Callable[[], object], device: str) -> float:
-    """Seconds of one call, device work included."""
-    start = time.perf_counter()
+    """Seconds of one call.
+
+    On a GPU between two events, behind a sweep that empties the second-level cache. The sweep also gives the host a
+    start of some tenths of a millisecond, as the layers in front do in a model: a call shows its launches only where
+    it waits for the device.
+    """
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _sweep(device).zero_()
+    begin.record()
     run()
-    if device != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _sweep(device: str) -> torch.Tensor:
+    """512 MiB, several times the second-level cache of any GPU."""
+    return torch.empty(1 << 29, dtype=torch.uint8, device=device)
+
+
+def peak_megabytes(run: Callable[[], object]) -> float:
+    """MB (10^6 bytes) that one call takes on the current GPU at its most, beside what lies there already."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def alternate(

@@ -48,10 +48,10 @@ class DenseWeights(NamedTuple):
 
 def make_weights(case: Case, top_k: int, dtype: torch.dtype, device: str = "cpu") -> Weights:
     """Random parameters; the router makes the case's routing on inputs of ``make_x``."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator) / size[-1] ** 0.5
+        return torch.randn(*size, generator=generator, device=device) / size[-1] ** 0.5
 
     router = normal(case.experts, case.d_model)
     if case.routing == "skewed":  # logits of 2 for expert 0 through x's first feature, of 0 +- 0.1 for the others
@@ -65,7 +65,7 @@ def make_weights(case: Case, top_k: int, dtype: torch.dtype, device: str = "cpu"
         normal(case.experts, case.d_model, case.d_hidden),
         normal(case.experts, case.d_model),
     )
-    return Weights(*(t.to(device, dtype).requires_grad_() for t in tensors), top_k)
+    return Weights(*(t.to(dtype).requires_grad_() for t in tensors), top_k)
 
 
 def first_expert(weights: Weights) -> DenseWeights:
@@ -75,9 +75,17 @@ def first_expert(weights: Weights) -> DenseWeights:
 
 def make_x(tokens: int, d_model: int, dtype: torch.dtype, device: str = "cpu", seed: int = 1) -> Tensor:
     """Random tokens [T, D]; their first feature is 1."""
-    x = torch.randn(tokens, d_model, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(tokens, d_model, generator=torch.Generator(device).manual_seed(seed), device=device)
     x[:, 0] = 1
-    return x.to(device, dtype).requires_grad_()
+    return x.to(dtype).requires_grad_()
+
+
+@torch.no_grad()
+def without_close_calls(x: Tensor, w: Weights, gap: float = 0.02) -> Tensor:
+    """The tokens whose last choice is ahead of the next expert by ``gap``: no rounding of logits chooses otherwise."""
+    best = F.linear(x.float(), w.router.float()).topk(min(w.top_k + 1, len(w.router))).values
+    clear = best[:, w.top_k - 1] - best[:, -1] >= gap if best.shape[1] > w.top_k else torch.ones_like(x[:, 0]).bool()
+    return x[clear].detach().requires_grad_()
 
 
 def route(x: Tensor, w: Weights) -> tuple[Tensor, Tensor]:

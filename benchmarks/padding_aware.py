@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import alternate, commit, device_name, package_version, print_table, write_csv
+from harness import alternate, commit, device_name, package_version, print_table, require_device, write_csv
 from torch import Tensor, nn
 
 import clipup
@@ -97,13 +97,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64, help="texts a batch (default: 64)")
     parser.add_argument("--captions", help="text file, a caption a line (default: captions of the pictograms data)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
     parser.add_argument("--seconds", type=float, default=30, help="timing budget of a model and dtype (default: 30)")
     parser.add_argument("--csv", help="file to write the rows to")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
 
+    require_device(args.device)
     print(f"{device_name(args.device)}; ratios are medians of pair-by-pair ratios of time, each over {BASELINE}\n")
     rows = [row for name in args.models for dtype in args.dtype for row in measure(args, name, dtype)]
     print_table(rows, "model dtype impl tokens median_ms p20_ms p80_ms texts_per_s ratio_to_all_tokens".split())

@@ -16,8 +16,11 @@ from pathlib import Path
 from clipup.report import svg
 from clipup.report.palette import EXPERTS
 
-IMPLEMENTATIONS = ("clipup", "hf_grouped_mm", "grouped_mm", "loop_unbind", "loop", "dense_k_engine", "dense_1")
-COLORS = dict(zip(IMPLEMENTATIONS, ("#e0660a", *EXPERTS), strict=False))
+IMPLEMENTATIONS = (
+    "clipup", "hf_grouped_mm", "grouped_mm", "loop_unbind", "loop", "dense_k_engine", "dense_1", "loop_sorted",
+    "scattermoe", "megablocks", "sonicmoe",
+)  # fmt: skip
+COLORS = dict(zip(IMPLEMENTATIONS, ("#e0660a", *EXPERTS, "#49505a", "#949da8"), strict=True))
 PASSES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 LABELS, PANEL, GAP, LINE, HEAD = 260, 300, 24, 22, 44  # px: widths of labels and panels, heights of lines and headings
 TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)

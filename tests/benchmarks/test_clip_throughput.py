@@ -52,6 +52,12 @@ def test_rates_come_from_the_measured_times_and_the_counted_flops(rows):
     assert step == pytest.approx(3 * forward, rel=1e-3) and sparse >= forward
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_cuda_is_refused_by_name_where_there_is_none():
+    with pytest.raises(SystemExit, match="--device cuda: torch finds no CUDA GPU"):
+        clip_throughput.main([*ARGUMENTS, "--device", "cuda"])
+
+
 def test_the_chart_is_xml_with_a_mark_for_every_row(rows, tmp_path):
     out = tmp_path / "chart.svg"
     path, found = rows

@@ -11,16 +11,17 @@ import baselines
 import gemm_peak
 import harness
 import moe_bench
+import peers
 import plot
 import pytest
 import torch
-from moe_layer import Case, check_loads, expert_loads, make_weights, make_x
+from moe_layer import Case, check_loads, expert_loads, make_weights, make_x, without_close_calls
 
 BENCHMARKS = Path(moe_bench.__file__).parent
 TINY = ["--shapes", "48x16x32", "--threads", "1", "--seconds", "0.05", "--rounds", "2"]
 COLUMNS = (
     "device,dtype,threads,tokens,d_model,d_hidden,experts,top_k,routing,pass,impl,median_ms,p20_ms,p80_ms,tflops,"
-    "ratio_to_dense_k,peak_share,saved_mb,commit,torch,triton"
+    "ratio_to_dense_k,peak_share,saved_mb,peak_mb,commit,torch,triton"
 )
 
 
@@ -114,11 +115,70 @@ def test_a_wrong_implementation_is_not_timed(monkeypatch):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_transformers_experts_follow_the_oracle(training):
-    if "hf_grouped_mm" not in baselines.available(training):
-        pytest.skip("needs a newer transformers")
+    if why := baselines.refusal("hf_grouped_mm", training, "cpu"):
+        pytest.skip(why)
+    assert wrong("hf_grouped_mm", training) == [{}, {}]
+
+
+def wrong(impl, training):
+    """What is wrong with an implementation, by type."""
+    found = []
     for dtype in ("fp32", "bf16"):
-        timed = baselines.candidates(["hf_grouped_mm"], Case(48, 16, 32), 2, moe_bench.DTYPES[dtype], "cpu")
-        moe_bench.check(timed, dtype, "cpu", training)
+        timed = baselines.candidates([impl], Case(48, 16, 32), 2, moe_bench.DTYPES[dtype], "cpu")
+        found.append(moe_bench.check(timed, dtype, "cpu", training))
+    return found
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_loop_over_sorted_rows_follows_the_oracle(training):
+    assert wrong("loop_sorted", training) == [{}, {}]
+
+
+def test_tokens_with_close_calls_are_left_out_of_the_comparison():
+    weights = make_weights(Case(1, 16, 16, 4), 2, torch.float32)
+    x = make_x(500, 16, torch.float32)
+    kept = without_close_calls(x, weights, gap=0.05)
+    assert 250 < len(kept) < 500
+    logits = (kept @ weights.router.T).sort(descending=True).values
+    assert (logits[:, 1] - logits[:, 2]).min() > 0.0499
+    everyone = make_weights(Case(1, 16, 16, 2), 2, torch.float32)
+    assert len(without_close_calls(x, everyone, gap=0.05)) == 500
+
+
+def test_what_fails_can_be_left_out_but_never_this_project(monkeypatch, tmp_path, capsys):
+    def broken(x, w):
+        raise RuntimeError("no kernel image")
+
+    arguments = [*TINY, "--impl", "loop", "clipup", "--dtype", "fp32", "--csv", str(tmp_path / "rows.csv")]
+    monkeypatch.setitem(baselines.SPARSE, "loop", broken)
+    with pytest.raises(SystemExit, match="loop in fp32 fails: RuntimeError: no kernel image; nothing was timed"):
+        moe_bench.main("", False, arguments)
+    assert moe_bench.main("", False, [*arguments, "--skip-failing"]) == 0
+    assert "left out: loop in fp32 fails" in capsys.readouterr().err
+    assert [row["impl"] for row in rows_of(tmp_path / "rows.csv")] == ["clipup"]
+    monkeypatch.setitem(baselines.SPARSE, "clipup", broken)
+    with pytest.raises(SystemExit, match="clipup in fp32 fails"):
+        moe_bench.main("", False, [*arguments, "--skip-failing"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_cuda_is_refused_by_name_where_there_is_none():
+    with pytest.raises(SystemExit, match="--device cuda: torch finds no CUDA GPU"):
+        moe_bench.main("", False, [*TINY, "--device", "cuda"])
+
+
+def test_a_gpu_is_compared_with_its_own_loop_and_the_peers_that_are_there(monkeypatch, without_transformers):
+    monkeypatch.setattr(baselines, "missing_packages", lambda peer: [] if peer == "scattermoe" else ["it"])
+    common = ["dense_1", "dense_k", "loop_unbind", "loop_sorted", "grouped_mm", "clipup"]
+    assert parsed("--device", "cuda").impl == [*common, "scattermoe"]
+    assert set(parsed().impl) == {*common, "loop", "dense_k_engine"} - {"loop_sorted"}
+
+
+def test_every_peer_says_what_it_needs():
+    assert set(peers.PACKAGES) == set(peers.PEERS)
+    for peer in peers.PEERS:
+        if missing := peers.missing_packages(peer):
+            assert baselines.refusal(peer, False, "cuda") == f"needs {' and '.join(missing)}"
 
 
 def test_the_dense_baseline_writes_the_gradients_of_one_expert_only():
@@ -159,6 +219,8 @@ def test_suites():
         (["--routing", "skewed", "--top-k", "1"], "half of the rows"),
         (["--rounds", "1"], "2 or more"),
         (["--impl", "hf_grouped_mm"], "needs transformers 5.4"),
+        (["--impl", "sonicmoe"], "sonicmoe runs on CUDA devices only"),
+        (["--device", "gpu"], "invalid choice: 'gpu'"),
     ],
 )
 def test_wrong_options_are_named(argv, message, capsys, without_transformers):

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Builds, tests and measures the CUDA path on a machine with one GPU: offline, within SECONDS_IN_ALL, whatever fails.
+#
+#   benchmarks/gpu_suite.sh OUTDIR
+#
+# OUTDIR receives a log and, from benchmarks, a CSV for every step, steps.csv, and summary.md (gpu_summary.py), whose exit
+# status is this program's. A step that fails, is slow or lacks its tool is recorded, and the next one begins. What
+# matters most comes first, for a step that no time is left for does not begin.
+#
+#   PYTHON          with torch and triton           (python3)
+#   SECONDS_IN_ALL  when the last step has to end   (520)
+set -uo pipefail
+
+out=${1:?usage: benchmarks/gpu_suite.sh OUTDIR}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+deadline=$((SECONDS + ${SECONDS_IN_ALL:-520}))
+rm -f "$out"/*.csv "$out"/summary.md
+echo "step,status,seconds,words" > "$out/steps.csv"
+
+record() {  # record STEP STATUS SECONDS WORDS: WORDS without what a CSV would read as more than words
+  printf '%s,%s,%s,%s\n' "$1" "$2" "$3" "$(tr -d ',"' <<< "$4" | cut -c 1-200)" >> "$out/steps.csv"
+  printf '%-18s %-12s %4s s  %s\n' "$1" "$2" "$3" "$4"
+}
+
+step() {  # step NAME LIMIT COMMAND...
+  local name=$1 limit=$2 began=$SECONDS left=$((deadline - SECONDS)) status=ok code
+  shift 2
+  if ((left < 10)); then
+    record "$name" "no time left" 0 "$*"
+    return
+  fi
+  timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" > "$out/$name.log" 2>&1
+  code=$?
+  if ((code == 124 || code == 137)); then status="timed out"; elif ((code)); then status=failed; fi
+  record "$name" "$status" "$((SECONDS - began))" "$(grep . "$out/$name.log" | tail -n 1)"
+}
+
+layer() {  # layer NAME LIMIT forward|training OPTIONS...: one CSV of layers
+  step "$1" "$2" "$PYTHON" "benchmarks/moe_$3.py" --device cuda --skip-failing --seconds 1.5 --csv "$out/$1.csv" "${@:4}"
+}
+
+needing() {  # needing PROGRAM|MODULE.py NAME LIMIT COMMAND...: a step, skipped where its tool is not installed
+  if command -v "$1" > /dev/null || { [[ $1 == *.py ]] && "$PYTHON" -c "import ${1%.py}" &> /dev/null; }; then
+    step "${@:2}"
+  else
+    record "$2" skipped 0 "needs ${1%.py}"
+  fi
+}
+
+sanitized() {  # sanitized TOOL LIMIT: small layers under compute-sanitizer, every tensor in an allocation of its own
+  needing compute-sanitizer "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 9 \
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/clipup_kernels/test_cuda_layer.py -k small
+}
+
+workers=()  # most of the tests' time is Triton compiling
+"$PYTHON" -c "import xdist" &> /dev/null && workers=(-n 6)
+main_case=(--shapes 50000x768x3072)
+other_cases=(--shapes 4096x768x3072 200000x768x3072 400000x768x3072 50000x512x2048 50000x1024x4096)
+
+step device 60 "$PYTHON" -c \
+  "import torch, triton; print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__)"
+step build 120 "$PYTHON" setup.py build_ext --inplace
+layer forward 60 forward "${main_case[@]}" --dtype bf16
+layer training 75 training "${main_case[@]}" --dtype bf16
+step cuda_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} -m cuda tests/clipup_kernels
+sanitized memcheck 60
+layer forward_sizes 60 forward "${other_cases[@]}" --dtype bf16
+layer training_sizes 75 training "${other_cases[@]}" --dtype bf16
+needing open_clip.py clip_throughput 100 "$PYTHON" benchmarks/clip_throughput.py --device cuda --batch-size 64 \
+  --seconds 4 --pass fwd fwd_bwd --models ViT-B-16 "ViT-B-16 CLIP-UP" ViT-L-14 --csv "$out/clip_throughput.csv"
+layer forward_fp16 60 forward "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
+layer training_fp16 75 training "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
+sanitized racecheck 60
+"$PYTHON" benchmarks/gpu_summary.py "$out"

@@ -1,0 +1,106 @@
+"""The script for a machine with a GPU, run with stand-ins for its tools: its order, its patience and its records."""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import moe_bench
+import pytest
+
+SUITE = Path(moe_bench.__file__).parent / "gpu_suite.sh"
+TOOLS = ("bash", "sh", "cat", "cut", "dirname", "env", "grep", "mkdir", "rm", "tail", "timeout", "tr")
+PYTHON = """#!/bin/sh
+case "$*" in
+  *gpu_summary.py*) exec {python} "$@" ;;
+  *moe_training.py*--dtype\\ bf16*) echo 'RuntimeError: "broken", badly'; exit 3 ;;
+  *"import open_clip"* | *"import xdist"*) exit 1 ;;
+  *) echo "first"; echo "ran $*" ;;
+esac
+"""
+
+
+class Suite:
+    """The suite with nothing on its PATH but the tools that it needs and a Python that only says what it was asked."""
+
+    def __init__(self, folder):
+        self.tools, self.out = folder / "tools", folder / "out"
+        self.tools.mkdir()
+        for tool in TOOLS:
+            (self.tools / tool).symlink_to(shutil.which(tool))
+        self.program("python3", PYTHON.format(python=sys.executable))
+
+    def program(self, name, text):
+        path = self.tools / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def __call__(self, **environment):
+        """The finished process, and the rows of steps.csv by step."""
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+        environment = inherited | {"PATH": str(self.tools)} | environment
+        command = [shutil.which("bash"), str(SUITE), str(self.out)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        with (self.out / "steps.csv").open() as file:
+            return result, {row["step"]: row for row in csv.DictReader(file)}
+
+    def log(self, step):
+        return (self.out / f"{step}.log").read_text()
+
+
+@pytest.fixture
+def suite(tmp_path):
+    return Suite(tmp_path)
+
+
+def test_a_step_that_fails_is_recorded_and_the_others_run(suite):
+    result, steps = suite()
+    assert result.returncode == 1 and (suite.out / "summary.md").read_text() in result.stdout
+    failed = [name for name, row in steps.items() if row["status"] == "failed"]
+    assert failed == ["training", "training_sizes"]
+    assert steps["training"]["words"] == "RuntimeError: broken badly"
+    assert {row["status"] for row in steps.values()} == {"ok", "failed", "skipped"}
+
+
+def test_what_is_not_installed_is_skipped_by_name(suite):
+    _, steps = suite()
+    skipped = {name: row["words"] for name, row in steps.items() if row["status"] == "skipped"}
+    assert skipped == {
+        "clip_throughput": "needs open_clip",
+        "memcheck": "needs compute-sanitizer",
+        "racecheck": "needs compute-sanitizer",
+    }
+
+
+def test_small_layers_run_under_the_sanitizer_where_it_is_installed(suite):
+    suite.program("compute-sanitizer", '#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING sanitizer $*"\n')
+    _, steps = suite()
+    assert steps["memcheck"]["status"] == steps["racecheck"]["status"] == "ok"
+    assert suite.log("racecheck").startswith("1 sanitizer --tool racecheck ")
+    assert suite.log("memcheck").endswith("tests/clipup_kernels/test_cuda_layer.py -k small\n")
+
+
+def test_what_matters_most_comes_first(suite):
+    order = list(suite()[1])
+    assert order[:5] == ["device", "build", "forward", "training", "cuda_tests"]
+    assert order.index("training_sizes") < order.index("forward_fp16") < order.index("racecheck")
+    assert "--shapes 50000x768x3072 --dtype bf16" in suite.log("forward")
+    assert all(f"{tokens}x768x3072" in suite.log("forward_sizes") for tokens in (4096, 200000, 400000))
+
+
+def test_a_step_that_takes_too_long_is_ended_and_none_begins_without_time_left(suite):
+    suite.program("python3", PYTHON.format(python=sys.executable).replace('echo "first"', "exec sleep 60"))
+    (suite.tools / "sleep").symlink_to(shutil.which("sleep"))
+    _, steps = suite(SECONDS_IN_ALL="11")
+    assert steps.pop("device")["status"] == "timed out"
+    assert {row["status"] for row in steps.values()} == {"no time left", "skipped"}
+
+
+def test_options_that_the_suite_gives_are_options_of_the_programs(suite):
+    suite()
+    for step in ("forward", "forward_sizes", "forward_fp16", "training_fp16"):
+        (command,) = [line for line in suite.log(step).splitlines() if "moe_" in line]
+        args = moe_bench.parse("", step.startswith("training"), command.partition(".py ")[2].split())
+        assert args.device == "cuda" and args.skip_failing and args.csv == str(suite.out / f"{step}.csv")
