@@ -1,0 +1,25 @@
+"""The guide's commands, run as they stand, one after the other, in an empty directory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from documents import ROOT, blocks
+
+GUIDE = ROOT / "docs" / "guide.md"
+
+
+@pytest.mark.slow
+def test_guide_leads_from_a_dense_checkpoint_to_a_page_about_its_experts(tmp_path):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for block in blocks(GUIDE, "bash"):
+        subprocess.run(["bash", "-euxc", block.text], cwd=tmp_path, env=environment, check=True)
+    for block in blocks(GUIDE, "python"):
+        subprocess.run([sys.executable, "-c", block.text], cwd=tmp_path, env=environment, check=True)
+    recall = json.loads((tmp_path / "clip_up.json").read_text())["retrieval"]
+    assert recall["t2i"]["r1"] > 3 * recall["chance_r1"]
+    assert "R@1" in (tmp_path / "logs" / "clip_up" / "model" / "README.md").read_text()
+    assert "<svg" in (tmp_path / "experts.html").read_text()
