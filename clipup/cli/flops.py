@@ -52,7 +52,7 @@ def table(counts: dict[str, TowerCounts]) -> str:
     lines = [f"{'':<6}{'image GFLOP':>12}{'text GFLOP':>12}{'both':>9}{'params':>11}{'active':>11}"]
     for name, row in counts.items():
         lines.append(
-            f"{name:<6}{row.image_gflops:>12.2f}{row.text_gflops:>12.2f}{_both(row):>9.1f}"
+            f"{name:<6}{_gflop(row.image_gflops):>12}{_gflop(row.text_gflops):>12}{_gflop(_both(row)):>9}"
             f"{row.params / 1e6:>9.1f} M{row.active_params / 1e6:>9.1f} M"
         )
     if len(counts) == 2:
@@ -61,6 +61,11 @@ def table(counts: dict[str, TowerCounts]) -> str:
         both = _both(second) / _both(first)
         lines.append(f"{'ratio':<6}{image:>12.2f}{text:>12.2f}{both:>9.2f}{params:>11.2f}{active:>11.2f}")
     return "\n".join(lines)
+
+
+def _gflop(value: float) -> str:
+    """Two decimals, and three digits of what is below 1."""
+    return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.3g}"
 
 
 def _both(counts: TowerCounts) -> float:

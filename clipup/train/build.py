@@ -65,7 +65,7 @@ def build_model(
         raise ValueError(
             "a CoCa's decoder reads the image and the text of a pair together, so its texts cannot be shuffled against "
             "the images, as training has to where an expert's slots go by position; give them by probability (with "
-            "--moe: --moe-cfg.priority) or set no capacity factor (--moe-cfg.capacity-factor None)"
+            "--moe: --priority) or set no capacity factor (--capacity-factor None)"
         )
     if options.siglip and getattr(model, "logit_bias", None) is None:
         raise ValueError(

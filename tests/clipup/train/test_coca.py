@@ -88,7 +88,7 @@ def test_accumulation_has_the_gradients_of_one_big_batch(options):
 
 def test_a_capacity_by_position_is_refused_with_what_helps(options):
     model = clipup.upcycle(build(coca_cfg()), MOE.replace(priority=False))
-    with pytest.raises(ValueError, match="cannot be shuffled against the images.*--moe-cfg.priority"):
+    with pytest.raises(ValueError, match="cannot be shuffled against the images.*--priority"):
         train(options(logs=None), model=model, loader=Batches(model))
 
 
