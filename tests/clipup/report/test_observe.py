@@ -127,7 +127,8 @@ def test_a_patch_on_the_map_is_the_patch_of_the_picture():
             changed[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 1
             layer = route_images(model, [image, changed])[LAYER]
             assert layer.grid == (2, 2) and layer.experts.shape[1] == 5
-            (token,) = np.flatnonzero((layer.probabilities[0] != layer.probabilities[1]).any(-1))
+            difference = np.abs(np.asarray(layer.probabilities[0] - layer.probabilities[1])).max(-1)
+            (token,) = np.flatnonzero(difference > 1e-5)  # other tokens may differ by rounding
             assert layer.patch_of(token) == (row, column)
             assert layer.maps()[1, row, column] == layer.experts[1, token, 0]
 
