@@ -46,7 +46,7 @@ _router_logits_backward = define(
 def router_logits(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
     """``logits[t] = weight @ x[t]`` with products and sums in float32, whatever type the tokens have.
 
-    No float32 copy of the tokens is made or saved for backward: x itself is.
+    x itself is saved for backward; the compiled kernels and Triton's make no float32 copy of it either.
 
     Args:
         x: [T, D] float32, bfloat16, float16 or float64.
