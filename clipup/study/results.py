@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from . import log, measure
@@ -32,11 +33,11 @@ class Result:
     @property
     def selection(self) -> float:
         """What learning rates are chosen by: the mean R@1 of both ways on validation, at the end."""
-        return _mean(self.test["validation"][way]["r1"] for way in WAYS)
+        return fmean(self.test["validation"][way]["r1"] for way in WAYS)
 
     @property
     def similarity(self) -> float | None:
-        return _mean(layer["similarity"] for layer in self.layers.values()) if self.layers else None
+        return fmean(layer["similarity"] for layer in self.layers.values()) if self.layers else None
 
 
 def read(directory: str | Path) -> dict[str, Result]:
@@ -88,7 +89,7 @@ def chosen(results: Iterable[Result]) -> dict[tuple[str, str, int], list[Result]
             raise ValueError(f"the learning rates of {group} have no seed in common, so none can be chosen")
 
         def score(rate: float, by_rate: dict = by_rate, common: set = common) -> float:
-            return _mean(one.selection for one in by_rate[rate] if one.config["seed"] in common)
+            return fmean(one.selection for one in by_rate[rate] if one.config["seed"] in common)
 
         rate = max(sorted(by_rate), key=score)
         best[group] = sorted(by_rate[rate], key=lambda one: one.config["seed"])
@@ -112,12 +113,4 @@ def paired_difference(a: Result, b: Result, split: str, way: str) -> tuple[float
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; None for a single value."""
-    mean = _mean(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    return fmean(values), stdev(values) if len(values) > 1 else None

@@ -23,9 +23,9 @@ from ..moe import moe_layers
 from ..train import Every, TrainOptions, TrainResult, train
 from ..upcycle import step0_difference, upcycle
 from . import log, measure, runs
+from .results import TESTS
 from .runs import StudyRun
 
-TESTS = ("test_styles", "test_names")
 _ABOUT_DATA = ("name", "fingerprint", "options", "source", "vocabulary", "skipped", "left_out_twins")
 _EVALUATIONS = 10
 _LOG_EVERY, _SAVE_EVERY = 10, 500
@@ -33,10 +33,10 @@ _BACKWARD = 2  # the FLOPs of a backward pass over those of the forward pass
 
 
 def run(file: str | Path, data: str | Path, runs_directory: str | Path, logs: str | Path | None = None) -> Path:
-    """Runs what a config file says, and first the run that it starts from, as far as they are not done.
+    """Runs what a config file says, and first the runs that it goes on from, as far as they are not done.
 
     Args:
-        file: the config (``StudyRun``); that of the run that it starts from lies beside it.
+        file: the config (``StudyRun``); those of the runs that it goes on from lie beside it.
         data: directory of a data set with the splits train, validation, test_styles and test_names.
         runs_directory: where checkpoints and models are kept, a directory a run.
         logs: directory of the logs; default: ``logs`` beside the config. A run that has one is done.
@@ -53,9 +53,14 @@ def run(file: str | Path, data: str | Path, runs_directory: str | Path, logs: st
     path = logs / f"{config.name}{log.SUFFIX}"
     if path.is_file():
         return path
-    if config.start is not None and not _model(runs_directory, config.start).is_dir():
-        _write_log(_Run(runs.read(runs.beside(file, config.start)), data, runs_directory), logs)
-    return _write_log(_Run(config, data, runs_directory), logs)
+    missing = [config]
+    while (start := missing[-1].start) is not None and not _model(runs_directory, start).is_dir():
+        if start in [one.name for one in missing]:
+            raise ValueError(f"start: {start} goes on from itself in the end; one of these runs must have no start")
+        missing.append(runs.read(runs.beside(file, start)))
+    for one in reversed(missing):
+        path = _write_log(_Run(one, data, runs_directory), logs)
+    return path
 
 
 def _write_log(run: _Run, logs: Path) -> Path:
@@ -80,7 +85,7 @@ class _Run:
 
     def records(self) -> list[log.Record]:
         result = self._train()
-        test = {split: self._measure(result.model, split, with_hits=True) for split in (*TESTS, "validation")}
+        test = {split: self._measure(result.model, split) for split in (*TESTS, "validation")}
         evaluations = [{"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations]
         return [
             {"kind": "run", **self.config.to_dict(), "data": self._about_data(), "step0_difference": self.step0},
@@ -141,8 +146,8 @@ class _Run:
     def _samples(self, split: str) -> Any:
         return eval_samples(self.data / f"{split}-*.tar", self.preprocess)
 
-    def _measure(self, model: nn.Module, split: str, with_hits: bool) -> dict[str, Any]:
-        return measure.retrieval_numbers(model, list(self._samples(split)), self.tokenizer, with_hits)
+    def _measure(self, model: nn.Module, split: str) -> dict[str, Any]:
+        return measure.retrieval_numbers(model, list(self._samples(split)), self.tokenizer, with_hits=True)
 
     def _about_data(self) -> dict[str, Any]:
         splits = self.dataset["splits"].items()

@@ -155,6 +155,23 @@ def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(stud
     assert (it.directory / "logs" / "dense.jsonl").read_bytes() == before
 
 
+def test_a_run_goes_on_from_runs_that_go_on_from_others(study, data):
+    it = study("chain", data)
+    it.write(dense=DENSE, middle=DENSE + "start: dense\n", sparse=SPARSE.replace("start: dense", "start: middle"))
+
+    it.run("sparse")
+
+    assert sorted(path.stem for path in (it.directory / "logs").iterdir()) == ["dense", "middle", "sparse"]
+
+
+def test_runs_that_go_on_from_each_other_are_refused(study, data):
+    it = study("circle", data)
+    it.write(first=DENSE + "start: second\n", second=DENSE + "start: first\n")
+
+    with pytest.raises(ValueError, match="first goes on from itself in the end; one of these runs must have no start"):
+        it.run("first")
+
+
 def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale(study, data):
     it = study("scratch", data)
     it.write(scratch=SPARSE.replace("start: dense\n", "").replace("clip_up", "sparse_scratch"))
