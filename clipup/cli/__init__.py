@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 
 COMMANDS = {
     "demo": "dense CLIP to CLIP-UP on real pictures, in minutes, with a report",
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        print(usage("clipup", COMMANDS))
         return 0 if argv else _BAD_INPUT
     command, *options = argv
     if command not in COMMANDS:
@@ -49,7 +50,27 @@ def main(argv: list[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def usage() -> str:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
-    return f"usage: clipup COMMAND [OPTIONS]\n\n{commands}\n\nclipup COMMAND --help explains a command's options."
+def run_one_of(commands: Mapping[str, type], program: str, kind: str, argv: list[str]) -> int:
+    """Runs one of a command's own commands, dataclasses whose ``run`` returns the exit code.
+
+    Args:
+        program: what stands in front of them, "clipup data". kind: what they are called, "data set".
+
+    Raises:
+        ValueError: there is no such command.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(program, {name: one.__doc__.strip().splitlines()[0] for name, one in commands.items()}, kind))
+        return 0 if argv else _BAD_INPUT
+    if argv[0] not in commands:
+        raise ValueError(f"there is no {kind} {argv[0]!r}; {kind}s are {', '.join(commands)}")
+    import tyro
+
+    return tyro.cli(commands[argv[0]], args=argv[1:], prog=f"{program} {argv[0]}").run()
+
+
+def usage(program: str, commands: Mapping[str, str], kind: str = "command") -> str:
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    word = kind.upper().replace(" ", "")
+    return f"usage: {program} {word} [OPTIONS]\n\n{lines}\n\n{program} {word} --help explains a {kind}'s options."

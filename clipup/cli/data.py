@@ -11,6 +11,7 @@ from pathlib import Path
 import tyro
 
 from ..data import icons, pictograms
+from . import run_one_of
 
 
 @dataclass
@@ -34,12 +35,10 @@ class Pictograms:
     processes: int | None = None
     """Processes that draw; None: one a CPU."""
 
-    def run(self) -> None:
+    def run(self) -> int:
         start = time.perf_counter()
         dataset = pictograms.build(self.out, self.size, self.overwrite, self.samples_per_shard, self.processes)
-        print(
-            f"{dataset['name']} in {self.out} ({time.perf_counter() - start:.0f} s), {self.size} x {self.size} pixels:"
-        )
+        _print_head(self, dataset, time.perf_counter() - start)
         for name, split in dataset["splits"].items():
             shards = len(split["shards"])
             groups = ", ".join(f"{count:,} {group}" for group, count in split["images_by_group"].items())
@@ -50,6 +49,7 @@ class Pictograms:
         if dataset["skipped"]:
             print(f"{len(dataset['skipped'])} drawings could not be read; dataset.json names them", file=sys.stderr)
         print("who made them and under which licences: LICENSES.md there")
+        return 0
 
 
 @dataclass
@@ -77,14 +77,12 @@ class Icons:
     processes: int | None = None
     """Processes that draw; None: one a CPU."""
 
-    def run(self) -> None:
+    def run(self) -> int:
         start = time.perf_counter()
         dataset = icons.build(
             self.out, self.package, self.size, self.seed, self.overwrite, self.samples_per_shard, self.processes
         )
-        print(
-            f"{dataset['name']} in {self.out} ({time.perf_counter() - start:.0f} s), {self.size} x {self.size} pixels:"
-        )
+        _print_head(self, dataset, time.perf_counter() - start)
         for name, split in dataset["splits"].items():
             twins = dataset["left_out_twins"].get(name)
             left_out = f"; {twins['same']:,} twins and {twins['near']:,} near-twins left out" if twins else ""
@@ -97,6 +95,11 @@ class Icons:
         print(
             "who drew them and under which licences: LICENSES.md there; which words were cut from names: captions.json"
         )
+        return 0
+
+
+def _print_head(command: Pictograms | Icons, dataset: dict, seconds: float) -> None:
+    print(f"{dataset['name']} in {command.out} ({seconds:.0f} s), {command.size} x {command.size} pixels:")
 
 
 COMMANDS = {"pictograms": Pictograms, "icons": Icons}
@@ -104,13 +107,4 @@ COMMANDS = {"pictograms": Pictograms, "icons": Icons}
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s")
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: clipup data DATASET OUT [OPTIONS]\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<12}{command.__doc__.strip().splitlines()[0]}")
-        print("\nclipup data DATASET --help explains a data set's options.")
-        return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        raise ValueError(f"there is no data set {argv[0]!r}; data sets are {', '.join(COMMANDS)}")
-    tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=f"clipup data {argv[0]}").run()
-    return 0
+    return run_one_of(COMMANDS, "clipup data", "data set", argv)

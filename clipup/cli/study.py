@@ -9,6 +9,7 @@ import tyro
 
 from ..study import report, runner, runs
 from ..train import NonFiniteLoss, TrainingInterrupted
+from . import run_one_of
 
 _DIVERGED, _INTERRUPTED = 1, 130
 
@@ -70,12 +71,4 @@ COMMANDS = {"run": Run, "report": Report}
 
 
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: clipup study COMMAND [OPTIONS]\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<8}{command.__doc__.strip().splitlines()[0]}")
-        print("\nclipup study COMMAND --help explains a command's options.")
-        return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        raise ValueError(f"there is no command {argv[0]!r}; commands are {', '.join(COMMANDS)}")
-    return tyro.cli(COMMANDS[argv[0]], args=argv[1:], prog=f"clipup study {argv[0]}").run()
+    return run_one_of(COMMANDS, "clipup study", "command", argv)

@@ -10,13 +10,13 @@ A name is held out in every set at once, in whatever order its words stand ("arr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from clipup.data import near_duplicates
 from clipup.data.captions import same_words
+from clipup.data.hashing import place
 
 SPLITS = ("train", "validation", "test_styles", "test_names")
 VALIDATION_SHARE = 0.03
@@ -28,10 +28,10 @@ def split_of(caption: str, test_set: bool, seed: int) -> str:
     """The split of an icon by its caption, and by whether its set is held out."""
     if test_set:
         return "test_styles"
-    place = _hash(f"{seed}:split", " ".join(same_words(caption)))
-    if place < VALIDATION_SHARE:
+    where = _hash(f"{seed}:split", " ".join(same_words(caption)))
+    if where < VALIDATION_SHARE:
         return "validation"
-    return "test_names" if place < VALIDATION_SHARE + TEST_NAMES_SHARE else "train"
+    return "test_names" if where < VALIDATION_SHARE + TEST_NAMES_SHARE else "train"
 
 
 def without_twins(
@@ -69,6 +69,4 @@ def order(keys: Sequence[str], seed: int) -> list[int]:
 
 
 def _hash(purpose: str, key: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    digest = hashlib.sha256(f"{_PURPOSE}:{purpose}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return place(_PURPOSE, purpose, key)

@@ -19,11 +19,8 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import multiprocessing
-import os
-import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +29,7 @@ import numpy as np
 
 from clipup.data import icon_names, icon_splits, iconify, near_duplicates, shards
 from clipup.data.iconify import Icon, IconSet
+from clipup.data.processes import each
 from clipup.word_tokenizer import count_vocabulary
 
 FORMAT = 1
@@ -196,7 +194,7 @@ def _render(
     from tqdm import tqdm
 
     samples, pictures, skipped = [], [], Counter()
-    images = _drawn([icon.svg for icon in icons], size, processes or os.cpu_count() or 1)
+    images = each(partial(_draw, size=size), [icon.svg for icon in icons], processes)
     bar = tqdm(images, total=len(icons), desc="drawing icons", unit=" icons", disable=not progress)
     for icon, caption, split, (png, picture) in zip(icons, captions, splits, bar, strict=True):
         if png is None:
@@ -210,17 +208,6 @@ def _render(
             pictures.append(picture)
     stacked = np.stack(pictures) if pictures else np.empty((0, near_duplicates.SIDE, near_duplicates.SIDE), np.uint8)
     return samples, stacked, dict(sorted(skipped.items()))
-
-
-def _drawn(svgs: Sequence[str], size: int, processes: int) -> Iterator[tuple[bytes | None, np.ndarray | None]]:
-    draw = partial(_draw, size=size)
-    if processes == 1:
-        yield from map(draw, svgs)
-        return
-    # Forked, where the system can, so that no process imports the package (and torch) again
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(draw, svgs, chunksize=64)
 
 
 def _draw(svg: str, size: int) -> tuple[bytes | None, np.ndarray | None]:

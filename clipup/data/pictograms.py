@@ -16,15 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 from clipup.data import shards, sources, splits
+from clipup.data.processes import each
 from clipup.data.sources import Concept, Rendering
 
 FORMAT = 1
@@ -121,16 +119,13 @@ def _render(
 
     renderings = [rendering for members in pairs.values() for _, rendering in members]
     images, skipped = {}, []
-    # Forked, where the system can, so that no process imports the package (and torch) again
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with context.Pool(processes or os.cpu_count() or 1, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        results = pool.imap(partial(_render_one, size=size), renderings, chunksize=32)
-        bar = tqdm(results, total=len(renderings), desc="drawing pictograms", unit=" images", disable=not progress)
-        for rendering, (png, reason) in zip(renderings, bar, strict=True):
-            if png is None:
-                skipped.append({"key": rendering.key, "file": rendering.path.name, "reason": reason})
-            else:
-                images[rendering.key] = png
+    results = each(partial(_render_one, size=size), renderings, processes)
+    bar = tqdm(results, total=len(renderings), desc="drawing pictograms", unit=" images", disable=not progress)
+    for rendering, (png, reason) in zip(renderings, bar, strict=True):
+        if png is None:
+            skipped.append({"key": rendering.key, "file": rendering.path.name, "reason": reason})
+        else:
+            images[rendering.key] = png
     for entry in skipped:
         _LOG.warning("skipped %s: %s cannot be read (%s)", entry["key"], entry["file"], entry["reason"])
     return images, skipped

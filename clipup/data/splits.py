@@ -11,11 +11,11 @@ right answer.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from clipup.data.captions import same_words
+from clipup.data.hashing import place
 from clipup.data.sources import Concept, Rendering
 
 SALT = "clipup pictograms 1"
@@ -135,6 +135,4 @@ def _gallery(candidates: Iterable[Concept]) -> list[tuple[Concept, Rendering]]:
 
 
 def _hash(purpose: str, key: str) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments."""
-    digest = hashlib.sha256(f"{SALT}:{purpose}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return place(SALT, purpose, key)
