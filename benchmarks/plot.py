@@ -7,11 +7,10 @@ A line for every case, a panel for every dtype, a mark for every implementation.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import math
 from collections.abc import Sequence
-from pathlib import Path
+
+import charts
+from charts import LogScale, Row
 
 from clipup.report import svg
 from clipup.report.palette import EXPERTS
@@ -26,33 +25,24 @@ LABELS, PANEL, GAP, LINE, HEAD = 260, 300, 24, 22, 44  # px: widths of labels an
 TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
-def read(paths: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of all files; files of whole models and the baseline's own rows are left out."""
-    rows = [row for path in paths for row in csv.DictReader(Path(path).read_text().splitlines())]
+def choose(rows: Sequence[Row]) -> list[Row]:
+    """The rows of layers, without the baseline's own."""
     return [row for row in rows if "ratio_to_dense_k" in row and row["impl"] in COLORS]
 
 
-def section_of(row: dict[str, str]) -> str:
+def section_of(row: Row) -> str:
     threads = f", threads: {row['threads']}" if row["threads"] else ""
     return f"{PASSES[row['pass']]} — {row['device']}{threads}"
 
 
-def case_of(row: dict[str, str]) -> str:
+def case_of(row: Row) -> str:
     skewed = ", skewed" if row.get("routing") == "skewed" else ""
     return f"T={row['tokens']}, {row['d_model']}/{row['d_hidden']}, E={row['experts']}, K={row['top_k']}{skewed}"
 
 
-class Scale:
-    """A logarithmic axis over the ratios, 1 always on it."""
-
-    def __init__(self, ratios: Sequence[float]) -> None:
-        low, high = min(0.9, *ratios) / 1.08, max(1.1, *ratios) * 1.08
-        self.low, self.range = math.log(low), math.log(high / low)
-        self.ticks = [tick for tick in TICKS if low <= tick <= high]
-
-    def __call__(self, ratio: float) -> float:
-        """Pixels from the panel's left edge."""
-        return (math.log(ratio) - self.low) / self.range * PANEL
+def scale_of(ratios: Sequence[float]) -> LogScale:
+    """An axis that holds all ratios and 1."""
+    return LogScale(min(0.9, *ratios) / 1.08, max(1.1, *ratios) * 1.08, PANEL, TICKS)
 
 
 def legend(y: float, impls: Sequence[str]) -> str:
@@ -73,7 +63,7 @@ def mark(x: float, y: float, impl: str, tooltip: str) -> str:
     return svg.element("circle", svg.title(tooltip), **({"cx": x, "cy": y, "r": 4.5, "fill": COLORS[impl]} | ring))
 
 
-def grid(left: float, top: float, bottom: float, scale: Scale) -> str:
+def grid(left: float, top: float, bottom: float, scale: LogScale) -> str:
     parts = []
     for tick in scale.ticks:
         x = left + scale(tick)
@@ -83,9 +73,7 @@ def grid(left: float, top: float, bottom: float, scale: Scale) -> str:
     return "".join(parts)
 
 
-def section(
-    title: str, rows: Sequence[dict[str, str]], dtypes: Sequence[str], top: float, scale: Scale
-) -> tuple[str, float]:
+def section(title: str, rows: Sequence[Row], dtypes: Sequence[str], top: float, scale: LogScale) -> tuple[str, float]:
     """A heading and a line for every case; also where the next section begins."""
     cases = list(dict.fromkeys(map(case_of, rows)))
     first = top + HEAD
@@ -103,10 +91,10 @@ def section(
     return "".join(parts), bottom + 28
 
 
-def chart(rows: Sequence[dict[str, str]]) -> str:
-    """The whole figure as SVG, on white so that it reads on any page."""
+def chart(rows: Sequence[Row]) -> str:
+    """A section for every pass, device and number of threads."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    scale = Scale([float(row["ratio_to_dense_k"]) for row in rows])
+    scale = scale_of([float(row["ratio_to_dense_k"]) for row in rows])
     found = {row["impl"] for row in rows}
     title = "Time over that of a dense MLP on K·T rows; left of 1 is faster"
     parts = [
@@ -117,24 +105,11 @@ def chart(rows: Sequence[dict[str, str]]) -> str:
     for name in dict.fromkeys(map(section_of, rows)):
         drawn, y = section(name, [row for row in rows if section_of(row) == name], dtypes, y, scale)
         parts.append(drawn)
-    width, margin = LABELS + len(dtypes) * (PANEL + GAP), 16
-    paper = svg.element("rect", width=width + 2 * margin, height=y + 2 * margin, fill="#fff")
-    content = svg.element("g", *parts, transform=f"translate({margin} {margin})", font_family="sans-serif")
-    return svg.picture(width + 2 * margin, y + 2 * margin, title, paper, content, color="#1c2128")
+    return charts.page(title, LABELS + len(dtypes) * (PANEL + GAP), y, parts)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", nargs="+", help="files written with --csv")
-    parser.add_argument("--out", required=True, help="SVG file to write")
-    args = parser.parse_args(argv)
-    rows = read(args.csv)
-    if not rows:
-        parser.error("no rows with a ratio_to_dense_k in these files")
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(chart(rows) + "\n", encoding="utf-8")
-    return 0
+    return charts.main(__doc__, choose, "with a ratio_to_dense_k", chart, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A chart of measured time against counted FLOPs, from a CSV file of clip_throughput.py.
 
-    cd benchmarks/results && python ../plot_throughput.py clip_throughput_cpu.csv --out clip_throughput_cpu.svg
+    python benchmarks/plot_throughput.py benchmarks/results/clip_throughput_cpu.csv --out clip_throughput_cpu.svg
 
 A panel for every pass and type; both axes are relative to dense B/16. On the diagonal a model takes the time that its
 FLOPs promise; above it, it takes more.
@@ -8,11 +8,11 @@ FLOPs promise; above it, it takes more.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
 from collections.abc import Sequence
-from pathlib import Path
+
+import charts
+from charts import LogScale, Row
 
 from clipup.report import svg
 
@@ -23,8 +23,15 @@ PASSES = {"fwd": "inference", "fwd_bwd": "training step"}
 BASELINE = "ViT-B-16"
 
 
-def read(path: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
+def panel_of(row: Row) -> tuple[str, str]:
+    return row["pass"], row["dtype"]
+
+
+def choose(rows: Sequence[Row]) -> list[Row]:
+    """The rows of whole models; none where a pass or type lacks the baseline."""
+    models = [row for row in rows if {"pass", "model", "speed_to_b16"} <= row.keys()]
+    compared = {panel_of(row) for row in models if row["model"] == BASELINE}
+    return models if compared == set(map(panel_of, models)) else []
 
 
 def color(model: str) -> str:
@@ -33,23 +40,15 @@ def color(model: str) -> str:
     return SPARSE if "CLIP-UP" in model else DENSE
 
 
-def relative(rows: Sequence[dict[str, str]]) -> list[tuple[str, float, float]]:
+def relative(rows: Sequence[Row]) -> list[tuple[str, float, float]]:
     """Model, FLOPs and time, both over the baseline's."""
     base = next(float(row["gflops_per_pair"]) for row in rows if row["model"] == BASELINE)
     return [(row["model"], float(row["gflops_per_pair"]) / base, 1 / float(row["speed_to_b16"])) for row in rows]
 
 
-class Scale:
-    """A logarithmic axis that holds every value and 1."""
-
-    def __init__(self, values: Sequence[float]) -> None:
-        low, high = min(1.0, *values) / 2, max(1.0, *values) * 1.4
-        self.low, self.range = math.log(low), math.log(high / low)
-        self.ticks = [tick for tick in TICKS if low <= tick <= high]
-
-    def __call__(self, value: float) -> float:
-        """Pixels from the axis' lower end."""
-        return (math.log(value) - self.low) / self.range * PANEL
+def scale_of(values: Sequence[float]) -> LogScale:
+    """An axis that holds all values and 1, with room for labels."""
+    return LogScale(min(1.0, *values) / 2, max(1.0, *values) * 1.4, PANEL, TICKS)
 
 
 def apart(places: Sequence[float], least: float) -> list[float]:
@@ -61,7 +60,7 @@ def apart(places: Sequence[float], least: float) -> list[float]:
     return moved
 
 
-def panel(title: str, points: Sequence[tuple[str, float, float]], left: float, scale: Scale) -> str:
+def panel(title: str, points: Sequence[tuple[str, float, float]], left: float, scale: LogScale) -> str:
     """One panel; dense models have their labels at the left, sparse ones at the right."""
     top, bottom = float(HEAD), float(HEAD + PANEL)
     parts = [svg.text(left, top - 10, title, font_size=13, font_weight=600)]
@@ -88,13 +87,13 @@ def panel(title: str, points: Sequence[tuple[str, float, float]], left: float, s
     return "".join(parts)
 
 
-def chart(rows: Sequence[dict[str, str]]) -> str:
-    """The whole figure as SVG, on white so that it reads on any page."""
-    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+def chart(rows: Sequence[Row]) -> str:
+    """The panels side by side."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["pass"], row["dtype"]), []).append(row)
+        groups.setdefault(panel_of(row), []).append(row)
     points = {key: relative(group) for key, group in groups.items()}
-    scale = Scale([value for group in points.values() for _, *pair in group for value in pair])
+    scale = scale_of([value for group in points.values() for _, *pair in group for value in pair])
     title = "Measured time against counted FLOPs, both over dense ViT-B-16's"
     first = rows[0]
     where = f"{first['device']}, threads: {first['threads']}" if first["threads"] else first["device"]
@@ -106,27 +105,11 @@ def chart(rows: Sequence[dict[str, str]]) -> str:
         batch = groups[pass_, dtype][0]["batch_size"]
         name = f"{PASSES[pass_]}, {dtype}, batch {batch}"
         parts.append(panel(name, group, LEFT + index * (PANEL + GAP), scale))
-    width, height, margin = LEFT + len(points) * (PANEL + GAP), HEAD + PANEL + FOOT, 16
-    paper = svg.element("rect", width=width + 2 * margin, height=height + 2 * margin, fill="#fff")
-    content = svg.element("g", *parts, transform=f"translate({margin} {margin})", font_family="sans-serif")
-    return svg.picture(width + 2 * margin, height + 2 * margin, title, paper, content, color="#1c2128")
+    return charts.page(title, LEFT + len(points) * (PANEL + GAP), HEAD + PANEL + FOOT, parts)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("csv", nargs="+", help="files written by clip_throughput.py --csv")
-    parser.add_argument("--out", required=True, help="SVG file to write")
-    args = parser.parse_args(argv)
-    rows = [row for path in args.csv for row in read(path)]
-    for key in {(row.get("pass"), row["dtype"]) for row in rows}:
-        if None in key or not any(row["model"] == BASELINE and (row["pass"], row["dtype"]) == key for row in rows):
-            parser.error(f"expected rows of clip_throughput.py with a {BASELINE} in every pass and type")
-    if not rows:
-        parser.error("the files hold no rows")
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(chart(rows) + "\n", encoding="utf-8")
-    return 0
+    return charts.main(__doc__, choose, f"of clip_throughput.py with a {BASELINE} in every pass and type", chart, argv)
 
 
 if __name__ == "__main__":
