@@ -22,14 +22,23 @@ from statistics import median
 
 import open_clip
 import torch
-from harness import Timing, alternate, commit, device_name, package_version, print_table, require_device, write_csv
+from harness import (
+    DTYPES,
+    Timing,
+    alternate,
+    commit,
+    device_name,
+    package_version,
+    print_table,
+    require_device,
+    write_csv,
+)
 from torch import Tensor, nn
 
 import clipup
 from clipup.flops import TowerCounts, count
 from clipup.models import create_model_and_transforms, expecting_random_weights, get_tokenizer, image_size
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASELINE, LARGE, ACCELERATED = "ViT-B-16", "ViT-L-14", "accelerated"
 MODELS = (
     BASELINE, "ViT-B-16 CLIP-UP", f"ViT-B-16 CLIP-UP {ACCELERATED}",

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The types by their names in options and files."""
+
 
 class Timing(NamedTuple):
     median_ms: float

@@ -11,6 +11,7 @@ import torch
 from baselines import IMPLEMENTATIONS, Candidate, candidates, oracle, refusal, usual
 from gemm_peak import GemmPeak
 from harness import (
+    DTYPES,
     Timing,
     alternate,
     commit,
@@ -27,7 +28,6 @@ from torch import Tensor
 BASELINE = "dense_k"
 NEEDED = {BASELINE, "clipup"}
 """Never left out."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
 CHECKED_TOKENS = {"cpu": 96, "cuda": 4096}
 """Tokens that are compared with the oracle: on a GPU enough for experts with many rows, whose tiles are larger."""

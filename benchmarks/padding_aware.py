@@ -16,14 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import alternate, commit, device_name, package_version, print_table, require_device, write_csv
+from harness import DTYPES, alternate, commit, device_name, package_version, print_table, require_device, write_csv
 from torch import Tensor, nn
 
 import clipup
 from clipup.models import create_model_and_transforms, expecting_random_weights, get_tokenizer
 from clipup.padding_aware import tokens_up_to_pooled
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Of features of length 1: order and blocking of sums may depend on how many rows an expert has."""
 BASELINE = "all_tokens"
