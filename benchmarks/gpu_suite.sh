@@ -18,7 +18,11 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 deadline=$((SECONDS + ${SECONDS_IN_ALL:-520}))
-rm -f "$out"/*.csv "$out"/summary.md
+if [[ ! -e $out/steps.csv ]] && compgen -G "$out/*.csv" > /dev/null; then
+  echo "$out holds CSV files of something else, which would be deleted; name another OUTDIR" >&2
+  exit 2
+fi
+rm -f "$out"/*.csv "$out"/*.log "$out"/summary.md
 echo "step,status,seconds,words" > "$out/steps.csv"
 
 record() {  # record STEP STATUS SECONDS WORDS: WORDS without what a CSV would read as more than words
@@ -67,7 +71,8 @@ step device 60 "$PYTHON" -c \
 step build 120 "$PYTHON" setup.py build_ext --inplace
 layer forward 60 forward "${main_case[@]}" --dtype bf16
 layer training 75 training "${main_case[@]}" --dtype bf16
-step cuda_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} -m cuda tests/clipup_kernels
+step cuda_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
+  tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cuda_layer.py
 sanitized memcheck 60
 layer forward_sizes 60 forward "${other_cases[@]}" --dtype bf16
 layer training_sizes 75 training "${other_cases[@]}" --dtype bf16

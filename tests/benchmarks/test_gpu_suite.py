@@ -98,6 +98,17 @@ def test_a_step_that_takes_too_long_is_ended_and_none_begins_without_time_left(s
     assert {row["status"] for row in steps.values()} == {"no time left", "skipped"}
 
 
+def test_files_of_an_earlier_run_are_replaced_and_those_of_others_are_left_alone(suite):
+    suite()
+    (suite.out / "clip_throughput.log").write_text("left out: long ago")
+    suite()
+    assert not (suite.out / "clip_throughput.log").exists()
+    (suite.out / "steps.csv").rename(suite.out / "results.csv")
+    refused = subprocess.run([shutil.which("bash"), str(SUITE), str(suite.out)], capture_output=True, text=True)
+    assert refused.returncode == 2 and "name another OUTDIR" in refused.stderr
+    assert (suite.out / "results.csv").exists()
+
+
 def test_options_that_the_suite_gives_are_options_of_the_programs(suite):
     suite()
     for step in ("forward", "forward_sizes", "forward_fp16", "training_fp16"):
