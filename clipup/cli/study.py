@@ -20,7 +20,7 @@ class Run:
 
     On one thread of the CPU. A run that was stopped goes on where its last checkpoint is, to the same bits.
 
-    Example: clipup study run studies/icons/clip_up-5000-s0.yaml --data data/icons --runs runs/icons
+    Example: clipup study run studies/icons/clip_up-5000-lr0.002-s0.yaml --data data/icons --runs runs/icons
     """
 
     files: tyro.conf.Positional[tuple[Path, ...]]

@@ -1,4 +1,4 @@
-"""Drawings and names out of the npm package @iconify/json: 390,000 openly licensed icons, one JSON file a set.
+"""Drawings and names out of the npm package @iconify/json, one JSON file a set of icons.
 
     DIR/package.json         {"version": ...}
     DIR/json/<set>.json      {"icons": {name: {"body": SVG, ...}}, "width", "height", "info": {"name", "license", ...}}

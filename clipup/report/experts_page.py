@@ -60,7 +60,7 @@ def render_experts(report: ExpertReport, shown: int = 6) -> str:
 def statements(report: ExpertReport) -> list[str]:
     """What there is to say about the experts in a sentence each: whether they have parted, and whether all are used."""
     found = [
-        f"{len(report.similarities)} sparse layers, seen with {_plural(len(report.pictures), 'image')} and "
+        f"{_plural(len(report.similarities), 'sparse layer')}, seen with {_plural(len(report.pictures), 'image')} and "
         f"{_plural(len(report.captions), 'caption')}."
     ]
     parted = [_parted(report, tower) for tower in _TOWERS]

@@ -135,6 +135,8 @@ def test_the_sentences_say_whether_the_experts_have_parted_and_whether_all_are_u
     layer = seen.layers[IMAGE_LAYER]
     one_for_all = dataclasses.replace(layer, experts=np.zeros_like(layer.experts))
     collapsed = dataclasses.replace(seen, layers={IMAGE_LAYER: one_for_all})
+    alone = dataclasses.replace(seen, similarities={IMAGE_LAYER: seen.similarities[IMAGE_LAYER]})
+    assert statements(alone)[0].startswith("1 sparse layer, seen with")
     assert statements(collapsed)[2].startswith("3 experts took nothing at all; the busiest takes 4.00 times")
 
 
