@@ -26,30 +26,18 @@ def backend(name: str, dtype: torch.dtype) -> ModuleType:
     return native
 
 
-def _op(name: str) -> Callable:
+def kernel_of(name: str) -> Callable:
+    """The function that computes op ``name``: it asks for the backend at every call."""
+    if name == "dispatch":
+        return _dispatch
+
     def chosen(first: Tensor, *args):
         return getattr(backend(name, first.dtype), name)(first, *args)
 
-    chosen.__name__ = name
     return chosen
 
 
-router_logits = _op("router_logits")
-router_logits_backward = _op("router_logits_backward")
-topk_gating = _op("topk_gating")
-topk_gating_backward = _op("topk_gating_backward")
-permute = _op("permute")
-gather_sum = _op("gather_sum")
-combine = _op("combine")
-combine_backward = _op("combine_backward")
-grouped_linear = _op("grouped_linear")
-grouped_linear_backward = _op("grouped_linear_backward")
-expert_mlp_forward = _op("expert_mlp_forward")
-expert_mlp_backward = _op("expert_mlp_backward")
-dense_mlp = _op("dense_mlp")
-
-
-def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
+def _dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
     if info.NATIVE is None:
         wrong = experts[(experts < -1) | (experts >= num_experts)]
         if len(wrong):

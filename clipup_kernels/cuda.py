@@ -77,26 +77,11 @@ def implementation(name: str) -> str:
     return "triton" if has_kernels and fallback_reason() is None else "torch"
 
 
-def _op(name: str) -> Callable:
+def kernel_of(name: str) -> Callable:
+    """The function that computes op ``name``: it chooses by type and device at every call."""
+
     def chosen(first: Tensor, *args):
         use_triton = name in _TRITON_FILE and first.dtype != torch.float64 and _runs_triton(first.device.index)
         return getattr(_kernels(name) if use_triton else generic, name)(first, *args)
 
-    chosen.__name__ = name
     return chosen
-
-
-router_logits = _op("router_logits")
-router_logits_backward = _op("router_logits_backward")
-topk_gating = _op("topk_gating")
-topk_gating_backward = _op("topk_gating_backward")
-dispatch = _op("dispatch")
-permute = _op("permute")
-gather_sum = _op("gather_sum")
-combine = _op("combine")
-combine_backward = _op("combine_backward")
-grouped_linear = _op("grouped_linear")
-grouped_linear_backward = _op("grouped_linear_backward")
-expert_mlp_forward = _op("expert_mlp_forward")
-expert_mlp_backward = _op("expert_mlp_backward")
-dense_mlp = _op("dense_mlp")

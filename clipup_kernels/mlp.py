@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, cpu, cuda, fakes, generic
+from . import checks
 from .registry import define
 from .types import Plan
 
@@ -55,10 +55,6 @@ _expert_mlp_forward = define(
     "expert_mlp_forward(Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
     " Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight, Tensor? gate_bias,"
     " str activation, bool keep_z) -> (Tensor, Tensor)",
-    cpu=cpu.expert_mlp_forward,
-    cuda=cuda.expert_mlp_forward,
-    generic=generic.expert_mlp_forward,
-    fake=fakes.expert_mlp_forward,
     setup_context=_context,
     backward=_backward_of,
     flops=_forward_flops,
@@ -68,10 +64,6 @@ _expert_mlp_backward = define(
     " Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight, Tensor? gate_bias,"
     " Tensor z, str activation, bool[4] output_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=cpu.expert_mlp_backward,
-    cuda=cuda.expert_mlp_backward,
-    generic=generic.expert_mlp_backward,
-    fake=fakes.expert_mlp_backward,
     flops=_backward_flops,
 )
 
@@ -85,10 +77,6 @@ def _refuse_derivative(ctx, dy):
 _dense_mlp = define(
     "dense_mlp(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight,"
     " Tensor? gate_bias, str activation) -> Tensor",
-    cpu=cpu.dense_mlp,
-    cuda=cuda.dense_mlp,
-    generic=generic.dense_mlp,
-    fake=fakes.dense_mlp,
     backward=_refuse_derivative,
     flops=lambda x, in_weight, in_bias, out_weight, out_bias, gate_weight, *args, out_shape=None, **kwargs: (
         (2 if gate_weight is None else 3) * 2 * x[0] * in_weight[0] * in_weight[1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, cpu, cuda, fakes, generic
+from . import checks
 from .registry import define, non_differentiable
 from .types import Gating, Plan
 
@@ -39,20 +39,12 @@ def _gating_backward(ctx, d_gates, d_experts, d_top_prob, d_mean_probs, d_z_loss
 _topk_gating = define(
     "topk_gating(Tensor logits, int k, bool renormalize, Tensor? selection_bias=None, Tensor? mask=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=cpu.topk_gating,
-    cuda=cuda.topk_gating,
-    generic=generic.topk_gating,
-    fake=fakes.topk_gating,
     setup_context=_gating_context,
     backward=_gating_backward,
 )
 _topk_gating_backward = define(
     "topk_gating_backward(Tensor logits, Tensor experts, bool renormalize, Tensor? mask=None, Tensor? d_gates=None,"
     " Tensor? d_top_prob=None, Tensor? d_mean_probs=None, Tensor? d_z_loss=None) -> Tensor",
-    cpu=cpu.topk_gating_backward,
-    cuda=cuda.topk_gating_backward,
-    generic=generic.topk_gating_backward,
-    fake=fakes.topk_gating_backward,
 )
 
 
@@ -88,10 +80,6 @@ def topk_gating(
 _dispatch = define(
     "dispatch(Tensor experts, int num_experts, float? capacity_factor=None, Tensor? priority=None, Tensor? mask=None)"
     " -> (Tensor, Tensor, Tensor)",
-    cpu=cpu.dispatch,
-    cuda=cuda.dispatch,
-    generic=generic.dispatch,
-    fake=fakes.dispatch,
     setup_context=non_differentiable,
 )
 
@@ -145,19 +133,11 @@ def _permute_backward(ctx, d_rows):
 
 _permute = define(
     "permute(Tensor x, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice) -> Tensor",
-    cpu=cpu.permute,
-    cuda=cuda.permute,
-    generic=generic.permute,
-    fake=fakes.permute,
     setup_context=_permute_context,
     backward=_permute_backward,
 )
 _gather_sum = define(
     "gather_sum(Tensor rows, Tensor row_of_choice) -> Tensor",
-    cpu=cpu.gather_sum,
-    cuda=cuda.gather_sum,
-    generic=generic.gather_sum,
-    fake=fakes.gather_sum,
 )
 
 
@@ -190,10 +170,6 @@ def _grouped_linear_backward_of(ctx, d_out):
 
 _grouped_linear = define(
     "grouped_linear(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
-    cpu=cpu.grouped_linear,
-    cuda=cuda.grouped_linear,
-    generic=generic.grouped_linear,
-    fake=fakes.grouped_linear,
     setup_context=_grouped_linear_context,
     backward=_grouped_linear_backward_of,
     flops=lambda rows, weight, bias, offsets, out_shape=None, **kwargs: 2 * rows[0] * weight[1] * weight[2],
@@ -201,10 +177,6 @@ _grouped_linear = define(
 _grouped_linear_backward = define(
     "grouped_linear_backward(Tensor d_out, Tensor rows, Tensor weight, Tensor offsets, bool[3] output_mask)"
     " -> (Tensor, Tensor, Tensor)",
-    cpu=cpu.grouped_linear_backward,
-    cuda=cuda.grouped_linear_backward,
-    generic=generic.grouped_linear_backward,
-    fake=fakes.grouped_linear_backward,
     flops=lambda d_out, rows, weight, offsets, output_mask, out_shape=None, **kwargs: (
         2 * rows[0] * weight[1] * weight[2] * sum(output_mask[:2])
     ),
@@ -247,20 +219,12 @@ def _combine_backward_of(ctx, dy):
 
 _combine = define(
     "combine(Tensor rows, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice) -> Tensor",
-    cpu=cpu.combine,
-    cuda=cuda.combine,
-    generic=generic.combine,
-    fake=fakes.combine,
     setup_context=_combine_context,
     backward=_combine_backward_of,
 )
 _combine_backward = define(
     "combine_backward(Tensor dy, Tensor rows, Tensor gates, Tensor offsets, Tensor choice_of_row,"
     " Tensor row_of_choice) -> (Tensor, Tensor)",
-    cpu=cpu.combine_backward,
-    cuda=cuda.combine_backward,
-    generic=generic.combine_backward,
-    fake=fakes.combine_backward,
 )
 
 

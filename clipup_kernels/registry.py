@@ -7,33 +7,30 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import cpu, cuda, fakes, generic
+
 LIBRARY = torch.library.Library("clipup", "DEF")
 
 
 def define(
     schema: str,
     *,
-    cpu: Callable,
-    generic: Callable,
-    fake: Callable,
-    cuda: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     flops: Callable | None = None,
 ) -> Callable:
     """Registers ``clipup::<schema>`` and returns the op.
 
-    ``cpu`` runs on CPU tensors, ``cuda`` on CUDA tensors if given, ``generic`` on every other device. An op without
-    ``backward`` refuses to be differentiated by name; that is how second derivatives are refused.
+    The functions of the op's name in ``cpu``, ``cuda``, ``generic`` (every other device) and ``fakes`` are its kernels.
+    An op without ``backward`` refuses to be differentiated by name; that is how second derivatives are refused.
     """
     name = schema.partition("(")[0]
     qualified = f"clipup::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    LIBRARY.impl(name, cpu, "CPU")
-    if cuda is not None:
-        LIBRARY.impl(name, cuda, "CUDA")
-    LIBRARY.impl(name, generic, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    LIBRARY.impl(name, cpu.kernel_of(name), "CPU")
+    LIBRARY.impl(name, cuda.kernel_of(name), "CUDA")
+    LIBRARY.impl(name, getattr(generic, name), "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, getattr(fakes, name), lib=LIBRARY)
     if backward is None:
 
         def backward(ctx, *grads):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import checks, cpu, cuda, fakes, generic
+from . import checks
 from .registry import define
 
 
@@ -22,10 +22,6 @@ def _backward_of(ctx, d_logits):
 
 _router_logits = define(
     "router_logits(Tensor x, Tensor weight, Tensor? mask=None) -> Tensor",
-    cpu=cpu.router_logits,
-    cuda=cuda.router_logits,
-    generic=generic.router_logits,
-    fake=fakes.router_logits,
     setup_context=_context,
     backward=_backward_of,
     flops=lambda x, weight, *args, out_shape=None, **kwargs: 2 * x[0] * weight[0] * weight[1],
@@ -33,10 +29,6 @@ _router_logits = define(
 _router_logits_backward = define(
     "router_logits_backward(Tensor d_logits, Tensor x, Tensor weight, Tensor? mask, bool[2] output_mask)"
     " -> (Tensor, Tensor)",
-    cpu=cpu.router_logits_backward,
-    cuda=cuda.router_logits_backward,
-    generic=generic.router_logits_backward,
-    fake=fakes.router_logits_backward,
     flops=lambda d_logits, x, weight, mask, output_mask, out_shape=None, **kwargs: (
         2 * x[0] * weight[0] * weight[1] * sum(output_mask)
     ),

@@ -43,7 +43,7 @@ def answering(monkeypatch, op: str, dtype: torch.dtype, runs_triton: bool = True
     monkeypatch.setattr(cuda, "_kernels", lambda name: modules["triton"])
     monkeypatch.setattr(cuda, "generic", modules["torch"])
     monkeypatch.setattr(cuda, "_runs_triton", lambda device_index: runs_triton)
-    getattr(cuda, op)(torch.empty(0, dtype=dtype))
+    cuda.kernel_of(op)(torch.empty(0, dtype=dtype))
     (kind,) = called
     return kind
 
