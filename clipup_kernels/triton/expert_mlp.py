@@ -24,7 +24,18 @@ from torch import Tensor
 from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate
-from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, multiply_pair, operand, quarters
+from .grouped_gemm import (
+    add_bias,
+    describe,
+    find_tile,
+    groups,
+    max_tiles,
+    multiply,
+    multiply_pair,
+    operand,
+    place,
+    quarters,
+)
 from .grouped_linear import project_rows
 from .launch import dense
 from .variants import Variant
@@ -37,20 +48,15 @@ def _finish_in(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of ``_project_in`` for some columns of a tile: z and a from the sums [M, N]."""
-    row = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
-    inside = (row < end - first)[:, None]
-    if not EVEN_COLUMNS:
-        inside = inside & (column < columns - first_column)[None, :]
-    corner = first.to(tl.int64) * columns + first_column
-    target = row[:, None] * columns + column[None, :]
-    own_z = add_bias(total, bias, expert, first_column + column, columns).to(STORAGE)
+    corner, target, inside = place(first, end, first_column, columns, EVEN_COLUMNS, BLOCK_M, BLOCK_N)
+    column = first_column + tl.arange(0, BLOCK_N)
+    own_z = add_bias(total, bias, expert, column, columns).to(STORAGE)
     if z is not None:
         tl.store(z + corner + target, own_z, mask=inside)
     if gate_total is None:
         activated = activate(own_z.to(tl.float32), ACTIVATION)
     else:
-        gate_z = add_bias(gate_total, gate_bias, expert, first_column + column, columns).to(STORAGE)
+        gate_z = add_bias(gate_total, gate_bias, expert, column, columns).to(STORAGE)
         if z is not None:
             tl.store(z + plane + corner + target, gate_z, mask=inside)
         activated = activate(gate_z.to(tl.float32), ACTIVATION) * own_z.to(tl.float32)

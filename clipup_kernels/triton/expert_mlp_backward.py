@@ -23,7 +23,7 @@ from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate_with_slope
 from .expert_mlp import project_in
-from .grouped_gemm import describe, expert_of, find_tile, groups, max_tiles, multiply, operand, quarters
+from .grouped_gemm import describe, expert_of, find_tile, groups, max_tiles, multiply, operand, place, quarters
 from .grouped_linear import project_rows
 from .launch import dense
 from .variants import TYPE_NAMES, Variant, signature
@@ -37,13 +37,7 @@ def _finish_back(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of ``_project_back`` for some columns of a tile, da [M, N]; returns their part of <a, da> [M]."""
-    row = tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
-    inside = (row < end - first)[:, None]
-    if not EVEN_COLUMNS:
-        inside = inside & (column < columns - first_column)[None, :]
-    corner = first.to(tl.int64) * columns + first_column
-    target = row[:, None] * columns + column[None, :]
+    corner, target, inside = place(first, end, first_column, columns, EVEN_COLUMNS, BLOCK_M, BLOCK_N)
     storage = z.dtype.element_ty
     linear = tl.load(z + corner + target, mask=inside, other=0.0).to(tl.float32)
     if GATED:

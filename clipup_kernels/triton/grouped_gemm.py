@@ -185,6 +185,20 @@ def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def place(
+    first, end, first_column, columns, EVEN_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Offset of a tile's first element in [rows, columns], those of its elements from there, and which there are."""
+    row = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    inside = (row < end - first)[:, None]
+    if not EVEN_COLUMNS:
+        inside = inside & (column < columns - first_column)[None, :]
+    corner = first.to(tl.int64) * columns + first_column
+    return corner, row[:, None] * columns + column[None, :], inside
+
+
+@triton.jit
 def add_bias(total, bias, expert, column, columns):
     """``total`` [M, N] plus the expert's bias [E, columns]; without a bias as it is."""
     if bias is not None:

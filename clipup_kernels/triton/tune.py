@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 import torch
 import triton
 
-from . import configs, dispatch, expert_mlp, expert_mlp_backward, gating, grouped_linear, weight_gradient
+from . import configs, dispatch, expert_mlp, expert_mlp_backward, gating, grouped_linear, variants, weight_gradient
 from .configs import Config
 
-SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES = variants.SHARED_BYTES | {80: 99 * 1024}
+"""Of a block, by column of the table: the first one serves the small relatives of the large chips too."""
+
 Product = tuple[str, int, int, Callable[[Config], object]]
 
 
@@ -29,8 +31,9 @@ def candidates(arch: int, kernel: str, itemsize: int, depth: int, columns: int) 
     """
     for tile in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)):
         config = Config(*tile)
-        operands = (config.block_m + config.block_n) * config.block_k * itemsize * config.num_stages
-        sums = config.block_m * config.block_n // (32 * config.num_warps)
+        outputs = config.block_n * (2 if kernel == "project_in_gated" else 1)
+        operands = (config.block_m + outputs) * config.block_k * itemsize * config.num_stages
+        sums = config.block_m * outputs // (32 * config.num_warps)
         if operands <= SHARED_BYTES[arch] and 32 <= sums <= 128:
             yield config
             even = depth % config.block_k == 0 and columns % config.block_n == 0

@@ -13,7 +13,6 @@ from clipup_kernels.triton.grouped_gemm import max_tiles
 pytestmark = pytest.mark.interpreter
 
 CPU = torch.device("cpu")
-SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def table(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", configs.KERNELS)
-@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("arch", tune.SHARED_BYTES)
 def test_operands_fit_into_shared_memory_and_sums_into_registers(arch, kernel):
     cases = list(configs.cases(arch, kernel))
     assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16, torch.float32}
@@ -36,7 +35,7 @@ def test_operands_fit_into_shared_memory_and_sums_into_registers(arch, kernel):
         block = case.config
         columns = block.block_n * (2 if kernel == "project_in_gated" else 1)
         operands = (block.block_m + columns) * block.block_k * case.dtype.itemsize * block.num_stages
-        assert operands <= SHARED_BYTES[arch], case
+        assert operands <= tune.SHARED_BYTES[arch], case
         assert block.block_m * columns / (32 * block.num_warps) <= 128, case
 
 
@@ -147,6 +146,8 @@ def test_tuning_takes_the_quickest_tile_that_the_gpu_has_room_for():
         (90, "weight_gradient", 2, 768, 3072),
     ):
         assert not any(tile.descriptors for tile in tune.candidates(*without))
+    gated = list(tune.candidates(90, "project_in_gated", 2, 768, 3072))
+    assert (128, 256) in {tile[:2] for tile in tiles} and (128, 256) not in {tile[:2] for tile in gated}
     times = {tile: 1.0 + number for number, tile in enumerate(reversed(tiles))}
 
     def launch(tile):

@@ -7,7 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moe_cases import ROUTINGS, SHAPES, Experts, Shape, assert_follows, double, make_experts, randn, route, with_grad
+from moe_cases import (
+    ROUTINGS,
+    SHAPES,
+    Experts,
+    Shape,
+    assert_follows,
+    double,
+    make_experts,
+    outputs_and_gradients,
+    randn,
+    route,
+)
 from torch import Tensor
 
 from clipup_kernels import ACTIVATIONS, Plan, generic, reference
@@ -40,14 +51,11 @@ def backward(dy, x, gates, plan, experts: Experts, z, wanted=(True,) * 4) -> dic
 
 def oracle(dy, x, gates, plan, experts: Experts) -> dict[str, Tensor]:
     """y, z and every gradient in float64; parameters that are absent have no elements."""
-    dy, x, gates, experts = double(dy), double(x).requires_grad_(), double(gates).requires_grad_(), double(experts)
-    experts = with_grad(experts)
-    y = reference.expert_mlp(x, gates, plan, *experts)
-    leaves = {"x": x, "gates": gates} | {n: t for n, t in experts._asdict().items() if isinstance(t, Tensor)}
-    gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
-    with torch.no_grad():
-        _, z = generic.expert_mlp_forward(x, gates, *plan, *parameters(experts), experts.activation, True)
-    return {"y": y.detach(), "z": z} | {name: gradients.get(name, torch.empty(0)) for name in GRADIENTS}
+    x, gates, experts = double((x, gates, experts))
+    wanted = outputs_and_gradients(reference.expert_mlp, x, gates, plan, experts, dy)
+    _, z = generic.expert_mlp_forward(x, gates, *plan, *parameters(experts), experts.activation, True)
+    gradients = {name: wanted.get(f"gradient of {name}", torch.empty(0)) for name in GRADIENTS}
+    return {"y": wanted["y"], "z": z} | gradients
 
 
 def case(shape, routing="capacity", dtype=torch.float32, activation="gelu", bias=True, gated=False, seed=0):
