@@ -159,8 +159,9 @@ def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
     vocabulary of a ``clipup.word_tokenizer`` likewise.
     """
     directory = model_directory(model_name)
-    on_hub = directory is None and model_name.startswith(hub.HUB_PREFIX)
-    text_cfg = {} if on_hub else get_model_config(model_name).get("text_cfg", {})
+    if model_name.startswith(hub.HUB_PREFIX):
+        return _hub_tokenizer(model_name, **kwargs)
+    text_cfg = get_model_config(model_name).get("text_cfg", {})
     if word_tokenizer.is_asked_for(text_cfg):
         return word_tokenizer.of_config(text_cfg, directory, **kwargs)
     if directory is None:
@@ -171,6 +172,18 @@ def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
         options.setdefault("context_length", text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
         return open_clip.tokenizer.HFTokenizer(hub_name, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
     return open_clip.get_tokenizer(f"{LOCAL_PREFIX}{directory}", **kwargs)
+
+
+def _hub_tokenizer(model_name: str, cache_dir: str | None = None, **kwargs: Any) -> Any:
+    try:
+        found = hub.cached(model_name, checkpoint.CONFIG_NAME, cache_dir=cache_dir)
+        text_cfg = checkpoint.read_config(found)["model_cfg"].get("text_cfg", {})
+    except FileNotFoundError:  # no model of open_clip's: a tokenizer by itself, or nothing, as open_clip will say
+        text_cfg = {}
+    if word_tokenizer.is_asked_for(text_cfg):
+        found = hub.cached(model_name, checkpoint.CONFIG_NAME, word_tokenizer.FILE_NAME, cache_dir=cache_dir)
+        return word_tokenizer.of_config(text_cfg, found, **kwargs)
+    return open_clip.get_tokenizer(model_name, cache_dir=cache_dir, **kwargs)
 
 
 def get_model_config(model_name: str) -> dict[str, Any]:
@@ -285,6 +298,17 @@ def text_length(model: nn.Module) -> int:
     return model.context_length
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """Token ids that the text tower knows."""
+    return getattr(model, "text", model).vocab_size
+
+
+def image_normalization(model: nn.Module) -> tuple[tuple[float, ...], ...] | None:
+    """Mean and standard deviation by which images are normalised; None where open_clip has not noted them."""
+    noted = [getattr(getattr(model, "visual", None), name, None) for name in ("image_mean", "image_std")]
+    return None if None in noted else tuple(map(tuple, noted))
+
+
 def ignore_padding(model: nn.Module) -> None:
     """Keeps the mask of padding from a Hugging Face text tower, which looks into it: on the meta device it cannot."""
     text = getattr(model, "text", None)
@@ -305,7 +329,7 @@ def random_inputs(model: nn.Module, batch_size: int, seed: int = 0) -> tuple[Ten
     text = getattr(model, "text", model)
     pool_type = getattr(text, "pool_type", getattr(model, "text_pool_type", "argmax"))
     eos_id = getattr(text, "eos_id", getattr(model, "text_eos_id", None))
-    length, vocabulary = text_length(model), text.vocab_size
+    length, vocabulary = text_length(model), vocabulary_size(model)
     padding = text.config.pad_token_id if isinstance(text, HFTextEncoder) else 0
     end_of_text = eos_id if pool_type == "eos" else vocabulary - 1
     texts = torch.randint(max(1, vocabulary // 2), vocabulary - 1, (batch_size, length), generator=generator)

@@ -93,11 +93,18 @@ def build_teacher(
     teacher, *_ = models.create_model_and_transforms(
         name, pretrained, precision=precision, device=device, output_dict=True
     )
-    for what, of in (("image size", models.image_size), ("text length", models.text_length)):
-        if of(teacher) != of(student):
+    alike = {
+        "image size": models.image_size,
+        "normalization of images": models.image_normalization,
+        "text length": models.text_length,
+        "vocabulary size": models.vocabulary_size,
+    }
+    for what, of in alike.items():
+        theirs, ours = of(teacher), of(student)
+        if theirs != ours and None not in (theirs, ours):
             raise ValueError(
-                f"distill_model={name!r} has {what} {of(teacher)}, the model that it teaches {of(student)}: both get "
-                "the same batch; choose a teacher of the same"
+                f"distill_model={name!r} has {what} {theirs}, the model that it teaches {ours}: both get the same "
+                "batch; choose a teacher of the same"
             )
     return teacher.eval().requires_grad_(False)
 

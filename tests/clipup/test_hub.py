@@ -50,6 +50,20 @@ def test_a_sparse_model_loads_from_the_hub(sparse, tmp_path, publish):
     assert clipup.get_tokenizer("hf-hub:org/sparse", **cache)(["a dog"]).shape == (1, 10)
 
 
+def test_a_vocabulary_of_words_comes_with_its_model(tmp_path, publish):
+    cfg = clipup.get_model_config("clipup-icons-w64")
+    save_pretrained(open_clip.create_model("clipup-icons-w64"), tmp_path / "model", cfg)
+    expected = clipup.get_tokenizer("clipup-icons-w64")(["arrow left"])
+    words = (tmp_path / "model" / "vocabulary.txt").read_text().split()
+    swapped = {"arrow": "left", "left": "arrow"}
+    (tmp_path / "model" / "vocabulary.txt").write_text("\n".join(swapped.get(word, word) for word in words))
+    cache = publish(tmp_path / "model", "words")
+
+    tokens = clipup.get_tokenizer("hf-hub:org/words", **cache)(["left arrow"])
+
+    assert torch.equal(tokens, expected)
+
+
 def test_a_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
     dense = tiny_clip()
     save_pretrained(dense, tmp_path / "model", tiny_config())

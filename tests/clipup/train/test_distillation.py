@@ -98,10 +98,28 @@ def test_teachers_that_cannot_teach_are_refused_by_name(make_model, pairs, optio
         train(options(distill_model=named_model), model=make_model(MOE), loader=pairs())
 
 
-def test_teacher_of_another_image_size_is_refused_by_name(make_model, pairs, options, tmp_path):
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("vision_cfg", {"image_size": 32}, r"has image size \(32, 32\), the model that it teaches \(16, 16\)"),
+        ("text_cfg", {"vocab_size": 64}, "has vocabulary size 64, the model that it teaches 49408"),
+    ],
+)
+def test_teacher_of_other_images_or_texts_is_refused_by_name(
+    make_model, pairs, options, tmp_path, part, change, message
+):
     cfg = copy.deepcopy(clipup.get_model_config("ViT-B-32"))
-    cfg["vision_cfg"] |= {"image_size": 32, "width": 32, "layers": 1, "head_width": 16, "patch_size": 16}
+    cfg["vision_cfg"] |= {"image_size": 16, "width": 32, "layers": 1, "head_width": 16, "patch_size": 16}
     cfg["text_cfg"] |= {"width": 32, "layers": 1, "heads": 2, "context_length": 8}
+    cfg[part] |= change
     clipup.save_pretrained(open_clip.CLIP(**{**cfg, "embed_dim": 16}), tmp_path / "teacher", {**cfg, "embed_dim": 16})
-    with pytest.raises(ValueError, match=r"has image size \(32, 32\), the model that it teaches \(16, 16\)"):
+    with pytest.raises(ValueError, match=message):
         train(options(distill_model=str(tmp_path / "teacher")), model=make_model(MOE), loader=pairs())
+
+
+def test_teacher_that_normalizes_images_otherwise_is_refused_by_name(pairs, options, model_directory, tmp_path):
+    student, *_ = clipup.create_model_and_transforms(str(model_directory))
+    inception = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    clipup.save_pretrained(student, tmp_path / "other", clipup.get_model_config(str(model_directory)), inception)
+    with pytest.raises(ValueError, match=r"has normalization of images \(\(0.5, 0.5, 0.5\), "):
+        train(options(distill_model=str(tmp_path / "other")), model=student, loader=pairs())
