@@ -46,7 +46,7 @@ def contrastive_loss(options: TrainOptions, model: nn.Module, rank: int, world_s
     the softmax of the teacher's as targets, images to texts and back, half of each.
 
     Raises:
-        ValueError: an option that a CoCa's loss does not have.
+        ValueError: an option that a CoCa's loss does not have, or a bias that the loss does not have.
     """
     if isinstance(model, CoCa):
         return _coca_loss(options, model, rank, world_size)
@@ -55,6 +55,12 @@ def contrastive_loss(options: TrainOptions, model: nn.Module, rank: int, world_s
     softmax_loss = MultiPositiveClipLoss if options.multi_positive else ClipLoss
     if options.distill_model is not None:
         softmax_loss = DistillClipLoss
+    if softmax_loss is not ClipLoss and getattr(model, "logit_bias", None) is not None:
+        name = "multi_positive" if options.multi_positive else "distill_model"
+        raise ValueError(
+            f"{name} goes with a softmax loss that knows no logit_bias, which this model has; leave {name} out, or "
+            "create the model without init_logit_bias"
+        )
     return softmax_loss(
         local_loss=options.local_loss,
         gather_with_grad=options.gather_with_grad,

@@ -97,6 +97,13 @@ def test_the_option_trains_with_it(make_model, pairs, options):
     assert first_loss(True, multi_positive=True) != pytest.approx(first_loss(True), rel=1e-3)
 
 
+@pytest.mark.parametrize("option", ["multi_positive", "distill_model"])
+def test_a_model_with_a_bias_is_refused_by_name(make_model, pairs, options, option):
+    model = make_model(init_logit_bias=-10.0)
+    with pytest.raises(ValueError, match=f"{option} goes with a softmax loss that knows no logit_bias"):
+        train(options(logs=None, **{option: "ViT-B-32"}), model=model, loader=pairs())
+
+
 def test_a_sigmoid_loss_has_no_targets_to_share(options):
     with pytest.raises(ValueError, match="multi_positive leaves pairs out"):
         options(siglip=True, multi_positive=True)
