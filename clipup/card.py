@@ -66,8 +66,8 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     """Writes what ``clipup eval`` measured into the directory's card; those of the same data and measure are replaced.
 
     Args:
-        results: ``retrieval`` and ``zero_shot`` as the functions of those names return them; ``dataset``, ``split`` and
-            ``precision`` where they are known.
+        results: ``retrieval`` and ``zero_shot`` as the functions of those names return them; ``dataset``, ``split``,
+            ``precision`` and ``multi_positive`` where they are known.
 
     Raises:
         FileNotFoundError: the directory has no README.md.
@@ -130,7 +130,8 @@ def _rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
     rows = {}
     if "retrieval" in results:
         found = results["retrieval"]
-        data = f"{name}: {found['gallery']:,} images, {found['captions']:,} captions"
+        captions = "distinct captions" if results.get("multi_positive") else "captions"
+        data = f"{name}: {found['gallery']:,} images, {found['captions']:,} {captions}"
         for way, words in _WAYS.items():
             rows |= {(data, f"{words} R@{k[1:]}"): f"{100 * value:.2f}" for k, value in found[way].items()}
     if "zero_shot" in results:

@@ -90,6 +90,9 @@ class Options:
             raise ValueError("--dataset names the data already; leave out --val-data, --classes and --images")
         if (self.classes is None) != (self.images is None):
             raise ValueError("classification needs both --classes and --images")
+        for name in ("captions_per_image", "annotations"):
+            if self.dataset is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is about a benchmark; pass --dataset and --root, or leave it out")
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image must be at least 1, got {self.captions_per_image}")
 
@@ -134,6 +137,7 @@ def evaluate(options: Options) -> dict[str, Any]:
             model, triples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
         )
         results["retrieval"] = {**recall, "skipped": samples.skipped}
+        results["multi_positive"] = options.multi_positive
     if isinstance(found, datasets.ClassificationSet):
         images = found.samples(preprocess, options.batch_size, options.workers)
         results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)

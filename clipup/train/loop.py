@@ -340,7 +340,8 @@ class Trainer:
             model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg)
             if self._evaluated_at == self.step:
                 results = {"dataset": "validation data", "precision": self.train_step.precision}
-                card.add_results(self.directory.model, {**results, "retrieval": self._validated})
+                results |= {"multi_positive": self.options.multi_positive, "retrieval": self._validated}
+                card.add_results(self.directory.model, results)
 
     def _save(self, *names: str) -> None:
         """Writes a checkpoint under these names. A failure on rank 0 is raised on every rank."""

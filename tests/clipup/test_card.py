@@ -67,6 +67,16 @@ def test_results_are_added_and_those_of_the_same_data_replaced(directory):
     assert card.partition("## Evaluation")[0] == before.partition("## Evaluation")[0]
 
 
+def test_recall_over_distinct_captions_stands_beside_the_usual_one(directory):
+    add_results(directory, {"dataset": "icons", "retrieval": RETRIEVAL, "multi_positive": False})
+    add_results(directory, {"dataset": "icons", "retrieval": RETRIEVAL, "multi_positive": True})
+
+    card = text(directory)
+
+    assert card.count("| icons: 5,000 images, 25,010 captions |") == 6
+    assert card.count("| icons: 5,000 images, 25,010 distinct captions |") == 6
+
+
 def test_words_that_somebody_wrote_into_the_card_stay(directory):
     path = directory / "README.md"
     path.write_text(path.read_text().replace("## Use", "Trained on cats.\n\n## Use") + "\n## Thanks\n\nTo all.\n")

@@ -181,6 +181,7 @@ def test_numbers_go_into_the_card_of_the_model_on_request(directory, tmp_path, c
         (["--dataset", "coco"], "a benchmark needs both --dataset and --root"),
         (["--dataset", "coco", "--root", ".", "--val-data", "a.csv"], "names the data already"),
         (["--dataset", "coco", "--root", ".", "--captions-per-image", "0"], "captions_per_image must be at least 1"),
+        (["--val-data", "a.csv", "--captions-per-image", "5"], "captions_per_image is about a benchmark"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(directory, capsys, options, message):
