@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import MoEConfig
 
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 _ROUTER = ".router.weight"
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
@@ -89,6 +89,4 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 def unwrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict under the names that the model itself has, without those of the wrappers around it."""
-    for prefix in _WRAPPERS:
-        state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-    return state_dict
+    return {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}

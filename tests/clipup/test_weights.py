@@ -12,7 +12,7 @@ from torch import nn
 import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import main
-from clipup.weights import read_weights
+from clipup.weights import read_weights, unwrapped
 
 NAME = "clipup-tiny-32"
 CONFIG = MoEConfig.clip_up(num_experts=3, blocks=(1, 2))
@@ -31,6 +31,11 @@ def sparse(dense):
         for layer in moe_layers(model).values():
             layer.in_weight.add_(0.1 * torch.randn_like(layer.in_weight))
     return model
+
+
+@pytest.mark.parametrize("wrappers", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_lose_what_wrappers_put_in_front_of_them(wrappers):
+    assert unwrapped({f"{wrappers}visual.conv1.weight": 1}) == {"visual.conv1.weight": 1}
 
 
 def training_checkpoint(model, path, wrapped, **more):

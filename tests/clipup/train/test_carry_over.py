@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_families import timm_model
+from tiny_families import TIMM, timm_model
 
 import clipup
 from clipup.train import train
@@ -119,6 +119,23 @@ def test_parts_that_share_one_dense_parameter_get_their_halves():
     assert {tuple(half.flatten().tolist()) for half in halves} == {
         tuple(half.flatten().tolist()) for half in (first, second)
     }
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_in_every_family_all_but_routers_get_moments_of_their_shape(family):
+    dense = timm_model(family)
+    state = {
+        name: {"step": torch.tensor(7.0), **{key: torch.rand_like(parameter) for key in MOMENTS}}
+        for name, parameter in dense.named_parameters()
+    }
+    moe = clipup.MoEConfig(num_experts=2, blocks="every", towers=("image",), shared_expert=True)
+
+    carried = upcycled_state(dense, moe, state)
+
+    sparse = dict(clipup.upcycle(dense, moe).named_parameters())
+    assert set(carried) == {name for name in sparse if not name.endswith("router.weight")}
+    for name, values in carried.items():
+        assert all(values[key].shape == sparse[name].shape and values[key].min() < values[key].max() for key in MOMENTS)
 
 
 def test_a_run_from_a_dense_checkpoint_trains_and_resumes(make_model, pairs, options, dense_run):
