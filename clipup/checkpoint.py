@@ -63,11 +63,8 @@ def save_pretrained(
         raise ValueError(
             "the model has sparse layers but no moe_config, so it could not be built again; make it with clipup.upcycle"
         )
-    from . import (
-        card,
-        timm_models,
-        towers,
-    )  # they import open_clip, which takes seconds and which SparseMoE does not need
+    # these import open_clip, which takes seconds and which SparseMoE does not need
+    from . import card, timm_models, towers
 
     library = "timm" if towers.is_timm(model) else "open_clip"
     if library == "timm":

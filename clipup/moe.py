@@ -129,8 +129,8 @@ class SparseMoE(Experts):
         """E copies of a dense MLP behind a fresh router, on the MLP's device and of its type.
 
         Every parameter can be trained as the one it is copied from could; the router can when any of them could.
-        With gates that are normalised (``normalize_gates`` not "none"), no hidden units drawn anew (``reinit_ratio``)
-        and nothing dropped, the layer computes what the MLP did:
+        With gates that are normalised (``normalize_gates`` not "none"), no hidden units drawn anew (``reinit_ratio``),
+        nothing dropped and, where there are shards, no router noise, the layer computes what the MLP did:
 
         - with a shared expert, because that and the normalised sum of the others are the MLP, half of each;
         - with a granularity, because the router's rows are drawn once for every virtual group of shards, so that

@@ -74,7 +74,8 @@ class Router(nn.Module):
     @torch.no_grad()
     def reset_to_virtual_groups(self) -> None:
         """A fresh router that draws one row for every ``granularity`` neighbours (virtual groups, NVIDIA, arXiv
-        2410.07524): their logits are equal, so that top-K takes whole groups until training has parted them."""
+        2410.07524): their logits are equal to rounding, so that top-K takes whole groups until training has parted
+        them. Only where two groups are within rounding of each other can a token get shards of both."""
         self.reset_parameters()
         one_a_group = self.weight[:: self.config.granularity].clone()
         self.weight.copy_(one_a_group.repeat_interleave(self.config.granularity, 0))

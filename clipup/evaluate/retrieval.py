@@ -89,7 +89,7 @@ def hits_at(k: int, above: Tensor, tied: Tensor, right: Tensor) -> Tensor:
     seen = (k - above).clamp_min(0).minimum(tied)
     miss = torch.ones(len(above), dtype=torch.float64)
     for j in range(int(right.max())):
-        factor = (tied - seen - j).clamp_min(0) / (tied - j).clamp_min(1)
+        factor = (tied - seen - j).clamp_min(0).double() / (tied - j).clamp_min(1)
         miss = torch.where(j < right, miss * factor, miss)
     return 1 - miss
 
