@@ -175,6 +175,13 @@ def test_with_multi_positive_a_caption_finds_any_image_that_it_stands_beside(ora
     assert shared["splits"]["a"]["captions"] == 1 and shared["splits"]["a"]["gallery"] == 3
 
 
+def test_a_caption_that_stands_twice_beside_an_image_is_one_right_answer():
+    captions, pairs = module.merge_equal(["b", "a", "b", "b"], torch.tensor([[0, 0], [1, 0], [2, 0], [3, 1]]))
+
+    assert captions == ["b", "a"]
+    assert pairs.tolist() == [[0, 0], [0, 1], [1, 0]]
+
+
 def test_a_data_set_is_encoded_in_batches_and_every_group_is_also_a_gallery_of_its_own(
     oracle, number_tokenizer, number_image
 ):
