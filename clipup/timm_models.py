@@ -20,12 +20,12 @@ from torch import nn
 from . import checkpoint
 from .config import MoEConfig
 from .hub import HUB_PREFIX, cached
+from .models import LOCAL_PREFIX
 from .upcycle import upcycle
 from .weights import read_safetensors
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-LOCAL_PREFIX = "local-dir:"
 
 
 def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | None = None, **kwargs: Any) -> nn.Module:
