@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCard
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
-from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
+from clipup import MoEConfig, hub, moe_layers, save_pretrained, step0_difference, upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=3)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -72,6 +72,19 @@ def test_a_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
     for create in (clipup.create_model_and_transforms, open_clip.create_model_and_transforms):
         loaded, *_ = create("hf-hub:org/dense", **cache)
         assert not moe_layers(loaded) and step0_difference(dense, loaded) == 0
+
+
+def test_all_files_are_of_the_commit_of_the_first(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, filename, revision, cache_dir):
+        asked.append((name, filename, revision))
+        return str(tmp_path / "snapshots" / COMMIT / filename)
+
+    monkeypatch.setattr(hub, "download_pretrained_from_hf", download)
+
+    assert hub.cached("hf-hub:org/sparse", "a", "b") == tmp_path / "snapshots" / COMMIT
+    assert asked == [("org/sparse", "a", None), ("org/sparse", "b", COMMIT)]
 
 
 def test_what_the_hub_does_not_have_is_named(sparse, tmp_path, publish):
