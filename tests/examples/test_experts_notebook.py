@@ -1,7 +1,9 @@
 """The notebook: it was run from top to bottom, and its code still does what its text says."""
 
 import ast
+import base64
 import html
+import io
 import json
 import logging
 import re
@@ -9,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageColor
 
 from clipup.data import pictograms
 
@@ -40,6 +43,24 @@ def test_it_says_nothing_of_the_machine_that_it_was_run_on(notebook):
     assert all(set(cell["metadata"]) == set() for cell in notebook["cells"])
 
 
+def test_every_picture_in_it_is_of_shapes_that_it_draws(notebook):
+    """Others' drawings have more colours, at the least where their edges are smoothed."""
+    (drawing,) = (source for source in map(source_of, code_cells(notebook)) if "ImageDraw.Draw" in source)
+    colors = ast.literal_eval(re.search(r"^COLORS = (\(.*\))$", drawing, re.MULTILINE)[1])
+    drawn = {ImageColor.getrgb(color) for color in (*colors, "white")}
+    pictures = re.findall(r"data:image/[^;]+;base64,([A-Za-z0-9+/=]+)", PATH.read_text(encoding="utf-8"))
+    assert len(pictures) > 8
+    for content in pictures:
+        image = Image.open(io.BytesIO(base64.b64decode(content))).convert("RGB")
+        assert {color for _, color in image.getcolors(image.width * image.height)} <= drawn
+    kinds = {kind for cell in code_cells(notebook) for output in cell["outputs"] for kind in output.get("data", {})}
+    assert kinds == {"text/html", "text/plain"}
+
+
+def source_of(cell):
+    return "".join(cell["source"])
+
+
 def run(source, values):
     """Runs a cell; returns what a notebook would show of it."""
     tree = ast.parse(source)
@@ -59,7 +80,7 @@ def test_its_code_upcycles_looks_and_evaluates(notebook, tmp_path, monkeypatch, 
     monkeypatch.setenv("TQDM_DISABLE", "1")
     few = partial(pictograms.build, only=lambda concept: int(concept.key.encode().hex(), 16) % 7 == 0)
     monkeypatch.setattr(pictograms, "build", few)
-    sources = ["".join(cell["source"]) for cell in code_cells(notebook)]
+    sources = list(map(source_of, code_cells(notebook)))
     (place,) = (i for i, source in enumerate(sources) if source.startswith("DATA = "))
     sources[place] = f"DATA = Path({str(tmp_path / 'data')!r})\nDENSE_STEPS, MORE_STEPS, BATCH_SIZE = 5, 20, 32"
     values = {}
