@@ -86,7 +86,7 @@ test-aarch64: $(VENV)/.build-tools
 	  $(QEMU_AARCH64) -L /usr/aarch64-linux-gnu build/native-aarch64/native_tests --quick; \
 	fi
 
-# Runs the notebooks again and keeps what they show; a few minutes.
+# Runs the notebooks again and keeps what they show.
 notebooks: $(call installed,test)
 	$(BIN)/python examples/run_notebooks.py examples/*.ipynb
 

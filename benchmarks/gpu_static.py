@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import pkgutil
 import sys
 from collections.abc import Iterator
@@ -30,8 +31,9 @@ def all_variants(arch: int) -> Iterator[Variant]:
     """What every kernel file may launch on ``arch``."""
     for file in pkgutil.iter_modules(clipup_kernels.triton.__path__):
         module = importlib.import_module(f"{clipup_kernels.triton.__name__}.{file.name}")
-        if module is not variants and hasattr(module, "variants"):
-            yield from module.variants(arch)
+        listed = getattr(module, "variants", None)
+        if inspect.isfunction(listed):  # where it is a module, the file has imported variants.py
+            yield from listed(arch)
 
 
 def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:

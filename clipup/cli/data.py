@@ -19,7 +19,7 @@ class Pictograms:
     """Emoji and icons with captions, drawn from Python packages (pip install "clipup[demo]"); no network.
 
     Twemoji and OpenMoji drawings of the same emoji and Phosphor icons in six stroke weights, RGB on white. Two splits
-    are held out: test (one drawing of about 1,000 concepts) and concepts (whole concepts). Takes 10 s on two cores.
+    are held out: test (one drawing of about 1,000 concepts) and concepts (whole concepts).
 
     Example: clipup data pictograms data/pictograms --size 32
     """
@@ -56,8 +56,8 @@ class Pictograms:
 class Icons:
     """250,000 openly licensed icons with their names as captions, from the npm package @iconify/json; no network.
 
-    RGB on white. Held out are names (validation, test_names) and whole sets in styles of their own (test_styles). Takes
-    a few minutes. Get the package with `npm pack @iconify/json@2.2.535` and `tar -xzf iconify-json-2.2.535.tgz`.
+    RGB on white. Held out are names (validation, test_names) and whole sets in styles of their own (test_styles).
+    Get the package with `npm pack @iconify/json@2.2.535` and `tar -xzf iconify-json-2.2.535.tgz`.
 
     Example: clipup data icons data/icons --package package
     """

@@ -45,12 +45,12 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
 
 
 class Tables:
-    """Tables in Markdown, rows ordered by steps and arm; a group is the runs of one arm and length, a run a seed."""
+    """Tables in Markdown, rows ordered by budget and arm; a group is the runs of one arm and budget, a run a seed."""
 
     def __init__(self, found: dict[str, Result]) -> None:
         self.results = found
         chosen = results.chosen(found.values())
-        self.groups = sorted(chosen.items(), key=lambda item: (item[0][1], item[0][2], item[0][0]))
+        self.groups = sorted(chosen.items())
 
     def data(self) -> dict:
         """What the logs say of their data, which is the same in all of them."""
@@ -63,24 +63,48 @@ class Tables:
         """Every group's recall and negative log likelihood on a split, at its chosen learning rate."""
         head = ["arm", "steps", "lr", "seeds", "PFLOP", "t2i R@1", "R@5", "NLL", "i2t R@1", "R@5", "NLL"]
         rows = []
-        for (arm, _, steps), runs in self.groups:
-            cells = [_label(arm), f"{steps:,}", f"{runs[0].config['lr']:g}", str(len(runs)), self._pflop(runs)]
+        for group, runs in self.groups:
+            steps = runs[0].config["steps"]
+            cells = [_label(group.arm), f"{steps:,}", f"{runs[0].config['lr']:g}", str(len(runs)), self._pflop(runs)]
             for way in results.WAYS:
                 values = {name: [run.test[split][way][name] for run in runs] for name in ("r1", "r5", "nll")}
                 cells += [_spread(values["r1"], percent), _spread(values["r5"], percent), _spread(values["nll"], _nll)]
             rows.append(cells)
         return _table(head, rows)
 
-    def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
-        """R@1 of an arm minus that of every other arm, on the same queries, in points, one row a pair of runs that
-        share seed and start."""
-        head = ["run", "minus", *(f"{split.removeprefix('test_')} {way}" for split in splits for way in results.WAYS)]
+    def leads(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
+        """R@1 of an arm minus that of every other arm of the same budget, in points: means over the seeds that both
+        have, and over everything in the last column."""
+        head = ["minus", "budget", "seeds", *(_way(split, way) for split in splits for way in results.WAYS), "mean"]
         rows = []
-        for ours in self._of(arm):
-            for theirs in (run for _, runs in self.groups for run in runs):
-                same = all(ours.config[key] == theirs.config[key] for key in ("seed", "model", "start"))
-                if theirs.config["arm"] == arm or not same:
-                    continue
+        for group, pairs in self._pairs(arm):
+            each = [results.lead(pairs, [split], [way]) for split in splits for way in results.WAYS]
+            cells = [_label(group.arm), f"{group.budget:,}", str(len(pairs))]
+            rows.append([*cells, *map(_lead, [*each, results.lead(pairs, splits)])])
+        return _table(head, rows)
+
+    def verdict(self, arm: str, others: dict[str, str], splits: Sequence[str] = results.TESTS) -> str:
+        """What the leads over other arms say, in a sentence, built the same way whichever way it falls.
+
+        Args:
+            others: the words for a comparison by arm, "at equal steps" for ``dense_continued``.
+        """
+        found = {(group.arm, group.budget): results.lead(pairs, splits) for group, pairs in self._pairs(arm)}
+        most = max((lead.seeds for lead in found.values()), default=0)
+        parts = []
+        for (name, budget), lead in found.items():
+            if name in others and lead.seeds == most:
+                what = "no clear difference" if not lead.sure else "better" if lead.mean > 0 else "worse"
+                parts.append(f"{others[name]} ({budget:,}) {what}: {_lead(lead)} points of R@1")
+        return "; ".join(parts)
+
+    def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
+        """R@1 of an arm minus that of every other arm of the same budget, on the same queries, in points, one row a
+        pair of runs that share their seed."""
+        head = ["run", "minus", *(_way(split, way) for split in splits for way in results.WAYS)]
+        rows = []
+        for _, pairs in self._pairs(arm):
+            for ours, theirs in pairs:
                 cells = [f"`{ours.name}`", f"`{theirs.name}`"]
                 for split in splits:
                     for way in results.WAYS:
@@ -92,11 +116,11 @@ class Tables:
     def sweep(self) -> str:
         """Validation at the end for every learning rate: the mean R@1 of both ways, the chosen rate in bold."""
         picked = {run.name for _, runs in self.groups for run in runs}
-        by_group: dict[tuple, list[Result]] = {}
+        by_group: dict[results.Group, list[Result]] = {}
         for run in self.results.values():
             by_group.setdefault(results.group_of(run), []).append(run)
         rows = []
-        for (arm, _, steps), runs in sorted(by_group.items(), key=lambda item: (item[0][1], item[0][2], item[0][0])):
+        for group, runs in sorted(by_group.items()):
             scores: dict[float, list[Result]] = {}
             for run in sorted(runs, key=lambda run: (run.config["lr"], run.config["seed"])):
                 scores.setdefault(run.config["lr"], []).append(run)
@@ -104,7 +128,7 @@ class Tables:
             for rate, of_rate in scores.items():
                 text = f"{rate:g}: {' / '.join(percent(run.selection, 2) for run in of_rate)}"
                 cells.append(f"**{text}**" if of_rate[0].name in picked else text)
-            rows.append([_label(arm), f"{steps:,}", ", ".join(cells)])
+            rows.append([_label(group.arm), f"{runs[0].config['steps']:,}", ", ".join(cells)])
         return _table(["arm", "steps", "learning rate: R@1 on validation, a seed each"], rows)
 
     def experts(self) -> str:
@@ -161,8 +185,19 @@ class Tables:
             for name, content in figures.items()
         }
 
-    def _of(self, arm: str) -> list[Result]:
-        return [run for (name, _, _), runs in self.groups if name == arm for run in runs]
+    def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:
+        """By group of another arm the runs of ``arm`` with the same model and budget, each with the group's run of the
+        same seed."""
+        of_group = dict(self.groups)
+        found = []
+        for group, runs in self.groups:
+            theirs = {run.config["seed"]: run for run in runs}
+            ours = of_group.get(group._replace(arm=arm), []) if group.arm != arm else []
+            pairs = [(run, theirs[run.config["seed"]]) for run in ours if run.config["seed"] in theirs]
+            pairs = [(run, other) for run, other in pairs if other.name != run.config["start"]]
+            if pairs:
+                found.append((group, pairs))
+        return found
 
     def _pflop(self, runs: Sequence[Result]) -> str:
         return f"{results.total_gflops(runs[0], self.results) / 1e6:.2f}"
@@ -185,6 +220,17 @@ def _legend(run: Result) -> str:
 
 def _label(arm: str) -> str:
     return arm.replace("_", " ")
+
+
+def _way(split: str, way: str) -> str:
+    return f"{split.removeprefix('test_')} {way}"
+
+
+def _lead(lead: results.Lead) -> str:
+    """In points; bold where the interval leaves 0 out."""
+    interval = "" if lead.half_width is None else f" ± {100 * lead.half_width:.2f}"
+    text = f"{100 * lead.mean:+.2f}{interval}"
+    return f"**{text}**" if lead.sure else text
 
 
 def _nll(value: float) -> str:

@@ -7,12 +7,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import log, measure
 
 TESTS = ("test_styles", "test_names")
 WAYS = ("t2i", "i2t")
+
+
+class Group(NamedTuple):
+    """Runs that differ by learning rate and seed alone; groups are ordered as they stand on the page."""
+
+    model: str
+    budget: int
+    arm: str
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,11 @@ class Result:
     @property
     def name(self) -> str:
         return self.config["name"]
+
+    @property
+    def budget(self) -> int:
+        """The steps of CLIP-UP that this run has the budget of."""
+        return self.config.get("budget") or self.config["steps"]
 
     @property
     def selection(self) -> float:
@@ -68,25 +81,25 @@ def _result(records: Sequence[log.Record]) -> Result:
     )
 
 
-def group_of(result: Result) -> tuple[str, str, int]:
-    """What must be equal for two runs to differ by learning rate and seed alone: arm, model, steps."""
-    return result.config["arm"], result.config["model"], result.config["steps"]
+def group_of(result: Result) -> Group:
+    """What must be equal for two runs to differ by learning rate and seed alone."""
+    return Group(result.config["model"], result.budget, result.config["arm"])
 
 
-def chosen(results: Iterable[Result]) -> dict[tuple[str, str, int], list[Result]]:
+def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
     """By group the runs at the learning rate that is best on validation, ordered by seed.
 
     Rates are compared by their mean over the seeds that all rates of the group have; a rate that a single seed was not
     run with can therefore not win by luck of the seed.
     """
-    groups: dict[tuple[str, str, int], dict[float, list[Result]]] = {}
+    groups: dict[Group, dict[float, list[Result]]] = {}
     for result in results:
         groups.setdefault(group_of(result), {}).setdefault(result.config["lr"], []).append(result)
     best = {}
     for group, by_rate in groups.items():
         common = set.intersection(*({one.config["seed"] for one in runs} for runs in by_rate.values()))
         if not common:
-            raise ValueError(f"the learning rates of {group} have no seed in common, so none can be chosen")
+            raise ValueError(f"the learning rates of {tuple(group)} have no seed in common, so none can be chosen")
 
         def score(rate: float, by_rate: dict = by_rate, common: set = common) -> float:
             return fmean(one.selection for one in by_rate[rate] if one.config["seed"] in common)
@@ -114,3 +127,33 @@ def paired_difference(a: Result, b: Result, split: str, way: str) -> tuple[float
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and sample standard deviation; None for a single value."""
     return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""0.975 quantiles of Student's t with 1 to 9 degrees of freedom."""
+
+
+class Lead(NamedTuple):
+    """By how much one arm's R@1 is above another's: a mean over seeds, a fraction of 1."""
+
+    mean: float
+    half_width: float | None
+    """Half of the 95 % interval of the mean over seeds (Student's t); None for one seed."""
+    seeds: int
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
+
+
+def lead(pairs: Sequence[tuple[Result, Result]], splits: Sequence[str], ways: Sequence[str] = WAYS) -> Lead:
+    """Of the first of each pair over the second, a pair a seed, mean over splits and ways."""
+    differences = [
+        fmean(ours.test[split][way]["r1"] - theirs.test[split][way]["r1"] for split in splits for way in ways)
+        for ours, theirs in pairs
+    ]
+    mean, spread = mean_and_spread(differences)
+    count = len(differences)
+    half = None if spread is None else _T_95[count - 2] * spread / math.sqrt(count)
+    return Lead(mean, half, count)

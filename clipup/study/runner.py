@@ -7,6 +7,7 @@ end. On the same machine the same config gives the same log, to the bit, however
 from __future__ import annotations
 
 import platform
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,8 @@ class _Run:
             save_every_n_steps=_SAVE_EVERY,
             log_every_n_steps=_LOG_EVERY,
         )
-        loader = train_loader(
-            self.data, self.preprocess, self.tokenizer, config.batch_size, workers=0, seed=config.seed, cache=True
-        )
+        loader = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size)
+        loader.dataloader.seed = config.seed
         validation = list(self._samples("validation"))
 
         def validate(model: nn.Module) -> dict[str, Any]:
@@ -182,6 +182,13 @@ class _Run:
             "seconds": round(result.seconds, 1),
             "machine": _machine(),
         }
+
+
+@lru_cache(maxsize=1)
+def _training_data(data: Path, fingerprint: str, model: str, batch_size: int) -> Any:
+    """Read into memory once for the runs of a process, which differ in their order alone: set the loader's ``seed``."""
+    _, _, preprocess = _create(model, load_weights=False)
+    return train_loader(data, preprocess, models.get_tokenizer(model), batch_size, workers=0, cache=True)
 
 
 def _model(runs_directory: str | Path, name: str) -> Path:

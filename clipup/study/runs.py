@@ -31,6 +31,8 @@ class StudyRun:
     """Of weights, routers and the order of the data."""
     start: str | None = None
     """The run whose model this one goes on from. None: random weights."""
+    budget: int | None = None
+    """The steps of CLIP-UP that this run has the budget of, as many FLOPs or seconds. None: its own steps."""
     moe: dict[str, Any] | None = None
     """Changes to ``MoEConfig.clip_up()``; {} is the preset itself, None a dense model."""
     why: str = ""
@@ -52,6 +54,8 @@ class StudyRun:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"budget must be at least 1, got {self.budget}")
         if self.start == self.name:
             raise ValueError(f"start must be another run, got the run's own name {self.start!r}")
         if self.precision not in get_args(Precision):
@@ -72,6 +76,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "why": (str,),
     "precision": (str,),
     "start": (str, type(None)),
+    "budget": (int, type(None)),
     "moe": (dict, type(None)),
     **dict.fromkeys(("steps", "seed", "batch_size", "warmup"), (int,)),
     **dict.fromkeys(("lr", "wd", "grad_clip_norm"), (float, int)),

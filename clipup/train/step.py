@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..balancing import update_selection_bias
 from ..evaluate.precision import Precision, autocast, image_dtype
 from ..moe import aux_loss, moe_layers
+from .attention import attention_kernel
 from .multi_positive import MultiPositiveClipLoss
 from .openclip import LOGIT_SCALE_MAX, features_of
 from .rng import set_torch_state, torch_state
@@ -97,7 +98,8 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch]) -> StepLosses:
         self.optimizer.zero_grad()
         on_device = [self._to_device(*batch) for batch in batches]
-        losses = self._plain(*on_device[0]) if len(on_device) == 1 else self._accumulated(on_device)
+        with attention_kernel(self.module, self.device, self.precision):
+            losses = self._plain(*on_device[0]) if len(on_device) == 1 else self._accumulated(on_device)
         self._update()
         return losses
 

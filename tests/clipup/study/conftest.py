@@ -31,12 +31,14 @@ def records(
     gflops: float = 10.0,
     hits: list[bool] | None = None,
     layers: dict[str, Any] | None = None,
+    budget: int | None = None,
 ) -> list[log.Record]:
     """A log with one split's numbers in all splits."""
     answered = torch.zeros(8, dtype=torch.bool) if hits is None else torch.tensor(hits)
     way = {"r1": score, "r5": score, "nll": 1.25, "hits": measure.pack(answered)}
     split = {"gallery": 8, "captions": 8, "t2i": way, "i2t": way}
     config = {"name": name, "arm": arm, "model": "m", "steps": 5, "lr": lr, "seed": seed, "start": start, "data": DATA}
+    config["budget"] = budget
     along = {"similarity": 0.9} if layers else {}
     cost = {"steps": 5, "pairs": 40, "gflops_per_pair": 0.01, "train_gflops": gflops, "params": 10**6}
     return [

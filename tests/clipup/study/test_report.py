@@ -46,7 +46,29 @@ def test_retrieval_is_given_at_the_chosen_rate_with_its_spread_over_seeds(found)
     assert by_arm["clip up"]["PFLOP"] == "3.50" and by_arm["dense"]["PFLOP"] == "2.00"  # with the start's
 
 
-def test_differences_are_those_of_runs_with_the_same_seed_and_start(found):
+def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
+    logs = [make_records("start", "dense", score=0.1)]
+    for seed, score in enumerate((0.52, 0.53, 0.54)):
+        logs += [make_records(f"sparse-{seed}", "clip_up", seed=seed, score=score, start="start")]
+        logs += [make_records(f"dense-{seed}", "dense_continued", seed=seed, score=0.50, start="start")]
+        logs += [make_records(f"more-{seed}", "dense_equal_flops", seed=seed, score=0.53, start="start")]
+    logs += [make_records("limoe", "limoe", score=0.50, start="start")]
+    tables = Tables(write(*logs))
+
+    _, _, *lines = rows(tables.leads("clip_up"))
+    by_arm = {line[0]: line[1:] for line in lines}
+
+    assert set(by_arm) == {"dense continued", "dense equal flops", "limoe"}  # not what it started from
+    assert by_arm["dense continued"] == ["5", "3", *["**+3.00 ± 2.48**"] * 5]
+    assert by_arm["dense equal flops"] == ["5", "3", *["+0.00 ± 2.48"] * 5]
+    assert by_arm["limoe"] == ["5", "1", *["+2.00"] * 5]
+    assert tables.verdict("clip_up", {"dense_continued": "at equal steps", "dense_equal_flops": "at equal FLOPs"}) == (
+        "at equal steps (5) better: **+3.00 ± 2.48** points of R@1; "
+        "at equal FLOPs (5) no clear difference: +0.00 ± 2.48 points of R@1"
+    )
+
+
+def test_differences_are_those_of_runs_with_the_same_seed(found):
     _, _, *lines = rows(Tables(found).differences("clip_up"))
 
     assert [line[:2] for line in lines] == [["`sparse-a`", "`dense-a`"]]  # the second seed has no dense twin

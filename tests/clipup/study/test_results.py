@@ -20,8 +20,8 @@ def test_an_arm_takes_the_rate_that_is_best_on_validation_over_the_seeds_that_al
 
     best = results.chosen(found.values())
 
-    assert [one.name for one in best["clip_up", "m", 5]] == ["b", "c"]
-    assert [one.name for one in best["dense", "m", 5]] == ["d"]
+    assert [one.name for one in best["m", 5, "clip_up"]] == ["b", "c"]
+    assert [one.name for one in best["m", 5, "dense"]] == ["d"]
 
 
 def test_rates_without_a_common_seed_cannot_be_compared(write, make_records):
@@ -51,6 +51,32 @@ def test_a_paired_difference_and_its_interval_are_those_of_the_queries(write, ma
     differences = numpy.array(ours, float) - numpy.array(theirs, float)
     assert difference == pytest.approx(2 / 8)
     assert half_width == pytest.approx(1.96 * numpy.std(differences, ddof=1) / math.sqrt(8))
+
+
+def test_runs_with_another_ones_budget_stand_beside_it(write, make_records):
+    found = write(make_records("a", "clip_up", budget=3), make_records("b", "dense_equal_flops"))
+
+    assert results.group_of(found["a"]) == ("m", 3, "clip_up")
+    assert results.group_of(found["b"]) == ("m", 5, "dense_equal_flops")
+
+
+def test_a_lead_over_seeds_is_a_mean_with_students_interval(write, make_records):
+    scores = [(0.52, 0.50), (0.53, 0.50), (0.57, 0.50)]
+    pairs = []
+    for seed, (ours, theirs) in enumerate(scores):
+        found = write(
+            make_records(f"a{seed}", seed=seed, score=ours), make_records(f"b{seed}", "dense", seed=seed, score=theirs)
+        )
+        pairs.append((found[f"a{seed}"], found[f"b{seed}"]))
+
+    lead = results.lead(pairs, results.TESTS)
+
+    differences = numpy.array([0.02, 0.03, 0.07])
+    assert lead.mean == pytest.approx(0.04) and lead.seeds == 3
+    expected = 4.302653 * differences.std(ddof=1) / math.sqrt(3)  # Student's t, 2 degrees of freedom
+    assert lead.half_width == pytest.approx(expected, rel=1e-3) and not lead.sure
+    assert results.lead(pairs[:1], results.TESTS) == (pytest.approx(0.02), None, 1)
+    assert lead._replace(half_width=0.039).sure and not results.lead(pairs[:1], results.TESTS).sure
 
 
 def test_one_run_has_no_spread():
