@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from clipup_kernels import dense_mlp
 
 from .mlp_families import families_read, find_mlp, read_mlp, replace_mlp
+from .padding_aware import leave_padding_out
 
 
 class AcceleratedMLP(nn.Module):
@@ -48,7 +49,8 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Runs the dense MLP blocks of a transformer on this project's CPU kernels in inference.
 
     The features are the same to rounding, parameters and state dict stay as they are, and training, autocast and other
-    devices run as before. Packed copies of the weights are kept between calls (``clipup_kernels.pack_weights``).
+    devices run as before. A text tower that returns its end-of-text token's features alone computes no more tokens than
+    the batch's longest text has, as upcycled models do (``clipup.padding_aware``), in training too. Packed copies of the weights are kept between calls (``clipup_kernels.pack_weights``).
     Upcycle first: what was accelerated is not read as an MLP again.
 
     Args:
@@ -66,6 +68,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise ValueError(f"the model has no dense MLP to accelerate; {families_read()}")
     for block in blocks:
         replace_mlp(block, AcceleratedMLP(find_mlp(block).module))
+    leave_padding_out(model)
     return model
 
 

@@ -1,9 +1,12 @@
-"""Padding-aware text routing: the tokens behind a text's end stay out of the sparse layers.
+"""Padding-aware text towers: the tokens behind a text's end stay out of the sparse layers, and are not computed.
 
 A causal text tower that pools at end-of-text never lets a token behind it reach the features. ``leave_padding_out``
-makes such a tower hand its sparse layers a mask of the tokens that take part, those up to the pooled one. To that end
-the modules on the way change their classes, from open_clip's to subclasses of them here, whose forwards take the mask
-as an argument: tower -> transformer -> block -> layer. No module keeps it, so it cannot be another forward's.
+makes such a tower hand its sparse layers a mask of the tokens that take part, those up to the pooled one. On the CPU,
+where lengths are known without waiting, all blocks, dense ones too, stop at the end of the batch's longest text.
+
+To that end the modules on the way change their classes, from open_clip's to subclasses of them here, whose forwards
+take the mask as an argument: tower -> transformer -> block -> layer. No module keeps it, so it cannot be another
+forward's.
 
 Axis legend: ``B`` texts, ``L`` tokens a text, ``D`` model width.
 """
@@ -29,10 +32,10 @@ _END_OF_TEXT_POOLS = ("argmax", "eos")
 
 
 def leave_padding_out(model: nn.Module) -> bool:
-    """Makes the text tower of an upcycled model padding-aware, if it is one where that changes no feature.
+    """Makes the text tower of a model, sparse or dense, padding-aware, if it is one where that changes no feature.
 
     Parameters, state dict and, without dropping, features stay. ``MoEConfig.padding_aware`` of each sparse layer says
-    at every forward whether that layer leaves the padding out.
+    at every forward whether that layer leaves the padding out; where one does not, no text is cut.
 
     Returns:
         False, and the model as it was, for a tower that is not causal, does not pool at end-of-text, returns the
@@ -143,12 +146,26 @@ def _encode(
     tower: nn.Module, x: Tensor, texts: Tensor, attn_mask: Tensor, pool_type: str, eos_id: int | None
 ) -> Tensor:
     """Embedded tokens x [B, L, D] of texts [B, L] -> features [B, embed_dim], as both towers of open_clip have it."""
-    x = tower.transformer(x, attn_mask=attn_mask, token_mask=tokens_up_to_pooled(texts, pool_type, eos_id))
+    token_mask = tokens_up_to_pooled(texts, pool_type, eos_id)
+    if _cuts_texts(tower, x):
+        longest = int(token_mask.sum(1).max())
+        x, texts, token_mask = x[:, :longest], texts[:, :longest], token_mask[:, :longest]
+        attn_mask = attn_mask[:longest, :longest]
+    x = tower.transformer(x, attn_mask=attn_mask, token_mask=token_mask)
     pooled = text_global_pool(tower.ln_final(x), texts, pool_type, eos_token_id=eos_id)
     projection = tower.text_projection
     if projection is None:
         return pooled
     return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+
+
+def _cuts_texts(tower: nn.Module, x: Tensor) -> bool:
+    """Whether the blocks compute no more tokens than the batch's longest text has. Not where its length would have to
+    be waited for (other devices) or is not known yet (compilation), nor where a sparse layer wants the padding."""
+    if x.device.type != "cpu" or len(x) == 0 or torch.compiler.is_compiling():
+        return False
+    layers = (block.mlp for block in tower.transformer.resblocks)
+    return all(layer.config.padding_aware for layer in layers if isinstance(layer, SparseMoE))
 
 
 def _wanted(layer: nn.Module, token_mask: Tensor | None) -> bool:

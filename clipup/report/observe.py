@@ -5,7 +5,7 @@ Axis legend: ``N`` images or texts, ``S`` tokens each, ``E`` experts, ``K`` choi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class LayerRouting:
     experts: np.ndarray
     """[N, S, K] integers, the first choice first; -1 for tokens that took no part (padding)."""
     probabilities: np.ndarray
-    """[N, S, E] float32: the router's, which sum to 1."""
+    """[N, S, E] float32: the router's, which sum to 1; 0 for padding that was not computed."""
     grid: tuple[int, int] | None = None
     """Rows and columns of the patches, which are the last tokens of every image; None for texts, and for images whose
     tokens lie in no grid that is known."""
@@ -121,11 +121,12 @@ def route_texts(model: nn.Module, texts: Tensor, batch_size: int = 32) -> dict[s
     encoders = models.encoders(model)
     if "text" not in encoders:
         raise ValueError(f"a {type(model).__name__} has no text tower; leave the captions out")
-    return _route(model, encoders["text"], texts.to(device_of(model)).split(batch_size), "text")
+    batches = texts.to(device_of(model)).split(batch_size)
+    return _route(model, encoders["text"], batches, "text", length=texts.shape[1])
 
 
 def _route(
-    model: nn.Module, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], tower: str
+    model: nn.Module, encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], tower: str, length: int = 0
 ) -> dict[str, LayerRouting]:
     layers = moe_layers(model)
     if not layers:
@@ -137,8 +138,17 @@ def _route(
     for name in (name for name in layers if name in found):
         shape, experts, probabilities = zip(*found[name], strict=True)
         grid = _grid(model, shape[0]) if tower == "image" else None
-        routings[name] = LayerRouting(tower, np.concatenate(experts), np.concatenate(probabilities), grid)
+        routings[name] = LayerRouting(
+            tower, _joined(experts, -1, length), _joined(probabilities, 0, length), grid
+        )  # fmt: skip
     return routings
+
+
+def _joined(batches: Sequence[np.ndarray], absent: int, length: int) -> np.ndarray:
+    """[N, S, ...] out of batches [n, s, ...]: tokens that short texts were computed without, up to ``length`` of them,
+    are ``absent``."""
+    missing = [((0, 0), (0, max(0, length - batch.shape[1])), (0, 0)) for batch in batches]
+    return np.concatenate([np.pad(*one, constant_values=absent) for one in zip(batches, missing, strict=True)])
 
 
 @contextmanager

@@ -46,6 +46,17 @@ def test_the_kernels_are_what_runs(monkeypatch):
     assert len(calls) == 8  # 4 blocks in each of two towers
 
 
+def test_texts_are_computed_to_the_end_of_the_longest_one():
+    model = tiny_clip().eval()
+    fast = clipup.accelerate(model)
+    seen = []
+    fast.transformer.resblocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    texts = torch.tensor([[5, 7, 63, 0, 0, 0, 0, 0, 0, 0], [5, 7, 8, 9, 63, 0, 0, 0, 0, 0]])
+    with torch.inference_mode():
+        assert_close([fast.encode_text(texts)], [model.encode_text(texts)], 1e-5)
+    assert seen == [5]
+
+
 def test_state_dict_and_parameters_stay_as_they_are():
     model = tiny_clip()
     fast = clipup.accelerate(model)

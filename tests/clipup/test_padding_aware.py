@@ -1,6 +1,7 @@
 """Padding-aware text routing: what takes part, where it applies, and that it changes no feature."""
 
 import copy
+import dataclasses
 import json
 
 import open_clip
@@ -78,11 +79,35 @@ def test_image_tower_and_normalisation_are_as_before():
 )
 def test_cut_is_the_pooled_position_itself(kind, row, pooled):
     model = sparse_clip(kind)
-    model.encode_text(torch.tensor([row, row]))
+    full = [5] * 9 + [2 if kind == "eos_pool" else 63]
+    model.encode_text(torch.tensor([row, row, full]))
     expected = [position <= pooled for position in range(10)]
-    assert all(mask.view(2, 10).tolist() == [expected, expected] for mask in routed_texts(model))
+    assert all(mask.view(3, 10).tolist() == [expected, expected, [True] * 10] for mask in routed_texts(model))
     for layer in text_layers(model):
-        assert (layer.records.last_routing.experts >= 0).all(-1).tolist() == expected * 2
+        assert (layer.records.last_routing.experts >= 0).all(-1).tolist() == expected * 2 + [True] * 10
+
+
+def lengths_computed(model, texts):
+    """Tokens a text that the blocks of the text tower saw."""
+    found, blocks = [], text_tower(model).transformer.resblocks
+    handles = [block.register_forward_pre_hook(lambda _, args: found.append(args[0].shape[1])) for block in blocks]
+    model.encode_text(texts)
+    for handle in handles:
+        handle.remove()
+    assert len(found) == len(blocks)
+    return set(found)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "custom_text", "eos_pool"])
+def test_on_the_cpu_no_block_computes_more_than_the_longest_text(kind):
+    model = sparse_clip(kind)
+    end = 2 if kind == "eos_pool" else 63
+    texts = torch.tensor([[5, 7, end, 0, 0, 0, 0, 0, 0, 0], [5, 7, 8, 9, end, 0, 0, 0, 0, 0]])
+
+    assert lengths_computed(model, texts) == {5}
+    assert lengths_computed(model, texts[:1]) == {3}
+    text_layers(model)[-1].config = dataclasses.replace(text_layers(model)[-1].config, padding_aware=False)
+    assert lengths_computed(model, texts) == {10}
 
 
 @pytest.mark.parametrize("kind", ["gelu", "eos_pool"])
