@@ -1,7 +1,7 @@
 """Whole models in one alternating run: dense B/32, B/16 and L/14 beside CLIP-UP B/32 and B/16, inference and training.
 
-"accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``, inference only). On a
-CPU it and CLIP-UP compute a text to the end of the batch's longest one, dense models in their usual form all 77 tokens.
+"accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``, inference only). On
+a CPU it and CLIP-UP stop at the end of the longest text, where dense models in their usual form compute all 77 tokens.
 
     python benchmarks/clip_throughput.py                              # inference of bf16 models, some minutes
     python benchmarks/clip_throughput.py --pass fwd_bwd --batch-size 8

@@ -49,9 +49,10 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Runs the dense MLP blocks of a transformer on this project's CPU kernels in inference.
 
     The features are the same to rounding, parameters and state dict stay as they are, and training, autocast and other
-    devices run as before. A text tower that returns its end-of-text token's features alone computes no more tokens than
-    the batch's longest text has, as upcycled models do (``clipup.padding_aware``), in training too. Packed copies of the weights are kept between calls (``clipup_kernels.pack_weights``).
-    Upcycle first: what was accelerated is not read as an MLP again.
+    devices run as before, but for one thing: on a CPU a text tower that returns nothing but its end-of-text token's
+    features stops at the end of the batch's longest text, as upcycled ones do (``clipup.padding_aware``). Packed copies
+    of the weights are kept between calls (``clipup_kernels.pack_weights``). Upcycle first: what was accelerated is not
+    read as an MLP again.
 
     Args:
         model: any module with transformer blocks of a family that ``clipup.mlp_families`` reads, sparse or dense. MLPs
