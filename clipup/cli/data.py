@@ -70,6 +70,8 @@ class Icons:
     """Side of the images, in pixels (8 to 512)."""
     seed: int = 0
     """Another seed holds out other names."""
+    leave_out: tuple[str, ...] = ()
+    """Sets to do without, by their prefixes."""
     overwrite: bool = False
     """Replace another data set in OUT."""
     samples_per_shard: int = 4096
@@ -80,7 +82,14 @@ class Icons:
     def run(self) -> int:
         start = time.perf_counter()
         dataset = icons.build(
-            self.out, self.package, self.size, self.seed, self.overwrite, self.samples_per_shard, self.processes
+            self.out,
+            self.package,
+            self.size,
+            self.seed,
+            self.overwrite,
+            self.samples_per_shard,
+            self.processes,
+            sets=icons.Sets.read().without(self.leave_out),
         )
         _print_head(self, dataset, time.perf_counter() - start)
         for name, split in dataset["splits"].items():

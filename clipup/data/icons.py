@@ -71,6 +71,16 @@ class Sets:
         listed = json.loads((Path(__file__).parent / "icon_sets.json").read_text("utf-8"))
         return cls(tuple(listed["train"]), tuple(listed["test"]))
 
+    def without(self, left_out: Sequence[str]) -> Sets:
+        """
+        Raises:
+            ValueError: a prefix that is none of these sets'.
+        """
+        unknown = sorted(set(left_out) - {*self.train, *self.test})
+        if unknown:
+            raise ValueError(f"leave_out: {', '.join(unknown)}: no set of this data set, expected prefixes such as mdi")
+        return Sets(*(tuple(one for one in sets if one not in left_out) for sets in (self.train, self.test)))
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -84,6 +84,15 @@ def content(directory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def test_sets_can_be_left_out_by_name(build):
+    _, dataset = build(sets=SETS.without(["fluent"]))
+
+    assert {one["set"] for one in dataset["sources"]} == {"mdi", "carbon"}
+    assert SETS.without(["carbon"]) == Sets(train=("mdi", "fluent"), test=())
+    with pytest.raises(ValueError, match="leave_out: nowhere: no set of this data set"):
+        SETS.without(["mdi", "nowhere"])
+
+
 def test_every_icon_is_a_picture_on_white_with_the_words_of_its_name(build, read):
     out, dataset = build()
 
