@@ -1,4 +1,4 @@
-"""What padding-aware text routing saves: ``encode_text`` of CLIP-UP with every token routed and without the padding.
+"""What a padding-aware text tower saves: ``encode_text`` of CLIP-UP with every token computed and without the padding.
 
     python benchmarks/padding_aware.py                                # captions of the pictograms, a few minutes
     python benchmarks/padding_aware.py --captions captions.txt --csv padding_aware.csv
