@@ -9,6 +9,7 @@
 # FUZZ_SECONDS how long test-all calls the native code at random (60)
 # ICONS        the data set of the study, made by `clipup data icons` (runs/icons/data)
 # STUDY_RUNS   where the study's runs keep their checkpoints (runs/icons/runs)
+# ICONIFY      the unpacked npm package that demo-start draws icons from (package)
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -16,6 +17,7 @@ PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 ICONS ?= runs/icons/data
 STUDY_RUNS ?= runs/icons/runs
+ICONIFY ?= package
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -29,7 +31,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench study study-runs notebooks docs lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench study study-runs demo-start notebooks docs lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -105,6 +107,13 @@ study: $(call installed,demo)
 
 study-runs: $(call installed,all)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
+
+# The dense model that the demonstration starts from, out of the unpacked npm package @iconify/json (ICONIFY); an hour.
+START := runs/start
+demo-start: $(call installed,all)
+	$(BIN)/clipup data icons $(START)/data --package $(ICONIFY) --leave-out openmoji twemoji ph
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/demo/*.yaml --data $(START)/data --runs $(START)/runs
+	$(BIN)/python -m clipup.demo.ship $(START)/runs/start-15000-lr0.002-s0/model
 
 lint: $(call installed,test)
 	$(BIN)/ruff check .

@@ -28,7 +28,11 @@ from ..train import Every, TrainOptions, TrainResult, train
 from ..upcycle import step0_difference, upcycle
 from .examples import retrieval_examples, routing_examples
 
+START = Path(__file__).parent / "start"
+"""The dense model that ships: trained on icons without the sets that the demonstration's pictures are of."""
 MODEL = "clipup-tiny-32"
+"""What is trained when there is nothing to start from."""
+_STEPS_FROM_SCRATCH = 500
 ARMS = ("dense", "dense_continued", "clip_up")
 REPORT_FILES = ("report.json", "report.html")
 _TRAIN_RULE = "every other drawing; several captions an image, of which a step sees one"
@@ -36,7 +40,7 @@ _TRAIN_RULE = "every other drawing; several captions an image, of which a step s
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Trains a tiny CLIP on real pictograms, makes it sparse, and compares it with the dense one continued.
+    """Makes a small CLIP sparse, trains it on real pictograms, and compares it with the dense one trained as long.
 
     Example: clipup demo --out runs/demo
     """
@@ -45,8 +49,10 @@ class DemoOptions:
     """Directory for the report, the runs and the data."""
     data: str | None = None
     """Directory of a data set that `clipup data` wrote. None: the pictograms, built in OUT/data once."""
-    dense_steps: int = 500
-    """Steps of the dense model before it is upcycled."""
+    start: str | None = str(START)
+    """Directory of the dense model to begin with; the one that ships has seen other icons. None: random weights."""
+    dense_steps: int | None = None
+    """Steps of the dense model before it is upcycled. None: 0, from random weights 500."""
     continue_steps: int = 400
     """Steps by which the dense and the sparse model go on."""
     batch_size: int = 256
@@ -63,9 +69,23 @@ class DemoOptions:
     """Replace the report and the runs of an earlier demonstration in OUT; its data are used again."""
 
     def __post_init__(self) -> None:
-        for name in ("dense_steps", "continue_steps", "batch_size", "eval_every"):
+        for name in ("continue_steps", "batch_size", "eval_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dense_steps is not None and self.dense_steps < 0:
+            raise ValueError(f"dense_steps must be 0 or more, or None, got {self.dense_steps}")
+
+    @property
+    def model(self) -> str:
+        """A model's name or directory."""
+        return self.start or MODEL
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of the dense model before it is upcycled."""
+        if self.dense_steps is not None:
+            return self.dense_steps
+        return 0 if self.start else _STEPS_FROM_SCRATCH
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
@@ -83,12 +103,15 @@ def run(options: DemoOptions) -> dict[str, Any]:
 
     torch.manual_seed(options.seed)
     with models.expecting_random_weights():
-        model, _, preprocess = models.create_model_and_transforms(MODEL, load_weights=False, output_dict=True)
-    tokenizer = models.get_tokenizer(MODEL)
+        model, _, preprocess = models.create_model_and_transforms(
+            options.model, load_weights=options.start is not None, output_dict=True
+        )
+    tokenizer = models.get_tokenizer(options.model)
     stages = _Stages(options, out, data, preprocess, tokenizer)
 
-    _say("2/5", f"a dense CLIP from scratch, {options.dense_steps} steps")
-    dense = stages.train(model, "dense", options.dense_steps, options.lr)
+    origin = f"from {options.start}" if options.start else "from random weights"
+    _say("2/5", f"a dense CLIP {origin}, {options.steps_before} steps")
+    dense = stages.train(model, "dense", options.steps_before, options.lr) if options.steps_before else None
     report = {"data": _about(dataset), "chance_r1": None, "dense": stages.measure(model, dense)}
 
     _say("3/5", "upcycling: every other MLP becomes 8 experts behind a router")
@@ -107,9 +130,9 @@ def run(options: DemoOptions) -> dict[str, Any]:
     clip_up = stages.train(sparse, "clip_up", options.continue_steps, options.continue_lr)
     report["clip_up"] = stages.measure(sparse, clip_up)
     report["chance_r1"] = report["dense"]["chance_r1"]
-    report |= {"options": asdict(options), "moe_cfg": config.to_dict(), "model": MODEL, "machine": _machine()}
+    report |= {"options": asdict(options), "moe_cfg": config.to_dict(), "model": options.model, "machine": _machine()}
 
-    results = dict(zip(ARMS, (dense, dense_continued, clip_up), strict=True))
+    results = {arm: result for arm, result in zip(ARMS, (dense, dense_continued, clip_up), strict=True) if result}
     page = render_demo(
         report,
         curves={arm: _on_one_axis(arm, result.history, options) for arm, result in results.items()},
@@ -138,7 +161,7 @@ class _Stages:
 
     def train(self, model: nn.Module, name: str, steps: int, lr: float) -> TrainResult:
         options = TrainOptions(
-            model=MODEL,
+            model=self.options.model,
             logs=str(self.out),
             name=name,
             force=self.options.overwrite,
@@ -188,7 +211,7 @@ def _refuse_earlier(out: Path, overwrite: bool) -> None:
 
 def _on_one_axis(arm: str, records: list[dict[str, Any]], options: DemoOptions) -> list[dict[str, Any]]:
     """Steps counted from the dense model's first: the continuations begin where it ended."""
-    before = 0 if arm == "dense" else options.dense_steps
+    before = 0 if arm == "dense" else options.steps_before
     return [{**record, "step": record["step"] + before} for record in records]
 
 

@@ -84,27 +84,37 @@ def _what_was_done(report: Mapping[str, Any]) -> str:
     continued = f"for {more} steps each" if more == other else f"for {more} and {other} steps"
     name = dig(report, "data", "name")
     called = f" of the data set “{svg.shorten(name, 60)}”" if name else ""
+    pairs = f"{count(dig(report, 'data', 'train_pairs'))} training pairs{called}"
+    if _came_trained(report):
+        return (
+            "A dense CLIP that had been trained on other pictures was turned into a sparse Mixture-of-Experts CLIP "
+            f"(CLIP-UP), and the sparse and the dense model were trained on {pairs}, {continued}."
+        )
     return (
-        f"A dense CLIP was trained for {steps} steps on {count(dig(report, 'data', 'train_pairs'))} training "
-        f"pairs{called}, then turned into a sparse Mixture-of-Experts CLIP (CLIP-UP), and the sparse and the "
-        f"dense model went on {continued}."
+        f"A dense CLIP was trained for {steps} steps on {pairs}, then turned into a sparse Mixture-of-Experts CLIP "
+        f"(CLIP-UP), and the sparse and the dense model went on {continued}."
     )
+
+
+def _came_trained(report: Mapping[str, Any]) -> bool:
+    """Whether the dense model was not trained here at all."""
+    return number(dig(report, "dense", "steps")) == 0
 
 
 def _curves(report: Mapping[str, Any], curves: Mapping[str, Records], evaluations: Mapping[str, Records]) -> list[str]:
     window = _window(curves)
-    losses = {arm: _loss(arm, curves.get(arm, ()), window) for arm in _CURVES}
-    branch = _last_step(curves.get("dense", ()))
-    marks = () if branch is None else ((branch, "upcycled"),)
+    before = _last_step(curves.get("dense", ()))
+    arms = [arm for arm in _CURVES if arm != "dense" or not _came_trained(report)]
+    losses = {arm: _loss(arm, curves.get(arm, ()), window) for arm in arms}
+    marks = () if before is None else ((before, "upcycled"),)
     continued = [losses[arm] for arm in ("dense_continued", "clip_up")]
-    drawn = [
-        charts.line_chart(list(losses.values()), "Contrastive loss", "step", "nats", marks=marks),
-        charts.line_chart(continued, "Contrastive loss, the continuations alone", "step", "nats"),
-    ]
+    drawn = [charts.line_chart(continued, "Contrastive loss, the continuations alone", "step", "nats")]
+    if "dense" in arms:
+        drawn.insert(0, charts.line_chart(list(losses.values()), "Contrastive loss", "step", "nats", marks=marks))
     level = number(dig(report, "chance_r1"))
     levels = () if level is None else ((level, f"chance {chance(level)}%"),)
     for way, name in WAYS:
-        series = [_recall(report, arm, evaluations, f"{way}_r1", way, branch) for arm in _CURVES]
+        series = [_recall(report, arm, evaluations, f"{way}_r1", way, before or 0.0) for arm in arms]
         title = f"R@1 {name}, held-out renderings"
         highest = max([value for one in series for value in one.y if np.isfinite(value)] + [level or 0.0]) or 1.0
         from_zero = (-0.03 * highest, 1.06 * highest)
@@ -124,13 +134,13 @@ def _loss(arm: str, records: Records, window: int) -> Series:
 
 
 def _recall(
-    report: Mapping[str, Any], arm: str, evaluations: Mapping[str, Records], key: str, way: str, branch: float | None
+    report: Mapping[str, Any], arm: str, evaluations: Mapping[str, Records], key: str, way: str, branch: float
 ) -> Series:
     """An arm's R@1 over steps; a continuation's line begins with the model that it starts from."""
     found = [(_float(record.get("step")), _float(record.get(key))) for record in evaluations.get(arm, ())]
     start = {"dense_continued": "dense", "clip_up": "upcycled_step0"}.get(arm)
     value = number(dig(report, start, way, "r1")) if start else None
-    if found and branch is not None and value is not None and found[0][0] > branch:
+    if found and value is not None and found[0][0] > branch:
         found.insert(0, (branch, value))
     x, y = [step for step, _ in found], [recall for _, recall in found]
     return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm], points=True)
