@@ -108,12 +108,12 @@ study: $(call installed,demo)
 study-runs: $(call installed,all)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
 
-# The dense model that the demonstration starts from, out of the unpacked npm package @iconify/json (ICONIFY); an hour.
+# The dense model that the demonstration starts from, out of the unpacked npm package @iconify/json (ICONIFY); half an hour.
 START := runs/start
 demo-start: $(call installed,all)
 	$(BIN)/clipup data icons $(START)/data --package $(ICONIFY) --leave-out openmoji twemoji ph
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/demo/*.yaml --data $(START)/data --runs $(START)/runs
-	$(BIN)/python -m clipup.demo.ship $(START)/runs/start-15000-lr0.002-s0/model
+	$(BIN)/python -m clipup.demo.ship $(START)/runs/start-5000-lr0.002-s0/model
 
 lint: $(call installed,test)
 	$(BIN)/ruff check .

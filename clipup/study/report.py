@@ -1,11 +1,13 @@
 """The page of a study: a template with words in it, and every number out of the logs.
 
-``studies/icons/page.md.j2`` calls the methods of ``Tables`` where a table belongs; figures are written beside the page.
+``studies/icons/page.md.j2`` calls the methods of ``Tables`` where a table belongs, and ``rows(FILE)`` for what a CSV file
+beside it says; figures are written beside the page.
 The same logs and template give the same bytes.
 """
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         keep_trailing_newline=True,
     )
     written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in tables.figures().items()}
-    written[out] = environment.get_template(TEMPLATE).render(tables=tables)
+    written[out] = environment.get_template(TEMPLATE).render(tables=tables, rows=lambda name: _rows(study / name))
     for path, text in written.items():
         path.write_text(text, encoding="utf-8")
     return list(written)
@@ -208,6 +210,11 @@ class Tables:
         x = [(total - own + own * line["step"] / run.config["steps"]) / 1e6 for line in run.validations]
         y = [sum(line[way]["r1"] for way in results.WAYS) / 2 for line in run.validations]
         return Series(_legend(run), x, y, points=True)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _over_steps(run: Result, lines: Sequence[dict], field: str) -> Series:

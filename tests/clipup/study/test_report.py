@@ -99,7 +99,8 @@ def test_logs_of_different_data_are_not_put_on_one_page(write, make_records):
 
 
 def test_the_studys_own_template_gives_a_page_and_figures_that_stay_the_same(found, tmp_path, capsys):
-    shutil.copy(ROOT / "studies" / "icons" / report.TEMPLATE, tmp_path)
+    for name in (report.TEMPLATE, "step.csv"):
+        shutil.copy(ROOT / "studies" / "icons" / name, tmp_path)
 
     contents = []
     for _ in range(2):

@@ -1,0 +1,87 @@
+"""A step of ``clipup train``, dense and CLIP-UP in turn: what the sparse layers add in seconds beside what they add in FLOPs.
+
+    python benchmarks/training_step.py                                # the study's model, one thread, under a minute
+    python benchmarks/training_step.py --model ViT-B-16 --batch-size 16 --threads 2 --csv training_step.csv
+
+Weights are random, and so are images and texts; texts end at random places. Forward, contrastive loss (and the sparse
+layers'), backward, clipping and AdamW, as the trainer does them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from harness import alternate, commit, device_name, package_version, print_table, require_device, write_csv
+
+import clipup
+from clipup.evaluate.precision import Precision
+from clipup.flops import count
+from clipup.models import create_model_and_transforms, expecting_random_weights, random_inputs
+from clipup.train import TrainOptions
+from clipup.train.openclip import contrastive_loss
+from clipup.train.optim import adamw
+from clipup.train.step import TrainStep
+
+BASELINE, SPARSE = "dense", "clip_up"
+
+
+def step(model: torch.nn.Module, args: argparse.Namespace) -> Callable[[], object]:
+    """A run of one step on the same batch."""
+    device = torch.device(args.device)
+    options = TrainOptions(model=args.model, lr=1e-4, device=args.device)
+    model = model.train().to(device, torch.bfloat16 if args.precision == "bf16" else None)
+    images, texts = (each.to(device) for each in random_inputs(model, args.batch_size))
+    loss = contrastive_loss(options, model, 0, 1)
+    train_step = TrainStep(model, loss, adamw(model, options), device, args.precision, grad_clip_norm=1.0)
+    if not train_step([(images, texts)]).total.isfinite():
+        raise SystemExit(f"{args.model} in {args.precision}: a loss that is not finite; nothing was timed")
+    return lambda: train_step([(images, texts)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="clipup-icons-w64", help="(default: clipup-icons-w64)")
+    parser.add_argument("--precision", choices=get_args(Precision), default="amp_bf16", help="(default: amp_bf16)")
+    parser.add_argument("--batch-size", type=int, default=256, help="pairs a batch (default: 256)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
+    parser.add_argument("--seconds", type=float, default=30, help="timing budget (default: 30)")
+    parser.add_argument("--csv", help="file to write the rows to")
+    args = parser.parse_args(argv)
+    require_device(args.device)
+    torch.set_num_threads(args.threads)
+
+    with expecting_random_weights():
+        dense = create_model_and_transforms(args.model, load_weights=False)[0]
+    models = {BASELINE: dense, SPARSE: clipup.upcycle(dense, clipup.MoEConfig.clip_up())}
+    counts = {name: count(model) for name, model in models.items()}
+    gflops = {name: 3 * (of.image_gflops + of.text_gflops) for name, of in counts.items()}
+    steps = {name: step(model, args) for name, model in models.items()}
+    timings = alternate(steps, BASELINE, args.seconds, args.device, args.rounds)
+    rows = [
+        {
+            "device": device_name(args.device), "precision": args.precision,
+            "threads": args.threads if args.device == "cpu" else "", "batch_size": args.batch_size,
+            "model": args.model, "impl": name, "median_ms": f"{timing.median_ms:.1f}",
+            "p20_ms": f"{timing.p20_ms:.1f}", "p80_ms": f"{timing.p80_ms:.1f}",
+            "gflops_per_pair": f"{gflops[name]:.4g}", "flops_ratio": f"{gflops[name] / gflops[BASELINE]:.3f}",
+            "seconds_ratio": f"{timing.ratio:.3f}", "commit": commit(), "torch": torch.__version__,
+            "triton": package_version("triton"),
+        }
+        for name, timing in timings.items()
+    ]  # fmt: skip
+    print(f"{device_name(args.device)}; seconds_ratio is the median of pair-by-pair ratios\n")
+    print_table(rows, "model impl median_ms p20_ms p80_ms gflops_per_pair flops_ratio seconds_ratio".split())
+    if args.csv:
+        write_csv(args.csv, rows)
+        print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
