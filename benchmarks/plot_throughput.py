@@ -75,7 +75,7 @@ def panel(title: str, points: Sequence[tuple[str, float, float]], left: float, s
     parts.append(svg.line(left, bottom, left + PANEL, top, stroke_opacity="0.6", stroke_dasharray="4 4"))
     parts.append(svg.text(left + PANEL / 2, bottom + 32, "FLOPs", font_size=11, text_anchor="middle"))
     for side in (True, False):
-        group = [point for point in points if (color(point[0]) == DENSE) == side]
+        group = [point for point in points if ("CLIP-UP" not in point[0]) == side]
         heights = apart([bottom - scale(time) for _, _, time in group], 13)
         for (model, flops, time), height in zip(group, heights, strict=True):
             x, y, ink = left + scale(flops), bottom - scale(time), color(model)
