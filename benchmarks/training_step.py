@@ -1,4 +1,4 @@
-"""A step of ``clipup train``, dense and CLIP-UP in turn: what the sparse layers add in seconds beside what they add in FLOPs.
+"""A step of ``clipup train``, dense and CLIP-UP in turn: what sparse layers add in seconds beside what in FLOPs.
 
     python benchmarks/training_step.py                                # the study's model, one thread, under a minute
     python benchmarks/training_step.py --model ViT-B-16 --batch-size 16 --threads 2 --csv training_step.csv

@@ -1,8 +1,7 @@
 """The page of a study: a template with words in it, and every number out of the logs.
 
-``studies/icons/page.md.j2`` calls the methods of ``Tables`` where a table belongs, and ``rows(FILE)`` for what a CSV file
-beside it says; figures are written beside the page.
-The same logs and template give the same bytes.
+``studies/icons/page.md.j2`` calls the methods of ``Tables`` where a table belongs, and ``rows(FILE)`` for what a CSV
+file beside it says; figures are written beside the page. The same logs and template give the same bytes.
 """
 
 from __future__ import annotations
