@@ -1,8 +1,8 @@
 """Puts a trained dense model where the demonstration starts from, in float16.
 
-    clipup data icons runs/start/data --package package --leave-out openmoji twemoji ph
-    clipup study run studies/demo/*.yaml --data runs/start/data --runs runs/start/runs
-    python -m clipup.demo.ship runs/start/runs/start-5000-lr0.002-s0/model
+clipup data icons runs/start/data --package package --leave-out openmoji twemoji ph
+clipup study run studies/demo/*.yaml --data runs/start/data --runs runs/start/runs
+python -m clipup.demo.ship runs/start/runs/start-5000-lr0.002-s0/model
 """
 
 from __future__ import annotations
