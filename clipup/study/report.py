@@ -1,7 +1,8 @@
 """The page of a study: a template with words in it, and every number out of the logs.
 
 ``studies/icons/page.md.j2`` calls the methods of ``Tables`` where a table belongs, and ``rows(FILE)`` for what a CSV
-file beside it says; figures are written beside the page. The same logs and template give the same bytes.
+file beside it says; ``pending`` are the runs without a log, of ``planned`` ones. Figures are written beside the page.
+The same logs, configs and template give the same bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..report.charts import Series, line_chart
 from ..report.numbers import MISSING, percent, percent_tick, short
 from . import results
 from .results import Result
+from .runs import SUFFIX as CONFIG_SUFFIX
 
 TEMPLATE = "page.md.j2"
 _WIDTH, _HEIGHT, _MARGIN = 640, 340, 12
@@ -39,7 +41,13 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         keep_trailing_newline=True,
     )
     written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in tables.figures().items()}
-    written[out] = environment.get_template(TEMPLATE).render(tables=tables, rows=lambda name: _rows(study / name))
+    configs = sorted(path.stem for path in study.glob(f"*{CONFIG_SUFFIX}"))
+    written[out] = environment.get_template(TEMPLATE).render(
+        tables=tables,
+        rows=lambda name: _rows(study / name),
+        pending=[name for name in configs if name not in tables.results],
+        planned=len(configs),
+    )
     for path, text in written.items():
         path.write_text(text, encoding="utf-8")
     return list(written)
@@ -95,7 +103,10 @@ class Tables:
         parts = []
         for (name, budget), lead in found.items():
             if name in others and lead.seeds == most:
-                what = "no clear difference" if not lead.sure else "better" if lead.mean > 0 else "worse"
+                if lead.half_width is None:
+                    what = "undecided, with one seed"
+                else:
+                    what = "no clear difference" if not lead.sure else "better" if lead.mean > 0 else "worse"
                 parts.append(f"{others[name]} ({budget:,}) {what}: {_lead(lead)} points of R@1")
         return "; ".join(parts)
 

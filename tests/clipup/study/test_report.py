@@ -68,6 +68,10 @@ def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
     )
 
 
+def test_one_seed_decides_nothing(found):
+    assert "(5) undecided, with one seed: +2.00 points" in Tables(found).verdict("clip_up", {"dense_continued": "then"})
+
+
 def test_differences_are_those_of_runs_with_the_same_seed(found):
     _, _, *lines = rows(Tables(found).differences("clip_up"))
 
@@ -102,6 +106,8 @@ def test_the_studys_own_template_gives_a_page_and_figures_that_stay_the_same(fou
     for name in (report.TEMPLATE, "step.csv"):
         shutil.copy(ROOT / "studies" / "icons" / name, tmp_path)
 
+    (tmp_path / "sparse-a.yaml").touch()
+    (tmp_path / "to-come.yaml").touch()
     contents = []
     for _ in range(2):
         assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "study.md")]) == 0
@@ -112,6 +118,7 @@ def test_the_studys_own_template_gives_a_page_and_figures_that_stay_the_same(fou
     assert set(contents[0]) == {"study.md", "study_recall.svg", "study_loss.svg", "study_similarity.svg"}
     page = contents[0]["study.md"].decode()
     assert "1,000" in page and "11 the same and 12 nearly the same" in page and "54.0 ± 2.8" in page
+    assert "1 of 2 runs have no log yet" in page
     for name, content in contents[0].items():
         assert not name.endswith(".svg") or ElementTree.fromstring(content).tag.endswith("svg")
 
