@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from clipup_kernels import dense_mlp
 
 from .mlp_families import families_read, find_mlp, read_mlp, replace_mlp
-from .padding_aware import leave_padding_out
 
 
 class AcceleratedMLP(nn.Module):
@@ -62,6 +61,8 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     Raises:
         ValueError: the model has no such block.
     """
+    from .padding_aware import leave_padding_out  # brings open_clip, which SparseMoE does without
+
     if not inplace:
         model = copy.deepcopy(model)
     blocks = [module for module in model.modules() if _can_run(module)]
