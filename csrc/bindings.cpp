@@ -189,6 +189,32 @@ void cuda_combine_backward(Address dy, Address rows, int dtype, Address gates, A
                                  out_floats(d_gates), out_anything(stream));
 }
 
+void cuda_topk_gating(Address logits, Address mask, Address selection_bias, Size T, Size E, Size K,
+                      bool renormalize, Address gates, Address experts, Address top_prob, Address mean_probs,
+                      Address z_loss, Address picks, Address workspace, Address stream) {
+  clipup::cuda::topk_gating(floats(logits), flags(mask), floats(selection_bias), T, E, K, renormalize,
+                            out_floats(gates), out_ints(experts), out_floats(top_prob),
+                            out_floats(mean_probs), out_floats(z_loss), out_ints(picks),
+                            out_anything(workspace), out_anything(stream));
+}
+
+void cuda_topk_gating_backward(Address logits, Address mask, Address experts, Size T, Size E, Size K,
+                               bool renormalize, Address d_gates, Address d_top_prob, Address d_mean_probs,
+                               Address d_z_loss, Address d_logits, Address workspace, Address stream) {
+  clipup::cuda::topk_gating_backward(floats(logits), flags(mask), ints(experts), T, E, K, renormalize,
+                                     floats(d_gates), floats(d_top_prob), floats(d_mean_probs),
+                                     floats(d_z_loss), out_floats(d_logits), out_anything(workspace),
+                                     out_anything(stream));
+}
+
+void cuda_dispatch(Address experts, Address mask, Address order, Size T, Size K, Size E,
+                   double capacity_factor, Address offsets, Address choice_of_row, Address row_of_choice,
+                   Address workspace, Address stream) {
+  clipup::cuda::dispatch(ints(experts), flags(mask), at<const std::int64_t>(order), T, K, E, capacity_factor,
+                         out_ints(offsets), out_ints(choice_of_row), out_ints(row_of_choice),
+                         out_anything(workspace), out_anything(stream));
+}
+
 constexpr bool kCuda = true;
 #else
 constexpr bool kCuda = false;
