@@ -27,7 +27,7 @@ inline void check_most_experts(std::int64_t E) {
         "E: expected at most " + std::to_string(kMostExperts) + " on CUDA, got " + std::to_string(E));
 }
 
-// Queues kernel<<<blocks, threads>>>(arguments...) on `stream`; throws when that fails. `threads` are whole warps.
+// Queues kernel(arguments...) on `stream`, for `blocks` blocks of `threads` threads; throws when that fails. `threads` are whole warps.
 template <class... Parameters, class... Arguments>
 void launch(const char* stage, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
             Arguments... arguments) {
@@ -35,9 +35,13 @@ void launch(const char* stage, void (*kernel)(Parameters...), std::int64_t block
   static_cast<void>(stage), static_cast<void>(stream);
   emulation::run(blocks, threads, [&] { kernel(arguments...); });
 #else
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)> > >(arguments...);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim.x = static_cast<unsigned>(blocks);
+  config.blockDim.x = static_cast<unsigned>(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // told here, and to nobody else
     throw std::runtime_error(std::string(stage) + ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 #endif

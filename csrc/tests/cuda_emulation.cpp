@@ -1,6 +1,7 @@
 // Fibers that stand for the threads of a block, and who of them goes on.
 //
-// Nothing here is instrumented for the thread sanitizer: what it sees of the order of fibers is what a GPU promises.
+// Nothing here is instrumented: what the thread sanitizer sees of the order of fibers is what a GPU promises, and the address
+// sanitizer does not take a jump from one stack to another for an end of functions.
 #include "cuda_emulation.h"
 
 #include <sys/mman.h>
@@ -20,7 +21,7 @@ extern "C" void __tsan_acquire(void* address);
 extern "C" void __tsan_release(void* address);
 #endif
 
-#define CLIPUP_UNSEEN __attribute__((no_sanitize("thread")))
+#define CLIPUP_UNSEEN __attribute__((no_sanitize("address", "thread")))
 
 namespace clipup::cuda::emulation {
 namespace {

@@ -53,7 +53,7 @@ LayerShape random_layer() {
 void fuzz_cuda_routing() {
   const std::int64_t E = 1 + integer(uniform() < 0.3F ? 256 : 12);
   const std::int64_t K = integer(std::min<std::int64_t>(E, uniform() < 0.1F ? E : 6) + 1);
-  check_cuda_routing(random_size(60), E, K, static_cast<int>(integer(8)));
+  check_cuda_routing(random_size(60), E, K, static_cast<int>(integer(4)));
 }
 
 void fuzz_cuda_dispatch() {

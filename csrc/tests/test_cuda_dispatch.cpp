@@ -63,11 +63,11 @@ void check_cuda_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double 
 }
 
 void test_cuda_dispatch() {
-  for (const std::int64_t T : {0, 1, 6, 100, 700}) {
-    for (const std::int64_t E : {1, 2, 8, 100, 256}) {
+  for (const std::int64_t T : {0, 1, 100, 700}) {
+    for (const std::int64_t E : {1, 8, 256}) {
       for (const std::int64_t K : {0, 1, 2, 8}) {
         if (K > E) continue;
-        for (const double f : {-1.0, 0.05, 0.5, 1.0, 1.3, 2.0, 1e300}) {
+        for (const double f : {-1.0, 0.05, 1.0, 1.3, 1e300}) {
           for (int options = 0; options < 4; options += quick() ? 3 : 1) {
             check_cuda_dispatch(T, K, E, f, (options & 1) != 0, (options & 2) != 0);
           }
@@ -92,7 +92,7 @@ void test_cuda_dispatch() {
     expect_plan(repeated);
   }
   // The most blocks that there are, and several rounds of slots for a warp.
-  check_cuda_dispatch(quick() ? 34000 : 150000, 2, 8, 1.0, true, true);
+  check_cuda_dispatch(quick() ? 34000 : 70000, 2, 8, 1.0, true, true);
   expect_indices_outside_count_as_none();
   expect_refusals();
 }

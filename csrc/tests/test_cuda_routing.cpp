@@ -30,10 +30,13 @@ Gating run(const GatingCase& c) {
 }
 
 // Rounding apart; NaN where the other is.
-bool alike(float a, float b) { return (std::isnan(a) && std::isnan(b)) || close(a, b, 2e-6); }
+bool alike(float a, float b, double tolerance) {
+  return (std::isnan(a) && std::isnan(b)) || a == b || close(a, b, tolerance);
+}
 
-bool alike(const std::vector<float>& a, const std::vector<float>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](float x, float y) { return alike(x, y); });
+bool alike(const std::vector<float>& a, const std::vector<float>& b, double tolerance = 2e-6) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [=](float x, float y) { return alike(x, y, tolerance); });
 }
 
 void expect_forward(const GatingCase& c) {
@@ -44,43 +47,43 @@ void expect_forward(const GatingCase& c) {
   EXPECT(alike(ours.gates, cpu.gates));
   EXPECT(alike(ours.top_prob, cpu.top_prob));
   EXPECT(alike(ours.mean_probs, cpu.mean_probs));
-  EXPECT(std::isinf(cpu.z_loss) ? ours.z_loss == cpu.z_loss : alike(ours.z_loss, cpu.z_loss));
+  EXPECT(alike(ours.z_loss, cpu.z_loss, 2e-6));
 }
 
-void expect_backward(const GatingCase& c) {
+// Bits of `given`: which gradients come in.
+void expect_backward(const GatingCase& c, int given) {
   const std::vector<std::int32_t> experts = c.run().experts;
-  for (int given = 0; given < 16; ++given) {  // which gradients come in
-    Gating d(c.T, c.E, c.K);
-    for (auto* const values : {&d.gates, &d.top_prob, &d.mean_probs}) {
-      std::generate(values->begin(), values->end(), normal);
-    }
-    d.z_loss = normal();
-    const float* const d_gates = (given & 1) != 0 ? d.gates.data() : nullptr;
-    const float* const d_top_prob = (given & 2) != 0 ? d.top_prob.data() : nullptr;
-    const float* const d_mean_probs = (given & 4) != 0 ? d.mean_probs.data() : nullptr;
-    const float* const d_z_loss = (given & 8) != 0 ? &d.z_loss : nullptr;
-
-    std::vector<float> cpu(c.T * c.E, kNaN);
-    topk_gating_backward(c.logits.data(), c.mask_or_null(), experts.data(), c.T, c.E, c.K, c.renormalize,
-                         d_gates, d_top_prob, d_mean_probs, d_z_loss, cpu.data());
-    const auto ours = under_every_schedule(
-        [&] {
-          std::vector<float> d_logits(c.T * c.E, kNaN);
-          auto workspace = poisoned_workspace(cuda::topk_gating_backward_workspace_bytes());
-          cuda::topk_gating_backward(c.logits.data(), c.mask_or_null(), experts.data(), c.T, c.E, c.K,
-                                     c.renormalize, d_gates, d_top_prob, d_mean_probs, d_z_loss,
-                                     d_logits.data(), workspace.data(), nullptr);
-          return d_logits;
-        },
-        same_bits<float>);
-    EXPECT(alike(ours, cpu));
-    for (std::int64_t i = 0; i < c.T * c.E; ++i) EXPECT(c.takes_part(i / c.E) || ours[i] == 0.0F);
+  Gating d(c.T, c.E, c.K);
+  for (auto* const values : {&d.gates, &d.top_prob, &d.mean_probs}) {
+    std::generate(values->begin(), values->end(), normal);
   }
+  d.z_loss = normal();
+  const float* const d_gates = (given & 1) != 0 ? d.gates.data() : nullptr;
+  const float* const d_top_prob = (given & 2) != 0 ? d.top_prob.data() : nullptr;
+  const float* const d_mean_probs = (given & 4) != 0 ? d.mean_probs.data() : nullptr;
+  const float* const d_z_loss = (given & 8) != 0 ? &d.z_loss : nullptr;
+
+  std::vector<float> cpu(c.T * c.E, kNaN);
+  topk_gating_backward(c.logits.data(), c.mask_or_null(), experts.data(), c.T, c.E, c.K, c.renormalize,
+                       d_gates, d_top_prob, d_mean_probs, d_z_loss, cpu.data());
+  const auto ours = under_every_schedule(
+      [&] {
+        std::vector<float> d_logits(c.T * c.E, kNaN);
+        auto workspace = poisoned_workspace(cuda::topk_gating_backward_workspace_bytes());
+        cuda::topk_gating_backward(c.logits.data(), c.mask_or_null(), experts.data(), c.T, c.E, c.K,
+                                   c.renormalize, d_gates, d_top_prob, d_mean_probs, d_z_loss,
+                                   d_logits.data(), workspace.data(), nullptr);
+        return d_logits;
+      },
+      same_bits<float>);
+  EXPECT(alike(ours, cpu, 1e-5));
+  for (std::int64_t i = 0; i < c.T * c.E; ++i) EXPECT(c.takes_part(i / c.E) || ours[i] == 0.0F);
 }
 
 void expect_both(const GatingCase& c) {
   expect_forward(c);
-  expect_backward(c);
+  expect_backward(c, 15);
+  expect_backward(c, static_cast<int>(integer(15)));
 }
 
 // Logits of which many are equal, NaN or infinite: distinct experts, and everything as on the CPU.
@@ -141,19 +144,24 @@ void check_cuda_routing(std::int64_t T, std::int64_t E, std::int64_t K, int opti
 }
 
 void test_cuda_routing() {
-  for (const std::int64_t E : {1, 2, 3, 8, 31, 33, 100, 256}) {
+  for (const std::int64_t E : {1, 3, 8, 33, 256}) {
     for (const std::int64_t K : {0, 1, 2, 8, 31}) {
       if (K > E) continue;
-      for (const std::int64_t T : {0, 1, 70}) {
-        for (int options = 0; options < 8; options += quick() ? 3 : 1) check_cuda_routing(T, E, K, options);
+      for (const std::int64_t T : {0, 1, 40}) {
+        // A selection bias only with few experts: probabilities that are equal but for their rounding are rare then.
+        const int end = E > 8 ? 4 : 8;
+        for (int options = 0; options < end; options += quick() ? 3 : 1) check_cuda_routing(T, E, K, options);
       }
     }
   }
-  for (const std::int64_t E : {8, 40, 256})
-    check_cuda_routing(quick() ? 2 : 5, E, E, 3);  // K = E, several rounds of picks
-  for (int options = 0; options < 4; ++options) expect_ties_and_nan(options);
+  for (int options = 0; options < 4; ++options) {
+    const GatingCase c(35, 5, 2, options);
+    for (int given = 0; given < 16; ++given) expect_backward(c, given);
+    expect_ties_and_nan(options);
+  }
+  for (const std::int64_t E : {8, 40, 256}) check_cuda_routing(quick() ? 2 : 5, E, E, 3);  // K = E
   expect_one_expert_takes_all();
-  expect_forward(GatingCase(quick() ? 3000 : 20000, 8, 2, 3));  // several tokens a group
+  if (!quick()) expect_forward(GatingCase(17000, 8, 1, 3));  // several tokens a group
   expect_refusals();
 }
 
