@@ -234,15 +234,15 @@ __global__ void __launch_bounds__(kGatingThreads)
 
   __shared__ float of_warp[kGatingWarps][kMostExperts + 2];
   const int warp = threadIdx.x / kWarp;
+  const int lane_of_warp = threadIdx.x % kWarp;
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
     const float sum = sum_of_groups(prob_sums[v], lanes);
-    const int e = v * lanes + threadIdx.x % kWarp;
-    if (threadIdx.x % kWarp < lanes && e < grid.E) of_warp[warp][e] = sum;
+    if (lane_of_warp == lane && v * lanes + lane < grid.E) of_warp[warp][v * lanes + lane] = sum;
   }
   z_sum = sum_of_groups(z_sum, lanes);
   tokens = sum_of_groups(tokens, lanes);
-  if (threadIdx.x % kWarp == 0) {
+  if (lane_of_warp == 0) {
     of_warp[warp][grid.E] = z_sum;
     of_warp[warp][grid.E + 1] = tokens;
   }
