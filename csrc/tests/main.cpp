@@ -189,11 +189,13 @@ int run(int count, char** arguments) {
     test_dispatch();
     test_rows();
     test_memory();
-    test_cuda_routing();
-    test_cuda_dispatch();
-    test_cuda_rows();
     test_activations();
     test_products();
+    if (wanted == nullptr || std::string(wanted) == "portable") {  // once, where every tier is tested
+      test_cuda_routing();
+      test_cuda_dispatch();
+      test_cuda_rows();
+    }
   }
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
   std::printf("%s: %d passed, %d failed, %lld elements compared, %.1f s\n", instruction_tier(),
