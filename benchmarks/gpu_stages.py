@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import alternate, commit, device_name, package_version, print_table, require_device, write_csv
+from harness import alternate, commit, device_name, package_version, print_table, write_csv
 
 from clipup_kernels import cuda_native
 
@@ -95,7 +95,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    require_device("cuda")
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_stages.py measures on a CUDA GPU, and torch finds none here")
     if not cuda_native.built():
         raise SystemExit("clipup_kernels/_C is built without CUDA: put nvcc on PATH and build it again")
     rows = []

@@ -114,7 +114,7 @@ __device__ Softmax<kValues> softmax(const float* logits, bool takes_part, int la
 }
 
 // The free expert of the highest score, the lowest one on ties, the same in the whole group. Bit v of `taken`: value v
-// is not free. One expert at least is free.
+// is not free. One expert at least is free; values past E are -inf, and lose every tie to it.
 template <int kValues>
 __device__ int best_expert(const float (&scores)[kValues], unsigned taken, int lane, int lanes) {
   float best_score = kMinusInfinity;
@@ -187,7 +187,6 @@ __global__ void __launch_bounds__(kGatingThreads)
       scores[v] = token.logits[v];
       if (selection_bias != nullptr && e < grid.E) scores[v] = token.probs[v] + selection_bias[e];
       if (isnan(scores[v])) scores[v] = kMinusInfinity;
-      if (e >= grid.E) taken |= 1U << v;
       if (takes_part) prob_sums[v] += token.probs[v];
     }
     if (takes_part) {

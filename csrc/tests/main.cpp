@@ -191,7 +191,7 @@ int run(int count, char** arguments) {
     test_memory();
     test_activations();
     test_products();
-    if (wanted == nullptr || std::string(wanted) == "portable") {  // once, where every tier is tested
+    if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == "portable") {  // once for all tiers
       test_cuda_routing();
       test_cuda_dispatch();
       test_cuda_rows();

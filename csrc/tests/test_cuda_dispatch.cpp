@@ -80,6 +80,8 @@ void test_cuda_dispatch() {
   DispatchCase one_expert(500, 1, 4, 1.0, false, false);
   std::fill(one_expert.experts.begin(), one_expert.experts.end(), 2);
   EXPECT((run(one_expert).offsets == std::vector<std::int32_t>{0, 0, 0, 125, 125}));
+  one_expert.capacity_factor = 1.0 + 1e-12;  // in double
+  EXPECT((run(one_expert).offsets == std::vector<std::int32_t>{0, 0, 0, 126, 126}));
 
   DispatchCase all_masked(300, 2, 4, 1.0, true, true);
   std::fill(all_masked.mask.begin(), all_masked.mask.end(), std::uint8_t{0});
