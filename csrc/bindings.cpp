@@ -277,6 +277,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "T"_a, "K"_a, "D"_a, "y"_a, "stream"_a);
   m.def("cuda_combine_backward", &cuda_combine_backward, WithoutGil(), "dy"_a, "rows"_a, "dtype"_a, "gates"_a,
         "row_of_choice"_a, "T"_a, "K"_a, "D"_a, "rows_used"_a, "R"_a, "d_rows"_a, "d_gates"_a, "stream"_a);
+  m.def("cuda_topk_gating_workspace_bytes", &clipup::cuda::topk_gating_workspace_bytes, "T"_a, "E"_a, "K"_a);
+  m.def("cuda_topk_gating", &cuda_topk_gating, WithoutGil(), "logits"_a, "mask"_a, "selection_bias"_a, "T"_a,
+        "E"_a, "K"_a, "renormalize"_a, "gates"_a, "experts"_a, "top_prob"_a, "mean_probs"_a, "z_loss"_a,
+        "picks"_a, "workspace"_a, "stream"_a);
+  m.def("cuda_topk_gating_backward_workspace_bytes", &clipup::cuda::topk_gating_backward_workspace_bytes);
+  m.def("cuda_topk_gating_backward", &cuda_topk_gating_backward, WithoutGil(), "logits"_a, "mask"_a,
+        "experts"_a, "T"_a, "E"_a, "K"_a, "renormalize"_a, "d_gates"_a, "d_top_prob"_a, "d_mean_probs"_a,
+        "d_z_loss"_a, "d_logits"_a, "workspace"_a, "stream"_a);
+  m.def("cuda_dispatch_workspace_bytes", &clipup::cuda::dispatch_workspace_bytes, "T"_a, "K"_a, "E"_a);
+  m.def("cuda_dispatch", &cuda_dispatch, WithoutGil(), "experts"_a, "mask"_a, "order"_a, "T"_a, "K"_a, "E"_a,
+        "capacity_factor"_a, "offsets"_a, "choice_of_row"_a, "row_of_choice"_a, "workspace"_a, "stream"_a);
 #endif
   m.def("build_info", &build_info);
 }
