@@ -6,13 +6,13 @@
 //     a CUDA graph;
 //   - sizes are checked, values on the device are not: an index outside its range counts as -1, and of the
 //     rows below rows_used `combine_backward` writes those that row_of_choice names;
-//   - a failed launch throws std::runtime_error.
-//   - a stage that needs memory for itself takes `workspace`, aligned to 16 bytes, whatever it holds; a function says how
-//     many bytes;
+//   - a failed launch throws std::runtime_error;
+//   - a stage that needs memory for itself takes `workspace`, aligned to 16 bytes, whatever it holds; a function
+//     says how many bytes;
 //   - routing takes at most kMostExperts experts.
-// `dispatch` gives the CPU's results to the bit, `topk_gating` and its gradient to the rounding of exponentials and of sums,
-// whose order depends on T, E and K alone. `permute` and `gather_sum` give the CPU's results to the bit; `combine_backward` adds up d_gates in another
-// order, which depends on D alone.
+// `dispatch`, `permute` and `gather_sum` give the CPU's results to the bit. `topk_gating` and its gradient agree to
+// the rounding of exponentials and of sums, whose order depends on T, E and K alone; `combine_backward` adds up
+// d_gates in another order, which depends on D alone.
 #pragma once
 
 #include <cstdint>
@@ -39,8 +39,8 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
 
 // Two launches.
 //
-//   order[T]             the tokens in the order in which they are served: a permutation; null: by position. A token that
-//                        it does not name has no row, and its row_of_choice is not written
+//   order[T]             the tokens in the order in which they are served: a permutation; null: by position. A
+//                        token that it does not name has no row, and its row_of_choice is not written
 std::int64_t dispatch_workspace_bytes(std::int64_t T, std::int64_t K, std::int64_t E);
 void dispatch(const std::int32_t* experts, const std::uint8_t* mask, const std::int64_t* order,
               std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,

@@ -27,7 +27,8 @@ inline void check_most_experts(std::int64_t E) {
         "E: expected at most " + std::to_string(kMostExperts) + " on CUDA, got " + std::to_string(E));
 }
 
-// Queues kernel(arguments...) on `stream`, for `blocks` blocks of `threads` threads; throws when that fails. `threads` are whole warps.
+// Queues kernel(arguments...) on `stream`, for `blocks` blocks of `threads` threads; throws when that fails.
+// `threads` are whole warps.
 template <class... Parameters, class... Arguments>
 void launch(const char* stage, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
             Arguments... arguments) {

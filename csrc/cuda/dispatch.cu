@@ -3,8 +3,9 @@
 //   count_kernel    slots of every expert in every block and in front of every warp in it; tokens that take part
 //   assign_kernel   first rows and capacity, found anew by every block; then each slot's row
 //
-// Slot s = k*T + i stands for the k-th choice of the i-th token to be served. A warp owns a range of slots and takes 32 at
-// a time: lanes with the same expert find each other, and a lane's rank among them is its rank among these slots.
+// Slot s = k*T + i stands for the k-th choice of the i-th token to be served. A warp owns a range of slots and takes
+// 32 at a time: lanes with the same expert find each other, and a lane's rank among them is its rank among these
+// slots.
 #include <cmath>
 #include <cstdint>
 
@@ -66,8 +67,8 @@ struct Choices {
   }
 };
 
-// Calls visit(choice, expert) for the slots of this warp, 32 at a time and in order, by all lanes together; choice -1: no
-// slot is left for the lane.
+// Calls visit(choice, expert) for the slots of this warp, 32 at a time and in order, by all lanes together; choice
+// -1: no slot is left for the lane.
 template <class Visit>
 __device__ void for_each_slot(const Choices& choices, const SlotGrid& grid, const Visit& visit) {
   const std::int64_t warp = std::int64_t{blockIdx.x} * kDispatchWarps + threadIdx.x / kWarp;
@@ -93,8 +94,8 @@ __device__ void for_each_slot(const Choices& choices, const SlotGrid& grid, cons
 struct WarpCounters {
   std::int32_t (*counters)[kMostExperts];
 
-  // The counter of `expert`, plus the lane's rank among those that ask for the same one; adds all of them to it. Every lane
-  // of the warp must call it; expert -1: there is none.
+  // The counter of `expert`, plus the lane's rank among those that ask for the same one; adds all of them to it.
+  // Every lane of the warp must call it; expert -1: there is none.
   __device__ std::int32_t take(int expert) const {
     const unsigned same = __match_any_sync(kAllLanes, expert);
     const int rank = __popc(same & ((1U << threadIdx.x % kWarp) - 1U));

@@ -1,51 +1,20 @@
-// Gating on CUDA devices: softmax over the experts, the K best of them and their statistics, and the gradient.
+// Gating on CUDA devices: softmax over the experts, the K best of them and their statistics.
 //
 //   gating_kernel    logits -> gates, experts, top_prob; of every block of tokens: sums and picks
 //   reduce_kernel    these sums, block by block in order -> mean_probs, z_loss, picks
-//
-// A group of `lanes` neighbouring threads works on a token: value v of lane l belongs to expert v*lanes + l, so that
-// loads are coalesced for any E. How tokens are cut into blocks depends on T, E and K alone, and so do all sums.
 #include <cfloat>
 #include <climits>
 #include <cstdint>
-#include <limits>
-#include <type_traits>
 
 #include "../checks.h"
 #include "../moe_cuda.h"
 #include "device.cuh"
+#include "softmax.cuh"
 
 namespace clipup::cuda {
 namespace {
 
-constexpr int kGatingThreads = 256;
-constexpr int kGatingWarps = kGatingThreads / kWarp;
 constexpr int kPickCounters = 4096;
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// How T tokens are shared out: a block takes `tokens_per_block` neighbours, one a group at a time.
-struct TokenGrid {
-  std::int64_t T;
-  int E, K;
-  int lanes;   // of a group: a power of 2
-  int values;  // a lane's experts
-  std::int64_t tokens_per_block, blocks;
-};
-
-TokenGrid token_grid(std::int64_t T, std::int64_t E, std::int64_t K) {
-  TokenGrid grid{T, static_cast<int>(E), static_cast<int>(K), 1, 1, 0, 1};
-  while (grid.lanes < kWarp && grid.lanes < E) grid.lanes *= 2;
-  while (grid.lanes * grid.values < E) grid.values *= 2;
-  // Enough blocks for a large GPU, few enough for the sums, of which each block writes (K+1)*E+2, to stay small.
-  std::int64_t most = 512;
-  while (most > 32 && most * K * E > std::int64_t{1} << 20) most /= 2;
-  const std::int64_t groups = kGatingThreads / grid.lanes;
-  const std::int64_t tiles = T == 0 ? 1 : (T + groups - 1) / groups;
-  const std::int64_t tiles_per_block = (tiles + most - 1) / most;
-  grid.tokens_per_block = tiles_per_block * groups;
-  grid.blocks = (tiles + tiles_per_block - 1) / tiles_per_block;
-  return grid;
-}
 
 // What the blocks hand to `reduce_kernel`: [blocks, E+2] sums of the E probabilities, of logsumexp^2 and of tokens that
 // take part, and [blocks, K*E] picks.
@@ -59,13 +28,6 @@ Partials partials_at(void* workspace, const TokenGrid& grid) {
   return {sums, reinterpret_cast<std::int32_t*>(sums + grid.blocks * (grid.E + 2))};
 }
 
-__device__ float group_sum(float value, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, distance);
-  }
-  return value;
-}
-
 // The sum over the groups of a warp of what lanes with the same place in them hold.
 template <class Value>
 __device__ Value sum_of_groups(Value value, int lanes) {
@@ -73,44 +35,6 @@ __device__ Value sum_of_groups(Value value, int lanes) {
     value += __shfl_xor_sync(kAllLanes, value, distance);
   }
   return value;
-}
-
-// A token's probabilities: the same log_sum and top in the whole group. Past E logits are -inf, probabilities 0.
-template <int kValues>
-struct Softmax {
-  float logits[kValues], probs[kValues];
-  float log_sum;  // logsumexp of the logits
-  float top;      // the largest probability
-};
-
-// Logits of a token that takes no part are not read and count as 0: they may hold NaN.
-template <int kValues>
-__device__ Softmax<kValues> softmax(const float* logits, bool takes_part, int lane, const TokenGrid& grid) {
-  Softmax<kValues> result;
-  float highest = kMinusInfinity;
-#pragma unroll
-  for (int v = 0; v < kValues; ++v) {
-    const int e = v * grid.lanes + lane;
-    result.logits[v] = e >= grid.E ? kMinusInfinity : takes_part ? logits[e] : 0.0F;
-    highest = fmaxf(highest, result.logits[v]);
-  }
-  for (int distance = grid.lanes / 2; distance > 0; distance /= 2) {
-    highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, distance));
-  }
-  float sum = 0.0F;
-#pragma unroll
-  for (int v = 0; v < kValues; ++v) {
-    result.probs[v] = v * grid.lanes + lane < grid.E ? expf(result.logits[v] - highest) : 0.0F;
-    sum += result.probs[v];
-  }
-  sum = group_sum(sum, grid.lanes);
-#pragma unroll
-  for (int v = 0; v < kValues; ++v) {
-    if (v * grid.lanes + lane < grid.E) result.probs[v] /= sum;  // 0 past E even where the sum is NaN
-  }
-  result.log_sum = highest + logf(sum);
-  result.top = 1.0F / sum;  // the exponential of the highest logit is 1
-  return result;
 }
 
 // The free expert of the highest score, the lowest one on ties, the same in the whole group. Bit v of `taken`: value v
@@ -254,7 +178,8 @@ __global__ void __launch_bounds__(kGatingThreads)
   count_picks(experts, begin, end, grid, partials.picks + std::int64_t{blockIdx.x} * grid.K * grid.E);
 }
 
-// The sum of a column over all rows, in the threads of the column, one in kWarp. Every thread of the block must call it.
+// The sum of a column over all rows, in the threads of the column, one in kWarp. Every thread of the block must call
+// it.
 template <class Sum, class Value>
 __device__ Sum column_sum(const Value* partials, std::int64_t rows, int columns, int column) {
   __shared__ Sum of_warp[kGatingWarps][kWarp];
@@ -294,126 +219,6 @@ __global__ void __launch_bounds__(kGatingThreads)
   if (column == grid.E) *z_loss = mean;
 }
 
-// counts[block] = tokens that take part, of a range of them.
-constexpr std::int64_t kMostCounts = kGatingThreads;
-__global__ void __launch_bounds__(kGatingThreads)
-    count_tokens_kernel(const std::uint8_t* __restrict__ mask, std::int64_t T,
-                        std::int32_t* __restrict__ counts) {
-  int count = 0;
-  const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x;
-  for (std::int64_t t = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; t < T; t += step) {
-    count += mask[t] != 0 ? 1 : 0;
-  }
-  count = block_total(count);
-  if (threadIdx.x == 0) counts[blockIdx.x] = count;
-}
-
-// Incoming gradients; null stands for zero.
-struct GatingGradients {
-  const float *gates, *top_prob, *mean_probs, *z_loss;
-};
-
-// `counts`: tokens that take part, in parts; null: all do.
-template <int kValues>
-__global__ void __launch_bounds__(kGatingThreads)
-    gating_backward_kernel(const float* __restrict__ logits, const std::uint8_t* __restrict__ mask,
-                           const std::int32_t* __restrict__ experts, TokenGrid grid, bool renormalize,
-                           const std::int32_t* __restrict__ counts, int num_counts, GatingGradients d,
-                           float* __restrict__ d_logits) {
-  const int lanes = grid.lanes;
-  const int lane = threadIdx.x % lanes;
-  const std::int64_t begin = blockIdx.x * grid.tokens_per_block;
-  const std::int64_t end = begin + grid.tokens_per_block < grid.T ? begin + grid.tokens_per_block : grid.T;
-  float participating = static_cast<float>(grid.T);
-  if (counts != nullptr) {
-    const int index = static_cast<int>(threadIdx.x);
-    participating = static_cast<float>(block_total(index < num_counts ? counts[index] : 0));
-  }
-  const float share = participating == 0.0F ? 0.0F : 1.0F / participating;
-
-  for (std::int64_t first = begin; first < end; first += blockDim.x / lanes) {
-    const std::int64_t t = first + threadIdx.x / lanes;
-    const bool inside = t < end;
-    const bool takes_part = inside && (mask == nullptr || mask[t] != 0);
-    const Softmax<kValues> token = softmax<kValues>(logits + t * grid.E, takes_part, lane, grid);
-
-    // The gates' gradients, by expert.
-    float d_gates[kValues] = {};
-    unsigned chosen = 0;
-    for (int k = 0; k < grid.K && d.gates != nullptr && takes_part; ++k) {
-      const std::int32_t expert = experts[t * grid.K + k];
-      const float d_gate = d.gates[t * grid.K + k];
-#pragma unroll
-      for (int v = 0; v < kValues; ++v) {
-        if (v * lanes + lane == expert) {
-          d_gates[v] += d_gate;
-          chosen |= 1U << v;
-        }
-      }
-    }
-    int top_expert = INT_MAX;
-    if (d.top_prob != nullptr) {
-#pragma unroll
-      for (int v = kValues - 1; v >= 0; --v) {
-        if (token.probs[v] == token.top) top_expert = v * lanes + lane;
-      }
-      for (int distance = lanes / 2; distance > 0; distance /= 2) {
-        const int other = __shfl_xor_sync(kAllLanes, top_expert, distance);
-        top_expert = other < top_expert ? other : top_expert;
-      }
-    }
-
-    float d_probs[kValues];
-    float inner = 0.0F;
-    float chosen_sum = 0.0F;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      const int e = v * lanes + lane;
-      d_probs[v] = d.mean_probs != nullptr && e < grid.E ? d.mean_probs[e] * share : 0.0F;
-      if (e == top_expert && takes_part) d_probs[v] += d.top_prob[t];
-      if (!renormalize) d_probs[v] += d_gates[v];
-      inner += token.probs[v] * d_probs[v];
-      chosen_sum += (chosen >> v & 1U) != 0 ? token.probs[v] : 0.0F;
-    }
-    inner = group_sum(inner, lanes);
-    const float d_log_sum = d.z_loss == nullptr ? 0.0F : *d.z_loss * 2.0F * token.log_sum * share;
-
-    // Renormalised gates are the softmax over the chosen logits alone.
-    const float divisor = fmaxf(group_sum(chosen_sum, lanes), FLT_MIN);
-    float gates[kValues];
-    float mean = 0.0F;
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      gates[v] = renormalize && (chosen >> v & 1U) != 0 ? token.probs[v] / divisor : 0.0F;
-      mean += gates[v] * d_gates[v];
-    }
-    mean = group_sum(mean, lanes);
-#pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-      const int e = v * lanes + lane;
-      if (!inside || e >= grid.E) continue;
-      const float gradient =
-          token.probs[v] * (d_probs[v] - inner + d_log_sum) + gates[v] * (d_gates[v] - mean);
-      d_logits[t * grid.E + e] = takes_part ? gradient : 0.0F;
-    }
-  }
-}
-
-// Calls function(std::integral_constant<int, kValues>{}) with the number of values that a lane holds.
-template <class Function>
-void with_values(int values, const Function& function) {
-  switch (values) {
-    case 1:
-      return function(std::integral_constant<int, 1>{});
-    case 2:
-      return function(std::integral_constant<int, 2>{});
-    case 4:
-      return function(std::integral_constant<int, 4>{});
-    default:
-      return function(std::integral_constant<int, kMostExperts / kWarp>{});
-  }
-}
-
 }  // namespace
 
 std::int64_t topk_gating_workspace_bytes(std::int64_t T, std::int64_t E, std::int64_t K) {
@@ -441,36 +246,6 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
   const int pick_blocks = column_blocks(K * E);
   launch("topk_gating", reduce_kernel, pick_blocks + column_blocks(E + 1), kGatingThreads, stream, partials,
          grid, pick_blocks, mean_probs, z_loss, picks);
-}
-
-std::int64_t topk_gating_backward_workspace_bytes() { return kMostCounts * sizeof(std::int32_t); }
-
-void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* experts,
-                          std::int64_t T, std::int64_t E, std::int64_t K, bool renormalize,
-                          const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
-                          const float* d_z_loss, float* d_logits, void* workspace, void* stream) {
-  check_gating_sizes(T, E, K);
-  check_most_experts(E);
-  check_pointer("logits", logits, T * E);
-  check_pointer("experts", experts, T * K);
-  check_pointer("d_logits", d_logits, T * E);
-  check_pointer("workspace", workspace, topk_gating_backward_workspace_bytes());
-  if (T == 0) return;
-
-  auto* counts = static_cast<std::int32_t*>(workspace);
-  const std::int64_t blocks = (T + kGatingThreads - 1) / kGatingThreads;
-  const int num_counts = static_cast<int>(blocks < kMostCounts ? blocks : kMostCounts);
-  if (mask != nullptr && (d_mean_probs != nullptr || d_z_loss != nullptr)) {
-    launch("topk_gating_backward", count_tokens_kernel, num_counts, kGatingThreads, stream, mask, T, counts);
-  } else {
-    counts = nullptr;
-  }
-  const TokenGrid grid = token_grid(T, E, K);
-  const GatingGradients d{d_gates, d_top_prob, d_mean_probs, d_z_loss};
-  with_values(grid.values, [&](auto values) {
-    launch("topk_gating_backward", gating_backward_kernel<decltype(values)::value>, grid.blocks,
-           kGatingThreads, stream, logits, mask, experts, grid, renormalize, counts, num_counts, d, d_logits);
-  });
 }
 
 }  // namespace clipup::cuda

@@ -1,7 +1,7 @@
 // Fibers that stand for the threads of a block, and who of them goes on.
 //
-// Nothing here is instrumented: what the thread sanitizer sees of the order of fibers is what a GPU promises, and the address
-// sanitizer does not take a jump from one stack to another for an end of functions.
+// Nothing here is instrumented: what the thread sanitizer sees of the order of fibers is what a GPU promises, and the
+// address sanitizer does not take a jump from one stack to another for an end of functions.
 #include "cuda_emulation.h"
 
 #include <sys/mman.h>
@@ -59,8 +59,8 @@ struct Fiber {
   void* order;       // the thread sanitizer's
 };
 
-// Threads that have arrived at a barrier. It may fill again while some that it let go have not yet gone on; what they still
-// read of their own time (values, addresses) is therefore there twice, and used in turn.
+// Threads that have arrived at a barrier. It may fill again while some that it let go have not yet gone on; what they
+// still read of their own time (values, addresses) is therefore there twice, and used in turn.
 struct Barrier {
   int arrived;
   int waiting[kMostThreads];

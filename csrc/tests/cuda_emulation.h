@@ -1,12 +1,13 @@
 // Stands in for the CUDA runtime in the native tests: what the kernels of csrc/cuda use of it, on the CPU.
 //
-// A launch runs its blocks one after the other. A block's threads are fibers of which one runs at a time, up to the next
-// place where it waits for others; which one goes on is drawn by a seed, and so is the order of the blocks. A result that
-// depends on either, as after a missing barrier, therefore changes with the seed. Under the thread sanitizer nothing but
-// __syncthreads and __syncwarp orders two fibers, so that it sees the race itself. A shuffle orders nothing, as on a GPU.
+// A launch runs its blocks one after the other. A block's threads are fibers of which one runs at a time, up to the
+// next place where it waits for others; which one goes on is drawn by a seed, and so is the order of the blocks. A
+// result that depends on either, as after a missing barrier, therefore changes with the seed. Under the thread
+// sanitizer nothing but __syncthreads and __syncwarp orders two fibers, so that it sees the race itself. A shuffle
+// orders nothing, as on a GPU.
 //
-// Static __shared__ arrays hold what an earlier block has left in them. Threads that wait for each other at different places
-// end the program.
+// Static __shared__ arrays hold what an earlier block has left in them. Threads that wait for each other at different
+// places end the program.
 #pragma once
 
 #define CLIPUP_CUDA_EMULATION

@@ -5,3 +5,4 @@
 #include "../cuda/combine.cu"
 #include "../cuda/dispatch.cu"
 #include "../cuda/routing.cu"
+#include "../cuda/routing_backward.cu"

@@ -1,5 +1,6 @@
-// Native tests of csrc/cpu, and of csrc/cuda by emulation: every stage against naive loops over random shapes, sizes of zero
-// included. No framework, so that sanitizers need nothing but the compiler. Exit status 1 when an expectation fails.
+// Native tests of csrc/cpu, and of csrc/cuda by emulation: every stage against naive loops over random shapes, sizes
+// of zero included. No framework, so that sanitizers need nothing but the compiler. Exit status 1 when an expectation
+// fails.
 //
 //   native_tests [--quick] [--errors]      all tests, of the tier that CLIPUP_CPU_ISA names or the best one.
 //                                          --quick: fewer cases; --errors: prints measured errors
