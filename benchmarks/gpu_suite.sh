@@ -72,7 +72,7 @@ step build 120 "$PYTHON" setup.py build_ext --inplace
 layer forward 60 forward "${main_case[@]}" --dtype bf16
 layer training 75 training "${main_case[@]}" --dtype bf16
 step cuda_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
-  tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cuda_layer.py
+  tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cuda_native.py tests/clipup_kernels/test_cuda_layer.py
 sanitized memcheck 60
 layer forward_sizes 60 forward "${other_cases[@]}" --dtype bf16
 layer training_sizes 75 training "${other_cases[@]}" --dtype bf16
@@ -81,4 +81,5 @@ needing open_clip.py clip_throughput 100 "$PYTHON" benchmarks/clip_throughput.py
 layer forward_fp16 60 forward "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
 layer training_fp16 75 training "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
 sanitized racecheck 60
+step routing_stages 60 "$PYTHON" benchmarks/gpu_stages.py --csv "$out/routing_stages.csv"
 "$PYTHON" benchmarks/gpu_summary.py "$out"

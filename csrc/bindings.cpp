@@ -189,6 +189,32 @@ void cuda_combine_backward(Address dy, Address rows, int dtype, Address gates, A
                                  out_floats(d_gates), out_anything(stream));
 }
 
+void cuda_topk_gating(Address logits, Address mask, Address selection_bias, Size T, Size E, Size K,
+                      bool renormalize, Address gates, Address experts, Address top_prob, Address mean_probs,
+                      Address z_loss, Address picks, Address workspace, Address stream) {
+  clipup::cuda::topk_gating(floats(logits), flags(mask), floats(selection_bias), T, E, K, renormalize,
+                            out_floats(gates), out_ints(experts), out_floats(top_prob),
+                            out_floats(mean_probs), out_floats(z_loss), out_ints(picks),
+                            out_anything(workspace), out_anything(stream));
+}
+
+void cuda_topk_gating_backward(Address logits, Address mask, Address experts, Size T, Size E, Size K,
+                               bool renormalize, Address d_gates, Address d_top_prob, Address d_mean_probs,
+                               Address d_z_loss, Address d_logits, Address workspace, Address stream) {
+  clipup::cuda::topk_gating_backward(floats(logits), flags(mask), ints(experts), T, E, K, renormalize,
+                                     floats(d_gates), floats(d_top_prob), floats(d_mean_probs),
+                                     floats(d_z_loss), out_floats(d_logits), out_anything(workspace),
+                                     out_anything(stream));
+}
+
+void cuda_dispatch(Address experts, Address mask, Address order, Size T, Size K, Size E,
+                   double capacity_factor, Address offsets, Address choice_of_row, Address row_of_choice,
+                   Address workspace, Address stream) {
+  clipup::cuda::dispatch(ints(experts), flags(mask), at<const std::int64_t>(order), T, K, E, capacity_factor,
+                         out_ints(offsets), out_ints(choice_of_row), out_ints(row_of_choice),
+                         out_anything(workspace), out_anything(stream));
+}
+
 constexpr bool kCuda = true;
 #else
 constexpr bool kCuda = false;
@@ -251,6 +277,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "T"_a, "K"_a, "D"_a, "y"_a, "stream"_a);
   m.def("cuda_combine_backward", &cuda_combine_backward, WithoutGil(), "dy"_a, "rows"_a, "dtype"_a, "gates"_a,
         "row_of_choice"_a, "T"_a, "K"_a, "D"_a, "rows_used"_a, "R"_a, "d_rows"_a, "d_gates"_a, "stream"_a);
+  m.def("cuda_topk_gating_workspace_bytes", &clipup::cuda::topk_gating_workspace_bytes, "T"_a, "E"_a, "K"_a);
+  m.def("cuda_topk_gating", &cuda_topk_gating, WithoutGil(), "logits"_a, "mask"_a, "selection_bias"_a, "T"_a,
+        "E"_a, "K"_a, "renormalize"_a, "gates"_a, "experts"_a, "top_prob"_a, "mean_probs"_a, "z_loss"_a,
+        "picks"_a, "workspace"_a, "stream"_a);
+  m.def("cuda_topk_gating_backward_workspace_bytes", &clipup::cuda::topk_gating_backward_workspace_bytes);
+  m.def("cuda_topk_gating_backward", &cuda_topk_gating_backward, WithoutGil(), "logits"_a, "mask"_a,
+        "experts"_a, "T"_a, "E"_a, "K"_a, "renormalize"_a, "d_gates"_a, "d_top_prob"_a, "d_mean_probs"_a,
+        "d_z_loss"_a, "d_logits"_a, "workspace"_a, "stream"_a);
+  m.def("cuda_dispatch_workspace_bytes", &clipup::cuda::dispatch_workspace_bytes, "T"_a, "K"_a, "E"_a);
+  m.def("cuda_dispatch", &cuda_dispatch, WithoutGil(), "experts"_a, "mask"_a, "order"_a, "T"_a, "K"_a, "E"_a,
+        "capacity_factor"_a, "offsets"_a, "choice_of_row"_a, "row_of_choice"_a, "workspace"_a, "stream"_a);
 #endif
   m.def("build_info", &build_info);
 }

@@ -6,9 +6,13 @@
 //     a CUDA graph;
 //   - sizes are checked, values on the device are not: an index outside its range counts as -1, and of the
 //     rows below rows_used `combine_backward` writes those that row_of_choice names;
-//   - a failed launch throws std::runtime_error.
-// `permute` and `gather_sum` give the CPU's results to the bit; `combine_backward` adds up d_gates in another
-// order, which depends on D alone.
+//   - a failed launch throws std::runtime_error;
+//   - a stage that needs memory for itself takes `workspace`, aligned to 16 bytes, whatever it holds; a function
+//     says how many bytes;
+//   - routing takes at most kMostExperts experts.
+// `dispatch`, `permute` and `gather_sum` give the CPU's results to the bit. `topk_gating` and its gradient agree to
+// the rounding of exponentials and of sums, whose order depends on T, E and K alone; `combine_backward` adds up
+// d_gates in another order, which depends on D alone.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +20,31 @@
 #include "moe.h"
 
 namespace clipup::cuda {
+
+constexpr int kMostExperts = 256;
+
+// Two launches.
+std::int64_t topk_gating_workspace_bytes(std::int64_t T, std::int64_t E, std::int64_t K);
+void topk_gating(const float* logits, const std::uint8_t* mask, const float* selection_bias, std::int64_t T,
+                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* experts,
+                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* picks, void* workspace,
+                 void* stream);
+
+// One launch; two where the tokens that take part have to be counted.
+std::int64_t topk_gating_backward_workspace_bytes();
+void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* experts,
+                          std::int64_t T, std::int64_t E, std::int64_t K, bool renormalize,
+                          const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
+                          const float* d_z_loss, float* d_logits, void* workspace, void* stream);
+
+// Two launches.
+//
+//   order[T]             the tokens in the order in which they are served: a permutation; null: by position. A
+//                        token that it does not name has no row, and its row_of_choice is not written
+std::int64_t dispatch_workspace_bytes(std::int64_t T, std::int64_t K, std::int64_t E);
+void dispatch(const std::int32_t* experts, const std::uint8_t* mask, const std::int64_t* order,
+              std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
+              std::int32_t* choice_of_row, std::int32_t* row_of_choice, void* workspace, void* stream);
 
 void permute(const void* x, std::int64_t row_bytes, const std::int32_t* choice_of_row,
              const std::int32_t* rows_used, std::int64_t R, std::int64_t K, void* rows, void* stream);

@@ -68,15 +68,8 @@ void dispatch(const std::int32_t* experts, const std::uint8_t* mask, const float
               std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
               std::int32_t* choice_of_row, std::int32_t* row_of_choice) {
   const std::int64_t R = T * K;
-  check_size("E", E, 1);
-  check_row_count(T, K);
-  check(capacity_factor < 0.0 || capacity_factor > 0.0,
-        "capacity_factor: expected a positive number, or a negative one for no limit, got " +
-            std::to_string(capacity_factor));
-  check_pointer("experts", experts, R);
-  check_pointer("offsets", offsets, E + 1);
-  check_pointer("choice_of_row", choice_of_row, R);
-  check_pointer("row_of_choice", row_of_choice, R);
+  check_dispatch_sizes(T, K, E);
+  check_dispatch_arguments(R, E, capacity_factor, experts, offsets, choice_of_row, row_of_choice);
   check_values("experts", experts, R, -1, E);
 
   const std::vector<std::int32_t> order = serving_order(priority, T);

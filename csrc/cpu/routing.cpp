@@ -57,12 +57,6 @@ std::int64_t count_participating(const std::uint8_t* mask, std::int64_t T) {
   return mask == nullptr ? T : T - std::count(mask, mask + T, std::uint8_t{0});
 }
 
-void check_gating_sizes(std::int64_t T, std::int64_t E, std::int64_t K) {
-  check_size("E", E, 1);
-  check_row_count(T, K);
-  check(K <= E, "K: expected at most E = " + std::to_string(E) + ", got " + std::to_string(K));
-}
-
 }  // namespace
 
 void topk_gating(const float* logits, const std::uint8_t* mask, const float* selection_bias, std::int64_t T,
@@ -70,12 +64,7 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
                  float* top_prob, float* mean_probs, float* z_loss, std::int32_t* picks) {
   check_gating_sizes(T, E, K);
   check_pointer("logits", logits, T * E);
-  check_pointer("gates", gates, T * K);
-  check_pointer("experts", experts, T * K);
-  check_pointer("top_prob", top_prob, T);
-  check_pointer("mean_probs", mean_probs, E);
-  check_pointer("z_loss", z_loss, 1);
-  check_pointer("picks", picks, K * E);
+  check_gating_outputs(T, E, K, gates, experts, top_prob, mean_probs, z_loss, picks);
 
   const std::int64_t blocks = ceil_div(T, kBlock);
   std::vector<float> all_probs(blocks * E);

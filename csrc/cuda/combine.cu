@@ -1,8 +1,6 @@
 // Permute, gather-sum and the gradient of combine on CUDA devices: one block a row or a token, memory-bound.
 //
 // No atomics and no sum whose order could change: results are the same to the bit from run to run.
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -11,12 +9,12 @@
 
 #include "../checks.h"
 #include "../moe_cuda.h"
+#include "device.cuh"
 #include "element.cuh"
 
 namespace clipup::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 256;
 constexpr int kPackBytes = 16;  // the widest load
 
@@ -62,7 +60,7 @@ __global__ void gather_sum_kernel(const S* __restrict__ rows, const std::int32_t
 __device__ float block_sum(float value) {
   __shared__ float of_warp[kMaxThreads / kWarp];
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    value += __shfl_down_sync(0xFFFFFFFFU, value, distance);
+    value += __shfl_down_sync(kAllLanes, value, distance);
   }
   if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = value;
   __syncthreads();
@@ -126,13 +124,6 @@ bool aligned(const void* pointer, std::int64_t bytes) {
   return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }
 
-void check_launch(const char* stage) {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string(stage) + ": CUDA launch failed: " + cudaGetErrorString(error));
-  }
-}
-
 // Calls function(S{}, std::integral_constant<int, kCount>{}) with the storage type that `dtype` stands for
 // and the number of columns that can move together: a full pack when `packable`, else one.
 template <class Function>
@@ -166,25 +157,23 @@ void permute(const void* x, std::int64_t row_bytes, const std::int32_t* choice_o
   check_permute_sizes(row_bytes, R, K);
   if (R == 0 || row_bytes == 0) return;
 
-  const auto launch = [&](auto word) {
+  const auto move = [&](auto word) {
     using Word = decltype(word);
     const std::int64_t words = row_bytes / static_cast<std::int64_t>(sizeof(Word));
-    permute_kernel<Word>
-        <<<static_cast<unsigned>(R), threads_for(words), 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const Word*>(x), words, choice_of_row, rows_used, static_cast<std::int32_t>(R),
-            static_cast<std::int32_t>(K), static_cast<Word*>(rows));
+    launch("permute", permute_kernel<Word>, R, threads_for(words), stream, static_cast<const Word*>(x), words,
+           choice_of_row, rows_used, static_cast<std::int32_t>(R), static_cast<std::int32_t>(K),
+           static_cast<Word*>(rows));
   };
   const auto in_words_of = [&](std::int64_t bytes) {
     return row_bytes % bytes == 0 && aligned(x, bytes) && aligned(rows, bytes);
   };
   if (in_words_of(kPackBytes)) {
-    launch(uint4{});
+    move(uint4{});
   } else if (in_words_of(4)) {
-    launch(std::uint32_t{});
+    move(std::uint32_t{});
   } else {
-    launch(static_cast<unsigned char>(0));
+    move(static_cast<unsigned char>(0));
   }
-  check_launch("permute");
 }
 
 void gather_sum(const void* rows, DType dtype, const std::int32_t* row_of_choice, const float* gates,
@@ -198,11 +187,9 @@ void gather_sum(const void* rows, DType dtype, const std::int32_t* row_of_choice
   with_element(dtype, packable, [&](auto element, auto count) {
     using S = decltype(element);
     constexpr int kCount = decltype(count)::value;
-    gather_sum_kernel<S, kCount>
-        <<<static_cast<unsigned>(T), threads_for(D / kCount), 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const S*>(rows), row_of_choice, gates, T * K, K, D, static_cast<S*>(y));
+    launch("gather_sum", gather_sum_kernel<S, kCount>, T, threads_for(D / kCount), stream,
+           static_cast<const S*>(rows), row_of_choice, gates, T * K, K, D, static_cast<S*>(y));
   });
-  check_launch("gather_sum");
 }
 
 void combine_backward(const void* dy, const void* rows, DType dtype, const float* gates,
@@ -219,12 +206,10 @@ void combine_backward(const void* dy, const void* rows, DType dtype, const float
   with_element(dtype, packable, [&](auto element, auto count) {
     using S = decltype(element);
     constexpr int kCount = decltype(count)::value;
-    combine_backward_kernel<S, kCount>
-        <<<static_cast<unsigned>(T), threads_for(D / kCount), 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const S*>(dy), static_cast<const S*>(rows), gates, row_of_choice, K, D, rows_used,
-            static_cast<S*>(d_rows), d_gates);
+    launch("combine_backward", combine_backward_kernel<S, kCount>, T, threads_for(D / kCount), stream,
+           static_cast<const S*>(dy), static_cast<const S*>(rows), gates, row_of_choice, K, D, rows_used,
+           static_cast<S*>(d_rows), d_gates);
   });
-  check_launch("combine_backward");
 }
 
 }  // namespace clipup::cuda

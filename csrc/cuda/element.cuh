@@ -1,10 +1,7 @@
 // Storage types of row elements on the device, and packs of them that one instruction loads.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "device.cuh"
 
 namespace clipup::cuda {
 

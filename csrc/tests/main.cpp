@@ -1,5 +1,6 @@
-// Native tests of csrc/cpu: every stage against naive loops over random shapes, sizes of zero included. No
-// framework, so that sanitizers need nothing but the compiler. Exit status 1 when an expectation fails.
+// Native tests of csrc/cpu, and of csrc/cuda by emulation: every stage against naive loops over random shapes, sizes
+// of zero included. No framework, so that sanitizers need nothing but the compiler. Exit status 1 when an expectation
+// fails.
 //
 //   native_tests [--quick] [--errors]      all tests, of the tier that CLIPUP_CPU_ISA names or the best one.
 //                                          --quick: fewer cases; --errors: prints measured errors
@@ -191,6 +192,11 @@ int run(int count, char** arguments) {
     test_memory();
     test_activations();
     test_products();
+    if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == "portable") {  // once for all tiers
+      test_cuda_routing();
+      test_cuda_dispatch();
+      test_cuda_rows();
+    }
   }
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
   std::printf("%s: %d passed, %d failed, %lld elements compared, %.1f s\n", instruction_tier(),

@@ -5,64 +5,13 @@
 #include <set>
 
 #include "../moe.h"
+#include "routing_cases.h"
 #include "tests.h"
 
 namespace clipup::tests {
 namespace {
 
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-struct Gating {
-  Gating(std::int64_t T, std::int64_t E, std::int64_t K)
-      : gates(T * K, kNaN), experts(T * K, -7), top_prob(T, kNaN), mean_probs(E, kNaN), picks(K * E, -7) {}
-
-  bool operator==(const Gating& other) const {
-    return gates == other.gates && experts == other.experts && top_prob == other.top_prob &&
-           mean_probs == other.mean_probs && z_loss == other.z_loss && picks == other.picks;
-  }
-
-  std::vector<float> gates;
-  std::vector<std::int32_t> experts;
-  std::vector<float> top_prob;
-  std::vector<float> mean_probs;
-  float z_loss = kNaN;
-  std::vector<std::int32_t> picks;
-};
-
-struct Case {
-  std::int64_t T, E, K;
-  bool renormalize, masked, biased;
-  std::vector<float> logits, bias;
-  std::vector<std::uint8_t> mask;
-
-  Case(std::int64_t T, std::int64_t E, std::int64_t K, int options)
-      : T(T),
-        E(E),
-        K(K),
-        renormalize((options & 1) != 0),
-        masked((options & 2) != 0),
-        biased((options & 4) != 0) {
-    for (std::int64_t i = 0; i < T * E; ++i) logits.push_back(2.0F * normal());
-    for (std::int64_t e = 0; e < E; ++e) bias.push_back(0.3F * normal());
-    for (std::int64_t t = 0; t < T; ++t) mask.push_back(uniform() < 0.7F ? 1 : 0);
-    for (std::int64_t t = 0; t < T; ++t) {
-      if (!takes_part(t)) std::fill_n(logits.begin() + t * E, E, kNaN);  // must not matter
-    }
-    describe("T=" + std::to_string(T) + " E=" + std::to_string(E) + " K=" + std::to_string(K) +
-             " options=" + std::to_string(options));
-  }
-
-  bool takes_part(std::int64_t t) const { return !masked || mask[t] != 0; }
-  const std::uint8_t* mask_or_null() const { return masked ? mask.data() : nullptr; }
-
-  Gating run() const {
-    Gating out(T, E, K);
-    topk_gating(logits.data(), mask_or_null(), biased ? bias.data() : nullptr, T, E, K, renormalize,
-                out.gates.data(), out.experts.data(), out.top_prob.data(), out.mean_probs.data(), &out.z_loss,
-                out.picks.data());
-    return out;
-  }
-};
+using Case = GatingCase;
 
 std::vector<double> naive_softmax(const double* logits, std::int64_t E, double* log_sum) {
   const double highest = *std::max_element(logits, logits + E);

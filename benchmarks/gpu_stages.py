@@ -1,0 +1,113 @@
+"""Routing on a GPU: every stage as Triton kernels and as CUDA C++, in turn, and whether both say the same.
+
+    python benchmarks/gpu_stages.py --csv runs/gpu_stages.csv
+
+``ratio`` is the time of CUDA C++ over Triton's, the median of pair-by-pair ratios: below 1 a stage is faster as C++.
+``launched`` calls are timed as the host makes them, ``graph`` ones inside a CUDA graph, where the host plays no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from harness import alternate, commit, device_name, package_version, print_table, write_csv
+
+from clipup_kernels import cuda_native
+
+TOKENS = (4096, 16_384, 50_000, 200_000, 400_000)
+SIZES = ((8, 2), (64, 8))
+"""Experts and choices."""
+Call = Callable[[], object]
+
+
+def stages(tokens: int, num_experts: int, k: int) -> Iterator[tuple[str, Call, Call]]:
+    """Name, Triton's call and ours."""
+    from clipup_kernels.triton import dispatch, gating
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device="cuda")
+
+    logits, mask = normal(tokens, num_experts), torch.rand(tokens, generator=generator, device="cuda") < 0.8
+    experts, top_prob = gating.topk_gating(logits, k, True, None, mask)[1:3]
+    gradients = (normal(tokens, k), None, normal(num_experts), normal(1)[0])
+    arguments = {
+        "topk_gating": (logits, k, True, None, mask),
+        "topk_gating_backward": (logits, experts, True, mask, *gradients),
+        "dispatch": (experts, num_experts, 1.0, None, mask),
+        "dispatch, priority": (experts, num_experts, 1.0, top_prob, mask),
+    }
+    for name, given in arguments.items():
+        function = name.partition(",")[0]
+        peer = getattr(dispatch if function == "dispatch" else gating, function)
+        ours = getattr(cuda_native, function)
+        yield name, lambda f=peer, given=given: f(*given), lambda f=ours, given=given: f(*given)
+
+
+def check(name: str, theirs: object, ours: object) -> None:
+    """Stops the program where the two differ by more than rounding."""
+    theirs, ours = (value if isinstance(value, tuple) else (value,) for value in (theirs, ours))
+    for a, b in zip(theirs, ours, strict=True):
+        try:
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+        except AssertionError as error:
+            raise SystemExit(f"{name}: CUDA C++ and Triton differ: {error}") from error
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph that is replayed."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def measure(tokens: int, num_experts: int, k: int, seconds: float) -> Iterator[dict]:
+    for name, theirs, ours in stages(tokens, num_experts, k):
+        check(name, theirs(), ours())
+        for how, wrap in (("launched", lambda call: call), ("graph", captured)):
+            times = alternate({"triton": wrap(theirs), "cuda": wrap(ours)}, "triton", seconds, "cuda")
+            yield {
+                "device": device_name("cuda"), "stage": name, "tokens": tokens, "experts": num_experts, "top_k": k,
+                "how": how, "triton_us": f"{times['triton'].median_ms * 1e3:.1f}",
+                "cuda_us": f"{times['cuda'].median_ms * 1e3:.1f}", "ratio": f"{times['cuda'].ratio:.3f}",
+                "commit": commit(), "torch": torch.__version__, "triton": package_version("triton"),
+            }  # fmt: skip
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="tokens (default: %(default)s)"
+    )
+    parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows there, anew after every number of tokens")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_stages.py measures on a CUDA GPU, and torch finds none here")
+    if not cuda_native.built():
+        raise SystemExit("clipup_kernels/_C is built without CUDA: put nvcc on PATH and build it again")
+    rows = []
+    for tokens in args.tokens:
+        for num_experts, k in SIZES:
+            rows += measure(tokens, num_experts, k, args.seconds)
+        if args.csv:
+            write_csv(args.csv, rows)
+    print_table(rows, ["stage", "tokens", "experts", "top_k", "how", "triton_us", "cuda_us", "ratio"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

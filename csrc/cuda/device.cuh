@@ -1,0 +1,64 @@
+// What every kernel file shares: launching, sizes of warps, and sums over a block.
+//
+// csrc/tests/cuda_emulation.h, included first, stands in for the CUDA runtime: it runs a launch on the CPU, so that the
+// kernels are tested where there is no GPU. Kernels therefore use nothing but what is written there.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../checks.h"
+#include "../moe_cuda.h"
+
+#ifndef CLIPUP_CUDA_EMULATION
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+namespace clipup::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFU;
+
+inline void check_most_experts(std::int64_t E) {
+  check(E <= kMostExperts,
+        "E: expected at most " + std::to_string(kMostExperts) + " on CUDA, got " + std::to_string(E));
+}
+
+// Queues kernel(arguments...) on `stream`, for `blocks` blocks of `threads` threads; throws when that fails.
+// `threads` are whole warps.
+template <class... Parameters, class... Arguments>
+void launch(const char* stage, void (*kernel)(Parameters...), std::int64_t blocks, int threads, void* stream,
+            Arguments... arguments) {
+#ifdef CLIPUP_CUDA_EMULATION
+  static_cast<void>(stage), static_cast<void>(stream);
+  emulation::run(blocks, threads, [&] { kernel(arguments...); });
+#else
+  cudaLaunchConfig_t config{};
+  config.gridDim.x = static_cast<unsigned>(blocks);
+  config.blockDim.x = static_cast<unsigned>(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // told here, and to nobody else
+    throw std::runtime_error(std::string(stage) + ": CUDA launch failed: " + cudaGetErrorString(error));
+  }
+#endif
+}
+
+// The sum of `value` over the block, in every thread; every thread of the block must call it. Integers: whatever the
+// order of the additions, the sum is the same.
+__device__ inline int block_total(int value) {
+  __shared__ int total;
+  if (threadIdx.x == 0) total = 0;
+  __syncthreads();
+  if (value != 0) atomicAdd(&total, value);
+  __syncthreads();
+  const int result = total;
+  __syncthreads();  // `total` is free for the next call
+  return result;
+}
+
+}  // namespace clipup::cuda

@@ -1,0 +1,104 @@
+// Softmax over the experts of a token, on a group of neighbouring threads: what gating and its gradient share.
+//
+// A group of `lanes` threads works on a token: value v of lane l belongs to expert v*lanes + l, so that loads are
+// coalesced for any E. How tokens are cut into blocks depends on T, E and K alone, and so does the order of all sums.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "../moe_cuda.h"
+#include "device.cuh"
+
+namespace clipup::cuda {
+
+constexpr int kGatingThreads = 256;
+constexpr int kGatingWarps = kGatingThreads / kWarp;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// How T tokens are shared out: a block takes `tokens_per_block` neighbours, one a group at a time.
+struct TokenGrid {
+  std::int64_t T;
+  int E, K;
+  int lanes;   // of a group: a power of 2
+  int values;  // a lane's experts
+  std::int64_t tokens_per_block, blocks;
+};
+
+inline TokenGrid token_grid(std::int64_t T, std::int64_t E, std::int64_t K) {
+  TokenGrid grid{T, static_cast<int>(E), static_cast<int>(K), 1, 1, 0, 1};
+  while (grid.lanes < kWarp && grid.lanes < E) grid.lanes *= 2;
+  while (grid.lanes * grid.values < E) grid.values *= 2;
+  // Enough blocks for a large GPU, few enough for the sums, of which each block writes (K+1)*E+2, to stay small.
+  std::int64_t most = 512;
+  while (most > 32 && most * K * E > std::int64_t{1} << 20) most /= 2;
+  const std::int64_t groups = kGatingThreads / grid.lanes;
+  const std::int64_t tiles = T == 0 ? 1 : (T + groups - 1) / groups;
+  const std::int64_t tiles_per_block = (tiles + most - 1) / most;
+  grid.tokens_per_block = tiles_per_block * groups;
+  grid.blocks = (tiles + tiles_per_block - 1) / tiles_per_block;
+  return grid;
+}
+
+__device__ inline float group_sum(float value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  return value;
+}
+
+// A token's probabilities: the same log_sum and top in the whole group. Past E logits are -inf, probabilities 0.
+template <int kValues>
+struct Softmax {
+  float logits[kValues], probs[kValues];
+  float log_sum;  // logsumexp of the logits
+  float top;      // the largest probability
+};
+
+// Logits of a token that takes no part are not read and count as 0: they may hold NaN.
+template <int kValues>
+__device__ Softmax<kValues> softmax(const float* logits, bool takes_part, int lane, const TokenGrid& grid) {
+  Softmax<kValues> result;
+  float highest = kMinusInfinity;
+#pragma unroll
+  for (int v = 0; v < kValues; ++v) {
+    const int e = v * grid.lanes + lane;
+    result.logits[v] = e >= grid.E ? kMinusInfinity : takes_part ? logits[e] : 0.0F;
+    highest = fmaxf(highest, result.logits[v]);
+  }
+  for (int distance = grid.lanes / 2; distance > 0; distance /= 2) {
+    highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, distance));
+  }
+  float sum = 0.0F;
+#pragma unroll
+  for (int v = 0; v < kValues; ++v) {
+    result.probs[v] = v * grid.lanes + lane < grid.E ? expf(result.logits[v] - highest) : 0.0F;
+    sum += result.probs[v];
+  }
+  sum = group_sum(sum, grid.lanes);
+#pragma unroll
+  for (int v = 0; v < kValues; ++v) {
+    if (v * grid.lanes + lane < grid.E) result.probs[v] /= sum;  // 0 past E even where the sum is NaN
+  }
+  result.log_sum = highest + logf(sum);
+  result.top = 1.0F / sum;  // the exponential of the highest logit is 1
+  return result;
+}
+
+// Calls function(std::integral_constant<int, kValues>{}) with the number of values that a lane holds.
+template <class Function>
+void with_values(int values, const Function& function) {
+  switch (values) {
+    case 1:
+      return function(std::integral_constant<int, 1>{});
+    case 2:
+      return function(std::integral_constant<int, 2>{});
+    case 4:
+      return function(std::integral_constant<int, 4>{});
+    default:
+      return function(std::integral_constant<int, kMostExperts / kWarp>{});
+  }
+}
+
+}  // namespace clipup::cuda
