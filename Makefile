@@ -56,8 +56,8 @@ test-all: $(call installed,test) test-native test-fuzz test-aarch64
 	  CLIPUP_CPU_ISA=$$tier $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; \
 	done
 
-# The native code by itself. Under the address and undefined-behaviour sanitizers every tier of instructions that this CPU
-# has, under the thread sanitizer the best one.
+# The native code by itself. Under the address and undefined-behaviour sanitizers, and as it ships, every tier of instructions
+# that this CPU has, under the thread sanitizer the best one.
 NATIVE_BUILD = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCLIPUP_PYTHON=OFF \
   -DCLIPUP_NATIVE_TESTS=ON
 native_tests = OMP_WAIT_POLICY=passive build/native-$(1)/native_tests
@@ -67,10 +67,14 @@ test-native: $(VENV)/.build-tools
 	  $(NATIVE_BUILD) -B build/native-$$sanitizer -DCLIPUP_SANITIZE=$$sanitizer && \
 	  $(BIN)/cmake --build build/native-$$sanitizer || exit 1; \
 	done
+	$(NATIVE_BUILD) -B build/native-release && $(BIN)/cmake --build build/native-release
 	tiers=$$($(call native_tests,address$(comma)undefined) --tiers) && for tier in $$tiers; do \
 	  CLIPUP_CPU_ISA=$$tier $(call native_tests,address$(comma)undefined) || exit 1; \
 	done
 	$(call native_tests,thread) --quick
+	tiers=$$($(call native_tests,release) --tiers) && for tier in $$tiers; do \
+	  CLIPUP_CPU_ISA=$$tier $(call native_tests,release) --quick || exit 1; \
+	done
 
 # Random calls for FUZZ_SECONDS; what fails is printed with the seed that repeats it.
 test-fuzz: test-native

@@ -59,7 +59,8 @@ std::int64_t expert_capacity(const std::int32_t* experts, const std::uint8_t* ma
   const auto tokens = static_cast<double>(participating);
   const double capacity =
       std::ceil(capacity_factor * static_cast<double>(K) * tokens / static_cast<double>(E));
-  return static_cast<std::int64_t>(std::min(capacity, tokens * static_cast<double>(K)));
+  // In this order a NaN, infinity times no token, leaves the limit.
+  return static_cast<std::int64_t>(std::min(tokens * static_cast<double>(K), capacity));
 }
 
 }  // namespace

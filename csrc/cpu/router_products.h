@@ -21,7 +21,7 @@ void logits_of(const typename Storage::Element* x, const float* weight, std::int
     for (int e = 0; e < kExperts; ++e) {
       const F32x expert = load_some<Float32>(weight + e * D + d, left);
 #pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) sum[i][e] += row[i] * expert;
+      for (int i = 0; i < kRows; ++i) sum[i][e] = multiply_add(row[i], expert, sum[i][e]);
     }
   };
   std::int64_t d = 0;
@@ -65,8 +65,9 @@ void input_gradient_of(const float* d_logits, const float* weight, std::int64_t 
       const F32x high = load_some<Float32>(weight + e * D + d + kLanes, left - kLanes);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
-        sum[i][0] += low * d_logits[i * E + e];
-        sum[i][1] += high * d_logits[i * E + e];
+        const F32x slope = splat(d_logits[i * E + e]);
+        sum[i][0] = multiply_add(low, slope, sum[i][0]);
+        sum[i][1] = multiply_add(high, slope, sum[i][1]);
       }
     }
     for (int i = 0; i < kRows; ++i) {
@@ -104,9 +105,9 @@ void add_weight_gradient(const typename Storage::Element* x, const std::uint8_t*
     }
 #pragma GCC unroll 4
     for (int e = 0; e < kExperts; ++e) {
-      const float slope = d_logits[t * E + e];
+      const F32x slope = splat(d_logits[t * E + e]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kRouterVectors; ++v) sum[e][v] += row[v] * slope;
+      for (int v = 0; v < kRouterVectors; ++v) sum[e][v] = multiply_add(row[v], slope, sum[e][v]);
     }
   }
   for (int e = 0; e < kExperts; ++e) {

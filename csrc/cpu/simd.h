@@ -62,6 +62,20 @@ inline F32x splat(float value) { return F32x{} + value; }
 inline U32x bits(F32x value) { return reinterpret_cast<U32x>(value); }
 inline F32x from_bits(U32x value) { return reinterpret_cast<F32x>(value); }
 
+// a * b + sum. With one rounding where the tier has it: a compiler that is free to fuse, or not to, may choose differently
+// for the same sum in two loops.
+inline F32x multiply_add(F32x a, F32x b, F32x sum) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32x>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                                reinterpret_cast<__m512>(sum)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<F32x>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
+                                                reinterpret_cast<__m256>(sum)));
+#else
+  return sum + a * b;
+#endif
+}
+
 // 1 / value, to a unit in the last place, for finite values of usual size.
 inline F32x inverse(F32x value) {
 #if defined(__AVX512F__)
