@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import fakes, reference
 from .info import NATIVE
 from .native import _address, _dense
 
@@ -30,14 +31,7 @@ def _stream(like: Tensor) -> int:
 def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple[Tensor, ...]:
     logits, selection_bias, mask = _dense(logits, selection_bias, mask)
     num_tokens, num_experts = logits.shape
-    outputs = (
-        logits.new_empty(num_tokens, k),
-        logits.new_empty(num_tokens, k, dtype=torch.int32),
-        logits.new_empty(num_tokens),
-        logits.new_empty(num_experts),
-        logits.new_empty(()),
-        logits.new_empty(k, num_experts, dtype=torch.int32),
-    )
+    outputs = fakes.topk_gating(logits, k, renormalize)
     workspace = _workspace(logits, NATIVE.cuda_topk_gating_workspace_bytes(num_tokens, num_experts, k))
     with torch.cuda.device_of(logits):
         NATIVE.cuda_topk_gating(
@@ -65,10 +59,8 @@ def topk_gating_backward(
 def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
     """As the op; with ``priority`` torch sorts the tokens first, stably, NaN last."""
     experts, mask = _dense(experts, mask)
-    order = None
-    if priority is not None:
-        order = priority.where(~priority.isnan(), -torch.inf).sort(descending=True, stable=True).indices
-    outputs = (experts.new_empty(num_experts + 1), experts.new_empty(experts.numel()), torch.empty_like(experts))
+    order = None if priority is None else reference.serving_order(priority)
+    outputs = fakes.dispatch(experts, num_experts)
     workspace = _workspace(experts, NATIVE.cuda_dispatch_workspace_bytes(*experts.shape, num_experts))
     with torch.cuda.device_of(experts):
         NATIVE.cuda_dispatch(

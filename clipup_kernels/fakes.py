@@ -1,4 +1,7 @@
-"""Shapes and types of every op's outputs, for meta tensors, ``torch.compile`` and export."""
+"""Shapes and types of every op's outputs, for meta tensors, ``torch.compile`` and export.
+
+The outputs hold nothing yet: the compiled kernels are given some of these to fill.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import packing
+from . import fakes, packing
 from .info import NATIVE
 from .types import ACTIVATIONS
 
@@ -64,14 +64,7 @@ def router_logits_backward(d_logits, x, weight, mask, output_mask) -> tuple[Tens
 def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple[Tensor, ...]:
     logits, selection_bias, mask = _dense(logits, selection_bias, mask)
     num_tokens, num_experts = logits.shape
-    outputs = (
-        logits.new_empty(num_tokens, k),
-        logits.new_empty(num_tokens, k, dtype=torch.int32),
-        logits.new_empty(num_tokens),
-        logits.new_empty(num_experts),
-        logits.new_empty(()),
-        logits.new_empty(k, num_experts, dtype=torch.int32),
-    )
+    outputs = fakes.topk_gating(logits, k, renormalize)
     NATIVE.topk_gating(
         _address(logits), _address(mask), _address(selection_bias), num_tokens, num_experts, k, renormalize,
         *map(_address, outputs),
@@ -94,11 +87,7 @@ def topk_gating_backward(
 
 def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
     experts, priority, mask = _dense(experts, priority, mask)
-    outputs = (
-        experts.new_empty(num_experts + 1),
-        experts.new_empty(experts.numel()),
-        experts.new_empty(experts.shape),
-    )
+    outputs = fakes.dispatch(experts, num_experts)
     NATIVE.dispatch(
         _address(experts), _address(mask), _address(priority), *experts.shape, num_experts,
         -1.0 if capacity_factor is None else capacity_factor, *map(_address, outputs),

@@ -45,6 +45,11 @@ def topk_gating(
     )
 
 
+def serving_order(priority: Tensor) -> Tensor:
+    """[T] int64: tokens by descending priority [T], ties by position, NaN last."""
+    return priority.where(~priority.isnan(), -torch.inf).argsort(descending=True, stable=True)
+
+
 def dispatch(
     experts: Tensor,
     num_experts: int,
@@ -57,7 +62,7 @@ def dispatch(
     takes_part = (experts >= 0).any(1) if mask is None else (experts >= 0).any(1) & mask
     order = torch.arange(num_tokens, device=device)
     if priority is not None:
-        order = priority.where(~priority.isnan(), -torch.inf).argsort(descending=True, stable=True)
+        order = serving_order(priority)
     # Slots in the order in which they are given away: choice by choice, inside a choice token by token.
     choice = (order * k + torch.arange(k, device=device)[:, None]).flatten()
     owner = torch.where(takes_part[:, None], experts, -1).flatten()[choice].long()

@@ -10,9 +10,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .. import models
+from .. import card, models, word_tokenizer
 from ..checkpoint import save_pretrained
 from .run import START
+
+_README = """# What the demonstration starts from
+
+A dense CLIP of 0.8 M parameters (`clipup-icons-w64`, 32 x 32 pixels, whole words), in float16, trained from random
+weights by `make demo-start`: `studies/demo` says how, and `studies/demo/logs` what came out. Its pictures were openly
+licensed icons from the npm package @iconify/json, without the sets that the demonstration's pictures are of
+(openmoji, twemoji, ph). `clipup data icons` lists who drew them and under which licences.
+"""
 
 
 def ship(directory: str | Path, to: str | Path = START) -> None:
@@ -22,7 +30,9 @@ def ship(directory: str | Path, to: str | Path = START) -> None:
         FileNotFoundError, ValueError: ``directory`` holds no model.
     """
     model, *_ = models.create_model_and_transforms(str(directory))
-    save_pretrained(model.half(), to, models.get_model_config(str(directory)), license="apache-2.0")
+    save_pretrained(model.half(), to, models.get_model_config(str(directory)))
+    (Path(to) / card.README).write_text(_README, encoding="utf-8")
+    (Path(to) / word_tokenizer.FILE_NAME).unlink()  # the package has it
 
 
 if __name__ == "__main__":

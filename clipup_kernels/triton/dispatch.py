@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference import serving_order
 from .launch import dense
 from .variants import Variant, signature
 
@@ -134,11 +135,6 @@ def _blocks(num_experts: int) -> dict[str, int]:
     return {"BLOCK_T": min(512, max(16, _TILE // block_e)), "BLOCK_E": block_e}
 
 
-def _serving_order(priority: Tensor) -> Tensor:
-    """[T] int64: tokens by descending priority, ties by position, NaN last."""
-    return priority.where(~priority.isnan(), -torch.inf).sort(descending=True, stable=True).indices
-
-
 def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
     """As ``generic.dispatch``; an expert outside of [-1, E) is not refused, for want of a look at it, and gets no row.
 
@@ -159,7 +155,7 @@ def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=Non
     token_counts = experts.new_empty(blocks)
     limited = capacity_factor is not None
     with torch.cuda.device_of(experts):
-        order = None if priority is None else _serving_order(priority)
+        order = None if priority is None else serving_order(priority)
         _count[(blocks, k)](
             experts, order, mask, counts, token_counts, num_tokens, tiles, blocks,
             COUNT_TOKENS=limited, **sizes, **_OPTIONS,

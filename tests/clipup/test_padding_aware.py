@@ -110,6 +110,18 @@ def test_on_the_cpu_no_block_computes_more_than_the_longest_text(kind):
     assert lengths_computed(model, texts) == {10}
 
 
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and warns of what it fixes
+def test_a_traced_tower_takes_longer_texts_than_it_was_traced_with():
+    model = tiny_clip().eval().requires_grad_(False)
+    assert leave_padding_out(model)
+    short = torch.tensor([[5, 7, 63, 0, 0, 0, 0, 0, 0, 0]])
+    long = torch.tensor([[5, 7, 8, 9, 4, 3, 2, 1, 6, 63]])
+
+    traced = torch.jit.trace_module(model, {"encode_text": (short,)})
+
+    torch.testing.assert_close(traced.encode_text(long), model.encode_text(long))
+
+
 @pytest.mark.parametrize("kind", ["gelu", "eos_pool"])
 def test_no_later_token_reaches_the_features_and_the_pooled_one_does(kind):
     model = sparse_clip(kind, capacity_factor=None).double()

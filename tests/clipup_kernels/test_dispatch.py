@@ -96,6 +96,12 @@ def test_capacity_counts_only_tokens_that_take_part():
     assert plan.offsets.tolist() == [0, 2, 2]
 
 
+def test_no_limit_on_nobody_is_no_row():
+    experts, nobody = torch.zeros(5, 1, dtype=torch.int32), torch.zeros(5, dtype=torch.bool)
+    plan = ck.dispatch(experts, 2, capacity_factor=1e308, mask=nobody)
+    assert plan.offsets.tolist() == [0, 0, 0] and (plan.row_of_choice == -1).all()
+
+
 def test_minus_one_stands_for_a_masked_token():
     experts = random_experts(30, 4, 2)
     mask = torch.arange(30) % 3 > 0

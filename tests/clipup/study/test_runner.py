@@ -139,6 +139,22 @@ def test_a_run_that_was_stopped_twice_has_the_log_of_one_that_was_not(study, dat
     assert len(calls) == 12  # every step once: nothing was trained twice
 
 
+def test_a_run_does_not_depend_on_the_runs_of_its_process_before(study, data):
+    alone, after = study("alone", data), study("after", data)
+    other = DENSE + "seed: 1\n"
+    for it in (alone, after):
+        it.write(first=DENSE, second=other)
+    runner._training_data.cache_clear()
+    expected = alone.run("second")
+    runner._training_data.cache_clear()
+
+    first, second = after.run("first"), after.run("second")
+
+    assert runner._training_data.cache_info().hits == 1  # the data were read once
+    assert log.reproducible(second) == log.reproducible(expected)
+    assert kinds(first, "train")[0]["loss"] != kinds(second, "train")[0]["loss"]
+
+
 def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(study, data, monkeypatch):
     it = study("done", data)
     it.write(dense=DENSE, sparse=SPARSE)
