@@ -9,14 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from .. import card, models
 from ..checkpoint import replace_files
 from ..data.loaders import EvalSamples, eval_samples
 from ..evaluate import datasets
-from ..evaluate.precision import Precision, default_device, default_workers
+from ..evaluate.precision import Precision, check_device, default_device, default_workers
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, image_folder, read_lines, zero_shot
 
@@ -119,8 +118,7 @@ def main(argv: list[str]) -> int:
 
 def evaluate(options: Options) -> dict[str, Any]:
     """``retrieval`` and ``zero_shot``, those that were asked for, and what was measured: model, dataset, split."""
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {options.device!r}, but torch finds no CUDA GPU; use --device cpu")
+    check_device(options.device)
     found = _find(options)
     model, _, preprocess = models.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device

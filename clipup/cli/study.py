@@ -18,7 +18,8 @@ _DIVERGED, _INTERRUPTED = 1, 130
 class Run:
     """Runs or resumes runs, the shortest first, each after the run that it starts from; what has a log is done.
 
-    On one thread of the CPU. A run that was stopped goes on where its last checkpoint is, to the same bits.
+    On one thread of the CPU, if --device says no other. A run that was stopped goes on where its last checkpoint is, on
+    the CPU to the same bits.
 
     Example: clipup study run studies/icons/clip_up-5000-lr0.002-s0.yaml --data data/icons --runs runs/icons
     """
@@ -31,6 +32,8 @@ class Run:
     """Directory of checkpoints and models; may be thrown away once the logs are there."""
     logs: Path | None = None
     """Directory of the logs. None: `logs` beside the config."""
+    device: str = "cpu"
+    """Where to train and evaluate; `cuda` for models that a CPU's thread is too slow for."""
 
     def run(self) -> int:
         if not self.files:
@@ -39,7 +42,7 @@ class Run:
         for number, file in enumerate(files, 1):
             print(f"[{number}/{len(files)}] {file.stem}", flush=True)
             try:
-                print(f"      {runner.run(file, self.data, self.runs, self.logs)}", flush=True)
+                print(f"      {runner.run(file, self.data, self.runs, self.logs, self.device)}", flush=True)
             except NonFiniteLoss as error:
                 print(f"clipup study: {file.stem}: {error}", flush=True)
                 return _DIVERGED

@@ -28,6 +28,15 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: it is a CUDA GPU, and torch finds none.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no CUDA GPU; use --device cpu")
+
+
 def default_workers() -> int:
     """Data loader processes: four, or one a core where there are fewer."""
     return min(4, os.cpu_count() or 1)

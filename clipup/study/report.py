@@ -92,6 +92,21 @@ class Tables:
             rows.append([*cells, *map(_lead, [*each, results.lead(pairs, splits)])])
         return _table(head, rows)
 
+    def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
+        """The lead of an arm over others when both have the same learning rate, on the seed that was run at all rates;
+        of the smallest budget."""
+        own = [run for run in self.results.values() if run.config["arm"] == arm]
+        budget, seed = min((run.budget, run.config["seed"]) for run in own)
+        at = {}
+        for run in self.results.values():
+            if (run.budget, run.config["seed"]) == (budget, seed):
+                at[run.config["arm"], run.config["lr"]] = run
+        lines = []
+        for rate in sorted(lr for name, lr in at if name == arm):
+            pairs = [[(at[arm, rate], at[other, rate])] if (other, rate) in at else [] for other in others]
+            lines.append([f"{rate:g}", *(_lead(results.lead(pair, splits)) if pair else MISSING for pair in pairs)])
+        return _table(["learning rate of both", *(f"minus {_label(other)}" for other in others)], lines)
+
     def verdict(self, arm: str, others: dict[str, str], splits: Sequence[str] = results.TESTS) -> str:
         """What the leads over other arms say, in a sentence, built the same way whichever way it falls.
 

@@ -1,7 +1,7 @@
-"""Runs or resumes a run of a study, with the project's own training and evaluation, on one thread of the CPU.
+"""Runs or resumes a run of a study, with the project's own training and evaluation: one thread of the CPU, or a GPU.
 
 Everything that a killed run needs to go on lies in RUNS/NAME (checkpoints, metrics); the log is written from it at the
-end. On the same machine the same config gives the same log, to the bit, however often the run was stopped.
+end. On the CPU of the same machine the same config gives the same log, to the bit, however often the run was stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from clipup_kernels import backend_info
 
 from .. import models
 from ..data.loaders import describe, eval_samples, train_loader
+from ..evaluate.precision import check_device
 from ..flops import count
 from ..moe import moe_layers
 from ..train import Every, TrainOptions, TrainResult, train
@@ -33,7 +34,9 @@ _LOG_EVERY, _SAVE_EVERY = 10, 500
 _BACKWARD = 2  # the FLOPs of a backward pass over those of the forward pass
 
 
-def run(file: str | Path, data: str | Path, runs_directory: str | Path, logs: str | Path | None = None) -> Path:
+def run(
+    file: str | Path, data: str | Path, runs_directory: str | Path, logs: str | Path | None = None, device: str = "cpu"
+) -> Path:
     """Runs what a config file says, and first the runs that it goes on from, as far as they are not done.
 
     Args:
@@ -41,14 +44,16 @@ def run(file: str | Path, data: str | Path, runs_directory: str | Path, logs: st
         data: directory of a data set with the splits train, validation, test_styles and test_names.
         runs_directory: where checkpoints and models are kept, a directory a run.
         logs: directory of the logs; default: ``logs`` beside the config. A run that has one is done.
+        device: where to train and evaluate; on the CPU with one thread.
 
     Returns:
         The log's path.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: the config or the data.
+        FileNotFoundError, ValueError, TypeError: the config, the data or the device.
         TrainingInterrupted: Ctrl-C or SIGTERM; the same call goes on.
     """
+    check_device(device)
     config = runs.read(file)
     logs = Path(file).parent / "logs" if logs is None else Path(logs)
     path = logs / f"{config.name}{log.SUFFIX}"
@@ -60,7 +65,7 @@ def run(file: str | Path, data: str | Path, runs_directory: str | Path, logs: st
             raise ValueError(f"start: {start} goes on from itself in the end; one of these runs must have no start")
         missing.append(runs.read(runs.beside(file, start)))
     for one in reversed(missing):
-        path = _write_log(_Run(one, data, runs_directory), logs)
+        path = _write_log(_Run(one, data, runs_directory, device), logs)
     return path
 
 
@@ -76,8 +81,10 @@ def _write_log(run: _Run, logs: Path) -> Path:
 class _Run:
     """One run: its model, its data, its training, and the records of its log."""
 
-    def __init__(self, config: StudyRun, data: str | Path, runs_directory: str | Path) -> None:
-        torch.set_num_threads(1)
+    def __init__(self, config: StudyRun, data: str | Path, runs_directory: str | Path, device: str = "cpu") -> None:
+        if torch.device(device).type == "cpu":
+            torch.set_num_threads(1)
+        self.device = device
         self.config, self.data, self.runs = config, Path(data), Path(runs_directory)
         self.dataset = describe(data)
         self.model, self.step0 = self._model()
@@ -125,7 +132,7 @@ class _Run:
             batch_size=config.batch_size,
             precision=config.precision,
             multi_positive=True,
-            device="cpu",
+            device=self.device,
             seed=config.seed,
             save_frequency=0,
             save_every_n_steps=_SAVE_EVERY,
@@ -180,7 +187,7 @@ class _Run:
             "params": counts.params,
             "active_params": counts.active_params,
             "seconds": round(result.seconds, 1),
-            "machine": _machine(),
+            "machine": _machine(self.device),
         }
 
 
@@ -215,9 +222,10 @@ def _sparse_from_scratch(model: nn.Module, config: StudyRun) -> nn.Module:
     return sparse
 
 
-def _machine() -> dict[str, Any]:
+def _machine(device: str) -> dict[str, Any]:
+    on_gpu = torch.device(device).type == "cuda"
     return {
-        "processor": _processor(),
+        "processor": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

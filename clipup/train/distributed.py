@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..evaluate.precision import check_device
 from .openclip import init_distributed_device_so, is_using_distributed
 from .options import TrainOptions
 
@@ -93,8 +94,7 @@ def connect(options: TrainOptions) -> Ranks:
     Raises:
         ValueError: the device is not there.
     """
-    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {options.device!r}, but torch finds no CUDA GPU; use --device cpu")
+    check_device(options.device)
     if not is_using_distributed():
         return Ranks(torch.device(options.device))
     return Ranks(*_join(options.device, options.dist_backend))

@@ -86,6 +86,20 @@ def test_every_rate_is_shown_and_the_chosen_one_marked(found):
     assert ["clip up", "5", "**0.1: 52.00 / 56.00**"] in lines
 
 
+def test_leads_at_one_rate_for_both_arms_tell_what_tuning_one_alone_would_give(write, make_records):
+    logs = [make_records("start", "dense", score=0.1)]
+    for lr, sparse, dense in ((0.1, 0.52, 0.50), (0.2, 0.55, 0.56)):
+        logs += [make_records(f"sparse-{lr}", "clip_up", lr, score=sparse, start="start")]
+        logs += [make_records(f"dense-{lr}", "dense_continued", lr, score=dense, start="start")]
+    logs += [make_records("sparse-s1", "clip_up", 0.2, seed=1, score=0.9, start="start")]  # at one rate: no comparison
+    logs += [make_records("dense-s1", "dense_continued", 0.2, seed=1, score=0.1, start="start")]
+
+    assert rows(Tables(write(*logs)).leads_by_rate("clip_up", ["dense_continued", "dense_equal_flops"]))[2:] == [
+        ["0.1", "+2.00", "–"],
+        ["0.2", "-1.00", "–"],
+    ]
+
+
 def test_experts_and_costs_are_those_of_the_logs(found):
     tables = Tables(found)
 
@@ -102,9 +116,11 @@ def test_logs_of_different_data_are_not_put_on_one_page(write, make_records):
         Tables(write(make_records("a"), other)).data()
 
 
-def test_the_studys_own_template_gives_a_page_and_figures_that_stay_the_same(found, tmp_path, capsys):
-    for name in (report.TEMPLATE, "step.csv"):
-        shutil.copy(ROOT / "studies" / "icons" / name, tmp_path)
+@pytest.mark.parametrize("study", ["icons", "icons-w384"])
+def test_the_studies_own_templates_give_pages_and_figures_that_stay_the_same(study, found, tmp_path, capsys):
+    for path in (ROOT / "studies" / study).iterdir():
+        if path.name == report.TEMPLATE or path.suffix == ".csv":
+            shutil.copy(path, tmp_path)
 
     (tmp_path / "sparse-a.yaml").touch()
     (tmp_path / "to-come.yaml").touch()
@@ -117,7 +133,8 @@ def test_the_studys_own_template_gives_a_page_and_figures_that_stay_the_same(fou
     assert contents[0] == contents[1]
     assert set(contents[0]) == {"study.md", "study_recall.svg", "study_loss.svg", "study_similarity.svg"}
     page = contents[0]["study.md"].decode()
-    assert "1,000" in page and "11 the same and 12 nearly the same" in page and "54.0 ± 2.8" in page
+    assert "54.0 ± 2.8" in page and "@iconify/json 1.2.3" in page
+    assert study != "icons" or ("1,000" in page and "11 the same and 12 nearly the same" in page)
     assert "1 of 2 runs have no log yet" in page
     for name, content in contents[0].items():
         assert not name.endswith(".svg") or ElementTree.fromstring(content).tag.endswith("svg")

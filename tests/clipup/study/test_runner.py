@@ -114,6 +114,26 @@ def test_the_cost_counts_forward_and_backward_of_every_pair(study, data):
     assert cost["machine"]["threads"] == 1 and cost["seconds"] > 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read_or_written(study, data):
+    it = study("device", data)
+    it.write(dense=DENSE)
+
+    with pytest.raises(ValueError, match="device is 'cuda', but torch finds no CUDA GPU"):
+        runner.run(it.directory / "dense.yaml", "no-data", it.directory / "runs", device="cuda")
+    assert not (it.directory / "runs").exists() and not (it.directory / "logs").exists()
+
+
+@pytest.mark.cuda
+def test_a_run_on_a_gpu_names_it(study, data):
+    it = study("gpu", data)
+    it.write(dense=DENSE, sparse=SPARSE)
+
+    path = runner.run(it.directory / "sparse.yaml", it.data, it.directory / "runs", device="cuda")
+
+    assert log.read(path)[-1]["machine"]["processor"] == torch.cuda.get_device_name()
+
+
 def test_a_run_that_was_stopped_twice_has_the_log_of_one_that_was_not(study, data, monkeypatch):
     whole = study("whole", data)
     whole.write(dense=DENSE, sparse=SPARSE)

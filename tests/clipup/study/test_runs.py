@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from clipup.config import MoEConfig
 from clipup.study import runs
 from clipup.upcycle import upcycle
 
-STUDY = Path(__file__).parents[3] / "studies" / "icons"
-MAIN_ARMS = {"dense", "dense_continued", "dense_equal_flops", "clip_up", "limoe", "sparse_scratch"}
+STUDIES = Path(__file__).parents[3] / "studies"
+FROM_SCRATCH = {"dense", "sparse_scratch"}
+GOING_ON = {"dense_continued", "dense_equal_flops", "clip_up", "limoe"}
 COMPLETE = "arm: clip_up\nmodel: clipup-icons-w64\nsteps: 10\nlr: 0.001\n"
 
 
@@ -26,9 +28,18 @@ def write(tmp_path):
     return write
 
 
+def read_all(study: str) -> list[runs.StudyRun]:
+    return [runs.read(path) for path in sorted((STUDIES / study).glob("*.yaml"))]
+
+
+@pytest.fixture(scope="module", params=["icons", "icons-w384"])
+def committed(request):
+    return read_all(request.param)
+
+
 @pytest.fixture(scope="module")
-def committed():
-    return [runs.read(path) for path in sorted(STUDY.glob("*.yaml"))]
+def icons():
+    return read_all("icons")
 
 
 def test_a_config_names_its_run_by_its_file_and_changes_the_preset(write):
@@ -73,24 +84,44 @@ def test_runs_of_the_study_are_called_what_they_are(committed):
         assert f"-lr{run.lr:g}-" in run.name and run.name.endswith(f"-s{run.seed}") and run.why
 
 
-def test_runs_at_equal_flops_cost_what_they_are_compared_with(committed):
-    """A dense run of arm ``dense_equal_flops`` costs what CLIP-UP costs in the steps of its budget; so does a sparse
-    one from scratch, with the dense steps that CLIP-UP started from."""
-    dense = models.create_on_meta("clipup-icons-w64")
-    costs = [sum(flops.count(model)[:2]) for model in (dense, upcycle(dense, MoEConfig.clip_up()))]
-    ratio = costs[1] / costs[0]
+def test_dense_runs_at_equal_flops_cost_what_clip_up_costs_in_the_steps_of_their_budget(committed):
+    (model,) = {run.model for run in committed}
+    ratio = cost_ratio(model)
     equal = [run for run in committed if run.arm == "dense_equal_flops"]
-    scratch = [run for run in committed if run.arm == "sparse_scratch"]
 
     assert equal and all(run.steps == round(run.budget * ratio) for run in equal)
-    assert scratch and all(run.steps == round(5000 / ratio) + run.budget for run in scratch)
 
 
-def test_every_learning_rate_of_one_arm_is_one_of_all_arms(committed):
-    """Dense arms are tuned as hard as sparse ones, all at the same rates."""
+def test_a_sparse_run_from_scratch_costs_what_dense_start_and_clip_up_cost_together(icons):
+    scratch = [run for run in icons if run.arm == "sparse_scratch"]
+
+    assert scratch and all(run.steps == round(5000 / cost_ratio("clipup-icons-w64")) + run.budget for run in scratch)
+
+
+@functools.cache
+def cost_ratio(model: str) -> float:
+    """FLOPs of a pair, CLIP-UP's over the dense model's."""
+    dense = models.create_on_meta(model)
+    costs = [sum(flops.count(one)[:2]) for one in (dense, upcycle(dense, MoEConfig.clip_up()))]
+    return costs[1] / costs[0]
+
+
+@pytest.mark.parametrize("arms", [FROM_SCRATCH, GOING_ON], ids=["from scratch", "going on"])
+def test_every_learning_rate_of_one_arm_is_one_of_all_arms_like_it(arms, icons):
+    """Dense arms are tuned as hard as sparse ones, all at the same rates, and none is left out."""
     rates: dict[str, set[float]] = {}
-    for run in committed:
-        if run.seed == 0 and run.arm in MAIN_ARMS and (run.budget or run.steps) in (2500, 5000):
+    for run in icons:
+        if run.seed == 0 and run.arm in arms and (run.budget or run.steps) in (2500, 5000):
             rates.setdefault(run.arm, set()).add(run.lr)
 
-    assert rates.keys() == MAIN_ARMS and len({frozenset(found) for found in rates.values()}) == 1, rates
+    assert rates.keys() == arms and len({frozenset(found) for found in rates.values()}) == 1, rates
+    assert all(len(found) == 3 for found in rates.values())
+
+
+def test_the_arms_of_the_verdict_have_three_seeds_and_three_lengths(icons):
+    for arm in ("clip_up", "dense_continued", "dense_equal_flops"):
+        lengths = {
+            seed: {run.budget or run.steps for run in icons if (run.arm, run.seed) == (arm, seed)} for seed in range(3)
+        }
+
+        assert lengths == {0: {2500, 7500, 25000}, 1: {2500}, 2: {2500}}
