@@ -35,10 +35,16 @@ class Config(NamedTuple):
     num_stages: int
     descriptors: bool = False
     """Weights come through descriptors (TMA, architecture 90 and later) instead of ``cp.async``."""
+    persistent: int = 0
+    """Blocks started for every multiprocessor, each of which walks over tiles; 0: a block for every tile."""
 
     @property
     def constants(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    @property
+    def forms(self) -> dict[str, bool]:
+        return {"DESCRIPTORS": self.descriptors, "PERSISTENT": self.persistent > 0}
 
     def even(self, depth: int, columns: int) -> dict[str, bool]:
         """Whether whole steps and whole tiles fill the product, so that its loads need no masks."""
@@ -81,6 +87,19 @@ def architecture(device: torch.device) -> int:
             "set CLIPUP_BACKEND=reference to run in plain torch"
         )
     return {9: 90, 10: 100}.get(major, 80)
+
+
+def num_blocks(tiles: int, config: Config, device: torch.device) -> int:
+    """Blocks that a product of so many tiles is launched with.
+
+    For persistent ones the interpreter, on CPU tensors, counts as one multiprocessor.
+    """
+    if not config.persistent:
+        return tiles
+    multiprocessors = 1
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(tiles, config.persistent * multiprocessors)
 
 
 def arithmetic(dtype: torch.dtype) -> str:
@@ -135,7 +154,7 @@ class Case(NamedTuple):
 def cases(arch: int, kernel: str) -> Iterator[Case]:
     """Every tile that the heuristic gives a kernel on an architecture, once, for weights with 128 columns and more.
 
-    On architecture 90 and later the main one also with descriptors, which ``tune`` may choose.
+    The main one also persistent and, on architecture 90 and later, with descriptors, which ``tune`` may choose.
     """
 
     def tiles(depth: int, widths: tuple[int, ...]) -> list[Config]:
@@ -149,6 +168,8 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
             for number, tile in enumerate(tiles(768, (3072, 640))):
                 is_main = number == 0 and dtype == torch.bfloat16
                 yield Case(arch, kernel, dtype, kind, tile, is_main, even=True)
+                if is_main:
+                    yield Case(arch, kernel, dtype, kind, tile._replace(persistent=1), False, even=True)
                 if is_main and arch >= 90 and kernel != "weight_gradient":
                     yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False, even=True)
             for tile in tiles(767, (3071,)):
@@ -225,9 +246,13 @@ def forget() -> None:
 
 
 def _checked(values: object) -> Config:
-    kinds = [int] * 5 + [bool]
-    if not (isinstance(values, list) and [type(value) for value in values] == kinds and all(v > 0 for v in values[:5])):
-        raise ValueError(f"expected {list(Config._fields)} as five positive integers and a bool, got {values!r}")
+    kinds = [int] * 5 + [bool, int]  # tables from before there was ``persistent`` end with the bool
+    well = isinstance(values, list) and len(values) in (6, 7)
+    well = well and [type(value) for value in values] == kinds[: len(values)]
+    if not (well and all(v > 0 for v in values[:5]) and values[-1] >= 0):
+        raise ValueError(
+            f"expected {list(Config._fields)} as five positive integers, a bool and an integer, got {values!r}"
+        )
     if any(v & (v - 1) for v in values[:4]):
         raise ValueError(f"blocks and warps must be powers of two, got {values!r}")
     return Config(*values)

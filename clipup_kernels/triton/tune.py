@@ -41,6 +41,13 @@ def candidates(arch: int, kernel: str, itemsize: int, depth: int, columns: int) 
                 yield config._replace(descriptors=True)
 
 
+def persistent_forms(tile: Config) -> Iterator[Config]:
+    """A tile as it is, and with a few blocks for every multiprocessor, which walk over tiles."""
+    yield tile
+    for blocks in (1, 2, 4):
+        yield tile._replace(persistent=blocks)
+
+
 def products(
     width: int, hidden: int, num_experts: int, top_k: int, num_tokens: int, dtype: torch.dtype, device: str, gated: bool
 ) -> Iterator[Product]:
@@ -124,7 +131,8 @@ def main() -> None:
             usual = configs.heuristic(arch, kernel, kind, bucket, depth, columns)
             tiles = itertools.chain([usual], candidates(arch, kernel, dtype.itemsize, depth, columns))
             before = milliseconds(lambda launch=launch, usual=usual: launch(usual))
-            best, time = fastest(launch, tiles, milliseconds)
+            best, _ = fastest(launch, tiles, milliseconds)
+            best, time = fastest(launch, persistent_forms(best), milliseconds)
             path = configs.store({name: best})
             print(
                 f"{name}: {before:.3f} ms with {tuple(usual)}, {time:.3f} ms with {tuple(best)} -> {path}", flush=True

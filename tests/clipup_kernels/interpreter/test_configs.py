@@ -1,6 +1,7 @@
 """Which tiles the grouped products are launched with, and the table that holds measured ones."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(monkeypatch):
 
 def test_what_was_measured_is_used_and_nothing_else_changes(table):
     usual = configs.heuristic(90, "project_in", "half", "many", 768, 3072)
-    measured = Config(64, 128, 32, 8, 2, True)
+    measured = Config(64, 128, 32, 8, 2, True, 2)
     assert measured != usual
     table.write_text("{}")
     assert configs.choose("project_in", CPU, torch.bfloat16, 50000, 8, 768, 3072) == usual
@@ -86,12 +87,32 @@ def test_what_was_measured_is_used_and_nothing_else_changes(table):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"a": 3}', '{"a": [64, 64, 64, 4, 3]}', '{"a": [64, 96, 64, 4, 3, false]}']
-)
+    "content",
+    [
+        "{", "[]", '{"a": 3}', '{"a": [64, 64, 64, 4, 3]}', '{"a": [64, 96, 64, 4, 3, false]}',
+        '{"a": [64, 64, 64, 4, 3, false, -1]}', '{"a": [64, 64, 64, 4, 3, false, true]}',
+    ],
+)  # fmt: skip
 def test_a_broken_table_is_refused_by_its_path(table, content):
     table.write_text(content)
     with pytest.raises(ValueError, match="table.json.*delete it"):
         configs.choose("project_rows", CPU, torch.bfloat16, 50000, 8, 3072, 768)
+
+
+def test_a_table_from_before_persistent_products_is_read(table):
+    name = configs.entry_name(90, "project_rows", "half", "many", 3072, 768)
+    table.write_text(json.dumps({name: [64, 128, 32, 8, 2, False]}))
+    assert configs.choose("project_rows", CPU, torch.bfloat16, 50000, 8, 3072, 768) == Config(64, 128, 32, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("persistent", "tiles", "blocks"), [(0, 1000, 1000), (1, 1000, 132), (2, 1000, 264), (2, 9, 9)]
+)
+def test_a_persistent_product_gets_no_more_blocks_than_the_gpu_holds(monkeypatch, persistent, tiles, blocks):
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    config = Config(128, 128, 64, 8, 3, persistent=persistent)
+    assert configs.num_blocks(tiles, config, torch.device("cuda:0")) == blocks
 
 
 def test_a_table_that_was_named_must_exist(table):
@@ -157,6 +178,8 @@ def test_tuning_takes_the_quickest_tile_that_the_gpu_has_room_for():
 
     best, time = tune.fastest(launch, iter(tiles), lambda run: times[run()])
     assert best == tiles[-2] and time == 2.0
+    forms = list(tune.persistent_forms(best))
+    assert forms[0] == best and [form.persistent for form in forms] == [0, 1, 2, 4]
 
 
 def test_tuning_measures_every_product_of_a_training_step():
