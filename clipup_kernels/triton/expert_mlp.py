@@ -1,12 +1,13 @@
-"""The fused expert MLP, forward: three launches.
+"""The fused expert MLP, forward: three launches, or two where z is not kept and the model is narrow.
 
     project_in     z = x W_in^T + b_in, rows gathered from x as they are loaded; a = act(z) in the epilogue.
                    Gated experts: both pre-activations from one pass over the rows, a = act(z_gate) * z_in.
     project_rows   a W_out^T + b_out                                                          (grouped_linear.py)
     combine        y = the gated sum of a token's rows                                        (rows.py)
+    project_both   the first two in one                                           (expert_mlp_inference.py)
 
-z is rounded to the storage type before the activation whether it is kept or not, so that training, inference and a
-recomputed z give the same a to the bit. In inference it is not written.
+z is rounded to the storage type before the activation whether it is kept or not: training and inference compute the
+same function, and ``project_in`` gives the same a to the bit. In inference z is not written.
 
 ``dense_mlp`` has no kernels here: one MLP has nothing to route or to gather, and torch's own linear layers are what
 these products are held to.
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate
+from .expert_mlp_inference import project_both
 from .grouped_gemm import (
     add_bias,
     describe,
@@ -174,11 +176,23 @@ def expert_mlp_forward(
     activation, keep_z,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [T, D], and z ([R, H], gated [2, R, H]) or a tensor of 0 elements if not ``keep_z``."""
-    z, a = project_in(
-        x, offsets, choice_of_row, row_of_choice.shape[1], in_weight, in_bias, gate_weight, gate_bias, activation,
-        keep_z=keep_z, keep_a=True,
-    )  # fmt: skip
-    out = project_rows(a, out_weight, out_bias, offsets)
+    num_rows, top_k = len(choice_of_row), row_of_choice.shape[1]
+    num_experts, hidden, width = in_weight.shape
+    both = None
+    if not keep_z:
+        kernel = "project_both" if gate_weight is None else "project_both_gated"
+        both = configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, width, hidden)
+    if both is None:
+        z, a = project_in(
+            x, offsets, choice_of_row, top_k, in_weight, in_bias, gate_weight, gate_bias, activation,
+            keep_z=keep_z, keep_a=True,
+        )  # fmt: skip
+        out = project_rows(a, out_weight, out_bias, offsets)
+    else:
+        out = project_both(
+            x, offsets, choice_of_row, top_k, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
+            activation, both,
+        )  # fmt: skip
     y = rows.combine(out, gates, offsets, choice_of_row, row_of_choice)
     return y, z if keep_z else x.new_empty(0)
 

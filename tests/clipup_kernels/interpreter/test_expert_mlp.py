@@ -116,16 +116,6 @@ def test_weights_read_by_descriptors_follow_the_oracle(monkeypatch, shape, gated
     assert sum(tile.descriptors for tile in tiles) == 4
 
 
-@pytest.fixture
-def poisoned_memory():
-    """New tensors hold NaN, so that what a kernel does not write shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_three_blocks_that_walk_over_all_tiles_give_the_bits_of_a_block_for_every_tile(
