@@ -199,7 +199,7 @@ def cases_both(arch: int, kernel: str) -> Iterator[Case]:
     wide = [Config(64 if arch == 80 else 128, 32, 256, 8, 2)]
     if arch >= 90 and kernel == "project_both":
         wide.append(Config(64, 32, 512, 8, 2))
-    usual = (heuristic(arch, kernel, "half", "many", width, 3072) for width in (128, 64, 32, 16))
+    usual = (heuristic(arch, kernel, "half", "many", width, 3072) for width in (16, 32, 64, 128))
     for tile in (*usual, *wide):
         for dtype in (torch.bfloat16, torch.float16):
             is_main = tile.block_k == _USUALLY_BOTH and dtype == torch.bfloat16
