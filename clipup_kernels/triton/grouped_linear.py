@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, operand
+from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, operand, place
 from .launch import dense
 from .variants import Variant
 from .weight_gradient import weight_gradient
@@ -29,12 +29,9 @@ def _rows_tile(
 ):  # fmt: skip
     column_tiles = tl.cdiv(columns, BLOCK_N)
     expert, first, end = find_tile(offsets, tile // column_tiles, num_rows, num_experts, BLOCK_M, GROUPS)
-    row = first + tl.arange(0, BLOCK_M)
     first_column = (tile % column_tiles) * BLOCK_N
-    column = first_column + tl.arange(0, BLOCK_N)
-    inside = (row < end)[:, None] & (column < columns)[None, :]
-    target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
     if (first < end) & (expert < num_experts):
+        row = first + tl.arange(0, BLOCK_M)
         own = tl.where(row < end, row, first).to(tl.int64)  # surplus rows repeat the first: nothing else is read
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total = multiply(
@@ -46,10 +43,13 @@ def _rows_tile(
                 total, other_rows + own * depth, other_weight, expert, first_column, depth, columns,
                 TRANSPOSED, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-        total = add_bias(total, bias, expert, column, columns)
-        tl.store(target, total.to(out.dtype.element_ty), mask=inside)
-    elif FILL_EMPTY:
-        tl.store(target, tl.zeros([BLOCK_M, BLOCK_N], out.dtype.element_ty), mask=inside)
+        total = add_bias(total, bias, expert, first_column + tl.arange(0, BLOCK_N), columns)
+        corner, target, inside = place(first, end, first_column, columns, EVEN_COLUMNS, BLOCK_M, BLOCK_N)
+        tl.store(out + corner + target, total.to(out.dtype.element_ty), mask=inside)
+    if FILL_EMPTY:
+        if expert == num_experts:
+            corner, target, inside = place(first, end, first_column, columns, EVEN_COLUMNS, BLOCK_M, BLOCK_N)
+            tl.store(out + corner + target, tl.zeros([BLOCK_M, BLOCK_N], out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "tiles"])
