@@ -55,10 +55,11 @@ needing() {  # needing PROGRAM|MODULE.py NAME LIMIT COMMAND...: a step, skipped 
   fi
 }
 
-sanitized() {  # sanitized TOOL LIMIT: small layers under compute-sanitizer, every tensor in an allocation of its own
+sanitized() {  # sanitized TOOL LIMIT: small shapes under compute-sanitizer, every tensor in an allocation of its own
   needing compute-sanitizer "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 9 \
-    "$PYTHON" -m pytest -q -p no:cacheprovider tests/clipup_kernels/test_cuda_layer.py -k small
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/clipup_kernels/test_cuda_layer.py \
+    tests/clipup_kernels/test_cuda_native.py -k small
 }
 
 workers=()  # most of the tests' time is Triton compiling
@@ -73,13 +74,13 @@ layer forward 60 forward "${main_case[@]}" --dtype bf16
 layer training 75 training "${main_case[@]}" --dtype bf16
 step cuda_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
   tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cuda_native.py tests/clipup_kernels/test_cuda_layer.py
-sanitized memcheck 60
+sanitized memcheck 70
 layer forward_sizes 60 forward "${other_cases[@]}" --dtype bf16
 layer training_sizes 75 training "${other_cases[@]}" --dtype bf16
 needing open_clip.py clip_throughput 100 "$PYTHON" benchmarks/clip_throughput.py --device cuda --batch-size 64 \
   --seconds 4 --pass fwd fwd_bwd --models ViT-B-16 "ViT-B-16 CLIP-UP" ViT-L-14 --csv "$out/clip_throughput.csv"
 layer forward_fp16 60 forward "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
 layer training_fp16 75 training "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
-sanitized racecheck 60
+sanitized racecheck 70
 step routing_stages 60 "$PYTHON" benchmarks/gpu_stages.py --csv "$out/routing_stages.csv"
 "$PYTHON" benchmarks/gpu_summary.py "$out"

@@ -59,7 +59,9 @@ def dispatch(
 ) -> Plan:
     num_tokens, k = experts.shape
     device, num_rows = experts.device, num_tokens * k
-    takes_part = (experts >= 0).any(1) if mask is None else (experts >= 0).any(1) & mask
+    takes_part = ((experts >= 0) & (experts < num_experts)).any(1)
+    if mask is not None:
+        takes_part &= mask
     order = torch.arange(num_tokens, device=device)
     if priority is not None:
         order = serving_order(priority)

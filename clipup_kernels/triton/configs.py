@@ -21,12 +21,17 @@ TABLE_PATH = "CLIPUP_TRITON_CONFIGS"
 """Environment variable: the file that ``tune`` writes and that is read when the first product is launched."""
 
 KERNELS = ("project_in", "project_in_gated", "project_rows", "project_back", "weight_gradient")
+BOTH_KERNELS = ("project_both", "project_both_gated")
+"""Both products of inference in one launch; where their config is None, it takes two."""
 BUCKETS = {"few": 96, "some": 768, "many": float("inf")}
 """Classes of rows per expert, with the most that each admits."""
 
 
 class Config(NamedTuple):
-    """How a grouped product is cut: a block computes ``block_m x block_n`` outputs, ``block_k`` terms at a time."""
+    """How a grouped product is cut: a block computes ``block_m x block_n`` outputs, ``block_k`` terms at a time.
+
+    ``project_both`` cuts its first product so, and computes all of its terms at once.
+    """
 
     block_m: int
     block_n: int
@@ -35,10 +40,16 @@ class Config(NamedTuple):
     num_stages: int
     descriptors: bool = False
     """Weights come through descriptors (TMA, architecture 90 and later) instead of ``cp.async``."""
+    persistent: int = 0
+    """Blocks started for every multiprocessor, each of which walks over tiles; 0: a block for every tile."""
 
     @property
     def constants(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    @property
+    def forms(self) -> dict[str, bool]:
+        return {"DESCRIPTORS": self.descriptors, "PERSISTENT": self.persistent > 0}
 
     def even(self, depth: int, columns: int) -> dict[str, bool]:
         """Whether whole steps and whole tiles fill the product, so that its loads need no masks."""
@@ -83,6 +94,19 @@ def architecture(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
+def num_blocks(tiles: int, config: Config, device: torch.device) -> int:
+    """Blocks that a product of so many tiles is launched with.
+
+    For persistent ones the interpreter, on CPU tensors, counts as one multiprocessor.
+    """
+    if not config.persistent:
+        return tiles
+    multiprocessors = 1
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(tiles, config.persistent * multiprocessors)
+
+
 def arithmetic(dtype: torch.dtype) -> str:
     """How ``dtype`` is multiplied: "half" for 16 bits; float32 by "tf32" if torch allows it in matmuls, else "ieee"."""
     if dtype != torch.float32:
@@ -100,8 +124,18 @@ def bucket_of(num_rows: int, num_experts: int) -> str:
     return next(name for name, most in BUCKETS.items() if num_rows <= most * num_experts)
 
 
-def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config:
-    """A tile for products of ``depth`` terms that yield ``columns`` columns."""
+# The widest model whose two products are computed in one launch by default: with 128 columns two blocks share a
+# multiprocessor on architecture 90 and later. Whether wider ones pay, of which it holds one block, tune finds out.
+_USUALLY_BOTH = 128
+
+
+def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config | None:
+    """A tile for products of ``depth`` terms that yield ``columns`` columns; None: no ``project_both``."""
+    if kernel in BOTH_KERNELS:
+        # A block computes whole rows of its output: few rows do not fill a GPU with blocks.
+        if kind != "half" or bucket != "many" or depth > _USUALLY_BOTH or depth % 16 or columns % 32:
+            return None
+        return Config(128, 32, _power_of_two(depth), 8, 3 if arch == 80 else 2)
     fused, plain = _TILES[arch, kind]
     tile = fused if kernel in ("project_in", "project_in_gated", "project_back") else plain
     if depth % 16 or columns % 16:  # rows that are not aligned come element by element, through registers
@@ -135,7 +169,7 @@ class Case(NamedTuple):
 def cases(arch: int, kernel: str) -> Iterator[Case]:
     """Every tile that the heuristic gives a kernel on an architecture, once, for weights with 128 columns and more.
 
-    On architecture 90 and later the main one also with descriptors, which ``tune`` may choose.
+    The main one also persistent and, on architecture 90 and later, with descriptors, which ``tune`` may choose.
     """
 
     def tiles(depth: int, widths: tuple[int, ...]) -> list[Config]:
@@ -149,30 +183,53 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
             for number, tile in enumerate(tiles(768, (3072, 640))):
                 is_main = number == 0 and dtype == torch.bfloat16
                 yield Case(arch, kernel, dtype, kind, tile, is_main, even=True)
+                if is_main:
+                    yield Case(arch, kernel, dtype, kind, tile._replace(persistent=1), False, even=True)
                 if is_main and arch >= 90 and kernel != "weight_gradient":
                     yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False, even=True)
             for tile in tiles(767, (3071,)):
                 yield Case(arch, kernel, dtype, kind, tile, False, even=False)
 
 
+def cases_both(arch: int, kernel: str) -> Iterator[Case]:
+    """Every tile that the heuristic gives one of ``BOTH_KERNELS``, and some that ``tune`` may choose for wider models.
+
+    With ``even`` unset, the width is a multiple of 16 that does not fill the tile.
+    """
+    wide = [Config(64 if arch == 80 else 128, 32, 256, 8, 2)]
+    if arch >= 90 and kernel == "project_both":
+        wide.append(Config(64, 32, 512, 8, 2))
+    usual = (heuristic(arch, kernel, "half", "many", width, 3072) for width in (16, 32, 64, 128))
+    for tile in (*usual, *wide):
+        for dtype in (torch.bfloat16, torch.float16):
+            is_main = tile.block_k == _USUALLY_BOTH and dtype == torch.bfloat16
+            yield Case(arch, kernel, dtype, "half", tile, is_main, even=True)
+            if tile.block_k in (128, 256):  # beside 512 columns there is no register left for a mask
+                yield Case(arch, kernel, dtype, "half", tile, False, even=False)
+
+
 def choose(
     kernel: str, device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, depth: int, columns: int
-) -> Config:
+) -> Config | None:
     """The config of a launch: from the measured table if the case is in it, from the heuristic if not.
 
+    None: the products of ``project_both`` take two launches.
+
     Args:
-        kernel: one of ``KERNELS``.
-        num_rows: R. depth, columns: terms and columns of the product; for ``weight_gradient``, whose terms are rows,
-            the rows and columns of a weight.
+        kernel: one of ``KERNELS`` or ``BOTH_KERNELS``.
+        num_rows: R. depth, columns: terms and columns of the product, of two the first's; for ``weight_gradient``,
+            whose terms are rows, the rows and columns of a weight.
     """
     bucket = bucket_of(num_rows, num_experts)
     return _choose(architecture(device), kernel, arithmetic(dtype), bucket, depth, columns)
 
 
 @functools.cache
-def _choose(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config:
-    measured = table().get(entry_name(arch, kernel, kind, bucket, depth, columns))
-    return measured or heuristic(arch, kernel, kind, bucket, depth, columns)
+def _choose(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config | None:
+    name = entry_name(arch, kernel, kind, bucket, depth, columns)
+    if name in table():
+        return table()[name]
+    return heuristic(arch, kernel, kind, bucket, depth, columns)
 
 
 def entry_name(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> str:
@@ -189,8 +246,8 @@ def table_path() -> Path:
 
 
 @functools.cache
-def table() -> dict[str, Config]:
-    """The measured configs by ``entry_name``; empty where nothing was measured.
+def table() -> dict[str, Config | None]:
+    """The measured configs by ``entry_name``, None where two launches beat ``project_both``; empty before ``tune``.
 
     Raises:
         ValueError: the file is no table of configs.
@@ -200,7 +257,7 @@ def table() -> dict[str, Config]:
     if not path.exists() and not os.environ.get(TABLE_PATH):
         return {}
     try:
-        return {name: _checked(values) for name, values in json.loads(path.read_text()).items()}
+        return {name: _checked(name, values) for name, values in json.loads(path.read_text()).items()}
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} is no table of configs ({error}); delete it, or write it anew with "
@@ -208,12 +265,12 @@ def table() -> dict[str, Config]:
         ) from error
 
 
-def store(measured: dict[str, Config]) -> Path:
+def store(measured: dict[str, Config | None]) -> Path:
     """Adds configs to the table's file and returns its path; launches from now on read them."""
     path = table_path()
-    known = {name: list(config) for name, config in table().items()} if path.exists() else {}
+    configs = (table() if path.exists() else {}) | measured
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known | {name: list(config) for name, config in measured.items()}, indent=1) + "\n")
+    path.write_text(json.dumps({name: config and list(config) for name, config in configs.items()}, indent=1) + "\n")
     forget()
     return path
 
@@ -224,10 +281,16 @@ def forget() -> None:
     _choose.cache_clear()
 
 
-def _checked(values: object) -> Config:
-    kinds = [int] * 5 + [bool]
-    if not (isinstance(values, list) and [type(value) for value in values] == kinds and all(v > 0 for v in values[:5])):
-        raise ValueError(f"expected {list(Config._fields)} as five positive integers and a bool, got {values!r}")
+def _checked(name: str, values: object) -> Config | None:
+    if values is None and any(f" {kernel} " in name for kernel in BOTH_KERNELS):
+        return None
+    kinds = [int] * 5 + [bool, int]  # tables from before there was ``persistent`` end with the bool
+    well = isinstance(values, list) and len(values) in (6, 7)
+    well = well and [type(value) for value in values] == kinds[: len(values)]
+    if not (well and all(v > 0 for v in values[:5]) and values[-1] >= 0):
+        raise ValueError(
+            f"expected {list(Config._fields)} as five positive integers, a bool and an integer, got {values!r}"
+        )
     if any(v & (v - 1) for v in values[:4]):
         raise ValueError(f"blocks and warps must be powers of two, got {values!r}")
     return Config(*values)

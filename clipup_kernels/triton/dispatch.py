@@ -66,7 +66,8 @@ def _count(
                 best = tl.full([BLOCK_T], -1, tl.int32)
                 for choice in range(K):
                     place = experts + token.to(tl.int64) * K + choice
-                    best = tl.maximum(best, tl.load(place, mask=token < T, other=-1))
+                    owner = tl.load(place, mask=token < T, other=-1)
+                    best = tl.maximum(best, tl.where(owner < E, owner, -1))
                 if mask is not None:
                     best = tl.where(tl.load(mask + token, mask=token < T, other=0) != 0, best, -1)
                 tokens_counted += (best >= 0).to(tl.int32)
@@ -136,7 +137,7 @@ def _blocks(num_experts: int) -> dict[str, int]:
 
 
 def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
-    """As ``generic.dispatch``; an expert outside of [-1, E) is not refused, for want of a look at it, and gets no row.
+    """As ``generic.dispatch``; an expert outside of [-1, E) is not refused, for want of a look at it, but counts as -1.
 
     With ``priority`` torch sorts the tokens first, stably and without waiting for the device.
     """

@@ -1,12 +1,13 @@
-"""The fused expert MLP, forward: three launches.
+"""The fused expert MLP, forward: three launches, or two where z is not kept and the model is narrow.
 
     project_in     z = x W_in^T + b_in, rows gathered from x as they are loaded; a = act(z) in the epilogue.
                    Gated experts: both pre-activations from one pass over the rows, a = act(z_gate) * z_in.
     project_rows   a W_out^T + b_out                                                          (grouped_linear.py)
     combine        y = the gated sum of a token's rows                                        (rows.py)
+    project_both   the first two in one                                           (expert_mlp_inference.py)
 
-z is rounded to the storage type before the activation whether it is kept or not, so that training, inference and a
-recomputed z give the same a to the bit. In inference it is not written.
+z is rounded to the storage type before the activation whether it is kept or not: training and inference compute the
+same function, and ``project_in`` gives the same a to the bit. In inference z is not written.
 
 ``dense_mlp`` has no kernels here: one MLP has nothing to route or to gather, and torch's own linear layers are what
 these products are held to.
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate
+from .expert_mlp_inference import project_both
 from .grouped_gemm import (
     add_bias,
     describe,
@@ -64,60 +66,80 @@ def _finish_in(
         tl.store(a + corner + target, activated.to(STORAGE), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
-def _project_in(
-    x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a, num_rows, num_experts, top_k, depth, columns,
+@triton.jit
+def _in_tile(
+    tile, x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
+    num_rows, num_experts, top_k, depth, columns,
     ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(columns, BLOCK_N)
-    tile = tl.program_id(0) // column_tiles
-    expert, first, end = find_tile(offsets, tile, num_rows, num_experts, BLOCK_M, GROUPS)
-    if first >= end:
-        return
+    expert, first, end = find_tile(offsets, tile // column_tiles, num_rows, num_experts, BLOCK_M, GROUPS)
     row = first + tl.arange(0, BLOCK_M)
-    first_column = (tl.program_id(0) % column_tiles) * BLOCK_N
+    first_column = (tile % column_tiles) * BLOCK_N
     plane = num_rows.to(tl.int64) * columns  # from the pre-activations of W_in to those of W_gate
-    if expert == num_experts:
-        if z is not None:
-            column = first_column + tl.arange(0, BLOCK_N)
-            target = z + row.to(tl.int64)[:, None] * columns + column[None, :]
-            inside = (row < end)[:, None] & (column < columns)[None, :]
-            nothing = tl.zeros([BLOCK_M, BLOCK_N], z.dtype.element_ty)
-            tl.store(target, nothing, mask=inside)
-            if gate_weight is not None:
-                tl.store(target + plane, nothing, mask=inside)
-        return
-    token = tl.load(choice_of_row + row, mask=row < end, other=0) // top_k  # surplus rows compute token 0, unstored
-    left = x + token.to(tl.int64) * depth
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if gate_weight is None:
-        total = multiply(
-            total, left, weight, expert, first_column, depth, columns,
-            False, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        if BLOCK_N < 128:
+    if (first < end) & (expert < num_experts):
+        token = tl.load(choice_of_row + row, mask=row < end, other=0) // top_k  # surplus rows compute token 0, unstored
+        left = x + token.to(tl.int64) * depth
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if gate_weight is None:
+            total = multiply(
+                total, left, weight, expert, first_column, depth, columns,
+                False, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            if BLOCK_N < 128:
+                _finish_in(
+                    total, None, bias, None, z, a, expert, first, end, first_column, plane, columns,
+                    x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            else:
+                parts = quarters(total, BLOCK_M, BLOCK_N)
+                for part in tl.static_range(4):
+                    _finish_in(
+                        parts[part], None, bias, None, z, a, expert, first, end, first_column + part * (BLOCK_N // 4),
+                        plane, columns, x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 4,
+                    )  # fmt: skip
+        else:
+            gate_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            total, gate_total = multiply_pair(
+                total, gate_total, left, weight, gate_weight, expert, first_column, depth, columns,
+                DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
             _finish_in(
-                total, None, bias, None, z, a, expert, first, end, first_column, plane, columns,
+                total, gate_total, bias, gate_bias, z, a, expert, first, end, first_column, plane, columns,
                 x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-        else:
-            parts = quarters(total, BLOCK_M, BLOCK_N)
-            for part in tl.static_range(4):
-                _finish_in(
-                    parts[part], None, bias, None, z, a, expert, first, end, first_column + part * (BLOCK_N // 4),
-                    plane, columns, x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 4,
-                )  # fmt: skip
+    elif z is not None:
+        column = first_column + tl.arange(0, BLOCK_N)
+        target = z + row.to(tl.int64)[:, None] * columns + column[None, :]
+        inside = (row < end)[:, None] & (column < columns)[None, :]
+        nothing = tl.zeros([BLOCK_M, BLOCK_N], z.dtype.element_ty)
+        tl.store(target, nothing, mask=inside)
+        if gate_weight is not None:
+            tl.store(target + plane, nothing, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k", "tiles"])
+def _project_in(
+    x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
+    num_rows, num_experts, top_k, depth, columns, tiles,
+    ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, PERSISTENT: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+            _in_tile(
+                tile, x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
+                num_rows, num_experts, top_k, depth, columns,
+                ACTIVATION, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
     else:
-        gate_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        total, gate_total = multiply_pair(
-            total, gate_total, left, weight, gate_weight, expert, first_column, depth, columns,
-            DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        _finish_in(
-            total, gate_total, bias, gate_bias, z, a, expert, first, end, first_column, plane, columns,
-            x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
+        _in_tile(
+            tl.program_id(0), x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
+            num_rows, num_experts, top_k, depth, columns,
+            ACTIVATION, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -138,12 +160,12 @@ def project_in(
         return z, a
     kernel = "project_in" if gate_weight is None else "project_in_gated"
     config = config or configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, depth, columns)
-    grid = (max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n),)
+    tiles = max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n)
     with torch.cuda.device_of(x):
-        _project_in[grid](
+        _project_in[(configs.num_blocks(tiles, config, x.device),)](
             x, operand(weight, config), bias, operand(gate_weight, config), gate_bias, offsets, choice_of_row, z, a,
-            num_rows, num_experts, top_k, depth, columns,
-            ACTIVATION=activation, DESCRIPTORS=config.descriptors, **config.even(depth, columns),
+            num_rows, num_experts, top_k, depth, columns, tiles,
+            ACTIVATION=activation, **config.forms, **config.even(depth, columns),
             PRECISION=configs.precision(x.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip
     return z, a
@@ -154,11 +176,23 @@ def expert_mlp_forward(
     activation, keep_z,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [T, D], and z ([R, H], gated [2, R, H]) or a tensor of 0 elements if not ``keep_z``."""
-    z, a = project_in(
-        x, offsets, choice_of_row, row_of_choice.shape[1], in_weight, in_bias, gate_weight, gate_bias, activation,
-        keep_z=keep_z, keep_a=True,
-    )  # fmt: skip
-    out = project_rows(a, out_weight, out_bias, offsets)
+    num_rows, top_k = len(choice_of_row), row_of_choice.shape[1]
+    num_experts, hidden, width = in_weight.shape
+    both = None
+    if not keep_z:
+        kernel = "project_both" if gate_weight is None else "project_both_gated"
+        both = configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, width, hidden)
+    if both is None:
+        z, a = project_in(
+            x, offsets, choice_of_row, top_k, in_weight, in_bias, gate_weight, gate_bias, activation,
+            keep_z=keep_z, keep_a=True,
+        )  # fmt: skip
+        out = project_rows(a, out_weight, out_bias, offsets)
+    else:
+        out = project_both(
+            x, offsets, choice_of_row, top_k, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
+            activation, both,
+        )  # fmt: skip
     y = rows.combine(out, gates, offsets, choice_of_row, row_of_choice)
     return y, z if keep_z else x.new_empty(0)
 

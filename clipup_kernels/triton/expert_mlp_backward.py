@@ -59,44 +59,66 @@ def _finish_back(
     return d_gate
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
-def _project_back(
-    dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts, num_rows, num_experts, top_k, depth, columns,
+@triton.jit
+def _back_tile(
+    tile, dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
+    num_rows, num_experts, top_k, depth, columns,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(columns, BLOCK_N)
-    tile = tl.program_id(0) // column_tiles
-    column_tile = tl.program_id(0) % column_tiles
-    expert, first, end = find_tile(offsets, tile, num_rows, num_experts, BLOCK_M, GROUPS)
-    if first >= end or expert == num_experts:
-        return
-    row = first + tl.arange(0, BLOCK_M)
-    own = row < end
-    first_column = column_tile * BLOCK_N
-    plane = num_rows.to(tl.int64) * columns
-    choice = tl.load(choice_of_row + row, mask=own, other=0)
-    da = multiply(
-        tl.zeros([BLOCK_M, BLOCK_N], tl.float32), dy + (choice // top_k).to(tl.int64) * depth, weight, expert,
-        first_column, depth, columns, True, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    gate = tl.load(gates + choice, mask=own, other=0.0)
-    if BLOCK_N < 128:
-        d_gate = _finish_back(
-            da, gate, z, dz, scaled_a, first, end, first_column, plane, columns,
-            GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
+    column_tile = tile % column_tiles
+    expert, first, end = find_tile(offsets, tile // column_tiles, num_rows, num_experts, BLOCK_M, GROUPS)
+    if (first < end) & (expert < num_experts):
+        row = first + tl.arange(0, BLOCK_M)
+        own = row < end
+        first_column = column_tile * BLOCK_N
+        plane = num_rows.to(tl.int64) * columns
+        choice = tl.load(choice_of_row + row, mask=own, other=0)
+        da = multiply(
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), dy + (choice // top_k).to(tl.int64) * depth, weight, expert,
+            first_column, depth, columns, True, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    else:
-        d_gate = tl.zeros([BLOCK_M], tl.float32)
-        das = quarters(da, BLOCK_M, BLOCK_N)
-        for part in tl.static_range(4):
-            d_gate += _finish_back(
-                das[part], gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // 4), plane, columns,
-                GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 4,
+        gate = tl.load(gates + choice, mask=own, other=0.0)
+        if BLOCK_N < 128:
+            d_gate = _finish_back(
+                da, gate, z, dz, scaled_a, first, end, first_column, plane, columns,
+                GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-    if parts is not None:
-        tl.store(parts + row.to(tl.int64) * column_tiles + column_tile, d_gate, mask=own)
+        else:
+            d_gate = tl.zeros([BLOCK_M], tl.float32)
+            das = quarters(da, BLOCK_M, BLOCK_N)
+            for part in tl.static_range(4):
+                d_gate += _finish_back(
+                    das[part], gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // 4), plane, columns,
+                    GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 4,
+                )  # fmt: skip
+        if parts is not None:
+            tl.store(parts + row.to(tl.int64) * column_tiles + column_tile, d_gate, mask=own)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k", "tiles"])
+def _project_back(
+    dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
+    num_rows, num_experts, top_k, depth, columns, tiles,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+            _back_tile(
+                tile, dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
+                num_rows, num_experts, top_k, depth, columns,
+                GATED, ACTIVATION, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        _back_tile(
+            tl.program_id(0), dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
+            num_rows, num_experts, top_k, depth, columns,
+            GATED, ACTIVATION, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 def project_back(
@@ -115,12 +137,13 @@ def project_back(
     dz = torch.empty_like(z) if need_dz else None
     scaled_a = dy.new_empty(num_rows, columns) if need_a else None
     parts = gates.new_empty(num_rows, column_tiles) if need_parts else None
+    tiles = max_tiles(num_rows, num_experts, config.block_m) * column_tiles
     if num_rows > 0:
         with torch.cuda.device_of(dy):
-            _project_back[(max_tiles(num_rows, num_experts, config.block_m) * column_tiles,)](
+            _project_back[(configs.num_blocks(tiles, config, dy.device),)](
                 dy, operand(out_weight, config, transposed=True), z, gates, offsets, choice_of_row, dz, scaled_a, parts,
-                num_rows, num_experts, top_k, depth, columns, GATED=z.dim() == 3, ACTIVATION=activation,
-                DESCRIPTORS=config.descriptors, **config.even(depth, columns),
+                num_rows, num_experts, top_k, depth, columns, tiles, GATED=z.dim() == 3, ACTIVATION=activation,
+                **config.forms, **config.even(depth, columns),
                 PRECISION=configs.precision(dy.dtype), GROUPS=groups(num_experts),
                 **config.constants, **config.options,
             )  # fmt: skip

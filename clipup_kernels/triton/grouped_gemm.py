@@ -1,9 +1,11 @@
 """The inside of every grouped product: which expert a tile belongs to, and a tile's sum over the terms.
 
 Rows are sorted by expert, so a tile of rows belongs to one expert. The host knows R and E but not how many rows an
-expert has: it starts a block for every tile that there could be, and a block finds its tile from ``offsets``. Experts
-follow each other, so that an expert's weights stay in the second-level cache while its tiles are computed. Rows past
-``offsets[E]`` come last, as tiles of a group E that no expert owns.
+expert has: it counts every tile that there could be, and a block finds its tile from ``offsets``. Experts follow each
+other, so that an expert's weights stay in the second-level cache while its tiles are computed. Rows past ``offsets[E]``
+come last, as tiles of a group E that no expert owns. A kernel has one block for every tile or, PERSISTENT, as many as
+the GPU holds, each of which takes the tile that lies as many tiles further on when it is done with one. Nothing may be
+hoisted out of that walk: it would be kept in registers through the products, which need them all.
 """
 
 from __future__ import annotations
@@ -209,7 +211,7 @@ def add_bias(total, bias, expert, column, columns):
 
 _INT32_POINTERS = {"offsets", "choice_of_row"}
 _FLOAT32_POINTERS = {"gates", "parts"}
-_WIDTHS = {"depth", "columns", "left_columns", "right_columns"}
+_WIDTHS = {"depth", "columns", "left_columns", "right_columns", "width", "hidden"}
 _WEIGHTS = {"weight", "other_weight", "gate_weight"}
 _TENSOR_CORE_INSTRUCTION = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
 
@@ -237,12 +239,14 @@ def describe(
         sizes = (block.block_k, block.block_n) if transposed else (block.block_n, block.block_k)
         descriptor = f"tensordesc<{TYPE_NAMES[case.dtype]}[{sizes[0]}, {sizes[1]}]>"
         types |= {name: descriptor for name in names if name in _WEIGHTS}
-    shared = {"DESCRIPTORS": block.descriptors, "PRECISION": "tf32" if case.kind == "tf32" else "ieee", "GROUPS": 16}
+    shared = {"DESCRIPTORS": block.descriptors, "PERSISTENT": block.persistent > 0}
+    shared |= {"PRECISION": "tf32" if case.kind == "tf32" else "ieee", "GROUPS": 16}
     shared |= block.constants
     shared |= {name: case.even for name in names if name.startswith("EVEN_")}
     constants = {name: value for name, value in (shared | constants).items() if name in names}
     tile = f"{block.block_m}x{block.block_n}x{block.block_k} w{block.num_warps}" + ("" if case.even else " odd")
     tile += " descriptors" if block.descriptors else ""
+    tile += " persistent" if block.persistent else ""
     instructions = _TENSOR_CORE_INSTRUCTION[case.arch] if case.kind == "half" else ()
     return Variant(
         f"{case.kernel} {form} {TYPE_NAMES[case.dtype]} {case.kind} {tile}",

@@ -14,46 +14,64 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, operand
+from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, operand, place
 from .launch import dense
 from .variants import Variant
 from .weight_gradient import weight_gradient
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts"])
-def _project_rows(
-    rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns,
+@triton.jit
+def _rows_tile(
+    tile, rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns,
     TRANSPOSED: tl.constexpr, FILL_EMPTY: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(columns, BLOCK_N)
-    tile = tl.program_id(0) // column_tiles
-    expert, first, end = find_tile(offsets, tile, num_rows, num_experts, BLOCK_M, GROUPS)
-    if first >= end:
-        return
-    row = first + tl.arange(0, BLOCK_M)
-    first_column = (tl.program_id(0) % column_tiles) * BLOCK_N
-    column = first_column + tl.arange(0, BLOCK_N)
-    inside = (row < end)[:, None] & (column < columns)[None, :]
-    target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
-    if expert == num_experts:
-        if FILL_EMPTY:
-            tl.store(target, tl.zeros([BLOCK_M, BLOCK_N], out.dtype.element_ty), mask=inside)
-        return
-    own = tl.where(row < end, row, first).to(tl.int64)  # a tile's surplus rows repeat its first: nothing else is read
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    total = multiply(
-        total, rows + own * depth, weight, expert, first_column, depth, columns,
-        TRANSPOSED, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    if other_rows is not None:
+    expert, first, end = find_tile(offsets, tile // column_tiles, num_rows, num_experts, BLOCK_M, GROUPS)
+    first_column = (tile % column_tiles) * BLOCK_N
+    if (first < end) & (expert < num_experts):
+        row = first + tl.arange(0, BLOCK_M)
+        own = tl.where(row < end, row, first).to(tl.int64)  # surplus rows repeat the first: nothing else is read
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total = multiply(
-            total, other_rows + own * depth, other_weight, expert, first_column, depth, columns,
+            total, rows + own * depth, weight, expert, first_column, depth, columns,
             TRANSPOSED, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-    total = add_bias(total, bias, expert, column, columns)
-    tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+        if other_rows is not None:
+            total = multiply(
+                total, other_rows + own * depth, other_weight, expert, first_column, depth, columns,
+                TRANSPOSED, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        total = add_bias(total, bias, expert, first_column + tl.arange(0, BLOCK_N), columns)
+        corner, target, inside = place(first, end, first_column, columns, EVEN_COLUMNS, BLOCK_M, BLOCK_N)
+        tl.store(out + corner + target, total.to(out.dtype.element_ty), mask=inside)
+    if FILL_EMPTY:
+        if expert == num_experts:
+            corner, target, inside = place(first, end, first_column, columns, EVEN_COLUMNS, BLOCK_M, BLOCK_N)
+            tl.store(out + corner + target, tl.zeros([BLOCK_M, BLOCK_N], out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "tiles"])
+def _project_rows(
+    rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns, tiles,
+    TRANSPOSED: tl.constexpr, FILL_EMPTY: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+            _rows_tile(
+                tile, rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns,
+                TRANSPOSED, FILL_EMPTY, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        _rows_tile(
+            tl.program_id(0), rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth,
+            columns, TRANSPOSED, FILL_EMPTY, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS,
+            BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 def project_rows(
@@ -75,12 +93,12 @@ def project_rows(
     if num_rows == 0:
         return out
     config = config or configs.choose("project_rows", rows.device, rows.dtype, num_rows, num_experts, depth, columns)
-    grid = (max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n),)
+    tiles = max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n)
     with torch.cuda.device_of(rows):
-        _project_rows[grid](
+        _project_rows[(configs.num_blocks(tiles, config, rows.device),)](
             rows, operand(weight, config, transposed), other_rows, operand(other_weight, config, transposed), bias,
-            offsets, out, num_rows, num_experts, depth, columns,
-            TRANSPOSED=transposed, FILL_EMPTY=fill_empty, DESCRIPTORS=config.descriptors, **config.even(depth, columns),
+            offsets, out, num_rows, num_experts, depth, columns, tiles,
+            TRANSPOSED=transposed, FILL_EMPTY=fill_empty, **config.forms, **config.even(depth, columns),
             PRECISION=configs.precision(rows.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip
     return out

@@ -10,18 +10,28 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import triton
 
-from . import configs, dispatch, expert_mlp, expert_mlp_backward, gating, grouped_linear, variants, weight_gradient
+from . import (
+    configs,
+    dispatch,
+    expert_mlp,
+    expert_mlp_backward,
+    expert_mlp_inference,
+    gating,
+    grouped_linear,
+    variants,
+    weight_gradient,
+)
 from .configs import Config
 
 SHARED_BYTES = variants.SHARED_BYTES | {80: 99 * 1024}
 """Of a block, by column of the table: the first one serves the small relatives of the large chips too."""
 
-Product = tuple[str, int, int, Callable[[Config], object]]
+Product = tuple[str, int, int, Callable[[Config | None], object]]
 
 
 def candidates(arch: int, kernel: str, itemsize: int, depth: int, columns: int) -> Iterator[Config]:
@@ -41,10 +51,31 @@ def candidates(arch: int, kernel: str, itemsize: int, depth: int, columns: int) 
                 yield config._replace(descriptors=True)
 
 
+def candidates_both(arch: int, kernel: str, itemsize: int, width: int, hidden: int) -> Iterator[Config | None]:
+    """Two launches, and tiles of ``project_both`` for 16-bit types that fit into shared memory and registers."""
+    yield None
+    columns = triton.next_power_of_2(max(width, 16))
+    weights = 3 if kernel == "project_both_gated" else 2
+    for block_m, block_n, num_warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3)):
+        buffers = stages - 1 if arch == 80 else stages  # its tensor cores take the last one from registers
+        operands = (block_m + weights * block_n * buffers) * columns * itemsize
+        fits = operands <= SHARED_BYTES[arch] and block_m * columns <= 128 * 32 * num_warps
+        fits = fits and hidden % block_n == 0 and width % (512 if columns >= 512 else 16) == 0
+        if itemsize == 2 and fits:
+            yield Config(block_m, block_n, columns, num_warps, stages)
+
+
+def persistent_forms(tile: Config) -> Iterator[Config]:
+    """A tile as it is, and with a few blocks for every multiprocessor, which walk over tiles."""
+    yield tile
+    for blocks in (1, 2, 4):
+        yield tile._replace(persistent=blocks)
+
+
 def products(
     width: int, hidden: int, num_experts: int, top_k: int, num_tokens: int, dtype: torch.dtype, device: str, gated: bool
 ) -> Iterator[Product]:
-    """Kernel, depth, columns and launch of every product of a training step, on random inputs."""
+    """Kernel, depth, columns and launch of every product of a training step, and of both of inference in one."""
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, dtype=dtype, device=device)
@@ -85,10 +116,19 @@ def products(
         ),
     )  # fmt: skip
 
+    def both(config: Config | None) -> torch.Tensor:
+        if config is None:
+            _, own_a = expert_mlp.project_in(*in_arguments, keep_z=False, keep_a=True)
+            return grouped_linear.project_rows(own_a, out_weight, out_bias, offsets)
+        return expert_mlp_inference.project_both(*in_arguments[:6], out_weight, out_bias, *in_arguments[6:], config)
+
+    yield "project_both_gated" if gated else "project_both", width, hidden, both
+
 
 def fastest(
-    launch: Callable[[Config], object], tiles: Iterator[Config], milliseconds: Callable[[Callable[[], object]], float]
-) -> tuple[Config, float]:
+    launch: Callable[[Config | None], object], tiles: Iterable[Config | None],
+    milliseconds: Callable[[Callable[[], object]], float],
+) -> tuple[Config | None, float]:  # fmt: skip
     """The quickest of ``tiles`` and its time; those that this GPU has no room for are left out."""
     times = {}
     for tile in tiles:
@@ -122,13 +162,17 @@ def main() -> None:
         for kernel, depth, columns, launch in products(*layer, tokens, dtype, str(device), options.gated):
             name = configs.entry_name(arch, kernel, kind, bucket, depth, columns)
             usual = configs.heuristic(arch, kernel, kind, bucket, depth, columns)
-            tiles = itertools.chain([usual], candidates(arch, kernel, dtype.itemsize, depth, columns))
             before = milliseconds(lambda launch=launch, usual=usual: launch(usual))
-            best, time = fastest(launch, tiles, milliseconds)
+            if kernel in configs.BOTH_KERNELS:
+                tiles = candidates_both(arch, kernel, dtype.itemsize, depth, columns)
+                best, time = fastest(launch, {usual, *tiles}, milliseconds)
+            else:
+                tiles = candidates(arch, kernel, dtype.itemsize, depth, columns)
+                best, _ = fastest(launch, {usual, *tiles}, milliseconds)
+                best, time = fastest(launch, persistent_forms(best), milliseconds)
             path = configs.store({name: best})
-            print(
-                f"{name}: {before:.3f} ms with {tuple(usual)}, {time:.3f} ms with {tuple(best)} -> {path}", flush=True
-            )
+            before_with, with_best = (tuple(tile) if tile else "two launches" for tile in (usual, best))
+            print(f"{name}: {before:.3f} ms with {before_with}, {time:.3f} ms with {with_best} -> {path}", flush=True)
 
 
 if __name__ == "__main__":

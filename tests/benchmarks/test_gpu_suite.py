@@ -74,12 +74,13 @@ def test_what_is_not_installed_is_skipped_by_name(suite):
     }
 
 
-def test_small_layers_run_under_the_sanitizer_where_it_is_installed(suite):
+def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer_where_it_is_installed(suite):
     suite.program("compute-sanitizer", '#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING sanitizer $*"\n')
     _, steps = suite()
     assert steps["memcheck"]["status"] == steps["racecheck"]["status"] == "ok"
     assert suite.log("racecheck").startswith("1 sanitizer --tool racecheck ")
-    assert suite.log("memcheck").endswith("tests/clipup_kernels/test_cuda_layer.py -k small\n")
+    tests = "tests/clipup_kernels/test_cuda_layer.py tests/clipup_kernels/test_cuda_native.py -k small"
+    assert suite.log("memcheck").endswith(f"{tests}\n")
 
 
 def test_what_matters_most_comes_first(suite):

@@ -18,6 +18,7 @@ from moe_cases import (
 )
 
 import clipup_kernels as ck
+from clipup_kernels.triton import configs
 
 pytestmark = NEEDS_GPU
 
@@ -99,6 +100,39 @@ def test_inference_gives_what_training_gives():
     trained = ck.expert_mlp(x.requires_grad_(), gates, plan, *experts)
     with torch.no_grad():
         assert torch.equal(ck.expert_mlp(x, gates, plan, *experts), trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("width", [16, 96, 128, 256, 512], ids=["small", "96", "128", "256", "512"])
+def test_inference_by_both_products_in_one_launch_follows_the_oracle(monkeypatch, width, gated, dtype):
+    kernel = configs.BOTH_KERNELS[gated]
+    cases = configs.cases_both(configs.architecture(torch.device("cuda")), kernel)
+    tile = next((case.config for case in cases if case.config.block_k >= width), None)
+    if tile is None:
+        pytest.skip("this GPU has no room for a tile that wide")
+    choose = configs.choose
+    monkeypatch.setattr(configs, "choose", lambda name, *which: tile if name == kernel else choose(name, *which))
+    shape = Shape(2000, width, 4 * width, 2, 2)
+    gates, plan = route(shape, "masked")
+    x = randn(shape.tokens, width, dtype=dtype, seed=10)
+    arguments = on_gpu((x, gates, plan, *make_experts(shape, dtype, gated=gated)))
+    with torch.no_grad():
+        ours = ck.expert_mlp(*arguments)
+    assert_follows(ours, ck.reference.expert_mlp(*double(arguments)), dtype)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("shape", [SMALL, MANY_ROWS], ids=["small", "many_rows"])
+def test_blocks_that_walk_over_tiles_give_the_bits_of_a_block_for_every_tile(monkeypatch, shape, gated):
+    gates, plan = route(shape, "capacity")
+    x, dy = (randn(shape.tokens, shape.width, dtype=torch.bfloat16, seed=seed) for seed in (10, 11))
+    arguments = on_gpu((x, gates, plan, make_experts(shape, torch.bfloat16, gated=gated), dy))
+    usual = outputs_and_gradients(ck.expert_mlp, *arguments)
+    choose = configs.choose
+    monkeypatch.setattr(configs, "choose", lambda *which: choose(*which)._replace(persistent=1))
+    walked = outputs_and_gradients(ck.expert_mlp, *arguments)
+    assert all(torch.equal(value, walked[what]) for what, value in usual.items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

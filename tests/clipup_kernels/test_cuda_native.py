@@ -13,7 +13,18 @@ pytestmark = [
     pytest.mark.skipif(not cuda_native.built(), reason="the extension is built without CUDA"),
 ]
 
-SIZES = [(0, 8, 2), (1, 4, 2), (1, 1, 1), (777, 8, 2), (50_000, 8, 2), (300, 256, 8), (40, 33, 33), (3000, 100, 3)]
+SIZES = {
+    "no_tokens": (0, 8, 2),
+    "one_token": (1, 4, 2),
+    "one_choice": (1, 1, 1),
+    "small": (777, 8, 2),
+    "small_all_experts": (40, 33, 33),
+    "small_most_experts": (300, 256, 8),
+    "many_experts": (3000, 100, 3),
+    "large": (50_000, 8, 2),
+}
+"""T, E and K; the small ones also run under compute-sanitizer (benchmarks/gpu_suite.sh)."""
+LARGER = {"larger": (200_000, 8, 2), "more_tokens_and_most_experts": (3000, 256, 8)}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +34,7 @@ def poisoned_memory():
 
 @pytest.mark.parametrize("masked", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize(("tokens", "experts", "k"), SIZES)
+@pytest.mark.parametrize(("tokens", "experts", "k"), SIZES.values(), ids=SIZES)
 def test_gating_and_its_gradient_follow_the_oracle(tokens, experts, k, renormalize, masked):
     logits = randn(tokens, experts, seed=tokens)
     mask = torch.rand(tokens, generator=seeded(1)) >= masked if masked else None
@@ -58,7 +69,7 @@ def test_nan_and_ties_choose_as_on_the_cpu():
 
 @pytest.mark.parametrize("prioritised", [False, True])
 @pytest.mark.parametrize("factor", [None, 0.3, 1.0, 1.1, 2.0])
-@pytest.mark.parametrize(("tokens", "experts", "k"), [*SIZES, (200_000, 8, 2), (3000, 256, 8)])
+@pytest.mark.parametrize(("tokens", "experts", "k"), (SIZES | LARGER).values(), ids=SIZES | LARGER)
 def test_the_plan_is_the_oracles(tokens, experts, k, factor, prioritised):
     chosen = torch.rand(tokens, experts, generator=seeded(tokens)).argsort(1)[:, :k].int()
     priority = (torch.rand(tokens, generator=seeded(3)) * 50).round() if prioritised else None

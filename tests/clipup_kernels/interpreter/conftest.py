@@ -3,9 +3,20 @@
 import os
 
 import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
 def interpreted():
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("this process compiles kernels for its GPU; TRITON_INTERPRET=1 pytest -m interpreter")
+
+
+@pytest.fixture
+def poisoned_memory():
+    """New tensors hold NaN, so that what a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

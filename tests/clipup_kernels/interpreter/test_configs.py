@@ -1,6 +1,7 @@
 """Which tiles the grouped products are launched with, and the table that holds measured ones."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -39,6 +40,32 @@ def test_operands_fit_into_shared_memory_and_sums_into_registers(arch, kernel):
         assert block.block_m * columns / (32 * block.num_warps) <= 128, case
 
 
+@pytest.mark.parametrize("kernel", configs.BOTH_KERNELS)
+@pytest.mark.parametrize("arch", tune.SHARED_BYTES)
+def test_both_products_in_one_launch_fit_into_shared_memory_and_registers(arch, kernel):
+    weights = 3 if kernel == "project_both_gated" else 2
+    cases = list(configs.cases_both(arch, kernel))
+    assert {case.config.block_k for case in cases if not case.even} == {128, 256}
+    assert sum(case.is_main for case in cases) == 1
+    for block in [case.config for case in cases] + list(filter(None, tune.candidates_both(arch, kernel, 2, 128, 512))):
+        buffers = block.num_stages - 1 if arch == 80 else block.num_stages
+        operands = (block.block_m + weights * block.block_n * buffers) * block.block_k * 2
+        assert operands <= tune.SHARED_BYTES[arch] and block.block_m * block.block_k / (32 * block.num_warps) <= 128
+
+
+@pytest.mark.parametrize("kernel", configs.BOTH_KERNELS)
+def test_both_products_take_one_launch_only_where_that_is_less_work_and_blocks_fill_the_gpu(kernel):
+    def usual(kind="half", bucket="many", width=128, hidden=512):
+        return configs.heuristic(90, kernel, kind, bucket, width, hidden)
+
+    assert usual().block_k == usual(width=96).block_k == 128
+    for other in (
+        usual("tf32"), usual("ieee"), usual(bucket="some"), usual(bucket="few"), usual(width=144), usual(width=120),
+        usual(hidden=520),
+    ):  # fmt: skip
+        assert other is None
+
+
 def test_the_grid_covers_every_way_to_part_rows_among_experts():
     generator = torch.Generator().manual_seed(0)
     for _ in range(500):
@@ -72,7 +99,7 @@ def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(monkeypatch):
 
 def test_what_was_measured_is_used_and_nothing_else_changes(table):
     usual = configs.heuristic(90, "project_in", "half", "many", 768, 3072)
-    measured = Config(64, 128, 32, 8, 2, True)
+    measured = Config(64, 128, 32, 8, 2, True, 2)
     assert measured != usual
     table.write_text("{}")
     assert configs.choose("project_in", CPU, torch.bfloat16, 50000, 8, 768, 3072) == usual
@@ -86,12 +113,33 @@ def test_what_was_measured_is_used_and_nothing_else_changes(table):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"a": 3}', '{"a": [64, 64, 64, 4, 3]}', '{"a": [64, 96, 64, 4, 3, false]}']
-)
+    "content",
+    [
+        "{", "[]", '{"a": 3}', '{"a": [64, 64, 64, 4, 3]}', '{"a": [64, 96, 64, 4, 3, false]}',
+        '{"a": [64, 64, 64, 4, 3, false, -1]}', '{"a": [64, 64, 64, 4, 3, false, true]}',
+        '{"sm90 project_rows half many 64x64": null}',
+    ],
+)  # fmt: skip
 def test_a_broken_table_is_refused_by_its_path(table, content):
     table.write_text(content)
     with pytest.raises(ValueError, match="table.json.*delete it"):
         configs.choose("project_rows", CPU, torch.bfloat16, 50000, 8, 3072, 768)
+
+
+def test_a_table_from_before_persistent_products_is_read(table):
+    name = configs.entry_name(90, "project_rows", "half", "many", 3072, 768)
+    table.write_text(json.dumps({name: [64, 128, 32, 8, 2, False]}))
+    assert configs.choose("project_rows", CPU, torch.bfloat16, 50000, 8, 3072, 768) == Config(64, 128, 32, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("persistent", "tiles", "blocks"), [(0, 1000, 1000), (1, 1000, 132), (2, 1000, 264), (2, 9, 9)]
+)
+def test_a_persistent_product_gets_no_more_blocks_than_the_gpu_holds(monkeypatch, persistent, tiles, blocks):
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    config = Config(128, 128, 64, 8, 3, persistent=persistent)
+    assert configs.num_blocks(tiles, config, torch.device("cuda:0")) == blocks
 
 
 def test_a_table_that_was_named_must_exist(table):
@@ -157,13 +205,27 @@ def test_tuning_takes_the_quickest_tile_that_the_gpu_has_room_for():
 
     best, time = tune.fastest(launch, iter(tiles), lambda run: times[run()])
     assert best == tiles[-2] and time == 2.0
+    assert tune.fastest(lambda tile: tile, [None, best], lambda run: {None: 1.0, best: 2.0}[run()])[0] is None
+    forms = list(tune.persistent_forms(best))
+    assert forms[0] == best and [form.persistent for form in forms] == [0, 1, 2, 4]
 
 
-def test_tuning_measures_every_product_of_a_training_step():
+def test_tuning_both_products_of_inference_tries_two_launches_and_tiles_for_the_width():
+    for kernel in configs.BOTH_KERNELS:
+        two_launches, *tiles = tune.candidates_both(90, kernel, 2, 256, 1024)
+        assert two_launches is None and len(set(tiles)) == len(tiles) > 3 and {tile.block_k for tile in tiles} == {256}
+    assert any(tile and tile.block_k == 512 for tile in tune.candidates_both(90, "project_both", 2, 512, 2048))
+    for without in ((90, 4, 128, 512), (90, 2, 1024, 4096), (90, 2, 120, 512), (90, 2, 128, 40), (90, 2, 384, 1536)):
+        arch, *sizes = without
+        assert list(tune.candidates_both(arch, "project_both", *sizes)) == [None]
+
+
+def test_tuning_measures_every_product_of_training_and_both_of_inference():
     products = list(tune.products(24, 40, 4, 2, 20, torch.float16, "cpu", gated=True))
     assert {kernel for kernel, *_ in products} == {
-        "project_in_gated", "project_rows", "project_back", "weight_gradient",
+        "project_in_gated", "project_rows", "project_back", "weight_gradient", "project_both_gated",
     }  # fmt: skip
     for kernel, depth, columns, launch in products:
         assert {depth, columns} == {24, 40}
         launch(configs.heuristic(90, kernel, "half", "few", depth, columns))
+    torch.testing.assert_close(launch(None), launch(Config(32, 8, 32, 4, 2)), rtol=0.02, atol=0.02)

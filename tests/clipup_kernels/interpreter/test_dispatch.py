@@ -97,6 +97,14 @@ def test_an_expert_that_does_not_exist_gets_no_row():
     assert offsets[-1] == 98 and (choice_of_row[98:] == -1).all() and (choice_of_row[:98] >= 0).all()
 
 
+def test_a_token_whose_experts_do_not_exist_adds_nothing_to_the_capacity():
+    experts = torch.zeros(8, 2, dtype=torch.int32)
+    experts[:4] = 2
+    experts[4] = torch.tensor([0, 9])
+    offsets, *_ = assert_follows_oracle(experts, 2, 0.5)
+    assert offsets.tolist() == [0, 2, 2]  # 0.5 * 2 * 4 / 2 rows
+
+
 def test_strided_arguments_are_read_as_they_are_indexed():
     experts, mask = random_experts(60, 4, 2).T.contiguous().T, (torch.arange(120) % 3 > 0)[::2]
     assert not experts.is_contiguous()

@@ -10,17 +10,25 @@ from pathlib import Path
 
 import pytest
 
-from clipup_kernels.triton import expert_mlp, expert_mlp_backward, grouped_linear, variants, weight_gradient
+from clipup_kernels.triton import (
+    expert_mlp,
+    expert_mlp_backward,
+    expert_mlp_inference,
+    grouped_linear,
+    variants,
+    weight_gradient,
+)
 
 pytestmark = pytest.mark.interpreter
 
 GPU_STATIC = Path(__file__).parents[3] / "benchmarks" / "gpu_static.py"
-FILES = (expert_mlp, expert_mlp_backward, grouped_linear, weight_gradient)
+FILES = (expert_mlp, expert_mlp_backward, expert_mlp_inference, grouped_linear, weight_gradient)
 MAIN = (
     "project_in gelu bf16 half 128x128x64",
     "project_rows forward bf16 half 128x256x64",
     "project_back gelu bf16 half 128x128x64",
     "weight_gradient in bf16 half 128x256x64",
+    "project_both gelu bf16 half 128x32x128",
 )
 
 
@@ -39,7 +47,9 @@ def test_the_usual_products_use_hoppers_tensor_cores_and_no_stack(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["project_in", "project_rows", "project_back", "gate_gradient", "weight_gradient"])
+@pytest.mark.parametrize(
+    "kernel", ["project_in", "project_rows", "project_back", "project_both", "gate_gradient", "weight_gradient"]
+)
 @pytest.mark.parametrize("arch", variants.ARCHITECTURES)
 def test_every_product_compiles_within_its_limits(arch, kernel):
     assert checked(arch, kernel).endswith(" 0 failures")
@@ -56,3 +66,4 @@ def test_products_in_half_precision_ask_for_tensor_core_instructions(arch, file)
         if " half " in variant.name:
             assert variant.instructions[0] == {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
         assert ("UTMALDG" in variant.instructions) == ("descriptors" in variant.name)
+        assert variant.constants.get("PERSISTENT", False) == variant.name.endswith("persistent")
