@@ -10,8 +10,8 @@
 namespace clipup {
 namespace {
 
-// Bytes from which a gradient would leave the last-level cache before anyone reads it.
-constexpr std::int64_t kLarge = std::int64_t{16} << 20U;
+// Bytes from which a gradient, with the other ones of its layer, would leave the last-level cache before anyone reads it.
+constexpr std::int64_t kLarge = std::int64_t{8} << 20U;
 
 }  // namespace
 

@@ -115,7 +115,7 @@ void linear_layers(int rounds) {
   }
 }
 
-// Gradients larger than 16 MiB are written past the caches, where they are aligned for it and where not.
+// Gradients larger than 8 MiB are written past the caches, where they are aligned for it and where not.
 void streamed_gradients() {
   if (quick()) return;
   check_linear({DType::kFloat32, 3, 1, 2049, 2112, true, false, 0});
