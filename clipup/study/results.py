@@ -90,23 +90,31 @@ def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
     """By group the runs at the learning rate that is best on validation, ordered by seed.
 
     Rates are compared by their mean over the seeds that all rates of the group have; a rate that a single seed was not
-    run with can therefore not win by luck of the seed.
+    run with can therefore not win by luck of the seed. If the best is among those with the most seeds, these are
+    compared once more, over the seeds that all of them have.
     """
     groups: dict[Group, dict[float, list[Result]]] = {}
     for result in results:
         groups.setdefault(group_of(result), {}).setdefault(result.config["lr"], []).append(result)
     best = {}
     for group, by_rate in groups.items():
-        common = set.intersection(*({one.config["seed"] for one in runs} for runs in by_rate.values()))
-        if not common:
-            raise ValueError(f"the learning rates of {tuple(group)} have no seed in common, so none can be chosen")
-
-        def score(rate: float, by_rate: dict = by_rate, common: set = common) -> float:
-            return fmean(one.selection for one in by_rate[rate] if one.config["seed"] in common)
-
-        rate = max(sorted(by_rate), key=score)
+        most = max(map(len, by_rate.values()))
+        rate = _best_rate(group, by_rate)
+        if len(by_rate[rate]) == most:
+            rate = _best_rate(group, {one: runs for one, runs in by_rate.items() if len(runs) == most})
         best[group] = sorted(by_rate[rate], key=lambda one: one.config["seed"])
     return best
+
+
+def _best_rate(group: Group, by_rate: dict[float, list[Result]]) -> float:
+    common = set.intersection(*({one.config["seed"] for one in runs} for runs in by_rate.values()))
+    if not common:
+        raise ValueError(f"the learning rates of {tuple(group)} have no seed in common, so none can be chosen")
+
+    def score(rate: float) -> float:
+        return fmean(one.selection for one in by_rate[rate] if one.config["seed"] in common)
+
+    return max(sorted(by_rate), key=score)
 
 
 def total_gflops(result: Result, results: dict[str, Result]) -> float:

@@ -24,6 +24,30 @@ def test_an_arm_takes_the_rate_that_is_best_on_validation_over_the_seeds_that_al
     assert [one.name for one in best["m", 5, "dense"]] == ["d"]
 
 
+def test_rates_with_the_most_seeds_are_compared_over_all_of_them(write, make_records):
+    """A rate that was dropped after one seed does not keep the others from being told apart by theirs."""
+    scores = {0.1: (0.40,), 0.2: (0.50, 0.60, 0.70), 0.4: (0.52, 0.55, 0.56)}
+    found = write(
+        *(
+            make_records(f"{lr}-{seed}", lr=lr, seed=seed, score=score)
+            for lr, of_rate in scores.items()
+            for seed, score in enumerate(of_rate)
+        )
+    )
+
+    assert [one.name for one in results.chosen(found.values())["m", 5, "clip_up"]] == ["0.2-0", "0.2-1", "0.2-2"]
+
+
+def test_a_rate_with_few_seeds_that_is_ahead_is_not_dropped(write, make_records):
+    found = write(
+        make_records("a", lr=0.1, seed=0, score=0.60),
+        *(make_records(f"b{seed}", lr=0.2, seed=seed, score=score) for seed, score in enumerate((0.5, 0.7))),
+        *(make_records(f"c{seed}", lr=0.4, seed=seed, score=score) for seed, score in enumerate((0.4, 0.9))),
+    )
+
+    assert [one.name for one in results.chosen(found.values())["m", 5, "clip_up"]] == ["a"]
+
+
 def test_rates_without_a_common_seed_cannot_be_compared(write, make_records):
     found = write(make_records("a", lr=0.1, seed=0), make_records("b", lr=0.2, seed=1))
 

@@ -118,10 +118,11 @@ def test_every_learning_rate_of_one_arm_is_one_of_all_arms_like_it(arms, icons):
     assert all(len(found) == 3 for found in rates.values())
 
 
-def test_the_arms_of_the_verdict_have_three_seeds_and_three_lengths(icons):
+def test_the_arms_of_the_verdict_have_the_same_rates_seeds_and_lengths(icons):
+    """Two rates with three seeds each, and one longer run of each length."""
     for arm in ("clip_up", "dense_continued", "dense_equal_flops"):
-        lengths = {
-            seed: {run.budget or run.steps for run in icons if (run.arm, run.seed) == (arm, seed)} for seed in range(3)
-        }
+        own = [run for run in icons if run.arm == arm]
+        lengths = {(run.budget or run.steps, run.lr, run.seed) for run in own}
 
-        assert lengths == {0: {2500, 7500, 25000}, 1: {2500}, 2: {2500}}
+        assert {(2500, lr, seed) for lr in (0.004, 0.008) for seed in range(3)} <= lengths, arm
+        assert {(length, 0.004, 0) for length in (7500, 25000)} <= lengths and len(own) == 9, arm
