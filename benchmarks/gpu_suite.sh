@@ -81,6 +81,7 @@ needing open_clip.py clip_throughput 100 "$PYTHON" benchmarks/clip_throughput.py
   --seconds 4 --pass fwd fwd_bwd --models ViT-B-16 "ViT-B-16 CLIP-UP" ViT-L-14 --csv "$out/clip_throughput.csv"
 layer forward_fp16 60 forward "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
 layer training_fp16 75 training "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
+layer forward_narrow 40 forward --shapes 200000x128x512 4096x128x512 --dtype bf16
 sanitized racecheck 70
 step routing_stages 60 "$PYTHON" benchmarks/gpu_stages.py --csv "$out/routing_stages.csv"
 "$PYTHON" benchmarks/gpu_summary.py "$out"

@@ -101,10 +101,11 @@ def num_blocks(tiles: int, config: Config, device: torch.device) -> int:
     """
     if not config.persistent:
         return tiles
-    multiprocessors = 1
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(tiles, config.persistent * multiprocessors)
+    return min(tiles, config.persistent * multiprocessors(device))
+
+
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def arithmetic(dtype: torch.dtype) -> str:
@@ -125,17 +126,18 @@ def bucket_of(num_rows: int, num_experts: int) -> str:
 
 
 # The widest model whose two products are computed in one launch by default: with 128 columns two blocks share a
-# multiprocessor on architecture 90 and later. Whether wider ones pay, of which it holds one block, tune finds out.
+# multiprocessor on architecture 90 and later. Whether it pays where there is room for one, tune finds out: for wider
+# models, gated experts, architecture 80.
 _USUALLY_BOTH = 128
 
 
 def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config | None:
     """A tile for products of ``depth`` terms that yield ``columns`` columns; None: no ``project_both``."""
     if kernel in BOTH_KERNELS:
-        # A block computes whole rows of its output: few rows do not fill a GPU with blocks.
-        if kind != "half" or bucket != "many" or depth > _USUALLY_BOTH or depth % 16 or columns % 32:
+        roomy = arch >= 90 and kernel == "project_both" and depth <= _USUALLY_BOTH
+        if not roomy or kind != "half" or bucket != "many" or depth % 16 or columns % 32:
             return None
-        return Config(128, 32, _power_of_two(depth), 8, 3 if arch == 80 else 2)
+        return _both_tile(depth)
     fused, plain = _TILES[arch, kind]
     tile = fused if kernel in ("project_in", "project_in_gated", "project_back") else plain
     if depth % 16 or columns % 16:  # rows that are not aligned come element by element, through registers
@@ -150,6 +152,11 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
     if bucket == "few" and tile.block_m > 64:
         tile = tile._replace(block_m=64, num_warps=4)
     return tile._replace(block_k=min(tile.block_k, _power_of_two(depth)))
+
+
+def _both_tile(width: int) -> Config:
+    # With two stages the weights of a step would be asked for right before they are waited for.
+    return Config(128, 32, _power_of_two(width), 8, 3)
 
 
 class Case(NamedTuple):
@@ -192,14 +199,14 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
 
 
 def cases_both(arch: int, kernel: str) -> Iterator[Case]:
-    """Every tile that the heuristic gives one of ``BOTH_KERNELS``, and some that ``tune`` may choose for wider models.
+    """The usual tiles of one of ``BOTH_KERNELS``, and some that ``tune`` may choose for wider models.
 
     With ``even`` unset, the width is a multiple of 16 that does not fill the tile.
     """
     wide = [Config(64 if arch == 80 else 128, 32, 256, 8, 2)]
     if arch >= 90 and kernel == "project_both":
         wide.append(Config(64, 32, 512, 8, 2))
-    usual = (heuristic(arch, kernel, "half", "many", width, 3072) for width in (16, 32, 64, 128))
+    usual = map(_both_tile, (16, 32, 64, 128))
     for tile in (*usual, *wide):
         for dtype in (torch.bfloat16, torch.float16):
             is_main = tile.block_k == _USUALLY_BOTH and dtype == torch.bfloat16
@@ -222,6 +229,17 @@ def choose(
     """
     bucket = bucket_of(num_rows, num_experts)
     return _choose(architecture(device), kernel, arithmetic(dtype), bucket, depth, columns)
+
+
+def choose_both(
+    gated: bool, device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, width: int, hidden: int
+) -> Config | None:
+    """``choose`` for both products in one launch; None also where its tiles do not fill the GPU twice over.
+
+    A block owns whole rows of the output and walks over all hidden units, so that with few tiles most of the GPU waits.
+    """
+    config = choose(BOTH_KERNELS[gated], device, dtype, num_rows, num_experts, width, hidden)
+    return None if config is None or num_rows < 2 * multiprocessors(device) * config.block_m else config
 
 
 @functools.cache
@@ -293,7 +311,10 @@ def _checked(name: str, values: object) -> Config | None:
         )
     if any(v & (v - 1) for v in values[:4]):
         raise ValueError(f"blocks and warps must be powers of two, got {values!r}")
-    return Config(*values)
+    config = Config(*values)
+    if any(f" {kernel} " in name for kernel in BOTH_KERNELS) and (config.descriptors or config.persistent):
+        raise ValueError(f"{name} has neither descriptors nor persistent blocks, got {values!r}")
+    return config
 
 
 def _power_of_two(size: int) -> int:

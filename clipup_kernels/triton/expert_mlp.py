@@ -180,8 +180,7 @@ def expert_mlp_forward(
     num_experts, hidden, width = in_weight.shape
     both = None
     if not keep_z:
-        kernel = "project_both" if gate_weight is None else "project_both_gated"
-        both = configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, width, hidden)
+        both = configs.choose_both(gate_weight is not None, x.device, x.dtype, num_rows, num_experts, width, hidden)
     if both is None:
         z, a = project_in(
             x, offsets, choice_of_row, top_k, in_weight, in_bias, gate_weight, gate_bias, activation,

@@ -5,7 +5,7 @@
 
 A block owns a tile of rows: their x [M, D] and the sums [M, D] stay on the chip while it walks over the hidden units. z
 and a are rounded to the storage type as they are by ``project_in`` and ``project_rows``, which this replaces where
-``configs.choose`` finds a tile for it.
+``configs.choose_both`` finds a tile for it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def warmup(
     Args:
         width, hidden, num_experts, top_k: D, H, E, K.
         tokens: values of T that will be seen; what differs by T is only whether experts have few, some or many rows.
-        training: with z kept, and the backward pass.
+        training: the backward pass too, with z kept and with z computed again.
     """
 
     def zeros(*size: int, wanted: bool = True, dtype: torch.dtype = dtype):
@@ -44,8 +44,10 @@ def warmup(
         logits = router.router_logits(x, router_weight)
         gates, experts, *_ = gating.topk_gating(logits, top_k, True)
         routed = (x, gates, *dispatch.dispatch(experts, num_experts), *parameters)
-        y, z = expert_mlp.expert_mlp_forward(*routed, activation, training)
+        y, z = expert_mlp.expert_mlp_forward(*routed, activation, False)
         if training:
+            expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)
+            y, z = expert_mlp.expert_mlp_forward(*routed, activation, True)
             router.router_logits_backward(logits, x, router_weight, None, [True, True])
             gating.topk_gating_backward(logits, experts, True, None, gates)
             expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)

@@ -18,7 +18,7 @@ from moe_cases import (
 )
 
 import clipup_kernels as ck
-from clipup_kernels.triton import configs
+from clipup_kernels.triton import configs, expert_mlp
 
 pytestmark = NEEDS_GPU
 
@@ -27,6 +27,8 @@ TILED = Shape(3000, 256, 384, 8, 2)
 """Several tiles of every product; experts with some 750 rows."""
 MANY_ROWS = Shape(5000, 256, 512, 4, 2)
 """More than 768 rows an expert, for which the products take their largest tiles."""
+NARROW = Shape(40_000, 64, 128, 4, 2)
+"""Rows that fill every GPU twice over with tiles of 128."""
 
 
 ROUTERS = {
@@ -122,6 +124,33 @@ def test_inference_by_both_products_in_one_launch_follows_the_oracle(monkeypatch
     assert_follows(ours, ck.reference.expert_mlp(*double(arguments)), dtype)
 
 
+@pytest.mark.parametrize(("activation", "bias"), [("gelu", True), ("quick_gelu", False), ("relu", True)])
+def test_inference_of_a_narrow_model_is_one_launch_that_waits_for_nobody_and_is_captured(monkeypatch, activation, bias):
+    if configs.architecture(torch.device("cuda")) < 90:
+        pytest.skip("two launches are the usual ones on this GPU")
+    gates, plan = route(NARROW, "masked")
+    x = randn(NARROW.tokens, NARROW.width, dtype=torch.bfloat16, seed=10)
+    x, gates, plan, experts = on_gpu((x, gates, plan, make_experts(NARROW, torch.bfloat16, activation, bias)))
+    launch, launched = expert_mlp.project_both, []
+    monkeypatch.setattr(expert_mlp, "project_both", lambda *which: launched.append(True) or launch(*which))
+    with torch.no_grad():
+        first = ck.expert_mlp(x, gates, plan, *experts)
+        assert launched
+        with waiting_is_an_error():
+            assert torch.equal(ck.expert_mlp(x, gates, plan, *experts), first)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ck.expert_mlp(x, gates, plan, *experts)
+        captured.fill_(torch.nan)
+        graph.replay()
+    assert torch.equal(captured, first)
+    assert_follows(first, ck.reference.expert_mlp(*double((x, gates, plan, experts))), torch.bfloat16)
+
+
+def test_gradients_of_a_narrow_model_follow_the_oracle_where_z_is_computed_again():
+    assert_experts_follow_oracle(NARROW, "capacity", torch.bfloat16, recompute="full")
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("shape", [SMALL, MANY_ROWS], ids=["small", "many_rows"])
 def test_blocks_that_walk_over_tiles_give_the_bits_of_a_block_for_every_tile(monkeypatch, shape, gated):
@@ -129,9 +158,11 @@ def test_blocks_that_walk_over_tiles_give_the_bits_of_a_block_for_every_tile(mon
     x, dy = (randn(shape.tokens, shape.width, dtype=torch.bfloat16, seed=seed) for seed in (10, 11))
     arguments = on_gpu((x, gates, plan, make_experts(shape, torch.bfloat16, gated=gated), dy))
     usual = outputs_and_gradients(ck.expert_mlp, *arguments)
-    choose = configs.choose
+    choose, tiles = configs.choose, []
     monkeypatch.setattr(configs, "choose", lambda *which: choose(*which)._replace(persistent=1))
+    monkeypatch.setattr(configs, "num_blocks", lambda number, *_: tiles.append(number) or 3)
     walked = outputs_and_gradients(ck.expert_mlp, *arguments)
+    assert len(tiles) >= 6 and min(tiles) > 3  # every block of every product walked
     assert all(torch.equal(value, walked[what]) for what, value in usual.items())
 
 

@@ -53,17 +53,25 @@ def test_both_products_in_one_launch_fit_into_shared_memory_and_registers(arch, 
         assert operands <= tune.SHARED_BYTES[arch] and block.block_m * block.block_k / (32 * block.num_warps) <= 128
 
 
-@pytest.mark.parametrize("kernel", configs.BOTH_KERNELS)
-def test_both_products_take_one_launch_only_where_that_is_less_work_and_blocks_fill_the_gpu(kernel):
-    def usual(kind="half", bucket="many", width=128, hidden=512):
-        return configs.heuristic(90, kernel, kind, bucket, width, hidden)
+def test_both_products_take_one_launch_only_where_two_blocks_share_a_multiprocessor():
+    def usual(kind="half", bucket="many", width=128, hidden=512, arch=90, kernel="project_both"):
+        return configs.heuristic(arch, kernel, kind, bucket, width, hidden)
 
-    assert usual().block_k == usual(width=96).block_k == 128
+    assert usual().block_k == usual(width=96).block_k == usual(arch=100).block_k == 128
     for other in (
         usual("tf32"), usual("ieee"), usual(bucket="some"), usual(bucket="few"), usual(width=144), usual(width=120),
-        usual(hidden=520),
+        usual(hidden=520), usual(arch=80), usual(kernel="project_both_gated"),
     ):  # fmt: skip
         assert other is None
+
+
+def test_both_products_take_one_launch_only_where_rows_fill_the_gpu_twice_over(monkeypatch):
+    def chosen(rows):
+        return configs.choose_both(False, torch.device("cpu"), torch.float16, rows, 1, 64, 256)
+
+    assert chosen(1024).block_m == 128
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 4)
+    assert chosen(1024) is not None and chosen(1023) is None
 
 
 def test_the_grid_covers_every_way_to_part_rows_among_experts():
@@ -171,15 +179,19 @@ def test_warmup_launches_what_a_training_step_launches(monkeypatch):
     monkeypatch.setattr(configs, "choose", lambda *arguments: asked.append(arguments) or choose(*arguments))
     warmup.warmup(24, 40, 4, 2, [20], dtype=torch.float16, device="cpu", gated=True)
     warm = set(asked)
+    assert {kernel for kernel, *_ in warm} == {
+        "project_in_gated", "project_rows", "project_back", "weight_gradient", "project_both_gated",
+    }  # fmt: skip
     asked.clear()
     shape = Shape(tokens=20, width=24, hidden=40, experts=4, k=2)
     experts = make_experts(shape, torch.float16, gated=True)
     gates, plan = route(shape)
     x = randn(20, 24, dtype=torch.float16)
     arguments = (x, gates, *plan, *experts[:4], *experts[5:])
-    y, z = expert_mlp.expert_mlp_forward(*arguments, "gelu", True)
-    expert_mlp_backward.expert_mlp_backward(y, *arguments, z, "gelu", [True] * 4)
-    assert set(asked) == warm and len(warm) >= 5
+    for keep_z in (True, False):  # computed again in the backward pass
+        y, z = expert_mlp.expert_mlp_forward(*arguments, "gelu", keep_z)
+        expert_mlp_backward.expert_mlp_backward(y, *arguments, z, "gelu", [True] * 4)
+    assert set(asked) == warm
 
 
 def test_tuning_takes_the_quickest_tile_that_the_gpu_has_room_for():
@@ -205,6 +217,9 @@ def test_tuning_takes_the_quickest_tile_that_the_gpu_has_room_for():
 
     best, time = tune.fastest(launch, iter(tiles), lambda run: times[run()])
     assert best == tiles[-2] and time == 2.0
+    near = {tiles[0]: 1.0, tiles[1]: 0.99, tiles[2]: 0.97}
+    assert tune.fastest(lambda tile: tile, tiles[:2], lambda run: near[run()]) == (tiles[0], 1.0)  # that is noise
+    assert tune.fastest(lambda tile: tile, tiles[:3], lambda run: near[run()]) == (tiles[2], 0.97)
     assert tune.fastest(lambda tile: tile, [None, best], lambda run: {None: 1.0, best: 2.0}[run()])[0] is None
     forms = list(tune.persistent_forms(best))
     assert forms[0] == best and [form.persistent for form in forms] == [0, 1, 2, 4]
