@@ -98,6 +98,15 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(train_pairs, number)
     assert signal.getsignal(number) is before
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+    """A shell's background jobs ignore it from the start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_a_second_signal_stops_at_once(train_pairs):
     def send_twice(model):
         for _ in range(2):
@@ -109,6 +118,7 @@ def test_a_second_signal_stops_at_once(train_pairs):
     assert not isinstance(stopped.value, TrainingInterrupted)
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_a_run_without_a_directory_stops_at_once(train_pairs):
     with pytest.raises(KeyboardInterrupt) as stopped:
         train_pairs([stop_in(2)], logs=None)
