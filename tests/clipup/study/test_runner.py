@@ -125,6 +125,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_read_or_writte
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_run_on_a_gpu_names_it(study, data):
     it = study("gpu", data)
     it.write(dense=DENSE, sparse=SPARSE)
