@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -136,6 +137,14 @@ def write_csv(path: str | Path, rows: list[dict]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)
+
+
+def report(rows: list[dict], columns: str, path: str | None) -> None:
+    """Prints the named columns, and writes the rows where a file is asked for."""
+    print_table(rows, columns.split())
+    if path:
+        write_csv(path, rows)
+        print(f"wrote {len(rows)} rows to {path}", file=sys.stderr)
 
 
 def print_table(rows: list[dict], columns: list[str]) -> None:

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import DTYPES, alternate, commit, device_name, package_version, print_table, require_device, write_csv
+from harness import DTYPES, alternate, commit, device_name, package_version, report, require_device
 from torch import Tensor, nn
 
 import clipup
@@ -106,10 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     require_device(args.device)
     print(f"{device_name(args.device)}; ratios are medians of pair-by-pair ratios of time, each over {BASELINE}\n")
     rows = [row for name in args.models for dtype in args.dtype for row in measure(args, name, dtype)]
-    print_table(rows, "model dtype impl tokens median_ms p20_ms p80_ms texts_per_s ratio_to_all_tokens".split())
-    if args.csv:
-        write_csv(args.csv, rows)
-        print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
+    report(rows, "model dtype impl tokens median_ms p20_ms p80_ms texts_per_s ratio_to_all_tokens", args.csv)
     return 0
 
 

@@ -10,12 +10,11 @@ layers'), backward, clipping and AdamW, as the trainer does them.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import get_args
 
 import torch
-from harness import alternate, commit, device_name, package_version, print_table, require_device, write_csv
+from harness import alternate, commit, device_name, package_version, report, require_device
 
 import clipup
 from clipup.evaluate.precision import Precision
@@ -76,10 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, timing in timings.items()
     ]  # fmt: skip
     print(f"{device_name(args.device)}; seconds_ratio is the median of pair-by-pair ratios\n")
-    print_table(rows, "model impl median_ms p20_ms p80_ms gflops_per_pair flops_ratio seconds_ratio".split())
-    if args.csv:
-        write_csv(args.csv, rows)
-        print(f"wrote {len(rows)} rows to {args.csv}", file=sys.stderr)
+    report(rows, "model impl median_ms p20_ms p80_ms gflops_per_pair flops_ratio seconds_ratio", args.csv)
     return 0
 
 

@@ -93,10 +93,10 @@ class Tables:
         return _table(head, rows)
 
     def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
-        """The lead of an arm over others when both have the same learning rate, on the seed that was run at all rates;
-        of the smallest budget."""
-        own = [run for run in self.results.values() if run.config["arm"] == arm]
-        budget, seed = min((run.budget, run.config["seed"]) for run in own)
+        """The lead of an arm over others when both have the same learning rate, with the arm's smallest budget and
+        first seed."""
+        own = [(run.budget, run.config["seed"]) for run in self.results.values() if run.config["arm"] == arm]
+        budget, seed = min(own, default=(None, None))
         at = {}
         for run in self.results.values():
             if (run.budget, run.config["seed"]) == (budget, seed):

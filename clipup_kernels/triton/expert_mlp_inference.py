@@ -92,7 +92,7 @@ def project_both(
         x, offsets, choice_of_row, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias
     )
     num_experts, hidden, width = in_weight.shape
-    if config.block_k < width or hidden % config.block_n or config.descriptors or config.persistent:
+    if config.block_k < width or hidden % config.block_n:
         raise ValueError(
             f"the measured config {tuple(config)} is none of project_both for weights {list(in_weight.shape)}; delete "
             f"{configs.table_path()}"

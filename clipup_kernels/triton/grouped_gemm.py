@@ -3,9 +3,9 @@
 Rows are sorted by expert, so a tile of rows belongs to one expert. The host knows R and E but not how many rows an
 expert has: it counts every tile that there could be, and a block finds its tile from ``offsets``. Experts follow each
 other, so that an expert's weights stay in the second-level cache while its tiles are computed. Rows past ``offsets[E]``
-come last, as tiles of a group E that no expert owns. A kernel has one block for every tile or, PERSISTENT, as many as
-the GPU holds, each of which takes the tile that lies as many tiles further on when it is done with one. Nothing may be
-hoisted out of that walk: it would be kept in registers through the products, which need them all.
+come last, as tiles of a group E that no expert owns. A kernel has one block for every tile or, PERSISTENT, a few for
+every multiprocessor, each of which walks over tiles, a whole grid further on every time. Nothing may be hoisted out of
+that walk: it would be kept in registers through the products, which need them all.
 """
 
 from __future__ import annotations

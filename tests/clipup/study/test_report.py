@@ -98,6 +98,7 @@ def test_leads_at_one_rate_for_both_arms_tell_what_tuning_one_alone_would_give(w
         ["0.1", "+2.00", "–"],
         ["0.2", "-1.00", "–"],
     ]
+    assert rows(Tables(write(*logs)).leads_by_rate("limoe", ["dense_continued"]))[2:] == [["–", "–"]]  # no run yet
 
 
 def test_experts_and_costs_are_those_of_the_logs(found):

@@ -114,8 +114,8 @@ def test_the_cost_counts_forward_and_backward_of_every_pair(study, data):
     assert cost["machine"]["threads"] == 1 and cost["seconds"] > 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_refused_before_anything_is_read_or_written(study, data):
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read_or_written(study, data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     it = study("device", data)
     it.write(dense=DENSE)
 

@@ -126,6 +126,8 @@ def test_what_was_measured_is_used_and_nothing_else_changes(table):
         "{", "[]", '{"a": 3}', '{"a": [64, 64, 64, 4, 3]}', '{"a": [64, 96, 64, 4, 3, false]}',
         '{"a": [64, 64, 64, 4, 3, false, -1]}', '{"a": [64, 64, 64, 4, 3, false, true]}',
         '{"sm90 project_rows half many 64x64": null}',
+        '{"sm90 project_both half many 64x256": [128, 32, 64, 8, 3, false, 1]}',
+        '{"sm90 project_both half many 64x256": [128, 32, 64, 8, 3, true, 0]}',
     ],
 )  # fmt: skip
 def test_a_broken_table_is_refused_by_its_path(table, content):
@@ -143,7 +145,7 @@ def test_a_table_from_before_persistent_products_is_read(table):
 @pytest.mark.parametrize(
     ("persistent", "tiles", "blocks"), [(0, 1000, 1000), (1, 1000, 132), (2, 1000, 264), (2, 9, 9)]
 )
-def test_a_persistent_product_gets_no_more_blocks_than_the_gpu_holds(monkeypatch, persistent, tiles, blocks):
+def test_a_persistent_product_gets_some_blocks_for_every_multiprocessor(monkeypatch, persistent, tiles, blocks):
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     config = Config(128, 128, 64, 8, 3, persistent=persistent)

@@ -189,9 +189,7 @@ def test_a_table_switches_it_on_and_off(monkeypatch, tmp_path):
     configs.forget()
 
 
-@pytest.mark.parametrize(
-    "config", [Config(32, 16, 16, 4, 2), Config(32, 128, 32, 4, 2), Config(32, 16, 32, 4, 2, True)]
-)
+@pytest.mark.parametrize("config", [Config(32, 16, 16, 4, 2), Config(32, 128, 32, 4, 2)])
 def test_a_config_that_is_not_for_these_weights_is_refused(config):
     x, _, plan, experts = inputs(SHAPES["several tiles"])
     with pytest.raises(ValueError, match=r"project_both.*\[4, 64, 32\].*delete"):
