@@ -21,7 +21,7 @@ class Run:
     On one thread of the CPU, if --device says no other. A run that was stopped goes on where its last checkpoint is, on
     the CPU to the same bits.
 
-    Example: clipup study run studies/icons/clip_up-5000-lr0.002-s0.yaml --data data/icons --runs runs/icons
+    Example: clipup study run studies/icons/clip_up-2500-lr0.004-s0.yaml --data data/icons --runs runs/icons
     """
 
     files: tyro.conf.Positional[tuple[Path, ...]]
@@ -65,6 +65,7 @@ class Report:
     """The page; figures are written beside it."""
 
     def run(self) -> int:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
         for path in report.write(self.study, self.out):
             print(path)
         return 0

@@ -107,6 +107,27 @@ class Tables:
             lines.append([f"{rate:g}", *(_lead(results.lead(pair, splits)) if pair else MISSING for pair in pairs)])
         return _table(["learning rate of both", *(f"minus {_label(other)}" for other in others)], lines)
 
+    def growth(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
+        """R@1 of an arm and others over the length of their runs, mean over splits and ways, and the arm's leads: at
+        the one learning rate and seed that the arm has the most lengths of. The first row is what they start from."""
+        at: dict[tuple[float, int], dict[tuple[int, str], Result]] = {}
+        for run in self.results.values():
+            at.setdefault((run.config["lr"], run.config["seed"]), {})[run.budget, run.config["arm"]] = run
+        most = max(sorted(at), key=lambda one: sum(name == arm for _, name in at[one]))
+        runs = at[most]
+        lines = []
+        for budget in sorted(length for length, name in runs if name == arm):
+            ours, theirs = runs[budget, arm], [runs.get((budget, other)) for other in others]
+            start = ours.config["start"]
+            if not lines and start is not None:
+                before = percent(self.results[start].r1(splits), 2)
+                lines.append(["0", *[before] * (1 + len(others)), *[MISSING] * len(others)])
+            found = [MISSING if run is None else percent(run.r1(splits), 2) for run in (*theirs, ours)]
+            leads = [MISSING if run is None else _lead(results.lead([(ours, run)], splits)) for run in theirs]
+            lines.append([f"{budget:,}", *found, *leads])
+        head = ["steps", *map(_label, (*others, arm)), *(f"minus {_label(other)}" for other in others)]
+        return _table(head, lines)
+
     def verdict(self, arm: str, others: dict[str, str], splits: Sequence[str] = results.TESTS) -> str:
         """What the leads over other arms say, in a sentence, built the same way whichever way it falls.
 

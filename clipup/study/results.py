@@ -46,7 +46,11 @@ class Result:
     @property
     def selection(self) -> float:
         """What learning rates are chosen by: the mean R@1 of both ways on validation, at the end."""
-        return fmean(self.test["validation"][way]["r1"] for way in WAYS)
+        return self.r1(["validation"])
+
+    def r1(self, splits: Sequence[str] = TESTS, ways: Sequence[str] = WAYS) -> float:
+        """R@1 at the end, mean over splits and ways."""
+        return fmean(self.test[split][way]["r1"] for split in splits for way in ways)
 
     @property
     def similarity(self) -> float | None:
@@ -157,10 +161,7 @@ class Lead(NamedTuple):
 
 def lead(pairs: Sequence[tuple[Result, Result]], splits: Sequence[str], ways: Sequence[str] = WAYS) -> Lead:
     """Of the first of each pair over the second, a pair a seed, mean over splits and ways."""
-    differences = [
-        fmean(ours.test[split][way]["r1"] - theirs.test[split][way]["r1"] for split in splits for way in ways)
-        for ours, theirs in pairs
-    ]
+    differences = [ours.r1(splits, ways) - theirs.r1(splits, ways) for ours, theirs in pairs]
     mean, spread = mean_and_spread(differences)
     count = len(differences)
     half = None if spread is None else _T_95[count - 2] * spread / math.sqrt(count)

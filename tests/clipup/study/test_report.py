@@ -101,6 +101,26 @@ def test_leads_at_one_rate_for_both_arms_tell_what_tuning_one_alone_would_give(w
     assert rows(Tables(write(*logs)).leads_by_rate("limoe", ["dense_continued"]))[2:] == [["–", "–"]]  # no run yet
 
 
+def test_growth_is_that_of_one_rate_and_seed_from_the_start_on(write, make_records):
+    logs = [make_records("start", "dense", 0.5, score=0.1)]
+    for budget, sparse, dense in ((5, 0.52, 0.50), (50, 0.60, 0.61)):
+        logs += [make_records(f"sparse-{budget}", "clip_up", 0.1, score=sparse, start="start", budget=budget)]
+        logs += [make_records(f"dense-{budget}", "dense_continued", 0.1, score=dense, start="start", budget=budget)]
+    logs += [make_records("more-5", "dense_equal_flops", 0.1, score=0.54, start="start", budget=5)]
+    logs += [make_records("other-rate", "clip_up", 0.2, score=0.9, start="start", budget=5)]
+    logs += [make_records("other-seed", "clip_up", 0.1, seed=1, score=0.9, start="start", budget=5)]
+
+    table = Tables(write(*logs)).growth("clip_up", ["dense_continued", "dense_equal_flops"])
+
+    assert rows(table)[0][1:4] == ["dense continued", "dense equal flops", "clip up"]
+    assert rows(table)[2:] == [
+        ["0", "10.00", "10.00", "10.00", "–", "–"],
+        ["5", "50.00", "54.00", "52.00", "+2.00", "-2.00"],
+        ["50", "61.00", "–", "60.00", "-1.00", "–"],
+    ]
+    assert rows(Tables(write(*logs)).growth("limoe", ["dense"]))[2:] == [["–"] * 4]  # no run yet
+
+
 def test_experts_and_costs_are_those_of_the_logs(found):
     tables = Tables(found)
 
@@ -127,7 +147,7 @@ def test_the_studies_own_templates_give_pages_and_figures_that_stay_the_same(stu
     (tmp_path / "to-come.yaml").touch()
     contents = []
     for _ in range(2):
-        assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "study.md")]) == 0
+        assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "docs" / "study.md")]) == 0
         names = capsys.readouterr().out.split()
         contents.append({Path(name).name: Path(name).read_bytes() for name in names})
 
