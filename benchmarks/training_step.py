@@ -1,39 +1,57 @@
 """A step of ``clipup train``, dense and CLIP-UP in turn: what sparse layers add in seconds beside what in FLOPs.
 
     python benchmarks/training_step.py                                # the study's model, one thread, under a minute
+    python benchmarks/training_step.py --data 'icons/validation-*.tar'  # the same with a batch of real pairs
     python benchmarks/training_step.py --model ViT-B-16 --batch-size 16 --threads 2 --csv training_step.csv
 
-Weights are random, and so are images and texts; texts end at random places. Forward, contrastive loss (and the sparse
-layers'), backward, clipping and AdamW, as the trainer does them.
+Weights are random, and without --data images and texts too; texts then end at random places. Forward, contrastive loss
+(and the sparse layers'), backward, clipping and AdamW, as the trainer does them. An upcycled text tower leaves padding
+out. A dense one can as well: ``dense_unpadded`` is the dense model after ``leave_padding_out``, and ``seconds_ratio``
+is to it, the faster of the two.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import get_args
 
 import torch
 from harness import alternate, commit, device_name, package_version, report, require_device
 
 import clipup
+from clipup.data.loaders import eval_samples
 from clipup.evaluate.precision import Precision
 from clipup.flops import count
-from clipup.models import create_model_and_transforms, expecting_random_weights, random_inputs
+from clipup.models import create_model_and_transforms, expecting_random_weights, get_tokenizer, random_inputs
+from clipup.padding_aware import leave_padding_out
 from clipup.train import TrainOptions
 from clipup.train.openclip import contrastive_loss
 from clipup.train.optim import adamw
 from clipup.train.step import TrainStep
 
-BASELINE, SPARSE = "dense", "clip_up"
+BASELINE, DENSE, SPARSE = "dense_unpadded", "dense", "clip_up"
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def step(model: torch.nn.Module, args: argparse.Namespace) -> Callable[[], object]:
+def real_batch(args: argparse.Namespace, preprocess: Callable) -> Batch:
+    """The first pairs of --data: images, and each one's first caption."""
+    samples = list(itertools.islice(eval_samples(args.data, preprocess), args.batch_size))
+    if len(samples) < args.batch_size:
+        raise SystemExit(f"--data {args.data} has {len(samples)} pairs, fewer than --batch-size {args.batch_size}")
+    images, captions = zip(*((image, captions[0]) for image, captions, _ in samples), strict=True)
+    return torch.stack(images), get_tokenizer(args.model)(list(captions))
+
+
+def step(model: torch.nn.Module, batch: Batch, args: argparse.Namespace) -> Callable[[], object]:
     """A run of one step on the same batch."""
     device = torch.device(args.device)
     options = TrainOptions(model=args.model, lr=1e-4, device=args.device)
     model = model.train().to(device, torch.bfloat16 if args.precision == "bf16" else None)
-    images, texts = (each.to(device) for each in random_inputs(model, args.batch_size))
+    images, texts = batch[0].to(device, next(model.parameters()).dtype), batch[1].to(device)
     loss = contrastive_loss(options, model, 0, 1)
     train_step = TrainStep(model, loss, adamw(model, options), device, args.precision, grad_clip_norm=1.0)
     if not train_step([(images, texts)]).total.isfinite():
@@ -44,6 +62,7 @@ def step(model: torch.nn.Module, args: argparse.Namespace) -> Callable[[], objec
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="clipup-icons-w64", help="(default: clipup-icons-w64)")
+    parser.add_argument("--data", help="shards to take the batch from, such as icons/validation-*.tar (default: noise)")
     parser.add_argument("--precision", choices=get_args(Precision), default="amp_bf16", help="(default: amp_bf16)")
     parser.add_argument("--batch-size", type=int, default=256, help="pairs a batch (default: 256)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
@@ -56,17 +75,22 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
 
     with expecting_random_weights():
-        dense = create_model_and_transforms(args.model, load_weights=False)[0]
-    models = {BASELINE: dense, SPARSE: clipup.upcycle(dense, clipup.MoEConfig.clip_up())}
+        dense, _, preprocess = create_model_and_transforms(args.model, load_weights=False)
+    batch = random_inputs(dense, args.batch_size) if args.data is None else real_batch(args, preprocess)
+    unpadded = copy.deepcopy(dense)
+    if not leave_padding_out(unpadded):
+        print(f"{args.model}'s text tower computes its padding: {BASELINE} is the same as {DENSE}")
+    models = {BASELINE: unpadded, DENSE: dense, SPARSE: clipup.upcycle(dense, clipup.MoEConfig.clip_up())}
     counts = {name: count(model) for name, model in models.items()}
     gflops = {name: 3 * (of.image_gflops + of.text_gflops) for name, of in counts.items()}
-    steps = {name: step(model, args) for name, model in models.items()}
+    steps = {name: step(model, batch, args) for name, model in models.items()}
     timings = alternate(steps, BASELINE, args.seconds, args.device, args.rounds)
     rows = [
         {
             "device": device_name(args.device), "precision": args.precision,
             "threads": args.threads if args.device == "cpu" else "", "batch_size": args.batch_size,
-            "model": args.model, "impl": name, "median_ms": f"{timing.median_ms:.1f}",
+            "model": args.model, "data": Path(args.data).name if args.data else "noise", "impl": name,
+            "median_ms": f"{timing.median_ms:.1f}",
             "p20_ms": f"{timing.p20_ms:.1f}", "p80_ms": f"{timing.p80_ms:.1f}",
             "gflops_per_pair": f"{gflops[name]:.4g}", "flops_ratio": f"{gflops[name] / gflops[BASELINE]:.3f}",
             "seconds_ratio": f"{timing.ratio:.3f}", "commit": commit(), "torch": torch.__version__,

@@ -21,7 +21,7 @@ from ..checkpoint import replace_files
 SUFFIX = ".jsonl"
 Record = dict[str, Any]
 WINDOWS = 50
-"""Lines of training in a log, whatever the number of steps."""
+"""Lines of training in a log, whatever the number of steps; fewer where the trainer wrote fewer records."""
 _MEANS = ("loss", "contrastive", "aux", "balance", "z", "dropped", "router_entropy")
 
 
@@ -52,13 +52,14 @@ def reproducible(records: Sequence[Record]) -> list[Record]:
 
 def training(history: Sequence[Record], steps: int) -> Iterator[Record]:
     """The trainer's records as a line a window."""
-    window = max(1, steps // WINDOWS)
     inside: list[Record] = []
+    closed = 0
     for record in history:
         inside.append(record)
-        if record["step"] % window == 0 or record is history[-1]:
+        window = record["step"] * WINDOWS // steps
+        if window > closed or record is history[-1]:
             yield _window(inside)
-            inside = []
+            inside, closed = [], window
 
 
 def load_ratio(layer: Record) -> float:

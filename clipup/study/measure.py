@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..evaluate.encode import encode_images, encode_texts
 from ..evaluate.retrieval import hits_at, merge_equal, nll_both_ways, ranks_both_ways
-from ..similarity import mean_cosine, model_similarity
+from ..similarity import model_similarity
 
 RECALL_AT = (1, 5)
 BATCH = 256
@@ -50,8 +50,9 @@ def retrieval_numbers(
 
 
 def experts_alike(model: nn.Module) -> dict[str, float]:
-    """How far the experts have parted, by sparse layer: the mean cosine between the first matrices of two of them."""
-    return {name: mean_cosine(similarity.first) for name, similarity in model_similarity(model).items()}
+    """How far the experts have parted, by sparse layer: the mean cosine between the first matrices of two of them, of
+    fine-grained experts between two that began as the same shard."""
+    return {name: similarity.first_mean for name, similarity in model_similarity(model).items()}
 
 
 def pack(hits: Tensor) -> str:

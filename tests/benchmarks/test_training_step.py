@@ -5,6 +5,7 @@ import csv
 import pytest
 import torch
 import training_step
+from PIL import Image
 
 
 @pytest.fixture(autouse=True)
@@ -14,12 +15,41 @@ def threads_restored():
     torch.set_num_threads(threads)
 
 
-def test_a_run_writes_seconds_beside_flops_of_both_models(tmp_path, capsys):
+SHORT = ["--batch-size", "8", "--seconds", "0.05", "--rounds", "2"]
+
+
+def test_a_run_writes_seconds_beside_flops_of_all_models(tmp_path, capsys):
     path = tmp_path / "rows.csv"
-    assert training_step.main(["--batch-size", "8", "--seconds", "0.05", "--rounds", "2", "--csv", str(path)]) == 0
+    assert training_step.main([*SHORT, "--csv", str(path)]) == 0
     assert "seconds_ratio" in capsys.readouterr().out
     with path.open() as file:
-        dense, sparse = csv.DictReader(file)
-    assert (dense["impl"], sparse["impl"]) == ("dense", "clip_up")
-    assert dense["seconds_ratio"] == dense["flops_ratio"] == "1.000"
+        unpadded, dense, sparse = csv.DictReader(file)
+    assert (unpadded["impl"], dense["impl"], sparse["impl"]) == ("dense_unpadded", "dense", "clip_up")
+    assert unpadded["seconds_ratio"] == unpadded["flops_ratio"] == dense["flops_ratio"] == "1.000"
     assert float(sparse["flops_ratio"]) == pytest.approx(1.315, abs=1e-3) and float(sparse["seconds_ratio"]) > 0
+
+
+@pytest.fixture
+def make_pairs(tmp_path):
+    """Squares with captions, as a CSV file."""
+
+    def make(count: int) -> str:
+        lines = ["filepath\ttitle"]
+        for number in range(count):
+            Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number}.png")
+            lines.append(f"{tmp_path / f'{number}.png'}\tsquare {number}")
+        pairs = tmp_path / "pairs.csv"
+        pairs.write_text("\n".join(lines))
+        return str(pairs)
+
+    return make
+
+
+def test_the_batch_can_be_real_pairs_of_which_the_rows_name_no_directory(make_pairs, tmp_path):
+    path = tmp_path / "rows.csv"
+
+    assert training_step.main([*SHORT, "--data", make_pairs(8), "--csv", str(path)]) == 0
+    with path.open() as file:
+        assert {row["data"] for row in csv.DictReader(file)} == {"pairs.csv"}
+    with pytest.raises(SystemExit, match="has 7 pairs, fewer than --batch-size 8"):
+        training_step.main([*SHORT, "--data", make_pairs(7)])

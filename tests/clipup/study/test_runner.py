@@ -223,6 +223,32 @@ def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale
             torch.testing.assert_close(spread, spread[:1].expand(4), rtol=0.2, atol=0, msg=name)
 
 
+def test_fine_grained_experts_are_compared_with_those_that_began_as_the_same_shard(study, data):
+    it = study("fine", data)
+    it.write(dense=DENSE, fine=SPARSE.replace("num_experts: 4", "num_experts: 8, top_k: 4, granularity: 4"))
+    it.run("dense")
+
+    model = runner._Run(runner.runs.read(it.directory / "fine.yaml"), data, it.directory / "runs").model
+
+    assert list(measure.experts_alike(model).values()) == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize("steps", [2500, 3287, 32875, 7])
+def test_a_log_has_as_many_windows_whatever_the_number_of_steps(steps):
+    every = 1 if steps < 100 else 10
+    history = [{"step": step, "lr": 0.1, "loss": 1.0 * step} for step in range(every, steps + 1, every)]
+
+    lines = list(log.training(history, steps))
+
+    assert len(lines) == min(len(history), log.WINDOWS)
+    ends = [line["step"] for line in lines]
+    assert ends[-1] == history[-1]["step"]
+    assert max(b - a for a, b in zip([0, *ends], ends, strict=False)) <= steps / log.WINDOWS + every
+    assert [line["loss"] for line in lines] == pytest.approx(
+        [(a + every + b) / 2 for a, b in zip([0, *ends], ends, strict=False)]
+    )
+
+
 def test_hits_are_packed_and_come_back():
     hits = torch.rand(1003) > 0.5
 
