@@ -1,8 +1,8 @@
 """The page of a study: a template with words in it, and every number out of the logs.
 
-``studies/icons/page.md.j2`` calls the methods of ``Tables`` where a table belongs, and ``rows(FILE)`` for what a CSV
-file beside it says; ``pending`` are the runs without a log, of ``planned`` ones. Figures are written beside the page.
-The same logs, configs and template give the same bytes.
+``studies/icons/page.md.j2`` calls the methods of ``Tables`` where a table belongs, and ``by(COLUMN, FILE)`` for the
+rows of a CSV file beside it by the values of a column; ``pending`` are the runs without a log, of ``planned`` ones.
+Figures are written beside the page. The same logs, configs and template give the same bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     configs = sorted(path.stem for path in study.glob(f"*{CONFIG_SUFFIX}"))
     written[out] = environment.get_template(TEMPLATE).render(
         tables=tables,
-        rows=lambda name: _rows(study / name),
+        by=lambda column, name: {row[column]: row for row in _rows(study / name)},
         pending=[name for name in configs if name not in tables.results],
         planned=len(configs),
     )
@@ -68,6 +68,15 @@ class Tables:
             raise ValueError(f"the logs are of {len(seen)} different data sets: run the study on one")
         return next(iter(seen.values()))
 
+    def galleries(self) -> dict[str, dict[str, float]]:
+        """By split how many ``images`` and distinct ``captions`` it has, and the R@1 of guessing, ``chance``: the same
+        both ways where every image has one caption."""
+        test = next(iter(self.results.values())).test
+        return {
+            split: {"images": of["gallery"], "captions": of["captions"], "chance": 1 / of["captions"]}
+            for split, of in test.items()
+        }
+
     def retrieval(self, split: str) -> str:
         """Every group's recall and negative log likelihood on a split, at its chosen learning rate."""
         head = ["arm", "steps", "lr", "seeds", "PFLOP", "t2i R@1", "R@5", "NLL", "i2t R@1", "R@5", "NLL"]
@@ -83,29 +92,34 @@ class Tables:
 
     def leads(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of every other arm of the same budget, in points: means over the seeds that both
-        have, and over everything in the last column."""
-        head = ["minus", "budget", "seeds", *(_way(split, way) for split in splits for way in results.WAYS), "mean"]
+        have, and over splits and ways in the column before the last. The last is the same of the NLL, in nats."""
+        ways = [_way(split, way) for split in splits for way in results.WAYS]
+        head = ["minus", "budget", "seeds", *ways, "mean", "NLL"]
         rows = []
         for group, pairs in self._pairs(arm):
             each = [results.lead(pairs, [split], [way]) for split in splits for way in results.WAYS]
             cells = [_label(group.arm), f"{group.budget:,}", str(len(pairs))]
-            rows.append([*cells, *map(_lead, [*each, results.lead(pairs, splits)])])
+            nll = _nats(results.lead(pairs, splits, measure="nll"))
+            rows.append([*cells, *map(_lead, [*each, results.lead(pairs, splits)]), nll])
         return _table(head, rows)
 
     def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
-        """The lead of an arm over others when both have the same learning rate, with the arm's smallest budget and
-        first seed."""
-        own = [(run.budget, run.config["seed"]) for run in self.results.values() if run.config["arm"] == arm]
-        budget, seed = min(own, default=(None, None))
-        at = {}
+        """The lead of an arm over others when both have the same learning rate, with the arm's smallest budget, and
+        the number of seeds that it is over."""
+        budget = min((run.budget for run in self.results.values() if run.config["arm"] == arm), default=None)
+        at: dict[tuple[float, str], dict[int, Result]] = {}
         for run in self.results.values():
-            if (run.budget, run.config["seed"]) == (budget, seed):
-                at[run.config["arm"], run.config["lr"]] = run
+            if run.budget == budget:
+                at.setdefault((run.config["lr"], run.config["arm"]), {})[run.config["seed"]] = run
         lines = []
-        for rate in sorted(lr for name, lr in at if name == arm):
-            pairs = [[(at[arm, rate], at[other, rate])] if (other, rate) in at else [] for other in others]
-            lines.append([f"{rate:g}", *(_lead(results.lead(pair, splits)) if pair else MISSING for pair in pairs)])
-        return _table(["learning rate of both", *(f"minus {_label(other)}" for other in others)], lines)
+        for rate in sorted(lr for lr, name in at if name == arm):
+            cells = []
+            for other in others:
+                ours, theirs = at[rate, arm], at.get((rate, other), {})
+                pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+                cells += [_lead(results.lead(pairs, splits)), str(len(pairs))] if pairs else [MISSING] * 2
+            lines.append([f"{rate:g}", *cells])
+        return _table(["learning rate of both", *_with_seeds(others)], lines)
 
     def growth(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm and others over the length of their runs, mean over splits and ways, and the arm's leads: at
@@ -120,44 +134,46 @@ class Tables:
             ours, theirs = runs[budget, arm], [runs.get((budget, other)) for other in others]
             start = ours.config["start"]
             if not lines and start is not None:
-                before = percent(self.results[start].r1(splits), 2)
+                before = percent(self.results[start].mean("r1", splits), 2)
                 lines.append(["0", *[before] * (1 + len(others)), *[MISSING] * len(others)])
-            found = [MISSING if run is None else percent(run.r1(splits), 2) for run in (*theirs, ours)]
+            found = [MISSING if run is None else percent(run.mean("r1", splits), 2) for run in (*theirs, ours)]
             leads = [MISSING if run is None else _lead(results.lead([(ours, run)], splits)) for run in theirs]
             lines.append([f"{budget:,}", *found, *leads])
         head = ["steps", *map(_label, (*others, arm)), *(f"minus {_label(other)}" for other in others)]
         return _table(head, lines)
 
     def verdict(self, arm: str, others: dict[str, str], splits: Sequence[str] = results.TESTS) -> str:
-        """What the leads over other arms say, in a sentence, built the same way whichever way it falls.
+        """What the leads over other arms say, in a sentence, built the same way whichever way it falls: those over
+        several seeds first, then those with a single one, which decide nothing.
 
         Args:
             others: the words for a comparison by arm, "at equal steps" for ``dense_continued``.
         """
-        found = {(group.arm, group.budget): results.lead(pairs, splits) for group, pairs in self._pairs(arm)}
-        most = max((lead.seeds for lead in found.values()), default=0)
-        parts = []
-        for (name, budget), lead in found.items():
-            if name in others and lead.seeds == most:
-                if lead.half_width is None:
-                    what = "undecided, with one seed"
-                else:
-                    what = "no clear difference" if not lead.sure else "better" if lead.mean > 0 else "worse"
-                parts.append(f"{others[name]} ({budget:,}) {what}: {_lead(lead)} points of R@1")
-        return "; ".join(parts)
+        decided, single = [], []
+        for group, pairs in self._pairs(arm):
+            if group.arm not in others:
+                continue
+            lead, where = results.lead(pairs, splits), f"{others[group.arm]} ({group.budget:,})"
+            if lead.half_width is None:
+                single.append(f"{where} {_lead(lead)}")
+                continue
+            what = "not decided" if not lead.sure else "better" if lead.mean > 0 else "worse"
+            decided.append(f"{where} {what}: {_lead(lead)} points of R@1 over {lead.seeds} seeds")
+        if single:
+            decided.append(f"with one seed each, which decides nothing: {', '.join(single)}")
+        return "; ".join(decided) or "there is no run to compare yet"
 
     def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
-        """R@1 of an arm minus that of every other arm of the same budget, on the same queries, in points, one row a
-        pair of runs that share their seed."""
-        head = ["run", "minus", *(_way(split, way) for split in splits for way in results.WAYS)]
+        """R@1 of an arm minus that of every other arm of the same budget, on the same captions, in points, one row a
+        pair of runs that share their seed. Not on images: many share a caption, so they are no independent queries."""
+        head = ["run", "minus", *(_way(split, "t2i") for split in splits)]
         rows = []
         for _, pairs in self._pairs(arm):
             for ours, theirs in pairs:
                 cells = [f"`{ours.name}`", f"`{theirs.name}`"]
                 for split in splits:
-                    for way in results.WAYS:
-                        difference, half = results.paired_difference(ours, theirs, split, way)
-                        cells.append(f"{100 * difference:+.2f} ± {100 * half:.2f}")
+                    difference, half = results.paired_difference(ours, theirs, split, "t2i")
+                    cells.append(f"{100 * difference:+.2f} ± {100 * half:.2f}")
                 rows.append(cells)
         return _table(head, rows)
 
@@ -204,6 +220,7 @@ class Tables:
                 f"`{run.name}`",
                 f"{cost['steps']:,}",
                 f"{cost['pairs'] / 1e6:.2f}",
+                f"{cost['pairs'] / self.data()['images']['train']:.1f}",
                 f"{cost['gflops_per_pair']:.4f}",
             ]
             cells += [f"{cost['train_gflops'] / 1e6:.3f}", f"{cost['params'] / 1e6:.2f}"]
@@ -213,8 +230,8 @@ class Tables:
                 cost["machine"]["processor"],
             ]
             rows.append(cells)
-        head = ["run", "steps", "M pairs", "GFLOP a pair", "PFLOP", "M params", "active", "hours, 1 thread", "machine"]
-        return _table(head, rows)
+        counts = ["steps", "M pairs", "epochs", "GFLOP a pair", "PFLOP", "M params", "active"]
+        return _table(["run", *counts, "hours, 1 thread", "machine"], rows)
 
     def figures(self) -> dict[str, str]:
         """``recall`` over FLOPs, and ``loss`` and ``similarity`` over steps, of each group's first seed, as SVG."""
@@ -248,7 +265,7 @@ class Tables:
         return found
 
     def _pflop(self, runs: Sequence[Result]) -> str:
-        return f"{results.total_gflops(runs[0], self.results) / 1e6:.2f}"
+        return f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
 
     def _over_flops(self, run: Result) -> Series:
         total = results.total_gflops(run, self.results)
@@ -279,10 +296,24 @@ def _way(split: str, way: str) -> str:
     return f"{split.removeprefix('test_')} {way}"
 
 
+def _with_seeds(arms: Sequence[str]) -> list[str]:
+    return [name for arm in arms for name in (f"minus {_label(arm)}", "seeds")]
+
+
 def _lead(lead: results.Lead) -> str:
-    """In points; bold where the interval leaves 0 out."""
-    interval = "" if lead.half_width is None else f" ± {100 * lead.half_width:.2f}"
-    text = f"{100 * lead.mean:+.2f}{interval}"
+    """Of R@1, in points; bold where the interval leaves 0 out."""
+    return _with_interval(lead, 100, 2)
+
+
+def _nats(lead: results.Lead) -> str:
+    """Of the NLL; bold where the interval leaves 0 out."""
+    return _with_interval(lead, 1, 3)
+
+
+def _with_interval(lead: results.Lead, scale: int, decimals: int) -> str:
+    text = f"{scale * lead.mean:+.{decimals}f}"
+    if lead.half_width is not None:
+        text += f" ± {scale * lead.half_width:.{decimals}f}"
     return f"**{text}**" if lead.sure else text
 
 

@@ -46,11 +46,11 @@ class Result:
     @property
     def selection(self) -> float:
         """What learning rates are chosen by: the mean R@1 of both ways on validation, at the end."""
-        return self.r1(["validation"])
+        return self.mean("r1", ["validation"])
 
-    def r1(self, splits: Sequence[str] = TESTS, ways: Sequence[str] = WAYS) -> float:
-        """R@1 at the end, mean over splits and ways."""
-        return fmean(self.test[split][way]["r1"] for split in splits for way in ways)
+    def mean(self, measure: str, splits: Sequence[str] = TESTS, ways: Sequence[str] = WAYS) -> float:
+        """``r1``, ``r5`` or ``nll`` at the end, mean over splits and ways."""
+        return fmean(self.test[split][way][measure] for split in splits for way in ways)
 
     @property
     def similarity(self) -> float | None:
@@ -93,32 +93,35 @@ def group_of(result: Result) -> Group:
 def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
     """By group the runs at the learning rate that is best on validation, ordered by seed.
 
-    Rates are compared by their mean over the seeds that all rates of the group have; a rate that a single seed was not
-    run with can therefore not win by luck of the seed. If the best is among those with the most seeds, these are
-    compared once more, over the seeds that all of them have.
+    That is the rate that beats every other one, two by two, by the mean over the seeds that both were run with: a rate
+    cannot win by a seed that the other did not have. Where none does, it is the one that beats most, then the one with
+    the most seeds.
     """
-    groups: dict[Group, dict[float, list[Result]]] = {}
+    groups: dict[Group, dict[float, dict[int, Result]]] = {}
     for result in results:
-        groups.setdefault(group_of(result), {}).setdefault(result.config["lr"], []).append(result)
+        of_rate = groups.setdefault(group_of(result), {}).setdefault(result.config["lr"], {})
+        of_rate[result.config["seed"]] = result
     best = {}
     for group, by_rate in groups.items():
-        most = max(map(len, by_rate.values()))
-        rate = _best_rate(group, by_rate)
-        if len(by_rate[rate]) == most:
-            rate = _best_rate(group, {one: runs for one, runs in by_rate.items() if len(runs) == most})
-        best[group] = sorted(by_rate[rate], key=lambda one: one.config["seed"])
+        seeds = by_rate[_best_rate(group, by_rate)]
+        best[group] = [seeds[seed] for seed in sorted(seeds)]
     return best
 
 
-def _best_rate(group: Group, by_rate: dict[float, list[Result]]) -> float:
-    common = set.intersection(*({one.config["seed"] for one in runs} for runs in by_rate.values()))
-    if not common:
-        raise ValueError(f"the learning rates of {tuple(group)} have no seed in common, so none can be chosen")
+def _best_rate(group: Group, by_rate: dict[float, dict[int, Result]]) -> float:
+    def beats(rate: float, other: float) -> bool:
+        common = by_rate[rate].keys() & by_rate[other].keys()
+        if not common:
+            raise ValueError(
+                f"learning rates {rate:g} and {other:g} of {tuple(group)} have no seed in common, so none can be chosen"
+            )
+        means = [fmean(by_rate[one][seed].selection for seed in sorted(common)) for one in (rate, other)]
+        return means[0] > means[1]
 
-    def score(rate: float) -> float:
-        return fmean(one.selection for one in by_rate[rate] if one.config["seed"] in common)
+    def strength(rate: float) -> tuple[int, int]:
+        return sum(beats(rate, other) for other in by_rate if other != rate), len(by_rate[rate])
 
-    return max(sorted(by_rate), key=score)
+    return max(sorted(by_rate), key=strength)
 
 
 def total_gflops(result: Result, results: dict[str, Result]) -> float:
@@ -146,7 +149,7 @@ _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Lead(NamedTuple):
-    """By how much one arm's R@1 is above another's: a mean over seeds, a fraction of 1."""
+    """By how much one arm's R@1 (a fraction of 1) or NLL (nats) is above another's: a mean over seeds."""
 
     mean: float
     half_width: float | None
@@ -159,9 +162,14 @@ class Lead(NamedTuple):
         return self.half_width is not None and abs(self.mean) > self.half_width
 
 
-def lead(pairs: Sequence[tuple[Result, Result]], splits: Sequence[str], ways: Sequence[str] = WAYS) -> Lead:
+def lead(
+    pairs: Sequence[tuple[Result, Result]],
+    splits: Sequence[str] = TESTS,
+    ways: Sequence[str] = WAYS,
+    measure: str = "r1",
+) -> Lead:
     """Of the first of each pair over the second, a pair a seed, mean over splits and ways."""
-    differences = [ours.r1(splits, ways) - theirs.r1(splits, ways) for ours, theirs in pairs]
+    differences = [ours.mean(measure, splits, ways) - theirs.mean(measure, splits, ways) for ours, theirs in pairs]
     mean, spread = mean_and_spread(differences)
     count = len(differences)
     half = None if spread is None else _T_95[count - 2] * spread / math.sqrt(count)

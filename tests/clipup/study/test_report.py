@@ -43,7 +43,18 @@ def test_retrieval_is_given_at_the_chosen_rate_with_its_spread_over_seeds(found)
     assert set(by_arm) == {"dense", "dense continued", "clip up"}
     assert by_arm["dense continued"]["lr"] == "0.1" and by_arm["dense continued"]["t2i R@1"] == "50.0"
     assert by_arm["clip up"]["seeds"] == "2" and by_arm["clip up"]["t2i R@1"] == "54.0 ± 2.8"
-    assert by_arm["clip up"]["PFLOP"] == "3.50" and by_arm["dense"]["PFLOP"] == "2.00"  # with the start's
+    assert by_arm["clip up"]["PFLOP"] == "3.500" and by_arm["dense"]["PFLOP"] == "2.000"  # with the start's
+    assert head[5:] == ["t2i R@1", "R@5", "NLL", "i2t R@1", "R@5", "NLL"]
+    assert next(line for line in lines if line[0] == "dense")[5:] == ["40.0", "60.0", "1.600", "20.0", "30.0", "1.800"]
+    names = rows(Tables(found).retrieval("test_names"))[2:]
+    assert next(line for line in names if line[0] == "dense")[5:] == ["8.0", "12.0", "1.920", "4.0", "6.0", "1.960"]
+
+
+def test_the_size_of_a_gallery_and_the_chance_of_guessing_are_known(found):
+    galleries = Tables(found).galleries()
+
+    assert galleries["validation"] == {"images": 8, "captions": 5, "chance": 0.2}
+    assert galleries["test_names"] == {"images": 8, "captions": 8, "chance": 0.125}
 
 
 def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
@@ -59,31 +70,39 @@ def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
     by_arm = {line[0]: line[1:] for line in lines}
 
     assert set(by_arm) == {"dense continued", "dense equal flops", "limoe"}  # not what it started from
-    assert by_arm["dense continued"] == ["5", "3", *["**+3.00 ± 2.48**"] * 5]
-    assert by_arm["dense equal flops"] == ["5", "3", *["+0.00 ± 2.48"] * 5]
-    assert by_arm["limoe"] == ["5", "1", *["+2.00"] * 5]
-    assert tables.verdict("clip_up", {"dense_continued": "at equal steps", "dense_equal_flops": "at equal FLOPs"}) == (
-        "at equal steps (5) better: **+3.00 ± 2.48** points of R@1; "
-        "at equal FLOPs (5) no clear difference: +0.00 ± 2.48 points of R@1"
+    assert rows(tables.leads("clip_up"))[0][3:] == ["styles t2i", "styles i2t", "names t2i", "names i2t", "mean", "NLL"]
+    points = ["+3.00 ± 2.48", "+1.50 ± 1.24", "+0.60 ± 0.50", "+0.30 ± 0.25", "+1.35 ± 1.12", "-0.013 ± 0.011"]
+    assert by_arm["dense continued"] == ["5", "3", *(f"**{cell}**" for cell in points)]
+    assert by_arm["dense equal flops"][:3] == ["5", "3", "+0.00 ± 2.48"]
+    assert by_arm["limoe"] == ["5", "1", "+2.00", "+1.00", "+0.40", "+0.20", "+0.90", "-0.009"]
+    words = {"dense_continued": "at equal steps", "dense_equal_flops": "at equal FLOPs", "limoe": "of losses"}
+    assert tables.verdict("clip_up", words) == (
+        "at equal steps (5) better: **+1.35 ± 1.12** points of R@1 over 3 seeds; "
+        "at equal FLOPs (5) not decided: +0.00 ± 1.12 points of R@1 over 3 seeds; "
+        "with one seed each, which decides nothing: of losses (5) +0.90"
     )
+    assert tables.verdict("dense_continued", {"clip_up": "then"}).startswith("then (5) worse: **-1.35 ± 1.12**")
 
 
 def test_one_seed_decides_nothing(found):
-    assert "(5) undecided, with one seed: +2.00 points" in Tables(found).verdict("clip_up", {"dense_continued": "then"})
+    assert Tables(found).verdict("clip_up", {"dense_continued": "then"}) == (
+        "with one seed each, which decides nothing: then (5) +0.90"
+    )
+    assert Tables(found).verdict("clip_up", {"limoe": "then"}) == "there is no run to compare yet"
 
 
 def test_differences_are_those_of_runs_with_the_same_seed(found):
     _, _, *lines = rows(Tables(found).differences("clip_up"))
 
     assert [line[:2] for line in lines] == [["`sparse-a`", "`dense-a`"]]  # the second seed has no dense twin
-    assert all(cell.startswith("+50.00 ± ") for cell in lines[0][2:])
+    assert len(lines[0]) == 4 and all(cell.startswith("+50.00 ± ") for cell in lines[0][2:])
 
 
 def test_every_rate_is_shown_and_the_chosen_one_marked(found):
     _, _, *lines = rows(Tables(found).sweep())
 
-    assert ["dense continued", "5", "**0.1: 50.00**, 0.2: 45.00"] in lines
-    assert ["clip up", "5", "**0.1: 52.00 / 56.00**"] in lines
+    assert ["dense continued", "5", "**0.1: 37.50**, 0.2: 33.75"] in lines  # the mean of both ways
+    assert ["clip up", "5", "**0.1: 39.00 / 42.00**"] in lines
 
 
 def test_leads_at_one_rate_for_both_arms_tell_what_tuning_one_alone_would_give(write, make_records):
@@ -91,14 +110,17 @@ def test_leads_at_one_rate_for_both_arms_tell_what_tuning_one_alone_would_give(w
     for lr, sparse, dense in ((0.1, 0.52, 0.50), (0.2, 0.55, 0.56)):
         logs += [make_records(f"sparse-{lr}", "clip_up", lr, score=sparse, start="start")]
         logs += [make_records(f"dense-{lr}", "dense_continued", lr, score=dense, start="start")]
-    logs += [make_records("sparse-s1", "clip_up", 0.2, seed=1, score=0.9, start="start")]  # at one rate: no comparison
-    logs += [make_records("dense-s1", "dense_continued", 0.2, seed=1, score=0.1, start="start")]
+    logs += [make_records("sparse-s1", "clip_up", 0.2, seed=1, score=0.58, start="start")]
+    logs += [make_records("dense-s1", "dense_continued", 0.2, seed=1, score=0.55, start="start")]
+    logs += [make_records("sparse-s2", "clip_up", 0.2, seed=2, score=0.9, start="start")]  # no dense run of this seed
+    logs += [make_records("sparse-long", "clip_up", 0.1, score=0.9, start="start", budget=50)]
+    logs += [make_records("dense-long", "dense_continued", 0.1, score=0.1, start="start", budget=50)]
 
     assert rows(Tables(write(*logs)).leads_by_rate("clip_up", ["dense_continued", "dense_equal_flops"]))[2:] == [
-        ["0.1", "+2.00", "–"],
-        ["0.2", "-1.00", "–"],
+        ["0.1", "+0.90", "1", "–", "–"],
+        ["0.2", "+0.45 ± 11.44", "2", "–", "–"],
     ]
-    assert rows(Tables(write(*logs)).leads_by_rate("limoe", ["dense_continued"]))[2:] == [["–", "–"]]  # no run yet
+    assert rows(Tables(write(*logs)).leads_by_rate("limoe", ["dense_continued"]))[2:] == [["–"] * 3]  # no run yet
 
 
 def test_growth_is_that_of_one_rate_and_seed_from_the_start_on(write, make_records):
@@ -114,9 +136,9 @@ def test_growth_is_that_of_one_rate_and_seed_from_the_start_on(write, make_recor
 
     assert rows(table)[0][1:4] == ["dense continued", "dense equal flops", "clip up"]
     assert rows(table)[2:] == [
-        ["0", "10.00", "10.00", "10.00", "–", "–"],
-        ["5", "50.00", "54.00", "52.00", "+2.00", "-2.00"],
-        ["50", "61.00", "–", "60.00", "-1.00", "–"],
+        ["0", "4.50", "4.50", "4.50", "–", "–"],
+        ["5", "22.50", "24.30", "23.40", "+0.90", "-0.90"],
+        ["50", "27.45", "–", "27.00", "-0.45", "–"],
     ]
     assert rows(Tables(write(*logs)).growth("limoe", ["dense"]))[2:] == [["–"] * 4]  # no run yet
 
@@ -127,6 +149,7 @@ def test_experts_and_costs_are_those_of_the_logs(found):
     assert ["`sparse-a`", "0.850", "2.00", "2.50", "20.0"] in rows(tables.experts())
     cost = dict(zip(*(rows(tables.costs())[i] for i in (0, 2)), strict=True))
     assert cost["run"] == "`base`" and cost["PFLOP"] == "2.000" and cost["hours, 1 thread"] == "1.00"
+    assert cost["epochs"] == "2.5"
 
 
 def test_logs_of_different_data_are_not_put_on_one_page(write, make_records):

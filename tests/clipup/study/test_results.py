@@ -24,6 +24,15 @@ def test_an_arm_takes_the_rate_that_is_best_on_validation_over_the_seeds_that_al
     assert [one.name for one in best["m", 5, "dense"]] == ["d"]
 
 
+def test_rates_are_chosen_by_validation_and_not_by_the_test_splits(write, make_records):
+    found = write(
+        make_records("a", lr=0.1, score=0.9, validation=0.50),
+        make_records("b", lr=0.2, score=0.1, validation=0.52),
+    )
+
+    assert [one.name for one in results.chosen(found.values())["m", 5, "clip_up"]] == ["b"]
+
+
 def test_rates_with_the_most_seeds_are_compared_over_all_of_them(write, make_records):
     """A rate that was dropped after one seed does not keep the others from being told apart by theirs."""
     scores = {0.1: (0.40,), 0.2: (0.50, 0.60, 0.70), 0.4: (0.52, 0.55, 0.56)}
@@ -46,6 +55,26 @@ def test_a_rate_with_few_seeds_that_is_ahead_is_not_dropped(write, make_records)
     )
 
     assert [one.name for one in results.chosen(found.values())["m", 5, "clip_up"]] == ["a"]
+
+
+def test_seeds_that_one_rate_alone_has_change_no_choice(write, make_records):
+    found = write(
+        make_records("a0", lr=0.1, seed=0, score=0.50),
+        make_records("b0", lr=0.2, seed=0, score=0.52),  # wins by the one seed that all rates have
+        make_records("a1", lr=0.1, seed=1, score=0.60),
+        make_records("b1", lr=0.2, seed=1, score=0.55),  # and loses by the two that these have
+        make_records("a2", lr=0.1, seed=2, score=0.10),
+        make_records("c0", lr=0.4, seed=0, score=0.20),
+    )
+
+    assert [one.name for one in results.chosen(found.values())["m", 5, "clip_up"]] == ["a0", "a1", "a2"]
+
+
+def test_of_rates_that_beat_each_other_in_a_circle_the_one_with_the_most_seeds_is_taken(write, make_records):
+    scores = {(0.1, 0): 0.6, (0.2, 0): 0.5, (0.2, 1): 0.6, (0.4, 1): 0.5, (0.4, 2): 0.6, (0.1, 2): 0.5, (0.4, 3): 0.1}
+    found = write(*(make_records(f"{lr}-{seed}", lr=lr, seed=seed, score=s) for (lr, seed), s in scores.items()))
+
+    assert [one.name for one in results.chosen(found.values())["m", 5, "clip_up"]] == ["0.4-1", "0.4-2", "0.4-3"]
 
 
 def test_rates_without_a_common_seed_cannot_be_compared(write, make_records):
@@ -93,14 +122,17 @@ def test_a_lead_over_seeds_is_a_mean_with_students_interval(write, make_records)
         )
         pairs.append((found[f"a{seed}"], found[f"b{seed}"]))
 
-    lead = results.lead(pairs, results.TESTS)
+    lead = results.lead(pairs, ["test_styles"], ["t2i"])
 
     differences = numpy.array([0.02, 0.03, 0.07])
     assert lead.mean == pytest.approx(0.04) and lead.seeds == 3
     expected = 4.302653 * differences.std(ddof=1) / math.sqrt(3)  # Student's t, 2 degrees of freedom
     assert lead.half_width == pytest.approx(expected, rel=1e-3) and not lead.sure
-    assert results.lead(pairs[:1], results.TESTS) == (pytest.approx(0.02), None, 1)
-    assert lead._replace(half_width=0.039).sure and not results.lead(pairs[:1], results.TESTS).sure
+    assert results.lead(pairs[:1], ["test_styles"], ["t2i"]) == (pytest.approx(0.02), None, 1)
+    assert lead._replace(half_width=0.039).sure and not results.lead(pairs[:1]).sure
+    every = results.lead(pairs)  # a half of it from images to texts, a fifth of both on names
+    assert every.mean == pytest.approx(0.04 * (1 + 0.5 + 0.2 + 0.1) / 4)
+    assert results.lead(pairs, ["test_names"], ["i2t"], "nll").mean == pytest.approx(-0.04 * 0.1)
 
 
 def test_one_run_has_no_spread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 from pathlib import Path
 
@@ -92,10 +93,25 @@ def test_dense_runs_at_equal_flops_cost_what_clip_up_costs_in_the_steps_of_their
     assert equal and all(run.steps == round(run.budget * ratio) for run in equal)
 
 
-def test_a_sparse_run_from_scratch_costs_what_dense_start_and_clip_up_cost_together(icons):
-    scratch = [run for run in icons if run.arm == "sparse_scratch"]
+def test_dense_runs_at_equal_seconds_take_what_clip_up_was_measured_to_take(icons):
+    with (STUDIES / "icons" / "step.csv").open(newline="") as file:
+        ratio = {row["impl"]: float(row["seconds_ratio"]) for row in csv.DictReader(file)}
+    equal = [run for run in icons if run.arm == "dense_equal_seconds"]
 
-    assert scratch and all(run.steps == round(5000 / cost_ratio("clipup-icons-w64")) + run.budget for run in scratch)
+    assert min(ratio["dense"], ratio["dense_unpadded"]) > 0.97  # of the faster dense model, or as good as
+    assert equal and all(run.steps == round(run.budget * ratio["clip_up"]) for run in equal)
+
+
+def test_runs_from_scratch_cost_what_dense_start_and_clip_up_cost_together(icons):
+    ratio = cost_ratio("clipup-icons-w64")
+    steps = {
+        "sparse_scratch": lambda budget: 5000 / ratio + budget,
+        "dense_scratch": lambda budget: 5000 + budget * ratio,
+    }
+    found = [run for run in icons if run.arm in steps]
+
+    assert {run.arm for run in found} == steps.keys()
+    assert all(run.steps == round(steps[run.arm](run.budget)) for run in found)
 
 
 @functools.cache
@@ -108,7 +124,7 @@ def cost_ratio(model: str) -> float:
 
 @pytest.mark.parametrize("arms", [FROM_SCRATCH, GOING_ON], ids=["from scratch", "going on"])
 def test_every_learning_rate_of_one_arm_is_one_of_all_arms_like_it(arms, icons):
-    """Dense arms are tuned as hard as sparse ones, all at the same rates, and none is left out."""
+    """Dense arms are tuned as hard as sparse ones, all at the same rates."""
     rates: dict[str, set[float]] = {}
     for run in icons:
         if run.seed == 0 and run.arm in arms and (run.budget or run.steps) in (2500, 5000):
@@ -125,4 +141,5 @@ def test_the_arms_of_the_verdict_have_the_same_rates_seeds_and_lengths(icons):
         lengths = {(run.budget or run.steps, run.lr, run.seed) for run in own}
 
         assert {(2500, lr, seed) for lr in (0.004, 0.008) for seed in range(3)} <= lengths, arm
-        assert {(length, 0.004, 0) for length in (7500, 25000)} <= lengths and len(own) == 9, arm
+        assert {(length, 0.004, 0) for length in (7500, 25000)} <= lengths, arm
+        assert lengths == {(run.budget or run.steps, run.lr, run.seed) for run in icons if run.arm == "clip_up"}, arm

@@ -1,0 +1,67 @@
+"""The captions of a study's splits: how many were trained on, have unknown words, or cannot be told apart.
+
+    python benchmarks/study_captions.py icons --csv studies/icons/captions.csv
+
+Reads captions alone, no image. Per cent of a split's distinct captions, but for ``images_trained``, which is of its
+images.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness import report
+
+from clipup.data.captions import same_words
+from clipup.data.samples import Skips, expand_shards, tar_records
+from clipup.models import get_tokenizer
+from clipup.word_tokenizer import WordTokenizer, split_words
+
+TRAIN, SPLITS = "train", ("test_styles", "test_names", "validation")
+
+
+def captions(data: Path, split: str) -> list[str]:
+    """The first caption of every image."""
+    shards = expand_shards(data / f"{split}-*.tar", "data")
+    return [record.captions[0] for record in tar_records(shards, Skips(), "data")]
+
+
+def row(split: str, texts: list[str], trained: set[str], tokenizer: WordTokenizer) -> dict[str, str]:
+    distinct = sorted(set(texts))
+    known = set(tokenizer.words)
+    alike_in_tokens = Counter(tuple(tokens.tolist()) for tokens in tokenizer(distinct))
+    alike_in_words = Counter(map(same_words, distinct))
+    shares = {
+        "images_trained": share(texts, (text in trained for text in texts)),
+        "captions_trained": share(distinct, (text in trained for text in distinct)),
+        "captions_unknown_word": share(distinct, (not known.issuperset(split_words(text)) for text in distinct)),
+        "captions_same_tokens": share(distinct, (count for count in alike_in_tokens.values() if count > 1)),
+        "captions_same_words": share(distinct, (count for count in alike_in_words.values() if count > 1)),
+    }
+    return {"split": split, "images": str(len(texts)), "captions": str(len(distinct)), **shares}
+
+
+def share(of: list[str], counts: Iterable[int]) -> str:
+    return f"{100 * sum(counts) / len(of):.1f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="data set made by `clipup data icons`")
+    parser.add_argument("--model", default="clipup-icons-w64", help="whose words are known (default: clipup-icons-w64)")
+    parser.add_argument("--csv", help="file to write the rows to")
+    args = parser.parse_args(argv)
+    tokenizer = get_tokenizer(args.model)
+    if not isinstance(tokenizer, WordTokenizer):
+        raise SystemExit(f"--model {args.model} reads no whole words, so none can be unknown to it")
+    trained = set(captions(args.data, TRAIN))
+    rows = [row(split, captions(args.data, split), trained, tokenizer) for split in SPLITS]
+    report(rows, " ".join(rows[0]), args.csv)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
