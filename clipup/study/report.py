@@ -142,23 +142,28 @@ class Tables:
         head = ["steps", *map(_label, (*others, arm)), *(f"minus {_label(other)}" for other in others)]
         return _table(head, lines)
 
-    def verdict(self, arm: str, others: dict[str, str], splits: Sequence[str] = results.TESTS) -> str:
+    def verdict(
+        self, arm: str, others: dict[str, str], measure: str = "r1", splits: Sequence[str] = results.TESTS
+    ) -> str:
         """What the leads over other arms say, in a sentence, built the same way whichever way it falls: those over
         several seeds first, then those with a single one, which decide nothing.
 
         Args:
             others: the words for a comparison by arm, "at equal steps" for ``dense_continued``.
+            measure: ``r1``, or ``nll``, of which less is better.
         """
+        better, written, unit = (1, _lead, "points of R@1") if measure == "r1" else (-1, _nats, "nats of NLL")
         decided, single = [], []
         for group, pairs in self._pairs(arm):
             if group.arm not in others:
                 continue
-            lead, where = results.lead(pairs, splits), f"{others[group.arm]} ({group.budget:,})"
+            lead = results.lead(pairs, splits, measure=measure)
+            where = f"{others[group.arm]} ({group.budget:,})"
             if lead.half_width is None:
-                single.append(f"{where} {_lead(lead)}")
+                single.append(f"{where} {written(lead)}")
                 continue
-            what = "not decided" if not lead.sure else "better" if lead.mean > 0 else "worse"
-            decided.append(f"{where} {what}: {_lead(lead)} points of R@1 over {lead.seeds} seeds")
+            what = "not decided" if not lead.sure else "better" if better * lead.mean > 0 else "worse"
+            decided.append(f"{where} {what}: {written(lead)} {unit} over {lead.seeds} seeds")
         if single:
             decided.append(f"with one seed each, which decides nothing: {', '.join(single)}")
         return "; ".join(decided) or "there is no run to compare yet"

@@ -82,6 +82,8 @@ def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
         "with one seed each, which decides nothing: of losses (5) +0.90"
     )
     assert tables.verdict("dense_continued", {"clip_up": "then"}).startswith("then (5) worse: **-1.35 ± 1.12**")
+    nll = "then (5) better: **-0.013 ± 0.011** nats of NLL over 3 seeds"  # less is better
+    assert tables.verdict("clip_up", {"dense_continued": "then"}, "nll") == nll
 
 
 def test_one_seed_decides_nothing(found):
