@@ -142,6 +142,15 @@ class Tables:
         head = ["steps", *map(_label, (*others, arm)), *(f"minus {_label(other)}" for other in others)]
         return _table(head, lines)
 
+    def validation(self, run: str) -> str:
+        """A run's R@1 on validation, mean of both ways, for a sentence."""
+        return percent(self.results[run].selection, 2) if run in self.results else MISSING
+
+    def similarity(self, run: str) -> str:
+        """The cosine between a run's experts at the end, for a sentence."""
+        cosine = self.results[run].similarity if run in self.results else None
+        return MISSING if cosine is None else f"{cosine:.2f}"
+
     def verdict(
         self, arm: str, others: dict[str, str], measure: str = "r1", splits: Sequence[str] = results.TESTS
     ) -> str:

@@ -154,6 +154,13 @@ def test_experts_and_costs_are_those_of_the_logs(found):
     assert cost["epochs"] == "2.5"
 
 
+def test_a_sentence_can_quote_a_run_and_says_when_there_is_none(found):
+    tables = Tables(found)
+
+    assert (tables.validation("sparse-a"), tables.similarity("sparse-a")) == ("39.00", "0.85")
+    assert (tables.validation("no-run"), tables.similarity("no-run"), tables.similarity("base")) == ("–",) * 3
+
+
 def test_logs_of_different_data_are_not_put_on_one_page(write, make_records):
     other = make_records("b", lr=0.2)
     other[0]["data"] = {**other[0]["data"], "fingerprint": "g"}
