@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import SupportsFloat
 
 from . import axes, svg
@@ -62,10 +62,11 @@ def line_chart(
     """Lines over a common x, as SVG.
 
     ``y_range``: the axis' ends, taken from the values when None. ``marks``: (x, label) of dotted vertical lines;
-    ``levels``: (y, label) of dashed horizontal lines. Series without a colour take the palette's in turn.
+    ``levels``: (y, label) of dashed horizontal lines. Series without a colour take the palette's in turn,
+    and are dashed where it begins again.
     """
-    drawn = [(one, one.color or expert_color(index), one.pairs()) for index, one in enumerate(series)]
-    finite = [(x, y) for _, _, pairs in drawn for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
+    drawn = [(one, one.pairs()) for one in map(_in_turn, series, range(len(series)))]
+    finite = [(x, y) for _, pairs in drawn for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
     if y_range is None:
         y_range = axes.span([y for _, y in finite] + [level for level, _ in levels if finite], margin=0.06)
     frame, around = axes.build(
@@ -78,13 +79,13 @@ def line_chart(
         y_range=y_range,
         x_format=x_format,
         y_format=y_format,
-        legend=[Key(one.label, color, one.dash) for one, color, _ in drawn] if len(drawn) > 1 else (),
+        legend=[Key(one.label, one.color, one.dash) for one, _ in drawn] if len(drawn) > 1 else (),
     )
     parts = [around, *(_mark(frame, x, label) for x, label in marks), *(_level(frame, y, label) for y, label in levels)]
-    for one, color, pairs in drawn:
-        parts.append(_line(frame, pairs, color, one.dash))
+    for one, pairs in drawn:
+        parts.append(_line(frame, pairs, one.color, one.dash))
         if one.points:
-            parts += _points(frame, one.label, pairs, color, x_format, x_label, y_format)
+            parts += _points(frame, one.label, pairs, one.color, x_format, x_label, y_format)
     if not finite:
         parts.append(_nothing(frame))
     return svg.picture(width, height, title, *parts)
@@ -225,6 +226,12 @@ def _level(frame: Frame, y: float, label: str) -> str:
 def _nothing(frame: Frame) -> str:
     middle = (frame.left + frame.right) / 2
     return svg.text(middle, (frame.top + frame.bottom) / 2, "nothing recorded", font_size=FONT, text_anchor="middle")
+
+
+def _in_turn(series: Series, row: int) -> Series:
+    if series.color is not None:
+        return series
+    return replace(series, color=expert_color(row), dash=series.dash or _expert_dash(row))
 
 
 def _expert_dash(expert: int) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import jinja2
 
@@ -248,13 +249,25 @@ class Tables:
         return _table(["run", *counts, "hours, 1 thread", "machine"], rows)
 
     def figures(self) -> dict[str, str]:
-        """``recall`` over FLOPs, and ``loss`` and ``similarity`` over steps, of each group's first seed, as SVG."""
-        firsts = [runs[0] for _, runs in self.groups]
-        recall = [self._over_flops(run) for run in firsts if len(run.validations) > 1]
-        loss = [_over_steps(run, run.training, "contrastive") for run in firsts]
-        alike = [_over_steps(run, run.validations, "similarity") for run in firsts if run.layers]
+        """As SVG: ``recall`` over FLOPs where runs end, of the arms that have several lengths, if any has; the training
+        ``loss`` of their longest runs; and ``similarity``, the experts' in every sparse group. Loss and similarity are
+        those of each group's first seed."""
+        lengths: dict[str, list[list[Result]]] = {}
+        for group, runs in self.groups:
+            lengths.setdefault(group.arm, []).append(runs)
+        several = {arm: groups for arm, groups in lengths.items() if len(groups) > 1} or lengths
+        recall = [self._over_flops(arm, groups) for arm, groups in several.items()]
+        longest = [groups[-1][0] for groups in several.values()]
+        loss = [_over_steps(run, run.training, "contrastive") for run in longest]
+        sparse = [runs[0] for _, runs in self.groups if runs[0].layers]
+        alike = [_over_steps(run, run.validations, "similarity") for run in sparse]
         figures = {
-            "recall": (recall, "R@1 on validation, mean of both ways", "PFLOP of training, with the start", "R@1"),
+            "recall": (
+                recall,
+                "R@1 on both test splits at the end of a run",
+                "PFLOP of training, with the start",
+                "R@1",
+            ),
             "loss": (loss, "Contrastive loss in training", "step of the run", "nats"),
             "similarity": (alike, "Mean cosine between two experts of a layer", "step of the run", "cosine"),
         }
@@ -281,12 +294,12 @@ class Tables:
     def _pflop(self, runs: Sequence[Result]) -> str:
         return f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
 
-    def _over_flops(self, run: Result) -> Series:
-        total = results.total_gflops(run, self.results)
-        own = run.cost["train_gflops"]
-        x = [(total - own + own * line["step"] / run.config["steps"]) / 1e6 for line in run.validations]
-        y = [sum(line[way]["r1"] for way in results.WAYS) / 2 for line in run.validations]
-        return Series(_legend(run), x, y, points=True)
+    def _over_flops(self, arm: str, groups: Sequence[Sequence[Result]]) -> Series:
+        """The means over seeds, a point a length, from the start on where there is one."""
+        start = groups[0][0].config["start"]
+        runs = [*([[self.results[start]]] if start is not None else []), *groups]
+        x = [results.total_gflops(of[0], self.results) / 1e6 for of in runs]
+        return Series(_label(arm), x, [fmean(run.mean("r1") for run in of) for of in runs], points=True)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

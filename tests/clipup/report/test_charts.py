@@ -116,3 +116,11 @@ def test_smoothing_is_a_centred_mean_that_leaves_out_what_is_not_finite():
     assert math.isnan(smooth([math.nan], 3)[0])
     with pytest.raises(ValueError, match="window is 0"):
         smooth([1.0], 0)
+
+
+def test_lines_are_dashed_where_the_colours_begin_again():
+    chart = line_chart([Series(f"run {row}", [0, 1], [row, row + 1]) for row in range(9)], "Loss", "step", "nats")
+    lines = [line for line in ElementTree.fromstring(chart).iter() if line.tag.endswith("path") and line.get("stroke")]
+
+    assert lines[0].get("stroke") == lines[8].get("stroke") and len({line.get("stroke") for line in lines[:8]}) == 8
+    assert [line.get("stroke-dasharray") for line in lines] == [None] * 8 + ["5 3"]

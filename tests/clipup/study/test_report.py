@@ -145,6 +145,27 @@ def test_growth_is_that_of_one_rate_and_seed_from_the_start_on(write, make_recor
     assert rows(Tables(write(*logs)).growth("limoe", ["dense"]))[2:] == [["–"] * 4]  # no run yet
 
 
+def test_recall_is_drawn_over_flops_of_the_arms_with_several_lengths_from_their_start_on(write, make_records):
+    logs = [make_records("start", "dense", score=0.1, gflops=2e6)]
+    for budget, seeds in ((5, (0, 1)), (50, (0,))):
+        for seed in seeds:
+            name = f"sparse-{budget}-{seed}"
+            logs += [
+                make_records(name, seed=seed, score=0.5 + seed / 10, start="start", budget=budget, gflops=budget * 1e6)
+            ]
+    logs += [make_records("limoe", "limoe", score=0.9, start="start")]
+
+    figure = ElementTree.fromstring(Tables(write(*logs)).figures()["recall"])
+
+    points = [title.text for title in figure.iter() if title.tag.endswith("title") and title.text]
+    assert not [point for point in points if "limoe" in point]
+    assert [point.rpartition("start ")[2] for point in points if "clip up" in point] == [
+        "2: 4.5%",
+        "7: 24.75%",
+        "52: 22.5%",
+    ]
+
+
 def test_experts_and_costs_are_those_of_the_logs(found):
     tables = Tables(found)
 
