@@ -6,8 +6,7 @@
 
 Weights are random, and without --data images and texts too; texts then end at random places. Forward, contrastive loss
 (and the sparse layers'), backward, clipping and AdamW, as the trainer does them. An upcycled text tower leaves padding
-out. A dense one can as well: ``dense_unpadded`` is the dense model after ``leave_padding_out``, and ``seconds_ratio``
-is to it, the faster of the two.
+out. A dense one can as well: ``dense_unpadded`` is the dense model after ``leave_padding_out``, and ratios are to it.
 """
 
 from __future__ import annotations

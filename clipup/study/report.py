@@ -295,9 +295,9 @@ class Tables:
         return f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
 
     def _over_flops(self, arm: str, groups: Sequence[Sequence[Result]]) -> Series:
-        """The means over seeds, a point a length, from the start on where there is one."""
-        start = groups[0][0].config["start"]
-        runs = [*([[self.results[start]]] if start is not None else []), *groups]
+        """The means over seeds, a point a length, from the starts of the first length's runs on."""
+        starts = [self.results[run.config["start"]] for run in groups[0] if run.config["start"] is not None]
+        runs = [*([starts] if starts else []), *groups]
         x = [results.total_gflops(of[0], self.results) / 1e6 for of in runs]
         return Series(_label(arm), x, [fmean(run.mean("r1") for run in of) for of in runs], points=True)
 

@@ -146,21 +146,23 @@ def test_growth_is_that_of_one_rate_and_seed_from_the_start_on(write, make_recor
 
 
 def test_recall_is_drawn_over_flops_of_the_arms_with_several_lengths_from_their_start_on(write, make_records):
-    logs = [make_records("start", "dense", score=0.1, gflops=2e6)]
+    logs = [make_records(f"start-{seed}", "dense", seed=seed, score=0.1 + seed / 10, gflops=2e6) for seed in (0, 1)]
     for budget, seeds in ((5, (0, 1)), (50, (0,))):
         for seed in seeds:
             name = f"sparse-{budget}-{seed}"
             logs += [
-                make_records(name, seed=seed, score=0.5 + seed / 10, start="start", budget=budget, gflops=budget * 1e6)
+                make_records(
+                    name, seed=seed, score=0.5 + seed / 10, start=f"start-{seed}", budget=budget, gflops=budget * 1e6
+                )
             ]
-    logs += [make_records("limoe", "limoe", score=0.9, start="start")]
+    logs += [make_records("limoe", "limoe", score=0.9, start="start-0")]
 
     figure = ElementTree.fromstring(Tables(write(*logs)).figures()["recall"])
 
     points = [title.text for title in figure.iter() if title.tag.endswith("title") and title.text]
     assert not [point for point in points if "limoe" in point]
     assert [point.rpartition("start ")[2] for point in points if "clip up" in point] == [
-        "2: 4.5%",
+        "2: 6.75%",
         "7: 24.75%",
         "52: 22.5%",
     ]
