@@ -127,7 +127,7 @@ def test_inference_by_both_products_in_one_launch_follows_the_oracle(monkeypatch
 @pytest.mark.parametrize(("activation", "bias"), [("gelu", True), ("quick_gelu", False), ("relu", True)])
 def test_inference_of_a_narrow_model_is_one_launch_that_waits_for_nobody_and_is_captured(monkeypatch, activation, bias):
     if configs.architecture(torch.device("cuda")) < 90:
-        pytest.skip("one launch is the default from compute capability 9.0 on; older GPUs take two, which other tests run")
+        pytest.skip("one launch is the default from compute capability 9.0 on; two launches are tested elsewhere")
     gates, plan = route(NARROW, "masked")
     x = randn(NARROW.tokens, NARROW.width, dtype=torch.bfloat16, seed=10)
     x, gates, plan, experts = on_gpu((x, gates, plan, make_experts(NARROW, torch.bfloat16, activation, bias)))
