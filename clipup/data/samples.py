@@ -108,7 +108,13 @@ class Images(Dataset):
             image = read_image(record)
         except Exception as error:  # PIL has no common class for what a broken file may raise
             return f"{type(error).__name__}: {error}"
-        return self.preprocess(image)
+        tensor = self.preprocess(image)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"preprocess: made {type(tensor).__name__} of {record.key} in {record.path}, expected a tensor "
+                "[C, H, W]: end it with torchvision.transforms.ToTensor()"
+            )
+        return tensor
 
 
 def expand_shards(source: str | os.PathLike | Sequence[str], argument: str) -> list[str]:

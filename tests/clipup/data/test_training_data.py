@@ -281,6 +281,11 @@ def test_a_wrong_csv_says_which_column_is_missing(pictures):
         loader(pictures, "csv", batch_size=25)
 
 
+def test_a_cache_says_so_when_preprocess_makes_no_tensor(pictures):
+    with pytest.raises(TypeError, match="preprocess: made Image of s0 in .*, expected a tensor"):
+        train_loader(pictures.shards(), lambda image: image, tokenizer, 3, 0, cache=True, progress=False)
+
+
 def test_empty_shards_are_an_empty_data_set(pictures):
     pictures.tar("train-000000.tar", [])
     (pictures.folder / "sizes.json").write_text('{"train-000000.tar": 0}')
