@@ -123,24 +123,28 @@ class Tables:
         return _table(["learning rate of both", *_with_seeds(others)], lines)
 
     def growth(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
-        """R@1 of an arm and others over the length of their runs, mean over splits and ways, and the arm's leads: at
-        the one learning rate and seed that the arm has the most lengths of. The first row is what they start from."""
-        at: dict[tuple[float, int], dict[tuple[int, str], Result]] = {}
-        for run in self.results.values():
-            at.setdefault((run.config["lr"], run.config["seed"]), {})[run.budget, run.config["arm"]] = run
-        most = max(sorted(at), key=lambda one: sum(name == arm for _, name in at[one]))
-        runs = at[most]
-        lines = []
-        for budget in sorted(length for length, name in runs if name == arm):
-            ours, theirs = runs[budget, arm], [runs.get((budget, other)) for other in others]
-            start = ours.config["start"]
-            if not lines and start is not None:
-                before = percent(self.results[start].mean("r1", splits), 2)
-                lines.append(["0", *[before] * (1 + len(others)), *[MISSING] * len(others)])
-            found = [MISSING if run is None else percent(run.mean("r1", splits), 2) for run in (*theirs, ours)]
-            leads = [MISSING if run is None else _lead(results.lead([(ours, run)], splits)) for run in theirs]
-            lines.append([f"{budget:,}", *found, *leads])
-        head = ["steps", *map(_label, (*others, arm)), *(f"minus {_label(other)}" for other in others)]
+        """R@1 of an arm and others over the length of their runs, mean over splits and ways, and the arm's leads. A row
+        is over the seeds that all of its arms have; the first is what the shortest runs start from."""
+        of_group, lines = dict(self.groups), []
+        for group in (group for group, _ in self.groups if group.arm == arm):
+            of_arm = {
+                name: {run.config["seed"]: run for run in of_group[group._replace(arm=name)]}
+                for name in (*others, arm)
+                if group._replace(arm=name) in of_group
+            }
+            seeds = sorted(set.intersection(*map(set, of_arm.values())))
+            if not seeds:
+                raise ValueError(f"{', '.join(of_arm)} of {group.budget} steps have no seed in common: run one more")
+            found = {name: [of_seed[seed] for seed in seeds] for name, of_seed in of_arm.items()}
+            starts = [self.results[run.config["start"]] for run in found[arm] if run.config["start"] is not None]
+            if starts and not lines:
+                before = _recall(starts, splits)
+                lines.append(["0", str(len(seeds)), *[before] * (1 + len(others)), *[MISSING] * len(others)])
+            recalls = [_recall(found[name], splits) if name in found else MISSING for name in (*others, arm)]
+            pairs = {name: list(zip(found[arm], runs, strict=True)) for name, runs in found.items()}
+            leads = [_lead(results.lead(pairs[name], splits)) if name in pairs else MISSING for name in others]
+            lines.append([f"{group.budget:,}", str(len(seeds)), *recalls, *leads])
+        head = ["steps", "seeds", *map(_label, (*others, arm)), *(f"minus {_label(other)}" for other in others)]
         return _table(head, lines)
 
     def validation(self, run: str) -> str:
@@ -342,6 +346,10 @@ def _with_interval(lead: results.Lead, scale: int, decimals: int) -> str:
     if lead.half_width is not None:
         text += f" ± {scale * lead.half_width:.{decimals}f}"
     return f"**{text}**" if lead.sure else text
+
+
+def _recall(runs: Sequence[Result], splits: Sequence[str]) -> str:
+    return percent(fmean(run.mean("r1", splits) for run in runs), 2)
 
 
 def _nll(value: float) -> str:

@@ -125,24 +125,31 @@ def test_leads_at_one_rate_for_both_arms_tell_what_tuning_one_alone_would_give(w
     assert rows(Tables(write(*logs)).leads_by_rate("limoe", ["dense_continued"]))[2:] == [["–"] * 3]  # no run yet
 
 
-def test_growth_is_that_of_one_rate_and_seed_from_the_start_on(write, make_records):
-    logs = [make_records("start", "dense", 0.5, score=0.1)]
-    for budget, sparse, dense in ((5, 0.52, 0.50), (50, 0.60, 0.61)):
-        logs += [make_records(f"sparse-{budget}", "clip_up", 0.1, score=sparse, start="start", budget=budget)]
-        logs += [make_records(f"dense-{budget}", "dense_continued", 0.1, score=dense, start="start", budget=budget)]
-    logs += [make_records("more-5", "dense_equal_flops", 0.1, score=0.54, start="start", budget=5)]
-    logs += [make_records("other-rate", "clip_up", 0.2, score=0.9, start="start", budget=5)]
-    logs += [make_records("other-seed", "clip_up", 0.1, seed=1, score=0.9, start="start", budget=5)]
+def test_growth_is_over_the_seeds_that_all_arms_of_a_length_have_at_their_best_rates(write, make_records):
+    def record(arm, budget, seed, score, **more):
+        name = f"{arm}-{budget}-{more.get('lr', 0.1)}-s{seed}"
+        return make_records(name, arm, seed=seed, score=score, start=f"start-{seed}", budget=budget, **more)
+
+    logs = [make_records(f"start-{seed}", "dense", seed=seed, score=0.1 + seed / 10) for seed in (0, 1, 2)]
+    for seed in (0, 1):
+        logs += [
+            record("clip_up", 5, seed, 0.52),
+            record("dense_continued", 5, seed, 0.50 + seed / 100),
+            record("dense_equal_flops", 5, seed, 0.54),
+        ]
+    logs += [record("clip_up", 5, 2, 0.99)]  # the others do not have this seed
+    logs += [record("clip_up", 5, 0, 0.99, lr=0.2, validation=0.4)]  # not the best on validation
+    logs += [record("clip_up", 50, 1, 0.60), record("dense_continued", 50, 1, 0.61)]
 
     table = Tables(write(*logs)).growth("clip_up", ["dense_continued", "dense_equal_flops"])
 
-    assert rows(table)[0][1:4] == ["dense continued", "dense equal flops", "clip up"]
+    assert rows(table)[0][1:5] == ["seeds", "dense continued", "dense equal flops", "clip up"]
     assert rows(table)[2:] == [
-        ["0", "4.50", "4.50", "4.50", "–", "–"],
-        ["5", "22.50", "24.30", "23.40", "+0.90", "-0.90"],
-        ["50", "27.45", "–", "27.00", "-0.45", "–"],
+        ["0", "2", "6.75", "6.75", "6.75", "–", "–"],
+        ["5", "2", "22.73", "24.30", "23.40", "+0.68 ± 2.86", "**-0.90 ± 0.00**"],
+        ["50", "1", "27.45", "–", "27.00", "-0.45", "–"],
     ]
-    assert rows(Tables(write(*logs)).growth("limoe", ["dense"]))[2:] == [["–"] * 4]  # no run yet
+    assert rows(Tables(write(*logs)).growth("limoe", ["dense"]))[2:] == [["–"] * 5]  # no run yet
 
 
 def test_recall_is_drawn_over_flops_of_the_arms_with_several_lengths_from_their_start_on(write, make_records):
