@@ -160,24 +160,25 @@ class Tables:
         self, arm: str, others: dict[str, str], measure: str = "r1", splits: Sequence[str] = results.TESTS
     ) -> str:
         """What the leads over other arms say, in a sentence, built the same way whichever way it falls: those over
-        several seeds first, then those with a single one, which decide nothing.
+        several seeds first, in points or nats, with budget and seeds in brackets, then those with a single seed, which
+        decide nothing.
 
         Args:
             others: the words for a comparison by arm, "at equal steps" for ``dense_continued``.
             measure: ``r1``, or ``nll``, of which less is better.
         """
-        better, written, unit = (1, _lead, "points of R@1") if measure == "r1" else (-1, _nats, "nats of NLL")
+        better, written = (1, _lead) if measure == "r1" else (-1, _nats)
         decided, single = [], []
         for group, pairs in self._pairs(arm):
             if group.arm not in others:
                 continue
             lead = results.lead(pairs, splits, measure=measure)
-            where = f"{others[group.arm]} ({group.budget:,})"
             if lead.half_width is None:
-                single.append(f"{where} {written(lead)}")
+                single.append(f"{others[group.arm]} ({group.budget:,}) {written(lead)}")
                 continue
             what = "not decided" if not lead.sure else "better" if better * lead.mean > 0 else "worse"
-            decided.append(f"{where} {what}: {written(lead)} {unit} over {lead.seeds} seeds")
+            where = f"{others[group.arm]} ({group.budget:,}; {lead.seeds} seeds)"
+            decided.append(f"{where} {what}, {written(lead)}")
         if single:
             decided.append(f"with one seed each, which decides nothing: {', '.join(single)}")
         return "; ".join(decided) or "there is no run to compare yet"

@@ -77,12 +77,12 @@ def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
     assert by_arm["limoe"] == ["5", "1", "+2.00", "+1.00", "+0.40", "+0.20", "+0.90", "-0.009"]
     words = {"dense_continued": "at equal steps", "dense_equal_flops": "at equal FLOPs", "limoe": "of losses"}
     assert tables.verdict("clip_up", words) == (
-        "at equal steps (5) better: **+1.35 ± 1.12** points of R@1 over 3 seeds; "
-        "at equal FLOPs (5) not decided: +0.00 ± 1.12 points of R@1 over 3 seeds; "
+        "at equal steps (5; 3 seeds) better, **+1.35 ± 1.12**; "
+        "at equal FLOPs (5; 3 seeds) not decided, +0.00 ± 1.12; "
         "with one seed each, which decides nothing: of losses (5) +0.90"
     )
-    assert tables.verdict("dense_continued", {"clip_up": "then"}).startswith("then (5) worse: **-1.35 ± 1.12**")
-    nll = "then (5) better: **-0.013 ± 0.011** nats of NLL over 3 seeds"  # less is better
+    assert tables.verdict("dense_continued", {"clip_up": "then"}) == "then (5; 3 seeds) worse, **-1.35 ± 1.12**"
+    nll = "then (5; 3 seeds) better, **-0.013 ± 0.011**"  # less is better
     assert tables.verdict("clip_up", {"dense_continued": "then"}, "nll") == nll
 
 
