@@ -15,6 +15,7 @@ from clipup.upcycle import upcycle
 
 STUDIES = Path(__file__).parents[3] / "studies"
 FROM_SCRATCH = {"dense", "sparse_scratch"}
+VARIATIONS = {"limoe", "capacity_2", "drop_upcycling", "fine_grained", "z_score", "experts_16", "image_only"}
 GOING_ON = {"dense_continued", "dense_equal_flops", "clip_up", "limoe"}
 COMPLETE = "arm: clip_up\nmodel: clipup-icons-w64\nsteps: 10\nlr: 0.001\n"
 
@@ -144,3 +145,13 @@ def test_the_arms_of_the_verdict_have_the_same_rates_seeds_and_lengths(icons):
         assert {(length, 0.004, 0) for length in (7500, 25000)} <= lengths, arm
         assert {(2500, 0.004, seed) for seed in (3, 4)} <= lengths, arm
         assert lengths == {(run.budget or run.steps, run.lr, run.seed) for run in icons if run.arm == "clip_up"}, arm
+
+
+def test_every_variation_of_clip_up_has_the_seeds_that_a_difference_takes(icons):
+    """All of them or none: nothing is repeated because of what its first seed gave."""
+    seeds: dict[str, set[int]] = {}
+    for run in icons:
+        if run.arm in VARIATIONS and (run.steps, run.lr) == (2500, 0.004):
+            seeds.setdefault(run.arm, set()).add(run.seed)
+
+    assert seeds == {arm: {0, 1, 2} for arm in VARIATIONS}
