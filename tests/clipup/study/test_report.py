@@ -151,6 +151,9 @@ def test_growth_is_over_the_seeds_that_all_arms_of_a_length_have_at_their_best_r
         ["50", "1", "27.45", "–", "27.00", "-0.45", "–"],
     ]
     assert rows(Tables(write(*logs)).growth("limoe", ["dense"]))[2:] == [["–"] * 5]  # no run yet
+    logs += [record("limoe", 5, 2, 0.5)]
+    with pytest.raises(ValueError, match="dense_continued, limoe of 5 steps have no seed in common: run one more"):
+        Tables(write(*logs)).growth("limoe", ["dense_continued"])
 
 
 def test_recall_is_drawn_over_flops_of_the_arms_with_several_lengths_from_their_start_on(write, make_records):
