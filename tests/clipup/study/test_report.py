@@ -232,7 +232,6 @@ def test_a_study_without_template_is_refused(tmp_path):
         report.write(tmp_path, tmp_path / "study.md")
 
 
-@pytest.mark.skipif(not (ROOT / "docs" / "study.md").is_file(), reason="no run of the study has a page yet")
 def test_the_committed_page_is_the_one_of_the_committed_logs(tmp_path):
     for path in report.write(ROOT / "studies" / "icons", tmp_path / "study.md"):
         assert path.read_bytes() == (ROOT / "docs" / path.name).read_bytes(), f"{path.name}: run `make study`"

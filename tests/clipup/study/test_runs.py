@@ -15,7 +15,16 @@ from clipup.upcycle import upcycle
 
 STUDIES = Path(__file__).parents[3] / "studies"
 FROM_SCRATCH = {"dense", "sparse_scratch"}
-VARIATIONS = {"limoe", "capacity_2", "drop_upcycling", "fine_grained", "z_score", "experts_16", "image_only"}
+VARIATIONS = {
+    "limoe",
+    "capacity_2",
+    "drop_upcycling",
+    "fine_grained",
+    "loss_free",
+    "z_score",
+    "experts_16",
+    "image_only",
+}
 GOING_ON = {"dense_continued", "dense_equal_flops", "clip_up", "limoe"}
 COMPLETE = "arm: clip_up\nmodel: clipup-icons-w64\nsteps: 10\nlr: 0.001\n"
 
