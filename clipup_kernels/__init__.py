@@ -9,16 +9,17 @@ and ``FlopCounterMode``. ``clipup_kernels.reference`` holds the same functions i
 """
 
 from . import reference
-from .info import backend_info
+from .info import backend_info, release_memory
 from .mlp import dense_mlp, expert_mlp
 from .ops import combine, dispatch, grouped_linear, permute, topk_gating
-from .packing import pack_weights, release_memory
+from .packing import pack_weight, packed_layout, unpack_weight
 from .router import router_logits
-from .types import ACTIVATIONS, Gating, Plan
+from .types import ACTIVATIONS, Gating, PackedWeight, Plan
 
 __all__ = [
     "ACTIVATIONS",
     "Gating",
+    "PackedWeight",
     "Plan",
     "backend_info",
     "combine",
@@ -26,10 +27,12 @@ __all__ = [
     "dispatch",
     "expert_mlp",
     "grouped_linear",
-    "pack_weights",
+    "pack_weight",
+    "packed_layout",
     "permute",
     "reference",
     "release_memory",
     "router_logits",
     "topk_gating",
+    "unpack_weight",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .registry import define, non_differentiable
-from .types import Gating, Plan
+from .types import PLAIN_LAYOUT, Gating, PackedWeight, Plan
 
 # ---------------------------------------------------------------- topk_gating
 
@@ -183,12 +183,23 @@ _grouped_linear_backward = define(
 )
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+_packed_grouped_linear = define(
+    "packed_grouped_linear(Tensor rows, Tensor packed, Tensor? bias, Tensor offsets, int out_features, str layout)"
+    " -> Tensor",
+    flops=lambda rows, packed, bias, offsets, out_features, *args, out_shape=None, **kwargs: (
+        2 * rows[0] * rows[1] * out_features
+    ),
+    cpu_only=True,
+)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """``rows[r] @ weight[e]^T + bias[e]`` with e the expert that owns row r; empty rows are 0.
 
     Args:
         rows: [R, I], expert-sorted as by ``permute``.
-        weight: [E, O, I], of rows' type.
+        weight: [E, O, I], of rows' type; or packed by ``pack_weight``, with the same result bit for bit and no
+            derivative.
         bias: [E, O] or None.
         offsets: [E+1] int32, ``Plan.offsets``.
 
@@ -200,9 +211,19 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: T
     """
     checks.tensor("rows", rows, ("R", "I"), checks.FLOATING, rows)
     checks.same_dtype("rows", rows, weight=weight, bias=bias)
-    checks.tensor("weight", weight, ("E", "O", rows.shape[1]), checks.FLOATING, rows)
+    is_packed = isinstance(weight, PackedWeight)
+    shape = ("E", "O", rows.shape[1])
+    if is_packed:
+        checks.packed("weight", weight, shape, rows)
+    else:
+        checks.tensor("weight", weight, shape, checks.FLOATING, rows)
     checks.optional("bias", bias, tuple(weight.shape[:2]), checks.FLOATING, rows)
     checks.tensor("offsets", offsets, (weight.shape[0] + 1,), (torch.int32,), rows)
+    if is_packed:
+        checks.no_gradient(rows, bias)
+        if weight.layout != PLAIN_LAYOUT:
+            return _packed_grouped_linear(rows, weight.block, bias, offsets, weight.shape[1], weight.layout)
+        weight = weight.block
     return _grouped_linear(rows, weight, bias, offsets)
 
 

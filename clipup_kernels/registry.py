@@ -18,18 +18,21 @@ def define(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     flops: Callable | None = None,
+    cpu_only: bool = False,
 ) -> Callable:
     """Registers ``clipup::<schema>`` and returns the op.
 
     The functions of the op's name in ``cpu``, ``cuda``, ``generic`` (every other device) and ``fakes`` are its kernels.
-    An op without ``backward`` refuses to be differentiated by name; that is how second derivatives are refused.
+    With ``cpu_only`` the op has none on other devices. An op without ``backward`` refuses to be differentiated by name;
+    that is how second derivatives are refused.
     """
     name = schema.partition("(")[0]
     qualified = f"clipup::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     LIBRARY.impl(name, cpu.kernel_of(name), "CPU")
-    LIBRARY.impl(name, cuda.kernel_of(name), "CUDA")
-    LIBRARY.impl(name, getattr(generic, name), "CompositeExplicitAutograd")
+    if not cpu_only:
+        LIBRARY.impl(name, cuda.kernel_of(name), "CUDA")
+        LIBRARY.impl(name, getattr(generic, name), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, getattr(fakes, name), lib=LIBRARY)
     if backward is None:
 
