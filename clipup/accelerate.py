@@ -12,6 +12,10 @@ from .moe import SparseMoE
 from .prepared import MATRICES, Prepared, PreparedMLP, PreparedMoE
 
 
+class NothingToPrepare(ValueError):
+    """The model has no layer that could be prepared."""
+
+
 @torch.no_grad()
 def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Prepares a model for inference on a CPU: layers, sparse and dense, hold packed weights in place of plain ones.
@@ -33,7 +37,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
 
     Raises:
         TypeError: not a module; a subclass of SparseMoE, which may compute something else.
-        ValueError: the model has nothing to prepare, or is on another device.
+        ValueError: the model has nothing to prepare (NothingToPrepare), or is on another device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -45,7 +49,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     sparse = _sparse_layers(model)
     dense = [module for module in model.modules() if _can_prepare(module)]
     if not sparse and not dense and not any(isinstance(module, Prepared) for module in model.modules()):
-        raise ValueError(f"the model has no sparse layer and no dense MLP to prepare; {families_read()}")
+        raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare; {families_read()}")
     for layer in sparse:
         layer.__class__ = PreparedMoE
         layer.prepare()

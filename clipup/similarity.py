@@ -56,7 +56,8 @@ def expert_similarity(layer: SparseMoE, dense: DenseMLP | None = None) -> Simila
     Raises:
         ValueError: the dense MLP's matrices, or shards of them, are not of the experts' shapes.
     """
-    granularity, experts = layer.config.granularity, dict(layer.named_parameters(recurse=False))
+    granularity = layer.config.granularity
+    experts = layer.state_dict()  # which prepared layers have too
     first, second = _first(experts), _second(experts)
     between = (first @ first.T).cpu(), (second @ second.T).cpu()
     if dense is None:

@@ -15,7 +15,7 @@ from .. import card, models
 from ..checkpoint import replace_files
 from ..data.loaders import EvalSamples, eval_samples
 from ..evaluate import datasets
-from ..evaluate.precision import Precision, check_device, default_device, default_workers
+from ..evaluate.precision import Precision, check_device, default_device, default_workers, for_inference
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, image_folder, read_lines, zero_shot
 
@@ -123,6 +123,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     model, _, preprocess = models.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
+    model = for_inference(model, options.precision)
     tokenizer = models.get_tokenizer(options.model)
     common = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
     results: dict[str, Any] = {"model": options.model, "precision": options.precision}

@@ -19,7 +19,7 @@ from ..checkpoint import CONFIG_NAME, replace_files
 from ..data.loaders import eval_samples
 from ..data.samples import IMAGE_EXTENSIONS, Record, lines, read_image
 from ..evaluate.encode import progress
-from ..evaluate.precision import default_device
+from ..evaluate.precision import default_device, for_inference
 from ..moe import moe_layers
 from ..report.experts import look
 from ..train import checkpoints
@@ -74,6 +74,7 @@ def main(argv: list[str]) -> int:
     records = [] if options.images is None else find_images(options.images)[: options.max_images]
     captions = _captions(options, records)[: options.max_images]
     model, preprocess, tokenizer = load(options.model, options.device)
+    model = for_inference(model)
     dense = None
     if options.dense is not None:
         dense = models.create_model_and_transforms(options.dense, options.dense_pretrained, device=options.device)[0]

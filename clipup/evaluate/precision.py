@@ -9,6 +9,9 @@ from typing import Literal
 import open_clip
 import torch
 from open_clip_train.precision import get_autocast
+from torch import nn
+
+from ..accelerate import NothingToPrepare, accelerate
 
 Precision = Literal["fp32", "amp", "amp_bf16", "bf16"]
 """amp: float16 autocast; amp_bf16: bfloat16 autocast; bf16: the model itself is in bfloat16."""
@@ -22,6 +25,18 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 def image_dtype(precision: Precision) -> torch.dtype | None:
     """The type that images are converted to; None leaves them as they are."""
     return open_clip.get_input_dtype(precision)
+
+
+def for_inference(model: nn.Module, precision: Precision = "fp32") -> nn.Module:
+    """The model itself, prepared (``clipup.accelerate``) where that is faster: on a CPU and outside of autocast, which
+    would cast weights that are packed already. In evaluation mode in any case."""
+    model.eval()
+    if next(model.parameters()).device.type != "cpu" or precision in ("amp", "amp_bf16"):
+        return model
+    try:
+        return accelerate(model, inplace=True)
+    except NothingToPrepare:
+        return model
 
 
 def default_device() -> str:
