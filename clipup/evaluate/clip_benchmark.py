@@ -67,8 +67,8 @@ if MODEL_TYPE not in registry.MODEL_TYPES:
 
 def run(argv: Sequence[str]) -> int:
     """CLIP_benchmark's command line; for ``eval`` the model type is clipup, and no pretrained tag is meant, unless the
-    arguments say otherwise. Without a GPU there is no autocast, which is slower than float32 on CPUs: models are prepared
-    instead."""
+    arguments say otherwise. Without a GPU there is no autocast, which is slower than float32 on CPUs; the model is
+    prepared instead."""
     arguments = list(argv)
     if arguments[:1] == ["eval"]:
         arguments += _unless_given(arguments, "--model_type", MODEL_TYPE)

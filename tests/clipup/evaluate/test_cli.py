@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from clipup.cli import main
+from clipup.models import BlockMoE
+from clipup.moe import SparseMoE
+from clipup.prepared import PreparedMoE
 
 
 @pytest.fixture
@@ -189,3 +192,14 @@ def test_options_that_contradict_each_other_are_refused(directory, capsys, optio
         run(directory, *options)
 
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("precision", "form"), [("fp32", PreparedMoE), ("bf16", PreparedMoE), ("amp_bf16", BlockMoE)])
+def test_on_a_cpu_a_prepared_model_is_measured_unless_autocast_casts_its_weights(
+    directory, val_data, capsys, monkeypatch, precision, form
+):
+    forms = set()
+    run_experts = SparseMoE.run_experts
+    monkeypatch.setattr(SparseMoE, "run_experts", lambda self, *args: forms.add(type(self)) or run_experts(self, *args))
+    assert run(directory, "--val-data", val_data, "--precision", precision) == 0
+    assert forms == {form}

@@ -63,7 +63,7 @@ def test_a_loaded_model_runs_under_clip_benchmarks_autocast(directory, tmp_path)
 
     import clipup.evaluate.clip_benchmark  # noqa: F401
 
-    model, transform, tokenizer = clip_benchmark.models.load_clip("clipup", str(directory), "", None)
+    model, transform, tokenizer = clip_benchmark.models.load_clip("clipup", str(directory), "", None, "cpu")
     with torch.no_grad(), torch.autocast("cpu"):
         assert model.encode_text(tokenizer(["a cat"])).isfinite().all()
 
@@ -74,7 +74,7 @@ def test_on_a_cpu_the_command_line_prepares_its_model_and_leaves_autocast_out(di
     seen = []
 
     def main():
-        model, _, _ = ours.registry.load_clip("clipup", str(directory), "", None)
+        model, _, _ = ours.registry.load_clip("clipup", str(directory), "", None, "cpu")
         seen.append((sys.argv, {type(layer) for layer in moe_layers(model).values()}))
 
     monkeypatch.setattr(ours.cli, "main", main)

@@ -10,6 +10,8 @@ from sparse_clip import CAPTIONS, dense_clip, pictures, sparse_clip, sparse_conf
 
 from clipup import save_pretrained
 from clipup.cli import main
+from clipup.moe import SparseMoE
+from clipup.prepared import PreparedMoE
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,14 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     text = Page(html).text
     assert "The experts of tiny-moe" in text and "4 sparse layers, seen with 4 images and 5 captions." in text
     assert "to the dense MLP" not in text
+
+
+def test_on_a_cpu_the_model_is_prepared(model, captions, tmp_path, monkeypatch):
+    forms = set()
+    run_experts = SparseMoE.run_experts
+    monkeypatch.setattr(SparseMoE, "run_experts", lambda self, *args: forms.add(type(self)) or run_experts(self, *args))
+    made(tmp_path / "r.html", model, "--captions", captions)
+    assert forms == {PreparedMoE}
 
 
 def test_the_dense_model_is_compared_with(model, images, tmp_path):
