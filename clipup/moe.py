@@ -222,11 +222,7 @@ class SparseMoE(Experts):
             learns = self.training and torch.is_grad_enabled()
             loss = weighted_losses(routing, self.config) if learns and self.config.has_losses else None
         if not (recomputing() or torch.compiler.is_exporting()):
-            self.records.keep_routing(routing)
-            if learns and self.config.selection_bias != "none":
-                self.records.keep_load(routing.gating.picks)
-            if loss is not None and loss.requires_grad:
-                self.records.keep_loss(loss, y)
+            self.records.keep(routing, y, loss, counts_load=learns and self.config.selection_bias != "none")
         return y.view(x.shape)
 
     def _mixture(self, tokens: Tensor, routing: Routing, dtype: torch.dtype | None) -> Tensor:
@@ -281,18 +277,47 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
-    """The sparse layers of a model by name, in the order in which its modules are registered."""
+    """The sparse layers of a model by name, in the order in which its modules are registered.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; for several models ask each")
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """Takes the weighted auxiliary losses that the model's sparse layers hold, and returns their sum.
+    """Takes the weighted auxiliary losses of the calling thread's forwards, and returns their sum.
 
     Add it to the loss of every forward, or of several forwards at once: each forward's losses are counted once. A 0-d
     float32 tensor, 0 when there is nothing to take (evaluation, no weights, no sparse layers).
+
+    A forward's losses belong to the thread that ran it, so several threads can train or evaluate one model. Where other
+    threads run the forwards of a step (``nn.DataParallel``), call ``aux_loss`` there too, inside the wrapped module,
+    and return its value with the output.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        RuntimeError: there is nothing to take, but losses of a thread that has ended are left; or of any other thread
+            where the calling one has not run the model itself.
     """
-    taken = [loss for layer in moe_layers(model).values() for loss in layer.records.take_losses()]
-    if not taken:
-        parameter = next(model.parameters(), None)
-        return torch.zeros((), device=None if parameter is None else parameter.device)
-    return torch.stack([loss.to(taken[0].device) for loss in taken]).sum()
+    layers = moe_layers(model)
+    taken = [loss for layer in layers.values() for loss in layer.records.take_losses()]
+    if taken:
+        return torch.stack([loss.to(taken[0].device) for loss in taken]).sum()
+    if not torch.compiler.is_compiling():
+        _refuse_losses_of_other_threads(layers)
+    parameter = next(model.parameters(), None)
+    return torch.zeros((), device=None if parameter is None else parameter.device)
+
+
+def _refuse_losses_of_other_threads(layers: dict[str, SparseMoE]) -> None:
+    for name, layer in layers.items():
+        count = layer.records.untaken_elsewhere()
+        if count:
+            raise RuntimeError(
+                f"aux_loss found no losses of this thread, but {count} that forwards of {name or 'the layer'} left in "
+                "other threads. A forward's losses belong to the thread that ran it: call aux_loss there, with "
+                "nn.DataParallel inside the wrapped module, and return its value with the output"
+            )
