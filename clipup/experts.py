@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from clipup_kernels import ACTIVATIONS, Plan, combine, dispatch, expert_mlp, grouped_linear, permute
 from clipup_kernels.reference import activate
 
+_VECTORS = ("in_bias", "out_bias", "gate_bias", "ln_weight", "ln_bias")
+
 
 class Experts(nn.Module):
     """E MLPs of one shape, stacked.
@@ -80,6 +82,11 @@ class Experts(nn.Module):
         """Takes these tensors, not copies, as the parameters of these names, which may lie on another device."""
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=requires_grad[name]))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone, as timm's optimizers ask for them: biases and
+        norms, which are stacked to [E, H] and look like matrices."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in _VECTORS}
 
     def run_experts(self, tokens: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
         """tokens [T, D] -> [T, D], computed in ``dtype``, or in the parameters' type when that is None."""

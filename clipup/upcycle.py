@@ -21,13 +21,15 @@ from .config import MoEConfig
 from .expert_init import check_shards
 from .mlp_families import find_mlp, replace_mlp
 from .moe import moe_layers
+from .weight_decay import add_no_weight_decay
 
 
 def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = False) -> nn.Module:
     """Makes an open_clip model sparse.
 
     Devices, types, requires_grad and training mode stay as they are; meta tensors work. The result carries the config
-    as ``model.moe_config``. When anything is refused, the model is as it was.
+    as ``model.moe_config``, and its ``no_weight_decay()``, which timm's optimizers ask for, names the experts' biases and
+    norms beside what the dense model's names. When anything is refused, the model is as it was.
 
     Args:
         model: open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model (``towers=("image",)``), dense and not wrapped.
@@ -52,6 +54,7 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
         replace_mlp(block, layers[name])
     if "text" in config.towers:
         _leave_padding_out(model)
+    add_no_weight_decay(model)
     model.moe_config = config
     return model
 
