@@ -28,7 +28,7 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
     """Makes an open_clip model sparse.
 
     Devices, types, requires_grad and training mode stay as they are; meta tensors work. The result carries the config
-    as ``model.moe_config``, and its ``no_weight_decay()``, which timm's optimizers ask for, names the experts' biases and
+    as ``model.moe_config``. Its ``no_weight_decay()``, which timm's optimizers ask for, names the experts' biases and
     norms beside what the dense model's names. When anything is refused, the model is as it was.
 
     Args:

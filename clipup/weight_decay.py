@@ -1,7 +1,8 @@
 """Which parameters have no weight decay.
 
-The biases and norms of experts are stacked, [E, H], so that a rule by dimensions alone takes them for matrices. Layers and
-upcycled models name them as timm's optimizers ask for it, ``no_weight_decay()``; ``parameter_groups`` is for all others.
+The biases and norms of experts are stacked, [E, H], so that a rule by dimensions alone takes them for matrices. Layers
+and upcycled models name them by ``no_weight_decay()``, which timm's optimizers ask for; ``parameter_groups`` is for all
+other optimizers.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ _WITHOUT_DECAY = ("bn", "ln", "bias", "logit_scale")
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters in two groups for a ``torch.optim`` optimizer: without weight decay, then with it.
 
-    The rule is open_clip's: tensors of two dimensions or more decay, unless bn, ln, bias or logit_scale is part of their
-    names. So the experts' and the router's matrices decay, and the experts' biases and norms do not. ``clipup train``
-    builds its optimizer from these groups::
+    The rule is open_clip's: tensors of two dimensions or more decay, unless bn, ln, bias or logit_scale is part of
+    their names. So the experts' and the router's matrices decay, and the experts' biases and norms do not. ``clipup
+    train`` builds its optimizer from these groups::
 
         optimizer = torch.optim.AdamW(clipup.parameter_groups(model, 0.2), lr=1e-4)
 
