@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .config import BalanceForm, GateNormalization, MoEConfig, Score, SelectionBias
+from . import checks
+from .config import BalanceForm, GateNormalization, MoEConfig, Score, SelectionBias, check_config
 from .expert_init import experts_of, redraw_hidden_units
 from .experts import Experts, SharedExpert
 from .mlp_families import read_mlp
@@ -148,6 +149,7 @@ class SparseMoE(Experts):
                 "read the MLP with clipup.mlp_families.read_mlp and put its input_norm in front of the layer"
             )
         config = config if config is not None else MoEConfig()
+        check_config("config", config)
         d_hidden, d_model = dense.in_weight.shape
         experts = experts_of(dense, config.num_experts, config.granularity)
         if config.reinit_ratio > 0:
@@ -181,18 +183,6 @@ class SparseMoE(Experts):
 
     @config.setter
     def config(self, config: MoEConfig) -> None:
-        if config.num_experts != self.router.weight.shape[0]:
-            raise ValueError(
-                f"config.num_experts is {config.num_experts}, but the layer has {self.router.weight.shape[0]} experts; "
-                "make a new layer to change their number"
-            )
-        held = _structure(self.config)
-        for name, wanted in _structure(config).items():
-            if wanted != held[name]:
-                raise ValueError(
-                    f"config.{name} is {getattr(config, name)!r}, but the layer was made with "
-                    f"{getattr(self.config, name)!r}; make a new layer to change its parameters"
-                )
         self.router.config = config
 
     def reset_parameters(self) -> None:
@@ -235,6 +225,7 @@ class SparseMoE(Experts):
         return y if self.shared is None else y + self.shared(tokens, routing.mask, dtype, SHARED_GATE)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        checks.tensor("x", x)
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [..., {self.d_model}], the layer's d_model last, got {list(x.shape)}")
         if x.dtype != self.in_weight.dtype and _autocast_dtype(x) is None:
@@ -244,6 +235,7 @@ class SparseMoE(Experts):
             )
         if mask is None:
             return
+        checks.tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be torch.bool, True for tokens that take part, got {mask.dtype}")
         if mask.shape != x.shape[:-1]:
@@ -262,12 +254,6 @@ class SparseMoE(Experts):
         return ", ".join(parts)
 
 
-def _structure(config: MoEConfig) -> dict[str, Any]:
-    """What decides which parameters and buffers a layer has."""
-    has_bias = config.selection_bias != "none"
-    return {"granularity": config.granularity, "shared_expert": config.shared_expert, "selection_bias": has_bias}
-
-
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast asks for on x's device, or None where it is off. Like torch's, it leaves float64 alone."""
     device = x.device.type
@@ -282,8 +268,7 @@ def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
     Raises:
         TypeError: ``model`` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}; for several models ask each")
+    checks.module("model", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
 
 

@@ -7,12 +7,12 @@ other optimizers.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from . import checks
 from .moe import moe_layers
 
 _WITHOUT_DECAY = ("bn", "ln", "bias", "logit_scale")
@@ -33,12 +33,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Raises:
         TypeError, ValueError: a wrong argument, by name.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(weight_decay, bool) or not isinstance(weight_decay, int | float):
-        raise TypeError(f"weight_decay must be a number, got {weight_decay!r}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay must be finite and 0 or more, got {weight_decay!r}")
+    checks.module("model", model)
+    checks.number("weight_decay", weight_decay)
+    checks.check("weight_decay", weight_decay, weight_decay >= 0, "0 or more")
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
         {"params": [parameter for name, parameter in trained if not decays(name, parameter)], "weight_decay": 0.0},

@@ -15,10 +15,11 @@ from .mlp import dense_mlp, expert_mlp
 from .ops import combine, dispatch, grouped_linear, permute, topk_gating
 from .packing import pack_weights, release_memory
 from .router import router_logits
-from .types import ACTIVATIONS, Gating, Plan
+from .types import ACTIVATIONS, MAX_EXPERTS, Gating, Plan
 
 __all__ = [
     "ACTIVATIONS",
+    "MAX_EXPERTS",
     "Gating",
     "Plan",
     "backend_info",

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+MAX_EXPERTS = 1 << 20
+"""Experts that a layer may have. What an op allocates grows with their number, so a slip is refused beyond this."""
 
 
 class Gating(NamedTuple):
