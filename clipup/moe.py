@@ -43,9 +43,10 @@ class SparseMoE(Experts):
 
     Losses: a forward in training mode with gradients enabled leaves its weighted losses in the layer until ``aux_loss``
     takes them. Each forward is counted once; activation checkpointing's second forward is not counted. A loss that
-    nobody took goes when a backward pass has gone through y. Reentrant checkpointing runs its first forward without
-    gradients and therefore leaves no losses: use ``use_reentrant=False``. Under ``torch.compile`` a layer holds the
-    losses of its last forward only.
+    nobody took is dropped when a backward pass has gone through y. Losses, and what ``moe_metrics`` shows, belong to
+    the thread that ran the forward. Reentrant checkpointing runs its first forward without gradients and therefore
+    leaves no losses: use ``use_reentrant=False``. Under ``torch.compile`` a layer holds the losses of its last forward
+    only. Inside a transform of ``torch.func`` losses must be taken inside it too; routing and load are not recorded.
 
     Args:
         d_model: D. d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
