@@ -19,6 +19,7 @@ from .config import MoEConfig
 from .metrics import moe_metrics
 from .moe import SparseMoE, aux_loss, moe_layers
 from .upcycle import step0_difference, upcycle
+from .weight_decay import parameter_groups
 
 _FROM_MODELS = ("create_model_and_transforms", "get_model_config", "get_tokenizer", "load_checkpoint")
 _FROM_TIMM_MODELS = ("create_timm_model",)
@@ -36,6 +37,7 @@ __all__ = [
     "load_checkpoint",
     "moe_layers",
     "moe_metrics",
+    "parameter_groups",
     "save_pretrained",
     "step0_difference",
     "upcycle",

@@ -30,10 +30,10 @@ def update_selection_bias(model: nn.Module) -> None:
     """Moves every sparse layer's selection bias by ``selection_bias_rate`` times the step of its kind. Call it after
     every optimizer step; ``clipup train`` does.
 
-    The load is that of all forwards in training with gradients since the last call, before dropping, so the
-    micro-batches of an accumulated step count together; activation checkpointing's second forward does not count. Where
-    ``torch.distributed`` runs, the loads of all ranks are summed, and all must call. Nothing waits for the device. A
-    model without such layers stays as it is.
+    The load is that of all forwards in training with gradients since the last call, in all threads, before dropping, so
+    the micro-batches of an accumulated step count together; activation checkpointing's second forward does not count.
+    Where ``torch.distributed`` runs, the loads of all ranks are summed, and all must call. Nothing waits for the
+    device. A model without such layers stays as it is.
     """
     layers = [layer for layer in moe_layers(model).values() if layer.router.selection_bias is not None]
     if not layers:

@@ -21,12 +21,13 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from . import word_tokenizer
 from .config import MoEConfig
 from .moe import moe_layers
-from .weights import read_safetensors
+from .weights import read_safetensors, types_in_safetensors
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -169,6 +170,12 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     return read_safetensors(path)
 
 
+def types_of_weights(directory: str | Path) -> dict[str, torch.dtype]:
+    """The types of the directory's tensors by name, where they are safetensors, of a dense model too."""
+    path = Path(directory) / WEIGHTS_NAME
+    return types_in_safetensors(path) if path.is_file() else {}
+
+
 def check_fit(
     model: nn.Module,
     weights: dict[str, Tensor],
@@ -176,7 +183,7 @@ def check_fit(
     ignore: tuple[str, ...] = (),
     described_by: str = f"its {CONFIG_NAME}",
 ) -> None:
-    """Compares a state dict with a model's, by names and shapes, before anything is copied.
+    """Compares a state dict with a model's, by names, shapes and kinds of types, before anything is copied.
 
     Args:
         source: where the weights come from. described_by: what says which model is meant; both for the message.
@@ -185,12 +192,14 @@ def check_fit(
         ValueError: naming the parameters (up to three of each kind), both shapes, and what to do.
     """
     expected = model.state_dict()
+    weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     faults = [
         f"{name} is {list(weights[name].shape)} there, {list(tensor.shape)} in the model"
         for name, tensor in expected.items()
         if name in weights and name not in ignore and weights[name].shape != tensor.shape
     ]
     faults = faults[:_SHOWN] + [f"{len(faults) - _SHOWN} more of another shape"] * (len(faults) > _SHOWN)
+    faults += _other_types(expected, {name: tensor.dtype for name, tensor in weights.items()})
     faults += _names("missing there", [name for name in expected if name not in weights])
     faults += _names("unknown to the model", [name for name in weights if name not in expected])
     if faults:
@@ -198,6 +207,32 @@ def check_fit(
             f"the weights in {source} do not fit the model that {described_by} describes: {'; '.join(faults)}. "
             "Put back the config that they were saved with, or save the model again"
         )
+
+
+def check_types(model: nn.Module, types: Mapping[str, torch.dtype], source: str) -> None:
+    """Refuses weights that torch would convert without a word: integers, truth values and complex numbers in the place
+    of floating-point numbers, or the other way round.
+
+    Args:
+        types: those of the file's tensors, by name; names that the model does not have are left to others.
+
+    Raises:
+        ValueError: naming up to three parameters, and both types.
+    """
+    faults = _other_types(model.state_dict(), types)
+    if faults:
+        raise ValueError(
+            f"the weights in {source} do not fit the model: {'; '.join(faults)}. Get them in a floating-point type"
+        )
+
+
+def _other_types(expected: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> list[str]:
+    faults = [
+        f"{name} is {types[name]} there, {tensor.dtype} in the model"
+        for name, tensor in expected.items()
+        if name in types and types[name].is_floating_point != tensor.dtype.is_floating_point
+    ]
+    return faults[:_SHOWN] + [f"{len(faults) - _SHOWN} more of another type"] * (len(faults) > _SHOWN)
 
 
 def _names(kind: str, names: list[str]) -> list[str]:

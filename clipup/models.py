@@ -17,7 +17,7 @@ from open_clip.hf_model import HFTextEncoder
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
-from . import checkpoint, hub, word_tokenizer
+from . import checkpoint, checks, hub, word_tokenizer
 from .config import MoEConfig
 from .moe import SparseMoE
 from .towers import is_timm
@@ -64,12 +64,15 @@ def create_model_and_transforms(
         found = checkpoint.read_moe_config(directory)
         model_name = f"{LOCAL_PREFIX}{directory}"
         weights = checkpoint.read_weights(directory) if found is not None and load_weights else None
+        types = checkpoint.types_of_weights(directory) if load_weights else {}
         described_by = f"its {checkpoint.CONFIG_NAME}"
     else:
         _check_names(model_name, pretrained)
         file = _file_of_weights(model_name, pretrained)
         found = _config_of_file(file, pretrained, moe_cfg)
-        weights = file.state_dict if file is not None and load_weights else None
+        weights = file.state_dict if found is not None and load_weights else None
+        types = file.types if file is not None and load_weights else {}
+        del file  # open_clip reads a dense one again
         described_by = f"{model_name} with its moe_cfg"
     if moe_cfg is not None and found != moe_cfg:
         raise ValueError(
@@ -78,7 +81,9 @@ def create_model_and_transforms(
         )
     if found is None:
         with _clear_errors(model_name):
-            return open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
+            model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
+        checkpoint.check_types(model, types, str(pretrained or directory))
+        return model, *transforms
     if kwargs.get("jit"):
         raise ValueError("jit=True is not supported for sparse models; use torch.compile")
     dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
@@ -100,6 +105,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: they do not fit, or the file holds more than weights; the model is as it was.
     """
+    checks.module("model", model)
     _load(model, read_weights(path).state_dict, str(path), f"a {type(model).__name__} with these options")
 
 
@@ -124,19 +130,18 @@ def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -
 
 
 def _file_of_weights(model_name: str, pretrained: str | None) -> Weights | None:
-    """The sparse weights that ``pretrained`` means; None for everything else, which open_clip loads.
+    """The file of weights that ``pretrained`` means, None where it is none or one of numpy's.
 
-    A dense file is read here too, so that whatever it brings beside weights is refused by name.
+    open_clip loads a dense one. It is read here too, so that whatever it brings beside weights is refused by name.
     """
     is_tag = bool(pretrained) and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
     if not pretrained or is_tag or Path(pretrained).suffix in _NUMPY:
         return None
-    weights = read_weights(pretrained)
-    return weights if weights.sparse else None
+    return read_weights(pretrained)
 
 
 def _config_of_file(file: Weights | None, path: str | None, given: MoEConfig | None) -> MoEConfig | None:
-    if file is None:
+    if file is None or not file.sparse:
         return None
     if file.moe_config is None and given is None:
         raise ValueError(
@@ -197,6 +202,8 @@ def get_model_config(model_name: str) -> dict[str, Any]:
 
 def model_directory(model_name: str) -> Path | None:
     """The directory that a model name means, None when it is a name for open_clip."""
+    if not isinstance(model_name, str):
+        raise TypeError(f"model_name must be a str, also where it is a directory, got {type(model_name).__name__}")
     if model_name.startswith(LOCAL_PREFIX):
         return Path(model_name.removeprefix(LOCAL_PREFIX))
     if model_name in open_clip.list_models() or model_name.startswith(hub.HUB_PREFIX):

@@ -39,6 +39,8 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
         FileNotFoundError: no config or weights there.
         ValueError: weights that do not fit the model.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, also where it is a directory, got {type(name).__name__}")
     if name.startswith(HUB_PREFIX):
         directory = cached(name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)
     else:

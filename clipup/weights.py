@@ -35,6 +35,11 @@ class Weights(NamedTuple):
         """Whether there are sparse layers in it."""
         return any(name.endswith(_ROUTER) for name in self.state_dict)
 
+    @property
+    def types(self) -> dict[str, torch.dtype]:
+        """The tensors' types by name."""
+        return {name: value.dtype for name, value in self.state_dict.items() if isinstance(value, Tensor)}
+
 
 def read_weights(path: str | Path) -> Weights:
     """The weights of a file: safetensors, a training checkpoint, or a state dict by itself.
@@ -54,6 +59,16 @@ def read_weights(path: str | Path) -> Weights:
         raise ValueError(f"{path} holds no weights: expected a state dict, or a dictionary with a state_dict")
     moe_cfg = content.get("moe_cfg") if state_dict is not content else None
     return Weights(unwrapped(state_dict), None if moe_cfg is None else MoEConfig.from_dict(moe_cfg))
+
+
+def types_in_safetensors(path: Path) -> dict[str, torch.dtype]:
+    """The types of a safetensors file's tensors, by name, read from its header alone."""
+    types = {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118, it is no mapping
+            part = file.get_slice(name)
+            types[name] = part[:0].dtype if part.get_shape() else file.get_tensor(name).dtype
+    return types
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .types import ACTIVATIONS, PackedWeight, Plan
+from .types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,11 +40,25 @@ def optional(name: str, value: Tensor | None, shape: tuple, dtypes: tuple, like:
 def same_dtype(x_name: str, x: Tensor, **others: Tensor | None) -> None:
     """Refuses a mix of floating types by name: casting is the caller's decision (a layer's, or autocast's)."""
     for name, value in others.items():
+        if value is not None and not isinstance(value, Tensor | PackedWeight):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value is not None and value.dtype != x.dtype:
             raise TypeError(
                 f"{name} is {str(value.dtype).removeprefix('torch.')} but {x_name} is "
                 f"{str(x.dtype).removeprefix('torch.')}; the op computes in one type, cast one of them"
             )
+
+
+def boolean(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def num_experts(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
+        raise ValueError(f"num_experts must be a positive int, got {value!r}")
+    if value > MAX_EXPERTS:
+        raise ValueError(f"num_experts must be at most {MAX_EXPERTS}, got {value!r}")
 
 
 def top_k(k: int, num_experts: int) -> None:

@@ -69,7 +69,9 @@ def topk_gating(
     """
     checks.tensor("logits", logits, ("T", "E"), (torch.float32, torch.float64), logits)
     num_tokens, num_experts = logits.shape
+    checks.num_experts(num_experts)
     checks.top_k(k, num_experts)
+    checks.boolean("renormalize", renormalize)
     checks.optional("selection_bias", selection_bias, (num_experts,), (logits.dtype,), logits)
     checks.optional("mask", mask, (num_tokens,), (torch.bool,), logits)
     return Gating(*_topk_gating(logits, k, renormalize, selection_bias, mask))
@@ -99,7 +101,7 @@ def dispatch(
 
     Args:
         experts: [T, K] int32 from ``topk_gating``; a token of -1 takes no part.
-        num_experts: E.
+        num_experts: E, at most ``MAX_EXPERTS``.
         capacity_factor: positive, or None.
         priority: [T] float32, ``Gating.top_prob`` in V-MoE; NaN goes last.
         mask: [T] bool, True where the token takes part.
@@ -108,8 +110,7 @@ def dispatch(
         TypeError, ValueError: a wrong argument, by name; on the CPU also an expert index outside of [-1, E).
     """
     checks.tensor("experts", experts, ("T", "K"), (torch.int32,), experts)
-    if isinstance(num_experts, bool) or not isinstance(num_experts, int | torch.SymInt) or num_experts < 1:
-        raise ValueError(f"num_experts must be a positive int, got {num_experts!r}")
+    checks.num_experts(num_experts)
     checks.capacity_factor(capacity_factor)
     num_tokens = experts.shape[0]
     checks.optional("priority", priority, (num_tokens,), (torch.float32, torch.float64), experts)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, cuda, fakes, generic
+from . import autograd, cpu, cuda, fakes, generic
 
 LIBRARY = torch.library.Library("clipup", "DEF")
 
@@ -24,7 +24,7 @@ def define(
 
     The functions of the op's name in ``cpu``, ``cuda``, ``generic`` (every other device) and ``fakes`` are its kernels.
     With ``cpu_only`` the op has none on other devices. An op without ``backward`` refuses to be differentiated by name;
-    that is how second derivatives are refused.
+    that is how second derivatives are refused. Every op refuses forward-mode AD by name (``autograd``).
     """
     name = schema.partition("(")[0]
     qualified = f"clipup::{name}"
@@ -39,8 +39,8 @@ def define(
         def backward(ctx, *grads):
             raise NotImplementedError(f"{qualified} has no derivative: second derivatives are not supported")
 
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     op = getattr(torch.ops.clipup, name)
+    LIBRARY.impl(name, autograd.kernel_of(op.default, setup_context, backward), "Autograd", with_keyset=True)
     if flops is not None:
         register_flop_formula(op)(flops)
     return op

@@ -15,6 +15,8 @@ PLAIN_LAYOUT = "plain"
 """``PackedWeight.layout`` of a weight that lies as it did."""
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+MAX_EXPERTS = 1 << 20
+"""Experts that a layer may have. What an op allocates grows with their number, so a slip is refused beyond this."""
 
 
 class Gating(NamedTuple):

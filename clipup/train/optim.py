@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
+from ..weight_decay import parameter_groups
 from .options import TrainOptions
-
-_WITHOUT_DECAY = ("bn", "ln", "bias", "logit_scale")
-
-
-def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to tensors of two dimensions or more whose names hold none of bn, ln, bias and
-    logit_scale (open_clip's rule, under which an expert layer's [E, H] ``in_bias`` has none)."""
-    return parameter.ndim >= 2 and not any(part in name for part in _WITHOUT_DECAY)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters without weight decay, then those with it."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [
-        {"params": [parameter for name, parameter in trained if not decays(name, parameter)], "weight_decay": 0.0},
-        {"params": [parameter for name, parameter in trained if decays(name, parameter)], "weight_decay": weight_decay},
-    ]
 
 
 def adamw(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
