@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .precision import Precision, autocast, image_dtype
 
@@ -78,11 +77,6 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def progress(items: Iterable[Item], description: str, show: bool = True) -> Any:
-    """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(items, desc=description, disable=None if show else True, leave=False)
 
 
 def _encode(model: nn.Module, items: Iterable[Item], batch_size: int, encode: Callable[[list[Item]], Tensor]) -> Tensor:

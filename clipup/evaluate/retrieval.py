@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encode import encode_images, encode_texts, progress
+from ..progress import progress
+from .encode import encode_images, encode_texts
 from .precision import Precision
 
 RECALL_AT = (1, 5, 10)
@@ -125,7 +126,8 @@ def evaluate_retrieval(
     groups: list[Any] = []
 
     def images() -> Iterator[Tensor]:
-        for row, (image, texts, metadata) in enumerate(progress(samples, "encoding", show_progress)):
+        shown = progress(samples, "encoding", "images", show=show_progress)
+        for row, (image, texts, metadata) in enumerate(shown):
             if not texts:
                 raise ValueError(f"image {row} of the data set has no caption; every image needs at least one")
             captions.extend(texts)

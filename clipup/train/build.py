@@ -232,6 +232,7 @@ def build_validation(
             by="group",
             precision=precision,
             multi_positive=options.multi_positive,
+            show_progress=True,
         )
 
     return validate

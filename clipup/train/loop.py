@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import card
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
 from . import carry_over, checkpoints, metrics, rng
 from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation
+from .console import Console
 from .distributed import Ranks, connect
 from .openclip import contrastive_loss, schedule
 from .optim import adamw
@@ -187,15 +187,17 @@ class Trainer:
         if self.directory is not None:
             self.ranks.first_does(lambda: self.directory.prepare(self.options))
         self.recorder = Recorder(self.directory if first else None, self.options.report_to if first else "", self.step)
-        self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None if first else True)
-        where = f"{self.ranks.device}, {self.ranks.world_size} ranks"
-        self.recorder.log.info("from step %d to step %d on %s", self.step, self.total_steps, where)
+        self.console = Console(self.total_steps, self.step, shown=first)
+        where = f"{self.ranks.device}, {self.ranks.world_size} rank{'s' if self.ranks.several else ''}"
+        begin = f"from step {self.step} to step {self.total_steps} on {where}"
+        self.recorder.log.info(begin)
+        self.console.say(f"training {begin}{f'; {self.directory.root}' if self.directory else ''}")
         try:
             while self.step < self.total_steps and self.epoch < self.total_epochs:
                 self._run_epoch()
             self._finish()
         finally:
-            self.bar.close()
+            self.console.close()
             self.recorder.close()
         root = self.directory.root if self.directory else None
         return TrainResult(self.model, self.step, self.seconds, self.recorder.steps, self.recorder.evaluations, root)
@@ -251,7 +253,7 @@ class Trainer:
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
-        self.bar.update()
+        self.console.step(self.epoch)
         for callback in self.callbacks:
             if self.step % callback.steps == 0 or self.step == self.total_steps:
                 self._evaluate(callback.function)
@@ -278,7 +280,7 @@ class Trainer:
         self._images, self._logged = 0, now
         if self.ranks.first:
             self.recorder.step(record)
-            self.bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+            self.console.logged(record)
 
     def _check_finite(self, loss_since_check: float) -> None:
         """Refuses to go on from a loss that is NaN or infinite, before anything is saved."""
@@ -318,7 +320,9 @@ class Trainer:
             self.model.train()
             if numbers is not None:
                 place = {"step": self.step, "epoch": self.epoch, "seconds": self.seconds}
-                self.recorder.evaluation({**place, **numbers})
+                record = {**place, **numbers}
+                self.recorder.evaluation(record)
+                self.console.evaluation(record)
         self.ranks.gather(None)
         self._restart_clock()
         return numbers

@@ -140,7 +140,7 @@ class Recorder:
         else:
             self._memory[kind].append(record)
         if self._board is not None:
-            for name, value in _scalars("train" if kind == "metrics" else "val", record):
+            for name, value in scalars("train" if kind == "metrics" else "val", record):
                 self._board.add_scalar(name, value, record["step"])
 
     def _all(self, kind: str) -> list[Record]:
@@ -166,12 +166,12 @@ def _lines(path: Path) -> list[Record]:
     return records
 
 
-def _scalars(prefix: str, record: Record) -> list[tuple[str, float]]:
+def scalars(prefix: str, record: Record) -> list[tuple[str, float]]:
     """A nested record's numbers by their paths."""
     found = []
     for key, value in record.items():
         if isinstance(value, dict):
-            found += _scalars(f"{prefix}/{key}", value)
+            found += scalars(f"{prefix}/{key}", value)
         elif isinstance(value, list):
             found += [(f"{prefix}/{key}/{i}", item) for i, item in enumerate(value)]
         elif isinstance(value, int | float):
