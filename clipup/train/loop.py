@@ -14,7 +14,7 @@ from torch import nn
 from .. import card
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
-from . import carry_over, checkpoints, metrics, rng
+from . import carry_over, checkpoints, collapse, metrics, rng
 from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation
 from .console import Console
 from .distributed import Ranks, connect
@@ -64,6 +64,8 @@ class TrainResult(NamedTuple):
     """A record a logged step, as ``clipup.train`` describes it; on rank 0."""
     evaluations: list[Record]
     directory: Path | None
+    warnings: list[Record]
+    """A record a layer whose routing has collapsed, as ``clipup.train.collapse`` describes it; on rank 0."""
 
 
 def train(
@@ -188,6 +190,7 @@ class Trainer:
             self.ranks.first_does(lambda: self.directory.prepare(self.options))
         self.recorder = Recorder(self.directory if first else None, self.options.report_to if first else "", self.step)
         self.console = Console(self.total_steps, self.step, shown=first)
+        self.collapse = collapse.CollapseWatch(self.model, self.recorder.warnings)
         where = f"{self.ranks.device}, {self.ranks.world_size} rank{'s' if self.ranks.several else ''}"
         begin = f"from step {self.step} to step {self.total_steps} on {where}"
         self.recorder.log.info(begin)
@@ -200,7 +203,8 @@ class Trainer:
             self.console.close()
             self.recorder.close()
         root = self.directory.root if self.directory else None
-        return TrainResult(self.model, self.step, self.seconds, self.recorder.steps, self.recorder.evaluations, root)
+        history, evaluations, warnings = self.recorder.steps, self.recorder.evaluations, self.recorder.warnings
+        return TrainResult(self.model, self.step, self.seconds, history, evaluations, root, warnings)
 
     def _run_epoch(self) -> None:
         """From ``step_of_epoch`` to the epoch's end, or to the run's last step within it.
@@ -281,6 +285,10 @@ class Trainer:
         if self.ranks.first:
             self.recorder.step(record)
             self.console.logged(record)
+            if collapsed := self.collapse.observe(record):
+                warning = collapse.warning(collapsed)
+                self.recorder.warning(warning, collapsed)
+                self.console.say(f"warning: {warning}")
 
     def _check_finite(self, loss_since_check: float) -> None:
         """Refuses to go on from a loss that is NaN or infinite, before anything is saved."""
