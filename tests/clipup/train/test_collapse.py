@@ -71,7 +71,7 @@ def test_two_of_eight_experts_with_all_tokens_are_reported_once_in_console_log_f
     assert lines[0].removeprefix("warning: ") == log[0].split(" | WARNING | ")[1]
     assert [record["layer"] for record in file] == LAYERS and file == first.warnings == result.warnings
     assert [file[0][name] for name in ("step", "experts", "top_k", "dead_experts")] == [100, 8, 2, 6]
-    assert file[0]["effective_experts"] == pytest.approx(2) and file[0]["dropped"] == pytest.approx(0.75, abs=0.05)
+    assert file[0]["effective_experts"] == pytest.approx(2) and file[0]["dropped"] == pytest.approx(0.75, abs=0.06)
 
 
 def test_a_run_with_fresh_routers_is_not_reported(make_model, pairs, options, capsys):
