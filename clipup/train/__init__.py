@@ -18,5 +18,15 @@ epoch on a resumed run has the same samples in the same order, but other random 
 
 from .loop import Every, NonFiniteLoss, Trainer, TrainingInterrupted, TrainResult, train
 from .options import TrainOptions
+from .watch import RankLost
 
-__all__ = ["Every", "NonFiniteLoss", "TrainOptions", "TrainResult", "Trainer", "TrainingInterrupted", "train"]
+__all__ = [
+    "Every",
+    "NonFiniteLoss",
+    "RankLost",
+    "TrainOptions",
+    "TrainResult",
+    "Trainer",
+    "TrainingInterrupted",
+    "train",
+]

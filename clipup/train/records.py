@@ -124,6 +124,11 @@ class Recorder:
         if self._handlers:
             self.log.warning(text)
 
+    def failure(self, text: str) -> None:
+        """Why the run ends early; the console gets it from who started the run."""
+        if self._handlers:
+            self.log.error(text)
+
     @property
     def steps(self) -> list[Record]:
         """Every logged step of the run, those before a resume included."""
