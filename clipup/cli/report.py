@@ -18,9 +18,9 @@ from .. import models
 from ..checkpoint import CONFIG_NAME, replace_files
 from ..data.loaders import eval_samples
 from ..data.samples import IMAGE_EXTENSIONS, Record, lines, read_image
-from ..evaluate.encode import progress
 from ..evaluate.precision import default_device, for_inference
 from ..moe import moe_layers
+from ..progress import progress
 from ..report.experts import look
 from ..train import checkpoints
 from ..train.records import RunDirectory
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     skipped: dict[str, str] = {}
     seen = look(
         model,
-        progress(_readable(records, skipped), "looking at images"),
+        progress(_readable(records, skipped), "looking at images", "images", total=len(records)),
         captions,
         preprocess=preprocess,
         tokenizer=tokenizer,

@@ -4,32 +4,53 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import TextIO
 
 import tyro
 
-from ..train import NonFiniteLoss, TrainingInterrupted, TrainOptions, train
+from ..train import NonFiniteLoss, RankLost, TrainingInterrupted, TrainOptions, train
+from ..train.distributed import failure_is_reported
+from ..train.watch import EXIT_CODE as _RANK_LOST
 
-_DIVERGED, _INTERRUPTED = 1, 130
+_DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 1 when the loss is not finite, 130 after Ctrl-C or SIGTERM (with a checkpoint to go on from)."""
-    options = tyro.cli(TrainOptions, args=argv, prog="clipup train", config=(tyro.conf.OmitArgPrefixes,))
+    """Returns 0, 1 when the loss is not finite, 3 when another rank was lost, 130 after Ctrl-C or SIGTERM (with a
+    checkpoint to continue from). However many ranks torchrun started, one of them prints why."""
+    options = _parse(argv)
     try:
         result = train(options)
     except NonFiniteLoss as error:
-        _say(f"clipup train: {error}", sys.stderr)
+        _say(f"clipup train: {error}", sys.stderr, not failure_is_reported())
         return _DIVERGED
+    except RankLost as error:
+        _say(f"clipup train: {error}", sys.stderr, not failure_is_reported())
+        return _RANK_LOST
     except TrainingInterrupted as stopped:
-        _say(f"clipup train: {stopped}", sys.stderr)
+        _say(f"clipup train: {stopped}", sys.stderr, not failure_is_reported())
         return _INTERRUPTED
+    except (Exception, KeyboardInterrupt):
+        if failure_is_reported():
+            return _REFUSED
+        raise
     last = f", last loss {result.history[-1]['loss']:.4f}" if result.history else ""
-    _say(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}", sys.stdout)
+    text = f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}"
+    _say(text, sys.stdout, os.environ.get("RANK", "0") == "0")
     return 0
 
 
-def _say(text: str, stream: TextIO) -> None:
-    """Once, whatever the number of ranks that torchrun started."""
-    if os.environ.get("RANK", "0") == "0":
+def _parse(argv: list[str]) -> TrainOptions:
+    """The options; help and errors are printed by one rank a machine."""
+    with ExitStack() as quiet:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            quiet.enter_context(redirect_stdout(StringIO()))
+            quiet.enter_context(redirect_stderr(StringIO()))
+        return tyro.cli(TrainOptions, args=argv, prog="clipup train", config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _say(text: str, stream: TextIO, here: bool) -> None:
+    if here:
         print(text, file=stream)

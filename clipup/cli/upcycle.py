@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import checkpoint, flops, models
 from ..calibration import calibrate
 from ..config import MoEConfig
+from ..progress import progress
 from ..upcycle import step0_difference, upcycle
 
 TOLERANCE = 1e-4
@@ -89,7 +89,8 @@ def fit(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Calla
         seed=options.seed,
         train_num_samples=_samples(options),
     )
-    steps = tqdm(islice(_batches(loader), options.calibrate_steps), total=options.calibrate_steps, unit="step")
+    batches = islice(_batches(loader), options.calibrate_steps)
+    steps = progress(batches, "calibrating", "steps", total=options.calibrate_steps)
     errors = calibrate(sparse, dense, steps, lr=options.calibrate_lr)
     for name, values in errors.items():
         print(f"{name}: squared error {values[0]:.1e} of the MLP's output before, {values[-1]:.1e} in the last batch")

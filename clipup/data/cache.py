@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from clipup.data.samples import Images, Record, Skips
 from clipup.data.streams import mixed_seed
+from clipup.progress import Progress
 
 _READ_BATCH = 64
 _AT_ONCE = 4096  # texts to tokenize
@@ -85,8 +86,6 @@ def _read(
     records: Sequence[Record], preprocess: Callable, workers: int, skips: Skips, progress: bool
 ) -> tuple[Tensor, list[bool]]:
     """All readable images, stacked, and which records they are of."""
-    from tqdm import tqdm
-
     dataset = Images(records, preprocess)
     loader = DataLoader(
         dataset, batch_size=_READ_BATCH, num_workers=workers, collate_fn=_keep_readable, generator=torch.Generator()
@@ -94,7 +93,7 @@ def _read(
     images: Tensor | None = None
     readable: list[bool] = []
     filled = 0
-    with tqdm(total=len(records), desc="reading images into memory", unit=" images", disable=not progress) as bar:
+    with Progress("reading images into memory", "images", len(records), show=progress) as bar:
         for batch, reasons in loader:
             for reason in reasons:
                 if reason:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipup.progress import progress as shown
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -100,10 +102,8 @@ def read_set(package: Path, prefix: str) -> tuple[IconSet, list[Icon]]:
 
 def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) -> tuple[list[IconSet], list[Icon]]:
     """Several sets, and all their icons in the order of the prefixes."""
-    from tqdm import tqdm
-
     sets, icons = [], []
-    for prefix in tqdm(prefixes, desc="reading icon sets", unit=" sets", disable=not progress):
+    for prefix in shown(prefixes, "reading icon sets", "sets", show=progress):
         described, drawn = read_set(package, prefix)
         sets.append(described)
         icons += drawn

@@ -30,6 +30,7 @@ import numpy as np
 from clipup.data import icon_names, icon_splits, iconify, near_duplicates, shards
 from clipup.data.iconify import Icon, IconSet
 from clipup.data.processes import each
+from clipup.progress import progress as shown
 from clipup.word_tokenizer import count_vocabulary
 
 FORMAT = 1
@@ -201,11 +202,9 @@ def _render(
     progress: bool,
 ) -> tuple[list[Sample], np.ndarray, dict[str, int]]:
     """What can be drawn, the same as small grey pictures, and how many of the rest there are, by reason."""
-    from tqdm import tqdm
-
     samples, pictures, skipped = [], [], Counter()
     images = each(partial(_draw, size=size), [icon.svg for icon in icons], processes)
-    bar = tqdm(images, total=len(icons), desc="drawing icons", unit=" icons", disable=not progress)
+    bar = shown(images, "drawing icons", "icons", total=len(icons), show=progress)
     for icon, caption, split, (png, picture) in zip(icons, captions, splits, bar, strict=True):
         if png is None:
             skipped["cannot be read"] += 1

@@ -28,6 +28,7 @@ from clipup.data.shards import DATASET_FILE, SIZES_FILE
 
 if TYPE_CHECKING:
     from clipup.data.streams import TrainData
+    from clipup.evaluate.shares import Share
 
 _LOG = logging.getLogger(__name__)
 _CSV_EXTENSIONS = (".csv", ".tsv")
@@ -161,6 +162,10 @@ class EvalSamples:
                 yield image, list(record.captions), dict(record.metadata)
             else:
                 self._note(record, image)
+
+    def part(self, share: Share, batch_size: int) -> EvalSamples:
+        """The samples of one of several processes that evaluate together."""
+        return EvalSamples(share.part(self.records, batch_size), self.preprocess, self._incomplete, self.strict)
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
         """`(images [B, C, H, W], captions of each, metadata of each)`.

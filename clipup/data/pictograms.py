@@ -24,6 +24,7 @@ from pathlib import Path
 from clipup.data import shards, sources, splits
 from clipup.data.processes import each
 from clipup.data.sources import Concept, Rendering
+from clipup.progress import progress as shown
 
 FORMAT = 1
 """Rises when the same drawings, captions and options give another data set than before."""
@@ -115,12 +116,10 @@ def _render(
     pairs: dict[str, list[Pair]], size: int, processes: int | None, progress: bool
 ) -> tuple[dict[str, bytes], list[dict]]:
     """All images by their key, and those that could not be read, each with the reason."""
-    from tqdm import tqdm
-
     renderings = [rendering for members in pairs.values() for _, rendering in members]
     images, skipped = {}, []
     results = each(partial(_render_one, size=size), renderings, processes)
-    bar = tqdm(results, total=len(renderings), desc="drawing pictograms", unit=" images", disable=not progress)
+    bar = shown(results, "drawing pictograms", "images", total=len(renderings), show=progress)
     for rendering, (png, reason) in zip(renderings, bar, strict=True):
         if png is None:
             skipped.append({"key": rendering.key, "file": rendering.path.name, "reason": reason})

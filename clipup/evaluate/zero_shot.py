@@ -15,7 +15,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..data.loaders import EvalSamples
 from ..data.samples import IMAGE_EXTENSIONS, Record, Skips, expand_shards, load_image
-from .encode import device_of, encode_images, evaluating, progress
+from ..progress import progress
+from .encode import device_of, encode_images, evaluating
 from .precision import Precision, autocast
 
 Template = Callable[[str], str] | str
@@ -57,7 +58,7 @@ def zero_shot(
     labels: list[int] = []
 
     def images() -> Iterator[Tensor]:
-        for image, label in progress(samples, "classifying", show_progress):
+        for image, label in progress(samples, "classifying", "images", show=show_progress):
             if not 0 <= label < len(classes):
                 raise ValueError(f"image {len(labels)} is of class {label}, but {len(classes)} class names were given")
             labels.append(label)

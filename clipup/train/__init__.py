@@ -9,6 +9,8 @@ for a sparse model also ``balance``, ``z``, ``dropped``, ``router_entropy`` as m
 each of them for every layer with its ``load`` (a share an expert). With accumulation the routing is that of the last
 batch of a step.
 
+A layer whose routing collapses is reported once, in ``result.warnings`` and warnings.jsonl (``clipup.train.collapse``).
+
 A resumed run is the run that was not stopped, to the bit on a CPU in float32: mid-epoch it reads the batches again that
 were seen. One exception: worker processes that read WebDataset shards live for the whole run, so that from the second
 epoch on a resumed run has the same samples in the same order, but other random crops.
@@ -16,5 +18,15 @@ epoch on a resumed run has the same samples in the same order, but other random 
 
 from .loop import Every, NonFiniteLoss, Trainer, TrainingInterrupted, TrainResult, train
 from .options import TrainOptions
+from .watch import RankLost
 
-__all__ = ["Every", "NonFiniteLoss", "TrainOptions", "TrainResult", "Trainer", "TrainingInterrupted", "train"]
+__all__ = [
+    "Every",
+    "NonFiniteLoss",
+    "RankLost",
+    "TrainOptions",
+    "TrainResult",
+    "Trainer",
+    "TrainingInterrupted",
+    "train",
+]

@@ -13,6 +13,7 @@ from torch import nn
 from .. import models
 from ..evaluate.precision import Precision
 from ..evaluate.retrieval import evaluate_retrieval
+from ..evaluate.shares import Share
 from ..upcycle import upcycle
 from . import checkpoints
 from .carry_over import OptimizerState, named_state, upcycled_state
@@ -205,14 +206,15 @@ def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) 
 
 
 def build_validation(
-    options: TrainOptions, built: Built, precision: Precision
-) -> Callable[[nn.Module], dict[str, Any]] | None:
-    """Retrieval on ``options.val_data``, as a function of the model."""
+    options: TrainOptions, built: Built, precision: Precision, ranks: Ranks
+) -> Callable[[nn.Module], dict[str, Any] | None] | None:
+    """Retrieval on ``options.val_data``, as a function of the model that all ranks call; rank 0 gets the numbers."""
     if options.val_data is None:
         return None
     from ..data.loaders import eval_samples
 
     _needs(built, built.preprocess_val)
+    share = Share(ranks.rank, ranks.world_size, ranks.gather)
 
     def samples() -> Iterable[Any]:
         return eval_samples(
@@ -221,9 +223,9 @@ def build_validation(
             csv_separator=options.csv_separator,
             csv_img_key=options.csv_img_key,
             csv_caption_key=options.csv_caption_key,
-        )
+        ).part(share, options.batch_size)
 
-    def validate(model: nn.Module) -> dict[str, Any]:
+    def validate(model: nn.Module) -> dict[str, Any] | None:
         return evaluate_retrieval(
             model,
             samples(),
@@ -232,6 +234,8 @@ def build_validation(
             by="group",
             precision=precision,
             multi_positive=options.multi_positive,
+            show_progress=ranks.first,
+            share=share,
         )
 
     return validate

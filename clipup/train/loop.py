@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .. import card
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
-from . import carry_over, checkpoints, metrics, rng
+from . import carry_over, checkpoints, collapse, metrics, rng
 from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation
-from .distributed import Ranks, connect
+from .console import Console
+from .distributed import Ranks, joined
 from .openclip import contrastive_loss, schedule
 from .optim import adamw
 from .options import TrainOptions
@@ -64,6 +64,8 @@ class TrainResult(NamedTuple):
     """A record a logged step, as ``clipup.train`` describes it; on rank 0."""
     evaluations: list[Record]
     directory: Path | None
+    warnings: list[Record]
+    """A record a layer whose routing has collapsed, as ``clipup.train.collapse`` describes it; on rank 0."""
 
 
 def train(
@@ -90,25 +92,26 @@ def train(
         FileExistsError: the directory of the run holds another one.
         ValueError: options or data that cannot be trained on.
         NonFiniteLoss: the loss became NaN or infinite.
+        RankLost: another rank died or failed. A rank that waits for a frozen one ends with exit code 3 instead.
         OSError: a checkpoint could not be written; the one before is whole.
         TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint. Without ``options.logs`` it is KeyboardInterrupt,
             at once.
     """
-    ranks = connect(options)
-    directory = _directory(options, ranks)
-    resume = directory.resumed_from(options.resume) if directory and ranks.first else None
-    resume = ranks.of_first(resume) if directory else options.resume
-    state = None if resume is None else checkpoints.load(resume)
-    precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
-    rng.seed_everything(options.seed)
-    built = build_model(options, ranks.device, precision, model, preprocess, tokenizer)
-    if loader is None:
-        loader = build_loader(options, built, ranks, epoch=state["epoch"] if state else 0)
-    trainer = Trainer(options, built, Epochs(loader, options.accum_freq), ranks, directory, precision, callbacks)
-    if state is not None:
-        trainer.restore(state, resume)
-    with StopRequest(enabled=directory is not None) as stop:
-        return trainer.run(stop)
+    with joined(options) as ranks:
+        directory = _directory(options, ranks)
+        resume = directory.resumed_from(options.resume) if directory and ranks.first else None
+        resume = ranks.of_first(resume) if directory else options.resume
+        state = None if resume is None else checkpoints.load(resume)
+        precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
+        rng.seed_everything(options.seed)
+        built = build_model(options, ranks.device, precision, model, preprocess, tokenizer)
+        if loader is None:
+            loader = build_loader(options, built, ranks, epoch=state["epoch"] if state else 0)
+        trainer = Trainer(options, built, Epochs(loader, options.accum_freq), ranks, directory, precision, callbacks)
+        if state is not None:
+            trainer.restore(state, resume)
+        with StopRequest(enabled=directory is not None) as stop:
+            return trainer.run(stop)
 
 
 def _directory(options: TrainOptions, ranks: Ranks) -> RunDirectory | None:
@@ -140,7 +143,7 @@ class Trainer:
         self.ranks = ranks
         self.directory = directory
         self.callbacks = callbacks
-        self.validate = build_validation(options, built, precision)
+        self.validate = build_validation(options, built, precision, ranks)
         self.optimizer = adamw(self.model, options)
         if built.optimizer_state is not None:
             carry_over.load_state(self.optimizer, self.model, built.optimizer_state)
@@ -187,18 +190,27 @@ class Trainer:
         if self.directory is not None:
             self.ranks.first_does(lambda: self.directory.prepare(self.options))
         self.recorder = Recorder(self.directory if first else None, self.options.report_to if first else "", self.step)
-        self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None if first else True)
-        where = f"{self.ranks.device}, {self.ranks.world_size} ranks"
-        self.recorder.log.info("from step %d to step %d on %s", self.step, self.total_steps, where)
+        self.console = Console(self.total_steps, self.step, shown=first)
+        self.collapse = collapse.CollapseWatch(self.model, self.recorder.warnings)
+        where = f"{self.ranks.device}, {self.ranks.world_size} rank{'s' if self.ranks.several else ''}"
+        begin = f"from step {self.step} to step {self.total_steps} on {where}"
+        self.recorder.log.info(begin)
+        self.console.say(f"training {begin}{f'; {self.directory.root}' if self.directory else ''}")
+        self.ranks.on_loss(self._last_words, self.recorder.failure)
         try:
-            while self.step < self.total_steps and self.epoch < self.total_epochs:
-                self._run_epoch()
-            self._finish()
+            with self.ranks.explained():
+                while self.step < self.total_steps and self.epoch < self.total_epochs:
+                    self._run_epoch()
+                self._finish()
+        except BaseException as error:
+            self.recorder.failure(f"{type(error).__name__}: {error}")
+            raise
         finally:
-            self.bar.close()
+            self.console.close()
             self.recorder.close()
         root = self.directory.root if self.directory else None
-        return TrainResult(self.model, self.step, self.seconds, self.recorder.steps, self.recorder.evaluations, root)
+        history, evaluations, warnings = self.recorder.steps, self.recorder.evaluations, self.recorder.warnings
+        return TrainResult(self.model, self.step, self.seconds, history, evaluations, root, warnings)
 
     def _run_epoch(self) -> None:
         """From ``step_of_epoch`` to the epoch's end, or to the run's last step within it.
@@ -230,6 +242,7 @@ class Trainer:
 
     def _next(self, steps: Any) -> list[Batch] | None:
         """The next step's batches, None at the end of the epoch. Data workers may die of the Ctrl-C that we survive."""
+        self.ranks.doing("reading data", self.step + 1)
         try:
             with self._data_rng.drawing():
                 return next(steps, None)
@@ -241,6 +254,7 @@ class Trainer:
     def _one_step(self, batches: list[Batch]) -> None:
         if not self.options.skip_scheduler:
             self.set_lr(self.step)
+        self.ranks.doing("computing the step", self.step + 1, timed=True)
         losses = self.train_step(batches)
         self.step += 1
         self.step_of_epoch += 1
@@ -251,7 +265,7 @@ class Trainer:
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
-        self.bar.update()
+        self.console.step(self.epoch)
         for callback in self.callbacks:
             if self.step % callback.steps == 0 or self.step == self.total_steps:
                 self._evaluate(callback.function)
@@ -278,7 +292,11 @@ class Trainer:
         self._images, self._logged = 0, now
         if self.ranks.first:
             self.recorder.step(record)
-            self.bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+            self.console.logged(record)
+            if collapsed := self.collapse.observe(record):
+                warning = collapse.warning(collapsed)
+                self.recorder.warning(warning, collapsed)
+                self.console.say(f"warning: {warning}")
 
     def _check_finite(self, loss_since_check: float) -> None:
         """Refuses to go on from a loss that is NaN or infinite, before anything is saved."""
@@ -307,18 +325,24 @@ class Trainer:
     def _validate(self) -> None:
         if self.validate is not None and self._evaluated_at != self.step:
             self._evaluated_at = self.step
-            self._validated = self._evaluate(self.validate)
+            self._validated = self._evaluate(self.validate, shared=True)
 
-    def _evaluate(self, function: Callable[[nn.Module], dict[str, Any] | None]) -> dict[str, Any] | None:
-        """On rank 0; the others wait. Leaves generators, modes and the clock as they were."""
+    def _evaluate(
+        self, function: Callable[[nn.Module], dict[str, Any] | None], shared: bool = False
+    ) -> dict[str, Any] | None:
+        """On all ranks when it is shared; else on rank 0, and the others wait as long as it takes. Leaves generators,
+        modes and the clock as they were."""
         numbers = None
-        if self.ranks.first:
+        self.ranks.doing("evaluating", self.step)
+        if self.ranks.first or shared:
             with rng.preserved(self.ranks.device):
                 numbers = function(self.model)
             self.model.train()
-            if numbers is not None:
+            if self.ranks.first and numbers is not None:
                 place = {"step": self.step, "epoch": self.epoch, "seconds": self.seconds}
-                self.recorder.evaluation({**place, **numbers})
+                record = {**place, **numbers}
+                self.recorder.evaluation(record)
+                self.console.evaluation(record)
         self.ranks.gather(None)
         self._restart_clock()
         return numbers
@@ -336,17 +360,32 @@ class Trainer:
         """The last evaluation and checkpoint, and the model by itself."""
         self._validate()
         self._save(checkpoints.LATEST)
-        if self.directory and self.ranks.first and self.built.model_cfg is not None:
-            model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg)
-            if self._evaluated_at == self.step:
-                results = {"dataset": "validation data", "precision": self.train_step.precision}
-                results |= {"multi_positive": self.options.multi_positive, "retrieval": self._validated}
-                card.add_results(self.directory.model, results)
+        if self.directory and self.built.model_cfg is not None:
+            self.ranks.doing("saving the model", self.step)
+            self.ranks.first_does(self._save_model)
+
+    def _save_model(self) -> None:
+        model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg)
+        if self._evaluated_at == self.step:
+            results = {"dataset": "validation data", "precision": self.train_step.precision}
+            results |= {"multi_positive": self.options.multi_positive, "retrieval": self._validated}
+            card.add_results(self.directory.model, results)
+
+    def _last_words(self) -> str:
+        """What is left when another rank is lost, and how to continue from it."""
+        kept = checkpoints.newest(self.directory.checkpoints) if self.directory else None
+        if kept is None:
+            return "There is no checkpoint yet"
+        return (
+            f"The last checkpoint, {kept}, is whole; to continue, run the same command with --name "
+            f"{self.directory.root.name} --resume latest"
+        )
 
     def _save(self, *names: str) -> None:
         """Writes a checkpoint under these names. A failure on rank 0 is raised on every rank."""
         if self.directory is None or not names:
             return
+        self.ranks.doing("saving a checkpoint", self.step)
         self._check_finite(float(self.ranks.mean(self._loss_since_check)))
         states = self.ranks.gather(rng.get_state(self.ranks.device))
         paths = [self.directory.checkpoints / name for name in names]

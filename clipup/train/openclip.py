@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from open_clip.coca_model import CoCa
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
-from open_clip_train.distributed import init_distributed_device_so, is_using_distributed
+from open_clip_train.distributed import is_using_distributed, world_info_from_env
 from open_clip_train.scheduler import const_lr, cosine_lr
 from torch import Tensor, nn
 
@@ -26,9 +26,9 @@ __all__ = [
     "SIGLIP_INIT",
     "contrastive_loss",
     "features_of",
-    "init_distributed_device_so",
     "is_using_distributed",
     "schedule",
+    "world_info_from_env",
 ]
 
 

@@ -112,6 +112,9 @@ class TrainOptions:
     """cpu, cuda or cuda:N."""
     dist_backend: str | None = None
     """torch.distributed backend under torchrun. None: nccl on CUDA, gloo on CPU."""
+    dist_timeout: float = 1800.0
+    """Several ranks: seconds without a sign of life from a rank, or in one step, after which the run ends. Evaluations
+    and checkpoints may take longer."""
     seed: int = 0
     """Seed of weights, data order and noise."""
 
@@ -143,6 +146,8 @@ class TrainOptions:
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("steps", "train_num_samples"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        timeout = self.dist_timeout
+        self._check("dist_timeout", math.isfinite(timeout) and timeout > 0, "a positive number of seconds")
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         self._check("grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive, or None")
         for name in ("coca_caption_loss_weight", "coca_contrastive_loss_weight"):

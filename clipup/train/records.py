@@ -3,6 +3,7 @@
 LOGS/NAME/out.log                 what happened, in words
 LOGS/NAME/metrics.jsonl           one line a logged step
 LOGS/NAME/evaluations.jsonl       one line an evaluation
+LOGS/NAME/warnings.jsonl          one line a collapsed layer (clipup.train.collapse), where there are any
 LOGS/NAME/options.json            all options
 LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt
 LOGS/NAME/tensorboard/            with report_to="tensorboard"
@@ -23,7 +24,8 @@ from . import checkpoints
 from .options import TrainOptions
 
 Record = dict[str, Any]
-_PARTS = ("out.log", "metrics.jsonl", "evaluations.jsonl", "options.json", "checkpoints", "tensorboard", "model")
+_LISTS = ("metrics", "evaluations", "warnings")
+_PARTS = ("out.log", *(f"{kind}.jsonl" for kind in _LISTS), "options.json", "checkpoints", "tensorboard", "model")
 
 
 def run_name(options: TrainOptions) -> str:
@@ -89,7 +91,7 @@ class Recorder:
 
     def __init__(self, directory: RunDirectory | None, report_to: str = "", done: int = 0) -> None:
         """``done``: steps of the checkpoint that the run goes on from; what was logged after it is forgotten."""
-        self._memory: dict[str, list[Record]] = {"metrics": [], "evaluations": []}
+        self._memory: dict[str, list[Record]] = {kind: [] for kind in _LISTS}
         self._files: dict[str, Path] = {}
         self._board: Any = None
         self.log = logging.getLogger("clipup.train")
@@ -116,6 +118,17 @@ class Recorder:
         self._add("evaluations", record)
         self.log.info("evaluation %s", json.dumps(record))
 
+    def warning(self, text: str, records: list[Record]) -> None:
+        for record in records:
+            self._add("warnings", record)
+        if self._handlers:
+            self.log.warning(text)
+
+    def failure(self, text: str) -> None:
+        """Why the run ends early; the console gets it from who started the run."""
+        if self._handlers:
+            self.log.error(text)
+
     @property
     def steps(self) -> list[Record]:
         """Every logged step of the run, those before a resume included."""
@@ -124,6 +137,10 @@ class Recorder:
     @property
     def evaluations(self) -> list[Record]:
         return self._all("evaluations")
+
+    @property
+    def warnings(self) -> list[Record]:
+        return self._all("warnings")
 
     def close(self) -> None:
         self.log.propagate = True
@@ -139,8 +156,8 @@ class Recorder:
                 file.write(json.dumps(record) + "\n")
         else:
             self._memory[kind].append(record)
-        if self._board is not None:
-            for name, value in _scalars("train" if kind == "metrics" else "val", record):
+        if self._board is not None and kind != "warnings":
+            for name, value in scalars("train" if kind == "metrics" else "val", record):
                 self._board.add_scalar(name, value, record["step"])
 
     def _all(self, kind: str) -> list[Record]:
@@ -166,12 +183,12 @@ def _lines(path: Path) -> list[Record]:
     return records
 
 
-def _scalars(prefix: str, record: Record) -> list[tuple[str, float]]:
+def scalars(prefix: str, record: Record) -> list[tuple[str, float]]:
     """A nested record's numbers by their paths."""
     found = []
     for key, value in record.items():
         if isinstance(value, dict):
-            found += _scalars(f"{prefix}/{key}", value)
+            found += scalars(f"{prefix}/{key}", value)
         elif isinstance(value, list):
             found += [(f"{prefix}/{key}/{i}", item) for i, item in enumerate(value)]
         elif isinstance(value, int | float):
