@@ -123,10 +123,10 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
     name = options["model"] or options["pretrained"]
     with models.expecting_random_weights():
         model, _, preprocess = models.create_model_and_transforms(name, device=device)
-    moe_config = read_weights(latest).moe_config
+    moe_config = read_weights(latest.path).moe_config
     if moe_config is not None and not moe_layers(model):
         upcycle(model, moe_config, inplace=True)
-    models.load_checkpoint(model, latest)
+    models.load_checkpoint(model, latest.path)
     return model, preprocess, models.get_tokenizer(name)
 
 

@@ -14,7 +14,18 @@ were seen. One exception: worker processes that read WebDataset shards live for 
 epoch on a resumed run has the same samples in the same order, but other random crops.
 """
 
-from .loop import Every, NonFiniteLoss, Trainer, TrainingInterrupted, TrainResult, train
+from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
+from .loop import Every, Trainer, TrainingInterrupted, TrainResult, train
 from .options import TrainOptions
 
-__all__ = ["Every", "NonFiniteLoss", "TrainOptions", "TrainResult", "Trainer", "TrainingInterrupted", "train"]
+__all__ = [
+    "Every",
+    "NonFiniteGradients",
+    "NonFiniteLoss",
+    "NonFiniteWeights",
+    "TrainOptions",
+    "TrainResult",
+    "Trainer",
+    "TrainingInterrupted",
+    "train",
+]
