@@ -84,10 +84,11 @@ def save_pretrained(
         config = _open_clip_config(model, model_cfg, preprocess_cfg)
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
-    texts = {names[0]: json.dumps(config, indent=2) + "\n", card.README: card.model_card(model, library, license)}
+    texts = {card.README: card.model_card(model, library, license)}
     vocabulary = word_tokenizer.vocabulary_text(config["model_cfg"]["text_cfg"]) if library == "open_clip" else None
     if vocabulary is not None:
         texts[word_tokenizer.FILE_NAME] = vocabulary
+    texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last: it is what a directory is known by
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,8 @@ def exclusive(path: Path, directory: Path, otherwise: str) -> Iterator[None]:
                 parent.rmdir()
 
 
-def _acquire(path: Path, directory: Path, otherwise: str) -> int:
+def _acquire(path: Path, directory: Path, otherwise: str) -> int | None:
+    """The locked file; None where the file system has no locks."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -66,7 +67,7 @@ def _acquire(path: Path, directory: Path, otherwise: str) -> int:
             if error.errno not in _UNSUPPORTED:
                 raise
             _LOG.warning("%s is on a file system without locks: see to it that nothing else writes there", directory)
-            return os.open(os.devnull, os.O_RDWR)
+            return None
         if _is_at(path, file):
             break
         os.close(file)  # the holder before has removed the file since it was opened
@@ -78,10 +79,11 @@ def _acquire(path: Path, directory: Path, otherwise: str) -> int:
 
 
 def _release(file: int, path: Path) -> None:
-    if file in _held:
-        _held.remove(file)
-        with contextlib.suppress(OSError):  # a file that stays is no lock
-            path.unlink(missing_ok=True)
+    if file not in _held:  # in a forked child, which does not hold it
+        return
+    with contextlib.suppress(OSError):  # a file that stays is no lock
+        path.unlink(missing_ok=True)
+    _held.remove(file)
     os.close(file)
 
 
