@@ -15,8 +15,9 @@ epoch on a resumed run has the same samples in the same order, but other random 
 """
 
 from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
-from .loop import Every, Trainer, TrainingInterrupted, TrainResult, train
+from .loop import Trainer, train
 from .options import TrainOptions
+from .results import Every, TrainingInterrupted, TrainResult
 
 __all__ = [
     "Every",

@@ -26,7 +26,7 @@ class NonFiniteGradients(FloatingPointError):
 
 
 class NonFiniteWeights(FloatingPointError):
-    """The weights or the optimizer's state became NaN or infinite; they were not written."""
+    """Weights, the optimizer's state or features became NaN or infinite; nothing of it was written."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -118,9 +118,11 @@ class FiniteGuard:
         """Refuses weights or an optimizer's state with values that are not finite, before they are written."""
         broken = not_finite(tensors_of(model.state_dict(), optimizer.state_dict()))
         if broken is not None:
-            raise NonFiniteWeights(
-                f"{broken} holds values that are not finite at step {step}, so it was not saved; {self._ending()}"
-            )
+            raise self.diverged(f"{broken} holds values that are not finite at step {step}, so it was not saved")
+
+    def diverged(self, what: str) -> NonFiniteWeights:
+        """The error that says so, and where to go on from."""
+        return NonFiniteWeights(f"{what}; {self._ending()}")
 
     def _ending(self) -> str:
         if self.last_checkpoint is None:

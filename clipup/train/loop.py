@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .. import card
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
+from ..evaluate.retrieval import NonFiniteFeatures
 from . import carry_over, checkpoints, metrics, resume, rng
 from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation
 from .distributed import Ranks, connect
@@ -22,47 +23,13 @@ from .finite import FiniteGuard
 from .openclip import contrastive_loss, schedule
 from .optim import adamw, load_optimizer_state
 from .options import TrainOptions
-from .records import LOG, Record, Recorder, RunDirectory, run_name
+from .records import LOG, Recorder, RunDirectory, run_name
+from .results import Every, TrainingInterrupted, TrainResult
 from .signals import StopRequest
 from .step import Batch, StepLosses, TrainStep
 
 _DATA = 1
 """Sets the seed of an epoch's data apart from that of its training."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; ``checkpoint`` is where to go on from."""
-
-    def __init__(self, message: str, checkpoint: Path) -> None:
-        super().__init__(message)
-        self.checkpoint = checkpoint
-
-
-class Every(NamedTuple):
-    """Calls a function after every ``steps`` steps and after the last one, on rank 0.
-
-    The function takes the model (not wrapped) and returns numbers to record, or None. It cannot disturb the run: random
-    numbers drawn in it do not count, and neither does its time.
-    """
-
-    steps: int
-    function: Callable[[nn.Module], dict[str, Any] | None]
-
-
-class TrainResult(NamedTuple):
-    """What a run leaves behind."""
-
-    model: nn.Module
-    steps: int
-    """Optimizer steps done, those before a resume included."""
-    seconds: float
-    """Time in training, without evaluations and checkpoints."""
-    history: list[Record]
-    """A record a logged step, as ``clipup.train`` describes it; on rank 0."""
-    evaluations: list[Record]
-    directory: Path | None
-    already_finished: bool = False
-    """Whether a resumed run had been finished before, so that nothing was done and nothing written."""
 
 
 def train(
@@ -348,7 +315,10 @@ class Trainer:
     def _validate(self) -> None:
         if self.validate is not None and self._evaluated_at != self.step:
             self._evaluated_at = self.step
-            self._validated = self._evaluate(self.validate)
+            try:
+                self._validated = self._evaluate(self.validate)
+            except NonFiniteFeatures as error:
+                raise self.guard.diverged(f"{error} (evaluation at step {self.step})") from error
 
     def _evaluate(self, function: Callable[[nn.Module], dict[str, Any] | None]) -> dict[str, Any] | None:
         """On rank 0; the others wait. Leaves generators, modes and the clock as they were."""
