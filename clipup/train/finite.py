@@ -30,13 +30,21 @@ class NonFiniteWeights(FloatingPointError):
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite; None when there is none. Waits for the device once.
+    """The name of the first tensor with a value that is not finite; None when there is none. Waits for a device once.
 
     A buffer of zeros and -inf is an additive attention mask, as models have it.
     """
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
-    largest = torch._foreach_norm([tensor.detach() for tensor in floating.values()], math.inf)
-    if not largest or bool(torch.stack([value.float() for value in largest]).isfinite().all()):
+    floating = {
+        name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()
+    }
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in floating.values():
+        by_device.setdefault(tensor.device, []).append(tensor)
+    finite = (
+        torch.stack([largest.isfinite() for largest in torch._foreach_norm(together, math.inf)]).all()
+        for together in by_device.values()
+    )
+    if all(map(bool, finite)):
         return None
     return next((name for name, tensor in floating.items() if not (tensor.isfinite().all() or _is_mask(tensor))), None)
 

@@ -66,6 +66,8 @@ def train(
         source, state, notes = resume.find_checkpoint(options, directory, ranks)
         if state is not None:
             notes += resume.changes(state, options, ranks.world_size, source)
+        for note in notes if ranks.first else ():
+            LOG.warning("%s", note)
         precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
         rng.seed_everything(options.seed)
         built = build_model(options, ranks.device, precision, model, preprocess, tokenizer)
@@ -186,12 +188,9 @@ class Trainer:
         return TrainResult(self.model, self.step, self.seconds, history, evaluations, self.directory.root, True)
 
     def run(self, stop: StopRequest, notes: Sequence[str] = ()) -> TrainResult:
-        """Trains until the last step. ``notes``: what is to be said first, to the user and in the log."""
+        """Trains until the last step. ``notes``: what the log says first."""
         self.stop = stop
         first = self.ranks.first
-        if first:
-            for note in notes:
-                LOG.warning("%s", note)
         if self.directory is not None:
             self.ranks.first_does(lambda: self.directory.prepare(self.options))
         self.recorder = Recorder(

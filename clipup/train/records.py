@@ -88,6 +88,10 @@ class RunDirectory:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
 
+    def holds_a_run(self) -> bool:
+        """Whether a run has begun here."""
+        return bool(self._held())
+
     def _held(self) -> list[str]:
         return [name for name in _PARTS if (self.root / name).exists()]
 

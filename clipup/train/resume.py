@@ -35,15 +35,17 @@ def find_checkpoint(
         return Path(options.resume), checkpoints.load(options.resume), []
     found: list[checkpoints.Newest | None] = [None]
 
-    def find() -> tuple[Path, list[str]] | None:
+    def find() -> tuple[Path | None, list[str]]:
         found[0] = directory.resumed_from(options.resume)
-        return None if found[0] is None else (found[0].path, found[0].passed_over)
+        if found[0] is not None:
+            path, unusable = found[0].path, found[0].passed_over
+            return path, [f"resumed from {path}, because a checkpoint cannot be used: {reason}" for reason in unusable]
+        started = directory.holds_a_run()
+        return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"] if started else []
 
-    chosen = ranks.first_does(find)
-    if chosen is None:
-        return None, None, [f"there is no checkpoint in {directory.checkpoints}: starts from the beginning"]
-    path, passed_over = chosen
-    notes = [f"resumed from {path}, because a checkpoint cannot be used: {reason}" for reason in passed_over]
+    path, notes = ranks.first_does(find)
+    if path is None:
+        return None, None, notes
     return path, found[0].state if found[0] else checkpoints.load(path), notes
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import clipup
-from clipup.train import train
+from clipup.train import Every, train
 from clipup.train.checkpoints import load
 
 
@@ -130,3 +130,15 @@ def test_checkpoints_are_kept_as_asked(run, changes, expected):
     result = run(steps=None, epochs=4, **changes)
 
     assert {path.name for path in (result.directory / "checkpoints").iterdir()} == expected
+
+
+def test_a_checkpoint_of_two_names_lies_on_the_disk_once(make_model, pairs, options):
+    seen = []
+
+    def look(model):
+        folder = Path(options().logs) / "run" / "checkpoints"
+        seen.append((folder / "epoch_1.pt").samefile(folder / "epoch_latest.pt"))
+
+    train(options(steps=4), model=make_model(), loader=pairs(), callbacks=[Every(4, look)])  # three steps an epoch
+
+    assert seen == [True]
