@@ -48,5 +48,11 @@ def update_selection_bias(model: nn.Module) -> None:
         bias.add_(step, alpha=layer.config.selection_bias_rate)
 
 
+def forget_loads(model: nn.Module) -> None:
+    """Call it in place of ``update_selection_bias`` when a step was not applied: its load does not count."""
+    for layer in moe_layers(model).values():
+        layer.records.take_load()
+
+
 def _load(load: Tensor | None, bias: Tensor) -> Tensor:
     return torch.zeros_like(bias, dtype=torch.int64) if load is None else load

@@ -15,6 +15,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
+import shutil
+import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +39,10 @@ WEIGHTS_NAME = "open_clip_model.safetensors"
 _PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode")
 _MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg")
 _SHOWN = 3
+_WRITING = ".writing"
+_LONGEST_WRITE = 24 * 3600
+_own: set[str] = set()
+"""Temporary directories of this process's own writers."""
 
 
 def save_pretrained(
@@ -76,14 +85,17 @@ def save_pretrained(
         config = _open_clip_config(model, model_cfg, preprocess_cfg)
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
-    texts = {names[0]: json.dumps(config, indent=2) + "\n", card.README: card.model_card(model, library, license)}
+    texts = {card.README: card.model_card(model, library, license)}
     vocabulary = word_tokenizer.vocabulary_text(config["model_cfg"]["text_cfg"]) if library == "open_clip" else None
     if vocabulary is not None:
         texts[word_tokenizer.FILE_NAME] = vocabulary
+    texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last: it is what a directory is known by
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    writers: dict[Path, Callable[[Path], object]] = {directory / names[1]: lambda path: _save_tensors(tensors, path)}
+    writers: dict[Path, Callable[[Path], object]] = {
+        directory / names[1]: lambda path: _save_tensors(tensors, path, directory)
+    }
     for name, text in texts.items():
         writers[directory / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
     replace_files(writers)
@@ -106,30 +118,63 @@ def _open_clip_config(
 def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Writes files so that they appear whole and together, or not at all.
 
-    Every writer gets a path beside its own to write to. Once all have written and the bytes are on the disk, the files
-    are moved into place. When anything fails before that, what was there stays as it was.
+    Every writer gets a path to write to, in a temporary directory beside its own. Once all have written and the bytes
+    are on the disk, the files are moved into place. When anything fails before that, what was there stays as it was.
+    What a killed process left behind in such directories is removed.
     """
-    temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in writers}
+    name = f"{_WRITING}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    folders = {path.parent: path.parent / name for path in writers}
+    written = {path: folders[path.parent] / path.name for path in writers}
+    _own.add(name)
     try:
+        for parent, folder in folders.items():
+            remove_abandoned(parent)
+            folder.mkdir()
         for path, write in writers.items():
-            temporary[path].touch()
-            mode = temporary[path].stat().st_mode  # as the umask has it; safetensors makes its files private
-            write(temporary[path])
-            temporary[path].chmod(mode)
-            with open(temporary[path], "rb+") as file:
+            write(written[path])
+            written[path].chmod(folders[path.parent].stat().st_mode & 0o666)  # safetensors makes its files private
+            with open(written[path], "rb+") as file:
                 os.fsync(file.fileno())
-        for path, written in temporary.items():
-            os.replace(written, path)
+        for path, temporary in written.items():
+            os.replace(temporary, path)
     finally:
-        for written in temporary.values():
-            written.unlink(missing_ok=True)
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        _own.discard(name)
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def remove_abandoned(directory: Path, locked: bool = False) -> None:
+    """Removes temporary directories in which processes were killed while they wrote into ``directory``.
+
+    Args:
+        locked: the caller's lock says that nothing else writes there. Otherwise those of this machine go whose process
+            has ended, and those of other machines after a day.
+    """
+    for folder in directory.glob(f"{_WRITING}.*.tmp"):
+        maker = re.fullmatch(rf"{re.escape(_WRITING)}\.(.+)\.(\d+)\.[0-9a-f]{{8}}\.tmp", folder.name)
+        if maker is not None and folder.name not in _own and (locked or _abandoned(folder, maker[1], int(maker[2]))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _abandoned(folder: Path, host: str, pid: int) -> bool:
+    try:
+        if host != socket.gethostname():
+            return time.time() - folder.stat().st_mtime > _LONGEST_WRITE
+        if pid != os.getpid():
+            os.kill(pid, 0)  # sends nothing
+            return False
+    except (FileNotFoundError, PermissionError):  # it is gone by now, or is another user's process
+        return False
+    except ProcessLookupError:
+        pass
+    return True
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, directory: Path) -> None:
     try:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
-        raise OSError(f"could not write the weights to {path.parent}: {error}; nothing there was changed") from error
+        raise OSError(f"could not write the weights to {directory}: {error}; nothing there was changed") from error
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,14 +121,16 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
         raise FileNotFoundError(
             f"{path} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"
         )
+    for reason in latest.passed_over:
+        print(f"clipup report: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)
     options = json.loads((root / "options.json").read_text(encoding="utf-8"))
     name = options["model"] or options["pretrained"]
     with models.expecting_random_weights():
         model, _, preprocess = models.create_model_and_transforms(name, device=device)
-    moe_config = read_weights(latest).moe_config
+    moe_config = read_weights(latest.path).moe_config
     if moe_config is not None and not moe_layers(model):
         upcycle(model, moe_config, inplace=True)
-    models.load_checkpoint(model, latest)
+    models.load_checkpoint(model, latest.path)
     return model, preprocess, models.get_tokenizer(name)
 
 

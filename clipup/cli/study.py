@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from ..study import report, runner, runs
-from ..train import NonFiniteLoss, TrainingInterrupted
+from ..train import TrainingInterrupted
 from . import run_one_of
 
 _DIVERGED, _INTERRUPTED = 1, 130
@@ -43,7 +43,7 @@ class Run:
             print(f"[{number}/{len(files)}] {file.stem}", flush=True)
             try:
                 print(f"      {runner.run(file, self.data, self.runs, self.logs, self.device)}", flush=True)
-            except NonFiniteLoss as error:
+            except FloatingPointError as error:
                 print(f"clipup study: {file.stem}: {error}", flush=True)
                 return _DIVERGED
             except TrainingInterrupted as stopped:

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import tyro
 
-from ..train import NonFiniteLoss, RankLost, TrainingInterrupted, TrainOptions, train
+from ..train import RankLost, TrainingInterrupted, TrainOptions, train
 from ..train.distributed import failure_is_reported
 from ..train.watch import EXIT_CODE as _RANK_LOST
 
@@ -18,12 +18,12 @@ _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0, 1 when the loss is not finite, 3 when another rank was lost, 130 after Ctrl-C or SIGTERM (with a
-    checkpoint to continue from). However many ranks torchrun started, one of them prints why."""
+    """Returns 0, 1 when loss, gradients or weights are not finite, 3 when another rank was lost, 130 after Ctrl-C or
+    SIGTERM (with a checkpoint to continue from). However many ranks torchrun started, one of them prints why."""
     options = _parse(argv)
     try:
         result = train(options)
-    except NonFiniteLoss as error:
+    except FloatingPointError as error:
         _say(f"clipup train: {error}", sys.stderr, not failure_is_reported())
         return _DIVERGED
     except RankLost as error:
@@ -36,9 +36,16 @@ def main(argv: list[str]) -> int:
         if failure_is_reported():
             return _REFUSED
         raise
-    last = f", last loss {result.history[-1]['loss']:.4f}" if result.history else ""
-    text = f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}"
-    _say(text, sys.stdout, os.environ.get("RANK", "0") == "0")
+    first = os.environ.get("RANK", "0") == "0"
+    if result.already_finished:
+        text = f"the run in {result.directory} was finished before, at step {result.steps}; nothing was changed. "
+        _say(f"{text}To train it further give more --steps or --epochs", sys.stdout, first)
+        return 0
+    losses = [record["loss"] for record in result.history if record["loss"] is not None]
+    last = f", last loss {losses[-1]:.4f}" if losses else ""
+    skipped = result.history[-1]["skipped_steps"] if result.history else 0
+    last += f", {skipped} steps not applied because their gradient was not finite" if skipped else ""
+    _say(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}", sys.stdout, first)
     return 0
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import checkpoint, flops, models
 from ..calibration import calibrate
 from ..config import MoEConfig
+from ..locks import LOCK_FILE, exclusive
 from ..progress import progress
 from ..upcycle import step0_difference, upcycle
 
@@ -51,8 +52,19 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = tyro.cli(Options, args=argv, prog="clipup upcycle")
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise FileExistsError(f"{options.out} exists already and holds something; choose another directory")
+    if options.out.exists() and not options.out.is_dir():
+        raise FileExistsError(f"{options.out} is a file; choose another directory")
+    otherwise = "wait for it to end, or choose another directory"
+    with exclusive(options.out / LOCK_FILE, options.out, otherwise):
+        checkpoint.remove_abandoned(options.out, locked=True)
+        if {path.name for path in options.out.iterdir()} - {LOCK_FILE}:
+            raise FileExistsError(f"{options.out} exists already and holds something; choose another directory")
+        run(options)
+    return 0
+
+
+def run(options: Options) -> None:
+    """Upcycles, checks and saves into the directory, which is empty."""
     if options.calibrate_data is not None and options.moe.keeps_function:
         raise ValueError(
             f"calibrate_data={options.calibrate_data!r} fits experts that differ from the dense MLP, and these are its "
@@ -73,7 +85,6 @@ def main(argv: list[str]) -> int:
         f"{after.active_params / 1e6:.1f} M are active for a token"
     )
     print(f"saved to {options.out}")
-    return 0
 
 
 def fit(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Callable[..., Any]) -> None:

@@ -74,18 +74,33 @@ def build(
     chosen = [concept for concept in sources.concepts() if only is None or only(concept)]
     options = {"size": size, "samples_per_shard": samples_per_shard}
     fingerprint = _fingerprint(options, versions, chosen)
-    if shards.finished(out, fingerprint):
+    if shards.finished(out, fingerprint) and not shards.left_behind(out):
         return json.loads((out / shards.DATASET_FILE).read_text("utf-8"))
-    shards.check_target(out, overwrite)
+    with shards.only_writer(out):
+        if shards.finished(out, fingerprint):
+            return json.loads((out / shards.DATASET_FILE).read_text("utf-8"))
+        shards.check_target(out, overwrite)
+        return _build(out, options, versions, chosen, fingerprint, processes, progress)
+
+
+def _build(
+    out: Path,
+    options: dict[str, int],
+    versions: dict[str, str],
+    chosen: list[Concept],
+    fingerprint: str,
+    processes: int | None,
+    progress: bool,
+) -> dict:
     assigned = splits.assign(chosen)
     pairs = {"train": assigned.train, "test": assigned.test, "concepts": assigned.concepts}
-    images, skipped = _render(pairs, size, processes, progress)
+    images, skipped = _render(pairs, options["size"], processes, progress)
     pairs, same = _one_picture_one_split(pairs, images)
     if not pairs["train"]:
         raise ValueError("the training split is empty: no drawing could be read, or `only` lets none through")
     with shards.appearing_whole(out) as directory:
         written = {
-            split: shards.write_shards(directory, split, _samples(split, members, images), samples_per_shard)
+            split: shards.write_shards(directory, split, _samples(split, members, images), options["samples_per_shard"])
             for split, members in pairs.items()
         }
         shards.write_sizes(directory, [shard for split in written.values() for shard in split])

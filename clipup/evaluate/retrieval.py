@@ -26,6 +26,10 @@ RECALL_AT = (1, 5, 10)
 _CHUNK = 1024
 
 
+class NonFiniteFeatures(ValueError, FloatingPointError):
+    """A model's features hold NaN or infinity, so there is nothing to rank."""
+
+
 def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> dict[str, Any]:
     """Recall both ways, as fractions of 1.
 
@@ -40,7 +44,8 @@ def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tens
         one image); ``gallery`` N; ``captions`` M.
 
     Raises:
-        ValueError: no images, shapes that do not fit, a row without a partner, features that are not finite.
+        ValueError: no images, shapes that do not fit, a row without a partner.
+        NonFiniteFeatures: features that are not finite; a ValueError too.
     """
     pairs = _pairs(image_of_text)
     _check(image_features, text_features, pairs)
@@ -224,4 +229,4 @@ def _check(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> None
             raise ValueError(f"{name} {int(without.nonzero()[0])} has no {other} in image_of_text; each needs one")
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         if not features.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity, so nothing can be ranked: the model is broken")
+            raise NonFiniteFeatures(f"{name} holds NaN or infinity, so nothing can be ranked: the model is broken")

@@ -95,17 +95,19 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def first_does(self, action: Callable[[], object]) -> None:
-        """Rank 0 acts while the others wait, however long it takes; an OSError is raised on all of them."""
-        failure = None
+    def first_does(self, action: Callable[[], Any]) -> Any:
+        """Rank 0 acts while the others wait, however long it takes. All get what it returns, or the OSError or
+        ValueError that it raises."""
+        result, failure = None, None
         if self.first:
             try:
-                action()
-            except OSError as error:
+                result = action()
+            except (OSError, ValueError) as error:
                 failure = error
-        failure = self.of_first(failure)
+        result, failure = self.of_first((result, failure))
         if failure is not None:
             raise failure
+        return result
 
 
 @contextmanager

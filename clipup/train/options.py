@@ -84,6 +84,8 @@ class TrainOptions:
     """Keep lr as it is, without warm-up."""
     grad_clip_norm: float | None = None
     """Largest norm of the gradient; None leaves it alone."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row that may be skipped because their gradient is NaN or infinite; one more ends the run."""
     distill_model: str | None = None
     """Teacher: a model that open_clip knows, or a directory. Its similarities are a second target (DistillClipLoss); it
     takes the same images and tokens. The dense model that --moe starts from is one choice."""
@@ -123,7 +125,9 @@ class TrainOptions:
     name: str | None = None
     """Name of the run, a directory under logs. None: date, model and learning rate."""
     resume: str | None = None
-    """"latest" or the path of a checkpoint: go on from there."""
+    """"latest" or the path of a checkpoint: go on from there. Other options than before take effect from there on."""
+    resume_with_changes: bool = False
+    """On resume, accept another model, moe, train_data, seed or siglip than the checkpoint's."""
     force: bool = False
     """Throw away a run of the same name instead of refusing to start."""
     save_frequency: int = 1
@@ -142,7 +146,10 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "warmup", "workers", "val_frequency", "save_frequency", "save_every_n_steps", "wd", "eps"):
+        for name in (
+            *("seed", "warmup", "workers", "val_frequency", "save_frequency", "save_every_n_steps", "wd", "eps"),
+            "max_nonfinite_steps",
+        ):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("steps", "train_num_samples"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")

@@ -81,7 +81,7 @@ def test_a_finished_run_stands_for_its_last_model(model, captions, tmp_path):
     assert "The experts of run" in html and html.replace("of run", "of tiny-moe") == of_model
 
 
-def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tmp_path):
+def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tmp_path, capsys):
     save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
     sparse, checkpoints = sparse_clip(), tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -90,6 +90,11 @@ def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tm
     torch.save({**state, "state_dict": sparse.state_dict()}, checkpoints / "epoch_latest.pt")
     html = made(tmp_path / "r.html", tmp_path / "run", "--captions", captions)
     assert html.replace("of run", "of tiny-moe") == made(tmp_path / "m.html", model, "--captions", captions)
+
+    (checkpoints / "epoch_latest.pt").rename(checkpoints / "epoch_1.pt")
+    (checkpoints / "epoch_latest.pt").write_bytes((checkpoints / "epoch_1.pt").read_bytes()[:5000])
+    assert made(tmp_path / "o.html", tmp_path / "run", "--captions", captions) == html
+    assert "epoch_1.pt, because a checkpoint cannot be used" in capsys.readouterr().err
 
 
 def test_shards_bring_their_captions(model, tmp_path):
