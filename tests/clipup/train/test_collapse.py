@@ -63,7 +63,7 @@ def test_two_of_eight_experts_with_all_tokens_are_reported_once_in_console_log_f
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     result = run(steps=104, resume="latest")
 
-    log = [line for line in (result.directory / "out.log").read_text().splitlines() if "| WARNING |" in line]
+    log = [line for line in (result.directory / "out.log").read_text().splitlines() if "| WARNING | routing" in line]
     file = [json.loads(line) for line in (result.directory / "warnings.jsonl").read_text().splitlines()]
     assert len(lines) == len(log) == 1
     assert f"routing has collapsed at step 100 in {LAYERS[0]} (2 of 8 experts get 100% of the tokens'" in lines[0]

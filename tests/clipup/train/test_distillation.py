@@ -47,7 +47,7 @@ def test_loss_is_contrastive_plus_the_cross_entropy_with_the_teachers_similariti
     torch.testing.assert_close(losses.total, (contrastive + distill + aux).detach())
     (contrastive + distill + aux).backward()
     for name, parameter in twin.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=5e-6)
 
 
 def test_distillation_loss_is_least_for_the_teacher_itself(make_model, pairs):
