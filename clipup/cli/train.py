@@ -25,7 +25,9 @@ def main(argv: list[str]) -> int:
         _say(f"clipup train: {stopped}", sys.stderr)
         return _INTERRUPTED
     last = f", last loss {result.history[-1]['loss']:.4f}" if result.history else ""
-    _say(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}", sys.stdout)
+    skipped = f", {result.skipped} samples skipped" if result.skipped else ""
+    done = f"{result.steps} steps in {result.seconds:.0f} s of training{last}{skipped}"
+    _say(f"{done}; see {result.directory}", sys.stdout)
     return 0
 
 

@@ -64,6 +64,8 @@ class TrainResult(NamedTuple):
     """A record a logged step, as ``clipup.train`` describes it; on rank 0."""
     evaluations: list[Record]
     directory: Path | None
+    skipped: int = 0
+    """Samples of the training data that could not be read, each once."""
 
 
 def train(
@@ -198,7 +200,8 @@ class Trainer:
             self.bar.close()
             self.recorder.close()
         root = self.directory.root if self.directory else None
-        return TrainResult(self.model, self.step, self.seconds, self.recorder.steps, self.recorder.evaluations, root)
+        history, evaluations, skipped = self.recorder.steps, self.recorder.evaluations, self._skipped()
+        return TrainResult(self.model, self.step, self.seconds, history, evaluations, root, skipped)
 
     def _run_epoch(self) -> None:
         """From ``step_of_epoch`` to the epoch's end, or to the run's last step within it.
@@ -294,7 +297,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         self.epoch += 1
         self.step_of_epoch = 0
-        self.recorder.log.info("epoch %d done at step %d; %d samples skipped", self.epoch, self.step, self.data.skipped)
+        self.recorder.log.info("epoch %d done at step %d; %d samples skipped", self.epoch, self.step, self._skipped())
         if self.options.val_frequency and self.epoch % self.options.val_frequency == 0:
             self._validate()
         names = [checkpoints.LATEST] if self.options.save_most_recent else []
@@ -303,6 +306,13 @@ class Trainer:
         self._save(*names)
         if self.options.delete_previous_checkpoint and self.directory and self.ranks.first:
             (self.directory.checkpoints / checkpoints.epoch_name(self.epoch - 1)).unlink(missing_ok=True)
+
+    def _skipped(self) -> int:
+        """Samples that could not be read so far, each once, whichever ranks met it."""
+        names: dict[str, int] = {}
+        for of_rank in self.ranks.gather(self.data.skipped):
+            names |= of_rank
+        return sum(names.values())
 
     def _validate(self) -> None:
         if self.validate is not None and self._evaluated_at != self.step:
