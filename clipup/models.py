@@ -192,8 +192,9 @@ def _refuse_code(text_cfg: dict[str, Any], source: str) -> None:
     """A config's ``tokenizer_kwargs`` reach transformers, which runs a model's own code when they say so."""
     if (text_cfg.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
         raise ValueError(
-            f"tokenizer_kwargs: the config of {source} sets trust_remote_code, which would run code that comes with it; "
-            "nothing of it was run. Remove it from the config, or load the tokenizer with transformers, if you trust it"
+            f"tokenizer_kwargs: the config of {source} sets trust_remote_code, which would run code that comes with "
+            "it; nothing of it was run. Remove that from the config, or load the tokenizer with transformers, if you "
+            "trust it"
         )
 
 

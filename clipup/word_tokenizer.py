@@ -128,8 +128,8 @@ def _file(name: str, directory: Path | None) -> Path:
     bare = name.removeprefix(PREFIX)
     if not _NAME.fullmatch(bare):
         raise ValueError(
-            f"hf_tokenizer_name: {name!r} names no vocabulary, expected {PREFIX} and letters, digits, - and _: a config "
-            "must not lead to other files"
+            f"hf_tokenizer_name: {name!r} names no vocabulary, expected {PREFIX} and letters, digits, - and _: a "
+            "config must not lead to other files"
         )
     shipped = _VOCABULARIES / f"{bare}.txt"
     beside = [] if directory is None else [directory / FILE_NAME]

@@ -115,7 +115,9 @@ def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) ->
 
 def render(svg: str, size: int) -> Image:
     """A drawing as a picture: RGB, black or its own colours on white, `size` x `size` pixels, centred where it is not
-    square. ValueError when it is unreadable, or shows an image from a file: only what the drawing itself holds is drawn.
+    square.
+
+    Raises ValueError when it is unreadable, or shows an image from a file: only what it holds itself is drawn.
     """
     import resvg_py
     from PIL import Image
