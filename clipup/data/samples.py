@@ -108,7 +108,7 @@ def tar_records(shards: Sequence[str], skips: Skips, argument: str) -> list[Reco
     damaged = {shard for shard, _ in lost}
     usual = max((count for shard, count in found.items() if shard not in damaged), default=0)
     for shard, (name, reason, samples) in lost:
-        skips.note(name, reason, samples if shard in sizes else max(samples, usual - found[shard]))
+        skips.note(name, reason, samples or max(1, usual - found[shard]))
     return records
 
 

@@ -75,7 +75,7 @@ class Skips:
         self.samples[name] = samples
         self._count += samples
         self.first = self.first or f"{name}: {reason}"
-        _LOG.warning("skipped %s: %s", name, reason)
+        _LOG.warning("skipped %s: %s%s", name, reason, f" ({samples} samples)" if samples > 1 else "")
 
     def add(self, notes: Iterable[Note]) -> None:
         for note in notes:

@@ -123,7 +123,7 @@ def webdataset_data(
     loader = info.dataloader.pipeline[0]
     loader.generator = torch.Generator()
     notes = Notes()
-    usual = args.train_num_samples // len(shards)
+    usual = max(1, args.train_num_samples // len(shards))
     replaced = {
         webdataset.split_by_node: SplitByRank(args.rank, args.world_size),
         open_clip_data.tarfile_to_samples_nothrow: ReadShards(notes, sizes_of(shards), usual),
@@ -188,7 +188,7 @@ class ReadShards:
             try:
                 file = open_shard(name)
             except Exception as error:  # whatever the opener of this kind of URL raises
-                self.notes.add(name, f"it cannot be opened ({error})", self.sizes.get(name, max(1, self.usual)))
+                self.notes.add(name, f"it cannot be opened ({error})", self.sizes.get(name, self.usual))
                 continue
             try:
                 yield from read_samples(

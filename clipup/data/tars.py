@@ -20,7 +20,7 @@ IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 TEXT_EXTENSIONS = ("txt", "json", "cls")
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names
-_PADDING = 21  # blocks of zeros behind the last member: the mark of two, and up to a record of 20
+_MARK = 2  # blocks of zeros that end an archive; the last record of 20 blocks is filled up with more
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -80,7 +80,7 @@ def read_samples(
     *,
     images: bool,
     expected: int | None = None,
-    usual: int = 1,
+    usual: int = 0,
 ) -> Iterator[TarSample]:
     """The samples of a shard, complete or not; what is missing of them is told to `skip`.
 
@@ -88,7 +88,8 @@ def read_samples(
         file: read from its start to its end, once; without `images` it must be seekable.
         images: whether images are read too; else only where they lie.
         expected: how many samples it should hold, where that is known.
-        usual: how many a shard like it holds, where it is not.
+        usual: how many a shard like it holds, where it is not. 0 when that is not known either: then `skip` hears of 0
+            samples where a shard breaks off.
     """
     faults = _Faults()
     found = incomplete = 0
@@ -110,8 +111,8 @@ def read_samples(
         found, incomplete = found + 1, incomplete + _is_incomplete(sample)
         yield sample
     lost, reason = faults.lost(found, incomplete, expected, usual)
-    if lost > 0:
-        skip(f"{lost} sample{'s' * (lost > 1)} of {shard}" if found else shard, reason, lost)
+    if lost is not None:
+        skip(f"a part of {shard}" if found else shard, reason, lost)
 
 
 @dataclass
@@ -121,14 +122,16 @@ class _Faults:
     damaged: list[str] = field(default_factory=list)
     end: str = ""
 
-    def lost(self, found: int, incomplete: int, expected: int | None, usual: int) -> tuple[int, str]:
-        """How many samples were lost besides the incomplete ones, and why."""
+    def lost(self, found: int, incomplete: int, expected: int | None, usual: int) -> tuple[int | None, str]:
+        """How many samples were lost besides the incomplete ones (None: none), and why."""
         reason = self.end or next(iter(self.damaged), "")
         if expected is not None:
-            return expected - found, reason or f"it holds {found} samples, {SIZES_FILE} beside it says {expected}"
+            missing = expected - found if expected > found else None
+            return missing, reason or f"it holds {found} samples, {SIZES_FILE} beside it says {expected}"
         if self.end:
-            return max(1, usual - found), reason
-        return len(self.damaged) - incomplete, reason  # a damaged header loses one member of a sample, or more
+            return max(1, usual - found) if usual else 0, reason
+        beside = len(self.damaged) - incomplete  # a damaged header loses one member of a sample, or more
+        return beside if beside > 0 else None, reason
 
 
 def _is_incomplete(sample: TarSample) -> bool:
@@ -155,7 +158,7 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[st
         while (member := tar.next()) is not None:
             tar.members.clear()
             members += 1
-            if header.damaged or header.zeros > _PADDING:
+            if header.damaged or not _is_padding(header.zeros, member.offset):
                 faults.damaged.append(f"{header.lost_bytes()} bytes before {member.name} are damaged")
             header.damaged = header.zeros = 0
             if member.size < 0:
@@ -166,13 +169,21 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[st
                 yield member.name, content, (member.offset_data, member.size)
     except Exception as error:  # whatever the file, or the opener of this kind of URL, raises
         faults.end = f"{'its rest' if members else 'it'} cannot be read ({error})"
+        if not members and header.damaged:
+            faults.end = _kind_of(header.begins)
         return
     if not members and header.damaged:
         faults.end = _kind_of(header.begins)
-    elif header.damaged or header.zeros > _PADDING:
+    elif header.damaged or header.zeros > _MARK + tarfile.RECORDSIZE // tarfile.BLOCKSIZE:
         faults.end = f"its last {header.lost_bytes()} bytes are damaged"
     elif not header.zeros:
         faults.end = "it has no end-of-archive mark, so it was cut off"
+
+
+def _is_padding(zeros: int, end: int) -> bool:
+    """Whether so many blocks of zeros, up to this place, end one of several archives that were joined to one file."""
+    record = tarfile.RECORDSIZE // tarfile.BLOCKSIZE
+    return zeros in (0, _MARK) or (zeros < _MARK + record and end % tarfile.RECORDSIZE == 0)
 
 
 def _watched_header() -> type[tarfile.TarInfo]:
