@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import NamedTuple
 
 Note = tuple[str, str, int]
 """A sample, or a part of a shard, by name; why it cannot be read; and how many samples it stands for."""
@@ -25,10 +26,18 @@ def check_max_skipped(share: float) -> None:
         raise ValueError(f"max_skipped: got {share}, expected a share from 0 to 1 (0.1: a tenth of the samples)")
 
 
+class Report(NamedTuple):
+    """What a reader met since its last report: how many samples, and those that it skipped."""
+
+    met: int
+    skipped: list[Note]
+
+
 class Notes:
-    """What a reader skipped since it was last asked."""
+    """Takes the notes for a reader's next report."""
 
     def __init__(self) -> None:
+        self.met = 0
         self._notes: list[Note] = []
         self._in_a_row = 0
 
@@ -47,9 +56,10 @@ class Notes:
         """The first note in words; "" when there is none."""
         return f"; {self._notes[0][0]}: {self._notes[0][1]}" if self._notes else ""
 
-    def take(self) -> list[Note]:
-        taken, self._notes = self._notes, []
-        return taken
+    def report(self) -> Report:
+        report = Report(self.met, self._notes)
+        self.met, self._notes = 0, []
+        return report
 
 
 class Skips:

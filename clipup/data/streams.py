@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSamp
 from clipup.data.csv_rows import CsvFormat, Rows, readable_rows
 from clipup.data.images import load_image
 from clipup.data.shard_names import open_shard, sizes_of
-from clipup.data.skips import Note, Notes, Skips
+from clipup.data.skips import Notes, Report, Skips
 from clipup.data.tars import IMAGE_EXTENSIONS, TarSample, complete, lines, read_samples
 
 
@@ -52,10 +52,10 @@ class TrainData(open_clip_data.DataInfo):
 
 
 class CountedBatches:
-    """A loader's batches, without the notes that travel with them: what those name is counted in `skips`.
+    """A loader's batches, without the reports that travel with them: what those name is counted in `skips`.
 
-    Stops with ValueError when more than the share that may be skipped cannot be read: of what this process reads in a
-    pass, or should read, if that is more.
+    Stops with ValueError when more than the share that may be skipped cannot be read: of what this process met in a
+    pass, or should meet, if that is more.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class CountedBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         skipped: dict[str, int] = {}
-        read = 0
-        for images, texts, notes in self.loader:
-            read += len(images)
-            if notes:
-                self.skips.add(notes)
-                skipped |= {name: samples for name, _, samples in notes}
+        met = self._left_out
+        for images, texts, report in self.loader:
+            met += report.met
+            if report.skipped:
+                self.skips.add(report.skipped)
+                skipped |= {name: samples for name, _, samples in report.skipped}
                 count = self._left_out + sum(skipped.values())
-                self.skips.check(max(self._expected, read + count), count)
+                self.skips.check(max(self._expected, met), count)
             yield images, texts
 
 
@@ -188,14 +188,20 @@ class ReadShards:
             try:
                 file = open_shard(name)
             except Exception as error:  # whatever the opener of this kind of URL raises
-                self.notes.add(name, f"it cannot be opened ({error})", self.sizes.get(name, self.usual))
+                self._lose(name, f"it cannot be opened ({error})", self.sizes.get(name, self.usual))
                 continue
             try:
-                yield from read_samples(
-                    file, name, self.notes.add, images=True, expected=self.sizes.get(name), usual=self.usual
-                )
+                for sample in read_samples(
+                    file, name, self._lose, images=True, expected=self.sizes.get(name), usual=self.usual
+                ):
+                    self.notes.met += 1
+                    yield sample
             finally:
                 file.close()
+
+    def _lose(self, name: str, reason: object, samples: int) -> None:
+        self.notes.met += samples
+        self.notes.add(name, reason, samples)
 
 
 class Complete:
@@ -234,17 +240,19 @@ class Decode:
 
 
 class Batches:
-    """Batches with what was noted on the way to them; ValueError when a pass through a worker's shards gives none: the
-    next would not either."""
+    """Batches with a report of what was met on the way to them.
+
+    ValueError when a pass through a worker's shards gives none: the next would not either.
+    """
 
     def __init__(self, notes: Notes, batch_size: int) -> None:
         self.notes, self.batch_size = notes, batch_size
 
-    def __call__(self, batches: Iterable) -> Iterator[tuple[Tensor, Tensor, list[Note]]]:
+    def __call__(self, batches: Iterable) -> Iterator[tuple[Tensor, Tensor, Report]]:
         empty = True
         for images, texts in batches:
             empty = False
-            yield images, texts, self.notes.take()
+            yield images, texts, self.notes.report()
         if empty:
             raise ValueError(
                 f"batch_size: the shards of one worker hold fewer than {self.batch_size} readable samples: "
@@ -289,10 +297,11 @@ class CsvRows(Dataset):
     def __len__(self) -> int:
         return len(self.rows.images)
 
-    def __getitems__(self, of_batch: BatchRows) -> tuple[Tensor, Tensor, list[Note]]:
+    def __getitems__(self, of_batch: BatchRows) -> tuple[Tensor, Tensor, Report]:
         notes = Notes()
         batch = []
         for row in (*of_batch.first, *of_batch.spare):
+            notes.met += 1
             try:
                 image = load_image(self.rows.images[row], self.max_pixels)
             except Exception as error:  # PIL has no common class for what a broken file may raise
@@ -300,7 +309,7 @@ class CsvRows(Dataset):
                 continue
             batch.append((self.preprocess(image), self.draw(self.rows.captions[row])[0]))
             if len(batch) == len(of_batch.first):
-                return (*default_collate(batch), notes.take())
+                return (*default_collate(batch), notes.report())
         tried = len(of_batch.first) + len(of_batch.spare)
         raise ValueError(
             f"train_data: only {len(batch)} of {tried} rows can be read, too few for a batch of {len(of_batch.first)}"
