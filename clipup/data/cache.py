@@ -62,7 +62,7 @@ class CachedLoader:
         left_out = int(skips)
         self.images, readable = _read(mine, preprocess, workers, skips, progress, max_pixels)
         unreadable = left_out / world_size + len(mine) - len(self.images)
-        skips.check((len(records) + left_out) / world_size, unreadable)
+        skips.check((len(records) + left_out) / world_size, unreadable, world_size)
         if len(self.images) < batch_size:
             raise ValueError(
                 f"batch_size: got {batch_size}, but only {len(self.images)} images of this process can be read: use a "

@@ -7,6 +7,7 @@ so that counts do not depend on which worker met a sample first.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -91,10 +92,15 @@ class Skips:
         for note in notes:
             self.note(*note)
 
-    def check(self, total: float, count: float | None = None) -> None:
-        """ValueError when more than `max_skipped` of `total` samples cannot be read: `count` of them, or all so far."""
+    def check(self, total: float, count: float | None = None, world_size: int = 1) -> None:
+        """ValueError when more than `max_skipped` of `total` samples cannot be read: `count` of them, or all so far.
+
+        Of several processes each judges by its own part, and allows for chance, which may have dealt it more than the
+        others: three standard deviations.
+        """
         count = self._count if count is None else count
-        if count > self.max_skipped * total:
+        chance = 3 * math.sqrt(self.max_skipped * total) if world_size > 1 else 0
+        if count > self.max_skipped * total + chance:
             raise ValueError(
                 f"max_skipped: {count:.0f} of {total:.0f} samples cannot be read, more than the share of "
                 f"{self.max_skipped:g} that may be skipped; the first is {self.first}. Repair the data, or raise "

@@ -63,7 +63,7 @@ class CountedBatches:
     ) -> None:
         """`total`: samples of a pass of all processes, those that `skips` holds already included."""
         self.loader, self.skips = loader, skips
-        self.num_samples, self.num_batches = num_samples, num_batches
+        self.num_samples, self.num_batches, self.world_size = num_samples, num_batches, world_size
         self._expected, self._left_out = total / world_size, int(skips) / world_size
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class CountedBatches:
                 self.skips.add(report.skipped)
                 skipped |= {name: samples for name, _, samples in report.skipped}
                 count = self._left_out + sum(skipped.values())
-                self.skips.check(max(self._expected, met), count)
+                self.skips.check(max(self._expected, met), count, self.world_size)
             yield images, texts
 
 

@@ -30,7 +30,7 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     """Writes the page of a study's directory (its template and ``logs``) to ``out``, and its figures beside it.
 
     Raises:
-        FileNotFoundError, ValueError: no template, no logs, or a broken log.
+        FileNotFoundError, ValueError: no template, no logs, a broken log, or a template that is wrong or runs Python.
     """
     study, out = Path(study), Path(out)
     if not (study / TEMPLATE).is_file():
@@ -44,12 +44,15 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     )
     written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in tables.figures().items()}
     configs = sorted(path.stem for path in study.glob(f"*{CONFIG_SUFFIX}"))
-    written[out] = environment.get_template(TEMPLATE).render(
-        tables=tables,
-        by=lambda column, name: {row[column]: row for row in _rows(study, name)},
-        pending=[name for name in configs if name not in tables.results],
-        planned=len(configs),
-    )
+    try:
+        written[out] = environment.get_template(TEMPLATE).render(
+            tables=tables,
+            by=lambda column, name: {row[column]: row for row in _rows(study, name)},
+            pending=[name for name in configs if name not in tables.results],
+            planned=len(configs),
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{study / TEMPLATE} cannot be filled in: {error}") from error
     for path, text in written.items():
         path.write_text(text, encoding="utf-8")
     return list(written)

@@ -108,7 +108,7 @@ def test_a_row_stands_in_only_where_one_cannot_be_read(pictures):
 
 def test_ranks_have_equally_many_batches_and_no_row_at_once(pictures):
     source = spoilt(pictures, "csv", range(0, 60, 10))
-    ranks = [batches_of(loader("csv", source, world_size=2, rank=rank, max_skipped=0.2), 0) for rank in (0, 1)]
+    ranks = [batches_of(loader("csv", source, world_size=2, rank=rank), 0) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1]) == 7
     for one, other in list(zip(*ranks, strict=True))[:6]:
         assert len({*one, *other}) == 8
@@ -128,6 +128,17 @@ def test_above_the_share_that_may_be_skipped_reading_stops(pictures, kind, worke
     for epoch in range(2):
         batches_of(data, epoch)
     assert data.skipped == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_judges_by_its_own_part_and_allows_for_chance(pictures, kind):
+    source = spoilt(pictures, kind, range(0, 120, 15), 120)
+    for rank in (0, 1):
+        batches_of(loader(kind, source, world_size=2, rank=rank, max_skipped=0.05), 0)
+    source = spoilt(pictures, kind, range(0, 120, 3), 120)
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match="max_skipped: .* samples cannot be read"):
+            batches_of(loader(kind, source, world_size=2, rank=rank), 0)
 
 
 @pytest.mark.parametrize("kind", ["csv", "cached csv"])
