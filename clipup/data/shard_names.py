@@ -21,11 +21,12 @@ _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
 _PIPE = "pipe"
 
 
-def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool = False) -> list[str]:
+def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | None = None) -> list[str]:
     """The shards that a source names: a path, braces, a wildcard, or several of them joined by "::".
 
     Raises FileNotFoundError when there is none or when one of them is missing, ValueError for what would run a command
-    (`pipe:`, unless `allow_pipe` says that it may) or is not what its data set lists, each naming `argument`.
+    (`pipe:`, unless `allow_pipe`; None where there is no such option) or is not what its data set lists, each naming
+    `argument`.
     """
     source = os.fspath(source)
     shards: list[str] = []
@@ -153,14 +154,12 @@ def _local(path: str) -> str:
     return os.path.join(os.curdir, path) if is_remote(path) else path
 
 
-def _checked_url(url: str, argument: str, allow_pipe: bool) -> str:
+def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
     scheme = _URL.match(url)[1].lower()
+    if scheme == _PIPE and not allow_pipe:
+        permitted = "here nothing permits that" if allow_pipe is None else "allow it by --allow-pipe, if you trust it"
+        raise ValueError(f"{argument}: {url!r} would run a command in a shell; {permitted}")
     if scheme == _PIPE:
-        if not allow_pipe:
-            raise ValueError(
-                f"{argument}: {url!r} would run a command in a shell, which allow_pipe (--allow-pipe) permits, if you "
-                "trust it"
-            )
         return url
     if "'" in url:  # URLs are handed to curl and others between these, in a shell
         raise ValueError(f"{argument}: {url!r} holds a quote ('), which a URL must not: write %27")
