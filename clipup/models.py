@@ -167,6 +167,7 @@ def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
     if model_name.startswith(hub.HUB_PREFIX):
         return _hub_tokenizer(model_name, **kwargs)
     text_cfg = get_model_config(model_name).get("text_cfg", {})
+    _refuse_code(text_cfg, model_name)
     if word_tokenizer.is_asked_for(text_cfg):
         return word_tokenizer.of_config(text_cfg, directory, **kwargs)
     if directory is None:
@@ -185,10 +186,21 @@ def _hub_tokenizer(model_name: str, cache_dir: str | None = None, **kwargs: Any)
         text_cfg = checkpoint.read_config(found)["model_cfg"].get("text_cfg", {})
     except FileNotFoundError:  # no model of open_clip's: a tokenizer by itself, or nothing, as open_clip will say
         text_cfg = {}
+    _refuse_code(text_cfg, model_name)
     if word_tokenizer.is_asked_for(text_cfg):
         found = hub.cached(model_name, checkpoint.CONFIG_NAME, word_tokenizer.FILE_NAME, cache_dir=cache_dir)
         return word_tokenizer.of_config(text_cfg, found, **kwargs)
     return open_clip.get_tokenizer(model_name, cache_dir=cache_dir, **kwargs)
+
+
+def _refuse_code(text_cfg: dict[str, Any], source: str) -> None:
+    """A config's ``tokenizer_kwargs`` reach transformers, which runs a model's own code when they say so."""
+    if (text_cfg.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
+        raise ValueError(
+            f"tokenizer_kwargs: the config of {source} sets trust_remote_code, which would run code that comes with "
+            "it; nothing of it was run. Remove that from the config, or load the tokenizer with transformers, if you "
+            "trust it"
+        )
 
 
 def get_model_config(model_name: str) -> dict[str, Any]:

@@ -13,7 +13,9 @@ import tyro
 
 from .. import card, models
 from ..checkpoint import replace_files
+from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples, eval_samples
+from ..data.skips import MAX_SKIPPED
 from ..evaluate import datasets
 from ..evaluate.precision import Precision, check_device, default_device, default_workers, for_inference
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
@@ -58,6 +60,10 @@ class Options:
     """Column with the paths of the images; rows of one image are its captions."""
     csv_caption_key: str = "title"
     """Column with the captions."""
+    max_skipped: float = MAX_SKIPPED
+    """val_data: share of the samples that may be unreadable; they are left out and counted. In a benchmark none may."""
+    max_image_pixels: int = MAX_PIXELS
+    """Pixels of an image that is decoded at most; one of more counts as unreadable."""
     workers: int = field(default_factory=default_workers)
     """Processes that read images."""
     classes: Path | None = None
@@ -138,7 +144,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         results["retrieval"] = {**recall, "skipped": samples.skipped}
         results["multi_positive"] = options.multi_positive
     if isinstance(found, datasets.ClassificationSet):
-        images = found.samples(preprocess, options.batch_size, options.workers)
+        images = found.samples(preprocess, options.batch_size, options.workers, options.max_image_pixels)
         results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)
     return results
 
@@ -172,7 +178,7 @@ def _find(options: Options) -> datasets.DataSet | None:
 
 def _retrieval_samples(options: Options, found: datasets.DataSet | None, preprocess: Any) -> EvalSamples:
     if isinstance(found, datasets.RetrievalSet):
-        return found.samples(preprocess)
+        return found.samples(preprocess, options.max_image_pixels)
     return eval_samples(
         options.val_data,
         preprocess,
@@ -180,6 +186,8 @@ def _retrieval_samples(options: Options, found: datasets.DataSet | None, preproc
         csv_separator=options.csv_separator,
         csv_img_key=options.csv_img_key,
         csv_caption_key=options.csv_caption_key,
+        max_skipped=options.max_skipped,
+        max_image_pixels=options.max_image_pixels,
     )
 
 
@@ -201,6 +209,8 @@ def table(results: dict[str, Any]) -> str:
             values = [row[way][f"r{k}"] for way in ("t2i", "i2t") for k in RECALL_AT]
             cells = "".join(f"{100 * value:>10.2f}" for value in values)
             lines.append(f"{name:<16}{row['gallery']:>8}{cells}{100 * row['chance_r1']:>9.2f}")
+        if found.get("skipped"):
+            lines.append(f"{found['skipped']} samples could not be read, and were skipped")
     if "zero_shot" in results:
         row = results["zero_shot"]
         lines.append(f"{'zero-shot (%)':<16}{'images':>8}{'top-1':>10}{'top-5':>10}{'chance':>9}")

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
     last = f", last loss {losses[-1]:.4f}" if losses else ""
     skipped = result.history[-1]["skipped_steps"] if result.history else 0
     last += f", {skipped} steps not applied because their gradient was not finite" if skipped else ""
+    last += f", {result.skipped} samples skipped" if result.skipped else ""
     _say(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}", sys.stdout, first)
     return 0
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 PACKAGE = "@iconify/json"
 _DEFAULT_SIDE = 16  # the format's own
 _QUARTER_TURNS = 4
+_EMBEDS_IMAGE = re.compile(r"<\s*(?:[\w.-]+:)?(?:image|feImage)\b")
+_LINK_TO_FILE = re.compile(r"""href\s*=\s*["'](?!#|data:)""")
 _FRAME = ("left", "top", "width", "height", "rotate", "hFlip", "vFlip")
 
 
@@ -112,10 +115,15 @@ def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) ->
 
 def render(svg: str, size: int) -> Image:
     """A drawing as a picture: RGB, black or its own colours on white, `size` x `size` pixels, centred where it is not
-    square. ValueError when it is unreadable."""
+    square.
+
+    Raises ValueError when it is unreadable, or shows an image from a file: only what it holds itself is drawn.
+    """
     import resvg_py
     from PIL import Image
 
+    if _EMBEDS_IMAGE.search(svg) and _LINK_TO_FILE.search(svg):
+        raise ValueError("it shows an image from a file")
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
     return Image.open(io.BytesIO(png)).convert("RGB")
 

@@ -63,12 +63,13 @@ def _write_tar(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def finished(directory: Path, fingerprint: str) -> bool:
-    """Whether `directory` holds, complete, the data set that `fingerprint` stands for."""
+    """Whether `directory` holds, complete and undamaged, the data set that `fingerprint` stands for."""
     try:
         dataset = json.loads((directory / DATASET_FILE).read_text("utf-8"))
+        if dataset["fingerprint"] != fingerprint:
+            return False
         shards = [shard for split in dataset["splits"].values() for shard in split["shards"]]
-        complete = all((directory / shard["file"]).stat().st_size == shard["bytes"] for shard in shards)
-        return dataset["fingerprint"] == fingerprint and complete
+        return all(sha256(directory / os.path.basename(shard["file"])) == shard["sha256"] for shard in shards)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
 
@@ -90,6 +91,15 @@ def check_target(directory: Path, overwrite: bool) -> None:
             f"OUT: {directory} holds another data set (other options or package versions), nothing was touched: "
             "name another directory, or replace it with --overwrite"
         )
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -172,9 +172,10 @@ class Epochs:
                 group = []
 
     @property
-    def skipped(self) -> int:
-        """Samples that could not be read so far."""
-        return int(getattr(self._info, "skipped", 0) or 0)
+    def skipped(self) -> dict[str, int]:
+        """What could not be read so far by this rank: names, and how many samples each stands for."""
+        skips = getattr(self._info, "skips", None)
+        return {} if skips is None else skips.samples
 
 
 def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> Any:
@@ -202,6 +203,9 @@ def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) 
         distributed=ranks.several,
         cache=options.cache_data,
         epoch=epoch,
+        max_skipped=options.max_skipped,
+        max_image_pixels=options.max_image_pixels,
+        allow_pipe=options.allow_pipe,
     )
 
 
@@ -223,6 +227,8 @@ def build_validation(
             csv_separator=options.csv_separator,
             csv_img_key=options.csv_img_key,
             csv_caption_key=options.csv_caption_key,
+            max_skipped=options.max_skipped,
+            max_image_pixels=options.max_image_pixels,
         ).part(share, options.batch_size)
 
     def validate(model: nn.Module) -> dict[str, Any] | None:

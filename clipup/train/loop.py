@@ -222,7 +222,8 @@ class Trainer:
             self.recorder.close()
         root = self.directory.root if self.directory else None
         history, evaluations, warnings = self.recorder.steps, self.recorder.evaluations, self.recorder.warnings
-        return TrainResult(self.model, self.step, self.seconds, history, evaluations, root, warnings)
+        done = self.model, self.step, self.seconds, history, evaluations, root, warnings
+        return TrainResult(*done, skipped=self._skipped())
 
     def _run_epoch(self) -> None:
         """From ``step_of_epoch`` to the epoch's end, or to the run's last step within it.
@@ -316,7 +317,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         self.epoch += 1
         self.step_of_epoch = 0
-        self.recorder.log.info("epoch %d done at step %d; %d samples skipped", self.epoch, self.step, self.data.skipped)
+        self.recorder.log.info("epoch %d done at step %d; %d samples skipped", self.epoch, self.step, self._skipped())
         if self.options.val_frequency and self.epoch % self.options.val_frequency == 0:
             self._validate()
         names = [checkpoints.LATEST] if self.options.save_most_recent else []
@@ -325,6 +326,13 @@ class Trainer:
         self._save(*names)
         if self.options.delete_previous_checkpoint and self.directory and self.ranks.first:
             (self.directory.checkpoints / checkpoints.epoch_name(self.epoch - 1)).unlink(missing_ok=True)
+
+    def _skipped(self) -> int:
+        """Samples that could not be read so far, each once, whichever ranks met it."""
+        names: dict[str, int] = {}
+        for of_rank in self.ranks.gather(self.data.skipped):
+            names |= of_rank
+        return sum(names.values())
 
     def _validate(self) -> None:
         if self.validate is not None and self._evaluated_at != self.step:

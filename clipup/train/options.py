@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import MoEConfig
+from ..data.images import MAX_PIXELS, check_max_pixels
+from ..data.skips import MAX_SKIPPED, check_max_skipped
 from ..evaluate.precision import Precision, default_device, default_workers
 
 
@@ -49,6 +51,13 @@ class TrainOptions:
     """Column with the paths of the images."""
     csv_caption_key: str = "title"
     """Column with the captions."""
+    max_skipped: float = MAX_SKIPPED
+    """Share of the samples that may be unreadable: they are left out, each is named once, and the last line says how
+    many. Above it the run stops."""
+    max_image_pixels: int = MAX_PIXELS
+    """Pixels of an image that is decoded at most; one of more counts as unreadable."""
+    allow_pipe: bool = False
+    """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
     cache_data: bool = False
     """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
     val_data: str | None = None
@@ -155,6 +164,8 @@ class TrainOptions:
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         timeout = self.dist_timeout
         self._check("dist_timeout", math.isfinite(timeout) and timeout > 0, "a positive number of seconds")
+        check_max_skipped(self.max_skipped)
+        check_max_pixels(self.max_image_pixels)
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         self._check("grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive, or None")
         for name in ("coca_caption_loss_weight", "coca_contrastive_loss_weight"):

@@ -44,5 +44,7 @@ class TrainResult(NamedTuple):
     directory: Path | None
     warnings: list[Record]
     """A record for every layer whose routing has collapsed, as ``clipup.train.collapse`` describes it; on rank 0."""
+    skipped: int = 0
+    """Samples of the training data that could not be read, each once."""
     already_finished: bool = False
     """Whether a resumed run had been finished before, so that nothing was done and nothing written."""

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -72,6 +73,28 @@ def test_hub_tokenizer_is_read_from_the_directory_only_where_it_was_saved(tmp_pa
     clipup.get_tokenizer(str(tmp_path))
     assert [source for source, _ in asked] == ["org/words", str(tmp_path)]
     assert all(kwargs["context_length"] == 10 and kwargs["clean"] == "lower" for _, kwargs in asked)
+
+
+def test_a_config_cannot_have_a_tokenizers_own_code_run(tmp_path):
+    """transformers imports it when `trust_remote_code` reaches it, which a config's `tokenizer_kwargs` do."""
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"trust_remote_code": True}}
+    save_pretrained(tiny_clip(), tmp_path, config)
+    trace = tmp_path / "executed"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "own.py").write_text(
+        f"open({str(trace)!r}, 'w')\nfrom transformers import BertTokenizer\nclass Own(BertTokenizer): pass\n"
+    )
+    content = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n")
+
+    with pytest.raises(ValueError, match="tokenizer_kwargs: the config of .* sets trust_remote_code"):
+        clipup.get_tokenizer(str(tmp_path))
+
+    assert not trace.exists()
+    open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    assert trace.exists()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
