@@ -26,6 +26,7 @@ from ..train import checkpoints
 from ..train.records import RunDirectory
 from ..upcycle import upcycle
 from ..weights import read_weights
+from .flags import parse
 
 
 @dataclass
@@ -69,7 +70,9 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, args=argv, prog="clipup report")
+    options = parse(Options, argv, "clipup report")
+    if options.dense is not None:
+        models.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
     logging.getLogger().setLevel(logging.ERROR)
     records = [] if options.images is None else find_images(options.images)[: options.max_images]
     captions = _captions(options, records)[: options.max_images]

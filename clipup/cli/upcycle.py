@@ -17,6 +17,7 @@ from .. import checkpoint, flops, models
 from ..calibration import calibrate
 from ..config import MoEConfig
 from ..upcycle import step0_difference, upcycle
+from .flags import NoEffect, moe_rules, parse
 
 TOLERANCE = 1e-4
 """Largest difference between float32 features of length 1 that rounding explains."""
@@ -34,7 +35,9 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory for the sparse model; must not exist, or be empty."""
     pretrained: str | None = None
-    """Tag or file of open_clip weights for a model known by name. None: random weights."""
+    """Tag or file of open_clip weights for a model known by name."""
+    random_weights: bool = False
+    """Upcycle a model known by name with random weights, which nothing has trained."""
     seed: int = 0
     """Seed of the fresh routers, of hidden units drawn anew, and of random weights."""
     calibrate_data: str | None = None
@@ -49,14 +52,33 @@ class Options:
     moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
+RULES = [
+    NoEffect(
+        ("calibrate_steps", "calibrate_batch_size", "calibrate_lr"),
+        lambda options: options.calibrate_data is None,
+        "without --calibrate-data",
+    ),
+    NoEffect(
+        ("random_weights",),
+        lambda options: models.brings_weights(options.model, options.pretrained),
+        "on a model that brings its weights",
+    ),
+    *moe_rules(lambda options: options.moe),
+]
+
+
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, args=argv, prog="clipup upcycle")
+    options = parse(Options, argv, "clipup upcycle", RULES)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise FileExistsError(f"{options.out} exists already and holds something; choose another directory")
     if options.calibrate_data is not None and options.moe.keeps_function:
         raise ValueError(
             f"calibrate_data={options.calibrate_data!r} fits experts that differ from the dense MLP, and these are its "
             "copies; set reinit_ratio, or leave calibrate_data out"
+        )
+    if not options.random_weights:
+        models.refuse_random_weights(
+            "pretrained", options.model, options.pretrained, "or --random-weights, to upcycle them all the same"
         )
     model_cfg = models.get_model_config(options.model)
     torch.manual_seed(options.seed)
@@ -72,7 +94,8 @@ def main(argv: list[str]) -> int:
         f"parameters: {before.params / 1e6:.1f} M dense, {after.params / 1e6:.1f} M sparse, of which "
         f"{after.active_params / 1e6:.1f} M are active for a token"
     )
-    print(f"saved to {options.out}")
+    random = ", of random weights" if options.random_weights else ""
+    print(f"saved to {options.out}{random}")
     return 0
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipup.extras import needed_for
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -113,8 +115,10 @@ def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) ->
 def render(svg: str, size: int) -> Image:
     """A drawing as a picture: RGB, black or its own colours on white, `size` x `size` pixels, centred where it is not
     square. ValueError when it is unreadable."""
-    import resvg_py
     from PIL import Image
+
+    with needed_for("drawing icons", "demo"):
+        import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
     return Image.open(io.BytesIO(png)).convert("RGB")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from clipup.data.directories import not_a_source
 from clipup.data.samples import (
     Images,
     Record,
@@ -25,6 +26,7 @@ from clipup.data.samples import (
     tar_records,
 )
 from clipup.data.shards import DATASET_FILE, SIZES_FILE
+from clipup.extras import needed_for
 
 if TYPE_CHECKING:
     from clipup.data.streams import TrainData
@@ -202,27 +204,29 @@ def eval_samples(
     csv_separator: str = "\t",
     csv_img_key: str = "filepath",
     csv_caption_key: str = "title",
+    argument: str = "source",
 ) -> EvalSamples:
     """Samples for retrieval from evaluation shards or from a CSV file (rows of one image are its captions).
 
     Args:
         source: shards, as in `train_loader` (on this machine), or a CSV file.
         preprocess: PIL image to tensor.
+        argument: what the source is called in messages.
 
-    Raises FileNotFoundError or ValueError, naming `source` or the option, when there is nothing to be read.
+    Raises FileNotFoundError or ValueError, naming `argument` or the option, when there is nothing to be read.
     """
     if os.path.isdir(source):
-        raise ValueError(f"source: {source} is a directory: name the shards of one split, such as {source}/test-*.tar")
+        raise not_a_source(argument, source, "test-*.tar")
     skips = Skips()
-    kind = _kind(source, dataset_type, "source")
+    kind = _kind(source, dataset_type, argument)
     if kind == "csv":
         records = csv_records(
-            os.fspath(source), csv_separator, csv_img_key, csv_caption_key, skips, "source", one_an_image=True
+            os.fspath(source), csv_separator, csv_img_key, csv_caption_key, skips, argument, one_an_image=True
         )
     else:
-        records = tar_records(expand_shards(source, "source"), skips, "source")
+        records = tar_records(expand_shards(source, argument), skips, argument)
     if not records:
-        raise ValueError(f"source: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
+        raise ValueError(f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
     return EvalSamples(records, preprocess, skips)
 
 
@@ -264,6 +268,8 @@ def _training_shards_of(source: str | os.PathLike) -> str:
     source = os.fspath(source)
     if not os.path.isdir(source):
         return source
+    if not (Path(source) / DATASET_FILE).is_file():
+        raise not_a_source("train_data", source, "train-*.tar")
     listed = describe(source)["splits"]["train"]["shards"]
     return "::".join(os.path.join(source, shard["file"]) for shard in listed)
 
@@ -314,10 +320,6 @@ def _from_sizes(shards: list[str]) -> int | None:
 
 
 def _streams() -> object:
-    try:
+    with needed_for("reading training data", "train"):
         from clipup.data import streams
-    except ImportError as error:
-        raise ImportError(
-            f'training data are read by open_clip_train, which needs {error.name}: pip install "clipup[train]"'
-        ) from error
     return streams

@@ -20,10 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from clipup.extras import needed_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -216,8 +219,7 @@ def csv_rows(path: str, separator: str, img_key: str, caption_key: str, argument
 
     Raises FileNotFoundError for a missing file, ValueError for a missing column, each naming the argument.
     """
-    import pandas
-
+    pandas = _pandas()
     check_csv(path, separator, img_key, caption_key, argument)
     table = pandas.read_csv(path, sep=separator, usecols=[img_key, caption_key])
     for image, caption in zip(table[img_key], table[caption_key], strict=True):
@@ -226,8 +228,7 @@ def csv_rows(path: str, separator: str, img_key: str, caption_key: str, argument
 
 def check_csv(path: str, separator: str, img_key: str, caption_key: str, argument: str) -> None:
     """Raises what `csv_rows` raises, having read no more than the header."""
-    import pandas
-
+    pandas = _pandas()
     if not Path(path).is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}")
     try:
@@ -240,6 +241,12 @@ def check_csv(path: str, separator: str, img_key: str, caption_key: str, argumen
                 f"{option}: {path} has no column {column!r}, its columns are {columns}: name the right one, "
                 f"or the right csv_separator (now {separator!r})"
             )
+
+
+def _pandas() -> ModuleType:
+    with needed_for("reading CSV files", "eval"):
+        import pandas
+    return pandas
 
 
 def csv_records(

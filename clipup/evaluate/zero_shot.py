@@ -8,13 +8,13 @@ from typing import Any
 
 import open_clip
 import torch
-import webdataset
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..data.loaders import EvalSamples
 from ..data.samples import IMAGE_EXTENSIONS, Record, Skips, expand_shards, load_image
+from ..extras import needed_for
 from .encode import device_of, encode_images, evaluating, progress
 from .precision import Precision, autocast
 
@@ -150,6 +150,8 @@ def image_shards(shards: str | Sequence[str]) -> Iterator[tuple[Image.Image, int
     Raises:
         FileNotFoundError, ValueError: no such shard, or a sample without image or class.
     """
+    with needed_for("reading labelled images from shards", "eval"):
+        import webdataset
     for sample in webdataset.WebDataset(expand_shards(shards, "images"), shardshuffle=False):
         image = next((sample[key] for key in IMAGE_EXTENSIONS if key in sample), None)
         if image is None or "cls" not in sample:

@@ -16,7 +16,7 @@ from .. import card
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
 from . import carry_over, checkpoints, metrics, rng
-from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation
+from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation, check_complete
 from .distributed import Ranks, connect
 from .openclip import contrastive_loss, schedule
 from .optim import adamw
@@ -94,6 +94,7 @@ def train(
         TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint. Without ``options.logs`` it is KeyboardInterrupt,
             at once.
     """
+    check_complete(options, model, loader)
     ranks = connect(options)
     directory = _directory(options, ranks)
     resume = directory.resumed_from(options.resume) if directory and ranks.first else None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import replace_files
+from ..extras import needed_for
 from . import checkpoints
 from .options import TrainOptions
 
@@ -30,7 +31,7 @@ def run_name(options: TrainOptions) -> str:
     """The name that was asked for, else one from date, model and learning rate."""
     if options.name:
         return options.name
-    model = Path(options.model.removesuffix("/")).name
+    model = Path((options.model or options.pretrained or "given").removesuffix("/")).name
     return f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}-lr_{options.lr}"
 
 
@@ -184,8 +185,6 @@ def _short(value: Any) -> str:
 
 
 def _summary_writer(directory: Path, purge_step: int) -> Any:
-    try:
+    with needed_for("report_to='tensorboard'", "train"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("report_to='tensorboard' needs the package tensorboard: pip install tensorboard") from error
     return SummaryWriter(str(directory), purge_step=purge_step)
