@@ -28,7 +28,6 @@ open_clip.add_model_config(Path(__file__).parent / "model_configs")  # ours, kno
 
 LOCAL_PREFIX = "local-dir:"
 _NUMPY = (".npz", ".npy")  # big_vision's weights, which open_clip reads
-_SHOWN_TAGS = 3
 _POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 
 
@@ -234,7 +233,8 @@ def _hub_for(model_name: str, pretrained: str | None, text_field: str, cache_dir
     config = None if on_hub or directory is not None else open_clip.get_model_config(model_name)
     if directory is not None:
         config = checkpoint.read_config(directory)["model_cfg"]
-    hf_name = (config or {}).get("text_cfg", {}).get(text_field)
+    text_cfg = (config or {}).get("text_cfg", {})
+    hf_name = None if word_tokenizer.is_asked_for(text_cfg) else text_cfg.get(text_field)
     if hf_name:
         with needed_for(f"the text tower of {model_name}", "hf"):
             import transformers  # noqa: F401
@@ -245,30 +245,6 @@ def _hub_for(model_name: str, pretrained: str | None, text_field: str, cache_dir
     what = f"pretrained={pretrained!r} of {model_name}" if is_tag else model_name
     with hub.cache_alone_if_unreachable(what, cache_dir):
         yield
-
-
-def brings_weights(model_name: str, pretrained: str | None) -> bool:
-    """Whether a model has other weights than random ones."""
-    return bool(pretrained) or model_name.startswith(hub.HUB_PREFIX) or model_directory(model_name) is not None
-
-
-def refuse_random_weights(argument: str, model_name: str, pretrained: str | None, otherwise: str = "") -> None:
-    """
-    Args:
-        argument: that names the weights, for the message. otherwise: what else can be done.
-
-    Raises:
-        ValueError: the model would have random weights, or is unknown.
-    """
-    if brings_weights(model_name, pretrained):
-        return
-    _check_names(model_name, None)
-    tags = open_clip.list_pretrained_tags_by_model(model_name)[:_SHOWN_TAGS]
-    of_hub = f", or a tag such as {', '.join(tags)}" if tags else ""
-    otherwise = f", {otherwise}" if otherwise else ""
-    raise ValueError(
-        f"{argument} is missing, so {model_name} would have random weights; give a file of weights{of_hub}{otherwise}"
-    )
 
 
 def _check_names(model_name: str, pretrained: str | None) -> None:

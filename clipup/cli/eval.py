@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .. import card, models
+from .. import card, models, origin
 from ..checkpoint import replace_files
 from ..data.loaders import EvalSamples, eval_samples
 from ..evaluate import datasets
@@ -137,7 +137,7 @@ RULES = [
     ),
     NoEffect(
         ("random_weights",),
-        lambda options: models.brings_weights(options.model, options.pretrained),
+        lambda options: origin.brings_weights(options.model, options.pretrained),
         "on a model that brings its weights",
     ),
 ]
@@ -147,7 +147,7 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup eval", RULES)
     logging.getLogger().setLevel(logging.ERROR)
     if not options.random_weights:
-        models.refuse_random_weights(
+        origin.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights, to measure them all the same"
         )
     directory = models.model_directory(options.model)
@@ -180,6 +180,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     results: dict[str, Any] = {"model": options.model, "precision": options.precision}
     if options.dataset is not None:
         results |= {"dataset": options.dataset, "split": options.split}
+    results |= {name: path for name in ("val_data", "images") if (path := getattr(options, name)) is not None}
     if own is not None:
         own.preprocess = preprocess
     samples = found.samples(preprocess) if isinstance(found, datasets.RetrievalSet) else own

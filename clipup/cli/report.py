@@ -14,7 +14,7 @@ import tyro
 from PIL import Image
 from torch import nn
 
-from .. import models
+from .. import models, origin
 from ..checkpoint import CONFIG_NAME, replace_files
 from ..data.loaders import eval_samples
 from ..data.samples import IMAGE_EXTENSIONS, Record, lines, read_image
@@ -32,7 +32,7 @@ from .flags import parse
 @dataclass
 class Options:
     """Shows what the experts of a sparse model do: which expert took which patch and which token, how evenly they are
-    used, how far they have parted, and what each takes most. One HTML page that needs no server.
+    used, how similar they are, and what each takes most. One HTML page that needs no server.
 
     Example: clipup report logs/b16-moe --images photos/ --captions captions.txt --dense ViT-B-16 --dense-pretrained
     laion2b_s34b_b88k
@@ -72,7 +72,7 @@ class Options:
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup report")
     if options.dense is not None:
-        models.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
+        origin.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
     logging.getLogger().setLevel(logging.ERROR)
     records = [] if options.images is None else find_images(options.images)[: options.max_images]
     captions = _captions(options, records)[: options.max_images]

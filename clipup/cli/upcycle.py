@@ -13,7 +13,7 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import checkpoint, flops, models
+from .. import checkpoint, flops, models, origin
 from ..calibration import calibrate
 from ..config import MoEConfig
 from ..upcycle import step0_difference, upcycle
@@ -60,7 +60,7 @@ RULES = [
     ),
     NoEffect(
         ("random_weights",),
-        lambda options: models.brings_weights(options.model, options.pretrained),
+        lambda options: origin.brings_weights(options.model, options.pretrained),
         "on a model that brings its weights",
     ),
     *moe_rules(lambda options: options.moe),
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
             "copies; set reinit_ratio, or leave calibrate_data out"
         )
     if not options.random_weights:
-        models.refuse_random_weights(
+        origin.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights, to upcycle them all the same"
         )
     model_cfg = models.get_model_config(options.model)
@@ -87,7 +87,8 @@ def main(argv: list[str]) -> int:
     if options.calibrate_data is not None:
         fit(sparse, dense, options, preprocess)
     difference = check_step0(step0_difference(dense, sparse), options.moe)
-    checkpoint.save_pretrained(sparse, options.out, model_cfg)
+    base_model = origin.base_model(options.model, options.pretrained)
+    checkpoint.save_pretrained(sparse, options.out, model_cfg, base_model=base_model)
     before, after = flops.count(dense), flops.count(sparse)
     print(f"largest difference of a normalised feature at step 0: {difference:.1e}")
     print(

@@ -10,7 +10,7 @@ import torch
 from open_clip.coca_model import CoCa
 from torch import nn
 
-from .. import models
+from .. import models, origin
 from ..config import MoEConfig
 from ..evaluate.precision import Precision
 from ..evaluate.retrieval import evaluate_retrieval
@@ -109,7 +109,7 @@ def build_teacher(
     name, pretrained = options.distill_model, options.distill_pretrained
     if name is None:
         return None
-    models.refuse_random_weights("distill_pretrained", name, pretrained)
+    origin.refuse_random_weights("distill_pretrained", name, pretrained)
     teacher, *_ = models.create_model_and_transforms(
         name, pretrained, precision=precision, device=device, output_dict=True
     )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import card
+from .. import card, origin
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
 from . import carry_over, checkpoints, metrics, rng
@@ -56,6 +56,7 @@ class TrainResult(NamedTuple):
     """What a run leaves behind."""
 
     model: nn.Module
+    """In evaluation mode."""
     steps: int
     """Optimizer steps done, those before a resume included."""
     seconds: float
@@ -337,10 +338,14 @@ class Trainer:
         """The last evaluation and checkpoint, and the model by itself."""
         self._validate()
         self._save(checkpoints.LATEST)
+        self.model.eval()
         if self.directory and self.ranks.first and self.built.model_cfg is not None:
-            model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg)
+            base_model = origin.base_model(self.options.model, self.options.pretrained)
+            model_directories.save_pretrained(
+                self.model, self.directory.model, self.built.model_cfg, base_model=base_model
+            )
             if self._evaluated_at == self.step:
-                results = {"dataset": "validation data", "precision": self.train_step.precision}
+                results = {"val_data": self.options.val_data, "precision": self.train_step.precision}
                 results |= {"multi_positive": self.options.multi_positive, "retrieval": self._validated}
                 card.add_results(self.directory.model, results)
 

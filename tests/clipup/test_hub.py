@@ -112,5 +112,5 @@ def test_a_saved_directory_can_be_pushed_as_it_is(sparse, tmp_path, monkeypatch)
     names = {operation.path_in_repo for operation in pushed}
     assert names == {"README.md", "open_clip_config.json", "open_clip_model.safetensors"}
     card = ModelCard(validated[0]).data
-    assert (card.license, card.library_name) == ("mit", "open_clip")
+    assert (card.license, card.library_name) == ("mit", "clipup")
     assert card.pipeline_tag == "zero-shot-image-classification" and "mixture-of-experts" in card.tags

@@ -91,7 +91,7 @@ def test_card_names_timm_and_the_experts(tmp_path):
 
     text = (tmp_path / "README.md").read_text()
 
-    assert ModelCard(text).data.library_name == "timm" and "create_timm_model" in text
+    assert ModelCard(text).data.library_name == "clipup" and "create_timm_model" in text
     assert all(f"| `{name}` | 3 | 2 |" in text for name in moe_layers(sparse)) and "a text of full" not in text
 
 
