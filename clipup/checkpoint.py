@@ -144,7 +144,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not JSON, or has no ``model_cfg``.
+        ValueError: it is not JSON, or has no whole ``model_cfg``.
     """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
@@ -153,8 +153,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "model_cfg" not in config:
-        raise ValueError(f"{path} has no model_cfg")
+    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(model_cfg, dict):
+        raise ValueError(f"{path} has no model_cfg, which describes the model")
+    missing = [field for field in _MODEL_FIELDS if field not in model_cfg]
+    if missing:
+        raise ValueError(f"model_cfg in {path} lacks {', '.join(missing)}")
     return config
 
 

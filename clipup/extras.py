@@ -20,8 +20,8 @@ def needed_for(what: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise missing(what, error.name, extra) from error
+        raise missing(what, (error.name or "").partition(".")[0], extra) from error
 
 
-def missing(what: str, package: str | None, extra: str) -> ImportError:
+def missing(what: str, package: str, extra: str) -> ImportError:
     return ImportError(f'{what} needs the package {package}, which is not installed: pip install "clipup[{extra}]"')

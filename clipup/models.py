@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+import safetensors
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
@@ -261,8 +262,8 @@ def _check_names(model_name: str, pretrained: str | None) -> None:
 
 @contextmanager
 def _clear_errors(model_name: str) -> Iterator[None]:
-    """Turns what open_clip raises about names, files and downloads (RuntimeError, AssertionError about widths, and
-    UnpicklingError about files that bring code) into a ValueError of one line."""
+    """Turns what open_clip raises about names, files and downloads (RuntimeError, AssertionError about widths,
+    SafetensorError, and UnpicklingError about files that bring code) into a ValueError of one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -272,6 +273,8 @@ def _clear_errors(model_name: str) -> Iterator[None]:
             f"the weights of {model_name} hold more than tensors and plain values, which only running their code could "
             "load; nothing of it was run. Get them as safetensors"
         ) from error
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the weights of {model_name} cannot be read, the file is broken: {error}") from error
     except (RuntimeError, AssertionError) as error:
         lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""

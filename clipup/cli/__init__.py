@@ -26,15 +26,23 @@ COMMANDS = {
 DEBUG = "CLIPUP_DEBUG"
 """Environment variable; 1 shows the traceback of an error that is otherwise one line."""
 
-_USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
-_BAD_INPUT, _INTERRUPTED = 2, 130
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+_BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except BrokenPipeError:  # the program that read the output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.")
+        print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.", flush=True)
         return 0 if argv else _BAD_INPUT
     if argv[0] == "--version":
         print(f"clipup {__version__}")
@@ -44,16 +52,34 @@ def main(argv: list[str] | None = None) -> int:
         print(f"clipup: {_unknown('command', command, COMMANDS)}", file=sys.stderr)
         return _BAD_INPUT
     try:
-        return importlib.import_module(f"{__name__}.{command}").main(options)
+        code = importlib.import_module(f"{__name__}.{command}").main(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        raise
     except _USER_ERRORS as error:
-        if os.environ.get(DEBUG) == "1":
-            traceback.print_exc()
-        else:
-            print(f"clipup {command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return _BAD_INPUT
+        return _report(command, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _report(command, f"out of memory: {error}")
     except KeyboardInterrupt:
         print(f"clipup {command}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _report(command: str, message: str) -> int:
+    """Prints the error that is being handled, in one line or with its traceback."""
+    if os.environ.get(DEBUG) == "1":
+        traceback.print_exc()
+    else:
+        print(f"clipup {command}: {' '.join(message.split())}", file=sys.stderr)
+    return _BAD_INPUT
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory, on the CPU, of which torch says so in a RuntimeError, or on a GPU."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def run_one_of(commands: Mapping[str, type], program: str, kind: str, argv: list[str]) -> int:

@@ -19,6 +19,7 @@ from ..evaluate.precision import Precision, check_device, default_device, defaul
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, image_folder, read_lines, zero_shot
 from .flags import NoEffect, is_csv, parse
+from .outputs import check_file
 
 
 @dataclass
@@ -95,6 +96,9 @@ class Options:
         for name in ("captions_per_image", "annotations"):
             if self.dataset is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} is about a benchmark; pass --dataset and --root, or leave it out")
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image must be at least 1, got {self.captions_per_image}")
 
@@ -150,6 +154,8 @@ def main(argv: list[str]) -> int:
         origin.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights, to measure them all the same"
         )
+    if options.out not in (None, "-"):
+        check_file("out", options.out)
     directory = models.model_directory(options.model)
     if options.card and directory is None:
         raise ValueError(f"card: {options.model} is no directory of this machine, so there is no card to write into")

@@ -19,7 +19,7 @@ from ..checkpoint import CONFIG_NAME, replace_files
 from ..data.loaders import eval_samples
 from ..data.samples import IMAGE_EXTENSIONS, Record, lines, read_image
 from ..evaluate.encode import progress
-from ..evaluate.precision import default_device
+from ..evaluate.precision import check_device, default_device
 from ..moe import moe_layers
 from ..report.experts import look
 from ..train import checkpoints
@@ -27,6 +27,7 @@ from ..train.records import RunDirectory
 from ..upcycle import upcycle
 from ..weights import read_weights
 from .flags import parse
+from .outputs import check_file
 
 
 @dataclass
@@ -73,6 +74,8 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup report")
     if options.dense is not None:
         origin.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
+    check_device(options.device)
+    check_file("out", options.out)
     logging.getLogger().setLevel(logging.ERROR)
     records = [] if options.images is None else find_images(options.images)[: options.max_images]
     captions = _captions(options, records)[: options.max_images]
@@ -153,6 +156,8 @@ def find_images(source: str) -> list[Record]:
 def _captions(options: Options, records: list[Record]) -> list[str]:
     if options.captions is None:
         return [record.captions[0] for record in records if record.captions]
+    if not options.captions.is_file():
+        raise FileNotFoundError(f"captions: there is no file {options.captions}; expected one caption a line")
     found = lines(options.captions.read_text(encoding="utf-8"))
     if not found:
         raise ValueError(f"captions: {options.captions} is empty; expected one caption a line")

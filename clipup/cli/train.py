@@ -10,6 +10,7 @@ import tyro
 
 from ..train import NonFiniteLoss, TrainingInterrupted, TrainOptions, train
 from .flags import MOE_FLAGS, NoEffect, is_csv, moe_rules, parse
+from .outputs import check_directory
 
 _DIVERGED, _INTERRUPTED = 1, 130
 
@@ -45,6 +46,7 @@ RULES = [
 def main(argv: list[str]) -> int:
     """Returns 0, 1 when the loss is not finite, 130 after Ctrl-C or SIGTERM (with a checkpoint to go on from)."""
     options = parse(TrainOptions, argv, "clipup train", RULES, config=(tyro.conf.OmitArgPrefixes,))
+    check_directory("logs", options.logs)
     try:
         result = train(options)
     except NonFiniteLoss as error:

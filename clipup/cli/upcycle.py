@@ -18,6 +18,7 @@ from ..calibration import calibrate
 from ..config import MoEConfig
 from ..upcycle import step0_difference, upcycle
 from .flags import NoEffect, moe_rules, parse
+from .outputs import check_directory
 
 TOLERANCE = 1e-4
 """Largest difference between float32 features of length 1 that rounding explains."""
@@ -71,6 +72,7 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup upcycle", RULES)
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         raise FileExistsError(f"{options.out} exists already and holds something; choose another directory")
+    check_directory("out", options.out)
     if options.calibrate_data is not None and options.moe.keeps_function:
         raise ValueError(
             f"calibrate_data={options.calibrate_data!r} fits experts that differ from the dense MLP, and these are its "

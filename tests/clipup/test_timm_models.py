@@ -85,6 +85,12 @@ def test_a_sparse_timm_model_loads_from_the_hub(tmp_path, monkeypatch):
     assert_equal(clipup.create_timm_model("hf-hub:org/vit", cache_dir=str(tmp_path / "cache")), sparse)
 
 
+def test_a_timm_model_is_loaded_in_evaluation_mode(tmp_path):
+    save_pretrained(sparse_of(make("test_vit")).train(), tmp_path)
+
+    assert not any(module.training for module in clipup.create_timm_model(str(tmp_path)).modules())
+
+
 def test_card_names_timm_and_the_experts(tmp_path):
     sparse = sparse_of(make("test_vit"))
     save_pretrained(sparse, tmp_path)
