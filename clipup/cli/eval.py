@@ -150,15 +150,15 @@ RULES = [
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup eval", RULES)
     logging.getLogger().setLevel(logging.ERROR)
-    if not options.random_weights:
-        origin.refuse_random_weights(
-            "pretrained", options.model, options.pretrained, "or --random-weights, to measure them all the same"
-        )
     if options.out not in (None, "-"):
         check_file("out", options.out)
     directory = models.model_directory(options.model)
     if options.card and directory is None:
         raise ValueError(f"card: {options.model} is no directory of this machine, so there is no card to write into")
+    if not options.random_weights:
+        origin.refuse_random_weights(
+            "pretrained", options.model, options.pretrained, "or --random-weights, to measure them all the same"
+        )
     results = evaluate(options)
     if options.card:
         card.add_results(directory, results)

@@ -50,7 +50,7 @@ def test_a_used_name_is_refused_with_exit_code_2_and_one_line(command, capsys):
 
 
 def test_a_diverging_run_ends_with_exit_code_1_and_one_line(command, capsys):
-    assert main([*command, "--steps", "50", "--lr", "1e30", "--skip-scheduler"]) == 1
+    assert main([*command, "--steps", "50", "--lr", "1e30"]) == 1
 
     assert "clipup train: the loss is" in capsys.readouterr().err
 

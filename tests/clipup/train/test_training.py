@@ -189,10 +189,11 @@ def test_a_model_in_evaluation_mode_is_trained_in_training_mode_and_returned_for
     assert modes == [True, True] and not any(module.training for module in result.model.modules())
 
 
-def test_the_card_of_a_run_names_the_base_model_of_what_it_started_from(make_model, pairs, options, tmp_path):
-    clipup.save_pretrained(make_model(), tmp_path / "dense", MODEL_CFG, base_model="org/dense")
+def test_the_card_of_a_run_names_the_base_model_of_what_it_started_from(model_directory, pairs, options):
+    card = model_directory / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nbase_model: org/dense\n", 1))
 
-    result = train(options(model=str(tmp_path / "dense"), steps=1), loader=pairs())
+    result = train(options(model=str(model_directory), steps=1), loader=pairs())
 
     assert "base_model: org/dense\n" in (result.directory / "model" / "README.md").read_text()
 
