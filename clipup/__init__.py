@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from clipup_kernels._version import __version__
+from clipup_kernels._version import __version__ as __version__
 
 from .accelerate import accelerate
 from .balancing import update_selection_bias
@@ -39,7 +39,6 @@ _LAZY = {
 __all__ = [
     "MoEConfig",
     "SparseMoE",
-    "__version__",
     "accelerate",
     "aux_loss",
     "calibrate",

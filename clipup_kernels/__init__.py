@@ -9,7 +9,7 @@ and ``FlopCounterMode``. ``clipup_kernels.reference`` holds the same functions i
 """
 
 from . import reference
-from ._version import __version__
+from ._version import __version__ as __version__
 from .info import backend_info
 from .mlp import dense_mlp, expert_mlp
 from .ops import combine, dispatch, grouped_linear, permute, topk_gating
@@ -21,7 +21,6 @@ __all__ = [
     "ACTIVATIONS",
     "Gating",
     "Plan",
-    "__version__",
     "backend_info",
     "combine",
     "dense_mlp",
