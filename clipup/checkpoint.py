@@ -51,6 +51,7 @@ def save_pretrained(
     model_cfg: dict[str, Any] | None = None,
     preprocess_cfg: dict[str, Any] | None = None,
     license: str = "other",
+    base_model: str | None = None,
 ) -> None:
     """Writes a model, dense or upcycled, with a model card. ``clipup.create_model_and_transforms(directory)`` loads it,
     ``clipup.create_timm_model(directory)`` where it is a timm model.
@@ -63,6 +64,7 @@ def save_pretrained(
             arguments of ``timm.create_model`` that timm did not record itself.
         preprocess_cfg: mean, std, interpolation, resize_mode; None takes what open_clip attached to the model.
         license: of the weights, in the card, by the hub's name for it (mit, apache-2.0, ...).
+        base_model: ORG/NAME on the hub of the model that this one was made from, for the card.
 
     Raises:
         ValueError: ``model_cfg`` is no model config, or the model has sparse layers but no ``moe_config``.
@@ -85,8 +87,11 @@ def save_pretrained(
         config = _open_clip_config(model, model_cfg, preprocess_cfg)
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
-    texts = {card.README: card.model_card(model, library, license)}
-    vocabulary = word_tokenizer.vocabulary_text(config["model_cfg"]["text_cfg"]) if library == "open_clip" else None
+    text_cfg = config["model_cfg"]["text_cfg"] if library == "open_clip" else {}
+    of_hugging_face = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
+    extra = "hf" if of_hugging_face and not word_tokenizer.is_asked_for(text_cfg) else None
+    texts = {card.README: card.model_card(model, library, license, base_model, extra)}
+    vocabulary = word_tokenizer.vocabulary_text(text_cfg)
     if vocabulary is not None:
         texts[word_tokenizer.FILE_NAME] = vocabulary
     texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last: it is what a directory is known by
@@ -182,7 +187,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not JSON, or has no ``model_cfg``.
+        ValueError: it is not JSON, or has no whole ``model_cfg``.
     """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
@@ -191,8 +196,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "model_cfg" not in config:
-        raise ValueError(f"{path} has no model_cfg")
+    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(model_cfg, dict):
+        raise ValueError(f"{path} has no model_cfg, which describes the model")
+    missing = [field for field in _MODEL_FIELDS if field not in model_cfg]
+    if missing:
+        raise ValueError(f"model_cfg in {path} lacks {', '.join(missing)}")
     return config
 
 

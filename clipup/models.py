@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import pickle
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+import safetensors
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, checks, hub, word_tokenizer
 from .config import MoEConfig
+from .extras import needed_for
 from .moe import SparseMoE
 from .towers import is_timm
 from .upcycle import upcycle
@@ -37,6 +38,8 @@ def create_model_and_transforms(
     """open_clip's function of the same name, which also loads sparse models: what ``clipup.save_pretrained`` wrote,
     from a directory or the hub, and training checkpoints.
 
+    The model is in evaluation mode, where no token is dropped: call ``model.train()`` before training it.
+
     Args:
         model_name: a name that open_clip knows, a directory with an ``open_clip_config.json`` (``"DIR"`` or
             ``"local-dir:DIR"``), or ``"hf-hub:ORG/NAME"``. A bare word that open_clip knows means open_clip's model.
@@ -50,10 +53,20 @@ def create_model_and_transforms(
 
     Raises:
         ValueError: an unknown name or tag, weights that do not fit the model, or a file that holds more than weights.
-        FileNotFoundError: a directory without config or weights.
+        FileNotFoundError: a directory without config or weights; weights that are not on this machine, without a
+            network.
+        ImportError: a package that the text tower needs is not installed.
     """
     if not kwargs.get("weights_only", True):
         raise ValueError("weights_only=False would run code that a file brings; save its state dict alone instead")
+    with _hub_for(model_name, pretrained, "hf_model_name", kwargs.get("cache_dir")):
+        model, *transforms = _create(model_name, pretrained, moe_cfg, kwargs)
+    return model.eval(), *transforms
+
+
+def _create(
+    model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
+) -> tuple[nn.Module, Any, Any]:
     load_weights = kwargs.get("load_weights", True)
     directory = model_directory(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
     if directory is not None:
@@ -163,6 +176,11 @@ def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
     A Hugging Face tokenizer is read from the directory where it was saved there, else by the name in the config; the
     vocabulary of a ``clipup.word_tokenizer`` likewise.
     """
+    with _hub_for(model_name, None, "hf_tokenizer_name", kwargs.get("cache_dir")):
+        return _tokenizer(model_name, **kwargs)
+
+
+def _tokenizer(model_name: str, **kwargs: Any) -> Any:
     directory = model_directory(model_name)
     if model_name.startswith(hub.HUB_PREFIX):
         return _hub_tokenizer(model_name, **kwargs)
@@ -223,6 +241,32 @@ def model_directory(model_name: str) -> Path | None:
     return Path(model_name) if Path(model_name).is_dir() else None
 
 
+@contextmanager
+def _hub_for(model_name: str, pretrained: str | None, text_field: str, cache_dir: str | None) -> Iterator[None]:
+    """Around whatever may download parts of a model.
+
+    Args:
+        text_field: of the text tower's config, which names what Hugging Face has of it.
+    """
+    directory = model_directory(model_name)
+    on_hub = model_name.startswith(hub.HUB_PREFIX)
+    config = None if on_hub or directory is not None else open_clip.get_model_config(model_name)
+    if directory is not None:
+        config = checkpoint.read_config(directory)["model_cfg"]
+    text_cfg = (config or {}).get("text_cfg", {})
+    hf_name = None if word_tokenizer.is_asked_for(text_cfg) else text_cfg.get(text_field)
+    if hf_name:
+        with needed_for(f"the text tower of {model_name}", "hf"):
+            import transformers  # noqa: F401
+    is_tag = pretrained is not None and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
+    if not (on_hub or is_tag or hf_name):
+        yield
+        return
+    what = f"pretrained={pretrained!r} of {model_name}" if is_tag else model_name
+    with hub.cache_alone_if_unreachable(what, cache_dir):
+        yield
+
+
 def _check_names(model_name: str, pretrained: str | None) -> None:
     if model_name.startswith(hub.HUB_PREFIX):
         return
@@ -237,8 +281,8 @@ def _check_names(model_name: str, pretrained: str | None) -> None:
 
 @contextmanager
 def _clear_errors(model_name: str) -> Iterator[None]:
-    """Turns what open_clip raises about names, files and downloads (RuntimeError, AssertionError about widths, and
-    UnpicklingError about files that bring code) into a ValueError of one line."""
+    """Turns what open_clip raises about names, files and downloads (RuntimeError, AssertionError about widths,
+    SafetensorError, and UnpicklingError about files that bring code) into a ValueError of one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -248,27 +292,19 @@ def _clear_errors(model_name: str) -> Iterator[None]:
             f"the weights of {model_name} hold more than tensors and plain values, which only running their code could "
             "load; nothing of it was run. Get them as safetensors"
         ) from error
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the weights of {model_name} cannot be read, the file is broken: {error}") from error
     except (RuntimeError, AssertionError) as error:
         lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
-        raise ValueError(
-            f"open_clip could not create {model_name}: {' '.join(lines[:4])}{more}; if weights do not fit, they are of "
-            "another model or config"
-        ) from error
+        misfit = isinstance(error, AssertionError) or "state_dict" in str(error)
+        hint = "; the weights are of another model or config" if misfit else ""
+        raise ValueError(f"open_clip could not create {model_name}: {' '.join(lines[:4])}{more}{hint}") from error
 
 
-@contextmanager
-def expecting_random_weights() -> Iterator[None]:
+def expecting_random_weights() -> AbstractContextManager[None]:
     """Silences open_clip's warning that a model has random weights, where that is intended."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No pretrained weights loaded")
-
-    logging.getLogger().addFilter(keep)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeFilter(keep)
+    return hub.without_log_lines("No pretrained weights loaded")
 
 
 class _Projection(NamedTuple):

@@ -10,6 +10,7 @@ plain torch.
 """
 
 from . import reference
+from ._version import __version__ as __version__
 from .info import backend_info, release_memory
 from .mlp import dense_mlp, expert_mlp
 from .ops import combine, dispatch, grouped_linear, permute, topk_gating

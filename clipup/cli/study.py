@@ -10,6 +10,7 @@ import tyro
 from ..study import report, runner, runs
 from ..train import TrainingInterrupted
 from . import run_one_of
+from .outputs import check_file
 
 _DIVERGED, _INTERRUPTED = 1, 130
 
@@ -65,6 +66,7 @@ class Report:
     """The page; figures are written beside it."""
 
     def run(self) -> int:
+        check_file("out", self.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         for path in report.write(self.study, self.out):
             print(path)

@@ -13,14 +13,45 @@ import tyro
 from ..train import RankLost, TrainingInterrupted, TrainOptions, train
 from ..train.distributed import failure_is_reported
 from ..train.watch import EXIT_CODE as _RANK_LOST
+from .flags import MOE_FLAGS, NoEffect, is_csv, moe_rules, parse
+from .outputs import check_directory
 
 _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130
+
+
+_CSV_FLAGS = ("csv_separator", "csv_img_key", "csv_caption_key")
+
+
+def _reads_csv(options: TrainOptions) -> bool:
+    return is_csv(options.train_data, options.dataset_type) or is_csv(options.val_data)
+
+
+RULES = [
+    NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
+    *moe_rules(lambda options: options.moe_cfg),
+    NoEffect(_CSV_FLAGS, lambda options: not _reads_csv(options), "on data that are no CSV file"),
+    NoEffect(
+        ("train_num_samples", "dataset_resampled"),
+        lambda options: is_csv(options.train_data, options.dataset_type),
+        "on a CSV file",
+    ),
+    NoEffect(("val_frequency",), lambda options: options.val_data is None, "without --val-data"),
+    NoEffect(("warmup", "lr_scheduler"), lambda options: options.skip_scheduler, "with --skip-scheduler"),
+    NoEffect(
+        ("local_loss", "gather_with_grad"),
+        lambda options: options.siglip,
+        "with --siglip",
+    ),
+    NoEffect(("force",), lambda options: options.resume is not None, "with --resume"),
+    NoEffect(("delete_previous_checkpoint",), lambda options: options.save_frequency == 0, "with --save-frequency 0"),
+]
 
 
 def main(argv: list[str]) -> int:
     """Returns 0, 1 when loss, gradients or weights are not finite, 3 when another rank was lost, 130 after Ctrl-C or
     SIGTERM (with a checkpoint to continue from). However many ranks torchrun started, one of them prints why."""
     options = _parse(argv)
+    check_directory("logs", options.logs)
     try:
         result = train(options)
     except FloatingPointError as error:
@@ -56,7 +87,7 @@ def _parse(argv: list[str]) -> TrainOptions:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             quiet.enter_context(redirect_stdout(StringIO()))
             quiet.enter_context(redirect_stderr(StringIO()))
-        return tyro.cli(TrainOptions, args=argv, prog="clipup train", config=(tyro.conf.OmitArgPrefixes,))
+        return parse(TrainOptions, argv, "clipup train", RULES, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _say(text: str, stream: TextIO, here: bool) -> None:

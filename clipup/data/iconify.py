@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipup.extras import needed_for
 from clipup.progress import progress as shown
 
 if TYPE_CHECKING:
@@ -119,8 +120,10 @@ def render(svg: str, size: int) -> Image:
 
     Raises ValueError when it is unreadable, or shows an image from a file: only what it holds itself is drawn.
     """
-    import resvg_py
     from PIL import Image
+
+    with needed_for("drawing icons", "demo"):
+        import resvg_py
 
     if _EMBEDS_IMAGE.search(svg) and _LINK_TO_FILE.search(svg):
         raise ValueError("it shows an image from a file")

@@ -30,6 +30,7 @@ import numpy as np
 from clipup.data import icon_names, icon_splits, iconify, near_duplicates, shards
 from clipup.data.iconify import Icon, IconSet
 from clipup.data.processes import each
+from clipup.extras import missing
 from clipup.progress import progress as shown
 from clipup.word_tokenizer import count_vocabulary
 
@@ -297,9 +298,7 @@ def _renderer_version() -> str:
     try:
         return importlib.metadata.version("resvg-py")
     except importlib.metadata.PackageNotFoundError:
-        raise ImportError(
-            'icons are drawn by the package resvg-py, which is not installed: pip install "clipup[demo]"'
-        ) from None
+        raise missing("drawing icons", "resvg-py", "demo") from None
 
 
 def _fingerprint(*parts: object) -> str:

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipup.data.csv_rows import CsvFormat, check_columns
+from clipup.data.directories import not_a_source
 from clipup.data.images import MAX_PIXELS, check_max_pixels
 from clipup.data.samples import Images, Record, csv_records, tar_records
 from clipup.data.shard_names import describe, expand_shards, is_remote, listed_shards, sizes_of
-from clipup.data.shards import SIZES_FILE
+from clipup.data.shards import DATASET_FILE, SIZES_FILE
 from clipup.data.skips import MAX_SKIPPED, Skips
+from clipup.extras import needed_for
 
 if TYPE_CHECKING:
     from clipup.data.streams import TrainData
@@ -106,6 +108,8 @@ def train_loader(
     form = CsvFormat(csv_separator, csv_img_key, csv_caption_key)
     shards: list[str] = []
     if os.path.isdir(source):
+        if not (Path(source) / DATASET_FILE).is_file():
+            raise not_a_source("train_data", source, "train-*.tar")
         shards = listed_shards(source, "train", "train_data")
     elif _kind(source, dataset_type, "train_data") == "webdataset":
         shards = expand_shards(source, "train_data", allow_pipe)
@@ -214,6 +218,7 @@ def eval_samples(
     csv_caption_key: str = "title",
     max_skipped: float = MAX_SKIPPED,
     max_image_pixels: int = MAX_PIXELS,
+    argument: str = "source",
 ) -> EvalSamples:
     """Samples for retrieval from evaluation shards or from a CSV file (rows of one image are its captions).
 
@@ -221,21 +226,22 @@ def eval_samples(
         source: shards, as in `train_loader` (on this machine), or a CSV file.
         preprocess: PIL image to tensor.
         max_skipped, max_image_pixels: as in `train_loader`.
+        argument: what the source is called in messages.
 
-    Raises FileNotFoundError or ValueError, naming `source` or the option, when there is nothing to be read.
+    Raises FileNotFoundError or ValueError, naming `argument` or the option, when there is nothing to be read.
     """
     if os.path.isdir(source):
-        raise ValueError(f"source: {source} is a directory: name the shards of one split, such as {source}/test-*.tar")
+        raise not_a_source(argument, source, "test-*.tar")
     check_max_pixels(max_image_pixels)
     skips = Skips(max_skipped)
-    kind = _kind(source, dataset_type, "source")
+    kind = _kind(source, dataset_type, argument)
     if kind == "csv":
         form = CsvFormat(csv_separator, csv_img_key, csv_caption_key)
-        records = csv_records(os.fspath(source), form, skips, "source", one_an_image=True)
+        records = csv_records(os.fspath(source), form, skips, argument, one_an_image=True)
     else:
-        records = tar_records(expand_shards(source, "source"), skips, "source")
+        records = tar_records(expand_shards(source, argument), skips, argument)
     if not records:
-        raise ValueError(f"source: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
+        raise ValueError(f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
     skips.check(len(records) + int(skips))
     return EvalSamples(records, preprocess, skips, max_image_pixels=max_image_pixels)
 
@@ -323,10 +329,6 @@ def _from_sizes(shards: list[str]) -> int | None:
 
 
 def _streams() -> Any:
-    try:
+    with needed_for("reading training data", "train"):
         from clipup.data import streams
-    except ImportError as error:
-        raise ImportError(
-            f'training data are read by open_clip_train, which needs {error.name}: pip install "clipup[train]"'
-        ) from error
     return streams

@@ -16,14 +16,13 @@ import torch
 from torch import nn
 
 from .. import models
+from ..extras import needed_for
 from .precision import for_inference
 
-try:
+with needed_for("CLIP_benchmark's command line", "benchmark"):
     import clip_benchmark.models as registry
     from clip_benchmark import cli
     from clip_benchmark.metrics import linear_probe, zeroshot_classification
-except ImportError as error:
-    raise ImportError(f'CLIP_benchmark is not installed ({error}): pip install "clipup[benchmark]"') from error
 
 MODEL_TYPE = "clipup"
 

@@ -46,9 +46,13 @@ def default_device() -> str:
 def check_device(device: str) -> None:
     """
     Raises:
-        ValueError: it is a CUDA GPU, and torch finds none.
+        ValueError: it is no device's name, or a CUDA GPU, and torch finds none.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but torch finds no CUDA GPU; use --device cpu")
 
 

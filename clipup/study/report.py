@@ -220,7 +220,7 @@ class Tables:
         return _table(["arm", "steps", "learning rate: R@1 on validation, a seed each"], rows)
 
     def experts(self) -> str:
-        """How far the experts parted, and how balanced their load was, at the end of every run."""
+        """Similarity of the experts and balance of their load at the end of every run."""
         rows = []
         for run in sorted(self.results.values(), key=lambda run: run.name):
             if run.layers:

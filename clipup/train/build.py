@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +10,8 @@ import torch
 from open_clip.coca_model import CoCa
 from torch import nn
 
-from .. import models
+from .. import models, origin
+from ..config import MoEConfig
 from ..evaluate.precision import Precision
 from ..evaluate.retrieval import evaluate_retrieval
 from ..evaluate.shares import Share
@@ -34,6 +35,26 @@ class Built(NamedTuple):
     """open_clip's architecture config; None when the model was passed in and ``options.model`` does not name it."""
     optimizer_state: OptimizerState | None = None
     """What the optimizer starts with, carried over from ``options.resume_dense``."""
+
+
+def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) -> None:
+    """Before anything is built, whether there is a model and data to train it on.
+
+    Raises:
+        ValueError: one is missing, or ``moe_cfg`` is meant for a model that is not made sparse.
+    """
+    from_directory = options.pretrained is not None and Path(options.pretrained).is_dir()
+    if model is None and options.model is None and not from_directory:
+        raise ValueError(
+            "model is missing: pass a name that open_clip knows, such as --model ViT-B-16, or a directory with a saved "
+            "model"
+        )
+    if loader is None and options.train_data is None:
+        raise ValueError(
+            "train_data is missing: pass --train-data with a CSV file or WebDataset shards (in Python also a loader)"
+        )
+    if not options.moe and options.moe_cfg != MoEConfig.clip_up():
+        raise ValueError("moe_cfg has no effect without moe=True, which makes the model sparse; set it too")
 
 
 def build_model(
@@ -89,8 +110,7 @@ def build_teacher(
     name, pretrained = options.distill_model, options.distill_pretrained
     if name is None:
         return None
-    if pretrained is None and models.model_directory(name) is None:
-        raise ValueError(f"distill_pretrained is missing: {name} with random weights teaches nothing")
+    origin.refuse_random_weights("distill_pretrained", name, pretrained)
     teacher, *_ = models.create_model_and_transforms(
         name, pretrained, precision=precision, device=device, output_dict=True
     )
@@ -126,8 +146,6 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
                 "model out"
             )
         name, pretrained = pretrained, None
-    if name is None:
-        raise ValueError("model is missing: pass a name that open_clip knows, or a directory with a saved model")
     model_cfg = models.get_model_config(name)
     fresh = pretrained is None and models.model_directory(name) is None
     init = SIGLIP_INIT if options.siglip and fresh else {}
@@ -182,8 +200,6 @@ def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) 
     """open_clip's loader over ``options.train_data``."""
     from ..data.loaders import train_loader
 
-    if options.train_data is None:
-        raise ValueError("train_data is missing: pass a CSV file or WebDataset shards (or a loader, in Python)")
     _needs(built, built.preprocess_train)
     return train_loader(
         options.train_data,
@@ -220,21 +236,21 @@ def build_validation(
     _needs(built, built.preprocess_val)
     share = Share(ranks.rank, ranks.world_size, ranks.gather)
 
-    def samples() -> Iterable[Any]:
-        return eval_samples(
-            options.val_data,
-            built.preprocess_val,
-            csv_separator=options.csv_separator,
-            csv_img_key=options.csv_img_key,
-            csv_caption_key=options.csv_caption_key,
-            max_skipped=options.max_skipped,
-            max_image_pixels=options.max_image_pixels,
-        ).part(share, options.batch_size)
+    samples = eval_samples(
+        options.val_data,
+        built.preprocess_val,
+        csv_separator=options.csv_separator,
+        csv_img_key=options.csv_img_key,
+        csv_caption_key=options.csv_caption_key,
+        max_skipped=options.max_skipped,
+        max_image_pixels=options.max_image_pixels,
+        argument="val_data",
+    ).part(share, options.batch_size)
 
     def validate(model: nn.Module) -> dict[str, Any] | None:
         return evaluate_retrieval(
             model,
-            samples(),
+            samples,
             built.tokenizer,
             batch_size=options.batch_size,
             by="group",

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from .. import card
+from .. import card, origin
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
 from ..evaluate.retrieval import NonFiniteFeatures
 from . import carry_over, checkpoints, collapse, metrics, resume, rng
-from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation
+from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation, check_complete
 from .console import Console
 from .distributed import Ranks, joined
 from .finite import FiniteGuard
@@ -62,6 +62,7 @@ def train(
         TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint. Without ``options.logs`` it is KeyboardInterrupt,
             at once.
     """
+    check_complete(options, model, loader)
     with joined(options) as ranks, _directory(options, ranks) as directory:
         source, state, notes = resume.find_checkpoint(options, directory, ranks)
         if state is not None:
@@ -184,6 +185,7 @@ class Trainer:
 
     def result_before(self) -> TrainResult:
         """What a run that was finished before has left behind. Writes nothing."""
+        self.model.eval()
         history, evaluations, warnings = self.directory.history() if self.ranks.first else ([], [], [])
         done = self.model, self.step, self.seconds, history, evaluations, self.directory.root, warnings
         return TrainResult(*done, already_finished=True)
@@ -382,13 +384,15 @@ class Trainer:
             raise
         self.finished = True
         self._save(checkpoints.LATEST)
+        self.model.eval()
 
     def _save_model(self) -> None:
         if self.directory is None or self.built.model_cfg is None:
             return
-        model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg)
+        base_model = origin.base_model(self.options.model, self.options.pretrained)
+        model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg, base_model=base_model)
         if self._evaluated_at == self.step:
-            results = {"dataset": "validation data", "precision": self.train_step.precision}
+            results = {"val_data": self.options.val_data, "precision": self.train_step.precision}
             results |= {"multi_positive": self.options.multi_positive, "retrieval": self._validated}
             card.add_results(self.directory.model, results)
 

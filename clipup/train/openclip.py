@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,9 @@ def contrastive_loss(options: TrainOptions, model: nn.Module, rank: int, world_s
     """
     if isinstance(model, CoCa):
         return _coca_loss(options, model, rank, world_size)
+    for field in dataclasses.fields(options):
+        if field.name.startswith("coca_") and getattr(options, field.name) != field.default:
+            raise ValueError(f"{field.name} has no effect: the model has no decoder, as a CoCa has; leave it out")
     if options.siglip:
         return SigLipLoss(rank=rank, world_size=world_size)
     softmax_loss = MultiPositiveClipLoss if options.multi_positive else ClipLoss

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import remove_abandoned, replace_files
+from ..extras import needed_for
 from ..locks import LOCK_FILE, exclusive
 from . import checkpoints
 from .options import TrainOptions
@@ -39,7 +40,7 @@ def run_name(options: TrainOptions) -> str:
     """The name that was asked for, else one from date, model and learning rate."""
     if options.name:
         return options.name
-    model = Path(options.model.removesuffix("/")).name
+    model = Path((options.model or options.pretrained or "given").removesuffix("/")).name
     return f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}-lr_{options.lr}"
 
 
@@ -265,8 +266,6 @@ def _short(value: Any) -> str:
 
 
 def _summary_writer(directory: Path, purge_step: int) -> Any:
-    try:
+    with needed_for("report_to='tensorboard'", "train"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("report_to='tensorboard' needs the package tensorboard: pip install tensorboard") from error
     return SummaryWriter(str(directory), purge_step=purge_step)

@@ -34,6 +34,7 @@ class TrainResult(NamedTuple):
     """What a run leaves behind."""
 
     model: nn.Module
+    """In evaluation mode."""
     steps: int
     """Optimizer steps done, those before a resume included."""
     seconds: float
