@@ -260,7 +260,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
-    return torch.getautocast_dtype(device)
+    return torch.get_autocast_dtype(device)
 
 
 def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
