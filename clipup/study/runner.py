@@ -41,7 +41,8 @@ def run(
 
     Args:
         file: the config (``StudyRun``); those of the runs that it goes on from lie beside it.
-        data: directory of a data set with the splits train, validation, test_styles and test_names.
+        data: directory of a data set with the splits train, validation, test_styles and test_names; other splits
+            called test_... are measured too.
         runs_directory: where checkpoints and models are kept, a directory a run.
         logs: directory of the logs; default: ``logs`` beside the config. A run that has one is done.
         device: where to train and evaluate; on the CPU with one thread.
@@ -93,7 +94,8 @@ class _Run:
 
     def records(self) -> list[log.Record]:
         result = self._train()
-        test = {split: self._measure(result.model, split) for split in (*TESTS, "validation")}
+        more = [split for split in self.dataset["splits"] if split.startswith("test_") and split not in TESTS]
+        test = {split: self._measure(result.model, split) for split in (*TESTS, *more, "validation")}
         evaluations = [{"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations]
         return [
             {"kind": "run", **self.config.to_dict(), "data": self._about_data(), "step0_difference": self.step0},
