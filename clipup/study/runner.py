@@ -225,14 +225,16 @@ def _sparse_from_scratch(model: nn.Module, config: StudyRun) -> nn.Module:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu, backend = torch.device(device).type == "cuda", backend_info()
     return {
         "processor": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "instructions": backend["instructions"],
+        "matmul_dtypes": backend["matmul_dtypes"],
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "open_clip": version("open_clip_torch"),
-        "clipup": backend_info()["version"],
+        "clipup": backend["version"],
     }
 
 

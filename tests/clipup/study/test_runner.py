@@ -18,6 +18,7 @@ from PIL import Image
 from clipup.data import shards
 from clipup.study import log, measure, results, runner
 from clipup.train import TrainingInterrupted
+from clipup_kernels import backend_info
 
 MODEL_CFG = {
     "embed_dim": 16,
@@ -133,6 +134,8 @@ def test_the_cost_counts_forward_and_backward_of_every_pair(study, data):
     assert cost["pairs"] == 6 * 8
     assert cost["train_gflops"] == pytest.approx(3 * cost["gflops_per_pair"] * 48)
     assert cost["machine"]["threads"] == 1 and cost["seconds"] > 0
+    expected = {name: backend_info()[name] for name in ("instructions", "matmul_dtypes")}  # what a run's bits depend on
+    assert expected.items() <= cost["machine"].items()
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read_or_written(study, data, monkeypatch):
