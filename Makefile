@@ -112,12 +112,13 @@ study: $(call installed,demo)
 study-runs: $(call installed,all)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
 
-# The runs of the second part, which start from converged dense models (studies/converged/plan.md).
+# The runs of the second part, which start from converged dense models; what their plan says of the machine holds
+# (studies/converged/plan.md).
 CONVERGED := runs/converged
 study-converged: $(call installed,all)
 	test -d $(CONVERGED)/data || $(BIN)/clipup data icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
-	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/converged/*.yaml --data $(CONVERGED)/data \
-	  --runs $(CONVERGED)/runs
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/clipup study run studies/converged/*.yaml \
+	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
 
 # The same study with a model of width 384 on drawings of 64 x 64 pixels, on a GPU, out of the unpacked npm package
 # @iconify/json (ICONIFY).
