@@ -1,4 +1,4 @@
-# make install | demo | test | test-all | bench | study | study-runs | study-gpu | notebooks | docs | lint | build | clean
+# make install | demo | test | test-all | bench | study | study-runs | study-converged | study-gpu | notebooks | docs | lint | build | clean
 #
 # Everything runs in .venv, which is made when it is missing. Stamps in it say which extras are installed; they are renewed
 # when the packaging or the native code changes.
@@ -9,7 +9,7 @@
 # FUZZ_SECONDS how long test-all calls the native code at random (60)
 # ICONS        the data set of the study, made by `clipup data icons` (runs/icons/data)
 # STUDY_RUNS   where the study's runs keep their checkpoints (runs/icons/runs)
-# ICONIFY      the unpacked npm package that demo-start and study-gpu draw icons from (package)
+# ICONIFY      the unpacked npm package that study-converged, study-gpu and demo-start draw icons from (package)
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -31,7 +31,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench study study-runs study-gpu demo-start notebooks docs lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench study study-runs study-converged study-gpu demo-start notebooks docs lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -111,6 +111,14 @@ study: $(call installed,demo)
 
 study-runs: $(call installed,all)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
+
+# The runs of the second part, which start from converged dense models; what their plan says of the machine holds
+# (studies/converged/plan.md).
+CONVERGED := runs/converged
+study-converged: $(call installed,all)
+	test -d $(CONVERGED)/data || $(BIN)/clipup data icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/clipup study run studies/converged/*.yaml \
+	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
 
 # The same study with a model of width 384 on drawings of 64 x 64 pixels, on a GPU, out of the unpacked npm package
 # @iconify/json (ICONIFY).

@@ -56,7 +56,8 @@ class Pictograms:
 class Icons:
     """250,000 openly licensed icons with their names as captions, from the npm package @iconify/json; no network.
 
-    RGB on white. Held out are names (validation, test_names) and whole sets in styles of their own (test_styles).
+    RGB on white. Held out are names (validation, test_names) and whole sets in styles of their own (test_styles), and
+    with --test-drawings also drawings of names and sets that are trained on (test_drawings).
     Get the package with `npm pack @iconify/json@2.2.535` and `tar -xzf iconify-json-2.2.535.tgz`.
 
     Example: clipup data icons data/icons --package package
@@ -72,6 +73,8 @@ class Icons:
     """Another seed holds out other names."""
     leave_out: tuple[str, ...] = ()
     """Sets to do without, by their prefixes."""
+    test_drawings: bool = False
+    """Hold out drawings whose name and whose set are trained on, too; the other held-out splits stay the same."""
     overwrite: bool = False
     """Replace another data set in OUT."""
     samples_per_shard: int = 4096
@@ -90,13 +93,14 @@ class Icons:
             self.samples_per_shard,
             self.processes,
             sets=icons.Sets.read().without(self.leave_out),
+            test_drawings=self.test_drawings,
         )
         _print_head(self, dataset, time.perf_counter() - start)
         for name, split in dataset["splits"].items():
             twins = dataset["left_out_twins"].get(name)
             left_out = f"; {twins['same']:,} twins and {twins['near']:,} near-twins left out" if twins else ""
             print(
-                f"  {name:<12}{split['images']:>8,} images of {len(split['images_by_set'])} sets, "
+                f"  {name:<13}{split['images']:>8,} images of {len(split['images_by_set'])} sets, "
                 f"{split['distinct_captions']:,} captions{left_out}"
             )
         for reason, count in dataset["skipped"].items():

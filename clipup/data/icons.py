@@ -4,6 +4,7 @@
     OUT/validation-*.tar       the same and .json; names held out of the training sets, to be looked at while tuning
     OUT/test_names-*.tar       the same; other names held out of them
     OUT/test_styles-*.tar      the same; whole sets that are not trained on
+    OUT/test_drawings-*.tar    the same, if asked for; drawings whose name and whose set are trained on
     OUT/captions.json          which words of the names were cut, set by set, and why
     OUT/vocabulary.txt         the words of the training captions, the most frequent first
     OUT/sizes.json             samples a shard, as open_clip reads it
@@ -21,7 +22,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +52,11 @@ _RULES = {
     "or more",
     "left_out": "aliases, icons that their sets hide, drawings that cannot be read or show nothing",
 }
+_RULE_OF_DRAWINGS = (
+    f"{icon_splits.TEST_DRAWINGS_SHARE:.0%} of the captions of each training set, with all drawings that the set has "
+    "of them, where another training set keeps the caption; taken out of train, the other splits are as they are "
+    "without this one"
+)
 _CAPTION_RULES = {
     "why": "Many sets say at one end of their names how an icon is drawn (filled, in 24 pixels). That is a property of "
     "the drawing and not of what it shows, other sets have no word for it, and it would split one name into many.",
@@ -104,6 +110,7 @@ def build(
     processes: int | None = None,
     progress: bool = True,
     sets: Sets | None = None,
+    test_drawings: bool = False,
 ) -> dict:
     """Builds the data set in `out`, or reuses it when it is there, and returns what its `dataset.json` says.
 
@@ -116,6 +123,8 @@ def build(
         samples_per_shard: samples in a shard; a training run needs at least as many shards as workers.
         processes: how many render; default: one a CPU.
         sets: other sets than the study's.
+        test_drawings: a third test split, of drawings whose names and sets are trained on. It is taken out of the
+            training split, and the other held-out splits stay the same to the byte.
 
     Raises:
         FileNotFoundError: the package or a set is missing.
@@ -132,6 +141,8 @@ def build(
     package = iconify.find_package(package)
     source = {"package": iconify.PACKAGE, "version": iconify.version(package), "resvg_py": _renderer_version()}
     options = {"size": size, "seed": seed, "samples_per_shard": samples_per_shard}
+    if test_drawings:
+        options["test_drawings"] = True
     fingerprint = _fingerprint(FORMAT, source, options, sets.train, sets.test)
     if shards.finished(out, fingerprint) and not shards.left_behind(out):
         return json.loads((out / shards.DATASET_FILE).read_text("utf-8"))
@@ -153,6 +164,9 @@ def _build(
     progress: bool,
 ) -> dict:
     seed = options["seed"]
+    names, rules = icon_splits.SPLITS, _RULES
+    if options.get("test_drawings"):
+        names, rules = (*names, icon_splits.TEST_DRAWINGS), rules | {icon_splits.TEST_DRAWINGS: _RULE_OF_DRAWINGS}
     described, icons = iconify.read_sets(package, (*sets.train, *sets.test), progress)
     captions, cut = _captions(icons)
     splits = [
@@ -160,10 +174,12 @@ def _build(
         for icon, caption in zip(icons, captions, strict=True)
     ]
     samples, pictures, skipped = _render(icons, captions, splits, options["size"], processes, progress)
-    kept, twins = icon_splits.without_twins([sample.split for sample in samples], pictures, progress)
+    if options.get("test_drawings"):
+        samples = _with_test_drawings(samples, seed)
+    kept, twins = icon_splits.without_twins([sample.split for sample in samples], pictures, names, progress)
     samples = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
     samples = [samples[i] for i in icon_splits.order([sample.icon.key for sample in samples], seed)]
-    by_split = {split: [sample for sample in samples if sample.split == split] for split in icon_splits.SPLITS}
+    by_split = {split: [sample for sample in samples if sample.split == split] for split in names}
     if not by_split["train"]:
         raise ValueError("the training split is empty: no drawing of the training sets could be read")
 
@@ -184,7 +200,7 @@ def _build(
             "fingerprint": fingerprint,
             "options": options,
             "splits": {split: _counts(members) | {"shards": written[split]} for split, members in by_split.items()},
-            "rules": _RULES,
+            "rules": rules,
             "vocabulary": {"words": len(vocabulary), "captions_a_word_at_least": WORDS_AT_LEAST},
             "source": source,
             "sources": credits,
@@ -234,6 +250,13 @@ def _render(
             pictures.append(picture)
     stacked = np.stack(pictures) if pictures else np.empty((0, near_duplicates.SIDE, near_duplicates.SIDE), np.uint8)
     return samples, stacked, dict(sorted(skipped.items()))
+
+
+def _with_test_drawings(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """After drawing, so that what cannot be drawn is no set's training drawing of a caption."""
+    columns = [(sample.split, sample.icon.set, sample.caption) for sample in samples]
+    splits = icon_splits.hold_out_drawings(*zip(*columns, strict=True), seed) if columns else []
+    return [replace(sample, split=split) for sample, split in zip(samples, splits, strict=True)]
 
 
 def _draw(svg: str, size: int) -> tuple[bytes | None, np.ndarray | None]:

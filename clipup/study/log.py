@@ -4,7 +4,7 @@
 {"kind": "train", ...}        means over a window of steps: loss, contrastive, aux; sparse also balance, z, dropped,
                               router_entropy, and load: the largest expert's over the mean, mean over layers
 {"kind": "validation", ...}   ``measure.retrieval_numbers`` along the way, and the experts' similarity
-{"kind": "test", ...}         at the end: the same of both test splits and of validation, with hits
+{"kind": "test", ...}         at the end: the same of the test splits and of validation, with hits
 {"kind": "layers", ...}       of a sparse model at the end: similarity, load and dropped, layer by layer
 {"kind": "cost", ...}         steps, pairs, FLOPs, parameters; seconds and machine, which differ from run to run
 """

@@ -41,7 +41,8 @@ def run(
 
     Args:
         file: the config (``StudyRun``); those of the runs that it goes on from lie beside it.
-        data: directory of a data set with the splits train, validation, test_styles and test_names.
+        data: directory of a data set with the splits train, validation, test_styles and test_names; other splits
+            called test_... are measured too.
         runs_directory: where checkpoints and models are kept, a directory a run.
         logs: directory of the logs; default: ``logs`` beside the config. A run that has one is done.
         device: where to train and evaluate; on the CPU with one thread.
@@ -93,7 +94,8 @@ class _Run:
 
     def records(self) -> list[log.Record]:
         result = self._train()
-        test = {split: self._measure(result.model, split) for split in (*TESTS, "validation")}
+        more = [split for split in self.dataset["splits"] if split.startswith("test_") and split not in TESTS]
+        test = {split: self._measure(result.model, split) for split in (*TESTS, *more, "validation")}
         evaluations = [{"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations]
         return [
             {"kind": "run", **self.config.to_dict(), "data": self._about_data(), "step0_difference": self.step0},
@@ -223,14 +225,16 @@ def _sparse_from_scratch(model: nn.Module, config: StudyRun) -> nn.Module:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu, backend = torch.device(device).type == "cuda", backend_info()
     return {
         "processor": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "instructions": backend["instructions"],
+        "matmul_dtypes": backend["matmul_dtypes"],
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "open_clip": version("open_clip_torch"),
-        "clipup": backend_info()["version"],
+        "clipup": backend["version"],
     }
 
 

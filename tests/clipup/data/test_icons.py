@@ -22,6 +22,7 @@ SETS = Sets(train=("mdi", "fluent"), test=("carbon",))
 NOUNS = "bell box cat door egg fox gate hat ink jar key leaf moon nut owl pen quail rose sun tea urn van".split()
 PLACES = "left right up down open shut".split()
 HELD_OUT = ("validation", "test_names", "test_styles")
+THREE = Sets(train=("mdi", "fluent", "tabler"), test=("carbon",))
 
 
 def drawing(number: int) -> str:
@@ -171,6 +172,64 @@ def test_held_out_drawings_that_are_trained_on_are_left_out_and_counted(build, r
     assert "mdi/circle-outline" in read(out, "train")
 
 
+def add_a_set_with_the_names_of_another(sets):
+    """tabler: two drawings of every name of mdi, so that its captions are trained on twice."""
+    names = [(name, size) for name in sets["mdi"]["icons"] for size in (7, 8)]
+    icons_ = {f"{name}-{size}": {"body": drawing(hash_of(name, size))} for name, size in names}
+    sets["tabler"] = icon_set("tabler", icons_)
+
+
+def test_drawings_are_held_out_of_training_where_another_set_keeps_the_name(build, read):
+    options = {"change": add_a_set_with_the_names_of_another, "sets": THREE}
+    trained_before = read(build("plain", **options)[0], "train")
+    out, dataset = build("drawings", test_drawings=True, **options)
+    trained, held_out = read(out, "train"), read(out, "test_drawings")
+
+    assert held_out.keys() <= trained_before.keys() and trained.keys() == trained_before.keys() - held_out.keys()
+    assert 0.02 < len(held_out) / len(trained_before) < 2 * icon_splits.TEST_DRAWINGS_SHARE
+    for key, sample in held_out.items():
+        of, caption = key.split("/")[0], sample["txt"]
+        sets = {other.split("/")[0] for other, one in trained.items() if one["txt"] == caption}
+        assert sets and of not in sets, key  # all drawings that this set has of the name are held out together
+        assert json.loads(sample["json"]) == {"captions": [caption.decode()], "group": of}
+    assert {key.split("/")[0] for key in held_out} == {"mdi", "tabler"}  # fluent's captions are its own
+    assert dataset["splits"]["test_drawings"]["images"] == len(held_out) and "test_drawings" in dataset["rules"]
+
+
+def test_the_other_held_out_splits_are_the_same_with_and_without_drawings(build):
+    def copy_drawings(sets):  # of all that is trained on, some of it held out as a drawing, into the test set of styles
+        add_a_set_with_the_names_of_another(sets)
+        sets["carbon"]["icons"] |= {f"copy-{name}": one for name, one in sets["tabler"]["icons"].items()}
+
+    plain, before = build("plain", copy_drawings, sets=THREE)
+    out, after = build("drawings", copy_drawings, sets=THREE, test_drawings=True)
+
+    assert before["fingerprint"] != after["fingerprint"]
+    for split in HELD_OUT:
+        assert before["splits"][split] == after["splits"][split] and before["splits"][split]["images"]  # with sha256
+        assert before["left_out_twins"][split] == after["left_out_twins"][split]
+    assert before["left_out_twins"]["test_styles"]["same"] and "test_drawings" not in before["left_out_twins"]
+    assert not list(plain.glob("test_drawings*")) and list(out.glob("test_drawings-*.tar"))
+
+
+def test_held_out_drawings_with_a_near_duplicate_in_training_are_in_neither(build, read):
+    before, _ = build("before", add_a_set_with_the_names_of_another, sets=THREE, test_drawings=True)
+    first, second, *_ = sorted(key for key in read(before, "test_drawings") if key.startswith("mdi/"))
+
+    def copy_drawings(sets):
+        add_a_set_with_the_names_of_another(sets)
+        icons_ = sets["mdi"]["icons"]
+        icons_["circle-copy"] = icons_[first.removeprefix("mdi/")]
+        body = icons_[second.removeprefix("mdi/")]["body"]
+        icons_["square-copy"] = {"body": f'<g transform="translate(.1 0)">{body}</g>'}
+
+    out, dataset = build("after", copy_drawings, sets=THREE, test_drawings=True)
+
+    assert not {first, second} & (read(out, "test_drawings").keys() | read(out, "train").keys())
+    assert {"mdi/circle-copy", "mdi/square-copy"} <= read(out, "train").keys()
+    assert dataset["left_out_twins"]["test_drawings"] == {"same": 1, "near": 1}
+
+
 def test_what_cannot_be_drawn_and_what_shows_nothing_is_left_out_and_counted(build, read):
     def spoil(sets):
         icons_ = sets["mdi"]["icons"]
@@ -278,11 +337,12 @@ def test_the_command_builds_it_and_says_what_it_left_out(make_package, tmp_path,
     monkeypatch.setattr(Sets, "read", classmethod(lambda cls: SETS))
     package = make_package()
 
-    code = cli.main(["icons", str(tmp_path / "out"), "--package", str(package), "--processes", "1"])
+    arguments = ["--package", str(package), "--processes", "1", "--test-drawings"]
+    code = cli.main(["icons", str(tmp_path / "out"), *arguments])
 
     said = capsys.readouterr().out
     assert code == 0 and (tmp_path / "out" / "dataset.json").is_file()
-    assert "test_styles" in said and "twins" in said
+    assert "test_styles" in said and "test_drawings" in said and "twins" in said
 
 
 def test_the_sets_of_the_study_are_each_in_one_list():

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 from clipup.data import shards
 from clipup.study import log, measure, results, runner
 from clipup.train import TrainingInterrupted
+from clipup_kernels import backend_info
 
 MODEL_CFG = {
     "embed_dim": 16,
@@ -103,6 +105,26 @@ def test_a_log_holds_config_training_validation_test_layers_and_cost(study, data
     assert kinds(log.read(it.directory / "logs" / "dense.jsonl"), "layers") == []
 
 
+def test_a_third_test_split_is_measured_beside_those_of_the_verdict(study, data, tmp_path):
+    wider = tmp_path / "wider"
+    shutil.copytree(data, wider)
+    dataset = json.loads((wider / "dataset.json").read_text())
+    dataset["splits"]["test_drawings"] = dataset["splits"]["test_names"]
+    for shard in dataset["splits"]["test_drawings"]["shards"]:
+        shutil.copy(wider / shard["file"], wider / shard["file"].replace("test_names", "test_drawings"))
+    (wider / "dataset.json").write_text(json.dumps(dataset))
+    it = study("third", wider)
+    it.write(dense=DENSE)
+
+    (test,) = kinds(it.run("dense"), "test")
+    (result,) = results.read(it.directory / "logs").values()
+
+    assert list(test)[1:] == ["test_styles", "test_names", "test_drawings", "validation"]
+    assert test["test_drawings"] == test["test_names"]
+    cells = [test[split][way]["r1"] for split in ("test_styles", "test_names") for way in ("t2i", "i2t")]
+    assert result.mean("r1") == pytest.approx(sum(cells) / 4)  # the verdict's four
+
+
 def test_the_cost_counts_forward_and_backward_of_every_pair(study, data):
     it = study("cost", data)
     it.write(dense=DENSE)
@@ -112,6 +134,8 @@ def test_the_cost_counts_forward_and_backward_of_every_pair(study, data):
     assert cost["pairs"] == 6 * 8
     assert cost["train_gflops"] == pytest.approx(3 * cost["gflops_per_pair"] * 48)
     assert cost["machine"]["threads"] == 1 and cost["seconds"] > 0
+    expected = {name: backend_info()[name] for name in ("instructions", "matmul_dtypes")}  # what a run's bits depend on
+    assert expected.items() <= cost["machine"].items()
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read_or_written(study, data, monkeypatch):

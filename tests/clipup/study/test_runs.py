@@ -25,7 +25,8 @@ VARIATIONS = {
     "experts_16",
     "image_only",
 }
-GOING_ON = {"dense_continued", "dense_equal_flops", "clip_up", "limoe"}
+VERDICT = {"dense_continued", "dense_equal_flops", "clip_up"}
+GOING_ON = VERDICT | {"limoe"}
 COMPLETE = "arm: clip_up\nmodel: clipup-icons-w64\nsteps: 10\nlr: 0.001\n"
 
 
@@ -43,7 +44,7 @@ def read_all(study: str) -> list[runs.StudyRun]:
     return [runs.read(path) for path in sorted((STUDIES / study).glob("*.yaml"))]
 
 
-@pytest.fixture(scope="module", params=["icons", "icons-w384"])
+@pytest.fixture(scope="module", params=["icons", "icons-w384", "converged"])
 def committed(request):
     return read_all(request.param)
 
@@ -124,6 +125,30 @@ def test_runs_from_scratch_cost_what_dense_start_and_clip_up_cost_together(icons
     assert all(run.steps == round(steps[run.arm](run.budget)) for run in found)
 
 
+@pytest.fixture(scope="module")
+def converged():
+    return read_all("converged")
+
+
+def test_arms_from_a_converged_start_go_on_from_the_dense_run_of_their_own_seed(converged):
+    starts = {run.seed: run for run in converged if run.arm == "dense"}
+
+    assert starts.keys() == set(range(8))
+    assert len({(run.steps, run.lr) for run in starts.values()}) == 1  # one schedule
+    assert all(run.start == starts[run.seed].name for run in converged if run.arm != "dense")
+
+
+def test_arms_from_a_converged_start_are_tuned_with_the_same_rates_and_seeds(converged):
+    tuned: dict[str, set[tuple[float, int]]] = {}
+    for run in converged:
+        if run.arm in VERDICT and (run.budget or run.steps) == 5000 and run.seed < 3:
+            tuned.setdefault(run.arm, set()).add((run.lr, run.seed))
+
+    assert tuned.keys() == VERDICT
+    assert {(lr, seed) for lr in (0.0005, 0.001, 0.002) for seed in range(3)} <= tuned["clip_up"]
+    assert all(found == tuned["clip_up"] for found in tuned.values()), tuned
+
+
 @functools.cache
 def cost_ratio(model: str) -> float:
     """FLOPs of a pair, CLIP-UP's over the dense model's."""
@@ -146,7 +171,7 @@ def test_every_learning_rate_of_one_arm_is_one_of_all_arms_like_it(arms, icons):
 
 def test_the_arms_of_the_verdict_have_the_same_rates_seeds_and_lengths(icons):
     """Two rates with three seeds each, the chosen one with five at two lengths, and one run of the greatest length."""
-    for arm in ("clip_up", "dense_continued", "dense_equal_flops"):
+    for arm in VERDICT:
         own = [run for run in icons if run.arm == arm]
         lengths = {(run.budget or run.steps, run.lr, run.seed) for run in own}
 
