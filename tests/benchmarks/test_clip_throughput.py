@@ -45,7 +45,7 @@ def test_rates_come_from_the_measured_times_and_the_counted_flops(rows):
         assert float(row["speed_to_l14"]) == pytest.approx(float(row["speed_to_b16"]), abs=2e-3)
         if row["pass"] == "fwd":
             seconds = 1 / float(row["images_per_s"]) + 1 / float(row["texts_per_s"])
-            assert 0.1 < seconds * float(row["pairs_per_s"]) < 10  # medians of different calls, on a machine that is busy
+            assert 0.1 < seconds * float(row["pairs_per_s"]) < 10  # medians of different calls
         else:
             assert row["images_per_s"] == row["texts_per_s"] == ""
     forward, sparse, _, step, _ = (float(row["gflops_per_pair"]) for row in rows[1])
