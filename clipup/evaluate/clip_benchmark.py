@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import models
+from .. import models, origin
 from ..extras import needed_for
 from .precision import for_inference
 
@@ -37,8 +37,9 @@ def load(
         pretrained: tag or file for a name; "" for a directory, which brings its own weights.
 
     Raises:
-        ValueError, FileNotFoundError: as ``clipup.create_model_and_transforms``.
+        ValueError, FileNotFoundError: as ``clipup.create_model_and_transforms``; a name without weights.
     """
+    origin.refuse_random_weights("pretrained", model_name, pretrained)
     model, _, transform = models.create_model_and_transforms(
         model_name, pretrained or None, device=device, cache_dir=cache_dir
     )

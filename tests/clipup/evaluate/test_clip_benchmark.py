@@ -94,3 +94,10 @@ def test_importing_the_module_registers_the_type(directory):
     model, transform, tokenizer = models.load_clip("clipup", str(directory), "", cache_dir=None, device="cpu")
     image = transform(layouts.picture(0))[None]
     assert model.encode_image(image).shape == model.encode_text(tokenizer(["a cat"])).shape
+
+
+def test_a_name_without_weights_is_refused():
+    from clipup.evaluate import clip_benchmark
+
+    with pytest.raises(ValueError, match="pretrained is missing, so clipup-tiny-32 would have random weights"):
+        clip_benchmark.load("clipup-tiny-32")
