@@ -1,0 +1,52 @@
+"""A small disk that can be filled: a tmpfs of a few megabytes, mounted where that is allowed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+
+SIZE = 64 << 20
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class SmallDisk:
+    """Mounted at ``path`` while it is entered; ``fill`` leaves a number of bytes, ``empty`` gives all of them back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._ballast = path / "ballast"
+
+    def __enter__(self) -> SmallDisk:
+        self.path.mkdir(parents=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", self.path], check=True, capture_output=True
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        subprocess.run(["umount", "--lazy", self.path], check=False, capture_output=True)
+
+    def fill(self, room: int) -> None:
+        with open(self._ballast, "wb") as file:
+            free = os.statvfs(self.path).f_bavail * _PAGE
+            with contextlib.suppress(OSError):  # the run writes too
+                os.posix_fallocate(file.fileno(), 0, max(free - room, 1))
+
+    def empty(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+
+def reason_against_mounting(where: Path) -> str | None:
+    """Why no disk can be mounted here; None when it can."""
+    try:
+        with SmallDisk(where):
+            return None
+    except FileNotFoundError:
+        return "there is no program mount"
+    except subprocess.CalledProcessError as error:
+        return error.stderr.decode(errors="replace").strip() or "mount fails"
+    finally:
+        with contextlib.suppress(OSError):
+            where.rmdir()
