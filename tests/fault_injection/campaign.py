@@ -16,10 +16,12 @@ from damage import Backup, Damage
 from disks import SmallDisk
 from faults import MOMENTS, Fault, Missed, Scene
 from processes import Start
-from workload import SAVE_EVERY, STEPS, Workload
+from workload import SAVE_EVERY, START_SECONDS, STEPS, Workload
 
-START_SECONDS = 240
-"""No start of ``clipup`` may take longer, whatever else the machine does."""
+FORKED = 0.8
+"""Share of starts on one process that are forks of this one; the others are new processes."""
+FORK_SECONDS = 1.0
+"""About how long a fork takes until it trains."""
 
 
 class Lost(Exception):
@@ -65,8 +67,8 @@ class Campaign:
 
     def make_reference(self) -> None:
         """The uninterrupted run."""
-        self.reference = self.scratch / "reference" / "run"
-        start = self._begin(self.workload.command(self.reference.parent, "run"))
+        self.reference = self.directory = self.scratch / "reference" / "run"
+        start = self._begin()
         began = time.monotonic()
         while start.running and not checks.logged_steps(self.reference):
             time.sleep(0.01)
@@ -116,14 +118,13 @@ class Campaign:
                 raise Lost(f"of {start.describe()} the processes {left} are left, 15 s after its end")
         self._starts.clear()
 
-    def _begin(self, arguments: list[str]) -> Start:
+    def _begin(self, *options: str, fork: bool = False) -> Start:
+        """Starts ``clipup`` on the run that is under way."""
         self.tally.starts += 1
-        start = Start(arguments, self.workload.processes, self.scratch / "starts")
+        arguments = self.workload.command(self.directory.parent, self.directory.name, *options)
+        start = Start(arguments, self.workload.processes, self.scratch / "starts", self.directory, fork)
         self._starts.append(start)
         return start
-
-    def _command(self, *options: str) -> list[str]:
-        return self.workload.command(self.directory.parent, self.directory.name, *options)
 
     def _attempt(self, draw: random.Random, disk: SmallDisk | None, faultless: bool = False) -> bool:
         """Damages the run or not, starts it, lets a fault happen; whether it has finished."""
@@ -133,15 +134,15 @@ class Campaign:
         before = Checkpoints.of(self.directory)
         contents = checks.contents(self.directory)
         logged = checks.logged_steps(self.directory)
-        start = self._begin(self._command("--resume", "latest"))
-        start.watch(self.directory)
+        fork = self.workload.processes == 1 and draw.random() < FORKED
+        start = self._begin("--resume", "latest", fork=fork)
         scene = Scene(
             start,
             self.directory,
             draw,
             disk,
-            self.startup_seconds,
-            lambda *options: self._begin(self._command(*options)),
+            FORK_SECONDS if fork else self.startup_seconds,
+            self._begin,
             before,
         )
         try:
@@ -194,7 +195,7 @@ class Campaign:
                 self.kinds.remove(fault.name)
                 self.tally.faults[fault.name] -= 1
             return {"finished"}
-        except AssertionError as error:
+        except (AssertionError, TimeoutError) as error:
             self.story.append(f"start: {fault.name}, {', '.join(scene.story)}")
             raise Lost(str(error)) from error
         self.story.append(f"start: {fault.name}, {', '.join(scene.story)}")
@@ -213,11 +214,11 @@ class Campaign:
     ) -> None:
         if ending not in allowed:
             raise Lost(
-                f"the start is {ending} with exit code {start.code}, expected {' or '.join(sorted(allowed))}; it said:\n"
-                f"{start.said().strip()[-3000:]}"
+                f"the start is {ending} with exit code {start.code}, expected {' or '.join(sorted(allowed))}; it "
+                f"said:\n{start.said().strip()[-3000:]}"
             )
-        news = start.said() + start.logged(self.directory)
-        resumed = start.resumed_at(self.directory)
+        news = start.said() + start.logged()
+        resumed = start.resumed_at()
         hidden = [path.name for path in before.damaged if path in before_damage.steps]
         unreadable = before.step is None and bool(before.damaged)
         if unreadable and resumed is not None:
@@ -279,7 +280,7 @@ class Campaign:
         self.tally.faults[self.kinds[0]] += 1
         self.story.append(self.kinds[0])
         before = checks.contents(self.directory)
-        start = self._begin(self._command("--resume", "latest"))
+        start = self._begin("--resume", "latest", fork=self.workload.processes == 1)
         if not start.wait(START_SECONDS) or start.ending() != "finished":
             raise Lost(f"the resume of a finished run is {start.ending()}: {start.said().strip()[-3000:]}")
         self.tally.endings.setdefault(self.kinds[0], Counter())["finished"] += 1

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from checks import Checkpoints, lines
+
+from clipup.checkpoint import replace_files
 
 
 @dataclass(frozen=True)
@@ -114,14 +117,20 @@ def _cut_records(name: str) -> Callable[[Path, random.Random], str | None]:
 
 
 def _leftovers(run: Path, draw: random.Random) -> str | None:
-    """Half-written files of writers that are dead: process ids behind the largest there can be, or long gone."""
-    made = []
-    for path in (run / "metrics.jsonl", run / "checkpoints" / "epoch_latest.pt", run / "checkpoints" / "epoch_1.pt"):
-        if path.parent.is_dir():
-            left = path.with_name(f"{path.name}.{draw.randrange(5_000_000, 9_000_000)}.tmp")
-            left.write_bytes(os.urandom(draw.randrange(100_000)))
-            made.append(left.name)
-    return f"left behind: {', '.join(made)}" if made else None
+    """Writers that were killed while they wrote: what they leave behind is not to stay."""
+    targets = [run / "metrics.jsonl", run / "checkpoints" / "epoch_latest.pt", run / "model" / "README.md"]
+    killed = [path for path in targets if path.parent.is_dir() and draw.random() < 0.7]
+    for path in killed:
+        if (child := os.fork()) == 0:
+            replace_files({path: _half_written})
+            os._exit(0)
+        os.waitpid(child, 0)
+    return f"killed while writing: {', '.join(path.name for path in killed)}" if killed else None
+
+
+def _half_written(path: Path) -> None:
+    path.write_bytes(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _empty_options(run: Path, draw: random.Random) -> str | None:

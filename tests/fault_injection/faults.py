@@ -18,7 +18,7 @@ from pathlib import Path
 from checks import Checkpoints, logged_steps
 from disks import SmallDisk
 from processes import Start
-from workload import RANK_TIMEOUT, STEPS
+from workload import RANK_TIMEOUT, START_SECONDS, STEPS
 
 MOMENTS = ("in start-up", "in training", "while a checkpoint is written", "in the last seconds")
 _WRITE_SECONDS = 0.02
@@ -52,7 +52,8 @@ class Scene:
         if moment == MOMENTS[0]:
             seconds = self.draw.uniform(0, self.startup_seconds)
             self.tell(f"{seconds:.2f} s after the start")
-            self._until(lambda until=time.monotonic() + seconds: time.monotonic() >= until)
+            until = time.monotonic() + seconds
+            self._until(lambda: time.monotonic() >= until)
             return
         step = STEPS if moment == MOMENTS[3] else self.draw.randint(done + 1, min(done + 20, STEPS))
         self._until(lambda: logged_steps(self.run) >= step and self._trains())
@@ -63,9 +64,12 @@ class Scene:
         self.tell(f"{moment}, {1000 * delay:.0f} ms after step {logged_steps(self.run)}")
 
     def _until(self, reached: Callable[[], bool]) -> None:
+        until = time.monotonic() + START_SECONDS
         while not reached():
             if not self.start.running:
                 raise Missed
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self.start.describe()} does not come forward")
             time.sleep(0.001)
 
     def _trains(self) -> bool:
@@ -181,7 +185,7 @@ def _second_start(*options: str, frozen: bool) -> Callable[[Scene], set[str]]:
         scene.tell(f"the second one: {ending}, {second.messages()[:1]}")
         if not ended:
             second.send(signal.SIGKILL, *second.alive())
-        second.clear()
+        second.clear(seconds=0 if not ended else 15)
         if ending == "refused":
             tired = scene.start.several and time.monotonic() - began > RANK_TIMEOUT / 2
             return {"finished", "refused"} if tired else {"finished"}
@@ -217,12 +221,14 @@ FAULTS = (
     Fault("a rank frozen for long", _freeze_for_long, 0.5, (2,), WRITING),
     Fault("file size limit", _limit_files, 1, moments=WRITING),
     Fault("disk full", _fill_disk, 3, moments=MOMENTS[1:], needs=lambda scene: scene.disk is not None),
-    Fault("second start beside a frozen run", _second_start(frozen=True), 0.7, moments=MOMENTS[1:3]),
+    Fault(
+        "second start beside a frozen run", _second_start("--resume", "latest", frozen=True), 0.7, moments=MOMENTS[1:3]
+    ),
     Fault("second start with --force", _second_start("--force", frozen=True), 0.4, moments=MOMENTS[1:3]),
-    Fault("two starts at once", _second_start(frozen=False), 0.7, moments=MOMENTS[:1]),
+    Fault("two starts at once", _second_start("--resume", "latest", frozen=False), 0.7, moments=MOMENTS[:1]),
 )
 
 
 def started_from(scene: Scene) -> int | None:
     """The step that this start of the run began after, None before it says so."""
-    return scene.start.resumed_at(scene.run)
+    return scene.start.resumed_at()

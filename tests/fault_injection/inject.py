@@ -20,12 +20,14 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from campaign import Campaign, Lost
-from damage import DAMAGE
-from disks import SmallDisk, reason_against_mounting
-from faults import FAULTS
-from report import as_json, as_table
-from workload import Workload, has_rank_timeout
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a process with more threads cannot be forked
+
+from campaign import Campaign, Lost  # noqa: E402
+from damage import DAMAGE  # noqa: E402
+from disks import SmallDisk, reason_against_mounting  # noqa: E402
+from faults import FAULTS  # noqa: E402
+from report import as_json, as_table  # noqa: E402
+from workload import Workload, has_rank_timeout  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

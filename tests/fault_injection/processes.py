@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.util
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from workload import ROOT
+
+from clipup import cli
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1", "--shutdown-timeout", "20")
 MARK = "CLIPUP_FAULT_INJECTION"
 """Environment variable by which the processes of a start are found, orphans too."""
 
 _TRACEBACK = "Traceback (most recent call last)"
-_CTRL_C_IN_IMPORTS = re.compile(r"Traceback \(most recent call last\)(?:(?!Traceback).)*?\nKeyboardInterrupt\n", re.S)
+_CTRL_C = re.compile(rf"{re.escape(_TRACEBACK)}(?:(?!Traceback).)*?\nKeyboardInterrupt\n", re.S)
 _FROM_STEP = re.compile(r"from step (\d+) to step \d+")
 _MESSAGE = re.compile(r"^clipup train: .*$", re.M)
 
@@ -28,48 +32,35 @@ class Start:
 
     _count = 0
 
-    def __init__(self, arguments: list[str], processes: int, logs: Path) -> None:
+    def __init__(self, arguments: list[str], processes: int, logs: Path, run: Path, fork: bool = False) -> None:
+        """
+        Args:
+            run: the run's directory, whose log tells what this start added to it.
+            fork: the process is a fork of this one, which has imported everything, so that it trains seconds earlier.
+        """
         Start._count += 1
         self.logs = logs / f"start-{Start._count}"
         self.logs.mkdir(parents=True)
         self.several = processes > 1
         self.mark = f"{os.getpid()}-{Start._count}"
         self.signals: set[int] = set()
-        """What we sent it."""
+        """What it was sent."""
+        self._log = run / "out.log"
+        self._log_offset = self._log.stat().st_size if self._log.is_file() else 0
         command = [sys.executable]
         if self.several:
             command += [*TORCHRUN, f"--nproc-per-node={processes}", f"--log-dir={self.logs / 'ranks'}", "--redirects=3"]
         command += ["-m", "clipup", *(["--"] if self.several else []), *arguments]
         (self.logs / "command").write_text(" ".join(command) + "\n")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), MARK: self.mark}
-        environment |= {"PYTHONUNBUFFERED": "1", "TMPDIR": str(logs)}
         with open(self.logs / "stdout", "wb") as out, open(self.logs / "stderr", "wb") as err:
-            self._process = subprocess.Popen(
-                command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-            )
+            if fork:
+                self._process: subprocess.Popen | _Fork = _Fork(arguments, out.fileno(), err.fileno())
+            else:
+                environment = {**os.environ, "PYTHONPATH": str(ROOT), MARK: self.mark}
+                self._process = subprocess.Popen(
+                    command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+                )
         self.pid = self._process.pid
-
-    def watch(self, run: Path) -> None:
-        """Remembers where the log of a run directory ends before this start writes to it."""
-        log = run / "out.log"
-        self._log_offset = log.stat().st_size if log.is_file() else 0
-
-    def logged(self, run: Path) -> str:
-        """What was added to the run's log."""
-        try:
-            with open(run / "out.log", errors="replace") as file:
-                file.seek(self._log_offset)
-                return file.read()
-        except OSError:
-            return ""
-
-    def resumed_at(self, run: Path) -> int | None:
-        """The step after which this start went on, None where it never said so."""
-        found = _FROM_STEP.search(self.logged(run))
-        return int(found[1]) if found else None
-
-    def describe(self) -> str:
-        return f"{'torchrun' if self.several else 'the process'} {self.pid} ({self.logs})"
 
     @property
     def running(self) -> bool:
@@ -79,6 +70,9 @@ class Start:
     def code(self) -> int | None:
         return self._process.poll()
 
+    def describe(self) -> str:
+        return f"{'torchrun' if self.several else 'the process'} {self.pid} ({self.logs})"
+
     def alive(self) -> list[int]:
         """Every process of this start that is no zombie, whoever its parent is by now."""
         return [pid for pid in _pids() if self._is_ours(pid)]
@@ -86,12 +80,12 @@ class Start:
     def ranks(self) -> list[int]:
         """The processes that train."""
         if not self.several:
-            return [self.pid] if self.pid in self.alive() else []
-        return [pid for pid in self.alive() if "RANK" in _environment(pid) and _leads_session(pid)]
+            return [self.pid] if self.running else []
+        return [pid for pid in self.alive() if _leads_session(pid) and "RANK" in _environment(pid)]
 
     def data_workers(self) -> list[int]:
         """Processes that were forked by one that trains."""
-        return [pid for pid in self.alive() if not _leads_session(pid) and "clipup" in _read(pid, "cmdline")]
+        return [pid for pid in self.alive() if not _leads_session(pid) and "tracker" not in _read(pid, "cmdline")]
 
     def send(self, number: int, *pids: int) -> None:
         self.signals.add(number)
@@ -108,7 +102,7 @@ class Start:
             time.sleep(0.05)
         return True
 
-    def clear(self, seconds: float = 15) -> list[int]:
+    def clear(self, seconds: float) -> list[int]:
         """Ends what is left; returns the processes that did not end by themselves within ``seconds``."""
         until = time.monotonic() + seconds
         while (left := self.alive()) and time.monotonic() < until:
@@ -116,7 +110,8 @@ class Start:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self._process.wait()
+        while self.running:
+            time.sleep(0.01)
         return left
 
     def said(self) -> str:
@@ -129,29 +124,92 @@ class Start:
     def messages(self) -> list[str]:
         return _MESSAGE.findall(self.said())
 
+    def logged(self) -> str:
+        """What was added to the run's log."""
+        try:
+            with open(self._log, errors="replace") as file:
+                file.seek(self._log_offset)
+                return file.read()
+        except OSError:
+            return ""
+
+    def resumed_at(self) -> int | None:
+        """The step after which it began to train; None when it never did."""
+        found = _FROM_STEP.search(self.logged()) or _FROM_STEP.search(self.said())
+        return int(found[1]) if found else None
+
     def ending(self) -> str:
-        """finished, stopped (with a checkpoint), interrupted, refused (one readable message), killed, or crashed."""
-        said = _CTRL_C_IN_IMPORTS.sub("clipup train: interrupted\n", self.said())
+        """finished, stopped (with a checkpoint), interrupted, refused (with a readable message), killed or crashed."""
+        said = self.said()
+        if self.resumed_at() is None:  # Ctrl-C while Python imports modules is Python's own to report
+            said = _CTRL_C.sub("clipup train: interrupted\n", said)
         messages = _MESSAGE.findall(said)
         if _TRACEBACK in said:
             return "crashed"
         if self.code == 0:
             return "finished"
-        expected = {1, 2, 130, *(-number for number in self.signals)}
-        if not self.several and self.code not in expected:
-            return "crashed"
         if any("stopped after step" in message and "--resume latest" in message for message in messages):
-            return "stopped" if self.several or self.code == 130 else "crashed"
+            return self._ended_with("stopped", 130)
         if any("clipup train: interrupted" in message for message in messages):
-            return "interrupted" if self.several or self.code in (130, -signal.SIGINT) else "crashed"
-        if messages and (self.several or self.code in (1, 2)):
-            return "refused"
-        if self.signals & {signal.SIGKILL, signal.SIGTERM, signal.SIGINT} and (self.several or self.code < 0):
-            return "killed"
-        return "crashed"
+            return self._ended_with("interrupted", 130, -signal.SIGINT)
+        if messages:
+            return self._ended_with("refused", 1, 2)
+        return self._ended_with("killed", *(-number for number in self.signals))
+
+    def _ended_with(self, ending: str, *codes: int) -> str:
+        """torchrun has an exit code of its own."""
+        return ending if self.several or self.code in codes else "crashed"
 
     def _is_ours(self, pid: int) -> bool:
-        return _state(pid) not in ("Z", "X", "") and _environment(pid).get(MARK) == self.mark
+        if _stat(pid)[:1] in ([], ["Z"], ["X"]):
+            return False
+        return _environment(pid).get(MARK) == self.mark if self.several else _stat(pid)[3:4] == [str(self.pid)]
+
+
+class _Fork:
+    """What a new process would do, without its imports; with ``pid`` and ``poll`` as subprocess.Popen has them."""
+
+    def __init__(self, arguments: list[str], out: int, err: int) -> None:
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise RuntimeError("this process has threads, which a fork would lack; set OMP_NUM_THREADS=1")
+        self._code: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become_clipup(arguments, out, err)
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+
+def _become_clipup(arguments: list[str], out: int, err: int) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        os.closerange(3, 256)
+        code = cli.main(arguments)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        multiprocessing.util._exit_function()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _leads_session(pid: int) -> bool:
@@ -177,7 +235,3 @@ def _environment(pid: int) -> dict[str, str]:
 def _stat(pid: int) -> list[str]:
     """The fields behind the program's name: state, parent, process group, session."""
     return _read(pid, "stat").rpartition(")")[2].split()
-
-
-def _state(pid: int) -> str:
-    return (_stat(pid) or [""])[0]

@@ -19,9 +19,10 @@ def as_table(tally: Tally, options: argparse.Namespace, seconds: float) -> str:
 def _sentence(tally: Tally, options: argparse.Namespace, seconds: float) -> str:
     return (
         f"{options.processes} processes, seed {options.seed}: {tally.faults.total()} faults on {tally.runs} runs that "
-        f"ended well, {tally.starts} starts of which {tally.resumes} went on from a checkpoint; {tally.recomputed} steps "
-        f"computed again, at most {tally.most_recomputed} after a fault without damage; {tally.half_written} half-written "
-        f"files seen; {tally.missed.total()} faults came too late; {tally.failures.total()} failures; {seconds:.0f} s"
+        f"ended well, {tally.starts} starts of which {tally.resumes} went on from a checkpoint; {tally.recomputed} "
+        f"steps computed again, at most {tally.most_recomputed} after a fault without damage; {tally.half_written} "
+        f"half-written files seen; {tally.missed.total()} faults came too late; {tally.failures.total()} failures; "
+        f"{seconds:.0f} s"
     )
 
 

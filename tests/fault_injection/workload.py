@@ -11,19 +11,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
+import open_clip  # noqa: E402
+import torch  # noqa: E402
 from sparse_clip import pictures  # noqa: E402
-from tiny_clip import tiny_clip, tiny_config  # noqa: E402
+from tiny_clip import tiny_config  # noqa: E402
 
 import clipup  # noqa: E402
 from clipup.train import TrainOptions  # noqa: E402
 
 WORDS = "arrow circle right square left tone off up down text add file person light check folder chart list".split()
-TEXT = {"hf_tokenizer_name": "words:icons", "vocab_size": 6139}
+TEXT = {"hf_tokenizer_name": "words:icons", "vocab_size": 6139, "layers": 2}
 
 PAIRS, GLOBAL_BATCH, EPOCHS = 96, 8, 5
 STEPS = EPOCHS * PAIRS // GLOBAL_BATCH
 SAVE_EVERY = 5
 """Steps between two checkpoints, and so the most that a killed run computes again. It does not divide an epoch."""
+
+START_SECONDS = 240
+"""No start of ``clipup`` may take longer, whatever else the machine does."""
 
 TIMEOUT_OPTION = "dist_timeout"
 RANK_TIMEOUT = 25
@@ -49,7 +54,9 @@ class Workload:
             (self.root / f"{split}.csv").write_text("\n".join(rows) + "\n")
         config = tiny_config()
         config["text_cfg"] |= TEXT
-        clipup.save_pretrained(tiny_clip(text_cfg=TEXT), self.root / "dense", config)
+        config["vision_cfg"]["layers"] = 2
+        torch.manual_seed(0)
+        clipup.save_pretrained(open_clip.CLIP(**config), self.root / "dense", config)
 
     def command(self, logs: Path, name: str, *more: str) -> list[str]:
         """The arguments of ``clipup`` for a run under ``logs``; router noise makes every random number count."""
