@@ -15,7 +15,7 @@ from checks import Checkpoints
 from damage import Backup, Damage
 from disks import SmallDisk
 from faults import MOMENTS, Fault, Missed, Scene
-from processes import Start
+from starts import Start
 from workload import SAVE_EVERY, START_SECONDS, STEPS, Workload
 
 FORKED = 0.8
@@ -41,6 +41,7 @@ class Tally:
     resumes: int = 0
     recomputed: int = 0
     most_recomputed: int = 0
+    seconds: float = 0
     half_written: int = 0
     """Files of killed writers that were found after a start."""
 

@@ -81,8 +81,8 @@ def digest(path: Path) -> str:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """A digest of every file that matters to a resume; out.log, which tells of every start, is left out."""
-    files = (path for path in run.rglob("*") if path.is_file() and path.name != "out.log")
+    """A digest of every file that a resume may not touch: not of out.log, which tells of every start, and of locks."""
+    files = (path for path in run.rglob("*") if path.is_file() and path.name not in ("out.log", ".lock"))
     return {path.relative_to(run).as_posix(): digest(path) for path in sorted(files)}
 
 

@@ -12,21 +12,19 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class SmallDisk:
-    """Mounted at ``path`` while it is entered; ``fill`` leaves a number of bytes, ``empty`` gives all of them back."""
+    """``fill`` leaves a number of bytes, ``empty`` gives all of them back."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._ballast = path / "ballast"
 
-    def __enter__(self) -> SmallDisk:
-        self.path.mkdir(parents=True)
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", self.path], check=True, capture_output=True
-        )
-        return self
+    def mount(self) -> None:
+        self.path.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", str(self.path)]
+        subprocess.run(command, check=True, capture_output=True)
 
-    def __exit__(self, *error: object) -> None:
-        subprocess.run(["umount", "--lazy", self.path], check=False, capture_output=True)
+    def unmount(self) -> None:
+        subprocess.run(["umount", "--lazy", self.path], check=True, capture_output=True)
 
     def fill(self, room: int) -> None:
         with open(self._ballast, "wb") as file:
@@ -39,14 +37,15 @@ class SmallDisk:
 
 
 def reason_against_mounting(where: Path) -> str | None:
-    """Why no disk can be mounted here; None when it can."""
+    """Why no disk can be mounted there; None when it can."""
+    disk = SmallDisk(where)
     try:
-        with SmallDisk(where):
-            return None
+        disk.mount()
+        disk.unmount()
     except FileNotFoundError:
         return "there is no program mount"
     except subprocess.CalledProcessError as error:
         return error.stderr.decode(errors="replace").strip() or "mount fails"
     finally:
-        with contextlib.suppress(OSError):
-            where.rmdir()
+        where.rmdir()
+    return None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from checks import Checkpoints, logged_steps
 from disks import SmallDisk
-from processes import Start
+from starts import Start
 from workload import RANK_TIMEOUT, START_SECONDS, STEPS
 
 MOMENTS = ("in start-up", "in training", "while a checkpoint is written", "in the last seconds")
@@ -55,7 +55,7 @@ class Scene:
             until = time.monotonic() + seconds
             self._until(lambda: time.monotonic() >= until)
             return
-        step = STEPS if moment == MOMENTS[3] else self.draw.randint(done + 1, min(done + 20, STEPS))
+        step = STEPS if moment == MOMENTS[3] else self.draw.randint(min(done + 1, STEPS), min(done + 20, STEPS))
         self._until(lambda: logged_steps(self.run) >= step and self._trains())
         if moment == MOMENTS[2]:
             self._until(self._writes)
@@ -200,6 +200,7 @@ def _nothing(scene: Scene) -> set[str]:
     return {"finished"}
 
 
+FROZEN_FOR_LONG = "a rank frozen for longer than the others wait"
 WRITING = MOMENTS[1:3]
 FAULTS = (
     Fault("no fault", _nothing, 0.5),
@@ -218,7 +219,7 @@ FAULTS = (
     Fault("SIGINT twice", _signal(signal.SIGINT, "the process", 2), 0.5),
     Fault("SIGTERM twice", _signal(signal.SIGTERM, "the process", 2), 0.5),
     Fault("a process frozen and woken", _freeze),
-    Fault("a rank frozen for long", _freeze_for_long, 0.5, (2,), WRITING),
+    Fault(FROZEN_FOR_LONG, _freeze_for_long, 0.5, (2,), WRITING),
     Fault("file size limit", _limit_files, 1, moments=WRITING),
     Fault("disk full", _fill_disk, 3, moments=MOMENTS[1:], needs=lambda scene: scene.disk is not None),
     Fault(

@@ -21,6 +21,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--monitor-interval",
 MARK = "CLIPUP_FAULT_INJECTION"
 """Environment variable by which the processes of a start are found, orphans too."""
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _TRACEBACK = "Traceback (most recent call last)"
 _CTRL_C = re.compile(rf"{re.escape(_TRACEBACK)}(?:(?!Traceback).)*?\nKeyboardInterrupt\n", re.S)
 _FROM_STEP = re.compile(r"from step (\d+) to step \d+")
@@ -175,9 +176,11 @@ class _Fork:
         self._code: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # until the fork has its own handlers
         self.pid = os.fork()
         if self.pid == 0:
             _become_clipup(arguments, out, err)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
     def poll(self) -> int | None:
         if self._code is None:
@@ -192,6 +195,8 @@ def _become_clipup(arguments: list[str], out: int, err: int) -> None:
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(out, 1)
         os.dup2(err, 2)
