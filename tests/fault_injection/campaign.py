@@ -115,7 +115,7 @@ class Campaign:
 
     def _check_no_process_is_left(self) -> None:
         for start in self._starts:
-            if left := start.clear():
+            if left := start.clear(seconds=15):
                 raise Lost(f"of {start.describe()} the processes {left} are left, 15 s after its end")
         self._starts.clear()
 
