@@ -18,7 +18,6 @@ from clipup.weights import read_pickle
 Record = dict[str, Any]
 _CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt")
 _CLOCK = ("seconds", "images_per_second")
-_WRITTEN_BY_THE_CLOCK = ("seconds",)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -81,9 +80,14 @@ def digest(path: Path) -> str:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """A digest of every file that a resume may not touch: not of out.log, which tells of every start, and of locks."""
-    files = (path for path in run.rglob("*") if path.is_file() and path.name not in ("out.log", ".lock"))
-    return {path.relative_to(run).as_posix(): digest(path) for path in sorted(files)}
+    """A digest of every file that a start which trains nothing leaves alone. It may add to out.log, and remove locks
+    and half-written files of writers that are dead."""
+    files = {path.relative_to(run): path for path in run.rglob("*") if path.is_file()}
+    return {
+        name.as_posix(): digest(path)
+        for name, path in sorted(files.items())
+        if name.name not in ("out.log", ".lock") and not any(part.endswith(".tmp") for part in name.parts)
+    }
 
 
 def lines(path: Path) -> list[Record]:
@@ -151,9 +155,20 @@ def _checkpoint_differs(name: str, here: Path, there: Path) -> list[str]:
     one, other = read_checkpoint(here), read_checkpoint(there)
     if one is None or other is None:
         return [f"{name} cannot be read"]
-    keys = [key for key in other if key not in (*_WRITTEN_BY_THE_CLOCK, "name")]
-    differ = [key for key in keys if not _equal(one.get(key), other[key])]
+    one, other = _what_counts(one), _what_counts(other)
+    differ = [key for key in other if not _equal(one.get(key), other[key])]
     return [f"{name} differs from the uninterrupted run's in {', '.join(differ)}"] if differ else []
+
+
+def _what_counts(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without the clock, the run's name, and what the next step sets before it uses it: the learning rate,
+    and at an epoch's end the generators."""
+    groups = [
+        {key: value for key, value in group.items() if key != "lr"} for group in state["optimizer"]["param_groups"]
+    ]
+    kept = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
+    unused = ("seconds", "name", *(["rng"] if state["step_of_epoch"] == 0 else []))
+    return {key: value for key, value in kept.items() if key not in unused}
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -116,7 +116,9 @@ def _signal(number: int, whom: str, times: int = 1) -> Callable[[Scene], set[str
             start.send(number, *pids)
             time.sleep(0.05 * (times > 1))
         if number == signal.SIGKILL:
-            return {"killed", "finished"} | ({"refused"} if whom in ("a rank", "a data worker") else set())
+            lost_rank = whom == "a rank" and begun  # the other one has to say it
+            left = whom != "all processes" and (start.several or whom == "a data worker")
+            return {"finished"} | ({"refused"} if left else set()) | (set() if lost_rank else {"killed"})
         if whom == "a data worker":
             return {"refused", "finished", "stopped"}
         allowed = {"stopped", "finished"}

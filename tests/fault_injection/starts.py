@@ -46,6 +46,7 @@ class Start:
         self.mark = f"{os.getpid()}-{Start._count}"
         self.signals: set[int] = set()
         """What it was sent."""
+        self._killed = False
         self._log = run / "out.log"
         self._log_offset = self._log.stat().st_size if self._log.is_file() else 0
         command = [sys.executable]
@@ -90,6 +91,7 @@ class Start:
 
     def send(self, number: int, *pids: int) -> None:
         self.signals.add(number)
+        self._killed = self._killed or (number == signal.SIGKILL and set(pids) >= set(self.ranks()))
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -141,6 +143,8 @@ class Start:
 
     def ending(self) -> str:
         """finished, stopped (with a checkpoint), interrupted, refused (with a readable message), killed or crashed."""
+        if self._killed and self.code != 0:  # nothing is left that could say a word
+            return "killed"
         said = self.said()
         if self.resumed_at() is None:  # Ctrl-C while Python imports modules is Python's own to report
             said = _CTRL_C.sub("clipup train: interrupted\n", said)
