@@ -122,8 +122,11 @@ def _signal(number: int, whom: str, times: int = 1) -> Callable[[Scene], set[str
         if whom == "a data worker":
             return {"refused", "finished", "stopped"}
         allowed = {"stopped", "finished"}
-        if not begun or times > 1 or (start.several and whom == "all processes"):  # torchrun passes its own on
+        twice = times > 1 or (start.several and whom == "all processes")  # torchrun passes its own on
+        if not begun or twice:
             allowed |= {"interrupted", "killed"}
+        if start.several and twice:  # a rank may go before the other one
+            allowed |= {"refused"}
         if logged_steps(scene.run) >= STEPS:
             allowed |= {"killed", "interrupted"}
         return allowed
