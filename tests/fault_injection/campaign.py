@@ -18,6 +18,7 @@ from faults import MOMENTS, Fault, Missed, Scene
 from starts import Start
 from workload import SAVE_EVERY, START_SECONDS, STEPS, Workload
 
+IDLE, DIVERGING = "resume of a finished run", "learning rate far too large"
 FORKED = 0.8
 """Share of starts on one process that are forks of this one; the others are new processes."""
 FORK_SECONDS = 1.0
@@ -56,6 +57,8 @@ class Campaign:
     disk: SmallDisk | None
     faults: list[Fault]
     damage: list[Damage]
+    besides: list[str]
+    """Which of IDLE and DIVERGING happen."""
     tally: Tally = field(default_factory=Tally)
     startup_seconds: float = 0
     story: list[str] = field(default_factory=list)
@@ -93,11 +96,13 @@ class Campaign:
             faultless = attempt >= attempts or time.monotonic() > until
             if self._attempt(random.Random(f"{self.seed}/{number}/{attempt}"), disk, faultless):
                 break
-        if draw.random() < 0.4:
+        if IDLE in self.besides and draw.random() < 0.4:
             self._idle_resume()
         self._check_no_process_is_left()
         self.tally.runs += 1
         shutil.rmtree(self.directory)
+        if DIVERGING in self.besides and draw.random() < 0.2:
+            self._diverge(draw)
 
     def keep(self, number: int) -> Path:
         """Moves what is left of a run out of the way, from a disk that may vanish too."""
@@ -275,16 +280,37 @@ class Campaign:
         if wrong:
             raise Lost("; ".join(wrong))
 
+    def _diverge(self, draw: random.Random) -> None:
+        """A run whose learning rate is far too large ends with a message, and every checkpoint of it is finite."""
+        rate = draw.choice(["30", "1e4", "1e30"])
+        self.directory = self.scratch / "runs" / "diverging"
+        self.kinds = [DIVERGING]
+        self.story = [f"a run of its own with --lr {rate} --warmup 1 --save-every-n-steps 1"]
+        self.tally.faults[DIVERGING] += 1
+        options = ("--lr", rate, "--warmup", "1", "--save-every-n-steps", "1")
+        start = self._begin(*options, fork=self.workload.processes == 1)
+        ended = start.wait(START_SECONDS)
+        ending = start.ending() if ended else "running"
+        self.tally.endings.setdefault(DIVERGING, Counter())[ending] += 1
+        if ending not in ("refused", "finished"):
+            raise Lost(f"a run with a learning rate of {rate} is {ending}: {start.said().strip()[-3000:]}")
+        found = Checkpoints.of(self.directory)
+        if found.damaged or found.not_finite:
+            names = ", ".join(path.name for path in [*found.damaged, *found.not_finite])
+            raise Lost(f"a run with a learning rate of {rate} left checkpoints that are not finite: {names}")
+        self._check_no_process_is_left()
+        shutil.rmtree(self.directory)
+
     def _idle_resume(self) -> None:
         """A finished run that is started again stays as it is."""
-        self.kinds = ["resume of a finished run"]
-        self.tally.faults[self.kinds[0]] += 1
-        self.story.append(self.kinds[0])
+        self.kinds = [IDLE]
+        self.tally.faults[IDLE] += 1
+        self.story.append(IDLE)
         before = checks.contents(self.directory)
         start = self._begin("--resume", "latest", fork=self.workload.processes == 1)
         if not start.wait(START_SECONDS) or start.ending() != "finished":
             raise Lost(f"the resume of a finished run is {start.ending()}: {start.said().strip()[-3000:]}")
-        self.tally.endings.setdefault(self.kinds[0], Counter())["finished"] += 1
+        self.tally.endings.setdefault(IDLE, Counter())["finished"] += 1
         after = checks.contents(self.directory)
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         if changed:

@@ -26,7 +26,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a process with more threads cannot be forked
 
 import figures  # noqa: E402
-from campaign import Campaign, Lost, Tally  # noqa: E402
+from campaign import DIVERGING, IDLE, Campaign, Lost, Tally  # noqa: E402
 from damage import DAMAGE  # noqa: E402
 from disks import SmallDisk, reason_against_mounting  # noqa: E402
 from faults import FAULTS, FROZEN_FOR_LONG  # noqa: E402
@@ -86,6 +86,7 @@ def _campaign(options: argparse.Namespace, processes: int) -> Iterator[Campaign]
 
     faults = [fault for fault in FAULTS if processes in fault.processes and wanted(fault.name)]
     damage = [each for each in DAMAGE if wanted(each.name)]
+    besides = [name for name in (IDLE, DIVERGING) if wanted(name)]
     if processes > 1 and not has_rank_timeout():
         print(f"SKIPPED: {FROZEN_FOR_LONG} (the trainer has no option for it)")
         faults = [fault for fault in faults if fault.name != FROZEN_FOR_LONG]
@@ -99,7 +100,7 @@ def _campaign(options: argparse.Namespace, processes: int) -> Iterator[Campaign]
         disk.mount()
     else:
         print(f"SKIPPED: disk full ({reason}); the limit on file sizes stands in for it")
-    campaign = Campaign(workload, options.seed, scratch, disk, faults, damage)
+    campaign = Campaign(workload, options.seed, scratch, disk, faults, damage, besides)
     try:
         yield campaign
     finally:

@@ -187,7 +187,8 @@ def test_processes_are_found_signalled_and_ended(start):
 def test_a_run_under_faults_loses_nothing(tmp_path):
     program = Path(__file__).with_name("inject.py")
     report = tmp_path / "figures.json"
-    arguments = ["--seconds", "1", "--seed", "5", "--report", str(report), "--directory", str(tmp_path)]
+    arguments = ["--seconds", "1", "--seed", "5", "--faults", "SIGKILL of the process", "truncated"]
+    arguments += ["--report", str(report), "--directory", str(tmp_path)]
 
     done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True)
 
