@@ -110,6 +110,12 @@ def clipup(x: Tensor, w: Weights) -> Tensor:
     return ck.expert_mlp(x, gating.gates, plan, w.in_weight, w.in_bias, w.out_weight, w.out_bias, "gelu")
 
 
+def prepared(function: Callable, w: Weights | DenseWeights) -> Callable:
+    """``clipup`` or ``dense_engine`` on packed weights, as in the layers that ``clipup.accelerate`` makes."""
+    packed = w._replace(in_weight=ck.pack_weight(w.in_weight), out_weight=ck.pack_weight(w.out_weight))
+    return lambda x, _: function(x, packed)
+
+
 def oracle(x: Tensor, w: Weights | DenseWeights) -> Tensor:
     """The same layer in float64, sparse ones by the reference ops and routed on the same float32 logits."""
     if isinstance(w, DenseWeights):
@@ -121,7 +127,7 @@ def oracle(x: Tensor, w: Weights | DenseWeights) -> Tensor:
     return ck.reference.expert_mlp(x.double(), gating.gates.double(), plan, *parameters, "gelu")
 
 
-DENSE = {"dense_1": dense, "dense_k": dense, "dense_k_engine": dense_engine}
+DENSE = {"dense_1": dense, "dense_k": dense, "dense_k_engine": dense_engine, "dense_k_prepared": dense_engine}
 """One dense MLP: ``dense_1`` on T rows, what the dense model pays; all others on K*T rows, the sparse layer's."""
 SPARSE = {
     "loop": loop,
@@ -130,10 +136,13 @@ SPARSE = {
     "grouped_mm": grouped_mm,
     "hf_grouped_mm": hf_grouped_mm,
     "clipup": clipup,
+    "clipup_prepared": clipup,
     **PEERS,
 }
 IMPLEMENTATIONS = DENSE | SPARSE
-WITHOUT_DERIVATIVE = {"dense_k_engine"}
+PREPARED = {"dense_k_prepared", "clipup_prepared"}
+"""On weights that were packed before the first call; the others read plain weights at every call."""
+WITHOUT_DERIVATIVE = {"dense_k_engine", *PREPARED}
 TRANSFORMERS = (5, 4)
 """The first version whose grouped experts can do without a gate."""
 
@@ -142,6 +151,8 @@ def refusal(impl: str, training: bool, device: str) -> str | None:
     """Why an implementation cannot run here; None where it can."""
     if training and impl in WITHOUT_DERIVATIVE:
         return "has no derivative"
+    if impl in PREPARED and device != "cpu":
+        return "runs on CPUs only"
     if impl == "hf_grouped_mm" and version_of("transformers") < TRANSFORMERS:
         return "needs transformers " + ".".join(map(str, TRANSFORMERS)) + " or newer"
     if impl in PEERS and device == "cpu":
@@ -193,6 +204,7 @@ def candidates(impls: Iterable[str], case: Case, top_k: int, dtype: torch.dtype,
     one = first_expert(weights)
     made = {}
     for impl in impls:
-        dense_x = x if impl == "dense_1" else x_k
-        made[impl] = Candidate(DENSE[impl], dense_x, one) if impl in DENSE else Candidate(SPARSE[impl], x, weights)
+        function, mine = (DENSE[impl], one) if impl in DENSE else (SPARSE[impl], weights)
+        function = prepared(function, mine) if impl in PREPARED else function
+        made[impl] = Candidate(function, x_k if impl in DENSE and impl != "dense_1" else x, mine)
     return made

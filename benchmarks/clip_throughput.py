@@ -49,15 +49,15 @@ WORDS = "a photograph of one small brown dog that runs along the wide grey beach
 UNTIMED = 2  # calls before the timed ones
 
 
-def build(name: str, dtype: torch.dtype, device: str, training: bool) -> nn.Module:
+def build(name: str, dtype: torch.dtype, device: str, training: bool) -> tuple[nn.Module, TowerCounts]:
+    """The model, and what it costs on paper."""
     architecture, *options = name.split()
     with expecting_random_weights():
         model = create_model_and_transforms(architecture, load_weights=False)[0]
     if "CLIP-UP" in options:
         model = clipup.upcycle(model, clipup.MoEConfig.clip_up(), inplace=True)
-    if ACCELERATED in options:
-        model = clipup.accelerate(model, inplace=True)
-    return model.train(training).to(device, dtype)
+    model, counts = model.train(training).to(device, dtype), count(model)
+    return (clipup.accelerate(model, inplace=True) if ACCELERATED in options else model), counts
 
 
 def synchronise(device: str) -> None:
@@ -114,10 +114,11 @@ class TrainingStep:
 def measure(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> list[dict]:
     """The rows of one pass and dtype."""
     training = pass_ == "fwd_bwd"
+    counts: dict[str, TowerCounts] = {}
     wanted = [name for name in MODELS if name in {*args.models, BASELINE} and not (training and ACCELERATED in name)]
 
     def runner(name: str) -> Inference | TrainingStep:
-        model = build(name, DTYPES[dtype], args.device, training)
+        model, counts[name] = build(name, DTYPES[dtype], args.device, training)
         images = torch.randn(args.batch_size, 3, *image_size(model)).to(args.device, DTYPES[dtype])
         run = (TrainingStep if training else Inference)(model, images, texts)
         with torch.inference_mode(not training):
@@ -127,12 +128,10 @@ def measure(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> 
         return run
 
     timings: dict[str, Timing] = {}
-    counts: dict[str, TowerCounts] = {}
     towers: dict[str, list[float]] = {}
     base = runner(BASELINE)
     for name in wanted:
         run = base if name == BASELINE else runner(name)
-        counts[name] = count(run.model)
         pair = {BASELINE: base, name: run}
         with torch.inference_mode(not training):
             timings[name] = alternate(pair, BASELINE, args.seconds, args.device, args.rounds)[name]

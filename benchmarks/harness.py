@@ -73,8 +73,7 @@ def alternate(
     """Times every candidate against ``candidates[baseline]``.
 
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
-    and for ``min_rounds`` at least. Two untimed rounds come first: what is kept between calls, packed weights for one,
-    is there after the second.
+    and for ``min_rounds`` at least. Two untimed rounds come first: memory that is kept between calls is there then.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}

@@ -31,10 +31,11 @@ NEEDED = {BASELINE, "clipup"}
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
 CHECKED_TOKENS = {"cpu": 96, "cuda": 4096}
 """Tokens that are compared with the oracle: on a GPU enough for experts with many rows, whose tiles are larger."""
-FORWARD_SHAPES = ["197x768x3072", "1576x768x3072", "6304x768x3072", "616x512x2048", "4928x512x2048"]
-TRAINING_SHAPES = ["1576x768x3072", "6304x768x3072", "616x512x2048", "4928x512x2048"]
-FULL = [Case(6304, 768, 3072, experts) for experts in (8, 16, 64)] + [Case(6304, 768, 3072, 8, "skewed")]
-"""What ``--suite full`` adds: more experts for the same rows, and one expert that takes half of them."""
+FORWARD_SHAPES = ["197x768x3072", "1576x768x3072", "616x512x2048"]
+TRAINING_SHAPES = ["1576x768x3072", "616x512x2048"]
+FULL = [Case(4928, 512, 2048, 8)]
+FULL += [Case(6304, 768, 3072, experts) for experts in (8, 16, 64)] + [Case(6304, 768, 3072, 8, "skewed")]
+"""What ``--suite full`` adds: large batches, more experts for the same rows, and one expert that takes half of them."""
 FIELDS = (
     "device dtype threads tokens d_model d_hidden experts top_k routing pass impl median_ms p20_ms p80_ms tflops "
     "ratio_to_dense_k peak_share saved_mb peak_mb commit torch triton"
@@ -53,7 +54,10 @@ def options(description: str, training: bool) -> argparse.ArgumentParser:
     add("--top-k", type=int, default=2, help="choices a token (default: 2)")
     text = "skewed: one expert takes half of all rows (default: balanced)"
     add("--routing", nargs="+", choices=ROUTINGS, default=["balanced"], help=text)
-    text = "full adds E = 8, 16, 64 and the skewed routing at 6304x768x3072, and one thread"
+    text = (
+        "default: small shapes, under a minute on two cores; full: adds 4928x512x2048, E = 8, 16, 64 and the "
+        "skewed routing at 6304x768x3072, and one thread"
+    )
     add("--suite", choices=["default", "full"], default="default", help=text)
     add("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], help="(default: fp32 bf16)")
     add("--impl", nargs="+", choices=list(IMPLEMENTATIONS), help="(default: the usual ones that can run here)")
@@ -61,8 +65,8 @@ def options(description: str, training: bool) -> argparse.ArgumentParser:
     add("--skip-failing", action="store_true", help=text)
     add("--threads", nargs="+", type=int, help=f"CPU threads (default: {torch.get_num_threads()}; --suite full: 1 too)")
     add("--device", choices=list(CHECKED_TOKENS), default="cpu", help="(default: cpu)")
-    add("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
-    add("--seconds", type=float, default=5.0, help="timing budget of one case and dtype, in seconds (default: 5)")
+    add("--rounds", type=int, help="least number of alternating rounds (default: 3, --suite full: 5)")
+    add("--seconds", type=float, help="timing budget of one case and dtype, in seconds (default: 2, --suite full: 5)")
     add("--csv", help="file to write the rows to")
     return parser
 
@@ -77,6 +81,9 @@ def parse(description: str, training: bool, argv: list[str] | None) -> argparse.
     for impl in args.impl:
         if why := refusal(impl, training, args.device):
             parser.error(f"--impl: {impl} {why}")
+    full = args.suite == "full"
+    args.rounds = args.rounds if args.rounds is not None else (5 if full else 3)
+    args.seconds = args.seconds if args.seconds is not None else (5.0 if full else 2.0)
     if args.rounds < 2:
         parser.error(f"--rounds must be 2 or more, got {args.rounds}")
     args.cases = cases(args)

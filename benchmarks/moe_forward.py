@@ -1,6 +1,6 @@
 """One Mixture-of-Experts layer, inference: this project's ops against dense MLPs and plain torch.
 
-    python benchmarks/moe_forward.py                                  # tables, in some minutes
+    python benchmarks/moe_forward.py                                  # tables, in a minute
     python benchmarks/moe_forward.py --shapes 6304x768x3072 --dtype fp32 --csv benchmarks/results/forward.csv
     python benchmarks/moe_forward.py --suite full --csv benchmarks/results/moe_forward_cpu.csv
 

@@ -16,10 +16,12 @@ from clipup.report import svg
 from clipup.report.palette import EXPERTS
 
 IMPLEMENTATIONS = (
-    "clipup", "hf_grouped_mm", "grouped_mm", "loop_unbind", "loop", "dense_k_engine", "dense_1", "loop_sorted",
-    "scattermoe", "megablocks", "sonicmoe",
+    "clipup_prepared", "clipup", "dense_k_prepared", "hf_grouped_mm", "grouped_mm", "loop_unbind", "loop",
+    "dense_k_engine", "dense_1", "loop_sorted", "scattermoe", "megablocks", "sonicmoe",
 )  # fmt: skip
-COLORS = dict(zip(IMPLEMENTATIONS, ("#e0660a", *EXPERTS, "#49505a", "#949da8"), strict=True))
+OURS = {"clipup_prepared": "#e0660a", "clipup": "#f2b27a"}
+OTHERS = ("#7a6ff0", *EXPERTS, "#49505a", "#949da8")
+COLORS = OURS | dict(zip(IMPLEMENTATIONS[len(OURS) :], OTHERS, strict=True))
 PASSES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
 LABELS, PANEL, GAP, LINE, HEAD = 260, 300, 24, 22, 44  # px: widths of labels and panels, heights of lines and headings
 TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
@@ -56,7 +58,7 @@ def legend(y: float, impls: Sequence[str]) -> str:
 
 def mark(x: float, y: float, impl: str, tooltip: str) -> str:
     """A dot; this project's is a larger diamond, dense ones are rings."""
-    if impl == "clipup":
+    if impl in OURS:
         path = f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"
         return svg.element("path", svg.title(tooltip), d=path, fill=COLORS[impl])
     ring = {"fill": "none", "stroke": COLORS[impl], "stroke_width": 2} if impl.startswith("dense") else {}

@@ -16,7 +16,9 @@ from pathlib import Path
 from harness import report
 
 from clipup.data.captions import same_words
-from clipup.data.samples import Skips, expand_shards, tar_records
+from clipup.data.samples import tar_records
+from clipup.data.shard_names import expand_shards
+from clipup.data.skips import Skips
 from clipup.models import get_tokenizer
 from clipup.word_tokenizer import WordTokenizer, split_words
 

@@ -9,7 +9,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from clipup_kernels._version import __version__ as __version__
 
 from .accelerate import accelerate
 from .balancing import update_selection_bias
@@ -19,9 +22,20 @@ from .config import MoEConfig
 from .metrics import moe_metrics
 from .moe import SparseMoE, aux_loss, moe_layers
 from .upcycle import step0_difference, upcycle
+from .weight_decay import parameter_groups
 
-_FROM_MODELS = ("create_model_and_transforms", "get_model_config", "get_tokenizer", "load_checkpoint")
-_FROM_TIMM_MODELS = ("create_timm_model",)
+if TYPE_CHECKING:
+    from .models import create_model_and_transforms, get_model_config, get_tokenizer, load_checkpoint
+    from .timm_models import create_timm_model
+
+# These modules import open_clip, which takes seconds and which SparseMoE does not need.
+_LAZY = {
+    "create_model_and_transforms": "models",
+    "create_timm_model": "timm_models",
+    "get_model_config": "models",
+    "get_tokenizer": "models",
+    "load_checkpoint": "models",
+}
 
 __all__ = [
     "MoEConfig",
@@ -36,6 +50,7 @@ __all__ = [
     "load_checkpoint",
     "moe_layers",
     "moe_metrics",
+    "parameter_groups",
     "save_pretrained",
     "step0_difference",
     "upcycle",
@@ -44,12 +59,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_MODELS:
-        from . import models  # imports open_clip, which takes seconds and which SparseMoE does not need
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
-        return getattr(models, name)
-    if name in _FROM_TIMM_MODELS:
-        from . import timm_models
 
-        return getattr(timm_models, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

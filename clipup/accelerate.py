@@ -1,80 +1,110 @@
-"""Dense MLPs on the kernels of the experts, for inference on CPUs: what stays dense in a sparse model gains too."""
+"""``accelerate``: a model for inference on CPUs, its MLPs and experts prepared ahead."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
-from torch import Tensor, nn
-
-from clipup_kernels import dense_mlp
+from torch import nn
 
 from .mlp_families import families_read, find_mlp, read_mlp, replace_mlp
+from .moe import SparseMoE
+from .prepared import MATRICES, Prepared, PreparedMLP, PreparedMoE
 
 
-class AcceleratedMLP(nn.Module):
-    """A dense MLP that runs on ``clipup_kernels.dense_mlp`` on the CPU, outside of autograd and autocast.
-
-    Elsewhere it runs as it did. Children and names of parameters are the MLP's own, so that state dicts fit both ways.
-    """
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        read_mlp(mlp)
-        for name, child in mlp.named_children():
-            self.add_module(name, child)
-        self._original = [mlp]  # in a list: registered once, through its children
-
-    def forward(self, x: Tensor) -> Tensor:
-        (mlp,) = self._original
-        dense = read_mlp(mlp)
-        differentiated = torch.is_grad_enabled() and (
-            x.requires_grad or any(t.requires_grad for t in dense.parameters().values())
-        )
-        casts = torch.is_autocast_enabled("cpu") or x.dtype != dense.in_weight.dtype
-        drops = self.training and dense.dropout > 0
-        if x.device.type != "cpu" or differentiated or casts or drops:
-            return mlp(x)
-        if dense.input_norm is not None:
-            x = dense.input_norm(x)
-        y = dense_mlp(
-            x.reshape(-1, x.shape[-1]), dense.in_weight, dense.in_bias, dense.out_weight, dense.out_bias,
-            dense.activation, dense.gate_weight, dense.gate_bias,
-        )  # fmt: skip
-        return y.view(x.shape)
+class NothingToPrepare(ValueError):
+    """The model has no layer that could be prepared."""
 
 
+@torch.no_grad()
 def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Runs the dense MLP blocks of a transformer on this project's CPU kernels in inference.
+    """Prepares a model for inference on a CPU: layers, sparse and dense, hold packed weights in place of plain ones.
 
-    The features are the same to rounding, parameters and state dict stay as they are, and training, autocast and other
-    devices run as before, but for one thing: on a CPU a text tower that returns nothing but its end-of-text token's
-    features stops at the end of the batch's longest text, as upcycled ones do (``clipup.padding_aware``). Packed copies
-    of the weights are kept between calls (``clipup_kernels.pack_weights``). Upcycle first: what was accelerated is not
-    read as an MLP again.
+    Sparse layers compute bitwise what they did. Dense MLPs run on this project's kernels and compute the same to
+    rounding. On a text tower that returns nothing but its end-of-text token's features, computation stops at the end of
+    the batch's longest text, as in upcycled ones (``clipup.padding_aware``). What is not prepared (attention, norms,
+    MLPs that are spread over several modules as BERT's, MLPs with a norm between their projections) runs as before.
+
+    The result is in evaluation mode, and no parameter of it requires a gradient. Prepared layers cannot be trained,
+    written to, cast or moved: an error says so. Threads may share them; deepcopy, pickle and ``load_state_dict`` work,
+    and ``state_dict()`` has the plain model's names and values. Upcycle and cast before.
 
     Args:
-        model: any module with transformer blocks of a family that ``clipup.mlp_families`` reads, sparse or dense. MLPs
-            that are spread over several modules (BERT's) or have a norm between their projections run as before.
-        inplace: change ``model`` itself instead of a copy.
+        model: a model with transformer blocks of a family that ``clipup.mlp_families`` reads, sparse or dense; or one
+            ``SparseMoE``, or one MLP. On the CPU.
+        inplace: change ``model`` itself instead of a copy. An MLP by itself is replaced in any case: use what is
+            returned.
 
     Raises:
-        ValueError: the model has no such block.
+        TypeError: not a module; a subclass of SparseMoE, which may compute something else.
+        ValueError: the model has nothing to prepare (NothingToPrepare), or is on another device.
     """
-    from .padding_aware import leave_padding_out  # brings open_clip, which SparseMoE does without
-
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check(model)
     if not inplace:
-        model = copy.deepcopy(model)
-    blocks = [module for module in model.modules() if _can_run(module)]
-    if not blocks:
-        raise ValueError(f"the model has no dense MLP to accelerate; {families_read()}")
-    for block in blocks:
-        replace_mlp(block, AcceleratedMLP(find_mlp(block).module))
-    leave_padding_out(model)
+        model = copy.deepcopy(model, _shared_until_packed(model))
+    if _is_mlp(model):
+        return PreparedMLP(model).requires_grad_(False)
+    sparse = _sparse_layers(model)
+    dense = [module for module in model.modules() if _can_prepare(module)]
+    if not sparse and not dense and not any(isinstance(module, Prepared) for module in model.modules()):
+        raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare; {families_read()}")
+    for layer in sparse:
+        layer.__class__ = PreparedMoE
+        layer.prepare()
+    for block in dense:
+        replace_mlp(block, PreparedMLP(find_mlp(block).module))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.eval()
+    if not isinstance(model, SparseMoE):
+        from .padding_aware import leave_padding_out  # brings open_clip, which SparseMoE does without
+
+        leave_padding_out(model)
     return model
 
 
-def _can_run(block: nn.Module) -> bool:
+def _check(model: nn.Module) -> None:
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())} - {torch.device("cpu")}
+    if devices:
+        raise ValueError(f"the model is on {devices.pop()}; it is prepared for CPUs, move it there first: model.cpu()")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseMoE) and not isinstance(module, Prepared) and _overrides(type(module)):
+            raise TypeError(
+                f"{name or 'model'} is a {type(module).__qualname__}, which overrides what SparseMoE computes, so it "
+                "cannot be prepared"
+            )
+
+
+def _overrides(layer_class: type[SparseMoE]) -> bool:
+    computing = ("__call__", "forward", "run_experts")
+    return any(getattr(layer_class, name) is not getattr(SparseMoE, name) for name in computing)
+
+
+def _sparse_layers(model: nn.Module) -> list[SparseMoE]:
+    return [m for m in model.modules() if isinstance(m, SparseMoE) and not isinstance(m, Prepared)]
+
+
+def _shared_until_packed(model: nn.Module) -> dict[int, object]:
+    """A deepcopy's memo in which the weights that will be packed stand for themselves, so that they are copied once."""
+    sparse = _sparse_layers(model)
+    stacks = [experts for layer in sparse for experts in (layer, layer.shared) if experts is not None]
+    weights = [experts._parameters[name] for experts in stacks for name in MATRICES]
+    mlps = [model] if _is_mlp(model) else [find_mlp(m).module for m in model.modules() if _can_prepare(m)]
+    for mlp in mlps:
+        weights += mlp.parameters()
+    return {id(weight): weight for weight in weights if weight is not None}
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    try:
+        return read_mlp(module).ln_weight is None
+    except TypeError:
+        return False
+
+
+def _can_prepare(block: nn.Module) -> bool:
     """Whether a block's MLP is one module that ``dense_mlp`` computes."""
     try:
         found = find_mlp(block)

@@ -30,10 +30,10 @@ def update_selection_bias(model: nn.Module) -> None:
     """Moves every sparse layer's selection bias by ``selection_bias_rate`` times the step of its kind. Call it after
     every optimizer step; ``clipup train`` does.
 
-    The load is that of all forwards in training with gradients since the last call, before dropping, so the
-    micro-batches of an accumulated step count together; activation checkpointing's second forward does not count. Where
-    ``torch.distributed`` runs, the loads of all ranks are summed, and all must call. Nothing waits for the device. A
-    model without such layers stays as it is.
+    The load is that of all forwards in training with gradients since the last call, in all threads, before dropping, so
+    the micro-batches of an accumulated step count together; activation checkpointing's second forward does not count.
+    Where ``torch.distributed`` runs, the loads of all ranks are summed, and all must call. Nothing waits for the
+    device. A model without such layers stays as it is.
     """
     layers = [layer for layer in moe_layers(model).values() if layer.router.selection_bias is not None]
     if not layers:
@@ -46,6 +46,12 @@ def update_selection_bias(model: nn.Module) -> None:
         bias = layer.router.selection_bias
         step = _STEPS[layer.config.selection_bias](load.to(bias.device, bias.dtype))
         bias.add_(step, alpha=layer.config.selection_bias_rate)
+
+
+def forget_loads(model: nn.Module) -> None:
+    """Call it in place of ``update_selection_bias`` when a step was not applied: its load does not count."""
+    for layer in moe_layers(model).values():
+        layer.records.take_load()
 
 
 def _load(load: Tensor | None, bias: Tensor) -> Tensor:

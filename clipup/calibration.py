@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .moe import SparseMoE, moe_layers
 from .upcycle import evaluating, upcycle
 
@@ -45,6 +46,9 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
             there is no batch.
         FloatingPointError: the error of a layer became NaN or infinite.
     """
+    checks.module("model", model)
+    checks.module("dense", dense)
+    checks.positive_number("lr", lr)
     config, students = getattr(model, "moe_config", None), moe_layers(model)
     if config is None or not students:
         raise ValueError("model has no sparse layers made by clipup.upcycle, so there is nothing to fit")

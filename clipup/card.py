@@ -20,16 +20,50 @@ _SPARSE = (
     "([CLIP-UP](https://arxiv.org/abs/2502.00965))."
 )
 _ROW = re.compile(r"^\| (.+) \| (.+) \| ([\d.]+) \|$")
+_BASE = "base_model:"
+_CLIP_USAGE = """\
+import clipup
+import torch
+from PIL import Image
+
+name = "."  # the directory of this card, or "hf-hub:ORG/NAME"
+model, _, preprocess = clipup.create_model_and_transforms(name)
+model.eval()  # in training an expert's capacity may drop tokens
+tokenizer = clipup.get_tokenizer(name)
+
+image = preprocess(Image.new("RGB", (256, 256), "red")).unsqueeze(0)  # or Image.open(FILE)
+texts = tokenizer(["a red square", "a photo of a dog"])
+with torch.no_grad():
+    image_features = model.encode_image(image, normalize=True)
+    text_features = model.encode_text(texts, normalize=True)
+print(image_features @ text_features.T)  # cosines [images, texts]""".splitlines()
+_TIMM_USAGE = """\
+import clipup
+import timm
+import torch
+from PIL import Image
+
+model = clipup.create_timm_model(".")  # the directory of this card, or "hf-hub:ORG/NAME"
+model.eval()  # in training an expert's capacity may drop tokens
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+image = transform(Image.new("RGB", (256, 256), "red")).unsqueeze(0)  # or Image.open(FILE)
+with torch.no_grad():
+    print(model(image))""".splitlines()
 _WAYS = {"t2i": "text to image", "i2t": "image to text"}
 
 
-def model_card(model: nn.Module, library: str, license: str = "other") -> str:
+def model_card(
+    model: nn.Module, library: str, license: str = "other", base_model: str | None = None, extra: str | None = None
+) -> str:
     """A card in Markdown with the hub's metadata in front: what the model is made of and costs, and how to load it.
 
     Args:
         model: open_clip's or timm's, dense or sparse; its FLOPs are counted, it is not run.
         library: "open_clip" or "timm".
         license: the hub's name of a licence, such as mit or apache-2.0.
+        base_model: ORG/NAME on the hub of the model that this one was made from, where that is known.
+        extra: of clipup, which the model needs.
     """
     layers = moe_layers(model)
     sparse = bool(layers)
@@ -39,7 +73,7 @@ def model_card(model: nn.Module, library: str, license: str = "other") -> str:
     counts = flops.count(model)
     parts = [
         *_front_matter(
-            license, library, "zero-shot-image-classification" if is_clip else "image-feature-extraction", tags
+            license, base_model, "zero-shot-image-classification" if is_clip else "image-feature-extraction", tags
         ),
         f"# {_title(model, kind)}",
         "",
@@ -56,9 +90,11 @@ def model_card(model: nn.Module, library: str, license: str = "other") -> str:
         parts.append(f"| GFLOPs for a text of full length | {counts.text_gflops:.3g} |")
     if sparse:
         parts += ["", "## Experts", "", *_experts(layers)]
-    parts += ["", "## Use", "", "```python", "import clipup", "", *_usage(is_clip), "```"]
+    package = "clipup" if extra is None else f'"clipup[{extra}]"'
+    parts += ["", "## Use", "", "```bash", f"pip install {package}", "```", ""]
+    parts += ["```python", *(_CLIP_USAGE if is_clip else _TIMM_USAGE), "```"]
     if sparse:
-        parts += ["", f"Plain {library} builds the dense model of the config, and refuses these weights."]
+        parts += ["", f"The sparse layers are clipup's: {library} by itself does not load these weights."]
     return "\n".join([*parts, "", _HEAD, "", _NOTHING, ""])
 
 
@@ -66,8 +102,9 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     """Writes what ``clipup eval`` measured into the directory's card; those of the same data and measure are replaced.
 
     Args:
-        results: ``retrieval`` and ``zero_shot`` as the functions of those names return them; ``dataset``, ``split``,
-            ``precision`` and ``multi_positive`` where they are known.
+        results: ``retrieval`` and ``zero_shot`` as the functions of those names return them; of which data: ``dataset``
+            and ``split``, or the paths ``val_data`` and ``images``; ``precision`` and ``multi_positive`` where they are
+            known.
 
     Raises:
         FileNotFoundError: the directory has no README.md.
@@ -87,9 +124,28 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
 
 
-def _front_matter(license: str, library: str, task: str, tags: list[str]) -> list[str]:
+def base_model_in(directory: str | Path) -> str | None:
+    """The ``base_model`` that the directory's card names; None without one."""
+    path = Path(directory) / README
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8").split("\n---", 1)[0].splitlines()
+    return next((line[len(_BASE) :].strip() or None for line in lines if line.startswith(_BASE)), None)
+
+
+def _front_matter(license: str, base_model: str | None, task: str, tags: list[str]) -> list[str]:
+    made_from = [] if base_model is None else [f"{_BASE} {base_model}"]
     listed = ["tags:", *(f"- {tag}" for tag in tags)] if tags else []
-    return ["---", f"license: {license}", f"library_name: {library}", f"pipeline_tag: {task}", *listed, "---", ""]
+    return [
+        "---",
+        f"license: {license}",
+        "library_name: clipup",
+        *made_from,
+        f"pipeline_tag: {task}",
+        *listed,
+        "---",
+        "",
+    ]
 
 
 def _title(model: nn.Module, kind: str) -> str:
@@ -108,34 +164,31 @@ def _experts(layers: dict[str, nn.Module]) -> list[str]:
     return lines
 
 
-def _usage(is_clip: bool) -> list[str]:
-    if is_clip:
-        return [
-            '# "hf-hub:ORG/NAME", or a directory',
-            'model, _, preprocess = clipup.create_model_and_transforms("hf-hub:ORG/NAME")',
-            'tokenizer = clipup.get_tokenizer("hf-hub:ORG/NAME")',
-        ]
-    return ['model = clipup.create_timm_model("hf-hub:ORG/NAME")  # or a directory']
-
-
 def _millions(count: int) -> str:
     return f"{count / 1e6:.1f} M"
 
 
+def _data(results: dict[str, Any], argument: str) -> str:
+    """What was measured on: a benchmark's name and split, else the last parts of the path that an argument gave."""
+    if "dataset" in results:
+        name = f"{results['dataset']} {results.get('split', '')}".strip()
+    else:
+        name = "/".join(Path(results[argument]).parts[-2:]).replace("|", "-") if argument in results else "own data"
+    precision = results.get("precision", "fp32")
+    return name if precision == "fp32" else f"{name} in {precision}"
+
+
 def _rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
     """(data, measure) to percent."""
-    name = f"{results['dataset']} {results.get('split', '')}".strip() if "dataset" in results else "own data"
-    if results.get("precision", "fp32") != "fp32":
-        name += f" in {results['precision']}"
     rows = {}
     if "retrieval" in results:
         found = results["retrieval"]
         captions = "distinct captions" if results.get("multi_positive") else "captions"
-        data = f"{name}: {found['gallery']:,} images, {found['captions']:,} {captions}"
+        data = f"{_data(results, 'val_data')}: {found['gallery']:,} images, {found['captions']:,} {captions}"
         for way, words in _WAYS.items():
             rows |= {(data, f"{words} R@{k[1:]}"): f"{100 * value:.2f}" for k, value in found[way].items()}
     if "zero_shot" in results:
         found = results["zero_shot"]
-        data = f"{name}: {found['images']:,} images, {found['classes']:,} classes"
+        data = f"{_data(results, 'images')}: {found['images']:,} images, {found['classes']:,} classes"
         rows |= {(data, f"zero-shot top-{k}"): f"{100 * found[f'top{k}']:.2f}" for k in (1, 5)}
     return rows

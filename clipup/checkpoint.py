@@ -15,24 +15,34 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
+import shutil
+import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from . import word_tokenizer
 from .config import MoEConfig
 from .moe import moe_layers
-from .weights import read_safetensors
+from .weights import read_safetensors, types_in_safetensors
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 _PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode")
 _MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg")
 _SHOWN = 3
+_WRITING = ".writing"
+_LONGEST_WRITE = 24 * 3600
+_own: set[str] = set()
+"""Temporary directories of this process's own writers."""
 
 
 def save_pretrained(
@@ -41,6 +51,7 @@ def save_pretrained(
     model_cfg: dict[str, Any] | None = None,
     preprocess_cfg: dict[str, Any] | None = None,
     license: str = "other",
+    base_model: str | None = None,
 ) -> None:
     """Writes a model, dense or upcycled, with a model card. ``clipup.create_model_and_transforms(directory)`` loads it,
     ``clipup.create_timm_model(directory)`` where it is a timm model.
@@ -53,6 +64,7 @@ def save_pretrained(
             arguments of ``timm.create_model`` that timm did not record itself.
         preprocess_cfg: mean, std, interpolation, resize_mode; None takes what open_clip attached to the model.
         license: of the weights, in the card, by the hub's name for it (mit, apache-2.0, ...).
+        base_model: ORG/NAME on the hub of the model that this one was made from, for the card.
 
     Raises:
         ValueError: ``model_cfg`` is no model config, or the model has sparse layers but no ``moe_config``.
@@ -75,14 +87,20 @@ def save_pretrained(
         config = _open_clip_config(model, model_cfg, preprocess_cfg)
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
-    texts = {names[0]: json.dumps(config, indent=2) + "\n", card.README: card.model_card(model, library, license)}
-    vocabulary = word_tokenizer.vocabulary_text(config["model_cfg"]["text_cfg"]) if library == "open_clip" else None
+    text_cfg = config["model_cfg"]["text_cfg"] if library == "open_clip" else {}
+    of_hugging_face = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
+    extra = "hf" if of_hugging_face and not word_tokenizer.is_asked_for(text_cfg) else None
+    texts = {card.README: card.model_card(model, library, license, base_model, extra)}
+    vocabulary = word_tokenizer.vocabulary_text(text_cfg)
     if vocabulary is not None:
         texts[word_tokenizer.FILE_NAME] = vocabulary
+    texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last: it is what a directory is known by
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    writers: dict[Path, Callable[[Path], object]] = {directory / names[1]: lambda path: _save_tensors(tensors, path)}
+    writers: dict[Path, Callable[[Path], object]] = {
+        directory / names[1]: lambda path: _save_tensors(tensors, path, directory)
+    }
     for name, text in texts.items():
         writers[directory / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
     replace_files(writers)
@@ -105,30 +123,63 @@ def _open_clip_config(
 def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     """Writes files so that they appear whole and together, or not at all.
 
-    Every writer gets a path beside its own to write to. Once all have written and the bytes are on the disk, the files
-    are moved into place. When anything fails before that, what was there stays as it was.
+    Every writer gets a path to write to, in a temporary directory beside its own. Once all have written and the bytes
+    are on the disk, the files are moved into place. When anything fails before that, what was there stays as it was.
+    What a killed process left behind in such directories is removed.
     """
-    temporary = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in writers}
+    name = f"{_WRITING}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    folders = {path.parent: path.parent / name for path in writers}
+    written = {path: folders[path.parent] / path.name for path in writers}
+    _own.add(name)
     try:
+        for parent, folder in folders.items():
+            remove_abandoned(parent)
+            folder.mkdir()
         for path, write in writers.items():
-            temporary[path].touch()
-            mode = temporary[path].stat().st_mode  # as the umask has it; safetensors makes its files private
-            write(temporary[path])
-            temporary[path].chmod(mode)
-            with open(temporary[path], "rb+") as file:
+            write(written[path])
+            written[path].chmod(folders[path.parent].stat().st_mode & 0o666)  # safetensors makes its files private
+            with open(written[path], "rb+") as file:
                 os.fsync(file.fileno())
-        for path, written in temporary.items():
-            os.replace(written, path)
+        for path, temporary in written.items():
+            os.replace(temporary, path)
     finally:
-        for written in temporary.values():
-            written.unlink(missing_ok=True)
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
+        _own.discard(name)
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def remove_abandoned(directory: Path, locked: bool = False) -> None:
+    """Removes temporary directories in which processes were killed while they wrote into ``directory``.
+
+    Args:
+        locked: the caller's lock says that nothing else writes there. Otherwise those of this machine go whose process
+            has ended, and those of other machines after a day.
+    """
+    for folder in directory.glob(f"{_WRITING}.*.tmp"):
+        maker = re.fullmatch(rf"{re.escape(_WRITING)}\.(.+)\.(\d+)\.[0-9a-f]{{8}}\.tmp", folder.name)
+        if maker is not None and folder.name not in _own and (locked or _abandoned(folder, maker[1], int(maker[2]))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _abandoned(folder: Path, host: str, pid: int) -> bool:
+    try:
+        if host != socket.gethostname():
+            return time.time() - folder.stat().st_mtime > _LONGEST_WRITE
+        if pid != os.getpid():
+            os.kill(pid, 0)  # sends nothing
+            return False
+    except (FileNotFoundError, PermissionError):  # it is gone by now, or is another user's process
+        return False
+    except ProcessLookupError:
+        pass
+    return True
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, directory: Path) -> None:
     try:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
-        raise OSError(f"could not write the weights to {path.parent}: {error}; nothing there was changed") from error
+        raise OSError(f"could not write the weights to {directory}: {error}; nothing there was changed") from error
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
@@ -136,7 +187,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is not JSON, or has no ``model_cfg``.
+        ValueError: it is not JSON, or has no whole ``model_cfg``.
     """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
@@ -145,8 +196,12 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "model_cfg" not in config:
-        raise ValueError(f"{path} has no model_cfg")
+    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(model_cfg, dict):
+        raise ValueError(f"{path} has no model_cfg, which describes the model")
+    missing = [field for field in _MODEL_FIELDS if field not in model_cfg]
+    if missing:
+        raise ValueError(f"model_cfg in {path} lacks {', '.join(missing)}")
     return config
 
 
@@ -169,6 +224,12 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     return read_safetensors(path)
 
 
+def types_of_weights(directory: str | Path) -> dict[str, torch.dtype]:
+    """The types of the directory's tensors by name, where they are safetensors, of a dense model too."""
+    path = Path(directory) / WEIGHTS_NAME
+    return types_in_safetensors(path) if path.is_file() else {}
+
+
 def check_fit(
     model: nn.Module,
     weights: dict[str, Tensor],
@@ -176,7 +237,7 @@ def check_fit(
     ignore: tuple[str, ...] = (),
     described_by: str = f"its {CONFIG_NAME}",
 ) -> None:
-    """Compares a state dict with a model's, by names and shapes, before anything is copied.
+    """Compares a state dict with a model's, by names, shapes and kinds of types, before anything is copied.
 
     Args:
         source: where the weights come from. described_by: what says which model is meant; both for the message.
@@ -185,12 +246,14 @@ def check_fit(
         ValueError: naming the parameters (up to three of each kind), both shapes, and what to do.
     """
     expected = model.state_dict()
+    weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     faults = [
         f"{name} is {list(weights[name].shape)} there, {list(tensor.shape)} in the model"
         for name, tensor in expected.items()
         if name in weights and name not in ignore and weights[name].shape != tensor.shape
     ]
     faults = faults[:_SHOWN] + [f"{len(faults) - _SHOWN} more of another shape"] * (len(faults) > _SHOWN)
+    faults += _other_types(expected, {name: tensor.dtype for name, tensor in weights.items()})
     faults += _names("missing there", [name for name in expected if name not in weights])
     faults += _names("unknown to the model", [name for name in weights if name not in expected])
     if faults:
@@ -198,6 +261,32 @@ def check_fit(
             f"the weights in {source} do not fit the model that {described_by} describes: {'; '.join(faults)}. "
             "Put back the config that they were saved with, or save the model again"
         )
+
+
+def check_types(model: nn.Module, types: Mapping[str, torch.dtype], source: str) -> None:
+    """Refuses weights that torch would convert without a word: integers, truth values and complex numbers in the place
+    of floating-point numbers, or the other way round.
+
+    Args:
+        types: those of the file's tensors, by name; names that the model does not have are left to others.
+
+    Raises:
+        ValueError: naming up to three parameters, and both types.
+    """
+    faults = _other_types(model.state_dict(), types)
+    if faults:
+        raise ValueError(
+            f"the weights in {source} do not fit the model: {'; '.join(faults)}. Get them in a floating-point type"
+        )
+
+
+def _other_types(expected: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> list[str]:
+    faults = [
+        f"{name} is {types[name]} there, {tensor.dtype} in the model"
+        for name, tensor in expected.items()
+        if name in types and types[name].is_floating_point != tensor.dtype.is_floating_point
+    ]
+    return faults[:_SHOWN] + [f"{len(faults) - _SHOWN} more of another type"] * (len(faults) > _SHOWN)
 
 
 def _names(kind: str, names: list[str]) -> list[str]:

@@ -11,6 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from clipup_kernels import MAX_EXPERTS
+
+from .checks import boolean, check, is_int, number, positive_number
+
 GateNormalization = Literal["none", "before_drop", "after_drop"]
 BalanceForm = Literal["top2", "topk"]
 Score = Literal["softmax", "sigmoid"]
@@ -102,8 +106,9 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "granularity"):
-            _check(name, getattr(self, name), _is_int(getattr(self, name)), "an int", TypeError)
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            check(name, getattr(self, name), is_int(getattr(self, name)), "an int", TypeError)
+            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        check("num_experts", self.num_experts, self.num_experts <= MAX_EXPERTS, f"at most {MAX_EXPERTS}")
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}): a token goes at most once to "
@@ -118,22 +123,22 @@ class MoEConfig:
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
             if value is not None:
-                _number(name, value)
-                _check(name, value, value > 0, "positive, or None to drop nothing")
+                number(name, value)
+                check(name, value, value > 0, "positive, or None to drop nothing")
         for name in ("router_noise", *_WEIGHTS):
-            _number(name, getattr(self, name))
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+            number(name, getattr(self, name))
+            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         if self.entropy_threshold is not None:
-            _number("entropy_threshold", self.entropy_threshold)
+            number("entropy_threshold", self.entropy_threshold)
+            check("entropy_threshold", self.entropy_threshold, self.entropy_threshold >= 0, "0 or more, or None")
         for name, values in _CHOICES.items():
             choices = get_args(values)
-            _check(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
-        for name in ("selection_bias_rate", "reinit_ratio"):
-            _number(name, getattr(self, name))
-        _check("selection_bias_rate", self.selection_bias_rate, self.selection_bias_rate > 0, "positive")
-        _check("reinit_ratio", self.reinit_ratio, 0 <= self.reinit_ratio <= 1, "between 0 and 1")
+            check(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        positive_number("selection_bias_rate", self.selection_bias_rate)
+        number("reinit_ratio", self.reinit_ratio)
+        check("reinit_ratio", self.reinit_ratio, 0 <= self.reinit_ratio <= 1, "between 0 and 1")
         for name in ("priority", "padding_aware", "shared_expert"):
-            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False", TypeError)
+            boolean(name, getattr(self, name))
         if self.load_weight > 0 and self.router_noise == 0:
             raise ValueError("load_weight > 0 needs router_noise > 0: the load loss is a probability under that noise")
         if self.load_weight > 0 and self.selection_bias != "none":
@@ -150,14 +155,14 @@ class MoEConfig:
         towers = self.towers
         known = isinstance(towers, tuple) and towers and all(tower in get_args(Tower) for tower in towers)
         expected = 'a tuple of "image", "text" and "decoder", each once'
-        _check("towers", towers, known and len(set(towers)) == len(towers), expected)
+        check("towers", towers, known and len(set(towers)) == len(towers), expected)
         named = self.blocks in get_args(Blocks)
         if not named:
-            indices = isinstance(self.blocks, tuple) and self.blocks and all(_is_int(block) for block in self.blocks)
-            _check("blocks", self.blocks, indices, '"every_other", "every" or a tuple of block indices')
+            indices = isinstance(self.blocks, tuple) and self.blocks and all(is_int(block) for block in self.blocks)
+            check("blocks", self.blocks, indices, '"every_other", "every" or a tuple of block indices')
         if self.last_blocks is not None:
-            _check("last_blocks", self.last_blocks, _is_int(self.last_blocks), "an int or None", TypeError)
-            _check("last_blocks", self.last_blocks, self.last_blocks >= 1, "at least 1, or None for all")
+            check("last_blocks", self.last_blocks, is_int(self.last_blocks), "an int or None", TypeError)
+            check("last_blocks", self.last_blocks, self.last_blocks >= 1, "at least 1, or None for all")
             if not named:
                 raise ValueError(
                     f"last_blocks={self.last_blocks} has no meaning with a list of blocks, {self.blocks}; list fewer"
@@ -218,16 +223,7 @@ class MoEConfig:
         return cls.from_dict(json.loads(text))
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(name: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    _check(name, value, is_number, "a number", TypeError)
-    _check(name, value, math.isfinite(value), "finite")
-
-
-def _check(name: str, value: object, holds: bool, expected: str, error: type[Exception] = ValueError) -> None:
-    if not holds:
-        raise error(f"{name} must be {expected}, got {value!r}")
+def check_config(name: str, value: object) -> None:
+    if not isinstance(value, MoEConfig):
+        advice = "; make one with MoEConfig.from_dict" if isinstance(value, dict) else ""
+        raise TypeError(f"{name} must be a clipup.MoEConfig, got {type(value).__name__}{advice}")

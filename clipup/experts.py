@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipup_kernels import ACTIVATIONS, Plan, combine, dispatch, expert_mlp, grouped_linear, permute
+from clipup_kernels.checks import FLOATING
 from clipup_kernels.reference import activate
+
+from . import checks
+
+_DTYPES = ", ".join(map(str, FLOATING))
+_VECTORS = ("in_bias", "out_bias", "gate_bias", "ln_weight", "ln_bias")
 
 
 class Experts(nn.Module):
@@ -41,15 +47,18 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, width in (("d_model", d_model), ("d_hidden", d_hidden)):
-            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-                raise ValueError(f"{name} must be a positive int, got {width!r}")
+        checks.width("d_model", d_model)
+        checks.width("d_hidden", d_hidden)
+        checks.boolean("bias", bias)
+        checks.boolean("gated", gated)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if norm not in (None, "layer"):
             raise ValueError(f'norm must be "layer" or None, got {norm!r}')
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a probability below 1, got {dropout!r}")
+        checks.positive_number("norm_eps", norm_eps)
+        checks.number("dropout", dropout)
+        checks.check("dropout", dropout, 0 <= dropout < 1, "a probability below 1")
+        checks.check("dtype", dtype, dtype is None or dtype in FLOATING, f"None or one of {_DTYPES}", TypeError)
         self.d_model, self.d_hidden, self.activation = d_model, d_hidden, activation
         self.norm_eps, self.dropout = norm_eps, dropout
 
@@ -80,6 +89,11 @@ class Experts(nn.Module):
         """Takes these tensors, not copies, as the parameters of these names, which may lie on another device."""
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=requires_grad[name]))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone, as timm's optimizers ask for them: biases and
+        norms, which are stacked to [E, H] and look like matrices."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in _VECTORS}
 
     def run_experts(self, tokens: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
         """tokens [T, D] -> [T, D], computed in ``dtype``, or in the parameters' type when that is None."""

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .moe import moe_layers
+from .prepared import Prepared
 
 
 class TowerCounts(NamedTuple):
@@ -34,9 +35,15 @@ class TowerCounts(NamedTuple):
 
 def count(model: nn.Module) -> TowerCounts:
     """Counts an open_clip or timm model, dense or sparse, on any device; it is neither run nor changed. Nothing is
-    dropped. The decoder of a CoCa, which makes captions and no features, counts as parameters only."""
+    dropped. The decoder of a CoCa, which makes captions and no features, counts as parameters only.
+
+    Raises:
+        ValueError: the model was prepared by ``clipup.accelerate``: packed weights are no parameters.
+    """
     from . import models
 
+    if any(isinstance(module, Prepared) for module in model.modules()):
+        raise ValueError("the model was prepared by clipup.accelerate; count the plain model, whose FLOPs are the same")
     twin = meta_twin(model).eval()
     models.ignore_padding(twin)
     encode = models.encoders(twin)

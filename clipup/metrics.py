@@ -12,7 +12,7 @@ from .router import log_scores
 
 @torch.no_grad()
 def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Metrics of every sparse layer's last forward, in training or evaluation, by layer name.
+    """Metrics of every sparse layer's last forward in the calling thread, in training or evaluation, by layer name.
 
     All are detached tensors on the layer's device, computed without waiting for it:
     ``load`` [E] share of all picks that fell on each expert, before dropping (sums to 1),
@@ -20,7 +20,7 @@ def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     ``router_entropy`` [] mean entropy of a token's router distribution, in nats,
     ``balance`` [] and ``z`` [] the unweighted losses,
     ``experts`` [T, K] int32 the choices, -1 for tokens that took no part.
-    Layers that have not run yet are left out.
+    Layers that have not run in this thread yet are left out.
     """
     return {
         name: _of_layer(layer) for name, layer in moe_layers(model).items() if layer.records.last_routing is not None

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import pickle
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+import safetensors
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
-from . import checkpoint, hub, word_tokenizer
+from . import checkpoint, checks, hub, word_tokenizer
 from .config import MoEConfig
+from .extras import needed_for
 from .moe import SparseMoE
 from .towers import is_timm
 from .upcycle import upcycle
@@ -37,6 +38,8 @@ def create_model_and_transforms(
     """open_clip's function of the same name, which also loads sparse models: what ``clipup.save_pretrained`` wrote,
     from a directory or the hub, and training checkpoints.
 
+    The model is in evaluation mode, where no token is dropped: call ``model.train()`` before training it.
+
     Args:
         model_name: a name that open_clip knows, a directory with an ``open_clip_config.json`` (``"DIR"`` or
             ``"local-dir:DIR"``), or ``"hf-hub:ORG/NAME"``. A bare word that open_clip knows means open_clip's model.
@@ -50,10 +53,20 @@ def create_model_and_transforms(
 
     Raises:
         ValueError: an unknown name or tag, weights that do not fit the model, or a file that holds more than weights.
-        FileNotFoundError: a directory without config or weights.
+        FileNotFoundError: a directory without config or weights; weights that are not on this machine, without a
+            network.
+        ImportError: a package that the text tower needs is not installed.
     """
     if not kwargs.get("weights_only", True):
         raise ValueError("weights_only=False would run code that a file brings; save its state dict alone instead")
+    with _hub_for(model_name, pretrained, "hf_model_name", kwargs.get("cache_dir")):
+        model, *transforms = _create(model_name, pretrained, moe_cfg, kwargs)
+    return model.eval(), *transforms
+
+
+def _create(
+    model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
+) -> tuple[nn.Module, Any, Any]:
     load_weights = kwargs.get("load_weights", True)
     directory = model_directory(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
     if directory is not None:
@@ -64,12 +77,15 @@ def create_model_and_transforms(
         found = checkpoint.read_moe_config(directory)
         model_name = f"{LOCAL_PREFIX}{directory}"
         weights = checkpoint.read_weights(directory) if found is not None and load_weights else None
+        types = checkpoint.types_of_weights(directory) if load_weights else {}
         described_by = f"its {checkpoint.CONFIG_NAME}"
     else:
         _check_names(model_name, pretrained)
         file = _file_of_weights(model_name, pretrained)
         found = _config_of_file(file, pretrained, moe_cfg)
-        weights = file.state_dict if file is not None and load_weights else None
+        weights = file.state_dict if found is not None and load_weights else None
+        types = file.types if file is not None and load_weights else {}
+        del file  # open_clip reads a dense one again
         described_by = f"{model_name} with its moe_cfg"
     if moe_cfg is not None and found != moe_cfg:
         raise ValueError(
@@ -78,7 +94,9 @@ def create_model_and_transforms(
         )
     if found is None:
         with _clear_errors(model_name):
-            return open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
+            model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
+        checkpoint.check_types(model, types, str(pretrained or directory))
+        return model, *transforms
     if kwargs.get("jit"):
         raise ValueError("jit=True is not supported for sparse models; use torch.compile")
     dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
@@ -100,6 +118,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: they do not fit, or the file holds more than weights; the model is as it was.
     """
+    checks.module("model", model)
     _load(model, read_weights(path).state_dict, str(path), f"a {type(model).__name__} with these options")
 
 
@@ -124,19 +143,18 @@ def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -
 
 
 def _file_of_weights(model_name: str, pretrained: str | None) -> Weights | None:
-    """The sparse weights that ``pretrained`` means; None for everything else, which open_clip loads.
+    """The file of weights that ``pretrained`` means, None where it is none or one of numpy's.
 
-    A dense file is read here too, so that whatever it brings beside weights is refused by name.
+    open_clip loads a dense one. It is read here too, so that whatever it brings beside weights is refused by name.
     """
     is_tag = bool(pretrained) and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
     if not pretrained or is_tag or Path(pretrained).suffix in _NUMPY:
         return None
-    weights = read_weights(pretrained)
-    return weights if weights.sparse else None
+    return read_weights(pretrained)
 
 
 def _config_of_file(file: Weights | None, path: str | None, given: MoEConfig | None) -> MoEConfig | None:
-    if file is None:
+    if file is None or not file.sparse:
         return None
     if file.moe_config is None and given is None:
         raise ValueError(
@@ -158,10 +176,16 @@ def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
     A Hugging Face tokenizer is read from the directory where it was saved there, else by the name in the config; the
     vocabulary of a ``clipup.word_tokenizer`` likewise.
     """
+    with _hub_for(model_name, None, "hf_tokenizer_name", kwargs.get("cache_dir")):
+        return _tokenizer(model_name, **kwargs)
+
+
+def _tokenizer(model_name: str, **kwargs: Any) -> Any:
     directory = model_directory(model_name)
     if model_name.startswith(hub.HUB_PREFIX):
         return _hub_tokenizer(model_name, **kwargs)
     text_cfg = get_model_config(model_name).get("text_cfg", {})
+    _refuse_code(text_cfg, model_name)
     if word_tokenizer.is_asked_for(text_cfg):
         return word_tokenizer.of_config(text_cfg, directory, **kwargs)
     if directory is None:
@@ -180,10 +204,21 @@ def _hub_tokenizer(model_name: str, cache_dir: str | None = None, **kwargs: Any)
         text_cfg = checkpoint.read_config(found)["model_cfg"].get("text_cfg", {})
     except FileNotFoundError:  # no model of open_clip's: a tokenizer by itself, or nothing, as open_clip will say
         text_cfg = {}
+    _refuse_code(text_cfg, model_name)
     if word_tokenizer.is_asked_for(text_cfg):
         found = hub.cached(model_name, checkpoint.CONFIG_NAME, word_tokenizer.FILE_NAME, cache_dir=cache_dir)
         return word_tokenizer.of_config(text_cfg, found, **kwargs)
     return open_clip.get_tokenizer(model_name, cache_dir=cache_dir, **kwargs)
+
+
+def _refuse_code(text_cfg: dict[str, Any], source: str) -> None:
+    """A config's ``tokenizer_kwargs`` reach transformers, which runs a model's own code when they say so."""
+    if (text_cfg.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
+        raise ValueError(
+            f"tokenizer_kwargs: the config of {source} sets trust_remote_code, which would run code that comes with "
+            "it; nothing of it was run. Remove that from the config, or load the tokenizer with transformers, if you "
+            "trust it"
+        )
 
 
 def get_model_config(model_name: str) -> dict[str, Any]:
@@ -197,11 +232,39 @@ def get_model_config(model_name: str) -> dict[str, Any]:
 
 def model_directory(model_name: str) -> Path | None:
     """The directory that a model name means, None when it is a name for open_clip."""
+    if not isinstance(model_name, str):
+        raise TypeError(f"model_name must be a str, also where it is a directory, got {type(model_name).__name__}")
     if model_name.startswith(LOCAL_PREFIX):
         return Path(model_name.removeprefix(LOCAL_PREFIX))
     if model_name in open_clip.list_models() or model_name.startswith(hub.HUB_PREFIX):
         return None
     return Path(model_name) if Path(model_name).is_dir() else None
+
+
+@contextmanager
+def _hub_for(model_name: str, pretrained: str | None, text_field: str, cache_dir: str | None) -> Iterator[None]:
+    """Around whatever may download parts of a model.
+
+    Args:
+        text_field: of the text tower's config, which names what Hugging Face has of it.
+    """
+    directory = model_directory(model_name)
+    on_hub = model_name.startswith(hub.HUB_PREFIX)
+    config = None if on_hub or directory is not None else open_clip.get_model_config(model_name)
+    if directory is not None:
+        config = checkpoint.read_config(directory)["model_cfg"]
+    text_cfg = (config or {}).get("text_cfg", {})
+    hf_name = None if word_tokenizer.is_asked_for(text_cfg) else text_cfg.get(text_field)
+    if hf_name:
+        with needed_for(f"the text tower of {model_name}", "hf"):
+            import transformers  # noqa: F401
+    is_tag = pretrained is not None and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
+    if not (on_hub or is_tag or hf_name):
+        yield
+        return
+    what = f"pretrained={pretrained!r} of {model_name}" if is_tag else model_name
+    with hub.cache_alone_if_unreachable(what, cache_dir):
+        yield
 
 
 def _check_names(model_name: str, pretrained: str | None) -> None:
@@ -218,8 +281,8 @@ def _check_names(model_name: str, pretrained: str | None) -> None:
 
 @contextmanager
 def _clear_errors(model_name: str) -> Iterator[None]:
-    """Turns what open_clip raises about names, files and downloads (RuntimeError, AssertionError about widths, and
-    UnpicklingError about files that bring code) into a ValueError of one line."""
+    """Turns what open_clip raises about names, files and downloads (RuntimeError, AssertionError about widths,
+    SafetensorError, and UnpicklingError about files that bring code) into a ValueError of one line."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -229,27 +292,19 @@ def _clear_errors(model_name: str) -> Iterator[None]:
             f"the weights of {model_name} hold more than tensors and plain values, which only running their code could "
             "load; nothing of it was run. Get them as safetensors"
         ) from error
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the weights of {model_name} cannot be read, the file is broken: {error}") from error
     except (RuntimeError, AssertionError) as error:
         lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
-        raise ValueError(
-            f"open_clip could not create {model_name}: {' '.join(lines[:4])}{more}; if weights do not fit, they are of "
-            "another model or config"
-        ) from error
+        misfit = isinstance(error, AssertionError) or "state_dict" in str(error)
+        hint = "; the weights are of another model or config" if misfit else ""
+        raise ValueError(f"open_clip could not create {model_name}: {' '.join(lines[:4])}{more}{hint}") from error
 
 
-@contextmanager
-def expecting_random_weights() -> Iterator[None]:
+def expecting_random_weights() -> AbstractContextManager[None]:
     """Silences open_clip's warning that a model has random weights, where that is intended."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No pretrained weights loaded")
-
-    logging.getLogger().addFilter(keep)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeFilter(keep)
+    return hub.without_log_lines("No pretrained weights loaded")
 
 
 class _Projection(NamedTuple):

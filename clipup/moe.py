@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .config import BalanceForm, GateNormalization, MoEConfig, Score, SelectionBias
+from . import checks
+from .config import BalanceForm, GateNormalization, MoEConfig, Score, SelectionBias, check_config
 from .expert_init import experts_of, redraw_hidden_units
 from .experts import Experts, SharedExpert
 from .mlp_families import read_mlp
@@ -42,9 +43,10 @@ class SparseMoE(Experts):
 
     Losses: a forward in training mode with gradients enabled leaves its weighted losses in the layer until ``aux_loss``
     takes them. Each forward is counted once; activation checkpointing's second forward is not counted. A loss that
-    nobody took goes when a backward pass has gone through y. Reentrant checkpointing runs its first forward without
-    gradients and therefore leaves no losses: use ``use_reentrant=False``. Under ``torch.compile`` a layer holds the
-    losses of its last forward only.
+    nobody took is dropped when a backward pass has gone through y. Losses, and what ``moe_metrics`` shows, belong to
+    the thread that ran the forward. Reentrant checkpointing runs its first forward without gradients and therefore
+    leaves no losses: use ``use_reentrant=False``. Under ``torch.compile`` a layer holds the losses of its last forward
+    only. Inside a transform of ``torch.func`` losses must be taken inside it too; routing and load are not recorded.
 
     Args:
         d_model: D. d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
@@ -148,6 +150,7 @@ class SparseMoE(Experts):
                 "read the MLP with clipup.mlp_families.read_mlp and put its input_norm in front of the layer"
             )
         config = config if config is not None else MoEConfig()
+        check_config("config", config)
         d_hidden, d_model = dense.in_weight.shape
         experts = experts_of(dense, config.num_experts, config.granularity)
         if config.reinit_ratio > 0:
@@ -181,18 +184,6 @@ class SparseMoE(Experts):
 
     @config.setter
     def config(self, config: MoEConfig) -> None:
-        if config.num_experts != self.router.weight.shape[0]:
-            raise ValueError(
-                f"config.num_experts is {config.num_experts}, but the layer has {self.router.weight.shape[0]} experts; "
-                "make a new layer to change their number"
-            )
-        held = _structure(self.config)
-        for name, wanted in _structure(config).items():
-            if wanted != held[name]:
-                raise ValueError(
-                    f"config.{name} is {getattr(config, name)!r}, but the layer was made with "
-                    f"{getattr(self.config, name)!r}; make a new layer to change its parameters"
-                )
         self.router.config = config
 
     def reset_parameters(self) -> None:
@@ -222,11 +213,7 @@ class SparseMoE(Experts):
             learns = self.training and torch.is_grad_enabled()
             loss = weighted_losses(routing, self.config) if learns and self.config.has_losses else None
         if not (recomputing() or torch.compiler.is_exporting()):
-            self.records.keep_routing(routing)
-            if learns and self.config.selection_bias != "none":
-                self.records.keep_load(routing.gating.picks)
-            if loss is not None and loss.requires_grad:
-                self.records.keep_loss(loss, y)
+            self.records.keep(routing, y, loss, counts_load=learns and self.config.selection_bias != "none")
         return y.view(x.shape)
 
     def _mixture(self, tokens: Tensor, routing: Routing, dtype: torch.dtype | None) -> Tensor:
@@ -239,6 +226,7 @@ class SparseMoE(Experts):
         return y if self.shared is None else y + self.shared(tokens, routing.mask, dtype, SHARED_GATE)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        checks.tensor("x", x)
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [..., {self.d_model}], the layer's d_model last, got {list(x.shape)}")
         if x.dtype != self.in_weight.dtype and _autocast_dtype(x) is None:
@@ -248,6 +236,7 @@ class SparseMoE(Experts):
             )
         if mask is None:
             return
+        checks.tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be torch.bool, True for tokens that take part, got {mask.dtype}")
         if mask.shape != x.shape[:-1]:
@@ -266,12 +255,6 @@ class SparseMoE(Experts):
         return ", ".join(parts)
 
 
-def _structure(config: MoEConfig) -> dict[str, Any]:
-    """What decides which parameters and buffers a layer has."""
-    has_bias = config.selection_bias != "none"
-    return {"granularity": config.granularity, "shared_expert": config.shared_expert, "selection_bias": has_bias}
-
-
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast asks for on x's device, or None where it is off. Like torch's, it leaves float64 alone."""
     device = x.device.type
@@ -281,18 +264,46 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
-    """The sparse layers of a model by name, in the order in which its modules are registered."""
+    """The sparse layers of a model by name, in the order in which its modules are registered.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    checks.module("model", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """Takes the weighted auxiliary losses that the model's sparse layers hold, and returns their sum.
+    """Takes the weighted auxiliary losses of the calling thread's forwards, and returns their sum.
 
     Add it to the loss of every forward, or of several forwards at once: each forward's losses are counted once. A 0-d
     float32 tensor, 0 when there is nothing to take (evaluation, no weights, no sparse layers).
+
+    A forward's losses belong to the thread that ran it, so several threads can train or evaluate one model. Where other
+    threads run the forwards of a step (``nn.DataParallel``), call ``aux_loss`` there too, inside the wrapped module,
+    and return its value with the output.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        RuntimeError: there is nothing to take, but losses of a thread that has ended are left; or of any other thread
+            where the calling one has not run the model itself.
     """
-    taken = [loss for layer in moe_layers(model).values() for loss in layer.records.take_losses()]
-    if not taken:
-        parameter = next(model.parameters(), None)
-        return torch.zeros((), device=None if parameter is None else parameter.device)
-    return torch.stack([loss.to(taken[0].device) for loss in taken]).sum()
+    layers = moe_layers(model)
+    taken = [loss for layer in layers.values() for loss in layer.records.take_losses()]
+    if taken:
+        return torch.stack([loss.to(taken[0].device) for loss in taken]).sum()
+    if not torch.compiler.is_compiling():
+        _refuse_losses_of_other_threads(layers)
+    parameter = next(model.parameters(), None)
+    return torch.zeros((), device=None if parameter is None else parameter.device)
+
+
+def _refuse_losses_of_other_threads(layers: dict[str, SparseMoE]) -> None:
+    for name, layer in layers.items():
+        count = layer.records.untaken_elsewhere()
+        if count:
+            raise RuntimeError(
+                f"aux_loss found no losses of this thread, but {count} that forwards of {name or 'the layer'} left in "
+                "other threads. A forward's losses belong to the thread that ran it: call aux_loss there, with "
+                "nn.DataParallel inside the wrapped module, and return its value with the output"
+            )

@@ -161,9 +161,9 @@ def _encode(
 
 def _cuts_texts(tower: nn.Module, x: Tensor) -> bool:
     """Whether the blocks compute no more tokens than the batch's longest text has. Not where its length would have to
-    be waited for (other devices) or would be taken for every batch's (compilation, tracing), nor where a sparse layer
-    wants the padding."""
-    if x.device.type != "cpu" or len(x) == 0 or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    be waited for (other devices) or would be taken for every batch's (compilation, export, tracing: there even asking
+    for the number of texts fixes it), nor where a sparse layer wants the padding."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu" or len(x) == 0:
         return False
     layers = (block.mlp for block in tower.transformer.resblocks)
     return all(layer.config.padding_aware for layer in layers if isinstance(layer, SparseMoE))

@@ -6,7 +6,7 @@ Axis legend: ``T`` tokens, ``D`` model width, ``E`` experts, ``K`` choices a tok
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from clipup_kernels import Gating, Plan, dispatch, router_logits, topk_gating
 
-from . import losses
-from .config import MoEConfig, Score
+from . import checks, losses
+from .config import MoEConfig, Score, check_config
 
 INIT_STD = 0.02
 """Standard deviation of a fresh router's weight. On normalised input its logits then have a deviation of 0.02*sqrt(D),
@@ -59,12 +59,35 @@ class Router(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        checks.width("d_model", d_model)
+        check_config("config", config)
+        self._config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, d_model, device=device, dtype=dtype))
         has_bias = config.selection_bias != "none"
         bias = torch.empty(config.num_experts, device=device, dtype=torch.float32) if has_bias else None
         self.register_buffer("selection_bias", bias)
         self.reset_parameters()
+
+    @property
+    def config(self) -> MoEConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: MoEConfig) -> None:
+        check_config("config", config)
+        if config.num_experts != self.config.num_experts:
+            raise ValueError(
+                f"config.num_experts is {config.num_experts}, but the layer has {self.config.num_experts} experts; "
+                "make a new layer to change their number"
+            )
+        held = _structure(self.config)
+        for name, wanted in _structure(config).items():
+            if wanted != held[name]:
+                raise ValueError(
+                    f"config.{name} is {getattr(config, name)!r}, but the layer was made with "
+                    f"{getattr(self.config, name)!r}; make a new layer to change its parameters"
+                )
+        self._config = config
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=INIT_STD)
@@ -114,6 +137,12 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, num_experts={self.weight.shape[0]}, top_k={self.config.top_k}"
+
+
+def _structure(config: MoEConfig) -> dict[str, Any]:
+    """What decides which parameters and buffers a layer has."""
+    has_bias = config.selection_bias != "none"
+    return {"granularity": config.granularity, "shared_expert": config.shared_expert, "selection_bias": has_bias}
 
 
 def log_scores(logits: Tensor, score: Score) -> Tensor:

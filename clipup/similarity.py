@@ -1,4 +1,4 @@
-"""How far the experts of a layer have parted, from each other and from the dense MLP that they were copies of.
+"""Pairwise similarity of a layer's experts, and their similarity to the dense MLP that they were copies of.
 
 Upcycled experts start out equal, and while they stay so a sparse layer with normalised gates computes what the dense
 MLP would. Measured is the cosine between two experts' matrices, each taken as one long vector: 1 where they are equal,
@@ -18,6 +18,16 @@ from .expert_init import experts_of
 from .mlp_families import find_mlp
 from .mlp_parts import DenseMLP
 from .moe import SparseMoE, moe_layers
+
+BANDS = (
+    (1 - 1e-5, "equal"),
+    (0.99, "nearly identical"),
+    (0.9, "similar"),
+    (0.5, "partly similar"),
+    (0.1, "clearly different"),
+)
+"""Words for a mean cosine between experts: the first whose bound it reaches."""
+_BELOW_ALL = "unrelated"
 
 
 class Similarity(NamedTuple):
@@ -56,7 +66,8 @@ def expert_similarity(layer: SparseMoE, dense: DenseMLP | None = None) -> Simila
     Raises:
         ValueError: the dense MLP's matrices, or shards of them, are not of the experts' shapes.
     """
-    granularity, experts = layer.config.granularity, dict(layer.named_parameters(recurse=False))
+    granularity = layer.config.granularity
+    experts = layer.state_dict()  # which prepared layers have too
     first, second = _first(experts), _second(experts)
     between = (first @ first.T).cpu(), (second @ second.T).cpu()
     if dense is None:
@@ -92,6 +103,11 @@ def model_similarity(model: nn.Module, dense: nn.Module | None = None) -> dict[s
         except (TypeError, ValueError) as error:
             raise ValueError(f"dense is no model that the sparse one can come from: {name}: {error}") from error
     return found
+
+
+def in_words(cosine: float) -> str:
+    """How similar two experts of this mean cosine are, by ``BANDS``: "nearly identical" from 0.99 on."""
+    return next((words for least, words in BANDS if cosine >= least), _BELOW_ALL)
 
 
 def mean_cosine(cosines: Tensor, granularity: int = 1) -> float:

@@ -19,7 +19,7 @@ from torch import nn
 
 from . import checkpoint
 from .config import MoEConfig
-from .hub import HUB_PREFIX, cached
+from .hub import HUB_PREFIX, cache_alone_if_unreachable, cached
 from .models import LOCAL_PREFIX
 from .upcycle import upcycle
 from .weights import read_safetensors
@@ -29,7 +29,8 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | None = None, **kwargs: Any) -> nn.Module:
-    """A timm model that ``clipup.save_pretrained`` wrote, sparse where it was.
+    """A timm model that ``clipup.save_pretrained`` wrote, sparse where it was, in evaluation mode: call
+    ``model.train()`` before training it.
 
     Args:
         name: a directory ("DIR" or "local-dir:DIR"), or "hf-hub:ORG/NAME".
@@ -39,8 +40,11 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
         FileNotFoundError: no config or weights there.
         ValueError: weights that do not fit the model.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, also where it is a directory, got {type(name).__name__}")
     if name.startswith(HUB_PREFIX):
-        directory = cached(name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)
+        with cache_alone_if_unreachable(name, cache_dir):
+            directory = cached(name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)
     else:
         directory = Path(name.removeprefix(LOCAL_PREFIX))
     moe_config = read_moe_config(directory)
@@ -54,7 +58,7 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
         weights = read_safetensors(path)
         checkpoint.check_fit(model, weights, str(directory), described_by=f"its {CONFIG_NAME}")
         model.load_state_dict(weights)
-    return model
+    return model.eval()
 
 
 def read_moe_config(directory: Path) -> MoEConfig | None:

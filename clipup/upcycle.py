@@ -17,17 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MoEConfig
+from . import checks
+from .config import MoEConfig, check_config
 from .expert_init import check_shards
 from .mlp_families import find_mlp, replace_mlp
 from .moe import moe_layers
+from .weight_decay import add_no_weight_decay
 
 
 def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = False) -> nn.Module:
     """Makes an open_clip model sparse.
 
     Devices, types, requires_grad and training mode stay as they are; meta tensors work. The result carries the config
-    as ``model.moe_config``. When anything is refused, the model is as it was.
+    as ``model.moe_config``. Its ``no_weight_decay()``, which timm's optimizers ask for, names the experts' biases and
+    norms beside what the dense model's names. When anything is refused, the model is as it was.
 
     Args:
         model: open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model (``towers=("image",)``), dense and not wrapped.
@@ -35,11 +38,15 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
         inplace: change ``model`` itself instead of a copy.
 
     Raises:
-        TypeError: a chosen block whose MLP is of no family that is read, by name, or no model of these.
+        TypeError: no model of these, another wrong argument, or a chosen block whose MLP is of no family that is read;
+            by name.
         ValueError: the model is sparse already, ``config.blocks`` names a block that is not there, or a hidden width
             is no multiple of ``config.granularity``.
     """
     config = config if config is not None else MoEConfig.clip_up()
+    checks.module("model", model)
+    check_config("config", config)
+    checks.boolean("inplace", inplace)
     already = list(moe_layers(model))
     if already:
         raise ValueError(f"the model is sparse already ({already[0]} and {len(already) - 1} more); upcycle a dense one")
@@ -52,6 +59,7 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
         replace_mlp(block, layers[name])
     if "text" in config.towers:
         _leave_padding_out(model)
+    add_no_weight_decay(model)
     model.moe_config = config
     return model
 
@@ -130,6 +138,11 @@ def step0_difference(
     """
     from . import models
 
+    checks.module("dense", dense)
+    checks.module("sparse", sparse)
+    for name, inputs in (("images", images), ("texts", texts)):
+        if inputs is not None:
+            checks.tensor(name, inputs)
     if images is None and texts is None:
         images, texts = models.random_inputs(dense, batch_size=8)
     with evaluating(dense), evaluating(sparse):

@@ -6,6 +6,7 @@ A training checkpoint is open_clip's dictionary, ``{"state_dict": ..., "epoch": 
 
 from __future__ import annotations
 
+import errno
 import pickle
 import re
 import zipfile
@@ -21,6 +22,8 @@ from .config import MoEConfig
 
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 _ROUTER = ".router.weight"
+_AT_ONCE = 1 << 24
+_IS_FOLDER = 0x10
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -35,6 +38,11 @@ class Weights(NamedTuple):
         """Whether there are sparse layers in it."""
         return any(name.endswith(_ROUTER) for name in self.state_dict)
 
+    @property
+    def types(self) -> dict[str, torch.dtype]:
+        """The tensors' types by name."""
+        return {name: value.dtype for name, value in self.state_dict.items() if isinstance(value, Tensor)}
+
 
 def read_weights(path: str | Path) -> Weights:
     """The weights of a file: safetensors, a training checkpoint, or a state dict by itself.
@@ -48,12 +56,23 @@ def read_weights(path: str | Path) -> Weights:
         raise FileNotFoundError(f"there is no file {path}; expected weights as safetensors or a checkpoint")
     if path.suffix == ".safetensors":
         return Weights(unwrapped(read_safetensors(path)), None)
-    content = read_pickle(path, mmap=zipfile.is_zipfile(path))
+    check_archive(path)
+    content = read_pickle(path, mmap=True)
     state_dict = content.get("state_dict", content)
     if not isinstance(state_dict, dict) or not any(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(f"{path} holds no weights: expected a state dict, or a dictionary with a state_dict")
     moe_cfg = content.get("moe_cfg") if state_dict is not content else None
     return Weights(unwrapped(state_dict), None if moe_cfg is None else MoEConfig.from_dict(moe_cfg))
+
+
+def types_in_safetensors(path: Path) -> dict[str, torch.dtype]:
+    """The types of a safetensors file's tensors, by name, read from its header alone."""
+    types = {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118, it is no mapping
+            part = file.get_slice(name)
+            types[name] = part[:0].dtype if part.get_shape() else file.get_tensor(name).dtype
+    return types
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -64,12 +83,52 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
+def check_archive(path: Path, alone: str | None = None) -> None:
+    """Compares what ``torch.save`` wrote with the checksums in the file, which ``torch.load`` does not look at.
+
+    Args:
+        alone: compares the one record whose name ends like this, instead of all. Files of the format before torch 1.6
+            have no checksums.
+
+    Raises:
+        ValueError: the file is damaged. OSError: it could not be read.
+    """
+    if not _is_archive(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.external_attr & _IS_FOLDER:  # torch would take its tensor from memory that nobody has set
+                    raise ValueError(f"{record.filename} is marked as a folder")
+                if alone is None or record.filename.endswith(alone):
+                    with archive.open(record) as content:
+                        while content.read(_AT_ONCE):
+                            pass
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # the place of a record lies outside of the file
+            raise ValueError(f"{path} is damaged: {error}") from error
+        raise
+    except Exception as error:  # what is wrong with a damaged archive has many types
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether the file begins as a zip archive does, which is what torch goes by."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
     """A dictionary that ``torch.save`` wrote, of tensors and plain values, on the CPU.
 
+    Args:
+        mmap: maps the tensors into memory where the format allows, so that those that are not used are not read.
+
     Raises:
-        ValueError: the file cannot be read, is no dictionary, or could only be read by running code that it names.
+        ValueError: the file is broken, holds no dictionary, or could only be read by running code that it names.
+        OSError: the file could not be read.
     """
+    mmap = mmap and _is_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:

@@ -20,6 +20,7 @@ PREFIX = "words:"
 """What the name of a vocabulary begins with in a model's config."""
 FILE_NAME = "vocabulary.txt"
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PADDING, _START, _UNKNOWN = range(3)
 _SPECIAL = 4  # padding, start, unknown; and the end of the text behind all words
 
@@ -83,13 +84,15 @@ def read_vocabulary(name: str, directory: Path | None = None) -> list[str]:
 
     Raises:
         FileNotFoundError: neither has it.
+        ValueError: the name is a path, or the file is not UTF-8 text.
     """
-    return _file(name, directory).read_text(encoding="utf-8").split()
+    return _text(_file(name, directory)).split()
 
 
 def is_asked_for(text_cfg: dict) -> bool:
     """Whether a model's ``text_cfg`` names a vocabulary of words as its tokenizer."""
-    return (text_cfg.get("hf_tokenizer_name") or "").startswith(PREFIX)
+    name = text_cfg.get("hf_tokenizer_name")
+    return isinstance(name, str) and name.startswith(PREFIX)
 
 
 def of_config(text_cfg: dict, directory: Path | None = None, context_length: int | None = None) -> WordTokenizer:
@@ -111,11 +114,24 @@ def of_config(text_cfg: dict, directory: Path | None = None, context_length: int
 
 def vocabulary_text(text_cfg: dict) -> str | None:
     """The file that belongs into the directory of a model with this config; None for other tokenizers."""
-    return _file(text_cfg["hf_tokenizer_name"], None).read_text(encoding="utf-8") if is_asked_for(text_cfg) else None
+    return _text(_file(text_cfg["hf_tokenizer_name"], None)) if is_asked_for(text_cfg) else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the vocabulary {path} is not UTF-8 text: {error}") from error
 
 
 def _file(name: str, directory: Path | None) -> Path:
-    shipped = _VOCABULARIES / f"{name.removeprefix(PREFIX)}.txt"
+    bare = name.removeprefix(PREFIX)
+    if not _NAME.fullmatch(bare):
+        raise ValueError(
+            f"hf_tokenizer_name: {name!r} names no vocabulary, expected {PREFIX} and letters, digits, - and _: a "
+            "config must not lead to other files"
+        )
+    shipped = _VOCABULARIES / f"{bare}.txt"
     beside = [] if directory is None else [directory / FILE_NAME]
     for path in (*beside, shipped):
         if path.is_file():

@@ -4,21 +4,25 @@
     plan = dispatch(gating.experts, num_experts=8, capacity_factor=1.0)
     y = expert_mlp(x, gating.gates, plan, in_weight, in_bias, out_weight, out_bias, "gelu")
 
-The ops are registered as ``torch.ops.clipup.*``: they work under autograd, autocast, ``torch.compile(fullgraph=True)``
-and ``FlopCounterMode``. ``clipup_kernels.reference`` holds the same functions in plain torch.
+The ops are registered as ``torch.ops.clipup.*``: they work under autograd, ``torch.func`` in reverse mode, autocast,
+``torch.compile(fullgraph=True)`` and ``FlopCounterMode``. ``clipup_kernels.reference`` holds the same functions in
+plain torch.
 """
 
 from . import reference
-from .info import backend_info
+from ._version import __version__ as __version__
+from .info import backend_info, release_memory
 from .mlp import dense_mlp, expert_mlp
 from .ops import combine, dispatch, grouped_linear, permute, topk_gating
-from .packing import pack_weights, release_memory
+from .packing import pack_weight, packed_layout, unpack_weight
 from .router import router_logits
-from .types import ACTIVATIONS, Gating, Plan
+from .types import ACTIVATIONS, MAX_EXPERTS, Gating, PackedWeight, Plan
 
 __all__ = [
     "ACTIVATIONS",
+    "MAX_EXPERTS",
     "Gating",
+    "PackedWeight",
     "Plan",
     "backend_info",
     "combine",
@@ -26,10 +30,12 @@ __all__ = [
     "dispatch",
     "expert_mlp",
     "grouped_linear",
-    "pack_weights",
+    "pack_weight",
+    "packed_layout",
     "permute",
     "reference",
     "release_memory",
     "router_logits",
     "topk_gating",
+    "unpack_weight",
 ]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .types import ACTIVATIONS, Plan
+from .types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -40,11 +40,25 @@ def optional(name: str, value: Tensor | None, shape: tuple, dtypes: tuple, like:
 def same_dtype(x_name: str, x: Tensor, **others: Tensor | None) -> None:
     """Refuses a mix of floating types by name: casting is the caller's decision (a layer's, or autocast's)."""
     for name, value in others.items():
+        if value is not None and not isinstance(value, Tensor | PackedWeight):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if value is not None and value.dtype != x.dtype:
             raise TypeError(
                 f"{name} is {str(value.dtype).removeprefix('torch.')} but {x_name} is "
                 f"{str(x.dtype).removeprefix('torch.')}; the op computes in one type, cast one of them"
             )
+
+
+def boolean(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def num_experts(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
+        raise ValueError(f"num_experts must be a positive int, got {value!r}")
+    if value > MAX_EXPERTS:
+        raise ValueError(f"num_experts must be at most {MAX_EXPERTS}, got {value!r}")
 
 
 def top_k(k: int, num_experts: int) -> None:
@@ -83,3 +97,34 @@ def plan(value: Plan, num_tokens: int | str, like: Tensor, num_experts: int | st
 def gates(value: Tensor, like: Tensor) -> None:
     """Gates are float32 whatever the rows' type (float64 beside float64)."""
     tensor("gates", value, ("T", "K"), (torch.float64 if like.dtype == torch.float64 else torch.float32,), like)
+
+
+def packed(name: str, value: PackedWeight, shape: tuple[int | str, ...], x: Tensor) -> None:
+    """Checks a packed weight against the x that it is multiplied with; ``shape`` as in ``tensor``."""
+    if not isinstance(value, PackedWeight):
+        raise TypeError(f"{name} must be packed like the other weights, got {type(value).__name__}; pack all or none")
+    if len(value.shape) != len(shape) or any(
+        not isinstance(size, str) and have != size for have, size in zip(value.shape, shape, strict=True)
+    ):
+        want = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must be packed from a weight of shape [{want}], got {list(value.shape)}")
+    if x.device.type != "cpu":
+        raise ValueError(f"x is on {x.device}, but {name} is packed for CPUs; use the plain weight there")
+
+
+def no_gradient(*tensors: Tensor | None) -> None:
+    """Refuses packed weights where a gradient would be wanted."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            "packed weights have no derivative, and an argument beside them requires a gradient; compute under "
+            "torch.no_grad() or torch.inference_mode(), or train with the plain weights"
+        )
+
+
+def layout(packed_for: str, runs: str) -> None:
+    """Refuses a weight that other kernels than those of this process can read."""
+    if packed_for != runs:
+        raise ValueError(
+            f"the weight was packed as {packed_for}, but the kernels of this process read {runs}; pack the weight "
+            "again here: pack_weight(unpack_weight(packed))"
+        )

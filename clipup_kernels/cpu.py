@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import generic, info, matmul, native
+from . import checks, generic, info, matmul, native
+from .types import PLAIN_LAYOUT
 
 _PRODUCTS = ("grouped_linear", "grouped_linear_backward", "expert_mlp_forward", "expert_mlp_backward", "dense_mlp")
+_PACKED = ("packed_grouped_linear", "packed_expert_mlp", "packed_dense_mlp")
 
 
 def backend(name: str, dtype: torch.dtype) -> ModuleType:
@@ -26,10 +29,22 @@ def backend(name: str, dtype: torch.dtype) -> ModuleType:
     return native
 
 
+@functools.cache
+def packed_layout(dtype: torch.dtype) -> str:
+    """How ``pack_weight`` orders weights of ``dtype`` here (``PackedWeight.layout``)."""
+    if backend("expert_mlp_forward", dtype) is not native:
+        return PLAIN_LAYOUT
+    panel, per_word = info.NATIVE.packed_layout(native.DTYPE_CODE[dtype])
+    return f"{'float32' if per_word == 1 else 'bfloat16x2'}x{panel}"
+
+
 def kernel_of(name: str) -> Callable:
     """The function that computes op ``name``: it asks for the backend at every call."""
     if name == "dispatch":
         return _dispatch
+
+    if name in _PACKED:
+        return _on_packed_weights(name)
 
     def chosen(first: Tensor, *args):
         return getattr(backend(name, first.dtype), name)(first, *args)
@@ -43,3 +58,14 @@ def _dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=No
         if len(wrong):
             raise ValueError(f"experts: expected values from -1 to {num_experts - 1}, got {int(wrong[0])}")
     return backend("dispatch", experts.dtype).dispatch(experts, num_experts, capacity_factor, priority, mask)
+
+
+def _on_packed_weights(name: str) -> Callable:
+    """The layout is an argument because an exported program may run on another machine than it was made on."""
+
+    def checked(first: Tensor, *args):
+        *others, layout = args
+        checks.layout(layout, packed_layout(first.dtype))
+        return getattr(native, name)(first, *others)
+
+    return checked

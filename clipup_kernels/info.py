@@ -69,6 +69,12 @@ def matmul_dtypes() -> frozenset[torch.dtype]:
     return frozenset({torch.bfloat16} if NATIVE.has_matrix_tiles() else ())
 
 
+def release_memory() -> None:
+    """Gives the working memory that the CPU kernels keep for later calls back to the system."""
+    if NATIVE is not None:
+        NATIVE.release_memory()
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -82,12 +88,11 @@ def backend_info() -> dict:
     Returns a dict with ``compiled`` (bool), ``fallback_reason`` (why not, or None), ``build`` (compiler, OpenMP and
     CUDA architectures of the extension, or None), ``cpu`` and ``cuda`` (implementation by op), ``cuda_fallback_reason``
     (why Triton does not run there, or None), ``threads`` (what the CPU ops use now), ``instructions`` (the tier of CPU
-    kernels), ``matmul_dtypes`` (types whose products torch's matmul computes instead on CPUs), ``packed_weights``
-    (whether copies are kept between inference calls, and their bytes), ``kept_memory_bytes`` (working memory kept for
-    the next call; ``release_memory()`` gives both back) and the versions of clipup, torch and triton. Float64 always
-    takes plain torch.
+    kernels), ``matmul_dtypes`` (types whose products torch's matmul computes instead on CPUs), ``kept_memory_bytes``
+    (working memory kept for the next call; ``release_memory()`` gives it back) and the versions of clipup, torch and
+    triton. Float64 always takes plain torch.
     """
-    from . import cuda, packing
+    from . import cuda
 
     compiled = NATIVE is not None
     routing = ("router_logits", "topk_gating", "dispatch", "permute", "combine")
@@ -104,7 +109,6 @@ def backend_info() -> dict:
         "build": NATIVE.build_info() if compiled else None,
         "instructions": NATIVE.instruction_tier() if compiled else None,
         "matmul_dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in matmul_dtypes()),
-        "packed_weights": packing.status(),
         "kept_memory_bytes": NATIVE.kept_memory() if compiled else 0,
         "threads": torch.get_num_threads(),
         "cpu": cpu,

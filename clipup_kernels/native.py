@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import fakes, packing
+from . import fakes
 from .info import NATIVE
 from .types import ACTIVATIONS
 
@@ -137,18 +137,27 @@ def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> 
 
 
 def grouped_linear(rows, weight, bias, offsets) -> Tensor:
-    kept = _packed(weight, training=False)
-    rows, weight, bias, offsets = _dense(rows, weight, bias, offsets)
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    (weight,) = _dense(weight)
+    return _grouped_linear(rows, weight.shape, _address(weight), 0, bias, offsets)
+
+
+def packed_grouped_linear(rows, packed, bias, offsets, out_features) -> Tensor:
+    shape = (offsets.numel() - 1, out_features, rows.shape[1])
+    return _grouped_linear(rows, shape, 0, _address(packed), bias, offsets)
+
+
+def _grouped_linear(rows: Tensor, shape, weight: int, packed: int, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """``weight`` or ``packed`` is the address of a weight of ``shape`` [E, O, I], the other 0."""
+    rows, bias, offsets = _dense(rows, bias, offsets)
+    out = rows.new_empty(rows.shape[0], shape[1])
     NATIVE.grouped_linear(
-        DTYPE_CODE[rows.dtype], _address(rows), _address(weight), _address(bias), _address(offsets), rows.shape[0],
-        *weight.shape, _address(out), _address(kept),
+        DTYPE_CODE[rows.dtype], _address(rows), weight, _address(bias), _address(offsets), rows.shape[0], *shape,
+        _address(out), packed,
     )  # fmt: skip
     return out
 
 
 def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[Tensor, ...]:
-    packing.forget(weight)
     d_out, rows, weight, offsets = _dense(d_out, rows, weight, offsets)
     shapes = (rows.shape, weight.shape, weight.shape[:2])
     grads = [_pooled(rows, shape if wanted else (0,)) for shape, wanted in zip(shapes, output_mask, strict=True)]
@@ -157,13 +166,6 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
         *(_address(grad if wanted else None) for grad, wanted in zip(grads, output_mask, strict=True)),
     )  # fmt: skip
     return tuple(grads)
-
-
-def _packed(weight: Tensor, training: bool) -> Tensor | None:
-    if training:
-        packing.forget(weight)
-        return None
-    return packing.packed(weight, DTYPE_CODE[weight.dtype])
 
 
 def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str) -> tuple[int, ...]:
@@ -175,6 +177,9 @@ def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str)
     )
 
 
+_NONE_PACKED = (0, 0, 0)
+
+
 def expert_mlp_forward(
     x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
     activation, keep_z,
@@ -184,25 +189,53 @@ def expert_mlp_forward(
     pre_activation = (choice_of_row.numel(), in_weight.shape[1])
     if gate_weight is not None:
         pre_activation = (2, *pre_activation)
-    matrices = (in_weight, out_weight, gate_weight)
-    kept = [None if weight is None else _packed(weight, keep_z) for weight in matrices]
     y, z = torch.empty_like(x), _pooled(x, pre_activation if keep_z else (0,))
     NATIVE.expert_mlp_forward(
         *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
-        [*map(_address, weights), *map(_address, kept)], _address(x), _address(y), _address(z if keep_z else None),
+        [*map(_address, weights), *_NONE_PACKED], _address(x), _address(y), _address(z if keep_z else None),
     )  # fmt: skip
     return y, z
 
 
+def packed_expert_mlp(
+    x, gates, offsets, choice_of_row, row_of_choice, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias,
+    hidden, activation,
+) -> Tensor:  # fmt: skip
+    x, gates, *biases = _dense(x, gates, in_bias, out_bias, gate_bias)
+    routing = _dense(offsets, choice_of_row, row_of_choice)
+    y = torch.empty_like(x)
+    NATIVE.expert_mlp_forward(
+        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), *row_of_choice.shape, offsets.numel() - 1, x.shape[1],
+        hidden, [*map(_address, (gates, *routing))], _packed_addresses(biases, in_packed, out_packed, gate_packed),
+        _address(x), _address(y), 0,
+    )  # fmt: skip
+    return y
+
+
+def _packed_addresses(biases: list[Tensor | None], *packed: Tensor | None) -> list[int]:
+    """Addresses in the order of moe.h's Experts, without plain weights."""
+    in_bias, out_bias, gate_bias = map(_address, biases)
+    return [0, in_bias, 0, out_bias, 0, gate_bias, *map(_address, packed)]
+
+
 def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias, activation) -> Tensor:
-    x, *weights = _dense(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
-    kept = [None if weight is None else _packed(weight, False) for weight in (in_weight, out_weight, gate_weight)]
-    num_tokens, (hidden, width) = x.shape[0], in_weight.shape
+    weights = _dense(in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    return _dense_mlp(x, [*map(_address, weights), *_NONE_PACKED], in_weight.shape[0], activation)
+
+
+def packed_dense_mlp(x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, activation) -> Tensor:
+    biases = _dense(in_bias, out_bias, gate_bias)
+    return _dense_mlp(x, _packed_addresses(biases, in_packed, out_packed, gate_packed), hidden, activation)
+
+
+def _dense_mlp(x: Tensor, weights: list[int], hidden: int, activation: str) -> Tensor:
+    (x,) = _dense(x)
+    num_tokens, width = x.shape
     offsets = torch.tensor([0, num_tokens], dtype=torch.int32)
     y = torch.empty_like(x)
     NATIVE.expert_mlp_forward(
         DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_tokens, 1, 1, width, hidden,
-        [0, _address(offsets), 0, 0], [*map(_address, weights), *map(_address, kept)], _address(x), _address(y), 0,
+        [0, _address(offsets), 0, 0], weights, _address(x), _address(y), 0,
     )  # fmt: skip
     return y
 
@@ -223,7 +256,7 @@ def expert_mlp_backward(
     recompute = z.numel() == 0
     NATIVE.expert_mlp_backward(
         *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
-        [*map(_address, weights), 0, 0, 0], _address(dy), _address(x), _address(None if recompute else z),
+        [*map(_address, weights), *_NONE_PACKED], _address(dy), _address(x), _address(None if recompute else z),
         [*map(_address, grads)],
     )  # fmt: skip
     empty = (x, gates, *[x] * 6)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .registry import define, non_differentiable
-from .types import Gating, Plan
+from .types import PLAIN_LAYOUT, Gating, PackedWeight, Plan
 
 # ---------------------------------------------------------------- topk_gating
 
@@ -69,7 +69,9 @@ def topk_gating(
     """
     checks.tensor("logits", logits, ("T", "E"), (torch.float32, torch.float64), logits)
     num_tokens, num_experts = logits.shape
+    checks.num_experts(num_experts)
     checks.top_k(k, num_experts)
+    checks.boolean("renormalize", renormalize)
     checks.optional("selection_bias", selection_bias, (num_experts,), (logits.dtype,), logits)
     checks.optional("mask", mask, (num_tokens,), (torch.bool,), logits)
     return Gating(*_topk_gating(logits, k, renormalize, selection_bias, mask))
@@ -99,7 +101,7 @@ def dispatch(
 
     Args:
         experts: [T, K] int32 from ``topk_gating``; a token of -1 takes no part.
-        num_experts: E.
+        num_experts: E, at most ``MAX_EXPERTS``.
         capacity_factor: positive, or None.
         priority: [T] float32, ``Gating.top_prob`` in V-MoE; NaN goes last.
         mask: [T] bool, True where the token takes part.
@@ -108,8 +110,7 @@ def dispatch(
         TypeError, ValueError: a wrong argument, by name; on the CPU also an expert index outside of [-1, E).
     """
     checks.tensor("experts", experts, ("T", "K"), (torch.int32,), experts)
-    if isinstance(num_experts, bool) or not isinstance(num_experts, int | torch.SymInt) or num_experts < 1:
-        raise ValueError(f"num_experts must be a positive int, got {num_experts!r}")
+    checks.num_experts(num_experts)
     checks.capacity_factor(capacity_factor)
     num_tokens = experts.shape[0]
     checks.optional("priority", priority, (num_tokens,), (torch.float32, torch.float64), experts)
@@ -183,12 +184,23 @@ _grouped_linear_backward = define(
 )
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+_packed_grouped_linear = define(
+    "packed_grouped_linear(Tensor rows, Tensor packed, Tensor? bias, Tensor offsets, int out_features, str layout)"
+    " -> Tensor",
+    flops=lambda rows, packed, bias, offsets, out_features, *args, out_shape=None, **kwargs: (
+        2 * rows[0] * rows[1] * out_features
+    ),
+    cpu_only=True,
+)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """``rows[r] @ weight[e]^T + bias[e]`` with e the expert that owns row r; empty rows are 0.
 
     Args:
         rows: [R, I], expert-sorted as by ``permute``.
-        weight: [E, O, I], of rows' type.
+        weight: [E, O, I], of rows' type; or packed by ``pack_weight``, with the same result bit for bit and no
+            derivative.
         bias: [E, O] or None.
         offsets: [E+1] int32, ``Plan.offsets``.
 
@@ -200,9 +212,19 @@ def grouped_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: T
     """
     checks.tensor("rows", rows, ("R", "I"), checks.FLOATING, rows)
     checks.same_dtype("rows", rows, weight=weight, bias=bias)
-    checks.tensor("weight", weight, ("E", "O", rows.shape[1]), checks.FLOATING, rows)
+    is_packed = isinstance(weight, PackedWeight)
+    shape = ("E", "O", rows.shape[1])
+    if is_packed:
+        checks.packed("weight", weight, shape, rows)
+    else:
+        checks.tensor("weight", weight, shape, checks.FLOATING, rows)
     checks.optional("bias", bias, tuple(weight.shape[:2]), checks.FLOATING, rows)
     checks.tensor("offsets", offsets, (weight.shape[0] + 1,), (torch.int32,), rows)
+    if is_packed:
+        checks.no_gradient(rows, bias)
+        if weight.layout != PLAIN_LAYOUT:
+            return _packed_grouped_linear(rows, weight.block, bias, offsets, weight.shape[1], weight.layout)
+        weight = weight.block
     return _grouped_linear(rows, weight, bias, offsets)
 
 

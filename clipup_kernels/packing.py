@@ -1,81 +1,65 @@
-"""Weights in the order in which the CPU kernels read them, kept between calls while they do not change.
+"""Weights packed ahead for inference on CPUs: made by name, held by whoever made them, never by this package.
 
-Packing a weight costs as much as multiplying a dozen rows with it, so that inference with few tokens an expert gains by
-packing once. A weight is packed when it is seen unchanged for the second time, outside of training, and the copy goes
-when the weight goes. It counts as unchanged while its object, its address and its version are the same, and a sample of
-its bytes: writes through ``.data`` leave the version alone. Inference tensors have no version and are never kept.
+A product reads its right operand in panels of columns. From a plain weight the kernels make them at every call; from a
+packed one they read them. The results are bitwise the same.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import info
-
-DISABLE = "CLIPUP_PACK_WEIGHTS"
-"""Environment variable; ``0`` keeps no packed weights."""
-
-_enabled = os.environ.get(DISABLE) != "0"
-_kept = WeakTensorKeyDictionary()
+from . import checks, cpu, info
+from .native import DTYPE_CODE
+from .types import PLAIN_LAYOUT, PackedWeight
 
 
-@dataclass
-class _Entry:
-    stamp: tuple
-    packed: Tensor | None = None
+def packed_layout(dtype: torch.dtype) -> str:
+    """``PackedWeight.layout`` of what ``pack_weight`` makes of ``dtype`` on this CPU; the ops take no other layout."""
+    return cpu.packed_layout(dtype)
 
 
-def pack_weights(enabled: bool) -> None:
-    """Says whether the CPU kernels may keep packed copies of weights between inference calls; they do by default.
+def pack_weight(weight: Tensor) -> PackedWeight:
+    """A copy of ``weight`` in the order in which this CPU's kernels read it.
 
-    The copies cost as much memory as the weights, twice as much where a 16-bit type is widened to float32
-    (``backend_info()["packed_weights"]`` has the bytes). False also drops those that are kept.
+    Args:
+        weight: [E, O, I], or [O, I] of one MLP, on the CPU: float32, bfloat16, float16 or float64.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name; a weight on another device.
     """
-    global _enabled
-    _enabled = enabled
-    if not enabled:
-        _kept.clear()
+    dims = weight.dim() if isinstance(weight, Tensor) else 3
+    checks.tensor("weight", weight, ("O", "I") if dims == 2 else ("E", "O", "I"), checks.FLOATING, weight)
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight is on {weight.device}; weights are packed for CPUs, move it there first")
+    shape = tuple(weight.shape)
+    layout = cpu.packed_layout(weight.dtype)
+    weight = weight.detach().contiguous()
+    if layout == PLAIN_LAYOUT:
+        return PackedWeight(weight.clone(), shape, weight.dtype, PLAIN_LAYOUT)
+    code, sizes = DTYPE_CODE[weight.dtype], (1, *shape)[-3:]
+    memory = info.NATIVE.Block(max(info.NATIVE.packed_weight_bytes(code, *sizes), 1))  # in huge pages
+    block = torch.frombuffer(memory, dtype=torch.uint8)
+    info.NATIVE.pack_weight(code, weight.data_ptr(), *sizes, block.data_ptr())
+    return PackedWeight(block, shape, weight.dtype, layout)
 
 
-def release_memory() -> None:
-    """Gives back what the CPU kernels keep for later calls: working memory and packed weights."""
-    _kept.clear()
-    if info.NATIVE is not None:
-        info.NATIVE.release_memory()
+def unpack_weight(packed: PackedWeight) -> Tensor:
+    """A copy of the weight that was packed, bit for bit, whichever kernels it was packed for.
 
-
-def kept_bytes() -> int:
-    return sum(entry.packed.numel() for entry in _kept.values() if entry.packed is not None)
-
-
-def status() -> dict:
-    """What ``backend_info()`` says about packed weights."""
-    return {"enabled": _enabled, "bytes": kept_bytes()}
-
-
-def forget(weight: Tensor) -> None:
-    """Drops the weight's packed form: it is being trained."""
-    _kept.pop(weight, None)
-
-
-def packed(weight: Tensor, dtype_code: int) -> Tensor | None:
-    """The packed form of ``weight`` [E, O, I] or [O, I], or None where it is not (yet) worth keeping."""
-    if not _enabled or weight.is_inference() or not weight.is_contiguous():
-        return None
-    size = weight.numel() * weight.element_size()
-    stamp = (weight._version, weight.data_ptr(), weight.shape, info.NATIVE.sample_hash(weight.data_ptr(), size))
-    entry = _kept.get(weight)
-    if entry is None or entry.stamp != stamp:
-        _kept[weight] = _Entry(stamp)
-        return None
-    if entry.packed is None:
-        shape = (1, *weight.shape)[-3:]
-        block = info.NATIVE.Block(max(info.NATIVE.packed_weight_bytes(dtype_code, *shape), 1))
-        entry.packed = torch.frombuffer(block, dtype=torch.uint8)
-        info.NATIVE.pack_weight(dtype_code, weight.data_ptr(), *shape, entry.packed.data_ptr())
-    return entry.packed
+    Raises:
+        TypeError: ``packed`` is no PackedWeight.
+    """
+    if not isinstance(packed, PackedWeight):
+        raise TypeError(f"packed must be the PackedWeight that pack_weight() returns, got {type(packed).__name__}")
+    if packed.layout == PLAIN_LAYOUT:
+        return packed.block.clone()
+    if 0 in packed.shape:
+        return torch.empty(packed.shape, dtype=packed.dtype)
+    word, panel = packed.layout.rsplit("x", 1)
+    stored, per_word = (torch.float32, 1) if word == "float32" else (torch.bfloat16, 2)
+    experts, rows, columns = (1, *packed.shape)[-3:]
+    panels = -(-rows // int(panel))
+    strips = packed.block.view(stored).view(experts, panels, -1, int(panel), per_word)
+    weight = strips.permute(0, 1, 3, 2, 4).reshape(experts, panels * int(panel), -1)[:, :rows, :columns]
+    return weight.to(packed.dtype).reshape(packed.shape).clone()

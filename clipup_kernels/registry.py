@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, cuda, fakes, generic
+from . import autograd, cpu, cuda, fakes, generic
 
 LIBRARY = torch.library.Library("clipup", "DEF")
 
@@ -18,26 +18,29 @@ def define(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     flops: Callable | None = None,
+    cpu_only: bool = False,
 ) -> Callable:
     """Registers ``clipup::<schema>`` and returns the op.
 
     The functions of the op's name in ``cpu``, ``cuda``, ``generic`` (every other device) and ``fakes`` are its kernels.
-    An op without ``backward`` refuses to be differentiated by name; that is how second derivatives are refused.
+    With ``cpu_only`` the op has none on other devices. An op without ``backward`` refuses to be differentiated by name;
+    that is how second derivatives are refused. Every op refuses forward-mode AD by name (``autograd``).
     """
     name = schema.partition("(")[0]
     qualified = f"clipup::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     LIBRARY.impl(name, cpu.kernel_of(name), "CPU")
-    LIBRARY.impl(name, cuda.kernel_of(name), "CUDA")
-    LIBRARY.impl(name, getattr(generic, name), "CompositeExplicitAutograd")
+    if not cpu_only:
+        LIBRARY.impl(name, cuda.kernel_of(name), "CUDA")
+        LIBRARY.impl(name, getattr(generic, name), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, getattr(fakes, name), lib=LIBRARY)
     if backward is None:
 
         def backward(ctx, *grads):
             raise NotImplementedError(f"{qualified} has no derivative: second derivatives are not supported")
 
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     op = getattr(torch.ops.clipup, name)
+    LIBRARY.impl(name, autograd.kernel_of(op.default, setup_context, backward), "Autograd", with_keyset=True)
     if flops is not None:
         register_flop_formula(op)(flops)
     return op

@@ -146,10 +146,13 @@ Size packed_weight_bytes(int dtype, Size E, Size O, Size I) {
   return clipup::packed_weight_bytes(clipup::DType{dtype}, E, O, I);
 }
 
-std::uint64_t sample_hash(Address data, Size bytes) { return clipup::sample_hash(anything(data), bytes); }
-
 void pack_weight(int dtype, Address weight, Size E, Size O, Size I, Address packed) {
   clipup::pack_weight(clipup::DType{dtype}, anything(weight), E, O, I, out_anything(packed));
+}
+
+py::tuple packed_layout(int dtype) {
+  const clipup::PackedLayout layout = clipup::packed_layout(clipup::DType{dtype});
+  return py::make_tuple(layout.panel, layout.per_word);
 }
 
 // A block of the pool, for outputs that are made anew every step: fresh memory costs page faults. It goes back to the
@@ -261,8 +264,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("grouped_linear_backward", &grouped_linear_backward, WithoutGil(), "dtype"_a, "d_out"_a, "rows"_a,
         "weight"_a, "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "d_rows"_a, "d_weight"_a, "d_bias"_a);
   m.def("packed_weight_bytes", &packed_weight_bytes, "dtype"_a, "E"_a, "O"_a, "I"_a);
-  m.def("sample_hash", &sample_hash, "data"_a, "bytes"_a);
   m.def("pack_weight", &pack_weight, WithoutGil(), "dtype"_a, "weight"_a, "E"_a, "O"_a, "I"_a, "packed"_a);
+  m.def("packed_layout", &packed_layout, "dtype"_a);
   py::class_<Block>(m, "Block", py::buffer_protocol())
       .def(py::init<Size>(), "bytes"_a)
       .def_buffer(&Block::buffer);

@@ -132,10 +132,13 @@ struct Experts {
   DType dtype;  // of x, weights, biases and z
   Activation activation;
   std::int64_t E, D, H;
-  const void *in_weight, *in_bias;                   // [E,H,D]; [E,H] or null
-  const void *out_weight, *out_bias;                 // [E,D,H]; [E,D] or null
-  const void *gate_weight, *gate_bias;               // [E,H,D] for gated experts, else null; [E,H] or null
-  const void *packed_in, *packed_out, *packed_gate;  // or null
+  const void *in_weight, *in_bias;      // [E,H,D]; [E,H] or null
+  const void *out_weight, *out_bias;    // [E,D,H]; [E,D] or null
+  const void *gate_weight, *gate_bias;  // [E,H,D] for gated experts, else null; [E,H] or null
+  const void *packed_in, *packed_out,
+      *packed_gate;  // or null; the matrix itself is then not read, and may be null
+
+  bool gated() const { return gate_weight != nullptr || packed_gate != nullptr; }
 };
 
 // y[t] = sum over the choices k of gates[t,k] * (W_out a + b_out), a = act(z), z = W_in x[t] + b_in, of the choice's
@@ -179,14 +182,17 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
 // A weight in the order in which the forward pass reads it, for weights that are used more than once unchanged.
 //
 //   weight[E,O,I]        of type `dtype`
-//   packed               packed_weight_bytes(...) bytes, 64-byte aligned; only this CPU's tier can read it
+//   packed               packed_weight_bytes(...) bytes, as packed_layout says
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I);
 void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
                  void* packed);
 
-// A hash of one cache line in every 32 KiB of `bytes` bytes, and of the last ones: tells weights that were written to
-// from those that were not, for far less than reading them.
-std::uint64_t sample_hash(const void* data, std::int64_t bytes);
+// How `pack_weight` lays a weight out: [E, ceil(O / panel), ceil(I / per_word), panel] words of 32 bits. A word holds one
+// element as a float, or two neighbouring bfloat16, the first in its lower half. What fills panels and words up is zero.
+struct PackedLayout {
+  std::int64_t panel, per_word;
+};
+PackedLayout packed_layout(DType dtype);
 
 // Name of the instruction tier that runs: avx512_bf16, avx512, avx2 or portable.
 const char* instruction_tier();

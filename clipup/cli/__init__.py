@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+from clipup_kernels import __version__
 
 COMMANDS = {
     "demo": "dense CLIP to CLIP-UP on real pictures, in minutes, with a report",
@@ -23,31 +26,60 @@ COMMANDS = {
 DEBUG = "CLIPUP_DEBUG"
 """Environment variable; 1 shows the traceback of an error that is otherwise one line."""
 
-_USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
-_BAD_INPUT, _INTERRUPTED = 2, 130
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
+_BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(argv)
+    except BrokenPipeError:  # the program that read the output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage("clipup", COMMANDS))
+        print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.", flush=True)
         return 0 if argv else _BAD_INPUT
+    if argv[0] == "--version":
+        print(f"clipup {__version__}")
+        return 0
     command, *options = argv
     if command not in COMMANDS:
-        print(f"clipup: there is no command {command!r}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"clipup: {_unknown('command', command, COMMANDS)}", file=sys.stderr)
         return _BAD_INPUT
     try:
-        return importlib.import_module(f"{__name__}.{command}").main(options)
+        code = importlib.import_module(f"{__name__}.{command}").main(options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        raise
     except _USER_ERRORS as error:
-        if os.environ.get(DEBUG) == "1":
-            traceback.print_exc()
-        else:
-            print(f"clipup {command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return _BAD_INPUT
+        return _report(command, str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _report(command, f"out of memory: {error}")
     except KeyboardInterrupt:
         print(f"clipup {command}: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _report(command: str, message: str) -> int:
+    """Prints the error that is being handled, in one line or with its traceback."""
+    if os.environ.get(DEBUG) == "1":
+        traceback.print_exc()
+    else:
+        print(f"clipup {command}: {' '.join(message.split())}", file=sys.stderr)
+    return _BAD_INPUT
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory, on the CPU, of which torch says so in a RuntimeError, or on a GPU."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def run_one_of(commands: Mapping[str, type], program: str, kind: str, argv: list[str]) -> int:
@@ -63,10 +95,16 @@ def run_one_of(commands: Mapping[str, type], program: str, kind: str, argv: list
         print(usage(program, {name: one.__doc__.strip().splitlines()[0] for name, one in commands.items()}, kind))
         return 0 if argv else _BAD_INPUT
     if argv[0] not in commands:
-        raise ValueError(f"there is no {kind} {argv[0]!r}; {kind}s are {', '.join(commands)}")
-    import tyro
+        raise ValueError(_unknown(kind, argv[0], commands))
+    from .flags import parse
 
-    return tyro.cli(commands[argv[0]], args=argv[1:], prog=f"{program} {argv[0]}").run()
+    return parse(commands[argv[0]], argv[1:], f"{program} {argv[0]}").run()
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? {kind.capitalize()}s" if close else f"{kind}s"
+    return f"there is no {kind} {name!r}; {hint} are {', '.join(known)}"
 
 
 def usage(program: str, commands: Mapping[str, str], kind: str = "command") -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import tyro
-
 from ..demo import DemoOptions, run
 from ..report import comparison_table
+from .flags import NoEffect, parse
+from .outputs import check_directory
+
+RULES = [NoEffect(("lr",), lambda options: options.steps_before == 0, "without --dense-steps; see --continue-lr")]
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(DemoOptions, args=argv, prog="clipup demo")
+    options = parse(DemoOptions, argv, "clipup demo", RULES)
+    check_directory("out", options.out)
     report = run(options)
     print(f"\n{comparison_table(report)}\n\nthe report: {Path(options.out) / 'report.html'}")
     return 0

@@ -17,6 +17,7 @@ from ..diagnosis import BlockReport, TowerReport, diagnose
 from ..mlp_families import families_read
 from ..moe import moe_layers
 from ..upcycle import upcycle
+from .flags import ON_SPARSE, moe_rules, parse, refuse_idle
 
 
 @dataclass
@@ -34,8 +35,11 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, args=argv, prog="clipup doctor")
-    findings = examine(options.model, models.create_on_meta(options.model), options.moe)
+    options = parse(Options, argv, "clipup doctor", moe_rules(lambda options: options.moe))
+    model = models.create_on_meta(options.model)
+    if moe_layers(model):
+        refuse_idle(argv, options, [ON_SPARSE])
+    findings = examine(options.model, model, options.moe)
     print(json.dumps(findings, indent=2) if options.json else text(findings))
     return 0
 

@@ -11,13 +11,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .. import card, models
+from .. import card, models, origin
 from ..checkpoint import replace_files
+from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples, eval_samples
+from ..data.skips import MAX_SKIPPED
 from ..evaluate import datasets
-from ..evaluate.precision import Precision, check_device, default_device, default_workers
+from ..evaluate.precision import Precision, check_device, default_device, default_workers, for_inference
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, image_folder, read_lines, zero_shot
+from .flags import NoEffect, is_csv, parse
+from .outputs import check_file
 
 
 @dataclass
@@ -31,7 +35,9 @@ class Options:
     model: tyro.conf.Positional[str]
     """A model that open_clip knows, a directory, or hf-hub:ORG/NAME."""
     pretrained: str | None = None
-    """Tag or file of weights for a model known by name; a training checkpoint may be sparse. None: random weights."""
+    """Tag or file of weights for a model known by name; a training checkpoint may be sparse."""
+    random_weights: bool = False
+    """Measure a model known by name with random weights, which nothing has trained."""
     dataset: Literal["coco", "flickr30k", "imagenet", "webdataset", "csv"] | None = None
     """A benchmark. coco, flickr30k: retrieval with Karpathy's splits; imagenet: classification; webdataset: what its
     directory says; csv: retrieval."""
@@ -58,6 +64,10 @@ class Options:
     """Column with the paths of the images; rows of one image are its captions."""
     csv_caption_key: str = "title"
     """Column with the captions."""
+    max_skipped: float = MAX_SKIPPED
+    """val_data: share of the samples that may be unreadable; they are left out and counted. In a benchmark none may."""
+    max_image_pixels: int = MAX_PIXELS
+    """Pixels of an image that is decoded at most; one of more counts as unreadable."""
     workers: int = field(default_factory=default_workers)
     """Processes that read images."""
     classes: Path | None = None
@@ -92,16 +102,69 @@ class Options:
         for name in ("captions_per_image", "annotations"):
             if self.dataset is None and getattr(self, name) is not None:
                 raise ValueError(f"{name} is about a benchmark; pass --dataset and --root, or leave it out")
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image must be at least 1, got {self.captions_per_image}")
 
 
+def _reads_csv(options: Options) -> bool:
+    return options.dataset == "csv" or is_csv(options.val_data, options.dataset_type)
+
+
+def _has_retrieval(options: Options) -> bool:
+    """Whether retrieval may be measured; a benchmark in WebDataset says only on disk what it is for."""
+    return options.val_data is not None or options.dataset not in (None, "imagenet")
+
+
+def _has_classification(options: Options) -> bool:
+    return options.classes is not None or options.dataset in ("imagenet", "webdataset")
+
+
+RULES = [
+    NoEffect(("split",), lambda options: options.dataset is None, "without --dataset"),
+    NoEffect(
+        ("annotations",),
+        lambda options: options.dataset not in (None, "coco", "flickr30k"),
+        "on another --dataset than coco and flickr30k",
+    ),
+    NoEffect(
+        ("captions_per_image", "by", "multi_positive"),
+        lambda options: not _has_retrieval(options),
+        "without data for retrieval (--val-data)",
+    ),
+    NoEffect(
+        ("templates",),
+        lambda options: not _has_classification(options),
+        "without classes (--classes and --images)",
+    ),
+    NoEffect(("dataset_type",), lambda options: options.val_data is None, "without --val-data"),
+    NoEffect(
+        ("csv_separator", "csv_img_key", "csv_caption_key"),
+        lambda options: not _reads_csv(options),
+        "on data that are no CSV file",
+    ),
+    NoEffect(
+        ("random_weights",),
+        lambda options: origin.brings_weights(options.model, options.pretrained),
+        "on a model that brings its weights",
+    ),
+]
+
+
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, args=argv, prog="clipup eval")
+    options = parse(Options, argv, "clipup eval", RULES)
     logging.getLogger().setLevel(logging.ERROR)
+    if options.out not in (None, "-"):
+        check_file("out", options.out)
     directory = models.model_directory(options.model)
     if options.card and directory is None:
         raise ValueError(f"card: {options.model} is no directory of this machine, so there is no card to write into")
+    if not options.random_weights:
+        origin.refuse_random_weights(
+            "pretrained", options.model, options.pretrained, "or --random-weights, to measure them all the same"
+        )
     results = evaluate(options)
     if options.card:
         card.add_results(directory, results)
@@ -120,16 +183,22 @@ def evaluate(options: Options) -> dict[str, Any]:
     """``retrieval`` and ``zero_shot``, those that were asked for, and what was measured: model, dataset, split."""
     check_device(options.device)
     found = _find(options)
+    own = None if options.val_data is None else _own_samples(options)
     model, _, preprocess = models.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
+    model = for_inference(model, options.precision)
     tokenizer = models.get_tokenizer(options.model)
     common = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
     results: dict[str, Any] = {"model": options.model, "precision": options.precision}
     if options.dataset is not None:
         results |= {"dataset": options.dataset, "split": options.split}
-    if options.val_data is not None or isinstance(found, datasets.RetrievalSet):
-        samples = _retrieval_samples(options, found, preprocess)
+    results |= {name: path for name in ("val_data", "images") if (path := getattr(options, name)) is not None}
+    if own is not None:
+        own.preprocess = preprocess
+    retrieval = isinstance(found, datasets.RetrievalSet)
+    samples = found.samples(preprocess, options.max_image_pixels) if retrieval else own
+    if samples is not None:
         triples = _one_by_one(samples.batches(options.batch_size, options.workers))
         recall = evaluate_retrieval(
             model, triples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
@@ -137,7 +206,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         results["retrieval"] = {**recall, "skipped": samples.skipped}
         results["multi_positive"] = options.multi_positive
     if isinstance(found, datasets.ClassificationSet):
-        images = found.samples(preprocess, options.batch_size, options.workers)
+        images = found.samples(preprocess, options.batch_size, options.workers, options.max_image_pixels)
         results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)
     return results
 
@@ -169,16 +238,18 @@ def _find(options: Options) -> datasets.DataSet | None:
     return datasets.RetrievalSet([replace(record, captions=record.captions[kept]) for record in found.records])
 
 
-def _retrieval_samples(options: Options, found: datasets.DataSet | None, preprocess: Any) -> EvalSamples:
-    if isinstance(found, datasets.RetrievalSet):
-        return found.samples(preprocess)
+def _own_samples(options: Options) -> EvalSamples:
+    """Those of ``val_data``, which are looked for before a model is loaded; its transform is put in afterwards."""
     return eval_samples(
         options.val_data,
-        preprocess,
+        preprocess=None,
         dataset_type=options.dataset_type,
         csv_separator=options.csv_separator,
         csv_img_key=options.csv_img_key,
         csv_caption_key=options.csv_caption_key,
+        max_skipped=options.max_skipped,
+        max_image_pixels=options.max_image_pixels,
+        argument="val_data",
     )
 
 
@@ -200,6 +271,8 @@ def table(results: dict[str, Any]) -> str:
             values = [row[way][f"r{k}"] for way in ("t2i", "i2t") for k in RECALL_AT]
             cells = "".join(f"{100 * value:>10.2f}" for value in values)
             lines.append(f"{name:<16}{row['gallery']:>8}{cells}{100 * row['chance_r1']:>9.2f}")
+        if found.get("skipped"):
+            lines.append(f"{found['skipped']} samples could not be read, and were skipped")
     if "zero_shot" in results:
         row = results["zero_shot"]
         lines.append(f"{'zero-shot (%)':<16}{'images':>8}{'top-1':>10}{'top-5':>10}{'chance':>9}")

@@ -13,6 +13,7 @@ from ..config import MoEConfig
 from ..flops import TowerCounts, count
 from ..moe import moe_layers
 from ..upcycle import upcycle
+from .flags import MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
 
 
 @dataclass
@@ -31,11 +32,19 @@ class Options:
     moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
+RULES = [
+    NoEffect(MOE_FLAGS, lambda options: options.json and not options.moe, "on --json without --moe"),
+    *moe_rules(lambda options: options.moe_cfg),
+]
+
+
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, args=argv, prog="clipup flops")
+    options = parse(Options, argv, "clipup flops", RULES)
     config = options.moe_cfg
     model = models.create_on_meta(options.model)
     is_sparse = bool(moe_layers(model))
+    if is_sparse:
+        refuse_idle(argv, options, [ON_SPARSE])
     if options.json:
         wanted = upcycle(model, config, inplace=True) if options.moe and not is_sparse else model
         print(json.dumps(count(wanted)._asdict()))

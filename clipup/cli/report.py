@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,24 +15,26 @@ import tyro
 from PIL import Image
 from torch import nn
 
-from .. import models
+from .. import models, origin
 from ..checkpoint import CONFIG_NAME, replace_files
 from ..data.loaders import eval_samples
 from ..data.samples import IMAGE_EXTENSIONS, Record, lines, read_image
-from ..evaluate.encode import progress
-from ..evaluate.precision import default_device
+from ..evaluate.precision import check_device, default_device, for_inference
 from ..moe import moe_layers
+from ..progress import progress
 from ..report.experts import look
 from ..train import checkpoints
 from ..train.records import RunDirectory
 from ..upcycle import upcycle
 from ..weights import read_weights
+from .flags import parse
+from .outputs import check_file
 
 
 @dataclass
 class Options:
     """Shows what the experts of a sparse model do: which expert took which patch and which token, how evenly they are
-    used, how far they have parted, and what each takes most. One HTML page that needs no server.
+    used, how similar they are, and what each takes most. One HTML page that needs no server.
 
     Example: clipup report logs/b16-moe --images photos/ --captions captions.txt --dense ViT-B-16 --dense-pretrained
     laion2b_s34b_b88k
@@ -69,18 +72,23 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, args=argv, prog="clipup report")
+    options = parse(Options, argv, "clipup report")
+    if options.dense is not None:
+        origin.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
+    check_device(options.device)
+    check_file("out", options.out)
     logging.getLogger().setLevel(logging.ERROR)
     records = [] if options.images is None else find_images(options.images)[: options.max_images]
     captions = _captions(options, records)[: options.max_images]
     model, preprocess, tokenizer = load(options.model, options.device)
+    model = for_inference(model)
     dense = None
     if options.dense is not None:
         dense = models.create_model_and_transforms(options.dense, options.dense_pretrained, device=options.device)[0]
     skipped: dict[str, str] = {}
     seen = look(
         model,
-        progress(_readable(records, skipped), "looking at images"),
+        progress(_readable(records, skipped), "looking at images", "images", total=len(records)),
         captions,
         preprocess=preprocess,
         tokenizer=tokenizer,
@@ -119,14 +127,16 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
         raise FileNotFoundError(
             f"{path} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"
         )
+    for reason in latest.passed_over:
+        print(f"clipup report: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)
     options = json.loads((root / "options.json").read_text(encoding="utf-8"))
     name = options["model"] or options["pretrained"]
     with models.expecting_random_weights():
         model, _, preprocess = models.create_model_and_transforms(name, device=device)
-    moe_config = read_weights(latest).moe_config
+    moe_config = read_weights(latest.path).moe_config
     if moe_config is not None and not moe_layers(model):
         upcycle(model, moe_config, inplace=True)
-    models.load_checkpoint(model, latest)
+    models.load_checkpoint(model, latest.path)
     return model, preprocess, models.get_tokenizer(name)
 
 
@@ -150,6 +160,8 @@ def find_images(source: str) -> list[Record]:
 def _captions(options: Options, records: list[Record]) -> list[str]:
     if options.captions is None:
         return [record.captions[0] for record in records if record.captions]
+    if not options.captions.is_file():
+        raise FileNotFoundError(f"captions: there is no file {options.captions}; expected one caption a line")
     found = lines(options.captions.read_text(encoding="utf-8"))
     if not found:
         raise ValueError(f"captions: {options.captions} is empty; expected one caption a line")

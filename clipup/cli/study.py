@@ -8,8 +8,9 @@ from pathlib import Path
 import tyro
 
 from ..study import report, runner, runs
-from ..train import NonFiniteLoss, TrainingInterrupted
+from ..train import TrainingInterrupted
 from . import run_one_of
+from .outputs import check_file
 
 _DIVERGED, _INTERRUPTED = 1, 130
 
@@ -43,7 +44,7 @@ class Run:
             print(f"[{number}/{len(files)}] {file.stem}", flush=True)
             try:
                 print(f"      {runner.run(file, self.data, self.runs, self.logs, self.device)}", flush=True)
-            except NonFiniteLoss as error:
+            except FloatingPointError as error:
                 print(f"clipup study: {file.stem}: {error}", flush=True)
                 return _DIVERGED
             except TrainingInterrupted as stopped:
@@ -65,6 +66,7 @@ class Report:
     """The page; figures are written beside it."""
 
     def run(self) -> int:
+        check_file("out", self.out)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         for path in report.write(self.study, self.out):
             print(path)

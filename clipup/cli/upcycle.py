@@ -11,12 +11,15 @@ from typing import Annotated, Any
 import torch
 import tyro
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .. import checkpoint, flops, models
+from .. import checkpoint, flops, models, origin
 from ..calibration import calibrate
 from ..config import MoEConfig
+from ..locks import LOCK_FILE, exclusive
+from ..progress import progress
 from ..upcycle import step0_difference, upcycle
+from .flags import NoEffect, moe_rules, parse
+from .outputs import check_directory
 
 TOLERANCE = 1e-4
 """Largest difference between float32 features of length 1 that rounding explains."""
@@ -34,7 +37,9 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory for the sparse model; must not exist, or be empty."""
     pretrained: str | None = None
-    """Tag or file of open_clip weights for a model known by name. None: random weights."""
+    """Tag or file of open_clip weights for a model known by name."""
+    random_weights: bool = False
+    """Upcycle a model known by name with random weights, which nothing has trained."""
     seed: int = 0
     """Seed of the fresh routers, of hidden units drawn anew, and of random weights."""
     calibrate_data: str | None = None
@@ -49,14 +54,45 @@ class Options:
     moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
+RULES = [
+    NoEffect(
+        ("calibrate_steps", "calibrate_batch_size", "calibrate_lr"),
+        lambda options: options.calibrate_data is None,
+        "without --calibrate-data",
+    ),
+    NoEffect(
+        ("random_weights",),
+        lambda options: origin.brings_weights(options.model, options.pretrained),
+        "on a model that brings its weights",
+    ),
+    *moe_rules(lambda options: options.moe),
+]
+
+
 def main(argv: list[str]) -> int:
-    options = tyro.cli(Options, args=argv, prog="clipup upcycle")
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise FileExistsError(f"{options.out} exists already and holds something; choose another directory")
+    options = parse(Options, argv, "clipup upcycle", RULES)
+    if options.out.exists() and not options.out.is_dir():
+        raise FileExistsError(f"{options.out} is a file; choose another directory")
+    check_directory("out", options.out)
+    otherwise = "wait for it to end, or choose another directory"
+    with exclusive(options.out / LOCK_FILE, options.out, otherwise):
+        checkpoint.remove_abandoned(options.out, locked=True)
+        if {path.name for path in options.out.iterdir()} - {LOCK_FILE}:
+            raise FileExistsError(f"{options.out} exists already and holds something; choose another directory")
+        run(options)
+    return 0
+
+
+def run(options: Options) -> None:
+    """Upcycles, checks and saves into the directory, which is empty."""
     if options.calibrate_data is not None and options.moe.keeps_function:
         raise ValueError(
             f"calibrate_data={options.calibrate_data!r} fits experts that differ from the dense MLP, and these are its "
             "copies; set reinit_ratio, or leave calibrate_data out"
+        )
+    if not options.random_weights:
+        origin.refuse_random_weights(
+            "pretrained", options.model, options.pretrained, "or --random-weights, to upcycle them all the same"
         )
     model_cfg = models.get_model_config(options.model)
     torch.manual_seed(options.seed)
@@ -65,15 +101,16 @@ def main(argv: list[str]) -> int:
     if options.calibrate_data is not None:
         fit(sparse, dense, options, preprocess)
     difference = check_step0(step0_difference(dense, sparse), options.moe)
-    checkpoint.save_pretrained(sparse, options.out, model_cfg)
+    base_model = origin.base_model(options.model, options.pretrained)
+    checkpoint.save_pretrained(sparse, options.out, model_cfg, base_model=base_model)
     before, after = flops.count(dense), flops.count(sparse)
     print(f"largest difference of a normalised feature at step 0: {difference:.1e}")
     print(
         f"parameters: {before.params / 1e6:.1f} M dense, {after.params / 1e6:.1f} M sparse, of which "
         f"{after.active_params / 1e6:.1f} M are active for a token"
     )
-    print(f"saved to {options.out}")
-    return 0
+    random = ", of random weights" if options.random_weights else ""
+    print(f"saved to {options.out}{random}")
 
 
 def fit(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Callable[..., Any]) -> None:
@@ -89,7 +126,8 @@ def fit(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Calla
         seed=options.seed,
         train_num_samples=_samples(options),
     )
-    steps = tqdm(islice(_batches(loader), options.calibrate_steps), total=options.calibrate_steps, unit="step")
+    batches = islice(_batches(loader), options.calibrate_steps)
+    steps = progress(batches, "calibrating", "steps", total=options.calibrate_steps)
     errors = calibrate(sparse, dense, steps, lr=options.calibrate_lr)
     for name, values in errors.items():
         print(f"{name}: squared error {values[0]:.1e} of the MLP's output before, {values[-1]:.1e} in the last batch")

@@ -4,8 +4,9 @@
   `captions` words them, `splits` decides by hashing who is held out, `shards` writes the files.
 - `icons` does the same with the drawings of an npm package: `iconify`, `icon_names`, `icon_splits`, and
   `near_duplicates`, which leaves out drawings that are held out and trained on as well.
-- `loaders` serves training batches (WebDataset, CSV, or from memory) and evaluation samples; `describe` reads
-  `dataset.json`.
+- `loaders` serves training batches (WebDataset, CSV, or from memory) and evaluation samples. `shard_names` says which
+  shards a source means and reads `dataset.json`, `tars` and `csv_rows` read samples, `images` decodes, and `skips`
+  counts what cannot be read.
 
 Nothing is imported here: building data needs no torch, and loading it needs none of the packages that carry the
 drawings.

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipup.data.samples import Images, Record, Skips
+from clipup.data.images import MAX_PIXELS
+from clipup.data.samples import Images, Record
+from clipup.data.skips import Skips
 from clipup.data.streams import mixed_seed
+from clipup.progress import Progress
 
 _READ_BATCH = 64
 _AT_ONCE = 4096  # texts to tokenize
@@ -28,7 +31,8 @@ class CachedLoader:
     holds every `world_size`-th record; all serve the same number of batches. `num_samples` and `num_batches` are as
     in open_clip's loaders.
 
-    Raises ValueError when there is less than one batch, or when the images would take more than half of the memory.
+    Raises ValueError when there is less than one batch, when more cannot be read than may be skipped, or when the
+    images would take more than half of the memory.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class CachedLoader:
         world_size: int,
         skips: Skips,
         progress: bool,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.batch_size, self.seed, self.epoch, self.rank = batch_size, seed, epoch, rank
         self.num_batches = len(records) // world_size // batch_size
@@ -55,7 +60,15 @@ class CachedLoader:
             )
         self.num_samples = self.num_batches * batch_size * world_size
         mine = records[rank::world_size]
-        self.images, readable = _read(mine, preprocess, workers, skips, progress)
+        left_out = int(skips)
+        self.images, readable = _read(mine, preprocess, workers, skips, progress, max_pixels)
+        unreadable = left_out / world_size + len(mine) - len(self.images)
+        skips.check((len(records) + left_out) / world_size, unreadable, world_size)
+        if len(self.images) < batch_size:
+            raise ValueError(
+                f"batch_size: got {batch_size}, but only {len(self.images)} images of this process can be read: use a "
+                "smaller batch"
+            )
         captions = [record.captions for record, good in zip(mine, readable, strict=True) if good]
         start: dict[tuple[str, ...], int] = {}  # where an image's captions begin; renderings of a concept share them
         texts: list[str] = []
@@ -82,25 +95,21 @@ class CachedLoader:
 
 
 def _read(
-    records: Sequence[Record], preprocess: Callable, workers: int, skips: Skips, progress: bool
+    records: Sequence[Record], preprocess: Callable, workers: int, skips: Skips, progress: bool, max_pixels: int
 ) -> tuple[Tensor, list[bool]]:
     """All readable images, stacked, and which records they are of."""
-    from tqdm import tqdm
-
-    dataset = Images(records, preprocess)
+    dataset = Images(records, preprocess, max_pixels)
     loader = DataLoader(
         dataset, batch_size=_READ_BATCH, num_workers=workers, collate_fn=_keep_readable, generator=torch.Generator()
     )
     images: Tensor | None = None
     readable: list[bool] = []
     filled = 0
-    with tqdm(total=len(records), desc="reading images into memory", unit=" images", disable=not progress) as bar:
+    with Progress("reading images into memory", "images", len(records), show=progress) as bar:
         for batch, reasons in loader:
             for reason in reasons:
                 if reason:
-                    skips.note(records[len(readable)].key, reason)
-                else:
-                    skips.read()
+                    skips.note(records[len(readable)].named, reason)
                 readable.append(not reason)
             if batch is not None:
                 if images is None:

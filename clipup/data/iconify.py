@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from clipup.extras import needed_for
+from clipup.progress import progress as shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 PACKAGE = "@iconify/json"
 _DEFAULT_SIDE = 16  # the format's own
 _QUARTER_TURNS = 4
+_EMBEDS_IMAGE = re.compile(r"<\s*(?:[\w.-]+:)?(?:image|feImage)\b")
+_LINK_TO_FILE = re.compile(r"""href\s*=\s*["'](?!#|data:)""")
 _FRAME = ("left", "top", "width", "height", "rotate", "hFlip", "vFlip")
 
 
@@ -100,10 +106,8 @@ def read_set(package: Path, prefix: str) -> tuple[IconSet, list[Icon]]:
 
 def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) -> tuple[list[IconSet], list[Icon]]:
     """Several sets, and all their icons in the order of the prefixes."""
-    from tqdm import tqdm
-
     sets, icons = [], []
-    for prefix in tqdm(prefixes, desc="reading icon sets", unit=" sets", disable=not progress):
+    for prefix in shown(prefixes, "reading icon sets", "sets", show=progress):
         described, drawn = read_set(package, prefix)
         sets.append(described)
         icons += drawn
@@ -112,10 +116,17 @@ def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) ->
 
 def render(svg: str, size: int) -> Image:
     """A drawing as a picture: RGB, black or its own colours on white, `size` x `size` pixels, centred where it is not
-    square. ValueError when it is unreadable."""
-    import resvg_py
+    square.
+
+    Raises ValueError when it is unreadable, or shows an image from a file: only what it holds itself is drawn.
+    """
     from PIL import Image
 
+    with needed_for("drawing icons", "demo"):
+        import resvg_py
+
+    if _EMBEDS_IMAGE.search(svg) and _LINK_TO_FILE.search(svg):
+        raise ValueError("it shows an image from a file")
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
     return Image.open(io.BytesIO(png)).convert("RGB")
 

@@ -30,6 +30,8 @@ import numpy as np
 from clipup.data import icon_names, icon_splits, iconify, near_duplicates, shards
 from clipup.data.iconify import Icon, IconSet
 from clipup.data.processes import each
+from clipup.extras import missing
+from clipup.progress import progress as shown
 from clipup.word_tokenizer import count_vocabulary
 
 FORMAT = 1
@@ -131,17 +133,33 @@ def build(
     source = {"package": iconify.PACKAGE, "version": iconify.version(package), "resvg_py": _renderer_version()}
     options = {"size": size, "seed": seed, "samples_per_shard": samples_per_shard}
     fingerprint = _fingerprint(FORMAT, source, options, sets.train, sets.test)
-    if shards.finished(out, fingerprint):
+    if shards.finished(out, fingerprint) and not shards.left_behind(out):
         return json.loads((out / shards.DATASET_FILE).read_text("utf-8"))
-    shards.check_target(out, overwrite)
+    with shards.only_writer(out):
+        if shards.finished(out, fingerprint):
+            return json.loads((out / shards.DATASET_FILE).read_text("utf-8"))
+        shards.check_target(out, overwrite)
+        return _build(out, package, source, options, sets, fingerprint, processes, progress)
 
+
+def _build(
+    out: Path,
+    package: Path,
+    source: dict[str, str],
+    options: dict[str, int],
+    sets: Sets,
+    fingerprint: str,
+    processes: int | None,
+    progress: bool,
+) -> dict:
+    seed = options["seed"]
     described, icons = iconify.read_sets(package, (*sets.train, *sets.test), progress)
     captions, cut = _captions(icons)
     splits = [
         icon_splits.split_of(caption, icon.set in sets.test, seed)
         for icon, caption in zip(icons, captions, strict=True)
     ]
-    samples, pictures, skipped = _render(icons, captions, splits, size, processes, progress)
+    samples, pictures, skipped = _render(icons, captions, splits, options["size"], processes, progress)
     kept, twins = icon_splits.without_twins([sample.split for sample in samples], pictures, progress)
     samples = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
     samples = [samples[i] for i in icon_splits.order([sample.icon.key for sample in samples], seed)]
@@ -151,7 +169,7 @@ def build(
 
     with shards.appearing_whole(out) as directory:
         written = {
-            split: shards.write_shards(directory, split, _files(split, members), samples_per_shard)
+            split: shards.write_shards(directory, split, _files(split, members), options["samples_per_shard"])
             for split, members in by_split.items()
         }
         shards.write_sizes(directory, [shard for split in written.values() for shard in split])
@@ -201,11 +219,9 @@ def _render(
     progress: bool,
 ) -> tuple[list[Sample], np.ndarray, dict[str, int]]:
     """What can be drawn, the same as small grey pictures, and how many of the rest there are, by reason."""
-    from tqdm import tqdm
-
     samples, pictures, skipped = [], [], Counter()
     images = each(partial(_draw, size=size), [icon.svg for icon in icons], processes)
-    bar = tqdm(images, total=len(icons), desc="drawing icons", unit=" icons", disable=not progress)
+    bar = shown(images, "drawing icons", "icons", total=len(icons), show=progress)
     for icon, caption, split, (png, picture) in zip(icons, captions, splits, bar, strict=True):
         if png is None:
             skipped["cannot be read"] += 1
@@ -282,9 +298,7 @@ def _renderer_version() -> str:
     try:
         return importlib.metadata.version("resvg-py")
     except importlib.metadata.PackageNotFoundError:
-        raise ImportError(
-            'icons are drawn by the package resvg-py, which is not installed: pip install "clipup[demo]"'
-        ) from None
+        raise missing("drawing icons", "resvg-py", "demo") from None
 
 
 def _fingerprint(*parts: object) -> str:

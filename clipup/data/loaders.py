@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipup.data.samples import (
-    Images,
-    Record,
-    Skips,
-    check_csv,
-    csv_records,
-    expand_shards,
-    is_remote,
-    tar_records,
-)
+from clipup.data.csv_rows import CsvFormat, check_columns
+from clipup.data.directories import not_a_source
+from clipup.data.images import MAX_PIXELS, check_max_pixels
+from clipup.data.samples import Images, Record, csv_records, tar_records
+from clipup.data.shard_names import describe, expand_shards, is_remote, listed_shards, sizes_of
 from clipup.data.shards import DATASET_FILE, SIZES_FILE
+from clipup.data.skips import MAX_SKIPPED, Skips
+from clipup.extras import needed_for
 
 if TYPE_CHECKING:
     from clipup.data.streams import TrainData
+    from clipup.evaluate.shares import Share
 
-_LOG = logging.getLogger(__name__)
+__all__ = ["EvalSamples", "describe", "eval_samples", "train_loader"]
+
 _CSV_EXTENSIONS = (".csv", ".tsv")
 
 
@@ -53,6 +50,9 @@ def train_loader(
     cache: bool = False,
     epoch: int = 0,
     progress: bool = True,
+    max_skipped: float = MAX_SKIPPED,
+    max_image_pixels: int = MAX_PIXELS,
+    allow_pipe: bool = False,
 ) -> TrainData:
     """Training batches `(images [B, C, H, W], tokens [B, L])` by open_clip's own loaders, or from memory.
 
@@ -71,14 +71,18 @@ def train_loader(
         distributed: whether several processes share the data; default: world_size > 1.
         cache: keeps preprocessed images and captions in memory; for small data sets (see `clipup.data.cache`).
         epoch: where to begin; then `set_epoch` before every epoch, as in open_clip.
+        max_skipped: share of the samples that may be unreadable. They are left out, and each is named in the log once.
+        max_image_pixels: an image of more is not decoded, and counts as unreadable.
+        allow_pipe: lets `pipe:COMMAND` in `train_data` run its command in a shell.
 
     Returns:
         open_clip's DataInfo: `dataloader` (with `num_batches`, `num_samples`) and `set_epoch`; besides, `skipped`
-        counts what could not be read.
+        counts what could not be read, each sample once.
 
     Raises:
         ImportError: open_clip's training requirements are missing.
-        FileNotFoundError, ValueError: the data or an argument, by name, with what to do.
+        FileNotFoundError, ValueError: the data or an argument, by name, with what to do. The batches raise ValueError
+            too, as soon as more than `max_skipped` turned out to be unreadable.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
@@ -86,31 +90,37 @@ def train_loader(
         raise ValueError(f"workers: got {workers}, expected 0 (read in this process) or more")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
+    check_max_pixels(max_image_pixels)
+    skips = Skips(max_skipped)
     streams = _streams()
     args = Namespace(
         batch_size=batch_size,
         workers=workers,
         seed=seed,
-        csv_separator=csv_separator,
-        csv_img_key=csv_img_key,
-        csv_caption_key=csv_caption_key,
         train_num_samples=train_num_samples,
         dataset_resampled=dataset_resampled,
         world_size=world_size,
         rank=rank,
         distributed=world_size > 1 if distributed is None else distributed,
+        max_image_pixels=max_image_pixels,
     )
-    skips = Skips()
-    train_data = _training_shards_of(train_data)
-    kind = _kind(train_data, dataset_type, "train_data")
-    if cache:
-        data = _cached(streams, args, train_data, kind, preprocess, tokenizer, skips, epoch, progress)
-    elif kind == "csv":
-        check_csv(train_data, csv_separator, csv_img_key, csv_caption_key, "train_data")
-        draw = streams.DrawCaption(tokenizer, seed, rank)
-        data = streams.csv_data(args, train_data, preprocess, draw, skips, epoch)
+    source = os.fspath(train_data)
+    form = CsvFormat(csv_separator, csv_img_key, csv_caption_key)
+    shards: list[str] = []
+    if os.path.isdir(source):
+        if not (Path(source) / DATASET_FILE).is_file():
+            raise not_a_source("train_data", source, "train-*.tar")
+        shards = listed_shards(source, "train", "train_data")
+    elif _kind(source, dataset_type, "train_data") == "webdataset":
+        shards = expand_shards(source, "train_data", allow_pipe)
     else:
-        shards = expand_shards(train_data, "train_data")
+        check_columns(source, form, "train_data")
+    if cache:
+        data = _cached(streams, args, source, shards, form, preprocess, tokenizer, skips, epoch, progress)
+    elif not shards:
+        draw = streams.DrawCaption(tokenizer, seed, rank)
+        data = streams.csv_data(args, source, form, preprocess, draw, skips, epoch)
+    else:
         if not dataset_resampled and len(shards) < max(1, workers) * world_size:
             raise ValueError(
                 f"workers: {workers} in each of {world_size} processes, but train_data has {len(shards)} shards and "
@@ -123,44 +133,44 @@ def train_loader(
     return data
 
 
-def describe(directory: str | os.PathLike) -> dict:
-    """What the `dataset.json` of a data set says: splits and their counts, rules, sources and licences."""
-    path = Path(directory) / DATASET_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} holds no {DATASET_FILE}: build a data set there with `clipup data pictograms {directory}`"
-        )
-    return json.loads(path.read_text("utf-8"))
-
-
 class EvalSamples:
     """Images with all their captions, for retrieval, in the order of the files.
 
     Iterating gives `(image [C, H, W], captions, metadata)` a sample; `batches` gives many at once. `len()` counts the
-    samples of the source, `skipped` those of them (and incomplete ones) that could not be read so far. With `strict` an
-    image that cannot be read raises ValueError, naming it: of a benchmark nothing may be left out.
+    samples of the source, `skipped` those of them (and incomplete ones) that could not be read so far; ValueError when
+    there are more than `skips` allows. With `strict` an image that cannot be read raises ValueError, naming it: of a
+    benchmark nothing may be left out.
     """
 
     def __init__(
-        self, records: Sequence[Record], preprocess: Callable, incomplete: Skips, strict: bool = False
+        self,
+        records: Sequence[Record],
+        preprocess: Callable,
+        skips: Skips,
+        strict: bool = False,
+        max_image_pixels: int = MAX_PIXELS,
     ) -> None:
         self.records, self.preprocess, self.strict = records, preprocess, strict
-        self._incomplete = incomplete
-        self._unreadable: dict[str, str] = {}
+        self.max_image_pixels = max_image_pixels
+        self._skips, self._total = skips, len(records) + int(skips)
 
     def __len__(self) -> int:
         return len(self.records)
 
     @property
     def skipped(self) -> int:
-        return int(self._incomplete) + len(self._unreadable)
+        return int(self._skips)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str], dict]]:
-        for record, image in zip(self.records, Images(self.records, self.preprocess), strict=True):
+        for record, image in zip(self.records, self._images(), strict=True):
             if isinstance(image, Tensor):
                 yield image, list(record.captions), dict(record.metadata)
             else:
                 self._note(record, image)
+
+    def part(self, share: Share, batch_size: int) -> EvalSamples:
+        """The samples of one of several processes that evaluate together."""
+        return EvalSamples(share.part(self.records, batch_size), self.preprocess, self._incomplete, self.strict)
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
         """`(images [B, C, H, W], captions of each, metadata of each)`.
@@ -168,9 +178,12 @@ class EvalSamples:
         A batch is smaller where an image is unreadable. Metadata is the sample's json (concept, source, group)
         without its captions, and its `key`.
         """
-        dataset = Images(self.records, self.preprocess)
         loader = DataLoader(
-            dataset, batch_size=batch_size, num_workers=workers, collate_fn=list, generator=torch.Generator()
+            self._images(),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=list,
+            generator=torch.Generator(),
         )
         records = iter(self.records)
         for items in loader:
@@ -185,13 +198,14 @@ class EvalSamples:
                 captions = [list(record.captions) for _, record in kept]
                 yield images, captions, [dict(record.metadata) for _, record in kept]
 
+    def _images(self) -> Images:
+        return Images(self.records, self.preprocess, self.max_image_pixels)
+
     def _note(self, record: Record, reason: str) -> None:
-        where = f"{record.key} in {record.path}"
         if self.strict:
-            raise ValueError(f"cannot read the image {where}: {reason}; mend or remove it")
-        if where not in self._unreadable:
-            self._unreadable[where] = reason
-            _LOG.warning("skipped %s: %s", where, reason)
+            raise ValueError(f"cannot read the image {record.named}: {reason}; repair or remove it")
+        self._skips.note(record.named, reason)
+        self._skips.check(self._total)
 
 
 def eval_samples(
@@ -202,46 +216,52 @@ def eval_samples(
     csv_separator: str = "\t",
     csv_img_key: str = "filepath",
     csv_caption_key: str = "title",
+    max_skipped: float = MAX_SKIPPED,
+    max_image_pixels: int = MAX_PIXELS,
+    argument: str = "source",
 ) -> EvalSamples:
     """Samples for retrieval from evaluation shards or from a CSV file (rows of one image are its captions).
 
     Args:
         source: shards, as in `train_loader` (on this machine), or a CSV file.
         preprocess: PIL image to tensor.
+        max_skipped, max_image_pixels: as in `train_loader`.
+        argument: what the source is called in messages.
 
-    Raises FileNotFoundError or ValueError, naming `source` or the option, when there is nothing to be read.
+    Raises FileNotFoundError or ValueError, naming `argument` or the option, when there is nothing to be read.
     """
     if os.path.isdir(source):
-        raise ValueError(f"source: {source} is a directory: name the shards of one split, such as {source}/test-*.tar")
-    skips = Skips()
-    kind = _kind(source, dataset_type, "source")
+        raise not_a_source(argument, source, "test-*.tar")
+    check_max_pixels(max_image_pixels)
+    skips = Skips(max_skipped)
+    kind = _kind(source, dataset_type, argument)
     if kind == "csv":
-        records = csv_records(
-            os.fspath(source), csv_separator, csv_img_key, csv_caption_key, skips, "source", one_an_image=True
-        )
+        form = CsvFormat(csv_separator, csv_img_key, csv_caption_key)
+        records = csv_records(os.fspath(source), form, skips, argument, one_an_image=True)
     else:
-        records = tar_records(expand_shards(source, "source"), skips, "source")
+        records = tar_records(expand_shards(source, argument), skips, argument)
     if not records:
-        raise ValueError(f"source: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
-    return EvalSamples(records, preprocess, skips)
+        raise ValueError(f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
+    skips.check(len(records) + int(skips))
+    return EvalSamples(records, preprocess, skips, max_image_pixels=max_image_pixels)
 
 
 def _cached(
-    streams: object, args: Namespace, source: str, kind: str, preprocess: Callable, tokenizer: Callable, skips: Skips,
-    epoch: int, progress: bool,
+    streams: Any, args: Namespace, source: str, shards: list[str], form: CsvFormat, preprocess: Callable,
+    tokenizer: Callable, skips: Skips, epoch: int, progress: bool,
 ) -> TrainData:  # fmt: skip
     from clipup.data.cache import CachedLoader
 
     if args.dataset_resampled or args.train_num_samples is not None:
         name = "dataset_resampled" if args.dataset_resampled else "train_num_samples"
         raise ValueError(f"{name}: has no meaning with cache, which serves every sample once an epoch: leave one out")
-    if kind == "csv":
-        columns = (args.csv_separator, args.csv_img_key, args.csv_caption_key)
-        records = csv_records(source, *columns, skips, "train_data", one_an_image=False)
+    if shards:
+        records = tar_records(shards, skips, "train_data")
     else:
-        records = tar_records(expand_shards(source, "train_data"), skips, "train_data")
+        records = csv_records(source, form, skips, "train_data", one_an_image=False)
     if not records:
         raise ValueError(f"train_data: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
+    skips.check(len(records) + int(skips))
     shared_epoch = streams.open_clip_data.SharedEpoch(epoch)
     loader = CachedLoader(
         records,
@@ -255,17 +275,9 @@ def _cached(
         world_size=args.world_size,
         skips=skips,
         progress=progress and args.rank == 0,
+        max_pixels=args.max_image_pixels,
     )
     return streams.TrainData(loader, shared_epoch=shared_epoch, skips=skips, seed=args.seed)
-
-
-def _training_shards_of(source: str | os.PathLike) -> str:
-    """A directory stands for the training shards that its `dataset.json` lists."""
-    source = os.fspath(source)
-    if not os.path.isdir(source):
-        return source
-    listed = describe(source)["splits"]["train"]["shards"]
-    return "::".join(os.path.join(source, shard["file"]) for shard in listed)
 
 
 def _kind(source: str | os.PathLike, dataset_type: str, argument: str) -> str:
@@ -297,27 +309,26 @@ def _num_samples(shards: list[str], given: int | None) -> int:
 
 
 def _from_sizes(shards: list[str]) -> int | None:
-    total = 0
-    for shard in shards:
-        sizes = Path(shard).parent / SIZES_FILE
-        if is_remote(shard) or not sizes.is_file():
-            length = Path(shards[0]).parent / "__len__"
-            return int(length.read_text("utf-8")) if length.is_file() else None
-        known = json.loads(sizes.read_text("utf-8"))
-        if os.path.basename(shard) not in known:
-            raise ValueError(
-                f"train_data: {sizes} does not list {os.path.basename(shard)}: give the number of samples an epoch as "
-                "train_num_samples"
-            )
-        total += int(known[os.path.basename(shard)])
-    return total
-
-
-def _streams() -> object:
+    sizes = sizes_of(shards)
+    missing = [shard for shard in shards if shard not in sizes]
+    if not missing:
+        return sum(sizes.values())
+    if sizes:
+        directory, name = os.path.split(missing[0])
+        raise ValueError(
+            f"train_data: {os.path.join(directory, SIZES_FILE)} does not list {name}: give the number of samples an "
+            "epoch as train_num_samples"
+        )
+    length = Path(shards[0]).parent / "__len__"
+    if is_remote(shards[0]) or not length.is_file():
+        return None
     try:
+        return int(length.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{length} holds no number of samples: {error}") from error
+
+
+def _streams() -> Any:
+    with needed_for("reading training data", "train"):
         from clipup.data import streams
-    except ImportError as error:
-        raise ImportError(
-            f'training data are read by open_clip_train, which needs {error.name}: pip install "clipup[train]"'
-        ) from error
     return streams

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clipup.progress import progress as shown
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -54,13 +56,11 @@ def have_twin(pictures: np.ndarray, others: np.ndarray, progress: bool = False) 
 
     Returns two bool arrays [N]: the same to the pixel, and nearly the same (which the former are not).
     """
-    from tqdm import tqdm
-
     known = {other.tobytes() for other in others}
     same = np.array([picture.tobytes() in known for picture in pictures], bool)
     near = np.zeros(len(pictures), bool)
     ours, theirs = hashes(pictures), hashes(others)
-    for start in tqdm(range(0, len(pictures), _ROWS), desc="comparing drawings", unit=" x 512", disable=not progress):
+    for start in shown(range(0, len(pictures), _ROWS), "comparing drawings", f"blocks of {_ROWS}", show=progress):
         closest = (ours[start : start + _ROWS] @ theirs.T).max(axis=1, initial=0)
         near[start : start + _ROWS] = closest >= ALIKE * _LENGTH**2
     return same, near & ~same

@@ -24,6 +24,7 @@ from pathlib import Path
 from clipup.data import shards, sources, splits
 from clipup.data.processes import each
 from clipup.data.sources import Concept, Rendering
+from clipup.progress import progress as shown
 
 FORMAT = 1
 """Rises when the same drawings, captions and options give another data set than before."""
@@ -73,18 +74,33 @@ def build(
     chosen = [concept for concept in sources.concepts() if only is None or only(concept)]
     options = {"size": size, "samples_per_shard": samples_per_shard}
     fingerprint = _fingerprint(options, versions, chosen)
-    if shards.finished(out, fingerprint):
+    if shards.finished(out, fingerprint) and not shards.left_behind(out):
         return json.loads((out / shards.DATASET_FILE).read_text("utf-8"))
-    shards.check_target(out, overwrite)
+    with shards.only_writer(out):
+        if shards.finished(out, fingerprint):
+            return json.loads((out / shards.DATASET_FILE).read_text("utf-8"))
+        shards.check_target(out, overwrite)
+        return _build(out, options, versions, chosen, fingerprint, processes, progress)
+
+
+def _build(
+    out: Path,
+    options: dict[str, int],
+    versions: dict[str, str],
+    chosen: list[Concept],
+    fingerprint: str,
+    processes: int | None,
+    progress: bool,
+) -> dict:
     assigned = splits.assign(chosen)
     pairs = {"train": assigned.train, "test": assigned.test, "concepts": assigned.concepts}
-    images, skipped = _render(pairs, size, processes, progress)
+    images, skipped = _render(pairs, options["size"], processes, progress)
     pairs, same = _one_picture_one_split(pairs, images)
     if not pairs["train"]:
         raise ValueError("the training split is empty: no drawing could be read, or `only` lets none through")
     with shards.appearing_whole(out) as directory:
         written = {
-            split: shards.write_shards(directory, split, _samples(split, members, images), samples_per_shard)
+            split: shards.write_shards(directory, split, _samples(split, members, images), options["samples_per_shard"])
             for split, members in pairs.items()
         }
         shards.write_sizes(directory, [shard for split in written.values() for shard in split])
@@ -115,12 +131,10 @@ def _render(
     pairs: dict[str, list[Pair]], size: int, processes: int | None, progress: bool
 ) -> tuple[dict[str, bytes], list[dict]]:
     """All images by their key, and those that could not be read, each with the reason."""
-    from tqdm import tqdm
-
     renderings = [rendering for members in pairs.values() for _, rendering in members]
     images, skipped = {}, []
     results = each(partial(_render_one, size=size), renderings, processes)
-    bar = tqdm(results, total=len(renderings), desc="drawing pictograms", unit=" images", disable=not progress)
+    bar = shown(results, "drawing pictograms", "images", total=len(renderings), show=progress)
     for rendering, (png, reason) in zip(renderings, bar, strict=True):
         if png is None:
             skipped.append({"key": rendering.key, "file": rendering.path.name, "reason": reason})

@@ -3,6 +3,7 @@ at all."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+
+from ..locks import exclusive
 
 DATASET_FILE = "dataset.json"
 SIZES_FILE = "sizes.json"
@@ -60,13 +63,14 @@ def _write_tar(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def finished(directory: Path, fingerprint: str) -> bool:
-    """Whether `directory` holds, complete, the data set that `fingerprint` stands for."""
+    """Whether `directory` holds, complete and undamaged, the data set that `fingerprint` stands for."""
     try:
         dataset = json.loads((directory / DATASET_FILE).read_text("utf-8"))
+        if dataset["fingerprint"] != fingerprint:
+            return False
         shards = [shard for split in dataset["splits"].values() for shard in split["shards"]]
-        complete = all((directory / shard["file"]).stat().st_size == shard["bytes"] for shard in shards)
-        return dataset["fingerprint"] == fingerprint and complete
-    except (OSError, ValueError, KeyError, TypeError):
+        return all(sha256(directory / os.path.basename(shard["file"])) == shard["sha256"] for shard in shards)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -87,6 +91,46 @@ def check_target(directory: Path, overwrite: bool) -> None:
             f"OUT: {directory} holds another data set (other options or package versions), nothing was touched: "
             "name another directory, or replace it with --overwrite"
         )
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """While it is entered, no other process builds a data set in `directory`; what killed ones left is removed.
+
+    A data set that was killed while a new one took its place is put back.
+
+    Raises DirectoryInUse when another process does.
+    """
+    directory = directory.resolve()
+    lock = directory.parent / f".{directory.name}.lock"
+    with exclusive(lock, directory, "wait for it to end, or name another directory"):
+        building, replaced = _left_behind(directory)
+        if not os.path.lexists(directory):
+            for old in [path for path in replaced if any(path.iterdir())][:1]:
+                old.rename(directory)
+        for path in (*building, *replaced):
+            shutil.rmtree(path, ignore_errors=True)
+        yield
+
+
+def left_behind(directory: Path) -> bool:
+    """Whether killed processes left something beside `directory`."""
+    return any(_left_behind(directory.resolve()))
+
+
+def _left_behind(directory: Path) -> tuple[list[Path], list[Path]]:
+    """Data sets in the making, and replaced ones."""
+    beside, name = directory.parent, glob.escape(directory.name)
+    return tuple(sorted(beside.glob(f".{name}.{kind}-*")) for kind in ("building", "old"))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipup.data.captions import caption_set, other_names, useful_tags, words
+from clipup.extras import missing, needed_for
 
 WEIGHTS = ("bold", "duotone", "fill", "light", "regular", "thin")
 
@@ -185,8 +186,8 @@ def render(rendering: Rendering, size: int) -> bytes:
         image.alpha_composite(drawing)
         image = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
     else:
-        import resvg_py
-
+        with needed_for("drawing pictograms", "demo"):
+            import resvg_py
         svg = rendering.path.read_text("utf-8")
         if rendering.source == "openmoji":
             svg = re.sub(r'viewBox="[^"]*"', _OPENMOJI_FRAME, svg, count=1)
@@ -206,7 +207,7 @@ def _sequence(stem: str) -> str:
 def _folder(module: str, package: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise _missing(package)
+        raise missing("building the pictograms", package, "demo")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -214,10 +215,4 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise _missing(package) from None
-
-
-def _missing(package: str) -> ImportError:
-    return ImportError(
-        f'the pictograms are built from the package {package}, which is not installed: pip install "clipup[demo]"'
-    )
+        raise missing("building the pictograms", package, "demo") from None

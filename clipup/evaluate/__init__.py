@@ -3,9 +3,11 @@ reads COCO, Flickr30k, ImageNet and other benchmarks from disk."""
 
 from .encode import encode_images, encode_texts
 from .retrieval import evaluate_retrieval, retrieval
+from .shares import Share
 from .zero_shot import image_folder, read_lines, zero_shot
 
 __all__ = [
+    "Share",
     "encode_images",
     "encode_texts",
     "evaluate_retrieval",

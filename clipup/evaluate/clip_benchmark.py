@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from .. import models
+from ..extras import needed_for
+from .precision import for_inference
 
-try:
+with needed_for("CLIP_benchmark's command line", "benchmark"):
     import clip_benchmark.models as registry
     from clip_benchmark import cli
     from clip_benchmark.metrics import linear_probe, zeroshot_classification
-except ImportError as error:
-    raise ImportError(f'CLIP_benchmark is not installed ({error}): pip install "clipup[benchmark]"') from error
 
 MODEL_TYPE = "clipup"
 
@@ -45,6 +45,12 @@ def load(
     return model, transform, models.get_tokenizer(model_name)
 
 
+def load_prepared(*args: Any, **kwargs: Any) -> tuple[nn.Module, Any, Callable[[list[str]], torch.Tensor]]:
+    """``load``, and the model prepared for inference on a CPU (``clipup.accelerate``)."""
+    model, transform, tokenizer = load(*args, **kwargs)
+    return for_inference(model), transform, tokenizer
+
+
 def accuracy(output: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
     """Top-k accuracies for scores [N, C] and classes [N], in place of CLIP_benchmark's function of that name: that of
     1.6.2 makes a float of an array with one element, which NumPy 2.4 refuses."""
@@ -60,18 +66,23 @@ if MODEL_TYPE not in registry.MODEL_TYPES:
 
 def run(argv: Sequence[str]) -> int:
     """CLIP_benchmark's command line; for ``eval`` the model type is clipup, and no pretrained tag is meant, unless the
-    arguments say otherwise."""
+    arguments say otherwise. Without a GPU there is no autocast, which is slower than float32 on CPUs; the model is
+    prepared instead."""
     arguments = list(argv)
     if arguments[:1] == ["eval"]:
         arguments += _unless_given(arguments, "--model_type", MODEL_TYPE)
         arguments += _unless_given(arguments, "--pretrained", "")
+        if not torch.cuda.is_available():
+            arguments += _unless_given(arguments, "--no_amp")
     before, sys.argv = sys.argv, ["clip_benchmark", *arguments]
+    registry.TYPE2FUNC[MODEL_TYPE] = load_prepared if "--no_amp" in arguments else load
     try:
         return cli.main() or 0
     finally:
         sys.argv = before
+        registry.TYPE2FUNC[MODEL_TYPE] = load
 
 
-def _unless_given(arguments: list[str], option: str, value: str) -> list[str]:
+def _unless_given(arguments: list[str], option: str, *values: str) -> list[str]:
     """``--pretrained`` is given by ``--pretrained_model``, too."""
-    return [] if any(argument.startswith(option) for argument in arguments) else [option, value]
+    return [] if any(argument.startswith(option) for argument in arguments) else [option, *values]

@@ -25,10 +25,14 @@ from typing import Any
 import open_clip
 from torch import Tensor
 
-from ..data.loaders import EvalSamples, describe
-from ..data.samples import Record, Skips, csv_records, expand_shards, tar_records
+from ..data.csv_rows import CsvFormat, leaves
+from ..data.images import MAX_PIXELS
+from ..data.loaders import EvalSamples
+from ..data.samples import Record, csv_records, tar_records
+from ..data.shard_names import expand_shards, listed_shards, local_shards
 from ..data.shards import DATASET_FILE
-from .zero_shot import Template, image_folder, image_shards, labelled_images, read_lines
+from ..data.skips import Skips
+from .zero_shot import Template, image_folder, image_shards, labelled_images, read_lines, read_text
 
 _ANNOTATIONS = "https://github.com/mehdidc/retrieval_annotations/releases"
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -41,9 +45,10 @@ class RetrievalSet:
 
     records: Sequence[Record]
 
-    def samples(self, preprocess: Callable[[Any], Tensor]) -> EvalSamples:
-        """What ``evaluate_retrieval`` takes. An image that cannot be read raises ``ValueError``, naming it."""
-        return EvalSamples(self.records, preprocess, Skips(), strict=True)
+    def samples(self, preprocess: Callable[[Any], Tensor], max_image_pixels: int = MAX_PIXELS) -> EvalSamples:
+        """What ``evaluate_retrieval`` takes. An image that cannot be read, or has more pixels, raises ``ValueError``,
+        naming it."""
+        return EvalSamples(self.records, preprocess, Skips(), strict=True, max_image_pixels=max_image_pixels)
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,17 @@ class ClassificationSet:
     templates: Sequence[Template]
 
     def samples(
-        self, preprocess: Callable[[Any], Tensor], batch_size: int = 64, workers: int = 0
+        self,
+        preprocess: Callable[[Any], Tensor],
+        batch_size: int = 64,
+        workers: int = 0,
+        max_image_pixels: int = MAX_PIXELS,
     ) -> Iterator[tuple[Tensor, int]]:
-        """What ``zero_shot`` takes; ``workers`` processes read files. An image that cannot be read raises
-        ``ValueError``, naming it."""
+        """What ``zero_shot`` takes; ``workers`` processes read files. An image that cannot be read, or has more pixels,
+        raises ``ValueError``, naming it."""
         if isinstance(self.images[0], str):
-            return ((preprocess(image), label) for image, label in image_shards(self.images))
-        return labelled_images(self.images, preprocess, batch_size, workers)
+            return ((preprocess(image), label) for image, label in image_shards(self.images, max_image_pixels))
+        return labelled_images(self.images, preprocess, batch_size, workers, max_image_pixels)
 
 
 DataSet = RetrievalSet | ClassificationSet
@@ -86,7 +95,7 @@ def coco(root: str | Path, split: str = "test", annotations: str | Path | None =
         named = _coco_captions(content, path)
     else:
         named = _karpathy(content, path, split)
-    return _retrieval([(root / name, texts) for name, texts in named], path, root)
+    return _retrieval(named, path, root)
 
 
 def flickr30k(root: str | Path, split: str = "test", annotations: str | Path | None = None) -> RetrievalSet:
@@ -105,7 +114,7 @@ def flickr30k(root: str | Path, split: str = "test", annotations: str | Path | N
     path = _annotations(root, annotations, f"flickr30k_{split}_karpathy.txt", "dataset_flickr30k.json")
     folder = root / "flickr30k-images" if (root / "flickr30k-images").is_dir() else root
     named = _karpathy(_json(path), path, split) if path.suffix == ".json" else _caption_lines(path)
-    return _retrieval([(folder / name, texts) for name, texts in named], path, folder)
+    return _retrieval(named, path, folder)
 
 
 def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
@@ -153,15 +162,12 @@ def webdataset(root: str | Path, split: str = "test", templates: Sequence[Templa
     directory = Path(root)
     count = directory / split / "nshards.txt"
     if count.is_file():
-        shards = expand_shards([directory / split / f"{index}.tar" for index in range(int(count.read_text()))], "root")
+        shards = local_shards((directory / split / f"{index}.tar" for index in range(_count(count))), "root")
         kind = directory / "dataset_type.txt"
         if not kind.is_file() or kind.read_text().strip().lower() != "retrieval":
             return _classified(directory, shards, templates)
     elif (directory / DATASET_FILE).is_file():
-        splits = describe(directory)["splits"]
-        if split not in splits:
-            raise ValueError(f"split: {directory} has no split {split!r}, its splits are {', '.join(splits)}")
-        shards = expand_shards([directory / shard["file"] for shard in splits[split]["shards"]], "root")
+        shards = listed_shards(directory, split, "root")
     elif directory.is_dir():
         raise FileNotFoundError(
             f"root: {directory} holds neither {split}/nshards.txt nor {DATASET_FILE}; name the shards themselves, such "
@@ -189,11 +195,18 @@ def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key:
         if path is None:
             raise FileNotFoundError(f"root: there is neither {split}.csv nor {split}.tsv in {root}")
     skips = Skips()
-    records = csv_records(str(path), separator, img_key, caption_key, skips, "root", one_an_image=True)
-    found = _nothing_skipped(records, skips, path)
-    if not Path(root).is_dir():
-        return found
-    return _retrieval([(Path(root) / record.path, list(record.captions)) for record in found.records], path, Path(root))
+    form = CsvFormat(separator, img_key, caption_key)
+    directory = Path(root) if Path(root).is_dir() else None
+    records = csv_records(str(path), form, skips, "root", one_an_image=True, directory=directory)
+    return _nothing_skipped(records, skips, path)
+
+
+def _count(path: Path) -> int:
+    """The number of shards that CLIP_benchmark's nshards.txt holds."""
+    try:
+        return int(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"root: {path} holds no number of shards: {error}") from error
 
 
 def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
@@ -257,7 +270,7 @@ def _well_formed(path: Path) -> Iterator[None]:
 def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
     """``NAME.jpg,CAPTION`` lines behind a header; a caption may hold commas and is not quoted."""
     captions: dict[str, list[str]] = {}
-    header, *rows = path.read_text(encoding="utf-8").splitlines() or [""]
+    header, *rows = read_text(path).splitlines() or [""]
     if ".jpg," in header:
         raise ValueError(f"annotations: {path} begins with {header!r}, expected a header such as image,caption")
     for number, row in enumerate(rows, 2):
@@ -271,9 +284,14 @@ def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
 
 
 def _retrieval(pairs: list[tuple[Path, list[str]]], source: Path, root: Path) -> RetrievalSet:
-    """Records of images that are all there and all have a caption: leaving one out would change the recall."""
+    """Records of images in ``root`` that are all there and all have a caption: leaving one out would change the
+    recall."""
     if not pairs:
         raise ValueError(f"annotations: {source} names no image")
+    outside = [name for name, _ in pairs if leaves(str(name))]
+    if outside:
+        raise ValueError(f"annotations: {source} names {outside[0]}, which is not in {root}: do not trust it")
+    pairs = [(root / name, captions) for name, captions in pairs]
     mute = [path for path, captions in pairs if not captions]
     if mute:
         raise ValueError(f"annotations: {source} has no caption for {len(mute)} images, the first is {mute[0].name}")
@@ -290,7 +308,7 @@ def _nothing_skipped(records: list[Record], skips: Skips, source: str | Path) ->
     if int(skips) or not records:
         raise ValueError(
             f"root: {source} holds {len(records)} samples with an image and a caption, and {int(skips)} without; "
-            "expected every sample to have both"
+            f"expected every sample to have both{'; ' * bool(skips.first)}{skips.first}"
         )
     return RetrievalSet(records)
 

@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .precision import Precision, autocast, image_dtype
+from .shares import Share
 
 Item = TypeVar("Item")
 
 
 def encode_images(
-    model: nn.Module, images: Iterable[Tensor], batch_size: int = 64, precision: Precision = "fp32"
+    model: nn.Module,
+    images: Iterable[Tensor],
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    share: Share | None = None,
 ) -> Tensor:
     """Normalised image features [N, D].
 
     Args:
         model: open_clip's CLIP, dense or sparse; evaluated where its parameters are, its mode is put back afterwards.
-        images: preprocessed images [3, height, width], drawn as they are needed.
+        images: preprocessed images [3, height, width], drawn as they are needed; of a shared evaluation, those of this
+            process's batches. The features are of all images.
     """
     device, dtype = device_of(model), image_dtype(precision)
 
@@ -32,7 +37,7 @@ def encode_images(
         with autocast(precision, device):
             return model.encode_image(stacked, normalize=True)
 
-    return _encode(model, images, batch_size, encode)
+    return _encode(model, images, batch_size, encode, share or Share())
 
 
 def encode_texts(
@@ -41,8 +46,10 @@ def encode_texts(
     tokenizer: Callable[[list[str]], Tensor],
     batch_size: int = 64,
     precision: Precision = "fp32",
+    share: Share | None = None,
 ) -> Tensor:
-    """Normalised text features [N, D]. Equal texts are encoded once."""
+    """Normalised text features [N, D]. Equal texts are encoded once. A shared evaluation is given all texts."""
+    share = share or Share()
     device = device_of(model)
     distinct = list(dict.fromkeys(texts))
 
@@ -51,7 +58,7 @@ def encode_texts(
         with autocast(precision, device):
             return model.encode_text(tokens, normalize=True)
 
-    features = _encode(model, distinct, batch_size, encode)
+    features = _encode(model, share.part(distinct, batch_size), batch_size, encode, share)
     row_of = {text: row for row, text in enumerate(distinct)}
     return features[torch.tensor([row_of[text] for text in texts], dtype=torch.long)]
 
@@ -80,16 +87,14 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def progress(items: Iterable[Item], description: str, show: bool = True) -> Any:
-    """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(items, desc=description, disable=None if show else True, leave=False)
-
-
-def _encode(model: nn.Module, items: Iterable[Item], batch_size: int, encode: Callable[[list[Item]], Tensor]) -> Tensor:
+def _encode(
+    model: nn.Module, items: Iterable[Item], batch_size: int, encode: Callable[[list[Item]], Tensor], share: Share
+) -> Tensor:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     with evaluating(model):
-        features = [encode(batch).float().cpu() for batch in in_batches(items, batch_size)]
+        mine = [encode(batch).float().cpu() for batch in in_batches(items, batch_size)]
+    features = share.join(mine)
     if not features:
         raise ValueError("there is nothing to encode: the data set is empty")
     return torch.cat(features)

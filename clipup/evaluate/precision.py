@@ -9,6 +9,9 @@ from typing import Literal
 import open_clip
 import torch
 from open_clip_train.precision import get_autocast
+from torch import nn
+
+from ..accelerate import NothingToPrepare, accelerate
 
 Precision = Literal["fp32", "amp", "amp_bf16", "bf16"]
 """amp: float16 autocast; amp_bf16: bfloat16 autocast; bf16: the model itself is in bfloat16."""
@@ -24,6 +27,18 @@ def image_dtype(precision: Precision) -> torch.dtype | None:
     return open_clip.get_input_dtype(precision)
 
 
+def for_inference(model: nn.Module, precision: Precision = "fp32") -> nn.Module:
+    """The model itself, prepared (``clipup.accelerate``) where that is faster: on a CPU and outside of autocast, which
+    would cast weights that are packed already. In evaluation mode in any case."""
+    model.eval()
+    if next(model.parameters()).device.type != "cpu" or precision in ("amp", "amp_bf16"):
+        return model
+    try:
+        return accelerate(model, inplace=True)
+    except NothingToPrepare:
+        return model
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,9 +46,13 @@ def default_device() -> str:
 def check_device(device: str) -> None:
     """
     Raises:
-        ValueError: it is a CUDA GPU, and torch finds none.
+        ValueError: it is no device's name, or a CUDA GPU, and torch finds none.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r}, but torch finds no CUDA GPU; use --device cpu")
 
 

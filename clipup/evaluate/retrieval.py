@@ -17,11 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encode import encode_images, encode_texts, progress
+from ..progress import progress
+from .encode import encode_images, encode_texts, in_batches
 from .precision import Precision
+from .shares import Share
 
 RECALL_AT = (1, 5, 10)
 _CHUNK = 1024
+
+
+class NonFiniteFeatures(ValueError, FloatingPointError):
+    """A model's features hold NaN or infinity, so there is nothing to rank."""
 
 
 def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> dict[str, Any]:
@@ -38,7 +44,8 @@ def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tens
         one image); ``gallery`` N; ``captions`` M.
 
     Raises:
-        ValueError: no images, shapes that do not fit, a row without a partner, features that are not finite.
+        ValueError: no images, shapes that do not fit, a row without a partner.
+        NonFiniteFeatures: features that are not finite; a ValueError too.
     """
     pairs = _pairs(image_of_text)
     _check(image_features, text_features, pairs)
@@ -104,7 +111,8 @@ def evaluate_retrieval(
     precision: Precision = "fp32",
     show_progress: bool = False,
     multi_positive: bool = False,
-) -> dict[str, Any]:
+    share: Share | None = None,
+) -> dict[str, Any] | None:
     """Encodes a data set and measures retrieval on it.
 
     Args:
@@ -113,31 +121,36 @@ def evaluate_retrieval(
         preprocess: image to tensor [3, height, width]; None when the images are tensors already.
         by: a key of the metadata: every value's images are also measured apart, as a gallery of their own.
         multi_positive: equal captions are one text, and all images that they stand beside are right answers to it.
+        share: this process's part of an evaluation by several ones; ``samples`` are then those of its batches.
 
     Returns:
         What ``retrieval`` returns, and ``splits`` {value: the same} when ``by`` is given and some sample has the key.
+        None on all processes of a shared evaluation but the first.
 
     Raises:
         ValueError: an empty data set, or a sample without captions.
     """
-    captions: list[str] = []
-    image_of_text: list[int] = []
-    groups: list[Any] = []
+    share = share or Share()
+    about: list[tuple[list[str], Any]] = []
 
     def images() -> Iterator[Tensor]:
-        for row, (image, texts, metadata) in enumerate(progress(samples, "encoding", show_progress)):
+        shown = progress(samples, "encoding", "images", show=show_progress)
+        for row, (image, texts, metadata) in enumerate(shown):
             if not texts:
                 raise ValueError(f"image {row} of the data set has no caption; every image needs at least one")
-            captions.extend(texts)
-            image_of_text.extend([row] * len(texts))
-            groups.append(None if by is None else metadata.get(by))
+            about.append((list(texts), None if by is None else metadata.get(by)))
             yield image if preprocess is None else preprocess(image)
 
-    image_features = encode_images(model, images(), batch_size, precision)
-    pairs = _pairs(torch.tensor(image_of_text))
+    image_features = encode_images(model, images(), batch_size, precision, share)
+    about = [one for batch in share.join(list(in_batches(about, batch_size))) for one in batch]
+    captions = [text for texts, _ in about for text in texts]
+    groups = [group for _, group in about]
+    pairs = _pairs(torch.tensor([row for row, (texts, _) in enumerate(about) for _ in texts]))
     if multi_positive:
         captions, pairs = merge_equal(captions, pairs)
-    text_features = encode_texts(model, captions, tokenizer, batch_size, precision)
+    text_features = encode_texts(model, captions, tokenizer, batch_size, precision, share)
+    if share.index > 0:
+        return None
     result = retrieval(image_features, text_features, pairs)
     values = sorted({group for group in groups if group is not None}, key=str)
     if values:
@@ -216,4 +229,4 @@ def _check(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> None
             raise ValueError(f"{name} {int(without.nonzero()[0])} has no {other} in image_of_text; each needs one")
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         if not features.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity, so nothing can be ranked: the model is broken")
+            raise NonFiniteFeatures(f"{name} holds NaN or infinity, so nothing can be ranked: the model is broken")

@@ -8,14 +8,18 @@ from typing import Any
 
 import open_clip
 import torch
-import webdataset
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..data.images import MAX_PIXELS, load_image
 from ..data.loaders import EvalSamples
-from ..data.samples import IMAGE_EXTENSIONS, Record, Skips, expand_shards, load_image
-from .encode import device_of, encode_images, evaluating, progress
+from ..data.samples import Record
+from ..data.shard_names import expand_shards, open_shard
+from ..data.skips import Skips
+from ..data.tars import read_samples
+from ..progress import progress
+from .encode import device_of, encode_images, evaluating
 from .precision import Precision, autocast
 
 Template = Callable[[str], str] | str
@@ -57,7 +61,7 @@ def zero_shot(
     labels: list[int] = []
 
     def images() -> Iterator[Tensor]:
-        for image, label in progress(samples, "classifying", show_progress):
+        for image, label in progress(samples, "classifying", "images", show=show_progress):
             if not 0 <= label < len(classes):
                 raise ValueError(f"image {len(labels)} is of class {label}, but {len(classes)} class names were given")
             labels.append(label)
@@ -88,10 +92,18 @@ def read_lines(path: str | Path) -> list[str]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; expected a text file with one name a line")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{path} holds no line of text; expected one name a line")
     return lines
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text. Raises ``ValueError``, naming it, when it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, such as with `iconv -t UTF-8`") from error
 
 
 def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
@@ -133,6 +145,7 @@ def labelled_images(
     preprocess: Callable[[Image.Image], Tensor],
     batch_size: int = 64,
     workers: int = 0,
+    max_image_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[Tensor, int]]:
     """Reads and preprocesses what ``image_folder`` found, a batch at a time in ``workers`` processes.
 
@@ -140,23 +153,34 @@ def labelled_images(
         ValueError: naming the image that cannot be read: leaving it out would change the accuracy.
     """
     records = [Record(path.name, str(path), (), metadata={"label": label}) for path, label in found]
-    for images, _, metadata in EvalSamples(records, preprocess, Skips(), strict=True).batches(batch_size, workers):
+    samples = EvalSamples(records, preprocess, Skips(), strict=True, max_image_pixels=max_image_pixels)
+    for images, _, metadata in samples.batches(batch_size, workers):
         yield from ((image, about["label"]) for image, about in zip(images, metadata, strict=True))
 
 
-def image_shards(shards: str | Sequence[str]) -> Iterator[tuple[Image.Image, int]]:
-    """(image, class index) of WebDataset samples with an image and a ``cls``; braces name several shards.
+def image_shards(shards: str | Sequence[str], max_image_pixels: int = MAX_PIXELS) -> Iterator[tuple[Image.Image, int]]:
+    """(image, class index) of WebDataset samples with an image and a ``cls``.
+
+    Args:
+        shards: as in ``clipup.data.loaders.train_loader``, or a list of such.
 
     Raises:
-        FileNotFoundError, ValueError: no such shard, or a sample without image or class.
+        FileNotFoundError, ValueError: no such shard, a damaged one, or a sample without image or class.
     """
-    for sample in webdataset.WebDataset(expand_shards(shards, "images"), shardshuffle=False):
-        image = next((sample[key] for key in IMAGE_EXTENSIONS if key in sample), None)
-        if image is None or "cls" not in sample:
-            raise ValueError(f"sample {sample['__key__']} of {sample['__url__']} lacks an image or its .cls")
-        try:  # webdataset's own decoders would unpickle whatever lies beside the image
-            found = load_image(image), int(sample["cls"])
-        except Exception as error:  # PIL has no common class for what a broken file may raise
-            where = f"sample {sample['__key__']} of {sample['__url__']}"
-            raise ValueError(f"cannot read {where}: {error}; mend or remove it") from error
-        yield found
+
+    def refuse(name: str, reason: object, samples: int) -> None:
+        raise ValueError(f"cannot read {name}: {reason}; repair or remove it")
+
+    for shard in [
+        one for pattern in ([shards] if isinstance(shards, str) else shards) for one in expand_shards(pattern, "images")
+    ]:
+        with open_shard(shard) as file:
+            for sample in read_samples(file, shard, refuse, images=True):
+                named = f"{sample.key} of {shard}"
+                if sample.image is None or "cls" not in sample.content:
+                    raise ValueError(f"sample {named} lacks an image or its .cls")
+                try:
+                    found = load_image(sample.content[sample.image], max_image_pixels), int(sample.content["cls"])
+                except Exception as error:  # PIL has no common class for what a broken file may raise
+                    raise ValueError(f"cannot read sample {named}: {error}; repair or remove it") from error
+                yield found

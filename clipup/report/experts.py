@@ -62,7 +62,7 @@ class ExpertReport:
         return {name: layer for name, layer in self.layers.items() if layer.tower == tower}
 
     def table(self) -> Figure:
-        """Every layer in numbers: load, entropy, how far its experts have parted."""
+        """Every layer in numbers: load, entropy, similarity of its experts."""
         return Figure(as_html(self.overview(), "Load, entropy and similarity of every sparse layer"))
 
     def overview(self) -> Table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clipup_kernels import backend_info
 
-from ..similarity import Similarity
+from ..similarity import Similarity, in_words
 from . import pictures, svg
 from .charts import imbalance
 from .numbers import count
@@ -58,13 +58,13 @@ def render_experts(report: ExpertReport, shown: int = 6) -> str:
 
 
 def statements(report: ExpertReport) -> list[str]:
-    """What there is to say about the experts in a sentence each: whether they have parted, and whether all are used."""
+    """What there is to say about the experts in a sentence each: how similar they are, and whether all are used."""
     found = [
         f"{_plural(len(report.similarities), 'sparse layer')}, seen with {_plural(len(report.pictures), 'image')} and "
         f"{_plural(len(report.captions), 'caption')}."
     ]
-    parted = [_parted(report, tower) for tower in _TOWERS]
-    found.append(" ".join(sentence for sentence in parted if sentence))
+    similarities = [_similarity(report, tower) for tower in _TOWERS]
+    found.append(" ".join(sentence for sentence in similarities if sentence))
     if report.layers:
         busiest = max(report.layers, key=lambda name: imbalance(report.layers[name].load))
         unused = {name: int((layer.load == 0).sum()) for name, layer in report.layers.items()}
@@ -78,7 +78,7 @@ def statements(report: ExpertReport) -> list[str]:
     return [sentence for sentence in found if sentence]
 
 
-def _parted(report: ExpertReport, tower: str) -> str:
+def _similarity(report: ExpertReport, tower: str) -> str:
     prefix = f"{tower.capitalize()} tower"
     alike: Mapping[str, Similarity] = {
         name: one for name, one in report.similarities.items() if report.title(name).startswith(prefix)
@@ -88,7 +88,8 @@ def _parted(report: ExpertReport, tower: str) -> str:
         return ""
     low, high = min(means), max(means)
     lie = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
-    judged = "are still equal" if low > 1 - 1e-5 else "have parted"
+    least, most = in_words(low), in_words(high)
+    judged = f"are {most}" if least == most else f"range from {most} to {least}"
     return f"The experts of the {tower} tower {judged}: mean cosine between two experts' first matrices {lie}."
 
 

@@ -10,7 +10,9 @@ from .numbers import count, dig, number, percent, points, short
 
 WAYS = (("t2i", "text → image"), ("i2t", "image → text"))
 _COMPARED = ("clip_up", "dense_continued")
-_LEVEL = 0.0005  # a fraction; smaller differences are written 0.0 points
+_WRITTEN_ZERO = 0.0005  # a fraction; smaller differences are written 0.0 points
+_STANDARD_ERRORS = 2
+"""Of the difference of two rates: what is less than so many of them is called level."""
 
 
 class Verdict(NamedTuple):
@@ -23,7 +25,8 @@ class Verdict(NamedTuple):
 def verdict(report: Mapping[str, Any]) -> Verdict:
     """CLIP-UP minus the dense model continued, R@1 both ways in percentage points, from what ``report.json`` holds.
 
-    No claim of significance is made: it is one seed. A report without the numbers gets a sentence that says so.
+    A difference of less than two standard errors, by the number of test images, is called level. No claim of
+    significance is made: it is one seed. A report without the numbers gets a sentence that says so.
     """
     arms = {arm: {way: number(dig(report, arm, way, "r1")) for way, _ in WAYS} for arm in _COMPARED}
     missing = [f"{arm} {way}" for arm, found in arms.items() for way, value in found.items() if value is None]
@@ -35,8 +38,10 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
         f"({percent(arms['clip_up'][way])} against {percent(arms['dense_continued'][way])}\u00a0%)"
         for way, name in WAYS
     )
-    sentence = f"{_steps(report)} and with one seed CLIP-UP {_standing(list(differences.values()))}: {details}."
-    return Verdict(sentence, (*_sampling(report, arms), *_compute(report)))
+    margins = {way: _margin(report, [found[way] for found in arms.values()]) for way, _ in WAYS}
+    standing = _standing([(differences[way], margins[way]) for way, _ in WAYS])
+    sentence = f"{_steps(report)} and with one seed CLIP-UP {standing}: {details}."
+    return Verdict(sentence, (*_sampling(report, margins), *_compute(report)))
 
 
 def _steps(report: Mapping[str, Any]) -> str:
@@ -46,27 +51,36 @@ def _steps(report: Mapping[str, Any]) -> str:
     return f"At unequal steps ({count(clip_up)} against {count(dense)})"
 
 
-def _standing(differences: list[float]) -> str:
-    """How CLIP-UP stands, from its lead in both directions."""
+def _standing(leads: list[tuple[float, float]]) -> str:
+    """How CLIP-UP stands, from its lead in both directions and how large a lead must be to count as one."""
     other = "the dense model continued"
-    signs = {0 if abs(lead) < _LEVEL else int(math.copysign(1, lead)) for lead in differences}
+    signs = {0 if abs(lead) < margin else int(math.copysign(1, lead)) for lead, margin in leads}
     if signs == {0}:
-        return f"and {other} are level"
+        written_zero = all(abs(lead) < _WRITTEN_ZERO for lead, _ in leads)
+        return f"and {other} are level" + ("" if written_zero else " within the sampling error")
     if signs == {1, -1}:
         return f"is ahead of {other} in one direction and behind it in the other"
     side = "ahead of" if 1 in signs else "behind"
     return f"is {side} {other}" + (" in one direction and level in the other" if 0 in signs else "")
 
 
-def _sampling(report: Mapping[str, Any], arms: Mapping[str, Mapping[str, float | None]]) -> tuple[str, ...]:
+def _margin(report: Mapping[str, Any], rates: list[float]) -> float:
+    """The least difference of two rates that is not called level."""
+    images = number(dig(report, "data", "test_images"))
+    if not images or images < 1:
+        return _WRITTEN_ZERO
+    rates = [min(1.0, max(0.0, rate)) for rate in rates]
+    return max(_WRITTEN_ZERO, _STANDARD_ERRORS * math.sqrt(sum(rate * (1 - rate) for rate in rates) / images))
+
+
+def _sampling(report: Mapping[str, Any], margins: Mapping[str, float]) -> tuple[str, ...]:
     images = number(dig(report, "data", "test_images"))
     if not images or images < 1:
         return ()
-    rates = [min(1.0, max(0.0, rate)) for found in arms.values() for rate in found.values() if rate is not None]
-    error = max(math.sqrt(rate * (1 - rate) / images) for rate in rates)
     return (
-        f"No claim of significance is made: {count(images)} test images alone leave each R@1 a standard "
-        f"error of up to {100 * error:.1f} points, and another seed would move it as well.",
+        f"No claim of significance is made: with {count(images)} test images a difference of less than "
+        f"{100 * max(margins.values()):.1f} points, {_STANDARD_ERRORS} standard errors, is called level, and another "
+        "seed would move it as well.",
     )
 
 

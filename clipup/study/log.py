@@ -77,5 +77,7 @@ def _window(records: list[Record]) -> Record:
     return line
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _mean(values: list[float | None]) -> float | None:
+    """Without steps that were not applied, whose loss may be None; None when there was no other."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

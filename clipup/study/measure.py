@@ -50,7 +50,7 @@ def retrieval_numbers(
 
 
 def experts_alike(model: nn.Module) -> dict[str, float]:
-    """How far the experts have parted, by sparse layer: the mean cosine between the first matrices of two of them, of
+    """Similarity of the experts, by sparse layer: the mean cosine between the first matrices of two of them, of
     fine-grained experts between two that began as the same shard."""
     return {name: similarity.first_mean for name, similarity in model_similarity(model).items()}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 
 import jinja2
+from jinja2.sandbox import SandboxedEnvironment
 
 from ..report import svg
 from ..report.charts import Series, line_chart
@@ -29,13 +30,13 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     """Writes the page of a study's directory (its template and ``logs``) to ``out``, and its figures beside it.
 
     Raises:
-        FileNotFoundError, ValueError: no template, no logs, or a broken log.
+        FileNotFoundError, ValueError: no template, no logs, a broken log, or a template that is wrong or runs Python.
     """
     study, out = Path(study), Path(out)
     if not (study / TEMPLATE).is_file():
         raise FileNotFoundError(f"there is no {TEMPLATE} in {study}; name the directory of a study")
     tables = Tables(results.read(study / "logs"))
-    environment = jinja2.Environment(
+    environment = SandboxedEnvironment(  # a study's directory may come from anyone: its template runs no Python
         loader=jinja2.FileSystemLoader(study),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -43,12 +44,15 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     )
     written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in tables.figures().items()}
     configs = sorted(path.stem for path in study.glob(f"*{CONFIG_SUFFIX}"))
-    written[out] = environment.get_template(TEMPLATE).render(
-        tables=tables,
-        by=lambda column, name: {row[column]: row for row in _rows(study / name)},
-        pending=[name for name in configs if name not in tables.results],
-        planned=len(configs),
-    )
+    try:
+        written[out] = environment.get_template(TEMPLATE).render(
+            tables=tables,
+            by=lambda column, name: {row[column]: row for row in _rows(study, name)},
+            pending=[name for name in configs if name not in tables.results],
+            planned=len(configs),
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{study / TEMPLATE} cannot be filled in: {error}") from error
     for path, text in written.items():
         path.write_text(text, encoding="utf-8")
     return list(written)
@@ -216,7 +220,7 @@ class Tables:
         return _table(["arm", "steps", "learning rate: R@1 on validation, a seed each"], rows)
 
     def experts(self) -> str:
-        """How far the experts parted, and how balanced their load was, at the end of every run."""
+        """Similarity of the experts and balance of their load at the end of every run."""
         rows = []
         for run in sorted(self.results.values(), key=lambda run: run.name):
             if run.layers:
@@ -307,8 +311,10 @@ class Tables:
         return Series(_label(arm), x, [fmean(run.mean("r1") for run in of) for of in runs], points=True)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
+def _rows(study: Path, name: str) -> list[dict[str, str]]:
+    if Path(name).name != name:
+        raise ValueError(f"{TEMPLATE}: by() got {name!r}, expected the name of a file beside the template")
+    with (study / name).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 

@@ -4,17 +4,34 @@
     result = train(TrainOptions(logs=None, steps=200, warmup=20, lr=1e-3), model=model, loader=loader)
 
 A line of metrics.jsonl, and a record of ``result.history``: ``step``, ``epoch``, ``lr``, ``loss`` (= ``contrastive`` +
-``aux``, with a teacher + ``distill``), ``logit_scale`` (the factor), ``images_per_second``, ``seconds`` (in training);
+``aux``, with a teacher + ``distill``), ``logit_scale`` (the factor), ``images_per_second``, ``seconds`` (in training),
+``skipped_steps`` (so far: those whose gradient was not finite; they are not applied, and such a loss is None there);
 for a sparse model also ``balance``, ``z``, ``dropped``, ``router_entropy`` as means over layers, and under ``layers``
 each of them for every layer with its ``load`` (a share an expert). With accumulation the routing is that of the last
 batch of a step.
 
-A resumed run is the run that was not stopped, to the bit on a CPU in float32: mid-epoch it reads the batches again that
+A layer whose routing collapses is reported once, in ``result.warnings`` and warnings.jsonl (``clipup.train.collapse``).
+
+A resumed run is the run that was not stopped, bitwise on a CPU in float32: mid-epoch it reads the batches again that
 were seen. One exception: worker processes that read WebDataset shards live for the whole run, so that from the second
 epoch on a resumed run has the same samples in the same order, but other random crops.
 """
 
-from .loop import Every, NonFiniteLoss, Trainer, TrainingInterrupted, TrainResult, train
+from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
+from .loop import Trainer, train
 from .options import TrainOptions
+from .results import Every, TrainingInterrupted, TrainResult
+from .watch import RankLost
 
-__all__ = ["Every", "NonFiniteLoss", "TrainOptions", "TrainResult", "Trainer", "TrainingInterrupted", "train"]
+__all__ = [
+    "Every",
+    "NonFiniteGradients",
+    "NonFiniteLoss",
+    "NonFiniteWeights",
+    "RankLost",
+    "TrainOptions",
+    "TrainResult",
+    "Trainer",
+    "TrainingInterrupted",
+    "train",
+]

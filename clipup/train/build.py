@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,9 +10,11 @@ import torch
 from open_clip.coca_model import CoCa
 from torch import nn
 
-from .. import models
+from .. import models, origin
+from ..config import MoEConfig
 from ..evaluate.precision import Precision
 from ..evaluate.retrieval import evaluate_retrieval
+from ..evaluate.shares import Share
 from ..upcycle import upcycle
 from . import checkpoints
 from .carry_over import OptimizerState, named_state, upcycled_state
@@ -33,6 +35,26 @@ class Built(NamedTuple):
     """open_clip's architecture config; None when the model was passed in and ``options.model`` does not name it."""
     optimizer_state: OptimizerState | None = None
     """What the optimizer starts with, carried over from ``options.resume_dense``."""
+
+
+def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) -> None:
+    """Before anything is built, whether there is a model and data to train it on.
+
+    Raises:
+        ValueError: one is missing, or ``moe_cfg`` is meant for a model that is not made sparse.
+    """
+    from_directory = options.pretrained is not None and Path(options.pretrained).is_dir()
+    if model is None and options.model is None and not from_directory:
+        raise ValueError(
+            "model is missing: pass a name that open_clip knows, such as --model ViT-B-16, or a directory with a saved "
+            "model"
+        )
+    if loader is None and options.train_data is None:
+        raise ValueError(
+            "train_data is missing: pass --train-data with a CSV file or WebDataset shards (in Python also a loader)"
+        )
+    if not options.moe and options.moe_cfg != MoEConfig.clip_up():
+        raise ValueError("moe_cfg has no effect without moe=True, which makes the model sparse; set it too")
 
 
 def build_model(
@@ -88,8 +110,7 @@ def build_teacher(
     name, pretrained = options.distill_model, options.distill_pretrained
     if name is None:
         return None
-    if pretrained is None and models.model_directory(name) is None:
-        raise ValueError(f"distill_pretrained is missing: {name} with random weights teaches nothing")
+    origin.refuse_random_weights("distill_pretrained", name, pretrained)
     teacher, *_ = models.create_model_and_transforms(
         name, pretrained, precision=precision, device=device, output_dict=True
     )
@@ -125,8 +146,6 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
                 "model out"
             )
         name, pretrained = pretrained, None
-    if name is None:
-        raise ValueError("model is missing: pass a name that open_clip knows, or a directory with a saved model")
     model_cfg = models.get_model_config(name)
     fresh = pretrained is None and models.model_directory(name) is None
     init = SIGLIP_INIT if options.siglip and fresh else {}
@@ -171,17 +190,16 @@ class Epochs:
                 group = []
 
     @property
-    def skipped(self) -> int:
-        """Samples that could not be read so far."""
-        return int(getattr(self._info, "skipped", 0) or 0)
+    def skipped(self) -> dict[str, int]:
+        """What could not be read so far by this rank: names, and how many samples each stands for."""
+        skips = getattr(self._info, "skips", None)
+        return {} if skips is None else skips.samples
 
 
 def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> Any:
     """open_clip's loader over ``options.train_data``."""
     from ..data.loaders import train_loader
 
-    if options.train_data is None:
-        raise ValueError("train_data is missing: pass a CSV file or WebDataset shards (or a loader, in Python)")
     _needs(built, built.preprocess_train)
     return train_loader(
         options.train_data,
@@ -201,37 +219,45 @@ def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) 
         distributed=ranks.several,
         cache=options.cache_data,
         epoch=epoch,
+        max_skipped=options.max_skipped,
+        max_image_pixels=options.max_image_pixels,
+        allow_pipe=options.allow_pipe,
     )
 
 
 def build_validation(
-    options: TrainOptions, built: Built, precision: Precision
-) -> Callable[[nn.Module], dict[str, Any]] | None:
-    """Retrieval on ``options.val_data``, as a function of the model."""
+    options: TrainOptions, built: Built, precision: Precision, ranks: Ranks
+) -> Callable[[nn.Module], dict[str, Any] | None] | None:
+    """Retrieval on ``options.val_data``, as a function of the model that all ranks call; rank 0 gets the numbers."""
     if options.val_data is None:
         return None
     from ..data.loaders import eval_samples
 
     _needs(built, built.preprocess_val)
+    share = Share(ranks.rank, ranks.world_size, ranks.gather)
 
-    def samples() -> Iterable[Any]:
-        return eval_samples(
-            options.val_data,
-            built.preprocess_val,
-            csv_separator=options.csv_separator,
-            csv_img_key=options.csv_img_key,
-            csv_caption_key=options.csv_caption_key,
-        )
+    samples = eval_samples(
+        options.val_data,
+        built.preprocess_val,
+        csv_separator=options.csv_separator,
+        csv_img_key=options.csv_img_key,
+        csv_caption_key=options.csv_caption_key,
+        max_skipped=options.max_skipped,
+        max_image_pixels=options.max_image_pixels,
+        argument="val_data",
+    ).part(share, options.batch_size)
 
-    def validate(model: nn.Module) -> dict[str, Any]:
+    def validate(model: nn.Module) -> dict[str, Any] | None:
         return evaluate_retrieval(
             model,
-            samples(),
+            samples,
             built.tokenizer,
             batch_size=options.batch_size,
             by="group",
             precision=precision,
             multi_positive=options.multi_positive,
+            show_progress=ranks.first,
+            share=share,
         )
 
     return validate

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import MoEConfig
 from ..moe import moe_layers
 from ..upcycle import upcycle
-from .optim import parameter_groups
+from ..weight_decay import parameter_groups
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerState = dict[str, dict[str, Tensor]]

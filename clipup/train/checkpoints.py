@@ -1,8 +1,9 @@
 """Checkpoints of a run: open_clip's dictionary, and what an exact resume needs.
 
 open_clip's keys are epoch, name, state_dict, optimizer and scaler. Beside them: ``step`` (optimizer steps done),
-``step_of_epoch`` (those of the epoch that is under way, 0 at its start), ``seconds``, ``rng`` (a state a rank),
-``model_cfg`` and ``moe_cfg``. A file appears whole or not at all.
+``step_of_epoch`` (those of the epoch that is under way, 0 at its start), ``samples_seen``, ``conditions`` (what these
+numbers depend on: ``clipup.train.resume``), ``skipped_steps``, ``seconds``, ``rng`` (a state a rank), ``model_cfg``,
+``moe_cfg``, and ``finished`` (the model directory of the run is written too). A file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import replace_files
-from ..weights import read_pickle, unwrapped
+from ..weights import check_archive, read_pickle, unwrapped
+from .finite import not_finite, tensors_of
 
 LATEST = "epoch_latest.pt"
+_NAME = re.compile(r"epoch_(\d+|latest)\.pt")
 _REQUIRED = ("epoch", "state_dict", "optimizer")
 
 
@@ -40,7 +43,7 @@ def save(state: dict[str, Any], *paths: Path) -> None:
         for other in others:
             replace_files({other: lambda path: _link_or_copy(first, path)})
     except OSError as error:
-        before = newest(first.parent)
+        before = max(_files(first.parent), key=lambda path: path.stat().st_mtime, default=None)
         whole = f"{before} is whole" if before else "there is no earlier one"
         raise OSError(
             f"could not write the checkpoint {first}: {error}; {whole}. Make room, then go on with --resume latest"
@@ -68,35 +71,93 @@ def load(path: str | Path) -> dict[str, Any]:
     """A checkpoint of ours or of open_clip_train, on the CPU. Nothing in it is executed.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not a checkpoint, or weights alone.
+        ValueError: it is not a checkpoint, or weights alone, or damaged, or holds values that are not finite.
+        OSError: there is no such file, or it could not be read.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    state = read_pickle(Path(path))
+    path = Path(path)
+    try:
+        check_archive(path)
+        state = read_pickle(path)
+    except OSError as error:
+        raise _unread(path, error) from error
     missing = [key for key in _REQUIRED if key not in state]
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}, so it is no checkpoint of a run; to start from weights alone use "
             "--pretrained"
         )
+    broken = not_finite(tensors_of(state["state_dict"], state["optimizer"]))
+    if broken is not None:
+        raise ValueError(f"{path} holds values that are not finite, in {broken}; resume from an earlier checkpoint")
     state["state_dict"] = unwrapped(state["state_dict"])
     return state
 
 
-def newest(directory: Path) -> Path | None:
-    """The readable checkpoint of a directory with the most steps; None when there is none."""
-    best, most = None, (-1, -1)
-    for path in sorted(directory.glob("epoch_*.pt")):
-        if not re.fullmatch(r"epoch_(\d+|latest)\.pt", path.name):
-            continue
+class Newest(NamedTuple):
+    """The checkpoint to go on from."""
+
+    path: Path
+    state: dict[str, Any]
+    passed_over: list[str]
+    """What is wrong with the files that were not taken."""
+
+
+def newest(directory: Path) -> Newest | None:
+    """The checkpoint of a directory with the most steps among those that ``load`` takes; None when there are no files.
+
+    Raises:
+        ValueError: there are checkpoint files, and none of them can be used.
+        OSError: a file could not be read, which says nothing about what is in it.
+    """
+    unusable, found = [], []
+    for path in sorted(_files(directory)):
         try:
-            state = read_pickle(path, mmap=True)
-        except ValueError:
-            continue
-        done = (state.get("step", -1), state.get("epoch", -1))
-        if done >= most:
-            best, most = path, done
-    return best
+            found.append((_position(path), path))
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise
+            continue  # a run that is going on has removed it
+        except ValueError as error:
+            unusable.append(str(error))
+    for _, path in sorted(found, reverse=True):
+        try:
+            return Newest(path, load(path), unusable)
+        except ValueError as error:
+            unusable.append(str(error))
+    if unusable:
+        raise ValueError(f"there are checkpoints in {directory}, but none can be used: {'; '.join(unusable)}")
+    return None
+
+
+def _files(directory: Path) -> list[Path]:
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [directory / name for name in names if _NAME.fullmatch(name)]
+
+
+def _position(path: Path) -> tuple[int, int]:
+    """(step, epoch); reads no tensors."""
+    try:
+        check_archive(path, alone="data.pkl")
+        state = read_pickle(path, mmap=True)
+    except OSError as error:
+        raise _unread(path, error) from error
+    position = state.get("step", -1), state.get("epoch", -1)
+    if not all(isinstance(number, int) for number in position):
+        raise ValueError(f"{path} is no checkpoint of a run: its step and epoch are {position}")
+    return position
+
+
+def _unread(path: Path, error: OSError) -> OSError:
+    """The same error, with what it means for a run."""
+    if isinstance(error, FileNotFoundError) and not path.is_symlink():
+        return FileNotFoundError(f"there is no checkpoint {path}")
+    return type(error)(
+        f"the checkpoint {path} could not be read: {error.strerror or error}; that says nothing about what is in it, "
+        "so no other was taken in its place. Try again when the file system answers",
+    )
 
 
 def restore(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:

@@ -4,66 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
-from tqdm import tqdm
 
-from .. import card
+from .. import card, origin
 from .. import checkpoint as model_directories
 from ..evaluate.precision import Precision
-from . import carry_over, checkpoints, metrics, rng
-from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation
-from .distributed import Ranks, connect
+from ..evaluate.retrieval import NonFiniteFeatures
+from . import carry_over, checkpoints, collapse, metrics, resume, rng
+from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation, check_complete
+from .console import Console
+from .distributed import Ranks, joined
+from .finite import FiniteGuard
 from .openclip import contrastive_loss, schedule
-from .optim import adamw
+from .optim import adamw, load_optimizer_state
 from .options import TrainOptions
-from .records import Record, Recorder, RunDirectory, run_name
+from .records import LOG, Recorder, RunDirectory, run_name
+from .results import Every, TrainingInterrupted, TrainResult
 from .signals import StopRequest
 from .step import Batch, StepLosses, TrainStep
 
 _DATA = 1
 """Sets the seed of an epoch's data apart from that of its training."""
-
-
-class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or infinite; no checkpoint was written since."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; ``checkpoint`` is where to go on from."""
-
-    def __init__(self, message: str, checkpoint: Path) -> None:
-        super().__init__(message)
-        self.checkpoint = checkpoint
-
-
-class Every(NamedTuple):
-    """Calls a function after every ``steps`` steps and after the last one, on rank 0.
-
-    The function takes the model (not wrapped) and returns numbers to record, or None. It cannot disturb the run: random
-    numbers drawn in it do not count, and neither does its time.
-    """
-
-    steps: int
-    function: Callable[[nn.Module], dict[str, Any] | None]
-
-
-class TrainResult(NamedTuple):
-    """What a run leaves behind."""
-
-    model: nn.Module
-    steps: int
-    """Optimizer steps done, those before a resume included."""
-    seconds: float
-    """Time in training, without evaluations and checkpoints."""
-    history: list[Record]
-    """A record a logged step, as ``clipup.train`` describes it; on rank 0."""
-    evaluations: list[Record]
-    directory: Path | None
 
 
 def train(
@@ -88,36 +54,46 @@ def train(
 
     Raises:
         FileExistsError: the directory of the run holds another one.
-        ValueError: options or data that cannot be trained on.
-        NonFiniteLoss: the loss became NaN or infinite.
-        OSError: a checkpoint could not be written; the one before is whole.
+        DirectoryInUse: another process runs in it.
+        ValueError: options or data that cannot be trained on, or a checkpoint that cannot be resumed from.
+        NonFiniteLoss, NonFiniteGradients, NonFiniteWeights: values became NaN or infinite.
+        RankLost: another rank died or failed. A rank that waits for a frozen one ends with exit code 3 instead.
+        OSError: a checkpoint could not be written, and the one before is whole; or one could not be read.
         TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint. Without ``options.logs`` it is KeyboardInterrupt,
             at once.
     """
-    ranks = connect(options)
-    directory = _directory(options, ranks)
-    resume = directory.resumed_from(options.resume) if directory and ranks.first else None
-    resume = ranks.of_first(resume) if directory else options.resume
-    state = None if resume is None else checkpoints.load(resume)
-    precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
-    rng.seed_everything(options.seed)
-    built = build_model(options, ranks.device, precision, model, preprocess, tokenizer)
-    if loader is None:
-        loader = build_loader(options, built, ranks, epoch=state["epoch"] if state else 0)
-    trainer = Trainer(options, built, Epochs(loader, options.accum_freq), ranks, directory, precision, callbacks)
-    if state is not None:
-        trainer.restore(state, resume)
-    with StopRequest(enabled=directory is not None) as stop:
-        return trainer.run(stop)
+    check_complete(options, model, loader)
+    with joined(options) as ranks, _directory(options, ranks) as directory:
+        source, state, notes = resume.find_checkpoint(options, directory, ranks)
+        if state is not None:
+            notes += resume.changes(state, options, ranks.world_size, source)
+        for note in notes if ranks.first else ():
+            LOG.warning("%s", note)
+        precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
+        rng.seed_everything(options.seed)
+        built = build_model(options, ranks.device, precision, model, preprocess, tokenizer)
+        if loader is None:
+            loader = build_loader(options, built, ranks, epoch=state["epoch"] if state else 0)
+        trainer = Trainer(options, built, Epochs(loader, options.accum_freq), ranks, directory, precision, callbacks)
+        if state is not None:
+            trainer.restore(state, source)
+            if trainer.finished:
+                return trainer.result_before()
+        with StopRequest(enabled=directory is not None) as stop:
+            return trainer.run(stop, notes)
 
 
-def _directory(options: TrainOptions, ranks: Ranks) -> RunDirectory | None:
-    """The run's directory, which is not touched yet; what rank 0 refuses is refused on every rank."""
+@contextmanager
+def _directory(options: TrainOptions, ranks: Ranks) -> Iterator[RunDirectory | None]:
+    """The run's directory, locked by rank 0, otherwise untouched. What rank 0 refuses is refused on every rank."""
     if options.logs is None:
-        return None
+        yield None
+        return
     directory = RunDirectory(Path(options.logs) / ranks.of_first(run_name(options)))
-    ranks.first_does(lambda: directory.check(options))
-    return directory
+    with ExitStack() as held:
+        ranks.first_does(lambda: held.enter_context(directory.locked()))
+        ranks.first_does(lambda: directory.check(options))
+        yield directory
 
 
 class Trainer:
@@ -140,7 +116,7 @@ class Trainer:
         self.ranks = ranks
         self.directory = directory
         self.callbacks = callbacks
-        self.validate = build_validation(options, built, precision)
+        self.validate = build_validation(options, built, precision, ranks)
         self.optimizer = adamw(self.model, options)
         if built.optimizer_state is not None:
             carry_over.load_state(self.optimizer, self.model, built.optimizer_state)
@@ -154,51 +130,102 @@ class Trainer:
             options.grad_clip_norm,
             teacher=build_teacher(options, self.model, ranks.device, precision),
         )
-        self.total_steps = options.steps or options.epochs * data.steps
         self.total_epochs = math.inf if options.steps else options.epochs
-        self.set_lr = schedule(options, self.optimizer, self.total_steps)
+        self._plan(steps_before=0)
+        self.guard = FiniteGuard(options.max_nonfinite_steps, ranks.device)
+        self.conditions = resume.conditions(options, ranks.world_size, data.steps)
+        self.finished = False
+        self.samples_seen = 0
         self.epoch = 0
         self.step = 0
         self.step_of_epoch = 0
         self.seconds = 0.0
         self._rng: dict[str, Any] | None = None
-        self._loss_since_check = torch.zeros((), device=ranks.device)
+        self.evaluations_before: int | None = None
         self._evaluated_at = -1
         self._validated: dict[str, Any] | None = None
 
-    def restore(self, state: dict[str, Any], source: str | Path) -> None:
-        """Puts the run where the checkpoint was written."""
+    def _plan(self, steps_before: int) -> None:
+        """Total and schedule. ``steps_before``: by how many steps a run whose epochs have become longer or shorter is
+        ahead of one that always had those of now."""
+        self._steps_before = steps_before
+        self.total_steps = self.options.steps or steps_before + self.options.epochs * self.data.steps
+        self.set_lr = schedule(self.options, self.optimizer, self.total_steps)
+
+    def restore(self, state: dict[str, Any], source: Path) -> None:
+        """Puts the run where the checkpoint was written.
+
+        Raises:
+            ValueError: the checkpoint is of another model, or from within an epoch of other data.
+        """
+        other_length = resume.other_length(state, self.data.steps, source)
         checkpoints.restore(self.model, state["state_dict"], source)
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         if self.train_step.scaler is not None and "scaler" in state:
             self.train_step.scaler.load_state_dict(state["scaler"])
         self.epoch = state["epoch"]
         self.step = state.get("step", self.epoch * self.data.steps)
         self.step_of_epoch = state.get("step_of_epoch", 0)
         self.seconds = state.get("seconds", 0.0)
+        samples_of_step = self.options.batch_size * self.options.accum_freq * self.ranks.world_size
+        self.samples_seen = state.get("samples_seen", self.step * samples_of_step)
+        self.guard.skipped, self.guard.in_row = state.get("skipped_steps", (0, 0))
+        self._plan(state.get("steps_before", 0))
+        if other_length:
+            self.step_of_epoch = self.data.steps if self.step_of_epoch else 0  # all of an epoch, or nothing
+            self._plan(self.step - self.step_of_epoch - self.epoch * self.data.steps)
+        self.evaluations_before = state.get("evaluations")
+        self._evaluated_at, self._validated = state.get("validated", (-1, None))
+        done = self.step >= self.total_steps or self.epoch >= self.total_epochs
+        self.finished = done and state.get("finished", False) and self._is_whole(source)
+        self.guard.last_checkpoint = source
         states = state.get("rng", [])
         within_epoch = self.step_of_epoch > 0 and len(states) == self.ranks.world_size
         self._rng = states[self.ranks.rank] if within_epoch else None
 
-    def run(self, stop: StopRequest) -> TrainResult:
-        """Trains until the last step."""
+    def result_before(self) -> TrainResult:
+        """What a run that was finished before has left behind. Writes nothing."""
+        self.model.eval()
+        history, evaluations, warnings = self.directory.history() if self.ranks.first else ([], [], [])
+        done = self.model, self.step, self.seconds, history, evaluations, self.directory.root, warnings
+        return TrainResult(*done, already_finished=True)
+
+    def run(self, stop: StopRequest, notes: Sequence[str] = ()) -> TrainResult:
+        """Trains until the last step. ``notes``: what the log says first."""
         self.stop = stop
         first = self.ranks.first
         if self.directory is not None:
             self.ranks.first_does(lambda: self.directory.prepare(self.options))
-        self.recorder = Recorder(self.directory if first else None, self.options.report_to if first else "", self.step)
-        self.bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None if first else True)
-        where = f"{self.ranks.device}, {self.ranks.world_size} ranks"
-        self.recorder.log.info("from step %d to step %d on %s", self.step, self.total_steps, where)
+        self.recorder = Recorder(
+            self.directory if first else None,
+            self.options.report_to if first else "",
+            self.step,
+            self.evaluations_before,
+        )
+        self.console = Console(self.total_steps, self.step, shown=first)
+        self.collapse = collapse.CollapseWatch(self.model, self.recorder.warnings)
+        where = f"{self.ranks.device}, {self.ranks.world_size} rank{'s' if self.ranks.several else ''}"
+        for note in notes if self.directory else ():
+            self.recorder.log.warning("%s", note)
+        begin = f"from step {self.step} to step {self.total_steps} on {where}"
+        self.recorder.log.info("%s; %d samples seen", begin, self.samples_seen)
+        self.console.say(f"training {begin}{f'; {self.directory.root}' if self.directory else ''}")
+        self.ranks.on_loss(self._last_words, self.recorder.failure)
         try:
-            while self.step < self.total_steps and self.epoch < self.total_epochs:
-                self._run_epoch()
-            self._finish()
+            with self.ranks.explained():
+                while self.step < self.total_steps and self.epoch < self.total_epochs:
+                    self._run_epoch()
+                self._finish()
+        except BaseException as error:
+            self.recorder.failure(f"{type(error).__name__}: {error}")
+            raise
         finally:
-            self.bar.close()
+            self.console.close()
             self.recorder.close()
         root = self.directory.root if self.directory else None
-        return TrainResult(self.model, self.step, self.seconds, self.recorder.steps, self.recorder.evaluations, root)
+        history, evaluations, warnings = self.recorder.steps, self.recorder.evaluations, self.recorder.warnings
+        done = self.model, self.step, self.seconds, history, evaluations, root, warnings
+        return TrainResult(*done, skipped=self._skipped())
 
     def _run_epoch(self) -> None:
         """From ``step_of_epoch`` to the epoch's end, or to the run's last step within it.
@@ -230,6 +257,7 @@ class Trainer:
 
     def _next(self, steps: Any) -> list[Batch] | None:
         """The next step's batches, None at the end of the epoch. Data workers may die of the Ctrl-C that we survive."""
+        self.ranks.doing("reading data", self.step + 1)
         try:
             with self._data_rng.drawing():
                 return next(steps, None)
@@ -241,17 +269,20 @@ class Trainer:
     def _one_step(self, batches: list[Batch]) -> None:
         if not self.options.skip_scheduler:
             self.set_lr(self.step)
+        self.ranks.doing("computing the step", self.step + 1, timed=True)
         losses = self.train_step(batches)
         self.step += 1
         self.step_of_epoch += 1
-        self._loss_since_check = self._loss_since_check + losses.total
-        self._images += sum(len(images) for images, _ in batches) * self.ranks.world_size
+        samples = sum(len(images) for images, _ in batches) * self.ranks.world_size
+        self.samples_seen += samples
+        self._images += samples
+        self.guard.count(self.step, self.train_step, losses, self.ranks, self.recorder.log)
         if self.step % self.options.log_every_n_steps == 0 or self.step == self.total_steps:
             self._log(losses)
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
-        self.bar.update()
+        self.console.step(self.epoch)
         for callback in self.callbacks:
             if self.step % callback.steps == 0 or self.step == self.total_steps:
                 self._evaluate(callback.function)
@@ -261,9 +292,9 @@ class Trainer:
             self._save(checkpoints.LATEST)
 
     def _log(self, losses: StepLosses) -> None:
-        scalars = {"loss": losses.total, **losses.scalars(), "since": self._loss_since_check}
+        scalars = {"loss": losses.total, **losses.scalars(), "since": self.guard.loss_since_check}
         numbers = metrics.read(scalars, self.model, self.ranks)
-        self._check_finite(numbers.pop("since"))
+        self.guard.check_loss(self.step, numbers.pop("since"))
         now = time.perf_counter()
         layers = {"layers": numbers.pop("layers")} if "layers" in numbers else {}
         record = {
@@ -273,28 +304,22 @@ class Trainer:
             **numbers,
             "images_per_second": self._images / (now - self._logged),
             "seconds": self.seconds + now - self._mark,
+            "skipped_steps": self.guard.skipped,
             **layers,
         }
         self._images, self._logged = 0, now
         if self.ranks.first:
             self.recorder.step(record)
-            self.bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-
-    def _check_finite(self, loss_since_check: float) -> None:
-        """Refuses to go on from a loss that is NaN or infinite, before anything is saved."""
-        if not math.isfinite(loss_since_check):
-            kept = checkpoints.newest(self.directory.checkpoints) if self.directory else None
-            whole = f"the last checkpoint, {kept}, is from before and whole" if kept else "there is no checkpoint yet"
-            raise NonFiniteLoss(
-                f"the loss is {loss_since_check} at step {self.step} or became so since the step logged before; "
-                f"{whole}. Lower lr, set grad_clip_norm (1.0), or use another precision"
-            )
-        self._loss_since_check = torch.zeros_like(self._loss_since_check)
+            self.console.logged(record)
+            if collapsed := self.collapse.observe(record):
+                warning = collapse.warning(collapsed)
+                self.recorder.warning(warning, collapsed)
+                self.console.say(f"warning: {warning}")
 
     def _end_epoch(self) -> None:
         self.epoch += 1
         self.step_of_epoch = 0
-        self.recorder.log.info("epoch %d done at step %d; %d samples skipped", self.epoch, self.step, self.data.skipped)
+        self.recorder.log.info("epoch %d done at step %d; %d samples skipped", self.epoch, self.step, self._skipped())
         if self.options.val_frequency and self.epoch % self.options.val_frequency == 0:
             self._validate()
         names = [checkpoints.LATEST] if self.options.save_most_recent else []
@@ -304,21 +329,37 @@ class Trainer:
         if self.options.delete_previous_checkpoint and self.directory and self.ranks.first:
             (self.directory.checkpoints / checkpoints.epoch_name(self.epoch - 1)).unlink(missing_ok=True)
 
+    def _skipped(self) -> int:
+        """Samples that could not be read so far, each once, whichever ranks met it."""
+        names: dict[str, int] = {}
+        for of_rank in self.ranks.gather(self.data.skipped):
+            names |= of_rank
+        return sum(names.values())
+
     def _validate(self) -> None:
         if self.validate is not None and self._evaluated_at != self.step:
             self._evaluated_at = self.step
-            self._validated = self._evaluate(self.validate)
+            try:
+                self._validated = self._evaluate(self.validate, shared=True)
+            except NonFiniteFeatures as error:
+                raise self.guard.diverged(f"{error} (evaluation at step {self.step})") from error
 
-    def _evaluate(self, function: Callable[[nn.Module], dict[str, Any] | None]) -> dict[str, Any] | None:
-        """On rank 0; the others wait. Leaves generators, modes and the clock as they were."""
+    def _evaluate(
+        self, function: Callable[[nn.Module], dict[str, Any] | None], shared: bool = False
+    ) -> dict[str, Any] | None:
+        """On all ranks when it is shared; else on rank 0, and the others wait as long as it takes. Leaves generators,
+        modes and the clock as they were."""
         numbers = None
-        if self.ranks.first:
+        self.ranks.doing("evaluating", self.step)
+        if self.ranks.first or shared:
             with rng.preserved(self.ranks.device):
                 numbers = function(self.model)
             self.model.train()
-            if numbers is not None:
+            if self.ranks.first and numbers is not None:
                 place = {"step": self.step, "epoch": self.epoch, "seconds": self.seconds}
-                self.recorder.evaluation({**place, **numbers})
+                record = {**place, **numbers}
+                self.recorder.evaluation(record)
+                self.console.evaluation(record)
         self.ranks.gather(None)
         self._restart_clock()
         return numbers
@@ -333,24 +374,56 @@ class Trainer:
         )
 
     def _finish(self) -> None:
-        """The last evaluation and checkpoint, and the model by itself."""
+        """The last evaluation, the model by itself, and the checkpoint that says that this was all."""
+        self.guard.check_weights(self.step, self.model, self.optimizer)
         self._validate()
+        try:
+            self.ranks.first_does(self._save_model)
+        except OSError:
+            self._save(checkpoints.LATEST)
+            raise
+        self.finished = True
         self._save(checkpoints.LATEST)
-        if self.directory and self.ranks.first and self.built.model_cfg is not None:
-            model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg)
-            if self._evaluated_at == self.step:
-                results = {"dataset": "validation data", "precision": self.train_step.precision}
-                results |= {"multi_positive": self.options.multi_positive, "retrieval": self._validated}
-                card.add_results(self.directory.model, results)
+        self.model.eval()
+
+    def _save_model(self) -> None:
+        if self.directory is None or self.built.model_cfg is None:
+            return
+        base_model = origin.base_model(self.options.model, self.options.pretrained)
+        model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg, base_model=base_model)
+        if self._evaluated_at == self.step:
+            results = {"val_data": self.options.val_data, "precision": self.train_step.precision}
+            results |= {"multi_positive": self.options.multi_positive, "retrieval": self._validated}
+            card.add_results(self.directory.model, results)
+
+    def _last_words(self) -> str:
+        """What is left when another rank is lost, and how to continue from it."""
+        kept = self.guard.last_checkpoint
+        if kept is None:
+            return "There is no checkpoint yet"
+        return (
+            f"The last checkpoint, {kept}, is whole; to continue, run the same command with --name "
+            f"{self.directory.root.name} --resume latest"
+        )
+
+    def _is_whole(self, source: Path) -> bool:
+        """Whether the directory of a finished run holds all of it: the checkpoint ``source``, and the model."""
+        if self.directory is None or not self.directory.holds(source):
+            return False
+        weights = self.directory.model / model_directories.WEIGHTS_NAME
+        return self.built.model_cfg is None or self.ranks.of_first(weights.is_file())
 
     def _save(self, *names: str) -> None:
         """Writes a checkpoint under these names. A failure on rank 0 is raised on every rank."""
         if self.directory is None or not names:
             return
-        self._check_finite(float(self.ranks.mean(self._loss_since_check)))
-        states = self.ranks.gather(rng.get_state(self.ranks.device))
+        self.ranks.doing("saving a checkpoint", self.step)
+        self.guard.check_loss(self.step, float(self.ranks.mean(self.guard.loss_since_check)))
+        self.guard.check_weights(self.step, self.model, self.optimizer)
+        states = self.ranks.gather(rng.get_state(self.ranks.device) if self._rng is None else self._rng)
         paths = [self.directory.checkpoints / name for name in names]
         self.ranks.first_does(lambda: checkpoints.save(self._state(states), *paths))
+        self.guard.last_checkpoint = paths[0]
         self._restart_clock()
 
     def _state(self, rng_states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -362,6 +435,13 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "step_of_epoch": self.step_of_epoch,
+            "steps_before": self._steps_before,
+            "samples_seen": self.samples_seen,
+            "skipped_steps": (self.guard.skipped, self.guard.in_row),
+            "conditions": self.conditions,
+            "finished": self.finished,
+            "validated": (self._evaluated_at, self._validated),
+            "evaluations": len(self.recorder.evaluations),
             "seconds": self.seconds,
             "rng": rng_states,
             "model_cfg": self.built.model_cfg,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from open_clip.coca_model import CoCa
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
-from open_clip_train.distributed import init_distributed_device_so, is_using_distributed
+from open_clip_train.distributed import is_using_distributed, world_info_from_env
 from open_clip_train.scheduler import const_lr, cosine_lr
 from torch import Tensor, nn
 
@@ -26,9 +27,9 @@ __all__ = [
     "SIGLIP_INIT",
     "contrastive_loss",
     "features_of",
-    "init_distributed_device_so",
     "is_using_distributed",
     "schedule",
+    "world_info_from_env",
 ]
 
 
@@ -50,6 +51,9 @@ def contrastive_loss(options: TrainOptions, model: nn.Module, rank: int, world_s
     """
     if isinstance(model, CoCa):
         return _coca_loss(options, model, rank, world_size)
+    for field in dataclasses.fields(options):
+        if field.name.startswith("coca_") and getattr(options, field.name) != field.default:
+            raise ValueError(f"{field.name} has no effect: the model has no decoder, as a CoCa has; leave it out")
     if options.siglip:
         return SigLipLoss(rank=rank, world_size=world_size)
     softmax_loss = MultiPositiveClipLoss if options.multi_positive else ClipLoss

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import MoEConfig
+from ..data.images import MAX_PIXELS, check_max_pixels
+from ..data.skips import MAX_SKIPPED, check_max_skipped
 from ..evaluate.precision import Precision, default_device, default_workers
 
 
@@ -49,6 +51,13 @@ class TrainOptions:
     """Column with the paths of the images."""
     csv_caption_key: str = "title"
     """Column with the captions."""
+    max_skipped: float = MAX_SKIPPED
+    """Share of the samples that may be unreadable: they are left out, each is named once, and the last line says how
+    many. Above it the run stops."""
+    max_image_pixels: int = MAX_PIXELS
+    """Pixels of an image that is decoded at most; one of more counts as unreadable."""
+    allow_pipe: bool = False
+    """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
     cache_data: bool = False
     """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
     val_data: str | None = None
@@ -84,6 +93,8 @@ class TrainOptions:
     """Keep lr as it is, without warm-up."""
     grad_clip_norm: float | None = None
     """Largest norm of the gradient; None leaves it alone."""
+    max_nonfinite_steps: int = 10
+    """Steps in a row that may be skipped because their gradient is NaN or infinite; one more ends the run."""
     distill_model: str | None = None
     """Teacher: a model that open_clip knows, or a directory. Its similarities are a second target (DistillClipLoss); it
     takes the same images and tokens. The dense model that --moe starts from is one choice."""
@@ -112,6 +123,9 @@ class TrainOptions:
     """cpu, cuda or cuda:N."""
     dist_backend: str | None = None
     """torch.distributed backend under torchrun. None: nccl on CUDA, gloo on CPU."""
+    dist_timeout: float = 1800.0
+    """Several ranks: seconds without a sign of life from a rank, or in one step, after which the run ends. Evaluations
+    and checkpoints may take longer."""
     seed: int = 0
     """Seed of weights, data order and noise."""
 
@@ -120,7 +134,9 @@ class TrainOptions:
     name: str | None = None
     """Name of the run, a directory under logs. None: date, model and learning rate."""
     resume: str | None = None
-    """"latest" or the path of a checkpoint: go on from there."""
+    """"latest" or the path of a checkpoint: go on from there. Other options than before take effect from there on."""
+    resume_with_changes: bool = False
+    """On resume, accept another model, moe, train_data, seed or siglip than the checkpoint's."""
     force: bool = False
     """Throw away a run of the same name instead of refusing to start."""
     save_frequency: int = 1
@@ -139,10 +155,17 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("seed", "warmup", "workers", "val_frequency", "save_frequency", "save_every_n_steps", "wd", "eps"):
+        for name in (
+            *("seed", "warmup", "workers", "val_frequency", "save_frequency", "save_every_n_steps", "wd", "eps"),
+            "max_nonfinite_steps",
+        ):
             self._check(name, getattr(self, name) >= 0, "0 or more")
         for name in ("steps", "train_num_samples"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        timeout = self.dist_timeout
+        self._check("dist_timeout", math.isfinite(timeout) and timeout > 0, "a positive number of seconds")
+        check_max_skipped(self.max_skipped)
+        check_max_pixels(self.max_image_pixels)
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         self._check("grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive, or None")
         for name in ("coca_caption_loss_weight", "coca_contrastive_loss_weight"):

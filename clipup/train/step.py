@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..balancing import update_selection_bias
+from ..balancing import forget_loads, update_selection_bias
 from ..evaluate.precision import Precision, autocast, image_dtype
 from ..moe import aux_loss, moe_layers
 from .attention import attention_kernel
@@ -71,6 +71,10 @@ class TrainStep:
     unrelated images and texts, and all of that is lost in evaluation. So the text tower gets the texts in a random
     order.
 
+    **Gradients that are not finite.** A step whose gradient norm is NaN or infinite is not applied: weights, optimizer,
+    selection bias and the statistics of batch norms stay as they were (``applied``). Ranks have the same gradient, so
+    all of them decide the same.
+
     With a ``teacher``, ``loss`` is open_clip's DistillClipLoss, and the teacher sees every batch as the model does.
     (open_clip_train refuses to accumulate then; here the teacher's features of all batches are kept.)
     """
@@ -94,13 +98,21 @@ class TrainStep:
         self.precision: Precision = precision
         self.grad_clip_norm = grad_clip_norm
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp" else None
+        self.applied = True
+        """Whether the last step changed the weights."""
+        self.gradient_norm = torch.zeros((), device=device)
+        """Norm of the last step's gradient, before clipping."""
+        self._statistics = _batch_statistics(self.module)
 
     def __call__(self, batches: Sequence[Batch]) -> StepLosses:
         self.optimizer.zero_grad()
+        statistics = [buffer.clone() for buffer in self._statistics]
         on_device = [self._to_device(*batch) for batch in batches]
         with attention_kernel(self.module, self.device, self.precision):
             losses = self._plain(*on_device[0]) if len(on_device) == 1 else self._accumulated(on_device)
-        self._update()
+        self.applied = self._update()
+        if not self.applied:
+            self._forget(statistics)
         return losses
 
     def _plain(self, images: Tensor, texts: Tensor) -> StepLosses:
@@ -168,19 +180,33 @@ class TrainStep:
     def _backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def _update(self) -> None:
-        if self.grad_clip_norm is not None:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.grad_clip_norm)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
+    def _update(self) -> bool:
+        """Whether the gradient was finite, and with it the step applied. Waits for the device to know."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        finite = bool(self.gradient_norm.isfinite())
+        if finite:
+            if self.grad_clip_norm is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.grad_clip_norm, self.gradient_norm)
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
+            update_selection_bias(self.module)
+            with torch.no_grad():
+                self.module.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+        if self.scaler is not None:
             self.scaler.update()
-        update_selection_bias(self.module)
-        with torch.no_grad():
-            self.module.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+        return finite
+
+    @torch.no_grad()
+    def _forget(self, statistics: list[Tensor]) -> None:
+        """Undoes what the forward pass of a step that is not applied has left in the model."""
+        forget_loads(self.module)
+        for buffer, before in zip(self._statistics, statistics, strict=True):
+            buffer.copy_(before)
 
     def _to_device(self, images: Tensor, texts: Tensor) -> Batch:
         images = images.to(device=self.device, dtype=image_dtype(self.precision), non_blocking=True)
@@ -188,6 +214,12 @@ class TrainStep:
 
     def _without_sync(self) -> Any:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+
+def _batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The running statistics of batch norms, which a forward pass in training changes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 def _detached(terms: Iterable[Tensor]) -> list[Tensor]:

@@ -20,11 +20,11 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   check_pointer("y", y, T * D);
 
   expect_whole_write(y, T * D * element_size(dtype));
-  expect_whole_write(z, (experts.gate_weight != nullptr ? 2 : 1) * R * H * element_size(dtype));
+  expect_whole_write(z, (experts.gated() ? 2 : 1) * R * H * element_size(dtype));
 
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
-  const bool gated = experts.gate_weight != nullptr || experts.packed_gate != nullptr;
+  const bool gated = experts.gated();
   const bool identity =  // rows are y
       routing.K == 1 && routing.choice_of_row == nullptr && routing.gates == nullptr;
   const std::int64_t used = routing.offsets[E];

@@ -31,7 +31,7 @@ void check_experts(const Experts& experts) {
   check_size("H", H, 0);
   if (experts.packed_in == nullptr) check_pointer("in_weight", experts.in_weight, E * H * D);
   if (experts.packed_out == nullptr) check_pointer("out_weight", experts.out_weight, E * D * H);
-  check(experts.gate_bias == nullptr || experts.gate_weight != nullptr,
+  check(experts.gate_bias == nullptr || experts.gated(),
         "gate_bias: expected gate_weight beside it, got none");
 }
 
@@ -97,7 +97,7 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_line
   const TypedKernels& typed = ks.of(experts.dtype);
   const DType dtype = experts.dtype;
   const std::int64_t D = experts.D, H = experts.H;
-  const bool gated = experts.gate_weight != nullptr || experts.packed_gate != nullptr;
+  const bool gated = experts.gated();
   const std::int64_t x_words = line_words(D, typed);
   const std::int64_t a_words = line_words(round_up(H, ks.panel), typed);
   const auto finish_hidden = typed.finish_hidden[static_cast<int>(experts.activation)];

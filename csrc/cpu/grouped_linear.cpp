@@ -1,4 +1,4 @@
-// The experts' linear layers by themselves, and weights packed ahead.
+// The experts' linear layers by themselves.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -132,53 +132,6 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
     });
   }
   gradient.finish(offsets);
-}
-
-std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I) {
-  check_dtype(dtype);
-  check_size("E", E, 0);
-  check_size("O", O, 0);
-  check_size("I", I, 0);
-  const Kernels& ks = kernels();
-  const std::int64_t words = ceil_div(I, ks.of(dtype).per_word) * round_up(O, ks.panel);
-  return E * words * static_cast<std::int64_t>(sizeof(Word));
-}
-
-std::uint64_t sample_hash(const void* data, std::int64_t bytes) {
-  check_size("bytes", bytes, 0);
-  check_pointer("data", data, bytes);
-  constexpr std::int64_t kStride = 32768;
-  constexpr std::int64_t kSample = 64;
-  const auto* const from = static_cast<const unsigned char*>(data);
-  std::uint64_t hash = 14695981039346656037U;  // FNV-1a, eight bytes at a time
-  const auto take = [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t at = begin; at < end; at += 8) {
-      std::uint64_t word = 0;
-      std::memcpy(&word, from + at, std::min<std::int64_t>(8, end - at));
-      hash = (hash ^ word) * 1099511628211U;
-    }
-  };
-  for (std::int64_t at = 0; at < bytes; at += kStride) take(at, std::min(at + kSample, bytes));
-  take(std::max<std::int64_t>(bytes - kSample, 0), bytes);
-  return hash;
-}
-
-void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
-                 void* packed) {
-  check_dtype(dtype);
-  check_size("E", E, 0);
-  check_size("O", O, 0);
-  check_size("I", I, 0);
-  check_pointer("weight", weight, E * O * I);
-  check_pointer("packed", packed, E * O * I);
-  const Kernels& ks = kernels();
-  const std::int64_t words = ceil_div(I, ks.of(dtype).per_word);
-  const std::int64_t panels = ceil_div(O, ks.panel);
-  parallel_tasks(E * panels, [&](std::int64_t task, std::int64_t) {
-    const Right right{element(weight, dtype, task / panels * O * I), true, O, I, nullptr};
-    Word* const strip = static_cast<Word*>(packed) + task * words * ks.panel;
-    pack_right(right, dtype, ks, task % panels, 1, 0, words, strip);
-  });
 }
 
 }  // namespace clipup

@@ -448,8 +448,7 @@ void Layer::check(int ways) const {
   packed.packed_out = out.data();
   if (shape_.gated) packed.packed_gate = gate.data();
   Experts only_packed = packed;
-  only_packed.in_weight = only_packed.out_weight = nullptr;
-  if (plain.gate_bias == nullptr) only_packed.gate_weight = nullptr;
+  only_packed.in_weight = only_packed.out_weight = only_packed.gate_weight = nullptr;
 
   const auto same_forward = [&](const Experts& other, bool keep) {
     Array y_again = new_output();

@@ -104,6 +104,11 @@ void check_linear(const LinearShape& shape) {
 
   set_threads(3);
   EXPECT(linear.forward().same_bits(alone));
+  const Packed packed(shape.dtype, linear.weight.data(), shape.E, shape.O, shape.I);
+  Array from_packed(shape.dtype, shape.R * shape.O);
+  grouped_linear(shape.dtype, linear.rows.data(), nullptr, linear.bias.data(), linear.offsets.data(), shape.R,
+                 shape.E, shape.O, shape.I, from_packed.data(), packed.data());
+  EXPECT(from_packed.same_bits(alone));
   const auto wanted = static_cast<unsigned>(integer(8));
   const Linear::Gradients again = linear.backward(wanted);
   const auto same = [&](unsigned bit, const Array& a, const Array& b) {

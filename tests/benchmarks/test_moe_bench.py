@@ -56,7 +56,7 @@ def test_a_run_writes_every_column_and_finite_numbers(tmp_path, capsys, training
     assert path.read_text().splitlines()[0] == COLUMNS
     rows = rows_of(path)
     impls = {"dense_1", "dense_k", "loop", "loop_unbind", "grouped_mm", "clipup"}
-    assert {row["impl"] for row in rows} == impls | (set() if training else {"dense_k_engine"})
+    assert {row["impl"] for row in rows} == impls | (set() if training else {"dense_k_engine", *baselines.PREPARED})
     assert {(row["dtype"], row["routing"]) for row in rows} == {
         (dtype, routing) for dtype in ("fp32", "bf16") for routing in ("balanced", "skewed")
     }
@@ -172,7 +172,7 @@ def test_a_gpu_is_compared_with_its_own_loop_and_the_peers_that_are_there(monkey
     monkeypatch.setattr(baselines, "missing_packages", lambda peer: [] if peer == "scattermoe" else ["it"])
     common = ["dense_1", "dense_k", "loop_unbind", "loop_sorted", "grouped_mm", "clipup"]
     assert parsed("--device", "cuda").impl == [*common, "scattermoe"]
-    assert set(parsed().impl) == {*common, "loop", "dense_k_engine"} - {"loop_sorted"}
+    assert set(parsed().impl) == {*common, "loop", "dense_k_engine", *baselines.PREPARED} - {"loop_sorted"}
 
 
 def test_every_peer_says_what_it_needs():
@@ -200,13 +200,14 @@ def test_the_peak_is_the_best_rate_so_far_of_a_type_and_threads():
 
 def test_suites():
     forward = {(case.tokens, case.d_model, case.d_hidden) for case in parsed().cases}
-    wide = {(tokens, 768, 3072) for tokens in (1576, 6304)}
-    narrow = {(tokens, 512, 2048) for tokens in (616, 4928)}
-    assert forward == wide | narrow | {(197, 768, 3072)}
+    both = {(1576, 768, 3072), (616, 512, 2048)}
+    assert forward == both | {(197, 768, 3072)}
     training = parsed(training=True)
-    assert {case[:3] for case in training.cases} == wide | narrow
+    assert {case[:3] for case in training.cases} == both
     assert training.threads == [torch.get_num_threads()]
+    assert (training.rounds, training.seconds) == (3, 2)
     full = parsed("--suite", "full")
+    assert (full.rounds, full.seconds, parsed("--suite", "full", "--rounds", "9").rounds) == (5, 5, 9)
     assert len(full.cases) == len(set(full.cases)) == 8
     assert set(moe_bench.FULL) <= set(full.cases)
     assert full.threads == sorted({1, torch.get_num_threads()})
@@ -230,10 +231,17 @@ def test_wrong_options_are_named(argv, message, capsys, without_transformers):
     assert message in capsys.readouterr().err
 
 
-def test_training_refuses_what_has_no_derivative(capsys):
+@pytest.mark.parametrize("impl", ["dense_k_engine", "clipup_prepared", "dense_k_prepared"])
+def test_training_refuses_what_has_no_derivative(capsys, impl):
     with pytest.raises(SystemExit):
-        parsed("--impl", "dense_k_engine", training=True)
-    assert "dense_k_engine has no derivative" in capsys.readouterr().err
+        parsed("--impl", impl, training=True)
+    assert f"{impl} has no derivative" in capsys.readouterr().err
+
+
+def test_prepared_weights_are_not_for_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--impl", "clipup_prepared", "--device", "cuda")
+    assert "clipup_prepared runs on CPUs only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program", ["moe_forward.py", "moe_training.py", "plot.py"])

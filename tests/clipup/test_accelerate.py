@@ -1,5 +1,6 @@
-"""accelerate: dense MLP blocks on the CPU kernels, the model otherwise as it was."""
+"""accelerate: a model for inference, its sparse and dense layers prepared, everything else as it was."""
 
+import copy
 import importlib
 
 import pytest
@@ -27,7 +28,7 @@ def assert_close(ours, theirs, tolerance):
 def test_features_are_equal_to_rounding(kind):
     model = tiny_clip(kind).eval()
     fast = clipup.accelerate(model)
-    replaced = [name for name, module in fast.named_modules() if type(module).__name__ == "AcceleratedMLP"]
+    replaced = [name for name, module in fast.named_modules() if type(module).__name__ == "PreparedMLP"]
     assert replaced
     with torch.inference_mode():
         torch.manual_seed(0)
@@ -39,7 +40,7 @@ def test_features_are_equal_to_rounding(kind):
 
 def test_the_kernels_are_what_runs(monkeypatch):
     calls = []
-    module = importlib.import_module("clipup.accelerate")  # the function hides it as an attribute
+    module = importlib.import_module("clipup.prepared")
     monkeypatch.setattr(module, "dense_mlp", lambda x, *rest: calls.append(x.shape) or torch.zeros_like(x))
     with torch.no_grad():
         features(clipup.accelerate(tiny_clip().eval()))
@@ -57,41 +58,52 @@ def test_texts_are_computed_to_the_end_of_the_longest_one():
     assert seen == [5]
 
 
-def test_state_dict_and_parameters_stay_as_they_are():
-    model = tiny_clip()
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_state_dict_is_the_plain_models(kind, sparse):
+    model = tiny_clip(kind)
+    model = clipup.upcycle(model, clipup.MoEConfig()) if sparse else model
     fast = clipup.accelerate(model)
-    assert list(fast.state_dict()) == list(model.state_dict())
-    assert [name for name, _ in fast.named_parameters()] == [name for name, _ in model.named_parameters()]
-    model.load_state_dict(fast.state_dict())
+    plain, ours = model.state_dict(), fast.state_dict()
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
-def test_training_runs_as_before():
-    model = tiny_clip()
-    fast = clipup.accelerate(model)
-    for each in (model, fast):
-        torch.manual_seed(0)
-        sum(f.square().sum() for f in features(each)).backward()
-    for ours, theirs in zip(fast.parameters(), model.parameters(), strict=True):
-        assert (ours.grad is None) == (theirs.grad is None)
-        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
-
-
-def test_a_model_that_is_cast_or_changed_later_is_followed():
-    fast = clipup.accelerate(tiny_clip().eval())
+def test_other_weights_are_loaded_into_a_prepared_model():
+    other = tiny_clip().eval()
     with torch.no_grad():
-        before = [features(fast) for _ in range(2)][-1]
-        for parameter in fast.parameters():
-            parameter.mul_(1.01)
-        plain = tiny_clip().eval()
-        plain.load_state_dict(fast.state_dict())
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    fast = clipup.accelerate(tiny_clip())
+    fast.load_state_dict(other.state_dict())
+    with torch.inference_mode():
         torch.manual_seed(0)
-        ours = features(fast)
+        theirs = features(other)
         torch.manual_seed(0)
-        assert_close(ours, features(plain), 1e-5)
-        assert not torch.equal(ours[0], before[0])
-        image, _ = random_inputs(plain, batch_size=2)
-        half = fast.to(torch.bfloat16).encode_image(image.bfloat16())
-        assert (half.float() - plain.encode_image(image)).abs().max() < 0.05 * half.abs().max()
+        assert_close(features(fast), theirs, 1e-5)
+
+
+def test_the_model_is_for_inference_only():
+    fast = clipup.accelerate(tiny_clip().train())
+    assert not any(module.training for module in fast.modules())
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    with pytest.raises(RuntimeError, match="no training mode.*prepare it again"):
+        fast.train()
+    assert all(not feature.requires_grad for feature in features(fast))  # without no_grad()
+
+
+def test_a_model_is_cast_before_it_is_prepared():
+    model = tiny_clip().eval()
+    half = clipup.accelerate(copy.deepcopy(model).to(torch.bfloat16))
+    image, _ = random_inputs(model, batch_size=2)
+    with torch.inference_mode():
+        difference = (half.encode_image(image.bfloat16()).float() - model.encode_image(image)).abs().max()
+        assert difference < 0.05 * model.encode_image(image).abs().max()
+        fast = clipup.accelerate(model)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="autocast asks for torch.bfloat16"):
+            fast.encode_image(image)
+    with pytest.raises(RuntimeError, match="of type torch.bfloat16, and cannot become torch.float32"):
+        half.float()
 
 
 def test_sparse_models_keep_their_sparse_blocks():
@@ -108,25 +120,54 @@ def test_sparse_models_keep_their_sparse_blocks():
 def test_the_model_itself_is_changed_only_when_asked():
     model = tiny_clip()
     assert clipup.accelerate(model) is not model
-    assert not any(type(module).__name__ == "AcceleratedMLP" for module in model.modules())
+    assert not any(type(module).__name__ == "PreparedMLP" for module in model.modules())
     assert clipup.accelerate(model, inplace=True) is model
-    assert any(type(module).__name__ == "AcceleratedMLP" for module in model.modules())
+    assert any(type(module).__name__ == "PreparedMLP" for module in model.modules())
 
 
-def test_a_model_without_dense_mlps_is_refused():
-    with pytest.raises(ValueError, match="no dense MLP to accelerate; MLPs that are read"):
-        clipup.accelerate(nn.Linear(3, 3))
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.Linear(3, 3), ValueError, "no sparse layer and no dense MLP to prepare; MLPs that are read"),
+        (None, TypeError, "model must be a torch.nn.Module, got NoneType"),
+        ("ViT-B-32", TypeError, "model must be a torch.nn.Module, got str"),
+        (clipup.SparseMoE(8, 16, device="meta"), ValueError, "the model is on meta; it is prepared for CPUs"),
+    ],
+    ids=["nothing to prepare", "None", "a name", "another device"],
+)
+def test_what_cannot_be_prepared_is_refused(model, error, message):
+    with pytest.raises(error, match=message):
+        clipup.accelerate(model)
+
+
+def test_a_layer_that_computes_something_else_is_refused():
+    class Doubled(clipup.SparseMoE):
+        def forward(self, x, mask=None):
+            return 2 * super().forward(x, mask)
+
+    with pytest.raises(TypeError, match="1 is a .*Doubled, which overrides"):
+        clipup.accelerate(nn.Sequential(nn.Linear(8, 8), Doubled(8, 16)))
+
+
+def test_preparing_twice_is_preparing_once():
+    fast = clipup.accelerate(clipup.upcycle(tiny_clip(), clipup.MoEConfig()))
+    again = clipup.accelerate(fast)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        ours = features(fast)
+        torch.manual_seed(0)
+        assert all(torch.equal(a, b) for a, b in zip(features(again), ours, strict=True))
 
 
 @pytest.mark.parametrize("name", TIMM)
 def test_every_family_that_dense_mlp_computes_is_accelerated(name):
     model = timm_model(name).eval()
     if name.endswith("normed"):
-        with pytest.raises(ValueError, match="no dense MLP to accelerate"):
+        with pytest.raises(ValueError, match="no dense MLP to prepare"):
             clipup.accelerate(model)
         return
     fast = clipup.accelerate(model)
-    replaced = [module for module in fast.modules() if type(module).__name__ == "AcceleratedMLP"]
+    replaced = [module for module in fast.modules() if type(module).__name__ == "PreparedMLP"]
     assert len(replaced) == len(tower_blocks(model, "image"))
     images, _ = random_inputs(model, 2)
     with torch.inference_mode():
@@ -137,18 +178,7 @@ def test_every_family_that_dense_mlp_computes_is_accelerated(name):
 def test_hugging_face_towers_are_accelerated_where_their_mlp_is_one_module(name, tmp_path):
     model = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)).eval()
     fast = clipup.accelerate(model)
-    replaced = [n for n, module in fast.named_modules() if type(module).__name__ == "AcceleratedMLP"]
+    replaced = [n for n, module in fast.named_modules() if type(module).__name__ == "PreparedMLP"]
     assert sum(n.startswith("text.") for n in replaced) == (2 if name.startswith("MT5") else 0)
     with torch.inference_mode():
         assert_close(features(fast), features(model), 1e-5)
-
-
-def test_dropout_in_training_mode_is_the_models_own(tmp_path):
-    model = build(hugging_face_cfg(HUGGING_FACE["MT5Block/MT5DenseActDense"](), tmp_path)).train()
-    fast = clipup.accelerate(model)
-    with torch.no_grad():
-        found = []
-        for each in (model, fast):
-            torch.manual_seed(1)
-            found.append(features(each)[1])
-    assert torch.equal(*found)

@@ -191,3 +191,37 @@ def test_compiled_layer_holds_the_losses_of_its_last_forward(x):
     torch.testing.assert_close(aux_loss(layer).detach(), metrics_loss(layer))
     assert aux_loss(layer) == 0
     del first, second
+
+
+@pytest.mark.parametrize("options", [{}, {"selection_bias": "sign", "capacity_factor": 1.0, "shared_expert": True}])
+def test_checkpointed_layer_compiles_to_one_graph_and_is_counted_once(x, options):
+    layers = nn.ModuleList([make_layer(**options), make_layer(**options)])
+
+    def run(x):
+        for layer in layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    def step(run):
+        return gradients(layers, lambda: run(x).square().sum() + aux_loss(layers))
+
+    plain = step(lambda x: layers[1](layers[0](x)))
+    loads = [layer.records.take_load() for layer in layers]
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert_equal_steps(step(compiled), plain)
+        assert aux_loss(layers) == 0
+        for layer, load in zip(layers, loads, strict=True):
+            torch.testing.assert_close(layer.records.take_load(), load)
+
+
+def test_step_over_a_checkpointed_layer_compiles_with_its_loss(x):
+    layer = make_layer()
+
+    def step(x):
+        return checkpoint(layer, x, use_reentrant=False).square().sum() + aux_loss(layer)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert_equal_steps(gradients(layer, lambda: compiled(x)), gradients(layer, lambda: step(x)))
+    assert aux_loss(layer) == 0

@@ -27,7 +27,10 @@ def test_usage_lists_every_command(capsys):
 
 def test_unknown_command_is_refused_with_those_there_are(capsys):
     assert main(["upcylce"]) == 2
-    assert "there is no command 'upcylce'; commands are demo, data, upcycle" in capsys.readouterr().err
+    assert (
+        "there is no command 'upcylce'; did you mean 'upcycle'? Commands are demo, data, upcycle"
+        in capsys.readouterr().err
+    )
 
 
 def test_module_is_the_same_program():

@@ -13,7 +13,7 @@ from torch.func import functional_call
 import clipup_kernels as ck
 from clipup import MoEConfig, SparseMoE, aux_loss
 from clipup.experts import grouped_layer_norm, unfused_mlp
-from clipup.train.optim import decays
+from clipup.weight_decay import decays
 
 D, H, E = 12, 20, 4
 

@@ -5,7 +5,7 @@ import torch
 from tiny_clip import CONFIGS, tiny_clip
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipup import MoEConfig, create_model_and_transforms, upcycle
+from clipup import MoEConfig, accelerate, create_model_and_transforms, upcycle
 from clipup.flops import count, countable_attention
 from clipup.models import random_inputs
 
@@ -82,3 +82,8 @@ def test_counting_changes_nothing():
     assert model.training and not any(parameter.is_meta for parameter in model.parameters())
     assert torch.backends.mha.get_fastpath_enabled()
     assert count(model) == first == count(model.eval().bfloat16())
+
+
+def test_a_prepared_model_is_not_counted_since_packed_weights_are_no_parameters():
+    with pytest.raises(ValueError, match="prepared by clipup.accelerate; count the plain model"):
+        count(accelerate(tiny_clip()))

@@ -112,5 +112,54 @@ def test_a_saved_directory_can_be_pushed_as_it_is(sparse, tmp_path, monkeypatch)
     names = {operation.path_in_repo for operation in pushed}
     assert names == {"README.md", "open_clip_config.json", "open_clip_model.safetensors"}
     card = ModelCard(validated[0]).data
-    assert (card.license, card.library_name) == ("mit", "open_clip")
+    assert (card.license, card.library_name) == ("mit", "clipup")
     assert card.pipeline_tag == "zero-shot-image-classification" and "mixture-of-experts" in card.tags
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A hub that refuses connections; waiting for it is a failure."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+    def sleep(seconds):
+        raise AssertionError(f"waited {seconds} s for the hub")
+
+    monkeypatch.setattr("time.sleep", sleep)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "what"),
+    [("ViT-B-32", "openai", "pretrained='openai' of ViT-B-32"), ("hf-hub:org/sparse", None, "hf-hub:org/sparse")],
+)
+def test_without_a_network_weights_that_are_not_cached_are_refused_at_once(
+    unreachable, tmp_path, caplog, name, pretrained, what
+):
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded: http://127.0.0.1:9 does not answer") as caught:
+        clipup.create_model_and_transforms(name, pretrained, cache_dir=str(tmp_path))
+    assert str(caught.value).startswith(f"{what} is not in the cache {tmp_path} ")
+    assert "give the file (pretrained) or the directory" in str(caught.value) and not caplog.records
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_without_a_network_a_cached_model_loads(unreachable, sparse, tmp_path, publish):
+    save_pretrained(sparse, tmp_path / "model", tiny_config())
+    cache = publish(tmp_path / "model", "sparse")
+
+    loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/sparse", **cache)
+
+    assert step0_difference(sparse, loaded) == 0
+
+
+def test_without_a_network_a_tokenizer_of_the_hub_is_refused_at_once(unreachable, tmp_path):
+    with pytest.raises(FileNotFoundError, match="ViT-B-16-SigLIP is not in the cache .*does not answer"):
+        clipup.get_tokenizer("ViT-B-16-SigLIP", cache_dir=str(tmp_path))
+
+
+def test_other_errors_of_a_model_are_not_taken_for_a_missing_network(unreachable, tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="of another model or config$"):
+        clipup.create_model_and_transforms("clipup-tiny-32", str(tmp_path / "other.pt"))

@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -8,6 +10,7 @@ from tiny_clip import CONFIGS, tiny_clip, tiny_config
 from torch import nn
 
 import clipup
+import clipup_kernels
 from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
 from clipup.models import get_model_config, random_inputs
 from clipup.towers import tower_blocks
@@ -74,6 +77,28 @@ def test_hub_tokenizer_is_read_from_the_directory_only_where_it_was_saved(tmp_pa
     assert all(kwargs["context_length"] == 10 and kwargs["clean"] == "lower" for _, kwargs in asked)
 
 
+def test_a_config_cannot_have_a_tokenizers_own_code_run(tmp_path):
+    """transformers imports it when `trust_remote_code` reaches it, which a config's `tokenizer_kwargs` do."""
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"trust_remote_code": True}}
+    save_pretrained(tiny_clip(), tmp_path, config)
+    trace = tmp_path / "executed"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "own.py").write_text(
+        f"open({str(trace)!r}, 'w')\nfrom transformers import BertTokenizer\nclass Own(BertTokenizer): pass\n"
+    )
+    content = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n")
+
+    with pytest.raises(ValueError, match="tokenizer_kwargs: the config of .* sets trust_remote_code"):
+        clipup.get_tokenizer(str(tmp_path))
+
+    assert not trace.exists()
+    open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    assert trace.exists()
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_random_inputs_are_what_the_towers_take(kind):
     model = tiny_clip(kind).eval()
@@ -116,6 +141,29 @@ def test_open_clips_features_keep_working_on_a_sparse_model(kind):
 def test_the_layer_alone_does_not_import_open_clip():
     code = "import clipup, sys; clipup.SparseMoE(8, 16); sys.exit('open_clip' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_dir_shows_what_is_imported_lazily():
+    code = "import clipup; names = dir(clipup); print(*(name for name in clipup.__all__ if name not in names))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "" and {"create_model_and_transforms", "create_timm_model"} <= set(clipup.__all__)
+
+
+@pytest.mark.parametrize("package", [clipup, clipup_kernels])
+def test_packages_have_a_version_and_are_typed(package):
+    assert package.__version__ == clipup_kernels._version.__version__
+    assert Path(package.__file__).with_name("py.typed").is_file()
+
+
+@pytest.mark.parametrize("upcycled", [False, True])
+def test_models_for_inference_are_in_evaluation_mode(tmp_path, upcycled):
+    model = upcycle(tiny_clip(), CONFIG) if upcycled else tiny_clip()
+    save_pretrained(model.train(), tmp_path, tiny_config())
+    for created in (
+        clipup.create_model_and_transforms(str(tmp_path))[0],
+        clipup.create_model_and_transforms(str(tmp_path), load_weights=False)[0],
+    ):
+        assert not any(module.training for module in created.modules())
 
 
 def test_package_names_what_it_does_not_have():

@@ -15,7 +15,7 @@ from clipup import (
     upcycle,
 )
 from clipup.flops import count, count_active
-from clipup.train.optim import decays
+from clipup.weight_decay import decays
 
 D, H, E, K = 12, 20, 4, 2
 CONFIG = MoEConfig.clip_up(num_experts=4, shared_expert=True)

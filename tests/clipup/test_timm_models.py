@@ -85,13 +85,19 @@ def test_a_sparse_timm_model_loads_from_the_hub(tmp_path, monkeypatch):
     assert_equal(clipup.create_timm_model("hf-hub:org/vit", cache_dir=str(tmp_path / "cache")), sparse)
 
 
+def test_a_timm_model_is_loaded_in_evaluation_mode(tmp_path):
+    save_pretrained(sparse_of(make("test_vit")).train(), tmp_path)
+
+    assert not any(module.training for module in clipup.create_timm_model(str(tmp_path)).modules())
+
+
 def test_card_names_timm_and_the_experts(tmp_path):
     sparse = sparse_of(make("test_vit"))
     save_pretrained(sparse, tmp_path)
 
     text = (tmp_path / "README.md").read_text()
 
-    assert ModelCard(text).data.library_name == "timm" and "create_timm_model" in text
+    assert ModelCard(text).data.library_name == "clipup" and "create_timm_model" in text
     assert all(f"| `{name}` | 3 | 2 |" in text for name in moe_layers(sparse)) and "a text of full" not in text
 
 

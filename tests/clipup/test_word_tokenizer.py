@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import open_clip
 import pytest
@@ -128,3 +129,28 @@ def test_every_model_for_icons_ships_with_its_vocabulary(name):
 
     assert tokens.shape == (2, text_cfg["context_length"]) and tokens.max() == text_cfg["vocab_size"] - 1
     assert tokenizer.decode(tokens[0]) == "arrow left"
+
+
+@pytest.mark.parametrize(
+    "name", ["words:../../secret", "words:/etc/hostname", "words:", "words:a/b", "words:..", "words:a\0"]
+)
+def test_a_vocabulary_is_a_name_and_no_path(vocabularies, tmp_path, name):
+    """A config that came with a model must not read, or copy into the next model, another file of the disk."""
+    (tmp_path / "secret.txt").write_text("\n".join(WORDS) + "\n")
+    (tmp_path / "shipped" / "a").mkdir()
+    config = copy.deepcopy(MODEL_CFG)
+    config["text_cfg"]["hf_tokenizer_name"] = name
+    model = open_clip.CLIP(**MODEL_CFG)
+    with pytest.raises(ValueError, match="hf_tokenizer_name: .* names no vocabulary"):
+        clipup.save_pretrained(model, tmp_path / "model", config)
+    clipup.save_pretrained(model, tmp_path / "model", MODEL_CFG)
+    path = tmp_path / "model" / "open_clip_config.json"
+    path.write_text(path.read_text().replace('"words:test"', json.dumps(name)))
+    with pytest.raises(ValueError, match="hf_tokenizer_name: .* names no vocabulary"):
+        clipup.get_tokenizer(str(tmp_path / "model"))
+
+
+def test_a_vocabulary_that_is_not_utf8_is_named(vocabularies, tmp_path):
+    (tmp_path / "shipped" / "test.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"test\.txt is not UTF-8 text"):
+        word_tokenizer.read_vocabulary("words:test")

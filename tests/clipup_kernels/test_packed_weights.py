@@ -1,33 +1,18 @@
-"""Packed copies of weights: faster inference that nobody notices otherwise."""
+"""Packed weights: made by name, the same bits as the plain ones, no copy kept of weights that nobody packed."""
 
-import gc
-import os
-import subprocess
-import sys
+import copy
+import threading
 
 import pytest
 import torch
 from moe_cases import DTYPES, SHAPES, make_experts, randn, route
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import clipup_kernels as ck
-from clipup_kernels.cpu import backend
+from clipup_kernels import packed_layout
 
-pytestmark = pytest.mark.skipif(
-    backend("expert_mlp_forward", torch.float32).__name__ != "clipup_kernels.native",
-    reason="packed weights are for the compiled kernels",
-)
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept():
-    ck.release_memory()
-    yield
-    ck.pack_weights(True)
-    ck.release_memory()
-
-
-def packed_bytes() -> int:
-    return ck.backend_info()["packed_weights"]["bytes"]
+MATRICES = ("in_weight", "out_weight", "gate_weight")
 
 
 class Layer:
@@ -37,102 +22,200 @@ class Layer:
         shape = SHAPES["odd"]
         self.gates, self.plan = route(shape)
         self.x = randn(shape.tokens, shape.width, dtype=dtype, seed=1)
+        if dtype == torch.float64:
+            self.gates = self.gates.double()
         self.experts = make_experts(shape, dtype, "gelu", True, gated, 2)
 
-    def __call__(self):
-        return ck.expert_mlp(self.x, self.gates, self.plan, *self.experts)
+    def __call__(self, experts=None):
+        return ck.expert_mlp(self.x, self.gates, self.plan, *(experts or self.experts))
+
+    def packed(self):
+        matrices = {name: getattr(self.experts, name) for name in MATRICES}
+        return self.experts._replace(**{n: None if w is None else ck.pack_weight(w) for n, w in matrices.items()})
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 37, 19), (37, 19), (2, 64, 32), (1, 1, 1), (2, 0, 3), (0, 5, 3), (4, 33, 0)], ids=str
+)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_unpacking_gives_the_weight_back(dtype, shape):
+    weight = randn(*shape, dtype=dtype, seed=0)
+    if weight.numel() > 8:
+        weight.view(-1)[:4] = torch.tensor([float("inf"), -0.0, 1e-7, float("-inf")])
+    packed = ck.pack_weight(weight)
+    assert (packed.shape, packed.dtype, packed.layout) == (shape, dtype, packed_layout(dtype))
+    back = ck.unpack_weight(packed)
+    assert torch.equal(back, weight) and torch.equal(back.signbit(), weight.signbit())
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_packed_weights_give_the_same_bits(dtype, gated):
-    if backend("expert_mlp_forward", dtype).__name__ != "clipup_kernels.native":
-        pytest.skip("this type takes torch's matmul here")
     layer = Layer(dtype, gated)
-    first = layer()
-    assert packed_bytes() == 0
-    second = layer()
-    assert packed_bytes() > 0
-    third = layer()
-    assert torch.equal(first, second) and torch.equal(first, third)
+    assert torch.equal(layer(), layer(layer.packed()))
 
 
-def test_grouped_linear_keeps_its_weight_packed_too():
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_grouped_linear_and_dense_mlp_take_packed_weights(dtype):
+    layer = Layer(dtype, gated=True)
+    e, rows = layer.experts, ck.permute(layer.x, layer.plan)
+    plain = ck.grouped_linear(rows, e.in_weight, e.in_bias, layer.plan.offsets)
+    assert torch.equal(plain, ck.grouped_linear(rows, ck.pack_weight(e.in_weight), e.in_bias, layer.plan.offsets))
+    first = [None if value is None else value[0] for value in (e.in_weight, e.in_bias, e.out_weight, e.out_bias)]
+    first += ["gelu", e.gate_weight[0], e.gate_bias[0]]
+    packed = [ck.pack_weight(v) if isinstance(v, torch.Tensor) and v.dim() == 2 else v for v in first]
+    assert torch.equal(ck.dense_mlp(layer.x, *first), ck.dense_mlp(layer.x, *packed))
+
+
+def test_a_packed_weight_is_a_copy():
     layer = Layer()
+    before, packed = layer(), layer.packed()
+    layer.experts.in_weight.zero_()
+    assert torch.equal(layer(packed), before)
+
+
+WRITES = {
+    "in place": lambda weight: weight.mul_(2),
+    "through .data": lambda weight: weight.data.mul_(2),
+    "one element through .data": lambda weight: weight.data[0, 3].__setitem__(2, 9.0),
+    "one row through numpy": lambda weight: weight.numpy()[1, 5].fill(3.0),
+    "a new storage": lambda weight: setattr(weight, "data", weight.data * 2),
+    "swapped": lambda weight: torch.utils.swap_tensors(weight, weight * 2),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("op", ["expert_mlp", "dense_mlp", "grouped_linear"])
+def test_ops_compute_with_the_weights_as_they_are_now(op, write):
+    """Whatever was called before: an op keeps nothing of a weight."""
+    layer = Layer()
+    e = layer.experts
     rows = ck.permute(layer.x, layer.plan)
-    weight, bias = layer.experts.in_weight, layer.experts.in_bias
-    results = [ck.grouped_linear(rows, weight, bias, layer.plan.offsets) for _ in range(3)]
-    assert packed_bytes() > 0
-    assert all(torch.equal(results[0], result) for result in results)
-    weight.requires_grad_()
-    ck.grouped_linear(rows, weight, bias, layer.plan.offsets).sum().backward()
-    assert packed_bytes() == 0
+
+    def compute(weight):
+        if op == "expert_mlp":
+            return layer(e._replace(in_weight=weight))
+        if op == "dense_mlp":
+            return ck.dense_mlp(layer.x, weight[0], e.in_bias[0], e.out_weight[0], e.out_bias[0])
+        return ck.grouped_linear(rows, weight, e.in_bias, layer.plan.offsets)
+
+    before = [compute(e.in_weight) for _ in range(3)][-1]
+    WRITES[write](e.in_weight)
+    after = compute(e.in_weight)
+    assert torch.equal(after, compute(e.in_weight.clone()))
+    if write != "one row through numpy" or op != "dense_mlp":  # dense_mlp sees expert 0 alone
+        assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("write", ["in place", "through .data", "new storage"])
-def test_a_written_weight_is_packed_again(write):
+@pytest.mark.parametrize("form", ["plain", "packed"])
+def test_threads_that_share_weights_get_the_same_results(form):
     layer = Layer()
-    stale = [layer() for _ in range(3)][-1]
-    weight = layer.experts.in_weight
-    if write == "in place":
-        weight.mul_(2)
-    elif write == "through .data":
-        weight.data.mul_(2)
-    else:
-        weight.data = weight.data * 2
-    fresh = [layer() for _ in range(3)]
-    ck.pack_weights(False)
-    assert not torch.equal(fresh[0], stale)
-    assert all(torch.equal(y, layer()) for y in fresh)
+    experts = layer.experts if form == "plain" else layer.packed()
+    expected = layer()
+    wrong = []
+    for _ in range(20):
+        fresh = experts if form == "packed" else copy.deepcopy(experts)
+        barrier = threading.Barrier(4)
+
+        def run(fresh=fresh, barrier=barrier):
+            barrier.wait()
+            wrong.extend(1 for _ in range(5) if not torch.equal(layer(fresh), expected))
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert not wrong
 
 
-def test_training_keeps_no_packed_weights():
+def test_packed_weights_refuse_a_gradient_at_once():
     layer = Layer()
-    layer(), layer()
-    assert packed_bytes() > 0
-    layer.experts.in_weight.requires_grad_()
-    layer.experts.out_weight.requires_grad_()
-    for _ in range(3):
-        layer().sum().backward()
-    assert packed_bytes() == 0
-
-
-def test_the_copy_goes_with_its_weight():
-    layer = Layer()
-    layer(), layer()
-    assert packed_bytes() > 0
-    del layer
-    gc.collect()
-    assert packed_bytes() == 0
-
-
-def test_weights_without_a_version_are_not_kept():
-    with torch.inference_mode():
-        layer = Layer()
-        [layer() for _ in range(3)]
-    assert packed_bytes() == 0
-
-
-def test_compiled_models_use_packed_weights_too():
-    layer = Layer()
-    run = torch.compile(lambda x, *experts: ck.expert_mlp(x, layer.gates, layer.plan, *experts, "gelu"), fullgraph=True)
-    tensors = [t for t in layer.experts if isinstance(t, torch.Tensor)]
+    packed = layer.packed()
+    layer.x.requires_grad_()
+    with pytest.raises(NotImplementedError, match="packed weights have no derivative.*no_grad"):
+        layer(packed)
+    rows = ck.permute(layer.x, layer.plan)
+    with pytest.raises(NotImplementedError, match="packed weights have no derivative"):
+        ck.grouped_linear(rows, packed.in_weight, packed.in_bias, layer.plan.offsets)
     with torch.no_grad():
-        results = [run(layer.x, *tensors) for _ in range(3)]
-    assert packed_bytes() > 0
-    assert all(torch.equal(y, layer()) for y in results)
+        assert torch.equal(layer(packed), layer())
 
 
-def test_packing_can_be_turned_off():
-    ck.pack_weights(False)
+def test_packed_weights_are_no_tensors():
+    packed = ck.pack_weight(torch.ones(2, 3, 4))
+    for name in ("data", "mul_", "grad", "numpy", "requires_grad"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'.*unpack_weight"):
+            getattr(packed, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda p, e: p._replace(out_weight=e.out_weight),
+            "out_weight must be packed like the other weights, got Tensor",
+        ),
+        (
+            lambda p, e: p._replace(in_weight=e.in_weight),
+            "out_weight.*tensor, got PackedWeight|in_weight must be packed",
+        ),
+        (lambda p, e: p._replace(in_weight=ck.pack_weight(e.in_weight[:, :, 1:])), "in_weight must be packed from"),
+        (lambda p, e: p._replace(out_weight=ck.pack_weight(e.out_weight.mT)), "out_weight must be packed from"),
+        (lambda p, e: p._replace(in_weight=ck.pack_weight(e.in_weight.double())), "in_weight is float64"),
+        (lambda p, e: p._replace(in_bias=e.in_bias[:, 1:]), "in_bias"),
+    ],
+)
+def test_wrong_packed_weights_are_refused_by_name(change, message):
     layer = Layer()
-    [layer() for _ in range(3)]
-    info = ck.backend_info()["packed_weights"]
-    assert info == {"enabled": False, "bytes": 0}
+    with pytest.raises((TypeError, ValueError), match=message):
+        layer(change(layer.packed(), layer.experts))
 
 
-def test_the_environment_turns_packing_off():
-    code = "import clipup_kernels as ck; print(ck.backend_info()['packed_weights'])"
-    env = os.environ | {"CLIPUP_PACK_WEIGHTS": "0"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "{'enabled': False, 'bytes': 0}"
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (None, "weight must be a tensor, got NoneType"),
+        (torch.zeros(3), r"weight must have shape \[E, O, I\]"),
+        (torch.zeros(2, 3, dtype=torch.int64), "weight must be float32"),
+        (torch.zeros(2, 3, device="meta"), "weight is on meta; weights are packed for CPUs"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_by_name(weight, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        ck.pack_weight(weight)
+
+
+@pytest.mark.skipif(packed_layout(torch.float32) == "plain", reason="nothing is packed here")
+def test_a_weight_packed_for_other_kernels_is_refused():
+    layer = Layer()
+    packed = layer.packed()
+    foreign = packed._replace(in_weight=packed.in_weight._replace(layout="float32x1024"))
+    with pytest.raises(ValueError, match="packed as float32x1024.*pack the weight again"):
+        layer(foreign)
+
+
+@pytest.mark.skipif(packed_layout(torch.float32) == "plain", reason="nothing is packed here")
+def test_they_are_ops_like_the_others():
+    layer = Layer()
+    packed = layer.packed()
+    blocks = [packed.in_weight.block, packed.in_bias, packed.out_weight.block, packed.out_bias, None, None]
+    hidden, layout = packed.in_weight.shape[1], packed.in_weight.layout
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    case = [layer.x, layer.gates, *layer.plan, *blocks, hidden, "gelu", layout]
+    opcheck(torch.ops.clipup.packed_expert_mlp, case, test_utils=checks)
+    rows = ck.permute(layer.x, layer.plan)
+    linear = [rows, blocks[0], packed.in_bias, layer.plan.offsets, hidden, layout]
+    opcheck(torch.ops.clipup.packed_grouped_linear, linear, test_utils=checks)
+    counts = []
+    for experts in (layer.experts, packed):
+        with FlopCounterMode(display=False) as counter:
+            layer(experts)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_compiled_code_takes_them():
+    layer = Layer()
+    packed = layer.packed()
+    run = torch.compile(lambda x: ck.expert_mlp(x, layer.gates, layer.plan, *packed), fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(run(layer.x), layer())

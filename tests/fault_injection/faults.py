@@ -205,7 +205,6 @@ def _nothing(scene: Scene) -> set[str]:
     return {"finished"}
 
 
-FROZEN_FOR_LONG = "a rank frozen for longer than the others wait"
 WRITING = MOMENTS[1:3]
 FAULTS = (
     Fault("no fault", _nothing, 0.5),
@@ -224,7 +223,7 @@ FAULTS = (
     Fault("SIGINT twice", _signal(signal.SIGINT, "the process", 2), 0.5),
     Fault("SIGTERM twice", _signal(signal.SIGTERM, "the process", 2), 0.5),
     Fault("a process frozen and woken", _freeze),
-    Fault(FROZEN_FOR_LONG, _freeze_for_long, 0.5, (2,), WRITING),
+    Fault("a rank frozen for longer than the others wait", _freeze_for_long, 0.5, (2,), WRITING),
     Fault("file size limit", _limit_files, 1, moments=WRITING),
     Fault("disk full", _fill_disk, 3, moments=MOMENTS[1:], needs=lambda scene: scene.disk is not None),
     Fault(

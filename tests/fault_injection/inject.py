@@ -29,8 +29,8 @@ import figures  # noqa: E402
 from campaign import DIVERGING, IDLE, Campaign, Lost, Tally  # noqa: E402
 from damage import DAMAGE  # noqa: E402
 from disks import SmallDisk, reason_against_mounting  # noqa: E402
-from faults import FAULTS, FROZEN_FOR_LONG  # noqa: E402
-from workload import Workload, has_rank_timeout  # noqa: E402
+from faults import FAULTS  # noqa: E402
+from workload import Workload  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,9 +87,6 @@ def _campaign(options: argparse.Namespace, processes: int) -> Iterator[Campaign]
     faults = [fault for fault in FAULTS if processes in fault.processes and wanted(fault.name)]
     damage = [each for each in DAMAGE if wanted(each.name)]
     besides = [name for name in (IDLE, DIVERGING) if wanted(name)]
-    if processes > 1 and not has_rank_timeout():
-        print(f"SKIPPED: {FROZEN_FOR_LONG} (the trainer has no option for it)")
-        faults = [fault for fault in faults if fault.name != FROZEN_FOR_LONG]
     scratch = Path(tempfile.mkdtemp(prefix="clipup-faults-", dir=options.directory))
     workload = Workload(scratch, processes)
     workload.make()

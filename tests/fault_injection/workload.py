@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import sys
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from sparse_clip import pictures  # noqa: E402
 from tiny_clip import tiny_config  # noqa: E402
 
 import clipup  # noqa: E402
-from clipup.train import TrainOptions  # noqa: E402
 
 WORDS = "arrow circle right square left tone off up down text add file person light check folder chart list".split()
 TEXT = {"hf_tokenizer_name": "words:icons", "vocab_size": 6139, "layers": 2}
@@ -30,7 +28,6 @@ SAVE_EVERY = 5
 START_SECONDS = 240
 """No start of ``clipup`` may take longer, whatever else the machine does."""
 
-TIMEOUT_OPTION = "dist_timeout"
 RANK_TIMEOUT = 25
 """Seconds that ranks wait for a frozen one."""
 
@@ -77,12 +74,7 @@ class Workload:
             "router-noise": 1.0,
             "selection-bias": "sign",
         }
-        if self.processes > 1 and has_rank_timeout():
-            options[TIMEOUT_OPTION.replace("_", "-")] = RANK_TIMEOUT
+        if self.processes > 1:
+            options["dist-timeout"] = RANK_TIMEOUT
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return ["train", *words, "--moe", *more]
-
-
-def has_rank_timeout() -> bool:
-    """Whether the trainer can be told how long ranks wait for each other."""
-    return TIMEOUT_OPTION in {field.name for field in dataclasses.fields(TrainOptions)}

@@ -9,20 +9,30 @@ import pytest
 from PIL import Image
 
 from clipup.cli import main
+from clipup.models import BlockMoE
+from clipup.moe import SparseMoE
+from clipup.prepared import PreparedMoE
 
 
 @pytest.fixture
 def val_data(tmp_path):
-    """Four pictures, the first with two captions, and one row whose picture is broken."""
+    """Four pictures, the first with two captions."""
     rows = ["filepath\ttitle"]
     for index in range(4):
         Image.new("RGB", (20, 20), (60 * index, 0, 0)).save(tmp_path / f"{index}.png")
         rows.append(f"{tmp_path / f'{index}.png'}\tred number {index}")
     rows.append(f"{tmp_path / '0.png'}\tblack")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    rows.append(f"{tmp_path / 'broken.png'}\tbroken")
     (tmp_path / "val.csv").write_text("\n".join(rows) + "\n")
     return tmp_path / "val.csv"
+
+
+@pytest.fixture
+def damaged_data(val_data, tmp_path):
+    """The same with a row whose picture is broken."""
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with open(val_data, "a") as file:
+        file.write(f"{tmp_path / 'broken.png'}\tbroken\n")
+    return val_data
 
 
 @pytest.fixture
@@ -39,16 +49,24 @@ def run(directory, *options):
     return main(["eval", str(directory), "--device", "cpu", "--workers", "0", *map(str, options)])
 
 
-def test_eval_prints_a_table_and_writes_json(directory, val_data, classes, tmp_path, capsys):
-    assert run(directory, "--val-data", val_data, *classes, "--json", tmp_path / "out" / "results.json") == 0
+def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, tmp_path, capsys):
+    out = tmp_path / "out" / "results.json"
+    assert run(directory, "--val-data", damaged_data, "--max-skipped", 0.2, *classes, "--json", out) == 0
 
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads(out.read_text())
     retrieval = results["retrieval"]
     assert (retrieval["gallery"], retrieval["captions"], retrieval["skipped"]) == (4, 5, 1)
     assert retrieval["t2i"]["r5"] == retrieval["i2t"]["r5"] == 1
     assert (results["zero_shot"]["images"], results["zero_shot"]["classes"]) == (2, 2)
     table = capsys.readouterr().out
     assert "t2i R@1" in table and "zero-shot" in table and "25.00" in table
+    assert "1 samples could not be read" in table
+
+
+def test_eval_refuses_data_of_which_more_than_a_tenth_cannot_be_read(directory, damaged_data, capsys):
+    assert run(directory, "--val-data", damaged_data) == 2
+
+    assert "max_skipped: 1 of 5 samples cannot be read" in capsys.readouterr().err
 
 
 def test_json_alone_is_printed_on_request(directory, val_data, capsys):
@@ -189,3 +207,14 @@ def test_options_that_contradict_each_other_are_refused(directory, capsys, optio
         run(directory, *options)
 
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("precision", "form"), [("fp32", PreparedMoE), ("bf16", PreparedMoE), ("amp_bf16", BlockMoE)])
+def test_on_a_cpu_a_prepared_model_is_measured_unless_autocast_casts_its_weights(
+    directory, val_data, capsys, monkeypatch, precision, form
+):
+    forms = set()
+    run_experts = SparseMoE.run_experts
+    monkeypatch.setattr(SparseMoE, "run_experts", lambda self, *args: forms.add(type(self)) or run_experts(self, *args))
+    assert run(directory, "--val-data", val_data, "--precision", precision) == 0
+    assert forms == {form}

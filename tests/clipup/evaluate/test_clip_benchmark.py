@@ -9,8 +9,11 @@ import sys
 
 import benchmark_layouts as layouts
 import pytest
+import torch
 
 from clipup.cli import main
+from clipup.moe import moe_layers
+from clipup.prepared import PreparedMoE
 
 KS = ("1", "5", "10")
 OURS = ["--json", "-", "--device", "cpu", "--workers", "0"]
@@ -54,12 +57,32 @@ def test_clip_benchmark_classifies_as_clipup_eval_does(directory, tmp_path, caps
     assert (found["images"], found["classes"]) == (12, 3)
 
 
-def test_clip_benchmark_runs_under_its_own_autocast(directory, tmp_path):
-    root = layouts.flickr30k(tmp_path / "data")
-    options = ["--model", directory, "--dataset", "flickr30k", "--dataset_root", root]
-    benchmark(*options, "--recall_k", "12", "--output", tmp_path / "theirs.json")
+def test_a_loaded_model_runs_under_clip_benchmarks_autocast(directory, tmp_path):
+    import clip_benchmark.cli
+    import clip_benchmark.models
 
-    assert json.loads((tmp_path / "theirs.json").read_text())["metrics"]["image_retrieval_recall@12"] == 1
+    import clipup.evaluate.clip_benchmark  # noqa: F401
+
+    model, transform, tokenizer = clip_benchmark.models.load_clip("clipup", str(directory), "", None, "cpu")
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert model.encode_text(tokenizer(["a cat"])).isfinite().all()
+
+
+def test_on_a_cpu_the_command_line_prepares_its_model_and_leaves_autocast_out(directory, monkeypatch):
+    import clipup.evaluate.clip_benchmark as ours
+
+    seen = []
+
+    def main():
+        model, _, _ = ours.registry.load_clip("clipup", str(directory), "", None, "cpu")
+        seen.append((sys.argv, {type(layer) for layer in moe_layers(model).values()}))
+
+    monkeypatch.setattr(ours.cli, "main", main)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ours.run(["eval", "--model", str(directory)])
+    (argv, layers), registered = seen[0], ours.registry.TYPE2FUNC["clipup"]
+    assert "--no_amp" in argv and layers == {PreparedMoE}
+    assert registered is ours.load  # in Python autocast is the caller's choice
 
 
 def test_importing_the_module_registers_the_type(directory):

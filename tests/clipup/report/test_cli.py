@@ -10,6 +10,8 @@ from sparse_clip import CAPTIONS, dense_clip, pictures, sparse_clip, sparse_conf
 
 from clipup import save_pretrained
 from clipup.cli import main
+from clipup.moe import SparseMoE
+from clipup.prepared import PreparedMoE
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,14 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     assert "to the dense MLP" not in text
 
 
+def test_on_a_cpu_the_model_is_prepared(model, captions, tmp_path, monkeypatch):
+    forms = set()
+    run_experts = SparseMoE.run_experts
+    monkeypatch.setattr(SparseMoE, "run_experts", lambda self, *args: forms.add(type(self)) or run_experts(self, *args))
+    made(tmp_path / "r.html", model, "--captions", captions)
+    assert forms == {PreparedMoE}
+
+
 def test_the_dense_model_is_compared_with(model, images, tmp_path):
     save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
     text = Page(made(tmp_path / "r.html", model, "--images", images, "--dense", tmp_path / "dense")).text
@@ -71,7 +81,7 @@ def test_a_finished_run_stands_for_its_last_model(model, captions, tmp_path):
     assert "The experts of run" in html and html.replace("of run", "of tiny-moe") == of_model
 
 
-def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tmp_path):
+def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tmp_path, capsys):
     save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
     sparse, checkpoints = sparse_clip(), tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -80,6 +90,11 @@ def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tm
     torch.save({**state, "state_dict": sparse.state_dict()}, checkpoints / "epoch_latest.pt")
     html = made(tmp_path / "r.html", tmp_path / "run", "--captions", captions)
     assert html.replace("of run", "of tiny-moe") == made(tmp_path / "m.html", model, "--captions", captions)
+
+    (checkpoints / "epoch_latest.pt").rename(checkpoints / "epoch_1.pt")
+    (checkpoints / "epoch_latest.pt").write_bytes((checkpoints / "epoch_1.pt").read_bytes()[:5000])
+    assert made(tmp_path / "o.html", tmp_path / "run", "--captions", captions) == html
+    assert "epoch_1.pt, because a checkpoint cannot be used" in capsys.readouterr().err
 
 
 def test_shards_bring_their_captions(model, tmp_path):

@@ -14,6 +14,7 @@ from tiny_families import build, coca_cfg, timm_model
 from clipup import MoEConfig, moe_layers, moe_metrics, upcycle
 from clipup.report import look
 from clipup.report.experts_page import statements
+from clipup.similarity import Similarity
 
 IMAGE_LAYER, TEXT_LAYER = "visual.transformer.resblocks.1.mlp", "transformer.resblocks.3.mlp"
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
@@ -122,12 +123,12 @@ def test_pictures_are_shown_as_the_model_sees_them(seen):
     assert np.abs(np.asarray(flat.pictures[0], dtype=int) - [200, 100, 50]).max() <= 1
 
 
-def test_the_sentences_say_whether_the_experts_have_parted_and_whether_all_are_used(seen):
+def test_the_sentences_say_how_similar_the_experts_are_and_whether_all_are_used(seen):
     assert re.match(r"4 sparse layers, seen with 9 images and 5 captions\.", statements(seen)[0])
-    assert "The experts of the image tower have parted: mean cosine" in statements(seen)[1]
+    assert "The experts of the image tower are similar: mean cosine" in statements(seen)[1]
     fresh = look(upcycle(dense_clip(), MoEConfig(num_experts=2)), captions=CAPTIONS, tokenizer=tokenizer())
     assert (
-        "The experts of the text tower are still equal: mean cosine between two experts' first matrices 1.000."
+        "The experts of the text tower are equal: mean cosine between two experts' first matrices 1.000."
         in (statements(fresh)[1])
     )
     busiest = max(layer.load.max() * EXPERTS for layer in seen.layers.values())
@@ -138,6 +139,34 @@ def test_the_sentences_say_whether_the_experts_have_parted_and_whether_all_are_u
     alone = dataclasses.replace(seen, similarities={IMAGE_LAYER: seen.similarities[IMAGE_LAYER]})
     assert statements(alone)[0].startswith("1 sparse layer, seen with")
     assert statements(collapsed)[2].startswith("3 experts took nothing at all; the busiest takes 4.00 times")
+
+
+def cosines(value):
+    """Two experts whose matrices have this cosine."""
+    matrix = torch.tensor([[1.0, value], [value, 1.0]])
+    return Similarity(matrix, matrix)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (0.996, 0.9961, "are nearly identical"),
+        (0.99, 0.999, "are nearly identical"),
+        (0.9899, 0.9001, "are similar"),
+        (0.8999, 0.5, "are partly similar"),
+        (0.4999, 0.1, "are clearly different"),
+        (0.0999, -0.1, "are unrelated"),
+        (1.0, 1.0, "are equal"),
+        (0.996, 0.2, "range from nearly identical to clearly different"),
+    ],
+)
+def test_words_follow_the_cosines_of_the_experts(seen, first, second, words):
+    layers = [name for name in seen.similarities if name.startswith("visual")]
+    alike = dict(zip(layers, map(cosines, (first, second)), strict=True))
+
+    (_, sentence, *_) = statements(dataclasses.replace(seen, similarities=alike))
+
+    assert sentence.startswith(f"The experts of the image tower {words}: mean cosine")
 
 
 def test_text_may_hold_anything(models):

@@ -232,6 +232,34 @@ def test_a_study_without_template_is_refused(tmp_path):
         report.write(tmp_path, tmp_path / "study.md")
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "tables.retrieval.__globals__['__builtins__']['open']('TRACE', 'w')",
+        "by.__globals__['__builtins__']['open']('TRACE', 'w')",
+        "by('a', '../secret.csv')",
+        "by('a', 'DIRECTORY/secret.csv')",
+    ],
+)
+def test_a_template_runs_no_python_and_reads_no_other_files(found, tmp_path, code):
+    (tmp_path / "secret.csv").write_text("a\n1\n")
+    study = tmp_path / "study"
+    study.mkdir()
+    shutil.copytree(found_logs(tmp_path), study / "logs")
+    code = code.replace("TRACE", str(tmp_path / "trace")).replace("DIRECTORY", str(tmp_path))
+    (study / report.TEMPLATE).write_text("{{ " + code + " }}")
+
+    with pytest.raises(ValueError, match=r"page\.md\.j2"):
+        report.write(study, tmp_path / "page.md")
+
+    assert not (tmp_path / "trace").exists()
+
+
+def found_logs(directory):
+    (log,) = {path.parent for path in directory.rglob("*.jsonl*")}
+    return log
+
+
 def test_the_committed_page_is_the_one_of_the_committed_logs(tmp_path):
     for path in report.write(ROOT / "studies" / "icons", tmp_path / "study.md"):
         assert path.read_bytes() == (ROOT / "docs" / path.name).read_bytes(), f"{path.name}: run `make study`"

@@ -49,10 +49,21 @@ def test_a_used_name_is_refused_with_exit_code_2_and_one_line(command, capsys):
     assert "already holds a run" in error and "--resume latest" in error
 
 
-def test_a_diverging_run_ends_with_exit_code_1_and_one_line(command, capsys):
-    assert main([*command, "--steps", "50", "--lr", "1e30", "--skip-scheduler"]) == 1
+@pytest.mark.parametrize(
+    "when, message",
+    [("0", "the gradient norm is nan at step"), ("10", "holds NaN or infinity, so nothing can be ranked")],
+    ids=["in training", "in evaluation"],
+)
+def test_a_diverging_run_ends_with_exit_code_1_one_line_and_finite_files(command, capsys, tmp_path, when, message):
+    steps = ["--steps", "50", "--save-every-n-steps", "1", "--max-nonfinite-steps", when]
+    assert main([*command, *steps, "--lr", "1e30", "--skip-scheduler"]) == 1
 
-    assert "clipup train: the loss is" in capsys.readouterr().err
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    latest = tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt"
+    assert f"clipup train: {message}" in error.replace("image_features ", "")
+    assert f"all values in the last checkpoint, {latest}, are finite. Lower lr" in error
+    assert all(value.isfinite().all() for value in load(latest)["state_dict"].values())
+    assert not (tmp_path / "logs" / "run" / "model").exists()
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(command, tmp_path, capsys):

@@ -47,7 +47,7 @@ def test_loss_is_contrastive_plus_the_cross_entropy_with_the_teachers_similariti
     torch.testing.assert_close(losses.total, (contrastive + distill + aux).detach())
     (contrastive + distill + aux).backward()
     for name, parameter in twin.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=5e-6)
 
 
 def test_distillation_loss_is_least_for_the_teacher_itself(make_model, pairs):
@@ -94,7 +94,7 @@ def test_teachers_that_cannot_teach_are_refused_by_name(make_model, pairs, optio
         options(distill_model="ViT-B-32", siglip=True)
     with pytest.raises(ValueError, match="goes with the softmax loss over one target, multi_positive has another"):
         options(distill_model="ViT-B-32", multi_positive=True)
-    with pytest.raises(ValueError, match="distill_pretrained is missing: tiny with random weights teaches nothing"):
+    with pytest.raises(ValueError, match="distill_pretrained is missing, so tiny would have random weights"):
         train(options(distill_model=named_model), model=make_model(MOE), loader=pairs())
 
 

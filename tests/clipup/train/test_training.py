@@ -180,6 +180,24 @@ def test_the_trained_model_is_saved_and_loads(model_directory, pairs, options):
         assert torch.equal(value, saved.state_dict()[name]), name
 
 
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode_and_returned_for_inference(make_model, pairs, options):
+    model, modes = make_model(DROPLESS).eval(), []
+    model.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+
+    result = train(options(logs=None, steps=2), model=model, loader=pairs())
+
+    assert modes == [True, True] and not any(module.training for module in result.model.modules())
+
+
+def test_the_card_of_a_run_names_the_base_model_of_what_it_started_from(model_directory, pairs, options):
+    card = model_directory / "README.md"
+    card.write_text(card.read_text().replace("---\n", "---\nbase_model: org/dense\n", 1))
+
+    result = train(options(model=str(model_directory), steps=1), loader=pairs())
+
+    assert "base_model: org/dense\n" in (result.directory / "model" / "README.md").read_text()
+
+
 def test_a_fresh_model_for_the_sigmoid_loss_gets_its_bias_and_keeps_it_when_saved(named_model, pairs, options):
     result = train(options(model=named_model, siglip=True, steps=1), loader=pairs())
 

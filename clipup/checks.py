@@ -1,0 +1,52 @@
+"""Argument checks of the public functions: every error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+def check(name: str, value: object, holds: bool, expected: str, error: type[Exception] = ValueError) -> None:
+    if not holds:
+        raise error(f"{name} must be {expected}, got {value!r}")
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def boolean(name: str, value: object) -> None:
+    check(name, value, isinstance(value, bool), "True or False", TypeError)
+
+
+def number(name: str, value: object) -> None:
+    """A finite int or float."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    check(name, value, is_number, "a number", TypeError)
+    check(name, value, math.isfinite(value), "finite")
+
+
+def positive_number(name: str, value: object) -> None:
+    number(name, value)
+    check(name, value, value > 0, "positive")
+
+
+def width(name: str, value: object) -> None:
+    check(name, value, is_int(value) and value >= 1, "a positive int")
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def module(name: str, value: object) -> None:
+    if isinstance(value, nn.Module):
+        return
+    advice = ""
+    if isinstance(value, str):
+        advice = f"; create it first: {name}, _, preprocess = clipup.create_model_and_transforms({value!r})"
+    elif isinstance(value, list | tuple):
+        advice = "; pass one model at a time"
+    raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}{advice}")

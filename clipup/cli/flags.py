@@ -1,0 +1,80 @@
+"""Parsing of a command's flags, and the refusal of flags that would have no effect."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import tyro
+
+from ..config import MoEConfig
+
+T = TypeVar("T")
+MOE_FLAGS = tuple(field.name for field in dataclasses.fields(MoEConfig))
+
+
+class NoEffect(NamedTuple):
+    """Options, by their fields' names, that have no effect where ``idle`` holds of all options."""
+
+    names: tuple[str, ...]
+    idle: Callable[[Any], bool]
+    why: str
+    """Completes "--flag has no effect ...": "without --moe"."""
+
+
+ON_SPARSE = NoEffect(MOE_FLAGS, lambda options: True, "on a model that is sparse already")
+
+
+def parse(options: type[T], argv: Sequence[str], program: str, rules: Sequence[NoEffect] = (), **kwargs: Any) -> T:
+    """Options from a command line, by tyro, whose keyword arguments ``kwargs`` are.
+
+    Raises:
+        ValueError: flags were given that have no effect by one of the rules.
+        SystemExit: help was asked for, or a flag is unknown or has a bad value.
+    """
+    parsed = tyro.cli(options, args=list(argv), prog=program, **kwargs)
+    refuse_idle(argv, parsed, rules)
+    return parsed
+
+
+def refuse_idle(argv: Sequence[str], parsed: Any, rules: Sequence[NoEffect]) -> None:
+    """
+    Raises:
+        ValueError: flags were given that have no effect by one of the rules.
+    """
+    given = _given(argv)
+    for rule in rules:
+        flags = [given[name] for name in rule.names if name in given]
+        if flags and rule.idle(parsed):
+            raise ValueError(f"{', '.join(flags)} {'has' if len(flags) == 1 else 'have'} no effect {rule.why}")
+
+
+def moe_rules(config_of: Callable[[Any], MoEConfig]) -> list[NoEffect]:
+    """Rules among the options of ``MoEConfig``, which stands among a command's own."""
+
+    def rule(name: str, idle: Callable[[MoEConfig], bool], why: str) -> NoEffect:
+        return NoEffect((name,), lambda options: idle(config_of(options)), why)
+
+    return [
+        rule("selection_bias_rate", lambda config: config.selection_bias == "none", "without --selection-bias"),
+        rule("balance", lambda config: config.balance_weight == 0, "with --balance-weight 0"),
+        rule("entropy_threshold", lambda config: config.global_entropy_weight == 0, "without --global-entropy-weight"),
+        rule(
+            "priority",
+            lambda config: config.capacity_factor is None and config.eval_capacity_factor is None,
+            "without --capacity-factor or --eval-capacity-factor",
+        ),
+        rule("padding_aware", lambda config: "text" not in config.towers, "without the text tower in --towers"),
+    ]
+
+
+def is_csv(path: str | None, dataset_type: str = "auto") -> bool:
+    """Whether data are read as a CSV file."""
+    return path is not None and (dataset_type == "csv" or dataset_type == "auto" and path.endswith((".csv", ".tsv")))
+
+
+def _given(argv: Sequence[str]) -> dict[str, str]:
+    """The flags of a command line as they were written, by the names of the fields that they set."""
+    flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
+    return {flag[2:].replace("-", "_").removeprefix("no_"): flag for flag in flags}

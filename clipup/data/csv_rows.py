@@ -1,0 +1,163 @@
+"""Rows of CSV files: image paths and captions, every one as it is written, and what is wrong with the others.
+
+Paths are used as they are, relative ones from the working directory: a CSV file is the user's own list, and may name
+images anywhere. One that belongs to a directory names images in there, and no others.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from clipup.data.skips import Skips
+from clipup.data.tars import lines
+
+
+class CsvFormat(NamedTuple):
+    """What separates columns, and which hold image paths and captions."""
+
+    separator: str = "\t"
+    img_key: str = "filepath"
+    caption_key: str = "title"
+
+
+class Rows(NamedTuple):
+    """Columns of a file: each row's name (its line), its image's path, and its captions (one a line)."""
+
+    names: list[str]
+    images: list[str]
+    captions: list[str]
+
+
+def readable_rows(
+    path: str, form: CsvFormat, skips: Skips, argument: str, directory: str | os.PathLike | None = None
+) -> Rows:
+    """The rows that can be used; the others are noted in `skips`. With `directory` paths are relative to it.
+
+    Left out is a row without image or caption, one whose image is no file or an empty one, one with too many cells, and
+    what a quote swallows that does not end in its row.
+
+    Raises FileNotFoundError for a missing file, ValueError for a missing column or text that is not UTF-8, each naming
+    the argument.
+    """
+    rows = Rows([], [], [])
+    with open(_file(path, argument), encoding="utf-8-sig", newline="") as file:
+        for line, image, caption, fault, count in _rows(file, path, form, argument):
+            name = f"line {line} of {path}" + f" ({image})" * bool(image)
+            if not fault and directory is not None and leaves(image):
+                fault = f"its image is not in {directory}"
+            elif directory is not None and image:
+                image = os.path.join(directory, image)
+            if not fault and not image:
+                fault = "it has no image"
+            elif not fault and not lines(caption):
+                fault = "it has no caption"
+            elif not fault:
+                fault = _file_fault(image)
+            if fault:
+                skips.note(name, fault, count)
+            else:
+                rows.names.append(name)
+                rows.images.append(image)
+                rows.captions.append(caption)
+    return rows
+
+
+def check_columns(path: str, form: CsvFormat, argument: str) -> None:
+    """Raises what `readable_rows` raises, having read no more than the header."""
+    with open(_file(path, argument), encoding="utf-8-sig", newline="") as file:
+        _header(_cells(file, path, form, argument), path, form, argument)
+
+
+def leaves(path: str) -> bool:
+    """Whether a path that should be relative to a directory leads out of it, by its words."""
+    return os.path.isabs(path) or os.pardir in path.replace("\\", "/").split("/")
+
+
+def _file(path: str, argument: str) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{argument}: there is no file {path}")
+    return path
+
+
+def _file_fault(image: str) -> str:
+    try:
+        size = os.stat(image).st_size
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        return f"its image cannot be opened ({getattr(error, 'strerror', None) or error})"
+    if not os.path.isfile(image):
+        return "its image is no file"
+    return "" if size else "its image is an empty file"
+
+
+def _rows(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[tuple[int, str, str, str, int]]:
+    """Line, image, caption, what is wrong with it, and how many rows it stands for."""
+    cells = _cells(file, path, form, argument)
+    image_column, caption_column, columns = _header(cells, path, form, argument)
+    for line, row, fault in cells:
+        if fault:
+            yield line, "", "", fault, 1
+            continue
+        if not any(cell.strip() for cell in row):
+            continue  # a blank line
+        image, caption = ((row[c] if c < len(row) else "") for c in (image_column, caption_column))
+        swallowed = sum(_looks_like_row(text, form.separator, image_column) for cell in row for text in _later(cell))
+        if swallowed:
+            fault = f"a quote that does not end in it swallows {swallowed} more rows: close it, or double it"
+        elif any(row[columns:]):
+            fault = f"it has {len(row)} cells, the header has {columns}: put quotes around what holds a separator"
+        yield line, "" if swallowed else image, caption, fault, 1 + swallowed
+
+
+def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[tuple[int, list[str], str]]:
+    """Line at which it begins, cells, and what is wrong, of every row."""
+    reader = csv.reader(file, delimiter=_separator(form.separator))
+    while True:
+        line = reader.line_num + 1
+        try:
+            yield line, next(reader), ""
+        except StopIteration:
+            return
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{argument}: {path} is not UTF-8 text behind line {reader.line_num} ({error.reason}): convert it, "
+                "such as with `iconv -t UTF-8`"
+            ) from error
+        except csv.Error as error:  # a NUL (before Python 3.11), or a quote that opens a cell of more than 128 KiB
+            yield line, [], str(error)
+
+
+def _header(
+    cells: Iterator[tuple[int, list[str], str]], path: str, form: CsvFormat, argument: str
+) -> tuple[int, int, int]:
+    """The columns of images and captions, and how many columns there are."""
+    _, columns, _ = next(cells, (0, [], ""))
+    if not columns:
+        raise ValueError(f"{argument}: {path} is empty, expected a header and rows")
+    for option, column in (("csv_img_key", form.img_key), ("csv_caption_key", form.caption_key)):
+        if column not in columns:
+            raise ValueError(
+                f"{option}: {path} has no column {column!r}, its columns are {columns}: name the right one, "
+                f"or the right csv_separator (now {form.separator!r})"
+            )
+    return columns.index(form.img_key), columns.index(form.caption_key), len(columns)
+
+
+def _separator(given: str) -> str:
+    separator = "\t" if given == "\\t" else given  # as a shell hands it over
+    if len(separator) != 1:
+        raise ValueError(f"csv_separator: got {given!r}, expected one character")
+    return separator
+
+
+def _later(cell: str) -> list[str]:
+    """The lines of a cell behind its first."""
+    return cell.splitlines()[1:] if "\n" in cell or "\r" in cell else []
+
+
+def _looks_like_row(text: str, separator: str, image_column: int) -> bool:
+    cells = text.split(separator)
+    return image_column < len(cells) > 1 and os.path.isfile(cells[image_column])

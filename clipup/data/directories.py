@@ -1,0 +1,36 @@
+"""What to say of a directory that stands where shards or a CSV file are expected."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from clipup.data.samples import IMAGE_EXTENSIONS
+
+
+def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.tar") -> ValueError:
+    """The error for a directory, with what in it can be named, or how to make something of it that can.
+
+    Args:
+        argument: that the directory was given as. shards: the pattern of those that are asked for.
+    """
+    root = Path(directory)
+    table = next((path for ending in ("csv", "tsv") for path in sorted(root.glob(f"*.{ending}"))), None)
+    image = next((path for path in root.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS), None)
+    if any(root.glob("*.tar")):
+        advice = f"name the shards of one split, such as {root / shards}"
+    elif table is not None:
+        advice = f"name the file in it, {table}"
+    elif image is not None and image.with_suffix(".txt").is_file():
+        advice = (
+            f"it holds images with captions beside them, which make a shard: tar --sort=name -cf data.tar -C {root} . "
+            "and name data.tar"
+        )
+    elif image is not None:
+        advice = (
+            f"it holds images, such as {image.name}, and no captions: write a CSV file with the columns filepath and "
+            "title, separated by a tab, one image a line, and name that file"
+        )
+    else:
+        advice = "it holds no shard (.tar), no CSV file and no image"
+    return ValueError(f"{argument}: {root} is a directory: {advice}")

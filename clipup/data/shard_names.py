@@ -1,0 +1,232 @@
+"""Which shards a source names, what may stand in a name, and whether a shard is the one that was built.
+
+Names come from two places. What the user typed may hold wildcards, braces, "::" and URLs. What a data set's
+`dataset.json` lists is the name of a file beside it and nothing else, for a data set may come from anyone.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clipup.data.shards import DATASET_FILE, SIZES_FILE, sha256
+
+_URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
+_PIPE = "pipe"
+
+
+def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | None = None) -> list[str]:
+    """The shards that a source names: a path, braces, a wildcard, or several of them joined by "::".
+
+    Raises FileNotFoundError when there is none or when one of them is missing, ValueError for what would run a command
+    (`pipe:`, unless `allow_pipe`; None where there is no such option) or is not what its data set lists, each naming
+    `argument`.
+    """
+    source = os.fspath(source)
+    shards: list[str] = []
+    for pattern in [source] if _is_file(source) else filter(None, source.split("::")):
+        for name in [pattern] if _is_file(pattern) else _braces(pattern):
+            if is_remote(name) and not _is_file(name):
+                shards.append(_checked_url(name, argument, allow_pipe))
+            else:
+                shards += _found(name, pattern, argument)
+    if not shards:
+        raise FileNotFoundError(f"{argument}: {source!r} names no shard, expected a path such as DIR/train-*.tar")
+    check_unchanged(shards, argument)
+    return shards
+
+
+def listed_shards(directory: str | os.PathLike, split: str, argument: str) -> list[str]:
+    """The shards of a split of the data set in a directory, as its `dataset.json` lists them.
+
+    Raises as `expand_shards`; ValueError too for a split or a name that is not there, or not a file's bare name.
+    """
+    path = Path(directory) / DATASET_FILE
+    splits = describe(directory).get("splits")
+    if not isinstance(splits, dict) or split not in splits:
+        there = ", ".join(splits) if isinstance(splits, dict) else "none"
+        raise ValueError(f"split: {directory} has no split {split!r}, its splits are {there}")
+    names = [name for name, _ in _entries(splits[split], path)]
+    if not names:
+        raise ValueError(f"{argument}: {path} lists no shard of the split {split!r}")
+    return local_shards([Path(directory) / name for name in names], argument)
+
+
+def describe(directory: str | os.PathLike) -> dict:
+    """What the `dataset.json` of a data set says: splits and their counts, rules, sources and licences."""
+    path = Path(directory) / DATASET_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no {DATASET_FILE}: build a data set there with `clipup data pictograms {directory}`"
+        )
+    return _json_object(path)
+
+
+def is_remote(name: str) -> bool:
+    """Whether a shard is reached by something else than opening a file (http:, s3:, pipe:, ...)."""
+    return _URL.match(name) is not None
+
+
+def open_shard(shard: str) -> BinaryIO:
+    """A shard that `expand_shards` let pass, to be read from its start."""
+    if not is_remote(shard):
+        return open(shard, "rb")
+    from webdataset.gopen import gopen
+
+    return gopen(shard)
+
+
+def sizes_of(shards: Sequence[str]) -> dict[str, int]:
+    """How many samples each shard holds, where a `sizes.json` beside it says so."""
+    sizes: dict[str, int] = {}
+    known: dict[str, dict[str, int]] = {}
+    for shard in shards:
+        directory, name = os.path.split(shard)
+        if directory not in known:
+            known[directory] = {} if is_remote(shard) else _sizes_in(directory)
+        if name in known[directory]:
+            sizes[shard] = known[directory][name]
+    return sizes
+
+
+def check_unchanged(shards: Sequence[str], argument: str) -> None:
+    """ValueError, naming it, when a shard is not the one whose sha256 the `dataset.json` beside it lists."""
+    listed: dict[str, dict[str, str]] = {}
+    for shard in shards:
+        if is_remote(shard):
+            continue
+        directory, name = os.path.split(shard)
+        if directory not in listed:
+            listed[directory] = _listed_hashes(Path(directory))
+        expected = listed[directory].get(name)
+        if expected is None:
+            continue
+        state = os.stat(shard)
+        found = _sha256(shard, state.st_size, state.st_mtime_ns)
+        if found != expected:
+            raise ValueError(
+                f"{argument}: {shard} is not the file that {DATASET_FILE} beside it lists (sha256 {found[:16]}..., "
+                f"expected {expected[:16]}...): it was damaged or changed; copy it again, or build the data set again"
+            )
+
+
+def local_shards(paths: Iterable[str | os.PathLike], argument: str) -> list[str]:
+    """Files by their exact names. Raises as `expand_shards`."""
+    shards = []
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{argument}: there is no shard {path}")
+        shards.append(_local(os.fspath(path)))
+    check_unchanged(shards, argument)
+    return shards
+
+
+def _is_file(path: str) -> bool:
+    return os.path.exists(path) and not os.path.isdir(path)
+
+
+def _found(name: str, pattern: str, argument: str) -> list[str]:
+    matches = [name] if _is_file(name) or not glob.has_magic(name) else sorted(glob.glob(name))
+    if not matches or not all(map(_is_file, matches)):
+        raise FileNotFoundError(
+            f"{argument}: no shard {name} (from {pattern!r}): build the data first, or correct the path"
+        )
+    return [_local(match) for match in matches]
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    """One by one: braces can stand for more names than there is memory."""
+    if "{" not in pattern:
+        return iter([pattern])
+    from braceexpand import braceexpand
+
+    return braceexpand(pattern)
+
+
+def _local(path: str) -> str:
+    """The path, written so that nobody takes it for a URL."""
+    return os.path.join(os.curdir, path) if is_remote(path) else path
+
+
+def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
+    scheme = _URL.match(url)[1].lower()
+    if scheme == _PIPE and not allow_pipe:
+        permitted = "here nothing permits that" if allow_pipe is None else "allow it by --allow-pipe, if you trust it"
+        raise ValueError(f"{argument}: {url!r} would run a command in a shell; {permitted}")
+    if scheme == _PIPE:
+        return url
+    if "'" in url:  # URLs are handed to curl and others between these, in a shell
+        raise ValueError(f"{argument}: {url!r} holds a quote ('), which a URL must not: write %27")
+    try:
+        from webdataset.gopen import gopen_schemes
+    except ImportError as error:
+        raise ImportError(f'shards by URL are read by webdataset: pip install "clipup[train]" ({error})') from error
+    if scheme not in gopen_schemes:
+        known = ", ".join(sorted({*gopen_schemes} - {"__default__"}))
+        raise ValueError(f"{argument}: {url!r}: nothing reads {scheme}:, expected a path, or one of {known}")
+    return url
+
+
+def _entries(split: Any, path: Path) -> list[tuple[str, str | None]]:
+    """Name and sha256 of the shards that a split lists."""
+    entries = []
+    try:
+        for shard in split["shards"]:
+            name, digest = shard["file"], shard.get("sha256")
+            if name != os.path.basename(name) or name in ("", os.curdir, os.pardir) or "\0" in name or "\\" in name:
+                raise ValueError(
+                    f"{path} lists {name!r} as a shard, expected the name of a file beside it: do not trust it"
+                )
+            entries.append((name, digest))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not list its shards as `clipup data` does ({error!r})") from error
+    return entries
+
+
+def _listed_hashes(directory: Path) -> dict[str, str]:
+    """By file name, from a `dataset.json` of ours; {} where there is none."""
+    path = directory / DATASET_FILE
+    if not path.is_file():
+        return {}
+    content = _read_json(path)
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, dict) or not all(isinstance(one, dict) and "shards" in one for one in splits.values()):
+        return {}  # of another tool
+    return {name: digest for split in splits.values() for name, digest in _entries(split, path) if digest}
+
+
+@cache
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    """Of a file in the state that size and time name, so that it is read for this once in a process."""
+    return sha256(path)
+
+
+def _sizes_in(directory: str) -> dict[str, int]:
+    path = Path(directory) / SIZES_FILE
+    sizes = {}
+    for name, size in (_json_object(path) if path.is_file() else {}).items():
+        try:
+            sizes[name] = int(size)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{path} says {size!r} for {name}, expected a number of samples") from None
+    return sizes
+
+
+def _json_object(path: Path) -> dict:
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error

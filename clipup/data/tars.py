@@ -1,0 +1,221 @@
+"""Samples of WebDataset shards, read so that nothing in a damaged file is lost without a word.
+
+A sample is the members of a tar file that follow each other and have one key: `KEY.png`, `KEY.txt`. Links, sparse files
+and other special members are no part of it, and nothing is ever extracted to the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from clipup.data.shards import SIZES_FILE
+
+IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
+"""An image's extensions; of several images of a sample the first in this order is taken, as open_clip does."""
+TEXT_EXTENSIONS = ("txt", "json", "cls")
+
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names
+_MARK = 2  # blocks of zeros that end an archive; the last record of 20 blocks is filled up with more
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass
+class TarSample:
+    """Members by extension: the content of those that were read, and where (offset, size) images lie in the file."""
+
+    key: str
+    shard: str
+    content: dict[str, bytes] = field(default_factory=dict)
+    place: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def image(self) -> str | None:
+        """The extension of its image."""
+        return next((extension for extension in IMAGE_EXTENSIONS if extension in self.place), None)
+
+    @property
+    def named(self) -> str:
+        return f"{self.key} in {self.shard}"
+
+
+def lines(text: str) -> list[str]:
+    """The captions of a text that holds one a line."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def complete(sample: TarSample) -> tuple[list[str], dict]:
+    """The captions (of its json's list `captions`, else the lines of its txt) and the rest of its json.
+
+    Raises ValueError, saying why, when it has no caption or no image.
+    """
+    about: dict = {}
+    try:
+        about = dict(json.loads(sample.content.get("json", b"{}")))
+    except (ValueError, TypeError, RecursionError):
+        pass  # what is no json object says nothing: the text may
+    listed = about.pop("captions", None)
+    listed = listed if isinstance(listed, list) else []
+    captions = [" ".join(c.splitlines()) for c in listed if isinstance(c, str) and c.strip()]
+    if not captions:
+        try:
+            captions = lines(sample.content.get("txt", b"").decode())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"its .txt is not UTF-8 ({error})") from error
+    if sample.image is None:
+        raise ValueError("it has no image beside it")
+    if not captions:
+        raise ValueError("it has no caption beside it")
+    return captions, about
+
+
+def read_samples(
+    file: BinaryIO,
+    shard: str,
+    skip: Callable[[str, object, int], None],
+    *,
+    images: bool,
+    expected: int | None = None,
+    usual: int = 0,
+) -> Iterator[TarSample]:
+    """The samples of a shard, complete or not; what is missing of them is told to `skip`.
+
+    Args:
+        file: read from its start to its end, once; without `images` it must be seekable.
+        images: whether images are read too; else only where they lie.
+        expected: how many samples it should hold, where that is known.
+        usual: how many a shard like it holds, where it is not. 0 when that is not known either: then `skip` hears of 0
+            samples where a shard breaks off.
+    """
+    faults = _Faults()
+    found = incomplete = 0
+    sample: TarSample | None = None
+    for name, content, place in _members(file, images, faults):
+        split = _KEY_AND_EXTENSION.fullmatch(name)
+        if split is None:
+            continue
+        key, extension = split[1], split[2].lower()
+        if sample is None or key != sample.key or extension in sample.place:
+            if sample is not None:
+                found, incomplete = found + 1, incomplete + _is_incomplete(sample)
+                yield sample
+            sample = TarSample(key, shard)
+        sample.place[extension] = place
+        if content is not None:
+            sample.content[extension] = content
+    if sample is not None:
+        found, incomplete = found + 1, incomplete + _is_incomplete(sample)
+        yield sample
+    lost, reason = faults.lost(found, incomplete, expected, usual)
+    if lost is not None:
+        skip(f"a part of {shard}" if found else shard, reason, lost)
+
+
+@dataclass
+class _Faults:
+    """What is wrong with a tar file: damaged parts with something readable behind them, and what ends the reading."""
+
+    damaged: list[str] = field(default_factory=list)
+    end: str = ""
+
+    def lost(self, found: int, incomplete: int, expected: int | None, usual: int) -> tuple[int | None, str]:
+        """How many samples were lost besides the incomplete ones (None: none), and why."""
+        reason = self.end or next(iter(self.damaged), "")
+        if expected is not None:
+            missing = expected - found if expected > found else None
+            return missing, reason or f"it holds {found} samples, {SIZES_FILE} beside it says {expected}"
+        if self.end:
+            return max(1, usual - found) if usual else 0, reason
+        beside = len(self.damaged) - incomplete  # a damaged header loses one member of a sample, or more
+        return beside if beside > 0 else None, reason
+
+
+def _is_incomplete(sample: TarSample) -> bool:
+    return sample.image is None or not sample.place.keys() & set(TEXT_EXTENSIONS)
+
+
+def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[str, bytes | None, tuple[int, int]]]:
+    """Name, content (of images and texts) and place of every plain file in a tar.
+
+    Damaged headers are passed over (`ignore_zeros`), so that what lies behind them is not lost.
+    """
+    header = _watched_header()
+    members = 0
+    read = (*TEXT_EXTENSIONS, *(IMAGE_EXTENSIONS if images else ()))
+    try:
+        tar = tarfile.open(
+            fileobj=file,
+            mode="r|" if images else "r:",
+            ignore_zeros=True,
+            tarinfo=header,
+            encoding="utf-8",
+            errors="backslashreplace",
+        )
+        while (member := tar.next()) is not None:
+            tar.members.clear()
+            members += 1
+            if header.damaged or not _is_padding(header.zeros, member.offset):
+                faults.damaged.append(f"{header.lost_bytes()} bytes before {member.name} are damaged")
+            header.damaged = header.zeros = 0
+            if member.size < 0:
+                raise tarfile.ReadError(f"the size of {member.name} is negative")
+            if member.isreg() and not member.issparse():
+                wanted = member.name.rpartition(".")[2].lower() in read
+                content = tar.extractfile(member).read() if wanted else None
+                yield member.name, content, (member.offset_data, member.size)
+    except Exception as error:  # whatever the file, or the opener of this kind of URL, raises
+        faults.end = f"{'its rest' if members else 'it'} cannot be read ({error})"
+        if not members and header.damaged:
+            faults.end = _kind_of(header.begins)
+        return
+    if not members and header.damaged:
+        faults.end = _kind_of(header.begins)
+    elif header.damaged or header.zeros > _MARK + tarfile.RECORDSIZE // tarfile.BLOCKSIZE:
+        faults.end = f"its last {header.lost_bytes()} bytes are damaged"
+    elif not header.zeros:
+        faults.end = "it has no end-of-archive mark, so it was cut off"
+
+
+def _is_padding(zeros: int, end: int) -> bool:
+    """Whether so many blocks of zeros, up to this place, end one of several archives that were joined to one file."""
+    record = tarfile.RECORDSIZE // tarfile.BLOCKSIZE
+    return zeros in (0, _MARK) or (zeros < _MARK + record and end % tarfile.RECORDSIZE == 0)
+
+
+def _watched_header() -> type[tarfile.TarInfo]:
+    """A class of headers for one file, which counts those that are damaged: tarfile passes over them in silence."""
+
+    class Header(tarfile.TarInfo):
+        begins = b""
+        damaged = 0
+        zeros = 0
+        """Blocks since the last readable header."""
+
+        @classmethod
+        def lost_bytes(cls) -> int:
+            return tarfile.BLOCKSIZE * (cls.damaged + cls.zeros)
+
+        @classmethod
+        def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+            cls.begins = cls.begins or buf
+            try:
+                return super().frombuf(buf, encoding, errors)
+            except tarfile.EOFHeaderError:
+                cls.zeros += 1
+                raise
+            except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError):
+                cls.damaged += 1
+                raise
+
+    return Header
+
+
+def _kind_of(begins: bytes) -> str:
+    for magic, name in _COMPRESSED.items():
+        if begins.startswith(magic):
+            return f"it is compressed ({name}), expected an uncompressed tar file: decompress it"
+    return f"it is no tar file, it begins with {begins[:16]!r}"

@@ -1,0 +1,138 @@
+"""Values that are not finite (NaN, infinite): the steps that they spoil, and where they must not be written."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import Ranks
+from .step import StepLosses, TrainStep
+
+_MEND = "Lower lr, set grad_clip_norm (1.0), use another precision, or look for bad samples in the data"
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or infinite; no checkpoint was written since."""
+
+
+class NonFiniteGradients(FloatingPointError):
+    """The gradient was NaN or infinite in too many steps in a row; none of them was applied."""
+
+
+class NonFiniteWeights(FloatingPointError):
+    """Weights, the optimizer's state or features became NaN or infinite; nothing of it was written."""
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite; None when there is none. Waits for a device once.
+
+    A buffer of zeros and -inf is an additive attention mask, as models have it.
+    """
+    floating = {
+        name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()
+    }
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in floating.values():
+        by_device.setdefault(tensor.device, []).append(tensor)
+    finite = (
+        torch.stack([largest.isfinite() for largest in torch._foreach_norm(together, math.inf)]).all()
+        for together in by_device.values()
+    )
+    if all(map(bool, finite)):
+        return None
+    return next((name for name, tensor in floating.items() if not (tensor.isfinite().all() or _is_mask(tensor))), None)
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    return bool(((tensor == 0) | (tensor == -math.inf)).all())
+
+
+def tensors_of(weights: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All tensors of a state dict and of an optimizer's, by what a message calls them."""
+    named = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    return named | dict(_moments(optimizer))
+
+
+def _moments(optimizer: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for index, values in optimizer.get("state", {}).items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                yield f"the optimizer's {key} of parameter {index}", value
+
+
+class FiniteGuard:
+    """Watches a run's losses, gradients and weights, and counts the steps that were not applied."""
+
+    def __init__(self, most_in_row: int, device: torch.device) -> None:
+        self.most_in_row = most_in_row
+        self.skipped = 0
+        """Steps that were not applied."""
+        self.in_row = 0
+        self.loss_since_check = torch.zeros((), device=device)
+        """Sum of the losses of applied steps, which shows later whether one of them was not finite."""
+        self.last_checkpoint: Path | None = None
+
+    def count(self, step: int, done: TrainStep, losses: StepLosses, ranks: Ranks, log: logging.Logger) -> None:
+        """Takes note of a step. All ranks call, and all have the same gradient.
+
+        In float16 the gradient scaler finds its scale by steps that overflow. They do not count as a row as long as a
+        lower scale can help: the loss is finite, and the scale was above 1.
+
+        Raises:
+            NonFiniteGradients: one more in a row than are allowed.
+        """
+        if done.applied:
+            self.in_row = 0
+            self.loss_since_check = self.loss_since_check + losses.total
+            return
+        self.skipped += 1
+        scale = 0.0 if done.scaler is None else done.scaler.get_scale()
+        searching = scale >= 1 and not ranks.any(not math.isfinite(float(losses.total)))
+        if searching and ranks.first:
+            log.info("step %d not applied: its gradient overflowed float16; the scale is %g from now on", step, scale)
+        if searching:
+            return
+        self.in_row += 1
+        norm = float(done.gradient_norm)
+        if ranks.first:
+            counts = self.in_row, self.skipped
+            log.warning("step %d not applied: its gradient norm is %s (%d in a row, %d in all)", step, norm, *counts)
+        if self.in_row > self.most_in_row:
+            raise NonFiniteGradients(
+                f"the gradient norm is {norm} at step {step}, the last of {self.in_row} steps in a row that were not "
+                f"applied, more than max_nonfinite_steps={self.most_in_row}; {self._ending()}"
+            )
+
+    def check_loss(self, step: int, loss_since_check: float) -> None:
+        """Refuses to go on from a loss that is NaN or infinite, before anything is saved.
+
+        Args:
+            loss_since_check: the attribute's value, as it was read from the device.
+        """
+        if not math.isfinite(loss_since_check):
+            raise NonFiniteLoss(
+                f"the loss is {loss_since_check} at step {step} or became so since the step logged before; "
+                f"{self._ending()}"
+            )
+        self.loss_since_check = torch.zeros_like(self.loss_since_check)
+
+    def check_weights(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Refuses weights or an optimizer's state with values that are not finite, before they are written."""
+        broken = not_finite(tensors_of(model.state_dict(), optimizer.state_dict()))
+        if broken is not None:
+            raise self.diverged(f"{broken} holds values that are not finite at step {step}, so it was not saved")
+
+    def diverged(self, what: str) -> NonFiniteWeights:
+        """The error that says so, and where to go on from."""
+        return NonFiniteWeights(f"{what}; {self._ending()}")
+
+    def _ending(self) -> str:
+        if self.last_checkpoint is None:
+            return f"there is no checkpoint yet. {_MEND}"
+        return f"all values in the last checkpoint, {self.last_checkpoint}, are finite. {_MEND}"

@@ -1,0 +1,132 @@
+"""Resuming: from which checkpoint, and what changed options do to a run.
+
+A position is (epoch, steps of the epoch that is under way). At an epoch's end it means the same for every batch size
+and number of ranks. Within an epoch the steps done are samples seen only under the same conditions, because they decide
+which samples come in which step: there a change is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import checkpoints
+from .distributed import Ranks
+from .options import TrainOptions
+from .records import RunDirectory
+
+IDENTITY = ("model", "moe", "moe_cfg", "train_data", "seed", "siglip")
+"""Options that say which run it is."""
+ORDER = ("batch_size", "accum_freq", "seed", "dataset_type", "dataset_resampled", "train_num_samples", "cache_data")
+"""Options that decide which samples come in which step."""
+START = ("pretrained", "resume_dense")
+"""Options about the weights before the first step."""
+_OF_THE_CALL = ("name", "logs", "resume", "resume_with_changes", "force")
+
+
+def find_checkpoint(
+    options: TrainOptions, directory: RunDirectory | None, ranks: Ranks
+) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
+    """The checkpoint to go on from, what is in it, and what there is to say about the choice."""
+    if options.resume is None:
+        return None, None, []
+    if directory is None:
+        return Path(options.resume), checkpoints.load(options.resume), []
+    found: list[checkpoints.Newest | None] = [None]
+
+    def find() -> tuple[Path | None, list[str]]:
+        found[0] = directory.resumed_from(options.resume)
+        if found[0] is not None:
+            path, unusable = found[0].path, found[0].passed_over
+            return path, [f"resumed from {path}, because a checkpoint cannot be used: {reason}" for reason in unusable]
+        started = directory.holds_a_run()
+        return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"] if started else []
+
+    path, notes = ranks.first_does(find)
+    if path is None:
+        return None, None, notes
+    return path, found[0].state if found[0] else checkpoints.load(path), notes
+
+
+def conditions(options: TrainOptions, world_size: int, steps_of_epoch: int) -> dict[str, Any]:
+    """What a checkpoint's position depends on, as plain values.
+
+    Args:
+        steps_of_epoch: those of a whole epoch of the training data.
+    """
+    return {"options": _values(options), "world_size": world_size, "steps_of_epoch": steps_of_epoch}
+
+
+def changes(state: dict[str, Any], options: TrainOptions, world_size: int, source: Path) -> list[str]:
+    """What is different from when a checkpoint was written, in words.
+
+    Args:
+        state: the checkpoint. One without ``conditions``, such as open_clip_train's, is taken as it is.
+
+    Raises:
+        ValueError: options that say which run it is have changed, without ``resume_with_changes``; or, within an epoch,
+            anything that decides which samples come in which step.
+    """
+    if "conditions" not in state:
+        return []
+    was = {**state["conditions"]["options"], "world_size": state["conditions"]["world_size"]}
+    now = {**_values(options), "world_size": world_size}
+    changed = {key: f"{key} {was[key]!r} -> {now[key]!r}" for key in now if key in was and was[key] != now[key]}
+    if _within_epoch(state):
+        _refuse_within_epoch(state, [changed[key] for key in _order(options) if key in changed], source)
+    identity = [text for key, text in changed.items() if key.partition(".")[0] in IDENTITY]
+    if identity and not options.resume_with_changes:
+        raise ValueError(
+            f"{source} is of a run with other options: {', '.join(identity)}. Give the former values to go on with it, "
+            "another --name to start a run of its own, or --resume-with-changes to go on with it all the same"
+        )
+    without_effect = [changed.pop(key) for key in START if key in changed]
+    notes = [f"resumed with changes, which take effect from here on: {', '.join(changed.values())}"] if changed else []
+    if without_effect:
+        notes.append(f"without effect, because the weights come from the checkpoint: {', '.join(without_effect)}")
+    return notes
+
+
+def other_length(state: dict[str, Any], steps_of_epoch: int, source: Path) -> bool:
+    """Whether an epoch has another number of steps than when the checkpoint was written.
+
+    Raises:
+        ValueError: it has, and the checkpoint is from within an epoch.
+    """
+    before = state["conditions"]["steps_of_epoch"] if "conditions" in state else steps_of_epoch
+    if before == steps_of_epoch:
+        return False
+    if _within_epoch(state):
+        cause = f"other training data ({steps_of_epoch} steps in an epoch in place of {before})"
+        _refuse_within_epoch(state, [cause], source)
+    return True
+
+
+def _within_epoch(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint of ours is from within an epoch, and not from its last step or between two."""
+    return 0 < state["step_of_epoch"] < state["conditions"]["steps_of_epoch"]
+
+
+def _refuse_within_epoch(state: dict[str, Any], causes: list[str], source: Path) -> None:
+    if causes:
+        raise ValueError(
+            f"{source} is from within epoch {state['epoch'] + 1}, after step {state['step_of_epoch']} of "
+            f"{state['conditions']['steps_of_epoch']}; with {', '.join(causes)} the rest of the epoch would repeat "
+            "some samples and leave out others. Resume with the former values, or from the checkpoint of an epoch's "
+            "end (--resume .../epoch_K.pt), where they may change"
+        )
+
+
+def _order(options: TrainOptions) -> tuple[str, ...]:
+    """Workers read shards in turn, so for streamed shards their number counts too."""
+    is_csv = options.dataset_type == "csv" or (options.train_data or "").endswith((".csv", ".tsv"))
+    streamed = options.train_data is not None and not is_csv and not options.cache_data
+    return (*ORDER, "world_size", *(["workers"] if streamed else []))
+
+
+def _values(options: TrainOptions) -> dict[str, Any]:
+    """The options that are of the run, as plain values by name; the sparse layers' as ``moe_cfg.NAME``."""
+    values = {key: value for key, value in json.loads(options.to_json()).items() if key not in _OF_THE_CALL}
+    layers = values.pop("moe_cfg") or {}
+    return values | {f"moe_cfg.{key}": value for key, value in layers.items()}

@@ -1,0 +1,213 @@
+"""Shards that are damaged, cut off or no tar files at all: what they lose is named and counted, and streaming and
+caching agree about it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import shutil
+import tarfile
+
+import pytest
+from picture_samples import preprocess, samples_of, tokenizer
+
+from clipup.data import pictograms, shard_names
+from clipup.data.loaders import eval_samples, train_loader
+from clipup.evaluate import datasets
+from clipup.evaluate.zero_shot import image_shards
+
+SHARD = "train-000001.tar"  # samples 6 to 11 of 24
+
+
+def read(pictures, source, cached: bool, **options):
+    """What an epoch holds, and how much was skipped."""
+    if not cached and not (pictures.folder / "sizes.json").exists():
+        options["train_num_samples"] = 24
+    data = train_loader(source, preprocess, tokenizer, 1, 0, cache=cached, progress=False, **options)
+    return {picture for picture, _, _ in samples_of(data.dataloader)}, data.skipped
+
+
+def damages(pictures):
+    """By name: what is done to the shard, what is left of its samples, and a part of the reason."""
+    path = pictures.folder / SHARD
+    content = path.read_bytes()
+
+    def zero(start, end):
+        return content[:start] + bytes(end - start) + content[end:]
+
+    def member(name):
+        with tarfile.open(path) as tar:
+            return tar.getmember(name).offset
+
+    return {
+        "a page of HTML": (b"<!DOCTYPE html>404", (), "it is no tar file, it begins with b'<!DOCTYPE html>"),
+        "noise": (bytes(range(1, 256)) * 100, (), "it is no tar file"),
+        "gzip": (gzip.compress(content), (), "it is compressed (gzip)"),
+        "nothing": (b"", (), "empty file"),
+        "zeros": (bytes(204_800), (), "its last 204800 bytes are damaged"),
+        "cut between samples": (content[: member("s9.png")], (6, 7, 8), "no end-of-archive mark"),
+        "cut in a sample": (content[: member("s9.txt")], (6, 7, 8), "no end-of-archive mark"),
+        "cut in a header": (content[: member("s9.png") + 100], (6, 7, 8), "damaged"),
+        "cut in an image": (content[: member("s9.png") + 530], (6, 7, 8), "unexpected end of data"),
+        "a hole": (zero(member("s8.png"), member("s10.png")), (6, 7, 10, 11), "damaged"),
+    }  # fmt: skip
+
+
+KINDS = ("a page of HTML", "noise", "gzip", "nothing", "zeros", "cut between samples", "cut in a sample",
+         "cut in a header", "cut in an image", "a hole")  # fmt: skip
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_shard_is_named_and_every_sample_that_it_lost_is_counted(pictures, kind, cached, caplog):
+    source = pictures.shards()
+    content, left, reason = damages(pictures)[kind]
+    (pictures.folder / SHARD).write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        seen, skipped = read(pictures, source, cached, max_skipped=0.3)
+    assert seen == {*range(6), *left, *range(12, 24)}
+    assert skipped == 6 - len(left)
+    (message,) = [line for line in caplog.messages if reason in line]
+    assert SHARD in message
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_file_of_sizes_a_damaged_shard_counts_as_others_are(pictures, kind, cached):
+    source = pictures.shards()
+    content, left, _ = damages(pictures)[kind]
+    (pictures.folder / SHARD).write_bytes(content)
+    (pictures.folder / "sizes.json").unlink()
+    seen, skipped = read(pictures, source, cached, max_skipped=0.3)
+    assert seen == {*range(6), *left, *range(12, 24)}
+    assert skipped == (1 if kind == "a hole" else 6 - len(left))  # nothing says how many a hole took
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", ["a page of HTML", "cut in an image"])
+def test_data_of_which_an_eighth_is_lost_with_a_shard_are_refused(pictures, kind, cached):
+    source = pictures.shards()
+    content, left, _ = damages(pictures)[kind]
+    (pictures.folder / SHARD).write_bytes(content)
+    with pytest.raises(ValueError, match=f"max_skipped: {6 - len(left)} of 24 samples .*{SHARD}.*raise max_skipped"):
+        read(pictures, source, cached)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_shard_of_samples_without_partners_is_counted(pictures, picture, cached):
+    source = pictures.shards()
+    pictures.tar(SHARD, [(f"s{n}.png", picture(n)) for n in range(6, 12)])
+    assert read(pictures, source, cached, max_skipped=0.3) == ({*range(6), *range(12, 24)}, 6)
+    pictures.tar(SHARD, [(f"s{n}.txt", b"1 0") for n in range(6, 12)])
+    assert read(pictures, source, cached, max_skipped=0.3) == ({*range(6), *range(12, 24)}, 6)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_samples_fewer_than_the_file_of_sizes_says_are_missed(pictures, picture, cached, caplog):
+    source = pictures.shards()
+    pictures.tar(SHARD, [member for n in (6, 7, 8, 9) for member in ((f"s{n}.png", picture(n)), (f"s{n}.txt", b"1 0"))])
+    with caplog.at_level(logging.WARNING):
+        assert read(pictures, source, cached) == ({*range(10), *range(12, 24)}, 2)
+    path = pictures.folder / SHARD
+    assert f"skipped a part of {path}: it holds 4 samples, sizes.json beside it says 6 (2 samples)" in caplog.text
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_shards_joined_to_one_file_are_whole(pictures, cached):
+    pictures.shards(shards=2)
+    whole = b"".join((pictures.folder / f"train-00000{n}.tar").read_bytes() for n in range(2))
+    (pictures.folder / "all.tar").write_bytes(whole)
+    (pictures.folder / "sizes.json").unlink()
+    assert read(pictures, pictures.folder / "all.tar", cached) == (set(range(24)), 0)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_size_below_zero_does_not_read_for_ever(pictures, cached):
+    source = pictures.shards()
+    path = pictures.folder / SHARD
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        header = tar.getmember("s9.png")
+    header.size = -512
+    content[header.offset : header.offset + 512] = header.tobuf(tarfile.GNU_FORMAT)[:512]
+    path.write_bytes(content)
+    seen, skipped = read(pictures, source, cached, max_skipped=0.3)
+    assert seen == {*range(9), *range(12, 24)} and skipped == 3
+
+
+def test_evaluation_counts_what_a_shard_lost_and_a_benchmark_refuses_it(pictures):
+    source = pictures.shards()
+    (pictures.folder / SHARD).write_bytes(b"<html>")
+    samples = eval_samples(source, preprocess, max_skipped=0.25)
+    assert len(list(samples)) == 18 and samples.skipped == 6
+    with pytest.raises(ValueError, match="max_skipped: 6 of 24 samples"):
+        eval_samples(source, preprocess)
+    with pytest.raises(ValueError, match=f"and 6 without; .*{SHARD}: it is no tar file"):
+        datasets.webdataset(source)
+    with pytest.raises(ValueError, match=f"cannot read .*{SHARD}: it is no tar file"):
+        list(image_shards(str(pictures.folder / SHARD)))
+
+
+@pytest.fixture
+def built(small, tmp_path):
+    shutil.copytree(small[0], tmp_path / "data")
+    return tmp_path / "data"
+
+
+def tokens_of_any(texts):
+    import torch
+
+    return torch.zeros(len(texts), 1, dtype=torch.long)
+
+
+@pytest.mark.parametrize("how", ["zeroed", "one bit"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_shard_that_is_not_the_one_that_was_built_is_refused_by_name(built, split, how):
+    path = built / f"{split}-000000.tar"
+    content = bytearray(path.read_bytes())
+    if how == "zeroed":
+        content[:] = bytes(len(content))
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    message = f"{path} is not the file that dataset.json beside it lists"
+    if split == "train":
+        for cached in (False, True):
+            for source in (built, built / "train-*.tar"):
+                with pytest.raises(ValueError, match=f"train_data: {message}"):
+                    train_loader(source, preprocess, tokens_of_any, 4, 0, cache=cached, progress=False)
+    else:
+        with pytest.raises(ValueError, match=f"source: {message}"):
+            eval_samples(built / "test-*.tar", preprocess)
+        with pytest.raises(ValueError, match=f"root: {message}"):
+            datasets.webdataset(built, "test")
+
+
+def test_a_shard_is_hashed_once_in_a_process(built, monkeypatch):
+    hashed = []
+    real = shard_names.sha256
+    monkeypatch.setattr(shard_names, "sha256", lambda path: hashed.append(str(path)) or real(path))
+    for _ in range(3):
+        eval_samples(built / "test-*.tar", preprocess)
+    assert hashed == sorted(map(str, built.glob("test-*.tar")))
+
+
+def test_a_damaged_data_set_is_not_taken_for_finished(small, tmp_path, in_the_small):
+    out = tmp_path / "data"
+    shutil.copytree(small[0], out)
+    path = out / "test-000000.tar"
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    build = {"samples_per_shard": 64, "processes": 1, "progress": False, "only": in_the_small}
+    with pytest.raises(ValueError, match="--overwrite"):
+        pictograms.build(out, **build)
+    pictograms.build(out, overwrite=True, **build)
+    assert path.read_bytes() == whole
+
+
+def test_a_dataset_json_of_another_tool_says_nothing_about_shards(pictures):
+    source = pictures.shards()
+    for content in ([], {"splits": {"train": 24}}, {"name": "mine"}):
+        (pictures.folder / "dataset.json").write_text(json.dumps(content))
+        assert read(pictures, source, True) == (set(range(24)), 0)

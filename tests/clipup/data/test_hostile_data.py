@@ -1,0 +1,259 @@
+"""Data sets that come from others: nothing in them runs a command or leads to files elsewhere.
+
+Every attempt would leave the file `trace`, or read `secret`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+
+import pytest
+from picture_samples import preprocess, samples_of, tokenizer
+from PIL import Image
+
+from clipup.data import iconify
+from clipup.data.images import load_image
+from clipup.data.loaders import eval_samples, train_loader
+from clipup.evaluate import datasets
+from clipup.evaluate.zero_shot import image_shards
+
+
+@pytest.fixture
+def trace(tmp_path):
+    return tmp_path / "trace"
+
+
+@pytest.fixture
+def listing(pictures, tmp_path):
+    """Writes a data set whose dataset.json lists these names as its shards, and returns its directory."""
+
+    def write(*names, **more):
+        pictures.folder = tmp_path / "data set"
+        pictures.folder.mkdir(exist_ok=True)
+        pictures.shards()
+        shards = [{"file": name, **more} for name in names]
+        content = {"splits": {"train": {"shards": shards}, "test": {"shards": shards}}}
+        (pictures.folder / "dataset.json").write_text(json.dumps(content))
+        return pictures.folder
+
+    return write
+
+
+def consume(source, **options):
+    return samples_of(train_loader(source, preprocess, tokenizer, 3, 0, progress=False, **options).dataloader)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train-000000.tar::pipe:touch TRACE",
+        "pipe:touch TRACE",
+        "{train-000000.tar,pipe:touch TRACE}",
+        "../outside.tar",
+        "/OUTSIDE",
+        "..",
+        "",
+        "a\0b",
+        7,
+        None,
+    ],
+)
+def test_a_data_set_names_files_beside_it_and_nothing_else(
+    listing, pictures, trace, cache, name, monkeypatch, tmp_path
+):
+    outside = pictures.shards()
+    os.rename(tmp_path / "train-000000.tar", tmp_path / "outside.tar")
+    assert outside
+    if isinstance(name, str):
+        name = name.replace("TRACE", str(trace)).replace("/OUTSIDE", str(tmp_path / "outside.tar"))
+    directory = listing("train-000000.tar", name)
+    monkeypatch.chdir(directory)
+    options = {"cache": cache} if cache else {"train_num_samples": 12}
+    for source in (directory, "."):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"dataset\.json"):
+            consume(source, **options)
+        with pytest.raises((ValueError, FileNotFoundError), match=r"dataset\.json"):
+            datasets.webdataset(source, "test")
+    assert not trace.exists()
+
+
+def test_names_in_a_data_set_are_no_patterns(listing):
+    with pytest.raises(FileNotFoundError, match=r"no shard .*train-\*\.tar"):
+        consume(listing("train-*.tar"), cache=True)
+    with pytest.raises(FileNotFoundError, match="no shard"):
+        consume(listing("train-{000000..999999999999}.tar"), cache=True)
+    assert len(consume(listing("train-000000.tar", "train-000001.tar"), cache=True)) == 12
+
+
+def test_a_directory_whose_name_holds_colons_is_read(listing, tmp_path):
+    directory = listing("train-000000.tar", "train-000001.tar").rename(tmp_path / "a::b")
+    assert len(consume(directory, cache=True)) == len(consume(directory)) == 12
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        "[1]",
+        '{"splits": 1}',
+        '{"splits": {"train": 1}}',
+        '{"splits": {"train": {"shards": [1]}}}',
+        "\xff",
+    ],
+)
+def test_a_broken_dataset_json_is_named(pictures, content):
+    pictures.shards()
+    (pictures.folder / "dataset.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"dataset\.json|has no split"):
+        consume(pictures.folder, cache=True)
+
+
+def test_a_broken_sizes_json_is_named(pictures):
+    source = pictures.shards()
+    for content in ("[" * 100_000, "[1]", '{"train-000000.tar": "many"}', '{"train-000000.tar": null}'):
+        (pictures.folder / "sizes.json").write_text(content)
+        with pytest.raises(ValueError, match=r"sizes\.json"):
+            consume(source)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": True}, {"dataset_resampled": True}])
+@pytest.mark.parametrize(
+    "pattern",
+    ["pipe:touch TRACE", "PATH::pipe:touch TRACE", "pip{e,e}:touch TRACE", "PIPE:touch TRACE", " pipe:touch TRACE"],
+)
+def test_a_pipe_runs_only_where_it_is_allowed(pictures, trace, pattern, options):
+    source = pattern.replace("PATH", pictures.shards()).replace("TRACE", f"{trace} #.tar")
+    size = {} if "cache" in options else {"train_num_samples": 24}
+    with pytest.raises(ValueError, match=r"train_data: '\s*(pipe|PIPE):touch .* would run a command .*--allow-pipe"):
+        consume(source, **options, **size)
+    assert not trace.exists()
+
+
+def test_an_allowed_pipe_is_read(pictures):
+    pictures.shards()
+    source = f"pipe:cat {pictures.folder}/train-00000[0123].tar"
+    seen = consume(source, allow_pipe=True, train_num_samples=24, dataset_type="webdataset")
+    assert sorted(picture for picture, _, _ in seen) == list(range(24))
+
+
+def test_evaluation_runs_no_pipe(trace):
+    with pytest.raises(ValueError, match="would run a command"):
+        eval_samples(f"pipe:touch {trace} #.tar", preprocess)
+    with pytest.raises(ValueError, match="would run a command"):
+        list(image_shards(f"pipe:touch {trace} #.tar"))
+    with pytest.raises(ValueError, match="would run a command"):
+        datasets.webdataset(f"pipe:touch {trace} #.tar", "test")
+    assert not trace.exists()
+
+
+def test_a_file_named_like_a_pipe_is_a_file(pictures, trace, monkeypatch):
+    pictures.shards(shards=1)
+    monkeypatch.chdir(pictures.folder)
+    os.rename("train-000000.tar", "pipe:touch trace #.tar")
+    assert len(consume("pipe:touch trace #.tar", train_num_samples=24)) == 24
+    assert len(consume("*.tar", train_num_samples=24)) == len(consume("*.tar", cache=True)) == 24
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("scheme", ["http", "https", "gs", "sftp"])
+def test_a_url_cannot_break_out_of_the_quotes_that_webdataset_puts_around_it(trace, scheme):
+    with pytest.raises(ValueError, match="holds a quote"):
+        consume(f"{scheme}://localhost/a'; touch {trace}; '.tar", train_num_samples=3)
+    assert not trace.exists()
+
+
+def test_a_url_that_nothing_reads_is_refused_by_name():
+    for url in ("s3://bucket/a.tar", "file:///a.tar", "ftp://host/a.tar"):
+        with pytest.raises(ValueError, match=f"train_data: '{url}': nothing reads"):
+            consume(url, train_num_samples=3)
+
+
+def test_members_that_are_no_plain_files_are_left_alone(pictures, picture, tmp_path):
+    """Links, absolute names and `..` in a shard: what they point to is not read, and nothing is written."""
+    (tmp_path / "secret.txt").write_text("1 0")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, kind, target in (
+            ("a.txt", tarfile.SYMTYPE, str(tmp_path / "secret.txt")),
+            ("b.txt", tarfile.LNKTYPE, "../secret.txt"),
+            ("c.txt", tarfile.FIFOTYPE, ""),
+        ):
+            image = tarfile.TarInfo(name.replace("txt", "png"))
+            image.size = len(picture(1))
+            tar.addfile(image, io.BytesIO(picture(1)))
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+        for name, content in (
+            ("../d.png", picture(7)),
+            ("../d.txt", b"7 0"),
+            ("/tmp/e.png", picture(8)),
+            ("/tmp/e.txt", b"8 0"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    before = sorted(path.name for path in tmp_path.parent.iterdir())
+    for cache in (False, True):
+        data = train_loader(
+            tmp_path / "train.tar", preprocess, tokenizer, 2, 0, cache=cache, progress=False, max_skipped=0.9,
+            **({} if cache else {"train_num_samples": 4}),
+        )  # fmt: skip
+        assert {picture for picture, _, _ in samples_of(data.dataloader)} == {7, 8}
+        assert data.skipped == 3
+    assert sorted(path.name for path in tmp_path.parent.iterdir()) == before
+
+
+def test_an_image_does_not_start_ghostscript(tmp_path, trace, monkeypatch):
+    """Pillow hands EPS to the program `gs`, whatever the file is called."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    with pytest.raises(ValueError, match="it is no image, or of no format that is read"):
+        load_image(eps)
+    assert not trace.exists()
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(eps)).load()
+    assert trace.exists()
+
+
+def test_annotations_name_images_in_their_directory_and_no_others(tmp_path, picture):
+    root = tmp_path / "coco"
+    (root / "val2014").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(picture(1))
+    for name in ("../../secret.png", str(tmp_path / "secret.png")):
+        content = {"images": [{"id": 1, "file_name": name}], "annotations": [{"image_id": 1, "caption": "a"}]}
+        (root / "coco_test_karpathy.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"annotations: .*secret\.png, which is not in"):
+            datasets.coco(root)
+        (root / "test.csv").write_text(f"filepath,title\n{name},a\n")
+        with pytest.raises(ValueError, match="its image is not in"):
+            datasets.csv(root, "test", ",", "filepath", "title")
+
+
+def test_the_number_of_shards_is_no_request_for_memory(tmp_path, pictures):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "nshards.txt").write_text("1000000000000000")
+    with pytest.raises(FileNotFoundError, match=r"there is no shard .*0\.tar"):
+        datasets.webdataset(tmp_path)
+    (tmp_path / "test" / "nshards.txt").write_text("many")
+    with pytest.raises(ValueError, match=r"nshards\.txt holds no number"):
+        datasets.webdataset(tmp_path)
+
+
+def test_an_icon_shows_no_image_of_the_disk(tmp_path):
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "secret.png")
+    for body in (
+        f'<image href="{tmp_path}/secret.png" width="16" height="16"/>',
+        f'<image alt=">" xlink:href=\'{tmp_path}/secret.png\' width="16" height="16"/>',
+        f'<filter id="f"><feImage href="{tmp_path}/secret.png"/></filter><rect filter="url(#f)" width="9"/>',
+    ):
+        with pytest.raises(ValueError, match="an image from a file"):
+            iconify.render(iconify._document({"body": body}), 16)

@@ -1,0 +1,170 @@
+"""Rows and images that cannot be read: left out, named and counted once, never replaced by a row that is in the batch,
+and too many of them stop the run."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from picture_samples import preprocess, samples_of, tokenizer
+
+from clipup.data.loaders import eval_samples, train_loader
+
+KINDS = ("csv", "cached csv", "webdataset", "cached webdataset")
+SPOILT = (3, 17, 40)
+
+
+def spoilt(pictures, kind, numbers=SPOILT, count=60):
+    """A source of pictures of which these cannot be decoded."""
+    source = pictures.csv(count) if "csv" in kind else pictures.shards(count)
+    for n in numbers:
+        if "csv" in kind:
+            path = pictures.folder / f"{n}.png"
+            path.write_bytes(path.read_bytes()[:20])
+        else:
+            pictures.damage_content(n * 4 // count, f"s{n}.png")
+    return source
+
+
+def loader(kind, source, batch_size=4, workers=0, **options):
+    return train_loader(
+        source, preprocess, tokenizer, batch_size, workers, cache="cached" in kind, progress=False, **options
+    )
+
+
+def batches_of(data, epoch):
+    """The pictures of each batch."""
+    data.set_epoch(epoch)
+    return [[picture for picture, _, _ in samples_of([batch])] for batch in data.dataloader]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_cannot_be_decoded_is_named_and_counted_once(pictures, kind, workers, caplog):
+    with caplog.at_level(logging.WARNING):
+        data = loader(kind, spoilt(pictures, kind), workers=workers)
+        for epoch in range(3):
+            assert set(SPOILT).isdisjoint(sum(batches_of(data, epoch), []))
+    assert data.skipped == 3
+    named = [line for line in caplog.messages if line.startswith("skipped")]
+    assert len(named) == 3
+    for n in SPOILT:
+        (line,) = [line for line in named if f"/{n}.png" in line or f" s{n} in" in line]
+        assert "it is no image" in line or "Truncated" in line
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["csv", "cached csv"])
+def test_rows_that_cannot_be_used_leave_the_index(pictures, kind, workers, caplog):
+    """Missing, empty, without image or caption, a directory: an epoch is as long as the rows that are left."""
+    source = pictures.csv(40)
+    (pictures.folder / "3.png").unlink()
+    (pictures.folder / "9.png").write_bytes(b"")
+    with open(source, "a") as file:
+        file.write(
+            f"{pictures.folder / '1.png'}\t\n{pictures.folder / '1.png'}\t \u3000\n\t1 0\n{pictures.folder}\t1 0\n"
+        )
+        file.write(f"{pictures.folder / '1.png'}\t1 0\tone more\n")
+    with caplog.at_level(logging.WARNING):
+        data = loader(kind, source, batch_size=2, workers=workers, max_skipped=0.2)
+    assert (data.skipped, data.dataloader.num_batches) == (7, 19)
+    seen = sum(batches_of(data, 0), [])
+    assert sorted(seen) == [n for n in range(40) if n not in (3, 9)]
+    assert len(caplog.messages) == 7 and data.skipped == 7
+    for part in ("3.png): its image cannot be opened (No such file", "its image is an empty file", "it has no image",
+                 "its image is no file", "it has 3 cells, the header has 2", "it has no caption"):  # fmt: skip
+        assert part in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_batch_holds_a_row_twice(pictures, kind):
+    """24 of 240 cannot be read, and every row that can stands in for others now and then."""
+    data = loader(kind, spoilt(pictures, kind, range(0, 240, 10), 240), batch_size=16)
+    for epoch in range(3):
+        batches = batches_of(data, epoch)
+        assert len(batches) == 15
+        assert all(len(set(batch)) == 16 for batch in batches[:13])  # then a stream may begin again within a batch
+    assert data.skipped == 24
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_batch_of_a_csv_holds_depends_neither_on_the_past_nor_on_workers(pictures, workers):
+    source = spoilt(pictures, "csv", range(0, 60, 10))
+    reference = loader("csv", source)
+    epochs = [batches_of(reference, epoch) for epoch in range(3)]
+    data = loader("csv", source, workers=workers)
+    assert batches_of(data, 2) == epochs[2]
+    assert batches_of(data, 0) == epochs[0]
+    assert batches_of(loader("csv", source, workers=workers, epoch=1), 1) == epochs[1]
+
+
+def test_a_row_stands_in_only_where_one_cannot_be_read(pictures):
+    whole = batches_of(loader("csv", pictures.csv(60)), 0)
+    damaged = batches_of(loader("csv", spoilt(pictures, "csv")), 0)
+    for before, after in zip(whole, damaged, strict=True):
+        good = [n for n in before if n not in SPOILT]
+        assert after[: len(good)] == good
+
+
+def test_ranks_have_equally_many_batches_and_no_row_at_once(pictures):
+    source = spoilt(pictures, "csv", range(0, 60, 10))
+    ranks = [batches_of(loader("csv", source, world_size=2, rank=rank), 0) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1]) == 7
+    for one, other in list(zip(*ranks, strict=True))[:6]:
+        assert len({*one, *other}) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_above_the_share_that_may_be_skipped_reading_stops(pictures, kind, workers):
+    source = spoilt(pictures, kind, range(0, 60, 8))  # 8 of 60
+    message = (
+        r"max_skipped: [78] of 60 samples cannot be read, more than the share of 0.1 .*(png|tar).*raise max_skipped"
+    )
+    with pytest.raises(ValueError, match=message):
+        for epoch in range(2):
+            batches_of(loader(kind, source, workers=workers), epoch)
+    data = loader(kind, source, workers=workers, max_skipped=0.2)
+    for epoch in range(2):
+        batches_of(data, epoch)
+    assert data.skipped == 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_judges_by_its_own_part_and_allows_for_chance(pictures, kind):
+    source = spoilt(pictures, kind, range(0, 120, 15), 120)
+    for rank in (0, 1):
+        batches_of(loader(kind, source, world_size=2, rank=rank, max_skipped=0.05), 0)
+    source = spoilt(pictures, kind, range(0, 120, 3), 120)
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match="max_skipped: .* samples cannot be read"):
+            batches_of(loader(kind, source, world_size=2, rank=rank), 0)
+
+
+@pytest.mark.parametrize("kind", ["csv", "cached csv"])
+def test_data_of_which_most_is_missing_are_refused_before_the_first_batch(pictures, kind):
+    source = pictures.csv(100)
+    for n in range(4, 100):
+        (pictures.folder / f"{n}.png").unlink()
+    with pytest.raises(ValueError, match=r"max_skipped: 96 of 100 samples cannot be read, .*line 14 of .*4\.png"):
+        loader(kind, source)
+    with pytest.raises(ValueError, match="batch_size: got 8"):
+        loader(kind, source, batch_size=8, max_skipped=1.0)
+    with pytest.raises(ValueError, match="max_skipped: 96 of 100"):
+        eval_samples(source, preprocess)
+    assert len(eval_samples(source, preprocess, max_skipped=0.96)) == 4
+
+
+def test_a_stream_longer_than_its_epoch_is_judged_by_what_it_holds(pictures):
+    """With 10 samples an epoch of 60, 4 unreadable ones are few."""
+    source = spoilt(pictures, "webdataset", (1, 16, 31, 46))
+    data = loader("webdataset", source, batch_size=2, train_num_samples=10)
+    for epoch in range(20):
+        batches_of(data, epoch)
+    assert data.skipped == 4
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(pictures, share):
+    with pytest.raises(ValueError, match=r"max_skipped: got .*, expected a share from 0 to 1"):
+        loader("csv", pictures.csv(), max_skipped=share)

@@ -1,0 +1,263 @@
+"""Images of unusual modes and sizes, blank and undecodable captions, stray quotes: streaming and caching agree."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from picture_samples import preprocess
+from PIL import Image
+
+from clipup.cli import main
+from clipup.data.images import MAX_PIXELS, load_image
+from clipup.data.loaders import eval_samples, train_loader
+from clipup.evaluate.zero_shot import read_lines
+
+KINDS = ("csv", "cached csv", "webdataset", "cached webdataset")
+
+
+def lengths(texts):
+    import torch
+
+    return torch.tensor([[len(text)] for text in texts])
+
+
+def words(texts):
+    """Tokens that say which text it was."""
+    import torch
+
+    return torch.tensor([[zlib.crc32(text.encode()) & 0xFFFF] for text in texts])
+
+
+def encoded(image, kind="PNG"):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def ramp(kind):
+    """Values from 0 to full, of a kind of pixels, as a file."""
+    steps = np.linspace(0, 1, 16).reshape(4, 4)
+    if kind == "16 bit PNG":
+        return encoded(Image.fromarray((steps * 65535).astype(np.uint16)))
+    if kind == "dark 16 bit PNG":
+        return encoded(Image.fromarray((steps * 255).astype(np.uint16)))
+    if kind == "16 bit TIFF":
+        return encoded(Image.fromarray((steps * 65535).astype(np.uint16)), "TIFF")
+    if kind == "32 bit TIFF":
+        return encoded(Image.fromarray((steps * 65535).astype(np.int32)), "TIFF")
+    if kind == "float TIFF":
+        return encoded(Image.fromarray(steps.astype(np.float32)), "TIFF")
+    if kind == "float TIFF up to 255":
+        return encoded(Image.fromarray((255 * steps).astype(np.float32)), "TIFF")
+    return encoded(Image.fromarray((255 * steps).round().astype(np.uint8)))
+
+
+RAMP = np.rint(np.linspace(0, 255, 16))
+
+
+@pytest.mark.parametrize(
+    "kind", ["8 bit PNG", "16 bit PNG", "16 bit TIFF", "32 bit TIFF", "float TIFF", "float TIFF up to 255"]
+)
+def test_the_range_of_a_picture_becomes_that_of_8_bits(kind):
+    values = np.array(load_image(ramp(kind)))
+    assert values.shape == (4, 4, 3)
+    assert np.abs(values - RAMP.reshape(4, 4, 1)).max() <= 1
+
+
+def test_a_dark_picture_of_16_bits_stays_dark():
+    assert np.array(load_image(ramp("dark 16 bit PNG"))).max() == 1
+
+
+@pytest.mark.parametrize("values", [[0, np.nan], [-1, 1], [0, 256], [0, np.inf]])
+def test_floats_of_an_unknown_range_are_refused(values):
+    with pytest.raises(ValueError, match="its values range from .*, expected 0 to"):
+        load_image(encoded(Image.fromarray(np.array([values], np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("values", [[-1, 1], [0, 65536]])
+def test_integers_of_an_unknown_range_are_refused(values):
+    with pytest.raises(ValueError, match="its values range from .*, expected 0 to 65535"):
+        load_image(encoded(Image.fromarray(np.array([values], np.int32)), "TIFF"))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_other_modes_are_converted_by_pillow(mode):
+    image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert(mode)
+    content = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
+    assert load_image(content).tobytes() == Image.open(io.BytesIO(content)).convert("RGB").tobytes()
+
+
+def write(pictures, kind, contents):
+    """The same samples as a CSV file or as shards: (image, its extension, caption) each."""
+    if "csv" in kind:
+        rows = ["filepath\ttitle"]
+        for n, (content, _, caption) in enumerate(contents):
+            (pictures.folder / f"{n}.img").write_bytes(content)
+            rows.append(f"{pictures.folder / f'{n}.img'}\t{caption}")
+        (pictures.folder / "train.csv").write_text("\n".join(rows) + "\n")
+        return {"train_data": pictures.folder / "train.csv"}
+    members = []
+    for n, (content, extension, caption) in enumerate(contents):
+        members += [(f"s{n}.{extension}", content), (f"s{n}.txt", caption.encode())]
+    return {"train_data": pictures.tar("train.tar", members)} | (
+        {} if "cached" in kind else {"train_num_samples": len(contents)}
+    )
+
+
+def served(pictures, kind, contents, tokenizer=lengths, **options):
+    """Images and tokens of an epoch, in no order, and how much was skipped."""
+    data = train_loader(
+        **write(pictures, kind, contents), preprocess=preprocess, tokenizer=tokenizer, batch_size=1, workers=0,
+        cache="cached" in kind, progress=False, max_skipped=0.9, **options,
+    )  # fmt: skip
+    seen = {
+        (image.numpy().tobytes(), int(text))
+        for images, texts in data.dataloader
+        for image, text in zip(images, texts, strict=True)
+    }
+    return seen, data.skipped
+
+
+def test_streamed_and_cached_images_of_every_mode_are_the_same(pictures, picture):
+    contents = [
+        (ramp(kind), "png", "a caption") for kind in ("8 bit PNG", "16 bit PNG", "dark 16 bit PNG", "float TIFF")
+    ]
+    found = [served(pictures, kind, contents) for kind in KINDS]
+    assert found.count(found[0]) == 4 and len(found[0][0]) >= 2 and found[0][1] == 0  # equal ones are one
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\u3000", "\xa0 \u2003"])
+def test_blank_captions_are_skipped_alike(pictures, picture, blank):
+    contents = [(picture(n), "png", blank if n == 1 else "a caption") for n in range(4)]
+    found = [served(pictures, kind, contents) for kind in KINDS]
+    assert found.count(found[0]) == 4 and len(found[0][0]) == 3 and found[0][1] == 1
+
+
+@pytest.mark.parametrize("caption", ['a "big" dog', "NA", "null", "007", "1.50", "it's", 'six" nails', "nan", "True"])
+def test_captions_are_read_as_they_are_written(pictures, picture, caption):
+    contents = [(picture(1), "png", caption)]
+    found = [served(pictures, kind, contents, words) for kind in KINDS]
+    assert found.count(found[0]) == 4 and found[0][1] == 0
+    assert next(iter(found[0][0]))[1] == int(words([caption]))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_of_several_images_of_a_sample_the_same_is_taken(pictures, picture, cached):
+    members = [("a.png", picture(1)), ("a.jpg", picture(2)), ("a.TXT", b"two images")]
+    size = {} if cached else {"train_num_samples": 1}
+    path = pictures.tar("train.tar", members)
+    data = train_loader(path, preprocess, lengths, 1, 0, cache=cached, progress=False, **size)
+    ((images, texts),) = list(data.dataloader)
+    assert (int(images[0, 0, 0, 0]), int(texts)) == (2, len("two images"))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_captions_in_json_are_read_alike(pictures, picture, cached):
+    members = [("a.png", picture(1)), ("a.json", b'{"captions": ["from\\njson", " ", 3]}')]
+    size = {} if cached else {"train_num_samples": 1}
+    path = pictures.tar("train.tar", members)
+    data = train_loader(path, preprocess, words, 1, 0, cache=cached, progress=False, **size)
+    ((_, texts),) = list(data.dataloader)
+    assert int(texts) == int(words(["from json"]))
+
+
+@pytest.mark.parametrize("kind", ["csv", "cached csv"])
+def test_a_stray_quote_is_named_and_the_rows_that_it_swallows_are_counted(pictures, kind, caplog):
+    source = pictures.csv(20)
+    image = pictures.folder / "1.png"
+    with open(source, "a") as file:
+        file.write(f'{image}\t"1 0 begins\n{image}\t1 1\n{image}\t1 1\n{image}\t1 "2" ends\n{image}\t2 1\n')
+    data = train_loader(source, preprocess, lengths, 1, 0, cache="cached" in kind, progress=False, max_skipped=0.2)
+    assert data.skipped == 4 and data.dataloader.num_batches == 21
+    assert "line 62 of" in caplog.text and "swallows 3 more rows" in caplog.text
+
+
+def test_a_text_that_is_not_utf8_is_named(pictures, picture, caplog, tmp_path):
+    members = [(name, content) for n in range(3) for name, content in ((f"{n}.png", picture(n)), (f"{n}.txt", b"good"))]
+    members[3] = ("1.txt", b"caf\xe9")
+    path = pictures.tar("train.tar", members)
+    for options in ({"cache": True}, {"train_num_samples": 3}):
+        caplog.clear()
+        data = train_loader(path, preprocess, lengths, 1, 0, progress=False, max_skipped=0.5, **options)
+        assert len(list(data.dataloader)) >= 2
+        assert data.skipped == 1 and f"skipped 1 in {path}: its .txt is not UTF-8" in caplog.text
+
+    source = pictures.csv(4)
+    with open(source, "ab") as file:
+        file.write(f"{pictures.folder / '1.png'}\tcaf".encode() + b"\xe9\n")
+    for cached in (False, True):
+        with pytest.raises(ValueError, match=r"train_data: .*train\.csv is not UTF-8 text behind line"):
+            train_loader(source, preprocess, lengths, 1, 0, cache=cached)
+    with pytest.raises(ValueError, match=r"source: .*train\.csv is not UTF-8 text"):
+        eval_samples(source, preprocess)
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"classes\.txt is not UTF-8 text"):
+        read_lines(tmp_path / "classes.txt")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(pictures):
+    source = pictures.csv(4)
+    with open(source, "rb") as file:
+        content = file.read()
+    with open(source, "wb") as file:
+        file.write(b"\xef\xbb\xbf" + content)
+    assert train_loader(source, preprocess, lengths, 2, 0).dataloader.num_batches == 2
+
+
+def test_the_separator_may_be_written_as_a_shell_has_it(pictures):
+    assert train_loader(pictures.csv(4), preprocess, lengths, 2, 0, csv_separator="\\t").dataloader.num_batches == 2
+    with pytest.raises(ValueError, match="csv_separator: got '||', expected one character"):
+        train_loader(pictures.csv(4), preprocess, lengths, 2, 0, csv_separator="||")
+
+
+def large_png(width, height):
+    """A PNG of that many pixels that takes a few bytes: its header says so, and no data follow."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [13_000, 30_000, 100_000])
+def test_pixels_are_bounded_before_they_are_decoded(side):
+    message = rf"{side} x {side} pixels are more than the {MAX_PIXELS} that are decoded \(max_image_pixels\)"
+    with pytest.raises(ValueError, match=message):
+        load_image(large_png(side, side))
+
+
+def test_the_bound_can_be_raised_above_pillows_and_pillows_stays(picture):
+    with pytest.raises(OSError):  # what is missing is the data
+        load_image(large_png(30_000, 30_000), max_pixels=10**9)
+    assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(io.BytesIO(large_png(30_000, 30_000)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_holds_in_every_loader(pictures, picture, kind, caplog):
+    contents = [(picture(n), "png", "small") for n in range(3)] + [(large_png(5, 4), "png", "large")]
+    seen, skipped = served(pictures, kind, contents, max_image_pixels=16)
+    assert len(seen) == 3 and skipped == 1
+    assert "5 x 4 pixels are more than the 16 that are decoded" in caplog.text
+
+
+def test_a_bound_below_one_pixel_is_refused(pictures):
+    for read in (lambda n: train_loader(pictures.csv(), preprocess, lengths, 1, max_image_pixels=n),
+                 lambda n: eval_samples(pictures.csv(), preprocess, max_image_pixels=n)):  # fmt: skip
+        with pytest.raises(ValueError, match="max_image_pixels: got 0, expected at least 1"):
+            read(0)
+
+
+def test_eval_says_which_option_bounds_pixels(pictures, tmp_path, capsys):
+    (tmp_path / "root" / "cat").mkdir(parents=True)
+    (tmp_path / "root" / "cat" / "a.png").write_bytes(large_png(13_000, 13_000))
+    (tmp_path / "classes.txt").write_text("cat\n")
+    options = ["--classes", str(tmp_path / "classes.txt"), "--images", str(tmp_path / "root"), "--workers", "0"]
+    assert main(["eval", "clipup-tiny-32", "--device", "cpu", *options]) == 2
+    assert "13000 x 13000 pixels" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""An evaluation by several processes gives the numbers of one."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from clipup.evaluate import Share, encode_images, evaluate_retrieval
+
+WORDS = "cat dog sun sea tree house road boat bird".split()
+
+
+def all_shares(count, call):
+    """What ``call(share)`` returns in each of ``count`` threads, which stand for processes."""
+    barrier, boxes = threading.Barrier(count, timeout=60), [None] * count
+
+    def gather_as(index):
+        def gather(value):
+            boxes[index] = value
+            barrier.wait()
+            values = list(boxes)
+            barrier.wait()
+            return values
+
+        return gather
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda index: call(Share(index, count, gather_as(index))), range(count)))
+
+
+@pytest.fixture
+def samples():
+    """Nine images with one to three captions, some of them equal."""
+    return [
+        (torch.randn(3, 16, 16), [f"a {word}", "a thing", f"one {word} more"][: 1 + n % 3], {"group": n % 2})
+        for n, word in enumerate(WORDS)
+    ]
+
+
+@pytest.mark.parametrize("count, batch_size", [(2, 2), (3, 2), (2, 4), (4, 4)])
+@pytest.mark.parametrize("multi_positive", [False, True])
+def test_shared_retrieval_is_that_of_one_process(model, tokenizer, samples, count, batch_size, multi_positive):
+    options = {"batch_size": batch_size, "by": "group", "multi_positive": multi_positive}
+    alone = evaluate_retrieval(model, samples, tokenizer, **options)
+
+    def evaluate(share):
+        mine = share.part(samples, batch_size)
+        return evaluate_retrieval(copy.deepcopy(model), mine, tokenizer, share=share, **options)
+
+    first, *others = all_shares(count, evaluate)
+
+    assert first == alone and others == [None] * (count - 1)
+
+
+def test_shared_features_are_bitwise_those_of_one_process_on_every_process(model):
+    images = [torch.randn(3, 16, 16) for _ in range(11)]
+    alone = encode_images(model, images, batch_size=3)
+
+    found = all_shares(3, lambda share: encode_images(copy.deepcopy(model), share.part(images, 3), 3, share=share))
+
+    assert all(torch.equal(features, alone) for features in found)
+
+
+def test_an_empty_data_set_is_refused_on_every_process(model, tokenizer):
+    def evaluate(share):
+        with pytest.raises(ValueError, match="the data set is empty"):
+            evaluate_retrieval(copy.deepcopy(model), [], tokenizer, share=share)
+
+    all_shares(2, evaluate)

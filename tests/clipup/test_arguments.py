@@ -1,0 +1,188 @@
+"""A wrong argument is refused before anything is done, and the message names it, what came and what was expected."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from tiny_clip import tiny_clip, tiny_config
+from torch import nn
+
+import clipup
+from clipup import MoEConfig, SparseMoE, aux_loss, calibrate, moe_layers, moe_metrics, step0_difference, upcycle
+from clipup.models import random_inputs
+from clipup.router import Router
+
+D = 12
+NUMBERS = ("norm_eps", "dropout", "router_noise", "selection_bias_rate", "balance_weight", "entropy_threshold")
+
+
+def make_layer(**options):
+    return SparseMoE(**{"d_model": D, "d_hidden": 16, "num_experts": 4, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "expected"),
+    [
+        ("bias", "no", TypeError, "must be True or False, got 'no'"),
+        ("bias", None, TypeError, "must be True or False, got None"),
+        ("gated", "yes", TypeError, "must be True or False, got 'yes'"),
+        ("gated", 1, TypeError, "must be True or False, got 1"),
+        ("shared_expert", "yes", TypeError, "must be True or False, got 'yes'"),
+        ("dtype", torch.complex64, TypeError, "must be None or one of torch.float32, .*got torch.complex64"),
+        ("dtype", torch.int64, TypeError, "must be None or one of torch.float32, .*got torch.int64"),
+        ("dtype", "float32", TypeError, "must be None or one of torch.float32, .*got 'float32'"),
+        ("norm_eps", -1, ValueError, "must be positive, got -1"),
+        ("norm_eps", 0, ValueError, "must be positive, got 0"),
+        ("dropout", 1.0, ValueError, "must be a probability below 1, got 1.0"),
+        ("dropout", True, TypeError, "must be a number, got True"),
+        ("entropy_threshold", -5, ValueError, "must be 0 or more, or None, got -5"),
+        ("num_experts", 2**31, ValueError, "must be at most 1048576, got 2147483648"),
+        ("d_model", None, ValueError, "must be a positive int, got None"),
+        *[(name, "x", TypeError, "must be a number, got 'x'") for name in NUMBERS],
+        *[(name, math.nan, ValueError, "must be finite, got nan") for name in NUMBERS],
+        *[(name, math.inf, ValueError, "must be finite, got inf") for name in (*NUMBERS, "capacity_factor")],
+    ],
+)
+def test_wrong_option_of_a_layer_is_refused_by_name(name, value, error, expected):
+    with pytest.raises(error, match=f"{name} {expected}"):
+        make_layer(**{name: value})
+
+
+@pytest.mark.parametrize("x", [None, [[0.0] * D], np.zeros((2, D), np.float32), 1.0, "x"], ids=type)
+def test_tokens_that_are_no_tensor_are_refused_by_name(x):
+    with pytest.raises(TypeError, match=f"x must be a tensor, got {type(x).__name__}"):
+        make_layer()(x)
+
+
+@pytest.mark.parametrize("mask", [[True, False], np.ones(2, bool), True, "x"], ids=type)
+def test_mask_that_is_no_tensor_is_refused_by_name(mask):
+    with pytest.raises(TypeError, match=f"mask must be a tensor, got {type(mask).__name__}"):
+        make_layer()(torch.zeros(2, D), mask)
+
+
+@pytest.mark.parametrize("config", [{}, None, "clip_up", {"num_experts": 4}, MoEConfig], ids=repr)
+def test_config_that_is_none_is_refused_by_name(config):
+    layer, message = make_layer(), f"config must be a clipup.MoEConfig, got {type(config).__name__}"
+    before = layer.config
+    with pytest.raises(TypeError, match=message):
+        layer.config = config
+    with pytest.raises(TypeError, match=message):
+        layer.router.config = config
+    assert layer.config is before
+    with pytest.raises(TypeError, match=message):
+        Router(D, config)
+    if config is not None:  # which means the default
+        with pytest.raises(TypeError, match=message):
+            upcycle(tiny_clip(), config)
+        with pytest.raises(TypeError, match=message):
+            SparseMoE.from_dense(tiny_clip().visual.transformer.resblocks[0].mlp, config)
+
+
+def test_config_of_another_layer_is_refused_by_the_router_too():
+    with pytest.raises(ValueError, match="config.num_experts is 8, but the layer has 4 experts"):
+        make_layer().router.config = MoEConfig()
+
+
+def test_width_of_a_router_is_checked():
+    with pytest.raises(ValueError, match="d_model must be a positive int, got -1"):
+        Router(-1, MoEConfig())
+
+
+@pytest.mark.parametrize("model", [None, "ViT-B-32", {}, [nn.Identity()], (nn.Identity(), None, None)], ids=type)
+def test_what_is_no_model_is_refused_by_name(model):
+    sparse = upcycle(tiny_clip(), MoEConfig(num_experts=4))
+    message = f"model must be a torch.nn.Module, got {type(model).__name__}"
+    for function in (upcycle, aux_loss, moe_layers, moe_metrics, clipup.update_selection_bias):
+        with pytest.raises(TypeError, match=message):
+            function(model)
+    with pytest.raises(TypeError, match=message):
+        calibrate(model, tiny_clip(), [])
+    with pytest.raises(TypeError, match=message):
+        clipup.save_pretrained(model, "nowhere")
+    with pytest.raises(TypeError, match=message):
+        clipup.load_checkpoint(model, "nowhere")
+    with pytest.raises(TypeError, match="dense must be a torch.nn.Module"):
+        step0_difference(model, sparse)
+    with pytest.raises(TypeError, match="sparse must be a torch.nn.Module"):
+        step0_difference(tiny_clip(), model)
+
+
+def test_what_to_do_instead_is_said():
+    with pytest.raises(TypeError, match=r"create it first: model, _, .* = clipup.create_model_and_tr\w+\('ViT-B-32'\)"):
+        upcycle("ViT-B-32")
+    with pytest.raises(TypeError, match="pass one model at a time"):
+        aux_loss([make_layer()])
+    with pytest.raises(TypeError, match="inplace must be True or False, got 'no'"):
+        upcycle(tiny_clip(), inplace="no")
+
+
+@pytest.mark.parametrize("name", [None, Path("runs"), 1], ids=type)
+def test_name_that_is_no_text_is_refused_by_name(name):
+    for function in (clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config):
+        with pytest.raises(TypeError, match=f"model_name must be a str.* got {type(name).__name__}"):
+            function(name)
+    with pytest.raises(TypeError, match="name must be a str"):
+        clipup.create_timm_model(name)
+
+
+def test_inputs_and_step_size_are_checked():
+    dense = tiny_clip()
+    sparse = upcycle(dense, MoEConfig(num_experts=4))
+    with pytest.raises(TypeError, match="images must be a tensor, got list"):
+        step0_difference(dense, sparse, images=[1])
+    for lr, error, expected in [
+        (math.nan, ValueError, "must be finite, got nan"),
+        (math.inf, ValueError, "must be finite, got inf"),
+        (0, ValueError, "must be positive, got 0"),
+        ("x", TypeError, "must be a number, got 'x'"),
+    ]:
+        with pytest.raises(error, match=f"lr {expected}"):
+            calibrate(sparse, dense, [random_inputs(dense, 2)], lr=lr)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_weights_of_another_kind_of_type_are_refused_by_name(tmp_path, dtype, sparse):
+    model = tiny_clip()
+    if sparse:
+        model = upcycle(model, MoEConfig(num_experts=4), inplace=True)
+    clipup.save_pretrained(model, tmp_path, model_cfg=tiny_config(), preprocess_cfg={})
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    name = "visual.ln_post.weight"
+    weights[name] = weights[name].to(dtype)
+    path = tmp_path / "open_clip_model.safetensors"
+    safetensors.torch.save_file(weights, path)
+    message = f"{name} is {dtype} there, torch.float32 in the model"
+    with pytest.raises(ValueError, match=message):
+        clipup.create_model_and_transforms(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        clipup.load_checkpoint(model, path)
+    torch.save({"state_dict": weights}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=message):
+        clipup.load_checkpoint(model, tmp_path / "weights.pt")
+
+
+def test_dense_file_of_another_kind_of_type_is_refused_by_name(tmp_path):
+    model = clipup.create_model_and_transforms("clipup-tiny-32")[0]
+    weights = {**model.state_dict(), "visual.proj": torch.zeros_like(model.visual.proj, dtype=torch.int64)}
+    safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="visual.proj is torch.int64 there, torch.float32 in the model"):
+        clipup.create_model_and_transforms("clipup-tiny-32", str(tmp_path / "weights.safetensors"))
+
+
+def test_weights_in_other_floating_types_are_taken(tmp_path):
+    model = tiny_clip()
+    halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    safetensors.torch.save_file(halves, tmp_path / "weights.safetensors")
+    clipup.load_checkpoint(model, tmp_path / "weights.safetensors")
+    assert torch.equal(model.visual.proj, halves["visual.proj"].float())
+
+
+def test_values_that_are_no_tensors_are_missing_weights(tmp_path):
+    model = tiny_clip()
+    torch.save({**model.state_dict(), "visual.proj": 3}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="missing there: visual.proj"):
+        clipup.load_checkpoint(model, tmp_path / "weights.pt")

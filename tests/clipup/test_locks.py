@@ -1,0 +1,142 @@
+"""One writer a directory, whatever happens to the one before."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from clipup.locks import DirectoryInUse, exclusive
+
+FORK = multiprocessing.get_context("fork")
+
+
+def lock(directory):
+    return exclusive(directory / ".lock", directory, "wait for it")
+
+
+def hold(directory, ready, child=False):
+    with lock(directory):
+        if child and os.fork() == 0:
+            ready.set()
+            time.sleep(60)  # a data worker that outlives its parent
+            os._exit(0)
+        if not child:
+            ready.set()
+        time.sleep(60)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Starts a process that holds the lock of a directory, and ends its whole group afterwards."""
+    processes = []
+
+    def start(**options):
+        ready = FORK.Event()
+
+        def run():
+            os.setpgid(0, 0)
+            hold(tmp_path, ready, **options)
+
+        processes.append(FORK.Process(target=run, daemon=True))
+        processes[-1].start()
+        assert ready.wait(20)
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+
+
+def test_a_directory_in_use_is_refused_by_process_and_machine(holder, tmp_path):
+    process = holder()
+
+    with (
+        pytest.raises(
+            DirectoryInUse, match=rf"in use by process {process.pid} on {socket.gethostname()}, since 20.*; wait for it"
+        ),
+        lock(tmp_path),
+    ):
+        pass
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path):
+    process = holder()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (tmp_path / ".lock").exists()
+
+    with lock(tmp_path):
+        assert f'"pid": {os.getpid()}' in (tmp_path / ".lock").read_text()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_child_that_outlives_the_process_does_not_hold_its_lock(holder, tmp_path):
+    process = holder(child=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+    with lock(tmp_path):
+        pass
+
+
+def test_threads_of_one_process_exclude_each_other_and_locks_end_with_errors(tmp_path):
+    refused = []
+
+    def other():
+        try:
+            with lock(tmp_path):
+                pass
+        except DirectoryInUse as error:
+            refused.append(error)
+
+    with pytest.raises(ZeroDivisionError), lock(tmp_path):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        raise ZeroDivisionError
+    other()
+
+    assert len(refused) == 1
+
+
+def test_only_one_of_many_at_once_gets_in(tmp_path):
+    """Taking, removing and taking over the file at the same time."""
+    inside, most, rounds = [], [], 40
+
+    def try_often():
+        for _ in range(rounds):
+            try:
+                with lock(tmp_path):
+                    inside.append(1)
+                    most.append(len(inside))
+                    time.sleep(0.0005)
+                    inside.pop()
+            except DirectoryInUse:
+                time.sleep(0.0002)
+
+    threads = [threading.Thread(target=try_often) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert max(most) == 1
+
+
+def test_directories_that_were_made_for_the_lock_go_with_it_when_nothing_was_written(tmp_path):
+    with lock(tmp_path / "a" / "b"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+    with lock(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "kept").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]

@@ -1,0 +1,107 @@
+"""What a long task shows where stderr is no terminal, and where it is one."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+import clipup.progress
+from clipup.progress import Progress, progress
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(clipup.progress, "time", clock)
+    return clock
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def times_of_lines(clock, capsys, seconds, **options):
+    """When lines come, in seconds since the start, of a task of one step a second."""
+    found = []
+    with Progress("sorting", "letters", seconds, **options) as task:
+        for _ in range(seconds):
+            clock.now += 1
+            task.update()
+            if capsys.readouterr().err:
+                found.append(clock.now - 1000)
+    return found
+
+
+def test_lines_come_after_growing_pauses_and_then_every_30_seconds(clock, capsys):
+    assert times_of_lines(clock, capsys, 130) == [5, 15, 35, 65, 95, 125]
+
+
+def test_a_task_that_asks_for_it_says_its_first_step_at_once(clock, capsys):
+    assert times_of_lines(clock, capsys, 40, line_at_once=True) == [1, 6, 16, 36]
+
+
+def test_slow_pieces_print_a_line_each(clock, capsys):
+    with Progress("sorting", "letters", 3, line_at_once=True) as task:
+        for _ in range(3):
+            clock.now += 300
+            task.update()
+    lines = capsys.readouterr().err.splitlines()
+
+    assert lines == [
+        "sorting: 1 of 3 letters, 10:00 left",
+        "sorting: 2 of 3 letters, 05:00 left",
+        "sorting: 3 of 3 letters",
+    ]
+
+
+def test_the_last_line_says_where_it_ended(clock, capsys):
+    items = iter(range(40))
+    for _ in progress(items, "sorting", "letters"):
+        clock.now += 0.25
+
+    assert capsys.readouterr().err.splitlines() == ["sorting: 20 letters", "sorting: 40 letters"]
+
+
+def test_a_short_task_prints_nothing_and_nothing_is_lost(clock, capsys):
+    assert list(progress("letters", "sorting", "letters")) == list("letters")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_task_that_goes_on_knows_the_time_that_is_left(clock, capsys):
+    with Progress("sorting", "letters", total=100, done=90, line_at_once=True) as task:
+        clock.now += 10
+        task.update(5, detail="at q")
+    assert capsys.readouterr().err == "sorting: 95 of 100 letters, at q, 00:10 left\n"
+
+
+def test_hidden_progress_shows_nothing(clock, capsys):
+    with Progress("sorting", "letters", 2, show=False, line_at_once=True) as task:
+        clock.now += 100
+        task.update(2)
+        task.write("done")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar_and_other_lines_above_it(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress("sorting", "letters", 2) as task:
+        task.update(1)
+        task.write("half of it")
+        task.update(1)
+
+    assert "sorting:   0%|" in terminal.getvalue() and "half of it\n" in terminal.getvalue()
+    assert "1 of 2" not in terminal.getvalue()

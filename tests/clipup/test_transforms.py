@@ -1,0 +1,70 @@
+"""The layer under torch.func: functional gradients with its losses, per-sample gradients, nothing left behind."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+
+from clipup import SparseMoE, aux_loss, moe_metrics
+
+D = 12
+OPTIONS = {
+    "plain": {"balance_weight": 0.5, "z_weight": 0.25},
+    "shared": {"balance_weight": 0.5, "shared_expert": True, "granularity": 2, "capacity_factor": 1.0},
+    "norm": {"z_weight": 0.25, "norm": "layer", "gated": True, "selection_bias": "sign", "score": "sigmoid"},
+}
+
+
+def make_layer(**options):
+    torch.manual_seed(0)
+    return SparseMoE(D, 16, **{"num_experts": 4, **options})
+
+
+def loss_of(layer):
+    def loss(parameters, x):
+        return functional_call(layer, parameters, (x,)).square().sum() + aux_loss(layer)
+
+    return loss
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_functional_gradients_with_the_losses_are_those_of_backward(options):
+    layer, x = make_layer(**options), torch.randn(9, D)
+    parameters = dict(layer.named_parameters())
+    expected = torch.autograd.grad(loss_of(layer)(parameters, x), tuple(parameters.values()))
+    found = grad(loss_of(layer))(parameters, x)
+    for one, other in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_by_sample_with_the_losses_are_those_of_the_samples():
+    layer, batch = make_layer(**OPTIONS["plain"]), torch.randn(3, 9, D)
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    found = vmap(grad(loss_of(layer)), in_dims=(None, 0))(parameters, batch)
+    for index, x in enumerate(batch):
+        for name, one in grad(loss_of(layer))(parameters, x).items():
+            torch.testing.assert_close(found[name][index], one)
+
+
+def test_forwards_inside_a_transform_leave_nothing_behind():
+    layer, x = make_layer(**OPTIONS["plain"]), torch.randn(9, D)
+    layer(x)
+    metrics, loss = moe_metrics(layer)[""], aux_loss(layer)
+    grad(lambda x: 0 * x.sum() + layer(x).detach().sum())(2 * x)  # no backward pass goes through this forward
+    assert aux_loss(layer) == 0
+    assert all(torch.equal(value, metrics[name]) for name, value in moe_metrics(layer)[""].items())
+    layer(x)
+    assert torch.equal(aux_loss(layer), loss)
+
+
+def test_forward_mode_is_refused_by_name():
+    layer, x = make_layer(), torch.randn(9, D)
+    with pytest.raises(NotImplementedError, match="clipup::.* has no forward-mode derivative"):
+        jvp(layer, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        layer(forward_ad.make_dual(x, x))
+    with forward_ad.dual_level(), torch.no_grad():
+        layer.out_bias.copy_(forward_ad.make_dual(layer.out_bias.detach().clone(), layer.out_bias.detach()))
+        with pytest.raises(NotImplementedError, match="clipup::expert_mlp_forward has no forward-mode derivative"):
+            layer(x)

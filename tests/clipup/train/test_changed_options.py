@@ -1,0 +1,169 @@
+"""Resuming with other options, ranks or data: what takes effect, what is converted, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import open_clip
+import pytest
+import torch
+
+import clipup
+from clipup.train import train
+from clipup.train.checkpoints import load
+
+
+@pytest.fixture
+def run(make_model, pairs, options):
+    """Six steps in two epochs of three; with ``save_every_n_steps=2, steps=4`` the last checkpoint is within one."""
+
+    def run(loader=None, **changes):
+        return train(options(**changes), model=make_model(), loader=loader or pairs())
+
+    return run
+
+
+def log(result):
+    return (result.directory / "out.log").read_text()
+
+
+def checkpoint(result, name="epoch_latest.pt"):
+    return result.directory / "checkpoints" / name
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 32}, {"accum_freq": 2}, {"seed": 1}, {"cache_data": True}])
+def test_within_an_epoch_what_decides_the_samples_of_a_step_may_not_change(run, changes):
+    run(steps=4, lr_scheduler="const")
+    name, value = next(iter(changes.items()))
+
+    with pytest.raises(ValueError, match=rf"within epoch 2, after step 1 of 3; with {name} .* -> {value} .*epoch_K.pt"):
+        run(steps=8, lr_scheduler="const", resume="latest", resume_with_changes=True, **changes)
+
+
+def test_within_an_epoch_other_data_are_refused(run, pairs):
+    run(steps=4)
+
+    with pytest.raises(ValueError, match=r"other training data \(4 steps in an epoch in place of 3\)"):
+        run(steps=8, resume="latest", loader=pairs(pairs=32))
+
+
+def test_within_an_epoch_other_ranks_are_refused(run):
+    path = checkpoint(run(steps=4))
+    state = torch.load(path, weights_only=True)
+    state["conditions"]["world_size"] = 2
+    torch.save(state, path)
+
+    with pytest.raises(ValueError, match="with world_size 2 -> 1 the rest of the epoch would repeat some samples"):
+        run(steps=8, resume="latest")
+
+
+def test_shards_within_an_epoch_need_as_many_workers_as_before(make_model, options, shards):
+    def run(**changes):
+        return train(
+            options(train_data=shards, train_num_samples=24, batch_size=8, **changes),
+            model=make_model(),
+            preprocess=open_clip.image_transform(16, is_train=True),
+            tokenizer=open_clip.SimpleTokenizer(context_length=8),
+        )
+
+    run(steps=2, workers=1)
+
+    with pytest.raises(ValueError, match="with workers 1 -> 2 the rest of the epoch"):
+        run(steps=4, workers=2, resume="latest")
+
+
+@pytest.mark.parametrize("saved_at", ["the epoch's end", "its last step"])
+def test_at_an_epochs_end_the_batch_size_may_change_and_the_epochs_are_those_asked_for(run, pairs, saved_at):
+    if saved_at == "its last step":  # where step 3 of 3 is done, and the epoch not yet
+        first = run(steps=3, lr_scheduler="const", save_frequency=0)
+    else:
+        first = run(steps=None, epochs=1, lr_scheduler="const")
+
+    changes = {"steps": None, "epochs": 3, "lr_scheduler": "const", "batch_size": 4}
+    halved = run(loader=pairs(batch_size=4), resume="latest", **changes)
+
+    assert halved.steps == 3 + 2 * 6
+    assert [record["epoch"] for record in halved.history] == [0] * 3 + [1] * 6 + [2] * 6
+    state = load(checkpoint(first))
+    assert (state["epoch"], state["samples_seen"]) == (3, 3 * 24)
+    again = run(loader=pairs(batch_size=4), resume="latest", **{**changes, "epochs": 4})
+    assert again.steps == 3 + 3 * 6
+    assert "batch_size 64 -> 4" in log(first)
+
+
+def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):
+    usual = {"lr_scheduler": "const", "skip_scheduler": True}
+    run(steps=3, **usual)
+
+    resumed = run(steps=4, resume="latest", lr=1e-2, wd=0.5, beta1=0.5, eps=1e-3, **usual)
+
+    group = load(checkpoint(resumed))["optimizer"]["param_groups"][1]
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (1e-2, 0.5, (0.5, 0.98), 1e-3)
+    assert load(checkpoint(resumed))["optimizer"]["param_groups"][0]["weight_decay"] == 0
+    for text in ("lr 0.001 -> 0.01", "wd 0.2 -> 0.5", "beta1 0.9 -> 0.5", "steps 3 -> 4"):
+        assert text in log(resumed)
+    assert "resumed with changes, which take effect from here on: " in log(resumed)
+    assert resumed.history[-1]["lr"] == 1e-2
+
+
+def test_a_decay_of_zero_on_resume_leaves_weights_without_gradient_alone(make_model, pairs, options):
+    def run(**changes):
+        model = make_model()
+        model.visual.conv1.weight.register_hook(torch.zeros_like)
+        return train(options(lr=0.1, **changes), model=model, loader=pairs())
+
+    run(steps=2)
+    before = load(checkpoint(run(steps=2, resume="latest")))["state_dict"]["visual.conv1.weight"]
+
+    after = run(steps=4, wd=0.0, resume="latest").model.visual.conv1.weight
+
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    "changes, text", [({"seed": 1}, "seed 0 -> 1"), ({"siglip": True}, "siglip"), ({"model": "ViT-B-32"}, "model None")]
+)
+def test_what_says_which_run_it_is_changes_by_an_explicit_flag_alone(run, changes, text):
+    first = run(steps=3)
+    before = checkpoint(first).read_bytes()
+
+    with pytest.raises(ValueError, match=f"run with other options: {text}.*another --name.*--resume-with-changes"):
+        run(steps=6, resume="latest", **changes)
+
+    assert checkpoint(first).read_bytes() == before
+    if "seed" in changes:
+        resumed = run(steps=6, resume="latest", resume_with_changes=True, save_frequency=1, **changes)
+        assert resumed.steps == 6 and "seed 0 -> 1" in log(resumed)
+
+
+def test_sparse_layers_of_another_config_are_named_by_what_differs(make_model, pairs, options):
+    config = clipup.MoEConfig(num_experts=4)
+
+    def run(config, **changes):
+        return train(options(moe=True, moe_cfg=config, **changes), model=make_model(), loader=pairs())
+
+    run(config, steps=3)
+    other = dataclasses.replace(config, capacity_factor=2.0)
+
+    with pytest.raises(ValueError, match=r"other options: moe_cfg.capacity_factor \S+ -> 2.0\. "):
+        run(other, resume="latest")
+
+
+def test_options_about_the_start_are_said_to_be_without_effect(make_model, pairs, options, tmp_path):
+    dense = train(options(name="dense"), model=make_model(), loader=pairs())
+    source = str(checkpoint(dense))
+
+    def run(**changes):
+        return train(options(moe=True, **changes), model=make_model(), loader=pairs())
+
+    run(resume_dense=source, steps=3)
+
+    assert "without effect, because the weights come from the checkpoint: resume_dense" in log(
+        run(steps=4, resume="latest")
+    )
+
+
+def test_the_same_command_has_nothing_to_say_about_changes(run):
+    run(steps=None, epochs=1)
+
+    assert "changes" not in log(run(steps=None, epochs=1, resume="latest"))

@@ -1,0 +1,74 @@
+"""What a run shows on stderr while it trains."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+import pytest
+
+import clipup
+from clipup.data.loaders import train_loader
+from clipup.train import Every, train
+
+
+@pytest.fixture
+def run(make_model, pairs, options):
+    def run(**changes):
+        callbacks = [Every(4, lambda model: {"t2i": {"r1": 0.25}, "splits": {"emoji": {"t2i": {"r1": 0.5}}}})]
+        return train(options(**changes), model=make_model(), loader=pairs(), callbacks=callbacks)
+
+    return run
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_in_a_pipe_the_first_and_the_last_step_and_every_evaluation_have_a_line(run, capsys):
+    run(steps=6)
+
+    captured = capsys.readouterr()
+    begin, first, at_4, at_6, last = captured.err.splitlines()
+    assert re.fullmatch(r"training from step 0 to step 6 on cpu, 1 rank; .*logs/run", begin)
+    assert re.fullmatch(r"training: 1 of 6 steps, epoch 0, loss \d\.\d+, lr 0.0005, \d+ images/s, 00:\d\d left", first)
+    assert (at_4, at_6) == ("evaluation at step 4: t2i/r1 0.25", "evaluation at step 6: t2i/r1 0.25")
+    assert re.fullmatch(r"training: 6 of 6 steps, epoch 1, loss \d\.\d+, lr .*, \d+ images/s", last)
+    assert captured.out == ""
+
+
+def test_the_loss_shown_is_the_one_logged_last_and_says_of_which_step(run, capsys):
+    result = run(steps=5, log_every_n_steps=3)
+
+    first, *_, last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
+    assert "loss" not in first  # nothing is logged before step 3
+    assert f"5 of 5 steps, epoch 1, loss {result.history[-1]['loss']:.4f}, lr" in last
+
+
+def test_a_resumed_run_shows_where_it_goes_on(run, capsys):
+    run(steps=4)
+    capsys.readouterr()
+    run(steps=6, resume="latest")
+
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("training from step 4 to step 6")
+    assert lines[1].startswith("training: 5 of 6 steps")
+
+
+def test_on_a_terminal_there_is_a_bar_and_evaluations_stand_above_it(run, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run(steps=6)
+
+    shown = terminal.getvalue()
+    assert "training:   0%|" in shown and "\nevaluation at step 4: t2i/r1 0.25\n" in shown.replace("\r", "\n")
+    assert "1 of 6 steps" not in shown
+
+
+def test_data_that_are_read_into_memory_draw_no_bar_in_a_pipe(csv_data, model_directory, capsys):
+    _, preprocess, _ = clipup.create_model_and_transforms(str(model_directory))
+    train_loader(csv_data, preprocess, clipup.get_tokenizer(str(model_directory)), 8, workers=0, cache=True)
+
+    assert capsys.readouterr().err == ""

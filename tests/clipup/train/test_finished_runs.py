@@ -1,0 +1,101 @@
+"""What resuming a run that was finished, or was killed while it finished, does to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import clipup
+from clipup.train import Every, train
+from clipup.train.checkpoints import load
+
+NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
+
+
+@pytest.fixture
+def run(make_model, pairs, options, named_model):
+    """A sparse run of six steps, three an epoch."""
+
+    def run(callbacks=(), **changes):
+        usual = {"model": named_model, "lr_scheduler": "const"}
+        return train(options(**usual, **changes), model=make_model(NOISY), loader=pairs(), callbacks=callbacks)
+
+    return run
+
+
+def contents(directory):
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize("length", [{"steps": 4}, {"steps": None, "epochs": 2}], ids=["steps", "epochs"])
+def test_resuming_a_finished_run_changes_nothing_and_says_so(run, length):
+    first = run(**length)
+    before = contents(first.directory)
+    torch.rand(5)
+
+    idle = run(callbacks=[Every(1, lambda model: {})], resume="latest", **length)
+
+    assert contents(first.directory) == before
+    assert idle.already_finished and not first.already_finished
+    assert (idle.steps, idle.history, idle.evaluations) == (first.steps, first.history, first.evaluations)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, idle.model.state_dict()[name]), name
+
+
+def test_a_run_that_was_resumed_idly_goes_on_as_the_run_that_it_was(run):
+    whole = run(steps=8, name="whole")
+    run(steps=4)
+    torch.rand(5)
+    run(steps=4, resume="latest")
+
+    extended = run(steps=8, resume="latest")
+
+    assert [record["loss"] for record in extended.history] == [record["loss"] for record in whole.history]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, extended.model.state_dict()[name]), name
+
+
+def test_a_run_killed_before_its_model_was_saved_is_finished_by_the_next(run, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipup.checkpoint.save_pretrained", kill)
+        with pytest.raises(Killed):
+            run(steps=4, save_every_n_steps=4)
+    torch.rand(5)
+
+    finished = run(steps=4, save_every_n_steps=4, resume="latest")
+
+    assert not finished.already_finished
+    assert (finished.directory / "model" / "open_clip_model.safetensors").is_file()
+    assert run(steps=4, resume="latest").already_finished
+    whole = run(steps=8, name="whole")
+    extended = run(steps=8, resume="latest")
+    assert [record["loss"] for record in extended.history] == [record["loss"] for record in whole.history]
+
+
+def test_a_model_that_was_deleted_is_written_again(run):
+    directory = run(steps=4).directory
+    (directory / "model" / "open_clip_model.safetensors").unlink()
+
+    assert not run(steps=4, resume="latest").already_finished
+
+    assert (directory / "model" / "open_clip_model.safetensors").is_file()
+
+
+def test_a_full_disk_at_the_model_keeps_the_last_step(run, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("clipup.checkpoint.save_pretrained", full)
+
+    with pytest.raises(OSError, match="No space left"):
+        run(steps=5)
+
+    state = load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")
+    assert state["step"] == 5 and not state["finished"]
