@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from . import checks
 from .mlp_families import families_read, find_mlp, read_mlp, replace_mlp
 from .moe import SparseMoE
 from .prepared import MATRICES, Prepared, PreparedMLP, PreparedMoE
@@ -39,8 +40,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         TypeError: not a module; a subclass of SparseMoE, which may compute something else.
         ValueError: the model has nothing to prepare (NothingToPrepare), or is on another device.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.module("model", model)
     _check(model)
     if not inplace:
         model = copy.deepcopy(model, _shared_until_packed(model))

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from . import word_tokenizer
 from .config import MoEConfig
 from .moe import moe_layers
+from .prepared import Prepared
 from .weights import read_safetensors, types_in_safetensors
 
 CONFIG_NAME = "open_clip_config.json"
@@ -67,9 +68,14 @@ def save_pretrained(
         base_model: ORG/NAME on the hub of the model that this one was made from, for the card.
 
     Raises:
-        ValueError: ``model_cfg`` is no model config, or the model has sparse layers but no ``moe_config``.
+        ValueError: ``model_cfg`` is no model config, the model has sparse layers but no ``moe_config``, or it was
+            prepared for inference.
         OSError: a file could not be written.
     """
+    if any(isinstance(module, Prepared) for module in model.modules()):
+        raise ValueError(
+            "the model was prepared by clipup.accelerate; save the plain model, or load this one's state_dict() into it"
+        )
     moe_config = getattr(model, "moe_config", None)
     if moe_config is None and moe_layers(model):
         raise ValueError(

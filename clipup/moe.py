@@ -206,7 +206,7 @@ class SparseMoE(Experts):
         self._check(x, mask)
         tokens = x.reshape(-1, self.d_model).contiguous()  # the router rounds a strided view differently
         token_mask = None if mask is None else mask.reshape(-1)
-        dtype = _autocast_dtype(x)
+        dtype = autocast_dtype(x)
         with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
             routing = self.router(tokens, token_mask)
             y = self._mixture(tokens, routing, dtype)
@@ -229,7 +229,7 @@ class SparseMoE(Experts):
         checks.tensor("x", x)
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [..., {self.d_model}], the layer's d_model last, got {list(x.shape)}")
-        if x.dtype != self.in_weight.dtype and _autocast_dtype(x) is None:
+        if x.dtype != self.in_weight.dtype and autocast_dtype(x) is None:
             raise TypeError(
                 f"x is {x.dtype} but the experts' weights are {self.in_weight.dtype}; cast one of them, or use "
                 "torch.autocast, where the layer casts both"
@@ -255,7 +255,7 @@ class SparseMoE(Experts):
         return ", ".join(parts)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast asks for on x's device, or None where it is off. Like torch's, it leaves float64 alone."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

@@ -20,7 +20,7 @@ from clipup_kernels import PackedWeight, Plan, dense_mlp, pack_weight, packed_la
 from .experts import Experts, SharedExpert
 from .mlp_families import read_mlp
 from .mlp_parts import DenseMLP
-from .moe import SparseMoE, _autocast_dtype
+from .moe import SparseMoE, autocast_dtype
 
 MATRICES = ("in_weight", "out_weight", "gate_weight")
 """The parameters that are packed, by the names that they have in ``SparseMoE`` and ``DenseMLP``."""
@@ -88,7 +88,7 @@ class Prepared(nn.Module):
         return self._packed["in_weight"].dtype
 
     def _check_type(self, x: Tensor) -> None:
-        autocast = _autocast_dtype(x)
+        autocast = autocast_dtype(x)
         wanted = autocast or x.dtype
         if wanted != self.dtype:
             where = "x is" if autocast is None else "autocast asks for"

@@ -18,7 +18,8 @@ def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.t
     table = next((path for ending in ("csv", "tsv") for path in sorted(root.glob(f"*.{ending}"))), None)
     image = next((path for path in root.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS), None)
     if any(root.glob("*.tar")):
-        advice = f"name the shards of one split, such as {root / shards}"
+        pattern = shards if any(root.glob(shards)) else "*.tar"
+        advice = f"name the shards of one split, such as {root / pattern}"
     elif table is not None:
         advice = f"name the file in it, {table}"
     elif image is not None and image.with_suffix(".txt").is_file():

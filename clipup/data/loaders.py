@@ -170,7 +170,8 @@ class EvalSamples:
 
     def part(self, share: Share, batch_size: int) -> EvalSamples:
         """The samples of one of several processes that evaluate together."""
-        return EvalSamples(share.part(self.records, batch_size), self.preprocess, self._incomplete, self.strict)
+        mine = share.part(self.records, batch_size)
+        return EvalSamples(mine, self.preprocess, self._skips, self.strict, self.max_image_pixels)
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
         """`(images [B, C, H, W], captions of each, metadata of each)`.

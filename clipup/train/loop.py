@@ -399,7 +399,7 @@ class Trainer:
     def _last_words(self) -> str:
         """What is left when another rank is lost, and how to continue from it."""
         kept = self.guard.last_checkpoint
-        if kept is None:
+        if kept is None or self.directory is None:
             return "There is no checkpoint yet"
         return (
             f"The last checkpoint, {kept}, is whole; to continue, run the same command with --name "

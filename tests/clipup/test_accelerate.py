@@ -182,3 +182,9 @@ def test_hugging_face_towers_are_accelerated_where_their_mlp_is_one_module(name,
     assert sum(n.startswith("text.") for n in replaced) == (2 if name.startswith("MT5") else 0)
     with torch.inference_mode():
         assert_close(features(fast), features(model), 1e-5)
+
+
+def test_the_plain_model_is_what_is_saved(tmp_path):
+    with pytest.raises(ValueError, match="prepared by clipup.accelerate; save the plain model"):
+        clipup.save_pretrained(clipup.accelerate(tiny_clip()), tmp_path / "model", {})
+    assert not (tmp_path / "model").exists()

@@ -97,7 +97,7 @@ def test_mistake_is_one_line_that_says_what_to_change(refused, place, line, mess
         ),
         ("pairs", "tar --sort=name -cf data.tar -C pairs . and name data.tar"),
         ("tables", "name the file in it, tables/x.csv"),
-        ("shards", "name the shards of one split, such as shards/"),
+        ("shards", "name the shards of one split, such as shards/*.tar"),
         ("empty", "it holds no shard (.tar), no CSV file and no image"),
     ],
 )

@@ -237,7 +237,9 @@ def test_data_that_is_not_there_is_named(pictures):
                 train_loader(source, preprocess, tokenizer, 3, 0, cache=cached)
     with pytest.raises(FileNotFoundError, match="train_data: there is no file .*none.csv"):
         train_loader(f"{folder}/none.csv", preprocess, tokenizer, 3)
-    with pytest.raises(FileNotFoundError, match=r"holds no dataset.json: build a data set there with `clipup data"):
+    with pytest.raises(
+        ValueError, match=r"train_data: .* is a directory: name the shards of one split, such as .*\.tar"
+    ):
         train_loader(folder, preprocess, tokenizer, 3)
     with pytest.raises(ValueError, match="train_data: cannot tell from its name what .* name the dataset_type"):
         train_loader("images.parquet", preprocess, tokenizer, 3)
@@ -304,7 +306,9 @@ def test_missing_training_requirements_are_named_with_what_to_install(pictures, 
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.delitem(sys.modules, "clipup.data.streams", raising=False)
     monkeypatch.delattr(clipup.data, "streams", raising=False)
-    with pytest.raises(ImportError, match=r'needs webdataset: pip install "clipup\[train\]"'):
+    with pytest.raises(
+        ImportError, match=r'needs the package webdataset, which is not installed: pip install "clipup\[train\]"'
+    ):
         train_loader(pictures.shards(), preprocess, tokenizer, 3)
 
 

@@ -258,6 +258,14 @@ def test_eval_says_which_option_bounds_pixels(pictures, tmp_path, capsys):
     (tmp_path / "root" / "cat").mkdir(parents=True)
     (tmp_path / "root" / "cat" / "a.png").write_bytes(large_png(13_000, 13_000))
     (tmp_path / "classes.txt").write_text("cat\n")
-    options = ["--classes", str(tmp_path / "classes.txt"), "--images", str(tmp_path / "root"), "--workers", "0"]
+    options = [
+        "--classes",
+        str(tmp_path / "classes.txt"),
+        "--images",
+        str(tmp_path / "root"),
+        "--workers",
+        "0",
+        "--random-weights",
+    ]
     assert main(["eval", "clipup-tiny-32", "--device", "cpu", *options]) == 2
     assert "13000 x 13000 pixels" in capsys.readouterr().err

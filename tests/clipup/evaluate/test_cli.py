@@ -156,11 +156,9 @@ def test_shards_of_clip_benchmark_are_measured_as_they_say(directory, tmp_path, 
 def test_shards_and_csv_files_by_path_are_measured_too(directory, tmp_path, val_data, capsys):
     root = layouts.webdataset(tmp_path / "data", retrieval=True)
     shards = results(directory, capsys, "--dataset", "webdataset", "--root", root / "test" / "{0..1}.tar")
-    (tmp_path / "broken.png").unlink()
-    layouts.picture(1).save(tmp_path / "broken.png")
     rows = results(directory, capsys, "--dataset", "csv", "--root", val_data)
 
-    assert shards["retrieval"]["gallery"] == 12 and rows["retrieval"]["gallery"] == 5
+    assert shards["retrieval"]["gallery"] == 12 and rows["retrieval"]["gallery"] == 4
 
 
 def test_half_precision_runs_on_a_benchmark(directory, tmp_path, capsys):

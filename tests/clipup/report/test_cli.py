@@ -130,7 +130,7 @@ def test_what_cannot_be_looked_at_is_refused_by_name(model, images, tmp_path, ca
     assert "holds neither a model" in refused(capsys, tmp_path, "--images", images)
     assert f"images: there is no directory {tmp_path}/none" in refused(capsys, model, "--images", tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "holds no image (png, jpg" in refused(capsys, model, "--images", tmp_path / "empty")
+    assert "holds no image (jpg, png" in refused(capsys, model, "--images", tmp_path / "empty")
     (tmp_path / "empty" / "broken.png").write_text("no png")
     assert "none of the 1 can be read, such as broken.png" in refused(capsys, model, "--images", tmp_path / "empty")
     (tmp_path / "captions.txt").write_text("\n")

@@ -147,3 +147,10 @@ def test_a_log_that_breaks_off_is_refused(tmp_path, make_records):
         results.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no log"):
         results.read(tmp_path / "nowhere")
+
+
+def test_steps_that_were_not_applied_are_left_out_of_a_logs_means():
+    records = [{"step": step, "lr": 0.1, "loss": loss} for step, loss in ((1, 2.0), (2, None), (3, 4.0))]
+    lines = list(log.training(records, steps=150))
+    assert [line["loss"] for line in lines] == [3.0]
+    assert [line["loss"] for line in log.training(records[1:2], steps=150)] == [None]

@@ -9,16 +9,18 @@ import pytest
 import torch
 
 import clipup
-from clipup.train import train
+from clipup.train import Every, train
 from clipup.train.checkpoints import load
 
 
 @pytest.fixture
 def run(make_model, pairs, options):
-    """Six steps in two epochs of three; with ``save_every_n_steps=2, steps=4`` the last checkpoint is within one."""
+    """Epochs of three steps, and a checkpoint at the end."""
 
-    def run(loader=None, **changes):
-        return train(options(**changes), model=make_model(), loader=loader or pairs())
+    def run(loader=None, callbacks=(), **changes):
+        files = {"save_frequency": 0, "save_most_recent": False}
+        data = loader or pairs()
+        return train(options(**{**files, **changes}), model=make_model(), loader=data, callbacks=callbacks)
 
     return run
 
@@ -73,22 +75,28 @@ def test_shards_within_an_epoch_need_as_many_workers_as_before(make_model, optio
 
 
 @pytest.mark.parametrize("saved_at", ["the epoch's end", "its last step"])
-def test_at_an_epochs_end_the_batch_size_may_change_and_the_epochs_are_those_asked_for(run, pairs, saved_at):
-    if saved_at == "its last step":  # where step 3 of 3 is done, and the epoch not yet
-        first = run(steps=3, lr_scheduler="const", save_frequency=0)
+def test_at_an_epochs_end_the_batch_size_may_change_and_the_epochs_are_those_asked_for(run, pairs, tmp_path, saved_at):
+    def fail(model):
+        raise ZeroDivisionError
+
+    if saved_at == "its last step":  # step 3 of 3 is done, and the epoch not yet
+        with pytest.raises(ZeroDivisionError):
+            run(steps=6, lr_scheduler="const", save_every_n_steps=3, callbacks=[Every(4, fail)])
     else:
-        first = run(steps=None, epochs=1, lr_scheduler="const")
+        run(steps=None, epochs=1, lr_scheduler="const")
+    latest = tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt"
+    assert load(latest)["step_of_epoch"] == (3 if saved_at == "its last step" else 0)
 
     changes = {"steps": None, "epochs": 3, "lr_scheduler": "const", "batch_size": 4}
     halved = run(loader=pairs(batch_size=4), resume="latest", **changes)
 
     assert halved.steps == 3 + 2 * 6
     assert [record["epoch"] for record in halved.history] == [0] * 3 + [1] * 6 + [2] * 6
-    state = load(checkpoint(first))
+    state = load(latest)
     assert (state["epoch"], state["samples_seen"]) == (3, 3 * 24)
     again = run(loader=pairs(batch_size=4), resume="latest", **{**changes, "epochs": 4})
     assert again.steps == 3 + 3 * 6
-    assert "batch_size 64 -> 4" in log(first)
+    assert "batch_size 64 -> 4" in log(halved)
 
 
 def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):
@@ -132,7 +140,7 @@ def test_what_says_which_run_it_is_changes_by_an_explicit_flag_alone(run, change
 
     assert checkpoint(first).read_bytes() == before
     if "seed" in changes:
-        resumed = run(steps=6, resume="latest", resume_with_changes=True, save_frequency=1, **changes)
+        resumed = run(steps=6, resume="latest", resume_with_changes=True, **changes)
         assert resumed.steps == 6 and "seed 0 -> 1" in log(resumed)
 
 

@@ -56,7 +56,7 @@ def test_a_used_name_is_refused_with_exit_code_2_and_one_line(command, capsys):
 )
 def test_a_diverging_run_ends_with_exit_code_1_one_line_and_finite_files(command, capsys, tmp_path, when, message):
     steps = ["--steps", "50", "--save-every-n-steps", "1", "--max-nonfinite-steps", when]
-    assert main([*command, *steps, "--lr", "1e30", "--skip-scheduler"]) == 1
+    assert main([*command, *steps, "--lr", "1e30"]) == 1
 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     latest = tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt"

@@ -13,6 +13,7 @@ import pytest
 
 from clipup.train.checkpoints import load
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("ddp_resume.py")
 ROOT = Path(__file__).parents[3]
 

@@ -25,6 +25,7 @@ def files(directory):
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_run_in_use_is_refused_and_a_killed_one_is_taken_over_without_a_trace(tmp_path, pairs):
     script = runpy.run_path(str(SCRIPT))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
