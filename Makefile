@@ -1,4 +1,5 @@
-# make install | demo | test | test-all | bench | study | study-runs | study-converged | study-gpu | notebooks | docs | lint | build | clean
+# make install | demo | test | test-all | test-faults | bench | study | study-runs | study-converged | study-gpu | notebooks | docs | lint |
+#      build | clean
 #
 # Everything runs in .venv, which is made when it is missing. Stamps in it say which extras are installed; they are renewed
 # when the packaging or the native code changes.
@@ -7,6 +8,8 @@
 # PIP_ARGS     options for pip, to choose a torch build         (none)
 # PYTEST_ARGS  options for pytest                               (none)
 # FUZZ_SECONDS how long test-all calls the native code at random (60)
+# FAULT_SECONDS how long test-all kills, freezes and damages training, half of it on two processes (600)
+# FAULT_ARGS   options for that (none)
 # ICONS        the data set of the study, made by `clipup data icons` (runs/icons/data)
 # STUDY_RUNS   where the study's runs keep their checkpoints (runs/icons/runs)
 # ICONIFY      the unpacked npm package that study-converged, study-gpu and demo-start draw icons from (package)
@@ -15,6 +18,8 @@ PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
+FAULT_SECONDS ?= 600
+FAULT_ARGS ?=
 ICONS ?= runs/icons/data
 STUDY_RUNS ?= runs/icons/runs
 ICONIFY ?= package
@@ -31,7 +36,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-aarch64 bench study study-runs study-converged study-gpu demo-start notebooks docs lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-faults test-aarch64 bench study study-runs study-converged study-gpu demo-start notebooks docs lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -46,7 +51,7 @@ test: $(call installed,test)
 # (tests/conftest.py). The ops run again on every backend and every tier of instructions.
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py dense_mlp.py packed_weights.py router_logits.py)
-test-all: $(call installed,test) test-native test-fuzz test-aarch64
+test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-faults
 	$(BIN)/python -m pytest -q -m "$$($(HAS_GPU) || echo not cuda)" $(PYTEST_ARGS)
 	! $(HAS_GPU) || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
 	CLIPUP_BACKEND=reference $(BIN)/python -m pytest -q tests/clipup_kernels -m "not cuda and not interpreter" \
@@ -79,6 +84,11 @@ test-native: $(VENV)/.build-tools
 # Random calls for FUZZ_SECONDS; what fails is printed with the seed that repeats it.
 test-fuzz: test-native
 	$(call native_tests,address$(comma)undefined) --fuzz $(FUZZ_SECONDS)
+
+# Training under random faults, on one process and then on two; what fails is printed with the seed of its faults. The disk
+# is filled where a small one can be mounted (as root).
+test-faults: $(call installed,test)
+	$(BIN)/python tests/fault_injection/inject.py --processes 1 2 --seconds $$(($(FAULT_SECONDS) / 2)) $(FAULT_ARGS)
 
 # The portable tier on the other architecture, emulated. Debian: apt install g++-aarch64-linux-gnu qemu-user
 QEMU_AARCH64 = $(firstword $(shell command -v qemu-aarch64; command -v qemu-aarch64-static))

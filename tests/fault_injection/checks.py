@@ -1,0 +1,183 @@
+"""What a run directory must hold, whatever happened to the run: every function returns what is wrong, in words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipup.weights import read_pickle
+
+Record = dict[str, Any]
+_CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt")
+_CLOCK = ("seconds", "images_per_second")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any] | None:
+    """A checkpoint of which every byte is as it was written, else None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return None
+        return read_pickle(path)
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return None
+
+
+@dataclass
+class Checkpoints:
+    """Those of a run directory, told apart by reading each."""
+
+    steps: dict[Path, int]
+    """The good ones, and after which step each was written."""
+    damaged: dict[Path, str]
+    """The others, and the digest of each."""
+    not_finite: list[Path]
+
+    @classmethod
+    def of(cls, run: Path) -> Checkpoints:
+        steps, damaged, not_finite = {}, {}, []
+        for path in sorted((run / "checkpoints").glob("epoch_*.pt")):
+            if not _CHECKPOINT.fullmatch(path.name):
+                continue
+            state = read_checkpoint(path)
+            if state is None:
+                damaged[path] = digest(path)
+                continue
+            steps[path] = state["step"]
+            if not all(tensor.isfinite().all() for tensor in _floats(state)):
+                not_finite.append(path)
+        return cls(steps, damaged, not_finite)
+
+    @property
+    def step(self) -> int | None:
+        """The most steps that a good one has done."""
+        return max(self.steps.values(), default=None)
+
+    def newest(self) -> list[Path]:
+        return [path for path, step in self.steps.items() if step == self.step]
+
+
+def _floats(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for child in children for tensor in _floats(child)]
+
+
+def digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return error.__class__.__name__
+
+
+def contents(run: Path) -> dict[str, str]:
+    """A digest of every file that a start which trains nothing leaves alone. It may add to out.log, and remove locks
+    and half-written files of writers that are dead."""
+    files = {path.relative_to(run): path for path in run.rglob("*") if path.is_file()}
+    return {
+        name.as_posix(): digest(path)
+        for name, path in sorted(files.items())
+        if name.name not in ("out.log", ".lock") and not any(part.endswith(".tmp") for part in name.parts)
+    }
+
+
+def lines(path: Path) -> list[Record]:
+    """The whole lines of a JSON-lines file; a last one that was cut off does not count."""
+    if not path.is_file():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def logged_steps(run: Path) -> int:
+    """Steps in metrics.jsonl so far, cheap enough to ask a thousand times a second."""
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def records_differ(run: Path, reference: Path, complete: bool) -> list[str]:
+    """Each step is logged once, in order, with the numbers of the uninterrupted run."""
+    wrong = []
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        try:
+            here = [_without_clock(record) for record in lines(run / name)]
+        except ValueError as error:
+            wrong.append(f"{name} has a line that is no JSON: {error}")
+            continue
+        there = [_without_clock(record) for record in lines(reference / name)]
+        if here == (there if complete else there[: len(here)]):
+            continue
+        steps = [[record.get("step") for record in records] for records in (here, there)]
+        if steps[0] != steps[1][: len(steps[0])] or (complete and len(here) < len(there)):
+            wrong.append(f"{name} has the steps {steps[0]}, expected {steps[1]}")
+        else:
+            step, key = next(
+                (a["step"], key) for a, b in zip(here, there, strict=False) for key in b if a.get(key) != b[key]
+            )
+            wrong.append(f"{name} differs from the uninterrupted run at step {step} in {key}")
+    return wrong
+
+
+def _without_clock(record: Record) -> Record:
+    return {key: value for key, value in record.items() if key not in _CLOCK}
+
+
+def finished_run_differs(run: Path, reference: Path, excused: set[str]) -> list[str]:
+    """A run that ended well is the uninterrupted one: records, weights, optimizer, generators, model and file names.
+
+    Args:
+        excused: names of files that the harness damaged and the run had no reason to write again.
+    """
+    wrong = records_differ(run, reference, complete=True)
+    names = [{path.relative_to(root).as_posix() for path in root.rglob("*")} for root in (run, reference)]
+    wrong += [f"{name} was left behind" for name in sorted(names[0] - names[1] - excused)]
+    wrong += [f"{name} is missing" for name in sorted(names[1] - names[0] - excused)]
+    for name in sorted(names[0] & names[1] - excused):
+        if _CHECKPOINT.fullmatch(Path(name).name):
+            wrong += _checkpoint_differs(name, run / name, reference / name)
+        elif name.startswith("model/") and digest(run / name) != digest(reference / name):
+            wrong.append(f"{name} differs from the uninterrupted run's")
+    return wrong
+
+
+def _checkpoint_differs(name: str, here: Path, there: Path) -> list[str]:
+    one, other = read_checkpoint(here), read_checkpoint(there)
+    if one is None or other is None:
+        return [f"{name} cannot be read"]
+    one, other = _what_counts(one), _what_counts(other)
+    differ = [key for key in other if not _equal(one.get(key), other[key])]
+    return [f"{name} differs from the uninterrupted run's in {', '.join(differ)}"] if differ else []
+
+
+def _what_counts(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint without the clock, the run's name, and what the next step sets before it uses it: the learning rate,
+    and at an epoch's end the generators."""
+    groups = [
+        {key: value for key, value in group.items() if key != "lr"} for group in state["optimizer"]["param_groups"]
+    ]
+    kept = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
+    unused = ("seconds", "name", *(["rng"] if state["step_of_epoch"] == 0 else []))
+    return {key: value for key, value in kept.items() if key not in unused}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(other, Tensor):
+        return isinstance(one, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(other, dict):
+        return (
+            isinstance(one, dict) and one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in other)
+        )
+    if isinstance(other, list | tuple):
+        return isinstance(one, list | tuple) and len(one) == len(other) and all(map(_equal, one, other))
+    return one == other

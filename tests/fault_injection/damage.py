@@ -1,0 +1,170 @@
+"""Damage to the files of a run between two starts: what a crash of the machine or a bad disk leaves behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from checks import Checkpoints, lines
+
+from clipup.checkpoint import replace_files
+
+
+@dataclass(frozen=True)
+class Damage:
+    name: str
+    strike: Callable[[Path, random.Random], str | None]
+    """Damages a run directory and says how; None when there is nothing to damage."""
+    weight: float = 1
+    passing: bool = False
+    """Whether the file itself is whole, so that refusing is right even where an older checkpoint is there."""
+
+
+def _change(path: Path, change: Callable[[bytearray], bytes], in_place: bool) -> None:
+    """``in_place`` also reaches another name of the same bytes."""
+    content = bytes(change(bytearray(path.read_bytes())))
+    if not in_place:
+        path.unlink()
+    path.write_bytes(content)
+
+
+def _newest(
+    how: Callable[[bytearray, random.Random], tuple[bytes, str]],
+) -> Callable[[Path, random.Random], str | None]:
+    """Damage to the newest checkpoint, under one of its names or all of them."""
+
+    def strike(run: Path, draw: random.Random) -> str | None:
+        newest = Checkpoints.of(run).newest()
+        if not newest:
+            return None
+        path, in_place, said = draw.choice(newest), draw.random() < 0.5, ""
+
+        def change(content: bytearray) -> bytes:
+            nonlocal said
+            content, said = how(content, draw)
+            return content
+
+        _change(path, change, in_place)
+        return f"{path.name} {said}{', with its other names' if in_place and len(newest) > 1 else ''}"
+
+    return strike
+
+
+def _truncated(content: bytearray, draw: random.Random) -> tuple[bytes, str]:
+    size = draw.randrange(len(content))
+    return content[:size], f"cut to {size} of {len(content)} bytes"
+
+
+def _emptied(content: bytearray, draw: random.Random) -> tuple[bytes, str]:
+    return b"", "emptied"
+
+
+def _zeroed(content: bytearray, draw: random.Random) -> tuple[bytes, str]:
+    start = 0 if draw.random() < 0.3 else draw.randrange(len(content))
+    end = min(len(content), start + int(4096 * 10 ** draw.uniform(0, 3)))
+    content[start:end] = bytes(end - start)
+    return content, f"zeroed from byte {start} to {end}"
+
+
+def _flipped(content: bytearray, draw: random.Random) -> tuple[bytes, str]:
+    bit = draw.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    return content, f"with bit {bit % 8} of byte {bit // 8} of {len(content)} flipped"
+
+
+def _replaced(content: bytearray, draw: random.Random) -> tuple[bytes, str]:
+    return b"<html><body>503 Service Unavailable</body></html>\n", "replaced by a page of HTML"
+
+
+def _all_checkpoints(run: Path, draw: random.Random) -> str | None:
+    paths = list(Checkpoints.of(run).steps)
+    for path in paths:
+        _change(path, lambda content: _truncated(content, draw)[0], in_place=False)
+    return f"all {len(paths)} checkpoints truncated" if paths else None
+
+
+def _read_error(run: Path, draw: random.Random) -> str | None:
+    """Reading the newest checkpoint gives EIO, as /proc/self/mem does at its start."""
+    newest = Checkpoints.of(run).newest()
+    for path in newest:
+        path.unlink()
+        path.symlink_to("/proc/self/mem")
+    return f"{' and '.join(path.name for path in newest)} give an I/O error" if newest else None
+
+
+def _cut_records(name: str) -> Callable[[Path, random.Random], str | None]:
+    """The last line ends in its middle: one of a step that is computed again, or none of the run's at all."""
+
+    def strike(run: Path, draw: random.Random) -> str | None:
+        path = run / name
+        records = lines(path)
+        if not records:
+            return None
+        text = path.read_bytes()
+        last = text[: text.rfind(b"\n") + 1].splitlines(keepends=True)[-1]
+        if records[-1]["step"] > (Checkpoints.of(run).step or 0):
+            text = text[: text.rfind(b"\n") + 1 - len(last)]
+        kept = last[: draw.randrange(1, len(last))]
+        path.write_bytes(text[: text.rfind(b"\n") + 1] + kept)
+        return f"{name} ends {len(kept)} bytes into a line"
+
+    return strike
+
+
+def _leftovers(run: Path, draw: random.Random) -> str | None:
+    """Writers that were killed while they wrote: what they leave behind is not to stay."""
+    targets = [run / "metrics.jsonl", run / "checkpoints" / "epoch_latest.pt", run / "model" / "README.md"]
+    killed = [path for path in targets if path.parent.is_dir() and draw.random() < 0.7]
+    for path in killed:
+        if (child := os.fork()) == 0:
+            replace_files({path: _half_written})
+            os._exit(0)
+        os.waitpid(child, 0)
+    return f"killed while writing: {', '.join(path.name for path in killed)}" if killed else None
+
+
+def _half_written(path: Path) -> None:
+    path.write_bytes(bytes(1000))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _empty_options(run: Path, draw: random.Random) -> str | None:
+    path = run / "options.json"
+    if not path.is_file():
+        return None
+    size = draw.randrange(path.stat().st_size)
+    os.truncate(path, size)
+    return f"options.json cut to {size} bytes"
+
+
+DAMAGE = (
+    Damage("checkpoint truncated", _newest(_truncated)),
+    Damage("checkpoint emptied", _newest(_emptied), 0.5),
+    Damage("checkpoint zeroed", _newest(_zeroed)),
+    Damage("checkpoint with a flipped bit", _newest(_flipped), 1.5),
+    Damage("checkpoint of another format", _newest(_replaced), 0.5),
+    Damage("all checkpoints truncated", _all_checkpoints, 0.7),
+    Damage("I/O error at a checkpoint", _read_error, 0.7, passing=True),
+    Damage("metrics.jsonl cut in a line", _cut_records("metrics.jsonl")),
+    Damage("evaluations.jsonl cut in a line", _cut_records("evaluations.jsonl"), 0.5),
+    Damage("leftovers of dead writers", _leftovers),
+    Damage("options.json truncated", _empty_options, 0.3),
+)
+
+
+class Backup:
+    """A run's files before they were damaged."""
+
+    def __init__(self, run: Path, where: Path) -> None:
+        self._run, self._where = run, where
+        shutil.rmtree(where, ignore_errors=True)
+        shutil.copytree(run, where, symlinks=True)
+
+    def restore(self) -> None:
+        shutil.rmtree(self._run)
+        shutil.copytree(self._where, self._run, symlinks=True)
