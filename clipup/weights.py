@@ -66,12 +66,16 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def types_in_safetensors(path: Path) -> dict[str, torch.dtype]:
-    """The types of a safetensors file's tensors, by name, read from its header alone."""
+    """The types of a safetensors file's tensors, by name, from its header alone; raises ``ValueError`` when the file is
+    not whole."""
     types = {}
-    with safetensors.safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118, it is no mapping
-            part = file.get_slice(name)
-            types[name] = part[:0].dtype if part.get_shape() else file.get_tensor(name).dtype
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, it is no mapping
+                part = file.get_slice(name)
+                types[name] = part[:0].dtype if part.get_shape() else file.get_tensor(name).dtype
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     return types
 
 

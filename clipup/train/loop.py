@@ -57,6 +57,7 @@ def train(
         DirectoryInUse: another process runs in it.
         ValueError: options or data that cannot be trained on, or a checkpoint that cannot be resumed from.
         NonFiniteLoss, NonFiniteGradients, NonFiniteWeights: values became NaN or infinite.
+        ChildProcessError: a data worker was killed.
         RankLost: another rank died or failed. A rank that waits for a frozen one ends with exit code 3 instead.
         OSError: a checkpoint could not be written, and the one before is whole; or one could not be read.
         TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint. Without ``options.logs`` it is KeyboardInterrupt,
@@ -212,7 +213,7 @@ class Trainer:
         self.console.say(f"training {begin}{f'; {self.directory.root}' if self.directory else ''}")
         self.ranks.on_loss(self._last_words, self.recorder.failure)
         try:
-            with self.ranks.explained():
+            with self.ranks.explained(), self._explaining_lost_workers():
                 while self.step < self.total_steps and self.epoch < self.total_epochs:
                     self._run_epoch()
                 self._finish()
@@ -396,8 +397,20 @@ class Trainer:
             results |= {"multi_positive": self.options.multi_positive, "retrieval": self._validated}
             card.add_results(self.directory.model, results)
 
+    @contextmanager
+    def _explaining_lost_workers(self) -> Iterator[None]:
+        """Inside, a killed data worker is a ChildProcessError. torch reports it from a signal's handler, whatever the
+        process is doing; a checkpoint that is being written then does not take the place of the one before."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            reason = str(error).splitlines()[0].removesuffix(".")
+            raise ChildProcessError(f"{reason}, for lack of memory perhaps. {self._last_words()}") from error
+
     def _last_words(self) -> str:
-        """What is left when another rank is lost, and how to continue from it."""
+        """What is left when a process of the run is lost, and how to continue from it."""
         kept = self.guard.last_checkpoint
         if kept is None or self.directory is None:
             return "There is no checkpoint yet"

@@ -75,7 +75,7 @@ def refused(place, capsys, monkeypatch):
         ("eval dense --val-data x.csv --device gpu", "device is 'gpu', expected cpu, cuda or cuda:N"),
         ("eval no_cfg --val-data x.csv", "no_cfg/open_clip_config.json has no model_cfg"),
         ("eval half_cfg --val-data x.csv", "half_cfg/open_clip_config.json lacks vision_cfg, text_cfg"),
-        ("eval cut --val-data x.csv", "the weights of local-dir:cut cannot be read, the file is broken: "),
+        ("eval cut --val-data x.csv", "cut/open_clip_model.safetensors is not a whole safetensors file: "),
         ("report sparse --captions jpegs", "captions: there is no file jpegs"),
         ("report sparse --images jpegs --out jpegs", "out: jpegs is a directory; expected the path of a file"),
         ("report sparse --images jpegs --dense ViT-B-32", "dense_pretrained is missing, so ViT-B-32 would have random"),

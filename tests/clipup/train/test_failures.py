@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,24 @@ def test_a_checkpoint_of_two_names_lies_on_the_disk_once(make_model, pairs, opti
     train(options(steps=4), model=make_model(), loader=pairs(), callbacks=[Every(4, look)])  # three steps an epoch
 
     assert seen == [True]
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_with_one_message_and_a_whole_checkpoint(run, monkeypatch):
+    """torch's signal handler raises in whatever the process is doing; here in the second checkpoint."""
+    saves = []
+
+    def killed_meanwhile(state, path):
+        saves.append(path)
+        torch.save(state, path)
+        if len(saves) == 2:
+            raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Terminated. ")
+
+    monkeypatch.setattr("clipup.train.checkpoints._write", killed_meanwhile)
+    message = (
+        r"DataLoader worker \(pid 17\) is killed by signal: Terminated.*The last checkpoint, (.*), is whole.*resume"
+    )
+    with pytest.raises(ChildProcessError, match=message) as raised:
+        run(steps=6, save_every_n_steps=2)
+
+    checkpoint = Path(re.search(message, str(raised.value)).group(1))
+    assert load(checkpoint)["step"] == 2
