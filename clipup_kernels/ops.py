@@ -69,7 +69,6 @@ def topk_gating(
     """
     checks.tensor("logits", logits, ("T", "E"), (torch.float32, torch.float64), logits)
     num_tokens, num_experts = logits.shape
-    checks.num_experts(num_experts)
     checks.top_k(k, num_experts)
     checks.boolean("renormalize", renormalize)
     checks.optional("selection_bias", selection_bias, (num_experts,), (logits.dtype,), logits)

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -132,6 +133,15 @@ class RunDirectory:
         return metrics, evaluations, warnings
 
 
+class _LogFile(logging.FileHandler):
+    """Prints no traceback where a line cannot be written: on a full disk the metrics or the next checkpoint end the
+    run, with one message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 class Recorder:
     """Takes the numbers of a run: into files when there is a directory, else into memory."""
 
@@ -149,7 +159,7 @@ class Recorder:
             return
         for kind in self._memory:
             self._files[kind] = directory.root / f"{kind}.jsonl"
-        self._handlers = [logging.FileHandler(directory.root / "out.log", encoding="utf-8")]
+        self._handlers = [_LogFile(directory.root / "out.log", encoding="utf-8")]
         self._handlers[0].setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
         self.log.setLevel(logging.INFO)
         self.log.propagate = False  # open_clip sets up the root logger, which would print every step over the bar

@@ -164,3 +164,22 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_message_and_a_whole_
 
     checkpoint = Path(re.search(message, str(raised.value)).group(1))
     assert load(checkpoint)["step"] == 2
+
+
+def test_a_log_that_cannot_be_written_adds_no_traceback_to_the_message(run, monkeypatch, capsys):
+    """A full disk ends the run; that the reason does not fit into out.log either is no news."""
+
+    def full(state, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def no_room(self, record):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError:
+            self.handleError(record)
+
+    monkeypatch.setattr("clipup.train.checkpoints._write", full)
+    monkeypatch.setattr("logging.FileHandler.emit", no_room)
+    with pytest.raises(OSError, match="could not write the checkpoint"):
+        run(steps=4, save_every_n_steps=2)
+    assert "Traceback" not in capsys.readouterr().err
