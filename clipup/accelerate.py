@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import checks
+from .experts import Experts
 from .mlp_families import families_read, find_mlp, read_mlp, replace_mlp
 from .moe import SparseMoE
 from .prepared import MATRICES, Prepared, PreparedMLP, PreparedMoE
@@ -41,11 +42,16 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         ValueError: the model has nothing to prepare (NothingToPrepare), or is on another device.
     """
     checks.module("model", model)
+    checks.boolean("inplace", inplace)
     _check(model)
+    own = {id(parameter) for parameter in model.parameters()}
     if not inplace:
         model = copy.deepcopy(model, _shared_until_packed(model))
     if _is_mlp(model):
-        return PreparedMLP(model).requires_grad_(False)
+        prepared = PreparedMLP(model)
+        if not inplace:
+            _copy_parameters(prepared, own)
+        return prepared.requires_grad_(False)
     sparse = _sparse_layers(model)
     dense = [module for module in model.modules() if _can_prepare(module)]
     if not sparse and not dense and not any(isinstance(module, Prepared) for module in model.modules()):
@@ -55,6 +61,8 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         layer.prepare()
     for block in dense:
         replace_mlp(block, PreparedMLP(find_mlp(block).module))
+    if not inplace:
+        _copy_parameters(model, own)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
@@ -63,6 +71,17 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
 
         leave_padding_out(model)
     return model
+
+
+def _copy_parameters(model: nn.Module, theirs: set[int]) -> None:
+    """Gives a copy its own parameters where it still has those of the model that it was made of: what was shared to be
+    packed, and is used elsewhere too."""
+    copies: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if id(parameter) in theirs:
+                copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+                module._parameters[name] = copies[id(parameter)]
 
 
 def _check(model: nn.Module) -> None:
@@ -74,6 +93,16 @@ def _check(model: nn.Module) -> None:
             raise TypeError(
                 f"{name or 'model'} is a {type(module).__qualname__}, which overrides what SparseMoE computes, so it "
                 "cannot be prepared"
+            )
+        missing = [
+            n
+            for n in MATRICES
+            if isinstance(module, Experts) and not isinstance(module, Prepared) and n not in module._parameters
+        ]
+        if missing:
+            raise TypeError(
+                f"{missing[0]} of {name or 'the layer'} is no plain parameter (pruned, or parametrized); make it one "
+                "before preparing: torch.nn.utils.prune.remove, or parametrize.remove_parametrizations"
             )
 
 

@@ -22,6 +22,7 @@ from .mlp_parts import (
     read_dropout,
     read_linears,
     read_norm,
+    refuse_changed_forward,
     refuse_dropout,
 )
 
@@ -63,7 +64,9 @@ def find_mlp(block: nn.Module) -> BlockMLP:
             continue
         modules = [block.get_submodule(path) for path, _ in family.parts if _has(block, path)]
         if [class_name(module) for module in modules] == [name for _, name in family.parts]:
-            return BlockMLP(family, family.read(*modules), modules[0])
+            dense = family.read(*modules)
+            refuse_changed_forward(*modules)
+            return BlockMLP(family, dense, modules[0])
         inside = _inside(modules[0]) if modules else inside
     if not inside and _has(block, "mlp"):
         inside = _inside(block.get_submodule("mlp"))
@@ -83,7 +86,9 @@ def read_mlp(mlp: nn.Module) -> DenseMLP:
     """
     for family in FAMILIES:
         if len(family.parts) == 1 and class_name(mlp) == family.parts[0][1]:
-            return family.read(mlp)
+            dense = family.read(mlp)
+            refuse_changed_forward(mlp)
+            return dense
     raise TypeError(f"cannot read {class_name(mlp)} as an MLP; {families_read()}")
 
 

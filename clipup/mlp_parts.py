@@ -135,6 +135,19 @@ def read_dropout(name: str, module: nn.Module) -> float:
     return module.p if type(module) is nn.Dropout else 0.0
 
 
+def refuse_changed_forward(*parts: nn.Module) -> None:
+    """Refuses an MLP that computes something else than its classes do: with hooks (those of pruning and of weight
+    normalisation among them), or a ``forward`` of its own in a module. What is made of its weights would lose that."""
+    for name, module in (named for part in parts for named in part.named_modules()):
+        changed = "forward hooks" if module._forward_hooks or module._forward_pre_hooks else ""
+        changed = "a forward of its own" if "forward" in vars(module) else changed
+        if changed:
+            raise TypeError(
+                f"cannot read an MLP with {changed}{f' on {name}' if name else ''}: what is made of its weights would "
+                "lose them; remove them first"
+            )
+
+
 def refuse_dropout(name: str, module: nn.Module) -> None:
     """Refuses a dropout behind the output projection that drops: the sparse layer ends with the weighted sum."""
     if read_dropout(name, module) > 0:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clipup_kernels import PackedWeight, Plan, dense_mlp, pack_weight, packed_layout, unpack_weight
 
+from . import checks
 from .experts import Experts, SharedExpert
 from .mlp_families import read_mlp
 from .mlp_parts import DenseMLP
@@ -88,6 +89,7 @@ class Prepared(nn.Module):
         return self._packed["in_weight"].dtype
 
     def _check_type(self, x: Tensor) -> None:
+        checks.tensor("x", x)
         autocast = autocast_dtype(x)
         wanted = autocast or x.dtype
         if wanted != self.dtype:
@@ -114,6 +116,9 @@ class Prepared(nn.Module):
             raise RuntimeError(f"a prepared layer cannot require gradients: {_ONLY_INFERENCE}")
         return super().requires_grad_(False)
 
+    def reset_parameters(self) -> None:
+        raise RuntimeError(f"a prepared layer cannot be re-initialized: {_ONLY_INFERENCE}")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
         probe = torch.empty(0, dtype=self.dtype)
         moved = fn(probe)
@@ -136,6 +141,9 @@ class Prepared(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._parameters:  # copies like the others, lest a write to the state dict reach half of the layer
+            if prefix + name in destination:
+                destination[prefix + name] = destination[prefix + name].clone()
         for name in self._stored:
             destination[prefix + name] = self._plain(name)
 
@@ -150,6 +158,12 @@ class Prepared(nn.Module):
         error_msgs: list[str],
     ) -> None:
         ours = {prefix + name: stored for name, stored in self._stored.items()}
+        for key, value in [(key, state_dict[key]) for key in (*ours, *self._own_keys(prefix)) if key in state_dict]:
+            if not isinstance(value, Tensor) or value.is_meta or value.dtype != self.dtype:
+                kind = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+                error_msgs.append(f"{key} is {kind}, expected a tensor of the prepared layer's type, {self.dtype}")
+        if error_msgs:
+            return
         others = OrderedDict((key, value) for key, value in state_dict.items() if key not in ours)
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for key, stored in ours.items():
@@ -163,6 +177,9 @@ class Prepared(nn.Module):
                 )
             else:
                 self._take(stored, value.to(stored.dtype).contiguous())
+
+    def _own_keys(self, prefix: str) -> list[str]:
+        return [prefix + name for name, parameter in self._parameters.items() if parameter is not None]
 
     def _take(self, stored: _Stored, whole: Tensor) -> None:
         for part in stored.parts:
@@ -233,6 +250,9 @@ class PreparedMLP(Prepared):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] of the type that the MLP was prepared in."""
         self._check_type(x)
+        width = self.in_weight.shape[1]
+        if x.dim() == 0 or x.shape[-1] != width:
+            raise ValueError(f"x must be [..., {width}], got {list(x.shape)}")
         if self.input_norm_name is not None:
             x = getattr(self, self.input_norm_name)(x)
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)

@@ -135,6 +135,11 @@ def _operands(
 ) -> tuple[list[Tensor | None], int, str]:
     """The tensors of packed weights and of the biases beside them, in the order of ``parameters``; H; the layout."""
     packed = parameters["in_weight"]
+    for name, value in parameters.items():
+        if isinstance(value, PackedWeight) and value.layout != packed.layout:
+            raise ValueError(
+                f"{name} is packed as {value.layout} and in_weight as {packed.layout}; pack both in this process"
+            )
     tensors = [value.block if isinstance(value, PackedWeight) else value for value in parameters.values()]
     checks.no_gradient(*others, *tensors)
     return tensors, packed.shape[-2], packed.layout

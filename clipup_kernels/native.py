@@ -143,6 +143,7 @@ def grouped_linear(rows, weight, bias, offsets) -> Tensor:
 
 def packed_grouped_linear(rows, packed, bias, offsets, out_features) -> Tensor:
     shape = (offsets.numel() - 1, out_features, rows.shape[1])
+    _check_blocks(rows, shape, packed)
     return _grouped_linear(rows, shape, 0, _address(packed), bias, offsets)
 
 
@@ -203,6 +204,7 @@ def packed_expert_mlp(
 ) -> Tensor:  # fmt: skip
     x, gates, *biases = _dense(x, gates, in_bias, out_bias, gate_bias)
     routing = _dense(offsets, choice_of_row, row_of_choice)
+    _check_mlp(x, offsets.numel() - 1, hidden, in_packed, out_packed, gate_packed)
     y = torch.empty_like(x)
     NATIVE.expert_mlp_forward(
         DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), *row_of_choice.shape, offsets.numel() - 1, x.shape[1],
@@ -210,6 +212,22 @@ def packed_expert_mlp(
         _address(x), _address(y), 0,
     )  # fmt: skip
     return y
+
+
+def _check_mlp(x: Tensor, num_experts: int, hidden: int, in_packed, out_packed, gate_packed) -> None:
+    _check_blocks(x, (num_experts, hidden, x.shape[1]), in_packed, gate_packed)
+    _check_blocks(x, (num_experts, x.shape[1], hidden), out_packed)
+
+
+def _check_blocks(x: Tensor, shape: tuple[int, int, int], *blocks: Tensor | None) -> None:
+    """Refuses packed weights that end before what is read of them."""
+    bytes_read = NATIVE.packed_weight_bytes(DTYPE_CODE[x.dtype], *shape)
+    for block in blocks:
+        if block is not None and (block.dtype != torch.uint8 or block.numel() < bytes_read):
+            raise ValueError(
+                f"a packed weight of shape {list(shape)} takes {bytes_read} bytes, got {block.numel()} of "
+                f"{block.dtype}; use what pack_weight() returned"
+            )
 
 
 def _packed_addresses(biases: list[Tensor | None], *packed: Tensor | None) -> list[int]:
@@ -225,6 +243,7 @@ def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bia
 
 def packed_dense_mlp(x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, activation) -> Tensor:
     biases = _dense(in_bias, out_bias, gate_bias)
+    _check_mlp(x, 1, hidden, in_packed, out_packed, gate_packed)
     return _dense_mlp(x, _packed_addresses(biases, in_packed, out_packed, gate_packed), hidden, activation)
 
 

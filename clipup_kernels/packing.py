@@ -34,9 +34,10 @@ def pack_weight(weight: Tensor) -> PackedWeight:
         raise ValueError(f"weight is on {weight.device}; weights are packed for CPUs, move it there first")
     shape = tuple(weight.shape)
     layout = cpu.packed_layout(weight.dtype)
-    weight = weight.detach().contiguous()
-    if layout == PLAIN_LAYOUT:
+    weight = weight.detach().resolve_neg()
+    if layout == PLAIN_LAYOUT:  # torch's products round by strides too, so they are kept
         return PackedWeight(weight.clone(), shape, weight.dtype, PLAIN_LAYOUT)
+    weight = weight.contiguous()
     code, sizes = DTYPE_CODE[weight.dtype], (1, *shape)[-3:]
     memory = info.NATIVE.Block(max(info.NATIVE.packed_weight_bytes(code, *sizes), 1))  # in huge pages
     block = torch.frombuffer(memory, dtype=torch.uint8)

@@ -5,6 +5,8 @@ import importlib
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune as prune
 from tiny_clip import CONFIGS, tiny_clip
 from tiny_families import HUGGING_FACE, TIMM, build, hugging_face_cfg, timm_model
 from torch import nn
@@ -188,3 +190,51 @@ def test_the_plain_model_is_what_is_saved(tmp_path):
     with pytest.raises(ValueError, match="prepared by clipup.accelerate; save the plain model"):
         clipup.save_pretrained(clipup.accelerate(tiny_clip()), tmp_path / "model", {})
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("where", ["the MLP", "its projection", "a forward of its own"])
+def test_an_mlp_that_computes_something_else_stays_as_it_is(where):
+    """A hook, or a replaced forward, would be lost with the module that has it."""
+    model = tiny_clip().eval()
+    block = model.visual.transformer.resblocks[1]
+    if where == "a forward of its own":
+        block.mlp.c_fc.forward = lambda x: 3 * F.linear(x, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+    else:
+        module = block.mlp if where == "the MLP" else block.mlp.c_fc
+        module.register_forward_hook(lambda module, args, output: 3 * output)
+    images, _ = random_inputs(model, batch_size=2)
+    with torch.no_grad():
+        assert_close(
+            [clipup.accelerate(model, inplace=where.endswith("own")).encode_image(images)],
+            [model.encode_image(images)],
+            1e-5,
+        )
+    if where != "a forward of its own":
+        with pytest.raises(TypeError, match="resblocks.1: cannot read an MLP with forward hooks.*remove them first"):
+            clipup.upcycle(model)
+
+
+def test_the_model_that_was_prepared_shares_nothing_with_the_copy(monkeypatch):
+    model = tiny_clip().eval()
+    model.tied = nn.Linear(32, 128, bias=False)
+    model.tied.weight = model.visual.transformer.resblocks[0].mlp.c_fc.weight
+    fast = clipup.accelerate(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    ours = {parameter.data_ptr() for parameter in fast.parameters()}
+    assert not ours & {parameter.data_ptr() for parameter in model.parameters()}
+    assert torch.equal(fast.tied.weight, model.tied.weight)
+    glu = timm_model("Block/GeGluMlp").blocks[0].mlp
+    assert clipup.accelerate(glu).norm.weight.data_ptr() != glu.norm.weight.data_ptr()
+    assert all(parameter.requires_grad for parameter in glu.parameters())
+
+
+def test_inplace_is_true_or_false():
+    with pytest.raises(TypeError, match="inplace must be True or False, got 'no'"):
+        clipup.accelerate(tiny_clip(), inplace="no")
+
+
+def test_pruned_experts_are_refused_by_name():
+    layer = clipup.SparseMoE(8, 16)
+    prune.l1_unstructured(layer, "in_weight", 0.5)
+    with pytest.raises(TypeError, match="in_weight of the layer is no plain parameter.*prune.remove"):
+        clipup.accelerate(layer)

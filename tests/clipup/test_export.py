@@ -55,6 +55,6 @@ def test_exported_text_tower_takes_any_batch(kind):
 
 def test_a_layer_is_traced():
     """torch.jit.trace hands sizes over as tensors."""
-    layer, x = clipup.SparseMoE(16, 32).eval(), torch.randn(5, 16)
+    layer, x = SparseMoE(16, 32).eval(), torch.randn(5, 16)
     with torch.no_grad():
         assert torch.equal(torch.jit.trace(layer, (x,))(x), layer(x))

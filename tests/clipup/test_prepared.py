@@ -202,6 +202,9 @@ def test_one_copy_of_the_weights_is_held():
         (lambda made: made.out_weight.mul_(2), AttributeError, "cannot be trained or written to"),
         (lambda made: made(tokens().requires_grad_()), NotImplementedError, "packed weights have no derivative"),
         (lambda made: made(tokens().half()), TypeError, "prepared in torch.float32; cast the plain model"),
+        (lambda made: made.reset_parameters(), RuntimeError, "cannot be re-initialized"),
+        (lambda made: made(None), TypeError, "x must be a tensor, got NoneType"),
+        (lambda made: made(tokens()[:, 1:]), ValueError, "x must be"),
     ],
 )
 def test_what_a_prepared_layer_cannot_do_is_refused_and_changes_nothing(act, error, message):
@@ -219,6 +222,12 @@ def test_what_a_prepared_layer_cannot_do_is_refused_and_changes_nothing(act, err
         (lambda state: state.pop("in_weight"), "Missing key.*in_weight"),
         (lambda state: state.update(extra=torch.ones(1)), "Unexpected key.*extra"),
         (lambda state: state.update(in_weight=torch.ones(2, 3)), "size mismatch for in_weight"),
+        (
+            lambda state: state.update(in_weight="no"),
+            "in_weight is str, expected a tensor of the prepared layer's type",
+        ),
+        (lambda state: state.update(in_bias=state["in_bias"].double()), "in_bias is torch.float64 on cpu, expected"),
+        (lambda state: state.update(in_weight=state["in_weight"].to("meta")), "in_weight is torch.float32 on meta"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(change, message):
@@ -247,3 +256,19 @@ def test_a_prepared_models_parameters_can_be_saved_and_loaded_as_a_plain_ones(tm
     other.load_state_dict(torch.load(tmp_path / "weights.pt"))
     with torch.no_grad():
         assert torch.equal(other(tokens()), plain(tokens()))
+
+
+def test_writes_to_a_state_dict_reach_no_prepared_layer():
+    for make in (layer, mlp):
+        prepared, x = clipup.accelerate(make()), tokens()
+        before = prepared(x)
+        for name, value in prepared.state_dict().items():
+            if not name.startswith("router"):
+                value.zero_()
+        assert torch.equal(prepared(x), before)
+
+
+@pytest.mark.parametrize("x", [None, torch.tensor(1.0), torch.ones(3, 23)], ids=["None", "no dimension", "width"])
+def test_a_prepared_mlp_names_a_wrong_x(x):
+    with pytest.raises((TypeError, ValueError), match="^x must be"):
+        clipup.accelerate(mlp())(x)

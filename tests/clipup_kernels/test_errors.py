@@ -57,7 +57,12 @@ WRONG = [
     (call_dispatch, dict(experts=torch.zeros(T, K)), TypeError, "experts must be int32, got float32"),
     (call_topk_gating, dict(renormalize="yes"), TypeError, "renormalize must be True or False, got 'yes'"),
     (call_topk_gating, dict(renormalize=None), TypeError, "renormalize must be True or False, got None"),
-    (call_topk_gating, dict(logits=randn(T, 0)), ValueError, "num_experts must be a positive int, got 0"),
+    (
+        call_topk_gating,
+        dict(logits=randn(T, 0)),
+        ValueError,
+        "k must be between 1 and the number of experts .0., got 2",
+    ),
     (call_dispatch, dict(num_experts=0), ValueError, "num_experts must be a positive int, got 0"),
     (call_dispatch, dict(num_experts=2**31), ValueError, "num_experts must be at most 1048576, got 2147483648"),
     (call_expert_mlp, dict(in_weight=[1.0]), TypeError, "in_weight must be a tensor, got list"),

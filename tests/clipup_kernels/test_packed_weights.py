@@ -188,9 +188,25 @@ def test_what_cannot_be_packed_is_refused_by_name(weight, message):
 def test_a_weight_packed_for_other_kernels_is_refused():
     layer = Layer()
     packed = layer.packed()
-    foreign = packed._replace(in_weight=packed.in_weight._replace(layout="float32x1024"))
+    foreign = {name: getattr(packed, name)._replace(layout="float32x1024") for name in ("in_weight", "out_weight")}
     with pytest.raises(ValueError, match="packed as float32x1024.*pack the weight again"):
-        layer(foreign)
+        layer(packed._replace(**foreign))
+    for name, weight in foreign.items():
+        with pytest.raises(ValueError, match="out_weight is packed as .* and in_weight as .*; pack both"):
+            layer(packed._replace(**{name: weight}))
+
+
+@pytest.mark.skipif(packed_layout(torch.float32) == "plain", reason="nothing is packed here")
+def test_a_packed_weight_that_ends_early_is_refused_before_it_is_read():
+    layer = Layer()
+    packed = layer.packed()
+    cut = packed.out_weight._replace(block=packed.out_weight.block[:64])
+    with pytest.raises(ValueError, match="takes .* bytes, got 64 of torch.uint8"):
+        layer(packed._replace(out_weight=cut))
+    rows = ck.permute(layer.x, layer.plan)
+    cut = packed.in_weight._replace(block=packed.in_weight.block[:64])
+    with pytest.raises(ValueError, match="takes .* bytes, got 64 of torch.uint8"):
+        ck.grouped_linear(rows, cut, packed.in_bias, layer.plan.offsets)
 
 
 @pytest.mark.skipif(packed_layout(torch.float32) == "plain", reason="nothing is packed here")
