@@ -25,7 +25,7 @@ from .optim import adamw, load_optimizer_state
 from .options import TrainOptions
 from .records import LOG, Recorder, RunDirectory, run_name
 from .results import Every, TrainingInterrupted, TrainResult
-from .signals import StopRequest
+from .signals import StopRequest, notice_lost_workers_when_data_are_read
 from .step import Batch, StepLosses, TrainStep
 
 _DATA = 1
@@ -261,7 +261,9 @@ class Trainer:
         self.ranks.doing("reading data", self.step + 1)
         try:
             with self._data_rng.drawing():
-                return next(steps, None)
+                batches = next(steps, None)
+            notice_lost_workers_when_data_are_read()
+            return batches
         except RuntimeError:
             if self.ranks.several or not self.stop.received:
                 raise
@@ -399,8 +401,7 @@ class Trainer:
 
     @contextmanager
     def _explaining_lost_workers(self) -> Iterator[None]:
-        """Inside, a killed data worker is a ChildProcessError. torch reports it from a signal's handler, whatever the
-        process is doing; a checkpoint that is being written then does not take the place of the one before."""
+        """Inside, a killed data worker is a ChildProcessError that says how to continue."""
         try:
             yield
         except RuntimeError as error:
