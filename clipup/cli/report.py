@@ -151,7 +151,8 @@ def find_images(source: str) -> list[Record]:
     root = Path(source)
     if not root.is_dir():
         raise FileNotFoundError(f"images: there is no directory {source}; expected one with images, or .tar shards")
-    paths = [path for path in sorted(root.rglob("*")) if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
+    named = [path for path in sorted(root.rglob("*")) if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
+    paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
     if not paths:
         raise FileNotFoundError(f"images: {source} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
     return [Record(str(path.relative_to(root)), str(path), ()) for path in paths]
@@ -162,7 +163,10 @@ def _captions(options: Options, records: list[Record]) -> list[str]:
         return [record.captions[0] for record in records if record.captions]
     if not options.captions.is_file():
         raise FileNotFoundError(f"captions: there is no file {options.captions}; expected one caption a line")
-    found = lines(options.captions.read_text(encoding="utf-8"))
+    try:
+        found = lines(options.captions.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"captions: {options.captions} is not UTF-8 text ({error.reason})") from error
     if not found:
         raise ValueError(f"captions: {options.captions} is empty; expected one caption a line")
     return found

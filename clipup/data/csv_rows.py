@@ -123,8 +123,7 @@ def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[
             return
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{argument}: {path} is not UTF-8 text behind line {reader.line_num} ({error.reason}): convert it, "
-                "such as with `iconv -t UTF-8`"
+                f"{argument}: {path} is not UTF-8 text ({error.reason}): convert it, such as with `iconv -t UTF-8`"
             ) from error
         except csv.Error as error:  # a NUL (before Python 3.11), or a quote that opens a cell of more than 128 KiB
             yield line, [], str(error)

@@ -68,8 +68,6 @@ def train(
         source, state, notes = resume.find_checkpoint(options, directory, ranks)
         if state is not None:
             notes += resume.changes(state, options, ranks.world_size, source)
-        for note in notes if ranks.first else ():
-            LOG.warning("%s", note)
         precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
         rng.seed_everything(options.seed)
         built = build_model(options, ranks.device, precision, model, preprocess, tokenizer)
@@ -80,6 +78,8 @@ def train(
             trainer.restore(state, source)
             if trainer.finished:
                 return trainer.result_before()
+        for note in notes if ranks.first else ():
+            LOG.warning("%s", note)
         with StopRequest(enabled=directory is not None) as stop:
             return trainer.run(stop, notes)
 
@@ -95,6 +95,12 @@ def _directory(options: TrainOptions, ranks: Ranks) -> Iterator[RunDirectory | N
         ranks.first_does(lambda: held.enter_context(directory.locked()))
         ranks.first_does(lambda: directory.check(options))
         yield directory
+
+
+def _without_traceback(error: Exception) -> Exception:
+    """An error that a data worker raised: torch hands it over with the worker's traceback as its message."""
+    _, _, message = str(error).rpartition(f"\n{type(error).__name__}: ")
+    return type(error)(message.strip())
 
 
 class Trainer:
@@ -268,6 +274,10 @@ class Trainer:
             if self.ranks.several or not self.stop.received:
                 raise
             self._interrupt()
+        except (ValueError, OSError) as error:
+            if not str(error).startswith("Caught "):
+                raise
+            raise _without_traceback(error) from error
 
     def _one_step(self, batches: list[Batch]) -> None:
         if not self.options.skip_scheduler:

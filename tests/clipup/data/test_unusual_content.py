@@ -190,7 +190,7 @@ def test_a_text_that_is_not_utf8_is_named(pictures, picture, caplog, tmp_path):
     with open(source, "ab") as file:
         file.write(f"{pictures.folder / '1.png'}\tcaf".encode() + b"\xe9\n")
     for cached in (False, True):
-        with pytest.raises(ValueError, match=r"train_data: .*train\.csv is not UTF-8 text behind line"):
+        with pytest.raises(ValueError, match=r"train_data: .*train\.csv is not UTF-8 text .*convert it"):
             train_loader(source, preprocess, lengths, 1, 0, cache=cached)
     with pytest.raises(ValueError, match=r"source: .*train\.csv is not UTF-8 text"):
         eval_samples(source, preprocess)

@@ -1,6 +1,7 @@
 """clipup report: a model's or a run's directory, images and captions in, one page out."""
 
 import json
+import os
 import tarfile
 
 import pytest
@@ -157,3 +158,18 @@ def test_help_shows_units_defaults_and_an_example(capsys):
         main(["report", "--help"])
     shown = capsys.readouterr().out
     assert "--max-images" in shown and "Example: clipup report" in shown
+
+
+def test_what_is_no_file_is_no_image(model, tmp_path):
+    """A named pipe with an image's name would be waited for."""
+    (tmp_path / "photos").mkdir()
+    pictures(1)[0].save(tmp_path / "photos" / "a.png")
+    os.mkfifo(tmp_path / "photos" / "b.png")
+    assert "seen with 1 image" in Page(made(tmp_path / "r.html", model, "--images", tmp_path / "photos")).text
+
+
+def test_captions_that_are_no_text_are_named(model, captions, capsys):
+    captions.write_bytes(b"\x89PNG")
+    assert f"captions: {captions} is not UTF-8 text" in refused(
+        capsys, model, "--captions", captions, "--out", "r.html"
+    )

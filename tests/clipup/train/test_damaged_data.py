@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -125,3 +126,24 @@ def test_what_two_ranks_skip_is_counted_once(command, damaged_csv, tmp_path):
     assert ", 2 samples skipped; see" in done.stdout
     metrics = (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[-1])["epoch"] == 3
+
+
+def test_what_a_data_worker_refuses_is_said_in_one_line(command, csv_data, tmp_path, capsys):
+    """Without the worker's traceback, which torch puts into the message."""
+    with gzip.open(tmp_path / "train.tar", "wb") as file:
+        file.write(bytes(10_240))
+    options = [
+        "--train-data",
+        str(tmp_path / "train.tar"),
+        "--train-num-samples",
+        "8",
+        "--epochs",
+        "1",
+        "--workers",
+        "1",
+    ]
+    assert main([*command, *options]) == 2
+
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("clipup train: ") and "Traceback" not in error and "Caught" not in error
+    assert "train.tar: it is compressed (gzip)" in error
