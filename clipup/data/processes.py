@@ -24,3 +24,10 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | 
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     with context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         yield from pool.imap(function, items, chunksize=_AT_ONCE)
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """For ``worker_init_fn`` of a data loader: Ctrl-C and a scheduler's SIGTERM reach all processes of a group, and the
+    run that finishes its step and saves needs its workers until then. They end with their parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

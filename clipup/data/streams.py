@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSamp
 
 from clipup.data.csv_rows import CsvFormat, Rows, readable_rows
 from clipup.data.images import load_image
+from clipup.data.processes import leave_signals_to_the_parent
 from clipup.data.shard_names import open_shard, sizes_of
 from clipup.data.skips import Notes, Report, Skips
 from clipup.data.tars import IMAGE_EXTENSIONS, TarSample, complete, lines, read_samples
@@ -122,6 +123,7 @@ def webdataset_data(
     draw.epoch = info.shared_epoch
     loader = info.dataloader.pipeline[0]
     loader.generator = torch.Generator()
+    loader.worker_init_fn = leave_signals_to_the_parent
     notes = Notes()
     usual = max(1, args.train_num_samples // len(shards))
     replaced = {
@@ -344,6 +346,7 @@ def csv_data(
         batch_sampler=batch_rows,
         collate_fn=_as_it_is,
         num_workers=args.workers,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=torch.cuda.is_available(),
         generator=generator,
     )

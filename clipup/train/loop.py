@@ -270,14 +270,14 @@ class Trainer:
                 batches = next(steps, None)
             notice_lost_workers_when_data_are_read()
             return batches
-        except RuntimeError:
-            if self.ranks.several or not self.stop.received:
-                raise
-            self._interrupt()
-        except (ValueError, OSError) as error:
-            if not str(error).startswith("Caught "):
-                raise
-            raise _without_traceback(error) from error
+        except (RuntimeError, ValueError, OSError, EOFError) as error:
+            if self.stop.received and not self.ranks.several:
+                self._interrupt()
+            if isinstance(error, ConnectionError | EOFError):
+                raise ChildProcessError(f"a data worker has ended ({error}). {self._last_words()}") from error
+            if str(error).startswith("Caught ") and isinstance(error, ValueError | OSError):
+                raise _without_traceback(error) from error
+            raise
 
     def _one_step(self, batches: list[Batch]) -> None:
         if not self.options.skip_scheduler:

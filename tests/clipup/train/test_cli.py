@@ -66,7 +66,8 @@ def test_a_diverging_run_ends_with_exit_code_1_one_line_and_finite_files(command
     assert not (tmp_path / "logs" / "run" / "model").exists()
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(command, tmp_path, capsys):
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_says_how_to_go_on_and_exits_with_130(command, tmp_path, capsys, stop):
     log = tmp_path / "logs" / "run" / "metrics.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "clipup", *command, "--steps", "100000", "--workers", "2"]
@@ -79,7 +80,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(command, tmp_path, ca
         with contextlib.suppress(subprocess.TimeoutExpired):
             assert process.wait(timeout=0.05) is None, process.communicate()[1]
 
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the data workers get it too
+    os.killpg(process.pid, stop)  # as a terminal or a scheduler does: the data workers get it too
     error = process.communicate(timeout=60)[1]
 
     assert process.returncode == 130, error
