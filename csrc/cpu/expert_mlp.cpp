@@ -47,7 +47,8 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
     }
     hidden_product(experts, wave, x_lines.get(), a_lines.get(), places, workspace);
 
-    const std::vector<Block> blocks = make_blocks(wave, D, ks);
+    const std::vector<Block> blocks =
+        make_blocks(wave, D, ks, experts.packed_out == nullptr ? typed.few_rows : 0);
     const auto out_matrix = [&](const Piece& piece) {
       return forward_matrix(experts, experts.out_weight, experts.packed_out, piece.expert, D, H);
     };

@@ -155,7 +155,7 @@ class Backward {
   }
 
   void hidden_gradient(const Wave& wave) {
-    const std::vector<Block> blocks = make_blocks(wave, H_, ks_);
+    const std::vector<Block> blocks = make_blocks(wave, H_, ks_, 0);
     const auto finish = typed_.finish_hidden_gradient[static_cast<int>(experts_.activation)];
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
@@ -228,7 +228,7 @@ class Backward {
   void products(const Wave& wave) {
     std::vector<Block> blocks;
     std::vector<std::size_t> ends;  // of every product's blocks
-    if (wanted_.x != nullptr) blocks = make_blocks(wave, D_, ks_);
+    if (wanted_.x != nullptr) blocks = make_blocks(wave, D_, ks_, 0);
     const std::size_t dx_end = blocks.size();
     for (const WeightGradient& gradient : weights_) {
       const std::vector<Block> more = gradient.blocks(wave);

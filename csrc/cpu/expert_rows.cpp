@@ -101,7 +101,8 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_line
   const std::int64_t x_words = line_words(D, typed);
   const std::int64_t a_words = line_words(round_up(H, ks.panel), typed);
   const auto finish_hidden = typed.finish_hidden[static_cast<int>(experts.activation)];
-  const std::vector<Block> blocks = make_blocks(wave, H, ks);
+  const std::vector<Block> blocks =
+      make_blocks(wave, H, ks, experts.packed_in == nullptr ? typed.few_rows : 0);
   const auto* const first_piece = wave.pieces.data();
 
   const auto in_matrix = [&](const Piece& piece) {

@@ -12,15 +12,18 @@ namespace {
 constexpr std::int64_t kBlocksPerThread = 8;
 
 std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_unit, std::int64_t columns,
-                       const Kernels& kernels) {
+                       const Kernels& kernels, std::int64_t few_rows) {
   const std::int64_t all_panels = ceil_div(columns, kernels.panel);
   std::int64_t most_panels = kBlockColumns / kernels.panel;
   std::int64_t most_rows = kBlockRows;
   const auto rows_of = [&](const Piece& piece) { return rows > 0 ? round_up(rows, row_unit) : piece.count; };
+  const auto panels_of = [&](const Piece& piece) {
+    return piece.count > few_rows ? most_panels : std::min(most_panels, kFewRowsColumns / kernels.panel);
+  };
   const auto count = [&] {
     std::int64_t blocks = 0;
     for (const Piece& piece : wave.pieces) {
-      blocks += ceil_div(rows_of(piece), most_rows) * ceil_div(all_panels, most_panels);
+      blocks += ceil_div(rows_of(piece), most_rows) * ceil_div(all_panels, panels_of(piece));
     }
     return blocks;
   };
@@ -33,10 +36,12 @@ std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_uni
     const std::int64_t total = rows_of(piece);
     const std::int64_t row_blocks = ceil_div(total, most_rows);
     const std::int64_t height = round_up(ceil_div(total, row_blocks), row_unit);
+    const std::int64_t panels = panels_of(piece);
+    const std::int64_t most_words = piece.count > few_rows ? kMostSumWords : kFewRowsSumWords;
     for (std::int64_t row = 0; row < total; row += height) {
-      for (std::int64_t panel = 0; panel < all_panels; panel += most_panels) {
-        blocks.push_back(
-            {&piece, row, std::min(height, total - row), panel, std::min(most_panels, all_panels - panel)});
+      for (std::int64_t panel = 0; panel < all_panels; panel += panels) {
+        blocks.push_back({&piece, row, std::min(height, total - row), panel,
+                          std::min(panels, all_panels - panel), most_words});
       }
     }
   }
@@ -77,13 +82,14 @@ WaveSize largest(const std::vector<Wave>& waves) {
   return size;
 }
 
-std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels) {
-  return cut(wave, 0, kernels.tile_rows, columns, kernels);
+std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
+                               std::int64_t few_rows) {
+  return cut(wave, 0, kernels.tile_rows, columns, kernels, few_rows);
 }
 
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
                                       const Kernels& kernels) {
-  return cut(wave, left_columns, kernels.column_tile, columns, kernels);
+  return cut(wave, left_columns, kernels.column_tile, columns, kernels, 0);
 }
 
 std::int64_t sum_block(std::int64_t words) {
@@ -173,7 +179,7 @@ Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std:
 
 Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, const Block& block) {
   const std::int64_t words = ceil_div(right.k, kernels.of(dtype).per_word);
-  return region_of(right, dtype, kernels, block.panel, block.panels, 0, std::min(words, sum_block(words)));
+  return region_of(right, dtype, kernels, block.panel, block.panels, 0, std::min(words, block.step(words)));
 }
 
 std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines) {

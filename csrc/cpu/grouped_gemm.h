@@ -39,15 +39,34 @@ struct WaveSize {
 };
 WaveSize largest(const std::vector<Wave>& waves);
 
-// A block of a product: rows [row, row + rows) of a piece, `panels` panels of columns from `panel` on.
+// How a summed axis of `words` words is cut: blocks of this many, the last one shorter.
+std::int64_t sum_block(std::int64_t words);
+constexpr std::int64_t kMostSumWords = 768;
+constexpr std::int64_t kBlockColumns = 128;
+
+// The same where few rows are multiplied with a matrix that is packed for them: what is packed at a time stays in the
+// first-level cache beside the rows' words and sums.
+constexpr std::int64_t kFewRowsSumWords = 96;
+constexpr std::int64_t kFewRowsColumns = 32;
+
+// A block of a product: rows [row, row + rows) of a piece, `panels` panels of columns from `panel` on, at most
+// `most_words` words of the summed axis at a time.
 struct Block {
   const Piece* piece;
   std::int64_t row, rows, panel, panels;
+  std::int64_t most_words = kMostSumWords;
+
+  std::int64_t step(std::int64_t words) const {
+    const std::int64_t usual = sum_block(words);
+    return usual < most_words ? usual : most_words;
+  }
 };
 
 // Cuts the product of a wave's rows with matrices of `columns` columns into blocks, small enough that every thread
-// finds several. No result depends on the cut: a sum's order is fixed by the summed axis alone.
-std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels);
+// finds several. No result depends on the cut: a sum's order is fixed by the summed axis alone. Pieces of up to
+// `few_rows` rows are cut smaller (kFewRowsColumns).
+std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
+                               std::int64_t few_rows);
 
 // The same for a product that sums over a piece's rows: `rows` tiles of columns of the left operand.
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
@@ -82,11 +101,6 @@ struct Workspace {
   Buffer<Word> panels_;
   Buffer<float> sums_;
 };
-
-// How a summed axis of `words` words is cut: blocks of `size` words, the last one shorter.
-std::int64_t sum_block(std::int64_t words);
-constexpr std::int64_t kMostSumWords = 768;
-constexpr std::int64_t kBlockColumns = 128;
 
 // Rows of a wave: their hidden activations stay in the last-level cache or close to it.
 constexpr std::int64_t kWaveRows = 2016;
@@ -153,7 +167,7 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
     const Right& right = terms[t].right;
     const std::int64_t words = ceil_div(right.k, typed.per_word);
     const std::int64_t output = outputs == 1 ? 0 : t;
-    const std::int64_t step = sum_block(words);
+    const std::int64_t step = block.step(words);
     std::int64_t begin = 0;
     do {  // once even where nothing is summed
       const std::int64_t length = begin + step < words ? step : words - begin;

@@ -47,7 +47,8 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
         typed.row_to_lines(row, k, tile.rows, first + i * kLineWords);
       }
     });
-    const std::vector<Block> blocks = make_blocks(wave, n, ks);
+    const std::int64_t few_rows = transposed && packed == nullptr ? typed.few_rows : 0;
+    const std::vector<Block> blocks = make_blocks(wave, n, ks, few_rows);
     const auto right_of = [&](const Piece& piece) {
       return Right{element(weight, dtype, piece.expert * n * k), transposed, n, k,
                    packed_matrix(packed, dtype, piece.expert, n, k)};

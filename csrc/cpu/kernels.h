@@ -80,7 +80,8 @@ struct OutputTile {
 
 // The tier's functions for one storage type.
 struct TypedKernels {
-  std::int64_t per_word;                // elements of the summed axis in a word
+  std::int64_t per_word;  // elements of the summed axis in a word
+  std::int64_t few_rows;  // an expert's rows up to which its plain weight is packed in small steps
   Multiply by_rows[kMostTileRows + 1];  // [m]: a in lines of m rows
   Multiply by_columns;                  // a in strips of column_tile
 

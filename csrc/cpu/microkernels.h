@@ -9,10 +9,25 @@
 namespace clipup {
 namespace {
 
+// Measured (docs/performance.md): with more rows, packing in small steps costs more in sums that are stored and loaded
+// again than it saves in waiting for the second-level cache.
+template <class Storage>
+constexpr std::int64_t few_rows() {
+  [[maybe_unused]] constexpr bool kFloats = sizeof(typename Storage::Element) == sizeof(Word);
+#if defined(__AVX512F__)
+  return (kFloats ? 7 : 3) * kTileRows;
+#elif defined(__AVX2__)
+  return (kFloats ? 7 : 0) * kTileRows;
+#else
+  return 0;
+#endif
+}
+
 template <class Storage, class Operand>
 constexpr TypedKernels typed_kernels() {
   TypedKernels table{};
   table.per_word = Operand::kPerWord;
+  table.few_rows = few_rows<Storage>();
   table.by_rows[1] = multiply<Operand, 1, true>;
   table.by_rows[2] = multiply<Operand, 2, true>;
   table.by_rows[3] = multiply<Operand, 3, true>;

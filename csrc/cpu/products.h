@@ -114,11 +114,11 @@ void transposed_strip(const void* rows, std::int64_t stride, std::int64_t count,
       if (Operand::template kSameBits<Storage> && half + kLanes <= count &&
           left >= kLanes * Operand::kPerWord) {
         const Element* const first = from + half * stride + word * Operand::kPerWord;
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) square[i] = load_as<U32x>(first + i * stride);
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store_as(strip + (word + i) * kPanel + half, square[i]);
+        for (int k = 0; k < kLanes; k += 4) {
+          U32x columns[4];
+          load_columns(first + k * Operand::kPerWord, stride * sizeof(Element), columns);
+          for (int i = 0; i < 4; ++i) store_as(strip + (word + k + i) * kPanel + half, columns[i]);
+        }
         continue;
       }
       for (int i = 0; i < kLanes; ++i) {

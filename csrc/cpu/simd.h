@@ -107,6 +107,36 @@ inline U32x interleave_high(U32x a, U32x b) {
 #endif
 }
 
+// The same within every sixteen bytes, by words and by pairs of words.
+#if defined(__AVX512F__)
+inline U32x unpack_low(U32x a, U32x b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+}
+inline U32x unpack_high(U32x a, U32x b) {
+  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+}
+inline U32x unpack_low_pairs(U32x a, U32x b) {
+  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+}
+inline U32x unpack_high_pairs(U32x a, U32x b) {
+  return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+#elif defined(__AVX2__)
+inline U32x unpack_low(U32x a, U32x b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13); }
+inline U32x unpack_high(U32x a, U32x b) { return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15); }
+inline U32x unpack_low_pairs(U32x a, U32x b) {
+  return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+}
+inline U32x unpack_high_pairs(U32x a, U32x b) {
+  return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+#else
+inline U32x unpack_low(U32x a, U32x b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline U32x unpack_high(U32x a, U32x b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+inline U32x unpack_low_pairs(U32x a, U32x b) { return __builtin_shufflevector(a, b, 0, 1, 4, 5); }
+inline U32x unpack_high_pairs(U32x a, U32x b) { return __builtin_shufflevector(a, b, 2, 3, 6, 7); }
+#endif
+
 inline U32half low_half(U32x value) {
 #if defined(__AVX512F__)
   return __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -140,6 +170,34 @@ inline void transpose(U32x (&rows)[kLanes]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
   }
+}
+
+// Four words each of kLanes rows that lie `stride` bytes apart, transposed: columns[k] holds word k of every row. Rows
+// are put together in sixteen-byte pieces while they are loaded, which leaves two steps of shuffling.
+inline void load_columns(const void* rows, std::int64_t stride, U32x (&columns)[4]) {
+  const auto* const first = static_cast<const char*>(rows);
+  U32x quads[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const char* const row = first + i * stride;
+#if defined(__AVX512F__)
+    __m512i quad = _mm512_castsi128_si512(load_as<__m128i>(row));
+    quad = _mm512_inserti32x4(quad, load_as<__m128i>(row + 4 * stride), 1);
+    quad = _mm512_inserti32x4(quad, load_as<__m128i>(row + 8 * stride), 2);
+    quads[i] = reinterpret_cast<U32x>(_mm512_inserti32x4(quad, load_as<__m128i>(row + 12 * stride), 3));
+#elif defined(__AVX2__)
+    const __m256i quad = _mm256_castsi128_si256(load_as<__m128i>(row));
+    quads[i] = reinterpret_cast<U32x>(_mm256_inserti128_si256(quad, load_as<__m128i>(row + 4 * stride), 1));
+#else
+    quads[i] = load_as<U32x>(row);
+#endif
+  }
+  const U32x low = unpack_low(quads[0], quads[1]), low_next = unpack_low(quads[2], quads[3]);
+  const U32x high = unpack_high(quads[0], quads[1]), high_next = unpack_high(quads[2], quads[3]);
+  columns[0] = unpack_low_pairs(low, low_next);
+  columns[1] = unpack_high_pairs(low, low_next);
+  columns[2] = unpack_low_pairs(high, high_next);
+  columns[3] = unpack_high_pairs(high, high_next);
 }
 
 inline float sum_of(F32x value) {

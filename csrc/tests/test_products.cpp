@@ -86,6 +86,23 @@ void large_layers() {
   Layer(identity).check(3);
 }
 
+// Plain weights are packed in smaller steps where an expert has few rows (kernels.h, few_rows): numbers of rows on both
+// sides of every tier's limit, several steps and several panels with a rest of each.
+void few_rows_layers() {
+  const std::int64_t all[] = {1, 2, 5, 13, 14, 15, 16, 31, 41, 42, 43, 49, 63, 64, 65, 98, 99};
+  for (const std::int64_t rows : all) {
+    for (int dtype = 0; dtype < 3; ++dtype) {
+      if (quick() && (rows + dtype) % 3 != 0 && rows < 41) continue;
+      LayerShape shape = layer_of(rows, 97 + rows % 3, rows % 2 == 0 ? 209 : 67, 3, 1);
+      shape.dtype = DType{dtype};
+      shape.gated = rows % 2 == 1;
+      shape.expert = 1;  // no rows before and after it
+      Layer(shape).check(rows % 7 == 0 ? 3 : 1);
+      check_linear({DType{dtype}, 2 * rows, 3, 67, 403, rows % 2 == 0, false, rows % 4});
+    }
+  }
+}
+
 void linear_layers(int rounds) {
   for (int round = 0; round < rounds; ++round) {
     const LayerShape random = random_shape(150, 70);
@@ -186,6 +203,7 @@ void test_products() {
   random_layers(quick() ? 1 : 8);
   empty_layers();
   large_layers();
+  few_rows_layers();
   linear_layers(quick() ? 20 : 120);
   streamed_gradients();
   concurrent_calls();

@@ -55,6 +55,19 @@ def test_packed_weights_give_the_same_bits(dtype, gated):
     assert torch.equal(layer(), layer(layer.packed()))
 
 
+@pytest.mark.parametrize("rows", [1, 13, 16, 42, 43, 64, 98, 99])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_weights_give_the_same_bits_with_few_rows_an_expert(dtype, rows):
+    """A plain weight is packed in steps whose size depends on the number of rows."""
+    offsets = torch.tensor([0, 0, rows, rows + 3, rows + 3], dtype=torch.int32)
+    for out_features, in_features in ((67, 403), (130, 209)):
+        x = randn(rows + 3, in_features, dtype=dtype, seed=0)
+        weight = randn(4, out_features, in_features, dtype=dtype, seed=1)
+        bias = randn(4, out_features, dtype=dtype, seed=2)
+        plain = ck.grouped_linear(x, weight, bias, offsets)
+        assert torch.equal(plain, ck.grouped_linear(x, ck.pack_weight(weight), bias, offsets))
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_grouped_linear_and_dense_mlp_take_packed_weights(dtype):
     layer = Layer(dtype, gated=True)
