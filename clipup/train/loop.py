@@ -220,6 +220,8 @@ class Trainer:
         self.ranks.on_loss(self._last_words, self.recorder.failure)
         try:
             with self.ranks.explained(), self._explaining_lost_workers():
+                if self.step >= self.total_steps and self.step_of_epoch >= self.data.steps:
+                    self._end_epoch()  # killed behind the last step, which was saved, and before the end of its epoch
                 while self.step < self.total_steps and self.epoch < self.total_epochs:
                     self._run_epoch()
                 self._finish()

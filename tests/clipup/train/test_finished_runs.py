@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import clipup
-from clipup.train import Every, train
+from clipup.train import Every, Trainer, train
 from clipup.train.checkpoints import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
@@ -99,3 +99,28 @@ def test_a_full_disk_at_the_model_keeps_the_last_step(run, tmp_path, monkeypatch
 
     state = load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")
     assert state["step"] == 5 and not state["finished"]
+
+
+def test_a_run_killed_between_its_last_step_and_the_end_of_the_epoch_ends_that_epoch(
+    make_model, pairs, options, monkeypatch
+):
+    """The last step was saved; the epoch's checkpoint and its place in the count were not."""
+
+    def run(**changes):
+        return train(options(epochs=2, steps=None, save_every_n_steps=3, **changes), model=make_model(), loader=pairs())
+
+    end_epoch = Trainer._end_epoch
+
+    def killed(trainer):
+        if trainer.step == 6:
+            raise SystemExit("killed")
+        end_epoch(trainer)
+
+    monkeypatch.setattr(Trainer, "_end_epoch", killed)
+    with pytest.raises(SystemExit):
+        run()
+    monkeypatch.undo()
+    folder = run(resume="latest").directory / "checkpoints"
+    assert (folder / "epoch_2.pt").is_file()
+    latest = load(folder / "epoch_latest.pt")
+    assert (latest["epoch"], latest["step"], latest["step_of_epoch"]) == (2, 6, 0)
