@@ -29,7 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import word_tokenizer
+from . import checks, word_tokenizer
 from .config import MoEConfig
 from .moe import moe_layers
 from .prepared import Prepared
@@ -72,6 +72,7 @@ def save_pretrained(
             prepared for inference.
         OSError: a file could not be written.
     """
+    checks.module("model", model)
     if any(isinstance(module, Prepared) for module in model.modules()):
         raise ValueError(
             "the model was prepared by clipup.accelerate; save the plain model, or load this one's state_dict() into it"

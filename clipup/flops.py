@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import checks
 from .moe import moe_layers
 from .prepared import Prepared
 
@@ -42,6 +43,7 @@ def count(model: nn.Module) -> TowerCounts:
     """
     from . import models
 
+    checks.module("model", model)
     if any(isinstance(module, Prepared) for module in model.modules()):
         raise ValueError("the model was prepared by clipup.accelerate; count the plain model, whose FLOPs are the same")
     twin = meta_twin(model).eval()
