@@ -25,7 +25,8 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     Sparse layers compute bitwise what they did. Dense MLPs run on this project's kernels and compute the same to
     rounding. On a text tower that returns nothing but its end-of-text token's features, computation stops at the end of
     the batch's longest text, as in upcycled ones (``clipup.padding_aware``). What is not prepared (attention, norms,
-    MLPs that are spread over several modules as BERT's, MLPs with a norm between their projections) runs as before.
+    MLPs that are spread over several modules as BERT's, that have a norm between their projections, or hooks) runs as
+    before.
 
     The result is in evaluation mode, and no parameter of it requires a gradient. Prepared layers cannot be trained,
     written to, cast or moved: an error says so. Threads may share them; deepcopy, pickle and ``load_state_dict`` work,
@@ -38,7 +39,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
             returned.
 
     Raises:
-        TypeError: not a module; a subclass of SparseMoE, which may compute something else.
+        TypeError: not a module; a SparseMoE that is pruned, parametrized, or overrides what SparseMoE computes.
         ValueError: the model has nothing to prepare (NothingToPrepare), or is on another device.
     """
     checks.module("model", model)
