@@ -10,7 +10,7 @@
 # FUZZ_SECONDS how long test-all calls the native code at random (60)
 # FAULT_SECONDS how long test-all kills, freezes and damages training, half of it on two processes (600)
 # FAULT_ARGS   options for that (none)
-# ICONS        the data set of the study, made by `clipup data icons` (runs/icons/data)
+# ICONS        the data set of the study, made by `python -m studies icons` (runs/icons/data)
 # STUDY_RUNS   where the study's runs keep their checkpoints (runs/icons/runs)
 # ICONIFY      the unpacked npm package that study-converged, study-gpu and demo-start draw icons from (package)
 
@@ -117,32 +117,32 @@ bench: $(call installed,bench)
 # The page of the study out of its logs; and the runs that have no log yet, one at a time, beside other work. They take
 # days in all, can be stopped whenever, and go on where they were.
 study: $(call installed,demo)
-	$(BIN)/clipup study report studies/icons --out docs/study.md
+	$(BIN)/python -m studies report studies/icons --out docs/study.md
 
 study-runs: $(call installed,all)
-	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
 
 # The runs of the second part, which start from converged dense models; what their plan says of the machine holds
 # (studies/converged/plan.md).
 CONVERGED := runs/converged
 study-converged: $(call installed,all)
-	test -d $(CONVERGED)/data || $(BIN)/clipup data icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
-	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/clipup study run studies/converged/*.yaml \
+	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged/*.yaml \
 	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
 
 # The same study with a model of width 384 on drawings of 64 x 64 pixels, on a GPU, out of the unpacked npm package
 # @iconify/json (ICONIFY).
 W384 := runs/icons-w384
 study-gpu: $(call installed,all)
-	test -d $(W384)/data || $(BIN)/clipup data icons $(W384)/data --package $(ICONIFY) --size 64
-	$(BIN)/clipup study run studies/icons-w384/*.yaml --device cuda --data $(W384)/data --runs $(W384)/runs
-	$(BIN)/clipup study report studies/icons-w384 --out docs/study_w384.md
+	test -d $(W384)/data || $(BIN)/python -m studies icons $(W384)/data --package $(ICONIFY) --size 64
+	$(BIN)/python -m studies run studies/icons-w384/*.yaml --device cuda --data $(W384)/data --runs $(W384)/runs
+	$(BIN)/python -m studies report studies/icons-w384 --out docs/study_w384.md
 
 # The dense model that the demonstration starts from, out of the unpacked npm package @iconify/json (ICONIFY); half an hour.
 START := runs/start
 demo-start: $(call installed,all)
-	$(BIN)/clipup data icons $(START)/data --package $(ICONIFY) --leave-out openmoji twemoji ph
-	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/clipup study run studies/demo/*.yaml --data $(START)/data --runs $(START)/runs
+	$(BIN)/python -m studies icons $(START)/data --package $(ICONIFY) --leave-out openmoji twemoji ph
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/demo/*.yaml --data $(START)/data --runs $(START)/runs
 	$(BIN)/python -m clipup.demo.ship $(START)/runs/start-5000-lr0.002-s0/model
 
 lint: $(call installed,test)

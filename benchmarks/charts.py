@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from clipup.report import svg
+from clipup.inspection.figures import svg
 
 Row = dict[str, str]
 MARGIN = 16  # px

@@ -37,8 +37,10 @@ from harness import (
 from torch import Tensor, nn
 
 import clipup
-from clipup.flops import TowerCounts, count
-from clipup.models import create_model_and_transforms, expecting_random_weights, get_tokenizer, image_size
+from clipup.clip.flops import TowerCounts, count
+from clipup.clip.inputs import image_size
+from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
+from clipup.pretrained.tokenizers import get_tokenizer
 
 BASELINE, LARGE, ACCELERATED = "ViT-B-16", "ViT-L-14", "accelerated"
 MODELS = (

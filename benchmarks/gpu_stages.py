@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from harness import alternate, commit, device_name, package_version, print_table, write_csv
 
-from clipup_kernels import cuda_native
+from clipup_kernels.backends import cpp_cuda
 
 TOKENS = (4096, 16_384, 50_000, 200_000, 400_000)
 SIZES = ((8, 2), (64, 8))
@@ -44,7 +44,7 @@ def stages(tokens: int, num_experts: int, k: int) -> Iterator[tuple[str, Call, C
     for name, given in arguments.items():
         function = name.partition(",")[0]
         peer = getattr(dispatch if function == "dispatch" else gating, function)
-        ours = getattr(cuda_native, function)
+        ours = getattr(cpp_cuda, function)
         yield name, lambda f=peer, given=given: f(*given), lambda f=ours, given=given: f(*given)
 
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if not torch.cuda.is_available():
         raise SystemExit("gpu_stages.py measures on a CUDA GPU, and torch finds none here")
-    if not cuda_native.built():
+    if not cpp_cuda.built():
         raise SystemExit("clipup_kernels/_C is built without CUDA: put nvcc on PATH and build it again")
     rows = []
     for tokens in args.tokens:

@@ -59,7 +59,7 @@ sanitized() {  # sanitized TOOL LIMIT: small shapes under compute-sanitizer, eve
   needing compute-sanitizer "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 9 \
     "$PYTHON" -m pytest -q -p no:cacheprovider tests/clipup_kernels/test_cuda_layer.py \
-    tests/clipup_kernels/test_cuda_native.py -k small
+    tests/clipup_kernels/test_cpp_cuda.py -k small
 }
 
 workers=()  # most of the tests' time is Triton compiling
@@ -73,7 +73,7 @@ step build 120 "$PYTHON" setup.py build_ext --inplace
 layer forward 60 forward "${main_case[@]}" --dtype bf16
 layer training 75 training "${main_case[@]}" --dtype bf16
 step cuda_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
-  tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cuda_native.py tests/clipup_kernels/test_cuda_layer.py
+  tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cpp_cuda.py tests/clipup_kernels/test_cuda_layer.py
 sanitized memcheck 70
 layer forward_sizes 60 forward "${other_cases[@]}" --dtype bf16
 layer training_sizes 75 training "${other_cases[@]}" --dtype bf16

@@ -19,8 +19,9 @@ from harness import DTYPES, alternate, commit, device_name, package_version, rep
 from torch import Tensor, nn
 
 import clipup
-from clipup.models import create_model_and_transforms, expecting_random_weights, get_tokenizer
-from clipup.padding_aware import tokens_up_to_pooled
+from clipup.clip.padding_aware import tokens_up_to_pooled
+from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
+from clipup.pretrained.tokenizers import get_tokenizer
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Of features of length 1: order and blocking of sums may depend on how many rows an expert has."""
@@ -31,7 +32,7 @@ MODELS = ("ViT-B-16", "clipup-tiny-32")
 def captions(path: str | None, count: int, seed: int = 0) -> list[str]:
     """``count`` captions drawn from the lines of a file, by default from those of the pictograms data set."""
     if path is None:
-        from clipup.data.sources import concepts
+        from clipup.demo.pictograms.sources import concepts
 
         lines = [caption for concept in concepts() for caption in concept.captions]
     else:

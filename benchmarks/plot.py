@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import charts
 from charts import LogScale, Row
 
-from clipup.report import svg
-from clipup.report.palette import EXPERTS
+from clipup.inspection.figures import svg
+from clipup.inspection.figures.palette import EXPERTS
 
 IMPLEMENTATIONS = (
     "clipup_prepared", "clipup", "dense_k_prepared", "hf_grouped_mm", "grouped_mm", "loop_unbind", "loop",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import charts
 from charts import LogScale, Row
 
-from clipup.report import svg
+from clipup.inspection.figures import svg
 
 PANEL, GAP, HEAD, FOOT, LEFT = 260, 56, 76, 40, 44  # px
 TICKS = (0.25, 0.5, 1, 2, 4, 8)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from harness import report
 
+from clipup.clip.word_tokenizer import WordTokenizer, split_words
 from clipup.data.captions import same_words
-from clipup.data.samples import tar_records
+from clipup.data.sample_index import tar_records
 from clipup.data.shard_names import expand_shards
 from clipup.data.skips import Skips
-from clipup.models import get_tokenizer
-from clipup.word_tokenizer import WordTokenizer, split_words
+from clipup.pretrained.tokenizers import get_tokenizer
 
 TRAIN, SPLITS = "train", ("test_styles", "test_names", "validation")
 
@@ -52,7 +52,7 @@ def share(of: list[str], counts: Iterable[int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="data set made by `clipup data icons`")
+    parser.add_argument("data", type=Path, help="data set made by `python -m studies icons`")
     parser.add_argument("--model", default="clipup-icons-w64", help="whose words are known (default: clipup-icons-w64)")
     parser.add_argument("--csv", help="file to write the rows to")
     args = parser.parse_args(argv)

@@ -22,13 +22,15 @@ import torch
 from harness import alternate, commit, device_name, package_version, report, require_device
 
 import clipup
+from clipup.clip.flops import count
+from clipup.clip.inputs import random_inputs
+from clipup.clip.padding_aware import leave_padding_out
 from clipup.data.loaders import eval_samples
-from clipup.evaluate.precision import Precision
-from clipup.flops import count
-from clipup.models import create_model_and_transforms, expecting_random_weights, get_tokenizer, random_inputs
-from clipup.padding_aware import leave_padding_out
+from clipup.precision import Precision
+from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
+from clipup.pretrained.tokenizers import get_tokenizer
 from clipup.train import TrainOptions
-from clipup.train.openclip import contrastive_loss
+from clipup.train.objectives import contrastive_loss
 from clipup.train.optim import adamw
 from clipup.train.step import TrainStep
 

@@ -14,27 +14,30 @@ from typing import TYPE_CHECKING, Any
 
 from clipup_kernels._version import __version__ as __version__
 
-from .accelerate import accelerate
-from .balancing import update_selection_bias
-from .calibration import calibrate
-from .checkpoint import save_pretrained
-from .config import MoEConfig
-from .metrics import moe_metrics
-from .moe import SparseMoE, aux_loss, moe_layers
-from .upcycle import step0_difference, upcycle
-from .weight_decay import parameter_groups
+from .clip.accelerate import accelerate
+from .moe.config import MoEConfig
+from .moe.layer import SparseMoE, aux_loss, moe_layers
+from .moe.metrics import moe_metrics
+from .moe.selection_bias import update_selection_bias
+from .moe.weight_decay import parameter_groups
+from .pretrained.saving import save_pretrained
+from .upcycling.calibration import calibrate
+from .upcycling.step0 import step0_difference
+from .upcycling.upcycle import upcycle
 
 if TYPE_CHECKING:
-    from .models import create_model_and_transforms, get_model_config, get_tokenizer, load_checkpoint
-    from .timm_models import create_timm_model
+    from .pretrained.factory import create_model_and_transforms, load_checkpoint
+    from .pretrained.model_names import get_model_config
+    from .pretrained.timm_factory import create_timm_model
+    from .pretrained.tokenizers import get_tokenizer
 
 # These modules import open_clip, which takes seconds and which SparseMoE does not need.
 _LAZY = {
-    "create_model_and_transforms": "models",
-    "create_timm_model": "timm_models",
-    "get_model_config": "models",
-    "get_tokenizer": "models",
-    "load_checkpoint": "models",
+    "create_model_and_transforms": "pretrained.factory",
+    "create_timm_model": "pretrained.timm_factory",
+    "get_model_config": "pretrained.model_names",
+    "get_tokenizer": "pretrained.tokenizers",
+    "load_checkpoint": "pretrained.factory",
 }
 
 __all__ = [

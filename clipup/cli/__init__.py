@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from clipup_kernels import __version__
 
@@ -17,9 +17,8 @@ COMMANDS = {
     "upcycle": "make a dense model sparse, and check that it computes the same",
     "train": "train a dense or sparse model",
     "eval": "retrieval and zero-shot classification",
-    "benchmark": "CLIP_benchmark's command line, for models of clipup",
-    "study": "runs of a study from their config files",
-    "report": "what the experts of a sparse model do, as one HTML page",
+    "clip-benchmark": "CLIP_benchmark's command line, for models of clipup",
+    "inspect": "what the experts of a sparse model do, as one HTML page",
     "flops": "FLOPs and parameters of a model, dense and sparse",
     "doctor": "the blocks of a model, and what upcycle would do with each",
 }
@@ -31,16 +30,8 @@ _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Runs one command; returns the exit code: 0, 2 for what the user can correct, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        return _run(argv)
-    except BrokenPipeError:  # the program that read the output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-
-
-def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.", flush=True)
         return 0 if argv else _BAD_INPUT
@@ -51,29 +42,40 @@ def _run(argv: list[str]) -> int:
     if command not in COMMANDS:
         print(f"clipup: {_unknown('command', command, COMMANDS)}", file=sys.stderr)
         return _BAD_INPUT
+    module = command.replace("-", "_")
+    return reporting_errors(f"clipup {command}", lambda: importlib.import_module(f"{__name__}.{module}").main(options))
+
+
+def reporting_errors(program: str, function: Callable[[], int]) -> int:
+    """The function's exit code; what the user can correct becomes one line, and Ctrl-C no traceback.
+
+    Args:
+        program: what the line begins with.
+    """
     try:
-        code = importlib.import_module(f"{__name__}.{command}").main(options)
+        code = function()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # the program that read the output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except _USER_ERRORS as error:
-        return _report(command, str(error))
+        return _report(program, str(error))
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        return _report(command, f"out of memory: {error}")
+        return _report(program, f"out of memory: {error}")
     except KeyboardInterrupt:
-        print(f"clipup {command}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted", file=sys.stderr)
         return _INTERRUPTED
 
 
-def _report(command: str, message: str) -> int:
+def _report(program: str, message: str) -> int:
     """Prints the error that is being handled, in one line or with its traceback."""
     if os.environ.get(DEBUG) == "1":
         traceback.print_exc()
     else:
-        print(f"clipup {command}: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     return _BAD_INPUT
 
 

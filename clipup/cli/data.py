@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from ..data import icons, pictograms
+from ..demo.pictograms.build import build
 from . import run_one_of
 
 
@@ -37,7 +37,7 @@ class Pictograms:
 
     def run(self) -> int:
         start = time.perf_counter()
-        dataset = pictograms.build(self.out, self.size, self.overwrite, self.samples_per_shard, self.processes)
+        dataset = build(self.out, self.size, self.overwrite, self.samples_per_shard, self.processes)
         _print_head(self, dataset, time.perf_counter() - start)
         for name, split in dataset["splits"].items():
             shards = len(split["shards"])
@@ -52,70 +52,11 @@ class Pictograms:
         return 0
 
 
-@dataclass
-class Icons:
-    """250,000 openly licensed icons with their names as captions, from the npm package @iconify/json; no network.
-
-    RGB on white. Held out are names (validation, test_names) and whole sets in styles of their own (test_styles), and
-    with --test-drawings also drawings of names and sets that are trained on (test_drawings).
-    Get the package with `npm pack @iconify/json@2.2.535` and `tar -xzf iconify-json-2.2.535.tgz`.
-
-    Example: clipup data icons data/icons --package package
-    """
-
-    out: tyro.conf.Positional[Path]
-    """Directory to write; nothing is done when it holds this data set already."""
-    package: Path
-    """Directory of the unpacked npm package @iconify/json."""
-    size: int = 32
-    """Side of the images, in pixels (8 to 512)."""
-    seed: int = 0
-    """Another seed holds out other names."""
-    leave_out: tuple[str, ...] = ()
-    """Sets to do without, by their prefixes."""
-    test_drawings: bool = False
-    """Hold out drawings whose name and whose set are trained on, too; the other held-out splits stay the same."""
-    overwrite: bool = False
-    """Replace another data set in OUT."""
-    samples_per_shard: int = 4096
-    """Samples in a shard; training needs at least as many shards as workers."""
-    processes: int | None = None
-    """Processes that draw; None: one a CPU."""
-
-    def run(self) -> int:
-        start = time.perf_counter()
-        dataset = icons.build(
-            self.out,
-            self.package,
-            self.size,
-            self.seed,
-            self.overwrite,
-            self.samples_per_shard,
-            self.processes,
-            sets=icons.Sets.read().without(self.leave_out),
-            test_drawings=self.test_drawings,
-        )
-        _print_head(self, dataset, time.perf_counter() - start)
-        for name, split in dataset["splits"].items():
-            twins = dataset["left_out_twins"].get(name)
-            left_out = f"; {twins['same']:,} twins and {twins['near']:,} near-twins left out" if twins else ""
-            print(
-                f"  {name:<13}{split['images']:>8,} images of {len(split['images_by_set'])} sets, "
-                f"{split['distinct_captions']:,} captions{left_out}"
-            )
-        for reason, count in dataset["skipped"].items():
-            print(f"{count:,} drawings left out: {reason}", file=sys.stderr)
-        print(
-            "who drew them and under which licences: LICENSES.md there; which words were cut from names: captions.json"
-        )
-        return 0
-
-
-def _print_head(command: Pictograms | Icons, dataset: dict, seconds: float) -> None:
+def _print_head(command: Pictograms, dataset: dict, seconds: float) -> None:
     print(f"{dataset['name']} in {command.out} ({seconds:.0f} s), {command.size} x {command.size} pixels:")
 
 
-COMMANDS = {"pictograms": Pictograms, "icons": Icons}
+COMMANDS = {"pictograms": Pictograms}
 
 
 def main(argv: list[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..demo import DemoOptions, run
-from ..report import comparison_table
+from ..demo.comparison_tables import comparison_table
 from .flags import NoEffect, parse
 from .outputs import check_directory
 

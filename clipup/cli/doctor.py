@@ -11,12 +11,13 @@ from typing import Annotated, Any
 import tyro
 from torch import nn
 
-from .. import flops, models
-from ..config import MoEConfig
-from ..diagnosis import BlockReport, TowerReport, diagnose
-from ..mlp_families import families_read
-from ..moe import moe_layers
-from ..upcycle import upcycle
+from ..clip import flops
+from ..dense.mlp_families import families_read
+from ..moe.config import MoEConfig
+from ..moe.layer import moe_layers
+from ..pretrained import factory
+from ..upcycling.diagnose import BlockReport, TowerReport, diagnose
+from ..upcycling.upcycle import upcycle
 from .flags import ON_SPARSE, moe_rules, parse, refuse_idle
 
 
@@ -36,7 +37,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup doctor", moe_rules(lambda options: options.moe))
-    model = models.create_on_meta(options.model)
+    model = factory.create_on_meta(options.model)
     if moe_layers(model):
         refuse_idle(argv, options, [ON_SPARSE])
     findings = examine(options.model, model, options.moe)

@@ -11,15 +11,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .. import card, models, origin
-from ..checkpoint import replace_files
+from ..atomic_files import replace_files
+from ..clip.accelerate import for_inference
 from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples, eval_samples
 from ..data.skips import MAX_SKIPPED
 from ..evaluate import datasets
-from ..evaluate.precision import Precision, check_device, default_device, default_workers, for_inference
+from ..evaluate.datasets import image_folder, read_lines
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
-from ..evaluate.zero_shot import TEMPLATES, image_folder, read_lines, zero_shot
+from ..evaluate.zero_shot import TEMPLATES, zero_shot
+from ..precision import Precision, check_device, default_device, default_workers
+from ..pretrained import factory, model_card, model_names, origin, tokenizers
 from .flags import NoEffect, is_csv, parse
 from .outputs import check_file
 
@@ -158,7 +160,7 @@ def main(argv: list[str]) -> int:
     logging.getLogger().setLevel(logging.ERROR)
     if options.out not in (None, "-"):
         check_file("out", options.out)
-    directory = models.model_directory(options.model)
+    directory = model_names.directory_of(options.model)
     if options.card and directory is None:
         raise ValueError(f"card: {options.model} is no directory of this machine, so there is no card to write into")
     if not options.random_weights:
@@ -167,7 +169,7 @@ def main(argv: list[str]) -> int:
         )
     results = evaluate(options)
     if options.card:
-        card.add_results(directory, results)
+        model_card.add_results(directory, results)
     text = json.dumps(results, indent=2) + "\n"
     if options.out == "-":
         print(text, end="")
@@ -184,11 +186,11 @@ def evaluate(options: Options) -> dict[str, Any]:
     check_device(options.device)
     found = _find(options)
     own = None if options.val_data is None else _own_samples(options)
-    model, _, preprocess = models.create_model_and_transforms(
+    model, _, preprocess = factory.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
     model = for_inference(model, options.precision)
-    tokenizer = models.get_tokenizer(options.model)
+    tokenizer = tokenizers.get_tokenizer(options.model)
     common = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
     results: dict[str, Any] = {"model": options.model, "precision": options.precision}
     if options.dataset is not None:

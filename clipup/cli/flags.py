@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
-from ..config import MoEConfig
+from ..moe.config import MoEConfig
 
 T = TypeVar("T")
 MOE_FLAGS = tuple(field.name for field in dataclasses.fields(MoEConfig))

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import tyro
 
-from .. import models
-from ..config import MoEConfig
-from ..flops import TowerCounts, count
-from ..moe import moe_layers
-from ..upcycle import upcycle
+from ..clip.flops import TowerCounts, count
+from ..moe.config import MoEConfig
+from ..moe.layer import moe_layers
+from ..pretrained import factory
+from ..upcycling.upcycle import upcycle
 from .flags import MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
 
 
@@ -41,7 +41,7 @@ RULES = [
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup flops", RULES)
     config = options.moe_cfg
-    model = models.create_on_meta(options.model)
+    model = factory.create_on_meta(options.model)
     is_sparse = bool(moe_layers(model))
     if is_sparse:
         refuse_idle(argv, options, [ON_SPARSE])

@@ -12,7 +12,7 @@ import tyro
 
 from ..train import RankLost, TrainingInterrupted, TrainOptions, train
 from ..train.distributed import failure_is_reported
-from ..train.watch import EXIT_CODE as _RANK_LOST
+from ..train.rank_watch import EXIT_CODE as _RANK_LOST
 from .flags import MOE_FLAGS, NoEffect, is_csv, moe_rules, parse
 from .outputs import check_directory
 

@@ -12,12 +12,15 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from .. import checkpoint, flops, models, origin
-from ..calibration import calibrate
-from ..config import MoEConfig
+from .. import atomic_files
+from ..clip import flops
 from ..locks import LOCK_FILE, exclusive
+from ..moe.config import MoEConfig
+from ..pretrained import factory, model_names, origin, saving, tokenizers
 from ..progress import progress
-from ..upcycle import step0_difference, upcycle
+from ..upcycling.calibration import calibrate
+from ..upcycling.step0 import step0_difference
+from ..upcycling.upcycle import upcycle
 from .flags import NoEffect, moe_rules, parse
 from .outputs import check_directory
 
@@ -76,7 +79,7 @@ def main(argv: list[str]) -> int:
     check_directory("out", options.out)
     otherwise = "wait for it to end, or choose another directory"
     with exclusive(options.out / LOCK_FILE, options.out, otherwise):
-        checkpoint.remove_abandoned(options.out, locked=True)
+        atomic_files.remove_abandoned(options.out, locked=True)
         if {path.name for path in options.out.iterdir()} - {LOCK_FILE}:
             raise FileExistsError(f"{options.out} exists already and holds something; choose another directory")
         run(options)
@@ -94,15 +97,15 @@ def run(options: Options) -> None:
         origin.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights, to upcycle them all the same"
         )
-    model_cfg = models.get_model_config(options.model)
+    model_cfg = model_names.get_model_config(options.model)
     torch.manual_seed(options.seed)
-    dense, _, preprocess = models.create_model_and_transforms(options.model, options.pretrained)
+    dense, _, preprocess = factory.create_model_and_transforms(options.model, options.pretrained)
     sparse = upcycle(dense, options.moe)
     if options.calibrate_data is not None:
         fit(sparse, dense, options, preprocess)
     difference = check_step0(step0_difference(dense, sparse), options.moe)
     base_model = origin.base_model(options.model, options.pretrained)
-    checkpoint.save_pretrained(sparse, options.out, model_cfg, base_model=base_model)
+    saving.save_pretrained(sparse, options.out, model_cfg, base_model=base_model)
     before, after = flops.count(dense), flops.count(sparse)
     print(f"largest difference of a normalised feature at step 0: {difference:.1e}")
     print(
@@ -120,7 +123,7 @@ def fit(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Calla
     loader = train_loader(
         options.calibrate_data,
         preprocess,
-        models.get_tokenizer(options.model),
+        tokenizers.get_tokenizer(options.model),
         options.calibrate_batch_size,
         workers=1,
         seed=options.seed,

@@ -8,17 +8,23 @@ punctuation but the comma before a tag.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
 MAX_TAGS = 4
 
+
 _NOT_NAMES = frozenset({"shit", "hankey", "harambe", "facepunch"})
+
+
 _UNINFORMATIVE_TAGS = frozenset(
     "emoji emojis icon icons new updated other symbol symbols object objects neutral skeptical geographic prepared "
     "alphanum single partial fingers body parts person people role activity ground asian".split()
 )
+
+
 _SIGNS = {"#": " number sign ", "*": " asterisk ", "&": " and ", "+": " plus "}
 
 
@@ -69,3 +75,9 @@ def useful_tags(name: str, tags: Iterable[str], limit: int = MAX_TAGS) -> list[s
 def caption_set(names: Sequence[str], tags: Sequence[str]) -> tuple[str, ...]:
     """Names first, then the first name with each tag: `("acorn", "acorn, nut")`."""
     return tuple(dict.fromkeys([*names, *(f"{names[0]}, {tag}" for tag in tags)]))
+
+
+def place(*parts: str) -> float:
+    """A number in [0, 1), evenly spread over names, that depends on nothing but its arguments."""
+    digest = hashlib.sha256(":".join(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from clipup.data.skips import Skips
-from clipup.data.tars import lines
+from .skips import Skips
+from .tars import lines
 
 
 class CsvFormat(NamedTuple):

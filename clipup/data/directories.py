@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from clipup.data.samples import IMAGE_EXTENSIONS
+from .sample_index import IMAGE_EXTENSIONS
 
 
 def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.tar") -> ValueError:

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from clipup.data.csv_rows import CsvFormat, check_columns
-from clipup.data.directories import not_a_source
-from clipup.data.images import MAX_PIXELS, check_max_pixels
-from clipup.data.samples import Images, Record, csv_records, tar_records
-from clipup.data.shard_names import describe, expand_shards, is_remote, listed_shards, sizes_of
-from clipup.data.shards import DATASET_FILE, SIZES_FILE
-from clipup.data.skips import MAX_SKIPPED, Skips
-from clipup.extras import needed_for
+from ..extras import needed_for
+from .csv_rows import CsvFormat, check_columns
+from .directories import not_a_source
+from .images import MAX_PIXELS, check_max_pixels
+from .sample_index import Images, Record, csv_records, tar_records
+from .shard_names import describe, expand_shards, is_remote, listed_shards, sizes_of
+from .shard_writer import DATASET_FILE, SIZES_FILE
+from .skips import MAX_SKIPPED, Skips
 
 if TYPE_CHECKING:
-    from clipup.data.streams import TrainData
-    from clipup.evaluate.shares import Share
+    from .shares import Share
+    from .webdataset_pipeline import TrainData
 
 __all__ = ["EvalSamples", "describe", "eval_samples", "train_loader"]
 
@@ -69,7 +69,7 @@ def train_loader(
         train_num_samples: samples an epoch; needed where shards have no `sizes.json` or `__len__` beside them.
         dataset_resampled: draws shards with replacement.
         distributed: whether several processes share the data; default: world_size > 1.
-        cache: keeps preprocessed images and captions in memory; for small data sets (see `clipup.data.cache`).
+        cache: keeps preprocessed images and captions in memory; for small data sets (see `clipup.data.in_memory`).
         epoch: where to begin; then `set_epoch` before every epoch, as in open_clip.
         max_skipped: share of the samples that may be unreadable. They are left out, and each is named in the log once.
         max_image_pixels: an image of more is not decoded, and counts as unreadable.
@@ -92,7 +92,7 @@ def train_loader(
         raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
     check_max_pixels(max_image_pixels)
     skips = Skips(max_skipped)
-    streams = _streams()
+    webdataset_pipeline = _webdataset_pipeline()
     args = Namespace(
         batch_size=batch_size,
         workers=workers,
@@ -116,10 +116,10 @@ def train_loader(
     else:
         check_columns(source, form, "train_data")
     if cache:
-        data = _cached(streams, args, source, shards, form, preprocess, tokenizer, skips, epoch, progress)
+        data = _cached(webdataset_pipeline, args, source, shards, form, preprocess, tokenizer, skips, epoch, progress)
     elif not shards:
-        draw = streams.DrawCaption(tokenizer, seed, rank)
-        data = streams.csv_data(args, source, form, preprocess, draw, skips, epoch)
+        draw = webdataset_pipeline.DrawCaption(tokenizer, seed, rank)
+        data = webdataset_pipeline.csv_data(args, source, form, preprocess, draw, skips, epoch)
     else:
         if not dataset_resampled and len(shards) < max(1, workers) * world_size:
             raise ValueError(
@@ -127,8 +127,8 @@ def train_loader(
                 f"every worker needs one: at most {len(shards) // world_size} workers, or cache the data"
             )
         args.train_num_samples = _num_samples(shards, train_num_samples)
-        draw = streams.DrawCaption(tokenizer, seed, rank)
-        data = streams.webdataset_data(args, shards, preprocess, draw, skips, epoch)
+        draw = webdataset_pipeline.DrawCaption(tokenizer, seed, rank)
+        data = webdataset_pipeline.webdataset_data(args, shards, preprocess, draw, skips, epoch)
     data.set_epoch(epoch)
     return data
 
@@ -248,10 +248,10 @@ def eval_samples(
 
 
 def _cached(
-    streams: Any, args: Namespace, source: str, shards: list[str], form: CsvFormat, preprocess: Callable,
+    webdataset_pipeline: Any, args: Namespace, source: str, shards: list[str], form: CsvFormat, preprocess: Callable,
     tokenizer: Callable, skips: Skips, epoch: int, progress: bool,
 ) -> TrainData:  # fmt: skip
-    from clipup.data.cache import CachedLoader
+    from .in_memory import CachedLoader
 
     if args.dataset_resampled or args.train_num_samples is not None:
         name = "dataset_resampled" if args.dataset_resampled else "train_num_samples"
@@ -263,7 +263,7 @@ def _cached(
     if not records:
         raise ValueError(f"train_data: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
     skips.check(len(records) + int(skips))
-    shared_epoch = streams.open_clip_data.SharedEpoch(epoch)
+    shared_epoch = webdataset_pipeline.open_clip_data.SharedEpoch(epoch)
     loader = CachedLoader(
         records,
         preprocess,
@@ -278,7 +278,7 @@ def _cached(
         progress=progress and args.rank == 0,
         max_pixels=args.max_image_pixels,
     )
-    return streams.TrainData(loader, shared_epoch=shared_epoch, skips=skips, seed=args.seed)
+    return webdataset_pipeline.TrainData(loader, shared_epoch=shared_epoch, skips=skips, seed=args.seed)
 
 
 def _kind(source: str | os.PathLike, dataset_type: str, argument: str) -> str:
@@ -329,7 +329,7 @@ def _from_sizes(shards: list[str]) -> int | None:
         raise ValueError(f"{length} holds no number of samples: {error}") from error
 
 
-def _streams() -> Any:
+def _webdataset_pipeline() -> Any:
     with needed_for("reading training data", "train"):
-        from clipup.data import streams
-    return streams
+        from . import webdataset_pipeline
+    return webdataset_pipeline

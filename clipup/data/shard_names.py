@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clipup.data.shards import DATASET_FILE, SIZES_FILE, sha256
+from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
 _PIPE = "pipe"

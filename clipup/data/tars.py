@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from clipup.data.shards import SIZES_FILE
+from .shard_writer import SIZES_FILE
 
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """An image's extensions; of several images of a sample the first in this order is taken, as open_clip does."""

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..evaluate.encode import encode_images, encode_texts
-from ..report import route_images
+from ..inspection import route_images
 
 Sample = tuple[Tensor, Sequence[str], dict[str, Any]]
 

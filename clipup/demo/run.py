@@ -17,16 +17,17 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from clipup_kernels import backend_info
 
-from .. import models
-from ..config import MoEConfig
+from ..clip.flops import count
 from ..data.loaders import describe, eval_samples, train_loader
-from ..data.pictograms import build
 from ..evaluate.retrieval import evaluate_retrieval
-from ..flops import count
-from ..report import render_demo
+from ..moe.config import MoEConfig
+from ..pretrained import factory, tokenizers
 from ..train import Every, TrainOptions, TrainResult, train
-from ..upcycle import step0_difference, upcycle
+from ..upcycling.step0 import step0_difference
+from ..upcycling.upcycle import upcycle
 from .examples import retrieval_examples, routing_examples
+from .page import render_demo
+from .pictograms.build import build
 
 START = Path(__file__).parent / "start"
 """The dense model that ships: trained on icons without the sets that the demonstration's pictures are of."""
@@ -102,11 +103,11 @@ def run(options: DemoOptions) -> dict[str, Any]:
     dataset = describe(data) if options.data else build(data)
 
     torch.manual_seed(options.seed)
-    with models.expecting_random_weights():
-        model, _, preprocess = models.create_model_and_transforms(
+    with factory.expecting_random_weights():
+        model, _, preprocess = factory.create_model_and_transforms(
             options.model, load_weights=options.start is not None, output_dict=True
         )
-    tokenizer = models.get_tokenizer(options.model)
+    tokenizer = tokenizers.get_tokenizer(options.model)
     stages = _Stages(options, out, data, preprocess, tokenizer)
 
     origin = f"from {options.start}" if options.start else "from random weights"

@@ -1,6 +1,6 @@
 """Models of clipup in CLIP_benchmark (github.com/LAION-AI/CLIP_benchmark), as its model type "clipup".
 
-    clipup benchmark eval --model DIR --dataset mscoco_captions --dataset_root ROOT --output coco.json
+    clipup clip-benchmark eval --model DIR --dataset mscoco_captions --dataset_root ROOT --output coco.json
 
 is CLIP_benchmark's own command line with that type registered. In Python importing this module registers it:
 ``clip_benchmark.models.load_clip("clipup", DIR, "", cache_dir=None)``.
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import models, origin
+from ..clip.accelerate import for_inference
 from ..extras import needed_for
-from .precision import for_inference
+from ..pretrained import factory, origin, tokenizers
 
 with needed_for("CLIP_benchmark's command line", "benchmark"):
     import clip_benchmark.models as registry
@@ -40,10 +40,10 @@ def load(
         ValueError, FileNotFoundError: as ``clipup.create_model_and_transforms``; a name without weights.
     """
     origin.refuse_random_weights("pretrained", model_name, pretrained)
-    model, _, transform = models.create_model_and_transforms(
+    model, _, transform = factory.create_model_and_transforms(
         model_name, pretrained or None, device=device, cache_dir=cache_dir
     )
-    return model, transform, models.get_tokenizer(model_name)
+    return model, transform, tokenizers.get_tokenizer(model_name)
 
 
 def load_prepared(*args: Any, **kwargs: Any) -> tuple[nn.Module, Any, Callable[[list[str]], torch.Tensor]]:

@@ -23,19 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+from PIL import Image
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..data.csv_rows import CsvFormat, leaves
-from ..data.images import MAX_PIXELS
+from ..data.images import MAX_PIXELS, load_image
 from ..data.loaders import EvalSamples
-from ..data.samples import Record, csv_records, tar_records
-from ..data.shard_names import expand_shards, listed_shards, local_shards
-from ..data.shards import DATASET_FILE
+from ..data.sample_index import Record, csv_records, tar_records
+from ..data.shard_names import expand_shards, listed_shards, local_shards, open_shard
+from ..data.shard_writer import DATASET_FILE
 from ..data.skips import Skips
-from .zero_shot import Template, image_folder, image_shards, labelled_images, read_lines, read_text
+from ..data.tars import read_samples
 
 _ANNOTATIONS = "https://github.com/mehdidc/retrieval_annotations/releases"
+
+
 _WORDNET_ID = re.compile(r"n\d{8}")
+
+
 _WORDNET_DIRECTORIES = f"n{'[0-9]' * 8}"
 
 
@@ -319,3 +325,109 @@ def _classified(directory: Path, shards: list[str], templates: Sequence[Template
         lines = read_lines(directory / "zeroshot_classification_templates.txt")
         templates = [line.replace("{c}", "{}") for line in lines]
     return ClassificationSet(shards, classes, templates)
+
+
+Template = Callable[[str], str] | str
+"""A prompt: a function of the class name, or a string with ``{}`` in its place."""
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file that are not blank: class names, or templates with ``{}``.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or nothing in it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; expected a text file with one name a line")
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no line of text; expected one name a line")
+    return lines
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text. Raises ``ValueError``, naming it, when it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, such as with `iconv -t UTF-8`") from error
+
+
+def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    """The images of a directory that has a subdirectory for every class, with their class indices.
+
+    A subdirectory is found by the name of its class where all of them are; else the subdirectories in sorted order are
+    the classes in the order of the list (as with ImageNet's).
+
+    Raises:
+        FileNotFoundError, ValueError: no such directory, another number of subdirectories, or no image in them.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}; expected one with a subdirectory for every class")
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    names = [folder.name for folder in folders]
+    if set(names) <= set(classes):
+        label_of = {folder: list(classes).index(folder.name) for folder in folders}
+    elif len(folders) == len(classes):
+        label_of = {folder: label for label, folder in enumerate(folders)}
+    else:
+        raise ValueError(
+            f"{directory} has {len(folders)} subdirectories, the class list {len(classes)} names; expected one "
+            "subdirectory for each name in the same order, or subdirectories that bear the names"
+        )
+    found = [
+        (path, label)
+        for folder, label in label_of.items()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMG_EXTENSIONS
+    ]
+    if not found:
+        raise ValueError(f"no image ({', '.join(IMG_EXTENSIONS)}) in the subdirectories of {directory}")
+    return found
+
+
+def labelled_images(
+    found: Sequence[tuple[Path, int]],
+    preprocess: Callable[[Image.Image], Tensor],
+    batch_size: int = 64,
+    workers: int = 0,
+    max_image_pixels: int = MAX_PIXELS,
+) -> Iterator[tuple[Tensor, int]]:
+    """Reads and preprocesses what ``image_folder`` found, a batch at a time in ``workers`` processes.
+
+    Raises:
+        ValueError: naming the image that cannot be read: leaving it out would change the accuracy.
+    """
+    records = [Record(path.name, str(path), (), metadata={"label": label}) for path, label in found]
+    samples = EvalSamples(records, preprocess, Skips(), strict=True, max_image_pixels=max_image_pixels)
+    for images, _, metadata in samples.batches(batch_size, workers):
+        yield from ((image, about["label"]) for image, about in zip(images, metadata, strict=True))
+
+
+def image_shards(shards: str | Sequence[str], max_image_pixels: int = MAX_PIXELS) -> Iterator[tuple[Image.Image, int]]:
+    """(image, class index) of WebDataset samples with an image and a ``cls``.
+
+    Args:
+        shards: as in ``clipup.data.loaders.train_loader``, or a list of such.
+
+    Raises:
+        FileNotFoundError, ValueError: no such shard, a damaged one, or a sample without image or class.
+    """
+
+    def refuse(name: str, reason: object, samples: int) -> None:
+        raise ValueError(f"cannot read {name}: {reason}; repair or remove it")
+
+    for shard in [
+        one for pattern in ([shards] if isinstance(shards, str) else shards) for one in expand_shards(pattern, "images")
+    ]:
+        with open_shard(shard) as file:
+            for sample in read_samples(file, shard, refuse, images=True):
+                named = f"{sample.key} of {shard}"
+                if sample.image is None or "cls" not in sample.content:
+                    raise ValueError(f"sample {named} lacks an image or its .cls")
+                try:
+                    found = load_image(sample.content[sample.image], max_image_pixels), int(sample.content["cls"])
+                except Exception as error:  # PIL has no common class for what a broken file may raise
+                    raise ValueError(f"cannot read sample {named}: {error}; repair or remove it") from error
+                yield found

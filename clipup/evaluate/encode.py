@@ -10,8 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .precision import Precision, autocast, image_dtype
-from .shares import Share
+from ..data.shares import Share
+from ..precision import Precision, autocast, image_dtype
 
 Item = TypeVar("Item")
 

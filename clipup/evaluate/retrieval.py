@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.shares import Share
+from ..precision import Precision
 from ..progress import progress
 from .encode import encode_images, encode_texts, in_batches
-from .precision import Precision
-from .shares import Share
 
 RECALL_AT = (1, 5, 10)
 _CHUNK = 1024

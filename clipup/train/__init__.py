@@ -20,8 +20,8 @@ epoch on a resumed run has the same samples in the same order, but other random 
 from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
 from .loop import Trainer, train
 from .options import TrainOptions
+from .rank_watch import RankLost
 from .results import Every, TrainingInterrupted, TrainResult
-from .watch import RankLost
 
 __all__ = [
     "Every",

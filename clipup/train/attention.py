@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..evaluate.precision import Precision
+from ..precision import Precision
 
 SHORT = 64
 """Tokens up to which plain products beat the flash kernel in bfloat16 on a CPU, forward and backward (with a mask

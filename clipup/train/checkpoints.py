@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import replace_files
-from ..weights import check_archive, read_pickle, unwrapped
+from ..atomic_files import replace_files
+from ..pretrained.state_dicts import check_archive, read_pickle, unwrapped
 from .finite import not_finite, tensors_of
 
 LATEST = "epoch_latest.pt"

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..config import MoEConfig
-from ..moe import moe_layers
-from .records import Record
+from ..moe.config import MoEConfig
+from ..moe.layer import moe_layers
+from .run_directory import Record
 
 _STEPS, _RECORDS = 100, 10
 _USED = 0.25

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..progress import Progress
-from .records import Record, scalars
+from .run_directory import Record, scalars
 
 _PLACE = ("step", "epoch", "seconds")
 

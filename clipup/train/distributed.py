@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..evaluate.precision import check_device
-from .openclip import is_using_distributed, world_info_from_env
+from ..precision import check_device
+from .objectives import is_using_distributed, world_info_from_env
 from .options import TrainOptions
-from .watch import Place, RankLost, RankWatch
+from .rank_watch import Place, RankLost, RankWatch
 
 _NO_TIMEOUT = timedelta(days=365)
 """Of the process groups: ``RankWatch`` ends a run that waits in vain."""

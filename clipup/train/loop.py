@@ -11,20 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from .. import card, origin
-from .. import checkpoint as model_directories
-from ..evaluate.precision import Precision
 from ..evaluate.retrieval import NonFiniteFeatures
-from . import carry_over, checkpoints, collapse, metrics, resume, rng
-from .build import Built, Epochs, build_loader, build_model, build_teacher, build_validation, check_complete
+from ..precision import Precision
+from ..pretrained import model_card, model_directory, origin, saving
+from . import checkpoints, collapse, optimizer_upcycling, resume, rng, step_metrics
 from .console import Console
 from .distributed import Ranks, joined
 from .finite import FiniteGuard
-from .openclip import contrastive_loss, schedule
-from .optim import adamw, load_optimizer_state
+from .objectives import contrastive_loss
+from .optim import adamw, load_optimizer_state, schedule
 from .options import TrainOptions
-from .records import LOG, Recorder, RunDirectory, run_name
 from .results import Every, TrainingInterrupted, TrainResult
+from .run_directory import LOG, Recorder, RunDirectory, run_name
+from .setup import Built, Epochs, build_loader, build_model, build_teacher, build_validation, check_complete
 from .signals import StopRequest, notice_lost_workers_when_data_are_read
 from .step import Batch, StepLosses, TrainStep
 
@@ -126,7 +125,7 @@ class Trainer:
         self.validate = build_validation(options, built, precision, ranks)
         self.optimizer = adamw(self.model, options)
         if built.optimizer_state is not None:
-            carry_over.load_state(self.optimizer, self.model, built.optimizer_state)
+            optimizer_upcycling.load_state(self.optimizer, self.model, built.optimizer_state)
         loss = contrastive_loss(options, self.model, ranks.rank, ranks.world_size)
         self.train_step = TrainStep(
             ranks.wrap(self.model),
@@ -308,7 +307,7 @@ class Trainer:
 
     def _log(self, losses: StepLosses) -> None:
         scalars = {"loss": losses.total, **losses.scalars(), "since": self.guard.loss_since_check}
-        numbers = metrics.read(scalars, self.model, self.ranks)
+        numbers = step_metrics.read(scalars, self.model, self.ranks)
         self.guard.check_loss(self.step, numbers.pop("since"))
         now = time.perf_counter()
         layers = {"layers": numbers.pop("layers")} if "layers" in numbers else {}
@@ -405,11 +404,11 @@ class Trainer:
         if self.directory is None or self.built.model_cfg is None:
             return
         base_model = origin.base_model(self.options.model, self.options.pretrained)
-        model_directories.save_pretrained(self.model, self.directory.model, self.built.model_cfg, base_model=base_model)
+        saving.save_pretrained(self.model, self.directory.model, self.built.model_cfg, base_model=base_model)
         if self._evaluated_at == self.step:
             results = {"val_data": self.options.val_data, "precision": self.train_step.precision}
             results |= {"multi_positive": self.options.multi_positive, "retrieval": self._validated}
-            card.add_results(self.directory.model, results)
+            model_card.add_results(self.directory.model, results)
 
     @contextmanager
     def _explaining_lost_workers(self) -> Iterator[None]:
@@ -436,7 +435,7 @@ class Trainer:
         """Whether the directory of a finished run holds all of it: the checkpoint ``source``, and the model."""
         if self.directory is None or not self.directory.holds(source):
             return False
-        weights = self.directory.model / model_directories.WEIGHTS_NAME
+        weights = self.directory.model / model_directory.WEIGHTS_NAME
         return self.built.model_cfg is None or self.ranks.of_first(weights.is_file())
 
     def _save(self, *names: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from open_clip_train.scheduler import const_lr, cosine_lr
 from torch import nn
 
-from ..weight_decay import parameter_groups
+from ..moe.weight_decay import parameter_groups
 from .options import TrainOptions
 
 _SETTINGS = ("lr", "betas", "eps", "weight_decay")
@@ -31,3 +33,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
+
+
+def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], float]:
+    """A function of the step that sets the learning rate of every group."""
+    make = {"cosine": cosine_lr, "const": const_lr}[options.lr_scheduler]
+    return make(optimizer, options.lr, options.warmup, total_steps)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import MoEConfig
 from ..data.images import MAX_PIXELS, check_max_pixels
 from ..data.skips import MAX_SKIPPED, check_max_skipped
-from ..evaluate.precision import Precision, default_device, default_workers
+from ..moe.config import MoEConfig
+from ..precision import Precision, default_device, default_workers
 
 
 @dataclass

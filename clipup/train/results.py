@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .records import Record
+from .run_directory import Record
 
 
 class TrainingInterrupted(KeyboardInterrupt):

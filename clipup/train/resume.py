@@ -14,7 +14,7 @@ from typing import Any
 from . import checkpoints
 from .distributed import Ranks
 from .options import TrainOptions
-from .records import RunDirectory
+from .run_directory import RunDirectory
 
 IDENTITY = ("model", "moe", "moe_cfg", "train_data", "seed", "siglip")
 """Options that say which run it is."""

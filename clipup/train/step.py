@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..balancing import forget_loads, update_selection_bias
-from ..evaluate.precision import Precision, autocast, image_dtype
-from ..moe import aux_loss, moe_layers
+from ..moe.layer import aux_loss, moe_layers
+from ..moe.selection_bias import forget_loads, update_selection_bias
+from ..precision import Precision, autocast, image_dtype
 from .attention import attention_kernel
-from .multi_positive import MultiPositiveClipLoss
-from .openclip import LOGIT_SCALE_MAX, features_of
+from .objectives import LOGIT_SCALE_MAX, MultiPositiveClipLoss, features_of
 from .rng import set_torch_state, torch_state
 
 Batch = tuple[Tensor, Tensor]

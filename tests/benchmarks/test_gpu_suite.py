@@ -79,7 +79,7 @@ def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer_where_it_is_i
     _, steps = suite()
     assert steps["memcheck"]["status"] == steps["racecheck"]["status"] == "ok"
     assert suite.log("racecheck").startswith("1 sanitizer --tool racecheck ")
-    tests = "tests/clipup_kernels/test_cuda_layer.py tests/clipup_kernels/test_cuda_native.py -k small"
+    tests = "tests/clipup_kernels/test_cuda_layer.py tests/clipup_kernels/test_cpp_cuda.py -k small"
     assert suite.log("memcheck").endswith(f"{tests}\n")
 
 

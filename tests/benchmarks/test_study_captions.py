@@ -5,7 +5,7 @@ import csv
 import pytest
 import study_captions
 
-from clipup.data import shards
+from clipup.data import shard_writer
 
 PIXEL = b"an image that nobody reads"
 CAPTIONS = {
@@ -20,7 +20,7 @@ CAPTIONS = {
 def data(tmp_path):
     for split, texts in CAPTIONS.items():
         samples = [(f"{split}-{row}", {"png": PIXEL, "txt": text.encode()}) for row, text in enumerate(texts)]
-        shards.write_shards(tmp_path, split, samples, 100)
+        shard_writer.write_shards(tmp_path, split, samples, 100)
     return tmp_path
 
 

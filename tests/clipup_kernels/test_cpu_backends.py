@@ -10,13 +10,13 @@ import torch
 from moe_cases import DTYPES, SHAPES, assert_follows, double, make_experts, randn, route, with_grad
 
 import clipup_kernels as ck
-from clipup_kernels import cpu, info
+from clipup_kernels.backends import extension, select_cpu
 
-compiled = pytest.mark.skipif(info.NATIVE is None, reason="the extension is not built or not used")
+compiled = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
 
 
 def use(monkeypatch, backend: str) -> None:
-    monkeypatch.setattr(info, "matmul_dtypes", lambda: frozenset(DTYPES) if backend == "matmul" else frozenset())
+    monkeypatch.setattr(extension, "matmul_dtypes", lambda: frozenset(DTYPES) if backend == "matmul" else frozenset())
 
 
 def expert_mlp_and_gradients(mlp, x, gates, plan, experts):
@@ -33,7 +33,7 @@ def expert_mlp_and_gradients(mlp, x, gates, plan, experts):
 @pytest.mark.parametrize("backend", ["native", "matmul"])
 def test_expert_mlp_follows_the_oracle_on_every_backend(monkeypatch, backend, dtype, gated):
     use(monkeypatch, backend)
-    assert cpu.backend("expert_mlp_forward", dtype).__name__ == f"clipup_kernels.{backend}"
+    assert select_cpu.backend("expert_mlp_forward", dtype).__name__ == f"clipup_kernels.{backend}"
     shape = SHAPES["odd"]
     gates, plan = route(shape, "capacity")
     x, experts = randn(shape.tokens, shape.width, dtype=dtype, seed=1), make_experts(shape, dtype, gated=gated)
@@ -82,8 +82,8 @@ def test_matmul_serves_what_the_kernels_are_slower_at(monkeypatch, tier, tiles, 
     for name, value in forced.items():
         monkeypatch.setenv(name, value)
     cpu_at_hand = SimpleNamespace(instruction_tier=lambda: tier, has_matrix_tiles=lambda: tiles)
-    monkeypatch.setattr(info, "NATIVE", cpu_at_hand)
-    assert info.matmul_dtypes.__wrapped__() == expected
+    monkeypatch.setattr(extension, "NATIVE", cpu_at_hand)
+    assert extension.matmul_dtypes.__wrapped__() == expected
 
 
 def in_a_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -11,13 +11,13 @@ import torch
 from moe_cases import DTYPES
 
 import clipup_kernels as ck
-from clipup_kernels import cuda, info
+from clipup_kernels.backends import extension, select_cuda
 
 ON_TRITON = {"router_logits", "topk_gating", "dispatch", "permute", "combine", "grouped_linear", "expert_mlp"}
 
 
 def in_a_fresh_process(code: str, **environment: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if name != info.FORCE_BACKEND}
+    inherited = {name: value for name, value in os.environ.items() if name != extension.FORCE_BACKEND}
     run = subprocess.run([sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
@@ -26,11 +26,11 @@ def in_a_fresh_process(code: str, **environment: str) -> str:
 @pytest.fixture
 def fresh_choice(monkeypatch):
     """Forgets what earlier calls found out, and what these find out; nothing is chosen by the environment."""
-    monkeypatch.delenv(info.FORCE_BACKEND, raising=False)
-    for function in (cuda.fallback_reason, cuda._runs_triton):
+    monkeypatch.delenv(extension.FORCE_BACKEND, raising=False)
+    for function in (select_cuda.fallback_reason, select_cuda._runs_triton):
         function.cache_clear()
     yield
-    for function in (cuda.fallback_reason, cuda._runs_triton):
+    for function in (select_cuda.fallback_reason, select_cuda._runs_triton):
         function.cache_clear()
 
 
@@ -40,10 +40,10 @@ def answering(monkeypatch, op: str, dtype: torch.dtype, runs_triton: bool = True
     modules = {
         kind: SimpleNamespace(**{op: lambda first, kind=kind: called.append(kind)}) for kind in ("triton", "torch")
     }
-    monkeypatch.setattr(cuda, "_kernels", lambda name: modules["triton"])
-    monkeypatch.setattr(cuda, "generic", modules["torch"])
-    monkeypatch.setattr(cuda, "_runs_triton", lambda device_index: runs_triton)
-    cuda.kernel_of(op)(torch.empty(0, dtype=dtype))
+    monkeypatch.setattr(select_cuda, "_kernels", lambda name: modules["triton"])
+    monkeypatch.setattr(select_cuda, "torch_eager", modules["torch"])
+    monkeypatch.setattr(select_cuda, "_runs_triton", lambda device_index: runs_triton)
+    select_cuda.kernel_of(op)(torch.empty(0, dtype=dtype))
     (kind,) = called
     return kind
 
@@ -56,9 +56,9 @@ def test_triton_answers_what_it_computes_and_torch_answers_float64(monkeypatch, 
     assert answering(monkeypatch, op, torch.float32, runs_triton=False) == "torch"
 
 
-@pytest.mark.parametrize("op", sorted(cuda._TRITON_FILE))
+@pytest.mark.parametrize("op", sorted(select_cuda._TRITON_FILE))
 def test_every_op_finds_its_kernels(op):
-    assert callable(getattr(cuda._kernels(op), op))
+    assert callable(getattr(select_cuda._kernels(op), op))
 
 
 def test_importing_the_package_imports_no_triton_and_asks_for_no_gpu():
@@ -101,20 +101,20 @@ def test_a_missing_triton_is_told_with_its_mend():
 def test_a_gpu_that_triton_does_not_know_runs_torch_after_one_warning(monkeypatch, fresh_choice):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     with pytest.warns(RuntimeWarning, match=r"plain torch on cuda:3.*compute capability 7\.5.*8\.0"):
-        assert not cuda._runs_triton(3)
+        assert not select_cuda._runs_triton(3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not cuda._runs_triton(3)
+        assert not select_cuda._runs_triton(3)
 
 
 def test_nobody_is_warned_of_what_they_asked_for(monkeypatch, fresh_choice):
-    monkeypatch.setenv(info.FORCE_BACKEND, "reference")
+    monkeypatch.setenv(extension.FORCE_BACKEND, "reference")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not cuda._runs_triton(0)
+        assert not select_cuda._runs_triton(0)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
 def test_triton_runs_from_compute_capability_8_0_on(monkeypatch, fresh_choice, capability):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    assert cuda._runs_triton(0)
+    assert select_cuda._runs_triton(0)

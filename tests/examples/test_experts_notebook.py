@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageColor
 
-from clipup.data import pictograms
+from clipup.demo.pictograms import build
 
 PATH = Path(__file__).parents[2] / "examples" / "experts.ipynb"
 
@@ -78,8 +78,8 @@ def logging_as_before():
 
 def test_its_code_upcycles_looks_and_evaluates(notebook, tmp_path, monkeypatch, logging_as_before):
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    few = partial(pictograms.build, only=lambda concept: int(concept.key.encode().hex(), 16) % 7 == 0)
-    monkeypatch.setattr(pictograms, "build", few)
+    few = partial(build.build, only=lambda concept: int(concept.key.encode().hex(), 16) % 7 == 0)
+    monkeypatch.setattr(build, "build", few)
     sources = list(map(source_of, code_cells(notebook)))
     (place,) = (i for i, source in enumerate(sources) if source.startswith("DATA = "))
     sources[place] = f"DATA = Path({str(tmp_path / 'data')!r})\nDENSE_STEPS, MORE_STEPS, BATCH_SIZE = 5, 20, 32"

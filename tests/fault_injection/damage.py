@@ -12,7 +12,7 @@ from pathlib import Path
 
 from checks import Checkpoints, lines
 
-from clipup.checkpoint import replace_files
+from clipup.atomic_files import replace_files
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["clipup.cli.train", "clipup.data.cache", "clipup.data.streams", "torch.distributed"])
+_FORKS.set_forkserver_preload(
+    ["clipup.cli.train", "clipup.data.in_memory", "clipup.data.webdataset_pipeline", "torch.distributed"]
+)
 
 
 class RankProcess:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipup.data import pictograms, sources, splits
+from clipup.demo.pictograms import build, sources, splits
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def few(concept) -> bool:
 def small(tmp_path_factory):
     """A built data set of a few hundred pictures, and what `build` said about it."""
     out = tmp_path_factory.mktemp("data") / "pictograms"
-    return out, pictograms.build(out, samples_per_shard=64, processes=2, progress=False, only=few)
+    return out, build.build(out, samples_per_shard=64, processes=2, progress=False, only=few)
 
 
 def read_tar(path: Path) -> dict[str, dict[str, bytes]]:

@@ -12,10 +12,11 @@ import tarfile
 import pytest
 from picture_samples import preprocess, samples_of, tokenizer
 
-from clipup.data import pictograms, shard_names
+from clipup.data import shard_names
 from clipup.data.loaders import eval_samples, train_loader
+from clipup.demo.pictograms import build as pictograms
 from clipup.evaluate import datasets
-from clipup.evaluate.zero_shot import image_shards
+from clipup.evaluate.datasets import image_shards
 
 SHARD = "train-000001.tar"  # samples 6 to 11 of 24
 

@@ -14,11 +14,11 @@ import pytest
 from picture_samples import preprocess, samples_of, tokenizer
 from PIL import Image
 
-from clipup.data import iconify
 from clipup.data.images import load_image
 from clipup.data.loaders import eval_samples, train_loader
 from clipup.evaluate import datasets
-from clipup.evaluate.zero_shot import image_shards
+from clipup.evaluate.datasets import image_shards
+from studies.icon_data import iconify
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from clipup.data import pictograms, shards
+from clipup.data import shard_writer
+from clipup.demo.pictograms import build as pictograms
 from clipup.locks import DirectoryInUse
 
 FORK = multiprocessing.get_context("fork")
@@ -44,7 +45,7 @@ def names(directory):
 def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, monkeypatch):
     out = tmp_path / "data"
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_sizes", kill_self)  # after the shards
+        patch.setattr(shard_writer, "write_sizes", kill_self)  # after the shards
         in_a_process(lambda: build(out)).join()
     left = [name for name in names(tmp_path) if name.startswith(".data.building-")]
     assert len(left) == 1 and list((tmp_path / left[0]).glob("*.tar"))
@@ -83,7 +84,7 @@ def test_a_data_set_in_the_making_is_not_touched_by_another_build(tmp_path, monk
         time.sleep(60)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_sizes", wait)
+        patch.setattr(shard_writer, "write_sizes", wait)
         process = in_a_process(lambda: build(out))
         assert writing.wait(30)
     before = names(tmp_path)
@@ -104,6 +105,6 @@ def test_a_finished_data_set_is_read_where_nothing_can_be_written(tmp_path, monk
     def no_lock(*args):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(shards, "exclusive", no_lock)
+    monkeypatch.setattr(shard_writer, "exclusive", no_lock)
 
     assert build(tmp_path / "data")["name"] == "pictograms"

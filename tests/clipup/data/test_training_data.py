@@ -14,7 +14,7 @@ from picture_samples import preprocess, samples_of, tokenizer
 from strangers import MakesFile
 
 import clipup.data
-from clipup.data import cache, skips
+from clipup.data import in_memory, skips
 from clipup.data.loaders import train_loader
 
 KINDS = ("webdataset", "csv", "cached webdataset", "cached csv")
@@ -292,7 +292,7 @@ def test_empty_shards_are_an_empty_data_set(pictures):
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_read(pictures, monkeypatch):
-    monkeypatch.setattr(cache.os, "sysconf", lambda name: 64)
+    monkeypatch.setattr(in_memory.os, "sysconf", lambda name: 64)
     with pytest.raises(ValueError, match=r"cache: 24 images of 3 x 4 x 4 take .* more than half of"):
         loader(pictures, "cached webdataset")
 
@@ -304,7 +304,7 @@ def test_only_files_of_this_machine_are_cached():
 
 def test_missing_training_requirements_are_named_with_what_to_install(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    monkeypatch.delitem(sys.modules, "clipup.data.streams", raising=False)
+    monkeypatch.delitem(sys.modules, "clipup.data.webdataset_pipeline", raising=False)
     monkeypatch.delattr(clipup.data, "streams", raising=False)
     with pytest.raises(
         ImportError, match=r'needs the package webdataset, which is not installed: pip install "clipup\[train\]"'

@@ -14,7 +14,7 @@ from PIL import Image
 from clipup.cli import main
 from clipup.data.images import MAX_PIXELS, load_image
 from clipup.data.loaders import eval_samples, train_loader
-from clipup.evaluate.zero_shot import read_lines
+from clipup.evaluate.datasets import read_lines
 
 KINDS = ("csv", "cached csv", "webdataset", "cached webdataset")
 

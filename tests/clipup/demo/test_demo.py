@@ -3,7 +3,7 @@ import json
 import pytest
 
 from clipup.cli import main
-from clipup.data.pictograms import build
+from clipup.demo.pictograms.build import build
 
 
 @pytest.fixture(scope="module")

@@ -7,19 +7,20 @@ import safetensors.torch
 import torch
 
 import clipup
-from clipup import models
-from clipup.checkpoint import WEIGHTS_NAME, save_pretrained
 from clipup.demo.run import START
 from clipup.demo.ship import ship
+from clipup.pretrained import factory, model_names, tokenizers
+from clipup.pretrained.model_directory import WEIGHTS_NAME
+from clipup.pretrained.saving import save_pretrained
 
 NAME = "clipup-icons-w64"
 
 
 @pytest.fixture
 def trained(tmp_path):
-    with models.expecting_random_weights():
-        model, *_ = models.create_model_and_transforms(NAME, load_weights=False)
-    save_pretrained(model, tmp_path / "trained", models.get_model_config(NAME))
+    with factory.expecting_random_weights():
+        model, *_ = factory.create_model_and_transforms(NAME, load_weights=False)
+    save_pretrained(model, tmp_path / "trained", model_names.get_model_config(NAME))
     return model, tmp_path / "trained"
 
 
@@ -39,4 +40,4 @@ def test_the_model_that_ships_is_small_and_dense_and_loads():
     assert (START / WEIGHTS_NAME).stat().st_size < 4e6
     model, *_ = clipup.create_model_and_transforms(str(START))
     assert not clipup.moe_layers(model) and all(p.isfinite().all() for p in model.parameters())
-    assert models.get_tokenizer(str(START))("arrow left").shape == (1, 12)
+    assert tokenizers.get_tokenizer(str(START))("arrow left").shape == (1, 12)

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from clipup.cli import main
-from clipup.models import BlockMoE
-from clipup.moe import SparseMoE
-from clipup.prepared import PreparedMoE
+from clipup.moe.layer import SparseMoE
+from clipup.moe.prepared import PreparedMoE
+from clipup.upcycling.upcycle import BlockMoE
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from strangers import MakesFile
 from torchvision.transforms.functional import to_tensor
 
 from clipup.evaluate import image_folder, read_lines, zero_shot
-from clipup.evaluate.zero_shot import image_shards, labelled_images
+from clipup.evaluate.datasets import image_shards, labelled_images
 
 
 def names(count):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipup.train import TrainOptions
 from clipup.train.attention import SHORT, attention_kernel
-from clipup.train.openclip import contrastive_loss
+from clipup.train.objectives import contrastive_loss
 from clipup.train.step import TrainStep
 
 

@@ -8,7 +8,7 @@ from open_clip.loss import ClipLoss
 from tiny_families import build, coca_cfg
 
 import clipup
-from clipup.models import random_inputs
+from clipup.clip.inputs import random_inputs
 from clipup.train import train
 
 MOE = clipup.MoEConfig.clip_up(num_experts=4, priority=True, towers=("image", "text", "decoder"))

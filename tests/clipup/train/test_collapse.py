@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import clipup
-from clipup.moe import moe_layers
+from clipup.moe.layer import moe_layers
 from clipup.train import train
 from clipup.train.collapse import CollapseWatch, warning
 

@@ -11,7 +11,7 @@ from open_clip.loss import ClipLoss
 
 import clipup
 from clipup.train import train
-from clipup.train.multi_positive import MultiPositiveClipLoss
+from clipup.train.objectives import MultiPositiveClipLoss
 from clipup.train.step import TrainStep
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import clipup
 from clipup import parameter_groups
-from clipup.weight_decay import decays
+from clipup.moe.weight_decay import decays
 
 
 def test_matrices_decay_and_norms_biases_and_the_logit_scale_do_not(make_model):

@@ -21,7 +21,8 @@ from moe_cases import (
 )
 from torch import Tensor
 
-from clipup_kernels import ACTIVATIONS, Plan, generic, reference
+from clipup_kernels import ACTIVATIONS, Plan, reference
+from clipup_kernels.backends import torch_eager
 from clipup_kernels.triton import configs
 from clipup_kernels.triton.expert_mlp import expert_mlp_forward
 from clipup_kernels.triton.expert_mlp_backward import expert_mlp_backward
@@ -53,7 +54,7 @@ def oracle(dy, x, gates, plan, experts: Experts) -> dict[str, Tensor]:
     """y, z and every gradient in float64; parameters that are absent have no elements."""
     x, gates, experts = double((x, gates, experts))
     wanted = outputs_and_gradients(reference.expert_mlp, x, gates, plan, experts, dy)
-    _, z = generic.expert_mlp_forward(x, gates, *plan, *parameters(experts), experts.activation, True)
+    _, z = torch_eager.expert_mlp_forward(x, gates, *plan, *parameters(experts), experts.activation, True)
     gradients = {name: wanted.get(f"gradient of {name}", torch.empty(0)) for name in GRADIENTS}
     return {"y": wanted["y"], "z": z} | gradients
 

@@ -5,7 +5,7 @@ import torch
 from moe_cases import Shape, assert_follows, double, make_experts, randn, with_grad
 
 import clipup_kernels as ck
-from clipup_kernels import cpu, cuda, generic
+from clipup_kernels.backends import select_cpu, select_cuda, torch_eager
 
 pytestmark = pytest.mark.interpreter
 
@@ -16,12 +16,12 @@ def on_triton(monkeypatch):
     answered = set()
 
     def backend(name, dtype):
-        if name not in cuda._TRITON_FILE or dtype == torch.float64:
-            return generic
+        if name not in select_cuda._TRITON_FILE or dtype == torch.float64:
+            return torch_eager
         answered.add(name)
-        return cuda._kernels(name)
+        return select_cuda._kernels(name)
 
-    monkeypatch.setattr(cpu, "backend", backend)
+    monkeypatch.setattr(select_cpu, "backend", backend)
     return answered
 
 
@@ -42,7 +42,7 @@ def test_a_layer_on_triton_follows_the_oracle_forward_and_backward(on_triton):
     router, x, mask = randn(6, 32), randn(tokens, 32, seed=1), torch.arange(tokens) % 5 > 0
     experts = make_experts(shape)
     ours = layer_and_gradients(router.requires_grad_(), x.requires_grad_(), with_grad(experts), mask)
-    assert on_triton == set(cuda._TRITON_FILE)
+    assert on_triton == set(select_cuda._TRITON_FILE)
     wide = (double(router).requires_grad_(), double(x).requires_grad_(), with_grad(double(experts)), mask)
     for position, (value, want) in enumerate(zip(ours, layer_and_gradients(*wide), strict=True)):
         assert_follows(value, want, torch.float32, f"result {position}")

@@ -1,0 +1,99 @@
+"""FLOPs and parameter counts of CLIP models, dense and sparse.
+
+FLOPs are counted by torch's ``FlopCounterMode`` while a twin of the model on the meta device runs, one image and one
+text: one multiply-add is 2 FLOPs, and only matrix products, convolutions and attention count.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import checks
+from ..dense.prepared import Prepared
+from ..moe.layer import moe_layers
+
+
+class TowerCounts(NamedTuple):
+    """What a model costs for one image and one text."""
+
+    image_gflops: float
+    """10^9 FLOPs to encode one image."""
+    text_gflops: float
+    """10^9 FLOPs to encode one text of full context length; 0 for a model that takes none."""
+    params: int
+    """All parameters."""
+    active_params: int
+    """Parameters that one token meets: everything but the experts that it is not sent to."""
+
+
+def count(model: nn.Module) -> TowerCounts:
+    """Counts an open_clip or timm model, dense or sparse, on any device; it is neither run nor changed. Nothing is
+    dropped. The decoder of a CoCa, which makes captions and no features, counts as parameters only.
+
+    Raises:
+        ValueError: the model was prepared by ``clipup.accelerate``: packed weights are no parameters.
+    """
+    from . import inputs
+
+    checks.module("model", model)
+    if any(isinstance(module, Prepared) for module in model.modules()):
+        raise ValueError("the model was prepared by clipup.accelerate; count the plain model, whose FLOPs are the same")
+    twin = meta_twin(model).eval()
+    inputs.ignore_padding(twin)
+    encode = inputs.encoders(twin)
+    images = torch.empty(1, 3, *inputs.image_size(model), dtype=inputs.image_dtype(model), device="meta")
+    text_flops = 0
+    if "text" in encode:
+        texts = torch.zeros(1, inputs.text_length(model), dtype=torch.long, device="meta")
+        text_flops = _flops(encode["text"], texts)
+    return TowerCounts(
+        image_gflops=_flops(encode["image"], images) / 1e9,
+        text_gflops=text_flops / 1e9,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        active_params=count_active(model),
+    )
+
+
+def count_active(model: nn.Module) -> int:
+    """Parameters that one token meets: of every sparse layer the router and K of its E experts, and all the rest."""
+    active = sum(parameter.numel() for parameter in model.parameters())
+    for layer in moe_layers(model).values():
+        experts = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
+        active -= experts - experts // layer.config.num_experts * layer.config.top_k
+    return active
+
+
+def meta_twin(model: nn.Module) -> nn.Module:
+    """A frozen copy of the model on the meta device, which costs no memory."""
+    memo: dict[int, Tensor] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _flops(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
+    with torch.no_grad(), countable_attention(), FlopCounterMode(display=False) as counter:
+        encode(inputs)
+    return counter.get_total_flops()
+
+
+@contextmanager
+def countable_attention() -> Iterator[None]:
+    """Attention as matrix products that the counter sees: no fast path in ``nn.MultiheadAttention``, math backend."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)

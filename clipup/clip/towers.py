@@ -1,0 +1,108 @@
+"""Where the transformer blocks of a model's towers are: open_clip's CLIPs and CoCas, and timm models by themselves."""
+
+from __future__ import annotations
+
+import open_clip
+from open_clip.coca_model import CoCa
+from open_clip.hf_model import HFTextEncoder
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import MultimodalTransformer, TextTransformer, VisionTransformer
+from torch import nn
+
+from ..dense.mlp_families import families_read
+
+_CLIPS = (open_clip.CLIP, open_clip.CustomTextCLIP, CoCa)
+_LISTS = ("resblocks", "blocks", "stages", "layers")
+_HUGGING_FACE_LISTS = ("encoder.layer", "block", "layers")
+
+
+def towers(model: nn.Module) -> tuple[str, ...]:
+    """The towers that a model has: image and text of a CLIP, also decoder of a CoCa; image of a timm model.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(model, CoCa):
+        return ("image", "text", "decoder")
+    if isinstance(model, _CLIPS):
+        return ("image", "text")
+    if is_timm(model):
+        return ("image",)
+    inner = ", the model inside a wrapper" if hasattr(model, "module") or hasattr(model, "_orig_mod") else ""
+    raise TypeError(
+        f"expected open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model{inner}, got {type(model).__name__}"
+    )
+
+
+def is_timm(model: nn.Module) -> bool:
+    """Whether a model is timm's own, outside of open_clip."""
+    return type(model).__module__.startswith("timm.models.")
+
+
+def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
+    """The blocks of a tower ("image", "text" or "decoder") by their full names, in the order in which they run.
+
+    A decoder's layer is two blocks, the second with cross-attention.
+
+    Raises:
+        TypeError: the model is no CLIP, CoCa or timm model, lacks the tower, or the tower has no list of blocks.
+    """
+    if tower not in towers(model):
+        raise TypeError(f"a {type(model).__name__} has no {tower} tower; towers={towers(model)} are those that it has")
+    path, module = tower_module(model, tower)
+    if isinstance(module, HFTextEncoder):
+        path, module, names = f"{path}.transformer", module.transformer, _HUGGING_FACE_LISTS
+    else:
+        path, module = _trunk(path, module)
+        names = _LISTS
+    for name in names:
+        blocks = _blocks(module, name)
+        if blocks:
+            return {f"{path}.{name}".lstrip("."): block for name, block in blocks.items()}
+    raise TypeError(
+        f"the {tower} tower ({path}: {type(module).__name__}) has no list of transformer blocks; {families_read()}; "
+        f"{leave_dense(tower)}"
+    )
+
+
+def tower_module(model: nn.Module, tower: str) -> tuple[str, nn.Module]:
+    """A tower's full name and module; both are the model's where the tower is the model itself."""
+    if is_timm(model):
+        return "", model
+    name = {"image": "visual", "text": "text", "decoder": "text_decoder"}[tower]
+    return (name, getattr(model, name)) if hasattr(model, name) else ("", model)
+
+
+def leave_dense(tower: str) -> str:
+    """The option that leaves a tower dense, as advice."""
+    other = "text" if tower == "image" else "image"
+    return f'towers=("{other}",) leaves the {tower} tower dense'
+
+
+def _trunk(path: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The module inside a tower that holds its blocks."""
+    if isinstance(module, TimmModel):
+        return f"{path}.trunk", module.trunk
+    if isinstance(module, VisionTransformer | TextTransformer | open_clip.CLIP):
+        return f"{path}.transformer", module.transformer
+    return path, module
+
+
+def _blocks(module: nn.Module, name: str) -> dict[str, nn.Module]:
+    """What a list of blocks called ``name`` holds, by names; of a list of stages the blocks in each."""
+    try:
+        listed = module.get_submodule(name)
+    except AttributeError:
+        return {}
+    if not isinstance(listed, nn.ModuleList | nn.Sequential):
+        return {}
+    found: dict[str, nn.Module] = {}
+    for index, item in listed.named_children():
+        stage = getattr(item, "blocks", None)
+        if isinstance(stage, nn.ModuleList | nn.Sequential):
+            found |= {f"{name}.{index}.blocks.{i}": block for i, block in stage.named_children()}
+        else:
+            found[f"{name}.{index}"] = item
+        if isinstance(module, MultimodalTransformer):
+            found[f"cross_attn.{index}"] = module.cross_attn.get_submodule(index)
+    return found

@@ -1,0 +1,135 @@
+"""Samples on disk as an index: where each image lies and what its captions are. Evaluation and the cache read by it.
+
+A source is one of
+- WebDataset shards: `KEY.png|jpg|jpeg|webp` with `KEY.txt` (captions, one a line) or `KEY.json`
+  (`{"captions": [...], ...}`),
+- a CSV file with a column of image paths and one of captions.
+
+What cannot be read is skipped and counted in `Skips`, never silently lost.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .csv_rows import CsvFormat, readable_rows
+from .images import MAX_PIXELS, load_image
+from .shard_names import is_remote, open_shard, sizes_of
+from .skips import Note, Skips
+from .tars import IMAGE_EXTENSIONS, complete, lines, read_samples
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["IMAGE_EXTENSIONS", "Images", "Record", "csv_records", "lines", "read_image", "tar_records"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and its captions; `offset` and `size` say which bytes of `path`, None means all of it."""
+
+    key: str
+    path: str
+    captions: tuple[str, ...]
+    offset: int | None = None
+    size: int | None = None
+    metadata: dict = field(default_factory=dict)
+
+    @property
+    def named(self) -> str:
+        """What it is called in messages."""
+        return self.key if self.path in self.key else f"{self.key} in {self.path}"
+
+
+def read_image(record: Record, max_pixels: int = MAX_PIXELS) -> Image:
+    """The image of a record, as `load_image`."""
+    if record.offset is None:
+        return load_image(record.path, max_pixels)
+    with open(record.path, "rb") as file:
+        file.seek(record.offset)
+        return load_image(file.read(record.size), max_pixels)
+
+
+class Images(Dataset):
+    """`[i]` is the preprocessed image of record i, or the reason (a str) why it cannot be read."""
+
+    def __init__(
+        self, records: Sequence[Record], preprocess: Callable[[Image], Tensor], max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.records, self.preprocess, self.max_pixels = records, preprocess, max_pixels
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        record = self.records[index]
+        try:
+            image = read_image(record, self.max_pixels)
+        except Exception as error:  # PIL has no common class for what a broken file may raise
+            return f"{type(error).__name__}: {error}"
+        tensor = self.preprocess(image)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"preprocess: made {type(tensor).__name__} of {record.named}, expected a tensor "
+                "[C, H, W]: end it with torchvision.transforms.ToTensor()"
+            )
+        return tensor
+
+
+def tar_records(shards: Sequence[str], skips: Skips, argument: str) -> list[Record]:
+    """Every complete sample of local shards, in their order. Only headers and captions are read, no image."""
+    records: list[Record] = []
+    sizes = sizes_of(shards)
+    found = dict.fromkeys(shards, 0)
+    lost: list[tuple[str, Note]] = []
+    for shard in shards:
+        if is_remote(shard):
+            raise ValueError(f"{argument}: {shard} is not a file of this machine, which is needed here: copy it first")
+
+        def lose(*note: Any, shard: str = shard) -> None:
+            lost.append((shard, note))
+
+        with open_shard(shard) as file:
+            for sample in read_samples(file, shard, lose, images=False, expected=sizes.get(shard)):
+                found[shard] += 1
+                try:
+                    captions, about = complete(sample)
+                except ValueError as reason:
+                    skips.note(sample.named, reason)
+                    continue
+                place = sample.place[sample.image]
+                records.append(Record(sample.key, shard, tuple(captions), *place, {"key": sample.key, **about}))
+    damaged = {shard for shard, _ in lost}
+    usual = max((count for shard, count in found.items() if shard not in damaged), default=0)
+    for shard, (name, reason, samples) in lost:
+        skips.note(name, reason, samples or max(1, usual - found[shard]))
+    return records
+
+
+def csv_records(
+    path: str,
+    form: CsvFormat,
+    skips: Skips,
+    argument: str,
+    one_an_image: bool,
+    directory: str | os.PathLike | None = None,
+) -> list[Record]:
+    """The rows of a CSV file; with `one_an_image` rows of the same image are one record with several captions. With
+    `directory` paths are relative to it."""
+    rows = readable_rows(path, form, skips, argument, directory)
+    captions_of: dict[str, list[str]] = {}
+    path_of: dict[str, str] = {}
+    for name, image, text in zip(*rows, strict=True):
+        key = image if one_an_image else name
+        path_of[key] = image
+        captions_of.setdefault(key, []).extend(lines(text))
+    return [
+        Record(key, path_of[key], tuple(dict.fromkeys(captions)), metadata={"key": key})
+        for key, captions in captions_of.items()
+    ]

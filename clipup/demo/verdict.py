@@ -1,0 +1,92 @@
+"""The answer of the demonstration in a sentence, built the same way whichever way it falls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..inspection.figures.format import count, dig, number, percent, points, short
+
+WAYS = (("t2i", "text → image"), ("i2t", "image → text"))
+_COMPARED = ("clip_up", "dense_continued")
+_WRITTEN_ZERO = 0.0005  # a fraction; smaller differences are written 0.0 points
+_STANDARD_ERRORS = 2
+"""Of the difference of two rates: what is less than so many of them is called level."""
+
+
+class Verdict(NamedTuple):
+    """What the comparison says, and what has to be known to judge it."""
+
+    sentence: str
+    notes: tuple[str, ...]
+
+
+def verdict(report: Mapping[str, Any]) -> Verdict:
+    """CLIP-UP minus the dense model continued, R@1 both ways in percentage points, from what ``report.json`` holds.
+
+    A difference of less than two standard errors, by the number of test images, is called level. No claim of
+    significance is made: it is one seed. A report without the numbers gets a sentence that says so.
+    """
+    arms = {arm: {way: number(dig(report, arm, way, "r1")) for way, _ in WAYS} for arm in _COMPARED}
+    missing = [f"{arm} {way}" for arm, found in arms.items() for way, value in found.items() if value is None]
+    if missing:
+        return Verdict(f"No verdict: R@1 of {', '.join(missing)} is not in the report.", ())
+    differences = {way: arms["clip_up"][way] - arms["dense_continued"][way] for way, _ in WAYS}
+    details = " and ".join(
+        f"{points(differences[way])} points of R@1 {name} "
+        f"({percent(arms['clip_up'][way])} against {percent(arms['dense_continued'][way])}\u00a0%)"
+        for way, name in WAYS
+    )
+    margins = {way: _margin(report, [found[way] for found in arms.values()]) for way, _ in WAYS}
+    standing = _standing([(differences[way], margins[way]) for way, _ in WAYS])
+    sentence = f"{_steps(report)} and with one seed CLIP-UP {standing}: {details}."
+    return Verdict(sentence, (*_sampling(report, margins), *_compute(report)))
+
+
+def _steps(report: Mapping[str, Any]) -> str:
+    clip_up, dense = (number(dig(report, arm, "steps")) for arm in _COMPARED)
+    if clip_up == dense:
+        return "At equal steps"
+    return f"At unequal steps ({count(clip_up)} against {count(dense)})"
+
+
+def _standing(leads: list[tuple[float, float]]) -> str:
+    """How CLIP-UP stands, from its lead in both directions and how large a lead must be to count as one."""
+    other = "the dense model continued"
+    signs = {0 if abs(lead) < margin else int(math.copysign(1, lead)) for lead, margin in leads}
+    if signs == {0}:
+        written_zero = all(abs(lead) < _WRITTEN_ZERO for lead, _ in leads)
+        return f"and {other} are level" + ("" if written_zero else " within the sampling error")
+    if signs == {1, -1}:
+        return f"is ahead of {other} in one direction and behind it in the other"
+    side = "ahead of" if 1 in signs else "behind"
+    return f"is {side} {other}" + (" in one direction and level in the other" if 0 in signs else "")
+
+
+def _margin(report: Mapping[str, Any], rates: list[float]) -> float:
+    """The least difference of two rates that is not called level."""
+    images = number(dig(report, "data", "test_images"))
+    if not images or images < 1:
+        return _WRITTEN_ZERO
+    rates = [min(1.0, max(0.0, rate)) for rate in rates]
+    return max(_WRITTEN_ZERO, _STANDARD_ERRORS * math.sqrt(sum(rate * (1 - rate) for rate in rates) / images))
+
+
+def _sampling(report: Mapping[str, Any], margins: Mapping[str, float]) -> tuple[str, ...]:
+    images = number(dig(report, "data", "test_images"))
+    if not images or images < 1:
+        return ()
+    return (
+        f"No claim of significance is made: with {count(images)} test images a difference of less than "
+        f"{100 * max(margins.values()):.1f} points, {_STANDARD_ERRORS} standard errors, is called level, and another "
+        "seed would move it as well.",
+    )
+
+
+def _compute(report: Mapping[str, Any]) -> tuple[str, ...]:
+    sparse, dense = (number(dig(report, arm, "gflops_per_pair")) for arm in _COMPARED)
+    if not sparse or not dense:
+        return ()
+    times = short(round(sparse / dense, 2))
+    return (f"Equal steps are not equal compute: a pair costs CLIP-UP {times} times the FLOPs.",)

@@ -1,0 +1,239 @@
+"""Families of dense MLPs: which blocks hold an MLP that can become experts, and where its parts are.
+
+A family is matched on the exact classes of the block and of its MLP, by their full names, and never on an attribute's
+name: a subclass or a look-alike may compute something else. Matching by name also keeps open_clip, timm and
+transformers out of the imports of people who use ``SparseMoE`` elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from .dense_mlp import (
+    DenseMLP,
+    assemble,
+    check_linears,
+    class_name,
+    read_activation,
+    read_dropout,
+    read_linears,
+    read_norm,
+    refuse_changed_forward,
+    refuse_dropout,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Blocks of these classes hold an MLP made of these parts, which ``read`` takes apart."""
+
+    blocks: tuple[str, ...]
+    """Full names of the blocks' classes."""
+    parts: tuple[tuple[str, str], ...]
+    """(path in the block, full name of the class) of the modules that make up the MLP, mostly one. A sparse layer takes
+    the place of the first, as it takes what the first takes."""
+    read: Callable[..., DenseMLP]
+    """Takes the parts apart, one argument each."""
+    passed: tuple[str, ...] = ()
+    """Paths of the projections in the other parts, which ``nn.Identity`` replaces: the sparse layer did their work."""
+
+
+class BlockMLP(NamedTuple):
+    """The MLP of a block, found and taken apart."""
+
+    family: Family
+    dense: DenseMLP
+    module: nn.Module
+    """The module whose place a sparse layer takes."""
+
+
+def find_mlp(block: nn.Module) -> BlockMLP:
+    """Finds the MLP of a transformer block and takes it apart.
+
+    Raises:
+        TypeError: the class of the block or of a part of its MLP is of no family, or something in the MLP is not read
+            (an unknown activation, a norm that is no layer norm); the message names it.
+    """
+    inside = ""
+    for family in FAMILIES:
+        if class_name(block) not in family.blocks:
+            continue
+        modules = [block.get_submodule(path) for path, _ in family.parts if _has(block, path)]
+        if [class_name(module) for module in modules] == [name for _, name in family.parts]:
+            dense = family.read(*modules)
+            refuse_changed_forward(*modules)
+            return BlockMLP(family, dense, modules[0])
+        inside = _inside(modules[0]) if modules else inside
+    if not inside and _has(block, "mlp"):
+        inside = _inside(block.get_submodule("mlp"))
+    raise TypeError(f"cannot read the MLP of a {class_name(block)}{inside}; {families_read()}")
+
+
+def read_block(block: nn.Module) -> DenseMLP:
+    """The dense MLP of a transformer block; raises ``TypeError`` as ``find_mlp`` does."""
+    return find_mlp(block).dense
+
+
+def read_mlp(mlp: nn.Module) -> DenseMLP:
+    """Takes a dense MLP apart that is one module.
+
+    Raises:
+        TypeError: as ``find_mlp``.
+    """
+    for family in FAMILIES:
+        if len(family.parts) == 1 and class_name(mlp) == family.parts[0][1]:
+            dense = family.read(mlp)
+            refuse_changed_forward(mlp)
+            return dense
+    raise TypeError(f"cannot read {class_name(mlp)} as an MLP; {families_read()}")
+
+
+def replace_mlp(block: nn.Module, layer: nn.Module) -> None:
+    """Puts ``layer`` in the place of the block's MLP."""
+    family = find_mlp(block).family
+    block.set_submodule(family.parts[0][0], layer)
+    for path in family.passed:
+        block.set_submodule(path, nn.Identity())
+
+
+def families_read() -> str:
+    """One line that says what is read."""
+    libraries: dict[str, tuple[list[str], list[str]]] = {}
+    for family in FAMILIES:
+        blocks, mlps = libraries.setdefault(family.blocks[0].split(".")[0], ([], []))
+        blocks += [_class(block) for block in family.blocks if _class(block) not in blocks]
+        mlps += [_class(family.parts[0][1])]
+    listed = [f"{', '.join(mlps)} in {name}'s {', '.join(blocks)}" for name, (blocks, mlps) in libraries.items()]
+    return "MLPs that are read: " + "; ".join(listed)
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _inside(mlp: nn.Module) -> str:
+    return f" with an mlp of class {class_name(mlp)}"
+
+
+def _class(full_name: str) -> str:
+    return full_name.rsplit(".", 1)[1]
+
+
+# ---------------------------------------------------------------- readers
+
+
+def _read_open_clip(mlp: nn.Sequential) -> DenseMLP:
+    parts = dict(mlp.named_children())
+    if list(parts) not in (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"]):
+        raise TypeError(
+            f"cannot read an nn.Sequential of {', '.join(parts) or 'nothing'} as an MLP, expected c_fc, gelu, c_proj; "
+            f"{families_read()}"
+        )
+    norm = read_norm("ln", parts.get("ln", nn.Identity()))
+    return read_linears({"in": parts["c_fc"], "out": parts["c_proj"]}, parts["gelu"], **norm)
+
+
+def _read_timm_mlp(mlp: nn.Module) -> DenseMLP:
+    return read_linears({"in": mlp.fc1, "out": mlp.fc2}, mlp.act, **_between(mlp))
+
+
+def _read_timm_swiglu(mlp: nn.Module) -> DenseMLP:
+    return read_linears({"in": mlp.fc1_x, "gate": mlp.fc1_g, "out": mlp.fc2}, mlp.act, **_between(mlp))
+
+
+def _read_timm_glu(mlp: nn.Module) -> DenseMLP:
+    """One linear layer holds both projections into the hidden width, the gate in its first or in its second half."""
+    check_linears(mlp.fc1, mlp.fc2)
+    names = ("in", "gate") if mlp.gate_last else ("gate", "in")
+    biases = (None, None) if mlp.fc1.bias is None else mlp.fc1.bias.chunk(2)
+    fields = {f"{name}_weight": half for name, half in zip(names, mlp.fc1.weight.chunk(2), strict=True)}
+    fields |= {f"{name}_bias": half for name, half in zip(names, biases, strict=True)}
+    return assemble(
+        **fields,
+        out_weight=mlp.fc2.weight,
+        out_bias=mlp.fc2.bias,
+        activation=read_activation(mlp.act),
+        **_between(mlp),
+    )
+
+
+def _read_timm_geglu(mlp: nn.Module) -> DenseMLP:
+    refuse_dropout("drop2", mlp.drop2)
+    dropout = read_dropout("drop1", mlp.drop1)
+    linears = {"in": mlp.w1, "gate": mlp.w0, "out": mlp.w2}
+    return read_linears(linears, mlp.act, dropout=dropout, input_norm=mlp.norm)
+
+
+def _between(mlp: nn.Module) -> dict:
+    """What timm's MLPs have between their projections, and nothing behind them."""
+    refuse_dropout("drop2", mlp.drop2)
+    return {"dropout": read_dropout("drop1", mlp.drop1), **read_norm("norm", mlp.norm)}
+
+
+def _read_mt5(mlp: nn.Module) -> DenseMLP:
+    return read_linears({"in": mlp.wi, "out": mlp.wo}, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
+
+
+def _read_gated_mt5(mlp: nn.Module) -> DenseMLP:
+    linears = {"in": mlp.wi_1, "gate": mlp.wi_0, "out": mlp.wo}
+    return read_linears(linears, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
+
+
+def _read_bert(intermediate: nn.Module, output: nn.Module) -> DenseMLP:
+    """The second projection lies in the module that also adds the residual and normalises, which stays."""
+    return read_linears({"in": intermediate.dense, "out": output.dense}, intermediate.intermediate_act_fn)
+
+
+_TIMM_BLOCKS = (
+    "timm.models.vision_transformer.Block",
+    "timm.models.vision_transformer.ResPostBlock",
+    "timm.models.vision_transformer_relpos.RelPosBlock",
+    "timm.models.vision_transformer_relpos.ResPostRelPosBlock",
+    "timm.models.eva.EvaBlock",
+    "timm.models.eva.EvaBlockPostNorm",
+    "timm.models.swin_transformer.SwinTransformerBlock",
+    "timm.models.swin_transformer_v2.SwinTransformerV2Block",
+    "timm.models.convnext.ConvNeXtBlock",
+)
+
+
+def _timm(mlp: str, read: Callable[..., DenseMLP]) -> Family:
+    return Family(_TIMM_BLOCKS, (("mlp", mlp),), read)
+
+
+def _mt5(mlp: str, read: Callable[..., DenseMLP]) -> Family:
+    module = "transformers.models.mt5.modeling_mt5"
+    return Family((f"{module}.MT5Block",), (("layer.1.DenseReluDense", f"{module}.{mlp}"),), read)
+
+
+def _bert(model: str, name: str) -> Family:
+    module = f"transformers.models.{model}.modeling_{model}.{name}"
+    parts = (("intermediate", f"{module}Intermediate"), ("output", f"{module}Output"))
+    return Family((f"{module}Layer",), parts, _read_bert, passed=("output.dense",))
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        ("open_clip.transformer.ResidualAttentionBlock", "open_clip.transformer.CustomResidualAttentionBlock"),
+        (("mlp", "torch.nn.modules.container.Sequential"),),
+        _read_open_clip,
+    ),
+    _timm("timm.layers.mlp.Mlp", _read_timm_mlp),
+    _timm("timm.layers.mlp.SwiGLU", _read_timm_swiglu),
+    _timm("timm.layers.mlp.GluMlp", _read_timm_glu),
+    _timm("timm.models.vitamin.GeGluMlp", _read_timm_geglu),
+    _mt5("MT5DenseActDense", _read_mt5),
+    _mt5("MT5DenseGatedActDense", _read_gated_mt5),
+    _bert("bert", "Bert"),
+    _bert("roberta", "Roberta"),
+    _bert("xlm_roberta", "XLMRoberta"),
+)
+"""The families that are read; blocks and MLPs of one library may come in any combination."""

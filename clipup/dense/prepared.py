@@ -1,0 +1,252 @@
+"""Layers that hold packed weights in place of plain ones, for inference on CPUs. ``clipup.accelerate`` makes them.
+
+What the kernels read at every call was put in their order once, so there is one copy of it, and nothing to go stale: a
+prepared layer has no plain weight that could be trained or written to. Its state dict is the plain layer's.
+
+Axis legend: ``D`` model width, ``H`` hidden width, ``E`` experts.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipup_kernels import PackedWeight, dense_mlp, pack_weight, packed_layout, unpack_weight
+
+from .. import checks
+from ..precision import autocast_dtype
+from .dense_mlp import DenseMLP
+from .mlp_families import read_mlp
+
+MATRICES = ("in_weight", "out_weight", "gate_weight")
+"""The parameters that are packed, by the names that they have in ``SparseMoE`` and ``DenseMLP``."""
+
+
+class _Part(NamedTuple):
+    """Where one of ``DenseMLP``'s tensors lies in a parameter of the MLP, which may hold several."""
+
+    name: str
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Stored(NamedTuple):
+    """A parameter of the plain layer, as a state dict has it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    parts: list[_Part]
+
+
+class _TypeOnly(NamedTuple):
+    """What open_clip's blocks ask their MLP for: ``block.mlp.c_fc.weight.dtype``, the type of the tower."""
+
+    weight: PackedWeight
+
+
+class Prepared(nn.Module):
+    """Base of prepared layers: packed weights, and what must not be done with them."""
+
+    _stored: dict[str, _Stored]
+    _packed: dict[str, PackedWeight]
+
+    def _prepare(self, tensors: dict[str, Tensor], stored: dict[str, _Stored]) -> None:
+        """Takes over ``tensors``: matrices packed, others (biases) as buffers."""
+        self._stored, self._packed = stored, {}
+        for name, tensor in tensors.items():
+            self._put(name, tensor)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        if name not in MATRICES:
+            self.register_buffer(name, tensor.detach().clone(), persistent=False)
+            return
+        packed = pack_weight(tensor)
+        self.register_buffer(f"{name}_packed", packed.block, persistent=False)  # exported programs find it there
+        self._packed[name] = packed._replace(block=None)
+
+    def _get(self, name: str) -> Tensor:
+        return unpack_weight(self.packed(name)) if name in MATRICES else getattr(self, name)
+
+    def packed(self, name: str) -> PackedWeight | None:
+        """A weight by its name in ``SparseMoE``; None where the layer has none."""
+        packed = self._packed.get(name)
+        return None if packed is None else packed._replace(block=getattr(self, f"{name}_packed"))
+
+    in_weight = property(lambda self: self.packed("in_weight"))
+    out_weight = property(lambda self: self.packed("out_weight"))
+    gate_weight = property(lambda self: self.packed("gate_weight"))
+    c_fc = property(lambda self: _TypeOnly(self.in_weight))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that x has to have."""
+        return self._packed["in_weight"].dtype
+
+    def _check_type(self, x: Tensor) -> None:
+        checks.tensor("x", x)
+        autocast = autocast_dtype(x)
+        wanted = autocast or x.dtype
+        if wanted != self.dtype:
+            where = "x is" if autocast is None else "autocast asks for"
+            raise TypeError(
+                f"{where} {wanted}, but the layer was prepared in {self.dtype}; cast the plain model and prepare that: "
+                f"clipup.accelerate(model.to({wanted}))"
+            )
+
+    # ------------------------------------------------------------ what must not happen by accident
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in MATRICES:
+            raise AttributeError(f"{name} of a prepared layer cannot be set: {_ONLY_INFERENCE}")
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> Prepared:
+        if mode:
+            raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Prepared:
+        if requires_grad:
+            raise RuntimeError(f"a prepared layer cannot require gradients: {_ONLY_INFERENCE}")
+        return super().requires_grad_(False)
+
+    def reset_parameters(self) -> None:
+        raise RuntimeError(f"a prepared layer cannot be re-initialized: {_ONLY_INFERENCE}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
+        probe = torch.empty(0, dtype=self.dtype)
+        moved = fn(probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            raise RuntimeError(
+                f"a prepared layer stays on the CPU and of type {self.dtype}, and cannot become {moved.dtype} on "
+                f"{moved.device}: {_ONLY_INFERENCE}"
+            )
+        return super()._apply(fn, recurse)
+
+    # ------------------------------------------------------------ as the plain layer is stored
+
+    def _plain(self, name: str) -> Tensor:
+        """A parameter of the plain layer, put together."""
+        stored = self._stored[name]
+        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        for part in stored.parts:
+            whole.as_strided(part.size, part.stride, part.offset).copy_(self._get(part.name))
+        return whole
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._parameters:  # copies like the others, lest a write to the state dict reach half of the layer
+            if prefix + name in destination:
+                destination[prefix + name] = destination[prefix + name].clone()
+        for name in self._stored:
+            destination[prefix + name] = self._plain(name)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        ours = {prefix + name: stored for name, stored in self._stored.items()}
+        for key, value in [(key, state_dict[key]) for key in (*ours, *self._own_keys(prefix)) if key in state_dict]:
+            if not isinstance(value, Tensor) or value.is_meta or value.dtype != self.dtype:
+                kind = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+                error_msgs.append(f"{key} is {kind}, expected a tensor of the prepared layer's type, {self.dtype}")
+        if error_msgs:
+            return
+        others = OrderedDict((key, value) for key, value in state_dict.items() if key not in ours)
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for key, stored in ours.items():
+            value = state_dict.get(key)
+            if value is None:
+                missing_keys += [key] if strict else []
+            elif value.shape != stored.shape:
+                error_msgs.append(
+                    f"size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, the shape in "
+                    f"current model is {stored.shape}."
+                )
+            else:
+                self._take(stored, value.to(stored.dtype).contiguous())
+
+    def _own_keys(self, prefix: str) -> list[str]:
+        return [prefix + name for name, parameter in self._parameters.items() if parameter is not None]
+
+    def _take(self, stored: _Stored, whole: Tensor) -> None:
+        for part in stored.parts:
+            self._put(part.name, whole.as_strided(part.size, part.stride, part.offset))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in self._packed:  # another CPU may have packed them
+            packed = self.packed(name)
+            if packed.layout != packed_layout(packed.dtype):
+                self._put(name, unpack_weight(packed))
+
+
+_ONLY_INFERENCE = (
+    "its weights are packed for inference; train, cast or move the plain model and prepare it again with "
+    "clipup.accelerate"
+)
+
+
+class PreparedMLP(Prepared):
+    """A dense MLP for inference on ``clipup_kernels.dense_mlp``: what the MLP computes, to rounding."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        dense = read_mlp(mlp)
+        if dense.ln_weight is not None:
+            raise TypeError("an MLP with a norm between its projections cannot be prepared")
+        self.activation = dense.activation
+        self.input_norm_name = next((name for name, m in mlp.named_children() if m is dense.input_norm), None)
+        if self.input_norm_name is not None:
+            self.add_module(self.input_norm_name, dense.input_norm)
+        self._prepare(dense.parameters(), _where_parts_lie(mlp, dense))
+        self.train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] of the type that the MLP was prepared in."""
+        self._check_type(x)
+        width = self.in_weight.shape[1]
+        if x.dim() == 0 or x.shape[-1] != width:
+            raise ValueError(f"x must be [..., {width}], got {list(x.shape)}")
+        if self.input_norm_name is not None:
+            x = getattr(self, self.input_norm_name)(x)
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        biases = (self._buffers.get(name) for name in ("in_bias", "out_bias", "gate_bias"))
+        in_bias, out_bias, gate_bias = biases
+        y = dense_mlp(
+            rows, self.in_weight, in_bias, self.out_weight, out_bias, self.activation, self.gate_weight, gate_bias
+        )
+        return y.view(x.shape)
+
+    def extra_repr(self) -> str:
+        hidden, width = self.in_weight.shape
+        return f"{width}, {hidden}, activation={self.activation!r}"
+
+
+def _where_parts_lie(mlp: nn.Module, dense: DenseMLP) -> dict[str, _Stored]:
+    """The MLP's parameters by name, each with the tensors of ``dense`` that lie in it."""
+    parts = list(dense.parameters().items())
+    stored = {}
+    for name, parameter in mlp.named_parameters():
+        if not parameter.is_contiguous():
+            raise TypeError(f"{name} of the MLP is not contiguous in memory, so it cannot be prepared")
+        begin = parameter.data_ptr()
+        inside = [
+            _Part(part, t.shape, t.stride(), (t.data_ptr() - begin) // t.element_size())
+            for part, t in parts
+            if begin <= t.data_ptr() < begin + parameter.nbytes
+        ]
+        if inside:
+            stored[name] = _Stored(parameter.shape, parameter.dtype, inside)
+    return stored

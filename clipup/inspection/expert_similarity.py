@@ -1,0 +1,147 @@
+"""Pairwise similarity of a layer's experts, and their similarity to the dense MLP that they were copies of.
+
+Upcycled experts start out equal, and while they stay so a sparse layer with normalised gates computes what the dense
+MLP would. Measured is the cosine between two experts' matrices, each taken as one long vector: 1 where they are equal,
+0 where they have nothing in common. Experts that are shards of an MLP (``MoEConfig.granularity``) began equal where
+they are the same shard of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dense.dense_mlp import DenseMLP
+from ..dense.mlp_families import find_mlp
+from ..moe.expert_init import experts_of
+from ..moe.layer import SparseMoE, moe_layers
+
+BANDS = (
+    (1 - 1e-5, "equal"),
+    (0.99, "nearly identical"),
+    (0.9, "similar"),
+    (0.5, "partly similar"),
+    (0.1, "clearly different"),
+)
+"""Words for a mean cosine between experts: the first whose bound it reaches."""
+_BELOW_ALL = "unrelated"
+
+
+class Similarity(NamedTuple):
+    """Cosines between the experts of one layer, float32 on the CPU.
+
+    First matrices are those of the input projection, of gated experts together with the gate's; second ones those of
+    the output projection. Biases are left out.
+    """
+
+    first: Tensor
+    """[E, E]."""
+    second: Tensor
+    """[E, E]."""
+    first_to_dense: Tensor | None = None
+    """[E], of each expert with what it is a copy of; None where no dense MLP was given."""
+    second_to_dense: Tensor | None = None
+    """[E]."""
+    granularity: int = 1
+    """Shards that an MLP was split into: experts e and f began equal where e and f have the same remainder."""
+
+    @property
+    def first_mean(self) -> float:
+        """Mean cosine between first matrices over all pairs of experts that began equal; NaN without a pair."""
+        return mean_cosine(self.first, self.granularity)
+
+    @property
+    def second_mean(self) -> float:
+        """The same of second matrices."""
+        return mean_cosine(self.second, self.granularity)
+
+
+@torch.no_grad()
+def expert_similarity(layer: SparseMoE, dense: DenseMLP | None = None) -> Similarity:
+    """Cosines between a layer's experts, and with the dense MLP ``dense`` where it is given.
+
+    Raises:
+        ValueError: the dense MLP's matrices, or shards of them, are not of the experts' shapes.
+    """
+    granularity = layer.config.granularity
+    experts = layer.state_dict()  # which prepared layers have too
+    first, second = _first(experts), _second(experts)
+    between = (first @ first.T).cpu(), (second @ second.T).cpu()
+    if dense is None:
+        return Similarity(*between, granularity=granularity)
+    shards = experts_of(dense, granularity, granularity)
+    _check_shapes(experts, shards)
+    to_dense = []
+    for ours, theirs in ((first, _first(shards)), (second, _second(shards))):
+        own = theirs.to(ours.device).repeat(len(ours) // granularity, 1)
+        to_dense.append((ours * own).sum(1).cpu())
+    return Similarity(*between, *to_dense, granularity)
+
+
+def model_similarity(model: nn.Module, dense: nn.Module | None = None) -> dict[str, Similarity]:
+    """``expert_similarity`` of every sparse layer of a model, by the layers' names.
+
+    Args:
+        dense: the model that was upcycled, or any dense one of the same architecture.
+
+    Raises:
+        ValueError: ``dense`` is not dense, or not of the same architecture.
+    """
+    layers = moe_layers(model)
+    if dense is None:
+        return {name: expert_similarity(layer) for name, layer in layers.items()}
+    already = next(iter(moe_layers(dense)), None)
+    if already is not None:
+        raise ValueError(f"dense has a sparse layer ({already}); give the model that was upcycled, before it was")
+    found = {}
+    for name, layer in layers.items():
+        try:
+            found[name] = expert_similarity(layer, _dense_mlp(dense, name))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"dense is no model that the sparse one can come from: {name}: {error}") from error
+    return found
+
+
+def in_words(cosine: float) -> str:
+    """How similar two experts of this mean cosine are, by ``BANDS``: "nearly identical" from 0.99 on."""
+    return next((words for least, words in BANDS if cosine >= least), _BELOW_ALL)
+
+
+def mean_cosine(cosines: Tensor, granularity: int = 1) -> float:
+    """The mean of cosines [E, E] over all pairs of different experts with the same remainder by ``granularity``; NaN
+    where there is no pair."""
+    shard = torch.arange(len(cosines)) % granularity
+    pairs = cosines[(shard[:, None] == shard).triu(1)]
+    return pairs.double().mean().item()
+
+
+def _dense_mlp(dense: nn.Module, name: str) -> DenseMLP:
+    """The MLP of the innermost block of a dense model that the sparse layer ``name`` stands in."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            return find_mlp(dense.get_submodule(".".join(parts[:length]))).dense
+        except (AttributeError, TypeError):
+            continue
+    raise ValueError("it has no block of that name with an MLP that is read")
+
+
+def _check_shapes(experts: dict[str, Tensor], shards: dict[str, Tensor]) -> None:
+    for name in ("in_weight", "gate_weight"):
+        expert, mlp = (list(of[name].shape[1:]) if name in of else None for of in (experts, shards))
+        if expert != mlp:
+            raise ValueError(f"{name} of an expert is {expert}, in the dense MLP it is {mlp}; they must be alike")
+
+
+def _first(parameters: dict[str, Tensor]) -> Tensor:
+    """[E, features], of length 1."""
+    names = [name for name in ("in_weight", "gate_weight") if name in parameters]
+    return F.normalize(torch.cat([parameters[name].flatten(1) for name in names], 1).float(), dim=1)
+
+
+def _second(parameters: dict[str, Tensor]) -> Tensor:
+    """[E, features], of length 1."""
+    return F.normalize(parameters["out_weight"].flatten(1).float(), dim=1)

@@ -1,0 +1,281 @@
+"""Charts as inline SVG: lines over steps, and the load of every expert over steps.
+
+Text, grid and axes take the colour of the page's text, so a figure reads on a light and on a dark page.
+A value that is not finite leaves a gap; a chart without values says so instead of failing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import SupportsFloat
+
+from . import axes, svg
+from .axes import FONT, Frame, Key
+from .format import percent_tick, short
+from .palette import expert_color, is_second_eight
+
+_MOST_POINTS = 100
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: ``y`` over ``x``, of the same length. ``points``: every point is marked, its value a tooltip."""
+
+    label: str
+    x: Sequence[SupportsFloat]
+    y: Sequence[SupportsFloat]
+    color: str | None = None
+    dash: str | None = None
+    points: bool = False
+
+    def pairs(self) -> list[tuple[float, float]]:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"series {self.label!r} has {len(self.x)} x and {len(self.y)} y; it needs a y for every x")
+        return [(float(x), float(y)) for x, y in zip(self.x, self.y, strict=True)]
+
+
+def smooth(values: Sequence[SupportsFloat], window: int) -> list[float]:
+    """Centred moving mean over ``window`` values (fewer at the ends); values that are not finite are left out of it."""
+    if window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1")
+    floats = [float(value) for value in values]
+    before, after = (window - 1) // 2, window // 2
+    return [_mean(floats[max(0, index - before) : index + after + 1]) for index in range(len(floats))]
+
+
+def line_chart(
+    series: Sequence[Series],
+    title: str,
+    x_label: str,
+    y_label: str,
+    y_format: Callable[[float], str] = short,
+    *,
+    x_format: Callable[[float], str] = short,
+    y_range: tuple[float, float] | None = None,
+    marks: Sequence[tuple[float, str]] = (),
+    levels: Sequence[tuple[float, str]] = (),
+    width: float = 440,
+    height: float = 290,
+) -> str:
+    """Lines over a common x, as SVG.
+
+    ``y_range``: the axis' ends, taken from the values when None. ``marks``: (x, label) of dotted vertical lines;
+    ``levels``: (y, label) of dashed horizontal lines. Series without a colour take the palette's in turn,
+    and are dashed where it begins again.
+    """
+    drawn = [(one, one.pairs()) for one in map(_in_turn, series, range(len(series)))]
+    finite = [(x, y) for _, pairs in drawn for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
+    if y_range is None:
+        y_range = axes.span([y for _, y in finite] + [level for level, _ in levels if finite], margin=0.06)
+    frame, around = axes.build(
+        width=width,
+        height=height,
+        title=title,
+        x_label=x_label,
+        y_label=y_label,
+        x_range=axes.span([x for x, _ in finite]),
+        y_range=y_range,
+        x_format=x_format,
+        y_format=y_format,
+        legend=[Key(one.label, one.color, one.dash) for one, _ in drawn] if len(drawn) > 1 else (),
+    )
+    parts = [around, *(_mark(frame, x, label) for x, label in marks), *(_level(frame, y, label) for y, label in levels)]
+    for one, pairs in drawn:
+        parts.append(_line(frame, pairs, one.color, one.dash))
+        if one.points:
+            parts += _points(frame, one.label, pairs, one.color, x_format, x_label, y_format)
+    if not finite:
+        parts.append(_nothing(frame))
+    return svg.picture(width, height, title, *parts)
+
+
+def load_chart(
+    steps: Sequence[SupportsFloat],
+    loads: Sequence[Sequence[SupportsFloat]],
+    title: str,
+    *,
+    y_max: float | None = None,
+    width: float = 440,
+    height: float = 290,
+) -> str:
+    """Share of all picks that fell on each expert over training, one line an expert, as SVG.
+
+    steps [N], loads [N, E] shares of 1. The dashed line is the uniform share 1/E; more than 100 steps are drawn as 100
+    means of neighbouring steps. ``y_max`` gives several charts the same axis.
+    """
+    if len(steps) != len(loads):
+        raise ValueError(f"loads has {len(loads)} rows for {len(steps)} steps; it needs one row a step")
+    experts = len(loads[0]) if len(loads) else 0
+    if any(len(row) != experts for row in loads):
+        raise ValueError(f"loads must have one share for each of the {experts} experts in every row")
+    lines = [_thin([float(step) for step in steps], [float(row[expert]) for row in loads]) for expert in range(experts)]
+    finite = [(x, y) for line in lines for x, y in line if math.isfinite(x) and math.isfinite(y)]
+    top = y_max if y_max is not None else max([y for _, y in finite] + [1.5 / experts if experts else 1.0]) * 1.06
+    y_label = f"share of picks; dashed: uniform, 1/{experts}" if experts else "share of picks"
+    frame, around = axes.build(
+        width=width,
+        height=height,
+        title=title,
+        subtitle=_imbalances(loads),
+        x_label="step",
+        y_label=y_label,
+        x_range=axes.span([x for x, _ in finite]),
+        y_range=(0.0, top),
+        x_format=short,
+        y_format=percent_tick,
+        right=40,
+    )
+    parts = [around]
+    if experts:
+        parts.append(_level(frame, 1 / experts, ""))
+    parts += [_line(frame, line, expert_color(e), _expert_dash(e), 1.6) for e, line in enumerate(lines)]
+    parts.append(_end_labels(frame, lines) if finite else _nothing(frame))
+    return svg.picture(width, height, title, *parts)
+
+
+def imbalance(load: Sequence[SupportsFloat]) -> float:
+    """Largest share over the uniform share: 1 when all experts get the same; NaN when a share is not finite."""
+    shares = [float(share) for share in load]
+    if not shares or not all(math.isfinite(share) for share in shares):
+        return math.nan
+    return max(shares) * len(shares)
+
+
+def _imbalances(loads: Sequence[Sequence[SupportsFloat]]) -> str:
+    known = [value for value in map(imbalance, loads) if math.isfinite(value)]
+    return f"largest share over uniform: {known[-1]:.2f} at the end, {max(known):.2f} at most" if known else ""
+
+
+def _thin(x: list[float], y: list[float]) -> list[tuple[float, float]]:
+    """At most ``_MOST_POINTS`` points, each the mean of neighbouring ones; the first and last x stay where they are."""
+    size = math.ceil(len(x) / _MOST_POINTS)
+    if size <= 1:
+        return list(zip(x, y, strict=True))
+    points = [(_mean(x[start : start + size]), _mean(y[start : start + size])) for start in range(0, len(x), size)]
+    return [(x[0], points[0][1]), *points[1:-1], (x[-1], points[-1][1])]
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _line(
+    frame: Frame, pairs: Sequence[tuple[float, float]], color: str, dash: str | None, stroke_width: float = 2
+) -> str:
+    return svg.element(
+        "path",
+        d=frame.path(pairs),
+        fill="none",
+        stroke=color,
+        stroke_width=stroke_width,
+        stroke_dasharray=dash,
+        stroke_linejoin="round",
+        stroke_linecap="round" if dash is None else None,
+    )
+
+
+def _points(
+    frame: Frame,
+    label: str,
+    pairs: Sequence[tuple[float, float]],
+    color: str,
+    x_format: Callable[[float], str],
+    x_label: str,
+    y_format: Callable[[float], str],
+) -> list[str]:
+    return [
+        svg.element(
+            "circle",
+            svg.title(f"{label}, {x_label} {x_format(x)}: {y_format(y)}"),
+            cx=frame.x(x),
+            cy=frame.y(y),
+            r=3.5,
+            fill=color,
+        )
+        for x, y in pairs
+        if math.isfinite(x) and math.isfinite(y)
+    ]
+
+
+def _mark(frame: Frame, x: float, label: str) -> str:
+    low, high = frame.x_range
+    if not low <= x <= high:
+        return ""
+    at = frame.x(x)
+    leftwards = at + 6 + axes.text_width(label) > frame.right
+    line = svg.line(at, frame.top - 6, at, frame.bottom, stroke_opacity="0.5", stroke_dasharray="2 3")
+    side = {"text_anchor": "end"} if leftwards else {}
+    return line + svg.text(
+        at - 6 if leftwards else at + 6, frame.top + 2, label, font_size=FONT, fill_opacity=0.7, **side
+    )
+
+
+def _level(frame: Frame, y: float, label: str) -> str:
+    low, high = frame.y_range
+    if not low <= y <= high:
+        return ""
+    at = frame.y(y)
+    line = svg.line(frame.left, at, frame.right, at, stroke_opacity="0.75", stroke_dasharray="4 4")
+    words = svg.text(frame.right - 2, at - 5, label, font_size=FONT - 1, fill_opacity=0.75, text_anchor="end")
+    return line + words if label else line
+
+
+def _nothing(frame: Frame) -> str:
+    middle = (frame.left + frame.right) / 2
+    return svg.text(middle, (frame.top + frame.bottom) / 2, "nothing recorded", font_size=FONT, text_anchor="middle")
+
+
+def _in_turn(series: Series, row: int) -> Series:
+    if series.color is not None:
+        return series
+    return replace(series, color=expert_color(row), dash=series.dash or _expert_dash(row))
+
+
+def _expert_dash(expert: int) -> str | None:
+    return "5 3" if is_second_eight(expert) else None
+
+
+def _end_labels(frame: Frame, lines: Sequence[Sequence[tuple[float, float]]]) -> str:
+    """The experts' numbers at the ends of their lines, moved apart where they would overlap, with a leader each."""
+    ends = []
+    for expert, line in enumerate(lines):
+        known = [(x, y) for x, y in line if math.isfinite(x) and math.isfinite(y)]
+        if known:
+            ends.append((frame.y(known[-1][1]), frame.x(known[-1][0]), expert))
+    ends.sort()
+    places = _apart([y for y, _, _ in ends], gap=12, low=frame.top, high=frame.bottom)
+    parts = []
+    for (y, x, expert), place in zip(ends, places, strict=True):
+        leader = svg.element(
+            "path",
+            d=f"M{x + 1:.1f} {y:.1f}L{frame.right + 14:.1f} {place:.1f}",
+            stroke=expert_color(expert),
+            stroke_width=1,
+            stroke_opacity=0.8,
+            fill="none",
+            stroke_dasharray=_expert_dash(expert),
+        )
+        parts += [leader, svg.text(frame.right + 18, place + 4, expert, font_size=FONT - 1)]
+    return "".join(parts)
+
+
+def _apart(sorted_places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The places between low and high with ``gap`` between neighbours that lie nearest to the given ones.
+
+    Least squares under ``place[i + 1] - place[i] >= gap``: isotonic regression of ``place[i] - i * gap`` by pooling.
+    """
+    if not sorted_places:
+        return []
+    gap = min(gap, (high - low) / len(sorted_places))
+    pools: list[list[float]] = []
+    for index, place in enumerate(sorted_places):
+        pools.append([place - index * gap])
+        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
+            later = pools.pop()
+            pools[-1] += later
+    last = high - (len(sorted_places) - 1) * gap
+    bases = [min(max(_mean(pool), low), last) for pool in pools for _ in pool]
+    return [base + index * gap for index, base in enumerate(bases)]

@@ -1,0 +1,229 @@
+"""Figures made of pictures: which expert took which patch, and what a retrieval brought back."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import svg
+from .format import count
+from .palette import expert_color, is_second_eight
+from .svg import Figure
+
+MOST_CAPTION_CHARACTERS = 200
+_MOST_PIXELS = 128
+_MOST_PNG_BYTES = 10_000
+_SMALLEST_CELL_WITH_NUMBER = 13
+_CONTEXT = 1  # patches to each side of a patch that are shown with it
+_HIT = "#e0660a"
+_FRAME = (("#fff", 4), ("#111", 1.6))
+
+
+def data_uri(image: Image.Image, longest_side: int = _MOST_PIXELS) -> str:
+    """The picture as a ``data:`` address, shrunk to ``longest_side`` pixels; the image itself is not changed.
+
+    PNG, which drawings compress well to and which keeps transparency; JPEG on white where PNG takes over 10 kB.
+    """
+    small = image.convert("RGBA" if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA") else "RGB")
+    small.thumbnail((longest_side, longest_side))
+    kind, content = "png", _encoded(small, "PNG", optimize=True)
+    if len(content) > _MOST_PNG_BYTES:
+        kind, content = "jpeg", _encoded(_on_white(small), "JPEG", quality=85, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def picture(image: Image.Image, label: str, width: int) -> str:
+    """The picture as an ``<img>`` on white, ``width`` CSS pixels wide where there is room."""
+    return svg.element(
+        "img",
+        src=data_uri(image),
+        alt=label,
+        width=width,
+        height=round(width * image.height / image.width),
+        style=f"width:100%;max-width:{width}px;height:auto;background:#fff;border-radius:3px;display:block",
+    )
+
+
+def routing_map(image: Image.Image, experts: Any, name: str = "first choices", width: int = 144) -> Figure:
+    """A picture with each patch in the colour of the expert of its first choice, translucent, as SVG.
+
+    experts [grid_h, grid_w] integers from 0 (array, tensor or nested lists; negative: the patch took no part and stays
+    uncoloured). Cells that are large enough carry the expert's number; in smaller ones a dot marks experts 8 to 15,
+    which share the colours of 0 to 7.
+    """
+    grid = np.asarray(experts)
+    if grid.ndim != 2 or not grid.size or not np.issubdtype(grid.dtype, np.integer):
+        raise ValueError(f"experts is {grid.dtype} of shape {grid.shape}; it must be integers [grid_h, grid_w]")
+    height = width * image.height / image.width
+    cell_h, cell_w = height / grid.shape[0], width / grid.shape[1]
+    cells, numbers = [], []
+    for (row, col), expert in np.ndenumerate(grid):
+        if expert >= 0:
+            place = (col * cell_w, row * cell_h, cell_w, cell_h)
+            cells.append(_cell(int(expert), *place))
+            numbers.append(_number(int(expert), *place))
+    return svg.picture(
+        width, round(height, 1), name, *_backdrop(image, width, height), *cells, _numbers(numbers, cell_w, cell_h)
+    )
+
+
+def patch(image: Image.Image, grid: tuple[int, int], row: int, column: int, name: str, width: int = 56) -> Figure:
+    """One patch of a picture, framed, with the patches around it, as SVG; ``grid``: rows and columns of patches."""
+    size_w, size_h = image.width / grid[1], image.height / grid[0]
+    top, bottom = _around(row, grid[0])
+    left, right = _around(column, grid[1])
+    crop = image.crop((round(left * size_w), round(top * size_h), round(right * size_w), round(bottom * size_h)))
+    cell_w = width / (right - left)
+    cell_h = cell_w * size_h / size_w
+    height = cell_h * (bottom - top)
+    frame = {
+        "x": (column - left) * cell_w,
+        "y": (row - top) * cell_h,
+        "width": cell_w,
+        "height": cell_h,
+        "fill": "none",
+    }
+    frames = [svg.element("rect", stroke=color, stroke_width=stroke, **frame) for color, stroke in _FRAME]
+    return svg.picture(width, round(height, 1), name, *_backdrop(crop, width, height), *frames)
+
+
+def expert_mark(expert: int) -> Figure:
+    """A square in the expert's colour, with its number."""
+    size = 20
+    place = (1, 1, size - 2, size - 2)
+    outline = svg.element("rect", x=1, y=1, width=size - 2, height=size - 2, fill="none", stroke=expert_color(expert))
+    parts = [svg.element("rect", width=size, height=size, fill="#fff"), _cell(expert, *place), outline]
+    number = _numbers([_number(expert, *place)], size, size)
+    return svg.picture(size, size, f"expert {expert}", *parts, number, style="flex:none")
+
+
+def expert_legend(experts: int) -> Figure:
+    """The colours of all experts with their numbers, as SVG; the legend of every routing map."""
+    a_line, size, parts = 8, 16, []
+    for expert in range(experts):
+        x, y = 46 * (expert % a_line), 24 * (expert // a_line)
+        place = {"x": x + 1, "y": y + 3, "width": size - 2, "height": size - 2}
+        parts.append(svg.element("rect", fill="#fff", **place))
+        parts.append(_cell(expert, **place) + _dot(expert, **place))
+        parts.append(svg.element("rect", fill="none", stroke=expert_color(expert), stroke_width=2, **place))
+        parts.append(svg.text(x + size + 6, y + 15, expert, font_size=13))
+    lines = -(-experts // a_line)
+    return svg.picture(46 * min(experts, a_line), 24 * lines, f"Colours of experts 0 to {experts - 1}", *parts)
+
+
+def retrieval_row(
+    caption: str, target: Image.Image, retrieved: Sequence[Image.Image], rank: int, note: str = "", width: int = 72
+) -> Figure:
+    """A caption, the picture that it belongs to, and the pictures that a model brought back for it, best first.
+
+    ``rank`` counts from 1; the retrieved picture of that rank, when it is among those shown, is framed and marked.
+    ``note`` stands beside the rank, the model's name say. HTML that needs no style sheet.
+    """
+    if rank < 1:
+        raise ValueError(f"rank is {rank}; ranks count from 1, the best")
+    beside = f"rank {count(rank)}" + (f" · {svg.clean(note)}" if note else "")
+    head = svg.element(
+        "figcaption",
+        svg.element("span", escape(svg.shorten(caption, MOST_CAPTION_CHARACTERS)), dir="auto"),
+        svg.element("small", escape(beside), style="opacity:.75;white-space:nowrap"),
+        style="display:flex;justify-content:space-between;gap:12px;overflow-wrap:anywhere;line-height:1.35;text-align:left",
+    )
+    tiles = [_tile(target, "belongs to the caption", width, "outline:1px dashed currentColor;outline-offset:2px")]
+    tiles.append(svg.element("span", "→", style="align-self:center;opacity:.6", aria_hidden="true"))
+    for place, image in enumerate(retrieved, start=1):
+        right = place == rank
+        label = f"retrieved at rank {place}" + (", the right one" if right else "")
+        tiles.append(_tile(image, label, width, f"outline:3px solid {_HIT};outline-offset:1px" if right else ""))
+    row = svg.element("div", *tiles, style="display:flex;gap:9px;margin-top:7px")
+    return Figure(svg.element("figure", head, row, class_="retrieval", style="margin:0"))
+
+
+def _tile(image: Image.Image, label: str, width: int, style: str) -> str:
+    return svg.element(
+        "div", picture(image, label, width), style=f"flex:0 1 {width}px;min-width:0;align-self:start;{style}"
+    )
+
+
+def _around(place: int, count: int) -> tuple[int, int]:
+    """First and behind last of the places that are shown with one of ``count``: as many at an edge as in the middle."""
+    size = min(count, 2 * _CONTEXT + 1)
+    first = min(max(0, place - _CONTEXT), count - size)
+    return first, first + size
+
+
+def _backdrop(image: Image.Image, width: float, height: float) -> list[str]:
+    """The picture on white, for what is transparent in it."""
+    return [
+        svg.element("rect", width=width, height=height, fill="#fff"),
+        svg.element("image", href=data_uri(image), width=width, height=height, preserveAspectRatio="none"),
+    ]
+
+
+def _cell(expert: int, x: float, y: float, width: float, height: float) -> str:
+    return svg.element(
+        "rect",
+        x=x,
+        y=y,
+        width=width,
+        height=height,
+        fill=expert_color(expert),
+        fill_opacity="0.5",
+        stroke="#fff",
+        stroke_width=0.5,
+    )
+
+
+def _number(expert: int, x: float, y: float, width: float, height: float) -> str:
+    """The expert's number in the middle of its cell; in a small cell the dot of the second eight."""
+    if min(width, height) < _SMALLEST_CELL_WITH_NUMBER:
+        return _dot(expert, x, y, width, height)
+    baseline = y + height / 2 + 0.36 * _font(width, height)
+    return svg.element("text", str(expert), x=x + width / 2, y=baseline)
+
+
+def _numbers(numbers: Sequence[str], width: float, height: float) -> str:
+    """What ``_number`` wrote, dark with a light rim, so that it reads on every picture."""
+    return svg.element(
+        "g",
+        "",
+        *numbers,
+        font_size=_font(width, height),
+        text_anchor="middle",
+        fill="#111",
+        stroke="#fff",
+        stroke_width=0.22 * _font(width, height),
+        stroke_opacity="0.85",
+        style="paint-order:stroke",
+    )
+
+
+def _font(width: float, height: float) -> float:
+    return max(8.5, min(13.0, min(width, height) * 0.42))
+
+
+def _dot(expert: int, x: float, y: float, width: float, height: float) -> str:
+    if not is_second_eight(expert):
+        return ""
+    radius = min(width, height) * 0.16
+    look = {"fill": "#fff", "stroke": "#111", "stroke_width": 1, "stroke_opacity": 1}
+    return svg.element("circle", cx=x + width / 2, cy=y + height / 2, r=radius, **look)
+
+
+def _encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image)
+    return white.convert("RGB")

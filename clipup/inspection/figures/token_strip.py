@@ -1,0 +1,52 @@
+"""Captions with each token in the colour of the expert that took it, as HTML that needs no style sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from ..token_words import PADDING, Piece
+from . import svg
+from .palette import expert_color, is_second_eight
+from .svg import Figure
+
+_TINT = "38"  # alpha of the background, in hexadecimal: text in the page's colour stays legible on it
+_NO_TEXT = "·"  # of a token that is the beginning of a character
+
+
+def token_strip(caption: Sequence[Piece], experts: Any, label: str = "") -> Figure:
+    """A caption's tokens, each underlined and tinted in the colour of its first choice, whose number stands beside it.
+
+    caption: S pieces, as ``clipup.inspection.pieces`` makes them. experts [S] or [S, K] integers, the first choice
+    first, the others tooltips; padding and tokens that took no part (-1) are left out. ``label`` stands in front.
+    """
+    choices = np.asarray(experts)
+    if len(choices) != len(caption) or not np.issubdtype(choices.dtype, np.integer):
+        raise ValueError(
+            f"experts is {choices.dtype} of shape {choices.shape}; it must be integers, one or more for each of "
+            f"{len(caption)} tokens"
+        )
+    choices = choices[:, None] if choices.ndim == 1 else choices
+    spans, before = [], None
+    for piece, of_token in zip(caption, choices, strict=True):
+        if of_token[0] >= 0 and piece.word != PADDING:
+            spans.append(_span(piece, of_token.tolist(), is_inside_word=piece.word == before))
+            before = piece.word
+    head = [svg.element("small", escape(svg.clean(label)), style="opacity:.75;margin-right:8px")] if label else []
+    style = "margin:0;line-height:2.2;overflow-wrap:anywhere;text-align:left"
+    return Figure(svg.element("div", *head, *spans, "", dir="auto", style=style))
+
+
+def _span(piece: Piece, choices: list[int], is_inside_word: bool) -> str:
+    first, *others = choices
+    color, line = expert_color(first), "double" if is_second_eight(first) else "solid"
+    look = f"background:{color}{_TINT};border-bottom:3px {line} {color};padding:1px 3px;white-space:pre"
+    then = "".join(f", then {expert}" for expert in others)
+    number = svg.element("sub", str(first), style="font-size:.68em;margin-left:2px;line-height:0")
+    word = svg.element(
+        "span", escape(svg.clean(piece.text)) or _NO_TEXT, number, style=look, title=f"expert {first}{then}"
+    )
+    return word if is_inside_word else f" {word}"

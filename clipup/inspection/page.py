@@ -1,0 +1,38 @@
+"""What the pages have in common: where their templates are, and how they name a sparse layer."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
+
+from .figures.format import count
+
+
+@cache
+def template(name: str, package: str = __package__) -> Template:
+    """A template of ``clipup/inspection/templates``; what goes into it is escaped unless it is markup already."""
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader(__package__)]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": count}
+    return environment.get_template(name)
+
+
+def layer_title(name: str, tower: str | None = None) -> str:
+    """A sparse layer's name for readers: ``visual.transformer.resblocks.3.mlp`` is "Image tower, block 3".
+
+    tower: "image" or "text"; None takes it from the name, where a CoCa's decoder is told apart too.
+    """
+    blocks = re.findall(r"\.(\d+)(?=\.|$)", f".{name}")
+    if not blocks:
+        return name
+    if tower is None:
+        tower = "image" if name.startswith("visual") else "decoder" if name.startswith("text_decoder") else "text"
+    called = "Decoder" if tower == "decoder" else f"{tower.capitalize()} tower"
+    return f"{called}, block {'.'.join(blocks)}"

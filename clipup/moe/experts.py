@@ -1,0 +1,186 @@
+"""Experts: stacked MLPs, their parameters and what they compute; with a layer norm or a dropout between the projections
+out of the public parts of ``expert_mlp``.
+
+Axis legend: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts, ``K`` choices a token, ``R = T*K`` rows
+(one a (token, choice) pair).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipup_kernels import ACTIVATIONS, Plan, combine, dispatch, expert_mlp, grouped_linear, permute
+from clipup_kernels.ops.checks import FLOATING
+from clipup_kernels.reference import activate
+
+from .. import checks
+
+_DTYPES = ", ".join(map(str, FLOATING))
+_VECTORS = ("in_bias", "out_bias", "gate_bias", "ln_weight", "ln_bias")
+
+
+class Experts(nn.Module):
+    """E MLPs of one shape, stacked.
+
+    Parameters: ``in_weight`` [E, H, D], ``in_bias`` [E, H], ``out_weight`` [E, D, H], ``out_bias`` [E, D]; gated ones
+    also ``gate_weight`` [E, H, D], ``gate_bias`` [E, H]; with a norm ``ln_weight`` and ``ln_bias`` [E, H]. What an
+    expert lacks is None. The options are explained in ``SparseMoE``.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_hidden: int,
+        num_experts: int,
+        activation: str = "gelu",
+        bias: bool = True,
+        gated: bool = False,
+        norm: Literal["layer"] | None = None,
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.width("d_model", d_model)
+        checks.width("d_hidden", d_hidden)
+        checks.boolean("bias", bias)
+        checks.boolean("gated", gated)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        if norm not in (None, "layer"):
+            raise ValueError(f'norm must be "layer" or None, got {norm!r}')
+        checks.positive_number("norm_eps", norm_eps)
+        checks.number("dropout", dropout)
+        checks.check("dropout", dropout, 0 <= dropout < 1, "a probability below 1")
+        checks.check("dtype", dtype, dtype is None or dtype in FLOATING, f"None or one of {_DTYPES}", TypeError)
+        self.d_model, self.d_hidden, self.activation = d_model, d_hidden, activation
+        self.norm_eps, self.dropout = norm_eps, dropout
+
+        def parameter(*shape: int, wanted: bool = True) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype)) if wanted else None
+
+        self.register_parameter("in_weight", parameter(d_hidden, d_model))
+        self.register_parameter("in_bias", parameter(d_hidden, wanted=bias))
+        self.register_parameter("out_weight", parameter(d_model, d_hidden))
+        self.register_parameter("out_bias", parameter(d_model, wanted=bias))
+        self.register_parameter("gate_weight", parameter(d_hidden, d_model, wanted=gated))
+        self.register_parameter("gate_bias", parameter(d_hidden, wanted=gated and bias))
+        self.register_parameter("ln_weight", parameter(d_hidden, wanted=norm is not None))
+        self.register_parameter("ln_bias", parameter(d_hidden, wanted=norm is not None))
+        self.reset_experts()
+
+    def reset_experts(self) -> None:
+        """Draws every expert as ``nn.Linear`` would draw it, independently."""
+        for name, fan_in in (("in", self.d_model), ("out", self.d_hidden), ("gate", self.d_model)):
+            for parameter in (getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        if self.ln_weight is not None:
+            nn.init.ones_(self.ln_weight)
+            nn.init.zeros_(self.ln_bias)
+
+    def set_experts(self, values: dict[str, Tensor], requires_grad: dict[str, bool]) -> None:
+        """Takes these tensors, not copies, as the parameters of these names, which may lie on another device."""
+        for name, value in values.items():
+            setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=requires_grad[name]))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone, as timm's optimizers ask for them: biases and
+        norms, which are stacked to [E, H] and look like matrices."""
+        return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in _VECTORS}
+
+    def run_experts(self, tokens: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
+        """tokens [T, D] -> [T, D], computed in ``dtype``, or in the parameters' type when that is None."""
+
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+        weights = (self.in_weight, self.in_bias, self.out_weight, self.out_bias)
+        gate = (self.gate_weight, self.gate_bias)
+        mlp = (cast(tokens), gates, plan, *map(cast, weights), self.activation, *map(cast, gate))
+        dropout = self.dropout if self.training else 0.0
+        if self.ln_weight is None and dropout == 0:
+            return expert_mlp(*mlp)
+        norm = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
+        return unfused_mlp(*mlp, **norm, dropout=dropout)
+
+
+class SharedExpert(Experts):
+    """One expert that every token takes (DeepSeekMoE, arXiv 2401.06066, section 3.2). Several such experts are one of
+    their joint width."""
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, dtype: torch.dtype | None, gate: float) -> Tensor:
+        """gate times the expert's output, [T, D]; 0 where the mask [T] is False."""
+        everyone = torch.zeros(tokens.shape[0], 1, device=tokens.device, dtype=torch.int32)
+        gates_dtype = torch.promote_types(tokens.dtype, torch.float32)
+        gates = torch.full(everyone.shape, gate, device=tokens.device, dtype=gates_dtype)
+        return self.run_experts(tokens, gates, dispatch(everyone, 1, mask=mask), dtype)
+
+
+def unfused_mlp(
+    x: Tensor,
+    gates: Tensor,
+    plan: Plan,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    activation: str = "gelu",
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    *,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    ln_eps: float = 1e-5,
+    dropout: float = 0.0,
+) -> Tensor:
+    """What ``clipup_kernels.expert_mlp`` computes, with a dropout and the expert's own layer norm in the middle.
+
+    ``W_out norm(dropout(act(W_in x + b_in))) + b_out``, gated: ``act(W_gate x + b_gate) * (W_in x + b_in)`` inside.
+    Every step is an op that autograd differentiates, so more is saved for backward than by the fused op.
+
+    Args:
+        x, gates, plan, the weights and biases, activation: as of ``expert_mlp``.
+        ln_weight, ln_bias: [E, H], or both None for no norm. ln_eps: what the norm adds to the variance.
+        dropout: probability; drawn anew at every call.
+
+    Returns:
+        y: [T, D] of x's type.
+    """
+    rows = permute(x, plan)
+    hidden = grouped_linear(rows, in_weight, in_bias, plan.offsets)
+    if gate_weight is None:
+        hidden = activate(hidden, activation)
+    else:
+        hidden = activate(grouped_linear(rows, gate_weight, gate_bias, plan.offsets), activation) * hidden
+    hidden = F.dropout(hidden, dropout)
+    if ln_weight is not None:
+        hidden = grouped_layer_norm(hidden, ln_weight, ln_bias, plan.offsets, ln_eps)
+    return combine(grouped_linear(hidden, out_weight, out_bias, plan.offsets), gates, plan)
+
+
+def grouped_layer_norm(rows: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float = 1e-5) -> Tensor:
+    """Layer norm of every row with the weight and bias of the expert that owns it, computed in float32 or wider.
+
+    Weight and bias are looked up as embeddings, whose gradient is summed in a fixed order.
+
+    Args:
+        rows: [R, H], expert-sorted as by ``permute``.
+        weight, bias: [E, H], of any floating type.
+        offsets: [E+1] int32, ``Plan.offsets``.
+        eps: added to the variance.
+
+    Returns:
+        [R, H] of rows' type. What stands in empty rows means nothing.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    index = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)
+    owner = torch.searchsorted(offsets[1:].contiguous(), index, right=True).clamp_max(weight.shape[0] - 1)
+    normed = F.layer_norm(rows.to(wide), rows.shape[-1:], eps=eps)
+    return (normed * F.embedding(owner, weight.to(wide)) + F.embedding(owner, bias.to(wide))).to(rows.dtype)

@@ -1,0 +1,41 @@
+"""``moe_metrics``: how the last forward's tokens were routed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import losses
+from .layer import SparseMoE, moe_layers
+from .router import log_scores
+
+
+@torch.no_grad()
+def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Metrics of every sparse layer's last forward in the calling thread, in training or evaluation, by layer name.
+
+    All are detached tensors on the layer's device, computed without waiting for it:
+    ``load`` [E] share of all picks that fell on each expert, before dropping (sums to 1),
+    ``dropped`` [] share of the (token, choice) pairs that got no slot,
+    ``router_entropy`` [] mean entropy of a token's router distribution, in nats,
+    ``balance`` [] and ``z`` [] the unweighted losses,
+    ``experts`` [T, K] int32 the choices, -1 for tokens that took no part.
+    Layers that have not run in this thread yet are left out.
+    """
+    return {
+        name: _of_layer(layer) for name, layer in moe_layers(model).items() if layer.records.last_routing is not None
+    }
+
+
+def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
+    last = layer.records.last_routing
+    picks = last.picks.sum(0)
+    pairs = picks.sum()
+    return {
+        "load": picks / pairs.clamp_min(1),
+        "dropped": (pairs - last.offsets[-1]) / pairs.clamp_min(1),
+        "router_entropy": losses.local_entropy(log_scores(last.logits, layer.config.score), last.mask),
+        "balance": losses.load_balance(last.mean_probs, last.picks, layer.config.balance),
+        "z": last.z_loss,
+        "experts": last.experts,
+    }

@@ -1,0 +1,64 @@
+"""Which parameters have no weight decay.
+
+The biases and norms of experts are stacked, [E, H], so that a rule by dimensions alone takes them for matrices. Layers
+and upcycled models name them by ``no_weight_decay()``, which timm's optimizers ask for; ``parameter_groups`` is for all
+other optimizers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .. import checks
+from .layer import moe_layers
+
+_WITHOUT_DECAY = ("bn", "ln", "bias", "logit_scale")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups for a ``torch.optim`` optimizer: without weight decay, then with it.
+
+    The rule is open_clip's: tensors of two dimensions or more decay, unless bn, ln, bias or logit_scale is part of
+    their names. So the experts' and the router's matrices decay, and the experts' biases and norms do not. ``clipup
+    train`` builds its optimizer from these groups::
+
+        optimizer = torch.optim.AdamW(clipup.parameter_groups(model, 0.2), lr=1e-4)
+
+    Args:
+        model: any module, sparse or dense, wrapped or not. weight_decay: of the second group.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+    checks.module("model", model)
+    checks.number("weight_decay", weight_decay)
+    checks.check("weight_decay", weight_decay, weight_decay >= 0, "0 or more")
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for name, parameter in trained if not decays(name, parameter)], "weight_decay": 0.0},
+        {"params": [parameter for name, parameter in trained if decays(name, parameter)], "weight_decay": weight_decay},
+    ]
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter of this name has weight decay, by the rule of ``parameter_groups``."""
+    return parameter.ndim >= 2 and not any(part in name for part in _WITHOUT_DECAY)
+
+
+def add_no_weight_decay(model: nn.Module) -> None:
+    """Gives a sparse model, and each of its parts that has the method already, a ``no_weight_decay()`` that names the
+    experts' biases and norms beside what it named before."""
+    for module in model.modules():
+        if (module is model or hasattr(type(module), "no_weight_decay")) and set(moe_layers(module)) - {""}:
+            module.no_weight_decay = partial(_names_without_decay, module)
+
+
+def _names_without_decay(module: nn.Module) -> set[str]:
+    own = getattr(type(module), "no_weight_decay", None)
+    names = set() if own is None else set(own(module))
+    for name, layer in moe_layers(module).items():
+        names |= {f"{name}.{parameter}" for parameter in layer.no_weight_decay()}
+    return names

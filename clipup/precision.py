@@ -1,0 +1,56 @@
+"""Precisions by open_clip's names, autocast, and devices."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Precision = Literal["fp32", "amp", "amp_bf16", "bf16"]
+"""amp: float16 autocast; amp_bf16: bfloat16 autocast; bf16: the model itself is in bfloat16."""
+
+_AUTOCAST = {"amp": torch.float16, "amp_bf16": torch.bfloat16}
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
+    """The context that a forward runs in."""
+    dtype = _AUTOCAST.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def image_dtype(precision: Precision) -> torch.dtype | None:
+    """The type that images are converted to; None leaves them as they are."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        ValueError: it is no device's name, or a CUDA GPU, and torch finds none.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch finds no CUDA GPU; use --device cpu")
+
+
+def default_workers() -> int:
+    """Data loader processes: four, or one a core where there are fewer."""
+    return min(4, os.cpu_count() or 1)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast asks for on x's device, or None where it is off. Like torch's, it leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

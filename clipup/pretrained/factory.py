@@ -1,0 +1,195 @@
+"""Models and tokenizers of open_clip, how they are created, and what they take."""
+
+from __future__ import annotations
+
+import pickle
+import textwrap
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import safetensors
+import torch
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from torch import Tensor, nn
+
+from .. import checks
+from ..moe.config import MoEConfig
+from ..upcycling.upcycle import upcycle
+from . import hub, model_directory
+from .model_names import LOCAL_PREFIX, check_known, directory_of, reaching_hub
+from .state_dicts import Weights, check_fit, check_types, read_weights
+
+open_clip.add_model_config(Path(__file__).parent / "model_configs")  # ours, known by name as open_clip's own are
+
+
+_NUMPY = (".npz", ".npy")  # big_vision's weights, which open_clip reads
+_POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
+
+
+def create_model_and_transforms(
+    model_name: str, pretrained: str | None = None, *, moe_cfg: MoEConfig | None = None, **kwargs: Any
+) -> tuple[nn.Module, Any, Any]:
+    """open_clip's function of the same name, which also loads sparse models: what ``clipup.save_pretrained`` wrote,
+    from a directory or the hub, and training checkpoints.
+
+    The model is in evaluation mode, where no token is dropped: call ``model.train()`` before training it.
+
+    Args:
+        model_name: a name that open_clip knows, a directory with an ``open_clip_config.json`` (``"DIR"`` or
+            ``"local-dir:DIR"``), or ``"hf-hub:ORG/NAME"``. A bare word that open_clip knows means open_clip's model.
+        pretrained: a tag or file for a model known by name: safetensors, a state dict, or a checkpoint of open_clip's
+            trainer or ours. A directory brings its own weights.
+        moe_cfg: the sparse layers of a sparse ``pretrained`` file that does not name them itself.
+        kwargs: as in open_clip, device, precision, load_weights and force_image_size among them.
+
+    Returns:
+        model, preprocess_train, preprocess_val; a sparse model carries its ``moe_config``.
+
+    Raises:
+        ValueError: an unknown name or tag, weights that do not fit the model, or a file that holds more than weights.
+        FileNotFoundError: a directory without config or weights; weights that are not on this machine, without a
+            network.
+        ImportError: a package that the text tower needs is not installed.
+    """
+    if not kwargs.get("weights_only", True):
+        raise ValueError("weights_only=False would run code that a file brings; save its state dict alone instead")
+    with reaching_hub(model_name, pretrained, "hf_model_name", kwargs.get("cache_dir")):
+        model, *transforms = _create(model_name, pretrained, moe_cfg, kwargs)
+    return model.eval(), *transforms
+
+
+def _create(
+    model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
+) -> tuple[nn.Module, Any, Any]:
+    load_weights = kwargs.get("load_weights", True)
+    directory = directory_of(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
+    if directory is not None:
+        if pretrained:
+            raise ValueError(
+                f"pretrained={pretrained!r} has no meaning with the directory {directory}, which has weights"
+            )
+        found = model_directory.read_moe_config(directory)
+        model_name = f"{LOCAL_PREFIX}{directory}"
+        weights = model_directory.read_weights(directory) if found is not None and load_weights else None
+        types = model_directory.types_of_weights(directory) if load_weights else {}
+        described_by = f"its {model_directory.CONFIG_NAME}"
+    else:
+        check_known(model_name, pretrained)
+        file = _file_of_weights(model_name, pretrained)
+        found = _config_of_file(file, pretrained, moe_cfg)
+        weights = file.state_dict if found is not None and load_weights else None
+        types = file.types if file is not None and load_weights else {}
+        del file  # open_clip reads a dense one again
+        described_by = f"{model_name} with its moe_cfg"
+    if moe_cfg is not None and found != moe_cfg:
+        raise ValueError(
+            "moe_cfg has no meaning here: it says what a sparse file of weights does not say itself. To make a dense "
+            "model sparse use clipup.upcycle"
+        )
+    if found is None:
+        with _clear_errors(model_name):
+            model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
+        check_types(model, types, str(pretrained or directory))
+        return model, *transforms
+    if kwargs.get("jit"):
+        raise ValueError("jit=True is not supported for sparse models; use torch.compile")
+    dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
+    with _clear_errors(model_name), expecting_random_weights():
+        model, *transforms = open_clip.create_model_and_transforms(model_name, **dense_kwargs)
+    upcycle(model, found, inplace=True)
+    if weights is not None:
+        _load(model, weights, str(pretrained or directory), described_by)
+    return model, *transforms
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Loads weights into a model that has their architecture, dense or sparse; position embeddings are resized.
+
+    Args:
+        path: safetensors, a state dict, or a checkpoint of open_clip's trainer or ours, with or without "module."
+            prefixes. Nothing in it is executed.
+
+    Raises:
+        ValueError: they do not fit, or the file holds more than weights; the model is as it was.
+    """
+    checks.module("model", model)
+    _load(model, read_weights(path).state_dict, str(path), f"a {type(model).__name__} with these options")
+
+
+def _load(model: nn.Module, weights: dict[str, Tensor], source: str, described_by: str) -> None:
+    check_fit(model, weights, source, _POSITION_EMBEDDINGS, described_by=described_by)
+    weights = dict(weights)
+    resize_pos_embed(weights, model)
+    resize_text_pos_embed(weights, model)
+    check_fit(model, weights, source, described_by=described_by)
+    model.load_state_dict(weights)
+
+
+def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:
+    """Where a sparse model of the hub lies on this machine; None for everything else, which open_clip loads."""
+    if not model_name.startswith(hub.HUB_PREFIX):
+        return None
+    directory = hub.cached(model_name, directory_of.CONFIG_NAME, cache_dir=cache_dir)
+    if model_directory.read_moe_config(directory) is None:
+        return None
+    files = [model_directory.CONFIG_NAME] + [model_directory.WEIGHTS_NAME] * load_weights
+    return hub.cached(model_name, *files, cache_dir=cache_dir)
+
+
+def _file_of_weights(model_name: str, pretrained: str | None) -> Weights | None:
+    """The file of weights that ``pretrained`` means, None where it is none or one of numpy's.
+
+    open_clip loads a dense one. It is read here too, so that whatever it brings beside weights is refused by name.
+    """
+    is_tag = bool(pretrained) and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
+    if not pretrained or is_tag or Path(pretrained).suffix in _NUMPY:
+        return None
+    return read_weights(pretrained)
+
+
+def _config_of_file(file: Weights | None, path: str | None, given: MoEConfig | None) -> MoEConfig | None:
+    if file is None or not file.sparse:
+        return None
+    if file.moe_config is None and given is None:
+        raise ValueError(
+            f"{path} has sparse layers but does not say how they were made; pass moe_cfg, the MoEConfig that they were "
+            "upcycled with"
+        )
+    return file.moe_config or given
+
+
+def create_on_meta(model_name: str) -> nn.Module:
+    """A model that open_clip knows, or a directory's, on the meta device: shapes without weights, in no memory."""
+    with torch.device("meta"), expecting_random_weights():
+        return create_model_and_transforms(model_name, device="meta", load_weights=False, pretrained_text=False)[0]
+
+
+@contextmanager
+def _clear_errors(model_name: str) -> Iterator[None]:
+    """Turns what open_clip raises about names, files and downloads (RuntimeError, AssertionError about widths,
+    SafetensorError, and UnpicklingError about files that bring code) into a ValueError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the weights of {model_name} hold more than tensors and plain values, which only running their code could "
+            "load; nothing of it was run. Get them as safetensors"
+        ) from error
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the weights of {model_name} cannot be read, the file is broken: {error}") from error
+    except (RuntimeError, AssertionError) as error:
+        lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
+        more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
+        misfit = isinstance(error, AssertionError) or "state_dict" in str(error)
+        hint = "; the weights are of another model or config" if misfit else ""
+        raise ValueError(f"open_clip could not create {model_name}: {' '.join(lines[:4])}{more}{hint}") from error
+
+
+def expecting_random_weights() -> AbstractContextManager[None]:
+    """Silences open_clip's warning that a model has random weights, where that is intended."""
+    return hub.without_log_lines("No pretrained weights loaded")

@@ -1,0 +1,194 @@
+"""Model cards: the README.md of a model's directory, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..clip import flops
+from ..moe.layer import moe_layers
+
+README = "README.md"
+_HEAD = "## Evaluation"
+_NOTHING = "Nothing was measured yet: `clipup eval DIR --dataset ... --root ... --card` writes its numbers here."
+_TABLE = ["| data | measure | % |", "|---|---|---|"]
+_SPARSE = (
+    " whose MLPs in some blocks are sparse Mixtures of Experts behind a router, made from a dense model by upcycling "
+    "([CLIP-UP](https://arxiv.org/abs/2502.00965))."
+)
+_ROW = re.compile(r"^\| (.+) \| (.+) \| ([\d.]+) \|$")
+_BASE = "base_model:"
+_CLIP_USAGE = """\
+import clipup
+import torch
+from PIL import Image
+
+name = "."  # the directory of this card, or "hf-hub:ORG/NAME"
+model, _, preprocess = clipup.create_model_and_transforms(name)
+model.eval()  # in training an expert's capacity may drop tokens
+tokenizer = clipup.get_tokenizer(name)
+
+image = preprocess(Image.new("RGB", (256, 256), "red")).unsqueeze(0)  # or Image.open(FILE)
+texts = tokenizer(["a red square", "a photo of a dog"])
+with torch.no_grad():
+    image_features = model.encode_image(image, normalize=True)
+    text_features = model.encode_text(texts, normalize=True)
+print(image_features @ text_features.T)  # cosines [images, texts]""".splitlines()
+_TIMM_USAGE = """\
+import clipup
+import timm
+import torch
+from PIL import Image
+
+model = clipup.create_timm_model(".")  # the directory of this card, or "hf-hub:ORG/NAME"
+model.eval()  # in training an expert's capacity may drop tokens
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+
+image = transform(Image.new("RGB", (256, 256), "red")).unsqueeze(0)  # or Image.open(FILE)
+with torch.no_grad():
+    print(model(image))""".splitlines()
+_WAYS = {"t2i": "text to image", "i2t": "image to text"}
+
+
+def model_card(
+    model: nn.Module, library: str, license: str = "other", base_model: str | None = None, extra: str | None = None
+) -> str:
+    """A card in Markdown with the hub's metadata in front: what the model is made of and costs, and how to load it.
+
+    Args:
+        model: open_clip's or timm's, dense or sparse; its FLOPs are counted, it is not run.
+        library: "open_clip" or "timm".
+        license: the hub's name of a licence, such as mit or apache-2.0.
+        base_model: ORG/NAME on the hub of the model that this one was made from, where that is known.
+        extra: of clipup, which the model needs.
+    """
+    layers = moe_layers(model)
+    sparse = bool(layers)
+    is_clip = library == "open_clip"
+    kind = "CLIP" if is_clip else "image model"
+    tags = ["clip"] * is_clip + ["mixture-of-experts", "clip-up"] * sparse
+    counts = flops.count(model)
+    parts = [
+        *_front_matter(
+            license, base_model, "zero-shot-image-classification" if is_clip else "image-feature-extraction", tags
+        ),
+        f"# {_title(model, kind)}",
+        "",
+        f"A {kind}" + (_SPARSE if sparse else ", dense."),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {_millions(counts.params)} |",
+    ]
+    if sparse:
+        parts.append(f"| parameters active for a token | {_millions(counts.active_params)} |")
+    parts.append(f"| GFLOPs for an image | {counts.image_gflops:.3g} |")
+    if counts.text_gflops:
+        parts.append(f"| GFLOPs for a text of full length | {counts.text_gflops:.3g} |")
+    if sparse:
+        parts += ["", "## Experts", "", *_experts(layers)]
+    package = "clipup" if extra is None else f'"clipup[{extra}]"'
+    parts += ["", "## Use", "", "```bash", f"pip install {package}", "```", ""]
+    parts += ["```python", *(_CLIP_USAGE if is_clip else _TIMM_USAGE), "```"]
+    if sparse:
+        parts += ["", f"The sparse layers are clipup's: {library} by itself does not load these weights."]
+    return "\n".join([*parts, "", _HEAD, "", _NOTHING, ""])
+
+
+def add_results(directory: str | Path, results: dict[str, Any]) -> None:
+    """Writes what ``clipup eval`` measured into the directory's card; those of the same data and measure are replaced.
+
+    Args:
+        results: ``retrieval`` and ``zero_shot`` as the functions of those names return them; of which data: ``dataset``
+            and ``split``, or the paths ``val_data`` and ``images``; ``precision`` and ``multi_positive`` where they are
+            known.
+
+    Raises:
+        FileNotFoundError: the directory has no README.md.
+    """
+    from ..atomic_files import replace_files
+
+    path = Path(directory) / README
+    if not path.is_file():
+        raise FileNotFoundError(f"card: there is no {README} in {directory}; clipup.save_pretrained writes one")
+    before, _, section = path.read_text(encoding="utf-8").partition(f"{_HEAD}\n")
+    lines = section.splitlines()
+    end = next((index for index, line in enumerate(lines) if line.startswith("#")), len(lines))
+    rows = {(row[1], row[2]): row[3] for row in map(_ROW.match, lines[:end]) if row}
+    rows |= _rows(results)
+    table = [*_TABLE, *(f"| {data} | {measure} | {value} |" for (data, measure), value in rows.items())]
+    text = "\n".join([before.rstrip("\n"), "", _HEAD, "", *table, "", *lines[end:]]).rstrip("\n") + "\n"
+    replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
+
+
+def base_model_in(directory: str | Path) -> str | None:
+    """The ``base_model`` that the directory's card names; None without one."""
+    path = Path(directory) / README
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8").split("\n---", 1)[0].splitlines()
+    return next((line[len(_BASE) :].strip() or None for line in lines if line.startswith(_BASE)), None)
+
+
+def _front_matter(license: str, base_model: str | None, task: str, tags: list[str]) -> list[str]:
+    made_from = [] if base_model is None else [f"{_BASE} {base_model}"]
+    listed = ["tags:", *(f"- {tag}" for tag in tags)] if tags else []
+    return [
+        "---",
+        f"license: {license}",
+        "library_name: clipup",
+        *made_from,
+        f"pipeline_tag: {task}",
+        *listed,
+        "---",
+        "",
+    ]
+
+
+def _title(model: nn.Module, kind: str) -> str:
+    config = getattr(model, "moe_config", None)
+    if config is None:
+        return f"Dense {kind}"
+    return f"Sparse {kind}: {config.num_experts} experts, top {config.top_k}"
+
+
+def _experts(layers: dict[str, nn.Module]) -> list[str]:
+    lines = ["| layer | experts | top k | width | hidden | parameters |", "|---|---|---|---|---|---|"]
+    for name, layer in layers.items():
+        experts, hidden, width = layer.in_weight.shape
+        params = sum(parameter.numel() for parameter in layer.parameters())
+        lines.append(f"| `{name}` | {experts} | {layer.config.top_k} | {width} | {hidden} | {_millions(params)} |")
+    return lines
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def _data(results: dict[str, Any], argument: str) -> str:
+    """What was measured on: a benchmark's name and split, else the last parts of the path that an argument gave."""
+    if "dataset" in results:
+        name = f"{results['dataset']} {results.get('split', '')}".strip()
+    else:
+        name = "/".join(Path(results[argument]).parts[-2:]).replace("|", "-") if argument in results else "own data"
+    precision = results.get("precision", "fp32")
+    return name if precision == "fp32" else f"{name} in {precision}"
+
+
+def _rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """(data, measure) to percent."""
+    rows = {}
+    if "retrieval" in results:
+        found = results["retrieval"]
+        captions = "distinct captions" if results.get("multi_positive") else "captions"
+        data = f"{_data(results, 'val_data')}: {found['gallery']:,} images, {found['captions']:,} {captions}"
+        for way, words in _WAYS.items():
+            rows |= {(data, f"{words} R@{k[1:]}"): f"{100 * value:.2f}" for k, value in found[way].items()}
+    if "zero_shot" in results:
+        found = results["zero_shot"]
+        data = f"{_data(results, 'images')}: {found['images']:,} images, {found['classes']:,} classes"
+        rows |= {(data, f"zero-shot top-{k}"): f"{100 * found[f'top{k}']:.2f}" for k in (1, 5)}
+    return rows

@@ -1,0 +1,69 @@
+"""Reading a model directory: its config and its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..moe.config import MoEConfig
+from .state_dicts import read_safetensors, types_in_safetensors
+
+CONFIG_NAME = "open_clip_config.json"
+
+
+WEIGHTS_NAME = "open_clip_model.safetensors"
+
+
+MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg")
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The directory's config file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or has no whole ``model_cfg``.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}; expected a directory that clipup or open_clip saved")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(model_cfg, dict):
+        raise ValueError(f"{path} has no model_cfg, which describes the model")
+    missing = [field for field in MODEL_FIELDS if field not in model_cfg]
+    if missing:
+        raise ValueError(f"model_cfg in {path} lacks {', '.join(missing)}")
+    return config
+
+
+def read_moe_config(directory: str | Path) -> MoEConfig | None:
+    """The directory's ``moe_cfg``, None for a dense model."""
+    values = read_config(directory).get("moe_cfg")
+    if values is None:
+        return None
+    try:
+        return MoEConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{Path(directory) / CONFIG_NAME}: {error}") from error
+
+
+def read_weights(directory: str | Path) -> dict[str, Tensor]:
+    """The directory's state dict, on the CPU."""
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False builds the model without")
+    return read_safetensors(path)
+
+
+def types_of_weights(directory: str | Path) -> dict[str, torch.dtype]:
+    """The types of the directory's tensors by name, where they are safetensors, of a dense model too."""
+    path = Path(directory) / WEIGHTS_NAME
+    return types_in_safetensors(path) if path.is_file() else {}

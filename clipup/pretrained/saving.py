@@ -1,0 +1,121 @@
+"""Model directories: open_clip's hub format (a config and safetensors) with ``moe_cfg`` beside ``model_cfg``.
+
+    DIR/open_clip_config.json         {"model_cfg": ..., "preprocess_cfg": ..., "moe_cfg": ...}
+    DIR/open_clip_model.safetensors   the state dict
+    DIR/README.md                     the model card
+    DIR/vocabulary.txt                where the tokenizer is clipup's own (``clipup.clip.word_tokenizer``)
+
+``huggingface_hub.upload_folder`` can push such a directory as it is. timm models have timm's two files in place of
+open_clip's (``clipup.pretrained.timm_factory``). Files are replaced only once the new ones lie whole on the disk.
+``clipup.create_model_and_transforms(DIR)`` reads both; plain open_clip reads the config too, and refuses the weights of
+a sparse model because they do not fit a dense one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..atomic_files import replace_files
+from ..clip import word_tokenizer
+from ..dense.prepared import Prepared
+from ..moe.layer import moe_layers
+from .model_directory import CONFIG_NAME, MODEL_FIELDS, WEIGHTS_NAME
+
+_PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode")
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    model_cfg: dict[str, Any] | None = None,
+    preprocess_cfg: dict[str, Any] | None = None,
+    license: str = "other",
+    base_model: str | None = None,
+) -> None:
+    """Writes a model, dense or upcycled, with a model card. ``clipup.create_model_and_transforms(directory)`` loads it,
+    ``clipup.create_timm_model(directory)`` where it is a timm model.
+
+    Args:
+        model: what ``clipup.upcycle``, open_clip or timm returned, not wrapped.
+        directory: made when it does not exist; a model in it is replaced with its card, and stays whole if writing
+            fails.
+        model_cfg: open_clip's architecture config, as ``clipup.get_model_config(name)`` returns it. For a timm model
+            arguments of ``timm.create_model`` that timm did not record itself.
+        preprocess_cfg: mean, std, interpolation, resize_mode; None takes what open_clip attached to the model.
+        license: of the weights, in the card, by the hub's name for it (mit, apache-2.0, ...).
+        base_model: ORG/NAME on the hub of the model that this one was made from, for the card.
+
+    Raises:
+        ValueError: ``model_cfg`` is no model config, the model has sparse layers but no ``moe_config``, or it was
+            prepared for inference.
+        OSError: a file could not be written.
+    """
+    checks.module("model", model)
+    if any(isinstance(module, Prepared) for module in model.modules()):
+        raise ValueError(
+            "the model was prepared by clipup.accelerate; save the plain model, or load this one's state_dict() into it"
+        )
+    moe_config = getattr(model, "moe_config", None)
+    if moe_config is None and moe_layers(model):
+        raise ValueError(
+            "the model has sparse layers but no moe_config, so it could not be built again; make it with clipup.upcycle"
+        )
+    # these import open_clip, which takes seconds and which SparseMoE does not need
+    from ..clip import towers
+    from . import model_card, timm_directory
+
+    library = "timm" if towers.is_timm(model) else "open_clip"
+    if library == "timm":
+        names = timm_directory.CONFIG_NAME, timm_directory.WEIGHTS_NAME
+        config = timm_directory.config_of(model, model_cfg)
+    else:
+        names = CONFIG_NAME, WEIGHTS_NAME
+        config = _open_clip_config(model, model_cfg, preprocess_cfg)
+    if moe_config is not None:
+        config["moe_cfg"] = moe_config.to_dict()
+    text_cfg = config["model_cfg"]["text_cfg"] if library == "open_clip" else {}
+    of_hugging_face = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
+    extra = "hf" if of_hugging_face and not word_tokenizer.is_asked_for(text_cfg) else None
+    texts = {model_card.README: model_card.model_card(model, library, license, base_model, extra)}
+    vocabulary = word_tokenizer.vocabulary_text(text_cfg)
+    if vocabulary is not None:
+        texts[word_tokenizer.FILE_NAME] = vocabulary
+    texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last: it is what a directory is known by
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    writers: dict[Path, Callable[[Path], object]] = {
+        directory / names[1]: lambda path: _save_tensors(tensors, path, directory)
+    }
+    for name, text in texts.items():
+        writers[directory / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
+    replace_files(writers)
+
+
+def _open_clip_config(
+    model: nn.Module, model_cfg: dict[str, Any] | None, preprocess_cfg: dict[str, Any] | None
+) -> dict[str, Any]:
+    missing = [field for field in MODEL_FIELDS if field not in (model_cfg or {})]
+    if missing:
+        raise ValueError(f"model_cfg lacks {', '.join(missing)}; pass clipup.get_model_config(name)")
+    if preprocess_cfg is None:
+        preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
+    return {
+        "model_cfg": model_cfg,
+        "preprocess_cfg": {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg},
+    }
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, directory: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"could not write the weights to {directory}: {error}; nothing there was changed") from error

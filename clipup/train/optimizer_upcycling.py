@@ -1,0 +1,100 @@
+"""The optimizer's state carried from a dense run into the sparse model (Sparse Upcycling, arXiv 2212.05055)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.config import MoEConfig
+from ..moe.layer import moe_layers
+from ..moe.weight_decay import parameter_groups
+from ..upcycling.upcycle import upcycle
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+OptimizerState = dict[str, dict[str, Tensor]]
+"""AdamW's state of a parameter, by the parameter's name in the model."""
+
+
+def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> OptimizerState:
+    """The state of an AdamW over open_clip's parameter groups, by name.
+
+    Args:
+        model: the dense model that was trained.
+        optimizer: ``state_dict()`` of its optimizer, as a checkpoint of ours or of open_clip_train holds it.
+        source: what to call it in an error.
+
+    Raises:
+        ValueError: it is not of that model, or not of an AdamW.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    wanted = [[names[parameter] for parameter in group["params"]] for group in parameter_groups(model, 0.0)]
+    held = [group["params"] for group in optimizer["param_groups"]]
+    if [len(group) for group in held] != [len(group) for group in wanted]:
+        raise ValueError(
+            f"the optimizer of {source} has groups of {', '.join(str(len(group)) for group in held)} parameters, the "
+            f"dense model has {', '.join(str(len(group)) for group in wanted)}; give the model that it was trained with"
+        )
+    state: OptimizerState = {}
+    parameters = dict(model.named_parameters())
+    for name, index in zip(sum(wanted, []), sum(held, []), strict=True):
+        values = optimizer["state"].get(index)
+        if values is None:  # a parameter that never had a gradient
+            continue
+        absent = [key for key in ("step", *_MOMENTS) if key not in values]
+        if absent:
+            raise ValueError(f"the optimizer of {source} holds no {', '.join(absent)} for {name}; it is no AdamW")
+        shapes = {tuple(values[key].shape) for key in _MOMENTS}
+        if shapes != {tuple(parameters[name].shape)}:
+            raise ValueError(
+                f"the optimizer of {source} is of another model: its moments of {name} have shape "
+                f"{' and '.join(map(str, shapes))}, the parameter {tuple(parameters[name].shape)}"
+            )
+        state[name] = values
+    return state
+
+
+def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -> OptimizerState:
+    """The state of the model that ``upcycle(dense, config)`` makes: what a parameter was copied from brings its moments
+    along, to every expert the same. Routers are fresh and have none.
+
+    The moments are upcycled as the weights are: as the parameters of a model. One thing differs: where experts are
+    shards, each has a part of the output bias, but the whole of its gradient.
+
+    Raises:
+        ValueError: ``config.reinit_ratio`` draws weights anew, whose moments those of the old ones are not.
+    """
+    if config.reinit_ratio > 0:
+        raise ValueError(
+            f"reinit_ratio={config.reinit_ratio} draws weights anew, for which the dense optimizer's moments mean "
+            "nothing; use reinit_ratio 0 or leave resume_dense out"
+        )
+    result: OptimizerState = {}
+    never_trained = {name for name, _ in dense.named_parameters()} - set(state)
+    for key in _MOMENTS:
+        moments = copy.deepcopy(dense)
+        with torch.no_grad():
+            for name, parameter in moments.named_parameters():
+                parameter.copy_(state[name][key] if name in state else torch.zeros_like(parameter))
+        upcycle(moments, config, inplace=True)
+        for layer in moe_layers(moments).values():
+            if layer.out_bias is not None:
+                layer.out_bias.detach().mul_(config.granularity)
+        without = {f"{name}.router.weight" for name in moe_layers(moments)} | never_trained
+        for name, parameter in moments.named_parameters():
+            if name not in without and parameter.requires_grad:
+                result.setdefault(name, {})[key] = parameter.detach()
+    steps = max((values["step"] for values in state.values()), default=torch.zeros(()))
+    for values in result.values():
+        values["step"] = steps.clone()
+    return result
+
+
+def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: OptimizerState) -> None:
+    """Gives a fresh optimizer over the model's parameters this state."""
+    for name, parameter in model.named_parameters():
+        if name in state:
+            moments = {key: state[name][key].to(parameter) for key in _MOMENTS}
+            optimizer.state[parameter] = {"step": state[name]["step"].clone().float(), **moments}

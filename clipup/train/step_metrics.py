@@ -1,0 +1,37 @@
+"""The numbers of a step, read from the device at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.metrics import moe_metrics
+from .distributed import Ranks
+
+_OF_LAYER = ("balance", "z", "dropped", "router_entropy", "load")
+
+
+def read(scalars: dict[str, Tensor], model: nn.Module, ranks: Ranks) -> dict[str, Any]:
+    """Scalars and routing metrics as Python numbers, averaged over ranks, with one transfer from the device.
+
+    Returns:
+        The scalars by name and, for a sparse model, ``balance``, ``z``, ``dropped`` and ``router_entropy`` as means
+        over its layers, and ``layers`` {name: {those, and load: a share an expert}} of the last forward.
+    """
+    layers = {name: {key: values[key] for key in _OF_LAYER} for name, values in moe_metrics(model).items()}
+    tensors = [*scalars.values(), *(tensor for values in layers.values() for tensor in values.values())]
+    flat = torch.cat([tensor.detach().float().reshape(-1).to(ranks.device) for tensor in tensors])
+    numbers = iter(ranks.mean(flat).tolist())
+
+    def take(tensor: Tensor) -> float | list[float]:
+        return [next(numbers) for _ in range(tensor.numel())] if tensor.dim() else next(numbers)
+
+    record: dict[str, Any] = {name: take(tensor) for name, tensor in scalars.items()}
+    read_layers = {name: {key: take(tensor) for key, tensor in values.items()} for name, values in layers.items()}
+    if read_layers:
+        for key in _OF_LAYER[:-1]:
+            record[key] = sum(values[key] for values in read_layers.values()) / len(read_layers)
+        record["layers"] = read_layers
+    return record

@@ -1,0 +1,71 @@
+"""How far a sparse model is from the dense one that it was made from, before the first training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checks
+from ..clip.inputs import encoders, random_inputs
+from ..moe.layer import moe_layers
+
+
+@torch.no_grad()
+def step0_difference(
+    dense: nn.Module, sparse: nn.Module, images: Tensor | None = None, texts: Tensor | None = None
+) -> float:
+    """Largest absolute difference between the two models' normalised features, in evaluation with nothing dropped.
+    Features of a CoCa are also what its decoder says about every token.
+
+    Args:
+        dense, sparse: a model and what ``upcycle`` made of it; training mode and configs are as before afterwards.
+        images: [B, 3, height, width]. texts: [B, context_length] token ids. When neither is given both are random, 8
+            of each (of what the model takes).
+
+    Returns:
+        0 to rounding right after upcycling with normalised gates; features have length 1.
+    """
+    checks.module("dense", dense)
+    checks.module("sparse", sparse)
+    for name, given in (("images", images), ("texts", texts)):
+        if given is not None:
+            checks.tensor(name, given)
+    if images is None and texts is None:
+        images, texts = random_inputs(dense, batch_size=8)
+    with evaluating(dense), evaluating(sparse):
+        pairs = zip(_features(sparse, images, texts), _features(dense, images, texts), strict=True)
+        differences = [(ours - theirs).abs().max() for ours, theirs in pairs]
+    return torch.stack(differences).max().item()  # NaN where any is
+
+
+def _features(model: nn.Module, images: Tensor | None, texts: Tensor | None) -> Iterator[Tensor]:
+    """All that a model computes from the inputs, of length 1 along the last axis, on the CPU."""
+    device = next(model.parameters()).device
+    encode = encoders(model)
+    if images is not None:
+        yield F.normalize(encode["image"](images.to(device)).float(), dim=-1).cpu()
+    if texts is not None:
+        yield F.normalize(encode["text"](texts.to(device)).float(), dim=-1).cpu()
+    if images is not None and texts is not None and hasattr(model, "text_decoder"):
+        yield F.normalize(model(images.to(device), texts.to(device))["logits"].float(), dim=-1).cpu()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without capacity; everything is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    configs = {layer: layer.config for layer in moe_layers(model).values()}
+    model.eval()
+    for layer, config in configs.items():
+        layer.config = config.replace(eval_capacity_factor=None)
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for layer, config in configs.items():
+            layer.config = config

@@ -1,0 +1,282 @@
+"""Calls into the compiled extension: every op's arguments as addresses and sizes (csrc/moe.h), its outputs allocated.
+
+Every function takes what its op takes, on CPU tensors of float32, bfloat16 or float16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..types import ACTIVATIONS
+from . import meta
+from .extension import NATIVE
+
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _pooled(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """An uninitialised tensor over memory that goes back to the extension's pool.
+
+    For large outputs of every step, gradients of weights above all: memory fresh from the system costs page faults.
+    """
+    count = math.prod(shape)
+    if count * like.element_size() < 1 << 20:
+        return like.new_empty(shape)
+    return torch.frombuffer(NATIVE.Block(count * like.element_size()), dtype=like.dtype).view(shape)
+
+
+def _end_address(offsets: Tensor) -> int:
+    """Address of offsets[E], the number of rows in use."""
+    return offsets.data_ptr() + (offsets.numel() - 1) * offsets.element_size()
+
+
+def router_logits(x, weight, mask=None) -> Tensor:
+    x, weight, mask = _dense(x, weight, mask)
+    logits = weight.new_empty(x.shape[0], weight.shape[0])
+    NATIVE.router_logits(
+        _address(x), DTYPE_CODE[x.dtype], _address(mask), _address(weight), *x.shape, weight.shape[0], _address(logits)
+    )
+    return logits
+
+
+def router_logits_backward(d_logits, x, weight, mask, output_mask) -> tuple[Tensor, Tensor]:
+    d_logits, x, weight, mask = _dense(d_logits, x, weight, mask)
+    d_x = x.new_empty(x.shape if output_mask[0] else 0)
+    d_weight = weight.new_empty(weight.shape if output_mask[1] else 0)
+    NATIVE.router_logits_backward(
+        _address(d_logits), _address(x), DTYPE_CODE[x.dtype], _address(mask), _address(weight), *x.shape,
+        weight.shape[0], _address(d_x if output_mask[0] else None), _address(d_weight if output_mask[1] else None),
+    )  # fmt: skip
+    return d_x, d_weight
+
+
+def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple[Tensor, ...]:
+    logits, selection_bias, mask = _dense(logits, selection_bias, mask)
+    num_tokens, num_experts = logits.shape
+    outputs = meta.topk_gating(logits, k, renormalize)
+    NATIVE.topk_gating(
+        _address(logits), _address(mask), _address(selection_bias), num_tokens, num_experts, k, renormalize,
+        *map(_address, outputs),
+    )  # fmt: skip
+    return outputs
+
+
+def topk_gating_backward(
+    logits, experts, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
+) -> Tensor:
+    logits, experts, mask = _dense(logits, experts, mask)
+    grads = _dense(d_gates, d_top_prob, d_mean_probs, d_z_loss)
+    d_logits = torch.empty_like(logits)
+    NATIVE.topk_gating_backward(
+        _address(logits), _address(mask), _address(experts), *logits.shape, experts.shape[1], renormalize,
+        *map(_address, grads), _address(d_logits),
+    )  # fmt: skip
+    return d_logits
+
+
+def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
+    experts, priority, mask = _dense(experts, priority, mask)
+    outputs = meta.dispatch(experts, num_experts)
+    NATIVE.dispatch(
+        _address(experts), _address(mask), _address(priority), *experts.shape, num_experts,
+        -1.0 if capacity_factor is None else capacity_factor, *map(_address, outputs),
+    )  # fmt: skip
+    return outputs
+
+
+def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:
+    x, offsets, choice_of_row = _dense(x, offsets, choice_of_row)
+    width, num_rows = x.shape[1], choice_of_row.numel()
+    rows = x.new_empty(num_rows, width)
+    NATIVE.permute(
+        _address(x), width * x.element_size(), _address(choice_of_row), _end_address(offsets), num_rows,
+        row_of_choice.shape[1], _address(rows),
+    )  # fmt: skip
+    return rows
+
+
+def gather_sum(rows, row_of_choice) -> Tensor:
+    return _gather_sum(rows, None, row_of_choice)
+
+
+def combine(rows, gates, offsets, choice_of_row, row_of_choice) -> Tensor:
+    return _gather_sum(rows, gates, row_of_choice)
+
+
+def _gather_sum(rows: Tensor, gates: Tensor | None, row_of_choice: Tensor) -> Tensor:
+    rows, gates, row_of_choice = _dense(rows, gates, row_of_choice)
+    num_tokens, k = row_of_choice.shape
+    y = rows.new_empty(num_tokens, rows.shape[1])
+    NATIVE.gather_sum(
+        _address(rows), DTYPE_CODE[rows.dtype], _address(row_of_choice), _address(gates), num_tokens, k,
+        rows.shape[1], _address(y),
+    )  # fmt: skip
+    return y
+
+
+def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> tuple[Tensor, Tensor]:
+    dy, rows, gates, offsets, row_of_choice = _dense(dy, rows, gates, offsets, row_of_choice)
+    d_rows, d_gates = torch.empty_like(rows), torch.empty_like(gates)
+    NATIVE.combine_backward(
+        _address(dy), _address(rows), DTYPE_CODE[rows.dtype], _address(gates), _address(row_of_choice),
+        *row_of_choice.shape, rows.shape[1], _end_address(offsets), rows.shape[0], _address(d_rows),
+        _address(d_gates),
+    )  # fmt: skip
+    return d_rows, d_gates
+
+
+def grouped_linear(rows, weight, bias, offsets) -> Tensor:
+    (weight,) = _dense(weight)
+    return _grouped_linear(rows, weight.shape, _address(weight), 0, bias, offsets)
+
+
+def packed_grouped_linear(rows, packed, bias, offsets, out_features) -> Tensor:
+    shape = (offsets.numel() - 1, out_features, rows.shape[1])
+    _check_blocks(rows, shape, packed)
+    return _grouped_linear(rows, shape, 0, _address(packed), bias, offsets)
+
+
+def _grouped_linear(rows: Tensor, shape, weight: int, packed: int, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """``weight`` or ``packed`` is the address of a weight of ``shape`` [E, O, I], the other 0."""
+    rows, bias, offsets = _dense(rows, bias, offsets)
+    out = rows.new_empty(rows.shape[0], shape[1])
+    NATIVE.grouped_linear(
+        DTYPE_CODE[rows.dtype], _address(rows), weight, _address(bias), _address(offsets), rows.shape[0], *shape,
+        _address(out), packed,
+    )  # fmt: skip
+    return out
+
+
+def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[Tensor, ...]:
+    d_out, rows, weight, offsets = _dense(d_out, rows, weight, offsets)
+    shapes = (rows.shape, weight.shape, weight.shape[:2])
+    grads = [_pooled(rows, shape if wanted else (0,)) for shape, wanted in zip(shapes, output_mask, strict=True)]
+    NATIVE.grouped_linear_backward(
+        DTYPE_CODE[rows.dtype], *map(_address, (d_out, rows, weight, offsets)), rows.shape[0], *weight.shape,
+        *(_address(grad if wanted else None) for grad, wanted in zip(grads, output_mask, strict=True)),
+    )  # fmt: skip
+    return tuple(grads)
+
+
+def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str) -> tuple[int, ...]:
+    """dtype, activation, T, K, E, D, H as the native calls take them."""
+    num_experts, hidden, width = in_weight.shape
+    return (
+        *(DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation)),
+        *(*row_of_choice.shape, num_experts, width, hidden),
+    )
+
+
+_NONE_PACKED = (0, 0, 0)
+
+
+def expert_mlp_forward(
+    x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
+    activation, keep_z,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x, gates, *weights = _dense(x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    routing = _dense(offsets, choice_of_row, row_of_choice)
+    pre_activation = (choice_of_row.numel(), in_weight.shape[1])
+    if gate_weight is not None:
+        pre_activation = (2, *pre_activation)
+    y, z = torch.empty_like(x), _pooled(x, pre_activation if keep_z else (0,))
+    NATIVE.expert_mlp_forward(
+        *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
+        [*map(_address, weights), *_NONE_PACKED], _address(x), _address(y), _address(z if keep_z else None),
+    )  # fmt: skip
+    return y, z
+
+
+def packed_expert_mlp(
+    x, gates, offsets, choice_of_row, row_of_choice, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias,
+    hidden, activation,
+) -> Tensor:  # fmt: skip
+    x, gates, *biases = _dense(x, gates, in_bias, out_bias, gate_bias)
+    routing = _dense(offsets, choice_of_row, row_of_choice)
+    _check_mlp(x, offsets.numel() - 1, hidden, in_packed, out_packed, gate_packed)
+    y = torch.empty_like(x)
+    NATIVE.expert_mlp_forward(
+        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), *row_of_choice.shape, offsets.numel() - 1, x.shape[1],
+        hidden, [*map(_address, (gates, *routing))], _packed_addresses(biases, in_packed, out_packed, gate_packed),
+        _address(x), _address(y), 0,
+    )  # fmt: skip
+    return y
+
+
+def _check_mlp(x: Tensor, num_experts: int, hidden: int, in_packed, out_packed, gate_packed) -> None:
+    _check_blocks(x, (num_experts, hidden, x.shape[1]), in_packed, gate_packed)
+    _check_blocks(x, (num_experts, x.shape[1], hidden), out_packed)
+
+
+def _check_blocks(x: Tensor, shape: tuple[int, int, int], *blocks: Tensor | None) -> None:
+    """Refuses packed weights that end before what is read of them."""
+    bytes_read = NATIVE.packed_weight_bytes(DTYPE_CODE[x.dtype], *shape)
+    for block in blocks:
+        if block is not None and (block.dtype != torch.uint8 or block.numel() < bytes_read):
+            raise ValueError(
+                f"a packed weight of shape {list(shape)} takes {bytes_read} bytes, got {block.numel()} of "
+                f"{block.dtype}; use what pack_weight() returned"
+            )
+
+
+def _packed_addresses(biases: list[Tensor | None], *packed: Tensor | None) -> list[int]:
+    """Addresses in the order of moe.h's Experts, without plain weights."""
+    in_bias, out_bias, gate_bias = map(_address, biases)
+    return [0, in_bias, 0, out_bias, 0, gate_bias, *map(_address, packed)]
+
+
+def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias, activation) -> Tensor:
+    weights = _dense(in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    return _dense_mlp(x, [*map(_address, weights), *_NONE_PACKED], in_weight.shape[0], activation)
+
+
+def packed_dense_mlp(x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, activation) -> Tensor:
+    biases = _dense(in_bias, out_bias, gate_bias)
+    _check_mlp(x, 1, hidden, in_packed, out_packed, gate_packed)
+    return _dense_mlp(x, _packed_addresses(biases, in_packed, out_packed, gate_packed), hidden, activation)
+
+
+def _dense_mlp(x: Tensor, weights: list[int], hidden: int, activation: str) -> Tensor:
+    (x,) = _dense(x)
+    num_tokens, width = x.shape
+    offsets = torch.tensor([0, num_tokens], dtype=torch.int32)
+    y = torch.empty_like(x)
+    NATIVE.expert_mlp_forward(
+        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_tokens, 1, 1, width, hidden,
+        [0, _address(offsets), 0, 0], weights, _address(x), _address(y), 0,
+    )  # fmt: skip
+    return y
+
+
+def expert_mlp_backward(
+    dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
+    gate_bias, z, activation, output_mask,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need_x, need_gates, need_in, need_out = output_mask
+    dy, x, gates, *weights = _dense(dy, x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    routing = _dense(offsets, choice_of_row, row_of_choice)
+    (z,) = _dense(z)
+    wanted = (need_x, need_gates, need_in, need_in, need_out, need_out, need_in, need_in)
+    grads = [
+        _pooled(t, t.shape) if need and t is not None else None
+        for t, need in zip((x, gates, *weights), wanted, strict=True)
+    ]
+    recompute = z.numel() == 0
+    NATIVE.expert_mlp_backward(
+        *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
+        [*map(_address, weights), *_NONE_PACKED], _address(dy), _address(x), _address(None if recompute else z),
+        [*map(_address, grads)],
+    )  # fmt: skip
+    empty = (x, gates, *[x] * 6)
+    return tuple(like.new_empty(0) if grad is None else grad for grad, like in zip(grads, empty, strict=True))

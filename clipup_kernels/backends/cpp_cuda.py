@@ -1,0 +1,72 @@
+"""Calls into the compiled extension on CUDA tensors: routing as CUDA C++ (csrc/moe_cuda.h), beside Triton's.
+
+Every function takes what its op takes. ``cuda.py`` does not choose them: they have not been measured on a GPU, which
+``benchmarks/gpu_stages.py`` does. Work is queued on torch's current stream, and the host never waits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import meta
+from .cpp import _address, _dense
+from .extension import NATIVE
+
+
+def built() -> bool:
+    """Whether the extension holds CUDA code."""
+    return NATIVE is not None and NATIVE.build_info()["cuda"]
+
+
+def _workspace(like: Tensor, num_bytes: int) -> Tensor:
+    """Memory for the length of a call: torch hands it to later work on the same stream alone."""
+    return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
+
+
+def _stream(like: Tensor) -> int:
+    return torch.cuda.current_stream(like.device).cuda_stream
+
+
+def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple[Tensor, ...]:
+    logits, selection_bias, mask = _dense(logits, selection_bias, mask)
+    num_tokens, num_experts = logits.shape
+    outputs = meta.topk_gating(logits, k, renormalize)
+    workspace = _workspace(logits, NATIVE.cuda_topk_gating_workspace_bytes(num_tokens, num_experts, k))
+    with torch.cuda.device_of(logits):
+        NATIVE.cuda_topk_gating(
+            _address(logits), _address(mask), _address(selection_bias), num_tokens, num_experts, k, renormalize,
+            *map(_address, outputs), _address(workspace), _stream(logits),
+        )  # fmt: skip
+    return outputs
+
+
+def topk_gating_backward(
+    logits, experts, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
+) -> Tensor:
+    logits, experts, mask = _dense(logits, experts, mask)
+    gradients = _dense(d_gates, d_top_prob, d_mean_probs, d_z_loss)
+    d_logits = torch.empty_like(logits)
+    workspace = _workspace(logits, NATIVE.cuda_topk_gating_backward_workspace_bytes())
+    with torch.cuda.device_of(logits):
+        NATIVE.cuda_topk_gating_backward(
+            _address(logits), _address(mask), _address(experts), *logits.shape, experts.shape[1], renormalize,
+            *map(_address, gradients), _address(d_logits), _address(workspace), _stream(logits),
+        )  # fmt: skip
+    return d_logits
+
+
+def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
+    """As the op; with ``priority`` torch sorts the tokens first, stably, NaN last."""
+    experts, mask = _dense(experts, mask)
+    order = None if priority is None else reference.serving_order(priority)
+    outputs = meta.dispatch(experts, num_experts)
+    workspace = _workspace(experts, NATIVE.cuda_dispatch_workspace_bytes(*experts.shape, num_experts))
+    with torch.cuda.device_of(experts):
+        NATIVE.cuda_dispatch(
+            _address(experts), _address(mask), _address(order), *experts.shape, num_experts,
+            -1.0 if capacity_factor is None else capacity_factor, *map(_address, outputs), _address(workspace),
+            _stream(experts),
+        )  # fmt: skip
+    return outputs

@@ -1,0 +1,1 @@
+"""The public ops: argument checks, schema, autograd and FLOP formula; ``backends`` computes them."""

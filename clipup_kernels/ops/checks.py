@@ -1,0 +1,130 @@
+"""Argument checks of the public ops: every error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(
+    name: str, value: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
+) -> None:
+    """Checks one tensor. A letter in ``shape`` admits any size and is only printed; an int must match."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    fits = value.dim() == len(shape)
+    if fits:
+        for have, size in zip(value.shape, shape, strict=True):
+            fits = fits and (isinstance(size, str) or have == size)
+    if not fits:  # the message is made here only: torch.compile cannot trace it for symbolic sizes
+        want = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{want}], got {list(value.shape)}")
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {wanted}, got {str(value.dtype).removeprefix('torch.')}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, but the other arguments are on {like.device}; move it there")
+
+
+def optional(name: str, value: Tensor | None, shape: tuple, dtypes: tuple, like: Tensor) -> None:
+    if value is not None:
+        tensor(name, value, shape, dtypes, like)
+
+
+def same_dtype(x_name: str, x: Tensor, **others: Tensor | None) -> None:
+    """Refuses a mix of floating types by name: casting is the caller's decision (a layer's, or autocast's)."""
+    for name, value in others.items():
+        if value is not None and not isinstance(value, Tensor | PackedWeight):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value is not None and value.dtype != x.dtype:
+            raise TypeError(
+                f"{name} is {str(value.dtype).removeprefix('torch.')} but {x_name} is "
+                f"{str(x.dtype).removeprefix('torch.')}; the op computes in one type, cast one of them"
+            )
+
+
+def boolean(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def num_experts(value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
+        raise ValueError(f"num_experts must be a positive int, got {value!r}")
+    if value > MAX_EXPERTS:
+        raise ValueError(f"num_experts must be at most {MAX_EXPERTS}, got {value!r}")
+
+
+def top_k(k: int, num_experts: int) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"k must be between 1 and the number of experts ({num_experts}), got {k}")
+
+
+def capacity_factor(value: float | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"capacity_factor must be a number or None, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"capacity_factor must be positive and finite, or None to drop nothing, got {value}")
+
+
+def activation(name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+
+
+def plan(value: Plan, num_tokens: int | str, like: Tensor, num_experts: int | str = "E") -> None:
+    """Checks the plan's shapes against ``num_tokens`` (an int, or a letter when the caller has no tokens at hand)."""
+    if not isinstance(value, Plan):
+        raise TypeError(f"plan must be the Plan that dispatch() returns, got {type(value).__name__}")
+    int32 = (torch.int32,)
+    offsets = (num_experts + 1,) if isinstance(num_experts, int) else ("E+1",)
+    tensor("plan.offsets", value.offsets, offsets, int32, like)
+    tensor("plan.row_of_choice", value.row_of_choice, (num_tokens, "K"), int32, like)
+    tokens, k = value.row_of_choice.shape
+    tensor("plan.choice_of_row", value.choice_of_row, (tokens * k,), int32, like)
+
+
+def gates(value: Tensor, like: Tensor) -> None:
+    """Gates are float32 whatever the rows' type (float64 beside float64)."""
+    tensor("gates", value, ("T", "K"), (torch.float64 if like.dtype == torch.float64 else torch.float32,), like)
+
+
+def packed(name: str, value: PackedWeight, shape: tuple[int | str, ...], x: Tensor) -> None:
+    """Checks a packed weight against the x that it is multiplied with; ``shape`` as in ``tensor``."""
+    if not isinstance(value, PackedWeight):
+        raise TypeError(f"{name} must be packed like the other weights, got {type(value).__name__}; pack all or none")
+    if len(value.shape) != len(shape) or any(
+        not isinstance(size, str) and have != size for have, size in zip(value.shape, shape, strict=True)
+    ):
+        want = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must be packed from a weight of shape [{want}], got {list(value.shape)}")
+    if x.device.type != "cpu":
+        raise ValueError(f"x is on {x.device}, but {name} is packed for CPUs; use the plain weight there")
+
+
+def no_gradient(*tensors: Tensor | None) -> None:
+    """Refuses packed weights where a gradient would be wanted."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            "packed weights have no derivative, and an argument beside them requires a gradient; compute under "
+            "torch.no_grad() or torch.inference_mode(), or train with the plain weights"
+        )
+
+
+def layout(packed_for: str, runs: str) -> None:
+    """Refuses a weight that other kernels than those of this process can read."""
+    if packed_for != runs:
+        raise ValueError(
+            f"the weight was packed as {packed_for}, but the kernels of this process read {runs}; pack the weight "
+            "again here: pack_weight(unpack_weight(packed))"
+        )

@@ -1,0 +1,246 @@
+"""``expert_mlp``: the fused expert MLP, its registration, and what it saves for backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import PLAIN_LAYOUT, PackedWeight, Plan
+from . import checks
+from .register import define
+
+
+def _context(ctx, inputs, output):
+    *tensors, activation, _ = inputs
+    _, z = output
+    ctx.save_for_backward(*tensors, z)
+    ctx.activation = activation
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of(ctx, dy, dz):
+    if dy is None:
+        return (None,) * 13
+    *tensors, z = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    need_in = any(needs[i] for i in (5, 6, 9, 10))
+    need_out = any(needs[i] for i in (7, 8))
+    grads = _expert_mlp_backward(dy, *tensors, z, ctx.activation, [needs[0], needs[1], need_in, need_out])
+    places = (0, 1, 5, 6, 7, 8, 9, 10)
+    by_place = {place: grad for place, grad in zip(places, grads, strict=True) if needs[place]}
+    return tuple(by_place.get(place) for place in range(13))
+
+
+def _forward_flops(
+    x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, *args,
+    out_shape=None, **kwargs,
+) -> int:  # fmt: skip
+    products = 2 if gate_weight is None else 3
+    return products * 2 * choice_of_row[0] * in_weight[1] * in_weight[2]
+
+
+def _backward_flops(
+    dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
+    gate_bias, z, activation, output_mask, out_shape=None, **kwargs,
+) -> int:  # fmt: skip
+    need_x, _, need_in, need_out = output_mask
+    product = 2 * choice_of_row[0] * in_weight[1] * in_weight[2]
+    in_products = 1 if gate_weight is None else 2
+    recomputed = in_products if 0 in z else 0
+    return product * (1 + need_out + in_products * (need_x + need_in) + recomputed)
+
+
+_expert_mlp_forward = define(
+    "expert_mlp_forward(Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
+    " Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight, Tensor? gate_bias,"
+    " str activation, bool keep_z) -> (Tensor, Tensor)",
+    setup_context=_context,
+    backward=_backward_of,
+    flops=_forward_flops,
+)
+_expert_mlp_backward = define(
+    "expert_mlp_backward(Tensor dy, Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
+    " Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight, Tensor? gate_bias,"
+    " Tensor z, str activation, bool[4] output_mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    flops=_backward_flops,
+)
+
+
+def _refuse_dense_derivative(ctx, dy):
+    raise NotImplementedError(
+        "clipup::dense_mlp has no derivative: it is for inference; train with torch's linear layers"
+    )
+
+
+_dense_mlp = define(
+    "dense_mlp(Tensor x, Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, Tensor? gate_weight,"
+    " Tensor? gate_bias, str activation) -> Tensor",
+    backward=_refuse_dense_derivative,
+    flops=lambda x, in_weight, in_bias, out_weight, out_bias, gate_weight, *args, out_shape=None, **kwargs: (
+        (2 if gate_weight is None else 3) * 2 * x[0] * in_weight[0] * in_weight[1]
+    ),
+)
+
+
+_packed_expert_mlp = define(
+    "packed_expert_mlp(Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
+    " Tensor in_packed, Tensor? in_bias, Tensor out_packed, Tensor? out_bias, Tensor? gate_packed, Tensor? gate_bias,"
+    " int hidden, str activation, str layout) -> Tensor",
+    flops=lambda x, gates, offsets, choice_of_row, row_of_choice, in_packed, in_bias, out_packed, out_bias, gate_packed,
+    gate_bias, hidden, *args, out_shape=None, **kwargs: (
+        (2 if gate_packed is None else 3) * 2 * choice_of_row[0] * hidden * x[1]
+    ),
+    cpu_only=True,
+)  # fmt: skip
+_packed_dense_mlp = define(
+    "packed_dense_mlp(Tensor x, Tensor in_packed, Tensor? in_bias, Tensor out_packed, Tensor? out_bias,"
+    " Tensor? gate_packed, Tensor? gate_bias, int hidden, str activation, str layout) -> Tensor",
+    flops=lambda x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, *args, out_shape=None,
+    **kwargs: (2 if gate_packed is None else 3) * 2 * x[0] * hidden * x[1],
+    cpu_only=True,
+)  # fmt: skip
+
+
+def _check_weights(x: Tensor, parameters: dict[str, Tensor | None], activation: str, lead: tuple[str, ...]) -> None:
+    """x [T, D] and the weights of MLPs, with ``lead`` before [H, D] and [D, H]: ("E",) for experts, () for one MLP."""
+    checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
+    checks.same_dtype("x", x, **parameters)
+    width = x.shape[1]
+    matrix = checks.packed if _any_packed(parameters) else _check_plain
+    matrix("in_weight", parameters["in_weight"], (*lead, "H", width), x)
+    *experts, hidden, _ = parameters["in_weight"].shape
+    matrix("out_weight", parameters["out_weight"], (*experts, width, hidden), x)
+    inside, outside = (*experts, hidden), (*experts, width)
+    if parameters["gate_weight"] is not None:
+        matrix("gate_weight", parameters["gate_weight"], (*inside, width), x)
+    for name, shape in {"in_bias": inside, "out_bias": outside, "gate_bias": inside}.items():
+        checks.optional(name, parameters[name], shape, checks.FLOATING, x)
+    if parameters["gate_bias"] is not None and parameters["gate_weight"] is None:
+        raise ValueError("gate_bias was given without gate_weight; give both for a gated MLP, or neither")
+    checks.activation(activation)
+
+
+def _check_plain(name: str, value: Tensor, shape: tuple[int | str, ...], x: Tensor) -> None:
+    checks.tensor(name, value, shape, checks.FLOATING, x)
+
+
+def _any_packed(parameters: dict[str, Tensor | PackedWeight | None]) -> bool:
+    return any(isinstance(value, PackedWeight) for value in parameters.values())
+
+
+def _operands(
+    parameters: dict[str, Tensor | PackedWeight | None], *others: Tensor
+) -> tuple[list[Tensor | None], int, str]:
+    """The tensors of packed weights and of the biases beside them, in the order of ``parameters``; H; the layout."""
+    packed = parameters["in_weight"]
+    for name, value in parameters.items():
+        if isinstance(value, PackedWeight) and value.layout != packed.layout:
+            raise ValueError(
+                f"{name} is packed as {value.layout} and in_weight as {packed.layout}; pack both in this process"
+            )
+    tensors = [value.block if isinstance(value, PackedWeight) else value for value in parameters.values()]
+    checks.no_gradient(*others, *tensors)
+    return tensors, packed.shape[-2], packed.layout
+
+
+def expert_mlp(
+    x: Tensor,
+    gates: Tensor,
+    plan: Plan,
+    in_weight: Tensor | PackedWeight,
+    in_bias: Tensor | None,
+    out_weight: Tensor | PackedWeight,
+    out_bias: Tensor | None,
+    activation: str = "gelu",
+    gate_weight: Tensor | PackedWeight | None = None,
+    gate_bias: Tensor | None = None,
+    recompute: str = "none",
+) -> Tensor:
+    """The experts' MLPs applied to the tokens that ``plan`` sends them, weighted by ``gates`` and summed per token.
+
+    ``z = W_in x + b_in``, ``a = act(z)`` (gated: ``a = act(W_gate x + b_gate) * z``), and
+    ``y = sum_k g_k (W_out a + b_out)``.
+    Saved for backward beside arguments: z ([R, H]; gated both pre-activations), nothing else of R*D or R*H elements.
+
+    Args:
+        x: [T, D] float32, bfloat16, float16 or float64; all weights and biases have its type.
+        gates: [T, K] float32.
+        plan: from ``dispatch``; y is 0 for tokens without a row.
+        in_weight: [E, H, D]. in_bias: [E, H] or None. out_weight: [E, D, H]. out_bias: [E, D] or None.
+        activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
+        gate_weight: [E, H, D] for gated experts. gate_bias: [E, H] or None.
+        recompute: "none" keeps z for backward; "full" keeps x only and computes z again.
+
+    All weights (not the biases) may be packed by ``pack_weight``: the same result bit for bit, faster, no derivative.
+
+    Returns:
+        [T, D] of x's type. Sums are in float32.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+        NotImplementedError: on a second derivative, and on a first one of packed weights.
+    """
+    parameters = dict(
+        in_weight=in_weight, in_bias=in_bias, out_weight=out_weight, out_bias=out_bias, gate_weight=gate_weight,
+        gate_bias=gate_bias,
+    )  # fmt: skip
+    _check_weights(x, parameters, activation, ("E",))
+    num_experts = in_weight.shape[0]
+    if recompute not in ("none", "full"):
+        raise ValueError(f"recompute must be 'none' or 'full', got {recompute!r}")
+    checks.plan(plan, x.shape[0], x, num_experts)
+    checks.gates(gates, x)
+    checks.tensor("gates", gates, tuple(plan.row_of_choice.shape), (gates.dtype,), x)
+    tensors = list(parameters.values())
+    if _any_packed(parameters):
+        tensors, hidden, layout = _operands(parameters, x, gates)
+        if layout != PLAIN_LAYOUT:
+            return _packed_expert_mlp(x, gates, *plan, *tensors, hidden, activation, layout)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates, *tensors))
+    y, _ = _expert_mlp_forward(x, gates, *plan, *tensors, activation, differentiated and recompute == "none")
+    return y
+
+
+def dense_mlp(
+    x: Tensor,
+    in_weight: Tensor | PackedWeight,
+    in_bias: Tensor | None,
+    out_weight: Tensor | PackedWeight,
+    out_bias: Tensor | None,
+    activation: str = "gelu",
+    gate_weight: Tensor | PackedWeight | None = None,
+    gate_bias: Tensor | None = None,
+) -> Tensor:
+    """One MLP for all tokens, for inference: ``expert_mlp`` with one expert and nothing to route.
+
+    ``y = W_out act(W_in x + b_in) + b_out``, gated: ``act(W_gate x + b_gate) * (W_in x + b_in)`` in the middle. On CPUs
+    on the kernels of the experts, elsewhere in plain torch. It has no derivative.
+
+    Args:
+        x: [T, D] float32, bfloat16, float16 or float64; all weights and biases have its type.
+        in_weight: [H, D]. in_bias: [H] or None. out_weight: [D, H]. out_bias: [D] or None.
+        activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
+        gate_weight: [H, D] for a gated MLP. gate_bias: [H] or None.
+
+    All weights (not the biases) may be packed by ``pack_weight``: the same result bit for bit, faster.
+
+    Returns:
+        [T, D] of x's type.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+        NotImplementedError: when it is differentiated.
+    """
+    parameters = dict(
+        in_weight=in_weight, in_bias=in_bias, out_weight=out_weight, out_bias=out_bias, gate_weight=gate_weight,
+        gate_bias=gate_bias,
+    )  # fmt: skip
+    _check_weights(x, parameters, activation, ())
+    tensors = list(parameters.values())
+    if _any_packed(parameters):
+        tensors, hidden, layout = _operands(parameters, x)
+        if layout != PLAIN_LAYOUT:
+            return _packed_dense_mlp(x, *tensors, hidden, activation, layout)
+    return _dense_mlp(x, *tensors, activation)

@@ -1,0 +1,53 @@
+"""One function that registers an op with ``torch.library``: schema, kernels, fake, autograd and FLOP formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ..backends import meta, select_cpu, select_cuda, torch_eager
+from . import autograd
+
+LIBRARY = torch.library.Library("clipup", "DEF")
+
+
+def define(
+    schema: str,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+    flops: Callable | None = None,
+    cpu_only: bool = False,
+) -> Callable:
+    """Registers ``clipup::<schema>`` and returns the op.
+
+    The functions of the op's name in ``cpu``, ``cuda``, ``generic`` (every other device) and ``fakes`` are its kernels.
+    With ``cpu_only`` the op has none on other devices. An op without ``backward`` refuses to be differentiated by name;
+    that is how second derivatives are refused. Every op refuses forward-mode AD by name (``autograd``).
+    """
+    name = schema.partition("(")[0]
+    qualified = f"clipup::{name}"
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    LIBRARY.impl(name, select_cpu.kernel_of(name), "CPU")
+    if not cpu_only:
+        LIBRARY.impl(name, select_cuda.kernel_of(name), "CUDA")
+        LIBRARY.impl(name, getattr(torch_eager, name), "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, getattr(meta, name), lib=LIBRARY)
+    if backward is None:
+
+        def backward(ctx, *grads):
+            raise NotImplementedError(f"{qualified} has no derivative: second derivatives are not supported")
+
+    op = getattr(torch.ops.clipup, name)
+    LIBRARY.impl(name, autograd.kernel_of(op.default, setup_context, backward), "Autograd", with_keyset=True)
+    if flops is not None:
+        register_flop_formula(op)(flops)
+    return op
+
+
+def non_differentiable(ctx, inputs, output) -> None:
+    """``setup_context`` of ops whose outputs are indices."""
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.mark_non_differentiable(*outputs)

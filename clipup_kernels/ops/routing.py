@@ -1,0 +1,170 @@
+"""The public ops: argument checks in front, ``torch.library`` ops behind.
+
+    logits --topk_gating--> gates, experts --dispatch--> plan
+    x, gates, plan --expert_mlp--> y          = permute -> GEMM, bias, activation -> GEMM, bias -> combine
+
+The registered ops (``torch.ops.clipup.*``) take and return tensors; the functions here check their arguments, call them
+and wrap the results. Shapes are explained in ``types.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Gating, Plan
+from . import checks
+from .register import define, non_differentiable
+
+
+def _gating_context(ctx, inputs, output):
+    logits, _, renormalize, _, mask = inputs
+    _, experts, _, _, _, picks = output
+    ctx.save_for_backward(logits, experts, mask)
+    ctx.renormalize = renormalize
+    ctx.mark_non_differentiable(experts, picks)
+    ctx.set_materialize_grads(False)
+
+
+def _gating_backward(ctx, d_gates, d_experts, d_top_prob, d_mean_probs, d_z_loss, d_picks):
+    logits, experts, mask = ctx.saved_tensors
+    d_logits = _topk_gating_backward(
+        logits, experts, ctx.renormalize, mask, d_gates, d_top_prob, d_mean_probs, d_z_loss
+    )
+    return d_logits, None, None, None, None
+
+
+_topk_gating = define(
+    "topk_gating(Tensor logits, int k, bool renormalize, Tensor? selection_bias=None, Tensor? mask=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    setup_context=_gating_context,
+    backward=_gating_backward,
+)
+
+
+_topk_gating_backward = define(
+    "topk_gating_backward(Tensor logits, Tensor experts, bool renormalize, Tensor? mask=None, Tensor? d_gates=None,"
+    " Tensor? d_top_prob=None, Tensor? d_mean_probs=None, Tensor? d_z_loss=None) -> Tensor",
+)
+
+
+def topk_gating(
+    logits: Tensor, k: int, renormalize: bool, selection_bias: Tensor | None = None, mask: Tensor | None = None
+) -> Gating:
+    """Softmax over the experts and the ``k`` best of them for every token.
+
+    Args:
+        logits: [T, E] float32 router logits.
+        k: choices a token, 1 <= k <= E.
+        renormalize: divide a token's gates by their sum (GShard, arXiv 2006.16668), before any capacity is applied.
+        selection_bias: [E] float32, added to the probabilities for choosing only; gates stay the probabilities
+            (loss-free balancing, arXiv 2408.15664).
+        mask: [T] bool, True where the token takes part. The others get gates 0 and experts -1 and count nowhere.
+
+    Returns:
+        Gating; ties go to the lowest expert index. Differentiable in gates, top_prob, mean_probs and z_loss.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+    checks.tensor("logits", logits, ("T", "E"), (torch.float32, torch.float64), logits)
+    num_tokens, num_experts = logits.shape
+    checks.top_k(k, num_experts)
+    checks.boolean("renormalize", renormalize)
+    checks.optional("selection_bias", selection_bias, (num_experts,), (logits.dtype,), logits)
+    checks.optional("mask", mask, (num_tokens,), (torch.bool,), logits)
+    return Gating(*_topk_gating(logits, k, renormalize, selection_bias, mask))
+
+
+_dispatch = define(
+    "dispatch(Tensor experts, int num_experts, float? capacity_factor=None, Tensor? priority=None, Tensor? mask=None)"
+    " -> (Tensor, Tensor, Tensor)",
+    setup_context=non_differentiable,
+)
+
+
+def dispatch(
+    experts: Tensor,
+    num_experts: int,
+    capacity_factor: float | None = None,
+    priority: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Plan:
+    """Gives every (token, choice) pair a row, sorted by expert, as far as the experts' capacity goes.
+
+    An expert takes at most ``ceil(capacity_factor * K * T / E)`` rows (computed in float64), T the tokens that take
+    part; ``None`` drops nothing. Slots go to all first choices before any second choice; inside a choice by token
+    position, or by descending ``priority`` (batch-priority routing, V-MoE, arXiv 2106.05974), ties by position.
+
+    Args:
+        experts: [T, K] int32 from ``topk_gating``; a token of -1 takes no part.
+        num_experts: E, at most ``MAX_EXPERTS``.
+        capacity_factor: positive, or None.
+        priority: [T] float32, ``Gating.top_prob`` in V-MoE; NaN goes last.
+        mask: [T] bool, True where the token takes part.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name; on the CPU also an expert index outside of [-1, E).
+    """
+    checks.tensor("experts", experts, ("T", "K"), (torch.int32,), experts)
+    checks.num_experts(num_experts)
+    checks.capacity_factor(capacity_factor)
+    num_tokens = experts.shape[0]
+    checks.optional("priority", priority, (num_tokens,), (torch.float32, torch.float64), experts)
+    checks.optional("mask", mask, (num_tokens,), (torch.bool,), experts)
+    priority = None if priority is None else priority.detach().float()
+    factor = None if capacity_factor is None else float(capacity_factor)
+    return Plan(*_dispatch(experts, num_experts, factor, priority, mask))
+
+
+def _logits_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _logits_backward_of(ctx, d_logits):
+    x, weight, mask = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:2])
+    grads = _router_logits_backward(d_logits, x, weight, mask, wanted)
+    return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None)
+
+
+_router_logits = define(
+    "router_logits(Tensor x, Tensor weight, Tensor? mask=None) -> Tensor",
+    setup_context=_logits_context,
+    backward=_logits_backward_of,
+    flops=lambda x, weight, *args, out_shape=None, **kwargs: 2 * x[0] * weight[0] * weight[1],
+)
+
+
+_router_logits_backward = define(
+    "router_logits_backward(Tensor d_logits, Tensor x, Tensor weight, Tensor? mask, bool[2] output_mask)"
+    " -> (Tensor, Tensor)",
+    flops=lambda d_logits, x, weight, mask, output_mask, out_shape=None, **kwargs: (
+        2 * x[0] * weight[0] * weight[1] * sum(output_mask)
+    ),
+)
+
+
+def router_logits(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``logits[t] = weight @ x[t]`` with products and sums in float32, whatever type the tokens have.
+
+    x itself is saved for backward; the compiled kernels and Triton's make no float32 copy of it either.
+
+    Args:
+        x: [T, D] float32, bfloat16, float16 or float64.
+        weight: [E, D] float32 (float64 beside float64).
+        mask: [T] bool, True where the token takes part. The others are not read (a NaN in padding goes nowhere); their
+            logits are 0, and so are their gradients.
+
+    Returns:
+        [T, E] of weight's type.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+        NotImplementedError: on a second derivative.
+    """
+    checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    checks.tensor("weight", weight, ("E", x.shape[1]), (wide,), x)
+    checks.optional("mask", mask, (x.shape[0],), (torch.bool,), x)
+    return _router_logits(x, weight, mask)

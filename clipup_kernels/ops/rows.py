@@ -1,0 +1,159 @@
+"""Ops on rows in expert order: permute, grouped_linear and combine, the parts of ``expert_mlp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import PLAIN_LAYOUT, PackedWeight, Plan
+from . import checks
+from .register import define
+
+
+def _permute_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[3])
+
+
+def _permute_backward(ctx, d_rows):
+    (row_of_choice,) = ctx.saved_tensors
+    return _gather_sum(d_rows, row_of_choice), None, None, None
+
+
+_permute = define(
+    "permute(Tensor x, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice) -> Tensor",
+    setup_context=_permute_context,
+    backward=_permute_backward,
+)
+
+
+_gather_sum = define(
+    "gather_sum(Tensor rows, Tensor row_of_choice) -> Tensor",
+)
+
+
+def permute(x: Tensor, plan: Plan) -> Tensor:
+    """Rows in expert order: [R, D] from x [T, D]; empty rows are 0. Float32, bfloat16, float16 or float64.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+    checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
+    checks.plan(plan, x.shape[0], x)
+    return _permute(x, *plan)
+
+
+def _grouped_linear_context(ctx, inputs, output):
+    rows, weight, bias, offsets = inputs
+    ctx.save_for_backward(rows, weight, offsets)
+    ctx.has_bias = bias is not None
+
+
+def _grouped_linear_backward_of(ctx, d_out):
+    rows, weight, offsets = ctx.saved_tensors
+    mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]]
+    grads = _grouped_linear_backward(d_out, rows, weight, offsets, mask)
+    return (*(grad if wanted else None for grad, wanted in zip(grads, mask, strict=True)), None)
+
+
+_grouped_linear = define(
+    "grouped_linear(Tensor rows, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
+    setup_context=_grouped_linear_context,
+    backward=_grouped_linear_backward_of,
+    flops=lambda rows, weight, bias, offsets, out_shape=None, **kwargs: 2 * rows[0] * weight[1] * weight[2],
+)
+
+
+_grouped_linear_backward = define(
+    "grouped_linear_backward(Tensor d_out, Tensor rows, Tensor weight, Tensor offsets, bool[3] output_mask)"
+    " -> (Tensor, Tensor, Tensor)",
+    flops=lambda d_out, rows, weight, offsets, output_mask, out_shape=None, **kwargs: (
+        2 * rows[0] * weight[1] * weight[2] * sum(output_mask[:2])
+    ),
+)
+
+
+_packed_grouped_linear = define(
+    "packed_grouped_linear(Tensor rows, Tensor packed, Tensor? bias, Tensor offsets, int out_features, str layout)"
+    " -> Tensor",
+    flops=lambda rows, packed, bias, offsets, out_features, *args, out_shape=None, **kwargs: (
+        2 * rows[0] * rows[1] * out_features
+    ),
+    cpu_only=True,
+)
+
+
+def grouped_linear(rows: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """``rows[r] @ weight[e]^T + bias[e]`` with e the expert that owns row r; empty rows are 0.
+
+    Args:
+        rows: [R, I], expert-sorted as by ``permute``.
+        weight: [E, O, I], of rows' type; or packed by ``pack_weight``, with the same result bit for bit and no
+            derivative.
+        bias: [E, O] or None.
+        offsets: [E+1] int32, ``Plan.offsets``.
+
+    Returns:
+        [R, O].
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+    checks.tensor("rows", rows, ("R", "I"), checks.FLOATING, rows)
+    checks.same_dtype("rows", rows, weight=weight, bias=bias)
+    is_packed = isinstance(weight, PackedWeight)
+    shape = ("E", "O", rows.shape[1])
+    if is_packed:
+        checks.packed("weight", weight, shape, rows)
+    else:
+        checks.tensor("weight", weight, shape, checks.FLOATING, rows)
+    checks.optional("bias", bias, tuple(weight.shape[:2]), checks.FLOATING, rows)
+    checks.tensor("offsets", offsets, (weight.shape[0] + 1,), (torch.int32,), rows)
+    if is_packed:
+        checks.no_gradient(rows, bias)
+        if weight.layout != PLAIN_LAYOUT:
+            return _packed_grouped_linear(rows, weight.block, bias, offsets, weight.shape[1], weight.layout)
+        weight = weight.block
+    return _grouped_linear(rows, weight, bias, offsets)
+
+
+def _combine_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _combine_backward_of(ctx, dy):
+    return (*_combine_backward(dy, *ctx.saved_tensors), None, None, None)
+
+
+_combine = define(
+    "combine(Tensor rows, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice) -> Tensor",
+    setup_context=_combine_context,
+    backward=_combine_backward_of,
+)
+
+
+_combine_backward = define(
+    "combine_backward(Tensor dy, Tensor rows, Tensor gates, Tensor offsets, Tensor choice_of_row,"
+    " Tensor row_of_choice) -> (Tensor, Tensor)",
+)
+
+
+def combine(rows: Tensor, gates: Tensor, plan: Plan) -> Tensor:
+    """``y[t] = sum_k gates[t, k] * rows[row_of_choice[t, k]]``, summed in float32 in the order of k.
+
+    Args:
+        rows: [R, D] in expert order.
+        gates: [T, K] float32.
+        plan: from ``dispatch``; dropped choices add nothing.
+
+    Returns:
+        [T, D] of rows' type.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+    """
+    checks.tensor("rows", rows, ("R", "D"), checks.FLOATING, rows)
+    checks.gates(gates, rows)
+    checks.plan(plan, gates.shape[0], rows)
+    checks.tensor("gates", gates, tuple(plan.row_of_choice.shape), (gates.dtype,), rows)
+    checks.tensor("rows", rows, (plan.choice_of_row.shape[0], "D"), (rows.dtype,), rows)
+    return _combine(rows, gates, *plan)

@@ -1,0 +1,9 @@
+"""The project's own studies, which are not part of the library: the icons data set (``icon_data``), training runs from
+small config files, each with a committed log, and a page made of the logs (``runner``).
+
+    studies/icons/clip_up-5000-lr0.002-s0.yaml         a run (``runner.config.StudyRun``)
+    studies/icons/logs/clip_up-5000-lr0.002-s0.jsonl   its log (``runner.log``)
+
+``python -m studies icons OUT`` builds the data set, ``run FILE`` runs or resumes a run, ``report STUDY`` writes the
+page.
+"""

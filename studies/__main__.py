@@ -1,0 +1,5 @@
+"""``python -m studies``, in the root of the repository."""
+
+from .cli import main
+
+raise SystemExit(main())

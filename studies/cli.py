@@ -1,0 +1,148 @@
+"""``python -m studies``: the icons data set, runs of a study from config files, and the page made of their logs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from clipup.cli import reporting_errors, run_one_of
+from clipup.cli.outputs import check_file
+from clipup.train import TrainingInterrupted
+
+from .icon_data.build import Sets, build
+from .runner import config, page, runner
+
+PROGRAM = "python -m studies"
+_DIVERGED, _INTERRUPTED = 1, 130
+
+
+@dataclass
+class Icons:
+    """250,000 openly licensed icons with their names as captions, from the npm package @iconify/json; no network.
+
+    RGB on white. Held out are names (validation, test_names) and whole sets in styles of their own (test_styles), and
+    with --test-drawings also drawings of names and sets that are trained on (test_drawings).
+    Get the package with `npm pack @iconify/json@2.2.535` and `tar -xzf iconify-json-2.2.535.tgz`.
+
+    Example: python -m studies icons data/icons --package package
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Directory to write; nothing is done when it holds this data set already."""
+    package: Path
+    """Directory of the unpacked npm package @iconify/json."""
+    size: int = 32
+    """Side of the images, in pixels (8 to 512)."""
+    seed: int = 0
+    """Another seed holds out other names."""
+    leave_out: tuple[str, ...] = ()
+    """Sets to do without, by their prefixes."""
+    test_drawings: bool = False
+    """Hold out drawings whose name and whose set are trained on, too; the other held-out splits stay the same."""
+    overwrite: bool = False
+    """Replace another data set in OUT."""
+    samples_per_shard: int = 4096
+    """Samples in a shard; training needs at least as many shards as workers."""
+    processes: int | None = None
+    """Processes that draw; None: one a CPU."""
+
+    def run(self) -> int:
+        start = time.perf_counter()
+        dataset = build(
+            self.out,
+            self.package,
+            self.size,
+            self.seed,
+            self.overwrite,
+            self.samples_per_shard,
+            self.processes,
+            sets=Sets.read().without(self.leave_out),
+            test_drawings=self.test_drawings,
+        )
+        seconds = time.perf_counter() - start
+        print(f"{dataset['name']} in {self.out} ({seconds:.0f} s), {self.size} x {self.size} pixels:")
+        for name, split in dataset["splits"].items():
+            twins = dataset["left_out_twins"].get(name)
+            left_out = f"; {twins['same']:,} twins and {twins['near']:,} near-twins left out" if twins else ""
+            print(
+                f"  {name:<13}{split['images']:>8,} images of {len(split['images_by_set'])} sets, "
+                f"{split['distinct_captions']:,} captions{left_out}"
+            )
+        for reason, count in dataset["skipped"].items():
+            print(f"{count:,} drawings left out: {reason}", file=sys.stderr)
+        print(
+            "who drew them and under which licences: LICENSES.md there; which words were cut from names: captions.json"
+        )
+        return 0
+
+
+@dataclass
+class Run:
+    """Runs or resumes runs, the shortest first, each after the run that it starts from; what has a log is done.
+
+    On one thread of the CPU, if --device says no other. A run that was stopped goes on where its last checkpoint is, on
+    the CPU to the same bits.
+
+    Example: python -m studies run studies/icons/clip_up-2500-lr0.004-s0.yaml --data data/icons --runs runs/icons
+    """
+
+    files: tyro.conf.Positional[tuple[Path, ...]]
+    """Config files, a run each."""
+    data: Path
+    """Directory of the data set (`python -m studies icons`)."""
+    runs: Path
+    """Directory of checkpoints and models; may be thrown away once the logs are there."""
+    logs: Path | None = None
+    """Directory of the logs. None: `logs` beside the config."""
+    device: str = "cpu"
+    """Where to train and evaluate; `cuda` for models that a CPU's thread is too slow for."""
+
+    def run(self) -> int:
+        if not self.files:
+            raise ValueError("files: name at least one config file of a run")
+        files = sorted(self.files, key=lambda file: (config.read(file).steps, file.name))
+        for number, file in enumerate(files, 1):
+            print(f"[{number}/{len(files)}] {file.stem}", flush=True)
+            try:
+                print(f"      {runner.run(file, self.data, self.runs, self.logs, self.device)}", flush=True)
+            except FloatingPointError as error:
+                print(f"python -m studies: {file.stem}: {error}", flush=True)
+                return _DIVERGED
+            except TrainingInterrupted as stopped:
+                print(f"python -m studies: stopped, saved {stopped.checkpoint}; the same command goes on", flush=True)
+                return _INTERRUPTED
+        return 0
+
+
+@dataclass
+class Report:
+    """Writes the page of a study and its figures, every number out of the logs.
+
+    Example: python -m studies report studies/icons --out docs/study.md
+    """
+
+    study: tyro.conf.Positional[Path]
+    """Directory of the study: page.md.j2, and logs."""
+    out: Path
+    """The page; figures are written beside it."""
+
+    def run(self) -> int:
+        check_file("out", self.out)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        for path in page.write(self.study, self.out):
+            print(path)
+        return 0
+
+
+COMMANDS = {"icons": Icons, "run": Run, "report": Report}
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(format="%(message)s")
+    argv = sys.argv[1:] if argv is None else argv
+    return reporting_errors(PROGRAM, lambda: run_one_of(COMMANDS, PROGRAM, "command", argv))

@@ -1,0 +1,1 @@
+"""Runs of a study: their configs, logs, measurements and page."""

@@ -1,0 +1,119 @@
+"""``StudyRun``: what a config file says about one run. The file's name is the run's."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from clipup.moe.config import MoEConfig
+from clipup.precision import Precision
+
+SUFFIX = ".yaml"
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run. A bad value raises ``ValueError`` or ``TypeError`` that names the file and the field."""
+
+    name: str
+    arm: str
+    """What is compared: runs of one arm differ by seed, steps and learning rate."""
+    model: str
+    """A model that open_clip or clipup knows by name."""
+    steps: int
+    lr: float
+    """Peak learning rate: warm-up, then a cosine down to 0."""
+    seed: int = 0
+    """Of weights, routers and the order of the data."""
+    start: str | None = None
+    """The run whose model this one goes on from. None: random weights."""
+    budget: int | None = None
+    """The steps of CLIP-UP that this run has the budget of, as many FLOPs or seconds. None: its own steps."""
+    moe: dict[str, Any] | None = None
+    """Changes to ``MoEConfig.clip_up()``; {} is the preset itself, None a dense model."""
+    why: str = ""
+    """What the run is there for, in a sentence."""
+    batch_size: int = 256
+    warmup: int = 250
+    wd: float = 0.1
+    grad_clip_norm: float = 1.0
+    precision: str = "fp32"
+    moe_cfg: MoEConfig | None = field(init=False, default=None)
+    """The sparse layers that ``moe`` means."""
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            expected = _TYPES.get(one.name)
+            value = getattr(self, one.name)
+            if expected and (not isinstance(value, expected) or isinstance(value, bool)):
+                raise TypeError(f"{one.name} must be {_named(expected)}, got {value!r}")
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.budget is not None and self.budget < 1:
+            raise ValueError(f"budget must be at least 1, got {self.budget}")
+        if self.start == self.name:
+            raise ValueError(f"start must be another run, got the run's own name {self.start!r}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+        if self.moe is not None:
+            object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**self.moe))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the run depends on, for its log."""
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        values["moe_cfg"] = None if self.moe_cfg is None else self.moe_cfg.to_dict()
+        return values
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "arm": (str,),
+    "model": (str,),
+    "why": (str,),
+    "precision": (str,),
+    "start": (str, type(None)),
+    "budget": (int, type(None)),
+    "moe": (dict, type(None)),
+    **dict.fromkeys(("steps", "seed", "batch_size", "warmup"), (int,)),
+    **dict.fromkeys(("lr", "wd", "grad_clip_norm"), (float, int)),
+}
+
+
+def read(file: str | Path) -> StudyRun:
+    """
+    Raises:
+        FileNotFoundError, ValueError, TypeError: no such file, not YAML, an unknown field, a missing or a bad one.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path} of a run")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no fields of a run, expected lines such as `steps: 5000`")
+    known = {one.name for one in dataclasses.fields(StudyRun) if one.init} - {"name"}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{path} has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    missing = [name for name in ("arm", "model", "steps", "lr") if name not in values]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    try:
+        return StudyRun(name=path.stem, **values)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def beside(file: str | Path, name: str) -> Path:
+    """The config file of another run of the same study."""
+    return Path(file).with_name(f"{name}{SUFFIX}")
+
+
+def _named(types: tuple[type, ...]) -> str:
+    return " or ".join("null" if one is type(None) else one.__name__ for one in types)

@@ -1,0 +1,83 @@
+"""The log of a run: JSON lines, small enough to be committed. What the same config gives again to the bit comes first.
+
+{"kind": "run", ...}          the config, the data, and for an upcycled model the step-0 difference
+{"kind": "train", ...}        means over a window of steps: loss, contrastive, aux; sparse also balance, z, dropped,
+                              router_entropy, and load: the largest expert's over the mean, mean over layers
+{"kind": "validation", ...}   ``measure.retrieval_numbers`` along the way, and the experts' similarity
+{"kind": "test", ...}         at the end: the same of the test splits and of validation, with hits
+{"kind": "layers", ...}       of a sparse model at the end: similarity, load and dropped, layer by layer
+{"kind": "cost", ...}         steps, pairs, FLOPs, parameters; seconds and machine, which differ from run to run
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipup.atomic_files import replace_files
+
+SUFFIX = ".jsonl"
+Record = dict[str, Any]
+WINDOWS = 50
+"""Lines of training in a log, whatever the number of steps; fewer where the trainer wrote fewer records."""
+_MEANS = ("loss", "contrastive", "aux", "balance", "z", "dropped", "router_entropy")
+
+
+def write(path: Path, records: Sequence[Record]) -> None:
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_files({path: lambda part: part.write_text(text, encoding="utf-8")})
+
+
+def read(path: str | Path) -> list[Record]:
+    """
+    Raises:
+        ValueError: a line that is no JSON, or a log that ends before its cost.
+    """
+    try:
+        records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is no log of a run: {error}") from error
+    if not records or records[-1].get("kind") != "cost":
+        raise ValueError(f"{path} is no whole log of a run, which ends with its cost: run it again")
+    return records
+
+
+def reproducible(records: Sequence[Record]) -> list[Record]:
+    """The records without what differs from run to run."""
+    return [{key: value for key, value in one.items() if key not in ("seconds", "machine")} for one in records]
+
+
+def training(history: Sequence[Record], steps: int) -> Iterator[Record]:
+    """The trainer's records as a line a window."""
+    inside: list[Record] = []
+    closed = 0
+    for record in history:
+        inside.append(record)
+        window = record["step"] * WINDOWS // steps
+        if window > closed or record is history[-1]:
+            yield _window(inside)
+            inside, closed = [], window
+
+
+def load_ratio(layer: Record) -> float:
+    """The share of a layer's busiest expert over the mean share: 1 when balanced."""
+    return max(layer["load"]) * len(layer["load"])
+
+
+def _window(records: list[Record]) -> Record:
+    line = {"kind": "train", "step": records[-1]["step"], "lr": records[-1]["lr"]}
+    for name in _MEANS:
+        if name in records[0]:
+            line[name] = _mean([record[name] for record in records])
+    if "layers" in records[0]:
+        line["load"] = _mean([load_ratio(layer) for record in records for layer in record["layers"].values()])
+    return line
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Without steps that were not applied, whose loss may be None; None when there was no other."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,65 @@
+"""What a study measures of a model: retrieval on a split where captions repeat, and the state of the experts."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipup.evaluate.encode import encode_images, encode_texts
+from clipup.evaluate.retrieval import hits_at, merge_equal, nll_both_ways, ranks_both_ways
+from clipup.inspection.expert_similarity import model_similarity
+
+RECALL_AT = (1, 5)
+BATCH = 256
+
+
+def retrieval_numbers(
+    model: nn.Module,
+    samples: Sequence[tuple[Tensor, Sequence[str], dict[str, Any]]],
+    tokenizer: Callable[[list[str]], Tensor],
+    with_hits: bool = False,
+) -> dict[str, Any]:
+    """Retrieval where every image of a caption is a right answer to it.
+
+    Args:
+        samples: (image, captions, metadata) triples, as ``clipup.data.loaders.eval_samples`` makes them.
+        with_hits: adds which queries were answered right at 1 (captions in the order of their first appearance, images
+            in the order of the samples) as base64 of packed bits, for paired statistics.
+
+    Returns:
+        ``t2i`` and ``i2t``, each {"r1", "r5", "nll"}; ``gallery`` and ``captions``, how many there are.
+    """
+    captions = [caption for _, texts, _ in samples for caption in texts]
+    owners = [row for row, (_, texts, _) in enumerate(samples) for _ in texts]
+    pairs = torch.stack([torch.arange(len(captions)), torch.tensor(owners)], 1)
+    distinct, pairs = merge_equal(captions, pairs)
+    images = encode_images(model, (image for image, _, _ in samples), BATCH)
+    texts = encode_texts(model, distinct, tokenizer, BATCH)
+    nll = nll_both_ways(images, texts, pairs, model.logit_scale.exp().item())
+    numbers: dict[str, Any] = {"gallery": len(images), "captions": len(texts)}
+    for way, ranks in ranks_both_ways(images, texts, pairs).items():
+        numbers[way] = {f"r{k}": hits_at(k, *ranks).mean().item() for k in RECALL_AT} | {"nll": nll[way]}
+        if with_hits:
+            numbers[way]["hits"] = pack(hits_at(1, *ranks) > 0.5)
+    return numbers
+
+
+def experts_alike(model: nn.Module) -> dict[str, float]:
+    """Similarity of the experts, by sparse layer: the mean cosine between the first matrices of two of them, of
+    fine-grained experts between two that began as the same shard."""
+    return {name: similarity.first_mean for name, similarity in model_similarity(model).items()}
+
+
+def pack(hits: Tensor) -> str:
+    """Base64 of packed bits."""
+    return base64.b64encode(np.packbits(hits.numpy())).decode()
+
+
+def unpack(hits: str, count: int) -> np.ndarray:
+    """bool [count], what ``pack`` was given."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(hits), np.uint8), count=count).astype(bool)

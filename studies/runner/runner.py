@@ -1,0 +1,249 @@
+"""Runs or resumes a run of a study, with the project's own training and evaluation: one thread of the CPU, or a GPU.
+
+Everything that a killed run needs to go on lies in RUNS/NAME (checkpoints, metrics); the log is written from it at the
+end. On the CPU of the same machine the same config gives the same log, to the bit, however often the run was stopped.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipup.clip.flops import count
+from clipup.data.loaders import describe, eval_samples, train_loader
+from clipup.moe.layer import moe_layers
+from clipup.precision import check_device
+from clipup.pretrained import factory, tokenizers
+from clipup.train import Every, TrainOptions, TrainResult, train
+from clipup.upcycling.step0 import step0_difference
+from clipup.upcycling.upcycle import upcycle
+from clipup_kernels import backend_info
+
+from . import log, measure
+from .config import StudyRun, beside, read
+from .results import TESTS
+
+_ABOUT_DATA = ("name", "fingerprint", "options", "source", "vocabulary", "skipped", "left_out_twins")
+_EVALUATIONS = 10
+_LOG_EVERY, _SAVE_EVERY = 10, 500
+_BACKWARD = 2  # the FLOPs of a backward pass over those of the forward pass
+
+
+def run(
+    file: str | Path, data: str | Path, runs_directory: str | Path, logs: str | Path | None = None, device: str = "cpu"
+) -> Path:
+    """Runs what a config file says, and first the runs that it goes on from, as far as they are not done.
+
+    Args:
+        file: the config (``StudyRun``); those of the runs that it goes on from lie beside it.
+        data: directory of a data set with the splits train, validation, test_styles and test_names; other splits
+            called test_... are measured too.
+        runs_directory: where checkpoints and models are kept, a directory a run.
+        logs: directory of the logs; default: ``logs`` beside the config. A run that has one is done.
+        device: where to train and evaluate; on the CPU with one thread.
+
+    Returns:
+        The log's path.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: the config, the data or the device.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the same call goes on.
+    """
+    check_device(device)
+    config = read(file)
+    logs = Path(file).parent / "logs" if logs is None else Path(logs)
+    path = logs / f"{config.name}{log.SUFFIX}"
+    if path.is_file():
+        return path
+    missing = [config]
+    while (start := missing[-1].start) is not None and not _model(runs_directory, start).is_dir():
+        if start in [one.name for one in missing]:
+            raise ValueError(f"start: {start} goes on from itself in the end; one of these runs must have no start")
+        missing.append(read(beside(file, start)))
+    for one in reversed(missing):
+        path = _write_log(_Run(one, data, runs_directory, device), logs)
+    return path
+
+
+def _write_log(run: _Run, logs: Path) -> Path:
+    """Runs it. A log that is there and says the same stays as it is, with the cost of the first time."""
+    path = logs / f"{run.config.name}{log.SUFFIX}"
+    records = run.records()
+    if not path.is_file() or log.reproducible(log.read(path)) != log.reproducible(records):
+        log.write(path, records)
+    return path
+
+
+class _Run:
+    """One run: its model, its data, its training, and the records of its log."""
+
+    def __init__(self, config: StudyRun, data: str | Path, runs_directory: str | Path, device: str = "cpu") -> None:
+        if torch.device(device).type == "cpu":
+            torch.set_num_threads(1)
+        self.device = device
+        self.config, self.data, self.runs = config, Path(data), Path(runs_directory)
+        self.dataset = describe(data)
+        self.model, self.step0 = self._model()
+        _, _, self.preprocess = _create(config.model, load_weights=False)
+        self.tokenizer = tokenizers.get_tokenizer(config.model)
+
+    def records(self) -> list[log.Record]:
+        result = self._train()
+        more = [split for split in self.dataset["splits"] if split.startswith("test_") and split not in TESTS]
+        test = {split: self._measure(result.model, split) for split in (*TESTS, *more, "validation")}
+        evaluations = [{"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations]
+        return [
+            {"kind": "run", **self.config.to_dict(), "data": self._about_data(), "step0_difference": self.step0},
+            *log.training(result.history, result.steps),
+            *evaluations,
+            {"kind": "test", **test},
+            *self._layers(result),
+            self._cost(result),
+        ]
+
+    def _model(self) -> tuple[nn.Module, float | None]:
+        """The model before its first step, and how far an upcycled one is from the dense one that it was made of."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        if config.start is None:
+            model, *_ = _create(config.model, load_weights=False)
+            return (model if config.moe_cfg is None else _sparse_from_scratch(model, config)), None
+        dense, *_ = _create(str(_model(self.runs, config.start)))
+        if config.moe_cfg is None:
+            return dense, None
+        sparse = upcycle(dense, config.moe_cfg)
+        return sparse, step0_difference(dense, sparse)
+
+    def _train(self) -> TrainResult:
+        config = self.config
+        options = TrainOptions(
+            model=config.model,
+            logs=str(self.runs),
+            name=config.name,
+            resume="latest",
+            steps=config.steps,
+            lr=config.lr,
+            wd=config.wd,
+            warmup=config.warmup,
+            grad_clip_norm=config.grad_clip_norm,
+            batch_size=config.batch_size,
+            precision=config.precision,
+            multi_positive=True,
+            device=self.device,
+            seed=config.seed,
+            save_frequency=0,
+            save_every_n_steps=_SAVE_EVERY,
+            log_every_n_steps=_LOG_EVERY,
+        )
+        loader = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size)
+        loader.dataloader.seed = config.seed
+        validation = list(self._samples("validation"))
+
+        def validate(model: nn.Module) -> dict[str, Any]:
+            numbers = measure.retrieval_numbers(model, validation, self.tokenizer)
+            alike = measure.experts_alike(model)
+            return {"numbers": numbers | ({"similarity": sum(alike.values()) / len(alike)} if alike else {})}
+
+        every = max(1, config.steps // _EVALUATIONS)
+        return train(options, model=self.model, loader=loader, callbacks=[Every(every, validate)])
+
+    def _samples(self, split: str) -> Any:
+        return eval_samples(self.data / f"{split}-*.tar", self.preprocess)
+
+    def _measure(self, model: nn.Module, split: str) -> dict[str, Any]:
+        return measure.retrieval_numbers(model, list(self._samples(split)), self.tokenizer, with_hits=True)
+
+    def _about_data(self) -> dict[str, Any]:
+        splits = self.dataset["splits"].items()
+        known = {key: self.dataset[key] for key in _ABOUT_DATA if key in self.dataset}
+        return {**known, "images": {split: content["images"] for split, content in splits}}
+
+    def _layers(self, result: TrainResult) -> list[log.Record]:
+        """The sparse layers at the end; load and dropped of the last step's batch."""
+        last = result.history[-1].get("layers", {})
+        layers = {
+            name: {
+                "similarity": similarity,
+                "load": log.load_ratio(last[name]),
+                "dropped": last[name]["dropped"],
+            }
+            for name, similarity in measure.experts_alike(result.model).items()
+        }
+        return [{"kind": "layers", "layers": layers}] if layers else []
+
+    def _cost(self, result: TrainResult) -> log.Record:
+        counts = count(result.model)
+        gflops = counts.image_gflops + counts.text_gflops
+        pairs = result.steps * self.config.batch_size
+        return {
+            "kind": "cost",
+            "steps": result.steps,
+            "pairs": pairs,
+            "gflops_per_pair": gflops,
+            "train_gflops": (1 + _BACKWARD) * gflops * pairs,
+            "params": counts.params,
+            "active_params": counts.active_params,
+            "seconds": round(result.seconds, 1),
+            "machine": _machine(self.device),
+        }
+
+
+@lru_cache(maxsize=1)
+def _training_data(data: Path, fingerprint: str, model: str, batch_size: int) -> Any:
+    """Read into memory once for the runs of a process, which differ in their order alone: set the loader's ``seed``."""
+    _, _, preprocess = _create(model, load_weights=False)
+    return train_loader(data, preprocess, tokenizers.get_tokenizer(model), batch_size, workers=0, cache=True)
+
+
+def _model(runs_directory: str | Path, name: str) -> Path:
+    return Path(runs_directory) / name / "model"
+
+
+def _create(model: str, **options: Any) -> tuple[nn.Module, Any, Any]:
+    with factory.expecting_random_weights():
+        return factory.create_model_and_transforms(model, output_dict=True, **options)
+
+
+def _sparse_from_scratch(model: nn.Module, config: StudyRun) -> nn.Module:
+    """A sparse model whose experts are drawn one by one, each as the dense model's own MLP is: at the dense scale, and
+    not copies of each other."""
+    sparse = upcycle(model, config.moe_cfg, inplace=True)
+    layers = moe_layers(sparse)
+    with torch.no_grad():
+        for expert in range(1, config.moe_cfg.num_experts):
+            other = moe_layers(upcycle(_create(config.model, load_weights=False)[0], config.moe_cfg, inplace=True))
+            for name, layer in layers.items():
+                drawn = dict(other[name].named_parameters(recurse=False))
+                for parameter_name, parameter in layer.named_parameters(recurse=False):
+                    parameter[expert].copy_(drawn[parameter_name][expert])
+    return sparse
+
+
+def _machine(device: str) -> dict[str, Any]:
+    on_gpu, backend = torch.device(device).type == "cuda", backend_info()
+    return {
+        "processor": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "instructions": backend["instructions"],
+        "matmul_dtypes": backend["matmul_dtypes"],
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": version("open_clip_torch"),
+        "clipup": backend["version"],
+    }
+
+
+def _processor() -> str:
+    """The CPU's name as Linux gives it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,180 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny_clip import tiny_clip, tiny_config
+
+import clipup
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference
+from clipup.cli import COMMANDS, main
+from clipup.cli.upcycle import check_step0
+from clipup.upcycling import upcycle
+
+
+@pytest.fixture
+def dense(tmp_path):
+    directory = tmp_path / "dense"
+    save_pretrained(tiny_clip(), directory, tiny_config())
+    return directory
+
+
+def test_usage_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {command} " in out for command in COMMANDS)
+    assert main([]) == 2
+
+
+def test_unknown_command_is_refused_with_those_there_are(capsys):
+    assert main(["upcylce"]) == 2
+    assert (
+        "there is no command 'upcylce'; did you mean 'upcycle'? Commands are demo, data, upcycle"
+        in capsys.readouterr().err
+    )
+
+
+def test_module_is_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "clipup", "nothing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "clipup: there is no command 'nothing'" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["upcycle", "flops"])
+def test_help_shows_defaults_and_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"Example: clipup {command} ViT-B-16" in out and "(default: 8)" in out
+
+
+def test_upcycle_writes_a_model_and_reports_the_step_zero_check(dense, tmp_path, capsys):
+    out = tmp_path / "sparse"
+    assert main(["upcycle", str(dense), str(out), "--num-experts", "3", "--blocks", "0", "2"]) == 0
+    report = capsys.readouterr().out
+    assert "largest difference of a normalised feature at step 0: " in report
+    assert float(report.split("at step 0: ")[1].split()[0]) <= 1e-6
+    sparse, *_ = clipup.create_model_and_transforms(str(out))
+    assert sparse.moe_config == MoEConfig.clip_up(num_experts=3, blocks=(0, 2))
+    original, *_ = clipup.create_model_and_transforms(str(dense))
+    assert step0_difference(original, sparse) <= 1e-6
+
+
+def test_upcycle_draws_the_same_routers_for_the_same_seed(dense, tmp_path):
+    def routers(name, seed):
+        assert main(["upcycle", str(dense), str(tmp_path / name), "--seed", seed]) == 0
+        model, *_ = clipup.create_model_and_transforms(str(tmp_path / name))
+        return [layer.router.weight for layer in moe_layers(model).values()]
+
+    first, again, other = routers("a", "1"), routers("b", "1"), routers("c", "2")
+    assert all(x.equal(y) and not x.equal(z) for x, y, z in zip(first, again, other, strict=True))
+
+
+def test_upcycle_without_normalised_gates_is_saved_with_its_difference(dense, tmp_path, capsys):
+    assert main(["upcycle", str(dense), str(tmp_path / "out"), "--normalize-gates", "none"]) == 0
+    assert float(capsys.readouterr().out.split("at step 0: ")[1].split()[0]) > 1e-3
+
+
+def test_models_that_should_be_equal_and_differ_are_refused():
+    with pytest.raises(ValueError, match="features differ from the dense model's by 1.0e-02.*nothing was saved"):
+        check_step0(0.01, MoEConfig())
+    with pytest.raises(ValueError, match="differ"):
+        check_step0(float("nan"), MoEConfig())
+    assert check_step0(0.01, MoEConfig(normalize_gates="none")) == 0.01
+
+
+def test_upcycle_refuses_a_directory_that_holds_something(dense, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("keep me")
+    assert main(["upcycle", str(dense), str(out)]) == 2
+    assert "exists already and holds something; choose another directory" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--top-k", "9"], "top_k (9) is larger than num_experts (8)"),
+        (["--capacity-factor", "0"], "capacity_factor must be positive"),
+        (["--blocks", "7"], "blocks names [7], but the image tower has 4 blocks"),
+        (["--pretrained", "openai"], "has no meaning with the directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(dense, tmp_path, capsys, arguments, message):
+    assert main(["upcycle", str(dense), str(tmp_path / "out"), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("clipup upcycle: ") and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback(dense, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CLIPUP_DEBUG", "1")
+    assert main(["flops", "no-such-model"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupt_is_not_a_traceback(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clipup.cli.flops.main", interrupted)
+    assert main(["flops", "ViT-B-32"]) == 130
+    assert capsys.readouterr().err == "clipup flops: interrupted\n"
+
+
+def test_flops_prints_json_alone(capsys, caplog):
+    assert main(["flops", "ViT-B-16", "--moe", "--json"]) == 0
+    captured = capsys.readouterr()
+    counts = json.loads(captured.out)
+    assert list(counts) == ["image_gflops", "text_gflops", "params", "active_params"]
+    assert counts["image_gflops"] + counts["text_gflops"] == pytest.approx(54.2, rel=0.01)
+    assert counts["active_params"] == pytest.approx(191e6, rel=0.01)
+    assert captured.err == caplog.text == ""
+    assert main(["flops", "ViT-B-16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["params"] == pytest.approx(150e6, rel=0.01)
+
+
+def test_flops_prints_a_table_of_both_with_their_ratio(capsys):
+    assert main(["flops", "ViT-B-32"]) == 0
+    head, dense, sparse, ratio = capsys.readouterr().out.splitlines()
+    assert head.split() == ["image", "GFLOP", "text", "GFLOP", "both", "params", "active"]
+    assert dense.split()[:4] == ["dense", "8.82", "5.96", "14.78"] and sparse.split()[3] == "19.55"
+    assert ratio.split() == ["ratio", "1.32", "1.33", "1.32", "2.89", "1.27"]
+
+
+def test_flops_are_those_of_the_choices_that_upcycle_takes(dense, capsys):
+    def counts(*options):
+        assert main(["flops", str(dense), "--moe", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain, last, shared = counts(), counts("--last-blocks", "1"), counts("--shared-expert")
+    assert last["params"] < plain["params"] < shared["params"]
+    assert last["image_gflops"] < plain["image_gflops"] < shared["image_gflops"]
+
+
+def test_upcycle_takes_every_choice_as_a_flag(dense, tmp_path, capsys):
+    flags = ["--blocks", "every", "--last-blocks", "3", "--num-experts", "16", "--top-k", "8", "--granularity", "4"]
+    flags += ["--shared-expert", "--score", "sigmoid", "--selection-bias", "z_score", "--selection-bias-rate", "0.01"]
+    assert main(["upcycle", str(dense), str(tmp_path / "out"), *flags]) == 0
+    assert float(capsys.readouterr().out.split("at step 0: ")[1].split()[0]) <= 1e-6
+    assert main(["upcycle", str(dense), str(tmp_path / "redrawn"), "--reinit-ratio", "0.5"]) == 0
+    assert float(capsys.readouterr().out.split("at step 0: ")[1].split()[0]) > 1e-3
+    sparse, *_ = clipup.create_model_and_transforms(str(tmp_path / "out"))
+    assert sparse.moe_config == MoEConfig.clip_up(
+        blocks="every", last_blocks=3, num_experts=16, top_k=8, granularity=4, shared_expert=True, score="sigmoid",
+        selection_bias="z_score", selection_bias_rate=0.01,
+    )  # fmt: skip
+
+
+def test_flops_of_a_sparse_directory(tmp_path, capsys):
+    save_pretrained(upcycle(tiny_clip(), MoEConfig(num_experts=2)), tmp_path, tiny_config())
+    assert main(["flops", str(tmp_path), "--moe", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert (
+        counts["params"]
+        == counts["active_params"]
+        == sum(p.numel() for p in clipup.create_model_and_transforms(str(tmp_path))[0].parameters())
+    )
+    assert main(["flops", str(tmp_path)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["image", "MoE"]

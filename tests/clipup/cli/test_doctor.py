@@ -1,0 +1,156 @@
+"""clipup doctor: the blocks of a model, what becomes of them, and the mend for what is refused."""
+
+import json
+
+import pytest
+from tiny_clip import tiny_clip, tiny_config
+from tiny_families import HUGGING_FACE, TIMM, bert_config, build, coca_cfg, hugging_face_cfg, timm_model
+
+from clipup import MoEConfig, save_pretrained
+from clipup.cli import main
+from clipup.upcycling import upcycle
+from clipup.upcycling.diagnose import diagnose
+
+RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8}
+
+
+@pytest.fixture
+def dense(tmp_path):
+    save_pretrained(tiny_clip(), tmp_path / "dense", tiny_config())
+    return str(tmp_path / "dense")
+
+
+def saved(model, cfg, directory):
+    save_pretrained(model, directory, cfg)
+    return str(directory)
+
+
+def findings(capsys, *arguments):
+    assert main(["doctor", *arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return json.loads(captured.out)
+
+
+def test_table_shows_every_tower_and_what_becomes_of_its_blocks(dense, capsys):
+    assert main(["doctor", dense]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["image", "tower:", "4", "blocks"]
+    assert lines[1] == ["blocks", "class", "MLP", "widths", "activation", "becomes"]
+    assert lines[2] == ["0,", "2", "ResidualAttentionBlock", "Sequential", "32,", "128", "gelu", "dense"]
+    assert lines[3] == ["1,", "3", "ResidualAttentionBlock", "Sequential", "32,", "128", "gelu", "sparse"]
+    assert lines[5] == ["text", "tower:", "4", "blocks"]
+    assert " ".join(lines[-1]).startswith("upcycle takes it; parameters: 0.1 M dense, 0.3 M sparse, of which 0.1 M are")
+
+
+def test_moe_options_are_those_of_upcycle(dense, capsys):
+    found = findings(capsys, dense, "--num-experts", "3", "--top-k", "1", "--towers", "text", "--blocks", "0", "-1")
+    image, text = found["towers"]
+    assert [block["fate"] for block in image["blocks"]] == ["dense"] * 4
+    assert [block["fate"] for block in text["blocks"]] == ["sparse", "dense", "dense", "sparse"]
+    assert found["moe"]["num_experts"] == 3 and found["upcycles"] and found["mend"] is None
+    sparse = upcycle(tiny_clip(), MoEConfig(num_experts=3, towers=("text",), blocks=(0, -1)))
+    assert found["params"] == sum(parameter.numel() for parameter in tiny_clip().parameters())
+    assert found["sparse_params"] == sum(parameter.numel() for parameter in sparse.parameters())
+    assert found["params"] < found["active_params"] < found["sparse_params"]
+
+
+def test_block_is_described_in_json(dense, capsys):
+    assert findings(capsys, dense)["towers"][1]["blocks"][3] == {
+        "name": "transformer.resblocks.3",
+        "block": "ResidualAttentionBlock",
+        "mlp": "Sequential",
+        "d_model": 32,
+        "d_hidden": 128,
+        "activation": "gelu",
+        "gated": False,
+        "norm": None,
+        "fate": "sparse",
+    }
+
+
+def test_refused_tower_comes_with_the_mend(tmp_path, capsys):
+    cfg = {**tiny_config(), "vision_cfg": RESNET, "custom_text": False}
+    directory = saved(build(cfg), cfg, tmp_path / "resnet")
+    assert main(["doctor", directory]) == 0
+    out = capsys.readouterr().out
+    assert "refused: the image tower (visual: ModifiedResNet) has no list of transformer blocks\n" in out
+    assert "upcycle refuses it; parameters: " in out and "\nmend: --towers text; then " in out
+    found = findings(capsys, directory)
+    assert not found["upcycles"] and found["mend"] == "--towers text"
+    assert found["towers"][0]["blocks"] == [] and found["towers"][1]["refused"] is None
+    mended = findings(capsys, directory, "--towers", "text")
+    assert mended["upcycles"] and mended["towers"][0]["refused"] is None
+    assert mended["sparse_params"] == found["sparse_params"]
+
+
+def test_blocks_that_are_not_there_are_refused(dense, capsys):
+    found = findings(capsys, dense, "--blocks", "7")
+    assert [tower["refused"][:17] for tower in found["towers"]] == ["blocks names [7],"] * 2
+    assert not found["upcycles"] and found["mend"] is found["sparse_params"] is None
+
+
+def test_sparse_model_is_called_sparse(tmp_path, capsys):
+    directory = saved(upcycle(tiny_clip(), MoEConfig(num_experts=2)), tiny_config(), tmp_path)
+    found = findings(capsys, directory)
+    assert [block["fate"] for block in found["towers"][0]["blocks"]] == ["dense", "sparse already"] * 2
+    assert not found["upcycles"] and found["sparse_params"] == found["active_params"] == found["params"]
+    assert main(["doctor", directory]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("sparse already; parameters: ")
+
+
+def test_coca_has_three_towers(tmp_path, capsys):
+    directory = saved(build(coca_cfg()), coca_cfg(), tmp_path)
+    found = findings(capsys, directory)
+    assert [(tower["tower"], len(tower["blocks"])) for tower in found["towers"]] == [
+        ("image", 2),
+        ("text", 2),
+        ("decoder", 4),
+    ]
+    assert {block["fate"] for block in found["towers"][2]["blocks"]} == {"dense"}
+    decoder = findings(capsys, directory, "--towers", "decoder")["towers"][2]
+    assert [block["fate"] for block in decoder["blocks"]] == ["dense", "sparse"] * 2
+    assert decoder["blocks"][1]["name"] == "text_decoder.cross_attn.0"
+
+
+def test_hugging_face_tower_is_read(tmp_path, capsys):
+    cfg = hugging_face_cfg(bert_config("Roberta"), tmp_path / "text")
+    assert main(["doctor", saved(build(cfg), cfg, tmp_path / "clip")]) == 0
+    assert "RobertaLayer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [*TIMM, *HUGGING_FACE])
+def test_what_the_diagnosis_calls_sparse_is_what_upcycle_makes_sparse(name, tmp_path):
+    is_timm = name in TIMM
+    model = timm_model(name) if is_timm else build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path))
+    config = MoEConfig(num_experts=2, towers=("image",) if is_timm else ("image", "text"))
+    reports = diagnose(model, config)
+    chosen = [block for tower in reports for block in tower.blocks if block.fate == "sparse"]
+    upcycle(model, config, inplace=True)
+    after = [block for tower in diagnose(model, config) for block in tower.blocks if block.fate == "sparse already"]
+    assert [block.name for block in after] == [block.name for block in chosen]
+    for before, now in zip(chosen, after, strict=True):
+        assert (before.d_model, before.d_hidden, before.activation) == (now.d_model, now.d_hidden, now.activation)
+        assert before.gated == now.gated and (before.norm == now.norm or before.norm == "input")
+
+
+def test_block_that_is_not_read_matters_only_when_it_is_chosen():
+    model = timm_model("Block/Mlp")
+    model.blocks[2].mlp.act = model.blocks[2].mlp.fc1
+    towers = ("image",)
+    (fine,) = diagnose(model, MoEConfig(towers=towers))
+    assert fine.refused is None and fine.blocks[2].mlp is None and fine.blocks[2].fate == "dense"
+    (refused,) = diagnose(model, MoEConfig(towers=towers, blocks=(2,)))
+    assert refused.blocks[2].fate == "refused" and refused.refused.startswith("blocks.2: cannot read an MLP with activ")
+
+
+def test_help_and_usage_know_it(capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--help"])
+    assert "--capacity-factor" in capsys.readouterr().out
+    assert main([]) == 2 and "doctor" in capsys.readouterr().out
+
+
+def test_unknown_model_is_one_line(capsys):
+    assert main(["doctor", "no-such-model"]) == 2
+    assert capsys.readouterr().err.startswith("clipup doctor: 'no-such-model' is neither a model")

@@ -1,0 +1,218 @@
+"""Mistakes on the command line: each ends in one line that says what to change, and exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_clip import tiny_clip, tiny_config
+
+import clipup
+from clipup import MoEConfig, save_pretrained
+from clipup.cli import COMMANDS, main
+from clipup.train import TrainOptions, train
+from clipup.upcycling import upcycle
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with models, data and broken files, which the commands run in."""
+    root = tmp_path_factory.mktemp("place")
+    save_pretrained(tiny_clip(), root / "dense", tiny_config())
+    save_pretrained(upcycle(tiny_clip(), MoEConfig(num_experts=2)), root / "sparse", tiny_config())
+    for directory in ("jpegs", "pairs", "tables", "shards", "empty", "no_cfg", "half_cfg", "cut"):
+        (root / directory).mkdir()
+    for name in ("jpegs/cat.jpg", "pairs/cat.jpg"):
+        Image.new("RGB", (8, 8)).save(root / name)
+    (root / "pairs" / "cat.txt").write_text("a cat")
+    (root / "x.csv").write_text(f"filepath\ttitle\n{root / 'jpegs/cat.jpg'}\ta cat\n")
+    (root / "tables" / "x.csv").write_text("filepath\ttitle\n")
+    (root / "shards" / "0.tar").write_bytes(b"")
+    (root / "classes.txt").write_text("cat\n")
+    (root / "no_cfg" / "open_clip_config.json").write_text('{"model_cfg": 3}')
+    (root / "half_cfg" / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 4}}')
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        (root / "cut" / name).write_bytes((root / "dense" / name).read_bytes()[: 10**9 if "config" in name else 1000])
+    return root
+
+
+@pytest.fixture
+def refused(place, capsys, monkeypatch):
+    """The message of a command that is refused."""
+    monkeypatch.chdir(place)
+    before = sorted(place.rglob("*"))
+
+    def run(line):
+        argv = line.split()
+        assert main(argv) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"clipup {argv[0]}: ") and sorted(place.rglob("*")) == before
+        return error.removeprefix(f"clipup {argv[0]}: ")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train", "model is missing: pass a name that open_clip knows, such as --model ViT-B-16"),
+        ("train --train-data x.csv --pretrained weights.pt", "model is missing"),
+        ("train --model dense", "train_data is missing: pass --train-data with a CSV file or WebDataset shards"),
+        ("train --model dense --train-data x.csv --val-data nowhere.csv --batch-size 1", "val_data: there is no file"),
+        ("train --model dense --train-data x.csv --logs x.csv", "logs: PLACE/x.csv is a file; expected a directory"),
+        ("train --model dense --train-data x.csv --device gpu", "device is 'gpu', expected cpu, cuda or cuda:N"),
+        (
+            "upcycle ViT-B-32 out",
+            "pretrained is missing, so ViT-B-32 would have random weights; give a file of weights",
+        ),
+        ("upcycle dense x.csv/out", "out: PLACE/x.csv is a file; expected a directory"),
+        ("eval ViT-B-32 --val-data x.csv", "or --random-weights, to measure them all the same"),
+        ("eval ViT-B-32 --pretrained openai --val-data nowhere.csv", "val_data: there is no file nowhere.csv"),
+        ("eval dense --val-data x.csv --out jpegs", "out: jpegs is a directory; expected the path of a file"),
+        ("eval dense --val-data x.csv --device gpu", "device is 'gpu', expected cpu, cuda or cuda:N"),
+        ("eval no_cfg --val-data x.csv", "no_cfg/open_clip_config.json has no model_cfg"),
+        ("eval half_cfg --val-data x.csv", "half_cfg/open_clip_config.json lacks vision_cfg, text_cfg"),
+        ("eval cut --val-data x.csv", "cut/open_clip_model.safetensors is not a whole safetensors file: "),
+        ("report sparse --captions jpegs", "captions: there is no file jpegs"),
+        ("report sparse --images jpegs --out jpegs", "out: jpegs is a directory; expected the path of a file"),
+        ("report sparse --images jpegs --dense ViT-B-32", "dense_pretrained is missing, so ViT-B-32 would have random"),
+        ("doctor half_cfg", "lacks vision_cfg, text_cfg"),
+        ("data icon", "there is no data set 'icon'; did you mean 'icons'?"),
+        ("study rnu", "there is no command 'rnu'; did you mean 'run'?"),
+    ],
+)
+def test_mistake_is_one_line_that_says_what_to_change(refused, place, line, message):
+    assert message.replace("PLACE", str(place)) in refused(line)
+
+
+@pytest.mark.parametrize(
+    ("directory", "advice"),
+    [
+        (
+            "jpegs",
+            "it holds images, such as cat.jpg, and no captions: write a CSV file with the columns filepath and title",
+        ),
+        ("pairs", "tar --sort=name -cf data.tar -C pairs . and name data.tar"),
+        ("tables", "name the file in it, tables/x.csv"),
+        ("shards", "name the shards of one split, such as shards/*.tar"),
+        ("empty", "it holds no shard (.tar), no CSV file and no image"),
+    ],
+)
+def test_directory_as_data_is_refused_with_what_to_name_in_it(refused, directory, advice):
+    assert f"train_data: {directory} is a directory: " in (
+        error := refused(f"train --model dense --train-data {directory}")
+    )
+    assert advice in error
+    assert advice in refused(f"eval dense --val-data {directory}")
+
+
+TRAIN = "train --model dense --train-data x.csv"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{TRAIN} --num-experts 8", "--num-experts has no effect without --moe"),
+        (f"{TRAIN} --top_k=1 --no-priority", "--top_k, --no-priority have no effect without --moe"),
+        (f"{TRAIN} --moe --selection-bias-rate 0.1", "--selection-bias-rate has no effect without --selection-bias"),
+        (f"{TRAIN} --moe --balance-weight 0 --balance top2", "--balance has no effect with --balance-weight 0"),
+        (f"{TRAIN} --moe --entropy-threshold 1", "--entropy-threshold has no effect without --global-entropy-weight"),
+        (f"{TRAIN} --moe --capacity-factor None --priority", "--priority has no effect without --capacity-factor"),
+        (f"{TRAIN} --moe --towers image --no-padding-aware", "--no-padding-aware has no effect without the text tower"),
+        (f"{TRAIN} --train-num-samples 9", "--train-num-samples has no effect on a CSV file"),
+        (f"{TRAIN} --dataset-resampled", "--dataset-resampled has no effect on a CSV file"),
+        (f"{TRAIN} --val-frequency 2", "--val-frequency has no effect without --val-data"),
+        (f"{TRAIN} --skip-scheduler --warmup 5", "--warmup has no effect with --skip-scheduler"),
+        (f"{TRAIN} --siglip --no-local-loss", "--no-local-loss has no effect with --siglip"),
+        (f"{TRAIN} --resume latest --name a --force", "--force has no effect with --resume"),
+        (f"{TRAIN} --save-frequency 0 --delete-previous-checkpoint", "has no effect with --save-frequency 0"),
+        (
+            f"{TRAIN} --batch-size 1 --coca-caption-loss-weight 3",
+            "coca_caption_loss_weight has no effect: the model has",
+        ),
+        (
+            "train --model dense --train-data a.tar --csv-separator ,",
+            "--csv-separator has no effect on data that are no CSV",
+        ),
+        ("upcycle dense out --calibrate-steps 3", "--calibrate-steps has no effect without --calibrate-data"),
+        ("upcycle dense out --random-weights", "--random-weights has no effect on a model that brings its weights"),
+        ("upcycle dense out --selection-bias-rate 0.1", "--selection-bias-rate has no effect without --selection-bias"),
+        ("eval dense --val-data x.csv --split val", "--split has no effect without --dataset"),
+        ("eval dense --val-data x.csv --templates t.txt", "--templates has no effect without classes"),
+        (
+            "eval dense --classes c --images i --multi-positive",
+            "--multi-positive has no effect without data for retrieval",
+        ),
+        ("eval dense --classes c --images i --dataset-type csv", "--dataset-type has no effect without --val-data"),
+        ("eval dense --dataset csv --root x.csv --annotations a", "--annotations has no effect on another --dataset"),
+        ("eval dense --val-data a.tar --csv-img-key i", "--csv-img-key has no effect on data that are no CSV file"),
+        ("flops dense --json --num-experts 4", "--num-experts has no effect on --json without --moe"),
+        ("flops sparse --num-experts 4", "--num-experts has no effect on a model that is sparse already"),
+        ("doctor sparse --top-k 1", "--top-k has no effect on a model that is sparse already"),
+        ("demo --lr 1e-3", "--lr has no effect without --dense-steps"),
+    ],
+)
+def test_flag_without_effect_is_refused_by_name(refused, line, message):
+    assert message in refused(line)
+
+
+def test_sparse_options_for_a_dense_model_are_refused_in_python(tmp_path):
+    options = TrainOptions(moe_cfg=MoEConfig(num_experts=4), steps=1, logs=None, device="cpu")
+    with pytest.raises(ValueError, match="moe_cfg has no effect without moe=True"):
+        train(options, model=tiny_clip(), loader=[])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_lack_of_memory_is_one_line_and_other_faults_of_ours_are_not_hidden(error, monkeypatch, capsys):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("clipup.cli.flops.main", fail)
+    assert main(["flops", "dense"]) == 2
+    assert capsys.readouterr().err == f"clipup flops: out of memory: {error}".rstrip() + "\n"
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        main(["flops", "dense"])
+
+
+def test_random_weights_are_upcycled_when_that_is_asked_for(tmp_path, capsys):
+    assert main(["upcycle", "clipup-tiny-32", str(tmp_path / "out"), "--random-weights"]) == 0
+    assert f"saved to {tmp_path / 'out'}, of random weights" in capsys.readouterr().out
+
+
+def test_version_is_printed_and_is_that_of_the_package(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"clipup {clipup.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "data icons", "data pictograms", "study run", "study report"])
+def test_every_command_explains_itself(command, capsys):
+    try:
+        code = main([*command.split(), "--help"])
+    except SystemExit as stop:
+        code = stop.code
+    assert (
+        code in (0, None)
+        and f"usage: {'clip_benchmark' if command == 'benchmark' else 'clipup'}" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"), [("train --modle ViT-B-32", "--model"), ("eval d --val-dat x", "--val-data")]
+)
+def test_misspelt_flag_is_refused_with_the_one_that_was_meant(flag, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(flag.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and meant in error.split("meant")[1]
+
+
+def test_reader_that_stops_reading_is_no_error():
+    command = f"{sys.executable} -m clipup doctor clipup-tiny-32 | true"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == ""

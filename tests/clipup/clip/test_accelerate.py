@@ -1,0 +1,240 @@
+"""accelerate: a model for inference, its sparse and dense layers prepared, everything else as it was."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune as prune
+from tiny_clip import CONFIGS, tiny_clip
+from tiny_families import HUGGING_FACE, TIMM, build, hugging_face_cfg, timm_model
+from torch import nn
+
+import clipup
+from clipup.clip.inputs import random_inputs
+from clipup.clip.towers import tower_blocks
+
+
+def features(model):
+    images, texts = random_inputs(model, batch_size=3)
+    return model.encode_image(images), model.encode_text(texts)
+
+
+def assert_close(ours, theirs, tolerance):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_features_are_equal_to_rounding(kind):
+    model = tiny_clip(kind).eval()
+    fast = clipup.accelerate(model)
+    replaced = [name for name, module in fast.named_modules() if type(module).__name__ == "PreparedMLP"]
+    assert replaced
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        theirs = features(model)
+        for _ in range(3):
+            torch.manual_seed(0)
+            assert_close(features(fast), theirs, 1e-5)
+
+
+def test_the_kernels_are_what_runs(monkeypatch):
+    calls = []
+    module = importlib.import_module("clipup.dense.prepared")
+    monkeypatch.setattr(module, "dense_mlp", lambda x, *rest: calls.append(x.shape) or torch.zeros_like(x))
+    with torch.no_grad():
+        features(clipup.accelerate(tiny_clip().eval()))
+    assert len(calls) == 8  # 4 blocks in each of two towers
+
+
+def test_texts_are_computed_to_the_end_of_the_longest_one():
+    model = tiny_clip().eval()
+    fast = clipup.accelerate(model)
+    seen = []
+    fast.transformer.resblocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    texts = torch.tensor([[5, 7, 63, 0, 0, 0, 0, 0, 0, 0], [5, 7, 8, 9, 63, 0, 0, 0, 0, 0]])
+    with torch.inference_mode():
+        assert_close([fast.encode_text(texts)], [model.encode_text(texts)], 1e-5)
+    assert seen == [5]
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_state_dict_is_the_plain_models(kind, sparse):
+    model = tiny_clip(kind)
+    model = clipup.upcycle(model, clipup.MoEConfig()) if sparse else model
+    fast = clipup.accelerate(model)
+    plain, ours = model.state_dict(), fast.state_dict()
+    assert ours.keys() == plain.keys()
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
+def test_other_weights_are_loaded_into_a_prepared_model():
+    other = tiny_clip().eval()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    fast = clipup.accelerate(tiny_clip())
+    fast.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        theirs = features(other)
+        torch.manual_seed(0)
+        assert_close(features(fast), theirs, 1e-5)
+
+
+def test_the_model_is_for_inference_only():
+    fast = clipup.accelerate(tiny_clip().train())
+    assert not any(module.training for module in fast.modules())
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    with pytest.raises(RuntimeError, match="no training mode.*prepare it again"):
+        fast.train()
+    assert all(not feature.requires_grad for feature in features(fast))  # without no_grad()
+
+
+def test_a_model_is_cast_before_it_is_prepared():
+    model = tiny_clip().eval()
+    half = clipup.accelerate(copy.deepcopy(model).to(torch.bfloat16))
+    image, _ = random_inputs(model, batch_size=2)
+    with torch.inference_mode():
+        difference = (half.encode_image(image.bfloat16()).float() - model.encode_image(image)).abs().max()
+        assert difference < 0.05 * model.encode_image(image).abs().max()
+        fast = clipup.accelerate(model)
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="autocast asks for torch.bfloat16"):
+            fast.encode_image(image)
+    with pytest.raises(RuntimeError, match="of type torch.bfloat16, and cannot become torch.float32"):
+        half.float()
+
+
+def test_sparse_models_keep_their_sparse_blocks():
+    sparse = clipup.upcycle(tiny_clip(), clipup.MoEConfig()).eval()
+    fast = clipup.accelerate(sparse)
+    assert list(clipup.moe_layers(fast)) == list(clipup.moe_layers(sparse))
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        theirs = features(sparse)
+        torch.manual_seed(0)
+        assert_close(features(fast), theirs, 1e-5)
+
+
+def test_the_model_itself_is_changed_only_when_asked():
+    model = tiny_clip()
+    assert clipup.accelerate(model) is not model
+    assert not any(type(module).__name__ == "PreparedMLP" for module in model.modules())
+    assert clipup.accelerate(model, inplace=True) is model
+    assert any(type(module).__name__ == "PreparedMLP" for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.Linear(3, 3), ValueError, "no sparse layer and no dense MLP to prepare; MLPs that are read"),
+        (None, TypeError, "model must be a torch.nn.Module, got NoneType"),
+        ("ViT-B-32", TypeError, "model must be a torch.nn.Module, got str"),
+        (clipup.SparseMoE(8, 16, device="meta"), ValueError, "the model is on meta; it is prepared for CPUs"),
+    ],
+    ids=["nothing to prepare", "None", "a name", "another device"],
+)
+def test_what_cannot_be_prepared_is_refused(model, error, message):
+    with pytest.raises(error, match=message):
+        clipup.accelerate(model)
+
+
+def test_a_layer_that_computes_something_else_is_refused():
+    class Doubled(clipup.SparseMoE):
+        def forward(self, x, mask=None):
+            return 2 * super().forward(x, mask)
+
+    with pytest.raises(TypeError, match="1 is a .*Doubled, which overrides"):
+        clipup.accelerate(nn.Sequential(nn.Linear(8, 8), Doubled(8, 16)))
+
+
+def test_preparing_twice_is_preparing_once():
+    fast = clipup.accelerate(clipup.upcycle(tiny_clip(), clipup.MoEConfig()))
+    again = clipup.accelerate(fast)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        ours = features(fast)
+        torch.manual_seed(0)
+        assert all(torch.equal(a, b) for a, b in zip(features(again), ours, strict=True))
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_every_family_that_dense_mlp_computes_is_accelerated(name):
+    model = timm_model(name).eval()
+    if name.endswith("normed"):
+        with pytest.raises(ValueError, match="no dense MLP to prepare"):
+            clipup.accelerate(model)
+        return
+    fast = clipup.accelerate(model)
+    replaced = [module for module in fast.modules() if type(module).__name__ == "PreparedMLP"]
+    assert len(replaced) == len(tower_blocks(model, "image"))
+    images, _ = random_inputs(model, 2)
+    with torch.inference_mode():
+        assert_close([fast(images), fast(images)], [model(images)] * 2, 1e-5)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_towers_are_accelerated_where_their_mlp_is_one_module(name, tmp_path):
+    model = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)).eval()
+    fast = clipup.accelerate(model)
+    replaced = [n for n, module in fast.named_modules() if type(module).__name__ == "PreparedMLP"]
+    assert sum(n.startswith("text.") for n in replaced) == (2 if name.startswith("MT5") else 0)
+    with torch.inference_mode():
+        assert_close(features(fast), features(model), 1e-5)
+
+
+def test_the_plain_model_is_what_is_saved(tmp_path):
+    with pytest.raises(ValueError, match="prepared by clipup.accelerate; save the plain model"):
+        clipup.save_pretrained(clipup.accelerate(tiny_clip()), tmp_path / "model", {})
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("where", ["the MLP", "its projection", "a forward of its own"])
+def test_an_mlp_that_computes_something_else_stays_as_it_is(where):
+    """A hook, or a replaced forward, would be lost with the module that has it."""
+    model = tiny_clip().eval()
+    block = model.visual.transformer.resblocks[1]
+    if where == "a forward of its own":
+        block.mlp.c_fc.forward = lambda x: 3 * F.linear(x, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
+    else:
+        module = block.mlp if where == "the MLP" else block.mlp.c_fc
+        module.register_forward_hook(lambda module, args, output: 3 * output)
+    images, _ = random_inputs(model, batch_size=2)
+    with torch.no_grad():
+        assert_close(
+            [clipup.accelerate(model, inplace=where.endswith("own")).encode_image(images)],
+            [model.encode_image(images)],
+            1e-5,
+        )
+    if where != "a forward of its own":
+        with pytest.raises(TypeError, match="resblocks.1: cannot read an MLP with forward hooks.*remove them first"):
+            clipup.upcycle(model)
+
+
+def test_the_model_that_was_prepared_shares_nothing_with_the_copy(monkeypatch):
+    model = tiny_clip().eval()
+    model.tied = nn.Linear(32, 128, bias=False)
+    model.tied.weight = model.visual.transformer.resblocks[0].mlp.c_fc.weight
+    fast = clipup.accelerate(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    ours = {parameter.data_ptr() for parameter in fast.parameters()}
+    assert not ours & {parameter.data_ptr() for parameter in model.parameters()}
+    assert torch.equal(fast.tied.weight, model.tied.weight)
+    glu = timm_model("Block/GeGluMlp").blocks[0].mlp
+    assert clipup.accelerate(glu).norm.weight.data_ptr() != glu.norm.weight.data_ptr()
+    assert all(parameter.requires_grad for parameter in glu.parameters())
+
+
+def test_inplace_is_true_or_false():
+    with pytest.raises(TypeError, match="inplace must be True or False, got 'no'"):
+        clipup.accelerate(tiny_clip(), inplace="no")
+
+
+def test_pruned_experts_are_refused_by_name():
+    layer = clipup.SparseMoE(8, 16)
+    prune.l1_unstructured(layer, "in_weight", 0.5)
+    with pytest.raises(TypeError, match="in_weight of the layer is no plain parameter.*prune.remove"):
+        clipup.accelerate(layer)

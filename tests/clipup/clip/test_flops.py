@@ -1,0 +1,91 @@
+"""FLOPs and parameters against published and derived numbers for whole models, and against sums done by hand."""
+
+import pytest
+import torch
+from tiny_clip import CONFIGS, tiny_clip
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipup import MoEConfig, create_model_and_transforms
+from clipup.clip import accelerate
+from clipup.clip.flops import count, countable_attention
+from clipup.clip.inputs import random_inputs
+from clipup.upcycling import upcycle
+
+# model: image GFLOP, text GFLOP, both with every other block sparse (8 experts, top 2)
+TABLE = {"ViT-B-32": (8.82, 5.96, 19.6), "ViT-B-16": (35.13, 5.96, 54.2), "ViT-L-14": (162.03, 13.30, 231.5)}
+
+
+def counts_of(name):
+    with torch.device("meta"):
+        dense, *_ = create_model_and_transforms(name, device="meta")
+    return count(dense), count(upcycle(dense, MoEConfig.clip_up()))
+
+
+@pytest.fixture(scope="module")
+def published():
+    return {name: counts_of(name) for name in TABLE}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_flops_of_whole_models_are_the_known_ones(published, name):
+    dense, sparse = published[name]
+    image, text, sparse_both = TABLE[name]
+    assert dense.image_gflops == pytest.approx(image, rel=0.01)
+    assert dense.text_gflops == pytest.approx(text, rel=0.01)
+    assert sparse.image_gflops + sparse.text_gflops == pytest.approx(sparse_both, rel=0.01)
+
+
+def test_sparse_b16_costs_31_percent_of_dense_l14(published):
+    sparse, dense = published["ViT-B-16"][1], published["ViT-L-14"][0]
+    ratio = (sparse.image_gflops + sparse.text_gflops) / (dense.image_gflops + dense.text_gflops)
+    assert ratio == pytest.approx(0.309, rel=0.01)
+
+
+def test_parameters_of_b16_are_the_known_ones(published):
+    dense, sparse = published["ViT-B-16"]
+    assert dense.params == dense.active_params == pytest.approx(150e6, rel=0.01)
+    assert sparse.params == pytest.approx(436e6, rel=0.01)
+    assert sparse.active_params == pytest.approx(191e6, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_upcycling_adds_the_experts_a_token_meets_and_the_router(kind, top_k):
+    model = tiny_clip(kind)
+    dense, sparse = count(model), count(upcycle(model, MoEConfig(num_experts=3, top_k=top_k, towers=("text",))))
+    tokens, width, hidden, layers = 10, 32, 128, 2
+    passes = 2 * tokens * 2 * width * hidden
+    router = 2 * tokens * 3 * width
+    added = layers * ((top_k - 1) * passes + router)
+    assert (sparse.text_gflops - dense.text_gflops) * 1e9 == pytest.approx(added)
+    assert sparse.image_gflops == dense.image_gflops > 0
+    expert = 2 * width * hidden + width + hidden
+    assert sparse.params - dense.params == layers * (2 * expert + 3 * width)
+    assert sparse.active_params - dense.params == layers * ((top_k - 1) * expert + 3 * width)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_flops_counted_without_running_are_those_of_a_run(kind):
+    config = MoEConfig(num_experts=3, padding_aware=False)  # texts of full length are counted
+    model = upcycle(tiny_clip(kind), config).eval().requires_grad_(False)
+    images, texts = random_inputs(model, 1)
+    counted = []
+    for encode, inputs in ((model.encode_image, images), (model.encode_text, texts)):
+        with torch.no_grad(), countable_attention(), FlopCounterMode(display=False) as counter:
+            encode(inputs)
+        counted.append(counter.get_total_flops() / 1e9)
+    assert count(model)[:2] == tuple(counted)
+
+
+def test_counting_changes_nothing():
+    model = upcycle(tiny_clip(), MoEConfig(num_experts=2, capacity_factor=0.5))
+    torch.backends.mha.set_fastpath_enabled(True)
+    first = count(model)
+    assert model.training and not any(parameter.is_meta for parameter in model.parameters())
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert count(model) == first == count(model.eval().bfloat16())
+
+
+def test_a_prepared_model_is_not_counted_since_packed_weights_are_no_parameters():
+    with pytest.raises(ValueError, match="prepared by clipup.accelerate; count the plain model"):
+        count(accelerate(tiny_clip()))

@@ -1,0 +1,76 @@
+import pytest
+
+from clipup.demo import comparison_tables
+from clipup.demo.comparison_tables import comparison_table
+from clipup.inspection.figures import tables
+
+
+def test_the_terminal_table_is_ascii_and_fits_100_columns(report):
+    text = comparison_table(report)
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_terminal_table_ends_with_the_verdict(make):
+    assert "behind the dense model continued" in " ".join(comparison_table(make.report(0.2, 0.2)).split())
+
+
+def test_chance_and_gallery_size_are_shown(report):
+    first, *rest = comparison_table(report).splitlines()
+    assert "gallery of 1,012 images and 3,988 captions, chance R@1 0.099 %" in first
+    assert any("emoji, gallery 402" in line and "concepts, gallery 894" in line for line in rest)
+    chances = [line.split()[1:] for line in rest if line.startswith("Chance")]
+    assert chances == [["0.099", "0.099"], ["0.25", "0.25", "0.11", "0.11"]]
+
+
+def test_every_arm_has_its_recalls_and_costs(report):
+    text = comparison_table(report)
+    recalls, costs, *_ = [line.split()[1:] for line in text.splitlines() if line.startswith("CLIP-UP  ")]
+    assert recalls == ["24.3", "46.2", "58.4", "24.6", "46.8", "59.1"]
+    assert costs == ["400", "78", "1.772", "1.013", "0.0163"]
+
+
+def test_the_last_rows_compare_clip_up_with_the_dense_model_continued(report):
+    assert [one.cells[-1] for one in comparison_tables.quality(report).columns] == [
+        "+1.2",
+        "+2.3",
+        "+3.0",
+        "+0.7",
+        "+1.3",
+        "+1.7",
+    ]
+    assert [one.cells[-1] for one in comparison_tables.cost(report).columns] == [
+        "×1.00",
+        "×1.34",
+        "×2.10",
+        "×1.20",
+        "×1.32",
+    ]
+
+
+@pytest.mark.parametrize(
+    "make_table",
+    [comparison_tables.quality, comparison_tables.cost, comparison_tables.splits, comparison_tables.overview],
+)
+def test_numbers_are_flush_right_under_their_headings(report, make_table):
+    table = make_table(report)
+    _, labels, _, *rows = tables.as_text(table).splitlines()
+    ends = [labels.index(one.label) + len(one.label) for one in table.columns[:1]]
+    position = ends[0]
+    for place, one in enumerate(table.columns):
+        if place:
+            position = labels.index(one.label, position) + len(one.label)
+        for row, cell in zip(rows, one.cells, strict=True):
+            assert row[:position].endswith(cell)
+
+
+@pytest.mark.parametrize("difference, said", [(2.98e-7, "at most 3.0e-07"), (3e-3, "more than rounding")])
+def test_the_difference_at_step_zero_is_judged(report, difference, said):
+    report["upcycled_step0"]["max_feature_difference"] = difference
+    assert said in " ".join(comparison_table(report).split())
+
+
+def test_a_report_with_holes_has_dashes_and_does_not_fail():
+    table = comparison_table({"dense": {"t2i": {"r1": float("nan")}, "steps": None}})
+    assert "Dense" in table and "nan" not in table.lower()
+    assert "No verdict" in comparison_table({})

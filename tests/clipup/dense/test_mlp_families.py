@@ -1,0 +1,210 @@
+import dataclasses
+
+import open_clip.transformer
+import pytest
+import timm.layers
+import torch
+import transformers
+from timm.models.vision_transformer import Block
+from timm.models.vitamin import GeGluMlp
+from tiny_clip import CONFIGS, tiny_clip
+from tiny_families import draw_biases_and_norms
+from torch import nn
+from transformers.models.mt5 import modeling_mt5
+
+from clipup import MoEConfig, SparseMoE
+from clipup.clip.towers import tower_blocks
+from clipup.dense.mlp_families import families_read, read_block, read_mlp
+from clipup_kernels.reference import activate
+
+D, H = 12, 20
+
+
+def open_clip_mlp(activation=None, **extra):
+    mlp = nn.Sequential()
+    for name, part in {
+        "c_fc": nn.Linear(D, H),
+        "gelu": activation or nn.GELU(),
+        **extra,
+        "c_proj": nn.Linear(H, D),
+    }.items():
+        mlp.add_module(name, part)
+    return mlp
+
+
+def mt5_mlp(feed_forward):
+    config = transformers.MT5Config(d_model=D, d_ff=H, feed_forward_proj=feed_forward)
+    return modeling_mt5.MT5LayerFF(config).DenseReluDense
+
+
+ACTIVATIONS = [
+    (nn.GELU(), "gelu"),
+    (nn.GELU(approximate="tanh"), "gelu_tanh"),
+    (open_clip.transformer.QuickGELU(), "quick_gelu"),
+    (nn.ReLU(), "relu"),
+    (nn.SiLU(), "silu"),
+    (timm.layers.GELU(), "gelu"),
+    (timm.layers.GELUTanh(), "gelu_tanh"),
+    (timm.layers.QuickGELU(), "quick_gelu"),
+    (timm.layers.Swish(), "silu"),
+    (transformers.activations.ACT2FN["gelu"], "gelu"),
+    (transformers.activations.ACT2FN["gelu_new"], "gelu_tanh"),
+    (transformers.activations.ACT2FN["gelu_pytorch_tanh"], "gelu_tanh"),
+    (transformers.activations.ACT2FN["quick_gelu"], "quick_gelu"),
+    (transformers.activations.ACT2FN["silu"], "silu"),
+    (transformers.activations.ACT2FN["relu"], "relu"),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), ACTIVATIONS)
+def test_activation_is_read_as_what_it_computes(module, name):
+    z = torch.linspace(-4, 4, 101)
+    assert read_mlp(open_clip_mlp(module)).activation == name
+    torch.testing.assert_close(activate(z, name), module(z.clone()))
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        open_clip_mlp(),
+        open_clip_mlp(ln=nn.Identity()),
+        timm.layers.Mlp(D, H),
+        timm.layers.Mlp(D, H, bias=False, act_layer=timm.layers.QuickGELU),
+        open_clip_mlp(ln=open_clip.transformer.LayerNorm(H)),
+        open_clip_mlp(ln=open_clip.transformer.LayerNormFp32(H)),
+        timm.layers.Mlp(D, H, norm_layer=nn.LayerNorm),
+        timm.layers.SwiGLU(D, H),
+        timm.layers.SwiGLU(D, H, bias=False),
+        timm.layers.SwiGLU(D, H, norm_layer=timm.layers.LayerNorm),
+        timm.layers.GluMlp(D, 2 * H, act_layer=nn.GELU),
+        timm.layers.GluMlp(D, 2 * H, act_layer=nn.SiLU, gate_last=False, norm_layer=timm.layers.LayerNormFp32),
+        timm.layers.GluMlp(D, 2 * H, act_layer=nn.SiLU, bias=False),
+        mt5_mlp("relu"),
+        mt5_mlp("gated-gelu"),
+        mt5_mlp("gated-silu"),
+    ],
+)
+def test_mlp_read_computes_what_the_module_does(mlp):
+    draw_biases_and_norms(mlp.eval())
+    x = torch.randn(9, D)
+    layer = SparseMoE.from_dense(mlp, MoEConfig(num_experts=3))
+    torch.testing.assert_close(layer(x), mlp(x))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_every_block_of_the_supported_towers_is_read(kind, tower):
+    blocks = tower_blocks(tiny_clip(kind), tower)
+    expected = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_tanh"}.get(kind, "gelu")
+    assert {read_block(block).activation for block in blocks.values()} == {expected}
+    assert all(read_block(block).in_weight is block.mlp[0].weight for block in blocks.values() if kind != "timm")
+
+
+class LooksLikeMlp(timm.layers.Mlp):
+    """Has all the attributes of a timm Mlp and computes something else."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class LooksLikeABlock(Block):
+    """Has ``.mlp`` and may use it in any way."""
+
+
+class WithoutMlp(nn.Module):
+    """A block of some other kind."""
+
+
+def mlp_of_other_linears():
+    mlp = open_clip_mlp()
+    mlp.c_proj = nn.LazyLinear(D)
+    return mlp
+
+
+def mlp_with_one_bias():
+    mlp = open_clip_mlp()
+    mlp.c_proj = nn.Linear(H, D, bias=False)
+    return mlp
+
+
+@pytest.mark.parametrize(
+    ("mlp", "message"),
+    [
+        (
+            LooksLikeMlp(D, H),
+            "cannot read .*LooksLikeMlp as an MLP; MLPs that are read: .* in open_clip's .* in timm's ",
+        ),
+        (timm.layers.ConvMlp(D, H), "cannot read timm.layers.mlp.ConvMlp as an MLP"),
+        (nn.Sequential(nn.Linear(D, H)), "cannot read an nn.Sequential of 0 as an MLP, expected c_fc, gelu, c_proj"),
+        (open_clip_mlp(ln=nn.RMSNorm(H)), r"with a torch.nn.modules.normalization.RMSNorm \(ln\) between its proj"),
+        (open_clip_mlp(ln=nn.LayerNorm(H, bias=False)), r"with a layer norm \(ln\) that lacks weight or bias"),
+        (open_clip_mlp(nn.Tanh()), "activation torch.nn.modules.activation.Tanh; activations that are read: torch.nn"),
+        (timm.layers.Mlp(D, H, norm_layer=timm.layers.RmsNorm), r"RmsNorm \(norm\) between its projections"),
+        (
+            timm.layers.Mlp(D, H, drop=0.1),
+            r"drop2=Dropout\(p=0.1, .*behind its projections: the experts have no dropout",
+        ),
+        (timm.layers.Mlp(D, H, drop=(0.0, 0.2)), r"drop2=Dropout\(p=0.2"),
+        (
+            timm.layers.Mlp(D, H, use_conv=True),
+            "projection is a torch.nn.modules.conv.Conv2d, expected a plain",
+        ),
+        (mlp_of_other_linears(), "projection is a torch.nn.modules.linear.LazyLinear"),
+        (mlp_with_one_bias(), "with a bias in only one of its projections"),
+        (timm.layers.Mlp(D, H, D + 1), "from width 12 over 20 to 13; experts end as wide as they start"),
+        (timm.layers.GluMlp(D, 2 * H), "activation torch.nn.modules.activation.Sigmoid"),
+        (timm.layers.GluMlp(D, 2 * H, use_conv=True), "projection is a torch.nn.modules.conv.Conv2d"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(mlp, message):
+    with pytest.raises(TypeError, match=message):
+        read_mlp(mlp)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (LooksLikeABlock(D, 2), r"MLP of a .*LooksLikeABlock with an mlp of class timm.layers.mlp.Mlp; MLPs that"),
+        (
+            Block(D, 2, mlp_layer=LooksLikeMlp),
+            "MLP of a timm.models.vision_transformer.Block with an .*LooksLikeMlp",
+        ),
+        (WithoutMlp(), "MLP of a .*WithoutMlp; MLPs that are read"),
+    ],
+)
+def test_blocks_are_matched_by_class_and_not_by_attribute(block, message):
+    with pytest.raises(TypeError, match=message):
+        read_block(block)
+
+
+def test_families_read_are_named():
+    assert families_read() == (
+        "MLPs that are read: Sequential in open_clip's ResidualAttentionBlock, CustomResidualAttentionBlock; Mlp, "
+        "SwiGLU, GluMlp, GeGluMlp in timm's Block, ResPostBlock, RelPosBlock, ResPostRelPosBlock, EvaBlock, "
+        "EvaBlockPostNorm, SwinTransformerBlock, SwinTransformerV2Block, ConvNeXtBlock; MT5DenseActDense, "
+        "MT5DenseGatedActDense, BertIntermediate, RobertaIntermediate, "
+        "XLMRobertaIntermediate in "
+        "transformers's MT5Block, BertLayer, RobertaLayer, XLMRobertaLayer"
+    )
+
+
+def test_dropout_between_the_projections_is_kept_in_training():
+    mlp = timm.layers.Mlp(D, H, drop=(0.25, 0.0))
+    layer = SparseMoE.from_dense(mlp)
+    assert layer.dropout == 0.25
+    x = torch.randn(5, D)
+    torch.testing.assert_close(layer.eval()(x), mlp.eval()(x))
+    assert mt5_mlp("relu").dropout.p == read_mlp(mt5_mlp("relu")).dropout == 0.1
+
+
+def test_norm_in_front_of_the_projections_is_left_to_upcycle():
+    mlp = GeGluMlp(D, H)
+    draw_biases_and_norms(mlp)
+    with pytest.raises(
+        TypeError, match="has a norm in front of its projections, which is no part of an expert; use clip"
+    ):
+        SparseMoE.from_dense(mlp)
+    dense = read_mlp(mlp)
+    layer = SparseMoE.from_dense(dataclasses.replace(dense, input_norm=None))
+    x = torch.randn(5, D)
+    torch.testing.assert_close(layer(dense.input_norm(x)), mlp(x))

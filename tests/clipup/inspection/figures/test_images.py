@@ -1,0 +1,106 @@
+import base64
+import io
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipup.inspection import data_uri, expert_legend, retrieval_row, routing_map
+from clipup.inspection.figures.palette import EXPERTS
+
+SVG = "{http://www.w3.org/2000/svg}"
+RED = Image.new("RGB", (32, 32), "red")
+
+
+def noise(side, mode="RGB"):
+    values = np.random.default_rng(0).integers(0, 256, (side, side, len(mode)), dtype=np.uint8)
+    return Image.fromarray(values, mode)
+
+
+def decoded(uri):
+    kind, content = re.fullmatch(r"data:image/(png|jpeg);base64,(.*)", uri).groups()
+    return kind, Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def cells(figure):
+    return [rect for rect in ElementTree.fromstring(figure).iter(f"{SVG}rect") if rect.get("fill-opacity")]
+
+
+def test_small_drawings_are_embedded_without_loss():
+    kind, image = decoded(data_uri(noise(32, "RGBA")))
+    assert kind == "png" and np.array_equal(np.asarray(image), np.asarray(noise(32, "RGBA")))
+
+
+def test_large_photographs_are_shrunk_and_stay_small_and_untouched_themselves():
+    photo = noise(512, "RGBA")
+    before = photo.tobytes()
+    kind, image = decoded(data_uri(photo))
+    assert kind == "jpeg" and image.size == (128, 128) and len(data_uri(photo)) < 22_000
+    assert photo.tobytes() == before
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_every_kind_of_picture_is_taken(mode):
+    assert decoded(data_uri(Image.new(mode, (8, 8))))[1].size == (8, 8)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor, list])
+def test_every_patch_has_the_colour_and_the_number_of_its_expert(kind):
+    figure = routing_map(RED, kind([[0, 1], [7, 9]]))
+    assert [cell.get("fill") for cell in cells(figure)] == [EXPERTS[0], EXPERTS[1], EXPERTS[7], EXPERTS[1]]
+    assert [e.text for e in ElementTree.fromstring(figure).iter(f"{SVG}text")] == ["0", "1", "7", "9"]
+
+
+def test_patches_that_took_no_part_stay_uncoloured():
+    assert len(cells(routing_map(RED, [[-1, 2], [3, -1]]))) == 2
+
+
+def test_patches_cover_a_picture_that_is_not_square():
+    figure = ElementTree.fromstring(routing_map(Image.new("RGB", (64, 32)), np.zeros((2, 4), dtype=int), width=160))
+    assert figure.get("viewBox") == "0 0 160 80"
+    last = [rect for rect in figure.iter(f"{SVG}rect") if rect.get("fill-opacity")][-1]
+    right, bottom = (float(last.get(a)) + float(last.get(b)) for a, b in (("x", "width"), ("y", "height")))
+    assert (right, bottom) == (160, 80)
+
+
+def test_in_fine_grids_a_dot_tells_experts_that_share_a_colour():
+    figure = ElementTree.fromstring(routing_map(RED, np.array([[1] * 20, [9] * 20])))
+    assert not list(figure.iter(f"{SVG}text"))
+    assert len(list(figure.iter(f"{SVG}circle"))) == 20
+
+
+@pytest.mark.parametrize("wrong", [np.zeros(4, dtype=int), np.zeros((2, 2)), np.zeros((0, 3), dtype=int)])
+def test_a_grid_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"integers \[grid_h, grid_w\]"):
+        routing_map(RED, wrong)
+
+
+@pytest.mark.parametrize("experts", [1, 8, 16])
+def test_the_legend_names_every_expert(experts):
+    figure = expert_legend(experts)
+    assert [e.text for e in ElementTree.fromstring(figure).iter(f"{SVG}text")] == [str(e) for e in range(experts)]
+
+
+@pytest.mark.parametrize("rank, framed", [(1, 1), (5, 1), (6, 0), (871, 0)])
+def test_the_right_picture_is_framed_where_it_was_retrieved(rank, framed):
+    row = ElementTree.fromstring(retrieval_row("a cat", RED, [RED] * 5, rank, "CLIP-UP"))
+    labels = [image.get("alt") for image in row.iter("img")]
+    assert labels[0] == "belongs to the caption" and len(labels) == 6
+    assert [tile[0].get("alt") for tile in row.iter("div") if "solid" in tile.get("style")] == (
+        [f"retrieved at rank {rank}, the right one"] * framed
+    )
+    assert f"rank {rank} · CLIP-UP" in "".join(row.itertext())
+
+
+def test_captions_are_escaped_and_cut():
+    row = retrieval_row("<script>alert(1)</script>" + "x" * 10_000, RED, [], 1)
+    assert "<script>" not in row and "&lt;script&gt;" in row
+    assert len("".join(ElementTree.fromstring(row).itertext())) < 300
+
+
+def test_a_rank_below_one_is_refused():
+    with pytest.raises(ValueError, match="ranks count from 1"):
+        retrieval_row("a cat", RED, [RED], 0)

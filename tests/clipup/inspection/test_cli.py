@@ -1,0 +1,175 @@
+"""clipup inspect: a model's or a run's directory, images and captions in, one page out."""
+
+import json
+import os
+import tarfile
+
+import pytest
+import torch
+from html_page import Page, assert_stands_alone
+from sparse_clip import CAPTIONS, dense_clip, pictures, sparse_clip, sparse_config
+
+from clipup import save_pretrained
+from clipup.cli import main
+from clipup.moe.layer import SparseMoE
+from clipup.moe.prepared import PreparedMoE
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "tiny-moe"
+    save_pretrained(sparse_clip(), directory, sparse_config())
+    return directory
+
+
+@pytest.fixture
+def images(tmp_path):
+    directory = tmp_path / "photos"
+    (directory / "more").mkdir(parents=True)
+    for index, picture in enumerate(pictures(4)):
+        picture.save(directory / ("more" if index % 2 else "") / f"{index}.{'JPG' if index else 'png'}")
+    (directory / "notes.txt").write_text("no image")
+    return directory
+
+
+@pytest.fixture
+def captions(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text("\n".join(CAPTIONS) + "\n\n", encoding="utf-8")
+    return path
+
+
+def made(out, *arguments):
+    assert main(["report", *map(str, arguments), "--device", "cpu", "--out", str(out)]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+def refused(capsys, *arguments):
+    assert main(["report", *map(str, arguments), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp_path, capsys):
+    out = tmp_path / "new" / "report.html"
+    html = made(out, model, "--images", images, "--captions", captions)
+    assert capsys.readouterr().out == f"4 images and {len(CAPTIONS)} captions: {out}\n"
+    assert_stands_alone(html)
+    text = Page(html).text
+    assert "The experts of tiny-moe" in text and "4 sparse layers, seen with 4 images and 5 captions." in text
+    assert "to the dense MLP" not in text
+
+
+def test_on_a_cpu_the_model_is_prepared(model, captions, tmp_path, monkeypatch):
+    forms = set()
+    run_experts = SparseMoE.run_experts
+    monkeypatch.setattr(SparseMoE, "run_experts", lambda self, *args: forms.add(type(self)) or run_experts(self, *args))
+    made(tmp_path / "r.html", model, "--captions", captions)
+    assert forms == {PreparedMoE}
+
+
+def test_the_dense_model_is_compared_with(model, images, tmp_path):
+    save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
+    text = Page(made(tmp_path / "r.html", model, "--images", images, "--dense", tmp_path / "dense")).text
+    assert "to the dense MLP" in text and "to dense: 0." in text
+
+
+def test_a_finished_run_stands_for_its_last_model(model, captions, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(model)
+    html = made(tmp_path / "r.html", tmp_path / "run", "--captions", captions)
+    of_model = made(tmp_path / "m.html", model, "--captions", captions)
+    assert "The experts of run" in html and html.replace("of run", "of tiny-moe") == of_model
+
+
+def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tmp_path, capsys):
+    save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
+    sparse, checkpoints = sparse_clip(), tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (tmp_path / "run" / "options.json").write_text(json.dumps({"model": str(tmp_path / "dense"), "pretrained": None}))
+    state = {"epoch": 0, "step": 3, "moe_cfg": sparse.moe_config.to_dict(), "optimizer": {}}
+    torch.save({**state, "state_dict": sparse.state_dict()}, checkpoints / "epoch_latest.pt")
+    html = made(tmp_path / "r.html", tmp_path / "run", "--captions", captions)
+    assert html.replace("of run", "of tiny-moe") == made(tmp_path / "m.html", model, "--captions", captions)
+
+    (checkpoints / "epoch_latest.pt").rename(checkpoints / "epoch_1.pt")
+    (checkpoints / "epoch_latest.pt").write_bytes((checkpoints / "epoch_1.pt").read_bytes()[:5000])
+    assert made(tmp_path / "o.html", tmp_path / "run", "--captions", captions) == html
+    assert "epoch_1.pt, because a checkpoint cannot be used" in capsys.readouterr().err
+
+
+def test_shards_bring_their_captions(model, tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    for index, picture in enumerate(pictures(3)):
+        picture.save(files / f"{index}.png")
+        (files / f"{index}.txt").write_text(f"picture number {index}\nzebra")
+    with tarfile.open(tmp_path / "test-000.tar", "w") as shard:
+        for path in sorted(files.iterdir()):
+            shard.add(path, path.name)
+    text = Page(made(tmp_path / "r.html", model, "--images", tmp_path / "test-*.tar")).text
+    assert "seen with 3 images and 3 captions" in text and "zebra" not in text
+
+
+def test_images_that_cannot_be_read_are_skipped_counted_and_named(model, images, tmp_path, capsys):
+    (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:60])
+    text = Page(made(tmp_path / "r.html", model, "--images", images)).text
+    assert "1 skipped, such as broken.png (" in capsys.readouterr().out
+    assert "1 image could not be read and was skipped" in text and "seen with 4 images" in text
+
+
+def test_no_more_images_and_captions_are_looked_at_than_asked_for(model, images, captions, tmp_path):
+    arguments = ["--images", images, "--captions", captions, "--max-images", 2, "--shown", 1]
+    html = made(tmp_path / "r.html", model, *arguments)
+    assert "seen with 2 images and 2 captions" in Page(html).text and html.count("as the model sees it") == 1
+
+
+def test_what_cannot_be_looked_at_is_refused_by_name(model, images, tmp_path, capsys):
+    save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
+    assert "has no sparse layers" in refused(capsys, tmp_path / "dense", "--images", images)
+    assert f"there is no directory {tmp_path}/none" in refused(capsys, tmp_path / "none", "--images", images)
+    assert "holds neither a model" in refused(capsys, tmp_path, "--images", images)
+    assert f"images: there is no directory {tmp_path}/none" in refused(capsys, model, "--images", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "holds no image (jpg, png" in refused(capsys, model, "--images", tmp_path / "empty")
+    (tmp_path / "empty" / "broken.png").write_text("no png")
+    assert "none of the 1 can be read, such as broken.png" in refused(capsys, model, "--images", tmp_path / "empty")
+    (tmp_path / "captions.txt").write_text("\n")
+    assert "is empty; expected one caption a line" in refused(capsys, model, "--captions", tmp_path / "captions.txt")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "pass --images, --captions or both"),
+        (["--images", "photos", "--dense-pretrained", "x"], "dense_pretrained has no meaning without dense"),
+        (["--images", "photos", "--max-images", "0"], "max_images must be at least 1, got 0"),
+        (["--images", "photos", "--shown", "-1"], "shown must be at least 0, got -1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(options, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "model", *options])
+    assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_help_shows_units_defaults_and_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    shown = capsys.readouterr().out
+    assert "--max-images" in shown and "Example: clipup inspect" in shown
+
+
+def test_what_is_no_file_is_no_image(model, tmp_path):
+    """A named pipe with an image's name would be waited for."""
+    (tmp_path / "photos").mkdir()
+    pictures(1)[0].save(tmp_path / "photos" / "a.png")
+    os.mkfifo(tmp_path / "photos" / "b.png")
+    assert "seen with 1 image" in Page(made(tmp_path / "r.html", model, "--images", tmp_path / "photos")).text
+
+
+def test_captions_that_are_no_text_are_named(model, captions, capsys):
+    captions.write_bytes(b"\x89PNG")
+    assert f"captions: {captions} is not UTF-8 text" in refused(
+        capsys, model, "--captions", captions, "--out", "r.html"
+    )

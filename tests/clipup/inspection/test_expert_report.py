@@ -1,0 +1,242 @@
+"""``inspect_experts`` and its page: the numbers are those of the model, and the page stands alone."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+import torch
+from html_page import Page, assert_stands_alone
+from PIL import Image
+from sparse_clip import CAPTIONS, EXPERTS, dense_clip, pictures, sparse_clip, tokenizer, transform
+from tiny_families import build, coca_cfg, timm_model
+
+from clipup import MoEConfig, moe_layers, moe_metrics
+from clipup.inspection import inspect_experts
+from clipup.inspection.expert_report import statements
+from clipup.inspection.expert_similarity import Similarity
+from clipup.upcycling import upcycle
+
+IMAGE_LAYER, TEXT_LAYER = "visual.transformer.resblocks.1.mlp", "transformer.resblocks.3.mlp"
+EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def models():
+    return sparse_clip(), dense_clip()
+
+
+@pytest.fixture(scope="module")
+def seen(models):
+    model, dense = models
+    return inspect_experts(
+        model, pictures(9), CAPTIONS, preprocess=transform(), tokenizer=tokenizer(), dense=dense, name="tiny"
+    )
+
+
+def cells(report):
+    """{row: {(group, column): cell}} of the table of layers."""
+    table = report.overview()
+    return {
+        row: {(one.group, one.label): one.cells[place] for one in table.columns} for place, row in enumerate(table.rows)
+    }
+
+
+def test_every_number_of_the_table_is_the_models(models, seen):
+    model, dense = models
+    with torch.no_grad():
+        model.encode_image(torch.stack([transform()(picture) for picture in pictures(9)]))
+        model.encode_text(tokenizer()(list(CAPTIONS)))
+    titles = ["Image tower, block 1", "Image tower, block 3", "Text tower, block 1", "Text tower, block 3"]
+    assert list(cells(seen)) == titles
+    for title, (name, metrics) in zip(titles, moe_metrics(model).items(), strict=True):
+        row, layer, mlp = cells(seen)[title], moe_layers(model)[name], dense.get_submodule(name)
+        assert row["load", "tokens"] == str(int((metrics["experts"][:, 0] >= 0).sum()))
+        assert row["load", "largest"] == f"{metrics['load'].max().item() * EXPERTS:.2f}"
+        assert row["load", "unused"] == str(int((metrics["load"] == 0).sum()))
+        share = metrics["router_entropy"].item() / np.log(EXPERTS)
+        assert row["entropy, share of ln E", "a token"] == f"{share:.2f}"
+        for label, ours, theirs in (("first", layer.in_weight, mlp.c_fc), ("second", layer.out_weight, mlp.c_proj)):
+            flat = torch.nn.functional.normalize(ours.detach().double().flatten(1), dim=1)
+            gram = flat @ flat.T
+            assert (
+                row["experts' cosine", label] == f"{(gram.sum() - gram.trace()).item() / EXPERTS / (EXPERTS - 1):.3f}"
+            )
+            own = torch.nn.functional.normalize(theirs.weight.detach().double().flatten(), dim=0)
+            assert row["to the dense MLP", label] == f"{(flat @ own).mean().item():.3f}"
+
+
+def test_the_page_holds_the_table_and_every_layer(seen):
+    page = Page(seen.page())
+    for row, values in cells(seen).items():
+        assert row in page.text and all(cell in page.words for cell in values.values())
+    assert page.text.count("mean of all pairs") == 8 and page.text.count("largest share over the even one") == 4
+    assert [words for words in page.words if words.strip() == "The experts of tiny"]
+
+
+def test_the_page_is_html_that_stands_alone(seen):
+    html = seen.page()
+    assert html.startswith("<!doctype html>")
+    assert_stands_alone(html)
+    assert len(html.encode()) < 3_000_000
+
+
+def test_every_figure_has_a_name_and_every_table_headings(seen):
+    html = seen.page()
+    assert html.count("<svg") == len(re.findall(r'<svg[^>]*role="img"[^>]*><title>[^<]+</title>', html))
+    assert not [attributes for tag, attributes in Page(html).elements if tag == "img" and not attributes.get("alt")]
+    assert all(attributes.get("scope") for tag, attributes in Page(html).elements if tag == "th")
+
+
+def test_maps_and_captions_show_the_first_choices(seen):
+    numbers = re.findall(r"<text[^>]*>(\d+)</text>", seen.routing(2))
+    expected = [seen.layers[name].maps()[2].flatten() for name in (IMAGE_LAYER, "visual.transformer.resblocks.3.mlp")]
+    assert list(map(int, numbers)) == np.concatenate(expected).tolist()
+    strip = seen.tokens(1)
+    chosen = re.findall(r"<sub[^>]*>(\d+)</sub>", strip)
+    taken = [seen.layers[name].experts[1, :, 0] for name in ("transformer.resblocks.1.mlp", TEXT_LAYER)]
+    assert list(map(int, chosen)) == [expert for layer in taken for expert in layer.tolist() if expert >= 0]
+    assert strip.count("⟨start⟩") == strip.count("balloons") == 2
+
+
+def test_as_many_pictures_and_captions_are_shown_as_asked_for(seen):
+    assert seen.page(shown=4).count("as the model sees it") == 4
+    assert seen.page(shown=0).count("as the model sees it") == 0
+    with pytest.raises(ValueError, match="shown must be 0 or more"):
+        seen.page(shown=-1)
+
+
+def test_cards_have_the_surest_patches_and_the_words(seen):
+    layer = seen.layers[IMAGE_LAYER]
+    shown = re.findall(r"picture (\d+), row (\d+), column (\d+): probability ([\d.]+)", seen.cards(IMAGE_LAYER, most=3))
+    expected = []
+    for expert in range(EXPERTS):
+        sure = np.where(layer.experts[:, 1:, 0] == expert, layer.probabilities[:, 1:, expert], -1)
+        for sample in np.argsort(-sure.max(1), kind="stable")[:3]:
+            if sure[sample].max() >= 0:
+                place = int(sure[sample].argmax())
+                expected.append((str(sample), str(place // 2), str(place % 2), f"{sure[sample].max():.2f}"))
+    assert shown == expected
+    assert "cat" in seen.cards(TEXT_LAYER, most=30) and "⟨start⟩" in seen.cards(TEXT_LAYER, most=30)
+
+
+def test_pictures_are_shown_as_the_model_sees_them(seen):
+    flat = inspect_experts(sparse_clip(), [Image.new("RGB", (24, 20), (200, 100, 50))], preprocess=transform())
+    assert flat.pictures[0].size == (16, 16)
+    assert np.abs(np.asarray(flat.pictures[0], dtype=int) - [200, 100, 50]).max() <= 1
+
+
+def test_the_sentences_say_how_similar_the_experts_are_and_whether_all_are_used(seen):
+    assert re.match(r"4 sparse layers, seen with 9 images and 5 captions\.", statements(seen)[0])
+    assert "The experts of the image tower are similar: mean cosine" in statements(seen)[1]
+    fresh = inspect_experts(upcycle(dense_clip(), MoEConfig(num_experts=2)), captions=CAPTIONS, tokenizer=tokenizer())
+    assert (
+        "The experts of the text tower are equal: mean cosine between two experts' first matrices 1.000."
+        in (statements(fresh)[1])
+    )
+    busiest = max(layer.load.max() * EXPERTS for layer in seen.layers.values())
+    assert f"the busiest takes {busiest:.2f} times its even share" in statements(seen)[2]
+    layer = seen.layers[IMAGE_LAYER]
+    one_for_all = dataclasses.replace(layer, experts=np.zeros_like(layer.experts))
+    collapsed = dataclasses.replace(seen, layers={IMAGE_LAYER: one_for_all})
+    alone = dataclasses.replace(seen, similarities={IMAGE_LAYER: seen.similarities[IMAGE_LAYER]})
+    assert statements(alone)[0].startswith("1 sparse layer, seen with")
+    assert statements(collapsed)[2].startswith("3 experts took nothing at all; the busiest takes 4.00 times")
+
+
+def cosines(value):
+    """Two experts whose matrices have this cosine."""
+    matrix = torch.tensor([[1.0, value], [value, 1.0]])
+    return Similarity(matrix, matrix)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (0.996, 0.9961, "are nearly identical"),
+        (0.99, 0.999, "are nearly identical"),
+        (0.9899, 0.9001, "are similar"),
+        (0.8999, 0.5, "are partly similar"),
+        (0.4999, 0.1, "are clearly different"),
+        (0.0999, -0.1, "are unrelated"),
+        (1.0, 1.0, "are equal"),
+        (0.996, 0.2, "range from nearly identical to clearly different"),
+    ],
+)
+def test_words_follow_the_cosines_of_the_experts(seen, first, second, words):
+    layers = [name for name in seen.similarities if name.startswith("visual")]
+    alike = dict(zip(layers, map(cosines, (first, second)), strict=True))
+
+    (_, sentence, *_) = statements(dataclasses.replace(seen, similarities=alike))
+
+    assert sentence.startswith(f"The experts of the image tower {words}: mean cosine")
+
+
+def test_text_may_hold_anything(models):
+    evil = inspect_experts(
+        models[0], pictures(1), [EVIL, "\ud83d \x00"], preprocess=transform(), tokenizer=tokenizer(), name=EVIL
+    )
+    html = dataclasses.replace(evil, skipped={EVIL: EVIL}).page()
+    page = Page(html)
+    assert not [tag for tag, attributes in page.elements if tag == "script" or "onerror" in attributes]
+    assert page.text.count("<script>alert('x')</script>") >= 3
+    html.encode("utf-8")
+
+
+def test_skipped_images_are_counted_and_named(seen):
+    skipped = {f"broken-{index}.png": "OSError: cut off" for index in range(25)}
+    page = Page(dataclasses.replace(seen, skipped=skipped).page())
+    assert "25 images could not be read and were skipped" in page.text
+    assert "broken-19.png" in page.text and "broken-20.png" not in page.text and "5 more" in page.text
+    assert "could not be read" not in Page(seen.page()).text
+
+
+def test_images_alone_and_captions_alone_are_enough(models):
+    model, _ = models
+    images = Page(inspect_experts(model, pictures(2), preprocess=transform()).page()).text
+    assert "No captions were given." in images and "–" in images
+    captions = Page(inspect_experts(model, captions=CAPTIONS, tokenizer=tokenizer()).page()).text
+    assert "No images were given." in captions
+
+
+def test_a_tower_that_stayed_dense_is_called_dense():
+    model = upcycle(dense_clip(), MoEConfig(num_experts=2, towers=("text",)))
+    text = Page(inspect_experts(model, pictures(2), preprocess=transform()).page()).text
+    assert "No sparse layer saw anything: the tower that was looked at is dense." in text
+    model = upcycle(dense_clip(), MoEConfig(num_experts=2, towers=("image",)))
+    text = Page(inspect_experts(model, captions=CAPTIONS, tokenizer=tokenizer()).page()).text
+    assert "The text tower is dense." in text
+
+
+def test_other_models_than_clips_are_taken():
+    timm = upcycle(timm_model("Block/Mlp"), MoEConfig(num_experts=2, towers=("image",)))
+    report = inspect_experts(timm, pictures(2), preprocess=lambda image: torch.rand(3, 32, 32))
+    assert list(cells(report)) == ["Image tower, block 1", "Image tower, block 3"] and "block 3" in report.page()
+    coca = upcycle(build(coca_cfg()), MoEConfig(num_experts=2, towers=("image", "text", "decoder")))
+    report = inspect_experts(coca, pictures(2), preprocess=transform())
+    assert cells(report)["Decoder, block 0"]["load", "tokens"] == "–"
+    assert "Decoder, block 0" in Page(report.page()).text
+
+
+def test_what_cannot_be_looked_at_is_refused(models):
+    model, dense = models
+    with pytest.raises(ValueError, match="no sparse layers"):
+        inspect_experts(dense, pictures(1), preprocess=transform())
+    with pytest.raises(ValueError, match="images and captions are both empty"):
+        inspect_experts(model)
+    with pytest.raises(ValueError, match="images and captions are both empty"):
+        inspect_experts(model, preprocess=transform())
+    with pytest.raises(ValueError, match="images need preprocess"):
+        inspect_experts(model, pictures(1))
+    with pytest.raises(ValueError, match="captions need tokenizer"):
+        inspect_experts(model, captions=CAPTIONS)
+    with pytest.raises(ValueError, match="dense has a sparse layer"):
+        inspect_experts(model, pictures(1), preprocess=transform(), dense=model)
+
+
+def test_in_a_notebook_the_report_shows_its_table(seen):
+    assert seen._repr_html_() == str(seen.table()) and "Image tower, block 1" in seen._repr_html_()
+
+
+def test_in_words_the_report_is_short(seen):
+    assert repr(seen) == "<ExpertReport of tiny: 9 images, 5 captions>"

@@ -1,0 +1,94 @@
+"""Cosines between experts, against the definition in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sparse_clip import dense_clip, sparse_clip
+from tiny_clip import tiny_clip
+from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
+
+from clipup import MoEConfig, SparseMoE, moe_layers
+from clipup.inspection.expert_similarity import expert_similarity, mean_cosine, model_similarity
+from clipup.upcycling import upcycle
+
+
+def cosine(a, b):
+    return F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).item()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_cosines_are_those_of_the_matrices_as_vectors(gated):
+    layer = SparseMoE(6, 10, num_experts=3, gated=gated)
+    found = expert_similarity(layer)
+    for e in range(3):
+        for f in range(3):
+            firsts = [
+                torch.cat([layer.in_weight[i], layer.gate_weight[i]]) if gated else layer.in_weight[i] for i in (e, f)
+            ]
+            assert found.first[e, f].item() == pytest.approx(cosine(*firsts), abs=1e-6)
+            assert found.second[e, f].item() == pytest.approx(
+                cosine(layer.out_weight[e], layer.out_weight[f]), abs=1e-6
+            )
+    assert found.first_to_dense is None and found.second_to_dense is None
+
+
+def test_the_mean_is_over_pairs_of_different_experts():
+    cosines = torch.tensor([[1.0, 0.2, 0.4], [0.2, 1.0, 0.9], [0.4, 0.9, 1.0]])
+    assert mean_cosine(cosines) == pytest.approx(0.5)
+    assert mean_cosine(torch.ones(1, 1)) != mean_cosine(torch.ones(1, 1))
+
+
+def of_every_family(name, tmp_path):
+    if name in TIMM:
+        return timm_model(name), ("image",)
+    if name == "CoCa":
+        return build(coca_cfg()), ("image", "text", "decoder")
+    return build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)), ("image", "text")
+
+
+@pytest.mark.parametrize("name", [*TIMM, *HUGGING_FACE, "CoCa"])
+def test_upcycled_experts_are_equal_and_equal_the_dense_mlp(name, tmp_path):
+    dense, towers = of_every_family(name, tmp_path)
+    sparse = upcycle(dense, MoEConfig(num_experts=3, towers=towers))
+    found = model_similarity(sparse, dense)
+    assert found.keys() == moe_layers(sparse).keys()
+    for similarity in found.values():
+        for cosines in similarity[:4]:
+            torch.testing.assert_close(cosines, torch.ones_like(cosines))
+
+
+def test_what_parts_the_experts_shows_in_all_cosines():
+    dense, sparse = dense_clip(), sparse_clip(parted=0.1)
+    for name, similarity in model_similarity(sparse, dense).items():
+        layer, mlp = moe_layers(sparse)[name], dense.get_submodule(name)
+        assert mean_cosine(similarity.first) < 0.99 and mean_cosine(similarity.second) < 0.99
+        for e in range(len(layer.in_weight)):
+            to_dense = cosine(layer.in_weight[e], mlp.c_fc.weight), cosine(layer.out_weight[e], mlp.c_proj.weight)
+            assert similarity.first_to_dense[e].item() == pytest.approx(to_dense[0], abs=1e-6)
+            assert similarity.second_to_dense[e].item() == pytest.approx(to_dense[1], abs=1e-6)
+
+
+def test_a_model_that_the_sparse_one_cannot_come_from_is_refused():
+    sparse = sparse_clip()
+    with pytest.raises(ValueError, match="dense has a sparse layer"):
+        model_similarity(sparse, sparse)
+    with pytest.raises(
+        ValueError, match=r"blocks.1.mlp: in_weight of an expert is \[128, 32\], in the dense MLP it is \[19"
+    ):
+        wider = tiny_clip(text_cfg={"width": 48, "heads": 3})
+        wider.visual = type(wider.visual)(16, 8, 48, 4, 3, 4.0, output_dim=16)
+        model_similarity(sparse, wider)
+    with pytest.raises(ValueError, match="no block of that name with an MLP that is read"):
+        model_similarity(sparse, timm_model("Block/Mlp"))
+
+
+def test_shards_of_an_mlp_are_compared_with_the_same_shard():
+    dense = dense_clip()
+    sparse = upcycle(dense, MoEConfig(num_experts=6, top_k=2, granularity=2))
+    for similarity in model_similarity(sparse, dense).values():
+        assert similarity.first_mean == pytest.approx(1, abs=1e-6) == similarity.second_mean
+        assert mean_cosine(similarity.first) < 0.9
+        torch.testing.assert_close(similarity.first_to_dense, torch.ones(6))
+        torch.testing.assert_close(similarity.second_to_dense, torch.ones(6))
+    cosines = torch.tensor([[1, 0.1, 0.5, 0.2], [0.1, 1, 0.3, 0.7], [0.5, 0.3, 1, 0.4], [0.2, 0.7, 0.4, 1]])
+    assert mean_cosine(cosines, granularity=2) == pytest.approx(0.6)

@@ -1,0 +1,189 @@
+"""Which expert took what, against the router computed by hand; and the model stays as it was."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sparse_clip import CAPTIONS, CHOICES, EXPERTS, dense_clip, pictures, sparse_clip, tokenizer, transform
+from tiny_clip import tiny_clip
+from tiny_families import TIMM, timm_model
+
+from clipup import MoEConfig, moe_layers, moe_metrics
+from clipup.inspection import LayerRouting, route_images, route_texts
+from clipup.upcycling import upcycle
+
+LAYER = "visual.transformer.resblocks.1.mlp"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return sparse_clip()
+
+
+def images(count, side=16):
+    return torch.randn(count, 3, side, side)
+
+
+def routing(experts, probabilities=None, grid=None):
+    """A layer's routing from lists; without probabilities a router that is sure of the first choice."""
+    experts = np.array(experts)
+    if probabilities is None:
+        probabilities = np.eye(int(experts.max()) + 1, dtype=np.float32)[experts[..., 0].clip(0)]
+    return LayerRouting("image", experts, np.array(probabilities, dtype=np.float32), grid)
+
+
+def inputs_of_layers(model, encode):
+    """{layer: what it was given}, in evaluation."""
+    found, handles = {}, []
+    for name, layer in moe_layers(model).items():
+        handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args})))
+    with torch.no_grad():
+        encode()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_choices_and_probabilities_are_the_routers(model, batch_size):
+    batch = images(5)
+    routed = route_images(model, batch, batch_size)
+    given = inputs_of_layers(model, lambda: model.encode_image(batch))
+    assert list(routed) == list(given) and len(routed) == 2
+    for name, (x,) in given.items():
+        probabilities = (x.double() @ moe_layers(model)[name].router.weight.double().T).softmax(-1)
+        torch.testing.assert_close(torch.from_numpy(routed[name].probabilities), probabilities.float())
+        assert np.array_equal(routed[name].experts, probabilities.topk(CHOICES).indices.numpy())
+
+
+def test_tokens_behind_the_end_of_a_text_take_no_part(model):
+    texts = tokenizer()(list(CAPTIONS))
+    for layer in route_texts(model, texts, batch_size=2).values():
+        assert layer.tower == "text" and layer.grid is None
+        assert np.array_equal(layer.experts[..., 0] >= 0, (texts != 0).numpy())
+        assert layer.tokens == int((texts != 0).sum())
+
+
+def test_load_and_entropy_are_those_of_moe_metrics(model):
+    batch, texts = images(6), tokenizer()(list(CAPTIONS))
+    routed = {**route_images(model, batch), **route_texts(model, texts)}
+    model.encode_image(batch)
+    model.encode_text(texts)
+    metrics = moe_metrics(model)
+    assert routed.keys() == metrics.keys()
+    for name, layer in routed.items():
+        np.testing.assert_allclose(layer.load, metrics[name]["load"])
+        assert layer.token_entropy == pytest.approx(metrics[name]["router_entropy"].item(), rel=1e-5)
+
+
+def test_numbers_of_a_layer_that_can_be_counted_by_hand():
+    half = [0.5, 0.5, 0.0]
+    layer = routing([[[0, 1], [1, 0], [-1, -1]], [[0, 1], [0, 1], [0, 1]]], [[half, half, [0, 0, 1]], [half] * 3])
+    assert layer.tokens == 5
+    assert layer.load.tolist() == [0.5, 0.5, 0] and layer.first_load.tolist() == [0.8, 0.2, 0]
+    assert layer.token_entropy == pytest.approx(math.log(2)) == layer.mean_entropy
+    sure = routing([[[0], [1]]])
+    assert sure.token_entropy == 0 and sure.mean_entropy == pytest.approx(math.log(2))
+
+
+def test_nothing_that_took_part_has_no_entropy_and_no_load():
+    layer = routing([[[-1], [-1]]], [[[1.0, 0.0]] * 2])
+    assert layer.tokens == 0 and layer.load.tolist() == [0, 0]
+    assert math.isnan(layer.token_entropy) and math.isnan(layer.mean_entropy)
+
+
+def test_the_model_stays_as_it_was(model):
+    model.train()
+    model.visual.transformer.eval()
+    model.encode_image(images(3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    last = moe_metrics(model)
+    route_images(model, images(2))
+    route_texts(model, tokenizer()(list(CAPTIONS)))
+    assert modes == [module.training for module in model.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert moe_metrics(model).keys() == last.keys()
+    assert all(torch.equal(moe_metrics(model)[name]["experts"], last[name]["experts"]) for name in last)
+    model.eval()
+
+
+def test_hooks_are_gone_when_the_model_fails(model):
+    with pytest.raises(RuntimeError):
+        route_images(model, images(1, side=8))
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_a_patch_on_the_map_is_the_patch_of_the_picture():
+    """Without attention a token knows its own patch alone: a changed patch changes the router there and only there."""
+    model = upcycle(tiny_clip(), MoEConfig(num_experts=EXPERTS)).eval()
+    for block in model.visual.transformer.resblocks:
+        torch.nn.init.zeros_(block.attn.out_proj.weight)
+    for row in range(2):
+        for column in range(2):
+            image = images(1)[0]
+            changed = image.clone()
+            changed[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 1
+            layer = route_images(model, [image, changed])[LAYER]
+            assert layer.grid == (2, 2) and layer.experts.shape[1] == 5
+            difference = np.abs(np.asarray(layer.probabilities[0] - layer.probabilities[1])).max(-1)
+            (token,) = np.flatnonzero(difference > 1e-5)  # other tokens may differ by rounding
+            assert layer.patch_of(token) == (row, column)
+            assert layer.maps()[1, row, column] == layer.experts[1, token, 0]
+
+
+GRIDS = {"SwinTransformerBlock/Mlp": [(8, 8), (4, 4)], "SwinTransformerV2Block/Mlp": [(8, 8), (4, 4)]}
+GRIDS["ConvNeXtBlock/Mlp"] = [(8, 8), (4, 4), (2, 2), (1, 1)]
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_patches_are_found_in_every_family_of_image_towers(name):
+    model = upcycle(timm_model(name), MoEConfig(num_experts=2, towers=("image",)))
+    routed = route_images(model, images(2, side=32))
+    assert routed and all(layer.grid in GRIDS.get(name, [(4, 4)]) for layer in routed.values())
+    assert all(layer.maps().shape == (2, *layer.grid) for layer in routed.values())
+
+
+def test_tokens_in_no_grid_have_no_map():
+    with pytest.raises(ValueError, match="lie in no grid of patches"):
+        routing([[[0], [1]]]).maps()
+
+
+def test_strongest_tokens_are_the_surest_one_an_image():
+    layer = routing(
+        [[[0], [1], [1]], [[1], [0], [0]], [[1], [1], [1]]],
+        [[[0.9, 0.1], [0.4, 0.6], [0.3, 0.7]], [[0, 1], [0.6, 0.4], [0.8, 0.2]], [[0.1, 0.9], [0.2, 0.8], [0.5, 0.5]]],
+    )
+    assert layer.strongest(0, 5) == [(0, 0), (1, 2)]
+    assert layer.strongest(1, 2) == [(1, 0), (2, 0)]
+    patches = LayerRouting("image", layer.experts, layer.probabilities, grid=(1, 2))
+    assert patches.strongest(0, 5) == [(1, 2)] and patches.patch_of(2) == (0, 1)
+
+
+def test_a_dense_tower_gives_no_layers_and_a_dense_model_is_refused():
+    only_text = upcycle(dense_clip(), MoEConfig(num_experts=2, towers=("text",)))
+    assert route_images(only_text, images(1)) == {}
+    with pytest.raises(ValueError, match="no sparse layers, so there are no experts to look at"):
+        route_images(dense_clip(), images(1))
+
+
+def test_a_model_without_a_text_tower_is_refused_texts():
+    model = upcycle(timm_model("Block/Mlp"), MoEConfig(num_experts=2, towers=("image",)))
+    with pytest.raises(ValueError, match="has no text tower; leave the captions out"):
+        route_texts(model, torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_the_transform_gives_what_the_model_takes(model):
+    assert route_images(model, map(transform(), pictures(2)))[LAYER].experts.shape == (2, 5, CHOICES)
+
+
+def test_probabilities_of_sigmoid_gates_are_what_the_router_chooses_by():
+    model, batch = sparse_clip(score="sigmoid"), images(3)
+    given = inputs_of_layers(model, lambda: model.encode_image(batch))
+    for name, layer in route_images(model, batch).items():
+        scores = (given[name][0].double() @ moe_layers(model)[name].router.weight.double().T).sigmoid()
+        expected = scores / scores.sum(-1, keepdim=True)
+        torch.testing.assert_close(torch.from_numpy(layer.probabilities), expected.float())
+        assert np.array_equal(layer.experts, expected.topk(CHOICES).indices.numpy())

@@ -1,0 +1,117 @@
+"""Captions as the pieces that tokenizers make of them, and the words that experts take."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from clipup.clip.word_tokenizer import WordTokenizer
+from clipup.inspection import LayerRouting, WordShare, expert_words, pieces
+from clipup.inspection.token_words import Piece, words
+
+
+def wrapped(tokenizer, start, end):
+    """As open_clip wraps tokenizers of Hugging Face."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", bos_token=start, eos_token=end
+    )
+    return SimpleNamespace(tokenizer=fast)
+
+
+def word_pieces():
+    vocabulary = {
+        word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "ball", "##oon", "##s", "is"])
+    }
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    return wrapped(tokenizer, "[CLS]", "[SEP]"), [2, 4, 5, 6, 7, 8, 3, 0, 0]
+
+
+def sentence_pieces():
+    scores = [("[PAD]", 0.0), ("[UNK]", 0.0), ("[CLS]", 0.0), ("[SEP]", 0.0)]
+    scores += [("▁a", -1.0), ("▁ball", -1.0), ("oon", -1.0), ("s", -1.0), ("▁is", -1.0)]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=1))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return wrapped(tokenizer, "[CLS]", "[SEP]"), [2, 4, 5, 6, 7, 8, 3, 0, 0]
+
+
+def byte_pieces():
+    """Byte-level BPE without merges: every byte is a token, and the first of a word carries a space."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(letters)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    return wrapped(tokenizer, "[CLS]", "[SEP]")
+
+
+def test_characters_of_several_tokens_stand_at_the_last_of_them():
+    tokenizer = byte_pieces()
+    ids = tokenizer.tokenizer("süß 🎈").input_ids
+    found = pieces(tokenizer, ids)
+    assert len(ids) == 1 + 5 + 1 + 4
+    assert [piece.text for piece in found] == ["", "s", "", "ü", "", "ß", "", "", "", "", "🎈"]
+    assert set(words(found)) == {"süß", "🎈"}
+
+
+@pytest.mark.parametrize("kind", [word_pieces, sentence_pieces])
+def test_pieces_of_hugging_face_tokenizers(kind):
+    tokenizer, ids = kind()
+    found = pieces(tokenizer, ids)
+    assert [piece.text for piece in found] == ["⟨CLS⟩", "a", "ball", "oon", "s", "is", "⟨SEP⟩", "", ""]
+    assert words(found) == ["⟨CLS⟩", "a", "balloons", "balloons", "balloons", "is", "⟨SEP⟩", "", ""]
+
+
+@pytest.mark.parametrize("caption", ["two unbelievably red balloons", "grüße aus überlingen", "猫 on 🎈", "x"])
+def test_words_of_open_clips_tokenizer_are_those_of_the_caption(caption):
+    tokenizer = open_clip.SimpleTokenizer(context_length=40)
+    found = pieces(tokenizer, tokenizer(caption)[0])
+    whole = list(dict.fromkeys(piece.word for piece in found if piece.word >= 0))
+    by_word = dict(zip((piece.word for piece in found), words(found), strict=True))
+    assert [by_word[word] for word in whole] == ["⟨start⟩", *caption.split(), "⟨end⟩"]
+    assert len(found) == 40 and all(piece == Piece("", -1) for piece in found[-20:])
+
+
+def test_a_tokenizer_of_whole_words():
+    tokenizer = WordTokenizer(["red", "cat"], context_length=6)
+    found = pieces(tokenizer, tokenizer("Red zebra cat")[0].tolist())
+    assert words(found) == ["⟨start⟩", "red", "?", "cat", "⟨end⟩", ""]
+
+
+def test_another_tokenizer_is_refused():
+    with pytest.raises(TypeError, match="that clipup.get_tokenizer makes, got a object"):
+        pieces(object(), [1, 2])
+
+
+def routed(experts, num_experts):
+    first = np.array(experts)[..., None]
+    return LayerRouting("text", first, np.zeros((*first.shape[:2], num_experts), dtype=np.float32))
+
+
+def caption(*names):
+    return [Piece(name, place) if name else Piece("", -1) for place, name in enumerate(names)]
+
+
+def test_words_are_ranked_by_what_an_expert_takes_beyond_its_share():
+    captions = [caption("cat", "red", "sun"), caption("cat", "red", ""), caption("cat", "sun", "red")]
+    layer = routed([[0, 1, 0], [0, 1, 1], [0, 0, 0]], 3)
+    # expert 0 was first for 6 of 8 tokens: cat 3 of 3 (0.75 beyond), sun 2 of 2 (0.5), red 1 of 3 (-1.25)
+    assert expert_words(layer, captions, 5) == [
+        [WordShare("cat", 3, 3), WordShare("sun", 2, 2)],
+        [WordShare("red", 2, 3)],
+        [],
+    ]
+    assert expert_words(layer, captions, 1)[0] == [WordShare("cat", 3, 3)]
+
+
+def test_padding_and_tokens_that_took_no_part_count_for_nobody():
+    layer = routed([[0, -1, 1]], 2)
+    assert expert_words(layer, [caption("cat", "red", "")], 5) == [[], []]
+    assert expert_words(layer, [caption("cat", "red", "sun")], 5) == [
+        [WordShare("cat", 1, 1)],
+        [WordShare("sun", 1, 1)],
+    ]

@@ -1,0 +1,198 @@
+"""Experts with a norm or a dropout between their projections, against loops over dense copies."""
+
+import copy
+
+import pytest
+import timm.layers
+import torch
+import torch.nn.functional as F
+from moe_cases import SHAPES, make_experts, randn, route
+from torch import nn
+from torch.func import functional_call
+
+import clipup_kernels as ck
+from clipup import MoEConfig, SparseMoE, aux_loss
+from clipup.moe.experts import grouped_layer_norm, unfused_mlp
+from clipup.moe.weight_decay import decays
+
+D, H, E = 12, 20, 4
+
+
+def loop_over_dense_copies(layer, x):
+    """The layer's definition: timm's modules with the weights of one expert after the other."""
+    gated = layer.gate_weight is not None
+    mlp = (timm.layers.SwiGLU if gated else timm.layers.Mlp)(D, H, norm_layer=timm.layers.LayerNorm, act_layer=nn.SiLU)
+    names = {"fc1_x": "in", "fc1_g": "gate"} if gated else {"fc1": "in"}
+    routing = layer.router(x)
+    y = torch.zeros_like(x)
+    for k in range(layer.config.top_k):
+        kept = routing.plan.row_of_choice[:, k] >= 0
+        for e in range(E):
+            rows = (kept & (routing.gating.experts[:, k] == e)).nonzero()[:, 0]
+            weights = {
+                f"{place}.{kind}": getattr(layer, f"{name}_{kind}")[e]
+                for place, name in {**names, "norm": "ln", "fc2": "out"}.items()
+                for kind in ("weight", "bias")
+            }
+            y = y.index_add(0, rows, routing.gates[rows, k, None] * functional_call(mlp, weights, x[rows]))
+    return y
+
+
+def make_layer(gated, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    layer = SparseMoE(
+        D, H, num_experts=E, activation="silu", gated=gated, norm="layer", norm_eps=1e-6, dtype=dtype, **options
+    )
+    with torch.no_grad():
+        layer.router.weight.mul_(30)
+        layer.ln_weight.add_(0.3 * torch.randn_like(layer.ln_weight))
+        layer.ln_bias.add_(0.3 * torch.randn_like(layer.ln_bias))
+    return layer
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("capacity_factor", [None, 0.6])
+@pytest.mark.parametrize("tokens", [40, 3, 0])
+def test_normed_experts_and_their_gradients_are_those_of_a_loop_over_dense_copies(gated, capacity_factor, tokens):
+    layer = make_layer(gated, capacity_factor=capacity_factor)
+    x = torch.randn(tokens, D, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(tokens, D, dtype=torch.float64)
+    y, expected = layer(x), loop_over_dense_copies(layer, x)
+    torch.testing.assert_close(y, expected)
+    inputs = {"x": x, **dict(layer.named_parameters())}
+    found = torch.autograd.grad((y * weights).sum(), tuple(inputs.values()))
+    definition = torch.autograd.grad((expected * weights).sum(), tuple(inputs.values()))
+    for name, one, other in zip(inputs, found, definition, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_gradients_of_everything_are_the_numerical_ones():
+    shape = SHAPES["more_experts_than_rows"]._replace(experts=3, hidden=5, width=4)
+    experts = make_experts(shape, torch.float64, "gelu", gated=True)
+    gates, plan = route(shape, "capacity")
+    x, gates = randn(shape.tokens, 4, dtype=torch.float64), gates.double()
+    norm = [1 + 0.3 * randn(3, 5, dtype=torch.float64, seed=s) for s in (1, 2)]
+    weights = [w.requires_grad_() for w in (*experts[:4], *experts[5:], *norm)]
+
+    def run(x, gates, w_in, b_in, w_out, b_out, w_gate, b_gate, ln_w, ln_b):
+        return unfused_mlp(
+            x, gates, plan, w_in, b_in, w_out, b_out, "gelu", w_gate, b_gate, ln_weight=ln_w, ln_bias=ln_b
+        )
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), gates.requires_grad_(), *weights))
+
+
+@pytest.mark.parametrize("name", ["plain", "odd", "no_token", "one_expert", "all_experts", "more_experts_than_rows"])
+@pytest.mark.parametrize("routing", ["dropless", "capacity", "masked", "all_dropped"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_without_norm_and_dropout_the_parts_are_the_fused_op(name, routing, gated):
+    shape = SHAPES[name]
+    experts = make_experts(shape, activation="quick_gelu", gated=gated)
+    gates, plan = route(shape, routing)
+    x = randn(shape.tokens, shape.width)
+    torch.testing.assert_close(unfused_mlp(x, gates, plan, *experts), ck.expert_mlp(x, gates, plan, *experts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_grouped_layer_norm_takes_the_weight_of_each_rows_expert(dtype):
+    rows, weight, bias = randn(9, H, dtype=dtype), randn(E, H, seed=1), randn(E, H, seed=2)
+    offsets = torch.tensor([0, 4, 4, 5, 8], dtype=torch.int32)
+    found = grouped_layer_norm(rows, weight, bias, offsets, 1e-3)
+    assert found.dtype == dtype
+    for e in range(E):
+        mine = slice(offsets[e], offsets[e + 1])
+        expected = F.layer_norm(rows[mine].float(), (H,), weight[e], bias[e], 1e-3).to(dtype)
+        torch.testing.assert_close(found[mine], expected)
+
+
+def test_masked_tokens_may_hold_nan():
+    layer = make_layer(True, torch.float32)
+    x = torch.randn(10, D)
+    mask = torch.arange(10) < 6
+    x[~mask] = float("nan")
+    y = layer(x.requires_grad_(), mask)
+    torch.testing.assert_close(y[mask], layer(x[mask]))
+    assert y[~mask].abs().sum() == 0
+    y.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_dropout_is_drawn_in_training_only_and_keeps_the_mean():
+    torch.manual_seed(0)
+    layer = SparseMoE(D, H, num_experts=E, dropout=0.5)
+    plain = SparseMoE(D, H, num_experts=E)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(7, D)
+    assert not torch.equal(layer(x), layer(x))
+    torch.testing.assert_close(torch.stack([layer(x) for _ in range(2000)]).mean(0), plain(x), rtol=0, atol=0.05)
+    assert torch.equal(layer.eval()(x), plain(x))
+
+
+@pytest.mark.parametrize("options", [{"norm": "layer"}, {"dropout": 0.1}, {"norm": "layer", "gated": True}])
+def test_layer_keeps_its_properties(options):
+    torch.manual_seed(0)
+    layer = SparseMoE(D, H, num_experts=E, balance_weight=0.1, **options)
+    twin = SparseMoE(D, H, num_experts=E, balance_weight=0.1, **options)
+    twin.load_state_dict(layer.state_dict())
+    x = torch.randn(9, D)
+    assert torch.equal(copy.deepcopy(layer).eval()(x), twin.eval()(x))
+    assert aux_loss(layer) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    (y.float().sum() + aux_loss(layer)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    meta = SparseMoE(D, H, num_experts=E, device="meta", **options)
+    assert meta(x.to("meta")).shape == x.shape
+    assert all(f"{name}=" in repr(layer) for name in options)
+
+
+def test_norm_parameters_keep_their_type_in_autocast(monkeypatch):
+    layer, seen = make_layer(True, torch.float32), []
+    monkeypatch.setattr("clipup.moe.experts.grouped_layer_norm", lambda *args: seen.append(args) or args[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(6, D))
+    rows, weight, bias, *_ = seen[0]
+    assert rows.dtype == torch.bfloat16 and weight is layer.ln_weight and bias is layer.ln_bias
+
+
+def test_compiled_layer_is_one_graph_and_computes_the_same():
+    layer = make_layer(True, torch.float32, capacity_factor=1.0)
+    x = torch.randn(24, D)
+    expected = torch.autograd.grad(layer(x).square().sum(), tuple(layer.parameters()))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x).square().sum(), tuple(layer.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_norm_parameters_skip_weight_decay_and_start_as_a_layer_norms():
+    layer = SparseMoE(D, H, num_experts=E, norm="layer")
+    assert torch.equal(layer.ln_weight, torch.ones(E, H)) and torch.equal(layer.ln_bias, torch.zeros(E, H))
+    without = {name for name, parameter in layer.named_parameters() if not decays(name, parameter)}
+    assert without == {"in_bias", "out_bias", "ln_weight", "ln_bias"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "rms"}, "norm must be \"layer\" or None, got 'rms'"),
+        ({"dropout": 1.5}, "dropout must be a probability below 1, got 1.5"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        SparseMoE(D, H, **options)
+
+
+def test_from_dense_copies_the_norm_into_every_expert():
+    torch.manual_seed(0)
+    mlp = timm.layers.SwiGLU(D, H, norm_layer=timm.layers.LayerNorm)
+    with torch.no_grad():
+        mlp.norm.weight.add_(torch.rand(H)), mlp.norm.bias.add_(torch.rand(H))
+    mlp.norm.bias.requires_grad_(False)
+    layer = SparseMoE.from_dense(mlp, MoEConfig(num_experts=3))
+    x = torch.randn(11, D)
+    torch.testing.assert_close(layer(x), mlp(x))
+    assert layer.norm_eps == mlp.norm.eps == 1e-6 and torch.equal(layer.ln_weight[2], mlp.norm.weight)
+    assert {name for name, p in layer.named_parameters() if not p.requires_grad} == {"ln_bias"}

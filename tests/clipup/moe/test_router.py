@@ -1,0 +1,181 @@
+import pytest
+import torch
+
+from clipup import MoEConfig
+from clipup.moe.layer import losses
+from clipup.moe.router import INIT_STD, Router, renormalize_kept, weighted_losses
+
+T, D, E, K = 48, 16, 6, 2
+
+
+def make_router(training=True, **options):
+    torch.manual_seed(0)
+    router = Router(D, MoEConfig(**{"num_experts": E, "top_k": K, **options}))
+    with torch.no_grad():
+        router.weight.mul_(20)  # decided tokens: ties and near-ties are the op's business
+    return router.train(training)
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(1)
+    return torch.randn(T, D)
+
+
+def kept(routing):
+    return routing.plan.row_of_choice >= 0
+
+
+def test_gates_are_softmax_over_all_experts(x):
+    router = make_router(normalize_gates="none")
+    routing = router(x)
+    probs = (x @ router.weight.T).softmax(-1)
+    values, experts = probs.topk(K, -1)
+    torch.testing.assert_close(routing.gates, values)
+    assert torch.equal(routing.gating.experts.long(), experts)
+
+
+def test_sigmoid_gates_are_those_of_deepseek_v3(x):
+    router = make_router(score="sigmoid")
+    routing = router(x)
+    scores = (x.double() @ router.weight.double().T).sigmoid()
+    values, experts = scores.topk(K, -1)
+    torch.testing.assert_close(routing.gates.double(), values / values.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
+    assert torch.equal(routing.gating.experts.long(), experts)
+    shares = scores / scores.sum(-1, keepdim=True)
+    torch.testing.assert_close(routing.gating.mean_probs.double(), shares.mean(0), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(routing.gates, make_router()(x).gates, atol=1e-2)
+
+
+def test_sigmoid_gradients_are_those_of_the_definition(x):
+    router, x = make_router(score="sigmoid").double(), x.double()
+    weights = torch.randn(T, K, dtype=torch.float64)
+    routing = router(x)
+    (found,) = torch.autograd.grad((routing.gates * weights).sum(), router.weight)
+    scores = (x @ router.weight.T).sigmoid().gather(1, routing.gating.experts.long())
+    (expected,) = torch.autograd.grad((scores / scores.sum(-1, keepdim=True) * weights).sum(), router.weight)
+    torch.testing.assert_close(found, expected)
+
+
+def test_sigmoid_tells_sure_experts_apart_where_float32_sigmoids_are_all_one():
+    router = make_router(score="sigmoid")
+    with torch.no_grad():
+        router.weight.zero_()
+        router.weight[:, 0] = torch.tensor([30.0, 40.0, 20.0, 60.0, 50.0, 10.0])
+    routing = router(torch.nn.functional.one_hot(torch.zeros(1, dtype=torch.long), D).float())
+    assert routing.logits.sigmoid().eq(1).sum() > K
+    assert routing.gating.experts.tolist() == [[3, 4]]
+
+
+def test_losses_under_sigmoid_gates_are_of_its_probabilities_and_of_the_raw_logits(x):
+    router = make_router(score="sigmoid", z_weight=1.0)
+    routing = router(x)
+    assert weighted_losses(routing, router.config).item() == pytest.approx(losses.router_z(routing.logits).item())
+    probs = routing.logits.sigmoid() / routing.logits.sigmoid().sum(-1, keepdim=True)
+    entropy = -(probs * probs.log()).sum(-1).mean()
+    config = router.config.replace(z_weight=0.0, local_entropy_weight=1.0)
+    assert weighted_losses(routing, config).item() == pytest.approx(entropy.item(), rel=1e-5)
+    config = router.config.replace(z_weight=0.0, importance_weight=1.0)
+    assert weighted_losses(routing, config).item() == pytest.approx(losses.importance(probs.mean(0)).item(), rel=1e-4)
+
+
+def test_before_drop_gates_sum_to_one_with_dropped_choices_counted(x):
+    routing = make_router(normalize_gates="before_drop", capacity_factor=0.5)(x)
+    assert not kept(routing).all()
+    torch.testing.assert_close(routing.gates.sum(-1), torch.ones(T))
+
+
+def test_after_drop_gates_sum_to_one_over_kept_choices_and_are_zero_where_none_is(x):
+    routing = make_router(normalize_gates="after_drop", capacity_factor=0.5)(x)
+    has_slot = kept(routing).any(-1)
+    assert not has_slot.all() and not kept(routing).all(-1).all()
+    torch.testing.assert_close(routing.gates.sum(-1), has_slot.float())
+    assert torch.equal(routing.gates[~kept(routing)], torch.zeros_like(routing.gates[~kept(routing)]))
+
+
+def test_after_drop_gradient_agrees_with_finite_differences(x):
+    plan = make_router(capacity_factor=0.5)(x).plan
+    gates = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda g: renormalize_kept(g, plan), gates)
+
+
+@pytest.mark.parametrize("normalize_gates", ["before_drop", "after_drop"])
+def test_single_normalised_choice_teaches_the_router_nothing(x, normalize_gates):
+    router = make_router(top_k=1, normalize_gates=normalize_gates)
+    router(x).gates.square().sum().backward()
+    assert router.weight.grad.abs().max() < 1e-6
+
+
+def test_training_drops_at_its_capacity_and_evaluation_drops_nothing(x):
+    config = {"capacity_factor": 0.5}
+    limit = -(-0.5 * K * T // E)
+    training, evaluation = make_router(**config)(x), make_router(training=False, **config)(x)
+    assert training.plan.offsets.diff().max() <= limit
+    assert kept(evaluation).all()
+    assert not kept(make_router(training=False, eval_capacity_factor=0.5)(x)).all()
+
+
+def test_slots_go_by_position_or_by_the_largest_probability(x):
+    by_position = make_router(capacity_factor=0.5)(x)
+    by_priority = make_router(capacity_factor=0.5, priority=True)(x)
+    for routing, key in ((by_position, -torch.arange(T).float()), (by_priority, by_priority.gating.top_prob)):
+        for expert in range(E):
+            first = routing.gating.experts[:, 0] == expert
+            got, lost = key[first & kept(routing)[:, 0]], key[first & ~kept(routing)[:, 0]]
+            assert lost.numel() == 0 or got.min() >= lost.max()
+
+
+def test_noise_has_the_stated_deviation_and_only_in_training(x):
+    router = make_router(router_noise=3.0)
+    big = x.repeat(200, 1)
+    noise = router(big).noisy_logits - router(big).logits
+    assert noise.std().item() == pytest.approx(3.0 / E, rel=0.02)
+    quiet = router.eval()(x)
+    assert quiet.noisy_logits is quiet.logits
+    assert make_router(router_noise=0.0)(x).noisy_logits.equal(make_router()(x).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_are_float32_products_of_half_precision_operands(x, dtype):
+    router = make_router().to(dtype)
+    routing = router(x.to(dtype))
+    exact = x.to(dtype).double() @ router.weight.double().T
+    assert routing.logits.dtype == routing.gates.dtype == torch.float32
+    torch.testing.assert_close(routing.logits.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_masked_tokens_reach_neither_the_choices_nor_the_gradient(x):
+    mask = torch.arange(T) % 2 == 0
+    x = x.masked_fill(~mask[:, None], float("nan"))
+    router = make_router(capacity_factor=1.0)
+    routing = router(x, mask)
+    assert torch.equal(routing.gating.experts[~mask], torch.full((T // 2, K), -1, dtype=torch.int32))
+    assert routing.plan.offsets.diff().max() <= -(-K * T // 2 // E)
+    (routing.gates.square().sum() + routing.gating.z_loss).backward()
+    assert router.weight.grad.isfinite().all()
+
+
+def test_only_losses_with_a_weight_are_summed(x):
+    router = make_router(router_noise=1.0, balance_weight=0.5, z_weight=0.25, importance_weight=2.0, load_weight=3.0)
+    torch.manual_seed(2)
+    routing = router(x)
+    parts = {}
+    for name in ("balance_weight", "z_weight", "importance_weight", "load_weight"):
+        weight = getattr(router.config, name)
+        others = {field: 0.0 for field in ("balance_weight", "z_weight", "importance_weight", "load_weight")}
+        parts[name] = weighted_losses(routing, router.config.replace(**{**others, name: weight})).item()
+    assert all(value > 0 for value in parts.values())
+    assert weighted_losses(routing, router.config).item() == pytest.approx(sum(parts.values()), rel=1e-5)
+    assert parts["z_weight"] == pytest.approx(0.25 * routing.gating.z_loss.item())
+
+
+def test_importance_is_of_the_router_without_noise(x):
+    router = make_router(router_noise=50.0, importance_weight=1.0)
+    probs = (x @ router.weight.T).softmax(-1).mean(0)
+    expected = (probs.var(correction=0) / probs.mean() ** 2).item()
+    assert weighted_losses(router(x), router.config).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_fresh_router_has_the_documented_scale():
+    router = Router(512, MoEConfig(num_experts=64))
+    assert router.weight.std().item() == pytest.approx(INIT_STD, rel=0.03)

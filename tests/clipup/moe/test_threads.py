@@ -1,0 +1,218 @@
+"""What a forward leaves belongs to the thread that ran it: losses and routing. The load is the layer's."""
+
+import copy
+import gc
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from clipup import SparseMoE, aux_loss, moe_metrics, update_selection_bias
+from clipup.moe.layer_state import LossRecord
+
+D, THREADS, ROUNDS = 12, 4, 10
+
+
+def make_layer(**options):
+    torch.manual_seed(0)
+    return SparseMoE(D, 16, **{"num_experts": 4, "balance_weight": 0.5, "z_weight": 0.25, **options})
+
+
+def tokens(seed, count=10):
+    return (1 + seed) * torch.randn(count, D, generator=torch.Generator().manual_seed(seed))
+
+
+def run_together(function, count=THREADS):
+    """The results of ``function(index, barrier)`` in as many threads, which have all ended then."""
+    barrier = threading.Barrier(count, timeout=60)
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(lambda index: function(index, barrier), range(count)))
+
+
+def losses_alone(layer):
+    losses = []
+    for index in range(THREADS):
+        layer(tokens(index))
+        losses.append(aux_loss(layer).detach())
+    return losses
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_threads_that_train_one_layer_take_their_own_losses(compiled):
+    layer = make_layer()
+    expected = losses_alone(layer)
+    run = torch.compile(layer, backend="aot_eager") if compiled else layer
+    run(tokens(0))
+    aux_loss(layer)
+
+    def train(index, barrier):
+        losses = []
+        for _ in range(ROUNDS):
+            barrier.wait()
+            y = run(tokens(index))
+            barrier.wait()
+            losses.append(aux_loss(layer).detach())
+            del y
+        return losses
+
+    for index, losses in enumerate(run_together(train)):
+        for loss in losses:
+            torch.testing.assert_close(loss, expected[index])
+    assert aux_loss(layer) == 0
+
+
+def test_gradients_of_threads_that_train_one_layer_are_those_of_each_alone():
+    layer = make_layer()
+
+    def gradients(index):
+        loss = layer(tokens(index)).square().sum() + aux_loss(layer)
+        return torch.autograd.grad(loss, tuple(layer.parameters()))
+
+    expected = [gradients(index) for index in range(THREADS)]
+
+    def train(index, barrier):
+        barrier.wait()
+        return [gradients(index) for _ in range(ROUNDS)]
+
+    for index, rounds in enumerate(run_together(train)):
+        for found in rounds:
+            for one, other in zip(found, expected[index], strict=True):
+                torch.testing.assert_close(one, other)
+
+
+def test_a_thread_that_evaluates_takes_no_losses_of_one_that_trains():
+    layer = make_layer()
+    expected = losses_alone(layer)
+
+    def work(index, barrier):
+        if index == 0:
+            y = layer(tokens(0))
+        else:
+            with torch.no_grad():
+                layer(tokens(index))
+        barrier.wait()
+        loss = aux_loss(layer).detach() if index else None
+        barrier.wait()
+        return aux_loss(layer).detach() if index == 0 and y.requires_grad else loss
+
+    own, *others = run_together(work)
+    torch.testing.assert_close(own, expected[0])
+    assert others == [0] * (THREADS - 1)
+
+
+def test_metrics_are_of_the_callers_last_forward():
+    layer = make_layer().eval()
+
+    def evaluate(index, barrier):
+        with torch.no_grad():
+            layer(tokens(index, count=8 + index))
+        barrier.wait()
+        return moe_metrics(layer)[""]
+
+    for index, metrics in enumerate(run_together(evaluate)):
+        assert metrics["experts"].shape[0] == 8 + index
+    assert moe_metrics(layer) == {}
+
+
+def test_losses_of_ended_threads_are_refused_instead_of_zero():
+    model = nn.Sequential(nn.Identity(), make_layer())
+    outputs = run_together(lambda index, barrier: model(tokens(index)))
+    with pytest.raises(RuntimeError, match=r"no losses of this thread, but 4 that forwards of 1 left in other threads"):
+        aux_loss(model)
+    sum(output.sum() for output in outputs).backward()
+    assert aux_loss(model) == 0
+
+
+def test_losses_of_a_running_thread_are_refused_where_the_caller_has_not_run_the_layer():
+    layer = make_layer()
+    with ThreadPoolExecutor(1) as pool:
+        output = pool.submit(layer, tokens(0)).result()
+        with pytest.raises(RuntimeError, match="call aux_loss there, with nn.DataParallel inside the wrapped module"):
+            aux_loss(layer)
+        layer.eval()(tokens(1))
+        assert aux_loss(layer) == 0
+        assert pool.submit(aux_loss, layer).result() > 0 and output.requires_grad
+
+
+def test_a_new_thread_does_not_take_what_an_ended_one_left():
+    layer = make_layer()
+    expected = losses_alone(layer)
+    outputs = run_together(lambda index, barrier: layer(tokens(index)))
+
+    def train(index, barrier):
+        y = layer(tokens(index))
+        return aux_loss(layer).detach(), y
+
+    for index, (loss, _) in enumerate(run_together(train)):
+        torch.testing.assert_close(loss, expected[index])
+    del outputs
+
+
+def test_losses_returned_from_the_threads_that_run_the_forwards_train_all_replicas():
+    layer = make_layer()
+    replicas = [copy.copy(layer) for _ in range(THREADS)]  # as nn.DataParallel's, they share what is no module
+
+    def replica(index, barrier):
+        y = replicas[index](tokens(index))
+        barrier.wait()
+        return y, aux_loss(replicas[index])
+
+    results = run_together(replica)
+    found = torch.autograd.grad(sum(y.sum() + loss for y, loss in results), layer.router.weight)
+    loss = sum(layer(tokens(index)).sum() for index in range(THREADS)) + aux_loss(layer)
+    torch.testing.assert_close(found, torch.autograd.grad(loss, layer.router.weight))
+
+
+def test_the_load_of_all_threads_is_counted_once():
+    options = {"selection_bias": "z_score", "selection_bias_rate": 1.0, "balance_weight": 0.0, "z_weight": 0.0}
+    together, alone = make_layer(**options), make_layer(**options)
+
+    def train(index, barrier):
+        barrier.wait()
+        for _ in range(ROUNDS):
+            together(tokens(index))
+
+    for _ in range(2):
+        run_together(train)
+        for index in range(THREADS):
+            for _ in range(ROUNDS):
+                alone(tokens(index))
+        update_selection_bias(together)
+        update_selection_bias(alone)
+        assert torch.equal(together.router.selection_bias, alone.router.selection_bias)
+        assert together.router.selection_bias.abs().sum() > 0
+
+
+def count(kind):
+    gc.collect()
+    return sum(type(thing) is kind for thing in gc.get_objects())
+
+
+def test_what_ended_threads_left_does_not_pile_up():
+    layer = make_layer(selection_bias="sign")
+    records, threads = count(LossRecord), count(threading.Thread)
+    for index in range(10):
+        thread = threading.Thread(target=lambda index=index: layer(tokens(index)))
+        thread.start()
+        thread.join()
+        update_selection_bias(layer)
+    del thread
+    assert count(LossRecord) == records and count(threading.Thread) <= threads + 1
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_made_while_threads_train_hold_nothing(duplicate):
+    layer = make_layer()
+
+    def work(index, barrier):
+        y = layer(tokens(index))
+        barrier.wait()
+        twin = duplicate(layer)
+        barrier.wait()
+        return aux_loss(twin), aux_loss(layer), y
+
+    for of_twin, of_layer, _ in run_together(work):
+        assert of_twin == 0 and of_layer > 0

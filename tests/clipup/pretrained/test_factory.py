@@ -1,0 +1,175 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from tiny_clip import CONFIGS, tiny_clip, tiny_config
+from torch import nn
+
+import clipup
+import clipup_kernels
+from clipup import MoEConfig, moe_layers, save_pretrained
+from clipup.clip.inputs import random_inputs
+from clipup.clip.towers import tower_blocks
+from clipup.pretrained.model_names import get_model_config
+from clipup.upcycling import upcycle
+
+CONFIG = MoEConfig(num_experts=3)
+
+
+def test_names_of_open_clip_give_open_clips_model_and_transforms():
+    with torch.device("meta"):
+        model, train, val = clipup.create_model_and_transforms("ViT-B-32", device="meta")
+    assert isinstance(model, open_clip.CLIP) and not moe_layers(model)
+    assert callable(train) and callable(val)
+
+
+def test_model_config_is_a_copy():
+    config = get_model_config("ViT-B-32")
+    config["vision_cfg"]["layers"] = 1
+    assert get_model_config("ViT-B-32")["vision_cfg"]["layers"] == 12
+
+
+@pytest.mark.parametrize("call", [clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config])
+def test_unknown_names_are_refused_with_similar_ones(call):
+    with pytest.raises(ValueError, match="'ViT-B-61' is neither a model that open_clip knows nor a dir.* ViT-B-16"):
+        call("ViT-B-61")
+
+
+def test_unknown_weights_are_refused_with_the_tags_there_are():
+    with pytest.raises(ValueError, match="pretrained='laion' is neither a file nor a tag of ViT-B-32; .*openai"):
+        clipup.create_model_and_transforms("ViT-B-32", "laion")
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [("", "text pos_embed width changed!"), ("visual.", r"Missing key\(s\) in state_dict: .*Unexpected key\(s\)")],
+)
+def test_dense_weights_of_another_model_are_refused_in_one_line(tmp_path, tower, message):
+    weights = tiny_clip("timm").state_dict()
+    torch.save({name: value for name, value in weights.items() if name.startswith(tower)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=f"could not create ViT-B-32: .*{message}.* of another model") as caught:
+        clipup.create_model_and_transforms("ViT-B-32", str(tmp_path / "other.pt"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1200
+
+
+def test_tokenizer_of_a_name_and_of_a_directory(tmp_path):
+    sparse = upcycle(tiny_clip(), CONFIG)
+    save_pretrained(sparse, tmp_path, tiny_config())
+    assert clipup.get_tokenizer("ViT-B-32")(["a dog"]).shape == (1, 77)
+    for name in (str(tmp_path), f"local-dir:{tmp_path}"):
+        tokens = clipup.get_tokenizer(name)(["a dog", "two cats and a bird"])
+        assert tokens.shape == (2, 10)
+
+
+def test_hub_tokenizer_is_read_from_the_directory_only_where_it_was_saved(tmp_path, monkeypatch):
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"clean": "lower"}}
+    save_pretrained(tiny_clip(), tmp_path, config)
+    asked = []
+    for module in (open_clip.tokenizer, open_clip.factory):
+        monkeypatch.setattr(module, "HFTokenizer", lambda source, **kwargs: asked.append((str(source), kwargs)))
+    clipup.get_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    clipup.get_tokenizer(str(tmp_path))
+    assert [source for source, _ in asked] == ["org/words", str(tmp_path)]
+    assert all(kwargs["context_length"] == 10 and kwargs["clean"] == "lower" for _, kwargs in asked)
+
+
+def test_a_config_cannot_have_a_tokenizers_own_code_run(tmp_path):
+    """transformers imports it when `trust_remote_code` reaches it, which a config's `tokenizer_kwargs` do."""
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"trust_remote_code": True}}
+    save_pretrained(tiny_clip(), tmp_path, config)
+    trace = tmp_path / "executed"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "own.py").write_text(
+        f"open({str(trace)!r}, 'w')\nfrom transformers import BertTokenizer\nclass Own(BertTokenizer): pass\n"
+    )
+    content = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n")
+
+    with pytest.raises(ValueError, match="tokenizer_kwargs: the config of .* sets trust_remote_code"):
+        clipup.get_tokenizer(str(tmp_path))
+
+    assert not trace.exists()
+    open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_random_inputs_are_what_the_towers_take(kind):
+    model = tiny_clip(kind).eval()
+    images, texts = random_inputs(model, 4)
+    image_features, text_features, *_ = model(images, texts)
+    assert image_features.shape == text_features.shape == (4, tiny_config(kind)["embed_dim"])
+    assert torch.equal(random_inputs(model, 4)[1], texts)
+    end = 2 if kind == "eos_pool" else 63
+    assert ((texts == end).sum(1) == 1).all()
+    assert len({row.tolist().index(end) for row in texts}) > 1
+
+
+def test_random_images_have_the_towers_type():
+    assert random_inputs(tiny_clip().bfloat16(), 2)[0].dtype == torch.bfloat16
+
+
+def test_blocks_are_named_as_in_the_model():
+    for kind in CONFIGS:
+        model = tiny_clip(kind)
+        for tower in ("image", "text"):
+            for name, block in tower_blocks(model, tower).items():
+                assert model.get_submodule(name) is block
+
+
+@pytest.mark.parametrize("kind", ["gelu", "custom_text", "timm"])
+def test_open_clips_features_keep_working_on_a_sparse_model(kind):
+    sparse = upcycle(tiny_clip(kind), CONFIG).eval()
+    images, texts = random_inputs(sparse, 2)
+    expected = sparse(images, texts)
+    sparse.set_grad_checkpointing(True)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(images, texts)[0], expected[0])
+    out = sparse.forward_intermediates(images, texts)
+    torch.testing.assert_close(out["image_features"], expected[0])
+    torch.testing.assert_close(out["text_features"], expected[1])
+    sparse.lock_image_tower()
+    assert not any(parameter.requires_grad for parameter in sparse.visual.parameters() if parameter.dim() == 3)
+
+
+def test_the_layer_alone_does_not_import_open_clip():
+    code = "import clipup, sys; clipup.SparseMoE(8, 16); sys.exit('open_clip' in sys.modules or 'timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_dir_shows_what_is_imported_lazily():
+    code = "import clipup; names = dir(clipup); print(*(name for name in clipup.__all__ if name not in names))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "" and {"create_model_and_transforms", "create_timm_model"} <= set(clipup.__all__)
+
+
+@pytest.mark.parametrize("package", [clipup, clipup_kernels])
+def test_packages_have_a_version_and_are_typed(package):
+    assert package.__version__ == clipup_kernels._version.__version__
+    assert Path(package.__file__).with_name("py.typed").is_file()
+
+
+@pytest.mark.parametrize("upcycled", [False, True])
+def test_models_for_inference_are_in_evaluation_mode(tmp_path, upcycled):
+    model = upcycle(tiny_clip(), CONFIG) if upcycled else tiny_clip()
+    save_pretrained(model.train(), tmp_path, tiny_config())
+    for created in (
+        clipup.create_model_and_transforms(str(tmp_path))[0],
+        clipup.create_model_and_transforms(str(tmp_path), load_weights=False)[0],
+    ):
+        assert not any(module.training for module in created.modules())
+
+
+def test_package_names_what_it_does_not_have():
+    with pytest.raises(AttributeError, match="module 'clipup' has no attribute 'nothing'"):
+        clipup.nothing  # noqa: B018
+    assert set(clipup.__all__) <= {name for name in clipup.__all__ if hasattr(clipup, name)}
+    assert issubclass(clipup.SparseMoE, nn.Module)

@@ -1,0 +1,167 @@
+"""Models on the Hugging Face hub, by way of a cache on disk and without a network."""
+
+import shutil
+
+import huggingface_hub
+import open_clip
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from tiny_clip import tiny_clip, tiny_config
+
+import clipup
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference
+from clipup.pretrained import hub
+from clipup.upcycling import upcycle
+
+CONFIG = MoEConfig.clip_up(num_experts=3)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def publish(tmp_path):
+    """Puts a directory into a cache, as if it had been downloaded as org/NAME."""
+
+    def put(directory, name):
+        repository = tmp_path / "cache" / f"models--org--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        shutil.copytree(directory, repository / "snapshots" / COMMIT)
+        return {"cache_dir": str(tmp_path / "cache")}
+
+    return put
+
+
+@pytest.fixture
+def sparse():
+    return upcycle(tiny_clip(seed=torch.seed() % 2**31), CONFIG)
+
+
+def test_a_sparse_model_loads_from_the_hub(sparse, tmp_path, publish):
+    save_pretrained(sparse, tmp_path / "model", tiny_config())
+    cache = publish(tmp_path / "model", "sparse")
+
+    loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/sparse", **cache)
+
+    assert loaded.moe_config == CONFIG and step0_difference(sparse, loaded) == 0
+    assert clipup.get_tokenizer("hf-hub:org/sparse", **cache)(["a dog"]).shape == (1, 10)
+
+
+def test_a_vocabulary_of_words_comes_with_its_model(tmp_path, publish):
+    cfg = clipup.get_model_config("clipup-icons-w64")
+    save_pretrained(open_clip.create_model("clipup-icons-w64"), tmp_path / "model", cfg)
+    expected = clipup.get_tokenizer("clipup-icons-w64")(["arrow left"])
+    words = (tmp_path / "model" / "vocabulary.txt").read_text().split()
+    swapped = {"arrow": "left", "left": "arrow"}
+    (tmp_path / "model" / "vocabulary.txt").write_text("\n".join(swapped.get(word, word) for word in words))
+    cache = publish(tmp_path / "model", "words")
+
+    tokens = clipup.get_tokenizer("hf-hub:org/words", **cache)(["left arrow"])
+
+    assert torch.equal(tokens, expected)
+
+
+def test_a_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
+    dense = tiny_clip()
+    save_pretrained(dense, tmp_path / "model", tiny_config())
+    cache = publish(tmp_path / "model", "dense")
+
+    for create in (clipup.create_model_and_transforms, open_clip.create_model_and_transforms):
+        loaded, *_ = create("hf-hub:org/dense", **cache)
+        assert not moe_layers(loaded) and step0_difference(dense, loaded) == 0
+
+
+def test_all_files_are_of_the_commit_of_the_first(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, filename, revision, cache_dir):
+        asked.append((name, filename, revision))
+        return str(tmp_path / "snapshots" / COMMIT / filename)
+
+    monkeypatch.setattr(hub, "download_pretrained_from_hf", download)
+
+    assert hub.cached("hf-hub:org/sparse", "a", "b") == tmp_path / "snapshots" / COMMIT
+    assert asked == [("org/sparse", "a", None), ("org/sparse", "b", COMMIT)]
+
+
+def test_what_the_hub_does_not_have_is_named(sparse, tmp_path, publish):
+    save_pretrained(sparse, tmp_path / "model", tiny_config())
+    (tmp_path / "model" / "open_clip_model.safetensors").unlink()
+    cache = publish(tmp_path / "model", "weightless")
+
+    with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors.* for org/weightless"):
+        clipup.create_model_and_transforms("hf-hub:org/weightless", **cache)
+    loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/weightless", load_weights=False, **cache)
+    assert len(moe_layers(loaded)) == 4
+    with pytest.raises(FileNotFoundError, match="open_clip_config.json.* for org/nothing"):
+        clipup.create_model_and_transforms("hf-hub:org/nothing", **cache)
+
+
+def test_a_saved_directory_can_be_pushed_as_it_is(sparse, tmp_path, monkeypatch):
+    save_pretrained(sparse, tmp_path / "model", tiny_config(), license="mit")
+    pushed, validated = [], []
+    monkeypatch.setattr(huggingface_hub.hf_api, "is_xet_available", lambda: False)
+    monkeypatch.setattr(HfApi, "_validate_yaml", lambda self, content, **kwargs: validated.append(content))
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, operations, **kwargs: pushed.extend(operations))
+
+    HfApi().upload_folder(repo_id="org/sparse", folder_path=tmp_path / "model")
+
+    names = {operation.path_in_repo for operation in pushed}
+    assert names == {"README.md", "open_clip_config.json", "open_clip_model.safetensors"}
+    card = ModelCard(validated[0]).data
+    assert (card.license, card.library_name) == ("mit", "clipup")
+    assert card.pipeline_tag == "zero-shot-image-classification" and "mixture-of-experts" in card.tags
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A hub that refuses connections; waiting for it is a failure."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+
+    def sleep(seconds):
+        raise AssertionError(f"waited {seconds} s for the hub")
+
+    monkeypatch.setattr("time.sleep", sleep)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "what"),
+    [("ViT-B-32", "openai", "pretrained='openai' of ViT-B-32"), ("hf-hub:org/sparse", None, "hf-hub:org/sparse")],
+)
+def test_without_a_network_weights_that_are_not_cached_are_refused_at_once(
+    unreachable, tmp_path, caplog, name, pretrained, what
+):
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded: http://127.0.0.1:9 does not answer") as caught:
+        clipup.create_model_and_transforms(name, pretrained, cache_dir=str(tmp_path))
+    assert str(caught.value).startswith(f"{what} is not in the cache {tmp_path} ")
+    assert "give the file (pretrained) or the directory" in str(caught.value) and not caplog.records
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_without_a_network_a_cached_model_loads(unreachable, sparse, tmp_path, publish):
+    save_pretrained(sparse, tmp_path / "model", tiny_config())
+    cache = publish(tmp_path / "model", "sparse")
+
+    loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/sparse", **cache)
+
+    assert step0_difference(sparse, loaded) == 0
+
+
+def test_without_a_network_a_tokenizer_of_the_hub_is_refused_at_once(unreachable, tmp_path):
+    with pytest.raises(FileNotFoundError, match="ViT-B-16-SigLIP is not in the cache .*does not answer"):
+        clipup.get_tokenizer("ViT-B-16-SigLIP", cache_dir=str(tmp_path))
+
+
+def test_other_errors_of_a_model_are_not_taken_for_a_missing_network(unreachable, tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="of another model or config$"):
+        clipup.create_model_and_transforms("clipup-tiny-32", str(tmp_path / "other.pt"))

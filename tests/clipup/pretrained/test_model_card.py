@@ -1,0 +1,172 @@
+"""The model card that lies beside saved weights."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from huggingface_hub import ModelCard
+from sparse_clip import sparse_clip, sparse_config
+from tiny_clip import tiny_clip, tiny_config
+
+import clipup
+from clipup import MoEConfig, moe_layers, save_pretrained
+from clipup.clip import flops
+from clipup.pretrained.model_card import add_results, base_model_in
+from clipup.pretrained.origin import base_model
+from clipup.upcycling import upcycle
+
+CONFIG = MoEConfig.clip_up(num_experts=3)
+RECALL = {"r1": 0.25, "r5": 0.5, "r10": 1.0}
+RETRIEVAL = {"t2i": RECALL, "i2t": RECALL, "chance_r1": 0.001, "gallery": 5000, "captions": 25010}
+
+
+@pytest.fixture
+def sparse():
+    return upcycle(tiny_clip(), CONFIG)
+
+
+@pytest.fixture
+def directory(sparse, tmp_path):
+    save_pretrained(sparse, tmp_path, tiny_config())
+    return tmp_path
+
+
+def text(directory):
+    return (directory / "README.md").read_text()
+
+
+def test_card_says_what_the_experts_are_and_what_they_cost(directory, sparse):
+    counts, card = flops.count(sparse), text(directory)
+
+    assert "# Sparse CLIP: 3 experts, top 2" in card
+    assert f"| parameters | {counts.params / 1e6:.1f} M |" in card
+    assert f"| parameters active for a token | {counts.active_params / 1e6:.1f} M |" in card
+    assert f"| GFLOPs for an image | {counts.image_gflops:.3g} |" in card
+    assert f"| GFLOPs for a text of full length | {counts.text_gflops:.3g} |" in card
+    for name in moe_layers(sparse):
+        assert f"| `{name}` | 3 | 2 | 32 | 128 | " in card
+    assert "open_clip by itself does not load these weights" in card and "Nothing was measured yet" in card
+    assert (ModelCard(card).data.license, ModelCard(card).data.library_name) == ("other", "clipup")
+
+
+def run_snippet(directory):
+    """What the card's Python prints when it runs in the card's directory."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", text(directory), re.DOTALL)
+    program = [sys.executable, "-c", snippet]
+    environment = {"PYTHONPATH": str(Path(clipup.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(program, cwd=directory, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_snippet_of_a_clip_runs_as_it_stands(tmp_path):
+    save_pretrained(sparse_clip(), tmp_path, sparse_config())
+
+    assert re.match(r"tensor\(\[\[-?\d\S+, +-?\d\S+\]\]\)", run_snippet(tmp_path))
+    assert "model.eval()" in text(tmp_path) and "pip install clipup\n" in text(tmp_path)
+
+
+def test_snippet_of_a_timm_model_runs_as_it_stands(tmp_path):
+    model = timm.create_model("test_vit", num_classes=2)
+    save_pretrained(upcycle(model, CONFIG.replace(towers=("image",))), tmp_path)
+
+    assert run_snippet(tmp_path).startswith("tensor([[")
+    assert "model.eval()" in text(tmp_path)
+
+
+def test_card_names_the_extra_that_a_tokenizer_of_hugging_face_needs(tmp_path):
+    config = tiny_config()
+    config["text_cfg"]["hf_tokenizer_name"] = "org/words"
+    save_pretrained(tiny_clip(), tmp_path, config)
+
+    assert 'pip install "clipup[hf]"\n' in text(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "base"),
+    [
+        ("ViT-B-16", "laion2b_s34b_b88k", "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"),
+        ("ViTamin-S", "datacomp1b", "jienengchen/ViTamin-S"),
+        ("hf-hub:org/dense", None, "org/dense"),
+        ("ViT-B-16", "epoch_32.pt", None),
+        ("ViT-B-16", None, None),
+        (None, None, None),
+    ],
+)
+def test_base_model_is_known_of_tags_and_of_the_hub(name, pretrained, base):
+    assert base_model(name, pretrained) == base
+
+
+def test_base_model_is_in_the_card_and_passed_on_by_a_directory(sparse, tmp_path):
+    save_pretrained(sparse, tmp_path, tiny_config(), base_model="org/dense")
+
+    assert ModelCard(text(tmp_path)).data.base_model == "org/dense"
+    assert base_model(str(tmp_path), None) == base_model(None, str(tmp_path)) == "org/dense"
+
+
+def test_a_card_without_a_base_model_claims_none(directory, tmp_path):
+    assert base_model_in(directory) is None and "base_model" not in text(directory)
+    assert base_model_in(tmp_path / "nothing") is None
+
+
+def test_own_data_are_named_by_the_end_of_their_path_and_stand_once(directory):
+    for _ in range(2):
+        add_results(directory, {"val_data": "/data/pets/test-*.tar", "retrieval": RETRIEVAL})
+    add_results(directory, {"val_data": "/data/birds/test-*.tar", "retrieval": RETRIEVAL})
+
+    assert text(directory).count("| pets/test-*.tar: 5,000 images, 25,010 captions |") == 6
+    assert text(directory).count("| birds/test-*.tar: 5,000 images, 25,010 captions |") == 6
+
+
+def test_card_of_a_dense_model_claims_no_experts(tmp_path):
+    save_pretrained(tiny_clip(), tmp_path, tiny_config())
+
+    card = text(tmp_path)
+
+    assert "# Dense CLIP" in card and "experts" not in card and "by itself" not in card
+    assert ModelCard(card).data.tags == ["clip"]
+
+
+def test_results_are_added_and_those_of_the_same_data_replaced(directory):
+    before = text(directory)
+    add_results(directory, {"dataset": "coco", "split": "test", "precision": "fp32", "retrieval": RETRIEVAL})
+    zero_shot = {"top1": 0.7692, "top5": 0.9, "chance": 0.001, "images": 50000, "classes": 1000}
+    add_results(directory, {"dataset": "imagenet", "split": "test", "precision": "bf16", "zero_shot": zero_shot})
+    better = {**RETRIEVAL, "t2i": {**RECALL, "r1": 0.521}}
+    add_results(directory, {"dataset": "coco", "split": "test", "precision": "fp32", "retrieval": better})
+
+    card = text(directory)
+
+    assert card.count("| coco test: 5,000 images, 25,010 captions |") == 6
+    assert "captions | text to image R@1 | 52.10 |" in card and "captions | image to text R@1 | 25.00 |" in card
+    assert "| imagenet test in bf16: 50,000 images, 1,000 classes | zero-shot top-1 | 76.92 |" in card
+    assert "Nothing was measured" not in card
+    assert card.partition("## Evaluation")[0] == before.partition("## Evaluation")[0]
+
+
+def test_recall_over_distinct_captions_stands_beside_the_usual_one(directory):
+    add_results(directory, {"dataset": "icons", "retrieval": RETRIEVAL, "multi_positive": False})
+    add_results(directory, {"dataset": "icons", "retrieval": RETRIEVAL, "multi_positive": True})
+
+    card = text(directory)
+
+    assert card.count("| icons: 5,000 images, 25,010 captions |") == 6
+    assert card.count("| icons: 5,000 images, 25,010 distinct captions |") == 6
+
+
+def test_words_that_somebody_wrote_into_the_card_stay(directory):
+    path = directory / "README.md"
+    path.write_text(path.read_text().replace("## Use", "Trained on cats.\n\n## Use") + "\n## Thanks\n\nTo all.\n")
+
+    add_results(directory, {"retrieval": RETRIEVAL})
+    add_results(directory, {"retrieval": RETRIEVAL})
+
+    card = text(directory)
+    assert "Trained on cats." in card and card.endswith("\n## Thanks\n\nTo all.\n")
+    assert card.count("| own data: 5,000 images, 25,010 captions | text to image R@5 | 50.00 |") == 1
+
+
+def test_without_a_card_there_is_nothing_to_write_into(tmp_path):
+    with pytest.raises(FileNotFoundError, match="card: there is no README.md"):
+        add_results(tmp_path, {"retrieval": RETRIEVAL})

@@ -1,0 +1,241 @@
+import json
+import resource
+import signal
+
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+from tiny_clip import CONFIGS, tiny_clip, tiny_config
+
+import clipup
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference
+from clipup.atomic_files import replace_files
+from clipup.pretrained.model_directory import CONFIG_NAME, WEIGHTS_NAME
+from clipup.upcycling import upcycle
+
+CONFIG = MoEConfig.clip_up(num_experts=3)
+
+
+def make_sparse(kind="gelu", config=CONFIG):
+    model = upcycle(tiny_clip(kind), config)
+    with torch.no_grad():
+        for layer in moe_layers(model).values():
+            layer.in_weight.add_(0.1 * torch.randn_like(layer.in_weight))
+    return model
+
+
+@pytest.fixture
+def saved(tmp_path):
+    directory = tmp_path / "model"
+    save_pretrained(make_sparse(), directory, tiny_config())
+    return directory
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def edit_config(directory, change):
+    path = directory / CONFIG_NAME
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_saved_model_loads_as_it_was(tmp_path, kind, prefix):
+    model = make_sparse(kind)
+    save_pretrained(model, tmp_path, tiny_config(kind))
+    loaded, *_ = clipup.create_model_and_transforms(f"{prefix}{tmp_path}")
+    assert loaded.moe_config == CONFIG
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert step0_difference(model, loaded) == 0
+
+
+def test_directory_holds_open_clips_two_files_a_card_and_config_keys(saved):
+    assert set(contents(saved)) == {"open_clip_config.json", "open_clip_model.safetensors", "README.md"}
+    config = json.loads((saved / CONFIG_NAME).read_text())
+    assert config["model_cfg"] == tiny_config() and MoEConfig.from_dict(config["moe_cfg"]) == CONFIG
+
+
+def test_preprocessing_is_saved_and_loaded(tmp_path):
+    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "resize_mode": "squash"}
+    save_pretrained(make_sparse(), tmp_path / "one", tiny_config(), {**preprocess, "size": 99})
+    loaded, _, transform = clipup.create_model_and_transforms(str(tmp_path / "one"))
+    assert "0.1, 0.2, 0.3" in str(transform)
+    assert {name: list(value) if isinstance(value, tuple) else value for name, value in preprocess.items()}.items() <= (
+        loaded.visual.preprocess_cfg.items()
+    )
+    save_pretrained(loaded, tmp_path / "two", tiny_config())
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_dense_model_is_saved_without_moe_cfg_and_loads_in_open_clip(tmp_path):
+    dense = tiny_clip()
+    save_pretrained(dense, tmp_path, tiny_config())
+    for create in (clipup.create_model_and_transforms, open_clip.create_model_and_transforms):
+        loaded, *_ = create(f"local-dir:{tmp_path}")
+        assert not moe_layers(loaded) and step0_difference(dense, loaded) == 0
+
+
+def test_plain_open_clip_refuses_a_sparse_model(saved):
+    with pytest.raises(RuntimeError, match="Missing key.*resblocks.1.mlp.c_fc.weight"):
+        open_clip.create_model_and_transforms(f"local-dir:{saved}")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("pure_fp16", torch.float16)])
+def test_experts_load_in_the_precision_of_the_model(saved, precision, dtype):
+    loaded, *_ = clipup.create_model_and_transforms(str(saved), precision=precision)
+    assert {p.dtype for layer in moe_layers(loaded).values() for p in layer.parameters()} == {dtype}
+    images, texts = clipup.pretrained.factory.random_inputs(loaded, 2)
+    assert loaded(images, texts)[0].isfinite().all()
+
+
+def test_another_image_size_resizes_position_embeddings(saved):
+    loaded, *_ = clipup.create_model_and_transforms(str(saved), force_image_size=32)
+    assert loaded.visual.positional_embedding.shape[0] == 17
+    assert loaded.encode_image(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+def test_weights_can_be_left_out(saved):
+    (saved / WEIGHTS_NAME).unlink()
+    loaded, *_ = clipup.create_model_and_transforms(str(saved), load_weights=False)
+    assert len(moe_layers(loaded)) == 4
+
+
+def test_loading_warns_of_nothing(saved, caplog):
+    clipup.create_model_and_transforms(str(saved))
+    assert caplog.text == ""
+
+
+def more_experts(config):
+    config["moe_cfg"]["num_experts"] = 5
+
+
+def fewer_sparse_blocks(config):
+    config["moe_cfg"]["blocks"] = [1]
+
+
+def wider_tower(config):
+    config["model_cfg"]["vision_cfg"]["width"] = 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            more_experts,
+            r"visual.transformer.resblocks.1.mlp.in_weight is \[3, 128, 32\] there, \[5, 128, 32\] in the model; "
+            r".* more of another shape.* Put back the config",
+        ),
+        (
+            fewer_sparse_blocks,
+            r"missing there: visual.*resblocks.3.mlp.c_fc.weight, .*unknown to the model: ",
+        ),
+        (wider_tower, r"visual.class_embedding is \[32\] there, \[64\] in the model"),
+    ],
+)
+def test_checkpoint_of_another_shape_is_refused_by_name(saved, change, message):
+    edit_config(saved, change)
+    with pytest.raises(ValueError, match=message):
+        clipup.create_model_and_transforms(str(saved))
+
+
+def test_text_tower_of_another_width_is_refused_by_name(saved):
+    edit_config(saved, lambda config: config["model_cfg"]["text_cfg"].update(width=64))
+    with pytest.raises(ValueError, match=r"text_projection is \[32, 16\] there, \[64, 16\] in the model"):
+        clipup.create_model_and_transforms(str(saved))
+
+
+def test_bad_directories_are_refused(saved, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(FileNotFoundError, match="no open_clip_config.json in .*empty"):
+        clipup.create_model_and_transforms(str(empty))
+    with pytest.raises(FileNotFoundError, match="no open_clip_config.json in .*nowhere"):
+        clipup.create_model_and_transforms(f"local-dir:{tmp_path / 'nowhere'}")
+    with pytest.raises(ValueError, match="pretrained='openai' has no meaning with the directory"):
+        clipup.create_model_and_transforms(str(saved), "openai")
+    with pytest.raises(ValueError, match="jit=True is not supported for sparse models"):
+        clipup.create_model_and_transforms(str(saved), jit=True)
+    (saved / WEIGHTS_NAME).write_bytes((saved / WEIGHTS_NAME).read_bytes()[:-100])
+    with pytest.raises(ValueError, match="open_clip_model.safetensors is not a whole safetensors file"):
+        clipup.create_model_and_transforms(str(saved))
+    (saved / WEIGHTS_NAME).unlink()
+    with pytest.raises(FileNotFoundError, match="no open_clip_model.safetensors in .*; load_weights=False builds"):
+        clipup.create_model_and_transforms(str(saved))
+    (saved / CONFIG_NAME).write_text('{"model_cfg": ')
+    with pytest.raises(ValueError, match="open_clip_config.json is not valid JSON"):
+        clipup.create_model_and_transforms(str(saved))
+    (saved / CONFIG_NAME).write_text("{}")
+    with pytest.raises(ValueError, match="open_clip_config.json has no model_cfg"):
+        clipup.create_model_and_transforms(str(saved))
+
+
+def test_bad_moe_cfg_is_refused_with_its_file(saved):
+    edit_config(saved, lambda config: config["moe_cfg"].update(top_k=9))
+    with pytest.raises(ValueError, match=r"open_clip_config.json: top_k \(9\) is larger than num_experts \(3\)"):
+        clipup.create_model_and_transforms(str(saved))
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"model_cfg lacks vision_cfg, text_cfg; pass clipup.get_model_config\(name\)"):
+        save_pretrained(make_sparse(), tmp_path / "out", {"embed_dim": 16})
+    sparse = make_sparse()
+    del sparse.moe_config
+    with pytest.raises(ValueError, match="sparse layers but no moe_config"):
+        save_pretrained(sparse, tmp_path / "out", tiny_config())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("failing", ["weights", "config"])
+def test_failure_while_writing_leaves_the_previous_model_whole(saved, monkeypatch, failing):
+    before = contents(saved)
+
+    def disk_full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    if failing == "weights":
+        monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
+    else:
+        monkeypatch.setattr("pathlib.Path.write_text", disk_full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save_pretrained(make_sparse(config=CONFIG.replace(num_experts=2)), saved, tiny_config())
+    assert contents(saved) == before
+
+
+def test_file_that_cannot_grow_leaves_the_previous_model_whole(saved):
+    before = contents(saved)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        with pytest.raises(OSError):
+            save_pretrained(make_sparse(), saved, tiny_config())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert contents(saved) == before
+
+
+def test_files_replaced_together_appear_together_or_not_at_all(tmp_path):
+    def fails(path):
+        path.write_text("half")
+        raise ValueError("stop")
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("old")
+    with pytest.raises(ValueError, match="stop"):
+        replace_files({first: lambda path: path.write_text("new"), second: fails})
+    assert contents(tmp_path) == {"first": b"old"}
+    replace_files({first: lambda path: path.write_text("new"), second: lambda path: path.write_text("new")})
+    assert contents(tmp_path) == {"first": b"new", "second": b"new"}
+
+
+def test_all_files_have_ordinary_permissions(saved):
+    plain = saved / "plain"
+    plain.touch()
+    assert {path.stat().st_mode for path in saved.iterdir()} == {plain.stat().st_mode}

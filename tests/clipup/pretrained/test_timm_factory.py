@@ -1,0 +1,128 @@
+"""timm models by themselves, saved and loaded, dense and sparse."""
+
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from timm.models.vision_transformer import VisionTransformer
+
+import clipup
+from clipup import MoEConfig, moe_layers, save_pretrained
+from clipup.upcycling import upcycle
+
+CONFIG = MoEConfig.clip_up(num_experts=3, towers=("image",))
+NAMES = ["test_vit", "test_convnext"]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def make(name, **options):
+    torch.manual_seed(torch.seed() % 2**31)
+    return timm.create_model(name, **options).eval()
+
+
+def sparse_of(model):
+    sparse = upcycle(model, CONFIG)
+    with torch.no_grad():
+        for layer in moe_layers(sparse).values():
+            layer.in_weight.add_(0.1 * torch.randn_like(layer.in_weight))
+    return sparse
+
+
+def assert_equal(model, other, size=160):
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), other.eval()(images))
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sparse_timm_model_loads_as_it_was(tmp_path, name, prefix):
+    sparse = sparse_of(make(name))
+
+    save_pretrained(sparse, tmp_path)
+    loaded = clipup.create_timm_model(f"{prefix}{tmp_path}")
+
+    assert loaded.moe_config == CONFIG and moe_layers(loaded).keys() == moe_layers(sparse).keys()
+    assert_equal(loaded, sparse)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_arguments_of_the_model_are_saved_with_it(tmp_path):
+    sparse = sparse_of(make("test_vit", img_size=64, num_classes=5))
+
+    save_pretrained(sparse, tmp_path, {"img_size": 64, "num_classes": 5})
+
+    assert_equal(clipup.create_timm_model(str(tmp_path)), sparse, size=64)
+
+
+def test_a_dense_timm_model_loads_in_timm_too(tmp_path):
+    dense = make("test_vit")
+    save_pretrained(dense, tmp_path)
+
+    assert_equal(clipup.create_timm_model(str(tmp_path)), dense)
+    assert_equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), dense)
+
+
+def test_timm_refuses_the_weights_of_a_sparse_model(tmp_path):
+    save_pretrained(sparse_of(make("test_vit")), tmp_path)
+
+    with pytest.raises(RuntimeError, match="blocks.1.mlp.fc1.weight"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
+def test_a_sparse_timm_model_loads_from_the_hub(tmp_path, monkeypatch):
+    sparse = sparse_of(make("test_vit"))
+    save_pretrained(sparse, tmp_path / "model")
+    repository = tmp_path / "cache" / "models--org--vit"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(tmp_path / "model", repository / "snapshots" / COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+    assert_equal(clipup.create_timm_model("hf-hub:org/vit", cache_dir=str(tmp_path / "cache")), sparse)
+
+
+def test_a_timm_model_is_loaded_in_evaluation_mode(tmp_path):
+    save_pretrained(sparse_of(make("test_vit")).train(), tmp_path)
+
+    assert not any(module.training for module in clipup.create_timm_model(str(tmp_path)).modules())
+
+
+def test_card_names_timm_and_the_experts(tmp_path):
+    sparse = sparse_of(make("test_vit"))
+    save_pretrained(sparse, tmp_path)
+
+    text = (tmp_path / "README.md").read_text()
+
+    assert ModelCard(text).data.library_name == "clipup" and "create_timm_model" in text
+    assert all(f"| `{name}` | 3 | 2 |" in text for name in moe_layers(sparse)) and "a text of full" not in text
+
+
+def test_directories_that_hold_no_whole_timm_model_are_refused(tmp_path):
+    save_pretrained(sparse_of(make("test_vit")), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["moe_cfg"]["num_experts"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.in_weight is \[3, .* in the model"):
+        clipup.create_timm_model(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors in .*load_weights=False"):
+        clipup.create_timm_model(str(tmp_path))
+    assert moe_layers(clipup.create_timm_model(str(tmp_path), load_weights=False))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no architecture"):
+        clipup.create_timm_model(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no config.json in nowhere"):
+        clipup.create_timm_model("nowhere")
+
+
+def test_a_model_that_does_not_know_its_name_is_not_saved(tmp_path):
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+
+    with pytest.raises(ValueError, match="VisionTransformer without the name of its architecture.*timm.create_model"):
+        save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,171 @@
+"""Optimizer state carried from a dense run into the sparse model (arXiv 2212.05055)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_families import TIMM, timm_model
+
+import clipup
+from clipup.train import train
+from clipup.train.checkpoints import load
+from clipup.train.distributed import Ranks
+from clipup.train.loop import Trainer
+from clipup.train.optim import adamw
+from clipup.train.optimizer_upcycling import load_state, named_state, upcycled_state
+from clipup.train.setup import Epochs, build_model
+
+MOE = clipup.MoEConfig(num_experts=4)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PROJECTIONS = (("in", "c_fc"), ("out", "c_proj"))
+
+
+@pytest.fixture
+def dense_run(make_model, pairs, options):
+    """The checkpoint of a short dense run."""
+    return train(options(name="dense", steps=3), model=make_model(), loader=pairs()).directory / (
+        "checkpoints/epoch_latest.pt"
+    )
+
+
+def state_after(options, model, dense_run, moe=MOE, **changes):
+    """Model and optimizer state, by name, of a run that starts from the dense one, before its first step."""
+    settings = options(moe=True, moe_cfg=moe, resume_dense=str(dense_run), logs=None, **changes)
+    built = build_model(settings, torch.device("cpu"), "fp32", model)
+    trainer = Trainer(settings, built, Epochs([None], 1), Ranks(torch.device("cpu")), None, "fp32")
+    names = {parameter: name for name, parameter in built.model.named_parameters()}
+    return built.model, {names[parameter]: state for parameter, state in trainer.optimizer.state.items()}
+
+
+def test_every_expert_gets_the_moments_of_the_weight_it_is_copied_from(make_model, options, dense_run):
+    dense = load(dense_run)
+    moments = named_state(make_model(), dense["optimizer"], "dense")
+
+    model, state = state_after(options, make_model(seed=5), dense_run)
+
+    pairs = {f"{ours}_{kind}": f"{theirs}.{kind}" for ours, theirs in PROJECTIONS for kind in ("weight", "bias")}
+    layers = clipup.moe_layers(model)
+    assert layers
+    for name, layer in layers.items():
+        for ours, theirs in pairs.items():
+            assert torch.equal(getattr(layer, ours)[2], dense["state_dict"][f"{name}.{theirs}"])
+            for key in MOMENTS:
+                copies = state[f"{name}.{ours}"][key]
+                assert copies.abs().max() > 0
+                assert all(torch.equal(copy, moments[f"{name}.{theirs}"][key]) for copy in copies)
+
+
+def test_what_stays_dense_keeps_its_moments_and_all_but_routers_their_step(make_model, options, dense_run):
+    moments = named_state(make_model(), load(dense_run)["optimizer"], "dense")
+
+    model, state = state_after(options, make_model(seed=5), dense_run)
+
+    kept = [name for name in moments if name in state]
+    assert "visual.transformer.resblocks.0.mlp.c_fc.weight" in kept and "logit_scale" in kept
+    for name in kept:
+        assert all(torch.equal(state[name][key], moments[name][key]) for key in MOMENTS)
+    routers = {name for name, _ in model.named_parameters() if name.endswith("router.weight")}
+    assert set(state) == {name for name, _ in model.named_parameters()} - routers and routers
+    assert all(values["step"] == 3 for values in state.values())
+
+
+def test_first_step_moves_the_experts_as_the_dense_run_would_have_moved_the_mlp(make_model, pairs, options, dense_run):
+    """Without any gradient Adam's step is that of its moments."""
+    model, state = state_after(options, make_model(seed=5), dense_run)
+    settings = options(lr=1e-2, wd=0.0)
+    sparse_optimizer = adamw(model, settings)
+    load_state(sparse_optimizer, model, state)
+    dense = make_model()
+    checkpoint = load(dense_run)
+    dense.load_state_dict(checkpoint["state_dict"])
+    dense_optimizer = adamw(dense, settings)
+    dense_optimizer.load_state_dict(checkpoint["optimizer"])
+    for group in dense_optimizer.param_groups:
+        group.update(lr=1e-2, weight_decay=0.0)
+    for each, optimizer in ((model, sparse_optimizer), (dense, dense_optimizer)):
+        for parameter in each.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    for name, layer in clipup.moe_layers(model).items():
+        mlp = dense.get_submodule(name)
+        assert (mlp.c_fc.weight - checkpoint["state_dict"][f"{name}.c_fc.weight"]).abs().max() > 1e-3
+        for expert in layer.in_weight:
+            torch.testing.assert_close(expert, mlp.c_fc.weight)
+
+
+def test_shards_get_their_part_of_the_moments_and_the_whole_of_the_output_bias(make_model, options, dense_run):
+    moe = clipup.MoEConfig(num_experts=8, top_k=4, granularity=2, shared_expert=True)
+    moments = named_state(make_model(), load(dense_run)["optimizer"], "dense")
+
+    model, state = state_after(options, make_model(), dense_run, moe)
+
+    for name in clipup.moe_layers(model):
+        for key in MOMENTS:
+            of_in, of_bias = (moments[f"{name}.{part}"][key] for part in ("c_fc.weight", "c_proj.bias"))
+            assert torch.equal(state[f"{name}.in_weight"][key][3], of_in[64:])
+            torch.testing.assert_close(state[f"{name}.out_bias"][key], of_bias.expand(8, -1))
+            assert torch.equal(state[f"{name}.shared.in_weight"][key][0], of_in)
+
+
+def test_parts_that_share_one_dense_parameter_get_their_halves():
+    dense = timm_model("Block/GluMlp")
+    state = {name: {key: torch.rand_like(p) for key in MOMENTS} for name, p in dense.named_parameters()}
+    state = {name: {"step": torch.tensor(7.0), **values} for name, values in state.items()}
+
+    carried = upcycled_state(dense, clipup.MoEConfig(num_experts=2, towers=("image",)), state)
+
+    first, second = state["blocks.1.mlp.fc1.weight"]["exp_avg"].chunk(2)
+    halves = [carried[f"blocks.1.mlp.{name}"]["exp_avg"][1] for name in ("in_weight", "gate_weight")]
+    assert {tuple(half.flatten().tolist()) for half in halves} == {
+        tuple(half.flatten().tolist()) for half in (first, second)
+    }
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_in_every_family_all_but_routers_get_moments_of_their_shape(family):
+    dense = timm_model(family)
+    state = {
+        name: {"step": torch.tensor(7.0), **{key: torch.rand_like(parameter) for key in MOMENTS}}
+        for name, parameter in dense.named_parameters()
+    }
+    moe = clipup.MoEConfig(num_experts=2, blocks="every", towers=("image",), shared_expert=True)
+
+    carried = upcycled_state(dense, moe, state)
+
+    sparse = dict(clipup.upcycle(dense, moe).named_parameters())
+    assert set(carried) == {name for name in sparse if not name.endswith("router.weight")}
+    for name, values in carried.items():
+        assert all(values[key].shape == sparse[name].shape and values[key].min() < values[key].max() for key in MOMENTS)
+
+
+def test_a_run_from_a_dense_checkpoint_trains_and_resumes(make_model, pairs, options, dense_run):
+    settings = {"moe": True, "moe_cfg": MOE, "resume_dense": str(dense_run), "lr_scheduler": "const"}
+    whole = train(options(**settings, name="whole", steps=6), model=make_model(), loader=pairs())
+    train(options(**settings, steps=3), model=make_model(), loader=pairs())
+
+    resumed = train(options(**settings, steps=6, resume="latest"), model=make_model(), loader=pairs())
+
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_bad_combinations_are_refused_by_name(make_model, options, dense_run):
+    with pytest.raises(ValueError, match="resume_dense='x.pt' is about making a model sparse; set moe"):
+        options(resume_dense="x.pt")
+    with pytest.raises(ValueError, match="resume_dense='x.pt' and pretrained='openai' both bring weights"):
+        options(resume_dense="x.pt", moe=True, pretrained="openai")
+    with pytest.raises(ValueError, match="reinit_ratio=0.5 draws weights anew.*leave resume_dense out"):
+        state_after(options, make_model(), dense_run, MOE.replace(reinit_ratio=0.5))
+
+
+def test_an_optimizer_of_another_model_is_refused_by_name(make_model, dense_run):
+    optimizer = load(dense_run)["optimizer"]
+    with pytest.raises(ValueError, match="has groups of .* parameters, the dense model has"):
+        named_state(timm_model("Block/Mlp"), optimizer, "run.pt")
+    index = optimizer["param_groups"][1]["params"][0]
+    optimizer["state"][index]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="the optimizer of run.pt is of another model: its moments of .* have shape"):
+        named_state(make_model(), optimizer, "run.pt")
+    del optimizer["state"][index]["exp_avg"]
+    with pytest.raises(ValueError, match="holds no exp_avg for .*; it is no AdamW"):
+        named_state(make_model(), optimizer, "run.pt")

@@ -1,0 +1,122 @@
+"""Drop-Upcycling (arXiv 2502.19261): which weights are drawn anew, from what, and that all others stay."""
+
+import pytest
+import torch
+from tiny_clip import tiny_clip, tiny_config
+from tiny_families import timm_model
+
+from clipup import MoEConfig, SparseMoE, create_model_and_transforms, moe_layers, save_pretrained
+from clipup.dense.dense_mlp import DenseMLP
+from clipup.moe.expert_init import experts_of, redraw_hidden_units
+from clipup.upcycling import upcycle
+
+D, H, E, RATIO = 48, 600, 3, 0.5
+
+
+def dense_mlp(dtype=torch.float32, gated=False, norm=False):
+    """Tensors with means and deviations of their own, so that it shows from which statistic a value was drawn."""
+    torch.manual_seed(1)
+    shapes = {"in_weight": (H, D), "in_bias": (H,), "out_weight": (D, H), "out_bias": (D,)}
+    shapes |= {"gate_weight": (H, D), "gate_bias": (H,)} if gated else {}
+    shapes |= {"ln_weight": (H,), "ln_bias": (H,)} if norm else {}
+    draw = {
+        name: (0.2 * i + 0.1 * (i + 1) * torch.randn(size)).to(dtype) for i, (name, size) in enumerate(shapes.items())
+    }
+    return DenseMLP(activation="gelu", **draw)
+
+
+def by_unit(name, tensor):
+    """A hidden unit's part of a parameter in each row; None for what belongs to no single unit."""
+    if name in ("in_weight", "in_bias", "gate_weight", "gate_bias"):
+        return tensor
+    return tensor.T if name == "out_weight" else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [{}, {"gated": True}, {"norm": True}])
+def test_only_the_chosen_units_change_and_all_else_is_the_dense_mlp_to_the_bit(dtype, kind):
+    dense = dense_mlp(dtype, **kind)
+    experts = experts_of(dense, E)
+    units = redraw_hidden_units(experts, RATIO)
+    assert units.shape == (E, RATIO * H)
+    for name, stacked in experts.items():
+        for tensor, chosen in zip(stacked, units, strict=True):
+            original = dense.parameters()[name]
+            if by_unit(name, tensor) is None:
+                assert torch.equal(tensor, original), name
+                continue
+            kept = torch.ones(H, dtype=torch.bool).index_fill(0, chosen, False)
+            assert kept.sum() == H - RATIO * H
+            assert torch.equal(by_unit(name, tensor)[kept], by_unit(name, original)[kept]), name
+            same = by_unit(name, tensor)[chosen] == by_unit(name, original)[chosen]
+            assert same.float().mean() < 0.05, name
+
+
+def test_new_values_are_normal_with_the_mean_and_deviation_of_what_they_replace():
+    dense = dense_mlp(gated=True)
+    with torch.no_grad():  # half of the units differ in kind, so the whole matrix's statistic is not a subset's
+        dense.in_weight[: H // 2] = 5 + 0.01 * torch.randn(H // 2, D)
+    experts = experts_of(dense, E)
+    units = redraw_hidden_units(experts, 0.25)
+    for name in ("in_weight", "gate_weight", "out_weight"):
+        for tensor, chosen in zip(experts[name], units, strict=True):
+            replaced = by_unit(name, dense.parameters()[name])[chosen]
+            drawn = by_unit(name, tensor)[chosen]
+            standard = (drawn - replaced.mean()) / replaced.std(correction=0)
+            count = standard.numel()
+            assert standard.mean().abs() < 5 / count**0.5, name
+            assert (standard.std() - 1).abs() < 5 / (2 * count) ** 0.5, name
+            assert (standard.pow(4).mean() - 3).abs() < 5 * (96 / count) ** 0.5, name  # the normal's fourth moment
+
+
+def test_every_expert_chooses_units_of_its_own():
+    units = redraw_hidden_units(experts_of(dense_mlp(), E), RATIO)
+    sets = [set(chosen.tolist()) for chosen in units]
+    for i, one in enumerate(sets):
+        assert len(one) == RATIO * H
+        for other in sets[:i]:
+            assert 0.4 * H * RATIO < len(one & other) < 0.6 * H * RATIO  # independent halves share a half
+
+
+def test_same_seed_draws_the_same_experts_and_another_seed_others():
+    def draw(seed):
+        dense = dense_mlp()
+        torch.manual_seed(seed)
+        return SparseMoE.from_dense(dense, MoEConfig(reinit_ratio=RATIO)).state_dict()
+
+    first, again, other = draw(3), draw(3), draw(4)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["in_weight"], other["in_weight"])
+
+
+@pytest.mark.parametrize(("ratio", "changed"), [(0.0, 0), (1.0, H)])
+def test_ratio_zero_copies_and_ratio_one_keeps_no_unit(ratio, changed):
+    dense = dense_mlp()
+    layer = SparseMoE.from_dense(dense, MoEConfig(num_experts=E, reinit_ratio=ratio))
+    rows = (layer.in_weight != dense.in_weight).any(-1)
+    assert rows.sum(-1).tolist() == [changed] * E
+
+
+def test_shared_expert_keeps_every_unit():
+    dense = dense_mlp()
+    layer = SparseMoE.from_dense(dense, MoEConfig(reinit_ratio=1.0, shared_expert=True))
+    assert torch.equal(layer.shared.in_weight[0], dense.in_weight)
+
+
+def test_experts_of_an_upcycled_model_differ_from_the_first_step_on_and_survive_saving(tmp_path):
+    sparse = upcycle(tiny_clip(), MoEConfig.clip_up(reinit_ratio=RATIO))
+    for layer in moe_layers(sparse).values():
+        flat = layer.in_weight.flatten(1)
+        cosine = torch.nn.functional.cosine_similarity(flat[None], flat[:, None], dim=-1)
+        assert cosine.triu(1).max() < 0.4  # copies have 1; half of the units redrawn leaves a quarter in common
+    save_pretrained(sparse, tmp_path, tiny_config())
+    loaded, *_ = create_model_and_transforms(str(tmp_path))
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sparse.state_dict().items())
+
+
+def test_normed_experts_and_meta_tensors_are_served():
+    sparse = upcycle(timm_model("Block/Mlp, normed"), MoEConfig(towers=("image",), reinit_ratio=RATIO))
+    assert sparse(torch.randn(2, 3, 32, 32)).isfinite().all()
+    with torch.device("meta"):
+        layer = SparseMoE.from_dense(dense_mlp(), MoEConfig(reinit_ratio=RATIO))
+    assert all(parameter.is_meta for parameter in layer.parameters())

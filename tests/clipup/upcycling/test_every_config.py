@@ -1,0 +1,141 @@
+"""Every config that open_clip ships: what upcycling it replaces, or by what name it is refused. On the meta device."""
+
+from collections import Counter
+from pathlib import Path
+
+import open_clip
+import open_clip.hf_model
+import pytest
+import torch
+import transformers
+from tiny_families import bert_config, mt5_config
+
+from clipup import MoEConfig, moe_layers
+from clipup.clip.towers import tower_blocks, towers
+from clipup.dense.mlp_families import find_mlp
+from clipup.pretrained.factory import create_on_meta
+from clipup.pretrained.model_names import get_model_config
+from clipup.upcycling import upcycle
+
+CONFIG = MoEConfig.clip_up(num_experts=2)
+NAMES = sorted(path.stem for path in (Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
+
+NATIVE = "ResidualAttentionBlock/Sequential"
+IMAGE = {
+    "convnext": "ConvNeXtBlock/Mlp",
+    "eva_giant": "EvaBlock/Mlp",
+    "eva02_enormous": "EvaBlockPostNorm/Mlp",
+    "eva02_": "EvaBlock/SwiGLU",
+    "fastvit": "RepMixerBlock is refused",
+    "swin": "SwinTransformerBlock/Mlp",
+    "vit_pe_core": "EvaBlock/Mlp",
+    "vit_relpos": "RelPosBlock/Mlp",
+    "vit_": "Block/Mlp",
+    "vitamin": "Block/GeGluMlp",
+}
+"""The image tower's blocks and their MLPs by how the name of the timm model begins, the first that fits."""
+
+TEXT = {
+    "google/mt5": "MT5Block/MT5DenseGatedActDense",
+    "roberta": "RobertaLayer/RobertaIntermediate",
+    "xlm-roberta": "XLMRobertaLayer/XLMRobertaIntermediate",
+    "facebook/nllb": "M2M100EncoderLayer is refused",
+}
+"""The same for the text tower, by the name of its Hugging Face model."""
+
+STAND_INS = {
+    "google/mt5": lambda: mt5_config("gated-gelu"),
+    "roberta": lambda: bert_config("Roberta"),
+    "xlm-roberta": lambda: bert_config("XLMRoberta"),
+    "facebook/nllb": lambda: transformers.M2M100Config(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48
+    ),
+}
+"""Hugging Face configs come from a network. These are of the same architecture, and small."""
+
+
+def starting(table, name):
+    return next(value for start, value in table.items() if name.startswith(start))
+
+
+def expected(name):
+    """(what the image tower's blocks are, what the text tower's are)."""
+    config = get_model_config(name)
+    image, text = config["vision_cfg"], config["text_cfg"]
+    image_blocks, text_blocks = NATIVE, NATIVE
+    if "timm_model_name" in image:
+        image_blocks = starting(IMAGE, image["timm_model_name"])
+    elif isinstance(image["layers"], list):
+        image_blocks = "ModifiedResNet is refused"
+    if "hf_model_name" in text:
+        text_blocks = starting(TEXT, text["hf_model_name"])
+    return image_blocks, text_blocks
+
+
+@pytest.fixture
+def without_network(monkeypatch):
+    monkeypatch.setattr(
+        open_clip.hf_model.AutoConfig, "from_pretrained", lambda name, **options: starting(STAND_INS, name)()
+    )
+
+
+@pytest.fixture(autouse=True)
+def without_drawing(monkeypatch):
+    """Tensors on the meta device have no values, yet drawing them takes more than half of the time."""
+    for name in ("normal_", "uniform_", "erfinv_", "clamp_"):
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *args, **options: tensor)
+
+
+def kinds(blocks):
+    found = {name: find_mlp(block) for name, block in blocks.items()}
+    return {f"{type(block).__name__}/{type(found[name].module).__name__}" for name, block in blocks.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_upcycled_or_refused_by_name(name, without_network):
+    model = create_on_meta(name)
+    wanted = []
+    for tower, kind in zip(("image", "text"), expected(name), strict=True):
+        if kind.endswith(" is refused"):
+            with pytest.raises(TypeError, match=f"{kind.split()[0]}.* leaves the {tower} tower dense"):
+                upcycle(model, CONFIG.replace(towers=(tower,)), inplace=True)
+        else:
+            assert kinds(tower_blocks(model, tower)) == {kind}
+            wanted.append(tower)
+    if "decoder" in towers(model):
+        assert kinds(tower_blocks(model, "decoder")) == {NATIVE}
+        wanted.append("decoder")
+    chosen = [name for tower in wanted for name in list(tower_blocks(model, tower))[1::2]]
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    upcycle(model, CONFIG.replace(towers=tuple(wanted)), inplace=True)
+    layers = moe_layers(model)
+    assert len(layers) == len(chosen) > 0
+    assert all(any(layer.startswith(f"{block}.") for block in chosen) for layer in layers)
+    experts = sum(p.numel() for layer in layers.values() for p in layer.parameters(recurse=False))
+    routers = sum(layer.router.weight.numel() for layer in layers.values())
+    assert sum(parameter.numel() for parameter in model.parameters()) == dense + experts // 2 + routers
+
+
+def test_open_clips_configs_use_these_families():
+    image, text = (Counter(kinds) for kinds in zip(*map(expected, NAMES), strict=True))
+    assert image == {
+        NATIVE: 56,
+        "Block/Mlp": 32,
+        "Block/GeGluMlp": 15,
+        "ConvNeXtBlock/Mlp": 11,
+        "ModifiedResNet is refused": 10,
+        "EvaBlock/Mlp": 7,
+        "RepMixerBlock is refused": 6,
+        "EvaBlock/SwiGLU": 3,
+        "EvaBlockPostNorm/Mlp": 2,
+        "RelPosBlock/Mlp": 1,
+        "SwinTransformerBlock/Mlp": 1,
+    }
+    assert text == {
+        NATIVE: 134,
+        "M2M100EncoderLayer is refused": 4,
+        "MT5Block/MT5DenseGatedActDense": 2,
+        "RobertaLayer/RobertaIntermediate": 2,
+        "XLMRobertaLayer/XLMRobertaIntermediate": 2,
+    }
+    assert sum(image.values()) == sum(text.values()) == len(NAMES)

@@ -1,0 +1,292 @@
+import copy
+import importlib
+import math
+
+import open_clip
+import pytest
+import torch
+from tiny_clip import CONFIGS, contrastive_loss, tiny_clip, tiny_config
+from torch import nn
+
+from clipup import MoEConfig, SparseMoE, aux_loss, moe_layers, step0_difference
+from clipup.clip.inputs import random_inputs
+from clipup.upcycling import upcycle
+
+CONFIG = MoEConfig.clip_up(num_experts=4)
+NATIVE = [kind for kind in CONFIGS if kind != "timm"]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_upcycled_model_equals_dense_at_step_zero(kind):
+    dense = tiny_clip(kind)
+    sparse = upcycle(dense, CONFIG)
+    assert step0_difference(dense, sparse) <= 1e-6
+    images, texts = random_inputs(dense, 5, seed=7)
+    for model in (dense, sparse):
+        model.eval()
+    torch.testing.assert_close(sparse(images, texts)[0], dense(images, texts)[0])
+    torch.testing.assert_close(sparse(images, texts)[1], dense(images, texts)[1])
+
+
+ROUTINGS = [
+    {"normalize_gates": "after_drop"},
+    {"top_k": 1},
+    {"top_k": 4},
+    {"priority": True},
+    {"score": "sigmoid"},
+    {"score": "sigmoid", "normalize_gates": "after_drop", "top_k": 3},
+    {"selection_bias": "sign"},
+    {"selection_bias": "z_score", "score": "sigmoid"},
+]
+
+
+@pytest.mark.parametrize("options", ROUTINGS)
+def test_step_zero_equality_holds_for_every_normalised_routing(options):
+    dense = tiny_clip()
+    assert step0_difference(dense, upcycle(dense, CONFIG.replace(**options))) <= 1e-6
+
+
+def test_step_zero_check_sees_a_model_that_differs():
+    dense = tiny_clip()
+    assert step0_difference(dense, upcycle(dense, CONFIG.replace(normalize_gates="none"))) > 1e-3
+    sparse = upcycle(dense, CONFIG)
+    with torch.no_grad():
+        next(iter(moe_layers(sparse).values())).out_bias *= 2
+    assert step0_difference(dense, sparse) > 1e-3
+    with torch.no_grad():
+        next(iter(moe_layers(sparse).values())).out_bias.fill_(float("nan"))
+    assert math.isnan(step0_difference(dense, sparse))
+
+
+def test_step_zero_check_is_dropless_and_puts_everything_back():
+    dense = tiny_clip()
+    sparse = upcycle(dense, CONFIG.replace(eval_capacity_factor=0.25))
+    sparse.visual.eval()
+    images, texts = random_inputs(dense, 4)
+    assert step0_difference(dense, sparse, images=images) <= 1e-6
+    assert step0_difference(dense, sparse, texts=texts) <= 1e-6
+    assert sparse.training and not sparse.visual.training and dense.training
+    assert all(layer.config.eval_capacity_factor == 0.25 for layer in moe_layers(sparse).values())
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_every_other_block_of_both_towers_is_sparse_and_block_zero_is_dense(kind):
+    sparse = upcycle(tiny_clip(kind), CONFIG)
+    text = "text." if hasattr(sparse, "text") else ""
+    towers = ("visual.transformer.resblocks", f"{text}transformer.resblocks")
+    expected = {f"{tower}.{index}.mlp" for tower in towers for index in (1, 3)}
+    assert set(moe_layers(sparse)) == expected
+    assert sparse.moe_config == CONFIG
+    assert all(layer.config == CONFIG for layer in moe_layers(sparse).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"towers": ("text",)}, {"transformer.resblocks.1.mlp", "transformer.resblocks.3.mlp"}),
+        ({"towers": ("image",), "blocks": (-1,)}, {"visual.transformer.resblocks.3.mlp"}),
+        ({"blocks": "every", "towers": ("text",)}, {f"transformer.resblocks.{i}.mlp" for i in range(4)}),
+        ({"last_blocks": 1}, {f"{tower}transformer.resblocks.3.mlp" for tower in ("", "visual.")}),
+        (
+            {"blocks": "every", "last_blocks": 3, "towers": ("image",)},
+            {f"visual.transformer.resblocks.{i}.mlp" for i in (1, 2, 3)},
+        ),
+        ({"blocks": (2, 0)}, {f"{tower}transformer.resblocks.{i}.mlp" for tower in ("", "visual.") for i in (0, 2)}),
+    ],
+)
+def test_towers_and_blocks_can_be_chosen(options, expected):
+    sparse = upcycle(tiny_clip(), CONFIG.replace(**options))
+    assert set(moe_layers(sparse)) == expected
+    assert all(layer.config == sparse.moe_config for layer in moe_layers(sparse).values())
+
+
+def test_default_config_is_the_recipe():
+    assert upcycle(tiny_clip()).moe_config == MoEConfig.clip_up()
+
+
+def test_model_is_copied_unless_inplace():
+    dense = tiny_clip()
+    before = copy.deepcopy(dense.state_dict())
+    sparse = upcycle(dense, CONFIG)
+    assert not moe_layers(dense) and not hasattr(dense, "moe_config")
+    with torch.no_grad():
+        for parameter in sparse.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    assert upcycle(dense, CONFIG, inplace=True) is dense and moe_layers(dense)
+
+
+def test_experts_are_copies_and_routers_are_fresh():
+    dense = tiny_clip()
+    sparse = upcycle(dense, CONFIG)
+    routers = []
+    for name, layer in moe_layers(sparse).items():
+        mlp = dense.get_submodule(name)
+        for expert in range(4):
+            assert torch.equal(layer.in_weight[expert], mlp.c_fc.weight)
+            assert torch.equal(layer.in_bias[expert], mlp.c_fc.bias)
+            assert torch.equal(layer.out_weight[expert], mlp.c_proj.weight)
+            assert torch.equal(layer.out_bias[expert], mlp.c_proj.bias)
+        routers.append(layer.router.weight)
+    assert not any(torch.equal(a, b) for i, a in enumerate(routers) for b in routers[:i] if a.shape == b.shape)
+
+
+def test_type_mode_and_what_is_trained_stay():
+    dense = tiny_clip().bfloat16()
+    dense.visual.eval().requires_grad_(False)
+    sparse = upcycle(dense, CONFIG)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in sparse.parameters())
+    assert not any(module.training for module in sparse.visual.modules())
+    assert not any(parameter.requires_grad for parameter in sparse.visual.parameters())
+    assert all(module.training for module in sparse.transformer.modules())
+    assert all(parameter.requires_grad for parameter in sparse.transformer.parameters())
+
+
+def test_meta_model_upcycles():
+    with torch.device("meta"):
+        dense = open_clip.CLIP(**tiny_config())
+    sparse = upcycle(dense, CONFIG)
+    assert len(moe_layers(sparse)) == 4 and all(parameter.is_meta for parameter in sparse.parameters())
+
+
+def test_router_learns_nothing_from_the_task_at_step_zero():
+    sparse = upcycle(tiny_clip(), CONFIG.replace(capacity_factor=None))
+    contrastive_loss(sparse, *random_inputs(sparse, 6)).backward()
+    for layer in moe_layers(sparse).values():
+        assert layer.router.weight.grad.abs().max() < 1e-5 * layer.in_weight.grad.abs().max()
+
+
+def test_experts_part_after_steps_and_then_the_router_learns():
+    torch.manual_seed(0)
+    sparse = upcycle(tiny_clip(), CONFIG)
+    optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
+    images, texts = random_inputs(sparse, 6)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = contrastive_loss(sparse, images, texts)
+        (loss + aux_loss(sparse)).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for layer in moe_layers(sparse).values():
+        assert not any(torch.equal(layer.in_weight[0], other) for other in layer.in_weight[1:])
+    sparse.zero_grad()
+    contrastive_loss(sparse, images, texts).backward()
+    assert all(layer.router.weight.grad.abs().max() > 1e-6 for layer in moe_layers(sparse).values())
+
+
+@pytest.mark.parametrize("blocks", ["every_other", (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_zero_may_be_sparse_in_every_type(blocks, dtype):
+    dense = tiny_clip().to(dtype)
+    sparse = upcycle(dense, CONFIG.replace(blocks=blocks))
+    assert sparse.transformer.get_cast_dtype() == dtype
+    assert step0_difference(dense, sparse) <= {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+
+
+def test_autocast_trains_the_upcycled_model():
+    sparse = upcycle(tiny_clip(), CONFIG.replace(blocks=(0, 1)))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = contrastive_loss(sparse, *random_inputs(sparse, 4))
+    (loss + aux_loss(sparse)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in sparse.parameters() if parameter.grad is not None)
+
+
+def test_upcycled_model_copies_and_keeps_its_config():
+    sparse = upcycle(tiny_clip(), CONFIG)
+    twin = copy.deepcopy(sparse)
+    assert twin.moe_config == CONFIG and step0_difference(sparse, twin) == 0
+
+
+def test_expert_biases_skip_weight_decay_by_open_clips_rule():
+    def decays(name, parameter):  # open_clip_train's rule, which goes by name where a stacked bias has two axes
+        return not (parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale")))
+
+    sparse = upcycle(tiny_clip(), CONFIG)
+    layers = tuple(f"{name}." for name in moe_layers(sparse))
+    kept = {
+        name.rsplit("mlp.")[1] for name, p in sparse.named_parameters() if name.startswith(layers) and decays(name, p)
+    }
+    assert kept == {"router.weight", "in_weight", "out_weight"}
+
+
+def resnet_clip():
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8}
+    return open_clip.CLIP(**{**tiny_config(), "vision_cfg": vision})
+
+
+def one_block_clip():
+    config = tiny_config()
+    config["text_cfg"]["layers"] = 1
+    return open_clip.CLIP(**config)
+
+
+REFUSED = [
+    (
+        resnet_clip,
+        CONFIG,
+        TypeError,
+        r"the image tower \(visual: ModifiedResNet\) has no list of transformer blocks; MLPs that are read: "
+        r'.*; towers=\("text",\) leaves the image tower dense',
+    ),
+    (one_block_clip, CONFIG, ValueError, "the text tower has 1 block, so blocks='every_other' chooses none"),
+    (tiny_clip, CONFIG.replace(blocks=(1, 4)), ValueError, r"blocks names \[4\], but the image tower has 4 blocks"),
+    (
+        tiny_clip,
+        CONFIG.replace(blocks=(3, -1)),
+        ValueError,
+        r"blocks=\(3, -1\) names a block of the image tower .* twice",
+    ),
+    (
+        tiny_clip,
+        CONFIG.replace(last_blocks=3),
+        ValueError,
+        "last_blocks is 3, but blocks='every_other' chooses 2 of the image tower's 4 blocks; lower it, or",
+    ),
+    (
+        tiny_clip,
+        CONFIG.replace(num_experts=3, top_k=3, granularity=3),
+        ValueError,
+        "resblocks.1: granularity is 3, which does not divide the MLP's 128 hidden units",
+    ),
+    (
+        lambda: upcycle(tiny_clip(), CONFIG),
+        CONFIG,
+        ValueError,
+        r"sparse already \(visual.* and 3 more\); upcycle a dense",
+    ),
+    (
+        lambda: nn.Linear(2, 2),
+        CONFIG,
+        TypeError,
+        "expected open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model, got Linear",
+    ),
+    (
+        lambda: nn.DataParallel(tiny_clip()),
+        CONFIG,
+        TypeError,
+        "or a timm model, the model inside a wrapper, got DataParallel",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "config", "error", "message"), REFUSED)
+def test_what_cannot_be_upcycled_is_refused_by_name_and_left_whole(make, config, error, message):
+    model = make()
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(error, match=message):
+        upcycle(model, config, inplace=True)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_tower_that_is_not_read_can_stay_dense():
+    dense = resnet_clip()
+    sparse = upcycle(dense, CONFIG.replace(towers=("text",)))
+    assert step0_difference(dense, sparse) <= 1e-6
+
+
+def test_package_offers_upcycle_as_a_function():
+    importlib.import_module("clipup.upcycle")
+    clipup = importlib.import_module("clipup")
+    assert clipup.upcycle is upcycle and issubclass(SparseMoE, nn.Module)

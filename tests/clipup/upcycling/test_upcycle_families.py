@@ -1,0 +1,208 @@
+"""Every family: a small real model upcycles to the same function, and every expert of it learns."""
+
+import pytest
+import timm
+import torch
+from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
+
+import clipup
+from clipup import MoEConfig, aux_loss, moe_layers, save_pretrained, step0_difference
+from clipup.clip.flops import count
+from clipup.clip.inputs import random_inputs
+from clipup.clip.towers import tower_blocks
+from clipup.dense.mlp_families import FAMILIES, find_mlp
+from clipup.upcycling import upcycle
+
+CONFIG = MoEConfig.clip_up(num_experts=3, capacity_factor=None)
+IMAGE = CONFIG.replace(towers=("image",))
+SMALL = ["test_vit", "test_vit4", "test_convnext", "test_convnext3"]
+
+
+def assert_upcycles_and_every_expert_learns(dense, config, loss):
+    """Step-0 equality, then one step of training with finite gradients that differ from zero in every expert."""
+    torch.manual_seed(0)
+    sparse = upcycle(dense, config)
+    assert step0_difference(dense, sparse) <= 2e-6
+    layers = moe_layers(sparse)
+    assert layers and not moe_layers(dense)
+    for layer in layers.values():
+        layer.config = layer.config.replace(top_k=3)
+    (loss(sparse) + aux_loss(sparse)).backward()
+    for name, layer in layers.items():
+        assert layer.router.weight.grad.isfinite().all(), name
+        for kind, parameter in layer.named_parameters(recurse=False):
+            gradient = parameter.grad.flatten(1)
+            assert gradient.isfinite().all() and (gradient.abs().amax(1) > 0).all(), f"{name}.{kind}"
+    before = {name: layer.in_weight.detach().clone() for name, layer in layers.items()}
+    torch.optim.SGD(sparse.parameters(), lr=0.1).step()
+    for name, layer in layers.items():
+        assert (layer.in_weight != before[name]).flatten(1).any(1).all(), name
+    return sparse
+
+
+def contrastive(model):
+    images, texts = random_inputs(model, 6)
+    image, text = model.encode_image(images, normalize=True), model.encode_text(texts, normalize=True)
+    return torch.nn.functional.cross_entropy(10 * image @ text.T, torch.arange(6))
+
+
+def regression(model):
+    return model(random_inputs(model, 6)[0]).square().sum()
+
+
+@pytest.mark.parametrize("name", [*TIMM, *SMALL])
+def test_timm_model_by_itself_upcycles(name):
+    assert_upcycles_and_every_expert_learns(timm_model(name), IMAGE, regression)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_text_tower_upcycles(name, tmp_path):
+    dense = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path))
+    sparse = assert_upcycles_and_every_expert_learns(dense, CONFIG, contrastive)
+    assert sum(layer.startswith("text.transformer.") for layer in moe_layers(sparse)) == 1
+
+
+def test_coca_upcycles_in_all_its_towers():
+    def loss(model):
+        images, texts = random_inputs(model, 6)
+        return contrastive(model) + model(images, texts)["logits"].square().mean()
+
+    config = CONFIG.replace(towers=("image", "text", "decoder"))
+    sparse = assert_upcycles_and_every_expert_learns(build(coca_cfg()), config, loss)
+    assert list(moe_layers(sparse)) == [
+        "text.transformer.resblocks.1.mlp",
+        "visual.transformer.resblocks.1.mlp",
+        "text_decoder.cross_attn.0.mlp",
+        "text_decoder.cross_attn.1.mlp",
+    ]
+    assert len(moe_layers(upcycle(build(coca_cfg()), CONFIG))) == 2  # the decoder stays dense unless it is named
+
+
+def test_step_zero_check_sees_the_decoder():
+    dense = build(coca_cfg())
+    sparse = upcycle(dense, CONFIG.replace(towers=("decoder",)))
+    with torch.no_grad():
+        sparse.text_decoder.cross_attn[0].mlp.out_bias.mul_(2)
+    assert step0_difference(dense, sparse) > 1e-3
+
+
+def test_every_family_has_a_small_model_here(tmp_path):
+    seen = {find_mlp(block).family for name in TIMM for block in tower_blocks(timm_model(name), "image").values()}
+    for name, config in HUGGING_FACE.items():
+        model = build(hugging_face_cfg(config(), tmp_path / name.replace("/", "-")))
+        seen |= {find_mlp(block).family for tower in ("image", "text") for block in tower_blocks(model, tower).values()}
+    assert seen == set(FAMILIES)
+    blocks = {type(block).__name__ for name in TIMM for block in tower_blocks(timm_model(name), "image").values()}
+    read = {name.rsplit(".")[-1] for family in FAMILIES for name in family.blocks if name.startswith("timm")}
+    assert blocks == read
+
+
+def test_stages_are_counted_as_one_list_of_blocks():
+    sparse = upcycle(timm_model("ConvNeXtBlock/Mlp"), IMAGE)
+    assert list(moe_layers(sparse)) == ["stages.1.blocks.0.mlp", "stages.2.blocks.0.mlp"]
+    sparse = upcycle(timm_model("SwinTransformerBlock/Mlp"), IMAGE.replace(blocks=(-1, 0)))
+    assert list(moe_layers(sparse)) == ["layers.0.blocks.0.mlp", "layers.1.blocks.1.mlp"]
+
+
+def test_norm_in_front_of_the_projections_stays_one_for_all_experts():
+    dense = timm_model("Block/GeGluMlp")
+    sparse = upcycle(dense, IMAGE)
+    assert list(moe_layers(sparse)) == ["blocks.1.mlp.moe", "blocks.3.mlp.moe"]
+    assert torch.equal(sparse.blocks[1].mlp.norm.weight, dense.blocks[1].mlp.norm.weight)
+    assert sparse.blocks[1].mlp.norm is not dense.blocks[1].mlp.norm
+
+
+def test_projection_that_a_sparse_layer_took_over_is_gone(tmp_path):
+    sparse = upcycle(build(hugging_face_cfg(HUGGING_FACE["RobertaLayer"](), tmp_path)), CONFIG)
+    layer = sparse.text.transformer.encoder.layer[1]
+    assert type(layer.output.dense) is torch.nn.Identity and layer.output.LayerNorm is not None
+    assert "text.transformer.encoder.layer.1.intermediate.router.weight" in sparse.state_dict()
+
+
+@pytest.mark.parametrize("name", ["MT5Block/MT5DenseGatedActDense", "RobertaLayer"])
+def test_hugging_face_towers_are_saved_and_loaded(name, tmp_path):
+    cfg = hugging_face_cfg(HUGGING_FACE[name](), tmp_path / "text")
+    sparse = upcycle(build(cfg), CONFIG)
+    assert_round_trip(sparse, tmp_path / "model", cfg)
+
+
+def test_cocas_are_saved_and_loaded(tmp_path):
+    assert_round_trip(upcycle(build(coca_cfg()), CONFIG.replace(towers=("decoder", "image"))), tmp_path, coca_cfg())
+
+
+@pytest.mark.parametrize("text", [{"scale_fc": True}, {}])
+def test_experts_with_a_norm_are_saved_and_loaded(text, tmp_path):
+    cfg = {**coca_cfg(), "custom_text": True}
+    del cfg["multimodal_cfg"]
+    cfg["vision_cfg"] = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
+    cfg["text_cfg"] = {"context_length": 10, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2, **text}
+    cfg["vision_cfg"]["scale_fc"] = True
+    sparse = upcycle(build(cfg), CONFIG)
+    assert all(
+        layer.ln_weight is not None for name, layer in moe_layers(sparse).items() if text or name.startswith("visual")
+    )
+    assert_round_trip(sparse, tmp_path, cfg)
+
+
+def assert_round_trip(sparse, directory, cfg):
+    save_pretrained(sparse, directory, cfg)
+    loaded, *_ = clipup.create_model_and_transforms(str(directory))
+    assert loaded.moe_config == sparse.moe_config and list(moe_layers(loaded)) == list(moe_layers(sparse))
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sparse.state_dict().items())
+    assert step0_difference(sparse, loaded) == 0
+
+
+@pytest.mark.parametrize("name", ["EvaBlock/SwiGLU, normed", "Block/GluMlp", "Block/GeGluMlp"])
+def test_half_precision_and_frozen_towers_stay_as_they_are(name):
+    dense = timm_model(name).bfloat16().requires_grad_(False).eval()
+    sparse = upcycle(dense, IMAGE)
+    assert {parameter.dtype for parameter in sparse.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in sparse.parameters())
+    assert not any(module.training for module in sparse.modules())
+    assert step0_difference(dense, sparse) <= 2e-2
+
+
+@pytest.mark.parametrize("name", ["EvaBlock/SwiGLU, normed", "Block/GeGluMlp", "ConvNeXtBlock/Mlp"])
+def test_sparse_timm_models_are_counted(name):
+    dense = timm_model(name)
+    before, after = count(dense), count(upcycle(dense, IMAGE.replace(top_k=1)))
+    assert before.text_gflops == after.text_gflops == 0 < before.image_gflops < after.image_gflops
+    assert before.params < after.active_params < after.params
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_towers_are_counted(name, tmp_path):
+    dense = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path))
+    before, after = count(dense), count(upcycle(dense, CONFIG))
+    assert 0 < before.text_gflops < after.text_gflops
+
+
+@pytest.mark.parametrize(
+    ("make", "towers", "message"),
+    [
+        (lambda: timm_model("test_vit"), ("text",), r"a VisionTransformer has no text tower; towers=\('image',\) are"),
+        (lambda: build(coca_cfg()), ("decoder", "image"), None),
+        (
+            lambda: timm.create_model("test_resnet"),
+            ("image",),
+            r"the image tower \(: ResNet\) has no list of transformer blocks",
+        ),
+        (
+            lambda: timm.create_model("test_convnext2", use_grn=True),
+            ("image",),
+            "a timm.models.convnext.ConvNeXtBlock with an mlp of class timm.layers.mlp.GlobalResponseNormMlp",
+        ),
+        (
+            lambda: timm.create_model("test_convnext", conv_mlp=True),
+            ("image",),
+            "stages.1.blocks.0: .*projection is a torch.nn.modules.conv.Conv2d",
+        ),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(make, towers, message):
+    config = CONFIG.replace(towers=towers)
+    if message is None:
+        assert moe_layers(upcycle(make(), config))
+        return
+    with pytest.raises(TypeError, match=message):
+        upcycle(make(), config)

@@ -1,0 +1,105 @@
+"""The rooms of the packages: which may import which, no import circles, and imports inside functions with a reason."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = {
+    "clipup": (
+        *("", "data", "dense", "moe", "clip", "upcycling", "pretrained", "evaluate", "train", "inspection"),
+        *("demo", "cli"),
+    ),
+    "clipup_kernels": ("", "backends", "ops"),
+}
+"""The rooms of a package, each importing only those before it. "" is the package's own modules."""
+FACADES = {"clipup.__init__", "clipup.__main__", "clipup_kernels.__init__", "clipup_kernels.backend_info"}
+"""Modules of a package's root that show what the rooms hold."""
+
+
+def modules(package: str) -> dict[str, Path]:
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
+    return found
+
+
+def imported(module: str, path: Path, known: dict[str, Path]) -> Iterator[tuple[str, bool]]:
+    """Modules of ours that a module imports, with whether it does so inside a function."""
+    tree = ast.parse(path.read_text("utf-8"))
+    inner = {id(node) for function in ast.walk(tree) if is_function(function) for node in ast.walk(function)}
+    typing_only = {id(node) for branch in ast.walk(tree) if for_typing(branch) for node in ast.walk(branch)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in typing_only:
+            continue
+        base = node.module or ""
+        if node.level:
+            parts = module.split(".")[: -node.level]
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+        for alias in node.names:
+            for name in (f"{base}.{alias.name}", f"{base}.{alias.name}.__init__", base, f"{base}.__init__"):
+                if name in known:
+                    yield name, id(node) in inner
+                    break
+
+
+def is_function(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def for_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 2 else ""
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_room_imports_only_those_before_it(package):
+    order, known = ROOMS[package], modules(package)
+    upward = [
+        f"{module} -> {other}"
+        for module, path in known.items()
+        if module not in FACADES
+        for other, _ in imported(module, path, known)
+        if other not in FACADES and order.index(room(other)) > order.index(room(module))
+    ]
+    assert upward == []
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_modules_import_each_other_in_a_circle(package):
+    known = modules(package)
+    arrows = {module: {other for other, _ in imported(module, path, known)} for module, path in known.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            for other in arrows[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in known:
+        visit(module, ())
+
+
+def test_imports_inside_functions_are_few():
+    found = {
+        f"{module} -> {other}"
+        for package in ROOMS
+        for module, path in modules(package).items()
+        for other, inside in imported(module, path, modules(package))
+        if inside
+    }
+    assert sorted(found) == []
+
+
+def test_the_root_of_clipup_holds_few_modules():
+    assert len(list((ROOT / "clipup").glob("*.py"))) <= 8

@@ -1,0 +1,82 @@
+"""Logs of runs that never ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from studies.runner import log, measure, results
+
+DATA = {
+    "name": "icons",
+    "fingerprint": "f",
+    "options": {"size": 32, "seed": 0},
+    "source": {"package": "@iconify/json", "version": "1.2.3"},
+    "vocabulary": {"words": 6000},
+    "skipped": {"shows nothing": 7},
+    "left_out_twins": {"test_styles": {"same": 11, "near": 12}},
+    "images": {"train": 1000, "validation": 100, "test_styles": 8, "test_names": 8},
+}
+
+
+def records(
+    name: str,
+    arm: str = "clip_up",
+    lr: float = 0.1,
+    seed: int = 0,
+    start: str | None = None,
+    score: float = 0.5,
+    gflops: float = 10.0,
+    hits: list[bool] | None = None,
+    layers: dict[str, Any] | None = None,
+    budget: int | None = None,
+    validation: float | None = None,
+) -> list[log.Record]:
+    """A log of which no two numbers are alike.
+
+    Args:
+        score: R@1 of texts to images in styles never seen. Images to texts have half of it, and names never seen a
+            fifth of both.
+        validation: the same of validation; default: ``score``.
+    """
+    answered = torch.zeros(8, dtype=torch.bool) if hits is None else torch.tensor(hits)
+
+    def split(r1: float, captions: int = 8) -> log.Record:
+        ways = {
+            way: {"r1": r1 * part, "r5": r1 * part * 1.5, "nll": 2 - r1 * part, "hits": measure.pack(answered)}
+            for way, part in (("t2i", 1.0), ("i2t", 0.5))
+        }
+        return {"gallery": 8, "captions": captions, **ways}
+
+    of_validation = split(score if validation is None else validation, captions=5)
+    config = {"name": name, "arm": arm, "model": "m", "steps": 5, "lr": lr, "seed": seed, "start": start, "data": DATA}
+    config["budget"] = budget
+    along = {"similarity": 0.9} if layers else {}
+    cost = {"steps": 5, "pairs": 2500, "gflops_per_pair": 0.01, "train_gflops": gflops, "params": 10**6}
+    return [
+        {"kind": "run", **config},
+        *({"kind": "train", "step": step, "lr": 0.0, "loss": 1.0, "contrastive": 1.0 / step} for step in (1, 5)),
+        *({"kind": "validation", "step": step, **of_validation, **along} for step in (1, 5)),
+        {"kind": "test", "test_styles": split(score), "test_names": split(score / 5), "validation": of_validation},
+        *([{"kind": "layers", "layers": layers}] if layers else []),
+        {"kind": "cost", **cost, "active_params": 10**6, "seconds": 3600.0, "machine": {"processor": "a CPU"}},
+    ]
+
+
+@pytest.fixture
+def make_records():
+    return records
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes logs into a study's directory and reads them back."""
+
+    def write(*logs: list[log.Record]) -> dict[str, results.Result]:
+        for one in logs:
+            log.write(tmp_path / "logs" / f"{one[0]['name']}.jsonl", one)
+        return results.read(tmp_path / "logs")
+
+    return write
