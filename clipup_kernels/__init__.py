@@ -13,8 +13,8 @@ from . import reference
 from ._version import __version__ as __version__
 from .backend_info import backend_info
 from .backends.extension import release_memory
-from .backends.packed_weights import pack_weight, packed_layout, unpack_weight
 from .ops.expert_mlp import dense_mlp, expert_mlp
+from .ops.packed_weights import pack_weight, packed_layout, unpack_weight
 from .ops.routing import dispatch, router_logits, topk_gating
 from .ops.rows import combine, grouped_linear, permute
 from .types import ACTIVATIONS, MAX_EXPERTS, Gating, PackedWeight, Plan

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipup_kernels import ACTIVATIONS, Plan, combine, dispatch, expert_mlp, grouped_linear, permute
-from clipup_kernels.ops.checks import FLOATING
+from clipup_kernels.checks import FLOATING
 from clipup_kernels.reference import activate
 
 from .. import checks

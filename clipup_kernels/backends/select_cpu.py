@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..ops import checks
+from .. import checks
 from ..types import PLAIN_LAYOUT
 from . import cpp, extension, torch_eager, torch_matmul
 

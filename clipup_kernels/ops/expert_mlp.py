@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..types import PLAIN_LAYOUT, PackedWeight, Plan
-from . import checks
 from .register import define
 
 

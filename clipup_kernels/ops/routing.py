@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..types import Gating, Plan
-from . import checks
 from .register import define, non_differentiable
 
 

@@ -14,7 +14,7 @@ ROOMS = {
         *("", "data", "dense", "moe", "clip", "upcycling", "pretrained", "evaluate", "train", "inspection"),
         *("demo", "cli"),
     ),
-    "clipup_kernels": ("", "backends", "ops"),
+    "clipup_kernels": ("", "triton", "backends", "ops"),
 }
 """The rooms of a package, each importing only those before it. "" is the package's own modules."""
 FACADES = {"clipup.__init__", "clipup.__main__", "clipup_kernels.__init__", "clipup_kernels.backend_info"}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from clipup.moe.layer import losses
+from clipup.moe import losses
 from clipup_kernels import topk_gating
 
 T, E, K = 64, 8, 2

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from clipup import MoEConfig
-from clipup.moe.layer import losses
+from clipup.moe import losses
 from clipup.moe.router import INIT_STD, Router, renormalize_kept, weighted_losses
 
 T, D, E, K = 48, 16, 6, 2

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import checks
+from .. import checks
+from ..backends import extension, select_cpu
+from ..backends.cpp import DTYPE_CODE
 from ..types import PLAIN_LAYOUT, PackedWeight
-from . import extension, select_cpu
-from .cpp import DTYPE_CODE
 
 
 def packed_layout(dtype: torch.dtype) -> str:

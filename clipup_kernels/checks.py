@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan
+from .types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
