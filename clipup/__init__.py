@@ -20,24 +20,28 @@ from .moe.layer import SparseMoE, aux_loss, moe_layers
 from .moe.metrics import moe_metrics
 from .moe.selection_bias import update_selection_bias
 from .moe.weight_decay import parameter_groups
-from .pretrained.saving import save_pretrained
-from .upcycling.calibration import calibrate
-from .upcycling.step0 import step0_difference
-from .upcycling.upcycle import upcycle
 
 if TYPE_CHECKING:
     from .pretrained.factory import create_model_and_transforms, load_checkpoint
     from .pretrained.model_names import get_model_config
+    from .pretrained.saving import save_pretrained
     from .pretrained.timm_factory import create_timm_model
     from .pretrained.tokenizers import get_tokenizer
+    from .upcycling.calibration import calibrate
+    from .upcycling.step0 import step0_difference
+    from .upcycling.upcycle import upcycle
 
 # These modules import open_clip, which takes seconds and which SparseMoE does not need.
 _LAZY = {
+    "calibrate": "upcycling.calibration",
     "create_model_and_transforms": "pretrained.factory",
     "create_timm_model": "pretrained.timm_factory",
     "get_model_config": "pretrained.model_names",
     "get_tokenizer": "pretrained.tokenizers",
     "load_checkpoint": "pretrained.factory",
+    "save_pretrained": "pretrained.saving",
+    "step0_difference": "upcycling.step0",
+    "upcycle": "upcycling.upcycle",
 }
 
 __all__ = [

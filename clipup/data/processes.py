@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import importlib
 import multiprocessing
 import os
 import signal
@@ -9,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 _AT_ONCE = 32  # items that a process is given
+_SECONDS_TO_END = 1
 
 
 def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None) -> Iterator[Any]:
@@ -26,8 +30,34 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | 
         yield from pool.imap(function, items, chunksize=_AT_ONCE)
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """For ``worker_init_fn`` of a data loader: Ctrl-C and a scheduler's SIGTERM reach all processes of a group, and the
-    run that finishes its step and saves needs its workers until then. They end with their parent."""
+def worker_init_fn() -> Callable[[int], None]:
+    """``worker_init_fn`` of a data loader whose workers ignore Ctrl-C and SIGTERM.
+
+    Both reach all processes of a group, and the run that finishes its step and saves needs its workers until then. They
+    end with their parent. Because they ignore SIGTERM too when the parent sends it at its exit, and the parent then
+    waits for them, those that are left are killed there.
+    """
+    _register_at_exit()
+    return _ignore_signals
+
+
+def _ignore_signals(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@functools.cache
+def _register_at_exit() -> None:
+    """``atexit`` runs the last registered function first, so ours comes before that of ``multiprocessing.util``."""
+    importlib.import_module("multiprocessing.util")
+    atexit.register(_end_daemons)
+
+
+def _end_daemons() -> None:
+    """Ends daemonic children as ``multiprocessing`` would, and kills those that ignore it."""
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    for child in daemons:
+        child.terminate()
+    for child in daemons:
+        child.join(_SECONDS_TO_END)
+        child.kill()

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSamp
 
 from .csv_rows import CsvFormat, Rows, readable_rows
 from .images import load_image
-from .processes import leave_signals_to_the_parent
+from .processes import worker_init_fn
 from .shard_names import open_shard, sizes_of
 from .skips import Notes, Report, Skips
 from .tars import IMAGE_EXTENSIONS, TarSample, complete, lines, read_samples
@@ -123,7 +123,7 @@ def webdataset_data(
     draw.epoch = info.shared_epoch
     loader = info.dataloader.pipeline[0]
     loader.generator = torch.Generator()
-    loader.worker_init_fn = leave_signals_to_the_parent
+    loader.worker_init_fn = worker_init_fn()
     notes = Notes()
     usual = max(1, args.train_num_samples // len(shards))
     replaced = {
@@ -346,7 +346,7 @@ def csv_data(
         batch_sampler=batch_rows,
         collate_fn=_as_it_is,
         num_workers=args.workers,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=worker_init_fn(),
         pin_memory=torch.cuda.is_available(),
         generator=generator,
     )

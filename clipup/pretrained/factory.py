@@ -132,7 +132,7 @@ def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -
     """Where a sparse model of the hub lies on this machine; None for everything else, which open_clip loads."""
     if not model_name.startswith(hub.HUB_PREFIX):
         return None
-    directory = hub.cached(model_name, directory_of.CONFIG_NAME, cache_dir=cache_dir)
+    directory = hub.cached(model_name, model_directory.CONFIG_NAME, cache_dir=cache_dir)
     if model_directory.read_moe_config(directory) is None:
         return None
     files = [model_directory.CONFIG_NAME] + [model_directory.WEIGHTS_NAME] * load_weights

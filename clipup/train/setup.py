@@ -148,7 +148,7 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
             )
         name, pretrained = pretrained, None
     model_cfg = model_names.get_model_config(name)
-    fresh = pretrained is None and model_names.model_directory(name) is None
+    fresh = pretrained is None and model_names.directory_of(name) is None
     init = SIGLIP_INIT if options.siglip and fresh else {}
     model, *transforms = factory.create_model_and_transforms(
         name, pretrained, precision=precision, device=device, output_dict=True, **init

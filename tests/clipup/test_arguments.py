@@ -11,10 +11,9 @@ from tiny_clip import tiny_clip, tiny_config
 from torch import nn
 
 import clipup
-from clipup import MoEConfig, SparseMoE, aux_loss, calibrate, moe_layers, moe_metrics, step0_difference
+from clipup import MoEConfig, SparseMoE, aux_loss, calibrate, moe_layers, moe_metrics, step0_difference, upcycle
 from clipup.clip.inputs import random_inputs
 from clipup.moe.router import Router
-from clipup.upcycling import upcycle
 
 D = 12
 NUMBERS = ("norm_eps", "dropout", "router_noise", "selection_bias_rate", "balance_weight", "entropy_threshold")

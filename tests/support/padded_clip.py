@@ -8,8 +8,7 @@ import torch
 from tiny_clip import tiny_clip
 from torch import Tensor, nn
 
-from clipup import MoEConfig, SparseMoE, moe_layers
-from clipup.upcycling import upcycle
+from clipup import MoEConfig, SparseMoE, moe_layers, upcycle
 
 
 def sparse_clip(kind: str = "gelu", **options: Any) -> nn.Module:

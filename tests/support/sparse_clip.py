@@ -9,8 +9,7 @@ from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
 from torch import nn
 
-from clipup import MoEConfig, moe_layers
-from clipup.upcycling import upcycle
+from clipup import MoEConfig, moe_layers, upcycle
 
 EXPERTS, CHOICES = 4, 2
 CAPTIONS = (

@@ -6,10 +6,9 @@ import pytest
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
-from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import COMMANDS, main
 from clipup.cli.upcycle import check_step0
-from clipup.upcycling import upcycle
 
 
 @pytest.fixture

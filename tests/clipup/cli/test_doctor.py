@@ -6,9 +6,8 @@ import pytest
 from tiny_clip import tiny_clip, tiny_config
 from tiny_families import HUGGING_FACE, TIMM, bert_config, build, coca_cfg, hugging_face_cfg, timm_model
 
-from clipup import MoEConfig, save_pretrained
+from clipup import MoEConfig, save_pretrained, upcycle
 from clipup.cli import main
-from clipup.upcycling import upcycle
 from clipup.upcycling.diagnose import diagnose
 
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8}

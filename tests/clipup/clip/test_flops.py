@@ -5,11 +5,9 @@ import torch
 from tiny_clip import CONFIGS, tiny_clip
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipup import MoEConfig, create_model_and_transforms
-from clipup.clip import accelerate
+from clipup import MoEConfig, accelerate, create_model_and_transforms, upcycle
 from clipup.clip.flops import count, countable_attention
 from clipup.clip.inputs import random_inputs
-from clipup.upcycling import upcycle
 
 # model: image GFLOP, text GFLOP, both with every other block sparse (8 experts, top 2)
 TABLE = {"ViT-B-32": (8.82, 5.96, 19.6), "ViT-B-16": (35.13, 5.96, 54.2), "ViT-L-14": (162.03, 13.30, 231.5)}

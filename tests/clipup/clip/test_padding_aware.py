@@ -13,11 +13,10 @@ from tiny_families import HUGGING_FACE, build, coca_cfg, hugging_face_cfg
 from torch import nn
 
 import clipup
-from clipup import MoEConfig, aux_loss, moe_layers, moe_metrics
+from clipup import MoEConfig, aux_loss, moe_layers, moe_metrics, upcycle
 from clipup.clip.flops import count
 from clipup.clip.inputs import random_inputs
 from clipup.clip.padding_aware import leave_padding_out, tokens_up_to_pooled
-from clipup.upcycling import upcycle
 
 
 def gradients(model, loss):
@@ -224,7 +223,7 @@ def test_experts_with_a_norm_leave_the_padding_out_too():
 
 def is_mlp(module):
     return type(module).__module__.startswith(
-        ("clipup.moe.layer", "clipup.moe.router", "clipup.pretrained.factory")
+        ("clipup.moe.layer", "clipup.moe.router", "clipup.upcycling.upcycle")
     ) or isinstance(module, nn.Sequential | nn.Linear | nn.GELU)
 
 

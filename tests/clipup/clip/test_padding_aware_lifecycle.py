@@ -13,11 +13,10 @@ from tiny_clip import CONFIGS, contrastive_loss, tiny_clip
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipup import MoEConfig, aux_loss
+from clipup import MoEConfig, aux_loss, upcycle
 from clipup.clip.inputs import random_inputs
 from clipup.clip.padding_aware import tokens_up_to_pooled
 from clipup.train.step import TrainStep
-from clipup.upcycling import upcycle
 
 DROPPING = {"capacity_factor": 0.75, "z_weight": 0.1}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import subprocess
 import sys
 import tarfile
 
@@ -324,3 +325,19 @@ def test_another_pipeline_than_open_clips_is_noticed(pictures, monkeypatch):
     monkeypatch.setattr(open_clip_train.data, "get_wds_dataset", other_pipeline)
     with pytest.raises(RuntimeError, match="expected 1: install open_clip_torch 3.3"):
         loader(pictures, "webdataset")
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "csv"])
+def test_a_program_ends_while_its_data_workers_are_alive(pictures, kind):
+    source = pictures.csv() if kind == "csv" else pictures.shards()
+    program = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from picture_samples import preprocess, tokenizer
+from clipup.data.loaders import train_loader
+batches = iter(train_loader({source!r}, preprocess, tokenizer, 3, 1).dataloader)
+next(batches)
+itself = [batches]
+itself.append(itself)  # freed by the garbage collector alone, after the program's exit functions
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -11,11 +11,10 @@ from PIL import Image
 from sparse_clip import CAPTIONS, EXPERTS, dense_clip, pictures, sparse_clip, tokenizer, transform
 from tiny_families import build, coca_cfg, timm_model
 
-from clipup import MoEConfig, moe_layers, moe_metrics
+from clipup import MoEConfig, moe_layers, moe_metrics, upcycle
 from clipup.inspection import inspect_experts
 from clipup.inspection.expert_report import statements
 from clipup.inspection.expert_similarity import Similarity
-from clipup.upcycling import upcycle
 
 IMAGE_LAYER, TEXT_LAYER = "visual.transformer.resblocks.1.mlp", "transformer.resblocks.3.mlp"
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>"

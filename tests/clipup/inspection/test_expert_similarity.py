@@ -7,9 +7,8 @@ from sparse_clip import dense_clip, sparse_clip
 from tiny_clip import tiny_clip
 from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
 
-from clipup import MoEConfig, SparseMoE, moe_layers
+from clipup import MoEConfig, SparseMoE, moe_layers, upcycle
 from clipup.inspection.expert_similarity import expert_similarity, mean_cosine, model_similarity
-from clipup.upcycling import upcycle
 
 
 def cosine(a, b):

@@ -9,9 +9,8 @@ from sparse_clip import CAPTIONS, CHOICES, EXPERTS, dense_clip, pictures, sparse
 from tiny_clip import tiny_clip
 from tiny_families import TIMM, timm_model
 
-from clipup import MoEConfig, moe_layers, moe_metrics
+from clipup import MoEConfig, moe_layers, moe_metrics, upcycle
 from clipup.inspection import LayerRouting, route_images, route_texts
-from clipup.upcycling import upcycle
 
 LAYER = "visual.transformer.resblocks.1.mlp"
 

@@ -8,10 +8,9 @@ from tiny_clip import contrastive_loss, tiny_clip
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from clipup import MoEConfig, SparseMoE, aux_loss, moe_metrics
+from clipup import MoEConfig, SparseMoE, aux_loss, moe_metrics, upcycle
 from clipup.clip.inputs import random_inputs
 from clipup.moe.layer_state import LossRecord
-from clipup.upcycling import upcycle
 
 D = 12
 

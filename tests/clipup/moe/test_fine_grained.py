@@ -6,11 +6,18 @@ from tiny_clip import tiny_clip, tiny_config
 from tiny_families import timm_model
 from torch import nn
 
-from clipup import MoEConfig, SparseMoE, create_model_and_transforms, moe_layers, save_pretrained, step0_difference
+from clipup import (
+    MoEConfig,
+    SparseMoE,
+    create_model_and_transforms,
+    moe_layers,
+    save_pretrained,
+    step0_difference,
+    upcycle,
+)
 from clipup.clip.flops import count, count_active
 from clipup.dense.mlp_families import read_mlp
 from clipup.moe.expert_init import experts_of
-from clipup.upcycling import upcycle
 
 D, H = 16, 24
 CONFIG = MoEConfig.clip_up(num_experts=16, top_k=8, granularity=4)

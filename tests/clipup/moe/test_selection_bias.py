@@ -8,11 +8,10 @@ from tiny_clip import contrastive_loss, tiny_clip, tiny_config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clipup import MoEConfig, SparseMoE, create_model_and_transforms, moe_layers, save_pretrained
+from clipup import MoEConfig, SparseMoE, create_model_and_transforms, moe_layers, save_pretrained, upcycle
 from clipup import update_selection_bias as update
 from clipup.clip.inputs import random_inputs
 from clipup.moe.selection_bias import sign_step, z_score_step
-from clipup.upcycling import upcycle
 
 D, E, K, T = 16, 8, 2, 512
 

@@ -5,10 +5,17 @@ import torch
 from tiny_clip import tiny_clip, tiny_config
 from tiny_families import timm_model
 
-from clipup import MoEConfig, SparseMoE, create_model_and_transforms, moe_layers, save_pretrained, step0_difference
+from clipup import (
+    MoEConfig,
+    SparseMoE,
+    create_model_and_transforms,
+    moe_layers,
+    save_pretrained,
+    step0_difference,
+    upcycle,
+)
 from clipup.clip.flops import count, count_active
 from clipup.moe.weight_decay import decays
-from clipup.upcycling import upcycle
 
 D, H, E, K = 12, 20, 4, 2
 CONFIG = MoEConfig.clip_up(num_experts=4, shared_expert=True)

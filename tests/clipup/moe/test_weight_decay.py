@@ -12,8 +12,7 @@ from tiny_clip import tiny_clip
 from torch import nn
 
 import clipup
-from clipup import MoEConfig, SparseMoE, moe_layers, parameter_groups
-from clipup.upcycling import upcycle
+from clipup import MoEConfig, SparseMoE, moe_layers, parameter_groups, upcycle
 
 D = 12
 VECTORS = {"in_bias", "out_bias", "gate_bias", "ln_weight", "ln_bias"}

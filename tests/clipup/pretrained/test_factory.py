@@ -11,11 +11,10 @@ from torch import nn
 
 import clipup
 import clipup_kernels
-from clipup import MoEConfig, moe_layers, save_pretrained
+from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
 from clipup.clip.inputs import random_inputs
 from clipup.clip.towers import tower_blocks
 from clipup.pretrained.model_names import get_model_config
-from clipup.upcycling import upcycle
 
 CONFIG = MoEConfig(num_experts=3)
 

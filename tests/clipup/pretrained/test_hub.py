@@ -10,9 +10,8 @@ from huggingface_hub import HfApi, ModelCard
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
-from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.pretrained import hub
-from clipup.upcycling import upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=3)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -12,11 +12,10 @@ from sparse_clip import sparse_clip, sparse_config
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
-from clipup import MoEConfig, moe_layers, save_pretrained
+from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
 from clipup.clip import flops
 from clipup.pretrained.model_card import add_results, base_model_in
 from clipup.pretrained.origin import base_model
-from clipup.upcycling import upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=3)
 RECALL = {"r1": 0.25, "r5": 0.5, "r10": 1.0}

@@ -9,10 +9,10 @@ import torch
 from tiny_clip import CONFIGS, tiny_clip, tiny_config
 
 import clipup
-from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.atomic_files import replace_files
+from clipup.clip.inputs import random_inputs
 from clipup.pretrained.model_directory import CONFIG_NAME, WEIGHTS_NAME
-from clipup.upcycling import upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=3)
 
@@ -90,7 +90,7 @@ def test_plain_open_clip_refuses_a_sparse_model(saved):
 def test_experts_load_in_the_precision_of_the_model(saved, precision, dtype):
     loaded, *_ = clipup.create_model_and_transforms(str(saved), precision=precision)
     assert {p.dtype for layer in moe_layers(loaded).values() for p in layer.parameters()} == {dtype}
-    images, texts = clipup.pretrained.factory.random_inputs(loaded, 2)
+    images, texts = random_inputs(loaded, 2)
     assert loaded(images, texts)[0].isfinite().all()
 
 

@@ -10,10 +10,9 @@ from tiny_clip import tiny_clip, tiny_config
 from torch import nn
 
 import clipup
-from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import main
 from clipup.pretrained.state_dicts import read_weights, unwrapped
-from clipup.upcycling import upcycle
 
 NAME = "clipup-tiny-32"
 CONFIG = MoEConfig.clip_up(num_experts=3, blocks=(1, 2))

@@ -11,8 +11,7 @@ from huggingface_hub import ModelCard
 from timm.models.vision_transformer import VisionTransformer
 
 import clipup
-from clipup import MoEConfig, moe_layers, save_pretrained
-from clipup.upcycling import upcycle
+from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=3, towers=("image",))
 NAMES = ["test_vit", "test_convnext"]

@@ -9,10 +9,9 @@ from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
 from tiny_families import HUGGING_FACE, build, hugging_face_cfg
 
-from clipup import MoEConfig, calibrate, moe_layers, save_pretrained, step0_difference
+from clipup import MoEConfig, calibrate, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import main
 from clipup.clip.inputs import random_inputs
-from clipup.upcycling import upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=4, reinit_ratio=0.5)
 

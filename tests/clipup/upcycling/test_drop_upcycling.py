@@ -5,10 +5,9 @@ import torch
 from tiny_clip import tiny_clip, tiny_config
 from tiny_families import timm_model
 
-from clipup import MoEConfig, SparseMoE, create_model_and_transforms, moe_layers, save_pretrained
+from clipup import MoEConfig, SparseMoE, create_model_and_transforms, moe_layers, save_pretrained, upcycle
 from clipup.dense.dense_mlp import DenseMLP
 from clipup.moe.expert_init import experts_of, redraw_hidden_units
-from clipup.upcycling import upcycle
 
 D, H, E, RATIO = 48, 600, 3, 0.5
 

@@ -10,12 +10,11 @@ import torch
 import transformers
 from tiny_families import bert_config, mt5_config
 
-from clipup import MoEConfig, moe_layers
+from clipup import MoEConfig, moe_layers, upcycle
 from clipup.clip.towers import tower_blocks, towers
 from clipup.dense.mlp_families import find_mlp
 from clipup.pretrained.factory import create_on_meta
 from clipup.pretrained.model_names import get_model_config
-from clipup.upcycling import upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=2)
 NAMES = sorted(path.stem for path in (Path(open_clip.__file__).parent / "model_configs").glob("*.json"))

@@ -1,5 +1,4 @@
 import copy
-import importlib
 import math
 
 import open_clip
@@ -8,9 +7,8 @@ import torch
 from tiny_clip import CONFIGS, contrastive_loss, tiny_clip, tiny_config
 from torch import nn
 
-from clipup import MoEConfig, SparseMoE, aux_loss, moe_layers, step0_difference
+from clipup import MoEConfig, aux_loss, moe_layers, step0_difference, upcycle
 from clipup.clip.inputs import random_inputs
-from clipup.upcycling import upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=4)
 NATIVE = [kind for kind in CONFIGS if kind != "timm"]
@@ -284,9 +282,3 @@ def test_tower_that_is_not_read_can_stay_dense():
     dense = resnet_clip()
     sparse = upcycle(dense, CONFIG.replace(towers=("text",)))
     assert step0_difference(dense, sparse) <= 1e-6
-
-
-def test_package_offers_upcycle_as_a_function():
-    importlib.import_module("clipup.upcycle")
-    clipup = importlib.import_module("clipup")
-    assert clipup.upcycle is upcycle and issubclass(SparseMoE, nn.Module)

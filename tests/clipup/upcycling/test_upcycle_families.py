@@ -6,12 +6,11 @@ import torch
 from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
 
 import clipup
-from clipup import MoEConfig, aux_loss, moe_layers, save_pretrained, step0_difference
+from clipup import MoEConfig, aux_loss, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.clip.flops import count
 from clipup.clip.inputs import random_inputs
 from clipup.clip.towers import tower_blocks
 from clipup.dense.mlp_families import FAMILIES, find_mlp
-from clipup.upcycling import upcycle
 
 CONFIG = MoEConfig.clip_up(num_experts=3, capacity_factor=None)
 IMAGE = CONFIG.replace(towers=("image",))
