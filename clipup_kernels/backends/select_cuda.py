@@ -68,7 +68,7 @@ def _runs_triton(device_index: int) -> bool:
 
 @functools.cache
 def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.triton.{_TRITON_FILE[name]}")
+    return importlib.import_module(f"clipup_kernels.triton.{_TRITON_FILE[name]}")
 
 
 def implementation(name: str) -> str:

@@ -16,7 +16,9 @@ compiled = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is
 
 
 def use(monkeypatch, backend: str) -> None:
-    monkeypatch.setattr(extension, "matmul_dtypes", lambda: frozenset(DTYPES) if backend == "matmul" else frozenset())
+    monkeypatch.setattr(
+        extension, "matmul_dtypes", lambda: frozenset(DTYPES) if backend == "torch_matmul" else frozenset()
+    )
 
 
 def expert_mlp_and_gradients(mlp, x, gates, plan, experts):
@@ -30,10 +32,10 @@ def expert_mlp_and_gradients(mlp, x, gates, plan, experts):
 @compiled
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["native", "matmul"])
+@pytest.mark.parametrize("backend", ["cpp", "torch_matmul"])
 def test_expert_mlp_follows_the_oracle_on_every_backend(monkeypatch, backend, dtype, gated):
     use(monkeypatch, backend)
-    assert select_cpu.backend("expert_mlp_forward", dtype).__name__ == f"clipup_kernels.{backend}"
+    assert select_cpu.backend("expert_mlp_forward", dtype).__name__ == f"clipup_kernels.backends.{backend}"
     shape = SHAPES["odd"]
     gates, plan = route(shape, "capacity")
     x, experts = randn(shape.tokens, shape.width, dtype=dtype, seed=1), make_experts(shape, dtype, gated=gated)
@@ -45,7 +47,7 @@ def test_expert_mlp_follows_the_oracle_on_every_backend(monkeypatch, backend, dt
 
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["native", "matmul"])
+@pytest.mark.parametrize("backend", ["cpp", "torch_matmul"])
 def test_grouped_linear_follows_the_oracle_on_every_backend(monkeypatch, backend, dtype):
     use(monkeypatch, backend)
     shape = SHAPES["odd"]

@@ -306,7 +306,7 @@ def test_only_files_of_this_machine_are_cached():
 def test_missing_training_requirements_are_named_with_what_to_install(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.delitem(sys.modules, "clipup.data.webdataset_pipeline", raising=False)
-    monkeypatch.delattr(clipup.data, "streams", raising=False)
+    monkeypatch.delattr(clipup.data, "webdataset_pipeline", raising=False)
     with pytest.raises(
         ImportError, match=r'needs the package webdataset, which is not installed: pip install "clipup\[train\]"'
     ):

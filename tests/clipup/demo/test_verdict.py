@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from clipup.demo import verdict
+from clipup.demo.verdict import verdict
 
 DENSE_T2I, DENSE_I2T = 0.231, 0.239
 

@@ -20,7 +20,7 @@ OURS = ["--json", "-", "--device", "cpu", "--workers", "0"]
 
 
 def benchmark(*arguments):
-    command = [sys.executable, "-m", "clipup", "benchmark", "eval", *map(str, arguments), "--num_workers", "0"]
+    command = [sys.executable, "-m", "clipup", "clip-benchmark", "eval", *map(str, arguments), "--num_workers", "0"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr

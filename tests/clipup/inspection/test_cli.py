@@ -40,12 +40,12 @@ def captions(tmp_path):
 
 
 def made(out, *arguments):
-    assert main(["report", *map(str, arguments), "--device", "cpu", "--out", str(out)]) == 0
+    assert main(["inspect", *map(str, arguments), "--device", "cpu", "--out", str(out)]) == 0
     return out.read_text(encoding="utf-8")
 
 
 def refused(capsys, *arguments):
-    assert main(["report", *map(str, arguments), "--device", "cpu"]) == 2
+    assert main(["inspect", *map(str, arguments), "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -149,13 +149,13 @@ def test_what_cannot_be_looked_at_is_refused_by_name(model, images, tmp_path, ca
 )
 def test_options_that_make_no_sense_are_refused_by_name(options, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["report", "model", *options])
+        main(["inspect", "model", *options])
     assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
 
 
 def test_help_shows_units_defaults_and_an_example(capsys):
     with pytest.raises(SystemExit):
-        main(["report", "--help"])
+        main(["inspect", "--help"])
     shown = capsys.readouterr().out
     assert "--max-images" in shown and "Example: clipup inspect" in shown
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clipup.cli import data as cli
 from clipup.data.captions import same_words
 from clipup.data.loaders import eval_samples, train_loader
+from studies import cli
 from studies.icon_data import build as icons
 from studies.icon_data import iconify, splits
 from studies.icon_data.build import Sets

@@ -18,7 +18,7 @@ from PIL import Image
 from clipup.data import shard_writer
 from clipup.train import TrainingInterrupted
 from clipup_kernels import backend_info
-from studies.runner import log, measure, results, runner
+from studies.runner import config, log, measure, results, runner
 
 MODEL_CFG = {
     "embed_dim": 16,
@@ -174,7 +174,7 @@ def test_a_run_that_was_stopped_twice_has_the_log_of_one_that_was_not(study, dat
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, *args, **kwargs)
 
-    sparse_class = type(runner._Run(runner.runs.read(it.directory / "sparse.yaml"), data, it.directory / "runs").model)
+    sparse_class = type(runner._Run(config.read(it.directory / "sparse.yaml"), data, it.directory / "runs").model)
     monkeypatch.setattr(sparse_class, "forward", interrupting)
     for _ in range(2):
         with pytest.raises(TrainingInterrupted):
@@ -237,7 +237,7 @@ def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale
     it = study("scratch", data)
     it.write(scratch=SPARSE.replace("start: dense\n", "").replace("clip_up", "sparse_scratch"))
 
-    model = runner._Run(runner.runs.read(it.directory / "scratch.yaml"), data, it.directory / "runs").model
+    model = runner._Run(config.read(it.directory / "scratch.yaml"), data, it.directory / "runs").model
 
     alike = measure.experts_alike(model)
     assert len(alike) == 2 and all(abs(cosine) < 0.1 for cosine in alike.values())
@@ -252,7 +252,7 @@ def test_fine_grained_experts_are_compared_with_those_that_began_as_the_same_sha
     it.write(dense=DENSE, fine=SPARSE.replace("num_experts: 4", "num_experts: 8, top_k: 4, granularity: 4"))
     it.run("dense")
 
-    model = runner._Run(runner.runs.read(it.directory / "fine.yaml"), data, it.directory / "runs").model
+    model = runner._Run(config.read(it.directory / "fine.yaml"), data, it.directory / "runs").model
 
     assert list(measure.experts_alike(model).values()) == pytest.approx([1.0, 1.0])
 

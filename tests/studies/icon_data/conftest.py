@@ -1,0 +1,1 @@
+from small_pictograms import read  # noqa: F401
