@@ -43,12 +43,19 @@ class Family:
 
 
 class BlockMLP(NamedTuple):
-    """The MLP of a block, found and taken apart."""
+    """The MLP of a block."""
 
+    block: nn.Module
     family: Family
     dense: DenseMLP
     module: nn.Module
-    """The module whose place a sparse layer takes."""
+    """The module that a sparse layer replaces."""
+
+    def replace(self, layer: nn.Module) -> None:
+        """Puts ``layer`` in the place of the MLP."""
+        self.block.set_submodule(self.family.parts[0][0], layer)
+        for path in self.family.passed:
+            self.block.set_submodule(path, nn.Identity())
 
 
 def find_mlp(block: nn.Module) -> BlockMLP:
@@ -66,16 +73,11 @@ def find_mlp(block: nn.Module) -> BlockMLP:
         if [class_name(module) for module in modules] == [name for _, name in family.parts]:
             dense = family.read(*modules)
             refuse_changed_forward(*modules)
-            return BlockMLP(family, dense, modules[0])
+            return BlockMLP(block, family, dense, modules[0])
         inside = _inside(modules[0]) if modules else inside
     if not inside and _has(block, "mlp"):
         inside = _inside(block.get_submodule("mlp"))
     raise TypeError(f"cannot read the MLP of a {class_name(block)}{inside}; {families_read()}")
-
-
-def read_block(block: nn.Module) -> DenseMLP:
-    """The dense MLP of a transformer block; raises ``TypeError`` as ``find_mlp`` does."""
-    return find_mlp(block).dense
 
 
 def read_mlp(mlp: nn.Module) -> DenseMLP:
@@ -90,14 +92,6 @@ def read_mlp(mlp: nn.Module) -> DenseMLP:
             refuse_changed_forward(mlp)
             return dense
     raise TypeError(f"cannot read {class_name(mlp)} as an MLP; {families_read()}")
-
-
-def replace_mlp(block: nn.Module, layer: nn.Module) -> None:
-    """Puts ``layer`` in the place of the block's MLP."""
-    family = find_mlp(block).family
-    block.set_submodule(family.parts[0][0], layer)
-    for path in family.passed:
-        block.set_submodule(path, nn.Identity())
 
 
 def families_read() -> str:

@@ -26,7 +26,7 @@ MATRICES = ("in_weight", "out_weight", "gate_weight")
 """The parameters that are packed, by the names that they have in ``SparseMoE`` and ``DenseMLP``."""
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Where one of ``DenseMLP``'s tensors lies in a parameter of the MLP, which may hold several."""
 
     name: str
@@ -35,12 +35,12 @@ class _Part(NamedTuple):
     offset: int
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """A parameter of the plain layer, as a state dict has it."""
 
     shape: torch.Size
     dtype: torch.dtype
-    parts: list[_Part]
+    parts: list[Part]
 
 
 class _TypeOnly(NamedTuple):
@@ -52,10 +52,10 @@ class _TypeOnly(NamedTuple):
 class Prepared(nn.Module):
     """Base of prepared layers: packed weights, and what must not be done with them."""
 
-    _stored: dict[str, _Stored]
+    _stored: dict[str, Stored]
     _packed: dict[str, PackedWeight]
 
-    def _prepare(self, tensors: dict[str, Tensor], stored: dict[str, _Stored]) -> None:
+    def _prepare(self, tensors: dict[str, Tensor], stored: dict[str, Stored]) -> None:
         """Takes over ``tensors``: matrices packed, others (biases) as buffers."""
         self._stored, self._packed = stored, {}
         for name, tensor in tensors.items():
@@ -180,7 +180,7 @@ class Prepared(nn.Module):
     def _own_keys(self, prefix: str) -> list[str]:
         return [prefix + name for name, parameter in self._parameters.items() if parameter is not None]
 
-    def _take(self, stored: _Stored, whole: Tensor) -> None:
+    def _take(self, stored: Stored, whole: Tensor) -> None:
         for part in stored.parts:
             self._put(part.name, whole.as_strided(part.size, part.stride, part.offset))
 
@@ -234,7 +234,7 @@ class PreparedMLP(Prepared):
         return f"{width}, {hidden}, activation={self.activation!r}"
 
 
-def _where_parts_lie(mlp: nn.Module, dense: DenseMLP) -> dict[str, _Stored]:
+def _where_parts_lie(mlp: nn.Module, dense: DenseMLP) -> dict[str, Stored]:
     """The MLP's parameters by name, each with the tensors of ``dense`` that lie in it."""
     parts = list(dense.parameters().items())
     stored = {}
@@ -243,10 +243,10 @@ def _where_parts_lie(mlp: nn.Module, dense: DenseMLP) -> dict[str, _Stored]:
             raise TypeError(f"{name} of the MLP is not contiguous in memory, so it cannot be prepared")
         begin = parameter.data_ptr()
         inside = [
-            _Part(part, t.shape, t.stride(), (t.data_ptr() - begin) // t.element_size())
+            Part(part, t.shape, t.stride(), (t.data_ptr() - begin) // t.element_size())
             for part, t in parts
             if begin <= t.data_ptr() < begin + parameter.nbytes
         ]
         if inside:
-            stored[name] = _Stored(parameter.shape, parameter.dtype, inside)
+            stored[name] = Stored(parameter.shape, parameter.dtype, inside)
     return stored

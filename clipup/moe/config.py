@@ -6,6 +6,7 @@ Frozen and JSON both ways; it is stored as ``moe_cfg`` beside open_clip's ``mode
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ..checks import boolean, check, is_int, number, positive_number
 
 GateNormalization = Literal["none", "before_drop", "after_drop"]
 BalanceForm = Literal["top2", "topk"]
-Score = Literal["softmax", "sigmoid"]
+ScoreFunction = Literal["softmax", "sigmoid"]
 SelectionBias = Literal["none", "sign", "z_score"]
 Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
@@ -36,7 +37,7 @@ _MODEL_FIELDS = ("towers", "blocks", "last_blocks", "padding_aware", "reinit_rat
 _CHOICES = {
     "normalize_gates": GateNormalization,
     "balance": BalanceForm,
-    "score": Score,
+    "score_function": ScoreFunction,
     "selection_bias": SelectionBias,
 }
 
@@ -70,7 +71,7 @@ class MoEConfig:
     """Give slots to tokens with a large router probability first (batch-priority routing) instead of by position."""
     router_noise: float = 0.0
     """Normal noise on the router's logits in training, its standard deviation in units of 1/num_experts (V-MoE)."""
-    score: Score = "softmax"
+    score_function: ScoreFunction = "softmax"
     """What makes router probabilities of logits: softmax, or sigmoids divided by their sum over all experts."""
     selection_bias: SelectionBias = "none"
     """Balance by a bias an expert that is added to the probabilities for choosing only, and moved after every step by
@@ -181,10 +182,6 @@ class MoEConfig:
         """A copy with some fields changed, checked like a new one."""
         return dataclasses.replace(self, **changes)
 
-    def layer_options(self) -> dict[str, Any]:
-        """The fields that a single layer takes: all but those about the model around it."""
-        return {name: value for name, value in vars(self).items() if name not in _MODEL_FIELDS}
-
     @property
     def keeps_function(self) -> bool:
         """Whether an upcycled model computes, with nothing dropped, what the dense one does."""
@@ -223,7 +220,26 @@ class MoEConfig:
         return cls.from_dict(json.loads(text))
 
 
+def layer_config(config: MoEConfig | None, overrides: dict[str, Any]) -> MoEConfig:
+    """The config of a single layer.
+
+    Raises:
+        TypeError: ``config`` is not a MoEConfig, or an override is not one of the fields that concern a layer.
+    """
+    if config is not None:
+        check_config("config", config)
+    known = [field.name for field in dataclasses.fields(MoEConfig) if field.name not in _MODEL_FIELDS]
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; those of the routing are {', '.join(known)}"
+        raise TypeError(f"{unknown[0]} is not an option of a sparse layer{hint}")
+    return (config or MoEConfig()).replace(**overrides)
+
+
 def check_config(name: str, value: object) -> None:
     if not isinstance(value, MoEConfig):
         advice = "; make one with MoEConfig.from_dict" if isinstance(value, dict) else ""
+        if isinstance(value, int):
+            advice = f"; did you mean num_experts={value}?"
         raise TypeError(f"{name} must be a clipup.MoEConfig, got {type(value).__name__}{advice}")

@@ -8,19 +8,20 @@ Axis legend: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts,
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipup_kernels import ACTIVATIONS, Plan, combine, dispatch, expert_mlp, grouped_linear, permute
+from clipup_kernels import ACTIVATIONS, PackedWeight, Plan, combine, dense_mlp, expert_mlp, grouped_linear, permute
 from clipup_kernels.checks import FLOATING
 from clipup_kernels.reference import activate
 
 from .. import checks
 
 _DTYPES = ", ".join(map(str, FLOATING))
+_OPERANDS = ("in_weight", "in_bias", "out_weight", "out_bias", "gate_weight", "gate_bias")
 _VECTORS = ("in_bias", "out_bias", "gate_bias", "ln_weight", "ln_bias")
 
 
@@ -97,36 +98,62 @@ class Experts(nn.Module):
 
     def run_experts(self, tokens: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
         """tokens [T, D] -> [T, D], computed in ``dtype``, or in the parameters' type when that is None."""
+        x = cast(tokens, dtype)
+        weights = self.operands(dtype)
+        if self.is_fused():
+            return expert_mlp(x, gates, plan, **weights, activation=self.activation)
+        rows = unfused_mlp(permute(x, plan), plan.offsets, **weights, **self._between())
+        return combine(rows, gates, plan)
 
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or dtype is None else tensor.to(dtype)
+    def is_fused(self) -> bool:
+        """Whether the fused ops compute these experts: they have no norm, and no dropout in evaluation."""
+        return self.ln_weight is None and (self.dropout == 0 or not self.training)
 
-        weights = (self.in_weight, self.in_bias, self.out_weight, self.out_bias)
-        gate = (self.gate_weight, self.gate_bias)
-        mlp = (cast(tokens), gates, plan, *map(cast, weights), self.activation, *map(cast, gate))
-        dropout = self.dropout if self.training else 0.0
-        if self.ln_weight is None and dropout == 0:
-            return expert_mlp(*mlp)
+    def operands(self, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
+        """The matrices and biases by their names in the ops, in ``dtype``."""
+        return {name: cast(getattr(self, name), dtype) for name in _OPERANDS}
+
+    def _between(self) -> dict[str, Any]:
+        """The options of ``unfused_mlp`` between the projections."""
         norm = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
-        return unfused_mlp(*mlp, **norm, dropout=dropout)
+        return {"activation": self.activation, **norm, "dropout": self.dropout if self.training else 0.0}
 
 
 class SharedExpert(Experts):
-    """One expert that every token takes (DeepSeekMoE, arXiv 2401.06066, section 3.2). Several such experts are one of
-    their joint width."""
+    """One expert for every token (DeepSeekMoE, arXiv 2401.06066, section 3.2). Several such experts are one of their
+    joint width."""
 
     def forward(self, tokens: Tensor, mask: Tensor | None, dtype: torch.dtype | None, gate: float) -> Tensor:
         """gate times the expert's output, [T, D]; 0 where the mask [T] is False."""
-        everyone = torch.zeros(tokens.shape[0], 1, device=tokens.device, dtype=torch.int32)
-        gates_dtype = torch.promote_types(tokens.dtype, torch.float32)
-        gates = torch.full(everyone.shape, gate, device=tokens.device, dtype=gates_dtype)
-        return self.run_experts(tokens, gates, dispatch(everyone, 1, mask=mask), dtype)
+        if mask is None:
+            return gate * self._mlp(tokens, dtype)
+        masked = ~mask[:, None]  # a masked token may hold NaN, which must reach neither y nor a weight's gradient
+        return (gate * self._mlp(tokens.masked_fill(masked, 0), dtype)).masked_fill(masked, 0)
+
+    def _mlp(self, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+        x = cast(tokens, dtype)
+        if self.is_fused() and not torch.is_grad_enabled():
+            weights = {name: of_one_expert(value) for name, value in self.operands(dtype).items()}
+            return dense_mlp(x, **weights, activation=self.activation)
+        offsets = torch.arange(2, device=x.device, dtype=torch.int32) * x.shape[0]
+        return unfused_mlp(x, offsets, **self.operands(dtype), **self._between())
+
+
+def cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return tensor if tensor is None or dtype is None else tensor.to(dtype)
+
+
+def of_one_expert(weight: Tensor | PackedWeight | None) -> Tensor | PackedWeight | None:
+    """A weight of one expert, [1, ...], without that axis."""
+    if isinstance(weight, PackedWeight):
+        block = weight.block[0] if weight.block.shape == weight.shape else weight.block
+        return weight._replace(block=block, shape=weight.shape[1:])
+    return None if weight is None else weight[0]
 
 
 def unfused_mlp(
-    x: Tensor,
-    gates: Tensor,
-    plan: Plan,
+    rows: Tensor,
+    offsets: Tensor,
     in_weight: Tensor,
     in_bias: Tensor | None,
     out_weight: Tensor,
@@ -140,29 +167,30 @@ def unfused_mlp(
     ln_eps: float = 1e-5,
     dropout: float = 0.0,
 ) -> Tensor:
-    """What ``clipup_kernels.expert_mlp`` computes, with a dropout and the expert's own layer norm in the middle.
+    """The experts' MLPs on rows in expert order, with dropout and the expert's own layer norm between the projections.
 
     ``W_out norm(dropout(act(W_in x + b_in))) + b_out``, gated: ``act(W_gate x + b_gate) * (W_in x + b_in)`` inside.
-    Every step is an op that autograd differentiates, so more is saved for backward than by the fused op.
+    Every step is an op that autograd differentiates, so more is saved for backward than by ``expert_mlp``.
 
     Args:
-        x, gates, plan, the weights and biases, activation: as of ``expert_mlp``.
-        ln_weight, ln_bias: [E, H], or both None for no norm. ln_eps: what the norm adds to the variance.
-        dropout: probability; drawn anew at every call.
+        rows: [R, D], expert-sorted as by ``permute``.
+        offsets: [E+1] int32, ``Plan.offsets``.
+        weights, biases, activation: as in ``clipup_kernels.expert_mlp``.
+        ln_weight, ln_bias: [E, H], or both None for no norm. ln_eps: added to the variance.
+        dropout: probability; drawn at every call.
 
     Returns:
-        y: [T, D] of x's type.
+        [R, D] of rows' type.
     """
-    rows = permute(x, plan)
-    hidden = grouped_linear(rows, in_weight, in_bias, plan.offsets)
+    hidden = grouped_linear(rows, in_weight, in_bias, offsets)
     if gate_weight is None:
         hidden = activate(hidden, activation)
     else:
-        hidden = activate(grouped_linear(rows, gate_weight, gate_bias, plan.offsets), activation) * hidden
+        hidden = activate(grouped_linear(rows, gate_weight, gate_bias, offsets), activation) * hidden
     hidden = F.dropout(hidden, dropout)
     if ln_weight is not None:
-        hidden = grouped_layer_norm(hidden, ln_weight, ln_bias, plan.offsets, ln_eps)
-    return combine(grouped_linear(hidden, out_weight, out_bias, plan.offsets), gates, plan)
+        hidden = grouped_layer_norm(hidden, ln_weight, ln_bias, offsets, ln_eps)
+    return grouped_linear(hidden, out_weight, out_bias, offsets)
 
 
 def grouped_layer_norm(rows: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float = 1e-5) -> Tensor:

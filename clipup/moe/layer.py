@@ -16,10 +16,10 @@ from .. import checks
 from ..dense.dense_mlp import DenseMLP
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
-from .config import BalanceForm, GateNormalization, MoEConfig, Score, SelectionBias, check_config
+from .config import MoEConfig, check_config, layer_config
 from .expert_init import experts_of, redraw_hidden_units
 from .experts import Experts, SharedExpert
-from .layer_state import Records, recomputing
+from .layer_state import LayerState, recomputing
 from .router import Router, Routing, weighted_losses
 
 SHARED_GATE = 0.5
@@ -50,82 +50,48 @@ class SparseMoE(Experts):
     only. Inside a transform of ``torch.func`` losses must be taken inside it too; routing and load are not recorded.
 
     Args:
-        d_model: D. d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
+        d_model: D.
+        d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
+        config: how many experts there are, how tokens are routed, and the auxiliary losses; None means ``MoEConfig()``.
+            ``layer.config`` holds it; assigning another one takes effect at the next forward.
         activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
-        bias: whether both projections have biases.
+        bias: whether the projections have biases.
         gated: experts compute ``act(W_gate x + b_gate) * (W_in x + b_in)`` before the output projection.
+        norm: "layer" gives every expert its own layer norm between its projections.
+        norm_eps: added to that norm's variance.
+        dropout: probability of dropping an entry between the projections in training, before the norm. With a norm, and
+            with dropout in training, experts run on the unfused ops.
         device, dtype: of all parameters.
-        norm: "layer" gives every expert a layer norm of its own between its projections.
-        norm_eps: what the norm adds to the variance.
-        dropout: probability with which an entry between the projections is dropped in training, before the norm. With a
-            norm, and with a dropout in training, experts run on the unfused ops.
+        overrides: fields of ``MoEConfig`` in place of those of ``config``: ``SparseMoE(768, 3072, num_experts=16)``.
 
-    The other options are those of ``MoEConfig``, where each is explained. ``layer.config`` holds them; assigning
-    another config (``layer.config = layer.config.replace(capacity_factor=1.25)``) takes effect at the next forward.
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
     """
 
     def __init__(
         self,
         d_model: int,
         d_hidden: int,
-        num_experts: int = 8,
-        top_k: int = 2,
-        capacity_factor: float | None = None,
-        eval_capacity_factor: float | None = None,
+        config: MoEConfig | None = None,
+        *,
         activation: str = "gelu",
         bias: bool = True,
         gated: bool = False,
-        normalize_gates: GateNormalization = "before_drop",
-        priority: bool = False,
-        router_noise: float = 0.0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
         norm: Literal["layer"] | None = None,
         norm_eps: float = 1e-5,
         dropout: float = 0.0,
-        granularity: int = 1,
-        shared_expert: bool = False,
-        score: Score = "softmax",
-        selection_bias: SelectionBias = "none",
-        selection_bias_rate: float = 1e-3,
-        balance_weight: float = 0.0,
-        balance: BalanceForm = "topk",
-        z_weight: float = 0.0,
-        importance_weight: float = 0.0,
-        load_weight: float = 0.0,
-        local_entropy_weight: float = 0.0,
-        global_entropy_weight: float = 0.0,
-        entropy_threshold: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
     ) -> None:
+        config = layer_config(config, overrides)
         mlp: dict[str, Any] = {"activation": activation, "bias": bias, "gated": gated, "norm": norm}
         mlp |= {"norm_eps": norm_eps, "dropout": dropout, "device": device, "dtype": dtype}
-        config = MoEConfig(
-            num_experts=num_experts,
-            top_k=top_k,
-            granularity=granularity,
-            shared_expert=shared_expert,
-            capacity_factor=capacity_factor,
-            eval_capacity_factor=eval_capacity_factor,
-            normalize_gates=normalize_gates,
-            priority=priority,
-            router_noise=router_noise,
-            score=score,
-            selection_bias=selection_bias,
-            selection_bias_rate=selection_bias_rate,
-            balance_weight=balance_weight,
-            balance=balance,
-            z_weight=z_weight,
-            importance_weight=importance_weight,
-            load_weight=load_weight,
-            local_entropy_weight=local_entropy_weight,
-            global_entropy_weight=global_entropy_weight,
-            entropy_threshold=entropy_threshold,
-        )
-        super().__init__(d_model, d_hidden, num_experts, **mlp)
+        super().__init__(d_model, d_hidden, config.num_experts, **mlp)
         self.router = Router(d_model, config, device=device, dtype=dtype)
-        self.shared = SharedExpert(d_model, granularity * d_hidden, 1, **mlp) if shared_expert else None
-        self.records = Records()
+        shared = SharedExpert(d_model, config.granularity * d_hidden, 1, **mlp) if config.shared_expert else None
+        self.shared = shared
+        self.state = LayerState()
 
     @classmethod
     def from_dense(cls, mlp: nn.Module, config: MoEConfig | None = None) -> SparseMoE:
@@ -159,6 +125,7 @@ class SparseMoE(Experts):
         layer = cls(
             d_model,
             d_hidden // config.granularity,
+            config,
             activation=dense.activation,
             bias=dense.in_bias is not None,
             gated=dense.gate_weight is not None,
@@ -167,9 +134,7 @@ class SparseMoE(Experts):
             norm=None if dense.ln_weight is None else "layer",
             norm_eps=dense.ln_eps,
             dropout=dense.dropout,
-            **config.layer_options(),
         )
-        layer.config = config
         trained = {name: source.requires_grad for name, source in dense.parameters().items()}
         layer.set_experts(experts, trained)
         if layer.shared is not None:
@@ -214,7 +179,7 @@ class SparseMoE(Experts):
             learns = self.training and torch.is_grad_enabled()
             loss = weighted_losses(routing, self.config) if learns and self.config.has_losses else None
         if not (recomputing() or torch.compiler.is_exporting()):
-            self.records.keep(routing, y, loss, counts_load=learns and self.config.selection_bias != "none")
+            self.state.keep(routing, y, loss, counts_load=learns and self.config.selection_bias != "none")
         return y.view(x.shape)
 
     def _mixture(self, tokens: Tensor, routing: Routing, dtype: torch.dtype | None) -> Tensor:
@@ -248,7 +213,7 @@ class SparseMoE(Experts):
         parts = [f"{self.d_model}, {self.d_hidden}", f"num_experts={config.num_experts}", f"top_k={config.top_k}"]
         parts += [f"activation={self.activation!r}", f"capacity_factor={config.capacity_factor}"]
         parts += [f"granularity={config.granularity}"] if config.granularity > 1 else []
-        parts += [f"score={config.score!r}"] if config.score != "softmax" else []
+        parts += [f"score={config.score_function!r}"] if config.score_function != "softmax" else []
         parts += ["bias=False"] if self.in_bias is None else []
         parts += ["gated=True"] if self.gate_weight is not None else []
         parts += ["norm='layer'"] if self.ln_weight is not None else []
@@ -282,7 +247,7 @@ def aux_loss(model: nn.Module) -> Tensor:
             where the calling one has not run the model itself.
     """
     layers = moe_layers(model)
-    taken = [loss for layer in layers.values() for loss in layer.records.take_losses()]
+    taken = [loss for layer in layers.values() for loss in layer.state.take_losses()]
     if taken:
         return torch.stack([loss.to(taken[0].device) for loss in taken]).sum()
     if not torch.compiler.is_compiling():
@@ -293,7 +258,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 def _refuse_losses_of_other_threads(layers: dict[str, SparseMoE]) -> None:
     for name, layer in layers.items():
-        count = layer.records.untaken_elsewhere()
+        count = layer.state.untaken_elsewhere()
         if count:
             raise RuntimeError(
                 f"aux_loss found no losses of this thread, but {count} that forwards of {name or 'the layer'} left in "

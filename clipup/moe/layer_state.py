@@ -61,7 +61,7 @@ class LastRouting(NamedTuple):
 class _Kept:
     """What the forwards of one thread have left for ``aux_loss`` and ``update_selection_bias``.
 
-    Only that thread writes to ``waiting`` and ``load``, and only ``Records.take_load`` to ``counted``. So no thread
+    Only that thread writes to ``waiting`` and ``load``, and only ``LayerState.take_load`` to ``counted``. So no thread
     waits for another, and nothing is lost between them.
     """
 
@@ -101,7 +101,7 @@ class _OfThread(threading.local):
             everyone[:] = [kept for kept in everyone if not kept.is_over()] + [self.state.kept]
 
 
-class Records:
+class LayerState:
     """The records of one layer. A copy of it, by deepcopy or pickle, is empty: graphs belong to the original."""
 
     def __init__(self) -> None:
@@ -189,11 +189,11 @@ class Records:
                     kept.counted = load
         return torch.stack([load.to(news[0].device) for load in news]).sum(0) if news else None
 
-    def __deepcopy__(self, memo: dict) -> Records:
-        return Records()
+    def __deepcopy__(self, memo: dict) -> LayerState:
+        return LayerState()
 
     def __reduce__(self) -> tuple:
-        return Records, ()
+        return LayerState, ()
 
 
 def _untaken(ref: weakref.ref[LossRecord]) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .layer import SparseMoE, moe_layers
-from .router import log_scores
+from .router import log_scores, z_loss
 
 
 @torch.no_grad()
@@ -22,20 +22,18 @@ def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     ``experts`` [T, K] int32 the choices, -1 for tokens that took no part.
     Layers that have not run in this thread yet are left out.
     """
-    return {
-        name: _of_layer(layer) for name, layer in moe_layers(model).items() if layer.records.last_routing is not None
-    }
+    return {name: _of_layer(layer) for name, layer in moe_layers(model).items() if layer.state.last_routing is not None}
 
 
 def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
-    last = layer.records.last_routing
+    last = layer.state.last_routing
     picks = last.picks.sum(0)
     pairs = picks.sum()
     return {
         "load": picks / pairs.clamp_min(1),
         "dropped": (pairs - last.offsets[-1]) / pairs.clamp_min(1),
-        "router_entropy": losses.local_entropy(log_scores(last.logits, layer.config.score), last.mask),
+        "router_entropy": losses.local_entropy(log_scores(last.logits, layer.config.score_function), last.mask),
         "balance": losses.load_balance(last.mean_probs, last.picks, layer.config.balance),
-        "z": last.z_loss,
+        "z": z_loss(last.z_loss, last.logits, last.mask, layer.config),
         "experts": last.experts,
     }

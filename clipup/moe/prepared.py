@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipup_kernels import Plan
-
-from ..dense.prepared import MATRICES, Prepared, _Part, _Stored
+from ..dense.prepared import MATRICES, Part, Prepared, Stored
 from .experts import Experts, SharedExpert
 from .layer import SparseMoE
 
@@ -18,13 +16,13 @@ class _PreparedExperts(Prepared, Experts):
     def prepare(self) -> None:
         matrices = {name: parameter for name in MATRICES if (parameter := self._parameters.pop(name)) is not None}
         whole = {
-            name: _Stored(m.shape, m.dtype, [_Part(name, m.shape, m.contiguous().stride(), 0)])
+            name: Stored(m.shape, m.dtype, [Part(name, m.shape, m.contiguous().stride(), 0)])
             for name, m in matrices.items()
         }
         self._prepare(matrices, whole)
 
-    def run_experts(self, tokens: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
-        return super().run_experts(tokens if dtype is None else tokens.to(dtype), gates, plan, None)
+    def operands(self, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
+        return super().operands(None)  # packed weights have the type that they were prepared in
 
 
 class PreparedSharedExpert(_PreparedExperts, SharedExpert):

@@ -16,7 +16,7 @@ from clipup_kernels import Gating, Plan, dispatch, router_logits, topk_gating
 
 from .. import checks
 from . import losses
-from .config import MoEConfig, Score, check_config
+from .config import MoEConfig, ScoreFunction, check_config
 
 INIT_STD = 0.02
 """Standard deviation of a fresh router's weight. On normalised input its logits then have a deviation of 0.02*sqrt(D),
@@ -120,10 +120,8 @@ class Router(nn.Module):
         if self.training and config.router_noise > 0:
             noisy_logits = logits + torch.randn_like(logits) * (config.router_noise / config.num_experts)
         bias = None if self.selection_bias is None else self.selection_bias.to(logits.dtype)
-        scores = log_scores(noisy_logits, config.score)
+        scores = log_scores(noisy_logits, config.score_function)
         gating = topk_gating(scores, config.top_k, config.normalize_gates == "before_drop", bias, mask)
-        if scores is not noisy_logits:
-            gating = gating._replace(z_loss=losses.router_z(noisy_logits, mask))
         plan = dispatch(
             gating.experts,
             config.num_experts,
@@ -146,7 +144,7 @@ def _structure(config: MoEConfig) -> dict[str, Any]:
     return {"granularity": config.granularity, "shared_expert": config.shared_expert, "selection_bias": has_bias}
 
 
-def log_scores(logits: Tensor, score: Score) -> Tensor:
+def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:
     """Scores [T, E] whose softmax are the router's probabilities.
 
     Of logits that is softmax itself. Of ``log(sigmoid(logits))`` it is ``p_e = s_e / sum_j s_j`` with
@@ -154,7 +152,15 @@ def log_scores(logits: Tensor, score: Score) -> Tensor:
     divided by their sum, are those of ``normalize_gates="before_drop"``, and p_e is what its balance loss averages.
     One thing differs: a selection bias is added to p_e here and to s_e there.
     """
-    return F.logsigmoid(logits) if score == "sigmoid" else logits
+    return F.logsigmoid(logits) if score_function == "sigmoid" else logits
+
+
+def z_loss(of_scores: Tensor, logits: Tensor, mask: Tensor | None, config: MoEConfig) -> Tensor:
+    """[] float32: the router z-loss of the logits. ``of_scores`` is that of ``log_scores``, which softmax scores share.
+
+    logits: [T, E]; mask: [T] bool or None.
+    """
+    return of_scores if config.score_function == "softmax" else losses.router_z(logits, mask)
 
 
 def renormalize_kept(gates: Tensor, plan: Plan) -> Tensor:
@@ -174,19 +180,19 @@ def weighted_losses(routing: Routing, config: MoEConfig) -> Tensor:
     if config.balance_weight > 0:
         terms.append(config.balance_weight * losses.load_balance(gating.mean_probs, gating.picks, config.balance))
     if config.z_weight > 0:
-        terms.append(config.z_weight * gating.z_loss)
+        terms.append(config.z_weight * z_loss(gating.z_loss, routing.noisy_logits, mask, config))
     if config.importance_weight > 0:
         noisy = routing.noisy_logits is not routing.logits
         mean_probs = gating.mean_probs
         if noisy:
-            mean_probs = losses.mean_over_tokens(log_scores(routing.logits, config.score).softmax(-1), mask)
+            mean_probs = losses.mean_over_tokens(log_scores(routing.logits, config.score_function).softmax(-1), mask)
         terms.append(config.importance_weight * losses.importance(mean_probs))
     if config.load_weight > 0:
         noise_std = config.router_noise / config.num_experts
         load = losses.load(routing.logits, routing.noisy_logits, noise_std, config.top_k, mask)
         terms.append(config.load_weight * load)
     if config.local_entropy_weight > 0:
-        scores = log_scores(routing.noisy_logits, config.score)
+        scores = log_scores(routing.noisy_logits, config.score_function)
         terms.append(config.local_entropy_weight * losses.local_entropy(scores, mask))
     if config.global_entropy_weight > 0:
         loss = losses.global_entropy(gating.mean_probs, config.global_entropy_threshold)

@@ -38,7 +38,7 @@ def update_selection_bias(model: nn.Module) -> None:
     layers = [layer for layer in moe_layers(model).values() if layer.router.selection_bias is not None]
     if not layers:
         return
-    loads = [_load(layer.records.take_load(), layer.router.selection_bias) for layer in layers]
+    loads = [_load(layer.state.take_load(), layer.router.selection_bias) for layer in layers]
     together = torch.cat([load.to(loads[0].device) for load in loads])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(together)
@@ -51,7 +51,7 @@ def update_selection_bias(model: nn.Module) -> None:
 def forget_loads(model: nn.Module) -> None:
     """Call it in place of ``update_selection_bias`` when a step was not applied: its load does not count."""
     for layer in moe_layers(model).values():
-        layer.records.take_load()
+        layer.state.take_load()
 
 
 def _load(load: Tensor | None, bias: Tensor) -> Tensor:

@@ -249,7 +249,7 @@ def test_mode_decides_only_the_capacity(training):
     texts = make_texts(model, 1)
     features = model.encode_text(texts)
     assert all_masked(model)
-    kept = [int(layer.records.last_routing.offsets[-1]) for layer in text_layers(model)]
+    kept = [int(layer.state.last_routing.offsets[-1]) for layer in text_layers(model)]
     tokens = int(tokens_up_to_pooled(texts, "argmax", None).sum())
     assert all(rows < 2 * tokens for rows in kept) if training else kept == [2 * tokens] * 2
     with torch.no_grad():
