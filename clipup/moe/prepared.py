@@ -1,4 +1,4 @@
-"""Sparse layers that hold packed weights in place of plain ones, for inference on CPUs."""
+"""Sparse layers that hold packed weights instead of plain ones, for inference on CPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .layer import SparseMoE
 
 
 class _PreparedExperts(Prepared, Experts):
-    """Experts whose matrices are packed. Biases and norms are plain parameters that ask for no gradient."""
+    """Experts whose matrices are packed. Biases and norms are plain parameters that do not require gradients."""
 
     def prepare(self) -> None:
         matrices = {name: parameter for name in MATRICES if (parameter := self._parameters.pop(name)) is not None}
@@ -22,7 +22,7 @@ class _PreparedExperts(Prepared, Experts):
         self._prepare(matrices, whole)
 
     def operands(self, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
-        return super().operands(None)  # packed weights have the type that they were prepared in
+        return super().operands(None)  # packed weights keep the type in which they were prepared
 
 
 class PreparedSharedExpert(_PreparedExperts, SharedExpert):
@@ -30,7 +30,7 @@ class PreparedSharedExpert(_PreparedExperts, SharedExpert):
 
 
 class PreparedMoE(_PreparedExperts, SparseMoE):
-    """A ``SparseMoE`` for inference, with bitwise the same results."""
+    """A ``SparseMoE`` for inference, with bitwise identical results."""
 
     def prepare(self) -> None:
         super().prepare()
