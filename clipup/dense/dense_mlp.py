@@ -55,7 +55,7 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-_ACTIVATIONS: dict[str, str | Callable[[nn.Module], str]] = {
+_ACTIVATIONS: dict[str, str | Callable[[Any], str]] = {
     "torch.nn.modules.activation.GELU": lambda act: {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate],
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.SiLU": "silu",

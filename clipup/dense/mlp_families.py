@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -122,10 +122,10 @@ def _class(full_name: str) -> str:
     return full_name.rsplit(".", 1)[1]
 
 
-# ---------------------------------------------------------------- readers
+# ---------------------------------------------------------------- readers: the modules' classes are known, not imported
 
 
-def _read_open_clip(mlp: nn.Sequential) -> DenseMLP:
+def _read_open_clip(mlp: Any) -> DenseMLP:
     parts = dict(mlp.named_children())
     if list(parts) not in (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"]):
         raise TypeError(
@@ -136,15 +136,15 @@ def _read_open_clip(mlp: nn.Sequential) -> DenseMLP:
     return read_linears({"in": parts["c_fc"], "out": parts["c_proj"]}, parts["gelu"], **norm)
 
 
-def _read_timm_mlp(mlp: nn.Module) -> DenseMLP:
+def _read_timm_mlp(mlp: Any) -> DenseMLP:
     return read_linears({"in": mlp.fc1, "out": mlp.fc2}, mlp.act, **_between(mlp))
 
 
-def _read_timm_swiglu(mlp: nn.Module) -> DenseMLP:
+def _read_timm_swiglu(mlp: Any) -> DenseMLP:
     return read_linears({"in": mlp.fc1_x, "gate": mlp.fc1_g, "out": mlp.fc2}, mlp.act, **_between(mlp))
 
 
-def _read_timm_glu(mlp: nn.Module) -> DenseMLP:
+def _read_timm_glu(mlp: Any) -> DenseMLP:
     """One linear layer holds both projections into the hidden width, the gate in its first or second half."""
     check_linears(mlp.fc1, mlp.fc2)
     names = ("in", "gate") if mlp.gate_last else ("gate", "in")
@@ -160,29 +160,29 @@ def _read_timm_glu(mlp: nn.Module) -> DenseMLP:
     )
 
 
-def _read_timm_geglu(mlp: nn.Module) -> DenseMLP:
+def _read_timm_geglu(mlp: Any) -> DenseMLP:
     refuse_dropout("drop2", mlp.drop2)
     dropout = read_dropout("drop1", mlp.drop1)
     linears = {"in": mlp.w1, "gate": mlp.w0, "out": mlp.w2}
     return read_linears(linears, mlp.act, dropout=dropout, input_norm=mlp.norm)
 
 
-def _between(mlp: nn.Module) -> dict:
+def _between(mlp: Any) -> dict:
     """The parts of timm's MLPs between their projections; dropout after them is refused."""
     refuse_dropout("drop2", mlp.drop2)
     return {"dropout": read_dropout("drop1", mlp.drop1), **read_norm("norm", mlp.norm)}
 
 
-def _read_mt5(mlp: nn.Module) -> DenseMLP:
+def _read_mt5(mlp: Any) -> DenseMLP:
     return read_linears({"in": mlp.wi, "out": mlp.wo}, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
 
 
-def _read_gated_mt5(mlp: nn.Module) -> DenseMLP:
+def _read_gated_mt5(mlp: Any) -> DenseMLP:
     linears = {"in": mlp.wi_1, "gate": mlp.wi_0, "out": mlp.wo}
     return read_linears(linears, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
 
 
-def _read_bert(intermediate: nn.Module, output: nn.Module) -> DenseMLP:
+def _read_bert(intermediate: Any, output: Any) -> DenseMLP:
     """The second projection is in the module that also adds the residual and normalizes, which stays."""
     return read_linears({"in": intermediate.dense, "out": output.dense}, intermediate.intermediate_act_fn)
 

@@ -9,7 +9,7 @@ Axis legend: ``D`` model width, ``H`` hidden width, ``E`` experts.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from .mlp_families import read_mlp
 
 MATRICES = ("in_weight", "out_weight", "gate_weight")
 """Names, in ``SparseMoE`` and ``DenseMLP``, of the parameters that are packed."""
+_NO_BLOCK = torch.empty(0, dtype=torch.uint8)
 
 
 class Part(NamedTuple):
@@ -55,7 +56,7 @@ class Prepared(nn.Module):
     _stored: dict[str, Stored]
     _packed: dict[str, PackedWeight]
 
-    def _prepare(self, tensors: dict[str, Tensor], stored: dict[str, Stored]) -> None:
+    def _prepare(self, tensors: Mapping[str, Tensor], stored: dict[str, Stored]) -> None:
         """Stores ``tensors``: matrices packed, others (biases) as buffers."""
         self._stored, self._packed = stored, {}
         for name, tensor in tensors.items():
@@ -67,10 +68,11 @@ class Prepared(nn.Module):
             return
         packed = pack_weight(tensor)
         self.register_buffer(f"{name}_packed", packed.block, persistent=False)  # torch.export lifts buffers
-        self._packed[name] = packed._replace(block=None)
+        self._packed[name] = packed._replace(block=_NO_BLOCK)
 
     def _get(self, name: str) -> Tensor:
-        return unpack_weight(self.packed(name)) if name in MATRICES else getattr(self, name)
+        packed = self.packed(name)
+        return getattr(self, name) if packed is None else unpack_weight(packed)
 
     def packed(self, name: str) -> PackedWeight | None:
         """A weight by its name in ``SparseMoE``; None if the layer has none."""
@@ -188,7 +190,7 @@ class Prepared(nn.Module):
         super().__setstate__(state)
         for name in self._packed:  # they may have been packed on another CPU
             packed = self.packed(name)
-            if packed.layout != packed_layout(packed.dtype):
+            if packed is not None and packed.layout != packed_layout(packed.dtype):
                 self._put(name, unpack_weight(packed))
 
 

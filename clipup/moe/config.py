@@ -157,12 +157,14 @@ class MoEConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         towers = self.towers
-        known = isinstance(towers, tuple) and towers and all(tower in get_args(Tower) for tower in towers)
+        known = isinstance(towers, tuple) and len(towers) > 0 and all(tower in get_args(Tower) for tower in towers)
         expected = 'a tuple of "image", "text" and "decoder", each once'
         check("towers", towers, known and len(set(towers)) == len(towers), expected)
         named = self.blocks in get_args(Blocks)
         if not named:
-            indices = isinstance(self.blocks, tuple) and self.blocks and all(is_int(block) for block in self.blocks)
+            indices = (
+                isinstance(self.blocks, tuple) and len(self.blocks) > 0 and all(is_int(block) for block in self.blocks)
+            )
             check("blocks", self.blocks, indices, '"every_other", "every" or a tuple of block indices')
         if self.last_blocks is not None:
             check("last_blocks", self.last_blocks, is_int(self.last_blocks), "an int or None", TypeError)

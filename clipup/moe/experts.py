@@ -32,6 +32,15 @@ class Experts(nn.Module):
     are None. The options are explained in ``SparseMoE``.
     """
 
+    in_weight: nn.Parameter
+    in_bias: nn.Parameter | None
+    out_weight: nn.Parameter
+    out_bias: nn.Parameter | None
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+    ln_weight: nn.Parameter | None
+    ln_bias: nn.Parameter | None
+
     def __init__(
         self,
         d_model: int,
@@ -81,7 +90,7 @@ class Experts(nn.Module):
             for parameter in (getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-        if self.ln_weight is not None:
+        if self.ln_weight is not None and self.ln_bias is not None:
             nn.init.ones_(self.ln_weight)
             nn.init.zeros_(self.ln_bias)
 
@@ -108,13 +117,13 @@ class Experts(nn.Module):
         """Whether the fused ops compute these experts: no norm, and no active dropout."""
         return self.ln_weight is None and (self.dropout == 0 or not self.training)
 
-    def operands(self, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
+    def operands(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """The matrices and biases by their names in the ops, in ``dtype``."""
         return {name: cast(getattr(self, name), dtype) for name in _OPERANDS}
 
     def _between(self) -> dict[str, Any]:
         """The options of ``unfused_mlp`` between the projections."""
-        norm = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
+        norm: dict[str, Any] = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
         return {"activation": self.activation, **norm, "dropout": self.dropout if self.training else 0.0}
 
 
@@ -138,11 +147,12 @@ class SharedExpert(Experts):
         return unfused_mlp(x, offsets, **self.operands(dtype), **self._between())
 
 
-def cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def cast(tensor: Any, dtype: torch.dtype | None) -> Any:
+    """A tensor, or None, in ``dtype`` unless that is None."""
     return tensor if tensor is None or dtype is None else tensor.to(dtype)
 
 
-def of_one_expert(weight: Tensor | PackedWeight | None) -> Tensor | PackedWeight | None:
+def of_one_expert(weight: Any) -> Any:
     """A weight of one expert, [1, ...], without that axis."""
     if isinstance(weight, PackedWeight):
         block = weight.block[0] if weight.block.shape == weight.shape else weight.block
@@ -187,7 +197,7 @@ def unfused_mlp(
     else:
         hidden = activate(grouped_linear(rows, gate_weight, gate_bias, offsets), activation) * hidden
     hidden = F.dropout(hidden, dropout)
-    if ln_weight is not None:
+    if ln_weight is not None and ln_bias is not None:
         hidden = grouped_layer_norm(hidden, ln_weight, ln_bias, offsets, ln_eps)
     return grouped_linear(hidden, out_weight, out_bias, offsets)
 

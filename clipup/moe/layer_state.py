@@ -183,9 +183,9 @@ class LayerState:
         news = []
         with self._lock:
             for kept in self._everyone:
-                load = kept.load
-                if load is not kept.counted:
-                    news.append(load if kept.counted is None else load - kept.counted)
+                load, counted = kept.load, kept.counted
+                if load is not None and load is not counted:
+                    news.append(load if counted is None else load - counted)
                     kept.counted = load
         return torch.stack([load.to(news[0].device) for load in news]).sum(0) if news else None
 
@@ -210,7 +210,8 @@ def _has_left_its_transform(loss: Tensor) -> bool:
     """Whether a loss comes from a forward pass inside a transform of ``torch.func`` that has ended."""
     if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(loss):
         return False
-    return torch._C._functorch.is_dead_tensor_wrapper(loss) or not torch._C._are_functorch_transforms_active()
+    dead = torch._C._functorch.is_dead_tensor_wrapper(loss)  # type: ignore[attr-defined]
+    return dead or not torch._C._are_functorch_transforms_active()
 
 
 def recomputing() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ class _PreparedExperts(Prepared, Experts):
         }
         self._prepare(matrices, whole)
 
-    def operands(self, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
+    def operands(self, dtype: torch.dtype | None) -> dict[str, Any]:
         return super().operands(None)  # packed weights keep the type in which they were prepared
 
 
@@ -36,7 +38,7 @@ class PreparedMoE(_PreparedExperts, SparseMoE):
         super().prepare()
         if self.shared is not None:
             self.shared.__class__ = PreparedSharedExpert
-            self.shared.prepare()
+            cast(PreparedSharedExpert, self.shared).prepare()
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         self._check_type(x)

@@ -53,6 +53,9 @@ class Router(nn.Module):
         config: the routing options; read at every forward pass, so that assigning ``self.config`` takes effect.
     """
 
+    weight: nn.Parameter
+    selection_bias: Tensor | None
+
     def __init__(
         self,
         d_model: int,

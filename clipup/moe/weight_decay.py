@@ -53,7 +53,7 @@ def add_no_weight_decay(model: nn.Module) -> None:
     experts' biases and norms to the names it returned before."""
     for module in model.modules():
         if (module is model or hasattr(type(module), "no_weight_decay")) and set(moe_layers(module)) - {""}:
-            module.no_weight_decay = partial(_names_without_decay, module)
+            setattr(module, "no_weight_decay", partial(_names_without_decay, module))  # noqa: B010
 
 
 def _names_without_decay(module: nn.Module) -> set[str]:
