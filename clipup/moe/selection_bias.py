@@ -35,15 +35,15 @@ def update_selection_bias(model: nn.Module) -> None:
     count. With ``torch.distributed`` the loads of all ranks are summed, so all ranks must call. The host does not
     synchronize with the device. A model without such layers is left unchanged.
     """
-    layers = [layer for layer in moe_layers(model).values() if layer.router.selection_bias is not None]
-    if not layers:
+    found = [(layer, layer.router.selection_bias) for layer in moe_layers(model).values()]
+    biased = [(layer, bias) for layer, bias in found if bias is not None]
+    if not biased:
         return
-    loads = [_load(layer.state.take_load(), layer.router.selection_bias) for layer in layers]
+    loads = [_load(layer.state.take_load(), bias) for layer, bias in biased]
     together = torch.cat([load.to(loads[0].device) for load in loads])
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(together)
-    for layer, load in zip(layers, together.split([load.numel() for load in loads]), strict=True):
-        bias = layer.router.selection_bias
+    for (layer, bias), load in zip(biased, together.split([load.numel() for load in loads]), strict=True):
         step = _STEPS[layer.config.selection_bias](load.to(bias.device, bias.dtype))
         bias.add_(step, alpha=layer.config.selection_bias_rate)
 
