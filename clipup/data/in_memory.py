@@ -89,9 +89,7 @@ class CachedLoader:
             yield self.images[images], self.tokens[texts]
 
 
-def _read(
-    records: Sequence[Record], options: DataOptions, reader: Reader, progress: bool
-) -> tuple[Tensor, list[bool]]:
+def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progress: bool) -> tuple[Tensor, list[bool]]:
     """All readable images, stacked, and for each record whether it was readable."""
     loader = DataLoader(
         Images(records, reader.preprocess, options.max_image_pixels),

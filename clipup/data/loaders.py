@@ -120,14 +120,14 @@ def _train_shards(options: DataOptions) -> list[str]:
 
 
 def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainData:
+    with needed_for("streaming shards", "train"):
+        from .webdataset_pipeline import webdataset_data
     if not options.dataset_resampled and len(shards) < max(1, options.workers) * reader.world_size:
         raise ValueError(
             f"workers: {options.workers} in each of {reader.world_size} processes, but train_data has {len(shards)} "
             f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers, or cache the data"
         )
     num_samples = _num_samples(shards, options.train_num_samples)
-    with needed_for("reading training data from shards", "train"):
-        from .webdataset_pipeline import webdataset_data
     return webdataset_data(options, shards, num_samples, reader)
 
 

@@ -45,7 +45,7 @@ class SharedEpoch:
 
 @dataclass
 class TrainData:
-    """Training batches of one process. Call `set_epoch` before each epoch; its order depends on seed and epoch alone."""
+    """Training batches of one process. Call `set_epoch` before each epoch: order depends on seed and epoch alone."""
 
     dataloader: Any
     """Batches `(images [B, C, H, W], tokens [B, L])`; has `num_batches` and `num_samples`."""
