@@ -24,7 +24,7 @@ from ..progress import progress
 from ..upcycling.calibration import calibrate
 from ..upcycling.step0 import step0_difference
 from ..upcycling.upcycle import upcycle
-from .flags import NoEffect, moe_rules, parse
+from .flags import NoEffect, is_csv, moe_rules, parse
 from .outputs import check_directory
 
 TOLERANCE = 1e-4
@@ -140,8 +140,7 @@ def fit(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Calla
 
 def _samples(options: Options) -> int | None:
     """What shards without a sizes.json do not say: as many samples an epoch as there are to be."""
-    is_csv = options.calibrate_data.endswith((".csv", ".tsv"))
-    return None if is_csv else options.calibrate_steps * options.calibrate_batch_size
+    return None if is_csv(options.calibrate_data) else options.calibrate_steps * options.calibrate_batch_size
 
 
 def _batches(loader: TrainData) -> Iterator[tuple[Tensor, Tensor]]:

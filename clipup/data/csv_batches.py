@@ -48,7 +48,7 @@ def csv_data(options: DataOptions, reader: Reader) -> TrainData:
         generator=generator,
     )
     batches = CountedBatches(loader, skips, len(dataset), len(batch_rows), total, world_size)
-    return TrainData(batches, reader.epoch, skips, options.seed, generator, sampler)
+    return TrainData(batches, reader.epoch, skips, options.seed, rank, generator, sampler)
 
 
 class BatchRows(NamedTuple):

@@ -52,8 +52,9 @@ class TrainData:
     epoch: SharedEpoch
     skips: Skips
     seed: int = 0
+    rank: int = 0
     generator: torch.Generator | None = None
-    """Of the data loader; seeded anew in each epoch."""
+    """The data loader's, which seeds its workers; re-seeded every epoch."""
     sampler: DistributedSampler | None = None
 
     @property
@@ -66,7 +67,8 @@ class TrainData:
         if self.sampler is not None:
             self.sampler.set_epoch(epoch)
         if self.generator is not None:
-            self.generator.manual_seed(mixed_seed(self.seed, epoch))
+            own = (self.rank,) if self.rank else ()  # so that ranks do not augment alike
+            self.generator.manual_seed(mixed_seed(self.seed, epoch, *own))
 
 
 class CountedBatches:

@@ -74,7 +74,7 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
         total=num_samples,
         world_size=reader.world_size,
     )
-    return TrainData(batches, reader.epoch, reader.skips, options.seed, generator)
+    return TrainData(batches, reader.epoch, reader.skips, options.seed, reader.rank, generator)
 
 
 class ResampledShards:

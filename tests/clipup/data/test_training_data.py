@@ -140,6 +140,21 @@ def test_every_worker_of_every_rank_reads_its_own_shards(pictures):
     assert sorted(map(sorted, shards)) == [[0], [1], [2], [3]]
 
 
+def with_noise(image):
+    """The picture, and beside its number a random one."""
+    return preprocess(image) + torch.rand(()) / 2
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "csv"])
+def test_ranks_augment_differently(pictures, kind):
+    source = pictures.csv() if kind == "csv" else pictures.shards()
+    noise = []
+    for rank in (0, 1):
+        data = train_loader(source, with_noise, tokenizer, 3, 1, world_size=2, rank=rank)
+        noise.append(torch.cat([images[:, 0, 0, 0] % 1 for images, _ in data.dataloader]))
+    assert not torch.isclose(*noise).any()
+
+
 def test_shards_that_do_not_divide_into_full_batches_start_over(pictures):
     data = loader(pictures, "webdataset", batch_size=5)
     seen = epoch_of(data, 0)
