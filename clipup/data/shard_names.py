@@ -78,7 +78,7 @@ def open_shard(shard: str) -> BinaryIO:
     """A shard that `expand_shards` let pass, to be read from its start."""
     if not is_remote(shard):
         return open(shard, "rb")
-    from webdataset import gopen
+    from webdataset.gopen import gopen
 
     return gopen(shard)
 
@@ -166,7 +166,7 @@ def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
     if "'" in url:  # URLs are handed to curl and others between these, in a shell
         raise ValueError(f"{argument}: {url!r} holds a quote ('), which a URL must not: write %27")
     with needed_for("reading shards by URL", "train"):
-        from webdataset import gopen_schemes
+        from webdataset.gopen import gopen_schemes
     if scheme not in gopen_schemes:
         known = ", ".join(sorted({*gopen_schemes} - {"__default__"}))
         raise ValueError(f"{argument}: {url!r}: nothing reads {scheme}:, expected a path, or one of {known}")
