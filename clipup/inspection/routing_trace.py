@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..clip import inputs
-from ..evaluate.encode import device_of, evaluating, in_batches
+from ..evaluate.encode import device_of, in_batches
+from ..moe.evaluation import evaluating
 from ..moe.layer import SparseMoE, moe_layers
 from ..moe.router import log_scores
 

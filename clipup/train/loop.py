@@ -47,7 +47,7 @@ def train(
         model: trained in place of one built from ``options.model``.
         preprocess: image transform, or (training, validation) pair; None takes the built model's own.
         tokenizer: texts to token ids; None takes the built model's own.
-        loader: batches (images, texts) in place of ``options.train_data``: open_clip's DataInfo, or anything with a
+        loader: batches (images, texts) in place of ``options.train_data``: ``TrainData``, or anything with a
             length that can be iterated again and again. Give ``options.steps`` or ``options.epochs``.
         callbacks: evaluations along the way.
 

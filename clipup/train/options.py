@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.images import MAX_PIXELS, check_max_pixels
-from ..data.skips import MAX_SKIPPED, check_max_skipped
+from ..data.images import check_max_pixels
+from ..data.options import DataOptions, SourceOptions
+from ..data.skips import check_max_skipped
 from ..moe.config import MoEConfig
 from ..precision import Precision, default_device, default_workers
 
@@ -41,24 +42,24 @@ class TrainOptions:
     """CSV file, or WebDataset shards ("data/{000..099}.tar", several joined by "::")."""
     train_num_samples: int | None = None
     """Samples in an epoch, for WebDataset shards without a sizes.json."""
-    dataset_type: Literal["webdataset", "csv", "auto"] = "auto"
+    dataset_type: Literal["webdataset", "csv", "auto"] = DataOptions.dataset_type
     """What train_data is; auto goes by its ending."""
-    dataset_resampled: bool = False
+    dataset_resampled: bool = DataOptions.dataset_resampled
     """Draw shards with replacement."""
-    csv_separator: str = "\t"
+    csv_separator: str = DataOptions.csv_separator
     """Separates the columns of a CSV file."""
-    csv_img_key: str = "filepath"
+    csv_img_key: str = DataOptions.csv_img_key
     """Column with the paths of the images."""
-    csv_caption_key: str = "title"
+    csv_caption_key: str = DataOptions.csv_caption_key
     """Column with the captions."""
-    max_skipped: float = MAX_SKIPPED
+    max_skipped: float = DataOptions.max_skipped
     """Share of the samples that may be unreadable: they are left out, each is named once, and the last line says how
     many. Above it the run stops."""
-    max_image_pixels: int = MAX_PIXELS
+    max_image_pixels: int = DataOptions.max_image_pixels
     """Pixels of an image that is decoded at most; one of more counts as unreadable."""
-    allow_pipe: bool = False
+    allow_pipe: bool = DataOptions.allow_pipe
     """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
-    cache_data: bool = False
+    cache_data: bool = DataOptions.cache
     """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
     val_data: str | None = None
     """CSV file or shards for retrieval after every val_frequency epochs and at the end."""
@@ -202,6 +203,16 @@ class TrainOptions:
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def data_options(self) -> DataOptions:
+        """How the training data are read."""
+        names = {field.name for field in dataclasses.fields(DataOptions)} - {"cache"}
+        return DataOptions(**{name: getattr(self, name) for name in names}, cache=self.cache_data)
+
+    def val_data_options(self) -> SourceOptions:
+        """How ``val_data`` is read; its format goes by its file extension."""
+        names = {field.name for field in dataclasses.fields(SourceOptions)} - {"dataset_type"}
+        return SourceOptions(**{name: getattr(self, name) for name in names})
 
     def to_json(self) -> str:
         """All options, for the record beside a run."""

@@ -11,7 +11,9 @@ from open_clip.coca_model import CoCa
 from torch import nn
 
 from ..clip import inputs
+from ..data.loaders import load_eval_samples, load_train_data
 from ..data.shares import Share
+from ..data.train_data import TrainData
 from ..evaluate.retrieval import evaluate_retrieval
 from ..moe.config import MoEConfig
 from ..precision import Precision
@@ -162,7 +164,7 @@ class Epochs:
     def __init__(self, loader: Any, accum_freq: int) -> None:
         """
         Args:
-            loader: open_clip's DataInfo, or anything with a length that can be iterated again and again.
+            loader: ``TrainData``, or anything with a length that can be iterated again and again.
 
         Raises:
             ValueError: fewer than ``accum_freq`` batches an epoch.
@@ -197,32 +199,16 @@ class Epochs:
         return {} if skips is None else skips.samples
 
 
-def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> Any:
-    """open_clip's loader over ``options.train_data``."""
-    from ..data.loaders import train_loader
-
+def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> TrainData:
+    """The loader of ``options.train_data``."""
     _needs(built, built.preprocess_train)
-    return train_loader(
-        options.train_data,
+    return load_train_data(
+        options.data_options(),
         built.preprocess_train,
         built.tokenizer,
-        options.batch_size,
-        options.workers,
-        options.seed,
-        dataset_type=options.dataset_type,
-        csv_separator=options.csv_separator,
-        csv_img_key=options.csv_img_key,
-        csv_caption_key=options.csv_caption_key,
-        train_num_samples=options.train_num_samples,
-        dataset_resampled=options.dataset_resampled,
         world_size=ranks.world_size,
         rank=ranks.rank,
-        distributed=ranks.several,
-        cache=options.cache_data,
         epoch=epoch,
-        max_skipped=options.max_skipped,
-        max_image_pixels=options.max_image_pixels,
-        allow_pipe=options.allow_pipe,
     )
 
 
@@ -232,21 +218,10 @@ def build_validation(
     """Retrieval on ``options.val_data``, as a function of the model that all ranks call; rank 0 gets the numbers."""
     if options.val_data is None:
         return None
-    from ..data.loaders import eval_samples
-
     _needs(built, built.preprocess_val)
     share = Share(ranks.rank, ranks.world_size, ranks.gather)
-
-    samples = eval_samples(
-        options.val_data,
-        built.preprocess_val,
-        csv_separator=options.csv_separator,
-        csv_img_key=options.csv_img_key,
-        csv_caption_key=options.csv_caption_key,
-        max_skipped=options.max_skipped,
-        max_image_pixels=options.max_image_pixels,
-        argument="val_data",
-    ).part(share, options.batch_size)
+    samples = load_eval_samples(options.val_data, built.preprocess_val, options.val_data_options(), "val_data")
+    samples = samples.part(share, options.batch_size)
 
     def validate(model: nn.Module) -> dict[str, Any] | None:
         return evaluate_retrieval(
