@@ -14,6 +14,7 @@ from ..data.options import DataOptions, SourceOptions
 from ..data.skips import check_max_skipped
 from ..moe.config import MoEConfig
 from ..precision import Precision, default_device, default_workers
+from .objectives import check_options
 
 
 @dataclass
@@ -169,25 +170,11 @@ class TrainOptions:
         check_max_pixels(self.max_image_pixels)
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         self._check("grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive, or None")
-        for name in ("coca_caption_loss_weight", "coca_contrastive_loss_weight"):
-            self._check(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "0 or more")
         for name in ("beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         if self.name is not None:
             self._check("name", Path(self.name).name == self.name, "the name of a directory, without separators")
-        if self.siglip and self.multi_positive:
-            raise ValueError(
-                "multi_positive leaves pairs out of a softmax, and siglip has no softmax; drop one of them"
-            )
-        if self.distill_pretrained is not None and self.distill_model is None:
-            raise ValueError(
-                f"distill_pretrained={self.distill_pretrained!r} needs distill_model, whose weights it names"
-            )
-        for name in ("siglip", "multi_positive"):
-            if self.distill_model is not None and getattr(self, name):
-                raise ValueError(
-                    f"distill_model goes with the softmax loss over one target, {name} has another; drop one of them"
-                )
+        check_options(self)
         if self.resume_dense is not None and not self.moe:
             raise ValueError(
                 f"resume_dense={self.resume_dense!r} is about making a model sparse; set moe, or go on with the dense "
