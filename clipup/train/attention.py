@@ -13,7 +13,7 @@ from ..precision import Precision
 
 SHORT = 64
 """Tokens up to which plain products beat the flash kernel in bfloat16 on a CPU, forward and backward (with a mask
-longer ones too; docs/performance.md)."""
+longer ones too; docs/performance_log.md)."""
 
 
 def attention_kernel(model: nn.Module, device: torch.device, precision: Precision) -> AbstractContextManager:
