@@ -16,7 +16,7 @@ from clipup.data import shard_names
 from clipup.data.loaders import eval_samples, train_loader
 from clipup.demo.pictograms import build as pictograms
 from clipup.evaluate import datasets
-from clipup.evaluate.datasets import image_shards
+from clipup.evaluate.labelled_images import image_shards
 
 SHARD = "train-000001.tar"  # samples 6 to 11 of 24
 
@@ -42,8 +42,8 @@ def damages(pictures):
             return tar.getmember(name).offset
 
     return {
-        "a page of HTML": (b"<!DOCTYPE html>404", (), "it is no tar file, it begins with b'<!DOCTYPE html>"),
-        "noise": (bytes(range(1, 256)) * 100, (), "it is no tar file"),
+        "a page of HTML": (b"<!DOCTYPE html>404", (), "it is not a tar file, it begins with b'<!DOCTYPE html>"),
+        "noise": (bytes(range(1, 256)) * 100, (), "it is not a tar file"),
         "gzip": (gzip.compress(content), (), "it is compressed (gzip)"),
         "nothing": (b"", (), "empty file"),
         "zeros": (bytes(204_800), (), "its last 204800 bytes are damaged"),
@@ -144,9 +144,9 @@ def test_evaluation_counts_what_a_shard_lost_and_a_benchmark_refuses_it(pictures
     assert len(list(samples)) == 18 and samples.skipped == 6
     with pytest.raises(ValueError, match="max_skipped: 6 of 24 samples"):
         eval_samples(source, preprocess)
-    with pytest.raises(ValueError, match=f"and 6 without; .*{SHARD}: it is no tar file"):
+    with pytest.raises(ValueError, match=f"and 6 without; .*{SHARD}: it is not a tar file"):
         datasets.webdataset(source)
-    with pytest.raises(ValueError, match=f"cannot read .*{SHARD}: it is no tar file"):
+    with pytest.raises(ValueError, match=f"cannot read .*{SHARD}: it is not a tar file"):
         list(image_shards(str(pictures.folder / SHARD)))
 
 
@@ -172,7 +172,7 @@ def test_a_shard_that_is_not_the_one_that_was_built_is_refused_by_name(built, sp
     else:
         content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    message = f"{path} is not the file that dataset.json beside it lists"
+    message = f"{path} is not the file listed in dataset.json beside it"
     if split == "train":
         for cached in (False, True):
             for source in (built, built / "train-*.tar"):

@@ -85,7 +85,7 @@ def test_nothing_to_evaluate_on_is_an_error(pictures, picture):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_preprocess_that_makes_no_tensor_is_named_and_no_image_is_blamed(pictures, workers):
     samples = eval_samples(pictures.shards(count=4, shards=1), lambda image: image.convert("L"))
-    with pytest.raises(TypeError, match=r"preprocess: made Image of s0 in .*train-000000.tar, expected a tensor \[C"):
+    with pytest.raises(TypeError, match=r"preprocess: returned Image for s0 in .*\.tar, expected a tensor \[C"):
         list(samples.batches(2, workers))
     assert samples.skipped == 0
 
@@ -93,5 +93,5 @@ def test_a_preprocess_that_makes_no_tensor_is_named_and_no_image_is_blamed(pictu
 def test_a_data_set_describes_itself(small, tmp_path):
     out, dataset = small
     assert describe(out) == dataset == json.loads((out / "dataset.json").read_text())
-    with pytest.raises(FileNotFoundError, match="holds no dataset.json"):
+    with pytest.raises(FileNotFoundError, match="contains no dataset.json"):
         describe(tmp_path)

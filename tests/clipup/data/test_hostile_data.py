@@ -17,7 +17,7 @@ from PIL import Image
 from clipup.data.images import load_image
 from clipup.data.loaders import eval_samples, train_loader
 from clipup.evaluate import datasets
-from clipup.evaluate.datasets import image_shards
+from clipup.evaluate.labelled_images import image_shards
 from studies.icon_data import iconify
 
 
@@ -161,14 +161,14 @@ def test_a_file_named_like_a_pipe_is_a_file(pictures, trace, monkeypatch):
 
 @pytest.mark.parametrize("scheme", ["http", "https", "gs", "sftp"])
 def test_a_url_cannot_break_out_of_the_quotes_that_webdataset_puts_around_it(trace, scheme):
-    with pytest.raises(ValueError, match="holds a quote"):
+    with pytest.raises(ValueError, match="contains a quote"):
         consume(f"{scheme}://localhost/a'; touch {trace}; '.tar", train_num_samples=3)
     assert not trace.exists()
 
 
 def test_a_url_that_nothing_reads_is_refused_by_name():
     for url in ("s3://bucket/a.tar", "file:///a.tar", "ftp://host/a.tar"):
-        with pytest.raises(ValueError, match=f"train_data: '{url}': nothing reads"):
+        with pytest.raises(ValueError, match=f"train_data: '{url}' has the unknown scheme"):
             consume(url, train_num_samples=3)
 
 
@@ -216,7 +216,7 @@ def test_an_image_does_not_start_ghostscript(tmp_path, trace, monkeypatch):
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
-    with pytest.raises(ValueError, match="it is no image, or of no format that is read"):
+    with pytest.raises(ValueError, match="it is not an image of a supported format"):
         load_image(eps)
     assert not trace.exists()
     with pytest.raises(OSError):
@@ -244,7 +244,7 @@ def test_the_number_of_shards_is_no_request_for_memory(tmp_path, pictures):
     with pytest.raises(FileNotFoundError, match=r"there is no shard .*0\.tar"):
         datasets.webdataset(tmp_path)
     (tmp_path / "test" / "nshards.txt").write_text("many")
-    with pytest.raises(ValueError, match=r"nshards\.txt holds no number"):
+    with pytest.raises(ValueError, match=r"nshards\.txt contains no number"):
         datasets.webdataset(tmp_path)
 
 

@@ -69,7 +69,7 @@ def test_a_data_set_whose_replacement_was_killed_is_put_back(tmp_path, monkeypat
         in_a_process(lambda: build(out, size=40, overwrite=True)).join()
     assert not out.exists()
 
-    with pytest.raises(ValueError, match="holds another data set"):
+    with pytest.raises(ValueError, match="contains another data set"):
         build(out, size=40)
 
     assert names(tmp_path) == ["data"]

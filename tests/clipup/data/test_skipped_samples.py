@@ -50,7 +50,7 @@ def test_what_cannot_be_decoded_is_named_and_counted_once(pictures, kind, worker
     assert len(named) == 3
     for n in SPOILT:
         (line,) = [line for line in named if f"/{n}.png" in line or f" s{n} in" in line]
-        assert "it is no image" in line or "Truncated" in line
+        assert "it is not an image" in line or "Truncated" in line
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -72,7 +72,7 @@ def test_rows_that_cannot_be_used_leave_the_index(pictures, kind, workers, caplo
     assert sorted(seen) == [n for n in range(40) if n not in (3, 9)]
     assert len(caplog.messages) == 7 and data.skipped == 7
     for part in ("3.png): its image cannot be opened (No such file", "its image is an empty file", "it has no image",
-                 "its image is no file", "it has 3 cells, the header has 2", "it has no caption"):  # fmt: skip
+                 "its image is not a file", "it has 3 cells, the header has 2", "it has no caption"):  # fmt: skip
         assert part in caplog.text
 
 

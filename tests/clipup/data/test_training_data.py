@@ -199,7 +199,7 @@ def test_what_is_unreadable_in_a_shard_is_skipped_and_counted(pictures, kind, wo
             seen = {picture for picture, _, _ in epoch_of(data, epoch)}
             assert seen == set(range(24)) - {1, 8, 14}
             assert data.skipped == 3
-    for name, reason in (("s1", "it is no image"), ("s8", "it has no image"), ("s14", "it has no caption")):
+    for name, reason in (("s1", "it is not an image"), ("s8", "it has no image"), ("s14", "it has no caption")):
         (line,) = [line for line in caplog.messages if f"skipped {name} in" in line]
         assert reason in line
 
@@ -314,7 +314,7 @@ def test_the_number_of_samples_is_found_or_asked_for(pictures):
     source = pictures.shards()
     sizes = pictures.folder / "sizes.json"
     sizes.write_text('{"train-000000.tar": 6}')
-    with pytest.raises(ValueError, match="does not list train-000001.tar: give the number of samples an epoch"):
+    with pytest.raises(ValueError, match="does not list train-000001.tar: pass the number of samples per epoch"):
         loader(pictures, "webdataset", source=source)
     sizes.unlink()
     with pytest.raises(ValueError, match="train_num_samples: not given, and neither sizes.json nor __len__"):
@@ -342,7 +342,7 @@ def test_a_wrong_csv_says_which_column_is_missing(pictures):
 
 
 def test_a_cache_says_so_when_preprocess_makes_no_tensor(pictures):
-    with pytest.raises(TypeError, match="preprocess: made Image of s0 in .*, expected a tensor"):
+    with pytest.raises(TypeError, match="preprocess: returned Image for s0 in .*, expected a tensor"):
         train_loader(pictures.shards(), lambda image: image, tokenizer, 3, 0, cache=True, progress=False)
 
 
@@ -361,7 +361,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_read(pictures, monkey
 
 
 def test_only_files_of_this_machine_are_cached():
-    with pytest.raises(ValueError, match="train_data: https://host/a.tar is not a file of this machine"):
+    with pytest.raises(ValueError, match="train_data: https://host/a.tar is not a local file"):
         train_loader("https://host/a.tar", preprocess, tokenizer, 3, cache=True)
 
 

@@ -166,14 +166,14 @@ def test_captions_in_json_are_read_alike(pictures, picture, cached):
 
 
 @pytest.mark.parametrize("kind", ["csv", "cached csv"])
-def test_a_stray_quote_is_named_and_the_rows_that_it_swallows_are_counted(pictures, kind, caplog):
+def test_a_stray_quote_is_named_and_the_rows_in_it_are_counted(pictures, kind, caplog):
     source = pictures.csv(20)
     image = pictures.folder / "1.png"
     with open(source, "a") as file:
         file.write(f'{image}\t"1 0 begins\n{image}\t1 1\n{image}\t1 1\n{image}\t1 "2" ends\n{image}\t2 1\n')
     data = train_loader(source, preprocess, lengths, 1, 0, cache="cached" in kind, progress=False, max_skipped=0.2)
     assert data.skipped == 4 and data.dataloader.num_batches == 21
-    assert "line 62 of" in caplog.text and "swallows 3 more rows" in caplog.text
+    assert "line 62 of" in caplog.text and "takes in 3 more rows" in caplog.text
 
 
 def test_a_text_that_is_not_utf8_is_named(pictures, picture, caplog, tmp_path):
@@ -226,7 +226,7 @@ def large_png(width, height):
 
 @pytest.mark.parametrize("side", [13_000, 30_000, 100_000])
 def test_pixels_are_bounded_before_they_are_decoded(side):
-    message = rf"{side} x {side} pixels are more than the {MAX_PIXELS} that are decoded \(max_image_pixels\)"
+    message = rf"its {side} x {side} pixels exceed the limit of {MAX_PIXELS} \(max_image_pixels\)"
     with pytest.raises(ValueError, match=message):
         load_image(large_png(side, side))
 
@@ -244,7 +244,7 @@ def test_the_bound_holds_in_every_loader(pictures, picture, kind, caplog):
     contents = [(picture(n), "png", "small") for n in range(3)] + [(large_png(5, 4), "png", "large")]
     seen, skipped = served(pictures, kind, contents, max_image_pixels=16)
     assert len(seen) == 3 and skipped == 1
-    assert "5 x 4 pixels are more than the 16 that are decoded" in caplog.text
+    assert "its 5 x 4 pixels exceed the limit of 16" in caplog.text
 
 
 def test_a_bound_below_one_pixel_is_refused(pictures):

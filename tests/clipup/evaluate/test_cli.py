@@ -208,7 +208,7 @@ def test_numbers_go_into_the_card_of_the_model_on_request(directory, tmp_path, c
 
     assert f"| coco test: 12 images, 60 captions | text to image R@1 | {printed[2]} |" in card
     assert run("ViT-B-32", "--dataset", "coco", "--root", root, "--card") == 2
-    assert "card: ViT-B-32 is no directory" in capsys.readouterr().err
+    assert "card: ViT-B-32 is not a local directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_numbers_go_into_the_card_of_the_model_on_request(directory, tmp_path, c
         (["--dataset", "coco"], "a benchmark needs both --dataset and --root"),
         (["--dataset", "coco", "--root", ".", "--val-data", "a.csv"], "names the data already"),
         (["--dataset", "coco", "--root", ".", "--captions-per-image", "0"], "captions_per_image must be at least 1"),
-        (["--val-data", "a.csv", "--captions-per-image", "5"], "captions_per_image is about a benchmark"),
+        (["--val-data", "a.csv", "--captions-per-image", "5"], "captions_per_image applies to benchmarks only"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(directory, capsys, options, message):

@@ -109,7 +109,7 @@ def test_a_collapsed_model_is_at_chance():
         (torch.ones(2, 4), torch.ones(2, 4), torch.arange(3), "an image for each of 2 texts"),
         (torch.ones(2, 4), torch.ones(2, 4), torch.tensor([0, 2]), r"must lie in 0..1, got 0..2"),
         (torch.ones(2, 4), torch.ones(2, 4), torch.tensor([0, 0]), "image 1 has no caption"),
-        (torch.ones(2, 4), torch.ones(2, 4) * torch.nan, torch.arange(2), "text_features holds NaN"),
+        (torch.ones(2, 4), torch.ones(2, 4) * torch.nan, torch.arange(2), "text_features contains NaN"),
     ],
 )
 def test_features_that_cannot_be_ranked_are_refused(image_features, text_features, image_of_text, message):

@@ -13,7 +13,7 @@ from strangers import MakesFile
 from torchvision.transforms.functional import to_tensor
 
 from clipup.evaluate import image_folder, read_lines, zero_shot
-from clipup.evaluate.datasets import image_shards, labelled_images
+from clipup.evaluate.labelled_images import image_shards, labelled_images
 
 
 def names(count):
@@ -61,7 +61,7 @@ def test_what_cannot_be_classified_is_refused(oracle, number_tokenizer, number_i
         zero_shot(oracle, [(number_image(0), 0)], names(1), number_tokenizer, templates=[])
     with pytest.raises(ValueError, match="the data set is empty"):
         zero_shot(oracle, [], names(1), number_tokenizer)
-    with pytest.raises(ValueError, match="image 0 is of class 2, but 2 class names"):
+    with pytest.raises(ValueError, match="image 0 has class 2, but there are 2 class names"):
         zero_shot(oracle, [(number_image(0), 2)], names(2), number_tokenizer)
 
 
@@ -87,7 +87,7 @@ def test_subdirectories_with_other_names_are_the_classes_in_sorted_order(folders
 
 
 def test_image_folders_that_fit_no_class_list_are_refused(folders, tmp_path):
-    with pytest.raises(ValueError, match="has 2 subdirectories, the class list 3 names"):
+    with pytest.raises(ValueError, match="has 2 subdirectories, the class list has 3 names"):
         image_folder(folders, ["a", "b", "c"])
     with pytest.raises(FileNotFoundError, match="there is no directory"):
         image_folder(tmp_path / "nowhere", ["a"])
@@ -161,7 +161,7 @@ def test_lines_of_a_file_without_blank_ones(tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
 
     assert read_lines(tmp_path / "classes.txt") == ["cat", "dog"]
-    with pytest.raises(ValueError, match="holds no line of text"):
+    with pytest.raises(ValueError, match="is empty; expected one name per line"):
         read_lines(tmp_path / "empty.txt")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_lines(tmp_path / "none.txt")
