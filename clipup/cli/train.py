@@ -29,7 +29,7 @@ def _reads_csv(options: TrainOptions) -> bool:
 RULES = [
     NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
     *moe_rules(lambda options: options.moe_cfg),
-    NoEffect(_CSV_FLAGS, lambda options: not _reads_csv(options), "on data that are no CSV file"),
+    NoEffect(_CSV_FLAGS, lambda options: not _reads_csv(options), "without a CSV file"),
     NoEffect(
         ("train_num_samples", "dataset_resampled"),
         lambda options: is_csv(options.train_data, options.dataset_type),

@@ -1,8 +1,8 @@
 """Training data in memory: every sample is read and preprocessed once, then batches are gathered by index.
 
-For small data sets and small images, where decoding would take a core away from training (the pictograms: 12,376
-images of 32 pixels are 152 MB). Images are kept as float32, exactly as `preprocess` made them, so a cached run sees
-what a streamed run sees; a random augmentation in `preprocess` is drawn once and stays.
+For small data sets of small images, where decoding would take a core away from training (the pictograms, 12,376 images
+of 32 pixels, take 152 MB). Images are kept as float32, exactly as `preprocess` returned them, so cached and streamed
+runs see the same images; a random augmentation in `preprocess` is drawn only once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .sample_index import Images, Record, check_records, csv_records, tar_record
 from .train_data import Reader, TrainData, mixed_seed
 
 _READ_BATCH = 64
-_AT_ONCE = 4096  # texts to tokenize
+_TOKENIZE_BATCH = 4096
 
 
 def cached_data(options: DataOptions, shards: Sequence[str], reader: Reader, progress: bool) -> TrainData:
@@ -29,7 +29,7 @@ def cached_data(options: DataOptions, shards: Sequence[str], reader: Reader, pro
     if shards:
         records = tar_records(shards, skips, "train_data")
     else:
-        records = csv_records(source, options.csv_format, skips, "train_data", one_an_image=False)
+        records = csv_records(source, options.csv_format, skips, "train_data", merge_images=False)
     check_records(records, skips, source, "train_data")
     return TrainData(CachedLoader(records, options, reader, progress and reader.rank == 0), reader.epoch, skips)
 
@@ -65,13 +65,16 @@ class CachedLoader:
                 "smaller batch"
             )
         captions = [record.captions for record, good in zip(mine, readable, strict=True) if good]
-        start: dict[tuple[str, ...], int] = {}  # where an image's captions begin; renderings of a concept share them
+        start: dict[
+            tuple[str, ...], int
+        ] = {}  # index of an image's first caption; images with equal captions share them
         texts: list[str] = []
         for of_image in captions:
             if of_image not in start:
                 start[of_image] = len(texts)
                 texts += of_image
-        self.tokens = torch.cat([reader.tokenizer(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)])
+        step = _TOKENIZE_BATCH
+        self.tokens = torch.cat([reader.tokenizer(texts[i : i + step]) for i in range(0, len(texts), step)])
         self.first_caption = torch.tensor([start[of_image] for of_image in captions])
         self.caption_count = torch.tensor([len(of_image) for of_image in captions])
 
@@ -81,7 +84,7 @@ class CachedLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch(), self.rank))
         count, wanted = len(self.images), self.num_batches * self.batch_size
-        rounds = -(-wanted // count)  # more than one only where this process could read fewer samples than the others
+        rounds = -(-wanted // count)  # more than one only if other processes could read more samples
         order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:wanted]
         draw = (torch.rand(wanted, generator=generator, dtype=torch.float64) * self.caption_count[order]).long()
         captions = self.first_caption[order] + draw
@@ -115,7 +118,7 @@ def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progr
                 filled += len(batch)
             bar.update(len(reasons))
     if images is None:
-        raise ValueError(f"train_data: none of the {len(records)} images can be read, the reasons are logged above")
+        raise ValueError(f"train_data: none of the {len(records)} images can be read; see the log above")
     return images[:filled], readable
 
 
@@ -131,5 +134,5 @@ def _check_memory(count: int, image: Tensor) -> None:
         shape = " x ".join(map(str, image.shape))
         raise ValueError(
             f"cache: {count} images of {shape} take {needed / 1e9:.1f} GB, more than half of the "
-            f"{memory / 1e9:.1f} GB of this machine: read them while training (without cache)"
+            f"{memory / 1e9:.1f} GB of this machine: train without cache"
         )

@@ -134,10 +134,9 @@ def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainD
 class EvalSamples:
     """Images with all their captions, for retrieval, in the order of the files.
 
-    Iterating gives `(image [C, H, W], captions, metadata)` a sample; `batches` gives many at once. `len()` counts the
-    samples of the source, `skipped` those of them (and incomplete ones) that could not be read so far; ValueError when
-    there are more than `skips` allows. With `strict` an image that cannot be read raises ValueError, naming it: of a
-    benchmark nothing may be left out.
+    Iterating gives `(image [C, H, W], captions, metadata)` per sample; `batches` gives batches. `len()` is the number
+    of samples in the source, `skipped` the number of samples that were incomplete or unreadable so far; more than
+    `skips` allows raise ValueError. With `strict`, for benchmarks, every unreadable image raises ValueError, naming it.
     """
 
     def __init__(
@@ -167,15 +166,15 @@ class EvalSamples:
                 self._note(record, image)
 
     def part(self, share: Share, batch_size: int) -> EvalSamples:
-        """The samples of one of several processes that evaluate together."""
+        """The samples of one process of a distributed evaluation."""
         mine = share.part(self.records, batch_size)
         return EvalSamples(mine, self.preprocess, self._skips, self.strict, self.max_image_pixels)
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
-        """`(images [B, C, H, W], captions of each, metadata of each)`.
+        """Batches `(images [B, C, H, W], captions per image, metadata per image)`.
 
-        A batch is smaller where an image is unreadable. Metadata is the sample's json (concept, source, group)
-        without its captions, and its `key`.
+        A batch with unreadable images is smaller. Metadata is the sample's json (concept, source, group) without its
+        captions, and its `key`.
         """
         loader = DataLoader(
             self._images(),
@@ -232,7 +231,7 @@ def load_eval_samples(
         raise not_a_source(argument, source, "test-*.tar")
     skips = Skips(options.max_skipped)
     if options.is_csv(source, argument):
-        records = csv_records(source, options.csv_format, skips, argument, one_an_image=True)
+        records = csv_records(source, options.csv_format, skips, argument, merge_images=True)
     else:
         records = tar_records(expand_shards(source, argument), skips, argument)
     check_records(records, skips, source, argument)
@@ -240,12 +239,12 @@ def load_eval_samples(
 
 
 def _num_samples(shards: list[str], given: int | None) -> int:
-    """Samples an epoch: as given, else the sum of `sizes.json` beside the shards, else `__len__` beside the first."""
+    """Samples per epoch: as given, else the sum of `sizes.json` beside the shards, else `__len__` beside the first."""
     total = _from_sizes(shards) if given is None else given
     if total is None:
         raise ValueError(
-            f"train_num_samples: not given, and neither {SIZES_FILE} nor __len__ beside {shards[0]} says how many "
-            "samples there are: name the number of samples an epoch"
+            f"train_num_samples: not given, and neither {SIZES_FILE} nor __len__ beside {shards[0]} gives the "
+            "number of samples: pass the number of samples per epoch"
         )
     if total < 1:
         raise ValueError(f"train_data: got {total} samples, the data set is empty")
@@ -260,7 +259,7 @@ def _from_sizes(shards: list[str]) -> int | None:
     if sizes:
         directory, name = os.path.split(missing[0])
         raise ValueError(
-            f"train_data: {os.path.join(directory, SIZES_FILE)} does not list {name}: give the number of samples an "
+            f"train_data: {os.path.join(directory, SIZES_FILE)} does not list {name}: pass the number of samples per "
             "epoch as train_num_samples"
         )
     length = Path(shards[0]).parent / "__len__"
@@ -269,4 +268,4 @@ def _from_sizes(shards: list[str]) -> int | None:
     try:
         return int(length.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{length} holds no number of samples: {error}") from error
+        raise ValueError(f"{length} contains no number of samples: {error}") from error

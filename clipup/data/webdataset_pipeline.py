@@ -122,7 +122,7 @@ class ReadShards:
             name = shard["url"]
             try:
                 file = open_shard(name)
-            except Exception as error:  # whatever the opener of this kind of URL raises
+            except Exception as error:  # readers of URLs raise their own exceptions
                 self._skip(name, f"it cannot be opened ({error})", self.sizes.get(name, self.usual))
                 continue
             try:

@@ -1,4 +1,4 @@
-"""Features of images and texts, a batch at a time, on the CPU in float32."""
+"""Features of images and texts, computed in batches and returned on the CPU in float32."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def encode_images(
     """Normalised image features [N, D].
 
     Args:
-        model: open_clip's CLIP, dense or sparse; evaluated where its parameters are, its mode is put back afterwards.
-        images: preprocessed images [3, height, width], drawn as they are needed; of a shared evaluation, those of this
-            process's batches. The features are of all images.
+        model: open_clip's CLIP, dense or sparse; runs on the device of its parameters.
+        images: preprocessed images [3, height, width], consumed lazily. In a distributed evaluation, the images of
+            this process's batches; the features of all images are returned.
     """
     device, dtype = device_of(model), image_dtype(precision)
 
@@ -49,7 +49,8 @@ def encode_texts(
     precision: Precision = "fp32",
     share: Share | None = None,
 ) -> Tensor:
-    """Normalised text features [N, D]. Equal texts are encoded once. A shared evaluation is given all texts."""
+    """Normalised text features [N, D]. Equal texts are encoded once. Every process of a distributed evaluation gets all
+    texts."""
     share = share or Share()
     device, tokenize = device_of(model), checked_tokenizer(model, tokenizer)
     distinct = list(dict.fromkeys(texts))
@@ -94,7 +95,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of ``size`` items, the last of what is left."""
+    """Lists of ``size`` items; the last may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
@@ -109,5 +110,5 @@ def _encode(
         mine = [encode(batch).float().cpu() for batch in in_batches(items, batch_size)]
     features = share.join(mine)
     if not features:
-        raise ValueError("there is nothing to encode: the data set is empty")
+        raise ValueError("nothing to encode: the data set is empty")
     return torch.cat(features)

@@ -34,7 +34,7 @@ def epoch_of(data, epoch: int):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_epoch_holds_every_sample_once_with_one_of_its_own_captions(pictures, kind, workers):
+def test_an_epoch_has_every_sample_once_with_one_of_its_own_captions(pictures, kind, workers):
     data = loader(pictures, kind, workers=workers)
     seen = epoch_of(data, 0)
     assert sorted(picture for picture, _, _ in seen) == list(range(24))
@@ -45,7 +45,7 @@ def test_an_epoch_holds_every_sample_once_with_one_of_its_own_captions(pictures,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_captions_of_an_image_are_drawn_in_time(pictures, kind):
+def test_all_captions_of_an_image_are_drawn_over_many_epochs(pictures, kind):
     data = loader(pictures, kind)
     drawn = {(caption, variant) for epoch in range(40) for _, caption, variant in epoch_of(data, epoch)}
     assert drawn == {(caption, variant) for caption in range(24) for variant in range(3)}
@@ -53,7 +53,7 @@ def test_all_captions_of_an_image_are_drawn_in_time(pictures, kind):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_seed_gives_the_same_batches_and_another_seed_or_epoch_others(pictures, kind, workers):
+def test_batches_depend_on_seed_and_epoch(pictures, kind, workers):
     first = loader(pictures, kind, workers=workers, seed=1)
     again = loader(pictures, kind, workers=workers, seed=1)
     epochs = [epoch_of(first, epoch) for epoch in (0, 1)]
@@ -64,20 +64,20 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_or_epoch_others(p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_reading_leaves_the_random_state_of_training_alone(pictures, kind):
+def test_reading_does_not_change_the_random_state_of_training(pictures, kind):
     before = torch.random.get_rng_state()
     list(loader(pictures, kind).dataloader)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_cached_batches_are_what_preprocess_made(pictures):
+def test_cached_batches_have_the_types_of_preprocess_and_tokenizer(pictures):
     images, tokens = next(iter(loader(pictures, "cached webdataset", batch_size=24).dataloader))
     assert images.shape == (24, 3, 4, 4) and images.dtype == torch.float32
     assert tokens.shape == (24, 2) and tokens.dtype == torch.int64
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_processes_share_the_data_and_see_equally_many_batches(pictures, kind):
+def test_ranks_share_the_data_and_see_equally_many_batches(pictures, kind):
     ranks = [loader(pictures, kind, world_size=2, rank=rank) for rank in (0, 1)]
     seen = [epoch_of(data, 3) for data in ranks]
     assert len(seen[0]) == len(seen[1]) == 12
@@ -85,7 +85,7 @@ def test_processes_share_the_data_and_see_equally_many_batches(pictures, kind):
     assert len({data.dataloader.num_batches for data in ranks}) == 1
 
 
-def test_a_process_that_can_read_less_serves_as_many_batches_as_the_others(pictures):
+def test_a_rank_with_fewer_readable_samples_serves_as_many_batches_as_the_others(pictures):
     source = pictures.shards()
     for member in ("s0.png", "s2.png", "s4.png"):
         pictures.damage_content(0, member)
@@ -109,7 +109,7 @@ def test_a_directory_stands_for_its_training_shards(small):
     assert images.shape == (16, 3, 32, 32) and len(texts) == 16
 
 
-def test_shards_can_be_named_in_several_ways(pictures):
+def test_shards_are_found_by_different_patterns(pictures):
     pictures.shards()
     folder = pictures.folder
     for source in (f"{folder}/train-*.tar", f"{folder}/train-00000[0-1].tar::{folder}/train-{{000002,000003}}.tar"):
@@ -132,7 +132,7 @@ def test_more_samples_than_the_shuffle_buffer_holds_are_each_read_once(pictures,
 
 
 def test_every_worker_of_every_rank_reads_its_own_shards(pictures):
-    """With one batch per worker, batches of the workers follow each other."""
+    """With one batch per worker, each batch is the shard of one worker."""
     shards = []
     for rank in (0, 1):
         data = loader(pictures, "webdataset", batch_size=6, workers=2, world_size=2, rank=rank)
@@ -141,7 +141,7 @@ def test_every_worker_of_every_rank_reads_its_own_shards(pictures):
 
 
 def with_noise(image):
-    """The picture, and beside its number a random one."""
+    """The picture with random noise below its integer value."""
     return preprocess(image) + torch.rand(()) / 2
 
 
@@ -188,7 +188,7 @@ def test_resampling_is_deterministic_and_differs_between_seeds_epochs_and_ranks(
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
-def test_what_is_unreadable_in_a_shard_is_skipped_and_counted(pictures, kind, workers, caplog):
+def test_unreadable_samples_of_a_shard_are_skipped_and_counted(pictures, kind, workers, caplog):
     source = pictures.shards()
     pictures.damage_content(0, "s1.png")
     pictures.damage_header(1, "s8.png")
@@ -199,13 +199,13 @@ def test_what_is_unreadable_in_a_shard_is_skipped_and_counted(pictures, kind, wo
             seen = {picture for picture, _, _ in epoch_of(data, epoch)}
             assert seen == set(range(24)) - {1, 8, 14}
             assert data.skipped == 3
-    for name, reason in (("s1", "it is no image"), ("s8", "it has no image"), ("s14", "it has no caption")):
+    for name, reason in (("s1", "it is not an image"), ("s8", "it has no image"), ("s14", "it has no caption")):
         (line,) = [line for line in caplog.messages if f"skipped {name} in" in line]
         assert reason in line
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
-def test_a_pickle_beside_an_image_is_not_run(pictures, picture, kind, tmp_path):
+def test_a_pickle_beside_an_image_is_not_executed(pictures, picture, kind, tmp_path):
     trace = tmp_path / "executed"
     code = pickle.dumps(MakesFile(trace))
     shard = pictures.tar("train.tar", [("a.png", picture(1)), ("a.txt", b"1 0"), ("a.pyd", code)])
@@ -217,7 +217,7 @@ def test_a_pickle_beside_an_image_is_not_run(pictures, picture, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
-def test_a_shard_that_breaks_off_costs_no_more_than_its_rest(pictures, kind):
+def test_a_truncated_shard_loses_only_its_rest(pictures, kind):
     source = pictures.shards()
     path = pictures.folder / "train-000003.tar"
     with tarfile.open(path) as tar:
@@ -231,7 +231,7 @@ def test_a_shard_that_breaks_off_costs_no_more_than_its_rest(pictures, kind):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["csv", "cached csv"])
-def test_what_is_unreadable_in_a_csv_is_skipped_and_counted(pictures, kind, workers):
+def test_unreadable_rows_of_a_csv_are_skipped_and_counted(pictures, kind, workers):
     source = pictures.csv()
     (pictures.folder / "5.png").write_bytes(b"no picture")
     (pictures.folder / "23.png").unlink()
@@ -244,7 +244,7 @@ def test_what_is_unreadable_in_a_csv_is_skipped_and_counted(pictures, kind, work
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_of_which_nothing_can_be_read_is_an_error_and_no_endless_search(pictures, kind, monkeypatch):
+def test_data_without_any_readable_sample_is_an_error_and_does_not_loop(pictures, kind, monkeypatch):
     monkeypatch.setattr(skips, "GIVE_UP_AFTER", 100)
     source = pictures.csv() if "csv" in kind else pictures.shards()
     for n in range(24):
@@ -256,7 +256,7 @@ def test_data_of_which_nothing_can_be_read_is_an_error_and_no_endless_search(pic
         list(loader(pictures, kind, source=source, max_skipped=1.0).dataloader)
 
 
-def test_resampling_gives_up_too_when_nothing_can_be_read(pictures, monkeypatch):
+def test_resampling_stops_when_nothing_can_be_read(pictures, monkeypatch):
     monkeypatch.setattr(skips, "GIVE_UP_AFTER", 100)
     source = pictures.shards()
     for n in range(24):
@@ -265,7 +265,7 @@ def test_resampling_gives_up_too_when_nothing_can_be_read(pictures, monkeypatch)
         list(loader(pictures, "webdataset", source=source, dataset_resampled=True).dataloader)
 
 
-def test_a_batch_larger_than_a_workers_share_is_an_error(pictures):
+def test_a_batch_larger_than_the_shards_of_a_worker_is_an_error(pictures):
     with pytest.raises(ValueError, match="batch_size: the shards of one worker hold fewer than 25 readable samples"):
         list(loader(pictures, "webdataset", batch_size=25).dataloader)
 
@@ -291,7 +291,7 @@ def test_wrong_options_are_refused_by_name(pictures, options, message):
         train_loader(pictures.shards(), preprocess, tokenizer, progress=False, **options)
 
 
-def test_data_that_is_not_there_is_named(pictures):
+def test_missing_data_are_named(pictures):
     pictures.shards()
     folder = pictures.folder
     for source in (f"{folder}/nothing-*.tar", f"{folder}/train-{{000000..000009}}.tar", f"{folder}/none.tar"):
@@ -310,11 +310,11 @@ def test_data_that_is_not_there_is_named(pictures):
         train_loader("", preprocess, tokenizer, 3, dataset_type="webdataset")
 
 
-def test_the_number_of_samples_is_found_or_asked_for(pictures):
+def test_the_number_of_samples_is_found_or_required(pictures):
     source = pictures.shards()
     sizes = pictures.folder / "sizes.json"
     sizes.write_text('{"train-000000.tar": 6}')
-    with pytest.raises(ValueError, match="does not list train-000001.tar: give the number of samples an epoch"):
+    with pytest.raises(ValueError, match="does not list train-000001.tar: pass the number of samples per epoch"):
         loader(pictures, "webdataset", source=source)
     sizes.unlink()
     with pytest.raises(ValueError, match="train_num_samples: not given, and neither sizes.json nor __len__"):
@@ -341,8 +341,8 @@ def test_a_wrong_csv_says_which_column_is_missing(pictures):
         loader(pictures, "csv", batch_size=25)
 
 
-def test_a_cache_says_so_when_preprocess_makes_no_tensor(pictures):
-    with pytest.raises(TypeError, match="preprocess: made Image of s0 in .*, expected a tensor"):
+def test_a_cache_needs_a_preprocess_that_returns_tensors(pictures):
+    with pytest.raises(TypeError, match="preprocess: returned Image for s0 in .*, expected a tensor"):
         train_loader(pictures.shards(), lambda image: image, tokenizer, 3, 0, cache=True, progress=False)
 
 
@@ -354,14 +354,14 @@ def test_empty_shards_are_an_empty_data_set(pictures):
             train_loader(pictures.folder / "train-000000.tar", preprocess, tokenizer, 3, 0, cache=cached)
 
 
-def test_a_cache_that_does_not_fit_is_refused_before_it_is_read(pictures, monkeypatch):
+def test_a_cache_that_does_not_fit_is_refused_before_reading(pictures, monkeypatch):
     monkeypatch.setattr(in_memory.os, "sysconf", lambda name: 64)
     with pytest.raises(ValueError, match=r"cache: 24 images of 3 x 4 x 4 take .* more than half of"):
         loader(pictures, "cached webdataset")
 
 
-def test_only_files_of_this_machine_are_cached():
-    with pytest.raises(ValueError, match="train_data: https://host/a.tar is not a file of this machine"):
+def test_only_local_files_are_cached():
+    with pytest.raises(ValueError, match="train_data: https://host/a.tar is not a local file"):
         train_loader("https://host/a.tar", preprocess, tokenizer, 3, cache=True)
 
 
@@ -382,7 +382,7 @@ def test_a_csv_file_is_read_without_webdataset(pictures, monkeypatch):
     assert len(epoch_of(loader(pictures, "csv"), 0)) == len(epoch_of(loader(pictures, "cached csv"), 0)) == 24
 
 
-def test_missing_training_requirements_are_named_with_what_to_install(pictures, monkeypatch):
+def test_a_missing_package_is_named_with_the_extra_to_install(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.delitem(sys.modules, "clipup.data.webdataset_pipeline", raising=False)
     monkeypatch.delattr(clipup.data, "webdataset_pipeline", raising=False)

@@ -51,7 +51,7 @@ def tokenizer() -> Callable:
 
 
 class Oracle(nn.Module):
-    """A model that knows: an image is one of 8 numbers, written in all its pixels, and a text names the number."""
+    """A perfect model: an image is one of 8 numbers, the value of all its pixels, and a text contains the number."""
 
     def __init__(self) -> None:
         super().__init__()
