@@ -201,7 +201,7 @@ def test_images_alone_and_captions_alone_are_enough(models):
 def test_a_tower_that_stayed_dense_is_called_dense():
     model = upcycle(dense_clip(), MoEConfig(num_experts=2, towers=("text",)))
     text = Page(inspect_experts(model, pictures(2), preprocess=transform()).page()).text
-    assert "No sparse layer saw anything: the tower that was looked at is dense." in text
+    assert "No sparse layer was run: the inspected tower is dense." in text
     model = upcycle(dense_clip(), MoEConfig(num_experts=2, towers=("image",)))
     text = Page(inspect_experts(model, captions=CAPTIONS, tokenizer=tokenizer()).page()).text
     assert "The text tower is dense." in text

@@ -172,7 +172,7 @@ def test_the_mark_of_an_expert_has_its_number():
 def test_cards_say_what_an_expert_takes_and_when_that_is_nothing():
     words = ElementTree.fromstring(word_cards([0.75, 0.25], [[WordShare("<b>", 3, 4), WordShare("cat", 1, 1)], []]))
     first, second = ["".join(card.itertext()) for card in words]
-    assert "expert 0, first for 75.0%" in first and "<b> 3/4cat 1/1" in first
-    assert "expert 1, first for 25.0%" in second and "no word beyond its share" in second
+    assert "expert 0, first choice of 75.0%" in first and "<b> 3/4cat 1/1" in first
+    assert "expert 1, first choice of 25.0%" in second and "no word more often than its share" in second
     shown = patch_cards([1.0, math.nan], [["<i/>", "<i/>"], []])
-    assert shown.count("<i/>") == 2 and "first for no patch" in shown
+    assert shown.count("<i/>") == 2 and "first choice of no patch" in shown
