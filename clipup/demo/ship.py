@@ -18,9 +18,9 @@ from .run import START
 _README = """# The dense model that the demonstration starts from
 
 A dense CLIP of 0.8 M parameters (`clipup-icons-w64`, 32 x 32 pixels, whole words), in float16, trained from random
-weights by `make demo-start` with the config in `studies/demo` (log: `studies/demo/logs`). Its training images are openly
-licensed icons from the npm package @iconify/json, without the sets that the demonstration uses (openmoji, twemoji, ph).
-`python -m studies icons` lists their makers and licences.
+weights by `make demo-start` with the config in `studies/demo` (log: `studies/demo/logs`). Its training images are
+openly licensed icons from the npm package @iconify/json, without the sets that the demonstration uses (openmoji,
+twemoji, ph). `python -m studies icons` lists their makers and licences.
 """
 
 

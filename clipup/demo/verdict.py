@@ -23,7 +23,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(report: Mapping[str, Any]) -> Verdict:
-    """CLIP-UP minus the dense baseline, R@1 in both directions in percentage points, from the content of ``report.json``.
+    """CLIP-UP minus the dense baseline: R@1 both ways in percentage points, from the content of ``report.json``.
 
     Differences below two standard errors, given the number of test images, are called level. With one seed, no claim of
     significance is made. If the report lacks numbers, the sentence says so.
@@ -52,7 +52,7 @@ def _steps(report: Mapping[str, Any]) -> str:
 
 
 def _standing(leads: list[tuple[float, float]]) -> str:
-    """How CLIP-UP compares, from (lead, margin) in both directions; smaller leads than the margin do not count."""
+    """How CLIP-UP compares, from (lead, margin) both ways; leads below the margin do not count."""
     other = "the dense baseline (continued training)"
     signs = {0 if abs(lead) < margin else int(math.copysign(1, lead)) for lead, margin in leads}
     if signs == {0}:
