@@ -22,7 +22,7 @@ Row = dict[str, str]
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "clipup",  # the same chart has the same bytes
-    "text.parse_math": False,
+    "text.parse_math": False,  # a dollar sign is a dollar sign
     "text.color": "#1c2128",
     "axes.labelcolor": "#1c2128",
     "font.size": 11,
@@ -46,7 +46,10 @@ def read(paths: Sequence[str]) -> list[Row]:
 
 
 def draw(width: int, height: int, title: str, paint: Callable[[Figure], None]) -> str:
-    """The SVG of a figure that ``paint`` draws on, ``width`` x ``height`` pixels on white; ``title`` names it to screen readers."""
+    """The SVG of a figure that ``paint`` draws on, ``width`` x ``height`` pixels on white.
+
+    ``title`` is the name that screen readers give it.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width / _POINTS, height / _POINTS))
         paint(figure)
