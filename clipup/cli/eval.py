@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,9 +12,8 @@ import tyro
 
 from ..atomic_files import replace_files
 from ..clip.accelerate import for_inference
-from ..data.images import MAX_PIXELS
-from ..data.loaders import EvalSamples, eval_samples
-from ..data.skips import MAX_SKIPPED
+from ..data.loaders import load_eval_samples
+from ..data.options import SourceOptions
 from ..evaluate import datasets
 from ..evaluate.datasets import image_folder, read_lines
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
@@ -23,6 +21,7 @@ from ..evaluate.zero_shot import TEMPLATES, zero_shot
 from ..precision import Precision, check_device, default_device, default_workers
 from ..pretrained import factory, model_card, model_names, origin, tokenizers
 from .flags import NoEffect, is_csv, parse
+from .logs import errors_only
 from .outputs import check_file
 
 
@@ -58,18 +57,7 @@ class Options:
     """Retrieval: key of the samples' metadata whose values are also measured apart, where there is such a key."""
     multi_positive: bool = False
     """Retrieval: equal captions are one text, and every image that it stands beside is a right answer to it."""
-    dataset_type: Literal["webdataset", "csv", "auto"] = "auto"
-    """What val_data is; auto goes by its ending."""
-    csv_separator: str = "\t"
-    """Separates the columns of a CSV file."""
-    csv_img_key: str = "filepath"
-    """Column with the paths of the images; rows of one image are its captions."""
-    csv_caption_key: str = "title"
-    """Column with the captions."""
-    max_skipped: float = MAX_SKIPPED
-    """val_data: share of the samples that may be unreadable; they are left out and counted. In a benchmark none may."""
-    max_image_pixels: int = MAX_PIXELS
-    """Pixels of an image that is decoded at most; one of more counts as unreadable."""
+    source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
     workers: int = field(default_factory=default_workers)
     """Processes that read images."""
     classes: Path | None = None
@@ -112,7 +100,7 @@ class Options:
 
 
 def _reads_csv(options: Options) -> bool:
-    return options.dataset == "csv" or is_csv(options.val_data, options.dataset_type)
+    return options.dataset == "csv" or is_csv(options.val_data, options.source.dataset_type)
 
 
 def _has_retrieval(options: Options) -> bool:
@@ -155,9 +143,9 @@ RULES = [
 ]
 
 
+@errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup eval", RULES)
-    logging.getLogger().setLevel(logging.ERROR)
     if options.out not in (None, "-"):
         check_file("out", options.out)
     directory = model_names.directory_of(options.model)
@@ -185,7 +173,9 @@ def evaluate(options: Options) -> dict[str, Any]:
     """``retrieval`` and ``zero_shot``, those that were asked for, and what was measured: model, dataset, split."""
     check_device(options.device)
     found = _find(options)
-    own = None if options.val_data is None else _own_samples(options)
+    own = None
+    if options.val_data is not None:  # found before the model is loaded, which brings the transform
+        own = load_eval_samples(options.val_data, None, options.source, "val_data")
     model, _, preprocess = factory.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
@@ -199,7 +189,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     if own is not None:
         own.preprocess = preprocess
     retrieval = isinstance(found, datasets.RetrievalSet)
-    samples = found.samples(preprocess, options.max_image_pixels) if retrieval else own
+    samples = found.samples(preprocess, options.source.max_image_pixels) if retrieval else own
     if samples is not None:
         triples = _one_by_one(samples.batches(options.batch_size, options.workers))
         recall = evaluate_retrieval(
@@ -208,7 +198,7 @@ def evaluate(options: Options) -> dict[str, Any]:
         results["retrieval"] = {**recall, "skipped": samples.skipped}
         results["multi_positive"] = options.multi_positive
     if isinstance(found, datasets.ClassificationSet):
-        images = found.samples(preprocess, options.batch_size, options.workers, options.max_image_pixels)
+        images = found.samples(preprocess, options.batch_size, options.workers, options.source.max_image_pixels)
         results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)
     return results
 
@@ -226,8 +216,7 @@ def _find(options: Options) -> datasets.DataSet | None:
     elif options.dataset == "webdataset":
         found = datasets.webdataset(root, split, templates)
     elif options.dataset == "csv":
-        columns = options.csv_separator, options.csv_img_key, options.csv_caption_key
-        found = datasets.csv(root, split, *columns)
+        found = datasets.csv(root, split, *options.source.csv_format)
     elif options.classes is not None:
         names = read_lines(options.classes)
         images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
@@ -238,21 +227,6 @@ def _find(options: Options) -> datasets.DataSet | None:
         return datasets.ClassificationSet(found.images, found.classes, templates or found.templates)
     kept = slice(options.captions_per_image)
     return datasets.RetrievalSet([replace(record, captions=record.captions[kept]) for record in found.records])
-
-
-def _own_samples(options: Options) -> EvalSamples:
-    """Those of ``val_data``, which are looked for before a model is loaded; its transform is put in afterwards."""
-    return eval_samples(
-        options.val_data,
-        preprocess=None,
-        dataset_type=options.dataset_type,
-        csv_separator=options.csv_separator,
-        csv_img_key=options.csv_img_key,
-        csv_caption_key=options.csv_caption_key,
-        max_skipped=options.max_skipped,
-        max_image_pixels=options.max_image_pixels,
-        argument="val_data",
-    )
 
 
 def _one_by_one(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

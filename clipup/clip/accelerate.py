@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import checks
-from ..dense.mlp_families import families_read, find_mlp, read_mlp, replace_mlp
+from ..dense.mlp_families import BlockMLP, families_read, find_mlp, read_mlp
 from ..dense.prepared import MATRICES, Prepared, PreparedMLP
 from ..moe.experts import Experts
 from ..moe.layer import SparseMoE
@@ -56,14 +56,14 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
             _copy_parameters(prepared, own)
         return prepared.requires_grad_(False)
     sparse = _sparse_layers(model)
-    dense = [module for module in model.modules() if _can_prepare(module)]
+    dense = _dense_mlps(model)
     if not sparse and not dense and not any(isinstance(module, Prepared) for module in model.modules()):
         raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare; {families_read()}")
     for layer in sparse:
         layer.__class__ = PreparedMoE
         layer.prepare()
-    for block in dense:
-        replace_mlp(block, PreparedMLP(find_mlp(block).module))
+    for mlp in dense:
+        mlp.replace(PreparedMLP(mlp.module))
     if not inplace:
         _copy_parameters(model, own)
     for parameter in model.parameters():
@@ -123,7 +123,7 @@ def _shared_until_packed(model: nn.Module) -> dict[int, object]:
     sparse = _sparse_layers(model)
     stacks = [experts for layer in sparse for experts in (layer, layer.shared) if experts is not None]
     weights = [experts._parameters[name] for experts in stacks for name in MATRICES]
-    mlps = [model] if _is_mlp(model) else [find_mlp(m).module for m in model.modules() if _can_prepare(m)]
+    mlps = [model] if _is_mlp(model) else [mlp.module for mlp in _dense_mlps(model)]
     for mlp in mlps:
         weights += mlp.parameters()
     return {id(weight): weight for weight in weights if weight is not None}
@@ -136,13 +136,17 @@ def _is_mlp(module: nn.Module) -> bool:
         return False
 
 
-def _can_prepare(block: nn.Module) -> bool:
-    """Whether a block's MLP is one module that ``dense_mlp`` computes."""
-    try:
-        found = find_mlp(block)
-    except TypeError:
-        return False
-    return len(found.family.parts) == 1 and found.dense.ln_weight is None
+def _dense_mlps(model: nn.Module) -> list[BlockMLP]:
+    """The MLPs of a model's blocks that are one module each, which ``dense_mlp`` computes."""
+    found = []
+    for block in model.modules():
+        try:
+            mlp = find_mlp(block)
+        except TypeError:
+            continue
+        if len(mlp.family.parts) == 1 and mlp.dense.ln_weight is None:
+            found.append(mlp)
+    return found
 
 
 def for_inference(model: nn.Module, precision: Precision = "fp32") -> nn.Module:

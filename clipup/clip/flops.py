@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .. import checks
 from ..dense.prepared import Prepared
 from ..moe.layer import moe_layers
+from .inputs import encoders, ignore_padding, image_dtype, image_size, text_length
 
 
 class TowerCounts(NamedTuple):
@@ -41,18 +42,16 @@ def count(model: nn.Module) -> TowerCounts:
     Raises:
         ValueError: the model was prepared by ``clipup.accelerate``: packed weights are no parameters.
     """
-    from . import inputs
-
     checks.module("model", model)
     if any(isinstance(module, Prepared) for module in model.modules()):
         raise ValueError("the model was prepared by clipup.accelerate; count the plain model, whose FLOPs are the same")
     twin = meta_twin(model).eval()
-    inputs.ignore_padding(twin)
-    encode = inputs.encoders(twin)
-    images = torch.empty(1, 3, *inputs.image_size(model), dtype=inputs.image_dtype(model), device="meta")
+    ignore_padding(twin)
+    encode = encoders(twin)
+    images = torch.empty(1, 3, *image_size(model), dtype=image_dtype(model), device="meta")
     text_flops = 0
     if "text" in encode:
-        texts = torch.zeros(1, inputs.text_length(model), dtype=torch.long, device="meta")
+        texts = torch.zeros(1, text_length(model), dtype=torch.long, device="meta")
         text_flops = _flops(encode["text"], texts)
     return TowerCounts(
         image_gflops=_flops(encode["image"], images) / 1e9,

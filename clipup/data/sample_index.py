@@ -133,3 +133,10 @@ def csv_records(
         Record(key, path_of[key], tuple(dict.fromkeys(captions)), metadata={"key": key})
         for key, captions in captions_of.items()
     ]
+
+
+def check_records(records: Sequence[Record], skips: Skips, source: str, argument: str) -> None:
+    """Raises ValueError when there is no record, or when more samples were skipped than may be."""
+    if not records:
+        raise ValueError(f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
+    skips.check(len(records) + int(skips))

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..extras import needed_for
 from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
@@ -144,7 +145,8 @@ def _braces(pattern: str) -> Iterator[str]:
     """One by one: braces can stand for more names than there is memory."""
     if "{" not in pattern:
         return iter([pattern])
-    from braceexpand import braceexpand
+    with needed_for("a shard name with braces", "train"):
+        from braceexpand import braceexpand
 
     return braceexpand(pattern)
 
@@ -163,10 +165,8 @@ def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
         return url
     if "'" in url:  # URLs are handed to curl and others between these, in a shell
         raise ValueError(f"{argument}: {url!r} holds a quote ('), which a URL must not: write %27")
-    try:
+    with needed_for("reading shards by URL", "train"):
         from webdataset.gopen import gopen_schemes
-    except ImportError as error:
-        raise ImportError(f'shards by URL are read by webdataset: pip install "clipup[train]" ({error})') from error
     if scheme not in gopen_schemes:
         known = ", ".join(sorted({*gopen_schemes} - {"__default__"}))
         raise ValueError(f"{argument}: {url!r}: nothing reads {scheme}:, expected a path, or one of {known}")

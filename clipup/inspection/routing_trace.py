@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..clip import inputs
-from ..evaluate.encode import device_of, evaluating, in_batches
+from ..evaluate.encode import device_of, in_batches
+from ..moe.evaluation import evaluating
 from ..moe.layer import SparseMoE, moe_layers
 from ..moe.router import log_scores
 
@@ -158,8 +159,8 @@ def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]
 
     def hook_of(name: str) -> Callable:
         def keep(layer: SparseMoE, inputs: tuple, output: Tensor) -> None:
-            last, shape = layer.records.last_routing, tuple(output.shape[:-1])
-            experts, probabilities = last.experts, log_scores(last.logits, layer.config.score).softmax(-1)
+            last, shape = layer.state.last_routing, tuple(output.shape[:-1])
+            experts, probabilities = last.experts, log_scores(last.logits, layer.config.score_function).softmax(-1)
             by_sample = [
                 values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in (experts, probabilities)
             ]
@@ -167,7 +168,7 @@ def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]
 
         return keep
 
-    before = {layer: layer.records.last_routing for layer in layers.values()}
+    before = {layer: layer.state.last_routing for layer in layers.values()}
     handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
     try:
         yield found
@@ -175,7 +176,7 @@ def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]
         for handle in handles:
             handle.remove()
         for layer, last in before.items():
-            layer.records.last_routing = last
+            layer.state.last_routing = last
 
 
 def _grid(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import textwrap
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..upcycling.upcycle import upcycle
 from . import hub, model_directory
 from .model_names import LOCAL_PREFIX, check_known, directory_of, reaching_hub
 from .state_dicts import Weights, check_fit, check_types, read_weights
+from .structure import assign_weights, drop_parameters, without_random_numbers
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")  # ours, known by name as open_clip's own are
 
@@ -97,11 +98,15 @@ def _create(
     if kwargs.get("jit"):
         raise ValueError("jit=True is not supported for sparse models; use torch.compile")
     dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
-    with _clear_errors(model_name), expecting_random_weights():
+    structure_alone = nullcontext() if weights is None else without_random_numbers()
+    with _clear_errors(model_name), expecting_random_weights(), structure_alone:
         model, *transforms = open_clip.create_model_and_transforms(model_name, **dense_kwargs)
+    if weights is None:
+        return upcycle(model, found, inplace=True), *transforms
+    drop_parameters(model)
     upcycle(model, found, inplace=True)
-    if weights is not None:
-        _load(model, weights, str(pretrained or directory), described_by)
+    weights = _fitting(model, weights, str(pretrained or directory), described_by)
+    assign_weights(model, weights, kwargs.get("device", "cpu"))
     return model, *transforms
 
 
@@ -116,16 +121,18 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         ValueError: they do not fit, or the file holds more than weights; the model is as it was.
     """
     checks.module("model", model)
-    _load(model, read_weights(path).state_dict, str(path), f"a {type(model).__name__} with these options")
+    weights = read_weights(path).state_dict
+    model.load_state_dict(_fitting(model, weights, str(path), f"a {type(model).__name__} with these options"))
 
 
-def _load(model: nn.Module, weights: dict[str, Tensor], source: str, described_by: str) -> None:
+def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str, described_by: str) -> dict[str, Tensor]:
+    """The weights, their position embeddings resized to the model's; refuses those that do not fit."""
     check_fit(model, weights, source, _POSITION_EMBEDDINGS, described_by=described_by)
     weights = dict(weights)
     resize_pos_embed(weights, model)
     resize_text_pos_embed(weights, model)
     check_fit(model, weights, source, described_by=described_by)
-    model.load_state_dict(weights)
+    return weights
 
 
 def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..atomic_files import replace_files
 from ..clip import flops
 from ..moe.layer import moe_layers
 
@@ -109,8 +110,6 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     Raises:
         FileNotFoundError: the directory has no README.md.
     """
-    from ..atomic_files import replace_files
-
     path = Path(directory) / README
     if not path.is_file():
         raise FileNotFoundError(f"card: there is no {README} in {directory}; clipup.save_pretrained writes one")

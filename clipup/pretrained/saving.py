@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..atomic_files import replace_files
-from ..clip import word_tokenizer
+from ..clip import towers, word_tokenizer
 from ..dense.prepared import Prepared
 from ..moe.layer import moe_layers
+from . import model_card, timm_directory
 from .model_directory import CONFIG_NAME, MODEL_FIELDS, WEIGHTS_NAME
 
 _PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode")
@@ -68,10 +69,6 @@ def save_pretrained(
         raise ValueError(
             "the model has sparse layers but no moe_config, so it could not be built again; make it with clipup.upcycle"
         )
-    # these import open_clip, which takes seconds and which SparseMoE does not need
-    from ..clip import towers
-    from . import model_card, timm_directory
-
     library = "timm" if towers.is_timm(model) else "open_clip"
     if library == "timm":
         names = timm_directory.CONFIG_NAME, timm_directory.WEIGHTS_NAME

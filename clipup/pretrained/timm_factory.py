@@ -8,6 +8,7 @@ timm itself loads a dense one ("local-dir:DIR"); of a sparse one it refuses the 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..upcycling.upcycle import upcycle
 from .hub import HUB_PREFIX, cache_alone_if_unreachable, cached
 from .model_names import LOCAL_PREFIX
 from .state_dicts import check_fit, read_safetensors
+from .structure import assign_weights, drop_parameters, without_random_numbers
 from .timm_directory import CONFIG_NAME, WEIGHTS_NAME, read_moe_config
 
 
@@ -41,14 +43,18 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
     else:
         directory = Path(name.removeprefix(LOCAL_PREFIX))
     moe_config = read_moe_config(directory)
-    model = timm.create_model(f"{LOCAL_PREFIX}{directory}", pretrained=False, **kwargs)
+    path = directory / WEIGHTS_NAME
+    if load_weights and not path.is_file():
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False builds the model without")
+    with without_random_numbers() if load_weights else nullcontext():
+        model = timm.create_model(f"{LOCAL_PREFIX}{directory}", pretrained=False, **kwargs)
+    device = next(model.parameters()).device
+    if load_weights:
+        drop_parameters(model)
     if moe_config is not None:
         upcycle(model, moe_config, inplace=True)
     if load_weights:
-        path = directory / WEIGHTS_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False builds the model without")
         weights = read_safetensors(path)
         check_fit(model, weights, str(directory), described_by=f"its {CONFIG_NAME}")
-        model.load_state_dict(weights)
+        assign_weights(model, weights, device)
     return model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..progress import Progress
-from .run_directory import Record, scalars
+from .recorder import Record, named_numbers
 
 _PLACE = ("step", "epoch", "seconds")
 
@@ -26,7 +26,7 @@ class Console:
     def evaluation(self, record: Record) -> None:
         """The numbers of an evaluation, without those of its splits."""
         numbers = {key: value for key, value in record.items() if key not in (*_PLACE, "splits")}
-        shown = ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in scalars("val", numbers))
+        shown = ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in named_numbers("val", numbers))
         self.say(f"evaluation at step {record['step']}: {shown}")
 
     def say(self, text: str) -> None:

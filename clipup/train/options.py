@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.images import MAX_PIXELS, check_max_pixels
-from ..data.skips import MAX_SKIPPED, check_max_skipped
+from ..data.images import check_max_pixels
+from ..data.options import DataOptions, SourceOptions
+from ..data.skips import check_max_skipped
 from ..moe.config import MoEConfig
 from ..precision import Precision, default_device, default_workers
+from .objectives import check_options
 
 
 @dataclass
@@ -41,24 +43,24 @@ class TrainOptions:
     """CSV file, or WebDataset shards ("data/{000..099}.tar", several joined by "::")."""
     train_num_samples: int | None = None
     """Samples in an epoch, for WebDataset shards without a sizes.json."""
-    dataset_type: Literal["webdataset", "csv", "auto"] = "auto"
+    dataset_type: Literal["webdataset", "csv", "auto"] = DataOptions.dataset_type
     """What train_data is; auto goes by its ending."""
-    dataset_resampled: bool = False
+    dataset_resampled: bool = DataOptions.dataset_resampled
     """Draw shards with replacement."""
-    csv_separator: str = "\t"
+    csv_separator: str = DataOptions.csv_separator
     """Separates the columns of a CSV file."""
-    csv_img_key: str = "filepath"
+    csv_img_key: str = DataOptions.csv_img_key
     """Column with the paths of the images."""
-    csv_caption_key: str = "title"
+    csv_caption_key: str = DataOptions.csv_caption_key
     """Column with the captions."""
-    max_skipped: float = MAX_SKIPPED
+    max_skipped: float = DataOptions.max_skipped
     """Share of the samples that may be unreadable: they are left out, each is named once, and the last line says how
     many. Above it the run stops."""
-    max_image_pixels: int = MAX_PIXELS
+    max_image_pixels: int = DataOptions.max_image_pixels
     """Pixels of an image that is decoded at most; one of more counts as unreadable."""
-    allow_pipe: bool = False
+    allow_pipe: bool = DataOptions.allow_pipe
     """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
-    cache_data: bool = False
+    cache_data: bool = DataOptions.cache
     """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
     val_data: str | None = None
     """CSV file or shards for retrieval after every val_frequency epochs and at the end."""
@@ -168,25 +170,11 @@ class TrainOptions:
         check_max_pixels(self.max_image_pixels)
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         self._check("grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive, or None")
-        for name in ("coca_caption_loss_weight", "coca_contrastive_loss_weight"):
-            self._check(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "0 or more")
         for name in ("beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         if self.name is not None:
             self._check("name", Path(self.name).name == self.name, "the name of a directory, without separators")
-        if self.siglip and self.multi_positive:
-            raise ValueError(
-                "multi_positive leaves pairs out of a softmax, and siglip has no softmax; drop one of them"
-            )
-        if self.distill_pretrained is not None and self.distill_model is None:
-            raise ValueError(
-                f"distill_pretrained={self.distill_pretrained!r} needs distill_model, whose weights it names"
-            )
-        for name in ("siglip", "multi_positive"):
-            if self.distill_model is not None and getattr(self, name):
-                raise ValueError(
-                    f"distill_model goes with the softmax loss over one target, {name} has another; drop one of them"
-                )
+        check_options(self)
         if self.resume_dense is not None and not self.moe:
             raise ValueError(
                 f"resume_dense={self.resume_dense!r} is about making a model sparse; set moe, or go on with the dense "
@@ -202,6 +190,16 @@ class TrainOptions:
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def data_options(self) -> DataOptions:
+        """How the training data are read."""
+        names = {field.name for field in dataclasses.fields(DataOptions)} - {"cache"}
+        return DataOptions(**{name: getattr(self, name) for name in names}, cache=self.cache_data)
+
+    def val_data_options(self) -> SourceOptions:
+        """How ``val_data`` is read; its format goes by its file extension."""
+        names = {field.name for field in dataclasses.fields(SourceOptions)} - {"dataset_type"}
+        return SourceOptions(**{name: getattr(self, name) for name in names})
 
     def to_json(self) -> str:
         """All options, for the record beside a run."""

@@ -15,7 +15,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .. import checks
-from ..dense.mlp_families import find_mlp, replace_mlp
+from ..clip.padding_aware import leave_padding_out
+from ..clip.towers import leave_dense, tower_blocks
+from ..dense.mlp_families import BlockMLP, find_mlp
 from ..moe.config import MoEConfig, check_config
 from ..moe.expert_init import check_shards
 from ..moe.layer import SparseMoE, moe_layers
@@ -47,37 +49,33 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
     already = list(moe_layers(model))
     if already:
         raise ValueError(f"the model is sparse already ({already[0]} and {len(already) - 1} more); upcycle a dense one")
-    chosen = _chosen_blocks(model, config)
+    chosen = _chosen_mlps(model, config)
     if not inplace:
         model = copy.deepcopy(model)
-        chosen = _chosen_blocks(model, config)
-    layers = {name: _sparse_layer(block, config) for name, block in chosen.items()}
-    for name, block in chosen.items():
-        replace_mlp(block, layers[name])
+        chosen = _chosen_mlps(model, config)
+    layers = [_sparse_layer(mlp, config) for mlp in chosen]
+    for mlp, layer in zip(chosen, layers, strict=True):
+        mlp.replace(layer)
     if "text" in config.towers:
-        _leave_padding_out(model)
+        leave_padding_out(model)
     add_no_weight_decay(model)
     model.moe_config = config
     return model
 
 
-def _chosen_blocks(model: nn.Module, config: MoEConfig) -> dict[str, nn.Module]:
-    """The blocks that become sparse, by name; refuses the model unless the MLP of each can be read."""
-    from ..clip.towers import (  # open_clip takes seconds to import, and SparseMoE does not need it
-        leave_dense,
-        tower_blocks,
-    )
-
-    chosen = {}
+def _chosen_mlps(model: nn.Module, config: MoEConfig) -> list[BlockMLP]:
+    """The MLPs of the blocks that become sparse; refuses the model unless every one can be read and split."""
+    chosen = []
     for tower in config.towers:
         blocks = tower_blocks(model, tower)
         names = [list(blocks)[index] for index in chosen_indices(config, tower, len(blocks))]
         for name in names:
             try:
-                check_shards(find_mlp(blocks[name]).dense, config.granularity)
+                mlp = find_mlp(blocks[name])
+                check_shards(mlp.dense, config.granularity)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}; {leave_dense(tower)}") from error
-            chosen[name] = blocks[name]
+            chosen.append(mlp)
     return chosen
 
 
@@ -103,20 +101,14 @@ def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
     return sorted(indices)
 
 
-def _sparse_layer(block: nn.Module, config: MoEConfig) -> nn.Module:
-    """What takes the place of a block's MLP: a sparse layer, behind the MLP's own input norm where it has one."""
-    mlp = find_mlp(block)
+def _sparse_layer(mlp: BlockMLP, config: MoEConfig) -> nn.Module:
+    """The replacement of an MLP: a sparse layer, behind the MLP's own input norm where it has one."""
     dense = dataclasses.replace(mlp.dense, input_norm=None)
-    layer = sparse_layer_class(block).from_dense(dense, config).train(mlp.module.training)
+    layer_class = BlockMoE if hasattr(mlp.block, "get_weight_dtype") else SparseMoE
+    layer = layer_class.from_dense(dense, config).train(mlp.module.training)
     if mlp.dense.input_norm is None:
         return layer
     return nn.Sequential(OrderedDict(norm=mlp.dense.input_norm, moe=layer)).train(mlp.module.training)
-
-
-def _leave_padding_out(model: nn.Module) -> None:
-    from ..clip.padding_aware import leave_padding_out
-
-    leave_padding_out(model)
 
 
 class _Projection(NamedTuple):
@@ -129,8 +121,3 @@ class BlockMoE(SparseMoE):
     @property
     def c_fc(self) -> _Projection:
         return _Projection(self.in_weight)
-
-
-def sparse_layer_class(block: nn.Module) -> type[SparseMoE]:
-    """The class that takes the place of the MLP in a block."""
-    return BlockMoE if hasattr(block, "get_weight_dtype") else SparseMoE

@@ -38,7 +38,7 @@ def routed_texts(model: nn.Module) -> list[Tensor | None]:
     """The mask [T] that each sparse layer of the text tower got in its last forward, None for all tokens."""
     layers = text_layers(model)
     assert layers
-    return [layer.records.last_routing.mask for layer in layers]
+    return [layer.state.last_routing.mask for layer in layers]
 
 
 def set_padding_aware(model: nn.Module, value: bool) -> None:

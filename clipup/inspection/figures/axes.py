@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from . import svg
 
@@ -76,6 +77,26 @@ def span(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
         return low - room, high + room
     room = (high - low) * margin
     return low - room, high + room
+
+
+def spread(sorted_places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The nearest places between low and high with at least ``gap`` between neighbours, for labels.
+
+    Least squares under ``place[i + 1] - place[i] >= gap``: isotonic regression of ``place[i] - i * gap`` by pooling.
+    A gap that leaves no room for all of them is reduced.
+    """
+    if not sorted_places:
+        return []
+    gap = min(gap, (high - low) / len(sorted_places))
+    pools: list[list[float]] = []
+    for index, place in enumerate(sorted_places):
+        pools.append([place - index * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            later = pools.pop()
+            pools[-1] += later
+    last = high - (len(sorted_places) - 1) * gap
+    bases = [min(max(fmean(pool), low), last) for pool in pools for _ in pool]
+    return [base + index * gap for index, base in enumerate(bases)]
 
 
 def text_width(label: str) -> float:

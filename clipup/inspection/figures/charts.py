@@ -246,7 +246,7 @@ def _end_labels(frame: Frame, lines: Sequence[Sequence[tuple[float, float]]]) ->
         if known:
             ends.append((frame.y(known[-1][1]), frame.x(known[-1][0]), expert))
     ends.sort()
-    places = _apart([y for y, _, _ in ends], gap=12, low=frame.top, high=frame.bottom)
+    places = axes.spread([y for y, _, _ in ends], gap=12, low=frame.top, high=frame.bottom)
     parts = []
     for (y, x, expert), place in zip(ends, places, strict=True):
         leader = svg.element(
@@ -260,22 +260,3 @@ def _end_labels(frame: Frame, lines: Sequence[Sequence[tuple[float, float]]]) ->
         )
         parts += [leader, svg.text(frame.right + 18, place + 4, expert, font_size=FONT - 1)]
     return "".join(parts)
-
-
-def _apart(sorted_places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The places between low and high with ``gap`` between neighbours that lie nearest to the given ones.
-
-    Least squares under ``place[i + 1] - place[i] >= gap``: isotonic regression of ``place[i] - i * gap`` by pooling.
-    """
-    if not sorted_places:
-        return []
-    gap = min(gap, (high - low) / len(sorted_places))
-    pools: list[list[float]] = []
-    for index, place in enumerate(sorted_places):
-        pools.append([place - index * gap])
-        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
-            later = pools.pop()
-            pools[-1] += later
-    last = high - (len(sorted_places) - 1) * gap
-    bases = [min(max(_mean(pool), low), last) for pool in pools for _ in pool]
-    return [base + index * gap for index, base in enumerate(bases)]

@@ -154,15 +154,16 @@ def test_flops_are_those_of_the_choices_that_upcycle_takes(dense, capsys):
 
 def test_upcycle_takes_every_choice_as_a_flag(dense, tmp_path, capsys):
     flags = ["--blocks", "every", "--last-blocks", "3", "--num-experts", "16", "--top-k", "8", "--granularity", "4"]
-    flags += ["--shared-expert", "--score", "sigmoid", "--selection-bias", "z_score", "--selection-bias-rate", "0.01"]
+    flags += ["--shared-expert", "--score-function", "sigmoid"]
+    flags += ["--selection-bias", "z_score", "--selection-bias-rate", "0.01"]
     assert main(["upcycle", str(dense), str(tmp_path / "out"), *flags]) == 0
     assert float(capsys.readouterr().out.split("at step 0: ")[1].split()[0]) <= 1e-6
     assert main(["upcycle", str(dense), str(tmp_path / "redrawn"), "--reinit-ratio", "0.5"]) == 0
     assert float(capsys.readouterr().out.split("at step 0: ")[1].split()[0]) > 1e-3
     sparse, *_ = clipup.create_model_and_transforms(str(tmp_path / "out"))
     assert sparse.moe_config == MoEConfig.clip_up(
-        blocks="every", last_blocks=3, num_experts=16, top_k=8, granularity=4, shared_expert=True, score="sigmoid",
-        selection_bias="z_score", selection_bias_rate=0.01,
+        blocks="every", last_blocks=3, num_experts=16, top_k=8, granularity=4, shared_expert=True,
+        score_function="sigmoid", selection_bias="z_score", selection_bias_rate=0.01,
     )  # fmt: skip
 
 

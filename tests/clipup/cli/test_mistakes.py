@@ -137,6 +137,7 @@ TRAIN = "train --model dense --train-data x.csv"
             "--csv-separator has no effect on data that are no CSV",
         ),
         ("upcycle dense out --calibrate-steps 3", "--calibrate-steps has no effect without --calibrate-data"),
+        ("upcycle dense out --allow-pipe", "--allow-pipe has no effect without --calibrate-data"),
         ("upcycle dense out --random-weights", "--random-weights has no effect on a model that brings its weights"),
         ("upcycle dense out --selection-bias-rate 0.1", "--selection-bias-rate has no effect without --selection-bias"),
         ("eval dense --val-data x.csv --split val", "--split has no effect without --dataset"),

@@ -56,7 +56,7 @@ def test_image_tower_and_normalisation_are_as_before():
     images, texts = random_inputs(model, 3)
     image_features, text_features, _ = model(images, texts)
     layers = moe_layers(model.visual).values()
-    assert layers and all(layer.records.last_routing.mask is None for layer in layers)
+    assert layers and all(layer.state.last_routing.mask is None for layer in layers)
     torch.testing.assert_close(text_features.norm(dim=-1), torch.ones(3))
     torch.testing.assert_close(nn.functional.normalize(model.encode_text(texts), dim=-1), text_features)
     assert torch.equal(model.encode_text(texts[:0]), text_features[:0])
@@ -84,7 +84,7 @@ def test_cut_is_the_pooled_position_itself(kind, row, pooled):
     expected = [position <= pooled for position in range(10)]
     assert all(mask.view(3, 10).tolist() == [expected, expected, [True] * 10] for mask in routed_texts(model))
     for layer in text_layers(model):
-        assert (layer.records.last_routing.experts >= 0).all(-1).tolist() == expected * 2 + [True] * 10
+        assert (layer.state.last_routing.experts >= 0).all(-1).tolist() == expected * 2 + [True] * 10
 
 
 def lengths_computed(model, texts):
@@ -149,7 +149,7 @@ def test_padding_decides_neither_losses_nor_capacity(kind, priority):
 
     def run(texts):
         features = model.encode_text(texts)
-        offsets = [layer.records.last_routing.offsets.clone() for layer in text_layers(model)]
+        offsets = [layer.state.last_routing.offsets.clone() for layer in text_layers(model)]
         return features, aux_loss(model), *offsets
 
     for one, other in zip(run(texts), run(others), strict=True):
@@ -166,7 +166,7 @@ def test_capacity_is_that_of_the_tokens_that_take_part():
     tokens = int(tokens_up_to_pooled(texts, "argmax", None).sum())
     capacity = -(-tokens // 4)  # ceil(0.5 * K * tokens / E) with K = 2, E = 4
     for layer in text_layers(model):
-        loads = layer.records.last_routing.offsets.diff()
+        loads = layer.state.last_routing.offsets.diff()
         assert loads.max() == capacity
     for name, values in moe_metrics(model).items():
         assert name.startswith("transformer.") and 0 < values["dropped"] < 1

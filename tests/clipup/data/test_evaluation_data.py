@@ -78,7 +78,7 @@ def test_nothing_to_evaluate_on_is_an_error(pictures, picture):
         eval_samples(folder, preprocess)
     with pytest.raises(ValueError, match="holds no sample with an image and a caption .1 skipped"):
         eval_samples(pictures.tar("one.tar", [("a.png", picture(1)), ("a.txt", b" \n")]), preprocess)
-    with pytest.raises(ValueError, match="source: cannot tell from its name"):
+    with pytest.raises(ValueError, match="source: cannot tell the format of"):
         eval_samples(folder / "images.parquet", preprocess)
 
 

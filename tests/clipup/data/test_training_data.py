@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tarfile
 
-import open_clip_train.data
 import pytest
 import torch
 from picture_samples import preprocess, samples_of, tokenizer
@@ -16,7 +15,7 @@ from strangers import MakesFile
 
 import clipup.data
 from clipup.data import in_memory, skips
-from clipup.data.loaders import train_loader
+from clipup.data.loaders import DataOptions, load_train_data, train_loader
 
 KINDS = ("webdataset", "csv", "cached webdataset", "cached csv")
 
@@ -117,11 +116,74 @@ def test_shards_can_be_named_in_several_ways(pictures):
         assert len(epoch_of(loader(pictures, "webdataset", source=source), 0)) == 24
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shuffling_mixes_the_samples_of_different_shards(pictures, workers):
+    data = loader(pictures, "webdataset", batch_size=6, workers=workers)
+    for batch in data.dataloader:
+        assert len({picture // 6 for picture, _, _ in samples_of([batch])}) > 1
+
+
+def test_more_samples_than_the_shuffle_buffer_holds_are_each_read_once(pictures, monkeypatch):
+    monkeypatch.setattr("clipup.data.webdataset_pipeline._SAMPLE_BUFFER", (10, 5))
+    seen = [picture for picture, _, _ in epoch_of(loader(pictures, "webdataset", source=pictures.shards(240)), 0)]
+    assert sorted(seen) == list(range(240))
+    first, last = ({picture // 60 for picture in part} for part in (seen[:40], seen[-40:]))
+    assert len(first) == len(last) == 1 and seen[:40] != sorted(seen[:40])
+
+
+def test_every_worker_of_every_rank_reads_its_own_shards(pictures):
+    """With one batch per worker, batches of the workers follow each other."""
+    shards = []
+    for rank in (0, 1):
+        data = loader(pictures, "webdataset", batch_size=6, workers=2, world_size=2, rank=rank)
+        shards += [{picture // 6 for picture, _, _ in samples_of([batch])} for batch in data.dataloader]
+    assert sorted(map(sorted, shards)) == [[0], [1], [2], [3]]
+
+
+def with_noise(image):
+    """The picture, and beside its number a random one."""
+    return preprocess(image) + torch.rand(()) / 2
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "csv"])
+def test_ranks_augment_differently(pictures, kind):
+    source = pictures.csv() if kind == "csv" else pictures.shards()
+    noise = []
+    for rank in (0, 1):
+        data = train_loader(source, with_noise, tokenizer, 3, 1, world_size=2, rank=rank)
+        noise.append(torch.cat([images[:, 0, 0, 0] % 1 for images, _ in data.dataloader]))
+    assert not torch.isclose(*noise).any()
+
+
+def test_shards_that_do_not_divide_into_full_batches_start_over(pictures):
+    data = loader(pictures, "webdataset", batch_size=5)
+    seen = epoch_of(data, 0)
+    assert len(seen) == 25 and data.dataloader.num_samples == 25
+    assert len({picture for picture, _, _ in seen}) >= 20
+
+
 def test_resampling_draws_shards_and_keeps_the_length_of_an_epoch(pictures):
     data = loader(pictures, "webdataset", dataset_resampled=True)
     seen = epoch_of(data, 0)
     assert len(seen) == 24
     assert all(picture == caption for picture, caption, _ in seen)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resampling_is_deterministic_and_differs_between_seeds_epochs_and_ranks(pictures, workers):
+    options = {"dataset_resampled": True, "workers": workers, "world_size": 2}
+    source = pictures.shards(240, 40)
+    draws = {
+        (seed, epoch, rank): epoch_of(
+            loader(pictures, "webdataset", source=source, seed=seed, rank=rank, **options), epoch
+        )
+        for seed in (0, 1)
+        for epoch in (0, 1)
+        for rank in (0, 1)
+    }
+    assert len({tuple(seen) for seen in draws.values()}) == 8
+    continued = loader(pictures, "webdataset", source=source, seed=1, rank=1, **options)
+    assert [epoch_of(continued, epoch) for epoch in (0, 1)] == [draws[1, 0, 1], draws[1, 1, 1]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -218,8 +280,8 @@ def test_a_batch_larger_than_a_workers_share_is_an_error(pictures):
         ({"world_size": 2, "rank": 2}, "rank: got 2 for world_size 2, expected 0 to 1"),
         ({"dataset_type": "parquet"}, "dataset_type: got 'parquet', expected 'auto', 'webdataset' or 'csv'"),
         ({"train_num_samples": 0}, "train_data: got 0 samples, the data set is empty"),
-        ({"cache": True, "train_num_samples": 5}, "train_num_samples: has no meaning with cache"),
-        ({"cache": True, "dataset_resampled": True}, "dataset_resampled: has no meaning with cache"),
+        ({"cache": True, "train_num_samples": 5}, "train_num_samples: has no effect with cache"),
+        ({"cache": True, "dataset_resampled": True}, "dataset_resampled: has no effect with cache"),
         ({"cache": True, "batch_size": 25}, "batch_size: got 25 for 1 processes, but there are 24 samples"),
     ],
 )
@@ -242,7 +304,7 @@ def test_data_that_is_not_there_is_named(pictures):
         ValueError, match=r"train_data: .* is a directory: name the shards of one split, such as .*\.tar"
     ):
         train_loader(folder, preprocess, tokenizer, 3)
-    with pytest.raises(ValueError, match="train_data: cannot tell from its name what .* name the dataset_type"):
+    with pytest.raises(ValueError, match="train_data: cannot tell the format of .* set dataset_type"):
         train_loader("images.parquet", preprocess, tokenizer, 3)
     with pytest.raises(FileNotFoundError, match="names no shard"):
         train_loader("", preprocess, tokenizer, 3, dataset_type="webdataset")
@@ -303,6 +365,23 @@ def test_only_files_of_this_machine_are_cached():
         train_loader("https://host/a.tar", preprocess, tokenizer, 3, cache=True)
 
 
+def test_the_options_of_a_loader_can_be_one_object(pictures):
+    source = pictures.csv(separator=",")
+    options = DataOptions(train_data=source, batch_size=3, workers=0, csv_separator=",", seed=5)
+    by_object = load_train_data(options, preprocess, tokenizer)
+    by_keyword = train_loader(source, preprocess, tokenizer, 3, 0, 5, csv_separator=",")
+    assert samples_of(by_object.dataloader) == samples_of(by_keyword.dataloader)
+    with pytest.raises(TypeError, match="csv_seperator"):
+        train_loader(source, preprocess, tokenizer, 3, csv_seperator=",")
+
+
+def test_a_csv_file_is_read_without_webdataset(pictures, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.delitem(sys.modules, "clipup.data.webdataset_pipeline", raising=False)
+    monkeypatch.delattr(clipup.data, "webdataset_pipeline", raising=False)
+    assert len(epoch_of(loader(pictures, "csv"), 0)) == len(epoch_of(loader(pictures, "cached csv"), 0)) == 24
+
+
 def test_missing_training_requirements_are_named_with_what_to_install(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.delitem(sys.modules, "clipup.data.webdataset_pipeline", raising=False)
@@ -311,20 +390,6 @@ def test_missing_training_requirements_are_named_with_what_to_install(pictures, 
         ImportError, match=r'needs the package webdataset, which is not installed: pip install "clipup\[train\]"'
     ):
         train_loader(pictures.shards(), preprocess, tokenizer, 3)
-
-
-def test_another_pipeline_than_open_clips_is_noticed(pictures, monkeypatch):
-    monkeypatch.setattr(open_clip_train.data, "tarfile_to_samples_nothrow", lambda source: source)
-    real = open_clip_train.data.get_wds_dataset
-
-    def other_pipeline(*args, **kwargs):
-        info = real(*args, **kwargs)
-        del info.dataloader.pipeline[0].dataset.pipeline[5]
-        return info
-
-    monkeypatch.setattr(open_clip_train.data, "get_wds_dataset", other_pipeline)
-    with pytest.raises(RuntimeError, match="expected 1: install open_clip_torch 3.3"):
-        loader(pictures, "webdataset")
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "csv"])

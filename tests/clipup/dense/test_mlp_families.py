@@ -14,7 +14,7 @@ from transformers.models.mt5 import modeling_mt5
 
 from clipup import MoEConfig, SparseMoE
 from clipup.clip.towers import tower_blocks
-from clipup.dense.mlp_families import families_read, read_block, read_mlp
+from clipup.dense.mlp_families import families_read, find_mlp, read_mlp
 from clipup_kernels.reference import activate
 
 D, H = 12, 20
@@ -96,8 +96,8 @@ def test_mlp_read_computes_what_the_module_does(mlp):
 def test_every_block_of_the_supported_towers_is_read(kind, tower):
     blocks = tower_blocks(tiny_clip(kind), tower)
     expected = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_tanh"}.get(kind, "gelu")
-    assert {read_block(block).activation for block in blocks.values()} == {expected}
-    assert all(read_block(block).in_weight is block.mlp[0].weight for block in blocks.values() if kind != "timm")
+    assert {find_mlp(block).dense.activation for block in blocks.values()} == {expected}
+    assert all(find_mlp(block).dense.in_weight is block.mlp[0].weight for block in blocks.values() if kind != "timm")
 
 
 class LooksLikeMlp(timm.layers.Mlp):
@@ -142,7 +142,7 @@ def mlp_with_one_bias():
         (timm.layers.Mlp(D, H, norm_layer=timm.layers.RmsNorm), r"RmsNorm \(norm\) between its projections"),
         (
             timm.layers.Mlp(D, H, drop=0.1),
-            r"drop2=Dropout\(p=0.1, .*behind its projections: the experts have no dropout",
+            r"drop2=Dropout\(p=0.1, .*after its projections: experts have no dropout",
         ),
         (timm.layers.Mlp(D, H, drop=(0.0, 0.2)), r"drop2=Dropout\(p=0.2"),
         (
@@ -174,7 +174,7 @@ def test_what_is_not_read_is_refused_by_name(mlp, message):
 )
 def test_blocks_are_matched_by_class_and_not_by_attribute(block, message):
     with pytest.raises(TypeError, match=message):
-        read_block(block)
+        find_mlp(block)
 
 
 def test_families_read_are_named():
@@ -201,7 +201,7 @@ def test_norm_in_front_of_the_projections_is_left_to_upcycle():
     mlp = GeGluMlp(D, H)
     draw_biases_and_norms(mlp)
     with pytest.raises(
-        TypeError, match="has a norm in front of its projections, which is no part of an expert; use clip"
+        TypeError, match="has a norm in front of its projections, which is not part of an expert; use clip"
     ):
         SparseMoE.from_dense(mlp)
     dense = read_mlp(mlp)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import benchmark_layouts as layouts
+import open_clip
 import pytest
 from PIL import Image
 
+import clipup
 from clipup.cli import main
 from clipup.moe.layer import SparseMoE
 from clipup.moe.prepared import PreparedMoE
@@ -108,6 +111,23 @@ def test_a_directory_without_a_model_is_named(tmp_path, val_data, capsys):
     assert run(tmp_path / "nothing", "--val-data", val_data) == 2
 
     assert "no open_clip_config.json" in capsys.readouterr().err
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_ids_is_named(model_cfg, val_data, classes, tmp_path, capsys):
+    config = model_cfg | {"text_cfg": model_cfg["text_cfg"] | {"vocab_size": 100}}
+    clipup.save_pretrained(open_clip.CLIP(**config), tmp_path / "damaged", config)
+    for data in (["--val-data", val_data], classes):
+        assert run(tmp_path / "damaged", *data) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("clipup eval: the tokenizer gives token id 49407") and "embedding [100, 32]" in error
+        assert "hf_tokenizer_name in the text_cfg" in error
+
+
+def test_eval_restores_the_level_of_logging(directory, val_data):
+    before = logging.getLogger().level
+    assert run(directory, "--val-data", val_data) == 0
+    assert run(directory, "--val-data", "nowhere.csv") == 2
+    assert logging.getLogger().level == before != logging.ERROR
 
 
 def test_nothing_to_measure_is_refused(directory, capsys):

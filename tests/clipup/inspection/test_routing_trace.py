@@ -179,7 +179,7 @@ def test_the_transform_gives_what_the_model_takes(model):
 
 
 def test_probabilities_of_sigmoid_gates_are_what_the_router_chooses_by():
-    model, batch = sparse_clip(score="sigmoid"), images(3)
+    model, batch = sparse_clip(score_function="sigmoid"), images(3)
     given = inputs_of_layers(model, lambda: model.encode_image(batch))
     for name, layer in route_images(model, batch).items():
         scores = (given[name][0].double() @ moe_layers(model)[name].router.weight.double().T).sigmoid()

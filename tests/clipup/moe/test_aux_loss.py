@@ -206,13 +206,13 @@ def test_checkpointed_layer_compiles_to_one_graph_and_is_counted_once(x, options
         return gradients(layers, lambda: run(x).square().sum() + aux_loss(layers))
 
     plain = step(lambda x: layers[1](layers[0](x)))
-    loads = [layer.records.take_load() for layer in layers]
+    loads = [layer.state.take_load() for layer in layers]
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         assert_equal_steps(step(compiled), plain)
         assert aux_loss(layers) == 0
         for layer, load in zip(layers, loads, strict=True):
-            torch.testing.assert_close(layer.records.take_load(), load)
+            torch.testing.assert_close(layer.state.take_load(), load)
 
 
 def test_step_over_a_checkpointed_layer_compiles_with_its_loss(x):

@@ -24,7 +24,7 @@ def test_preset_takes_overrides():
         MoEConfig.clip_up(),
         MoEConfig(towers=("text",), blocks=(0, -1), router_noise=1.0, load_weight=0.1, entropy_threshold=1.5),
         MoEConfig(blocks="every", last_blocks=3, num_experts=32, top_k=8, granularity=4, shared_expert=True),
-        MoEConfig(score="sigmoid", selection_bias="z_score", selection_bias_rate=0.01, reinit_ratio=0.5),
+        MoEConfig(score_function="sigmoid", selection_bias="z_score", selection_bias_rate=0.01, reinit_ratio=0.5),
     ],
 )
 def test_json_round_trip_gives_an_equal_config(config):
@@ -51,7 +51,7 @@ def test_config_saved_before_the_upcycling_choices_were_there_means_what_it_mean
     ("options", "keeps"),
     [
         ({}, True),
-        ({"granularity": 2, "shared_expert": True, "score": "sigmoid", "selection_bias": "sign"}, True),
+        ({"granularity": 2, "shared_expert": True, "score_function": "sigmoid", "selection_bias": "sign"}, True),
         ({"normalize_gates": "after_drop"}, True),
         ({"normalize_gates": "none"}, False),
         ({"reinit_ratio": 0.1}, False),
@@ -107,20 +107,20 @@ def test_threshold_of_global_entropy_defaults_to_the_uniform_distribution():
         (
             {"last_blocks": 1, "blocks": (1, 2)},
             ValueError,
-            "last_blocks=1 has no meaning with a list of blocks",
+            "last_blocks=1 cannot be combined with a list of blocks",
         ),
         ({"granularity": 3}, ValueError, r"num_experts \(8\) is not a multiple of granularity \(3\)"),
         ({"granularity": 4}, ValueError, r"top_k \(2\) is not a multiple of granularity \(4\)"),
         ({"granularity": 0}, ValueError, "granularity must be at least 1, got 0"),
         ({"shared_expert": 1}, TypeError, "shared_expert must be True or False, got 1"),
         ({"reinit_ratio": 1.5}, ValueError, "reinit_ratio must be between 0 and 1, got 1.5"),
-        ({"score": "relu"}, ValueError, "score must be one of softmax, sigmoid, got 'relu'"),
+        ({"score_function": "relu"}, ValueError, "score_function must be one of softmax, sigmoid, got 'relu'"),
         ({"selection_bias": None}, ValueError, "selection_bias must be one of none, sign, z_score, got None"),
         ({"selection_bias_rate": 0}, ValueError, "selection_bias_rate must be positive, got 0"),
         (
             {"load_weight": 0.1, "router_noise": 1.0, "selection_bias": "sign"},
             ValueError,
-            "load_weight > 0 has no meaning with selection_bias='sign'",
+            "load_weight > 0 cannot be combined with selection_bias='sign'",
         ),
         ({"blocks": (1, 2.0)}, ValueError, "blocks must be"),
         ({"load_weight": 0.1}, ValueError, "load_weight > 0 needs router_noise > 0"),

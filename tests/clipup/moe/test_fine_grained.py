@@ -34,7 +34,7 @@ def open_clip_mlp(bias=True):
 @pytest.mark.parametrize("kind", ["gelu", "quick_gelu", "custom_blocks"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"granularity": 8}, {"granularity": 2}, {"top_k": 4}, {"shared_expert": True}, {"score": "sigmoid"}],
+    [{}, {"granularity": 8}, {"granularity": 2}, {"top_k": 4}, {"shared_expert": True}, {"score_function": "sigmoid"}],
 )
 def test_upcycled_model_equals_dense_at_step_zero(kind, options):
     dense = tiny_clip(kind)

@@ -190,10 +190,10 @@ def test_autocast_runs_experts_in_half_precision_and_routes_in_float32():
     layer = make_layer(balance_weight=0.1)
     x = torch.randn(64, D)
     exact = layer(x)
-    routing, loss = layer.records.last_routing, aux_loss(layer)
+    routing, loss = layer.state.last_routing, aux_loss(layer)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
-        assert torch.equal(layer.records.last_routing.logits, routing.logits)
+        assert torch.equal(layer.state.last_routing.logits, routing.logits)
         torch.testing.assert_close(aux_loss(layer), loss)
     assert y.dtype == torch.bfloat16 and loss.dtype == torch.float32
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.02)
@@ -269,9 +269,9 @@ def test_copies_compute_the_same_and_carry_no_losses(duplicate):
     x = torch.randn(7, D)
     y = layer(x)
     twin = duplicate(layer)
-    assert aux_loss(twin) == 0 and twin.records.last_routing is None
+    assert aux_loss(twin) == 0 and twin.state.last_routing is None
     assert torch.equal(twin(x), y)
-    assert not any("records" in name for name in layer.state_dict())
+    assert not any("last_routing" in name for name in layer.state_dict())
     assert aux_loss(layer) > 0
 
 
@@ -290,7 +290,7 @@ def test_exported_layer_computes_the_same():
     layer = make_layer(balance_weight=0.1).eval()
     x = torch.randn(24, D)
     program = torch.export.export(layer, (x,))
-    assert layer.records.last_routing is None  # what was traced is no routing of any tokens
+    assert layer.state.last_routing is None  # what was traced is no routing of any tokens
     assert torch.equal(program.module()(x), layer(x))
 
 
@@ -332,3 +332,23 @@ def test_from_dense_keeps_type_and_what_is_trained():
     assert trained == {"router.weight", "in_weight", "in_bias", "out_bias"}
     frozen = SparseMoE.from_dense(mlp.requires_grad_(False))
     assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_a_layer_takes_a_config_and_fields_in_place_of_its_own():
+    config = MoEConfig.clip_up(num_experts=4)
+    assert SparseMoE(D, H, config).config == config
+    assert SparseMoE(D, H, config, top_k=1).config == config.replace(top_k=1)
+    assert SparseMoE(D, H, num_experts=4).config == MoEConfig(num_experts=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((8,), {}, r"config must be a clipup.MoEConfig, got int; did you mean num_experts=8\?"),
+        ((), {"num_expert": 8}, r"num_expert is not an option of a sparse layer; did you mean num_experts\?"),
+        ((), {"towers": ("text",)}, "towers is not an option of a sparse layer"),
+    ],
+)
+def test_what_is_no_option_of_a_layer_is_refused_by_name(arguments, options, message):
+    with pytest.raises(TypeError, match=message):
+        SparseMoE(D, H, *arguments, **options)

@@ -36,7 +36,7 @@ def test_gates_are_softmax_over_all_experts(x):
 
 
 def test_sigmoid_gates_are_those_of_deepseek_v3(x):
-    router = make_router(score="sigmoid")
+    router = make_router(score_function="sigmoid")
     routing = router(x)
     scores = (x.double() @ router.weight.double().T).sigmoid()
     values, experts = scores.topk(K, -1)
@@ -48,7 +48,7 @@ def test_sigmoid_gates_are_those_of_deepseek_v3(x):
 
 
 def test_sigmoid_gradients_are_those_of_the_definition(x):
-    router, x = make_router(score="sigmoid").double(), x.double()
+    router, x = make_router(score_function="sigmoid").double(), x.double()
     weights = torch.randn(T, K, dtype=torch.float64)
     routing = router(x)
     (found,) = torch.autograd.grad((routing.gates * weights).sum(), router.weight)
@@ -58,7 +58,7 @@ def test_sigmoid_gradients_are_those_of_the_definition(x):
 
 
 def test_sigmoid_tells_sure_experts_apart_where_float32_sigmoids_are_all_one():
-    router = make_router(score="sigmoid")
+    router = make_router(score_function="sigmoid")
     with torch.no_grad():
         router.weight.zero_()
         router.weight[:, 0] = torch.tensor([30.0, 40.0, 20.0, 60.0, 50.0, 10.0])
@@ -68,7 +68,7 @@ def test_sigmoid_tells_sure_experts_apart_where_float32_sigmoids_are_all_one():
 
 
 def test_losses_under_sigmoid_gates_are_of_its_probabilities_and_of_the_raw_logits(x):
-    router = make_router(score="sigmoid", z_weight=1.0)
+    router = make_router(score_function="sigmoid", z_weight=1.0)
     routing = router(x)
     assert weighted_losses(routing, router.config).item() == pytest.approx(losses.router_z(routing.logits).item())
     probs = routing.logits.sigmoid() / routing.logits.sigmoid().sum(-1, keepdim=True)

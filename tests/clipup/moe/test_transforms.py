@@ -11,7 +11,7 @@ D = 12
 OPTIONS = {
     "plain": {"balance_weight": 0.5, "z_weight": 0.25},
     "shared": {"balance_weight": 0.5, "shared_expert": True, "granularity": 2, "capacity_factor": 1.0},
-    "norm": {"z_weight": 0.25, "norm": "layer", "gated": True, "selection_bias": "sign", "score": "sigmoid"},
+    "norm": {"z_weight": 0.25, "norm": "layer", "gated": True, "selection_bias": "sign", "score_function": "sigmoid"},
 }
 
 

@@ -13,7 +13,8 @@ from clipup.train.distributed import Ranks
 from clipup.train.loop import Trainer
 from clipup.train.optim import adamw
 from clipup.train.optimizer_upcycling import load_state, named_state, upcycled_state
-from clipup.train.setup import Epochs, build_model
+from clipup.train.setup import build_model
+from clipup.train.training_data import Epochs
 
 MOE = clipup.MoEConfig(num_experts=4)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,8 +32,9 @@ def dense_run(make_model, pairs, options):
 def state_after(options, model, dense_run, moe=MOE, **changes):
     """Model and optimizer state, by name, of a run that starts from the dense one, before its first step."""
     settings = options(moe=True, moe_cfg=moe, resume_dense=str(dense_run), logs=None, **changes)
-    built = build_model(settings, torch.device("cpu"), "fp32", model)
-    trainer = Trainer(settings, built, Epochs([None], 1), Ranks(torch.device("cpu")), None, "fp32")
+    ranks = Ranks(torch.device("cpu"))
+    built = build_model(settings, ranks, "fp32", model)
+    trainer = Trainer(settings, built, Epochs([None], 1), ranks, None, "fp32")
     names = {parameter: name for name, parameter in built.model.named_parameters()}
     return built.model, {names[parameter]: state for parameter, state in trainer.optimizer.state.items()}
 

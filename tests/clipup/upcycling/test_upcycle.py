@@ -31,10 +31,10 @@ ROUTINGS = [
     {"top_k": 1},
     {"top_k": 4},
     {"priority": True},
-    {"score": "sigmoid"},
-    {"score": "sigmoid", "normalize_gates": "after_drop", "top_k": 3},
+    {"score_function": "sigmoid"},
+    {"score_function": "sigmoid", "normalize_gates": "after_drop", "top_k": 3},
     {"selection_bias": "sign"},
-    {"selection_bias": "z_score", "score": "sigmoid"},
+    {"selection_bias": "z_score", "score_function": "sigmoid"},
 ]
 
 

@@ -1,0 +1,78 @@
+"""A model's structure without weights, and weights put into it: no random initialization, one copy of each weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+_RANDOM_INITS = ("normal", "uniform", "trunc_normal", "xavier", "kaiming", "orthogonal", "sparse")
+_RANDOM_IN_PLACE = {
+    Tensor.normal_,
+    Tensor.uniform_,
+    Tensor.exponential_,
+    Tensor.bernoulli_,
+    Tensor.random_,
+    Tensor.log_normal_,
+    Tensor.cauchy_,
+    Tensor.geometric_,
+    # these are handed to the mode whole, and what they call is not
+    *(getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and name.startswith(_RANDOM_INITS)),
+}
+_RANDOM_LIKE = {torch.randn_like, torch.rand_like}
+_RANDOM = {torch.randn, torch.rand}
+
+
+class _WithoutRandomNumbers(TorchFunctionMode):
+    """Leaves memory uninitialized where random numbers would be drawn, and the generators as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _RANDOM_IN_PLACE:
+            return args[0] if args else kwargs["tensor"]
+        if func in _RANDOM_LIKE:
+            return torch.empty_like(*args, **kwargs)
+        if func in _RANDOM:
+            return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_random_numbers() -> Iterator[None]:
+    """Inside, in this thread, modules get uninitialized parameters. Buffers that are computed hold their values."""
+    with _WithoutRandomNumbers():
+        yield
+
+
+def drop_parameters(model: nn.Module) -> None:
+    """Moves the parameters to the meta device; shared ones stay shared. Buffers stay where they are."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                meta = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                module._parameters[name] = moved.setdefault(id(parameter), meta)
+
+
+def assign_weights(model: nn.Module, weights: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
+    """Makes copies of ``weights`` the parameters and persistent buffers of a model on the meta device, in its types.
+    Copies, because a file's tensors may be mapped into memory, and the file may change.
+
+    Args:
+        weights: fit the model (``state_dicts.check_fit``). They are removed one by one, so that each is there once.
+    """
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    copies = {}
+    for name, wanted in model.state_dict().items():
+        copies[name] = weights.pop(name).to(device=device, dtype=wanted.dtype, copy=True)
+    model.load_state_dict(copies, assign=True)
+    for first, *others in shared.values():
+        for other in others:
+            path, _, name = other.rpartition(".")
+            model.get_submodule(path)._parameters[name] = model.get_parameter(first)
