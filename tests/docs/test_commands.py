@@ -1,4 +1,4 @@
-"""The commands in README and docs exist: their options parse, and their make targets and programs are there."""
+"""The commands in README and docs exist: options parse, make targets and programs are found."""
 
 import ast
 import importlib.util
@@ -81,7 +81,7 @@ def test_the_home_page_shows_every_command_and_the_guide_is_read():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_targets_and_programs_are_there(page):
+def test_targets_and_programs_exist(page):
     targets = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for words in [*commands(page), *(code.split() for code in inline_code(page) if code.startswith("make "))]:
         if words[0] == "make":
