@@ -59,6 +59,7 @@ class CachedLoader:
         self.images, readable = _read(mine, options, reader, progress)
         unreadable = skipped_before / world_size + len(mine) - len(self.images)
         skips.check((len(records) + skipped_before) / world_size, unreadable, world_size)
+        self.pass_counts = (len(records) + skipped_before) / world_size, dict(skips.samples)
         if len(self.images) < batch_size:
             raise ValueError(
                 f"batch_size: got {batch_size}, but only {len(self.images)} images of this process can be read: use a "

@@ -85,20 +85,26 @@ class CountedBatches:
         self.loader, self.skips = loader, skips
         self.num_samples, self.num_batches, self.world_size = num_samples, num_batches, world_size
         self._expected, self._skipped_before = total / world_size, int(skips) / world_size
+        self._names_before = dict(skips.samples)
+        self._met, self._skipped = self._skipped_before, {}
+
+    @property
+    def pass_counts(self) -> tuple[float, dict[str, int]]:
+        """This process's share of the samples of the last pass, and the unreadable samples of that pass by name."""
+        return max(self._expected, self._met), self._names_before | self._skipped
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        skipped: dict[str, int] = {}
-        met = self._skipped_before
+        self._met, self._skipped = self._skipped_before, {}
         for images, texts, report in self.loader:
-            met += report.met
+            self._met += report.met
             if report.skipped:
                 self.skips.add(report.skipped)
-                skipped |= {name: samples for name, _, samples in report.skipped}
-                count = self._skipped_before + sum(skipped.values())
-                self.skips.check(max(self._expected, met), count, self.world_size)
+                self._skipped |= {name: samples for name, _, samples in report.skipped}
+                count = self._skipped_before + sum(self._skipped.values())
+                self.skips.check(max(self._expected, self._met), count, self.world_size)
             yield images, texts
 
 

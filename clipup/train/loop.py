@@ -218,7 +218,7 @@ class Trainer:
         self.reports.step(record)
 
     def _end_epoch(self) -> None:
-        """Saves first, so that an evaluation that fails does not lose the epoch."""
+        """Saves first, so that unreadable data, for training or validation, do not cost the epoch."""
         self.state.epoch += 1
         self.state.step_of_epoch = 0
         epoch, every = self.state.epoch, self.options.save_frequency
@@ -228,6 +228,7 @@ class Trainer:
         if every and epoch % every == 0:
             names.append(checkpoints.epoch_name(epoch))
         self._save(*names)
+        self.data.check_skipped(self.ranks.gather)
         self._after_epoch()
 
     def _after_epoch(self) -> None:

@@ -58,6 +58,21 @@ class Epochs:
             names |= of_rank
         return sum(names.values())
 
+    def check_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Judges ``max_skipped`` over all ranks at the end of an epoch. Within an epoch every rank judges its own part,
+        with an allowance for chance.
+
+        Raises:
+            ValueError: more samples of the epoch could not be read than may be skipped.
+        """
+        counts = getattr(self._batches, "pass_counts", None)
+        if counts is None:
+            return
+        skips = self._info.skips
+        parts, names, first = zip(*gather((*counts, skips.first)), strict=True)
+        skips.first = next(filter(None, (skips.first, *first)), "")
+        skips.check(sum(parts), sum({name: count for of_rank in names for name, count in of_rank.items()}.values()))
+
     def close(self) -> None:
         """Releases the loader, so that workers that live longer than an epoch end with the run."""
         self._info = self._batches = None

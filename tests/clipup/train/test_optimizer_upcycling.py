@@ -1,4 +1,4 @@
-"""Optimizer state carried from a dense run into the sparse model (arXiv 2212.05055)."""
+"""Optimizer state of a dense run, upcycled for the sparse model (arXiv 2212.05055)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_first_step_moves_the_experts_as_the_dense_run_would_have_moved_the_mlp(
             torch.testing.assert_close(expert, mlp.c_fc.weight)
 
 
-def test_shards_get_their_part_of_the_moments_and_the_whole_of_the_output_bias(make_model, options, dense_run):
+def test_shards_get_their_part_of_the_moments_and_the_whole_output_bias(make_model, options, dense_run):
     moe = clipup.MoEConfig(num_experts=8, top_k=4, granularity=2, shared_expert=True)
     moments = named_state(make_model(), load(dense_run)["optimizer"], "dense")
 
@@ -152,11 +152,11 @@ def test_a_run_from_a_dense_checkpoint_trains_and_resumes(make_model, pairs, opt
 
 
 def test_bad_combinations_are_refused_by_name(make_model, options, dense_run):
-    with pytest.raises(ValueError, match="resume_dense='x.pt' is about making a model sparse; set moe"):
+    with pytest.raises(ValueError, match="resume_dense='x.pt' starts a sparse model, which needs moe; set moe"):
         options(resume_dense="x.pt")
-    with pytest.raises(ValueError, match="resume_dense='x.pt' and pretrained='openai' both bring weights"):
+    with pytest.raises(ValueError, match="resume_dense='x.pt' and pretrained='openai' both select weights"):
         options(resume_dense="x.pt", moe=True, pretrained="openai")
-    with pytest.raises(ValueError, match="reinit_ratio=0.5 draws weights anew.*leave resume_dense out"):
+    with pytest.raises(ValueError, match="reinit_ratio=0.5 re-initializes weights.*leave resume_dense out"):
         state_after(options, make_model(), dense_run, MOE.replace(reinit_ratio=0.5))
 
 
@@ -169,5 +169,5 @@ def test_an_optimizer_of_another_model_is_refused_by_name(make_model, dense_run)
     with pytest.raises(ValueError, match="the optimizer of run.pt is of another model: its moments of .* have shape"):
         named_state(make_model(), optimizer, "run.pt")
     del optimizer["state"][index]["exp_avg"]
-    with pytest.raises(ValueError, match="holds no exp_avg for .*; it is no AdamW"):
+    with pytest.raises(ValueError, match="holds no exp_avg for .*; it is not an AdamW"):
         named_state(make_model(), optimizer, "run.pt")
