@@ -16,7 +16,7 @@ import clipup
 from clipup import MoEConfig, aux_loss, moe_layers, moe_metrics, upcycle
 from clipup.clip.flops import count
 from clipup.clip.inputs import random_inputs
-from clipup.clip.padding_aware import leave_padding_out, tokens_up_to_pooled
+from clipup.clip.padding_aware import make_padding_aware, tokens_up_to_pooled
 
 
 def gradients(model, loss):
@@ -113,7 +113,7 @@ def test_on_the_cpu_no_block_computes_more_than_the_longest_text(kind):
 @pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and warns of what it fixes
 def test_a_traced_tower_takes_longer_texts_than_it_was_traced_with():
     model = tiny_clip().eval().requires_grad_(False)
-    assert leave_padding_out(model)
+    assert make_padding_aware(model)
     short = torch.tensor([[5, 7, 63, 0, 0, 0, 0, 0, 0, 0]])
     long = torch.tensor([[5, 7, 8, 9, 4, 3, 2, 1, 6, 63]])
 
@@ -196,7 +196,7 @@ def test_other_towers_route_every_token(case):
     encode, expected = ((m.text if hasattr(m, "text") else m.encode_text)(texts) for m in (model, dense))
     torch.testing.assert_close(encode, expected)
     assert all(mask is None for mask in routed_texts(model))
-    assert not leave_padding_out(model)
+    assert not make_padding_aware(model)
 
 
 @pytest.mark.parametrize("family", ["CoCa", *HUGGING_FACE])
@@ -274,7 +274,7 @@ def test_a_dense_text_tower_is_left_alone():
 def test_a_tower_of_another_kind_is_left_alone():
     model = tiny_clip("custom_text")
     model.text = nn.Embedding(4, 4)
-    assert not leave_padding_out(model) and type(model.text) is nn.Embedding
+    assert not make_padding_aware(model) and type(model.text) is nn.Embedding
 
 
 def test_config_decides_at_upcycling_and_at_every_forward():
