@@ -6,7 +6,7 @@
 
 Weights are random, and without --data images and texts too; texts then end at random places. Forward, contrastive loss
 (and the sparse layers'), backward, clipping and AdamW, as the trainer does them. An upcycled text tower leaves padding
-out. A dense one can as well: ``dense_unpadded`` is the dense model after ``leave_padding_out``, and ratios are to it.
+out. A dense one can as well: ``dense_unpadded`` is the dense model after ``make_padding_aware``, and ratios are to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from harness import alternate, commit, device_name, package_version, report, req
 import clipup
 from clipup.clip.flops import count
 from clipup.clip.inputs import random_inputs
-from clipup.clip.padding_aware import leave_padding_out
+from clipup.clip.padding_aware import make_padding_aware
 from clipup.data.loaders import eval_samples
 from clipup.precision import Precision
 from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         dense, _, preprocess = create_model_and_transforms(args.model, load_weights=False)
     batch = random_inputs(dense, args.batch_size) if args.data is None else real_batch(args, preprocess)
     unpadded = copy.deepcopy(dense)
-    if not leave_padding_out(unpadded):
+    if not make_padding_aware(unpadded):
         print(f"{args.model}'s text tower computes its padding: {BASELINE} is the same as {DENSE}")
     models = {BASELINE: unpadded, DENSE: dense, SPARSE: clipup.upcycle(dense, clipup.MoEConfig.clip_up())}
     counts = {name: count(model) for name, model in models.items()}

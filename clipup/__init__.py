@@ -1,10 +1,10 @@
-"""CLIP-UP: turns a dense CLIP into a sparse Mixture-of-Experts CLIP, trains it and evaluates it.
+"""CLIP-UP: turns a dense CLIP into a sparse Mixture-of-Experts (MoE) CLIP, trains it and evaluates it.
 
     model, _, preprocess = clipup.create_model_and_transforms("ViT-B-16", pretrained="laion2b_s34b_b88k")
     model = clipup.upcycle(model, clipup.MoEConfig.clip_up())
     loss = contrastive + clipup.aux_loss(model)
 
-``SparseMoE`` is the layer by itself, for any model.
+``SparseMoE`` is the layer alone, for any model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .upcycling.step0 import step0_difference
     from .upcycling.upcycle import upcycle
 
-# These modules import open_clip, which takes seconds and which SparseMoE does not need.
+# Imported on first access: these modules import open_clip, which takes seconds and which SparseMoE does not need.
 _LAZY = {
     "calibrate": "upcycling.calibration",
     "create_model_and_transforms": "pretrained.factory",

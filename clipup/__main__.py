@@ -1,4 +1,4 @@
-"""``python -m clipup`` is the program ``clipup``."""
+"""Makes ``python -m clipup`` run the ``clipup`` command."""
 
 from .cli import main
 

@@ -1,4 +1,4 @@
-"""Files that appear whole and together, or not at all."""
+"""Atomic file writing: a group of files is replaced completely, or not at all."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-_WRITING = ".writing"
-
-
-_LONGEST_WRITE = 24 * 3600
-
-
+_PREFIX = ".writing"
+_MAX_AGE = 24 * 3600
+"""Seconds after which a temporary directory of another machine counts as abandoned."""
 _own: set[str] = set()
-"""Temporary directories of this process's own writers."""
+"""Names of the temporary directories that this process is writing to."""
 
 
 def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Writes files so that they appear whole and together, or not at all.
+    """Writes several files atomically.
 
-    Every writer gets a path to write to, in a temporary directory beside its own. Once all have written and the bytes
-    are on the disk, the files are moved into place. When anything fails before that, what was there stays as it was.
-    What a killed process left behind in such directories is removed.
+    Each writer is called with a path in a temporary directory next to its target. When all files are written and
+    flushed to disk, they are moved into place. If anything fails before that, existing files are unchanged. Temporary
+    directories left behind by killed processes are removed.
     """
-    name = f"{_WRITING}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    name = f"{_PREFIX}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     folders = {path.parent: path.parent / name for path in writers}
     written = {path: folders[path.parent] / path.name for path in writers}
     _own.add(name)
@@ -38,7 +35,7 @@ def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
             folder.mkdir()
         for path, write in writers.items():
             write(written[path])
-            written[path].chmod(folders[path.parent].stat().st_mode & 0o666)  # safetensors makes its files private
+            written[path].chmod(folders[path.parent].stat().st_mode & 0o666)  # safetensors creates private files
             with open(written[path], "rb+") as file:
                 os.fsync(file.fileno())
         for path, temporary in written.items():
@@ -50,26 +47,26 @@ def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
 
 
 def remove_abandoned(directory: Path, locked: bool = False) -> None:
-    """Removes temporary directories in which processes were killed while they wrote into ``directory``.
+    """Removes temporary directories that killed processes left in ``directory``.
 
     Args:
-        locked: the caller's lock says that nothing else writes there. Otherwise those of this machine go whose process
-            has ended, and those of other machines after a day.
+        locked: the caller holds a lock, so no other process is writing there and all are removed. Otherwise only those
+            whose process on this machine has ended, and those of other machines after a day.
     """
-    for folder in directory.glob(f"{_WRITING}.*.tmp"):
-        maker = re.fullmatch(rf"{re.escape(_WRITING)}\.(.+)\.(\d+)\.[0-9a-f]{{8}}\.tmp", folder.name)
-        if maker is not None and folder.name not in _own and (locked or _abandoned(folder, maker[1], int(maker[2]))):
+    for folder in directory.glob(f"{_PREFIX}.*.tmp"):
+        owner = re.fullmatch(rf"{re.escape(_PREFIX)}\.(.+)\.(\d+)\.[0-9a-f]{{8}}\.tmp", folder.name)
+        if owner is not None and folder.name not in _own and (locked or _abandoned(folder, owner[1], int(owner[2]))):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _abandoned(folder: Path, host: str, pid: int) -> bool:
     try:
         if host != socket.gethostname():
-            return time.time() - folder.stat().st_mtime > _LONGEST_WRITE
+            return time.time() - folder.stat().st_mtime > _MAX_AGE
         if pid != os.getpid():
-            os.kill(pid, 0)  # sends nothing
+            os.kill(pid, 0)  # only checks that the process exists
             return False
-    except (FileNotFoundError, PermissionError):  # it is gone by now, or is another user's process
+    except (FileNotFoundError, PermissionError):  # already removed, or a process of another user
         return False
     except ProcessLookupError:
         pass

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: every error names the argument, what came and what was expected."""
+"""Argument checks for public functions. Each error names the argument, its value and what was expected."""
 
 from __future__ import annotations
 

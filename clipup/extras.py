@@ -1,4 +1,4 @@
-"""Packages that only some commands need, and the extras of clipup that install them."""
+"""Errors for missing optional packages, naming the extra of clipup that installs them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def needed_for(what: str, extra: str) -> Iterator[None]:
-    """Around the import of a package that a plain ``pip install clipup`` leaves out.
+    """Wraps the import of a package that ``pip install clipup`` does not install.
 
     Args:
-        what: cannot be done without the package, "reading CSV files".
-        extra: of clipup, which installs it.
+        what: what needs the package, such as "reading CSV files".
+        extra: the extra of clipup that installs it.
 
     Raises:
-        ImportError: naming the package and the command that installs it.
+        ImportError: if the package is missing. Names it and the command that installs it.
     """
     try:
         yield

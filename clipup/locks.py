@@ -1,4 +1,4 @@
-"""One writer a directory: a lock that ends with the process that holds it."""
+"""Directory locks: one writer per directory. A lock is released when its process ends."""
 
 from __future__ import annotations
 
@@ -21,40 +21,41 @@ _held: set[int] = set()
 
 
 class DirectoryInUse(BlockingIOError):
-    """Another process, or another thread of this one, writes there."""
+    """Another process, or another thread of this process, holds the lock."""
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, directory: Path, otherwise: str) -> Iterator[None]:
+def exclusive(path: Path, directory: Path, advice: str) -> Iterator[None]:
     """Holds a lock file while the block runs, and removes it at the end.
 
-    The system frees the lock when its process ends, however it ends, so a file that a killed process left behind is
-    taken over. Locks work between processes of one machine, and between machines where their file system passes
-    ``flock`` on (NFS 4 does). A file system without locks is used without one, with a warning.
+    The operating system releases the lock when its process ends for any reason, so a lock file left by a killed process
+    is reused. Locks work between processes of one machine, and between machines if their file system supports ``flock``
+    (NFS 4 does). On a file system without locks, only a warning is logged.
 
     Args:
-        path: of the lock file. Directories above it are made, and removed again when they stay empty.
-        directory: what is locked, and ``otherwise`` what to do when it is in use; both for the message.
+        path: the lock file. Missing parent directories are created, and removed again if they are still empty.
+        directory: the locked directory, for the error message.
+        advice: what to do if the directory is in use, for the error message.
 
     Raises:
-        DirectoryInUse: the lock is held; names its process and machine.
+        DirectoryInUse: the lock is held. Names the process and machine that hold it.
     """
-    made = [parent for parent in path.parents if not parent.exists()]
+    created = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     file = None
     try:
-        file = _acquire(path, directory, otherwise)
+        file = _acquire(path, directory, advice)
         yield
     finally:
         if file is not None:
             _release(file, path)
-        for parent in made:
-            with contextlib.suppress(OSError):  # it holds something by now
+        for parent in created:
+            with contextlib.suppress(OSError):  # not empty
                 parent.rmdir()
 
 
-def _acquire(path: Path, directory: Path, otherwise: str) -> int | None:
-    """The locked file; None where the file system has no locks."""
+def _acquire(path: Path, directory: Path, advice: str) -> int | None:
+    """The locked file, or None if the file system has no locks."""
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -63,14 +64,14 @@ def _acquire(path: Path, directory: Path, otherwise: str) -> int | None:
             holder = os.pread(file, 1000, 0)
             os.close(file)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise DirectoryInUse(f"{directory} is in use by {_named(holder)}; {otherwise}") from None
+                raise DirectoryInUse(f"{directory} is in use by {_describe(holder)}; {advice}") from None
             if error.errno not in _UNSUPPORTED:
                 raise
-            _LOG.warning("%s is on a file system without locks: see to it that nothing else writes there", directory)
+            _LOG.warning("%s is on a file system without locks: make sure that nothing else writes there", directory)
             return None
-        if _is_at(path, file):
+        if _is_current(path, file):
             break
-        os.close(file)  # the holder before has removed the file since it was opened
+        os.close(file)  # the previous holder removed the file after it was opened here
     _held.add(file)
     about = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
     os.truncate(file, 0)
@@ -79,22 +80,23 @@ def _acquire(path: Path, directory: Path, otherwise: str) -> int | None:
 
 
 def _release(file: int, path: Path) -> None:
-    if file not in _held:  # in a forked child, which does not hold it
+    if file not in _held:  # a forked child does not hold the lock
         return
-    with contextlib.suppress(OSError):  # a file that stays is no lock
+    with contextlib.suppress(OSError):  # a remaining file does not lock anything
         path.unlink(missing_ok=True)
     _held.remove(file)
     os.close(file)
 
 
-def _is_at(path: Path, file: int) -> bool:
+def _is_current(path: Path, file: int) -> bool:
+    """Whether the open file is still the one at ``path``."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file))
     except FileNotFoundError:
         return False
 
 
-def _named(holder: bytes) -> str:
+def _describe(holder: bytes) -> str:
     try:
         about = json.loads(holder)
         return f"process {about['pid']} on {about['host']}, since {about['since']}"
@@ -103,7 +105,7 @@ def _named(holder: bytes) -> str:
 
 
 def _close_in_child() -> None:
-    """A forked child, such as a data worker, would hold the lock for longer than its parent lives."""
+    """Closes the lock files in a forked child, such as a data worker, which could outlive its parent."""
     for file in _held:
         os.close(file)
     _held.clear()

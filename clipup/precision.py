@@ -1,4 +1,4 @@
-"""Precisions by open_clip's names, autocast, and devices."""
+"""Precision names as in open_clip, autocast, devices, and the number of data workers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 Precision = Literal["fp32", "amp", "amp_bf16", "bf16"]
-"""amp: float16 autocast; amp_bf16: bfloat16 autocast; bf16: the model itself is in bfloat16."""
+"""amp: float16 autocast. amp_bf16: bfloat16 autocast. bf16: the model itself is in bfloat16."""
 
 _AUTOCAST = {"amp": torch.float16, "amp_bf16": torch.bfloat16}
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager:
-    """The context that a forward runs in."""
+    """The context manager for a forward pass in this precision."""
     dtype = _AUTOCAST.get(precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def image_dtype(precision: Precision) -> torch.dtype | None:
-    """The type that images are converted to; None leaves them as they are."""
+    """The dtype to convert images to, None for no conversion."""
     return torch.bfloat16 if precision == "bf16" else None
 
 
@@ -33,7 +33,7 @@ def default_device() -> str:
 def check_device(device: str) -> None:
     """
     Raises:
-        ValueError: it is no device's name, or a CUDA GPU, and torch finds none.
+        ValueError: not the name of a device, or a CUDA device where torch finds none.
     """
     try:
         kind = torch.device(device).type
@@ -44,12 +44,12 @@ def check_device(device: str) -> None:
 
 
 def default_workers() -> int:
-    """Data loader processes: four, or one a core where there are fewer."""
+    """Number of data loader processes: four, or one per core on machines with fewer cores."""
     return min(4, os.cpu_count() or 1)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The type that autocast asks for on x's device, or None where it is off. Like torch's, it leaves float64 alone."""
+    """Autocast's dtype on x's device, None if autocast is off. As in torch, float64 is not cast."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None

@@ -1,4 +1,4 @@
-"""Progress of a long task on stderr: a bar on a terminal, elsewhere (pipe, file, notebook) a line now and then."""
+"""Progress of long tasks on stderr: a bar on a terminal, otherwise (pipe, file, notebook) an occasional line."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Item = TypeVar("Item")
 
 _FIRST_PAUSES = (5.0, 10.0, 20.0)
 _PAUSE = 30.0
-"""Seconds between two lines, after the first, shorter ones."""
+"""Seconds between lines, after the shorter first pauses."""
 
 
 class Progress:
-    """``update`` after every piece of work, ``close`` at the end (or ``with``).
+    """Call ``update`` after each piece of work and ``close`` at the end, or use it as a context manager.
 
-    Where stderr is no terminal, lines come after 5, 15 and 35 seconds and then every 30 seconds, and once more at the
-    end; a task that is over before the first line prints none.
+    If stderr is not a terminal, a line is printed after 5, 15 and 35 seconds, then every 30 seconds, and at the end. A
+    task that ends before the first line prints nothing.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class Progress:
         """
         Args:
             unit: what is counted, in the plural.
-            show: False shows nothing at all.
-            line_at_once: elsewhere than on a terminal, the first update prints a line already.
+            show: False prints nothing.
+            line_at_once: if stderr is not a terminal, print a line at the first update.
         """
         terminal = sys.stderr.isatty()
         self.description, self.unit, self.total, self.done = description, unit, total, done
@@ -46,7 +46,7 @@ class Progress:
             initial=done,
             desc=description,
             unit=f" {unit}",
-            leave=None,  # a bar below another one is removed at its end
+            leave=None,  # a nested bar is removed at its end
             disable=not (show and terminal),
         )
         self._show, self._lines = show, show and not terminal
@@ -54,10 +54,10 @@ class Progress:
         self._pauses = iter(_FIRST_PAUSES)
         self._due = self._start if line_at_once else self._start + next(self._pauses)
         self._detail = ""
-        self._said: int | None = None
+        self._last_printed: int | None = None
 
     def update(self, count: int = 1, detail: str = "") -> None:
-        """Counts work that is done. ``detail`` goes behind the numbers."""
+        """Adds ``count`` finished items. ``detail`` is shown after the numbers."""
         self.done += count
         self._detail = detail
         if not self._lines:
@@ -68,22 +68,23 @@ class Progress:
             self._due = time.monotonic() + next(self._pauses, _PAUSE)
 
     def write(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Prints a separate line, above the bar if there is one."""
         if self._show:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        if self._said not in (None, self.done):
+        if self._last_printed not in (None, self.done):
             self._line()
         self._bar.close()
 
     def _line(self) -> None:
-        self._said = self.done
+        self._last_printed = self.done
         count = f"{self.done}" if self.total is None else f"{self.done} of {self.total}"
-        self.write(", ".join(filter(None, [f"{self.description}: {count} {self.unit}", self._detail, self._left()])))
+        parts = [f"{self.description}: {count} {self.unit}", self._detail, self._time_left()]
+        self.write(", ".join(filter(None, parts)))
 
-    def _left(self) -> str:
-        """The time left at the speed so far."""
+    def _time_left(self) -> str:
+        """The estimated remaining time, at the average speed so far."""
         done = self.done - self._done_at_start
         if self.total is None or not 0 < self.done < self.total or done == 0:
             return ""
@@ -102,7 +103,7 @@ class Progress:
 def progress(
     items: Iterable[Item], description: str, unit: str, total: int | None = None, show: bool = True
 ) -> Iterator[Item]:
-    """Passes the items on and shows how far it is. ``total``: how many there are; None: their length."""
+    """Yields the items and shows progress. ``total`` is their number; None means ``len(items)``."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with Progress(description, unit, total, show=show) as shown:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from clipup.cli import reporting_errors, run_one_of
+from clipup.cli import reporting_errors, run_subcommand
 from clipup.cli.outputs import check_file
 from clipup.train import TrainingInterrupted
 
@@ -145,4 +145,4 @@ COMMANDS = {"icons": Icons, "run": Run, "report": Report}
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     argv = sys.argv[1:] if argv is None else argv
-    return reporting_errors(PROGRAM, lambda: run_one_of(COMMANDS, PROGRAM, "command", argv))
+    return reporting_errors(PROGRAM, lambda: run_subcommand(COMMANDS, PROGRAM, "command", argv))

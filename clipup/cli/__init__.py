@@ -1,4 +1,4 @@
-"""The command line: ``clipup COMMAND ...``, one small module a command, imported when it is asked for."""
+"""The command line, ``clipup COMMAND ...``: one module per command, imported when the command is run."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from collections.abc import Callable, Iterable, Mapping
 from clipup_kernels import __version__
 
 COMMANDS = {
-    "demo": "dense CLIP to CLIP-UP on real pictures, in minutes, with a report",
+    "demo": "train a dense CLIP, upcycle it and compare both, in minutes, with a report",
     "data": "build a data set as WebDataset shards",
-    "upcycle": "make a dense model sparse, and check that it computes the same",
+    "upcycle": "make a dense model sparse, and check that its outputs are unchanged",
     "train": "train a dense or sparse model",
     "eval": "retrieval and zero-shot classification",
-    "clip-benchmark": "CLIP_benchmark's command line, for models of clipup",
-    "inspect": "what the experts of a sparse model do, as one HTML page",
-    "flops": "FLOPs and parameters of a model, dense and sparse",
-    "doctor": "the blocks of a model, and what upcycle would do with each",
+    "clip-benchmark": "CLIP_benchmark's command line, with clipup's models",
+    "inspect": "report on the experts of a sparse model, as one HTML page",
+    "flops": "count FLOPs and parameters of a model, dense and sparse",
+    "doctor": "list the blocks of a model and what upcycle would do with each",
 }
 DEBUG = "CLIPUP_DEBUG"
-"""Environment variable; 1 shows the traceback of an error that is otherwise one line."""
+"""Environment variable: 1 shows full tracebacks instead of one-line errors."""
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 for what the user can correct, 130 after Ctrl-C."""
+    """Runs one command and returns the exit code: 0, 2 for user errors, 130 after Ctrl-C, 141 for a closed pipe."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.", flush=True)
@@ -47,16 +47,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def reporting_errors(program: str, function: Callable[[], int]) -> int:
-    """The function's exit code; what the user can correct becomes one line, and Ctrl-C no traceback.
+    """Runs a function and returns its exit code. User errors are printed as one line; Ctrl-C prints no traceback.
 
     Args:
-        program: what the line begins with.
+        program: prefix of the line.
     """
     try:
         code = function()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the program that read the output has ended
+    except BrokenPipeError:  # the reader of the output has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except _USER_ERRORS as error:
@@ -71,7 +71,7 @@ def reporting_errors(program: str, function: Callable[[], int]) -> int:
 
 
 def _report(program: str, message: str) -> int:
-    """Prints the error that is being handled, in one line or with its traceback."""
+    """Prints the current exception, as one line or with its traceback."""
     if os.environ.get(DEBUG) == "1":
         traceback.print_exc()
     else:
@@ -80,18 +80,19 @@ def _report(program: str, message: str) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no memory, on the CPU, of which torch says so in a RuntimeError, or on a GPU."""
+    """Whether memory ran out, on a GPU or on the CPU, where torch raises a plain RuntimeError."""
     return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
-def run_one_of(commands: Mapping[str, type], program: str, kind: str, argv: list[str]) -> int:
-    """Runs one of a command's own commands, dataclasses whose ``run`` returns the exit code.
+def run_subcommand(commands: Mapping[str, type], program: str, kind: str, argv: list[str]) -> int:
+    """Runs a subcommand: a dataclass of options whose ``run`` returns the exit code.
 
     Args:
-        program: what stands in front of them, "clipup data". kind: what they are called, "data set".
+        program: the command before it, such as "clipup data".
+        kind: what the subcommands are, such as "data set".
 
     Raises:
-        ValueError: there is no such command.
+        ValueError: no such subcommand.
     """
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(program, {name: one.__doc__.strip().splitlines()[0] for name, one in commands.items()}, kind))

@@ -11,7 +11,7 @@ from pathlib import Path
 import tyro
 
 from ..demo.pictograms.build import build
-from . import run_one_of
+from . import run_subcommand
 
 
 @dataclass
@@ -61,4 +61,4 @@ COMMANDS = {"pictograms": Pictograms}
 
 def main(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s")
-    return run_one_of(COMMANDS, "clipup data", "data set", argv)
+    return run_subcommand(COMMANDS, "clipup data", "data set", argv)

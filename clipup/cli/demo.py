@@ -1,4 +1,4 @@
-"""``clipup demo``: data, a dense CLIP, upcycling, both continued, and a report."""
+"""``clipup demo``: trains a dense CLIP, upcycles it, continues training both, and writes a report."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def main(argv: list[str]) -> int:
     options = parse(DemoOptions, argv, "clipup demo", RULES)
     check_directory("out", options.out)
     report = run(options)
-    print(f"\n{comparison_table(report)}\n\nthe report: {Path(options.out) / 'report.html'}")
+    print(f"\n{comparison_table(report)}\n\nreport: {Path(options.out) / 'report.html'}")
     return 0

@@ -1,4 +1,4 @@
-"""``clipup doctor``: the blocks of a model, and what ``clipup upcycle`` would do with each."""
+"""``clipup doctor``: lists the blocks of a model and what ``clipup upcycle`` would do with each."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from .flags import ON_SPARSE, moe_rules, parse, refuse_idle
 
 @dataclass
 class Options:
-    """Says what upcycle would do with a model: block by block, parameters before and after, what is refused and why.
+    """Shows what upcycle would do with a model: blocks, parameters before and after, what is refused and why.
 
     Example: clipup doctor ViT-B-16-SigLIP --towers image
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A model that open_clip knows, or a directory. No weights are loaded."""
+    """An open_clip model name, or a directory. No weights are loaded."""
     json: bool = False
-    """Print JSON alone."""
+    """Print JSON instead of tables."""
     moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
@@ -46,27 +46,28 @@ def main(argv: list[str]) -> int:
 
 
 def examine(name: str, model: nn.Module, config: MoEConfig) -> dict[str, Any]:
-    """All that there is to say about a model, which is upcycled in place where it can be.
+    """The findings about a model, which is upcycled in place if possible.
 
     Returns:
-        model: its name. towers: ``diagnose``'s reports as dicts. upcycles: whether ``upcycle`` takes it with this
-        config. mend: the option with which it would, None where there is none or no need. params, and after upcycling
-        (as it is or with the mend; None where neither can be) sparse_params and active_params.
+        model: its name. moe: the config. towers: the reports of ``diagnose`` as dicts. upcycles: whether ``upcycle``
+        accepts the model with this config. suggestion: the option with which it would; None if there is none or it
+        accepts the model. params: parameters. sparse_params, active_params: parameters after upcycling, with the
+        suggestion if there is one; None if it cannot be upcycled.
     """
     reports = diagnose(model, config)
     findings: dict[str, Any] = {"model": name, "moe": config.to_dict()}
     findings["towers"] = [dataclasses.asdict(report) for report in reports]
     findings["upcycles"] = not any(report.refused for report in reports) and not moe_layers(model)
-    findings["mend"] = None
+    findings["suggestion"] = None
     findings |= {"params": _count(model), "sparse_params": None, "active_params": None}
     if moe_layers(model):
         findings |= {"sparse_params": findings["params"], "active_params": flops.count_active(model)}
         return findings
-    takes = tuple(report.tower for report in reports if report.tower in config.towers and not report.refused)
-    if takes and not findings["upcycles"]:
-        findings["mend"] = f"--towers {' '.join(takes)}"
-    if takes:
-        upcycle(model, config.replace(towers=takes), inplace=True)
+    supported = tuple(report.tower for report in reports if report.tower in config.towers and not report.refused)
+    if supported and not findings["upcycles"]:
+        findings["suggestion"] = f"--towers {' '.join(supported)}"
+    if supported:
+        upcycle(model, config.replace(towers=supported), inplace=True)
         findings |= {"sparse_params": _count(model), "active_params": flops.count_active(model)}
     return findings
 
@@ -76,29 +77,27 @@ def _count(model: nn.Module) -> int:
 
 
 def text(findings: dict[str, Any]) -> str:
-    """The findings as tables, one a tower, and what to do."""
+    """The findings as text: a table per tower, parameters, and a suggestion if upcycling is refused."""
     lines = []
     for tower in findings["towers"]:
         blocks = [BlockReport(**block) for block in tower["blocks"]]
         lines += [*_tower(TowerReport(tower["tower"], blocks, tower["refused"])), ""]
     dense, sparse, active = (findings[name] for name in ("params", "sparse_params", "active_params"))
-    after = (
-        "" if sparse is None else f"{sparse / 1e6:.1f} M sparse, of which {active / 1e6:.1f} M are active for a token"
-    )
+    after = "" if sparse is None else f"{sparse / 1e6:.1f} M sparse, {active / 1e6:.1f} M active per token"
     if sparse == dense:
-        return "\n".join([*lines, f"sparse already; parameters: {after}"])
+        return "\n".join([*lines, f"already sparse; parameters: {after}"])
     if findings["upcycles"]:
-        return "\n".join([*lines, f"upcycle takes it; parameters: {dense / 1e6:.1f} M dense, {after}"])
+        return "\n".join([*lines, f"upcycle accepts it; parameters: {dense / 1e6:.1f} M dense, {after}"])
     lines.append(f"upcycle refuses it; parameters: {dense / 1e6:.1f} M dense")
-    if findings["mend"]:
-        lines.append(f"mend: {findings['mend']}; then {after}")
+    if findings["suggestion"]:
+        lines.append(f"suggestion: {findings['suggestion']}; parameters then: {after}")
     return "\n".join(lines)
 
 
 def _tower(report: TowerReport) -> list[str]:
     lines = [f"{report.tower} tower: {len(report.blocks)} blocks"]
     if report.blocks:
-        rows = [("blocks", "class", "MLP", "widths", "activation", "becomes"), *_rows(report.blocks)]
+        rows = [("blocks", "class", "MLP", "widths", "activation", "status"), *_rows(report.blocks)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     if report.refused:
@@ -107,19 +106,19 @@ def _tower(report: TowerReport) -> list[str]:
 
 
 def _rows(blocks: list[BlockReport]) -> Iterable[tuple[str, ...]]:
-    """A row for all blocks that are alike."""
-    alike: dict[BlockReport, list[int]] = {}
+    """One row per group of identical blocks."""
+    groups: dict[BlockReport, list[int]] = {}
     for index, block in enumerate(blocks):
-        alike.setdefault(dataclasses.replace(block, name=""), []).append(index)
-    for block, indices in alike.items():
+        groups.setdefault(dataclasses.replace(block, name=""), []).append(index)
+    for block, indices in groups.items():
         extras = ["gated"] * block.gated + [f"{block.norm} norm"] * (block.norm is not None)
         mlp = "not read" if block.mlp is None else ", ".join([block.mlp, *extras])
         widths = "" if block.d_model is None else f"{block.d_model}, {block.d_hidden}"
-        yield _listed(indices), block.block, mlp, widths, block.activation or "", block.fate
+        yield _range_text(indices), block.block, mlp, widths, block.activation or "", block.status
 
 
-def _listed(indices: list[int]) -> str:
-    """ "1, 3 .. 11" for more than three at equal distances, else all of them."""
+def _range_text(indices: list[int]) -> str:
+    """ "1, 3 .. 11" for more than three equally spaced indices, otherwise all of them."""
     steps = {b - a for a, b in zip(indices, indices[1:], strict=False)}
     if len(indices) > 3 and len(steps) == 1:
         return f"{indices[0]}, {indices[1]} .. {indices[-1]}"

@@ -135,7 +135,7 @@ RULES = [
     ),
     NoEffect(
         ("random_weights",),
-        lambda options: origin.brings_weights(options.model, options.pretrained),
+        lambda options: origin.has_weights(options.model, options.pretrained),
         "on a model that brings its weights",
     ),
 ]

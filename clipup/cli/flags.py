@@ -1,4 +1,4 @@
-"""Parsing of a command's flags, and the refusal of flags that would have no effect."""
+"""Parses the flags of a command and refuses flags that have no effect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOE_FLAGS = tuple(field.name for field in dataclasses.fields(MoEConfig))
 
 
 class NoEffect(NamedTuple):
-    """Options, by their fields' names, that have no effect where ``idle`` holds of all options."""
+    """Options, by field name, that have no effect if ``idle`` is true for the parsed options."""
 
     names: tuple[str, ...]
     idle: Callable[[Any], bool]
@@ -24,15 +24,18 @@ class NoEffect(NamedTuple):
     """Completes "--flag has no effect ...": "without --moe"."""
 
 
-ON_SPARSE = NoEffect(MOE_FLAGS, lambda options: True, "on a model that is sparse already")
+ON_SPARSE = NoEffect(MOE_FLAGS, lambda options: True, "on a model that is already sparse")
 
 
 def parse(options: type[T], argv: Sequence[str], program: str, rules: Sequence[NoEffect] = (), **kwargs: Any) -> T:
-    """Options from a command line, by tyro, whose keyword arguments ``kwargs`` are.
+    """Parses a command line with tyro.
+
+    Args:
+        kwargs: passed to ``tyro.cli``.
 
     Raises:
-        ValueError: flags were given that have no effect by one of the rules.
-        SystemExit: help was asked for, or a flag is unknown or has a bad value.
+        ValueError: a flag has no effect according to one of the rules.
+        SystemExit: --help, an unknown flag, or an invalid value.
     """
     parsed = tyro.cli(options, args=list(argv), prog=program, **kwargs)
     refuse_idle(argv, parsed, rules)
@@ -42,7 +45,7 @@ def parse(options: type[T], argv: Sequence[str], program: str, rules: Sequence[N
 def refuse_idle(argv: Sequence[str], parsed: Any, rules: Sequence[NoEffect]) -> None:
     """
     Raises:
-        ValueError: flags were given that have no effect by one of the rules.
+        ValueError: a flag has no effect according to one of the rules.
     """
     given = _given(argv)
     for rule in rules:
@@ -52,7 +55,7 @@ def refuse_idle(argv: Sequence[str], parsed: Any, rules: Sequence[NoEffect]) -> 
 
 
 def moe_rules(config_of: Callable[[Any], MoEConfig]) -> list[NoEffect]:
-    """Rules among the options of ``MoEConfig``, which stands among a command's own."""
+    """Rules for the options of ``MoEConfig``, which ``config_of`` gets from a command's options."""
 
     def rule(name: str, idle: Callable[[MoEConfig], bool], why: str) -> NoEffect:
         return NoEffect((name,), lambda options: idle(config_of(options)), why)
@@ -76,6 +79,6 @@ def is_csv(path: str | None, dataset_type: str = "auto") -> bool:
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:
-    """The flags of a command line as they were written, by the names of the fields that they set."""
+    """The flags on a command line as they were written, by the name of the field that they set."""
     flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
     return {flag[2:].replace("-", "_").removeprefix("no_"): flag for flag in flags}

@@ -1,4 +1,4 @@
-"""``clipup flops``: what a model costs, dense and sparse."""
+"""``clipup flops``: FLOPs and parameters of a model, dense and sparse."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from .flags import MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
 
 @dataclass
 class Options:
-    """Counts FLOPs (one multiply-add is 2) and parameters of a model, for one image and one text of full length.
+    """Counts the FLOPs of a model for one image and one text of full length (a multiply-add is 2), and its parameters.
 
     Example: clipup flops ViT-B-16 --moe --json
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A model that open_clip knows, or a directory. No weights are loaded."""
+    """An open_clip model name, or a directory. No weights are loaded."""
     moe: bool = False
     """With --json: count the upcycled model instead of the dense one."""
     json: bool = False
-    """Print JSON alone: image_gflops, text_gflops (10^9 FLOPs), params, active_params. Without: a table of both."""
+    """Print JSON for one model instead of a table of both: image_gflops, text_gflops (10^9 FLOPs), params,
+    active_params."""
     moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
 
 
 def table(counts: dict[str, TowerCounts]) -> str:
-    """A row a model and, for two models, the second over the first; as text."""
+    """A text table with a row per model and, for two models, the ratio of the second to the first."""
     lines = [f"{'':<6}{'image GFLOP':>12}{'text GFLOP':>12}{'both':>9}{'params':>11}{'active':>11}"]
     for name, row in counts.items():
         lines.append(
@@ -73,7 +74,7 @@ def table(counts: dict[str, TowerCounts]) -> str:
 
 
 def _gflop(value: float) -> str:
-    """Two decimals, and three digits of what is below 1."""
+    """Two decimals; three significant digits below 1."""
     return f"{value:.2f}" if value >= 1 or value == 0 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""Checks of the paths that a command will write to, before it works for them."""
+"""Checks of output paths before a command starts its work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 def check_file(argument: str, path: str | Path) -> None:
     """
     Raises:
-        OSError: no file of this path can be written, by what is on the disk now.
+        OSError: a file cannot be written at this path.
     """
     if Path(path).is_dir():
         raise IsADirectoryError(f"{argument}: {path} is a directory; expected the path of a file")
@@ -19,10 +19,10 @@ def check_file(argument: str, path: str | Path) -> None:
 def check_directory(argument: str, path: str | Path) -> None:
     """
     Raises:
-        OSError: nothing can be written into a directory of this path, by what is on the disk now.
+        OSError: a directory at this path cannot be created or written to.
     """
-    there = next(one for one in (Path(path).absolute(), *Path(path).absolute().parents) if one.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{argument}: {there} is a file; expected a directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{argument}: nothing can be written into {there}; choose another place")
+    existing = next(one for one in (Path(path).absolute(), *Path(path).absolute().parents) if one.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{argument}: {existing} is a file; expected a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{argument}: no permission to write to {existing}; choose another directory")

@@ -1,3 +1,1 @@
-"""CLIP models: where their towers and blocks are, what they take, padding-aware text towers, acceleration for
-inference, and FLOPs.
-"""
+"""CLIP models: their towers and blocks, inputs, padding-aware text, CPU acceleration, FLOPs and the word tokenizer."""

@@ -1,4 +1,4 @@
-"""``accelerate``: a model for inference on CPUs, its MLPs and experts prepared ahead."""
+"""``accelerate``: prepares a model for CPU inference by packing the weights of its MLPs and experts."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from ..precision import Precision
 
 
 class NothingToPrepare(ValueError):
-    """The model has no layer that could be prepared."""
+    """The model has no layer that can be prepared."""
 
 
 @torch.no_grad()
 def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Prepares a model for inference on a CPU: layers, sparse and dense, hold packed weights in place of plain ones.
+    """Prepares a model for CPU inference: sparse layers and dense MLPs store packed weights instead of plain ones.
 
-    Sparse layers compute bitwise what they did. Dense MLPs run on this project's kernels and compute the same to
-    rounding. On a text tower that returns nothing but its end-of-text token's features, computation stops at the end of
-    the batch's longest text, as in upcycled ones (``clipup.clip.padding_aware``). What is not prepared (attention,
-    norms, MLPs that are spread over several modules as BERT's, that have a norm between their projections, or hooks)
-    runs as before.
+    The outputs of sparse layers are bitwise unchanged. Dense MLPs run on clipup's kernels, with the same outputs up to
+    rounding. In text towers that return only the features of the end-of-text token, computation stops at the end of
+    the longest text in the batch, as in upcycled models (``clipup.clip.padding_aware``). All other modules are
+    unchanged: attention, norms, and MLPs that consist of several modules (as in BERT), have a norm between their
+    projections, or have hooks.
 
-    The result is in evaluation mode, and no parameter of it requires a gradient. Prepared layers cannot be trained,
-    written to, cast or moved: an error says so. Threads may share them; deepcopy, pickle and ``load_state_dict`` work,
-    and ``state_dict()`` has the plain model's names and values. Upcycle and cast before.
+    The result is in evaluation mode and has no parameter that requires a gradient. Training, modifying, casting or
+    moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
+    work, and ``state_dict()`` has the names and values of the plain model. Upcycle and cast before preparing.
 
     Args:
-        model: on the CPU: a model with transformer blocks of a family that ``clipup.dense.mlp_families`` reads, sparse
-            or dense; or one ``SparseMoE``, or one MLP.
-        inplace: change ``model`` itself instead of a copy. An MLP by itself is replaced in any case: use what is
-            returned.
+        model: a model on the CPU with transformer blocks of a family in ``clipup.dense.mlp_families``, sparse or dense;
+            or a single ``SparseMoE`` or MLP.
+        inplace: modify ``model`` instead of a copy. A single MLP is always replaced: use the return value.
 
     Raises:
-        TypeError: not a module; a SparseMoE that is pruned, parametrized, or overrides what SparseMoE computes.
-        ValueError: the model has nothing to prepare (NothingToPrepare), or is on another device.
+        TypeError: ``model`` is not a module, or contains a SparseMoE that is pruned, parametrized or overrides the
+            computation of SparseMoE.
+        ValueError: the model has nothing to prepare (NothingToPrepare), or is not on the CPU.
     """
     checks.module("model", model)
     checks.boolean("inplace", inplace)
     _check(model)
-    own = {id(parameter) for parameter in model.parameters()}
+    originals = {id(parameter) for parameter in model.parameters()}
     if not inplace:
-        model = copy.deepcopy(model, _shared_until_packed(model))
+        model = copy.deepcopy(model, _deepcopy_memo(model))
     if _is_mlp(model):
         prepared = PreparedMLP(model)
         if not inplace:
-            _copy_parameters(prepared, own)
+            _copy_parameters(prepared, originals)
         return prepared.requires_grad_(False)
     sparse = _sparse_layers(model)
     dense = _dense_mlps(model)
@@ -65,24 +65,24 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     for mlp in dense:
         mlp.replace(PreparedMLP(mlp.module))
     if not inplace:
-        _copy_parameters(model, own)
+        _copy_parameters(model, originals)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.eval()
     if not isinstance(model, SparseMoE):
-        from .padding_aware import leave_padding_out  # brings open_clip, which SparseMoE does without
+        from .padding_aware import make_padding_aware  # imports open_clip, which SparseMoE does not need
 
-        leave_padding_out(model)
+        make_padding_aware(model)
     return model
 
 
-def _copy_parameters(model: nn.Module, theirs: set[int]) -> None:
-    """Gives a copy its own parameters where it still has those of the model that it was made of: what was shared to be
-    packed, and is used elsewhere too."""
+def _copy_parameters(model: nn.Module, originals: set[int]) -> None:
+    """Clones the parameters that a copied model still shares with its original: those excluded from the deepcopy that
+    are also used outside of prepared layers."""
     copies: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if id(parameter) in theirs:
+            if id(parameter) in originals:
                 copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
                 module._parameters[name] = copies[id(parameter)]
 
@@ -90,12 +90,12 @@ def _copy_parameters(model: nn.Module, theirs: set[int]) -> None:
 def _check(model: nn.Module) -> None:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())} - {torch.device("cpu")}
     if devices:
-        raise ValueError(f"the model is on {devices.pop()}; it is prepared for CPUs, move it there first: model.cpu()")
+        raise ValueError(f"the model is on {devices.pop()}, but it must be on the CPU; move it first: model.cpu()")
     for name, module in model.named_modules():
         if isinstance(module, SparseMoE) and not isinstance(module, Prepared) and _overrides(type(module)):
             raise TypeError(
-                f"{name or 'model'} is a {type(module).__qualname__}, which overrides what SparseMoE computes, so it "
-                "cannot be prepared"
+                f"{name or 'model'} is a {type(module).__qualname__}, which overrides the computation of SparseMoE, "
+                "so it cannot be prepared"
             )
         missing = [
             n
@@ -104,22 +104,22 @@ def _check(model: nn.Module) -> None:
         ]
         if missing:
             raise TypeError(
-                f"{missing[0]} of {name or 'the layer'} is no plain parameter (pruned, or parametrized); make it one "
+                f"{missing[0]} of {name or 'the layer'} is not a plain parameter (pruned or parametrized); make it one "
                 "before preparing: torch.nn.utils.prune.remove, or parametrize.remove_parametrizations"
             )
 
 
 def _overrides(layer_class: type[SparseMoE]) -> bool:
-    computing = ("__call__", "forward", "run_experts")
-    return any(getattr(layer_class, name) is not getattr(SparseMoE, name) for name in computing)
+    methods = ("__call__", "forward", "run_experts")
+    return any(getattr(layer_class, name) is not getattr(SparseMoE, name) for name in methods)
 
 
 def _sparse_layers(model: nn.Module) -> list[SparseMoE]:
     return [m for m in model.modules() if isinstance(m, SparseMoE) and not isinstance(m, Prepared)]
 
 
-def _shared_until_packed(model: nn.Module) -> dict[int, object]:
-    """A deepcopy's memo in which the weights that will be packed stand for themselves, so that they are copied once."""
+def _deepcopy_memo(model: nn.Module) -> dict[int, object]:
+    """A memo for deepcopy that excludes the weights to be packed: packing already copies them."""
     sparse = _sparse_layers(model)
     stacks = [experts for layer in sparse for experts in (layer, layer.shared) if experts is not None]
     weights = [experts._parameters[name] for experts in stacks for name in MATRICES]
@@ -137,7 +137,7 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _dense_mlps(model: nn.Module) -> list[BlockMLP]:
-    """The MLPs of a model's blocks that are one module each, which ``dense_mlp`` computes."""
+    """The MLPs in the model's blocks that ``dense_mlp`` can compute: those that are a single module."""
     found = []
     for block in model.modules():
         try:
@@ -150,8 +150,8 @@ def _dense_mlps(model: nn.Module) -> list[BlockMLP]:
 
 
 def for_inference(model: nn.Module, precision: Precision = "fp32") -> nn.Module:
-    """The model itself, prepared (``clipup.accelerate``) where that is faster: on a CPU and outside of autocast, which
-    would cast weights that are packed already. In evaluation mode in any case."""
+    """Puts a model into evaluation mode and prepares it in place (``clipup.accelerate``) where that is faster: on the
+    CPU without autocast, which would have to cast packed weights."""
     model.eval()
     if next(model.parameters()).device.type != "cpu" or precision in ("amp", "amp_bf16"):
         return model

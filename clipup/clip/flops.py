@@ -1,7 +1,7 @@
 """FLOPs and parameter counts of CLIP models, dense and sparse.
 
-FLOPs are counted by torch's ``FlopCounterMode`` while a twin of the model on the meta device runs, one image and one
-text: one multiply-add is 2 FLOPs, and only matrix products, convolutions and attention count.
+FLOPs are counted by torch's ``FlopCounterMode`` while a copy of the model on the meta device encodes one image and one
+text. A multiply-add is 2 FLOPs; only matrix products, convolutions and attention are counted.
 """
 
 from __future__ import annotations
@@ -23,31 +23,33 @@ from .inputs import encoders, ignore_padding, image_dtype, image_size, text_leng
 
 
 class TowerCounts(NamedTuple):
-    """What a model costs for one image and one text."""
+    """FLOPs for one image and one text, and parameters."""
 
     image_gflops: float
     """10^9 FLOPs to encode one image."""
     text_gflops: float
-    """10^9 FLOPs to encode one text of full context length; 0 for a model that takes none."""
+    """10^9 FLOPs to encode one text of full context length; 0 for a model without a text tower."""
     params: int
-    """All parameters."""
+    """Number of all parameters."""
     active_params: int
-    """Parameters that one token meets: everything but the experts that it is not sent to."""
+    """Parameters that are active per token: all except those of the experts it is not routed to."""
 
 
 def count(model: nn.Module) -> TowerCounts:
-    """Counts an open_clip or timm model, dense or sparse, on any device; it is neither run nor changed. Nothing is
-    dropped. The decoder of a CoCa, which makes captions and no features, counts as parameters only.
+    """Counts the FLOPs and parameters of an open_clip or timm model, dense or sparse, on any device.
+
+    The model is neither run nor changed. FLOPs are those without token dropping. The decoder of a CoCa, which is not
+    used to compute features, counts in the parameters only.
 
     Raises:
-        ValueError: the model was prepared by ``clipup.accelerate``: packed weights are no parameters.
+        ValueError: the model was prepared by ``clipup.accelerate``; packed weights are not parameters.
     """
     checks.module("model", model)
     if any(isinstance(module, Prepared) for module in model.modules()):
-        raise ValueError("the model was prepared by clipup.accelerate; count the plain model, whose FLOPs are the same")
-    twin = meta_twin(model).eval()
-    ignore_padding(twin)
-    encode = encoders(twin)
+        raise ValueError("the model was prepared by clipup.accelerate; count the plain model, which has the same FLOPs")
+    meta = meta_copy(model).eval()
+    ignore_padding(meta)
+    encode = encoders(meta)
     images = torch.empty(1, 3, *image_size(model), dtype=image_dtype(model), device="meta")
     text_flops = 0
     if "text" in encode:
@@ -62,7 +64,7 @@ def count(model: nn.Module) -> TowerCounts:
 
 
 def count_active(model: nn.Module) -> int:
-    """Parameters that one token meets: of every sparse layer the router and K of its E experts, and all the rest."""
+    """Parameters that are active per token: in each sparse layer the router and K of E experts, and all others."""
     active = sum(parameter.numel() for parameter in model.parameters())
     for layer in moe_layers(model).values():
         experts = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
@@ -70,8 +72,8 @@ def count_active(model: nn.Module) -> int:
     return active
 
 
-def meta_twin(model: nn.Module) -> nn.Module:
-    """A frozen copy of the model on the meta device, which costs no memory."""
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, without memory for its weights and without gradients."""
     memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -88,7 +90,7 @@ def _flops(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int:
 
 @contextmanager
 def countable_attention() -> Iterator[None]:
-    """Attention as matrix products that the counter sees: no fast path in ``nn.MultiheadAttention``, math backend."""
+    """Runs attention as matrix products that FlopCounterMode sees: math backend, no fast path of MultiheadAttention."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""What a model takes: image sizes, text lengths, and random inputs to try it with."""
+"""The inputs of a model: encoders, image size and dtype, text length, vocabulary size, and random inputs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .towers import is_timm
 
 
 def encoders(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What turns images into features [B, ...], called "image", and for texts, where there is a tower, "text"."""
+    """The functions that compute features [B, ...]: "image", and "text" if the model has a text tower."""
     return {"image": model} if is_timm(model) else {"image": model.encode_image, "text": model.encode_text}
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width in pixels that the image tower takes."""
+    """Height and width in pixels of the image tower's input."""
     if is_timm(model):
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
         return tuple(size or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:])
@@ -27,33 +27,33 @@ def image_size(model: nn.Module) -> tuple[int, int]:
 
 
 def image_dtype(model: nn.Module) -> torch.dtype:
-    """The type that the image tower takes: that of its first convolution, else of its first parameter."""
+    """The dtype of the image tower's input: that of its first convolution, otherwise of its first parameter."""
     tower = getattr(model, "visual", model)
     convolutions = (module.weight for module in tower.modules() if isinstance(module, nn.Conv2d))
     return next(convolutions, next(tower.parameters())).dtype
 
 
 def text_length(model: nn.Module) -> int:
-    """Tokens in a text of full length; for Hugging Face towers, which may set no bound, what open_clip's tokenizers cut
-    a text to."""
+    """Tokens per text of full length. For Hugging Face towers, which may have no limit, it is the length to which
+    open_clip's tokenizers truncate."""
     if isinstance(getattr(model, "text", None), HFTextEncoder):
         return open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH
     return model.context_length
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """Token ids that the text tower knows."""
+    """Number of token ids of the text tower."""
     return getattr(model, "text", model).vocab_size
 
 
 def image_normalization(model: nn.Module) -> tuple[tuple[float, ...], ...] | None:
-    """Mean and standard deviation by which images are normalised; None where open_clip has not noted them."""
-    noted = [getattr(getattr(model, "visual", None), name, None) for name in ("image_mean", "image_std")]
-    return None if None in noted else tuple(map(tuple, noted))
+    """Mean and standard deviation that images are normalised with; None if open_clip did not record them."""
+    recorded = [getattr(getattr(model, "visual", None), name, None) for name in ("image_mean", "image_std")]
+    return None if None in recorded else tuple(map(tuple, recorded))
 
 
 def ignore_padding(model: nn.Module) -> None:
-    """Keeps the mask of padding from a Hugging Face text tower, which looks into it: on the meta device it cannot."""
+    """Removes the padding mask of a Hugging Face text tower, which reads its values: meta tensors have none."""
     text = getattr(model, "text", None)
     if isinstance(text, HFTextEncoder):
         text.transformer.register_forward_pre_hook(
@@ -62,9 +62,11 @@ def ignore_padding(model: nn.Module) -> None:
 
 
 def random_inputs(model: nn.Module, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Noise images [B, 3, height, width] and texts [B, length] of random tokens, each with an end-of-text token at a
-    random place and padding behind it; None for texts where the model takes none. On the CPU, the same for the same
-    seed."""
+    """Random images [B, 3, height, width] and texts [B, length] on the CPU, deterministic for a seed.
+
+    Each text has an end-of-text token at a random position, followed by padding. Texts are None for a model without a
+    text tower.
+    """
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch_size, 3, *image_size(model), generator=generator).to(image_dtype(model))
     if "text" not in encoders(model):

@@ -1,14 +1,14 @@
-"""Padding-aware text towers: the tokens behind a text's end stay out of the sparse layers, and are not computed.
+"""Padding-aware text towers: tokens after the end of a text are excluded from the sparse layers.
 
-A causal text tower that pools at end-of-text never lets a token behind it reach the features. ``leave_padding_out``
-makes such a tower hand its sparse layers a mask of the tokens that take part, those up to the pooled one. On the CPU,
-where lengths are known without waiting, all blocks, dense ones too, stop at the end of the batch's longest text.
+In a causal text tower that pools at end-of-text, no token after it affects the features. ``make_padding_aware`` makes
+such a tower pass a mask to its sparse layers: True for the tokens up to the pooled one. On the CPU, where text lengths
+are known without synchronization, all blocks (also dense ones) compute only up to the end of the longest text.
 
-To that end the modules on the way change their classes, from open_clip's to subclasses of them here, whose forwards
-take the mask as an argument: tower -> transformer -> block -> layer. No module keeps it, so it cannot be another
-forward's.
+The tower, its transformer and its sparse blocks change their classes from open_clip's to the subclasses in this module,
+whose forwards take the mask as an argument: tower -> transformer -> block -> layer. No module stores the mask, so
+concurrent forwards cannot mix them up.
 
-Axis legend: ``B`` texts, ``L`` tokens a text, ``D`` model width.
+Axis legend: ``B`` texts, ``L`` tokens per text, ``D`` model width.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from ..moe.layer import SparseMoE
 _END_OF_TEXT_POOLS = ("argmax", "eos")
 
 
-def leave_padding_out(model: nn.Module) -> bool:
-    """Makes the text tower of a model, sparse or dense, padding-aware, if it is one where that changes no feature.
+def make_padding_aware(model: nn.Module) -> bool:
+    """Makes the text tower of a sparse or dense model padding-aware, if that does not change its features.
 
-    Parameters, state dict and, without dropping, features stay. ``MoEConfig.padding_aware`` of each sparse layer says
-    at every forward whether that layer leaves the padding out; where one does not, no text is cut.
+    Parameters and state dict are unchanged; so are the features, unless tokens are dropped. At every forward,
+    ``MoEConfig.padding_aware`` of each sparse layer decides whether it excludes the padding; if one layer does not,
+    texts are not truncated.
 
     Returns:
-        False, and the model as it was, for a tower that is not causal, does not pool at end-of-text, returns the
-        features of its tokens, or has a part that is not exactly of one of open_clip's own classes.
+        False if the model was left unchanged, because its text tower is not causal, does not pool at end-of-text,
+        returns token features, or contains a module that is not exactly of one of open_clip's classes.
     """
     tower = model if type(model) is open_clip.CLIP else getattr(model, "text", None)
     if type(tower) not in _TOWERS or type(tower.transformer) is not Transformer or not tower.transformer.batch_first:
@@ -58,9 +59,9 @@ def leave_padding_out(model: nn.Module) -> bool:
 
 
 def tokens_up_to_pooled(texts: Tensor, pool_type: str, eos_id: int | None) -> Tensor:
-    """[B, L] bool: the positions up to the one that open_clip's pooling takes, which it is asked for itself.
+    """[B, L] bool, True up to the position that open_clip's pooling selects for texts [B, L] of token ids.
 
-    texts: [B, L] token ids.
+    The position comes from open_clip's own pooling, applied to the positions.
     """
     positions = torch.arange(texts.shape[1], device=texts.device)
     pooled = text_global_pool(positions.expand(texts.shape), texts, pool_type, eos_token_id=eos_id)
@@ -68,7 +69,7 @@ def tokens_up_to_pooled(texts: Tensor, pool_type: str, eos_id: int | None) -> Te
 
 
 class PaddingAwareBlock(ResidualAttentionBlock):
-    """A block of which the sparse layer takes ``token_mask`` [B, L] bool, True for tokens that take part."""
+    """A block that passes ``token_mask`` [B, L] to its sparse layer: bool, True for tokens that are not masked."""
 
     def forward(
         self,
@@ -78,24 +79,24 @@ class PaddingAwareBlock(ResidualAttentionBlock):
         attn_mask: Tensor | None = None,
         token_mask: Tensor | None = None,
     ) -> Tensor:
-        if not _wanted(self.mlp, token_mask):
+        if not _takes_mask(self.mlp, token_mask):
             return super().forward(q_x, k_x, v_x, attn_mask)
         x = q_x + self.ls_1(self.attention(self.ln_1(q_x), attn_mask=attn_mask))
         return x + self.ls_2(self.mlp(self.ln_2(x), token_mask))
 
 
 class PaddingAwareCustomBlock(CustomResidualAttentionBlock):
-    """As ``PaddingAwareBlock``."""
+    """``PaddingAwareBlock`` for open_clip's custom block."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
-        if not _wanted(self.mlp, token_mask):
+        if not _takes_mask(self.mlp, token_mask):
             return super().forward(x, attn_mask)
         x = x + self.ls_1(self.ln_attn(self.attn(self.ln_1(x), attn_mask=attn_mask)))
         return x + self.ls_2(self.mlp(self.ln_2(x), token_mask))
 
 
 class PaddingAwareTransformer(Transformer):
-    """Hands ``token_mask`` [B, L] to the blocks that take it. Checkpointing keeps it with a block's other arguments."""
+    """Passes ``token_mask`` [B, L] to the padding-aware blocks, also under activation checkpointing."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
         if token_mask is None:
@@ -112,7 +113,7 @@ class PaddingAwareTransformer(Transformer):
 
 
 class PaddingAwareCLIP(open_clip.CLIP):
-    """open_clip's CLIP, whose text tower is the model itself."""
+    """open_clip's CLIP, in which the model itself is the text tower."""
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """text: [B, L] token ids -> features [B, embed_dim]."""
@@ -145,9 +146,9 @@ _BLOCKS = {
 def _encode(
     tower: nn.Module, x: Tensor, texts: Tensor, attn_mask: Tensor, pool_type: str, eos_id: int | None
 ) -> Tensor:
-    """Embedded tokens x [B, L, D] of texts [B, L] -> features [B, embed_dim], as both towers of open_clip have it."""
+    """Embedded tokens x [B, L, D] of texts [B, L] -> features [B, embed_dim], as in both of open_clip's towers."""
     token_mask = tokens_up_to_pooled(texts, pool_type, eos_id)
-    if _cuts_texts(tower, x):
+    if _can_truncate(tower, x):
         longest = int(token_mask.sum(1).max())
         x, texts, token_mask = x[:, :longest], texts[:, :longest], token_mask[:, :longest]
         attn_mask = attn_mask[:longest, :longest]
@@ -159,23 +160,26 @@ def _encode(
     return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
 
 
-def _cuts_texts(tower: nn.Module, x: Tensor) -> bool:
-    """Whether the blocks compute no more tokens than the batch's longest text has. Not where its length would have to
-    be waited for (other devices) or would be taken for every batch's (compilation, export, tracing: there even asking
-    for the number of texts fixes it), nor where a sparse layer wants the padding."""
+def _can_truncate(tower: nn.Module, x: Tensor) -> bool:
+    """Whether texts can be truncated to the longest one in the batch.
+
+    Not on other devices, where reading the length would synchronize; not under compilation, export or tracing, where
+    the length would become a constant (even reading the batch size would fix it); and not if a sparse layer routes
+    padding.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu" or len(x) == 0:
         return False
     layers = (block.mlp for block in tower.transformer.resblocks)
     return all(layer.config.padding_aware for layer in layers if isinstance(layer, SparseMoE))
 
 
-def _wanted(layer: nn.Module, token_mask: Tensor | None) -> bool:
+def _takes_mask(layer: nn.Module, token_mask: Tensor | None) -> bool:
     return token_mask is not None and isinstance(layer, SparseMoE) and layer.config.padding_aware
 
 
 def _returns_end_of_text(tower: nn.Module) -> bool:
-    """Whether the features of the end-of-text token, seen causally, are all that the tower returns. Asked at every
-    forward too: these are attributes that can be assigned."""
+    """Whether the tower is causal and returns only the features of the end-of-text token. Checked at every forward,
+    because these attributes can be reassigned."""
     if tower.attn_mask is None:
         return False
     if isinstance(tower, open_clip.CLIP):
@@ -184,6 +188,6 @@ def _returns_end_of_text(tower: nn.Module) -> bool:
 
 
 def _is_causal(attn_mask: Tensor) -> bool:
-    """Whether an additive mask [L, L] lets no token see a later one; on the meta device it is taken for open_clip's."""
+    """Whether an additive mask [L, L] hides all later tokens. Meta tensors are assumed to be open_clip's mask."""
     earlier = torch.ones_like(attn_mask, dtype=torch.bool).tril()
     return attn_mask.is_meta or bool((attn_mask.isneginf() | earlier).all())

@@ -1,4 +1,4 @@
-"""Where the transformer blocks of a model's towers are: open_clip's CLIPs and CoCas, and timm models by themselves."""
+"""Finds the towers of a model and their transformer blocks, for open_clip's CLIP and CoCa and for timm models."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _HUGGING_FACE_LISTS = ("encoder.layer", "block", "layers")
 
 
 def towers(model: nn.Module) -> tuple[str, ...]:
-    """The towers that a model has: image and text of a CLIP, also decoder of a CoCa; image of a timm model.
+    """The names of a model's towers: "image" and "text" of a CLIP, also "decoder" of a CoCa; "image" of a timm model.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: not a CLIP, CoCa or timm model.
     """
     if isinstance(model, CoCa):
         return ("image", "text", "decoder")
@@ -28,27 +28,27 @@ def towers(model: nn.Module) -> tuple[str, ...]:
         return ("image", "text")
     if is_timm(model):
         return ("image",)
-    inner = ", the model inside a wrapper" if hasattr(model, "module") or hasattr(model, "_orig_mod") else ""
+    unwrap = ", without a wrapper" if hasattr(model, "module") or hasattr(model, "_orig_mod") else ""
     raise TypeError(
-        f"expected open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model{inner}, got {type(model).__name__}"
+        f"expected open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model{unwrap}, got {type(model).__name__}"
     )
 
 
 def is_timm(model: nn.Module) -> bool:
-    """Whether a model is timm's own, outside of open_clip."""
+    """Whether a model is a plain timm model, not part of an open_clip model."""
     return type(model).__module__.startswith("timm.models.")
 
 
 def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
-    """The blocks of a tower ("image", "text" or "decoder") by their full names, in the order in which they run.
+    """The blocks of a tower ("image", "text" or "decoder") by full name, in execution order.
 
-    A decoder's layer is two blocks, the second with cross-attention.
+    A decoder layer is two blocks, the second with cross-attention.
 
     Raises:
-        TypeError: the model is no CLIP, CoCa or timm model, lacks the tower, or the tower has no list of blocks.
+        TypeError: not a CLIP, CoCa or timm model, no such tower, or the tower has no list of blocks.
     """
     if tower not in towers(model):
-        raise TypeError(f"a {type(model).__name__} has no {tower} tower; towers={towers(model)} are those that it has")
+        raise TypeError(f"a {type(model).__name__} has no {tower} tower; it has towers={towers(model)}")
     path, module = tower_module(model, tower)
     if isinstance(module, HFTextEncoder):
         path, module, names = f"{path}.transformer", module.transformer, _HUGGING_FACE_LISTS
@@ -66,7 +66,7 @@ def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
 
 
 def tower_module(model: nn.Module, tower: str) -> tuple[str, nn.Module]:
-    """A tower's full name and module; both are the model's where the tower is the model itself."""
+    """A tower's full name and module. If the model itself is the tower: an empty name and the model."""
     if is_timm(model):
         return "", model
     name = {"image": "visual", "text": "text", "decoder": "text_decoder"}[tower]
@@ -74,13 +74,13 @@ def tower_module(model: nn.Module, tower: str) -> tuple[str, nn.Module]:
 
 
 def leave_dense(tower: str) -> str:
-    """The option that leaves a tower dense, as advice."""
+    """Advice for error messages: the option that leaves a tower dense."""
     other = "text" if tower == "image" else "image"
     return f'towers=("{other}",) leaves the {tower} tower dense'
 
 
 def _trunk(path: str, module: nn.Module) -> tuple[str, nn.Module]:
-    """The module inside a tower that holds its blocks."""
+    """Full name and module of the part of a tower that contains its blocks."""
     if isinstance(module, TimmModel):
         return f"{path}.trunk", module.trunk
     if isinstance(module, VisionTransformer | TextTransformer | open_clip.CLIP):
@@ -89,7 +89,7 @@ def _trunk(path: str, module: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _blocks(module: nn.Module, name: str) -> dict[str, nn.Module]:
-    """What a list of blocks called ``name`` holds, by names; of a list of stages the blocks in each."""
+    """The blocks in the list ``name`` of a module, by name. If it is a list of stages, the blocks of each stage."""
     try:
         listed = module.get_submodule(name)
     except AttributeError:

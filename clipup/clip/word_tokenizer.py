@@ -1,9 +1,8 @@
-"""A tokenizer for short captions of few words: every word of a fixed vocabulary is one token.
+"""A word-level tokenizer for short captions: each word of a fixed vocabulary is one token.
 
-The vocabulary is a text file with one word a line. A model asks for it in its config, where open_clip names the
-tokenizers of Hugging Face: ``"text_cfg": {"hf_tokenizer_name": "words:icons", ...}``. ``clipup.get_tokenizer`` reads
-the file from the model's directory (``vocabulary.txt``, which ``save_pretrained`` puts there), else out of this package
-(``vocabularies/icons.txt``).
+The vocabulary is a text file with one word per line. A model config names it in the field for Hugging Face tokenizers:
+``"text_cfg": {"hf_tokenizer_name": "words:icons", ...}``. ``clipup.get_tokenizer`` reads the file from the model's
+directory (``vocabulary.txt``, written by ``save_pretrained``), else from this package (``vocabularies/icons.txt``).
 """
 
 from __future__ import annotations
@@ -17,32 +16,32 @@ import torch
 from torch import Tensor
 
 PREFIX = "words:"
-"""What the name of a vocabulary begins with in a model's config."""
+"""Prefix of a vocabulary's name in a model config."""
 FILE_NAME = "vocabulary.txt"
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _PADDING, _START, _UNKNOWN = range(3)
-_SPECIAL = 4  # padding, start, unknown; and the end of the text behind all words
+_SPECIAL = 4  # padding, start, unknown; and end of text, whose id follows those of all words
 
 
 class WordTokenizer:
-    """Texts to token ids, as open_clip's tokenizers: start of text, words, end of text, padding (0).
+    """Converts texts to token ids like open_clip's tokenizers: start of text, words, end of text, padding (0).
 
-    The end of the text has the largest id, since open_clip's text tower pools at the largest. Words outside of the
-    vocabulary share one id. What is longer than the context loses its last words, not its end.
+    End of text has the largest id, because open_clip's text tower pools at the largest id. Words outside the vocabulary
+    share one id. Longer texts are truncated, but keep their end-of-text token.
     """
 
     def __init__(self, words: Sequence[str], context_length: int) -> None:
         """
         Raises:
-            ValueError: a word that is empty, no single lower-case word, or there twice; less than 3 tokens of context.
+            ValueError: a word is not a single lower-case word or is duplicated, or ``context_length`` is below 3.
         """
         for word in words:
             if split_words(word) != [word]:
-                raise ValueError(f"words: {word!r} is no single word of lower-case letters and digits")
+                raise ValueError(f"words: {word!r} is not a single word of lower-case letters and digits")
         if len(set(words)) < len(words):
-            twice = Counter(words).most_common(1)[0][0]
-            raise ValueError(f"words: {twice!r} is there more than once")
+            duplicate = Counter(words).most_common(1)[0][0]
+            raise ValueError(f"words: {duplicate!r} is duplicated")
         if context_length < 3:
             raise ValueError(f"context_length: got {context_length}, expected at least 3 (start, a word, end)")
         self.words = tuple(words)
@@ -62,59 +61,59 @@ class WordTokenizer:
         return tokens
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The words of one text's ids; "?" for a word that was not known."""
+        """The words of one text's token ids, "?" for unknown words."""
         found = [int(token) - _UNKNOWN for token in tokens if _UNKNOWN <= int(token) < self.end_of_text]
         return " ".join(self.words[row - 1] if row else "?" for row in found)
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text: runs of letters and digits, in lower case."""
+    """The words of a text: sequences of letters and digits, in lower case."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def count_vocabulary(captions: Iterable[str], at_least: int) -> list[str]:
-    """Words of captions that occur `at_least` times, the most frequent first, equally frequent ones by the alphabet."""
+    """The words that occur at least ``at_least`` times in captions, by decreasing frequency, then alphabetically."""
     counts = Counter(word for caption in captions for word in split_words(caption))
     frequent = [word for word, count in counts.items() if count >= at_least]
     return sorted(frequent, key=lambda word: (-counts[word], word))
 
 
 def read_vocabulary(name: str, directory: Path | None = None) -> list[str]:
-    """The words of a vocabulary by the name in a config ("words:icons"), from a model's directory or this package.
+    """The words of the vocabulary that a config names ("words:icons"), from a model's directory or this package.
 
     Raises:
-        FileNotFoundError: neither has it.
-        ValueError: the name is a path, or the file is not UTF-8 text.
+        FileNotFoundError: found in neither.
+        ValueError: the name is not valid (it could be a path), or the file is not UTF-8 text.
     """
     return _text(_file(name, directory)).split()
 
 
-def is_asked_for(text_cfg: dict) -> bool:
-    """Whether a model's ``text_cfg`` names a vocabulary of words as its tokenizer."""
+def uses_words(text_cfg: dict) -> bool:
+    """Whether a model's ``text_cfg`` names a word vocabulary as its tokenizer."""
     name = text_cfg.get("hf_tokenizer_name")
     return isinstance(name, str) and name.startswith(PREFIX)
 
 
-def of_config(text_cfg: dict, directory: Path | None = None, context_length: int | None = None) -> WordTokenizer:
-    """The tokenizer that a model's ``text_cfg`` asks for.
+def from_config(text_cfg: dict, directory: Path | None = None, context_length: int | None = None) -> WordTokenizer:
+    """The tokenizer for a model's ``text_cfg``.
 
     Raises:
         FileNotFoundError: its vocabulary is missing.
-        ValueError: the vocabulary is of another size than the model's.
+        ValueError: the vocabulary does not have the model's vocabulary size.
     """
     words = read_vocabulary(text_cfg["hf_tokenizer_name"], directory)
     tokenizer = WordTokenizer(words, context_length or text_cfg["context_length"])
     if tokenizer.vocab_size != text_cfg["vocab_size"]:
         raise ValueError(
-            f"the vocabulary {text_cfg['hf_tokenizer_name']} makes {tokenizer.vocab_size} tokens, but the model has "
-            f"{text_cfg['vocab_size']} (vocab_size): put back the vocabulary that it was trained with"
+            f"the vocabulary {text_cfg['hf_tokenizer_name']} has {tokenizer.vocab_size} tokens, but the model has "
+            f"vocab_size={text_cfg['vocab_size']}; restore the vocabulary that it was trained with"
         )
     return tokenizer
 
 
 def vocabulary_text(text_cfg: dict) -> str | None:
-    """The file that belongs into the directory of a model with this config; None for other tokenizers."""
-    return _text(_file(text_cfg["hf_tokenizer_name"], None)) if is_asked_for(text_cfg) else None
+    """The content of the vocabulary file of a model with this config; None for other tokenizers."""
+    return _text(_file(text_cfg["hf_tokenizer_name"], None)) if uses_words(text_cfg) else None
 
 
 def _text(path: Path) -> str:
@@ -128,15 +127,15 @@ def _file(name: str, directory: Path | None) -> Path:
     bare = name.removeprefix(PREFIX)
     if not _NAME.fullmatch(bare):
         raise ValueError(
-            f"hf_tokenizer_name: {name!r} names no vocabulary, expected {PREFIX} and letters, digits, - and _: a "
-            "config must not lead to other files"
+            f"hf_tokenizer_name: {name!r} is not a vocabulary name, expected {PREFIX} followed by letters, digits, "
+            "- or _ (a config must not refer to other files)"
         )
     shipped = _VOCABULARIES / f"{bare}.txt"
-    beside = [] if directory is None else [directory / FILE_NAME]
-    for path in (*beside, shipped):
+    candidates = [shipped] if directory is None else [directory / FILE_NAME, shipped]
+    for path in candidates:
         if path.is_file():
             return path
-    looked = " nor ".join(str(path) for path in (*beside, shipped))
     raise FileNotFoundError(
-        f"the vocabulary {name} is neither {looked}: install the version of clipup that the model was made with"
+        f"the vocabulary {name} was not found as {' or '.join(map(str, candidates))}; install the clipup "
+        "version that the model was made with"
     )

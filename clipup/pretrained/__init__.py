@@ -1,4 +1,4 @@
-"""Models from and to disk and the Hugging Face hub: creating, loading and saving them, with their tokenizers and cards.
+"""Creates, loads and saves models, tokenizers and model cards, on disk and from the Hugging Face hub.
 
-Nothing in a file that is read is executed.
+Reading a file never executes code in it.
 """

@@ -1,4 +1,4 @@
-"""Models and tokenizers of open_clip, how they are created, and what they take."""
+"""Creates open_clip models, dense and sparse, and loads weights into them."""
 
 from __future__ import annotations
 
@@ -19,45 +19,44 @@ from .. import checks
 from ..moe.config import MoEConfig
 from ..upcycling.upcycle import upcycle
 from . import hub, model_directory
-from .model_names import LOCAL_PREFIX, check_known, directory_of, reaching_hub
+from .model_names import LOCAL_PREFIX, check_known, directory_of, hub_access
 from .state_dicts import Weights, check_fit, check_types, read_weights
 from .structure import assign_weights, drop_parameters, without_random_numbers
 
-open_clip.add_model_config(Path(__file__).parent / "model_configs")  # ours, known by name as open_clip's own are
+open_clip.add_model_config(Path(__file__).parent / "model_configs")  # clipup's models, by name
 
-
-_NUMPY = (".npz", ".npy")  # big_vision's weights, which open_clip reads
+_NUMPY = (".npz", ".npy")  # weights of big_vision, which open_clip reads
 _POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 
 
 def create_model_and_transforms(
     model_name: str, pretrained: str | None = None, *, moe_cfg: MoEConfig | None = None, **kwargs: Any
 ) -> tuple[nn.Module, Any, Any]:
-    """open_clip's function of the same name, which also loads sparse models: what ``clipup.save_pretrained`` wrote,
+    """open_clip's function of the same name, which also loads sparse models: those saved by ``clipup.save_pretrained``,
     from a directory or the hub, and training checkpoints.
 
-    The model is in evaluation mode, where no token is dropped: call ``model.train()`` before training it.
+    The model is in evaluation mode, in which no tokens are dropped: call ``model.train()`` before training it.
 
     Args:
-        model_name: a name that open_clip knows, a directory with an ``open_clip_config.json`` (``"DIR"`` or
-            ``"local-dir:DIR"``), or ``"hf-hub:ORG/NAME"``. A bare word that open_clip knows means open_clip's model.
-        pretrained: a tag or file for a model known by name: safetensors, a state dict, or a checkpoint of open_clip's
-            trainer or ours. A directory brings its own weights.
-        moe_cfg: the sparse layers of a sparse ``pretrained`` file that does not name them itself.
-        kwargs: as in open_clip, device, precision, load_weights and force_image_size among them.
+        model_name: an open_clip model name, a directory with an ``open_clip_config.json`` (``"DIR"`` or
+            ``"local-dir:DIR"``), or ``"hf-hub:ORG/NAME"``. Model names take precedence over directories.
+        pretrained: a tag or file, for an open_clip model name: safetensors, a state dict, or a checkpoint of
+            open_clip's or clipup's trainer. A directory has its own weights.
+        moe_cfg: the config of the sparse layers, if ``pretrained`` is a file with sparse layers but without a config.
+        kwargs: passed to open_clip, such as device, precision, load_weights and force_image_size.
 
     Returns:
-        model, preprocess_train, preprocess_val; a sparse model carries its ``moe_config``.
+        model, preprocess_train, preprocess_val. A sparse model has its config as ``moe_config``.
 
     Raises:
-        ValueError: an unknown name or tag, weights that do not fit the model, or a file that holds more than weights.
-        FileNotFoundError: a directory without config or weights; weights that are not on this machine, without a
-            network.
+        ValueError: an unknown name or tag, weights that do not fit the model, or a file with more than weights.
+        FileNotFoundError: the directory lacks its config or weights, or the weights are not cached and cannot be
+            downloaded.
         ImportError: a package that the text tower needs is not installed.
     """
     if not kwargs.get("weights_only", True):
-        raise ValueError("weights_only=False would run code that a file brings; save its state dict alone instead")
-    with reaching_hub(model_name, pretrained, "hf_model_name", kwargs.get("cache_dir")):
+        raise ValueError("weights_only=False would run code in the file; save its state dict alone instead")
+    with hub_access(model_name, pretrained, "hf_model_name", kwargs.get("cache_dir")):
         model, *transforms = _create(model_name, pretrained, moe_cfg, kwargs)
     return model.eval(), *transforms
 
@@ -70,7 +69,7 @@ def _create(
     if directory is not None:
         if pretrained:
             raise ValueError(
-                f"pretrained={pretrained!r} has no meaning with the directory {directory}, which has weights"
+                f"pretrained={pretrained!r} cannot be used with the directory {directory}, which has its own weights"
             )
         found = model_directory.read_moe_config(directory)
         model_name = f"{LOCAL_PREFIX}{directory}"
@@ -83,12 +82,12 @@ def _create(
         found = _config_of_file(file, pretrained, moe_cfg)
         weights = file.state_dict if found is not None and load_weights else None
         types = file.types if file is not None and load_weights else {}
-        del file  # open_clip reads a dense one again
+        del file  # open_clip reads dense weights itself
         described_by = f"{model_name} with its moe_cfg"
     if moe_cfg is not None and found != moe_cfg:
         raise ValueError(
-            "moe_cfg has no meaning here: it says what a sparse file of weights does not say itself. To make a dense "
-            "model sparse use clipup.upcycle"
+            "moe_cfg does not apply here: it is only for files with sparse weights but without their config. To make a "
+            "dense model sparse, use clipup.upcycle"
         )
     if found is None:
         with _clear_errors(model_name):
@@ -98,8 +97,8 @@ def _create(
     if kwargs.get("jit"):
         raise ValueError("jit=True is not supported for sparse models; use torch.compile")
     dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
-    structure_alone = nullcontext() if weights is None else without_random_numbers()
-    with _clear_errors(model_name), expecting_random_weights(), structure_alone:
+    initialization = nullcontext() if weights is None else without_random_numbers()
+    with _clear_errors(model_name), expecting_random_weights(), initialization:
         model, *transforms = open_clip.create_model_and_transforms(model_name, **dense_kwargs)
     if weights is None:
         return upcycle(model, found, inplace=True), *transforms
@@ -111,14 +110,14 @@ def _create(
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Loads weights into a model that has their architecture, dense or sparse; position embeddings are resized.
+    """Loads weights into a dense or sparse model of the same architecture. Position embeddings are resized.
 
     Args:
-        path: safetensors, a state dict, or a checkpoint of open_clip's trainer or ours, with or without "module."
-            prefixes. Nothing in it is executed.
+        path: safetensors, a state dict, or a checkpoint of open_clip's or clipup's trainer, with or without "module."
+            prefixes. No code in it is executed.
 
     Raises:
-        ValueError: they do not fit, or the file holds more than weights; the model is as it was.
+        ValueError: the weights do not fit, or the file contains more than weights. The model is unchanged.
     """
     checks.module("model", model)
     weights = read_weights(path).state_dict
@@ -126,7 +125,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str, described_by: str) -> dict[str, Tensor]:
-    """The weights, their position embeddings resized to the model's; refuses those that do not fit."""
+    """The weights, with position embeddings resized for the model. Raises ``ValueError`` if they do not fit."""
     check_fit(model, weights, source, _POSITION_EMBEDDINGS, described_by=described_by)
     weights = dict(weights)
     resize_pos_embed(weights, model)
@@ -136,7 +135,7 @@ def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str, describe
 
 
 def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:
-    """Where a sparse model of the hub lies on this machine; None for everything else, which open_clip loads."""
+    """The local directory of a sparse model on the hub; None for everything else, which open_clip loads."""
     if not model_name.startswith(hub.HUB_PREFIX):
         return None
     directory = hub.cached(model_name, model_directory.CONFIG_NAME, cache_dir=cache_dir)
@@ -147,9 +146,9 @@ def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -
 
 
 def _file_of_weights(model_name: str, pretrained: str | None) -> Weights | None:
-    """The file of weights that ``pretrained`` means, None where it is none or one of numpy's.
+    """The weights in the file ``pretrained``; None if it is not a file, or a NumPy file.
 
-    open_clip loads a dense one. It is read here too, so that whatever it brings beside weights is refused by name.
+    Dense files are loaded by open_clip, but read here as well, to refuse code in them with a clear error.
     """
     is_tag = bool(pretrained) and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
     if not pretrained or is_tag or Path(pretrained).suffix in _NUMPY:
@@ -162,41 +161,40 @@ def _config_of_file(file: Weights | None, path: str | None, given: MoEConfig | N
         return None
     if file.moe_config is None and given is None:
         raise ValueError(
-            f"{path} has sparse layers but does not say how they were made; pass moe_cfg, the MoEConfig that they were "
-            "upcycled with"
+            f"{path} has sparse layers but no config of them; pass moe_cfg, the MoEConfig that they were upcycled with"
         )
     return file.moe_config or given
 
 
 def create_on_meta(model_name: str) -> nn.Module:
-    """A model that open_clip knows, or a directory's, on the meta device: shapes without weights, in no memory."""
+    """The model of an open_clip name or a directory on the meta device: shapes without weights or memory for them."""
     with torch.device("meta"), expecting_random_weights():
         return create_model_and_transforms(model_name, device="meta", load_weights=False, pretrained_text=False)[0]
 
 
 @contextmanager
 def _clear_errors(model_name: str) -> Iterator[None]:
-    """Turns what open_clip raises about names, files and downloads (RuntimeError, AssertionError about widths,
-    SafetensorError, and UnpicklingError about files that bring code) into a ValueError of one line."""
+    """Converts open_clip's errors into one-line ValueErrors: RuntimeError about names, files and downloads,
+    AssertionError about widths, SafetensorError, and UnpicklingError about files that contain code."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"the weights of {model_name} hold more than tensors and plain values, which only running their code could "
-            "load; nothing of it was run. Get them as safetensors"
+            f"the weights of {model_name} contain more than tensors and plain values, and loading them would run code; "
+            "nothing was run. Get them as safetensors"
         ) from error
     except safetensors.SafetensorError as error:
-        raise ValueError(f"the weights of {model_name} cannot be read, the file is broken: {error}") from error
+        raise ValueError(f"the weights of {model_name} cannot be read, the file is damaged: {error}") from error
     except (RuntimeError, AssertionError) as error:
         lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
         misfit = isinstance(error, AssertionError) or "state_dict" in str(error)
-        hint = "; the weights are of another model or config" if misfit else ""
+        hint = "; the weights belong to another model or config" if misfit else ""
         raise ValueError(f"open_clip could not create {model_name}: {' '.join(lines[:4])}{more}{hint}") from error
 
 
 def expecting_random_weights() -> AbstractContextManager[None]:
-    """Silences open_clip's warning that a model has random weights, where that is intended."""
-    return hub.without_log_lines("No pretrained weights loaded")
+    """Suppresses open_clip's warning about random weights where they are intended."""
+    return hub.suppress_log_lines("No pretrained weights loaded")

@@ -1,4 +1,4 @@
-"""Files of models on the Hugging Face hub, by way of its cache on this machine."""
+"""Downloads files of models from the Hugging Face hub, through its local cache."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from huggingface_hub.utils import get_session
 from open_clip.pretrained import download_pretrained_from_hf
 
 HUB_PREFIX = "hf-hub:"
-_SECONDS_TO_ANSWER = 5
+_TIMEOUT = 5  # seconds
 
 
 def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
-    """The directory in the cache that holds these files of a model, all of one commit; downloads what is not there.
+    """The cache directory with these files of a model, all of one commit. Missing files are downloaded.
 
     Args:
         name: "hf-hub:ORG/NAME".
 
     Raises:
-        FileNotFoundError: the hub has no such model or file, or cannot be reached and the cache has none.
+        FileNotFoundError: the hub has no such model or file, or a file is not cached and the hub is unreachable.
     """
     directory, commit = None, None
     for file in files:
@@ -36,28 +36,29 @@ def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
 
 
 @contextmanager
-def cache_alone_if_unreachable(what: str, cache_dir: str | None = None) -> Iterator[None]:
-    """Inside, huggingface_hub reads its cache alone when the hub does not answer, and fails at once where that does not
-    do. By itself it retries every file for half a minute.
+def offline_if_unreachable(what: str, cache_dir: str | None = None) -> Iterator[None]:
+    """Switches huggingface_hub to offline mode if the hub does not respond: it uses its cache only and fails at once
+    for missing files, instead of retrying each file for half a minute.
 
     Args:
-        what: is loaded, for the message.
+        what: what is being loaded, for the error message.
 
     Raises:
-        FileNotFoundError: the hub does not answer, and the cache lacks a file.
+        FileNotFoundError: the hub does not respond, and a file is not cached.
     """
     reason = _why_unreachable()
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = reason is not None
     try:
-        with without_log_lines("Failed to download weights"):  # the error says so
+        with suppress_log_lines("Failed to download weights"):  # the error below says more
             yield
     except Exception as error:
         if reason is None or not _is_cache_miss(error):
             raise
         raise FileNotFoundError(
             f"{what} is not in the cache {cache_dir or constants.HF_HUB_CACHE} and cannot be downloaded: {reason}. "
-            "Download it where there is a network and give the file (pretrained) or the directory, or copy the cache. "
+            "Download it on a machine with network access and pass the file (pretrained) or the directory, or copy the "
+            f"cache. "
             f"Missing: {str(error).partition('. ')[0]}"
         ) from error
     finally:
@@ -65,8 +66,8 @@ def cache_alone_if_unreachable(what: str, cache_dir: str | None = None) -> Itera
 
 
 @contextmanager
-def without_log_lines(start: str) -> Iterator[None]:
-    """Silences records of the root logger, to which open_clip writes, that begin with these words."""
+def suppress_log_lines(start: str) -> Iterator[None]:
+    """Suppresses records of the root logger, which open_clip uses, that start with ``start``."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(start)
@@ -82,9 +83,9 @@ def _why_unreachable() -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
-        get_session().head(constants.ENDPOINT, timeout=_SECONDS_TO_ANSWER)
-    except Exception as error:  # of httpx or of requests, by the version of huggingface_hub
-        return f"{constants.ENDPOINT} does not answer ({error})"
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
+    except Exception as error:  # from httpx or requests, depending on the version of huggingface_hub
+        return f"{constants.ENDPOINT} does not respond ({error})"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of a model's directory, as the Hugging Face hub shows it."""
+"""Model cards: the README.md in a model directory, in the Hugging Face hub's format."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..moe.layer import moe_layers
 
 README = "README.md"
 _HEAD = "## Evaluation"
-_NOTHING = "Nothing was measured yet: `clipup eval DIR --dataset ... --root ... --card` writes its numbers here."
-_TABLE = ["| data | measure | % |", "|---|---|---|"]
+_NO_RESULTS = "Not evaluated yet: `clipup eval DIR --dataset ... --root ... --card` adds its results here."
+_TABLE = ["| data | metric | % |", "|---|---|---|"]
 _SPARSE = (
-    " whose MLPs in some blocks are sparse Mixtures of Experts behind a router, made from a dense model by upcycling "
+    " in which sparse Mixture-of-Experts layers replace the MLPs of some blocks, made from a dense model by upcycling "
     "([CLIP-UP](https://arxiv.org/abs/2502.00965))."
 )
 _ROW = re.compile(r"^\| (.+) \| (.+) \| ([\d.]+) \|$")
@@ -37,7 +37,7 @@ texts = tokenizer(["a red square", "a photo of a dog"])
 with torch.no_grad():
     image_features = model.encode_image(image, normalize=True)
     text_features = model.encode_text(texts, normalize=True)
-print(image_features @ text_features.T)  # cosines [images, texts]""".splitlines()
+print(image_features @ text_features.T)  # cosine similarities [images, texts]""".splitlines()
 _TIMM_USAGE = """\
 import clipup
 import timm
@@ -51,20 +51,20 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 image = transform(Image.new("RGB", (256, 256), "red")).unsqueeze(0)  # or Image.open(FILE)
 with torch.no_grad():
     print(model(image))""".splitlines()
-_WAYS = {"t2i": "text to image", "i2t": "image to text"}
+_DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
 
 
 def model_card(
     model: nn.Module, library: str, license: str = "other", base_model: str | None = None, extra: str | None = None
 ) -> str:
-    """A card in Markdown with the hub's metadata in front: what the model is made of and costs, and how to load it.
+    """A card in Markdown with the hub's metadata: the model's structure and cost, and how to load it.
 
     Args:
-        model: open_clip's or timm's, dense or sparse; its FLOPs are counted, it is not run.
+        model: an open_clip or timm model, dense or sparse. It is not run; its FLOPs are counted on a meta copy.
         library: "open_clip" or "timm".
-        license: the hub's name of a licence, such as mit or apache-2.0.
-        base_model: ORG/NAME on the hub of the model that this one was made from, where that is known.
-        extra: of clipup, which the model needs.
+        license: the hub's name of a license, such as mit or apache-2.0.
+        base_model: hub name ORG/NAME of the model that this one was made from, if known.
+        extra: the extra of clipup that the model needs.
     """
     layers = moe_layers(model)
     sparse = bool(layers)
@@ -85,46 +85,45 @@ def model_card(
         f"| parameters | {_millions(counts.params)} |",
     ]
     if sparse:
-        parts.append(f"| parameters active for a token | {_millions(counts.active_params)} |")
-    parts.append(f"| GFLOPs for an image | {counts.image_gflops:.3g} |")
+        parts.append(f"| active parameters per token | {_millions(counts.active_params)} |")
+    parts.append(f"| GFLOPs per image | {counts.image_gflops:.3g} |")
     if counts.text_gflops:
-        parts.append(f"| GFLOPs for a text of full length | {counts.text_gflops:.3g} |")
+        parts.append(f"| GFLOPs per text of full length | {counts.text_gflops:.3g} |")
     if sparse:
         parts += ["", "## Experts", "", *_experts(layers)]
     package = "clipup" if extra is None else f'"clipup[{extra}]"'
-    parts += ["", "## Use", "", "```bash", f"pip install {package}", "```", ""]
+    parts += ["", "## Usage", "", "```bash", f"pip install {package}", "```", ""]
     parts += ["```python", *(_CLIP_USAGE if is_clip else _TIMM_USAGE), "```"]
     if sparse:
-        parts += ["", f"The sparse layers are clipup's: {library} by itself does not load these weights."]
-    return "\n".join([*parts, "", _HEAD, "", _NOTHING, ""])
+        parts += ["", f"The sparse layers need clipup: {library} alone cannot load these weights."]
+    return "\n".join([*parts, "", _HEAD, "", _NO_RESULTS, ""])
 
 
 def add_results(directory: str | Path, results: dict[str, Any]) -> None:
-    """Writes what ``clipup eval`` measured into the directory's card; those of the same data and measure are replaced.
+    """Adds results of ``clipup eval`` to the directory's card. They replace those with the same data and metric.
 
     Args:
-        results: ``retrieval`` and ``zero_shot`` as the functions of those names return them; of which data: ``dataset``
-            and ``split``, or the paths ``val_data`` and ``images``; ``precision`` and ``multi_positive`` where they are
-            known.
+        results: ``retrieval`` and ``zero_shot`` as returned by the functions of these names; the data as ``dataset``
+            and ``split``, or as paths ``val_data`` and ``images``; optionally ``precision`` and ``multi_positive``.
 
     Raises:
         FileNotFoundError: the directory has no README.md.
     """
     path = Path(directory) / README
     if not path.is_file():
-        raise FileNotFoundError(f"card: there is no {README} in {directory}; clipup.save_pretrained writes one")
+        raise FileNotFoundError(f"card: no {README} in {directory}; clipup.save_pretrained writes one")
     before, _, section = path.read_text(encoding="utf-8").partition(f"{_HEAD}\n")
     lines = section.splitlines()
     end = next((index for index, line in enumerate(lines) if line.startswith("#")), len(lines))
     rows = {(row[1], row[2]): row[3] for row in map(_ROW.match, lines[:end]) if row}
     rows |= _rows(results)
-    table = [*_TABLE, *(f"| {data} | {measure} | {value} |" for (data, measure), value in rows.items())]
+    table = [*_TABLE, *(f"| {data} | {metric} | {value} |" for (data, metric), value in rows.items())]
     text = "\n".join([before.rstrip("\n"), "", _HEAD, "", *table, "", *lines[end:]]).rstrip("\n") + "\n"
     replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
 
 
 def base_model_in(directory: str | Path) -> str | None:
-    """The ``base_model`` that the directory's card names; None without one."""
+    """The ``base_model`` in the directory's card; None if there is none."""
     path = Path(directory) / README
     if not path.is_file():
         return None
@@ -133,13 +132,13 @@ def base_model_in(directory: str | Path) -> str | None:
 
 
 def _front_matter(license: str, base_model: str | None, task: str, tags: list[str]) -> list[str]:
-    made_from = [] if base_model is None else [f"{_BASE} {base_model}"]
+    base = [] if base_model is None else [f"{_BASE} {base_model}"]
     listed = ["tags:", *(f"- {tag}" for tag in tags)] if tags else []
     return [
         "---",
         f"license: {license}",
         "library_name: clipup",
-        *made_from,
+        *base,
         f"pipeline_tag: {task}",
         *listed,
         "---",
@@ -168,7 +167,7 @@ def _millions(count: int) -> str:
 
 
 def _data(results: dict[str, Any], argument: str) -> str:
-    """What was measured on: a benchmark's name and split, else the last parts of the path that an argument gave."""
+    """Name of the evaluation data: benchmark and split, or the last two parts of the path in ``argument``."""
     if "dataset" in results:
         name = f"{results['dataset']} {results.get('split', '')}".strip()
     else:
@@ -178,14 +177,14 @@ def _data(results: dict[str, Any], argument: str) -> str:
 
 
 def _rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
-    """(data, measure) to percent."""
+    """Percentages by (data, metric)."""
     rows = {}
     if "retrieval" in results:
         found = results["retrieval"]
         captions = "distinct captions" if results.get("multi_positive") else "captions"
         data = f"{_data(results, 'val_data')}: {found['gallery']:,} images, {found['captions']:,} {captions}"
-        for way, words in _WAYS.items():
-            rows |= {(data, f"{words} R@{k[1:]}"): f"{100 * value:.2f}" for k, value in found[way].items()}
+        for direction, label in _DIRECTIONS.items():
+            rows |= {(data, f"{label} R@{k[1:]}"): f"{100 * value:.2f}" for k, value in found[direction].items()}
     if "zero_shot" in results:
         found = results["zero_shot"]
         data = f"{_data(results, 'images')}: {found['images']:,} images, {found['classes']:,} classes"

@@ -1,4 +1,4 @@
-"""Reading a model directory: its config and its weights."""
+"""Reads the config and weights of a model directory (the format is described in ``saving``)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from ..moe.config import MoEConfig
 from .state_dicts import read_safetensors, types_in_safetensors
 
 CONFIG_NAME = "open_clip_config.json"
-
-
 WEIGHTS_NAME = "open_clip_model.safetensors"
-
-
 MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg")
 
 
@@ -25,19 +21,19 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """The directory's config file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not JSON, or has no whole ``model_cfg``.
+        FileNotFoundError: no such file.
+        ValueError: the file is not valid JSON, or its ``model_cfg`` is missing or incomplete.
     """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}; expected a directory that clipup or open_clip saved")
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}; expected a directory saved by clipup or open_clip")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
     if not isinstance(model_cfg, dict):
-        raise ValueError(f"{path} has no model_cfg, which describes the model")
+        raise ValueError(f"{path} has no model_cfg, the config of the model")
     missing = [field for field in MODEL_FIELDS if field not in model_cfg]
     if missing:
         raise ValueError(f"model_cfg in {path} lacks {', '.join(missing)}")
@@ -45,7 +41,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 
 def read_moe_config(directory: str | Path) -> MoEConfig | None:
-    """The directory's ``moe_cfg``, None for a dense model."""
+    """The directory's ``moe_cfg``; None for a dense model."""
     values = read_config(directory).get("moe_cfg")
     if values is None:
         return None
@@ -59,11 +55,11 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     """The directory's state dict, on the CPU."""
     path = Path(directory) / WEIGHTS_NAME
     if not path.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False builds the model without")
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False creates the model without")
     return read_safetensors(path)
 
 
 def types_of_weights(directory: str | Path) -> dict[str, torch.dtype]:
-    """The types of the directory's tensors by name, where they are safetensors, of a dense model too."""
+    """The dtypes of the directory's tensors by name; empty if the weights are not safetensors."""
     path = Path(directory) / WEIGHTS_NAME
     return types_in_safetensors(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""What a model's name means: open_clip's own, a directory, or a repository on the Hugging Face hub."""
+"""Resolves model names: open_clip models, directories, and repositories on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOCAL_PREFIX = "local-dir:"
 
 
 def get_model_config(model_name: str) -> dict[str, Any]:
-    """The ``model_cfg`` of a name that open_clip knows, or of a directory; a copy."""
+    """A copy of the ``model_cfg`` of an open_clip model name or a directory."""
     directory = directory_of(model_name)
     if directory is not None:
         return model_directory.read_config(directory)["model_cfg"]
@@ -27,9 +27,9 @@ def get_model_config(model_name: str) -> dict[str, Any]:
 
 
 def directory_of(model_name: str) -> Path | None:
-    """The directory that a model name means, None when it is a name for open_clip."""
+    """The directory that a model name refers to; None for open_clip and hub names."""
     if not isinstance(model_name, str):
-        raise TypeError(f"model_name must be a str, also where it is a directory, got {type(model_name).__name__}")
+        raise TypeError(f"model_name must be a str, also for a directory, got {type(model_name).__name__}")
     if model_name.startswith(LOCAL_PREFIX):
         return Path(model_name.removeprefix(LOCAL_PREFIX))
     if model_name in open_clip.list_models() or model_name.startswith(hub.HUB_PREFIX):
@@ -38,11 +38,11 @@ def directory_of(model_name: str) -> Path | None:
 
 
 @contextmanager
-def reaching_hub(model_name: str, pretrained: str | None, text_field: str, cache_dir: str | None) -> Iterator[None]:
-    """Around whatever may download parts of a model.
+def hub_access(model_name: str, pretrained: str | None, text_field: str, cache_dir: str | None) -> Iterator[None]:
+    """Wraps code that may download parts of a model; handles a missing network and missing packages.
 
     Args:
-        text_field: of the text tower's config, which names what Hugging Face has of it.
+        text_field: the field of ``text_cfg`` that names the tokenizer or model on the Hugging Face hub.
     """
     directory = directory_of(model_name)
     on_hub = model_name.startswith(hub.HUB_PREFIX)
@@ -50,7 +50,7 @@ def reaching_hub(model_name: str, pretrained: str | None, text_field: str, cache
     if directory is not None:
         config = model_directory.read_config(directory)["model_cfg"]
     text_cfg = (config or {}).get("text_cfg", {})
-    hf_name = None if word_tokenizer.is_asked_for(text_cfg) else text_cfg.get(text_field)
+    hf_name = None if word_tokenizer.uses_words(text_cfg) else text_cfg.get(text_field)
     if hf_name:
         with needed_for(f"the text tower of {model_name}", "hf"):
             import transformers  # noqa: F401
@@ -59,17 +59,18 @@ def reaching_hub(model_name: str, pretrained: str | None, text_field: str, cache
         yield
         return
     what = f"pretrained={pretrained!r} of {model_name}" if is_tag else model_name
-    with hub.cache_alone_if_unreachable(what, cache_dir):
+    with hub.offline_if_unreachable(what, cache_dir):
         yield
 
 
 def check_known(model_name: str, pretrained: str | None) -> None:
+    """Raises ``ValueError`` for an unknown model name, and for weights that are neither a file nor a known tag."""
     if model_name.startswith(hub.HUB_PREFIX):
         return
     if model_name.replace("/", "-") not in open_clip.list_models():
         close = difflib.get_close_matches(model_name, open_clip.list_models(), n=3)
         hint = f"; similar names are {', '.join(close)}" if close else ""
-        raise ValueError(f"{model_name!r} is neither a model that open_clip knows nor a directory{hint}")
+        raise ValueError(f"{model_name!r} is neither an open_clip model nor a directory{hint}")
     if pretrained and open_clip.get_pretrained_cfg(model_name, pretrained) == {} and not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
         raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag of {model_name}; its tags are {tags}")

@@ -1,4 +1,4 @@
-"""Where a model's weights come from: a file, a directory, the hub, or nowhere."""
+"""The origin of a model's weights: a file, a tag, a directory, the hub, or random initialization."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from .hub import HUB_PREFIX
 _SHOWN_TAGS = 3
 
 
-def brings_weights(model_name: str, pretrained: str | None) -> bool:
-    """Whether a model has other weights than random ones."""
+def has_weights(model_name: str, pretrained: str | None) -> bool:
+    """Whether a model is created with weights that are not random."""
     return bool(pretrained) or model_name.startswith(HUB_PREFIX) or model_names.directory_of(model_name) is not None
 
 
-def refuse_random_weights(argument: str, model_name: str, pretrained: str | None, otherwise: str = "") -> None:
+def refuse_random_weights(argument: str, model_name: str, pretrained: str | None, alternative: str = "") -> None:
     """
     Args:
-        argument: that names the weights, for the message. otherwise: what else can be done.
+        argument: the argument that specifies the weights, for the error message.
+        alternative: what else the user can do, for the error message.
 
     Raises:
         ValueError: the model would have random weights, or is unknown.
     """
-    if brings_weights(model_name, pretrained):
+    if has_weights(model_name, pretrained):
         return
     model_names.get_model_config(model_name)
     tags = open_clip.list_pretrained_tags_by_model(model_name)[:_SHOWN_TAGS]
-    of_hub = f", or a tag such as {', '.join(tags)}" if tags else ""
-    otherwise = f", {otherwise}" if otherwise else ""
+    hint = f", or a tag such as {', '.join(tags)}" if tags else ""
+    alternative = f", {alternative}" if alternative else ""
     raise ValueError(
-        f"{argument} is missing, so {model_name} would have random weights; give a file of weights{of_hub}{otherwise}"
+        f"{argument} is missing, so {model_name} would have random weights; pass a file of weights{hint}{alternative}"
     )
 
 
 def base_model(model_name: str | None, pretrained: str | None) -> str | None:
-    """ORG/NAME on the hub of the model that these weights come from, as a model card names it; None where that is not
-    known.
+    """The hub name ORG/NAME of the model that the weights come from, for a model card; None if unknown.
 
     Args:
-        model_name: a name, a directory or "hf-hub:ORG/NAME". pretrained: a tag, a file, or a directory.
+        model_name: an open_clip model name, a directory or "hf-hub:ORG/NAME".
+        pretrained: a tag, a file or a directory.
     """
     if pretrained is not None and Path(pretrained).is_dir():
         return model_card.base_model_in(pretrained)
@@ -52,5 +53,5 @@ def base_model(model_name: str | None, pretrained: str | None) -> str | None:
     directory = model_names.directory_of(model_name)
     if directory is not None:
         return model_card.base_model_in(directory)
-    of_tag = open_clip.get_pretrained_cfg(model_name, pretrained).get("hf_hub", "") if pretrained else ""
-    return "/".join(of_tag.split("/")[:2]) or None
+    hub_path = open_clip.get_pretrained_cfg(model_name, pretrained).get("hf_hub", "") if pretrained else ""
+    return "/".join(hub_path.split("/")[:2]) or None

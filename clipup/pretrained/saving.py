@@ -1,14 +1,13 @@
-"""Model directories: open_clip's hub format (a config and safetensors) with ``moe_cfg`` beside ``model_cfg``.
+"""``save_pretrained``: writes a model directory in open_clip's hub format, with ``moe_cfg`` beside ``model_cfg``.
 
     DIR/open_clip_config.json         {"model_cfg": ..., "preprocess_cfg": ..., "moe_cfg": ...}
     DIR/open_clip_model.safetensors   the state dict
     DIR/README.md                     the model card
-    DIR/vocabulary.txt                where the tokenizer is clipup's own (``clipup.clip.word_tokenizer``)
+    DIR/vocabulary.txt                only for models with a word tokenizer (``clipup.clip.word_tokenizer``)
 
-``huggingface_hub.upload_folder`` can push such a directory as it is. timm models have timm's two files in place of
-open_clip's (``clipup.pretrained.timm_factory``). Files are replaced only once the new ones lie whole on the disk.
-``clipup.create_model_and_transforms(DIR)`` reads both; plain open_clip reads the config too, and refuses the weights of
-a sparse model because they do not fit a dense one.
+For a timm model, timm's two files replace open_clip's (``clipup.pretrained.timm_directory``). The files are replaced
+atomically. ``huggingface_hub.upload_folder`` can push the directory. open_clip itself can load a dense model from it;
+it refuses the weights of a sparse one.
 """
 
 from __future__ import annotations
@@ -41,22 +40,23 @@ def save_pretrained(
     license: str = "other",
     base_model: str | None = None,
 ) -> None:
-    """Writes a model, dense or upcycled, with a model card. ``clipup.create_model_and_transforms(directory)`` loads it,
-    ``clipup.create_timm_model(directory)`` where it is a timm model.
+    """Saves a dense or upcycled model with a model card.
+
+    Load it with ``clipup.create_model_and_transforms(directory)``, a timm model with
+    ``clipup.create_timm_model(directory)``.
 
     Args:
-        model: what ``clipup.upcycle``, open_clip or timm returned, not wrapped.
-        directory: made when it does not exist; a model in it is replaced with its card, and stays whole if writing
-            fails.
-        model_cfg: open_clip's architecture config, as ``clipup.get_model_config(name)`` returns it. For a timm model
-            arguments of ``timm.create_model`` that timm did not record itself.
-        preprocess_cfg: mean, std, interpolation, resize_mode; None takes what open_clip attached to the model.
-        license: of the weights, in the card, by the hub's name for it (mit, apache-2.0, ...).
-        base_model: ORG/NAME on the hub of the model that this one was made from, for the card.
+        model: a model from ``clipup.upcycle``, open_clip or timm, not wrapped.
+        directory: created if it does not exist. A model and card in it are replaced, or unchanged if writing fails.
+        model_cfg: open_clip's architecture config, as returned by ``clipup.get_model_config(name)``. For a timm model:
+            arguments of ``timm.create_model`` that timm does not record itself.
+        preprocess_cfg: mean, std, interpolation, resize_mode. None means those that open_clip attached to the model.
+        license: license of the weights for the card, as the hub names it (mit, apache-2.0, ...).
+        base_model: hub name ORG/NAME of the model that this one was made from, for the card.
 
     Raises:
-        ValueError: ``model_cfg`` is no model config, the model has sparse layers but no ``moe_config``, or it was
-            prepared for inference.
+        ValueError: ``model_cfg`` is incomplete, the model has sparse layers but no ``moe_config``, or it was prepared
+            for inference.
         OSError: a file could not be written.
     """
     checks.module("model", model)
@@ -67,7 +67,7 @@ def save_pretrained(
     moe_config = getattr(model, "moe_config", None)
     if moe_config is None and moe_layers(model):
         raise ValueError(
-            "the model has sparse layers but no moe_config, so it could not be built again; make it with clipup.upcycle"
+            "the model has sparse layers but no moe_config, so it could not be loaded again; use clipup.upcycle"
         )
     library = "timm" if towers.is_timm(model) else "open_clip"
     if library == "timm":
@@ -79,13 +79,13 @@ def save_pretrained(
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
     text_cfg = config["model_cfg"]["text_cfg"] if library == "open_clip" else {}
-    of_hugging_face = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
-    extra = "hf" if of_hugging_face and not word_tokenizer.is_asked_for(text_cfg) else None
+    needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
+    extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
     texts = {model_card.README: model_card.model_card(model, library, license, base_model, extra)}
     vocabulary = word_tokenizer.vocabulary_text(text_cfg)
     if vocabulary is not None:
         texts[word_tokenizer.FILE_NAME] = vocabulary
-    texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last: it is what a directory is known by
+    texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last, because it marks a complete directory
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

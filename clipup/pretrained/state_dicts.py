@@ -1,7 +1,8 @@
-"""Weights from files: safetensors, and what ``torch.save`` wrote. Nothing in a file is ever executed.
+"""Reads weights from safetensors and torch files without executing code, and checks that they fit a model.
 
-A training checkpoint is open_clip's dictionary, ``{"state_dict": ..., "epoch": ..., ...}``, whose names may begin with
-"module." as DistributedDataParallel has them. Those of ``clipup train`` hold ``moe_cfg`` too, None for a dense model.
+A training checkpoint is open_clip's dictionary, ``{"state_dict": ..., "epoch": ..., ...}``; names in it may have the
+"module." prefix of DistributedDataParallel. Checkpoints of ``clipup train`` also have ``moe_cfg``, None for a dense
+model.
 """
 
 from __future__ import annotations
@@ -25,146 +26,140 @@ _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 _ROUTER = ".router.weight"
-
-
-_AT_ONCE = 1 << 24
-
-
-_IS_FOLDER = 0x10
-
-
+_CHUNK_BYTES = 1 << 24
+_DIRECTORY_ATTRIBUTE = 0x10
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_MAX_SHOWN = 3
 
 
 class Weights(NamedTuple):
-    """A state dict on the CPU, and the config of its sparse layers where the file has one."""
+    """A state dict on the CPU, and the config of its sparse layers if the file has one."""
 
     state_dict: dict[str, Tensor]
     moe_config: MoEConfig | None
 
     @property
     def sparse(self) -> bool:
-        """Whether there are sparse layers in it."""
+        """Whether the state dict has sparse layers."""
         return any(name.endswith(_ROUTER) for name in self.state_dict)
 
     @property
     def types(self) -> dict[str, torch.dtype]:
-        """The tensors' types by name."""
+        """The dtypes of the tensors by name."""
         return {name: value.dtype for name, value in self.state_dict.items() if isinstance(value, Tensor)}
 
 
 def read_weights(path: str | Path) -> Weights:
-    """The weights of a file: safetensors, a training checkpoint, or a state dict by itself.
+    """Reads a file of weights: safetensors, a training checkpoint, or a plain state dict.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not whole, holds more than tensors and plain values, or no weights.
+        FileNotFoundError: no such file.
+        ValueError: the file is incomplete, contains more than tensors and plain values, or has no weights.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; expected weights as safetensors or a checkpoint")
     if path.suffix == ".safetensors":
-        return Weights(unwrapped(read_safetensors(path)), None)
+        return Weights(strip_wrapper_prefixes(read_safetensors(path)), None)
     check_archive(path)
     content = read_pickle(path, mmap=True)
     state_dict = content.get("state_dict", content)
     if not isinstance(state_dict, dict) or not any(isinstance(value, Tensor) for value in state_dict.values()):
-        raise ValueError(f"{path} holds no weights: expected a state dict, or a dictionary with a state_dict")
+        raise ValueError(f"{path} has no weights: expected a state dict, or a dictionary with a state_dict")
     moe_cfg = content.get("moe_cfg") if state_dict is not content else None
-    return Weights(unwrapped(state_dict), None if moe_cfg is None else MoEConfig.from_dict(moe_cfg))
+    return Weights(strip_wrapper_prefixes(state_dict), None if moe_cfg is None else MoEConfig.from_dict(moe_cfg))
 
 
 def types_in_safetensors(path: Path) -> dict[str, torch.dtype]:
-    """The types of a safetensors file's tensors, by name, from its header alone; raises ``ValueError`` when the file is
-    not whole."""
+    """The dtypes of the tensors in a safetensors file by name, read from its header. Raises ``ValueError`` if the file
+    is incomplete."""
     types = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, it is no mapping
+            for name in file.keys():  # noqa: SIM118, not a mapping
                 part = file.get_slice(name)
                 types[name] = part[:0].dtype if part.get_shape() else file.get_tensor(name).dtype
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
     return types
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises ``ValueError`` when it is not whole."""
+    """The tensors of a safetensors file. Raises ``ValueError`` if it is incomplete."""
     try:
         return safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
-def check_archive(path: Path, alone: str | None = None) -> None:
-    """Compares what ``torch.save`` wrote with the checksums in the file, which ``torch.load`` does not look at.
+def check_archive(path: Path, suffix: str = "") -> None:
+    """Verifies the checksums in a file from ``torch.save``, which ``torch.load`` ignores.
+
+    Files in the format before torch 1.6 have no checksums.
 
     Args:
-        alone: compares the one record whose name ends like this, instead of all. Files of the format before torch 1.6
-            have no checksums.
+        suffix: verify only the records whose names end with this.
 
     Raises:
-        ValueError: the file is damaged. OSError: it could not be read.
+        ValueError: the file is damaged.
+        OSError: the file could not be read.
     """
     if not _is_archive(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
-                if record.external_attr & _IS_FOLDER:  # torch would take its tensor from memory that nobody has set
-                    raise ValueError(f"{record.filename} is marked as a folder")
-                if alone is None or record.filename.endswith(alone):
+                if record.external_attr & _DIRECTORY_ATTRIBUTE:  # torch would read its tensor from uninitialized memory
+                    raise ValueError(f"{record.filename} is marked as a directory")
+                if record.filename.endswith(suffix):
                     with archive.open(record) as content:
-                        while content.read(_AT_ONCE):
+                        while content.read(_CHUNK_BYTES):
                             pass
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # the place of a record lies outside of the file
+        if error.errno in (None, errno.EINVAL):  # a record lies outside of the file
             raise ValueError(f"{path} is damaged: {error}") from error
         raise
-    except Exception as error:  # what is wrong with a damaged archive has many types
+    except Exception as error:  # a damaged archive raises many types of errors
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether the file begins as a zip archive does, which is what torch goes by."""
+    """Whether the file starts like a zip archive. torch uses the same criterion."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
 
 def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """A dictionary that ``torch.save`` wrote, of tensors and plain values, on the CPU.
+    """Reads a dictionary of tensors and plain values written by ``torch.save``, on the CPU.
 
     Args:
-        mmap: maps the tensors into memory where the format allows, so that those that are not used are not read.
+        mmap: memory-map the tensors if the format allows it, so that unused ones are not read.
 
     Raises:
-        ValueError: the file is broken, holds no dictionary, or could only be read by running code that it names.
+        ValueError: the file is damaged, is not a dictionary, or cannot be read without running code.
         OSError: the file could not be read.
     """
     mmap = mmap and _is_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        named = _GLOBAL.search(str(error))
+        code = _GLOBAL.search(str(error))
         raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is broken, or holds more than tensors and plain values"
-            f"{f' ({named[1]})' if named else ''}. Nothing in it was run, and nothing is: get the weights as "
-            "safetensors, or have someone who trusts the file save its state dict alone"
+            f"{path} cannot be read as a checkpoint: it is damaged, or contains more than tensors and plain values"
+            f"{f' ({code[1]})' if code else ''}. No code in it was run. Get the weights as safetensors, or have "
+            "someone who trusts the file save its state dict alone"
         ) from error
-    except Exception as error:  # a broken file shows as one of many types, from zipfile or torch
+    except Exception as error:  # a damaged file raises many types of errors, from zipfile or torch
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+        raise ValueError(f"{path} contains a {type(content).__name__}, not a checkpoint")
     return content
 
 
-def unwrapped(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """The state dict under the names that the model itself has, without those of the wrappers around it."""
+def strip_wrapper_prefixes(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict without the name prefixes that wrappers add (DistributedDataParallel, torch.compile)."""
     return {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}
-
-
-_SHOWN = 3
 
 
 def check_fit(
@@ -175,60 +170,67 @@ def check_fit(
     *,
     described_by: str,
 ) -> None:
-    """Compares a state dict with a model's, by names, shapes and kinds of types, before anything is copied.
+    """Checks that weights fit a model: names, shapes, and floating-point versus other dtypes.
 
     Args:
-        source: where the weights come from. described_by: what says which model is meant; both for the message.
+        source: where the weights come from, for the error message.
+        ignore: names whose shapes are not compared.
+        described_by: what defines the model, for the error message.
 
     Raises:
-        ValueError: naming the parameters (up to three of each kind), both shapes, and what to do.
+        ValueError: the weights do not fit. Names up to three parameters of each kind, and both shapes.
     """
     expected = model.state_dict()
     weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
-    faults = [
-        f"{name} is {list(weights[name].shape)} there, {list(tensor.shape)} in the model"
+    mismatches = [
+        f"{name} is {list(weights[name].shape)} in the file, {list(tensor.shape)} in the model"
         for name, tensor in expected.items()
         if name in weights and name not in ignore and weights[name].shape != tensor.shape
     ]
-    faults = faults[:_SHOWN] + [f"{len(faults) - _SHOWN} more of another shape"] * (len(faults) > _SHOWN)
-    faults += _other_types(expected, {name: tensor.dtype for name, tensor in weights.items()})
-    faults += _names("missing there", [name for name in expected if name not in weights])
-    faults += _names("unknown to the model", [name for name in weights if name not in expected])
-    if faults:
+    mismatches = _shortened(mismatches, "more with different shapes")
+    mismatches += _dtype_mismatches(expected, {name: tensor.dtype for name, tensor in weights.items()})
+    mismatches += _list_names("missing from the file", [name for name in expected if name not in weights])
+    mismatches += _list_names("not in the model", [name for name in weights if name not in expected])
+    if mismatches:
         raise ValueError(
-            f"the weights in {source} do not fit the model that {described_by} describes: {'; '.join(faults)}. "
-            "Put back the config that they were saved with, or save the model again"
+            f"the weights in {source} do not fit the model that {described_by} describes: {'; '.join(mismatches)}. "
+            "Restore the config that they were saved with, or save the model again"
         )
 
 
 def check_types(model: nn.Module, types: Mapping[str, torch.dtype], source: str) -> None:
-    """Refuses weights that torch would convert without a word: integers, truth values and complex numbers in the place
-    of floating-point numbers, or the other way round.
+    """Refuses weights that torch would convert silently: integers, booleans and complex numbers in place of
+    floating-point numbers, or the reverse.
 
     Args:
-        types: those of the file's tensors, by name; names that the model does not have are left to others.
+        types: the dtypes of the file's tensors by name. Names that the model does not have are ignored.
 
     Raises:
-        ValueError: naming up to three parameters, and both types.
+        ValueError: a dtype does not fit. Names up to three parameters, and both dtypes.
     """
-    faults = _other_types(model.state_dict(), types)
-    if faults:
+    mismatches = _dtype_mismatches(model.state_dict(), types)
+    if mismatches:
         raise ValueError(
-            f"the weights in {source} do not fit the model: {'; '.join(faults)}. Get them in a floating-point type"
+            f"the weights in {source} do not fit the model: {'; '.join(mismatches)}. Get them in a floating-point dtype"
         )
 
 
-def _other_types(expected: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> list[str]:
-    faults = [
-        f"{name} is {types[name]} there, {tensor.dtype} in the model"
+def _dtype_mismatches(expected: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> list[str]:
+    mismatches = [
+        f"{name} is {types[name]} in the file, {tensor.dtype} in the model"
         for name, tensor in expected.items()
         if name in types and types[name].is_floating_point != tensor.dtype.is_floating_point
     ]
-    return faults[:_SHOWN] + [f"{len(faults) - _SHOWN} more of another type"] * (len(faults) > _SHOWN)
+    return _shortened(mismatches, "more with different dtypes")
 
 
-def _names(kind: str, names: list[str]) -> list[str]:
+def _shortened(mismatches: list[str], rest: str) -> list[str]:
+    more = len(mismatches) - _MAX_SHOWN
+    return mismatches[:_MAX_SHOWN] + [f"{more} {rest}"] * (more > 0)
+
+
+def _list_names(kind: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return [f"{kind}: {', '.join(names[:_SHOWN])}{rest}"]
+    more = len(names) - _MAX_SHOWN
+    return [f"{kind}: {', '.join(names[:_MAX_SHOWN])}{f' and {more} more' if more > 0 else ''}"]

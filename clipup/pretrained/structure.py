@@ -1,4 +1,4 @@
-"""A model's structure without weights, and weights put into it: no random initialization, one copy of each weight."""
+"""Builds models without random initialization and assigns their weights, with one copy of each weight in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RANDOM_IN_PLACE = {
     Tensor.log_normal_,
     Tensor.cauchy_,
     Tensor.geometric_,
-    # these are handed to the mode whole, and what they call is not
+    # the mode sees calls of these functions, but not the calls inside them
     *(getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and name.startswith(_RANDOM_INITS)),
 }
 _RANDOM_LIKE = {torch.randn_like, torch.rand_like}
@@ -28,7 +28,7 @@ _RANDOM = {torch.randn, torch.rand}
 
 
 class _WithoutRandomNumbers(TorchFunctionMode):
-    """Leaves memory uninitialized where random numbers would be drawn, and the generators as they are."""
+    """Skips the generation of random numbers: tensors stay uninitialized, generators unchanged."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -43,13 +43,13 @@ class _WithoutRandomNumbers(TorchFunctionMode):
 
 @contextmanager
 def without_random_numbers() -> Iterator[None]:
-    """Inside, in this thread, modules get uninitialized parameters. Buffers that are computed hold their values."""
+    """In this context and thread, modules are created with uninitialized parameters. Computed buffers are correct."""
     with _WithoutRandomNumbers():
         yield
 
 
 def drop_parameters(model: nn.Module) -> None:
-    """Moves the parameters to the meta device; shared ones stay shared. Buffers stay where they are."""
+    """Replaces the parameters by meta tensors. Shared parameters stay shared; buffers are unchanged."""
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -59,11 +59,12 @@ def drop_parameters(model: nn.Module) -> None:
 
 
 def assign_weights(model: nn.Module, weights: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
-    """Makes copies of ``weights`` the parameters and persistent buffers of a model on the meta device, in its types.
-    Copies, because a file's tensors may be mapped into memory, and the file may change.
+    """Assigns copies of ``weights``, in the model's dtypes, to a model whose parameters are meta tensors.
+
+    Copies are needed because the tensors may be memory-mapped from a file that can change.
 
     Args:
-        weights: fit the model (``state_dicts.check_fit``). They are removed one by one, so that each is there once.
+        weights: must fit the model (``state_dicts.check_fit``). Emptied one by one, to hold each in memory only once.
     """
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -1,4 +1,10 @@
-"""Directories of timm models: timm's hub format with ``moe_cfg`` beside its own keys."""
+"""Configs of timm model directories: timm's hub format with an additional key ``moe_cfg``.
+
+    DIR/config.json         timm's architecture, model_args, pretrained_cfg, ...; and moe_cfg
+    DIR/model.safetensors   the state dict
+
+timm itself can load a dense model from it ("local-dir:DIR"); it refuses the weights of a sparse one.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +19,15 @@ from torch import nn
 from ..moe.config import MoEConfig
 
 CONFIG_NAME = "config.json"
-
-
 WEIGHTS_NAME = "model.safetensors"
 
 
 def read_moe_config(directory: Path) -> MoEConfig | None:
-    """The directory's ``moe_cfg``, None for a dense model.
+    """The directory's ``moe_cfg``; None for a dense model.
 
     Raises:
-        FileNotFoundError, ValueError: no config, or one that is not timm's.
+        FileNotFoundError: the directory has no config.
+        ValueError: it is not a timm config.
     """
     path = directory / CONFIG_NAME
     if not path.is_file():
@@ -32,7 +37,7 @@ def read_moe_config(directory: Path) -> MoEConfig | None:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or "architecture" not in config:
-        raise ValueError(f"{path} names no architecture, so it is no config of a timm model")
+        raise ValueError(f"{path} has no architecture, so it is not the config of a timm model")
     return None if config.get("moe_cfg") is None else MoEConfig.from_dict(config["moe_cfg"])
 
 
@@ -40,15 +45,15 @@ def config_of(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, 
     """timm's config of a model.
 
     Args:
-        model_args: arguments that it was created with, in addition to those that timm recorded.
+        model_args: arguments that the model was created with, in addition to those that timm recorded.
 
     Raises:
-        ValueError: the model does not know its architecture's name.
+        ValueError: the model has no architecture name.
     """
     if not getattr(model, "pretrained_cfg", None) or not model.pretrained_cfg.get("architecture"):
         raise ValueError(
-            f"model is a {type(model).__name__} without the name of its architecture, so it could not be built again; "
-            "make it with timm.create_model"
+            f"model is a {type(model).__name__} without an architecture name, so it could not be loaded again; "
+            "create it with timm.create_model"
         )
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, CONFIG_NAME)

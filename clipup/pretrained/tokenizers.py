@@ -1,4 +1,4 @@
-"""Tokenizers by the name of a model."""
+"""``get_tokenizer``: the tokenizer of a model, by model name."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import open_clip
 
 from ..clip import word_tokenizer
 from . import hub, model_directory
-from .model_names import LOCAL_PREFIX, directory_of, get_model_config, reaching_hub
+from .model_names import LOCAL_PREFIX, directory_of, get_model_config, hub_access
 
 
 def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
-    """open_clip's function of the same name, which also takes a bare directory.
+    """open_clip's function of the same name, which also accepts a directory and supports word tokenizers.
 
-    A Hugging Face tokenizer is read from the directory where it was saved there, else by the name in the config; the
-    vocabulary of a ``clipup.clip.word_tokenizer`` likewise.
+    A Hugging Face tokenizer is read from the directory if it was saved there, otherwise by the name in the config. The
+    same holds for the vocabulary of a word tokenizer (``clipup.clip.word_tokenizer``).
     """
-    with reaching_hub(model_name, None, "hf_tokenizer_name", kwargs.get("cache_dir")):
+    with hub_access(model_name, None, "hf_tokenizer_name", kwargs.get("cache_dir")):
         return _tokenizer(model_name, **kwargs)
 
 
@@ -27,8 +27,8 @@ def _tokenizer(model_name: str, **kwargs: Any) -> Any:
         return _hub_tokenizer(model_name, **kwargs)
     text_cfg = get_model_config(model_name).get("text_cfg", {})
     _refuse_code(text_cfg, model_name)
-    if word_tokenizer.is_asked_for(text_cfg):
-        return word_tokenizer.of_config(text_cfg, directory, **kwargs)
+    if word_tokenizer.uses_words(text_cfg):
+        return word_tokenizer.from_config(text_cfg, directory, **kwargs)
     if directory is None:
         return open_clip.get_tokenizer(model_name, **kwargs)
     hub_name = text_cfg.get("hf_tokenizer_name")
@@ -43,20 +43,19 @@ def _hub_tokenizer(model_name: str, cache_dir: str | None = None, **kwargs: Any)
     try:
         found = hub.cached(model_name, model_directory.CONFIG_NAME, cache_dir=cache_dir)
         text_cfg = model_directory.read_config(found)["model_cfg"].get("text_cfg", {})
-    except FileNotFoundError:  # no model of open_clip's: a tokenizer by itself, or nothing, as open_clip will say
+    except FileNotFoundError:  # not an open_clip model: a tokenizer alone, or an error from open_clip
         text_cfg = {}
     _refuse_code(text_cfg, model_name)
-    if word_tokenizer.is_asked_for(text_cfg):
+    if word_tokenizer.uses_words(text_cfg):
         found = hub.cached(model_name, model_directory.CONFIG_NAME, word_tokenizer.FILE_NAME, cache_dir=cache_dir)
-        return word_tokenizer.of_config(text_cfg, found, **kwargs)
+        return word_tokenizer.from_config(text_cfg, found, **kwargs)
     return open_clip.get_tokenizer(model_name, cache_dir=cache_dir, **kwargs)
 
 
 def _refuse_code(text_cfg: dict[str, Any], source: str) -> None:
-    """A config's ``tokenizer_kwargs`` reach transformers, which runs a model's own code when they say so."""
+    """Refuses ``trust_remote_code`` in ``tokenizer_kwargs``: transformers would run code from the model."""
     if (text_cfg.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
         raise ValueError(
-            f"tokenizer_kwargs: the config of {source} sets trust_remote_code, which would run code that comes with "
-            "it; nothing of it was run. Remove that from the config, or load the tokenizer with transformers, if you "
-            "trust it"
+            f"tokenizer_kwargs: the config of {source} sets trust_remote_code, which would run code from the model; "
+            "nothing was run. Remove it from the config or, if you trust the code, load the tokenizer with transformers"
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic_files import replace_files
-from ..pretrained.state_dicts import check_archive, read_pickle, unwrapped
+from ..pretrained.state_dicts import check_archive, read_pickle, strip_wrapper_prefixes
 from .finite import not_finite, tensors_of
 
 LATEST = "epoch_latest.pt"
@@ -91,7 +91,7 @@ def load(path: str | Path) -> dict[str, Any]:
     broken = not_finite(tensors_of(state["state_dict"], state["optimizer"]))
     if broken is not None:
         raise ValueError(f"{path} holds values that are not finite, in {broken}; resume from an earlier checkpoint")
-    state["state_dict"] = unwrapped(state["state_dict"])
+    state["state_dict"] = strip_wrapper_prefixes(state["state_dict"])
     return state
 
 
@@ -142,7 +142,7 @@ def _files(directory: Path) -> list[Path]:
 def _position(path: Path) -> tuple[int, int]:
     """(step, epoch), without reading tensors."""
     try:
-        check_archive(path, alone="data.pkl")
+        check_archive(path, suffix="data.pkl")
         state = read_pickle(path, mmap=True)
     except OSError as error:
         raise _unread(path, error) from error

@@ -1,3 +1,1 @@
-"""A dense model becomes a sparse one (``upcycle``); whether it computes the same (``step0``), fitting its experts
-(``calibration``), and which of a model's blocks can be upcycled (``diagnose``).
-"""
+"""Upcycling a dense model into a sparse one, checking it at step 0, calibrating its experts, and diagnosing models."""

@@ -1,7 +1,7 @@
-"""Experts that no longer equal the dense MLP, fitted to its outputs: distillation, layer by layer, before training.
+"""Calibration: fits re-initialized experts to the outputs of the dense MLPs, layer by layer, before training.
 
-The inputs of a layer are those that it has in the dense model, so that layers are fitted independently of each other,
-in one pass over the data, with the memory of one batch.
+Each layer is fitted on the inputs that it has in the dense model. Layers are therefore independent of each other, and
+one pass over the data with the memory of one batch suffices.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ Batch = tuple[Tensor, Tensor | None]
 
 
 def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: float = 1e-3) -> dict[str, list[float]]:
-    """Fits the experts of an upcycled model, in place, to the MLPs that they come from.
+    """Fits the experts of an upcycled model in place to the dense MLPs that they were made from.
 
-    Per layer, with x what reaches the dense model's MLP from a batch, one step of Adam (betas 0.9 and 0.999, no decay)
-    on the relative squared error of the layer's output, dropless, through its router, which stays as it is::
+    For every batch and layer: one step of Adam (betas 0.9 and 0.999, no weight decay) on the relative squared error of
+    the layer's output, where x is the input of the dense MLP. No tokens are dropped and the router is not trained::
 
         sum_t |moe(x_t) - mlp(x_t)|^2 / sum_t |mlp(x_t)|^2
 
-    "Knowledge-distillation-based parameter initialization" is what a summary of CLIP-UP (arXiv 2502.00965) speaks of;
-    the objective here is a choice of ours (FitNets, arXiv 1412.6550, fits hidden layers so).
+    A summary of CLIP-UP (arXiv 2502.00965) mentions "knowledge-distillation-based parameter initialization"; this
+    objective is our choice (FitNets, arXiv 1412.6550, fits hidden layers in the same way).
 
     Args:
-        model: what ``upcycle`` made of ``dense``, with experts that differ (``reinit_ratio``).
-        dense: the model that it comes from; is neither changed nor trained.
-        batches: (images [B, 3, H, W], texts [B, context_length]) on any device, texts None for a model that takes none;
-            every batch is one step a layer.
-        lr: step size of Adam, constant.
+        model: the result of ``upcycle(dense, ...)``, with re-initialized experts (``reinit_ratio``).
+        dense: the dense model that it was made from; it is not changed.
+        batches: (images [B, 3, H, W], texts [B, context_length]) on any device, one step per layer for each. Texts are
+            None for a model without a text tower.
+        lr: Adam's learning rate, constant.
 
     Returns:
-        That error at every step, before its update, by layer name.
+        The error at every step, before its update, by layer name.
 
     Raises:
-        ValueError: ``model`` is not an upcycled model, has other layers than ``dense``, all its experts are frozen, or
-            there is no batch.
+        ValueError: ``model`` was not upcycled or not from ``dense``, all its experts are frozen, or there are no
+            batches.
         FloatingPointError: the error of a layer became NaN or infinite.
     """
     checks.module("model", model)
@@ -52,19 +52,19 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
     checks.positive_number("lr", lr)
     config, students = getattr(model, "moe_config", None), moe_layers(model)
     if config is None or not students:
-        raise ValueError("model has no sparse layers made by clipup.upcycle, so there is nothing to fit")
+        raise ValueError("model has no sparse layers from clipup.upcycle, so there is nothing to calibrate")
     plain = {"num_experts": 1, "top_k": 1, "granularity": 1, "shared_expert": False, "reinit_ratio": 0.0}
     plain |= {"selection_bias": "none", "normalize_gates": "before_drop"}
-    teacher = upcycle(dense, config.replace(**plain)).requires_grad_(False)  # the dense function, layers as in model
+    teacher = upcycle(dense, config.replace(**plain)).requires_grad_(False)  # the dense function in sparse layers
     teachers = moe_layers(teacher)
     if list(teachers) != list(students):
         raise ValueError(
             f"model has sparse layers {', '.join(students)}; upcycling dense gives {', '.join(teachers)}: pass the "
-            "model that it was made from"
+            "model that it was upcycled from"
         )
     fits = {name: _Fit(name, layer, lr) for name, layer in students.items() if _experts(layer)}
     if not fits:
-        raise ValueError("no expert of model has requires_grad=True, so there is nothing to fit")
+        raise ValueError("no expert of model has requires_grad=True, so there is nothing to calibrate")
     for name, fit in fits.items():
         teachers[name].register_forward_hook(partial(_fit_hook, fit))
     device = next(teacher.parameters()).device
@@ -72,12 +72,12 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
         for images, texts in batches:
             teacher(*(part.to(device) for part in (images, texts) if part is not None))
     if not all(fit.errors for fit in fits.values()):
-        raise ValueError("batches gave no batch, so nothing was fitted")
+        raise ValueError("batches is empty, so nothing was calibrated")
     return {name: fit.errors for name, fit in fits.items()}
 
 
 class _Fit:
-    """The least squares of one layer."""
+    """The optimization of one layer's experts."""
 
     def __init__(self, name: str, layer: SparseMoE, lr: float) -> None:
         self.name, self.layer = name, layer
@@ -101,12 +101,12 @@ class _Fit:
 
 
 def _experts(layer: SparseMoE) -> list[nn.Parameter]:
-    """What may be trained of all but the router."""
+    """The parameters that require a gradient, without the router's."""
     named = layer.named_parameters()
     return [parameter for name, parameter in named if parameter.requires_grad and not name.startswith("router.")]
 
 
 def _fit_hook(fit: _Fit, layer: SparseMoE, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Takes what a layer of the teacher got and made of it; returns None, so that its output stays."""
+    """Forward hook of a teacher layer: one optimizer step on its input and output. Returns None to keep the output."""
     x, mask = inputs if len(inputs) == 2 else (*inputs, None)
     fit.step(x, mask, output)

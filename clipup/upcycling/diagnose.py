@@ -1,4 +1,4 @@
-"""What ``upcycle`` would do with a model, block by block, and why it refuses what it refuses."""
+"""``diagnose``: what ``upcycle`` would do with each block of a model, and why it would refuse the model."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ from ..moe.expert_init import check_shards
 from ..moe.layer import SparseMoE
 from .upcycle import chosen_indices
 
-Fate = Literal["sparse", "dense", "refused", "sparse already"]
+Status = Literal["sparse", "dense", "refused", "already sparse"]
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """A block, its MLP, and what becomes of it."""
+    """A block, its MLP, and its status."""
 
     name: str
-    """Full name in the model."""
+    """Full name of the block in the model."""
     block: str
     """Class of the block."""
     mlp: str | None
-    """Class of the module whose place a sparse layer takes; None where the MLP is not read."""
+    """Class of the module that a sparse layer replaces; None if the MLP could not be read."""
     d_model: int | None = None
-    """Width of the block (D)."""
+    """Model width (D)."""
     d_hidden: int | None = None
-    """Width between the projections (H)."""
+    """Hidden width (H)."""
     activation: str | None = None
     gated: bool = False
     norm: Literal["input", "hidden"] | None = None
-    """A norm of the MLP's own: in front of the projections, or between them."""
-    fate: Fate = "dense"
-    """"refused" is a chosen block that is not read."""
+    """A norm inside the MLP: before the projections ("input") or between them ("hidden")."""
+    status: Status = "dense"
+    """"sparse" if upcycling makes it sparse; "refused" if it is selected, but its MLP could not be read."""
 
 
 @dataclass(frozen=True)
 class TowerReport:
-    """A tower's blocks in the order in which they run."""
+    """The blocks of a tower in execution order."""
 
     tower: str
     blocks: list[BlockReport] = field(default_factory=list)
     refused: str | None = None
-    """Why ``upcycle`` refuses the tower, None where it does not."""
+    """Why ``upcycle`` refuses the tower; None if it does not."""
 
 
 def diagnose(model: nn.Module, config: MoEConfig) -> list[TowerReport]:
-    """Every tower of a model, those too that the config leaves dense. The model is neither run nor changed.
+    """Reports on every tower of a model, also on those that the config leaves dense. The model is not run or changed.
 
     Raises:
-        TypeError: it is no CLIP, CoCa or timm model.
+        TypeError: not a CLIP, CoCa or timm model.
     """
     return [_diagnose_tower(model, tower, config) for tower in towers(model)]
 
 
 def _diagnose_tower(model: nn.Module, tower: str, config: MoEConfig) -> TowerReport:
-    is_wanted, refused, chosen = tower in config.towers, None, []
+    is_selected, refused, chosen = tower in config.towers, None, []
     try:
         blocks = tower_blocks(model, tower)
-        chosen = chosen_indices(config, tower, len(blocks)) if is_wanted else []
+        chosen = chosen_indices(config, tower, len(blocks)) if is_selected else []
     except TypeError as error:
-        return TowerReport(tower, refused=str(error) if is_wanted else None)
+        return TowerReport(tower, refused=str(error) if is_selected else None)
     except ValueError as error:
         refused = str(error)
     reports = []
@@ -76,24 +76,24 @@ def _diagnose_tower(model: nn.Module, tower: str, config: MoEConfig) -> TowerRep
 
 
 def _diagnose_block(name: str, block: nn.Module, is_chosen: bool, granularity: int) -> tuple[BlockReport, str | None]:
-    """The block's report, and why a chosen one cannot become sparse."""
+    """The block's report, and why a selected block cannot be upcycled."""
     kind = type(block).__name__
     for layer in block.modules():
         if isinstance(layer, SparseMoE):
             gated = layer.gate_weight is not None
             norm = None if layer.ln_weight is None else "hidden"
             shape = (layer.d_model, layer.d_hidden, layer.activation, gated, norm)
-            problem = f"{name} is sparse already; upcycle a dense model" if is_chosen else None
-            return BlockReport(name, kind, type(layer).__name__, *shape, fate="sparse already"), problem
+            problem = f"{name} is already sparse; upcycle a dense model" if is_chosen else None
+            return BlockReport(name, kind, type(layer).__name__, *shape, status="already sparse"), problem
     try:
         found = find_mlp(block)
         if is_chosen:
             check_shards(found.dense, granularity)
     except (TypeError, ValueError) as error:
-        report = BlockReport(name, kind, None, fate="refused" if is_chosen else "dense")
+        report = BlockReport(name, kind, None, status="refused" if is_chosen else "dense")
         return report, f"{name}: {error}" if is_chosen else None
     dense = found.dense
     d_hidden, d_model = dense.in_weight.shape
     norm = "input" if dense.input_norm is not None else "hidden" if dense.ln_weight is not None else None
     shape = (d_model, d_hidden, dense.activation, dense.gate_weight is not None, norm)
-    return BlockReport(name, kind, type(found.module).__name__, *shape, fate="sparse" if is_chosen else "dense"), None
+    return BlockReport(name, kind, type(found.module).__name__, *shape, status="sparse" if is_chosen else "dense"), None

@@ -1,4 +1,4 @@
-"""How far a sparse model is from the dense one that it was made from, before the first training step."""
+"""The step-0 check: compares an upcycled model with its dense model before training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from ..moe.evaluation import evaluating_dropless
 def step0_difference(
     dense: nn.Module, sparse: nn.Module, images: Tensor | None = None, texts: Tensor | None = None
 ) -> float:
-    """Largest absolute difference between the two models' normalised features, in evaluation with nothing dropped.
-    Features of a CoCa are also what its decoder says about every token.
+    """Largest absolute difference between the normalized features of two models, in evaluation mode without dropping.
+
+    For a CoCa, the decoder's normalized logits are compared as well.
 
     Args:
-        dense, sparse: a model and what ``upcycle`` made of it; training mode and configs are as before afterwards.
-        images: [B, 3, height, width]. texts: [B, context_length] token ids. When neither is given both are random, 8
-            of each (of what the model takes).
+        dense: a dense model.
+        sparse: the model that ``upcycle`` made from it. Training modes and configs of both are restored afterwards.
+        images: [B, 3, height, width].
+        texts: [B, context_length] token ids. If neither images nor texts are given, 8 random inputs of each are used.
 
     Returns:
-        0 to rounding right after upcycling with normalised gates; features have length 1.
+        0 up to rounding right after upcycling with normalized gates. Features have length 1.
     """
     checks.module("dense", dense)
     checks.module("sparse", sparse)
@@ -41,7 +43,7 @@ def step0_difference(
 
 
 def _features(model: nn.Module, images: Tensor | None, texts: Tensor | None) -> Iterator[Tensor]:
-    """All that a model computes from the inputs, of length 1 along the last axis, on the CPU."""
+    """All outputs of a model, normalized to length 1 along the last axis, on the CPU."""
     device = next(model.parameters()).device
     encode = encoders(model)
     if images is not None:

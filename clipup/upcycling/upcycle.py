@@ -1,8 +1,8 @@
-"""Upcycling: a dense CLIP becomes a sparse one that computes the same function (CLIP-UP, arXiv 2502.00965).
+"""``upcycle``: turns a dense CLIP into a sparse one that computes the same function (CLIP-UP, arXiv 2502.00965).
 
-The MLP of some blocks becomes E copies of itself behind a fresh router. With normalised gates and nothing dropped the
-sparse model's output is the dense model's; ``step0_difference`` measures it, and ``MoEConfig.keeps_function`` says for
-which options that holds.
+In some blocks, E copies of the MLP behind a new router replace the MLP. With normalized gates and no dropped tokens,
+the sparse model has the same outputs as the dense one. ``step0_difference`` measures this, and
+``MoEConfig.keeps_function`` tells for which options it holds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .. import checks
-from ..clip.padding_aware import leave_padding_out
+from ..clip.padding_aware import make_padding_aware
 from ..clip.towers import leave_dense, tower_blocks
 from ..dense.mlp_families import BlockMLP, find_mlp
 from ..moe.config import MoEConfig, check_config
@@ -25,30 +25,29 @@ from ..moe.weight_decay import add_no_weight_decay
 
 
 def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = False) -> nn.Module:
-    """Makes an open_clip model sparse.
+    """Turns a dense model into a sparse one.
 
-    Devices, types, requires_grad and training mode stay as they are; meta tensors work. The result carries the config
-    as ``model.moe_config``. Its ``no_weight_decay()``, which timm's optimizers ask for, names the experts' biases and
-    norms beside what the dense model's names. When anything is refused, the model is as it was.
+    Devices, dtypes, requires_grad and training modes are kept; meta tensors work. The result has the config as
+    ``model.moe_config``. Its ``no_weight_decay()``, which timm's optimizers call, adds the biases and norms of the
+    experts to those of the dense model. If an error is raised, the model is unchanged.
 
     Args:
         model: open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model (``towers=("image",)``), dense and not wrapped.
-        config: what becomes sparse and how; None means ``MoEConfig.clip_up()``.
-        inplace: change ``model`` itself instead of a copy.
+        config: which blocks become sparse, and how. None means ``MoEConfig.clip_up()``.
+        inplace: modify ``model`` instead of a copy.
 
     Raises:
-        TypeError: no model of these, another wrong argument, or a chosen block whose MLP is of no family that is read;
-            by name.
-        ValueError: the model is sparse already, ``config.blocks`` names a block that is not there, or a hidden width
-            is no multiple of ``config.granularity``.
+        TypeError: an unsupported model or argument, or a selected block whose MLP is of no supported family.
+        ValueError: the model is already sparse, ``config.blocks`` names a missing block, or a hidden width is not a
+            multiple of ``config.granularity``.
     """
     config = config if config is not None else MoEConfig.clip_up()
     checks.module("model", model)
     check_config("config", config)
     checks.boolean("inplace", inplace)
-    already = list(moe_layers(model))
-    if already:
-        raise ValueError(f"the model is sparse already ({already[0]} and {len(already) - 1} more); upcycle a dense one")
+    sparse = list(moe_layers(model))
+    if sparse:
+        raise ValueError(f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model")
     chosen = _chosen_mlps(model, config)
     if not inplace:
         model = copy.deepcopy(model)
@@ -57,14 +56,14 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
     for mlp, layer in zip(chosen, layers, strict=True):
         mlp.replace(layer)
     if "text" in config.towers:
-        leave_padding_out(model)
+        make_padding_aware(model)
     add_no_weight_decay(model)
     model.moe_config = config
     return model
 
 
 def _chosen_mlps(model: nn.Module, config: MoEConfig) -> list[BlockMLP]:
-    """The MLPs of the blocks that become sparse; refuses the model unless every one can be read and split."""
+    """The MLPs of the blocks that become sparse. Raises unless every one can be read and split."""
     chosen = []
     for tower in config.towers:
         blocks = tower_blocks(model, tower)
@@ -80,16 +79,16 @@ def _chosen_mlps(model: nn.Module, config: MoEConfig) -> list[BlockMLP]:
 
 
 def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
-    """Which of a tower's ``depth`` blocks become sparse; raises ``ValueError`` for blocks that are not there."""
+    """Which of a tower's ``depth`` blocks become sparse. Raises ``ValueError`` for indices out of range."""
     if isinstance(config.blocks, str):
         chosen = list(range(depth) if config.blocks == "every" else range(1, depth, 2))
         if not chosen:
-            raise ValueError(f"the {tower} tower has {depth} block, so blocks='every_other' chooses none; name indices")
+            raise ValueError(f"the {tower} tower has {depth} block, so blocks='every_other' selects none; pass indices")
         last = config.last_blocks or len(chosen)
         if last > len(chosen):
             raise ValueError(
-                f"last_blocks is {last}, but blocks={config.blocks!r} chooses {len(chosen)} of the {tower} tower's "
-                f"{depth} blocks; lower it, or choose every block"
+                f"last_blocks is {last}, but blocks={config.blocks!r} selects {len(chosen)} of the {tower} tower's "
+                f"{depth} blocks; lower it, or select every block"
             )
         return chosen[-last:]
     outside = [index for index in config.blocks if not -depth <= index < depth]
@@ -102,7 +101,7 @@ def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
 
 
 def _sparse_layer(mlp: BlockMLP, config: MoEConfig) -> nn.Module:
-    """The replacement of an MLP: a sparse layer, behind the MLP's own input norm where it has one."""
+    """The replacement of an MLP: a sparse layer, after the MLP's input norm if it has one."""
     dense = dataclasses.replace(mlp.dense, input_norm=None)
     layer_class = BlockMoE if hasattr(mlp.block, "get_weight_dtype") else SparseMoE
     layer = layer_class.from_dense(dense, config).train(mlp.module.training)
@@ -116,7 +115,7 @@ class _Projection(NamedTuple):
 
 
 class BlockMoE(SparseMoE):
-    """SparseMoE in a block of open_clip's own, which reads the tower's type from ``block.mlp.c_fc.weight.dtype``."""
+    """SparseMoE for open_clip's blocks, which read the tower's dtype from ``block.mlp.c_fc.weight.dtype``."""
 
     @property
     def c_fc(self) -> _Projection:

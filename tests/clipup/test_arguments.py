@@ -1,4 +1,4 @@
-"""A wrong argument is refused before anything is done, and the message names it, what came and what was expected."""
+"""Wrong arguments are refused before any work, with a message naming the argument, its value and what is expected."""
 
 import math
 from pathlib import Path
@@ -46,25 +46,25 @@ def make_layer(**options):
         *[(name, math.inf, ValueError, "must be finite, got inf") for name in (*NUMBERS, "capacity_factor")],
     ],
 )
-def test_wrong_option_of_a_layer_is_refused_by_name(name, value, error, expected):
+def test_invalid_layer_option_is_named_in_the_error(name, value, error, expected):
     with pytest.raises(error, match=f"{name} {expected}"):
         make_layer(**{name: value})
 
 
 @pytest.mark.parametrize("x", [None, [[0.0] * D], np.zeros((2, D), np.float32), 1.0, "x"], ids=type)
-def test_tokens_that_are_no_tensor_are_refused_by_name(x):
+def test_tokens_must_be_a_tensor(x):
     with pytest.raises(TypeError, match=f"x must be a tensor, got {type(x).__name__}"):
         make_layer()(x)
 
 
 @pytest.mark.parametrize("mask", [[True, False], np.ones(2, bool), True, "x"], ids=type)
-def test_mask_that_is_no_tensor_is_refused_by_name(mask):
+def test_mask_must_be_a_tensor(mask):
     with pytest.raises(TypeError, match=f"mask must be a tensor, got {type(mask).__name__}"):
         make_layer()(torch.zeros(2, D), mask)
 
 
 @pytest.mark.parametrize("config", [{}, None, "clip_up", {"num_experts": 4}, MoEConfig], ids=repr)
-def test_config_that_is_none_is_refused_by_name(config):
+def test_config_must_be_a_moe_config(config):
     layer, message = make_layer(), f"config must be a clipup.MoEConfig, got {type(config).__name__}"
     before = layer.config
     with pytest.raises(TypeError, match=message):
@@ -74,25 +74,25 @@ def test_config_that_is_none_is_refused_by_name(config):
     assert layer.config is before
     with pytest.raises(TypeError, match=message):
         Router(D, config)
-    if config is not None:  # which means the default
+    if config is not None:  # None means the default
         with pytest.raises(TypeError, match=message):
             upcycle(tiny_clip(), config)
         with pytest.raises(TypeError, match=message):
             SparseMoE.from_dense(tiny_clip().visual.transformer.resblocks[0].mlp, config)
 
 
-def test_config_of_another_layer_is_refused_by_the_router_too():
+def test_router_refuses_the_config_of_another_layer():
     with pytest.raises(ValueError, match="config.num_experts is 8, but the layer has 4 experts"):
         make_layer().router.config = MoEConfig()
 
 
-def test_width_of_a_router_is_checked():
+def test_router_checks_its_width():
     with pytest.raises(ValueError, match="d_model must be a positive int, got -1"):
         Router(-1, MoEConfig())
 
 
 @pytest.mark.parametrize("model", [None, "ViT-B-32", {}, [nn.Identity()], (nn.Identity(), None, None)], ids=type)
-def test_what_is_no_model_is_refused_by_name(model):
+def test_model_must_be_a_module(model):
     sparse = upcycle(tiny_clip(), MoEConfig(num_experts=4))
     message = f"model must be a torch.nn.Module, got {type(model).__name__}"
     for function in (upcycle, aux_loss, moe_layers, moe_metrics, clipup.update_selection_bias):
@@ -110,7 +110,7 @@ def test_what_is_no_model_is_refused_by_name(model):
         step0_difference(tiny_clip(), model)
 
 
-def test_what_to_do_instead_is_said():
+def test_errors_say_how_to_fix_the_argument():
     with pytest.raises(TypeError, match=r"create it first: model, _, .* = clipup.create_model_and_tr\w+\('ViT-B-32'\)"):
         upcycle("ViT-B-32")
     with pytest.raises(TypeError, match="pass one model at a time"):
@@ -120,7 +120,7 @@ def test_what_to_do_instead_is_said():
 
 
 @pytest.mark.parametrize("name", [None, Path("runs"), 1], ids=type)
-def test_name_that_is_no_text_is_refused_by_name(name):
+def test_model_name_must_be_a_str(name):
     for function in (clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config):
         with pytest.raises(TypeError, match=f"model_name must be a str.* got {type(name).__name__}"):
             function(name)
@@ -128,7 +128,7 @@ def test_name_that_is_no_text_is_refused_by_name(name):
         clipup.create_timm_model(name)
 
 
-def test_inputs_and_step_size_are_checked():
+def test_inputs_and_learning_rate_are_checked():
     dense = tiny_clip()
     sparse = upcycle(dense, MoEConfig(num_experts=4))
     with pytest.raises(TypeError, match="images must be a tensor, got list"):
@@ -145,7 +145,7 @@ def test_inputs_and_step_size_are_checked():
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize("sparse", [False, True])
-def test_weights_of_another_kind_of_type_are_refused_by_name(tmp_path, dtype, sparse):
+def test_weights_of_non_floating_dtypes_are_refused(tmp_path, dtype, sparse):
     model = tiny_clip()
     if sparse:
         model = upcycle(model, MoEConfig(num_experts=4), inplace=True)
@@ -155,7 +155,7 @@ def test_weights_of_another_kind_of_type_are_refused_by_name(tmp_path, dtype, sp
     weights[name] = weights[name].to(dtype)
     path = tmp_path / "open_clip_model.safetensors"
     safetensors.torch.save_file(weights, path)
-    message = f"{name} is {dtype} there, torch.float32 in the model"
+    message = f"{name} is {dtype} in the file, torch.float32 in the model"
     with pytest.raises(ValueError, match=message):
         clipup.create_model_and_transforms(str(tmp_path))
     with pytest.raises(ValueError, match=message):
@@ -165,15 +165,15 @@ def test_weights_of_another_kind_of_type_are_refused_by_name(tmp_path, dtype, sp
         clipup.load_checkpoint(model, tmp_path / "weights.pt")
 
 
-def test_dense_file_of_another_kind_of_type_is_refused_by_name(tmp_path):
+def test_dense_weights_of_non_floating_dtypes_are_refused(tmp_path):
     model = clipup.create_model_and_transforms("clipup-tiny-32")[0]
     weights = {**model.state_dict(), "visual.proj": torch.zeros_like(model.visual.proj, dtype=torch.int64)}
     safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match="visual.proj is torch.int64 there, torch.float32 in the model"):
+    with pytest.raises(ValueError, match="visual.proj is torch.int64 in the file, torch.float32 in the model"):
         clipup.create_model_and_transforms("clipup-tiny-32", str(tmp_path / "weights.safetensors"))
 
 
-def test_weights_in_other_floating_types_are_taken(tmp_path):
+def test_weights_of_other_floating_dtypes_are_converted(tmp_path):
     model = tiny_clip()
     halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(halves, tmp_path / "weights.safetensors")
@@ -181,8 +181,8 @@ def test_weights_in_other_floating_types_are_taken(tmp_path):
     assert torch.equal(model.visual.proj, halves["visual.proj"].float())
 
 
-def test_values_that_are_no_tensors_are_missing_weights(tmp_path):
+def test_non_tensor_values_count_as_missing_weights(tmp_path):
     model = tiny_clip()
     torch.save({**model.state_dict(), "visual.proj": 3}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="missing there: visual.proj"):
+    with pytest.raises(ValueError, match="missing from the file: visual.proj"):
         clipup.load_checkpoint(model, tmp_path / "weights.pt")

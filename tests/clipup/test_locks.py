@@ -1,4 +1,4 @@
-"""One writer a directory, whatever happens to the one before."""
+"""Directory locks: one writer per directory, also after the previous writer was killed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hold(directory, ready, child=False):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Starts a process that holds the lock of a directory, and ends its whole group afterwards."""
+    """Starts processes that hold the lock of a directory, and kills their process groups at the end."""
     processes = []
 
     def start(**options):
@@ -56,7 +56,7 @@ def holder(tmp_path):
         process.join()
 
 
-def test_a_directory_in_use_is_refused_by_process_and_machine(holder, tmp_path):
+def test_error_names_the_process_and_machine_that_hold_the_lock(holder, tmp_path):
     process = holder()
 
     with (
@@ -68,7 +68,7 @@ def test_a_directory_in_use_is_refused_by_process_and_machine(holder, tmp_path):
         pass
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path):
+def test_lock_of_a_killed_process_is_released(holder, tmp_path):
     process = holder()
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -79,7 +79,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_child_that_outlives_the_process_does_not_hold_its_lock(holder, tmp_path):
+def test_child_process_does_not_keep_the_lock_of_its_parent(holder, tmp_path):
     process = holder(child=True)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -88,7 +88,7 @@ def test_a_child_that_outlives_the_process_does_not_hold_its_lock(holder, tmp_pa
         pass
 
 
-def test_threads_of_one_process_exclude_each_other_and_locks_end_with_errors(tmp_path):
+def test_threads_exclude_each_other_and_errors_release_the_lock(tmp_path):
     refused = []
 
     def other():
@@ -108,31 +108,31 @@ def test_threads_of_one_process_exclude_each_other_and_locks_end_with_errors(tmp
     assert len(refused) == 1
 
 
-def test_only_one_of_many_at_once_gets_in(tmp_path):
-    """Taking, removing and taking over the file at the same time."""
-    inside, most, rounds = [], [], 40
+def test_only_one_of_many_concurrent_threads_holds_the_lock(tmp_path):
+    """Lock files are acquired, removed and reused concurrently."""
+    inside, counts, rounds = [], [], 40
 
-    def try_often():
+    def acquire_repeatedly():
         for _ in range(rounds):
             try:
                 with lock(tmp_path):
                     inside.append(1)
-                    most.append(len(inside))
+                    counts.append(len(inside))
                     time.sleep(0.0005)
                     inside.pop()
             except DirectoryInUse:
                 time.sleep(0.0002)
 
-    threads = [threading.Thread(target=try_often) for _ in range(6)]
+    threads = [threading.Thread(target=acquire_repeatedly) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    assert max(most) == 1
+    assert max(counts) == 1
 
 
-def test_directories_that_were_made_for_the_lock_go_with_it_when_nothing_was_written(tmp_path):
+def test_directories_created_for_the_lock_are_removed_if_empty(tmp_path):
     with lock(tmp_path / "a" / "b"):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What a long task shows where stderr is no terminal, and where it is one."""
+"""Progress of long tasks, with and without a terminal on stderr."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clipup.progress import Progress, progress
 
 
 class Clock:
-    """Seconds that pass when the test says so."""
+    """A clock that the test sets."""
 
     def __init__(self):
         self.now = 1000.0
@@ -34,7 +34,7 @@ class Terminal(io.StringIO):
 
 
 def times_of_lines(clock, capsys, seconds, **options):
-    """When lines come, in seconds since the start, of a task of one step a second."""
+    """When lines are printed, in seconds since the start, for a task with one step per second."""
     found = []
     with Progress("sorting", "letters", seconds, **options) as task:
         for _ in range(seconds):
@@ -45,15 +45,15 @@ def times_of_lines(clock, capsys, seconds, **options):
     return found
 
 
-def test_lines_come_after_growing_pauses_and_then_every_30_seconds(clock, capsys):
+def test_lines_are_printed_after_growing_pauses_and_then_every_30_seconds(clock, capsys):
     assert times_of_lines(clock, capsys, 130) == [5, 15, 35, 65, 95, 125]
 
 
-def test_a_task_that_asks_for_it_says_its_first_step_at_once(clock, capsys):
+def test_line_at_once_prints_a_line_at_the_first_step(clock, capsys):
     assert times_of_lines(clock, capsys, 40, line_at_once=True) == [1, 6, 16, 36]
 
 
-def test_slow_pieces_print_a_line_each(clock, capsys):
+def test_slow_steps_print_a_line_each(clock, capsys):
     with Progress("sorting", "letters", 3, line_at_once=True) as task:
         for _ in range(3):
             clock.now += 300
@@ -67,7 +67,7 @@ def test_slow_pieces_print_a_line_each(clock, capsys):
     ]
 
 
-def test_the_last_line_says_where_it_ended(clock, capsys):
+def test_last_line_shows_the_final_count(clock, capsys):
     items = iter(range(40))
     for _ in progress(items, "sorting", "letters"):
         clock.now += 0.25
@@ -75,19 +75,19 @@ def test_the_last_line_says_where_it_ended(clock, capsys):
     assert capsys.readouterr().err.splitlines() == ["sorting: 20 letters", "sorting: 40 letters"]
 
 
-def test_a_short_task_prints_nothing_and_nothing_is_lost(clock, capsys):
+def test_short_task_prints_nothing_and_yields_every_item(clock, capsys):
     assert list(progress("letters", "sorting", "letters")) == list("letters")
     assert capsys.readouterr().err == ""
 
 
-def test_a_task_that_goes_on_knows_the_time_that_is_left(clock, capsys):
+def test_resumed_task_estimates_the_remaining_time(clock, capsys):
     with Progress("sorting", "letters", total=100, done=90, line_at_once=True) as task:
         clock.now += 10
         task.update(5, detail="at q")
     assert capsys.readouterr().err == "sorting: 95 of 100 letters, at q, 00:10 left\n"
 
 
-def test_hidden_progress_shows_nothing(clock, capsys):
+def test_hidden_progress_prints_nothing(clock, capsys):
     with Progress("sorting", "letters", 2, show=False, line_at_once=True) as task:
         clock.now += 100
         task.update(2)
@@ -95,7 +95,7 @@ def test_hidden_progress_shows_nothing(clock, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_gets_a_bar_and_other_lines_above_it(monkeypatch):
+def test_terminal_shows_a_bar_and_other_lines_above_it(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress("sorting", "letters", 2) as task:

@@ -25,7 +25,7 @@ def test_usage_lists_every_command(capsys):
     assert main([]) == 2
 
 
-def test_unknown_command_is_refused_with_those_there_are(capsys):
+def test_unknown_command_is_refused_with_a_list_of_commands(capsys):
     assert main(["upcylce"]) == 2
     assert (
         "there is no command 'upcylce'; did you mean 'upcycle'? Commands are demo, data, upcycle"
@@ -33,7 +33,7 @@ def test_unknown_command_is_refused_with_those_there_are(capsys):
     )
 
 
-def test_module_is_the_same_program():
+def test_python_m_clipup_is_the_same_program():
     done = subprocess.run([sys.executable, "-m", "clipup", "nothing"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "clipup: there is no command 'nothing'" in done.stderr
 
@@ -51,7 +51,7 @@ def test_upcycle_writes_a_model_and_reports_the_step_zero_check(dense, tmp_path,
     out = tmp_path / "sparse"
     assert main(["upcycle", str(dense), str(out), "--num-experts", "3", "--blocks", "0", "2"]) == 0
     report = capsys.readouterr().out
-    assert "largest difference of a normalised feature at step 0: " in report
+    assert "largest difference of normalized features at step 0: " in report
     assert float(report.split("at step 0: ")[1].split()[0]) <= 1e-6
     sparse, *_ = clipup.create_model_and_transforms(str(out))
     assert sparse.moe_config == MoEConfig.clip_up(num_experts=3, blocks=(0, 2))
@@ -59,7 +59,7 @@ def test_upcycle_writes_a_model_and_reports_the_step_zero_check(dense, tmp_path,
     assert step0_difference(original, sparse) <= 1e-6
 
 
-def test_upcycle_draws_the_same_routers_for_the_same_seed(dense, tmp_path):
+def test_upcycle_initializes_the_same_routers_for_the_same_seed(dense, tmp_path):
     def routers(name, seed):
         assert main(["upcycle", str(dense), str(tmp_path / name), "--seed", seed]) == 0
         model, *_ = clipup.create_model_and_transforms(str(tmp_path / name))
@@ -69,12 +69,12 @@ def test_upcycle_draws_the_same_routers_for_the_same_seed(dense, tmp_path):
     assert all(x.equal(y) and not x.equal(z) for x, y, z in zip(first, again, other, strict=True))
 
 
-def test_upcycle_without_normalised_gates_is_saved_with_its_difference(dense, tmp_path, capsys):
+def test_upcycle_without_normalized_gates_reports_the_difference(dense, tmp_path, capsys):
     assert main(["upcycle", str(dense), str(tmp_path / "out"), "--normalize-gates", "none"]) == 0
     assert float(capsys.readouterr().out.split("at step 0: ")[1].split()[0]) > 1e-3
 
 
-def test_models_that_should_be_equal_and_differ_are_refused():
+def test_step_zero_check_refuses_models_that_differ():
     with pytest.raises(ValueError, match="features differ from the dense model's by 1.0e-02.*nothing was saved"):
         check_step0(0.01, MoEConfig())
     with pytest.raises(ValueError, match="differ"):
@@ -82,12 +82,12 @@ def test_models_that_should_be_equal_and_differ_are_refused():
     assert check_step0(0.01, MoEConfig(normalize_gates="none")) == 0.01
 
 
-def test_upcycle_refuses_a_directory_that_holds_something(dense, tmp_path, capsys):
+def test_upcycle_refuses_a_directory_that_is_not_empty(dense, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("keep me")
     assert main(["upcycle", str(dense), str(out)]) == 2
-    assert "exists already and holds something; choose another directory" in capsys.readouterr().err
+    assert "out is not empty; choose another directory" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
@@ -97,10 +97,10 @@ def test_upcycle_refuses_a_directory_that_holds_something(dense, tmp_path, capsy
         (["--top-k", "9"], "top_k (9) is larger than num_experts (8)"),
         (["--capacity-factor", "0"], "capacity_factor must be positive"),
         (["--blocks", "7"], "blocks names [7], but the image tower has 4 blocks"),
-        (["--pretrained", "openai"], "has no meaning with the directory"),
+        (["--pretrained", "openai"], "cannot be used with the directory"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_two(dense, tmp_path, capsys, arguments, message):
+def test_user_error_is_one_line_and_exit_code_two(dense, tmp_path, capsys, arguments, message):
     assert main(["upcycle", str(dense), str(tmp_path / "out"), *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("clipup upcycle: ") and message in err and err.count("\n") == 1
@@ -113,7 +113,7 @@ def test_debug_shows_the_traceback(dense, tmp_path, capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_interrupt_is_not_a_traceback(monkeypatch, capsys):
+def test_interrupt_prints_no_traceback(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
 
@@ -122,7 +122,7 @@ def test_interrupt_is_not_a_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == "clipup flops: interrupted\n"
 
 
-def test_flops_prints_json_alone(capsys, caplog):
+def test_flops_prints_only_json(capsys, caplog):
     assert main(["flops", "ViT-B-16", "--moe", "--json"]) == 0
     captured = capsys.readouterr()
     counts = json.loads(captured.out)
@@ -134,7 +134,7 @@ def test_flops_prints_json_alone(capsys, caplog):
     assert json.loads(capsys.readouterr().out)["params"] == pytest.approx(150e6, rel=0.01)
 
 
-def test_flops_prints_a_table_of_both_with_their_ratio(capsys):
+def test_flops_prints_a_table_of_dense_and_sparse_with_their_ratio(capsys):
     assert main(["flops", "ViT-B-32"]) == 0
     head, dense, sparse, ratio = capsys.readouterr().out.splitlines()
     assert head.split() == ["image", "GFLOP", "text", "GFLOP", "both", "params", "active"]
@@ -142,7 +142,7 @@ def test_flops_prints_a_table_of_both_with_their_ratio(capsys):
     assert ratio.split() == ["ratio", "1.32", "1.33", "1.32", "2.89", "1.27"]
 
 
-def test_flops_are_those_of_the_choices_that_upcycle_takes(dense, capsys):
+def test_flops_accepts_the_options_of_upcycle(dense, capsys):
     def counts(*options):
         assert main(["flops", str(dense), "--moe", "--json", *options]) == 0
         return json.loads(capsys.readouterr().out)
@@ -152,13 +152,13 @@ def test_flops_are_those_of_the_choices_that_upcycle_takes(dense, capsys):
     assert last["image_gflops"] < plain["image_gflops"] < shared["image_gflops"]
 
 
-def test_upcycle_takes_every_choice_as_a_flag(dense, tmp_path, capsys):
+def test_upcycle_accepts_every_option_as_a_flag(dense, tmp_path, capsys):
     flags = ["--blocks", "every", "--last-blocks", "3", "--num-experts", "16", "--top-k", "8", "--granularity", "4"]
     flags += ["--shared-expert", "--score-function", "sigmoid"]
     flags += ["--selection-bias", "z_score", "--selection-bias-rate", "0.01"]
     assert main(["upcycle", str(dense), str(tmp_path / "out"), *flags]) == 0
     assert float(capsys.readouterr().out.split("at step 0: ")[1].split()[0]) <= 1e-6
-    assert main(["upcycle", str(dense), str(tmp_path / "redrawn"), "--reinit-ratio", "0.5"]) == 0
+    assert main(["upcycle", str(dense), str(tmp_path / "reinitialized"), "--reinit-ratio", "0.5"]) == 0
     assert float(capsys.readouterr().out.split("at step 0: ")[1].split()[0]) > 1e-3
     sparse, *_ = clipup.create_model_and_transforms(str(tmp_path / "out"))
     assert sparse.moe_config == MoEConfig.clip_up(

@@ -1,4 +1,4 @@
-"""clipup doctor: the blocks of a model, what becomes of them, and the mend for what is refused."""
+"""clipup doctor: the blocks of a model, their status, and a suggestion if upcycling is refused."""
 
 import json
 
@@ -31,23 +31,23 @@ def findings(capsys, *arguments):
     return json.loads(captured.out)
 
 
-def test_table_shows_every_tower_and_what_becomes_of_its_blocks(dense, capsys):
+def test_table_shows_the_status_of_the_blocks_of_every_tower(dense, capsys):
     assert main(["doctor", dense]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["image", "tower:", "4", "blocks"]
-    assert lines[1] == ["blocks", "class", "MLP", "widths", "activation", "becomes"]
+    assert lines[1] == ["blocks", "class", "MLP", "widths", "activation", "status"]
     assert lines[2] == ["0,", "2", "ResidualAttentionBlock", "Sequential", "32,", "128", "gelu", "dense"]
     assert lines[3] == ["1,", "3", "ResidualAttentionBlock", "Sequential", "32,", "128", "gelu", "sparse"]
     assert lines[5] == ["text", "tower:", "4", "blocks"]
-    assert " ".join(lines[-1]).startswith("upcycle takes it; parameters: 0.1 M dense, 0.3 M sparse, of which 0.1 M are")
+    assert " ".join(lines[-1]).startswith("upcycle accepts it; parameters: 0.1 M dense, 0.3 M sparse, 0.1 M active")
 
 
 def test_moe_options_are_those_of_upcycle(dense, capsys):
     found = findings(capsys, dense, "--num-experts", "3", "--top-k", "1", "--towers", "text", "--blocks", "0", "-1")
     image, text = found["towers"]
-    assert [block["fate"] for block in image["blocks"]] == ["dense"] * 4
-    assert [block["fate"] for block in text["blocks"]] == ["sparse", "dense", "dense", "sparse"]
-    assert found["moe"]["num_experts"] == 3 and found["upcycles"] and found["mend"] is None
+    assert [block["status"] for block in image["blocks"]] == ["dense"] * 4
+    assert [block["status"] for block in text["blocks"]] == ["sparse", "dense", "dense", "sparse"]
+    assert found["moe"]["num_experts"] == 3 and found["upcycles"] and found["suggestion"] is None
     sparse = upcycle(tiny_clip(), MoEConfig(num_experts=3, towers=("text",), blocks=(0, -1)))
     assert found["params"] == sum(parameter.numel() for parameter in tiny_clip().parameters())
     assert found["sparse_params"] == sum(parameter.numel() for parameter in sparse.parameters())
@@ -64,38 +64,38 @@ def test_block_is_described_in_json(dense, capsys):
         "activation": "gelu",
         "gated": False,
         "norm": None,
-        "fate": "sparse",
+        "status": "sparse",
     }
 
 
-def test_refused_tower_comes_with_the_mend(tmp_path, capsys):
+def test_refused_tower_comes_with_a_suggestion(tmp_path, capsys):
     cfg = {**tiny_config(), "vision_cfg": RESNET, "custom_text": False}
     directory = saved(build(cfg), cfg, tmp_path / "resnet")
     assert main(["doctor", directory]) == 0
     out = capsys.readouterr().out
     assert "refused: the image tower (visual: ModifiedResNet) has no list of transformer blocks\n" in out
-    assert "upcycle refuses it; parameters: " in out and "\nmend: --towers text; then " in out
+    assert "upcycle refuses it; parameters: " in out and "\nsuggestion: --towers text; parameters then: " in out
     found = findings(capsys, directory)
-    assert not found["upcycles"] and found["mend"] == "--towers text"
+    assert not found["upcycles"] and found["suggestion"] == "--towers text"
     assert found["towers"][0]["blocks"] == [] and found["towers"][1]["refused"] is None
-    mended = findings(capsys, directory, "--towers", "text")
-    assert mended["upcycles"] and mended["towers"][0]["refused"] is None
-    assert mended["sparse_params"] == found["sparse_params"]
+    fixed = findings(capsys, directory, "--towers", "text")
+    assert fixed["upcycles"] and fixed["towers"][0]["refused"] is None
+    assert fixed["sparse_params"] == found["sparse_params"]
 
 
-def test_blocks_that_are_not_there_are_refused(dense, capsys):
+def test_missing_blocks_are_refused(dense, capsys):
     found = findings(capsys, dense, "--blocks", "7")
     assert [tower["refused"][:17] for tower in found["towers"]] == ["blocks names [7],"] * 2
-    assert not found["upcycles"] and found["mend"] is found["sparse_params"] is None
+    assert not found["upcycles"] and found["suggestion"] is found["sparse_params"] is None
 
 
-def test_sparse_model_is_called_sparse(tmp_path, capsys):
+def test_sparse_model_is_reported_as_already_sparse(tmp_path, capsys):
     directory = saved(upcycle(tiny_clip(), MoEConfig(num_experts=2)), tiny_config(), tmp_path)
     found = findings(capsys, directory)
-    assert [block["fate"] for block in found["towers"][0]["blocks"]] == ["dense", "sparse already"] * 2
+    assert [block["status"] for block in found["towers"][0]["blocks"]] == ["dense", "already sparse"] * 2
     assert not found["upcycles"] and found["sparse_params"] == found["active_params"] == found["params"]
     assert main(["doctor", directory]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("sparse already; parameters: ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("already sparse; parameters: ")
 
 
 def test_coca_has_three_towers(tmp_path, capsys):
@@ -106,9 +106,9 @@ def test_coca_has_three_towers(tmp_path, capsys):
         ("text", 2),
         ("decoder", 4),
     ]
-    assert {block["fate"] for block in found["towers"][2]["blocks"]} == {"dense"}
+    assert {block["status"] for block in found["towers"][2]["blocks"]} == {"dense"}
     decoder = findings(capsys, directory, "--towers", "decoder")["towers"][2]
-    assert [block["fate"] for block in decoder["blocks"]] == ["dense", "sparse"] * 2
+    assert [block["status"] for block in decoder["blocks"]] == ["dense", "sparse"] * 2
     assert decoder["blocks"][1]["name"] == "text_decoder.cross_attn.0"
 
 
@@ -119,31 +119,33 @@ def test_hugging_face_tower_is_read(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", [*TIMM, *HUGGING_FACE])
-def test_what_the_diagnosis_calls_sparse_is_what_upcycle_makes_sparse(name, tmp_path):
+def test_diagnosis_agrees_with_upcycle(name, tmp_path):
     is_timm = name in TIMM
     model = timm_model(name) if is_timm else build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path))
     config = MoEConfig(num_experts=2, towers=("image",) if is_timm else ("image", "text"))
     reports = diagnose(model, config)
-    chosen = [block for tower in reports for block in tower.blocks if block.fate == "sparse"]
+    chosen = [block for tower in reports for block in tower.blocks if block.status == "sparse"]
     upcycle(model, config, inplace=True)
-    after = [block for tower in diagnose(model, config) for block in tower.blocks if block.fate == "sparse already"]
+    after = [block for tower in diagnose(model, config) for block in tower.blocks if block.status == "already sparse"]
     assert [block.name for block in after] == [block.name for block in chosen]
     for before, now in zip(chosen, after, strict=True):
         assert (before.d_model, before.d_hidden, before.activation) == (now.d_model, now.d_hidden, now.activation)
         assert before.gated == now.gated and (before.norm == now.norm or before.norm == "input")
 
 
-def test_block_that_is_not_read_matters_only_when_it_is_chosen():
+def test_unsupported_block_is_refused_only_if_it_is_selected():
     model = timm_model("Block/Mlp")
     model.blocks[2].mlp.act = model.blocks[2].mlp.fc1
     towers = ("image",)
     (fine,) = diagnose(model, MoEConfig(towers=towers))
-    assert fine.refused is None and fine.blocks[2].mlp is None and fine.blocks[2].fate == "dense"
+    assert fine.refused is None and fine.blocks[2].mlp is None and fine.blocks[2].status == "dense"
     (refused,) = diagnose(model, MoEConfig(towers=towers, blocks=(2,)))
-    assert refused.blocks[2].fate == "refused" and refused.refused.startswith("blocks.2: cannot read an MLP with activ")
+    assert refused.blocks[2].status == "refused" and refused.refused.startswith(
+        "blocks.2: cannot read an MLP with activ"
+    )
 
 
-def test_help_and_usage_know_it(capsys):
+def test_help_and_usage_list_doctor(capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--help"])
     assert "--capacity-factor" in capsys.readouterr().out

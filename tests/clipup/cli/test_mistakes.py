@@ -1,4 +1,4 @@
-"""Mistakes on the command line: each ends in one line that says what to change, and exit code 2."""
+"""User errors on the command line: each prints one line that says what to change, with exit code 2."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with models, data and broken files, which the commands run in."""
+    """A working directory with models, data and damaged files."""
     root = tmp_path_factory.mktemp("place")
     save_pretrained(tiny_clip(), root / "dense", tiny_config())
     save_pretrained(upcycle(tiny_clip(), MoEConfig(num_experts=2)), root / "sparse", tiny_config())
@@ -41,7 +41,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def refused(place, capsys, monkeypatch):
-    """The message of a command that is refused."""
+    """Runs a command that is refused, and returns the message."""
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
 
@@ -66,7 +66,7 @@ def refused(place, capsys, monkeypatch):
         ("train --model dense --train-data x.csv --device gpu", "device is 'gpu', expected cpu, cuda or cuda:N"),
         (
             "upcycle ViT-B-32 out",
-            "pretrained is missing, so ViT-B-32 would have random weights; give a file of weights",
+            "pretrained is missing, so ViT-B-32 would have random weights; pass a file of weights",
         ),
         ("upcycle dense x.csv/out", "out: PLACE/x.csv is a file; expected a directory"),
         ("eval ViT-B-32 --val-data x.csv", "or --random-weights to measure random weights"),
@@ -75,7 +75,7 @@ def refused(place, capsys, monkeypatch):
         ("eval dense --val-data x.csv --device gpu", "device is 'gpu', expected cpu, cuda or cuda:N"),
         ("eval no_cfg --val-data x.csv", "no_cfg/open_clip_config.json has no model_cfg"),
         ("eval half_cfg --val-data x.csv", "half_cfg/open_clip_config.json lacks vision_cfg, text_cfg"),
-        ("eval cut --val-data x.csv", "cut/open_clip_model.safetensors is not a whole safetensors file: "),
+        ("eval cut --val-data x.csv", "cut/open_clip_model.safetensors is not a complete safetensors file: "),
         ("inspect sparse --captions jpegs", "captions: there is no file jpegs"),
         ("inspect sparse --images jpegs --out jpegs", "out: jpegs is a directory; expected the path of a file"),
         ("inspect sparse --images jpegs --dense ViT-B-32", "dense_pretrained is missing, so ViT-B-32 would have"),
@@ -83,7 +83,7 @@ def refused(place, capsys, monkeypatch):
         ("data pictogram", "there is no data set 'pictogram'; did you mean 'pictograms'?"),
     ],
 )
-def test_mistake_is_one_line_that_says_what_to_change(refused, place, line, message):
+def test_user_error_is_one_line_that_says_what_to_change(refused, place, line, message):
     assert message.replace("PLACE", str(place)) in refused(line)
 
 
@@ -100,7 +100,7 @@ def test_mistake_is_one_line_that_says_what_to_change(refused, place, line, mess
         ("empty", "it holds no shard (.tar), no CSV file and no image"),
     ],
 )
-def test_directory_as_data_is_refused_with_what_to_name_in_it(refused, directory, advice):
+def test_directory_as_data_is_refused_with_the_file_to_pass(refused, directory, advice):
     assert f"train_data: {directory} is a directory: " in (
         error := refused(f"train --model dense --train-data {directory}")
     )
@@ -138,7 +138,7 @@ TRAIN = "train --model dense --train-data x.csv"
         ),
         ("upcycle dense out --calibrate-steps 3", "--calibrate-steps has no effect without --calibrate-data"),
         ("upcycle dense out --allow-pipe", "--allow-pipe has no effect without --calibrate-data"),
-        ("upcycle dense out --random-weights", "--random-weights has no effect on a model that brings its weights"),
+        ("upcycle dense out --random-weights", "--random-weights has no effect on a model that has its own weights"),
         ("upcycle dense out --selection-bias-rate 0.1", "--selection-bias-rate has no effect without --selection-bias"),
         ("eval dense --val-data x.csv --split val", "--split has no effect without --dataset"),
         ("eval dense --val-data x.csv --templates t.txt", "--templates has no effect without classes"),
@@ -150,23 +150,23 @@ TRAIN = "train --model dense --train-data x.csv"
         ("eval dense --dataset csv --root x.csv --annotations a", "--annotations has no effect on another --dataset"),
         ("eval dense --val-data a.tar --csv-img-key i", "--csv-img-key has no effect without a CSV file"),
         ("flops dense --json --num-experts 4", "--num-experts has no effect on --json without --moe"),
-        ("flops sparse --num-experts 4", "--num-experts has no effect on a model that is sparse already"),
-        ("doctor sparse --top-k 1", "--top-k has no effect on a model that is sparse already"),
+        ("flops sparse --num-experts 4", "--num-experts has no effect on a model that is already sparse"),
+        ("doctor sparse --top-k 1", "--top-k has no effect on a model that is already sparse"),
         ("demo --lr 1e-3", "--lr has no effect without --dense-steps"),
     ],
 )
-def test_flag_without_effect_is_refused_by_name(refused, line, message):
+def test_flag_without_effect_is_refused(refused, line, message):
     assert message in refused(line)
 
 
-def test_sparse_options_for_a_dense_model_are_refused_in_python(tmp_path):
+def test_moe_options_of_a_dense_run_are_refused_in_python(tmp_path):
     options = TrainOptions(moe_cfg=MoEConfig(num_experts=4), steps=1, logs=None, device="cpu")
     with pytest.raises(ValueError, match="moe_cfg has no effect without moe=True"):
         train(options, model=tiny_clip(), loader=[])
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_lack_of_memory_is_one_line_and_other_faults_of_ours_are_not_hidden(error, monkeypatch, capsys):
+def test_out_of_memory_is_one_line_and_other_runtime_errors_are_raised(error, monkeypatch, capsys):
     def fail(argv):
         raise error
 
@@ -178,18 +178,18 @@ def test_lack_of_memory_is_one_line_and_other_faults_of_ours_are_not_hidden(erro
         main(["flops", "dense"])
 
 
-def test_random_weights_are_upcycled_when_that_is_asked_for(tmp_path, capsys):
+def test_random_weights_flag_upcycles_random_weights(tmp_path, capsys):
     assert main(["upcycle", "clipup-tiny-32", str(tmp_path / "out"), "--random-weights"]) == 0
-    assert f"saved to {tmp_path / 'out'}, of random weights" in capsys.readouterr().out
+    assert f"saved to {tmp_path / 'out'} (random weights)" in capsys.readouterr().out
 
 
-def test_version_is_printed_and_is_that_of_the_package(capsys):
+def test_version_flag_prints_the_package_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"clipup {clipup.__version__}\n"
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "data pictograms"])
-def test_every_command_explains_itself(command, capsys):
+def test_every_command_has_help(command, capsys):
     try:
         code = main([*command.split(), "--help"])
     except SystemExit as stop:
@@ -203,14 +203,14 @@ def test_every_command_explains_itself(command, capsys):
 @pytest.mark.parametrize(
     ("flag", "meant"), [("train --modle ViT-B-32", "--model"), ("eval d --val-dat x", "--val-data")]
 )
-def test_misspelt_flag_is_refused_with_the_one_that_was_meant(flag, meant, capsys):
+def test_misspelled_flag_is_refused_with_the_closest_one(flag, meant, capsys):
     with pytest.raises(SystemExit) as stop:
         main(flag.split())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and meant in error.split("meant")[1]
 
 
-def test_reader_that_stops_reading_is_no_error():
+def test_closed_pipe_is_not_an_error():
     command = f"{sys.executable} -m clipup doctor clipup-tiny-32 | true"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What the commands say where the packages of the extras are not installed."""
+"""The commands without the optional packages of the extras."""
 
 import json
 import subprocess
@@ -61,7 +61,7 @@ WORKS = ["--version", "flops clipup-tiny-32", "doctor clipup-tiny-32", "upcycle 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """Exit code and last line of every command, from one process without the packages."""
+    """Exit code and last line of stderr of every command, from one process without the packages."""
     directory = tmp_path_factory.mktemp("plain")
     (directory / "data.csv").write_text("filepath\ttitle\n0.png\tred\n")
     (directory / "classes.txt").write_text("cat\n")
@@ -75,7 +75,7 @@ def said(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", NEEDS)
-def test_missing_package_is_named_with_the_extra_that_installs_it(said, command):
+def test_missing_package_is_named_with_its_extra(said, command):
     package, extra = NEEDS[command]
     code, message = said[command]
     assert code == 2

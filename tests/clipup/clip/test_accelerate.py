@@ -1,4 +1,4 @@
-"""accelerate: a model for inference, its sparse and dense layers prepared, everything else as it was."""
+"""accelerate: prepares the sparse layers and dense MLPs of a model for inference and leaves the rest unchanged."""
 
 import copy
 import importlib
@@ -40,7 +40,7 @@ def test_features_are_equal_to_rounding(kind):
             assert_close(features(fast), theirs, 1e-5)
 
 
-def test_the_kernels_are_what_runs(monkeypatch):
+def test_dense_mlps_run_on_the_kernels(monkeypatch):
     calls = []
     module = importlib.import_module("clipup.dense.prepared")
     monkeypatch.setattr(module, "dense_mlp", lambda x, *rest: calls.append(x.shape) or torch.zeros_like(x))
@@ -49,7 +49,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
     assert len(calls) == 8  # 4 blocks in each of two towers
 
 
-def test_texts_are_computed_to_the_end_of_the_longest_one():
+def test_texts_are_computed_up_to_the_end_of_the_longest_text():
     model = tiny_clip().eval()
     fast = clipup.accelerate(model)
     seen = []
@@ -62,7 +62,7 @@ def test_texts_are_computed_to_the_end_of_the_longest_one():
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_the_state_dict_is_the_plain_models(kind, sparse):
+def test_state_dict_equals_that_of_the_plain_model(kind, sparse):
     model = tiny_clip(kind)
     model = clipup.upcycle(model, clipup.MoEConfig()) if sparse else model
     fast = clipup.accelerate(model)
@@ -71,7 +71,7 @@ def test_the_state_dict_is_the_plain_models(kind, sparse):
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
 
-def test_other_weights_are_loaded_into_a_prepared_model():
+def test_prepared_model_loads_other_weights():
     other = tiny_clip().eval()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -85,7 +85,7 @@ def test_other_weights_are_loaded_into_a_prepared_model():
         assert_close(features(fast), theirs, 1e-5)
 
 
-def test_the_model_is_for_inference_only():
+def test_prepared_model_is_for_inference_only():
     fast = clipup.accelerate(tiny_clip().train())
     assert not any(module.training for module in fast.modules())
     assert not any(parameter.requires_grad for parameter in fast.parameters())
@@ -94,7 +94,7 @@ def test_the_model_is_for_inference_only():
     assert all(not feature.requires_grad for feature in features(fast))  # without no_grad()
 
 
-def test_a_model_is_cast_before_it_is_prepared():
+def test_model_must_be_cast_before_it_is_prepared():
     model = tiny_clip().eval()
     half = clipup.accelerate(copy.deepcopy(model).to(torch.bfloat16))
     image, _ = random_inputs(model, batch_size=2)
@@ -108,7 +108,7 @@ def test_a_model_is_cast_before_it_is_prepared():
         half.float()
 
 
-def test_sparse_models_keep_their_sparse_blocks():
+def test_sparse_layers_stay_sparse():
     sparse = clipup.upcycle(tiny_clip(), clipup.MoEConfig()).eval()
     fast = clipup.accelerate(sparse)
     assert list(clipup.moe_layers(fast)) == list(clipup.moe_layers(sparse))
@@ -119,7 +119,7 @@ def test_sparse_models_keep_their_sparse_blocks():
         assert_close(features(fast), theirs, 1e-5)
 
 
-def test_the_model_itself_is_changed_only_when_asked():
+def test_model_is_copied_unless_inplace():
     model = tiny_clip()
     assert clipup.accelerate(model) is not model
     assert not any(type(module).__name__ == "PreparedMLP" for module in model.modules())
@@ -133,16 +133,16 @@ def test_the_model_itself_is_changed_only_when_asked():
         (nn.Linear(3, 3), ValueError, "no sparse layer and no dense MLP to prepare; MLPs that are read"),
         (None, TypeError, "model must be a torch.nn.Module, got NoneType"),
         ("ViT-B-32", TypeError, "model must be a torch.nn.Module, got str"),
-        (clipup.SparseMoE(8, 16, device="meta"), ValueError, "the model is on meta; it is prepared for CPUs"),
+        (clipup.SparseMoE(8, 16, device="meta"), ValueError, "the model is on meta, but it must be on the CPU"),
     ],
     ids=["nothing to prepare", "None", "a name", "another device"],
 )
-def test_what_cannot_be_prepared_is_refused(model, error, message):
+def test_unsupported_models_are_refused(model, error, message):
     with pytest.raises(error, match=message):
         clipup.accelerate(model)
 
 
-def test_a_layer_that_computes_something_else_is_refused():
+def test_layer_that_overrides_forward_is_refused():
     class Doubled(clipup.SparseMoE):
         def forward(self, x, mask=None):
             return 2 * super().forward(x, mask)
@@ -151,7 +151,7 @@ def test_a_layer_that_computes_something_else_is_refused():
         clipup.accelerate(nn.Sequential(nn.Linear(8, 8), Doubled(8, 16)))
 
 
-def test_preparing_twice_is_preparing_once():
+def test_preparing_is_idempotent():
     fast = clipup.accelerate(clipup.upcycle(tiny_clip(), clipup.MoEConfig()))
     again = clipup.accelerate(fast)
     with torch.inference_mode():
@@ -162,7 +162,7 @@ def test_preparing_twice_is_preparing_once():
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_every_family_that_dense_mlp_computes_is_accelerated(name):
+def test_every_family_that_dense_mlp_supports_is_accelerated(name):
     model = timm_model(name).eval()
     if name.endswith("normed"):
         with pytest.raises(ValueError, match="no dense MLP to prepare"):
@@ -177,7 +177,7 @@ def test_every_family_that_dense_mlp_computes_is_accelerated(name):
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_face_towers_are_accelerated_where_their_mlp_is_one_module(name, tmp_path):
+def test_hugging_face_towers_are_accelerated_if_their_mlp_is_one_module(name, tmp_path):
     model = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)).eval()
     fast = clipup.accelerate(model)
     replaced = [n for n, module in fast.named_modules() if type(module).__name__ == "PreparedMLP"]
@@ -186,18 +186,18 @@ def test_hugging_face_towers_are_accelerated_where_their_mlp_is_one_module(name,
         assert_close(features(fast), features(model), 1e-5)
 
 
-def test_the_plain_model_is_what_is_saved(tmp_path):
+def test_prepared_model_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="prepared by clipup.accelerate; save the plain model"):
         clipup.save_pretrained(clipup.accelerate(tiny_clip()), tmp_path / "model", {})
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("where", ["the MLP", "its projection", "a forward of its own"])
-def test_an_mlp_that_computes_something_else_stays_as_it_is(where):
-    """A hook, or a replaced forward, would be lost with the module that has it."""
+@pytest.mark.parametrize("where", ["the MLP", "its projection", "a replaced forward"])
+def test_mlp_with_a_hook_or_replaced_forward_is_unchanged(where):
+    """Replacing the module would lose its hook or forward."""
     model = tiny_clip().eval()
     block = model.visual.transformer.resblocks[1]
-    if where == "a forward of its own":
+    if where == "a replaced forward":
         block.mlp.c_fc.forward = lambda x: 3 * F.linear(x, block.mlp.c_fc.weight, block.mlp.c_fc.bias)
     else:
         module = block.mlp if where == "the MLP" else block.mlp.c_fc
@@ -205,16 +205,16 @@ def test_an_mlp_that_computes_something_else_stays_as_it_is(where):
     images, _ = random_inputs(model, batch_size=2)
     with torch.no_grad():
         assert_close(
-            [clipup.accelerate(model, inplace=where.endswith("own")).encode_image(images)],
+            [clipup.accelerate(model, inplace=where.endswith("forward")).encode_image(images)],
             [model.encode_image(images)],
             1e-5,
         )
-    if where != "a forward of its own":
+    if where != "a replaced forward":
         with pytest.raises(TypeError, match="resblocks.1: cannot read an MLP with forward hooks.*remove them first"):
             clipup.upcycle(model)
 
 
-def test_the_model_that_was_prepared_shares_nothing_with_the_copy(monkeypatch):
+def test_prepared_copy_shares_no_memory_with_the_model(monkeypatch):
     model = tiny_clip().eval()
     model.tied = nn.Linear(32, 128, bias=False)
     model.tied.weight = model.visual.transformer.resblocks[0].mlp.c_fc.weight
@@ -233,8 +233,8 @@ def test_inplace_is_true_or_false():
         clipup.accelerate(tiny_clip(), inplace="no")
 
 
-def test_pruned_experts_are_refused_by_name():
+def test_pruned_experts_are_refused():
     layer = clipup.SparseMoE(8, 16)
     prune.l1_unstructured(layer, "in_weight", 0.5)
-    with pytest.raises(TypeError, match="in_weight of the layer is no plain parameter.*prune.remove"):
+    with pytest.raises(TypeError, match="in_weight of the layer is not a plain parameter.*prune.remove"):
         clipup.accelerate(layer)

@@ -1,4 +1,4 @@
-"""FLOPs and parameters against published and derived numbers for whole models, and against sums done by hand."""
+"""FLOPs and parameters of models, compared with published numbers, derived numbers and hand-computed sums."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def published():
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_flops_of_whole_models_are_the_known_ones(published, name):
+def test_flops_of_models_match_published_numbers(published, name):
     dense, sparse = published[name]
     image, text, sparse_both = TABLE[name]
     assert dense.image_gflops == pytest.approx(image, rel=0.01)
@@ -39,7 +39,7 @@ def test_sparse_b16_costs_31_percent_of_dense_l14(published):
     assert ratio == pytest.approx(0.309, rel=0.01)
 
 
-def test_parameters_of_b16_are_the_known_ones(published):
+def test_parameters_of_b16_match_published_numbers(published):
     dense, sparse = published["ViT-B-16"]
     assert dense.params == dense.active_params == pytest.approx(150e6, rel=0.01)
     assert sparse.params == pytest.approx(436e6, rel=0.01)
@@ -48,7 +48,7 @@ def test_parameters_of_b16_are_the_known_ones(published):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_upcycling_adds_the_experts_a_token_meets_and_the_router(kind, top_k):
+def test_upcycling_adds_the_flops_of_active_experts_and_the_router(kind, top_k):
     model = tiny_clip(kind)
     dense, sparse = count(model), count(upcycle(model, MoEConfig(num_experts=3, top_k=top_k, towers=("text",))))
     tokens, width, hidden, layers = 10, 32, 128, 2
@@ -63,7 +63,7 @@ def test_upcycling_adds_the_experts_a_token_meets_and_the_router(kind, top_k):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_flops_counted_without_running_are_those_of_a_run(kind):
+def test_flops_on_the_meta_device_equal_those_of_a_run(kind):
     config = MoEConfig(num_experts=3, padding_aware=False)  # texts of full length are counted
     model = upcycle(tiny_clip(kind), config).eval().requires_grad_(False)
     images, texts = random_inputs(model, 1)
@@ -75,7 +75,7 @@ def test_flops_counted_without_running_are_those_of_a_run(kind):
     assert count(model)[:2] == tuple(counted)
 
 
-def test_counting_changes_nothing():
+def test_counting_does_not_change_the_model():
     model = upcycle(tiny_clip(), MoEConfig(num_experts=2, capacity_factor=0.5))
     torch.backends.mha.set_fastpath_enabled(True)
     first = count(model)
@@ -84,6 +84,6 @@ def test_counting_changes_nothing():
     assert count(model) == first == count(model.eval().bfloat16())
 
 
-def test_a_prepared_model_is_not_counted_since_packed_weights_are_no_parameters():
+def test_prepared_model_is_refused():
     with pytest.raises(ValueError, match="prepared by clipup.accelerate; count the plain model"):
         count(accelerate(tiny_clip()))

@@ -1,4 +1,4 @@
-"""Padding-aware text routing: what takes part, where it applies, and that it changes no feature."""
+"""Padding-aware text towers: which tokens are masked, which towers support it, and that features are unchanged."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ import clipup
 from clipup import MoEConfig, aux_loss, moe_layers, moe_metrics, upcycle
 from clipup.clip.flops import count
 from clipup.clip.inputs import random_inputs
-from clipup.clip.padding_aware import leave_padding_out, tokens_up_to_pooled
+from clipup.clip.padding_aware import make_padding_aware, tokens_up_to_pooled
 
 
 def gradients(model, loss):
@@ -28,7 +28,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"normalize_gates": "after_drop"}, {"priority": True}])
-def test_features_are_those_without_it(kind, training, options):
+def test_features_equal_those_with_padding(kind, training, options):
     model = sparse_clip(kind, capacity_factor=None, **options).train(training)
     texts = random_inputs(model, 6)[1]
     features = model.encode_text(texts)
@@ -39,7 +39,7 @@ def test_features_are_those_without_it(kind, training, options):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_gradients_are_those_without_it(kind):
+def test_gradients_equal_those_with_padding(kind):
     model = sparse_clip(kind, capacity_factor=None)
     images, texts = random_inputs(model, 6)
     found = gradients(model, contrastive_loss(model, images, texts))
@@ -51,7 +51,7 @@ def test_gradients_are_those_without_it(kind):
         assert (gradient - expected[name]).abs().max() <= 1e-5 * scale, name
 
 
-def test_image_tower_and_normalisation_are_as_before():
+def test_image_tower_and_normalization_are_unchanged():
     model = sparse_clip()
     images, texts = random_inputs(model, 3)
     image_features, text_features, _ = model(images, texts)
@@ -77,7 +77,7 @@ def test_image_tower_and_normalisation_are_as_before():
         ("eos_pool", [5, 7, 63, 9, 5, 5, 5, 5, 5, 5], 0),
     ],
 )
-def test_cut_is_the_pooled_position_itself(kind, row, pooled):
+def test_mask_ends_at_the_pooled_position(kind, row, pooled):
     model = sparse_clip(kind)
     full = [5] * 9 + [2 if kind == "eos_pool" else 63]
     model.encode_text(torch.tensor([row, row, full]))
@@ -88,7 +88,7 @@ def test_cut_is_the_pooled_position_itself(kind, row, pooled):
 
 
 def lengths_computed(model, texts):
-    """Tokens a text that the blocks of the text tower saw."""
+    """Numbers of tokens per text that the blocks of the text tower compute."""
     found, blocks = [], text_tower(model).transformer.resblocks
     handles = [block.register_forward_pre_hook(lambda _, args: found.append(args[0].shape[1])) for block in blocks]
     model.encode_text(texts)
@@ -99,7 +99,7 @@ def lengths_computed(model, texts):
 
 
 @pytest.mark.parametrize("kind", ["gelu", "custom_text", "eos_pool"])
-def test_on_the_cpu_no_block_computes_more_than_the_longest_text(kind):
+def test_on_the_cpu_blocks_compute_up_to_the_longest_text(kind):
     model = sparse_clip(kind)
     end = 2 if kind == "eos_pool" else 63
     texts = torch.tensor([[5, 7, end, 0, 0, 0, 0, 0, 0, 0], [5, 7, 8, 9, end, 0, 0, 0, 0, 0]])
@@ -110,10 +110,10 @@ def test_on_the_cpu_no_block_computes_more_than_the_longest_text(kind):
     assert lengths_computed(model, texts) == {10}
 
 
-@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and warns of what it fixes
-def test_a_traced_tower_takes_longer_texts_than_it_was_traced_with():
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and warns about constants
+def test_traced_tower_accepts_longer_texts_than_in_the_trace():
     model = tiny_clip().eval().requires_grad_(False)
-    assert leave_padding_out(model)
+    assert make_padding_aware(model)
     short = torch.tensor([[5, 7, 63, 0, 0, 0, 0, 0, 0, 0]])
     long = torch.tensor([[5, 7, 8, 9, 4, 3, 2, 1, 6, 63]])
 
@@ -123,7 +123,7 @@ def test_a_traced_tower_takes_longer_texts_than_it_was_traced_with():
 
 
 @pytest.mark.parametrize("kind", ["gelu", "eos_pool"])
-def test_no_later_token_reaches_the_features_and_the_pooled_one_does(kind):
+def test_features_depend_on_exactly_the_unmasked_tokens(kind):
     model = sparse_clip(kind, capacity_factor=None).double()
     texts = random_inputs(model, 5)[1]
     embedded = []
@@ -141,7 +141,7 @@ def test_no_later_token_reaches_the_features_and_the_pooled_one_does(kind):
 
 @pytest.mark.parametrize("priority", [False, True])
 @pytest.mark.parametrize("kind", ["gelu", "custom_text", "custom_blocks"])
-def test_padding_decides_neither_losses_nor_capacity(kind, priority):
+def test_padding_affects_neither_losses_nor_capacity(kind, priority):
     model = sparse_clip(kind, capacity_factor=0.75, priority=priority, z_weight=0.1)
     texts = random_inputs(model, 8)[1]
     behind = ~tokens_up_to_pooled(texts, "argmax", None)
@@ -159,7 +159,7 @@ def test_padding_decides_neither_losses_nor_capacity(kind, priority):
     assert not torch.allclose(run(texts)[0], run(others)[0])
 
 
-def test_capacity_is_that_of_the_tokens_that_take_part():
+def test_capacity_counts_only_unmasked_tokens():
     model = sparse_clip(capacity_factor=0.5)
     texts = random_inputs(model, 8)[1]
     model.encode_text(texts)
@@ -196,11 +196,11 @@ def test_other_towers_route_every_token(case):
     encode, expected = ((m.text if hasattr(m, "text") else m.encode_text)(texts) for m in (model, dense))
     torch.testing.assert_close(encode, expected)
     assert all(mask is None for mask in routed_texts(model))
-    assert not leave_padding_out(model)
+    assert not make_padding_aware(model)
 
 
 @pytest.mark.parametrize("family", ["CoCa", *HUGGING_FACE])
-def test_cocas_and_hugging_face_towers_route_every_token(family, tmp_path):
+def test_coca_and_hugging_face_towers_route_every_token(family, tmp_path):
     dense = build(coca_cfg() if family == "CoCa" else hugging_face_cfg(HUGGING_FACE[family](), tmp_path))
     model = upcycle(dense, MoEConfig.clip_up(num_experts=4))
     assert not any(type(module).__module__ == "clipup.clip.padding_aware" for module in model.modules())
@@ -208,7 +208,7 @@ def test_cocas_and_hugging_face_towers_route_every_token(family, tmp_path):
     assert all(mask is None for mask in routed_texts(model))
 
 
-def test_experts_with_a_norm_leave_the_padding_out_too():
+def test_experts_with_a_norm_support_masks():
     dense = tiny_clip("custom_blocks", text_cfg={"scale_fc": True})
     model = randomise_experts(upcycle(dense, MoEConfig.clip_up(num_experts=4, capacity_factor=None)))
     texts = random_inputs(model, 6)[1]
@@ -227,7 +227,7 @@ def is_mlp(module):
     ) or isinstance(module, nn.Sequential | nn.Linear | nn.GELU)
 
 
-def test_changed_parts_keep_the_tower_as_it_is():
+def test_towers_with_modified_modules_are_unchanged():
     class Block(open_clip.transformer.ResidualAttentionBlock):
         pass
 
@@ -255,7 +255,7 @@ def test_changed_parts_keep_the_tower_as_it_is():
 
 
 @pytest.mark.parametrize(("name", "value"), [("pool_type", "last"), ("output_tokens", True), ("attn_mask", None)])
-def test_what_is_assigned_to_the_tower_later_counts(name, value):
+def test_attributes_assigned_later_are_respected(name, value):
     model = sparse_clip("custom_text", capacity_factor=None)
     texts = random_inputs(model, 4)[1]
     setattr(model.text, name, value)
@@ -266,18 +266,18 @@ def test_what_is_assigned_to_the_tower_later_counts(name, value):
     torch.testing.assert_close(output, plain.text(texts))
 
 
-def test_a_dense_text_tower_is_left_alone():
+def test_dense_text_tower_is_unchanged():
     model = upcycle(tiny_clip(), MoEConfig.clip_up(num_experts=4, towers=("image",)))
     assert type(model) is open_clip.CLIP and type(model.transformer) is open_clip.transformer.Transformer
 
 
-def test_a_tower_of_another_kind_is_left_alone():
+def test_text_tower_of_another_class_is_unchanged():
     model = tiny_clip("custom_text")
     model.text = nn.Embedding(4, 4)
-    assert not leave_padding_out(model) and type(model.text) is nn.Embedding
+    assert not make_padding_aware(model) and type(model.text) is nn.Embedding
 
 
-def test_config_decides_at_upcycling_and_at_every_forward():
+def test_config_is_read_at_every_forward():
     model = upcycle(tiny_clip(), MoEConfig.clip_up(num_experts=4, padding_aware=False))
     texts = random_inputs(model, 4)[1]
     first, second = text_layers(model)
@@ -295,7 +295,7 @@ def test_config_decides_at_upcycling_and_at_every_forward():
     assert masked() == [False, True]
 
 
-def test_config_is_stored_and_old_files_mean_the_default(tmp_path):
+def test_config_is_saved_and_defaults_apply_to_older_files(tmp_path):
     model = sparse_clip(padding_aware=False)
     clipup.save_pretrained(model, tmp_path, tiny_config())
     path = tmp_path / "open_clip_config.json"
@@ -310,11 +310,11 @@ def test_config_is_stored_and_old_files_mean_the_default(tmp_path):
         path.write_text(json.dumps(stored))
 
 
-def test_counted_flops_are_those_of_all_tokens():
+def test_counted_flops_include_padding():
     model = sparse_clip()
-    with_padding_left_out = count(model)
+    without_padding = count(model)
     set_padding_aware(model, False)
-    assert count(model) == with_padding_left_out
+    assert count(model) == without_padding
 
 
 def test_model_on_the_meta_device_becomes_padding_aware():

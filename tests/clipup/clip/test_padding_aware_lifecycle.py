@@ -1,4 +1,4 @@
-"""The mask of the tokens that take part belongs to one forward, whatever runs around it."""
+"""A token mask belongs to one forward, also under checkpointing, compilation, threads, DDP and accumulation."""
 
 import copy
 import pickle
@@ -55,7 +55,7 @@ def test_checkpointing_gives_the_same_losses_and_gradients(kind):
     handle = text_layers(model)[0].register_forward_pre_hook(lambda module, args: forwards.append(args[1]))
     assert_equal_steps(step(model, texts), plain)
     handle.remove()
-    assert len(forwards) == 2 and torch.equal(*forwards)  # the second one is backward's
+    assert len(forwards) == 2 and torch.equal(*forwards)  # the second is the recomputation in backward
 
 
 def test_checkpointing_of_the_whole_model_gives_the_same_losses_and_gradients():
@@ -72,7 +72,7 @@ def test_checkpointing_of_the_whole_model_gives_the_same_losses_and_gradients():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["gelu", "eos_pool"])
-def test_two_forwards_before_one_backward_keep_their_own_masks(kind, checkpointing):
+def test_two_forwards_before_one_backward_use_their_own_masks(kind, checkpointing):
     model = sparse_clip(kind, **DROPPING)
     first, second = make_texts(model, 1), make_texts(model, 2)
     alone = [step(model, texts) for texts in (first, second)]
@@ -83,7 +83,7 @@ def test_two_forwards_before_one_backward_keep_their_own_masks(kind, checkpointi
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_forwards_between_a_forward_and_its_backward_change_nothing(checkpointing):
+def test_forwards_between_forward_and_backward_do_not_interfere(checkpointing):
     model = sparse_clip(**DROPPING)
     texts = make_texts(model, 1)
     expected = step(model, texts)
@@ -99,7 +99,7 @@ def test_forwards_between_a_forward_and_its_backward_change_nothing(checkpointin
     assert_equal_steps(step(model, texts, run=encode), expected)
 
 
-def test_changing_the_texts_after_the_forward_changes_no_gradient():
+def test_modifying_the_texts_after_the_forward_does_not_change_gradients():
     model = sparse_clip(capacity_factor=None).requires_grad_(False)
     for layer in text_layers(model):
         layer.requires_grad_(True)
@@ -127,7 +127,7 @@ def test_compiled_tower_is_one_graph_that_follows_the_texts(fresh_compiler, kind
         assert all_masked(model)
 
 
-def test_compiled_model_is_one_graph_and_heeds_another_config(fresh_compiler):
+def test_compiled_model_is_one_graph_that_follows_the_config(fresh_compiler):
     model = sparse_clip(**DROPPING, blocks=(1,)).eval()
     inputs = random_inputs(model, 6)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -150,19 +150,19 @@ def test_compiled_tower_with_checkpointing_follows_the_texts(fresh_compiler):
 
 @pytest.mark.parametrize("kind", ["gelu", "custom_text", "custom_blocks"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_padding_aware_themselves(kind, duplicate):
+def test_copies_are_padding_aware(kind, duplicate):
     model = sparse_clip(kind, **DROPPING)
     texts = make_texts(model, 1)
     features = model.encode_text(texts)
-    twin = duplicate(model)
-    assert torch.equal(twin.encode_text(texts), features) and all_masked(twin)
-    set_padding_aware(twin, False)
+    copied = duplicate(model)
+    assert torch.equal(copied.encode_text(texts), features) and all_masked(copied)
+    set_padding_aware(copied, False)
     assert torch.equal(model.encode_text(texts), features)
-    assert not torch.equal(twin.encode_text(texts), features)
+    assert not torch.equal(copied.encode_text(texts), features)
 
 
 @pytest.mark.parametrize("kind", ["gelu", "custom_text"])
-def test_state_dict_is_that_of_a_model_without(kind):
+def test_state_dict_equals_that_of_a_tower_without_masks(kind):
     model = sparse_clip(kind)
     texts = make_texts(model, 1)
     features = model.encode_text(texts)
@@ -175,7 +175,7 @@ def test_state_dict_is_that_of_a_model_without(kind):
 
 
 @pytest.mark.parametrize("kind", ["gelu", "custom_text"])
-def test_an_exception_in_a_forward_leaves_nothing_behind(kind):
+def test_exception_in_a_forward_leaves_no_state(kind):
     model = sparse_clip(kind, **DROPPING)
     texts, transformer = make_texts(model, 1), text_tower(model).transformer
     expected = step(model, texts)
@@ -194,7 +194,7 @@ def test_an_exception_in_a_forward_leaves_nothing_behind(kind):
 
 
 @pytest.mark.parametrize("kind", ["gelu", "custom_text", "custom_blocks"])
-def test_parts_that_know_no_texts_route_every_token(kind):
+def test_modules_called_without_texts_route_every_token(kind):
     model = sparse_clip(kind)
     texts = make_texts(model, 1)
     model.encode_text(texts)
@@ -212,7 +212,7 @@ def test_parts_that_know_no_texts_route_every_token(kind):
 
 
 @pytest.mark.parametrize("kind", ["gelu", "custom_text"])
-def test_features_of_tokens_are_had_by_every_token(kind):
+def test_forward_intermediates_routes_every_token(kind):
     model = sparse_clip(kind, capacity_factor=None).eval()
     texts = make_texts(model, 1)
     features = model.encode_text(texts, normalize=True)
@@ -221,7 +221,7 @@ def test_features_of_tokens_are_had_by_every_token(kind):
     torch.testing.assert_close(output["text_features"], features)
 
 
-def test_a_text_tower_of_its_own_is_padding_aware_when_called_directly():
+def test_separate_text_tower_is_padding_aware_when_called_directly():
     model = sparse_clip("custom_text")
     texts = make_texts(model, 1)
     assert torch.equal(model.text(texts), model.encode_text(texts)) and all_masked(model)
@@ -244,7 +244,7 @@ def test_threads_that_share_a_model_do_not_share_masks(kind):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_mode_decides_only_the_capacity(training):
+def test_training_mode_affects_only_the_capacity(training):
     model = sparse_clip(**DROPPING).train(training)
     texts = make_texts(model, 1)
     features = model.encode_text(texts)
@@ -256,7 +256,7 @@ def test_mode_decides_only_the_capacity(training):
         torch.testing.assert_close(model.encode_text(texts), features.detach())
 
 
-def test_autocast_keeps_the_features():
+def test_features_are_equal_under_autocast():
     model = sparse_clip(capacity_factor=None)
     texts = make_texts(model, 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -266,7 +266,7 @@ def test_autocast_keeps_the_features():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types_keep_the_features(dtype):
+def test_features_are_equal_in_other_dtypes(dtype):
     model = sparse_clip(capacity_factor=None).to(dtype)
     texts = make_texts(model, 1)
     features = model.encode_text(texts)
@@ -303,7 +303,7 @@ def train_step(model, batches):
     return losses.terms["contrastive"], {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def test_accumulation_has_the_gradients_of_one_big_batch():
+def test_accumulation_gives_the_gradients_of_one_large_batch():
     model = sparse_clip(capacity_factor=None, balance_weight=0, z_weight=0)
     images, texts = random_inputs(model, 12)
     big = train_step(model, [(images, texts)])
@@ -314,7 +314,7 @@ def test_accumulation_has_the_gradients_of_one_big_batch():
     assert_equal_steps(train_step(model, parts), big)
 
 
-def test_shuffled_texts_take_their_masks_along(monkeypatch):
+def test_masks_follow_shuffled_texts(monkeypatch):
     model = sparse_clip(**DROPPING)
     images, texts = random_inputs(model, 12)
     seen = []

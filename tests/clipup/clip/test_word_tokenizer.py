@@ -1,4 +1,4 @@
-"""The tokenizer of whole words, by itself and as the tokenizer of a model that is saved and loaded."""
+"""The word tokenizer, alone and as the tokenizer of a saved model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def tokenizer():
 
 @pytest.fixture
 def vocabularies(tmp_path, monkeypatch):
-    """A directory in the place of the package's own, with the vocabulary of MODEL_CFG."""
+    """A replacement of the package's vocabulary directory, with the vocabulary of MODEL_CFG."""
     monkeypatch.setattr(word_tokenizer, "_VOCABULARIES", tmp_path / "shipped")
     (tmp_path / "shipped").mkdir()
     (tmp_path / "shipped" / "test.txt").write_text("\n".join(WORDS) + "\n")
@@ -43,7 +43,7 @@ def vocabularies(tmp_path, monkeypatch):
     return tmp_path / "shipped"
 
 
-def test_a_text_is_start_words_end_and_padding(tokenizer):
+def test_tokens_are_start_words_end_and_padding(tokenizer):
     tokens = tokenizer(["arrow left", "Arrow, H1", "arrow nowhere left", ""])
 
     assert tokens.tolist() == [
@@ -56,45 +56,45 @@ def test_a_text_is_start_words_end_and_padding(tokenizer):
     assert tokenizer("arrow left").tolist() == tokens[:1].tolist()
 
 
-def test_a_long_text_loses_words_and_keeps_its_end(tokenizer):
+def test_long_text_is_truncated_before_its_end_token(tokenizer):
     tokens = tokenizer(["left " * 20, "left " * 4])
 
     assert tokens.tolist() == [[1, 4, 4, 4, 4, 6]] * 2
     assert tokenizer(["left"], context_length=3).tolist() == [[1, 4, 6]]
 
 
-def test_the_end_of_the_text_is_where_open_clip_pools(tokenizer):
+def test_end_of_text_is_the_largest_id(tokenizer):
     tokens = tokenizer(["arrow left", "h1", "unheard words"])
 
     assert tokens.argmax(1).tolist() == [3, 2, 3]
 
 
-def test_known_words_come_back_and_unknown_ones_are_marked(tokenizer):
+def test_decoding_marks_unknown_words(tokenizer):
     assert tokenizer.decode(tokenizer("left Arrow nowhere h1")[0]) == "left arrow ? h1"
 
 
 @pytest.mark.parametrize(
     "words, context_length, message",
     [
-        (["arrow", "arrow"], 6, "'arrow' is there more than once"),
-        (["arrow left"], 6, "'arrow left' is no single word"),
-        (["Arrow"], 6, "no single word of lower-case"),
+        (["arrow", "arrow"], 6, "'arrow' is duplicated"),
+        (["arrow left"], 6, "'arrow left' is not a single word"),
+        (["Arrow"], 6, "not a single word of lower-case"),
         (["arrow"], 2, "context_length: got 2"),
     ],
 )
-def test_a_vocabulary_that_could_not_be_found_again_is_refused(words, context_length, message):
+def test_invalid_vocabulary_is_refused(words, context_length, message):
     with pytest.raises(ValueError, match=message):
         WordTokenizer(words, context_length)
 
 
-def test_a_vocabulary_holds_frequent_words_in_one_order():
+def test_vocabulary_is_ordered_by_frequency():
     captions = ["arrow left", "arrow right", "arrow left 2", "bell"]
 
     assert count_vocabulary(captions, at_least=1) == ["arrow", "left", "2", "bell", "right"]
     assert count_vocabulary(captions[::-1], at_least=2) == ["arrow", "left"]
 
 
-def test_a_saved_model_brings_its_vocabulary(vocabularies, tmp_path):
+def test_saved_model_includes_its_vocabulary(vocabularies, tmp_path):
     model, *_ = clipup.create_model_and_transforms("words", load_weights=False)
     clipup.save_pretrained(model, tmp_path / "model", clipup.get_model_config("words"))
     expected = clipup.get_tokenizer("words")(["arrow left h1"])
@@ -106,22 +106,22 @@ def test_a_saved_model_brings_its_vocabulary(vocabularies, tmp_path):
     assert loaded.context_length == 6
 
 
-def test_a_vocabulary_of_another_size_than_the_models_is_refused(vocabularies):
+def test_vocabulary_of_another_size_is_refused(vocabularies):
     (vocabularies / "test.txt").write_text("arrow\n")
 
-    with pytest.raises(ValueError, match="makes 5 tokens, but the model has 7"):
+    with pytest.raises(ValueError, match="has 5 tokens, but the model has vocab_size=7"):
         clipup.get_tokenizer("words")
 
 
-def test_a_missing_vocabulary_is_named(vocabularies):
+def test_missing_vocabulary_is_named(vocabularies):
     (vocabularies / "test.txt").unlink()
 
-    with pytest.raises(FileNotFoundError, match="words:test is neither .*test.txt"):
+    with pytest.raises(FileNotFoundError, match="words:test was not found as .*test.txt"):
         clipup.get_tokenizer("words")
 
 
 @pytest.mark.parametrize("name", ["clipup-icons-w64", "clipup-icons-w128", "clipup-icons-w384-64px"])
-def test_every_model_for_icons_ships_with_its_vocabulary(name):
+def test_every_icon_model_ships_with_its_vocabulary(name):
     tokenizer = clipup.get_tokenizer(name)
     text_cfg = clipup.get_model_config(name)["text_cfg"]
 
@@ -134,23 +134,23 @@ def test_every_model_for_icons_ships_with_its_vocabulary(name):
 @pytest.mark.parametrize(
     "name", ["words:../../secret", "words:/etc/hostname", "words:", "words:a/b", "words:..", "words:a\0"]
 )
-def test_a_vocabulary_is_a_name_and_no_path(vocabularies, tmp_path, name):
-    """A config that came with a model must not read, or copy into the next model, another file of the disk."""
+def test_vocabulary_name_must_not_be_a_path(vocabularies, tmp_path, name):
+    """The config of a downloaded model must not read other files, or copy them into a saved model."""
     (tmp_path / "secret.txt").write_text("\n".join(WORDS) + "\n")
     (tmp_path / "shipped" / "a").mkdir()
     config = copy.deepcopy(MODEL_CFG)
     config["text_cfg"]["hf_tokenizer_name"] = name
     model = open_clip.CLIP(**MODEL_CFG)
-    with pytest.raises(ValueError, match="hf_tokenizer_name: .* names no vocabulary"):
+    with pytest.raises(ValueError, match="hf_tokenizer_name: .* is not a vocabulary name"):
         clipup.save_pretrained(model, tmp_path / "model", config)
     clipup.save_pretrained(model, tmp_path / "model", MODEL_CFG)
     path = tmp_path / "model" / "open_clip_config.json"
     path.write_text(path.read_text().replace('"words:test"', json.dumps(name)))
-    with pytest.raises(ValueError, match="hf_tokenizer_name: .* names no vocabulary"):
+    with pytest.raises(ValueError, match="hf_tokenizer_name: .* is not a vocabulary name"):
         clipup.get_tokenizer(str(tmp_path / "model"))
 
 
-def test_a_vocabulary_that_is_not_utf8_is_named(vocabularies, tmp_path):
+def test_vocabulary_that_is_not_utf8_is_refused(vocabularies, tmp_path):
     (tmp_path / "shipped" / "test.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(ValueError, match=r"test\.txt is not UTF-8 text"):
         word_tokenizer.read_vocabulary("words:test")

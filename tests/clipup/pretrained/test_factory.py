@@ -19,7 +19,7 @@ from clipup.pretrained.model_names import get_model_config
 CONFIG = MoEConfig(num_experts=3)
 
 
-def test_names_of_open_clip_give_open_clips_model_and_transforms():
+def test_open_clip_name_gives_open_clips_model_and_transforms():
     with torch.device("meta"):
         model, train, val = clipup.create_model_and_transforms("ViT-B-32", device="meta")
     assert isinstance(model, open_clip.CLIP) and not moe_layers(model)
@@ -33,12 +33,12 @@ def test_model_config_is_a_copy():
 
 
 @pytest.mark.parametrize("call", [clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config])
-def test_unknown_names_are_refused_with_similar_ones(call):
-    with pytest.raises(ValueError, match="'ViT-B-61' is neither a model that open_clip knows nor a dir.* ViT-B-16"):
+def test_unknown_names_are_refused_with_similar_names(call):
+    with pytest.raises(ValueError, match="'ViT-B-61' is neither an open_clip model nor a dir.* ViT-B-16"):
         call("ViT-B-61")
 
 
-def test_unknown_weights_are_refused_with_the_tags_there_are():
+def test_unknown_weights_are_refused_with_the_known_tags():
     with pytest.raises(ValueError, match="pretrained='laion' is neither a file nor a tag of ViT-B-32; .*openai"):
         clipup.create_model_and_transforms("ViT-B-32", "laion")
 
@@ -47,10 +47,10 @@ def test_unknown_weights_are_refused_with_the_tags_there_are():
     ("tower", "message"),
     [("", "text pos_embed width changed!"), ("visual.", r"Missing key\(s\) in state_dict: .*Unexpected key\(s\)")],
 )
-def test_dense_weights_of_another_model_are_refused_in_one_line(tmp_path, tower, message):
+def test_dense_weights_of_another_model_are_refused(tmp_path, tower, message):
     weights = tiny_clip("timm").state_dict()
     torch.save({name: value for name, value in weights.items() if name.startswith(tower)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=f"could not create ViT-B-32: .*{message}.* of another model") as caught:
+    with pytest.raises(ValueError, match=f"could not create ViT-B-32: .*{message}.* belong to another model") as caught:
         clipup.create_model_and_transforms("ViT-B-32", str(tmp_path / "other.pt"))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1200
 
@@ -64,7 +64,7 @@ def test_tokenizer_of_a_name_and_of_a_directory(tmp_path):
         assert tokens.shape == (2, 10)
 
 
-def test_hub_tokenizer_is_read_from_the_directory_only_where_it_was_saved(tmp_path, monkeypatch):
+def test_hub_tokenizer_is_read_from_the_directory_if_it_was_saved_there(tmp_path, monkeypatch):
     config = tiny_config()
     config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"clean": "lower"}}
     save_pretrained(tiny_clip(), tmp_path, config)
@@ -78,8 +78,8 @@ def test_hub_tokenizer_is_read_from_the_directory_only_where_it_was_saved(tmp_pa
     assert all(kwargs["context_length"] == 10 and kwargs["clean"] == "lower" for _, kwargs in asked)
 
 
-def test_a_config_cannot_have_a_tokenizers_own_code_run(tmp_path):
-    """transformers imports it when `trust_remote_code` reaches it, which a config's `tokenizer_kwargs` do."""
+def test_config_cannot_run_code_of_a_tokenizer(tmp_path):
+    """transformers runs such code if a config sets `trust_remote_code` in `tokenizer_kwargs`."""
     config = tiny_config()
     config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"trust_remote_code": True}}
     save_pretrained(tiny_clip(), tmp_path, config)
@@ -101,7 +101,7 @@ def test_a_config_cannot_have_a_tokenizers_own_code_run(tmp_path):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_random_inputs_are_what_the_towers_take(kind):
+def test_random_inputs_fit_the_towers(kind):
     model = tiny_clip(kind).eval()
     images, texts = random_inputs(model, 4)
     image_features, text_features, *_ = model(images, texts)
@@ -112,7 +112,7 @@ def test_random_inputs_are_what_the_towers_take(kind):
     assert len({row.tolist().index(end) for row in texts}) > 1
 
 
-def test_random_images_have_the_towers_type():
+def test_random_images_have_the_towers_dtype():
     assert random_inputs(tiny_clip().bfloat16(), 2)[0].dtype == torch.bfloat16
 
 
@@ -139,7 +139,7 @@ def test_open_clips_features_keep_working_on_a_sparse_model(kind):
     assert not any(parameter.requires_grad for parameter in sparse.visual.parameters() if parameter.dim() == 3)
 
 
-def test_the_layer_alone_does_not_import_open_clip():
+def test_layer_alone_does_not_import_open_clip():
     code = "import clipup, sys; clipup.SparseMoE(8, 16); sys.exit('open_clip' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -151,13 +151,13 @@ def test_dir_shows_what_is_imported_lazily():
 
 
 @pytest.mark.parametrize("package", [clipup, clipup_kernels])
-def test_packages_have_a_version_and_are_typed(package):
+def test_packages_have_a_version_and_type_information(package):
     assert package.__version__ == clipup_kernels._version.__version__
     assert Path(package.__file__).with_name("py.typed").is_file()
 
 
 @pytest.mark.parametrize("upcycled", [False, True])
-def test_models_for_inference_are_in_evaluation_mode(tmp_path, upcycled):
+def test_created_models_are_in_evaluation_mode(tmp_path, upcycled):
     model = upcycle(tiny_clip(), CONFIG) if upcycled else tiny_clip()
     save_pretrained(model.train(), tmp_path, tiny_config())
     for created in (

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub, by way of a cache on disk and without a network."""
+"""Models on the Hugging Face hub, from a local cache without a network."""
 
 import shutil
 
@@ -24,7 +24,7 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def publish(tmp_path):
-    """Puts a directory into a cache, as if it had been downloaded as org/NAME."""
+    """Copies a directory into a cache, as if it had been downloaded as org/NAME."""
 
     def put(directory, name):
         repository = tmp_path / "cache" / f"models--org--{name}"
@@ -41,7 +41,7 @@ def sparse():
     return upcycle(tiny_clip(seed=torch.seed() % 2**31), CONFIG)
 
 
-def test_a_sparse_model_loads_from_the_hub(sparse, tmp_path, publish):
+def test_sparse_model_loads_from_the_hub(sparse, tmp_path, publish):
     save_pretrained(sparse, tmp_path / "model", tiny_config())
     cache = publish(tmp_path / "model", "sparse")
 
@@ -51,7 +51,7 @@ def test_a_sparse_model_loads_from_the_hub(sparse, tmp_path, publish):
     assert clipup.get_tokenizer("hf-hub:org/sparse", **cache)(["a dog"]).shape == (1, 10)
 
 
-def test_a_vocabulary_of_words_comes_with_its_model(tmp_path, publish):
+def test_word_vocabulary_is_downloaded_with_its_model(tmp_path, publish):
     cfg = clipup.get_model_config("clipup-icons-w64")
     save_pretrained(open_clip.create_model("clipup-icons-w64"), tmp_path / "model", cfg)
     expected = clipup.get_tokenizer("clipup-icons-w64")(["arrow left"])
@@ -65,7 +65,7 @@ def test_a_vocabulary_of_words_comes_with_its_model(tmp_path, publish):
     assert torch.equal(tokens, expected)
 
 
-def test_a_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
+def test_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
     dense = tiny_clip()
     save_pretrained(dense, tmp_path / "model", tiny_config())
     cache = publish(tmp_path / "model", "dense")
@@ -75,7 +75,7 @@ def test_a_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
         assert not moe_layers(loaded) and step0_difference(dense, loaded) == 0
 
 
-def test_all_files_are_of_the_commit_of_the_first(tmp_path, monkeypatch):
+def test_all_files_are_of_one_commit(tmp_path, monkeypatch):
     asked = []
 
     def download(name, filename, revision, cache_dir):
@@ -88,7 +88,7 @@ def test_all_files_are_of_the_commit_of_the_first(tmp_path, monkeypatch):
     assert asked == [("org/sparse", "a", None), ("org/sparse", "b", COMMIT)]
 
 
-def test_what_the_hub_does_not_have_is_named(sparse, tmp_path, publish):
+def test_missing_files_and_models_are_named(sparse, tmp_path, publish):
     save_pretrained(sparse, tmp_path / "model", tiny_config())
     (tmp_path / "model" / "open_clip_model.safetensors").unlink()
     cache = publish(tmp_path / "model", "weightless")
@@ -101,7 +101,7 @@ def test_what_the_hub_does_not_have_is_named(sparse, tmp_path, publish):
         clipup.create_model_and_transforms("hf-hub:org/nothing", **cache)
 
 
-def test_a_saved_directory_can_be_pushed_as_it_is(sparse, tmp_path, monkeypatch):
+def test_saved_directory_can_be_pushed(sparse, tmp_path, monkeypatch):
     save_pretrained(sparse, tmp_path / "model", tiny_config(), license="mit")
     pushed, validated = [], []
     monkeypatch.setattr(huggingface_hub.hf_api, "is_xet_available", lambda: False)
@@ -119,7 +119,7 @@ def test_a_saved_directory_can_be_pushed_as_it_is(sparse, tmp_path, monkeypatch)
 
 @pytest.fixture
 def unreachable(monkeypatch):
-    """A hub that refuses connections; waiting for it is a failure."""
+    """A hub that refuses connections. Any sleep fails the test."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
@@ -136,17 +136,15 @@ def unreachable(monkeypatch):
     ("name", "pretrained", "what"),
     [("ViT-B-32", "openai", "pretrained='openai' of ViT-B-32"), ("hf-hub:org/sparse", None, "hf-hub:org/sparse")],
 )
-def test_without_a_network_weights_that_are_not_cached_are_refused_at_once(
-    unreachable, tmp_path, caplog, name, pretrained, what
-):
-    with pytest.raises(FileNotFoundError, match="cannot be downloaded: http://127.0.0.1:9 does not answer") as caught:
+def test_without_a_network_uncached_weights_are_refused_at_once(unreachable, tmp_path, caplog, name, pretrained, what):
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded: http://127.0.0.1:9 does not respond") as caught:
         clipup.create_model_and_transforms(name, pretrained, cache_dir=str(tmp_path))
     assert str(caught.value).startswith(f"{what} is not in the cache {tmp_path} ")
-    assert "give the file (pretrained) or the directory" in str(caught.value) and not caplog.records
+    assert "pass the file (pretrained) or the directory" in str(caught.value) and not caplog.records
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
-def test_without_a_network_a_cached_model_loads(unreachable, sparse, tmp_path, publish):
+def test_without_a_network_cached_models_load(unreachable, sparse, tmp_path, publish):
     save_pretrained(sparse, tmp_path / "model", tiny_config())
     cache = publish(tmp_path / "model", "sparse")
 
@@ -155,12 +153,12 @@ def test_without_a_network_a_cached_model_loads(unreachable, sparse, tmp_path, p
     assert step0_difference(sparse, loaded) == 0
 
 
-def test_without_a_network_a_tokenizer_of_the_hub_is_refused_at_once(unreachable, tmp_path):
-    with pytest.raises(FileNotFoundError, match="ViT-B-16-SigLIP is not in the cache .*does not answer"):
+def test_without_a_network_uncached_tokenizers_are_refused_at_once(unreachable, tmp_path):
+    with pytest.raises(FileNotFoundError, match="ViT-B-16-SigLIP is not in the cache .*does not respond"):
         clipup.get_tokenizer("ViT-B-16-SigLIP", cache_dir=str(tmp_path))
 
 
-def test_other_errors_of_a_model_are_not_taken_for_a_missing_network(unreachable, tmp_path):
+def test_other_errors_are_not_reported_as_network_errors(unreachable, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="of another model or config$"):
+    with pytest.raises(ValueError, match="belong to another model or config$"):
         clipup.create_model_and_transforms("clipup-tiny-32", str(tmp_path / "other.pt"))

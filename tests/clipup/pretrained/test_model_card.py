@@ -1,4 +1,4 @@
-"""The model card that lies beside saved weights."""
+"""The model card of a saved model."""
 
 import re
 import subprocess
@@ -37,36 +37,36 @@ def text(directory):
     return (directory / "README.md").read_text()
 
 
-def test_card_says_what_the_experts_are_and_what_they_cost(directory, sparse):
+def test_card_describes_the_experts_and_their_cost(directory, sparse):
     counts, card = flops.count(sparse), text(directory)
 
     assert "# Sparse CLIP: 3 experts, top 2" in card
     assert f"| parameters | {counts.params / 1e6:.1f} M |" in card
-    assert f"| parameters active for a token | {counts.active_params / 1e6:.1f} M |" in card
-    assert f"| GFLOPs for an image | {counts.image_gflops:.3g} |" in card
-    assert f"| GFLOPs for a text of full length | {counts.text_gflops:.3g} |" in card
+    assert f"| active parameters per token | {counts.active_params / 1e6:.1f} M |" in card
+    assert f"| GFLOPs per image | {counts.image_gflops:.3g} |" in card
+    assert f"| GFLOPs per text of full length | {counts.text_gflops:.3g} |" in card
     for name in moe_layers(sparse):
         assert f"| `{name}` | 3 | 2 | 32 | 128 | " in card
-    assert "open_clip by itself does not load these weights" in card and "Nothing was measured yet" in card
+    assert "open_clip alone cannot load these weights" in card and "Not evaluated yet" in card
     assert (ModelCard(card).data.license, ModelCard(card).data.library_name) == ("other", "clipup")
 
 
 def run_snippet(directory):
-    """What the card's Python prints when it runs in the card's directory."""
+    """The output of the card's Python snippet, run in the card's directory."""
     (snippet,) = re.findall(r"```python\n(.*?)```", text(directory), re.DOTALL)
     program = [sys.executable, "-c", snippet]
     environment = {"PYTHONPATH": str(Path(clipup.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(program, cwd=directory, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def test_snippet_of_a_clip_runs_as_it_stands(tmp_path):
+def test_snippet_of_a_clip_runs(tmp_path):
     save_pretrained(sparse_clip(), tmp_path, sparse_config())
 
     assert re.match(r"tensor\(\[\[-?\d\S+, +-?\d\S+\]\]\)", run_snippet(tmp_path))
     assert "model.eval()" in text(tmp_path) and "pip install clipup\n" in text(tmp_path)
 
 
-def test_snippet_of_a_timm_model_runs_as_it_stands(tmp_path):
+def test_snippet_of_a_timm_model_runs(tmp_path):
     model = timm.create_model("test_vit", num_classes=2)
     save_pretrained(upcycle(model, CONFIG.replace(towers=("image",))), tmp_path)
 
@@ -74,7 +74,7 @@ def test_snippet_of_a_timm_model_runs_as_it_stands(tmp_path):
     assert "model.eval()" in text(tmp_path)
 
 
-def test_card_names_the_extra_that_a_tokenizer_of_hugging_face_needs(tmp_path):
+def test_card_names_the_extra_for_a_hugging_face_tokenizer(tmp_path):
     config = tiny_config()
     config["text_cfg"]["hf_tokenizer_name"] = "org/words"
     save_pretrained(tiny_clip(), tmp_path, config)
@@ -93,23 +93,23 @@ def test_card_names_the_extra_that_a_tokenizer_of_hugging_face_needs(tmp_path):
         (None, None, None),
     ],
 )
-def test_base_model_is_known_of_tags_and_of_the_hub(name, pretrained, base):
+def test_base_model_is_derived_from_tags_and_hub_names(name, pretrained, base):
     assert base_model(name, pretrained) == base
 
 
-def test_base_model_is_in_the_card_and_passed_on_by_a_directory(sparse, tmp_path):
+def test_base_model_is_in_the_card_and_read_from_a_directory(sparse, tmp_path):
     save_pretrained(sparse, tmp_path, tiny_config(), base_model="org/dense")
 
     assert ModelCard(text(tmp_path)).data.base_model == "org/dense"
     assert base_model(str(tmp_path), None) == base_model(None, str(tmp_path)) == "org/dense"
 
 
-def test_a_card_without_a_base_model_claims_none(directory, tmp_path):
+def test_card_without_a_base_model_names_none(directory, tmp_path):
     assert base_model_in(directory) is None and "base_model" not in text(directory)
     assert base_model_in(tmp_path / "nothing") is None
 
 
-def test_own_data_are_named_by_the_end_of_their_path_and_stand_once(directory):
+def test_custom_data_are_named_by_the_end_of_their_path_and_listed_once(directory):
     for _ in range(2):
         add_results(directory, {"val_data": "/data/pets/test-*.tar", "retrieval": RETRIEVAL})
     add_results(directory, {"val_data": "/data/birds/test-*.tar", "retrieval": RETRIEVAL})
@@ -118,16 +118,16 @@ def test_own_data_are_named_by_the_end_of_their_path_and_stand_once(directory):
     assert text(directory).count("| birds/test-*.tar: 5,000 images, 25,010 captions |") == 6
 
 
-def test_card_of_a_dense_model_claims_no_experts(tmp_path):
+def test_card_of_a_dense_model_mentions_no_experts(tmp_path):
     save_pretrained(tiny_clip(), tmp_path, tiny_config())
 
     card = text(tmp_path)
 
-    assert "# Dense CLIP" in card and "experts" not in card and "by itself" not in card
+    assert "# Dense CLIP" in card and "experts" not in card and "cannot load" not in card
     assert ModelCard(card).data.tags == ["clip"]
 
 
-def test_results_are_added_and_those_of_the_same_data_replaced(directory):
+def test_results_are_added_and_replace_those_of_the_same_data(directory):
     before = text(directory)
     add_results(directory, {"dataset": "coco", "split": "test", "precision": "fp32", "retrieval": RETRIEVAL})
     zero_shot = {"top1": 0.7692, "top5": 0.9, "chance": 0.001, "images": 50000, "classes": 1000}
@@ -140,11 +140,11 @@ def test_results_are_added_and_those_of_the_same_data_replaced(directory):
     assert card.count("| coco test: 5,000 images, 25,010 captions |") == 6
     assert "captions | text to image R@1 | 52.10 |" in card and "captions | image to text R@1 | 25.00 |" in card
     assert "| imagenet test in bf16: 50,000 images, 1,000 classes | zero-shot top-1 | 76.92 |" in card
-    assert "Nothing was measured" not in card
+    assert "Not evaluated" not in card
     assert card.partition("## Evaluation")[0] == before.partition("## Evaluation")[0]
 
 
-def test_recall_over_distinct_captions_stands_beside_the_usual_one(directory):
+def test_recall_over_distinct_captions_is_listed_separately(directory):
     add_results(directory, {"dataset": "icons", "retrieval": RETRIEVAL, "multi_positive": False})
     add_results(directory, {"dataset": "icons", "retrieval": RETRIEVAL, "multi_positive": True})
 
@@ -154,9 +154,9 @@ def test_recall_over_distinct_captions_stands_beside_the_usual_one(directory):
     assert card.count("| icons: 5,000 images, 25,010 distinct captions |") == 6
 
 
-def test_words_that_somebody_wrote_into_the_card_stay(directory):
+def test_manual_edits_of_the_card_are_kept(directory):
     path = directory / "README.md"
-    path.write_text(path.read_text().replace("## Use", "Trained on cats.\n\n## Use") + "\n## Thanks\n\nTo all.\n")
+    path.write_text(path.read_text().replace("## Usage", "Trained on cats.\n\n## Usage") + "\n## Thanks\n\nTo all.\n")
 
     add_results(directory, {"retrieval": RETRIEVAL})
     add_results(directory, {"retrieval": RETRIEVAL})
@@ -166,6 +166,6 @@ def test_words_that_somebody_wrote_into_the_card_stay(directory):
     assert card.count("| own data: 5,000 images, 25,010 captions | text to image R@5 | 50.00 |") == 1
 
 
-def test_without_a_card_there_is_nothing_to_write_into(tmp_path):
-    with pytest.raises(FileNotFoundError, match="card: there is no README.md"):
+def test_results_without_a_card_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="card: no README.md"):
         add_results(tmp_path, {"retrieval": RETRIEVAL})

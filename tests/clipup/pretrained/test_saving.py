@@ -45,7 +45,7 @@ def edit_config(directory, change):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
-def test_saved_model_loads_as_it_was(tmp_path, kind, prefix):
+def test_saved_model_loads_unchanged(tmp_path, kind, prefix):
     model = make_sparse(kind)
     save_pretrained(model, tmp_path, tiny_config(kind))
     loaded, *_ = clipup.create_model_and_transforms(f"{prefix}{tmp_path}")
@@ -55,7 +55,7 @@ def test_saved_model_loads_as_it_was(tmp_path, kind, prefix):
     assert step0_difference(model, loaded) == 0
 
 
-def test_directory_holds_open_clips_two_files_a_card_and_config_keys(saved):
+def test_directory_has_open_clips_files_a_card_and_the_configs(saved):
     assert set(contents(saved)) == {"open_clip_config.json", "open_clip_model.safetensors", "README.md"}
     config = json.loads((saved / CONFIG_NAME).read_text())
     assert config["model_cfg"] == tiny_config() and MoEConfig.from_dict(config["moe_cfg"]) == CONFIG
@@ -81,7 +81,7 @@ def test_dense_model_is_saved_without_moe_cfg_and_loads_in_open_clip(tmp_path):
         assert not moe_layers(loaded) and step0_difference(dense, loaded) == 0
 
 
-def test_plain_open_clip_refuses_a_sparse_model(saved):
+def test_open_clip_refuses_a_sparse_model(saved):
     with pytest.raises(RuntimeError, match="Missing key.*resblocks.1.mlp.c_fc.weight"):
         open_clip.create_model_and_transforms(f"local-dir:{saved}")
 
@@ -100,13 +100,13 @@ def test_another_image_size_resizes_position_embeddings(saved):
     assert loaded.encode_image(torch.randn(1, 3, 32, 32)).isfinite().all()
 
 
-def test_weights_can_be_left_out(saved):
+def test_model_can_be_created_without_weights(saved):
     (saved / WEIGHTS_NAME).unlink()
     loaded, *_ = clipup.create_model_and_transforms(str(saved), load_weights=False)
     assert len(moe_layers(loaded)) == 4
 
 
-def test_loading_warns_of_nothing(saved, caplog):
+def test_loading_logs_no_warning(saved, caplog):
     clipup.create_model_and_transforms(str(saved))
     assert caplog.text == ""
 
@@ -128,44 +128,44 @@ def wider_tower(config):
     [
         (
             more_experts,
-            r"visual.transformer.resblocks.1.mlp.in_weight is \[3, 128, 32\] there, \[5, 128, 32\] in the model; "
-            r".* more of another shape.* Put back the config",
+            r"visual.transformer.resblocks.1.mlp.in_weight is \[3, 128, 32\] in the file, \[5, 128, 32\] in the model; "
+            r".* more with different shapes.* Restore the config",
         ),
         (
             fewer_sparse_blocks,
-            r"missing there: visual.*resblocks.3.mlp.c_fc.weight, .*unknown to the model: ",
+            r"missing from the file: visual.*resblocks.3.mlp.c_fc.weight, .*not in the model: ",
         ),
-        (wider_tower, r"visual.class_embedding is \[32\] there, \[64\] in the model"),
+        (wider_tower, r"visual.class_embedding is \[32\] in the file, \[64\] in the model"),
     ],
 )
-def test_checkpoint_of_another_shape_is_refused_by_name(saved, change, message):
+def test_weights_of_different_shapes_are_refused(saved, change, message):
     edit_config(saved, change)
     with pytest.raises(ValueError, match=message):
         clipup.create_model_and_transforms(str(saved))
 
 
-def test_text_tower_of_another_width_is_refused_by_name(saved):
+def test_text_tower_of_different_width_is_refused(saved):
     edit_config(saved, lambda config: config["model_cfg"]["text_cfg"].update(width=64))
-    with pytest.raises(ValueError, match=r"text_projection is \[32, 16\] there, \[64, 16\] in the model"):
+    with pytest.raises(ValueError, match=r"text_projection is \[32, 16\] in the file, \[64, 16\] in the model"):
         clipup.create_model_and_transforms(str(saved))
 
 
-def test_bad_directories_are_refused(saved, tmp_path):
+def test_invalid_directories_are_refused(saved, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match="no open_clip_config.json in .*empty"):
         clipup.create_model_and_transforms(str(empty))
     with pytest.raises(FileNotFoundError, match="no open_clip_config.json in .*nowhere"):
         clipup.create_model_and_transforms(f"local-dir:{tmp_path / 'nowhere'}")
-    with pytest.raises(ValueError, match="pretrained='openai' has no meaning with the directory"):
+    with pytest.raises(ValueError, match="pretrained='openai' cannot be used with the directory"):
         clipup.create_model_and_transforms(str(saved), "openai")
     with pytest.raises(ValueError, match="jit=True is not supported for sparse models"):
         clipup.create_model_and_transforms(str(saved), jit=True)
     (saved / WEIGHTS_NAME).write_bytes((saved / WEIGHTS_NAME).read_bytes()[:-100])
-    with pytest.raises(ValueError, match="open_clip_model.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match="open_clip_model.safetensors is not a complete safetensors file"):
         clipup.create_model_and_transforms(str(saved))
     (saved / WEIGHTS_NAME).unlink()
-    with pytest.raises(FileNotFoundError, match="no open_clip_model.safetensors in .*; load_weights=False builds"):
+    with pytest.raises(FileNotFoundError, match="no open_clip_model.safetensors in .*; load_weights=False creates"):
         clipup.create_model_and_transforms(str(saved))
     (saved / CONFIG_NAME).write_text('{"model_cfg": ')
     with pytest.raises(ValueError, match="open_clip_config.json is not valid JSON"):
@@ -175,13 +175,13 @@ def test_bad_directories_are_refused(saved, tmp_path):
         clipup.create_model_and_transforms(str(saved))
 
 
-def test_bad_moe_cfg_is_refused_with_its_file(saved):
+def test_invalid_moe_cfg_is_refused_with_its_file(saved):
     edit_config(saved, lambda config: config["moe_cfg"].update(top_k=9))
     with pytest.raises(ValueError, match=r"open_clip_config.json: top_k \(9\) is larger than num_experts \(3\)"):
         clipup.create_model_and_transforms(str(saved))
 
 
-def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+def test_models_that_could_not_be_loaded_again_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"model_cfg lacks vision_cfg, text_cfg; pass clipup.get_model_config\(name\)"):
         save_pretrained(make_sparse(), tmp_path / "out", {"embed_dim": 16})
     sparse = make_sparse()
@@ -192,7 +192,7 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["weights", "config"])
-def test_failure_while_writing_leaves_the_previous_model_whole(saved, monkeypatch, failing):
+def test_failed_write_leaves_the_previous_model_unchanged(saved, monkeypatch, failing):
     before = contents(saved)
 
     def disk_full(*args, **kwargs):
@@ -207,7 +207,7 @@ def test_failure_while_writing_leaves_the_previous_model_whole(saved, monkeypatc
     assert contents(saved) == before
 
 
-def test_file_that_cannot_grow_leaves_the_previous_model_whole(saved):
+def test_file_size_limit_leaves_the_previous_model_unchanged(saved):
     before = contents(saved)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -221,21 +221,21 @@ def test_file_that_cannot_grow_leaves_the_previous_model_whole(saved):
     assert contents(saved) == before
 
 
-def test_files_replaced_together_appear_together_or_not_at_all(tmp_path):
-    def fails(path):
+def test_files_are_replaced_together_or_not_at_all(tmp_path):
+    def fail(path):
         path.write_text("half")
         raise ValueError("stop")
 
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("old")
     with pytest.raises(ValueError, match="stop"):
-        replace_files({first: lambda path: path.write_text("new"), second: fails})
+        replace_files({first: lambda path: path.write_text("new"), second: fail})
     assert contents(tmp_path) == {"first": b"old"}
     replace_files({first: lambda path: path.write_text("new"), second: lambda path: path.write_text("new")})
     assert contents(tmp_path) == {"first": b"new", "second": b"new"}
 
 
-def test_all_files_have_ordinary_permissions(saved):
+def test_all_files_have_default_permissions(saved):
     plain = saved / "plain"
     plain.touch()
     assert {path.stat().st_mode for path in saved.iterdir()} == {plain.stat().st_mode}

@@ -1,4 +1,4 @@
-"""Loading a sparse model: no random initialization on the way, and no tie to the file afterwards."""
+"""Loading a sparse model: no random initialization, and no dependence on the file afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_loading_draws_no_random_numbers(directory):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_loaded_model_does_not_depend_on_its_file(directory):
+def test_loaded_model_does_not_depend_on_its_file(directory):
     model, *_ = clipup.create_model_and_transforms(str(directory))
     values = {name: value.clone() for name, value in model.state_dict().items()}
     path = directory / WEIGHTS_NAME
@@ -32,23 +32,23 @@ def test_a_loaded_model_does_not_depend_on_its_file(directory):
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
 
 
-def test_what_can_be_trained_is_what_upcycling_makes_trainable(directory):
+def test_all_parameters_are_real_and_trainable(directory):
     model, *_ = clipup.create_model_and_transforms(str(directory))
     assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_parameters_that_a_text_tower_shares_are_shared_after_loading(tmp_path, name):
+def test_shared_parameters_of_a_text_tower_stay_shared(tmp_path, name):
     cfg = hugging_face_cfg(HUGGING_FACE[name](), tmp_path / "text")
     model = upcycle(build(cfg), MoEConfig.clip_up(num_experts=3, towers=("text",), blocks="every"))
     save_pretrained(model, tmp_path / "model", cfg)
     loaded, *_ = clipup.create_model_and_transforms(str(tmp_path / "model"))
-    assert names_of_shared(loaded) == names_of_shared(model)
+    assert shared_names(loaded) == shared_names(model)
     assert step0_difference(model, loaded) == 0
 
 
-def names_of_shared(model):
+def shared_names(model):
     names = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -1,4 +1,4 @@
-"""timm models by themselves, saved and loaded, dense and sparse."""
+"""timm models, dense and sparse, saved and loaded."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def assert_equal(model, other, size=160):
 
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_sparse_timm_model_loads_as_it_was(tmp_path, name, prefix):
+def test_sparse_timm_model_loads_unchanged(tmp_path, name, prefix):
     sparse = sparse_of(make(name))
 
     save_pretrained(sparse, tmp_path)
@@ -50,7 +50,7 @@ def test_a_sparse_timm_model_loads_as_it_was(tmp_path, name, prefix):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
 
 
-def test_arguments_of_the_model_are_saved_with_it(tmp_path):
+def test_model_arguments_are_saved(tmp_path):
     sparse = sparse_of(make("test_vit", img_size=64, num_classes=5))
 
     save_pretrained(sparse, tmp_path, {"img_size": 64, "num_classes": 5})
@@ -58,7 +58,7 @@ def test_arguments_of_the_model_are_saved_with_it(tmp_path):
     assert_equal(clipup.create_timm_model(str(tmp_path)), sparse, size=64)
 
 
-def test_a_dense_timm_model_loads_in_timm_too(tmp_path):
+def test_dense_timm_model_loads_in_timm(tmp_path):
     dense = make("test_vit")
     save_pretrained(dense, tmp_path)
 
@@ -73,7 +73,7 @@ def test_timm_refuses_the_weights_of_a_sparse_model(tmp_path):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
-def test_a_sparse_timm_model_loads_from_the_hub(tmp_path, monkeypatch):
+def test_sparse_timm_model_loads_from_the_hub(tmp_path, monkeypatch):
     sparse = sparse_of(make("test_vit"))
     save_pretrained(sparse, tmp_path / "model")
     repository = tmp_path / "cache" / "models--org--vit"
@@ -85,7 +85,7 @@ def test_a_sparse_timm_model_loads_from_the_hub(tmp_path, monkeypatch):
     assert_equal(clipup.create_timm_model("hf-hub:org/vit", cache_dir=str(tmp_path / "cache")), sparse)
 
 
-def test_a_timm_model_is_loaded_in_evaluation_mode(tmp_path):
+def test_timm_model_is_loaded_in_evaluation_mode(tmp_path):
     save_pretrained(sparse_of(make("test_vit")).train(), tmp_path)
 
     assert not any(module.training for module in clipup.create_timm_model(str(tmp_path)).modules())
@@ -98,10 +98,10 @@ def test_card_names_timm_and_the_experts(tmp_path):
     text = (tmp_path / "README.md").read_text()
 
     assert ModelCard(text).data.library_name == "clipup" and "create_timm_model" in text
-    assert all(f"| `{name}` | 3 | 2 |" in text for name in moe_layers(sparse)) and "a text of full" not in text
+    assert all(f"| `{name}` | 3 | 2 |" in text for name in moe_layers(sparse)) and "text of full" not in text
 
 
-def test_directories_that_hold_no_whole_timm_model_are_refused(tmp_path):
+def test_incomplete_timm_directories_are_refused(tmp_path):
     save_pretrained(sparse_of(make("test_vit")), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["moe_cfg"]["num_experts"] = 4
@@ -113,15 +113,15 @@ def test_directories_that_hold_no_whole_timm_model_are_refused(tmp_path):
         clipup.create_timm_model(str(tmp_path))
     assert moe_layers(clipup.create_timm_model(str(tmp_path), load_weights=False))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="names no architecture"):
+    with pytest.raises(ValueError, match="has no architecture"):
         clipup.create_timm_model(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no config.json in nowhere"):
         clipup.create_timm_model("nowhere")
 
 
-def test_a_model_that_does_not_know_its_name_is_not_saved(tmp_path):
+def test_model_without_an_architecture_name_is_not_saved(tmp_path):
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 
-    with pytest.raises(ValueError, match="VisionTransformer without the name of its architecture.*timm.create_model"):
+    with pytest.raises(ValueError, match="VisionTransformer without an architecture name.*timm.create_model"):
         save_pretrained(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

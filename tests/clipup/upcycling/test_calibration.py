@@ -1,4 +1,4 @@
-"""Experts that do not start as copies, fitted to the dense MLPs."""
+"""Calibration: re-initialized experts are fitted to the dense MLPs."""
 
 import copy
 import tarfile
@@ -24,7 +24,7 @@ def batches(model, steps, size=16):
 @pytest.mark.parametrize(
     "options", [{}, {"granularity": 2}, {"shared_expert": True}, {"normalize_gates": "none"}, {"padding_aware": False}]
 )
-def test_layers_come_close_to_the_dense_mlps_on_inputs_not_seen(options):
+def test_calibration_reduces_the_error_on_unseen_inputs(options):
     dense = tiny_clip()
     sparse = upcycle(dense, CONFIG.replace(**options))
     before = copy.deepcopy(sparse)
@@ -37,7 +37,7 @@ def test_layers_come_close_to_the_dense_mlps_on_inputs_not_seen(options):
     assert step0_difference(dense, sparse) < step0_difference(dense, before)
 
 
-def test_error_is_the_relative_square_and_zero_for_copies():
+def test_error_is_relative_and_squared_and_zero_for_copies():
     dense = tiny_clip()
     exact = upcycle(dense, CONFIG.replace(reinit_ratio=0.0))
     assert all(values[0] < 1e-10 for values in calibrate(exact, dense, batches(dense, 1)).values())
@@ -51,7 +51,7 @@ def test_error_is_the_relative_square_and_zero_for_copies():
     )
 
 
-def test_only_experts_change_and_they_stay_apart():
+def test_only_experts_change_and_they_stay_different():
     dense = tiny_clip()
     sparse = upcycle(dense, CONFIG)
     before, dense_before = copy.deepcopy(sparse.state_dict()), copy.deepcopy(dense.state_dict())
@@ -66,7 +66,7 @@ def test_only_experts_change_and_they_stay_apart():
     assert (layer.in_weight[0] - layer.in_weight[1]).abs().mean() > 0.01
 
 
-def test_frozen_tower_stays_as_it_is():
+def test_frozen_tower_is_unchanged():
     dense = tiny_clip()
     dense.visual.requires_grad_(False)
     sparse = upcycle(dense, CONFIG)
@@ -76,21 +76,21 @@ def test_frozen_tower_stays_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in sparse.visual.state_dict().items())
 
 
-def test_family_whose_mlp_is_spread_over_two_modules_is_fitted(tmp_path):
+def test_family_whose_mlp_is_two_modules_is_calibrated(tmp_path):
     dense = build(hugging_face_cfg(HUGGING_FACE["BertLayer"](), tmp_path))
     sparse = upcycle(dense, CONFIG.replace(towers=("text",)))
     (values,) = calibrate(sparse, dense, batches(dense, 60)).values()
     assert values[-1] < 0.7 * values[0]
 
 
-def test_what_cannot_be_fitted_is_refused_by_name():
+def test_unsupported_arguments_are_refused():
     dense = tiny_clip()
     sparse = upcycle(dense, CONFIG)
-    with pytest.raises(ValueError, match=r"model has no sparse layers made by clipup\.upcycle"):
+    with pytest.raises(ValueError, match=r"model has no sparse layers from clipup\.upcycle"):
         calibrate(dense, dense, batches(dense, 1))
-    with pytest.raises(ValueError, match="batches gave no batch"):
+    with pytest.raises(ValueError, match="batches is empty"):
         calibrate(sparse, dense, [])
-    with pytest.raises(ValueError, match="upcycling dense gives .*visual.*: pass the model that it was made from"):
+    with pytest.raises(ValueError, match="upcycling dense gives .*visual.*: pass the model that it was upcycled from"):
         calibrate(sparse, tiny_clip("custom_text"), [])
     with pytest.raises(ValueError, match="no expert of model has requires_grad=True"):
         calibrate(copy.deepcopy(sparse).requires_grad_(False), dense, batches(dense, 1))
@@ -117,7 +117,7 @@ def csv_data(tmp_path):
     return str(tmp_path / "data.csv")
 
 
-def test_command_line_fits_and_says_how_far(dense_directory, csv_data, tmp_path, capsys):
+def test_command_line_calibrates_and_prints_the_errors(dense_directory, csv_data, tmp_path, capsys):
     command = ["upcycle", dense_directory, str(tmp_path / "out"), "--reinit-ratio", "0.5", "--calibrate-data", csv_data]
     assert main([*command, "--calibrate-steps", "20", "--calibrate-batch-size", "4"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "squared error" in line]
@@ -127,9 +127,9 @@ def test_command_line_fits_and_says_how_far(dense_directory, csv_data, tmp_path,
         assert after < before
 
 
-def test_command_line_refuses_to_fit_copies(dense_directory, csv_data, tmp_path, capsys):
+def test_command_line_refuses_to_calibrate_copies(dense_directory, csv_data, tmp_path, capsys):
     assert main(["upcycle", dense_directory, str(tmp_path / "out"), "--calibrate-data", csv_data]) == 2
-    assert "these are its copies; set reinit_ratio, or leave calibrate_data out" in capsys.readouterr().err
+    assert "they are copies of the dense MLP; set reinit_ratio, or omit calibrate_data" in capsys.readouterr().err
 
 
 def test_command_line_runs_a_pipe_only_where_it_is_allowed(dense_directory, csv_data, tmp_path, capsys):

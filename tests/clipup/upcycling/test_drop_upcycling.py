@@ -1,4 +1,4 @@
-"""Drop-Upcycling (arXiv 2502.19261): which weights are drawn anew, from what, and that all others stay."""
+"""Drop-Upcycling (arXiv 2502.19261): which weights are re-initialized, from which distribution, and which are kept."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ D, H, E, RATIO = 48, 600, 3, 0.5
 
 
 def dense_mlp(dtype=torch.float32, gated=False, norm=False):
-    """Tensors with means and deviations of their own, so that it shows from which statistic a value was drawn."""
+    """A dense MLP whose tensors have different means and deviations, so that re-initialized values reveal theirs."""
     torch.manual_seed(1)
     shapes = {"in_weight": (H, D), "in_bias": (H,), "out_weight": (D, H), "out_bias": (D,)}
     shapes |= {"gate_weight": (H, D), "gate_bias": (H,)} if gated else {}
@@ -25,7 +25,7 @@ def dense_mlp(dtype=torch.float32, gated=False, norm=False):
 
 
 def by_unit(name, tensor):
-    """A hidden unit's part of a parameter in each row; None for what belongs to no single unit."""
+    """A parameter with one row per hidden unit; None if it does not belong to single units."""
     if name in ("in_weight", "in_bias", "gate_weight", "gate_bias"):
         return tensor
     return tensor.T if name == "out_weight" else None
@@ -33,7 +33,7 @@ def by_unit(name, tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [{}, {"gated": True}, {"norm": True}])
-def test_only_the_chosen_units_change_and_all_else_is_the_dense_mlp_to_the_bit(dtype, kind):
+def test_only_selected_units_change_and_all_others_are_bitwise_equal(dtype, kind):
     dense = dense_mlp(dtype, **kind)
     experts = experts_of(dense, E)
     units = reinitialize_hidden_units(experts, RATIO)
@@ -51,9 +51,9 @@ def test_only_the_chosen_units_change_and_all_else_is_the_dense_mlp_to_the_bit(d
             assert same.float().mean() < 0.05, name
 
 
-def test_new_values_are_normal_with_the_mean_and_deviation_of_what_they_replace():
+def test_new_values_are_normal_with_the_mean_and_deviation_of_the_old_ones():
     dense = dense_mlp(gated=True)
-    with torch.no_grad():  # half of the units differ in kind, so the whole matrix's statistic is not a subset's
+    with torch.no_grad():  # half of the units differ, so a subset has other statistics than the whole matrix
         dense.in_weight[: H // 2] = 5 + 0.01 * torch.randn(H // 2, D)
     experts = experts_of(dense, E)
     units = reinitialize_hidden_units(experts, 0.25)
@@ -68,7 +68,7 @@ def test_new_values_are_normal_with_the_mean_and_deviation_of_what_they_replace(
             assert (standard.pow(4).mean() - 3).abs() < 5 * (96 / count) ** 0.5, name  # the normal's fourth moment
 
 
-def test_every_expert_chooses_units_of_its_own():
+def test_every_expert_selects_its_own_units():
     units = reinitialize_hidden_units(experts_of(dense_mlp(), E), RATIO)
     sets = [set(chosen.tolist()) for chosen in units]
     for i, one in enumerate(sets):
@@ -77,7 +77,7 @@ def test_every_expert_chooses_units_of_its_own():
             assert 0.4 * H * RATIO < len(one & other) < 0.6 * H * RATIO  # independent halves share a half
 
 
-def test_same_seed_draws_the_same_experts_and_another_seed_others():
+def test_experts_depend_on_the_seed():
     def draw(seed):
         dense = dense_mlp()
         torch.manual_seed(seed)
@@ -89,7 +89,7 @@ def test_same_seed_draws_the_same_experts_and_another_seed_others():
 
 
 @pytest.mark.parametrize(("ratio", "changed"), [(0.0, 0), (1.0, H)])
-def test_ratio_zero_copies_and_ratio_one_keeps_no_unit(ratio, changed):
+def test_ratio_zero_changes_no_unit_and_ratio_one_changes_all(ratio, changed):
     dense = dense_mlp()
     layer = SparseMoE.from_dense(dense, MoEConfig(num_experts=E, reinit_ratio=ratio))
     rows = (layer.in_weight != dense.in_weight).any(-1)
@@ -102,18 +102,20 @@ def test_shared_expert_keeps_every_unit():
     assert torch.equal(layer.shared.in_weight[0], dense.in_weight)
 
 
-def test_experts_of_an_upcycled_model_differ_from_the_first_step_on_and_survive_saving(tmp_path):
+def test_experts_of_an_upcycled_model_differ_and_are_saved(tmp_path):
     sparse = upcycle(tiny_clip(), MoEConfig.clip_up(reinit_ratio=RATIO))
     for layer in moe_layers(sparse).values():
         flat = layer.in_weight.flatten(1)
         cosine = torch.nn.functional.cosine_similarity(flat[None], flat[:, None], dim=-1)
-        assert cosine.triu(1).max() < 0.4  # copies have 1; half of the units redrawn leaves a quarter in common
+        assert (
+            cosine.triu(1).max() < 0.4
+        )  # 1 for copies; with half of the units re-initialized, two experts share a quarter
     save_pretrained(sparse, tmp_path, tiny_config())
     loaded, *_ = create_model_and_transforms(str(tmp_path))
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sparse.state_dict().items())
 
 
-def test_normed_experts_and_meta_tensors_are_served():
+def test_experts_with_a_norm_and_meta_tensors_are_supported():
     sparse = upcycle(timm_model("Block/Mlp, normed"), MoEConfig(towers=("image",), reinit_ratio=RATIO))
     assert sparse(torch.randn(2, 3, 32, 32)).isfinite().all()
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Every config that open_clip ships: what upcycling it replaces, or by what name it is refused. On the meta device."""
+"""Every model config in open_clip, on the meta device: what upcycling replaces, or which block it refuses."""
 
 from collections import Counter
 from pathlib import Path
@@ -32,7 +32,7 @@ IMAGE = {
     "vit_": "Block/Mlp",
     "vitamin": "Block/GeGluMlp",
 }
-"""The image tower's blocks and their MLPs by how the name of the timm model begins, the first that fits."""
+"""The image tower's blocks and MLPs by prefix of the timm model's name. The first match counts."""
 
 TEXT = {
     "google/mt5": "MT5Block/MT5DenseGatedActDense",
@@ -40,7 +40,7 @@ TEXT = {
     "xlm-roberta": "XLMRobertaLayer/XLMRobertaIntermediate",
     "facebook/nllb": "M2M100EncoderLayer is refused",
 }
-"""The same for the text tower, by the name of its Hugging Face model."""
+"""The same for the text tower, by prefix of the Hugging Face model's name."""
 
 STAND_INS = {
     "google/mt5": lambda: mt5_config("gated-gelu"),
@@ -50,37 +50,37 @@ STAND_INS = {
         vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48
     ),
 }
-"""Hugging Face configs come from a network. These are of the same architecture, and small."""
+"""Small configs of the same architectures, in place of Hugging Face configs, which need a download."""
 
 
-def starting(table, name):
+def by_prefix(table, name):
     return next(value for start, value in table.items() if name.startswith(start))
 
 
 def expected(name):
-    """(what the image tower's blocks are, what the text tower's are)."""
+    """The expected kinds of block in the image and text towers."""
     config = get_model_config(name)
     image, text = config["vision_cfg"], config["text_cfg"]
     image_blocks, text_blocks = NATIVE, NATIVE
     if "timm_model_name" in image:
-        image_blocks = starting(IMAGE, image["timm_model_name"])
+        image_blocks = by_prefix(IMAGE, image["timm_model_name"])
     elif isinstance(image["layers"], list):
         image_blocks = "ModifiedResNet is refused"
     if "hf_model_name" in text:
-        text_blocks = starting(TEXT, text["hf_model_name"])
+        text_blocks = by_prefix(TEXT, text["hf_model_name"])
     return image_blocks, text_blocks
 
 
 @pytest.fixture
 def without_network(monkeypatch):
     monkeypatch.setattr(
-        open_clip.hf_model.AutoConfig, "from_pretrained", lambda name, **options: starting(STAND_INS, name)()
+        open_clip.hf_model.AutoConfig, "from_pretrained", lambda name, **options: by_prefix(STAND_INS, name)()
     )
 
 
 @pytest.fixture(autouse=True)
-def without_drawing(monkeypatch):
-    """Tensors on the meta device have no values, yet drawing them takes more than half of the time."""
+def without_initialization(monkeypatch):
+    """Skips random initialization, which takes more than half of the time even for meta tensors without values."""
     for name in ("normal_", "uniform_", "erfinv_", "clamp_"):
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, *args, **options: tensor)
 
@@ -91,7 +91,7 @@ def kinds(blocks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_config_is_upcycled_or_refused_by_name(name, without_network):
+def test_config_is_upcycled_or_its_block_is_refused(name, without_network):
     model = create_on_meta(name)
     wanted = []
     for tower, kind in zip(("image", "text"), expected(name), strict=True):

@@ -1,4 +1,4 @@
-"""torch.export keeps the batch dynamic: of the layer with each option that shapes its graph, and of whole towers."""
+"""torch.export with a dynamic batch size: layers with every option that affects the graph, and text towers."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def exported(module, inputs):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_exported_layer_takes_any_batch(options):
+def test_exported_layer_accepts_any_batch_size(options):
     layer = SparseMoE(D, 16, num_experts=4, **options).eval()
     program = exported(layer, (torch.randn(4, 5, D), torch.rand(4, 5) > 0.3))
     for batch in (1, 9):
@@ -44,7 +44,7 @@ def test_exported_layer_takes_any_batch(options):
 
 
 @pytest.mark.parametrize("kind", ["gelu", "custom_text"])
-def test_exported_text_tower_takes_any_batch(kind):
+def test_exported_text_tower_accepts_any_batch_size(kind):
     tower = TextTower(sparse_clip(kind, blocks=(1,))).eval()
     program = exported(tower, (random_inputs(tower.model, 4)[1],))
     for batch in (1, 7):
@@ -53,8 +53,8 @@ def test_exported_text_tower_takes_any_batch(kind):
             torch.testing.assert_close(program(texts), tower(texts))
 
 
-def test_a_layer_is_traced():
-    """torch.jit.trace hands sizes over as tensors."""
+def test_layer_can_be_traced():
+    """Under torch.jit.trace, sizes are tensors."""
     layer, x = SparseMoE(16, 32).eval(), torch.randn(5, 16)
     with torch.no_grad():
         assert torch.equal(torch.jit.trace(layer, (x,))(x), layer(x))

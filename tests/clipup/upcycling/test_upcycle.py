@@ -39,12 +39,12 @@ ROUTINGS = [
 
 
 @pytest.mark.parametrize("options", ROUTINGS)
-def test_step_zero_equality_holds_for_every_normalised_routing(options):
+def test_step_zero_equality_holds_for_every_routing_with_normalized_gates(options):
     dense = tiny_clip()
     assert step0_difference(dense, upcycle(dense, CONFIG.replace(**options))) <= 1e-6
 
 
-def test_step_zero_check_sees_a_model_that_differs():
+def test_step_zero_check_detects_differences():
     dense = tiny_clip()
     assert step0_difference(dense, upcycle(dense, CONFIG.replace(normalize_gates="none"))) > 1e-3
     sparse = upcycle(dense, CONFIG)
@@ -56,7 +56,7 @@ def test_step_zero_check_sees_a_model_that_differs():
     assert math.isnan(step0_difference(dense, sparse))
 
 
-def test_step_zero_check_is_dropless_and_puts_everything_back():
+def test_step_zero_check_is_dropless_and_restores_modes_and_configs():
     dense = tiny_clip()
     sparse = upcycle(dense, CONFIG.replace(eval_capacity_factor=0.25))
     sparse.visual.eval()
@@ -92,7 +92,7 @@ def test_every_other_block_of_both_towers_is_sparse_and_block_zero_is_dense(kind
         ({"blocks": (2, 0)}, {f"{tower}transformer.resblocks.{i}.mlp" for tower in ("", "visual.") for i in (0, 2)}),
     ],
 )
-def test_towers_and_blocks_can_be_chosen(options, expected):
+def test_towers_and_blocks_can_be_selected(options, expected):
     sparse = upcycle(tiny_clip(), CONFIG.replace(**options))
     assert set(moe_layers(sparse)) == expected
     assert all(layer.config == sparse.moe_config for layer in moe_layers(sparse).values())
@@ -114,7 +114,7 @@ def test_model_is_copied_unless_inplace():
     assert upcycle(dense, CONFIG, inplace=True) is dense and moe_layers(dense)
 
 
-def test_experts_are_copies_and_routers_are_fresh():
+def test_experts_are_copies_and_routers_differ():
     dense = tiny_clip()
     sparse = upcycle(dense, CONFIG)
     routers = []
@@ -129,7 +129,7 @@ def test_experts_are_copies_and_routers_are_fresh():
     assert not any(torch.equal(a, b) for i, a in enumerate(routers) for b in routers[:i] if a.shape == b.shape)
 
 
-def test_type_mode_and_what_is_trained_stay():
+def test_dtype_training_mode_and_requires_grad_are_kept():
     dense = tiny_clip().bfloat16()
     dense.visual.eval().requires_grad_(False)
     sparse = upcycle(dense, CONFIG)
@@ -147,14 +147,14 @@ def test_meta_model_upcycles():
     assert len(moe_layers(sparse)) == 4 and all(parameter.is_meta for parameter in sparse.parameters())
 
 
-def test_router_learns_nothing_from_the_task_at_step_zero():
+def test_router_has_no_task_gradient_at_step_zero():
     sparse = upcycle(tiny_clip(), CONFIG.replace(capacity_factor=None))
     contrastive_loss(sparse, *random_inputs(sparse, 6)).backward()
     for layer in moe_layers(sparse).values():
         assert layer.router.weight.grad.abs().max() < 1e-5 * layer.in_weight.grad.abs().max()
 
 
-def test_experts_part_after_steps_and_then_the_router_learns():
+def test_experts_diverge_in_training_and_then_the_router_has_gradients():
     torch.manual_seed(0)
     sparse = upcycle(tiny_clip(), CONFIG)
     optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
@@ -176,14 +176,14 @@ def test_experts_part_after_steps_and_then_the_router_learns():
 
 @pytest.mark.parametrize("blocks", ["every_other", (0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_block_zero_may_be_sparse_in_every_type(blocks, dtype):
+def test_block_zero_can_be_sparse_in_every_dtype(blocks, dtype):
     dense = tiny_clip().to(dtype)
     sparse = upcycle(dense, CONFIG.replace(blocks=blocks))
     assert sparse.transformer.get_cast_dtype() == dtype
     assert step0_difference(dense, sparse) <= {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
 
 
-def test_autocast_trains_the_upcycled_model():
+def test_upcycled_model_trains_under_autocast():
     sparse = upcycle(tiny_clip(), CONFIG.replace(blocks=(0, 1)))
     with torch.autocast("cpu", torch.bfloat16):
         loss = contrastive_loss(sparse, *random_inputs(sparse, 4))
@@ -191,14 +191,14 @@ def test_autocast_trains_the_upcycled_model():
     assert all(parameter.grad.isfinite().all() for parameter in sparse.parameters() if parameter.grad is not None)
 
 
-def test_upcycled_model_copies_and_keeps_its_config():
+def test_copy_of_an_upcycled_model_has_its_config():
     sparse = upcycle(tiny_clip(), CONFIG)
-    twin = copy.deepcopy(sparse)
-    assert twin.moe_config == CONFIG and step0_difference(sparse, twin) == 0
+    copied = copy.deepcopy(sparse)
+    assert copied.moe_config == CONFIG and step0_difference(sparse, copied) == 0
 
 
-def test_expert_biases_skip_weight_decay_by_open_clips_rule():
-    def decays(name, parameter):  # open_clip_train's rule, which goes by name where a stacked bias has two axes
+def test_expert_biases_have_no_weight_decay_by_open_clips_rule():
+    def decays(name, parameter):  # open_clip_train's rule, which needs the name because a stacked bias has two axes
         return not (parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale")))
 
     sparse = upcycle(tiny_clip(), CONFIG)
@@ -228,7 +228,7 @@ REFUSED = [
         r"the image tower \(visual: ModifiedResNet\) has no list of transformer blocks; MLPs that are read: "
         r'.*; towers=\("text",\) leaves the image tower dense',
     ),
-    (one_block_clip, CONFIG, ValueError, "the text tower has 1 block, so blocks='every_other' chooses none"),
+    (one_block_clip, CONFIG, ValueError, "the text tower has 1 block, so blocks='every_other' selects none"),
     (tiny_clip, CONFIG.replace(blocks=(1, 4)), ValueError, r"blocks names \[4\], but the image tower has 4 blocks"),
     (
         tiny_clip,
@@ -240,7 +240,7 @@ REFUSED = [
         tiny_clip,
         CONFIG.replace(last_blocks=3),
         ValueError,
-        "last_blocks is 3, but blocks='every_other' chooses 2 of the image tower's 4 blocks; lower it, or",
+        "last_blocks is 3, but blocks='every_other' selects 2 of the image tower's 4 blocks; lower it, or",
     ),
     (
         tiny_clip,
@@ -252,7 +252,7 @@ REFUSED = [
         lambda: upcycle(tiny_clip(), CONFIG),
         CONFIG,
         ValueError,
-        r"sparse already \(visual.* and 3 more\); upcycle a dense",
+        r"already sparse \(visual.* and 3 more\); upcycle a dense",
     ),
     (
         lambda: nn.Linear(2, 2),
@@ -264,13 +264,13 @@ REFUSED = [
         lambda: nn.DataParallel(tiny_clip()),
         CONFIG,
         TypeError,
-        "or a timm model, the model inside a wrapper, got DataParallel",
+        "or a timm model, without a wrapper, got DataParallel",
     ),
 ]
 
 
 @pytest.mark.parametrize(("make", "config", "error", "message"), REFUSED)
-def test_what_cannot_be_upcycled_is_refused_by_name_and_left_whole(make, config, error, message):
+def test_unsupported_models_and_configs_are_refused_and_the_model_is_unchanged(make, config, error, message):
     model = make()
     before = [type(module) for module in model.modules()]
     with pytest.raises(error, match=message):
@@ -278,7 +278,7 @@ def test_what_cannot_be_upcycled_is_refused_by_name_and_left_whole(make, config,
     assert [type(module) for module in model.modules()] == before
 
 
-def test_tower_that_is_not_read_can_stay_dense():
+def test_unsupported_tower_can_stay_dense():
     dense = resnet_clip()
     sparse = upcycle(dense, CONFIG.replace(towers=("text",)))
     assert step0_difference(dense, sparse) <= 1e-6

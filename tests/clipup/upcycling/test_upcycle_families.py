@@ -1,4 +1,4 @@
-"""Every family: a small real model upcycles to the same function, and every expert of it learns."""
+"""Every MLP family: a small model upcycles to the same function, and all of its experts are trained."""
 
 import pytest
 import timm
@@ -18,7 +18,7 @@ SMALL = ["test_vit", "test_vit4", "test_convnext", "test_convnext3"]
 
 
 def assert_upcycles_and_every_expert_learns(dense, config, loss):
-    """Step-0 equality, then one step of training with finite gradients that differ from zero in every expert."""
+    """Checks equality at step 0, then one training step with finite, nonzero gradients in every expert."""
     torch.manual_seed(0)
     sparse = upcycle(dense, config)
     assert step0_difference(dense, sparse) <= 2e-6
@@ -50,7 +50,7 @@ def regression(model):
 
 
 @pytest.mark.parametrize("name", [*TIMM, *SMALL])
-def test_timm_model_by_itself_upcycles(name):
+def test_timm_model_upcycles(name):
     assert_upcycles_and_every_expert_learns(timm_model(name), IMAGE, regression)
 
 
@@ -61,7 +61,7 @@ def test_hugging_face_text_tower_upcycles(name, tmp_path):
     assert sum(layer.startswith("text.transformer.") for layer in moe_layers(sparse)) == 1
 
 
-def test_coca_upcycles_in_all_its_towers():
+def test_coca_upcycles_in_all_towers():
     def loss(model):
         images, texts = random_inputs(model, 6)
         return contrastive(model) + model(images, texts)["logits"].square().mean()
@@ -74,10 +74,10 @@ def test_coca_upcycles_in_all_its_towers():
         "text_decoder.cross_attn.0.mlp",
         "text_decoder.cross_attn.1.mlp",
     ]
-    assert len(moe_layers(upcycle(build(coca_cfg()), CONFIG))) == 2  # the decoder stays dense unless it is named
+    assert len(moe_layers(upcycle(build(coca_cfg()), CONFIG))) == 2  # the decoder is dense by default
 
 
-def test_step_zero_check_sees_the_decoder():
+def test_step_zero_check_covers_the_decoder():
     dense = build(coca_cfg())
     sparse = upcycle(dense, CONFIG.replace(towers=("decoder",)))
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_step_zero_check_sees_the_decoder():
     assert step0_difference(dense, sparse) > 1e-3
 
 
-def test_every_family_has_a_small_model_here(tmp_path):
+def test_every_family_is_tested_with_a_small_model(tmp_path):
     seen = {find_mlp(block).family for name in TIMM for block in tower_blocks(timm_model(name), "image").values()}
     for name, config in HUGGING_FACE.items():
         model = build(hugging_face_cfg(config(), tmp_path / name.replace("/", "-")))
@@ -96,14 +96,14 @@ def test_every_family_has_a_small_model_here(tmp_path):
     assert blocks == read
 
 
-def test_stages_are_counted_as_one_list_of_blocks():
+def test_blocks_of_all_stages_are_numbered_consecutively():
     sparse = upcycle(timm_model("ConvNeXtBlock/Mlp"), IMAGE)
     assert list(moe_layers(sparse)) == ["stages.1.blocks.0.mlp", "stages.2.blocks.0.mlp"]
     sparse = upcycle(timm_model("SwinTransformerBlock/Mlp"), IMAGE.replace(blocks=(-1, 0)))
     assert list(moe_layers(sparse)) == ["layers.0.blocks.0.mlp", "layers.1.blocks.1.mlp"]
 
 
-def test_norm_in_front_of_the_projections_stays_one_for_all_experts():
+def test_norm_before_the_projections_is_shared_by_all_experts():
     dense = timm_model("Block/GeGluMlp")
     sparse = upcycle(dense, IMAGE)
     assert list(moe_layers(sparse)) == ["blocks.1.mlp.moe", "blocks.3.mlp.moe"]
@@ -111,7 +111,7 @@ def test_norm_in_front_of_the_projections_stays_one_for_all_experts():
     assert sparse.blocks[1].mlp.norm is not dense.blocks[1].mlp.norm
 
 
-def test_projection_that_a_sparse_layer_took_over_is_gone(tmp_path):
+def test_dense_projection_is_removed_from_its_other_module(tmp_path):
     sparse = upcycle(build(hugging_face_cfg(HUGGING_FACE["RobertaLayer"](), tmp_path)), CONFIG)
     layer = sparse.text.transformer.encoder.layer[1]
     assert type(layer.output.dense) is torch.nn.Identity and layer.output.LayerNorm is not None
@@ -125,7 +125,7 @@ def test_hugging_face_towers_are_saved_and_loaded(name, tmp_path):
     assert_round_trip(sparse, tmp_path / "model", cfg)
 
 
-def test_cocas_are_saved_and_loaded(tmp_path):
+def test_coca_is_saved_and_loaded(tmp_path):
     assert_round_trip(upcycle(build(coca_cfg()), CONFIG.replace(towers=("decoder", "image"))), tmp_path, coca_cfg())
 
 
@@ -152,7 +152,7 @@ def assert_round_trip(sparse, directory, cfg):
 
 
 @pytest.mark.parametrize("name", ["EvaBlock/SwiGLU, normed", "Block/GluMlp", "Block/GeGluMlp"])
-def test_half_precision_and_frozen_towers_stay_as_they_are(name):
+def test_half_precision_and_frozen_parameters_are_kept(name):
     dense = timm_model(name).bfloat16().requires_grad_(False).eval()
     sparse = upcycle(dense, IMAGE)
     assert {parameter.dtype for parameter in sparse.parameters()} == {torch.bfloat16}
@@ -162,7 +162,7 @@ def test_half_precision_and_frozen_towers_stay_as_they_are(name):
 
 
 @pytest.mark.parametrize("name", ["EvaBlock/SwiGLU, normed", "Block/GeGluMlp", "ConvNeXtBlock/Mlp"])
-def test_sparse_timm_models_are_counted(name):
+def test_flops_of_sparse_timm_models_are_counted(name):
     dense = timm_model(name)
     before, after = count(dense), count(upcycle(dense, IMAGE.replace(top_k=1)))
     assert before.text_gflops == after.text_gflops == 0 < before.image_gflops < after.image_gflops
@@ -170,7 +170,7 @@ def test_sparse_timm_models_are_counted(name):
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_face_towers_are_counted(name, tmp_path):
+def test_flops_of_hugging_face_towers_are_counted(name, tmp_path):
     dense = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path))
     before, after = count(dense), count(upcycle(dense, CONFIG))
     assert 0 < before.text_gflops < after.text_gflops
@@ -179,7 +179,11 @@ def test_hugging_face_towers_are_counted(name, tmp_path):
 @pytest.mark.parametrize(
     ("make", "towers", "message"),
     [
-        (lambda: timm_model("test_vit"), ("text",), r"a VisionTransformer has no text tower; towers=\('image',\) are"),
+        (
+            lambda: timm_model("test_vit"),
+            ("text",),
+            r"a VisionTransformer has no text tower; it has towers=\('image',\)",
+        ),
         (lambda: build(coca_cfg()), ("decoder", "image"), None),
         (
             lambda: timm.create_model("test_resnet"),
@@ -198,7 +202,7 @@ def test_hugging_face_towers_are_counted(name, tmp_path):
         ),
     ],
 )
-def test_what_is_not_read_is_refused_by_name(make, towers, message):
+def test_unsupported_towers_and_blocks_are_refused(make, towers, message):
     config = CONFIG.replace(towers=towers)
     if message is None:
         assert moe_layers(upcycle(make(), config))
