@@ -91,7 +91,7 @@ def test_sets_can_be_left_out_by_name(build):
 
     assert {one["set"] for one in dataset["sources"]} == {"mdi", "carbon"}
     assert SETS.without(["carbon"]) == Sets(train=("mdi", "fluent"), test=())
-    with pytest.raises(ValueError, match="leave_out: nowhere: no set of this data set"):
+    with pytest.raises(ValueError, match="leave_out: nowhere: not a set of this data set"):
         SETS.without(["mdi", "nowhere"])
 
 
