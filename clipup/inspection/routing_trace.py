@@ -27,7 +27,7 @@ class LayerRouting:
 
     tower: str
     """"image" or "text"."""
-    experts: np.ndarray
+    expert_indices: np.ndarray
     """[N, S, K] integers, the first choice first; -1 for tokens that took no part (padding)."""
     probabilities: np.ndarray
     """[N, S, E] float32: the router's, which sum to 1; 0 for padding that was not computed."""
@@ -42,17 +42,17 @@ class LayerRouting:
     @property
     def tokens(self) -> int:
         """Tokens that took part."""
-        return int((self.experts[..., 0] >= 0).sum())
+        return int((self.expert_indices[..., 0] >= 0).sum())
 
     @property
     def load(self) -> np.ndarray:
         """[E] share of all choices that fell on each expert; sums to 1, or is 0 where nothing took part."""
-        return _shares(self.experts, self.num_experts)
+        return _shares(self.expert_indices, self.num_experts)
 
     @property
     def first_load(self) -> np.ndarray:
         """[E] the same of first choices alone."""
-        return _shares(self.experts[..., 0], self.num_experts)
+        return _shares(self.expert_indices[..., 0], self.num_experts)
 
     @property
     def token_entropy(self) -> float:
@@ -74,13 +74,13 @@ class LayerRouting:
         """
         if self.grid is None:
             raise ValueError("this layer's tokens lie in no grid of patches, so there is no map of them")
-        return self.experts[:, self._first_patch() :, 0].reshape(-1, *self.grid)
+        return self.expert_indices[:, self._first_patch() :, 0].reshape(-1, *self.grid)
 
     def strongest(self, expert: int, count: int) -> list[tuple[int, int]]:
         """(sample, token) of the ``count`` tokens that the expert was chosen for first with the largest probabilities,
         the largest first, one a sample. Of an image's tokens only its patches."""
         start = self._first_patch()
-        mine = self.experts[:, start:, 0] == expert
+        mine = self.expert_indices[:, start:, 0] == expert
         chosen = np.where(mine, self.probabilities[:, start:, expert], -1.0)
         best = chosen.max(1, initial=-1.0)
         order = np.argsort(-best, kind="stable")[:count]
@@ -91,10 +91,10 @@ class LayerRouting:
         return divmod(token - self._first_patch(), self.grid[1])
 
     def _first_patch(self) -> int:
-        return 0 if self.grid is None else self.experts.shape[1] - self.grid[0] * self.grid[1]
+        return 0 if self.grid is None else self.expert_indices.shape[1] - self.grid[0] * self.grid[1]
 
     def _distributions(self) -> np.ndarray:
-        return self.probabilities[self.experts[..., 0] >= 0].astype(np.float64)
+        return self.probabilities[self.expert_indices[..., 0] >= 0].astype(np.float64)
 
 
 def route_images(model: nn.Module, images: Iterable[Tensor], batch_size: int = 32) -> dict[str, LayerRouting]:
@@ -153,15 +153,15 @@ def _joined(batches: Sequence[np.ndarray], absent: int, length: int) -> np.ndarr
 
 @contextmanager
 def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]:
-    """{layer: [(leading shape [N, ...] of its tokens, experts [N, S, K], probabilities [N, S, E])]}, one a forward."""
+    """{layer: [(leading shape [N, ...] of tokens, expert indices [N, S, K], probabilities [N, S, E]) per forward]}."""
     found: dict[str, list[tuple]] = {}
 
     def hook_of(name: str) -> Callable:
         def keep(layer: SparseMoE, inputs: tuple, output: Tensor) -> None:
             last, shape = layer.records.last_routing, tuple(output.shape[:-1])
-            experts, probabilities = last.experts, log_scores(last.logits, layer.config.score).softmax(-1)
+            expert_indices, probabilities = last.expert_indices, log_scores(last.logits, layer.config.score).softmax(-1)
             by_sample = [
-                values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in (experts, probabilities)
+                values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in (expert_indices, probabilities)
             ]
             found.setdefault(name, []).append((shape, *by_sample))
 

@@ -46,9 +46,9 @@ class LastRouting(NamedTuple):
     """[T, E] float32: what the choices were made from."""
     mask: Tensor | None
     """[T] bool."""
-    experts: Tensor
+    expert_indices: Tensor
     """[T, K] int32."""
-    picks: Tensor
+    tokens_per_expert: Tensor
     """[K, E] int32."""
     offsets: Tensor
     """[E+1] int32: Plan.offsets; the last is how many (token, choice) pairs got a slot."""
@@ -69,7 +69,7 @@ class _Kept:
         self.thread = threading.current_thread()
         self.waiting: list[weakref.ref[LossRecord]] = []
         self.load: Tensor | None = None
-        """[E] int64: picks of every expert in all forwards so far."""
+        """[E] int64: tokens per expert in all forwards so far."""
         self.counted: Tensor | None = None
         """The value of ``load`` that ``take_load`` has seen last."""
 
@@ -135,7 +135,7 @@ class Records:
         if not _in_transform():
             self._keep_routing(routing)
             if counts_load:
-                load = routing.gating.picks.sum(0)
+                load = routing.gating.tokens_per_expert.sum(0)
                 kept = self._threads.state.kept
                 kept.load = load if kept.load is None else kept.load + load
         if loss is not None and loss.requires_grad:
@@ -146,8 +146,8 @@ class Records:
         self._threads.state.last_routing = LastRouting(
             logits=routing.noisy_logits.detach(),
             mask=routing.mask,
-            experts=gating.experts,
-            picks=gating.picks,
+            expert_indices=gating.expert_indices,
+            tokens_per_expert=gating.tokens_per_expert,
             offsets=routing.plan.offsets,
             mean_probs=gating.mean_probs.detach(),
             z_loss=gating.z_loss.detach(),
@@ -179,7 +179,7 @@ class Records:
         return sum(kept.untaken() for kept in others if not (mine.ran_layer and kept.thread.is_alive()))
 
     def take_load(self) -> Tensor | None:
-        """[E] int64: picks of every expert in the forwards of all threads since the last call; None for no forward."""
+        """[E] int64: tokens per expert in the forwards of all threads since the last call; None for no forward."""
         news = []
         with self._lock:
             for kept in self._everyone:

@@ -15,11 +15,11 @@ def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Metrics of every sparse layer's last forward in the calling thread, in training or evaluation, by layer name.
 
     All are detached tensors on the layer's device, computed without waiting for it:
-    ``load`` [E] share of all picks that fell on each expert, before dropping (sums to 1),
+    ``load`` [E] share of all choices that fell on each expert, before dropping (sums to 1),
     ``dropped`` [] share of the (token, choice) pairs that got no slot,
     ``router_entropy`` [] mean entropy of a token's router distribution, in nats,
     ``balance`` [] and ``z`` [] the unweighted losses,
-    ``experts`` [T, K] int32 the choices, -1 for tokens that took no part.
+    ``expert_indices`` [T, K] int32 the choices, -1 for tokens that took no part.
     Layers that have not run in this thread yet are left out.
     """
     return {
@@ -29,13 +29,13 @@ def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
     last = layer.records.last_routing
-    picks = last.picks.sum(0)
-    pairs = picks.sum()
+    tokens_per_expert = last.tokens_per_expert.sum(0)
+    pairs = tokens_per_expert.sum()
     return {
-        "load": picks / pairs.clamp_min(1),
+        "load": tokens_per_expert / pairs.clamp_min(1),
         "dropped": (pairs - last.offsets[-1]) / pairs.clamp_min(1),
         "router_entropy": losses.local_entropy(log_scores(last.logits, layer.config.score), last.mask),
-        "balance": losses.load_balance(last.mean_probs, last.picks, layer.config.balance),
+        "balance": losses.load_balance(last.mean_probs, last.tokens_per_expert, layer.config.balance),
         "z": last.z_loss,
-        "experts": last.experts,
+        "expert_indices": last.expert_indices,
     }

@@ -125,7 +125,7 @@ class Router(nn.Module):
         if scores is not noisy_logits:
             gating = gating._replace(z_loss=losses.router_z(noisy_logits, mask))
         plan = dispatch(
-            gating.experts,
+            gating.expert_indices,
             config.num_experts,
             config.capacity_factor if self.training else config.eval_capacity_factor,
             priority=gating.top_prob.detach() if config.priority else None,
@@ -172,7 +172,8 @@ def weighted_losses(routing: Routing, config: MoEConfig) -> Tensor:
     gating, mask = routing.gating, routing.mask
     terms = []
     if config.balance_weight > 0:
-        terms.append(config.balance_weight * losses.load_balance(gating.mean_probs, gating.picks, config.balance))
+        balance = losses.load_balance(gating.mean_probs, gating.tokens_per_expert, config.balance)
+        terms.append(config.balance_weight * balance)
     if config.z_weight > 0:
         terms.append(config.z_weight * gating.z_loss)
     if config.importance_weight > 0:

@@ -11,7 +11,7 @@ from .layer import moe_layers
 
 def sign_step(load: Tensor) -> Tensor:
     """sign(mean(c) - c_e): up for experts with less than the mean load, down for those with more (loss-free balancing,
-    arXiv 2408.15664, algorithm 1). load: c, [E] counts of picks -> [E]."""
+    arXiv 2408.15664, algorithm 1). load: c, [E] tokens per expert -> [E]."""
     return torch.sign(load.mean() - load)
 
 

@@ -100,7 +100,7 @@ def load_chart(
     width: float = 440,
     height: float = 290,
 ) -> str:
-    """Share of all picks that fell on each expert over training, one line an expert, as SVG.
+    """Share of all choices that fell on each expert over training, one line an expert, as SVG.
 
     steps [N], loads [N, E] shares of 1. The dashed line is the uniform share 1/E; more than 100 steps are drawn as 100
     means of neighbouring steps. ``y_max`` gives several charts the same axis.
@@ -113,7 +113,7 @@ def load_chart(
     lines = [_thin([float(step) for step in steps], [float(row[expert]) for row in loads]) for expert in range(experts)]
     finite = [(x, y) for line in lines for x, y in line if math.isfinite(x) and math.isfinite(y)]
     top = y_max if y_max is not None else max([y for _, y in finite] + [1.5 / experts if experts else 1.0]) * 1.06
-    y_label = f"share of picks; dashed: uniform, 1/{experts}" if experts else "share of picks"
+    y_label = f"share of choices; dashed: uniform, 1/{experts}" if experts else "share of choices"
     frame, around = axes.build(
         width=width,
         height=height,
