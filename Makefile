@@ -54,9 +54,9 @@ OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py d
 test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-faults
 	$(BIN)/python -m pytest -q -m "$$($(HAS_GPU) || echo not cuda)" $(PYTEST_ARGS)
 	! $(HAS_GPU) || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
-	CLIPUP_BACKEND=reference $(BIN)/python -m pytest -q tests/clipup_kernels -m "not cuda and not interpreter" \
+	CLIPUP_BACKEND=torch_eager $(BIN)/python -m pytest -q tests/clipup_kernels -m "not cuda and not interpreter" \
 	  -k "not backend_info and not number_of_threads"
-	CLIPUP_BACKEND=matmul $(BIN)/python -m pytest -q $(OP_TESTS)
+	CLIPUP_BACKEND=torch_matmul $(BIN)/python -m pytest -q $(OP_TESTS)
 	tiers=$$($(call native_tests,address$(comma)undefined) --tiers) && for tier in $$tiers; do \
 	  CLIPUP_CPU_ISA=$$tier $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; \
 	done
