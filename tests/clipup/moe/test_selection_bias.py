@@ -33,7 +33,7 @@ def unbalanced(kind, score_function="softmax"):
 def load(layer, x):
     with torch.no_grad():
         layer(x)
-    return layer.state.last_routing.picks.sum(0).double()
+    return layer.state.last_routing.tokens_per_expert.sum(0).double()
 
 
 def excess(layer, x):
