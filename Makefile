@@ -1,18 +1,18 @@
 # make install | demo | test | test-all | test-faults | bench | study | study-runs | study-converged | study-gpu | notebooks | docs | lint |
 #      build | clean
 #
-# Everything runs in .venv, which is made when it is missing. Stamps in it say which extras are installed; they are renewed
-# when the packaging or the native code changes.
+# Everything runs in .venv, which is created if it is missing. Stamp files in it record the installed extras; they expire when
+# the packaging or the native code changes.
 #
-# PYTHON       the interpreter that makes .venv, 3.10 or newer  (python3)
-# PIP_ARGS     options for pip, to choose a torch build         (none)
+# PYTHON       the interpreter that creates .venv, 3.10 or newer (python3)
+# PIP_ARGS     options for pip, to select a torch build         (none)
 # PYTEST_ARGS  options for pytest                               (none)
-# FUZZ_SECONDS how long test-all calls the native code at random (60)
+# FUZZ_SECONDS how long test-all calls the native code with random arguments (60)
 # FAULT_SECONDS how long test-all kills, freezes and damages training, half of it on two processes (600)
-# FAULT_ARGS   options for that (none)
-# ICONS        the data set of the study, made by `python -m studies icons` (runs/icons/data)
-# STUDY_RUNS   where the study's runs keep their checkpoints (runs/icons/runs)
-# ICONIFY      the unpacked npm package that study-converged, study-gpu and demo-start draw icons from (package)
+# FAULT_ARGS   options for tests/fault_injection/inject.py (none)
+# ICONS        the study's data set, built by `python -m studies icons` (runs/icons/data)
+# STUDY_RUNS   checkpoints of the study's runs (runs/icons/runs)
+# ICONIFY      the unpacked npm package @iconify/json, for study-converged, study-gpu and demo-start (package)
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -28,10 +28,10 @@ BIN := $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 SOURCES := pyproject.toml setup.py CMakeLists.txt clipup_kernels/_version.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 
-# What pyproject.toml's [build-system] requires: with it in .venv, installing again after an edit needs no network.
+# The requirements of pyproject.toml's [build-system]. With them in .venv, reinstalling after an edit needs no network.
 BUILD_TOOLS := 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.13'
 
-# The stamp of an extra. Once all extras are installed, theirs serves every target.
+# The stamp file of an extra. Once all extras are installed, their stamp serves every target.
 installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(1))
 comma := ,
 space := $() $()
@@ -40,15 +40,15 @@ space := $() $()
 
 install: $(VENV)/.installed-all
 
-# Threads wait for each other asleep after a short while, so that another program on one of the cores costs little.
+# Waiting threads sleep after a short spin, so another program on one of the cores costs little.
 demo: $(call installed,demo)
 	GOMP_SPINCOUNT=2000 $(BIN)/clipup demo --out runs/demo --overwrite
 
 test: $(call installed,test)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow and not cuda" $(PYTEST_ARGS)
 
-# Tests marked cuda run where there is a GPU, and those that interpret Triton's kernels in a process of their own there
-# (tests/conftest.py). The ops run again on every backend and every tier of instructions.
+# Tests marked cuda run if there is a GPU; the tests that interpret Triton's kernels then run in a separate process
+# (tests/conftest.py). The tests of the ops run again on every backend and every instruction tier.
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py dense_mlp.py packed_weights.py router_logits.py)
 test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-faults
@@ -61,8 +61,8 @@ test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-faults
 	  CLIPUP_CPU_ISA=$$tier $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; \
 	done
 
-# The native code by itself. Under the address and undefined-behaviour sanitizers, and as it ships, every tier of instructions
-# that this CPU has, under the thread sanitizer the best one.
+# The native code alone: on every instruction tier of this CPU under the address and undefined-behavior sanitizers and as
+# shipped, and on the best tier under the thread sanitizer.
 NATIVE_BUILD = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCLIPUP_PYTHON=OFF \
   -DCLIPUP_NATIVE_TESTS=ON
 native_tests = OMP_WAIT_POLICY=passive build/native-$(1)/native_tests
@@ -81,16 +81,16 @@ test-native: $(VENV)/.build-tools
 	  CLIPUP_CPU_ISA=$$tier $(call native_tests,release) --quick || exit 1; \
 	done
 
-# Random calls for FUZZ_SECONDS; what fails is printed with the seed that repeats it.
+# Random calls for FUZZ_SECONDS. A failure is printed with the seed that reproduces it.
 test-fuzz: test-native
 	$(call native_tests,address$(comma)undefined) --fuzz $(FUZZ_SECONDS)
 
-# Training under random faults, on one process and then on two; what fails is printed with the seed of its faults. The disk
-# is filled where a small one can be mounted (as root).
+# Training under random faults, on one process and then on two. A failure is printed with the seed of its faults. Full disks
+# are tested if a small one can be mounted (as root).
 test-faults: $(call installed,test)
 	$(BIN)/python tests/fault_injection/inject.py --processes 1 2 --seconds $$(($(FAULT_SECONDS) / 2)) $(FAULT_ARGS)
 
-# The portable tier on the other architecture, emulated. Debian: apt install g++-aarch64-linux-gnu qemu-user
+# The portable tier on aarch64, emulated. Debian: apt install g++-aarch64-linux-gnu qemu-user
 QEMU_AARCH64 = $(firstword $(shell command -v qemu-aarch64; command -v qemu-aarch64-static))
 test-aarch64: $(VENV)/.build-tools
 	@if ! command -v aarch64-linux-gnu-g++ >/dev/null || [ -z "$(QEMU_AARCH64)" ]; then \
@@ -102,11 +102,11 @@ test-aarch64: $(VENV)/.build-tools
 	  $(QEMU_AARCH64) -L /usr/aarch64-linux-gnu build/native-aarch64/native_tests --quick; \
 	fi
 
-# Runs the notebooks again and keeps what they show.
+# Runs the notebooks and saves their outputs.
 notebooks: $(call installed,test)
 	$(BIN)/python examples/run_notebooks.py examples/*.ipynb
 
-# The manual as pages, from docs/ and the docstrings; a warning is an error.
+# The manual as HTML, from docs/ and the docstrings. A warning is an error.
 docs: $(call installed,docs)
 	$(BIN)/sphinx-build -E -W --keep-going -q -d build/doctrees docs build/docs
 	@echo build/docs/index.html
@@ -114,15 +114,15 @@ docs: $(call installed,docs)
 bench: $(call installed,bench)
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only $(PYTEST_ARGS)
 
-# The page of the study out of its logs; and the runs that have no log yet, one at a time, beside other work. They take
-# days in all, can be stopped whenever, and go on where they were.
+# study: the study's page from its logs. study-runs: the runs that have no log yet, one at a time, at low priority. They take
+# days in total, can be stopped at any time, and resume.
 study: $(call installed,demo)
 	$(BIN)/python -m studies report studies/icons --out docs/study.md
 
 study-runs: $(call installed,all)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
 
-# The runs of the second part, which start from converged dense models; what their plan says of the machine holds
+# The runs of the second part, which start from converged dense models, under the conditions of their plan
 # (studies/converged/plan.md).
 CONVERGED := runs/converged
 study-converged: $(call installed,all)
@@ -130,15 +130,14 @@ study-converged: $(call installed,all)
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged/*.yaml \
 	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
 
-# The same study with a model of width 384 on drawings of 64 x 64 pixels, on a GPU, out of the unpacked npm package
-# @iconify/json (ICONIFY).
+# The same study with a model of width 384 on icons of 64 x 64 pixels, on a GPU, from the npm package in ICONIFY.
 W384 := runs/icons-w384
 study-gpu: $(call installed,all)
 	test -d $(W384)/data || $(BIN)/python -m studies icons $(W384)/data --package $(ICONIFY) --size 64
 	$(BIN)/python -m studies run studies/icons-w384/*.yaml --device cuda --data $(W384)/data --runs $(W384)/runs
 	$(BIN)/python -m studies report studies/icons-w384 --out docs/study_w384.md
 
-# The dense model that the demonstration starts from, out of the unpacked npm package @iconify/json (ICONIFY); half an hour.
+# The dense model that the demonstration starts from, trained on icons of the npm package in ICONIFY; half an hour.
 START := runs/start
 demo-start: $(call installed,all)
 	$(BIN)/python -m studies icons $(START)/data --package $(ICONIFY) --leave-out openmoji twemoji ph
@@ -172,7 +171,7 @@ $(VENV)/.build-tools: $(VENV)/bin/python
 	$(PIP_INSTALL) $(BUILD_TOOLS)
 	@touch $@
 
-# Extras that were installed before are installed along with the one asked for, so that one build renews every stamp.
+# Extras that were installed before are installed together with the requested one, so one build renews every stamp.
 extras = $(subst $(space),$(comma),$(sort $* $(patsubst $(VENV)/.installed-%,%,$(wildcard $(VENV)/.installed-*))))
 $(VENV)/.installed-%: $(VENV)/.build-tools $(SOURCES)
 	@echo "installing clipup[$(extras)] into $(VENV), which takes a minute or more the first time"

@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py benchmarks/results/moe_*_cpu.csv --out benchmarks/results/moe_cpu.svg
 
-A line for every case, a panel for every dtype, a mark for every implementation.
+One row for each case, one panel for each dtype, one marker for each implementation.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import charts
-from charts import LogScale, Row
+from charts import Row
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from clipup.inspection.figures import svg
 from clipup.inspection.figures.palette import EXPERTS
 
 IMPLEMENTATIONS = (
@@ -23,12 +25,16 @@ OURS = {"clipup_prepared": "#e0660a", "clipup": "#f2b27a"}
 OTHERS = ("#7a6ff0", *EXPERTS, "#49505a", "#949da8")
 COLORS = OURS | dict(zip(IMPLEMENTATIONS[len(OURS) :], OTHERS, strict=True))
 PASSES = {"fwd": "forward", "fwd_bwd": "forward and backward"}
-LABELS, PANEL, GAP, LINE, HEAD = 260, 300, 24, 22, 44  # px: widths of labels and panels, heights of lines and headings
+TITLE = "Time over that of a dense MLP on K·T rows; left of 1 is faster"
+LABELS, PANEL, GAP = 230, 300, 24  # px: widths
+LINE, HEAD, ABOVE, BELOW = 22, 46, 42, 34  # px: heights; ABOVE and BELOW are those of a section's headings and ticks
+BOLD = {"weight": "bold", "size": 14}
+LEGEND_COLUMNS = 5
 TICKS = (0.25, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 def choose(rows: Sequence[Row]) -> list[Row]:
-    """The rows of layers, without the baseline's own."""
+    """The rows of single layers, without those of the baseline."""
     return [row for row in rows if "ratio_to_dense_k" in row and row["impl"] in COLORS]
 
 
@@ -42,72 +48,67 @@ def case_of(row: Row) -> str:
     return f"T={row['tokens']}, {row['d_model']}/{row['d_hidden']}, E={row['experts']}, K={row['top_k']}{skewed}"
 
 
-def scale_of(ratios: Sequence[float]) -> LogScale:
-    """An axis that holds all ratios and 1."""
-    return LogScale(min(0.9, *ratios) / 1.08, max(1.1, *ratios) * 1.08, PANEL, TICKS)
-
-
-def legend(y: float, impls: Sequence[str]) -> str:
-    parts, x = [], 0.0
-    for impl in impls:
-        parts.append(mark(x + 6, y - 4, impl, impl))
-        parts.append(svg.text(x + 16, y, impl, font_size=12))
-        x += 34 + 7.3 * len(impl)
-    return "".join(parts)
-
-
-def mark(x: float, y: float, impl: str, tooltip: str) -> str:
+def marker(impl: str) -> dict[str, str | float]:
     """A dot; this project's is a larger diamond, dense ones are rings."""
+    color = COLORS[impl]
     if impl in OURS:
-        path = f"M{x:.1f} {y - 7:.1f}l7 7l-7 7l-7 -7z"
-        return svg.element("path", svg.title(tooltip), d=path, fill=COLORS[impl])
-    ring = {"fill": "none", "stroke": COLORS[impl], "stroke_width": 2} if impl.startswith("dense") else {}
-    return svg.element("circle", svg.title(tooltip), **({"cx": x, "cy": y, "r": 4.5, "fill": COLORS[impl]} | ring))
+        return {"marker": "D", "color": color, "markersize": 9}
+    return {"marker": "o", "color": color, "markerfacecolor": "none" if impl.startswith("dense") else color}
 
 
-def grid(left: float, top: float, bottom: float, scale: LogScale) -> str:
-    parts = []
-    for tick in scale.ticks:
-        x = left + scale(tick)
-        strong = {"stroke_opacity": "0.8", "stroke_width": 1.5} if tick == 1 else {"stroke_opacity": "0.15"}
-        parts.append(svg.line(x, top, x, bottom, **strong))
-        parts.append(svg.text(x, bottom + 14, f"{tick:g}", font_size=11, text_anchor="middle"))
-    return "".join(parts)
-
-
-def section(title: str, rows: Sequence[Row], dtypes: Sequence[str], top: float, scale: LogScale) -> tuple[str, float]:
-    """A heading and a line for every case; also where the next section begins."""
-    cases = list(dict.fromkeys(map(case_of, rows)))
-    first = top + HEAD
-    bottom = first + LINE * len(cases)
-    parts = [svg.text(0.0, top + 16, title, font_size=13, font_weight=600)]
-    parts += [svg.text(0.0, first + LINE * (i + 0.5) + 4, case, font_size=12) for i, case in enumerate(cases)]
-    lefts = {dtype: LABELS + i * (PANEL + GAP) for i, dtype in enumerate(dtypes)}
-    for dtype, left in lefts.items():
-        parts.append(svg.text(left + PANEL / 2, top + 36, dtype, font_size=12, text_anchor="middle"))
-        parts.append(grid(left, first, bottom, scale))
-    for row in sorted(rows, key=lambda row: -IMPLEMENTATIONS.index(row["impl"])):  # clipup on top
-        ratio = float(row["ratio_to_dense_k"])
-        y = first + LINE * (cases.index(case_of(row)) + 0.5)
-        parts.append(mark(lefts[row["dtype"]] + scale(ratio), y, row["impl"], f"{row['impl']}: {ratio:.2f}"))
-    return "".join(parts), bottom + 28
+def panel(axes: Axes, rows: Sequence[Row], cases: Sequence[str], name: str, limits: tuple[float, float]) -> None:
+    """One dtype of one section; ``name`` makes the ids of its markers unique, ``limits`` are the ends of its axis."""
+    charts.log_ticks(axes.xaxis, TICKS)
+    axes.grid(axis="x")
+    axes.axvline(1, color="#1c2128", linewidth=1.2)
+    axes.set_yticks(range(len(cases)), cases)
+    axes.set(xlim=limits, ylim=(len(cases) - 0.5, -0.5))
+    axes.spines[["left", "bottom"]].set_visible(False)
+    for impl in reversed(IMPLEMENTATIONS):  # clipup on top
+        found = [row for row in rows if row["impl"] == impl]
+        ratios = [float(row["ratio_to_dense_k"]) for row in found]
+        places = [cases.index(case_of(row)) for row in found]
+        axes.plot(ratios, places, linestyle="none", gid=f"{impl}:{name}", **marker(impl))
 
 
 def chart(rows: Sequence[Row]) -> str:
     """A section for every pass, device and number of threads."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
-    scale = scale_of([float(row["ratio_to_dense_k"]) for row in rows])
-    found = {row["impl"] for row in rows}
-    title = "Time over that of a dense MLP on K·T rows; left of 1 is faster"
-    parts = [
-        svg.text(0.0, 16.0, title, font_size=15, font_weight=600),
-        legend(40, [impl for impl in IMPLEMENTATIONS if impl in found]),
-    ]
-    y = 58.0
-    for name in dict.fromkeys(map(section_of, rows)):
-        drawn, y = section(name, [row for row in rows if section_of(row) == name], dtypes, y, scale)
-        parts.append(drawn)
-    return charts.page(title, LABELS + len(dtypes) * (PANEL + GAP), y, parts)
+    sections: dict[str, list[Row]] = {}
+    for row in rows:
+        sections.setdefault(section_of(row), []).append(row)
+    cases = [list(dict.fromkeys(map(case_of, of))) for of in sections.values()]
+    impls = [impl for impl in IMPLEMENTATIONS if any(row["impl"] == impl for row in rows)]
+    ratios = [float(row["ratio_to_dense_k"]) for row in rows]
+    limits = min(0.9, *ratios) / 1.08, max(1.1, *ratios) * 1.08
+    heights = [LINE * len(names) for names in cases]
+    head = HEAD + LINE * -(-len(impls) // LEGEND_COLUMNS)
+    width = LABELS + (PANEL + GAP) * len(dtypes)
+
+    def paint(figure: Figure) -> None:
+        above, *parts = figure.subfigures(
+            1 + len(sections), 1, height_ratios=[head, *(ABOVE + h + BELOW for h in heights)]
+        )
+        keys = [Line2D([], [], linestyle="none", label=impl, **marker(impl)) for impl in impls]
+        above.legend(
+            handles=keys,
+            loc="upper left",
+            ncols=LEGEND_COLUMNS,
+            title=TITLE,
+            title_fontproperties=BOLD,
+            alignment="left",
+        )
+        for part, height, (title, of), names in zip(parts, heights, sections.items(), cases, strict=True):
+            part.text(0.01, 1, title, va="top", weight="bold")
+            whole = ABOVE + height + BELOW
+            place = {"left": LABELS / width, "right": 1 - GAP / width, "wspace": GAP / PANEL}
+            place |= {"top": 1 - ABOVE / whole, "bottom": BELOW / whole}
+            panels = part.subplots(1, len(dtypes), sharey=True, squeeze=False, gridspec_kw=place)[0]
+            for axes, dtype in zip(panels, dtypes, strict=True):
+                panel(axes, [row for row in of if row["dtype"] == dtype], names, f"{title}, {dtype}", limits)
+                axes.set_title(dtype)
+
+    return charts.draw(width, head + sum(ABOVE + height + BELOW for height in heights), TITLE, paint)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,8 @@ from clipup.precision import Precision
 from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
 from clipup.pretrained.tokenizers import get_tokenizer
 from clipup.train import TrainOptions
-from clipup.train.objectives import contrastive_loss
+from clipup.train.distributed import Ranks
+from clipup.train.objectives import create_objective
 from clipup.train.optim import adamw
 from clipup.train.step import TrainStep
 
@@ -53,8 +54,8 @@ def step(model: torch.nn.Module, batch: Batch, args: argparse.Namespace) -> Call
     options = TrainOptions(model=args.model, lr=1e-4, device=args.device)
     model = model.train().to(device, torch.bfloat16 if args.precision == "bf16" else None)
     images, texts = batch[0].to(device, next(model.parameters()).dtype), batch[1].to(device)
-    loss = contrastive_loss(options, model, 0, 1)
-    train_step = TrainStep(model, loss, adamw(model, options), device, args.precision, grad_clip_norm=1.0)
+    objective = create_objective(options, model, Ranks(device), args.precision)
+    train_step = TrainStep(model, objective, adamw(model, options), device, args.precision, grad_clip_norm=1.0)
     if not train_step([(images, texts)]).total.isfinite():
         raise SystemExit(f"{args.model} in {args.precision}: a loss that is not finite; nothing was timed")
     return lambda: train_step([(images, texts)])

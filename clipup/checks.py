@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,19 +21,19 @@ def boolean(name: str, value: object) -> None:
     check(name, value, isinstance(value, bool), "True or False", TypeError)
 
 
-def number(name: str, value: object) -> None:
+def number(name: str, value: Any) -> None:
     """A finite int or float."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     check(name, value, is_number, "a number", TypeError)
     check(name, value, math.isfinite(value), "finite")
 
 
-def positive_number(name: str, value: object) -> None:
+def positive_number(name: str, value: Any) -> None:
     number(name, value)
     check(name, value, value > 0, "positive")
 
 
-def width(name: str, value: object) -> None:
+def width(name: str, value: Any) -> None:
     check(name, value, is_int(value) and value >= 1, "a positive int")
 
 

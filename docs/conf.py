@@ -1,4 +1,4 @@
-"""How the pages are built: make docs. Sphinx reads Markdown by MyST and docstrings by autodoc and napoleon."""
+"""Sphinx configuration of `make docs`: Markdown by MyST, docstrings by autodoc and napoleon."""
 
 from clipup_kernels import _version
 
@@ -16,7 +16,7 @@ napoleon_numpy_docstring = False
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
-smartquotes = False  # it would make dashes of the two hyphens in front of options
+smartquotes = False  # it would turn the two hyphens of options into a dash
 
 html_theme = "furo"
 html_title = f"clipup {release}"
@@ -29,8 +29,8 @@ def setup(app):
 
 
 def _keep_colons(app, what, name, obj, options, lines):
-    """Napoleon takes for a type what stands before a colon in the first line of an attribute's docstring or under
-    Returns. Here it is part of a sentence; an escaped space, which renders as nothing, takes the place of that line."""
+    """Keeps text before a colon, which napoleon would read as a type, in the first line of an attribute's docstring and
+    under Returns. An escaped space, which renders as nothing, is inserted before that line."""
     if what in ("attribute", "property"):
         lines.insert(0, "\\ ")
     if "Returns:" in lines:

@@ -1,5 +1,5 @@
-"""The project's own studies, which are not part of the library: the icons data set (``icon_data``), training runs from
-small config files, each with a committed log, and a page made of the logs (``runner``).
+"""The project's own studies, not part of the library: the icons data set (``icon_data``), and training runs from config
+files, with committed logs and a page generated from them (``runner``).
 
     studies/icons/clip_up-5000-lr0.002-s0.yaml         a run (``runner.config.StudyRun``)
     studies/icons/logs/clip_up-5000-lr0.002-s0.jsonl   its log (``runner.log``)

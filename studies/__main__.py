@@ -1,4 +1,4 @@
-"""``python -m studies``, in the root of the repository."""
+"""``python -m studies``, run in the root of the repository."""
 
 from .cli import main
 

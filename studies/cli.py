@@ -1,4 +1,4 @@
-"""``python -m studies``: the icons data set, runs of a study from config files, and the page made of their logs."""
+"""``python -m studies``: builds the icons data set, runs a study's config files, and writes the page from their logs."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ _DIVERGED, _INTERRUPTED = 1, 130
 class Icons:
     """250,000 openly licensed icons with their names as captions, from the npm package @iconify/json; no network.
 
-    RGB on white. Held out are names (validation, test_names) and whole sets in styles of their own (test_styles), and
-    with --test-drawings also drawings of names and sets that are trained on (test_drawings).
+    RGB on white. Names (validation, test_names) and whole sets in other styles (test_styles) are held out; with
+    --test-drawings, also drawings whose names and sets are in the training split (test_drawings).
     Get the package with `npm pack @iconify/json@2.2.535` and `tar -xzf iconify-json-2.2.535.tgz`.
 
     Example: python -m studies icons data/icons --package package
     """
 
     out: tyro.conf.Positional[Path]
-    """Directory to write; nothing is done when it holds this data set already."""
+    """Directory to write; nothing is done if it already holds this data set."""
     package: Path
     """Directory of the unpacked npm package @iconify/json."""
     size: int = 32
     """Side of the images, in pixels (8 to 512)."""
     seed: int = 0
-    """Another seed holds out other names."""
+    """Seed of the splits."""
     leave_out: tuple[str, ...] = ()
-    """Sets to do without, by their prefixes."""
+    """Sets to leave out, by prefix."""
     test_drawings: bool = False
-    """Hold out drawings whose name and whose set are trained on, too; the other held-out splits stay the same."""
+    """Also hold out drawings whose name and set are in the training split; the other held-out splits are unchanged."""
     overwrite: bool = False
     """Replace another data set in OUT."""
     samples_per_shard: int = 4096
-    """Samples in a shard; training needs at least as many shards as workers."""
+    """Samples per shard; training needs at least as many shards as workers."""
     processes: int | None = None
-    """Processes that draw; None: one a CPU."""
+    """Rendering processes. None: one per CPU."""
 
     def run(self) -> int:
         start = time.perf_counter()
@@ -67,40 +67,38 @@ class Icons:
         seconds = time.perf_counter() - start
         print(f"{dataset['name']} in {self.out} ({seconds:.0f} s), {self.size} x {self.size} pixels:")
         for name, split in dataset["splits"].items():
-            twins = dataset["left_out_twins"].get(name)
-            left_out = f"; {twins['same']:,} twins and {twins['near']:,} near-twins left out" if twins else ""
+            copies = dataset["left_out_twins"].get(name)
+            left_out = f"; {copies['same']:,} duplicates, {copies['near']:,} near-duplicates left out" if copies else ""
             print(
                 f"  {name:<13}{split['images']:>8,} images of {len(split['images_by_set'])} sets, "
                 f"{split['distinct_captions']:,} captions{left_out}"
             )
         for reason, count in dataset["skipped"].items():
             print(f"{count:,} drawings left out: {reason}", file=sys.stderr)
-        print(
-            "who drew them and under which licences: LICENSES.md there; which words were cut from names: captions.json"
-        )
+        print("makers and licences: LICENSES.md in it; words removed from names: captions.json")
         return 0
 
 
 @dataclass
 class Run:
-    """Runs or resumes runs, the shortest first, each after the run that it starts from; what has a log is done.
+    """Runs or resumes runs, shortest first and each after the run it starts from; runs that have a log are skipped.
 
-    On one thread of the CPU, if --device says no other. A run that was stopped goes on where its last checkpoint is, on
-    the CPU to the same bits.
+    Uses one CPU thread unless --device says otherwise. A stopped run resumes from its last checkpoint; on the CPU, the
+    result is bitwise that of an uninterrupted run.
 
     Example: python -m studies run studies/icons/clip_up-2500-lr0.004-s0.yaml --data data/icons --runs runs/icons
     """
 
     files: tyro.conf.Positional[tuple[Path, ...]]
-    """Config files, a run each."""
+    """Config files, one per run."""
     data: Path
     """Directory of the data set (`python -m studies icons`)."""
     runs: Path
-    """Directory of checkpoints and models; may be thrown away once the logs are there."""
+    """Directory of checkpoints and models; may be deleted once the logs exist."""
     logs: Path | None = None
-    """Directory of the logs. None: `logs` beside the config."""
+    """Directory of the logs. None: `logs` beside the config file."""
     device: str = "cpu"
-    """Where to train and evaluate; `cuda` for models that a CPU's thread is too slow for."""
+    """Where to train and evaluate; `cuda` for models too large for one CPU thread."""
 
     def run(self) -> int:
         if not self.files:
@@ -114,20 +112,22 @@ class Run:
                 print(f"python -m studies: {file.stem}: {error}", flush=True)
                 return _DIVERGED
             except TrainingInterrupted as stopped:
-                print(f"python -m studies: stopped, saved {stopped.checkpoint}; the same command goes on", flush=True)
+                print(
+                    f"python -m studies: stopped, saved {stopped.checkpoint}; the same command resumes it", flush=True
+                )
                 return _INTERRUPTED
         return 0
 
 
 @dataclass
 class Report:
-    """Writes the page of a study and its figures, every number out of the logs.
+    """Writes the page of a study and its figures, with all numbers from the logs.
 
     Example: python -m studies report studies/icons --out docs/study.md
     """
 
     study: tyro.conf.Positional[Path]
-    """Directory of the study: page.md.j2, and logs."""
+    """Directory of the study, with page.md.j2 and logs."""
     out: Path
     """The page; figures are written beside it."""
 

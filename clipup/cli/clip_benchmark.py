@@ -1,4 +1,4 @@
-"""``clipup clip-benchmark``: CLIP_benchmark's command line, which then knows the models of clipup."""
+"""``clipup clip-benchmark``: CLIP_benchmark's command line with the models of clipup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``clipup data``: builds a data set as WebDataset shards, one subcommand a data set."""
+"""``clipup data``: builds a data set as WebDataset shards, one subcommand per data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import run_subcommand
 
 @dataclass
 class Pictograms:
-    """Emoji and icons with captions, drawn from Python packages (pip install "clipup[demo]"); no network.
+    """Emoji and icons with captions, rendered from Python packages (pip install "clipup[demo]"), without a network.
 
     Twemoji and OpenMoji drawings of the same emoji and Phosphor icons in six stroke weights, RGB on white. Two splits
     are held out: test (one drawing of about 1,000 concepts) and concepts (whole concepts).
@@ -25,15 +25,15 @@ class Pictograms:
     """
 
     out: tyro.conf.Positional[Path]
-    """Directory to write; nothing is done when it holds this data set already."""
+    """Directory to write; nothing is done if it contains this data set already."""
     size: int = 32
     """Side of the images, in pixels (8 to 512)."""
     overwrite: bool = False
     """Replace another data set in OUT."""
     samples_per_shard: int = 512
-    """Samples in a shard; training needs at least as many shards as workers."""
+    """Samples per shard; training needs at least as many shards as workers."""
     processes: int | None = None
-    """Processes that draw; None: one a CPU."""
+    """Processes that render; None: one per CPU."""
 
     def run(self) -> int:
         start = time.perf_counter()
@@ -48,7 +48,7 @@ class Pictograms:
             )
         if dataset["skipped"]:
             print(f"{len(dataset['skipped'])} drawings could not be read; dataset.json names them", file=sys.stderr)
-        print("who made them and under which licences: LICENSES.md there")
+        print("authors and licences: see LICENSES.md in that directory")
         return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,97 +12,84 @@ import tyro
 
 from ..atomic_files import replace_files
 from ..clip.accelerate import for_inference
-from ..data.images import MAX_PIXELS
-from ..data.loaders import EvalSamples, eval_samples
-from ..data.skips import MAX_SKIPPED
+from ..data.loaders import load_eval_samples
+from ..data.options import SourceOptions
 from ..evaluate import datasets
-from ..evaluate.datasets import image_folder, read_lines
+from ..evaluate.labelled_images import image_folder, read_lines
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, zero_shot
 from ..precision import Precision, check_device, default_device, default_workers
 from ..pretrained import factory, model_card, model_names, origin, tokenizers
 from .flags import NoEffect, is_csv, parse
+from .logs import errors_only
 from .outputs import check_file
 
 
 @dataclass
 class Options:
     """Measures retrieval and zero-shot classification of a dense or sparse model on a benchmark (--dataset and --root),
-    or on data of one's own (--val-data; --classes and --images). docs/evaluation.md shows how they lie on disk.
+    or on your own data (--val-data; --classes and --images). docs/evaluation.md shows the layouts on disk.
 
     Example: clipup eval runs/b16-moe/model --dataset coco --root /data/coco --out coco.json
     """
 
     model: tyro.conf.Positional[str]
-    """A model that open_clip knows, a directory, or hf-hub:ORG/NAME."""
+    """A model name of open_clip, a directory, or hf-hub:ORG/NAME."""
     pretrained: str | None = None
-    """Tag or file of weights for a model known by name; a training checkpoint may be sparse."""
+    """Tag or file of weights for a model given by name; a training checkpoint may be sparse."""
     random_weights: bool = False
-    """Measure a model known by name with random weights, which nothing has trained."""
+    """Measure a model given by name with random, untrained weights."""
     dataset: Literal["coco", "flickr30k", "imagenet", "webdataset", "csv"] | None = None
-    """A benchmark. coco, flickr30k: retrieval with Karpathy's splits; imagenet: classification; webdataset: what its
-    directory says; csv: retrieval."""
+    """Benchmark. coco, flickr30k: retrieval on Karpathy's splits; imagenet: classification; webdataset: as given in
+    its directory; csv: retrieval."""
     root: str | None = None
-    """Where the benchmark lies: a directory; for webdataset and csv also the shards or the file themselves."""
+    """Directory of the benchmark; for webdataset also a shard pattern, for csv also the file."""
     split: str = "test"
     """Split of the benchmark."""
     annotations: Path | None = None
-    """coco, flickr30k: the file with the captions. None: the one in root, as CLIP_benchmark or Karpathy name it."""
+    """coco, flickr30k: the caption file. None: the one in root with CLIP_benchmark's or Karpathy's name."""
     captions_per_image: int | None = None
-    """Benchmarks: the first n captions of an image only. None: all, as CLIP_benchmark does: five, on COCO sometimes
-    more."""
+    """Benchmarks: use only the first n captions per image. None: all, as in CLIP_benchmark (five, on COCO sometimes
+    more)."""
     val_data: str | None = None
-    """Retrieval: WebDataset shards or a CSV file; an image may have several captions."""
+    """Retrieval: WebDataset shards or a CSV file. An image may have several captions, in a CSV file as several rows."""
     by: str = "group"
-    """Retrieval: key of the samples' metadata whose values are also measured apart, where there is such a key."""
+    """Retrieval: metadata key; images with the same value are also measured separately."""
     multi_positive: bool = False
-    """Retrieval: equal captions are one text, and every image that it stands beside is a right answer to it."""
-    dataset_type: Literal["webdataset", "csv", "auto"] = "auto"
-    """What val_data is; auto goes by its ending."""
-    csv_separator: str = "\t"
-    """Separates the columns of a CSV file."""
-    csv_img_key: str = "filepath"
-    """Column with the paths of the images; rows of one image are its captions."""
-    csv_caption_key: str = "title"
-    """Column with the captions."""
-    max_skipped: float = MAX_SKIPPED
-    """val_data: share of the samples that may be unreadable; they are left out and counted. In a benchmark none may."""
-    max_image_pixels: int = MAX_PIXELS
-    """Pixels of an image that is decoded at most; one of more counts as unreadable."""
+    """Retrieval: treat equal captions as one text that matches every image with this caption."""
+    source: Annotated[SourceOptions, tyro.conf.arg(name="")] = field(default_factory=SourceOptions)
     workers: int = field(default_factory=default_workers)
     """Processes that read images."""
     classes: Path | None = None
-    """Classification: text file with one class name a line."""
+    """Classification: text file with one class name per line."""
     images: str | None = None
-    """Classification: directory with a subdirectory for every class, or shards with .cls files."""
+    """Classification: directory with a subdirectory per class, or shards with .cls files."""
     templates: Path | None = None
-    """Classification: text file with one prompt a line, {} for the class name. None: the benchmark's own (imagenet:
-    open_clip's 80), for --classes open_clip's seven short ones."""
+    """Classification: text file with one prompt per line, {} for the class name. None: the benchmark's prompts
+    (imagenet: open_clip's 80), or open_clip's seven short ones with --classes."""
     batch_size: int = 64
-    """Images, or texts, in a batch."""
+    """Images or texts per batch."""
     precision: Precision = "fp32"
-    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (the model itself)."""
+    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights)."""
     device: str = field(default_factory=default_device)
     """cpu, cuda or cuda:N."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["--json"])] = None
-    """File for the results as JSON; "-" prints JSON alone."""
+    """File for the results as JSON; "-" prints only JSON."""
     card: bool = False
-    """Write the numbers into the model card (README.md) of the model's directory."""
+    """Add the results to the model card (README.md) in the model's directory."""
 
     def __post_init__(self) -> None:
         if self.dataset is None and self.val_data is None and self.classes is None:
-            raise ValueError(
-                "there is nothing to measure: pass --dataset and --root, --val-data, or --classes and --images"
-            )
+            raise ValueError("nothing to measure: pass --dataset and --root, --val-data, or --classes and --images")
         if (self.dataset is None) != (self.root is None):
             raise ValueError("a benchmark needs both --dataset and --root")
         if self.dataset is not None and (self.val_data is not None or self.classes is not None):
-            raise ValueError("--dataset names the data already; leave out --val-data, --classes and --images")
+            raise ValueError("--dataset names the data already; drop --val-data, --classes and --images")
         if (self.classes is None) != (self.images is None):
             raise ValueError("classification needs both --classes and --images")
         for name in ("captions_per_image", "annotations"):
             if self.dataset is None and getattr(self, name) is not None:
-                raise ValueError(f"{name} is about a benchmark; pass --dataset and --root, or leave it out")
+                raise ValueError(f"{name} applies to benchmarks only; pass --dataset and --root, or drop it")
         for name, least in (("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -112,11 +98,11 @@ class Options:
 
 
 def _reads_csv(options: Options) -> bool:
-    return options.dataset == "csv" or is_csv(options.val_data, options.dataset_type)
+    return options.dataset == "csv" or is_csv(options.val_data, options.source.dataset_type)
 
 
 def _has_retrieval(options: Options) -> bool:
-    """Whether retrieval may be measured; a benchmark in WebDataset says only on disk what it is for."""
+    """Whether retrieval may be measured; the task of a webdataset benchmark is only known from its files."""
     return options.val_data is not None or options.dataset not in (None, "imagenet")
 
 
@@ -145,7 +131,7 @@ RULES = [
     NoEffect(
         ("csv_separator", "csv_img_key", "csv_caption_key"),
         lambda options: not _reads_csv(options),
-        "on data that are no CSV file",
+        "without a CSV file",
     ),
     NoEffect(
         ("random_weights",),
@@ -155,17 +141,17 @@ RULES = [
 ]
 
 
+@errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup eval", RULES)
-    logging.getLogger().setLevel(logging.ERROR)
     if options.out not in (None, "-"):
         check_file("out", options.out)
     directory = model_names.directory_of(options.model)
     if options.card and directory is None:
-        raise ValueError(f"card: {options.model} is no directory of this machine, so there is no card to write into")
+        raise ValueError(f"card: {options.model} is not a local directory, so it has no model card to add to")
     if not options.random_weights:
         origin.refuse_random_weights(
-            "pretrained", options.model, options.pretrained, "or --random-weights, to measure them all the same"
+            "pretrained", options.model, options.pretrained, "or --random-weights to measure random weights"
         )
     results = evaluate(options)
     if options.card:
@@ -182,10 +168,12 @@ def main(argv: list[str]) -> int:
 
 
 def evaluate(options: Options) -> dict[str, Any]:
-    """``retrieval`` and ``zero_shot``, those that were asked for, and what was measured: model, dataset, split."""
+    """The requested results, ``retrieval`` and ``zero_shot``, and what was measured: model, dataset, split."""
     check_device(options.device)
     found = _find(options)
-    own = None if options.val_data is None else _own_samples(options)
+    own = None
+    if options.val_data is not None:  # found before the model is loaded, which brings the transform
+        own = load_eval_samples(options.val_data, None, options.source, "val_data")
     model, _, preprocess = factory.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
@@ -199,7 +187,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     if own is not None:
         own.preprocess = preprocess
     retrieval = isinstance(found, datasets.RetrievalSet)
-    samples = found.samples(preprocess, options.max_image_pixels) if retrieval else own
+    samples = found.samples(preprocess, options.source.max_image_pixels) if retrieval else own
     if samples is not None:
         triples = _one_by_one(samples.batches(options.batch_size, options.workers))
         recall = evaluate_retrieval(
@@ -208,13 +196,13 @@ def evaluate(options: Options) -> dict[str, Any]:
         results["retrieval"] = {**recall, "skipped": samples.skipped}
         results["multi_positive"] = options.multi_positive
     if isinstance(found, datasets.ClassificationSet):
-        images = found.samples(preprocess, options.batch_size, options.workers, options.max_image_pixels)
+        images = found.samples(preprocess, options.batch_size, options.workers, options.source.max_image_pixels)
         results["zero_shot"] = zero_shot(model, images, found.classes, tokenizer, None, found.templates, **common)
     return results
 
 
 def _find(options: Options) -> datasets.DataSet | None:
-    """The benchmark, or the labelled images; None where there is only ``val_data``."""
+    """The benchmark or the labelled images; None with ``val_data`` alone."""
     templates = [] if options.templates is None else read_lines(options.templates)
     root, split = options.root, options.split
     if options.dataset == "coco":
@@ -226,8 +214,7 @@ def _find(options: Options) -> datasets.DataSet | None:
     elif options.dataset == "webdataset":
         found = datasets.webdataset(root, split, templates)
     elif options.dataset == "csv":
-        columns = options.csv_separator, options.csv_img_key, options.csv_caption_key
-        found = datasets.csv(root, split, *columns)
+        found = datasets.csv(root, split, *options.source.csv_format)
     elif options.classes is not None:
         names = read_lines(options.classes)
         images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
@@ -240,29 +227,14 @@ def _find(options: Options) -> datasets.DataSet | None:
     return datasets.RetrievalSet([replace(record, captions=record.captions[kept]) for record in found.records])
 
 
-def _own_samples(options: Options) -> EvalSamples:
-    """Those of ``val_data``, which are looked for before a model is loaded; its transform is put in afterwards."""
-    return eval_samples(
-        options.val_data,
-        preprocess=None,
-        dataset_type=options.dataset_type,
-        csv_separator=options.csv_separator,
-        csv_img_key=options.csv_img_key,
-        csv_caption_key=options.csv_caption_key,
-        max_skipped=options.max_skipped,
-        max_image_pixels=options.max_image_pixels,
-        argument="val_data",
-    )
-
-
 def _one_by_one(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """The samples of batches that other processes have read."""
+    """The samples of batches, which data loader workers have read."""
     for batch in batches:
         yield from zip(*batch, strict=True)
 
 
 def table(results: dict[str, Any]) -> str:
-    """The results as text, in percent."""
+    """The results as a text table, in percent."""
     lines = []
     if "retrieval" in results:
         found = results["retrieval"]
@@ -274,7 +246,7 @@ def table(results: dict[str, Any]) -> str:
             cells = "".join(f"{100 * value:>10.2f}" for value in values)
             lines.append(f"{name:<16}{row['gallery']:>8}{cells}{100 * row['chance_r1']:>9.2f}")
         if found.get("skipped"):
-            lines.append(f"{found['skipped']} samples could not be read, and were skipped")
+            lines.append(f"{found['skipped']} samples could not be read and were skipped")
     if "zero_shot" in results:
         row = results["zero_shot"]
         lines.append(f"{'zero-shot (%)':<16}{'images':>8}{'top-1':>10}{'top-5':>10}{'chance':>9}")

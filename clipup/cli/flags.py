@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
+from ..data.options import CSV_EXTENSIONS
 from ..moe.config import MoEConfig
 
 T = TypeVar("T")
@@ -73,8 +74,8 @@ def moe_rules(config_of: Callable[[Any], MoEConfig]) -> list[NoEffect]:
 
 
 def is_csv(path: str | None, dataset_type: str = "auto") -> bool:
-    """Whether the data are read as a CSV file."""
-    return path is not None and (dataset_type == "csv" or dataset_type == "auto" and path.endswith((".csv", ".tsv")))
+    """Whether data are read as a CSV file."""
+    return path is not None and (dataset_type == "csv" or dataset_type == "auto" and path.endswith(CSV_EXTENSIONS))
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from ..train import checkpoints
 from ..train.run_directory import RunDirectory
 from ..upcycling.upcycle import upcycle
 from .flags import parse
+from .logs import errors_only
 from .outputs import check_file
 
 
@@ -73,13 +73,13 @@ class Options:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
+@errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup inspect")
     if options.dense is not None:
         origin.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
     check_device(options.device)
     check_file("out", options.out)
-    logging.getLogger().setLevel(logging.ERROR)
     records = [] if options.images is None else find_images(options.images)[: options.max_images]
     captions = _captions(options, records)[: options.max_images]
     model, preprocess, tokenizer = load(options.model, options.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -11,14 +10,12 @@ from typing import TextIO
 import tyro
 
 from ..train import RankLost, TrainingInterrupted, TrainOptions, train
-from ..train.distributed import failure_is_reported
+from ..train.distributed import Launched, failure_is_reported
 from ..train.rank_watch import EXIT_CODE as _RANK_LOST
 from .flags import MOE_FLAGS, NoEffect, is_csv, moe_rules, parse
 from .outputs import check_directory
 
 _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130
-
-
 _CSV_FLAGS = ("csv_separator", "csv_img_key", "csv_caption_key")
 
 
@@ -29,7 +26,7 @@ def _reads_csv(options: TrainOptions) -> bool:
 RULES = [
     NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
     *moe_rules(lambda options: options.moe_cfg),
-    NoEffect(_CSV_FLAGS, lambda options: not _reads_csv(options), "on data that are no CSV file"),
+    NoEffect(_CSV_FLAGS, lambda options: not _reads_csv(options), "without a CSV file"),
     NoEffect(
         ("train_num_samples", "dataset_resampled"),
         lambda options: is_csv(options.train_data, options.dataset_type),
@@ -49,47 +46,49 @@ RULES = [
 
 def main(argv: list[str]) -> int:
     """Returns 0, 1 when loss, gradients or weights are not finite, 3 when another rank was lost, 130 after Ctrl-C or
-    SIGTERM (with a checkpoint to continue from). However many ranks torchrun started, one of them prints why."""
+    SIGTERM (with a checkpoint to continue from). Of the ranks that torchrun started, one prints the reason."""
     options = _parse(argv)
     check_directory("logs", options.logs)
     try:
         result = train(options)
     except FloatingPointError as error:
-        _say(f"clipup train: {error}", sys.stderr, not failure_is_reported())
+        _print(f"clipup train: {error}", sys.stderr, not failure_is_reported())
         return _DIVERGED
     except RankLost as error:
-        _say(f"clipup train: {error}", sys.stderr, not failure_is_reported())
+        _print(f"clipup train: {error}", sys.stderr, not failure_is_reported())
         return _RANK_LOST
     except TrainingInterrupted as stopped:
-        _say(f"clipup train: {stopped}", sys.stderr, not failure_is_reported())
+        _print(f"clipup train: {stopped}", sys.stderr, not failure_is_reported())
         return _INTERRUPTED
     except (Exception, KeyboardInterrupt):
         if failure_is_reported():
             return _REFUSED
         raise
-    first = os.environ.get("RANK", "0") == "0"
+    first = Launched.from_environment().rank == 0
     if result.already_finished:
-        text = f"the run in {result.directory} was finished before, at step {result.steps}; nothing was changed. "
-        _say(f"{text}To train it further give more --steps or --epochs", sys.stdout, first)
+        text = f"the run in {result.directory} was already finished at step {result.steps}; nothing was changed. "
+        _print(f"{text}To continue training set more --steps or --epochs", sys.stdout, first)
         return 0
     losses = [record["loss"] for record in result.history if record["loss"] is not None]
     last = f", last loss {losses[-1]:.4f}" if losses else ""
     skipped = result.history[-1]["skipped_steps"] if result.history else 0
     last += f", {skipped} steps not applied because their gradient was not finite" if skipped else ""
     last += f", {result.skipped} samples skipped" if result.skipped else ""
-    _say(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}", sys.stdout, first)
+    _print(
+        f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}", sys.stdout, first
+    )
     return 0
 
 
 def _parse(argv: list[str]) -> TrainOptions:
-    """The options; help and errors are printed by one rank a machine."""
+    """The options; one rank per machine prints help and errors."""
     with ExitStack() as quiet:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if Launched.from_environment().local_rank:
             quiet.enter_context(redirect_stdout(StringIO()))
             quiet.enter_context(redirect_stderr(StringIO()))
         return parse(TrainOptions, argv, "clipup train", RULES, config=(tyro.conf.OmitArgPrefixes,))
 
 
-def _say(text: str, stream: TextIO, here: bool) -> None:
+def _print(text: str, stream: TextIO, here: bool) -> None:
     if here:
         print(text, file=stream)

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from .. import atomic_files
 from ..clip import flops
+from ..data.loaders import load_train_data
+from ..data.options import DataOptions
+from ..data.train_data import TrainData
 from ..locks import LOCK_FILE, exclusive
 from ..moe.config import MoEConfig
 from ..pretrained import factory, model_names, origin, saving, tokenizers
@@ -21,7 +24,7 @@ from ..progress import progress
 from ..upcycling.calibration import calibrate
 from ..upcycling.step0 import step0_difference
 from ..upcycling.upcycle import upcycle
-from .flags import NoEffect, moe_rules, parse
+from .flags import NoEffect, is_csv, moe_rules, parse
 from .outputs import check_directory
 
 TOLERANCE = 1e-4
@@ -54,12 +57,14 @@ class Options:
     """Image-text pairs per calibration batch."""
     calibrate_lr: float = 1e-3
     """Adam's learning rate in calibration."""
+    allow_pipe: bool = DataOptions.allow_pipe
+    """Let pipe:COMMAND in calibrate_data run its command in a shell. Only for a calibrate_data that you trust."""
     moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
 
 RULES = [
     NoEffect(
-        ("calibrate_steps", "calibrate_batch_size", "calibrate_lr"),
+        ("calibrate_steps", "calibrate_batch_size", "calibrate_lr", "allow_pipe"),
         lambda options: options.calibrate_data is None,
         "without --calibrate-data",
     ),
@@ -118,17 +123,14 @@ def run(options: Options) -> None:
 
 def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Callable[..., Any]) -> None:
     """Calibrates the sparse model and prints the error of each layer before and after."""
-    from ..data.loaders import train_loader
-
-    loader = train_loader(
-        options.calibrate_data,
-        preprocess,
-        tokenizers.get_tokenizer(options.model),
-        options.calibrate_batch_size,
-        workers=1,
+    data = DataOptions(
+        train_data=options.calibrate_data,
+        batch_size=options.calibrate_batch_size,
         seed=options.seed,
         train_num_samples=_num_samples(options),
+        allow_pipe=options.allow_pipe,
     )
+    loader = load_train_data(data, preprocess, tokenizers.get_tokenizer(options.model))
     batches = islice(_batches(loader), options.calibrate_steps)
     steps = progress(batches, "calibrating", "steps", total=options.calibrate_steps)
     errors = calibrate(sparse, dense, steps, lr=options.calibrate_lr)
@@ -138,11 +140,10 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
 
 def _num_samples(options: Options) -> int | None:
     """Samples per epoch: for shards as many as calibration needs, since they may have no ``sizes.json``."""
-    is_csv = options.calibrate_data.endswith((".csv", ".tsv"))
-    return None if is_csv else options.calibrate_steps * options.calibrate_batch_size
+    return None if is_csv(options.calibrate_data) else options.calibrate_steps * options.calibrate_batch_size
 
 
-def _batches(loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(loader: TrainData) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of repeated epochs, until an epoch has none."""
     for epoch in count(1):
         loader.set_epoch(epoch)

@@ -1,9 +1,9 @@
 """Captions of a pictogram: words from its name, its other names and its tags.
 
-A caption set is ordered: the name first, then other names, then "name, tag". A tag never stands alone, for it fits
-many pictures ("arrowhead" fits 119 icons) and a caption has to find its own. No caption says how a picture was drawn
-(source or stroke weight), for that would tell the renderings of one concept apart. Everything is lower case, without
-punctuation but the comma before a tag.
+A caption set is ordered: the name first, then other names, then "name, tag". A tag is never a caption alone, because it
+fits many pictures ("arrowhead" fits 119 icons) and a caption should identify one. No caption mentions how a picture was
+drawn (source or stroke weight), because that would separate the renderings of one concept. Everything is lower case,
+without punctuation except the comma before a tag.
 """
 
 from __future__ import annotations
@@ -15,21 +15,16 @@ from collections.abc import Iterable, Sequence
 
 MAX_TAGS = 4
 
-
 _NOT_NAMES = frozenset({"shit", "hankey", "harambe", "facepunch"})
-
-
 _UNINFORMATIVE_TAGS = frozenset(
     "emoji emojis icon icons new updated other symbol symbols object objects neutral skeptical geographic prepared "
     "alphanum single partial fingers body parts person people role activity ground asian".split()
 )
-
-
 _SIGNS = {"#": " number sign ", "*": " asterisk ", "&": " and ", "+": " plus "}
 
 
 def words(name: str) -> str:
-    """A name as it is written in a package (":face_with_tears_of_joy:", "arrow-bend-up-left") as lower-case words."""
+    """A name from a package (":face_with_tears_of_joy:", "arrow-bend-up-left") as lower-case words."""
     for sign, word in _SIGNS.items():
         name = name.replace(sign, word)
     letters = unicodedata.normalize("NFKD", name.replace("’", "'"))
@@ -38,15 +33,15 @@ def words(name: str) -> str:
 
 
 def same_words(caption: str) -> tuple[str, ...]:
-    """What two captions share when they say the same in another order ("waving hand", "hand waving")."""
+    """A key that is equal for captions with the same words in any order ("waving hand", "hand waving")."""
     return tuple(sorted(caption.replace(",", " ").split()))
 
 
 def other_names(name: str, aliases: Iterable[str]) -> list[str]:
-    """The aliases that are fit to be captions beside `name`, cleaned, each once, in their order.
+    """The aliases that can be captions beside `name`: cleaned, without duplicates, in their order.
 
-    Left out: what is shorter than three letters ("o", "ng"), numbered variants ("clock830", "cat2", "u6708"), and
-    colours that old names of Unicode use for outlined and solid ("white heavy check mark" is green).
+    Left out are aliases of less than three letters ("o", "ng"), numbered variants ("clock830", "cat2", "u6708"), and
+    colours that old Unicode names use for outlined and solid ("white heavy check mark" is green).
     """
     kept: list[str] = []
     for alias in (words(a) for a in aliases):
@@ -59,7 +54,7 @@ def other_names(name: str, aliases: Iterable[str]) -> list[str]:
 
 
 def useful_tags(name: str, tags: Iterable[str], limit: int = MAX_TAGS) -> list[str]:
-    """The first `limit` tags that are words, cleaned, and add one to `name`."""
+    """The first `limit` tags that are words and add a word to `name`, cleaned."""
     known = set(name.split())
     kept: list[str] = []
     for tag in tags:
@@ -78,6 +73,6 @@ def caption_set(names: Sequence[str], tags: Sequence[str]) -> tuple[str, ...]:
 
 
 def place(*parts: str) -> float:
-    """A number in [0, 1), evenly spread over names, that depends on nothing but its arguments."""
+    """A number in [0, 1), uniform over names, that depends on the arguments alone."""
     digest = hashlib.sha256(":".join(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,7 +1,7 @@
-"""Rows of CSV files: image paths and captions, every one as it is written, and what is wrong with the others.
+"""Rows of CSV files: image paths and captions, and what is wrong with rows that cannot be used.
 
-Paths are used as they are, relative ones from the working directory: a CSV file is the user's own list, and may name
-images anywhere. One that belongs to a directory names images in there, and no others.
+A CSV file is the user's own list and may name images anywhere; relative paths start from the working directory. A CSV
+file that belongs to a directory may only name images in that directory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .tars import lines
 
 
 class CsvFormat(NamedTuple):
-    """What separates columns, and which hold image paths and captions."""
+    """The column separator, and the columns with image paths and captions."""
 
     separator: str = "\t"
     img_key: str = "filepath"
@@ -25,7 +25,7 @@ class CsvFormat(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Columns of a file: each row's name (its line), its image's path, and its captions (one a line)."""
+    """Columns of a file: each row's name (for messages), its image path, and its captions (one per line)."""
 
     names: list[str]
     images: list[str]
@@ -35,13 +35,13 @@ class Rows(NamedTuple):
 def readable_rows(
     path: str, form: CsvFormat, skips: Skips, argument: str, directory: str | os.PathLike | None = None
 ) -> Rows:
-    """The rows that can be used; the others are noted in `skips`. With `directory` paths are relative to it.
+    """The usable rows; the others are noted in `skips`. With `directory`, paths are relative to it.
 
-    Left out is a row without image or caption, one whose image is no file or an empty one, one with too many cells, and
-    what a quote swallows that does not end in its row.
+    Skipped are rows without image or caption, rows whose image is missing or empty, rows with too many cells, and rows
+    that an unclosed quote takes into its cell.
 
-    Raises FileNotFoundError for a missing file, ValueError for a missing column or text that is not UTF-8, each naming
-    the argument.
+    Raises FileNotFoundError for a missing file, and ValueError for a missing column or text that is not UTF-8, each
+    naming the argument.
     """
     rows = Rows([], [], [])
     with open(_file(path, argument), encoding="utf-8-sig", newline="") as file:
@@ -67,13 +67,13 @@ def readable_rows(
 
 
 def check_columns(path: str, form: CsvFormat, argument: str) -> None:
-    """Raises what `readable_rows` raises, having read no more than the header."""
+    """Raises what `readable_rows` raises, but reads the header only."""
     with open(_file(path, argument), encoding="utf-8-sig", newline="") as file:
         _header(_cells(file, path, form, argument), path, form, argument)
 
 
 def leaves(path: str) -> bool:
-    """Whether a path that should be relative to a directory leads out of it, by its words."""
+    """Whether a path that should be relative to a directory leads out of it, judged by its text."""
     return os.path.isabs(path) or os.pardir in path.replace("\\", "/").split("/")
 
 
@@ -89,12 +89,12 @@ def _file_fault(image: str) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return f"its image cannot be opened ({getattr(error, 'strerror', None) or error})"
     if not os.path.isfile(image):
-        return "its image is no file"
+        return "its image is not a file"
     return "" if size else "its image is an empty file"
 
 
 def _rows(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[tuple[int, str, str, str, int]]:
-    """Line, image, caption, what is wrong with it, and how many rows it stands for."""
+    """Line, image, caption, fault ("" for none), and the number of rows it stands for."""
     cells = _cells(file, path, form, argument)
     image_column, caption_column, columns = _header(cells, path, form, argument)
     for line, row, fault in cells:
@@ -106,14 +106,14 @@ def _rows(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[t
         image, caption = ((row[c] if c < len(row) else "") for c in (image_column, caption_column))
         swallowed = sum(_looks_like_row(text, form.separator, image_column) for cell in row for text in _later(cell))
         if swallowed:
-            fault = f"a quote that does not end in it swallows {swallowed} more rows: close it, or double it"
+            fault = f"its quote is not closed and takes in {swallowed} more rows: close the quote, or double it"
         elif any(row[columns:]):
-            fault = f"it has {len(row)} cells, the header has {columns}: put quotes around what holds a separator"
+            fault = f"it has {len(row)} cells, the header has {columns}: quote cells that contain the separator"
         yield line, "" if swallowed else image, caption, fault, 1 + swallowed
 
 
 def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[tuple[int, list[str], str]]:
-    """Line at which it begins, cells, and what is wrong, of every row."""
+    """First line, cells and fault ("" for none) of every row."""
     reader = csv.reader(file, delimiter=_separator(form.separator))
     while True:
         line = reader.line_num + 1
@@ -132,28 +132,28 @@ def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[
 def _header(
     cells: Iterator[tuple[int, list[str], str]], path: str, form: CsvFormat, argument: str
 ) -> tuple[int, int, int]:
-    """The columns of images and captions, and how many columns there are."""
+    """The indices of the image and caption columns, and the number of columns."""
     _, columns, _ = next(cells, (0, [], ""))
     if not columns:
         raise ValueError(f"{argument}: {path} is empty, expected a header and rows")
     for option, column in (("csv_img_key", form.img_key), ("csv_caption_key", form.caption_key)):
         if column not in columns:
             raise ValueError(
-                f"{option}: {path} has no column {column!r}, its columns are {columns}: name the right one, "
-                f"or the right csv_separator (now {form.separator!r})"
+                f"{option}: {path} has no column {column!r}, its columns are {columns}: correct {option}, "
+                f"or csv_separator (now {form.separator!r})"
             )
     return columns.index(form.img_key), columns.index(form.caption_key), len(columns)
 
 
 def _separator(given: str) -> str:
-    separator = "\t" if given == "\\t" else given  # as a shell hands it over
+    separator = "\t" if given == "\\t" else given  # as typed in a shell
     if len(separator) != 1:
         raise ValueError(f"csv_separator: got {given!r}, expected one character")
     return separator
 
 
 def _later(cell: str) -> list[str]:
-    """The lines of a cell behind its first."""
+    """The lines of a cell after its first."""
     return cell.splitlines()[1:] if "\n" in cell or "\r" in cell else []
 
 

@@ -1,4 +1,4 @@
-"""What to say of a directory that stands where shards or a CSV file are expected."""
+"""The error for a directory where shards or a CSV file are expected."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .sample_index import IMAGE_EXTENSIONS
 
 
 def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.tar") -> ValueError:
-    """The error for a directory, with what in it can be named, or how to make something of it that can.
+    """The error, which suggests what to name in the directory, or how to make data of its files.
 
     Args:
-        argument: that the directory was given as. shards: the pattern of those that are asked for.
+        argument: the argument that got the directory. shards: the preferred shard pattern.
     """
     root = Path(directory)
     table = next((path for ending in ("csv", "tsv") for path in sorted(root.glob(f"*.{ending}"))), None)
@@ -30,7 +30,7 @@ def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.t
     elif image is not None:
         advice = (
             f"it holds images, such as {image.name}, and no captions: write a CSV file with the columns filepath and "
-            "title, separated by a tab, one image a line, and name that file"
+            "title, separated by a tab, one image per line, and name that file"
         )
     else:
         advice = "it holds no shard (.tar), no CSV file and no image"

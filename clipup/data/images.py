@@ -1,4 +1,4 @@
-"""Images from files and bytes: which formats are read, how large they may be, and how other modes become RGB."""
+"""Decoding of images: allowed formats, largest size, and conversion of all modes to RGB."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_PIXELS = 89_478_485
-"""Pixels of an image that is decoded, unless another bound is given: where Pillow warns of a decompression bomb."""
+"""Default for the largest image to decode, in pixels: where Pillow warns of a decompression bomb."""
 
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What is decoded, whatever a file is called. Not EPS, for which Pillow starts Ghostscript, an interpreter."""
+"""Decoded formats, whatever the file extension. Not EPS: Pillow runs it in Ghostscript, an interpreter."""
 _FULL_16_BIT = 65_535
 _PILLOWS_BOUND = threading.Lock()
 
@@ -24,27 +24,25 @@ def check_max_pixels(pixels: int) -> None:
 
 
 def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS) -> Image:
-    """An image, decoded whole, RGB, from a path or from its bytes.
+    """An image, fully decoded to RGB, from a path or from its bytes.
 
-    Gray values of 16 bits (modes I;16 and I) and floats are scaled to 8 bits: from 0..65535; from 0..1, or 0..255 where
-    a float is above 1.
+    16-bit gray values (modes I;16 and I) are scaled to 8 bits from 0..65535, floats from 0..1, or from 0..255 if any is
+    above 1.
 
-    Raises ValueError for more than `max_pixels`, before anything is decoded, and for values of an unknown range; else
-    what Pillow raises when it is unreadable.
+    Raises ValueError for more than `max_pixels`, before decoding, and for values out of range; otherwise what Pillow
+    raises for unreadable images.
     """
     with _opened(BytesIO(content) if isinstance(content, bytes) else content) as image:
         width, height = image.size
         if width * height > max_pixels:
-            raise ValueError(
-                f"{width} x {height} pixels are more than the {max_pixels} that are decoded (max_image_pixels)"
-            )
+            raise ValueError(f"its {width} x {height} pixels exceed the limit of {max_pixels} (max_image_pixels)")
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = _eight_bit(image)
         return image.convert("RGB")
 
 
 def _opened(file: str | BytesIO) -> Image:
-    """The image, of which only the header was read. Pillow's own bound, which is one for the process, is lifted."""
+    """The image, of which only the header is read. Pillow's own size limit, global to the process, is lifted."""
     from PIL import Image, UnidentifiedImageError
 
     Image.init()
@@ -54,7 +52,7 @@ def _opened(file: str | BytesIO) -> Image:
         try:
             return Image.open(file, formats=formats)
         except UnidentifiedImageError:
-            raise ValueError(f"it is no image, or of no format that is read ({', '.join(formats)})") from None
+            raise ValueError(f"it is not an image of a supported format ({', '.join(formats)})") from None
         finally:
             Image.MAX_IMAGE_PIXELS = before
 

@@ -1,9 +1,8 @@
-"""Training batches and evaluation samples. `train_loader`, `eval_samples` and `describe` are all that others need."""
+"""Training batches and evaluation samples from files: the interface of this package to the others."""
 
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,21 +12,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..extras import needed_for
-from .csv_rows import CsvFormat, check_columns
+from .csv_batches import csv_data
+from .csv_rows import check_columns
 from .directories import not_a_source
-from .images import MAX_PIXELS, check_max_pixels
-from .sample_index import Images, Record, csv_records, tar_records
+from .images import MAX_PIXELS
+from .in_memory import cached_data
+from .options import DataOptions, SourceOptions
+from .sample_index import Images, Record, check_records, csv_records, tar_records
 from .shard_names import describe, expand_shards, is_remote, listed_shards, sizes_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
-from .skips import MAX_SKIPPED, Skips
+from .skips import Skips
+from .train_data import Reader, SharedEpoch, TrainData
 
 if TYPE_CHECKING:
     from .shares import Share
-    from .webdataset_pipeline import TrainData
 
-__all__ = ["EvalSamples", "describe", "eval_samples", "train_loader"]
-
-_CSV_EXTENSIONS = (".csv", ".tsv")
+__all__ = [
+    "DataOptions",
+    "EvalSamples",
+    "SourceOptions",
+    "describe",
+    "eval_samples",
+    "load_eval_samples",
+    "load_train_data",
+    "train_loader",
+]
 
 
 def train_loader(
@@ -35,111 +44,99 @@ def train_loader(
     preprocess: Callable,
     tokenizer: Callable[[list[str]], Tensor],
     batch_size: int,
-    workers: int = 1,
-    seed: int = 0,
+    workers: int = DataOptions.workers,
+    seed: int = DataOptions.seed,
     *,
-    dataset_type: str = "auto",
-    csv_separator: str = "\t",
-    csv_img_key: str = "filepath",
-    csv_caption_key: str = "title",
-    train_num_samples: int | None = None,
-    dataset_resampled: bool = False,
     world_size: int = 1,
     rank: int = 0,
-    distributed: bool | None = None,
-    cache: bool = False,
     epoch: int = 0,
     progress: bool = True,
-    max_skipped: float = MAX_SKIPPED,
-    max_image_pixels: int = MAX_PIXELS,
-    allow_pipe: bool = False,
+    **options: Any,
 ) -> TrainData:
-    """Training batches `(images [B, C, H, W], tokens [B, L])` by open_clip's own loaders, or from memory.
+    """Training batches `(images [B, C, H, W], tokens [B, L])`, streamed or from memory.
 
     A text of several lines holds several captions; one is drawn each time. The same arguments give the same batches.
 
     Args:
-        train_data: shards (a path, DIR/train-*.tar, DIR/train-{000000..000024}.tar, several joined by "::"), a CSV
-            file, or a directory that `clipup data` wrote (its training shards).
-        preprocess: PIL image to tensor; must pickle where workers are spawned.
+        train_data, batch_size, workers, seed, options: fields of `clipup.data.options.DataOptions`, which describes
+            them.
+        preprocess: PIL image to tensor; must be picklable where workers are spawned.
         tokenizer: texts to tokens [N, L].
-        batch_size: samples a batch and process.
-        workers: processes that read (0: this one); with `cache` they only fill the memory.
-        dataset_type: "webdataset", "csv", or "auto" (by the file's extension).
-        train_num_samples: samples an epoch; needed where shards have no `sizes.json` or `__len__` beside them.
-        dataset_resampled: draws shards with replacement.
-        distributed: whether several processes share the data; default: world_size > 1.
-        cache: keeps preprocessed images and captions in memory; for small data sets (see `clipup.data.in_memory`).
-        epoch: where to begin; then `set_epoch` before every epoch, as in open_clip.
-        max_skipped: share of the samples that may be unreadable. They are left out, and each is named in the log once.
-        max_image_pixels: an image of more is not decoded, and counts as unreadable.
-        allow_pipe: lets `pipe:COMMAND` in `train_data` run its command in a shell.
+        world_size, rank: how many processes share the data, and which of them this is.
+        epoch: the first epoch. Call `set_epoch` before each epoch.
+        progress: shows a progress bar while samples are read into memory.
 
     Returns:
-        open_clip's DataInfo: `dataloader` (with `num_batches`, `num_samples`) and `set_epoch`; besides, `skipped`
-        counts what could not be read, each sample once.
+        `dataloader` (with `num_batches`, `num_samples`), `set_epoch`, and `skipped`, the number of samples that could
+        not be read, each counted once.
 
     Raises:
-        ImportError: open_clip's training requirements are missing.
-        FileNotFoundError, ValueError: the data or an argument, by name, with what to do. The batches raise ValueError
-            too, as soon as more than `max_skipped` turned out to be unreadable.
+        ImportError: a package that training needs is missing.
+        FileNotFoundError, ValueError: the data or an argument, by name, with how to fix it. Iterating raises ValueError
+            as soon as more than `max_skipped` turned out to be unreadable.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-    if workers < 0:
-        raise ValueError(f"workers: got {workers}, expected 0 (read in this process) or more")
+    data = DataOptions(train_data=os.fspath(train_data), batch_size=batch_size, workers=workers, seed=seed, **options)
+    return load_train_data(
+        data, preprocess, tokenizer, world_size=world_size, rank=rank, epoch=epoch, progress=progress
+    )
+
+
+def load_train_data(
+    options: DataOptions,
+    preprocess: Callable,
+    tokenizer: Callable[[list[str]], Tensor],
+    *,
+    world_size: int = 1,
+    rank: int = 0,
+    epoch: int = 0,
+    progress: bool = True,
+) -> TrainData:
+    """`train_loader` with its options as one object."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
-    check_max_pixels(max_image_pixels)
-    skips = Skips(max_skipped)
-    webdataset_pipeline = _webdataset_pipeline()
-    args = Namespace(
-        batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        train_num_samples=train_num_samples,
-        dataset_resampled=dataset_resampled,
-        world_size=world_size,
-        rank=rank,
-        distributed=world_size > 1 if distributed is None else distributed,
-        max_image_pixels=max_image_pixels,
-    )
-    source = os.fspath(train_data)
-    form = CsvFormat(csv_separator, csv_img_key, csv_caption_key)
-    shards: list[str] = []
+    reader = Reader(preprocess, tokenizer, rank, world_size, SharedEpoch(epoch), Skips(options.max_skipped))
+    shards = _train_shards(options)
+    if options.cache:
+        data = cached_data(options, shards, reader, progress)
+    elif not shards:
+        data = csv_data(options, reader)
+    else:
+        data = _streamed(options, shards, reader)
+    data.set_epoch(epoch)
+    return data
+
+
+def _train_shards(options: DataOptions) -> list[str]:
+    """The shards of the training data; none for a CSV file, whose columns are checked."""
+    source = options.train_data
     if os.path.isdir(source):
         if not (Path(source) / DATASET_FILE).is_file():
             raise not_a_source("train_data", source, "train-*.tar")
-        shards = listed_shards(source, "train", "train_data")
-    elif _kind(source, dataset_type, "train_data") == "webdataset":
-        shards = expand_shards(source, "train_data", allow_pipe)
-    else:
-        check_columns(source, form, "train_data")
-    if cache:
-        data = _cached(webdataset_pipeline, args, source, shards, form, preprocess, tokenizer, skips, epoch, progress)
-    elif not shards:
-        draw = webdataset_pipeline.DrawCaption(tokenizer, seed, rank)
-        data = webdataset_pipeline.csv_data(args, source, form, preprocess, draw, skips, epoch)
-    else:
-        if not dataset_resampled and len(shards) < max(1, workers) * world_size:
-            raise ValueError(
-                f"workers: {workers} in each of {world_size} processes, but train_data has {len(shards)} shards and "
-                f"every worker needs one: at most {len(shards) // world_size} workers, or cache the data"
-            )
-        args.train_num_samples = _num_samples(shards, train_num_samples)
-        draw = webdataset_pipeline.DrawCaption(tokenizer, seed, rank)
-        data = webdataset_pipeline.webdataset_data(args, shards, preprocess, draw, skips, epoch)
-    data.set_epoch(epoch)
-    return data
+        return listed_shards(source, "train", "train_data")
+    if not options.is_csv(source, "train_data"):
+        return expand_shards(source, "train_data", options.allow_pipe)
+    check_columns(source, options.csv_format, "train_data")
+    return []
+
+
+def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainData:
+    with needed_for("streaming shards", "train"):
+        from .webdataset_pipeline import webdataset_data
+    if not options.dataset_resampled and len(shards) < max(1, options.workers) * reader.world_size:
+        raise ValueError(
+            f"workers: {options.workers} in each of {reader.world_size} processes, but train_data has {len(shards)} "
+            f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers, or cache the data"
+        )
+    num_samples = _num_samples(shards, options.train_num_samples)
+    return webdataset_data(options, shards, num_samples, reader)
 
 
 class EvalSamples:
     """Images with all their captions, for retrieval, in the order of the files.
 
-    Iterating gives `(image [C, H, W], captions, metadata)` a sample; `batches` gives many at once. `len()` counts the
-    samples of the source, `skipped` those of them (and incomplete ones) that could not be read so far; ValueError when
-    there are more than `skips` allows. With `strict` an image that cannot be read raises ValueError, naming it: of a
-    benchmark nothing may be left out.
+    Iterating gives `(image [C, H, W], captions, metadata)` per sample; `batches` gives batches. `len()` is the number
+    of samples in the source, `skipped` the number of samples that were incomplete or unreadable so far; more than
+    `skips` allows raise ValueError. With `strict`, for benchmarks, every unreadable image raises ValueError, naming it.
     """
 
     def __init__(
@@ -169,15 +166,15 @@ class EvalSamples:
                 self._note(record, image)
 
     def part(self, share: Share, batch_size: int) -> EvalSamples:
-        """The samples of one of several processes that evaluate together."""
+        """The samples of one process of a distributed evaluation."""
         mine = share.part(self.records, batch_size)
         return EvalSamples(mine, self.preprocess, self._skips, self.strict, self.max_image_pixels)
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
-        """`(images [B, C, H, W], captions of each, metadata of each)`.
+        """Batches `(images [B, C, H, W], captions per image, metadata per image)`.
 
-        A batch is smaller where an image is unreadable. Metadata is the sample's json (concept, source, group)
-        without its captions, and its `key`.
+        A batch with unreadable images is smaller. Metadata is the sample's json (concept, source, group) without its
+        captions, and its `key`.
         """
         loader = DataLoader(
             self._images(),
@@ -210,99 +207,44 @@ class EvalSamples:
 
 
 def eval_samples(
-    source: str | os.PathLike,
-    preprocess: Callable,
-    *,
-    dataset_type: str = "auto",
-    csv_separator: str = "\t",
-    csv_img_key: str = "filepath",
-    csv_caption_key: str = "title",
-    max_skipped: float = MAX_SKIPPED,
-    max_image_pixels: int = MAX_PIXELS,
-    argument: str = "source",
+    source: str | os.PathLike, preprocess: Callable, *, argument: str = "source", **options: Any
 ) -> EvalSamples:
-    """Samples for retrieval from evaluation shards or from a CSV file (rows of one image are its captions).
+    """Samples for retrieval, from evaluation shards or from a CSV file (rows of one image are its captions).
 
     Args:
-        source: shards, as in `train_loader` (on this machine), or a CSV file.
+        source: shards, as in `train_loader` (local files), or a CSV file.
         preprocess: PIL image to tensor.
-        max_skipped, max_image_pixels: as in `train_loader`.
-        argument: what the source is called in messages.
+        argument: what messages call the source.
+        options: fields of `clipup.data.options.SourceOptions`, which describes them.
 
-    Raises FileNotFoundError or ValueError, naming `argument` or the option, when there is nothing to be read.
+    Raises FileNotFoundError or ValueError, naming `argument` or the option, when there is nothing to read.
     """
+    return load_eval_samples(source, preprocess, SourceOptions(**options), argument)
+
+
+def load_eval_samples(
+    source: str | os.PathLike, preprocess: Callable, options: SourceOptions, argument: str = "source"
+) -> EvalSamples:
+    """`eval_samples` with its options as one object."""
+    source = os.fspath(source)
     if os.path.isdir(source):
         raise not_a_source(argument, source, "test-*.tar")
-    check_max_pixels(max_image_pixels)
-    skips = Skips(max_skipped)
-    kind = _kind(source, dataset_type, argument)
-    if kind == "csv":
-        form = CsvFormat(csv_separator, csv_img_key, csv_caption_key)
-        records = csv_records(os.fspath(source), form, skips, argument, one_an_image=True)
+    skips = Skips(options.max_skipped)
+    if options.is_csv(source, argument):
+        records = csv_records(source, options.csv_format, skips, argument, merge_images=True)
     else:
         records = tar_records(expand_shards(source, argument), skips, argument)
-    if not records:
-        raise ValueError(f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
-    skips.check(len(records) + int(skips))
-    return EvalSamples(records, preprocess, skips, max_image_pixels=max_image_pixels)
-
-
-def _cached(
-    webdataset_pipeline: Any, args: Namespace, source: str, shards: list[str], form: CsvFormat, preprocess: Callable,
-    tokenizer: Callable, skips: Skips, epoch: int, progress: bool,
-) -> TrainData:  # fmt: skip
-    from .in_memory import CachedLoader
-
-    if args.dataset_resampled or args.train_num_samples is not None:
-        name = "dataset_resampled" if args.dataset_resampled else "train_num_samples"
-        raise ValueError(f"{name}: has no meaning with cache, which serves every sample once an epoch: leave one out")
-    if shards:
-        records = tar_records(shards, skips, "train_data")
-    else:
-        records = csv_records(source, form, skips, "train_data", one_an_image=False)
-    if not records:
-        raise ValueError(f"train_data: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
-    skips.check(len(records) + int(skips))
-    shared_epoch = webdataset_pipeline.open_clip_data.SharedEpoch(epoch)
-    loader = CachedLoader(
-        records,
-        preprocess,
-        tokenizer,
-        args.batch_size,
-        workers=args.workers,
-        seed=args.seed,
-        epoch=shared_epoch.get_value,
-        rank=args.rank,
-        world_size=args.world_size,
-        skips=skips,
-        progress=progress and args.rank == 0,
-        max_pixels=args.max_image_pixels,
-    )
-    return webdataset_pipeline.TrainData(loader, shared_epoch=shared_epoch, skips=skips, seed=args.seed)
-
-
-def _kind(source: str | os.PathLike, dataset_type: str, argument: str) -> str:
-    if dataset_type in ("webdataset", "csv"):
-        return dataset_type
-    if dataset_type != "auto":
-        raise ValueError(f"dataset_type: got {dataset_type!r}, expected 'auto', 'webdataset' or 'csv'")
-    name = os.fspath(source)
-    if name.endswith(_CSV_EXTENSIONS):
-        return "csv"
-    if ".tar" in os.path.basename(name):
-        return "webdataset"
-    raise ValueError(
-        f"{argument}: cannot tell from its name what {name!r} is, expected .tar, .csv or .tsv: name the dataset_type"
-    )
+    check_records(records, skips, source, argument)
+    return EvalSamples(records, preprocess, skips, max_image_pixels=options.max_image_pixels)
 
 
 def _num_samples(shards: list[str], given: int | None) -> int:
-    """Samples an epoch: as given, else the sum of `sizes.json` beside the shards, else `__len__` beside the first."""
+    """Samples per epoch: as given, else the sum of `sizes.json` beside the shards, else `__len__` beside the first."""
     total = _from_sizes(shards) if given is None else given
     if total is None:
         raise ValueError(
-            f"train_num_samples: not given, and neither {SIZES_FILE} nor __len__ beside {shards[0]} says how many "
-            "samples there are: name the number of samples an epoch"
+            f"train_num_samples: not given, and neither {SIZES_FILE} nor __len__ beside {shards[0]} gives the "
+            "number of samples: pass the number of samples per epoch"
         )
     if total < 1:
         raise ValueError(f"train_data: got {total} samples, the data set is empty")
@@ -317,7 +259,7 @@ def _from_sizes(shards: list[str]) -> int | None:
     if sizes:
         directory, name = os.path.split(missing[0])
         raise ValueError(
-            f"train_data: {os.path.join(directory, SIZES_FILE)} does not list {name}: give the number of samples an "
+            f"train_data: {os.path.join(directory, SIZES_FILE)} does not list {name}: pass the number of samples per "
             "epoch as train_num_samples"
         )
     length = Path(shards[0]).parent / "__len__"
@@ -326,10 +268,4 @@ def _from_sizes(shards: list[str]) -> int | None:
     try:
         return int(length.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{length} holds no number of samples: {error}") from error
-
-
-def _webdataset_pipeline() -> Any:
-    with needed_for("reading training data", "train"):
-        from . import webdataset_pipeline
-    return webdataset_pipeline
+        raise ValueError(f"{length} contains no number of samples: {error}") from error

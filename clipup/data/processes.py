@@ -1,4 +1,4 @@
-"""Work on many drawings, in several processes."""
+"""Worker processes: a map over items, and data loader workers that survive signals to the process group."""
 
 from __future__ import annotations
 
@@ -11,31 +11,34 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-_AT_ONCE = 32  # items that a process is given
+_CHUNK = 32  # items sent to a process at once
 _SECONDS_TO_END = 1
 
 
 def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None) -> Iterator[Any]:
-    """What the function makes of every item, in their order; ``processes``: how many, None for one a CPU.
+    """The function's results for all items, in order.
 
-    With one, this process itself. Ctrl-C reaches this process alone, which ends the others.
+    Args:
+        processes: None for one per CPU; with 1, the calling process does the work.
+
+    Workers ignore Ctrl-C; the calling process receives it and ends them.
     """
     processes = processes or os.cpu_count() or 1
     if processes == 1:
         yield from map(function, items)
         return
-    # Forked, where the system can, so that no process imports the package (and torch) again
+    # Forked where possible, so that workers need not import the package (and torch) again
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     with context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(function, items, chunksize=_AT_ONCE)
+        yield from pool.imap(function, items, chunksize=_CHUNK)
 
 
 def worker_init_fn() -> Callable[[int], None]:
-    """``worker_init_fn`` of a data loader whose workers ignore Ctrl-C and SIGTERM.
+    """``worker_init_fn`` for a data loader whose workers ignore Ctrl-C and SIGTERM.
 
-    Both reach all processes of a group, and the run that finishes its step and saves needs its workers until then. They
-    end with their parent. Because they ignore SIGTERM too when the parent sends it at its exit, and the parent then
-    waits for them, those that are left are killed there.
+    Both signals reach the whole process group, and a run that finishes its step and saves needs its workers until then.
+    Workers end with their parent. At exit the parent sends them SIGTERM, which they ignore, and would wait forever, so
+    remaining workers are killed at exit.
     """
     _register_at_exit()
     return _ignore_signals
@@ -48,13 +51,13 @@ def _ignore_signals(worker: int) -> None:
 
 @functools.cache
 def _register_at_exit() -> None:
-    """``atexit`` runs the last registered function first, so ours comes before that of ``multiprocessing.util``."""
+    """``atexit`` runs functions in reverse order, so ours runs before that of ``multiprocessing.util``."""
     importlib.import_module("multiprocessing.util")
     atexit.register(_end_daemons)
 
 
 def _end_daemons() -> None:
-    """Ends daemonic children as ``multiprocessing`` would, and kills those that ignore it."""
+    """Terminates daemonic children as ``multiprocessing`` would, and kills those that ignore it."""
     daemons = [child for child in multiprocessing.active_children() if child.daemon]
     for child in daemons:
         child.terminate()

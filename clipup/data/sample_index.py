@@ -1,11 +1,11 @@
-"""Samples on disk as an index: where each image lies and what its captions are. Evaluation and the cache read by it.
+"""An index of the samples of a source: the location and captions of each image, for evaluation and for the cache.
 
 A source is one of
-- WebDataset shards: `KEY.png|jpg|jpeg|webp` with `KEY.txt` (captions, one a line) or `KEY.json`
+- WebDataset shards: `KEY.png|jpg|jpeg|webp` with `KEY.txt` (captions, one per line) or `KEY.json`
   (`{"captions": [...], ...}`),
 - a CSV file with a column of image paths and one of captions.
 
-What cannot be read is skipped and counted in `Skips`, never silently lost.
+Unreadable samples are skipped and counted in `Skips`, never lost silently.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["IMAGE_EXTENSIONS", "Images", "Record", "csv_records", "lines", "read
 
 @dataclass(frozen=True)
 class Record:
-    """One image and its captions; `offset` and `size` say which bytes of `path`, None means all of it."""
+    """One image and its captions. `offset` and `size` locate the image in the file `path`; None is the whole file."""
 
     key: str
     path: str
@@ -43,12 +43,12 @@ class Record:
 
     @property
     def named(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         return self.key if self.path in self.key else f"{self.key} in {self.path}"
 
 
 def read_image(record: Record, max_pixels: int = MAX_PIXELS) -> Image:
-    """The image of a record, as `load_image`."""
+    """The image of a record; raises as `load_image`."""
     if record.offset is None:
         return load_image(record.path, max_pixels)
     with open(record.path, "rb") as file:
@@ -57,7 +57,7 @@ def read_image(record: Record, max_pixels: int = MAX_PIXELS) -> Image:
 
 
 class Images(Dataset):
-    """`[i]` is the preprocessed image of record i, or the reason (a str) why it cannot be read."""
+    """`[i]` is the preprocessed image of record i, or the reason (str) why it cannot be read."""
 
     def __init__(
         self, records: Sequence[Record], preprocess: Callable[[Image], Tensor], max_pixels: int = MAX_PIXELS
@@ -76,21 +76,21 @@ class Images(Dataset):
         tensor = self.preprocess(image)
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"preprocess: made {type(tensor).__name__} of {record.named}, expected a tensor "
+                f"preprocess: returned {type(tensor).__name__} for {record.named}, expected a tensor "
                 "[C, H, W]: end it with torchvision.transforms.ToTensor()"
             )
         return tensor
 
 
 def tar_records(shards: Sequence[str], skips: Skips, argument: str) -> list[Record]:
-    """Every complete sample of local shards, in their order. Only headers and captions are read, no image."""
+    """Every complete sample of local shards, in order. Only headers and captions are read, not images."""
     records: list[Record] = []
     sizes = sizes_of(shards)
     found = dict.fromkeys(shards, 0)
     lost: list[tuple[str, Note]] = []
     for shard in shards:
         if is_remote(shard):
-            raise ValueError(f"{argument}: {shard} is not a file of this machine, which is needed here: copy it first")
+            raise ValueError(f"{argument}: {shard} is not a local file, which is required here: copy it first")
 
         def lose(*note: Any, shard: str = shard) -> None:
             lost.append((shard, note))
@@ -117,19 +117,30 @@ def csv_records(
     form: CsvFormat,
     skips: Skips,
     argument: str,
-    one_an_image: bool,
+    merge_images: bool,
     directory: str | os.PathLike | None = None,
 ) -> list[Record]:
-    """The rows of a CSV file; with `one_an_image` rows of the same image are one record with several captions. With
-    `directory` paths are relative to it."""
+    """The usable rows of a CSV file.
+
+    Args:
+        merge_images: makes the rows of one image a record with several captions.
+        directory: which paths are relative to; they may not lead out of it.
+    """
     rows = readable_rows(path, form, skips, argument, directory)
     captions_of: dict[str, list[str]] = {}
     path_of: dict[str, str] = {}
     for name, image, text in zip(*rows, strict=True):
-        key = image if one_an_image else name
+        key = image if merge_images else name
         path_of[key] = image
         captions_of.setdefault(key, []).extend(lines(text))
     return [
         Record(key, path_of[key], tuple(dict.fromkeys(captions)), metadata={"key": key})
         for key, captions in captions_of.items()
     ]
+
+
+def check_records(records: Sequence[Record], skips: Skips, source: str, argument: str) -> None:
+    """Raises ValueError when there is no record, or when more samples were skipped than may be."""
+    if not records:
+        raise ValueError(f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
+    skips.check(len(records) + int(skips))

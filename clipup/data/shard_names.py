@@ -1,7 +1,7 @@
-"""Which shards a source names, what may stand in a name, and whether a shard is the one that was built.
+"""Shard names: expansion of patterns, names listed in `dataset.json`, and verification of shards by their sha256.
 
-Names come from two places. What the user typed may hold wildcards, braces, "::" and URLs. What a data set's
-`dataset.json` lists is the name of a file beside it and nothing else, for a data set may come from anyone.
+What the user types may contain wildcards, braces, "::" and URLs. A name in a data set's `dataset.json` may only be that
+of a file beside it, because a data set may come from anyone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..extras import needed_for
 from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
@@ -22,11 +23,14 @@ _PIPE = "pipe"
 
 
 def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | None = None) -> list[str]:
-    """The shards that a source names: a path, braces, a wildcard, or several of them joined by "::".
+    """The shards of a source: a path, a pattern with braces or wildcards, a URL, or several of these joined by "::".
 
-    Raises FileNotFoundError when there is none or when one of them is missing, ValueError for what would run a command
-    (`pipe:`, unless `allow_pipe`; None where there is no such option) or is not what its data set lists, each naming
-    `argument`.
+    Args:
+        argument: what messages call the source.
+        allow_pipe: whether `pipe:COMMAND` may run its command; None where there is no such option.
+
+    Raises FileNotFoundError when there is no shard or one is missing, and ValueError for a `pipe:` that is not allowed
+    or a shard that differs from what its data set lists.
     """
     source = os.fspath(source)
     shards: list[str] = []
@@ -43,9 +47,9 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
 
 
 def listed_shards(directory: str | os.PathLike, split: str, argument: str) -> list[str]:
-    """The shards of a split of the data set in a directory, as its `dataset.json` lists them.
+    """The shards of a split, as listed in the `dataset.json` of a data set's directory.
 
-    Raises as `expand_shards`; ValueError too for a split or a name that is not there, or not a file's bare name.
+    Raises as `expand_shards`, and ValueError for a split that does not exist or a name that is not a bare file name.
     """
     path = Path(directory) / DATASET_FILE
     splits = describe(directory).get("splits")
@@ -59,22 +63,22 @@ def listed_shards(directory: str | os.PathLike, split: str, argument: str) -> li
 
 
 def describe(directory: str | os.PathLike) -> dict:
-    """What the `dataset.json` of a data set says: splits and their counts, rules, sources and licences."""
+    """The content of a data set's `dataset.json`: splits and their counts, rules, sources and licences."""
     path = Path(directory) / DATASET_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} holds no {DATASET_FILE}: build a data set there with `clipup data pictograms {directory}`"
+            f"{directory} contains no {DATASET_FILE}: build a data set there with `clipup data pictograms {directory}`"
         )
     return _json_object(path)
 
 
 def is_remote(name: str) -> bool:
-    """Whether a shard is reached by something else than opening a file (http:, s3:, pipe:, ...)."""
+    """Whether a shard is given by a URL (http:, s3:, pipe:, ...) instead of a path."""
     return _URL.match(name) is not None
 
 
 def open_shard(shard: str) -> BinaryIO:
-    """A shard that `expand_shards` let pass, to be read from its start."""
+    """Opens a shard returned by `expand_shards` for reading from its start."""
     if not is_remote(shard):
         return open(shard, "rb")
     from webdataset.gopen import gopen
@@ -83,7 +87,7 @@ def open_shard(shard: str) -> BinaryIO:
 
 
 def sizes_of(shards: Sequence[str]) -> dict[str, int]:
-    """How many samples each shard holds, where a `sizes.json` beside it says so."""
+    """The number of samples of each shard that a `sizes.json` beside it lists."""
     sizes: dict[str, int] = {}
     known: dict[str, dict[str, int]] = {}
     for shard in shards:
@@ -96,7 +100,7 @@ def sizes_of(shards: Sequence[str]) -> dict[str, int]:
 
 
 def check_unchanged(shards: Sequence[str], argument: str) -> None:
-    """ValueError, naming it, when a shard is not the one whose sha256 the `dataset.json` beside it lists."""
+    """Raises ValueError, naming the shard, when its sha256 differs from that in the `dataset.json` beside it."""
     listed: dict[str, dict[str, str]] = {}
     for shard in shards:
         if is_remote(shard):
@@ -111,7 +115,7 @@ def check_unchanged(shards: Sequence[str], argument: str) -> None:
         found = _sha256(shard, state.st_size, state.st_mtime_ns)
         if found != expected:
             raise ValueError(
-                f"{argument}: {shard} is not the file that {DATASET_FILE} beside it lists (sha256 {found[:16]}..., "
+                f"{argument}: {shard} is not the file listed in {DATASET_FILE} beside it (sha256 {found[:16]}..., "
                 f"expected {expected[:16]}...): it was damaged or changed; copy it again, or build the data set again"
             )
 
@@ -141,40 +145,39 @@ def _found(name: str, pattern: str, argument: str) -> list[str]:
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    """One by one: braces can stand for more names than there is memory."""
+    """A generator, because braces can stand for more names than fit into memory."""
     if "{" not in pattern:
         return iter([pattern])
-    from braceexpand import braceexpand
+    with needed_for("a shard name with braces", "train"):
+        from braceexpand import braceexpand
 
     return braceexpand(pattern)
 
 
 def _local(path: str) -> str:
-    """The path, written so that nobody takes it for a URL."""
+    """The path, prefixed if it could be taken for a URL."""
     return os.path.join(os.curdir, path) if is_remote(path) else path
 
 
 def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
     scheme = _URL.match(url)[1].lower()
     if scheme == _PIPE and not allow_pipe:
-        permitted = "here nothing permits that" if allow_pipe is None else "allow it by --allow-pipe, if you trust it"
-        raise ValueError(f"{argument}: {url!r} would run a command in a shell; {permitted}")
+        permitted = "which is not allowed here" if allow_pipe is None else "pass --allow-pipe if you trust it"
+        raise ValueError(f"{argument}: {url!r} would run a command in a shell, {permitted}")
     if scheme == _PIPE:
         return url
-    if "'" in url:  # URLs are handed to curl and others between these, in a shell
-        raise ValueError(f"{argument}: {url!r} holds a quote ('), which a URL must not: write %27")
-    try:
+    if "'" in url:  # webdataset passes URLs in single quotes to a shell
+        raise ValueError(f"{argument}: {url!r} contains a quote ('), which is not valid in a URL: write %27")
+    with needed_for("reading shards by URL", "train"):
         from webdataset.gopen import gopen_schemes
-    except ImportError as error:
-        raise ImportError(f'shards by URL are read by webdataset: pip install "clipup[train]" ({error})') from error
     if scheme not in gopen_schemes:
         known = ", ".join(sorted({*gopen_schemes} - {"__default__"}))
-        raise ValueError(f"{argument}: {url!r}: nothing reads {scheme}:, expected a path, or one of {known}")
+        raise ValueError(f"{argument}: {url!r} has the unknown scheme {scheme}:, expected a path, or one of {known}")
     return url
 
 
 def _entries(split: Any, path: Path) -> list[tuple[str, str | None]]:
-    """Name and sha256 of the shards that a split lists."""
+    """Name and sha256 of the shards listed in a split."""
     entries = []
     try:
         for shard in split["shards"]:
@@ -185,25 +188,25 @@ def _entries(split: Any, path: Path) -> list[tuple[str, str | None]]:
                 )
             entries.append((name, digest))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not list its shards as `clipup data` does ({error!r})") from error
+        raise ValueError(f"{path} does not list its shards in the format of `clipup data` ({error!r})") from error
     return entries
 
 
 def _listed_hashes(directory: Path) -> dict[str, str]:
-    """By file name, from a `dataset.json` of ours; {} where there is none."""
+    """By file name, from a `dataset.json` of `clipup data`; {} where there is none."""
     path = directory / DATASET_FILE
     if not path.is_file():
         return {}
     content = _read_json(path)
     splits = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(splits, dict) or not all(isinstance(one, dict) and "shards" in one for one in splits.values()):
-        return {}  # of another tool
+        return {}  # written by another tool
     return {name: digest for split in splits.values() for name, digest in _entries(split, path) if digest}
 
 
 @cache
 def _sha256(path: str, size: int, mtime_ns: int) -> str:
-    """Of a file in the state that size and time name, so that it is read for this once in a process."""
+    """Of a file; hashed once per process while its size and time stay the same."""
     return sha256(path)
 
 
@@ -214,14 +217,14 @@ def _sizes_in(directory: str) -> dict[str, int]:
         try:
             sizes[name] = int(size)
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path} says {size!r} for {name}, expected a number of samples") from None
+            raise ValueError(f"{path} lists {size!r} for {name}, expected a number of samples") from None
     return sizes
 
 
 def _json_object(path: Path) -> dict:
     content = _read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object")
+        raise ValueError(f"{path} contains a JSON {type(content).__name__}, expected an object")
     return content
 
 

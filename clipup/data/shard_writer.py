@@ -1,5 +1,4 @@
-"""Writing a data set: WebDataset shards that come out the same to the byte, in a directory that appears whole or not
-at all."""
+"""Writing a data set: byte-reproducible WebDataset shards, in a directory that is replaced atomically."""
 
 from __future__ import annotations
 
@@ -25,9 +24,9 @@ Sample = tuple[str, dict[str, bytes]]
 
 
 def write_shards(directory: Path, split: str, samples: Sequence[Sample], samples_per_shard: int) -> list[dict]:
-    """Writes `<split>-000000.tar` and on, `samples_per_shard` samples each (the last holds the rest).
+    """Writes `<split>-000000.tar` etc. with `samples_per_shard` samples each (fewer in the last).
 
-    Returns, a shard: its file name, how many samples and bytes it has, and the sha256 of the file.
+    Returns for each shard its file name, number of samples and bytes, and sha256.
     """
     shards = []
     for start in range(0, len(samples), samples_per_shard):
@@ -45,7 +44,7 @@ def write_shards(directory: Path, split: str, samples: Sequence[Sample], samples
 
 
 def write_sizes(directory: Path, shards: Sequence[dict]) -> None:
-    """`sizes.json` as open_clip reads it: samples by the shard's file name."""
+    """Writes `sizes.json` in open_clip's format: number of samples by the shard's file name."""
     write_json(directory / SIZES_FILE, {shard["file"]: shard["samples"] for shard in shards})
 
 
@@ -57,13 +56,13 @@ def _write_tar(path: Path, samples: Sequence[Sample]) -> None:
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key, members in samples:
             for extension, content in members.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")  # owner, group and time stay 0: nothing of this machine
+                member = tarfile.TarInfo(f"{key}.{extension}")  # owner, group and time stay 0, for reproducibility
                 member.size = len(content)
                 tar.addfile(member, BytesIO(content))
 
 
 def finished(directory: Path, fingerprint: str) -> bool:
-    """Whether `directory` holds, complete and undamaged, the data set that `fingerprint` stands for."""
+    """Whether `directory` holds the data set with this fingerprint, complete and undamaged."""
     try:
         dataset = json.loads((directory / DATASET_FILE).read_text("utf-8"))
         if dataset["fingerprint"] != fingerprint:
@@ -75,7 +74,7 @@ def finished(directory: Path, fingerprint: str) -> bool:
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
-    """Refuses to build into a directory whose content would be lost; ValueError says what can be done."""
+    """Raises ValueError, with how to continue, when building into `directory` would lose its content."""
     if not os.path.lexists(directory):
         return
     if not directory.is_dir():
@@ -84,17 +83,17 @@ def check_target(directory: Path, overwrite: bool) -> None:
         return
     if not (directory / DATASET_FILE).is_file():
         raise ValueError(
-            f"OUT: {directory} holds files that are no data set, nothing was touched: name another directory"
+            f"OUT: {directory} contains files that are not a data set, nothing was changed: name another directory"
         )
     if not overwrite:
         raise ValueError(
-            f"OUT: {directory} holds another data set (other options or package versions), nothing was touched: "
+            f"OUT: {directory} contains another data set (other options or package versions), nothing was changed: "
             "name another directory, or replace it with --overwrite"
         )
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """Of a file's content, in hexadecimal."""
+    """The hexadecimal digest of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -104,11 +103,11 @@ def sha256(path: str | os.PathLike) -> str:
 
 @contextmanager
 def only_writer(directory: Path) -> Iterator[None]:
-    """While it is entered, no other process builds a data set in `directory`; what killed ones left is removed.
+    """Locks `directory` against other processes that build a data set, and cleans up after killed ones.
 
-    A data set that was killed while a new one took its place is put back.
+    If a process was killed while it replaced a data set, the old one is restored.
 
-    Raises DirectoryInUse when another process does.
+    Raises DirectoryInUse when another process holds the lock.
     """
     directory = directory.resolve()
     lock = directory.parent / f".{directory.name}.lock"
@@ -123,19 +122,19 @@ def only_writer(directory: Path) -> Iterator[None]:
 
 
 def left_behind(directory: Path) -> bool:
-    """Whether killed processes left something beside `directory`."""
+    """Whether killed processes left temporary directories beside `directory`."""
     return any(_left_behind(directory.resolve()))
 
 
 def _left_behind(directory: Path) -> tuple[list[Path], list[Path]]:
-    """Data sets in the making, and replaced ones."""
+    """Unfinished and replaced data sets."""
     beside, name = directory.parent, glob.escape(directory.name)
     return tuple(sorted(beside.glob(f".{name}.{kind}-*")) for kind in ("building", "old"))
 
 
 @contextmanager
 def appearing_whole(directory: Path) -> Iterator[Path]:
-    """A directory to build in; takes the place of `directory` when the block ends well, vanishes when it does not."""
+    """A directory to build in; it replaces `directory` when the block succeeds and is removed when it fails."""
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{directory.name}.building-", dir=directory.parent))
@@ -153,7 +152,7 @@ def _put_in_place(building: Path, directory: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old-", dir=directory.parent))
     try:
-        directory.rename(old)  # onto an empty directory, which the rename replaces
+        directory.rename(old)  # replaces the empty directory
         try:
             building.rename(directory)
         except BaseException:

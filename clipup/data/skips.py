@@ -1,7 +1,7 @@
-"""Samples that cannot be read: each is named once and counted once, and too many of them end the run.
+"""Unreadable samples: each is logged and counted once, and too many of them raise an error.
 
-Where worker processes read, they only take notes; the notes travel with the batches to the process that asked for them,
-so that counts do not depend on which worker met a sample first.
+Worker processes only take notes, which accompany the batches to the main process. So counts do not depend on which
+worker met a sample first.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 Note = tuple[str, str, int]
-"""A sample, or a part of a shard, by name; why it cannot be read; and how many samples it stands for."""
+"""The name of a sample or of a part of a shard, why it cannot be read, and how many samples it stands for."""
 
 MAX_SKIPPED = 0.1
-"""Share of the samples that may be unreadable before reading stops."""
+"""Default for the largest share of samples that may be unreadable."""
 GIVE_UP_AFTER = 10_000
-"""Unreadable samples in a row after which reading stops: there is nothing to be read any more."""
+"""Consecutive unreadable samples after which reading stops, because an endless stream would never end."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -28,14 +28,14 @@ def check_max_skipped(share: float) -> None:
 
 
 class Report(NamedTuple):
-    """What a reader met since its last report: how many samples, and those that it skipped."""
+    """What a reader met since its last report: the number of samples, and those it skipped."""
 
     met: int
     skipped: list[Note]
 
 
 class Notes:
-    """Takes the notes for a reader's next report."""
+    """Collects notes for a reader's next report."""
 
     def __init__(self) -> None:
         self.met = 0
@@ -43,18 +43,18 @@ class Notes:
         self._in_a_row = 0
 
     def add(self, name: str, reason: object, samples: int = 1) -> None:
-        """Raises ValueError when nothing else has come for a long time."""
+        """Raises ValueError after too many unreadable samples in a row."""
         self._notes.append((name, str(reason), samples))
         self._in_a_row += 1
         if self._in_a_row >= GIVE_UP_AFTER:
             raise ValueError(f"{GIVE_UP_AFTER} samples in a row could not be read, the last is {name}: {reason}")
 
     def read(self) -> None:
-        """A sample could be read."""
+        """Call when a sample was read."""
         self._in_a_row = 0
 
     def first(self) -> str:
-        """The first note in words; "" when there is none."""
+        """The first note as text; "" when there is none."""
         return f"; {self._notes[0][0]}: {self._notes[0][1]}" if self._notes else ""
 
     def report(self) -> Report:
@@ -64,23 +64,23 @@ class Notes:
 
 
 class Skips:
-    """Samples that could not be read so far, by name. `int(skips)` is their number."""
+    """Unreadable samples so far, by name. `int(skips)` is their number."""
 
     def __init__(self, max_skipped: float = 1.0) -> None:
-        """Raises ValueError when `max_skipped` is no share."""
+        """Raises ValueError when `max_skipped` is not a share."""
         check_max_skipped(max_skipped)
         self.max_skipped = max_skipped
         self.samples: dict[str, int] = {}
-        """How many samples each name stands for."""
+        """The number of samples for each name."""
         self._count = 0
         self.first = ""
-        """The first of them and why, in words."""
+        """The first one and its reason, as text."""
 
     def __int__(self) -> int:
         return self._count
 
     def note(self, name: str, reason: object, samples: int = 1) -> None:
-        """Counts and logs what was skipped, unless it is known."""
+        """Counts and logs skipped samples, unless they are known already."""
         if name in self.samples:
             return
         self.samples[name] = samples
@@ -93,10 +93,12 @@ class Skips:
             self.note(*note)
 
     def check(self, total: float, count: float | None = None, world_size: int = 1) -> None:
-        """ValueError when more than `max_skipped` of `total` samples cannot be read: `count` of them, or all so far.
+        """Raises ValueError when more than `max_skipped` of `total` samples are unreadable.
 
-        Of several processes each judges by its own part, and allows for chance, which may have dealt it more than the
-        others: three standard deviations.
+        Args:
+            count: unreadable samples; None: all so far.
+            world_size: with several processes, each checks its own part with a tolerance of three standard deviations,
+                because unreadable samples are not spread evenly.
         """
         count = self._count if count is None else count
         chance = 3 * math.sqrt(self.max_skipped * total) if world_size > 1 else 0

@@ -1,7 +1,7 @@
-"""Samples of WebDataset shards, read so that nothing in a damaged file is lost without a word.
+"""Reading the samples of WebDataset shards; every loss in a damaged file is reported.
 
-A sample is the members of a tar file that follow each other and have one key: `KEY.png`, `KEY.txt`. Links, sparse files
-and other special members are no part of it, and nothing is ever extracted to the disk.
+A sample consists of consecutive members of a tar file with the same key: `KEY.png`, `KEY.txt`. Links, sparse files and
+other special members are ignored, and nothing is extracted to disk.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import BinaryIO
 from .shard_writer import SIZES_FILE
 
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
-"""An image's extensions; of several images of a sample the first in this order is taken, as open_clip does."""
+"""Image extensions; if a sample has several images, the first in this order is used, as in open_clip."""
 TEXT_EXTENSIONS = ("txt", "json", "cls")
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names
-_MARK = 2  # blocks of zeros that end an archive; the last record of 20 blocks is filled up with more
+_MARK = 2  # zero blocks that end an archive; more of them pad the last record of 20 blocks
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass
 class TarSample:
-    """Members by extension: the content of those that were read, and where (offset, size) images lie in the file."""
+    """Members by extension: their content, where it was read, and their place (offset, size) in the file."""
 
     key: str
     shard: str
@@ -44,20 +44,20 @@ class TarSample:
 
 
 def lines(text: str) -> list[str]:
-    """The captions of a text that holds one a line."""
+    """The captions of a text with one per line."""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def complete(sample: TarSample) -> tuple[list[str], dict]:
-    """The captions (of its json's list `captions`, else the lines of its txt) and the rest of its json.
+    """The captions (the list `captions` of its json, else the lines of its txt) and the rest of its json.
 
-    Raises ValueError, saying why, when it has no caption or no image.
+    Raises ValueError with the reason when it has no caption or no image.
     """
     about: dict = {}
     try:
         about = dict(json.loads(sample.content.get("json", b"{}")))
     except (ValueError, TypeError, RecursionError):
-        pass  # what is no json object says nothing: the text may
+        pass  # not a JSON object: use the txt
     listed = about.pop("captions", None)
     listed = listed if isinstance(listed, list) else []
     captions = [" ".join(c.splitlines()) for c in listed if isinstance(c, str) and c.strip()]
@@ -82,14 +82,15 @@ def read_samples(
     expected: int | None = None,
     usual: int = 0,
 ) -> Iterator[TarSample]:
-    """The samples of a shard, complete or not; what is missing of them is told to `skip`.
+    """The samples of a shard, complete or not.
 
     Args:
-        file: read from its start to its end, once; without `images` it must be seekable.
-        images: whether images are read too; else only where they lie.
-        expected: how many samples it should hold, where that is known.
-        usual: how many a shard like it holds, where it is not. 0 when that is not known either: then `skip` hears of 0
-            samples where a shard breaks off.
+        file: read once from start to end; must be seekable without `images`.
+        skip: called with name, reason and number of samples for what is missing.
+        images: whether image contents are read, or only their places.
+        expected: how many samples the shard should have, where known.
+        usual: how many similar shards have, where `expected` is unknown. With 0, `skip` gets 0 samples for a truncated
+            shard.
     """
     faults = _Faults()
     found = incomplete = 0
@@ -117,20 +118,20 @@ def read_samples(
 
 @dataclass
 class _Faults:
-    """What is wrong with a tar file: damaged parts with something readable behind them, and what ends the reading."""
+    """Faults of a tar file: damaged parts with readable members after them, and what ended reading early."""
 
     damaged: list[str] = field(default_factory=list)
     end: str = ""
 
     def lost(self, found: int, incomplete: int, expected: int | None, usual: int) -> tuple[int | None, str]:
-        """How many samples were lost besides the incomplete ones (None: none), and why."""
+        """How many samples were lost besides the incomplete ones (None: nothing), and why."""
         reason = self.end or next(iter(self.damaged), "")
         if expected is not None:
             missing = expected - found if expected > found else None
             return missing, reason or f"it holds {found} samples, {SIZES_FILE} beside it says {expected}"
         if self.end:
             return max(1, usual - found) if usual else 0, reason
-        beside = len(self.damaged) - incomplete  # a damaged header loses one member of a sample, or more
+        beside = len(self.damaged) - incomplete  # a damaged header loses at least one member of a sample
         return beside if beside > 0 else None, reason
 
 
@@ -139,9 +140,9 @@ def _is_incomplete(sample: TarSample) -> bool:
 
 
 def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[str, bytes | None, tuple[int, int]]]:
-    """Name, content (of images and texts) and place of every plain file in a tar.
+    """Name, content (of images and texts) and place of every regular file in a tar file.
 
-    Damaged headers are passed over (`ignore_zeros`), so that what lies behind them is not lost.
+    Damaged headers are skipped (`ignore_zeros`), so that members after them are not lost.
     """
     header = _watched_header()
     members = 0
@@ -167,7 +168,7 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[st
                 wanted = member.name.rpartition(".")[2].lower() in read
                 content = tar.extractfile(member).read() if wanted else None
                 yield member.name, content, (member.offset_data, member.size)
-    except Exception as error:  # whatever the file, or the opener of this kind of URL, raises
+    except Exception as error:  # readers of URLs raise their own exceptions
         faults.end = f"{'its rest' if members else 'it'} cannot be read ({error})"
         if not members and header.damaged:
             faults.end = _kind_of(header.begins)
@@ -181,19 +182,19 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[st
 
 
 def _is_padding(zeros: int, end: int) -> bool:
-    """Whether so many blocks of zeros, up to this place, end one of several archives that were joined to one file."""
+    """Whether this many zero blocks before `end` are the end of one of several concatenated archives."""
     record = tarfile.RECORDSIZE // tarfile.BLOCKSIZE
     return zeros in (0, _MARK) or (zeros < _MARK + record and end % tarfile.RECORDSIZE == 0)
 
 
 def _watched_header() -> type[tarfile.TarInfo]:
-    """A class of headers for one file, which counts those that are damaged: tarfile passes over them in silence."""
+    """A header class for one file that counts damaged headers, which tarfile skips silently."""
 
     class Header(tarfile.TarInfo):
         begins = b""
         damaged = 0
         zeros = 0
-        """Blocks since the last readable header."""
+        """Zero blocks since the last readable header."""
 
         @classmethod
         def lost_bytes(cls) -> int:
@@ -218,4 +219,4 @@ def _kind_of(begins: bytes) -> str:
     for magic, name in _COMPRESSED.items():
         if begins.startswith(magic):
             return f"it is compressed ({name}), expected an uncompressed tar file: decompress it"
-    return f"it is no tar file, it begins with {begins[:16]!r}"
+    return f"it is not a tar file, it begins with {begins[:16]!r}"

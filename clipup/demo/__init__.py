@@ -1,6 +1,6 @@
-"""The demonstration: a tiny CLIP trained on pictograms, upcycled, and compared with the dense one continued.
+"""The demonstration: a tiny CLIP is upcycled, trained on pictograms and compared with the dense baseline.
 
-``run`` does all of it and leaves ``report.json`` and ``report.html``; ``clipup demo`` is its command.
+``run`` does all of it and writes ``report.json`` and ``report.html``; the command is ``clipup demo``.
 """
 
 from .run import DemoOptions, run

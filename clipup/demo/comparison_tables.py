@@ -1,4 +1,4 @@
-"""The comparison as tables: one description, written as plain text for the terminal and as HTML for the page."""
+"""Tables of the comparison, shown as plain text in the terminal and as HTML on the page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TEXT_WIDTH = 100
 
 
 def comparison_table(report: Mapping[str, Any]) -> str:
-    """Everything that was compared, and the verdict, as plain ASCII for the terminal, at most 100 characters wide."""
+    """All comparisons and the verdict as ASCII text for the terminal, at most 100 characters wide."""
     parts = [f"Held-out renderings, {heading(report)}", as_text(quality(report)), "", as_text(cost(report))]
     others = splits(report)
     if others.columns:
@@ -41,27 +41,27 @@ def comparison_table(report: Mapping[str, Any]) -> str:
 
 
 def heading(report: Mapping[str, Any]) -> str:
-    """Gallery size and chance of the main comparison."""
+    """Gallery size and chance level of the main comparison."""
     images, captions = (count(dig(report, "data", key)) for key in ("test_images", "test_captions"))
     return f"gallery of {images} images and {captions} captions, chance R@1 {chance(dig(report, 'chance_r1'))}\u00a0%"
 
 
 def step0(report: Mapping[str, Any]) -> str | None:
-    """The sentence about the difference that upcycling made before the first step; None without the number."""
+    """The sentence about the change made by upcycling before the first step; None without the number."""
     found = number(dig(report, "upcycled_step0", "max_feature_difference"))
     if found is None:
         return None
     return (
-        f"Upcycling changed the normalised features by at most {found:.1e} before the first step: "
+        f"Upcycling changed the normalized features by at most {found:.1e} before the first step: "
         "the two models compute the same function there."
         if found <= 1e-4
-        else f"Upcycling changed the normalised features by up to {found:.1e} before the first step, "
+        else f"Upcycling changed the normalized features by up to {found:.1e} before the first step, "
         "which is more than rounding (1e-4)."
     )
 
 
 def quality(report: Mapping[str, Any]) -> Table:
-    """Recall of every arm on the held-out renderings in per cent, chance above, the difference in points below."""
+    """Recall of every arm on the held-out renderings in percent, with chance above and the difference below."""
     columns = []
     for way, name in WAYS:
         for recall, label in _RECALLS:
@@ -74,7 +74,7 @@ def quality(report: Mapping[str, Any]) -> Table:
 
 
 def cost(report: Mapping[str, Any]) -> Table:
-    """What every arm takes: steps and seconds of that row alone, parameters, FLOPs; the ratio below."""
+    """Cost of every arm: its own steps and seconds, parameters, FLOPs; with the ratio below."""
 
     def of(key: str, scale: float = 1.0) -> list[float | None]:
         values = [number(dig(report, arm, key)) for arm, _ in ARMS]
@@ -93,21 +93,21 @@ def cost(report: Mapping[str, Any]) -> Table:
             one("training", "seconds", of("seconds"), whole),
             one("parameters, M", "all", of("params", 1e6), column),
             one("parameters, M", "active", of("active_params", 1e6), column),
-            one("GFLOPs", "a pair", of("gflops_per_pair"), column),
+            one("GFLOPs", "per pair", of("gflops_per_pair"), column),
         ),
         frozenset({2, 3}),
     )
 
 
 def overview(report: Mapping[str, Any]) -> Table:
-    """``quality`` and ``cost`` side by side, for where there is room; the last row has points and ratios."""
+    """``quality`` and ``cost`` side by side, for wide pages; the last row has points and ratios."""
     first, second = quality(report), cost(report)
     columns = tuple(Column(one.group, one.label, ("", *one.cells)) for one in second.columns)
     return Table((*first.rows[:-1], VERSUS), first.columns + columns, first.strong, _ROW_CLASSES)
 
 
 def splits(report: Mapping[str, Any]) -> Table:
-    """R@1 of every arm on the other splits; no columns when the report has none."""
+    """R@1 of every arm on the other splits; without columns if the report has none."""
     names: dict[str, None] = {}
     for arm, _ in ARMS:
         found = dig(report, arm, "splits")
@@ -125,7 +125,7 @@ def splits(report: Mapping[str, Any]) -> Table:
 
 
 def _lead(values: Sequence[float | None]) -> float | None:
-    """CLIP-UP minus the dense model continued; values in the order of ARMS."""
+    """CLIP-UP minus the dense baseline; values in the order of ARMS."""
     continued, clip_up = values[2], values[3]
     return None if continued is None or clip_up is None else clip_up - continued
 

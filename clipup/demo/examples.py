@@ -1,4 +1,4 @@
-"""Pictures for the demonstration's page: which expert took which patch, and what was retrieved for which caption."""
+"""Examples for the demonstration's page: routing of patches, and retrievals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sample = tuple[Tensor, Sequence[str], dict[str, Any]]
 def routing_examples(
     model: nn.Module, samples: list[Sample], pictures: list[Image.Image], count: int = 8
 ) -> list[dict]:
-    """The first choice of every patch in every sparse layer of the image tower, for ``count`` pictures of both groups.
+    """The first-choice expert of each patch, by sparse layer of the image tower, for ``count`` images of both groups.
 
     Returns:
         [{"image", "caption", "layers": {layer: integers [grid height, grid width]}}]
@@ -40,10 +40,10 @@ def retrieval_examples(
     tokenizer: Callable[[list[str]], Tensor],
     count: int = 4,
 ) -> dict[str, list[dict]]:
-    """The first captions that find their picture by the widest margin, and those that rank it lowest.
+    """The captions that retrieve their image with the largest margin, and those with the smallest.
 
     Returns:
-        {"best", "worst"}: ``count`` each of {"caption", "target", "rank" (from 1), "retrieved" (5 pictures), "model"}
+        {"best", "worst"}: ``count`` each of {"caption", "target", "rank" (from 1), "retrieved" (5 images), "model"}
     """
     images = encode_images(model, [image for image, _, _ in samples], batch_size=256)
     captions = [texts[0] for _, texts, _ in samples]

@@ -1,4 +1,4 @@
-"""The demonstration's report: one self-contained HTML page that loads nothing and needs no script."""
+"""The demonstration's report: one self-contained HTML page without scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .verdict import WAYS, verdict
 
 MOST_ROUTING_EXAMPLES = 12
 MOST_RETRIEVALS = 10
-"""Pictures of each kind on a page, so that it stays under 3 MB whatever it is given."""
+"""Limits of examples per page, which keep it under 3 MB."""
 
 _CURVES = {"dense": "Dense", "dense_continued": "Dense continued", "clip_up": "CLIP-UP"}
 _KNOWN = frozenset({"data", "chance_r1", "commands", *(arm for arm, _ in comparison_tables.ARMS)})
@@ -44,13 +44,13 @@ def render_demo(
     retrievals: Mapping[str, Sequence[Mapping[str, Any]]],
     data_notes: Mapping[str, Any],
 ) -> str:
-    """The page as a string, to be written as UTF-8. Under 3 MB, all text escaped.
+    """The page as a string, to be written as UTF-8, under 3 MB and with all text escaped.
 
     Args:
-        report: what ``report.json`` holds. Keys that the page does not know are listed in its footer; ``commands``
-            (strings) are shown where it says how to reproduce it.
+        report: the content of ``report.json``. Unknown keys are listed in the footer; ``commands`` (strings) are shown
+            as how to reproduce it.
         curves: {arm: [{"step", "loss", "contrastive"?}]} for ``dense``, ``dense_continued``, ``clip_up``; steps are
-            counted from the dense model's first, the continuations begin where it ended.
+            counted from the dense model's first, and continued training starts where it ended.
         evaluations: {arm: [{"step", "t2i_r1", "i2t_r1"}]}, fractions of 1, steps as above.
         loads: {layer: {"steps": [N], "load": [N][E]}}, shares of 1.
         routing: [{"image": PIL image, "caption", "layers": {layer: int [grid_h, grid_w]}}], experts from 0;
@@ -88,17 +88,17 @@ def _what_was_done(report: Mapping[str, Any]) -> str:
     pairs = f"{count(dig(report, 'data', 'train_pairs'))} training pairs{called}"
     if _came_trained(report):
         return (
-            "A dense CLIP that had been trained on other pictures was turned into a sparse Mixture-of-Experts CLIP "
-            f"(CLIP-UP), and the sparse and the dense model were trained on {pairs}, {continued}."
+            "A dense CLIP trained on other images was turned into a sparse Mixture-of-Experts CLIP "
+            f"(CLIP-UP), and both the sparse and the dense model were trained on {pairs}, {continued}."
         )
     return (
         f"A dense CLIP was trained for {steps} steps on {pairs}, then turned into a sparse Mixture-of-Experts CLIP "
-        f"(CLIP-UP), and the sparse and the dense model went on {continued}."
+        f"(CLIP-UP), and both the sparse and the dense model continued training {continued}."
     )
 
 
 def _came_trained(report: Mapping[str, Any]) -> bool:
-    """Whether the dense model was not trained here at all."""
+    """Whether the dense model was trained before the demonstration."""
     return number(dig(report, "dense", "steps")) == 0
 
 
@@ -109,7 +109,7 @@ def _curves(report: Mapping[str, Any], curves: Mapping[str, Records], evaluation
     losses = {arm: _loss(arm, curves.get(arm, ()), window) for arm in arms}
     marks = () if before is None else ((before, "upcycled"),)
     continued = [losses[arm] for arm in ("dense_continued", "clip_up")]
-    drawn = [charts.line_chart(continued, "Contrastive loss, the continuations alone", "step", "nats")]
+    drawn = [charts.line_chart(continued, "Contrastive loss, continued training", "step", "nats")]
     if "dense" in arms:
         drawn.insert(0, charts.line_chart(list(losses.values()), "Contrastive loss", "step", "nats", marks=marks))
     level = number(dig(report, "chance_r1"))
@@ -137,7 +137,7 @@ def _loss(arm: str, records: Records, window: int) -> Series:
 def _recall(
     report: Mapping[str, Any], arm: str, evaluations: Mapping[str, Records], key: str, way: str, branch: float
 ) -> Series:
-    """An arm's R@1 over steps; a continuation's line begins with the model that it starts from."""
+    """An arm's R@1 over steps; continued training starts at the R@1 of its initial model."""
     found = [(_float(record.get("step")), _float(record.get(key))) for record in evaluations.get(arm, ())]
     start = {"dense_continued": "dense", "clip_up": "upcycled_step0"}.get(arm)
     value = number(dig(report, start, way, "r1")) if start else None
@@ -148,7 +148,7 @@ def _recall(
 
 
 def _window(curves: Mapping[str, Records]) -> int:
-    """Steps that the loss is averaged over: a twentieth of the shortest run, between 1 and 51, odd."""
+    """Number of steps to average the loss over: a twentieth of the shortest run, odd, at most 51."""
     shortest = min((len(records) for records in curves.values() if len(records)), default=1)
     return min(51, shortest // 20 | 1)
 
@@ -168,7 +168,7 @@ def _load_charts(loads: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _experts(loads: Mapping[str, Mapping[str, Any]], routing: Sequence[Mapping[str, Any]]) -> int:
-    """Number of experts that any figure shows."""
+    """The largest number of experts in any figure."""
     of_loads = [len(layer["load"][0]) for layer in loads.values() if len(layer["load"])]
     grids = [np.asarray(grid) for example in routing for grid in example["layers"].values()]
     return max([*of_loads, *(int(grid.max()) + 1 for grid in grids if grid.size)], default=0)
@@ -215,7 +215,7 @@ def _commands(report: Mapping[str, Any]) -> list[str]:
 
 
 def _extras(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Everything in the report that is shown nowhere else, in groups: versions, machine, options."""
+    """What the report holds beyond the tables, in groups: versions, machine, options."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for key, value in report.items():
         if key not in _KNOWN:

@@ -1,4 +1,4 @@
-"""The stages of the demonstration, in the order in which they run."""
+"""Runs the demonstration: data, dense model, upcycling, continued training of both, report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from clipup_kernels import backend_info
 
+from ..atomic_files import replace_files
 from ..clip.flops import count
 from ..data.loaders import describe, eval_samples, train_loader
 from ..evaluate.retrieval import evaluate_retrieval
@@ -30,18 +32,18 @@ from .page import render_demo
 from .pictograms.build import build
 
 START = Path(__file__).parent / "start"
-"""The dense model that ships: trained on icons without the sets that the demonstration's pictures are of."""
+"""The dense model in the package, trained on icons without the sets that the demonstration uses."""
 MODEL = "clipup-tiny-32"
-"""What is trained when there is nothing to start from."""
+"""The architecture that is trained from random weights."""
 _STEPS_FROM_SCRATCH = 500
 ARMS = ("dense", "dense_continued", "clip_up")
 REPORT_FILES = ("report.json", "report.html")
-_TRAIN_RULE = "every other drawing; several captions an image, of which a step sees one"
+_TRAIN_RULE = "all other drawings; several captions per image, one of which is drawn at each step"
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Makes a small CLIP sparse, trains it on real pictograms, and compares it with the dense one trained as long.
+    """Upcycles a small CLIP, trains it on pictograms, and compares it with the dense baseline (continued training).
 
     Example: clipup demo --out runs/demo
     """
@@ -49,25 +51,25 @@ class DemoOptions:
     out: str = "runs/demo"
     """Directory for the report, the runs and the data."""
     data: str | None = None
-    """Directory of a data set that `clipup data` wrote. None: the pictograms, built in OUT/data once."""
+    """Directory of a data set written by `clipup data`. None: the pictograms, built once in OUT/data."""
     start: str | None = str(START)
-    """Directory of the dense model to begin with; the one that ships has seen other icons. None: random weights."""
+    """Directory of the dense model to start from; the default was trained on other icons. None: random weights."""
     dense_steps: int | None = None
-    """Steps of the dense model before it is upcycled. None: 0, from random weights 500."""
+    """Steps of the dense model before upcycling. None: 0, or 500 from random weights."""
     continue_steps: int = 400
-    """Steps by which the dense and the sparse model go on."""
+    """Steps for which the dense and the sparse model continue training."""
     batch_size: int = 256
-    """Pairs a step."""
+    """Pairs per step."""
     lr: float = 2e-3
     """Peak learning rate of the dense model."""
     continue_lr: float = 2e-3
-    """Peak learning rate of both continuations."""
+    """Peak learning rate of continued training, dense and sparse."""
     eval_every: int = 100
-    """Steps between two points of the R@1 curves."""
+    """Steps between points of the R@1 curves."""
     seed: int = 0
     """Seed of weights and data order."""
     overwrite: bool = False
-    """Replace the report and the runs of an earlier demonstration in OUT; its data are used again."""
+    """Replace the report and the runs of an earlier demonstration in OUT; its data are reused."""
 
     def __post_init__(self) -> None:
         for name in ("continue_steps", "batch_size", "eval_every"):
@@ -78,19 +80,19 @@ class DemoOptions:
 
     @property
     def model(self) -> str:
-        """A model's name or directory."""
+        """The name or directory of the dense model."""
         return self.start or MODEL
 
     @property
     def steps_before(self) -> int:
-        """Steps of the dense model before it is upcycled."""
+        """Steps of the dense model before upcycling."""
         if self.dense_steps is not None:
             return self.dense_steps
         return 0 if self.start else _STEPS_FROM_SCRATCH
 
 
 def run(options: DemoOptions) -> dict[str, Any]:
-    """Runs the demonstration and returns what ``report.json`` holds.
+    """Runs the demonstration and returns the content of ``report.json``.
 
     Raises:
         FileExistsError: OUT holds an earlier demonstration and ``overwrite`` is not set.
@@ -98,7 +100,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     """
     out = Path(options.out)
     _refuse_earlier(out, options.overwrite)
-    _say("1/5", "real pictograms and their names, rendered from Python packages")
+    _say("1/5", "pictograms and their names, rendered from Python packages")
     data = Path(options.data or out / "data")
     dataset = describe(data) if options.data else build(data)
 
@@ -122,12 +124,12 @@ def run(options: DemoOptions) -> dict[str, Any]:
     print(f"      largest difference of any feature, before the first step: {difference:.1e}")
     report["upcycled_step0"] = {**stages.measure(sparse), "max_feature_difference": difference}
 
-    _say("4/5", f"the dense model goes on for {options.continue_steps} steps")
+    _say("4/5", f"the dense baseline continues training for {options.continue_steps} steps")
     continued = copy.deepcopy(model)
     dense_continued = stages.train(continued, "dense_continued", options.continue_steps, options.continue_lr)
     report["dense_continued"] = stages.measure(continued, dense_continued)
 
-    _say("5/5", f"the sparse model goes on for the same {options.continue_steps} steps")
+    _say("5/5", f"the sparse model continues training for the same {options.continue_steps} steps")
     clip_up = stages.train(sparse, "clip_up", options.continue_steps, options.continue_lr)
     report["clip_up"] = stages.measure(sparse, clip_up)
     report["chance_r1"] = report["dense"]["chance_r1"]
@@ -143,13 +145,13 @@ def run(options: DemoOptions) -> dict[str, Any]:
         retrievals=retrieval_examples(sparse, stages.test, stages.pictures, tokenizer),
         data_notes=_data_notes(dataset),
     )
-    _write(out / "report.json", json.dumps(report, indent=2) + "\n")
-    _write(out / "report.html", page)
+    files = zip(REPORT_FILES, (json.dumps(report, indent=2) + "\n", page), strict=True)
+    replace_files({out / name: partial(_write, text) for name, text in files})
     return report
 
 
 class _Stages:
-    """Data that is read once, and the two things that every stage does with a model: train it, measure it."""
+    """Training and measuring models on data that is read once."""
 
     def __init__(self, options: DemoOptions, out: Path, data: Path, preprocess: Any, tokenizer: Any) -> None:
         self.options, self.out, self.tokenizer = options, out, tokenizer
@@ -185,7 +187,7 @@ class _Stages:
         return {"t2i_r1": recall["t2i"]["r1"], "i2t_r1": recall["i2t"]["r1"]}
 
     def measure(self, model: nn.Module, result: TrainResult | None = None) -> dict[str, Any]:
-        """An arm's entry of the report."""
+        """An arm's entry in the report."""
         counts = count(model)
         test = evaluate_retrieval(model, self.test, self.tokenizer, batch_size=256, by="group")
         concepts = evaluate_retrieval(model, self.concepts, self.tokenizer, batch_size=256)
@@ -211,7 +213,7 @@ def _refuse_earlier(out: Path, overwrite: bool) -> None:
 
 
 def _on_one_axis(arm: str, records: list[dict[str, Any]], options: DemoOptions) -> list[dict[str, Any]]:
-    """Steps counted from the dense model's first: the continuations begin where it ended."""
+    """Records with steps counted from the dense model's first; continued training starts where it ended."""
     before = 0 if arm == "dense" else options.steps_before
     return [{**record, "step": record["step"] + before} for record in records]
 
@@ -268,7 +270,5 @@ def _say(stage: str, what: str) -> None:
     print(f"\n[{stage}] {what}", flush=True)
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")

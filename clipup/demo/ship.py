@@ -1,4 +1,4 @@
-"""Puts a trained dense model where the demonstration starts from, in float16.
+"""Installs a trained dense model as the start of the demonstration, in float16.
 
 python -m studies icons runs/start/data --package package --leave-out openmoji twemoji ph
 python -m studies run studies/demo/*.yaml --data runs/start/data --runs runs/start/runs
@@ -15,25 +15,25 @@ from ..pretrained import factory, model_card, model_names
 from ..pretrained.saving import save_pretrained
 from .run import START
 
-_README = """# What the demonstration starts from
+_README = """# The dense model that the demonstration starts from
 
 A dense CLIP of 0.8 M parameters (`clipup-icons-w64`, 32 x 32 pixels, whole words), in float16, trained from random
-weights by `make demo-start`: `studies/demo` says how, and `studies/demo/logs` what came out. Its pictures were openly
-licensed icons from the npm package @iconify/json, without the sets that the demonstration's pictures are of
-(openmoji, twemoji, ph). `python -m studies icons` lists who drew them and under which licences.
+weights by `make demo-start` with the config in `studies/demo` (log: `studies/demo/logs`). Its training images are
+openly licensed icons from the npm package @iconify/json, without the sets that the demonstration uses (openmoji,
+twemoji, ph). `python -m studies icons` lists their makers and licences.
 """
 
 
 def ship(directory: str | Path, to: str | Path = START) -> None:
-    """Writes the model of a directory to another one, its weights in float16.
+    """Writes a model to another directory, with its weights in float16.
 
     Raises:
-        FileNotFoundError, ValueError: ``directory`` holds no model.
+        FileNotFoundError, ValueError: no model in ``directory``.
     """
     model, *_ = factory.create_model_and_transforms(str(directory))
     save_pretrained(model.half(), to, model_names.get_model_config(str(directory)))
     (Path(to) / model_card.README).write_text(_README, encoding="utf-8")
-    (Path(to) / word_tokenizer.FILE_NAME).unlink()  # the package has it
+    (Path(to) / word_tokenizer.FILE_NAME).unlink()  # it is in the package
 
 
 if __name__ == "__main__":

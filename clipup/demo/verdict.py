@@ -1,4 +1,4 @@
-"""The answer of the demonstration in a sentence, built the same way whichever way it falls."""
+"""The result of the demonstration in one sentence, with the same wording whether CLIP-UP wins or loses."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ WAYS = (("t2i", "text → image"), ("i2t", "image → text"))
 _COMPARED = ("clip_up", "dense_continued")
 _WRITTEN_ZERO = 0.0005  # a fraction; smaller differences are written 0.0 points
 _STANDARD_ERRORS = 2
-"""Of the difference of two rates: what is less than so many of them is called level."""
+"""Differences of two rates below this many standard errors are called level."""
 
 
 class Verdict(NamedTuple):
-    """What the comparison says, and what has to be known to judge it."""
+    """The result, and what is needed to judge it."""
 
     sentence: str
     notes: tuple[str, ...]
 
 
 def verdict(report: Mapping[str, Any]) -> Verdict:
-    """CLIP-UP minus the dense model continued, R@1 both ways in percentage points, from what ``report.json`` holds.
+    """CLIP-UP minus the dense baseline: R@1 both ways in percentage points, from the content of ``report.json``.
 
-    A difference of less than two standard errors, by the number of test images, is called level. No claim of
-    significance is made: it is one seed. A report without the numbers gets a sentence that says so.
+    Differences below two standard errors, given the number of test images, are called level. With one seed, no claim of
+    significance is made. If the report lacks numbers, the sentence says so.
     """
     arms = {arm: {way: number(dig(report, arm, way, "r1")) for way, _ in WAYS} for arm in _COMPARED}
     missing = [f"{arm} {way}" for arm, found in arms.items() for way, value in found.items() if value is None]
@@ -52,8 +52,8 @@ def _steps(report: Mapping[str, Any]) -> str:
 
 
 def _standing(leads: list[tuple[float, float]]) -> str:
-    """How CLIP-UP stands, from its lead in both directions and how large a lead must be to count as one."""
-    other = "the dense model continued"
+    """How CLIP-UP compares, from (lead, margin) both ways; leads below the margin do not count."""
+    other = "the dense baseline (continued training)"
     signs = {0 if abs(lead) < margin else int(math.copysign(1, lead)) for lead, margin in leads}
     if signs == {0}:
         written_zero = all(abs(lead) < _WRITTEN_ZERO for lead, _ in leads)
@@ -65,7 +65,7 @@ def _standing(leads: list[tuple[float, float]]) -> str:
 
 
 def _margin(report: Mapping[str, Any], rates: list[float]) -> float:
-    """The least difference of two rates that is not called level."""
+    """The smallest difference of two rates that is not called level."""
     images = number(dig(report, "data", "test_images"))
     if not images or images < 1:
         return _WRITTEN_ZERO
@@ -78,9 +78,9 @@ def _sampling(report: Mapping[str, Any], margins: Mapping[str, float]) -> tuple[
     if not images or images < 1:
         return ()
     return (
-        f"No claim of significance is made: with {count(images)} test images a difference of less than "
-        f"{100 * max(margins.values()):.1f} points, {_STANDARD_ERRORS} standard errors, is called level, and another "
-        "seed would move it as well.",
+        f"No claim of significance is made: with {count(images)} test images, differences below "
+        f"{100 * max(margins.values()):.1f} points ({_STANDARD_ERRORS} standard errors) are called level, and the result "
+        "also varies with the seed.",
     )
 
 

@@ -1,6 +1,6 @@
-"""A dense MLP taken apart, and how its parts are read: projections, activation, norm, dropout.
+"""``DenseMLP``, a uniform view of a dense MLP, and readers of its parts: projections, activation, norm, dropout.
 
-Parts are matched on their exact classes, by full names, and what is not known is refused by name.
+Parts are matched on their exact classes, by full names; unknown ones are refused by name.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class DenseMLP:
-    """A dense MLP taken apart; its parameters are the originals (or views of them), not copies.
+    """The parts of a dense MLP; its parameters are the originals (or views of them), not copies.
 
-    ``W_out norm(dropout(act(W_in x + b_in))) + b_out``, gated ``act(W_gate x + b_gate) * (W_in x + b_in)`` inside; norm
-    and dropout where there are any.
+    ``W_out norm(dropout(act(W_in x + b_in))) + b_out``, gated: ``act(W_gate x + b_gate) * (W_in x + b_in)`` inside;
+    norm and dropout are optional.
     """
 
     in_weight: Tensor
@@ -25,37 +25,37 @@ class DenseMLP:
     out_weight: Tensor
     """[D, H]."""
     in_bias: Tensor | None
-    """[H]; in_bias and out_bias are both there or both None."""
+    """[H]; in_bias and out_bias are both present or both None."""
     out_bias: Tensor | None
     """[D]."""
     activation: str
     """One of clipup_kernels.ACTIVATIONS."""
     gate_weight: Tensor | None = None
-    """[H, D] of gated families."""
+    """[H, D], for gated families."""
     gate_bias: Tensor | None = None
     """[H]."""
     ln_weight: Tensor | None = None
-    """[H], of a layer norm between the projections; ln_weight and ln_bias are both there or both None."""
+    """[H], of a layer norm between the projections; ln_weight and ln_bias are both present or both None."""
     ln_bias: Tensor | None = None
     """[H]."""
     ln_eps: float = 1e-5
-    """What that norm adds to the variance."""
+    """Added to that norm's variance."""
     dropout: float = 0.0
-    """Probability with which an entry of the activation is dropped in training."""
+    """Probability of dropping an entry of the activation in training."""
     input_norm: nn.Module | None = None
-    """A norm that x passes before the projections. It is no part of an expert: one for all, in front of the router."""
+    """A norm in front of the projections. It is not part of an expert: it stays in front of the router."""
 
     def parameters(self) -> dict[str, Tensor]:
-        """The tensors by the names that they have in SparseMoE; what the MLP lacks is left out."""
+        """The tensors by their names in SparseMoE; absent ones are omitted."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def class_name(module: nn.Module) -> str:
-    """The full name of a module's class."""
+    """The full class name of a module."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-_ACTIVATIONS: dict[str, str | Callable[[nn.Module], str]] = {
+_ACTIVATIONS: dict[str, str | Callable[[Any], str]] = {
     "torch.nn.modules.activation.GELU": lambda act: {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate],
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.SiLU": "silu",
@@ -89,7 +89,7 @@ def read_activation(module: nn.Module) -> str:
 
 
 def read_linears(linears: dict[str, nn.Module], activation: nn.Module, **others: Any) -> DenseMLP:
-    """The MLP of plain linear layers called "in", "out" and, where gated, "gate"; ``others`` are more of its fields."""
+    """The MLP of plain linear layers named "in", "out" and, if gated, "gate"; ``others``: further fields."""
     check_linears(*linears.values())
     weights = {f"{name}_weight": linear.weight for name, linear in linears.items()}
     biases = {f"{name}_bias": linear.bias for name, linear in linears.items()}
@@ -97,7 +97,7 @@ def read_linears(linears: dict[str, nn.Module], activation: nn.Module, **others:
 
 
 def check_linears(*linears: nn.Module) -> None:
-    """Refuses whatever is no plain linear layer."""
+    """Refuses everything but plain linear layers."""
     for linear in linears:
         if type(linear) is not nn.Linear:
             raise TypeError(
@@ -106,7 +106,7 @@ def check_linears(*linears: nn.Module) -> None:
 
 
 def assemble(**fields: Any) -> DenseMLP:
-    """A ``DenseMLP`` that the ops can compute: biases everywhere or nowhere, and as wide at its end as at its start."""
+    """A ``DenseMLP`` that the ops support: all projections with biases or none, and equal input and output width."""
     if len({fields[name] is None for name in fields if name in ("in_bias", "gate_bias", "out_bias")}) > 1:
         raise TypeError("cannot read an MLP with a bias in only one of its projections")
     (hidden, width), out_shape = fields["in_weight"].shape, tuple(fields["out_weight"].shape)
@@ -118,7 +118,7 @@ def assemble(**fields: Any) -> DenseMLP:
 
 
 def read_norm(name: str, module: nn.Module) -> dict[str, Any]:
-    """The fields of a norm between the projections; none for ``nn.Identity``."""
+    """The fields of a norm between the projections; empty for ``nn.Identity``."""
     if type(module) is nn.Identity:
         return {}
     if class_name(module) not in _LAYER_NORMS:
@@ -136,22 +136,22 @@ def read_dropout(name: str, module: nn.Module) -> float:
 
 
 def refuse_changed_forward(*parts: nn.Module) -> None:
-    """Refuses an MLP that computes something else than its classes do: with hooks (those of pruning and of weight
-    normalisation among them), or a ``forward`` of its own in a module. What is made of its weights would lose that."""
+    """Refuses an MLP whose modules were modified: forward hooks (pruning and weight normalization use them), or a
+    ``forward`` assigned to a module. Experts made of its weights would lose the modification."""
     for name, module in (named for part in parts for named in part.named_modules()):
         changed = "forward hooks" if module._forward_hooks or module._forward_pre_hooks else ""
         changed = "a forward of its own" if "forward" in vars(module) else changed
         if changed:
             raise TypeError(
-                f"cannot read an MLP with {changed}{f' on {name}' if name else ''}: what is made of its weights would "
+                f"cannot read an MLP with {changed}{f' on {name}' if name else ''}: experts made of its weights would "
                 "lose them; remove them first"
             )
 
 
 def refuse_dropout(name: str, module: nn.Module) -> None:
-    """Refuses a dropout behind the output projection that drops: the sparse layer ends with the weighted sum."""
+    """Refuses an active dropout after the output projection: a sparse layer ends with the weighted sum."""
     if read_dropout(name, module) > 0:
         raise TypeError(
-            f"cannot read an MLP with {name}={module} behind its projections: the experts have no dropout there; "
+            f"cannot read an MLP with {name}={module} after its projections: experts have no dropout there; "
             "create the model with a drop rate of 0"
         )

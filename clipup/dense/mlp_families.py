@@ -1,15 +1,15 @@
-"""Families of dense MLPs: which blocks hold an MLP that can become experts, and where its parts are.
+"""Families of dense MLPs: which blocks have an MLP that can become experts, and where its parts are.
 
-A family is matched on the exact classes of the block and of its MLP, by their full names, and never on an attribute's
-name: a subclass or a look-alike may compute something else. Matching by name also keeps open_clip, timm and
-transformers out of the imports of people who use ``SparseMoE`` elsewhere.
+A family is matched on the exact classes of the block and of its MLP, by their full names, never on attribute names: a
+subclass or a look-alike may compute something else. Matching by name also avoids importing open_clip, timm and
+transformers for users of ``SparseMoE`` in other models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -29,17 +29,17 @@ from .dense_mlp import (
 
 @dataclass(frozen=True)
 class Family:
-    """Blocks of these classes hold an MLP made of these parts, which ``read`` takes apart."""
+    """Blocks of these classes have an MLP made of these parts, which ``read`` converts to a ``DenseMLP``."""
 
     blocks: tuple[str, ...]
-    """Full names of the blocks' classes."""
+    """Full class names of the blocks."""
     parts: tuple[tuple[str, str], ...]
-    """(path in the block, full name of the class) of the modules that make up the MLP, mostly one. A sparse layer takes
-    the place of the first, as it takes what the first takes."""
+    """(path in the block, full class name) of the modules that make up the MLP, usually one. A sparse layer replaces
+    the first, whose input it takes."""
     read: Callable[..., DenseMLP]
-    """Takes the parts apart, one argument each."""
+    """Reads the parts, one argument each."""
     passed: tuple[str, ...] = ()
-    """Paths of the projections in the other parts, which ``nn.Identity`` replaces: the sparse layer did their work."""
+    """Paths of the projections in the other parts, which ``nn.Identity`` replaces: the sparse layer includes them."""
 
 
 class BlockMLP(NamedTuple):
@@ -52,18 +52,19 @@ class BlockMLP(NamedTuple):
     """The module that a sparse layer replaces."""
 
     def replace(self, layer: nn.Module) -> None:
-        """Puts ``layer`` in the place of the MLP."""
+        """Replaces the MLP by ``layer``."""
         self.block.set_submodule(self.family.parts[0][0], layer)
         for path in self.family.passed:
             self.block.set_submodule(path, nn.Identity())
 
 
 def find_mlp(block: nn.Module) -> BlockMLP:
-    """Finds the MLP of a transformer block and takes it apart.
+    """Finds and reads the MLP of a transformer block.
 
     Raises:
-        TypeError: the class of the block or of a part of its MLP is of no family, or something in the MLP is not read
-            (an unknown activation, a norm that is no layer norm); the message names it.
+        TypeError: the class of the block or of a part of its MLP belongs to no family, or the MLP has an unsupported
+        part
+            (an unknown activation, a norm other than layer norm); the message names it.
     """
     inside = ""
     for family in FAMILIES:
@@ -81,7 +82,7 @@ def find_mlp(block: nn.Module) -> BlockMLP:
 
 
 def read_mlp(mlp: nn.Module) -> DenseMLP:
-    """Takes a dense MLP apart that is one module.
+    """Reads a dense MLP that is a single module.
 
     Raises:
         TypeError: as ``find_mlp``.
@@ -95,7 +96,7 @@ def read_mlp(mlp: nn.Module) -> DenseMLP:
 
 
 def families_read() -> str:
-    """One line that says what is read."""
+    """One line that lists the supported MLPs."""
     libraries: dict[str, tuple[list[str], list[str]]] = {}
     for family in FAMILIES:
         blocks, mlps = libraries.setdefault(family.blocks[0].split(".")[0], ([], []))
@@ -121,10 +122,10 @@ def _class(full_name: str) -> str:
     return full_name.rsplit(".", 1)[1]
 
 
-# ---------------------------------------------------------------- readers
+# ---------------------------------------------------------------- readers: the modules' classes are known, not imported
 
 
-def _read_open_clip(mlp: nn.Sequential) -> DenseMLP:
+def _read_open_clip(mlp: Any) -> DenseMLP:
     parts = dict(mlp.named_children())
     if list(parts) not in (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"]):
         raise TypeError(
@@ -135,16 +136,16 @@ def _read_open_clip(mlp: nn.Sequential) -> DenseMLP:
     return read_linears({"in": parts["c_fc"], "out": parts["c_proj"]}, parts["gelu"], **norm)
 
 
-def _read_timm_mlp(mlp: nn.Module) -> DenseMLP:
+def _read_timm_mlp(mlp: Any) -> DenseMLP:
     return read_linears({"in": mlp.fc1, "out": mlp.fc2}, mlp.act, **_between(mlp))
 
 
-def _read_timm_swiglu(mlp: nn.Module) -> DenseMLP:
+def _read_timm_swiglu(mlp: Any) -> DenseMLP:
     return read_linears({"in": mlp.fc1_x, "gate": mlp.fc1_g, "out": mlp.fc2}, mlp.act, **_between(mlp))
 
 
-def _read_timm_glu(mlp: nn.Module) -> DenseMLP:
-    """One linear layer holds both projections into the hidden width, the gate in its first or in its second half."""
+def _read_timm_glu(mlp: Any) -> DenseMLP:
+    """One linear layer holds both projections into the hidden width, the gate in its first or second half."""
     check_linears(mlp.fc1, mlp.fc2)
     names = ("in", "gate") if mlp.gate_last else ("gate", "in")
     biases = (None, None) if mlp.fc1.bias is None else mlp.fc1.bias.chunk(2)
@@ -159,30 +160,30 @@ def _read_timm_glu(mlp: nn.Module) -> DenseMLP:
     )
 
 
-def _read_timm_geglu(mlp: nn.Module) -> DenseMLP:
+def _read_timm_geglu(mlp: Any) -> DenseMLP:
     refuse_dropout("drop2", mlp.drop2)
     dropout = read_dropout("drop1", mlp.drop1)
     linears = {"in": mlp.w1, "gate": mlp.w0, "out": mlp.w2}
     return read_linears(linears, mlp.act, dropout=dropout, input_norm=mlp.norm)
 
 
-def _between(mlp: nn.Module) -> dict:
-    """What timm's MLPs have between their projections, and nothing behind them."""
+def _between(mlp: Any) -> dict:
+    """The parts of timm's MLPs between their projections; dropout after them is refused."""
     refuse_dropout("drop2", mlp.drop2)
     return {"dropout": read_dropout("drop1", mlp.drop1), **read_norm("norm", mlp.norm)}
 
 
-def _read_mt5(mlp: nn.Module) -> DenseMLP:
+def _read_mt5(mlp: Any) -> DenseMLP:
     return read_linears({"in": mlp.wi, "out": mlp.wo}, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
 
 
-def _read_gated_mt5(mlp: nn.Module) -> DenseMLP:
+def _read_gated_mt5(mlp: Any) -> DenseMLP:
     linears = {"in": mlp.wi_1, "gate": mlp.wi_0, "out": mlp.wo}
     return read_linears(linears, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
 
 
-def _read_bert(intermediate: nn.Module, output: nn.Module) -> DenseMLP:
-    """The second projection lies in the module that also adds the residual and normalises, which stays."""
+def _read_bert(intermediate: Any, output: Any) -> DenseMLP:
+    """The second projection is in the module that also adds the residual and normalizes, which stays."""
     return read_linears({"in": intermediate.dense, "out": output.dense}, intermediate.intermediate_act_fn)
 
 
@@ -230,4 +231,4 @@ FAMILIES: tuple[Family, ...] = (
     _bert("roberta", "Roberta"),
     _bert("xlm_roberta", "XLMRoberta"),
 )
-"""The families that are read; blocks and MLPs of one library may come in any combination."""
+"""The supported families; blocks and MLPs of one library can be combined freely."""

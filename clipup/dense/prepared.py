@@ -1,7 +1,7 @@
-"""Layers that hold packed weights in place of plain ones, for inference on CPUs. ``clipup.accelerate`` makes them.
+"""Dense layers that hold packed weights instead of plain ones, for inference on CPUs; made by ``clipup.accelerate``.
 
-What the kernels read at every call was put in their order once, so there is one copy of it, and nothing to go stale: a
-prepared layer has no plain weight that could be trained or written to. Its state dict is the plain layer's.
+Packing happens once, ahead of time. A prepared layer has no plain weights that could be trained or written to, so there
+is one copy of each weight and none can go stale. Its state dict is that of the plain layer.
 
 Axis legend: ``D`` model width, ``H`` hidden width, ``E`` experts.
 """
@@ -9,7 +9,7 @@ Axis legend: ``D`` model width, ``H`` hidden width, ``E`` experts.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +23,12 @@ from .dense_mlp import DenseMLP
 from .mlp_families import read_mlp
 
 MATRICES = ("in_weight", "out_weight", "gate_weight")
-"""The parameters that are packed, by the names that they have in ``SparseMoE`` and ``DenseMLP``."""
+"""Names, in ``SparseMoE`` and ``DenseMLP``, of the parameters that are packed."""
+_NO_BLOCK = torch.empty(0, dtype=torch.uint8)
 
 
 class Part(NamedTuple):
-    """Where one of ``DenseMLP``'s tensors lies in a parameter of the MLP, which may hold several."""
+    """The location of one of ``DenseMLP``'s tensors in a parameter of the MLP, which may hold several."""
 
     name: str
     size: torch.Size
@@ -36,7 +37,7 @@ class Part(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A parameter of the plain layer, as a state dict has it."""
+    """A parameter of the plain layer as stored in a state dict."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -44,19 +45,19 @@ class Stored(NamedTuple):
 
 
 class _TypeOnly(NamedTuple):
-    """What open_clip's blocks ask their MLP for: ``block.mlp.c_fc.weight.dtype``, the type of the tower."""
+    """Provides ``block.mlp.c_fc.weight.dtype``, from which open_clip's blocks read the type of the tower."""
 
     weight: PackedWeight
 
 
 class Prepared(nn.Module):
-    """Base of prepared layers: packed weights, and what must not be done with them."""
+    """Base of prepared layers: packed weights, and the refusals of what they do not support."""
 
     _stored: dict[str, Stored]
     _packed: dict[str, PackedWeight]
 
-    def _prepare(self, tensors: dict[str, Tensor], stored: dict[str, Stored]) -> None:
-        """Takes over ``tensors``: matrices packed, others (biases) as buffers."""
+    def _prepare(self, tensors: Mapping[str, Tensor], stored: dict[str, Stored]) -> None:
+        """Stores ``tensors``: matrices packed, others (biases) as buffers."""
         self._stored, self._packed = stored, {}
         for name, tensor in tensors.items():
             self._put(name, tensor)
@@ -66,14 +67,15 @@ class Prepared(nn.Module):
             self.register_buffer(name, tensor.detach().clone(), persistent=False)
             return
         packed = pack_weight(tensor)
-        self.register_buffer(f"{name}_packed", packed.block, persistent=False)  # exported programs find it there
-        self._packed[name] = packed._replace(block=None)
+        self.register_buffer(f"{name}_packed", packed.block, persistent=False)  # torch.export lifts buffers
+        self._packed[name] = packed._replace(block=_NO_BLOCK)
 
     def _get(self, name: str) -> Tensor:
-        return unpack_weight(self.packed(name)) if name in MATRICES else getattr(self, name)
+        packed = self.packed(name)
+        return getattr(self, name) if packed is None else unpack_weight(packed)
 
     def packed(self, name: str) -> PackedWeight | None:
-        """A weight by its name in ``SparseMoE``; None where the layer has none."""
+        """A weight by its name in ``SparseMoE``; None if the layer has none."""
         packed = self._packed.get(name)
         return None if packed is None else packed._replace(block=getattr(self, f"{name}_packed"))
 
@@ -84,7 +86,7 @@ class Prepared(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that x has to have."""
+        """The type that x must have."""
         return self._packed["in_weight"].dtype
 
     def _check_type(self, x: Tensor) -> None:
@@ -98,7 +100,7 @@ class Prepared(nn.Module):
                 f"clipup.accelerate(model.to({wanted}))"
             )
 
-    # ------------------------------------------------------------ what must not happen by accident
+    # ------------------------------------------------------------ refusals
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in MATRICES:
@@ -128,10 +130,10 @@ class Prepared(nn.Module):
             )
         return super()._apply(fn, recurse)
 
-    # ------------------------------------------------------------ as the plain layer is stored
+    # ------------------------------------------------------------ the plain layer's state dict
 
     def _plain(self, name: str) -> Tensor:
-        """A parameter of the plain layer, put together."""
+        """A parameter of the plain layer, reassembled."""
         stored = self._stored[name]
         whole = torch.empty(stored.shape, dtype=stored.dtype)
         for part in stored.parts:
@@ -140,7 +142,7 @@ class Prepared(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self._parameters:  # copies like the others, lest a write to the state dict reach half of the layer
+        for name in self._parameters:  # copies like the others, so that writing to the state dict changes nothing here
             if prefix + name in destination:
                 destination[prefix + name] = destination[prefix + name].clone()
         for name in self._stored:
@@ -186,9 +188,9 @@ class Prepared(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for name in self._packed:  # another CPU may have packed them
+        for name in self._packed:  # they may have been packed on another CPU
             packed = self.packed(name)
-            if packed.layout != packed_layout(packed.dtype):
+            if packed is not None and packed.layout != packed_layout(packed.dtype):
                 self._put(name, unpack_weight(packed))
 
 
@@ -199,7 +201,7 @@ _ONLY_INFERENCE = (
 
 
 class PreparedMLP(Prepared):
-    """A dense MLP for inference on ``clipup_kernels.dense_mlp``: what the MLP computes, to rounding."""
+    """A dense MLP for inference on ``clipup_kernels.dense_mlp``: the MLP's results up to rounding."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -214,7 +216,7 @@ class PreparedMLP(Prepared):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D] of the type that the MLP was prepared in."""
+        """x: [..., D] in the type in which the MLP was prepared."""
         self._check_type(x)
         width = self.in_weight.shape[1]
         if x.dim() == 0 or x.shape[-1] != width:
@@ -235,7 +237,7 @@ class PreparedMLP(Prepared):
 
 
 def _where_parts_lie(mlp: nn.Module, dense: DenseMLP) -> dict[str, Stored]:
-    """The MLP's parameters by name, each with the tensors of ``dense`` that lie in it."""
+    """The MLP's parameters by name, each with the tensors of ``dense`` that are views into it."""
     parts = list(dense.parameters().items())
     stored = {}
     for name, parameter in mlp.named_parameters():

@@ -1,9 +1,9 @@
-"""Evaluation: retrieval (``evaluate_retrieval``), zero-shot classification (``zero_shot``), and ``datasets``, which
-reads COCO, Flickr30k, ImageNet and other benchmarks from disk."""
+"""Evaluation: retrieval (``evaluate_retrieval``), zero-shot classification (``zero_shot``), and readers of COCO,
+Flickr30k, ImageNet and other benchmarks on disk (``datasets``)."""
 
 from ..data.shares import Share
-from .datasets import image_folder, read_lines
 from .encode import encode_images, encode_texts
+from .labelled_images import image_folder, read_lines
 from .retrieval import evaluate_retrieval, retrieval
 from .zero_shot import zero_shot
 

@@ -1,8 +1,8 @@
-"""Models of clipup in CLIP_benchmark (github.com/LAION-AI/CLIP_benchmark), as its model type "clipup".
+"""Registers models of clipup in CLIP_benchmark (github.com/LAION-AI/CLIP_benchmark), as model type "clipup".
 
     clipup clip-benchmark eval --model DIR --dataset mscoco_captions --dataset_root ROOT --output coco.json
 
-is CLIP_benchmark's own command line with that type registered. In Python importing this module registers it:
+is CLIP_benchmark's own command line with this type registered. In Python, importing this module registers it:
 ``clip_benchmark.models.load_clip("clipup", DIR, "", cache_dir=None)``.
 """
 
@@ -30,11 +30,11 @@ MODEL_TYPE = "clipup"
 def load(
     model_name: str, pretrained: str = "", cache_dir: str | None = None, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, Any, Callable[[list[str]], torch.Tensor]]:
-    """Model, transform and tokenizer, as CLIP_benchmark asks for them.
+    """Model, transform and tokenizer, in the form that CLIP_benchmark expects.
 
     Args:
-        model_name: what ``clipup.create_model_and_transforms`` takes: a name, a directory, "hf-hub:ORG/NAME".
-        pretrained: tag or file for a name; "" for a directory, which brings its own weights.
+        model_name: as in ``clipup.create_model_and_transforms``: a name, a directory, "hf-hub:ORG/NAME".
+        pretrained: tag or file of weights for a name; "" for a directory, which contains its weights.
 
     Raises:
         ValueError, FileNotFoundError: as ``clipup.create_model_and_transforms``; a name without weights.
@@ -47,16 +47,19 @@ def load(
 
 
 def load_prepared(*args: Any, **kwargs: Any) -> tuple[nn.Module, Any, Callable[[list[str]], torch.Tensor]]:
-    """``load``, and the model prepared for inference on a CPU (``clipup.accelerate``)."""
+    """``load`` with the model prepared for inference on a CPU (``clipup.accelerate``)."""
     model, transform, tokenizer = load(*args, **kwargs)
     return for_inference(model), transform, tokenizer
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor, topk: tuple[int, ...] = (1,)) -> list[float]:
-    """Top-k accuracies for scores [N, C] and classes [N], in place of CLIP_benchmark's function of that name: that of
-    1.6.2 makes a float of an array with one element, which NumPy 2.4 refuses."""
-    right = output.topk(max(topk), dim=1).indices == target[:, None]
-    return [right[:, :k].any(1).double().mean().item() for k in topk]
+    """Top-k accuracies for scores [N, C] and classes [N].
+
+    Replaces CLIP_benchmark's function of the same name, which in 1.6.2 converts an array with one element to a float;
+    NumPy 2.4 refuses that.
+    """
+    hits = output.topk(max(topk), dim=1).indices == target[:, None]
+    return [hits[:, :k].any(1).double().mean().item() for k in topk]
 
 
 zeroshot_classification.accuracy = linear_probe.accuracy = accuracy
@@ -66,9 +69,11 @@ if MODEL_TYPE not in registry.MODEL_TYPES:
 
 
 def run(argv: Sequence[str]) -> int:
-    """CLIP_benchmark's command line; for ``eval`` the model type is clipup, and no pretrained tag is meant, unless the
-    arguments say otherwise. Without a GPU there is no autocast, which is slower than float32 on CPUs; the model is
-    prepared instead."""
+    """CLIP_benchmark's command line.
+
+    For ``eval`` the defaults are the model type clipup and no pretrained tag. Without a GPU autocast is off, because it
+    is slower than float32 on CPUs, and the model is prepared for inference instead.
+    """
     arguments = list(argv)
     if arguments[:1] == ["eval"]:
         arguments += _unless_given(arguments, "--model_type", MODEL_TYPE)
@@ -85,5 +90,5 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _unless_given(arguments: list[str], option: str, *values: str) -> list[str]:
-    """``--pretrained`` is given by ``--pretrained_model``, too."""
+    """``--pretrained_model`` counts as ``--pretrained``."""
     return [] if any(argument.startswith(option) for argument in arguments) else [option, *values]

@@ -1,6 +1,6 @@
-"""Benchmarks as people have them on disk: COCO and Flickr30k in Karpathy's splits, ImageNet, WebDataset, CSV.
+"""Readers of benchmarks on disk: COCO and Flickr30k in Karpathy's splits, ImageNet, WebDataset, CSV.
 
-The layouts are those that CLIP_benchmark reads, so that one directory serves both; nothing is downloaded.
+The layouts are those of CLIP_benchmark, so one directory serves both; nothing is downloaded.
 
     COCO        ROOT/val2014/COCO_val2014_000000391895.jpg ...   ROOT/coco_test_karpathy.json
     Flickr30k   ROOT/1007129816.jpg ...                          ROOT/flickr30k_test_karpathy.txt
@@ -8,8 +8,8 @@ The layouts are those that CLIP_benchmark reads, so that one directory serves bo
     WebDataset  ROOT/test/{0..N-1}.tar, ROOT/test/nshards.txt, ROOT/dataset_type.txt (classification: also
                 ROOT/classnames.txt and ROOT/zeroshot_classification_templates.txt)
 
-Beside them: Karpathy's own dataset_coco.json and dataset_flickr30k.json, data sets that ``clipup data`` wrote, shards
-and CSV files by path.
+Also read are Karpathy's own dataset_coco.json and dataset_flickr30k.json, data sets written by ``clipup data``, and
+shards and CSV files by path.
 """
 
 from __future__ import annotations
@@ -23,25 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from PIL import Image
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..data.csv_rows import CsvFormat, leaves
-from ..data.images import MAX_PIXELS, load_image
+from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples
 from ..data.sample_index import Record, csv_records, tar_records
-from ..data.shard_names import expand_shards, listed_shards, local_shards, open_shard
+from ..data.shard_names import expand_shards, listed_shards, local_shards
 from ..data.shard_writer import DATASET_FILE
 from ..data.skips import Skips
-from ..data.tars import read_samples
+from .labelled_images import image_folder, image_shards, labelled_images, read_lines, read_text
+
+Template = Callable[[str], str] | str
+"""A prompt: a function of the class name, or a string with the placeholder ``{}``."""
 
 _ANNOTATIONS = "https://github.com/mehdidc/retrieval_annotations/releases"
-
-
 _WORDNET_ID = re.compile(r"n\d{8}")
-
-
 _WORDNET_DIRECTORIES = f"n{'[0-9]' * 8}"
 
 
@@ -52,8 +49,7 @@ class RetrievalSet:
     records: Sequence[Record]
 
     def samples(self, preprocess: Callable[[Any], Tensor], max_image_pixels: int = MAX_PIXELS) -> EvalSamples:
-        """What ``evaluate_retrieval`` takes. An image that cannot be read, or has more pixels, raises ``ValueError``,
-        naming it."""
+        """The samples for ``evaluate_retrieval``. An unreadable or too large image raises ``ValueError``, naming it."""
         return EvalSamples(self.records, preprocess, Skips(), strict=True, max_image_pixels=max_image_pixels)
 
 
@@ -72,7 +68,7 @@ class ClassificationSet:
         workers: int = 0,
         max_image_pixels: int = MAX_PIXELS,
     ) -> Iterator[tuple[Tensor, int]]:
-        """What ``zero_shot`` takes; ``workers`` processes read files. An image that cannot be read, or has more pixels,
+        """The samples for ``zero_shot``, with files read by ``workers`` processes. An unreadable or too large image
         raises ``ValueError``, naming it."""
         if isinstance(self.images[0], str):
             return ((preprocess(image), label) for image, label in image_shards(self.images, max_image_pixels))
@@ -83,15 +79,16 @@ DataSet = RetrievalSet | ClassificationSet
 
 
 def coco(root: str | Path, split: str = "test", annotations: str | Path | None = None) -> RetrievalSet:
-    """COCO captions. All captions of an image are kept: mostly five, sometimes more, as CLIP_benchmark has it.
+    """COCO captions. All captions of an image are kept, as in CLIP_benchmark: mostly five, sometimes more.
 
     Args:
-        root: holds ``val2014`` (and ``train2014`` for the split train) and the annotations.
+        root: directory with ``val2014`` (and ``train2014`` for the split train) and the annotations.
         split: Karpathy's test, val or train.
-        annotations: in COCO's caption format or Karpathy's. None: coco_SPLIT_karpathy.json, else dataset_coco.json.
+        annotations: a file in COCO's caption format or Karpathy's. None: coco_SPLIT_karpathy.json, else
+            dataset_coco.json.
 
     Raises:
-        FileNotFoundError, ValueError: naming the file that is missing or that cannot be read, and where to get it.
+        FileNotFoundError, ValueError: a missing or unreadable file, by name, with where to get it.
     """
     root = Path(root)
     path = _annotations(root, annotations, f"coco_{split}_karpathy.json", "dataset_coco.json")
@@ -105,12 +102,12 @@ def coco(root: str | Path, split: str = "test", annotations: str | Path | None =
 
 
 def flickr30k(root: str | Path, split: str = "test", annotations: str | Path | None = None) -> RetrievalSet:
-    """Flickr30k, five captions an image.
+    """Flickr30k, five captions per image.
 
     Args:
-        root: holds the images, by themselves or in ``flickr30k-images``, and the annotations.
+        root: directory with the images, directly or in ``flickr30k-images``, and the annotations.
         split: Karpathy's test, val or train.
-        annotations: a text file, header and then ``NAME.jpg,CAPTION`` a line, or Karpathy's JSON. None:
+        annotations: a text file with a header and lines ``NAME.jpg,CAPTION``, or Karpathy's JSON. None:
             flickr30k_SPLIT_karpathy.txt, else dataset_flickr30k.json.
 
     Raises:
@@ -124,46 +121,45 @@ def flickr30k(root: str | Path, split: str = "test", annotations: str | Path | N
 
 
 def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
-    """ImageNet-1k with open_clip's class names and 80 templates (those of OpenAI's CLIP).
+    """ImageNet-1k with open_clip's class names and the 80 templates of OpenAI's CLIP.
 
     Args:
-        root: holds ``val`` with one directory a class, named by its WordNet id; or is that directory.
-        split: test or val, which are the same images, or train.
+        root: directory with ``val``, which has one directory per class named by its WordNet id; or that directory.
+        split: test or val (the same images), or train.
 
     Raises:
-        FileNotFoundError, ValueError: no such split or directory, or not one for each of 1,000 classes.
+        FileNotFoundError, ValueError: no such split or directory, or not one directory for each of 1,000 classes.
     """
     if split not in ("test", "val", "train"):
-        raise ValueError(f"split: {split!r} is none of ImageNet's; expected test or val, which are the same, or train")
+        raise ValueError(f"split: got {split!r}, expected test or val (the same images), or train")
     folder = Path(root) / ("train" if split == "train" else "val")
     if not folder.is_dir() and any(Path(root).glob(_WORDNET_DIRECTORIES)):
         folder = Path(root)
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no directory {folder}; expected ImageNet's images in a directory a class")
+        raise FileNotFoundError(f"there is no directory {folder}; expected one with a subdirectory per class")
     named = [path.name for path in folder.iterdir() if path.is_dir()]
     wordnet = [name for name in named if _WORDNET_ID.fullmatch(name)]
     classes = open_clip.IMAGENET_CLASSNAMES
     if len(named) != len(classes) or len(wordnet) != len(classes):
         raise ValueError(
             f"{folder} has {len(named)} directories, {len(wordnet)} of them named by a WordNet id such as n01440764; "
-            f"expected {len(classes)}, one a class. Images that lie flat, torchvision.datasets.ImageNet sorts from the "
+            f"expected {len(classes)}, one per class. torchvision.datasets.ImageNet makes this layout from the "
             "original archives"
         )
     return ClassificationSet(image_folder(folder, classes), classes, open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
 def webdataset(root: str | Path, split: str = "test", templates: Sequence[Template] = ()) -> DataSet:
-    """Shards: CLIP_benchmark's directory, one that ``clipup data`` wrote, or the shards' own paths (retrieval).
+    """Shards: a directory of CLIP_benchmark, one written by ``clipup data``, or a shard pattern (retrieval).
 
     Args:
-        templates: prompts in place of those beside the shards, for classification.
+        templates: prompts for classification, instead of those beside the shards.
 
     Returns:
-        A ``RetrievalSet`` or, where CLIP_benchmark's ``dataset_type.txt`` does not say retrieval, a
-        ``ClassificationSet``.
+        A ``RetrievalSet``, or a ``ClassificationSet`` unless CLIP_benchmark's ``dataset_type.txt`` says retrieval.
 
     Raises:
-        FileNotFoundError, ValueError: no shards, a shard that is missing, nothing in them, no class names or templates.
+        FileNotFoundError, ValueError: no shards, a missing or empty shard, or no class names or templates.
     """
     directory = Path(root)
     count = directory / split / "nshards.txt"
@@ -176,8 +172,8 @@ def webdataset(root: str | Path, split: str = "test", templates: Sequence[Templa
         shards = listed_shards(directory, split, "root")
     elif directory.is_dir():
         raise FileNotFoundError(
-            f"root: {directory} holds neither {split}/nshards.txt nor {DATASET_FILE}; name the shards themselves, such "
-            f"as {directory}/{split}-*.tar"
+            f"root: {directory} contains neither {split}/nshards.txt nor {DATASET_FILE}; name the shards, such as "
+            f"{directory}/{split}-*.tar"
         )
     else:
         shards = expand_shards(str(root), "root")
@@ -186,11 +182,10 @@ def webdataset(root: str | Path, split: str = "test", templates: Sequence[Templa
 
 
 def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key: str) -> RetrievalSet:
-    """A CSV file with a row a caption; rows of one image are its captions.
+    """A CSV file with one row per caption; rows of one image are its captions.
 
     Args:
-        root: the file, with paths of images as they are, or a directory with SPLIT.csv or SPLIT.tsv, where paths are
-            relative to the directory.
+        root: the file, or a directory with SPLIT.csv or SPLIT.tsv, in which image paths are relative to the directory.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no such column, or rows without image or caption.
@@ -203,20 +198,20 @@ def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key:
     skips = Skips()
     form = CsvFormat(separator, img_key, caption_key)
     directory = Path(root) if Path(root).is_dir() else None
-    records = csv_records(str(path), form, skips, "root", one_an_image=True, directory=directory)
+    records = csv_records(str(path), form, skips, "root", merge_images=True, directory=directory)
     return _nothing_skipped(records, skips, path)
 
 
 def _count(path: Path) -> int:
-    """The number of shards that CLIP_benchmark's nshards.txt holds."""
+    """The number of shards in CLIP_benchmark's nshards.txt."""
     try:
         return int(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"root: {path} holds no number of shards: {error}") from error
+        raise ValueError(f"root: {path} contains no number of shards: {error}") from error
 
 
 def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
-    """The file that was given, else the first of these names that ``root`` has."""
+    """The given file, else the first of these names that exists in ``root``."""
     if not root.is_dir():
         raise FileNotFoundError(f"root: there is no directory {root}")
     candidates = [Path(given)] if given is not None else [root / name for name in names]
@@ -235,12 +230,12 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"annotations: {path} is not valid JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        raise ValueError(f"annotations: {path} has no list of images, so it is neither COCO's format nor Karpathy's")
+        raise ValueError(f"annotations: {path} has no list of images, so it is in neither COCO's format nor Karpathy's")
     return content
 
 
 def _coco_captions(content: dict[str, Any], path: Path) -> list[tuple[Path, list[str]]]:
-    """Names of images, by their ids, and captions in the order of the file."""
+    """File names of images, ordered by id, and their captions in the order of the file."""
     with _well_formed(path):
         captions: dict[Any, list[str]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
@@ -250,7 +245,7 @@ def _coco_captions(content: dict[str, Any], path: Path) -> list[tuple[Path, list
 
 
 def _karpathy(content: dict[str, Any], path: Path, split: str) -> list[tuple[Path, list[str]]]:
-    """Paths below the root and captions. What Karpathy calls restval belongs to the split train."""
+    """Paths relative to the root, and captions. Karpathy's split restval belongs to train."""
     wanted = ("train", "restval") if split == "train" else (split,)
     images = [image for image in content["images"] if image.get("split") in wanted]
     if not images:
@@ -274,7 +269,7 @@ def _well_formed(path: Path) -> Iterator[None]:
 
 
 def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
-    """``NAME.jpg,CAPTION`` lines behind a header; a caption may hold commas and is not quoted."""
+    """Lines ``NAME.jpg,CAPTION`` after a header; captions may contain commas and are not quoted."""
     captions: dict[str, list[str]] = {}
     header, *rows = read_text(path).splitlines() or [""]
     if ".jpg," in header:
@@ -290,17 +285,16 @@ def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
 
 
 def _retrieval(pairs: list[tuple[Path, list[str]]], source: Path, root: Path) -> RetrievalSet:
-    """Records of images in ``root`` that are all there and all have a caption: leaving one out would change the
-    recall."""
+    """Records of images in ``root``. All must exist and have a caption: skipping one would change the recall."""
     if not pairs:
         raise ValueError(f"annotations: {source} names no image")
     outside = [name for name, _ in pairs if leaves(str(name))]
     if outside:
         raise ValueError(f"annotations: {source} names {outside[0]}, which is not in {root}: do not trust it")
     pairs = [(root / name, captions) for name, captions in pairs]
-    mute = [path for path, captions in pairs if not captions]
-    if mute:
-        raise ValueError(f"annotations: {source} has no caption for {len(mute)} images, the first is {mute[0].name}")
+    bare = [path for path, captions in pairs if not captions]
+    if bare:
+        raise ValueError(f"annotations: {source} has no caption for {len(bare)} images, the first is {bare[0].name}")
     missing = [path for path, _ in pairs if not path.is_file()]
     if missing:
         raise FileNotFoundError(
@@ -313,7 +307,7 @@ def _retrieval(pairs: list[tuple[Path, list[str]]], source: Path, root: Path) ->
 def _nothing_skipped(records: list[Record], skips: Skips, source: str | Path) -> RetrievalSet:
     if int(skips) or not records:
         raise ValueError(
-            f"root: {source} holds {len(records)} samples with an image and a caption, and {int(skips)} without; "
+            f"root: {source} contains {len(records)} samples with an image and a caption, and {int(skips)} without; "
             f"expected every sample to have both{'; ' * bool(skips.first)}{skips.first}"
         )
     return RetrievalSet(records)
@@ -325,109 +319,3 @@ def _classified(directory: Path, shards: list[str], templates: Sequence[Template
         lines = read_lines(directory / "zeroshot_classification_templates.txt")
         templates = [line.replace("{c}", "{}") for line in lines]
     return ClassificationSet(shards, classes, templates)
-
-
-Template = Callable[[str], str] | str
-"""A prompt: a function of the class name, or a string with ``{}`` in its place."""
-
-
-def read_lines(path: str | Path) -> list[str]:
-    """The lines of a text file that are not blank: class names, or templates with ``{}``.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or nothing in it.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; expected a text file with one name a line")
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} holds no line of text; expected one name a line")
-    return lines
-
-
-def read_text(path: str | Path) -> str:
-    """A file's text. Raises ``ValueError``, naming it, when it is not UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, such as with `iconv -t UTF-8`") from error
-
-
-def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """The images of a directory that has a subdirectory for every class, with their class indices.
-
-    A subdirectory is found by the name of its class where all of them are; else the subdirectories in sorted order are
-    the classes in the order of the list (as with ImageNet's).
-
-    Raises:
-        FileNotFoundError, ValueError: no such directory, another number of subdirectories, or no image in them.
-    """
-    root = Path(directory)
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no directory {directory}; expected one with a subdirectory for every class")
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    names = [folder.name for folder in folders]
-    if set(names) <= set(classes):
-        label_of = {folder: list(classes).index(folder.name) for folder in folders}
-    elif len(folders) == len(classes):
-        label_of = {folder: label for label, folder in enumerate(folders)}
-    else:
-        raise ValueError(
-            f"{directory} has {len(folders)} subdirectories, the class list {len(classes)} names; expected one "
-            "subdirectory for each name in the same order, or subdirectories that bear the names"
-        )
-    found = [
-        (path, label)
-        for folder, label in label_of.items()
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMG_EXTENSIONS
-    ]
-    if not found:
-        raise ValueError(f"no image ({', '.join(IMG_EXTENSIONS)}) in the subdirectories of {directory}")
-    return found
-
-
-def labelled_images(
-    found: Sequence[tuple[Path, int]],
-    preprocess: Callable[[Image.Image], Tensor],
-    batch_size: int = 64,
-    workers: int = 0,
-    max_image_pixels: int = MAX_PIXELS,
-) -> Iterator[tuple[Tensor, int]]:
-    """Reads and preprocesses what ``image_folder`` found, a batch at a time in ``workers`` processes.
-
-    Raises:
-        ValueError: naming the image that cannot be read: leaving it out would change the accuracy.
-    """
-    records = [Record(path.name, str(path), (), metadata={"label": label}) for path, label in found]
-    samples = EvalSamples(records, preprocess, Skips(), strict=True, max_image_pixels=max_image_pixels)
-    for images, _, metadata in samples.batches(batch_size, workers):
-        yield from ((image, about["label"]) for image, about in zip(images, metadata, strict=True))
-
-
-def image_shards(shards: str | Sequence[str], max_image_pixels: int = MAX_PIXELS) -> Iterator[tuple[Image.Image, int]]:
-    """(image, class index) of WebDataset samples with an image and a ``cls``.
-
-    Args:
-        shards: as in ``clipup.data.loaders.train_loader``, or a list of such.
-
-    Raises:
-        FileNotFoundError, ValueError: no such shard, a damaged one, or a sample without image or class.
-    """
-
-    def refuse(name: str, reason: object, samples: int) -> None:
-        raise ValueError(f"cannot read {name}: {reason}; repair or remove it")
-
-    for shard in [
-        one for pattern in ([shards] if isinstance(shards, str) else shards) for one in expand_shards(pattern, "images")
-    ]:
-        with open_shard(shard) as file:
-            for sample in read_samples(file, shard, refuse, images=True):
-                named = f"{sample.key} of {shard}"
-                if sample.image is None or "cls" not in sample.content:
-                    raise ValueError(f"sample {named} lacks an image or its .cls")
-                try:
-                    found = load_image(sample.content[sample.image], max_image_pixels), int(sample.content["cls"])
-                except Exception as error:  # PIL has no common class for what a broken file may raise
-                    raise ValueError(f"cannot read sample {named}: {error}; repair or remove it") from error
-                yield found

@@ -1,16 +1,17 @@
-"""Features of images and texts, a batch at a time, on the CPU in float32."""
+"""Features of images and texts, computed in batches and returned on the CPU in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
 from ..data.shares import Share
+from ..moe.evaluation import evaluating
 from ..precision import Precision, autocast, image_dtype
 
 Item = TypeVar("Item")
@@ -26,9 +27,9 @@ def encode_images(
     """Normalised image features [N, D].
 
     Args:
-        model: open_clip's CLIP, dense or sparse; evaluated where its parameters are, its mode is put back afterwards.
-        images: preprocessed images [3, height, width], drawn as they are needed; of a shared evaluation, those of this
-            process's batches. The features are of all images.
+        model: open_clip's CLIP, dense or sparse; runs on the device of its parameters.
+        images: preprocessed images [3, height, width], consumed lazily. In a distributed evaluation, the images of
+            this process's batches; the features of all images are returned.
     """
     device, dtype = device_of(model), image_dtype(precision)
 
@@ -48,13 +49,14 @@ def encode_texts(
     precision: Precision = "fp32",
     share: Share | None = None,
 ) -> Tensor:
-    """Normalised text features [N, D]. Equal texts are encoded once. A shared evaluation is given all texts."""
+    """Normalised text features [N, D]. Equal texts are encoded once. Every process of a distributed evaluation gets all
+    texts."""
     share = share or Share()
-    device = device_of(model)
+    device, tokenize = device_of(model), checked_tokenizer(model, tokenizer)
     distinct = list(dict.fromkeys(texts))
 
     def encode(batch: list[str]) -> Tensor:
-        tokens = tokenizer(batch).to(device)
+        tokens = tokenize(batch).to(device)
         with autocast(precision, device):
             return model.encode_text(tokens, normalize=True)
 
@@ -63,25 +65,37 @@ def encode_texts(
     return features[torch.tensor([row_of[text] for text in texts], dtype=torch.long)]
 
 
+def checked_tokenizer(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> Callable[[list[str]], Tensor]:
+    """The tokenizer, which raises ValueError for token ids that the model's token embedding does not have."""
+    embedding = _token_embedding(model)
+
+    def tokenize(texts: list[str]) -> Tensor:
+        tokens = tokenizer(texts)
+        if embedding is not None and tokens.numel() and tokens.max() >= embedding.num_embeddings:
+            raise ValueError(
+                f"the tokenizer gives token id {int(tokens.max())}, but the model's token embedding "
+                f"{list(embedding.weight.shape)} has ids up to {embedding.num_embeddings - 1}: they do not belong "
+                "together. Use the tokenizer that the model was trained with (hf_tokenizer_name in the text_cfg of its "
+                "config), or weights with the whole vocabulary"
+            )
+        return tokens
+
+    return tokenize
+
+
+def _token_embedding(model: nn.Module) -> nn.Embedding | None:
+    text = getattr(model, "text", model)
+    if isinstance(text, HFTextEncoder):
+        return text.transformer.get_input_embeddings()
+    return getattr(text, "token_embedding", None)
+
+
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of ``size`` items, the last of what is left."""
+    """Lists of ``size`` items; the last may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
@@ -96,5 +110,5 @@ def _encode(
         mine = [encode(batch).float().cpu() for batch in in_batches(items, batch_size)]
     features = share.join(mine)
     if not features:
-        raise ValueError("there is nothing to encode: the data set is empty")
+        raise ValueError("nothing to encode: the data set is empty")
     return torch.cat(features)

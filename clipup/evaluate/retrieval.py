@@ -1,12 +1,11 @@
-"""Image-text retrieval: recall at 1, 5 and 10, both ways, with several captions an image.
+"""Image-text retrieval: recall at 1, 5 and 10 in both directions, with several captions per image.
 
 Text to image (t2i): the share of captions whose image is among the k best-scored images. Image to text (i2t): the share
-of images of which any caption is among the k best-scored captions. Both are what CLIP papers and CLIP_benchmark report.
-Equal scores count as if they were ordered by lot, and the expectation is reported: a model that gives everything the
-same feature gets chance, not 0 or 1.
+of images with any caption among the k best-scored captions. CLIP papers and CLIP_benchmark report the same. Ties count
+with their expectation under random order, so a model that gives all inputs the same feature scores at chance level.
 
-Short captions repeat. With ``multi_positive`` equal captions are one text that describes several images, every one of
-which is a right answer to it; without, a caption asks for the one image that it stands beside, as in those papers.
+Short captions repeat. With ``multi_positive``, equal captions are one text that matches several images; without it,
+each caption matches only its own image, as in those papers.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ _CHUNK = 1024
 
 
 class NonFiniteFeatures(ValueError, FloatingPointError):
-    """A model's features hold NaN or infinity, so there is nothing to rank."""
+    """Features contain NaN or infinity and cannot be ranked."""
 
 
 def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tensor) -> dict[str, Any]:
-    """Recall both ways, as fractions of 1.
+    """Recall in both directions, as fractions of 1.
 
     Args:
         image_features: [N, D], normalised; every image must have a caption.
         text_features: [M, D], normalised.
-        image_of_text: [M] int64, the row of the image that a text describes; or [P, 2], rows (text, image), where texts
-            describe several images.
+        image_of_text: [M] int64, the index of the image that each text describes; or [P, 2], pairs (text, image), if a
+            text may describe several images.
 
     Returns:
-        ``t2i`` and ``i2t``, each {"r1", "r5", "r10"}; ``chance_r1`` (P/(N*M) for P pairs, which is 1/N where a text has
-        one image); ``gallery`` N; ``captions`` M.
+        ``t2i`` and ``i2t``, each {"r1", "r5", "r10"}; ``chance_r1`` (P/(N*M) for P pairs, so 1/N with one image per
+        text); ``gallery`` N; ``captions`` M.
 
     Raises:
-        ValueError: no images, shapes that do not fit, a row without a partner.
-        NonFiniteFeatures: features that are not finite; a ValueError too.
+        ValueError: no images, wrong shapes, or an image or text without a match.
+        NonFiniteFeatures: features that are not finite; a subclass of ValueError.
     """
     pairs = _pairs(image_of_text)
     _check(image_features, text_features, pairs)
@@ -58,8 +57,8 @@ def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tens
 def ranks_both_ways(
     image_features: Tensor, text_features: Tensor, image_of_text: Tensor
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """For ``t2i`` (a row a text) and ``i2t`` (a row an image): how many candidates score above the best right one, how
-    many score as it does, and how many of those are right. int64 each."""
+    """For ``t2i`` (one row per text) and ``i2t`` (one row per image): the number of candidates above the best match,
+    of candidates tied with it, and of matches among the tied ones. int64 each."""
     pairs = _pairs(image_of_text)
     return {
         "t2i": _rank(text_features, image_features, pairs),
@@ -70,9 +69,9 @@ def ranks_both_ways(
 def nll_both_ways(
     image_features: Tensor, text_features: Tensor, image_of_text: Tensor, logit_scale: float
 ) -> dict[str, float]:
-    """Negative log likelihood in nats, ``t2i`` and ``i2t``: the mean over queries of -log of the probability that the
-    softmax over the gallery, at the model's own scale, gives to right candidates. It sees what recall does not: how
-    sure a model is. Arguments as in ``retrieval``; logit_scale: the factor in front of the cosine."""
+    """Negative log likelihood in nats, ``t2i`` and ``i2t``: the mean over queries of -log of the probability of the
+    matches under the softmax over the gallery. Unlike recall it measures confidence. Arguments as in ``retrieval``;
+    logit_scale: the factor of the cosine."""
     pairs = _pairs(image_of_text)
 
     def mean_nll(queries: Tensor, candidates: Tensor, relation: Tensor) -> float:
@@ -88,10 +87,10 @@ def nll_both_ways(
 
 
 def hits_at(k: int, above: Tensor, tied: Tensor, right: Tensor) -> Tensor:
-    """The probability that a right candidate is among the k best when ties are ordered by lot; float64, a query each.
+    """The probability, per query, that a match is among the k best if ties are ordered at random; float64.
 
-    Of ``tied`` places behind the first ``above``, ``right`` hold right candidates and the first k - above are looked
-    at: 1 - C(tied - right, seen) / C(tied, seen).
+    Of the ``tied`` places after the first ``above``, ``right`` are matches and seen = k - above count:
+    1 - C(tied - right, seen) / C(tied, seen).
     """
     seen = (k - above).clamp_min(0).minimum(tied)
     miss = torch.ones(len(above), dtype=torch.float64)
@@ -117,15 +116,15 @@ def evaluate_retrieval(
 
     Args:
         model: open_clip's CLIP, dense or sparse, on its device.
-        samples: (image, captions, metadata) triples; ``clipup.data.loaders.eval_samples`` makes them.
-        preprocess: image to tensor [3, height, width]; None when the images are tensors already.
-        by: a key of the metadata: every value's images are also measured apart, as a gallery of their own.
-        multi_positive: equal captions are one text, and all images that they stand beside are right answers to it.
-        share: this process's part of an evaluation by several ones; ``samples`` are then those of its batches.
+        samples: (image, captions, metadata) triples, as from ``clipup.data.loaders.eval_samples``.
+        preprocess: image to tensor [3, height, width]; None if the images are tensors already.
+        by: a metadata key; images with the same value are also measured as a separate gallery.
+        multi_positive: treats equal captions as one text that matches all their images.
+        share: this process's share of a distributed evaluation; ``samples`` are then those of its batches.
 
     Returns:
-        What ``retrieval`` returns, and ``splits`` {value: the same} when ``by`` is given and some sample has the key.
-        None on all processes of a shared evaluation but the first.
+        The result of ``retrieval``, and ``splits`` {value: the same} if ``by`` is given and a sample has the key.
+        None on all but the first process of a distributed evaluation.
 
     Raises:
         ValueError: an empty data set, or a sample without captions.
@@ -162,14 +161,14 @@ def evaluate_retrieval(
 
 
 def merge_equal(captions: Sequence[str], pairs: Tensor) -> tuple[list[str], Tensor]:
-    """The distinct captions in the order of their first appearance, and each (text, image) pair once, between them."""
+    """The distinct captions in order of first appearance, and the distinct (text, image) pairs between them."""
     row_of = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
     rows = torch.tensor([row_of[caption] for caption in captions])
     return list(row_of), torch.stack([rows[pairs[:, 0]], pairs[:, 1]], 1).unique(dim=0)
 
 
 def _of_group(image_features: Tensor, text_features: Tensor, pairs: Tensor, member: list[bool]) -> dict:
-    """Retrieval among the images that are members, and their captions."""
+    """Retrieval among the member images and their captions."""
     inside = torch.tensor(member)
     kept = pairs[inside[pairs[:, 1]]]
     texts, text_row = kept[:, 0].unique(return_inverse=True)
@@ -178,14 +177,14 @@ def _of_group(image_features: Tensor, text_features: Tensor, pairs: Tensor, memb
 
 
 def _pairs(image_of_text: Tensor) -> Tensor:
-    """[P, 2] rows (text, image) from either form of ``image_of_text``."""
+    """Pairs (text, image) [P, 2] from either form of ``image_of_text``."""
     if image_of_text.dim() != 1:
         return image_of_text
     return torch.stack([torch.arange(len(image_of_text)), image_of_text], 1)
 
 
 def _rank(queries: Tensor, candidates: Tensor, pairs: Tensor) -> tuple[Tensor, ...]:
-    """``pairs``: (query, candidate), those that are right; every query has one."""
+    """``pairs``: matching (query, candidate); every query has at least one."""
     counts = []
     for scores, right in _scored(queries, candidates, pairs):
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
@@ -196,7 +195,7 @@ def _rank(queries: Tensor, candidates: Tensor, pairs: Tensor) -> tuple[Tensor, .
 
 
 def _scored(queries: Tensor, candidates: Tensor, pairs: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """A chunk of queries at a time: scores [chunk, candidates], and which are of right candidates (bool)."""
+    """Per chunk of queries: scores [chunk, candidates], and a mask of the matches."""
     pairs = pairs[pairs[:, 0].argsort(stable=True)]
     for start in range(0, len(queries), _CHUNK):
         scores = queries[start : start + _CHUNK] @ candidates.T
@@ -218,8 +217,8 @@ def _check(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> None
     owned, owners = pairs[:, 0], pairs[:, 1]
     if pairs.shape[1:] != (2,) or (owned.numel() and not 0 <= int(owned.min()) <= int(owned.max()) < texts):
         raise ValueError(
-            f"image_of_text must name an image for each of {texts} texts, got rows of shape {list(pairs.shape)} (text, "
-            "image)"
+            f"image_of_text must give an image for each of {texts} texts, got pairs (text, image) of shape "
+            f"{list(pairs.shape)}"
         )
     if owners.numel() and not 0 <= int(owners.min()) <= int(owners.max()) < images:
         raise ValueError(f"image_of_text must lie in 0..{images - 1}, got {owners.min()}..{owners.max()}")
@@ -229,4 +228,4 @@ def _check(image_features: Tensor, text_features: Tensor, pairs: Tensor) -> None
             raise ValueError(f"{name} {int(without.nonzero()[0])} has no {other} in image_of_text; each needs one")
     for name, features in (("image_features", image_features), ("text_features", text_features)):
         if not features.isfinite().all():
-            raise NonFiniteFeatures(f"{name} holds NaN or infinity, so nothing can be ranked: the model is broken")
+            raise NonFiniteFeatures(f"{name} contains NaN or infinity, so nothing can be ranked: the model is broken")

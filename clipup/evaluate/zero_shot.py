@@ -1,4 +1,4 @@
-"""Zero-shot classification: every class name becomes a text feature, an image goes to the nearest one."""
+"""Zero-shot classification: each class is a text feature, and an image is assigned to the nearest one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from ..moe.evaluation import evaluating
 from ..precision import Precision, autocast
 from ..progress import progress
 from .datasets import Template
-from .encode import device_of, encode_images, evaluating
+from .encode import checked_tokenizer, device_of, encode_images
 
 TEMPLATES = open_clip.SIMPLE_IMAGENET_TEMPLATES
 """open_clip's seven short prompts."""
@@ -30,17 +31,17 @@ def zero_shot(
     precision: Precision = "fp32",
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """Accuracy as fractions of 1.
+    """Zero-shot accuracy, as fractions of 1.
 
     Args:
         model: open_clip's CLIP, dense or sparse, on its device.
         samples: (image, class index) pairs.
-        classes: a name a class.
-        preprocess: image to tensor [3, height, width]; None when the images are tensors already.
-        templates: functions of a class name, or strings with ``{}`` in its place.
+        classes: one name per class.
+        preprocess: image to tensor [3, height, width]; None if the images are tensors already.
+        templates: functions of a class name, or strings with the placeholder ``{}``.
 
     Returns:
-        ``top1``, ``top5`` (of all classes where there are fewer), ``chance`` (of top1), ``images``, ``classes``.
+        ``top1``, ``top5`` (top-N with N < 5 classes), ``chance`` (of top1), ``images``, ``classes``.
 
     Raises:
         ValueError: no images, no classes, no templates, or a class index without a name.
@@ -53,7 +54,7 @@ def zero_shot(
     def images() -> Iterator[Tensor]:
         for image, label in progress(samples, "classifying", "images", show=show_progress):
             if not 0 <= label < len(classes):
-                raise ValueError(f"image {len(labels)} is of class {label}, but {len(classes)} class names were given")
+                raise ValueError(f"image {len(labels)} has class {label}, but there are {len(classes)} class names")
             labels.append(label)
             yield image if preprocess is None else preprocess(image)
 
@@ -62,13 +63,13 @@ def zero_shot(
     with evaluating(model), autocast(precision, device):
         classifier = open_clip.build_zero_shot_classifier(
             model,
-            tokenizer,
+            checked_tokenizer(model, tokenizer),
             classnames=list(classes),
             templates=list(templates),
             num_classes_per_batch=max(1, batch_size // len(templates)),
             device=device,
         )
     best = (image_features @ classifier.float().cpu()).topk(min(max(TOP_K), len(classes)), dim=1).indices
-    right = best == torch.tensor(labels)[:, None]
-    accuracy = {f"top{k}": right[:, :k].any(1).double().mean().item() for k in TOP_K}
+    hits = best == torch.tensor(labels)[:, None]
+    accuracy = {f"top{k}": hits[:, :k].any(1).double().mean().item() for k in TOP_K}
     return {**accuracy, "chance": 1 / len(classes), "images": len(labels), "classes": len(classes)}

@@ -1,8 +1,7 @@
-"""Pages and figures: the demo's report, and what the experts of a model do.
+"""Inspecting the experts of a model, with figures for notebooks and pages.
 
 ``inspect_experts`` runs a sparse model over images and captions; its result draws every figure and the whole page. The
-figures are also functions by themselves, which take numbers and pictures and return HTML or inline SVG that a notebook
-shows:
+figures are also plain functions of numbers and images that return HTML or inline SVG, which notebooks display:
 
     from clipup.inspection import Series, line_chart
     line_chart([Series("dense", steps, losses)], "Loss", "step", "contrastive loss")

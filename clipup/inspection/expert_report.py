@@ -1,8 +1,8 @@
-"""``inspect_experts``: what the experts of a sparse model do with images and texts, as figures and as a page.
+"""``inspect_experts``: how a sparse model's experts are used on images and texts, as figures and as a page.
 
 seen = clipup.inspection.inspect_experts(model, images, captions, preprocess=preprocess, tokenizer=tokenizer)
 seen                                        # in a notebook: the table of layers
-seen.routing(0)                             # which expert took which patch of picture 0
+seen.routing(0)                             # the expert of each patch of image 0
 seen.similarity("visual.transformer.resblocks.3.mlp")
 Path("report.html").write_text(seen.page(), encoding="utf-8")
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -35,18 +35,16 @@ from .page import layer_title, template
 from .routing_trace import NO_SPARSE_LAYERS, LayerRouting, route_images, route_texts
 from .token_words import Piece, expert_words, pieces
 
-if TYPE_CHECKING:
-    from .expert_report import ExpertReport
-
-_MAP_WIDTH, _CELL_WITH_NUMBER = 144, 14
-
-
-_MAP_MARGIN = 14  # by which a map may shrink before it gets a row of its own
+_MAP_WIDTH, _CELL_WITH_NUMBER = 144, 14  # px
+_MAP_MARGIN = 14  # px by which a map may shrink before the row wraps
+_MOST_SKIPPED = 20
+_NARROW = 2  # maps per image that leave room for a second image beside it
+_TOWERS = ("image", "text")
 
 
 @dataclass(frozen=True)
 class ExpertReport:
-    """What ``inspect_experts`` saw. Its methods return figures, which notebooks show and files take as strings."""
+    """The result of ``inspect_experts``. Its methods return figures: strings that notebooks display."""
 
     name: str
     pictures: list[Image.Image]
@@ -55,14 +53,14 @@ class ExpertReport:
     pieces: list[list[Piece]]
     """The tokens of every caption."""
     layers: dict[str, LayerRouting]
-    """Sparse layers that saw something, by name; those of the image tower first."""
+    """Routing of the sparse layers that were run, by name; the image tower's first."""
     similarities: dict[str, Similarity]
-    """Of all sparse layers, by name."""
+    """Similarity of the experts of every sparse layer, by name."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Images that could not be read, and why."""
+    """Images that could not be read, with the reason."""
 
     def title(self, layer: str) -> str:
-        """A layer's name for readers, "Image tower, block 3"."""
+        """A layer's readable name, "Image tower, block 3"."""
         return layer_title(layer, self.layers[layer].tower if layer in self.layers else None)
 
     def of_tower(self, tower: str) -> dict[str, LayerRouting]:
@@ -70,11 +68,11 @@ class ExpertReport:
         return {name: layer for name, layer in self.layers.items() if layer.tower == tower}
 
     def table(self) -> Figure:
-        """Every layer in numbers: load, entropy, similarity of its experts."""
+        """The table of layers: load, entropy and similarity of their experts."""
         return Figure(as_html(self.overview(), "Load, entropy and similarity of every sparse layer"))
 
     def overview(self) -> Table:
-        """The table of ``table`` as numbers in words."""
+        """The cells of ``table``, formatted."""
         routings = [self.layers.get(name) for name in self.similarities]
         alike = list(self.similarities.values())
 
@@ -85,7 +83,7 @@ class ExpertReport:
             column("load", "tokens", lambda one: count(one.tokens)),
             column("load", "largest", lambda one: _decimals(imbalance(one.load), 2)),
             column("load", "unused", lambda one: count((one.load == 0).sum())),
-            column("entropy, share of ln E", "a token", lambda one: _decimals(_of_most(one.token_entropy, one), 2)),
+            column("entropy, share of ln E", "per token", lambda one: _decimals(_of_most(one.token_entropy, one), 2)),
             column("entropy, share of ln E", "mean", lambda one: _decimals(_of_most(one.mean_entropy, one), 2)),
             _cosines("experts' cosine", "first", [one.first_mean for one in alike]),
             _cosines("experts' cosine", "second", [one.second_mean for one in alike]),
@@ -98,14 +96,14 @@ class ExpertReport:
         return Table(tuple(map(self.title, self.similarities)), tuple(columns))
 
     def load(self, layer: str) -> Figure:
-        """Share of the layer's choices that fell on each expert, and how sure its router is."""
+        """Each expert's share of the layer's choices, and the entropy of its router."""
         routing = self.layers[layer]
         most = math.log(routing.num_experts)
-        sure = f"entropy of a token {_decimals(routing.token_entropy, 2)}, at most {most:.2f} nats"
-        return load_bars(routing.load, self.title(layer), sure)
+        entropy = f"entropy per token {_decimals(routing.token_entropy, 2)}, at most {most:.2f} nats"
+        return load_bars(routing.load, self.title(layer), entropy)
 
     def routing(self, picture: int) -> Figure:
-        """A picture, and for every sparse layer of the image tower which expert took which of its patches."""
+        """An image, and for every sparse layer of the image tower a map of its patches' experts."""
         image = self.pictures[picture]
         layers = {name: layer for name, layer in self.of_tower("image").items() if layer.grid is not None}
         width = max([_MAP_WIDTH, *(_CELL_WITH_NUMBER * layer.grid[1] for layer in layers.values())])
@@ -116,7 +114,7 @@ class ExpertReport:
         return _side_by_side(shown, narrowest=width - _MAP_MARGIN)
 
     def tokens(self, caption: int) -> Figure:
-        """A caption, once for every sparse layer of the text tower, its tokens in the colours of their experts."""
+        """A caption for every sparse layer of the text tower, each token in its expert's color."""
         strips = [
             token_strip(self.pieces[caption], layer.experts[caption], self.title(name).removeprefix("Text tower, "))
             for name, layer in self.of_tower("text").items()
@@ -124,7 +122,7 @@ class ExpertReport:
         return Figure(svg.element("div", *strips, "", style="margin:0"))
 
     def similarity(self, layer: str) -> Figure:
-        """Cosines between the experts' first matrices, and between their second ones, side by side."""
+        """Heatmaps of the cosines between the experts' first and between their second matrices."""
         alike, title, figures = self.similarities[layer], self.title(layer), []
         for which, cosines, to_dense in (
             ("first", alike.first, alike.first_to_dense),
@@ -134,7 +132,7 @@ class ExpertReport:
         return _side_by_side(figures, narrowest=260)
 
     def cards(self, layer: str, most: int = 6) -> Figure:
-        """What each expert of a layer takes most: patches by its probability, words beyond what its size explains."""
+        """What each expert of a layer is chosen for most: patches by probability, words beyond its load."""
         routing = self.layers[layer]
         if routing.tower == "text":
             return expert_cards.word_cards(routing.first_load, expert_words(routing, self.pieces, most))
@@ -142,8 +140,7 @@ class ExpertReport:
         return expert_cards.patch_cards(routing.first_load, patches)
 
     def page(self, shown: int = 6) -> str:
-        """All of it as one self-contained HTML page, to be written as UTF-8; the first ``shown`` pictures and captions
-        are shown whole."""
+        """All of it as one HTML page (write it as UTF-8), with the first ``shown`` images and captions."""
         return render_experts(self, shown)
 
     def __repr__(self) -> str:
@@ -156,8 +153,8 @@ class ExpertReport:
         drawn = []
         for sample, token in routing.strongest(expert, most) if routing.grid else ():
             row, column = routing.patch_of(token)
-            sure = routing.probabilities[sample, token, expert]
-            name = f"picture {sample}, row {row}, column {column}: probability {sure:.2f}"
+            probability = routing.probabilities[sample, token, expert]
+            name = f"picture {sample}, row {row}, column {column}: probability {probability:.2f}"
             drawn.append(patch(self.pictures[sample], routing.grid, row, column, name))
         return drawn
 
@@ -173,17 +170,17 @@ def inspect_experts(
     name: str = "model",
     batch_size: int = 32,
 ) -> ExpertReport:
-    """Runs a sparse model over images and captions and keeps what its experts did. The model stays as it was.
+    """Runs a sparse model over images and captions and records what its experts did. The model is left unchanged.
 
     Args:
-        images: PIL images, drawn as they are needed. preprocess: image to tensor [3, height, width], the model's own.
+        images: PIL images, read one batch at a time. preprocess: the model's transform, image to [3, height, width].
         captions: texts. tokenizer: the model's, from ``clipup.get_tokenizer``.
         dense: the model that was upcycled (or another of its architecture), to compare the experts with.
-        name: of the model, for the page.
+        name: the model's name on the page.
 
     Raises:
-        ValueError: a dense model; neither images nor captions; images without preprocess or captions without
-            tokenizer; a ``dense`` that is sparse or of another architecture.
+        ValueError: the model has no sparse layers; neither images nor captions; images without preprocess or captions
+            without tokenizer; ``dense`` is sparse or has another architecture.
     """
     if not moe_layers(model):
         raise ValueError(NO_SPARSE_LAYERS)
@@ -196,11 +193,11 @@ def inspect_experts(
     else:
         layers = {}
     if not kept and not captions:
-        raise ValueError("there is nothing to look at: images and captions are both empty")
+        raise ValueError("there is nothing to inspect: images and captions are both empty")
     split: list[list[Piece]] = []
     if captions:
         if tokenizer is None:
-            raise ValueError("captions need tokenizer, as clipup.get_tokenizer makes it")
+            raise ValueError("captions need tokenizer, from clipup.get_tokenizer")
         tokens = tokenizer(captions)
         split = [pieces(tokenizer, row) for row in tokens.tolist()]
         layers |= route_texts(model, tokens, batch_size)
@@ -210,7 +207,7 @@ def inspect_experts(
 def _prepared(
     images: Iterable[Image.Image], preprocess: Callable[[Image.Image], Tensor], kept: list[Image.Image]
 ) -> Iterator[Tensor]:
-    """Tensors for the model, one an image; what the model sees of it is added to ``kept``."""
+    """Tensors for the model, one per image; the image as the model sees it is added to ``kept``."""
     for image in images:
         tensor = preprocess(image)
         kept.append(_as_seen(tensor, preprocess))
@@ -218,7 +215,7 @@ def _prepared(
 
 
 def _as_seen(tensor: Tensor, preprocess: Any) -> Image.Image:
-    """A preprocessed image [3, height, width] as a picture, without the normalisation that the transform ends in."""
+    """A preprocessed image [3, height, width] as a PIL image, with the transform's normalization undone."""
     last = getattr(preprocess, "transforms", [None])[-1]
     if hasattr(last, "mean") and hasattr(last, "std"):
         mean, std = (tensor.new_tensor(values).view(-1, 1, 1) for values in (last.mean, last.std))
@@ -228,7 +225,7 @@ def _as_seen(tensor: Tensor, preprocess: Any) -> Image.Image:
 
 
 def _side_by_side(figures: Sequence[tuple[str, str]], narrowest: int) -> Figure:
-    """Figures in as many columns as there is room for, their names below."""
+    """Figures in as many columns as fit, with their names below."""
     cells = [
         svg.element("div", figure, *([svg.element("small", name, style="opacity:.75")] if name else []))
         for name, figure in figures
@@ -242,7 +239,7 @@ def _cosines(group: str, label: str, values: Sequence[float]) -> Column:
 
 
 def _of_most(entropy: float, routing: LayerRouting) -> float:
-    """An entropy as a share of the largest that there can be; NaN for a single expert."""
+    """An entropy as a share of its maximum, ln E; NaN for a single expert."""
     most = math.log(routing.num_experts)
     return entropy / most if most else math.nan
 
@@ -251,27 +248,18 @@ def _decimals(value: float, decimals: int) -> str:
     return f"{value:.{decimals}f}" if math.isfinite(value) else MISSING
 
 
-_MOST_SKIPPED = 20
-
-
-_NARROW = 2  # maps beside a picture that leave room for another picture
-
-
-_TOWERS = ("image", "text")
-
-
 def render_experts(report: ExpertReport, shown: int = 6) -> str:
-    """The page as a string, to be written as UTF-8; all text escaped.
+    """The page as a string, to be written as UTF-8, with all text escaped.
 
     Args:
-        report: what was seen.
-        shown: pictures and captions that are shown whole, the first ones.
+        report: the result of ``inspect_experts``.
+        shown: number of images and captions, the first ones, to show with their routing.
 
     Raises:
         ValueError: ``shown`` is negative.
     """
     if shown < 0:
-        raise ValueError(f"shown must be 0 or more pictures and captions, got {shown}")
+        raise ValueError(f"shown must be 0 or more images and captions, got {shown}")
     has_maps = any(layer.grid is not None for layer in report.of_tower("image").values())
     captions = report.captions[:shown] if report.of_tower("text") else []
     page = template("experts.html.j2").render(
@@ -296,9 +284,9 @@ def render_experts(report: ExpertReport, shown: int = 6) -> str:
 
 
 def statements(report: ExpertReport) -> list[str]:
-    """What there is to say about the experts in a sentence each: how similar they are, and whether all are used."""
+    """The summary, in sentences: what was run, how similar the experts are, and whether all are used."""
     found = [
-        f"{_plural(len(report.similarities), 'sparse layer')}, seen with {_plural(len(report.pictures), 'image')} and "
+        f"{_plural(len(report.similarities), 'sparse layer')}, run on {_plural(len(report.pictures), 'image')} and "
         f"{_plural(len(report.captions), 'caption')}."
     ]
     similarities = [_similarity(report, tower) for tower in _TOWERS]
@@ -307,12 +295,12 @@ def statements(report: ExpertReport) -> list[str]:
         busiest = max(report.layers, key=lambda name: imbalance(report.layers[name].load))
         unused = {name: int((layer.load == 0).sum()) for name, layer in report.layers.items()}
         words = (
-            f"{_plural(sum(unused.values()), 'expert')} took nothing at all"
+            f"{_plural(sum(unused.values()), 'expert')} received no tokens"
             if any(unused.values())
-            else "Every expert took something"
+            else "Every expert received tokens"
         )
         largest = imbalance(report.layers[busiest].load)
-        found.append(f"{words}; the busiest takes {largest:.2f} times its even share ({report.title(busiest)}).")
+        found.append(f"{words}; the busiest received {largest:.2f} times the uniform share ({report.title(busiest)}).")
     return [sentence for sentence in found if sentence]
 
 

@@ -1,9 +1,9 @@
-"""Pairwise similarity of a layer's experts, and their similarity to the dense MLP that they were copies of.
+"""Pairwise similarity of a layer's experts, and their similarity to the dense MLP they were copied from.
 
-Upcycled experts start out equal, and while they stay so a sparse layer with normalised gates computes what the dense
-MLP would. Measured is the cosine between two experts' matrices, each taken as one long vector: 1 where they are equal,
-0 where they have nothing in common. Experts that are shards of an MLP (``MoEConfig.granularity``) began equal where
-they are the same shard of it.
+Upcycled experts start out equal, and as long as they are, a sparse layer with normalized gates computes what the dense
+MLP does. Similarity is the cosine between the flattened matrices of two experts: 1 if they are equal, 0 if they are
+unrelated. Experts that are shards of an MLP (``MoEConfig.granularity``) are initialized equal if they are the same
+shard.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ BANDS = (
     (0.5, "partly similar"),
     (0.1, "clearly different"),
 )
-"""Words for a mean cosine between experts: the first whose bound it reaches."""
+"""Lower bounds of a mean cosine between experts, and the word for it."""
 _BELOW_ALL = "unrelated"
 
 
 class Similarity(NamedTuple):
     """Cosines between the experts of one layer, float32 on the CPU.
 
-    First matrices are those of the input projection, of gated experts together with the gate's; second ones those of
-    the output projection. Biases are left out.
+    The first matrix of an expert is its input projection, together with the gate's in gated experts; the second one is
+    its output projection. Biases are ignored.
     """
 
     first: Tensor
@@ -42,32 +42,32 @@ class Similarity(NamedTuple):
     second: Tensor
     """[E, E]."""
     first_to_dense: Tensor | None = None
-    """[E], of each expert with what it is a copy of; None where no dense MLP was given."""
+    """[E], of each expert with the matrix it was copied from; None without a dense MLP."""
     second_to_dense: Tensor | None = None
     """[E]."""
     granularity: int = 1
-    """Shards that an MLP was split into: experts e and f began equal where e and f have the same remainder."""
+    """Number of shards per MLP: experts e and f were initialized equal if e = f modulo granularity."""
 
     @property
     def first_mean(self) -> float:
-        """Mean cosine between first matrices over all pairs of experts that began equal; NaN without a pair."""
+        """Mean cosine between first matrices over all pairs of experts initialized equal; NaN without a pair."""
         return mean_cosine(self.first, self.granularity)
 
     @property
     def second_mean(self) -> float:
-        """The same of second matrices."""
+        """The same for second matrices."""
         return mean_cosine(self.second, self.granularity)
 
 
 @torch.no_grad()
 def expert_similarity(layer: SparseMoE, dense: DenseMLP | None = None) -> Similarity:
-    """Cosines between a layer's experts, and with the dense MLP ``dense`` where it is given.
+    """Cosines between a layer's experts, and with the MLP ``dense`` if given.
 
     Raises:
-        ValueError: the dense MLP's matrices, or shards of them, are not of the experts' shapes.
+        ValueError: the dense MLP's matrices, or their shards, do not have the experts' shapes.
     """
     granularity = layer.config.granularity
-    experts = layer.state_dict()  # which prepared layers have too
+    experts = layer.state_dict()  # prepared layers have it too
     first, second = _first(experts), _second(experts)
     between = (first @ first.T).cpu(), (second @ second.T).cpu()
     if dense is None:
@@ -82,66 +82,66 @@ def expert_similarity(layer: SparseMoE, dense: DenseMLP | None = None) -> Simila
 
 
 def model_similarity(model: nn.Module, dense: nn.Module | None = None) -> dict[str, Similarity]:
-    """``expert_similarity`` of every sparse layer of a model, by the layers' names.
+    """``expert_similarity`` of every sparse layer of a model, by layer name.
 
     Args:
-        dense: the model that was upcycled, or any dense one of the same architecture.
+        dense: the model that was upcycled, or another dense one of the same architecture.
 
     Raises:
-        ValueError: ``dense`` is not dense, or not of the same architecture.
+        ValueError: ``dense`` has sparse layers, or another architecture.
     """
     layers = moe_layers(model)
     if dense is None:
         return {name: expert_similarity(layer) for name, layer in layers.items()}
     already = next(iter(moe_layers(dense)), None)
     if already is not None:
-        raise ValueError(f"dense has a sparse layer ({already}); give the model that was upcycled, before it was")
+        raise ValueError(f"dense has a sparse layer ({already}); pass the dense model that was upcycled")
     found = {}
     for name, layer in layers.items():
         try:
             found[name] = expert_similarity(layer, _dense_mlp(dense, name))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"dense is no model that the sparse one can come from: {name}: {error}") from error
+            raise ValueError(f"dense does not match the sparse model: {name}: {error}") from error
     return found
 
 
 def in_words(cosine: float) -> str:
-    """How similar two experts of this mean cosine are, by ``BANDS``: "nearly identical" from 0.99 on."""
+    """The word of ``BANDS`` for a mean cosine: "nearly identical" from 0.99 on."""
     return next((words for least, words in BANDS if cosine >= least), _BELOW_ALL)
 
 
 def mean_cosine(cosines: Tensor, granularity: int = 1) -> float:
-    """The mean of cosines [E, E] over all pairs of different experts with the same remainder by ``granularity``; NaN
-    where there is no pair."""
+    """Mean of cosines [E, E] over all pairs of different experts with equal indices modulo ``granularity``; NaN without
+    a pair."""
     shard = torch.arange(len(cosines)) % granularity
     pairs = cosines[(shard[:, None] == shard).triu(1)]
     return pairs.double().mean().item()
 
 
 def _dense_mlp(dense: nn.Module, name: str) -> DenseMLP:
-    """The MLP of the innermost block of a dense model that the sparse layer ``name`` stands in."""
+    """The MLP of the innermost block of a dense model that contains the sparse layer ``name``."""
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
         try:
             return find_mlp(dense.get_submodule(".".join(parts[:length]))).dense
         except (AttributeError, TypeError):
             continue
-    raise ValueError("it has no block of that name with an MLP that is read")
+    raise ValueError("it has no block of that name with a supported MLP")
 
 
 def _check_shapes(experts: dict[str, Tensor], shards: dict[str, Tensor]) -> None:
     for name in ("in_weight", "gate_weight"):
         expert, mlp = (list(of[name].shape[1:]) if name in of else None for of in (experts, shards))
         if expert != mlp:
-            raise ValueError(f"{name} of an expert is {expert}, in the dense MLP it is {mlp}; they must be alike")
+            raise ValueError(f"{name} of an expert is {expert}, of the dense MLP {mlp}; they must be equal")
 
 
 def _first(parameters: dict[str, Tensor]) -> Tensor:
-    """[E, features], of length 1."""
+    """[E, features], normalized."""
     names = [name for name in ("in_weight", "gate_weight") if name in parameters]
     return F.normalize(torch.cat([parameters[name].flatten(1) for name in names], 1).float(), dim=1)
 
 
 def _second(parameters: dict[str, Tensor]) -> Tensor:
-    """[E, features], of length 1."""
+    """[E, features], normalized."""
     return F.normalize(parameters["out_weight"].flatten(1).float(), dim=1)

@@ -1,4 +1,4 @@
-"""What the pages have in common: where their templates are, and how they name a sparse layer."""
+"""Shared by the HTML pages: their templates, and readable names of sparse layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .figures.format import count
 
 @cache
 def template(name: str, package: str = __package__) -> Template:
-    """A template of ``clipup/inspection/templates``; what goes into it is escaped unless it is markup already."""
+    """A template of ``package`` or of ``clipup.inspection``; values are escaped unless they are markup."""
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader(__package__)]),
         autoescape=True,
@@ -25,9 +25,9 @@ def template(name: str, package: str = __package__) -> Template:
 
 
 def layer_title(name: str, tower: str | None = None) -> str:
-    """A sparse layer's name for readers: ``visual.transformer.resblocks.3.mlp`` is "Image tower, block 3".
+    """A sparse layer's readable name: ``visual.transformer.resblocks.3.mlp`` is "Image tower, block 3".
 
-    tower: "image" or "text"; None takes it from the name, where a CoCa's decoder is told apart too.
+    tower: "image" or "text"; None takes it from the name, which also identifies a CoCa's decoder.
     """
     blocks = re.findall(r"\.(\d+)(?=\.|$)", f".{name}")
     if not blocks:

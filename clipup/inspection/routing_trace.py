@@ -1,6 +1,6 @@
-"""How the sparse layers of a model route images and texts: which experts every patch and every token was sent to.
+"""Traces how the sparse layers of a model route images and texts.
 
-Axis legend: ``N`` images or texts, ``S`` tokens each, ``E`` experts, ``K`` choices a token.
+Axis legend: ``N`` images or texts, ``S`` tokens each, ``E`` experts, ``K`` choices per token.
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from ..clip import inputs
-from ..evaluate.encode import device_of, evaluating, in_batches
+from ..evaluate.encode import device_of, in_batches
+from ..moe.evaluation import evaluating
 from ..moe.layer import SparseMoE, moe_layers
 from ..moe.router import log_scores
 
-NO_SPARSE_LAYERS = "the model has no sparse layers, so there are no experts to look at; clipup upcycle makes it sparse"
+NO_SPARSE_LAYERS = "the model has no sparse layers, so there are no experts to inspect; clipup upcycle makes it sparse"
 
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """What one sparse layer did with N images or texts, in evaluation and before any choice was dropped."""
+    """How one sparse layer routed N images or texts in evaluation mode, before any choice was dropped."""
 
     tower: str
     """"image" or "text"."""
     experts: np.ndarray
-    """[N, S, K] integers, the first choice first; -1 for tokens that took no part (padding)."""
+    """[N, S, K] integers, the first choice first; -1 for masked tokens (padding)."""
     probabilities: np.ndarray
-    """[N, S, E] float32: the router's, which sum to 1; 0 for padding that was not computed."""
+    """[N, S, E] float32 router probabilities, which sum to 1; 0 for padding that was not computed."""
     grid: tuple[int, int] | None = None
     """Rows and columns of the patches, which are the last tokens of every image; None for texts, and for images whose
-    tokens lie in no grid that is known."""
+    tokens are in no known grid."""
 
     @property
     def num_experts(self) -> int:
@@ -41,44 +42,44 @@ class LayerRouting:
 
     @property
     def tokens(self) -> int:
-        """Tokens that took part."""
+        """Number of tokens that are not masked."""
         return int((self.experts[..., 0] >= 0).sum())
 
     @property
     def load(self) -> np.ndarray:
-        """[E] share of all choices that fell on each expert; sums to 1, or is 0 where nothing took part."""
+        """[E] each expert's share of all choices; sums to 1, or is all 0 if every token is masked."""
         return _shares(self.experts, self.num_experts)
 
     @property
     def first_load(self) -> np.ndarray:
-        """[E] the same of first choices alone."""
+        """[E] each expert's share of first choices."""
         return _shares(self.experts[..., 0], self.num_experts)
 
     @property
     def token_entropy(self) -> float:
-        """Mean entropy of a token's router distribution in nats: 0 is sure, ln E undecided."""
-        taking_part = self._distributions()
-        return float(_entropy(taking_part).mean()) if len(taking_part) else float("nan")
+        """Mean entropy of the router distribution per token, in nats: 0 is confident, ln E undecided."""
+        unmasked = self._distributions()
+        return float(_entropy(unmasked).mean()) if len(unmasked) else float("nan")
 
     @property
     def mean_entropy(self) -> float:
-        """Entropy of the mean router distribution in nats: ln E where the experts are used alike."""
-        taking_part = self._distributions()
-        return float(_entropy(taking_part.mean(0))) if len(taking_part) else float("nan")
+        """Entropy of the mean router distribution, in nats: ln E if the experts are used equally."""
+        unmasked = self._distributions()
+        return float(_entropy(unmasked.mean(0))) if len(unmasked) else float("nan")
 
     def maps(self) -> np.ndarray:
-        """[N, rows, columns] expert of every patch's first choice.
+        """[N, rows, columns] first-choice expert of every patch.
 
         Raises:
             ValueError: the layer has no grid.
         """
         if self.grid is None:
-            raise ValueError("this layer's tokens lie in no grid of patches, so there is no map of them")
+            raise ValueError("this layer's tokens are in no grid of patches, so there is no map of them")
         return self.experts[:, self._first_patch() :, 0].reshape(-1, *self.grid)
 
     def strongest(self, expert: int, count: int) -> list[tuple[int, int]]:
-        """(sample, token) of the ``count`` tokens that the expert was chosen for first with the largest probabilities,
-        the largest first, one a sample. Of an image's tokens only its patches."""
+        """(sample, token) of the ``count`` tokens that have this expert as their first choice with the largest
+        probabilities, in descending order, at most one per sample; of an image, patches only."""
         start = self._first_patch()
         mine = self.experts[:, start:, 0] == expert
         chosen = np.where(mine, self.probabilities[:, start:, expert], -1.0)
@@ -87,7 +88,7 @@ class LayerRouting:
         return [(int(sample), start + int(chosen[sample].argmax())) for sample in order if best[sample] >= 0]
 
     def patch_of(self, token: int) -> tuple[int, int]:
-        """Row and column of a token that is a patch."""
+        """Row and column of a patch, by its token index."""
         return divmod(token - self._first_patch(), self.grid[1])
 
     def _first_patch(self) -> int:
@@ -98,10 +99,9 @@ class LayerRouting:
 
 
 def route_images(model: nn.Module, images: Iterable[Tensor], batch_size: int = 32) -> dict[str, LayerRouting]:
-    """How each sparse layer of the image tower routes preprocessed images [3, height, width], by the layers' names.
+    """How each sparse layer of the image tower routes preprocessed images [3, height, width], by layer name.
 
-    The model is as it was afterwards: its mode, its hooks, and what ``moe_metrics`` says about it. An image tower that
-    is dense gives no layers.
+    The model is left unchanged: its mode, its hooks and its ``moe_metrics``. Empty for a dense image tower.
 
     Raises:
         ValueError: the model has no sparse layers at all.
@@ -113,7 +113,7 @@ def route_images(model: nn.Module, images: Iterable[Tensor], batch_size: int = 3
 
 
 def route_texts(model: nn.Module, texts: Tensor, batch_size: int = 32) -> dict[str, LayerRouting]:
-    """How each sparse layer of the text tower routes texts [N, S] of token ids; otherwise as ``route_images``.
+    """How each sparse layer of the text tower routes texts [N, S] of token ids; otherwise like ``route_images``.
 
     Raises:
         ValueError: the model has no sparse layers at all, or no text tower.
@@ -145,15 +145,14 @@ def _route(
 
 
 def _joined(batches: Sequence[np.ndarray], absent: int, length: int) -> np.ndarray:
-    """[N, S, ...] out of batches [n, s, ...]: tokens that short texts were computed without, up to ``length`` of them,
-    are ``absent``."""
+    """[N, S, ...] from batches [n, s, ...]; tokens left out of short texts, up to ``length``, are ``absent``."""
     missing = [((0, 0), (0, max(0, length - batch.shape[1])), (0, 0)) for batch in batches]
     return np.concatenate([np.pad(*one, constant_values=absent) for one in zip(batches, missing, strict=True)])
 
 
 @contextmanager
 def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]:
-    """{layer: [(leading shape [N, ...] of its tokens, experts [N, S, K], probabilities [N, S, E])]}, one a forward."""
+    """{layer: [(leading shape [N, ...] of its tokens, experts [N, S, K], probabilities [N, S, E])]}, per forward."""
     found: dict[str, list[tuple]] = {}
 
     def hook_of(name: str) -> Callable:
@@ -188,10 +187,10 @@ def _grid(model: nn.Module, shape: tuple[int, ...]) -> tuple[int, int] | None:
     if grid is None or len(shape) != 2:
         return None
     rows, columns = grid
-    in_front = 1 if hasattr(trunk, "class_embedding") else getattr(trunk, "num_prefix_tokens", 0)
-    if shape[1] == in_front + rows * columns:
+    prefix = 1 if hasattr(trunk, "class_embedding") else getattr(trunk, "num_prefix_tokens", 0)
+    if shape[1] == prefix + rows * columns:
         return rows, columns
-    while min(rows, columns) > 1:  # later stages of hierarchical towers have halved grids, without tokens in front
+    while min(rows, columns) > 1:  # later stages of hierarchical towers halve the grid and have no prefix tokens
         rows, columns = rows // 2, columns // 2
         if shape[1] == rows * columns:
             return rows, columns

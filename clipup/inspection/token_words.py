@@ -1,4 +1,4 @@
-"""What a tokenizer made of a caption, piece by piece, and which words an expert takes."""
+"""Tokens of a caption as text, and the words that each expert takes most."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..clip.word_tokenizer import WordTokenizer
 from .routing_trace import LayerRouting
 
 PADDING = -1
-"""The word of a token that is padding."""
-_STARTS_WORD = ("\u2581", "\u0120")  # sentencepiece and byte-level BPE mark the piece that a word begins with
-_CONTINUES_WORD = "##"  # WordPiece marks the others
-_ENDS_WORD = "</w>"  # open_clip's own BPE marks the last
+"""Word index of padding."""
+_STARTS_WORD = ("\u2581", "\u0120")  # marks the first piece of a word in SentencePiece and byte-level BPE
+_CONTINUES_WORD = "##"  # marks the other pieces in WordPiece
+_ENDS_WORD = "</w>"  # marks the last piece in open_clip's BPE
 
 
 class Piece(NamedTuple):
     """One token as text."""
 
     text: str
-    """The characters that end with the token: none for the first bytes of a character that several tokens make up."""
+    """The characters completed by the token; empty if it holds only the first bytes of a character."""
     word: int
-    """Place of the token's word in its caption; -1 for padding."""
+    """Index of the token's word in its caption; -1 for padding."""
 
 
 class WordShare(NamedTuple):
@@ -38,10 +38,10 @@ class WordShare(NamedTuple):
 
 
 def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[Piece]:
-    """A text's tokens as text, [S] ids -> S pieces. Special tokens stand in angle brackets, padding is empty.
+    """A text's tokens as text, [S] ids -> S pieces. Special tokens are in angle brackets, padding is empty.
 
     Raises:
-        TypeError: the tokenizer is none that ``clipup.get_tokenizer`` makes.
+        TypeError: the tokenizer is not of a kind that ``clipup.get_tokenizer`` returns.
     """
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return _of_simple(tokenizer, tokens)
@@ -50,7 +50,7 @@ def pieces(tokenizer: Any, tokens: Sequence[int]) -> list[Piece]:
     inner = getattr(tokenizer, "tokenizer", None)
     if hasattr(inner, "convert_ids_to_tokens"):
         return _of_hugging_face(inner, tokens)
-    raise TypeError(f"tokenizer must be one that clipup.get_tokenizer makes, got a {type(tokenizer).__name__}")
+    raise TypeError(f"tokenizer must be one from clipup.get_tokenizer, got a {type(tokenizer).__name__}")
 
 
 def words(caption: Sequence[Piece]) -> list[str]:
@@ -62,10 +62,10 @@ def words(caption: Sequence[Piece]) -> list[str]:
 
 
 def expert_words(layer: LayerRouting, captions: Sequence[Sequence[Piece]], count: int) -> list[list[WordShare]]:
-    """For every expert the ``count`` words that it takes most, beyond what its size explains.
+    """For each expert the ``count`` words that it is chosen for most, beyond what its load explains.
 
-    Ranked by ``taken - seen * s``, s the expert's share of all first choices: how many more of the word's tokens it
-    took than it would have taken, had it taken the same share of every word. Words that it took less of are left out.
+    Ranked by ``taken - seen * s``, where s is the expert's share of all first choices: how many more of the word's
+    tokens it took than at the same share of every word. Words it took fewer tokens of are omitted.
     """
     counts: dict[str, np.ndarray] = {}
     for sample, caption in enumerate(captions):
@@ -103,7 +103,7 @@ def _of_simple(tokenizer: open_clip.SimpleTokenizer, tokens: Sequence[int]) -> l
 
 
 def _of_words(tokenizer: WordTokenizer, tokens: Sequence[int]) -> list[Piece]:
-    """A start, words, an end, padding: one token each."""
+    """Start, words, end and padding, one token each."""
     end = list(tokens).index(tokenizer.end_of_text)
     names = [_special("start"), *(tokenizer.decode([token]) for token in tokens[1:end]), _special("end")]
     return [Piece(name, word) for word, name in enumerate(names)] + [Piece("", PADDING)] * (len(tokens) - end - 1)
@@ -131,7 +131,7 @@ def _of_hugging_face(inner: Any, tokens: Sequence[int]) -> list[Piece]:
 
 
 def _text(inner: Any, of_word: list[str]) -> str:
-    """The characters that the tokens of a word make up, without one that is not whole yet."""
+    """The characters that the tokens of a word spell, without an incomplete last one."""
     return inner.convert_tokens_to_string(of_word).strip().rstrip("\ufffd") if of_word else ""
 
 

@@ -1,6 +1,6 @@
-"""``MoEConfig``: what becomes sparse, how tokens are routed, and which losses keep the routing healthy.
+"""``MoEConfig``: which blocks become sparse, how tokens are routed, and the auxiliary losses.
 
-Frozen and JSON both ways; it is stored as ``moe_cfg`` beside open_clip's ``model_cfg``.
+Frozen, converted to and from JSON; stored as ``moe_cfg`` beside open_clip's ``model_cfg``.
 """
 
 from __future__ import annotations
@@ -44,54 +44,57 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Options of the sparse layers. A bad value raises ``ValueError`` or ``TypeError`` that names it.
+    """Options of the sparse layers. An invalid value raises a ``ValueError`` or ``TypeError`` that names it.
 
-    Where each choice comes from, and how sure that is: docs/recipe.md.
+    The source of each default, and how certain it is: docs/recipe.md.
     """
 
     num_experts: int = 8
-    """Experts in a layer (E)."""
+    """Experts per layer (E)."""
     top_k: int = 2
-    """Experts that every token is sent to (K), at most num_experts."""
+    """Experts per token (K), at most num_experts."""
     granularity: int = 1
-    """Parts into which a dense MLP's hidden width is split, an expert being one part (fine-grained experts). It divides
-    num_experts and top_k, which count parts: 32 experts, top 8, granularity 4 cost what 8 experts, top 2 cost."""
+    """Shards into which a dense MLP's hidden width is split; each expert is one shard (fine-grained experts). It
+    divides num_experts and top_k, which count shards: 32 experts, top 8, granularity 4 cost as much as 8 experts, top
+    2."""
     shared_expert: bool = False
-    """A copy of the whole dense MLP that every token takes beside its K experts; each gives half of the output."""
+    """Add a copy of the whole dense MLP that processes every token beside its K experts; each contributes half of the
+    output."""
     reinit_ratio: float = 0.0
-    """Share of its hidden units that every expert draws anew when a dense MLP is upcycled (Drop-Upcycling; 0.5 there).
-    The shared expert keeps all."""
+    """Fraction of its hidden units that every expert re-initializes when a dense MLP is upcycled (Drop-Upcycling, which
+    uses 0.5). The shared expert keeps all."""
     capacity_factor: float | None = None
-    """An expert takes at most ceil(capacity_factor*K*T/E) of T tokens' choices in training. None drops nothing."""
+    """In training an expert accepts at most ceil(capacity_factor*K*T/E) of the choices of T tokens. None drops
+    nothing."""
     eval_capacity_factor: float | None = None
-    """The same in evaluation. None: nobody's embedding depends on who else is in the batch."""
+    """The same in evaluation. None: an embedding does not depend on the rest of the batch."""
     normalize_gates: GateNormalization = "before_drop"
-    """Where a token's K gates are scaled to sum to 1: before over-capacity choices are dropped, after, or nowhere."""
+    """When a token's K gates are scaled to sum to 1: before choices over capacity are dropped, after, or not at all."""
     priority: bool = False
-    """Give slots to tokens with a large router probability first (batch-priority routing) instead of by position."""
+    """Assign slots by descending router probability (batch-priority routing) instead of by position."""
     router_noise: float = 0.0
-    """Normal noise on the router's logits in training, its standard deviation in units of 1/num_experts (V-MoE)."""
+    """Standard deviation of normal noise on the router's logits in training, in units of 1/num_experts (V-MoE)."""
     score_function: ScoreFunction = "softmax"
-    """What makes router probabilities of logits: softmax, or sigmoids divided by their sum over all experts."""
+    """How logits become router probabilities: softmax, or sigmoids divided by their sum over all experts."""
     selection_bias: SelectionBias = "none"
-    """Balance by a bias an expert that is added to the probabilities for choosing only, and moved after every step by
-    the load: by its sign (loss-free balancing) or by its z-score."""
+    """Loss-free balancing: a bias per expert that affects expert selection but not the gates, updated after every step
+    by the sign of the load's deviation from the mean, or by its z-score."""
     selection_bias_rate: float = 1e-3
-    """How far a step moves that bias, in units of a router probability."""
+    """Size of an update of that bias, in units of router probability."""
     towers: tuple[Tower, ...] = ("image", "text")
-    """Towers that become sparse; the others stay dense. A CoCa has a decoder too."""
+    """Towers that become sparse; the others stay dense. A CoCa also has a decoder."""
     blocks: Blocks | tuple[int, ...] = "every_other"
-    """Blocks that become sparse: every other one, block 0 dense (1, 3, ...), every one, or indices (negative from the
-    end)."""
+    """Blocks that become sparse: every other one (1, 3, ...; block 0 stays dense), every one, or indices (negative ones
+    count from the end)."""
     last_blocks: int | None = None
-    """Of the blocks that a word for blocks means, only the last n in each tower (with every_other: V-MoE's Last-n)."""
+    """Only the last n of the blocks that "every_other" or "every" selects, in each tower (V-MoE's Last-n)."""
     padding_aware: bool = True
-    """Leave the tokens behind a text's end out of routing, capacity and losses, in text towers whose features they
-    never reach (causal, pooled at end-of-text). It means nothing in other towers."""
+    """Exclude the tokens after a text's end from routing, capacity and losses, in text towers whose features do not
+    depend on them (causal, pooled at end-of-text). No effect in other towers."""
     balance_weight: float = 0.0
-    """Weight of the load-balance loss, which is 1 when balanced."""
+    """Weight of the load-balance loss, which is 1 for uniform routing."""
     balance: BalanceForm = "topk"
-    """Picks that the balance loss counts: first choices only (top2), or all choices (topk)."""
+    """Choices that the balance loss counts: first choices only (top2), or all choices (topk)."""
     z_weight: float = 0.0
     """Weight of the router z-loss."""
     importance_weight: float = 0.0
@@ -99,11 +102,11 @@ class MoEConfig:
     load_weight: float = 0.0
     """Weight of V-MoE's load loss, which needs router_noise > 0."""
     local_entropy_weight: float = 0.0
-    """Weight of LIMoE's local entropy (of each token's router distribution), in nats."""
+    """Weight of LIMoE's local entropy loss (entropy of each token's router distribution), in nats."""
     global_entropy_weight: float = 0.0
-    """Weight of LIMoE's global entropy loss (of the mean router distribution), in nats."""
+    """Weight of LIMoE's global entropy loss (entropy of the mean router distribution), in nats."""
     entropy_threshold: float | None = None
-    """Nats of global entropy above which there is nothing to pay. None: log(num_experts)."""
+    """Global entropy, in nats, above which that loss is 0. None: log(num_experts)."""
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "granularity"):
@@ -119,7 +122,7 @@ class MoEConfig:
             if getattr(self, name) % self.granularity:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) is not a multiple of granularity ({self.granularity}): it counts "
-                    f"parts of MLPs, and {self.granularity} of them make a whole one; round it up or down"
+                    f"shards of MLPs, and {self.granularity} shards make a whole MLP; round it up or down"
                 )
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
@@ -144,8 +147,8 @@ class MoEConfig:
             raise ValueError("load_weight > 0 needs router_noise > 0: the load loss is a probability under that noise")
         if self.load_weight > 0 and self.selection_bias != "none":
             raise ValueError(
-                f"load_weight > 0 has no meaning with selection_bias={self.selection_bias!r}: the load loss is about "
-                "the experts with the largest logits, and the bias chooses others; drop one of them"
+                f"load_weight > 0 cannot be combined with selection_bias={self.selection_bias!r}: the load loss "
+                "assumes that the experts with the largest logits are selected, which the bias changes; use one of them"
             )
         self._check_model_fields()
 
@@ -154,37 +157,40 @@ class MoEConfig:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         towers = self.towers
-        known = isinstance(towers, tuple) and towers and all(tower in get_args(Tower) for tower in towers)
+        known = isinstance(towers, tuple) and len(towers) > 0 and all(tower in get_args(Tower) for tower in towers)
         expected = 'a tuple of "image", "text" and "decoder", each once'
         check("towers", towers, known and len(set(towers)) == len(towers), expected)
         named = self.blocks in get_args(Blocks)
         if not named:
-            indices = isinstance(self.blocks, tuple) and self.blocks and all(is_int(block) for block in self.blocks)
+            indices = (
+                isinstance(self.blocks, tuple) and len(self.blocks) > 0 and all(is_int(block) for block in self.blocks)
+            )
             check("blocks", self.blocks, indices, '"every_other", "every" or a tuple of block indices')
         if self.last_blocks is not None:
             check("last_blocks", self.last_blocks, is_int(self.last_blocks), "an int or None", TypeError)
             check("last_blocks", self.last_blocks, self.last_blocks >= 1, "at least 1, or None for all")
             if not named:
                 raise ValueError(
-                    f"last_blocks={self.last_blocks} has no meaning with a list of blocks, {self.blocks}; list fewer"
+                    f"last_blocks={self.last_blocks} cannot be combined with a list of blocks, {self.blocks}; list "
+                    "fewer"
                 )
 
     @classmethod
     def clip_up(cls, **overrides: Any) -> MoEConfig:
         """The CLIP-UP recipe (arXiv 2502.00965): 8 experts, top 2, every other block of both towers, capacity factor 1.
 
-        The capacity factor is derived from the paper's numbers; the weights of the losses (balance 0.01, z 1e-4) are
-        common values, not confirmed by its text.
+        The capacity factor is derived from the paper's numbers; the loss weights (balance 0.01, z 1e-4) are common
+        values, not confirmed by the paper's text.
         """
         return cls(**{"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2", **overrides})
 
     def replace(self, **changes: Any) -> MoEConfig:
-        """A copy with some fields changed, checked like a new one."""
+        """A copy with some fields changed, validated like a new config."""
         return dataclasses.replace(self, **changes)
 
     @property
     def keeps_function(self) -> bool:
-        """Whether an upcycled model computes, with nothing dropped, what the dense one does."""
+        """Whether an upcycled model computes the same function as the dense one if nothing is dropped."""
         return self.normalize_gates != "none" and self.reinit_ratio == 0
 
     @property
@@ -194,16 +200,16 @@ class MoEConfig:
 
     @property
     def global_entropy_threshold(self) -> float:
-        """The threshold in force, in nats."""
+        """The effective threshold, in nats."""
         return math.log(self.num_experts) if self.entropy_threshold is None else self.entropy_threshold
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
+        """A dictionary of values that JSON can represent."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
-        """The inverse of ``to_dict``; missing fields take their defaults, unknown ones raise ``ValueError``."""
+        """The inverse of ``to_dict``; missing fields get their defaults, unknown ones raise ``ValueError``."""
         if not isinstance(values, dict):
             raise TypeError(f"moe_cfg must be a JSON object, got {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]

@@ -1,6 +1,6 @@
-"""What experts start from: copies of a dense MLP, shards of it, and hidden units drawn anew.
+"""Initialization of experts: copies or shards of a dense MLP, and re-initialized hidden units.
 
-Axis legend: ``D`` model width, ``H`` hidden width of the dense MLP, ``E`` experts, ``G`` granularity: shards of an MLP.
+Axis legend: ``D`` model width, ``H`` hidden width of the dense MLP, ``E`` experts, ``G`` granularity: shards per MLP.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _HIDDEN_FIRST = ("in_weight", "in_bias", "gate_weight", "gate_bias")
 def check_shards(dense: DenseMLP, granularity: int) -> None:
     """
     Raises:
-        ValueError: the hidden width does not split into that many shards.
-        TypeError: the hidden units are normed together, so no shard can be computed without the others.
+        ValueError: the hidden width is not a multiple of the granularity.
+        TypeError: the MLP normalizes its hidden units together, so a shard cannot be computed by itself.
     """
     hidden = dense.in_weight.shape[0]
     if hidden % granularity:
@@ -30,15 +30,15 @@ def check_shards(dense: DenseMLP, granularity: int) -> None:
 
 
 def experts_of(dense: DenseMLP, num_experts: int, granularity: int = 1) -> dict[str, Tensor]:
-    """E experts that begin as the dense MLP (Sparse Upcycling, arXiv 2212.05055), or as its shards.
+    """E experts initialized as copies of the dense MLP (Sparse Upcycling, arXiv 2212.05055), or as its shards.
 
-    Expert ``e*G + s`` holds hidden units ``s*H/G`` to ``(s+1)*H/G``, so that G neighbours, a virtual group, make up one
-    MLP (NVIDIA, arXiv 2410.07524). The output bias is shared out equally. A group adds up to the MLP:
+    Expert ``e*G + s`` holds hidden units ``s*H/G`` to ``(s+1)*H/G``, so G neighbors, a virtual group, form one MLP
+    (NVIDIA, arXiv 2410.07524). The output bias is divided equally. A group sums to the MLP:
 
         sum_s W_out[:, s] act(W_in[s] x + b_in[s]) + b_out / G  =  W_out act(W_in x + b_in) + b_out
 
     Returns:
-        The parameters of ``Experts`` by name, [E, ...] each: copies on the MLP's device.
+        The parameters of ``Experts`` by name, each [E, ...]: copies on the MLP's device.
 
     Raises:
         TypeError, ValueError: as ``check_shards``.
@@ -62,19 +62,20 @@ def _shards(name: str, tensor: Tensor, granularity: int) -> Tensor:
     return (tensor / granularity).expand(granularity, -1)
 
 
-def redraw_hidden_units(experts: dict[str, Tensor], ratio: float) -> Tensor:
-    """Drop-Upcycling (arXiv 2502.19261, section 3): every expert draws a share of its hidden units anew, in place.
+def reinitialize_hidden_units(experts: dict[str, Tensor], ratio: float) -> Tensor:
+    """Drop-Upcycling (arXiv 2502.19261, section 3): every expert re-initializes a fraction of its hidden units, in
+    place.
 
     For each expert ``round(ratio*H)`` units are chosen at random; their rows of W_in (and W_gate), their columns of
-    W_out, and their hidden biases are drawn from the normal distribution with mean and standard deviation of what they
-    replace, tensor by tensor. All else stays to the bit. Random numbers come from torch's default generator, so
-    ``torch.manual_seed`` repeats them.
+    W_out, and their hidden biases are drawn from a normal distribution with the mean and standard deviation of the
+    values they replace, tensor by tensor. Everything else stays bitwise unchanged. Random numbers come from torch's
+    default generator.
 
     Args:
         experts: what ``experts_of`` returns. ratio: r, from 0 to 1.
 
     Returns:
-        [E, round(ratio*H)] int64: the units that were drawn anew.
+        [E, round(ratio*H)] int64: the re-initialized units.
     """
     num_experts, hidden = experts["in_weight"].shape[:2]
     device = experts["in_weight"].device

@@ -1,8 +1,7 @@
-"""Experts: stacked MLPs, their parameters and what they compute; with a layer norm or a dropout between the projections
-out of the public parts of ``expert_mlp``.
+"""Experts: stacked MLPs and their computation, by the fused op or, with a norm or dropout, by its unfused parts.
 
-Axis legend: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts, ``K`` choices a token, ``R = T*K`` rows
-(one a (token, choice) pair).
+Axis legend: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts, ``K`` choices per token, ``R = T*K``
+rows (one per (token, choice) pair).
 """
 
 from __future__ import annotations
@@ -26,12 +25,21 @@ _VECTORS = ("in_bias", "out_bias", "gate_bias", "ln_weight", "ln_bias")
 
 
 class Experts(nn.Module):
-    """E MLPs of one shape, stacked.
+    """E MLPs of the same shape, stacked.
 
     Parameters: ``in_weight`` [E, H, D], ``in_bias`` [E, H], ``out_weight`` [E, D, H], ``out_bias`` [E, D]; gated ones
-    also ``gate_weight`` [E, H, D], ``gate_bias`` [E, H]; with a norm ``ln_weight`` and ``ln_bias`` [E, H]. What an
-    expert lacks is None. The options are explained in ``SparseMoE``.
+    also ``gate_weight`` [E, H, D], ``gate_bias`` [E, H]; with a norm ``ln_weight`` and ``ln_bias`` [E, H]. Absent ones
+    are None. The options are explained in ``SparseMoE``.
     """
+
+    in_weight: nn.Parameter
+    in_bias: nn.Parameter | None
+    out_weight: nn.Parameter
+    out_bias: nn.Parameter | None
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+    ln_weight: nn.Parameter | None
+    ln_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -77,27 +85,27 @@ class Experts(nn.Module):
         self.reset_experts()
 
     def reset_experts(self) -> None:
-        """Draws every expert as ``nn.Linear`` would draw it, independently."""
+        """Re-initializes every expert independently, as ``nn.Linear`` does."""
         for name, fan_in in (("in", self.d_model), ("out", self.d_hidden), ("gate", self.d_model)):
             for parameter in (getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-        if self.ln_weight is not None:
+        if self.ln_weight is not None and self.ln_bias is not None:
             nn.init.ones_(self.ln_weight)
             nn.init.zeros_(self.ln_bias)
 
     def set_experts(self, values: dict[str, Tensor], requires_grad: dict[str, bool]) -> None:
-        """Takes these tensors, not copies, as the parameters of these names, which may lie on another device."""
+        """Makes these tensors, without a copy, the parameters of these names; they may be on another device."""
         for name, value in values.items():
             setattr(self, name, nn.Parameter(value.contiguous(), requires_grad=requires_grad[name]))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay should leave alone, as timm's optimizers ask for them: biases and
-        norms, which are stacked to [E, H] and look like matrices."""
+        """Names of the parameters without weight decay, by timm's convention: biases and norms, which are stacked to
+        [E, H] and look like matrices."""
         return {name for name, _ in self.named_parameters() if name.rpartition(".")[2] in _VECTORS}
 
     def run_experts(self, tokens: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
-        """tokens [T, D] -> [T, D], computed in ``dtype``, or in the parameters' type when that is None."""
+        """tokens [T, D] -> [T, D], computed in ``dtype``; None means the parameters' type."""
         x = cast(tokens, dtype)
         weights = self.operands(dtype)
         if self.is_fused():
@@ -106,22 +114,22 @@ class Experts(nn.Module):
         return combine(rows, gates, plan)
 
     def is_fused(self) -> bool:
-        """Whether the fused ops compute these experts: they have no norm, and no dropout in evaluation."""
+        """Whether the fused ops compute these experts: no norm, and no active dropout."""
         return self.ln_weight is None and (self.dropout == 0 or not self.training)
 
-    def operands(self, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
+    def operands(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """The matrices and biases by their names in the ops, in ``dtype``."""
         return {name: cast(getattr(self, name), dtype) for name in _OPERANDS}
 
     def _between(self) -> dict[str, Any]:
         """The options of ``unfused_mlp`` between the projections."""
-        norm = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
+        norm: dict[str, Any] = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
         return {"activation": self.activation, **norm, "dropout": self.dropout if self.training else 0.0}
 
 
 class SharedExpert(Experts):
-    """One expert for every token (DeepSeekMoE, arXiv 2401.06066, section 3.2). Several such experts are one of their
-    joint width."""
+    """An expert that processes every token (DeepSeekMoE, arXiv 2401.06066, section 3.2). Several such experts are equal
+    to one of their combined width."""
 
     def forward(self, tokens: Tensor, mask: Tensor | None, dtype: torch.dtype | None, gate: float) -> Tensor:
         """gate times the expert's output, [T, D]; 0 where the mask [T] is False."""
@@ -139,11 +147,12 @@ class SharedExpert(Experts):
         return unfused_mlp(x, offsets, **self.operands(dtype), **self._between())
 
 
-def cast(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def cast(tensor: Any, dtype: torch.dtype | None) -> Any:
+    """A tensor, or None, in ``dtype`` unless that is None."""
     return tensor if tensor is None or dtype is None else tensor.to(dtype)
 
 
-def of_one_expert(weight: Tensor | PackedWeight | None) -> Tensor | PackedWeight | None:
+def of_one_expert(weight: Any) -> Any:
     """A weight of one expert, [1, ...], without that axis."""
     if isinstance(weight, PackedWeight):
         block = weight.block[0] if weight.block.shape == weight.shape else weight.block
@@ -188,15 +197,15 @@ def unfused_mlp(
     else:
         hidden = activate(grouped_linear(rows, gate_weight, gate_bias, offsets), activation) * hidden
     hidden = F.dropout(hidden, dropout)
-    if ln_weight is not None:
+    if ln_weight is not None and ln_bias is not None:
         hidden = grouped_layer_norm(hidden, ln_weight, ln_bias, offsets, ln_eps)
     return grouped_linear(hidden, out_weight, out_bias, offsets)
 
 
 def grouped_layer_norm(rows: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float = 1e-5) -> Tensor:
-    """Layer norm of every row with the weight and bias of the expert that owns it, computed in float32 or wider.
+    """Layer norm of each row with the weight and bias of the row's expert, computed in float32 or wider.
 
-    Weight and bias are looked up as embeddings, whose gradient is summed in a fixed order.
+    Weight and bias are looked up as embeddings, whose gradients are summed in a fixed order.
 
     Args:
         rows: [R, H], expert-sorted as by ``permute``.
@@ -205,7 +214,7 @@ def grouped_layer_norm(rows: Tensor, weight: Tensor, bias: Tensor, offsets: Tens
         eps: added to the variance.
 
     Returns:
-        [R, H] of rows' type. What stands in empty rows means nothing.
+        [R, H] in rows' type. Empty rows are unspecified.
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     index = torch.arange(rows.shape[0], device=rows.device, dtype=offsets.dtype)

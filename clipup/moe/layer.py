@@ -1,7 +1,7 @@
 """``SparseMoE``: a Mixture-of-Experts MLP in place of a dense one. It holds parameters and options and calls ops.
 
-Axis legend, used in every shape: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts, ``K`` choices a
-token, ``R = T*K`` rows (one a (token, choice) pair). Weights lie as in ``nn.Linear``: ``[E, out, in]``.
+Axis legend, used in every shape: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts, ``K`` choices per
+token, ``R = T*K`` rows (one per (token, choice) pair). Weights are laid out as in ``nn.Linear``: ``[E, out, in]``.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from ..dense.dense_mlp import DenseMLP
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
 from .config import MoEConfig, check_config, layer_config
-from .expert_init import experts_of, redraw_hidden_units
+from .expert_init import experts_of, reinitialize_hidden_units
 from .experts import Experts, SharedExpert
 from .layer_state import LayerState, recomputing
 from .router import Router, Routing, weighted_losses
 
 SHARED_GATE = 0.5
-"""The shared expert's part of the output. DeepSeekMoE adds shared and routed experts up; an average of them makes an
-upcycled layer, in which both are the dense MLP, start as that MLP."""
+"""The shared expert's share of the output. DeepSeekMoE adds shared and routed experts; averaging them makes an upcycled
+layer, in which both equal the dense MLP, start as that MLP."""
 
 
 class SparseMoE(Experts):
-    """``y = sum_k gate_k * expert_k(x)`` over the K experts that a router picks for every token.
+    """``y = sum_k gate_k * expert_k(x)`` over the K experts that the router selects for each token.
 
     Parameters: ``router.weight`` [E, D], ``in_weight`` [E, H, D], ``in_bias`` [E, H], ``out_weight`` [E, D, H],
     ``out_bias`` [E, D]; gated experts also ``gate_weight`` [E, H, D], ``gate_bias`` [E, H]; with a norm ``ln_weight``
-    and ``ln_bias`` [E, H] ("ln" in a name tells open_clip's optimizer what does not decay). ``bias=False``: projections
-    without biases. A shared expert's have the same names under ``shared.``, [1, ...]. A selection bias is the buffer
-    ``router.selection_bias`` [E].
+    and ``ln_bias`` [E, H] (open_clip's optimizer excludes names with "ln" from weight decay). ``bias=False``:
+    projections without biases. A shared expert's parameters have the same names under ``shared.``, [1, ...]. A
+    selection bias is the buffer ``router.selection_bias`` [E].
 
-    With a ``granularity`` G the experts are parts of MLPs, and y is G times that sum (a whole MLP is the sum of G
-    parts). With a ``shared_expert``, ``y = (shared(x) + sum_k gate_k * expert_k(x)) / 2``.
+    With a ``granularity`` G the experts are shards of MLPs, and y is G times that sum (a whole MLP is the sum of G
+    shards). With a ``shared_expert``, ``y = (shared(x) + sum_k gate_k * expert_k(x)) / 2``.
 
-    Types: x and the experts' weights must be of one floating type, as in ``nn.Linear``; inside autocast both are cast
-    to its type. y is of that type. The router, the gates and the losses are float32 in any case.
+    Types: x and the experts' weights must have the same floating type, as in ``nn.Linear``; inside autocast both are
+    cast to its type. y has that type. The router, the gates and the losses are always float32.
 
-    Losses: a forward in training mode with gradients enabled leaves its weighted losses in the layer until ``aux_loss``
-    takes them. Each forward is counted once; activation checkpointing's second forward is not counted. A loss that
-    nobody took is dropped when a backward pass has gone through y. Losses, and what ``moe_metrics`` shows, belong to
-    the thread that ran the forward. Reentrant checkpointing runs its first forward without gradients and therefore
-    leaves no losses: use ``use_reentrant=False``. Under ``torch.compile`` a layer holds the losses of its last forward
-    only. Inside a transform of ``torch.func`` losses must be taken inside it too; routing and load are not recorded.
+    Losses: a forward pass in training mode with gradients enabled stores its weighted losses in the layer until
+    ``aux_loss`` takes them. Each forward pass counts once; the recomputation of activation checkpointing does not
+    count. An untaken loss is dropped when backward runs through y. Losses, and what ``moe_metrics`` shows, belong to
+    the thread that ran the forward pass. Reentrant checkpointing runs the first forward pass without gradients and
+    therefore stores no losses: use ``use_reentrant=False``. Under ``torch.compile`` a layer holds only the losses of
+    its last forward pass. Inside a transform of ``torch.func``, take losses inside the transform; routing and load are
+    not recorded.
 
     Args:
         d_model: D.
@@ -95,33 +96,33 @@ class SparseMoE(Experts):
 
     @classmethod
     def from_dense(cls, mlp: nn.Module, config: MoEConfig | None = None) -> SparseMoE:
-        """E copies of a dense MLP behind a fresh router, on the MLP's device and of its type.
+        """E copies of a dense MLP behind a newly initialized router, on the MLP's device and in its type.
 
-        Every parameter can be trained as the one it is copied from could; the router can when any of them could.
-        With gates that are normalised (``normalize_gates`` not "none"), no hidden units drawn anew (``reinit_ratio``),
-        nothing dropped and, where there are shards, no router noise, the layer computes what the MLP did:
+        Parameters keep the ``requires_grad`` of those they are copied from; the router is trainable if any of them is.
+        With normalized gates (``normalize_gates`` not "none"), no re-initialized hidden units (``reinit_ratio``), no
+        dropped tokens and, with shards, no router noise, the layer computes the same function as the MLP:
 
-        - with a shared expert, because that and the normalised sum of the others are the MLP, half of each;
-        - with a granularity, because the router's rows are drawn once for every virtual group of shards, so that
-          whole groups are chosen, each shard with the same gate.
+        - with a shared expert, because it and the normalized sum of the routed experts both equal the MLP;
+        - with a granularity, because the router initializes the shards of a virtual group with the same row, so that
+          whole groups are selected, each shard with the same gate.
 
         Raises:
-            TypeError: the MLP is of no family that ``clipup.dense.mlp_families`` reads, or has a norm in front of its
-                projections, which is no part of an expert (``upcycle`` leaves it in front of the layer).
+            TypeError: the MLP belongs to no family that ``clipup.dense.mlp_families`` supports, or has a norm in front
+                of its projections, which is not part of an expert (``upcycle`` keeps it in front of the layer).
             TypeError, ValueError: the MLP does not split into ``config.granularity`` shards.
         """
         dense = mlp if isinstance(mlp, DenseMLP) else read_mlp(mlp)
         if dense.input_norm is not None:
             raise TypeError(
-                "the MLP has a norm in front of its projections, which is no part of an expert; use clipup.upcycle, or "
-                "read the MLP with clipup.dense.mlp_families.read_mlp and put its input_norm in front of the layer"
+                "the MLP has a norm in front of its projections, which is not part of an expert; use clipup.upcycle, "
+                "or read the MLP with clipup.dense.mlp_families.read_mlp and put its input_norm in front of the layer"
             )
         config = config if config is not None else MoEConfig()
         check_config("config", config)
         d_hidden, d_model = dense.in_weight.shape
         experts = experts_of(dense, config.num_experts, config.granularity)
         if config.reinit_ratio > 0:
-            redraw_hidden_units(experts, config.reinit_ratio)
+            reinitialize_hidden_units(experts, config.reinit_ratio)
         layer = cls(
             d_model,
             d_hidden // config.granularity,
@@ -153,7 +154,7 @@ class SparseMoE(Experts):
         self.router.config = config
 
     def reset_parameters(self) -> None:
-        """Draws every expert as ``nn.Linear`` would draw it, independently, and a fresh router."""
+        """Re-initializes every expert independently, as ``nn.Linear`` does, and the router."""
         self.router.reset_parameters()
         self.reset_experts()
         if self.shared is not None:
@@ -163,11 +164,11 @@ class SparseMoE(Experts):
         """
         Args:
             x: [..., D].
-            mask: bool, x's leading dimensions; True takes part. Elsewhere y is 0, and the token counts neither for
-                capacity nor for losses.
+            mask: bool, x's leading dimensions; False for masked tokens. There y is 0, and the token counts neither
+                towards capacity nor in losses.
 
         Returns:
-            y: [..., D] of x's type, or autocast's.
+            y: [..., D] in x's type, or autocast's.
         """
         self._check(x, mask)
         tokens = x.reshape(-1, self.d_model).contiguous()  # the router rounds a strided view differently
@@ -183,9 +184,9 @@ class SparseMoE(Experts):
         return y.view(x.shape)
 
     def _mixture(self, tokens: Tensor, routing: Routing, dtype: torch.dtype | None) -> Tensor:
-        """[T, D]. Gates that sum to 1 over parts of MLPs add up to 1/granularity of an MLP. NVIDIA (arXiv 2410.07524)
-        scales the weights to make up for it; here the gates are scaled, and the experts' projections stay the dense
-        MLP's to the bit."""
+        """[T, D]. Gates that sum to 1 over shards give 1/granularity of an MLP's output. NVIDIA (arXiv 2410.07524)
+        scales the weights to compensate; here the gates are scaled, so that the experts' projections stay bitwise those
+        of the dense MLP."""
         routed = 1 if self.shared is None else 1 - SHARED_GATE
         scale = self.config.granularity * routed
         y = self.run_experts(tokens, routing.gates if scale == 1 else scale * routing.gates, routing.plan, dtype)
@@ -204,7 +205,7 @@ class SparseMoE(Experts):
             return
         checks.tensor("mask", mask)
         if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be torch.bool, True for tokens that take part, got {mask.dtype}")
+            raise TypeError(f"mask must be torch.bool, True for tokens that are not masked, got {mask.dtype}")
         if mask.shape != x.shape[:-1]:
             raise ValueError(f"mask must have x's leading dimensions {list(x.shape[:-1])}, got {list(mask.shape)}")
 
@@ -225,26 +226,26 @@ def moe_layers(model: nn.Module) -> dict[str, SparseMoE]:
     """The sparse layers of a model by name, in the order in which its modules are registered.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     checks.module("model", model)
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """Takes the weighted auxiliary losses of the calling thread's forwards, and returns their sum.
+    """Takes the weighted auxiliary losses of the calling thread's forward passes and returns their sum.
 
-    Add it to the loss of every forward, or of several forwards at once: each forward's losses are counted once. A 0-d
-    float32 tensor, 0 when there is nothing to take (evaluation, no weights, no sparse layers).
+    Add it to the loss of each forward pass, or of several at once: the losses of a forward pass count once. Returns a
+    0-d float32 tensor, 0 if there is nothing to take (evaluation, no weights, no sparse layers).
 
-    A forward's losses belong to the thread that ran it, so several threads can train or evaluate one model. Where other
-    threads run the forwards of a step (``nn.DataParallel``), call ``aux_loss`` there too, inside the wrapped module,
-    and return its value with the output.
+    The losses of a forward pass belong to the thread that ran it, so several threads can train or evaluate one model.
+    If other threads run the forward passes of a step (``nn.DataParallel``), call ``aux_loss`` there too, inside the
+    wrapped module, and return its value with the output.
 
     Raises:
-        TypeError: ``model`` is no module.
-        RuntimeError: there is nothing to take, but losses of a thread that has ended are left; or of any other thread
-            where the calling one has not run the model itself.
+        TypeError: ``model`` is not a module.
+        RuntimeError: there is nothing to take, but there are untaken losses of a thread that has ended, or of any other
+            thread if the calling thread has not run the model itself.
     """
     layers = moe_layers(model)
     taken = [loss for layer in layers.values() for loss in layer.state.take_losses()]

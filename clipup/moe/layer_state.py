@@ -1,13 +1,13 @@
-"""State that a sparse layer keeps between forward passes: untaken losses, load, and how the last tokens were routed.
+"""State that a sparse layer keeps between forward passes: untaken losses, load, and the routing of the last tokens.
 
-What a forward leaves belongs to the thread that ran it: its loss is taken, and its routing read, by that thread alone.
-Only the load is of the layer as a whole.
+The state of a forward pass belongs to the thread that ran it: only that thread takes its loss and reads its routing.
+The load belongs to the layer.
 
-A loss has to outlive the forward that made it, because the training loop adds it to its own loss later, but it must not
-outlive the graph it belongs to. So a record of a loss ends
+A loss must outlive its forward pass, because the training loop adds it to its own loss later, but not its graph. A
+record of a loss is released
 - when ``aux_loss`` takes it, or
-- when a backward pass has gone through the layer's output (the graph is spent), or
-- when the output of its forward is gone (nobody can train on that forward any more), and it is not its thread's newest.
+- when backward runs through the layer's output (the graph is freed), or
+- when the output of its forward pass is gone (nothing can train on it any more), unless it is its thread's newest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .router import Routing
 
 
 class LossRecord:
-    """The weighted loss of one forward, with its graph; None once it was taken or spent."""
+    """The weighted loss of one forward pass, with its graph; None after it was taken or its graph freed."""
 
     __slots__ = ("loss", "__weakref__")
 
@@ -35,15 +35,15 @@ class LossRecord:
         return loss
 
     def drop(self, gradient: Tensor | None = None) -> None:
-        """Also the hook of the layer's output; leaves its gradient as it is."""
+        """Also the hook on the layer's output, whose gradient it does not change."""
         self.loss = None
 
 
 class LastRouting(NamedTuple):
-    """The last forward's routing, detached, as ``moe_metrics`` needs it."""
+    """The routing of the last forward pass, detached, for ``moe_metrics``."""
 
     logits: Tensor
-    """[T, E] float32: what the choices were made from."""
+    """[T, E] float32: the logits that selection used."""
     mask: Tensor | None
     """[T] bool."""
     experts: Tensor
@@ -51,7 +51,7 @@ class LastRouting(NamedTuple):
     picks: Tensor
     """[K, E] int32."""
     offsets: Tensor
-    """[E+1] int32: Plan.offsets; the last is how many (token, choice) pairs got a slot."""
+    """[E+1] int32: Plan.offsets; the last is the number of (token, choice) pairs that got a slot."""
     mean_probs: Tensor
     """[E] float32."""
     z_loss: Tensor
@@ -59,30 +59,30 @@ class LastRouting(NamedTuple):
 
 
 class _Kept:
-    """What the forwards of one thread have left for ``aux_loss`` and ``update_selection_bias``.
+    """What the forward passes of one thread store for ``aux_loss`` and ``update_selection_bias``.
 
-    Only that thread writes to ``waiting`` and ``load``, and only ``LayerState.take_load`` to ``counted``. So no thread
-    waits for another, and nothing is lost between them.
+    Only that thread writes ``waiting`` and ``load``, and only ``LayerState.take_load`` writes ``counted``: no thread
+    waits for another, and no update is lost.
     """
 
     def __init__(self) -> None:
         self.thread = threading.current_thread()
         self.waiting: list[weakref.ref[LossRecord]] = []
         self.load: Tensor | None = None
-        """[E] int64: picks of every expert in all forwards so far."""
+        """[E] int64: tokens per expert in all forward passes so far."""
         self.counted: Tensor | None = None
-        """The value of ``load`` that ``take_load`` has seen last."""
+        """The value of ``load`` at the last ``take_load``."""
 
     def untaken(self) -> int:
         return sum(_untaken(ref) for ref in self.waiting)
 
     def is_over(self) -> bool:
-        """Whether the thread has ended and left nothing."""
+        """Whether the thread has ended and nothing of it is left to take."""
         return not self.thread.is_alive() and self.load is self.counted and not self.untaken()
 
 
 class _State:
-    """The calling thread's part of the records. It goes with the thread; what others may ask for is in ``kept``."""
+    """The calling thread's state, released with the thread; what other threads may read is in ``kept``."""
 
     def __init__(self) -> None:
         self.ran_layer = False
@@ -92,8 +92,8 @@ class _State:
 
 
 class _OfThread(threading.local):
-    """``state`` for every thread. It is an object of its own because ``torch.compile`` loses what is assigned to
-    attributes of a subclass of ``threading.local``."""
+    """``state`` per thread: a separate object, because ``torch.compile`` loses assignments to attributes of a subclass
+    of ``threading.local``."""
 
     def __init__(self, everyone: list[_Kept], lock: threading.Lock) -> None:
         self.state = _State()
@@ -102,7 +102,7 @@ class _OfThread(threading.local):
 
 
 class LayerState:
-    """The records of one layer. A copy of it, by deepcopy or pickle, is empty: graphs belong to the original."""
+    """The state of one layer. Copies made by deepcopy or pickle are empty: graphs belong to the original."""
 
     def __init__(self) -> None:
         self._everyone: list[_Kept] = []
@@ -111,7 +111,7 @@ class LayerState:
 
     @property
     def last_routing(self) -> LastRouting | None:
-        """How the calling thread's last forward routed its tokens."""
+        """The routing of the calling thread's last forward pass."""
         return self._threads.state.last_routing
 
     @last_routing.setter
@@ -119,9 +119,9 @@ class LayerState:
         self._threads.state.last_routing = routing
 
     def keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool) -> None:
-        """Keeps what the forward that returns ``output`` leaves; a loss is None where there is none to train on.
+        """Stores the state of the forward pass that returns ``output``; ``loss`` is None if there is none to train on.
 
-        Under ``torch.compile`` also inside a checkpointed region, of which only the first forward keeps anything.
+        Under ``torch.compile`` this also works inside a checkpointed region, whose recomputation stores nothing.
         """
         if torch.compiler.is_dynamo_compiling():
             from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer as unchecked
@@ -154,7 +154,7 @@ class LayerState:
         )
 
     def _keep_loss(self, loss: Tensor, output: Tensor) -> None:
-        """Under ``torch.compile`` in place of all before."""
+        """Under ``torch.compile`` the newest loss replaces all earlier ones."""
         record, mine = LossRecord(loss), self._threads.state
         if not torch.compiler.is_compiling():
             if output.requires_grad:
@@ -163,7 +163,7 @@ class LayerState:
         mine.newest = record
 
     def take_losses(self) -> list[Tensor]:
-        """The losses that the calling thread's forwards left and nobody has taken; they are forgotten here."""
+        """Returns and releases the untaken losses of the calling thread's forward passes."""
         mine = self._threads.state
         records = [*(ref() for ref in mine.kept.waiting), mine.newest]
         mine.newest, mine.kept.waiting = None, []
@@ -171,21 +171,21 @@ class LayerState:
         return [loss for loss in losses if loss is not None and not _has_left_its_transform(loss)]
 
     def untaken_elsewhere(self) -> int:
-        """How many losses of other threads the caller may believe to be its own: those of threads that have ended, and
-        those of all where the caller has not run the layer itself."""
+        """Number of losses of other threads that the caller may have meant to take: those of threads that have ended,
+        and those of all threads if the caller has not run the layer itself."""
         mine = self._threads.state
         with self._lock:
             others = [kept for kept in self._everyone if kept is not mine.kept]
         return sum(kept.untaken() for kept in others if not (mine.ran_layer and kept.thread.is_alive()))
 
     def take_load(self) -> Tensor | None:
-        """[E] int64: picks of every expert in the forwards of all threads since the last call; None for no forward."""
+        """[E] int64: tokens per expert in all threads' forward passes since the last call; None if there were none."""
         news = []
         with self._lock:
             for kept in self._everyone:
-                load = kept.load
-                if load is not kept.counted:
-                    news.append(load if kept.counted is None else load - kept.counted)
+                load, counted = kept.load, kept.counted
+                if load is not None and load is not counted:
+                    news.append(load if counted is None else load - counted)
                     kept.counted = load
         return torch.stack([load.to(news[0].device) for load in news]).sum(0) if news else None
 
@@ -202,17 +202,18 @@ def _untaken(ref: weakref.ref[LossRecord]) -> bool:
 
 
 def _in_transform() -> bool:
-    """Whether a transform of ``torch.func`` is active, whose tensors mean nothing after it."""
+    """Whether a transform of ``torch.func`` is active, whose tensors are invalid after it."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _has_left_its_transform(loss: Tensor) -> bool:
-    """Whether a loss is of a forward inside a transform of ``torch.func`` that has ended."""
+    """Whether a loss comes from a forward pass inside a transform of ``torch.func`` that has ended."""
     if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(loss):
         return False
-    return torch._C._functorch.is_dead_tensor_wrapper(loss) or not torch._C._are_functorch_transforms_active()
+    dead = torch._C._functorch.is_dead_tensor_wrapper(loss)  # type: ignore[attr-defined]
+    return dead or not torch._C._are_functorch_transforms_active()
 
 
 def recomputing() -> bool:
-    """Whether a backward pass is running, so that a forward now is activation checkpointing's second one."""
+    """Whether a backward pass is running: a forward pass is then the recomputation of activation checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

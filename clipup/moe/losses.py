@@ -1,8 +1,8 @@
 """The router's auxiliary losses, as pure functions on tensors.
 
-Axis legend: ``T`` tokens, ``E`` experts, ``K`` choices a token. Everything is computed in the inputs' type (float32 in
-the layer). ``mask`` is bool [T], True for the tokens that take part; None means all. A loss is 0, with zero gradients,
-where no token takes part.
+Axis legend: ``T`` tokens, ``E`` experts, ``K`` choices per token. Everything is computed in the inputs' type (float32
+in the layer). ``mask`` is bool [T], False for masked tokens; None means that none is masked. If all tokens are masked,
+a loss is 0 with zero gradients.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def load_balance(mean_probs: Tensor, picks: Tensor, form: str = "topk") -> Tenso
     Switch Transformer (arXiv 2101.03961, eq. 4-6). Only P_e carries a gradient.
 
     Args:
-        mean_probs: [E] P_e, router probability averaged over the tokens that take part.
-        picks: [K, E] how many tokens chose expert e as their k-th choice, before any is dropped.
-        form: which picks f_e counts: ``"topk"`` all choices, ``"top2"`` first choices only (GShard, arXiv 2006.16668,
+        mean_probs: [E] P_e, router probability averaged over the unmasked tokens.
+        picks: [K, E] number of tokens whose k-th choice is expert e, before dropping.
+        form: which choices f_e counts: ``"topk"`` all of them, ``"top2"`` first choices only (GShard, arXiv 2006.16668,
             algorithm 1).
     """
     if form not in ("top2", "topk"):
@@ -37,8 +37,8 @@ def router_z(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 def importance(mean_probs: Tensor) -> Tensor:
     """Squared coefficient of variation of the experts' importance (V-MoE, arXiv 2106.05974, appendix A.2).
 
-    mean_probs: [E] router probability without noise, averaged over tokens; the mean instead of the paper's sum changes
-    nothing, the coefficient has no scale.
+    mean_probs: [E] router probability without noise, averaged over tokens. The paper sums over tokens; the coefficient
+    of variation is the same.
     """
     return _squared_variation(mean_probs)
 
@@ -46,9 +46,8 @@ def importance(mean_probs: Tensor) -> Tensor:
 def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, k: int, mask: Tensor | None = None) -> Tensor:
     """Squared coefficient of variation of the experts' expected load (V-MoE, arXiv 2106.05974, appendix A.2).
 
-    The load of expert e is the mean over tokens of the probability that e would be among the k largest if its noise
-    were drawn again: 1 - Phi((threshold - logit_e) / noise_std), with the token's k-th largest noisy logit as the
-    threshold.
+    The load of expert e is the mean over tokens of the probability that e is among the k largest if its noise is
+    resampled: 1 - Phi((threshold - logit_e) / noise_std), with the token's k-th largest noisy logit as the threshold.
 
     Args:
         logits, noisy_logits: [T, E] before and after the noise.
@@ -62,21 +61,21 @@ def load(logits: Tensor, noisy_logits: Tensor, noise_std: float, k: int, mask: T
 
 
 def local_entropy(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean entropy of each token's router distribution, in nats; small when tokens decide (LIMoE, arXiv 2206.02770,
+    """Mean entropy of the tokens' router distributions, in nats; small for confident routing (LIMoE, arXiv 2206.02770,
     section 2.2, local entropy of one modality). logits: [T, E]."""
     return mean_over_tokens(entropy(logits.log_softmax(-1)), mask)
 
 
 def global_entropy(mean_probs: Tensor, threshold: float) -> Tensor:
-    """max(0, threshold - H(mean distribution)), in nats; 0 when enough experts are in use (LIMoE, arXiv 2206.02770,
-    section 2.2, global entropy of one modality). mean_probs: [E], all 0 where no token takes part."""
+    """max(0, threshold - H(mean distribution)), in nats; 0 if enough experts are used (LIMoE, arXiv 2206.02770, section
+    2.2, global entropy of one modality). mean_probs: [E], all 0 if every token is masked."""
     log_probs = mean_probs.clamp_min(torch.finfo(mean_probs.dtype).tiny).log()
     shortfall = (threshold - entropy(log_probs)).clamp_min(0)
     return torch.where(mean_probs.sum() > 0, shortfall, 0)
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over tokens (axis 0) that take part; 0 when there are none."""
+    """Mean over the unmasked tokens (axis 0); 0 if there are none."""
     if mask is None:
         return values.sum(0) / max(values.shape[0], 1)
     kept = values.where(mask.view(-1, *[1] * (values.dim() - 1)), 0)
@@ -89,5 +88,5 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 
 def _squared_variation(values: Tensor) -> Tensor:
-    """(standard deviation / mean)^2, and 0 when all are 0."""
+    """(standard deviation / mean)^2; 0 if all values are 0."""
     return values.var(correction=0) / values.mean().square().clamp_min(torch.finfo(values.dtype).tiny)

@@ -1,4 +1,4 @@
-"""``moe_metrics``: how the last forward's tokens were routed."""
+"""``moe_metrics``: routing statistics of the last forward pass."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from .router import log_scores, z_loss
 
 @torch.no_grad()
 def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Metrics of every sparse layer's last forward in the calling thread, in training or evaluation, by layer name.
+    """Metrics of every sparse layer's last forward pass in the calling thread, in training or evaluation, by layer
+    name.
 
-    All are detached tensors on the layer's device, computed without waiting for it:
-    ``load`` [E] share of all picks that fell on each expert, before dropping (sums to 1),
-    ``dropped`` [] share of the (token, choice) pairs that got no slot,
-    ``router_entropy`` [] mean entropy of a token's router distribution, in nats,
+    All are detached tensors on the layer's device, computed without synchronization:
+    ``load`` [E] fraction of all choices per expert, before dropping (sums to 1),
+    ``dropped`` [] fraction of the (token, choice) pairs that got no slot,
+    ``router_entropy`` [] mean entropy of the tokens' router distributions, in nats,
     ``balance`` [] and ``z`` [] the unweighted losses,
-    ``experts`` [T, K] int32 the choices, -1 for tokens that took no part.
-    Layers that have not run in this thread yet are left out.
+    ``experts`` [T, K] int32 the choices, -1 for masked tokens.
+    Layers that have not run in this thread are omitted.
     """
     return {name: _of_layer(layer) for name, layer in moe_layers(model).items() if layer.state.last_routing is not None}
 

@@ -1,6 +1,8 @@
-"""Sparse layers that hold packed weights in place of plain ones, for inference on CPUs."""
+"""Sparse layers that hold packed weights instead of plain ones, for inference on CPUs."""
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from .layer import SparseMoE
 
 
 class _PreparedExperts(Prepared, Experts):
-    """Experts whose matrices are packed. Biases and norms are plain parameters that ask for no gradient."""
+    """Experts whose matrices are packed. Biases and norms are plain parameters that do not require gradients."""
 
     def prepare(self) -> None:
         matrices = {name: parameter for name in MATRICES if (parameter := self._parameters.pop(name)) is not None}
@@ -21,8 +23,8 @@ class _PreparedExperts(Prepared, Experts):
         }
         self._prepare(matrices, whole)
 
-    def operands(self, dtype: torch.dtype | None) -> dict[str, Tensor | None]:
-        return super().operands(None)  # packed weights have the type that they were prepared in
+    def operands(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        return super().operands(None)  # packed weights keep the type in which they were prepared
 
 
 class PreparedSharedExpert(_PreparedExperts, SharedExpert):
@@ -30,13 +32,13 @@ class PreparedSharedExpert(_PreparedExperts, SharedExpert):
 
 
 class PreparedMoE(_PreparedExperts, SparseMoE):
-    """A ``SparseMoE`` for inference, with bitwise the same results."""
+    """A ``SparseMoE`` for inference, with bitwise identical results."""
 
     def prepare(self) -> None:
         super().prepare()
         if self.shared is not None:
             self.shared.__class__ = PreparedSharedExpert
-            self.shared.prepare()
+            cast(PreparedSharedExpert, self.shared).prepare()
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         self._check_type(x)

@@ -1,6 +1,6 @@
-"""The router: a linear layer without bias, probabilities, the K best experts of every token, a slot for each choice.
+"""The router: a linear layer without bias, router probabilities, top-K expert selection, and a slot for each choice.
 
-Axis legend: ``T`` tokens, ``D`` model width, ``E`` experts, ``K`` choices a token.
+Axis legend: ``T`` tokens, ``D`` model width, ``E`` experts, ``K`` choices per token.
 """
 
 from __future__ import annotations
@@ -19,38 +19,42 @@ from . import losses
 from .config import MoEConfig, ScoreFunction, check_config
 
 INIT_STD = 0.02
-"""Standard deviation of a fresh router's weight. On normalised input its logits then have a deviation of 0.02*sqrt(D),
-0.6 at D = 768: experts start out unequal enough to be told apart, and no token starts with a sure choice."""
+"""Standard deviation of the initial router weights. On normalized input the logits have a standard deviation of
+0.02*sqrt(D), 0.6 at D = 768. The initial router is small: experts differ, and no token starts with a confident
+choice."""
 
 
 class Routing(NamedTuple):
-    """Where the tokens of one forward go, and what losses and metrics need to know about it."""
+    """The routing of one forward pass, with what losses and metrics need."""
 
     gates: Tensor
-    """[T, K] float32: weights of the choices, normalised as configured."""
+    """[T, K] float32: weights of the choices, normalized as configured."""
     plan: Plan
-    """Which (token, choice) pair has which row; over-capacity pairs have none."""
+    """The row of each (token, choice) pair; pairs over capacity have none."""
     gating: Gating
-    """The choices before any was dropped."""
+    """The choices before dropping."""
     logits: Tensor
     """[T, E] float32, without noise."""
     noisy_logits: Tensor
-    """[T, E] float32: what the choices were made from; ``logits`` itself when there is no noise."""
+    """[T, E] float32: the logits that selection uses; ``logits`` itself without noise."""
     mask: Tensor | None
-    """[T] bool: tokens that take part; None means all."""
+    """[T] bool: tokens that are not masked; None means all."""
 
 
 class Router(nn.Module):
-    """Sends every token to K of E experts. Parameter: ``weight`` [E, D]; logits are float32 whatever its type.
+    """Selects K of E experts for each token. Parameter: ``weight`` [E, D]; logits are float32 whatever its type.
 
     Buffer: ``selection_bias`` [E], float32 whatever type the module is cast to, None without ``config.selection_bias``.
-    The K experts with the largest ``probability + bias`` are chosen; the gates are the probabilities.
-    ``clipup.update_selection_bias`` moves it.
+    The K experts with the largest ``probability + bias`` are selected; the gates are the probabilities.
+    ``clipup.update_selection_bias`` updates it.
 
     Args:
         d_model: D.
-        config: how to route; read at every forward, so that assigning another config to ``self.config`` takes effect.
+        config: the routing options; read at every forward pass, so that assigning ``self.config`` takes effect.
     """
+
+    weight: nn.Parameter
+    selection_bias: Tensor | None
 
     def __init__(
         self,
@@ -97,15 +101,15 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def reset_to_virtual_groups(self) -> None:
-        """A fresh router that draws one row for every ``granularity`` neighbours (virtual groups, NVIDIA, arXiv
-        2410.07524): their logits are equal to rounding, so that top-K takes whole groups until training has parted
-        them. Only where two groups are within rounding of each other can a token get shards of both."""
+        """Re-initializes the router with one row per ``granularity`` neighbors (virtual groups, NVIDIA, arXiv
+        2410.07524): their logits are equal up to rounding, so top-K selects whole groups until training makes them
+        diverge. A token can get shards of two groups only if the groups' logits are within rounding of each other."""
         self.reset_parameters()
         one_a_group = self.weight[:: self.config.granularity].clone()
         self.weight.copy_(one_a_group.repeat_interleave(self.config.granularity, 0))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Moves the selection bias with the module, but keeps its type: a step of 1e-3 is lost in bfloat16."""
+        """Moves the selection bias with the module but keeps its type: an update of 1e-3 is lost in bfloat16."""
         exact = self.selection_bias
         super()._apply(fn, recurse)
         if exact is not None and self.selection_bias.dtype != exact.dtype:
@@ -113,7 +117,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
-        """x: [T, D], floating; mask: [T] bool, True takes part. Autocast is expected to be off."""
+        """x: [T, D], floating; mask: [T] bool, False for masked tokens. Autocast must be off."""
         config = self.config
         logits = router_logits(x, self.weight.to(torch.promote_types(x.dtype, torch.float32)), mask)
         noisy_logits = logits
@@ -139,24 +143,24 @@ class Router(nn.Module):
 
 
 def _structure(config: MoEConfig) -> dict[str, Any]:
-    """What decides which parameters and buffers a layer has."""
+    """The options that determine a layer's parameters and buffers."""
     has_bias = config.selection_bias != "none"
     return {"granularity": config.granularity, "shared_expert": config.shared_expert, "selection_bias": has_bias}
 
 
 def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:
-    """Scores [T, E] whose softmax are the router's probabilities.
+    """Scores [T, E] whose softmax gives the router probabilities.
 
-    Of logits that is softmax itself. Of ``log(sigmoid(logits))`` it is ``p_e = s_e / sum_j s_j`` with
-    ``s_e = sigmoid(logit_e)``: the affinities of DeepSeek-V3 (arXiv 2412.19437, eq. 12-16). Its gates, the chosen s_e
-    divided by their sum, are those of ``normalize_gates="before_drop"``, and p_e is what its balance loss averages.
-    One thing differs: a selection bias is added to p_e here and to s_e there.
+    For softmax these are the logits. For sigmoid they are ``log(sigmoid(logits))``, whose softmax is
+    ``p_e = s_e / sum_j s_j`` with ``s_e = sigmoid(logit_e)``: the affinities of DeepSeek-V3 (arXiv 2412.19437, eq.
+    12-16). Its gates, the selected s_e divided by their sum, are those of ``normalize_gates="before_drop"``, and its
+    balance loss averages p_e. One difference: a selection bias is added to p_e here and to s_e there.
     """
     return F.logsigmoid(logits) if score_function == "sigmoid" else logits
 
 
 def z_loss(of_scores: Tensor, logits: Tensor, mask: Tensor | None, config: MoEConfig) -> Tensor:
-    """[] float32: the router z-loss of the logits. ``of_scores`` is that of ``log_scores``, which softmax scores share.
+    """[] float32: the router z-loss of the logits. ``of_scores`` is that of ``log_scores``, the same for softmax.
 
     logits: [T, E]; mask: [T] bool or None.
     """
@@ -164,8 +168,8 @@ def z_loss(of_scores: Tensor, logits: Tensor, mask: Tensor | None, config: MoECo
 
 
 def renormalize_kept(gates: Tensor, plan: Plan) -> Tensor:
-    """Scales every token's gates to sum to 1 over the choices that got a slot, and to 0 where none did
-    (Sparse Upcycling, arXiv 2212.05055). With K = 1 a kept gate is always 1: the router learns from its losses alone.
+    """Scales each token's gates to sum to 1 over the choices that got a slot, or to 0 if none did (Sparse Upcycling,
+    arXiv 2212.05055). With K = 1 a kept gate is always 1: the router learns from the auxiliary losses alone.
 
     gates: [T, K] -> [T, K].
     """
@@ -174,7 +178,7 @@ def renormalize_kept(gates: Tensor, plan: Plan) -> Tensor:
 
 
 def weighted_losses(routing: Routing, config: MoEConfig) -> Tensor:
-    """[] float32: the sum of the auxiliary losses that have a weight (at least one must), each times its weight."""
+    """[] float32: the weighted sum of the auxiliary losses; at least one must have a weight."""
     gating, mask = routing.gating, routing.mask
     terms = []
     if config.balance_weight > 0:

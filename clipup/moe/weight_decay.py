@@ -1,8 +1,8 @@
-"""Which parameters have no weight decay.
+"""Parameters without weight decay.
 
-The biases and norms of experts are stacked, [E, H], so that a rule by dimensions alone takes them for matrices. Layers
-and upcycled models name them by ``no_weight_decay()``, which timm's optimizers ask for; ``parameter_groups`` is for all
-other optimizers.
+The biases and norms of experts are stacked, [E, H], so a rule by the number of dimensions takes them for matrices.
+Layers and upcycled models list them in ``no_weight_decay()``, which timm's optimizers call; ``parameter_groups`` is for
+all other optimizers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _WITHOUT_DECAY = ("bn", "ln", "bias", "logit_scale")
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters in two groups for a ``torch.optim`` optimizer: without weight decay, then with it.
 
-    The rule is open_clip's: tensors of two dimensions or more decay, unless bn, ln, bias or logit_scale is part of
-    their names. So the experts' and the router's matrices decay, and the experts' biases and norms do not. ``clipup
+    The rule is open_clip's: tensors of two or more dimensions decay, unless their names contain bn, ln, bias or
+    logit_scale. So the matrices of experts and routers decay, and the biases and norms of experts do not. ``clipup
     train`` builds its optimizer from these groups::
 
         optimizer = torch.optim.AdamW(clipup.parameter_groups(model, 0.2), lr=1e-4)
@@ -44,16 +44,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter of this name has weight decay, by the rule of ``parameter_groups``."""
+    """Whether a parameter has weight decay by the rule of ``parameter_groups``."""
     return parameter.ndim >= 2 and not any(part in name for part in _WITHOUT_DECAY)
 
 
 def add_no_weight_decay(model: nn.Module) -> None:
-    """Gives a sparse model, and each of its parts that has the method already, a ``no_weight_decay()`` that names the
-    experts' biases and norms beside what it named before."""
+    """Gives a sparse model, and each of its modules that has the method already, a ``no_weight_decay()`` that adds the
+    experts' biases and norms to the names it returned before."""
     for module in model.modules():
         if (module is model or hasattr(type(module), "no_weight_decay")) and set(moe_layers(module)) - {""}:
-            module.no_weight_decay = partial(_names_without_decay, module)
+            setattr(module, "no_weight_decay", partial(_names_without_decay, module))  # noqa: B010
 
 
 def _names_without_decay(module: nn.Module) -> set[str]:

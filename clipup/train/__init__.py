@@ -3,25 +3,27 @@
     from clipup.train import Every, TrainOptions, train
     result = train(TrainOptions(logs=None, steps=200, warmup=20, lr=1e-3), model=model, loader=loader)
 
-A line of metrics.jsonl, and a record of ``result.history``: ``step``, ``epoch``, ``lr``, ``loss`` (= ``contrastive`` +
-``aux``, with a teacher + ``distill``), ``logit_scale`` (the factor), ``images_per_second``, ``seconds`` (in training),
-``skipped_steps`` (so far: those whose gradient was not finite; they are not applied, and such a loss is None there);
-for a sparse model also ``balance``, ``z``, ``dropped``, ``router_entropy`` as means over layers, and under ``layers``
-each of them for every layer with its ``load`` (a share an expert). With accumulation the routing is that of the last
-batch of a step.
+A line of metrics.jsonl, and a record of ``result.history``: ``step``, ``epoch``, ``lr``, ``loss``, which is the sum of
+``contrastive``, ``aux`` (the sparse layers' losses), ``distill`` with a teacher and ``caption`` for a CoCa;
+``logit_scale`` (the factor), ``images_per_second``, ``seconds`` (in training), ``skipped_steps`` (so far: steps whose
+gradient was not finite; they are not applied, and such a loss is None in the record). For a sparse model also
+``balance``, ``z``, ``dropped``, ``router_entropy`` as means over layers, and under ``layers`` each of them for every
+layer with its ``load`` (share per expert). With accumulation the routing is that of the last batch of a step.
 
-A layer whose routing collapses is reported once, in ``result.warnings`` and warnings.jsonl (``clipup.train.collapse``).
+A layer whose routing collapses is reported once, in ``result.warnings`` and warnings.jsonl
+(``clipup.train.routing_collapse``).
 
-A resumed run is the run that was not stopped, bitwise on a CPU in float32: mid-epoch it reads the batches again that
-were seen. One exception: worker processes that read WebDataset shards live for the whole run, so that from the second
-epoch on a resumed run has the same samples in the same order, but other random crops.
+A resumed run equals the run that was not stopped, bitwise on a CPU in float32: within an epoch it reads again the
+batches that were trained on. One exception: worker processes that read WebDataset shards live for the whole run, so
+that from the second epoch on a resumed run has the same samples in the same order, but other random crops.
 """
 
 from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
-from .loop import Trainer, train
+from .loop import Trainer
 from .options import TrainOptions
 from .rank_watch import RankLost
 from .results import Every, TrainingInterrupted, TrainResult
+from .run import train
 
 __all__ = [
     "Every",

@@ -1,9 +1,10 @@
 """Checkpoints of a run: open_clip's dictionary, and what an exact resume needs.
 
-open_clip's keys are epoch, name, state_dict, optimizer and scaler. Beside them: ``step`` (optimizer steps done),
-``step_of_epoch`` (those of the epoch that is under way, 0 at its start), ``samples_seen``, ``conditions`` (what these
-numbers depend on: ``clipup.train.resume``), ``skipped_steps``, ``seconds``, ``rng`` (a state a rank), ``model_cfg``,
-``moe_cfg``, and ``finished`` (the model directory of the run is written too). A file appears whole or not at all.
+open_clip's keys are epoch, name, state_dict, optimizer and scaler. The others are ``step`` (optimizer steps done),
+``step_of_epoch`` (those of the current epoch, 0 at its start), ``steps_before``, ``samples_seen``, ``conditions`` (what
+these numbers depend on: ``clipup.train.resume``), ``validated`` (step and numbers of the last validation),
+``evaluations`` (records so far), ``skipped_steps``, ``seconds``, ``rng`` (one state per rank), ``model_cfg``,
+``moe_cfg``, and ``finished`` (the model directory is written too). A file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def epoch_name(epoch: int) -> str:
 
 
 def save(state: dict[str, Any], *paths: Path) -> None:
-    """Writes a checkpoint under one or more names of a directory; the bytes lie on the disk once.
+    """Writes a checkpoint under one or more names in a directory; the names share one copy on the disk.
 
     Raises:
-        OSError: it could not be written; what was under these names before is whole.
+        OSError: it could not be written; the files that had these names before are whole.
     """
     first, *others = paths
     try:
@@ -46,7 +47,8 @@ def save(state: dict[str, Any], *paths: Path) -> None:
         before = max(_files(first.parent), key=lambda path: path.stat().st_mtime, default=None)
         whole = f"{before} is whole" if before else "there is no earlier one"
         raise OSError(
-            f"could not write the checkpoint {first}: {error}; {whole}. Make room, then go on with --resume latest"
+            f"could not write the checkpoint {first}: {error}; {whole}. Free some space, then continue with "
+            "--resume latest"
         ) from error
 
 
@@ -54,7 +56,7 @@ def _write(state: dict[str, Any], path: Path) -> None:
     try:
         with open(path, "wb") as file:
             torch.save(state, file)
-    except RuntimeError as error:  # so torch's archive writer ends when it cannot write; the cause is in the context
+    except RuntimeError as error:  # torch's archive writer raises this when it cannot write; the cause is its context
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
         raise
@@ -68,10 +70,10 @@ def _link_or_copy(source: Path, path: Path) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of ours or of open_clip_train, on the CPU. Nothing in it is executed.
+    """Reads a checkpoint, ours or open_clip_train's, onto the CPU. Nothing in it is executed.
 
     Raises:
-        ValueError: it is not a checkpoint, or weights alone, or damaged, or holds values that are not finite.
+        ValueError: it is not a checkpoint, holds only weights, is damaged, or holds values that are not finite.
         OSError: there is no such file, or it could not be read.
     """
     path = Path(path)
@@ -83,8 +85,8 @@ def load(path: str | Path) -> dict[str, Any]:
     missing = [key for key in _REQUIRED if key not in state]
     if missing:
         raise ValueError(
-            f"{path} lacks {', '.join(missing)}, so it is no checkpoint of a run; to start from weights alone use "
-            "--pretrained"
+            f"{path} lacks {', '.join(missing)}, so it is not a checkpoint of a run; to start from weights alone "
+            "use --pretrained"
         )
     broken = not_finite(tensors_of(state["state_dict"], state["optimizer"]))
     if broken is not None:
@@ -94,20 +96,20 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 class Newest(NamedTuple):
-    """The checkpoint to go on from."""
+    """The checkpoint to continue from."""
 
     path: Path
     state: dict[str, Any]
     passed_over: list[str]
-    """What is wrong with the files that were not taken."""
+    """Why newer files were not used."""
 
 
 def newest(directory: Path) -> Newest | None:
-    """The checkpoint of a directory with the most steps among those that ``load`` takes; None when there are no files.
+    """The checkpoint with the most steps of those in a directory that ``load`` accepts; None if there are no files.
 
     Raises:
         ValueError: there are checkpoint files, and none of them can be used.
-        OSError: a file could not be read, which says nothing about what is in it.
+        OSError: a file could not be read, which does not mean that it is damaged.
     """
     unusable, found = [], []
     for path in sorted(_files(directory)):
@@ -116,7 +118,7 @@ def newest(directory: Path) -> Newest | None:
         except FileNotFoundError:
             if path.is_symlink():
                 raise
-            continue  # a run that is going on has removed it
+            continue  # a run that is still training has removed it
         except ValueError as error:
             unusable.append(str(error))
     for _, path in sorted(found, reverse=True):
@@ -138,7 +140,7 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _position(path: Path) -> tuple[int, int]:
-    """(step, epoch); reads no tensors."""
+    """(step, epoch), without reading tensors."""
     try:
         check_archive(path, suffix="data.pkl")
         state = read_pickle(path, mmap=True)
@@ -146,17 +148,17 @@ def _position(path: Path) -> tuple[int, int]:
         raise _unread(path, error) from error
     position = state.get("step", -1), state.get("epoch", -1)
     if not all(isinstance(number, int) for number in position):
-        raise ValueError(f"{path} is no checkpoint of a run: its step and epoch are {position}")
+        raise ValueError(f"{path} is not a checkpoint of a run: its step and epoch are {position}")
     return position
 
 
 def _unread(path: Path, error: OSError) -> OSError:
-    """The same error, with what it means for a run."""
+    """The same error with its consequence for a run."""
     if isinstance(error, FileNotFoundError) and not path.is_symlink():
         return FileNotFoundError(f"there is no checkpoint {path}")
     return type(error)(
-        f"the checkpoint {path} could not be read: {error.strerror or error}; that says nothing about what is in it, "
-        "so no other was taken in its place. Try again when the file system answers",
+        f"the checkpoint {path} could not be read: {error.strerror or error}. It may be intact, so no other checkpoint "
+        "is used in its place. Try again when the file system answers",
     )
 
 
@@ -164,7 +166,7 @@ def restore(model: nn.Module, weights: dict[str, Tensor], source: str | Path) ->
     """Copies a checkpoint's weights into the model.
 
     Raises:
-        ValueError: they are of another model; the model is as it was.
+        ValueError: they are of another model; the model is unchanged.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
@@ -180,7 +182,7 @@ def restore(model: nn.Module, weights: dict[str, Tensor], source: str | Path) ->
         faults.append(f"{shapes[0]} (of {len(shapes)}) is {there} in the checkpoint and {here} in the model")
     if faults:
         raise ValueError(
-            f"the checkpoint {source} is of another model: {'; '.join(faults)}. Give the options (--model, --moe) that "
+            f"the checkpoint {source} is of another model: {'; '.join(faults)}. Use the options (--model, --moe) that "
             "it was trained with"
         )
     model.load_state_dict(weights)

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from ..progress import Progress
-from .run_directory import Record, scalars
+from .recorder import Record, named_numbers
 
 _PLACE = ("step", "epoch", "seconds")
 
 
 class Console:
-    """A progress bar on a terminal; elsewhere a line after the first step, now and then, and after the last one."""
+    """A progress bar on a terminal; elsewhere a line after the first step, occasional lines, and one after the last."""
 
     def __init__(self, total_steps: int, done: int, shown: bool) -> None:
         self._progress = Progress("training", "steps", total_steps, done, shown, line_at_once=True)
         self._record: Record = {}
 
     def logged(self, record: Record) -> None:
-        """The numbers to show from now on."""
+        """Sets the numbers to show from now on."""
         self._record = record
 
     def step(self, epoch: int) -> None:
-        """A step is done."""
+        """Counts a step."""
         self._progress.update(1, self._detail(epoch))
 
     def evaluation(self, record: Record) -> None:
-        """The numbers of an evaluation, without those of its splits."""
+        """Prints the numbers of an evaluation, without those of its splits."""
         numbers = {key: value for key, value in record.items() if key not in (*_PLACE, "splits")}
-        shown = ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in scalars("val", numbers))
+        shown = ", ".join(f"{name.removeprefix('val/')} {value:.4g}" for name, value in named_numbers("val", numbers))
         self.say(f"evaluation at step {record['step']}: {shown}")
 
     def say(self, text: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,33 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..precision import check_device
-from .objectives import is_using_distributed, world_info_from_env
 from .options import TrainOptions
-from .rank_watch import Place, RankLost, RankWatch
+from .rank_watch import Activity, RankLost, RankWatch
 
 _NO_TIMEOUT = timedelta(days=365)
-"""Of the process groups: ``RankWatch`` ends a run that waits in vain."""
+"""For the process groups: ``RankWatch`` ends a run whose ranks wait in vain."""
+
+_LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+_RANK = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+_WORLD_SIZE = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_DISTRIBUTED = ("WORLD_SIZE", "SLURM_NTASKS")
+"""Environment variables of launchers, in the order in which they are looked up; the first one that is set counts."""
+
+
+class Launched(NamedTuple):
+    """The place of this process among those that a launcher such as torchrun started."""
+
+    local_rank: int
+    rank: int
+    world_size: int
+
+    @classmethod
+    def from_environment(cls) -> Launched:
+        return cls(_first_set(_LOCAL_RANK, 0), _first_set(_RANK, 0), _first_set(_WORLD_SIZE, 1))
+
+
+def _first_set(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 @dataclass(frozen=True)
@@ -45,18 +67,18 @@ class Ranks:
         return self.rank == 0
 
     def doing(self, what: str, step: int, timed: bool = False) -> None:
-        """Tells the other ranks. ``timed``: all ranks should come through it within options.dist_timeout."""
+        """Tells the other ranks. ``timed``: all ranks should finish it within options.dist_timeout."""
         if self.watch is not None:
-            self.watch.at(Place(step, what, timed))
+            self.watch.doing(Activity(step, what, timed))
 
-    def explained(self) -> AbstractContextManager:
+    def rank_lost_explained(self) -> AbstractContextManager:
         """Inside, the loss of another rank is raised as RankLost."""
         return nullcontext() if self.watch is None else self.watch.explained()
 
-    def on_loss(self, last_words: Callable[[], str], log: Callable[[str], object]) -> None:
-        """What ends the message of a lost rank, and where else than to stderr it goes."""
+    def on_loss(self, advice: Callable[[], str], log: Callable[[str], object]) -> None:
+        """How the message about a lost rank ends, and where it goes besides stderr."""
         if self.watch is not None:
-            self.watch.last_words, self.watch.log = last_words, log
+            self.watch.advice, self.watch.log = advice, log
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over ranks."""
@@ -65,7 +87,7 @@ class Ranks:
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether the flag is set on any rank."""
         if not self.several:
             return flag
         votes = torch.tensor(int(flag))
@@ -73,7 +95,7 @@ class Ranks:
         return bool(votes)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over ranks, elementwise."""
+        """The elementwise mean over ranks."""
         if self.several:
             dist.all_reduce(values)
             values = values / self.world_size
@@ -87,6 +109,10 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def barrier(self) -> None:
+        """Waits for all ranks, however long it takes."""
+        self.gather(None)
+
     def of_first(self, value: Any) -> Any:
         """Rank 0's value."""
         if not self.several:
@@ -96,8 +122,8 @@ class Ranks:
         return box[0]
 
     def first_does(self, action: Callable[[], Any]) -> Any:
-        """Rank 0 acts while the others wait, however long it takes. All get what it returns, or the OSError or
-        ValueError that it raises."""
+        """Rank 0 acts while the others wait, however long it takes. Every rank gets what the action returns, or the
+        OSError or ValueError that it raises."""
         result, failure = None, None
         if self.first:
             try:
@@ -110,16 +136,26 @@ class Ranks:
         return result
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that ``Ranks.wrap`` was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def without_gradient_sync(model: nn.Module) -> AbstractContextManager:
+    """Inside, a backward pass does not average the gradients over ranks."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
 @contextmanager
 def joined(options: TrainOptions) -> Iterator[Ranks]:
-    """The ranks that torchrun started, watched by each other. The processes stay connected until they end: parting and
-    joining again, for a second run, is a race with ranks that are still parting.
+    """The ranks that torchrun started, watching each other. The processes stay connected until they end: to disconnect
+    and connect again, for a second run, would be a race with ranks that are still disconnecting.
 
     Raises:
-        ValueError: the device is not there.
-        RankLost: another rank did not come, died, froze or failed.
+        ValueError: there is no such device.
+        RankLost: another rank did not start, died, froze or failed.
     """
-    if not is_using_distributed():
+    if _first_set(_DISTRIBUTED, 1) <= 1:
         check_device(options.device)
         yield Ranks(torch.device(options.device))
         return
@@ -130,17 +166,17 @@ def joined(options: TrainOptions) -> Iterator[Ranks]:
 
 
 def failure_is_reported() -> bool:
-    """Whether another rank was the first to report the failure of the last run."""
+    """Whether another rank was first to report the failure of the last run, and prints its message."""
     return bool(_met) and _met[0][0].reported
 
 
 _met: list[tuple[RankWatch, dist.Store]] = []
-"""This process's place in the rendezvous, once there is one."""
+"""This process's watch and rendezvous store, once it has met the other ranks."""
 
 
 def _meet(timeout: float) -> tuple[RankWatch, dist.Store]:
     if not _met:
-        _, rank, world_size = world_info_from_env()
+        _, rank, world_size = Launched.from_environment()
         try:
             store, rank, world_size = next(
                 dist.rendezvous("env://", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
@@ -149,7 +185,7 @@ def _meet(timeout: float) -> tuple[RankWatch, dist.Store]:
             reason = " ".join(str(error).split())
             raise RankLost(
                 f"rank {rank} of {world_size} has not met the others within {timeout:g} s ({reason}); start all of "
-                "them, or give them longer by --dist-timeout"
+                "them, or set a longer --dist-timeout"
             ) from error
         watch = RankWatch(dist.PrefixStore("clipup", store.clone()), rank, world_size, timeout)
         atexit.register(watch.stop)
@@ -161,8 +197,7 @@ def _meet(timeout: float) -> tuple[RankWatch, dist.Store]:
 def _connect(device: str, backend: str | None, watch: RankWatch, store: dist.Store) -> Ranks:
     target = torch.device(device)
     if target.type == "cuda":
-        local_rank, _, _ = world_info_from_env()
-        target = torch.device("cuda", local_rank)
+        target = torch.device("cuda", Launched.from_environment().local_rank)
         torch.cuda.set_device(target)
     backend = backend or ("nccl" if target.type == "cuda" else "gloo")
     rank, world_size = watch.rank, watch.world_size
@@ -172,5 +207,5 @@ def _connect(device: str, backend: str | None, watch: RankWatch, store: dist.Sto
 
 
 def _leave(watch: RankWatch) -> None:
-    if not watch.failed:  # else it could wait for ranks that are gone
+    if not watch.failed:  # after a failure it could wait for ranks that are gone
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Values that are not finite (NaN, infinite): the steps that they spoil, and where they must not be written."""
+"""NaN and infinite values: steps with such gradients are skipped, and such weights are never written."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from torch import Tensor, nn
 from .distributed import Ranks
 from .step import StepLosses, TrainStep
 
-_MEND = "Lower lr, set grad_clip_norm (1.0), use another precision, or look for bad samples in the data"
+_ADVICE = "Lower lr, set grad_clip_norm (1.0), use another precision, or look for bad samples in the data"
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or infinite; no checkpoint was written since."""
+    """The loss became NaN or infinite; no checkpoint has been written since."""
 
 
 class NonFiniteGradients(FloatingPointError):
-    """The gradient was NaN or infinite in too many steps in a row; none of them was applied."""
+    """The gradient was NaN or infinite in too many consecutive steps; none of them was applied."""
 
 
 class NonFiniteWeights(FloatingPointError):
-    """Weights, the optimizer's state or features became NaN or infinite; nothing of it was written."""
+    """Weights, the optimizer's state or features became NaN or infinite. Such weights and states are not written."""
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite; None when there is none. Waits for a device once.
+    """The name of the first tensor with a value that is not finite; None if all are finite. Synchronizes with each
+    device once.
 
-    A buffer of zeros and -inf is an additive attention mask, as models have it.
+    A buffer of zeros and -inf is accepted: it is an additive attention mask, which models have.
     """
     floating = {
         name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()
@@ -54,7 +55,7 @@ def _is_mask(tensor: Tensor) -> bool:
 
 
 def tensors_of(weights: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of a state dict and of an optimizer's, by what a message calls them."""
+    """All tensors of a model's and an optimizer's state dict, by the names that messages use."""
     named = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
     return named | dict(_moments(optimizer))
 
@@ -67,7 +68,7 @@ def _moments(optimizer: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 
 class FiniteGuard:
-    """Watches a run's losses, gradients and weights, and counts the steps that were not applied."""
+    """Checks the losses, gradients and weights of a run, and counts the steps that were not applied."""
 
     def __init__(self, most_in_row: int, device: torch.device) -> None:
         self.most_in_row = most_in_row
@@ -75,17 +76,17 @@ class FiniteGuard:
         """Steps that were not applied."""
         self.in_row = 0
         self.loss_since_check = torch.zeros((), device=device)
-        """Sum of the losses of applied steps, which shows later whether one of them was not finite."""
+        """Sum of the losses of applied steps since the last check; it is not finite if one of them was not."""
         self.last_checkpoint: Path | None = None
 
     def count(self, step: int, done: TrainStep, losses: StepLosses, ranks: Ranks, log: logging.Logger) -> None:
-        """Takes note of a step. All ranks call, and all have the same gradient.
+        """Counts a step. All ranks call this, and all have the same gradient.
 
-        In float16 the gradient scaler finds its scale by steps that overflow. They do not count as a row as long as a
-        lower scale can help: the loss is finite, and the scale was above 1.
+        In float16 the gradient scaler finds its scale through steps that overflow. They do not count as consecutive as
+        long as a lower scale can help: the loss is finite, and the scale was at least 1.
 
         Raises:
-            NonFiniteGradients: one more in a row than are allowed.
+            NonFiniteGradients: there are more consecutive ones than allowed.
         """
         if done.applied:
             self.in_row = 0
@@ -93,10 +94,10 @@ class FiniteGuard:
             return
         self.skipped += 1
         scale = 0.0 if done.scaler is None else done.scaler.get_scale()
-        searching = scale >= 1 and not ranks.any(not math.isfinite(float(losses.total)))
-        if searching and ranks.first:
+        searching_scale = scale >= 1 and not ranks.any(not math.isfinite(float(losses.total)))
+        if searching_scale and ranks.first:
             log.info("step %d not applied: its gradient overflowed float16; the scale is %g from now on", step, scale)
-        if searching:
+        if searching_scale:
             return
         self.in_row += 1
         norm = float(done.gradient_norm)
@@ -110,10 +111,13 @@ class FiniteGuard:
             )
 
     def check_loss(self, step: int, loss_since_check: float) -> None:
-        """Refuses to go on from a loss that is NaN or infinite, before anything is saved.
+        """Ends the run if a loss was NaN or infinite, before anything is saved.
 
         Args:
-            loss_since_check: the attribute's value, as it was read from the device.
+            loss_since_check: the attribute's value, read from the device.
+
+        Raises:
+            NonFiniteLoss: it is not finite.
         """
         if not math.isfinite(loss_since_check):
             raise NonFiniteLoss(
@@ -123,16 +127,16 @@ class FiniteGuard:
         self.loss_since_check = torch.zeros_like(self.loss_since_check)
 
     def check_weights(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Refuses weights or an optimizer's state with values that are not finite, before they are written."""
+        """Raises NonFiniteWeights if weights or the optimizer's state hold values that are not finite."""
         broken = not_finite(tensors_of(model.state_dict(), optimizer.state_dict()))
         if broken is not None:
             raise self.diverged(f"{broken} holds values that are not finite at step {step}, so it was not saved")
 
     def diverged(self, what: str) -> NonFiniteWeights:
-        """The error that says so, and where to go on from."""
+        """The error with this message, and with the checkpoint to continue from."""
         return NonFiniteWeights(f"{what}; {self._ending()}")
 
     def _ending(self) -> str:
         if self.last_checkpoint is None:
-            return f"there is no checkpoint yet. {_MEND}"
-        return f"all values in the last checkpoint, {self.last_checkpoint}, are finite. {_MEND}"
+            return f"there is no checkpoint yet. {_ADVICE}"
+        return f"all values in the last checkpoint, {self.last_checkpoint}, are finite. {_ADVICE}"

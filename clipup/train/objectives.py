@@ -1,113 +1,296 @@
-"""The trainer's contact with open_clip and open_clip_train: losses, schedules, and how processes find each other."""
+"""The losses that training can minimize: one class each, chosen by ``create_objective``.
+
+The losses of the sparse layers are not part of an objective; the step adds them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.coca_model import CoCa
 from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
-from open_clip_train.distributed import is_using_distributed, world_info_from_env
 from torch import Tensor, nn
 
-from .options import TrainOptions
+from ..checks import check
+from ..precision import Precision
+from .forward import drops_by_position, named_output
+from .teacher import create_teacher
 
-LOGIT_SCALE_MAX = math.log(100)
-"""The logit scale is kept between 1 and 100, as in CLIP."""
+if TYPE_CHECKING:
+    from .distributed import Ranks
+    from .options import TrainOptions
 
-
-SIGLIP_INIT = {"init_logit_scale": math.log(10), "init_logit_bias": -10}
-"""What a fresh model starts from under the sigmoid loss (arXiv 2303.15343, section 3.2)."""
-
-
-__all__ = [
-    "LOGIT_SCALE_MAX",
-    "SIGLIP_INIT",
-    "contrastive_loss",
-    "features_of",
-    "is_using_distributed",
-    "world_info_from_env",
-]
+Batch = tuple[Tensor, Tensor]
+"""Images [B, 3, H, W] and texts [B, L]."""
+_FEATURES = ("image_features", "text_features")
 
 
-def contrastive_loss(options: TrainOptions, model: nn.Module, rank: int, world_size: int) -> nn.Module:
-    """ClipLoss, DistillClipLoss, MultiPositiveClipLoss or SigLipLoss over the batch of all ranks; for a CoCa its two
-    losses.
+class Objective:
+    """A loss over image-text pairs, as named terms whose sum is minimized."""
 
-    DistillClipLoss returns two terms: ClipLoss, and the mean cross-entropy of the similarities (times logit scale) with
-    the softmax of the teacher's as targets, images to texts and back, half of each.
+    option: ClassVar[str] = ""
+    """The training option that selects it; "" for those that are not selected by an option."""
+    own_options: ClassVar[tuple[str, ...]] = ()
+    """Training options that no other objective reads."""
+    per_pair: ClassVar[tuple[str, ...]] = _FEATURES
+    """Outputs of the model that it needs, with one row per pair."""
+    model_arguments: ClassVar[dict[str, float]] = {}
+    """Arguments of open_clip's models that a model with random weights should be created with."""
+
+    @classmethod
+    def check_options(cls, options: TrainOptions) -> None:
+        """Raises ValueError when an option of this objective has a value that it cannot have."""
+
+    @classmethod
+    def check_model(cls, model: nn.Module) -> None:
+        """Raises ValueError when the model cannot be trained with this objective."""
+
+    @classmethod
+    def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
+        """The objective of a run. ``model``: the one that is trained."""
+        return cls(**_gathering(options, ranks))
+
+    def targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """What the loss compares the model's output with, over all batches of a step; computed once, without gradient.
+
+        The usual target, that the image and the text of a pair match, needs nothing.
+        """
+        return {}
+
+    def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of the loss by name, weighted, as 0-d tensors.
+
+        Args:
+            output: the model's over all batches of the step: ``per_pair``, ``logit_scale``, ``logit_bias`` if any.
+            targets: as ``targets`` returned them.
+        """
+        raise NotImplementedError
+
+
+class ContrastiveObjective(Objective):
+    """CLIP's loss: softmax cross-entropy of every image against all texts, and of every text against all images."""
+
+    def __init__(self, **gathering: Any) -> None:
+        self.loss = ClipLoss(cache_labels=True, **gathering)
+
+    def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        features = [output[name] for name in _FEATURES]
+        return {"contrastive": self.loss(*features, output["logit_scale"], output.get("logit_bias"))}
+
+
+class SigmoidObjective(Objective):
+    """SigLIP's loss: a binary decision for every image and text (arXiv 2303.15343)."""
+
+    option = "siglip"
+    model_arguments = {"init_logit_scale": math.log(10), "init_logit_bias": -10}
+    """Section 3.2 of the paper."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.loss = SigLipLoss(rank=rank, world_size=world_size)
+
+    @classmethod
+    def check_model(cls, model: nn.Module) -> None:
+        if not _has_bias(model):
+            raise ValueError(
+                "siglip needs a model with a logit_bias, which this one lacks; train a model with random weights by "
+                f"name, or create it with {', '.join(f'{k}={v:.4g}' for k, v in cls.model_arguments.items())}"
+            )
+
+    @classmethod
+    def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
+        return cls(ranks.rank, ranks.world_size)
+
+    def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        features = [output[name] for name in _FEATURES]
+        return {"contrastive": self.loss(*features, output["logit_scale"], output["logit_bias"])}
+
+
+class MultiPositiveObjective(Objective):
+    """CLIP's loss in which pairs with equal captions are not negatives of each other (``MultiPositiveClipLoss``)."""
+
+    option = "multi_positive"
+
+    def __init__(self, **gathering: Any) -> None:
+        self.loss = MultiPositiveClipLoss(cache_labels=True, **gathering)
+
+    @classmethod
+    def check_model(cls, model: nn.Module) -> None:
+        _refuse_bias(model, cls.option)
+
+    def targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        return {"texts": torch.cat([texts for _, texts in batches])}
+
+    def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        features = [output[name] for name in _FEATURES]
+        return {"contrastive": self.loss(*features, output["logit_scale"], targets["texts"])}
+
+
+class DistillationObjective(Objective):
+    """CLIP's loss, and the mean cross-entropy of the similarities with the softmax of the teacher's as targets, images
+    to texts and texts to images, half of each (open_clip's DistillClipLoss).
+
+    open_clip_train refuses to accumulate with a teacher; here the teacher's features of all batches are kept.
+    """
+
+    option = "distill_model"
+    own_options = ("distill_pretrained",)
+
+    def __init__(self, teacher: nn.Module, **gathering: Any) -> None:
+        """teacher: takes the same batches as the model; frozen and in evaluation mode."""
+        self.teacher = teacher
+        self.loss = DistillClipLoss(cache_labels=True, **gathering)
+
+    @classmethod
+    def check_options(cls, options: TrainOptions) -> None:
+        if options.distill_pretrained is not None and options.distill_model is None:
+            raise ValueError(
+                f"distill_pretrained={options.distill_pretrained!r} names weights of distill_model, which is missing; "
+                "set both or neither"
+            )
+
+    @classmethod
+    def check_model(cls, model: nn.Module) -> None:
+        _refuse_bias(model, cls.option)
+
+    @classmethod
+    def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
+        teacher = create_teacher(options.distill_model, options.distill_pretrained, model, ranks.device, precision)
+        return cls(teacher, **_gathering(options, ranks))
+
+    def targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        outputs = [named_output(self.teacher(images, texts)) for images, texts in batches]
+        features = {f"dist_{name}": torch.cat([output[name] for output in outputs]) for name in _FEATURES}
+        return {**features, "dist_logit_scale": outputs[0]["logit_scale"]}
+
+    def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        features = [output[name] for name in _FEATURES]
+        contrastive, distill = self.loss(*features, output["logit_scale"], **targets)
+        return {"contrastive": contrastive, "distill": distill}
+
+
+class CoCaObjective(Objective):
+    """The contrastive and the captioning loss of a CoCa (arXiv 2205.01917, eq. 4). The model selects it."""
+
+    own_options = ("coca_caption_loss_weight", "coca_contrastive_loss_weight")
+    per_pair = (*_FEATURES, "logits", "labels")
+    """The decoder's logits [B, L, V] and the next tokens [B, L] beside the features."""
+
+    def __init__(self, pad_id: int, caption_weight: float, contrastive_weight: float, **gathering: Any) -> None:
+        """pad_id: the token that no loss is computed for."""
+        self.loss = CoCaLoss(caption_weight, contrastive_weight, pad_id, cache_labels=True, **gathering)
+
+    @classmethod
+    def check_options(cls, options: TrainOptions) -> None:
+        for name in cls.own_options:
+            weight = getattr(options, name)
+            check(name, weight, math.isfinite(weight) and weight >= 0, "0 or more")
+
+    @classmethod
+    def check_model(cls, model: nn.Module) -> None:
+        if _has_bias(model):
+            raise ValueError("a CoCa's contrastive loss has no bias; create the model without init_logit_bias")
+        if drops_by_position(model):
+            raise ValueError(
+                "a CoCa's decoder reads the image and the text of a pair together, so its texts cannot be shuffled "
+                "against the images, which training needs where an expert's slots go by position; assign slots by "
+                "probability (with --moe: --priority) or set no capacity factor (--capacity-factor None)"
+            )
+
+    @classmethod
+    def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
+        weights = options.coca_caption_loss_weight, options.coca_contrastive_loss_weight
+        return cls(model.pad_id, *weights, **_gathering(options, ranks))
+
+    def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        contrastive, caption = self.loss(*(output[name] for name in self.per_pair), output["logit_scale"])
+        return {"contrastive": contrastive.to(caption), "caption": caption}  # with weight 0 open_clip returns an int
+
+
+_BY_OPTION = (SigmoidObjective, MultiPositiveObjective, DistillationObjective)
+_ALL = (ContrastiveObjective, *_BY_OPTION, CoCaObjective)
+
+
+def selected(options: TrainOptions) -> type[Objective]:
+    """The objective that the options select for a model without a decoder.
 
     Raises:
-        ValueError: an option that a CoCa's loss does not have, or a bias that the loss does not have.
+        ValueError: they select more than one.
     """
-    if isinstance(model, CoCa):
-        return _coca_loss(options, model, rank, world_size)
-    for field in dataclasses.fields(options):
-        if field.name.startswith("coca_") and getattr(options, field.name) != field.default:
-            raise ValueError(f"{field.name} has no effect: the model has no decoder, as a CoCa has; leave it out")
-    if options.siglip:
-        return SigLipLoss(rank=rank, world_size=world_size)
-    softmax_loss = MultiPositiveClipLoss if options.multi_positive else ClipLoss
-    if options.distill_model is not None:
-        softmax_loss = DistillClipLoss
-    if softmax_loss is not ClipLoss and getattr(model, "logit_bias", None) is not None:
-        name = "multi_positive" if options.multi_positive else "distill_model"
+    found = [objective for objective in _BY_OPTION if getattr(options, objective.option) not in (None, False)]
+    if len(found) > 1:
         raise ValueError(
-            f"{name} goes with a softmax loss that knows no logit_bias, which this model has; leave {name} out, or "
+            f"{' and '.join(objective.option for objective in found)} select different losses, and a run has one; "
+            "leave all but one out"
+        )
+    return found[0] if found else ContrastiveObjective
+
+
+def check_options(options: TrainOptions) -> None:
+    """
+    Raises:
+        ValueError: the options select more than one objective, or one of its options has a wrong value.
+    """
+    selected(options)
+    for objective in _ALL:
+        objective.check_options(options)
+
+
+def create_objective(options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
+    """The objective that the options and the model select.
+
+    Raises:
+        ValueError: the model cannot be trained with it, or an option of another objective is set.
+    """
+    objective = selected(options)
+    if isinstance(model, CoCa):
+        if objective is not ContrastiveObjective:
+            raise ValueError(
+                f"{objective.option} has no captioning loss, which a CoCa's decoder learns from; leave it out"
+            )
+        objective = CoCaObjective
+    else:
+        _refuse_coca_options(options)
+    objective.check_model(model)
+    return objective.create(options, model, ranks, precision)
+
+
+def _refuse_coca_options(options: TrainOptions) -> None:
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in CoCaObjective.own_options:
+        if getattr(options, name) != defaults[name]:
+            raise ValueError(f"{name} has no effect on a model without a decoder, which only a CoCa has; leave it out")
+
+
+def _gathering(options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
+    """How open_clip's softmax losses gather the features of several ranks."""
+    settings = {"local_loss": options.local_loss, "gather_with_grad": options.gather_with_grad}
+    return {**settings, "rank": ranks.rank, "world_size": ranks.world_size}
+
+
+def _has_bias(model: nn.Module) -> bool:
+    return getattr(model, "logit_bias", None) is not None
+
+
+def _refuse_bias(model: nn.Module, option: str) -> None:
+    if _has_bias(model):
+        raise ValueError(
+            f"{option} selects a softmax loss without a logit_bias, which this model has; leave {option} out, or "
             "create the model without init_logit_bias"
         )
-    return softmax_loss(
-        local_loss=options.local_loss,
-        gather_with_grad=options.gather_with_grad,
-        cache_labels=True,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-class SummedCoCaLoss(CoCaLoss):
-    """The contrastive and the captioning loss of a CoCa (arXiv 2205.01917, eq. 4), weighted and added."""
-
-    def forward(self, **output: Tensor) -> Tensor:
-        """output: image_features, text_features [B, D], logits [B, L, V], labels [B, L], logit_scale."""
-        return sum(super().forward(**output))
-
-
-def _coca_loss(options: TrainOptions, model: CoCa, rank: int, world_size: int) -> nn.Module:
-    for name in ("siglip", "multi_positive", "distill_model"):
-        if getattr(options, name):
-            raise ValueError(f"{name} has no captioning loss, which a CoCa's decoder learns from; leave it out")
-    if getattr(model, "logit_bias", None) is not None:
-        raise ValueError("a CoCa's contrastive loss has no bias; create the model without init_logit_bias")
-    return SummedCoCaLoss(
-        caption_loss_weight=options.coca_caption_loss_weight,
-        clip_loss_weight=options.coca_contrastive_loss_weight,
-        pad_id=model.pad_id,
-        local_loss=options.local_loss,
-        gather_with_grad=options.gather_with_grad,
-        cache_labels=True,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def features_of(output: Any) -> dict[str, Tensor]:
-    """A CLIP forward's output by open_clip's names, whether the model returns a dict or a tuple."""
-    if isinstance(output, dict):
-        return dict(output)
-    return dict(zip(("image_features", "text_features", "logit_scale", "logit_bias"), output, strict=False))
 
 
 class MultiPositiveClipLoss(ClipLoss):
-    """CLIP's loss in which pair i competes with the pairs of other captions alone:
-    ``-log(exp(s_ii) / (exp(s_ii) + sum of exp(s_ij) over captions j unlike i))``, the mean over rows and both ways.
+    """CLIP's loss in which pair i competes only with pairs of other captions:
+    ``-log(exp(s_ii) / (exp(s_ii) + sum of exp(s_ij) over captions j unlike i))``, the mean over rows and directions.
 
-    It is the elimination of false negatives (arXiv 2011.11765, section 3.2) where captions are equal token for token;
-    where all differ it is open_clip's ClipLoss. Targets that are uniform over all equal captions (UniCL, arXiv
+    This is the elimination of false negatives (arXiv 2011.11765, section 3.2) for captions with equal tokens; where all
+    captions differ it is open_clip's ClipLoss. Targets that are uniform over all equal captions (UniCL, arXiv
     2204.03610) would change nothing: equal texts have equal features, so their rows add up to ClipLoss again.
     """
 
@@ -119,18 +302,18 @@ class MultiPositiveClipLoss(ClipLoss):
         texts: Tensor,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """image_features, text_features: [B, D], normalised; texts: [B, L] token ids, row i of pair i."""
+        """image_features, text_features: [B, D], normalized; texts: [B, L] token ids, row i of pair i."""
         logits = self.get_logits(image_features, text_features, logit_scale)
         own = self.get_ground_truth(image_features.device, len(logits[0]))
-        twins = self._twins(texts, own)
-        losses = [F.cross_entropy(one.float().masked_fill(twins, -torch.inf), own) for one in logits]
+        equal = self._equal_captions(texts, own)
+        losses = [F.cross_entropy(one.float().masked_fill(equal, -torch.inf), own) for one in logits]
         loss = sum(losses) / 2
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _twins(self, texts: Tensor, own: Tensor) -> Tensor:
-        """bool [rows of the logits, pairs of all ranks]: other pairs with a row's caption; the same both ways.
+    def _equal_captions(self, texts: Tensor, own: Tensor) -> Tensor:
+        """bool [rows of the logits, pairs of all ranks]: other pairs with a row's caption, the same in both directions.
 
-        own: [rows], where each row's own pair is.
+        own: [rows], the column of each row's own pair.
         """
         everywhere = texts
         if self.world_size > 1:

@@ -1,12 +1,12 @@
-"""AdamW with open_clip's parameter groups."""
+"""AdamW with open_clip's parameter groups, and open_clip_train's learning rate schedules."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from open_clip_train.scheduler import const_lr, cosine_lr
 from torch import nn
 
 from ..moe.weight_decay import parameter_groups
@@ -27,7 +27,7 @@ def adamw(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Takes over a state dict's moments and steps. The groups keep their own learning rate, betas, eps and weight
+    """Loads a state dict's moments and step counts. The groups keep their own learning rate, betas, eps and weight
     decay, which may differ from those that the state was saved with."""
     own = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -35,7 +35,19 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         group.update(settings)
 
 
-def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], float]:
-    """A function of the step that sets the learning rate of every group."""
-    make = {"cosine": cosine_lr, "const": const_lr}[options.lr_scheduler]
-    return make(optimizer, options.lr, options.warmup, total_steps)
+def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], None]:
+    """A function of the step, from 0 on, that sets the learning rate of every group: a linear warm-up, then a cosine to
+    0 or a constant."""
+
+    def set_lr(step: int) -> None:
+        if step < options.warmup:
+            lr = options.lr * (step + 1) / options.warmup
+        elif options.lr_scheduler == "const":
+            lr = options.lr
+        else:
+            done, steps = step - options.warmup, total_steps - options.warmup
+            lr = 0.5 * (1 + math.cos(math.pi * done / steps)) * options.lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+    return set_lr

@@ -1,4 +1,4 @@
-"""The optimizer's state carried from a dense run into the sparse model (Sparse Upcycling, arXiv 2212.05055)."""
+"""Upcycling the optimizer state of a dense run for the sparse model (Sparse Upcycling, arXiv 2212.05055)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..upcycling.upcycle import upcycle
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerState = dict[str, dict[str, Tensor]]
-"""AdamW's state of a parameter, by the parameter's name in the model."""
+"""AdamW's state per parameter, by the parameter's name in the model."""
 
 
 def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> OptimizerState:
@@ -24,10 +24,10 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
     Args:
         model: the dense model that was trained.
         optimizer: ``state_dict()`` of its optimizer, as a checkpoint of ours or of open_clip_train holds it.
-        source: what to call it in an error.
+        source: its name in messages.
 
     Raises:
-        ValueError: it is not of that model, or not of an AdamW.
+        ValueError: it is the state of another model, or not of an AdamW.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     wanted = [[names[parameter] for parameter in group["params"]] for group in parameter_groups(model, 0.0)]
@@ -35,7 +35,7 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
     if [len(group) for group in held] != [len(group) for group in wanted]:
         raise ValueError(
             f"the optimizer of {source} has groups of {', '.join(str(len(group)) for group in held)} parameters, the "
-            f"dense model has {', '.join(str(len(group)) for group in wanted)}; give the model that it was trained with"
+            f"dense model has {', '.join(str(len(group)) for group in wanted)}; use the model that it was trained with"
         )
     state: OptimizerState = {}
     parameters = dict(model.named_parameters())
@@ -45,7 +45,7 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
             continue
         absent = [key for key in ("step", *_MOMENTS) if key not in values]
         if absent:
-            raise ValueError(f"the optimizer of {source} holds no {', '.join(absent)} for {name}; it is no AdamW")
+            raise ValueError(f"the optimizer of {source} holds no {', '.join(absent)} for {name}; it is not an AdamW")
         shapes = {tuple(values[key].shape) for key in _MOMENTS}
         if shapes != {tuple(parameters[name].shape)}:
             raise ValueError(
@@ -57,19 +57,19 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
 
 
 def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -> OptimizerState:
-    """The state of the model that ``upcycle(dense, config)`` makes: what a parameter was copied from brings its moments
-    along, to every expert the same. Routers are fresh and have none.
+    """The optimizer state of the model that ``upcycle(dense, config)`` returns: every parameter gets the moments of the
+    one that it was copied from, the same in every expert. Routers are new and have none.
 
-    The moments are upcycled as the weights are: as the parameters of a model. One thing differs: where experts are
-    shards, each has a part of the output bias, but the whole of its gradient.
+    The moments are upcycled like weights, as the parameters of a copy of the model. One thing differs: where experts
+    are shards of an MLP, each has a part of the output bias, but its whole gradient.
 
     Raises:
-        ValueError: ``config.reinit_ratio`` draws weights anew, whose moments those of the old ones are not.
+        ValueError: ``config.reinit_ratio`` re-initializes weights, which the dense moments do not belong to.
     """
     if config.reinit_ratio > 0:
         raise ValueError(
-            f"reinit_ratio={config.reinit_ratio} draws weights anew, for which the dense optimizer's moments mean "
-            "nothing; use reinit_ratio 0 or leave resume_dense out"
+            f"reinit_ratio={config.reinit_ratio} re-initializes weights, so that the dense optimizer's moments do not "
+            "belong to them; use reinit_ratio 0 or leave resume_dense out"
         )
     result: OptimizerState = {}
     never_trained = {name for name, _ in dense.named_parameters()} - set(state)
@@ -93,7 +93,7 @@ def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -
 
 
 def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: OptimizerState) -> None:
-    """Gives a fresh optimizer over the model's parameters this state."""
+    """Sets the state of a new optimizer over the model's parameters."""
     for name, parameter in model.named_parameters():
         if name in state:
             moments = {key: state[name][key].to(parameter) for key in _MOMENTS}

@@ -1,4 +1,4 @@
-"""Options of a training run. A name that open_clip_train has means what it means there."""
+"""Options of a training run. Options shared with open_clip_train have the same names and meanings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.images import MAX_PIXELS, check_max_pixels
-from ..data.skips import MAX_SKIPPED, check_max_skipped
+from ..data.images import check_max_pixels
+from ..data.options import DataOptions, SourceOptions
+from ..data.skips import check_max_skipped
 from ..moe.config import MoEConfig
 from ..precision import Precision, default_device, default_workers
+from .objectives import check_options
 
 
 @dataclass
@@ -32,33 +34,33 @@ class TrainOptions:
     moe: bool = False
     """Make the model sparse before training, with the options of MoEConfig below."""
     moe_cfg: MoEConfig = field(default_factory=MoEConfig.clip_up)
-    """The sparse layers that --moe makes; the defaults are CLIP-UP's recipe."""
+    """Sparse layers for --moe; the defaults are CLIP-UP's recipe."""
     resume_dense: str | None = None
     """Checkpoint of a dense run (epoch_K.pt, ours or open_clip_train's) to start --moe from: its weights, and Adam's
-    moments for every expert. Steps and schedule start anew."""
+    moments for every expert. Steps and schedule start at zero."""
 
     train_data: str | None = None
     """CSV file, or WebDataset shards ("data/{000..099}.tar", several joined by "::")."""
     train_num_samples: int | None = None
     """Samples in an epoch, for WebDataset shards without a sizes.json."""
-    dataset_type: Literal["webdataset", "csv", "auto"] = "auto"
+    dataset_type: Literal["webdataset", "csv", "auto"] = DataOptions.dataset_type
     """What train_data is; auto goes by its ending."""
-    dataset_resampled: bool = False
+    dataset_resampled: bool = DataOptions.dataset_resampled
     """Draw shards with replacement."""
-    csv_separator: str = "\t"
+    csv_separator: str = DataOptions.csv_separator
     """Separates the columns of a CSV file."""
-    csv_img_key: str = "filepath"
+    csv_img_key: str = DataOptions.csv_img_key
     """Column with the paths of the images."""
-    csv_caption_key: str = "title"
+    csv_caption_key: str = DataOptions.csv_caption_key
     """Column with the captions."""
-    max_skipped: float = MAX_SKIPPED
+    max_skipped: float = DataOptions.max_skipped
     """Share of the samples that may be unreadable: they are left out, each is named once, and the last line says how
     many. Above it the run stops."""
-    max_image_pixels: int = MAX_PIXELS
+    max_image_pixels: int = DataOptions.max_image_pixels
     """Pixels of an image that is decoded at most; one of more counts as unreadable."""
-    allow_pipe: bool = False
+    allow_pipe: bool = DataOptions.allow_pipe
     """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
-    cache_data: bool = False
+    cache_data: bool = DataOptions.cache
     """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
     val_data: str | None = None
     """CSV file or shards for retrieval after every val_frequency epochs and at the end."""
@@ -68,13 +70,13 @@ class TrainOptions:
     """Data loader processes a rank."""
 
     batch_size: int = 64
-    """Images in a batch, a rank."""
+    """Images per batch and rank."""
     accum_freq: int = 1
-    """Batches a step: the loss is over all of them, the memory that of one."""
+    """Batches per step: the loss is over all of them, with the memory of one."""
     epochs: int = 32
     """Passes over the training data."""
     steps: int | None = None
-    """Optimizer steps after which to stop, whatever epochs says."""
+    """Optimizer steps after which to stop; overrides epochs."""
     lr: float = 5e-4
     """Peak learning rate."""
     beta1: float = 0.9
@@ -84,73 +86,73 @@ class TrainOptions:
     eps: float = 1e-6
     """AdamW's epsilon."""
     wd: float = 0.2
-    """Weight decay of matrices; biases, norms and the logit scale have none."""
+    """Weight decay of matrices; biases, norms and the logit scale are not decayed."""
     warmup: int = 10000
     """Steps over which the learning rate rises to lr."""
     lr_scheduler: Literal["cosine", "const"] = "cosine"
     """After warm-up: down to 0 along a cosine, or constant."""
     skip_scheduler: bool = False
-    """Keep lr as it is, without warm-up."""
+    """Use a constant lr without warm-up."""
     grad_clip_norm: float | None = None
-    """Largest norm of the gradient; None leaves it alone."""
+    """Largest norm of the gradient; None does not clip."""
     max_nonfinite_steps: int = 10
-    """Steps in a row that may be skipped because their gradient is NaN or infinite; one more ends the run."""
+    """Consecutive steps that may be skipped because their gradient is NaN or infinite; one more ends the run."""
     distill_model: str | None = None
-    """Teacher: a model that open_clip knows, or a directory. Its similarities are a second target (DistillClipLoss); it
-    takes the same images and tokens. The dense model that --moe starts from is one choice."""
+    """Teacher: a model that open_clip knows, or a directory. Its similarities are a second target (DistillClipLoss). It
+    must take the same images and tokens; the dense model that --moe starts from does."""
     distill_pretrained: str | None = None
-    """Tag or file of the teacher's weights, for one known by name."""
+    """Tag or file of the teacher's weights, for a model known by name."""
     siglip: bool = False
-    """Sigmoid loss (SigLIP) in place of the softmax loss (CLIP)."""
+    """Use the sigmoid loss (SigLIP) instead of the softmax loss (CLIP)."""
     multi_positive: bool = False
-    """Pairs of a batch whose captions are equal are no negatives of each other, and in val_data every image of a
-    caption is a right answer to it. Not with siglip."""
+    """Do not treat pairs of a batch with equal captions as negatives of each other; on val_data every image of a
+    caption counts as a correct answer to it. Not with siglip."""
     coca_caption_loss_weight: float = 2.0
     """Weight of the captioning loss, for a CoCa."""
     coca_contrastive_loss_weight: float = 1.0
     """Weight of the contrastive loss, for a CoCa."""
     local_loss: bool = True
-    """Several ranks: every rank computes the logits of its own images and texts only."""
+    """With several ranks: every rank computes the logits of its own images and texts only."""
     gather_with_grad: bool = True
-    """Several ranks: gradients flow through gathered features. Without it and local_loss the contrastive gradient is
-    1/ranks of the true one, while the router's losses keep their size."""
+    """With several ranks: gradients flow through gathered features. With neither this nor local_loss the contrastive
+    gradient is 1/ranks of the true one, while the router's losses keep their scale."""
     precision: Precision | None = None
     """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (the model itself). None: amp on CUDA, else
     fp32."""
     grad_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them."""
     device: str = field(default_factory=default_device)
     """cpu, cuda or cuda:N."""
     dist_backend: str | None = None
     """torch.distributed backend under torchrun. None: nccl on CUDA, gloo on CPU."""
     dist_timeout: float = 1800.0
-    """Several ranks: seconds without a sign of life from a rank, or in one step, after which the run ends. Evaluations
-    and checkpoints may take longer."""
+    """With several ranks: seconds without a heartbeat from a rank, or within one step, after which the run ends.
+    Evaluations and checkpoints may take longer."""
     seed: int = 0
     """Seed of weights, data order and noise."""
 
     logs: str | None = "./logs"
     """Directory of runs. None (in Python only) writes nothing."""
     name: str | None = None
-    """Name of the run, a directory under logs. None: date, model and learning rate."""
+    """Name of the run, and of its directory under logs. None: date, model and learning rate."""
     resume: str | None = None
-    """"latest" or the path of a checkpoint: go on from there. Other options than before take effect from there on."""
+    """"latest" or the path of a checkpoint to continue from. Changed options take effect from there on."""
     resume_with_changes: bool = False
-    """On resume, accept another model, moe, train_data, seed or siglip than the checkpoint's."""
+    """On resume, accept a model, moe, train_data, seed or siglip that differs from the checkpoint's."""
     force: bool = False
-    """Throw away a run of the same name instead of refusing to start."""
+    """Discard a run of the same name instead of refusing to start."""
     save_frequency: int = 1
     """Epochs between two kept checkpoints (epoch_K.pt); 0 keeps none but the latest."""
     save_most_recent: bool = True
     """Write epoch_latest.pt after every epoch."""
     save_every_n_steps: int = 0
-    """Write epoch_latest.pt after every n steps too; 0 does not."""
+    """Also write epoch_latest.pt after every n steps; 0 does not."""
     delete_previous_checkpoint: bool = False
-    """Delete the epoch_K.pt before the one just written."""
+    """Delete the previous epoch_K.pt once the next one is written and validated."""
     log_every_n_steps: int = 1
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two records in metrics.jsonl."""
     report_to: Literal["", "tensorboard"] = ""
-    """tensorboard writes the metrics for TensorBoard too."""
+    """tensorboard also writes the metrics for TensorBoard."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
@@ -168,43 +170,39 @@ class TrainOptions:
         check_max_pixels(self.max_image_pixels)
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         self._check("grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive, or None")
-        for name in ("coca_caption_loss_weight", "coca_contrastive_loss_weight"):
-            self._check(name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "0 or more")
         for name in ("beta1", "beta2"):
             self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         if self.name is not None:
             self._check("name", Path(self.name).name == self.name, "the name of a directory, without separators")
-        if self.siglip and self.multi_positive:
-            raise ValueError(
-                "multi_positive leaves pairs out of a softmax, and siglip has no softmax; drop one of them"
-            )
-        if self.distill_pretrained is not None and self.distill_model is None:
-            raise ValueError(
-                f"distill_pretrained={self.distill_pretrained!r} needs distill_model, whose weights it names"
-            )
-        for name in ("siglip", "multi_positive"):
-            if self.distill_model is not None and getattr(self, name):
-                raise ValueError(
-                    f"distill_model goes with the softmax loss over one target, {name} has another; drop one of them"
-                )
+        check_options(self)
         if self.resume_dense is not None and not self.moe:
             raise ValueError(
-                f"resume_dense={self.resume_dense!r} is about making a model sparse; set moe, or go on with the dense "
-                "run by resume"
+                f"resume_dense={self.resume_dense!r} starts a sparse model, which needs moe; set moe, or continue the "
+                "dense run with resume"
             )
         if self.resume_dense is not None and self.pretrained is not None:
             raise ValueError(
-                f"resume_dense={self.resume_dense!r} and pretrained={self.pretrained!r} both bring weights; give one"
+                f"resume_dense={self.resume_dense!r} and pretrained={self.pretrained!r} both select weights; use one"
             )
         if self.resume == "latest" and (self.logs is None or self.name is None):
-            raise ValueError("resume='latest' needs logs and name, which say where the checkpoints are")
+            raise ValueError("resume='latest' needs logs and name to find the checkpoints")
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
+    def data_options(self) -> DataOptions:
+        """How the training data are read."""
+        names = {field.name for field in dataclasses.fields(DataOptions)} - {"cache"}
+        return DataOptions(**{name: getattr(self, name) for name in names}, cache=self.cache_data)
+
+    def val_data_options(self) -> SourceOptions:
+        """How ``val_data`` is read; its format goes by its file extension."""
+        names = {field.name for field in dataclasses.fields(SourceOptions)} - {"dataset_type"}
+        return SourceOptions(**{name: getattr(self, name) for name in names})
+
     def to_json(self) -> str:
-        """All options, for the record beside a run."""
+        """All options as JSON, for the options.json of a run."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["moe_cfg"] = self.moe_cfg.to_dict() if self.moe else None
         return json.dumps(values, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""What a run calls along the way, what it returns, and how it ends early."""
+"""Types of a run's interface: callbacks, its result, and its interruption."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .run_directory import Record
+from .recorder import Record
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; ``checkpoint`` is where to go on from."""
+    """Ctrl-C or SIGTERM ended the run; ``checkpoint`` is the one to resume from."""
 
     def __init__(self, message: str, checkpoint: Path) -> None:
         super().__init__(message)
@@ -22,8 +22,8 @@ class TrainingInterrupted(KeyboardInterrupt):
 class Every(NamedTuple):
     """Calls a function after every ``steps`` steps and after the last one, on rank 0.
 
-    The function takes the model (not wrapped) and returns numbers to record, or None. It cannot disturb the run: random
-    numbers drawn in it do not count, and neither does its time.
+    The function takes the model (not wrapped) and returns numbers to record, or None. It does not change the run: its
+    random numbers do not count, and neither does its time.
     """
 
     steps: int
@@ -31,7 +31,7 @@ class Every(NamedTuple):
 
 
 class TrainResult(NamedTuple):
-    """What a run leaves behind."""
+    """The result of a run."""
 
     model: nn.Module
     """In evaluation mode."""
@@ -40,12 +40,12 @@ class TrainResult(NamedTuple):
     seconds: float
     """Time in training, without evaluations and checkpoints."""
     history: list[Record]
-    """A record a logged step, as ``clipup.train`` describes it; on rank 0."""
+    """A record per logged step, as ``clipup.train`` describes it; on rank 0."""
     evaluations: list[Record]
     directory: Path | None
     warnings: list[Record]
-    """A record for every layer whose routing has collapsed, as ``clipup.train.collapse`` describes it; on rank 0."""
+    """A record per layer whose routing has collapsed (``clipup.train.routing_collapse``); on rank 0."""
     skipped: int = 0
     """Samples of the training data that could not be read, each once."""
     already_finished: bool = False
-    """Whether a resumed run had been finished before, so that nothing was done and nothing written."""
+    """Whether a resumed run was finished before, so that nothing was done or written."""

@@ -1,8 +1,8 @@
-"""Resuming: from which checkpoint, and what changed options do to a run.
+"""Resuming: which checkpoint is used, and which options may have changed since it was written.
 
-A position is (epoch, steps of the epoch that is under way). At an epoch's end it means the same for every batch size
-and number of ranks. Within an epoch the steps done are samples seen only under the same conditions, because they decide
-which samples come in which step: there a change is refused.
+A position is (epoch, steps of the current epoch). At an epoch's end it means the same for every batch size and number
+of ranks. Within an epoch the steps stand for the samples seen only as long as the conditions are the same, because they
+decide which samples are in which step; so changes of these conditions are refused there.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from .options import TrainOptions
 from .run_directory import RunDirectory
 
 IDENTITY = ("model", "moe", "moe_cfg", "train_data", "seed", "siglip")
-"""Options that say which run it is."""
+"""Options that identify a run."""
 ORDER = ("batch_size", "accum_freq", "seed", "dataset_type", "dataset_resampled", "train_num_samples", "cache_data")
-"""Options that decide which samples come in which step."""
+"""Options that decide which samples are in which step."""
 START = ("pretrained", "resume_dense")
-"""Options about the weights before the first step."""
+"""Options that only set the weights before the first step."""
 _OF_THE_CALL = ("name", "logs", "resume", "resume_with_changes", "force")
 
 
 def find_checkpoint(
     options: TrainOptions, directory: RunDirectory | None, ranks: Ranks
 ) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
-    """The checkpoint to go on from, what is in it, and what there is to say about the choice."""
+    """The path of the checkpoint to continue from, its contents, and notes on the choice for the log."""
     if options.resume is None:
         return None, None, []
     if directory is None:
@@ -50,23 +50,23 @@ def find_checkpoint(
 
 
 def conditions(options: TrainOptions, world_size: int, steps_of_epoch: int) -> dict[str, Any]:
-    """What a checkpoint's position depends on, as plain values.
+    """What the meaning of a checkpoint's position depends on, as plain values.
 
     Args:
-        steps_of_epoch: those of a whole epoch of the training data.
+        steps_of_epoch: steps of a whole epoch.
     """
     return {"options": _values(options), "world_size": world_size, "steps_of_epoch": steps_of_epoch}
 
 
 def changes(state: dict[str, Any], options: TrainOptions, world_size: int, source: Path) -> list[str]:
-    """What is different from when a checkpoint was written, in words.
+    """Notes for the log on options that have changed since a checkpoint was written.
 
     Args:
-        state: the checkpoint. One without ``conditions``, such as open_clip_train's, is taken as it is.
+        state: the checkpoint. One without ``conditions``, such as open_clip_train's, is not compared.
 
     Raises:
-        ValueError: options that say which run it is have changed, without ``resume_with_changes``; or, within an epoch,
-            anything that decides which samples come in which step.
+        ValueError: an option that identifies the run has changed, without ``resume_with_changes``; or, within an epoch,
+            anything that decides which samples are in which step.
     """
     if "conditions" not in state:
         return []
@@ -78,21 +78,23 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
     identity = [text for key, text in changed.items() if key.partition(".")[0] in IDENTITY]
     if identity and not options.resume_with_changes:
         raise ValueError(
-            f"{source} is of a run with other options: {', '.join(identity)}. Give the former values to go on with it, "
-            "another --name to start a run of its own, or --resume-with-changes to go on with it all the same"
+            f"{source} is of a run with other options: {', '.join(identity)}. Use the former values to continue it, "
+            "another --name to start a separate run, or --resume-with-changes to continue it with these values"
         )
     without_effect = [changed.pop(key) for key in START if key in changed]
-    notes = [f"resumed with changes, which take effect from here on: {', '.join(changed.values())}"] if changed else []
+    notes = [f"resumed with changes, which take effect from now on: {', '.join(changed.values())}"] if changed else []
     if without_effect:
-        notes.append(f"without effect, because the weights come from the checkpoint: {', '.join(without_effect)}")
+        notes.append(
+            f"changes without effect, because the weights come from the checkpoint: {', '.join(without_effect)}"
+        )
     return notes
 
 
 def other_length(state: dict[str, Any], steps_of_epoch: int, source: Path) -> bool:
-    """Whether an epoch has another number of steps than when the checkpoint was written.
+    """Whether the number of steps in an epoch has changed since the checkpoint was written.
 
     Raises:
-        ValueError: it has, and the checkpoint is from within an epoch.
+        ValueError: it has changed, and the checkpoint is from within an epoch.
     """
     before = state["conditions"]["steps_of_epoch"] if "conditions" in state else steps_of_epoch
     if before == steps_of_epoch:
@@ -104,7 +106,7 @@ def other_length(state: dict[str, Any], steps_of_epoch: int, source: Path) -> bo
 
 
 def _within_epoch(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint of ours is from within an epoch, and not from its last step or between two."""
+    """Whether a checkpoint of ours is from within an epoch, and not from its last step or between two epochs."""
     return 0 < state["step_of_epoch"] < state["conditions"]["steps_of_epoch"]
 
 
@@ -119,14 +121,15 @@ def _refuse_within_epoch(state: dict[str, Any], causes: list[str], source: Path)
 
 
 def _order(options: TrainOptions) -> tuple[str, ...]:
-    """Workers read shards in turn, so for streamed shards their number counts too."""
+    """The options that decide the order of samples, for streamed shards also the workers, which read in turn."""
     is_csv = options.dataset_type == "csv" or (options.train_data or "").endswith((".csv", ".tsv"))
     streamed = options.train_data is not None and not is_csv and not options.cache_data
     return (*ORDER, "world_size", *(["workers"] if streamed else []))
 
 
 def _values(options: TrainOptions) -> dict[str, Any]:
-    """The options that are of the run, as plain values by name; the sparse layers' as ``moe_cfg.NAME``."""
+    """The options of the run as plain values by name, without those of a single call; the sparse layers' as
+    ``moe_cfg.NAME``."""
     values = {key: value for key, value in json.loads(options.to_json()).items() if key not in _OF_THE_CALL}
     layers = values.pop("moe_cfg") or {}
     return values | {f"moe_cfg.{key}": value for key, value in layers.items()}

@@ -1,4 +1,4 @@
-"""The random number generators of a process: seeding, saving, putting back."""
+"""The random number generators of a process: seeding, saving, restoring."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def seed_everything(seed: int, *more: int) -> None:
-    """Seeds Python, NumPy and torch from whole numbers >= 0 (a run's seed, an epoch, a rank, say)."""
+    """Seeds Python, NumPy and torch from integers >= 0, for example a run's seed, an epoch and a rank."""
     mixed = int(np.random.SeedSequence((seed, *more)).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
@@ -20,7 +20,7 @@ def seed_everything(seed: int, *more: int) -> None:
 
 
 def torch_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """torch's generators of the CPU and the device."""
+    """The state of torch's generators of the CPU and the device."""
     state = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -34,7 +34,7 @@ def set_torch_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def get_state(device: torch.device) -> dict[str, Any]:
-    """All generators, as values that ``torch.load(weights_only=True)`` reads."""
+    """The state of all generators, as values that ``torch.load(weights_only=True)`` reads."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)
     return {"python": random.getstate(), "numpy": numpy_state, **torch_state(device)}
@@ -49,7 +49,7 @@ def set_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 class Stream:
-    """Random numbers of their own: what is drawn inside ``drawing()`` depends on what was drawn there before, alone."""
+    """A separate stream of random numbers: those drawn inside ``drawing()`` depend only on earlier draws there."""
 
     def __init__(self, device: torch.device, *seed: int) -> None:
         self._device = device
@@ -69,7 +69,7 @@ class Stream:
 
 @contextmanager
 def preserved(device: torch.device) -> Iterator[None]:
-    """Puts all generators back at the end, so that what happens inside cannot change a run."""
+    """Restores all generators at the end, so that random numbers drawn inside do not change a run."""
     state = get_state(device)
     try:
         yield

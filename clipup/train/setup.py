@@ -1,34 +1,35 @@
-"""From options to what a run is made of: the model, the data, the evaluation."""
+"""Builds the parts of a run from its options: the model, the data loader, the evaluation on validation data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from open_clip.coca_model import CoCa
 from torch import nn
 
-from ..clip import inputs
+from ..data.loaders import load_eval_samples, load_train_data
 from ..data.shares import Share
+from ..data.train_data import TrainData
 from ..evaluate.retrieval import evaluate_retrieval
 from ..moe.config import MoEConfig
 from ..precision import Precision
-from ..pretrained import factory, model_names, origin, tokenizers
+from ..pretrained import factory, model_names, tokenizers
 from ..upcycling.upcycle import upcycle
 from . import checkpoints
 from .distributed import Ranks
-from .objectives import SIGLIP_INIT
+from .objectives import Objective, create_objective, selected
 from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
 from .options import TrainOptions
-from .step import Batch, drops_by_position
+from .rng import preserved
 
 
 class Built(NamedTuple):
     """A model and what belongs to it; ``None`` for what the caller did not give and nothing needs."""
 
     model: nn.Module
+    objective: Objective
     preprocess_train: Callable[[Any], torch.Tensor] | None
     preprocess_val: Callable[[Any], torch.Tensor] | None
     tokenizer: Callable[[list[str]], torch.Tensor] | None
@@ -39,7 +40,7 @@ class Built(NamedTuple):
 
 
 def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) -> None:
-    """Before anything is built, whether there is a model and data to train it on.
+    """Checks, before anything is built, that there is a model and data to train it on.
 
     Raises:
         ValueError: one is missing, or ``moe_cfg`` is meant for a model that is not made sparse.
@@ -60,79 +61,39 @@ def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) 
 
 def build_model(
     options: TrainOptions,
-    device: torch.device,
+    ranks: Ranks,
     precision: Precision,
     model: nn.Module | None = None,
     preprocess: Any = None,
     tokenizer: Any = None,
 ) -> Built:
-    """The model on its device, made sparse when ``options.moe`` says so.
+    """The model on its device, made sparse if ``options.moe`` is set, and the objective that it is trained with.
 
     Args:
-        model: one that is built already; ``options.model`` then only names its architecture, for saving.
+        model: an existing model; ``options.model`` then only names its architecture, for saving.
         preprocess: the transform of training and validation images, or a pair of them.
     """
     train_transform, val_transform = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
     if model is None:
-        model, model_cfg, transforms, tokenizer = _create(options, device, precision, tokenizer)
+        model, model_cfg, transforms, tokenizer = _create(options, ranks.device, precision, tokenizer)
         train_transform, val_transform = train_transform or transforms[0], val_transform or transforms[1]
     else:
-        model = model.to(device)
+        model = model.to(ranks.device)
         model_cfg = None if options.model is None else model_names.get_model_config(options.model)
     optimizer_state = None
     if options.resume_dense is not None:
         optimizer_state = _resume_dense(model, options.resume_dense, options)
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
-    if isinstance(model, CoCa) and drops_by_position(model):
-        raise ValueError(
-            "a CoCa's decoder reads the image and the text of a pair together, so its texts cannot be shuffled against "
-            "the images, as training has to where an expert's slots go by position; give them by probability (with "
-            "--moe: --priority) or set no capacity factor (--capacity-factor None)"
-        )
-    if options.siglip and getattr(model, "logit_bias", None) is None:
-        raise ValueError(
-            "siglip needs a model with a logit_bias, which this one lacks; train a fresh one by name, or create it "
-            f"with {', '.join(f'{key}={value:.4g}' for key, value in SIGLIP_INIT.items())}"
-        )
+    with preserved(ranks.device):
+        objective = create_objective(options, model, ranks, precision)
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
-    return Built(model, train_transform, val_transform, tokenizer, model_cfg, optimizer_state)
-
-
-def build_teacher(
-    options: TrainOptions, student: nn.Module, device: torch.device, precision: Precision
-) -> nn.Module | None:
-    """The model that ``options.distill_model`` names, in evaluation and frozen.
-
-    Raises:
-        ValueError: it would have random weights, or takes other images or texts than the student.
-    """
-    name, pretrained = options.distill_model, options.distill_pretrained
-    if name is None:
-        return None
-    origin.refuse_random_weights("distill_pretrained", name, pretrained)
-    teacher, *_ = factory.create_model_and_transforms(
-        name, pretrained, precision=precision, device=device, output_dict=True
-    )
-    alike = {
-        "image size": inputs.image_size,
-        "normalization of images": inputs.image_normalization,
-        "text length": inputs.text_length,
-        "vocabulary size": inputs.vocabulary_size,
-    }
-    for what, of in alike.items():
-        theirs, ours = of(teacher), of(student)
-        if theirs != ours and None not in (theirs, ours):
-            raise ValueError(
-                f"distill_model={name!r} has {what} {theirs}, the model that it teaches {ours}: both get the same "
-                "batch; choose a teacher of the same"
-            )
-    return teacher.eval().requires_grad_(False)
+    return Built(model, objective, train_transform, val_transform, tokenizer, model_cfg, optimizer_state)
 
 
 def _resume_dense(model: nn.Module, path: str, options: TrainOptions) -> OptimizerState:
-    """Puts a dense run's weights into the model; the optimizer's state, as the sparse model needs it."""
+    """Loads a dense run's weights into the model, and returns the optimizer's state for the sparse model."""
     state = checkpoints.load(path)
     checkpoints.restore(model, state["state_dict"], path)
     return upcycled_state(model, options.moe_cfg, named_state(model, state["optimizer"], path))
@@ -149,80 +110,23 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
         name, pretrained = pretrained, None
     model_cfg = model_names.get_model_config(name)
     fresh = pretrained is None and model_names.directory_of(name) is None
-    init = SIGLIP_INIT if options.siglip and fresh else {}
+    init = selected(options).model_arguments if fresh else {}
     model, *transforms = factory.create_model_and_transforms(
         name, pretrained, precision=precision, device=device, output_dict=True, **init
     )
     return model, {**model_cfg, **init}, transforms, tokenizer or tokenizers.get_tokenizer(name)
 
 
-class Epochs:
-    """Training data as steps: lists of ``accum_freq`` batches of (images [B, 3, H, W], texts [B, context_length])."""
-
-    def __init__(self, loader: Any, accum_freq: int) -> None:
-        """
-        Args:
-            loader: open_clip's DataInfo, or anything with a length that can be iterated again and again.
-
-        Raises:
-            ValueError: fewer than ``accum_freq`` batches an epoch.
-        """
-        self._info = loader
-        self._batches = getattr(loader, "dataloader", loader)
-        self._accum_freq = accum_freq
-        count = getattr(self._batches, "num_batches", None)
-        count = len(self._batches) if count is None else count
-        self.steps = count // accum_freq
-        if self.steps == 0:
-            raise ValueError(
-                f"the training data gives {count} batches an epoch, too few for a step of {accum_freq}; lower "
-                "batch_size or accum_freq, or pass more data"
-            )
-
-    def epoch(self, epoch: int) -> Iterator[list[Batch]]:
-        """An epoch's steps; batches left over at its end are not used."""
-        if hasattr(self._info, "set_epoch"):
-            self._info.set_epoch(epoch)
-        group: list[Batch] = []
-        for images, texts in self._batches:
-            group.append((images, texts))
-            if len(group) == self._accum_freq:
-                yield group
-                group = []
-
-    @property
-    def skipped(self) -> dict[str, int]:
-        """What could not be read so far by this rank: names, and how many samples each stands for."""
-        skips = getattr(self._info, "skips", None)
-        return {} if skips is None else skips.samples
-
-
-def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> Any:
-    """open_clip's loader over ``options.train_data``."""
-    from ..data.loaders import train_loader
-
-    _needs(built, built.preprocess_train)
-    return train_loader(
-        options.train_data,
+def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> TrainData:
+    """The loader of ``options.train_data``."""
+    _check_transforms(built, built.preprocess_train)
+    return load_train_data(
+        options.data_options(),
         built.preprocess_train,
         built.tokenizer,
-        options.batch_size,
-        options.workers,
-        options.seed,
-        dataset_type=options.dataset_type,
-        csv_separator=options.csv_separator,
-        csv_img_key=options.csv_img_key,
-        csv_caption_key=options.csv_caption_key,
-        train_num_samples=options.train_num_samples,
-        dataset_resampled=options.dataset_resampled,
         world_size=ranks.world_size,
         rank=ranks.rank,
-        distributed=ranks.several,
-        cache=options.cache_data,
         epoch=epoch,
-        max_skipped=options.max_skipped,
-        max_image_pixels=options.max_image_pixels,
-        allow_pipe=options.allow_pipe,
     )
 
 
@@ -232,21 +136,10 @@ def build_validation(
     """Retrieval on ``options.val_data``, as a function of the model that all ranks call; rank 0 gets the numbers."""
     if options.val_data is None:
         return None
-    from ..data.loaders import eval_samples
-
-    _needs(built, built.preprocess_val)
+    _check_transforms(built, built.preprocess_val)
     share = Share(ranks.rank, ranks.world_size, ranks.gather)
-
-    samples = eval_samples(
-        options.val_data,
-        built.preprocess_val,
-        csv_separator=options.csv_separator,
-        csv_img_key=options.csv_img_key,
-        csv_caption_key=options.csv_caption_key,
-        max_skipped=options.max_skipped,
-        max_image_pixels=options.max_image_pixels,
-        argument="val_data",
-    ).part(share, options.batch_size)
+    samples = load_eval_samples(options.val_data, built.preprocess_val, options.val_data_options(), "val_data")
+    samples = samples.part(share, options.batch_size)
 
     def validate(model: nn.Module) -> dict[str, Any] | None:
         return evaluate_retrieval(
@@ -264,6 +157,6 @@ def build_validation(
     return validate
 
 
-def _needs(built: Built, preprocess: Any) -> None:
+def _check_transforms(built: Built, preprocess: Any) -> None:
     if preprocess is None or built.tokenizer is None:
-        raise ValueError("to read data, a model that is passed in needs its preprocess and tokenizer passed too")
+        raise ValueError("preprocess and tokenizer are missing: pass those of the model too, to read data with them")

@@ -1,27 +1,38 @@
-"""Ctrl-C and SIGTERM: finish the step that is under way, then stop."""
+"""Ctrl-C and SIGTERM: finish the current step, save, then stop."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_SECONDS = 5.0
+"""For so long after the first SIGTERM another one is the same request: torchrun, and schedulers that signal a whole
+process group, send it to ranks that already have it."""
 
 
 class StopRequest:
-    """While it is entered, the first SIGINT or SIGTERM sets ``received``; the second does what it did before."""
+    """While it is entered, the first SIGINT or SIGTERM sets ``received``.
+
+    A second SIGINT has the effect that it had before entering, which is to stop at once; so has a SIGTERM that comes
+    more than ``REPEAT_SECONDS`` after the first.
+    """
 
     def __init__(self, enabled: bool = True) -> None:
         """``enabled=False``, or a thread other than the main one, leaves the signals alone."""
         self.received = False
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[signal.Signals, Any] = {}
+        self._terminated = 0.0
 
     def __enter__(self) -> StopRequest:
         if self._enabled:
-            self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            handlers = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate}
+            self._before = {number: signal.getsignal(number) for number in handlers}
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return self
 
     def __exit__(
@@ -31,17 +42,14 @@ class StopRequest:
             signal.signal(number, handler)
         self._before = {}
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        signal.signal(number, self._before[signal.Signals(number)])
+        signal.signal(number, self._before[signal.SIGINT])
 
-
-def notice_lost_workers_when_data_are_read() -> None:
-    """Takes torch's handler of SIGCHLD away, which raises in whatever the process is doing when a data worker dies: in
-    a checkpoint, or while the run ends. The data loader notices by itself, within seconds, when it waits for data."""
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    if (
-        getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
-        and threading.current_thread() is threading.main_thread()
-    ):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    def _terminate(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        now = time.monotonic()
+        self._terminated = self._terminated or now
+        if now - self._terminated > REPEAT_SECONDS:
+            signal.signal(number, self._before[signal.SIGTERM])
+            signal.raise_signal(number)

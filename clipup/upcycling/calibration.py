@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..moe.evaluation import evaluating_dropless
 from ..moe.layer import SparseMoE, moe_layers
-from .step0 import evaluating
 from .upcycle import upcycle
 
 Batch = tuple[Tensor, Tensor | None]
@@ -68,10 +68,9 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
     for name, fit in fits.items():
         teachers[name].register_forward_hook(partial(_fit_hook, fit))
     device = next(teacher.parameters()).device
-    with evaluating(model), evaluating(teacher):
+    with evaluating_dropless(model), evaluating_dropless(teacher):
         for images, texts in batches:
-            with torch.no_grad():
-                teacher(*(part.to(device) for part in (images, texts) if part is not None))
+            teacher(*(part.to(device) for part in (images, texts) if part is not None))
     if not all(fit.errors for fit in fits.values()):
         raise ValueError("batches is empty, so nothing was calibrated")
     return {name: fit.errors for name, fit in fits.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..clip.inputs import encoders, random_inputs
-from ..moe.layer import moe_layers
+from ..moe.evaluation import evaluating_dropless
 
 
-@torch.no_grad()
 def step0_difference(
     dense: nn.Module, sparse: nn.Module, images: Tensor | None = None, texts: Tensor | None = None
 ) -> float:
@@ -38,7 +36,7 @@ def step0_difference(
             checks.tensor(name, given)
     if images is None and texts is None:
         images, texts = random_inputs(dense, batch_size=8)
-    with evaluating(dense), evaluating(sparse):
+    with evaluating_dropless(dense), evaluating_dropless(sparse):
         pairs = zip(_features(sparse, images, texts), _features(dense, images, texts), strict=True)
         differences = [(ours - theirs).abs().max() for ours, theirs in pairs]
     return torch.stack(differences).max().item()  # NaN where any is
@@ -54,20 +52,3 @@ def _features(model: nn.Module, images: Tensor | None, texts: Tensor | None) -> 
         yield F.normalize(encode["text"](texts.to(device)).float(), dim=-1).cpu()
     if images is not None and texts is not None and hasattr(model, "text_decoder"):
         yield F.normalize(model(images.to(device), texts.to(device))["logits"].float(), dim=-1).cpu()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without a capacity limit. Modes and configs are restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    configs = {layer: layer.config for layer in moe_layers(model).values()}
-    model.eval()
-    for layer, config in configs.items():
-        layer.config = config.replace(eval_capacity_factor=None)
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for layer, config in configs.items():
-            layer.config = config

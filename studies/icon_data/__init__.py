@@ -1,1 +1,1 @@
-"""The icons data set of the studies: 250,000 drawings of an npm package, with their names as captions."""
+"""The icons data set of the studies: 250,000 icons from an npm package, with their names as captions."""

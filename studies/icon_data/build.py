@@ -1,15 +1,15 @@
-"""The icons data set: openly licensed icons of 145 sets with their names as captions (`python -m studies icons OUT`).
+"""Builds the icons data set: openly licensed icons of 145 sets, captioned by name (`python -m studies icons OUT`).
 
     OUT/train-*.tar            SET/NAME.png, .txt (the caption)
-    OUT/validation-*.tar       the same and .json; names held out of the training sets, to be looked at while tuning
-    OUT/test_names-*.tar       the same; other names held out of them
-    OUT/test_styles-*.tar      the same; whole sets that are not trained on
-    OUT/test_drawings-*.tar    the same, if asked for; drawings whose name and whose set are trained on
-    OUT/captions.json          which words of the names were cut, set by set, and why
+    OUT/validation-*.tar       the same and .json; names held out of the training sets, for tuning
+    OUT/test_names-*.tar       the same; other names held out of the training sets
+    OUT/test_styles-*.tar      the same; whole sets outside the training split
+    OUT/test_drawings-*.tar    the same, optional; drawings whose name and set are in the training split
+    OUT/captions.json          words removed from names by set, and why
     OUT/vocabulary.txt         the words of the training captions, the most frequent first
-    OUT/sizes.json             samples a shard, as open_clip reads it
-    OUT/dataset.json           options, counts, rules of the splits, what was left out, sets and licences
-    OUT/LICENSES.md            who drew the sets, under which licences
+    OUT/sizes.json             samples per shard, in open_clip's format
+    OUT/dataset.json           options, counts, rules of the splits, skipped icons, sets and licences
+    OUT/LICENSES.md            makers and licences of the sets
 
 The .json is `{"captions": [...], "group": SET}`. The same package, options and image libraries give the same bytes.
 """
@@ -38,63 +38,63 @@ from . import captions, iconify, near_duplicates, splits
 from .iconify import Icon, IconSet
 
 FORMAT = 1
-"""Rises when the same package and options give another data set than before."""
+"""Incremented when the same package and options give a different data set."""
 WORDS_AT_LEAST = 5
-"""Training captions that a word of the vocabulary occurs in."""
+"""Minimum number of training captions that contain a word of the vocabulary."""
 
-_BLANK = 2  # grey levels out of 255 between the darkest and the lightest pixel of a drawing that shows nothing
+_BLANK = 2  # a drawing with a smaller range of gray levels, out of 255, shows nothing
 _RULES = {
     "train": "icons of the training sets",
-    "validation": f"{splits.VALIDATION_SHARE:.0%} of the names of the training sets, held out of all of them; "
-    "what may be looked at while something is tuned",
+    "validation": f"{splits.VALIDATION_SHARE:.0%} of the names of the training sets, held out of all of them, for "
+    "tuning",
     "test_names": f"other {splits.TEST_NAMES_SHARE:.0%} of these names, held out in the same way",
-    "test_styles": "whole sets in styles that are not trained on",
-    "twins": "held-out drawings that are trained on as well, to the pixel or nearly, are left out (and those of "
-    f"validation that are in a test): near are those whose perceptual hashes have a cosine of {near_duplicates.ALIKE} "
-    "or more",
-    "left_out": "aliases, icons that their sets hide, drawings that cannot be read or show nothing",
+    "test_styles": "whole sets in styles that are not in the training split",
+    "twins": "held-out drawings with a duplicate or near-duplicate in the training split are left out (validation's also "
+    f"if it is in a test split); near-duplicates have perceptual hashes with a cosine of at least {near_duplicates.ALIKE}",
+    "left_out": "aliases, hidden icons, and drawings that cannot be read or show nothing",
 }
 _RULE_OF_DRAWINGS = (
     f"{splits.TEST_DRAWINGS_SHARE:.0%} of the captions of each training set, with all drawings that the set has "
-    "of them, where another training set keeps the caption; taken out of train, the other splits are as they are "
-    "without this one"
+    "of them, if another training set keeps the caption; taken from train, without changing the other splits"
 )
 _CAPTION_RULES = {
-    "why": "Many sets say at one end of their names how an icon is drawn (filled, in 24 pixels). That is a property of "
-    "the drawing and not of what it shows, other sets have no word for it, and it would split one name into many.",
-    "rule": f"A word is cut at an end of the names of a set when at least {captions.CUT_FROM:.0%} of them have it "
+    "why": "Many sets add the drawing style at one end of their names (filled, in 24 pixels). That is a property of "
+    "the drawing, not of its content; other sets have no word for it, and it would split one name into many.",
+    "rule": f"A word is removed from an end of a set's names if at least {captions.CUT_FROM:.0%} of them have it "
     "there and it is one of style_words or a number; a name keeps at least one word.",
 }
 
 
 @dataclass(frozen=True)
 class Sets:
-    """Prefixes of the sets to train on and of those that are held out whole."""
+    """Prefixes of the training sets and of the sets that are held out whole."""
 
     train: tuple[str, ...]
     test: tuple[str, ...]
 
     @classmethod
     def read(cls) -> Sets:
-        """The study's: open licences without NC or GPL, no logos, flags or programming languages, and no training set
-        that shares drawings with a test set."""
+        """The study's sets: open licences without NC or GPL, no logos, flags or programming languages, and no drawings
+        shared between training and test sets."""
         listed = json.loads((Path(__file__).parent / "icon_sets.json").read_text("utf-8"))
         return cls(tuple(listed["train"]), tuple(listed["test"]))
 
     def without(self, left_out: Sequence[str]) -> Sets:
         """
         Raises:
-            ValueError: a prefix that is none of these sets'.
+            ValueError: a prefix is not one of these sets'.
         """
         unknown = sorted(set(left_out) - {*self.train, *self.test})
         if unknown:
-            raise ValueError(f"leave_out: {', '.join(unknown)}: no set of this data set, expected prefixes such as mdi")
+            raise ValueError(
+                f"leave_out: {', '.join(unknown)}: not a set of this data set; expected prefixes such as mdi"
+            )
         return Sets(*(tuple(one for one in sets if one not in left_out) for sets in (self.train, self.test)))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A drawing in a split: what is written, and what splits are decided by."""
+    """A rendered icon with its caption and split."""
 
     icon: Icon
     caption: str
@@ -114,24 +114,24 @@ def build(
     sets: Sets | None = None,
     test_drawings: bool = False,
 ) -> dict:
-    """Builds the data set in `out`, or reuses it when it is there, and returns what its `dataset.json` says.
+    """Builds the data set in `out`, or reuses it if it exists, and returns the content of its `dataset.json`.
 
     Args:
         out: a directory that does not exist, is empty, or holds this data set.
         package: the unpacked npm package @iconify/json (see `studies.icon_data.iconify`).
         size: side of the images in pixels, 8 to 512.
-        seed: another one holds out other names, and orders the training shards differently.
+        seed: of the splits and of the order in the training shards.
         overwrite: replaces another data set in `out`.
-        samples_per_shard: samples in a shard; a training run needs at least as many shards as workers.
-        processes: how many render; default: one a CPU.
-        sets: other sets than the study's.
-        test_drawings: a third test split, of drawings whose names and sets are trained on. It is taken out of the
-            training split, and the other held-out splits stay the same to the byte.
+        samples_per_shard: a training run needs at least as many shards as workers.
+        processes: rendering processes; default: one per CPU.
+        sets: default: the study's.
+        test_drawings: adds a third test split, of drawings whose names and sets are in the training split. It is taken
+            from the training split; the other held-out splits stay bitwise the same.
 
     Raises:
         FileNotFoundError: the package or a set is missing.
         ImportError: resvg-py is not installed.
-        ValueError: an argument is out of range, or `out` holds something else (which stays as it is).
+        ValueError: an argument is out of range, or `out` holds something else, which is left unchanged.
     """
     if not isinstance(size, int) or not 8 <= size <= 512:
         raise ValueError(f"size: got {size!r}, expected a number of pixels from 8 to 512")
@@ -177,7 +177,7 @@ def _build(
     samples, pictures, skipped = _render(icons, texts, assigned, options["size"], processes, progress)
     if options.get("test_drawings"):
         samples = _with_test_drawings(samples, seed)
-    kept, twins = splits.without_twins([sample.split for sample in samples], pictures, names, progress)
+    kept, duplicates = splits.without_duplicates([sample.split for sample in samples], pictures, names, progress)
     samples = [sample for sample, keep in zip(samples, kept, strict=True) if keep]
     samples = [samples[i] for i in splits.order([sample.icon.key for sample in samples], seed)]
     by_split = {split: [sample for sample in samples if sample.split == split] for split in names}
@@ -206,7 +206,7 @@ def _build(
             "source": source,
             "sources": credits,
             "skipped": skipped,
-            "left_out_twins": twins,
+            "left_out_twins": duplicates,
         }
         (directory / "LICENSES.md").write_text(_licences(credits, source), "utf-8")
         shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
@@ -214,7 +214,7 @@ def _build(
 
 
 def _captions(icons: Sequence[Icon]) -> tuple[list[str], dict[str, dict]]:
-    """A caption an icon, and what was cut a set."""
+    """One caption per icon, and the words removed by set."""
     names: dict[str, list[str]] = {}
     for icon in icons:
         names.setdefault(icon.set, []).append(icon.name)
@@ -235,7 +235,7 @@ def _render(
     processes: int | None,
     progress: bool,
 ) -> tuple[list[Sample], np.ndarray, dict[str, int]]:
-    """What can be drawn, the same as small grey pictures, and how many of the rest there are, by reason."""
+    """The icons that can be drawn, their small gray images, and the number of the others by reason."""
     samples, pictures, skipped = [], [], Counter()
     images = each(partial(_draw, size=size), [icon.svg for icon in icons], processes)
     bar = shown(images, "drawing icons", "icons", total=len(icons), show=progress)
@@ -254,7 +254,7 @@ def _render(
 
 
 def _with_test_drawings(samples: Sequence[Sample], seed: int) -> list[Sample]:
-    """After drawing, so that what cannot be drawn is no set's training drawing of a caption."""
+    """After rendering, since an icon that cannot be drawn does not count as a set's training drawing of a caption."""
     columns = [(sample.split, sample.icon.set, sample.caption) for sample in samples]
     assigned = splits.hold_out_drawings(*zip(*columns, strict=True), seed) if columns else []
     return [replace(sample, split=split) for sample, split in zip(samples, assigned, strict=True)]
@@ -307,10 +307,10 @@ def _licences(credits: list[dict], source: dict[str, str]) -> str:
     rows = "\n".join(
         "| {set} | {gives} | {made_by} | {licence} | {images} | {url} |".format(**credit) for credit in credits
     )
-    return f"""# Who drew these icons
+    return f"""# Makers and licences of the icons
 
-The drawings were scaled and put on white; apart from that they are as their makers drew them. The set that an icon is
-of is in its key (`SET/NAME`). They were taken from {source["package"]} {source["version"]}.
+The drawings were scaled and put on white, and are otherwise unchanged. An icon's key names its set (`SET/NAME`). They
+were taken from {source["package"]} {source["version"]}.
 
 | set | name | made by | licence | images | from |
 |---|---|---|---|---|---|

@@ -1,9 +1,9 @@
-"""Captions of icons: the words of an icon's name, without those that say how its set drew it.
+"""Captions of icons: the words of an icon's name, without those that describe its set's drawing style.
 
-A set that draws everything as an outline and filled, or in four sizes, says so at the start or the end of its names
-("access-time-20-filled"). Such a word is cut where a set puts it on at least CUT_FROM of its names, and only words that
-are on the list of `STYLE_WORDS`, or numbers, can be cut: "outline" is style in a set where every fourth name ends in
-it, and a thing that is drawn where one name does. What was cut is recorded a set, with the number of names.
+A set that draws everything both as an outline and filled, or in four sizes, says so at the start or end of its names
+("access-time-20-filled"). Such a word is removed if at least CUT_FROM of a set's names have it and it is in
+`STYLE_WORDS` or a number: "outline" is a style in a set where every fourth name ends in it, and part of the content
+where only one name does. What was removed is recorded per set, with the number of names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from clipup.data.captions import words
 
 CUT_FROM = 0.02
-"""Share of a set's names from which a style word at one end of them is the set's and not the icon's."""
+"""A style word at one end of at least this share of a set's names describes the set's style, not the icon."""
 STYLE_WORDS = frozenset(
     "outline outlined outlines line linear lined stroke filled fill solid bold light thin regular medium thick duo "
     "duotone twotone rounded round sharp baseline broken bulk color colour colored flat mono monochrome remix sc alt "
@@ -26,7 +26,7 @@ _TONES = re.compile(r"\b(two|duo) tone$")  # written as one word elsewhere; an e
 
 
 def captions(names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, int]]]:
-    """The captions of a set's names, in their order, and what was cut: {"end": {word: names}, "start": {word: names}}.
+    """The captions of a set's names, in order, and what was removed: {"end": {word: names}, "start": {word: names}}.
 
     A name keeps at least one word.
     """
@@ -47,7 +47,7 @@ def captions(names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, int]]
 
 
 def _style_of(parts: Sequence[Sequence[str]], place: int) -> set[str]:
-    """Style words and numbers at one end of enough names that hold another word too."""
+    """Style words and numbers at one end of enough names of two or more words."""
     counts = Counter(part[place] for part in parts if len(part) > 1)
     enough = CUT_FROM * len(parts)
     return {word for word, count in counts.items() if count >= enough and (word in STYLE_WORDS or word.isdigit())}

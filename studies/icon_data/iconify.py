@@ -1,4 +1,4 @@
-"""Drawings and names out of the npm package @iconify/json, one JSON file a set of icons.
+"""Reads icons and their names from the npm package @iconify/json, which has one JSON file per icon set.
 
     DIR/package.json         {"version": ...}
     DIR/json/<set>.json      {"icons": {name: {"body": SVG, ...}}, "width", "height", "info": {"name", "license", ...}}
@@ -32,7 +32,7 @@ _FRAME = ("left", "top", "width", "height", "rotate", "hFlip", "vFlip")
 
 @dataclass(frozen=True)
 class IconSet:
-    """Who made a set, under which licence (an SPDX identifier), and where that can be read."""
+    """The maker of a set, its licence (an SPDX identifier), and the licence's URL."""
 
     prefix: str
     name: str
@@ -57,7 +57,7 @@ class Icon:
 def find_package(directory: str | Path) -> Path:
     """The directory with package.json and json/: `directory`, or the `package` that npm's archive holds.
 
-    Raises FileNotFoundError, ValueError when it is not there or another package.
+    Raises FileNotFoundError, ValueError: it is missing, or another package.
     """
     for candidate in (Path(directory), Path(directory) / "package"):
         if (candidate / "package.json").is_file() and (candidate / "json").is_dir():
@@ -76,7 +76,7 @@ def version(package: Path) -> str:
 
 
 def read_set(package: Path, prefix: str) -> tuple[IconSet, list[Icon]]:
-    """A set and its icons by name; hidden ones (withdrawn by their makers) and aliases are left out.
+    """A set and its icons by name, without hidden ones (withdrawn by their makers) and aliases.
 
     Raises FileNotFoundError, ValueError: the package lacks the set, or its file is not in Iconify's format.
     """
@@ -115,10 +115,9 @@ def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) ->
 
 
 def render(svg: str, size: int) -> Image:
-    """A drawing as a picture: RGB, black or its own colours on white, `size` x `size` pixels, centred where it is not
-    square.
+    """Renders an icon: RGB, black or in its own colors on white, `size` x `size` pixels, centered if it is not square.
 
-    Raises ValueError when it is unreadable, or shows an image from a file: only what it holds itself is drawn.
+    Raises ValueError: it is unreadable, or embeds an image from a file.
     """
     from PIL import Image
 
@@ -126,20 +125,20 @@ def render(svg: str, size: int) -> Image:
         import resvg_py
 
     if _EMBEDS_IMAGE.search(svg) and _LINK_TO_FILE.search(svg):
-        raise ValueError("it shows an image from a file")
+        raise ValueError("it embeds an image from a file")
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
 def _frame(content: dict) -> dict:
-    """What a set says for all icons that do not say it themselves."""
+    """A set's defaults for its icons."""
     return {name: content[name] for name in _FRAME if name in content}
 
 
 def _document(icon: dict) -> str:
-    """An icon's body in the document that Iconify's format means: its own frame, flipped, then turned, drawn in black.
+    """An icon's body as an SVG document, per Iconify's format: in its own frame, flipped, then rotated, drawn in black.
 
-    The outer frame is square whatever the inner one is, so that a renderer keeps the proportions.
+    The outer frame is square, so that a renderer keeps the proportions.
     """
     left, top = icon.get("left", 0), icon.get("top", 0)
     width, height = icon.get("width", _DEFAULT_SIDE), icon.get("height", _DEFAULT_SIDE)

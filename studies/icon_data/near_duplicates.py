@@ -1,9 +1,13 @@
-"""Drawings that are the same, or nearly, found by a perceptual hash.
+"""Finds equal and nearly equal drawings by a perceptual hash.
 
 The hash is that of pHash (C. Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010), the 63
-lowest frequencies of a 32 x 32 grey picture's cosine transform without the constant one, but whole numbers where pHash
-keeps signs alone: half of a symmetric drawing's frequencies are 0, and the signs of those are noise. Two drawings are
-near-duplicates when the cosine between their hashes is at least `ALIKE`, whatever their contrast.
+lowest frequencies of a 32 x 32 gray image's cosine transform without the constant one, but as integers where pHash
+keeps only signs: half of a symmetric drawing's frequencies are 0, and their signs are noise. Two drawings are
+near-duplicates if the cosine between their hashes is at least `ALIKE`, whatever their contrast.
+
+A library does not replace it. ImageHash's pHash keeps only signs: a circle and one 2 % larger differ in 30 of its 64
+bits, while unrelated drawings of the tests differ in as few as 8, so no threshold separates them. It also needs SciPy and
+PyWavelets. The search itself is one matrix product per block.
 """
 
 from __future__ import annotations
@@ -19,17 +23,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIDE = 32
-"""Pixels of the grey pictures that are compared."""
+"""Side in pixels of the gray images that are compared."""
 ALIKE = 0.98
 """Cosine between the hashes of near-duplicates."""
 
 _LOW = 8
-_LENGTH = 1000  # of a hash: products of two stay below 2^24, where float32 sums whole numbers without rounding
+_LENGTH = 1000  # of a hash: products of two stay below 2^24, so float32 sums of integers are exact
 _PICTURES, _ROWS = 1 << 15, 512
 
 
 def grey(picture: Image) -> np.ndarray:
-    """uint8 [SIDE, SIDE] of a picture."""
+    """An image as uint8 [SIDE, SIDE]."""
     from PIL.Image import Resampling
 
     small = picture.convert("L")
@@ -37,8 +41,8 @@ def grey(picture: Image) -> np.ndarray:
 
 
 def hashes(pictures: np.ndarray) -> np.ndarray:
-    """Hashes of uint8 pictures [N, SIDE, SIDE]: whole numbers as float32 [N, 63], of length 1000 to rounding (0 for a
-    picture of one grey)."""
+    """Hashes of uint8 images [N, SIDE, SIDE]: integers as float32 [N, 63], of length 1000 up to rounding (0 for a
+    constant image)."""
     rows, columns = np.arange(_LOW)[:, None], np.arange(SIDE)[None, :]
     cosines = np.cos(math.pi * rows * (2 * columns + 1) / (2 * SIDE))
     cosines[0] /= math.sqrt(2)
@@ -51,10 +55,10 @@ def hashes(pictures: np.ndarray) -> np.ndarray:
     return result
 
 
-def have_twin(pictures: np.ndarray, others: np.ndarray, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `pictures` [N, SIDE, SIDE] (uint8) have a twin in `others` [M, SIDE, SIDE].
+def find_duplicates(pictures: np.ndarray, others: np.ndarray, progress: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `pictures` [N, SIDE, SIDE] (uint8) have a duplicate in `others` [M, SIDE, SIDE].
 
-    Returns two bool arrays [N]: the same to the pixel, and nearly the same (which the former are not).
+    Returns two bool arrays [N]: has an identical image, and has only a near-duplicate.
     """
     known = {other.tobytes() for other in others}
     same = np.array([picture.tobytes() in known for picture in pictures], bool)

@@ -1,13 +1,13 @@
-"""Who is held out of the icons, decided by hashing captions: no random numbers, so every machine and every run agrees.
+"""How the icon data set is split: by hashing captions, so every machine and every run agrees.
 
 `train`         icons of the training sets.
-`validation`    names held out of the training sets; all that may be looked at while something is tuned.
-`test_names`    other names held out of the training sets: known styles, words in new combinations.
-`test_styles`   whole sets in styles of which nothing is trained on, under any name.
-`test_drawings` only where it is asked for: drawings whose name other sets are trained on, and whose set is trained on
-                under other names. It is taken out of `train`; the other splits are the same with and without it.
+`validation`    names held out of the training sets, for tuning.
+`test_names`    other names held out of the training sets: known styles, new combinations of words.
+`test_styles`   whole sets in styles that are not in the training split.
+`test_drawings` optional: drawings whose name is in the training split with another set's drawing, and whose set is
+                there with other names. It is taken from `train`; the other splits are the same with and without it.
 
-A name is held out in every set at once, in whatever order its words stand ("arrow left", "left arrow"), but for
+A name is held out of all sets at once, in any order of its words ("arrow left", "left arrow"), except for
 `test_drawings`.
 """
 
@@ -28,9 +28,9 @@ VALIDATION_SHARE = 0.03
 TEST_NAMES_SHARE = 0.06
 TEST_DRAWINGS_SHARE = 0.08
 _PURPOSE = "clipup icons"
-# Which splits a held-out drawing must have no near-duplicate in. Drawings of TEST_DRAWINGS count as trained on for the
-# others, so that these do not depend on whether it is there.
-_NO_TWIN_IN = {
+# The splits in which a held-out drawing must have no near-duplicate. Drawings of TEST_DRAWINGS count as training drawings
+# for the others, which therefore do not depend on whether it exists.
+_NO_DUPLICATE_IN = {
     "test_styles": ("train", TEST_DRAWINGS),
     "test_names": ("train", TEST_DRAWINGS),
     TEST_DRAWINGS: ("train",),
@@ -39,7 +39,7 @@ _NO_TWIN_IN = {
 
 
 def split_of(caption: str, test_set: bool, seed: int) -> str:
-    """The split of an icon by its caption, and by whether its set is held out."""
+    """The split of an icon, from its caption and whether its set is held out."""
     if test_set:
         return "test_styles"
     where = _hash(f"{seed}:split", " ".join(same_words(caption)))
@@ -49,13 +49,13 @@ def split_of(caption: str, test_set: bool, seed: int) -> str:
 
 
 def hold_out_drawings(splits: Sequence[str], sets: Sequence[str], captions: Sequence[str], seed: int) -> list[str]:
-    """The splits of drawings, some of ``train`` moved to ``test_drawings``.
+    """The splits of drawings, with some of ``train`` moved to ``test_drawings``.
 
-    All drawings of a caption that a set has (sizes, outlined and filled) are moved together. One set always keeps a
-    caption, so every caption of ``test_drawings`` is trained on with another set's drawing.
+    All drawings that a set has for a caption (sizes, outlined and filled) are moved together. One set always keeps the
+    caption, so every caption of ``test_drawings`` is in the training split with another set's drawing.
 
     Args:
-        splits, sets, captions: of each drawing, as ``split_of`` decided, the set's prefix, and the whole caption.
+        splits, sets, captions: of each drawing: the result of ``split_of``, the set's prefix, and the caption.
     """
     trained = [pair for split, *pair in zip(splits, sets, captions, strict=True) if split == "train"]
     places = {(of, caption): _hash(f"{seed}:drawings", f"{of}/{caption}") for of, caption in trained}
@@ -74,34 +74,34 @@ def hold_out_drawings(splits: Sequence[str], sets: Sequence[str], captions: Sequ
     ]
 
 
-def without_twins(
+def without_duplicates(
     splits: Sequence[str], pictures: np.ndarray, names: Sequence[str] = SPLITS, progress: bool = False
 ) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
-    """Leaves out held-out drawings that are trained on as well, and validation's that are in a test.
+    """Removes held-out drawings with a duplicate in the training split, and validation's with one in a test split.
 
-    It is the held-out drawing that goes: what is trained on does not depend on what is tested.
+    The held-out drawing is the one removed, so the training split does not depend on the test splits.
 
     Args:
         splits: the split of each drawing. pictures: uint8 [N, SIDE, SIDE], see `near_duplicates`.
         names: the splits of the data set.
 
     Returns:
-        Which are kept (bool [N]), and by split how many were left out: {"same": to the pixel, "near": nearly}.
+        Which are kept (bool [N]), and the number removed by split: {"same": identical images, "near": near-duplicates}.
     """
     split = np.array(splits)
     kept = np.ones(len(split), bool)
     left_out = {}
-    for held_out in (name for name in _NO_TWIN_IN if name in names):
+    for held_out in (name for name in _NO_DUPLICATE_IN if name in names):
         rows = np.flatnonzero(split == held_out)
-        others = np.flatnonzero(np.isin(split, _NO_TWIN_IN[held_out]))
-        same, near = near_duplicates.have_twin(pictures[rows], pictures[others], progress)
+        others = np.flatnonzero(np.isin(split, _NO_DUPLICATE_IN[held_out]))
+        same, near = near_duplicates.find_duplicates(pictures[rows], pictures[others], progress)
         kept[rows[same | near]] = False
         left_out[held_out] = {"same": int(same.sum()), "near": int(near.sum())}
     return kept, left_out
 
 
 def order(keys: Sequence[str], seed: int) -> list[int]:
-    """Indices of the keys in an order that mixes sets and names, the same for the same seed."""
+    """Indices of the keys in a pseudo-random order that depends on the seed only."""
     return sorted(range(len(keys)), key=lambda i: _hash(f"{seed}:order", keys[i]))
 
 

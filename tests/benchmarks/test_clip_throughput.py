@@ -62,8 +62,11 @@ def test_the_chart_is_xml_with_a_mark_for_every_row(rows, tmp_path):
     out = tmp_path / "chart.svg"
     path, found = rows
     assert plot_throughput.main([str(path), "--out", str(out)]) == 0
-    marks = [e for e in ET.parse(out).getroot().iter() if e.tag.endswith("circle")]
-    assert len(marks) == len(found)
+    chart = ET.parse(out).getroot()
+    marks = [e.get("id") for e in chart.iter() if e.get("id", "").endswith(MODELS)]
+    assert len(marks) == len(set(marks)) == len(found)
+    words = [e.text for e in chart.iter() if e.tag.endswith("}text")]
+    assert words.count(f"{TINY} 1.00") == 2  # in both passes
 
 
 def test_rows_without_their_baseline_are_refused(rows, tmp_path, capsys):

@@ -19,6 +19,7 @@ from moe_layer import Case, check_loads, expert_loads, make_weights, make_x, wit
 
 BENCHMARKS = Path(moe_bench.__file__).parent
 TINY = ["--shapes", "48x16x32", "--threads", "1", "--seconds", "0.05", "--rounds", "2"]
+SVG = "{http://www.w3.org/2000/svg}"
 COLUMNS = (
     "device,dtype,threads,tokens,d_model,d_hidden,experts,top_k,routing,pass,impl,median_ms,p20_ms,p80_ms,tflops,"
     "ratio_to_dense_k,peak_share,saved_mb,peak_mb,commit,torch,triton"
@@ -253,6 +254,7 @@ def test_help(program, monkeypatch, capsys):
 
 
 def plotted(tmp_path, rows):
+    tmp_path.mkdir(exist_ok=True)
     source, out = tmp_path / "rows.csv", tmp_path / "chart.svg"
     harness.write_csv(source, rows)
     assert plot.main([str(source), "--out", str(out)]) == 0
@@ -274,12 +276,18 @@ def test_the_chart_shows_every_implementation_type_and_case(tmp_path):
     ]
     out = plotted(tmp_path, rows)
     tree = ElementTree.parse(out)
-    marks = [node.text for node in tree.iter("{http://www.w3.org/2000/svg}title") if ": 0.90" in node.text]
-    assert len(marks) == len(rows) - 8  # dense_k is the line at 1
-    words = {node.text for node in tree.iter("{http://www.w3.org/2000/svg}text")}
+    lines = [node for node in tree.iter(f"{SVG}g") if node.get("id", "").partition(":")[0] in plot.IMPLEMENTATIONS]
+    assert sum(len(list(line.iter(f"{SVG}use"))) for line in lines) == len(rows) - 8  # dense_k is the line at 1
+    words = {node.text for node in tree.iter(f"{SVG}text")}
     assert {"fp32", "bf16", "1", "T=1, 1/1, E=1, K=1, skewed"} <= words
     assert set(baselines.IMPLEMENTATIONS) - {"dense_k"} <= words
     assert out.stat().st_size < 100_000
+    assert tree.getroot().get("role") == "img" and tree.find(f"{SVG}title").text == plot.TITLE
+
+
+def test_the_same_rows_give_the_same_chart(tmp_path):
+    first, second = (plotted(tmp_path / name, [plot_row()]).read_bytes() for name in ("a", "b"))
+    assert first == second
 
 
 def test_the_chart_reads_files_without_a_routing_column(tmp_path):

@@ -1,49 +1,26 @@
-"""The commands that README and docs show are commands: their options parse, their targets and programs are there."""
+"""The commands in README and docs exist: options parse, make targets and programs are found."""
 
 import ast
 import importlib.util
 import re
-import shlex
 
 import pytest
-from documents import PAGES, ROOT, blocks, inline_code, name
+from documents import PAGES, ROOT, blocks, commands, commands_of, inline_code, name
 
-from clipup import cli
+import clipup.cli
+import studies.cli
+
+MAINS = {"clipup": clipup.cli.main, "studies": studies.cli.main}
+SHOWN = [(name(page), program, words) for page in PAGES for program in MAINS for words in commands_of(page, program)]
 
 
 class Parsed(Exception):
-    """The arguments were parsed, and nothing was done with them yet."""
-
-
-def commands(page):
-    """The command lines of a page as words, without comments, line breaks and variables in front. In the text, those
-    with options and nothing left out."""
-    whole = [
-        code for code in inline_code(page) if re.fullmatch(r"clipup [^|\[]* --[^|\[]*", code) and "..." not in code
-    ]
-    lines = [line for block in blocks(page, "bash") for line in block.text.replace("\\\n", " ").splitlines()]
-    for line in [*lines, *whole]:
-        words = shlex.split(line, comments=True)
-        while words and re.match(r"\w+=", words[0]):
-            words = words[1:]
-        if words:
-            yield words
-
-
-def clipup_commands(page):
-    for words in commands(page):
-        if words[0] == "clipup":
-            yield words[1:]
-        elif words[0] in ("python", "torchrun") and "clipup" in words:
-            yield [word for word in words[words.index("clipup") + 1 :] if word != "--"]
-
-
-SHOWN = [(name(page), words) for page in PAGES for words in clipup_commands(page)]
+    """The arguments were parsed; nothing has run yet."""
 
 
 @pytest.fixture
 def parses(monkeypatch):
-    """Whether ``clipup`` takes these arguments, up to the point where it would begin."""
+    """Whether a program accepts these arguments, up to the point where it would begin."""
 
     def only(parse):
         def stop(*args, **kwargs):
@@ -56,9 +33,9 @@ def parses(monkeypatch):
         module, function = place.rsplit(".", 1)
         monkeypatch.setattr(place, only(getattr(importlib.import_module(module), function)))
 
-    def try_it(arguments):
+    def try_it(program, arguments):
         try:
-            return cli.main(arguments) == 0
+            return MAINS[program](arguments) == 0
         except Parsed:
             return True
         except SystemExit as stop:
@@ -68,46 +45,55 @@ def parses(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [words for _, words in SHOWN], ids=[f"{page}: {' '.join(w)}" for page, w in SHOWN]
+    ("program", "arguments"),
+    [(program, words) for _, program, words in SHOWN],
+    ids=[f"{page}: {program} {' '.join(words)}" for page, program, words in SHOWN],
 )
-def test_command_parses(arguments, parses):
-    assert parses(arguments)
+def test_command_parses(program, arguments, parses):
+    assert parses(program, arguments)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "command",
     [
-        "upcycle ViT-B-16",
-        "train --no-such-option 1",
-        "eval model",
-        "study run",
-        "benchmark eval --model_type no-such-type",
+        "clipup upcycle ViT-B-16",
+        "clipup train --no-such-option 1",
+        "clipup eval model",
+        "clipup no-such-command",
+        "clipup clip-benchmark eval --model_type no-such-type",
+        "studies run",
+        "studies icons data",
     ],
 )
-def test_commands_that_would_fail_are_told_apart(arguments, parses):
-    assert not parses(arguments.split())
+def test_commands_that_would_fail_are_found(command, parses):
+    program, *arguments = command.split()
+    assert not parses(program, arguments)
 
 
-def test_readme_shows_every_command_and_the_guide_is_read():
-    shown = {words[0] for page, words in SHOWN if page == "README.md"}
-    assert shown == set(cli.COMMANDS) - {"demo"}  # which is `make demo` there
-    assert {"data", "train", "doctor", "flops", "upcycle", "eval", "report"} <= {
-        words[0] for page, words in SHOWN if page == "docs/guide.md"
-    }
+def test_the_home_page_shows_every_command_and_the_guide_is_read():
+    shown = {(page, program): set() for page, program, _ in SHOWN}
+    for page, program, words in SHOWN:
+        shown[page, program].add(words[0])
+    assert shown["docs/index.md", "clipup"] == set(clipup.cli.COMMANDS)
+    assert shown["docs/index.md", "studies"] == set(studies.cli.COMMANDS)
+    used = {"data", "train", "doctor", "flops", "upcycle", "eval", "inspect"}
+    assert used <= shown["docs/guide.md", "clipup"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_targets_and_programs_are_there(page):
+def test_targets_and_programs_exist(page):
     targets = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for words in [*commands(page), *(code.split() for code in inline_code(page) if code.startswith("make "))]:
         if words[0] == "make":
             assert {word for word in words[1:] if "=" not in word} <= set(targets), words
         if words[0] == "python" and words[1].endswith(".py"):
             assert (ROOT / words[1]).is_file(), words
+        if words[0] == "python" and words[1] == "-m":
+            assert importlib.util.find_spec(words[2]), words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_python_blocks_are_python_and_name_what_is_there(page):
+def test_python_blocks_are_python_and_name_what_exists(page):
     for block in blocks(page, "python"):
         ast.parse(block.text)
         for package, attribute in re.findall(r"\b(clipup|clipup_kernels)\.(\w+)", block.text):

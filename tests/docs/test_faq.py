@@ -1,4 +1,4 @@
-"""The messages that the FAQ quotes are messages of the code, with … where it puts something in."""
+"""The messages quoted in the FAQ exist in the code; … replaces inserted values."""
 
 import ast
 
@@ -10,7 +10,7 @@ QUOTED = [line for block in blocks(ROOT / "docs" / "faq.md", "text") for line in
 
 
 def literals():
-    """Every string of the two packages, f-strings with a hole for each expression."""
+    """All strings of both packages; f-strings have a hole for each expression."""
     for path in [*ROOT.glob("clipup/**/*.py"), *ROOT.glob("clipup_kernels/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -20,7 +20,7 @@ def literals():
 
 
 def says(literal, message):
-    """Whether the parts of a quoted message stand in a literal, one behind the other."""
+    """Whether a literal contains the parts of a quoted message in their order."""
     start = 0
     for part in filter(None, map(str.strip, message.split(HOLE))):
         found = literal.find(part, start)
@@ -34,11 +34,11 @@ LITERALS = list(literals())
 
 
 @pytest.mark.parametrize("message", QUOTED)
-def test_message_is_one_of_the_code(message):
+def test_quoted_message_exists_in_the_code(message):
     assert any(says(literal, message) for literal in LITERALS)
 
 
-def test_message_that_nobody_raises_is_found():
+def test_message_that_is_never_raised_is_found():
     assert len(QUOTED) > 20
     assert not any(says(literal, "… already holds a race (…)") for literal in LITERALS)
     assert not says("a … b", "b … a") and says("a … b", "a… b")

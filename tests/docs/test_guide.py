@@ -1,4 +1,4 @@
-"""The guide's commands, run as they stand, one after the other, in an empty directory."""
+"""The guide's commands run as they are, in order, in an empty directory."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs under faults: each is started again and again until it ends, and compared with the uninterrupted run."""
+"""Runs under faults: each is started repeatedly until it ends, and compared with the uninterrupted run."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from workload import SAVE_EVERY, START_SECONDS, STEPS, Workload
 
 IDLE, DIVERGING = "resume of a finished run", "learning rate far too large"
 FORKED = 0.8
-"""Share of starts on one process that are forks of this one; the others are new processes."""
+"""Share of one-process starts that are forks of this process; the others are new processes."""
 FORK_SECONDS = 1.0
-"""About how long a fork takes until it trains."""
+"""About how long a fork takes to begin training."""
 
 
 class Lost(Exception):
-    """Something was lost, wrong or said badly."""
+    """A check failed: something was lost or wrong, or a message was bad."""
 
 
 @dataclass
 class Tally:
-    """What was done to the runs and what came of it."""
+    """Counts of the faults and their outcomes."""
 
     faults: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
@@ -44,12 +44,12 @@ class Tally:
     most_recomputed: int = 0
     seconds: float = 0
     half_written: int = 0
-    """Files of killed writers that were found after a start."""
+    """Files left by killed writers that were found after a start."""
 
 
 @dataclass
 class Campaign:
-    """Faults of a seed on a number of processes."""
+    """The faults of one seed on a number of processes."""
 
     workload: Workload
     seed: int
@@ -58,16 +58,16 @@ class Campaign:
     faults: list[Fault]
     damage: list[Damage]
     besides: list[str]
-    """Which of IDLE and DIVERGING happen."""
+    """Which of IDLE and DIVERGING are included."""
     tally: Tally = field(default_factory=Tally)
     startup_seconds: float = 0
     story: list[str] = field(default_factory=list)
-    """What happened to the run that is under way."""
+    """What happened to the current run."""
     kinds: list[str] = field(default_factory=list)
-    """The faults of the start that is under way."""
+    """The faults of the current start."""
     directory: Path = Path()
     _starts: list[Start] = field(default_factory=list)
-    """Those of the run that is under way."""
+    """Those of the current run."""
 
     def make_reference(self) -> None:
         """The uninterrupted run."""
@@ -105,7 +105,7 @@ class Campaign:
             self._diverge(draw)
 
     def keep(self, number: int) -> Path:
-        """Moves what is left of a run out of the way, from a disk that may vanish too."""
+        """Moves the remaining files of a run to a permanent place; the disk they are on may be removed."""
         kept = self.scratch / "failed" / f"run-{number}"
         if self.directory.name and self.directory.exists():
             kept.parent.mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ class Campaign:
         return kept
 
     def clear(self) -> None:
-        """Ends processes that are left."""
+        """Ends remaining processes."""
         for start in self._starts:
             start.clear(seconds=0)
         self._starts.clear()
@@ -125,7 +125,7 @@ class Campaign:
         self._starts.clear()
 
     def _begin(self, *options: str, fork: bool = False) -> Start:
-        """Starts ``clipup`` on the run that is under way."""
+        """Starts ``clipup`` on the current run."""
         self.tally.starts += 1
         arguments = self.workload.command(self.directory.parent, self.directory.name, *options)
         start = Start(arguments, self.workload.processes, self.scratch / "starts", self.directory, fork)
@@ -133,7 +133,7 @@ class Campaign:
         return start
 
     def _attempt(self, draw: random.Random, disk: SmallDisk | None, faultless: bool = False) -> bool:
-        """Damages the run or not, starts it, lets a fault happen; whether it has finished."""
+        """Possibly damages the run, starts it, injects a fault, and checks the outcome. Returns whether it finished."""
         self.kinds = []
         before_damage = Checkpoints.of(self.directory)
         damage = None if faultless or draw.random() < 0.4 else self._damage(draw)
@@ -181,7 +181,7 @@ class Campaign:
         return damage
 
     def _strike(self, scene: Scene, draw: random.Random, damaged: bool, faultless: bool) -> set[str]:
-        """Lets a fault happen and returns the endings that are right then."""
+        """Injects a fault and returns the endings that are correct then."""
         able = [fault for fault in self.faults if fault.needs(scene)]
         moments = MOMENTS[1:] if damaged else MOMENTS
         able = [fault for fault in able if set(fault.moments) & set(moments)]
@@ -258,11 +258,11 @@ class Campaign:
             raise Lost(f"it took an older checkpoint without saying what is wrong with {', '.join(hidden)}")
 
     def _check_files(self, ending: str, resumed: int | None, before: Checkpoints) -> None:
-        """What holds after every start: nothing that was good is worse, and the records are right so far."""
+        """Checks after every start: no intact file became damaged, and the records so far are correct."""
         after = Checkpoints.of(self.directory)
         broken = [path.name for path, seen in after.damaged.items() if before.damaged.get(path) != seen]
         if broken:
-            raise Lost(f"{', '.join(broken)} cannot be read, and nobody damaged it")
+            raise Lost(f"{', '.join(broken)} cannot be read, and the harness did not damage it")
         if after.not_finite:
             raise Lost(f"{', '.join(path.name for path in after.not_finite)} holds values that are not finite")
         if (after.step or 0) < (before.step or 0):
@@ -281,7 +281,7 @@ class Campaign:
             raise Lost("; ".join(wrong))
 
     def _diverge(self, draw: random.Random) -> None:
-        """A run whose learning rate is far too large ends with a message, and every checkpoint of it is finite."""
+        """Checks that a run with a far too large learning rate ends with a message and leaves finite checkpoints."""
         rate = draw.choice(["30", "1e4", "1e30"])
         self.directory = self.scratch / "runs" / "diverging"
         self.kinds = [DIVERGING]
@@ -302,7 +302,7 @@ class Campaign:
         shutil.rmtree(self.directory)
 
     def _idle_resume(self) -> None:
-        """A finished run that is started again stays as it is."""
+        """Checks that a finished run that is started again does not change."""
         self.kinds = [IDLE]
         self.tally.faults[IDLE] += 1
         self.story.append(IDLE)

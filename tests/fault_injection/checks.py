@@ -1,4 +1,4 @@
-"""What a run directory must hold, whatever happened to the run: every function returns what is wrong, in words."""
+"""Checks of a run directory after faults; each check function returns what is wrong, in words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CLOCK = ("seconds", "images_per_second")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """A checkpoint of which every byte is as it was written, else None."""
+    """A checkpoint whose checksums are all correct, else None."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
@@ -33,12 +33,12 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
 
 @dataclass
 class Checkpoints:
-    """Those of a run directory, told apart by reading each."""
+    """The checkpoints of a run directory, sorted by whether they can be read."""
 
     steps: dict[Path, int]
-    """The good ones, and after which step each was written."""
+    """The intact ones, and the step after which each was written."""
     damaged: dict[Path, str]
-    """The others, and the digest of each."""
+    """The damaged ones, and the digest of each."""
     not_finite: list[Path]
 
     @classmethod
@@ -58,7 +58,7 @@ class Checkpoints:
 
     @property
     def step(self) -> int | None:
-        """The most steps that a good one has done."""
+        """The largest step of an intact one."""
         return max(self.steps.values(), default=None)
 
     def newest(self) -> list[Path]:
@@ -80,8 +80,8 @@ def digest(path: Path) -> str:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """A digest of every file that a start which trains nothing leaves alone. It may add to out.log, and remove locks
-    and half-written files of writers that are dead."""
+    """A digest of every file that a start without training must not change. It may append to out.log, and remove locks
+    and half-written files of dead writers."""
     files = {path.relative_to(run): path for path in run.rglob("*") if path.is_file()}
     return {
         name.as_posix(): digest(path)
@@ -91,7 +91,7 @@ def contents(run: Path) -> dict[str, str]:
 
 
 def lines(path: Path) -> list[Record]:
-    """The whole lines of a JSON-lines file; a last one that was cut off does not count."""
+    """The complete lines of a JSON-lines file; a truncated last line is left out."""
     if not path.is_file():
         return []
     text = path.read_text()
@@ -99,7 +99,7 @@ def lines(path: Path) -> list[Record]:
 
 
 def logged_steps(run: Path) -> int:
-    """Steps in metrics.jsonl so far, cheap enough to ask a thousand times a second."""
+    """Steps in metrics.jsonl so far; cheap enough to call a thousand times a second."""
     try:
         return (run / "metrics.jsonl").read_bytes().count(b"\n")
     except OSError:
@@ -107,13 +107,13 @@ def logged_steps(run: Path) -> int:
 
 
 def records_differ(run: Path, reference: Path, complete: bool) -> list[str]:
-    """Each step is logged once, in order, with the numbers of the uninterrupted run."""
+    """Checks that each step is logged once, in order, with the numbers of the uninterrupted run."""
     wrong = []
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         try:
             here = [_without_clock(record) for record in lines(run / name)]
         except ValueError as error:
-            wrong.append(f"{name} has a line that is no JSON: {error}")
+            wrong.append(f"{name} has a line that is not JSON: {error}")
             continue
         there = [_without_clock(record) for record in lines(reference / name)]
         if here == (there if complete else there[: len(here)]):
@@ -134,10 +134,10 @@ def _without_clock(record: Record) -> Record:
 
 
 def finished_run_differs(run: Path, reference: Path, excused: set[str]) -> list[str]:
-    """A run that ended well is the uninterrupted one: records, weights, optimizer, generators, model and file names.
+    """Checks that a finished run equals the uninterrupted one in records, weights, optimizer, generators, model, files.
 
     Args:
-        excused: names of files that the harness damaged and the run had no reason to write again.
+        excused: names of files that the harness damaged and that the run had no reason to rewrite.
     """
     wrong = records_differ(run, reference, complete=True)
     names = [{path.relative_to(root).as_posix() for path in root.rglob("*")} for root in (run, reference)]
@@ -161,8 +161,8 @@ def _checkpoint_differs(name: str, here: Path, there: Path) -> list[str]:
 
 
 def _what_counts(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint without the clock, the run's name, and what the next step sets before it uses it: the learning rate,
-    and at an epoch's end the generators."""
+    """A checkpoint without the clock, the run's name, and what is set again before its next use: the learning rate, and
+    at an epoch's end the generators."""
     groups = [
         {key: value for key, value in group.items() if key != "lr"} for group in state["optimizer"]["param_groups"]
     ]

@@ -1,4 +1,4 @@
-"""Damage to the files of a run between two starts: what a crash of the machine or a bad disk leaves behind."""
+"""Damage to the files of a run between two starts, as a crash of the machine or a bad disk causes it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from clipup.atomic_files import replace_files
 class Damage:
     name: str
     strike: Callable[[Path, random.Random], str | None]
-    """Damages a run directory and says how; None when there is nothing to damage."""
+    """Damages a run directory and returns how; None if there is nothing to damage."""
     weight: float = 1
     passing: bool = False
-    """Whether the file itself is whole, so that refusing is right even where an older checkpoint is there."""
+    """Whether the file itself is intact, so that refusing is correct even if there is an older checkpoint."""
 
 
 def _change(path: Path, change: Callable[[bytearray], bytes], in_place: bool) -> None:
-    """``in_place`` also reaches another name of the same bytes."""
+    """``in_place`` also changes other names of the same file."""
     content = bytes(change(bytearray(path.read_bytes())))
     if not in_place:
         path.unlink()
@@ -36,7 +36,7 @@ def _change(path: Path, change: Callable[[bytearray], bytes], in_place: bool) ->
 def _newest(
     how: Callable[[bytearray, random.Random], tuple[bytes, str]],
 ) -> Callable[[Path, random.Random], str | None]:
-    """Damage to the newest checkpoint, under one of its names or all of them."""
+    """Damage to the newest checkpoint, under one of its names or under all."""
 
     def strike(run: Path, draw: random.Random) -> str | None:
         newest = Checkpoints.of(run).newest()
@@ -98,7 +98,7 @@ def _read_error(run: Path, draw: random.Random) -> str | None:
 
 
 def _cut_records(name: str) -> Callable[[Path, random.Random], str | None]:
-    """The last line ends in its middle: one of a step that is computed again, or none of the run's at all."""
+    """Truncates the last line if its step is computed again; otherwise appends a truncated line."""
 
     def strike(run: Path, draw: random.Random) -> str | None:
         path = run / name
@@ -117,7 +117,7 @@ def _cut_records(name: str) -> Callable[[Path, random.Random], str | None]:
 
 
 def _leftovers(run: Path, draw: random.Random) -> str | None:
-    """Writers that were killed while they wrote: what they leave behind is not to stay."""
+    """Files of writers that were killed while writing; the next start must remove them."""
     targets = [run / "metrics.jsonl", run / "checkpoints" / "epoch_latest.pt", run / "model" / "README.md"]
     killed = [path for path in targets if path.parent.is_dir() and draw.random() < 0.7]
     for path in killed:
@@ -158,7 +158,7 @@ DAMAGE = (
 
 
 class Backup:
-    """A run's files before they were damaged."""
+    """A copy of a run's files from before they were damaged."""
 
     def __init__(self, run: Path, where: Path) -> None:
         self._run, self._where = run, where

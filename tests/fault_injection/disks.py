@@ -12,7 +12,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class SmallDisk:
-    """``fill`` leaves a number of bytes, ``empty`` gives all of them back."""
+    """``fill`` leaves a number of free bytes, ``empty`` frees all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,13 +37,13 @@ class SmallDisk:
 
 
 def reason_against_mounting(where: Path) -> str | None:
-    """Why no disk can be mounted there; None when it can."""
+    """Why no disk can be mounted there; None if it can."""
     disk = SmallDisk(where)
     try:
         disk.mount()
         disk.unmount()
     except FileNotFoundError:
-        return "there is no program mount"
+        return "the program mount is missing"
     except subprocess.CalledProcessError as error:
         return error.stderr.decode(errors="replace").strip() or "mount fails"
     finally:

@@ -1,7 +1,7 @@
-"""Faults while a run is under way, and damage to its files between two starts.
+"""Faults that are injected while a run trains.
 
-A fault acts on a ``Scene`` and returns the endings that it allows; "crashed", a traceback or an unknown exit code, is
-never one of them.
+A fault acts on a ``Scene`` and returns the endings that are correct after it. "crashed", which is a traceback or an
+unknown exit code, is never one of them.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _WRITE_SECONDS = 0.02
 
 
 class Missed(Exception):
-    """The run ended before the fault could happen."""
+    """The run ended before the fault could be injected."""
 
 
 @dataclass
 class Scene:
-    """A start of ``clipup`` that a fault happens to."""
+    """A start of ``clipup`` into which a fault is injected."""
 
     start: Start
     run: Path
     draw: random.Random
     disk: SmallDisk | None
-    """The disk that holds the run, where it can be filled."""
+    """The disk that holds the run, if it can be filled."""
     startup_seconds: float
     begin_another: Callable[..., Start]
-    """Starts ``clipup`` a second time on the same run, with more options."""
+    """Starts ``clipup`` a second time on the same run, with additional options."""
     before: Checkpoints
     story: list[str] = field(default_factory=list)
 
@@ -47,7 +47,7 @@ class Scene:
         self.story.append(text)
 
     def reach(self, moment: str) -> None:
-        """Waits for a moment; raises Missed when the run ends before."""
+        """Waits for a moment; raises Missed if the run ends before it."""
         done = self.before.step or 0
         if moment == MOMENTS[0]:
             seconds = self.draw.uniform(0, self.startup_seconds)
@@ -69,11 +69,11 @@ class Scene:
             if not self.start.running:
                 raise Missed
             if time.monotonic() > until:
-                raise TimeoutError(f"{self.start.describe()} does not come forward")
+                raise TimeoutError(f"{self.start.describe()} makes no progress")
             time.sleep(0.001)
 
     def _trains(self) -> bool:
-        """Whether lines in metrics.jsonl are of this start, and not those before a damaged checkpoint."""
+        """Whether lines in metrics.jsonl are from this start, and not from before a damaged checkpoint."""
         return started_from(self) is not None
 
     def _writes(self) -> bool:
@@ -101,7 +101,7 @@ class Fault:
 
 
 def _signal(number: int, whom: str, times: int = 1) -> Callable[[Scene], set[str]]:
-    """Sends a signal; what SIGKILL leaves alive may end by one message, SIGINT and SIGTERM save first."""
+    """Sends a signal. Processes that survive SIGKILL may end with one message; SIGINT and SIGTERM save first."""
 
     def strike(scene: Scene) -> set[str]:
         begun = started_from(scene) is not None
@@ -116,16 +116,16 @@ def _signal(number: int, whom: str, times: int = 1) -> Callable[[Scene], set[str
             start.send(number, *pids)
             time.sleep(0.05 * (times > 1))
         if number == signal.SIGKILL:
-            lost_rank = whom == "a rank" and begun  # the other one has to say it
+            lost_rank = whom == "a rank" and begun  # the other rank has to report it
             left = whom != "all processes" and (start.several or whom == "a data worker")
             return {"finished"} | ({"refused"} if left else set()) | (set() if lost_rank else {"killed"})
         if whom == "a data worker":
             return {"refused", "finished", "stopped"}
         allowed = {"stopped", "finished"}
-        twice = times > 1 or (start.several and whom == "all processes")  # torchrun passes its own on
+        twice = times > 1 or (start.several and whom == "all processes")  # torchrun forwards its own
         if not begun or twice:
             allowed |= {"interrupted", "killed"}
-        if start.several and twice:  # a rank may go before the other one
+        if start.several and twice:  # a rank may end before the other one
             allowed |= {"refused"}
         if logged_steps(scene.run) >= STEPS:
             allowed |= {"killed", "interrupted"}
@@ -145,7 +145,7 @@ def _freeze(scene: Scene) -> set[str]:
 
 
 def _freeze_for_long(scene: Scene) -> set[str]:
-    """The ranks that are left must end by themselves; then torchrun ends the frozen one."""
+    """The other ranks must end without help; then torchrun ends the frozen one."""
     pid = scene.one_of(scene.start.ranks(), "rank")
     scene.start.send(signal.SIGSTOP, pid)
     until = time.monotonic() + 3 * RANK_TIMEOUT
@@ -157,9 +157,9 @@ def _freeze_for_long(scene: Scene) -> set[str]:
 
 
 def _limit_files(scene: Scene) -> set[str]:
-    """No file of the ranks can grow beyond a size; data workers are left alone, what they cannot read is skipped."""
+    """Limits the size of files that ranks write. Data workers would skip what they cannot read."""
     size = int(10 ** scene.draw.uniform(3, 6.7))
-    scene.tell(f"files end at {size} bytes")
+    scene.tell(f"files are limited to {size} bytes")
     for pid in scene.start.ranks():
         try:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
@@ -177,7 +177,7 @@ def _fill_disk(scene: Scene) -> set[str]:
 
 
 def _second_start(*options: str, frozen: bool) -> Callable[[Scene], set[str]]:
-    """One of two starts trains, and the other one refuses."""
+    """Starts a second run on the same directory: one of the two must train, the other must refuse."""
 
     def strike(scene: Scene) -> set[str]:
         began = time.monotonic()
@@ -192,9 +192,9 @@ def _second_start(*options: str, frozen: bool) -> Callable[[Scene], set[str]]:
             second.send(signal.SIGKILL, *second.alive())
         second.clear(seconds=0 if not ended else 15)
         if ending == "refused":
-            tired = scene.start.several and time.monotonic() - began > RANK_TIMEOUT / 2
-            return {"finished", "refused"} if tired else {"finished"}
-        if not frozen and ending == "finished":  # it was first, or came after the end of the other
+            timed_out = scene.start.several and time.monotonic() - began > RANK_TIMEOUT / 2
+            return {"finished", "refused"} if timed_out else {"finished"}
+        if not frozen and ending == "finished":  # it was first, or started after the end of the other
             return {"refused", "finished"}
         raise AssertionError(f"of two starts of one run the second is {ending}: {second.said().strip()[-2000:]}")
 
@@ -235,5 +235,5 @@ FAULTS = (
 
 
 def started_from(scene: Scene) -> int | None:
-    """The step that this start of the run began after, None before it says so."""
+    """The step after which this start began to train; None before it logs it."""
     return scene.start.resumed_at()

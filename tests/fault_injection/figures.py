@@ -1,4 +1,4 @@
-"""The figures of campaigns: as Markdown, into a page of the manual, and as JSON."""
+"""The figures of campaigns, as Markdown in a page of the manual and as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROCESSES = {1: "one process", 2: "two processes"}
 
 
 def write(path: Path, tallies: dict[int, Tally], seed: int) -> None:
-    """Between two marks of a page of Markdown, else a whole file of JSON.
+    """Writes between two marks of a Markdown page, or a complete JSON file.
 
     Raises:
         ValueError: the page lacks the marks.

@@ -1,12 +1,12 @@
-"""Trains a tiny sparse CLIP with ``clipup train`` under random faults, and finds out whether anything is lost.
+"""Trains a tiny sparse CLIP with ``clipup train`` under random faults, and checks that nothing is lost.
 
     python tests/fault_injection/inject.py --seconds 600 --processes 1 2 --seed 0
 
-A run is trained to its end without faults. Then the same run is killed, stopped, frozen, denied the disk, damaged and
-started twice at random moments, and resumed with ``--resume latest`` until it ends: every start continues or refuses
-with one readable message, and losses, weights, optimizer and files at the end are bitwise those of the run without
-faults. Faults are drawn from the seed. The first failure ends the program with exit code 1, the seed, what was done to
-the run, and its directory, which is kept.
+A run is trained to its end without faults. Then the same run is killed, stopped, frozen, damaged, started twice and
+left without disk space at random moments, and resumed with ``--resume latest`` until it ends: every start continues or
+refuses with one readable message, and losses, weights, optimizer and files at the end are bitwise those of the run
+without faults. Faults are drawn from the seed. The first failure ends the program with exit code 1; it prints the seed,
+the history of the run, and its directory, which is kept.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--first-run", type=int, default=0, help="begin with the faults of this run (0)")
     parser.add_argument("--runs", type=int, default=1_000_000, help="stop after so many runs")
     parser.add_argument("--faults", nargs="+", help="only the kinds whose names contain one of these words")
-    parser.add_argument("--keep-going", action="store_true", help="count failures and go on with the next run")
+    parser.add_argument("--keep-going", action="store_true", help="count failures and continue with the next run")
     parser.add_argument("--report", type=Path, help="write the figures: .md between marks of that page, .json")
     parser.add_argument("--directory", type=Path, help="where to work; a temporary directory by default")
     return parser.parse_args(argv)
@@ -79,7 +79,7 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def _campaign(options: argparse.Namespace, processes: int) -> Iterator[Campaign]:
-    """A campaign in a directory of its own, which goes at the end unless something failed."""
+    """A campaign in its own directory, which is removed at the end unless something failed."""
 
     def wanted(name: str) -> bool:
         return options.faults is None or any(word in name for word in options.faults)
@@ -109,7 +109,7 @@ def _campaign(options: argparse.Namespace, processes: int) -> Iterator[Campaign]
 
 
 def _work(campaign: Campaign, options: argparse.Namespace) -> None:
-    """Runs until the time is up or something is lost; failures are in the tally."""
+    """Runs until the time is over or a check fails; failures are in the tally."""
     number, began = options.first_run, time.monotonic()
     try:
         campaign.make_reference()
@@ -133,7 +133,7 @@ def _failed(campaign: Campaign, options: argparse.Namespace, number: int, lost: 
         campaign.tally.failures[kind] += 1
     kept = campaign.keep(number)
     again = f"--processes {campaign.workload.processes} --seed {options.seed} --first-run {number} --runs 1"
-    lines = [f"FAILED: {lost}", f"  what was done to run {number} of seed {options.seed}:"]
+    lines = [f"FAILED: {lost}", f"  what happened to run {number} of seed {options.seed}:"]
     lines += [f"    {line}" for line in campaign.story]
     lines += [f"  again: python {os.path.relpath(__file__)} {again}", f"  kept: {kept}; {campaign.scratch / 'starts'}"]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Starting ``clipup``, finding and signalling its processes, and telling how it ended. Linux only (/proc)."""
+"""Starts ``clipup``, finds and signals its processes, and classifies how it ended. Linux only (/proc)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipup import cli
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--monitor-interval", "0.1", "--shutdown-timeout", "20")
 MARK = "CLIPUP_FAULT_INJECTION"
-"""Environment variable by which the processes of a start are found, orphans too."""
+"""Environment variable that marks the processes of a start, so that orphans are found too."""
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 _TRACEBACK = "Traceback (most recent call last)"
@@ -29,7 +29,7 @@ _MESSAGE = re.compile(r"^clipup train: .*$", re.M)
 
 
 class Start:
-    """One start of ``clipup`` with its data workers, under torchrun its ranks too."""
+    """One start of ``clipup`` with its data workers, and with its ranks under torchrun."""
 
     _count = 0
 
@@ -45,7 +45,7 @@ class Start:
         self.several = processes > 1
         self.mark = f"{os.getpid()}-{Start._count}"
         self.signals: set[int] = set()
-        """What it was sent."""
+        """The signals that it was sent."""
         self._killed = False
         self._log = run / "out.log"
         self._log_offset = self._log.stat().st_size if self._log.is_file() else 0
@@ -76,7 +76,7 @@ class Start:
         return f"{'torchrun' if self.several else 'the process'} {self.pid} ({self.logs})"
 
     def alive(self) -> list[int]:
-        """Every process of this start that is no zombie, whoever its parent is by now."""
+        """Every process of this start that is not a zombie, including orphans."""
         return [pid for pid in _pids() if self._is_ours(pid)]
 
     def ranks(self) -> list[int]:
@@ -86,7 +86,7 @@ class Start:
         return [pid for pid in self.alive() if _leads_session(pid) and "RANK" in _environment(pid)]
 
     def data_workers(self) -> list[int]:
-        """Processes that were forked by one that trains."""
+        """Processes that a training process forked."""
         return [pid for pid in self.alive() if not _leads_session(pid) and "tracker" not in _read(pid, "cmdline")]
 
     def send(self, number: int, *pids: int) -> None:
@@ -97,7 +97,7 @@ class Start:
                 os.kill(pid, number)
 
     def wait(self, seconds: float) -> bool:
-        """Until it has ended, and its ranks too where torchrun left them behind; whether it did in time."""
+        """Waits until it has ended, including ranks that torchrun left behind. Returns whether it ended in time."""
         until = time.monotonic() + seconds
         while self.running or (self.several and self.ranks()):
             if time.monotonic() > until:
@@ -106,7 +106,7 @@ class Start:
         return True
 
     def clear(self, seconds: float) -> list[int]:
-        """Ends what is left; returns the processes that did not end by themselves within ``seconds``."""
+        """Kills remaining processes, and returns those that had not ended within ``seconds``."""
         until = time.monotonic() + seconds
         while (left := self.alive()) and time.monotonic() < until:
             time.sleep(0.05)
@@ -118,7 +118,7 @@ class Start:
         return left
 
     def said(self) -> str:
-        """What ``clipup`` printed, without torchrun's own words."""
+        """The output of ``clipup``, without torchrun's own."""
         files = [self.logs / "stdout", self.logs / "stderr"]
         if self.several:
             files = sorted((self.logs / "ranks").rglob("std*.log"))
@@ -128,7 +128,7 @@ class Start:
         return _MESSAGE.findall(self.said())
 
     def logged(self) -> str:
-        """What was added to the run's log."""
+        """What it added to the run's log."""
         try:
             with open(self._log, errors="replace") as file:
                 file.seek(self._log_offset)
@@ -137,16 +137,16 @@ class Start:
             return ""
 
     def resumed_at(self) -> int | None:
-        """The step after which it began to train; None when it never did."""
+        """The step after which it began to train; None if it never did."""
         found = _FROM_STEP.search(self.logged()) or _FROM_STEP.search(self.said())
         return int(found[1]) if found else None
 
     def ending(self) -> str:
         """finished, stopped (with a checkpoint), interrupted, refused (with a readable message), killed or crashed."""
-        if self._killed and self.code != 0:  # nothing is left that could say a word
+        if self._killed and self.code != 0:  # no process is left that could print a message
             return "killed"
         said = self.said()
-        if self.resumed_at() is None:  # Ctrl-C while Python imports modules is Python's own to report
+        if self.resumed_at() is None:  # Python itself reports a Ctrl-C during imports
             said = _CTRL_C.sub("clipup train: interrupted\n", said)
         messages = _MESSAGE.findall(said)
         if _TRACEBACK in said:
@@ -162,7 +162,7 @@ class Start:
         return self._ended_with("killed", *(-number for number in self.signals))
 
     def _ended_with(self, ending: str, *codes: int) -> str:
-        """torchrun has an exit code of its own."""
+        """torchrun has its own exit codes."""
         return ending if self.several or self.code in codes else "crashed"
 
     def _is_ours(self, pid: int) -> bool:
@@ -172,11 +172,11 @@ class Start:
 
 
 class _Fork:
-    """What a new process would do, without its imports; with ``pid`` and ``poll`` as subprocess.Popen has them."""
+    """Does in a fork what a new process would do, without the imports; has ``pid`` and ``poll`` like Popen."""
 
     def __init__(self, arguments: list[str], out: int, err: int) -> None:
         if len(os.listdir("/proc/self/task")) > 1:
-            raise RuntimeError("this process has threads, which a fork would lack; set OMP_NUM_THREADS=1")
+            raise RuntimeError("this process has threads, which a fork does not inherit; set OMP_NUM_THREADS=1")
         self._code: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
@@ -222,7 +222,7 @@ def _become_clipup(arguments: list[str], out: int, err: int) -> None:
 
 
 def _leads_session(pid: int) -> bool:
-    """So do we start a process, and torchrun a rank; data workers belong to the session of theirs."""
+    """Started processes and torchrun's ranks lead a session; data workers belong to the session of their parent."""
     return _stat(pid)[3:4] == [str(pid)]
 
 

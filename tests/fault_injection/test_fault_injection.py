@@ -1,4 +1,4 @@
-"""The fault injection finds what it looks for: a loss that it overlooks would be no loss to it."""
+"""The checks of the fault injection detect the faults that they are for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save(path, step, value=1.0):
 
 @pytest.fixture
 def reference(tmp_path):
-    """The files of a run of six steps that ended well."""
+    """The files of a finished run of six steps."""
     run = tmp_path / "reference"
     (run / "checkpoints").mkdir(parents=True)
     (run / "model").mkdir()
@@ -151,8 +151,11 @@ def start(tmp_path, monkeypatch):
     "program, ending",
     [
         ("print('60 steps')", "finished"),
-        ("print('clipup train: stopped after step 5; go on with --resume latest'); sys.exit(130)", "stopped"),
-        ("print('clipup train: stopped after step 5; go on with --resume latest'); sys.exit(0)", "finished"),
+        (
+            "print('clipup train: stopped after step 5; to continue, run with --resume latest'); sys.exit(130)",
+            "stopped",
+        ),
+        ("print('clipup train: stopped after step 5; to continue, run with --resume latest'); sys.exit(0)", "finished"),
         ("print('clipup train: interrupted'); sys.exit(130)", "interrupted"),
         ("print('clipup train: the disk is full'); sys.exit(2)", "refused"),
         ("print('clipup train: the disk is full'); sys.exit(3)", "crashed"),

@@ -1,4 +1,4 @@
-"""What is trained while faults are injected: a tiny sparse CLIP on a tiny data set, by ``clipup train``."""
+"""The training under test: a tiny sparse CLIP on a tiny data set, by ``clipup train``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TEXT = {"hf_tokenizer_name": "words:icons", "vocab_size": 6139, "layers": 2}
 PAIRS, GLOBAL_BATCH, EPOCHS = 96, 8, 5
 STEPS = EPOCHS * PAIRS // GLOBAL_BATCH
 SAVE_EVERY = 5
-"""Steps between two checkpoints, and so the most that a killed run computes again. It does not divide an epoch."""
+"""Steps between two checkpoints, which are the most that a killed run repeats. It does not divide an epoch."""
 
 START_SECONDS = 240
-"""No start of ``clipup`` may take longer, whatever else the machine does."""
+"""Longest time for a start of ``clipup``, also on a busy machine."""
 
 RANK_TIMEOUT = 25
 """Seconds that ranks wait for a frozen one."""
@@ -34,7 +34,7 @@ RANK_TIMEOUT = 25
 
 @dataclass(frozen=True)
 class Workload:
-    """The files that every run reads, below ``root``, and the command that starts one."""
+    """The files below ``root`` that every run reads, and the command that starts a run."""
 
     root: Path
     processes: int
@@ -56,7 +56,8 @@ class Workload:
         clipup.save_pretrained(open_clip.CLIP(**config), self.root / "dense", config)
 
     def command(self, logs: Path, name: str, *more: str) -> list[str]:
-        """The arguments of ``clipup`` for a run under ``logs``; router noise makes every random number count."""
+        """The arguments of ``clipup`` for a run under ``logs``. Router noise makes the run depend on every random
+        number."""
         options = {
             "model": self.root / "dense",
             "train-data": self.root / "train.csv",

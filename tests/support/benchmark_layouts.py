@@ -1,4 +1,4 @@
-"""Small data sets of noise pictures in the layouts that the real benchmarks have on disk."""
+"""Small data sets of noise pictures in the layouts of the real benchmarks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ CAPTIONS = 5
 
 
 def picture(seed: int) -> Image.Image:
-    """Coarse noise, so that JPEG keeps it."""
+    """Coarse noise, which JPEG preserves."""
     noise = numpy.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=numpy.uint8)
     return Image.fromarray(noise).resize((40, 30), Image.Resampling.NEAREST)
 
 
 def caption(seed: int) -> str:
-    """Words with a comma between them, as real captions have."""
+    """Words with a comma, as in real captions."""
     words = numpy.random.default_rng(seed).choice(WORDS, 6)
     return f"{' '.join(words[:3])}, {' '.join(words[3:])}."
 
@@ -31,7 +31,7 @@ def captions(image: int) -> list[str]:
 
 
 def coco(root: Path, images: int = 12) -> Path:
-    """val2014 and coco_test_karpathy.json, as CLIP_benchmark has them; ids in no order."""
+    """val2014 and coco_test_karpathy.json, as in CLIP_benchmark; ids are not sorted."""
     (root / "val2014").mkdir(parents=True)
     ids = [int(id) for id in numpy.random.default_rng(images).permutation(images) + 391895]
     listed, annotations = [], []
@@ -45,7 +45,7 @@ def coco(root: Path, images: int = 12) -> Path:
 
 
 def karpathy(root: Path, name: str, images: int = 12) -> None:
-    """Karpathy's JSON of the pictures that ``coco`` or ``flickr30k`` wrote, half of them test, the others restval."""
+    """Karpathy's JSON for the pictures of ``coco`` or ``flickr30k``: half are test, half restval."""
     folder = "val2014" if name == "dataset_coco.json" else ""
     files = sorted((root / folder).glob("*.jpg"))[:images]
     listed = []
@@ -58,7 +58,7 @@ def karpathy(root: Path, name: str, images: int = 12) -> None:
 
 
 def flickr30k(root: Path, images: int = 12) -> Path:
-    """Pictures and flickr30k_test_karpathy.txt side by side, as CLIP_benchmark has them."""
+    """Pictures and flickr30k_test_karpathy.txt in one directory, as in CLIP_benchmark."""
     root.mkdir(parents=True)
     lines = ["image,caption"]
     for number in range(images):
@@ -69,7 +69,7 @@ def flickr30k(root: Path, images: int = 12) -> Path:
 
 
 def imagenet(root: Path, classes: int = 1000) -> Path:
-    """val with a directory a WordNet id; a picture in every hundredth, n of class n."""
+    """val with one directory per WordNet id; every hundredth has a picture."""
     for number in range(classes):
         folder = root / "val" / f"n{1440764 + number:08d}"
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Preprocessing and a tokenizer that keep in sight which sample a batch holds."""
+"""A transform and a tokenizer that preserve the identity of samples."""
 
 from __future__ import annotations
 

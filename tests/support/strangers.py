@@ -1,4 +1,4 @@
-"""Data that would run code if they were read carelessly."""
+"""Data that would run code if they were unpickled."""
 
 from __future__ import annotations
 

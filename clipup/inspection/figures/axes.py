@@ -1,4 +1,4 @@
-"""The frame of a chart: scales, ticks, grid, title and legend. ``charts.py`` draws into it."""
+"""The frame of a chart: scales, ticks, grid, title, legend and label placement. ``charts.py`` draws into it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from . import svg
 
 FONT = 12
-_CHARACTER = 7.3  # width of a character at FONT in a wide sans serif, to lay text out without measuring it
+_CHARACTER = 7.3  # px, average character of a wide sans serif at FONT: the reader's font cannot be measured
 _LINE = 18
 
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend: what a line looks like and what it is called."""
+    """One legend entry: the look of a line, and its label."""
 
     label: str
     color: str
@@ -25,7 +26,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Frame:
-    """A plot's place on the figure and what its edges stand for."""
+    """The plot area in pixels, and the data range of its edges."""
 
     left: float
     top: float
@@ -57,7 +58,7 @@ class Frame:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) from low to high, ``about`` that many."""
+    """About ``about`` round numbers from low to high, 1, 2, 2.5 or 5 times a power of ten apart."""
     rough = (high - low) / max(1, about)
     power = 10.0 ** math.floor(math.log10(rough))
     step = min((factor * power for factor in (1, 2, 2.5, 5, 10)), key=lambda step: abs(math.log(step / rough)))
@@ -66,7 +67,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def span(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
-    """Smallest and largest finite value, a ``margin`` of their distance further apart; never an empty range."""
+    """The range of the finite values, extended at both ends by ``margin`` of its length; never empty."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return 0.0, 1.0
@@ -78,7 +79,28 @@ def span(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
     return low - room, high + room
 
 
+def spread(sorted_places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The nearest places between low and high with at least ``gap`` between neighbours, for labels.
+
+    Least squares under ``place[i + 1] - place[i] >= gap``: isotonic regression of ``place[i] - i * gap`` by pooling.
+    A gap that leaves no room for all of them is reduced.
+    """
+    if not sorted_places:
+        return []
+    gap = min(gap, (high - low) / len(sorted_places))
+    pools: list[list[float]] = []
+    for index, place in enumerate(sorted_places):
+        pools.append([place - index * gap])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            later = pools.pop()
+            pools[-1] += later
+    last = high - (len(sorted_places) - 1) * gap
+    bases = [min(max(fmean(pool), low), last) for pool in pools for _ in pool]
+    return [base + index * gap for index, base in enumerate(bases)]
+
+
 def text_width(label: str) -> float:
+    """Estimated width in pixels, at ``FONT``."""
     return _CHARACTER * len(label)
 
 
@@ -97,12 +119,13 @@ def build(
     subtitle: str = "",
     right: float = 14,
 ) -> tuple[Frame, str]:
-    """The frame and the markup of everything around the lines.
+    """The frame, and the markup of everything but the data.
 
-    At least ``right`` pixels are kept free at the right for labels. The plot gets the height that the rest leaves.
+    At least ``right`` pixels stay free at the right, for labels. The plot area takes the height that title and legend
+    leave.
     """
     if not y_range[0] < y_range[1]:
-        raise ValueError(f"the y axis goes from {y_range[0]} to {y_range[1]}; its lower end must come first")
+        raise ValueError(f"y_range is {y_range[0]} to {y_range[1]}; the lower end must come first")
     head, top = _head(title, subtitle, legend, y_label, width)
     y_ticks = ticks(*y_range, about=5)
     x_ticks = ticks(*x_range, about=5)
@@ -136,7 +159,7 @@ def _head(title: str, subtitle: str, legend: Sequence[Key], y_label: str, width:
 
 
 def _same_decimals(labels: Sequence[str]) -> list[str]:
-    """Labels with zeros added to their numbers until all have the same decimals: 1.7 beside 1.75 becomes 1.70."""
+    """The labels, zero-padded to the same number of decimals: 1.7 beside 1.75 becomes 1.70."""
     decimals = [len(found[1]) if (found := re.search(r"\.(\d+)", label)) else 0 for label in labels]
     most = max(decimals, default=0)
 
@@ -170,7 +193,7 @@ def _bottom(frame: Frame, x_ticks: Sequence[float], x_format: Callable[[float], 
 
 
 def _wrap(title: str, length: int) -> list[str]:
-    """At most two lines of about ``length`` characters, the second cut where it is too long."""
+    """At most two lines of about ``length`` characters; the second is truncated if it is too long."""
     words, first = svg.clean(title).split(" "), ""
     while words and (not first or len(first) + 1 + len(words[0]) <= length):
         first = f"{first} {words.pop(0)}".strip()

@@ -1,7 +1,7 @@
-"""Charts as inline SVG: lines over steps, and the load of every expert over steps.
+"""Charts as inline SVG: lines over steps, and the load of each expert over steps.
 
-Text, grid and axes take the colour of the page's text, so a figure reads on a light and on a dark page.
-A value that is not finite leaves a gap; a chart without values says so instead of failing.
+Text, grid and axes inherit the page's text color, so a figure is legible on light and dark pages. A value that is not
+finite leaves a gap; a chart without values says so instead of failing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOST_POINTS = 100
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``y`` over ``x``, of the same length. ``points``: every point is marked, its value a tooltip."""
+    """One line: ``y`` over ``x``, of equal length. ``points`` marks every point, with its value as a tooltip."""
 
     label: str
     x: Sequence[SupportsFloat]
@@ -32,12 +32,14 @@ class Series:
 
     def pairs(self) -> list[tuple[float, float]]:
         if len(self.x) != len(self.y):
-            raise ValueError(f"series {self.label!r} has {len(self.x)} x and {len(self.y)} y; it needs a y for every x")
+            raise ValueError(
+                f"series {self.label!r} has {len(self.x)} x and {len(self.y)} y; they must be equally long"
+            )
         return [(float(x), float(y)) for x, y in zip(self.x, self.y, strict=True)]
 
 
 def smooth(values: Sequence[SupportsFloat], window: int) -> list[float]:
-    """Centred moving mean over ``window`` values (fewer at the ends); values that are not finite are left out of it."""
+    """Centered moving mean over ``window`` values (fewer at the ends); values that are not finite are ignored."""
     if window < 1:
         raise ValueError(f"window is {window}; it must be at least 1")
     floats = [float(value) for value in values]
@@ -59,13 +61,13 @@ def line_chart(
     width: float = 440,
     height: float = 290,
 ) -> str:
-    """Lines over a common x, as SVG.
+    """Lines over a shared x axis, as SVG.
 
-    ``y_range``: the axis' ends, taken from the values when None. ``marks``: (x, label) of dotted vertical lines;
-    ``levels``: (y, label) of dashed horizontal lines. Series without a colour take the palette's in turn,
-    and are dashed where it begins again.
+    ``y_range``: ends of the y axis; by default those of the values. ``marks``: (x, label) of dotted vertical lines;
+    ``levels``: (y, label) of dashed horizontal lines. Series without a color cycle through the palette, dashed from the
+    second cycle on.
     """
-    drawn = [(one, one.pairs()) for one in map(_in_turn, series, range(len(series)))]
+    drawn = [(one, one.pairs()) for one in map(_with_color, series, range(len(series)))]
     finite = [(x, y) for _, pairs in drawn for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
     if y_range is None:
         y_range = axes.span([y for _, y in finite] + [level for level, _ in levels if finite], margin=0.06)
@@ -87,7 +89,7 @@ def line_chart(
         if one.points:
             parts += _points(frame, one.label, pairs, one.color, x_format, x_label, y_format)
     if not finite:
-        parts.append(_nothing(frame))
+        parts.append(_no_data(frame))
     return svg.picture(width, height, title, *parts)
 
 
@@ -100,20 +102,20 @@ def load_chart(
     width: float = 440,
     height: float = 290,
 ) -> str:
-    """Share of all picks that fell on each expert over training, one line an expert, as SVG.
+    """Each expert's share of all routed (token, expert) pairs over training, one line per expert, as SVG.
 
-    steps [N], loads [N, E] shares of 1. The dashed line is the uniform share 1/E; more than 100 steps are drawn as 100
-    means of neighbouring steps. ``y_max`` gives several charts the same axis.
+    steps [N], loads [N, E] fractions of 1. The dashed line is the uniform share 1/E; more than 100 steps are drawn as
+    100 means of adjacent steps. ``y_max`` gives several charts the same axis.
     """
     if len(steps) != len(loads):
-        raise ValueError(f"loads has {len(loads)} rows for {len(steps)} steps; it needs one row a step")
+        raise ValueError(f"loads has {len(loads)} rows for {len(steps)} steps; expected one row per step")
     experts = len(loads[0]) if len(loads) else 0
     if any(len(row) != experts for row in loads):
         raise ValueError(f"loads must have one share for each of the {experts} experts in every row")
     lines = [_thin([float(step) for step in steps], [float(row[expert]) for row in loads]) for expert in range(experts)]
     finite = [(x, y) for line in lines for x, y in line if math.isfinite(x) and math.isfinite(y)]
     top = y_max if y_max is not None else max([y for _, y in finite] + [1.5 / experts if experts else 1.0]) * 1.06
-    y_label = f"share of picks; dashed: uniform, 1/{experts}" if experts else "share of picks"
+    y_label = f"share of load; dashed: uniform, 1/{experts}" if experts else "share of load"
     frame, around = axes.build(
         width=width,
         height=height,
@@ -131,12 +133,12 @@ def load_chart(
     if experts:
         parts.append(_level(frame, 1 / experts, ""))
     parts += [_line(frame, line, expert_color(e), _expert_dash(e), 1.6) for e, line in enumerate(lines)]
-    parts.append(_end_labels(frame, lines) if finite else _nothing(frame))
+    parts.append(_end_labels(frame, lines) if finite else _no_data(frame))
     return svg.picture(width, height, title, *parts)
 
 
 def imbalance(load: Sequence[SupportsFloat]) -> float:
-    """Largest share over the uniform share: 1 when all experts get the same; NaN when a share is not finite."""
+    """Largest share over the uniform share: 1 if the load is balanced; NaN if a share is not finite."""
     shares = [float(share) for share in load]
     if not shares or not all(math.isfinite(share) for share in shares):
         return math.nan
@@ -149,7 +151,7 @@ def _imbalances(loads: Sequence[Sequence[SupportsFloat]]) -> str:
 
 
 def _thin(x: list[float], y: list[float]) -> list[tuple[float, float]]:
-    """At most ``_MOST_POINTS`` points, each the mean of neighbouring ones; the first and last x stay where they are."""
+    """At most ``_MOST_POINTS`` points, each the mean of adjacent ones; the first and last x are kept."""
     size = math.ceil(len(x) / _MOST_POINTS)
     if size <= 1:
         return list(zip(x, y, strict=True))
@@ -223,12 +225,12 @@ def _level(frame: Frame, y: float, label: str) -> str:
     return line + words if label else line
 
 
-def _nothing(frame: Frame) -> str:
+def _no_data(frame: Frame) -> str:
     middle = (frame.left + frame.right) / 2
     return svg.text(middle, (frame.top + frame.bottom) / 2, "nothing recorded", font_size=FONT, text_anchor="middle")
 
 
-def _in_turn(series: Series, row: int) -> Series:
+def _with_color(series: Series, row: int) -> Series:
     if series.color is not None:
         return series
     return replace(series, color=expert_color(row), dash=series.dash or _expert_dash(row))
@@ -239,14 +241,14 @@ def _expert_dash(expert: int) -> str | None:
 
 
 def _end_labels(frame: Frame, lines: Sequence[Sequence[tuple[float, float]]]) -> str:
-    """The experts' numbers at the ends of their lines, moved apart where they would overlap, with a leader each."""
+    """The experts' numbers at the ends of their lines, spread so that they do not overlap, each with a leader line."""
     ends = []
     for expert, line in enumerate(lines):
         known = [(x, y) for x, y in line if math.isfinite(x) and math.isfinite(y)]
         if known:
             ends.append((frame.y(known[-1][1]), frame.x(known[-1][0]), expert))
     ends.sort()
-    places = _apart([y for y, _, _ in ends], gap=12, low=frame.top, high=frame.bottom)
+    places = axes.spread([y for y, _, _ in ends], gap=12, low=frame.top, high=frame.bottom)
     parts = []
     for (y, x, expert), place in zip(ends, places, strict=True):
         leader = svg.element(
@@ -260,22 +262,3 @@ def _end_labels(frame: Frame, lines: Sequence[Sequence[tuple[float, float]]]) ->
         )
         parts += [leader, svg.text(frame.right + 18, place + 4, expert, font_size=FONT - 1)]
     return "".join(parts)
-
-
-def _apart(sorted_places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The places between low and high with ``gap`` between neighbours that lie nearest to the given ones.
-
-    Least squares under ``place[i + 1] - place[i] >= gap``: isotonic regression of ``place[i] - i * gap`` by pooling.
-    """
-    if not sorted_places:
-        return []
-    gap = min(gap, (high - low) / len(sorted_places))
-    pools: list[list[float]] = []
-    for index, place in enumerate(sorted_places):
-        pools.append([place - index * gap])
-        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
-            later = pools.pop()
-            pools[-1] += later
-    last = high - (len(sorted_places) - 1) * gap
-    bases = [min(max(_mean(pool), low), last) for pool in pools for _ in pool]
-    return [base + index * gap for index, base in enumerate(bases)]

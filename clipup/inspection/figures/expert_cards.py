@@ -1,7 +1,4 @@
-"""A card for every expert of a layer: its share, and the patches or words that it takes most.
-
-HTML that needs no style sheet.
-"""
+"""A card for each expert of a layer: its share, and its strongest patches or words. HTML without a style sheet."""
 
 from __future__ import annotations
 
@@ -18,16 +15,16 @@ _GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,215
 
 
 def patch_cards(first_load: Sequence[float], patches: Sequence[Sequence[str]]) -> Figure:
-    """first_load [E] shares of first choices; patches: for each expert pictures, as ``pictures.patch`` draws them."""
+    """first_load [E] shares of first choices; patches: for each expert figures of ``images.patch``."""
     rows = [
         svg.element("div", *shown, style="display:flex;flex-wrap:wrap;gap:5px") if shown else "" for shown in patches
     ]
-    return _cards(first_load, rows, "first for no patch")
+    return _cards(first_load, rows, "first choice of no patch")
 
 
 def word_cards(first_load: Sequence[float], words: Sequence[Sequence[WordShare]]) -> Figure:
-    """first_load [E] shares of first choices; words: for each expert those that it takes most."""
-    return _cards(first_load, [_word_list(shown) for shown in words], "no word beyond its share")
+    """first_load [E] shares of first choices; words: for each expert those it takes most."""
+    return _cards(first_load, [_word_list(shown) for shown in words], "no word more often than its share")
 
 
 def _cards(first_load: Sequence[float], contents: Sequence[str], nothing: str) -> Figure:
@@ -39,7 +36,7 @@ def _cards(first_load: Sequence[float], contents: Sequence[str], nothing: str) -
 
 
 def _head(expert: int, share: float) -> str:
-    words = svg.element("span", escape(f"expert {expert}, first for {percent(share)}%"))
+    words = svg.element("span", escape(f"expert {expert}, first choice of {percent(share)}%"))
     style = "display:flex;gap:7px;align-items:center;margin-bottom:5px;font-size:14px"
     return svg.element("div", expert_mark(expert), words, style=style)
 

@@ -1,4 +1,4 @@
-"""Numbers as the report writes them."""
+"""Formatting of numbers in tables and figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MISSING = "–"
 
 
 def dig(tree: Any, *path: str) -> Any:
-    """The value under a path of keys in nested mappings; None where a key is missing."""
+    """The value at a path of keys in nested mappings; None if a key is missing."""
     for key in path:
         if not isinstance(tree, Mapping) or key not in tree:
             return None
@@ -30,19 +30,19 @@ def number(value: Any) -> float | None:
 
 
 def count(value: Any) -> str:
-    """A whole number with thousands apart: 38,412."""
+    """A whole number with thousands separators: 38,412."""
     found = number(value)
     return MISSING if found is None else f"{found:,.0f}"
 
 
 def percent(fraction: Any, decimals: int = 1) -> str:
-    """A fraction of 1 in per cent, without the sign: 0.2345 is 23.5 (with one decimal)."""
+    """A fraction of 1 in percent, without the sign: 0.2345 is 23.5 (with one decimal)."""
     found = number(fraction)
     return MISSING if found is None else f"{100 * found:.{decimals}f}"
 
 
 def chance(fraction: Any) -> str:
-    """Chance in per cent, with two significant digits: 0.001 is 0.10."""
+    """Chance level in percent, with two significant digits: 0.001 is 0.10."""
     found = number(fraction)
     return percent(fraction, _decimals(100 * found, 2) if found else 1)
 
@@ -57,26 +57,26 @@ def points(difference: float | None) -> str:
 
 
 def ratio(value: float | None, base: float | None) -> str:
-    """How many times the base: ×1.32."""
+    """The value over the base: ×1.32."""
     return MISSING if value is None or not base else f"×{value / base:.2f}"
 
 
 def column(values: Sequence[float | None], significant: int = 3) -> list[str]:
-    """Numbers of one column with the same decimals, so that the smallest non-zero one has ``significant`` digits."""
+    """A column of numbers with equal decimals, so that the smallest non-zero one has ``significant`` digits."""
     sizes = [abs(value) for value in values if value]
     decimals = _decimals(min(sizes), significant) if sizes else 0
     return [MISSING if value is None else f"{value:,.{decimals}f}" for value in values]
 
 
 def short(value: float) -> str:
-    """A tick's number, no longer than it must be: 0, 0.25, 1,500."""
+    """A tick label, as short as possible: 0, 0.25, 1,500."""
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}" if value else "0"
 
 
 def percent_tick(fraction: float) -> str:
-    """A tick's fraction of 1 in per cent: 12.5%."""
+    """A tick label of a fraction of 1, in percent: 12.5%."""
     return short(round(100 * fraction, 6)) + "%"
 
 

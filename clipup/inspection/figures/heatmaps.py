@@ -1,4 +1,4 @@
-"""Figures of one layer's experts as SVG: how much each takes, and how much any two are alike."""
+"""One layer's experts as SVG: bars of their load, and a heatmap of their pairwise similarity."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .svg import Figure
 
 _ROW, _BAR = 19, 11
 _LIGHT, _DARK = (0xF1, 0xF5, 0xFA), (0x17, 0x4A, 0x8B)
-_WHITE_INK_ABOVE = 0.73  # where white and black stand out equally from the shade, 4.5 to 1
+_WHITE_INK_ABOVE = 0.73  # where white and black text have the same contrast with the shade, 4.5 to 1
 _SMALLEST_CELL_WITH_VALUE = 27
 
 
 def load_bars(load: Sequence[float], title: str, subtitle: str = "", width: float = 300) -> Figure:
-    """Share of a layer's choices that fell on each expert, a bar an expert; the dashed line is the even share.
+    """Each expert's share of a layer's routed (token, expert) pairs, one bar per expert; dashed: the uniform share.
 
-    load [E] shares of 1. The largest share over the even one stands above the bars, under ``subtitle``.
+    load [E] fractions of 1. The largest share over the uniform one is written above the bars, under ``subtitle``.
     """
     shares = [float(share) for share in load]
     if not shares:
-        raise ValueError("load is empty; it must hold a share for every expert")
-    even, known = 1 / len(shares), [share for share in shares if math.isfinite(share)]
-    notes = [*([subtitle] if subtitle else []), f"largest share over the even one {imbalance(shares):.2f}"]
+        raise ValueError("load is empty; it must hold one share per expert")
+    uniform, known = 1 / len(shares), [share for share in shares if math.isfinite(share)]
+    notes = [*([subtitle] if subtitle else []), f"largest share over uniform: {imbalance(shares):.2f}"]
     left, right, top = 26.0, width - 62.0, 26.0 + 17 * len(notes)
-    scale = (right - left) / max([*known, 1.25 * even])
+    scale = (right - left) / max([*known, 1.25 * uniform])
     bottom = top + _ROW * len(shares)
     parts = [svg.text(0.0, 15.0, svg.shorten(title, int(width / 8)), font_size=14, font_weight=600)]
     for line, note in enumerate(notes):
@@ -46,19 +46,19 @@ def load_bars(load: Sequence[float], title: str, subtitle: str = "", width: floa
             parts.append(svg.element("circle", cx=left + 5, cy=y + _BAR / 2, r=2.2, fill="#fff", stroke="#111"))
         label = "unused" if share == 0 else f"{percent(share)}%"
         parts.append(svg.text(width - 2, baseline, label, font_size=FONT - 1, text_anchor="end", fill_opacity=0.85))
-    at = left + scale * even
+    at = left + scale * uniform
     parts.append(svg.line(at, top - 3, at, bottom + 3, stroke_dasharray="4 3", stroke_opacity=0.75))
-    return svg.picture(width, bottom + 8, f"{title}: share of choices of every expert", *parts)
+    return svg.picture(width, bottom + 8, f"{title}: load of each expert", *parts)
 
 
 def similarity_heatmap(
     cosines: Any, title: str, to_dense: Any = None, granularity: int = 1, width: float = 300
 ) -> Figure:
-    """Cosines between all pairs of experts as a table of shades, from 0 (light) to 1 (dark).
+    """Cosines between all pairs of experts as a heatmap, from 0 (light) to 1 (dark).
 
-    cosines [E, E]; to_dense [E] adds a column for the dense MLP. Cells with room for it carry the value, and every cell
-    has it as a tooltip. Under the title stands the mean over all pairs of experts that began equal: those with the same
-    remainder by ``granularity``, the number of shards of an MLP that experts are.
+    cosines [E, E]; to_dense [E] adds a column for the dense MLP. Large cells show their value, and every cell has it as
+    a tooltip. Under the title is the mean over all pairs of experts that were initialized equal: those whose indices
+    have the same remainder modulo ``granularity``, the number of shards of an MLP.
     """
     values = np.asarray(cosines, dtype=float)
     if values.ndim != 2 or values.shape[0] != values.shape[1] or not values.size:
@@ -67,7 +67,7 @@ def similarity_heatmap(
     if to_dense is not None:
         dense = np.asarray(to_dense, dtype=float)
         if dense.shape != (experts,):
-            raise ValueError(f"to_dense has shape {dense.shape}; it must be [{experts}], a cosine for every expert")
+            raise ValueError(f"to_dense has shape {dense.shape}; it must be [{experts}], one cosine per expert")
     left, top, gap = 26.0, 62.0, 10.0
     room = width - left - (gap if to_dense is not None else 0)
     cell = min(38.0, room / (experts + (to_dense is not None)))
@@ -87,14 +87,14 @@ def similarity_heatmap(
         label_x = min(label_x, width - text_width("dense") / 2)
         parts.append(svg.text(label_x, top - 6, "dense", font_size=FONT - 1, text_anchor="middle"))
     height = top + cell * experts + 2
-    return svg.picture(width, height, f"{title}: cosine between every two experts", *parts)
+    return svg.picture(width, height, f"{title}: cosine between each pair of experts", *parts)
 
 
 def _means(values: np.ndarray, to_dense: Any, granularity: int) -> str:
     shard = np.arange(len(values)) % granularity
     between = values[np.triu(shard[:, None] == shard, 1)]
     pairs = "all pairs" if granularity == 1 else "pairs of the same shard"
-    words = [f"mean of {pairs}: {between.mean():.3f}"] if between.size else ["no two experts began equal"]
+    words = [f"mean of {pairs}: {between.mean():.3f}"] if between.size else ["no two experts were initialized equal"]
     if to_dense is not None:
         words.append(f"to dense: {np.mean(np.asarray(to_dense, dtype=float)):.3f}")
     return " · ".join(words)

@@ -1,4 +1,4 @@
-"""Figures made of pictures: which expert took which patch, and what a retrieval brought back."""
+"""Figures of images: which expert was chosen for which patch, and what was retrieved for a caption."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MOST_CAPTION_CHARACTERS = 200
 _MOST_PIXELS = 128
 _MOST_PNG_BYTES = 10_000
 _SMALLEST_CELL_WITH_NUMBER = 13
-_CONTEXT = 1  # patches to each side of a patch that are shown with it
+_CONTEXT = 1  # patches shown around a patch, on each side
 _HIT = "#e0660a"
 _FRAME = (("#fff", 4), ("#111", 1.6))
 
 
 def data_uri(image: Image.Image, longest_side: int = _MOST_PIXELS) -> str:
-    """The picture as a ``data:`` address, shrunk to ``longest_side`` pixels; the image itself is not changed.
+    """The image as a ``data:`` URI, scaled down to ``longest_side`` pixels; the image itself is not changed.
 
-    PNG, which drawings compress well to and which keeps transparency; JPEG on white where PNG takes over 10 kB.
+    PNG, which is small for drawings and keeps transparency; JPEG on white where PNG takes over 10 kB.
     """
     small = image.convert("RGBA" if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA") else "RGB")
     small.thumbnail((longest_side, longest_side))
@@ -39,7 +39,7 @@ def data_uri(image: Image.Image, longest_side: int = _MOST_PIXELS) -> str:
 
 
 def picture(image: Image.Image, label: str, width: int) -> str:
-    """The picture as an ``<img>`` on white, ``width`` CSS pixels wide where there is room."""
+    """The image as an ``<img>`` on white, at most ``width`` CSS pixels wide."""
     return svg.element(
         "img",
         src=data_uri(image),
@@ -51,11 +51,11 @@ def picture(image: Image.Image, label: str, width: int) -> str:
 
 
 def routing_map(image: Image.Image, experts: Any, name: str = "first choices", width: int = 144) -> Figure:
-    """A picture with each patch in the colour of the expert of its first choice, translucent, as SVG.
+    """An image with each patch tinted in the color of its first-choice expert, as SVG.
 
-    experts [grid_h, grid_w] integers from 0 (array, tensor or nested lists; negative: the patch took no part and stays
-    uncoloured). Cells that are large enough carry the expert's number; in smaller ones a dot marks experts 8 to 15,
-    which share the colours of 0 to 7.
+    experts [grid_h, grid_w] integers from 0 (array, tensor or nested lists; negative: the patch was masked and stays
+    untinted). Large cells show the expert's number; in smaller ones a dot marks experts 8 to 15, which share the colors
+    of 0 to 7.
     """
     grid = np.asarray(experts)
     if grid.ndim != 2 or not grid.size or not np.issubdtype(grid.dtype, np.integer):
@@ -74,7 +74,7 @@ def routing_map(image: Image.Image, experts: Any, name: str = "first choices", w
 
 
 def patch(image: Image.Image, grid: tuple[int, int], row: int, column: int, name: str, width: int = 56) -> Figure:
-    """One patch of a picture, framed, with the patches around it, as SVG; ``grid``: rows and columns of patches."""
+    """One patch of an image, framed, with the patches around it, as SVG; ``grid``: rows and columns of patches."""
     size_w, size_h = image.width / grid[1], image.height / grid[0]
     top, bottom = _around(row, grid[0])
     left, right = _around(column, grid[1])
@@ -94,7 +94,7 @@ def patch(image: Image.Image, grid: tuple[int, int], row: int, column: int, name
 
 
 def expert_mark(expert: int) -> Figure:
-    """A square in the expert's colour, with its number."""
+    """A square in the expert's color, with its number."""
     size = 20
     place = (1, 1, size - 2, size - 2)
     outline = svg.element("rect", x=1, y=1, width=size - 2, height=size - 2, fill="none", stroke=expert_color(expert))
@@ -104,7 +104,7 @@ def expert_mark(expert: int) -> Figure:
 
 
 def expert_legend(experts: int) -> Figure:
-    """The colours of all experts with their numbers, as SVG; the legend of every routing map."""
+    """The colors of all experts with their numbers, as SVG; the legend of routing maps."""
     a_line, size, parts = 8, 16, []
     for expert in range(experts):
         x, y = 46 * (expert % a_line), 24 * (expert // a_line)
@@ -114,16 +114,16 @@ def expert_legend(experts: int) -> Figure:
         parts.append(svg.element("rect", fill="none", stroke=expert_color(expert), stroke_width=2, **place))
         parts.append(svg.text(x + size + 6, y + 15, expert, font_size=13))
     lines = -(-experts // a_line)
-    return svg.picture(46 * min(experts, a_line), 24 * lines, f"Colours of experts 0 to {experts - 1}", *parts)
+    return svg.picture(46 * min(experts, a_line), 24 * lines, f"Colors of experts 0 to {experts - 1}", *parts)
 
 
 def retrieval_row(
     caption: str, target: Image.Image, retrieved: Sequence[Image.Image], rank: int, note: str = "", width: int = 72
 ) -> Figure:
-    """A caption, the picture that it belongs to, and the pictures that a model brought back for it, best first.
+    """A caption, its image, and the images that a model retrieved for it, best first, as HTML without a style sheet.
 
-    ``rank`` counts from 1; the retrieved picture of that rank, when it is among those shown, is framed and marked.
-    ``note`` stands beside the rank, the model's name say. HTML that needs no style sheet.
+    ``rank`` of the caption's image counts from 1; if it is among the retrieved ones, it is framed. ``note``, such as
+    the model's name, is put beside the rank.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank}; ranks count from 1, the best")
@@ -138,7 +138,7 @@ def retrieval_row(
     tiles.append(svg.element("span", "→", style="align-self:center;opacity:.6", aria_hidden="true"))
     for place, image in enumerate(retrieved, start=1):
         right = place == rank
-        label = f"retrieved at rank {place}" + (", the right one" if right else "")
+        label = f"retrieved at rank {place}" + (", the correct one" if right else "")
         tiles.append(_tile(image, label, width, f"outline:3px solid {_HIT};outline-offset:1px" if right else ""))
     row = svg.element("div", *tiles, style="display:flex;gap:9px;margin-top:7px")
     return Figure(svg.element("figure", head, row, class_="retrieval", style="margin:0"))
@@ -151,14 +151,14 @@ def _tile(image: Image.Image, label: str, width: int, style: str) -> str:
 
 
 def _around(place: int, count: int) -> tuple[int, int]:
-    """First and behind last of the places that are shown with one of ``count``: as many at an edge as in the middle."""
+    """Start and end of the range shown around ``place`` out of ``count``; as long at an edge as in the middle."""
     size = min(count, 2 * _CONTEXT + 1)
     first = min(max(0, place - _CONTEXT), count - size)
     return first, first + size
 
 
 def _backdrop(image: Image.Image, width: float, height: float) -> list[str]:
-    """The picture on white, for what is transparent in it."""
+    """The image on white, which shows where it is transparent."""
     return [
         svg.element("rect", width=width, height=height, fill="#fff"),
         svg.element("image", href=data_uri(image), width=width, height=height, preserveAspectRatio="none"),
@@ -180,7 +180,7 @@ def _cell(expert: int, x: float, y: float, width: float, height: float) -> str:
 
 
 def _number(expert: int, x: float, y: float, width: float, height: float) -> str:
-    """The expert's number in the middle of its cell; in a small cell the dot of the second eight."""
+    """The expert's number in the middle of its cell; in a small cell, the dot of experts 8 to 15."""
     if min(width, height) < _SMALLEST_CELL_WITH_NUMBER:
         return _dot(expert, x, y, width, height)
     baseline = y + height / 2 + 0.36 * _font(width, height)
@@ -188,7 +188,7 @@ def _number(expert: int, x: float, y: float, width: float, height: float) -> str
 
 
 def _numbers(numbers: Sequence[str], width: float, height: float) -> str:
-    """What ``_number`` wrote, dark with a light rim, so that it reads on every picture."""
+    """Numbers of ``_number``, dark with a light outline, legible on every image."""
     return svg.element(
         "g",
         "",

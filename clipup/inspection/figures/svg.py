@@ -1,4 +1,4 @@
-"""Elements of SVG and HTML as strings: everything that goes in is escaped, whatever it holds."""
+"""SVG and HTML elements as strings, with attributes and text escaped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from html import escape
 
 
 class Figure(str):
-    """Markup of a figure: a string that a notebook shows as the figure, and a template takes as it is."""
+    """Markup of a figure: a string that notebooks display and templates insert unescaped."""
 
     __slots__ = ()
 
@@ -24,20 +24,20 @@ _NOT_IN_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010fff
 
 
 def clean(text: object) -> str:
-    """``str(text)`` with U+FFFD for every character that XML and UTF-8 cannot carry (controls, lone surrogates)."""
+    """``str(text)`` with U+FFFD for every character that XML or UTF-8 cannot encode (controls, lone surrogates)."""
     return _NOT_IN_XML.sub("\ufffd", str(text))
 
 
 def shorten(text: object, length: int) -> str:
-    """``clean(text)``, cut to ``length`` characters, the last an ellipsis when something was cut."""
+    """``clean(text)``, truncated to ``length`` characters including the ellipsis."""
     whole = clean(text)
     return whole if len(whole) <= length else whole[: length - 1].rstrip() + "…"
 
 
 def element(name: str, *children: str, **attributes: object) -> str:
-    """``<name attributes>children</name>``; children are markup, attributes are text and are escaped.
+    """``<name attributes>children</name>``; children are markup, attribute values are escaped.
 
-    An underscore in an attribute's name stands for a hyphen, one at its end is dropped (``class_``); None is left out.
+    Underscores in attribute names become hyphens, and trailing ones are dropped (``class_``). None omits an attribute.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_value(value))}"'
@@ -48,22 +48,22 @@ def element(name: str, *children: str, **attributes: object) -> str:
 
 
 def text(x: float, y: float, content: object, **attributes: object) -> str:
-    """An SVG text element in the colour of the text around the figure."""
+    """An SVG text element in the text color of the page."""
     return element("text", escape(clean(content)), **({"x": x, "y": y, "fill": "currentColor"} | attributes))
 
 
 def line(x1: float, y1: float, x2: float, y2: float, **attributes: object) -> str:
-    """An SVG line in the colour of the text around the figure."""
+    """An SVG line in the text color of the page."""
     return element("line", **({"x1": x1, "y1": y1, "x2": x2, "y2": y2, "stroke": "currentColor"} | attributes))
 
 
 def title(content: object) -> str:
-    """The name of a figure or a mark, which browsers show as a tooltip."""
+    """The accessible name of a figure or a mark, which browsers show as a tooltip."""
     return element("title", escape(clean(content)))
 
 
 def picture(width: float, height: float, name: str, *children: str, **attributes: object) -> Figure:
-    """A whole inline SVG that shrinks with the column that it stands in."""
+    """A whole inline SVG, scaled down in narrow columns."""
     return Figure(
         element(
             "svg",
@@ -77,6 +77,14 @@ def picture(width: float, height: float, name: str, *children: str, **attributes
             **({"style": "display:block;max-width:100%;height:auto"} | attributes),
         )
     )
+
+
+def on_white(figure: str, width: float, height: float, margin: float = 12) -> Figure:
+    """A figure of this size on white with a margin, for a file: an image cannot inherit the page's text color."""
+    whole = width + 2 * margin, height + 2 * margin
+    background = element("rect", width=whole[0], height=whole[1], fill="#fff")
+    content = element("g", figure, transform=f"translate({margin:g} {margin:g})", font_family="sans-serif")
+    return picture(*whole, "", background, content, color="#1c2128")
 
 
 def _value(value: object) -> str:

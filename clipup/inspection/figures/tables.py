@@ -11,7 +11,7 @@ from . import svg
 
 @dataclass(frozen=True)
 class Column:
-    """Columns with the same ``group`` stand under one heading."""
+    """Adjacent columns with the same ``group`` share one heading."""
 
     group: str
     label: str
@@ -20,9 +20,9 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by their names, columns by their groups.
+    """A table with named rows and grouped columns.
 
-    ``strong``: the rows that the comparison is about. ``classes``: CSS classes of other rows, by their names.
+    ``strong``: indices of emphasized rows. ``classes``: CSS classes of other rows, by name.
     """
 
     rows: tuple[str, ...]
@@ -31,7 +31,7 @@ class Table:
     classes: Mapping[str, str] = field(default_factory=dict)
 
     def groups(self) -> list[tuple[str, int]]:
-        """Headings in order, each with the number of columns that it spans."""
+        """Group headings in order, each with the number of columns it spans."""
         spans: list[tuple[str, int]] = []
         for one in self.columns:
             if spans and spans[-1][0] == one.group:
@@ -42,12 +42,12 @@ class Table:
 
 
 def as_text(table: Table) -> str:
-    """The table with numbers flush right, groups above their columns."""
+    """The table as text, cells right-aligned, groups above their columns."""
     first = max(map(len, table.rows))
     groups = table.groups()
     widths = [max(len(one.label), *map(len, one.cells)) for one in table.columns]
     position = 0
-    for group, size in groups:  # a heading wider than its columns widens the first of them
+    for group, size in groups:  # a heading wider than its columns widens the first one
         taken = sum(widths[position : position + size]) + 2 * (size - 1)
         widths[position] += max(0, len(group) - taken)
         position += size
@@ -65,7 +65,7 @@ def as_text(table: Table) -> str:
 
 
 def as_html(table: Table, label: str) -> str:
-    """The table as HTML; ``label`` names it for those who do not see it. It scrolls sideways where it is too wide."""
+    """The table as HTML, named ``label`` for screen readers; wide tables scroll sideways."""
     heads = svg.element("td", "") + "".join(
         svg.element("th", escape(group), colspan=size, scope="colgroup") for group, size in table.groups()
     )

@@ -1,4 +1,4 @@
-"""Captions with each token in the colour of the expert that took it, as HTML that needs no style sheet."""
+"""Captions with each token in the color of its expert, as HTML without a style sheet."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from . import svg
 from .palette import expert_color, is_second_eight
 from .svg import Figure
 
-_TINT = "38"  # alpha of the background, in hexadecimal: text in the page's colour stays legible on it
-_NO_TEXT = "·"  # of a token that is the beginning of a character
+_TINT = "38"  # alpha of the background, in hexadecimal, light enough for text in the page's color
+_NO_TEXT = "·"  # shown for a token that holds only the first bytes of a character
 
 
 def token_strip(caption: Sequence[Piece], experts: Any, label: str = "") -> Figure:
-    """A caption's tokens, each underlined and tinted in the colour of its first choice, whose number stands beside it.
+    """A caption's tokens, each underlined and tinted in the color of its first-choice expert, with the expert's number.
 
-    caption: S pieces, as ``clipup.inspection.pieces`` makes them. experts [S] or [S, K] integers, the first choice
-    first, the others tooltips; padding and tokens that took no part (-1) are left out. ``label`` stands in front.
+    caption: S pieces, from ``clipup.inspection.pieces``. experts [S] or [S, K] integers, the first choice first; the
+    others become tooltips. Padding and masked tokens (-1) are omitted. ``label`` is put in front.
     """
     choices = np.asarray(experts)
     if len(choices) != len(caption) or not np.issubdtype(choices.dtype, np.integer):

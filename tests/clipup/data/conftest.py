@@ -1,4 +1,4 @@
-"""Small data sets: pictures whose colour says which sample they are."""
+"""Small data sets of pictures whose colour identifies the sample."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Pictures:
         path.write_bytes(content)
 
     def damage_content(self, shard: int, member: str) -> None:
-        """Overwrites a member's content behind the first bytes; its size stays."""
+        """Overwrites a member's content after the first bytes; its size stays the same."""
         path = self.folder / f"train-{shard:06d}.tar"
         with tarfile.open(path) as tar:
             info = tar.getmember(member)

@@ -15,14 +15,14 @@ def test_names_of_packages_become_words():
 
 
 @given(st.text())
-def test_words_are_lower_case_and_clean_whatever_comes(text):
+def test_words_are_lower_case_and_clean_for_any_input(text):
     cleaned = words(text)
     assert cleaned == words(cleaned)
     assert all(c.isascii() and (c.isalnum() or c == " ") for c in cleaned)
     assert cleaned == " ".join(cleaned.lower().split())
 
 
-def test_aliases_that_say_nothing_are_no_captions():
+def test_uninformative_aliases_are_not_captions():
     assert other_names("cross mark", [":x:", ":cross_mark:"]) == []
     assert other_names("one thirty", [":clock130:"]) == []
     assert other_names("check mark button", [":white_check_mark:"]) == []
@@ -30,12 +30,12 @@ def test_aliases_that_say_nothing_are_no_captions():
     assert other_names("pile of poo", [":poop:", ":shit:", ":poop:"]) == ["poop"]
 
 
-def test_tags_are_words_that_add_something_and_are_few():
+def test_tags_add_words_and_are_limited_in_number():
     tags = ["*updated*", "trees", "emoji", "c++", "sea", "sea", "boat", "sail", "wind", "race", "sport"]
     assert useful_tags("boat race", tags) == ["trees", "sea", "sail", "wind"]
 
 
-def test_captions_begin_with_the_name_and_no_tag_stands_alone():
+def test_captions_begin_with_the_name_and_no_caption_is_a_tag_alone():
     captions = caption_set(["automobile", "car"], ["vehicle", "transport"])
     assert captions == ("automobile", "car", "automobile, vehicle", "automobile, transport")
     assert caption_set(["car", "car"], []) == ("car",)

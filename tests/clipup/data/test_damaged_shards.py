@@ -1,5 +1,5 @@
-"""Shards that are damaged, cut off or no tar files at all: what they lose is named and counted, and streaming and
-caching agree about it."""
+"""Shards that are damaged, truncated or not tar files: losses are logged and counted, equally in streamed and cached
+data."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from clipup.data import shard_names
 from clipup.data.loaders import eval_samples, train_loader
 from clipup.demo.pictograms import build as pictograms
 from clipup.evaluate import datasets
-from clipup.evaluate.datasets import image_shards
+from clipup.evaluate.labelled_images import image_shards
 
 SHARD = "train-000001.tar"  # samples 6 to 11 of 24
 
 
 def read(pictures, source, cached: bool, **options):
-    """What an epoch holds, and how much was skipped."""
+    """The samples of an epoch, and the number of skipped ones."""
     if not cached and not (pictures.folder / "sizes.json").exists():
         options["train_num_samples"] = 24
     data = train_loader(source, preprocess, tokenizer, 1, 0, cache=cached, progress=False, **options)
@@ -30,7 +30,7 @@ def read(pictures, source, cached: bool, **options):
 
 
 def damages(pictures):
-    """By name: what is done to the shard, what is left of its samples, and a part of the reason."""
+    """By name: the damaged content, the remaining samples, and a part of the reason."""
     path = pictures.folder / SHARD
     content = path.read_bytes()
 
@@ -42,8 +42,8 @@ def damages(pictures):
             return tar.getmember(name).offset
 
     return {
-        "a page of HTML": (b"<!DOCTYPE html>404", (), "it is no tar file, it begins with b'<!DOCTYPE html>"),
-        "noise": (bytes(range(1, 256)) * 100, (), "it is no tar file"),
+        "a page of HTML": (b"<!DOCTYPE html>404", (), "it is not a tar file, it begins with b'<!DOCTYPE html>"),
+        "noise": (bytes(range(1, 256)) * 100, (), "it is not a tar file"),
         "gzip": (gzip.compress(content), (), "it is compressed (gzip)"),
         "nothing": (b"", (), "empty file"),
         "zeros": (bytes(204_800), (), "its last 204800 bytes are damaged"),
@@ -61,7 +61,7 @@ KINDS = ("a page of HTML", "noise", "gzip", "nothing", "zeros", "cut between sam
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_shard_is_named_and_every_sample_that_it_lost_is_counted(pictures, kind, cached, caplog):
+def test_a_damaged_shard_is_named_and_every_lost_sample_is_counted(pictures, kind, cached, caplog):
     source = pictures.shards()
     content, left, reason = damages(pictures)[kind]
     (pictures.folder / SHARD).write_bytes(content)
@@ -75,19 +75,19 @@ def test_a_damaged_shard_is_named_and_every_sample_that_it_lost_is_counted(pictu
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_a_file_of_sizes_a_damaged_shard_counts_as_others_are(pictures, kind, cached):
+def test_without_sizes_json_a_damaged_shard_is_counted_by_the_size_of_the_others(pictures, kind, cached):
     source = pictures.shards()
     content, left, _ = damages(pictures)[kind]
     (pictures.folder / SHARD).write_bytes(content)
     (pictures.folder / "sizes.json").unlink()
     seen, skipped = read(pictures, source, cached, max_skipped=0.3)
     assert seen == {*range(6), *left, *range(12, 24)}
-    assert skipped == (1 if kind == "a hole" else 6 - len(left))  # nothing says how many a hole took
+    assert skipped == (1 if kind == "a hole" else 6 - len(left))  # the number of samples in the hole is unknown
 
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("kind", ["a page of HTML", "cut in an image"])
-def test_data_of_which_an_eighth_is_lost_with_a_shard_are_refused(pictures, kind, cached):
+def test_a_shard_whose_loss_exceeds_max_skipped_is_refused(pictures, kind, cached):
     source = pictures.shards()
     content, left, _ = damages(pictures)[kind]
     (pictures.folder / SHARD).write_bytes(content)
@@ -96,7 +96,7 @@ def test_data_of_which_an_eighth_is_lost_with_a_shard_are_refused(pictures, kind
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_shard_of_samples_without_partners_is_counted(pictures, picture, cached):
+def test_a_shard_of_incomplete_samples_is_counted(pictures, picture, cached):
     source = pictures.shards()
     pictures.tar(SHARD, [(f"s{n}.png", picture(n)) for n in range(6, 12)])
     assert read(pictures, source, cached, max_skipped=0.3) == ({*range(6), *range(12, 24)}, 6)
@@ -105,7 +105,7 @@ def test_a_shard_of_samples_without_partners_is_counted(pictures, picture, cache
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_samples_fewer_than_the_file_of_sizes_says_are_missed(pictures, picture, cached, caplog):
+def test_samples_missing_according_to_sizes_json_are_counted(pictures, picture, cached, caplog):
     source = pictures.shards()
     pictures.tar(SHARD, [member for n in (6, 7, 8, 9) for member in ((f"s{n}.png", picture(n)), (f"s{n}.txt", b"1 0"))])
     with caplog.at_level(logging.WARNING):
@@ -115,7 +115,7 @@ def test_samples_fewer_than_the_file_of_sizes_says_are_missed(pictures, picture,
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_shards_joined_to_one_file_are_whole(pictures, cached):
+def test_concatenated_shards_are_complete(pictures, cached):
     pictures.shards(shards=2)
     whole = b"".join((pictures.folder / f"train-00000{n}.tar").read_bytes() for n in range(2))
     (pictures.folder / "all.tar").write_bytes(whole)
@@ -124,7 +124,7 @@ def test_shards_joined_to_one_file_are_whole(pictures, cached):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_size_below_zero_does_not_read_for_ever(pictures, cached):
+def test_a_negative_member_size_does_not_loop(pictures, cached):
     source = pictures.shards()
     path = pictures.folder / SHARD
     content = bytearray(path.read_bytes())
@@ -137,16 +137,16 @@ def test_a_size_below_zero_does_not_read_for_ever(pictures, cached):
     assert seen == {*range(9), *range(12, 24)} and skipped == 3
 
 
-def test_evaluation_counts_what_a_shard_lost_and_a_benchmark_refuses_it(pictures):
+def test_evaluation_counts_lost_samples_and_a_benchmark_refuses_them(pictures):
     source = pictures.shards()
     (pictures.folder / SHARD).write_bytes(b"<html>")
     samples = eval_samples(source, preprocess, max_skipped=0.25)
     assert len(list(samples)) == 18 and samples.skipped == 6
     with pytest.raises(ValueError, match="max_skipped: 6 of 24 samples"):
         eval_samples(source, preprocess)
-    with pytest.raises(ValueError, match=f"and 6 without; .*{SHARD}: it is no tar file"):
+    with pytest.raises(ValueError, match=f"and 6 without; .*{SHARD}: it is not a tar file"):
         datasets.webdataset(source)
-    with pytest.raises(ValueError, match=f"cannot read .*{SHARD}: it is no tar file"):
+    with pytest.raises(ValueError, match=f"cannot read .*{SHARD}: it is not a tar file"):
         list(image_shards(str(pictures.folder / SHARD)))
 
 
@@ -164,7 +164,7 @@ def tokens_of_any(texts):
 
 @pytest.mark.parametrize("how", ["zeroed", "one bit"])
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_shard_that_is_not_the_one_that_was_built_is_refused_by_name(built, split, how):
+def test_a_shard_that_differs_from_the_built_one_is_refused_by_name(built, split, how):
     path = built / f"{split}-000000.tar"
     content = bytearray(path.read_bytes())
     if how == "zeroed":
@@ -172,7 +172,7 @@ def test_a_shard_that_is_not_the_one_that_was_built_is_refused_by_name(built, sp
     else:
         content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    message = f"{path} is not the file that dataset.json beside it lists"
+    message = f"{path} is not the file listed in dataset.json beside it"
     if split == "train":
         for cached in (False, True):
             for source in (built, built / "train-*.tar"):
@@ -185,7 +185,7 @@ def test_a_shard_that_is_not_the_one_that_was_built_is_refused_by_name(built, sp
             datasets.webdataset(built, "test")
 
 
-def test_a_shard_is_hashed_once_in_a_process(built, monkeypatch):
+def test_a_shard_is_hashed_once_per_process(built, monkeypatch):
     hashed = []
     real = shard_names.sha256
     monkeypatch.setattr(shard_names, "sha256", lambda path: hashed.append(str(path)) or real(path))
@@ -194,7 +194,7 @@ def test_a_shard_is_hashed_once_in_a_process(built, monkeypatch):
     assert hashed == sorted(map(str, built.glob("test-*.tar")))
 
 
-def test_a_damaged_data_set_is_not_taken_for_finished(small, tmp_path, in_the_small):
+def test_a_damaged_data_set_does_not_count_as_finished(small, tmp_path, in_the_small):
     out = tmp_path / "data"
     shutil.copytree(small[0], out)
     path = out / "test-000000.tar"
@@ -207,7 +207,7 @@ def test_a_damaged_data_set_is_not_taken_for_finished(small, tmp_path, in_the_sm
     assert path.read_bytes() == whole
 
 
-def test_a_dataset_json_of_another_tool_says_nothing_about_shards(pictures):
+def test_a_dataset_json_of_another_tool_is_ignored(pictures):
     source = pictures.shards()
     for content in ([], {"splits": {"train": 24}}, {"name": "mine"}):
         (pictures.folder / "dataset.json").write_text(json.dumps(content))

@@ -1,6 +1,6 @@
-"""Data sets that come from others: nothing in them runs a command or leads to files elsewhere.
+"""Data sets from untrusted sources: nothing in them runs a command or reads files elsewhere.
 
-Every attempt would leave the file `trace`, or read `secret`.
+Every attempt would create the file `trace`, or read `secret`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 from clipup.data.images import load_image
 from clipup.data.loaders import eval_samples, train_loader
 from clipup.evaluate import datasets
-from clipup.evaluate.datasets import image_shards
+from clipup.evaluate.labelled_images import image_shards
 from studies.icon_data import iconify
 
 
@@ -62,9 +62,7 @@ def consume(source, **options):
         None,
     ],
 )
-def test_a_data_set_names_files_beside_it_and_nothing_else(
-    listing, pictures, trace, cache, name, monkeypatch, tmp_path
-):
+def test_a_data_set_may_only_name_files_beside_it(listing, pictures, trace, cache, name, monkeypatch, tmp_path):
     outside = pictures.shards()
     os.rename(tmp_path / "train-000000.tar", tmp_path / "outside.tar")
     assert outside
@@ -81,7 +79,7 @@ def test_a_data_set_names_files_beside_it_and_nothing_else(
     assert not trace.exists()
 
 
-def test_names_in_a_data_set_are_no_patterns(listing):
+def test_names_in_a_data_set_are_not_expanded_as_patterns(listing):
     with pytest.raises(FileNotFoundError, match=r"no shard .*train-\*\.tar"):
         consume(listing("train-*.tar"), cache=True)
     with pytest.raises(FileNotFoundError, match="no shard"):
@@ -89,7 +87,7 @@ def test_names_in_a_data_set_are_no_patterns(listing):
     assert len(consume(listing("train-000000.tar", "train-000001.tar"), cache=True)) == 12
 
 
-def test_a_directory_whose_name_holds_colons_is_read(listing, tmp_path):
+def test_a_directory_with_colons_in_its_name_is_read(listing, tmp_path):
     directory = listing("train-000000.tar", "train-000001.tar").rename(tmp_path / "a::b")
     assert len(consume(directory, cache=True)) == len(consume(directory)) == 12
 
@@ -125,7 +123,7 @@ def test_a_broken_sizes_json_is_named(pictures):
     "pattern",
     ["pipe:touch TRACE", "PATH::pipe:touch TRACE", "pip{e,e}:touch TRACE", "PIPE:touch TRACE", " pipe:touch TRACE"],
 )
-def test_a_pipe_runs_only_where_it_is_allowed(pictures, trace, pattern, options):
+def test_a_pipe_runs_only_if_allowed(pictures, trace, pattern, options):
     source = pattern.replace("PATH", pictures.shards()).replace("TRACE", f"{trace} #.tar")
     size = {} if "cache" in options else {"train_num_samples": 24}
     with pytest.raises(ValueError, match=r"train_data: '\s*(pipe|PIPE):touch .* would run a command .*--allow-pipe"):
@@ -140,7 +138,7 @@ def test_an_allowed_pipe_is_read(pictures):
     assert sorted(picture for picture, _, _ in seen) == list(range(24))
 
 
-def test_evaluation_runs_no_pipe(trace):
+def test_evaluation_never_runs_a_pipe(trace):
     with pytest.raises(ValueError, match="would run a command"):
         eval_samples(f"pipe:touch {trace} #.tar", preprocess)
     with pytest.raises(ValueError, match="would run a command"):
@@ -150,7 +148,7 @@ def test_evaluation_runs_no_pipe(trace):
     assert not trace.exists()
 
 
-def test_a_file_named_like_a_pipe_is_a_file(pictures, trace, monkeypatch):
+def test_a_file_named_like_a_pipe_is_read_as_a_file(pictures, trace, monkeypatch):
     pictures.shards(shards=1)
     monkeypatch.chdir(pictures.folder)
     os.rename("train-000000.tar", "pipe:touch trace #.tar")
@@ -161,19 +159,19 @@ def test_a_file_named_like_a_pipe_is_a_file(pictures, trace, monkeypatch):
 
 @pytest.mark.parametrize("scheme", ["http", "https", "gs", "sftp"])
 def test_a_url_cannot_break_out_of_the_quotes_that_webdataset_puts_around_it(trace, scheme):
-    with pytest.raises(ValueError, match="holds a quote"):
+    with pytest.raises(ValueError, match="contains a quote"):
         consume(f"{scheme}://localhost/a'; touch {trace}; '.tar", train_num_samples=3)
     assert not trace.exists()
 
 
-def test_a_url_that_nothing_reads_is_refused_by_name():
+def test_a_url_with_an_unknown_scheme_is_refused_by_name():
     for url in ("s3://bucket/a.tar", "file:///a.tar", "ftp://host/a.tar"):
-        with pytest.raises(ValueError, match=f"train_data: '{url}': nothing reads"):
+        with pytest.raises(ValueError, match=f"train_data: '{url}' has the unknown scheme"):
             consume(url, train_num_samples=3)
 
 
-def test_members_that_are_no_plain_files_are_left_alone(pictures, picture, tmp_path):
-    """Links, absolute names and `..` in a shard: what they point to is not read, and nothing is written."""
+def test_members_that_are_not_regular_files_are_ignored(pictures, picture, tmp_path):
+    """Links, absolute names and `..` in a shard: their targets are not read, and nothing is written."""
     (tmp_path / "secret.txt").write_text("1 0")
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
         for name, kind, target in (
@@ -208,7 +206,7 @@ def test_members_that_are_no_plain_files_are_left_alone(pictures, picture, tmp_p
 
 
 def test_an_image_does_not_start_ghostscript(tmp_path, trace, monkeypatch):
-    """Pillow hands EPS to the program `gs`, whatever the file is called."""
+    """Pillow runs the program `gs` on EPS, whatever the file extension."""
     program = tmp_path / "bin" / "gs"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\ntouch {trace}\n")
@@ -216,7 +214,7 @@ def test_an_image_does_not_start_ghostscript(tmp_path, trace, monkeypatch):
     monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
-    with pytest.raises(ValueError, match="it is no image, or of no format that is read"):
+    with pytest.raises(ValueError, match="it is not an image of a supported format"):
         load_image(eps)
     assert not trace.exists()
     with pytest.raises(OSError):
@@ -224,7 +222,7 @@ def test_an_image_does_not_start_ghostscript(tmp_path, trace, monkeypatch):
     assert trace.exists()
 
 
-def test_annotations_name_images_in_their_directory_and_no_others(tmp_path, picture):
+def test_annotations_may_only_name_images_in_their_directory(tmp_path, picture):
     root = tmp_path / "coco"
     (root / "val2014").mkdir(parents=True)
     (tmp_path / "secret.png").write_bytes(picture(1))
@@ -238,17 +236,17 @@ def test_annotations_name_images_in_their_directory_and_no_others(tmp_path, pict
             datasets.csv(root, "test", ",", "filepath", "title")
 
 
-def test_the_number_of_shards_is_no_request_for_memory(tmp_path, pictures):
+def test_a_huge_number_of_shards_allocates_no_memory(tmp_path, pictures):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "nshards.txt").write_text("1000000000000000")
     with pytest.raises(FileNotFoundError, match=r"there is no shard .*0\.tar"):
         datasets.webdataset(tmp_path)
     (tmp_path / "test" / "nshards.txt").write_text("many")
-    with pytest.raises(ValueError, match=r"nshards\.txt holds no number"):
+    with pytest.raises(ValueError, match=r"nshards\.txt contains no number"):
         datasets.webdataset(tmp_path)
 
 
-def test_an_icon_shows_no_image_of_the_disk(tmp_path):
+def test_an_icon_cannot_include_a_file_from_disk(tmp_path):
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "secret.png")
     for body in (
         f'<image href="{tmp_path}/secret.png" width="16" height="16"/>',

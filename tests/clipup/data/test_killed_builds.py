@@ -1,4 +1,4 @@
-"""Data sets whose making was killed, and two that are made at once."""
+"""Killed builds of data sets, and concurrent ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, monkeypatch):
+def test_files_of_a_killed_build_are_removed_by_the_next_one(tmp_path, monkeypatch):
     out = tmp_path / "data"
     with monkeypatch.context() as patch:
         patch.setattr(shard_writer, "write_sizes", kill_self)  # after the shards
@@ -55,7 +55,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(tmp_path, monkeypatch):
     assert names(tmp_path) == ["data"]
 
 
-def test_a_data_set_whose_replacement_was_killed_is_put_back(tmp_path, monkeypatch):
+def test_a_data_set_whose_replacement_was_killed_is_restored(tmp_path, monkeypatch):
     out = tmp_path / "data"
     before = build(out)
     rename, calls = Path.rename, []
@@ -65,18 +65,18 @@ def test_a_data_set_whose_replacement_was_killed_is_put_back(tmp_path, monkeypat
         return rename(self, target) if len(calls) == 1 else kill_self()
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", kill_at_the_second)  # the old one is away, the new one not in place
+        patch.setattr(Path, "rename", kill_at_the_second)  # between moving the old one away and the new one into place
         in_a_process(lambda: build(out, size=40, overwrite=True)).join()
     assert not out.exists()
 
-    with pytest.raises(ValueError, match="holds another data set"):
+    with pytest.raises(ValueError, match="contains another data set"):
         build(out, size=40)
 
     assert names(tmp_path) == ["data"]
     assert build(out) == before
 
 
-def test_a_data_set_in_the_making_is_not_touched_by_another_build(tmp_path, monkeypatch):
+def test_a_build_in_progress_is_not_disturbed_by_another_one(tmp_path, monkeypatch):
     out, writing = tmp_path / "data", FORK.Event()
 
     def wait(*args):
@@ -99,7 +99,7 @@ def test_a_data_set_in_the_making_is_not_touched_by_another_build(tmp_path, monk
     assert names(tmp_path) == ["data"]
 
 
-def test_a_finished_data_set_is_read_where_nothing_can_be_written(tmp_path, monkeypatch):
+def test_a_finished_data_set_in_a_read_only_directory_is_read(tmp_path, monkeypatch):
     build(tmp_path / "data")
 
     def no_lock(*args):

@@ -1,5 +1,5 @@
-"""Rows and images that cannot be read: left out, named and counted once, never replaced by a row that is in the batch,
-and too many of them stop the run."""
+"""Unreadable rows and images: skipped, logged and counted once, never replaced by a row of the same batch, and too many
+of them stop the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPOILT = (3, 17, 40)
 
 
 def spoilt(pictures, kind, numbers=SPOILT, count=60):
-    """A source of pictures of which these cannot be decoded."""
+    """A source of pictures; those with these numbers cannot be decoded."""
     source = pictures.csv(count) if "csv" in kind else pictures.shards(count)
     for n in numbers:
         if "csv" in kind:
@@ -40,7 +40,7 @@ def batches_of(data, epoch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_cannot_be_decoded_is_named_and_counted_once(pictures, kind, workers, caplog):
+def test_an_undecodable_image_is_logged_and_counted_once(pictures, kind, workers, caplog):
     with caplog.at_level(logging.WARNING):
         data = loader(kind, spoilt(pictures, kind), workers=workers)
         for epoch in range(3):
@@ -50,13 +50,13 @@ def test_what_cannot_be_decoded_is_named_and_counted_once(pictures, kind, worker
     assert len(named) == 3
     for n in SPOILT:
         (line,) = [line for line in named if f"/{n}.png" in line or f" s{n} in" in line]
-        assert "it is no image" in line or "Truncated" in line
+        assert "it is not an image" in line or "Truncated" in line
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["csv", "cached csv"])
-def test_rows_that_cannot_be_used_leave_the_index(pictures, kind, workers, caplog):
-    """Missing, empty, without image or caption, a directory: an epoch is as long as the rows that are left."""
+def test_unusable_rows_are_removed_from_the_index(pictures, kind, workers, caplog):
+    """Missing, empty, without image or caption, a directory: an epoch has the remaining rows."""
     source = pictures.csv(40)
     (pictures.folder / "3.png").unlink()
     (pictures.folder / "9.png").write_bytes(b"")
@@ -72,23 +72,23 @@ def test_rows_that_cannot_be_used_leave_the_index(pictures, kind, workers, caplo
     assert sorted(seen) == [n for n in range(40) if n not in (3, 9)]
     assert len(caplog.messages) == 7 and data.skipped == 7
     for part in ("3.png): its image cannot be opened (No such file", "its image is an empty file", "it has no image",
-                 "its image is no file", "it has 3 cells, the header has 2", "it has no caption"):  # fmt: skip
+                 "its image is not a file", "it has 3 cells, the header has 2", "it has no caption"):  # fmt: skip
         assert part in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_batch_holds_a_row_twice(pictures, kind):
-    """24 of 240 cannot be read, and every row that can stands in for others now and then."""
+def test_no_batch_contains_a_row_twice(pictures, kind):
+    """24 of 240 rows are unreadable and replaced by readable ones."""
     data = loader(kind, spoilt(pictures, kind, range(0, 240, 10), 240), batch_size=16)
     for epoch in range(3):
         batches = batches_of(data, epoch)
         assert len(batches) == 15
-        assert all(len(set(batch)) == 16 for batch in batches[:13])  # then a stream may begin again within a batch
+        assert all(len(set(batch)) == 16 for batch in batches[:13])  # a stream may start over within the last ones
     assert data.skipped == 24
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_a_batch_of_a_csv_holds_depends_neither_on_the_past_nor_on_workers(pictures, workers):
+def test_batches_of_a_csv_depend_neither_on_earlier_epochs_nor_on_workers(pictures, workers):
     source = spoilt(pictures, "csv", range(0, 60, 10))
     reference = loader("csv", source)
     epochs = [batches_of(reference, epoch) for epoch in range(3)]
@@ -98,7 +98,7 @@ def test_what_a_batch_of_a_csv_holds_depends_neither_on_the_past_nor_on_workers(
     assert batches_of(loader("csv", source, workers=workers, epoch=1), 1) == epochs[1]
 
 
-def test_a_row_stands_in_only_where_one_cannot_be_read(pictures):
+def test_only_unreadable_rows_are_replaced(pictures):
     whole = batches_of(loader("csv", pictures.csv(60)), 0)
     damaged = batches_of(loader("csv", spoilt(pictures, "csv")), 0)
     for before, after in zip(whole, damaged, strict=True):
@@ -106,7 +106,7 @@ def test_a_row_stands_in_only_where_one_cannot_be_read(pictures):
         assert after[: len(good)] == good
 
 
-def test_ranks_have_equally_many_batches_and_no_row_at_once(pictures):
+def test_ranks_have_equally_many_batches_and_never_share_a_row(pictures):
     source = spoilt(pictures, "csv", range(0, 60, 10))
     ranks = [batches_of(loader("csv", source, world_size=2, rank=rank), 0) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1]) == 7
@@ -116,7 +116,7 @@ def test_ranks_have_equally_many_batches_and_no_row_at_once(pictures):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_above_the_share_that_may_be_skipped_reading_stops(pictures, kind, workers):
+def test_reading_stops_above_the_largest_skipped_share(pictures, kind, workers):
     source = spoilt(pictures, kind, range(0, 60, 8))  # 8 of 60
     message = (
         r"max_skipped: [78] of 60 samples cannot be read, more than the share of 0.1 .*(png|tar).*raise max_skipped"
@@ -131,7 +131,7 @@ def test_above_the_share_that_may_be_skipped_reading_stops(pictures, kind, worke
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rank_judges_by_its_own_part_and_allows_for_chance(pictures, kind):
+def test_a_rank_checks_its_own_part_with_a_tolerance(pictures, kind):
     source = spoilt(pictures, kind, range(0, 120, 15), 120)
     for rank in (0, 1):
         batches_of(loader(kind, source, world_size=2, rank=rank, max_skipped=0.05), 0)
@@ -142,7 +142,7 @@ def test_a_rank_judges_by_its_own_part_and_allows_for_chance(pictures, kind):
 
 
 @pytest.mark.parametrize("kind", ["csv", "cached csv"])
-def test_data_of_which_most_is_missing_are_refused_before_the_first_batch(pictures, kind):
+def test_data_with_most_files_missing_are_refused_before_the_first_batch(pictures, kind):
     source = pictures.csv(100)
     for n in range(4, 100):
         (pictures.folder / f"{n}.png").unlink()
@@ -155,8 +155,8 @@ def test_data_of_which_most_is_missing_are_refused_before_the_first_batch(pictur
     assert len(eval_samples(source, preprocess, max_skipped=0.96)) == 4
 
 
-def test_a_stream_longer_than_its_epoch_is_judged_by_what_it_holds(pictures):
-    """With 10 samples an epoch of 60, 4 unreadable ones are few."""
+def test_a_stream_longer_than_its_epoch_is_checked_by_its_own_size(pictures):
+    """With epochs of 10 of the 60 samples, 4 unreadable ones are few."""
     source = spoilt(pictures, "webdataset", (1, 16, 31, 46))
     data = loader("webdataset", source, batch_size=2, train_num_samples=10)
     for epoch in range(20):
@@ -165,6 +165,6 @@ def test_a_stream_longer_than_its_epoch_is_judged_by_what_it_holds(pictures):
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
-def test_a_share_that_is_none_is_refused(pictures, share):
+def test_a_share_out_of_range_is_refused(pictures, share):
     with pytest.raises(ValueError, match=r"max_skipped: got .*, expected a share from 0 to 1"):
         loader("csv", pictures.csv(), max_skipped=share)

@@ -146,7 +146,7 @@ def test_captions_are_read_as_they_are_written(pictures, picture, caption):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_of_several_images_of_a_sample_the_same_is_taken(pictures, picture, cached):
+def test_of_several_images_of_a_sample_all_loaders_use_the_same_one(pictures, picture, cached):
     members = [("a.png", picture(1)), ("a.jpg", picture(2)), ("a.TXT", b"two images")]
     size = {} if cached else {"train_num_samples": 1}
     path = pictures.tar("train.tar", members)
@@ -166,14 +166,14 @@ def test_captions_in_json_are_read_alike(pictures, picture, cached):
 
 
 @pytest.mark.parametrize("kind", ["csv", "cached csv"])
-def test_a_stray_quote_is_named_and_the_rows_that_it_swallows_are_counted(pictures, kind, caplog):
+def test_a_stray_quote_is_named_and_the_rows_in_it_are_counted(pictures, kind, caplog):
     source = pictures.csv(20)
     image = pictures.folder / "1.png"
     with open(source, "a") as file:
         file.write(f'{image}\t"1 0 begins\n{image}\t1 1\n{image}\t1 1\n{image}\t1 "2" ends\n{image}\t2 1\n')
     data = train_loader(source, preprocess, lengths, 1, 0, cache="cached" in kind, progress=False, max_skipped=0.2)
     assert data.skipped == 4 and data.dataloader.num_batches == 21
-    assert "line 62 of" in caplog.text and "swallows 3 more rows" in caplog.text
+    assert "line 62 of" in caplog.text and "takes in 3 more rows" in caplog.text
 
 
 def test_a_text_that_is_not_utf8_is_named(pictures, picture, caplog, tmp_path):
@@ -199,7 +199,7 @@ def test_a_text_that_is_not_utf8_is_named(pictures, picture, caplog, tmp_path):
         read_lines(tmp_path / "classes.txt")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_column(pictures):
+def test_a_byte_order_mark_is_not_part_of_the_first_column(pictures):
     source = pictures.csv(4)
     with open(source, "rb") as file:
         content = file.read()
@@ -208,7 +208,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(pictures):
     assert train_loader(source, preprocess, lengths, 2, 0).dataloader.num_batches == 2
 
 
-def test_the_separator_may_be_written_as_a_shell_has_it(pictures):
+def test_the_separator_may_be_an_escaped_tab(pictures):
     assert train_loader(pictures.csv(4), preprocess, lengths, 2, 0, csv_separator="\\t").dataloader.num_batches == 2
     with pytest.raises(ValueError, match="csv_separator: got '||', expected one character"):
         train_loader(pictures.csv(4), preprocess, lengths, 2, 0, csv_separator="||")
@@ -225,13 +225,13 @@ def large_png(width, height):
 
 
 @pytest.mark.parametrize("side", [13_000, 30_000, 100_000])
-def test_pixels_are_bounded_before_they_are_decoded(side):
-    message = rf"{side} x {side} pixels are more than the {MAX_PIXELS} that are decoded \(max_image_pixels\)"
+def test_the_limit_on_pixels_is_checked_before_decoding(side):
+    message = rf"its {side} x {side} pixels exceed the limit of {MAX_PIXELS} \(max_image_pixels\)"
     with pytest.raises(ValueError, match=message):
         load_image(large_png(side, side))
 
 
-def test_the_bound_can_be_raised_above_pillows_and_pillows_stays(picture):
+def test_the_limit_on_pixels_can_exceed_pillows_which_is_unchanged(picture):
     with pytest.raises(OSError):  # what is missing is the data
         load_image(large_png(30_000, 30_000), max_pixels=10**9)
     assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
@@ -240,21 +240,21 @@ def test_the_bound_can_be_raised_above_pillows_and_pillows_stays(picture):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_bound_holds_in_every_loader(pictures, picture, kind, caplog):
+def test_every_loader_has_the_limit_on_pixels(pictures, picture, kind, caplog):
     contents = [(picture(n), "png", "small") for n in range(3)] + [(large_png(5, 4), "png", "large")]
     seen, skipped = served(pictures, kind, contents, max_image_pixels=16)
     assert len(seen) == 3 and skipped == 1
-    assert "5 x 4 pixels are more than the 16 that are decoded" in caplog.text
+    assert "its 5 x 4 pixels exceed the limit of 16" in caplog.text
 
 
-def test_a_bound_below_one_pixel_is_refused(pictures):
+def test_a_limit_below_one_pixel_is_refused(pictures):
     for read in (lambda n: train_loader(pictures.csv(), preprocess, lengths, 1, max_image_pixels=n),
                  lambda n: eval_samples(pictures.csv(), preprocess, max_image_pixels=n)):  # fmt: skip
         with pytest.raises(ValueError, match="max_image_pixels: got 0, expected at least 1"):
             read(0)
 
 
-def test_eval_says_which_option_bounds_pixels(pictures, tmp_path, capsys):
+def test_eval_names_the_option_that_limits_pixels(pictures, tmp_path, capsys):
     (tmp_path / "root" / "cat").mkdir(parents=True)
     (tmp_path / "root" / "cat" / "a.png").write_bytes(large_png(13_000, 13_000))
     (tmp_path / "classes.txt").write_text("cat\n")

@@ -22,7 +22,7 @@ def arm(t2i, i2t, steps, seconds, params, active, gflops):
 
 
 def make_report(t2i=0.2433, i2t=0.2461):
-    """What report.json holds; the dense model continued has 0.231 and 0.239."""
+    """What report.json holds; the dense baseline (continued training) has 0.231 and 0.239."""
     return {
         "data": {"name": "pictograms", "train_pairs": 11873, "test_images": 1012, "test_captions": 3988},
         "chance_r1": 1 / 1012,

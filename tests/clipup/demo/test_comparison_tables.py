@@ -12,7 +12,7 @@ def test_the_terminal_table_is_ascii_and_fits_100_columns(report):
 
 
 def test_the_terminal_table_ends_with_the_verdict(make):
-    assert "behind the dense model continued" in " ".join(comparison_table(make.report(0.2, 0.2)).split())
+    assert "behind the dense baseline (continued training)" in " ".join(comparison_table(make.report(0.2, 0.2)).split())
 
 
 def test_chance_and_gallery_size_are_shown(report):

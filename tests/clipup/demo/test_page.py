@@ -59,7 +59,7 @@ def test_chance_gallery_and_the_difference_at_step_zero_are_on_the_first_screen(
 @pytest.mark.parametrize("r1, standing", [(0.30, "ahead of"), (0.15, "behind")])
 def test_the_verdict_says_it_as_loudly_when_clip_up_is_worse(make, r1, standing):
     html = render_demo(**make.inputs(make.report(r1, r1)))
-    assert re.search(rf'<p class="statement" id="verdict">[^<]*CLIP-UP is {standing} the dense model', html)
+    assert re.search(rf'<p class="statement" id="verdict">[^<]*CLIP-UP is {standing} the dense baseline', html)
 
 
 def test_nothing_is_loaded_from_anywhere_and_nothing_runs(inputs):

@@ -11,16 +11,32 @@ DENSE_T2I, DENSE_I2T = 0.231, 0.239
 @pytest.mark.parametrize(
     "lead_t2i, lead_i2t, standing",
     [
-        (0.06, 0.05, "CLIP-UP is ahead of the dense model continued:"),
-        (-0.06, -0.05, "CLIP-UP is behind the dense model continued:"),
-        (0.06, -0.05, "CLIP-UP is ahead of the dense model continued in one direction and behind it in the other:"),
-        (-0.06, 0.05, "CLIP-UP is ahead of the dense model continued in one direction and behind it in the other:"),
-        (0.0, 0.0, "CLIP-UP and the dense model continued are level:"),
-        (0.0004, -0.0004, "CLIP-UP and the dense model continued are level:"),
-        (0.012, 0.008, "CLIP-UP and the dense model continued are level within the sampling error:"),
-        (-0.03, 0.03, "CLIP-UP and the dense model continued are level within the sampling error:"),
-        (0.06, 0.01, "CLIP-UP is ahead of the dense model continued in one direction and level in the other:"),
-        (0.0, -0.06, "CLIP-UP is behind the dense model continued in one direction and level in the other:"),
+        (0.06, 0.05, "CLIP-UP is ahead of the dense baseline (continued training):"),
+        (-0.06, -0.05, "CLIP-UP is behind the dense baseline (continued training):"),
+        (
+            0.06,
+            -0.05,
+            "CLIP-UP is ahead of the dense baseline (continued training) in one direction and behind it in the other:",
+        ),
+        (
+            -0.06,
+            0.05,
+            "CLIP-UP is ahead of the dense baseline (continued training) in one direction and behind it in the other:",
+        ),
+        (0.0, 0.0, "CLIP-UP and the dense baseline (continued training) are level:"),
+        (0.0004, -0.0004, "CLIP-UP and the dense baseline (continued training) are level:"),
+        (0.012, 0.008, "CLIP-UP and the dense baseline (continued training) are level within the sampling error:"),
+        (-0.03, 0.03, "CLIP-UP and the dense baseline (continued training) are level within the sampling error:"),
+        (
+            0.06,
+            0.01,
+            "CLIP-UP is ahead of the dense baseline (continued training) in one direction and level in the other:",
+        ),
+        (
+            0.0,
+            -0.06,
+            "CLIP-UP is behind the dense baseline (continued training) in one direction and level in the other:",
+        ),
     ],
 )
 def test_the_verdict_says_which_way_it_fell(make, lead_t2i, lead_i2t, standing):

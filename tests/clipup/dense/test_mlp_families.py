@@ -142,7 +142,7 @@ def mlp_with_one_bias():
         (timm.layers.Mlp(D, H, norm_layer=timm.layers.RmsNorm), r"RmsNorm \(norm\) between its projections"),
         (
             timm.layers.Mlp(D, H, drop=0.1),
-            r"drop2=Dropout\(p=0.1, .*behind its projections: the experts have no dropout",
+            r"drop2=Dropout\(p=0.1, .*after its projections: experts have no dropout",
         ),
         (timm.layers.Mlp(D, H, drop=(0.0, 0.2)), r"drop2=Dropout\(p=0.2"),
         (
@@ -201,7 +201,7 @@ def test_norm_in_front_of_the_projections_is_left_to_upcycle():
     mlp = GeGluMlp(D, H)
     draw_biases_and_norms(mlp)
     with pytest.raises(
-        TypeError, match="has a norm in front of its projections, which is no part of an expert; use clip"
+        TypeError, match="has a norm in front of its projections, which is not part of an expert; use clip"
     ):
         SparseMoE.from_dense(mlp)
     dense = read_mlp(mlp)

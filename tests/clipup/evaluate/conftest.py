@@ -27,6 +27,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def model_cfg() -> dict:
+    return MODEL_CFG
+
+
+@pytest.fixture
 def model() -> nn.Module:
     """A tiny sparse CLIP."""
     torch.manual_seed(0)
@@ -46,7 +51,7 @@ def tokenizer() -> Callable:
 
 
 class Oracle(nn.Module):
-    """A model that knows: an image is one of 8 numbers, written in all its pixels, and a text names the number."""
+    """A perfect model: an image is one of 8 numbers, the value of all its pixels, and a text contains the number."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import benchmark_layouts as layouts
+import open_clip
 import pytest
 from PIL import Image
 
+import clipup
 from clipup.cli import main
 from clipup.moe.layer import SparseMoE
 from clipup.moe.prepared import PreparedMoE
@@ -28,7 +31,7 @@ def val_data(tmp_path):
 
 @pytest.fixture
 def damaged_data(val_data, tmp_path):
-    """The same with a row whose picture is broken."""
+    """The same with one row whose picture is broken."""
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with open(val_data, "a") as file:
         file.write(f"{tmp_path / 'broken.png'}\tbroken\n")
@@ -63,7 +66,7 @@ def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, t
     assert "1 samples could not be read" in table
 
 
-def test_eval_refuses_data_of_which_more_than_a_tenth_cannot_be_read(directory, damaged_data, capsys):
+def test_eval_refuses_data_with_more_than_a_tenth_unreadable(directory, damaged_data, capsys):
     assert run(directory, "--val-data", damaged_data) == 2
 
     assert "max_skipped: 1 of 5 samples cannot be read" in capsys.readouterr().err
@@ -110,6 +113,23 @@ def test_a_directory_without_a_model_is_named(tmp_path, val_data, capsys):
     assert "no open_clip_config.json" in capsys.readouterr().err
 
 
+def test_a_vocabulary_smaller_than_the_tokenizers_ids_is_named(model_cfg, val_data, classes, tmp_path, capsys):
+    config = model_cfg | {"text_cfg": model_cfg["text_cfg"] | {"vocab_size": 100}}
+    clipup.save_pretrained(open_clip.CLIP(**config), tmp_path / "damaged", config)
+    for data in (["--val-data", val_data], classes):
+        assert run(tmp_path / "damaged", *data) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("clipup eval: the tokenizer gives token id 49407") and "embedding [100, 32]" in error
+        assert "hf_tokenizer_name in the text_cfg" in error
+
+
+def test_eval_restores_the_level_of_logging(directory, val_data):
+    before = logging.getLogger().level
+    assert run(directory, "--val-data", val_data) == 0
+    assert run(directory, "--val-data", "nowhere.csv") == 2
+    assert logging.getLogger().level == before != logging.ERROR
+
+
 def test_nothing_to_measure_is_refused(directory, capsys):
     with pytest.raises(SystemExit):
         run(directory)
@@ -145,7 +165,7 @@ def test_imagenet_is_classified_with_open_clips_names_and_templates(directory, t
 
 
 @pytest.mark.parametrize("retrieval", [True, False])
-def test_shards_of_clip_benchmark_are_measured_as_they_say(directory, tmp_path, capsys, retrieval):
+def test_shards_of_clip_benchmark_are_measured_by_their_type(directory, tmp_path, capsys, retrieval):
     root = layouts.webdataset(tmp_path / "data", retrieval)
 
     found = results(directory, capsys, "--dataset", "webdataset", "--root", root)
@@ -179,7 +199,7 @@ def test_a_benchmark_with_an_image_that_cannot_be_read_is_refused(directory, tmp
     assert "cannot read the image COCO_val2014_000000391896.jpg" in capsys.readouterr().err
 
 
-def test_numbers_go_into_the_card_of_the_model_on_request(directory, tmp_path, capsys):
+def test_results_are_added_to_the_model_card_on_request(directory, tmp_path, capsys):
     root = layouts.coco(tmp_path / "coco")
     assert run(directory, "--dataset", "coco", "--root", root, "--card") == 0
     printed = capsys.readouterr().out.splitlines()[1].split()
@@ -188,7 +208,7 @@ def test_numbers_go_into_the_card_of_the_model_on_request(directory, tmp_path, c
 
     assert f"| coco test: 12 images, 60 captions | text to image R@1 | {printed[2]} |" in card
     assert run("ViT-B-32", "--dataset", "coco", "--root", root, "--card") == 2
-    assert "card: ViT-B-32 is no directory" in capsys.readouterr().err
+    assert "card: ViT-B-32 is not a local directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -197,7 +217,7 @@ def test_numbers_go_into_the_card_of_the_model_on_request(directory, tmp_path, c
         (["--dataset", "coco"], "a benchmark needs both --dataset and --root"),
         (["--dataset", "coco", "--root", ".", "--val-data", "a.csv"], "names the data already"),
         (["--dataset", "coco", "--root", ".", "--captions-per-image", "0"], "captions_per_image must be at least 1"),
-        (["--val-data", "a.csv", "--captions-per-image", "5"], "captions_per_image is about a benchmark"),
+        (["--val-data", "a.csv", "--captions-per-image", "5"], "captions_per_image applies to benchmarks only"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(directory, capsys, options, message):

@@ -1,4 +1,4 @@
-"""clipup's models in CLIP_benchmark, from the command line and without a network."""
+"""Models of clipup in CLIP_benchmark, from the command line and without a network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def benchmark(*arguments):
     return done.stdout
 
 
-def test_clip_benchmark_measures_the_recall_that_clipup_eval_does(directory, tmp_path, capsys):
+def test_clip_benchmark_measures_the_same_recall_as_clipup_eval(directory, tmp_path, capsys):
     root = layouts.coco(tmp_path / "data")
     options = ["--model_type", "clipup", "--model", directory, "--dataset", "mscoco_captions", "--dataset_root", root]
     benchmark(*options, "--no_amp", "--recall_k", *KS, "--output", tmp_path / "theirs.json")
@@ -43,7 +43,7 @@ def test_clip_benchmark_measures_the_recall_that_clipup_eval_does(directory, tmp
     assert 0 < found["t2i"]["r5"] < 1
 
 
-def test_clip_benchmark_classifies_as_clipup_eval_does(directory, tmp_path, capsys):
+def test_clip_benchmark_measures_the_same_accuracy_as_clipup_eval(directory, tmp_path, capsys):
     root = layouts.webdataset(tmp_path / "data", retrieval=False)
     options = ["--model", directory, "--dataset", "wds/words", "--dataset_root", root]
     benchmark(*options, "--no_amp", "--output", tmp_path / "theirs.json")
@@ -52,7 +52,7 @@ def test_clip_benchmark_classifies_as_clipup_eval_does(directory, tmp_path, caps
     assert main(["eval", str(directory), "--dataset", "webdataset", "--root", str(root), *OURS]) == 0
     found = json.loads(capsys.readouterr().out)["zero_shot"]
 
-    assert theirs["pretrained"] == ""  # nobody named a tag, and none is recorded
+    assert theirs["pretrained"] == ""  # no tag was given, and none is recorded
     assert found["top1"] == pytest.approx(theirs["metrics"]["acc1"])
     assert (found["images"], found["classes"]) == (12, 3)
 
@@ -68,7 +68,7 @@ def test_a_loaded_model_runs_under_clip_benchmarks_autocast(directory, tmp_path)
         assert model.encode_text(tokenizer(["a cat"])).isfinite().all()
 
 
-def test_on_a_cpu_the_command_line_prepares_its_model_and_leaves_autocast_out(directory, monkeypatch):
+def test_on_a_cpu_the_command_line_prepares_its_model_and_uses_no_autocast(directory, monkeypatch):
     import clipup.evaluate.clip_benchmark as ours
 
     seen = []

@@ -1,4 +1,4 @@
-"""Retrieval recall: known values, a naive twin, and CLIP_benchmark's own function."""
+"""Retrieval recall: known values, a naive implementation, and CLIP_benchmark's own function."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_recall_is_that_of_clip_benchmark(images, texts):
         assert (ours["t2i"][f"r{k}"], ours["i2t"][f"r{k}"]) == pytest.approx(theirs, abs=1e-6), f"seed {seed}"
 
 
-def test_recall_of_scores_worked_out_by_hand():
+def test_recall_of_hand_computed_scores():
     # rows of scores: captions a0, a1 (of image 0) and b (of image 1) against images 0 and 1
     image_features = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     text_features = torch.tensor([[0.2, 0.8], [0.9, 0.1], [0.3, 0.7]])
@@ -73,7 +73,7 @@ def naive(image_features, text_features, image_of_text, k):
 
 @given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 10**6), st.integers(1, 7))
 @settings(max_examples=60, deadline=None)
-def test_recall_equals_a_naive_twin_whatever_the_chunk(images, more, seed, chunk):
+def test_recall_equals_a_naive_implementation_for_every_chunk_size(images, more, seed, chunk):
     drawn = features(images, images + more, seed, noise=2.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK", chunk)
@@ -109,7 +109,7 @@ def test_a_collapsed_model_is_at_chance():
         (torch.ones(2, 4), torch.ones(2, 4), torch.arange(3), "an image for each of 2 texts"),
         (torch.ones(2, 4), torch.ones(2, 4), torch.tensor([0, 2]), r"must lie in 0..1, got 0..2"),
         (torch.ones(2, 4), torch.ones(2, 4), torch.tensor([0, 0]), "image 1 has no caption"),
-        (torch.ones(2, 4), torch.ones(2, 4) * torch.nan, torch.arange(2), "text_features holds NaN"),
+        (torch.ones(2, 4), torch.ones(2, 4) * torch.nan, torch.arange(2), "text_features contains NaN"),
     ],
 )
 def test_features_that_cannot_be_ranked_are_refused(image_features, text_features, image_of_text, message):
@@ -118,7 +118,7 @@ def test_features_that_cannot_be_ranked_are_refused(image_features, text_feature
 
 
 def drawn_relation(images, texts, more, seed):
-    """Features, and (text, image) pairs in which every image and every text has a partner and some have several."""
+    """Features, and (text, image) pairs with one or several matches for every image and every text."""
     generator = torch.Generator().manual_seed(seed)
     image_features = F.normalize(torch.randn(images, 8, generator=generator), dim=-1)
     text_features = F.normalize(torch.randn(texts, 8, generator=generator), dim=-1)
@@ -131,7 +131,7 @@ def drawn_relation(images, texts, more, seed):
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 20), st.integers(0, 10**6), st.integers(1, 7))
 @settings(max_examples=60, deadline=None)
-def test_every_image_of_a_text_is_a_right_answer_and_every_text_of_an_image(images, texts, more, seed, chunk):
+def test_every_image_of_a_text_is_a_match_and_every_text_of_an_image(images, texts, more, seed, chunk):
     image_features, text_features, pairs = drawn_relation(images, texts, more, seed)
     right = set(map(tuple, pairs.tolist()))
     scores = (text_features @ image_features.T).tolist()
@@ -148,7 +148,7 @@ def test_every_image_of_a_text_is_a_right_answer_and_every_text_of_an_image(imag
     assert result["chance_r1"] == pytest.approx(len(right) / images / texts)
 
 
-def test_nll_is_minus_log_of_the_probability_of_right_answers():
+def test_nll_is_minus_log_of_the_probability_of_the_matches():
     image_features, text_features, pairs = drawn_relation(9, 6, 8, torch.seed() % 2**31)
     relation = torch.zeros(6, 9, dtype=torch.bool)
     relation[pairs[:, 0], pairs[:, 1]] = True
@@ -161,7 +161,7 @@ def test_nll_is_minus_log_of_the_probability_of_right_answers():
         assert nll[way] == pytest.approx(-probability.log().mean().item(), rel=1e-5)
 
 
-def test_with_multi_positive_a_caption_finds_any_image_that_it_stands_beside(oracle, number_tokenizer, number_image):
+def test_with_multi_positive_a_caption_matches_all_its_images(oracle, number_tokenizer, number_image):
     # two images of number 0 have the caption "picture 1", as the image of number 1 has
     samples = [(number_image(number), ["picture 1"], {"group": "a"}) for number in (0, 0, 1)]
     samples.append((number_image(2), ["picture 2"], {"group": "b"}))
@@ -169,20 +169,20 @@ def test_with_multi_positive_a_caption_finds_any_image_that_it_stands_beside(ora
     alone = evaluate_retrieval(oracle, samples, number_tokenizer)
     shared = evaluate_retrieval(oracle, samples, number_tokenizer, by="group", multi_positive=True)
 
-    assert alone["captions"] == 4 and alone["t2i"]["r1"] == 0.5  # of three equal captions one asks for image 2
+    assert alone["captions"] == 4 and alone["t2i"]["r1"] == 0.5  # one of three equal captions belongs to image 2
     assert shared["captions"] == 2 and shared["gallery"] == 4
-    assert shared["t2i"]["r1"] == 1.0  # "picture 1" is answered by image 2, whose caption it is too
+    assert shared["t2i"]["r1"] == 1.0  # image 2 also has the caption "picture 1"
     assert shared["splits"]["a"]["captions"] == 1 and shared["splits"]["a"]["gallery"] == 3
 
 
-def test_a_caption_that_stands_twice_beside_an_image_is_one_right_answer():
+def test_a_caption_repeated_for_an_image_is_one_match():
     captions, pairs = module.merge_equal(["b", "a", "b", "b"], torch.tensor([[0, 0], [1, 0], [2, 0], [3, 1]]))
 
     assert captions == ["b", "a"]
     assert pairs.tolist() == [[0, 0], [0, 1], [1, 0]]
 
 
-def test_a_data_set_is_encoded_in_batches_and_every_group_is_also_a_gallery_of_its_own(
+def test_a_data_set_is_encoded_in_batches_and_every_group_is_also_a_separate_gallery(
     oracle, number_tokenizer, number_image
 ):
     def sample(number, group, *captions):
@@ -191,7 +191,7 @@ def test_a_data_set_is_encoded_in_batches_and_every_group_is_also_a_gallery_of_i
     samples = [
         sample(0, "emoji", "picture 0", "drawing 0"),
         sample(1, "icons", "picture 1"),
-        sample(2, "emoji", "picture 1"),  # a wrong caption: it finds image 1, unless it looks among emoji alone
+        sample(2, "emoji", "picture 1"),  # a wrong caption: it finds image 1, except among emoji alone
     ]
 
     result = evaluate_retrieval(oracle, samples, number_tokenizer, batch_size=2, by="group")

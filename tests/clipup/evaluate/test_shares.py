@@ -1,4 +1,4 @@
-"""An evaluation by several processes gives the numbers of one."""
+"""A distributed evaluation gives the results of a single process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = "cat dog sun sea tree house road boat bird".split()
 
 
 def all_shares(count, call):
-    """What ``call(share)`` returns in each of ``count`` threads, which stand for processes."""
+    """The results of ``call(share)`` in ``count`` threads, which simulate processes."""
     barrier, boxes = threading.Barrier(count, timeout=60), [None] * count
 
     def gather_as(index):
@@ -43,7 +43,7 @@ def samples():
 
 @pytest.mark.parametrize("count, batch_size", [(2, 2), (3, 2), (2, 4), (4, 4)])
 @pytest.mark.parametrize("multi_positive", [False, True])
-def test_shared_retrieval_is_that_of_one_process(model, tokenizer, samples, count, batch_size, multi_positive):
+def test_distributed_retrieval_equals_that_of_one_process(model, tokenizer, samples, count, batch_size, multi_positive):
     options = {"batch_size": batch_size, "by": "group", "multi_positive": multi_positive}
     alone = evaluate_retrieval(model, samples, tokenizer, **options)
 
@@ -56,7 +56,7 @@ def test_shared_retrieval_is_that_of_one_process(model, tokenizer, samples, coun
     assert first == alone and others == [None] * (count - 1)
 
 
-def test_shared_features_are_bitwise_those_of_one_process_on_every_process(model):
+def test_distributed_features_are_bitwise_equal_to_those_of_one_process(model):
     images = [torch.randn(3, 16, 16) for _ in range(11)]
     alone = encode_images(model, images, batch_size=3)
 

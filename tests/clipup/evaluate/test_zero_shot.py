@@ -1,4 +1,4 @@
-"""Zero-shot classification on toys whose right answers are known."""
+"""Zero-shot classification on small data sets with known results."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from strangers import MakesFile
 from torchvision.transforms.functional import to_tensor
 
 from clipup.evaluate import image_folder, read_lines, zero_shot
-from clipup.evaluate.datasets import image_shards, labelled_images
+from clipup.evaluate.labelled_images import image_shards, labelled_images
 
 
 def names(count):
     return [f"number {n}" for n in range(count)]
 
 
-def test_accuracy_of_a_model_that_knows(oracle, number_tokenizer, number_image):
+def test_accuracy_of_a_perfect_model(oracle, number_tokenizer, number_image):
     samples = [(number_image(n), n) for n in range(8)]
 
     result = zero_shot(oracle, samples, names(8), number_tokenizer, batch_size=3)
@@ -40,7 +40,7 @@ def test_top5_is_over_all_classes_where_there_are_fewer(oracle, number_tokenizer
     assert (result["top1"], result["top5"]) == (0.0, 1.0)
 
 
-def test_templates_as_strings_and_functions_mean_the_same(model, tokenizer):
+def test_templates_may_be_strings_or_functions(model, tokenizer):
     torch.manual_seed(0)
     samples = [(torch.randn(3, 16, 16), index % 6) for index in range(12)]
     classes = ["cat", "dog", "tree", "house", "sun", "sea"]
@@ -54,14 +54,14 @@ def test_templates_as_strings_and_functions_mean_the_same(model, tokenizer):
     assert model.training
 
 
-def test_what_cannot_be_classified_is_refused(oracle, number_tokenizer, number_image):
+def test_classification_without_images_classes_or_templates_is_refused(oracle, number_tokenizer, number_image):
     with pytest.raises(ValueError, match="classes is empty"):
         zero_shot(oracle, [(number_image(0), 0)], [], number_tokenizer)
     with pytest.raises(ValueError, match="templates is empty"):
         zero_shot(oracle, [(number_image(0), 0)], names(1), number_tokenizer, templates=[])
     with pytest.raises(ValueError, match="the data set is empty"):
         zero_shot(oracle, [], names(1), number_tokenizer)
-    with pytest.raises(ValueError, match="image 0 is of class 2, but 2 class names"):
+    with pytest.raises(ValueError, match="image 0 has class 2, but there are 2 class names"):
         zero_shot(oracle, [(number_image(0), 2)], names(2), number_tokenizer)
 
 
@@ -86,8 +86,8 @@ def test_subdirectories_with_other_names_are_the_classes_in_sorted_order(folders
     assert [(path.parent.name, label) for path, label in found] == [("cat", 0), ("dog", 1)]
 
 
-def test_image_folders_that_fit_no_class_list_are_refused(folders, tmp_path):
-    with pytest.raises(ValueError, match="has 2 subdirectories, the class list 3 names"):
+def test_image_folders_that_do_not_fit_the_class_list_are_refused(folders, tmp_path):
+    with pytest.raises(ValueError, match="has 2 subdirectories, the class list has 3 names"):
         image_folder(folders, ["a", "b", "c"])
     with pytest.raises(FileNotFoundError, match="there is no directory"):
         image_folder(tmp_path / "nowhere", ["a"])
@@ -97,7 +97,7 @@ def test_image_folders_that_fit_no_class_list_are_refused(folders, tmp_path):
         image_folder(folders, ["cat", "dog"])
 
 
-def test_labelled_images_are_read_in_batches_by_other_processes_too(folders):
+def test_labelled_images_are_read_in_batches_and_by_workers(folders):
     found = image_folder(folders, ["dog", "cat"])
 
     for workers in (0, 2):
@@ -136,14 +136,14 @@ def write_shard(path, members):
     return str(path)
 
 
-def test_a_sample_that_cannot_be_read_is_named(tmp_path):
+def test_an_unreadable_sample_is_named(tmp_path):
     shard = write_shard(tmp_path / "test.tar", {"7.png": b"no picture", "7.cls": b"0"})
 
     with pytest.raises(ValueError, match="cannot read sample 7 of .*test.tar"):
         next(image_shards(shard))
 
 
-def test_a_pickle_beside_an_image_is_not_run(tmp_path):
+def test_a_pickle_beside_an_image_is_not_executed(tmp_path):
     picture = io.BytesIO()
     Image.new("RGB", (4, 4)).save(picture, "PNG")
     code = pickle.dumps(MakesFile(tmp_path / "executed"))
@@ -156,12 +156,12 @@ def test_a_pickle_beside_an_image_is_not_run(tmp_path):
     assert (tmp_path / "executed").exists()
 
 
-def test_lines_of_a_file_without_blank_ones(tmp_path):
+def test_blank_lines_of_a_file_are_dropped(tmp_path):
     (tmp_path / "classes.txt").write_text("cat\n\n dog \n")
     (tmp_path / "empty.txt").write_text("\n")
 
     assert read_lines(tmp_path / "classes.txt") == ["cat", "dog"]
-    with pytest.raises(ValueError, match="holds no line of text"):
+    with pytest.raises(ValueError, match="is empty; expected one name per line"):
         read_lines(tmp_path / "empty.txt")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         read_lines(tmp_path / "none.txt")

@@ -56,7 +56,7 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     assert capsys.readouterr().out == f"4 images and {len(CAPTIONS)} captions: {out}\n"
     assert_stands_alone(html)
     text = Page(html).text
-    assert "The experts of tiny-moe" in text and "4 sparse layers, seen with 4 images and 5 captions." in text
+    assert "The experts of tiny-moe" in text and "4 sparse layers, run on 4 images and 5 captions." in text
     assert "to the dense MLP" not in text
 
 
@@ -108,20 +108,20 @@ def test_shards_bring_their_captions(model, tmp_path):
         for path in sorted(files.iterdir()):
             shard.add(path, path.name)
     text = Page(made(tmp_path / "r.html", model, "--images", tmp_path / "test-*.tar")).text
-    assert "seen with 3 images and 3 captions" in text and "zebra" not in text
+    assert "run on 3 images and 3 captions" in text and "zebra" not in text
 
 
 def test_images_that_cannot_be_read_are_skipped_counted_and_named(model, images, tmp_path, capsys):
     (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:60])
     text = Page(made(tmp_path / "r.html", model, "--images", images)).text
     assert "1 skipped, such as broken.png (" in capsys.readouterr().out
-    assert "1 image could not be read and was skipped" in text and "seen with 4 images" in text
+    assert "1 image could not be read and was skipped" in text and "run on 4 images" in text
 
 
 def test_no_more_images_and_captions_are_looked_at_than_asked_for(model, images, captions, tmp_path):
     arguments = ["--images", images, "--captions", captions, "--max-images", 2, "--shown", 1]
     html = made(tmp_path / "r.html", model, *arguments)
-    assert "seen with 2 images and 2 captions" in Page(html).text and html.count("as the model sees it") == 1
+    assert "run on 2 images and 2 captions" in Page(html).text and html.count("as the model sees it") == 1
 
 
 def test_what_cannot_be_looked_at_is_refused_by_name(model, images, tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_what_is_no_file_is_no_image(model, tmp_path):
     (tmp_path / "photos").mkdir()
     pictures(1)[0].save(tmp_path / "photos" / "a.png")
     os.mkfifo(tmp_path / "photos" / "b.png")
-    assert "seen with 1 image" in Page(made(tmp_path / "r.html", model, "--images", tmp_path / "photos")).text
+    assert "run on 1 image" in Page(made(tmp_path / "r.html", model, "--images", tmp_path / "photos")).text
 
 
 def test_captions_that_are_no_text_are_named(model, captions, capsys):

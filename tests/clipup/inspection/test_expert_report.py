@@ -54,7 +54,7 @@ def test_every_number_of_the_table_is_the_models(models, seen):
         assert row["load", "largest"] == f"{metrics['load'].max().item() * EXPERTS:.2f}"
         assert row["load", "unused"] == str(int((metrics["load"] == 0).sum()))
         share = metrics["router_entropy"].item() / np.log(EXPERTS)
-        assert row["entropy, share of ln E", "a token"] == f"{share:.2f}"
+        assert row["entropy, share of ln E", "per token"] == f"{share:.2f}"
         for label, ours, theirs in (("first", layer.in_weight, mlp.c_fc), ("second", layer.out_weight, mlp.c_proj)):
             flat = torch.nn.functional.normalize(ours.detach().double().flatten(1), dim=1)
             gram = flat @ flat.T
@@ -69,7 +69,7 @@ def test_the_page_holds_the_table_and_every_layer(seen):
     page = Page(seen.page())
     for row, values in cells(seen).items():
         assert row in page.text and all(cell in page.words for cell in values.values())
-    assert page.text.count("mean of all pairs") == 8 and page.text.count("largest share over the even one") == 4
+    assert page.text.count("mean of all pairs") == 8 and page.text.count("largest share over uniform") == 4
     assert [words for words in page.words if words.strip() == "The experts of tiny"]
 
 
@@ -126,7 +126,7 @@ def test_pictures_are_shown_as_the_model_sees_them(seen):
 
 
 def test_the_sentences_say_how_similar_the_experts_are_and_whether_all_are_used(seen):
-    assert re.match(r"4 sparse layers, seen with 9 images and 5 captions\.", statements(seen)[0])
+    assert re.match(r"4 sparse layers, run on 9 images and 5 captions\.", statements(seen)[0])
     assert "The experts of the image tower are similar: mean cosine" in statements(seen)[1]
     fresh = inspect_experts(upcycle(dense_clip(), MoEConfig(num_experts=2)), captions=CAPTIONS, tokenizer=tokenizer())
     assert (
@@ -134,13 +134,13 @@ def test_the_sentences_say_how_similar_the_experts_are_and_whether_all_are_used(
         in (statements(fresh)[1])
     )
     busiest = max(layer.load.max() * EXPERTS for layer in seen.layers.values())
-    assert f"the busiest takes {busiest:.2f} times its even share" in statements(seen)[2]
+    assert f"the busiest received {busiest:.2f} times the uniform share" in statements(seen)[2]
     layer = seen.layers[IMAGE_LAYER]
     one_for_all = dataclasses.replace(layer, experts=np.zeros_like(layer.experts))
     collapsed = dataclasses.replace(seen, layers={IMAGE_LAYER: one_for_all})
     alone = dataclasses.replace(seen, similarities={IMAGE_LAYER: seen.similarities[IMAGE_LAYER]})
-    assert statements(alone)[0].startswith("1 sparse layer, seen with")
-    assert statements(collapsed)[2].startswith("3 experts took nothing at all; the busiest takes 4.00 times")
+    assert statements(alone)[0].startswith("1 sparse layer, run on")
+    assert statements(collapsed)[2].startswith("3 experts received no tokens; the busiest received 4.00 times")
 
 
 def cosines(value):
@@ -201,7 +201,7 @@ def test_images_alone_and_captions_alone_are_enough(models):
 def test_a_tower_that_stayed_dense_is_called_dense():
     model = upcycle(dense_clip(), MoEConfig(num_experts=2, towers=("text",)))
     text = Page(inspect_experts(model, pictures(2), preprocess=transform()).page()).text
-    assert "No sparse layer saw anything: the tower that was looked at is dense." in text
+    assert "No sparse layer was run: the inspected tower is dense." in text
     model = upcycle(dense_clip(), MoEConfig(num_experts=2, towers=("image",)))
     text = Page(inspect_experts(model, captions=CAPTIONS, tokenizer=tokenizer()).page()).text
     assert "The text tower is dense." in text

@@ -146,7 +146,7 @@ def test_patches_are_found_in_every_family_of_image_towers(name):
 
 
 def test_tokens_in_no_grid_have_no_map():
-    with pytest.raises(ValueError, match="lie in no grid of patches"):
+    with pytest.raises(ValueError, match="are in no grid of patches"):
         routing([[[0], [1]]]).maps()
 
 
@@ -164,7 +164,7 @@ def test_strongest_tokens_are_the_surest_one_an_image():
 def test_a_dense_tower_gives_no_layers_and_a_dense_model_is_refused():
     only_text = upcycle(dense_clip(), MoEConfig(num_experts=2, towers=("text",)))
     assert route_images(only_text, images(1)) == {}
-    with pytest.raises(ValueError, match="no sparse layers, so there are no experts to look at"):
+    with pytest.raises(ValueError, match="no sparse layers, so there are no experts to inspect"):
         route_images(dense_clip(), images(1))
 
 

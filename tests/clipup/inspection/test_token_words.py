@@ -83,7 +83,7 @@ def test_a_tokenizer_of_whole_words():
 
 
 def test_another_tokenizer_is_refused():
-    with pytest.raises(TypeError, match="that clipup.get_tokenizer makes, got a object"):
+    with pytest.raises(TypeError, match="from clipup.get_tokenizer, got a object"):
         pieces(object(), [1, 2])
 
 

@@ -107,7 +107,7 @@ def test_threshold_of_global_entropy_defaults_to_the_uniform_distribution():
         (
             {"last_blocks": 1, "blocks": (1, 2)},
             ValueError,
-            "last_blocks=1 has no meaning with a list of blocks",
+            "last_blocks=1 cannot be combined with a list of blocks",
         ),
         ({"granularity": 3}, ValueError, r"num_experts \(8\) is not a multiple of granularity \(3\)"),
         ({"granularity": 4}, ValueError, r"top_k \(2\) is not a multiple of granularity \(4\)"),
@@ -120,7 +120,7 @@ def test_threshold_of_global_entropy_defaults_to_the_uniform_distribution():
         (
             {"load_weight": 0.1, "router_noise": 1.0, "selection_bias": "sign"},
             ValueError,
-            "load_weight > 0 has no meaning with selection_bias='sign'",
+            "load_weight > 0 cannot be combined with selection_bias='sign'",
         ),
         ({"blocks": (1, 2.0)}, ValueError, "blocks must be"),
         ({"load_weight": 0.1}, ValueError, "load_weight > 0 needs router_noise > 0"),

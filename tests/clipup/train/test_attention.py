@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipup.train import TrainOptions
 from clipup.train.attention import SHORT, attention_kernel
-from clipup.train.objectives import contrastive_loss
+from clipup.train.objectives import ContrastiveObjective
 from clipup.train.step import TrainStep
 
 
@@ -30,9 +29,8 @@ def clip(image_size: int = 16, context_length: int = 8) -> open_clip.CLIP:
 
 
 def flash_calls(model: open_clip.CLIP, precision: str) -> int:
-    options = TrainOptions(model="tiny", device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    step = TrainStep(model, contrastive_loss(options, model, 0, 1), optimizer, torch.device("cpu"), precision)
+    step = TrainStep(model, ContrastiveObjective(), optimizer, torch.device("cpu"), precision)
     images = torch.randn(4, 3, *model.visual.image_size)
     texts = torch.randint(1, 49, (4, model.context_length))
     with Flash() as flash:

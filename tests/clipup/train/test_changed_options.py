@@ -110,7 +110,7 @@ def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):
     assert load(checkpoint(resumed))["optimizer"]["param_groups"][0]["weight_decay"] == 0
     for text in ("lr 0.001 -> 0.01", "wd 0.2 -> 0.5", "beta1 0.9 -> 0.5", "steps 3 -> 4"):
         assert text in log(resumed)
-    assert "resumed with changes, which take effect from here on: " in log(resumed)
+    assert "resumed with changes, which take effect from now on: " in log(resumed)
     assert resumed.history[-1]["lr"] == 1e-2
 
 
@@ -166,7 +166,7 @@ def test_options_about_the_start_are_said_to_be_without_effect(make_model, pairs
 
     run(resume_dense=source, steps=3)
 
-    assert "without effect, because the weights come from the checkpoint: resume_dense" in log(
+    assert "changes without effect, because the weights come from the checkpoint: resume_dense" in log(
         run(steps=4, resume="latest")
     )
 

@@ -51,7 +51,7 @@ def test_a_used_name_is_refused_with_exit_code_2_and_one_line(command, capsys):
 
 @pytest.mark.parametrize(
     "when, message",
-    [("0", "the gradient norm is nan at step"), ("10", "holds NaN or infinity, so nothing can be ranked")],
+    [("0", "the gradient norm is nan at step"), ("10", "contains NaN or infinity, so nothing can be ranked")],
     ids=["in training", "in evaluation"],
 )
 def test_a_diverging_run_ends_with_exit_code_1_one_line_and_finite_files(command, capsys, tmp_path, when, message):

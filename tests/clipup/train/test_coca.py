@@ -36,7 +36,7 @@ def losses_by_hand(model, images, texts):
     return contrastive.item(), -likelihood[texts[:, 1:] != 0].mean().item()
 
 
-@pytest.mark.parametrize("weights", [(2.0, 1.0), (0.5, 3.0)])
+@pytest.mark.parametrize("weights", [(2.0, 1.0), (0.5, 3.0), (1.0, 0.0)])
 def test_the_loss_is_the_weighted_sum_of_both(options, weights):
     model = build(coca_cfg())
     data = Batches(model, pairs=8)
@@ -46,9 +46,10 @@ def test_the_loss_is_the_weighted_sum_of_both(options, weights):
 
     result = train(options(logs=None, steps=1, **chosen), model=model, loader=data)
 
-    assert result.history[0]["loss"] == pytest.approx(
-        caption_weight * captioning + contrastive_weight * contrastive, rel=1e-5
-    )
+    record = result.history[0]
+    assert record["caption"] == pytest.approx(caption_weight * captioning, rel=1e-5)
+    assert record["contrastive"] == pytest.approx(contrastive_weight * contrastive, rel=1e-5)
+    assert record["loss"] == pytest.approx(record["caption"] + record["contrastive"], rel=1e-5)
 
 
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "sparse"])
@@ -68,7 +69,8 @@ def test_both_losses_fall_and_every_part_learns(options, moe):
         assert any(not torch.equal(before[name], model.get_parameter(name)) for name in names)
 
 
-def test_accumulation_has_the_gradients_of_one_big_batch(options):
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_accumulation_has_the_gradients_of_one_big_batch(options, weight):
     data = Batches(build(coca_cfg()), pairs=16, batch_size=4)
     whole = Batches(build(coca_cfg()), pairs=16, batch_size=16)
     whole.batches = [tuple(torch.cat(parts) for parts in zip(*data.batches, strict=True))]
@@ -76,10 +78,8 @@ def test_accumulation_has_the_gradients_of_one_big_batch(options):
     trained = {}
     for name, loader, accum_freq in (("parts", data, 4), ("whole", whole, 1)):
         model = build(coca_cfg())
-        result = train(
-            options(logs=None, steps=1, skip_scheduler=True, accum_freq=accum_freq), model=model, loader=loader
-        )
-        trained[name] = result
+        settings = {"skip_scheduler": True, "accum_freq": accum_freq, "coca_contrastive_loss_weight": weight}
+        trained[name] = train(options(logs=None, steps=1, **settings), model=model, loader=loader)
 
     assert trained["parts"].history[0]["loss"] == pytest.approx(trained["whole"].history[0]["loss"], rel=1e-5)
     for name, value in trained["whole"].model.state_dict().items():
@@ -108,3 +108,8 @@ def test_a_bias_that_the_loss_does_not_have_is_refused(options):
 def test_a_loss_cannot_have_a_negative_weight(options):
     with pytest.raises(ValueError, match="coca_caption_loss_weight must be 0 or more, got -1"):
         options(coca_caption_loss_weight=-1)
+
+
+def test_its_weights_are_refused_for_a_model_without_a_decoder(make_model, pairs, options):
+    with pytest.raises(ValueError, match="coca_caption_loss_weight has no effect on a model without a decoder"):
+        train(options(logs=None, coca_caption_loss_weight=1.0), model=make_model(), loader=pairs())

@@ -95,7 +95,9 @@ def test_a_file_that_cannot_be_read_now_is_neither_damaged_nor_missing(run):
     latest.symlink_to(latest)  # reading it is an OSError, as on a file system that does not answer
     before = (directory / "metrics.jsonl").read_bytes()
 
-    with pytest.raises(OSError, match="epoch_latest.pt could not be read: Too many.*no other was taken.*Try again"):
+    with pytest.raises(
+        OSError, match="epoch_latest.pt could not be read: Too many.*no other checkpoint is used.*Try again"
+    ):
         run(resume="latest")
     latest.unlink()
     latest.symlink_to("/nowhere/epoch_latest.pt")  # on a disk that is not mounted

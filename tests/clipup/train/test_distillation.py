@@ -10,15 +10,15 @@ import torch
 
 import clipup
 from clipup.train import train
+from clipup.train.objectives import DistillationObjective
 from clipup.train.step import TrainStep
 
 MOE = clipup.MoEConfig(num_experts=4, z_weight=0.1, towers=("image",))
 
 
-def one_step(model, teacher, batches, loss=None):
+def one_step(model, teacher, batches):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    step = TrainStep(model, loss or open_clip.loss.DistillClipLoss(), optimizer, torch.device("cpu"), teacher=teacher)
-    losses = step(batches)
+    losses = TrainStep(model, DistillationObjective(teacher), optimizer, torch.device("cpu"))(batches)
     return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -32,8 +32,8 @@ def test_loss_is_contrastive_plus_the_cross_entropy_with_the_teachers_similariti
 
     losses, gradients = one_step(model, teacher, [(data.images, data.texts)])
 
-    twin = make_model(MOE)
-    logits, targets = similarities(twin, data.images, data.texts), similarities(teacher, data.images, data.texts)
+    student = make_model(MOE)
+    logits, targets = similarities(student, data.images, data.texts), similarities(teacher, data.images, data.texts)
     distill = sum(
         -(taught.detach().softmax(1) * own.log_softmax(1)).sum(1).mean() / 2
         for taught, own in ((targets, logits), (targets.T, logits.T))
@@ -41,23 +41,23 @@ def test_loss_is_contrastive_plus_the_cross_entropy_with_the_teachers_similariti
     numbers = torch.arange(len(logits))
     cross_entropy = torch.nn.functional.cross_entropy
     contrastive = (cross_entropy(logits, numbers) + cross_entropy(logits.T, numbers)) / 2
-    aux = clipup.aux_loss(twin)
-    torch.testing.assert_close(losses.distill, distill.detach())
-    torch.testing.assert_close(losses.contrastive, contrastive.detach())
+    aux = clipup.aux_loss(student)
+    torch.testing.assert_close(losses.terms["distill"], distill.detach())
+    torch.testing.assert_close(losses.terms["contrastive"], contrastive.detach())
     torch.testing.assert_close(losses.total, (contrastive + distill + aux).detach())
     (contrastive + distill + aux).backward()
-    for name, parameter in twin.named_parameters():
+    for name, parameter in student.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=5e-6)
 
 
 def test_distillation_loss_is_least_for_the_teacher_itself(make_model, pairs):
     teacher, data = make_model(seed=1).eval(), pairs()
     batch = [(data.images, data.texts)]
-    itself = one_step(copy.deepcopy(teacher), teacher, batch)[0].distill
+    itself = one_step(copy.deepcopy(teacher), teacher, batch)[0].terms["distill"]
     targets = similarities(teacher, data.images, data.texts).detach()
     entropy = sum(-(t.softmax(1) * t.log_softmax(1)).sum(1).mean() / 2 for t in (targets, targets.T))
     torch.testing.assert_close(itself, entropy)
-    assert one_step(make_model(seed=2), teacher, batch)[0].distill > itself
+    assert one_step(make_model(seed=2), teacher, batch)[0].terms["distill"] > itself
 
 
 def test_accumulated_step_is_that_of_one_big_batch(make_model, pairs):
@@ -88,11 +88,13 @@ def test_run_with_a_teacher_records_its_loss_and_leaves_it_alone(make_model, pai
 
 
 def test_teachers_that_cannot_teach_are_refused_by_name(make_model, pairs, options, named_model):
-    with pytest.raises(ValueError, match="distill_pretrained='openai' needs distill_model"):
+    with pytest.raises(
+        ValueError, match="distill_pretrained='openai' names weights of distill_model, which is missing"
+    ):
         options(distill_pretrained="openai")
-    with pytest.raises(ValueError, match="goes with the softmax loss over one target, siglip has another"):
+    with pytest.raises(ValueError, match="siglip and distill_model select different losses, and a run has one"):
         options(distill_model="ViT-B-32", siglip=True)
-    with pytest.raises(ValueError, match="goes with the softmax loss over one target, multi_positive has another"):
+    with pytest.raises(ValueError, match="multi_positive and distill_model select different losses, and a run has one"):
         options(distill_model="ViT-B-32", multi_positive=True)
     with pytest.raises(ValueError, match="distill_pretrained is missing, so tiny would have random weights"):
         train(options(distill_model=named_model), model=make_model(MOE), loader=pairs())
@@ -101,8 +103,8 @@ def test_teachers_that_cannot_teach_are_refused_by_name(make_model, pairs, optio
 @pytest.mark.parametrize(
     "part, change, message",
     [
-        ("vision_cfg", {"image_size": 32}, r"has image size \(32, 32\), the model that it teaches \(16, 16\)"),
-        ("text_cfg", {"vocab_size": 64}, "has vocabulary size 64, the model that it teaches 49408"),
+        ("vision_cfg", {"image_size": 32}, r"has image size \(32, 32\), the model that it teaches has \(16, 16\)"),
+        ("text_cfg", {"vocab_size": 64}, "has vocabulary size 64, the model that it teaches has 49408"),
     ],
 )
 def test_teacher_of_other_images_or_texts_is_refused_by_name(

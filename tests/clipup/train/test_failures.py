@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole_and_no_rubbish(run, monk
     assert "could not write the checkpoint" in str(failure.value)
 
 
-def test_a_directory_with_another_run_is_refused_with_the_mend_and_left_alone(run):
+def test_a_directory_with_another_run_is_refused_with_advice_and_left_alone(run):
     first = run()
     before = {path: path.read_bytes() for path in first.directory.rglob("*") if path.is_file()}
 
@@ -170,6 +170,22 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_message_and_no_half_
         train(options(**data, steps=40, save_every_n_steps=2))
 
     assert load(Path(re.search(message, str(raised.value)).group(1)))["step"] >= 4
+
+
+@pytest.mark.parametrize("source", ["csv", "webdataset"])
+def test_no_data_worker_outlives_a_run_that_fails(model_directory, csv_data, shards, options, source):
+    data = {"train_data": csv_data} if source == "csv" else {"train_data": shards, "train_num_samples": 24}
+    workers = []
+
+    def fail(model):
+        workers.extend(multiprocessing.active_children())
+        raise RuntimeError("the callback failed")
+
+    with pytest.raises(RuntimeError, match="the callback failed") as raised:
+        train(options(model=str(model_directory), workers=2, batch_size=4, **data), callbacks=[Every(2, fail)])
+
+    assert len(workers) == 2 and raised.tb is not None  # the traceback holds the frames of the run
+    assert multiprocessing.active_children() == []
 
 
 def test_a_log_that_cannot_be_written_adds_no_traceback_to_the_message(run, monkeypatch, capsys):

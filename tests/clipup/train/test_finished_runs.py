@@ -112,7 +112,7 @@ def test_a_run_killed_between_its_last_step_and_the_end_of_the_epoch_ends_that_e
     end_epoch = Trainer._end_epoch
 
     def killed(trainer):
-        if trainer.step == 6:
+        if trainer.state.step == 6:
             raise SystemExit("killed")
         end_epoch(trainer)
 

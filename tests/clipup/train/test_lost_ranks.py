@@ -137,6 +137,19 @@ def test_two_ranks_evaluate_to_the_numbers_of_one_process(command, csv_data, tmp
     assert {name: shared[name] for name in alone} == alone and alone["gallery"] == 24
 
 
+def test_the_share_of_unreadable_samples_is_judged_over_all_ranks(command, csv_data, tmp_path):
+    """Three of 24 are more than a tenth; half of them are not more than chance allows a single rank."""
+    for number in (3, 8, 15):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    with ranks(tmp_path, main, [*command, "--steps", "9"]) as processes:
+        ended = [process.ended() for process in processes]
+
+    assert [code for code, _ in ended] == [2, 2], ended
+    [message] = [line for _, error in ended for line in messages(error)]
+    assert "max_skipped: 3 of 24 samples cannot be read" in message and "no picture" not in message
+    assert_whole(tmp_path / "logs" / "run", 3)
+
+
 def test_bad_options_are_reported_once_for_all_ranks_of_a_machine(command, tmp_path):
     with ranks(tmp_path, main, [*command, "--dist-timeout", "0"]) as processes:
         ended = [process.ended() for process in processes]

@@ -11,7 +11,7 @@ from open_clip.loss import ClipLoss
 
 import clipup
 from clipup.train import train
-from clipup.train.objectives import MultiPositiveClipLoss
+from clipup.train.objectives import MultiPositiveClipLoss, MultiPositiveObjective
 from clipup.train.step import TrainStep
 
 
@@ -75,7 +75,7 @@ def test_accumulation_finds_equal_captions_across_batches(make_model, pairs):
     def step(batches):
         model = make_model(clipup.MoEConfig(num_experts=4, z_weight=0.1, towers=("image",)))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        losses = TrainStep(model, MultiPositiveClipLoss(), optimizer, torch.device("cpu"))(batches)
+        losses = TrainStep(model, MultiPositiveObjective(), optimizer, torch.device("cpu"))(batches)
         return losses, [parameter.grad.clone() for parameter in model.parameters()]
 
     big, expected = step([(data.images, data.texts)])
@@ -100,10 +100,10 @@ def test_the_option_trains_with_it(make_model, pairs, options):
 @pytest.mark.parametrize("option", ["multi_positive", "distill_model"])
 def test_a_model_with_a_bias_is_refused_by_name(make_model, pairs, options, option):
     model = make_model(init_logit_bias=-10.0)
-    with pytest.raises(ValueError, match=f"{option} goes with a softmax loss that knows no logit_bias"):
+    with pytest.raises(ValueError, match=f"{option} selects a softmax loss without a logit_bias, which this model has"):
         train(options(logs=None, **{option: "ViT-B-32"}), model=model, loader=pairs())
 
 
-def test_a_sigmoid_loss_has_no_targets_to_share(options):
-    with pytest.raises(ValueError, match="multi_positive leaves pairs out"):
+def test_multi_positive_and_siglip_are_refused_together(options):
+    with pytest.raises(ValueError, match="siglip and multi_positive select different losses, and a run has one"):
         options(siglip=True, multi_positive=True)

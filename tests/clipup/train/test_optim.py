@@ -1,10 +1,15 @@
-"""Which parameters decay."""
+"""Which parameters decay, and the learning rate schedules."""
 
 from __future__ import annotations
+
+import open_clip_train.scheduler
+import pytest
+import torch
 
 import clipup
 from clipup import parameter_groups
 from clipup.moe.weight_decay import decays
+from clipup.train.optim import schedule
 
 
 def test_matrices_decay_and_norms_biases_and_the_logit_scale_do_not(make_model):
@@ -39,3 +44,16 @@ def test_frozen_parameters_are_in_no_group(make_model):
 
     trained = sum(parameter.requires_grad for parameter in model.parameters())
     assert sum(len(group["params"]) for group in groups) == trained
+
+
+@pytest.mark.parametrize("kind", ["cosine", "const"])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_schedules_equal_those_of_open_clip_train(options, kind, warmup):
+    ours, theirs = (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0) for _ in range(2))
+    set_lr = schedule(options(lr=3e-4, warmup=warmup, lr_scheduler=kind), ours, 31)
+    set_theirs = getattr(open_clip_train.scheduler, f"{kind}_lr")(theirs, 3e-4, warmup, 31)
+
+    for step in range(31):
+        set_lr(step)
+        set_theirs(step)
+        assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]

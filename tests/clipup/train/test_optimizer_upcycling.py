@@ -1,4 +1,4 @@
-"""Optimizer state carried from a dense run into the sparse model (arXiv 2212.05055)."""
+"""Optimizer state of a dense run, upcycled for the sparse model (arXiv 2212.05055)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from clipup.train.distributed import Ranks
 from clipup.train.loop import Trainer
 from clipup.train.optim import adamw
 from clipup.train.optimizer_upcycling import load_state, named_state, upcycled_state
-from clipup.train.setup import Epochs, build_model
+from clipup.train.setup import build_model
+from clipup.train.training_data import Epochs
 
 MOE = clipup.MoEConfig(num_experts=4)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,8 +32,9 @@ def dense_run(make_model, pairs, options):
 def state_after(options, model, dense_run, moe=MOE, **changes):
     """Model and optimizer state, by name, of a run that starts from the dense one, before its first step."""
     settings = options(moe=True, moe_cfg=moe, resume_dense=str(dense_run), logs=None, **changes)
-    built = build_model(settings, torch.device("cpu"), "fp32", model)
-    trainer = Trainer(settings, built, Epochs([None], 1), Ranks(torch.device("cpu")), None, "fp32")
+    ranks = Ranks(torch.device("cpu"))
+    built = build_model(settings, ranks, "fp32", model)
+    trainer = Trainer(settings, built, Epochs([None], 1), ranks, None, "fp32")
     names = {parameter: name for name, parameter in built.model.named_parameters()}
     return built.model, {names[parameter]: state for parameter, state in trainer.optimizer.state.items()}
 
@@ -93,7 +95,7 @@ def test_first_step_moves_the_experts_as_the_dense_run_would_have_moved_the_mlp(
             torch.testing.assert_close(expert, mlp.c_fc.weight)
 
 
-def test_shards_get_their_part_of_the_moments_and_the_whole_of_the_output_bias(make_model, options, dense_run):
+def test_shards_get_their_part_of_the_moments_and_the_whole_output_bias(make_model, options, dense_run):
     moe = clipup.MoEConfig(num_experts=8, top_k=4, granularity=2, shared_expert=True)
     moments = named_state(make_model(), load(dense_run)["optimizer"], "dense")
 
@@ -150,11 +152,11 @@ def test_a_run_from_a_dense_checkpoint_trains_and_resumes(make_model, pairs, opt
 
 
 def test_bad_combinations_are_refused_by_name(make_model, options, dense_run):
-    with pytest.raises(ValueError, match="resume_dense='x.pt' is about making a model sparse; set moe"):
+    with pytest.raises(ValueError, match="resume_dense='x.pt' starts a sparse model, which needs moe; set moe"):
         options(resume_dense="x.pt")
-    with pytest.raises(ValueError, match="resume_dense='x.pt' and pretrained='openai' both bring weights"):
+    with pytest.raises(ValueError, match="resume_dense='x.pt' and pretrained='openai' both select weights"):
         options(resume_dense="x.pt", moe=True, pretrained="openai")
-    with pytest.raises(ValueError, match="reinit_ratio=0.5 draws weights anew.*leave resume_dense out"):
+    with pytest.raises(ValueError, match="reinit_ratio=0.5 re-initializes weights.*leave resume_dense out"):
         state_after(options, make_model(), dense_run, MOE.replace(reinit_ratio=0.5))
 
 
@@ -167,5 +169,5 @@ def test_an_optimizer_of_another_model_is_refused_by_name(make_model, dense_run)
     with pytest.raises(ValueError, match="the optimizer of run.pt is of another model: its moments of .* have shape"):
         named_state(make_model(), optimizer, "run.pt")
     del optimizer["state"][index]["exp_avg"]
-    with pytest.raises(ValueError, match="holds no exp_avg for .*; it is no AdamW"):
+    with pytest.raises(ValueError, match="holds no exp_avg for .*; it is not an AdamW"):
         named_state(make_model(), optimizer, "run.pt")

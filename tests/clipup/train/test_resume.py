@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not stopped."""
+"""A run that was stopped and resumed equals the run that was not stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import open_clip
 import pytest
@@ -65,7 +66,7 @@ def run(request, make_model, pairs, options, csv_data, shards):
     return run
 
 
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_to_the_bit(run):
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bitwise(run):
     whole = run(name="whole")
     with pytest.raises(TrainingInterrupted):
         run(callbacks=[stop_in(5)])  # the second step of the second of three epochs
@@ -88,7 +89,7 @@ def train_pairs(make_model, pairs, options):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(train_pairs, number):
+def test_a_signal_ends_the_step_saves_and_says_how_to_continue(train_pairs, number):
     before = signal.getsignal(number)
 
     with pytest.raises(TrainingInterrupted, match="after step 2 of 6.*--name run --resume latest") as stopped:
@@ -96,6 +97,44 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(train_pairs, number)
 
     assert load(stopped.value.checkpoint)["step"] == 2
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_repeated_sigterm_does_not_cost_the_checkpoint(train_pairs, first):
+    """torchrun sends one to ranks that already have it."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def send(model):
+        for number in (first, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(TrainingInterrupted) as stopped:
+        train_pairs([Every(3, send)])
+
+    assert load(stopped.value.checkpoint)["step"] == 3
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_sigterm_long_after_the_first_stops_at_once(train_pairs, monkeypatch):
+    class Terminated(Exception):
+        pass
+
+    def before(number, frame):
+        raise Terminated
+
+    monkeypatch.setattr("clipup.train.signals.REPEAT_SECONDS", 0.05)
+    handler = signal.signal(signal.SIGTERM, before)
+
+    def send(model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with pytest.raises(Terminated):
+            train_pairs([Every(1, send)])
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -107,7 +146,7 @@ def ctrl_c_is_heard():
 
 
 @pytest.mark.usefixtures("ctrl_c_is_heard")
-def test_a_second_signal_stops_at_once(train_pairs):
+def test_a_second_ctrl_c_stops_at_once(train_pairs):
     def send_twice(model):
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
@@ -138,7 +177,7 @@ def test_a_run_resumed_at_the_end_of_an_epoch_equals_an_uninterrupted_one(train_
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
-def test_a_run_resumed_from_an_older_checkpoint_forgets_what_was_logged_after_it(train_pairs):
+def test_a_run_resumed_from_an_older_checkpoint_drops_what_was_logged_after_it(train_pairs):
     whole = train_pairs(steps=None, epochs=2)
     (whole.directory / "checkpoints" / "epoch_latest.pt").unlink()
     (whole.directory / "checkpoints" / "epoch_2.pt").unlink()

@@ -1,6 +1,7 @@
 """Calibration: re-initialized experts are fitted to the dense MLPs."""
 
 import copy
+import tarfile
 
 import open_clip
 import pytest
@@ -129,3 +130,19 @@ def test_command_line_calibrates_and_prints_the_errors(dense_directory, csv_data
 def test_command_line_refuses_to_calibrate_copies(dense_directory, csv_data, tmp_path, capsys):
     assert main(["upcycle", dense_directory, str(tmp_path / "out"), "--calibrate-data", csv_data]) == 2
     assert "they are copies of the dense MLP; set reinit_ratio, or omit calibrate_data" in capsys.readouterr().err
+
+
+def test_command_line_runs_a_pipe_only_where_it_is_allowed(dense_directory, csv_data, tmp_path, capsys):
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for index in range(12):
+            (tmp_path / f"{index}.txt").write_text(f"colour number {index}")
+            tar.add(tmp_path / f"{index}.png", f"{index}.png")
+            tar.add(tmp_path / f"{index}.txt", f"{index}.txt")
+    trace = tmp_path / "trace"
+    pipe = f"pipe:touch {trace}; cat {tmp_path}/train.tar"
+    command = ["upcycle", dense_directory, str(tmp_path / "out"), "--reinit-ratio", "0.5", "--calibrate-data", pipe]
+    command += ["--calibrate-steps", "2", "--calibrate-batch-size", "4"]
+    assert main(command) == 2
+    assert "--allow-pipe" in capsys.readouterr().err and not trace.exists()
+    assert main([*command, "--allow-pipe"]) == 0
+    assert trace.exists()

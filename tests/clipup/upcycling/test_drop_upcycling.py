@@ -7,7 +7,7 @@ from tiny_families import timm_model
 
 from clipup import MoEConfig, SparseMoE, create_model_and_transforms, moe_layers, save_pretrained, upcycle
 from clipup.dense.dense_mlp import DenseMLP
-from clipup.moe.expert_init import experts_of, redraw_hidden_units
+from clipup.moe.expert_init import experts_of, reinitialize_hidden_units
 
 D, H, E, RATIO = 48, 600, 3, 0.5
 
@@ -36,7 +36,7 @@ def by_unit(name, tensor):
 def test_only_selected_units_change_and_all_others_are_bitwise_equal(dtype, kind):
     dense = dense_mlp(dtype, **kind)
     experts = experts_of(dense, E)
-    units = redraw_hidden_units(experts, RATIO)
+    units = reinitialize_hidden_units(experts, RATIO)
     assert units.shape == (E, RATIO * H)
     for name, stacked in experts.items():
         for tensor, chosen in zip(stacked, units, strict=True):
@@ -56,7 +56,7 @@ def test_new_values_are_normal_with_the_mean_and_deviation_of_the_old_ones():
     with torch.no_grad():  # half of the units differ, so a subset has other statistics than the whole matrix
         dense.in_weight[: H // 2] = 5 + 0.01 * torch.randn(H // 2, D)
     experts = experts_of(dense, E)
-    units = redraw_hidden_units(experts, 0.25)
+    units = reinitialize_hidden_units(experts, 0.25)
     for name in ("in_weight", "gate_weight", "out_weight"):
         for tensor, chosen in zip(experts[name], units, strict=True):
             replaced = by_unit(name, dense.parameters()[name])[chosen]
@@ -69,7 +69,7 @@ def test_new_values_are_normal_with_the_mean_and_deviation_of_the_old_ones():
 
 
 def test_every_expert_selects_its_own_units():
-    units = redraw_hidden_units(experts_of(dense_mlp(), E), RATIO)
+    units = reinitialize_hidden_units(experts_of(dense_mlp(), E), RATIO)
     sets = [set(chosen.tolist()) for chosen in units]
     for i, one in enumerate(sets):
         assert len(one) == RATIO * H

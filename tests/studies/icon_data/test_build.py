@@ -343,7 +343,7 @@ def test_the_command_builds_it_and_says_what_it_left_out(make_package, tmp_path,
 
     said = capsys.readouterr().out
     assert code == 0 and (tmp_path / "out" / "dataset.json").is_file()
-    assert "test_styles" in said and "test_drawings" in said and "twins" in said
+    assert "test_styles" in said and "test_drawings" in said and "near-duplicates" in said
 
 
 def test_the_sets_of_the_study_are_each_in_one_list():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -263,12 +262,3 @@ def found_logs(directory):
 def test_the_committed_page_is_the_one_of_the_committed_logs(tmp_path):
     for path in study_page.write(ROOT / "studies" / "icons", tmp_path / "study.md"):
         assert path.read_bytes() == (ROOT / "docs" / path.name).read_bytes(), f"{path.name}: run `make study`"
-
-
-def test_the_readme_quotes_the_verdict_of_the_page():
-    (paragraph,) = (part for part in (ROOT / "README.md").read_text("utf-8").split("\n\n") if "docs/study.md" in part)
-    (verdict,) = (part for part in (ROOT / "docs/study.md").read_text("utf-8").split("\n\n") if "**Verdict.**" in part)
-    number = re.compile(r"[+-]\d+\.\d+(?: ± \d+\.\d+)?")
-    quoted = number.findall(paragraph)
-
-    assert quoted and set(quoted) <= set(number.findall(verdict))

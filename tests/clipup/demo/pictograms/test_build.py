@@ -156,7 +156,7 @@ def test_another_data_set_is_replaced_only_when_told_so(tmp_path):
     out = tmp_path / "out"
     build_few(out)
     before = content(out)
-    with pytest.raises(ValueError, match=r"OUT: .* holds another data set .* nothing was touched.*--overwrite"):
+    with pytest.raises(ValueError, match=r"OUT: .* contains another data set .* nothing was changed.*--overwrite"):
         build_few(out, size=16)
     assert content(out) == before
     assert build_few(out, size=16, overwrite=True)["options"]["size"] == 16
@@ -166,7 +166,7 @@ def test_another_data_set_is_replaced_only_when_told_so(tmp_path):
 def test_a_directory_with_other_files_is_never_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="no data set, nothing was touched"):
+        with pytest.raises(ValueError, match="not a data set, nothing was changed"):
             build_few(tmp_path, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="is a file, expected a directory"):

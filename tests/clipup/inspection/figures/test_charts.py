@@ -64,7 +64,7 @@ def test_series_of_unequal_length_are_refused():
 
 
 def test_an_axis_that_runs_backwards_is_refused():
-    with pytest.raises(ValueError, match="its lower end must come first"):
+    with pytest.raises(ValueError, match="y_range is 1 to 1; the lower end must come first"):
         line_chart([Series("dense", [1, 2], [1, 2])], "t", "x", "y", y_range=(1, 1))
 
 
@@ -93,7 +93,7 @@ def test_every_expert_has_a_line_and_a_number_that_overlaps_no_other(experts):
 def test_the_uniform_share_and_the_imbalance_are_stated():
     shown = texts(load_chart([1, 2, 3], [[0.7, 0.1, 0.1, 0.1], [0.4, 0.2, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]], "t"))
     assert "largest share over uniform: 1.20 at the end, 2.80 at most" in shown
-    assert "share of picks; dashed: uniform, 1/4" in shown
+    assert "share of load; dashed: uniform, 1/4" in shown
 
 
 def test_long_runs_are_thinned_to_means():

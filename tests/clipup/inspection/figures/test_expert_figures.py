@@ -49,7 +49,7 @@ def test_bars_are_as_long_as_the_shares():
     widths = [float(rect.get("width")) for rect in rects(figure)]
     assert widths[1] == widths[2] == pytest.approx(widths[0] / 2, abs=0.1) and widths[3] == 0
     assert [rect.get("fill") for rect in rects(figure)] == list(EXPERTS[:4])
-    assert {"50.0%", "25.0%", "unused", "largest share over the even one 2.00", "sure", "Text tower, block 1"} <= set(
+    assert {"50.0%", "25.0%", "unused", "largest share over uniform: 2.00", "sure", "Text tower, block 1"} <= set(
         texts(figure)
     )
     (even,) = ElementTree.fromstring(figure).iter(f"{SVG}line")
@@ -102,7 +102,7 @@ def test_heatmaps_of_any_numbers_are_well_formed(value, title):
 def test_the_mean_of_shards_is_over_pairs_of_the_same_shard():
     cosines = np.array([[1, 0.1, 0.5, 0.1], [0.1, 1, 0.1, 0.7], [0.5, 0.1, 1, 0.1], [0.1, 0.7, 0.1, 1]])
     assert "mean of pairs of the same shard: 0.600" in texts(similarity_heatmap(cosines, "t", granularity=2))
-    assert "no two experts began equal" in texts(similarity_heatmap(np.eye(2), "t", granularity=2))
+    assert "no two experts were initialized equal" in texts(similarity_heatmap(np.eye(2), "t", granularity=2))
 
 
 @pytest.mark.parametrize("wrong, dense", [(np.ones(3), None), (np.ones((2, 3)), None), (np.ones((0, 0)), None)])
@@ -172,7 +172,7 @@ def test_the_mark_of_an_expert_has_its_number():
 def test_cards_say_what_an_expert_takes_and_when_that_is_nothing():
     words = ElementTree.fromstring(word_cards([0.75, 0.25], [[WordShare("<b>", 3, 4), WordShare("cat", 1, 1)], []]))
     first, second = ["".join(card.itertext()) for card in words]
-    assert "expert 0, first for 75.0%" in first and "<b> 3/4cat 1/1" in first
-    assert "expert 1, first for 25.0%" in second and "no word beyond its share" in second
+    assert "expert 0, first choice of 75.0%" in first and "<b> 3/4cat 1/1" in first
+    assert "expert 1, first choice of 25.0%" in second and "no word more often than its share" in second
     shown = patch_cards([1.0, math.nan], [["<i/>", "<i/>"], []])
-    assert shown.count("<i/>") == 2 and "first for no patch" in shown
+    assert shown.count("<i/>") == 2 and "first choice of no patch" in shown

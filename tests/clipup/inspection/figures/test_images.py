@@ -90,7 +90,7 @@ def test_the_right_picture_is_framed_where_it_was_retrieved(rank, framed):
     labels = [image.get("alt") for image in row.iter("img")]
     assert labels[0] == "belongs to the caption" and len(labels) == 6
     assert [tile[0].get("alt") for tile in row.iter("div") if "solid" in tile.get("style")] == (
-        [f"retrieved at rank {rank}, the right one"] * framed
+        [f"retrieved at rank {rank}, the correct one"] * framed
     )
     assert f"rank {rank} · CLIP-UP" in "".join(row.itertext())
 

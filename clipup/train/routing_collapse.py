@@ -1,4 +1,4 @@
-"""Notices routers that have collapsed, from the routing metrics that a run logs.
+"""Detects collapsed routers from the routing metrics that a run logs.
 
 A layer's ``load`` and ``dropped`` are averaged over the logged steps among the last 100 (at least over the last 10
 logged steps). The layer has collapsed when, in that average,
@@ -9,9 +9,9 @@ logged steps). The layer has collapsed when, in that average,
   or
 - experts are dead: at least a quarter of them get less than 1 % of an even share each.
 
-A healthy router can be unbalanced for some dozen steps around the learning rate's peak, which is why the average is
-over 100. With 8 experts and 2 choices the preset's effective number was 7.7 to 7.9 on the demonstration's model, and
-4.2 or more with four times the learning rate and a fifth of the balance loss; 3.5 counts as collapsed.
+The average is over 100 steps because a healthy router can be unbalanced for some dozen steps around the learning rate's
+peak. With 8 experts and 2 choices the preset's effective number was 7.7 to 7.9 on the demonstration's model, and 4.2 or
+more with four times the learning rate and a fifth of the balance loss; 3.5 counts as collapsed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from torch import nn
 
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
-from .run_directory import Record
+from .recorder import Record
 
 _STEPS, _RECORDS = 100, 10
+"""What an average is over: at least so many steps, and at least so many logged ones."""
 _USED = 0.25
 _DROPPED = 0.6
 _DEAD_LOAD, _DEAD = 0.01, 0.25
@@ -37,26 +38,26 @@ class _Observed(NamedTuple):
 
 
 class CollapseWatch:
-    """Takes a run's records and says once of every layer that it has collapsed."""
+    """Finds the collapsed layers in the records of a run, each layer once."""
 
     def __init__(self, model: nn.Module, known: list[Record]) -> None:
         """known: what was reported before the run was resumed."""
         self._configs = {name: layer.config for name, layer in moe_layers(model).items()}
         self._reported = {record["layer"] for record in known}
         self._recent: deque[_Observed] = deque()
-        self._began: int | None = None
+        self._first_step: int | None = None
 
     def observe(self, record: Record) -> list[Record]:
-        """The layers found collapsed at this logged step and not before: ``step``, ``layer``, ``experts``, ``top_k``,
-        and in the average ``effective_experts``, ``dead_experts``, ``dropped``, ``load``."""
+        """A record for each layer that is found collapsed at this logged step for the first time: ``step``, ``layer``,
+        ``experts``, ``top_k``, and the averages ``effective_experts``, ``dead_experts``, ``dropped``, ``load``."""
         if "layers" not in record:
             return []
         step = record["step"]
-        self._began = step if self._began is None else self._began
+        self._first_step = step if self._first_step is None else self._first_step
         self._recent.append(_Observed(step, record["layers"]))
         while len(self._recent) > _RECORDS and self._recent[0].step <= step - _STEPS:
             self._recent.popleft()
-        if len(self._recent) < _RECORDS or step - self._began < _STEPS - 1:
+        if len(self._recent) < _RECORDS or step - self._first_step < _STEPS - 1:
             return []
         found = []
         for name, config in self._configs.items():
@@ -93,7 +94,7 @@ def _has_collapsed(state: Record, config: MoEConfig) -> bool:
 
 
 def warning(found: list[Record]) -> str:
-    """One text on all layers that were found at a step."""
+    """One message about all layers that were found at a step."""
     return (
         f"routing has collapsed at step {found[0]['step']} in {'; '.join(map(_described, found))}. Experts without "
         "tokens learn nothing. Lower lr, or raise balance_weight; docs/faq.md says what counts as collapsed"

@@ -12,7 +12,7 @@ from torch import nn
 import clipup
 from clipup.moe.layer import moe_layers
 from clipup.train import train
-from clipup.train.collapse import CollapseWatch, warning
+from clipup.train.routing_collapse import CollapseWatch, warning
 
 CONFIG = clipup.MoEConfig(num_experts=8, top_k=2, capacity_factor=1.0)
 LAYERS = ["visual.transformer.resblocks.1.mlp", "transformer.resblocks.1.mlp"]

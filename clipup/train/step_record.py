@@ -1,4 +1,4 @@
-"""The numbers of a step, read from the device at once."""
+"""The numbers of a logged step, read from the device in one transfer."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from ..moe.metrics import moe_metrics
 from .distributed import Ranks
 
-_OF_LAYER = ("balance", "z", "dropped", "router_entropy", "load")
+_LAYER_METRICS = ("balance", "z", "dropped", "router_entropy", "load")
 
 
-def read(scalars: dict[str, Tensor], model: nn.Module, ranks: Ranks) -> dict[str, Any]:
-    """Scalars and routing metrics as Python numbers, averaged over ranks, with one transfer from the device.
+def step_record(scalars: dict[str, Tensor], model: nn.Module, ranks: Ranks) -> dict[str, Any]:
+    """Scalars and routing metrics as Python numbers, averaged over ranks.
 
     Returns:
-        The scalars by name and, for a sparse model, ``balance``, ``z``, ``dropped`` and ``router_entropy`` as means
-        over its layers, and ``layers`` {name: {those, and load: a share an expert}} of the last forward.
+        The scalars by name and, for a sparse model, the routing metrics of the last forward pass: their means over the
+        layers, and under ``layers`` those of each layer, as the docstring of ``clipup.train`` lists them.
     """
-    layers = {name: {key: values[key] for key in _OF_LAYER} for name, values in moe_metrics(model).items()}
+    layers = {name: {key: values[key] for key in _LAYER_METRICS} for name, values in moe_metrics(model).items()}
     tensors = [*scalars.values(), *(tensor for values in layers.values() for tensor in values.values())]
     flat = torch.cat([tensor.detach().float().reshape(-1).to(ranks.device) for tensor in tensors])
     numbers = iter(ranks.mean(flat).tolist())
@@ -31,7 +31,7 @@ def read(scalars: dict[str, Tensor], model: nn.Module, ranks: Ranks) -> dict[str
     record: dict[str, Any] = {name: take(tensor) for name, tensor in scalars.items()}
     read_layers = {name: {key: take(tensor) for key, tensor in values.items()} for name, values in layers.items()}
     if read_layers:
-        for key in _OF_LAYER[:-1]:
+        for key in _LAYER_METRICS[:-1]:
             record[key] = sum(values[key] for values in read_layers.values()) / len(read_layers)
         record["layers"] = read_layers
     return record

@@ -1,0 +1,94 @@
+"""Options of reading image-text pairs: one dataclass from the command line's flags to the loader."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from .csv_rows import CsvFormat
+from .images import MAX_PIXELS, check_max_pixels
+from .skips import MAX_SKIPPED, check_max_skipped
+
+CSV_EXTENSIONS = (".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source of image-text pairs is read, for training and for evaluation.
+
+    Raises ValueError, naming the option, for a value out of range.
+    """
+
+    dataset_type: Literal["webdataset", "csv", "auto"] = "auto"
+    """Format of the data; auto goes by the file extension."""
+    csv_separator: str = "\t"
+    """Separates the columns of a CSV file."""
+    csv_img_key: str = "filepath"
+    """Column with the image paths."""
+    csv_caption_key: str = "title"
+    """Column with the captions."""
+    max_skipped: float = MAX_SKIPPED
+    """Largest share of samples that may be unreadable. They are skipped, counted, and each is logged once; above this
+    share reading stops with an error."""
+    max_image_pixels: int = MAX_PIXELS
+    """Largest image to decode, in pixels; larger ones count as unreadable."""
+
+    def __post_init__(self) -> None:
+        if self.dataset_type not in ("auto", "webdataset", "csv"):
+            raise ValueError(f"dataset_type: got {self.dataset_type!r}, expected 'auto', 'webdataset' or 'csv'")
+        check_max_skipped(self.max_skipped)
+        check_max_pixels(self.max_image_pixels)
+
+    @property
+    def csv_format(self) -> CsvFormat:
+        return CsvFormat(self.csv_separator, self.csv_img_key, self.csv_caption_key)
+
+    def is_csv(self, source: str, argument: str) -> bool:
+        """Whether the source is a CSV file; else it is WebDataset shards.
+
+        Raises ValueError, naming `argument`, when neither `dataset_type` nor the name tells.
+        """
+        if self.dataset_type != "auto":
+            return self.dataset_type == "csv"
+        if source.endswith(CSV_EXTENSIONS):
+            return True
+        if ".tar" in os.path.basename(source):
+            return False
+        raise ValueError(
+            f"{argument}: cannot tell the format of {source!r} from its name, expected .tar, .csv or .tsv: set "
+            "dataset_type"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(SourceOptions):
+    """What training batches are made of."""
+
+    train_data: str
+    """WebDataset shards (a path, DIR/train-*.tar, DIR/train-{000000..000024}.tar, several joined by "::"), a CSV file,
+    or a directory written by `clipup data` (its training shards)."""
+    batch_size: int
+    """Samples per batch and process."""
+    workers: int = 1
+    """Processes that read samples (0: the calling process); with `cache` they only fill the cache."""
+    seed: int = 0
+    """Seed of the order of samples and the choice of captions."""
+    train_num_samples: int | None = None
+    """Samples per epoch; needed for shards without a `sizes.json` or `__len__` beside them."""
+    dataset_resampled: bool = False
+    """Draw shards with replacement."""
+    cache: bool = False
+    """Keep preprocessed images and tokens in memory; for small data sets (see `clipup.data.in_memory`)."""
+    allow_pipe: bool = False
+    """Let `pipe:COMMAND` in `train_data` run its command in a shell."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: got {self.batch_size}, expected at least 1")
+        if self.workers < 0:
+            raise ValueError(f"workers: got {self.workers}, expected 0 (read in this process) or more")
+        if self.cache and (self.dataset_resampled or self.train_num_samples is not None):
+            name = "dataset_resampled" if self.dataset_resampled else "train_num_samples"
+            raise ValueError(f"{name}: has no effect with cache, which serves every sample once per epoch: drop one")

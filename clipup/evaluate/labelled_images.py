@@ -1,0 +1,119 @@
+"""Images with class labels, from directories and from shards, and lists of class names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ..data.images import MAX_PIXELS, load_image
+from ..data.loaders import EvalSamples
+from ..data.sample_index import Record
+from ..data.shard_names import expand_shards, open_shard
+from ..data.skips import Skips
+from ..data.tars import read_samples
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The non-blank lines of a text file: class names, or templates with ``{}``.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or an empty one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; expected a text file with one name per line")
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty; expected one name per line")
+    return lines
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file. Raises ``ValueError``, naming it, if it is not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, such as with `iconv -t UTF-8`") from error
+
+
+def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    """The images of a directory with one subdirectory per class, with their class indices.
+
+    If all subdirectories are named by classes, names decide; else the sorted subdirectories are the classes in the
+    order of the list (as with ImageNet).
+
+    Raises:
+        FileNotFoundError, ValueError: no such directory, a wrong number of subdirectories, or no image in them.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}; expected one with a subdirectory per class")
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    names = [folder.name for folder in folders]
+    if set(names) <= set(classes):
+        label_of = {folder: list(classes).index(folder.name) for folder in folders}
+    elif len(folders) == len(classes):
+        label_of = {folder: label for label, folder in enumerate(folders)}
+    else:
+        raise ValueError(
+            f"{directory} has {len(folders)} subdirectories, the class list has {len(classes)} names; expected one "
+            "subdirectory per name in the same order, or subdirectories named by classes"
+        )
+    found = [
+        (path, label)
+        for folder, label in label_of.items()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in IMG_EXTENSIONS
+    ]
+    if not found:
+        raise ValueError(f"no image ({', '.join(IMG_EXTENSIONS)}) in the subdirectories of {directory}")
+    return found
+
+
+def labelled_images(
+    found: Sequence[tuple[Path, int]],
+    preprocess: Callable[[Image.Image], Tensor],
+    batch_size: int = 64,
+    workers: int = 0,
+    max_image_pixels: int = MAX_PIXELS,
+) -> Iterator[tuple[Tensor, int]]:
+    """Reads and preprocesses the images of ``image_folder``, in batches by ``workers`` processes.
+
+    Raises:
+        ValueError: an unreadable image, by name: skipping it would change the accuracy.
+    """
+    records = [Record(path.name, str(path), (), metadata={"label": label}) for path, label in found]
+    samples = EvalSamples(records, preprocess, Skips(), strict=True, max_image_pixels=max_image_pixels)
+    for images, _, metadata in samples.batches(batch_size, workers):
+        yield from ((image, about["label"]) for image, about in zip(images, metadata, strict=True))
+
+
+def image_shards(shards: str | Sequence[str], max_image_pixels: int = MAX_PIXELS) -> Iterator[tuple[Image.Image, int]]:
+    """(image, class index) of WebDataset samples with an image and a ``cls``.
+
+    Args:
+        shards: a pattern as in ``clipup.data.loaders.train_loader``, or a list of patterns.
+
+    Raises:
+        FileNotFoundError, ValueError: no such shard, a damaged one, or a sample without image or class.
+    """
+
+    def refuse(name: str, reason: object, samples: int) -> None:
+        raise ValueError(f"cannot read {name}: {reason}; repair or remove it")
+
+    for shard in [
+        one for pattern in ([shards] if isinstance(shards, str) else shards) for one in expand_shards(pattern, "images")
+    ]:
+        with open_shard(shard) as file:
+            for sample in read_samples(file, shard, refuse, images=True):
+                named = f"{sample.key} of {shard}"
+                if sample.image is None or "cls" not in sample.content:
+                    raise ValueError(f"sample {named} lacks an image or its .cls")
+                try:
+                    found = load_image(sample.content[sample.image], max_image_pixels), int(sample.content["cls"])
+                except Exception as error:  # PIL has no common class for what a broken file may raise
+                    raise ValueError(f"cannot read sample {named}: {error}; repair or remove it") from error
+                yield found

@@ -1,0 +1,42 @@
+"""The forward pass of a training step: a model's output by name, with texts shuffled where capacity goes by position.
+
+Under a capacity an expert's slots go to tokens by their position in the batch, so which tokens are dropped depends on a
+sample's row. If the image and the text of a pair were in the same row, both towers could tell the row from what was
+dropped, and would learn to match rows instead of contents: the loss falls far below chance even on unrelated images and
+texts, and none of that transfers to evaluation. So the text tower gets the texts in a random order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.layer import moe_layers
+
+SCALES = ("logit_scale", "logit_bias")
+"""Outputs with one value for the whole batch; the others have one row per pair."""
+
+
+def named_output(output: Any) -> dict[str, Tensor]:
+    """A CLIP's output by open_clip's names, whether the model returns a dict or a tuple."""
+    if isinstance(output, dict):
+        return dict(output)
+    return dict(zip(("image_features", "text_features", *SCALES), output, strict=False))
+
+
+def drops_by_position(model: nn.Module) -> bool:
+    """Whether some sparse layer chooses the tokens that it drops in training by their position in the batch."""
+    configs = (layer.config for layer in moe_layers(model).values())
+    return any(config.capacity_factor is not None and not config.priority for config in configs)
+
+
+def forward(model: nn.Module, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+    """The model's output by name; row i of the image and of the text features belongs to pair i."""
+    if not drops_by_position(model):
+        return named_output(model(images, texts))
+    order = torch.randperm(len(texts)).to(texts.device)
+    output = named_output(model(images, texts[order]))
+    output["text_features"] = output["text_features"][order.argsort()]
+    return output

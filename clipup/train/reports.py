@@ -1,0 +1,73 @@
+"""What a run reports while it runs: to its records and log, and on the console."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+
+from .console import Console
+from .distributed import Ranks
+from .options import TrainOptions
+from .recorder import Record, Recorder
+from .routing_collapse import CollapseWatch, warning
+from .run_directory import RunDirectory
+from .run_state import Length, RunState
+
+
+class Reports:
+    """The recorder, the console and the watch for collapsed routers of a run. Only rank 0 writes and shows."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        model: nn.Module,
+        state: RunState,
+        length: Length,
+        ranks: Ranks,
+        directory: RunDirectory | None,
+    ) -> None:
+        root = directory.root if directory and ranks.first else None
+        self.recorder = Recorder(root, options.report_to if ranks.first else "", state.step, state.evaluations)
+        self.console = Console(length.steps, state.step, shown=ranks.first)
+        self._collapse = CollapseWatch(model, self.recorder.records("warnings"))
+        self._state, self._length, self._ranks, self._directory = state, length, ranks, directory
+
+    @property
+    def log(self) -> logging.Logger:
+        return self.recorder.log
+
+    def start(self, notes: Sequence[str]) -> None:
+        """``notes``: what the log says first."""
+        for note in notes if self._directory else ():
+            self.log.warning("%s", note)
+        ranks = f"{self._ranks.world_size} rank{'s' if self._ranks.several else ''}"
+        begin = f"from step {self._state.step} to step {self._length.steps} on {self._ranks.device}, {ranks}"
+        self.log.info("%s; %d samples seen", begin, self._state.samples_seen)
+        self.console.say(f"training {begin}{f'; {self._directory.root}' if self._directory else ''}")
+
+    def step(self, record: Record) -> None:
+        """A logged step."""
+        if not self._ranks.first:
+            return
+        self.recorder.step(record)
+        self.console.logged(record)
+        if collapsed := self._collapse.observe(record):
+            text = warning(collapsed)
+            self.recorder.warning(text, collapsed)
+            self.console.say(f"warning: {text}")
+
+    def evaluation(self, numbers: Record) -> None:
+        """Adds the position of the run to the numbers."""
+        place = {"step": self._state.step, "epoch": self._state.epoch, "seconds": self._state.seconds}
+        record = {**place, **numbers}
+        self.recorder.evaluation(record)
+        self.console.evaluation(record)
+
+    def failure(self, error: BaseException) -> None:
+        self.recorder.failure(f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        self.console.close()
+        self.recorder.close()

@@ -1,0 +1,89 @@
+"""``train``: from options to a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..precision import Precision
+from . import resume, rng
+from .distributed import Ranks, joined
+from .loop import Trainer
+from .options import TrainOptions
+from .recorder import LOG
+from .results import Every, TrainResult
+from .run_directory import RunDirectory, run_name
+from .setup import build_loader, build_model, check_complete
+from .signals import StopRequest
+from .training_data import Epochs
+
+
+def train(
+    options: TrainOptions,
+    *,
+    model: nn.Module | None = None,
+    preprocess: Any = None,
+    tokenizer: Any = None,
+    loader: Any = None,
+    callbacks: Sequence[Every] = (),
+) -> TrainResult:
+    """Trains a model with the loss that the options select and the sparse layers' losses.
+
+    Args:
+        options: everything that the command line can set.
+        model: trained in place of one built from ``options.model``.
+        preprocess: image transform, or (training, validation) pair; None takes the built model's own.
+        tokenizer: texts to token ids; None takes the built model's own.
+        loader: batches (images, texts) in place of ``options.train_data``: ``TrainData``, or anything with a
+            length that can be iterated repeatedly. Set ``options.steps`` or ``options.epochs``.
+        callbacks: evaluations along the way.
+
+    Raises:
+        FileExistsError: the directory of the run holds another run.
+        DirectoryInUse: another process writes into it.
+        ValueError: options or data that cannot be trained on, or a checkpoint that cannot be resumed from.
+        NonFiniteLoss, NonFiniteGradients, NonFiniteWeights: values became NaN or infinite.
+        ChildProcessError: a data worker was killed.
+        RankLost: another rank died or failed. A rank that waits for a frozen one ends with exit code 3 instead.
+        OSError: a checkpoint could not be written, and the one before is whole; or one could not be read.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint. Without ``options.logs`` it is KeyboardInterrupt,
+            at once.
+    """
+    check_complete(options, model, loader)
+    with joined(options) as ranks, _directory(options, ranks) as directory:
+        source, checkpoint, notes = resume.find_checkpoint(options, directory, ranks)
+        if checkpoint is not None:
+            notes += resume.changes(checkpoint, options, ranks.world_size, source)
+        precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
+        rng.seed_everything(options.seed)
+        built = build_model(options, ranks, precision, model, preprocess, tokenizer)
+        first_epoch = checkpoint["epoch"] if checkpoint else 0
+        data = Epochs(
+            build_loader(options, built, ranks, first_epoch) if loader is None else loader, options.accum_freq
+        )
+        trainer = Trainer(options, built, data, ranks, directory, precision, callbacks)
+        if checkpoint is not None:
+            trainer.restore(checkpoint, source)
+            if trainer.state.finished:
+                return trainer.result_before()
+        for note in notes if ranks.first else ():
+            LOG.warning("%s", note)
+        with StopRequest(enabled=directory is not None) as stop:
+            return trainer.run(stop, notes)
+
+
+@contextmanager
+def _directory(options: TrainOptions, ranks: Ranks) -> Iterator[RunDirectory | None]:
+    """The run's directory, locked by rank 0 and otherwise untouched. What rank 0 refuses is refused on every rank."""
+    if options.logs is None:
+        yield None
+        return
+    directory = RunDirectory(Path(options.logs) / ranks.of_first(run_name(options)))
+    with ExitStack() as held:
+        ranks.first_does(lambda: held.enter_context(directory.locked()))
+        ranks.first_does(lambda: directory.check(options))
+        yield directory

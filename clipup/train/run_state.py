@@ -1,0 +1,126 @@
+"""The position of a run, and its clock."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import resume
+from .distributed import Ranks
+from .options import TrainOptions
+
+
+@dataclass
+class RunState:
+    """Where a run is: what a checkpoint holds besides weights, optimizer and conditions."""
+
+    epoch: int = 0
+    """Whole epochs done."""
+    step: int = 0
+    """Optimizer steps done."""
+    step_of_epoch: int = 0
+    """Those of the current epoch."""
+    steps_before: int = 0
+    """By how many steps a run whose epochs have changed their length is ahead of one that always had epochs of today's
+    length."""
+    samples_seen: int = 0
+    seconds: float = 0.0
+    """Time in training, without evaluations and checkpoints."""
+    evaluated_at: int = -1
+    """The step of the last evaluation on the validation data."""
+    evaluation: dict[str, Any] | None = None
+    """Its numbers; on rank 0."""
+    evaluations: int | None = None
+    """Records of evaluations when the checkpoint was written that the run continues from."""
+    rng: dict[str, Any] | None = None
+    """The random number generators of this rank within an epoch, until that epoch continues."""
+    finished: bool = False
+    """Whether all is done and the model is saved."""
+
+    def restore(
+        self, checkpoint: dict[str, Any], source: Path, options: TrainOptions, steps_of_epoch: int, ranks: Ranks
+    ) -> None:
+        """Takes the position from a checkpoint, ours or open_clip_train's. ``finished`` remains False.
+
+        Raises:
+            ValueError: the checkpoint is from within an epoch of other data.
+        """
+        other_length = resume.other_length(checkpoint, steps_of_epoch, source)
+        self.epoch = checkpoint["epoch"]
+        self.step = checkpoint.get("step", self.epoch * steps_of_epoch)
+        self.step_of_epoch = checkpoint.get("step_of_epoch", 0)
+        self.steps_before = checkpoint.get("steps_before", 0)
+        samples_of_step = options.batch_size * options.accum_freq * ranks.world_size
+        self.samples_seen = checkpoint.get("samples_seen", self.step * samples_of_step)
+        self.seconds = checkpoint.get("seconds", 0.0)
+        self.evaluated_at, self.evaluation = checkpoint.get("validated", (-1, None))
+        self.evaluations = checkpoint.get("evaluations")
+        if other_length:
+            self.step_of_epoch = steps_of_epoch if self.step_of_epoch else 0  # all of an epoch, or nothing
+            self.steps_before = self.step - self.step_of_epoch - self.epoch * steps_of_epoch
+        generators = checkpoint.get("rng", [])
+        within_epoch = self.step_of_epoch > 0 and len(generators) == ranks.world_size
+        self.rng = generators[ranks.rank] if within_epoch else None
+
+    def for_checkpoint(self) -> dict[str, Any]:
+        """The entries of a checkpoint, without generators and the number of evaluations."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "step_of_epoch": self.step_of_epoch,
+            "steps_before": self.steps_before,
+            "samples_seen": self.samples_seen,
+            "seconds": self.seconds,
+            "finished": self.finished,
+            "validated": (self.evaluated_at, self.evaluation),
+        }
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: by ``options.steps``, or else by ``options.epochs``."""
+
+    steps: int
+    epochs: float
+
+    @classmethod
+    def of(cls, options: TrainOptions, steps_of_epoch: int, steps_before: int) -> Length:
+        if options.steps:
+            return cls(options.steps, math.inf)
+        return cls(steps_before + options.epochs * steps_of_epoch, options.epochs)
+
+    def is_reached(self, state: RunState) -> bool:
+        return state.step >= self.steps or state.epoch >= self.epochs
+
+
+@dataclass
+class Clock:
+    """Measures the time in training and the rate since the last logged step."""
+
+    state: RunState
+    _mark: float = field(default_factory=time.perf_counter)
+    _logged: float = field(default_factory=time.perf_counter)
+    _images: int = 0
+
+    def restart(self) -> None:
+        """Leaves out of the timings what happened since the last step."""
+        self._mark = self._logged = time.perf_counter()
+        self._images = 0
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def logged(self) -> tuple[float, float]:
+        """Images per second since the logged step before, and the seconds in training up to now."""
+        now = time.perf_counter()
+        rate = self._images / (now - self._logged)
+        self._images, self._logged = 0, now
+        return rate, self.state.seconds + now - self._mark
+
+    def step_done(self) -> None:
+        now = time.perf_counter()
+        self.state.seconds += now - self._mark
+        self._mark = now

@@ -1,0 +1,117 @@
+"""Training data as steps, and what the errors of data workers mean."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from .objectives import Batch
+
+
+class Epochs:
+    """Training data as steps: lists of ``accum_freq`` batches of (images [B, 3, H, W], texts [B, context_length])."""
+
+    def __init__(self, loader: Any, accum_freq: int) -> None:
+        """
+        Args:
+            loader: ``TrainData``, or anything with a length that can be iterated repeatedly.
+
+        Raises:
+            ValueError: fewer than ``accum_freq`` batches per epoch.
+        """
+        self._info = loader
+        self._batches = getattr(loader, "dataloader", loader)
+        self._accum_freq = accum_freq
+        count = getattr(self._batches, "num_batches", None)
+        count = len(self._batches) if count is None else count
+        self.steps = count // accum_freq
+        """Steps of an epoch."""
+        if self.steps == 0:
+            raise ValueError(
+                f"the training data gives {count} batches an epoch, too few for a step of {accum_freq}; lower "
+                "batch_size or accum_freq, or pass more data"
+            )
+
+    def epoch(self, epoch: int) -> Iterator[list[Batch]]:
+        """The steps of an epoch; batches left over at its end are not used. Close it to end its data workers."""
+        if hasattr(self._info, "set_epoch"):
+            self._info.set_epoch(epoch)
+        group: list[Batch] = []
+        for images, texts in self._batches:
+            group.append((images, texts))
+            if len(group) == self._accum_freq:
+                yield group
+                group = []
+
+    def skipped(self, gather: Callable[[Any], list[Any]]) -> int:
+        """Samples that could not be read so far, each counted once, whichever ranks met it.
+
+        Args:
+            gather: returns every rank's value on every rank.
+        """
+        skips = getattr(self._info, "skips", None)
+        names: dict[str, int] = {}
+        for of_rank in gather({} if skips is None else skips.samples):
+            names |= of_rank
+        return sum(names.values())
+
+    def check_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Judges ``max_skipped`` over all ranks at the end of an epoch. Within an epoch every rank judges its own part,
+        with an allowance for chance.
+
+        Raises:
+            ValueError: more samples of the epoch could not be read than may be skipped.
+        """
+        counts = getattr(self._batches, "pass_counts", None)
+        if counts is None:
+            return
+        skips = self._info.skips
+        parts, names, first = zip(*gather((*counts, skips.first)), strict=True)
+        skips.first = next(filter(None, (skips.first, *first)), "")
+        skips.check(sum(parts), sum({name: count for of_rank in names for name, count in of_rank.items()}.values()))
+
+    def close(self) -> None:
+        """Releases the loader, so that workers that live longer than an epoch end with the run."""
+        self._info = self._batches = None
+
+
+@contextmanager
+def lost_workers_explained(advice: Callable[[], str]) -> Iterator[None]:
+    """Inside, a killed data worker is a ChildProcessError with the advice on how to continue."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).splitlines()[0].removesuffix(".")
+        raise ChildProcessError(f"{reason}, perhaps for lack of memory. {advice()}") from error
+
+
+@contextmanager
+def worker_errors_explained(advice: Callable[[], str]) -> Iterator[None]:
+    """Inside, while data are read: an error that a data worker raised has that worker's message alone, and a broken
+    connection to a worker is a ChildProcessError."""
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        raise ChildProcessError(f"a data worker has ended ({error}). {advice()}") from error
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("Caught "):
+            raise
+        # torch's message of such an error is the worker's traceback
+        _, _, message = str(error).rpartition(f"\n{type(error).__name__}: ")
+        raise type(error)(message.strip()) from error
+
+
+def detect_lost_workers_when_reading() -> None:
+    """Removes torch's SIGCHLD handler, which raises wherever the process is when a data worker dies: while a checkpoint
+    is written, or while the run ends. The data loader detects it within seconds when it waits for data."""
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    if (
+        getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+        and threading.current_thread() is threading.main_thread()
+    ):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

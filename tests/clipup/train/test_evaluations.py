@@ -1,0 +1,100 @@
+"""An epoch is saved before it is validated, and a resumed run validates what the stopped one did not."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+
+from clipup.train import Every, train
+from clipup.train.checkpoints import load
+from clipup.train.evaluations import Evaluations
+
+
+@pytest.fixture
+def run(make_model, pairs, options, csv_data):
+    """Nine steps, three an epoch, validated after each."""
+
+    def run(callbacks=(), **changes):
+        return train(
+            options(**{"steps": None, "epochs": 3, "val_data": csv_data, **changes}),
+            model=make_model(),
+            preprocess=open_clip.image_transform(16, is_train=False),
+            tokenizer=open_clip.SimpleTokenizer(context_length=8),
+            loader=pairs(),
+            callbacks=callbacks,
+        )
+
+    return run
+
+
+def without_times(records):
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def assert_same_run(one, other):
+    assert without_times(one.evaluations) == without_times(other.evaluations)
+    assert [record["loss"] for record in one.history] == [record["loss"] for record in other.history]
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_validation_data_that_break_do_not_cost_the_epoch(run, pictures, tmp_path):
+    whole = run(name="whole")
+    contents = {path: path.read_bytes() for path in pictures}
+
+    def break_pictures(model):
+        for path in pictures:
+            path.write_bytes(b"no picture")
+
+    with pytest.raises(ValueError, match="max_skipped: .* samples cannot be read"):
+        run(callbacks=[Every(5, break_pictures)], delete_previous_checkpoint=True)
+    folder = tmp_path / "logs" / "run" / "checkpoints"
+    saved = load(folder / "epoch_2.pt")
+    assert (saved["epoch"], saved["step"], saved["step_of_epoch"]) == (2, 6, 0)
+    assert load(folder / "epoch_latest.pt")["step"] == 6
+    assert (folder / "epoch_1.pt").is_file()  # until the epoch after it is validated
+
+    with pytest.raises(ValueError, match="max_skipped: .* samples cannot be read"):
+        run(resume="latest")
+    for path, content in contents.items():
+        path.write_bytes(content)
+    resumed = run(resume="latest", delete_previous_checkpoint=True)
+
+    assert [record["step"] for record in resumed.evaluations] == [3, 6, 9]
+    assert_same_run(whole, resumed)
+    assert {path.name for path in folder.iterdir()} == {"epoch_3.pt", "epoch_latest.pt"}
+
+
+@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_run_killed_around_a_validation_is_validated_once(run, monkeypatch, epoch, validated):
+    whole = run(name="whole", val_frequency=1)
+    validate_epoch = Evaluations.validate_epoch
+
+    def killed(evaluations):
+        if evaluations._state.epoch != epoch or validated:
+            validate_epoch(evaluations)
+        if evaluations._state.epoch == epoch:
+            raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluations, "validate_epoch", killed)
+        with pytest.raises(SystemExit):
+            run()
+    torch.rand(5)
+
+    resumed = run(resume="latest")
+
+    assert_same_run(whole, resumed)
+
+
+def test_epochs_that_are_not_validated_are_not_validated_on_resume_either(run):
+    whole = run(name="whole", val_frequency=2)
+    run(val_frequency=2, epochs=1)  # its end is validated
+    kept = whole.directory / "checkpoints" / "epoch_1.pt"
+
+    resumed = run(name="resumed", val_frequency=2, resume=str(kept))
+
+    assert without_times(resumed.evaluations) == without_times(whole.evaluations)
+    assert [record["step"] for record in resumed.evaluations] == [6, 9]

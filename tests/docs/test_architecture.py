@@ -1,0 +1,53 @@
+"""docs/architecture.md and CONTRIBUTING.md name rooms and files that exist."""
+
+from __future__ import annotations
+
+import re
+import runpy
+
+import pytest
+from documents import ROOT, blocks, inline_code, name, tables
+
+PAGE = ROOT / "docs" / "architecture.md"
+ROOMS = runpy.run_path(str(ROOT / "tests" / "packaging" / "test_rooms.py"))["ROOMS"]
+FILE = re.compile(r"[\w./-]+\.(?:py|h|cpp|cu|md|toml|txt|yml|yaml|cff)")
+
+
+def rows(first_column: str) -> list[list[str]]:
+    (found,) = (table for table in tables(PAGE) if table[0][0] == first_column)
+    return found[1:]
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_the_drawing_has_the_rooms_in_their_order():
+    drawing = next(block.text for block in blocks(PAGE, "text") if "(root)" in block.text)
+    order = [room or "(root)" for package in ROOMS for room in reversed(ROOMS[package])]
+    assert re.findall(r"\|  (\w+|\(root\)) {2,}\w", drawing) == order
+
+
+def test_every_room_has_a_row_and_its_files_exist():
+    room, seen = "", set()
+    for cell, _, where in rows("room"):
+        room = code(cell)[0] if cell else room
+        seen.add(room)
+        assert (ROOT / room).is_dir(), room
+        for path in filter(FILE.fullmatch, code(where)):
+            assert (ROOT / path).is_file() or (ROOT / room / path).is_file(), (room, path)
+    assert {f"{package}/{name}" if name else package for package in ROOMS for name in ROOMS[package]} <= seen
+
+
+def test_the_seven_additions_touch_files_that_exist():
+    additions = rows("to add")
+    assert len({what.partition(" of ")[0] for what, *_ in additions}) == 7
+    for what, *cells in additions:
+        paths = [path for cell in cells for path in code(cell) if "/" in path]
+        assert paths and all((ROOT / path).exists() for path in paths), (what, paths)
+
+
+@pytest.mark.parametrize("page", [PAGE, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_paths_in_the_text_exist(page):
+    paths = [path for path in inline_code(page) if "/" in path and FILE.fullmatch(path)]
+    assert paths and [path for path in paths if not (ROOT / path).exists()] == []

@@ -1,0 +1,122 @@
+"""The tables of README and docs hold the numbers of the committed CSV files and logs."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+from documents import ROOT, tables
+
+from studies.runner import results
+from studies.runner.page import Tables
+
+README, PERFORMANCE, INDEX = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "index.md"
+MODELS = "clip_throughput_cpu.csv"
+
+
+def measured(name: str, **wanted: str) -> list[dict[str, str]]:
+    with (ROOT / "benchmarks" / "results" / name).open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
+
+
+def rows(page: Path, column: str) -> list[list[str]]:
+    """The rows of the page's table with this column, without the head."""
+    (found,) = (table for table in tables(page) if column in table[0])
+    return found[1:]
+
+
+def ratio(value: str) -> str:
+    return f"{float(value):.2f}" if float(value) < 10 else f"{float(value):.1f}"
+
+
+def test_the_ratios_of_the_readme_follow_from_its_rates_and_the_rates_from_the_csv():
+    shown = rows(README, "pairs per second")
+    assert 3 <= len(shown) <= 5
+    (baseline,) = (float(rate) for model, _, _, rate, _ in shown if model == "dense ViT-L-14")
+    condition = {"dtype": "bf16", "pass": "fwd", "batch_size": "16", "caption_words": "12", "threads": "2"}
+    for model, parameters, gflops, rate, relative in shown:
+        kind, name, accelerated = re.fullmatch(r"(dense|CLIP-UP) (\S+?)(, accelerated)?", model).groups()
+        name += " CLIP-UP" * (kind == "CLIP-UP") + " accelerated" * bool(accelerated)
+        (row,) = measured(MODELS, model=name, device="AMD EPYC", **condition)
+        assert rate == row["pairs_per_s"] and gflops == f"{float(row['gflops_per_pair']):.1f}"
+        counts = dict.fromkeys((row["params_m"], row["active_params_m"]))
+        assert parameters == " ".join(f"{count} M" if i == 0 else f"({count} M)" for i, count in enumerate(counts))
+        assert relative == f"{float(rate) / baseline:.2f}"
+
+
+def test_the_number_of_the_readmes_first_paragraph_is_in_its_table():
+    head = README.read_text("utf-8").partition("**Proven:**")[0]
+    (times,) = re.findall(r"(\d+\.\d) times as many image-text pairs", " ".join(head.split()))
+    relative = {row[0]: float(row[-1]) for row in rows(README, "pairs per second")}
+    assert times == f"{relative['CLIP-UP ViT-B-16, accelerated']:.1f}"
+
+
+@pytest.mark.parametrize("page", [README, INDEX], ids=["README.md", "docs/index.md"])
+def test_costs_in_text_and_drawings_are_those_of_the_csv(page):
+    known = {f"{float(row['gflops_per_pair']):.1f}" for row in measured(MODELS)}
+    parameters = {row[column] for row in measured(MODELS) for column in ("params_m", "active_params_m")}
+    text = page.read_text("utf-8")
+    assert set(re.findall(r"(\d+\.\d) GFLOP", text)) <= known
+    assert set(re.findall(r"(?<![\d.])(\d+) M (?:parameters|active)", text)) <= parameters
+
+
+def test_layer_times_are_those_of_the_csv_files():
+    columns = ("fp32 inference", "bf16 inference", "fp32 training", "bf16 training")
+    for case, *cells in rows(PERFORMANCE, columns[0]):
+        tokens, width, hidden = re.fullmatch(r"([\d,]+) \(.*\), (\d+)/(\d+)", case).groups()
+        wanted = {"tokens": tokens.replace(",", ""), "d_model": width, "d_hidden": hidden}
+        wanted |= {"threads": "2", "experts": "8", "top_k": "2", "routing": "balanced", "device": "AMD EPYC"}
+        for cell, column in zip(cells, columns, strict=True):
+            dtype, kind = column.split()
+            name, impl = ("forward", "clipup_prepared") if kind == "inference" else ("training", "clipup")
+            found = [measured(f"moe_{name}_cpu.csv", dtype=dtype, impl=one, **wanted) for one in (impl, "loop_unbind")]
+            times = [[ratio(row["ratio_to_dense_k"]) for row in of_one] for of_one in found]
+            assert [cell] == ([f"{ours} ({loop})" for ours, loop in zip(*times, strict=True)] or [""]), (case, column)
+
+
+def test_times_of_whole_models_are_those_of_the_csv_file():
+    shown = rows(PERFORMANCE, "GFLOP per pair")
+    assert {row[0] for row in shown} == {row["model"] for row in measured(MODELS, **{"pass": "fwd"})}
+    for model, gflops, *cells in shown:
+        for dtype, found in (("fp32", cells[:3]), ("bf16", cells[3:])):
+            (row,) = measured(MODELS, model=model, dtype=dtype, **{"pass": "fwd"})
+            assert found == [row["pairs_per_s"], ratio(row["speed_to_b16"]), ratio(row["speed_to_l14"])], model
+            assert gflops == f"{float(row['gflops_per_pair']):.1f}"
+    steps = [table for table in tables(PERFORMANCE) if table[0] == ["model", "x B/16", "x L/14"]]
+    for model, *cells in steps[0][1:]:
+        (row,) = measured(MODELS, model=model, **{"pass": "fwd_bwd"})
+        assert cells == [ratio(row["speed_to_b16"]), ratio(row["speed_to_l14"])], model
+
+
+BASELINES = {"steps": "dense continued", "FLOPs": "dense equal flops", "CPU time": "dense equal seconds"}
+
+
+def leads() -> dict[tuple[str, str], tuple[str, str]]:
+    """Seeds and R@1 difference of CLIP-UP by baseline and steps, out of the study's logs."""
+    table = Tables(results.read(ROOT / "studies" / "icons" / "logs")).leads("clip_up")
+    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    found = [dict(zip(head, line, strict=True)) for line in lines]
+    return {(one["minus"], one["budget"]): (one["seeds"], one["mean"]) for one in found}
+
+
+def test_the_studys_verdict_is_that_of_its_logs():
+    found = {key: value for key, value in leads().items() if key[0] in BASELINES.values()}
+    shown = rows(INDEX, "R@1 difference")
+    assert {(BASELINES[baseline.removeprefix("the same ")], steps) for baseline, steps, *_ in shown} == set(found)
+    for baseline, steps, seeds, difference, verdict in shown:
+        expected = found[BASELINES[baseline.removeprefix("the same ")], steps]
+        assert (seeds, difference) == (expected[0], expected[1].strip("*"))
+        sure = expected[1].startswith("**")
+        better = "CLIP-UP is better" if difference.startswith("+") else "the baseline is better"
+        assert verdict == (better if sure else "undecided" if int(seeds) > 1 else "one seed, undecided")
+
+
+def test_the_readme_quotes_the_studys_verdict():
+    (paragraph,) = (part for part in README.read_text("utf-8").split("\n\n") if part.startswith("**Proven:**"))
+    paragraph, found = " ".join(paragraph.split()), leads()
+    steps, flops = (found[baseline, "2,500"][1] for baseline in ("dense continued", "dense equal flops"))
+    assert re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", paragraph) == [steps.strip("*")]
+    assert steps.startswith("**+") == ("lead over continued dense training" in paragraph)
+    assert flops.startswith("**") != ("undecided at equal FLOPs" in paragraph)
