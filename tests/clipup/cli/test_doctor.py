@@ -154,4 +154,4 @@ def test_help_and_usage_list_doctor(capsys):
 
 def test_unknown_model_is_one_line(capsys):
     assert main(["doctor", "no-such-model"]) == 2
-    assert capsys.readouterr().err.startswith("clipup doctor: 'no-such-model' is neither a model")
+    assert capsys.readouterr().err.startswith("clipup doctor: 'no-such-model' is neither an open_clip model")
