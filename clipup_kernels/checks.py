@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,7 @@ from .types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def tensor(
-    name: str, value: Tensor, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
-) -> None:
+def tensor(name: str, value: Any, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
     """Checks one tensor. A letter in ``shape`` admits any size and is only printed; an int must match."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -37,7 +36,7 @@ def optional(name: str, value: Tensor | None, shape: tuple, dtypes: tuple, like:
         tensor(name, value, shape, dtypes, like)
 
 
-def same_dtype(x_name: str, x: Tensor, **others: Tensor | None) -> None:
+def same_dtype(x_name: str, x: Tensor, **others: Any) -> None:
     """Refuses a mix of floating types by name: casting is the caller's decision (a layer's, or autocast's)."""
     for name, value in others.items():
         if value is not None and not isinstance(value, Tensor | PackedWeight):
@@ -99,7 +98,7 @@ def gates(value: Tensor, like: Tensor) -> None:
     tensor("gates", value, ("T", "K"), (torch.float64 if like.dtype == torch.float64 else torch.float32,), like)
 
 
-def packed(name: str, value: PackedWeight, shape: tuple[int | str, ...], x: Tensor) -> None:
+def packed(name: str, value: Any, shape: tuple[int | str, ...], x: Tensor) -> None:
     """Checks a packed weight against the x that it is multiplied with; ``shape`` as in ``tensor``."""
     if not isinstance(value, PackedWeight):
         raise TypeError(f"{name} must be packed like the other weights, got {type(value).__name__}; pack all or none")

@@ -6,6 +6,7 @@ Every function takes what its op takes, on CPU tensors of float32, bfloat16 or f
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+def _dense(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
@@ -193,7 +194,7 @@ def expert_mlp_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     x, gates, *weights = _dense(x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
     routing = _dense(offsets, choice_of_row, row_of_choice)
-    pre_activation = (choice_of_row.numel(), in_weight.shape[1])
+    pre_activation: tuple[int, ...] = (choice_of_row.numel(), in_weight.shape[1])
     if gate_weight is not None:
         pre_activation = (2, *pre_activation)
     y, z = torch.empty_like(x), _pooled(x, pre_activation if keep_z else (0,))

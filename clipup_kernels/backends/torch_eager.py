@@ -6,6 +6,8 @@ Nothing here depends on values, so it never synchronises the host. Half types ar
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ from ..types import Plan
 Outputs = tuple[Tensor, ...]
 
 
-def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+def wide(*tensors: Tensor | None) -> list[Any]:
     """The tensors in at least float32."""
     return [t if t is None or t.dtype == torch.float64 else t.float() for t in tensors]
 
@@ -80,11 +82,15 @@ def gather_sum(rows, row_of_choice) -> Tensor:
     """[T, D]: the sum of every token's rows; the backward of ``permute``."""
     (summed,) = wide(rows)
     ones = torch.ones_like(row_of_choice, dtype=summed.dtype)
-    return reference.combine(summed, ones, Plan(None, None, row_of_choice)).to(rows.dtype)
+    plan = Plan(
+        offsets=row_of_choice, choice_of_row=row_of_choice, row_of_choice=row_of_choice
+    )  # only the last is read
+    return reference.combine(summed, ones, plan).to(rows.dtype)
 
 
 def grouped_linear(rows, weight, bias, offsets) -> Tensor:
-    return reference.grouped_linear(*wide(rows, weight, bias), offsets).to(rows.dtype)
+    wide_rows, wide_weight, wide_bias = wide(rows, weight, bias)
+    return reference.grouped_linear(wide_rows, wide_weight, wide_bias, offsets).to(rows.dtype)
 
 
 def _grouped_outer(left: Tensor, right: Tensor, owner: Tensor, num_experts: int) -> Tensor:
@@ -112,7 +118,9 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> Output
 
 
 def combine(rows, gates, offsets, choice_of_row, row_of_choice) -> Tensor:
-    return reference.combine(*wide(rows, gates), Plan(offsets, choice_of_row, row_of_choice)).to(rows.dtype)
+    wide_rows, wide_gates = wide(rows, gates)
+    plan = Plan(offsets, choice_of_row, row_of_choice)
+    return reference.combine(wide_rows, wide_gates, plan).to(rows.dtype)
 
 
 def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> Outputs:
@@ -195,14 +203,14 @@ def expert_mlp_backward(
     if b_out is not None:
         d_gate_of_row = d_gate_of_row + (d_row * b_out[owner.clamp_max(num_experts - 1)]).sum(-1)
     dz = activate_z_backward(gate * da, z, activation)
-    dz_in, dz_gate = (dz, None) if w_gate is None else dz.unbind()
+    dz_in, dz_gate = (dz, dz) if w_gate is None else dz.unbind()  # dz_gate is read of gated experts alone
 
     def result(wanted: bool, compute) -> Tensor:
         return compute().to(x.dtype) if wanted else x.new_empty(0)
 
     def dx() -> Tensor:
         d_rows = reference.grouped_linear(dz_in, w_in.mT, None, offsets)
-        if dz_gate is not None:
+        if w_gate is not None:
             d_rows = d_rows + reference.grouped_linear(dz_gate, w_gate.mT, None, offsets)
         return gather_sum(d_rows, row_of_choice)
 

@@ -92,7 +92,7 @@ def expert_mlp_backward(
     d_row = cpp.permute(dy, offsets, choice_of_row, row_of_choice)
     gate = torch_eager.gate_of_row(gates, choice_of_row)[:, None]
     d_gate_of_row = gates.new_zeros(rows.shape[0])
-    d_rows = torch.empty_like(rows) if need_x else None
+    d_rows = torch.empty_like(rows) if need_x else rows.new_empty(0)
 
     for expert, span in _spans(offsets):
         if z.numel() == 0:
@@ -117,7 +117,7 @@ def expert_mlp_backward(
         if not (need_in or need_x):
             continue
         dz = torch_eager.activate_z_backward(da.mul_(gate[span]), z_e, activation)
-        dz_in, dz_gate = dz.unbind() if gated else (dz, None)
+        dz_in, dz_gate = dz.unbind() if gated else (dz, dz)  # dz_gate is read of gated experts alone
         if need_in:
             torch.mm(dz_in.mT, rows[span], out=d_in_weight[expert])
             if in_bias is not None:
@@ -128,7 +128,7 @@ def expert_mlp_backward(
                     d_gate_bias[expert] = dz_gate.sum(0, dtype=torch.float32)
         if need_x:
             torch.mm(dz_in, in_weight[expert], out=d_rows[span])
-            if gated:
+            if gate_weight is not None:
                 d_rows[span].addmm_(dz_gate, gate_weight[expert])
 
     return (

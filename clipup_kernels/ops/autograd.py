@@ -38,7 +38,7 @@ def kernel_of(op: torch._ops.OpOverload, setup_context: Callable | None, backwar
             setup_context(ctx, fill_defaults(op._schema, tuple(args), {})[0], output)
         return output
 
-    def node_of(run: Callable) -> type[_SingleLevelFunction]:
+    def node_of(run: Callable) -> Any:
         """The key set is the last argument, so that ``needs_input_grad`` counts as the schema does."""
         methods = {
             "forward": staticmethod(lambda ctx, *args: forward(ctx, run, *args)),

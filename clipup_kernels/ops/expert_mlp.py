@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -103,7 +105,7 @@ _packed_dense_mlp = define(
 )  # fmt: skip
 
 
-def _check_weights(x: Tensor, parameters: dict[str, Tensor | None], activation: str, lead: tuple[str, ...]) -> None:
+def _check_weights(x: Tensor, parameters: dict[str, Any], activation: str, lead: tuple[str, ...]) -> None:
     """x [T, D] and the weights of MLPs, with ``lead`` before [H, D] and [D, H]: ("E",) for experts, () for one MLP."""
     checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
     checks.same_dtype("x", x, **parameters)
@@ -122,17 +124,15 @@ def _check_weights(x: Tensor, parameters: dict[str, Tensor | None], activation: 
     checks.activation(activation)
 
 
-def _check_plain(name: str, value: Tensor, shape: tuple[int | str, ...], x: Tensor) -> None:
+def _check_plain(name: str, value: Any, shape: tuple[int | str, ...], x: Tensor) -> None:
     checks.tensor(name, value, shape, checks.FLOATING, x)
 
 
-def _any_packed(parameters: dict[str, Tensor | PackedWeight | None]) -> bool:
+def _any_packed(parameters: dict[str, Any]) -> bool:
     return any(isinstance(value, PackedWeight) for value in parameters.values())
 
 
-def _operands(
-    parameters: dict[str, Tensor | PackedWeight | None], *others: Tensor
-) -> tuple[list[Tensor | None], int, str]:
+def _operands(parameters: dict[str, Any], *others: Tensor) -> tuple[list[Any], int, str]:
     """The tensors of packed weights and of the biases beside them, in the order of ``parameters``; H; the layout."""
     packed = parameters["in_weight"]
     for name, value in parameters.items():
