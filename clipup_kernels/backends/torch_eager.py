@@ -83,8 +83,6 @@ def gather_sum(rows, row_of_choice) -> Tensor:
     (summed,) = wide(rows)
     ones = torch.ones_like(row_of_choice, dtype=summed.dtype)
     plan = Plan(row_of_choice, row_of_choice, row_of_choice)  # combine reads the last field alone
-        offsets=row_of_choice, choice_of_row=row_of_choice, row_of_choice=row_of_choice
-    )  # only the last is read
     return reference.combine(summed, ones, plan).to(rows.dtype)
 
 
