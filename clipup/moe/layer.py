@@ -51,7 +51,7 @@ class SparseMoE(Experts):
 
     Args:
         d_model: D. d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
-        activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
+        activation: one of ``clipup_kernels.ACTIVATIONS``.
         bias: whether both projections have biases.
         gated: experts compute ``act(W_gate x + b_gate) * (W_in x + b_in)`` before the output projection.
         device, dtype: of all parameters.
