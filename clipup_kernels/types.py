@@ -15,6 +15,8 @@ PLAIN_LAYOUT = "plain"
 """``PackedWeight.layout`` of a weight that lies as it did."""
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+"""Activations of experts: ``z Phi(z)`` by erf, its tanh approximation, ``z sigmoid(1.702 z)`` (OpenAI's CLIP),
+``max(z, 0)``, ``z sigmoid(z)``. csrc/moe.h has the same list, and the extension is refused if the two differ."""
 MAX_EXPERTS = 1 << 20
 """Experts that a layer may have. What an op allocates grows with their number, so a slip is refused beyond this."""
 

@@ -1,5 +1,5 @@
-// The Python module clipup_kernels._C: addresses come as integers (0: a null pointer), every call releases
-// the GIL, std::invalid_argument becomes ValueError. moe.h says what the functions do.
+// The Python module clipup_kernels._C. Addresses are integers (0: a null pointer), every call releases the GIL,
+// std::invalid_argument becomes ValueError. The functions are documented in moe.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -155,8 +155,8 @@ py::tuple packed_layout(int dtype) {
   return py::make_tuple(layout.panel, layout.per_word);
 }
 
-// A block of the pool, for outputs that are made anew every step: fresh memory costs page faults. It goes back to the
-// pool with the object, whose buffer torch.frombuffer() wraps.
+// A block of the pool, for outputs that are allocated at every step: fresh memory costs page faults. The block returns to
+// the pool when the object, whose buffer torch.frombuffer() wraps, is destroyed.
 class Block {
  public:
   explicit Block(Size bytes) : bytes_(bytes), memory_(clipup::acquire_memory(bytes)) {}
@@ -270,4 +270,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "stream"_a);
 #endif
   m.def("build_info", &build_info);
+  py::tuple activations(clipup::kActivations);
+  for (int i = 0; i < clipup::kActivations; ++i) activations[i] = clipup::kActivationNames[i];
+  m.attr("ACTIVATIONS") = activations;
 }

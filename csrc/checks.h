@@ -18,7 +18,7 @@ inline void check_size(const char* name, std::int64_t size, std::int64_t smalles
                               std::to_string(size));
 }
 
-// A row is numbered by an int32.
+// Row numbers are int32.
 inline void check_row_count(std::int64_t T, std::int64_t K) {
   check_size("T", T, 0);
   check_size("K", K, 0);
@@ -27,7 +27,7 @@ inline void check_row_count(std::int64_t T, std::int64_t K) {
             " choices");
 }
 
-// `permute` moves R rows of row_bytes bytes, K rows a token.
+// `permute` moves R rows of row_bytes bytes, K rows per token.
 inline void check_permute_sizes(std::int64_t row_bytes, std::int64_t R, std::int64_t K) {
   check_size("row_bytes", row_bytes, 0);
   check_size("R", R, 0);
@@ -42,7 +42,7 @@ inline void check_pointer(const char* name, const void* pointer, std::int64_t el
                                                  std::to_string(elements) + " elements, got a null pointer");
 }
 
-// What `topk_gating` and its gradient ask of their sizes.
+// Sizes of `topk_gating` and its gradient.
 inline void check_gating_sizes(std::int64_t T, std::int64_t E, std::int64_t K) {
   check_size("E", E, 1);
   check_row_count(T, K);

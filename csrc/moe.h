@@ -1,11 +1,12 @@
-// The native interface of clipup_kernels: token routing for Mixture-of-Experts layers on the CPU.
+// The native interface of clipup_kernels: the ops of Mixture-of-Experts layers on the CPU.
 //
 // Plain pointers and sizes; every array is dense and row-major. Axes, as everywhere in the project:
-//   T tokens, E experts, K choices a token, D model width, R = T*K rows, one a (token, choice) pair.
+//   T tokens, E experts, K choices per token, D model width, H hidden width, R = T*K rows, one per (token, choice)
+//   pair.
 //
-// A stage checks its arguments before it writes: std::invalid_argument names the argument, what came and what
-// was expected. Outputs are written whole. Sizes may be zero; an array without elements may be null. Every
-// result is the same to the bit from run to run and for every number of threads.
+// A stage checks its arguments before it writes: std::invalid_argument names the argument, what was expected and what
+// was given. Every element of an output is written. Sizes may be zero; an array without elements may be null. Every
+// result is bitwise the same from run to run and for every number of threads.
 #pragma once
 
 #include <cstddef>
@@ -16,14 +17,33 @@ namespace clipup {
 // How the elements of rows are stored. Sums are taken in float whatever the storage.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// act(z) of an expert: z Phi(z) by erf, its tanh form, z sigmoid(1.702 z), max(z, 0), z sigmoid(z).
-enum class Activation : int { kGelu = 0, kGeluTanh = 1, kQuickGelu = 2, kRelu = 3, kSilu = 4 };
+// The activations of experts: X(type in cpu/activations.h, name in Python). Enumerators, names and tables of kernels
+// follow from this list; clipup_kernels/types.py has the same names in the same order.
+#define CLIPUP_ACTIVATIONS(X)                             \
+  X(Gelu, "gelu")            /* z Phi(z), by erf */       \
+  X(GeluTanh, "gelu_tanh")   /* its tanh approximation */ \
+  X(QuickGelu, "quick_gelu") /* z sigmoid(1.702 z) */     \
+  X(Relu, "relu")            /* max(z, 0) */              \
+  X(Silu, "silu")            /* z sigmoid(z) */
 
-// The router's logits in float, from tokens as they are stored: logits[t,e] = <x[t], weight[e]>. The logits of a token
+enum class Activation : int {
+#define CLIPUP_ENUMERATOR(Type, name) k##Type,
+  CLIPUP_ACTIVATIONS(CLIPUP_ENUMERATOR)
+#undef CLIPUP_ENUMERATOR
+};
+
+constexpr const char* kActivationNames[] = {
+#define CLIPUP_NAME(Type, name) name,
+    CLIPUP_ACTIVATIONS(CLIPUP_NAME)
+#undef CLIPUP_NAME
+};
+constexpr int kActivations = sizeof kActivationNames / sizeof kActivationNames[0];
+
+// The router's logits in float, from tokens in their storage type: logits[t,e] = <x[t], weight[e]>. The logits of a token
 // do not depend on the others.
 //
 //   x[T,D]               of type `dtype`
-//   mask[T]              non-zero: the token takes part; null: all do. The others are not read, their logits are 0
+//   mask[T]              0: the token is masked: it is not read, its logits are 0; null: none is masked
 //   weight[E,D]
 //   logits[T,E]          written
 void router_logits(const void* x, DType dtype, const std::uint8_t* mask, const float* weight, std::int64_t T,
@@ -31,29 +51,29 @@ void router_logits(const void* x, DType dtype, const std::uint8_t* mask, const f
 
 // Gradients of `router_logits`.
 //
-//   d_logits[T,E], x, mask, weight   d_logits of tokens that take no part is not read
-//   d_x[T,D]             d_logits . weight, of type `dtype`, 0 for tokens that take no part; null: not wanted
+//   d_logits[T,E], x, mask, weight   d_logits of masked tokens is not read
+//   d_x[T,D]             d_logits . weight, of type `dtype`, 0 for masked tokens; null: not wanted
 //   d_weight[E,D]        d_logits^T . x; null: not wanted
 void router_logits_backward(const float* d_logits, const void* x, DType dtype, const std::uint8_t* mask,
                             const float* weight, std::int64_t T, std::int64_t D, std::int64_t E, void* d_x,
                             float* d_weight);
 
-// Softmax over the experts, the K best experts of every token, and what the losses are made of.
+// Softmax over the experts, the K best experts of every token, and the statistics that the losses need.
 //
 //   logits[T,E]          router logits; a NaN leads to NaN gates, never to an index outside [0, E)
-//   mask[T]              non-zero: the token takes part; null: all do. The others get gates 0, experts -1,
-//                        top_prob 0, and count nowhere
-//   selection_bias[E]    added to the probabilities for the choice alone, gates stay unbiased; null: none
+//   mask[T]              0: the token is masked: gates 0, expert indices -1, top_prob 0, not in any statistic; null:
+//                        none is masked
+//   selection_bias[E]    added to the probabilities for the choice only, gates stay unbiased; null: none
 //
 // Choices are ordered by their scores, highest first: logits, or probabilities plus selection bias if given.
 // Ties go to the lowest expert, a NaN ranks as minus infinity.
 //
-//   gates[T,K]           probability of the choice; `renormalize`: over the sum of the token's choices
-//   expert_indices[T,K]         expert of the choice, distinct within a token
+//   gates[T,K]           probability of the choice; `renormalize`: divided by the sum over the token's choices
+//   expert_indices[T,K]  expert of the choice, distinct within a token
 //   top_prob[T]          largest probability of the token
-//   mean_probs[E]        mean probability over the tokens that take part, 0 where none does
-//   z_loss[1]            mean of logsumexp(logits)^2 over the tokens that take part, 0 where none does
-//   tokens_per_expert[K,E]           how many tokens chose expert e as their k-th choice
+//   mean_probs[E]        mean probability over the unmasked tokens, 0 if there are none
+//   z_loss[1]            mean of logsumexp(logits)^2 over the unmasked tokens, 0 if there are none
+//   tokens_per_expert[K,E]   how many tokens chose expert e as their k-th choice
 void topk_gating(const float* logits, const std::uint8_t* mask, const float* selection_bias, std::int64_t T,
                  std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* expert_indices,
                  float* top_prob, float* mean_probs, float* z_loss, std::int32_t* tokens_per_expert);
@@ -61,9 +81,9 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
 // Gradient of `topk_gating` with respect to the logits, the choices held constant.
 //
 //   logits, mask, renormalize   as in the forward pass
-//   expert_indices[T,K]                as the forward pass wrote them
-//   d_gates[T,K], d_top_prob[T], d_mean_probs[E], d_z_loss[1]   incoming gradients; null stands for zero
-//   d_logits[T,E]               written; exactly 0 for tokens that take no part, whatever their logits are
+//   expert_indices[T,K]         from the forward pass
+//   d_gates[T,K], d_top_prob[T], d_mean_probs[E], d_z_loss[1]   incoming gradients; null: zero
+//   d_logits[T,E]               written; exactly 0 for masked tokens, whatever their logits are
 //
 // top_prob passes its gradient to the most probable expert, the lowest on ties.
 void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* expert_indices,
@@ -71,30 +91,30 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
                           const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
                           const float* d_z_loss, float* d_logits);
 
-// Gives every (token, choice) pair a row, the rows of an expert next to each other, experts ascending: a
-// stable counting sort.
+// The plan: which row holds which (token, choice) pair. Rows of an expert are contiguous, experts ascend: a stable
+// counting sort. No token moves.
 //
-//   expert_indices[T,K]         expert of the choice, -1 where there is none
-//   mask[T]              non-zero: the token takes part; null: all do. A token whose choices are all -1 does not
-//   priority[T]          who is served first: highest first, ties by position, NaN like minus infinity;
-//                        null: by position
-//   capacity_factor      f > 0: an expert takes at most ceil(f*K*N/E) rows, N the tokens that take part, in
-//                        double, from left to right; f < 0: no limit; 0 and NaN are refused
+//   expert_indices[T,K]  expert of the choice, -1 where there is none
+//   mask[T]              0: the token is masked and gets no rows; null: none is masked
+//   priority[T]          tokens are served in descending order, ties by position, NaN like minus infinity; null: by
+//                        position
+//   capacity_factor      f > 0: an expert takes at most ceil(f*K*N/E) rows, N the unmasked tokens that have a choice,
+//                        computed in double, from left to right; f < 0: no limit; 0 and NaN are refused
 //
 // Inside an expert all first choices come before any second choice, and so on; inside a choice tokens come in
-// the order of `priority`. What exceeds the capacity is dropped from the end of that order.
+// the order of `priority`. Pairs beyond the capacity are dropped from the end of that order.
 //
 //   offsets[E+1]         rows of expert e are [offsets[e], offsets[e+1])
 //   choice_of_row[R]     t*K+k of the row, -1 past offsets[E]
-//   row_of_choice[T,K]   row of the choice, -1 where it was dropped or takes no part
+//   row_of_choice[T,K]   row of the choice, -1 where it was dropped, masked or absent
 void dispatch(const std::int32_t* expert_indices, const std::uint8_t* mask, const float* priority,
               std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
               std::int32_t* choice_of_row, std::int32_t* row_of_choice);
 
-// Gathers tokens into rows: rows[r] = x[choice_of_row[r] / K], and 0 past offsets[E].
+// Copies tokens into their rows: rows[r] = x[choice_of_row[r] / K], and 0 past offsets[E].
 //
-//   x[R/K], rows[R]      elements of `row_bytes` bytes, whatever they hold
-//   choice_of_row[R]     as `dispatch` wrote it
+//   x[R/K], rows[R]      elements of `row_bytes` bytes, of any type
+//   choice_of_row[R]     from `dispatch`
 //   rows_used[1]         offsets[E]
 void permute(const void* x, std::int64_t row_bytes, const std::int32_t* choice_of_row,
              const std::int32_t* rows_used, std::int64_t R, std::int64_t K, void* rows);
@@ -103,7 +123,7 @@ void permute(const void* x, std::int64_t row_bytes, const std::int32_t* choice_o
 // float. A choice without a row adds nothing, a token without rows gets 0.
 //
 //   rows[T*K,D], y[T,D]  of type `dtype`
-//   row_of_choice[T,K]   as `dispatch` wrote it
+//   row_of_choice[T,K]   from `dispatch`
 //   gates[T,K]           null: all are 1 (the backward pass of `permute`)
 void gather_sum(const void* rows, DType dtype, const std::int32_t* row_of_choice, const float* gates,
                 std::int64_t T, std::int64_t K, std::int64_t D, void* y);
@@ -118,7 +138,7 @@ void combine_backward(const void* dy, const void* rows, DType dtype, const float
                       const std::int32_t* row_of_choice, std::int64_t T, std::int64_t K, std::int64_t D,
                       const std::int32_t* rows_used, std::int64_t R, void* d_rows, float* d_gates);
 
-// Tokens, their experts and the weights of those: what `topk_gating` and `dispatch` have decided.
+// Gates and plan of T tokens: the results of `topk_gating` and `dispatch`.
 struct Routing {
   std::int64_t T, K;
   const float* gates;                 // [T,K]; null: K = 1 and every gate is 1
@@ -127,7 +147,7 @@ struct Routing {
   const std::int32_t* row_of_choice;  // [T,K]
 };
 
-// E MLPs of one shape. A packed matrix, from `pack_weight`, stands in for the matrix itself in the forward pass.
+// E MLPs of one shape. In the forward pass, a packed matrix from `pack_weight` replaces the matrix.
 struct Experts {
   DType dtype;  // of x, weights, biases and z
   Activation activation;
@@ -136,13 +156,13 @@ struct Experts {
   const void *out_weight, *out_bias;    // [E,D,H]; [E,D] or null
   const void *gate_weight, *gate_bias;  // [E,H,D] for gated experts, else null; [E,H] or null
   const void *packed_in, *packed_out,
-      *packed_gate;  // or null; the matrix itself is then not read, and may be null
+      *packed_gate;  // or null; if given, the matrix itself is not read and may be null
 
   bool gated() const { return gate_weight != nullptr || packed_gate != nullptr; }
 };
 
 // y[t] = sum over the choices k of gates[t,k] * (W_out a + b_out), a = act(z), z = W_in x[t] + b_in, of the choice's
-// expert; gated: a = act(W_gate x + b_gate) * z. k ascending, sums in float; z is rounded to `dtype`.
+// expert. Gated: a = act(W_gate x + b_gate) * z. k ascending, sums in float; z is rounded to `dtype`.
 //
 //   x[T,D], y[T,D]       a token without rows gets 0
 //   z[R,H]               gated: [2,R,H], z and then the gate's pre-activation; 0 past offsets[E]; null: not kept
@@ -161,7 +181,7 @@ struct ExpertGradients {
 //   dW_out += (g * d) a^T    db_out += g * d
 //
 //   dy[T,D], x[T,D]
-//   z                    as the forward pass wrote it; null: computed again
+//   z                    from the forward pass; null: recomputed
 void expert_mlp_backward(const Experts& experts, const Routing& routing, const void* dy, const void* x,
                          const void* z, const ExpertGradients& gradients);
 
@@ -169,42 +189,42 @@ void expert_mlp_backward(const Experts& experts, const Routing& routing, const v
 //
 //   rows[R,I], weight[E,O,I], bias[E,O] or null, out[R,O]   of type `dtype`
 //   offsets[E+1]
-//   packed               the weight from `pack_weight`, which is then not read; or null
+//   packed               the weight from `pack_weight`, in place of `weight`, which is then not read; or null
 void grouped_linear(DType dtype, const void* rows, const void* weight, const void* bias,
                     const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
                     std::int64_t I, void* out, const void* packed = nullptr);
 
-// Its gradients; null: not wanted. d_rows is 0 past offsets[E], an expert without rows gets 0.
+// Gradients of `grouped_linear`; null: not wanted. d_rows is 0 past offsets[E], an expert without rows gets 0.
 void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, const void* weight,
                              const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
                              std::int64_t I, void* d_rows, void* d_weight, void* d_bias);
 
-// A weight in the order in which the forward pass reads it, for weights that are used more than once unchanged.
+// Packs a weight into the B panels that the forward pass reads, for weights that do not change between calls.
 //
 //   weight[E,O,I]        of type `dtype`
-//   packed               packed_weight_bytes(...) bytes, as packed_layout says
+//   packed               packed_weight_bytes(...) bytes, laid out as packed_layout says
 std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I);
 void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
                  void* packed);
 
-// How `pack_weight` lays a weight out: [E, ceil(O / panel), ceil(I / per_word), panel] words of 32 bits. A word holds one
-// element as a float, or two neighbouring bfloat16, the first in its lower half. What fills panels and words up is zero.
+// The layout of a packed weight: [E, ceil(O / panel), ceil(I / per_word), panel] words of 32 bits. A word holds one
+// element as a float, or two neighbouring bfloat16, the first in its lower half. Padding is zero.
 struct PackedLayout {
   std::int64_t panel, per_word;
 };
 PackedLayout packed_layout(DType dtype);
 
-// Name of the instruction tier that runs: avx512_bf16, avx512, avx2 or portable.
+// Name of the instruction tier in use: avx512_bf16, avx512, avx2 or portable.
 const char* instruction_tier();
 
-// Whether the CPU multiplies matrices of bfloat16 in tiles (AMX), which no tier here does.
+// Whether the CPU has AMX tiles for bfloat16, which no tier here uses.
 bool has_matrix_tiles();
 
-// Memory from the pool of blocks that calls have used, 64-byte aligned and uninitialised; back to the pool.
+// Takes 64-byte aligned, uninitialized memory from the pool of blocks of earlier calls, and gives it back.
 void* acquire_memory(std::size_t bytes);
 void return_memory(void* block);
 
-// Bytes that the pool keeps for the next call, and giving them back to the system.
+// Bytes that the pool keeps for later calls; release_memory() gives them back to the system.
 std::int64_t kept_memory();
 void release_memory();
 

@@ -1,18 +1,16 @@
 // The native interface on CUDA devices: the stages of moe.h that have kernels in csrc/cuda.
 //
 // Arrays and results are as in moe.h, with these differences:
-//   - pointers are addresses on the current device, which the caller has made current;
+//   - pointers are addresses on the current device;
 //   - work is queued on `stream` (a cudaStream_t); the host never waits, so the calls can be captured in
 //     a CUDA graph;
-//   - sizes are checked, values on the device are not: an index outside its range counts as -1, and of the
-//     rows below rows_used `combine_backward` writes those that row_of_choice names;
+//   - sizes are checked, values on the device are not: an index outside its range counts as -1;
 //   - a failed launch throws std::runtime_error;
-//   - a stage that needs memory for itself takes `workspace`, aligned to 16 bytes, whatever it holds; a function
-//     says how many bytes;
-//   - routing takes at most kMostExperts experts.
-// `dispatch`, `permute` and `gather_sum` give the CPU's results to the bit. `topk_gating` and its gradient agree to
-// the rounding of exponentials and of sums, whose order depends on T, E and K alone; `combine_backward` adds up
-// d_gates in another order, which depends on D alone.
+//   - a stage takes its temporary memory as `workspace`, uninitialized and aligned to 16 bytes; a function returns
+//     its size in bytes;
+//   - there are at most kMostExperts experts.
+// `dispatch` gives bitwise the CPU's results. `topk_gating` and its gradient agree up to the rounding of exponentials
+// and of sums, whose order depends only on T, E and K.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +28,7 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
                  float* top_prob, float* mean_probs, float* z_loss, std::int32_t* tokens_per_expert,
                  void* workspace, void* stream);
 
-// One launch; two where the tokens that take part have to be counted.
+// One launch; two where the unmasked tokens have to be counted.
 std::int64_t topk_gating_backward_workspace_bytes();
 void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* expert_indices,
                           std::int64_t T, std::int64_t E, std::int64_t K, bool renormalize,
@@ -39,8 +37,8 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
 
 // Two launches.
 //
-//   order[T]             the tokens in the order in which they are served: a permutation; null: by position. A
-//                        token that it does not name has no row, and its row_of_choice is not written
+//   order[T]             a permutation: the tokens in the order in which they are served; null: by position. A token
+//                        missing from it gets no row, and its row_of_choice is not written
 std::int64_t dispatch_workspace_bytes(std::int64_t T, std::int64_t K, std::int64_t E);
 void dispatch(const std::int32_t* expert_indices, const std::uint8_t* mask, const std::int64_t* order,
               std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,

@@ -55,7 +55,7 @@ class SparseMoE(Experts):
         d_hidden: H, of every expert; a shared expert has granularity * d_hidden.
         config: how many experts there are, how tokens are routed, and the auxiliary losses; None means ``MoEConfig()``.
             ``layer.config`` holds it; assigning another one takes effect at the next forward.
-        activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
+        activation: one of ``clipup_kernels.ACTIVATIONS``.
         bias: whether the projections have biases.
         gated: experts compute ``act(W_gate x + b_gate) * (W_in x + b_in)`` before the output projection.
         norm: "layer" gives every expert its own layer norm between its projections.

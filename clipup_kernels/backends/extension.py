@@ -9,6 +9,8 @@ import re
 import warnings
 from pathlib import Path
 
+from ..types import ACTIVATIONS
+
 FORCE_BACKEND = "CLIPUP_BACKEND"
 """Environment variable, for comparisons and for debugging: the backend (``registry.BACKENDS``) that computes every op
 that it has. ``torch_eager`` has all of them, so that neither the compiled extension nor Triton is used."""
@@ -39,7 +41,10 @@ def _load_native():
         return None, f"{FORCE_BACKEND}=torch_eager is set"
     try:
         _share_openmp()
-        return importlib.import_module("clipup_kernels._C"), None
+        native = importlib.import_module("clipup_kernels._C")
+        if getattr(native, "ACTIVATIONS", None) != ACTIVATIONS:  # activations are passed as positions in this list
+            raise ImportError("clipup_kernels._C was built from other sources than this package")
+        return native, None
     except ImportError as error:
         warnings.warn(
             f"clipup_kernels runs without its compiled extension ({error}); the CPU ops fall back to plain torch and "

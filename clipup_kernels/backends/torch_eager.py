@@ -151,6 +151,7 @@ def activation_backward(grad: Tensor, z: Tensor, activation: str) -> Tensor:
         return grad * (gate + 1.702 * z * gate * (1 - gate))
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad, z)
+    assert activation == "relu", activation
     return torch.where(z > 0, grad, 0)
 
 

@@ -169,7 +169,7 @@ def expert_mlp(
         gates: [T, K] float32.
         plan: from ``dispatch``; y is 0 for tokens without a row.
         in_weight: [E, H, D]. in_bias: [E, H] or None. out_weight: [E, D, H]. out_bias: [E, D] or None.
-        activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
+        activation: one of ``ACTIVATIONS``.
         gate_weight: [E, H, D] for gated experts. gate_bias: [E, H] or None.
         recompute: "none" keeps z for backward; "full" keeps x only and computes z again.
 
@@ -221,7 +221,7 @@ def dense_mlp(
     Args:
         x: [T, D] float32, bfloat16, float16 or float64; all weights and biases have its type.
         in_weight: [H, D]. in_bias: [H] or None. out_weight: [D, H]. out_bias: [D] or None.
-        activation: gelu (erf), gelu_tanh, quick_gelu, relu or silu.
+        activation: one of ``ACTIVATIONS``.
         gate_weight: [H, D] for a gated MLP. gate_bias: [H] or None.
 
     All weights (not the biases) may be packed by ``pack_weight``: the same result bit for bit, faster.

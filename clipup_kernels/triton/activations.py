@@ -1,7 +1,7 @@
-"""Activations and their derivatives, element by element in float32: what epilogues apply to a tile of sums.
+"""Activations and their derivatives in float32, elementwise: epilogues apply them to a tile of sums.
 
-But for relu every one is z times a distribution function: the normal's for ``gelu``, a logistic one with some argument
-for the others (``gelu_tanh`` included, since (1 + tanh u) / 2 = sigmoid(2 u)).
+Each of them but relu is z times a distribution function: the normal one for ``gelu``, a logistic one for the others
+(``gelu_tanh`` included, since (1 + tanh u) / 2 = sigmoid(2 u)).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def activate_with_slope(z, ACTIVATION: tl.constexpr):
         a = z * share
         slope = share + a * (1 - share)
     else:
-        tl.static_assert(ACTIVATION == "relu", "activations are gelu, gelu_tanh, quick_gelu, silu and relu")
+        tl.static_assert(ACTIVATION == "relu", "no kernel for this activation")
         a = tl.where(z < 0, 0.0, z)
         slope = tl.where(z > 0, 1.0, 0.0)
     return a, slope
@@ -39,6 +39,6 @@ def activate_with_slope(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """``activation(z)``; the compiler drops the slope that nobody reads."""
+    """``activation(z)``; the compiler drops the unused slope."""
     a, _ = activate_with_slope(z, ACTIVATION)
     return a

@@ -21,8 +21,8 @@ from . import (
     expert_mlp,
     expert_mlp_backward,
     expert_mlp_inference,
-    gating,
     grouped_linear,
+    topk_gating,
     variants,
     weight_gradient,
 )
@@ -86,8 +86,10 @@ def products(
     in_weight, out_weight = randn(num_experts, hidden, width) / 8, randn(num_experts, width, hidden) / 8
     in_bias, out_bias = randn(num_experts, hidden), randn(num_experts, width)
     gate_weight, gate_bias = (in_weight, in_bias) if gated else (None, None)
-    gates, experts, *_ = gating.topk_gating(torch.randn(num_tokens, num_experts, device=device), top_k, True)
-    offsets, choice_of_row, _ = dispatch.dispatch(experts, num_experts)
+    gates, expert_indices, *_ = topk_gating.topk_gating(
+        torch.randn(num_tokens, num_experts, device=device), top_k, True
+    )
+    offsets, choice_of_row, _ = dispatch.dispatch(expert_indices, num_experts)
     in_arguments = (x, offsets, choice_of_row, top_k, in_weight, in_bias, gate_weight, gate_bias, "gelu")
     z, a = expert_mlp.project_in(*in_arguments, keep_z=True, keep_a=True)
     back_arguments = (dy, gates, offsets, choice_of_row, out_weight, z, "gelu")

@@ -29,7 +29,7 @@ void finish_hidden_tile(const HiddenTile& tile) {
     const std::int64_t left = tile.columns - v * kLanes;
     auto* z_to = from(static_cast<Element*>(tile.z), v * kLanes);
     auto* z_gate_to = from(static_cast<Element*>(tile.z_gate), v * kLanes);
-    Word* a_to = in_lines<Operand>(tile.a, tile.rows, tile.column + v * kLanes);
+    Word* a_to = in_a_panel<Operand>(tile.a, tile.rows, tile.column + v * kLanes);
     for (std::int64_t i = 0; i < tile.rows; ++i) {
       const std::int64_t at = i * kPanel + v * kLanes;
       const F32x z = Storage::rounded(load_as<F32x>(tile.c + at) + bias.values[v]);
@@ -57,7 +57,7 @@ template <class Storage, class Operand, class Activation, bool kGated>
 void finish_hidden_gradient_tile(const HiddenGradientTile& tile) {
   using Element = typename Storage::Element;
   constexpr int kRows = Operand::kPerWord;
-  const std::int64_t strip = tile.strip_words * kColumnTile;
+  const std::int64_t panel_stride = tile.panel_words * kColumnTile;
   F32x products[kTileRows];
   for (std::int64_t i = 0; i < tile.rows; ++i) products[i] = F32x{};
   for (int v = 0; v < 2; ++v) {
@@ -65,10 +65,10 @@ void finish_hidden_gradient_tile(const HiddenGradientTile& tile) {
     const std::int64_t column = tile.column + v * kLanes;
     const auto* z_from = static_cast<const Element*>(tile.z) + v * kLanes;
     const auto* z_gate_from = from(static_cast<const Element*>(tile.z_gate), v * kLanes);
-    Word* const dz_to = in_lines<Operand>(tile.dz, tile.rows, column);
-    Word* const dz_gate_to = in_lines<Operand>(tile.dz_gate, tile.rows, column);
-    const std::int64_t strip_at = column / kColumnTile * strip + tile.word * kColumnTile;
-    const std::int64_t panel_at = (tile.column / kPanel * tile.strip_words + tile.word) * kPanel + v * kLanes;
+    Word* const dz_to = in_a_panel<Operand>(tile.dz, tile.rows, column);
+    Word* const dz_gate_to = in_a_panel<Operand>(tile.dz_gate, tile.rows, column);
+    const std::int64_t column_at = column / kColumnTile * panel_stride + tile.word * kColumnTile;
+    const std::int64_t panel_at = (tile.column / kPanel * tile.panel_words + tile.word) * kPanel + v * kLanes;
     for (std::int64_t i = 0; i < tile.rows; i += kRows) {
       F32x dz[kRows], dz_gate[kRows], a[kRows];
 #pragma GCC unroll 2
@@ -94,14 +94,16 @@ void finish_hidden_gradient_tile(const HiddenGradientTile& tile) {
         if (tile.dz != nullptr) Operand::store_along(dz_to + (i + r) * kLineWords, dz[r]);
       }
       const std::int64_t word = i / kRows;
-      if (tile.dz_strips != nullptr && left > 0) {
-        store_columns(tile.dz_strips + strip_at + word * kColumnTile, strip, left, Operand::across(dz));
+      if (tile.dz_column_panels != nullptr && left > 0) {
+        store_columns(tile.dz_column_panels + column_at + word * kColumnTile, panel_stride, left,
+                      Operand::across(dz));
         if constexpr (kGated) {
-          store_columns(tile.dz_gate_strips + strip_at + word * kColumnTile, strip, left,
+          store_columns(tile.dz_gate_column_panels + column_at + word * kColumnTile, panel_stride, left,
                         Operand::across(dz_gate));
         }
       }
-      if (tile.a_strips != nullptr) store_as(tile.a_strips + panel_at + word * kPanel, Operand::across(a));
+      if (tile.hidden_b_panels != nullptr)
+        store_as(tile.hidden_b_panels + panel_at + word * kPanel, Operand::across(a));
     }
   }
   for (std::int64_t i = 0; tile.d_gates != nullptr && i < tile.rows; ++i) {

@@ -30,22 +30,23 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const std::int64_t used = routing.offsets[E];
   const std::vector<Wave> waves = make_waves(routing.offsets, E, kWaveRows, ks, typed);
   const WaveSize most = largest(waves);
-  const std::int64_t x_words = line_words(D, typed);
-  const std::int64_t a_words = line_words(round_up(H, ks.panel), typed);
-  const Buffer<Word> x_lines(most.rows * x_words);
-  const Buffer<Word> a_lines(most.rows * a_words);
+  const std::int64_t x_words = a_row_words(D, typed);
+  const std::int64_t a_words = a_row_words(round_up(H, ks.panel), typed);
+  const Buffer<Word> x_a_panels(most.rows * x_words);
+  const Buffer<Word> hidden_a_panels(most.rows * a_words);
   const Buffer<float> out_rows(identity ? 0 : used * D);
   const Workspace workspace(ks, gated ? 2 : 1);
 
   for (const Wave& wave : waves) {
-    for_row_tiles(wave, ks,
-                  [&](const RowTile& tile) { pack_lines(ks, experts, routing, tile, x, x_lines.get()); });
+    for_row_tiles(wave, ks, [&](const RowTile& tile) {
+      pack_a_panels(ks, experts, routing, tile, x, x_a_panels.get());
+    });
     std::vector<PreActivations> places;
     for (const Piece& piece : wave.pieces) {
       places.push_back(
           {element(z, dtype, piece.begin * H), gated ? element(z, dtype, (R + piece.begin) * H) : nullptr});
     }
-    hidden_product(experts, wave, x_lines.get(), a_lines.get(), places, workspace);
+    hidden_product(experts, wave, x_a_panels.get(), hidden_a_panels.get(), places, workspace);
 
     const std::vector<Block> blocks =
         make_blocks(wave, D, ks, experts.packed_out == nullptr ? typed.few_rows : 0);
@@ -55,7 +56,8 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
-      const Term term{lines_at(a_lines.get(), piece.at + block.row, a_words), a_words, out_matrix(piece)};
+      const Term term{a_panel_at(hidden_a_panels.get(), piece.at + block.row, a_words), a_words,
+                      out_matrix(piece)};
       multiply_block(ks, dtype, &term, 1, 1, block, following_region(blocks, task, dtype, ks, out_matrix),
                      workspace, thread, nothing_ahead,
                      [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {

@@ -12,8 +12,8 @@ namespace {
 
 // What a wave's rows are packed into, and what is made of them.
 struct Rows {
-  Buffer<Word> dy_lines, x_lines, dz_lines, dz_gate_lines;
-  Strips x_strips, scaled_dy_strips, a_strips, dz_strips, dz_gate_strips;
+  Buffer<Word> dy_a_panels, x_a_panels, dz_a_panels, dz_gate_a_panels;
+  ColumnPanels x_b_panels, scaled_dy_column_panels, hidden_b_panels, dz_column_panels, dz_gate_column_panels;
   Buffer<float> gates, d_gates;
   Buffer<unsigned char> z;
 };
@@ -36,8 +36,8 @@ class Backward {
         R_(routing.T * routing.K),
         used_(routing.offsets[experts.E]),
         panels_H_(ceil_div(H_, ks_.panel)),
-        d_words_(line_words(D_, typed_)),
-        h_words_(line_words(panels_H_ * ks_.panel, typed_)),
+        d_words_(a_row_words(D_, typed_)),
+        h_words_(a_row_words(panels_H_ * ks_.panel, typed_)),
         need_in_(gradients.in_weight != nullptr || gradients.in_bias != nullptr ||
                  gradients.gate_weight != nullptr || gradients.gate_bias != nullptr),
         need_out_(gradients.out_weight != nullptr || gradients.out_bias != nullptr),
@@ -50,7 +50,7 @@ class Backward {
     for (const Wave& wave : waves_) {
       for_row_tiles(wave, ks_, [&](const RowTile& tile) { pack(tile); });
       if (z_ == nullptr)
-        hidden_product(experts_, wave, rows_.x_lines.get(), nullptr, places(wave), workspace_);
+        hidden_product(experts_, wave, rows_.x_a_panels.get(), nullptr, places(wave), workspace_);
       hidden_gradient(wave);
       sum_d_gates(wave);
       products(wave);
@@ -66,10 +66,10 @@ class Backward {
  private:
   void allocate() {
     const WaveSize most = largest(waves_);
-    rows_.dy_lines = Buffer<Word>(most.rows * d_words_);
+    rows_.dy_a_panels = Buffer<Word>(most.rows * d_words_);
     rows_.gates = Buffer<float>(most.rows);
     if (z_ == nullptr) {
-      rows_.x_lines = Buffer<Word>(most.rows * d_words_);
+      rows_.x_a_panels = Buffer<Word>(most.rows * d_words_);
       rows_.z = Buffer<unsigned char>((gated_ ? 2 : 1) * most.rows * H_ * element_size(dtype_));
       z_rows_ = most.rows;
     }
@@ -78,37 +78,39 @@ class Backward {
       d_gate_of_row_ = Buffer<float>(used_);
     }
     if (wanted_.x != nullptr) {
-      rows_.dz_lines = Buffer<Word>(most.rows * h_words_);
-      if (gated_) rows_.dz_gate_lines = Buffer<Word>(most.rows * h_words_);
+      rows_.dz_a_panels = Buffer<Word>(most.rows * h_words_);
+      if (gated_) rows_.dz_gate_a_panels = Buffer<Word>(most.rows * h_words_);
       dx_rows_ = Buffer<float>(used_ * D_);
     }
     if (need_in_) {
-      rows_.x_strips = Strips(waves_, D_, ks_.panel);
-      rows_.dz_strips = Strips(waves_, H_, ks_.column_tile);
-      add_weight(H_, D_, wanted_.in_weight, wanted_.in_bias, rows_.dz_strips, rows_.x_strips);
+      rows_.x_b_panels = ColumnPanels(waves_, D_, ks_.panel);
+      rows_.dz_column_panels = ColumnPanels(waves_, H_, ks_.column_tile);
+      add_weight(H_, D_, wanted_.in_weight, wanted_.in_bias, rows_.dz_column_panels, rows_.x_b_panels);
       if (gated_) {
-        rows_.dz_gate_strips = Strips(waves_, H_, ks_.column_tile);
-        add_weight(H_, D_, wanted_.gate_weight, wanted_.gate_bias, rows_.dz_gate_strips, rows_.x_strips);
+        rows_.dz_gate_column_panels = ColumnPanels(waves_, H_, ks_.column_tile);
+        add_weight(H_, D_, wanted_.gate_weight, wanted_.gate_bias, rows_.dz_gate_column_panels,
+                   rows_.x_b_panels);
       }
     }
     if (need_out_) {
-      rows_.scaled_dy_strips = Strips(waves_, D_, ks_.column_tile);
-      rows_.a_strips = Strips(waves_, H_, ks_.panel);
-      add_weight(D_, H_, wanted_.out_weight, wanted_.out_bias, rows_.scaled_dy_strips, rows_.a_strips);
+      rows_.scaled_dy_column_panels = ColumnPanels(waves_, D_, ks_.column_tile);
+      rows_.hidden_b_panels = ColumnPanels(waves_, H_, ks_.panel);
+      add_weight(D_, H_, wanted_.out_weight, wanted_.out_bias, rows_.scaled_dy_column_panels,
+                 rows_.hidden_b_panels);
     }
   }
 
-  void add_weight(std::int64_t rows, std::int64_t columns, void* weight, void* bias, const Strips& left,
-                  const Strips& right) {
+  void add_weight(std::int64_t rows, std::int64_t columns, void* weight, void* bias, const ColumnPanels& left,
+                  const ColumnPanels& right) {
     weights_.emplace_back(ks_, dtype_, experts_.E, rows, columns, weight, bias, waves_, left, right);
   }
 
   void pack(const RowTile& tile) const {
     const Piece& piece = *tile.piece;
     const std::int64_t at = piece.at + tile.row;
-    const std::int64_t strip_words = ceil_div(piece.count, typed_.per_word);
-    pack_lines(ks_, experts_, routing_, tile, dy_, rows_.dy_lines.get());
-    if (z_ == nullptr) pack_lines(ks_, experts_, routing_, tile, x_, rows_.x_lines.get());
+    const std::int64_t panel_words = ceil_div(piece.count, typed_.per_word);
+    pack_a_panels(ks_, experts_, routing_, tile, dy_, rows_.dy_a_panels.get());
+    if (z_ == nullptr) pack_a_panels(ks_, experts_, routing_, tile, x_, rows_.x_a_panels.get());
     for (std::int64_t i = 0; i < tile.rows; i += typed_.per_word) {
       const void* dy_rows[2] = {nullptr, nullptr};
       const void* x_rows[2] = {nullptr, nullptr};
@@ -127,12 +129,12 @@ class Backward {
       }
       const std::int64_t word = (tile.row + i) / typed_.per_word;
       if (need_in_) {
-        typed_.rows_to_strips(x_rows, nullptr, D_, ks_.panel, strip_words,
-                              rows_.x_strips.of(piece) + word * ks_.panel);
+        typed_.rows_to_column_panels(x_rows, nullptr, D_, ks_.panel, panel_words,
+                                     rows_.x_b_panels.of(piece) + word * ks_.panel);
       }
       if (need_out_) {
-        typed_.rows_to_strips(dy_rows, gates, D_, ks_.column_tile, strip_words,
-                              rows_.scaled_dy_strips.of(piece) + word * ks_.column_tile);
+        typed_.rows_to_column_panels(dy_rows, gates, D_, ks_.column_tile, panel_words,
+                                     rows_.scaled_dy_column_panels.of(piece) + word * ks_.column_tile);
       }
     }
   }
@@ -161,7 +163,7 @@ class Backward {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
       const PreActivations saved = place(piece);
-      const Term term{lines_at(rows_.dy_lines.get(), piece.at + block.row, d_words_), d_words_,
+      const Term term{a_panel_at(rows_.dy_a_panels.get(), piece.at + block.row, d_words_), d_words_,
                       backward_matrix(experts_.out_weight, piece.expert, H_, D_)};
       const auto out_matrix = [&](const Piece& next) {
         return backward_matrix(experts_.out_weight, next.expert, H_, D_);
@@ -191,20 +193,20 @@ class Backward {
               tile.d_gates = rows_.d_gates.get() + at * (panels_H_ + 1) + 1 + panel;
               tile.d_gates_stride = panels_H_ + 1;
             }
-            tile.dz = lines_of(rows_.dz_lines, at);
-            tile.dz_gate = lines_of(rows_.dz_gate_lines, at);
-            tile.dz_strips = rows_.dz_strips.of(piece);
-            tile.dz_gate_strips = rows_.dz_gate_strips.of(piece);
-            tile.a_strips = rows_.a_strips.of(piece);
-            tile.strip_words = ceil_div(piece.count, typed_.per_word);
+            tile.dz = a_panel_of(rows_.dz_a_panels, at);
+            tile.dz_gate = a_panel_of(rows_.dz_gate_a_panels, at);
+            tile.dz_column_panels = rows_.dz_column_panels.of(piece);
+            tile.dz_gate_column_panels = rows_.dz_gate_column_panels.of(piece);
+            tile.hidden_b_panels = rows_.hidden_b_panels.of(piece);
+            tile.panel_words = ceil_div(piece.count, typed_.per_word);
             tile.word = (block.row + row) / typed_.per_word;
             finish(tile);
           });
     });
   }
 
-  Word* lines_of(const Buffer<Word>& lines, std::int64_t at) const {
-    return lines.get() == nullptr ? nullptr : lines_at(lines.get(), at, h_words_);
+  Word* a_panel_of(const Buffer<Word>& a_panels, std::int64_t at) const {
+    return a_panels.get() == nullptr ? nullptr : a_panel_at(a_panels.get(), at, h_words_);
   }
 
   // One expert's [k, n] matrix as it lies: the backward pass sums over its rows.
@@ -254,10 +256,10 @@ class Backward {
   void input_gradient(const Block& block, const Prefetch& following, std::int64_t thread) {
     const Piece& piece = *block.piece;
     const std::int64_t at = piece.at + block.row;
-    const Term terms[2] = {
-        {lines_of(rows_.dz_lines, at), h_words_, backward_matrix(experts_.in_weight, piece.expert, D_, H_)},
-        {lines_of(rows_.dz_gate_lines, at), h_words_,
-         backward_matrix(experts_.gate_weight, piece.expert, D_, H_)}};
+    const Term terms[2] = {{a_panel_of(rows_.dz_a_panels, at), h_words_,
+                            backward_matrix(experts_.in_weight, piece.expert, D_, H_)},
+                           {a_panel_of(rows_.dz_gate_a_panels, at), h_words_,
+                            backward_matrix(experts_.gate_weight, piece.expert, D_, H_)}};
     multiply_block(ks_, dtype_, terms, gated_ ? 2 : 1, 1, block, following, workspace_, thread, nothing_ahead,
                    [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
                      OutputTile tile{};

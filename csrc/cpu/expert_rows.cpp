@@ -24,8 +24,9 @@ void check_experts(const Experts& experts) {
   const DType dtype = experts.dtype;
   const std::int64_t E = experts.E, D = experts.D, H = experts.H;
   check_dtype(dtype);
-  check(static_cast<int>(experts.activation) >= 0 && static_cast<int>(experts.activation) < 5,
-        "activation: expected 0 to 4, got " + std::to_string(static_cast<int>(experts.activation)));
+  check(static_cast<int>(experts.activation) >= 0 && static_cast<int>(experts.activation) < kActivations,
+        "activation: expected 0 to " + std::to_string(kActivations - 1) + ", got " +
+            std::to_string(static_cast<int>(experts.activation)));
   check_size("E", E, 0);
   check_size("D", D, 0);
   check_size("H", H, 0);
@@ -67,14 +68,14 @@ std::vector<RowTile> row_tiles(const Wave& wave, const Kernels& kernels) {
   return tiles;
 }
 
-void pack_lines(const Kernels& kernels, const Experts& experts, const Routing& routing, const RowTile& tile,
-                const void* tokens, Word* lines) {
+void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,
+                   const RowTile& tile, const void* tokens, Word* a_panels) {
   const TypedKernels& typed = kernels.of(experts.dtype);
-  Word* const first = lines_at(lines, tile.piece->at + tile.row, line_words(experts.D, typed));
+  Word* const first = a_panel_at(a_panels, tile.piece->at + tile.row, a_row_words(experts.D, typed));
   for (std::int64_t i = 0; i < tile.rows; ++i) {
     const std::int64_t token = token_of_row(routing, tile.piece->begin + tile.row + i);
-    typed.row_to_lines(element(tokens, experts.dtype, token * experts.D), experts.D, tile.rows,
-                       first + i * kLineWords);
+    typed.row_to_a_panel(element(tokens, experts.dtype, token * experts.D), experts.D, tile.rows,
+                         first + i * kLineWords);
   }
 }
 
@@ -91,15 +92,15 @@ Right forward_matrix(const Experts& experts, const void* weight, const void* pac
           packed_matrix(packed, experts.dtype, expert, n, k)};
 }
 
-void hidden_product(const Experts& experts, const Wave& wave, const Word* x_lines, Word* a_lines,
+void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
                     const std::vector<PreActivations>& places, const Workspace& workspace) {
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(experts.dtype);
   const DType dtype = experts.dtype;
   const std::int64_t D = experts.D, H = experts.H;
   const bool gated = experts.gated();
-  const std::int64_t x_words = line_words(D, typed);
-  const std::int64_t a_words = line_words(round_up(H, ks.panel), typed);
+  const std::int64_t x_words = a_row_words(D, typed);
+  const std::int64_t a_words = a_row_words(round_up(H, ks.panel), typed);
   const auto finish_hidden = typed.finish_hidden[static_cast<int>(experts.activation)];
   const std::vector<Block> blocks =
       make_blocks(wave, H, ks, experts.packed_in == nullptr ? typed.few_rows : 0);
@@ -112,10 +113,10 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_line
     const Block& block = blocks[task];
     const Piece& piece = *block.piece;
     const PreActivations& place = places[block.piece - first_piece];
-    const Word* const lines = lines_at(x_lines, piece.at + block.row, x_words);
+    const Word* const a_panels = a_panel_at(x_a_panels, piece.at + block.row, x_words);
     const Term terms[2] = {
-        {lines, x_words, in_matrix(piece)},
-        {lines, x_words,
+        {a_panels, x_words, in_matrix(piece)},
+        {a_panels, x_words,
          forward_matrix(experts, experts.gate_weight, experts.packed_gate, piece.expert, H, D)}};
     const std::int64_t outputs = gated ? 2 : 1;
     multiply_block(
@@ -140,7 +141,8 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_line
           tile.z = element(place.z, dtype, z_at);
           tile.z_gate = element(place.z_gate, dtype, z_at);
           tile.z_stride = H;
-          if (a_lines != nullptr) tile.a = lines_at(a_lines, piece.at + block.row + row, a_words);
+          if (hidden_a_panels != nullptr)
+            tile.a = a_panel_at(hidden_a_panels, piece.at + block.row + row, a_words);
           finish_hidden(tile);
         });
   });

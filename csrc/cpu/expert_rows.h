@@ -42,8 +42,8 @@ void for_row_tiles(const Wave& wave, const Kernels& kernels, const Body& body) {
 }
 
 // Tokens of the tile's rows into lines of the wave.
-void pack_lines(const Kernels& kernels, const Experts& experts, const Routing& routing, const RowTile& tile,
-                const void* tokens, Word* lines);
+void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,
+                   const RowTile& tile, const void* tokens, Word* a_panels);
 
 // The packed form of an expert's [n, k] matrix; null stays null.
 const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, std::int64_t n,
@@ -59,7 +59,7 @@ struct PreActivations {
 };
 
 // First product of a wave: a of its rows into lines (null: not wanted), pre-activations where `places` says, by piece.
-void hidden_product(const Experts& experts, const Wave& wave, const Word* x_lines, Word* a_lines,
+void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
                     const std::vector<PreActivations>& places, const Workspace& workspace);
 
 // y[t] = the gated sum of the rows of every token, from rows[R,D] in float.

@@ -2,6 +2,6 @@
 
 namespace clipup {
 
-const Kernels kAvx2 = tier("avx2");
+extern const Kernels kAvx2 = tier("avx2");
 
 }  // namespace clipup

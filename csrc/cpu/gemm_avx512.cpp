@@ -2,6 +2,6 @@
 
 namespace clipup {
 
-const Kernels kAvx512 = tier("avx512");
+extern const Kernels kAvx512 = tier("avx512");
 
 }  // namespace clipup

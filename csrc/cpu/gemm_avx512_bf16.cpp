@@ -2,6 +2,6 @@
 
 namespace clipup {
 
-const Kernels kAvx512Bf16 = tier("avx512_bf16");
+extern const Kernels kAvx512Bf16 = tier("avx512_bf16");
 
 }  // namespace clipup

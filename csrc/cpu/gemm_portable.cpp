@@ -2,6 +2,6 @@
 
 namespace clipup {
 
-const Kernels kPortable = tier("portable");
+extern const Kernels kPortable = tier("portable");
 
 }  // namespace clipup

@@ -105,7 +105,7 @@ Workspace::Workspace(const Kernels& kernels, std::int64_t outputs)
       sums_(thread_count() * outputs * sum_floats_) {}
 
 void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
-                std::int64_t panels, std::int64_t begin, std::int64_t words, Word* strips) {
+                std::int64_t panels, std::int64_t begin, std::int64_t words, Word* b_panels) {
   const TypedKernels& typed = kernels.of(dtype);
   const std::int64_t size = element_size(dtype);
   const auto* const matrix = static_cast<const unsigned char*>(right.matrix);
@@ -116,9 +116,9 @@ void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::in
   if (right.transposed) {
     for (std::int64_t p = 0; p < panels; ++p) {
       const std::int64_t column = n_begin + p * kernels.panel;
-      typed.transposed_strip(matrix + (column * right.k + k_begin) * size, right.k,
-                             std::min(kernels.panel, right.n - column), k,
-                             strips + p * words * kernels.panel);
+      typed.transposed_b_panel(matrix + (column * right.k + k_begin) * size, right.k,
+                               std::min(kernels.panel, right.n - column), k,
+                               b_panels + p * words * kernels.panel);
     }
     return;
   }
@@ -135,7 +135,8 @@ void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::in
       const std::int64_t row = word * typed.per_word + i;
       if (row < k) rows[i] = matrix + ((k_begin + row) * right.n + n_begin) * size;
     }
-    typed.rows_to_strips(rows.data(), nullptr, n, kernels.panel, words, strips + word * kernels.panel);
+    typed.rows_to_column_panels(rows.data(), nullptr, n, kernels.panel, words,
+                                b_panels + word * kernels.panel);
   }
 }
 

@@ -82,7 +82,7 @@ struct Right {
 
 // Lines of a block's rows, and what they are multiplied with.
 struct Term {
-  const Word* lines;
+  const Word* a_panels;
   std::int64_t row_words;  // words of a row in `lines`
   Right right;
 };
@@ -107,19 +107,19 @@ constexpr std::int64_t kWaveRows = 2016;
 constexpr std::int64_t kBlockRows = 504;  // a multiple of every tier's tile_rows and column_tile
 
 // Words of a row of k elements in lines; a line where there are none, so that rows have an address.
-inline std::int64_t line_words(std::int64_t k, const TypedKernels& typed) {
+inline std::int64_t a_row_words(std::int64_t k, const TypedKernels& typed) {
   return k == 0 ? kLineWords : round_up(ceil_div(k, typed.per_word), kLineWords);
 }
 
 // Where `word` of the rows from `row` on begins, rows of `words` words in lines, `row` a multiple of tile_rows.
 template <class W>
-W* lines_at(W* lines, std::int64_t row, std::int64_t words) {
-  return lines + row * words;
+W* a_panel_at(W* a_panels, std::int64_t row, std::int64_t words) {
+  return a_panels + row * words;
 }
 
 // Packs words [begin, begin + words) of `panels` panels, one strip of `words` words behind the other.
 void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
-                std::int64_t panels, std::int64_t begin, std::int64_t words, Word* strips);
+                std::int64_t panels, std::int64_t begin, std::int64_t words, Word* b_panels);
 
 // What pack_right would read, or the product of packed panels, to be asked for ahead; `each` is left to the product.
 Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
@@ -175,11 +175,11 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
       const bool last = begin + length == words;
       const bool done = last && t + 1 == count;
       const bool once = count == 1 && step >= words;  // a tile's sums need no place of their own
-      const Word* strips = packed;
-      std::int64_t strip = length * kernels.panel;
+      const Word* b_panels = packed;
+      std::int64_t b_stride = length * kernels.panel;
       if (right.packed != nullptr) {
-        strips = right.packed + (block.panel * words + begin) * kernels.panel;
-        strip = words * kernels.panel;
+        b_panels = right.packed + (block.panel * words + begin) * kernels.panel;
+        b_stride = words * kernels.panel;
       } else {
         pack_right(right, dtype, kernels, block.panel, block.panels, begin, length, packed);
       }
@@ -196,12 +196,13 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
       for (std::int64_t tile = 0; tile < tiles; ++tile) {
         const std::int64_t row = tile * kernels.tile_rows;
         const std::int64_t rows = row + kernels.tile_rows < block.rows ? kernels.tile_rows : block.rows - row;
-        const Word* lines = lines_at(terms[t].lines, row, terms[t].row_words) + begin * rows;
+        const Word* a_panel = a_panel_at(terms[t].a_panels, row, terms[t].row_words) + begin * rows;
         for (std::int64_t p = 0; p < block.panels; ++p) {
           const std::int64_t slot = once ? 0 : tile * block.panels + p;
           float* const c = workspace.sums(thread, output) + slot * tile_floats;
           if (done) prepare(row, rows, block.panel + p);
-          typed.by_rows[rows](lines, strips + p * strip, length, c, add, tile < from ? nothing : ahead);
+          typed.by_rows[rows](a_panel, b_panels + p * b_stride, length, c, add,
+                              tile < from ? nothing : ahead);
           if (!done) continue;
           const float* const sums[2] = {outputs == 1 ? c : workspace.sums(thread, 0) + slot * tile_floats, c};
           finish(row, rows, block.panel + p, sums);
@@ -215,9 +216,9 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
 // left^T . right over a piece's rows: both in strips of `words` words. finish(tile, panel, c): tile `tile` of
 // column_tile columns of the left operand is done.
 template <class Finish>
-void multiply_strips(const Kernels& kernels, const TypedKernels& typed, const Word* left, const Word* right,
-                     std::int64_t words, const Block& block, const Workspace& workspace, std::int64_t thread,
-                     const Finish& finish) {
+void multiply_columns(const Kernels& kernels, const TypedKernels& typed, const Word* left, const Word* right,
+                      std::int64_t words, const Block& block, const Workspace& workspace, std::int64_t thread,
+                      const Finish& finish) {
   Prefetch nothing;
   const std::int64_t step = sum_block(words);
   const std::int64_t tile_floats = kernels.column_tile * kernels.panel;

@@ -36,15 +36,15 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
   const std::vector<Wave> waves = make_waves(offsets, E, kWaveRows, ks, typed);
-  const std::int64_t words = line_words(k, typed);
-  const Buffer<Word> lines(largest(waves).rows * words);
+  const std::int64_t words = a_row_words(k, typed);
+  const Buffer<Word> a_panels(largest(waves).rows * words);
   const Workspace workspace(ks, 1);
   for (const Wave& wave : waves) {
     for_row_tiles(wave, ks, [&](const RowTile& tile) {
-      Word* const first = lines_at(lines.get(), tile.piece->at + tile.row, words);
+      Word* const first = a_panel_at(a_panels.get(), tile.piece->at + tile.row, words);
       for (std::int64_t i = 0; i < tile.rows; ++i) {
         const void* const row = element(rows, dtype, (tile.piece->begin + tile.row + i) * k);
-        typed.row_to_lines(row, k, tile.rows, first + i * kLineWords);
+        typed.row_to_a_panel(row, k, tile.rows, first + i * kLineWords);
       }
     });
     const std::int64_t few_rows = transposed && packed == nullptr ? typed.few_rows : 0;
@@ -56,7 +56,7 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
-      const Term term{lines_at(lines.get(), piece.at + block.row, words), words, right_of(piece)};
+      const Term term{a_panel_at(a_panels.get(), piece.at + block.row, words), words, right_of(piece)};
       multiply_block(
           ks, dtype, &term, 1, 1, block, following_region(blocks, task, dtype, ks, right_of), workspace,
           thread, nothing_ahead,
@@ -104,14 +104,14 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
   const std::vector<Wave> waves = make_waves(offsets, E, kWaveRows, ks, typed);
-  const Strips left(waves, O, ks.column_tile);
-  const Strips right(waves, I, ks.panel);
+  const ColumnPanels left(waves, O, ks.column_tile);
+  const ColumnPanels right(waves, I, ks.panel);
   const Workspace workspace(ks, 1);
   const WeightGradient gradient(ks, dtype, E, O, I, d_weight, d_bias, waves, left, right);
   for (const Wave& wave : waves) {
     for_row_tiles(wave, ks, [&](const RowTile& tile) {
       const Piece& piece = *tile.piece;
-      const std::int64_t strip_words = ceil_div(piece.count, typed.per_word);
+      const std::int64_t panel_words = ceil_div(piece.count, typed.per_word);
       for (std::int64_t i = 0; i < tile.rows; i += typed.per_word) {
         const void* left_rows[2] = {nullptr, nullptr};
         const void* right_rows[2] = {nullptr, nullptr};
@@ -121,10 +121,10 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
           right_rows[r] = element(rows, dtype, row * I);
         }
         const std::int64_t word = (tile.row + i) / typed.per_word;
-        typed.rows_to_strips(left_rows, nullptr, O, ks.column_tile, strip_words,
-                             left.of(piece) + word * ks.column_tile);
-        typed.rows_to_strips(right_rows, nullptr, I, ks.panel, strip_words,
-                             right.of(piece) + word * ks.panel);
+        typed.rows_to_column_panels(left_rows, nullptr, O, ks.column_tile, panel_words,
+                                    left.of(piece) + word * ks.column_tile);
+        typed.rows_to_column_panels(right_rows, nullptr, I, ks.panel, panel_words,
+                                    right.of(piece) + word * ks.panel);
       }
     });
     const std::vector<Block> blocks = gradient.blocks(wave);

@@ -1,4 +1,4 @@
-// Which tier of instructions runs: the best that CPU and operating system offer, or the one CLIPUP_CPU_ISA names.
+// The instruction tier in use: the best that CPU and operating system support, or the one that CLIPUP_CPU_ISA names.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -9,6 +9,13 @@
 #endif
 
 namespace clipup {
+
+// Defined in gemm_<tier>.cpp.
+extern const Kernels kPortable;
+#ifdef CLIPUP_X86_TIERS
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+#endif
+
 namespace {
 
 struct Tier {
@@ -17,7 +24,7 @@ struct Tier {
 };
 
 #ifdef CLIPUP_X86_TIERS
-// Not every compiler's runtime has a name for it.
+// Not every compiler's __builtin_cpu_supports knows f16c.
 bool has_float16_conversions() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kF16c = 1U << 29U;
@@ -25,7 +32,7 @@ bool has_float16_conversions() {
 }
 #endif
 
-// Best first. The compiler's runtime reads cpuid and asks whether the system saves the registers.
+// Best first. __builtin_cpu_supports reads cpuid and checks that the operating system saves the registers.
 const Tier* tiers(std::size_t& count) {
 #ifdef CLIPUP_X86_TIERS
   static const bool avx2 =

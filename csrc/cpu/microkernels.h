@@ -1,5 +1,5 @@
-// The tier's table of functions (kernels.h), written once for vectors of any width. A file gemm_<tier>.cpp is compiled with
-// that tier's flags, includes this and defines the table. Everything but the table is in an unnamed namespace.
+// The table of functions of an instruction tier (kernels.h), written once for vectors of any width. gemm_<tier>.cpp is
+// compiled with the tier's flags, includes this file and defines the table. Everything but the table is in an unnamed namespace.
 #pragma once
 
 #include "epilogues.h"
@@ -9,8 +9,8 @@
 namespace clipup {
 namespace {
 
-// Measured (docs/performance.md): with more rows, packing in small steps costs more in sums that are stored and loaded
-// again than it saves in waiting for the second-level cache.
+// Measured (docs/performance.md): with more rows, packing in small steps costs more time, for storing and loading sums,
+// than it saves in waiting for the second-level cache.
 template <class Storage>
 constexpr std::int64_t few_rows() {
   [[maybe_unused]] constexpr bool kFloats = sizeof(typename Storage::Element) == sizeof(Word);
@@ -47,21 +47,16 @@ constexpr TypedKernels typed_kernels() {
     table.by_rows[14] = multiply<Operand, 14, true>;
   }
   table.by_columns = multiply<Operand, kColumnTile, false>;
-  table.row_to_lines = row_to_lines<Storage, Operand>;
-  table.rows_to_strips = rows_to_strips<Storage, Operand>;
-  table.transposed_strip = transposed_strip<Storage, Operand>;
-  table.sum_strip = sum_strip<Operand>;
-  table.finish_hidden[static_cast<int>(Activation::kGelu)] = finish_hidden<Storage, Operand, Gelu>;
-  table.finish_hidden[static_cast<int>(Activation::kGeluTanh)] = finish_hidden<Storage, Operand, GeluTanh>;
-  table.finish_hidden[static_cast<int>(Activation::kQuickGelu)] = finish_hidden<Storage, Operand, QuickGelu>;
-  table.finish_hidden[static_cast<int>(Activation::kRelu)] = finish_hidden<Storage, Operand, Relu>;
-  table.finish_hidden[static_cast<int>(Activation::kSilu)] = finish_hidden<Storage, Operand, Silu>;
-  auto& gradient = table.finish_hidden_gradient;
-  gradient[static_cast<int>(Activation::kGelu)] = finish_hidden_gradient<Storage, Operand, Gelu>;
-  gradient[static_cast<int>(Activation::kGeluTanh)] = finish_hidden_gradient<Storage, Operand, GeluTanh>;
-  gradient[static_cast<int>(Activation::kQuickGelu)] = finish_hidden_gradient<Storage, Operand, QuickGelu>;
-  gradient[static_cast<int>(Activation::kRelu)] = finish_hidden_gradient<Storage, Operand, Relu>;
-  gradient[static_cast<int>(Activation::kSilu)] = finish_hidden_gradient<Storage, Operand, Silu>;
+  table.row_to_a_panel = row_to_a_panel<Storage, Operand>;
+  table.rows_to_column_panels = rows_to_column_panels<Storage, Operand>;
+  table.transposed_b_panel = transposed_b_panel<Storage, Operand>;
+  table.sum_column_panel = sum_column_panel<Operand>;
+#define CLIPUP_FINISH(Type, name)                                                                     \
+  table.finish_hidden[static_cast<int>(Activation::k##Type)] = finish_hidden<Storage, Operand, Type>; \
+  table.finish_hidden_gradient[static_cast<int>(Activation::k##Type)] =                               \
+      finish_hidden_gradient<Storage, Operand, Type>;
+  CLIPUP_ACTIVATIONS(CLIPUP_FINISH)
+#undef CLIPUP_FINISH
   table.finish_output = finish_output<Storage>;
   table.weighted_sum = weighted_sum<Storage>;
   table.dot = dot<Storage>;

@@ -127,18 +127,18 @@ struct BFloat16Pairs {
 // Where kLanes neighbours from element `e` of the first row on lie in a tile of `rows` rows in lines; those of row i are
 // i * kLineWords further. e is a multiple of kLanes.
 template <class Operand>
-inline Word* in_lines(Word* lines, std::int64_t rows, std::int64_t e) {
+inline Word* in_a_panel(Word* a_panel, std::int64_t rows, std::int64_t e) {
   const std::int64_t word = e / Operand::kPerWord;
-  return from(lines, word / kLineWords * rows * kLineWords + word % kLineWords);
+  return from(a_panel, word / kLineWords * rows * kLineWords + word % kLineWords);
 }
 
 // Stores words of kLanes columns side by side into strips of kColumnTile, `strip` words from one to the next.
-inline void store_columns(Word* to, std::int64_t strip, std::int64_t columns, U32x words) {
+inline void store_columns(Word* to, std::int64_t panel_stride, std::int64_t columns, U32x words) {
   if constexpr (kColumnTile == kLanes) {
     store_as(to, words);
   } else {
     store_as(to, low_half(words));
-    if (columns > kColumnTile) store_as(to + strip, high_half(words));
+    if (columns > kColumnTile) store_as(to + panel_stride, high_half(words));
   }
 }
 

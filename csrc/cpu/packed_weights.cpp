@@ -31,8 +31,8 @@ void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O
   const std::int64_t panels = ceil_div(O, ks.panel);
   parallel_tasks(E * panels, [&](std::int64_t task, std::int64_t) {
     const Right right{element(weight, dtype, task / panels * O * I), true, O, I, nullptr};
-    Word* const strip = static_cast<Word*>(packed) + task * words * ks.panel;
-    pack_right(right, dtype, ks, task % panels, 1, 0, words, strip);
+    Word* const b_panel = static_cast<Word*>(packed) + task * words * ks.panel;
+    pack_right(right, dtype, ks, task % panels, 1, 0, words, b_panel);
   });
 }
 

@@ -17,7 +17,7 @@ inline void ask_for_line(Prefetch& prefetch) {
   if (--prefetch.rows == 0) prefetch.each = 0;
 }
 
-template <class Operand, int kRows, bool kLines>
+template <class Operand, int kRows, bool kByRows>
 void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool add, Prefetch& prefetch) {
   F32x sum[kRows][2];
 #pragma GCC unroll 16
@@ -33,7 +33,7 @@ void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool a
       const F32x high = load_as<F32x>(b + kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
-        const Word word = a[kLines ? i * kLineWords + k : k * kRows + i];
+        const Word word = a[kByRows ? i * kLineWords + k : k * kRows + i];
         sum[i][0] = Operand::multiply_add(sum[i][0], word, low);
         sum[i][1] = Operand::multiply_add(sum[i][1], word, high);
       }
@@ -51,34 +51,34 @@ void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool a
 // ---------------------------------------------------------------- packing
 
 template <class Storage, class Operand>
-void row_to_lines(const void* row, std::int64_t n, std::int64_t rows, Word* lines) {
+void row_to_a_panel(const void* row, std::int64_t n, std::int64_t rows, Word* a_panel) {
   using Element = typename Storage::Element;
   const auto* from = static_cast<const Element*>(row);
   if constexpr (Operand::template kSameBits<Storage>) {
     constexpr std::int64_t kLine = kLineWords * Operand::kPerWord;
-    for (std::int64_t e = 0; e < n; e += kLine, lines += rows * kLineWords) {
+    for (std::int64_t e = 0; e < n; e += kLine, a_panel += rows * kLineWords) {
       if (e + kLine <= n) {
-        __builtin_memcpy(lines, from + e, kLine * sizeof(Element));
+        __builtin_memcpy(a_panel, from + e, kLine * sizeof(Element));
       } else {
-        __builtin_memset(lines, 0, kLineWords * sizeof(Word));
-        __builtin_memcpy(lines, from + e, (n - e) * sizeof(Element));
+        __builtin_memset(a_panel, 0, kLineWords * sizeof(Word));
+        __builtin_memcpy(a_panel, from + e, (n - e) * sizeof(Element));
       }
     }
   } else {
     for (std::int64_t e = 0; e < n; e += kLanes) {
-      Operand::store_along(in_lines<Operand>(lines, rows, e), load_some<Storage>(from + e, n - e));
+      Operand::store_along(in_a_panel<Operand>(a_panel, rows, e), load_some<Storage>(from + e, n - e));
     }
   }
 }
 
 template <class Storage, class Operand>
-void rows_to_strips(const void* const* rows, const float* scales, std::int64_t n, std::int64_t width,
-                    std::int64_t strip_words, Word* strips) {
+void rows_to_column_panels(const void* const* rows, const float* scales, std::int64_t n, std::int64_t width,
+                           std::int64_t panel_words, Word* panels) {
   using Element = typename Storage::Element;
   const std::int64_t end = (n + width - 1) / width * width;
-  const std::int64_t strip = strip_words * width;
-  const std::int64_t step =
-      width < kLanes ? kLanes / width * strip : strip;  // vectors of a narrow strip's neighbours
+  const std::int64_t panel_stride = panel_words * width;
+  const std::int64_t step = width < kLanes ? kLanes / width * panel_stride
+                                           : panel_stride;  // vectors of a narrow strip's neighbours
   for (std::int64_t e = 0; e < end; e += kLanes) {
     U32x words;
     if (Operand::template kSameBits<Storage> && scales == nullptr && e + kLanes <= n) {
@@ -94,16 +94,16 @@ void rows_to_strips(const void* const* rows, const float* scales, std::int64_t n
       words = Operand::across(values);
     }
     if (width == kPanel) {
-      store_as(strips + e / kPanel * strip + e % kPanel, words);
+      store_as(panels + e / kPanel * panel_stride + e % kPanel, words);
     } else {
-      store_columns(strips + e / kLanes * step, strip, end - e, words);
+      store_columns(panels + e / kLanes * step, panel_stride, end - e, words);
     }
   }
 }
 
 template <class Storage, class Operand>
-void transposed_strip(const void* rows, std::int64_t stride, std::int64_t count, std::int64_t k,
-                      Word* strip) {
+void transposed_b_panel(const void* rows, std::int64_t stride, std::int64_t count, std::int64_t k,
+                        Word* b_panel) {
   using Element = typename Storage::Element;
   const auto* from = static_cast<const Element*>(rows);
   const std::int64_t words = (k + Operand::kPerWord - 1) / Operand::kPerWord;
@@ -117,7 +117,7 @@ void transposed_strip(const void* rows, std::int64_t stride, std::int64_t count,
         for (int k = 0; k < kLanes; k += 4) {
           U32x columns[4];
           load_columns(first + k * Operand::kPerWord, stride * sizeof(Element), columns);
-          for (int i = 0; i < 4; ++i) store_as(strip + (word + k + i) * kPanel + half, columns[i]);
+          for (int i = 0; i < 4; ++i) store_as(b_panel + (word + k + i) * kPanel + half, columns[i]);
         }
         continue;
       }
@@ -138,22 +138,22 @@ void transposed_strip(const void* rows, std::int64_t stride, std::int64_t count,
       }
       transpose(square);
       const std::int64_t real = smaller(kLanes, words - word);
-      for (std::int64_t i = 0; i < real; ++i) store_as(strip + (word + i) * kPanel + half, square[i]);
+      for (std::int64_t i = 0; i < real; ++i) store_as(b_panel + (word + i) * kPanel + half, square[i]);
     }
   }
 }
 
 template <class Operand>
-void sum_strip(const Word* strip, std::int64_t words, float* sums) {
+void sum_column_panel(const Word* panel, std::int64_t words, float* sums) {
   constexpr int kStep = kLanes / kColumnTile;  // words of a strip in a vector
   F32x total{};
   for (std::int64_t word = 0; word + kStep <= words; word += kStep) {
-    total += Operand::sum(load_as<U32x>(strip + word * kColumnTile));
+    total += Operand::sum(load_as<U32x>(panel + word * kColumnTile));
   }
   float lanes[kLanes];
   store_as(lanes, total);
   Word rest[kLanes] = {};
-  __builtin_memcpy(rest, strip + words / kStep * kLanes, words % kStep * kColumnTile * sizeof(Word));
+  __builtin_memcpy(rest, panel + words / kStep * kLanes, words % kStep * kColumnTile * sizeof(Word));
   float tail[kLanes];
   store_as(tail, Operand::sum(load_as<U32x>(rest)));
   for (int i = 0; i < kLanes; ++i) sums[i % kColumnTile] += lanes[i] + tail[i];

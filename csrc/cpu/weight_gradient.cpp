@@ -17,7 +17,7 @@ constexpr std::int64_t kLarge = std::int64_t{8} << 20U;
 
 WeightGradient::WeightGradient(const Kernels& kernels, DType dtype, std::int64_t E, std::int64_t rows,
                                std::int64_t columns, void* weight, void* bias, const std::vector<Wave>& waves,
-                               const Strips& left, const Strips& right)
+                               const ColumnPanels& left, const ColumnPanels& right)
     : kernels_(&kernels),
       dtype_(dtype),
       E_(E),
@@ -51,30 +51,30 @@ void WeightGradient::run(const Block& block, const Workspace& workspace, std::in
     float* const sums = bias_sum_.get() + piece.expert * rows_;
     for (std::int64_t row = block.row; row < block.row + block.rows; row += tile_rows) {
       std::array<float, kMostColumnTile> tile{};
-      typed.sum_strip(left_->of(piece) + row * words, words, tile.data());
+      typed.sum_column_panel(left_->of(piece) + row * words, words, tile.data());
       for (std::int64_t i = 0; i < tile_rows && row + i < rows_; ++i) sums[row + i] += tile[i];
     }
   }
   if (weight_ == nullptr) return;
-  multiply_strips(*kernels_, typed, left_->of(piece), right_->of(piece), words, block, workspace, thread,
-                  [&](std::int64_t tile_index, std::int64_t panel, const float* c) {
-                    const std::int64_t row = tile_index * tile_rows;
-                    const std::int64_t column = panel * kernels_->panel;
-                    const std::int64_t at = row * columns_ + column;
-                    void* const out = element(weight_, dtype_, piece.expert * rows_ * columns_ + at);
-                    float* meet = static_cast<float*>(out);
-                    if (dtype_ != DType::kFloat32) meet = sum_.get() == nullptr ? nullptr : sum_.get() + at;
-                    OutputTile tile{};
-                    tile.rows = std::min(tile_rows, rows_ - row);
-                    tile.columns = std::min(kernels_->panel, columns_ - column);
-                    tile.c = c;
-                    tile.stride = columns_;
-                    tile.stream = large_ && piece.last;
-                    tile.previous = piece.first ? nullptr : meet;
-                    tile.sum = piece.last ? nullptr : meet;
-                    tile.out = piece.last ? out : nullptr;
-                    typed.finish_output(tile);
-                  });
+  multiply_columns(*kernels_, typed, left_->of(piece), right_->of(piece), words, block, workspace, thread,
+                   [&](std::int64_t tile_index, std::int64_t panel, const float* c) {
+                     const std::int64_t row = tile_index * tile_rows;
+                     const std::int64_t column = panel * kernels_->panel;
+                     const std::int64_t at = row * columns_ + column;
+                     void* const out = element(weight_, dtype_, piece.expert * rows_ * columns_ + at);
+                     float* meet = static_cast<float*>(out);
+                     if (dtype_ != DType::kFloat32) meet = sum_.get() == nullptr ? nullptr : sum_.get() + at;
+                     OutputTile tile{};
+                     tile.rows = std::min(tile_rows, rows_ - row);
+                     tile.columns = std::min(kernels_->panel, columns_ - column);
+                     tile.c = c;
+                     tile.stride = columns_;
+                     tile.stream = large_ && piece.last;
+                     tile.previous = piece.first ? nullptr : meet;
+                     tile.sum = piece.last ? nullptr : meet;
+                     tile.out = piece.last ? out : nullptr;
+                     typed.finish_output(tile);
+                   });
   kernels_->streams_done();
 }
 

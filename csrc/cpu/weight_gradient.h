@@ -10,10 +10,10 @@
 namespace clipup {
 
 // Rows of a wave packed so that they are the summed axis: strips of `unit` columns, every piece by itself.
-class Strips {
+class ColumnPanels {
  public:
-  Strips() = default;
-  Strips(const std::vector<Wave>& waves, std::int64_t columns, std::int64_t unit)
+  ColumnPanels() = default;
+  ColumnPanels(const std::vector<Wave>& waves, std::int64_t columns, std::int64_t unit)
       : width_(round_up(columns > 0 ? columns : 1, unit)), words_(largest(waves).words * width_) {}
 
   // The piece's first strip; null where nothing is packed.
@@ -32,8 +32,8 @@ class WeightGradient {
   // weight[E, rows, columns], bias[E, rows]: written whole once every wave's blocks have run; null: not wanted.
   // left and right stay where they are, column_tile and panel strips.
   WeightGradient(const Kernels& kernels, DType dtype, std::int64_t E, std::int64_t rows, std::int64_t columns,
-                 void* weight, void* bias, const std::vector<Wave>& waves, const Strips& left,
-                 const Strips& right);
+                 void* weight, void* bias, const std::vector<Wave>& waves, const ColumnPanels& left,
+                 const ColumnPanels& right);
 
   std::vector<Block> blocks(const Wave& wave) const;
   void run(const Block& block, const Workspace& workspace, std::int64_t thread) const;
@@ -46,7 +46,7 @@ class WeightGradient {
   DType dtype_;
   std::int64_t E_, rows_, columns_;
   void *weight_, *bias_;
-  const Strips *left_, *right_;
+  const ColumnPanels *left_, *right_;
   bool large_;              // larger than the caches: written past them
   Buffer<float> sum_;       // [rows, columns] of the expert in work, where its pieces' sums meet
   Buffer<float> bias_sum_;  // [E, rows]

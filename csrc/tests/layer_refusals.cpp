@@ -48,7 +48,7 @@ void check_layer_refusals(const LayerShape& shape) {
   const std::vector<Fault> faults = {
       {"dtype", [](Call& c) { c.experts.dtype = DType{3}; }},
       {"dtype", [](Call& c) { c.experts.dtype = DType{-1}; }},
-      {"activation", [](Call& c) { c.experts.activation = Activation{5}; }},
+      {"activation", [](Call& c) { c.experts.activation = Activation{kActivations}; }},
       {"activation", [](Call& c) { c.experts.activation = Activation{-1}; }},
       {"E", [](Call& c) { c.experts.E = -1; }},
       {"D", [](Call& c) { c.experts.D = -1; }},

@@ -58,7 +58,7 @@ LayerShape random_shape(std::int64_t most_rows, std::int64_t most_columns) {
   };
   LayerShape shape;
   shape.dtype = DType{static_cast<int>(integer(3))};
-  shape.activation = Activation{static_cast<int>(integer(5))};
+  shape.activation = Activation{static_cast<int>(integer(kActivations))};
   shape.gated = uniform() < 0.4F;
   shape.E = uniform() < 0.04F ? 0 : 1 + integer(uniform() < 0.2F ? 20 : 5);
   const float routed = uniform();

@@ -11,8 +11,6 @@
 
 namespace clipup::tests {
 
-constexpr const char* kActivationNames[] = {"gelu", "gelu_tanh", "quick_gelu", "relu", "silu"};
-
 struct Act {
   double value, slope;
 };

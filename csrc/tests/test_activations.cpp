@@ -29,6 +29,7 @@ constexpr Bounds kBounds[] = {
     {0.0, 0.0, 0.0, 0.0},              // relu
     {2.9e-7, 3.9e-7, 4.9e-7, 9.2e-7},  // silu
 };
+static_assert(sizeof kBounds / sizeof kBounds[0] == kActivations);
 constexpr double kTail = 1e-35;  // below it an exponential may be subnormal, which is taken for 0
 
 struct Results {
@@ -43,7 +44,7 @@ Results run(Activation activation, const std::vector<float>& z) {
   const auto panel = static_cast<std::size_t>(ks.panel);
   const std::vector<float> ones(panel, 1.0F);
   std::vector<float> in(panel), kept(panel);
-  std::vector<Word> a(panel + kLineWords), dz(panel + kLineWords), strips(panel);
+  std::vector<Word> a(panel + kLineWords), dz(panel + kLineWords), b_panel(panel);
   Results all;
   const auto append = [](std::vector<float>& to, const std::vector<Word>& words, std::size_t count) {
     for (std::size_t i = 0; i < count; ++i) to.push_back(bits_float(words[i]));
@@ -71,11 +72,11 @@ Results run(Activation activation, const std::vector<float>& z) {
     gradient.z_stride = ks.panel;
     gradient.gates = ones.data();
     gradient.dz = dz.data();
-    gradient.a_strips = strips.data();
-    gradient.strip_words = 1;
+    gradient.hidden_b_panels = b_panel.data();
+    gradient.panel_words = 1;
     typed.finish_hidden_gradient[index](gradient);
     append(all.slope, dz, count);
-    append(all.value_backward, strips, count);
+    append(all.value_backward, b_panel, count);
     for (std::size_t i = 0; i < count; ++i) {
       if (kept[i] != in[i]) EXPECT(std::isnan(in[i]) && std::isnan(kept[i]));
     }
@@ -161,7 +162,7 @@ void expect_special(Activation activation) {
 
 void test_activations() {
   const std::vector<float> z = sweep();
-  for (int i = 0; i < 5; ++i) {
+  for (int i = 0; i < kActivations; ++i) {
     expect_errors(Activation{i}, z);
     expect_special(Activation{i});
   }

@@ -13,7 +13,7 @@ namespace {
 void random_layers(int rounds) {
   for (int round = 0; round < rounds; ++round) {
     for (int dtype = 0; dtype < 3; ++dtype) {
-      for (int activation = 0; activation < 5; ++activation) {
+      for (int activation = 0; activation < kActivations; ++activation) {
         LayerShape shape = random_shape(150, 70);
         shape.dtype = DType{dtype};
         shape.activation = Activation{activation};
@@ -74,7 +74,7 @@ void large_layers() {
     for (int dtype = 0; dtype < 3; ++dtype) {
       LayerShape shape = large;
       shape.dtype = DType{dtype};
-      shape.activation = Activation{dtype == 0 ? 0 : 4};
+      shape.activation = dtype == 0 ? Activation::kGelu : Activation::kSilu;
       shape.gated = large.E == 2;
       if (large.T > 2000) shape.expert = large.E - 1;
       Layer(shape).check(3);

@@ -31,6 +31,15 @@ def test_the_extension_can_be_left_out_and_the_reason_is_reported():
     assert set(info["cpu"]["dispatch"].values()) == {"torch_eager"} and info["forced"] == "torch_eager"
 
 
+def test_an_extension_with_other_activations_is_not_used():
+    code = (
+        "import types, sys; sys.modules['clipup_kernels._C'] = types.SimpleNamespace(ACTIVATIONS=('gelu',))\n"
+        "import clipup_kernels as ck; print(ck.backend_info()['fallback_reason'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "built from other sources" in run.stdout and "pip install" in run.stderr
+
+
 def test_a_missing_extension_warns_once_and_says_how_to_fix_it():
     code = (
         "import sys; sys.modules['clipup_kernels._C'] = None\n"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipup import MoEConfig, SparseMoE, aux_loss
+from clipup_kernels import ACTIVATIONS
 from clipup_kernels.reference import activate
 
 D, H, E, K = 12, 20, 4, 2
@@ -41,7 +42,7 @@ def by_hand(layer, x):
     return torch.stack(outputs).view(x.shape)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_layer_computes_its_definition(activation):
     layer = make_layer(activation=activation)
     x = torch.randn(3, 5, D)
