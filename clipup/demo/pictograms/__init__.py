@@ -1,3 +1,4 @@
-"""The pictograms data set: WebDataset shards of drawings that Python packages carry. ``sources`` finds the drawings,
-``splits`` decides by hashing which are held out, ``build`` writes the shards.
+"""The pictograms data set: WebDataset shards of emoji and icons from Python packages.
+
+``sources`` finds the drawings, ``splits`` holds some out by hashing, ``build`` writes the shards.
 """

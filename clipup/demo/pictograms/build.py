@@ -1,11 +1,11 @@
-"""The pictograms data set: emoji and icons with captions, as WebDataset shards (`clipup data pictograms OUT`).
+"""Builds the pictograms data set: captioned emoji and icons as WebDataset shards (`clipup data pictograms OUT`).
 
-    OUT/train-*.tar      KEY.png, KEY.txt (the captions, one a line; training draws a line each time)
-    OUT/test-*.tar       the same and KEY.json; one held-out rendering a concept
-    OUT/concepts-*.tar   the same; concepts of which nothing is trained on
-    OUT/sizes.json       samples a shard, as open_clip reads it
+    OUT/train-*.tar      KEY.png, KEY.txt (the captions, one per line; training samples a line)
+    OUT/test-*.tar       the same and KEY.json; one held-out rendering per concept
+    OUT/concepts-*.tar   the same; concepts that are not in the training split
+    OUT/sizes.json       samples per shard, in open_clip's format
     OUT/dataset.json     options, counts, rules of the splits, sources and licences
-    OUT/LICENSES.md      the licences, to be read
+    OUT/LICENSES.md      makers and licences
 
 KEY.json is `{"captions": [...], "concept": ..., "source": ..., "group": ...}`: the source is `twemoji`, `openmoji` or
 `phosphor-<weight>`, the group `emoji` or `icons`. The same packages, options and image library give the same bytes.
@@ -28,15 +28,15 @@ from . import sources, splits
 from .sources import Concept, Rendering
 
 FORMAT = 1
-"""Rises when the same drawings, captions and options give another data set than before."""
+"""Incremented when the same drawings, captions and options give a different data set."""
 
 _LOG = logging.getLogger(__name__)
 _RULES = {
-    "test": "one rendering of a concept is held out, its other renderings are in training; drawings by the same hand "
-    "that differ from it by skin tone alone are left out of training",
+    "test": "one rendering of a concept is held out, its other renderings are in training; drawings from the same "
+    "source that differ from it only in skin tone are left out of training",
     "concepts": "whole families of concepts are held out: variants of skin tone, gender, hair and direction, and all "
-    "that share a name; one rendering of each concept is shown, the others are left out",
-    "left_out": "country and subdivision flags; emoji that not both Twemoji and OpenMoji drew; emoji with a skin tone "
+    "that share a name; one rendering of each concept is kept, the others are left out",
+    "left_out": "country and subdivision flags; emoji that Twemoji or OpenMoji lacks; emoji with a skin tone "
     "for each of several people",
 }
 
@@ -52,15 +52,15 @@ def build(
     progress: bool = True,
     only: Callable[[Concept], bool] | None = None,
 ) -> dict:
-    """Builds the data set in `out`, or reuses it when it is there, and returns what its `dataset.json` says.
+    """Builds the data set in `out`, or reuses it if it exists, and returns the content of its `dataset.json`.
 
     Args:
         out: a directory that does not exist, is empty, or holds this data set.
         size: side of the images in pixels, 8 to 512.
         overwrite: replaces another data set in `out`.
-        samples_per_shard: samples in a shard; a training run needs at least as many shards as workers.
-        processes: how many render; default: one a CPU.
-        only: builds from the concepts for which it is true.
+        samples_per_shard: a training run needs at least as many shards as workers.
+        processes: rendering processes; default: one per CPU.
+        only: selects the concepts to build from.
 
     Raises:
         ImportError: a package that carries drawings or names is missing.
@@ -98,7 +98,7 @@ def _build(
     images, skipped = _render(pairs, options["size"], processes, progress)
     pairs, same = _one_picture_one_split(pairs, images)
     if not pairs["train"]:
-        raise ValueError("the training split is empty: no drawing could be read, or `only` lets none through")
+        raise ValueError("the training split is empty: no drawing could be read, or `only` selects none")
     with shard_writer.appearing_whole(out) as directory:
         written = {
             split: shard_writer.write_shards(
@@ -133,7 +133,7 @@ def _build(
 def _render(
     pairs: dict[str, list[Pair]], size: int, processes: int | None, progress: bool
 ) -> tuple[dict[str, bytes], list[dict]]:
-    """All images by their key, and those that could not be read, each with the reason."""
+    """All images by key, and the unreadable ones with the reason."""
     renderings = [rendering for members in pairs.values() for _, rendering in members]
     images, skipped = {}, []
     results = each(partial(_render_one, size=size), renderings, processes)
@@ -158,10 +158,10 @@ def _render_one(rendering: Rendering, size: int) -> tuple[bytes | None, str]:
 def _one_picture_one_split(
     pairs: dict[str, list[Pair]], images: dict[str, bytes]
 ) -> tuple[dict[str, list[Pair]], dict[str, int]]:
-    """Leaves out unreadable images, and pictures that a gallery holds already (a few drawings are the same in two
-    weights or for two emoji): from that gallery, from the other one, and from training.
+    """Removes unreadable images, and images that a gallery already holds (a few drawings are equal in two weights or
+    for two emoji) from that gallery, the other one and training.
 
-    Returns what is kept, and by split how many pictures were left out because a gallery holds them.
+    Returns what is kept, and the number of images by split that were removed because a gallery holds them.
     """
     galleries: set[bytes] = set()
     kept: dict[str, list[Pair]] = {}
@@ -197,7 +197,7 @@ def _samples(split: str, members: Iterable[Pair], images: dict[str, bytes]) -> l
 
 
 def _counts(members: list[Pair]) -> dict:
-    """Images, concepts and captions (an image's captions counted for each image; distinct ones once)."""
+    """Numbers of images, concepts and captions (captions counted per image; distinct ones once)."""
     return {
         "images": len(members),
         "concepts": len({concept.key for concept, _ in members}),
@@ -230,11 +230,11 @@ def _licences(credits: list[dict]) -> str:
         "| {made_by} | {gives} | {licence} | {images} | {package} {version} | {url} |".format(**credit)
         for credit in credits
     )
-    return f"""# Who made these pictures and words
+    return f"""# Makers and licences of the pictograms and their names
 
-The drawings were scaled, framed and put on white; apart from that they are as their makers drew them. An image's
-maker is in its key (`twemoji-...`, `openmoji-...`, `phosphor-...`). Whoever passes the images on names the makers,
-and passes on the OpenMoji images under the licence that they came under (share alike).
+The drawings were scaled, framed and put on white, and are otherwise unchanged. An image's key names its source
+(`twemoji-...`, `openmoji-...`, `phosphor-...`). To redistribute the images, credit their makers, and keep the OpenMoji
+images under their licence (share alike).
 
 | made by | what | licence | images | Python package | from |
 |---|---|---|---|---|---|

@@ -1,14 +1,13 @@
-"""Where the pictograms come from: drawings and words that Python packages carry.
+"""Sources of the pictograms: drawings and names in Python packages.
 
-A concept is something that has a name (an emoji, an icon); its renderings are the drawings of it. An emoji has two,
-one by Twemoji and one by OpenMoji, and is left out when either did not draw it. A Phosphor icon has six, one a stroke
-weight.
+A concept is an emoji or an icon; its renderings are its drawings. An emoji has two, by Twemoji and by OpenMoji, and is
+left out if either is missing. A Phosphor icon has six, one per stroke weight.
 
-Left out altogether: country and subdivision flags (to name one is to know a country, not to read a picture; 258 of
-them would be every sixth emoji), and emoji that carry a skin tone for each of several people (they differ by the
-colour of a few pixels). Keycaps stay: they are pictures of a sign, and their captions name it.
+Left out are country and subdivision flags (naming one takes knowledge of countries, and the 258 flags would be every
+sixth emoji), and emoji with a skin tone for each of several people (they differ in the color of a few pixels). Keycaps
+are kept: they show a sign, and their captions name it.
 
-The packages are found, not imported: their code is not needed, and one of them does not import on Python 3.10.
+The packages are located, not imported: their code is not needed, and one of them does not import on Python 3.10.
 """
 
 from __future__ import annotations
@@ -31,15 +30,13 @@ _COMPONENT, _FULLY_QUALIFIED = 1, 2
 _SKIN_TONE = re.compile(r"1f3f[b-f]")
 _FLAG = re.compile(r"1f1e[6-9a-f]|1f1f[0-9a-f]|e00[67][0-9a-f]")
 _TONE_NAME = re.compile(r"[ ,]*(medium light|medium dark|light|medium|dark) skin tone")
-_OPENMOJI_FRAME = (
-    'viewBox="4 4 64 64"'  # nearly every glyph lies within this part of its 72 x 72 canvas; the rest is margin
-)
-_MISLEADING = {"light & video"}  # a subcategory of emoji whose members are the one or the other
+_OPENMOJI_FRAME = 'viewBox="4 4 64 64"'  # nearly every glyph is in this part of its 72 x 72 canvas; the rest is margin
+_MISLEADING = {"light & video"}  # a subcategory of emoji whose members are only one of the two
 
 
 @dataclass(frozen=True)
 class Source:
-    """Who made something in the data set, and under which terms."""
+    """A package with its content, makers and licence."""
 
     package: str
     gives: str
@@ -70,9 +67,9 @@ class Rendering:
 class Concept:
     """Something with a name and drawings.
 
-    `names` are the captions that stand for it by themselves, `captions` are these and the ones with a tag. `sequence`
-    is the emoji's code points in hexadecimal without variation selectors ("1f3c7-1f3fd"), empty for icons. `toned`
-    says that the emoji carries a skin tone; `toneless` is its sequence without.
+    `names` are the captions without tags, `captions` are these and the ones with a tag. `sequence` is the emoji's code
+    points in hexadecimal without variation selectors ("1f3c7-1f3fd"), empty for icons. `toned` is true if the emoji has
+    a skin tone; `toneless` is its sequence without it.
     """
 
     key: str
@@ -89,7 +86,7 @@ class Concept:
 
 
 def versions() -> dict[str, str]:
-    """The installed version of every package in `SOURCES`; ImportError names the one that is missing."""
+    """The installed version of every package in `SOURCES`; ImportError names a missing one."""
     return {source.package: _version(source.package) for source in SOURCES}
 
 
@@ -132,7 +129,7 @@ def _emoji() -> Iterator[Concept]:
 
 
 def _emoji_words(sequence: str, entry: dict, details: dict[str, dict], taken: set[str]) -> tuple[list[str], list[str]]:
-    """Names and tags of an emoji; an alias that is the name of another one ("egg" for cooking) is left to that."""
+    """Names and tags of an emoji; an alias that is another one's name ("egg" for cooking) is left out."""
     name = words(entry["en"])
     tone = _TONE_NAME.search(name)
     if tone:
@@ -177,7 +174,7 @@ def _icons() -> Iterator[Concept]:
 
 
 def render(rendering: Rendering, size: int) -> bytes:
-    """A drawing as PNG: RGB on white, `size` x `size` pixels. OSError or ValueError when it is unreadable."""
+    """A drawing as PNG: RGB on white, `size` x `size` pixels. Raises OSError or ValueError if it is unreadable."""
     from PIL import Image
 
     if rendering.source == "twemoji":

@@ -1,12 +1,11 @@
-"""Who is held out, decided by hashing names: no random numbers, so every machine and every run agrees.
+"""How the pictograms are split: by hashing names, so every machine and every run agrees.
 
-`test`       one rendering of a concept; its other renderings are trained on.
-`concepts`   whole families of concepts: nothing that shows them and no name of theirs is trained on.
+`test`       one rendering of a concept, whose other renderings are in the training split.
+`concepts`   whole families of concepts: none of their renderings and names are in the training split.
 
-A family is what must not be torn apart: emoji that differ in skin tone, gender, hair or direction (`base`), and
-everything that shares a name, in whatever order of words (the hammers of the emoji and of the icons; "waving hand"
-and "hand waving"). A gallery holds one image a concept and no two concepts that share a caption, so a caption has one
-right answer.
+A family is always in one split: emoji that differ in skin tone, gender, hair or direction (`base`), and everything that
+shares a name in any order of its words (the hammers of the emoji and of the icons; "waving hand" and "hand waving"). A
+gallery holds one image per concept and no two concepts that share a caption, so each caption has one correct image.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ _SAME_EMOJI = {
 
 
 def base(sequence: str) -> str:
-    """What all variants of an emoji in skin tone, gender, hair and direction share.
+    """The sequence shared by all variants of an emoji in skin tone, gender, hair and direction.
 
     `sequence` and the result are code points in hexadecimal joined by "-": man farmer, medium skin tone
     ("1f468-1f3fd-200d-1f33e") and farmer ("1f9d1-200d-1f33e") give the latter.
@@ -72,7 +71,7 @@ def base(sequence: str) -> str:
 
 
 def families(concepts: Sequence[Concept]) -> dict[str, str]:
-    """The family of each concept, `{concept.key: family}`; a family is called after its first member."""
+    """The family of each concept, `{concept.key: family}`; a family is named after its first member."""
     parent = {concept.key: concept.key for concept in concepts}
 
     def root(key: str) -> str:
@@ -94,7 +93,7 @@ def families(concepts: Sequence[Concept]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Splits:
-    """`train` holds every rendering that is trained on; `test` and `concepts` one rendering a concept."""
+    """`test` and `concepts` hold one rendering per concept, `train` all training renderings."""
 
     train: list[tuple[Concept, Rendering]]
     test: list[tuple[Concept, Rendering]]
@@ -104,8 +103,8 @@ class Splits:
 def assign(concepts: Sequence[Concept]) -> Splits:
     """Splits the renderings.
 
-    What is in no split is left out: the other renderings of held-out concepts, and drawings by the same hand that
-    differ from a test image by skin tone alone.
+    The other renderings of held-out concepts are in no split, nor are drawings from the same source that differ from a
+    test image only in skin tone.
     """
     family = families(concepts)
     held_out = {name for name in set(family.values()) if _hash("concepts", name) < CONCEPTS_SHARE}
@@ -124,7 +123,7 @@ def assign(concepts: Sequence[Concept]) -> Splits:
 
 
 def _gallery(candidates: Iterable[Concept]) -> list[tuple[Concept, Rendering]]:
-    """One rendering of each concept, in the order of their hashes; of concepts that share a caption only the first."""
+    """One rendering of each concept, ordered by hash; of concepts that share a caption, only the first."""
     chosen, captions = [], set()
     for concept in sorted(candidates, key=lambda concept: _hash("gallery", concept.key)):
         if captions.isdisjoint(concept.captions):
