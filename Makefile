@@ -7,6 +7,7 @@
 # PYTHON       the interpreter that creates .venv, 3.10 or newer (python3)
 # PIP_ARGS     options for pip, to select a torch build         (none)
 # PYTEST_ARGS  options for pytest                               (none)
+# JOBS         processes of make test, one thread each; auto: one per core (auto)
 # FUZZ_SECONDS how long test-all calls the native code with random arguments (60)
 # FAULT_SECONDS how long test-all kills, freezes and damages training, half of it on two processes (600)
 # FAULT_ARGS   options for tests/fault_injection/inject.py (none)
@@ -17,6 +18,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= auto
 FUZZ_SECONDS ?= 60
 FAULT_SECONDS ?= 600
 FAULT_ARGS ?=
@@ -45,7 +47,7 @@ demo: $(call installed,demo)
 	GOMP_SPINCOUNT=2000 $(BIN)/clipup demo --out runs/demo --overwrite
 
 test: $(call installed,test)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "not slow and not cuda" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not cuda" $(PYTEST_ARGS)
 
 # Tests marked cuda run if there is a GPU; the tests that interpret Triton's kernels then run in a separate process
 # (tests/conftest.py). The tests of the ops run again on every backend and every instruction tier.
@@ -54,9 +56,9 @@ OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py d
 test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-faults
 	$(BIN)/python -m pytest -q -m "$$($(HAS_GPU) || echo not cuda)" $(PYTEST_ARGS)
 	! $(HAS_GPU) || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
-	CLIPUP_BACKEND=reference $(BIN)/python -m pytest -q tests/clipup_kernels -m "not cuda and not interpreter" \
+	CLIPUP_BACKEND=torch_eager $(BIN)/python -m pytest -q tests/clipup_kernels -m "not cuda and not interpreter" \
 	  -k "not backend_info and not number_of_threads"
-	CLIPUP_BACKEND=matmul $(BIN)/python -m pytest -q $(OP_TESTS)
+	CLIPUP_BACKEND=torch_matmul $(BIN)/python -m pytest -q $(OP_TESTS)
 	tiers=$$($(call native_tests,address$(comma)undefined) --tiers) && for tier in $$tiers; do \
 	  CLIPUP_CPU_ISA=$$tier $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; \
 	done
@@ -147,6 +149,7 @@ demo-start: $(call installed,all)
 lint: $(call installed,test)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: $(call installed,test)

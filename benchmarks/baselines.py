@@ -106,7 +106,7 @@ def clipup(x: Tensor, w: Weights) -> Tensor:
     """This project's ops, as ``SparseMoE`` calls them."""
     logits = ck.router_logits(x, w.router.float())
     gating = ck.topk_gating(logits, w.top_k, renormalize=True)
-    plan = ck.dispatch(gating.experts, w.router.shape[0])
+    plan = ck.dispatch(gating.expert_indices, w.router.shape[0])
     return ck.expert_mlp(x, gating.gates, plan, w.in_weight, w.in_bias, w.out_weight, w.out_bias, "gelu")
 
 
@@ -122,7 +122,7 @@ def oracle(x: Tensor, w: Weights | DenseWeights) -> Tensor:
         return dense(x.double(), DenseWeights(*(t.double() for t in w)))
     logits = F.linear(x.float(), w.router.float())
     gating = ck.reference.topk_gating(logits, w.top_k, renormalize=True)
-    plan = ck.reference.dispatch(gating.experts, w.router.shape[0])
+    plan = ck.reference.dispatch(gating.expert_indices, w.router.shape[0])
     parameters = (t.double() for t in w[1:5])
     return ck.reference.expert_mlp(x.double(), gating.gates.double(), plan, *parameters, "gelu")
 

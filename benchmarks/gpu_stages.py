@@ -25,7 +25,8 @@ Call = Callable[[], object]
 
 def stages(tokens: int, num_experts: int, k: int) -> Iterator[tuple[str, Call, Call]]:
     """Name, Triton's call and ours."""
-    from clipup_kernels.triton import dispatch, gating
+    from clipup_kernels.triton import dispatch
+    from clipup_kernels.triton import topk_gating as gating
 
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -33,13 +34,13 @@ def stages(tokens: int, num_experts: int, k: int) -> Iterator[tuple[str, Call, C
         return torch.randn(*size, generator=generator, device="cuda")
 
     logits, mask = normal(tokens, num_experts), torch.rand(tokens, generator=generator, device="cuda") < 0.8
-    experts, top_prob = gating.topk_gating(logits, k, True, None, mask)[1:3]
+    expert_indices, top_prob = gating.topk_gating(logits, k, True, None, mask)[1:3]
     gradients = (normal(tokens, k), None, normal(num_experts), normal(1)[0])
     arguments = {
         "topk_gating": (logits, k, True, None, mask),
-        "topk_gating_backward": (logits, experts, True, mask, *gradients),
-        "dispatch": (experts, num_experts, 1.0, None, mask),
-        "dispatch, priority": (experts, num_experts, 1.0, top_prob, mask),
+        "topk_gating_backward": (logits, expert_indices, True, mask, *gradients),
+        "dispatch": (expert_indices, num_experts, 1.0, None, mask),
+        "dispatch, priority": (expert_indices, num_experts, 1.0, top_prob, mask),
     }
     for name, given in arguments.items():
         function = name.partition(",")[0]

@@ -1,7 +1,7 @@
 """Fused kernels for Mixture-of-Experts layers: token routing, permutation, grouped expert MLP and combine.
 
     gating = topk_gating(router_logits(x, router), k=2, renormalize=True)
-    plan = dispatch(gating.experts, num_experts=8, capacity_factor=1.0)
+    plan = dispatch(gating.expert_indices, num_experts=8, capacity_factor=1.0)
     y = expert_mlp(x, gating.gates, plan, in_weight, in_bias, out_weight, out_bias, "gelu")
 
 The ops are registered as ``torch.ops.clipup.*``: they work under autograd, ``torch.func`` in reverse mode, autocast,

@@ -1,13 +1,20 @@
-"""``backend_info()``: what was built, and which code answers every op."""
+"""``backend_info()``: what was built, and which backend computes every op."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 
 import torch
 
-from .backends.extension import FALLBACK_REASON, NATIVE, matmul_dtypes
+from .backends import registry
+from .backends.extension import FALLBACK_REASON, NATIVE
+
+_OPS = {
+    "router_logits": "router_logits", "topk_gating": "topk_gating", "dispatch": "dispatch", "permute": "permute",
+    "combine": "combine", "grouped_linear": "grouped_linear", "expert_mlp": "expert_mlp_forward",
+    "dense_mlp": "dense_mlp",
+}  # fmt: skip
+"""Public ops, and the registered op that computes each."""
 
 
 def _version(package: str) -> str | None:
@@ -17,24 +24,41 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def backend_info() -> dict:
-    """Says what was built and which implementation every op uses on each device.
+    """What was built, and which backend computes every op on each device and in each type; touches no GPU.
 
-    Returns a dict with ``compiled`` (bool), ``fallback_reason`` (why not, or None), ``build`` (compiler, OpenMP and
-    CUDA architectures of the extension, or None), ``cpu`` and ``cuda`` (implementation by op), ``cuda_fallback_reason``
-    (why Triton does not run there, or None), ``threads`` (what the CPU ops use now), ``instructions`` (the tier of CPU
-    kernels), ``matmul_dtypes`` (types whose products torch's matmul computes instead on CPUs), ``kept_memory_bytes``
-    (working memory kept for the next call; ``release_memory()`` gives it back) and the versions of clipup, torch and
-    triton. Float64 always takes plain torch.
+    Returns:
+        A dict with ``version`` (of clipup), ``torch``, ``triton`` (their versions);
+        ``compiled`` (bool), ``fallback_reason`` (why not, or None), ``build`` (compiler, OpenMP and CUDA architectures
+        of the extension, or None), ``instructions`` (instruction tier of the C++ kernels, or None);
+        ``cpu`` and ``cuda`` (for every op the backend by type: ``info["cpu"]["expert_mlp"]["bfloat16"]``),
+        ``backends`` (why each of them is used, or why not), ``forced`` (what ``CLIPUP_BACKEND`` names, or None),
+        ``cuda_fallback_reason`` (why Triton is not used, or None), ``matmul_dtypes`` (types whose products are left to
+        torch's matmul on this CPU);
+        ``threads`` (of the CPU ops), ``kept_memory_bytes`` (working memory kept for the next call;
+        ``release_memory()`` gives it back).
+
+    Raises:
+        RuntimeError: ``CLIPUP_BACKEND`` names a backend that cannot run here.
     """
-    from .backends import select_cuda
-
     compiled = NATIVE is not None
-    routing = ("router_logits", "topk_gating", "dispatch", "permute", "combine")
-    products = ("grouped_linear", "expert_mlp", "dense_mlp")
-    cpu = dict.fromkeys((*routing, *products), "c++" if compiled else "torch")
-    if compiled and len(matmul_dtypes()) == 3:
-        cpu |= dict.fromkeys(products, "torch matmul")
+    tables = {device: registry.table(device) for device in ("cpu", "cuda")}
+    used = {
+        choice.backend.name: choice.reason
+        for choices in tables.values()
+        for by_type in choices.values()
+        for choice in by_type.values()
+    }
+    backends = {
+        backend.name: backend.unavailable(None) or used.get(backend.name, "it can run, but no op uses it here")
+        for backend in registry.BACKENDS
+    }
+    products = tables["cpu"]["expert_mlp_forward"]
+    forced = registry.forced()
     return {
         "version": _version("clipup"),
         "torch": torch.__version__,
@@ -43,10 +67,17 @@ def backend_info() -> dict:
         "fallback_reason": FALLBACK_REASON,
         "build": NATIVE.build_info() if compiled else None,
         "instructions": NATIVE.instruction_tier() if compiled else None,
-        "matmul_dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in matmul_dtypes()),
-        "kept_memory_bytes": NATIVE.kept_memory() if compiled else 0,
+        **{
+            device: {
+                op: {_name(dtype): choice.backend.name for dtype, choice in choices[registered].items()}
+                for op, registered in _OPS.items()
+            }
+            for device, choices in tables.items()
+        },
+        "backends": backends,
+        "forced": forced,
+        "cuda_fallback_reason": None if "triton" in used else used["torch_eager"] if forced else backends["triton"],
+        "matmul_dtypes": sorted(_name(d) for d, choice in products.items() if choice.backend.name == "torch_matmul"),
         "threads": torch.get_num_threads(),
-        "cpu": cpu,
-        "cuda": {name: select_cuda.implementation(name) for name in (*routing, *products)},
-        "cuda_fallback_reason": select_cuda.fallback_reason(),
+        "kept_memory_bytes": NATIVE.kept_memory() if compiled else 0,
     }

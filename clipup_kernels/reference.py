@@ -29,19 +29,19 @@ def topk_gating(
     logits = torch.where(mask[:, None], logits, 0)  # whatever lies in a masked row (NaN, say) ends here
     probs = logits.softmax(-1)
     scores = logits if selection_bias is None else probs + selection_bias  # logits order as probs do, without underflow
-    experts = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    gates = probs.gather(1, experts)
+    expert_indices = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    gates = probs.gather(1, expert_indices)
     if renormalize:
         gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
     share = mask.to(probs.dtype) / mask.sum().clamp_min(1)
-    chosen = (experts[..., None] == torch.arange(num_experts, device=logits.device)) & mask[:, None, None]
+    chosen = (expert_indices[..., None] == torch.arange(num_experts, device=logits.device)) & mask[:, None, None]
     return Gating(
         gates=torch.where(mask[:, None], gates, 0),
-        experts=torch.where(mask[:, None], experts, -1).int(),
+        expert_indices=torch.where(mask[:, None], expert_indices, -1).int(),
         top_prob=torch.where(mask, probs.max(-1).values, 0),
         mean_probs=share @ probs,
         z_loss=share @ logits.logsumexp(-1).square(),
-        picks=chosen.sum(0).int(),
+        tokens_per_expert=chosen.sum(0).int(),
     )
 
 
@@ -51,15 +51,15 @@ def serving_order(priority: Tensor) -> Tensor:
 
 
 def dispatch(
-    experts: Tensor,
+    expert_indices: Tensor,
     num_experts: int,
     capacity_factor: float | None = None,
     priority: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Plan:
-    num_tokens, k = experts.shape
-    device, num_rows = experts.device, num_tokens * k
-    takes_part = ((experts >= 0) & (experts < num_experts)).any(1)
+    num_tokens, k = expert_indices.shape
+    device, num_rows = expert_indices.device, num_tokens * k
+    takes_part = ((expert_indices >= 0) & (expert_indices < num_experts)).any(1)
     if mask is not None:
         takes_part &= mask
     order = torch.arange(num_tokens, device=device)
@@ -67,7 +67,7 @@ def dispatch(
         order = serving_order(priority)
     # Slots in the order in which they are given away: choice by choice, inside a choice token by token.
     choice = (order * k + torch.arange(k, device=device)[:, None]).flatten()
-    owner = torch.where(takes_part[:, None], experts, -1).flatten()[choice].long()
+    owner = torch.where(takes_part[:, None], expert_indices, -1).flatten()[choice].long()
     hits = owner[:, None] == torch.arange(num_experts, device=device)
     if capacity_factor is not None:
         capacity = (capacity_factor * k * takes_part.sum(dtype=torch.float64) / num_experts).ceil()

@@ -24,7 +24,7 @@ class Gating(NamedTuple):
 
     gates: Tensor
     """[T, K] float32: weight of every choice, largest score first; 0 for tokens that take no part."""
-    experts: Tensor
+    expert_indices: Tensor
     """[T, K] int32: expert of every choice; -1 for tokens that take no part."""
     top_prob: Tensor
     """[T] float32: the token's largest router probability (the key of batch-priority routing)."""
@@ -32,7 +32,7 @@ class Gating(NamedTuple):
     """[E] float32: router probability averaged over the tokens that take part; 0 when there are none."""
     z_loss: Tensor
     """[] float32: mean of logsumexp(logits)^2 over the tokens that take part (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    picks: Tensor
+    tokens_per_expert: Tensor
     """[K, E] int32: how many tokens chose expert e as their k-th choice."""
 
 

@@ -46,25 +46,25 @@ void router_logits_backward(Address d_logits, Address x, int dtype, Address mask
 }
 
 void topk_gating(Address logits, Address mask, Address selection_bias, Size T, Size E, Size K,
-                 bool renormalize, Address gates, Address experts, Address top_prob, Address mean_probs,
-                 Address z_loss, Address picks) {
+                 bool renormalize, Address gates, Address expert_indices, Address top_prob,
+                 Address mean_probs, Address z_loss, Address tokens_per_expert) {
   clipup::topk_gating(floats(logits), flags(mask), floats(selection_bias), T, E, K, renormalize,
-                      out_floats(gates), out_ints(experts), out_floats(top_prob), out_floats(mean_probs),
-                      out_floats(z_loss), out_ints(picks));
+                      out_floats(gates), out_ints(expert_indices), out_floats(top_prob),
+                      out_floats(mean_probs), out_floats(z_loss), out_ints(tokens_per_expert));
 }
 
-void topk_gating_backward(Address logits, Address mask, Address experts, Size T, Size E, Size K,
+void topk_gating_backward(Address logits, Address mask, Address expert_indices, Size T, Size E, Size K,
                           bool renormalize, Address d_gates, Address d_top_prob, Address d_mean_probs,
                           Address d_z_loss, Address d_logits) {
-  clipup::topk_gating_backward(floats(logits), flags(mask), ints(experts), T, E, K, renormalize,
+  clipup::topk_gating_backward(floats(logits), flags(mask), ints(expert_indices), T, E, K, renormalize,
                                floats(d_gates), floats(d_top_prob), floats(d_mean_probs), floats(d_z_loss),
                                out_floats(d_logits));
 }
 
-void dispatch(Address experts, Address mask, Address priority, Size T, Size K, Size E, double capacity_factor,
-              Address offsets, Address choice_of_row, Address row_of_choice) {
-  clipup::dispatch(ints(experts), flags(mask), floats(priority), T, K, E, capacity_factor, out_ints(offsets),
-                   out_ints(choice_of_row), out_ints(row_of_choice));
+void dispatch(Address expert_indices, Address mask, Address priority, Size T, Size K, Size E,
+              double capacity_factor, Address offsets, Address choice_of_row, Address row_of_choice) {
+  clipup::dispatch(ints(expert_indices), flags(mask), floats(priority), T, K, E, capacity_factor,
+                   out_ints(offsets), out_ints(choice_of_row), out_ints(row_of_choice));
 }
 
 void permute(Address x, Size row_bytes, Address choice_of_row, Address rows_used, Size R, Size K,
@@ -172,49 +172,30 @@ class Block {
 };
 
 #ifdef CLIPUP_WITH_CUDA
-void cuda_permute(Address x, Size row_bytes, Address choice_of_row, Address rows_used, Size R, Size K,
-                  Address rows, Address stream) {
-  clipup::cuda::permute(anything(x), row_bytes, ints(choice_of_row), ints(rows_used), R, K,
-                        out_anything(rows), out_anything(stream));
-}
-
-void cuda_gather_sum(Address rows, int dtype, Address row_of_choice, Address gates, Size T, Size K, Size D,
-                     Address y, Address stream) {
-  clipup::cuda::gather_sum(anything(rows), clipup::DType{dtype}, ints(row_of_choice), floats(gates), T, K, D,
-                           out_anything(y), out_anything(stream));
-}
-
-void cuda_combine_backward(Address dy, Address rows, int dtype, Address gates, Address row_of_choice, Size T,
-                           Size K, Size D, Address rows_used, Size R, Address d_rows, Address d_gates,
-                           Address stream) {
-  clipup::cuda::combine_backward(anything(dy), anything(rows), clipup::DType{dtype}, floats(gates),
-                                 ints(row_of_choice), T, K, D, ints(rows_used), R, out_anything(d_rows),
-                                 out_floats(d_gates), out_anything(stream));
-}
-
 void cuda_topk_gating(Address logits, Address mask, Address selection_bias, Size T, Size E, Size K,
-                      bool renormalize, Address gates, Address experts, Address top_prob, Address mean_probs,
-                      Address z_loss, Address picks, Address workspace, Address stream) {
+                      bool renormalize, Address gates, Address expert_indices, Address top_prob,
+                      Address mean_probs, Address z_loss, Address tokens_per_expert, Address workspace,
+                      Address stream) {
   clipup::cuda::topk_gating(floats(logits), flags(mask), floats(selection_bias), T, E, K, renormalize,
-                            out_floats(gates), out_ints(experts), out_floats(top_prob),
-                            out_floats(mean_probs), out_floats(z_loss), out_ints(picks),
+                            out_floats(gates), out_ints(expert_indices), out_floats(top_prob),
+                            out_floats(mean_probs), out_floats(z_loss), out_ints(tokens_per_expert),
                             out_anything(workspace), out_anything(stream));
 }
 
-void cuda_topk_gating_backward(Address logits, Address mask, Address experts, Size T, Size E, Size K,
+void cuda_topk_gating_backward(Address logits, Address mask, Address expert_indices, Size T, Size E, Size K,
                                bool renormalize, Address d_gates, Address d_top_prob, Address d_mean_probs,
                                Address d_z_loss, Address d_logits, Address workspace, Address stream) {
-  clipup::cuda::topk_gating_backward(floats(logits), flags(mask), ints(experts), T, E, K, renormalize,
+  clipup::cuda::topk_gating_backward(floats(logits), flags(mask), ints(expert_indices), T, E, K, renormalize,
                                      floats(d_gates), floats(d_top_prob), floats(d_mean_probs),
                                      floats(d_z_loss), out_floats(d_logits), out_anything(workspace),
                                      out_anything(stream));
 }
 
-void cuda_dispatch(Address experts, Address mask, Address order, Size T, Size K, Size E,
+void cuda_dispatch(Address expert_indices, Address mask, Address order, Size T, Size K, Size E,
                    double capacity_factor, Address offsets, Address choice_of_row, Address row_of_choice,
                    Address workspace, Address stream) {
-  clipup::cuda::dispatch(ints(experts), flags(mask), at<const std::int64_t>(order), T, K, E, capacity_factor,
-                         out_ints(offsets), out_ints(choice_of_row), out_ints(row_of_choice),
+  clipup::cuda::dispatch(ints(expert_indices), flags(mask), at<const std::int64_t>(order), T, K, E,
+                         capacity_factor, out_ints(offsets), out_ints(choice_of_row), out_ints(row_of_choice),
                          out_anything(workspace), out_anything(stream));
 }
 
@@ -243,11 +224,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("router_logits_backward", &router_logits_backward, WithoutGil(), "d_logits"_a, "x"_a, "dtype"_a,
         "mask"_a, "weight"_a, "T"_a, "D"_a, "E"_a, "d_x"_a, "d_weight"_a);
   m.def("topk_gating", &topk_gating, WithoutGil(), "logits"_a, "mask"_a, "selection_bias"_a, "T"_a, "E"_a,
-        "K"_a, "renormalize"_a, "gates"_a, "experts"_a, "top_prob"_a, "mean_probs"_a, "z_loss"_a, "picks"_a);
-  m.def("topk_gating_backward", &topk_gating_backward, WithoutGil(), "logits"_a, "mask"_a, "experts"_a, "T"_a,
-        "E"_a, "K"_a, "renormalize"_a, "d_gates"_a, "d_top_prob"_a, "d_mean_probs"_a, "d_z_loss"_a,
+        "K"_a, "renormalize"_a, "gates"_a, "expert_indices"_a, "top_prob"_a, "mean_probs"_a, "z_loss"_a,
+        "tokens_per_expert"_a);
+  m.def("topk_gating_backward", &topk_gating_backward, WithoutGil(), "logits"_a, "mask"_a, "expert_indices"_a,
+        "T"_a, "E"_a, "K"_a, "renormalize"_a, "d_gates"_a, "d_top_prob"_a, "d_mean_probs"_a, "d_z_loss"_a,
         "d_logits"_a);
-  m.def("dispatch", &dispatch, WithoutGil(), "experts"_a, "mask"_a, "priority"_a, "T"_a, "K"_a, "E"_a,
+  m.def("dispatch", &dispatch, WithoutGil(), "expert_indices"_a, "mask"_a, "priority"_a, "T"_a, "K"_a, "E"_a,
         "capacity_factor"_a, "offsets"_a, "choice_of_row"_a, "row_of_choice"_a);
   m.def("permute", &permute, WithoutGil(), "x"_a, "row_bytes"_a, "choice_of_row"_a, "rows_used"_a, "R"_a,
         "K"_a, "rows"_a);
@@ -274,23 +256,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("kept_memory", &clipup::kept_memory);
   m.def("release_memory", &clipup::release_memory);
 #ifdef CLIPUP_WITH_CUDA
-  m.def("cuda_permute", &cuda_permute, WithoutGil(), "x"_a, "row_bytes"_a, "choice_of_row"_a, "rows_used"_a,
-        "R"_a, "K"_a, "rows"_a, "stream"_a);
-  m.def("cuda_gather_sum", &cuda_gather_sum, WithoutGil(), "rows"_a, "dtype"_a, "row_of_choice"_a, "gates"_a,
-        "T"_a, "K"_a, "D"_a, "y"_a, "stream"_a);
-  m.def("cuda_combine_backward", &cuda_combine_backward, WithoutGil(), "dy"_a, "rows"_a, "dtype"_a, "gates"_a,
-        "row_of_choice"_a, "T"_a, "K"_a, "D"_a, "rows_used"_a, "R"_a, "d_rows"_a, "d_gates"_a, "stream"_a);
   m.def("cuda_topk_gating_workspace_bytes", &clipup::cuda::topk_gating_workspace_bytes, "T"_a, "E"_a, "K"_a);
   m.def("cuda_topk_gating", &cuda_topk_gating, WithoutGil(), "logits"_a, "mask"_a, "selection_bias"_a, "T"_a,
-        "E"_a, "K"_a, "renormalize"_a, "gates"_a, "experts"_a, "top_prob"_a, "mean_probs"_a, "z_loss"_a,
-        "picks"_a, "workspace"_a, "stream"_a);
+        "E"_a, "K"_a, "renormalize"_a, "gates"_a, "expert_indices"_a, "top_prob"_a, "mean_probs"_a,
+        "z_loss"_a, "tokens_per_expert"_a, "workspace"_a, "stream"_a);
   m.def("cuda_topk_gating_backward_workspace_bytes", &clipup::cuda::topk_gating_backward_workspace_bytes);
   m.def("cuda_topk_gating_backward", &cuda_topk_gating_backward, WithoutGil(), "logits"_a, "mask"_a,
-        "experts"_a, "T"_a, "E"_a, "K"_a, "renormalize"_a, "d_gates"_a, "d_top_prob"_a, "d_mean_probs"_a,
-        "d_z_loss"_a, "d_logits"_a, "workspace"_a, "stream"_a);
+        "expert_indices"_a, "T"_a, "E"_a, "K"_a, "renormalize"_a, "d_gates"_a, "d_top_prob"_a,
+        "d_mean_probs"_a, "d_z_loss"_a, "d_logits"_a, "workspace"_a, "stream"_a);
   m.def("cuda_dispatch_workspace_bytes", &clipup::cuda::dispatch_workspace_bytes, "T"_a, "K"_a, "E"_a);
-  m.def("cuda_dispatch", &cuda_dispatch, WithoutGil(), "experts"_a, "mask"_a, "order"_a, "T"_a, "K"_a, "E"_a,
-        "capacity_factor"_a, "offsets"_a, "choice_of_row"_a, "row_of_choice"_a, "workspace"_a, "stream"_a);
+  m.def("cuda_dispatch", &cuda_dispatch, WithoutGil(), "expert_indices"_a, "mask"_a, "order"_a, "T"_a, "K"_a,
+        "E"_a, "capacity_factor"_a, "offsets"_a, "choice_of_row"_a, "row_of_choice"_a, "workspace"_a,
+        "stream"_a);
 #endif
   m.def("build_info", &build_info);
 }

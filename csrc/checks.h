@@ -50,14 +50,15 @@ inline void check_gating_sizes(std::int64_t T, std::int64_t E, std::int64_t K) {
 }
 
 inline void check_gating_outputs(std::int64_t T, std::int64_t E, std::int64_t K, const float* gates,
-                                 const std::int32_t* experts, const float* top_prob, const float* mean_probs,
-                                 const float* z_loss, const std::int32_t* picks) {
+                                 const std::int32_t* expert_indices, const float* top_prob,
+                                 const float* mean_probs, const float* z_loss,
+                                 const std::int32_t* tokens_per_expert) {
   check_pointer("gates", gates, T * K);
-  check_pointer("experts", experts, T * K);
+  check_pointer("expert_indices", expert_indices, T * K);
   check_pointer("top_prob", top_prob, T);
   check_pointer("mean_probs", mean_probs, E);
   check_pointer("z_loss", z_loss, 1);
-  check_pointer("picks", picks, K * E);
+  check_pointer("tokens_per_expert", tokens_per_expert, K * E);
 }
 
 inline void check_dispatch_sizes(std::int64_t T, std::int64_t K, std::int64_t E) {
@@ -66,12 +67,12 @@ inline void check_dispatch_sizes(std::int64_t T, std::int64_t K, std::int64_t E)
 }
 
 inline void check_dispatch_arguments(std::int64_t R, std::int64_t E, double capacity_factor,
-                                     const std::int32_t* experts, const std::int32_t* offsets,
+                                     const std::int32_t* expert_indices, const std::int32_t* offsets,
                                      const std::int32_t* choice_of_row, const std::int32_t* row_of_choice) {
   check(capacity_factor < 0.0 || capacity_factor > 0.0,
         "capacity_factor: expected a positive number, or a negative one for no limit, got " +
             std::to_string(capacity_factor));
-  check_pointer("experts", experts, R);
+  check_pointer("expert_indices", expert_indices, R);
   check_pointer("offsets", offsets, E + 1);
   check_pointer("choice_of_row", choice_of_row, R);
   check_pointer("row_of_choice", row_of_choice, R);

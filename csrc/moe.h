@@ -49,24 +49,24 @@ void router_logits_backward(const float* d_logits, const void* x, DType dtype, c
 // Ties go to the lowest expert, a NaN ranks as minus infinity.
 //
 //   gates[T,K]           probability of the choice; `renormalize`: over the sum of the token's choices
-//   experts[T,K]         expert of the choice, distinct within a token
+//   expert_indices[T,K]         expert of the choice, distinct within a token
 //   top_prob[T]          largest probability of the token
 //   mean_probs[E]        mean probability over the tokens that take part, 0 where none does
 //   z_loss[1]            mean of logsumexp(logits)^2 over the tokens that take part, 0 where none does
-//   picks[K,E]           how many tokens chose expert e as their k-th choice
+//   tokens_per_expert[K,E]           how many tokens chose expert e as their k-th choice
 void topk_gating(const float* logits, const std::uint8_t* mask, const float* selection_bias, std::int64_t T,
-                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* experts,
-                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* picks);
+                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* expert_indices,
+                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* tokens_per_expert);
 
 // Gradient of `topk_gating` with respect to the logits, the choices held constant.
 //
 //   logits, mask, renormalize   as in the forward pass
-//   experts[T,K]                as the forward pass wrote them
+//   expert_indices[T,K]                as the forward pass wrote them
 //   d_gates[T,K], d_top_prob[T], d_mean_probs[E], d_z_loss[1]   incoming gradients; null stands for zero
 //   d_logits[T,E]               written; exactly 0 for tokens that take no part, whatever their logits are
 //
 // top_prob passes its gradient to the most probable expert, the lowest on ties.
-void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* experts,
+void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* expert_indices,
                           std::int64_t T, std::int64_t E, std::int64_t K, bool renormalize,
                           const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
                           const float* d_z_loss, float* d_logits);
@@ -74,7 +74,7 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
 // Gives every (token, choice) pair a row, the rows of an expert next to each other, experts ascending: a
 // stable counting sort.
 //
-//   experts[T,K]         expert of the choice, -1 where there is none
+//   expert_indices[T,K]         expert of the choice, -1 where there is none
 //   mask[T]              non-zero: the token takes part; null: all do. A token whose choices are all -1 does not
 //   priority[T]          who is served first: highest first, ties by position, NaN like minus infinity;
 //                        null: by position
@@ -87,8 +87,8 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
 //   offsets[E+1]         rows of expert e are [offsets[e], offsets[e+1])
 //   choice_of_row[R]     t*K+k of the row, -1 past offsets[E]
 //   row_of_choice[T,K]   row of the choice, -1 where it was dropped or takes no part
-void dispatch(const std::int32_t* experts, const std::uint8_t* mask, const float* priority, std::int64_t T,
-              std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
+void dispatch(const std::int32_t* expert_indices, const std::uint8_t* mask, const float* priority,
+              std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
               std::int32_t* choice_of_row, std::int32_t* row_of_choice);
 
 // Gathers tokens into rows: rows[r] = x[choice_of_row[r] / K], and 0 past offsets[E].

@@ -26,13 +26,13 @@ constexpr int kMostExperts = 256;
 // Two launches.
 std::int64_t topk_gating_workspace_bytes(std::int64_t T, std::int64_t E, std::int64_t K);
 void topk_gating(const float* logits, const std::uint8_t* mask, const float* selection_bias, std::int64_t T,
-                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* experts,
-                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* picks, void* workspace,
-                 void* stream);
+                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* expert_indices,
+                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* tokens_per_expert,
+                 void* workspace, void* stream);
 
 // One launch; two where the tokens that take part have to be counted.
 std::int64_t topk_gating_backward_workspace_bytes();
-void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* experts,
+void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* expert_indices,
                           std::int64_t T, std::int64_t E, std::int64_t K, bool renormalize,
                           const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
                           const float* d_z_loss, float* d_logits, void* workspace, void* stream);
@@ -42,19 +42,8 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
 //   order[T]             the tokens in the order in which they are served: a permutation; null: by position. A
 //                        token that it does not name has no row, and its row_of_choice is not written
 std::int64_t dispatch_workspace_bytes(std::int64_t T, std::int64_t K, std::int64_t E);
-void dispatch(const std::int32_t* experts, const std::uint8_t* mask, const std::int64_t* order,
+void dispatch(const std::int32_t* expert_indices, const std::uint8_t* mask, const std::int64_t* order,
               std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
               std::int32_t* choice_of_row, std::int32_t* row_of_choice, void* workspace, void* stream);
-
-void permute(const void* x, std::int64_t row_bytes, const std::int32_t* choice_of_row,
-             const std::int32_t* rows_used, std::int64_t R, std::int64_t K, void* rows, void* stream);
-
-void gather_sum(const void* rows, DType dtype, const std::int32_t* row_of_choice, const float* gates,
-                std::int64_t T, std::int64_t K, std::int64_t D, void* y, void* stream);
-
-void combine_backward(const void* dy, const void* rows, DType dtype, const float* gates,
-                      const std::int32_t* row_of_choice, std::int64_t T, std::int64_t K, std::int64_t D,
-                      const std::int32_t* rows_used, std::int64_t R, void* d_rows, float* d_gates,
-                      void* stream);
 
 }  // namespace clipup::cuda

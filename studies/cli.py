@@ -1,4 +1,4 @@
-"""``python -m studies``: builds the icons data set, runs a study's config files, and writes the page from their logs."""
+"""``python -m studies``: builds the icons data set, runs a study's configs, and writes the page from their logs."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def _sampling(report: Mapping[str, Any], margins: Mapping[str, float]) -> tuple[
         return ()
     return (
         f"No claim of significance is made: with {count(images)} test images, differences below "
-        f"{100 * max(margins.values()):.1f} points ({_STANDARD_ERRORS} standard errors) are called level, and the result "
-        "also varies with the seed.",
+        f"{100 * max(margins.values()):.1f} points ({_STANDARD_ERRORS} standard errors) are called level, and the "
+        "result also varies with the seed.",
     )
 
 

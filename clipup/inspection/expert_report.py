@@ -116,7 +116,9 @@ class ExpertReport:
     def tokens(self, caption: int) -> Figure:
         """A caption for every sparse layer of the text tower, each token in its expert's color."""
         strips = [
-            token_strip(self.pieces[caption], layer.experts[caption], self.title(name).removeprefix("Text tower, "))
+            token_strip(
+                self.pieces[caption], layer.expert_indices[caption], self.title(name).removeprefix("Text tower, ")
+            )
             for name, layer in self.of_tower("text").items()
         ]
         return Figure(svg.element("div", *strips, "", style="margin:0"))

@@ -28,7 +28,7 @@ class LayerRouting:
 
     tower: str
     """"image" or "text"."""
-    experts: np.ndarray
+    expert_indices: np.ndarray
     """[N, S, K] integers, the first choice first; -1 for masked tokens (padding)."""
     probabilities: np.ndarray
     """[N, S, E] float32 router probabilities, which sum to 1; 0 for padding that was not computed."""
@@ -43,17 +43,17 @@ class LayerRouting:
     @property
     def tokens(self) -> int:
         """Number of tokens that are not masked."""
-        return int((self.experts[..., 0] >= 0).sum())
+        return int((self.expert_indices[..., 0] >= 0).sum())
 
     @property
     def load(self) -> np.ndarray:
         """[E] each expert's share of all choices; sums to 1, or is all 0 if every token is masked."""
-        return _shares(self.experts, self.num_experts)
+        return _shares(self.expert_indices, self.num_experts)
 
     @property
     def first_load(self) -> np.ndarray:
         """[E] each expert's share of first choices."""
-        return _shares(self.experts[..., 0], self.num_experts)
+        return _shares(self.expert_indices[..., 0], self.num_experts)
 
     @property
     def token_entropy(self) -> float:
@@ -75,13 +75,13 @@ class LayerRouting:
         """
         if self.grid is None:
             raise ValueError("this layer's tokens are in no grid of patches, so there is no map of them")
-        return self.experts[:, self._first_patch() :, 0].reshape(-1, *self.grid)
+        return self.expert_indices[:, self._first_patch() :, 0].reshape(-1, *self.grid)
 
     def strongest(self, expert: int, count: int) -> list[tuple[int, int]]:
         """(sample, token) of the ``count`` tokens that have this expert as their first choice with the largest
         probabilities, in descending order, at most one per sample; of an image, patches only."""
         start = self._first_patch()
-        mine = self.experts[:, start:, 0] == expert
+        mine = self.expert_indices[:, start:, 0] == expert
         chosen = np.where(mine, self.probabilities[:, start:, expert], -1.0)
         best = chosen.max(1, initial=-1.0)
         order = np.argsort(-best, kind="stable")[:count]
@@ -92,10 +92,10 @@ class LayerRouting:
         return divmod(token - self._first_patch(), self.grid[1])
 
     def _first_patch(self) -> int:
-        return 0 if self.grid is None else self.experts.shape[1] - self.grid[0] * self.grid[1]
+        return 0 if self.grid is None else self.expert_indices.shape[1] - self.grid[0] * self.grid[1]
 
     def _distributions(self) -> np.ndarray:
-        return self.probabilities[self.experts[..., 0] >= 0].astype(np.float64)
+        return self.probabilities[self.expert_indices[..., 0] >= 0].astype(np.float64)
 
 
 def route_images(model: nn.Module, images: Iterable[Tensor], batch_size: int = 32) -> dict[str, LayerRouting]:
@@ -158,9 +158,12 @@ def _recording(layers: dict[str, SparseMoE]) -> Iterator[dict[str, list[tuple]]]
     def hook_of(name: str) -> Callable:
         def keep(layer: SparseMoE, inputs: tuple, output: Tensor) -> None:
             last, shape = layer.state.last_routing, tuple(output.shape[:-1])
-            experts, probabilities = last.experts, log_scores(last.logits, layer.config.score_function).softmax(-1)
+            expert_indices, probabilities = (
+                last.expert_indices,
+                log_scores(last.logits, layer.config.score_function).softmax(-1),
+            )
             by_sample = [
-                values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in (experts, probabilities)
+                values.view(shape[0], -1, values.shape[-1]).cpu().numpy() for values in (expert_indices, probabilities)
             ]
             found.setdefault(name, []).append((shape, *by_sample))
 

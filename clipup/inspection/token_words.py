@@ -70,7 +70,7 @@ def expert_words(layer: LayerRouting, captions: Sequence[Sequence[Piece]], count
     counts: dict[str, np.ndarray] = {}
     for sample, caption in enumerate(captions):
         for token, word in enumerate(words(caption)):
-            expert = layer.experts[sample, token, 0]
+            expert = layer.expert_indices[sample, token, 0]
             if word and expert >= 0:
                 counts.setdefault(word, np.zeros(layer.num_experts, dtype=int))[expert] += 1
     total = sum(counts.values(), np.zeros(layer.num_experts, dtype=int))

@@ -46,9 +46,9 @@ class LastRouting(NamedTuple):
     """[T, E] float32: the logits that selection used."""
     mask: Tensor | None
     """[T] bool."""
-    experts: Tensor
+    expert_indices: Tensor
     """[T, K] int32."""
-    picks: Tensor
+    tokens_per_expert: Tensor
     """[K, E] int32."""
     offsets: Tensor
     """[E+1] int32: Plan.offsets; the last is the number of (token, choice) pairs that got a slot."""
@@ -135,7 +135,7 @@ class LayerState:
         if not _in_transform():
             self._keep_routing(routing)
             if counts_load:
-                load = routing.gating.picks.sum(0)
+                load = routing.gating.tokens_per_expert.sum(0)
                 kept = self._threads.state.kept
                 kept.load = load if kept.load is None else kept.load + load
         if loss is not None and loss.requires_grad:
@@ -146,8 +146,8 @@ class LayerState:
         self._threads.state.last_routing = LastRouting(
             logits=routing.noisy_logits.detach(),
             mask=routing.mask,
-            experts=gating.experts,
-            picks=gating.picks,
+            expert_indices=gating.expert_indices,
+            tokens_per_expert=gating.tokens_per_expert,
             offsets=routing.plan.offsets,
             mean_probs=gating.mean_probs.detach(),
             z_loss=gating.z_loss.detach(),

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 
-def load_balance(mean_probs: Tensor, picks: Tensor, form: str = "topk") -> Tensor:
+def load_balance(mean_probs: Tensor, tokens_per_expert: Tensor, form: str = "topk") -> Tensor:
     """E * sum_e f_e * P_e: 1 when routing is uniform, at most E.
 
     Switch Transformer (arXiv 2101.03961, eq. 4-6). Only P_e carries a gradient.
 
     Args:
         mean_probs: [E] P_e, router probability averaged over the unmasked tokens.
-        picks: [K, E] number of tokens whose k-th choice is expert e, before dropping.
+        tokens_per_expert: [K, E] number of tokens whose k-th choice is expert e, before dropping.
         form: which choices f_e counts: ``"topk"`` all of them, ``"top2"`` first choices only (GShard, arXiv 2006.16668,
             algorithm 1).
     """
     if form not in ("top2", "topk"):
         raise ValueError(f"form must be one of top2, topk, got {form!r}")
-    counts = (picks[0] if form == "top2" else picks.sum(0)).to(mean_probs.dtype)
+    counts = (tokens_per_expert[0] if form == "top2" else tokens_per_expert.sum(0)).to(mean_probs.dtype)
     share = counts / counts.sum().clamp_min(1)
     return share.numel() * (share * mean_probs).sum()
 

@@ -20,7 +20,7 @@ def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     ``dropped`` [] fraction of the (token, choice) pairs that got no slot,
     ``router_entropy`` [] mean entropy of the tokens' router distributions, in nats,
     ``balance`` [] and ``z`` [] the unweighted losses,
-    ``experts`` [T, K] int32 the choices, -1 for masked tokens.
+    ``expert_indices`` [T, K] int32 the choices, -1 for masked tokens.
     Layers that have not run in this thread are omitted.
     """
     return {name: _of_layer(layer) for name, layer in moe_layers(model).items() if layer.state.last_routing is not None}
@@ -28,13 +28,13 @@ def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
     last = layer.state.last_routing
-    picks = last.picks.sum(0)
-    pairs = picks.sum()
+    tokens_per_expert = last.tokens_per_expert.sum(0)
+    pairs = tokens_per_expert.sum()
     return {
-        "load": picks / pairs.clamp_min(1),
+        "load": tokens_per_expert / pairs.clamp_min(1),
         "dropped": (pairs - last.offsets[-1]) / pairs.clamp_min(1),
         "router_entropy": losses.local_entropy(log_scores(last.logits, layer.config.score_function), last.mask),
-        "balance": losses.load_balance(last.mean_probs, last.picks, layer.config.balance),
+        "balance": losses.load_balance(last.mean_probs, last.tokens_per_expert, layer.config.balance),
         "z": z_loss(last.z_loss, last.logits, last.mask, layer.config),
-        "experts": last.experts,
+        "expert_indices": last.expert_indices,
     }

@@ -127,7 +127,7 @@ class Router(nn.Module):
         scores = log_scores(noisy_logits, config.score_function)
         gating = topk_gating(scores, config.top_k, config.normalize_gates == "before_drop", bias, mask)
         plan = dispatch(
-            gating.experts,
+            gating.expert_indices,
             config.num_experts,
             config.capacity_factor if self.training else config.eval_capacity_factor,
             priority=gating.top_prob.detach() if config.priority else None,
@@ -182,7 +182,8 @@ def weighted_losses(routing: Routing, config: MoEConfig) -> Tensor:
     gating, mask = routing.gating, routing.mask
     terms = []
     if config.balance_weight > 0:
-        terms.append(config.balance_weight * losses.load_balance(gating.mean_probs, gating.picks, config.balance))
+        balance = losses.load_balance(gating.mean_probs, gating.tokens_per_expert, config.balance)
+        terms.append(config.balance_weight * balance)
     if config.z_weight > 0:
         terms.append(config.z_weight * z_loss(gating.z_loss, routing.noisy_logits, mask, config))
     if config.importance_weight > 0:

@@ -17,6 +17,12 @@ from .extension import NATIVE
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def packed_layout(dtype: torch.dtype) -> str:
+    """How the forward pass reads a weight (``PackedWeight.layout``)."""
+    panel, per_word = NATIVE.packed_layout(DTYPE_CODE[dtype])
+    return f"{'float32' if per_word == 1 else 'bfloat16x2'}x{panel}"
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -73,23 +79,23 @@ def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple
 
 
 def topk_gating_backward(
-    logits, experts, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
+    logits, expert_indices, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
 ) -> Tensor:
-    logits, experts, mask = _dense(logits, experts, mask)
+    logits, expert_indices, mask = _dense(logits, expert_indices, mask)
     grads = _dense(d_gates, d_top_prob, d_mean_probs, d_z_loss)
     d_logits = torch.empty_like(logits)
     NATIVE.topk_gating_backward(
-        _address(logits), _address(mask), _address(experts), *logits.shape, experts.shape[1], renormalize,
+        _address(logits), _address(mask), _address(expert_indices), *logits.shape, expert_indices.shape[1], renormalize,
         *map(_address, grads), _address(d_logits),
     )  # fmt: skip
     return d_logits
 
 
-def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
-    experts, priority, mask = _dense(experts, priority, mask)
-    outputs = meta.dispatch(experts, num_experts)
+def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
+    expert_indices, priority, mask = _dense(expert_indices, priority, mask)
+    outputs = meta.dispatch(expert_indices, num_experts)
     NATIVE.dispatch(
-        _address(experts), _address(mask), _address(priority), *experts.shape, num_experts,
+        _address(expert_indices), _address(mask), _address(priority), *expert_indices.shape, num_experts,
         -1.0 if capacity_factor is None else capacity_factor, *map(_address, outputs),
     )  # fmt: skip
     return outputs

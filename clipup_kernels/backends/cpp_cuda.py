@@ -43,30 +43,30 @@ def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple
 
 
 def topk_gating_backward(
-    logits, experts, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
+    logits, expert_indices, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
 ) -> Tensor:
-    logits, experts, mask = _dense(logits, experts, mask)
+    logits, expert_indices, mask = _dense(logits, expert_indices, mask)
     gradients = _dense(d_gates, d_top_prob, d_mean_probs, d_z_loss)
     d_logits = torch.empty_like(logits)
     workspace = _workspace(logits, NATIVE.cuda_topk_gating_backward_workspace_bytes())
     with torch.cuda.device_of(logits):
         NATIVE.cuda_topk_gating_backward(
-            _address(logits), _address(mask), _address(experts), *logits.shape, experts.shape[1], renormalize,
-            *map(_address, gradients), _address(d_logits), _address(workspace), _stream(logits),
+            _address(logits), _address(mask), _address(expert_indices), *logits.shape, expert_indices.shape[1],
+            renormalize, *map(_address, gradients), _address(d_logits), _address(workspace), _stream(logits),
         )  # fmt: skip
     return d_logits
 
 
-def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
+def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
     """As the op; with ``priority`` torch sorts the tokens first, stably, NaN last."""
-    experts, mask = _dense(experts, mask)
+    expert_indices, mask = _dense(expert_indices, mask)
     order = None if priority is None else reference.serving_order(priority)
-    outputs = meta.dispatch(experts, num_experts)
-    workspace = _workspace(experts, NATIVE.cuda_dispatch_workspace_bytes(*experts.shape, num_experts))
-    with torch.cuda.device_of(experts):
+    outputs = meta.dispatch(expert_indices, num_experts)
+    workspace = _workspace(expert_indices, NATIVE.cuda_dispatch_workspace_bytes(*expert_indices.shape, num_experts))
+    with torch.cuda.device_of(expert_indices):
         NATIVE.cuda_dispatch(
-            _address(experts), _address(mask), _address(order), *experts.shape, num_experts,
+            _address(expert_indices), _address(mask), _address(order), *expert_indices.shape, num_experts,
             -1.0 if capacity_factor is None else capacity_factor, *map(_address, outputs), _address(workspace),
-            _stream(experts),
+            _stream(expert_indices),
         )  # fmt: skip
     return outputs

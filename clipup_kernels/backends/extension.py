@@ -1,31 +1,28 @@
-"""What was built and what will run: the compiled extension, if there is one, and ``backend_info()``."""
+"""The compiled extension, if there is one: loading it, and its memory."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
-import importlib.metadata
 import os
 import re
 import warnings
 from pathlib import Path
 
-import torch
-
 FORCE_BACKEND = "CLIPUP_BACKEND"
-"""Environment variable, for comparing and for finding faults: ``reference`` leaves the compiled extension and Triton
-unused, ``matmul`` uses the extension for routing and lets torch's matmul compute the products on CPUs."""
+"""Environment variable, for comparisons and for debugging: the backend (``registry.BACKENDS``) that computes every op
+that it has. ``torch_eager`` has all of them, so that neither the compiled extension nor Triton is used."""
 
 FORCE_TIER = "CLIPUP_CPU_ISA"
-"""Environment variable; avx512_bf16, avx512, avx2 or portable chooses the micro-kernels instead of the CPU's best."""
+"""Environment variable: the instruction tier of the C++ kernels (avx512_bf16, avx512, avx2 or portable) instead of the
+best one that this CPU has."""
 
 
 def _share_openmp() -> None:
     """Makes the OpenMP runtime that torch has loaded visible to the extension, which is linked to none.
 
-    So there is one thread pool, and ``torch.set_num_threads`` holds for the extension too. Torch's x86-64 wheels load
-    the runtime with global symbols already; the aarch64 ones do not.
+    This way there is one thread pool, and ``torch.set_num_threads`` applies to the extension too. Torch's x86-64
+    wheels load the runtime with global symbols already; the aarch64 ones do not.
     """
     maps = Path("/proc/self/maps")
     if not maps.exists():
@@ -38,8 +35,8 @@ def _share_openmp() -> None:
 
 
 def _load_native():
-    if os.environ.get(FORCE_BACKEND) == "reference":
-        return None, f"{FORCE_BACKEND}=reference is set"
+    if os.environ.get(FORCE_BACKEND) == "torch_eager":
+        return None, f"{FORCE_BACKEND}=torch_eager is set"
     try:
         _share_openmp()
         return importlib.import_module("clipup_kernels._C"), None
@@ -56,20 +53,7 @@ def _load_native():
 NATIVE, FALLBACK_REASON = _load_native()
 
 
-@functools.cache
-def matmul_dtypes() -> frozenset[torch.dtype]:
-    """The types whose products torch's matmul computes faster than the micro-kernels that this CPU can run."""
-    every_type = frozenset({torch.float32, torch.bfloat16, torch.float16})
-    if os.environ.get(FORCE_BACKEND) == "matmul":
-        return every_type
-    if NATIVE is None or os.environ.get(FORCE_TIER):
-        return frozenset()
-    if NATIVE.instruction_tier() == "portable":
-        return every_type
-    return frozenset({torch.bfloat16} if NATIVE.has_matrix_tiles() else ())
-
-
 def release_memory() -> None:
-    """Gives the working memory that the CPU kernels keep for later calls back to the system."""
+    """Gives back to the system the working memory that the CPU kernels keep for later calls."""
     if NATIVE is not None:
         NATIVE.release_memory()

@@ -35,11 +35,11 @@ def topk_gating_backward(logits, *args):
     return logits.new_empty(logits.shape)
 
 
-def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None):
+def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, mask=None):
     return (
-        experts.new_empty(num_experts + 1),
-        experts.new_empty(experts.shape[0] * experts.shape[1]),
-        experts.new_empty(experts.shape),
+        expert_indices.new_empty(num_experts + 1),
+        expert_indices.new_empty(expert_indices.shape[0] * expert_indices.shape[1]),
+        expert_indices.new_empty(expert_indices.shape),
     )
 
 

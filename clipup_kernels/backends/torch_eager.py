@@ -39,14 +39,14 @@ def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> Outpu
 
 
 def topk_gating_backward(
-    logits, experts, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
+    logits, expert_indices, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
 ) -> Tensor:
     if mask is None:
         mask = torch.ones_like(logits[:, 0], dtype=torch.bool)
     logits = torch.where(mask[:, None], logits, 0)
     probs = logits.softmax(-1)
     share = (mask.to(probs.dtype) / mask.sum().clamp_min(1))[:, None]
-    chosen = experts.long().clamp_min(0)
+    chosen = expert_indices.long().clamp_min(0)
     d_probs = torch.zeros_like(probs)
     if d_gates is not None:
         if renormalize:
@@ -64,8 +64,12 @@ def topk_gating_backward(
     return torch.where(mask[:, None], d_logits, 0)
 
 
-def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> Outputs:
-    return tuple(reference.dispatch(experts, num_experts, capacity_factor, priority, mask))
+def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, mask=None) -> Outputs:
+    if expert_indices.device.type == "cpu":  # elsewhere looking at values would make the host wait
+        wrong = expert_indices[(expert_indices < -1) | (expert_indices >= num_experts)]
+        if len(wrong):
+            raise ValueError(f"expert_indices: expected values from -1 to {num_experts - 1}, got {int(wrong[0])}")
+    return tuple(reference.dispatch(expert_indices, num_experts, capacity_factor, priority, mask))
 
 
 def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:

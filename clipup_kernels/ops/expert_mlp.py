@@ -92,14 +92,14 @@ _packed_expert_mlp = define(
     gate_bias, hidden, *args, out_shape=None, **kwargs: (
         (2 if gate_packed is None else 3) * 2 * choice_of_row[0] * hidden * x[1]
     ),
-    cpu_only=True,
+    packed=True,
 )  # fmt: skip
 _packed_dense_mlp = define(
     "packed_dense_mlp(Tensor x, Tensor in_packed, Tensor? in_bias, Tensor out_packed, Tensor? out_bias,"
     " Tensor? gate_packed, Tensor? gate_bias, int hidden, str activation, str layout) -> Tensor",
     flops=lambda x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, *args, out_shape=None,
     **kwargs: (2 if gate_packed is None else 3) * 2 * x[0] * hidden * x[1],
-    cpu_only=True,
+    packed=True,
 )  # fmt: skip
 
 

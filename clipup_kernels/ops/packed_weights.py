@@ -1,23 +1,35 @@
-"""Weights packed ahead for inference on CPUs: made by name, held by whoever made them, never by this package.
+"""Weights packed once for inference on CPUs. The caller holds them; this package caches none.
 
-A product reads its right operand in panels of columns. From a plain weight the kernels make them at every call; from a
-packed one they read them. The results are bitwise the same.
+A product reads its right operand as B panels (csrc/cpu/kernels.h). From a plain weight the kernels pack them at every
+call; a packed weight already has them. The results are bitwise the same.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..backends import extension, select_cpu
-from ..backends.cpp import DTYPE_CODE
+from ..backends import cpp, extension, registry
 from ..types import PLAIN_LAYOUT, PackedWeight
 
 
 def packed_layout(dtype: torch.dtype) -> str:
-    """``PackedWeight.layout`` of what ``pack_weight`` makes of ``dtype`` on this CPU; the ops take no other layout."""
-    return select_cpu.packed_layout(dtype)
+    """The layout that ``pack_weight`` gives a weight of ``dtype`` on this CPU, and the only one that the ops take."""
+    return _layout(dtype)
+
+
+@functools.cache
+def _layout(dtype: torch.dtype) -> str:
+    backend = registry.choose("expert_mlp_forward", dtype, "cpu").backend
+    return cpp.packed_layout(dtype) if backend.name == "cpp" else PLAIN_LAYOUT
+
+
+def check_layout(dtype: torch.dtype, layout: str) -> None:
+    """Refuses a weight packed for other kernels than this process runs."""
+    checks.layout(layout, _layout(dtype))
 
 
 def pack_weight(weight: Tensor) -> PackedWeight:
@@ -34,12 +46,12 @@ def pack_weight(weight: Tensor) -> PackedWeight:
     if weight.device.type != "cpu":
         raise ValueError(f"weight is on {weight.device}; weights are packed for CPUs, move it there first")
     shape = tuple(weight.shape)
-    layout = select_cpu.packed_layout(weight.dtype)
+    layout = _layout(weight.dtype)
     weight = weight.detach().resolve_neg()
-    if layout == PLAIN_LAYOUT:  # torch's products round by strides too, so they are kept
+    if layout == PLAIN_LAYOUT:  # how torch's products round depends on strides, so these are kept
         return PackedWeight(weight.clone(), shape, weight.dtype, PLAIN_LAYOUT)
     weight = weight.contiguous()
-    code, sizes = DTYPE_CODE[weight.dtype], (1, *shape)[-3:]
+    code, sizes = cpp.DTYPE_CODE[weight.dtype], (1, *shape)[-3:]
     memory = extension.NATIVE.Block(max(extension.NATIVE.packed_weight_bytes(code, *sizes), 1))  # in huge pages
     block = torch.frombuffer(memory, dtype=torch.uint8)
     extension.NATIVE.pack_weight(code, weight.data_ptr(), *sizes, block.data_ptr())
@@ -62,6 +74,6 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
     stored, per_word = (torch.float32, 1) if word == "float32" else (torch.bfloat16, 2)
     experts, rows, columns = (1, *packed.shape)[-3:]
     panels = -(-rows // int(panel))
-    strips = packed.block.view(stored).view(experts, panels, -1, int(panel), per_word)
-    weight = strips.permute(0, 1, 3, 2, 4).reshape(experts, panels * int(panel), -1)[:, :rows, :columns]
+    b_panels = packed.block.view(stored).view(experts, panels, -1, int(panel), per_word)
+    weight = b_panels.permute(0, 1, 3, 2, 4).reshape(experts, panels * int(panel), -1)[:, :rows, :columns]
     return weight.to(packed.dtype).reshape(packed.shape).clone()

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..backends import meta, select_cpu, select_cuda, torch_eager
-from . import autograd
+from ..backends import meta, registry, torch_eager
+from . import autograd, packed_weights
 
 LIBRARY = torch.library.Library("clipup", "DEF")
 
@@ -19,20 +19,23 @@ def define(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     flops: Callable | None = None,
-    cpu_only: bool = False,
+    packed: bool = False,
 ) -> Callable:
     """Registers ``clipup::<schema>`` and returns the op.
 
-    The functions of the op's name in ``cpu``, ``cuda``, ``generic`` (every other device) and ``fakes`` are its kernels.
-    With ``cpu_only`` the op has none on other devices. An op without ``backward`` refuses to be differentiated by name;
-    that is how second derivatives are refused. Every op refuses forward-mode AD by name (``autograd``).
+    Its kernels are the backends' functions of the op's name: ``registry`` chooses one on CPU and CUDA, ``torch_eager``
+    runs on any other device, ``meta`` gives the outputs' shapes. An op on ``packed`` weights has kernels on the CPU
+    only. An op without ``backward`` refuses differentiation by name; that is how second derivatives are refused. Every
+    op refuses forward-mode AD by name (``autograd``).
     """
     name = schema.partition("(")[0]
     qualified = f"clipup::{name}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    LIBRARY.impl(name, select_cpu.kernel_of(name), "CPU")
-    if not cpu_only:
-        LIBRARY.impl(name, select_cuda.kernel_of(name), "CUDA")
+    if packed:
+        LIBRARY.impl(name, registry.packed_kernel_of(name, packed_weights.check_layout), "CPU")
+    else:
+        LIBRARY.impl(name, registry.kernel_of(name, "cpu"), "CPU")
+        LIBRARY.impl(name, registry.kernel_of(name, "cuda"), "CUDA")
         LIBRARY.impl(name, getattr(torch_eager, name), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, getattr(meta, name), lib=LIBRARY)
     if backward is None:

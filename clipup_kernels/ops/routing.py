@@ -19,17 +19,17 @@ from .register import define, non_differentiable
 
 def _gating_context(ctx, inputs, output):
     logits, _, renormalize, _, mask = inputs
-    _, experts, _, _, _, picks = output
-    ctx.save_for_backward(logits, experts, mask)
+    _, expert_indices, _, _, _, tokens_per_expert = output
+    ctx.save_for_backward(logits, expert_indices, mask)
     ctx.renormalize = renormalize
-    ctx.mark_non_differentiable(experts, picks)
+    ctx.mark_non_differentiable(expert_indices, tokens_per_expert)
     ctx.set_materialize_grads(False)
 
 
-def _gating_backward(ctx, d_gates, d_experts, d_top_prob, d_mean_probs, d_z_loss, d_picks):
-    logits, experts, mask = ctx.saved_tensors
+def _gating_backward(ctx, d_gates, d_expert_indices, d_top_prob, d_mean_probs, d_z_loss, d_tokens_per_expert):
+    logits, expert_indices, mask = ctx.saved_tensors
     d_logits = _topk_gating_backward(
-        logits, experts, ctx.renormalize, mask, d_gates, d_top_prob, d_mean_probs, d_z_loss
+        logits, expert_indices, ctx.renormalize, mask, d_gates, d_top_prob, d_mean_probs, d_z_loss
     )
     return d_logits, None, None, None, None
 
@@ -43,8 +43,8 @@ _topk_gating = define(
 
 
 _topk_gating_backward = define(
-    "topk_gating_backward(Tensor logits, Tensor experts, bool renormalize, Tensor? mask=None, Tensor? d_gates=None,"
-    " Tensor? d_top_prob=None, Tensor? d_mean_probs=None, Tensor? d_z_loss=None) -> Tensor",
+    "topk_gating_backward(Tensor logits, Tensor expert_indices, bool renormalize, Tensor? mask=None,"
+    " Tensor? d_gates=None, Tensor? d_top_prob=None, Tensor? d_mean_probs=None, Tensor? d_z_loss=None) -> Tensor",
 )
 
 
@@ -59,7 +59,7 @@ def topk_gating(
         renormalize: divide a token's gates by their sum (GShard, arXiv 2006.16668), before any capacity is applied.
         selection_bias: [E] float32, added to the probabilities for choosing only; gates stay the probabilities
             (loss-free balancing, arXiv 2408.15664).
-        mask: [T] bool, True where the token takes part. The others get gates 0 and experts -1 and count nowhere.
+        mask: [T] bool, True where the token takes part. The others get gates 0 and expert indices -1 and count nowhere.
 
     Returns:
         Gating; ties go to the lowest expert index. Differentiable in gates, top_prob, mean_probs and z_loss.
@@ -77,14 +77,14 @@ def topk_gating(
 
 
 _dispatch = define(
-    "dispatch(Tensor experts, int num_experts, float? capacity_factor=None, Tensor? priority=None, Tensor? mask=None)"
-    " -> (Tensor, Tensor, Tensor)",
+    "dispatch(Tensor expert_indices, int num_experts, float? capacity_factor=None, Tensor? priority=None,"
+    " Tensor? mask=None) -> (Tensor, Tensor, Tensor)",
     setup_context=non_differentiable,
 )
 
 
 def dispatch(
-    experts: Tensor,
+    expert_indices: Tensor,
     num_experts: int,
     capacity_factor: float | None = None,
     priority: Tensor | None = None,
@@ -97,7 +97,7 @@ def dispatch(
     position, or by descending ``priority`` (batch-priority routing, V-MoE, arXiv 2106.05974), ties by position.
 
     Args:
-        experts: [T, K] int32 from ``topk_gating``; a token of -1 takes no part.
+        expert_indices: [T, K] int32 from ``topk_gating``; a token of -1 takes no part.
         num_experts: E, at most ``MAX_EXPERTS``.
         capacity_factor: positive, or None.
         priority: [T] float32, ``Gating.top_prob`` in V-MoE; NaN goes last.
@@ -106,15 +106,15 @@ def dispatch(
     Raises:
         TypeError, ValueError: a wrong argument, by name; on the CPU also an expert index outside of [-1, E).
     """
-    checks.tensor("experts", experts, ("T", "K"), (torch.int32,), experts)
+    checks.tensor("expert_indices", expert_indices, ("T", "K"), (torch.int32,), expert_indices)
     checks.num_experts(num_experts)
     checks.capacity_factor(capacity_factor)
-    num_tokens = experts.shape[0]
-    checks.optional("priority", priority, (num_tokens,), (torch.float32, torch.float64), experts)
-    checks.optional("mask", mask, (num_tokens,), (torch.bool,), experts)
+    num_tokens = expert_indices.shape[0]
+    checks.optional("priority", priority, (num_tokens,), (torch.float32, torch.float64), expert_indices)
+    checks.optional("mask", mask, (num_tokens,), (torch.bool,), expert_indices)
     priority = None if priority is None else priority.detach().float()
     factor = None if capacity_factor is None else float(capacity_factor)
-    return Plan(*_dispatch(experts, num_experts, factor, priority, mask))
+    return Plan(*_dispatch(expert_indices, num_experts, factor, priority, mask))
 
 
 def _logits_context(ctx, inputs, output):

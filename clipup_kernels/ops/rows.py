@@ -78,7 +78,7 @@ _packed_grouped_linear = define(
     flops=lambda rows, packed, bias, offsets, out_features, *args, out_shape=None, **kwargs: (
         2 * rows[0] * rows[1] * out_features
     ),
-    cpu_only=True,
+    packed=True,
 )
 
 

@@ -89,7 +89,7 @@ def architecture(device: torch.device) -> int:
     if major < 8:
         raise RuntimeError(
             f"the Triton kernels need a GPU of compute capability 8.0 or later, {device} has {major}.{minor}; "
-            "set CLIPUP_BACKEND=reference to run in plain torch"
+            "set CLIPUP_BACKEND=torch_eager to run in plain torch"
         )
     return {9: 90, 10: 100}.get(major, 80)
 

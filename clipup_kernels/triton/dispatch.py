@@ -31,13 +31,13 @@ _OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
-def _owners(experts, order, mask, served, k, T, E: tl.constexpr, K: tl.constexpr):
+def _owners(expert_indices, order, mask, served, k, T, E: tl.constexpr, K: tl.constexpr):
     """Token of every slot (the k-th choices of the tokens served at ``served``), and its expert, -1 for none."""
     inside = served < T
     token = served
     if order is not None:
         token = tl.load(order + served, mask=inside, other=0).to(tl.int32)
-    owner = tl.load(experts + token.to(tl.int64) * K + k, mask=inside, other=-1)
+    owner = tl.load(expert_indices + token.to(tl.int64) * K + k, mask=inside, other=-1)
     if mask is not None:
         owner = tl.where(tl.load(mask + token, mask=inside, other=0) != 0, owner, -1)
     return token, tl.where(owner < E, owner, -1)
@@ -45,7 +45,7 @@ def _owners(experts, order, mask, served, k, T, E: tl.constexpr, K: tl.constexpr
 
 @triton.jit(do_not_specialize=["T", "tiles", "blocks"])
 def _count(
-    experts, order, mask, counts, token_counts, T, tiles, blocks,
+    expert_indices, order, mask, counts, token_counts, T, tiles, blocks,
     E: tl.constexpr, K: tl.constexpr, COUNT_TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -54,7 +54,7 @@ def _count(
     count = tl.zeros([BLOCK_E], tl.int32)
     for tile in range(tiles):
         served = (block * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
-        _, owner = _owners(experts, order, mask, served, k, T, E, K)
+        _, owner = _owners(expert_indices, order, mask, served, k, T, E, K)
         count += tl.sum((owner[:, None] == columns[None, :]).to(tl.int32), axis=0)
     tl.store(counts + (k * blocks + block) * E + columns, count, mask=columns < E)
 
@@ -65,7 +65,7 @@ def _count(
                 token = (block * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
                 best = tl.full([BLOCK_T], -1, tl.int32)
                 for choice in range(K):
-                    place = experts + token.to(tl.int64) * K + choice
+                    place = expert_indices + token.to(tl.int64) * K + choice
                     owner = tl.load(place, mask=token < T, other=-1)
                     best = tl.maximum(best, tl.where(owner < E, owner, -1))
                 if mask is not None:
@@ -91,7 +91,7 @@ def _scan(counts, totals, rows, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E:
 
 @triton.jit(do_not_specialize=["T", "tiles", "blocks", "factor_bits"])
 def _assign(
-    experts, order, mask, places, totals, token_counts, offsets, choice_of_row, row_of_choice, T, tiles, blocks,
+    expert_indices, order, mask, places, totals, token_counts, offsets, choice_of_row, row_of_choice, T, tiles, blocks,
     factor_bits, E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def _assign(
     for tile in range(tiles):
         served = (block * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         inside = served < T
-        token, owner = _owners(experts, order, mask, served, k, T, E, K)
+        token, owner = _owners(expert_indices, order, mask, served, k, T, E, K)
         hit = (owner[:, None] == columns[None, :]).to(tl.int32)
         rank = tl.sum(hit * (place[None, :] + tl.cumsum(hit, axis=0) - hit), axis=1)
         placed = inside & (owner >= 0) & (rank < tl.sum(hit * kept[None, :], axis=1))
@@ -136,37 +136,37 @@ def _blocks(num_experts: int) -> dict[str, int]:
     return {"BLOCK_T": min(512, max(16, _TILE // block_e)), "BLOCK_E": block_e}
 
 
-def dispatch(experts, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
+def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
     """As ``generic.dispatch``; an expert outside of [-1, E) is not refused, for want of a look at it, but counts as -1.
 
     With ``priority`` torch sorts the tokens first, stably and without waiting for the device.
     """
-    experts, mask = dense(experts, mask)
-    num_tokens, k = experts.shape
+    expert_indices, mask = dense(expert_indices, mask)
+    num_tokens, k = expert_indices.shape
     if num_tokens == 0:
-        return experts.new_zeros(num_experts + 1), experts.new_empty(0), experts.new_empty(0, k)
-    offsets = experts.new_empty(num_experts + 1)
-    choice_of_row, row_of_choice = experts.new_empty(num_tokens * k), torch.empty_like(experts)
+        return expert_indices.new_zeros(num_experts + 1), expert_indices.new_empty(0), expert_indices.new_empty(0, k)
+    offsets = expert_indices.new_empty(num_experts + 1)
+    choice_of_row, row_of_choice = expert_indices.new_empty(num_tokens * k), torch.empty_like(expert_indices)
 
     sizes = {"E": num_experts, "K": k, **_blocks(num_experts)}
     num_tiles = triton.cdiv(num_tokens, sizes["BLOCK_T"])
     tiles = triton.cdiv(num_tiles, _MAX_BLOCKS)
     blocks = triton.cdiv(num_tiles, tiles)
-    counts, totals = experts.new_empty(k * blocks, num_experts), experts.new_empty(num_experts)
-    token_counts = experts.new_empty(blocks)
+    counts, totals = expert_indices.new_empty(k * blocks, num_experts), expert_indices.new_empty(num_experts)
+    token_counts = expert_indices.new_empty(blocks)
     limited = capacity_factor is not None
-    with torch.cuda.device_of(experts):
+    with torch.cuda.device_of(expert_indices):
         order = None if priority is None else serving_order(priority)
         _count[(blocks, k)](
-            experts, order, mask, counts, token_counts, num_tokens, tiles, blocks,
+            expert_indices, order, mask, counts, token_counts, num_tokens, tiles, blocks,
             COUNT_TOKENS=limited, **sizes, **_OPTIONS,
         )  # fmt: skip
         _scan[(triton.cdiv(num_experts, _SCAN_EXPERTS),)](
             counts, totals, k * blocks, E=num_experts, BLOCK_R=_SCAN_ROWS, BLOCK_E=_SCAN_EXPERTS, **_OPTIONS
         )
         _assign[(blocks, k)](
-            experts, order, mask, counts, totals, token_counts, offsets, choice_of_row, row_of_choice, num_tokens,
-            tiles, blocks, _float64_bits(capacity_factor * k) if limited else None,
+            expert_indices, order, mask, counts, totals, token_counts, offsets, choice_of_row, row_of_choice,
+            num_tokens, tiles, blocks, _float64_bits(capacity_factor * k) if limited else None,
             BLOCK_B=_MAX_BLOCKS, **sizes, **_OPTIONS,
         )  # fmt: skip
     return offsets, choice_of_row, row_of_choice
@@ -182,7 +182,7 @@ def _float64_bits(value: float) -> int:
 
 def variants(arch: int) -> Iterator[Variant]:
     """The kernels for 8, 64 and 256 experts; other numbers of experts and choices differ in constants."""
-    types = dict.fromkeys(("experts", "counts", "token_counts", "places", "totals", "offsets"), "*i32")
+    types = dict.fromkeys(("expert_indices", "counts", "token_counts", "places", "totals", "offsets"), "*i32")
     types |= {"choice_of_row": "*i32", "row_of_choice": "*i32", "order": "*i64", "mask": "*u8"}
     types |= dict.fromkeys(("T", "tiles", "blocks", "rows"), "i32") | {"factor_bits": "i64"}
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from . import dispatch, expert_mlp, expert_mlp_backward, gating, router
+from . import dispatch, expert_mlp, expert_mlp_backward, router_logits, topk_gating
 
 
 def warmup(
@@ -41,13 +41,13 @@ def warmup(
     parameters = (in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
     for num_tokens in tokens:
         x, router_weight = zeros(num_tokens, width), zeros(num_experts, width, dtype=torch.float32)
-        logits = router.router_logits(x, router_weight)
-        gates, experts, *_ = gating.topk_gating(logits, top_k, True)
-        routed = (x, gates, *dispatch.dispatch(experts, num_experts), *parameters)
+        logits = router_logits.router_logits(x, router_weight)
+        gates, expert_indices, *_ = topk_gating.topk_gating(logits, top_k, True)
+        routed = (x, gates, *dispatch.dispatch(expert_indices, num_experts), *parameters)
         y, z = expert_mlp.expert_mlp_forward(*routed, activation, False)
         if training:
             expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)
             y, z = expert_mlp.expert_mlp_forward(*routed, activation, True)
-            router.router_logits_backward(logits, x, router_weight, None, [True, True])
-            gating.topk_gating_backward(logits, experts, True, None, gates)
+            router_logits.router_logits_backward(logits, x, router_weight, None, [True, True])
+            topk_gating.topk_gating_backward(logits, expert_indices, True, None, gates)
             expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)

@@ -47,13 +47,13 @@ std::vector<std::int32_t> serving_order(const float* priority, std::int64_t T) {
 }
 
 // Rows that an expert may take: ceil(f*K*N/E), at most all.
-std::int64_t expert_capacity(const std::int32_t* experts, const std::uint8_t* mask, std::int64_t T,
+std::int64_t expert_capacity(const std::int32_t* expert_indices, const std::uint8_t* mask, std::int64_t T,
                              std::int64_t K, std::int64_t E, double capacity_factor) {
   if (capacity_factor < 0.0) return T * K;
   std::int64_t participating = 0;
   for (std::int64_t t = 0; t < T; ++t) {
-    const bool routed =
-        std::any_of(experts + t * K, experts + (t + 1) * K, [](std::int32_t e) { return e >= 0; });
+    const bool routed = std::any_of(expert_indices + t * K, expert_indices + (t + 1) * K,
+                                    [](std::int32_t e) { return e >= 0; });
     participating += routed && (mask == nullptr || mask[t] != 0) ? 1 : 0;
   }
   const auto tokens = static_cast<double>(participating);
@@ -65,16 +65,16 @@ std::int64_t expert_capacity(const std::int32_t* experts, const std::uint8_t* ma
 
 }  // namespace
 
-void dispatch(const std::int32_t* experts, const std::uint8_t* mask, const float* priority, std::int64_t T,
-              std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
+void dispatch(const std::int32_t* expert_indices, const std::uint8_t* mask, const float* priority,
+              std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
               std::int32_t* choice_of_row, std::int32_t* row_of_choice) {
   const std::int64_t R = T * K;
   check_dispatch_sizes(T, K, E);
-  check_dispatch_arguments(R, E, capacity_factor, experts, offsets, choice_of_row, row_of_choice);
-  check_values("experts", experts, R, -1, E);
+  check_dispatch_arguments(R, E, capacity_factor, expert_indices, offsets, choice_of_row, row_of_choice);
+  check_values("expert_indices", expert_indices, R, -1, E);
 
   const std::vector<std::int32_t> order = serving_order(priority, T);
-  const std::int64_t capacity = expert_capacity(experts, mask, T, K, E, capacity_factor);
+  const std::int64_t capacity = expert_capacity(expert_indices, mask, T, K, E, capacity_factor);
   const std::int64_t block_size = std::max(kBlock, E);
   const std::int64_t blocks = ceil_div(R, block_size);
 
@@ -84,7 +84,7 @@ void dispatch(const std::int32_t* experts, const std::uint8_t* mask, const float
     const std::int64_t end = std::min(R, begin + block_size);
     for (std::int64_t slot = begin, k = begin / T, i = begin % T; slot < end; ++slot) {
       const std::int64_t t = order[i];
-      visit(t * K + k, mask == nullptr || mask[t] != 0 ? experts[t * K + k] : -1);
+      visit(t * K + k, mask == nullptr || mask[t] != 0 ? expert_indices[t * K + k] : -1);
       if (++i == T) i = 0, ++k;
     }
   };

@@ -12,8 +12,6 @@
 #include "../moe_cuda.h"
 
 #ifndef CLIPUP_CUDA_EMULATION
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #endif
 

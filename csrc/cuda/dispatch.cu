@@ -55,14 +55,14 @@ Counts counts_at(void* workspace, const SlotGrid& grid) {
 }
 
 struct Choices {
-  const std::int32_t* experts;
+  const std::int32_t* expert_indices;
   const std::uint8_t* mask;   // or null
   const std::int64_t* order;  // or null
 
   // The expert of the k-th choice of token t, -1 where it takes no part or is none.
   __device__ int expert(std::int64_t t, int k, const SlotGrid& grid) const {
     if (mask != nullptr && mask[t] == 0) return -1;
-    const std::int32_t e = experts[t * grid.K + k];
+    const std::int32_t e = expert_indices[t * grid.K + k];
     return e >= 0 && e < grid.E ? e : -1;
   }
 };
@@ -218,16 +218,16 @@ std::int64_t dispatch_workspace_bytes(std::int64_t T, std::int64_t K, std::int64
   return blocks * ((kDispatchWarps + 1) * E + 1) * static_cast<std::int64_t>(sizeof(std::int32_t));
 }
 
-void dispatch(const std::int32_t* experts, const std::uint8_t* mask, const std::int64_t* order,
+void dispatch(const std::int32_t* expert_indices, const std::uint8_t* mask, const std::int64_t* order,
               std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, std::int32_t* offsets,
               std::int32_t* choice_of_row, std::int32_t* row_of_choice, void* workspace, void* stream) {
   check_dispatch_sizes(T, K, E);
   check_most_experts(E);
-  check_dispatch_arguments(T * K, E, capacity_factor, experts, offsets, choice_of_row, row_of_choice);
+  check_dispatch_arguments(T * K, E, capacity_factor, expert_indices, offsets, choice_of_row, row_of_choice);
   check_pointer("workspace", workspace, dispatch_workspace_bytes(T, K, E));
 
   const SlotGrid grid = slot_grid(T, K, E);
-  const Choices choices{experts, mask, order};
+  const Choices choices{expert_indices, mask, order};
   const Counts counts = counts_at(workspace, grid);
   launch("dispatch", count_kernel, grid.blocks, kDispatchThreads, stream, choices, grid,
          capacity_factor >= 0.0, counts);

@@ -18,8 +18,6 @@
 #include <cstring>
 #include <functional>
 
-#include "../cpu/element.h"
-
 namespace clipup::cuda::emulation {
 
 struct Index {
@@ -91,14 +89,6 @@ Value __shfl_xor_sync(unsigned lanes, Value value, int distance) {
   return emulation::value_of<Value>(values, emulation::lane() ^ static_cast<unsigned>(distance));
 }
 
-template <class Value>
-Value __shfl_down_sync(unsigned lanes, Value value, int distance) {
-  namespace emulation = clipup::cuda::emulation;
-  const auto* const values = emulation::give(emulation::Collective::kShuffle, lanes, value);
-  const unsigned source = emulation::lane() + distance;
-  return emulation::value_of<Value>(values, source < 32 ? source : emulation::lane());
-}
-
 inline unsigned __match_any_sync(unsigned lanes, int value) {
   namespace emulation = clipup::cuda::emulation;
   const auto* const values = emulation::give(emulation::Collective::kMatch, lanes, value);
@@ -111,20 +101,3 @@ inline unsigned __match_any_sync(unsigned lanes, int value) {
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int atomicAdd(int* to, int value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
-
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-struct __nv_bfloat16 {
-  std::uint16_t bits;
-};
-struct __half {
-  std::uint16_t bits;
-};
-inline float __bfloat162float(__nv_bfloat16 value) { return clipup::BFloat16::load(value.bits); }
-inline float __half2float(__half value) { return clipup::Float16::load(value.bits); }
-inline __nv_bfloat16 __float2bfloat16_rn(float value) { return {clipup::BFloat16::store(value)}; }
-inline __half __float2half_rn(float value) { return {clipup::Float16::store(value)}; }

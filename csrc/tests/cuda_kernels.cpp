@@ -2,7 +2,6 @@
 #include "cuda_emulation.h"
 
 // What stands in for the CUDA runtime comes first.
-#include "../cuda/combine.cu"
 #include "../cuda/dispatch.cu"
-#include "../cuda/routing.cu"
-#include "../cuda/routing_backward.cu"
+#include "../cuda/topk_gating.cu"
+#include "../cuda/topk_gating_backward.cu"

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "cuda_emulation.h"

@@ -186,16 +186,15 @@ int run(int count, char** arguments) {
     const char* const wanted = std::getenv("CLIPUP_CPU_ISA");
     EXPECT(wanted == nullptr || *wanted == '\0' || std::string(wanted) == instruction_tier());
     test_router_logits();
-    test_routing();
+    test_topk_gating();
     test_dispatch();
     test_rows();
     test_memory();
     test_activations();
     test_products();
     if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == "portable") {  // once for all tiers
-      test_cuda_routing();
+      test_cuda_topk_gating();
       test_cuda_dispatch();
-      test_cuda_rows();
     }
   }
   const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();

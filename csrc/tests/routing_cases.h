@@ -14,19 +14,24 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Gating {
   Gating(std::int64_t T, std::int64_t E, std::int64_t K)
-      : gates(T * K, kNaN), experts(T * K, -7), top_prob(T, kNaN), mean_probs(E, kNaN), picks(K * E, -7) {}
+      : gates(T * K, kNaN),
+        expert_indices(T * K, -7),
+        top_prob(T, kNaN),
+        mean_probs(E, kNaN),
+        tokens_per_expert(K * E, -7) {}
 
   bool operator==(const Gating& other) const {
-    return gates == other.gates && experts == other.experts && top_prob == other.top_prob &&
-           mean_probs == other.mean_probs && z_loss == other.z_loss && picks == other.picks;
+    return gates == other.gates && expert_indices == other.expert_indices && top_prob == other.top_prob &&
+           mean_probs == other.mean_probs && z_loss == other.z_loss &&
+           tokens_per_expert == other.tokens_per_expert;
   }
 
   std::vector<float> gates;
-  std::vector<std::int32_t> experts;
+  std::vector<std::int32_t> expert_indices;
   std::vector<float> top_prob;
   std::vector<float> mean_probs;
   float z_loss = kNaN;
-  std::vector<std::int32_t> picks;
+  std::vector<std::int32_t> tokens_per_expert;
 };
 
 struct GatingCase {
@@ -58,8 +63,8 @@ struct GatingCase {
   Gating run() const {
     Gating out(T, E, K);
     topk_gating(logits.data(), mask_or_null(), biased ? bias.data() : nullptr, T, E, K, renormalize,
-                out.gates.data(), out.experts.data(), out.top_prob.data(), out.mean_probs.data(), &out.z_loss,
-                out.picks.data());
+                out.gates.data(), out.expert_indices.data(), out.top_prob.data(), out.mean_probs.data(),
+                &out.z_loss, out.tokens_per_expert.data());
     return out;
   }
 };
@@ -67,13 +72,13 @@ struct GatingCase {
 struct DispatchCase {
   std::int64_t T, K, E;
   double capacity_factor;
-  std::vector<std::int32_t> experts;
+  std::vector<std::int32_t> expert_indices;
   std::vector<std::uint8_t> mask;
   std::vector<float> priority;
 
   DispatchCase(std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, bool masked,
                bool prioritised)
-      : T(T), K(K), E(E), capacity_factor(capacity_factor), experts(random_experts(T, K, E, 0.1F)) {
+      : T(T), K(K), E(E), capacity_factor(capacity_factor), expert_indices(random_experts(T, K, E, 0.1F)) {
     for (std::int64_t t = 0; masked && t < T; ++t) mask.push_back(uniform() < 0.7F ? 1 : 0);
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const std::vector<float> ties = {-1.5F, -0.0F, 0.0F, 0.25F, 2.0F, kNaN, kInfinity, -kInfinity};
@@ -87,7 +92,7 @@ struct DispatchCase {
 
   Plan run() const {
     Plan plan(T, K, E);
-    dispatch(experts.data(), mask.empty() ? nullptr : mask.data(),
+    dispatch(expert_indices.data(), mask.empty() ? nullptr : mask.data(),
              priority.empty() ? nullptr : priority.data(), T, K, E, capacity_factor, plan.offsets.data(),
              plan.choice_of_row.data(), plan.row_of_choice.data());
     return plan;
@@ -110,7 +115,7 @@ struct DispatchCase {
     std::int64_t participating = 0;
     for (std::int64_t t = 0; t < T; ++t) {
       bool routed = false;
-      for (std::int64_t k = 0; k < K; ++k) routed = routed || experts[t * K + k] >= 0;
+      for (std::int64_t k = 0; k < K; ++k) routed = routed || expert_indices[t * K + k] >= 0;
       participating += routed && takes_part(t) ? 1 : 0;
     }
     double capacity = std::ceil(capacity_factor * K * participating / E);
@@ -119,7 +124,7 @@ struct DispatchCase {
     std::vector<std::vector<std::int32_t>> rows(E);
     for (std::int64_t k = 0; k < K; ++k) {
       for (const std::int64_t t : served) {
-        const std::int32_t e = experts[t * K + k];
+        const std::int32_t e = expert_indices[t * K + k];
         if (takes_part(t) && e >= 0 && rows[e].size() < capacity) rows[e].push_back(t * K + k);
       }
     }

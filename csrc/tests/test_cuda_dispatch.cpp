@@ -15,7 +15,7 @@ Plan run(const DispatchCase& c) {
       [&] {
         Plan plan(c.T, c.K, c.E);
         auto workspace = poisoned_workspace(cuda::dispatch_workspace_bytes(c.T, c.K, c.E));
-        cuda::dispatch(c.experts.data(), c.mask.empty() ? nullptr : c.mask.data(),
+        cuda::dispatch(c.expert_indices.data(), c.mask.empty() ? nullptr : c.mask.data(),
                        c.priority.empty() ? nullptr : order.data(), c.T, c.K, c.E, c.capacity_factor,
                        plan.offsets.data(), plan.choice_of_row.data(), plan.row_of_choice.data(),
                        workspace.data(), nullptr);
@@ -29,8 +29,9 @@ void expect_plan(const DispatchCase& c) { EXPECT(run(c) == c.naive()); }
 void expect_indices_outside_count_as_none() {
   DispatchCase c(70, 2, 5, 1.0, true, true);
   DispatchCase cleaned = c;
-  for (std::size_t i = 0; i < c.experts.size(); ++i) {
-    if (uniform() < 0.5F) c.experts[i] = i % 2 == 0 ? 5 + 1000000 * integer(2) : -7, cleaned.experts[i] = -1;
+  for (std::size_t i = 0; i < c.expert_indices.size(); ++i) {
+    if (uniform() < 0.5F)
+      c.expert_indices[i] = i % 2 == 0 ? 5 + 1000000 * integer(2) : -7, cleaned.expert_indices[i] = -1;
   }
   EXPECT(run(c) == cleaned.naive());
 }
@@ -40,8 +41,8 @@ void expect_refusals() {
     Plan plan(c.T, c.K, c.E);
     std::vector<std::int32_t> workspace(with_workspace ? 10000 : 0);
     EXPECT(starts_with(refusal([&] {
-                         cuda::dispatch(c.experts.data(), nullptr, nullptr, c.T, c.K, c.E, c.capacity_factor,
-                                        plan.offsets.data(), plan.choice_of_row.data(),
+                         cuda::dispatch(c.expert_indices.data(), nullptr, nullptr, c.T, c.K, c.E,
+                                        c.capacity_factor, plan.offsets.data(), plan.choice_of_row.data(),
                                         plan.row_of_choice.data(),
                                         with_workspace ? workspace.data() : nullptr, nullptr);
                        }),
@@ -78,7 +79,7 @@ void test_cuda_dispatch() {
   check_cuda_dispatch(5, 256, 256, 0.7, true, true);  // K = E
 
   DispatchCase one_expert(500, 1, 4, 1.0, false, false);
-  std::fill(one_expert.experts.begin(), one_expert.experts.end(), 2);
+  std::fill(one_expert.expert_indices.begin(), one_expert.expert_indices.end(), 2);
   EXPECT((run(one_expert).offsets == std::vector<std::int32_t>{0, 0, 0, 125, 125}));
   one_expert.capacity_factor = 1.0 + 1e-12;  // in double
   EXPECT((run(one_expert).offsets == std::vector<std::int32_t>{0, 0, 0, 126, 126}));
@@ -90,7 +91,7 @@ void test_cuda_dispatch() {
   // A token may name an expert more than once.
   for (const double f : {-1.0, 0.7, 1.5, 4.0}) {
     DispatchCase repeated(60, 4, 6, f, true, true);
-    for (std::int32_t& e : repeated.experts) e = static_cast<std::int32_t>(integer(3)) - 1;
+    for (std::int32_t& e : repeated.expert_indices) e = static_cast<std::int32_t>(integer(3)) - 1;
     expect_plan(repeated);
   }
   // The most blocks that there are, and several rounds of slots for a warp.

@@ -14,7 +14,7 @@ using Case = DispatchCase;
 void expect_refused(const Case& c, const std::string& message) {
   Plan plan(c.T, c.K, c.E);
   const std::string refused = refusal([&] {
-    dispatch(c.experts.data(), nullptr, nullptr, c.T, c.K, c.E, c.capacity_factor, plan.offsets.data(),
+    dispatch(c.expert_indices.data(), nullptr, nullptr, c.T, c.K, c.E, c.capacity_factor, plan.offsets.data(),
              plan.choice_of_row.data(), plan.row_of_choice.data());
   });
   EXPECT(starts_with(refused, message));
@@ -44,13 +44,13 @@ void test_dispatch() {
   }
 
   Case one_expert(500, 1, 4, 1.0, false, false);
-  std::fill(one_expert.experts.begin(), one_expert.experts.end(), 2);
+  std::fill(one_expert.expert_indices.begin(), one_expert.expert_indices.end(), 2);
   EXPECT((one_expert.run().offsets == std::vector<std::int32_t>{0, 0, 0, 125, 125}));
 
   // A token may name an expert more than once; without a limit nothing is dropped, with one the expert's rows count.
   for (const double f : {-1.0, 0.7, 1.5, 4.0}) {
     Case repeated(60, 4, 6, f, true, true);
-    for (std::int32_t& e : repeated.experts) e = static_cast<std::int32_t>(integer(3)) - 1;
+    for (std::int32_t& e : repeated.expert_indices) e = static_cast<std::int32_t>(integer(3)) - 1;
     EXPECT(repeated.run() == repeated.naive());
   }
 
@@ -64,10 +64,10 @@ void test_dispatch() {
   EXPECT(c.run() == alone);
 
   Case bad(4, 2, 3, -1.0, false, false);
-  bad.experts[5] = 3;
-  expect_refused(bad, "experts: expected values from -1 to 2, got 3 at position 5");
-  bad.experts[5] = -2;
-  expect_refused(bad, "experts: expected values from -1 to 2, got -2 at position 5");
+  bad.expert_indices[5] = 3;
+  expect_refused(bad, "expert_indices: expected values from -1 to 2, got 3 at position 5");
+  bad.expert_indices[5] = -2;
+  expect_refused(bad, "expert_indices: expected values from -1 to 2, got -2 at position 5");
   expect_refused(Case(4, 2, 3, 0.0, false, false), "capacity_factor: expected a positive number");
   expect_refused(Case(4, 2, 3, std::numeric_limits<double>::quiet_NaN(), false, false), "capacity_factor");
 }

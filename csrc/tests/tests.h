@@ -77,25 +77,23 @@ struct Plan {
 std::vector<std::int32_t> random_experts(std::int64_t T, std::int64_t K, std::int64_t E, float missing);
 
 void test_router_logits();
-void test_routing();
+void test_topk_gating();
 void test_dispatch();
 void test_rows();
 void test_activations();
 void test_products();
 void test_memory();
-void test_cuda_routing();
+void test_cuda_topk_gating();
 void test_cuda_dispatch();
-void test_cuda_rows();
 
 // Single cases of these tests, for the fuzzer.
 void check_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, bool masked,
                     bool prioritised);
 void check_rows(std::int64_t T, std::int64_t K, std::int64_t D);
 void check_rows_refusals();
-void check_cuda_routing(std::int64_t T, std::int64_t E, std::int64_t K, int options);
+void check_cuda_topk_gating(std::int64_t T, std::int64_t E, std::int64_t K, int options);
 void check_cuda_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double capacity_factor, bool masked,
                          bool prioritised);
-void check_cuda_rows(std::int64_t T, std::int64_t K, std::int64_t D, std::int64_t shift);
 void check_router_logits(std::int64_t T, std::int64_t D, std::int64_t E, bool masked);
 
 // Random cases for `seconds`, at least one; case i is the one that `seed` + i stands for.

@@ -49,8 +49,9 @@ _RULES = {
     "tuning",
     "test_names": f"other {splits.TEST_NAMES_SHARE:.0%} of these names, held out in the same way",
     "test_styles": "whole sets in styles that are not in the training split",
-    "twins": "held-out drawings with a duplicate or near-duplicate in the training split are left out (validation's also "
-    f"if it is in a test split); near-duplicates have perceptual hashes with a cosine of at least {near_duplicates.ALIKE}",
+    "twins": "held-out drawings with a duplicate or near-duplicate in the training split are left out (validation's "
+    "also if it is in a test split); near-duplicates have perceptual hashes with a cosine of at least "
+    f"{near_duplicates.ALIKE}",
     "left_out": "aliases, hidden icons, and drawings that cannot be read or show nothing",
 }
 _RULE_OF_DRAWINGS = (

@@ -6,8 +6,8 @@ keeps only signs: half of a symmetric drawing's frequencies are 0, and their sig
 near-duplicates if the cosine between their hashes is at least `ALIKE`, whatever their contrast.
 
 A library does not replace it. ImageHash's pHash keeps only signs: a circle and one 2 % larger differ in 30 of its 64
-bits, while unrelated drawings of the tests differ in as few as 8, so no threshold separates them. It also needs SciPy and
-PyWavelets. The search itself is one matrix product per block.
+bits, while unrelated drawings like those of the tests differ in as few as 8, so no threshold separates them. It also
+needs SciPy and PyWavelets. The search itself is one matrix product per block.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ VALIDATION_SHARE = 0.03
 TEST_NAMES_SHARE = 0.06
 TEST_DRAWINGS_SHARE = 0.08
 _PURPOSE = "clipup icons"
-# The splits in which a held-out drawing must have no near-duplicate. Drawings of TEST_DRAWINGS count as training drawings
-# for the others, which therefore do not depend on whether it exists.
+# The splits in which a held-out drawing must have no near-duplicate. Drawings of TEST_DRAWINGS count as training
+# drawings for the others, which therefore do not depend on whether it exists.
 _NO_DUPLICATE_IN = {
     "test_styles": ("train", TEST_DRAWINGS),
     "test_names": ("train", TEST_DRAWINGS),

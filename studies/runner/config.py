@@ -1,4 +1,4 @@
-"""``StudyRun``: what a config file says about one run. The file's name is the run's."""
+"""``StudyRun``: the config file of one run, which is named after the file."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ SUFFIX = ".yaml"
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run. A bad value raises ``ValueError`` or ``TypeError`` that names the file and the field."""
+    """One run. An invalid value raises ``ValueError`` or ``TypeError`` naming the file and the field."""
 
     name: str
     arm: str
-    """What is compared: runs of one arm differ by seed, steps and learning rate."""
+    """The method compared; runs of one arm differ in seed, steps and learning rate."""
     model: str
-    """A model that open_clip or clipup knows by name."""
+    """Name of a model of open_clip or clipup."""
     steps: int
     lr: float
-    """Peak learning rate: warm-up, then a cosine down to 0."""
+    """Peak learning rate of a warmup and cosine decay to 0."""
     seed: int = 0
-    """Of weights, routers and the order of the data."""
+    """Seed of weights, routers and data order."""
     start: str | None = None
-    """The run whose model this one goes on from. None: random weights."""
+    """The run whose model this one starts from. None: random weights."""
     budget: int | None = None
-    """The steps of CLIP-UP that this run has the budget of, as many FLOPs or seconds. None: its own steps."""
+    """Steps of the CLIP-UP run whose FLOPs or seconds this run matches. None: its own steps."""
     moe: dict[str, Any] | None = None
-    """Changes to ``MoEConfig.clip_up()``; {} is the preset itself, None a dense model."""
+    """Overrides of ``MoEConfig.clip_up()``; {} is the preset itself, None a dense model."""
     why: str = ""
-    """What the run is there for, in a sentence."""
+    """Purpose of the run, in one sentence."""
     batch_size: int = 256
     warmup: int = 250
     wd: float = 0.1
     grad_clip_norm: float = 1.0
     precision: str = "fp32"
     moe_cfg: MoEConfig | None = field(init=False, default=None)
-    """The sparse layers that ``moe`` means."""
+    """The config of the sparse layers, from ``moe``."""
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
@@ -64,7 +64,7 @@ class StudyRun:
             object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**self.moe))
 
     def to_dict(self) -> dict[str, Any]:
-        """All that the run depends on, for its log."""
+        """Everything the run depends on, for its log."""
         values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         values["moe_cfg"] = None if self.moe_cfg is None else self.moe_cfg.to_dict()
         return values
@@ -86,7 +86,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 def read(file: str | Path) -> StudyRun:
     """
     Raises:
-        FileNotFoundError, ValueError, TypeError: no such file, not YAML, an unknown field, a missing or a bad one.
+        FileNotFoundError, ValueError, TypeError: no such file, invalid YAML, or an unknown, missing or invalid field.
     """
     path = Path(file)
     if not path.is_file():

@@ -1,11 +1,11 @@
-"""The log of a run: JSON lines, small enough to be committed. What the same config gives again to the bit comes first.
+"""The log of a run, as JSON lines small enough to commit. All but seconds and machine is bitwise reproducible.
 
 {"kind": "run", ...}          the config, the data, and for an upcycled model the step-0 difference
 {"kind": "train", ...}        means over a window of steps: loss, contrastive, aux; sparse also balance, z, dropped,
                               router_entropy, and load: the largest expert's over the mean, mean over layers
-{"kind": "validation", ...}   ``measure.retrieval_numbers`` along the way, and the experts' similarity
-{"kind": "test", ...}         at the end: the same of the test splits and of validation, with hits
-{"kind": "layers", ...}       of a sparse model at the end: similarity, load and dropped, layer by layer
+{"kind": "validation", ...}   ``measure.retrieval_numbers`` during training, and the experts' similarity
+{"kind": "test", ...}         at the end: the same for the test splits and validation, with hits
+{"kind": "layers", ...}       at the end, sparse models only: similarity, load and dropped by layer
 {"kind": "cost", ...}         steps, pairs, FLOPs, parameters; seconds and machine, which differ from run to run
 """
 
@@ -21,7 +21,7 @@ from clipup.atomic_files import replace_files
 SUFFIX = ".jsonl"
 Record = dict[str, Any]
 WINDOWS = 50
-"""Lines of training in a log, whatever the number of steps; fewer where the trainer wrote fewer records."""
+"""Training lines per log, whatever the number of steps; fewer if the trainer wrote fewer records."""
 _MEANS = ("loss", "contrastive", "aux", "balance", "z", "dropped", "router_entropy")
 
 
@@ -34,24 +34,24 @@ def write(path: Path, records: Sequence[Record]) -> None:
 def read(path: str | Path) -> list[Record]:
     """
     Raises:
-        ValueError: a line that is no JSON, or a log that ends before its cost.
+        ValueError: a line is not JSON, or the log ends before its cost record.
     """
     try:
         records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
-        raise ValueError(f"{path} is no log of a run: {error}") from error
+        raise ValueError(f"{path} is not a log of a run: {error}") from error
     if not records or records[-1].get("kind") != "cost":
-        raise ValueError(f"{path} is no whole log of a run, which ends with its cost: run it again")
+        raise ValueError(f"{path} is not a complete log, which ends with a cost record: run it again")
     return records
 
 
 def reproducible(records: Sequence[Record]) -> list[Record]:
-    """The records without what differs from run to run."""
+    """The records without the fields that vary between repetitions."""
     return [{key: value for key, value in one.items() if key not in ("seconds", "machine")} for one in records]
 
 
 def training(history: Sequence[Record], steps: int) -> Iterator[Record]:
-    """The trainer's records as a line a window."""
+    """The trainer's records, averaged to one record per window."""
     inside: list[Record] = []
     closed = 0
     for record in history:
@@ -63,7 +63,7 @@ def training(history: Sequence[Record], steps: int) -> Iterator[Record]:
 
 
 def load_ratio(layer: Record) -> float:
-    """The share of a layer's busiest expert over the mean share: 1 when balanced."""
+    """The largest expert's load over the mean load: 1 if balanced."""
     return max(layer["load"]) * len(layer["load"])
 
 
@@ -78,6 +78,6 @@ def _window(records: list[Record]) -> Record:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """Without steps that were not applied, whose loss may be None; None when there was no other."""
+    """The mean without skipped steps, whose loss may be None; None without other steps."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -1,4 +1,4 @@
-"""What a study measures of a model: retrieval on a split where captions repeat, and the state of the experts."""
+"""Measurements of a study: retrieval on splits with repeated captions, and similarity of the experts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def retrieval_numbers(
     tokenizer: Callable[[list[str]], Tensor],
     with_hits: bool = False,
 ) -> dict[str, Any]:
-    """Retrieval where every image of a caption is a right answer to it.
+    """Retrieval in which all images of a caption count as correct.
 
     Args:
-        samples: (image, captions, metadata) triples, as ``clipup.data.loaders.eval_samples`` makes them.
-        with_hits: adds which queries were answered right at 1 (captions in the order of their first appearance, images
-            in the order of the samples) as base64 of packed bits, for paired statistics.
+        samples: (image, captions, metadata) triples, from ``clipup.data.loaders.eval_samples``.
+        with_hits: adds which queries are correct at rank 1 (captions in order of first appearance, images in the order
+            of the samples) as base64 of packed bits, for paired statistics.
 
     Returns:
-        ``t2i`` and ``i2t``, each {"r1", "r5", "nll"}; ``gallery`` and ``captions``, how many there are.
+        ``t2i`` and ``i2t``, each {"r1", "r5", "nll"}; ``gallery`` and ``captions``, their numbers.
     """
     captions = [caption for _, texts, _ in samples for caption in texts]
     owners = [row for row, (_, texts, _) in enumerate(samples) for _ in texts]
@@ -49,9 +49,9 @@ def retrieval_numbers(
     return numbers
 
 
-def experts_alike(model: nn.Module) -> dict[str, float]:
-    """Similarity of the experts, by sparse layer: the mean cosine between the first matrices of two of them, of
-    fine-grained experts between two that began as the same shard."""
+def expert_cosines(model: nn.Module) -> dict[str, float]:
+    """Mean cosine between the experts' first matrices by sparse layer; of fine-grained experts, between those that were
+    initialized as the same shard."""
     return {name: similarity.first_mean for name, similarity in model_similarity(model).items()}
 
 
@@ -61,5 +61,5 @@ def pack(hits: Tensor) -> str:
 
 
 def unpack(hits: str, count: int) -> np.ndarray:
-    """bool [count], what ``pack`` was given."""
+    """bool [count], the inverse of ``pack``."""
     return np.unpackbits(np.frombuffer(base64.b64decode(hits), np.uint8), count=count).astype(bool)

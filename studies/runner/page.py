@@ -1,7 +1,7 @@
-"""The page of a study: a template with words in it, and every number out of the logs.
+"""Writes the page of a study from its template and its logs.
 
-``studies/icons/page.md.j2`` calls the methods of ``Tables`` where a table belongs, and ``by(COLUMN, FILE)`` for the
-rows of a CSV file beside it by the values of a column; ``pending`` are the runs without a log, of ``planned`` ones.
+The template (``studies/icons/page.md.j2``) calls the methods of ``Tables``, and ``by(COLUMN, FILE)`` for the rows of a
+CSV file beside it by the values of a column; ``pending`` are the runs without a log, ``planned`` is the number of runs.
 Figures are written beside the page. The same logs, configs and template give the same bytes.
 """
 
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
+from clipup.atomic_files import replace_files
 from clipup.inspection.figures import svg
 from clipup.inspection.figures.charts import Series, line_chart
 from clipup.inspection.figures.format import MISSING, percent, percent_tick, short
@@ -24,20 +26,20 @@ from .config import SUFFIX as CONFIG_SUFFIX
 from .results import Result
 
 TEMPLATE = "page.md.j2"
-_WIDTH, _HEIGHT, _MARGIN = 640, 340, 12
+_WIDTH, _HEIGHT = 640, 340
 
 
 def write(study: str | Path, out: str | Path) -> list[Path]:
     """Writes the page of a study's directory (its template and ``logs``) to ``out``, and its figures beside it.
 
     Raises:
-        FileNotFoundError, ValueError: no template, no logs, a broken log, or a template that is wrong or runs Python.
+        FileNotFoundError, ValueError: no template, no logs, an invalid log, or a template that fails or runs Python.
     """
     study, out = Path(study), Path(out)
     if not (study / TEMPLATE).is_file():
         raise FileNotFoundError(f"there is no {TEMPLATE} in {study}; name the directory of a study")
     tables = Tables(results.read(study / "logs"))
-    environment = SandboxedEnvironment(  # a study's directory may come from anyone: its template runs no Python
+    environment = SandboxedEnvironment(  # a study's directory may come from anyone, so its template must not run Python
         loader=jinja2.FileSystemLoader(study),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -53,14 +55,13 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
             planned=len(configs),
         )
     except jinja2.TemplateError as error:
-        raise ValueError(f"{study / TEMPLATE} cannot be filled in: {error}") from error
-    for path, text in written.items():
-        path.write_text(text, encoding="utf-8")
+        raise ValueError(f"{study / TEMPLATE} cannot be rendered: {error}") from error
+    replace_files({path: partial(_write, text) for path, text in written.items()})
     return list(written)
 
 
 class Tables:
-    """Tables in Markdown, rows ordered by budget and arm; a group is the runs of one arm and budget, a run a seed."""
+    """Tables in Markdown, with rows ordered by budget and arm. A group holds the runs of one arm and budget."""
 
     def __init__(self, found: dict[str, Result]) -> None:
         self.results = found
@@ -68,15 +69,15 @@ class Tables:
         self.groups = sorted(chosen.items())
 
     def data(self) -> dict:
-        """What the logs say of their data, which is the same in all of them."""
+        """The description of the data in the logs, which must be the same in all of them."""
         seen = {one.config["data"]["fingerprint"]: one.config["data"] for one in self.results.values()}
         if len(seen) > 1:
             raise ValueError(f"the logs are of {len(seen)} different data sets: run the study on one")
         return next(iter(seen.values()))
 
     def galleries(self) -> dict[str, dict[str, float]]:
-        """By split how many ``images`` and distinct ``captions`` it has, and the R@1 of guessing, ``chance``: the same
-        both ways where every image has one caption."""
+        """The number of ``images`` and distinct ``captions`` by split, and the R@1 of guessing, ``chance``, which is
+        equal in both directions if every image has one caption."""
         test = next(iter(self.results.values())).test
         return {
             split: {"images": of["gallery"], "captions": of["captions"], "chance": 1 / of["captions"]}
@@ -84,7 +85,7 @@ class Tables:
         }
 
     def retrieval(self, split: str) -> str:
-        """Every group's recall and negative log likelihood on a split, at its chosen learning rate."""
+        """Recall and negative log-likelihood of every group on a split, at its chosen learning rate."""
         head = ["arm", "steps", "lr", "seeds", "PFLOP", "t2i R@1", "R@5", "NLL", "i2t R@1", "R@5", "NLL"]
         rows = []
         for group, runs in self.groups:
@@ -98,7 +99,7 @@ class Tables:
 
     def leads(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of every other arm of the same budget, in points: means over the seeds that both
-        have, and over splits and ways in the column before the last. The last is the same of the NLL, in nats."""
+        have; the last but one column is also over splits and directions. The last is the same for the NLL, in nats."""
         ways = [_way(split, way) for split in splits for way in results.WAYS]
         head = ["minus", "budget", "seeds", *ways, "mean", "NLL"]
         rows = []
@@ -110,8 +111,8 @@ class Tables:
         return _table(head, rows)
 
     def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
-        """The lead of an arm over others when both have the same learning rate, with the arm's smallest budget, and
-        the number of seeds that it is over."""
+        """The lead of an arm over others at the same learning rate and the arm's smallest budget, with the number of
+        seeds."""
         budget = min((run.budget for run in self.results.values() if run.config["arm"] == arm), default=None)
         at: dict[tuple[float, str], dict[int, Result]] = {}
         for run in self.results.values():
@@ -128,8 +129,8 @@ class Tables:
         return _table(["learning rate of both", *_with_seeds(others)], lines)
 
     def growth(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
-        """R@1 of an arm and others over the length of their runs, mean over splits and ways, and the arm's leads. A row
-        is over the seeds that all of its arms have; the first is what the shortest runs start from."""
+        """R@1 of an arm and others by length of the runs, mean over splits and directions, and the arm's leads. A row
+        is over the seeds that all of its arms have; the first is the start of the shortest runs."""
         of_group, lines = dict(self.groups), []
         for group in (group for group, _ in self.groups if group.arm == arm):
             of_arm = {
@@ -153,7 +154,7 @@ class Tables:
         return _table(head, lines)
 
     def validation(self, run: str) -> str:
-        """A run's R@1 on validation, mean of both ways, for a sentence."""
+        """A run's R@1 on validation, mean of both directions, for a sentence."""
         return percent(self.results[run].selection, 2) if run in self.results else MISSING
 
     def similarity(self, run: str) -> str:
@@ -164,13 +165,13 @@ class Tables:
     def verdict(
         self, arm: str, others: dict[str, str], measure: str = "r1", splits: Sequence[str] = results.TESTS
     ) -> str:
-        """What the leads over other arms say, in a sentence, built the same way whichever way it falls: those over
-        several seeds first, in points or nats, with budget and seeds in brackets, then those with a single seed, which
-        decide nothing.
+        """The leads over other arms in one sentence, with the same wording whether the arm wins or loses: those over
+        several seeds first, in points or nats, with budget and seeds in parentheses, then those with a single seed,
+        which decide nothing.
 
         Args:
-            others: the words for a comparison by arm, "at equal steps" for ``dense_continued``.
-            measure: ``r1``, or ``nll``, of which less is better.
+            others: the wording of each comparison by arm, "at equal steps" for ``dense_continued``.
+            measure: ``r1``, or ``nll``, where lower is better.
         """
         better, written = (1, _lead) if measure == "r1" else (-1, _nats)
         decided, single = [], []
@@ -189,8 +190,8 @@ class Tables:
         return "; ".join(decided) or "there is no run to compare yet"
 
     def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
-        """R@1 of an arm minus that of every other arm of the same budget, on the same captions, in points, one row a
-        pair of runs that share their seed. Not on images: many share a caption, so they are no independent queries."""
+        """R@1 of an arm minus that of every other arm of the same budget, on the same captions, in points, one row per
+        pair of runs with the same seed. Images are left out: many share a caption, so they are not independent."""
         head = ["run", "minus", *(_way(split, "t2i") for split in splits)]
         rows = []
         for _, pairs in self._pairs(arm):
@@ -203,7 +204,7 @@ class Tables:
         return _table(head, rows)
 
     def sweep(self) -> str:
-        """Validation at the end for every learning rate: the mean R@1 of both ways, the chosen rate in bold."""
+        """Validation at the end by learning rate: the mean R@1 of both directions, with the chosen rate in bold."""
         picked = {run.name for _, runs in self.groups for run in runs}
         by_group: dict[results.Group, list[Result]] = {}
         for run in self.results.values():
@@ -218,10 +219,10 @@ class Tables:
                 text = f"{rate:g}: {' / '.join(percent(run.selection, 2) for run in of_rate)}"
                 cells.append(f"**{text}**" if of_rate[0].name in picked else text)
             rows.append([_label(group.arm), f"{runs[0].config['steps']:,}", ", ".join(cells)])
-        return _table(["arm", "steps", "learning rate: R@1 on validation, a seed each"], rows)
+        return _table(["arm", "steps", "learning rate: R@1 on validation, by seed"], rows)
 
     def experts(self) -> str:
-        """Similarity of the experts and balance of their load at the end of every run."""
+        """Similarity of the experts and balance of their load at the end of each run."""
         rows = []
         for run in sorted(self.results.values(), key=lambda run: run.name):
             if run.layers:
@@ -237,7 +238,7 @@ class Tables:
         return _table(["run", "cosine of experts", "load, max / mean", "worst layer", "dropped %"], rows)
 
     def costs(self) -> str:
-        """What every run took."""
+        """The cost of every run."""
         rows = []
         for run in sorted(self.results.values(), key=lambda run: run.name):
             cost = run.cost
@@ -255,13 +256,13 @@ class Tables:
                 cost["machine"]["processor"],
             ]
             rows.append(cells)
-        counts = ["steps", "M pairs", "epochs", "GFLOP a pair", "PFLOP", "M params", "active"]
+        counts = ["steps", "M pairs", "epochs", "GFLOP per pair", "PFLOP", "M params", "active"]
         return _table(["run", *counts, "hours, 1 thread", "machine"], rows)
 
     def figures(self) -> dict[str, str]:
-        """As SVG: ``recall`` over FLOPs where runs end, of the arms that have several lengths, if any has; the training
-        ``loss`` of their longest runs; and ``similarity``, the experts' in every sparse group. Loss and similarity are
-        those of each group's first seed."""
+        """As SVG: ``recall`` at the end over FLOPs, of the arms that have several lengths if any do; the training
+        ``loss`` of their longest runs; and the ``similarity`` of the experts of every sparse group. Loss and similarity
+        are those of each group's first seed."""
         lengths: dict[str, list[list[Result]]] = {}
         for group, runs in self.groups:
             lengths.setdefault(group.arm, []).append(runs)
@@ -275,7 +276,7 @@ class Tables:
             "recall": (
                 recall,
                 "R@1 on both test splits at the end of a run",
-                "PFLOP of training, with the start",
+                "PFLOP of training, start included",
                 "R@1",
             ),
             "loss": (loss, "Contrastive loss in training", "step of the run", "nats"),
@@ -283,13 +284,15 @@ class Tables:
         }
         formats = {"recall": percent_tick}
         return {
-            name: _on_paper(line_chart(*content, formats.get(name, short), width=_WIDTH, height=_HEIGHT))
+            name: svg.on_white(
+                line_chart(*content, formats.get(name, short), width=_WIDTH, height=_HEIGHT), _WIDTH, _HEIGHT
+            )
             for name, content in figures.items()
         }
 
     def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:
-        """By group of another arm the runs of ``arm`` with the same model and budget, each with the group's run of the
-        same seed."""
+        """For each group of another arm, the runs of ``arm`` with the same model and budget, each paired with the
+        group's run of the same seed."""
         of_group = dict(self.groups)
         found = []
         for group, runs in self.groups:
@@ -305,7 +308,7 @@ class Tables:
         return f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
 
     def _over_flops(self, arm: str, groups: Sequence[Sequence[Result]]) -> Series:
-        """The means over seeds, a point a length, from the starts of the first length's runs on."""
+        """The means over seeds, one point per length, with the start of the shortest runs as the first point."""
         starts = [self.results[run.config["start"]] for run in groups[0] if run.config["start"] is not None]
         runs = [*([starts] if starts else []), *groups]
         x = [results.total_gflops(of[0], self.results) / 1e6 for of in runs]
@@ -340,12 +343,12 @@ def _with_seeds(arms: Sequence[str]) -> list[str]:
 
 
 def _lead(lead: results.Lead) -> str:
-    """Of R@1, in points; bold where the interval leaves 0 out."""
+    """A lead in R@1, in points; bold if the interval excludes 0."""
     return _with_interval(lead, 100, 2)
 
 
 def _nats(lead: results.Lead) -> str:
-    """Of the NLL; bold where the interval leaves 0 out."""
+    """A lead in NLL; bold if the interval excludes 0."""
     return _with_interval(lead, 1, 3)
 
 
@@ -365,7 +368,7 @@ def _nll(value: float) -> str:
 
 
 def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
-    """Mean, and ± the standard deviation over seeds where there are several."""
+    """Mean, and ± the standard deviation over seeds if there are several."""
     mean, spread = results.mean_and_spread(values)
     return written(mean) if spread is None else f"{written(mean)} ± {written(spread)}"
 
@@ -377,9 +380,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _on_paper(figure: str) -> str:
-    """A figure on white, for it is shown as an image, where it cannot take the colour of the page's text."""
-    width, height = _WIDTH + 2 * _MARGIN, _HEIGHT + 2 * _MARGIN
-    paper = svg.element("rect", width=width, height=height, fill="#fff")
-    content = svg.element("g", figure, transform=f"translate({_MARGIN} {_MARGIN})", font_family="sans-serif")
-    return svg.picture(width, height, "", paper, content, color="#1c2128")
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The logs of a study, read back: what came out of a run, which learning rate is chosen, what two runs differ by."""
+"""Results from the logs of a study: selection of learning rates, and differences between runs with intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WAYS = ("t2i", "i2t")
 
 
 class Group(NamedTuple):
-    """Runs that differ by learning rate and seed alone; groups are ordered as they stand on the page."""
+    """Runs that differ only in learning rate and seed; groups sort in the order of the page."""
 
     model: str
     budget: int
@@ -25,7 +25,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Result:
-    """One log. ``config`` is the run's, ``test`` by split, ``layers`` empty for a dense model."""
+    """One log. ``config`` is the run's, ``test`` is by split, ``layers`` is empty for a dense model."""
 
     config: dict[str, Any]
     training: list[log.Record]
@@ -40,16 +40,16 @@ class Result:
 
     @property
     def budget(self) -> int:
-        """The steps of CLIP-UP that this run has the budget of."""
+        """Steps of the CLIP-UP run whose budget this run has."""
         return self.config.get("budget") or self.config["steps"]
 
     @property
     def selection(self) -> float:
-        """What learning rates are chosen by: the mean R@1 of both ways on validation, at the end."""
+        """The criterion for learning rates: mean R@1 of both directions on validation, at the end."""
         return self.mean("r1", ["validation"])
 
     def mean(self, measure: str, splits: Sequence[str] = TESTS, ways: Sequence[str] = WAYS) -> float:
-        """``r1``, ``r5`` or ``nll`` at the end, mean over splits and ways."""
+        """``r1``, ``r5`` or ``nll`` at the end, mean over splits and directions."""
         return fmean(self.test[split][way][measure] for split in splits for way in ways)
 
     @property
@@ -58,10 +58,10 @@ class Result:
 
 
 def read(directory: str | Path) -> dict[str, Result]:
-    """All logs of a directory by the runs' names.
+    """All logs of a directory by run name.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or one is broken.
+        FileNotFoundError, ValueError: there is none, or one is invalid.
     """
     paths = sorted(Path(directory).glob(f"*{log.SUFFIX}"))
     if not paths:
@@ -86,16 +86,15 @@ def _result(records: Sequence[log.Record]) -> Result:
 
 
 def group_of(result: Result) -> Group:
-    """What must be equal for two runs to differ by learning rate and seed alone."""
+    """The group of a run."""
     return Group(result.config["model"], result.budget, result.config["arm"])
 
 
 def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
-    """By group the runs at the learning rate that is best on validation, ordered by seed.
+    """The runs of each group at the learning rate that is best on validation, ordered by seed.
 
-    That is the rate that beats every other one, two by two, by the mean over the seeds that both were run with: a rate
-    cannot win by a seed that the other did not have. Where none does, it is the one that beats most, then the one with
-    the most seeds.
+    That is the rate that beats every other one in pairwise comparisons over the seeds that both have, so a rate cannot
+    win by a seed that the other lacks. If none does, it is the one with the most wins, then with the most seeds.
     """
     groups: dict[Group, dict[float, dict[int, Result]]] = {}
     for result in results:
@@ -125,7 +124,7 @@ def _best_rate(group: Group, by_rate: dict[float, dict[int, Result]]) -> float:
 
 
 def total_gflops(result: Result, results: dict[str, Result]) -> float:
-    """FLOPs of a run's training and of all runs that it goes on from, in 10^9."""
+    """Training FLOPs of a run and of all runs that it starts from, in 10^9."""
     start = result.config["start"]
     before = total_gflops(results[start], results) if start is not None else 0.0
     return before + result.cost["train_gflops"]
@@ -149,7 +148,7 @@ _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Lead(NamedTuple):
-    """By how much one arm's R@1 (a fraction of 1) or NLL (nats) is above another's: a mean over seeds."""
+    """Mean difference over seeds of two arms' R@1 (a fraction of 1) or NLL (nats)."""
 
     mean: float
     half_width: float | None
@@ -158,7 +157,7 @@ class Lead(NamedTuple):
 
     @property
     def sure(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
 
@@ -168,7 +167,7 @@ def lead(
     ways: Sequence[str] = WAYS,
     measure: str = "r1",
 ) -> Lead:
-    """Of the first of each pair over the second, a pair a seed, mean over splits and ways."""
+    """The lead of the first of each pair over the second, one pair per seed; mean over splits and directions."""
     differences = [ours.mean(measure, splits, ways) - theirs.mean(measure, splits, ways) for ours, theirs in pairs]
     mean, spread = mean_and_spread(differences)
     count = len(differences)

@@ -1,7 +1,7 @@
-"""Runs or resumes a run of a study, with the project's own training and evaluation: one thread of the CPU, or a GPU.
+"""Runs or resumes a run of a study with clipup's training and evaluation, on one CPU thread or a GPU.
 
-Everything that a killed run needs to go on lies in RUNS/NAME (checkpoints, metrics); the log is written from it at the
-end. On the CPU of the same machine the same config gives the same log, to the bit, however often the run was stopped.
+RUNS/NAME holds everything needed to resume a killed run (checkpoints, metrics); the log is written from it at the end.
+On the same machine's CPU, the same config gives a bitwise equal log, however often the run was stopped.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from .results import TESTS
 _ABOUT_DATA = ("name", "fingerprint", "options", "source", "vocabulary", "skipped", "left_out_twins")
 _EVALUATIONS = 10
 _LOG_EVERY, _SAVE_EVERY = 10, 500
-_BACKWARD = 2  # the FLOPs of a backward pass over those of the forward pass
+_BACKWARD = 2  # FLOPs of the backward pass over those of the forward pass
 
 
 def run(
     file: str | Path, data: str | Path, runs_directory: str | Path, logs: str | Path | None = None, device: str = "cpu"
 ) -> Path:
-    """Runs what a config file says, and first the runs that it goes on from, as far as they are not done.
+    """Runs a config file, after the runs that it starts from unless they are done.
 
     Args:
-        file: the config (``StudyRun``); those of the runs that it goes on from lie beside it.
+        file: the config (``StudyRun``); those of the runs it starts from are beside it.
         data: directory of a data set with the splits train, validation, test_styles and test_names; other splits
-            called test_... are measured too.
-        runs_directory: where checkpoints and models are kept, a directory a run.
-        logs: directory of the logs; default: ``logs`` beside the config. A run that has one is done.
+            named test_... are measured too.
+        runs_directory: for checkpoints and models, one directory per run.
+        logs: directory of the logs; default: ``logs`` beside the config. A run with a log is done.
         device: where to train and evaluate; on the CPU with one thread.
 
     Returns:
@@ -53,7 +53,7 @@ def run(
 
     Raises:
         FileNotFoundError, ValueError, TypeError: the config, the data or the device.
-        TrainingInterrupted: Ctrl-C or SIGTERM; the same call goes on.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the same call resumes.
     """
     check_device(device)
     config = read(file)
@@ -64,7 +64,7 @@ def run(
     missing = [config]
     while (start := missing[-1].start) is not None and not _model(runs_directory, start).is_dir():
         if start in [one.name for one in missing]:
-            raise ValueError(f"start: {start} goes on from itself in the end; one of these runs must have no start")
+            raise ValueError(f"start: the runs form a circle through {start}; one of them must have no start")
         missing.append(read(beside(file, start)))
     for one in reversed(missing):
         path = _write_log(_Run(one, data, runs_directory, device), logs)
@@ -72,7 +72,7 @@ def run(
 
 
 def _write_log(run: _Run, logs: Path) -> Path:
-    """Runs it. A log that is there and says the same stays as it is, with the cost of the first time."""
+    """Runs it and writes its log. An equal existing log is kept, with the cost of the first time."""
     path = logs / f"{run.config.name}{log.SUFFIX}"
     records = run.records()
     if not path.is_file() or log.reproducible(log.read(path)) != log.reproducible(records):
@@ -81,7 +81,7 @@ def _write_log(run: _Run, logs: Path) -> Path:
 
 
 class _Run:
-    """One run: its model, its data, its training, and the records of its log."""
+    """One run: its model, data, training and log records."""
 
     def __init__(self, config: StudyRun, data: str | Path, runs_directory: str | Path, device: str = "cpu") -> None:
         if torch.device(device).type == "cpu":
@@ -108,7 +108,7 @@ class _Run:
         ]
 
     def _model(self) -> tuple[nn.Module, float | None]:
-        """The model before its first step, and how far an upcycled one is from the dense one that it was made of."""
+        """The model before its first step, and an upcycled one's difference from its dense model."""
         config = self.config
         torch.manual_seed(config.seed)
         if config.start is None:
@@ -147,8 +147,8 @@ class _Run:
 
         def validate(model: nn.Module) -> dict[str, Any]:
             numbers = measure.retrieval_numbers(model, validation, self.tokenizer)
-            alike = measure.experts_alike(model)
-            return {"numbers": numbers | ({"similarity": sum(alike.values()) / len(alike)} if alike else {})}
+            cosines = measure.expert_cosines(model)
+            return {"numbers": numbers | ({"similarity": sum(cosines.values()) / len(cosines)} if cosines else {})}
 
         every = max(1, config.steps // _EVALUATIONS)
         return train(options, model=self.model, loader=loader, callbacks=[Every(every, validate)])
@@ -165,7 +165,7 @@ class _Run:
         return {**known, "images": {split: content["images"] for split, content in splits}}
 
     def _layers(self, result: TrainResult) -> list[log.Record]:
-        """The sparse layers at the end; load and dropped of the last step's batch."""
+        """The sparse layers at the end; load and dropped are those of the last batch."""
         last = result.history[-1].get("layers", {})
         layers = {
             name: {
@@ -173,7 +173,7 @@ class _Run:
                 "load": log.load_ratio(last[name]),
                 "dropped": last[name]["dropped"],
             }
-            for name, similarity in measure.experts_alike(result.model).items()
+            for name, similarity in measure.expert_cosines(result.model).items()
         }
         return [{"kind": "layers", "layers": layers}] if layers else []
 
@@ -196,7 +196,7 @@ class _Run:
 
 @lru_cache(maxsize=1)
 def _training_data(data: Path, fingerprint: str, model: str, batch_size: int) -> Any:
-    """Read into memory once for the runs of a process, which differ in their order alone: set the loader's ``seed``."""
+    """The data, read once per process; runs differ only in its order, set by the loader's ``seed``."""
     _, _, preprocess = _create(model, load_weights=False)
     return train_loader(data, preprocess, tokenizers.get_tokenizer(model), batch_size, workers=0, cache=True)
 
@@ -211,17 +211,16 @@ def _create(model: str, **options: Any) -> tuple[nn.Module, Any, Any]:
 
 
 def _sparse_from_scratch(model: nn.Module, config: StudyRun) -> nn.Module:
-    """A sparse model whose experts are drawn one by one, each as the dense model's own MLP is: at the dense scale, and
-    not copies of each other."""
+    """A sparse model with independently initialized experts, each with the initialization of the dense model's MLP."""
     sparse = upcycle(model, config.moe_cfg, inplace=True)
     layers = moe_layers(sparse)
     with torch.no_grad():
         for expert in range(1, config.moe_cfg.num_experts):
             other = moe_layers(upcycle(_create(config.model, load_weights=False)[0], config.moe_cfg, inplace=True))
             for name, layer in layers.items():
-                drawn = dict(other[name].named_parameters(recurse=False))
+                initialized = dict(other[name].named_parameters(recurse=False))
                 for parameter_name, parameter in layer.named_parameters(recurse=False):
-                    parameter[expert].copy_(drawn[parameter_name][expert])
+                    parameter[expert].copy_(initialized[parameter_name][expert])
     return sparse
 
 
@@ -240,7 +239,7 @@ def _machine(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The CPU's name as Linux gives it, else what Python knows."""
+    """The CPU's name from Linux, else from Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,3 +1,5 @@
+"""``backend_info()`` reports what was built and what runs."""
+
 import json
 import os
 import subprocess
@@ -16,18 +18,20 @@ def backend_info_in_a_fresh_process(**environment):
 def test_the_compiled_extension_is_what_runs():
     info = ck.backend_info()
     assert info["compiled"] and info["fallback_reason"] is None
-    assert info["cpu"]["dispatch"] == "c++"
+    assert info["cpu"]["dispatch"] == dict.fromkeys(("float32", "bfloat16", "float16"), "cpp") | {
+        "float64": "torch_eager"
+    }
     assert info["build"]["openmp"] in (True, False) and info["build"]["compiler"]
     json.dumps(info)
 
 
-def test_the_extension_can_be_left_out_and_the_reason_is_told():
-    info = json.loads(backend_info_in_a_fresh_process(CLIPUP_BACKEND="reference").stdout)
-    assert not info["compiled"] and info["fallback_reason"] == "CLIPUP_BACKEND=reference is set"
-    assert info["cpu"]["dispatch"] == "torch"
+def test_the_extension_can_be_left_out_and_the_reason_is_reported():
+    info = json.loads(backend_info_in_a_fresh_process(CLIPUP_BACKEND="torch_eager").stdout)
+    assert not info["compiled"] and info["fallback_reason"] == "CLIPUP_BACKEND=torch_eager is set"
+    assert set(info["cpu"]["dispatch"].values()) == {"torch_eager"} and info["forced"] == "torch_eager"
 
 
-def test_a_missing_extension_warns_once_and_says_how_to_mend_it():
+def test_a_missing_extension_warns_once_and_says_how_to_fix_it():
     code = (
         "import sys; sys.modules['clipup_kernels._C'] = None\n"
         "import clipup_kernels as ck; info = ck.backend_info()\n"

@@ -51,10 +51,10 @@ def test_gating_and_its_gradient_follow_the_oracle(tokens, experts, k, renormali
     for given in range(16):
         gradients = [gradient if given >> i & 1 else None for i, gradient in enumerate(incoming)]
         ours_d = cpp_cuda.topk_gating_backward(
-            logits.cuda(), oracle.experts.cuda(), renormalize, on_gpu(mask), *map(on_gpu, gradients)
+            logits.cuda(), oracle.expert_indices.cuda(), renormalize, on_gpu(mask), *map(on_gpu, gradients)
         )
         want = torch_eager.topk_gating_backward(
-            logits.double(), oracle.experts, renormalize, mask, *(double(gradient) for gradient in gradients)
+            logits.double(), oracle.expert_indices, renormalize, mask, *(double(gradient) for gradient in gradients)
         )
         assert_follows(ours_d.cpu(), want, torch.float32, f"gradient of logits, {given}")
 
@@ -63,7 +63,7 @@ def test_nan_and_ties_choose_as_on_the_cpu():
     few = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0])
     logits = few[torch.randint(len(few), (500, 9), generator=seeded(0))]
     ours, cpu = cpp_cuda.topk_gating(logits.cuda(), 4, True), ck.topk_gating(logits, 4, True)
-    assert torch.equal(ours[1].cpu(), cpu.experts) and torch.equal(ours[5].cpu(), cpu.picks)
+    assert torch.equal(ours[1].cpu(), cpu.expert_indices) and torch.equal(ours[5].cpu(), cpu.tokens_per_expert)
     torch.testing.assert_close(ours[0].cpu(), cpu.gates, equal_nan=True)
 
 

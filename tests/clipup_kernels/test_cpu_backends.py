@@ -1,24 +1,17 @@
-"""Which implementation answers on the CPU, and that each of them follows the oracle."""
+"""Every CPU backend follows the oracle, and the instruction tier can be forced."""
 
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from moe_cases import DTYPES, SHAPES, assert_follows, double, make_experts, randn, route, with_grad
 
 import clipup_kernels as ck
-from clipup_kernels.backends import extension, select_cpu
+from clipup_kernels.backends import extension, registry
 
 compiled = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
-
-
-def use(monkeypatch, backend: str) -> None:
-    monkeypatch.setattr(
-        extension, "matmul_dtypes", lambda: frozenset(DTYPES) if backend == "torch_matmul" else frozenset()
-    )
 
 
 def expert_mlp_and_gradients(mlp, x, gates, plan, experts):
@@ -32,10 +25,10 @@ def expert_mlp_and_gradients(mlp, x, gates, plan, experts):
 @compiled
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["cpp", "torch_matmul"])
-def test_expert_mlp_follows_the_oracle_on_every_backend(monkeypatch, backend, dtype, gated):
-    use(monkeypatch, backend)
-    assert select_cpu.backend("expert_mlp_forward", dtype).__name__ == f"clipup_kernels.backends.{backend}"
+@pytest.mark.parametrize("backend", ["cpp", "torch_matmul", "torch_eager"])
+def test_expert_mlp_follows_the_oracle_on_every_backend(force_backend, backend, dtype, gated):
+    force_backend(backend)
+    assert registry.choose("expert_mlp_forward", dtype, "cpu").backend.name == backend
     shape = SHAPES["odd"]
     gates, plan = route(shape, "capacity")
     x, experts = randn(shape.tokens, shape.width, dtype=dtype, seed=1), make_experts(shape, dtype, gated=gated)
@@ -47,9 +40,9 @@ def test_expert_mlp_follows_the_oracle_on_every_backend(monkeypatch, backend, dt
 
 @compiled
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", ["cpp", "torch_matmul"])
-def test_grouped_linear_follows_the_oracle_on_every_backend(monkeypatch, backend, dtype):
-    use(monkeypatch, backend)
+@pytest.mark.parametrize("backend", ["cpp", "torch_matmul", "torch_eager"])
+def test_grouped_linear_follows_the_oracle_on_every_backend(force_backend, backend, dtype):
+    force_backend(backend)
     shape = SHAPES["odd"]
     _, plan = route(shape, "capacity")
     rows = randn(shape.tokens * shape.k, shape.width, dtype=dtype, seed=1)
@@ -67,34 +60,13 @@ def test_grouped_linear_follows_the_oracle_on_every_backend(monkeypatch, backend
         assert_follows(value, want, dtype, f"result {index}")
 
 
-@compiled
-@pytest.mark.parametrize(
-    ("tier", "tiles", "forced", "expected"),
-    [
-        ("avx512_bf16", False, {}, set()),
-        ("avx512_bf16", True, {}, {torch.bfloat16}),
-        ("portable", False, {}, set(DTYPES)),
-        ("portable", True, {"CLIPUP_CPU_ISA": "portable"}, set()),
-        ("avx2", False, {"CLIPUP_BACKEND": "matmul"}, set(DTYPES)),
-    ],
-)
-def test_matmul_serves_what_the_kernels_are_slower_at(monkeypatch, tier, tiles, forced, expected):
-    for name in ("CLIPUP_CPU_ISA", "CLIPUP_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in forced.items():
-        monkeypatch.setenv(name, value)
-    cpu_at_hand = SimpleNamespace(instruction_tier=lambda: tier, has_matrix_tiles=lambda: tiles)
-    monkeypatch.setattr(extension, "NATIVE", cpu_at_hand)
-    assert extension.matmul_dtypes.__wrapped__() == expected
-
-
 def in_a_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("CLIPUP_")}
     return subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True)
 
 
 @compiled
-def test_the_tier_of_instructions_can_be_chosen():
+def test_the_instruction_tier_can_be_forced():
     run = in_a_fresh_process(
         "import clipup_kernels as ck; print(ck.backend_info()['instructions'])", CLIPUP_CPU_ISA="portable"
     )
@@ -102,15 +74,15 @@ def test_the_tier_of_instructions_can_be_chosen():
 
 
 @compiled
-def test_a_tier_that_is_not_there_is_refused_by_name():
+def test_an_unknown_tier_is_refused_by_name():
     run = in_a_fresh_process("import clipup_kernels as ck; ck.backend_info()", CLIPUP_CPU_ISA="sse9")
     assert run.returncode != 0
     assert "CLIPUP_CPU_ISA" in run.stderr and "portable" in run.stderr and "sse9" in run.stderr
 
 
 @compiled
-def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
-    use(monkeypatch, "native")
+def test_results_do_not_depend_on_the_number_of_threads(force_backend):
+    force_backend("cpp")
     shape = SHAPES["plain"]._replace(tokens=301)
     gates, plan = route(shape)
     x, experts = randn(shape.tokens, shape.width, seed=1), make_experts(shape)

@@ -10,7 +10,7 @@ import clipup_kernels as ck
 
 
 def random_experts(tokens, experts, k, seed=0):
-    return ck.reference.topk_gating(randn(tokens, experts, seed=seed), k, True).experts
+    return ck.reference.topk_gating(randn(tokens, experts, seed=seed), k, True).expert_indices
 
 
 def plan_by_hand(experts, num_experts, capacity_factor, priority, mask):

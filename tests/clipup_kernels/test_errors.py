@@ -21,8 +21,8 @@ def call_topk_gating(**changed):
 
 
 def call_dispatch(**changed):
-    experts = ck.topk_gating(randn(T, E), K, True).experts
-    return ck.dispatch(**(dict(experts=experts, num_experts=E) | changed))
+    expert_indices = ck.topk_gating(randn(T, E), K, True).expert_indices
+    return ck.dispatch(**(dict(expert_indices=expert_indices, num_experts=E) | changed))
 
 
 def call_permute(**changed):
@@ -54,7 +54,7 @@ WRONG = [
     (call_topk_gating, dict(mask=torch.ones(T + 1, dtype=torch.bool)), ValueError, r"mask must have shape \[96\]"),
     (call_topk_gating, dict(selection_bias=randn(E + 1)), ValueError, r"selection_bias must have shape \[8\]"),
     (call_topk_gating, dict(mask=torch.ones(T, dtype=torch.bool, device="meta")), ValueError, "mask is on meta"),
-    (call_dispatch, dict(experts=torch.zeros(T, K)), TypeError, "experts must be int32, got float32"),
+    (call_dispatch, dict(expert_indices=torch.zeros(T, K)), TypeError, "expert_indices must be int32, got float32"),
     (call_topk_gating, dict(renormalize="yes"), TypeError, "renormalize must be True or False, got 'yes'"),
     (call_topk_gating, dict(renormalize=None), TypeError, "renormalize must be True or False, got None"),
     (

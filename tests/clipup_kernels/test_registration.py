@@ -19,7 +19,7 @@ def sample_arguments():
     logits = randn(SHAPE.tokens, SHAPE.experts).requires_grad_()
     mask = torch.arange(SHAPE.tokens) % 4 > 0
     plain, gated = with_grad(make_experts(SHAPE)), with_grad(make_experts(SHAPE, gated=True, activation="silu"))
-    experts = ck.topk_gating(logits.detach(), SHAPE.k, True).experts
+    experts = ck.topk_gating(logits.detach(), SHAPE.k, True).expert_indices
     z = randn(SHAPE.tokens * SHAPE.k, SHAPE.hidden)
     dy = randn(SHAPE.tokens, SHAPE.width)
 
@@ -58,7 +58,7 @@ def test_opcheck_accepts(name):
 
 def moe(logits, x, experts, mask=None):
     gating = ck.topk_gating(logits, 2, True, mask=mask)
-    plan = ck.dispatch(gating.experts, logits.shape[1], 1.25, gating.top_prob, mask)
+    plan = ck.dispatch(gating.expert_indices, logits.shape[1], 1.25, gating.top_prob, mask)
     y = ck.expert_mlp(x, gating.gates, plan, *experts)
     return y, gating.z_loss + gating.mean_probs.square().sum()
 

@@ -32,8 +32,8 @@ def assert_gating_follows_oracle(logits, k, renormalize, bias, mask):
     ours_in, oracle_in = logits.clone().requires_grad_(), logits.double().requires_grad_()
     ours = ck.topk_gating(ours_in, k, renormalize, bias, mask)
     oracle = ck.reference.topk_gating(oracle_in, k, renormalize, None if bias is None else bias.double(), mask)
-    assert torch.equal(ours.experts, oracle.experts)
-    assert torch.equal(ours.picks, oracle.picks)
+    assert torch.equal(ours.expert_indices, oracle.expert_indices)
+    assert torch.equal(ours.tokens_per_expert, oracle.tokens_per_expert)
     differentiable = ("gates", "top_prob", "mean_probs", "z_loss")
     loss, oracle_loss = 0.0, 0.0
     for position, name in enumerate(differentiable):
@@ -86,7 +86,7 @@ def test_float64_gradients_are_the_numerical_ones(renormalize):
 
 def test_ties_go_to_the_lowest_expert_index():
     gating = ck.topk_gating(torch.zeros(4, 6), 3, True)
-    assert (gating.experts == torch.tensor([0, 1, 2], dtype=torch.int32)).all()
+    assert (gating.expert_indices == torch.tensor([0, 1, 2], dtype=torch.int32)).all()
     torch.testing.assert_close(gating.gates, torch.full((4, 3), 1 / 3))
 
 
@@ -99,8 +99,10 @@ def test_masked_tokens_count_nowhere_even_when_they_hold_nan():
     gating = ck.topk_gating(logits, 2, True, mask=mask)
     torch.testing.assert_close(gating.mean_probs, clean.mean_probs)
     torch.testing.assert_close(gating.z_loss, clean.z_loss)
-    assert torch.equal(gating.picks, clean.picks)
-    assert (gating.experts[6:] == -1).all() and (gating.gates[6:] == 0).all() and (gating.top_prob[6:] == 0).all()
+    assert torch.equal(gating.tokens_per_expert, clean.tokens_per_expert)
+    assert (
+        (gating.expert_indices[6:] == -1).all() and (gating.gates[6:] == 0).all() and (gating.top_prob[6:] == 0).all()
+    )
     (gating.gates.square().sum() + gating.mean_probs.square().sum() + gating.z_loss).backward()
     assert (logits.grad[6:] == 0).all() and logits.grad[:6].isfinite().all()
 
@@ -109,7 +111,7 @@ def test_nan_logits_never_give_an_expert_that_does_not_exist():
     logits = randn(64, 8)
     logits[::3, 2] = torch.nan
     logits[1::3] = torch.nan
-    experts = ck.topk_gating(logits, 3, True).experts
+    experts = ck.topk_gating(logits, 3, True).expert_indices
     assert ((experts >= 0) & (experts < 8)).all()
     assert all(len(set(row)) == 3 for row in experts.tolist())
 
@@ -118,7 +120,7 @@ def test_the_bias_chooses_but_does_not_weigh():
     logits = torch.zeros(3, 4)
     bias = torch.tensor([0.0, 0.0, 0.0, 1.0])
     gating = ck.topk_gating(logits, 1, False, selection_bias=bias)
-    assert (gating.experts == 3).all()
+    assert (gating.expert_indices == 3).all()
     torch.testing.assert_close(gating.gates, torch.full((3, 1), 0.25))
 
 

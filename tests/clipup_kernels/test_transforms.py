@@ -123,10 +123,10 @@ def test_dense_mlp_refuses_forward_mode_by_name():
 
 def test_the_plan_of_tokens_with_tangents_is_the_plan():
     gating = ck.topk_gating(randn(SHAPE.tokens, SHAPE.experts), SHAPE.k, True)
-    expected = ck.dispatch(gating.experts, SHAPE.experts, 1.0, gating.top_prob)
+    expected = ck.dispatch(gating.expert_indices, SHAPE.experts, 1.0, gating.top_prob)
     with forward_ad.dual_level():
         priority = forward_ad.make_dual(gating.top_prob, torch.ones_like(gating.top_prob))
-        found = ck.dispatch(gating.experts, SHAPE.experts, 1.0, priority)
+        found = ck.dispatch(gating.expert_indices, SHAPE.experts, 1.0, priority)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

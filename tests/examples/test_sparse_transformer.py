@@ -29,7 +29,7 @@ def test_padding_takes_no_part_in_routing(example):
     sequences, _ = example.make_batch(8, torch.Generator().manual_seed(0))
     model(sequences)
     for metrics in moe_metrics(model).values():
-        assert torch.equal(metrics["experts"][:, 0] == -1, (sequences == example.PADDING).flatten())
+        assert torch.equal(metrics["expert_indices"][:, 0] == -1, (sequences == example.PADDING).flatten())
 
 
 def test_targets_are_the_digits_in_order(example):

@@ -81,14 +81,14 @@ LOSSES = {
 }
 
 
-def test_a_run_is_like_itself_whatever_the_clock_says(run, reference):
+def test_runs_that_differ_only_in_times_are_equal(run, reference):
     edit("metrics.jsonl", '"seconds": 4', '"seconds": 5')(run)
 
     assert finished_run_differs(run, reference, set()) == []
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_is_found(run, reference, loss):
+def test_each_kind_of_loss_is_detected(run, reference, loss):
     make, expected = LOSSES[loss]
     make(run)
 
@@ -96,7 +96,7 @@ def test_a_loss_is_found(run, reference, loss):
         assert finished_run_differs(run, reference, set()) == []
 
 
-def test_an_unfinished_run_need_not_have_all_steps_but_the_right_ones(run, reference):
+def test_an_unfinished_run_may_lack_steps_but_not_have_wrong_ones(run, reference):
     text = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(text[: text.index('{"step": 5') + 9])
     assert records_differ(run, reference, complete=False) == []
@@ -105,14 +105,14 @@ def test_an_unfinished_run_need_not_have_all_steps_but_the_right_ones(run, refer
     assert records_differ(run, reference, complete=False) != []
 
 
-def test_values_that_are_not_finite_are_found(run):
+def test_values_that_are_not_finite_are_detected(run):
     save(run / "checkpoints" / "epoch_2.pt", STEPS, float("nan"))
 
     assert Checkpoints.of(run).not_finite == [run / "checkpoints" / "epoch_2.pt"]
 
 
 @pytest.mark.parametrize("damage", [each for each in DAMAGE if each.name.startswith(("checkpoint", "I/O", "all"))])
-def test_damage_to_a_checkpoint_is_seen_and_leaves_older_ones(run, damage, draw):
+def test_damage_to_a_checkpoint_is_detected_and_leaves_older_ones(run, damage, draw):
     said = damage.strike(run, draw)
 
     found = Checkpoints.of(run)
@@ -121,7 +121,7 @@ def test_damage_to_a_checkpoint_is_seen_and_leaves_older_ones(run, damage, draw)
 
 
 @pytest.mark.parametrize("damage", [each for each in DAMAGE if "jsonl" in each.name or "leftovers" in each.name])
-def test_damage_to_other_files_keeps_the_steps_that_a_checkpoint_has_done(run, damage, draw):
+def test_damage_to_other_files_keeps_the_steps_of_the_newest_checkpoint(run, damage, draw):
     before = contents(run)
 
     assert damage.strike(run, draw) is not None
@@ -166,7 +166,7 @@ def start(tmp_path, monkeypatch):
         ("print('from step 3 to step 60', flush=True); raise KeyboardInterrupt", "crashed"),
     ],
 )
-def test_endings_are_told_apart(start, program, ending):
+def test_endings_are_classified(start, program, ending):
     started = start(program)
 
     assert started.wait(30)

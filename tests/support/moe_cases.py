@@ -56,7 +56,7 @@ def route(shape: Shape, routing: str = "dropless", seed: int = 0) -> tuple[Tenso
     gating = ck.reference.topk_gating(logits, shape.k, renormalize=True, mask=mask)
     factor = {"capacity": 0.6, "priority": 0.6, "all_dropped": None}.get(routing)
     priority = gating.top_prob if routing == "priority" else None
-    plan = ck.reference.dispatch(gating.experts, shape.experts, factor, priority, mask)
+    plan = ck.reference.dispatch(gating.expert_indices, shape.experts, factor, priority, mask)
     if routing == "all_dropped":
         plan = ck.Plan(*(torch.zeros_like(plan.offsets), *(torch.full_like(p, -1) for p in plan[1:])))
     return gating.gates, plan

@@ -1,7 +1,6 @@
 """Figures as HTML and inline SVG, drawn from numbers and images; they know nothing of models.
 
-The demo's report, the experts' page and the study's page share them. Charts are not matplotlib's here because a reader
-would lose something: on a page its text keeps one color where ours takes the page's (dark mode), its points and cells
-have no tooltips, and it scales and names itself for files, so that several figures on one page share ids and style each
-other. Benchmark charts, which are shown as images, are drawn by matplotlib (``benchmarks/charts.py``).
+The demo's report, the experts' page and the study's page share them. Charts are not drawn by matplotlib here, since
+readers would lose the page's text color (dark mode) and tooltips, and several of its figures on one page reuse ids and
+style each other (docs/experts.md). Benchmark charts, shown as images, are drawn by it (``benchmarks/charts.py``).
 """

@@ -84,7 +84,7 @@ def test_mask_ends_at_the_pooled_position(kind, row, pooled):
     expected = [position <= pooled for position in range(10)]
     assert all(mask.view(3, 10).tolist() == [expected, expected, [True] * 10] for mask in routed_texts(model))
     for layer in text_layers(model):
-        assert (layer.state.last_routing.experts >= 0).all(-1).tolist() == expected * 2 + [True] * 10
+        assert (layer.state.last_routing.expert_indices >= 0).all(-1).tolist() == expected * 2 + [True] * 10
 
 
 def lengths_computed(model, texts):
@@ -170,7 +170,7 @@ def test_capacity_counts_only_unmasked_tokens():
         assert loads.max() == capacity
     for name, values in moe_metrics(model).items():
         assert name.startswith("transformer.") and 0 < values["dropped"] < 1
-        assert (values["experts"] >= 0).all(-1).sum() == tokens
+        assert (values["expert_indices"] >= 0).all(-1).sum() == tokens
 
 
 NOT_APPLIED = {

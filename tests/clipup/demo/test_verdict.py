@@ -73,7 +73,7 @@ def test_one_seed_is_named_and_significance_is_not_claimed(report):
     found = verdict(report)
     assert "with one seed" in found.sentence
     assert any(
-        "No claim of significance" in note and "less than 3.8 points, 2 standard errors" in note for note in found.notes
+        "No claim of significance" in note and "below 3.8 points (2 standard errors)" in note for note in found.notes
     )
 
 

@@ -147,7 +147,7 @@ def test_what_cannot_be_looked_at_is_refused_by_name(model, images, tmp_path, ca
         (["--images", "photos", "--shown", "-1"], "shown must be at least 0, got -1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_by_name(options, message, capsys):
+def test_invalid_options_are_refused_by_name(options, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["inspect", "model", *options])
     assert stop.value.code == 2 and message in " ".join(capsys.readouterr().err.split())

@@ -50,7 +50,7 @@ def test_every_number_of_the_table_is_the_models(models, seen):
     assert list(cells(seen)) == titles
     for title, (name, metrics) in zip(titles, moe_metrics(model).items(), strict=True):
         row, layer, mlp = cells(seen)[title], moe_layers(model)[name], dense.get_submodule(name)
-        assert row["load", "tokens"] == str(int((metrics["experts"][:, 0] >= 0).sum()))
+        assert row["load", "tokens"] == str(int((metrics["expert_indices"][:, 0] >= 0).sum()))
         assert row["load", "largest"] == f"{metrics['load'].max().item() * EXPERTS:.2f}"
         assert row["load", "unused"] == str(int((metrics["load"] == 0).sum()))
         share = metrics["router_entropy"].item() / np.log(EXPERTS)
@@ -93,7 +93,7 @@ def test_maps_and_captions_show_the_first_choices(seen):
     assert list(map(int, numbers)) == np.concatenate(expected).tolist()
     strip = seen.tokens(1)
     chosen = re.findall(r"<sub[^>]*>(\d+)</sub>", strip)
-    taken = [seen.layers[name].experts[1, :, 0] for name in ("transformer.resblocks.1.mlp", TEXT_LAYER)]
+    taken = [seen.layers[name].expert_indices[1, :, 0] for name in ("transformer.resblocks.1.mlp", TEXT_LAYER)]
     assert list(map(int, chosen)) == [expert for layer in taken for expert in layer.tolist() if expert >= 0]
     assert strip.count("⟨start⟩") == strip.count("balloons") == 2
 
@@ -110,7 +110,7 @@ def test_cards_have_the_surest_patches_and_the_words(seen):
     shown = re.findall(r"picture (\d+), row (\d+), column (\d+): probability ([\d.]+)", seen.cards(IMAGE_LAYER, most=3))
     expected = []
     for expert in range(EXPERTS):
-        sure = np.where(layer.experts[:, 1:, 0] == expert, layer.probabilities[:, 1:, expert], -1)
+        sure = np.where(layer.expert_indices[:, 1:, 0] == expert, layer.probabilities[:, 1:, expert], -1)
         for sample in np.argsort(-sure.max(1), kind="stable")[:3]:
             if sure[sample].max() >= 0:
                 place = int(sure[sample].argmax())
@@ -136,7 +136,7 @@ def test_the_sentences_say_how_similar_the_experts_are_and_whether_all_are_used(
     busiest = max(layer.load.max() * EXPERTS for layer in seen.layers.values())
     assert f"the busiest received {busiest:.2f} times the uniform share" in statements(seen)[2]
     layer = seen.layers[IMAGE_LAYER]
-    one_for_all = dataclasses.replace(layer, experts=np.zeros_like(layer.experts))
+    one_for_all = dataclasses.replace(layer, expert_indices=np.zeros_like(layer.expert_indices))
     collapsed = dataclasses.replace(seen, layers={IMAGE_LAYER: one_for_all})
     alone = dataclasses.replace(seen, similarities={IMAGE_LAYER: seen.similarities[IMAGE_LAYER]})
     assert statements(alone)[0].startswith("1 sparse layer, run on")

@@ -53,14 +53,14 @@ def test_choices_and_probabilities_are_the_routers(model, batch_size):
     for name, (x,) in given.items():
         probabilities = (x.double() @ moe_layers(model)[name].router.weight.double().T).softmax(-1)
         torch.testing.assert_close(torch.from_numpy(routed[name].probabilities), probabilities.float())
-        assert np.array_equal(routed[name].experts, probabilities.topk(CHOICES).indices.numpy())
+        assert np.array_equal(routed[name].expert_indices, probabilities.topk(CHOICES).indices.numpy())
 
 
 def test_tokens_behind_the_end_of_a_text_take_no_part(model):
     texts = tokenizer()(list(CAPTIONS))
     for layer in route_texts(model, texts, batch_size=2).values():
         assert layer.tower == "text" and layer.grid is None
-        assert np.array_equal(layer.experts[..., 0] >= 0, (texts != 0).numpy())
+        assert np.array_equal(layer.expert_indices[..., 0] >= 0, (texts != 0).numpy())
         assert layer.tokens == int((texts != 0).sum())
 
 
@@ -105,7 +105,7 @@ def test_the_model_stays_as_it_was(model):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert moe_metrics(model).keys() == last.keys()
-    assert all(torch.equal(moe_metrics(model)[name]["experts"], last[name]["experts"]) for name in last)
+    assert all(torch.equal(moe_metrics(model)[name]["expert_indices"], last[name]["expert_indices"]) for name in last)
     model.eval()
 
 
@@ -126,11 +126,11 @@ def test_a_patch_on_the_map_is_the_patch_of_the_picture():
             changed = image.clone()
             changed[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 1
             layer = route_images(model, [image, changed])[LAYER]
-            assert layer.grid == (2, 2) and layer.experts.shape[1] == 5
+            assert layer.grid == (2, 2) and layer.expert_indices.shape[1] == 5
             difference = np.abs(np.asarray(layer.probabilities[0] - layer.probabilities[1])).max(-1)
             (token,) = np.flatnonzero(difference > 1e-5)  # other tokens may differ by rounding
             assert layer.patch_of(token) == (row, column)
-            assert layer.maps()[1, row, column] == layer.experts[1, token, 0]
+            assert layer.maps()[1, row, column] == layer.expert_indices[1, token, 0]
 
 
 GRIDS = {"SwinTransformerBlock/Mlp": [(8, 8), (4, 4)], "SwinTransformerV2Block/Mlp": [(8, 8), (4, 4)]}
@@ -157,7 +157,7 @@ def test_strongest_tokens_are_the_surest_one_an_image():
     )
     assert layer.strongest(0, 5) == [(0, 0), (1, 2)]
     assert layer.strongest(1, 2) == [(1, 0), (2, 0)]
-    patches = LayerRouting("image", layer.experts, layer.probabilities, grid=(1, 2))
+    patches = LayerRouting("image", layer.expert_indices, layer.probabilities, grid=(1, 2))
     assert patches.strongest(0, 5) == [(1, 2)] and patches.patch_of(2) == (0, 1)
 
 
@@ -175,7 +175,7 @@ def test_a_model_without_a_text_tower_is_refused_texts():
 
 
 def test_the_transform_gives_what_the_model_takes(model):
-    assert route_images(model, map(transform(), pictures(2)))[LAYER].experts.shape == (2, 5, CHOICES)
+    assert route_images(model, map(transform(), pictures(2)))[LAYER].expert_indices.shape == (2, 5, CHOICES)
 
 
 def test_probabilities_of_sigmoid_gates_are_what_the_router_chooses_by():
@@ -185,4 +185,4 @@ def test_probabilities_of_sigmoid_gates_are_what_the_router_chooses_by():
         scores = (given[name][0].double() @ moe_layers(model)[name].router.weight.double().T).sigmoid()
         expected = scores / scores.sum(-1, keepdim=True)
         torch.testing.assert_close(torch.from_numpy(layer.probabilities), expected.float())
-        assert np.array_equal(layer.experts, expected.topk(CHOICES).indices.numpy())
+        assert np.array_equal(layer.expert_indices, expected.topk(CHOICES).indices.numpy())

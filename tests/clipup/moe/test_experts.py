@@ -33,7 +33,7 @@ def loop_over_dense_copies(layer, x):
     for k in range(layer.config.top_k):
         kept = routing.plan.row_of_choice[:, k] >= 0
         for e in range(E):
-            rows = (kept & (routing.gating.experts[:, k] == e)).nonzero()[:, 0]
+            rows = (kept & (routing.gating.expert_indices[:, k] == e)).nonzero()[:, 0]
             weights = {
                 f"{place}.{kind}": getattr(layer, f"{name}_{kind}")[e]
                 for place, name in {**names, "norm": "ln", "fc2": "out"}.items()

@@ -52,8 +52,8 @@ def test_gated_families_split_too(family):
 def test_chosen_shards_make_up_the_whole_mlp_for_every_token():
     layer = SparseMoE.from_dense(open_clip_mlp(), MoEConfig(num_experts=24, top_k=12, granularity=6))
     routing = layer.router(torch.randn(500, D))
-    shards = (routing.gating.experts % 6).sort(-1).values
-    groups = (routing.gating.experts // 6).sort(-1).values
+    shards = (routing.gating.expert_indices % 6).sort(-1).values
+    groups = (routing.gating.expert_indices // 6).sort(-1).values
     assert torch.equal(shards, torch.arange(6).repeat_interleave(2).expand(500, 12).int())
     assert torch.equal(groups[:, 0], groups[:, 5]) and torch.equal(groups[:, 6], groups[:, 11])
     assert (groups[:, 0] != groups[:, 6]).all()

@@ -30,17 +30,17 @@ def test_load_balance_is_one_when_uniform_and_e_when_one_expert_takes_all(form):
 def test_load_balance_counts_first_choices_or_all(logits):
     gating = topk_gating(logits, K, True)
     probs = logits.softmax(-1).mean(0)
-    experts = gating.experts.long()
+    experts = gating.expert_indices.long()
     first = torch.bincount(experts[:, 0], minlength=E) / T
     both = torch.bincount(experts.flatten(), minlength=E) / (K * T)
-    assert losses.load_balance(gating.mean_probs, gating.picks, "top2").item() == pytest.approx(
+    assert losses.load_balance(gating.mean_probs, gating.tokens_per_expert, "top2").item() == pytest.approx(
         E * (first * probs).sum().item()
     )
-    assert losses.load_balance(gating.mean_probs, gating.picks, "topk").item() == pytest.approx(
+    assert losses.load_balance(gating.mean_probs, gating.tokens_per_expert, "topk").item() == pytest.approx(
         E * (both * probs).sum().item()
     )
     with pytest.raises(ValueError, match="form must be one of top2, topk, got 'top3'"):
-        losses.load_balance(gating.mean_probs, gating.picks, "top3")
+        losses.load_balance(gating.mean_probs, gating.tokens_per_expert, "top3")
 
 
 def test_router_z_is_the_squared_log_of_the_number_of_experts_at_zero_logits(logits):
@@ -113,7 +113,7 @@ def test_losses_and_gradients_are_zero_when_no_token_takes_part(tokens):
     mask = torch.zeros(tokens, dtype=torch.bool)
     gating = topk_gating(logits, K, True, mask=mask)
     found = token_losses(logits, mask)
-    found["balance"] = losses.load_balance(gating.mean_probs, gating.picks)
+    found["balance"] = losses.load_balance(gating.mean_probs, gating.tokens_per_expert)
     found["importance"] = losses.importance(gating.mean_probs)
     found["global_entropy"] = losses.global_entropy(gating.mean_probs, math.log(E))
     for name, loss in found.items():

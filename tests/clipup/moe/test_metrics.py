@@ -38,7 +38,7 @@ def test_metrics_say_what_the_last_forward_did(model, training):
     probs = (x.view(T, D) @ layer.router.weight.T).softmax(-1)
     experts = probs.topk(K).indices
     counts = torch.bincount(experts.flatten(), minlength=E)
-    assert torch.equal(metrics["experts"].long(), experts)
+    assert torch.equal(metrics["expert_indices"].long(), experts)
     torch.testing.assert_close(metrics["load"], counts / (K * T))
     capacity = math.ceil(0.5 * K * T / E)
     dropped = (counts - capacity).clamp_min(0).sum().item() / (K * T) if training else 0
@@ -58,7 +58,7 @@ def test_masked_tokens_are_left_out(model):
     together = moe_metrics(model)["first"]
     for name in ("load", "dropped", "router_entropy", "balance", "z"):
         torch.testing.assert_close(together[name], alone[name], msg=name)
-    assert (together["experts"][~mask] == -1).all()
+    assert (together["expert_indices"][~mask] == -1).all()
 
 
 def test_metrics_of_no_tokens_are_zero(model):

@@ -32,7 +32,7 @@ def test_gates_are_softmax_over_all_experts(x):
     probs = (x @ router.weight.T).softmax(-1)
     values, experts = probs.topk(K, -1)
     torch.testing.assert_close(routing.gates, values)
-    assert torch.equal(routing.gating.experts.long(), experts)
+    assert torch.equal(routing.gating.expert_indices.long(), experts)
 
 
 def test_sigmoid_gates_are_those_of_deepseek_v3(x):
@@ -41,7 +41,7 @@ def test_sigmoid_gates_are_those_of_deepseek_v3(x):
     scores = (x.double() @ router.weight.double().T).sigmoid()
     values, experts = scores.topk(K, -1)
     torch.testing.assert_close(routing.gates.double(), values / values.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6)
-    assert torch.equal(routing.gating.experts.long(), experts)
+    assert torch.equal(routing.gating.expert_indices.long(), experts)
     shares = scores / scores.sum(-1, keepdim=True)
     torch.testing.assert_close(routing.gating.mean_probs.double(), shares.mean(0), rtol=1e-4, atol=1e-6)
     assert not torch.allclose(routing.gates, make_router()(x).gates, atol=1e-2)
@@ -52,7 +52,7 @@ def test_sigmoid_gradients_are_those_of_the_definition(x):
     weights = torch.randn(T, K, dtype=torch.float64)
     routing = router(x)
     (found,) = torch.autograd.grad((routing.gates * weights).sum(), router.weight)
-    scores = (x @ router.weight.T).sigmoid().gather(1, routing.gating.experts.long())
+    scores = (x @ router.weight.T).sigmoid().gather(1, routing.gating.expert_indices.long())
     (expected,) = torch.autograd.grad((scores / scores.sum(-1, keepdim=True) * weights).sum(), router.weight)
     torch.testing.assert_close(found, expected)
 
@@ -64,7 +64,7 @@ def test_sigmoid_tells_sure_experts_apart_where_float32_sigmoids_are_all_one():
         router.weight[:, 0] = torch.tensor([30.0, 40.0, 20.0, 60.0, 50.0, 10.0])
     routing = router(torch.nn.functional.one_hot(torch.zeros(1, dtype=torch.long), D).float())
     assert routing.logits.sigmoid().eq(1).sum() > K
-    assert routing.gating.experts.tolist() == [[3, 4]]
+    assert routing.gating.expert_indices.tolist() == [[3, 4]]
 
 
 def test_losses_under_sigmoid_gates_are_of_its_probabilities_and_of_the_raw_logits(x):
@@ -120,7 +120,7 @@ def test_slots_go_by_position_or_by_the_largest_probability(x):
     by_priority = make_router(capacity_factor=0.5, priority=True)(x)
     for routing, key in ((by_position, -torch.arange(T).float()), (by_priority, by_priority.gating.top_prob)):
         for expert in range(E):
-            first = routing.gating.experts[:, 0] == expert
+            first = routing.gating.expert_indices[:, 0] == expert
             got, lost = key[first & kept(routing)[:, 0]], key[first & ~kept(routing)[:, 0]]
             assert lost.numel() == 0 or got.min() >= lost.max()
 
@@ -149,7 +149,7 @@ def test_masked_tokens_reach_neither_the_choices_nor_the_gradient(x):
     x = x.masked_fill(~mask[:, None], float("nan"))
     router = make_router(capacity_factor=1.0)
     routing = router(x, mask)
-    assert torch.equal(routing.gating.experts[~mask], torch.full((T // 2, K), -1, dtype=torch.int32))
+    assert torch.equal(routing.gating.expert_indices[~mask], torch.full((T // 2, K), -1, dtype=torch.int32))
     assert routing.plan.offsets.diff().max() <= -(-K * T // 2 // E)
     (routing.gates.square().sum() + routing.gating.z_loss).backward()
     assert router.weight.grad.isfinite().all()

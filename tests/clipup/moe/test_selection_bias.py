@@ -33,13 +33,13 @@ def unbalanced(kind, score_function="softmax"):
 def load(layer, x):
     with torch.no_grad():
         layer(x)
-    return layer.state.last_routing.picks.sum(0).double()
+    return layer.state.last_routing.tokens_per_expert.sum(0).double()
 
 
 def excess(layer, x):
     """Largest load over the mean load (MaxVio + 1 of arXiv 2408.15664)."""
-    picks = load(layer, x)
-    return (picks.max() / picks.mean()).item()
+    counts = load(layer, x)
+    return (counts.max() / counts.mean()).item()
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -72,10 +72,10 @@ def test_z_score_step_has_mean_zero_and_deviation_one_and_the_sign_of_what_is_mi
 @pytest.mark.parametrize("kind", ["sign", "z_score"])
 def test_a_step_moves_the_bias_by_the_rate_times_the_step_of_the_load(kind):
     layer = make_layer(kind, rate=0.125)
-    picks = load(layer, x := torch.randn(T, D))
+    counts = load(layer, x := torch.randn(T, D))
     layer(x)
     update(layer)
-    step = {"sign": sign_step, "z_score": z_score_step}[kind](picks)
+    step = {"sign": sign_step, "z_score": z_score_step}[kind](counts)
     torch.testing.assert_close(layer.router.selection_bias.double(), 0.125 * step)
 
 
@@ -86,8 +86,8 @@ def test_gates_are_the_probabilities_without_the_bias():
         layer.router.selection_bias[3] = 10
     routing = layer.router(x)
     probs = (x @ layer.router.weight.T).softmax(-1)
-    assert (routing.gating.experts[:, 0] == 3).all()
-    torch.testing.assert_close(routing.gates, probs.gather(1, routing.gating.experts.long()))
+    assert (routing.gating.expert_indices[:, 0] == 3).all()
+    torch.testing.assert_close(routing.gates, probs.gather(1, routing.gating.expert_indices.long()))
 
 
 def test_micro_batches_count_together():

@@ -113,7 +113,7 @@ def test_metrics_are_of_the_callers_last_forward():
         return moe_metrics(layer)[""]
 
     for index, metrics in enumerate(run_together(evaluate)):
-        assert metrics["experts"].shape[0] == 8 + index
+        assert metrics["expert_indices"].shape[0] == 8 + index
     assert moe_metrics(layer) == {}
 
 

@@ -1,4 +1,4 @@
-"""A run that stops for good in the middle of writing its third checkpoint, and says so: ``killed_run.py LOGS``."""
+"""A run that hangs in the middle of writing its third checkpoint, after printing "half": ``killed_run.py LOGS``."""
 
 from __future__ import annotations
 

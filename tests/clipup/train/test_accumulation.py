@@ -1,4 +1,4 @@
-"""A step on several batches is the step on one big batch."""
+"""A step on several batches equals the step on one big batch."""
 
 from __future__ import annotations
 

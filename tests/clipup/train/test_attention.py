@@ -1,4 +1,4 @@
-"""Short sequences in bfloat16 on a CPU take plain matrix products for attention; everything else torch's choice."""
+"""Attention over short sequences in bfloat16 on a CPU uses plain matrix products; otherwise torch chooses."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def test_only_a_step_in_bfloat16_with_short_sequences_leaves_the_flash_kernel(pr
     assert flash_calls(clip(**sizes), precision) == expected
 
 
-def test_towers_that_do_not_say_how_long_they_are_keep_torchs_choice():
+def test_towers_of_unknown_length_keep_torchs_choice():
     with attention_kernel(torch.nn.Linear(2, 2), torch.device("cpu"), "amp_bf16"):
         assert torch.backends.cuda.flash_sdp_enabled()

@@ -34,7 +34,7 @@ def checkpoint(result, name="epoch_latest.pt"):
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 32}, {"accum_freq": 2}, {"seed": 1}, {"cache_data": True}])
-def test_within_an_epoch_what_decides_the_samples_of_a_step_may_not_change(run, changes):
+def test_within_an_epoch_options_that_decide_the_samples_of_a_step_may_not_change(run, changes):
     run(steps=4, lr_scheduler="const")
     name, value = next(iter(changes.items()))
 
@@ -131,7 +131,7 @@ def test_a_decay_of_zero_on_resume_leaves_weights_without_gradient_alone(make_mo
 @pytest.mark.parametrize(
     "changes, text", [({"seed": 1}, "seed 0 -> 1"), ({"siglip": True}, "siglip"), ({"model": "ViT-B-32"}, "model None")]
 )
-def test_what_says_which_run_it_is_changes_by_an_explicit_flag_alone(run, changes, text):
+def test_options_that_identify_a_run_change_only_with_an_explicit_flag(run, changes, text):
     first = run(steps=3)
     before = checkpoint(first).read_bytes()
 
@@ -157,7 +157,7 @@ def test_sparse_layers_of_another_config_are_named_by_what_differs(make_model, p
         run(other, resume="latest")
 
 
-def test_options_about_the_start_are_said_to_be_without_effect(make_model, pairs, options, tmp_path):
+def test_options_of_the_initial_weights_are_reported_as_without_effect(make_model, pairs, options, tmp_path):
     dense = train(options(name="dense"), model=make_model(), loader=pairs())
     source = str(checkpoint(dense))
 
@@ -171,7 +171,7 @@ def test_options_about_the_start_are_said_to_be_without_effect(make_model, pairs
     )
 
 
-def test_the_same_command_has_nothing_to_say_about_changes(run):
+def test_the_same_command_reports_no_changes(run):
     run(steps=None, epochs=1)
 
     assert "changes" not in log(run(steps=None, epochs=1, resume="latest"))

@@ -67,7 +67,7 @@ def test_a_diverging_run_ends_with_exit_code_1_one_line_and_finite_files(command
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_saves_says_how_to_go_on_and_exits_with_130(command, tmp_path, capsys, stop):
+def test_a_signal_to_all_processes_saves_says_how_to_continue_and_exits_with_130(command, tmp_path, capsys, stop):
     log = tmp_path / "logs" / "run" / "metrics.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     program = [sys.executable, "-m", "clipup", *command, "--steps", "100000", "--workers", "2"]

@@ -39,7 +39,7 @@ def test_in_a_pipe_the_first_and_the_last_step_and_every_evaluation_have_a_line(
     assert captured.out == ""
 
 
-def test_the_loss_shown_is_the_one_logged_last_and_says_of_which_step(run, capsys):
+def test_the_loss_shown_is_the_last_logged_one_with_its_step(run, capsys):
     result = run(steps=5, log_every_n_steps=3)
 
     first, *_, last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
@@ -47,7 +47,7 @@ def test_the_loss_shown_is_the_one_logged_last_and_says_of_which_step(run, capsy
     assert f"5 of 5 steps, epoch 1, loss {result.history[-1]['loss']:.4f}, lr" in last
 
 
-def test_a_resumed_run_shows_where_it_goes_on(run, capsys):
+def test_a_resumed_run_shows_where_it_continues(run, capsys):
     run(steps=4)
     capsys.readouterr()
     run(steps=6, resume="latest")
@@ -57,7 +57,7 @@ def test_a_resumed_run_shows_where_it_goes_on(run, capsys):
     assert lines[1].startswith("training: 5 of 6 steps")
 
 
-def test_on_a_terminal_there_is_a_bar_and_evaluations_stand_above_it(run, monkeypatch):
+def test_on_a_terminal_there_is_a_bar_with_evaluations_above_it(run, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     run(steps=6)
@@ -67,7 +67,7 @@ def test_on_a_terminal_there_is_a_bar_and_evaluations_stand_above_it(run, monkey
     assert "1 of 6 steps" not in shown
 
 
-def test_data_that_are_read_into_memory_draw_no_bar_in_a_pipe(csv_data, model_directory, capsys):
+def test_reading_data_into_memory_shows_no_bar_in_a_pipe(csv_data, model_directory, capsys):
     _, preprocess, _ = clipup.create_model_and_transforms(str(model_directory))
     train_loader(csv_data, preprocess, clipup.get_tokenizer(str(model_directory)), 8, workers=0, cache=True)
 

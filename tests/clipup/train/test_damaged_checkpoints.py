@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged or cannot be read: recognised by name, and never a silent start from nothing."""
+"""Damaged or unreadable checkpoints are reported by name, and never cause a silent start from the beginning."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", DAMAGES, ids=IDS)
-def test_a_damaged_checkpoint_is_recognised_and_an_older_one_is_taken_and_named(run, how, caplog):
+def test_a_damaged_checkpoint_is_detected_and_an_older_one_is_used_and_named(run, how, caplog):
     first = run()
     folder = first.directory / "checkpoints"
     for name in ("epoch_latest.pt", "epoch_2.pt"):
@@ -119,7 +119,7 @@ def test_an_input_output_error_within_a_file_is_raised(run, monkeypatch):
         run(resume="latest")
 
 
-def test_metrics_with_a_damaged_line_lose_that_line_alone(run):
+def test_metrics_with_a_damaged_line_lose_only_that_line(run):
     directory = run(steps=4).directory
     path = directory / "metrics.jsonl"
     lines = path.read_bytes().splitlines()

@@ -1,4 +1,4 @@
-"""Training on data of which some cannot be read, from the outside: what the run says, and that it is the same run."""
+"""Training on partly unreadable data: what the run reports, and that a resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_last_line_says_how_many_samples_were_skipped(command, damaged_csv, 
     assert "epoch 3 done at step 15; 2 samples skipped" in log
 
 
-def test_a_run_on_data_of_which_most_is_missing_does_not_start(command, csv_data, tmp_path, capsys):
+def test_a_run_on_mostly_missing_data_does_not_start(command, csv_data, tmp_path, capsys):
     for n in range(4, 24):
         (tmp_path / f"{n}.png").unlink()
 
@@ -79,7 +79,7 @@ def stop_in(step):
 
 
 @pytest.mark.parametrize("source", ["csv", "csv with workers", "cached csv", "webdataset"])
-def test_a_resumed_run_on_damaged_data_is_the_uninterrupted_one(
+def test_a_resumed_run_on_damaged_data_equals_the_uninterrupted_one(
     source, make_model, options, csv_data, shards, tmp_path
 ):
     """Every epoch meets the unreadable rows, before and after the interruption."""
@@ -115,7 +115,7 @@ def test_a_resumed_run_on_damaged_data_is_the_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_what_two_ranks_skip_is_counted_once(command, damaged_csv, tmp_path):
+def test_samples_that_two_ranks_skip_are_counted_once(command, damaged_csv, tmp_path):
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29561"]
     run = [*program, "-m", "clipup", "--", *command, "--train-data", damaged_csv, "--epochs", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -128,7 +128,7 @@ def test_what_two_ranks_skip_is_counted_once(command, damaged_csv, tmp_path):
     assert json.loads(metrics[-1])["epoch"] == 3
 
 
-def test_what_a_data_worker_refuses_is_said_in_one_line(command, csv_data, tmp_path, capsys):
+def test_an_error_of_a_data_worker_is_reported_in_one_line(command, csv_data, tmp_path, capsys):
     """Without the worker's traceback, which torch puts into the message."""
     with gzip.open(tmp_path / "train.tar", "wb") as file:
         file.write(bytes(10_240))

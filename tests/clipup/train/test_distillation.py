@@ -60,7 +60,7 @@ def test_distillation_loss_is_least_for_the_teacher_itself(make_model, pairs):
     assert one_step(make_model(seed=2), teacher, batch)[0].terms["distill"] > itself
 
 
-def test_accumulated_step_is_that_of_one_big_batch(make_model, pairs):
+def test_an_accumulated_step_equals_one_on_a_big_batch(make_model, pairs):
     teacher, data = make_model(seed=1).eval(), pairs()
     parts = list(zip(data.images.split(8), data.texts.split(8), strict=True))
 
@@ -72,7 +72,7 @@ def test_accumulated_step_is_that_of_one_big_batch(make_model, pairs):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_run_with_a_teacher_records_its_loss_and_leaves_it_alone(make_model, pairs, options, model_directory):
+def test_a_run_with_a_teacher_records_its_loss_and_does_not_change_it(make_model, pairs, options, model_directory):
     teacher = clipup.create_model_and_transforms(str(model_directory))[0].state_dict()
 
     result = train(options(distill_model=str(model_directory)), model=make_model(MOE, seed=3), loader=pairs())

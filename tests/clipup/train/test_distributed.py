@@ -54,7 +54,7 @@ def test_two_ranks_end_with_the_same_weights(two_ranks, kind):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_rank_0_alone_writes_metrics_and_checkpoints_for_all(two_ranks):
+def test_only_rank_0_writes_metrics_and_checkpoints(two_ranks):
     run = two_ranks / "logs" / "sparse-2"
 
     records = metrics(run)

@@ -1,4 +1,4 @@
-"""Skipping, resuming, finishing and refusing with two processes under torchrun: every rank does the same."""
+"""With two processes under torchrun, every rank skips, resumes, finishes and refuses alike."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(found):
     assert found["skipped"] in ([0, 1, 1], [])  # rank 0 alone has records
 
 
-def test_a_finished_run_is_left_alone_and_a_resumed_one_is_the_run_that_was_not_stopped(found):
+def test_a_finished_run_does_not_change_and_a_resumed_one_equals_the_uninterrupted_one(found):
     assert found["idle"] and found["same"]
 
 
@@ -53,7 +53,7 @@ def test_what_rank_0_refuses_to_resume_from_is_refused_on_every_rank(found):
     assert "epoch_latest.pt is damaged" in found["refused epoch_latest"]
 
 
-def test_other_ranks_are_refused_within_an_epoch_and_taken_at_its_end(out):
+def test_another_number_of_ranks_is_refused_within_an_epoch_and_accepted_at_its_end(out):
     run = runpy.run_path(str(SCRIPT))["run"]
 
     with pytest.raises(ValueError, match=r"within epoch 3, after step 1 of 2; with world_size 2 -> 1 the rest"):

@@ -1,4 +1,4 @@
-"""An epoch is saved before it is validated, and a resumed run validates what the stopped one did not."""
+"""An epoch is saved before it is validated, and a resumed run validates an epoch that the stopped one did not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bad input, a full disk and a diverging loss do to a run: a clear error, and nothing lost."""
+"""Bad input, full disks and failing callbacks end a run with a clear error, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FullDisk:
         self.file.flush()
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_whole_and_no_rubbish(run, monkeypatch):
+def test_a_full_disk_leaves_the_previous_checkpoint_intact_and_no_temporary_files(run, monkeypatch):
     save, calls = torch.save, []
 
     def save_until_full(state, file):
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(run, make_mo
         run(model=make_model(clipup.MoEConfig(num_experts=8)), resume="latest")
 
 
-def test_weights_alone_and_broken_files_are_no_checkpoints(run, make_model, tmp_path):
+def test_weights_alone_and_broken_files_are_refused_as_checkpoints(run, make_model, tmp_path):
     torch.save(make_model().state_dict(), tmp_path / "weights.pt")
     (tmp_path / "broken.pt").write_bytes(b"PK nothing")
 
@@ -110,7 +110,7 @@ def test_weights_alone_and_broken_files_are_no_checkpoints(run, make_model, tmp_
         run(resume=str(tmp_path / "missing.pt"))
 
 
-def test_data_that_end_early_are_reported_instead_of_waited_for(run):
+def test_data_without_a_whole_batch_are_refused(run):
     class Empty:
         def __len__(self):
             return 3
@@ -137,7 +137,7 @@ def test_checkpoints_are_kept_as_asked(run, changes, expected):
     assert {path.name for path in (result.directory / "checkpoints").iterdir()} == expected
 
 
-def test_a_checkpoint_of_two_names_lies_on_the_disk_once(make_model, pairs, options):
+def test_a_checkpoint_with_two_names_is_stored_once(make_model, pairs, options):
     seen = []
 
     def look(model):

@@ -1,4 +1,4 @@
-"""What resuming a run that was finished, or was killed while it finished, does to it."""
+"""Resuming runs that were finished, or were killed while finishing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_resuming_a_finished_run_changes_nothing_and_says_so(run, length):
         assert torch.equal(value, idle.model.state_dict()[name]), name
 
 
-def test_a_run_that_was_resumed_idly_goes_on_as_the_run_that_it_was(run):
+def test_a_finished_run_that_was_resumed_can_still_be_extended_exactly(run):
     whole = run(steps=8, name="whole")
     run(steps=4)
     torch.rand(5)

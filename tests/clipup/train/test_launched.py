@@ -15,7 +15,7 @@ VARIABLES = [
 
 @pytest.mark.parametrize("first", range(len(VARIABLES)))
 @pytest.mark.parametrize("count", [0, 1, 3, len(VARIABLES)])
-def test_it_is_that_of_open_clip_train(monkeypatch, first, count):
+def test_it_equals_open_clip_trains(monkeypatch, first, count):
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     for number in range(count):

@@ -1,4 +1,4 @@
-"""A rank that is lost ends the run with one message and exit code 3; a rank that only takes its time does not."""
+"""A rank that is lost ends the run with one message and exit code 3; a slow rank does not."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_rank_that_fails_is_quoted_by_the_others(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_does_not_come_is_named_with_what_it_does(tmp_path):
+def test_a_rank_that_keeps_the_others_waiting_is_named_with_its_activity(tmp_path):
     with ranks(tmp_path, faulty, tmp_path, "slow_data", 3) as processes:
         code, error = processes[0].ended()
 
@@ -91,7 +91,7 @@ def test_a_rank_that_does_not_come_is_named_with_what_it_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_neither_a_long_evaluation_nor_a_pause_of_the_whole_run_is_a_loss(tmp_path):
+def test_neither_a_long_evaluation_nor_a_pause_of_the_whole_run_ends_it(tmp_path):
     with ranks(tmp_path, faulty, tmp_path, "slow_evaluation", 4) as processes:
         wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3, processes)
         freeze(*processes)

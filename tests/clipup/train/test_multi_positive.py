@@ -1,4 +1,4 @@
-"""Equal captions in a batch are positives of each other."""
+"""Pairs with equal captions are not negatives of each other."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_it_is_open_clips_loss_where_all_captions_differ():
     )
 
 
-def test_pairs_of_one_caption_do_not_compete():
+def test_pairs_with_equal_captions_are_not_negatives():
     # every image fits its caption as well as can be; the plain loss still asks to tell the two equal captions apart
     features = torch.eye(3)[[0, 0, 1]]
     tokens = torch.tensor([[5, 5], [5, 5], [7, 7]])

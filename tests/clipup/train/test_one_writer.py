@@ -1,4 +1,4 @@
-"""One run a directory at a time; what a killed one left half-written is removed, and the run is resumed exactly."""
+"""One run per directory at a time; half-written files of a killed run are removed, and it resumes exactly."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_second_run_of_a_name_in_another_thread_is_refused(make_model, pairs, 
     assert [record["step"] for record in result.history] == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_other_machines_write_is_left_alone_where_the_lock_does_not_cover_it(
+def test_files_of_other_machines_are_not_removed_where_the_lock_does_not_cover_them(
     make_model, pairs, options, named_model
 ):
     def run(**changes):

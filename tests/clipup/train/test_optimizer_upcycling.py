@@ -57,7 +57,7 @@ def test_every_expert_gets_the_moments_of_the_weight_it_is_copied_from(make_mode
                 assert all(torch.equal(copy, moments[f"{name}.{theirs}"][key]) for copy in copies)
 
 
-def test_what_stays_dense_keeps_its_moments_and_all_but_routers_their_step(make_model, options, dense_run):
+def test_dense_parameters_keep_their_moments_and_all_but_routers_their_step(make_model, options, dense_run):
     moments = named_state(make_model(), load(dense_run)["optimizer"], "dense")
 
     model, state = state_after(options, make_model(seed=5), dense_run)

@@ -115,7 +115,7 @@ def test_rarely_logged_runs_wait_for_ten_logged_steps(found):
     assert [report["step"] for report in found(records(two_take(0.9), 5000, every=10))] == [110]
 
 
-def test_what_the_configuration_cannot_avoid_is_no_collapse(found):
+def test_what_the_configuration_makes_unavoidable_is_not_reported(found):
     half_the_room = clipup.MoEConfig(num_experts=8, top_k=2, capacity_factor=0.5)
     assert found(records(EVEN, 200, dropped=0.6), half_the_room) == []
     assert len(found(records(EVEN, 200, dropped=0.85), half_the_room)) == 1

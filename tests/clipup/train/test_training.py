@@ -50,7 +50,7 @@ def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options
     assert "step 6" in (result.directory / "out.log").read_text()
 
 
-def test_nothing_is_learned_from_unrelated_images_and_texts_when_slots_are_scarce(make_model, options):
+def test_nothing_is_learned_from_unrelated_images_and_texts_under_a_small_capacity(make_model, options):
     # were slots given by the place in the batch to both towers alike, pairs could be told by what they lack: 2.4 nats
     class Unrelated:
         def __len__(self):
@@ -198,7 +198,7 @@ def test_the_card_of_a_run_names_the_base_model_of_what_it_started_from(model_di
     assert "base_model: org/dense\n" in (result.directory / "model" / "README.md").read_text()
 
 
-def test_a_fresh_model_for_the_sigmoid_loss_gets_its_bias_and_keeps_it_when_saved(named_model, pairs, options):
+def test_a_model_with_random_weights_gets_the_sigmoid_losss_bias_and_keeps_it_when_saved(named_model, pairs, options):
     result = train(options(model=named_model, siglip=True, steps=1), loader=pairs())
 
     saved, _, _ = clipup.create_model_and_transforms(str(result.directory / "model"))
@@ -219,7 +219,7 @@ def test_tensorboard_has_the_metrics(make_model, pairs, options):
     assert len(events.Scalars(f"train/layers/{layer}/load/3")) == 6
 
 
-def test_frozen_parameters_stay_as_they_are(make_model, pairs, options):
+def test_frozen_parameters_do_not_change(make_model, pairs, options):
     model = make_model(DROPLESS)
     model.visual.requires_grad_(False)
     before = {name: value.clone() for name, value in model.visual.state_dict().items()}
@@ -242,7 +242,7 @@ def test_frozen_parameters_stay_as_they_are(make_model, pairs, options):
         ({"resume": "latest"}, "needs logs and name"),
     ],
 )
-def test_options_that_make_no_sense_are_refused_by_name(changes, message):
+def test_invalid_options_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainOptions(**changes)
 
@@ -256,7 +256,7 @@ def test_options_that_make_no_sense_are_refused_by_name(changes, message):
         ({"device": "cuda", "train_data": "nowhere.csv"}, "no CUDA GPU"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_and_leaves_no_directory(model_directory, options, changes, message):
+def test_a_run_that_cannot_start_is_refused_and_leaves_no_directory(model_directory, options, changes, message):
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         changes = {**changes, "device": "cpu"}
         message = "nowhere.csv"

@@ -165,7 +165,7 @@ def test_without_a_name_the_table_lies_in_the_users_cache(monkeypatch, tmp_path)
 
 def test_an_old_gpu_is_refused_with_the_mend(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(RuntimeError, match="8.0.*7.5.*CLIPUP_BACKEND=reference"):
+    with pytest.raises(RuntimeError, match="8.0.*7.5.*CLIPUP_BACKEND=torch_eager"):
         configs.architecture(torch.device("cuda:0"))
 
 

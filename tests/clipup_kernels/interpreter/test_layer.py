@@ -5,30 +5,30 @@ import torch
 from moe_cases import Shape, assert_follows, double, make_experts, randn, with_grad
 
 import clipup_kernels as ck
-from clipup_kernels.backends import select_cpu, select_cuda, torch_eager
+from clipup_kernels.backends import registry
 
 pytestmark = pytest.mark.interpreter
 
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    """Returns the names of the ops that Triton has answered."""
-    answered = set()
+    """Chooses for CPU tensors what CUDA tensors get; returns the names of the ops that Triton has computed."""
+    computed, function_of = set(), registry.function_of
 
-    def backend(name, dtype):
-        if name not in select_cuda._TRITON_FILE or dtype == torch.float64:
-            return torch_eager
-        answered.add(name)
-        return select_cuda._kernels(name)
+    def as_on_cuda(op, dtype, device):
+        if registry.choose(op, dtype, "cuda").backend.name == "triton":
+            computed.add(op)
+        return function_of(op, dtype, "cuda")
 
-    monkeypatch.setattr(select_cpu, "backend", backend)
-    return answered
+    monkeypatch.setattr(registry, "function_of", as_on_cuda)
+    monkeypatch.setattr(registry, "_warn_without_triton", lambda index: None)
+    return computed
 
 
 def layer_and_gradients(router, x, experts, mask):
     logits = ck.router_logits(x, router, mask)
     gating = ck.topk_gating(logits, 2, True, mask=mask)
-    plan = ck.dispatch(gating.experts, logits.shape[1], 1.25, gating.top_prob, mask)
+    plan = ck.dispatch(gating.expert_indices, logits.shape[1], 1.25, gating.top_prob, mask)
     rows = ck.grouped_linear(ck.permute(x, plan), experts.in_weight, experts.in_bias, plan.offsets)
     unfused = ck.combine(ck.grouped_linear(rows, experts.out_weight, None, plan.offsets), gating.gates, plan)
     y = ck.expert_mlp(x, gating.gates, plan, *experts) + unfused
@@ -42,13 +42,13 @@ def test_a_layer_on_triton_follows_the_oracle_forward_and_backward(on_triton):
     router, x, mask = randn(6, 32), randn(tokens, 32, seed=1), torch.arange(tokens) % 5 > 0
     experts = make_experts(shape)
     ours = layer_and_gradients(router.requires_grad_(), x.requires_grad_(), with_grad(experts), mask)
-    assert on_triton == set(select_cuda._TRITON_FILE)
+    assert on_triton == set(registry.by_name("triton").modules)
     wide = (double(router).requires_grad_(), double(x).requires_grad_(), with_grad(double(experts)), mask)
     for position, (value, want) in enumerate(zip(ours, layer_and_gradients(*wide), strict=True)):
         assert_follows(value, want, torch.float32, f"result {position}")
 
 
-def test_two_runs_on_triton_agree_to_the_bit(on_triton):
+def test_two_runs_on_triton_agree_bitwise(on_triton):
     experts = make_experts(Shape(40, 16, 24, 4, 2))
     arguments = (randn(4, 16).requires_grad_(), randn(40, 16, seed=1).requires_grad_(), with_grad(experts), None)
     first, second = layer_and_gradients(*arguments), layer_and_gradients(*arguments)

@@ -10,16 +10,16 @@ import sys
 
 import pytest
 
-from clipup_kernels.triton import dispatch, gating, router, rows, variants
+from clipup_kernels.triton import dispatch, router_logits, rows, topk_gating, variants
 
 pytestmark = pytest.mark.interpreter
 
 COMPILE = """
 import json, sys
-from clipup_kernels.triton import dispatch, gating, router, rows, variants
+from clipup_kernels.triton import dispatch, router_logits, rows, topk_gating, variants
 
 arch, *names = sys.argv[1:]
-for file in (dispatch, gating, router, rows):
+for file in (dispatch, topk_gating, router_logits, rows):
     for variant in file.variants(int(arch)):
         if not names or variant.name in names:
             compiled = variants.compile_variant(variant, int(arch))
@@ -56,11 +56,14 @@ def test_the_usual_kernels_compile_without_a_stack(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", variants.ARCHITECTURES)
 def test_every_kernel_compiles_without_a_stack(arch):
-    expected = {variant.name for file in (dispatch, gating, router, rows) for variant in file.variants(arch)}
+    files = (dispatch, topk_gating, router_logits, rows)
+    expected = {variant.name for file in files for variant in file.variants(arch)}
     assert assert_all_sound(arch) == expected
 
 
-@pytest.mark.parametrize("file", [router, gating, dispatch, rows], ids=lambda file: file.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "file", [router_logits, topk_gating, dispatch, rows], ids=lambda file: file.__name__.rpartition(".")[2]
+)
 def test_a_variant_says_everything_that_a_launch_would(file):
     seen = set()
     for variant in file.variants(90):

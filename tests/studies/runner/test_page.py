@@ -171,7 +171,7 @@ def test_recall_is_drawn_over_flops_of_the_arms_with_several_lengths_from_their_
 
     points = [title.text for title in figure.iter() if title.tag.endswith("title") and title.text]
     assert not [point for point in points if "limoe" in point]
-    assert [point.rpartition("start ")[2] for point in points if "clip up" in point] == [
+    assert [point.rpartition("included ")[2] for point in points if "clip up" in point] == [
         "2: 6.75%",
         "7: 24.75%",
         "52: 22.5%",
@@ -220,7 +220,7 @@ def test_the_studies_own_templates_give_pages_and_figures_that_stay_the_same(stu
     assert set(contents[0]) == {"study.md", "study_recall.svg", "study_loss.svg", "study_similarity.svg"}
     page = contents[0]["study.md"].decode()
     assert "54.0 ± 2.8" in page and "@iconify/json 1.2.3" in page
-    assert study != "icons" or ("1,000" in page and "11 the same and 12 nearly the same" in page)
+    assert study != "icons" or ("1,000" in page and "11 duplicates and 12 near-duplicates" in page)
     assert "1 of 2 runs have no log yet" in page
     for name, content in contents[0].items():
         assert not name.endswith(".svg") or ElementTree.fromstring(content).tag.endswith("svg")

@@ -143,7 +143,7 @@ def test_one_run_has_no_spread():
 def test_a_log_that_breaks_off_is_refused(tmp_path, make_records):
     log.write(tmp_path / "a.jsonl", make_records("a")[:-1])
 
-    with pytest.raises(ValueError, match=r"a\.jsonl is no whole log of a run"):
+    with pytest.raises(ValueError, match=r"a\.jsonl is not a complete log"):
         results.read(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no log"):
         results.read(tmp_path / "nowhere")

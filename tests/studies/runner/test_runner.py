@@ -229,7 +229,7 @@ def test_runs_that_go_on_from_each_other_are_refused(study, data):
     it = study("circle", data)
     it.write(first=DENSE + "start: second\n", second=DENSE + "start: first\n")
 
-    with pytest.raises(ValueError, match="first goes on from itself in the end; one of these runs must have no start"):
+    with pytest.raises(ValueError, match="start: the runs form a circle through first; one of them must have no start"):
         it.run("first")
 
 
@@ -239,8 +239,8 @@ def test_a_sparse_model_from_scratch_has_experts_of_their_own_at_the_dense_scale
 
     model = runner._Run(config.read(it.directory / "scratch.yaml"), data, it.directory / "runs").model
 
-    alike = measure.experts_alike(model)
-    assert len(alike) == 2 and all(abs(cosine) < 0.1 for cosine in alike.values())
+    cosines = measure.expert_cosines(model)
+    assert len(cosines) == 2 and all(abs(cosine) < 0.1 for cosine in cosines.values())
     for name, layer in runner.moe_layers(model).items():
         for weights in (layer.in_weight, layer.out_weight):
             spread = weights.flatten(1).std(1)
@@ -254,7 +254,7 @@ def test_fine_grained_experts_are_compared_with_those_that_began_as_the_same_sha
 
     model = runner._Run(config.read(it.directory / "fine.yaml"), data, it.directory / "runs").model
 
-    assert list(measure.experts_alike(model).values()) == pytest.approx([1.0, 1.0])
+    assert list(measure.expert_cosines(model).values()) == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("steps", [2500, 3287, 32875, 7])

@@ -4,7 +4,7 @@ from moe_cases import TOLERANCE, assert_follows, randn, seeded
 
 from clipup_kernels import reference
 from clipup_kernels.backends import torch_eager
-from clipup_kernels.triton import router as triton_router
+from clipup_kernels.triton import router_logits as triton_router
 
 pytestmark = pytest.mark.interpreter
 

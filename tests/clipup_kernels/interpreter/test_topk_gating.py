@@ -4,7 +4,7 @@ from moe_cases import assert_follows, double, randn, seeded
 
 from clipup_kernels import reference
 from clipup_kernels.backends import torch_eager
-from clipup_kernels.triton import gating as triton_gating
+from clipup_kernels.triton import topk_gating as triton_gating
 
 pytestmark = pytest.mark.interpreter
 
@@ -62,10 +62,10 @@ def test_gradient_of_gating_follows_the_oracle(case, wanted):
         else None
         for position, name in enumerate(("gates", "top_prob", "mean_probs", "z_loss"))
     ]
-    ours = triton_gating.topk_gating_backward(logits, oracle.experts, renormalize, mask, *incoming)
+    ours = triton_gating.topk_gating_backward(logits, oracle.expert_indices, renormalize, mask, *incoming)
     wide = [double(gradient) for gradient in incoming]
     clean = logits if mask is None else torch.where(mask[:, None], logits, 0)
-    want = torch_eager.topk_gating_backward(clean.double(), oracle.experts, renormalize, mask, *wide)
+    want = torch_eager.topk_gating_backward(clean.double(), oracle.expert_indices, renormalize, mask, *wide)
     assert_follows(ours, want, torch.float32, "gradient of logits")
 
 
@@ -75,7 +75,7 @@ def test_statistics_of_many_programs_are_added_up(monkeypatch):
     ours, oracle = triton_gating.topk_gating(logits, 2, True), oracle_of(logits, 2, True, None, None)
     assert_follows(ours[3], oracle.mean_probs, torch.float32, "mean_probs")
     assert_follows(ours[4], oracle.z_loss, torch.float32, "z_loss")
-    assert torch.equal(ours[5], oracle.picks)
+    assert torch.equal(ours[5], oracle.tokens_per_expert)
 
 
 def test_ties_go_to_the_lowest_expert_index():

@@ -37,7 +37,7 @@ struct GatingGradients {
 template <int kValues>
 __global__ void __launch_bounds__(kGatingThreads)
     gating_backward_kernel(const float* __restrict__ logits, const std::uint8_t* __restrict__ mask,
-                           const std::int32_t* __restrict__ experts, TokenGrid grid, bool renormalize,
+                           const std::int32_t* __restrict__ expert_indices, TokenGrid grid, bool renormalize,
                            const std::int32_t* __restrict__ counts, int num_counts, GatingGradients d,
                            float* __restrict__ d_logits) {
   const int lanes = grid.lanes;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kGatingThreads)
     float d_gates[kValues] = {};
     unsigned chosen = 0;
     for (int k = 0; k < grid.K && d.gates != nullptr && takes_part; ++k) {
-      const std::int32_t expert = experts[t * grid.K + k];
+      const std::int32_t expert = expert_indices[t * grid.K + k];
       const float d_gate = d.gates[t * grid.K + k];
 #pragma unroll
       for (int v = 0; v < kValues; ++v) {
@@ -123,14 +123,14 @@ __global__ void __launch_bounds__(kGatingThreads)
 
 std::int64_t topk_gating_backward_workspace_bytes() { return kMostCounts * sizeof(std::int32_t); }
 
-void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* experts,
+void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* expert_indices,
                           std::int64_t T, std::int64_t E, std::int64_t K, bool renormalize,
                           const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
                           const float* d_z_loss, float* d_logits, void* workspace, void* stream) {
   check_gating_sizes(T, E, K);
   check_most_experts(E);
   check_pointer("logits", logits, T * E);
-  check_pointer("experts", experts, T * K);
+  check_pointer("expert_indices", expert_indices, T * K);
   check_pointer("d_logits", d_logits, T * E);
   check_pointer("workspace", workspace, topk_gating_backward_workspace_bytes());
   if (T == 0) return;
@@ -147,7 +147,8 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
   const GatingGradients d{d_gates, d_top_prob, d_mean_probs, d_z_loss};
   with_values(grid.values, [&](auto values) {
     launch("topk_gating_backward", gating_backward_kernel<decltype(values)::value>, grid.blocks,
-           kGatingThreads, stream, logits, mask, experts, grid, renormalize, counts, num_counts, d, d_logits);
+           kGatingThreads, stream, logits, mask, expert_indices, grid, renormalize, counts, num_counts, d,
+           d_logits);
   });
 }
 

@@ -29,7 +29,8 @@ float softmax(const float* logits, std::int64_t E, float* probs) {
 
 // Writes the K experts of the highest scores, highest first, ties to the lowest expert.
 // `taken` is scratch of E flags. A NaN counts as minus infinity, so the choices are distinct and in [0, E).
-void choose(const float* scores, std::int64_t E, std::int64_t K, std::uint8_t* taken, std::int32_t* experts) {
+void choose(const float* scores, std::int64_t E, std::int64_t K, std::uint8_t* taken,
+            std::int32_t* expert_indices) {
   std::fill_n(taken, E, std::uint8_t{0});
   for (std::int64_t k = 0; k < K; ++k) {
     std::int64_t best = -1;
@@ -41,15 +42,15 @@ void choose(const float* scores, std::int64_t E, std::int64_t K, std::uint8_t* t
       }
     }
     taken[best] = 1;
-    experts[k] = static_cast<std::int32_t>(best);
+    expert_indices[k] = static_cast<std::int32_t>(best);
   }
 }
 
 // What the gates are divided by. An underflow of every chosen probability gives gates of 0, not NaN.
-float gate_divisor(const float* probs, const std::int32_t* experts, std::int64_t K, bool renormalize) {
+float gate_divisor(const float* probs, const std::int32_t* expert_indices, std::int64_t K, bool renormalize) {
   if (!renormalize) return 1.0F;
   float sum = 0.0F;
-  for (std::int64_t k = 0; k < K; ++k) sum += probs[experts[k]];
+  for (std::int64_t k = 0; k < K; ++k) sum += probs[expert_indices[k]];
   return std::max(sum, FLT_MIN);
 }
 
@@ -60,11 +61,11 @@ std::int64_t count_participating(const std::uint8_t* mask, std::int64_t T) {
 }  // namespace
 
 void topk_gating(const float* logits, const std::uint8_t* mask, const float* selection_bias, std::int64_t T,
-                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* experts,
-                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* picks) {
+                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* expert_indices,
+                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* tokens_per_expert) {
   check_gating_sizes(T, E, K);
   check_pointer("logits", logits, T * E);
-  check_gating_outputs(T, E, K, gates, experts, top_prob, mean_probs, z_loss, picks);
+  check_gating_outputs(T, E, K, gates, expert_indices, top_prob, mean_probs, z_loss, tokens_per_expert);
 
   const std::int64_t blocks = ceil_div(T, kBlock);
   std::vector<float> all_probs(blocks * E);
@@ -78,10 +79,10 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
     float* scores = all_scores.data() + block * E;
     for (std::int64_t t = block * kBlock; t < std::min(T, (block + 1) * kBlock); ++t) {
       float* gates_K = gates + t * K;
-      std::int32_t* experts_K = experts + t * K;
+      std::int32_t* expert_indices_K = expert_indices + t * K;
       if (mask != nullptr && mask[t] == 0) {
         std::fill_n(gates_K, K, 0.0F);
-        std::fill_n(experts_K, K, -1);
+        std::fill_n(expert_indices_K, K, -1);
         top_prob[t] = 0.0F;
         continue;
       }
@@ -92,9 +93,9 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
         sums[block * E + e] += probs[e];
       }
       z_sums[block] += log_sum * log_sum;
-      choose(scores, E, K, all_taken.data() + block * E, experts_K);
-      const float divisor = gate_divisor(probs, experts_K, K, renormalize);
-      for (std::int64_t k = 0; k < K; ++k) gates_K[k] = probs[experts_K[k]] / divisor;
+      choose(scores, E, K, all_taken.data() + block * E, expert_indices_K);
+      const float divisor = gate_divisor(probs, expert_indices_K, K, renormalize);
+      for (std::int64_t k = 0; k < K; ++k) gates_K[k] = probs[expert_indices_K[k]] / divisor;
       top_prob[t] = *std::max_element(probs, probs + E);
     }
   });
@@ -110,24 +111,24 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
   for (std::int64_t block = 0; block < blocks; ++block) z_sum += z_sums[block];
   *z_loss = static_cast<float>(z_sum * share);
 
-  std::fill_n(picks, K * E, 0);
+  std::fill_n(tokens_per_expert, K * E, 0);
   parallel_for(K, T < kBlock ? K + 1 : 2, [&](std::int64_t k) {
     for (std::int64_t t = 0; t < T; ++t) {
-      if (experts[t * K + k] >= 0) ++picks[k * E + experts[t * K + k]];
+      if (expert_indices[t * K + k] >= 0) ++tokens_per_expert[k * E + expert_indices[t * K + k]];
     }
   });
 }
 
-void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* experts,
+void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* expert_indices,
                           std::int64_t T, std::int64_t E, std::int64_t K, bool renormalize,
                           const float* d_gates, const float* d_top_prob, const float* d_mean_probs,
                           const float* d_z_loss, float* d_logits) {
   check_gating_sizes(T, E, K);
   check_pointer("logits", logits, T * E);
-  check_pointer("experts", experts, T * K);
+  check_pointer("expert_indices", expert_indices, T * K);
   check_pointer("d_logits", d_logits, T * E);
   for (std::int64_t t = 0; t < T; ++t) {
-    if (mask == nullptr || mask[t] != 0) check_values("experts", experts + t * K, K, 0, E);
+    if (mask == nullptr || mask[t] != 0) check_values("expert_indices", expert_indices + t * K, K, 0, E);
   }
 
   const std::int64_t blocks = ceil_div(T, kBlock);
@@ -145,7 +146,7 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
         std::fill_n(d_logits_E, E, 0.0F);
         continue;
       }
-      const std::int32_t* experts_K = experts + t * K;
+      const std::int32_t* expert_indices_K = expert_indices + t * K;
       const float* d_gates_K = d_gates == nullptr ? nullptr : d_gates + t * K;
       const float log_sum = softmax(logits + t * E, E, probs);
 
@@ -153,7 +154,7 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
         d_probs[e] = d_mean_probs == nullptr ? 0.0F : d_mean_probs[e] * share;
       if (d_top_prob != nullptr) d_probs[std::max_element(probs, probs + E) - probs] += d_top_prob[t];
       if (d_gates_K != nullptr && !renormalize) {
-        for (std::int64_t k = 0; k < K; ++k) d_probs[experts_K[k]] += d_gates_K[k];
+        for (std::int64_t k = 0; k < K; ++k) d_probs[expert_indices_K[k]] += d_gates_K[k];
       }
       float inner = 0.0F;
       for (std::int64_t e = 0; e < E; ++e) inner += probs[e] * d_probs[e];
@@ -162,11 +163,11 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
 
       // Renormalised gates are the softmax over the chosen logits alone.
       if (d_gates_K != nullptr && renormalize) {
-        const float divisor = gate_divisor(probs, experts_K, K, renormalize);
+        const float divisor = gate_divisor(probs, expert_indices_K, K, renormalize);
         float mean = 0.0F;
-        for (std::int64_t k = 0; k < K; ++k) mean += probs[experts_K[k]] / divisor * d_gates_K[k];
+        for (std::int64_t k = 0; k < K; ++k) mean += probs[expert_indices_K[k]] / divisor * d_gates_K[k];
         for (std::int64_t k = 0; k < K; ++k) {
-          d_logits_E[experts_K[k]] += probs[experts_K[k]] / divisor * (d_gates_K[k] - mean);
+          d_logits_E[expert_indices_K[k]] += probs[expert_indices_K[k]] / divisor * (d_gates_K[k] - mean);
         }
       }
     }

@@ -11,9 +11,9 @@ namespace clipup::tests {
 namespace {
 
 bool same_gating(const Gating& a, const Gating& b) {
-  return same_bits(a.gates, b.gates) && same_bits(a.experts, b.experts) &&
+  return same_bits(a.gates, b.gates) && same_bits(a.expert_indices, b.expert_indices) &&
          same_bits(a.top_prob, b.top_prob) && same_bits(a.mean_probs, b.mean_probs) &&
-         same_bits<float>({a.z_loss}, {b.z_loss}) && same_bits(a.picks, b.picks);
+         same_bits<float>({a.z_loss}, {b.z_loss}) && same_bits(a.tokens_per_expert, b.tokens_per_expert);
 }
 
 Gating run(const GatingCase& c) {
@@ -22,8 +22,9 @@ Gating run(const GatingCase& c) {
         Gating out(c.T, c.E, c.K);
         auto workspace = poisoned_workspace(cuda::topk_gating_workspace_bytes(c.T, c.E, c.K));
         cuda::topk_gating(c.logits.data(), c.mask_or_null(), c.biased ? c.bias.data() : nullptr, c.T, c.E,
-                          c.K, c.renormalize, out.gates.data(), out.experts.data(), out.top_prob.data(),
-                          out.mean_probs.data(), &out.z_loss, out.picks.data(), workspace.data(), nullptr);
+                          c.K, c.renormalize, out.gates.data(), out.expert_indices.data(),
+                          out.top_prob.data(), out.mean_probs.data(), &out.z_loss,
+                          out.tokens_per_expert.data(), workspace.data(), nullptr);
         return out;
       },
       same_gating);
@@ -42,8 +43,8 @@ bool alike(const std::vector<float>& a, const std::vector<float>& b, double tole
 void expect_forward(const GatingCase& c) {
   const Gating ours = run(c);
   const Gating cpu = c.run();
-  EXPECT(ours.experts == cpu.experts);
-  EXPECT(ours.picks == cpu.picks);
+  EXPECT(ours.expert_indices == cpu.expert_indices);
+  EXPECT(ours.tokens_per_expert == cpu.tokens_per_expert);
   EXPECT(alike(ours.gates, cpu.gates));
   EXPECT(alike(ours.top_prob, cpu.top_prob));
   EXPECT(alike(ours.mean_probs, cpu.mean_probs));
@@ -52,7 +53,7 @@ void expect_forward(const GatingCase& c) {
 
 // Bits of `given`: which gradients come in.
 void expect_backward(const GatingCase& c, int given) {
-  const std::vector<std::int32_t> experts = c.run().experts;
+  const std::vector<std::int32_t> expert_indices = c.run().expert_indices;
   Gating d(c.T, c.E, c.K);
   for (auto* const values : {&d.gates, &d.top_prob, &d.mean_probs}) {
     std::generate(values->begin(), values->end(), normal);
@@ -64,13 +65,13 @@ void expect_backward(const GatingCase& c, int given) {
   const float* const d_z_loss = (given & 8) != 0 ? &d.z_loss : nullptr;
 
   std::vector<float> cpu(c.T * c.E, kNaN);
-  topk_gating_backward(c.logits.data(), c.mask_or_null(), experts.data(), c.T, c.E, c.K, c.renormalize,
+  topk_gating_backward(c.logits.data(), c.mask_or_null(), expert_indices.data(), c.T, c.E, c.K, c.renormalize,
                        d_gates, d_top_prob, d_mean_probs, d_z_loss, cpu.data());
   const auto ours = under_every_schedule(
       [&] {
         std::vector<float> d_logits(c.T * c.E, kNaN);
         auto workspace = poisoned_workspace(cuda::topk_gating_backward_workspace_bytes());
-        cuda::topk_gating_backward(c.logits.data(), c.mask_or_null(), experts.data(), c.T, c.E, c.K,
+        cuda::topk_gating_backward(c.logits.data(), c.mask_or_null(), expert_indices.data(), c.T, c.E, c.K,
                                    c.renormalize, d_gates, d_top_prob, d_mean_probs, d_z_loss,
                                    d_logits.data(), workspace.data(), nullptr);
         return d_logits;
@@ -119,9 +120,9 @@ void expect_refusals() {
   Gating out(2, 3, 1);
   const auto refused = [&](const float* logits, float* gates, void* workspace) {
     return refusal([&] {
-      cuda::topk_gating(logits, nullptr, nullptr, 2, 3, 1, true, gates, out.experts.data(),
-                        out.top_prob.data(), out.mean_probs.data(), &out.z_loss, out.picks.data(), workspace,
-                        nullptr);
+      cuda::topk_gating(logits, nullptr, nullptr, 2, 3, 1, true, gates, out.expert_indices.data(),
+                        out.top_prob.data(), out.mean_probs.data(), &out.z_loss, out.tokens_per_expert.data(),
+                        workspace, nullptr);
     });
   };
   EXPECT(starts_with(refused(nullptr, out.gates.data(), nullptr), "logits: expected an array of 6 elements"));
@@ -129,9 +130,9 @@ void expect_refusals() {
   EXPECT(
       starts_with(refused(c.logits.data(), out.gates.data(), nullptr), "workspace: expected an array of "));
   EXPECT(starts_with(refusal([&] {
-                       cuda::topk_gating_backward(c.logits.data(), nullptr, out.experts.data(), 2, 3, 1, true,
-                                                  nullptr, nullptr, nullptr, nullptr, nullptr, nullptr,
-                                                  nullptr);
+                       cuda::topk_gating_backward(c.logits.data(), nullptr, out.expert_indices.data(), 2, 3,
+                                                  1, true, nullptr, nullptr, nullptr, nullptr, nullptr,
+                                                  nullptr, nullptr);
                      }),
                      "d_logits: expected an array of 6 elements"));
   EXPECT(same_gating(out, Gating(2, 3, 1)));  // nothing was written
@@ -139,18 +140,19 @@ void expect_refusals() {
 
 }  // namespace
 
-void check_cuda_routing(std::int64_t T, std::int64_t E, std::int64_t K, int options) {
+void check_cuda_topk_gating(std::int64_t T, std::int64_t E, std::int64_t K, int options) {
   expect_both(GatingCase(T, E, K, options));
 }
 
-void test_cuda_routing() {
+void test_cuda_topk_gating() {
   for (const std::int64_t E : {1, 3, 8, 33, 256}) {
     for (const std::int64_t K : {0, 1, 2, 8, 31}) {
       if (K > E) continue;
       for (const std::int64_t T : {0, 1, 40}) {
         // A selection bias only with few experts: probabilities that are equal but for their rounding are rare then.
         const int end = E > 8 ? 4 : 8;
-        for (int options = 0; options < end; options += quick() ? 3 : 1) check_cuda_routing(T, E, K, options);
+        for (int options = 0; options < end; options += quick() ? 3 : 1)
+          check_cuda_topk_gating(T, E, K, options);
       }
     }
   }
@@ -159,7 +161,7 @@ void test_cuda_routing() {
     for (int given = 0; given < 16; ++given) expect_backward(c, given);
     expect_ties_and_nan(options);
   }
-  for (const std::int64_t E : {8, 40, 256}) check_cuda_routing(quick() ? 2 : 5, E, E, 3);  // K = E
+  for (const std::int64_t E : {8, 40, 256}) check_cuda_topk_gating(quick() ? 2 : 5, E, E, 3);  // K = E
   expect_one_expert_takes_all();
   if (!quick()) expect_forward(GatingCase(17000, 8, 1, 3));  // several tokens a group
   expect_refusals();

@@ -26,13 +26,13 @@ std::vector<double> naive_softmax(const double* logits, std::int64_t E, double* 
 void expect_forward(const Case& c) {
   const Gating out = c.run();
   std::vector<double> sums(c.E);
-  std::vector<std::int32_t> picks(c.K * c.E);
+  std::vector<std::int32_t> tokens_per_expert(c.K * c.E);
   double z = 0.0;
   int participating = 0;
   for (std::int64_t t = 0; t < c.T; ++t) {
     if (!c.takes_part(t)) {
       for (std::int64_t k = 0; k < c.K; ++k) {
-        EXPECT(out.gates[t * c.K + k] == 0.0F && out.experts[t * c.K + k] == -1);
+        EXPECT(out.gates[t * c.K + k] == 0.0F && out.expert_indices[t * c.K + k] == -1);
       }
       EXPECT(out.top_prob[t] == 0.0F);
       continue;
@@ -50,9 +50,9 @@ void expect_forward(const Case& c) {
     double chosen = 0.0;
     for (std::int64_t k = 0; k < c.K; ++k) chosen += probs[order[k]];
     for (std::int64_t k = 0; k < c.K; ++k) {
-      EXPECT(out.experts[t * c.K + k] == order[k]);
+      EXPECT(out.expert_indices[t * c.K + k] == order[k]);
       EXPECT(close(out.gates[t * c.K + k], probs[order[k]] / (c.renormalize ? chosen : 1.0), 1e-6));
-      ++picks[k * c.E + order[k]];
+      ++tokens_per_expert[k * c.E + order[k]];
     }
     EXPECT(close(out.top_prob[t], *std::max_element(probs.begin(), probs.end()), 1e-6));
     for (std::int64_t e = 0; e < c.E; ++e) sums[e] += probs[e];
@@ -60,7 +60,7 @@ void expect_forward(const Case& c) {
   const int divisor = std::max(participating, 1);
   for (std::int64_t e = 0; e < c.E; ++e) EXPECT(close(out.mean_probs[e], sums[e] / divisor, 1e-6));
   EXPECT(close(out.z_loss, z / divisor, 1e-5));
-  EXPECT(out.picks == picks);
+  EXPECT(out.tokens_per_expert == tokens_per_expert);
 }
 
 // The sum of all outputs, each times its incoming gradient, as a function of the logits, choices constant.
@@ -75,9 +75,9 @@ double weighted_outputs(const Case& c, const Gating& fixed, const std::vector<do
     double log_sum = 0.0;
     const std::vector<double> probs = naive_softmax(logits.data() + t * c.E, c.E, &log_sum);
     double chosen = 0.0;
-    for (std::int64_t k = 0; k < c.K; ++k) chosen += probs[fixed.experts[t * c.K + k]];
+    for (std::int64_t k = 0; k < c.K; ++k) chosen += probs[fixed.expert_indices[t * c.K + k]];
     for (std::int64_t k = 0; k < c.K; ++k) {
-      const double gate = probs[fixed.experts[t * c.K + k]] / (c.renormalize ? chosen : 1.0);
+      const double gate = probs[fixed.expert_indices[t * c.K + k]] / (c.renormalize ? chosen : 1.0);
       result += gate * weights.gates[t * c.K + k];
     }
     result += *std::max_element(probs.begin(), probs.end()) * weights.top_prob[t];
@@ -97,8 +97,8 @@ void expect_backward(const Case& c) {
     weights.z_loss = (given & 8) != 0 ? normal() : 0.0F;
 
     std::vector<float> d_logits(c.T * c.E, kNaN);
-    topk_gating_backward(c.logits.data(), c.mask_or_null(), out.experts.data(), c.T, c.E, c.K, c.renormalize,
-                         (given & 1) != 0 ? weights.gates.data() : nullptr,
+    topk_gating_backward(c.logits.data(), c.mask_or_null(), out.expert_indices.data(), c.T, c.E, c.K,
+                         c.renormalize, (given & 1) != 0 ? weights.gates.data() : nullptr,
                          (given & 2) != 0 ? weights.top_prob.data() : nullptr,
                          (given & 4) != 0 ? weights.mean_probs.data() : nullptr,
                          (given & 8) != 0 ? &weights.z_loss : nullptr, d_logits.data());
@@ -125,7 +125,8 @@ void expect_ties_go_to_the_lowest_expert() {
   Case c(3, 6, 4, 1);
   std::fill(c.logits.begin(), c.logits.end(), 0.5F);
   const Gating out = c.run();
-  for (std::int64_t i = 0; i < 12; ++i) EXPECT(out.experts[i] == i % 4 && close(out.gates[i], 0.25, 1e-6));
+  for (std::int64_t i = 0; i < 12; ++i)
+    EXPECT(out.expert_indices[i] == i % 4 && close(out.gates[i], 0.25, 1e-6));
 }
 
 void expect_distinct_experts_whatever_the_logits() {
@@ -140,7 +141,7 @@ void expect_distinct_experts_whatever_the_logits() {
     const Gating out = c.run();
     for (std::int64_t t = 0; t < c.T; ++t) {
       if (!c.takes_part(t)) continue;
-      const auto first = out.experts.begin() + t * c.K;
+      const auto first = out.expert_indices.begin() + t * c.K;
       const std::set<std::int32_t> distinct(first, first + c.K);
       EXPECT(static_cast<std::int64_t>(distinct.size()) == c.K && *distinct.begin() >= 0 &&
              *distinct.rbegin() < c.E);
@@ -150,7 +151,7 @@ void expect_distinct_experts_whatever_the_logits() {
 
 }  // namespace
 
-void test_routing() {
+void test_topk_gating() {
   for (const std::int64_t T : {0, 1, 7, 255, 256, 700}) {
     for (const std::int64_t E : {1, 3, 8}) {
       for (std::int64_t K = 0; K <= E; K += E == 8 ? 2 : 1) {

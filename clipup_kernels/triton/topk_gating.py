@@ -1,10 +1,10 @@
 """topk_gating: softmax over the experts, the k best of them, and their statistics, in one pass over the logits.
 
-    logits --_gating--> gates, experts, top_prob, and by program: sums of probabilities, of z^2, of tokens, of picks
-    these sums --_reduce--> mean_probs, z_loss, picks
+    logits --_gating--> gates, expert_indices, top_prob; per program: sums of probabilities and z^2, counts of tokens
+    these partial sums --_reduce--> mean_probs, z_loss, tokens_per_expert
 
-Every program sums over its own range of tokens, and ``_reduce`` adds the programs' sums in a fixed order. Their number
-depends on T and E alone, never on the device, so every GPU adds in the same order.
+Every program sums over its own range of tokens, and ``_reduce`` adds the programs' sums in a fixed order. The number of
+programs depends only on T and E, never on the device, so every GPU adds in the same order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .launch import dense
 from .variants import Variant, signature
 
 _MAX_PROGRAMS = 512
-_TILE = 1024  # elements of a tile of tokens and experts: 8 a thread, for several of them stay in registers
+_TILE = 1024  # elements of a tile of tokens and experts: 8 per thread, because several tiles stay in registers
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 _TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -47,8 +47,8 @@ def _softmax(logits, mask, tokens, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "tiles"])
 def _gating(
-    logits, selection_bias, mask, gates, experts, top_prob, prob_sums, z_sums, token_counts, pick_counts, T, tiles,
-    E: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    logits, selection_bias, mask, gates, expert_indices, top_prob, prob_sums, z_sums, token_counts, choice_counts, T,
+    tiles, E: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -57,7 +57,7 @@ def _gating(
     prob_sum = tl.zeros([BLOCK_E], tl.float32)
     z_sum = tl.zeros([BLOCK_T], tl.float32)
     token_count = tl.zeros([BLOCK_T], tl.int32)
-    picks = tl.zeros([BLOCK_K, BLOCK_E], tl.int32)
+    tokens_per_expert = tl.zeros([BLOCK_K, BLOCK_E], tl.int32)
     for tile in range(tiles):
         tokens = (program * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         scores, probs, log_sum, takes_part = _softmax(logits, mask, tokens, T, E, BLOCK_E)
@@ -81,7 +81,7 @@ def _gating(
             chosen = tl.where(choices[None, :] == k, expert[:, None], chosen)
             weights = tl.where(choices[None, :] == k, prob[:, None], weights)
             hits = tl.sum((hit & takes_part[:, None]).to(tl.int32), axis=0)
-            picks += tl.where(choices[:, None] == k, hits[None, :], 0)
+            tokens_per_expert += tl.where(choices[:, None] == k, hits[None, :], 0)
             free = free & (columns[None, :] != expert[:, None])
         if RENORMALIZE:  # an underflow of every chosen probability gives gates of 0, not NaN
             weights = weights / tl.maximum(tl.sum(weights, axis=1), _TINY)[:, None]
@@ -89,22 +89,22 @@ def _gating(
         place = tokens.to(tl.int64)[:, None] * K + choices[None, :]
         inside = (tokens[:, None] < T) & (choices[None, :] < K)
         tl.store(gates + place, tl.where(takes_part[:, None], weights, 0.0), mask=inside)
-        tl.store(experts + place, tl.where(takes_part[:, None], chosen, -1), mask=inside)
+        tl.store(expert_indices + place, tl.where(takes_part[:, None], chosen, -1), mask=inside)
         tl.store(top_prob + tokens, tl.where(takes_part, tl.max(probs, axis=1), 0.0), mask=tokens < T)
 
     tl.store(prob_sums + program * E + columns, prob_sum, mask=columns < E)
     tl.store(z_sums + program, tl.sum(z_sum, axis=0))
     tl.store(token_counts + program, tl.sum(token_count, axis=0))
     place = (program * K + choices[:, None]) * E + columns[None, :]
-    tl.store(pick_counts + place, picks, mask=(choices[:, None] < K) & (columns[None, :] < E))
+    tl.store(choice_counts + place, tokens_per_expert, mask=(choices[:, None] < K) & (columns[None, :] < E))
 
 
 @triton.jit(do_not_specialize=["programs"])
 def _reduce(
-    prob_sums, z_sums, token_counts, pick_counts, mean_probs, z_loss, picks, programs,
+    prob_sums, z_sums, token_counts, choice_counts, mean_probs, z_loss, tokens_per_expert, programs,
     E: tl.constexpr, K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Program k < K adds up the picks of choice k, program K everything else."""
+    """Program k < K adds up tokens per expert of choice k, program K everything else."""
     task = tl.program_id(0)
     columns = tl.arange(0, BLOCK_E)
     if task < K:
@@ -112,8 +112,10 @@ def _reduce(
         for start in range(0, programs, BLOCK_P):
             program = start + tl.arange(0, BLOCK_P)
             inside = (program[:, None] < programs) & (columns[None, :] < E)
-            counts += tl.load(pick_counts + (program[:, None] * K + task) * E + columns[None, :], mask=inside, other=0)
-        tl.store(picks + task * E + columns, tl.sum(counts, axis=0), mask=columns < E)
+            counts += tl.load(
+                choice_counts + (program[:, None] * K + task) * E + columns[None, :], mask=inside, other=0
+            )
+        tl.store(tokens_per_expert + task * E + columns, tl.sum(counts, axis=0), mask=columns < E)
     else:
         probs = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
         z = tl.zeros([BLOCK_P], tl.float32)
@@ -131,7 +133,7 @@ def _reduce(
 
 @triton.jit(do_not_specialize=["T"])
 def _gating_backward(
-    logits, experts, mask, participating, d_gates, d_top_prob, d_mean_probs, d_z_loss, d_logits, T,
+    logits, expert_indices, mask, participating, d_gates, d_top_prob, d_mean_probs, d_z_loss, d_logits, T,
     E: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_E)
@@ -156,7 +158,7 @@ def _gating_backward(
         chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
         for k in range(K):
             place = tokens.to(tl.int64) * K + k
-            expert = tl.load(experts + place, mask=takes_part, other=-1)
+            expert = tl.load(expert_indices + place, mask=takes_part, other=-1)
             hit = columns[None, :] == expert[:, None]
             d_gate += tl.where(hit, tl.load(d_gates + place, mask=takes_part, other=0.0)[:, None], 0.0)
             chosen += hit.to(tl.int32)
@@ -192,12 +194,12 @@ def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple
     logits, selection_bias, mask = dense(logits, selection_bias, mask)
     num_tokens, num_experts = logits.shape
     gates = logits.new_empty(num_tokens, k)
-    experts = logits.new_empty(num_tokens, k, dtype=torch.int32)
+    expert_indices = logits.new_empty(num_tokens, k, dtype=torch.int32)
     top_prob = logits.new_empty(num_tokens)
     statistics = logits.new_zeros if num_tokens == 0 else logits.new_empty
     mean_probs, z_loss = statistics(num_experts), statistics(())
-    picks = statistics(k, num_experts, dtype=torch.int32)
-    outputs = (gates, experts, top_prob, mean_probs, z_loss, picks)
+    tokens_per_expert = statistics(k, num_experts, dtype=torch.int32)
+    outputs = (gates, expert_indices, top_prob, mean_probs, z_loss, tokens_per_expert)
     if num_tokens == 0:
         return outputs
 
@@ -213,32 +215,34 @@ def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple
     )
     with torch.cuda.device_of(logits):
         _gating[(programs,)](
-            logits, selection_bias, mask, gates, experts, top_prob, *partial_sums, num_tokens, tiles,
+            logits, selection_bias, mask, gates, expert_indices, top_prob, *partial_sums, num_tokens, tiles,
             E=num_experts, K=k, RENORMALIZE=renormalize, **blocks, **_OPTIONS,
         )  # fmt: skip
         _reduce[(k + 1,)](
-            *partial_sums, mean_probs, z_loss, picks, programs,
+            *partial_sums, mean_probs, z_loss, tokens_per_expert, programs,
             E=num_experts, K=k, **_reduce_blocks(num_experts), **_OPTIONS,
         )  # fmt: skip
     return outputs
 
 
 def topk_gating_backward(
-    logits, experts, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
+    logits, expert_indices, renormalize, mask=None, d_gates=None, d_top_prob=None, d_mean_probs=None, d_z_loss=None
 ) -> Tensor:
     num_tokens, num_experts = logits.shape
     counted = mask is not None and (d_mean_probs is not None or d_z_loss is not None)
     participating = mask.sum() if counted else None
-    logits, experts, mask, *gradients = dense(logits, experts, mask, d_gates, d_top_prob, d_mean_probs, d_z_loss)
+    logits, expert_indices, mask, *gradients = dense(
+        logits, expert_indices, mask, d_gates, d_top_prob, d_mean_probs, d_z_loss
+    )
     d_logits = torch.empty_like(logits)
     if num_tokens == 0:
         return d_logits
-    k = experts.shape[1]
+    k = expert_indices.shape[1]
     blocks = _blocks(num_experts, k)
     del blocks["BLOCK_K"]
     with torch.cuda.device_of(logits):
         _gating_backward[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
-            logits, experts, mask, participating, *gradients, d_logits, num_tokens,
+            logits, expert_indices, mask, participating, *gradients, d_logits, num_tokens,
             E=num_experts, K=k, RENORMALIZE=renormalize, **blocks, **_OPTIONS,
         )  # fmt: skip
     return d_logits
@@ -246,11 +250,11 @@ def topk_gating_backward(
 
 def variants(arch: int) -> Iterator[Variant]:
     """The kernels for routers of 8, 64 and 256 experts; other numbers of experts and choices differ in constants."""
-    pointers = {"logits": "*fp32", "gates": "*fp32", "experts": "*i32", "top_prob": "*fp32", "prob_sums": "*fp32"}
-    pointers |= {"z_sums": "*fp32", "token_counts": "*i32", "pick_counts": "*i32", "mean_probs": "*fp32"}
-    pointers |= {"z_loss": "*fp32", "picks": "*i32", "participating": "*i64", "d_gates": "*fp32"}
-    pointers |= {"d_top_prob": "*fp32", "d_mean_probs": "*fp32", "d_z_loss": "*fp32", "d_logits": "*fp32"}
-    pointers |= {"selection_bias": "*fp32", "mask": "*u8"}
+    floats = ("logits", "selection_bias", "gates", "top_prob", "prob_sums", "z_sums", "mean_probs", "z_loss")
+    gradients = ("d_gates", "d_top_prob", "d_mean_probs", "d_z_loss", "d_logits")
+    integers = ("expert_indices", "token_counts", "choice_counts", "tokens_per_expert")
+    pointers = dict.fromkeys((*floats, *gradients), "*fp32") | dict.fromkeys(integers, "*i32")
+    pointers |= {"participating": "*i64", "mask": "*u8"}
     types = pointers | {"T": "i32", "tiles": "i32", "programs": "i32"}
 
     def variant(name, kernel, **constants) -> Variant:

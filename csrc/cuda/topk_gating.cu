@@ -1,7 +1,7 @@
 // Gating on CUDA devices: softmax over the experts, the K best of them and their statistics.
 //
-//   gating_kernel    logits -> gates, experts, top_prob; of every block of tokens: sums and picks
-//   reduce_kernel    these sums, block by block in order -> mean_probs, z_loss, picks
+//   gating_kernel    logits -> gates, expert_indices, top_prob; of every block of tokens: sums and tokens_per_expert
+//   reduce_kernel    these sums, block by block in order -> mean_probs, z_loss, tokens_per_expert
 #include <cfloat>
 #include <climits>
 #include <cstdint>
@@ -14,13 +14,13 @@
 namespace clipup::cuda {
 namespace {
 
-constexpr int kPickCounters = 4096;
+constexpr int kSharedCounters = 4096;
 
 // What the blocks hand to `reduce_kernel`: [blocks, E+2] sums of the E probabilities, of logsumexp^2 and of tokens that
-// take part, and [blocks, K*E] picks.
+// take part, and [blocks, K*E] tokens_per_expert.
 struct Partials {
   float* sums;
-  std::int32_t* picks;
+  std::int32_t* tokens_per_expert;
 };
 
 Partials partials_at(void* workspace, const TokenGrid& grid) {
@@ -61,23 +61,25 @@ __device__ int best_expert(const float (&scores)[kValues], unsigned taken, int l
   return best;
 }
 
-// How often the tokens [begin, end) chose each expert as their k-th choice. The block has written `experts` itself; the
+// How often the tokens [begin, end) chose each expert as their k-th choice. The block has written `expert_indices` itself; the
 // counters hold some choices at a time.
-__device__ void count_picks(const std::int32_t* experts, std::int64_t begin, std::int64_t end,
-                            const TokenGrid& grid, std::int32_t* picks) {
-  __shared__ int counters[kPickCounters];
-  const int most = kPickCounters / grid.E;
+__device__ void count_tokens_per_expert(const std::int32_t* expert_indices, std::int64_t begin,
+                                        std::int64_t end, const TokenGrid& grid,
+                                        std::int32_t* tokens_per_expert) {
+  __shared__ int counters[kSharedCounters];
+  const int most = kSharedCounters / grid.E;
   for (int first = 0; first < grid.K; first += most) {
     const int choices = grid.K - first < most ? grid.K - first : most;
     for (int i = threadIdx.x; i < choices * grid.E; i += blockDim.x) counters[i] = 0;
     __syncthreads();
     for (std::int64_t i = threadIdx.x; i < (end - begin) * choices; i += blockDim.x) {
       const int k = static_cast<int>(i % choices);
-      const std::int32_t expert = experts[(begin + i / choices) * grid.K + first + k];
+      const std::int32_t expert = expert_indices[(begin + i / choices) * grid.K + first + k];
       if (expert >= 0) atomicAdd(&counters[k * grid.E + expert], 1);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < choices * grid.E; i += blockDim.x) picks[first * grid.E + i] = counters[i];
+    for (int i = threadIdx.x; i < choices * grid.E; i += blockDim.x)
+      tokens_per_expert[first * grid.E + i] = counters[i];
     __syncthreads();  // the counters are free for the next choices
   }
 }
@@ -86,7 +88,7 @@ template <int kValues>
 __global__ void __launch_bounds__(kGatingThreads)
     gating_kernel(const float* __restrict__ logits, const std::uint8_t* __restrict__ mask,
                   const float* __restrict__ selection_bias, TokenGrid grid, bool renormalize,
-                  float* __restrict__ gates, std::int32_t* experts, float* __restrict__ top_prob,
+                  float* __restrict__ gates, std::int32_t* expert_indices, float* __restrict__ top_prob,
                   Partials partials) {
   const int lanes = grid.lanes;
   const int lane = threadIdx.x % lanes;
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(kGatingThreads)
       const int k = v * lanes + lane;
       if (k >= grid.K) continue;
       gates[t * grid.K + k] = takes_part ? chosen_probs[v] / divisor : 0.0F;
-      experts[t * grid.K + k] = takes_part ? chosen[v] : -1;
+      expert_indices[t * grid.K + k] = takes_part ? chosen[v] : -1;
     }
     if (lane == 0) top_prob[t] = takes_part ? token.top : 0.0F;
   }
@@ -175,7 +177,8 @@ __global__ void __launch_bounds__(kGatingThreads)
     for (int w = 0; w < kGatingWarps; ++w) sum += of_warp[w][column];
     partials.sums[blockIdx.x * (grid.E + 2) + column] = sum;
   }
-  count_picks(experts, begin, end, grid, partials.picks + std::int64_t{blockIdx.x} * grid.K * grid.E);
+  count_tokens_per_expert(expert_indices, begin, end, grid,
+                          partials.tokens_per_expert + std::int64_t{blockIdx.x} * grid.K * grid.E);
 }
 
 // The sum of a column over all rows, in the threads of the column, one in kWarp. Every thread of the block must call
@@ -198,19 +201,19 @@ __device__ Sum column_sum(const Value* partials, std::int64_t rows, int columns,
 
 int column_blocks(std::int64_t columns) { return static_cast<int>((columns + kWarp - 1) / kWarp); }
 
-// The first `pick_blocks` blocks add up picks, kWarp columns each, the others probabilities and logsumexp^2.
+// The first `count_blocks` blocks add up tokens_per_expert, kWarp columns each, the others probabilities and logsumexp^2.
 __global__ void __launch_bounds__(kGatingThreads)
-    reduce_kernel(Partials partials, TokenGrid grid, int pick_blocks, float* __restrict__ mean_probs,
-                  float* __restrict__ z_loss, std::int32_t* __restrict__ picks) {
+    reduce_kernel(Partials partials, TokenGrid grid, int count_blocks, float* __restrict__ mean_probs,
+                  float* __restrict__ z_loss, std::int32_t* __restrict__ tokens_per_expert) {
   const int block = static_cast<int>(blockIdx.x);
   const int lane = threadIdx.x % kWarp;
-  if (block < pick_blocks) {
+  if (block < count_blocks) {
     const int column = block * kWarp + lane;
-    const int sum = column_sum<int>(partials.picks, grid.blocks, grid.K * grid.E, column);
-    if (threadIdx.x < kWarp && column < grid.K * grid.E) picks[column] = sum;
+    const int sum = column_sum<int>(partials.tokens_per_expert, grid.blocks, grid.K * grid.E, column);
+    if (threadIdx.x < kWarp && column < grid.K * grid.E) tokens_per_expert[column] = sum;
     return;
   }
-  const int column = (block - pick_blocks) * kWarp + lane;
+  const int column = (block - count_blocks) * kWarp + lane;
   const double sum = column_sum<double>(partials.sums, grid.blocks, grid.E + 2, column);
   const double tokens = column_sum<double>(partials.sums, grid.blocks, grid.E + 2, grid.E + 1);
   const auto mean = static_cast<float>(sum * (tokens == 0.0 ? 0.0 : 1.0 / tokens));
@@ -228,24 +231,24 @@ std::int64_t topk_gating_workspace_bytes(std::int64_t T, std::int64_t E, std::in
 }
 
 void topk_gating(const float* logits, const std::uint8_t* mask, const float* selection_bias, std::int64_t T,
-                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* experts,
-                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* picks, void* workspace,
-                 void* stream) {
+                 std::int64_t E, std::int64_t K, bool renormalize, float* gates, std::int32_t* expert_indices,
+                 float* top_prob, float* mean_probs, float* z_loss, std::int32_t* tokens_per_expert,
+                 void* workspace, void* stream) {
   check_gating_sizes(T, E, K);
   check_most_experts(E);
   check_pointer("logits", logits, T * E);
-  check_gating_outputs(T, E, K, gates, experts, top_prob, mean_probs, z_loss, picks);
+  check_gating_outputs(T, E, K, gates, expert_indices, top_prob, mean_probs, z_loss, tokens_per_expert);
   check_pointer("workspace", workspace, topk_gating_workspace_bytes(T, E, K));
 
   const TokenGrid grid = token_grid(T, E, K);
   const Partials partials = partials_at(workspace, grid);
   with_values(grid.values, [&](auto values) {
     launch("topk_gating", gating_kernel<decltype(values)::value>, grid.blocks, kGatingThreads, stream, logits,
-           mask, selection_bias, grid, renormalize, gates, experts, top_prob, partials);
+           mask, selection_bias, grid, renormalize, gates, expert_indices, top_prob, partials);
   });
-  const int pick_blocks = column_blocks(K * E);
-  launch("topk_gating", reduce_kernel, pick_blocks + column_blocks(E + 1), kGatingThreads, stream, partials,
-         grid, pick_blocks, mean_probs, z_loss, picks);
+  const int count_blocks = column_blocks(K * E);
+  launch("topk_gating", reduce_kernel, count_blocks + column_blocks(E + 1), kGatingThreads, stream, partials,
+         grid, count_blocks, mean_probs, z_loss, tokens_per_expert);
 }
 
 }  // namespace clipup::cuda

@@ -1,0 +1,227 @@
+"""Which backend computes which op, on which device and in which type: one table, best first.
+
+A further backend is a module with functions that are named after ops, and an entry in ``BACKENDS``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import FLOATING
+from . import extension
+from .extension import FORCE_BACKEND, FORCE_TIER
+
+ROUTING = ("router_logits", "router_logits_backward", "topk_gating", "topk_gating_backward", "dispatch")
+ROWS = ("permute", "gather_sum", "combine", "combine_backward")
+PRODUCTS = ("grouped_linear", "grouped_linear_backward", "expert_mlp_forward", "expert_mlp_backward", "dense_mlp")
+"""``dense_mlp`` is for inference: on CUDA devices it is torch's own products."""
+PACKED = ("packed_grouped_linear", "packed_expert_mlp", "packed_dense_mlp")
+
+
+class Backend(NamedTuple):
+    """One implementation of some ops."""
+
+    name: str
+    """Its name in ``CLIPUP_BACKEND`` and in ``backend_info()``."""
+    device: str | None
+    """The device type that it runs on; None: all."""
+    modules: Mapping[str, str]
+    """For every op that it computes, the module (under ``clipup_kernels``) that has a function of the op's name. It is
+    imported at the op's first call."""
+    unavailable: Callable[[int | None], str | None]
+    """Why it cannot run; None where it can. Takes the index of a CUDA device; None asks about the installation."""
+    preferred: Callable[[torch.dtype], str | None]
+    """Why it comes before the backends below it for a type; None: it runs only if ``CLIPUP_BACKEND`` names it."""
+    float64: bool = False
+    """Whether it also computes in float64."""
+
+    def computes(self, op: str, dtype: torch.dtype, device: str) -> bool:
+        return op in self.modules and self.device in (None, device) and (self.float64 or dtype != torch.float64)
+
+
+class Choice(NamedTuple):
+    """The backend that computes an op, and why it does."""
+
+    backend: Backend
+    reason: str
+
+
+def _without_extension(index: int | None = None) -> str | None:
+    return None if extension.NATIVE is not None else f"there is no compiled extension ({extension.FALLBACK_REASON})"
+
+
+def _without_triton(index: int | None = None) -> str | None:
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, where the kernels are untested"
+    if importlib.util.find_spec("triton") is None:
+        return 'Triton is not installed; install it with: pip install "triton"'
+    if index is not None and (capability := torch.cuda.get_device_capability(index)) < (8, 0):
+        return f"cuda:{index} has compute capability {capability[0]}.{capability[1]}, and Triton needs 8.0"
+    return None
+
+
+def _without_cuda_extension(index: int | None = None) -> str | None:
+    if (reason := _without_extension()) is not None:
+        return reason
+    return None if extension.NATIVE.build_info()["cuda"] else "the compiled extension was built without CUDA"
+
+
+def _matmul_is_faster(dtype: torch.dtype) -> str | None:
+    """Where torch uses instructions that the micro-kernels of csrc/cpu lack."""
+    if os.environ.get(FORCE_TIER):
+        return None
+    if extension.NATIVE.instruction_tier() == "portable":
+        return "the C++ kernels use no vector instructions of this CPU"
+    if dtype == torch.bfloat16 and extension.NATIVE.has_matrix_tiles():
+        return "this CPU multiplies bfloat16 in AMX tiles, which the C++ kernels do not use"
+    return None
+
+
+BACKENDS = (
+    Backend(
+        "torch_matmul", "cpu", dict.fromkeys(PRODUCTS, "backends.torch_matmul"), _without_extension, _matmul_is_faster
+    ),
+    Backend(
+        "cpp",
+        "cpu",
+        dict.fromkeys((*ROUTING, *ROWS, *PRODUCTS, *PACKED), "backends.cpp"),
+        _without_extension,
+        lambda dtype: "the extension is compiled",
+    ),
+    Backend(
+        "triton",
+        "cuda",
+        {
+            "router_logits": "triton.router_logits",
+            "router_logits_backward": "triton.router_logits",
+            "topk_gating": "triton.topk_gating",
+            "topk_gating_backward": "triton.topk_gating",
+            "dispatch": "triton.dispatch",
+            **dict.fromkeys(ROWS, "triton.rows"),
+            "grouped_linear": "triton.grouped_linear",
+            "grouped_linear_backward": "triton.grouped_linear",
+            "expert_mlp_forward": "triton.expert_mlp",
+            "expert_mlp_backward": "triton.expert_mlp_backward",
+        },
+        _without_triton,
+        lambda dtype: "Triton is installed",
+    ),
+    Backend(  # not yet measured on a GPU (benchmarks/gpu_stages.py)
+        "cpp_cuda",
+        "cuda",
+        dict.fromkeys(("topk_gating", "topk_gating_backward", "dispatch"), "backends.cpp_cuda"),
+        _without_cuda_extension,
+        lambda dtype: None,
+    ),
+    Backend(
+        "torch_eager",
+        None,
+        dict.fromkeys((*ROUTING, *ROWS, *PRODUCTS), "backends.torch_eager"),
+        lambda index: None,
+        lambda dtype: "it computes every op in every type on any device",
+        float64=True,
+    ),
+)
+"""Best first: an op goes to the first backend that computes it, is available and is preferred to those below it."""
+
+
+def by_name(name: str) -> Backend:
+    return next(backend for backend in BACKENDS if backend.name == name)
+
+
+def forced() -> str | None:
+    """The backend that ``CLIPUP_BACKEND`` names: it computes every op that it has.
+
+    Raises:
+        ValueError: no backend has this name.
+    """
+    name = os.environ.get(FORCE_BACKEND)
+    names = [backend.name for backend in BACKENDS]
+    if name and name not in names:
+        raise ValueError(f"{FORCE_BACKEND} must be one of {', '.join(names)}, or unset; got {name!r}")
+    return name or None
+
+
+forced()  # an unknown name is refused at import
+
+
+def choose(op: str, dtype: torch.dtype, device: str, index: int | None = None) -> Choice:
+    """The backend for an op whose first argument has type ``dtype``.
+
+    Args:
+        device: the device type, "cpu" or "cuda".
+        index: of the CUDA device; None asks about the installation and touches no GPU.
+
+    Raises:
+        RuntimeError: ``CLIPUP_BACKEND`` names a backend that cannot run, or no backend computes the op.
+    """
+    candidates = [backend for backend in BACKENDS if backend.computes(op, dtype, device)]
+    name = forced()
+    for backend in candidates:
+        if backend.name == name:
+            if (reason := backend.unavailable(index)) is not None:
+                raise RuntimeError(f"{FORCE_BACKEND}={name} is set, but {reason}; unset it to run another backend")
+            return Choice(backend, f"{FORCE_BACKEND}={name} is set")
+    for backend in candidates:
+        if backend.unavailable(index) is None and (reason := backend.preferred(dtype)) is not None:
+            return Choice(backend, reason)
+    reasons = "; ".join(f"{backend.name}: {backend.unavailable(index)}" for backend in candidates)
+    raise RuntimeError(f"no backend computes {op} in {dtype} on {device} ({reasons or 'it has no kernel there'})")
+
+
+def table(device: str) -> dict[str, dict[torch.dtype, Choice]]:
+    """The choice for every op and type on a device type of this installation; touches no GPU."""
+    ops = (*ROUTING, *ROWS, *PRODUCTS)
+    return {op: {dtype: choose(op, dtype, device) for dtype in FLOATING} for op in ops}
+
+
+@functools.cache
+def function_of(op: str, dtype: torch.dtype, device: str, index: int | None = None) -> Callable:
+    """The function that computes an op; imports its module, and warns once for a GPU that cannot run Triton."""
+    backend, _ = choose(op, dtype, device, index)
+    if device == "cuda" and dtype != torch.float64 and backend.name != forced():
+        _warn_without_triton(index)
+    return getattr(importlib.import_module(f"clipup_kernels.{backend.modules[op]}"), op)
+
+
+@functools.cache
+def _warn_without_triton(index: int) -> None:
+    if (reason := _without_triton(index)) is not None:
+        warnings.warn(
+            f"clipup_kernels runs plain torch on cuda:{index}, which is slower ({reason})", RuntimeWarning, stacklevel=4
+        )
+
+
+def kernel_of(op: str, device: str) -> Callable:
+    """What is registered for an op on a device type: it looks up the backend at every call."""
+
+    def on_cpu(first: Tensor, *args):
+        return function_of(op, first.dtype, "cpu")(first, *args)
+
+    def on_cuda(first: Tensor, *args):
+        return function_of(op, first.dtype, "cuda", first.device.index)(first, *args)
+
+    return {"cpu": on_cpu, "cuda": on_cuda}[device]
+
+
+def packed_kernel_of(op: str, check_layout: Callable[[torch.dtype, str], None]) -> Callable:
+    """``kernel_of`` on the CPU for an op on packed weights: its last argument, the layout, is checked and dropped.
+
+    The layout is an argument of the op because an exported program may run on another machine than it was made on.
+    """
+
+    def kernel(first: Tensor, *args):
+        *others, layout = args
+        check_layout(first.dtype, layout)
+        return function_of(op, first.dtype, "cpu")(first, *others)
+
+    return kernel

@@ -1,1 +1,0 @@
-from small_pictograms import read  # noqa: F401
