@@ -102,17 +102,17 @@ def build(cfg: dict, seed: int = 0) -> nn.Module:
     if "multimodal_cfg" in cfg:
         model = CoCa(**cfg)
         torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # open_clip does not initialize it
-        return randomize_biases_and_norms(model)
-    return randomize_biases_and_norms((open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**cfg))
+        return draw_biases_and_norms(model)
+    return draw_biases_and_norms((open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**cfg))
 
 
 def timm_model(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = TIMM[name]() if name in TIMM else timm.create_model(name)
-    return randomize_biases_and_norms(model)
+    return draw_biases_and_norms(model)
 
 
-def randomize_biases_and_norms(model: nn.Module) -> nn.Module:
+def draw_biases_and_norms(model: nn.Module) -> nn.Module:
     """Adds noise to biases and norms, which start as zeros or ones and would have no effect in a test."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
