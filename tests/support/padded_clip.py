@@ -1,4 +1,4 @@
-"""Sparse CLIPs whose experts differ and whose routers are sure, so that what is routed where shows in the features."""
+"""Sparse CLIPs with different experts and confident routers, so that the features depend on the routing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from clipup import MoEConfig, SparseMoE, moe_layers, upcycle
 
 
 def sparse_clip(kind: str = "gelu", **options: Any) -> nn.Module:
-    """CLIP-UP with 4 experts in training mode; ``options`` are ``MoEConfig``'s."""
+    """CLIP-UP with 4 experts in training mode. ``options`` are passed to ``MoEConfig``."""
     model = upcycle(tiny_clip(kind), MoEConfig.clip_up(**{"num_experts": 4, **options}), inplace=True)
     return randomise_experts(model)
 
@@ -35,7 +35,7 @@ def text_layers(model: nn.Module) -> list[SparseMoE]:
 
 
 def routed_texts(model: nn.Module) -> list[Tensor | None]:
-    """The mask [T] that each sparse layer of the text tower got in its last forward, None for all tokens."""
+    """The mask [T] in the last forward of each sparse layer of the text tower. None means all tokens."""
     layers = text_layers(model)
     assert layers
     return [layer.state.last_routing.mask for layer in layers]

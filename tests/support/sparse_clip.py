@@ -1,4 +1,4 @@
-"""A tiny sparse CLIP whose experts differ, with its transform and tokenizer, and pictures and captions for it."""
+"""A tiny sparse CLIP whose experts differ, with its transform and tokenizer, images and captions."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def dense_clip() -> nn.Module:
     return tiny_clip(text_cfg=sparse_config()["text_cfg"])
 
 
-def sparse_clip(parted: float = 0.02, **options) -> nn.Module:
-    """``dense_clip`` upcycled, every expert moved by noise, and routers that are surer than fresh ones."""
+def sparse_clip(noise: float = 0.02, **options) -> nn.Module:
+    """``dense_clip`` upcycled, with noise added to every expert and more confident routers."""
     config = MoEConfig(**{"num_experts": EXPERTS, "top_k": CHOICES, **options})
     model = upcycle(dense_clip(), config).eval()
     torch.manual_seed(1)
@@ -41,7 +41,7 @@ def sparse_clip(parted: float = 0.02, **options) -> nn.Module:
         for layer in moe_layers(model).values():
             layer.router.weight.mul_(20)
             for weight in (layer.in_weight, layer.out_weight):
-                weight.add_(parted * torch.randn_like(weight))
+                weight.add_(noise * torch.randn_like(weight))
     return model
 
 

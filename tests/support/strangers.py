@@ -1,4 +1,4 @@
-"""Data that would run code if they were unpickled."""
+"""Pickles that run code when they are loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class MakesFile:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Small CLIP models of every kind that upcycles, built from dicts in milliseconds."""
+"""Small CLIP models of every kind that can be upcycled, created from configs in milliseconds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONFIGS = {
         "text_cfg": _TEXT,
     },
 }
-"""open_clip's ``model_cfg`` by the name of a kind. All but "timm" have 4 blocks a tower."""
+"""open_clip's ``model_cfg`` of each kind. All except "timm" have 4 blocks per tower."""
 
 
 def tiny_config(kind: str = "gelu") -> dict:
@@ -45,10 +45,10 @@ def tiny_config(kind: str = "gelu") -> dict:
 
 
 def tiny_clip(kind: str = "gelu", seed: int = 0, text_cfg: dict | None = None) -> nn.Module:
-    """A float32 model in training mode with all parameters drawn at random, biases and layer norms too.
+    """A float32 model in training mode. All parameters are random, also biases and layer norms.
 
     Args:
-        text_cfg: options of the text tower that change the kind's own.
+        text_cfg: overrides of the kind's text tower options.
     """
     torch.manual_seed(seed)
     config = tiny_config(kind)

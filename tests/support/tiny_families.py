@@ -1,4 +1,4 @@
-"""A small real model of every family whose MLPs can become experts, built in milliseconds and without a network."""
+"""A small model of every supported MLP family, created in milliseconds and without a network."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TIMM: dict[str, Callable[[], nn.Module]] = {
         depths=(1, 2, 1, 1), dims=(16, 16, 24, 24), num_classes=16, ls_init_value=0.5
     ),
 }
-"""timm models by the names of their block and MLP."""
+"""timm models by the class names of their block and MLP."""
 
 
 def mt5_config(feed_forward: str) -> transformers.PretrainedConfig:
@@ -72,11 +72,11 @@ HUGGING_FACE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "RobertaLayer": lambda: bert_config("Roberta"),
     "XLMRobertaLayer": lambda: bert_config("XLMRoberta", "gelu_new"),
 }
-"""Configs of Hugging Face text towers by the names of their block and MLP."""
+"""Configs of Hugging Face text towers by the class names of their block and MLP."""
 
 
 def hugging_face_cfg(config: transformers.PretrainedConfig, directory: Path) -> dict:
-    """open_clip's ``model_cfg`` of a CLIP with that text tower, whose config is read from ``directory``."""
+    """open_clip's ``model_cfg`` of a CLIP with this text tower, whose config is read from ``directory``."""
     config.save_pretrained(directory)
     text = {"hf_model_name": str(directory), "hf_model_pretrained": False, "hf_tokenizer_name": str(directory)}
     text |= {"hf_pooler_type": "mean_pooler", "hf_proj_type": "mlp"}
@@ -84,7 +84,7 @@ def hugging_face_cfg(config: transformers.PretrainedConfig, directory: Path) -> 
 
 
 def coca_cfg() -> dict:
-    """open_clip's ``model_cfg`` of a CoCa: towers for images and texts, and a decoder of 2 layers."""
+    """open_clip's ``model_cfg`` of a CoCa: image and text towers, and a decoder with 2 layers."""
     return {
         "embed_dim": 32,
         "vision_cfg": {**_VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
@@ -95,13 +95,13 @@ def coca_cfg() -> dict:
 
 
 def build(cfg: dict, seed: int = 0) -> nn.Module:
-    """The model of a ``model_cfg``, in training mode with all parameters drawn at random."""
+    """The model of a ``model_cfg``, in training mode with random parameters."""
     torch.manual_seed(seed)
     cfg = dict(cfg)
     is_custom = cfg.pop("custom_text", True)
     if "multimodal_cfg" in cfg:
         model = CoCa(**cfg)
-        torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # which open_clip leaves as it found it
+        torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # open_clip does not initialize it
         return draw_biases_and_norms(model)
     return draw_biases_and_norms((open_clip.CustomTextCLIP if is_custom else open_clip.CLIP)(**cfg))
 
@@ -113,7 +113,7 @@ def timm_model(name: str, seed: int = 0) -> nn.Module:
 
 
 def draw_biases_and_norms(model: nn.Module) -> nn.Module:
-    """Adds noise to what starts as zeros or ones, so that nothing passes a test because it does nothing."""
+    """Adds noise to biases and norms, which start as zeros or ones and would have no effect in a test."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2 and "logit_scale" not in name:

@@ -148,6 +148,7 @@ def test_flops_accepts_the_options_of_upcycle(dense, capsys):
         return json.loads(capsys.readouterr().out)
 
     plain, last, shared = counts(), counts("--last-blocks", "1"), counts("--shared-expert")
+    assert counts("--score-function", "sigmoid") == plain
     assert last["params"] < plain["params"] < shared["params"]
     assert last["image_gflops"] < plain["image_gflops"] < shared["image_gflops"]
 

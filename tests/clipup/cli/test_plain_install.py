@@ -31,7 +31,7 @@ def tensorboard():
     train(TrainOptions(report_to="tensorboard", steps=1, name="board", device="cpu"), model=model,
           loader=[random_inputs(model, 2)])
 
-def said(call):
+def result_of(call):
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -42,8 +42,8 @@ def said(call):
 
 commands = json.loads(sys.argv[1])
 print(json.dumps({
-    **{" ".join(argv): said(lambda argv=argv: main(argv)) for argv in commands},
-    "icon": said(draw_icon), "tensorboard": said(tensorboard),
+    **{" ".join(argv): result_of(lambda argv=argv: main(argv)) for argv in commands},
+    "icon": result_of(draw_icon), "tensorboard": result_of(tensorboard),
 }))
 """
 NEEDS = {
@@ -60,7 +60,7 @@ WORKS = ["--version", "flops clipup-tiny-32", "doctor clipup-tiny-32", "upcycle 
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
+def results(tmp_path_factory):
     """Exit code and last line of stderr of every command, from one process without the packages."""
     directory = tmp_path_factory.mktemp("plain")
     (directory / "data.csv").write_text("filepath\ttitle\n0.png\tred\n")
@@ -75,13 +75,13 @@ def said(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", NEEDS)
-def test_missing_package_is_named_with_its_extra(said, command):
+def test_missing_package_is_named_with_its_extra(results, command):
     package, extra = NEEDS[command]
-    code, message = said[command]
+    code, message = results[command]
     assert code == 2
     assert message.endswith(f' needs the package {package}, which is not installed: pip install "clipup[{extra}]"')
 
 
 @pytest.mark.parametrize("command", WORKS)
-def test_command_works_without_any_extra(said, command):
-    assert said[command][0] == 0, said[command][1]
+def test_command_works_without_any_extra(results, command):
+    assert results[command][0] == 0, results[command][1]

@@ -57,7 +57,7 @@ def test_upcycled_experts_are_equal_and_equal_the_dense_mlp(name, tmp_path):
 
 
 def test_what_parts_the_experts_shows_in_all_cosines():
-    dense, sparse = dense_clip(), sparse_clip(parted=0.1)
+    dense, sparse = dense_clip(), sparse_clip(noise=0.1)
     for name, similarity in model_similarity(sparse, dense).items():
         layer, mlp = moe_layers(sparse)[name], dense.get_submodule(name)
         assert mean_cosine(similarity.first) < 0.99 and mean_cosine(similarity.second) < 0.99

@@ -60,8 +60,8 @@ def test_new_values_are_normal_with_the_mean_and_deviation_of_the_old_ones():
     for name in ("in_weight", "gate_weight", "out_weight"):
         for tensor, chosen in zip(experts[name], units, strict=True):
             replaced = by_unit(name, dense.parameters()[name])[chosen]
-            drawn = by_unit(name, tensor)[chosen]
-            standard = (drawn - replaced.mean()) / replaced.std(correction=0)
+            new = by_unit(name, tensor)[chosen]
+            standard = (new - replaced.mean()) / replaced.std(correction=0)
             count = standard.numel()
             assert standard.mean().abs() < 5 / count**0.5, name
             assert (standard.std() - 1).abs() < 5 / (2 * count) ** 0.5, name

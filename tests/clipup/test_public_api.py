@@ -1,0 +1,69 @@
+"""The public names of ``clipup``: imported on first access, but visible to dir, help, imports and type checkers."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import clipup
+import clipup_kernels
+
+SOURCE = Path(clipup.__file__)
+ROOT = SOURCE.parents[1]
+
+
+def output_of(program):
+    """What a Python program prints in a new process, in which no lazy name was accessed before."""
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_layer_alone_does_not_import_open_clip():
+    program = "import clipup, sys; clipup.SparseMoE(8, 16); print({'open_clip', 'timm'} & set(sys.modules))"
+    assert output_of(program) == "set()\n"
+
+
+def test_dir_lists_every_public_name_without_importing_it():
+    program = "import clipup, sys; print(set(clipup.__all__) - set(dir(clipup)), 'open_clip' in sys.modules)"
+    assert output_of(program) == "set() False\n"
+
+
+@pytest.mark.parametrize("statement", [f"from clipup import {', '.join(clipup.__all__)}", "from clipup import *"])
+def test_every_public_name_can_be_imported(statement):
+    program = (
+        f"{statement}\nimport clipup\nprint(all(globals()[name] is getattr(clipup, name) for name in clipup.__all__))"
+    )
+    assert output_of(program) == "True\n"
+
+
+def test_help_documents_every_public_name():
+    text = output_of("import clipup, pydoc; print(pydoc.render_doc(clipup, renderer=pydoc.plaintext))")
+    for name in clipup.__all__:
+        assert f"\n    {name}(" in text or f"class {name}(" in text, name
+
+
+def test_type_checkers_see_every_lazy_name_in_its_module():
+    tree = ast.parse(SOURCE.read_text("utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    imports = {alias.name: node.module for node in block.body for alias in node.names}
+    assert imports == clipup._LAZY
+    assert all(importlib.util.find_spec(f"clipup.{module}") for module in imports.values())
+    eager = {
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert set(imports) <= set(clipup.__all__) <= eager | set(imports)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'clipup' has no attribute 'nothing'"):
+        clipup.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("package", [clipup, clipup_kernels])
+def test_packages_have_a_version_and_type_information(package):
+    assert package.__version__ == clipup_kernels._version.__version__
+    assert Path(package.__file__).with_name("py.typed").is_file()
