@@ -130,7 +130,7 @@ TRAIN = "train --model dense --train-data x.csv"
         (f"{TRAIN} --save-frequency 0 --delete-previous-checkpoint", "has no effect with --save-frequency 0"),
         (
             f"{TRAIN} --batch-size 1 --coca-caption-loss-weight 3",
-            "coca_caption_loss_weight has no effect: the model has",
+            "coca_caption_loss_weight has no effect on a model without a decoder",
         ),
         (
             "train --model dense --train-data a.tar --csv-separator ,",
