@@ -1,3 +1,3 @@
-"""The version of both packages, and the only place that says it."""
+"""The version of both packages; the only place where it is written."""
 
 __version__ = "0.1.0"

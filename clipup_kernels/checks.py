@@ -1,4 +1,4 @@
-"""Argument checks of the public ops: every error names the argument, what came and what was expected."""
+"""Argument checks of the public ops: every error names the argument, the value and what was expected."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor(name: str, value: Any, shape: tuple[int | str, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
-    """Checks one tensor. A letter in ``shape`` admits any size and is only printed; an int must match."""
+    """Checks one tensor. A letter in ``shape`` matches any size; an int must match."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     fits = value.dim() == len(shape)
     if fits:
         for have, size in zip(value.shape, shape, strict=True):
             fits = fits and (isinstance(size, str) or have == size)
-    if not fits:  # the message is made here only: torch.compile cannot trace it for symbolic sizes
+    if not fits:  # formatted only here: torch.compile cannot trace it for symbolic sizes
         want = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{want}], got {list(value.shape)}")
     if value.dtype not in dtypes:
@@ -37,7 +37,7 @@ def optional(name: str, value: Tensor | None, shape: tuple, dtypes: tuple, like:
 
 
 def same_dtype(x_name: str, x: Tensor, **others: Any) -> None:
-    """Refuses a mix of floating types by name: casting is the caller's decision (a layer's, or autocast's)."""
+    """Refuses a mix of floating types by name: casting is up to the caller (the layer, or autocast)."""
     for name, value in others.items():
         if value is not None and not isinstance(value, Tensor | PackedWeight):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -82,7 +82,7 @@ def activation(name: str) -> None:
 
 
 def plan(value: Plan, num_tokens: int | str, like: Tensor, num_experts: int | str = "E") -> None:
-    """Checks the plan's shapes against ``num_tokens`` (an int, or a letter when the caller has no tokens at hand)."""
+    """Checks the plan's shapes against ``num_tokens`` (an int, or a letter if the caller has no tokens)."""
     if not isinstance(value, Plan):
         raise TypeError(f"plan must be the Plan that dispatch() returns, got {type(value).__name__}")
     int32 = (torch.int32,)
@@ -94,12 +94,12 @@ def plan(value: Plan, num_tokens: int | str, like: Tensor, num_experts: int | st
 
 
 def gates(value: Tensor, like: Tensor) -> None:
-    """Gates are float32 whatever the rows' type (float64 beside float64)."""
+    """Gates are float32 for every type of rows (float64 for float64)."""
     tensor("gates", value, ("T", "K"), (torch.float64 if like.dtype == torch.float64 else torch.float32,), like)
 
 
 def packed(name: str, value: Any, shape: tuple[int | str, ...], x: Tensor) -> None:
-    """Checks a packed weight against the x that it is multiplied with; ``shape`` as in ``tensor``."""
+    """Checks a packed weight for a product with x; ``shape`` as in ``tensor``."""
     if not isinstance(value, PackedWeight):
         raise TypeError(f"{name} must be packed like the other weights, got {type(value).__name__}; pack all or none")
     if len(value.shape) != len(shape) or any(
@@ -112,7 +112,7 @@ def packed(name: str, value: Any, shape: tuple[int | str, ...], x: Tensor) -> No
 
 
 def no_gradient(*tensors: Tensor | None) -> None:
-    """Refuses packed weights where a gradient would be wanted."""
+    """Refuses packed weights if a gradient is required."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise NotImplementedError(
             "packed weights have no derivative, and an argument beside them requires a gradient; compute under "
@@ -121,7 +121,7 @@ def no_gradient(*tensors: Tensor | None) -> None:
 
 
 def layout(packed_for: str, runs: str) -> None:
-    """Refuses a weight that other kernels than those of this process can read."""
+    """Refuses a weight that was packed for other kernels than this process runs."""
     if packed_for != runs:
         raise ValueError(
             f"the weight was packed as {packed_for}, but the kernels of this process read {runs}; pack the weight "

@@ -1,8 +1,8 @@
-"""The oracle: every op of this package in a few plain torch lines, for any device and floating dtype.
+"""The reference for tests: every op of this package in a few lines of plain torch, for any device and floating dtype.
 
-Written to be read, not to be fast: each expert looks at every row and masks what is not its own, so nothing here
-depends on values (no host synchronisation) and autograd differentiates all of it. The shapes are explained in
-``types.py``; the public functions with the same names in ``clipup_kernels`` say what each one is for.
+It favors readability over speed: every expert runs on every row and masks the rows of others, so nothing here depends
+on values (no host synchronization) and autograd differentiates all of it. ``types.py`` explains the shapes; the public
+functions of the same names in ``clipup_kernels`` document the ops.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def topk_gating(
     num_experts = logits.shape[1]
     if mask is None:
         mask = torch.ones_like(logits[:, 0], dtype=torch.bool)
-    logits = torch.where(mask[:, None], logits, 0)  # whatever lies in a masked row (NaN, say) ends here
+    logits = torch.where(mask[:, None], logits, 0)  # masked rows may hold NaN
     probs = logits.softmax(-1)
     scores = logits if selection_bias is None else probs + selection_bias  # logits order as probs do, without underflow
     expert_indices = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
@@ -59,18 +59,18 @@ def dispatch(
 ) -> Plan:
     num_tokens, k = expert_indices.shape
     device, num_rows = expert_indices.device, num_tokens * k
-    takes_part = ((expert_indices >= 0) & (expert_indices < num_experts)).any(1)
+    routed = ((expert_indices >= 0) & (expert_indices < num_experts)).any(1)
     if mask is not None:
-        takes_part &= mask
+        routed &= mask
     order = torch.arange(num_tokens, device=device)
     if priority is not None:
         order = serving_order(priority)
-    # Slots in the order in which they are given away: choice by choice, inside a choice token by token.
+    # Slots in serving order: choice by choice, inside a choice token by token.
     choice = (order * k + torch.arange(k, device=device)[:, None]).flatten()
-    owner = torch.where(takes_part[:, None], expert_indices, -1).flatten()[choice].long()
+    owner = torch.where(routed[:, None], expert_indices, -1).flatten()[choice].long()
     hits = owner[:, None] == torch.arange(num_experts, device=device)
     if capacity_factor is not None:
-        capacity = (capacity_factor * k * takes_part.sum(dtype=torch.float64) / num_experts).ceil()
+        capacity = (capacity_factor * k * routed.sum(dtype=torch.float64) / num_experts).ceil()
         hits &= hits.cumsum(0) <= capacity
     owner = torch.where(hits.any(1), owner, num_experts)
     offsets = F.pad(hits.sum(0).cumsum(0), (1, 0)).int()

@@ -1,7 +1,8 @@
-"""What the ops return, and the activations that they know.
+"""What the ops return, and the activations that they support.
 
 Axis legend, used in every shape of this package: ``T`` tokens, ``D`` model width, ``H`` hidden width, ``E`` experts,
-``K`` choices a token, ``R = T*K`` rows (one a (token, choice) pair). Weights lie as in ``nn.Linear``: ``[E, out, in]``.
+``K`` choices per token, ``R = T*K`` rows (one per (token, choice) pair). Weights have the layout of ``nn.Linear``:
+``[E, out, in]``.
 """
 
 from __future__ import annotations
@@ -12,34 +13,34 @@ import torch
 from torch import Tensor
 
 PLAIN_LAYOUT = "plain"
-"""``PackedWeight.layout`` of a weight that lies as it did."""
+"""``PackedWeight.layout`` of a weight that is not packed."""
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 """Activations of experts: ``z Phi(z)`` by erf, its tanh approximation, ``z sigmoid(1.702 z)`` (OpenAI's CLIP),
 ``max(z, 0)``, ``z sigmoid(z)``. csrc/moe.h has the same list, and the extension is refused if the two differ."""
 MAX_EXPERTS = 1 << 20
-"""Experts that a layer may have. What an op allocates grows with their number, so a slip is refused beyond this."""
+"""Experts that a layer may have. Ops allocate memory in proportion to it, so larger numbers are refused as mistakes."""
 
 
 class Gating(NamedTuple):
-    """What a router decided for ``T`` tokens, before any capacity is applied."""
+    """The router's choices for ``T`` tokens, before any capacity is applied."""
 
     gates: Tensor
-    """[T, K] float32: weight of every choice, largest score first; 0 for tokens that take no part."""
+    """[T, K] float32: weight of every choice, largest score first; 0 for masked tokens."""
     expert_indices: Tensor
-    """[T, K] int32: expert of every choice; -1 for tokens that take no part."""
+    """[T, K] int32: expert of every choice; -1 for masked tokens."""
     top_prob: Tensor
-    """[T] float32: the token's largest router probability (the key of batch-priority routing)."""
+    """[T] float32: the token's largest router probability (the priority of batch-priority routing)."""
     mean_probs: Tensor
-    """[E] float32: router probability averaged over the tokens that take part; 0 when there are none."""
+    """[E] float32: router probability averaged over the unmasked tokens; 0 if there are none."""
     z_loss: Tensor
-    """[] float32: mean of logsumexp(logits)^2 over the tokens that take part (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """[] float32: mean of logsumexp(logits)^2 over the unmasked tokens (ST-MoE, arXiv 2202.08906, eq. 5)."""
     tokens_per_expert: Tensor
     """[K, E] int32: how many tokens chose expert e as their k-th choice."""
 
 
 class Plan(NamedTuple):
-    """Which row of the expert-sorted order holds which (token, choice) pair.
+    """Which row holds which (token, choice) pair, with rows sorted by expert.
 
     Rows of expert ``e`` are ``offsets[e]:offsets[e+1]``, in slot order: all first choices before any second choice,
     inside a choice by token position (or by priority). Rows from ``offsets[E]`` on are empty.
@@ -50,27 +51,25 @@ class Plan(NamedTuple):
     choice_of_row: Tensor
     """[R] int32: ``t*K + k`` of the pair in this row; -1 from ``offsets[E]`` on."""
     row_of_choice: Tensor
-    """[T, K] int32: row of the pair; -1 where it was dropped or the token takes no part."""
+    """[T, K] int32: row of the pair; -1 if it was dropped or the token is masked."""
 
 
 class PackedWeight(NamedTuple):
-    """A weight in the order in which this CPU's kernels read it, from ``pack_weight``. It is for inference only.
+    """A weight packed for this CPU's kernels by ``pack_weight``, for inference only.
 
     ``expert_mlp``, ``dense_mlp`` and ``grouped_linear`` take it in place of the weight, with bitwise the same results.
-    It holds a copy: writing to the weight that it was made from does not change it. ``unpack_weight`` gives the weight
-    back.
+    It holds a copy: writing to the original weight does not change it. ``unpack_weight`` returns the weight.
     """
 
     block: Tensor
-    """uint8, as ``layout`` orders it; with layout "plain" the weight itself."""
+    """uint8, in the order of ``layout``; with layout "plain" a copy of the weight."""
     shape: tuple[int, ...]
-    """Of the weight: [E, O, I], or [O, I] of one MLP."""
+    """Shape of the weight: [E, O, I], or [O, I] for one MLP."""
     dtype: torch.dtype
-    """Of the weight. x must be of this type."""
+    """Type of the weight, and of x."""
     layout: str
-    """What a word holds and how many columns a panel has, "float32x32" say: other CPUs have other panels. Or "plain"
-    where no kernel here reads packed weights: float64, products that torch's matmul computes, an installation without
-    the compiled extension."""
+    """Word type and columns of a panel, for example "float32x32"; other CPUs have other panels. "plain" if no kernel
+    here reads packed weights: float64, products computed by torch's matmul, no compiled extension."""
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +77,7 @@ class PackedWeight(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes; twice the weight's where a 16-bit type is stored as float32."""
+        """Size in bytes; twice the weight's if a 16-bit type is stored as float32."""
         return self.block.nbytes
 
     def __getattr__(self, name: str) -> Any:

@@ -155,8 +155,8 @@ py::tuple packed_layout(int dtype) {
   return py::make_tuple(layout.panel, layout.per_word);
 }
 
-// A block of the pool, for outputs that are allocated at every step: fresh memory costs page faults. The block returns to
-// the pool when the object, whose buffer torch.frombuffer() wraps, is destroyed.
+// A block of the pool, for outputs that are allocated at every step: fresh memory costs page faults. The block returns
+// to the pool when the object, whose buffer torch.frombuffer() wraps, is destroyed.
 class Block {
  public:
   explicit Block(Size bytes) : bytes_(bytes), memory_(clipup::acquire_memory(bytes)) {}

@@ -14,7 +14,7 @@
 
 namespace clipup {
 
-// How the elements of rows are stored. Sums are taken in float whatever the storage.
+// Storage type of the elements of rows. Sums are in float for every storage type.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // The activations of experts: X(type in cpu/activations.h, name in Python). Enumerators, names and tables of kernels
@@ -39,8 +39,8 @@ constexpr const char* kActivationNames[] = {
 };
 constexpr int kActivations = sizeof kActivationNames / sizeof kActivationNames[0];
 
-// The router's logits in float, from tokens in their storage type: logits[t,e] = <x[t], weight[e]>. The logits of a token
-// do not depend on the others.
+// The router's logits in float, from tokens in their storage type: logits[t,e] = <x[t], weight[e]>. The logits of a
+// token do not depend on the others.
 //
 //   x[T,D]               of type `dtype`
 //   mask[T]              0: the token is masked: it is not read, its logits are 0; null: none is masked

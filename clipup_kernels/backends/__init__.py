@@ -1,3 +1,3 @@
-"""The code that answers the ops: C++ (``cpp``), torch's matmul per expert (``torch_matmul``), plain torch
-(``torch_eager``) and Triton (``clipup_kernels.triton``), and which of them answers where.
+"""Implementations of the ops: C++ (``cpp``, ``cpp_cuda``), torch's matmul per expert (``torch_matmul``) and plain torch
+(``torch_eager``), beside Triton (``clipup_kernels.triton``). ``registry`` says which one runs where.
 """

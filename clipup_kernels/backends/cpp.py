@@ -1,6 +1,6 @@
-"""Calls into the compiled extension: every op's arguments as addresses and sizes (csrc/moe.h), its outputs allocated.
+"""Calls into the compiled extension: allocates outputs, and passes arguments as addresses and sizes (csrc/moe.h).
 
-Every function takes what its op takes, on CPU tensors of float32, bfloat16 or float16.
+Every function has the arguments of its op, on CPU tensors of float32, bfloat16 or float16.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def _dense(*tensors: Tensor | None) -> list[Any]:
 
 
 def _pooled(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """An uninitialised tensor over memory that goes back to the extension's pool.
+    """An uninitialized tensor over memory that returns to the extension's pool.
 
-    For large outputs of every step, gradients of weights above all: memory fresh from the system costs page faults.
+    For large outputs of every step, above all gradients of weights: fresh memory costs page faults.
     """
     count = math.prod(shape)
     if count * like.element_size() < 1 << 20:
@@ -177,7 +177,7 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
 
 
 def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str) -> tuple[int, ...]:
-    """dtype, activation, T, K, E, D, H as the native calls take them."""
+    """dtype, activation, T, K, E, D, H as the native calls expect them."""
     num_experts, hidden, width = in_weight.shape
     return (
         *(DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation)),
@@ -227,7 +227,7 @@ def _check_mlp(x: Tensor, num_experts: int, hidden: int, in_packed, out_packed, 
 
 
 def _check_blocks(x: Tensor, shape: tuple[int, int, int], *blocks: Tensor | None) -> None:
-    """Refuses packed weights that end before what is read of them."""
+    """Refuses packed weights that are shorter than what is read."""
     bytes_read = NATIVE.packed_weight_bytes(DTYPE_CODE[x.dtype], *shape)
     for block in blocks:
         if block is not None and (block.dtype != torch.uint8 or block.numel() < bytes_read):

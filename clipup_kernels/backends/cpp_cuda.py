@@ -1,7 +1,7 @@
-"""Calls into the compiled extension on CUDA tensors: routing as CUDA C++ (csrc/moe_cuda.h), beside Triton's.
+"""Calls into the compiled extension on CUDA tensors: topk_gating and dispatch as CUDA C++ (csrc/moe_cuda.h).
 
-Every function takes what its op takes. ``cuda.py`` does not choose them: they have not been measured on a GPU, which
-``benchmarks/gpu_stages.py`` does. Work is queued on torch's current stream, and the host never waits.
+Every function has the arguments of its op. They run only if ``CLIPUP_BACKEND=cpp_cuda`` is set, until they are measured
+against Triton on a GPU (``benchmarks/gpu_stages.py``). Work is queued on torch's current stream; the host never waits.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .extension import NATIVE
 
 
 def built() -> bool:
-    """Whether the extension holds CUDA code."""
+    """Whether the extension was built with CUDA."""
     return NATIVE is not None and NATIVE.build_info()["cuda"]
 
 
 def _workspace(like: Tensor, num_bytes: int) -> Tensor:
-    """Memory for the length of a call: torch hands it to later work on the same stream alone."""
+    """Memory for one call: torch reuses it only for later work on the same stream."""
     return torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
 
 
@@ -58,7 +58,7 @@ def topk_gating_backward(
 
 
 def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
-    """As the op; with ``priority`` torch sorts the tokens first, stably, NaN last."""
+    """With ``priority`` torch sorts the tokens first, stably, NaN last."""
     expert_indices, mask = _dense(expert_indices, mask)
     order = None if priority is None else reference.serving_order(priority)
     outputs = meta.dispatch(expert_indices, num_experts)

@@ -1,6 +1,6 @@
 """Shapes and types of every op's outputs, for meta tensors, ``torch.compile`` and export.
 
-The outputs hold nothing yet: the compiled kernels are given some of these to fill.
+The outputs are uninitialized: the C++ backends fill some of them.
 """
 
 from __future__ import annotations

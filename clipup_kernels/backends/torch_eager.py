@@ -1,7 +1,8 @@
-"""Every op on any device and dtype: the oracle's forward, and backward written out as formulas in plain torch.
+"""Every op in plain torch, on any device and in any type: the forward of ``reference``, and formulas for backward.
 
-This is what runs where no compiled kernel does (float64, a device without kernels, a build without the extension).
-Nothing here depends on values, so it never synchronises the host. Half types are widened: sums are in float32.
+The fallback where no other backend runs (float64, a device without kernels, no extension). It favors correctness: every
+expert runs on every row. Except for a check in ``dispatch`` on the CPU nothing depends on values, so the host never
+waits. 16-bit types are widened: sums are in float32.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def topk_gating_backward(
 
 
 def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, mask=None) -> Outputs:
-    if expert_indices.device.type == "cpu":  # elsewhere looking at values would make the host wait
+    if expert_indices.device.type == "cpu":  # on other devices the check would make the host wait
         wrong = expert_indices[(expert_indices < -1) | (expert_indices >= num_experts)]
         if len(wrong):
             raise ValueError(f"expert_indices: expected values from -1 to {num_experts - 1}, got {int(wrong[0])}")
@@ -131,12 +132,12 @@ def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> 
 
 
 def gate_of_row(gates: Tensor, choice_of_row: Tensor) -> Tensor:
-    """[R]: the gate of the pair in each row, 0 in empty rows."""
+    """[R]: the gate of each row's pair, 0 in empty rows."""
     return torch.where(choice_of_row >= 0, gates.flatten()[choice_of_row.clamp_min(0)], 0)
 
 
 def per_choice(values: Tensor, row_of_choice: Tensor) -> Tensor:
-    """[T, K]: a value per row ([R]) brought back to its pair, 0 where the pair has no row."""
+    """[T, K]: a value per row ([R]) gathered by pair, 0 for pairs without a row."""
     return torch.where(row_of_choice >= 0, values[row_of_choice.clamp_min(0)], 0)
 
 

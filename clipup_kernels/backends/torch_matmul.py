@@ -1,6 +1,6 @@
-"""grouped_linear and expert_mlp on the CPU around torch's matmul, expert by expert.
+"""grouped_linear and expert_mlp on the CPU with torch's matmul, expert by expert.
 
-For the CPUs where that is faster than the micro-kernels of csrc/cpu (``cpu.backend`` says which).
+For CPUs where that is faster than the micro-kernels of csrc/cpu (``registry``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import activate
 from . import cpp, torch_eager
-from .torch_eager import dense_mlp  # noqa: F401  torch's matmul is what it uses
+from .torch_eager import dense_mlp  # noqa: F401  it already uses torch's matmul
 
 
 def _spans(offsets: Tensor) -> list[tuple[int, slice]]:

@@ -2,7 +2,7 @@
 
 torch's own, ``torch.library.register_autograd``, has two gaps. It drops the tangents of forward-mode AD without an
 error, so that a derivative comes out as zero. And it refuses ``torch.func`` (grad, vjp, jacrev, per-sample gradients).
-This kernel refuses tangents by name, and differentiates at whichever level of ``torch.func`` it is called.
+This kernel refuses tangents with an error, and differentiates at any level of ``torch.func``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 
 def kernel_of(op: torch._ops.OpOverload, setup_context: Callable | None, backward: Callable) -> Callable[..., Any]:
-    """What runs for ``op`` at the dispatch key Autograd. ``setup_context`` and ``backward`` are those of
+    """The kernel of ``op`` at the dispatch key Autograd. ``setup_context`` and ``backward`` are those of
     ``torch.library.register_autograd``; the kernel is registered with its key set as the first argument."""
 
     def run(keyset: Any, args: tuple) -> Any:
@@ -27,7 +27,7 @@ def kernel_of(op: torch._ops.OpOverload, setup_context: Callable | None, backwar
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def run_in_transform(keyset: Any, args: tuple) -> Any:
-        """A node runs its forward without gradients, but the levels of ``torch.func`` below this one want theirs."""
+        """A node runs its forward without gradients, but the levels of ``torch.func`` below this one need theirs."""
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
             return run(keyset, args)
 
@@ -39,7 +39,7 @@ def kernel_of(op: torch._ops.OpOverload, setup_context: Callable | None, backwar
         return output
 
     def node_of(run: Callable) -> Any:
-        """The key set is the last argument, so that ``needs_input_grad`` counts as the schema does."""
+        """The key set is the last argument, so that indices of ``needs_input_grad`` match the schema."""
         methods = {
             "forward": staticmethod(lambda ctx, *args: forward(ctx, run, *args)),
             "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None)),
@@ -62,7 +62,7 @@ def kernel_of(op: torch._ops.OpOverload, setup_context: Callable | None, backwar
 
 
 def _refuse_tangents(op: torch._ops.OpOverload, args: tuple) -> None:
-    """Raises ``NotImplementedError`` where an argument is a dual tensor of forward-mode AD."""
+    """Raises ``NotImplementedError`` if an argument is a dual tensor of forward-mode AD."""
     for argument in args:
         if isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
             raise NotImplementedError(

@@ -1,4 +1,4 @@
-"""``expert_mlp``: the fused expert MLP, its registration, and what it saves for backward."""
+"""``expert_mlp`` and ``dense_mlp``: checks, registration, and the tensors saved for backward."""
 
 from __future__ import annotations
 
@@ -158,11 +158,11 @@ def expert_mlp(
     gate_bias: Tensor | None = None,
     recompute: str = "none",
 ) -> Tensor:
-    """The experts' MLPs applied to the tokens that ``plan`` sends them, weighted by ``gates`` and summed per token.
+    """Applies the experts' MLPs to their tokens in ``plan``, and sums the results per token, weighted by ``gates``.
 
     ``z = W_in x + b_in``, ``a = act(z)`` (gated: ``a = act(W_gate x + b_gate) * z``), and
     ``y = sum_k g_k (W_out a + b_out)``.
-    Saved for backward beside arguments: z ([R, H]; gated both pre-activations), nothing else of R*D or R*H elements.
+    Besides its arguments, only z is saved for backward ([R, H]; gated: both pre-activations).
 
     Args:
         x: [T, D] float32, bfloat16, float16 or float64; all weights and biases have its type.
@@ -171,16 +171,16 @@ def expert_mlp(
         in_weight: [E, H, D]. in_bias: [E, H] or None. out_weight: [E, D, H]. out_bias: [E, D] or None.
         activation: one of ``ACTIVATIONS``.
         gate_weight: [E, H, D] for gated experts. gate_bias: [E, H] or None.
-        recompute: "none" keeps z for backward; "full" keeps x only and computes z again.
+        recompute: "none" keeps z for backward; "full" keeps only x and recomputes z.
 
-    All weights (not the biases) may be packed by ``pack_weight``: the same result bit for bit, faster, no derivative.
+    All weights (not the biases) may be packed by ``pack_weight``: bitwise the same result, faster, no derivative.
 
     Returns:
         [T, D] of x's type. Sums are in float32.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
-        NotImplementedError: on a second derivative, and on a first one of packed weights.
+        NotImplementedError: on a second derivative, and on any derivative of packed weights.
     """
     parameters = dict(
         in_weight=in_weight, in_bias=in_bias, out_weight=out_weight, out_bias=out_bias, gate_weight=gate_weight,
@@ -213,10 +213,10 @@ def dense_mlp(
     gate_weight: Tensor | PackedWeight | None = None,
     gate_bias: Tensor | None = None,
 ) -> Tensor:
-    """One MLP for all tokens, for inference: ``expert_mlp`` with one expert and nothing to route.
+    """One MLP for all tokens, for inference: ``expert_mlp`` with one expert and no routing.
 
-    ``y = W_out act(W_in x + b_in) + b_out``, gated: ``act(W_gate x + b_gate) * (W_in x + b_in)`` in the middle. On CPUs
-    on the kernels of the experts, elsewhere in plain torch. It has no derivative.
+    ``y = W_out act(W_in x + b_in) + b_out``, gated: ``act(W_gate x + b_gate) * (W_in x + b_in)`` in the middle. It runs
+    on the expert kernels on CPUs and in plain torch elsewhere. It has no derivative.
 
     Args:
         x: [T, D] float32, bfloat16, float16 or float64; all weights and biases have its type.
@@ -224,14 +224,14 @@ def dense_mlp(
         activation: one of ``ACTIVATIONS``.
         gate_weight: [H, D] for a gated MLP. gate_bias: [H] or None.
 
-    All weights (not the biases) may be packed by ``pack_weight``: the same result bit for bit, faster.
+    All weights (not the biases) may be packed by ``pack_weight``: bitwise the same result, faster.
 
     Returns:
         [T, D] of x's type.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
-        NotImplementedError: when it is differentiated.
+        NotImplementedError: if it is differentiated.
     """
     parameters = dict(
         in_weight=in_weight, in_bias=in_bias, out_weight=out_weight, out_bias=out_bias, gate_weight=gate_weight,

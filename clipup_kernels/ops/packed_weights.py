@@ -33,10 +33,10 @@ def check_layout(dtype: torch.dtype, layout: str) -> None:
 
 
 def pack_weight(weight: Tensor) -> PackedWeight:
-    """A copy of ``weight`` in the order in which this CPU's kernels read it.
+    """A copy of ``weight``, packed for this CPU's kernels.
 
     Args:
-        weight: [E, O, I], or [O, I] of one MLP, on the CPU: float32, bfloat16, float16 or float64.
+        weight: [E, O, I], or [O, I] for one MLP, on the CPU: float32, bfloat16, float16 or float64.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name; a weight on another device.
@@ -59,10 +59,10 @@ def pack_weight(weight: Tensor) -> PackedWeight:
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
-    """A copy of the weight that was packed, bit for bit, whichever kernels it was packed for.
+    """A bitwise copy of the original weight, for any layout.
 
     Raises:
-        TypeError: ``packed`` is no PackedWeight.
+        TypeError: ``packed`` is not a PackedWeight.
     """
     if not isinstance(packed, PackedWeight):
         raise TypeError(f"packed must be the PackedWeight that pack_weight() returns, got {type(packed).__name__}")

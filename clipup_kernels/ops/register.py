@@ -1,4 +1,4 @@
-"""One function that registers an op with ``torch.library``: schema, kernels, fake, autograd and FLOP formula."""
+"""Registers ops with ``torch.library``: schema, kernels, meta function, autograd and FLOP formula."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The public ops: argument checks in front, ``torch.library`` ops behind.
+"""The routing ops: ``router_logits``, ``topk_gating`` and ``dispatch``.
 
-    logits --topk_gating--> gates, experts --dispatch--> plan
+    x --router_logits--> logits --topk_gating--> gates, expert_indices --dispatch--> plan
     x, gates, plan --expert_mlp--> y          = permute -> GEMM, bias, activation -> GEMM, bias -> combine
 
 The registered ops (``torch.ops.clipup.*``) take and return tensors; the functions here check their arguments, call them
@@ -55,11 +55,11 @@ def topk_gating(
 
     Args:
         logits: [T, E] float32 router logits.
-        k: choices a token, 1 <= k <= E.
+        k: choices per token, 1 <= k <= E.
         renormalize: divide a token's gates by their sum (GShard, arXiv 2006.16668), before any capacity is applied.
-        selection_bias: [E] float32, added to the probabilities for choosing only; gates stay the probabilities
+        selection_bias: [E] float32, added to the probabilities for the choice only; gates are not biased
             (loss-free balancing, arXiv 2408.15664).
-        mask: [T] bool, True where the token takes part. The others get gates 0 and expert indices -1 and count nowhere.
+        mask: [T] bool, False for masked tokens: they get gates 0 and expert indices -1 and enter no statistic.
 
     Returns:
         Gating; ties go to the lowest expert index. Differentiable in gates, top_prob, mean_probs and z_loss.
@@ -90,18 +90,18 @@ def dispatch(
     priority: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Plan:
-    """Gives every (token, choice) pair a row, sorted by expert, as far as the experts' capacity goes.
+    """Computes the plan of rows sorted by expert, within the experts' capacity; it moves no tokens (``permute`` does).
 
-    An expert takes at most ``ceil(capacity_factor * K * T / E)`` rows (computed in float64), T the tokens that take
-    part; ``None`` drops nothing. Slots go to all first choices before any second choice; inside a choice by token
+    An expert takes at most ``ceil(capacity_factor * K * T / E)`` rows (computed in float64), T the unmasked tokens;
+    ``None`` drops nothing. Rows go to all first choices before any second choice; inside a choice by token
     position, or by descending ``priority`` (batch-priority routing, V-MoE, arXiv 2106.05974), ties by position.
 
     Args:
-        expert_indices: [T, K] int32 from ``topk_gating``; a token of -1 takes no part.
+        expert_indices: [T, K] int32 from ``topk_gating``; a token with only -1 is masked.
         num_experts: E, at most ``MAX_EXPERTS``.
         capacity_factor: positive, or None.
-        priority: [T] float32, ``Gating.top_prob`` in V-MoE; NaN goes last.
-        mask: [T] bool, True where the token takes part.
+        priority: [T] float32, ``Gating.top_prob`` in V-MoE; NaN comes last.
+        mask: [T] bool, False for masked tokens.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name; on the CPU also an expert index outside of [-1, E).
@@ -146,15 +146,15 @@ _router_logits_backward = define(
 
 
 def router_logits(x: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``logits[t] = weight @ x[t]`` with products and sums in float32, whatever type the tokens have.
+    """``logits[t] = weight @ x[t]`` with products and sums in float32, for every type of tokens.
 
-    x itself is saved for backward; the compiled kernels and Triton's make no float32 copy of it either.
+    x itself is saved for backward; the C++ and Triton kernels make no float32 copy of it.
 
     Args:
         x: [T, D] float32, bfloat16, float16 or float64.
-        weight: [E, D] float32 (float64 beside float64).
-        mask: [T] bool, True where the token takes part. The others are not read (a NaN in padding goes nowhere); their
-            logits are 0, and so are their gradients.
+        weight: [E, D] float32 (float64 for float64).
+        mask: [T] bool, False for masked tokens: they are not read (padding may hold NaN); their logits and gradients
+            are 0.
 
     Returns:
         [T, E] of weight's type.

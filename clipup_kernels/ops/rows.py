@@ -83,11 +83,11 @@ _packed_grouped_linear = define(
 
 
 def grouped_linear(rows: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """``rows[r] @ weight[e]^T + bias[e]`` with e the expert that owns row r; empty rows are 0.
+    """``rows[r] @ weight[e]^T + bias[e]`` with e the expert of row r; empty rows are 0.
 
     Args:
         rows: [R, I], expert-sorted as by ``permute``.
-        weight: [E, O, I], of rows' type; or packed by ``pack_weight``, with the same result bit for bit and no
+        weight: [E, O, I], of rows' type; or packed by ``pack_weight``, with bitwise the same result and no
             derivative.
         bias: [E, O] or None.
         offsets: [E+1] int32, ``Plan.offsets``.

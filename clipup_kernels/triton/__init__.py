@@ -1,16 +1,16 @@
-"""The ops on CUDA devices as Triton kernels; no compiler is needed and the host never waits.
+"""The ops on CUDA devices as Triton kernels; they need no compiler, and the host never waits.
 
-A file holds the kernels of one stage (jitted, private) and the plain functions that launch them. These have the names,
-arguments and outputs of the functions in ``generic.py``, so that ``cuda.py`` can choose by op:
+A file has the kernels of one stage (jitted, private) and the functions that launch them. These have the names,
+arguments and outputs of the functions in ``backends/torch_eager.py``; ``backends/registry.py`` chooses them by op:
 
-    router.py     router_logits and its backward
-    gating.py     topk_gating and its backward
-    dispatch.py   dispatch: a stable counting sort
-    rows.py       permute, gather_sum, combine and its backward
+    router_logits.py   router_logits and its backward
+    topk_gating.py     topk_gating and its backward
+    dispatch.py        dispatch: a stable counting sort
+    rows.py            permute, gather_sum, combine and its backward
 
-Beside them every file has ``variants(arch)``: what may be launched on that architecture, for compiling it without a GPU
-(``variants.py``). Nothing here is imported before an op meets a CUDA tensor.
+Every file also has ``variants(arch)``: the kernels that may be launched on an architecture, to compile them without a
+GPU (``variants.py``). Nothing here is imported before an op is called with a CUDA tensor.
 
-Rules that all kernels keep: sums in float32 in a fixed order, no floating-point atomics, offsets of rows in 64 bits,
-row and token counts without specialisation (a new batch size compiles nothing).
+Rules for all kernels: sums in float32 in a fixed order, no floating-point atomics, 64-bit row offsets, no
+specialization on row and token counts (a new batch size compiles nothing).
 """

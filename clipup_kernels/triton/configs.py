@@ -1,9 +1,9 @@
-"""Tile sizes, warps and pipeline stages of the grouped products, chosen by a table and never by timing at run time.
+"""Tile sizes, warps and pipeline stages of the grouped products: looked up, never timed while a model runs.
 
-What decides: the architecture, the kernel, how float32 is multiplied, how many rows an expert has on average, and the
-sizes of the weights. Where ``python -m clipup_kernels.triton.tune`` has measured that case, its table answers, and
-everywhere else the heuristic below. The table is a JSON file: the path in CLIPUP_TRITON_CONFIGS, or
-``clipup/triton_configs.json`` in the user's cache directory.
+The key is the architecture, the kernel, how float32 is multiplied, the average number of rows per expert, and the sizes
+of the weights. Cases that ``python -m clipup_kernels.triton.tune`` has measured come from its table, all others from
+the heuristic below. The table is a JSON file: the path in CLIPUP_TRITON_CONFIGS, or ``clipup/triton_configs.json`` in
+the user's cache directory.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import NamedTuple
 import torch
 
 TABLE_PATH = "CLIPUP_TRITON_CONFIGS"
-"""Environment variable: the file that ``tune`` writes and that is read when the first product is launched."""
+"""Environment variable: the file that ``tune`` writes, read when the first product is launched."""
 
 KERNELS = ("project_in", "project_in_gated", "project_rows", "project_back", "weight_gradient")
 BOTH_KERNELS = ("project_both", "project_both_gated")
-"""Both products of inference in one launch; where their config is None, it takes two."""
+"""Both products of inference in one launch; without a config, they take two launches."""
 BUCKETS = {"few": 96, "some": 768, "many": float("inf")}
-"""Classes of rows per expert, with the most that each admits."""
+"""Classes of rows per expert, with their upper limits."""
 
 
 class Config(NamedTuple):
-    """How a grouped product is cut: a block computes ``block_m x block_n`` outputs, ``block_k`` terms at a time.
+    """The tile of a grouped product: a block computes ``block_m x block_n`` outputs, ``block_k`` terms at a time.
 
-    ``project_both`` cuts its first product so, and computes all of its terms at once.
+    In ``project_both`` it is the tile of the first product, whose terms are all computed at once.
     """
 
     block_m: int
@@ -39,9 +39,9 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    """Weights come through descriptors (TMA, architecture 90 and later) instead of ``cp.async``."""
+    """Weights are loaded by descriptors (TMA, architecture 90 and later) instead of ``cp.async``."""
     persistent: int = 0
-    """Blocks started for every multiprocessor, each of which walks over tiles; 0: a block for every tile."""
+    """Blocks per multiprocessor, each of which loops over tiles; 0: one block per tile."""
 
     @property
     def constants(self) -> dict[str, int]:
@@ -52,7 +52,7 @@ class Config(NamedTuple):
         return {"DESCRIPTORS": self.descriptors, "PERSISTENT": self.persistent > 0}
 
     def even(self, depth: int, columns: int) -> dict[str, bool]:
-        """Whether whole steps and whole tiles fill the product, so that its loads need no masks."""
+        """Whether the sizes are multiples of the tile's, so that loads need no masks."""
         return {"EVEN_DEPTH": depth % self.block_k == 0, "EVEN_COLUMNS": columns % self.block_n == 0}
 
     @property
@@ -60,10 +60,10 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# By architecture and arithmetic: the tile of products whose epilogue is long (activations), and that of the others. A
-# long epilogue costs about as much as the products of a tile. With 8 warps, 128 registers a thread and up to 113 KB two
-# blocks share a multiprocessor, and one computes its epilogue under the other's products. Architecture 80 stays within
-# 99 KB, which is what the small relatives of the large chips have (8.6, 8.9, 12.0).
+# By architecture and arithmetic: the tile of products with a long epilogue (activations), and that of the others. A
+# long epilogue takes about as long as the products of a tile. With 8 warps, 128 registers per thread and up to 113 KB,
+# two blocks share a multiprocessor, and one block's epilogue overlaps the other's products. Architecture 80 stays
+# within the 99 KB of the consumer variants (8.6, 8.9, 12.0) of the data-center architectures.
 _TILES = {
     (80, "half"): (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 4)),
     (90, "half"): (Config(128, 128, 64, 8, 3), Config(128, 256, 64, 8, 3)),
@@ -78,7 +78,7 @@ _TILES = {
 
 
 def architecture(device: torch.device) -> int:
-    """The column of the table for a device: 80, 90 or 100. What the interpreter runs on CPU tensors follows 90.
+    """The architecture of a device in the table: 80, 90 or 100. The interpreter, on CPU tensors, uses 90.
 
     Raises:
         RuntimeError: a GPU older than compute capability 8.0.
@@ -95,9 +95,9 @@ def architecture(device: torch.device) -> int:
 
 
 def num_blocks(tiles: int, config: Config, device: torch.device) -> int:
-    """Blocks that a product of so many tiles is launched with.
+    """Blocks in the launch of a product of so many tiles.
 
-    For persistent ones the interpreter, on CPU tensors, counts as one multiprocessor.
+    For persistent blocks the interpreter, on CPU tensors, has one multiprocessor.
     """
     if not config.persistent:
         return tiles
@@ -126,8 +126,8 @@ def bucket_of(num_rows: int, num_experts: int) -> str:
 
 
 # The widest model whose two products are computed in one launch by default: with 128 columns two blocks share a
-# multiprocessor on architecture 90 and later. Whether it pays where there is room for one, tune finds out: for wider
-# models, gated experts, architecture 80.
+# multiprocessor on architecture 90 and later. With one block per multiprocessor (wider models, gated experts,
+# architecture 80), tune measures whether it is faster.
 _USUALLY_BOTH = 128
 
 
@@ -140,14 +140,14 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
         return _both_tile(depth)
     fused, plain = _TILES[arch, kind]
     tile = fused if kernel in ("project_in", "project_in_gated", "project_back") else plain
-    if depth % 16 or columns % 16:  # rows that are not aligned come element by element, through registers
+    if depth % 16 or columns % 16:  # unaligned rows are loaded element by element, through registers
         tile = Config(64, 32, 32, 4, 2) if kind != "ieee" else tile
     if kernel == "project_in_gated":  # two sums of products instead of one
         tile = tile._replace(block_n=tile.block_n // 2)
     if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
         tile = tile._replace(block_n=128, num_warps=4)
     tile = tile._replace(block_n=min(tile.block_n, _power_of_two(columns)))
-    if kernel == "weight_gradient":  # its rows are a weight's, its terms the experts' rows
+    if kernel == "weight_gradient":  # it sums over the experts' rows
         return tile._replace(num_stages=max(3, tile.num_stages))
     if bucket == "few" and tile.block_m > 64:
         tile = tile._replace(block_m=64, num_warps=4)
@@ -155,12 +155,12 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
 
 
 def _both_tile(width: int) -> Config:
-    # With two stages the weights of a step would be asked for right before they are waited for.
+    # With two stages, the loads of a step's weights would start right before the weights are used.
     return Config(128, 32, _power_of_two(width), 8, 3)
 
 
 class Case(NamedTuple):
-    """A kernel with one of the tiles that the heuristic gives it."""
+    """A kernel with one of its tiles."""
 
     arch: int
     kernel: str
@@ -168,15 +168,15 @@ class Case(NamedTuple):
     kind: str
     config: Config
     is_main: bool
-    """Many rows an expert in bfloat16: one case per kernel, in which its rarer forms are compiled too."""
+    """Many rows per expert in bfloat16: the one case per kernel for which its rarer forms are also compiled."""
     even: bool
-    """The weights' sizes are multiples of the tile's; if not, they do not even divide by 16."""
+    """Whether the weights' sizes are multiples of the tile's; if not, they are not multiples of 16 either."""
 
 
 def cases(arch: int, kernel: str) -> Iterator[Case]:
-    """Every tile that the heuristic gives a kernel on an architecture, once, for weights with 128 columns and more.
+    """Every tile that the heuristic gives a kernel on an architecture, for weights with at least 128 columns.
 
-    The main one also persistent and, on architecture 90 and later, with descriptors, which ``tune`` may choose.
+    The main one also persistent and, on architecture 90 and later, with descriptors, because ``tune`` may choose these.
     """
 
     def tiles(depth: int, widths: tuple[int, ...]) -> list[Config]:
@@ -211,21 +211,21 @@ def cases_both(arch: int, kernel: str) -> Iterator[Case]:
         for dtype in (torch.bfloat16, torch.float16):
             is_main = tile.block_k == _USUALLY_BOTH and dtype == torch.bfloat16
             yield Case(arch, kernel, dtype, "half", tile, is_main, even=True)
-            if tile.block_k in (128, 256):  # beside 512 columns there is no register left for a mask
+            if tile.block_k in (128, 256):  # with 512 columns there are no registers for a mask
                 yield Case(arch, kernel, dtype, "half", tile, False, even=False)
 
 
 def choose(
     kernel: str, device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, depth: int, columns: int
 ) -> Config | None:
-    """The config of a launch: from the measured table if the case is in it, from the heuristic if not.
+    """The config of a launch: from the measured table, else from the heuristic.
 
-    None: the products of ``project_both`` take two launches.
+    None: use two launches instead of ``project_both``.
 
     Args:
         kernel: one of ``KERNELS`` or ``BOTH_KERNELS``.
-        num_rows: R. depth, columns: terms and columns of the product, of two the first's; for ``weight_gradient``,
-            whose terms are rows, the rows and columns of a weight.
+        num_rows: R. depth, columns: terms and columns of the product (the first one of two); for ``weight_gradient``,
+            which sums over rows, the rows and columns of a weight.
     """
     bucket = bucket_of(num_rows, num_experts)
     return _choose(architecture(device), kernel, arithmetic(dtype), bucket, depth, columns)
@@ -234,9 +234,9 @@ def choose(
 def choose_both(
     gated: bool, device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, width: int, hidden: int
 ) -> Config | None:
-    """``choose`` for both products in one launch; None also where its tiles do not fill the GPU twice over.
+    """``choose`` for both products in one launch; None also if there are fewer than two tiles per multiprocessor.
 
-    A block owns whole rows of the output and walks over all hidden units, so that with few tiles most of the GPU waits.
+    A block computes whole rows of the output and loops over all hidden units, so that few tiles leave the GPU idle.
     """
     config = choose(BOTH_KERNELS[gated], device, dtype, num_rows, num_experts, width, hidden)
     return None if config is None or num_rows < 2 * multiprocessors(device) * config.block_m else config
@@ -256,7 +256,7 @@ def entry_name(arch: int, kernel: str, kind: str, bucket: str, depth: int, colum
 
 
 def table_path() -> Path:
-    """Where the measured table lies, whether it exists or not."""
+    """Path of the measured table, which need not exist."""
     if os.environ.get(TABLE_PATH):
         return Path(os.environ[TABLE_PATH])
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -265,7 +265,8 @@ def table_path() -> Path:
 
 @functools.cache
 def table() -> dict[str, Config | None]:
-    """The measured configs by ``entry_name``, None where two launches beat ``project_both``; empty before ``tune``.
+    """The measured configs by ``entry_name``, None if two launches are faster than ``project_both``; empty before
+    ``tune``.
 
     Raises:
         ValueError: the file is no table of configs.
@@ -284,7 +285,7 @@ def table() -> dict[str, Config | None]:
 
 
 def store(measured: dict[str, Config | None]) -> Path:
-    """Adds configs to the table's file and returns its path; launches from now on read them."""
+    """Adds configs to the table's file and returns its path; later launches use them."""
     path = table_path()
     configs = (table() if path.exists() else {}) | measured
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,7 +295,7 @@ def store(measured: dict[str, Config | None]) -> Path:
 
 
 def forget() -> None:
-    """Lets the next launch read the table's file again."""
+    """Makes the next launch read the table's file again."""
     table.cache_clear()
     _choose.cache_clear()
 
@@ -302,7 +303,7 @@ def forget() -> None:
 def _checked(name: str, values: object) -> Config | None:
     if values is None and any(f" {kernel} " in name for kernel in BOTH_KERNELS):
         return None
-    kinds = [int] * 5 + [bool, int]  # tables from before there was ``persistent`` end with the bool
+    kinds = [int] * 5 + [bool, int]  # tables written before ``persistent`` existed end with the bool
     well = isinstance(values, list) and len(values) in (6, 7)
     well = well and [type(value) for value in values] == kinds[: len(values)]
     if not (well and all(v > 0 for v in values[:5]) and values[-1] >= 0):
@@ -318,5 +319,5 @@ def _checked(name: str, values: object) -> Config | None:
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest power of two that holds ``size``, and at least the 16 that a tensor core takes."""
+    """The smallest power of two that is at least ``size`` and 16, the least that a tensor core takes."""
     return max(16, 1 << (size - 1).bit_length())

@@ -1,11 +1,11 @@
 """dispatch: a stable counting sort of (token, choice) pairs by expert, in slot order, cut at the capacity.
 
-    experts --_count--> slots of every expert in every block of slots, tokens that take part in every block
-            --_scan---> how many slots of the expert lie in front of the block; slots of every expert in all
-            --_assign-> offsets, choice_of_row, row_of_choice
+    expert_indices --_count--> slots of every expert per block of slots, routed tokens per block
+                   --_scan---> slots of the expert before the block; slots of every expert in total
+                   --_assign-> offsets, choice_of_row, row_of_choice
 
-A slot is the k-th choice of the i-th token to be served; a block of slots is a choice and a range of tokens, and blocks
-lie choice by choice. Nothing is sorted but the tokens' priority, and nothing is atomic.
+A slot is the k-th choice of the i-th token in serving order; a block of slots is one choice of a range of tokens, and
+blocks are ordered choice by choice. Only tokens' priorities are sorted, and nothing is atomic.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..reference import serving_order
 from .launch import dense
 from .variants import Variant, signature
 
-_MAX_BLOCKS = 256  # of tokens; every program of _assign adds up that many counts
+_MAX_BLOCKS = 256  # of tokens; every program of _assign sums that many counts
 _TILE = 2048  # elements of a tile of slots and experts
 _SCAN_EXPERTS = 32
 _SCAN_ROWS = 64
@@ -59,7 +59,7 @@ def _count(
     tl.store(counts + (k * blocks + block) * E + columns, count, mask=columns < E)
 
     if COUNT_TOKENS:
-        if k == 0:  # in the order of positions: the sum is the same
+        if k == 0:  # in order of position: the sum does not depend on serving order
             tokens_counted = tl.zeros([BLOCK_T], tl.int32)
             for tile in range(tiles):
                 token = (block * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -76,7 +76,7 @@ def _count(
 
 @triton.jit(do_not_specialize=["rows"])
 def _scan(counts, totals, rows, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Turns the counts [rows, E] into the sums of the rows above, in place; a program does BLOCK_E experts."""
+    """Turns the counts [rows, E] into the sums of the rows above, in place; a program processes BLOCK_E experts."""
     columns = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, rows, BLOCK_R):
@@ -99,7 +99,7 @@ def _assign(
     k = tl.program_id(1)
     columns = tl.arange(0, BLOCK_E)
 
-    # Every program finds the experts' capacity and first rows for itself: a handful of loads instead of a launch.
+    # Every program recomputes the experts' capacity and first rows: a few loads instead of a launch.
     kept = tl.load(totals + columns, mask=columns < E, other=0)
     if factor_bits is not None:
         every_block = tl.arange(0, BLOCK_B)
@@ -137,9 +137,9 @@ def _blocks(num_experts: int) -> dict[str, int]:
 
 
 def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, mask=None) -> tuple[Tensor, ...]:
-    """As ``generic.dispatch``; an expert outside of [-1, E) is not refused, for want of a look at it, but counts as -1.
+    """An expert index outside of [-1, E) counts as -1: checking it would make the host wait.
 
-    With ``priority`` torch sorts the tokens first, stably and without waiting for the device.
+    With ``priority`` torch sorts the tokens first, stably and without a host wait.
     """
     expert_indices, mask = dense(expert_indices, mask)
     num_tokens, k = expert_indices.shape
@@ -173,9 +173,9 @@ def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, m
 
 
 def _float64_bits(value: float) -> int:
-    """The bits of a positive float64 as an int, which reaches a kernel whole; a float would be cut to float32.
+    """The bits of a positive float64 as an int, which is passed unchanged; a float would be rounded to float32.
 
-    The smallest normal number stands for the subnormal ones, so that the int always takes 64 bits.
+    Subnormal numbers become the smallest normal one, so that the int always takes 64 bits.
     """
     return struct.unpack("<q", struct.pack("<d", max(value, sys.float_info.min)))[0]
 

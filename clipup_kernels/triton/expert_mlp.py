@@ -1,4 +1,4 @@
-"""The fused expert MLP, forward: three launches, or two where z is not kept and the model is narrow.
+"""The fused expert MLP, forward: three launches, or two if z is not kept and the model is narrow.
 
     project_in     z = x W_in^T + b_in, rows gathered from x as they are loaded; a = act(z) in the epilogue.
                    Gated experts: both pre-activations from one pass over the rows, a = act(z_gate) * z_in.
@@ -6,11 +6,10 @@
     combine        y = the gated sum of a token's rows                                        (rows.py)
     project_both   the first two in one                                           (expert_mlp_inference.py)
 
-z is rounded to the storage type before the activation whether it is kept or not: training and inference compute the
-same function, and ``project_in`` gives the same a to the bit. In inference z is not written.
+z is rounded to the storage type before the activation even if it is not kept, so that training and inference compute
+the same function and ``project_in`` gives bitwise the same a. In inference z is not written.
 
-``dense_mlp`` has no kernels here: one MLP has nothing to route or to gather, and torch's own linear layers are what
-these products are held to.
+``dense_mlp`` has no kernels here: one MLP needs no routing and no gather, and torch's linear layers compute it.
 """
 
 from __future__ import annotations
@@ -78,9 +77,11 @@ def _in_tile(
     expert, first, end = find_tile(offsets, tile // column_tiles, num_rows, num_experts, BLOCK_M, GROUPS)
     row = first + tl.arange(0, BLOCK_M)
     first_column = (tile % column_tiles) * BLOCK_N
-    plane = num_rows.to(tl.int64) * columns  # from the pre-activations of W_in to those of W_gate
+    plane = num_rows.to(tl.int64) * columns  # distance from the pre-activations of W_in to those of W_gate
     if (first < end) & (expert < num_experts):
-        token = tl.load(choice_of_row + row, mask=row < end, other=0) // top_k  # surplus rows compute token 0, unstored
+        token = (
+            tl.load(choice_of_row + row, mask=row < end, other=0) // top_k
+        )  # surplus rows compute token 0 and are not stored
         left = x + token.to(tl.int64) * depth
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if gate_weight is None:
@@ -199,7 +200,7 @@ def expert_mlp_forward(
 def variants(arch: int) -> Iterator[Variant]:
     """``project_in`` with every tile and type, and with every activation.
 
-    Without a bias, without z or without a the kernel only leaves work out; those forms are not listed.
+    Forms without a bias, without z or without a do less work and are not listed.
     """
     pointers = ("x", "weight", "bias", "gate_weight", "gate_bias", "z", "a")
     for case in configs.cases(arch, "project_in"):

@@ -1,13 +1,13 @@
 """The fused expert MLP, backward. For row r with token t, expert e, gate g, and dout = dy_t:
 
     project_back      da = dout W_out, dout gathered from dy as it is loaded; its epilogue reads z and writes
-                      dz = g da act'(z), g a (what dW_out needs), and the part of <a, da> of every tile of columns
-    gate_gradient     dgate = <a, da> + <dout, b_out>: the parts added in their order
+                      dz = g da act'(z), g a (for dW_out), and partial sums of <a, da> per tile of columns
+    gate_gradient     dgate = <a, da> + <dout, b_out>: the partial sums added in order
     weight_gradient   dW_out = sum of dout (g a)^T, dW_in = sum of dz x^T, the bias gradients in the same loops
-    project_rows      dz W_in, for gated experts both products in one tile; gather_sum adds a token's rows to dx
+    project_rows      dz W_in, for gated experts both products in one tile; gather_sum adds a token's rows to give dx
 
 Gated experts, with a = act(z_gate) z_in: dz_in = g da act(z_gate), dz_gate = g da z_in act'(z_gate).
-Nothing is saved but z; without it, it is computed again first. Rows past ``offsets[E]`` are neither read nor written.
+Only z is saved; without it, it is recomputed first. Rows past ``offsets[E]`` are neither read nor written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _finish_back(
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of ``_project_back`` for some columns of a tile, da [M, N]; returns their part of <a, da> [M]."""
+    """The epilogue of ``_project_back`` for some columns of a tile, da [M, N]; returns their partial sum of <a, da>
+    [M]."""
     corner, target, inside = place(first, end, first_column, columns, EVEN_COLUMNS, BLOCK_M, BLOCK_N)
     storage = z.dtype.element_ty
     linear = tl.load(z + corner + target, mask=inside, other=0.0).to(tl.float32)
@@ -125,9 +126,9 @@ def project_back(
     dy, gates, offsets, choice_of_row, out_weight, z, activation, *, need_dz: bool, need_a: bool, need_parts: bool,
     config: configs.Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dz of z's shape, the gated a [R, H] and the parts of <a, da> [R, tiles of columns] float32, each or None.
+    """dz of z's shape, the gated a [R, H] and the partial sums of <a, da> [R, tiles of columns] float32, each or None.
 
-    Unwritten past ``offsets[E]``.
+    Not written past ``offsets[E]``.
     """
     dy, gates, offsets, choice_of_row, out_weight, z = dense(dy, gates, offsets, choice_of_row, out_weight, z)
     num_experts, depth, columns = out_weight.shape
@@ -176,7 +177,7 @@ def _gate_gradient(
 
 
 def gate_gradient(parts, dy, out_bias, offsets, row_of_choice) -> Tensor:
-    """[T, K] float32: the sum of a row's parts [R, P] plus <dy_t, b_out>, 0 for pairs without a row."""
+    """[T, K] float32: the sum of a row's partial sums [R, P] plus <dy_t, b_out>, 0 for pairs without a row."""
     dy, out_bias, offsets, row_of_choice = dense(dy, out_bias, offsets, row_of_choice)
     num_tokens, top_k = row_of_choice.shape
     num_experts, num_parts = len(offsets) - 1, parts.shape[1]
@@ -200,8 +201,8 @@ def expert_mlp_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias.
 
-    ``output_mask`` says which are wanted: x, gates, parameters of the input side, of the output side; the others, and
-    those of absent parameters, have 0 elements. An empty ``z`` is computed again.
+    ``output_mask`` selects them: x, gates, parameters of the input side, of the output side; the others, and those of
+    absent parameters, have 0 elements. An empty ``z`` is recomputed.
     """
     need_x, need_gates, need_in, need_out = output_mask
     top_k = row_of_choice.shape[1]

@@ -1,11 +1,11 @@
-"""Both products of the fused expert MLP in one launch, for narrow models whose z nobody keeps.
+"""Both products of the fused expert MLP in one launch, for narrow models in inference (z is not kept).
 
     project_both   a W_out^T + b_out with a = act(x W_in^T + b_in), rows gathered from x: no z and no a in memory.
                    Gated experts: a = act(x W_gate^T + b_gate) * (x W_in^T + b_in).
 
-A block owns a tile of rows: their x [M, D] and the sums [M, D] stay on the chip while it walks over the hidden units. z
-and a are rounded to the storage type as they are by ``project_in`` and ``project_rows``, which this replaces where
-``configs.choose_both`` finds a tile for it.
+A block computes a tile of rows: their x [M, D] and the sums [M, D] stay on the chip while it loops over the hidden
+units. z and a are rounded to the storage type as in ``project_in`` and ``project_rows``, which this kernel replaces if
+``configs.choose_both`` has a tile for it.
 """
 
 from __future__ import annotations
@@ -55,11 +55,13 @@ def _project_both(
     row = first + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_K)
     inside = column < width
-    token = tl.load(choice_of_row + row, mask=row < end, other=0) // top_k  # surplus rows compute token 0, unstored
+    token = (
+        tl.load(choice_of_row + row, mask=row < end, other=0) // top_k
+    )  # surplus rows compute token 0 and are not stored
     tokens = _load(x + token.to(tl.int64)[:, None] * width + column[None, :], inside[None, :], EVEN)
     own = expert.to(tl.int64) * hidden * width
     total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    # What is hoisted out of the loop takes registers. Architecture 80 needs it: there x is staged in the loop if not.
+    # Hoisting costs registers, but on architecture 80 x would be staged inside the loop without it.
     for start in tl.range(0, hidden, BLOCK_N, disable_licm=not HOIST):
         unit = start + tl.arange(0, BLOCK_N)
         left = own + unit[None, :] * width + column[:, None]
@@ -82,11 +84,10 @@ def project_both(
     x, offsets, choice_of_row, top_k, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias, activation,
     config: configs.Config,
 ) -> Tensor:  # fmt: skip
-    """[R, D]: what ``project_rows`` makes of the a of ``project_in``, up to the order of sums; unwritten past
-    ``offsets[E]``.
+    """[R, D]: ``project_rows`` of the a of ``project_in``, up to the order of sums; not written past ``offsets[E]``.
 
     Raises:
-        ValueError: the config is not for weights of these sizes.
+        ValueError: the config does not fit weights of these sizes.
     """
     x, offsets, choice_of_row, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias = dense(
         x, offsets, choice_of_row, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias

@@ -1,11 +1,11 @@
-"""The inside of every grouped product: which expert a tile belongs to, and a tile's sum over the terms.
+"""Shared by all grouped products: finding the expert of a tile, and a tile's sum over the terms.
 
-Rows are sorted by expert, so a tile of rows belongs to one expert. The host knows R and E but not how many rows an
-expert has: it counts every tile that there could be, and a block finds its tile from ``offsets``. Experts follow each
-other, so that an expert's weights stay in the second-level cache while its tiles are computed. Rows past ``offsets[E]``
-come last, as tiles of a group E that no expert owns. A kernel has one block for every tile or, PERSISTENT, a few for
-every multiprocessor, each of which walks over tiles, a whole grid further on every time. Nothing may be hoisted out of
-that walk: it would be kept in registers through the products, which need them all.
+Rows are sorted by expert, so a tile of rows belongs to one expert. The host knows R and E but not the number of rows
+per expert: it launches the largest possible number of tiles, and a block finds its tile from ``offsets``. Experts are
+processed one after another, so that an expert's weights stay in the second-level cache while its tiles are computed.
+Rows past ``offsets[E]`` come last, as tiles of a group E without an expert. A kernel has one block per tile or,
+PERSISTENT, a few per multiprocessor, each of which loops over tiles with the grid as stride. Nothing may be hoisted out
+of that loop: it would stay in registers during the products, which need them all.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .variants import TYPE_NAMES, Variant, signature
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
-    """The most tiles that R rows in E + 1 groups can be cut into: every group may end in a tile of a single row."""
+    """The most tiles that R rows in E + 1 groups can take: every group may end with a tile of a single row."""
     return (num_rows + (num_experts + 1) * (block_m - 1)) // block_m
 
 
 def operand(
     weight: Tensor | None, config: configs.Config, transposed: bool = False
 ) -> Tensor | TensorDescriptor | None:
-    """What ``multiply`` takes for weights [E, N, K] ([E, K, N] if ``transposed``): themselves or, if the config says
-    so, a descriptor (TMA) of them as one matrix.
+    """The weights argument of ``multiply``: weights [E, N, K] ([E, K, N] if ``transposed``) or, if the config says so,
+    a descriptor (TMA) of them as one matrix.
 
     Raises:
-        ValueError: descriptors cannot serve these sizes.
+        ValueError: descriptors do not support these sizes.
     """
     if weight is None or not config.descriptors:
         return weight
@@ -77,7 +77,7 @@ def expert_of(row, offsets, num_experts, GROUPS: tl.constexpr):
 
 @triton.jit
 def _weight_pointers(weight, expert, term, column, depth, columns, TRANSPOSED: tl.constexpr):
-    """[K, N] pointers into an expert's weight, which lies as [columns, depth] or TRANSPOSED, as [depth, columns]."""
+    """[K, N] pointers into an expert's weight, which is [columns, depth], or [depth, columns] if TRANSPOSED."""
     own = weight + expert.to(tl.int64) * depth * columns
     if TRANSPOSED:
         pointers = own + term[:, None] * columns + column[None, :]
@@ -108,7 +108,7 @@ def _load_weight(pointers, term, depth, column, columns, EVEN_DEPTH: tl.constexp
 
 @triton.jit
 def _load_block(weight, expert, start, first_column, depth, columns, TRANSPOSED: tl.constexpr):
-    """[K, N]: ``_load_weight`` through a descriptor of all experts' weights; past the last column anything."""
+    """[K, N]: ``_load_weight`` through a descriptor of all experts' weights; undefined past the last column."""
     if TRANSPOSED:
         block = weight.load([expert * depth + start, first_column])
     else:
@@ -149,7 +149,7 @@ def multiply_pair(
     DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``multiply`` of the same rows by two weights [columns, depth], the rows read once."""
+    """``multiply`` of the same rows by two weights [columns, depth]; the rows are read once."""
     term = tl.arange(0, BLOCK_K)
     column = first_column + tl.arange(0, BLOCK_N)
     left = left[:, None] + term[None, :]
@@ -179,7 +179,7 @@ def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The four [M, N/4] of a tile [M, N] from left to right: a long epilogue takes one at a time, to save registers."""
+    """The four quarters [M, N/4] of a tile [M, N]: a long epilogue processes one at a time, to save registers."""
     left, right = _halves(tile, BLOCK_M, BLOCK_N)
     first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
     third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
@@ -190,7 +190,8 @@ def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def place(
     first, end, first_column, columns, EVEN_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Offset of a tile's first element in [rows, columns], those of its elements from there, and which there are."""
+    """Offset of a tile's first element in [rows, columns], relative offsets of its elements, and a mask of those
+    inside."""
     row = tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     inside = (row < end - first)[:, None]
@@ -202,7 +203,7 @@ def place(
 
 @triton.jit
 def add_bias(total, bias, expert, column, columns):
-    """``total`` [M, N] plus the expert's bias [E, columns]; without a bias as it is."""
+    """``total`` [M, N] plus the expert's bias [E, columns]; unchanged without a bias."""
     if bias is not None:
         own = tl.load(bias + expert.to(tl.int64) * columns + column, mask=column < columns, other=0.0)
         total += own.to(tl.float32)[None, :]
@@ -220,13 +221,13 @@ def describe(
     kernel: Any, form: str, storage: tuple[str, ...], constants: dict[str, Any], case: configs.Case,
     transposed: bool = False,
 ) -> Variant:  # fmt: skip
-    """A product's kernel as it is launched in ``case``, for ``variants``.
+    """The variant of a product's kernel that is launched in ``case``.
 
     Args:
-        form: what tells this specialisation from the kernel's others.
+        form: a name that distinguishes this specialization from the kernel's others.
         storage: the arguments that point to the storage type.
         constants: the constexprs that make up the form; those of the config are added.
-        transposed: how weights lie that are read by descriptors.
+        transposed: layout of weights that are loaded by descriptors.
     """
     names = kernel.arg_names
     pointer = "*" + TYPE_NAMES[case.dtype]

@@ -1,7 +1,7 @@
-"""Grouped products of rows that lie in expert order: ``grouped_linear``, and what the fused op shares with it.
+"""Grouped products of rows in expert order: ``grouped_linear``, and the products that the fused op shares with it.
 
 ``project_rows`` is ``rows W^T + b``, or ``rows W``: the second projection of the experts, and the gradient of a
-product's rows. A block owns a tile of the output and computes all of it, so every sum has a fixed order.
+product's rows. A block computes a whole tile of the output, so every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _rows_tile(
     first_column = (tile % column_tiles) * BLOCK_N
     if (first < end) & (expert < num_experts):
         row = first + tl.arange(0, BLOCK_M)
-        own = tl.where(row < end, row, first).to(tl.int64)  # surplus rows repeat the first: nothing else is read
+        own = tl.where(row < end, row, first).to(tl.int64)  # surplus rows repeat the first row
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total = multiply(
             total, rows + own * depth, weight, expert, first_column, depth, columns,
@@ -82,9 +82,9 @@ def project_rows(
 
     Args:
         weight: [E, N, depth], or [E, depth, N] if ``transposed`` (``rows W``).
-        fill_empty: rows past ``offsets[E]`` become 0; without it they are left unwritten.
-        other: rows and weight of a second product that is added to the first.
-        config: another one than the table's.
+        fill_empty: rows past ``offsets[E]`` become 0; otherwise they are not written.
+        other: rows and weight of a second product, added to the first.
+        config: instead of the table's.
     """
     rows, weight, bias, offsets, other_rows, other_weight = dense(rows, weight, bias, offsets, *(other or (None, None)))
     num_experts, columns, depth = weight.mT.shape if transposed else weight.shape
@@ -110,7 +110,7 @@ def grouped_linear(rows, weight, bias, offsets) -> Tensor:
 
 
 def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[Tensor, ...]:
-    """Gradients of rows, weight and bias; one of 0 elements where ``output_mask`` wants none."""
+    """Gradients of rows, weight and bias; those not in ``output_mask`` have 0 elements."""
     need_rows, need_weight, need_bias = output_mask
     none = rows.new_empty(0)
     d_rows = project_rows(d_out, weight, None, offsets, transposed=True, fill_empty=True) if need_rows else none

@@ -1,10 +1,10 @@
-"""router_logits and its backward: few outputs a token, so that what counts is to read tokens once, in their own type.
+"""router_logits and its backward: few outputs per token, so tokens are read once, in their storage type.
 
     x, weight --_logits--> logits            d_logits, weight --_token_gradient--> d_x
-    d_logits, x --_weight_sums--> a sum by range of tokens --_add_up--> d_weight
+    d_logits, x --_weight_sums--> sums per range of tokens --_add_up--> d_weight
 
-Products and sums are float32 outside of the tensor cores, which would round them: with 8 experts the arithmetic hides
-behind the loads. How tokens are cut into ranges depends on T and E alone, so every GPU adds in the same order.
+Products and sums are float32 outside of the tensor cores, which would round them: with 8 experts the arithmetic is
+hidden behind the loads. The split of tokens into ranges depends only on T and E, so every GPU adds in the same order.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 from .launch import dense
 from .variants import TYPE_NAMES, Variant, signature
 
-_EXPERTS = 8  # the most that a program takes; more experts read the tokens again, from the second-level cache
+_EXPERTS = 8  # per program; with more experts, tokens are read again, from the second-level cache
 _LOGITS = {"BLOCK_T": 8, "BLOCK_D": 128}
 _TOKEN = {"BLOCK_T": 16, "BLOCK_D": 256}
 _WEIGHT = {"BLOCK_T": 4, "BLOCK_D": 128}
 _ADD_UP = {"BLOCK_S": 32, "BLOCK": 64}
-_PARTIAL_SUMS = 2048  # sums kept of a column of the weight, over all experts: enough programs for any GPU
+_PARTIAL_SUMS = 2048  # partial sums of a column of the weight, over all experts: enough programs for any GPU
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
-def _takes_part(mask, token, T):
-    """Which tokens are there and not masked; what the others hold is never read."""
+def _unmasked(mask, token, T):
+    """Which tokens are below T and not masked; the others are never read."""
     part = token < T
     if mask is not None:
         part = part & (tl.load(mask + token, mask=part, other=0) != 0)
@@ -43,8 +43,8 @@ def _logits(
 ):  # fmt: skip
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    part = _takes_part(mask, token, T)
-    # Each thread sums its own columns, and the threads' sums meet once, at the end.
+    part = _unmasked(mask, token, T)
+    # Each thread sums its own columns; the threads' sums are added once, at the end.
     products = tl.zeros([BLOCK_T, BLOCK_E, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
@@ -61,7 +61,7 @@ def _logits(
 def _token_gradient(d_logits, weight, mask, d_x, T, D, E, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    part = _takes_part(mask, token, T)
+    part = _unmasked(mask, token, T)
     total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for expert in range(E):
         gradient = tl.load(d_logits + token * E + expert, mask=part, other=0.0)
@@ -75,14 +75,14 @@ def _token_gradient(d_logits, weight, mask, d_x, T, D, E, BLOCK_T: tl.constexpr,
 def _weight_sums(
     d_logits, x, mask, sums, T, D, E, share, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Program s adds up tokens ``s * share`` to ``(s + 1) * share``."""
+    """Program s sums tokens ``s * share`` to ``(s + 1) * share``."""
     split = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     expert = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     products = tl.zeros([BLOCK_T, BLOCK_E, BLOCK_D], tl.float32)
     for start in range(0, share, BLOCK_T):
         token = split * share + start + tl.arange(0, BLOCK_T)
-        part = _takes_part(mask, token, T)
+        part = _unmasked(mask, token, T)
         read = part[:, None] & (expert < E)[None, :]
         gradients = tl.load(d_logits + token[:, None] * E + expert[None, :], mask=read, other=0.0)
         read = part[:, None] & (column < D)[None, :]

@@ -1,8 +1,7 @@
-"""permute, gather_sum, combine and its backward: rows moved between token order and expert order.
+"""permute, gather_sum, combine and its backward: moving rows between token order and expert order.
 
-Every output element is written by one program and summed by it in the order of the choices, so there is nothing to add
-atomically. All four are bound by memory: a program moves a tile of whole vectors, and neighbouring programs share the
-rows that they read.
+One program computes an output element, in the order of the choices, so no atomics are needed. All four are bound by
+memory: a program moves a tile of whole vectors, and neighbouring programs share the rows that they read.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .launch import dense
 from .variants import TYPE_NAMES, Variant, signature
 
 _MOVED_ROWS = 16
-_SUMMED_ROWS = 8  # a tile of sums in float32 lies in registers beside those that move
+_SUMMED_ROWS = 8  # a tile of float32 sums is in registers beside the tiles that are moved
 _MAX_COLUMNS = 256
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
 
@@ -60,8 +59,8 @@ def _combine_backward(
     dy, rows, gates, row_of_choice, offsets, d_rows, d_gates, R, D, E,
     K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program takes BLOCK_R choices: it writes the rows that they own and, of the rows that have the choices' own
-    numbers, those past the last one in use, which no choice owns."""
+    """A program processes BLOCK_R choices: it writes the rows of these choices, and of the rows with the same numbers
+    as the choices those past the last one in use, which no choice has."""
     choice = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = choice < R
     row = tl.load(row_of_choice + choice, mask=inside, other=-1).to(tl.int64)
@@ -139,7 +138,7 @@ def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> 
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """Every storage type at a width that is a multiple of 16, and one width that is not; two choices a token."""
+    """Every storage type at a width that is a multiple of 16, and one width that is not; two choices per token."""
     shared = dict.fromkeys(("choice_of_row", "row_of_choice", "offsets"), "*i32") | dict.fromkeys("RTE", "i32")
     shared |= {"gates": "*fp32", "d_gates": "*fp32"}
     stages = (

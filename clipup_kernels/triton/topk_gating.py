@@ -27,22 +27,22 @@ _TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def _softmax(logits, mask, tokens, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
-    """For a tile of tokens: logits (-inf past E), probabilities (0 past E), logsumexp, and which tokens take part.
+    """For a tile of tokens: logits (-inf past E), probabilities (0 past E), logsumexp, and which tokens are not masked.
 
-    Logits of tokens that take no part are not read and count as 0: they may hold NaN.
+    Logits of masked tokens, which may be NaN, are not read and count as 0.
     """
     columns = tl.arange(0, BLOCK_E)
-    takes_part = tokens < T
+    unmasked = tokens < T
     if mask is not None:
-        takes_part = takes_part & (tl.load(mask + tokens, mask=takes_part, other=0) != 0)
+        unmasked = unmasked & (tl.load(mask + tokens, mask=unmasked, other=0) != 0)
     inside = columns[None, :] < E
     address = logits + tokens.to(tl.int64)[:, None] * E + columns[None, :]
-    tile = tl.load(address, mask=takes_part[:, None] & inside, other=0.0)
+    tile = tl.load(address, mask=unmasked[:, None] & inside, other=0.0)
     tile = tl.where(inside, tile, float("-inf"))
     highest = tl.max(tile, axis=1)
     exponentials = tl.where(inside, tl.exp(tile - highest[:, None]), 0.0)
     total = tl.sum(exponentials, axis=1)
-    return tile, exponentials / total[:, None], highest + tl.log(total), takes_part
+    return tile, exponentials / total[:, None], highest + tl.log(total), unmasked
 
 
 @triton.jit(do_not_specialize=["T", "tiles"])
@@ -60,14 +60,14 @@ def _gating(
     tokens_per_expert = tl.zeros([BLOCK_K, BLOCK_E], tl.int32)
     for tile in range(tiles):
         tokens = (program * tiles + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
-        scores, probs, log_sum, takes_part = _softmax(logits, mask, tokens, T, E, BLOCK_E)
-        prob_sum += tl.sum(tl.where(takes_part[:, None], probs, 0.0), axis=0)
-        z_sum += tl.where(takes_part, log_sum * log_sum, 0.0)
-        token_count += takes_part.to(tl.int32)
+        scores, probs, log_sum, unmasked = _softmax(logits, mask, tokens, T, E, BLOCK_E)
+        prob_sum += tl.sum(tl.where(unmasked[:, None], probs, 0.0), axis=0)
+        z_sum += tl.where(unmasked, log_sum * log_sum, 0.0)
+        token_count += unmasked.to(tl.int32)
         # Logits order the experts as their probabilities do, and still do where those underflow.
         if selection_bias is not None:
             scores = probs + tl.load(selection_bias + columns, mask=columns < E, other=0.0)[None, :]
-        # NaN counts as -inf, so that K distinct experts come out whatever the scores are.
+        # NaN counts as -inf, so that the K experts are distinct for any scores.
         scores = tl.where(scores == scores, scores, float("-inf"))
 
         free = (columns[None, :] < E) & (tokens[:, None] >= 0)
@@ -80,7 +80,7 @@ def _gating(
             prob = tl.sum(tl.where(hit, probs, 0.0), axis=1)
             chosen = tl.where(choices[None, :] == k, expert[:, None], chosen)
             weights = tl.where(choices[None, :] == k, prob[:, None], weights)
-            hits = tl.sum((hit & takes_part[:, None]).to(tl.int32), axis=0)
+            hits = tl.sum((hit & unmasked[:, None]).to(tl.int32), axis=0)
             tokens_per_expert += tl.where(choices[:, None] == k, hits[None, :], 0)
             free = free & (columns[None, :] != expert[:, None])
         if RENORMALIZE:  # an underflow of every chosen probability gives gates of 0, not NaN
@@ -88,9 +88,9 @@ def _gating(
 
         place = tokens.to(tl.int64)[:, None] * K + choices[None, :]
         inside = (tokens[:, None] < T) & (choices[None, :] < K)
-        tl.store(gates + place, tl.where(takes_part[:, None], weights, 0.0), mask=inside)
-        tl.store(expert_indices + place, tl.where(takes_part[:, None], chosen, -1), mask=inside)
-        tl.store(top_prob + tokens, tl.where(takes_part, tl.max(probs, axis=1), 0.0), mask=tokens < T)
+        tl.store(gates + place, tl.where(unmasked[:, None], weights, 0.0), mask=inside)
+        tl.store(expert_indices + place, tl.where(unmasked[:, None], chosen, -1), mask=inside)
+        tl.store(top_prob + tokens, tl.where(unmasked, tl.max(probs, axis=1), 0.0), mask=tokens < T)
 
     tl.store(prob_sums + program * E + columns, prob_sum, mask=columns < E)
     tl.store(z_sums + program, tl.sum(z_sum, axis=0))
@@ -126,22 +126,22 @@ def _reduce(
             probs += tl.load(prob_sums + program[:, None] * E + columns[None, :], mask=inside, other=0.0)
             z += tl.load(z_sums + program, mask=program < programs, other=0.0)
             tokens += tl.load(token_counts + program, mask=program < programs, other=0)
-        participating = tl.maximum(tl.sum(tokens, axis=0), 1).to(tl.float32)
-        tl.store(mean_probs + columns, tl.sum(probs, axis=0) / participating, mask=columns < E)
-        tl.store(z_loss, tl.sum(z, axis=0) / participating)
+        num_unmasked = tl.maximum(tl.sum(tokens, axis=0), 1).to(tl.float32)
+        tl.store(mean_probs + columns, tl.sum(probs, axis=0) / num_unmasked, mask=columns < E)
+        tl.store(z_loss, tl.sum(z, axis=0) / num_unmasked)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _gating_backward(
-    logits, expert_indices, mask, participating, d_gates, d_top_prob, d_mean_probs, d_z_loss, d_logits, T,
+    logits, expert_indices, mask, num_unmasked, d_gates, d_top_prob, d_mean_probs, d_z_loss, d_logits, T,
     E: tl.constexpr, K: tl.constexpr, RENORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_E)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    _, probs, log_sum, takes_part = _softmax(logits, mask, tokens, T, E, BLOCK_E)
+    _, probs, log_sum, unmasked = _softmax(logits, mask, tokens, T, E, BLOCK_E)
     count = T
-    if participating is not None:
-        count = tl.load(participating)
+    if num_unmasked is not None:
+        count = tl.load(num_unmasked)
     share = 1.0 / tl.maximum(count, 1).to(tl.float32)
     d_probs = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
     d_tile = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
@@ -151,19 +151,19 @@ def _gating_backward(
     if d_top_prob is not None:
         top = tl.max(probs, axis=1)
         first = tl.min(tl.where(probs == top[:, None], columns[None, :], BLOCK_E), axis=1)
-        d_top = tl.load(d_top_prob + tokens, mask=takes_part, other=0.0)
+        d_top = tl.load(d_top_prob + tokens, mask=unmasked, other=0.0)
         d_probs += tl.where(columns[None, :] == first[:, None], d_top[:, None], 0.0)
     if d_gates is not None:
         d_gate = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
         chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
         for k in range(K):
             place = tokens.to(tl.int64) * K + k
-            expert = tl.load(expert_indices + place, mask=takes_part, other=-1)
+            expert = tl.load(expert_indices + place, mask=unmasked, other=-1)
             hit = columns[None, :] == expert[:, None]
-            d_gate += tl.where(hit, tl.load(d_gates + place, mask=takes_part, other=0.0)[:, None], 0.0)
+            d_gate += tl.where(hit, tl.load(d_gates + place, mask=unmasked, other=0.0)[:, None], 0.0)
             chosen += hit.to(tl.int32)
         if RENORMALIZE:
-            # Renormalised gates are the softmax over the chosen logits alone.
+            # Renormalized gates are the softmax over the chosen logits alone.
             gates = tl.where(chosen > 0, probs, 0.0)
             gates = gates / tl.maximum(tl.sum(gates, axis=1), _TINY)[:, None]
             d_tile += gates * (d_gate - tl.sum(gates * d_gate, axis=1)[:, None])
@@ -175,7 +175,7 @@ def _gating_backward(
         d_tile += probs * (share * 2.0 * tl.load(d_z_loss) * log_sum)[:, None]
     address = d_logits + tokens.to(tl.int64)[:, None] * E + columns[None, :]
     inside = (tokens[:, None] < T) & (columns[None, :] < E)
-    tl.store(address, tl.where(takes_part[:, None], d_tile, 0.0), mask=inside)
+    tl.store(address, tl.where(unmasked[:, None], d_tile, 0.0), mask=inside)
 
 
 def _blocks(num_experts: int, k: int) -> dict[str, int]:
@@ -230,7 +230,7 @@ def topk_gating_backward(
 ) -> Tensor:
     num_tokens, num_experts = logits.shape
     counted = mask is not None and (d_mean_probs is not None or d_z_loss is not None)
-    participating = mask.sum() if counted else None
+    num_unmasked = mask.sum() if counted else None
     logits, expert_indices, mask, *gradients = dense(
         logits, expert_indices, mask, d_gates, d_top_prob, d_mean_probs, d_z_loss
     )
@@ -242,7 +242,7 @@ def topk_gating_backward(
     del blocks["BLOCK_K"]
     with torch.cuda.device_of(logits):
         _gating_backward[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
-            logits, expert_indices, mask, participating, *gradients, d_logits, num_tokens,
+            logits, expert_indices, mask, num_unmasked, *gradients, d_logits, num_tokens,
             E=num_experts, K=k, RENORMALIZE=renormalize, **blocks, **_OPTIONS,
         )  # fmt: skip
     return d_logits
@@ -254,7 +254,7 @@ def variants(arch: int) -> Iterator[Variant]:
     gradients = ("d_gates", "d_top_prob", "d_mean_probs", "d_z_loss", "d_logits")
     integers = ("expert_indices", "token_counts", "choice_counts", "tokens_per_expert")
     pointers = dict.fromkeys((*floats, *gradients), "*fp32") | dict.fromkeys(integers, "*i32")
-    pointers |= {"participating": "*i64", "mask": "*u8"}
+    pointers |= {"num_unmasked": "*i64", "mask": "*u8"}
     types = pointers | {"T": "i32", "tiles": "i32", "programs": "i32"}
 
     def variant(name, kernel, **constants) -> Variant:

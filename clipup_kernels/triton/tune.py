@@ -2,7 +2,7 @@
 
     python -m clipup_kernels.triton.tune --width 768 --hidden 3072 --experts 8 --top-k 2 --tokens 4096 50000
 
-A case takes some minutes, most of them compiling. ``configs.py`` says where the table lies and when it is read.
+A case takes some minutes, mostly for compiling. ``configs.py`` says where the table is stored and when it is read.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from .configs import Config
 _NOISE = 0.02
 
 SHARED_BYTES = variants.SHARED_BYTES | {80: 99 * 1024}
-"""Of a block, by column of the table: the first one serves the small relatives of the large chips too."""
+"""Shared memory per block, by architecture in the table; that of 80 also fits the consumer variants."""
 
 Product = tuple[str, int, int, Callable[[Config | None], object]]
 
 
 def candidates(arch: int, kernel: str, itemsize: int, depth: int, columns: int) -> Iterator[Config]:
-    """Tiles whose operands fit into shared memory and whose sums take 32 to 128 registers a thread.
+    """Tiles whose operands fit into shared memory and whose sums take 32 to 128 registers per thread.
 
-    Weights also come by descriptors where the architecture has them and the product is cut evenly.
+    Also with weights by descriptors, if the architecture has them and the sizes are multiples of the tile's.
     """
     for tile in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)):
         config = Config(*tile)
@@ -59,7 +59,7 @@ def candidates_both(arch: int, kernel: str, itemsize: int, width: int, hidden: i
     columns = triton.next_power_of_2(max(width, 16))
     weights = 3 if kernel == "project_both_gated" else 2
     for block_m, block_n, num_warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3)):
-        buffers = stages - 1 if arch == 80 else stages  # its tensor cores take the last one from registers
+        buffers = stages - 1 if arch == 80 else stages  # its tensor cores read the last operand from registers
         operands = (block_m + weights * block_n * buffers) * columns * itemsize
         fits = operands <= SHARED_BYTES[arch] and block_m * columns <= 128 * 32 * num_warps
         fits = fits and hidden % block_n == 0 and width % (512 if columns >= 512 else 16) == 0
@@ -68,7 +68,7 @@ def candidates_both(arch: int, kernel: str, itemsize: int, width: int, hidden: i
 
 
 def persistent_forms(tile: Config) -> Iterator[Config]:
-    """A tile as it is, and with a few blocks for every multiprocessor, which walk over tiles."""
+    """A tile with one block per tile, and with a few persistent blocks per multiprocessor."""
     yield tile
     for blocks in (1, 2, 4):
         yield tile._replace(persistent=blocks)
@@ -77,7 +77,7 @@ def persistent_forms(tile: Config) -> Iterator[Config]:
 def products(
     width: int, hidden: int, num_experts: int, top_k: int, num_tokens: int, dtype: torch.dtype, device: str, gated: bool
 ) -> Iterator[Product]:
-    """Kernel, depth, columns and launch of every product of a training step, and of both of inference in one."""
+    """Kernel, depth, columns and launch of every product of a training step, and of ``project_both``."""
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, dtype=dtype, device=device)
@@ -133,9 +133,9 @@ def fastest(
     launch: Callable[[Config | None], object], tiles: Iterable[Config | None],
     milliseconds: Callable[[Callable[[], object]], float],
 ) -> tuple[Config | None, float]:  # fmt: skip
-    """The first of ``tiles``, or the quickest if that is quicker by more than noise; and its time.
+    """The first of ``tiles``, or the fastest if it is faster by more than noise; and its time.
 
-    Those that this GPU has no room for are left out.
+    Tiles that do not fit this GPU are skipped.
     """
     times: dict[Config | None, float] = {}
     for tile in tiles:

@@ -1,8 +1,7 @@
-"""Compiling kernels for an architecture without having it: what ``variants(arch)`` of a kernel file yields, and the
-registers, stack, shared memory and machine code that come out.
+"""Compiling kernels for an architecture without a GPU: the items that ``variants(arch)`` of a kernel file yields, and
+their registers, stack, shared memory and machine code.
 
-``compile_variant`` needs Triton as the process imports it by default: with ``TRITON_INTERPRET=1`` there is no kernel to
-compile.
+``compile_variant`` does not work under ``TRITON_INTERPRET=1``, which interprets kernels instead of compiling them.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90, 100)
-"""Compute capabilities, times ten, that the kernels are compiled for where there is no GPU."""
+"""Compute capabilities, times ten, that the kernels are compiled for without a GPU."""
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Shared memory that one block may have, by architecture (CUDA C++ Programming Guide, technical specifications)."""
 
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""Triton's name of every storage type that the kernels take."""
+"""Triton's names of the kernels' storage types."""
 
 
 class Variant(NamedTuple):
@@ -43,18 +42,18 @@ class Variant(NamedTuple):
     options: dict[str, int]
     """``num_warps`` and ``num_stages``."""
     instructions: tuple[str, ...] = ()
-    """Machine instructions that must occur, "HGMMA" say."""
+    """Machine instructions that must occur, for example "HGMMA"."""
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of a variant."""
+    """A compiled variant."""
 
     registers: int
-    """A thread."""
+    """Per thread."""
     stack_bytes: int
-    """A thread: registers that were spilled, and arrays in local memory. 0 is wanted."""
+    """Per thread: spilled registers, and arrays in local memory. Should be 0."""
     shared_bytes: int
-    """A block."""
+    """Per block."""
     sass: str
     """Machine code as text."""
 
@@ -76,7 +75,7 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     """Compiles ``variant`` for compute capability ``arch`` / 10.
 
     Raises:
-        RuntimeError: Triton interprets in this process.
+        RuntimeError: Triton interprets kernels in this process.
     """
     if not isinstance(variant.kernel, triton.JITFunction):
         raise RuntimeError(
@@ -97,7 +96,7 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
 
 
 def count(instruction: str, sass: str) -> int:
-    """How often a machine instruction occurs, whatever its suffixes: "HGMMA" counts HGMMA.64x128x16.F32.BF16."""
+    """Occurrences of a machine instruction with any suffix: "HGMMA" counts HGMMA.64x128x16.F32.BF16."""
     return len(re.findall(rf"\b{instruction}\b", sass))
 
 

@@ -1,4 +1,4 @@
-"""Compiling what a layer will launch before its first step: a cold kernel takes a second or more to compile."""
+"""Compiling a layer's kernels before its first step: compiling one takes a second or more."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def warmup(
     gated: bool = False,
     training: bool = True,
 ) -> None:
-    """Compiles routing and experts of one layer, by running them on zeros; Triton keeps the result on disk.
+    """Compiles the kernels of one layer by running them on zeros; Triton caches them on disk.
 
     Args:
         width, hidden, num_experts, top_k: D, H, E, K.
-        tokens: values of T that will be seen; what differs by T is only whether experts have few, some or many rows.
-        training: the backward pass too, with z kept and with z computed again.
+        tokens: expected values of T; only the class of rows per expert (few, some, many) matters.
+        training: also the backward pass, with z kept and with z recomputed.
     """
 
     def zeros(*size: int, wanted: bool = True, dtype: torch.dtype = dtype):

@@ -1,11 +1,10 @@
 """Gradients of the experts' weights and biases: sums over each expert's rows of the outer product of two rows.
 
-``dW = left^T right``, ``db = sum of left's rows``, the second inside the loop of the first. A block owns a tile of one
-expert's weight and runs over all of the expert's rows: a fixed order of every sum, no atomics, and no split along the
-rows. With 8 experts of 768/3072 there are 576 tiles of 128 x 256, which fill a large GPU.
+``dW = left^T right``, ``db = sum of left's rows``, the second inside the loop of the first. A block computes a tile
+of one expert's weight and loops over all of the expert's rows: every sum has a fixed order, without atomics and without
+a split along the rows. With 8 experts of 768/3072 there are 576 tiles of 128 x 256, which fill a large GPU.
 
-Either operand may lie in token order: then the row's choice says which token it belongs to, and x and dy are read where
-they are instead of being permuted first.
+Either operand may be in token order: a row is then looked up through its choice, so that x and dy need not be permuted.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def _sum_of_outer(
 ):  # fmt: skip
     """``left^T right`` [M, N] over rows ``begin:end``; with BIAS also left's rows [M] summed, by gates if given.
 
-    A gathered operand has a row per token, and the row's choice says which.
+    A gathered operand has a row per token, found through the row's choice.
     """
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     bias = tl.zeros([BLOCK_M], tl.float32)
@@ -81,7 +80,7 @@ def _gradient_tile(
     end = tl.load(offsets + expert + 1)
     left_column = left_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     right_column = right_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Two loops, so that summing left's rows costs nothing where another tile does it.
+    # Two loops, so that only the tiles that sum left's rows pay for it.
     if d_bias is None or right_tile != 0:
         total, _ = _sum_of_outer(
             left, right, gates, choice_of_row, begin, end, top_k,
@@ -132,9 +131,9 @@ def weight_gradient(
 
     Args:
         left: [R, M], or [T, M] with ``gather_left``. right: [R, N], or [T, N] with ``gather_right``.
-        choice_of_row: [R] int32, for what is gathered: row r belongs to token ``choice_of_row[r] // top_k``.
+        choice_of_row: [R] int32, for gathered operands: row r belongs to token ``choice_of_row[r] // top_k``.
         gates: [T, K] float32: weights of left's rows in the bias gradient, for a gathered left.
-        config: another one than the table's.
+        config: instead of the table's.
     """
     left, right, offsets, choice_of_row, gates = dense(left, right, offsets, choice_of_row, gates)
     num_experts, num_left, num_right = len(offsets) - 1, left.shape[1], right.shape[1]
@@ -156,7 +155,7 @@ def weight_gradient(
 
 
 def _staged(config: configs.Config, gather: bool) -> configs.Config:
-    """The compiler halves the stages of loads whose rows are loaded too; here they get what a plain product has."""
+    """The compiler halves the stages of loads with loaded addresses; this asks for twice as many."""
     return config._replace(num_stages=2 * config.num_stages - 1) if gather else config
 
 

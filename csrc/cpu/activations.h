@@ -1,5 +1,5 @@
-// Activations and their derivatives on vectors of floats. Errors against float64 over the whole range are held by
-// csrc/tests/test_activations.cpp.
+// Activations and their derivatives on vectors of floats. csrc/tests/test_activations.cpp bounds their errors over the
+// whole range.
 #pragma once
 
 #include "simd.h"
@@ -24,7 +24,7 @@ inline F32x exp_of(F32x x) {
   return x < -87.3F ? F32x{} : scaled;
 }
 
-// value and slope of an activation at z; the compiler drops what a caller does not use.
+// Value and slope of an activation at z; the compiler drops the one that is not used.
 struct ValueSlope {
   F32x value, slope;
 };

@@ -1,4 +1,4 @@
-// Combine: every token's rows summed under their gates, and the gradients of that.
+// combine: the gated sum of every token's rows, and its gradients.
 #include <algorithm>
 #include <array>
 #include <cstdint>
@@ -55,7 +55,7 @@ float dot(const Stored<Element>* a, const Stored<Element>* b, std::int64_t D) {
   return lanes[0];
 }
 
-// Calls function(Element{}) with the storage type that `dtype` stands for.
+// Calls function(Element{}) with the storage type of `dtype`.
 template <class Function>
 void with_element(DType dtype, const Function& function) {
   switch (dtype) {
@@ -136,7 +136,8 @@ void combine_backward(const void* dy, const void* rows, DType dtype, const float
     const std::int64_t from = parallel_from(D * sizeof(Stored<Element>));
     parallel_for(R, from, [&](std::int64_t choice) {
       if (choice >= used)
-        std::fill_n(d_rows_RD + choice * D, D, Stored<Element>{});  // as a row, one without a choice
+        std::fill_n(d_rows_RD + choice * D, D,
+                    Stored<Element>{});  // here `choice` is a row number: a row that no choice has
       const std::int64_t row = row_of_choice[choice];
       if (row < 0) {
         d_gates[choice] = 0.0F;

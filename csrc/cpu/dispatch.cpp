@@ -1,6 +1,6 @@
 // Dispatch: a stable counting sort of (token, choice) pairs by expert, in slot order, cut at the capacity.
 //
-// Slot s = k*T + i stands for the k-th choice of the i-th token to be served. Slots are counted by block and
+// Slot s = k*T + i is the k-th choice of the i-th token in serving order. Slots are counted by block and
 // expert, the counts summed over the blocks, and every block then knows the first place of each expert.
 #include <algorithm>
 #include <cmath>
@@ -50,13 +50,13 @@ std::vector<std::int32_t> serving_order(const float* priority, std::int64_t T) {
 std::int64_t expert_capacity(const std::int32_t* expert_indices, const std::uint8_t* mask, std::int64_t T,
                              std::int64_t K, std::int64_t E, double capacity_factor) {
   if (capacity_factor < 0.0) return T * K;
-  std::int64_t participating = 0;
+  std::int64_t num_routed = 0;
   for (std::int64_t t = 0; t < T; ++t) {
     const bool routed = std::any_of(expert_indices + t * K, expert_indices + (t + 1) * K,
                                     [](std::int32_t e) { return e >= 0; });
-    participating += routed && (mask == nullptr || mask[t] != 0) ? 1 : 0;
+    num_routed += routed && (mask == nullptr || mask[t] != 0) ? 1 : 0;
   }
-  const auto tokens = static_cast<double>(participating);
+  const auto tokens = static_cast<double>(num_routed);
   const double capacity =
       std::ceil(capacity_factor * static_cast<double>(K) * tokens / static_cast<double>(E));
   // In this order a NaN, infinity times no token, leaves the limit.
@@ -78,7 +78,7 @@ void dispatch(const std::int32_t* expert_indices, const std::uint8_t* mask, cons
   const std::int64_t block_size = std::max(kBlock, E);
   const std::int64_t blocks = ceil_div(R, block_size);
 
-  // Calls visit(choice, expert) for the slots of a block, in order; expert -1: the choice takes no part.
+  // Calls visit(choice, expert) for the slots of a block, in order; expert -1: none, or a masked token.
   const auto for_each_slot = [&](std::int64_t block, const auto& visit) {
     const std::int64_t begin = block * block_size;
     const std::int64_t end = std::min(R, begin + block_size);

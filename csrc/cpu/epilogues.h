@@ -1,4 +1,4 @@
-// What happens to a tile of sums while it is in the cache, and to rows afterwards.
+// Epilogues: finishing a tile of sums while it is in the cache, and combining rows afterwards.
 #pragma once
 
 #include "activations.h"
@@ -74,7 +74,7 @@ void finish_hidden_gradient_tile(const HiddenGradientTile& tile) {
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r) {
         dz[r] = dz_gate[r] = a[r] = F32x{};
-        if (i + r == tile.rows) break;  // an odd last row has zeros for its partner
+        if (i + r == tile.rows) break;  // an odd last row is paired with zeros
         const F32x da = load_as<F32x>(tile.da + (i + r) * kPanel + v * kLanes);
         const F32x scaled = da * tile.gates[i + r];
         const F32x z = load_some<Storage>(z_from + (i + r) * tile.z_stride, left);

@@ -1,5 +1,5 @@
-// Forward pass of the experts: wave by wave, rows gathered while they are packed, first product with bias and
-// activation, second product with bias; at the end every token's rows are combined.
+// Forward pass of the experts, wave by wave: gather and pack rows, first product with bias and activation, second
+// product with bias; at the end combine every token's rows.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -25,7 +25,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
   const bool gated = experts.gated();
-  const bool identity =  // rows are y
+  const bool identity =  // the rows are y's
       routing.K == 1 && routing.choice_of_row == nullptr && routing.gates == nullptr;
   const std::int64_t used = routing.offsets[E];
   const std::vector<Wave> waves = make_waves(routing.offsets, E, kWaveRows, ks, typed);

@@ -1,5 +1,6 @@
-// Backward pass of the experts, wave by wave: dout and x packed for every product that reads them; da with all that is
-// made of it while a tile is in the cache; then dx and the weights' gradients, each owned by one task.
+// Backward pass of the experts, wave by wave: pack dy and x for the products that read them; compute da and, while a
+// tile is in the cache, everything that depends on it; then dx and the weights' gradients, each element computed by one
+// task.
 #include <algorithm>
 #include <vector>
 
@@ -10,7 +11,7 @@
 namespace clipup {
 namespace {
 
-// What a wave's rows are packed into, and what is made of them.
+// Packed operands and intermediate results of a wave.
 struct Rows {
   Buffer<Word> dy_a_panels, x_a_panels, dz_a_panels, dz_gate_a_panels;
   ColumnPanels x_b_panels, scaled_dy_column_panels, hidden_b_panels, dz_column_panels, dz_gate_column_panels;
@@ -139,7 +140,7 @@ class Backward {
     }
   }
 
-  // Where the piece's pre-activations are: saved, or computed again.
+  // The piece's pre-activations: saved, or recomputed.
   PreActivations place(const Piece& piece) const {
     if (z_ == nullptr) {
       return {element(rows_.z.get(), dtype_, piece.at * H_),
@@ -209,7 +210,7 @@ class Backward {
     return a_panels.get() == nullptr ? nullptr : a_panel_at(a_panels.get(), at, h_words_);
   }
 
-  // One expert's [k, n] matrix as it lies: the backward pass sums over its rows.
+  // One expert's [k, n] matrix: the backward pass sums over its rows.
   Right backward_matrix(const void* weight, std::int64_t expert, std::int64_t n, std::int64_t k) const {
     return {element(weight, dtype_, expert * n * k), false, n, k, nullptr};
   }

@@ -1,4 +1,4 @@
-// What forward and backward share: checked arguments, packed rows, the hidden product.
+// Shared by the forward and backward pass: argument checks, packing rows, the first product.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace clipup {
 
-// Throws std::invalid_argument by name.
+// Throw std::invalid_argument that names the argument.
 void check_dtype(DType dtype);
 void check_offsets(const std::int32_t* offsets, std::int64_t E, std::int64_t R);
 void check_experts(const Experts& experts);
@@ -41,7 +41,7 @@ void for_row_tiles(const Wave& wave, const Kernels& kernels, const Body& body) {
   parallel_for(static_cast<std::int64_t>(tiles.size()), 2, [&](std::int64_t i) { body(tiles[i]); });
 }
 
-// Tokens of the tile's rows into lines of the wave.
+// Packs the tokens of the tile's rows into an A panel of the wave.
 void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,
                    const RowTile& tile, const void* tokens, Word* a_panels);
 
@@ -53,12 +53,12 @@ const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, 
 Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
                      std::int64_t n, std::int64_t k);
 
-// Where a piece's pre-activations lie: those of its row `i` at z + i * H; null: not kept.
+// Addresses of a piece's pre-activations: those of its row `i` are at z + i * H; null: not kept.
 struct PreActivations {
   void *z, *z_gate;
 };
 
-// First product of a wave: a of its rows into lines (null: not wanted), pre-activations where `places` says, by piece.
+// First product of a wave: writes a in A panels (null: not wanted), and the pre-activations of every piece to `places`.
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
                     const std::vector<PreActivations>& places, const Workspace& workspace);
 

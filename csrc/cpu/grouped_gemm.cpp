@@ -8,7 +8,7 @@
 namespace clipup {
 namespace {
 
-// Enough blocks that the last ones to finish leave no thread waiting long.
+// Enough blocks that no thread waits long for the last ones.
 constexpr std::int64_t kBlocksPerThread = 8;
 
 std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_unit, std::int64_t columns,
@@ -53,7 +53,7 @@ std::vector<Block> cut(const Wave& wave, std::int64_t rows, std::int64_t row_uni
 std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::int64_t most_rows,
                              const Kernels& kernels, const TypedKernels& typed) {
   std::vector<Wave> waves;
-  bool open = false;  // the last wave may take more
+  bool open = false;  // the last wave may get more pieces
   for (std::int64_t e = 0; e < E; ++e) {
     const std::int64_t begin = offsets[e];
     const std::int64_t count = offsets[e + 1] - begin;
@@ -122,7 +122,7 @@ void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::in
     }
     return;
   }
-  // Rows that lie a power of two apart push each other out of the second-level cache: ask for them once more.
+  // Rows at power-of-two distances evict each other from the second-level cache: prefetch them once more.
   constexpr std::int64_t kAhead = 16;
   for (std::int64_t word = 0; word < words; ++word) {
     const std::int64_t soon = (word + kAhead) * typed.per_word;
@@ -185,7 +185,7 @@ Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, c
 
 std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines) {
   constexpr std::int64_t kUsual = 2;
-  constexpr std::int64_t kMost = 8;  // more would wait for each other
+  constexpr std::int64_t kMost = 8;  // more would queue
   const std::int64_t wanted = region.rows * region.lines;
   if (wanted == 0 || lines == 0) return tiles;
   const std::int64_t late = std::max<std::int64_t>(tiles - ceil_div(wanted, lines * kUsual), 0);

@@ -1,5 +1,5 @@
-// Products of rows with their experts' matrices: how the rows of a call are cut into waves and blocks, and a block's
-// loops over the cache. What is done with a finished tile is the caller's.
+// Products of rows with their experts' matrices: splitting the rows of a call into waves and blocks, and the loops of a
+// block over the cache. The caller finishes the tiles.
 #pragma once
 
 #include <cstdint>
@@ -13,23 +13,23 @@ namespace clipup {
 
 inline std::int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Rows of one expert that are worked on together.
+// Rows of one expert that are processed together.
 struct Piece {
   std::int64_t expert;
   std::int64_t begin, count;  // rows [begin, begin + count) of the call
   std::int64_t at;            // the first row's place in the wave
   std::int64_t word_at;       // the first row's place in the wave where rows are the summed axis, in words
-  bool first, last;           // of the expert's pieces
+  bool first, last;           // whether it is the first, or the last, piece of the expert
 };
 
-// Pieces whose intermediate results are in memory at the same time.
+// Pieces that are processed together, so that their intermediate results are in memory at the same time.
 struct Wave {
   std::vector<Piece> pieces;
   std::int64_t rows = 0, words = 0;
 };
 
 // All rows, experts ascending, in waves of at most `most_rows` rows. An expert with more than that has several pieces,
-// each a wave of its own: what is summed over an expert's rows has one owner at a time.
+// each in its own wave, so that a sum over an expert's rows is computed by one task at a time.
 std::vector<Wave> make_waves(const std::int32_t* offsets, std::int64_t E, std::int64_t most_rows,
                              const Kernels& kernels, const TypedKernels& typed);
 
@@ -39,18 +39,18 @@ struct WaveSize {
 };
 WaveSize largest(const std::vector<Wave>& waves);
 
-// How a summed axis of `words` words is cut: blocks of this many, the last one shorter.
+// Block size for a summed axis of `words` words; the last block is shorter.
 std::int64_t sum_block(std::int64_t words);
 constexpr std::int64_t kMostSumWords = 768;
 constexpr std::int64_t kBlockColumns = 128;
 
-// The same where few rows are multiplied with a matrix that is packed for them: what is packed at a time stays in the
-// first-level cache beside the rows' words and sums.
+// The same for few rows and a matrix that is packed for them: a packed block fits the first-level cache beside the
+// rows' words and sums.
 constexpr std::int64_t kFewRowsSumWords = 96;
 constexpr std::int64_t kFewRowsColumns = 32;
 
-// A block of a product: rows [row, row + rows) of a piece, `panels` panels of columns from `panel` on, at most
-// `most_words` words of the summed axis at a time.
+// A block of a product: rows [row, row + rows) of a piece, `panels` B panels from `panel` on, at most `most_words`
+// words of the summed axis at a time.
 struct Block {
   const Piece* piece;
   std::int64_t row, rows, panel, panels;
@@ -62,13 +62,13 @@ struct Block {
   }
 };
 
-// Cuts the product of a wave's rows with matrices of `columns` columns into blocks, small enough that every thread
-// finds several. No result depends on the cut: a sum's order is fixed by the summed axis alone. Pieces of up to
-// `few_rows` rows are cut smaller (kFewRowsColumns).
+// Splits the product of a wave's rows with matrices of `columns` columns into blocks, several for every thread. No
+// result depends on the split: the order of a sum depends only on the summed axis. Pieces of up to `few_rows` rows get
+// smaller blocks (kFewRowsColumns).
 std::vector<Block> make_blocks(const Wave& wave, std::int64_t columns, const Kernels& kernels,
                                std::int64_t few_rows);
 
-// The same for a product that sums over a piece's rows: `rows` tiles of columns of the left operand.
+// The same for a product that sums over a piece's rows: rows of a block are columns of the left operand.
 std::vector<Block> make_weight_blocks(const Wave& wave, std::int64_t left_columns, std::int64_t columns,
                                       const Kernels& kernels);
 
@@ -77,17 +77,17 @@ struct Right {
   const void* matrix;
   bool transposed;
   std::int64_t n, k;
-  const Word* packed;  // as pack_weight wrote it, or null
+  const Word* packed;  // from pack_weight, or null
 };
 
-// Lines of a block's rows, and what they are multiplied with.
+// A panels of a block's rows, and the right operand.
 struct Term {
   const Word* a_panels;
-  std::int64_t row_words;  // words of a row in `lines`
+  std::int64_t row_words;  // words of a row in the A panels
   Right right;
 };
 
-// A thread's own memory: a block of the right operand, and sums.
+// Per-thread memory: a block of packed B panels, and sums.
 struct Workspace {
   Workspace(const Kernels& kernels, std::int64_t outputs);
 
@@ -102,33 +102,33 @@ struct Workspace {
   Buffer<float> sums_;
 };
 
-// Rows of a wave: their hidden activations stay in the last-level cache or close to it.
+// Rows of a wave: few enough that their hidden activations stay in or near the last-level cache.
 constexpr std::int64_t kWaveRows = 2016;
 constexpr std::int64_t kBlockRows = 504;  // a multiple of every tier's tile_rows and column_tile
 
-// Words of a row of k elements in lines; a line where there are none, so that rows have an address.
+// Words of a row of k elements in A panels; one cache line if k is 0, so that rows have an address.
 inline std::int64_t a_row_words(std::int64_t k, const TypedKernels& typed) {
   return k == 0 ? kLineWords : round_up(ceil_div(k, typed.per_word), kLineWords);
 }
 
-// Where `word` of the rows from `row` on begins, rows of `words` words in lines, `row` a multiple of tile_rows.
+// The A panel that begins at `row`, a multiple of tile_rows; a row takes `words` words.
 template <class W>
 W* a_panel_at(W* a_panels, std::int64_t row, std::int64_t words) {
   return a_panels + row * words;
 }
 
-// Packs words [begin, begin + words) of `panels` panels, one strip of `words` words behind the other.
+// Packs words [begin, begin + words) of `panels` B panels, one after another.
 void pack_right(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
                 std::int64_t panels, std::int64_t begin, std::int64_t words, Word* b_panels);
 
-// What pack_right would read, or the product of packed panels, to be asked for ahead; `each` is left to the product.
+// The memory that pack_right, or the product with packed panels, will read; multiply_block sets `each`.
 Prefetch region_of(const Right& right, DType dtype, const Kernels& kernels, std::int64_t panel,
                    std::int64_t panels, std::int64_t begin, std::int64_t words);
 
-// The part that a block's first step reads.
+// The memory that a block's first step reads.
 Prefetch first_region(const Right& right, DType dtype, const Kernels& kernels, const Block& block);
 
-// What the block that this thread probably takes next reads first. right_of(piece): its right operand.
+// The same for the block that this thread probably processes next. right_of(piece): its right operand.
 template <class RightOf>
 Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, DType dtype,
                           const Kernels& kernels, const RightOf& right_of) {
@@ -137,11 +137,11 @@ Prefetch following_region(const std::vector<Block>& blocks, std::int64_t task, D
   return first_region(right_of(*blocks[next].piece), dtype, kernels, blocks[next]);
 }
 
-// From which of `tiles` tiles on the region is asked for, each of which multiplies `lines` lines of words: as late as
-// there is time for it, lest the tiles before push it out of the cache again.
+// The first of `tiles` tiles, of `lines` cache lines of words each, that prefetches the region: as late as time allows,
+// so that earlier tiles do not evict it again.
 std::int64_t ask_from(Prefetch& region, std::int64_t tiles, std::int64_t lines);
 
-// Asks for `rows` rows of `bytes` bytes at once: what a tile is finished with, while it is multiplied.
+// Prefetches `rows` rows of `bytes` bytes: the operands that finish a tile, while the tile is multiplied.
 inline void ask_for_rows(const void* first, std::int64_t stride, std::int64_t rows, std::int64_t bytes) {
   const auto* row = static_cast<const char*>(first);
   for (std::int64_t i = 0; row != nullptr && i < rows; ++i, row += stride) {
@@ -151,9 +151,9 @@ inline void ask_for_rows(const void* first, std::int64_t stride, std::int64_t ro
 
 inline void nothing_ahead(std::int64_t, std::int64_t, std::int64_t) {}
 
-// The terms' products over one block. With `outputs` = 1 the terms are added, else each is an output of its own.
-// prepare(row, rows, panel): the tile will be finished next; finish(row, rows, panel, c): its sums are c[output], [rows,
-// panel]. `following` is asked for while the last step computes.
+// The terms' products over one block. With `outputs` = 1 the terms are added, else each is a separate output.
+// prepare(row, rows, panel): the tile will be finished next; finish(row, rows, panel, c): its sums are c[output],
+// [rows, panel]. `following` is prefetched while the last step computes.
 template <class Prepare, class Finish>
 void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std::int64_t count,
                     std::int64_t outputs, const Block& block, const Prefetch& following,
@@ -169,12 +169,13 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
     const std::int64_t output = outputs == 1 ? 0 : t;
     const std::int64_t step = block.step(words);
     std::int64_t begin = 0;
-    do {  // once even where nothing is summed
+    do {  // once even if the summed axis is empty
       const std::int64_t length = begin + step < words ? step : words - begin;
       const bool add = begin > 0 || (outputs == 1 && t > 0);
       const bool last = begin + length == words;
       const bool done = last && t + 1 == count;
-      const bool once = count == 1 && step >= words;  // a tile's sums need no place of their own
+      const bool once =
+          count == 1 && step >= words;  // tiles are finished at once and share a buffer for sums
       const Word* b_panels = packed;
       std::int64_t b_stride = length * kernels.panel;
       if (right.packed != nullptr) {
@@ -213,8 +214,8 @@ void multiply_block(const Kernels& kernels, DType dtype, const Term* terms, std:
   }
 }
 
-// left^T . right over a piece's rows: both in strips of `words` words. finish(tile, panel, c): tile `tile` of
-// column_tile columns of the left operand is done.
+// left^T . right over a piece's rows: column A panels and B panels of `words` words. finish(tile, panel, c): column A
+// panel `tile` times B panel `panel` is c.
 template <class Finish>
 void multiply_columns(const Kernels& kernels, const TypedKernels& typed, const Word* left, const Word* right,
                       std::int64_t words, const Block& block, const Workspace& workspace, std::int64_t thread,

@@ -1,4 +1,4 @@
-// The experts' linear layers by themselves.
+// grouped_linear: one linear layer per expert, and its gradients.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -22,7 +22,7 @@ void check_grouped(DType dtype, const std::int32_t* offsets, std::int64_t R, std
   check_offsets(offsets, E, R);
 }
 
-// Rows [R, n] past the last expert's are zero.
+// Zeroes rows [R, n] past the last expert's.
 void clear_rest(void* rows, DType dtype, std::int64_t used, std::int64_t R, std::int64_t n) {
   if (rows != nullptr && R > used && n > 0) {
     std::memset(element(rows, dtype, used * n), 0, (R - used) * n * element_size(dtype));

@@ -1,5 +1,5 @@
-// The functions of an instruction tier (gemm_<tier>.cpp): multiplying tiles in registers, packing operands, and finishing a
-// tile while it is in the cache. The tier is chosen once, at first use.
+// The functions of an instruction tier (gemm_<tier>.cpp): multiplying tiles in registers, packing operands, and
+// finishing a tile while it is in the cache. The tier is chosen once, at first use.
 //
 // Operands are packed in 32-bit words along the summed axis: a word is one float, or, where the CPU multiplies
 // bfloat16 pairs, two neighbouring bfloat16. Storage types without such an instruction are widened to floats.
@@ -27,8 +27,8 @@ constexpr std::int64_t kMostColumnTile = 8;
 // Columns of the router's weight gradient that one task computes.
 constexpr std::int64_t kRouterColumns = 64;
 
-// Memory to prefetch: `rows` rows of `lines` cache lines. A product prefetches `each` of them per cache line of words that
-// it multiplies, so that they arrive while it computes.
+// Memory to prefetch: `rows` rows of `lines` cache lines. A product prefetches `each` of them per cache line of words
+// that it multiplies, so that they arrive while it computes.
 struct Prefetch {
   const char* next = nullptr;
   std::int64_t rows = 0, lines = 0, skip = 0;  // skip: from the end of a row to the next one
@@ -113,8 +113,8 @@ struct TypedKernels {
   // d_x[rows,D] = d_logits[rows,E] . weight[E,D].
   void (*router_input_gradient)(const float* d_logits, std::int64_t rows, const float* weight, std::int64_t D,
                                 std::int64_t E, void* d_x);
-  // d_weight[E,columns] = d_logits[T,E]^T . x[T,columns] over the unmasked tokens; rows of x and of d_weight are D elements
-  // apart.
+  // d_weight[E,columns] = d_logits[T,E]^T . x[T,columns] over the unmasked tokens; rows of x and of d_weight are D
+  // elements apart.
   void (*router_weight_gradient)(const void* x, const std::uint8_t* mask, const float* d_logits,
                                  std::int64_t T, std::int64_t D, std::int64_t E, std::int64_t columns,
                                  float* d_weight);

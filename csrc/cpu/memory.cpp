@@ -24,14 +24,14 @@ struct Pool {
   std::size_t free_bytes = 0;
 };
 
-// Never destroyed: a thread may still work while the process ends.
+// Never destroyed: a thread may still run while the process ends.
 Pool& pool() {
   static auto* const instance = new Pool;
   return *instance;
 }
 
 void* fresh(std::size_t bytes) {
-  // A few gigabytes of matrices touch a page each few rows; huge pages spare the address translation.
+  // Large matrices touch a new page every few rows; huge pages save address translations.
   void* block = std::aligned_alloc(bytes >= kHugePage ? kHugePage : 64, bytes);
   if (block == nullptr) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
@@ -69,7 +69,7 @@ void* acquire_memory(std::size_t bytes) {
     p.used.emplace(block, bytes);
   }
 #ifdef CLIPUP_POISON
-  std::memset(block, 0xFF, bytes);  // NaN in every storage type: what is read before it was written shows
+  std::memset(block, 0xFF, bytes);  // NaN in every storage type, so that reading unwritten memory shows
 #endif
   return block;
 }

@@ -1,5 +1,6 @@
 // The table of functions of an instruction tier (kernels.h), written once for vectors of any width. gemm_<tier>.cpp is
-// compiled with the tier's flags, includes this file and defines the table. Everything but the table is in an unnamed namespace.
+// compiled with the tier's flags, includes this file and defines the table. Everything but the table is in an unnamed
+// namespace.
 #pragma once
 
 #include "epilogues.h"

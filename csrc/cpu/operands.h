@@ -1,4 +1,4 @@
-// How elements are stored, how they are multiplied, and where they lie in packed operands (kernels.h).
+// Storage types of elements, the types they are multiplied in, and their positions in packed operands (kernels.h).
 #pragma once
 
 #include "kernels.h"
@@ -7,7 +7,7 @@
 namespace clipup {
 namespace {
 
-// Accumulators, a panel's two vectors and a broadcast fill the 32 (AVX-512) or 16 registers.
+// The accumulators, two vectors of a B panel and a broadcast fill the 32 (AVX-512) or 16 registers.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14, kColumnTile = 8;
 #elif defined(__AVX2__)
@@ -53,7 +53,7 @@ struct Float16 {
   static F32x rounded(F32x value) { return float16_to_float(float_to_float16(value)); }
 };
 
-// The first `count` elements, zeros behind them; count may be negative or beyond the vector.
+// The first `count` elements, then zeros; count may be negative or larger than the vector.
 template <class Storage>
 inline F32x load_some(const typename Storage::Element* from, std::int64_t count) {
   if (count >= kLanes) return Storage::load(from);
@@ -86,7 +86,7 @@ struct Floats {
   static void store_along(Word* to, F32x value) { store_as(to, value); }
   // One word each: the summed axis runs across `rows`.
   static U32x across(const F32x* rows) { return bits(rows[0]); }
-  // The same for elements that are stored as they are multiplied.
+  // The same for elements whose storage type is the operand type.
   static U32x bits_across(const void* row, const void*) {
     return row == nullptr ? U32x{} : load_as<U32x>(row);
   }
@@ -124,7 +124,7 @@ struct BFloat16Pairs {
 };
 #endif
 
-// Where kLanes neighbours from element `e` of the first row on lie in a tile of `rows` rows in lines; those of row i are
+// Address of kLanes neighbours, from element `e` of the first row on, in an A panel of `rows` rows; those of row i are
 // i * kLineWords further. e is a multiple of kLanes.
 template <class Operand>
 inline Word* in_a_panel(Word* a_panel, std::int64_t rows, std::int64_t e) {
@@ -132,7 +132,7 @@ inline Word* in_a_panel(Word* a_panel, std::int64_t rows, std::int64_t e) {
   return from(a_panel, word / kLineWords * rows * kLineWords + word % kLineWords);
 }
 
-// Stores words of kLanes columns side by side into strips of kColumnTile, `strip` words from one to the next.
+// Stores words of kLanes neighbouring columns into column A panels, `panel_stride` words apart.
 inline void store_columns(Word* to, std::int64_t panel_stride, std::int64_t columns, U32x words) {
   if constexpr (kColumnTile == kLanes) {
     store_as(to, words);

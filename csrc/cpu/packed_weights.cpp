@@ -1,4 +1,4 @@
-// Weights packed ahead, in the order in which the forward products read them.
+// Packing weights once, in the order in which the forward products read them.
 #include "../checks.h"
 #include "expert_rows.h"
 

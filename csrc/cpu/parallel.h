@@ -1,5 +1,5 @@
-// The one place that knows how work is spread over threads. Callers split their work into items whose results
-// do not depend on who computes them, so every result is the same for every number of threads.
+// Spreading work over threads. Callers split their work into items whose results do not depend on the thread that
+// computes them, so every result is the same for every number of threads.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ void parallel_for(std::int64_t n, [[maybe_unused]] std::int64_t parallel_n, cons
 #endif
 }
 
-// How many threads `parallel_tasks` uses at most.
+// The most threads that `parallel_tasks` uses.
 inline std::int64_t thread_count() {
 #ifdef CLIPUP_STD_THREADS
   return 4;
@@ -50,7 +50,7 @@ inline std::int64_t thread_count() {
 }
 
 // Calls body(task, thread) once for every task in [0, n), thread < thread_count(). Tasks are large: a thread takes the
-// next one when it is done with the last, so that no thread waits while there is work. `body` must not throw.
+// next one when it has finished the last, so that no thread is idle while tasks remain. `body` must not throw.
 template <class Body>
 void parallel_tasks(std::int64_t n, const Body& body) {
 #ifdef CLIPUP_STD_THREADS
@@ -70,7 +70,7 @@ void parallel_tasks(std::int64_t n, const Body& body) {
 #endif
 }
 
-// Number of rows of `row_bytes` bytes from which spreading them over threads pays for waking the threads.
+// Number of rows of `row_bytes` bytes from which using several threads is worth waking them.
 inline std::int64_t parallel_from(std::int64_t row_bytes) {
   constexpr std::int64_t kBytes = 1 << 16;
   return kBytes / (row_bytes + 1) + 2;

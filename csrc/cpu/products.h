@@ -1,4 +1,4 @@
-// Tiles multiplied in registers, and their operands packed.
+// Micro-kernels: multiplying tiles in registers, and packing their operands.
 #pragma once
 
 #include "operands.h"

@@ -1,4 +1,4 @@
-// The router's logits and their gradients, in float, straight from the tokens' storage type.
+// The router's logits and their gradients, in float, from tokens in their storage type.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -12,7 +12,7 @@
 namespace clipup {
 namespace {
 
-constexpr std::int64_t kRows = 16;        // tokens a task
+constexpr std::int64_t kRows = 16;        // tokens per task
 constexpr std::int64_t kSmall = 1 << 16;  // multiply-adds that do not pay for waking threads
 
 void check_router(const void* x, DType dtype, const float* weight, std::int64_t T, std::int64_t D,
@@ -25,17 +25,17 @@ void check_router(const void* x, DType dtype, const float* weight, std::int64_t 
   check_pointer("weight", weight, E * D);
 }
 
-// Calls work(begin, end) for runs of tokens that take part, rest(begin, end) for the others, spread over threads.
+// Calls work(begin, end) for runs of unmasked tokens, rest(begin, end) for masked ones, spread over threads.
 template <class Work, class Rest>
 void for_token_runs(std::int64_t T, std::int64_t products, const std::uint8_t* mask, const Work& work,
                     const Rest& rest) {
   parallel_for(ceil_div(T, kRows), ceil_div(parallel_from(products), kRows), [&](std::int64_t task) {
     const std::int64_t end = std::min((task + 1) * kRows, T);
     for (std::int64_t t = task * kRows; t < end;) {
-      const bool takes_part = mask == nullptr || mask[t] != 0;
+      const bool unmasked = mask == nullptr || mask[t] != 0;
       std::int64_t run = t + 1;
-      while (run < end && (mask == nullptr || (mask[run] != 0) == takes_part)) ++run;
-      takes_part ? work(t, run) : rest(t, run);
+      while (run < end && (mask == nullptr || (mask[run] != 0) == unmasked)) ++run;
+      unmasked ? work(t, run) : rest(t, run);
       t = run;
     }
   });

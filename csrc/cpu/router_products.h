@@ -1,4 +1,4 @@
-// The router's products: few outputs a token, so that reading the tokens once is what counts.
+// The router's products: few outputs per token, so that time goes into reading the tokens, once.
 #pragma once
 
 #include "operands.h"
@@ -6,7 +6,7 @@
 namespace clipup {
 namespace {
 
-// Tokens and experts that share what is loaded: their sums fill half of the registers.
+// Tokens and experts per tile: their sums fill half of the registers.
 constexpr int kRouterGroup = kLanes == 16 ? 4 : 2;
 
 template <class Storage, int kRows, int kExperts>
@@ -32,7 +32,7 @@ void logits_of(const typename Storage::Element* x, const float* weight, std::int
   }
 }
 
-// A logit's sum has the same order whichever tokens and experts it is grouped with.
+// The order of a logit's sum does not depend on the tile's other tokens and experts.
 template <class Storage, int kRows>
 void logits_of_rows(const typename Storage::Element* x, const float* weight, std::int64_t D, std::int64_t E,
                     float* logits) {
@@ -123,7 +123,7 @@ template <class Storage>
 void router_weight_gradient(const void* x, const std::uint8_t* mask, const float* d_logits, std::int64_t T,
                             std::int64_t D, std::int64_t E, std::int64_t columns, float* d_weight) {
   constexpr std::int64_t kTokens =
-      256;  // summed at a time: they stay in the cache, and rounding errors do not pile up
+      256;  // summed at a time: they stay in the cache, and rounding errors do not accumulate
   constexpr std::int64_t kColumns = kRouterVectors * kLanes;
   const auto* from = static_cast<const typename Storage::Element*>(x);
   for (std::int64_t e = 0; e < E; ++e) {

@@ -1,6 +1,6 @@
-// Vectors of floats in the compiler's own notation, as wide as the instructions that the including file is compiled
-// for. Everything is in an unnamed namespace: every tier has its own copy, compiled with its own flags. For the same
-// reason this includes no header that defines inline functions.
+// Vectors of floats (GNU vector extensions), as wide as the instructions of the including file's tier. Everything is in
+// an unnamed namespace: every tier has its own copy, compiled with its own flags. For the same reason this includes no
+// header that defines inline functions.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ inline void store_as(void* to, V value) {
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-// Past the caches: a line that is written whole is not read first. `to` is aligned to the vector.
+// Streaming store: bypasses the caches, so that a line that is written whole is not read first. `to` is aligned.
 template <class V>
 inline void stream_as(void* to, V value) {
 #if defined(__AVX512F__)
@@ -62,8 +62,8 @@ inline F32x splat(float value) { return F32x{} + value; }
 inline U32x bits(F32x value) { return reinterpret_cast<U32x>(value); }
 inline F32x from_bits(U32x value) { return reinterpret_cast<F32x>(value); }
 
-// a * b + sum. With one rounding where the tier has it: a compiler that is free to fuse, or not to, may choose differently
-// for the same sum in two loops.
+// a * b + sum, fused where the tier can: a compiler that may fuse could decide differently for the same sum in two
+// loops.
 inline F32x multiply_add(F32x a, F32x b, F32x sum) {
 #if defined(__AVX512F__)
   return reinterpret_cast<F32x>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
@@ -173,7 +173,7 @@ inline void transpose(U32x (&rows)[kLanes]) {
 }
 
 // Four words each of kLanes rows that lie `stride` bytes apart, transposed: columns[k] holds word k of every row. Rows
-// are put together in sixteen-byte pieces while they are loaded, which leaves two steps of shuffling.
+// are combined in 16-byte pieces while loading, which leaves two steps of shuffles.
 inline void load_columns(const void* rows, std::int64_t stride, U32x (&columns)[4]) {
   const auto* const first = static_cast<const char*>(rows);
   U32x quads[4];

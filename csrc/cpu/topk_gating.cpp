@@ -1,4 +1,4 @@
-// Gating: softmax over the experts, the K best of them, and their gradient.
+// topk_gating: softmax over the experts, the K best of them, and their gradient.
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
@@ -13,7 +13,7 @@
 namespace clipup {
 namespace {
 
-// Sums over tokens are taken in blocks of this size, whose partial sums are added in order.
+// Sums over tokens are split into blocks of this size; partial sums are added in order.
 constexpr std::int64_t kBlock = 256;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -46,7 +46,7 @@ void choose(const float* scores, std::int64_t E, std::int64_t K, std::uint8_t* t
   }
 }
 
-// What the gates are divided by. An underflow of every chosen probability gives gates of 0, not NaN.
+// The divisor of the gates. An underflow of every chosen probability gives gates of 0, not NaN.
 float gate_divisor(const float* probs, const std::int32_t* expert_indices, std::int64_t K, bool renormalize) {
   if (!renormalize) return 1.0F;
   float sum = 0.0F;
@@ -54,7 +54,7 @@ float gate_divisor(const float* probs, const std::int32_t* expert_indices, std::
   return std::max(sum, FLT_MIN);
 }
 
-std::int64_t count_participating(const std::uint8_t* mask, std::int64_t T) {
+std::int64_t count_unmasked(const std::uint8_t* mask, std::int64_t T) {
   return mask == nullptr ? T : T - std::count(mask, mask + T, std::uint8_t{0});
 }
 
@@ -100,8 +100,8 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
     }
   });
 
-  const std::int64_t participating = count_participating(mask, T);
-  const double share = participating == 0 ? 0.0 : 1.0 / static_cast<double>(participating);
+  const std::int64_t num_unmasked = count_unmasked(mask, T);
+  const double share = num_unmasked == 0 ? 0.0 : 1.0 / static_cast<double>(num_unmasked);
   for (std::int64_t e = 0; e < E; ++e) {
     double sum = 0.0;
     for (std::int64_t block = 0; block < blocks; ++block) sum += sums[block * E + e];
@@ -132,8 +132,8 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
   }
 
   const std::int64_t blocks = ceil_div(T, kBlock);
-  const std::int64_t participating = count_participating(mask, T);
-  const float share = participating == 0 ? 0.0F : 1.0F / static_cast<float>(participating);
+  const std::int64_t num_unmasked = count_unmasked(mask, T);
+  const float share = num_unmasked == 0 ? 0.0F : 1.0F / static_cast<float>(num_unmasked);
   std::vector<float> all_probs(blocks * E);
   std::vector<float> all_d_probs(blocks * E);
 

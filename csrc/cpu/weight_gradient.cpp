@@ -10,7 +10,7 @@
 namespace clipup {
 namespace {
 
-// Bytes from which a gradient, with the other ones of its layer, would leave the last-level cache before anyone reads it.
+// A gradient of more bytes, with the layer's other gradients, leaves the last-level cache before it is read.
 constexpr std::int64_t kLarge = std::int64_t{8} << 20U;
 
 }  // namespace
@@ -32,7 +32,7 @@ WeightGradient::WeightGradient(const Kernels& kernels, DType dtype, std::int64_t
   expect_whole_write(weight, E * rows * columns * element_size(dtype));
   const bool pieces_meet =
       std::any_of(waves.begin(), waves.end(), [](const Wave& wave) { return !wave.pieces.front().last; });
-  // Floats meet in the gradient itself.
+  // float32 gradients are summed in place.
   if (pieces_meet && weight != nullptr && dtype != DType::kFloat32) sum_ = Buffer<float>(rows * columns);
   std::fill_n(bias_sum_.get(), bias == nullptr ? 0 : E * rows, 0.0F);
 }

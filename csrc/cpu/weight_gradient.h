@@ -1,4 +1,4 @@
-// Gradients of the experts' matrices and biases: sums over the rows of an expert, each element owned by one task.
+// Gradients of the experts' matrices and biases: sums over the rows of an expert, each element computed by one task.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,15 @@
 
 namespace clipup {
 
-// Rows of a wave packed so that they are the summed axis: strips of `unit` columns, every piece by itself.
+// Panels of `unit` columns of a wave's rows, which are the summed axis: column A panels or B panels, separate for every
+// piece.
 class ColumnPanels {
  public:
   ColumnPanels() = default;
   ColumnPanels(const std::vector<Wave>& waves, std::int64_t columns, std::int64_t unit)
       : width_(round_up(columns > 0 ? columns : 1, unit)), words_(largest(waves).words * width_) {}
 
-  // The piece's first strip; null where nothing is packed.
+  // The piece's first panel; null if nothing is packed.
   Word* of(const Piece& piece) const {
     return words_.get() == nullptr ? nullptr : words_.get() + piece.word_at * width_;
   }
@@ -29,8 +30,8 @@ class ColumnPanels {
 // weight[e] = left^T right and bias[e] = the sum of left, over the rows of expert e.
 class WeightGradient {
  public:
-  // weight[E, rows, columns], bias[E, rows]: written whole once every wave's blocks have run; null: not wanted.
-  // left and right stay where they are, column_tile and panel strips.
+  // weight[E, rows, columns], bias[E, rows]: complete once every wave's blocks have run; null: not wanted.
+  // left, in column A panels, and right, in B panels, must outlive this object.
   WeightGradient(const Kernels& kernels, DType dtype, std::int64_t E, std::int64_t rows, std::int64_t columns,
                  void* weight, void* bias, const std::vector<Wave>& waves, const ColumnPanels& left,
                  const ColumnPanels& right);
@@ -47,8 +48,8 @@ class WeightGradient {
   std::int64_t E_, rows_, columns_;
   void *weight_, *bias_;
   const ColumnPanels *left_, *right_;
-  bool large_;              // larger than the caches: written past them
-  Buffer<float> sum_;       // [rows, columns] of the expert in work, where its pieces' sums meet
+  bool large_;              // larger than the caches: written with streaming stores
+  Buffer<float> sum_;       // [rows, columns]: sums over the pieces of the current expert
   Buffer<float> bias_sum_;  // [E, rows]
 };
 

@@ -1,7 +1,7 @@
-// What every kernel file shares: launching, sizes of warps, and sums over a block.
+// Shared by all kernel files: launching, warp size, and sums over a block.
 //
-// csrc/tests/cuda_emulation.h, included first, stands in for the CUDA runtime: it runs a launch on the CPU, so that the
-// kernels are tested where there is no GPU. Kernels therefore use nothing but what is written there.
+// csrc/tests/cuda_emulation.h, if included first, replaces the CUDA runtime: it runs a launch on the CPU, so that the
+// kernels are tested without a GPU. Kernels therefore use only the functions that it provides.
 #pragma once
 
 #include <cstdint>
@@ -40,14 +40,14 @@ void launch(const char* stage, void (*kernel)(Parameters...), std::int64_t block
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());  // told here, and to nobody else
+    static_cast<void>(cudaGetLastError());  // clears the error, which is reported here
     throw std::runtime_error(std::string(stage) + ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 #endif
 }
 
-// The sum of `value` over the block, in every thread; every thread of the block must call it. Integers: whatever the
-// order of the additions, the sum is the same.
+// The sum of `value` over the block, in every thread; every thread of the block must call it. Sums of
+// integers do not depend on the order of the additions.
 __device__ inline int block_total(int value) {
   __shared__ int total;
   if (threadIdx.x == 0) total = 0;

@@ -1,11 +1,10 @@
 // Dispatch on CUDA devices: a stable counting sort of (token, choice) pairs by expert, cut at the capacity.
 //
-//   count_kernel    slots of every expert in every block and in front of every warp in it; tokens that take part
-//   assign_kernel   first rows and capacity, found anew by every block; then each slot's row
+//   count_kernel    slots of every expert per block, and before every warp in it; unmasked tokens
+//   assign_kernel   first rows and capacity, recomputed by every block; then the row of each slot
 //
-// Slot s = k*T + i stands for the k-th choice of the i-th token to be served. A warp owns a range of slots and takes
-// 32 at a time: lanes with the same expert find each other, and a lane's rank among them is its rank among these
-// slots.
+// Slot s = k*T + i is the k-th choice of the i-th token in serving order. A warp owns a range of slots and processes 32
+// at a time: a lane's rank among the lanes with the same expert is its rank among these slots.
 #include <cmath>
 #include <cstdint>
 
@@ -41,11 +40,11 @@ SlotGrid slot_grid(std::int64_t T, std::int64_t K, std::int64_t E) {
           static_cast<int>(blocks)};
 }
 
-// What `count_kernel` hands to `assign_kernel`.
+// From `count_kernel` to `assign_kernel`.
 struct Counts {
   std::int32_t* of_block;  // [blocks, E]
-  std::int32_t* in_front;  // [blocks, warps, E]: of the warps in front in the block
-  std::int32_t* tokens;    // [blocks]: that take part
+  std::int32_t* in_front;  // [blocks, warps, E]: of the earlier warps of the block
+  std::int32_t* tokens;    // [blocks]: unmasked tokens with a choice
 };
 
 Counts counts_at(void* workspace, const SlotGrid& grid) {
@@ -59,7 +58,7 @@ struct Choices {
   const std::uint8_t* mask;   // or null
   const std::int64_t* order;  // or null
 
-  // The expert of the k-th choice of token t, -1 where it takes no part or is none.
+  // The expert of the k-th choice of token t, -1 if the token is masked or has none.
   __device__ int expert(std::int64_t t, int k, const SlotGrid& grid) const {
     if (mask != nullptr && mask[t] == 0) return -1;
     const std::int32_t e = expert_indices[t * grid.K + k];
@@ -90,12 +89,12 @@ __device__ void for_each_slot(const Choices& choices, const SlotGrid& grid, cons
   }
 }
 
-// Counters by warp and expert, in shared memory. Only lane 0 of those that ask for the same expert adds to a counter.
+// Counters by warp and expert, in shared memory. Of the lanes with the same expert, only the first adds to a counter.
 struct WarpCounters {
   std::int32_t (*counters)[kMostExperts];
 
-  // The counter of `expert`, plus the lane's rank among those that ask for the same one; adds all of them to it.
-  // Every lane of the warp must call it; expert -1: there is none.
+  // The counter of `expert` plus the lane's rank among the lanes with the same expert; adds all of them to the counter.
+  // Every lane of the warp must call it; expert -1: none.
   __device__ std::int32_t take(int expert) const {
     const unsigned same = __match_any_sync(kAllLanes, expert);
     const int rank = __popc(same & ((1U << threadIdx.x % kWarp) - 1U));
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(kDispatchThreads)
   const std::int64_t block = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
 
-  // Slots of every expert, in the blocks in front and in all: a thread adds up some rows of a column.
+  // Slots of every expert, in earlier blocks and in all: a thread sums some rows of a column.
   for (int e = thread; e < grid.E; e += kDispatchThreads) in_front[e] = kept[e] = 0;
   __syncthreads();
   const int parts = kDispatchThreads / grid.E;
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(kDispatchThreads)
     row_of_choice[choice] = row;
     if (placed) choice_of_row[row] = static_cast<std::int32_t>(choice);
   });
-  // The rows past the last one, each where a slot of its number would be.
+  // Rows past the last one in use, by the block that owns the slot of the same number.
   const std::int64_t begin = block * kDispatchWarps * grid.slots_per_warp;
   for (std::int64_t i = thread; i < std::int64_t{kDispatchWarps} * grid.slots_per_warp;
        i += kDispatchThreads) {

@@ -1,7 +1,7 @@
-// Softmax over the experts of a token, on a group of neighbouring threads: what gating and its gradient share.
+// Softmax over the experts of a token on a group of neighbouring threads, for topk_gating and its gradient.
 //
 // A group of `lanes` threads works on a token: value v of lane l belongs to expert v*lanes + l, so that loads are
-// coalesced for any E. How tokens are cut into blocks depends on T, E and K alone, and so does the order of all sums.
+// coalesced for any E. The split of tokens into blocks, and so the order of all sums, depends only on T, E and K.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,12 @@ constexpr int kGatingThreads = 256;
 constexpr int kGatingWarps = kGatingThreads / kWarp;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// How T tokens are shared out: a block takes `tokens_per_block` neighbours, one a group at a time.
+// The split of T tokens: a block processes `tokens_per_block` neighbours, one per group at a time.
 struct TokenGrid {
   std::int64_t T;
   int E, K;
-  int lanes;   // of a group: a power of 2
-  int values;  // a lane's experts
+  int lanes;   // threads per group: a power of 2
+  int values;  // experts per lane
   std::int64_t tokens_per_block, blocks;
 };
 
@@ -48,7 +48,7 @@ __device__ inline float group_sum(float value, int lanes) {
   return value;
 }
 
-// A token's probabilities: the same log_sum and top in the whole group. Past E logits are -inf, probabilities 0.
+// A token's probabilities; log_sum and top are the same in the whole group. Past E logits are -inf, probabilities 0.
 template <int kValues>
 struct Softmax {
   float logits[kValues], probs[kValues];
@@ -56,15 +56,15 @@ struct Softmax {
   float top;      // the largest probability
 };
 
-// Logits of a token that takes no part are not read and count as 0: they may hold NaN.
+// Logits of a masked token, which may be NaN, are not read and count as 0.
 template <int kValues>
-__device__ Softmax<kValues> softmax(const float* logits, bool takes_part, int lane, const TokenGrid& grid) {
+__device__ Softmax<kValues> softmax(const float* logits, bool unmasked, int lane, const TokenGrid& grid) {
   Softmax<kValues> result;
   float highest = kMinusInfinity;
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
     const int e = v * grid.lanes + lane;
-    result.logits[v] = e >= grid.E ? kMinusInfinity : takes_part ? logits[e] : 0.0F;
+    result.logits[v] = e >= grid.E ? kMinusInfinity : unmasked ? logits[e] : 0.0F;
     highest = fmaxf(highest, result.logits[v]);
   }
   for (int distance = grid.lanes / 2; distance > 0; distance /= 2) {

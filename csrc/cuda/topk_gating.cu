@@ -1,6 +1,6 @@
-// Gating on CUDA devices: softmax over the experts, the K best of them and their statistics.
+// topk_gating on CUDA devices: softmax over the experts, the K best of them and their statistics.
 //
-//   gating_kernel    logits -> gates, expert_indices, top_prob; of every block of tokens: sums and tokens_per_expert
+//   gating_kernel    logits -> gates, expert_indices, top_prob; per block of tokens: sums and tokens_per_expert
 //   reduce_kernel    these sums, block by block in order -> mean_probs, z_loss, tokens_per_expert
 #include <cfloat>
 #include <climits>
@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kSharedCounters = 4096;
 
-// What the blocks hand to `reduce_kernel`: [blocks, E+2] sums of the E probabilities, of logsumexp^2 and of tokens that
-// take part, and [blocks, K*E] tokens_per_expert.
+// Input of `reduce_kernel`: [blocks, E+2] sums of the E probabilities, of logsumexp^2 and of unmasked tokens, and
+// [blocks, K*E] tokens_per_expert.
 struct Partials {
   float* sums;
   std::int32_t* tokens_per_expert;
@@ -28,7 +28,7 @@ Partials partials_at(void* workspace, const TokenGrid& grid) {
   return {sums, reinterpret_cast<std::int32_t*>(sums + grid.blocks * (grid.E + 2))};
 }
 
-// The sum over the groups of a warp of what lanes with the same place in them hold.
+// The sum over a warp's groups, separately for each position in the group.
 template <class Value>
 __device__ Value sum_of_groups(Value value, int lanes) {
   for (int distance = lanes; distance < kWarp; distance *= 2) {
@@ -37,8 +37,8 @@ __device__ Value sum_of_groups(Value value, int lanes) {
   return value;
 }
 
-// The free expert of the highest score, the lowest one on ties, the same in the whole group. Bit v of `taken`: value v
-// is not free. One expert at least is free; values past E are -inf, and lose every tie to it.
+// The expert of the highest score that is not taken, the lowest one on ties; the same in the whole group. Bit v of
+// `taken` belongs to value v. At least one expert is not taken; values past E are -inf and lose every tie to it.
 template <int kValues>
 __device__ int best_expert(const float (&scores)[kValues], unsigned taken, int lane, int lanes) {
   float best_score = kMinusInfinity;
@@ -61,8 +61,8 @@ __device__ int best_expert(const float (&scores)[kValues], unsigned taken, int l
   return best;
 }
 
-// How often the tokens [begin, end) chose each expert as their k-th choice. The block has written `expert_indices` itself; the
-// counters hold some choices at a time.
+// How many of the tokens [begin, end) chose each expert as their k-th choice. The same block has written
+// `expert_indices`; the counters hold several choices at a time.
 __device__ void count_tokens_per_expert(const std::int32_t* expert_indices, std::int64_t begin,
                                         std::int64_t end, const TokenGrid& grid,
                                         std::int32_t* tokens_per_expert) {
@@ -96,13 +96,14 @@ __global__ void __launch_bounds__(kGatingThreads)
   const std::int64_t end = begin + grid.tokens_per_block < grid.T ? begin + grid.tokens_per_block : grid.T;
   float prob_sums[kValues] = {};
   float z_sum = 0.0F;
-  float tokens = 0.0F;  // few enough for a float to count
+  float tokens = 0.0F;  // few enough to count in a float
 
   for (std::int64_t first = begin; first < end; first += blockDim.x / lanes) {
     const std::int64_t t = first + threadIdx.x / lanes;
-    const bool inside = t < end;  // groups without a token go along: every lane takes part in every shuffle
-    const bool takes_part = inside && (mask == nullptr || mask[t] != 0);
-    const Softmax<kValues> token = softmax<kValues>(logits + t * grid.E, takes_part, lane, grid);
+    const bool inside =
+        t < end;  // groups without a token continue, because every lane must execute every shuffle
+    const bool unmasked = inside && (mask == nullptr || mask[t] != 0);
+    const Softmax<kValues> token = softmax<kValues>(logits + t * grid.E, unmasked, lane, grid);
 
     float scores[kValues];
     unsigned taken = 0;
@@ -113,14 +114,14 @@ __global__ void __launch_bounds__(kGatingThreads)
       scores[v] = token.logits[v];
       if (selection_bias != nullptr && e < grid.E) scores[v] = token.probs[v] + selection_bias[e];
       if (isnan(scores[v])) scores[v] = kMinusInfinity;
-      if (takes_part) prob_sums[v] += token.probs[v];
+      if (unmasked) prob_sums[v] += token.probs[v];
     }
-    if (takes_part) {
+    if (unmasked) {
       z_sum += token.log_sum * token.log_sum;
       tokens += 1.0F;
     }
 
-    // Choice k = v*lanes + l is kept by lane l, until it is known what the gates are divided by.
+    // Lane l keeps choice k = v*lanes + l until the divisor of the gates is known.
     float chosen_probs[kValues] = {};
     std::int32_t chosen[kValues] = {};
     float chosen_sum = 0.0F;
@@ -151,10 +152,10 @@ __global__ void __launch_bounds__(kGatingThreads)
     for (int v = 0; v < kValues; ++v) {
       const int k = v * lanes + lane;
       if (k >= grid.K) continue;
-      gates[t * grid.K + k] = takes_part ? chosen_probs[v] / divisor : 0.0F;
-      expert_indices[t * grid.K + k] = takes_part ? chosen[v] : -1;
+      gates[t * grid.K + k] = unmasked ? chosen_probs[v] / divisor : 0.0F;
+      expert_indices[t * grid.K + k] = unmasked ? chosen[v] : -1;
     }
-    if (lane == 0) top_prob[t] = takes_part ? token.top : 0.0F;
+    if (lane == 0) top_prob[t] = unmasked ? token.top : 0.0F;
   }
 
   __shared__ float of_warp[kGatingWarps][kMostExperts + 2];
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kGatingThreads)
     of_warp[warp][grid.E] = z_sum;
     of_warp[warp][grid.E + 1] = tokens;
   }
-  __syncthreads();  // and the block's experts are written, for all of its threads to read
+  __syncthreads();  // also: expert_indices are written and visible to the block
   for (int column = threadIdx.x; column < grid.E + 2; column += blockDim.x) {
     float sum = 0.0F;
     for (int w = 0; w < kGatingWarps; ++w) sum += of_warp[w][column];
@@ -201,7 +202,7 @@ __device__ Sum column_sum(const Value* partials, std::int64_t rows, int columns,
 
 int column_blocks(std::int64_t columns) { return static_cast<int>((columns + kWarp - 1) / kWarp); }
 
-// The first `count_blocks` blocks add up tokens_per_expert, kWarp columns each, the others probabilities and logsumexp^2.
+// The first `count_blocks` blocks sum tokens_per_expert, kWarp columns each, the others probabilities and logsumexp^2.
 __global__ void __launch_bounds__(kGatingThreads)
     reduce_kernel(Partials partials, TokenGrid grid, int count_blocks, float* __restrict__ mean_probs,
                   float* __restrict__ z_loss, std::int32_t* __restrict__ tokens_per_expert) {

@@ -1,6 +1,6 @@
-// The gradient of gating on CUDA devices, the choices held constant.
+// The gradient of topk_gating on CUDA devices, the choices held constant.
 //
-//   count_tokens_kernel       mask -> tokens that take part, in parts; only where a loss asks for their number
+//   count_tokens_kernel       mask -> partial counts of unmasked tokens; only if a loss needs their number
 //   gating_backward_kernel    logits, choices, incoming gradients -> d_logits
 #include <cfloat>
 #include <climits>
@@ -14,7 +14,7 @@
 namespace clipup::cuda {
 namespace {
 
-// counts[block] = tokens that take part, of a range of them.
+// counts[block] = unmasked tokens in a range of tokens.
 constexpr std::int64_t kMostCounts = kGatingThreads;
 __global__ void __launch_bounds__(kGatingThreads)
     count_tokens_kernel(const std::uint8_t* __restrict__ mask, std::int64_t T,
@@ -28,12 +28,12 @@ __global__ void __launch_bounds__(kGatingThreads)
   if (threadIdx.x == 0) counts[blockIdx.x] = count;
 }
 
-// Incoming gradients; null stands for zero.
+// Incoming gradients; null: zero.
 struct GatingGradients {
   const float *gates, *top_prob, *mean_probs, *z_loss;
 };
 
-// `counts`: tokens that take part, in parts; null: all do.
+// `counts`: partial counts of unmasked tokens; null: no token is masked.
 template <int kValues>
 __global__ void __launch_bounds__(kGatingThreads)
     gating_backward_kernel(const float* __restrict__ logits, const std::uint8_t* __restrict__ mask,
@@ -44,23 +44,23 @@ __global__ void __launch_bounds__(kGatingThreads)
   const int lane = threadIdx.x % lanes;
   const std::int64_t begin = blockIdx.x * grid.tokens_per_block;
   const std::int64_t end = begin + grid.tokens_per_block < grid.T ? begin + grid.tokens_per_block : grid.T;
-  float participating = static_cast<float>(grid.T);
+  float num_unmasked = static_cast<float>(grid.T);
   if (counts != nullptr) {
     const int index = static_cast<int>(threadIdx.x);
-    participating = static_cast<float>(block_total(index < num_counts ? counts[index] : 0));
+    num_unmasked = static_cast<float>(block_total(index < num_counts ? counts[index] : 0));
   }
-  const float share = participating == 0.0F ? 0.0F : 1.0F / participating;
+  const float share = num_unmasked == 0.0F ? 0.0F : 1.0F / num_unmasked;
 
   for (std::int64_t first = begin; first < end; first += blockDim.x / lanes) {
     const std::int64_t t = first + threadIdx.x / lanes;
     const bool inside = t < end;
-    const bool takes_part = inside && (mask == nullptr || mask[t] != 0);
-    const Softmax<kValues> token = softmax<kValues>(logits + t * grid.E, takes_part, lane, grid);
+    const bool unmasked = inside && (mask == nullptr || mask[t] != 0);
+    const Softmax<kValues> token = softmax<kValues>(logits + t * grid.E, unmasked, lane, grid);
 
-    // The gates' gradients, by expert.
+    // Gradients of the gates, by expert.
     float d_gates[kValues] = {};
     unsigned chosen = 0;
-    for (int k = 0; k < grid.K && d.gates != nullptr && takes_part; ++k) {
+    for (int k = 0; k < grid.K && d.gates != nullptr && unmasked; ++k) {
       const std::int32_t expert = expert_indices[t * grid.K + k];
       const float d_gate = d.gates[t * grid.K + k];
 #pragma unroll
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kGatingThreads)
     for (int v = 0; v < kValues; ++v) {
       const int e = v * lanes + lane;
       d_probs[v] = d.mean_probs != nullptr && e < grid.E ? d.mean_probs[e] * share : 0.0F;
-      if (e == top_expert && takes_part) d_probs[v] += d.top_prob[t];
+      if (e == top_expert && unmasked) d_probs[v] += d.top_prob[t];
       if (!renormalize) d_probs[v] += d_gates[v];
       inner += token.probs[v] * d_probs[v];
       chosen_sum += (chosen >> v & 1U) != 0 ? token.probs[v] : 0.0F;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kGatingThreads)
       if (!inside || e >= grid.E) continue;
       const float gradient =
           token.probs[v] * (d_probs[v] - inner + d_log_sum) + gates[v] * (d_gates[v] - mean);
-      d_logits[t * grid.E + e] = takes_part ? gradient : 0.0F;
+      d_logits[t * grid.E + e] = unmasked ? gradient : 0.0F;
     }
   }
 }

@@ -1,7 +1,7 @@
-// Fibers that stand for the threads of a block, and who of them goes on.
+// Fibers in place of the threads of a block, and their scheduler.
 //
-// Nothing here is instrumented: what the thread sanitizer sees of the order of fibers is what a GPU promises, and the
-// address sanitizer does not take a jump from one stack to another for an end of functions.
+// Nothing here is instrumented, so that the thread sanitizer sees only the ordering that a GPU guarantees, and the
+// address sanitizer does not mistake a jump between stacks for returning functions.
 #include "cuda_emulation.h"
 
 #include <sys/mman.h>
@@ -30,7 +30,7 @@ constexpr int kWarpSize = 32;
 constexpr int kMostThreads = 1024;
 constexpr std::size_t kStackBytes = std::size_t{256} << 10U;
 
-// What happened before an announce() on an address happened before what comes after an observe() of it.
+// announce() on an address happens before a later observe() of it.
 CLIPUP_UNSEEN void announce([[maybe_unused]] void* address) {
 #ifdef __SANITIZE_THREAD__
   __tsan_release(address);
@@ -59,8 +59,8 @@ struct Fiber {
   void* order;       // the thread sanitizer's
 };
 
-// Threads that have arrived at a barrier. It may fill again while some that it let go have not yet gone on; what they
-// still read of their own time (values, addresses) is therefore there twice, and used in turn.
+// Threads that wait at a barrier. It may fill again before all threads that it released have continued; values and
+// addresses that these still read are therefore double-buffered.
 struct Barrier {
   int arrived;
   int waiting[kMostThreads];
@@ -89,7 +89,7 @@ unsigned block = 0, threads_of_block = 0, blocks_of_grid = 0;
 const std::function<void()>* body_of_launch = nullptr;
 std::uint64_t schedule = 0, drawn = 0;
 
-// A number below `end`, by the seed and how many were drawn (splitmix64).
+// A random number below `end` (splitmix64).
 CLIPUP_UNSEEN std::uint64_t draw(std::uint64_t end) {
   std::uint64_t x = schedule + ++drawn * 0x9E3779B97F4A7C15U;
   x = (x ^ (x >> 30U)) * 0xBF58476D1CE4E5B9U;
@@ -121,7 +121,7 @@ __attribute__((noinline)) CLIPUP_UNSEEN void go_to(Fiber& to) {
 #endif
 }
 
-// A fiber serves one thread of a block after the other.
+// A fiber runs the threads of its index in successive blocks.
 CLIPUP_UNSEEN void serve() {
 #ifdef __SANITIZE_ADDRESS__
   const void* stack = nullptr;
@@ -180,7 +180,7 @@ CLIPUP_UNSEEN void run_block() {
   }
   observe(&launch_end);
   if (finished != static_cast<int>(threads_of_block)) {
-    fail("threads of a block wait for others, which have ended or wait elsewhere");
+    fail("threads of a block wait for others that have ended or wait at another barrier");
   }
 }
 
@@ -200,7 +200,7 @@ CLIPUP_UNSEEN void wait_for_block() {
 }
 
 CLIPUP_UNSEEN const std::uint64_t* exchange(Collective instruction, unsigned lanes, std::uint64_t value) {
-  if (lanes != 0xFFFFFFFFU) fail("a warp's lanes take part together");
+  if (lanes != 0xFFFFFFFFU) fail("all lanes of a warp must execute a collective instruction");
   Warp& warp = warps[running->thread / kWarpSize];
   if (warp.barrier.arrived == 0) {
     ++warp.generation;

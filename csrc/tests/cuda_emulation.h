@@ -1,18 +1,17 @@
-// Stands in for the CUDA runtime in the native tests: what the kernels of csrc/cuda use of it, on the CPU.
+// Replaces the CUDA runtime in the native tests: the part of it that the kernels of csrc/cuda use, on the CPU.
 //
-// A launch runs its blocks one after the other. A block's threads are fibers of which one runs at a time, up to the
-// next place where it waits for others; which one goes on is drawn by a seed, and so is the order of the blocks. A
-// result that depends on either, as after a missing barrier, therefore changes with the seed. Under the thread
-// sanitizer nothing but __syncthreads and __syncwarp orders two fibers, so that it sees the race itself. A shuffle
-// orders nothing, as on a GPU.
+// A launch runs its blocks one after another. A block's threads are fibers: one runs at a time, up to the next barrier
+// or collective instruction. A seed decides which fiber runs next and in which order blocks run, so that a result that
+// depends on either, as after a missing barrier, changes with the seed. Under the thread sanitizer only __syncthreads
+// and __syncwarp order two fibers, so that it reports the race itself. A shuffle orders nothing, as on a GPU.
 //
-// Static __shared__ arrays hold what an earlier block has left in them. Threads that wait for each other at different
-// places end the program.
+// Static __shared__ arrays keep the values of earlier blocks. Threads that wait for each other at different barriers
+// end the program.
 #pragma once
 
 #define CLIPUP_CUDA_EMULATION
 
-#include <math.h>  // expf and its like without std::
+#include <math.h>  // expf and similar functions without std::
 
 #include <cstdint>
 #include <cstring>
@@ -24,7 +23,7 @@ struct Index {
   unsigned x;
 };
 
-// Where the running fiber is.
+// Indices of the running fiber.
 Index thread_index();
 Index block_index();
 Index block_size();
@@ -33,12 +32,12 @@ Index grid_size();
 // Calls body() once for every thread of every block.
 void run(std::int64_t blocks, int threads, const std::function<void()>& body);
 
-// Order of threads and blocks from now on; 0: by index.
+// Sets the order of threads and blocks; 0: by index.
 void set_schedule(std::uint64_t seed);
 
 void wait_for_block();
 
-// What the lanes of this warp give to the same collective instruction, by lane.
+// The values that the lanes of this warp pass to the same collective instruction, by lane.
 enum class Collective : int { kSync, kShuffle, kMatch };
 const std::uint64_t* exchange(Collective instruction, unsigned lanes, std::uint64_t value);
 

@@ -1,4 +1,4 @@
-// Emulated CUDA stages run under several orders of their threads, and memory whose content must not matter.
+// Runs emulated CUDA stages under several orders of their threads, with poisoned workspaces.
 #pragma once
 
 #include <cstring>
@@ -14,7 +14,7 @@ bool same_bits(const std::vector<Value>& a, const std::vector<Value>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0);
 }
 
-// What run() returns; the same to the bit, says `same`, whatever the order of threads and blocks.
+// The result of run(), which has to be the `same` under every order of threads and blocks.
 template <class Run, class Same>
 auto under_every_schedule(const Run& run, const Same& same) {
   cuda::emulation::set_schedule(0);

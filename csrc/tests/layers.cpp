@@ -11,7 +11,7 @@ namespace {
 constexpr double kValue = 3e-7;
 constexpr double kSlope = 5e-7;
 
-// What the engine multiplies as bfloat16 it has rounded to that before.
+// Operands that the engine multiplies as bfloat16 are rounded to it first.
 double operand_error(DType dtype) {
   const bool pairs = dtype == DType::kBFloat16 && std::string(instruction_tier()) == "avx512_bf16";
   return pairs ? 0x1p-8 : 0.0;
@@ -124,7 +124,7 @@ Layer::Layer(const LayerShape& shape)
       for (std::int32_t& e : experts) e = static_cast<std::int32_t>(integer(E + 1)) - 1;
     }
     std::vector<std::uint8_t> mask(T, 1);
-    for (std::uint8_t& takes_part : mask) takes_part = uniform() < shape.masked ? 0 : 1;
+    for (std::uint8_t& unmasked : mask) unmasked = uniform() < shape.masked ? 0 : 1;
     dispatch(experts.data(), mask.data(), nullptr, T, K, E, shape.capacity_factor, plan_.offsets.data(),
              plan_.choice_of_row.data(), plan_.row_of_choice.data());
   }
@@ -134,7 +134,7 @@ Layer::Layer(const LayerShape& shape)
     }
     for (std::int32_t& row : plan_.row_of_choice) row = static_cast<std::int32_t>(integer(used() + 1)) - 1;
   }
-  // Nobody looks at the rest of it.
+  // The rest is never read.
   constexpr std::int32_t kNoChoice = std::numeric_limits<std::int32_t>::max();
   std::fill(plan_.choice_of_row.begin() + (identity ? 0 : used()), plan_.choice_of_row.end(), kNoChoice);
 
@@ -175,7 +175,8 @@ Layer::Layer(const LayerShape& shape)
   if (!shape.gated) return;
   gate_weight_ = weight(D);
   if (gate_weight_.data() != nullptr) gate_bias_ = bias(4, H);
-  if (gate_weight_.data() == nullptr) shape_.gated = false;  // without elements and null: nobody can tell
+  if (gate_weight_.data() == nullptr)
+    shape_.gated = false;  // without elements and null: the engine cannot tell
 }
 
 Array Layer::array(std::int64_t size) const {

@@ -16,12 +16,12 @@ struct Act {
 };
 Act activation_at(Activation activation, double z);
 
-// Which tokens go where.
+// How tokens are routed.
 enum class Routed {
   kIdentity,  // token t is row t; neither choices nor gates
   kUngated,   // choices, K = 1, every gate is 1
   kGated,
-  kTangled,  // gated, choices in range and nothing more: rows without a choice, rows with several
+  kTangled,  // gated; choices are in range but no plan: rows without a choice, rows with several
 };
 
 struct LayerShape {
@@ -31,17 +31,17 @@ struct LayerShape {
   std::int64_t T = 0, D = 0, H = 0, E = 1, K = 1;
   Routed routed = Routed::kGated;
   double capacity_factor = -1.0;
-  float masked = 0.0F;       // how many tokens take no part
+  float masked = 0.0F;       // share of masked tokens
   std::int64_t expert = -1;  // the one that every choice is for; -1: random ones
   bool nulls = false;        // arrays without elements are null
   unsigned biases = 7;       // 1 in, 2 out, 4 gate
   std::int64_t shift = 0;    // of every array, from a 64-byte boundary
-  float masked_value = NAN;  // in x and dy where nobody may look
+  float masked_value = NAN;  // in masked rows of x and dy, which must not be read
 };
 LayerShape random_shape(std::int64_t most_rows, std::int64_t most_columns);
 std::string text_of(const LayerShape& shape);
 
-// E experts with everything that goes into them.
+// E experts and all of their arguments.
 class Layer {
  public:
   explicit Layer(const LayerShape& shape);
@@ -67,7 +67,7 @@ class Layer {
   // Both passes in every way: against the loops, packed, z not kept, subsets of the gradients, several threads.
   void check(int ways = 4) const;
 
-  // The two passes by naive loops. z: what the engine kept, checked by itself.
+  // Both passes by naive loops. z: from the engine, and checked separately.
   Expected naive_z() const;
   Expected naive_forward(const Array& z) const;
   struct NaiveGradients {

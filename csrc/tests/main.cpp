@@ -135,7 +135,7 @@ std::vector<std::int32_t> random_experts(std::int64_t T, std::int64_t K, std::in
 
 namespace {
 
-// The tiers of this CPU, as the refusal of one that there is not names them.
+// Prints the tiers of this CPU, as listed in the error for an unknown tier.
 int print_tiers() {
   setenv("CLIPUP_CPU_ISA", "none", 1);
   const std::string message = refusal([] { instruction_tier(); });

@@ -51,13 +51,13 @@ struct GatingCase {
     for (std::int64_t e = 0; e < E; ++e) bias.push_back(0.3F * normal());
     for (std::int64_t t = 0; t < T; ++t) mask.push_back(uniform() < 0.7F ? 1 : 0);
     for (std::int64_t t = 0; t < T; ++t) {
-      if (!takes_part(t)) std::fill_n(logits.begin() + t * E, E, kNaN);  // must not matter
+      if (!unmasked(t)) std::fill_n(logits.begin() + t * E, E, kNaN);  // must not matter
     }
     describe("T=" + std::to_string(T) + " E=" + std::to_string(E) + " K=" + std::to_string(K) +
              " options=" + std::to_string(options));
   }
 
-  bool takes_part(std::int64_t t) const { return !masked || mask[t] != 0; }
+  bool unmasked(std::int64_t t) const { return !masked || mask[t] != 0; }
   const std::uint8_t* mask_or_null() const { return masked ? mask.data() : nullptr; }
 
   Gating run() const {
@@ -88,7 +88,7 @@ struct DispatchCase {
              " prioritised=" + std::to_string(prioritised));
   }
 
-  bool takes_part(std::int64_t t) const { return mask.empty() || mask[t] != 0; }
+  bool unmasked(std::int64_t t) const { return mask.empty() || mask[t] != 0; }
 
   Plan run() const {
     Plan plan(T, K, E);
@@ -112,20 +112,20 @@ struct DispatchCase {
 
   Plan naive() const {
     const std::vector<std::int64_t> served = order();
-    std::int64_t participating = 0;
+    std::int64_t num_routed = 0;
     for (std::int64_t t = 0; t < T; ++t) {
       bool routed = false;
       for (std::int64_t k = 0; k < K; ++k) routed = routed || expert_indices[t * K + k] >= 0;
-      participating += routed && takes_part(t) ? 1 : 0;
+      num_routed += routed && unmasked(t) ? 1 : 0;
     }
-    double capacity = std::ceil(capacity_factor * K * participating / E);
+    double capacity = std::ceil(capacity_factor * K * num_routed / E);
     if (capacity_factor < 0) capacity = std::numeric_limits<double>::infinity();
 
     std::vector<std::vector<std::int32_t>> rows(E);
     for (std::int64_t k = 0; k < K; ++k) {
       for (const std::int64_t t : served) {
         const std::int32_t e = expert_indices[t * K + k];
-        if (takes_part(t) && e >= 0 && rows[e].size() < capacity) rows[e].push_back(t * K + k);
+        if (unmasked(t) && e >= 0 && rows[e].size() < capacity) rows[e].push_back(t * K + k);
       }
     }
     Plan plan(T, K, E);

@@ -1,4 +1,4 @@
-// Dispatch as CUDA kernels, emulated, against lists, to the bit.
+// Dispatch as emulated CUDA kernels equals a naive implementation with lists.
 #include <limits>
 
 #include "../moe_cuda.h"

@@ -1,4 +1,4 @@
-// Gating as CUDA kernels, emulated, against the CPU's stage, which has tests against doubles.
+// topk_gating as emulated CUDA kernels against the CPU's stage, which is tested against double.
 #include <algorithm>
 #include <limits>
 
@@ -30,7 +30,7 @@ Gating run(const GatingCase& c) {
       same_gating);
 }
 
-// Rounding apart; NaN where the other is.
+// Equal up to rounding, and NaN in the same places.
 bool alike(float a, float b, double tolerance) {
   return (std::isnan(a) && std::isnan(b)) || a == b || close(a, b, tolerance);
 }
@@ -51,7 +51,7 @@ void expect_forward(const GatingCase& c) {
   EXPECT(alike(ours.z_loss, cpu.z_loss, 2e-6));
 }
 
-// Bits of `given`: which gradients come in.
+// Bits of `given`: the incoming gradients that are not null.
 void expect_backward(const GatingCase& c, int given) {
   const std::vector<std::int32_t> expert_indices = c.run().expert_indices;
   Gating d(c.T, c.E, c.K);
@@ -78,7 +78,7 @@ void expect_backward(const GatingCase& c, int given) {
       },
       same_bits<float>);
   EXPECT(alike(ours, cpu, 1e-5));
-  for (std::int64_t i = 0; i < c.T * c.E; ++i) EXPECT(c.takes_part(i / c.E) || ours[i] == 0.0F);
+  for (std::int64_t i = 0; i < c.T * c.E; ++i) EXPECT(c.unmasked(i / c.E) || ours[i] == 0.0F);
 }
 
 void expect_both(const GatingCase& c) {

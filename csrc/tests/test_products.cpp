@@ -1,5 +1,5 @@
 // The engine of products: expert MLPs and grouped linear layers, both passes, packed weights, against naive loops in
-// double; the same to the bit however they are run.
+// double; bitwise the same however they are run.
 #include <thread>
 #include <vector>
 

@@ -37,7 +37,7 @@ void check_type(DType dtype, std::int64_t T, std::int64_t D, std::int64_t E, boo
   std::vector<std::uint8_t> mask(T, 1);
   for (std::int64_t t = 0; masked && t < T; ++t) {
     if (uniform() < 0.6F) continue;
-    mask[t] = 0;  // what such a token holds is never read
+    mask[t] = 0;  // masked tokens are never read
     for (std::int64_t d = 0; d < D; ++d) x.set(t * D + d, std::nanf(""));
     for (std::int64_t e = 0; e < E; ++e) d_logits.set(t * E + e, std::nanf(""));
   }
@@ -64,13 +64,13 @@ void check_type(DType dtype, std::int64_t T, std::int64_t D, std::int64_t E, boo
                  }
                }));
 
-  // What is not wanted is not written, and changes nothing.
+  // Unwanted outputs are not written, and do not change the others.
   Array alone(DType::kFloat32, E * D);
   router_logits_backward(floats(d_logits), x.data(), dtype, flags, floats(weight), T, D, E, nullptr,
                          floats(alone));
   EXPECT(alone.same_bits(d_weight));
 
-  // A token's logits are the same to the bit without the tokens before it.
+  // A token's logits are bitwise the same without the tokens before it.
   if (T > 1) {
     Array last(DType::kFloat32, E);
     const std::int64_t size = dtype == DType::kFloat32 ? 4 : 2;

@@ -1,4 +1,4 @@
-// Gating against a softmax in double, its gradient against central differences of that.
+// topk_gating against a softmax in double, its gradient against central differences.
 #include <algorithm>
 #include <limits>
 #include <numeric>
@@ -28,16 +28,16 @@ void expect_forward(const Case& c) {
   std::vector<double> sums(c.E);
   std::vector<std::int32_t> tokens_per_expert(c.K * c.E);
   double z = 0.0;
-  int participating = 0;
+  int num_unmasked = 0;
   for (std::int64_t t = 0; t < c.T; ++t) {
-    if (!c.takes_part(t)) {
+    if (!c.unmasked(t)) {
       for (std::int64_t k = 0; k < c.K; ++k) {
         EXPECT(out.gates[t * c.K + k] == 0.0F && out.expert_indices[t * c.K + k] == -1);
       }
       EXPECT(out.top_prob[t] == 0.0F);
       continue;
     }
-    ++participating;
+    ++num_unmasked;
     const std::vector<double> logits(c.logits.begin() + t * c.E, c.logits.begin() + (t + 1) * c.E);
     double log_sum = 0.0;
     const std::vector<double> probs = naive_softmax(logits.data(), c.E, &log_sum);
@@ -57,7 +57,7 @@ void expect_forward(const Case& c) {
     EXPECT(close(out.top_prob[t], *std::max_element(probs.begin(), probs.end()), 1e-6));
     for (std::int64_t e = 0; e < c.E; ++e) sums[e] += probs[e];
   }
-  const int divisor = std::max(participating, 1);
+  const int divisor = std::max(num_unmasked, 1);
   for (std::int64_t e = 0; e < c.E; ++e) EXPECT(close(out.mean_probs[e], sums[e] / divisor, 1e-6));
   EXPECT(close(out.z_loss, z / divisor, 1e-5));
   EXPECT(out.tokens_per_expert == tokens_per_expert);
@@ -67,11 +67,11 @@ void expect_forward(const Case& c) {
 double weighted_outputs(const Case& c, const Gating& fixed, const std::vector<double>& logits,
                         const Gating& weights) {
   double result = 0.0;
-  double participating = 0.0;
+  double num_unmasked = 0.0;
   double statistics = 0.0;
   for (std::int64_t t = 0; t < c.T; ++t) {
-    if (!c.takes_part(t)) continue;
-    ++participating;
+    if (!c.unmasked(t)) continue;
+    ++num_unmasked;
     double log_sum = 0.0;
     const std::vector<double> probs = naive_softmax(logits.data() + t * c.E, c.E, &log_sum);
     double chosen = 0.0;
@@ -84,7 +84,7 @@ double weighted_outputs(const Case& c, const Gating& fixed, const std::vector<do
     for (std::int64_t e = 0; e < c.E; ++e) statistics += probs[e] * weights.mean_probs[e];
     statistics += log_sum * log_sum * weights.z_loss;
   }
-  return result + statistics / std::max(participating, 1.0);
+  return result + statistics / std::max(num_unmasked, 1.0);
 }
 
 void expect_backward(const Case& c) {
@@ -106,7 +106,7 @@ void expect_backward(const Case& c) {
     std::vector<double> logits(c.logits.begin(), c.logits.end());
     constexpr double kStep = 1e-5;
     for (std::int64_t i = 0; i < c.T * c.E; ++i) {
-      if (!c.takes_part(i / c.E)) {
+      if (!c.unmasked(i / c.E)) {
         EXPECT(d_logits[i] == 0.0F);
         continue;
       }
@@ -140,7 +140,7 @@ void expect_distinct_experts_whatever_the_logits() {
     for (float& b : c.bias) b = uniform() < 0.2F ? kNaN : b;
     const Gating out = c.run();
     for (std::int64_t t = 0; t < c.T; ++t) {
-      if (!c.takes_part(t)) continue;
+      if (!c.unmasked(t)) continue;
       const auto first = out.expert_indices.begin() + t * c.K;
       const std::set<std::int32_t> distinct(first, first + c.K);
       EXPECT(static_cast<std::int64_t>(distinct.size()) == c.K && *distinct.begin() >= 0 &&

@@ -1,4 +1,4 @@
-// What the native tests share: a check that prints, random numbers, and the arrays that the stages write.
+// Shared by the native tests: expectations, random numbers, and the arrays that the stages write.
 #pragma once
 
 #include <cmath>
@@ -14,22 +14,22 @@ namespace clipup::tests {
 void expect(bool holds, const char* file, int line, const char* text);
 #define EXPECT(condition) ::clipup::tests::expect((condition), __FILE__, __LINE__, #condition)
 
-// Names the case in failures that follow, and when a sanitizer ends the process.
+// Names the current case for later failures, and for a sanitizer that ends the process.
 void describe(const std::string& text);
 
-// Random numbers from `seed` on; failures that follow name it.
+// Seeds the random numbers; later failures print the seed.
 void start_case(std::uint64_t seed);
 
-// How many threads the stages may use from now on.
+// Sets the number of threads that the stages use.
 void set_threads(int threads);
 
 // Fewer cases, for an emulated CPU.
 bool quick();
 
-// Print errors that were measured beside their bounds.
+// Whether to print measured errors beside their bounds.
 bool print_errors();
 
-// Elements that were compared, for the summary.
+// Counts compared elements, for the summary.
 void count_elements(std::int64_t count);
 
 std::mt19937& random_engine();
@@ -56,7 +56,7 @@ inline bool starts_with(const std::string& text, const std::string& prefix) {
   return text.compare(0, prefix.size(), prefix) == 0;
 }
 
-// A routing plan with guard values, so that an element which nobody wrote shows.
+// A routing plan filled with guard values, so that unwritten elements show.
 struct Plan {
   static constexpr std::int32_t kUnwritten = -12345;
 
@@ -96,7 +96,7 @@ void check_cuda_dispatch(std::int64_t T, std::int64_t K, std::int64_t E, double 
                          bool prioritised);
 void check_router_logits(std::int64_t T, std::int64_t D, std::int64_t E, bool masked);
 
-// Random cases for `seconds`, at least one; case i is the one that `seed` + i stands for.
+// Random cases for `seconds`, at least one; case i has the seed `seed` + i.
 void fuzz(double seconds, std::uint64_t seed);
 
 }  // namespace clipup::tests
