@@ -1,9 +1,9 @@
-"""Routing on a GPU: every stage as Triton kernels and as CUDA C++, in turn, and whether both say the same.
+"""topk_gating and dispatch on a GPU: Triton and CUDA C++, timed in alternation and compared.
 
     python benchmarks/gpu_stages.py --csv runs/gpu_stages.csv
 
 ``ratio`` is the time of CUDA C++ over Triton's, the median of pair-by-pair ratios: below 1 a stage is faster as C++.
-``launched`` calls are timed as the host makes them, ``graph`` ones inside a CUDA graph, where the host plays no part.
+``launched`` calls are timed as the host makes them, ``graph`` ones inside a CUDA graph, without the host.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--tokens", type=int, nargs="+", default=TOKENS, metavar="T", help="tokens (default: %(default)s)"
     )
     parser.add_argument("--seconds", type=float, default=0.3, help="of each measurement (default: %(default)s)")
-    parser.add_argument("--csv", metavar="FILE", help="write the rows there, anew after every number of tokens")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows to FILE, updated after every number of tokens")
     return parser.parse_args(argv)
 
 

@@ -125,7 +125,9 @@ def test_inference_by_both_products_in_one_launch_follows_the_oracle(monkeypatch
 
 
 @pytest.mark.parametrize(("activation", "bias"), [("gelu", True), ("quick_gelu", False), ("relu", True)])
-def test_inference_of_a_narrow_model_is_one_launch_that_waits_for_nobody_and_is_captured(monkeypatch, activation, bias):
+def test_inference_of_a_narrow_model_is_one_launch_without_host_waits_and_can_be_captured(
+    monkeypatch, activation, bias
+):
     if configs.architecture(torch.device("cuda")) < 90:
         pytest.skip("one launch is the default from compute capability 9.0 on; two launches are tested elsewhere")
     gates, plan = route(NARROW, "masked")
@@ -207,7 +209,7 @@ def test_routers_follow_the_oracle(size, dtype, masked):
         assert_follows(ours, oracle, kind, what)
 
 
-def test_twenty_runs_on_many_rows_agree_to_the_bit():
+def test_twenty_runs_on_many_rows_agree_bitwise():
     gates, plan = route(MANY_ROWS)
     x = randn(MANY_ROWS.tokens, MANY_ROWS.width, dtype=torch.bfloat16)
     arguments = on_gpu((x, gates, plan, make_experts(MANY_ROWS, torch.bfloat16), x))

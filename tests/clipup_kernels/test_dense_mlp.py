@@ -1,4 +1,4 @@
-"""dense_mlp: one MLP for all tokens, on the kernels of the experts."""
+"""dense_mlp: one MLP for all tokens, on the expert kernels."""
 
 import pytest
 import torch

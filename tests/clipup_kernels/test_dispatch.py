@@ -17,18 +17,18 @@ def plan_by_hand(experts, num_experts, capacity_factor, priority, mask):
     """The rule of slots, word by word, in plain Python."""
     tokens, k = experts.shape
     experts = experts.tolist()
-    takes_part = [any(e >= 0 for e in row) and (mask is None or bool(mask[t])) for t, row in enumerate(experts)]
+    routed = [any(e >= 0 for e in row) and (mask is None or bool(mask[t])) for t, row in enumerate(experts)]
     order = list(range(tokens))
     if priority is not None:
         order.sort(key=lambda t: -priority[t].item() if not math.isnan(priority[t]) else math.inf)
     capacity = math.inf
     if capacity_factor is not None:
-        capacity = math.ceil(capacity_factor * k * sum(takes_part) / num_experts)
+        capacity = math.ceil(capacity_factor * k * sum(routed) / num_experts)
     rows = [[] for _ in range(num_experts)]
     for choice in range(k):
         for t in order:
             expert = experts[t][choice]
-            if takes_part[t] and expert >= 0 and len(rows[expert]) < capacity:
+            if routed[t] and expert >= 0 and len(rows[expert]) < capacity:
                 rows[expert].append(t * k + choice)
     return rows
 
@@ -96,9 +96,9 @@ def test_capacity_counts_only_tokens_that_take_part():
     assert plan.offsets.tolist() == [0, 2, 2]
 
 
-def test_no_limit_on_nobody_is_no_row():
-    experts, nobody = torch.zeros(5, 1, dtype=torch.int32), torch.zeros(5, dtype=torch.bool)
-    plan = ck.dispatch(experts, 2, capacity_factor=1e308, mask=nobody)
+def test_without_unmasked_tokens_a_huge_capacity_gives_no_rows():
+    experts, none = torch.zeros(5, 1, dtype=torch.int32), torch.zeros(5, dtype=torch.bool)
+    plan = ck.dispatch(experts, 2, capacity_factor=1e308, mask=none)
     assert plan.offsets.tolist() == [0, 0, 0] and (plan.row_of_choice == -1).all()
 
 

@@ -1,4 +1,4 @@
-"""A wrong argument raises before any memory is touched, and the message names it, what came and what was expected."""
+"""A wrong argument raises before any memory is written; the message names it, its value and what was expected."""
 
 import pytest
 import torch

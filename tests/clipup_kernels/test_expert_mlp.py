@@ -112,7 +112,7 @@ def test_experts_without_a_row_get_zero_gradients():
         assert (gradient[4:] == 0).all() and (gradient[:4] != 0).any()
 
 
-def test_non_contiguous_arguments_give_the_same_answer():
+def test_non_contiguous_arguments_give_the_same_result():
     shape = SHAPES["plain"]
     gates, plan = route(shape, "capacity")
     x, experts = randn(shape.tokens, shape.width), make_experts(shape)
@@ -146,7 +146,7 @@ def test_only_the_wanted_gradients_are_computed_and_they_do_not_change(frozen):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_runs_agree_to_the_bit(dtype):
+def test_two_runs_agree_bitwise(dtype):
     shape = Shape(512, 64, 128, 8, 2)
     gates, plan = route(shape, "capacity")
     x, dy = randn(512, 64, dtype=dtype), randn(512, 64, dtype=dtype, seed=1)

@@ -1,4 +1,4 @@
-"""Packed weights: made by name, the same bits as the plain ones, no copy kept of weights that nobody packed."""
+"""Packed weights give bitwise the same results as plain ones; nothing is packed or cached implicitly."""
 
 import copy
 import threading

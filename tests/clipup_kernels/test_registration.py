@@ -133,7 +133,7 @@ def test_second_derivatives_are_refused_by_name():
             gradient.sum().backward()
 
 
-def test_two_runs_of_the_whole_layer_agree_to_the_bit():
+def test_two_runs_of_the_whole_layer_agree_bitwise():
     shape = Shape(700, 48, 96, 8, 2)
     runs = []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Which backend computes an op, on which device and in which type, as far as it can be told without a GPU."""
+"""Which backend computes an op, on which device and in which type, without a GPU."""
 
 import os
 import subprocess
@@ -166,9 +166,9 @@ def test_importing_the_package_imports_no_triton_and_asks_for_no_gpu():
 
 
 def test_backend_info_names_triton_for_the_ops_that_have_kernels(force_backend):
-    told = ck.backend_info()
-    assert told["cuda_fallback_reason"] is None and told["backends"]["triton"] == "Triton is installed"
-    assert {op for op, by_type in told["cuda"].items() if by_type["bfloat16"] == "triton"} == ON_TRITON
+    info = ck.backend_info()
+    assert info["cuda_fallback_reason"] is None and info["backends"]["triton"] == "Triton is installed"
+    assert {op for op, by_type in info["cuda"].items() if by_type["bfloat16"] == "triton"} == ON_TRITON
 
 
 def test_backend_info_says_what_is_forced():

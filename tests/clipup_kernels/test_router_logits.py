@@ -1,4 +1,4 @@
-"""The router's logits: products in float32 from tokens of any type, and what a mask keeps out."""
+"""router_logits: float32 products of tokens of any type; masked tokens have no effect."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The ops under torch.func and forward-mode AD: reverse mode is right at every level, forward mode refused by name."""
+"""The ops under torch.func and forward-mode AD: reverse mode is right at every level, forward mode is an error."""
 
 import warnings
 

@@ -60,7 +60,7 @@ def test_any_shape_and_routing_follows_the_oracle(shape, routing, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_permute_copies_rows_to_the_bit(dtype):
+def test_permute_copies_rows_bitwise(dtype):
     shape = SHAPES["plain"]
     _, plan = route(shape, "capacity")
     x = randn(shape.tokens, shape.width, dtype=dtype)

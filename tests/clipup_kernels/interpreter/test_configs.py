@@ -163,7 +163,7 @@ def test_without_a_name_the_table_lies_in_the_users_cache(monkeypatch, tmp_path)
     assert configs.table_path() == tmp_path / "clipup" / "triton_configs.json"
 
 
-def test_an_old_gpu_is_refused_with_the_mend(monkeypatch):
+def test_an_old_gpu_is_refused_with_a_fix(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match="8.0.*7.5.*CLIPUP_BACKEND=torch_eager"):
         configs.architecture(torch.device("cuda:0"))

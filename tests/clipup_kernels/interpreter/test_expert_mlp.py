@@ -163,7 +163,7 @@ def test_any_shape_and_routing_follows_the_oracle(shape, routing, gated, seed):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_a_recomputed_z_gives_the_same_gradients_to_the_bit(gated):
+def test_a_recomputed_z_gives_bitwise_the_same_gradients(gated):
     dy, x, gates, plan, experts = case(SHAPES["odd"], dtype=torch.float16, gated=gated)
     y, z = forward(x, gates, plan, experts)
     inferred, nothing = forward(x, gates, plan, experts, keep_z=False)

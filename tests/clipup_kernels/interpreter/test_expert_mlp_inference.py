@@ -75,7 +75,7 @@ def assert_rows_follow_oracle(shape, routing="capacity", dtype=torch.float32, **
         a = reference.activate(gate_z, experts.activation) * z
     want = reference.grouped_linear(a, wide.out_weight, wide.out_bias, plan.offsets)
     assert_follows(rows[:filled], want[:filled], dtype)
-    assert rows[filled:].isnan().all()  # nobody reads them, and nobody writes them
+    assert rows[filled:].isnan().all()  # neither read nor written
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

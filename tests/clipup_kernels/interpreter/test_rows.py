@@ -57,7 +57,7 @@ def test_no_columns_give_no_columns():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_permute_copies_rows_to_the_bit(dtype):
+def test_permute_copies_rows_bitwise(dtype):
     shape = SHAPES["plain"]
     _, plan = route(shape, "capacity")
     x = randn(shape.tokens, shape.width, dtype=dtype)

@@ -92,7 +92,7 @@ def test_nan_logits_never_give_an_expert_that_does_not_exist():
     assert all(len(set(row)) == 3 for row in experts.tolist())
 
 
-def test_experts_whose_probabilities_underflow_are_still_told_apart():
+def test_experts_whose_probabilities_underflow_are_still_distinct():
     logits = torch.tensor([[0.0, -300.0, -200.0, -400.0]])
     gates, experts, *_ = triton_gating.topk_gating(logits, 4, True)
     assert experts.tolist() == [[0, 2, 1, 3]]
