@@ -83,7 +83,7 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
 //   logits, mask, renormalize   as in the forward pass
 //   expert_indices[T,K]         from the forward pass
 //   d_gates[T,K], d_top_prob[T], d_mean_probs[E], d_z_loss[1]   incoming gradients; null: zero
-//   d_logits[T,E]               written; exactly 0 for masked tokens, whatever their logits are
+//   d_logits[T,E]               written; exactly 0 for masked tokens, even if their logits are NaN
 //
 // top_prob passes its gradient to the most probable expert, the lowest on ties.
 void topk_gating_backward(const float* logits, const std::uint8_t* mask, const std::int32_t* expert_indices,

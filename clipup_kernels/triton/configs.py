@@ -269,7 +269,7 @@ def table() -> dict[str, Config | None]:
     ``tune``.
 
     Raises:
-        ValueError: the file is no table of configs.
+        ValueError: the file is not a table of configs.
         FileNotFoundError: CLIPUP_TRITON_CONFIGS names a file that does not exist.
     """
     path = table_path()
@@ -279,7 +279,7 @@ def table() -> dict[str, Config | None]:
         return {name: _checked(name, values) for name, values in json.loads(path.read_text()).items()}
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no table of configs ({error}); delete it, or write it anew with "
+            f"{path} is not a table of configs ({error}); delete it, or write it again with "
             "python -m clipup_kernels.triton.tune"
         ) from error
 

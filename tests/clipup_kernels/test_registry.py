@@ -94,6 +94,7 @@ def test_a_dense_mlp_is_torchs_own_on_cuda(force_backend, modern_gpu):
     assert chosen("dense_mlp", torch.bfloat16, "cuda", 0) == "torch_eager"
 
 
+@compiled
 def test_an_op_runs_the_function_of_the_chosen_backend(force_backend, modern_gpu):
     for name in ("torch_eager", "torch_matmul"):
         force_backend(name)
