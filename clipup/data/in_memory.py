@@ -66,9 +66,8 @@ class CachedLoader:
                 "smaller batch"
             )
         captions = [record.captions for record, good in zip(mine, readable, strict=True) if good]
-        start: dict[
-            tuple[str, ...], int
-        ] = {}  # index of an image's first caption; images with equal captions share them
+        # the index of an image's first caption; images with equal captions share them
+        start: dict[tuple[str, ...], int] = {}
         texts: list[str] = []
         for of_image in captions:
             if of_image not in start:

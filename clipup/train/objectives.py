@@ -300,15 +300,13 @@ class MultiPositiveClipLoss(ClipLoss):
         text_features: Tensor,
         logit_scale: Tensor,
         texts: Tensor,
-        output_dict: bool = False,
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Tensor:
         """image_features, text_features: [B, D], normalized; texts: [B, L] token ids, row i of pair i."""
         logits = self.get_logits(image_features, text_features, logit_scale)
         own = self.get_ground_truth(image_features.device, len(logits[0]))
         equal = self._equal_captions(texts, own)
         losses = [F.cross_entropy(one.float().masked_fill(equal, -torch.inf), own) for one in logits]
-        loss = sum(losses) / 2
-        return {"contrastive_loss": loss} if output_dict else loss
+        return sum(losses) / 2
 
     def _equal_captions(self, texts: Tensor, own: Tensor) -> Tensor:
         """bool [rows of the logits, pairs of all ranks]: other pairs with a row's caption, the same in both directions.

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a process with more threads cannot be forked
+sys.path.insert(0, str(Path(__file__).parents[2]))  # this checkout, even if another clipup is installed
 
 import figures  # noqa: E402
 from campaign import DIVERGING, IDLE, Campaign, Lost, Tally  # noqa: E402
