@@ -57,7 +57,7 @@ def check(variant: Variant, arch: int) -> tuple[str, bool]:
     """A variant's row of the table, and whether all is well with it."""
     try:
         compiled = variants.compile_variant(variant, arch)
-    except Exception as error:  # the compiler's own, of many kinds: the table goes on and counts it
+    except Exception as error:  # the compiler's own, of many kinds: it is counted, and the table continues
         return line((f"sm_{arch}", variant.name, *("",) * (len(COLUMNS) - 3), f"does not compile: {error}")), False
     found = faults(variant, compiled, arch)
     counts = (variants.count(name, compiled.sass) for name in INSTRUCTIONS)

@@ -4,7 +4,7 @@
     python benchmarks/padding_aware.py --captions captions.txt --csv padding_aware.csv
 
 Weights are random: speed does not depend on them, except that a trained router may be less balanced. Both ways run on
-one model, and their features are compared before anything is timed. ``tokens`` is the share of tokens that take part.
+one model, and their features are compared before anything is timed. ``tokens`` is the share of tokens that are not padding.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
 def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
     """The model that a model's or a run's directory stands for, its transform of images, and its tokenizer.
 
-    Of a run that goes on, the newest checkpoint.
+    Of an unfinished run, the newest checkpoint.
 
     Raises:
         FileNotFoundError: there is no such directory, or neither a model nor a checkpoint in it.

@@ -47,7 +47,7 @@ def arrow(x: float, y: float, length: float) -> str:
 
 
 def pipeline() -> list[str]:
-    """Gather, product, activation, product, combine, on eight tokens, three experts and two choices a token."""
+    """Gather, product, activation, product, combine, on eight tokens, three experts and two choices per token."""
     drawn = []
     for t, experts in enumerate(CHOICES):
         y = TOP + TOKEN * t
@@ -121,7 +121,7 @@ def figure() -> str:
     width, height, title = 860, 552, "expert_mlp: gather, GEMM, activation, GEMM, combine; and waves, blocks and tiles"
     drawn = [
         box(0, 0, width, height, "#ffffff", 'rx="6"'),
-        text(36, 28, "Eight tokens, three experts, two choices a token", size=14, anchor="start", weight=600),
+        text(36, 28, "Eight tokens, three experts, two choices per token", size=14, anchor="start", weight=600),
         *pipeline(),
         *engine(360),
     ]

@@ -135,10 +135,10 @@ def test_dropout_is_drawn_in_training_only_and_keeps_the_mean():
 def test_layer_keeps_its_properties(options):
     torch.manual_seed(0)
     layer = SparseMoE(D, H, num_experts=E, balance_weight=0.1, **options)
-    twin = SparseMoE(D, H, num_experts=E, balance_weight=0.1, **options)
-    twin.load_state_dict(layer.state_dict())
+    copied = SparseMoE(D, H, num_experts=E, balance_weight=0.1, **options)
+    copied.load_state_dict(layer.state_dict())
     x = torch.randn(9, D)
-    assert torch.equal(copy.deepcopy(layer).eval()(x), twin.eval()(x))
+    assert torch.equal(copy.deepcopy(layer).eval()(x), copied.eval()(x))
     assert aux_loss(layer) == 0
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)

@@ -269,9 +269,9 @@ def test_copies_compute_the_same_and_carry_no_losses(duplicate):
     layer = make_layer(balance_weight=0.1)
     x = torch.randn(7, D)
     y = layer(x)
-    twin = duplicate(layer)
-    assert aux_loss(twin) == 0 and twin.state.last_routing is None
-    assert torch.equal(twin(x), y)
+    copied = duplicate(layer)
+    assert aux_loss(copied) == 0 and copied.state.last_routing is None
+    assert torch.equal(copied(x), y)
     assert not any("last_routing" in name for name in layer.state_dict())
     assert aux_loss(layer) > 0
 

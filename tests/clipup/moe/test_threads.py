@@ -210,9 +210,9 @@ def test_copies_made_while_threads_train_hold_nothing(duplicate):
     def work(index, barrier):
         y = layer(tokens(index))
         barrier.wait()
-        twin = duplicate(layer)
+        copied = duplicate(layer)
         barrier.wait()
-        return aux_loss(twin), aux_loss(layer), y
+        return aux_loss(copied), aux_loss(layer), y
 
     for of_twin, of_layer, _ in run_together(work):
         assert of_twin == 0 and of_layer > 0

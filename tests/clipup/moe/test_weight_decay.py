@@ -75,10 +75,10 @@ def test_timms_optimizer_decays_of_an_upcycled_model_what_it_decays_of_the_dense
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), torch.compile])
 def test_copies_and_compiled_models_name_the_same(kind, duplicate):
     model = sparse(kind)[1]
-    twin = duplicate(model)
-    assert twin.no_weight_decay() == model.no_weight_decay()
+    copied = duplicate(model)
+    assert copied.no_weight_decay() == model.no_weight_decay()
     if duplicate is not torch.compile:
-        assert twin.no_weight_decay.args[0] is twin
+        assert copied.no_weight_decay.args[0] is copied
 
 
 @pytest.mark.parametrize("kind", ["custom_text", "timm"])

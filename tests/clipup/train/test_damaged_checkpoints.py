@@ -37,7 +37,7 @@ def one_bit_flipped(content):
 
 
 def marked_as_folder(content):
-    """The bit of a record's entry in the archive's index after which torch reads memory that nobody has set."""
+    """The bit of a record's entry in the archive's index after which torch reads memory that was never set."""
     entry = content.rindex(b"archive/data/20") - 46
     assert content[entry : entry + 4] == b"PK\x01\x02"
     return content[: entry + 38] + bytes([content[entry + 38] | 0x10]) + content[entry + 39 :]
@@ -48,7 +48,7 @@ IDS = ["truncated", "zeroed", "one bit", "folder bit", "empty"]
 
 
 def damage(path, how):
-    """Writes anew, so that other names of the same bytes stay whole."""
+    """Writes a new file, so that other names of the same bytes stay whole."""
     content = how(path.read_bytes())
     path.unlink()
     path.write_bytes(content)

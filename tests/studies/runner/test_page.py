@@ -96,7 +96,7 @@ def test_one_seed_decides_nothing(found):
 def test_differences_are_those_of_runs_with_the_same_seed(found):
     _, _, *lines = rows(Tables(found).differences("clip_up"))
 
-    assert [line[:2] for line in lines] == [["`sparse-a`", "`dense-a`"]]  # the second seed has no dense twin
+    assert [line[:2] for line in lines] == [["`sparse-a`", "`dense-a`"]]  # the second seed has no dense counterpart
     assert len(lines[0]) == 4 and all(cell.startswith("+50.00 ± ") for cell in lines[0][2:])
 
 
