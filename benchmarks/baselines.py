@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import package_version
 from moe_layer import Case, DenseWeights, Weights, check_loads, first_expert, make_weights, make_x, route
 from peers import PEERS, missing_packages
 from torch import Tensor
 
 import clipup_kernels as ck
+from clipup_kernels.machine import package_version
 
 
 def dense(x: Tensor, w: DenseWeights) -> Tensor:
@@ -170,7 +170,7 @@ def usual(training: bool, device: str) -> list[str]:
 
 def version_of(package: str) -> tuple[int, ...]:
     """Major and minor version; empty, less than any, where the package is not installed."""
-    return tuple(map(int, re.findall(r"\d+", package_version(package))[:2]))
+    return tuple(map(int, re.findall(r"\d+", package_version(package) or "")[:2]))
 
 
 class Candidate(NamedTuple):

@@ -23,17 +23,7 @@ from statistics import median
 
 import open_clip
 import torch
-from harness import (
-    DTYPES,
-    Timing,
-    alternate,
-    commit,
-    device_name,
-    package_version,
-    print_table,
-    require_device,
-    write_csv,
-)
+from harness import DTYPES, Timing, alternate, commit, print_table, require_device, write_csv
 from torch import Tensor, nn
 
 import clipup
@@ -41,6 +31,7 @@ from clipup.clip.flops import TowerCounts, count
 from clipup.clip.inputs import image_size
 from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
 from clipup.pretrained.tokenizers import get_tokenizer
+from clipup_kernels.machine import package_version, processor_name
 
 BASELINE, LARGE, ACCELERATED = "ViT-B-16", "ViT-L-14", "accelerated"
 MODELS = (
@@ -154,7 +145,7 @@ def row(
     pairs_per_second = args.batch_size / timing.median_ms * 1e3
     image_rate, text_rate = [f"{args.batch_size / s:.2f}" for s in tower_seconds] or ("", "")
     return {
-        "device": device_name(args.device), "dtype": dtype, "threads": args.threads if args.device == "cpu" else "",
+        "device": processor_name(args.device), "dtype": dtype, "threads": args.threads if args.device == "cpu" else "",
         "pass": pass_, "batch_size": args.batch_size, "caption_words": args.words, "model": name,
         "median_ms": f"{timing.median_ms:.1f}", "p20_ms": f"{timing.p20_ms:.1f}", "p80_ms": f"{timing.p80_ms:.1f}",
         "images_per_s": image_rate, "texts_per_s": text_rate, "pairs_per_s": f"{pairs_per_second:.2f}",
@@ -189,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     caption = " ".join((WORDS * (args.words // len(WORDS) + 1))[: args.words])
     texts = get_tokenizer(BASELINE)([caption] * args.batch_size).to(args.device)
 
-    print(f"{device_name(args.device)}; ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model\n")
+    print(
+        f"{processor_name(args.device)}; ratios are medians of pair-by-pair ratios of time, {BASELINE} over the model\n"
+    )
     rows = []
     for pass_, dtype in product(args.passes, args.dtype):
         rows += measure(args, pass_, dtype, texts)

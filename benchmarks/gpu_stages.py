@@ -13,9 +13,10 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import alternate, commit, device_name, package_version, print_table, write_csv
+from harness import alternate, commit, print_table, write_csv
 
 from clipup_kernels.backends import cpp_cuda
+from clipup_kernels.machine import package_version, processor_name
 
 TOKENS = (4096, 16_384, 50_000, 200_000, 400_000)
 SIZES = ((8, 2), (64, 8))
@@ -75,7 +76,7 @@ def measure(tokens: int, num_experts: int, k: int, seconds: float) -> Iterator[d
         for how, wrap in (("launched", lambda call: call), ("graph", captured)):
             times = alternate({"triton": wrap(theirs), "cuda": wrap(ours)}, "triton", seconds, "cuda")
             yield {
-                "device": device_name("cuda"), "stage": name, "tokens": tokens, "experts": num_experts, "top_k": k,
+                "device": processor_name("cuda"), "stage": name, "tokens": tokens, "experts": num_experts, "top_k": k,
                 "how": how, "triton_us": f"{times['triton'].median_ms * 1e3:.1f}",
                 "cuda_us": f"{times['cuda'].median_ms * 1e3:.1f}", "ratio": f"{times['cuda'].ratio:.3f}",
                 "commit": commit(), "torch": torch.__version__, "triton": package_version("triton"),

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
@@ -94,13 +93,6 @@ def alternate(
     return result
 
 
-def package_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
-
-
 @functools.cache
 def commit() -> str:
     """The commit of the first call, with ``+`` when the tree differs from it; empty outside a checkout."""
@@ -112,18 +104,6 @@ def commit() -> str:
 
     head = git("rev-parse", "--short", "HEAD")
     return head + ("+" if head and git("status", "--porcelain", "--untracked-files=no") else "")
-
-
-def device_name(device: str) -> str:
-    """The processor's or the card's name."""
-    if device != "cpu":
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else device
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "cpu"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "cpu"
 
 
 def write_csv(path: str | Path, rows: list[dict]) -> None:

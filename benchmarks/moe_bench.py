@@ -15,8 +15,6 @@ from harness import (
     Timing,
     alternate,
     commit,
-    device_name,
-    package_version,
     peak_megabytes,
     print_table,
     require_device,
@@ -24,6 +22,8 @@ from harness import (
 )
 from moe_layer import ROUTINGS, Case, Weights, make_x, without_close_calls
 from torch import Tensor
+
+from clipup_kernels.machine import package_version, processor_name
 
 BASELINE = "dense_k"
 NEEDED = {BASELINE, "clipup"}
@@ -189,7 +189,7 @@ def measure(
         runners = {impl: candidate.runner(training) for impl, candidate in timed.items()}
         timings = alternate(runners, BASELINE, args.seconds, args.device, args.rounds)
     peak.measure(dtype, DTYPES[dtype], threads)
-    where = dict(device=device_name(args.device), dtype=dtype, threads=threads, top_k=args.top_k, **case._asdict())
+    where = dict(device=processor_name(args.device), dtype=dtype, threads=threads, top_k=args.top_k, **case._asdict())
     return [row(where, impl, timings[impl], timed[impl], training, peak) for impl in args.impl if impl in timed]
 
 
@@ -217,7 +217,7 @@ def row(where: dict, impl: str, timing: Timing, candidate: Candidate, training: 
 def main(description: str, training: bool, argv: list[str] | None = None) -> int:
     args = parse(description, training, argv)
     require_device(args.device)
-    print(f"{device_name(args.device)}, commit {commit() or 'unknown'}; times in ms")
+    print(f"{processor_name(args.device)}, commit {commit() or 'unknown'}; times in ms")
     print("ratio_to_dense_k is the median of pair-by-pair ratios\n", flush=True)
     columns = SHOWN + (["saved_mb"] if training else []) + (["peak_mb"] if args.device == "cuda" else [])
     peak, rows = GemmPeak(args.device), []

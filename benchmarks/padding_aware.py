@@ -4,7 +4,8 @@
     python benchmarks/padding_aware.py --captions captions.txt --csv padding_aware.csv
 
 Weights are random: speed does not depend on them, except that a trained router may be less balanced. Both ways run on
-one model, and their features are compared before anything is timed. ``tokens`` is the share of tokens that are not padding.
+one model, and their features are compared before anything is timed. ``tokens`` is the share of tokens that are not
+padding.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import DTYPES, alternate, commit, device_name, package_version, report, require_device
+from harness import DTYPES, alternate, commit, report, require_device
 from torch import Tensor, nn
 
 import clipup
 from clipup.clip.padding_aware import tokens_up_to_pooled
 from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
 from clipup.pretrained.tokenizers import get_tokenizer
+from clipup_kernels.machine import package_version, processor_name
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Of features of length 1: order and blocking of sums may depend on how many rows an expert has."""
@@ -77,7 +79,7 @@ def measure(args: argparse.Namespace, name: str, dtype: str) -> list[dict]:
     share = tokens_up_to_pooled(texts, dense.text_pool_type, dense.text_eos_id).float().mean().item()
     return [
         {
-            "device": device_name(args.device), "dtype": dtype,
+            "device": processor_name(args.device), "dtype": dtype,
             "threads": args.threads if args.device == "cpu" else "", "model": name, "batch_size": args.batch_size,
             "context_length": texts.shape[1], "tokens": "1.000" if impl != "padding_aware" else f"{share:.3f}",
             "impl": impl, "median_ms": f"{timing.median_ms:.2f}", "p20_ms": f"{timing.p20_ms:.2f}",
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
 
     require_device(args.device)
-    print(f"{device_name(args.device)}; ratios are medians of pair-by-pair ratios of time, each over {BASELINE}\n")
+    print(f"{processor_name(args.device)}; ratios are medians of pair-by-pair ratios of time, each over {BASELINE}\n")
     rows = [row for name in args.models for dtype in args.dtype for row in measure(args, name, dtype)]
     report(rows, "model dtype impl tokens median_ms p20_ms p80_ms texts_per_s ratio_to_all_tokens", args.csv)
     return 0

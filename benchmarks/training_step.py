@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from harness import alternate, commit, device_name, package_version, report, require_device
+from harness import alternate, commit, report, require_device
 
 import clipup
 from clipup.clip.flops import count
@@ -34,6 +34,7 @@ from clipup.train.distributed import Ranks
 from clipup.train.objectives import create_objective
 from clipup.train.optim import adamw
 from clipup.train.step import TrainStep
+from clipup_kernels.machine import package_version, processor_name
 
 BASELINE, DENSE, SPARSE = "dense_unpadded", "dense", "clip_up"
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     timings = alternate(steps, BASELINE, args.seconds, args.device, args.rounds)
     rows = [
         {
-            "device": device_name(args.device), "precision": args.precision,
+            "device": processor_name(args.device), "precision": args.precision,
             "threads": args.threads if args.device == "cpu" else "", "batch_size": args.batch_size,
             "model": args.model, "data": Path(args.data).name if args.data else "noise", "impl": name,
             "median_ms": f"{timing.median_ms:.1f}",
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         for name, timing in timings.items()
     ]  # fmt: skip
-    print(f"{device_name(args.device)}; seconds_ratio is the median of pair-by-pair ratios\n")
+    print(f"{processor_name(args.device)}; seconds_ratio is the median of pair-by-pair ratios\n")
     report(rows, "model impl median_ms p20_ms p80_ms gflops_per_pair flops_ratio seconds_ratio", args.csv)
     return 0
 

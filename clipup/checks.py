@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +42,21 @@ def width(name: str, value: Any) -> None:
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def read_json(path: Path, argument: str = "") -> Any:
+    """The content of a JSON file.
+
+    Args:
+        argument: the argument that names the file, for the error.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}{': ' * bool(argument)}{path} is not valid JSON: {error}") from error
 
 
 def module(name: str, value: object) -> None:

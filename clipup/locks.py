@@ -100,7 +100,7 @@ def _describe(holder: bytes) -> str:
     try:
         about = json.loads(holder)
         return f"process {about['pid']} on {about['host']}, since {about['since']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return "another process"
 
 

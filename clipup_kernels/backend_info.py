@@ -17,7 +17,8 @@ _OPS = {
 """Public ops, and the registered op that computes each."""
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed distribution, None if there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -60,9 +61,9 @@ def backend_info() -> dict:
     products = tables["cpu"]["expert_mlp_forward"]
     forced = registry.forced()
     return {
-        "version": _version("clipup"),
+        "version": package_version("clipup"),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": package_version("triton"),
         "compiled": compiled,
         "fallback_reason": FALLBACK_REASON,
         "build": NATIVE.build_info() if compiled else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import tyro
 from PIL import Image
 from torch import nn
 
+from .. import checks
 from ..atomic_files import replace_files
 from ..clip.accelerate import for_inference
 from ..data.loaders import eval_samples
@@ -131,7 +131,7 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
         )
     for reason in latest.passed_over:
         print(f"clipup inspect: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)
-    options = json.loads((root / "options.json").read_text(encoding="utf-8"))
+    options = checks.read_json(root / "options.json")
     name = options["model"] or options["pretrained"]
     with factory.expecting_random_weights():
         model, _, preprocess = factory.create_model_and_transforms(name, device=device)

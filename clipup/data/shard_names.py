@@ -7,7 +7,6 @@ of a file beside it, because a data set may come from anyone.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .. import checks
 from ..extras import needed_for
 from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
 
@@ -197,7 +197,7 @@ def _listed_hashes(directory: Path) -> dict[str, str]:
     path = directory / DATASET_FILE
     if not path.is_file():
         return {}
-    content = _read_json(path)
+    content = checks.read_json(path)
     splits = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(splits, dict) or not all(isinstance(one, dict) and "shards" in one for one in splits.values()):
         return {}  # written by another tool
@@ -222,14 +222,7 @@ def _sizes_in(directory: str) -> dict[str, int]:
 
 
 def _json_object(path: Path) -> dict:
-    content = _read_json(path)
+    content = checks.read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} contains a JSON {type(content).__name__}, expected an object")
     return content
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error

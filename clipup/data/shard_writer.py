@@ -69,7 +69,7 @@ def finished(directory: Path, fingerprint: str) -> bool:
             return False
         shards = [shard for split in dataset["splits"].values() for shard in split["shards"]]
         return all(sha256(directory / os.path.basename(shard["file"])) == shard["sha256"] for shard in shards)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError, KeyError, TypeError):
         return False
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ import torch
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from clipup_kernels import backend_info
+from clipup_kernels.machine import describe_machine
 
 from ..atomic_files import replace_files
 from ..clip.flops import count
@@ -133,7 +130,12 @@ def run(options: DemoOptions) -> dict[str, Any]:
     clip_up = stages.train(sparse, "clip_up", options.continue_steps, options.continue_lr)
     report["clip_up"] = stages.measure(sparse, clip_up)
     report["chance_r1"] = report["dense"]["chance_r1"]
-    report |= {"options": asdict(options), "moe_cfg": config.to_dict(), "model": options.model, "machine": _machine()}
+    report |= {
+        "options": asdict(options),
+        "moe_cfg": config.to_dict(),
+        "model": options.model,
+        "machine": describe_machine(),
+    }
 
     results = {arm: result for arm, result in zip(ARMS, (dense, dense_continued, clip_up), strict=True) if result}
     page = render_demo(
@@ -251,19 +253,6 @@ def _data_notes(dataset: dict[str, Any]) -> dict[str, Any]:
         for source in dataset["sources"]
     ]
     return {"splits": splits, "licences": licences, "left_out": dataset["rules"]["left_out"]}
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "open_clip": version("open_clip_torch"),
-        "clipup": backend_info()["version"],
-        "compiled": backend_info()["compiled"],
-    }
 
 
 def _say(stage: str, what: str) -> None:

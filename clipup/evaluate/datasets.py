@@ -14,7 +14,6 @@ shards and CSV files by path.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from typing import Any
 import open_clip
 from torch import Tensor
 
+from .. import checks
 from ..data.csv_rows import CsvFormat, leaves
 from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples
@@ -225,10 +225,7 @@ def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"annotations: {path} is not valid JSON: {error}") from error
+    content = checks.read_json(path, "annotations")
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise ValueError(f"annotations: {path} has no list of images, so it is in neither COCO's format nor Karpathy's")
     return content

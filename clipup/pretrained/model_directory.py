@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..moe.config import MoEConfig
+from .config_files import moe_config_in, read_config_file
 from .state_dicts import read_safetensors, types_in_safetensors
 
 CONFIG_NAME = "open_clip_config.json"
@@ -25,13 +25,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         ValueError: the file is not valid JSON, or its ``model_cfg`` is missing or incomplete.
     """
     path = Path(directory) / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}; expected a directory saved by clipup or open_clip")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    model_cfg = config.get("model_cfg") if isinstance(config, dict) else None
+    config = read_config_file(path, "a directory saved by clipup or open_clip")
+    model_cfg = config.get("model_cfg")
     if not isinstance(model_cfg, dict):
         raise ValueError(f"{path} has no model_cfg, the config of the model")
     missing = [field for field in MODEL_FIELDS if field not in model_cfg]
@@ -42,13 +37,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
 def read_moe_config(directory: str | Path) -> MoEConfig | None:
     """The directory's ``moe_cfg``; None for a dense model."""
-    values = read_config(directory).get("moe_cfg")
-    if values is None:
-        return None
-    try:
-        return MoEConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{Path(directory) / CONFIG_NAME}: {error}") from error
+    return moe_config_in(read_config(directory), Path(directory) / CONFIG_NAME)
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from timm.models import _hub
 from torch import nn
 
 from ..moe.config import MoEConfig
+from .config_files import moe_config_in, read_config_file
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -30,15 +31,10 @@ def read_moe_config(directory: Path) -> MoEConfig | None:
         ValueError: it is not a timm config.
     """
     path = directory / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}; expected a directory with a saved timm model")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "architecture" not in config:
+    config = read_config_file(path, "a directory with a saved timm model")
+    if "architecture" not in config:
         raise ValueError(f"{path} has no architecture, so it is not the config of a timm model")
-    return None if config.get("moe_cfg") is None else MoEConfig.from_dict(config["moe_cfg"])
+    return moe_config_in(config, path)
 
 
 def config_of(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, Any]:

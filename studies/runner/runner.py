@@ -6,9 +6,7 @@ On the same machine's CPU, the same config gives a bitwise equal log, however of
 
 from __future__ import annotations
 
-import platform
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from clipup.pretrained import factory, tokenizers
 from clipup.train import Every, TrainOptions, TrainResult, train
 from clipup.upcycling.step0 import step0_difference
 from clipup.upcycling.upcycle import upcycle
-from clipup_kernels import backend_info
+from clipup_kernels.machine import describe_machine
 
 from . import log, measure
 from .config import StudyRun, beside, read
@@ -190,7 +188,7 @@ class _Run:
             "params": counts.params,
             "active_params": counts.active_params,
             "seconds": round(result.seconds, 1),
-            "machine": _machine(self.device),
+            "machine": describe_machine(self.device),
         }
 
 
@@ -222,27 +220,3 @@ def _sparse_from_scratch(model: nn.Module, config: StudyRun) -> nn.Module:
                 for parameter_name, parameter in layer.named_parameters(recurse=False):
                     parameter[expert].copy_(initialized[parameter_name][expert])
     return sparse
-
-
-def _machine(device: str) -> dict[str, Any]:
-    on_gpu, backend = torch.device(device).type == "cuda", backend_info()
-    return {
-        "processor": torch.cuda.get_device_name(device) if on_gpu else _processor(),
-        "instructions": backend["instructions"],
-        "matmul_dtypes": backend["matmul_dtypes"],
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "open_clip": version("open_clip_torch"),
-        "clipup": backend["version"],
-    }
-
-
-def _processor() -> str:
-    """The CPU's name from Linux, else from Python."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

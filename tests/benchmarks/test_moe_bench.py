@@ -38,7 +38,7 @@ def small_and_restored(monkeypatch):
 @pytest.fixture
 def without_transformers(monkeypatch):
     """Spares the seconds that its import takes."""
-    monkeypatch.setattr(baselines, "package_version", lambda name: "")
+    monkeypatch.setattr(baselines, "package_version", lambda name: None)
 
 
 def rows_of(path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from campaign import Tally
 from workload import ROOT
+
+from clipup_kernels.machine import processor_name
 
 _BEGIN, _END = "<!-- figures -->", "<!-- end of figures -->"
 _PROCESSES = {1: "one process", 2: "two processes"}
@@ -74,13 +75,8 @@ def _circumstances(seed: int) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return (
         f"Seed {seed}, commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}, {os.cpu_count()} cores ({_processor()})."
+        f"Python {platform.python_version()}, {os.cpu_count()} cores ({processor_name()})."
     )
-
-
-def _processor() -> str:
-    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return found[1] if found else platform.machine()
 
 
 def _as_json(tallies: dict[int, Tally], seed: int) -> dict[str, Any]:

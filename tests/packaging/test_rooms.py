@@ -17,7 +17,8 @@ ROOMS = {
     "clipup_kernels": ("", "triton", "backends", "ops"),
 }
 """The rooms of a package, each importing only those before it. "" is the package's own modules."""
-FACADES = {"clipup.__init__", "clipup.__main__", "clipup_kernels.__init__", "clipup_kernels.backend_info"}
+FACADES = {"clipup.__init__", "clipup.__main__"}
+FACADES |= {"clipup_kernels.__init__", "clipup_kernels.backend_info", "clipup_kernels.machine"}
 """Modules of a package's root that show what the rooms hold."""
 
 INSIDE_FUNCTIONS = {

@@ -170,6 +170,12 @@ def test_invalid_directories_are_refused(saved, tmp_path):
     (saved / CONFIG_NAME).write_text('{"model_cfg": ')
     with pytest.raises(ValueError, match="open_clip_config.json is not valid JSON"):
         clipup.create_model_and_transforms(str(saved))
+    (saved / CONFIG_NAME).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="open_clip_config.json is not valid JSON"):
+        clipup.create_model_and_transforms(str(saved))
+    (saved / CONFIG_NAME).write_text("[]")
+    with pytest.raises(ValueError, match="open_clip_config.json holds a list, expected an object"):
+        clipup.create_model_and_transforms(str(saved))
     (saved / CONFIG_NAME).write_text("{}")
     with pytest.raises(ValueError, match="open_clip_config.json has no model_cfg"):
         clipup.create_model_and_transforms(str(saved))
