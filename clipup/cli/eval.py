@@ -13,14 +13,14 @@ import tyro
 from ..atomic_files import replace_files
 from ..clip.accelerate import for_inference
 from ..data.loaders import load_eval_samples
-from ..data.options import SourceOptions
+from ..data.options import SourceOptions, is_csv
 from ..evaluate import datasets
 from ..evaluate.labelled_images import image_folder, read_lines
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, zero_shot
 from ..precision import Precision, check_device, default_device, default_workers
 from ..pretrained import factory, model_card, model_names, origin, tokenizers
-from .flags import NoEffect, is_csv, parse
+from .flags import NoEffect, parse
 from .logs import errors_only
 from .outputs import check_file
 

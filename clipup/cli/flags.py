@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import tyro
 
-from ..data.options import CSV_EXTENSIONS
 from ..moe.config import MoEConfig
 
 T = TypeVar("T")
@@ -71,11 +70,6 @@ def moe_rules(config_of: Callable[[Any], MoEConfig]) -> list[NoEffect]:
         ),
         rule("padding_aware", lambda config: "text" not in config.towers, "without the text tower in --towers"),
     ]
-
-
-def is_csv(path: str | None, dataset_type: str = "auto") -> bool:
-    """Whether data are read as a CSV file."""
-    return path is not None and (dataset_type == "csv" or dataset_type == "auto" and path.endswith(CSV_EXTENSIONS))
 
 
 def _given(argv: Sequence[str]) -> dict[str, str]:

@@ -55,7 +55,7 @@ class Options:
     out: Path = Path("report.html")
     """File for the page; an earlier one is replaced."""
     max_images: int = 200
-    """Images, and captions, that are looked at, the first ones."""
+    """Number of images, and of captions, to inspect; the first ones are taken."""
     shown: int = 6
     """Pictures and captions that are shown whole."""
     batch_size: int = 32
@@ -65,9 +65,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.images is None and self.captions is None:
-            raise ValueError("there is nothing to look at: pass --images, --captions or both")
+            raise ValueError("nothing to inspect: pass --images, --captions or both")
         if self.dense_pretrained is not None and self.dense is None:
-            raise ValueError("dense_pretrained has no meaning without dense, the model that the weights are for")
+            raise ValueError("dense_pretrained has no effect without --dense, the model whose weights it gives")
         for name, least in (("max_images", 1), ("shown", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     skipped: dict[str, str] = {}
     seen = inspect_experts(
         model,
-        progress(_readable(records, skipped), "looking at images", "images", total=len(records)),
+        progress(_readable(records, skipped), "routing images", "images", total=len(records)),
         captions,
         preprocess=preprocess,
         tokenizer=tokenizer,

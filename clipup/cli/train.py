@@ -9,10 +9,11 @@ from typing import TextIO
 
 import tyro
 
+from ..data.options import is_csv
 from ..train import RankLost, TrainingInterrupted, TrainOptions, train
 from ..train.distributed import Launched, failure_is_reported
 from ..train.rank_watch import EXIT_CODE as _RANK_LOST
-from .flags import MOE_FLAGS, NoEffect, is_csv, moe_rules, parse
+from .flags import MOE_FLAGS, NoEffect, moe_rules, parse
 from .outputs import check_directory
 
 _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .. import atomic_files
 from ..clip import flops
+from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_train_data
-from ..data.options import DataOptions
+from ..data.options import DataOptions, is_csv
 from ..data.train_data import TrainData
 from ..locks import LOCK_FILE, exclusive
 from ..moe.config import MoEConfig
@@ -24,7 +25,7 @@ from ..progress import progress
 from ..upcycling.calibration import calibrate
 from ..upcycling.step0 import step0_difference
 from ..upcycling.upcycle import upcycle
-from .flags import NoEffect, is_csv, moe_rules, parse
+from .flags import NoEffect, moe_rules, parse
 from .outputs import check_directory
 
 TOLERANCE = 1e-4
@@ -130,7 +131,8 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
         train_num_samples=_num_samples(options),
         allow_pipe=options.allow_pipe,
     )
-    loader = load_train_data(data, preprocess, tokenizers.get_tokenizer(options.model))
+    tokenizer = CheckedTokenizer(tokenizers.get_tokenizer(options.model), dense).check()
+    loader = load_train_data(data, preprocess, tokenizer)
     batches = islice(_batches(loader), options.calibrate_steps)
     steps = progress(batches, "calibrating", "steps", total=options.calibrate_steps)
     errors = calibrate(sparse, dense, steps, lr=options.calibrate_lr)

@@ -46,6 +46,40 @@ def vocabulary_size(model: nn.Module) -> int:
     return getattr(model, "text", model).vocab_size
 
 
+class CheckedTokenizer:
+    """A tokenizer that raises ValueError for token ids that the model's token embedding does not have.
+
+    It keeps the size of the embedding and not the model, so that it can be sent to data workers.
+    """
+
+    def __init__(self, tokenizer: Callable[[list[str]], Tensor], model: nn.Module) -> None:
+        embedding = _token_embedding(model)
+        self.tokenizer = tokenizer
+        self.shape = None if embedding is None else tuple(embedding.weight.shape)
+
+    def __call__(self, texts: str | list[str]) -> Tensor:
+        tokens = self.tokenizer(texts)
+        if self.shape is not None and tokens.numel() and tokens.max() >= self.shape[0]:
+            raise ValueError(
+                f"the tokenizer gives token id {int(tokens.max())}, but the model's token embedding {list(self.shape)} "
+                f"has ids up to {self.shape[0] - 1}: they do not belong together. Use the tokenizer that the model was "
+                "trained with (hf_tokenizer_name in the text_cfg of its config), or weights with the whole vocabulary"
+            )
+        return tokens
+
+    def check(self) -> CheckedTokenizer:
+        """Tries a text at once: in many vocabularies the end-of-text token has the largest id."""
+        self(["a photo"])
+        return self
+
+
+def _token_embedding(model: nn.Module) -> nn.Embedding | None:
+    text = getattr(model, "text", model)
+    if isinstance(text, HFTextEncoder):
+        return text.transformer.get_input_embeddings()
+    return getattr(text, "token_embedding", None)
+
+
 def image_normalization(model: nn.Module) -> tuple[tuple[float, ...], ...] | None:
     """Mean and standard deviation that images are normalised with; None if open_clip did not record them."""
     recorded = [getattr(getattr(model, "visual", None), name, None) for name in ("image_mean", "image_std")]

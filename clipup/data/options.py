@@ -13,6 +13,11 @@ from .skips import MAX_SKIPPED, check_max_skipped
 CSV_EXTENSIONS = (".csv", ".tsv")
 
 
+def is_csv(source: str | None, dataset_type: str = "auto") -> bool:
+    """Whether a source of data is read as a CSV file."""
+    return source is not None and (dataset_type == "csv" or dataset_type == "auto" and source.endswith(CSV_EXTENSIONS))
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """How a source of image-text pairs is read, for training and for evaluation.
@@ -49,11 +54,9 @@ class SourceOptions:
 
         Raises ValueError, naming `argument`, when neither `dataset_type` nor the name tells.
         """
-        if self.dataset_type != "auto":
-            return self.dataset_type == "csv"
-        if source.endswith(CSV_EXTENSIONS):
+        if is_csv(source, self.dataset_type):
             return True
-        if ".tar" in os.path.basename(source):
+        if self.dataset_type == "webdataset" or ".tar" in os.path.basename(source):
             return False
         raise ValueError(
             f"{argument}: cannot tell the format of {source!r} from its name, expected .tar, .csv or .tsv: set "

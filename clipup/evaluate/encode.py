@@ -7,9 +7,9 @@ from itertools import islice
 from typing import TypeVar
 
 import torch
-from open_clip.hf_model import HFTextEncoder
 from torch import Tensor, nn
 
+from ..clip.inputs import CheckedTokenizer
 from ..data.shares import Share
 from ..moe.evaluation import evaluating
 from ..precision import Precision, autocast, image_dtype
@@ -52,7 +52,7 @@ def encode_texts(
     """Normalised text features [N, D]. Equal texts are encoded once. Every process of a distributed evaluation gets all
     texts."""
     share = share or Share()
-    device, tokenize = device_of(model), checked_tokenizer(model, tokenizer)
+    device, tokenize = device_of(model), CheckedTokenizer(tokenizer, model)
     distinct = list(dict.fromkeys(texts))
 
     def encode(batch: list[str]) -> Tensor:
@@ -63,31 +63,6 @@ def encode_texts(
     features = _encode(model, share.part(distinct, batch_size), batch_size, encode, share)
     row_of = {text: row for row, text in enumerate(distinct)}
     return features[torch.tensor([row_of[text] for text in texts], dtype=torch.long)]
-
-
-def checked_tokenizer(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> Callable[[list[str]], Tensor]:
-    """The tokenizer, which raises ValueError for token ids that the model's token embedding does not have."""
-    embedding = _token_embedding(model)
-
-    def tokenize(texts: list[str]) -> Tensor:
-        tokens = tokenizer(texts)
-        if embedding is not None and tokens.numel() and tokens.max() >= embedding.num_embeddings:
-            raise ValueError(
-                f"the tokenizer gives token id {int(tokens.max())}, but the model's token embedding "
-                f"{list(embedding.weight.shape)} has ids up to {embedding.num_embeddings - 1}: they do not belong "
-                "together. Use the tokenizer that the model was trained with (hf_tokenizer_name in the text_cfg of its "
-                "config), or weights with the whole vocabulary"
-            )
-        return tokens
-
-    return tokenize
-
-
-def _token_embedding(model: nn.Module) -> nn.Embedding | None:
-    text = getattr(model, "text", model)
-    if isinstance(text, HFTextEncoder):
-        return text.transformer.get_input_embeddings()
-    return getattr(text, "token_embedding", None)
 
 
 def device_of(model: nn.Module) -> torch.device:

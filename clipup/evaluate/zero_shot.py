@@ -9,11 +9,12 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from ..clip.inputs import CheckedTokenizer
 from ..moe.evaluation import evaluating
 from ..precision import Precision, autocast
 from ..progress import progress
 from .datasets import Template
-from .encode import checked_tokenizer, device_of, encode_images
+from .encode import device_of, encode_images
 
 TEMPLATES = open_clip.SIMPLE_IMAGENET_TEMPLATES
 """open_clip's seven short prompts."""
@@ -63,7 +64,7 @@ def zero_shot(
     with evaluating(model), autocast(precision, device):
         classifier = open_clip.build_zero_shot_classifier(
             model,
-            checked_tokenizer(model, tokenizer),
+            CheckedTokenizer(tokenizer, model),
             classnames=list(classes),
             templates=list(templates),
             num_classes_per_batch=max(1, batch_size // len(templates)),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clipup_kernels import backend_info
 
+from ..clip.inputs import CheckedTokenizer
 from ..moe.layer import moe_layers
 from .expert_similarity import Similarity, in_words, model_similarity
 from .figures import expert_cards, svg
@@ -200,7 +201,7 @@ def inspect_experts(
     if captions:
         if tokenizer is None:
             raise ValueError("captions need tokenizer, from clipup.get_tokenizer")
-        tokens = tokenizer(captions)
+        tokens = CheckedTokenizer(tokenizer, model)(captions)
         split = [pieces(tokenizer, row) for row in tokens.tolist()]
         layers |= route_texts(model, tokens, batch_size)
     return ExpertReport(name, kept, captions, split, layers, similarities)

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..data.options import is_csv
 from . import checkpoints
 from .distributed import Ranks
 from .options import TrainOptions
@@ -122,8 +123,8 @@ def _refuse_within_epoch(state: dict[str, Any], causes: list[str], source: Path)
 
 def _order(options: TrainOptions) -> tuple[str, ...]:
     """The options that decide the order of samples, for streamed shards also the workers, which read in turn."""
-    is_csv = options.dataset_type == "csv" or (options.train_data or "").endswith((".csv", ".tsv"))
-    streamed = options.train_data is not None and not is_csv and not options.cache_data
+    from_csv = is_csv(options.train_data, options.dataset_type)
+    streamed = options.train_data is not None and not from_csv and not options.cache_data
     return (*ORDER, "world_size", *(["workers"] if streamed else []))
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_eval_samples, load_train_data
 from ..data.shares import Share
 from ..data.train_data import TrainData
@@ -123,7 +124,7 @@ def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) 
     return load_train_data(
         options.data_options(),
         built.preprocess_train,
-        built.tokenizer,
+        CheckedTokenizer(built.tokenizer, built.model).check(),
         world_size=ranks.world_size,
         rank=ranks.rank,
         epoch=epoch,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
@@ -17,12 +18,19 @@ from clipup.train import TrainOptions, train
 ROOT = Path(__file__).parents[3]
 
 
+TOO_FEW_TOKENS = "the tokenizer gives token id 49407, but the model's token embedding [64, 32] has ids up to 63"
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A working directory with models, data and damaged files."""
     root = tmp_path_factory.mktemp("place")
-    save_pretrained(tiny_clip(), root / "dense", tiny_config())
-    save_pretrained(upcycle(tiny_clip(), MoEConfig(num_experts=2)), root / "sparse", tiny_config())
+    whole, short = tiny_config(), tiny_config()  # vocabularies: open_clip's, and one that lacks most of it
+    whole["text_cfg"] |= {"vocab_size": 49408}
+    for config, dense, sparse in ((whole, "dense", "sparse"), (short, "short", "short_sparse")):
+        model = open_clip.CLIP(**config)
+        save_pretrained(model, root / dense, config)
+        save_pretrained(upcycle(model, MoEConfig(num_experts=2)), root / sparse, config)
     for directory in ("jpegs", "pairs", "tables", "shards", "empty", "no_cfg", "half_cfg", "cut"):
         (root / directory).mkdir()
     for name in ("jpegs/cat.jpg", "pairs/cat.jpg"):
@@ -68,6 +76,10 @@ def refused(place, capsys, monkeypatch):
             "upcycle ViT-B-32 out",
             "pretrained is missing, so ViT-B-32 would have random weights; pass a file of weights",
         ),
+        ("train --model short --train-data x.csv --batch-size 1", TOO_FEW_TOKENS),
+        ("upcycle short out --reinit-ratio 0.5 --calibrate-data x.csv --calibrate-batch-size 1", TOO_FEW_TOKENS),
+        ("eval short --val-data x.csv", TOO_FEW_TOKENS),
+        ("inspect short_sparse --captions classes.txt", TOO_FEW_TOKENS),
         ("upcycle dense x.csv/out", "out: PLACE/x.csv is a file; expected a directory"),
         ("eval ViT-B-32 --val-data x.csv", "or --random-weights to measure random weights"),
         ("eval ViT-B-32 --pretrained openai --val-data nowhere.csv", "val_data: there is no file nowhere.csv"),
@@ -136,10 +148,10 @@ TRAIN = "train --model dense --train-data x.csv"
             "train --model dense --train-data a.tar --csv-separator ,",
             "--csv-separator has no effect without a CSV file",
         ),
-        ("upcycle dense out --calibrate-steps 3", "--calibrate-steps has no effect without --calibrate-data"),
-        ("upcycle dense out --allow-pipe", "--allow-pipe has no effect without --calibrate-data"),
-        ("upcycle dense out --random-weights", "--random-weights has no effect on a model that has its own weights"),
-        ("upcycle dense out --selection-bias-rate 0.1", "--selection-bias-rate has no effect without --selection-bias"),
+        ("upcycle short out --calibrate-steps 3", "--calibrate-steps has no effect without --calibrate-data"),
+        ("upcycle short out --allow-pipe", "--allow-pipe has no effect without --calibrate-data"),
+        ("upcycle short out --random-weights", "--random-weights has no effect on a model that has its own weights"),
+        ("upcycle short out --selection-bias-rate 0.1", "--selection-bias-rate has no effect without --selection-bias"),
         ("eval dense --val-data x.csv --split val", "--split has no effect without --dataset"),
         ("eval dense --val-data x.csv --templates t.txt", "--templates has no effect without classes"),
         (

@@ -142,7 +142,7 @@ def test_what_cannot_be_looked_at_is_refused_by_name(model, images, tmp_path, ca
     "options, message",
     [
         ([], "pass --images, --captions or both"),
-        (["--images", "photos", "--dense-pretrained", "x"], "dense_pretrained has no meaning without dense"),
+        (["--images", "photos", "--dense-pretrained", "x"], "dense_pretrained has no effect without --dense"),
         (["--images", "photos", "--max-images", "0"], "max_images must be at least 1, got 0"),
         (["--images", "photos", "--shown", "-1"], "shown must be at least 0, got -1"),
     ],
