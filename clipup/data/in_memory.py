@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..progress import Progress
 from .options import DataOptions
+from .processes import reading
 from .sample_index import Images, Record, check_records, csv_records, tar_records
 from .train_data import Reader, TrainData, mixed_seed
 
@@ -104,8 +105,9 @@ def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progr
     images: Tensor | None = None
     readable: list[bool] = []
     filled = 0
-    with Progress("reading images into memory", "images", len(records), show=progress) as bar:
-        for batch, reasons in loader:
+    shown = Progress("reading images into memory", "images", len(records), show=progress)
+    with shown as bar, reading(loader) as batches:
+        for batch, reasons in batches:
             for reason in reasons:
                 if reason:
                     reader.skips.note(records[len(readable)].named, reason)

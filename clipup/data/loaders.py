@@ -18,6 +18,7 @@ from .directories import not_a_source
 from .images import MAX_PIXELS
 from .in_memory import cached_data
 from .options import DataOptions, SourceOptions
+from .processes import reading
 from .sample_index import Images, Record, check_records, csv_records, tar_records
 from .shard_names import describe, expand_shards, is_remote, listed_shards, sizes_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
@@ -184,17 +185,18 @@ class EvalSamples:
             generator=torch.Generator(),
         )
         records = iter(self.records)
-        for items in loader:
-            kept = []
-            for item, record in zip(items, records, strict=False):
-                if isinstance(item, Tensor):
-                    kept.append((item, record))
-                else:
-                    self._note(record, item)
-            if kept:
-                images = torch.stack([image for image, _ in kept])
-                captions = [list(record.captions) for _, record in kept]
-                yield images, captions, [dict(record.metadata) for _, record in kept]
+        with reading(loader) as batches:
+            for items in batches:
+                kept = []
+                for item, record in zip(items, records, strict=False):
+                    if isinstance(item, Tensor):
+                        kept.append((item, record))
+                    else:
+                        self._note(record, item)
+                if kept:
+                    images = torch.stack([image for image, _ in kept])
+                    captions = [list(record.captions) for _, record in kept]
+                    yield images, captions, [dict(record.metadata) for _, record in kept]
 
     def _images(self) -> Images:
         return Images(self.records, self.preprocess, self.max_image_pixels)

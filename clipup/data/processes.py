@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 _CHUNK = 32  # items sent to a process at once
@@ -42,6 +43,28 @@ def worker_init_fn() -> Callable[[int], None]:
     """
     _register_at_exit()
     return _ignore_signals
+
+
+@contextmanager
+def reading(loader: Any) -> Iterator[Iterator[Any]]:
+    """An iterator over a data loader, whose workers end if the block is left before the last batch.
+
+    Without it they end when the iterator is garbage-collected. The traceback of an error keeps the iterator, and when
+    both are collected at once, the queues may be gone first: the workers are not told to end, and the process waits
+    five seconds for each. Persistent workers stay for the next iteration unless an error ends this one.
+    """
+    iterator = iter(loader)
+    persistent = getattr(loader, "persistent_workers", False)
+    try:
+        yield iterator
+    except BaseException as error:
+        if not (persistent and isinstance(error, GeneratorExit)):
+            if persistent:
+                loader._iterator = None  # or the next iteration would use the same workers
+            end = getattr(iterator, "_shutdown_workers", None)  # torch has no public name for it
+            if end is not None:
+                end()
+        raise
 
 
 def _ignore_signals(worker: int) -> None:

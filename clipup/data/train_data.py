@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler, get_worker_info
 
+from .processes import reading
 from .skips import Skips
 from .tars import lines
 
@@ -98,14 +99,15 @@ class CountedBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self._met, self._skipped = self._skipped_before, {}
-        for images, texts, report in self.loader:
-            self._met += report.met
-            if report.skipped:
-                self.skips.add(report.skipped)
-                self._skipped |= {name: samples for name, _, samples in report.skipped}
-                count = self._skipped_before + sum(self._skipped.values())
-                self.skips.check(max(self._expected, self._met), count, self.world_size)
-            yield images, texts
+        with reading(self.loader) as batches:
+            for images, texts, report in batches:
+                self._met += report.met
+                if report.skipped:
+                    self.skips.add(report.skipped)
+                    self._skipped |= {name: samples for name, _, samples in report.skipped}
+                    count = self._skipped_before + sum(self._skipped.values())
+                    self.skips.check(max(self._expected, self._met), count, self.world_size)
+                yield images, texts
 
 
 def mixed_seed(*parts: int) -> int:

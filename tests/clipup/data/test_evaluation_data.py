@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 
 import pytest
 import torch
@@ -88,6 +89,17 @@ def test_a_preprocess_that_returns_no_tensor_is_an_error_and_no_image_counts_as_
     with pytest.raises(TypeError, match=r"preprocess: returned Image for s0 in .*\.tar, expected a tensor \[C"):
         list(samples.batches(2, workers))
     assert samples.skipped == 0
+
+
+def test_workers_end_when_reading_is_left_early_or_by_an_error(pictures):
+    shards, before = pictures.shards(count=4, shards=1), set(multiprocessing.active_children())
+    batches = eval_samples(shards, preprocess).batches(1, workers=2)
+    next(batches)
+    batches.close()
+    assert set(multiprocessing.active_children()) <= before
+    with pytest.raises(TypeError) as kept:
+        list(eval_samples(shards, lambda image: image.convert("L")).batches(1, workers=2))
+    assert kept.value and set(multiprocessing.active_children()) <= before
 
 
 def test_a_data_set_describes_itself(small, tmp_path):

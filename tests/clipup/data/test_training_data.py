@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -408,3 +409,16 @@ itself = [batches]
 itself.append(itself)  # freed by the garbage collector alone, after the program's exit functions
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "csv"])
+def test_workers_end_with_an_error_and_the_data_can_be_read_again(pictures, kind):
+    source, before = pictures.csv() if kind == "csv" else pictures.shards(), set(multiprocessing.active_children())
+    repaired = pictures.folder / "repaired"
+    change = lambda image: preprocess(image) if repaired.exists() else image  # noqa: E731
+    data = train_loader(source, change, tokenizer, 3, workers=1).dataloader
+    with pytest.raises(TypeError) as kept:
+        list(data)
+    assert kept.value and set(multiprocessing.active_children()) <= before
+    repaired.touch()
+    assert len(list(data)) == len(data)
