@@ -91,6 +91,7 @@ def test_what_matters_most_comes_first(suite):
     assert all(f"{tokens}x768x3072" in suite.log("forward_sizes") for tokens in (4096, 200000, 400000))
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_is_ended_and_none_begins_without_time_left(suite):
     suite.program("python3", PYTHON.format(python=sys.executable).replace('echo "first"', "exec sleep 60"))
     (suite.tools / "sleep").symlink_to(shutil.which("sleep"))

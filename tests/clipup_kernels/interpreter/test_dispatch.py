@@ -22,7 +22,7 @@ def assert_follows_oracle(experts, num_experts, capacity_factor=None, priority=N
     return ours
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(0, 1500), num_experts=st.integers(1, 20), k=st.integers(1, 4),
     factor=st.one_of(st.none(), st.floats(0.05, 3.0)), prioritised=st.booleans(),

