@@ -24,8 +24,13 @@ def packed_layout(dtype: torch.dtype) -> str:
     return f"{'float32' if per_word == 1 else 'bfloat16x2'}x{panel}"
 
 
+_SOME_MEMORY = torch.empty(64, dtype=torch.uint8)
+
+
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """0 means that there is no such tensor. An empty one has no memory, but is still there (a gate's weight with D =
+    0)."""
+    return 0 if tensor is None else tensor.data_ptr() or _SOME_MEMORY.data_ptr()
 
 
 def _dense(*tensors: Tensor | None) -> list[Any]:

@@ -55,6 +55,15 @@ def test_every_form_of_expert_follows_the_oracle(activation, bias, gated, recomp
     )
 
 
+@pytest.mark.parametrize("empty", [{"width": 0}, {"hidden": 0}, {"width": 0, "hidden": 0}], ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_widths_of_zero_follow_the_oracle(dtype, gated, bias, empty):
+    shape = SHAPES["odd"]._replace(**empty)
+    assert_expert_mlp_follows_oracle(shape, "capacity", dtype, "gelu", bias, gated)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     shape=st.builds(
