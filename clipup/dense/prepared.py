@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -107,9 +108,22 @@ class Prepared(nn.Module):
             raise AttributeError(f"{name} of a prepared layer cannot be set: {_ONLY_INFERENCE}")
         super().__setattr__(name, value)
 
+    def refuse_training(self) -> None:
+        raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")
+
+    def refuse_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raises if ``fn``, which converts parameters and buffers, changes the type or the device."""
+        probe = torch.empty(0, dtype=self.dtype)
+        moved = fn(probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            raise RuntimeError(
+                f"a prepared layer stays on the CPU and of type {self.dtype}, and cannot become {moved.dtype} on "
+                f"{moved.device}: {_ONLY_INFERENCE}"
+            )
+
     def train(self, mode: bool = True) -> Prepared:
         if mode:
-            raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")
+            self.refuse_training()
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Prepared:
@@ -121,13 +135,7 @@ class Prepared(nn.Module):
         raise RuntimeError(f"a prepared layer cannot be re-initialized: {_ONLY_INFERENCE}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
-        probe = torch.empty(0, dtype=self.dtype)
-        moved = fn(probe)
-        if moved.dtype != probe.dtype or moved.device != probe.device:
-            raise RuntimeError(
-                f"a prepared layer stays on the CPU and of type {self.dtype}, and cannot become {moved.dtype} on "
-                f"{moved.device}: {_ONLY_INFERENCE}"
-            )
+        self.refuse_conversion(fn)
         return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------ the plain layer's state dict
@@ -198,6 +206,30 @@ _ONLY_INFERENCE = (
     "its weights are packed for inference; train, cast or move the plain model and prepare it again with "
     "clipup.accelerate"
 )
+
+
+def refuse_before_changing(model: nn.Module) -> None:
+    """Makes ``train`` and conversions of a model ask its prepared layers first, so that a refusal changes nothing.
+
+    torch changes a model module by module, and would have changed those before the first prepared layer."""
+    for name, method in {"train": _train, "_apply": _convert}.items():
+        setattr(model, name, partial(method, model))
+
+
+def _train(model: nn.Module, mode: bool = True) -> nn.Module:
+    for layer in _prepared_layers(model) if mode else ():
+        layer.refuse_training()
+    return type(model).train(model, mode)
+
+
+def _convert(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    for layer in _prepared_layers(model) if recurse else ():
+        layer.refuse_conversion(fn)
+    return type(model)._apply(model, fn, recurse)
+
+
+def _prepared_layers(model: nn.Module) -> list[Prepared]:
+    return [module for module in model.modules() if isinstance(module, Prepared)]
 
 
 class PreparedMLP(Prepared):
