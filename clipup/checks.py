@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,6 +21,11 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    check(name, value, isinstance(value, str) and value in choices, f"one of {', '.join(choices)}")
+
+
 def boolean(name: str, value: object) -> None:
     check(name, value, isinstance(value, bool), "True or False", TypeError)
 
@@ -27,7 +34,14 @@ def number(name: str, value: Any) -> None:
     """A finite int or float."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     check(name, value, is_number, "a number", TypeError)
-    check(name, value, math.isfinite(value), "finite")
+    check(name, value, _is_finite(value), "finite")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int larger than every float
+        return False
 
 
 def positive_number(name: str, value: Any) -> None:
@@ -42,6 +56,9 @@ def width(name: str, value: Any) -> None:
 def tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
 
 
 def read_json(path: Path, argument: str = "") -> Any:

@@ -17,6 +17,9 @@ def tensor(name: str, value: Any, shape: tuple[int | str, ...], dtypes: tuple[to
     """Checks one tensor. A letter in ``shape`` matches any size; an int must match."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:  # their sizes and memory are not what the kernels read
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor (torch.strided), got {kind}")
     fits = value.dim() == len(shape)
     if fits:
         for have, size in zip(value.shape, shape, strict=True):
@@ -72,12 +75,16 @@ def capacity_factor(value: float | None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"capacity_factor must be a number or None, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    try:
+        valid = value > 0 and math.isfinite(value)
+    except OverflowError:  # an int larger than every float
+        valid = False
+    if not valid:
         raise ValueError(f"capacity_factor must be positive and finite, or None to drop nothing, got {value}")
 
 
 def activation(name: str) -> None:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 

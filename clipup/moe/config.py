@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from clipup_kernels import MAX_EXPERTS
 
-from ..checks import boolean, check, is_int, number, positive_number
+from ..checks import boolean, check, is_int, number, one_of, positive_number
 
 GateNormalization = Literal["none", "before_drop", "after_drop"]
 BalanceForm = Literal["top2", "topk"]
@@ -136,8 +136,7 @@ class MoEConfig:
             number("entropy_threshold", self.entropy_threshold)
             check("entropy_threshold", self.entropy_threshold, self.entropy_threshold >= 0, "0 or more, or None")
         for name, values in _CHOICES.items():
-            choices = get_args(values)
-            check(name, getattr(self, name), getattr(self, name) in choices, f"one of {', '.join(choices)}")
+            one_of(name, getattr(self, name), get_args(values))
         positive_number("selection_bias_rate", self.selection_bias_rate)
         number("reinit_ratio", self.reinit_ratio)
         check("reinit_ratio", self.reinit_ratio, 0 <= self.reinit_ratio <= 1, "between 0 and 1")
@@ -160,7 +159,7 @@ class MoEConfig:
         known = isinstance(towers, tuple) and len(towers) > 0 and all(tower in get_args(Tower) for tower in towers)
         expected = 'a tuple of "image", "text" and "decoder", each once'
         check("towers", towers, known and len(set(towers)) == len(towers), expected)
-        named = self.blocks in get_args(Blocks)
+        named = isinstance(self.blocks, str) and self.blocks in get_args(Blocks)
         if not named:
             indices = (
                 isinstance(self.blocks, tuple) and len(self.blocks) > 0 and all(is_int(block) for block in self.blocks)

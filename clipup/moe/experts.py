@@ -60,9 +60,8 @@ class Experts(nn.Module):
         checks.width("d_hidden", d_hidden)
         checks.boolean("bias", bias)
         checks.boolean("gated", gated)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        if norm not in (None, "layer"):
+        checks.one_of("activation", activation, ACTIVATIONS)
+        if norm is not None and not (isinstance(norm, str) and norm == "layer"):
             raise ValueError(f'norm must be "layer" or None, got {norm!r}')
         checks.positive_number("norm_eps", norm_eps)
         checks.number("dropout", dropout)

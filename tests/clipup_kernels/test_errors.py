@@ -1,5 +1,6 @@
 """A wrong argument raises before any memory is written; the message names it, its value and what was expected."""
 
+import numpy as np
 import pytest
 import torch
 from moe_cases import SHAPES, make_experts, randn, route
@@ -42,7 +43,12 @@ def call_grouped_linear(**changed):
     return ck.grouped_linear(**(arguments | changed))
 
 
+def call_router_logits(**changed):
+    return ck.router_logits(**(dict(x=randn(T, D), weight=randn(E, D)) | changed))
+
+
 PLAN = route(SHAPE)[1]
+NESTED = torch.nested.nested_tensor([randn(2, D), randn(3, D)])
 WRONG = [
     (call_topk_gating, dict(logits=randn(T, E).half()), TypeError, "logits must be float32.*got float16"),
     (call_topk_gating, dict(logits=randn(T)), ValueError, r"logits must have shape \[T, E\], got \[96\]"),
@@ -96,6 +102,13 @@ WRONG = [
     (call_expert_mlp, dict(activation="swish"), ValueError, "activation must be one of gelu, .*got 'swish'"),
     (call_expert_mlp, dict(recompute="half"), ValueError, "recompute must be 'none' or 'full', got 'half'"),
     (call_expert_mlp, dict(gates=randn(T, 1)), ValueError, r"gates must have shape \[96, 2\], got \[96, 1\]"),
+    (call_expert_mlp, dict(activation=np.zeros(2)), ValueError, "activation must be one of gelu"),
+    (call_dispatch, dict(capacity_factor=10**400), ValueError, "capacity_factor must be positive and finite"),
+    (call_expert_mlp, dict(x=randn(T, D).to_sparse()), TypeError, "x must be a dense tensor.*got torch.sparse_coo"),
+    (call_grouped_linear, dict(rows=randn(T * K, D).to_mkldnn()), TypeError, "rows must be a dense.*got torch._mkldnn"),
+    (call_router_logits, dict(weight=randn(E, D).to_sparse()), TypeError, "weight must be a dense.*got torch.sparse_c"),
+    (call_router_logits, dict(x=NESTED), TypeError, "x must be a dense tensor.*got a nested tensor"),
+    (call_permute, dict(x=NESTED), TypeError, "x must be a dense tensor.*got a nested tensor"),
     (call_expert_mlp, dict(x=randn(T, D, 1)), ValueError, r"x must have shape \[T, D\], got \[96, 32, 1\]"),
 ]
 

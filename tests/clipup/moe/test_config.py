@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from clipup import MoEConfig
@@ -122,6 +123,9 @@ def test_threshold_of_global_entropy_defaults_to_the_uniform_distribution():
             ValueError,
             "load_weight > 0 cannot be combined with selection_bias='sign'",
         ),
+        ({"blocks": np.array([1, 3])}, ValueError, 'blocks must be "every_other", "every" or a tuple of block indices'),
+        ({"balance": np.zeros(2)}, ValueError, "balance must be one of top2, topk"),
+        ({"z_weight": 10**400}, ValueError, "z_weight must be finite"),
         ({"blocks": (1, 2.0)}, ValueError, "blocks must be"),
         ({"load_weight": 0.1}, ValueError, "load_weight > 0 needs router_noise > 0"),
     ],

@@ -1,6 +1,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -219,11 +220,17 @@ def test_mixed_types_without_autocast_are_refused_by_name():
         make_layer()(torch.randn(5, D, dtype=torch.bfloat16))
 
 
+NESTED = torch.nested.nested_tensor([torch.zeros(2, D), torch.zeros(3, D)])
+
+
 @pytest.mark.parametrize(
     ("x", "mask", "error", "message"),
     [
         (torch.zeros(3, D + 1), None, ValueError, r"x must be \[\.\.\., 12\].* got \[3, 13\]"),
         (torch.zeros(()), None, ValueError, r"x must be \[\.\.\., 12\]"),
+        (torch.zeros(3, D).to_sparse(), None, TypeError, "x must be a dense tensor.*got torch.sparse_coo"),
+        (torch.zeros(3, D).to_mkldnn(), None, TypeError, "x must be a dense tensor.*got torch._mkldnn"),
+        (NESTED, None, TypeError, "x must be a dense tensor.*got a nested tensor"),
         (torch.zeros(3, D), torch.ones(3), TypeError, "mask must be torch.bool.* got torch.float32"),
         (torch.zeros(2, 3, D), torch.ones(6, dtype=torch.bool), ValueError, r"mask must have .* \[2, 3\], got \[6\]"),
     ],
@@ -239,6 +246,9 @@ def test_bad_arguments_are_refused_by_name(x, mask, error, message):
         ({"top_k": 5}, r"top_k \(5\) is larger than num_experts \(4\)"),
         ({"capacity_factor": 0.0}, "capacity_factor must be positive"),
         ({"activation": "tanh"}, "activation must be one of gelu, .* got 'tanh'"),
+        ({"activation": np.zeros(2)}, "activation must be one of gelu"),
+        ({"norm": np.zeros(2)}, "norm must be"),
+        ({"norm_eps": 10**400}, "norm_eps must be finite"),
         ({"d_model": 0}, "d_model must be a positive int, got 0"),
         ({"d_hidden": 2.5}, "d_hidden must be a positive int, got 2.5"),
     ],
