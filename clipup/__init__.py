@@ -12,16 +12,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from clipup_kernels._version import __version__ as __version__
-
-from .clip.accelerate import accelerate
-from .moe.config import MoEConfig
-from .moe.layer import SparseMoE, aux_loss, moe_layers
-from .moe.metrics import moe_metrics
-from .moe.selection_bias import update_selection_bias
-from .moe.weight_decay import parameter_groups
-
 if TYPE_CHECKING:
+    from .clip.accelerate import accelerate
+    from .moe.config import MoEConfig
+    from .moe.layer import SparseMoE, aux_loss, moe_layers
+    from .moe.metrics import moe_metrics
+    from .moe.selection_bias import update_selection_bias
+    from .moe.weight_decay import parameter_groups
     from .pretrained.factory import create_model_and_transforms, load_checkpoint
     from .pretrained.model_names import get_model_config
     from .pretrained.saving import save_pretrained
@@ -31,17 +28,28 @@ if TYPE_CHECKING:
     from .upcycling.step0 import step0_difference
     from .upcycling.upcycle import upcycle
 
-# Imported on first access: these modules import open_clip, which takes seconds and which SparseMoE does not need.
+__version__: str
+
+# Imported on first access. Some of these modules import open_clip, which takes seconds and which SparseMoE does not need;
+# all import torch, for which the command line must not wait before it handles Ctrl-C and prints its help.
 _LAZY = {
+    "MoEConfig": "moe.config",
+    "SparseMoE": "moe.layer",
+    "accelerate": "clip.accelerate",
+    "aux_loss": "moe.layer",
     "calibrate": "upcycling.calibration",
     "create_model_and_transforms": "pretrained.factory",
     "create_timm_model": "pretrained.timm_factory",
     "get_model_config": "pretrained.model_names",
     "get_tokenizer": "pretrained.tokenizers",
     "load_checkpoint": "pretrained.factory",
+    "moe_layers": "moe.layer",
+    "moe_metrics": "moe.metrics",
+    "parameter_groups": "moe.weight_decay",
     "save_pretrained": "pretrained.saving",
     "step0_difference": "upcycling.step0",
     "upcycle": "upcycling.upcycle",
+    "update_selection_bias": "moe.selection_bias",
 }
 
 __all__ = [
@@ -66,6 +74,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("clipup_kernels").__version__
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

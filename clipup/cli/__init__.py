@@ -9,8 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 
-from clipup_kernels import __version__
-
 COMMANDS = {
     "demo": "train a dense CLIP, upcycle it and compare both, in minutes, with a report",
     "data": "build a data set as WebDataset shards",
@@ -36,14 +34,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.", flush=True)
         return 0 if argv else _BAD_INPUT
     if argv[0] == "--version":
-        print(f"clipup {__version__}")
-        return 0
+        return reporting_errors("clipup", _print_version)
     command, *options = argv
     if command not in COMMANDS:
         print(f"clipup: {_unknown('command', command, COMMANDS)}", file=sys.stderr)
         return _BAD_INPUT
     module = command.replace("-", "_")
     return reporting_errors(f"clipup {command}", lambda: importlib.import_module(f"{__name__}.{module}").main(options))
+
+
+def _print_version() -> int:
+    from clipup_kernels import __version__  # imports torch
+
+    print(f"clipup {__version__}")
+    return 0
 
 
 def reporting_errors(program: str, function: Callable[[], int]) -> int:

@@ -31,8 +31,9 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     projections, or have hooks.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, modifying, casting or
-    moving a prepared layer raises an error; refused for the returned model as a whole, it changes nothing. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
-    work, and ``state_dict()`` has the names and values of the plain model. Upcycle and cast before preparing.
+    moving a prepared layer raises an error; the same of the returned model raises it before anything has changed.
+    Threads can share prepared layers; deepcopy, pickle and ``load_state_dict`` work, and ``state_dict()`` has the names
+    and values of the plain model. Upcycle and cast before preparing.
 
     Args:
         model: a model on the CPU with transformer blocks of a family in ``clipup.dense.mlp_families``, sparse or dense;

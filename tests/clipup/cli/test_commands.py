@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny_clip import tiny_clip, tiny_config
@@ -9,6 +11,9 @@ import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import COMMANDS, main
 from clipup.cli.upcycle import check_step0
+
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -120,6 +125,29 @@ def test_interrupt_prints_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr("clipup.cli.flops.main", interrupted)
     assert main(["flops", "ViT-B-32"]) == 130
     assert capsys.readouterr().err == "clipup flops: interrupted\n"
+
+
+def run_without_torch(tmp_path, *arguments):
+    """Runs a command in a process in which Ctrl-C comes while torch is imported."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "clipup", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "program"),
+    [(["flops", "ViT-B-32"], "clipup flops"), (["train", "--help"], "clipup train"), (["--version"], "clipup")],
+)
+def test_interrupt_while_torch_is_imported_prints_no_traceback(tmp_path, arguments, program):
+    result = run_without_torch(tmp_path, *arguments)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", f"{program}: interrupted\n")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), ([], 2), (["upcicle"], 2)])
+def test_help_and_typos_are_answered_without_torch(tmp_path, arguments, code):
+    result = run_without_torch(tmp_path, *arguments)
+    assert result.returncode == code and "upcycle" in result.stdout + result.stderr
 
 
 def test_flops_prints_only_json(capsys, caplog):
