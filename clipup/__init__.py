@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __version__: str
 
-# Imported on first access. Some of these modules import open_clip, which takes seconds and which SparseMoE does not need;
-# all import torch, for which the command line must not wait before it handles Ctrl-C and prints its help.
+# Imported on first access. Some of these modules import open_clip, which takes seconds and which SparseMoE does not
+# need; all import torch, for which the command line must not wait before it handles Ctrl-C and prints its help.
 _LAZY = {
     "MoEConfig": "moe.config",
     "SparseMoE": "moe.layer",

@@ -212,8 +212,8 @@ def refuse_before_changing(model: nn.Module) -> None:
     """Makes ``train`` and conversions of a model ask its prepared layers first, so that a refusal changes nothing.
 
     torch changes a model module by module, and would have changed those before the first prepared layer."""
-    for name, method in {"train": _train, "_apply": _convert}.items():
-        setattr(model, name, partial(method, model))
+    setattr(model, "train", partial(_train, model))  # noqa: B010
+    setattr(model, "_apply", partial(_convert, model))  # noqa: B010
 
 
 def _train(model: nn.Module, mode: bool = True) -> nn.Module:

@@ -12,7 +12,6 @@ from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upc
 from clipup.cli import COMMANDS, main
 from clipup.cli.upcycle import check_step0
 
-
 ROOT = Path(__file__).parents[3]
 
 
