@@ -149,6 +149,7 @@ demo-start: $(call installed,all)
 lint: $(call installed,test)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: $(call installed,test)
