@@ -38,7 +38,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-faults test-aarch64 bench study study-runs study-converged study-gpu demo-start notebooks docs lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-triton test-faults test-aarch64 bench study study-runs study-converged study-gpu demo-start notebooks docs lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -53,7 +53,7 @@ test: $(call installed,test)
 # (tests/conftest.py). The tests of the ops run again on every backend and every instruction tier.
 HAS_GPU = nvidia-smi -L >/dev/null 2>&1
 OP_TESTS = $(addprefix tests/clipup_kernels/test_,expert_mlp.py unfused_ops.py dense_mlp.py packed_weights.py router_logits.py)
-test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-faults
+test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-triton test-faults
 	$(BIN)/python -m pytest -q -m "$$($(HAS_GPU) || echo not cuda)" $(PYTEST_ARGS)
 	! $(HAS_GPU) || TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter
 	CLIPUP_BACKEND=torch_eager $(BIN)/python -m pytest -q tests/clipup_kernels -m "not cuda and not interpreter" \
@@ -62,6 +62,14 @@ test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-faults
 	tiers=$$($(call native_tests,address$(comma)undefined) --tiers) && for tier in $$tiers; do \
 	  CLIPUP_CPU_ISA=$$tier $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; \
 	done
+
+# The Triton kernels interpreted, and compiled for GPUs that need not be there, under the oldest Triton that a supported
+# torch brings. Its interpreter fails under numpy 2.4.
+OLDEST_TRITON := build/triton-3.6
+test-triton: $(call installed,test)
+	test -f $(OLDEST_TRITON)/triton/__init__.py || $(PIP_INSTALL) --target $(OLDEST_TRITON) 'triton==3.6.*' 'numpy<2.4'
+	PYTHONPATH=$(OLDEST_TRITON) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 \
+	  $(BIN)/python -m pytest -q -n $(JOBS) -m "interpreter and not cuda" tests/clipup_kernels
 
 # The native code alone: on every instruction tier of this CPU under the address and undefined-behavior sanitizers and as
 # shipped, and on the best tier under the thread sanitizer.
@@ -149,6 +157,7 @@ demo-start: $(call installed,all)
 lint: $(call installed,test)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: $(call installed,test)

@@ -154,7 +154,7 @@ def main(argv: list[str]) -> int:
             "pretrained", options.model, options.pretrained, "or --random-weights to measure random weights"
         )
     results = evaluate(options)
-    if options.card:
+    if options.card and directory is not None:
         model_card.add_results(directory, results)
     text = json.dumps(results, indent=2) + "\n"
     if options.out == "-":
@@ -179,20 +179,22 @@ def evaluate(options: Options) -> dict[str, Any]:
     )
     model = for_inference(model, options.precision)
     tokenizer = tokenizers.get_tokenizer(options.model)
-    common = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
+    common: dict[str, Any] = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
     results: dict[str, Any] = {"model": options.model, "precision": options.precision}
     if options.dataset is not None:
         results |= {"dataset": options.dataset, "split": options.split}
     results |= {name: path for name in ("val_data", "images") if (path := getattr(options, name)) is not None}
     if own is not None:
         own.preprocess = preprocess
-    retrieval = isinstance(found, datasets.RetrievalSet)
-    samples = found.samples(preprocess, options.source.max_image_pixels) if retrieval else own
+    samples = own
+    if isinstance(found, datasets.RetrievalSet):
+        samples = found.samples(preprocess, options.source.max_image_pixels)
     if samples is not None:
         triples = _one_by_one(samples.batches(options.batch_size, options.workers))
         recall = evaluate_retrieval(
             model, triples, tokenizer, by=options.by, multi_positive=options.multi_positive, **common
         )
+        assert recall is not None  # this is the only process
         results["retrieval"] = {**recall, "skipped": samples.skipped}
         results["multi_positive"] = options.multi_positive
     if isinstance(found, datasets.ClassificationSet):
@@ -204,18 +206,10 @@ def evaluate(options: Options) -> dict[str, Any]:
 def _find(options: Options) -> datasets.DataSet | None:
     """The benchmark or the labelled images; None with ``val_data`` alone."""
     templates = [] if options.templates is None else read_lines(options.templates)
-    root, split = options.root, options.split
-    if options.dataset == "coco":
-        found = datasets.coco(root, split, options.annotations)
-    elif options.dataset == "flickr30k":
-        found = datasets.flickr30k(root, split, options.annotations)
-    elif options.dataset == "imagenet":
-        found = datasets.imagenet(root, split)
-    elif options.dataset == "webdataset":
-        found = datasets.webdataset(root, split, templates)
-    elif options.dataset == "csv":
-        found = datasets.csv(root, split, *options.source.csv_format)
-    elif options.classes is not None:
+    found: datasets.DataSet
+    if options.root is not None:
+        found = _benchmark(options, options.root, templates)
+    elif options.classes is not None and options.images is not None:
         names = read_lines(options.classes)
         images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
         found = datasets.ClassificationSet(images, names, TEMPLATES)
@@ -225,6 +219,18 @@ def _find(options: Options) -> datasets.DataSet | None:
         return datasets.ClassificationSet(found.images, found.classes, templates or found.templates)
     kept = slice(options.captions_per_image)
     return datasets.RetrievalSet([replace(record, captions=record.captions[kept]) for record in found.records])
+
+
+def _benchmark(options: Options, root: str, templates: list[str]) -> datasets.DataSet:
+    if options.dataset == "coco":
+        return datasets.coco(root, options.split, options.annotations)
+    if options.dataset == "flickr30k":
+        return datasets.flickr30k(root, options.split, options.annotations)
+    if options.dataset == "imagenet":
+        return datasets.imagenet(root, options.split)
+    if options.dataset == "webdataset":
+        return datasets.webdataset(root, options.split, templates)
+    return datasets.csv(root, options.split, *options.source.csv_format)
 
 
 def _one_by_one(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     """Returns 0, 1 when loss, gradients or weights are not finite, 3 when another rank was lost, 130 after Ctrl-C or
     SIGTERM (with a checkpoint to continue from). Of the ranks that torchrun started, one prints the reason."""
     options = _parse(argv)
+    if options.logs is None:
+        raise ValueError("logs: got None, with which nothing is saved and which is for Python only: pass a directory")
     check_directory("logs", options.logs)
     try:
         result = train(options)

@@ -124,6 +124,7 @@ def run(options: Options) -> None:
 
 def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Callable[..., Any]) -> None:
     """Calibrates the sparse model and prints the error of each layer before and after."""
+    assert options.calibrate_data is not None
     data = DataOptions(
         train_data=options.calibrate_data,
         batch_size=options.calibrate_batch_size,

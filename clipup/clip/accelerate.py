@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare; {families_read()}")
     for layer in sparse:
         layer.__class__ = PreparedMoE
-        layer.prepare()
+        cast(PreparedMoE, layer).prepare()
     for mlp in dense:
         mlp.replace(PreparedMLP(mlp.module))
     if not inplace:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import open_clip
 import torch
@@ -14,16 +15,20 @@ from .towers import is_timm
 
 def encoders(model: nn.Module) -> dict[str, Callable[[Tensor], Tensor]]:
     """The functions that compute features [B, ...]: "image", and "text" if the model has a text tower."""
-    return {"image": model} if is_timm(model) else {"image": model.encode_image, "text": model.encode_text}
+    clip: Any = model  # nn.Module types what it does not know as Tensor | Module
+    return {"image": model} if is_timm(model) else {"image": clip.encode_image, "text": clip.encode_text}
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
     """Height and width in pixels of the image tower's input."""
+    size: Any
     if is_timm(model):
         size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        return tuple(size or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:])
-    size = model.visual.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+        size = size or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:]
+    else:
+        size = model.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def image_dtype(model: nn.Module) -> torch.dtype:
@@ -38,12 +43,14 @@ def text_length(model: nn.Module) -> int:
     open_clip's tokenizers truncate."""
     if isinstance(getattr(model, "text", None), HFTextEncoder):
         return open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH
-    return model.context_length
+    clip: Any = model
+    return clip.context_length
 
 
 def vocabulary_size(model: nn.Module) -> int:
     """Number of token ids of the text tower."""
-    return getattr(model, "text", model).vocab_size
+    text: Any = getattr(model, "text", model)
+    return text.vocab_size
 
 
 class CheckedTokenizer:
@@ -57,7 +64,7 @@ class CheckedTokenizer:
         self.tokenizer = tokenizer
         self.shape = None if embedding is None else tuple(embedding.weight.shape)
 
-    def __call__(self, texts: str | list[str]) -> Tensor:
+    def __call__(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(texts)
         if self.shape is not None and tokens.numel() and tokens.max() >= self.shape[0]:
             raise ValueError(
@@ -82,8 +89,8 @@ def _token_embedding(model: nn.Module) -> nn.Embedding | None:
 
 def image_normalization(model: nn.Module) -> tuple[tuple[float, ...], ...] | None:
     """Mean and standard deviation that images are normalised with; None if open_clip did not record them."""
-    recorded = [getattr(getattr(model, "visual", None), name, None) for name in ("image_mean", "image_std")]
-    return None if None in recorded else tuple(map(tuple, recorded))
+    mean, std = (getattr(getattr(model, "visual", None), name, None) for name in ("image_mean", "image_std"))
+    return None if mean is None or std is None else (tuple(mean), tuple(std))
 
 
 def ignore_padding(model: nn.Module) -> None:
@@ -107,10 +114,10 @@ def random_inputs(model: nn.Module, batch_size: int, seed: int = 0) -> tuple[Ten
         return images, None
     text = getattr(model, "text", model)
     pool_type = getattr(text, "pool_type", getattr(model, "text_pool_type", "argmax"))
-    eos_id = getattr(text, "eos_id", getattr(model, "text_eos_id", None))
+    eos_id: Any = getattr(text, "eos_id", getattr(model, "text_eos_id", None))
     length, vocabulary = text_length(model), vocabulary_size(model)
-    padding = text.config.pad_token_id if isinstance(text, HFTextEncoder) else 0
-    end_of_text = eos_id if pool_type == "eos" else vocabulary - 1
+    padding: int = text.config.pad_token_id if isinstance(text, HFTextEncoder) else 0
+    end_of_text: int = eos_id if pool_type == "eos" else vocabulary - 1
     texts = torch.randint(max(1, vocabulary // 2), vocabulary - 1, (batch_size, length), generator=generator)
     texts = texts.where(texts != end_of_text, 1)
     ends = torch.randint(min(2, length - 1), length, (batch_size, 1), generator=generator)

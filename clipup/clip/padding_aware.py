@@ -13,6 +13,8 @@ Axis legend: ``B`` texts, ``L`` tokens per text, ``D`` model width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import open_clip
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,7 @@ def make_padding_aware(model: nn.Module) -> bool:
         False if the model was left unchanged, because its text tower is not causal, does not pool at end-of-text,
         returns token features, or contains a module that is not exactly of one of open_clip's classes.
     """
-    tower = model if type(model) is open_clip.CLIP else getattr(model, "text", None)
+    tower: Any = model if type(model) is open_clip.CLIP else getattr(model, "text", None)
     if type(tower) not in _TOWERS or type(tower.transformer) is not Transformer or not tower.transformer.batch_first:
         return False
     blocks = tower.transformer.resblocks
@@ -102,7 +104,7 @@ class PaddingAwareTransformer(Transformer):
         if token_mask is None:
             return super().forward(x, attn_mask)
         for block in self.resblocks:
-            masks = {"attn_mask": attn_mask}
+            masks: dict[str, Any] = {"attn_mask": attn_mask}
             if isinstance(block, PaddingAwareBlock | PaddingAwareCustomBlock):
                 masks["token_mask"] = token_mask
             if self.grad_checkpointing:
@@ -144,7 +146,12 @@ _BLOCKS = {
 
 
 def _encode(
-    tower: nn.Module, x: Tensor, texts: Tensor, attn_mask: Tensor, pool_type: str, eos_id: int | None
+    tower: PaddingAwareCLIP | PaddingAwareTextTransformer,
+    x: Tensor,
+    texts: Tensor,
+    attn_mask: Tensor,
+    pool_type: str,
+    eos_id: int | None,
 ) -> Tensor:
     """Embedded tokens x [B, L, D] of texts [B, L] -> features [B, embed_dim], as in both of open_clip's towers."""
     token_mask = tokens_up_to_pooled(texts, pool_type, eos_id)

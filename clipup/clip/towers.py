@@ -12,8 +12,8 @@ from torch import nn
 from ..dense.mlp_families import families_read
 
 _CLIPS = (open_clip.CLIP, open_clip.CustomTextCLIP, CoCa)
-_LISTS = ("resblocks", "blocks", "stages", "layers")
-_HUGGING_FACE_LISTS = ("encoder.layer", "block", "layers")
+_LISTS: tuple[str, ...] = ("resblocks", "blocks", "stages", "layers")
+_HUGGING_FACE_LISTS: tuple[str, ...] = ("encoder.layer", "block", "layers")
 
 
 def towers(model: nn.Module) -> tuple[str, ...]:

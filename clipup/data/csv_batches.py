@@ -27,7 +27,7 @@ def csv_data(options: DataOptions, reader: Reader) -> TrainData:
         raise ValueError(f"train_data: {path} has no rows that can be read ({int(skips)} skipped)")
     dataset = CsvBatches(readable, reader.preprocess, DrawCaption(reader, options.seed), options.max_image_pixels)
     generator = torch.Generator()
-    sampler = None
+    sampler: DistributedSampler | None = None
     if world_size > 1:
         sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, seed=options.seed)
     rows = sampler or RandomSampler(dataset, generator=generator)
@@ -40,7 +40,8 @@ def csv_data(options: DataOptions, reader: Reader) -> TrainData:
         )
     loader = DataLoader(
         dataset,
-        batch_sampler=batch_rows,
+        batch_size=None,
+        sampler=batch_rows,
         collate_fn=_unchanged,
         num_workers=options.workers,
         worker_init_fn=worker_init_fn(),
@@ -88,7 +89,7 @@ class CsvBatches(Dataset):
     def __len__(self) -> int:
         return len(self.rows.images)
 
-    def __getitems__(self, of_batch: BatchRows) -> tuple[Tensor, Tensor, Report]:
+    def __getitem__(self, of_batch: BatchRows) -> tuple[Tensor, Tensor, Report]:
         notes = Notes()
         batch = []
         for row in (*of_batch.first, *of_batch.spare):

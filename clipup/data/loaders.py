@@ -143,11 +143,12 @@ class EvalSamples:
     def __init__(
         self,
         records: Sequence[Record],
-        preprocess: Callable,
+        preprocess: Callable | None,
         skips: Skips,
         strict: bool = False,
         max_image_pixels: int = MAX_PIXELS,
     ) -> None:
+        """preprocess: PIL image to tensor; None where no image is read, or the attribute is set before."""
         self.records, self.preprocess, self.strict = records, preprocess, strict
         self.max_image_pixels = max_image_pixels
         self._skips, self._total = skips, len(records) + int(skips)
@@ -160,7 +161,9 @@ class EvalSamples:
         return int(self._skips)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str], dict]]:
-        for record, image in zip(self.records, self._images(), strict=True):
+        images = self._images()
+        for index, record in enumerate(self.records):
+            image = images[index]
             if isinstance(image, Tensor):
                 yield image, list(record.captions), dict(record.metadata)
             else:
@@ -199,6 +202,7 @@ class EvalSamples:
                     yield images, captions, [dict(record.metadata) for _, record in kept]
 
     def _images(self) -> Images:
+        assert self.preprocess is not None  # set before images are read
         return Images(self.records, self.preprocess, self.max_image_pixels)
 
     def _note(self, record: Record, reason: str) -> None:
@@ -209,13 +213,13 @@ class EvalSamples:
 
 
 def eval_samples(
-    source: str | os.PathLike, preprocess: Callable, *, argument: str = "source", **options: Any
+    source: str | os.PathLike, preprocess: Callable | None, *, argument: str = "source", **options: Any
 ) -> EvalSamples:
     """Samples for retrieval, from evaluation shards or from a CSV file (rows of one image are its captions).
 
     Args:
         source: shards, as in `train_loader` (local files), or a CSV file.
-        preprocess: PIL image to tensor.
+        preprocess: PIL image to tensor; None to read no image, or to set it later as an attribute.
         argument: what messages call the source.
         options: fields of `clipup.data.options.SourceOptions`, which describes them.
 
@@ -225,7 +229,7 @@ def eval_samples(
 
 
 def load_eval_samples(
-    source: str | os.PathLike, preprocess: Callable, options: SourceOptions, argument: str = "source"
+    source: str | os.PathLike, preprocess: Callable | None, options: SourceOptions, argument: str = "source"
 ) -> EvalSamples:
     """`eval_samples` with its options as one object."""
     source = os.fspath(source)

@@ -99,11 +99,11 @@ def tar_records(shards: Sequence[str], skips: Skips, argument: str) -> list[Reco
             for sample in read_samples(file, shard, lose, images=False, expected=sizes.get(shard)):
                 found[shard] += 1
                 try:
-                    captions, about = complete(sample)
-                except ValueError as reason:
-                    skips.note(sample.named, reason)
+                    image, captions, about = complete(sample)
+                except ValueError as error:
+                    skips.note(sample.named, error)
                     continue
-                place = sample.place[sample.image]
+                place = sample.place[image]
                 records.append(Record(sample.key, shard, tuple(captions), *place, {"key": sample.key, **about}))
     damaged = {shard for shard, _ in lost}
     usual = max((count for shard, count in found.items() if shard not in damaged), default=0)

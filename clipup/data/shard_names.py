@@ -160,7 +160,7 @@ def _local(path: str) -> str:
 
 
 def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
-    scheme = _URL.match(url)[1].lower()
+    scheme = url.partition(":")[0].strip().lower()
     if scheme == _PIPE and not allow_pipe:
         permitted = "which is not allowed here" if allow_pipe is None else "pass --allow-pipe if you trust it"
         raise ValueError(f"{argument}: {url!r} would run a command in a shell, {permitted}")

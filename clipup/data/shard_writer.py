@@ -28,7 +28,7 @@ def write_shards(directory: Path, split: str, samples: Sequence[Sample], samples
 
     Returns for each shard its file name, number of samples and bytes, and sha256.
     """
-    shards = []
+    shards: list[dict] = []
     for start in range(0, len(samples), samples_per_shard):
         part = samples[start : start + samples_per_shard]
         path = directory / f"{split}-{len(shards):06d}.tar"
@@ -129,7 +129,8 @@ def left_behind(directory: Path) -> bool:
 def _left_behind(directory: Path) -> tuple[list[Path], list[Path]]:
     """Unfinished and replaced data sets."""
     beside, name = directory.parent, glob.escape(directory.name)
-    return tuple(sorted(beside.glob(f".{name}.{kind}-*")) for kind in ("building", "old"))
+    building, old = (sorted(beside.glob(f".{name}.{kind}-*")) for kind in ("building", "old"))
+    return building, old
 
 
 @contextmanager

@@ -6,13 +6,15 @@ Batches are the same as in a single process, and so are their features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 
-class Share(NamedTuple):
+@dataclass(frozen=True)
+class Share:
     """One process's share of a data set; by default all of it."""
 
     index: int = 0

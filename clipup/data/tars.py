@@ -11,9 +11,12 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from .shard_writer import SIZES_FILE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """Image extensions; if a sample has several images, the first in this order is used, as in open_clip."""
@@ -48,8 +51,9 @@ def lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def complete(sample: TarSample) -> tuple[list[str], dict]:
-    """The captions (the list `captions` of its json, else the lines of its txt) and the rest of its json.
+def complete(sample: TarSample) -> tuple[str, list[str], dict]:
+    """The extension of its image, the captions (`captions` of its json, else the lines of its txt), and the rest of its
+    json.
 
     Raises ValueError with the reason when it has no caption or no image.
     """
@@ -70,7 +74,7 @@ def complete(sample: TarSample) -> tuple[list[str], dict]:
         raise ValueError("it has no image beside it")
     if not captions:
         raise ValueError("it has no caption beside it")
-    return captions, about
+    return sample.image, captions, about
 
 
 def read_samples(
@@ -157,7 +161,7 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[st
             errors="backslashreplace",
         )
         while (member := tar.next()) is not None:
-            tar.members.clear()
+            tar.members.clear()  # type: ignore[attr-defined]  # the stub lacks the list that grows with the file
             members += 1
             if header.damaged or not _is_padding(header.zeros, member.offset):
                 faults.damaged.append(f"{header.lost_bytes()} bytes before {member.name} are damaged")
@@ -187,30 +191,34 @@ def _is_padding(zeros: int, end: int) -> bool:
     return zeros in (0, _MARK) or (zeros < _MARK + record and end % tarfile.RECORDSIZE == 0)
 
 
-def _watched_header() -> type[tarfile.TarInfo]:
-    """A header class for one file that counts damaged headers, which tarfile skips silently."""
+class _Header(tarfile.TarInfo):
+    """A header class that counts damaged headers, which tarfile skips silently. Each file has a subclass of its own."""
 
-    class Header(tarfile.TarInfo):
-        begins = b""
-        damaged = 0
-        zeros = 0
-        """Zero blocks since the last readable header."""
+    begins = b""
+    damaged = 0
+    zeros = 0
+    """Zero blocks since the last readable header."""
 
-        @classmethod
-        def lost_bytes(cls) -> int:
-            return tarfile.BLOCKSIZE * (cls.damaged + cls.zeros)
+    @classmethod
+    def lost_bytes(cls) -> int:
+        return tarfile.BLOCKSIZE * (cls.damaged + cls.zeros)
 
-        @classmethod
-        def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-            cls.begins = cls.begins or buf
-            try:
-                return super().frombuf(buf, encoding, errors)
-            except tarfile.EOFHeaderError:
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        cls.begins = cls.begins or bytes(buf)
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError:
+            if buf == bytes(tarfile.BLOCKSIZE):
                 cls.zeros += 1
-                raise
-            except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError):
+            elif buf:  # not the end of the file
                 cls.damaged += 1
-                raise
+            raise
+
+
+def _watched_header() -> type[_Header]:
+    class Header(_Header):
+        pass
 
     return Header
 

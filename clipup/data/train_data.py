@@ -87,7 +87,8 @@ class CountedBatches:
         self.num_samples, self.num_batches, self.world_size = num_samples, num_batches, world_size
         self._expected, self._skipped_before = total / world_size, int(skips) / world_size
         self._names_before = dict(skips.samples)
-        self._met, self._skipped = self._skipped_before, {}
+        self._met = self._skipped_before
+        self._skipped: dict[str, int] = {}
 
     @property
     def pass_counts(self) -> tuple[float, dict[str, int]]:

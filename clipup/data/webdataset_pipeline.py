@@ -39,6 +39,7 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
     workers = max(1, options.workers)
     worker_batches = math.ceil(math.ceil(num_samples / (options.batch_size * reader.world_size)) / workers)
     notes = Notes()
+    own_shards: list[object]
     if options.dataset_resampled:
         own_shards = [ResampledShards(shards, options.seed, reader.rank, reader.epoch)]
     else:
@@ -148,12 +149,12 @@ class Decode:
     def __call__(self, samples: Iterable[TarSample]) -> Iterator[tuple[Tensor, Tensor]]:
         for sample in samples:
             try:
-                captions, _ = complete(sample)
+                extension, captions, _ = complete(sample)
             except ValueError as reason:
                 self.notes.add(sample.named, reason)
                 continue
             try:
-                image = load_image(sample.content[sample.image], self.max_pixels)
+                image = load_image(sample.content[extension], self.max_pixels)
             except Exception as error:  # PIL has no common class for what a broken file may raise
                 self.notes.add(sample.named, f"{type(error).__name__}: {error}")
                 continue

@@ -114,7 +114,7 @@ def splits(report: Mapping[str, Any]) -> Table:
         names |= dict.fromkeys(found if isinstance(found, Mapping) else ())
     columns = []
     for split in names:
-        about = next((found for arm, _ in reversed(ARMS) if (found := dig(report, arm, "splits", split))), {})
+        about: Any = next((found for arm, _ in reversed(ARMS) if (found := dig(report, arm, "splits", split))), {})
         group = f"{svg.shorten(split, 40)}, gallery {count(dig(about, 'gallery'))}"
         for way, _ in WAYS:
             values = [number(dig(report, arm, "splits", split, way, "r1")) for arm, _ in ARMS]

@@ -117,7 +117,7 @@ def _curves(report: Mapping[str, Any], curves: Mapping[str, Records], evaluation
     for way, name in WAYS:
         series = [_recall(report, arm, evaluations, f"{way}_r1", way, before or 0.0) for arm in arms]
         title = f"R@1 {name}, held-out renderings"
-        highest = max([value for one in series for value in one.y if np.isfinite(value)] + [level or 0.0]) or 1.0
+        highest = max([y for one in series for _, y in one.pairs() if np.isfinite(y)] + [level or 0.0]) or 1.0
         from_zero = (-0.03 * highest, 1.06 * highest)
         drawn.append(
             charts.line_chart(series, title, "step", "R@1", percent_tick, y_range=from_zero, marks=marks, levels=levels)

@@ -24,7 +24,7 @@ from ..pretrained import factory, tokenizers
 from ..train import Every, TrainOptions, TrainResult, train
 from ..upcycling.step0 import step0_difference
 from ..upcycling.upcycle import upcycle
-from .examples import retrieval_examples, routing_examples
+from .examples import Sample, retrieval_examples, routing_examples
 from .page import render_demo
 from .pictograms.build import build
 
@@ -112,7 +112,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     origin = f"from {options.start}" if options.start else "from random weights"
     _say("2/5", f"a dense CLIP {origin}, {options.steps_before} steps")
     dense = stages.train(model, "dense", options.steps_before, options.lr) if options.steps_before else None
-    report = {"data": _about(dataset), "chance_r1": None, "dense": stages.measure(model, dense)}
+    report: dict[str, Any] = {"data": _about(dataset), "chance_r1": None, "dense": stages.measure(model, dense)}
 
     _say("3/5", "upcycling: every other MLP becomes 8 experts behind a router")
     config = MoEConfig.clip_up()
@@ -160,8 +160,8 @@ class _Stages:
         self.loader = train_loader(
             data, preprocess, tokenizer, options.batch_size, workers=0, seed=options.seed, cache=True
         )
-        self.test = list(eval_samples(data / "test-*.tar", preprocess))
-        self.concepts = list(eval_samples(data / "concepts-*.tar", preprocess))
+        self.test: list[Sample] = list(eval_samples(data / "test-*.tar", preprocess))
+        self.concepts: list[Sample] = list(eval_samples(data / "concepts-*.tar", preprocess))
         self.pictures = [to_pil_image(picture) for picture, _, _ in eval_samples(data / "test-*.tar", pil_to_tensor)]
 
     def train(self, model: nn.Module, name: str, steps: int, lr: float) -> TrainResult:
@@ -185,14 +185,19 @@ class _Stages:
         return train(options, model=model, loader=self.loader, callbacks=[curve])
 
     def _recall(self, model: nn.Module) -> dict[str, float]:
-        recall = evaluate_retrieval(model, self.test, self.tokenizer, batch_size=256)
+        recall = self._retrieval(model, self.test)
         return {"t2i_r1": recall["t2i"]["r1"], "i2t_r1": recall["i2t"]["r1"]}
+
+    def _retrieval(self, model: nn.Module, samples: list[Sample], by: str | None = None) -> dict[str, Any]:
+        found = evaluate_retrieval(model, samples, self.tokenizer, batch_size=256, by=by)
+        assert found is not None  # this is the only process
+        return found
 
     def measure(self, model: nn.Module, result: TrainResult | None = None) -> dict[str, Any]:
         """An arm's entry in the report."""
         counts = count(model)
-        test = evaluate_retrieval(model, self.test, self.tokenizer, batch_size=256, by="group")
-        concepts = evaluate_retrieval(model, self.concepts, self.tokenizer, batch_size=256)
+        test = self._retrieval(model, self.test, by="group")
+        concepts = self._retrieval(model, self.concepts)
         splits = {**test.pop("splits"), "concepts": concepts}
         return {
             "steps": result.steps if result else 0,

@@ -28,17 +28,18 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     Differences below two standard errors, given the number of test images, are called level. With one seed, no claim of
     significance is made. If the report lacks numbers, the sentence says so.
     """
-    arms = {arm: {way: number(dig(report, arm, way, "r1")) for way, _ in WAYS} for arm in _COMPARED}
-    missing = [f"{arm} {way}" for arm, found in arms.items() for way, value in found.items() if value is None]
-    if missing:
+    found = {(arm, way): number(dig(report, arm, way, "r1")) for arm in _COMPARED for way, _ in WAYS}
+    rates = {key: rate for key, rate in found.items() if rate is not None}
+    if len(rates) < len(found):
+        missing = [f"{arm} {way}" for (arm, way), rate in found.items() if rate is None]
         return Verdict(f"No verdict: R@1 of {', '.join(missing)} is not in the report.", ())
-    differences = {way: arms["clip_up"][way] - arms["dense_continued"][way] for way, _ in WAYS}
+    differences = {way: rates["clip_up", way] - rates["dense_continued", way] for way, _ in WAYS}
     details = " and ".join(
         f"{points(differences[way])} points of R@1 {name} "
-        f"({percent(arms['clip_up'][way])} against {percent(arms['dense_continued'][way])}\u00a0%)"
+        f"({percent(rates['clip_up', way])} against {percent(rates['dense_continued', way])}\u00a0%)"
         for way, name in WAYS
     )
-    margins = {way: _margin(report, [found[way] for found in arms.values()]) for way, _ in WAYS}
+    margins = {way: _margin(report, [rates[arm, way] for arm in _COMPARED]) for way, _ in WAYS}
     standing = _standing([(differences[way], margins[way]) for way, _ in WAYS])
     sentence = f"{_steps(report)} and with one seed CLIP-UP {standing}: {details}."
     return Verdict(sentence, (*_sampling(report, margins), *_compute(report)))

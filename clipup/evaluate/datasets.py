@@ -70,9 +70,11 @@ class ClassificationSet:
     ) -> Iterator[tuple[Tensor, int]]:
         """The samples for ``zero_shot``, with files read by ``workers`` processes. An unreadable or too large image
         raises ``ValueError``, naming it."""
-        if isinstance(self.images[0], str):
-            return ((preprocess(image), label) for image, label in image_shards(self.images, max_image_pixels))
-        return labelled_images(self.images, preprocess, batch_size, workers, max_image_pixels)
+        shards = [one for one in self.images if isinstance(one, str)]
+        if shards:
+            return ((preprocess(image), label) for image, label in image_shards(shards, max_image_pixels))
+        files = [one for one in self.images if not isinstance(one, str)]
+        return labelled_images(files, preprocess, batch_size, workers, max_image_pixels)
 
 
 DataSet = RetrievalSet | ClassificationSet
@@ -192,9 +194,10 @@ def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key:
     """
     path = Path(root)
     if path.is_dir():
-        path = next((path / f"{split}{end}" for end in (".csv", ".tsv") if (path / f"{split}{end}").is_file()), None)
-        if path is None:
+        found = [path / f"{split}{end}" for end in (".csv", ".tsv") if (path / f"{split}{end}").is_file()]
+        if not found:
             raise FileNotFoundError(f"root: there is neither {split}.csv nor {split}.tsv in {root}")
+        path = found[0]
     skips = Skips()
     form = CsvFormat(separator, img_key, caption_key)
     directory = Path(root) if Path(root).is_dir() else None

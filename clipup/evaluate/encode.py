@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,12 @@ def encode_images(
             this process's batches; the features of all images are returned.
     """
     device, dtype = device_of(model), image_dtype(precision)
+    clip: Any = model  # nn.Module types what it does not know as Tensor | Module
 
     def encode(batch: list[Tensor]) -> Tensor:
         stacked = torch.stack(batch).to(device=device, dtype=dtype, non_blocking=True)
         with autocast(precision, device):
-            return model.encode_image(stacked, normalize=True)
+            return clip.encode_image(stacked, normalize=True)
 
     return _encode(model, images, batch_size, encode, share or Share())
 
@@ -54,11 +55,12 @@ def encode_texts(
     share = share or Share()
     device, tokenize = device_of(model), CheckedTokenizer(tokenizer, model)
     distinct = list(dict.fromkeys(texts))
+    clip: Any = model
 
     def encode(batch: list[str]) -> Tensor:
         tokens = tokenize(batch).to(device)
         with autocast(precision, device):
-            return model.encode_text(tokens, normalize=True)
+            return clip.encode_text(tokens, normalize=True)
 
     features = _encode(model, share.part(distinct, batch_size), batch_size, encode, share)
     row_of = {text: row for row, text in enumerate(distinct)}

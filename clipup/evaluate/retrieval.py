@@ -183,7 +183,7 @@ def _pairs(image_of_text: Tensor) -> Tensor:
     return torch.stack([torch.arange(len(image_of_text)), image_of_text], 1)
 
 
-def _rank(queries: Tensor, candidates: Tensor, pairs: Tensor) -> tuple[Tensor, ...]:
+def _rank(queries: Tensor, candidates: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``pairs``: matching (query, candidate); every query has at least one."""
     counts = []
     for scores, right in _scored(queries, candidates, pairs):

@@ -106,11 +106,12 @@ class ExpertReport:
     def routing(self, picture: int) -> Figure:
         """An image, and for every sparse layer of the image tower a map of its patches' experts."""
         image = self.pictures[picture]
-        layers = {name: layer for name, layer in self.of_tower("image").items() if layer.grid is not None}
-        width = max([_MAP_WIDTH, *(_CELL_WITH_NUMBER * layer.grid[1] for layer in layers.values())])
+        layers = self.of_tower("image").items()
+        maps = {name: layer.maps()[picture] for name, layer in layers if layer.grid is not None}
+        width = max([_MAP_WIDTH, *(_CELL_WITH_NUMBER * experts.shape[1] for experts in maps.values())])
         shown = [("as the model sees it", whole_picture(image, f"picture {picture}", width))]
-        for name, layer in layers.items():
-            drawn = routing_map(image, layer.maps()[picture], self.title(name), width)
+        for name, experts in maps.items():
+            drawn = routing_map(image, experts, self.title(name), width)
             shown.append((self.title(name).removeprefix("Image tower, "), drawn))
         return _side_by_side(shown, narrowest=width - _MAP_MARGIN)
 
@@ -153,8 +154,10 @@ class ExpertReport:
         return str(self.table())
 
     def _patches(self, routing: LayerRouting, expert: int, most: int) -> list[Figure]:
+        if routing.grid is None:
+            return []
         drawn = []
-        for sample, token in routing.strongest(expert, most) if routing.grid else ():
+        for sample, token in routing.strongest(expert, most):
             row, column = routing.patch_of(token)
             probability = routing.probabilities[sample, token, expert]
             name = f"picture {sample}, row {row}, column {column}: probability {probability:.2f}"
@@ -188,7 +191,8 @@ def inspect_experts(
     if not moe_layers(model):
         raise ValueError(NO_SPARSE_LAYERS)
     similarities = model_similarity(model, dense)
-    captions, kept = list(captions), []
+    captions = list(captions)
+    kept: list[Image.Image] = []
     if preprocess is not None:
         layers = route_images(model, _prepared(images, preprocess, kept), batch_size)
     elif next(iter(images), None) is not None:

@@ -74,10 +74,7 @@ def expert_similarity(layer: SparseMoE, dense: DenseMLP | None = None) -> Simila
         return Similarity(*between, granularity=granularity)
     shards = experts_of(dense, granularity, granularity)
     _check_shapes(experts, shards)
-    to_dense = []
-    for ours, theirs in ((first, _first(shards)), (second, _second(shards))):
-        own = theirs.to(ours.device).repeat(len(ours) // granularity, 1)
-        to_dense.append((ours * own).sum(1).cpu())
+    to_dense = _with_own(first, _first(shards)), _with_own(second, _second(shards))
     return Similarity(*between, *to_dense, granularity)
 
 
@@ -140,6 +137,12 @@ def _first(parameters: dict[str, Tensor]) -> Tensor:
     """[E, features], normalized."""
     names = [name for name in ("in_weight", "gate_weight") if name in parameters]
     return F.normalize(torch.cat([parameters[name].flatten(1) for name in names], 1).float(), dim=1)
+
+
+def _with_own(experts: Tensor, shards: Tensor) -> Tensor:
+    """[E] cosines of experts [E, features] with the shards [granularity, features] that they are copies of."""
+    own = shards.to(experts.device).repeat(len(experts) // len(shards), 1)
+    return (experts * own).sum(1).cpu()
 
 
 def _second(parameters: dict[str, Tensor]) -> Tensor:

@@ -73,9 +73,7 @@ class LayerRouting:
         Raises:
             ValueError: the layer has no grid.
         """
-        if self.grid is None:
-            raise ValueError("this layer's tokens are in no grid of patches, so there is no map of them")
-        return self.expert_indices[:, self._first_patch() :, 0].reshape(-1, *self.grid)
+        return self.expert_indices[:, self._first_patch() :, 0].reshape(-1, *self._known_grid())
 
     def strongest(self, expert: int, count: int) -> list[tuple[int, int]]:
         """(sample, token) of the ``count`` tokens that have this expert as their first choice with the largest
@@ -88,8 +86,13 @@ class LayerRouting:
         return [(int(sample), start + int(chosen[sample].argmax())) for sample in order if best[sample] >= 0]
 
     def patch_of(self, token: int) -> tuple[int, int]:
-        """Row and column of a patch, by its token index."""
-        return divmod(token - self._first_patch(), self.grid[1])
+        """Row and column of a patch, by its token index. Raises as ``maps``."""
+        return divmod(token - self._first_patch(), self._known_grid()[1])
+
+    def _known_grid(self) -> tuple[int, int]:
+        if self.grid is None:
+            raise ValueError("this layer's tokens are in no grid of patches, so there is no map of them")
+        return self.grid
 
     def _first_patch(self) -> int:
         return 0 if self.grid is None else self.expert_indices.shape[1] - self.grid[0] * self.grid[1]

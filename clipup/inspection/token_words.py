@@ -112,7 +112,8 @@ def _of_words(tokenizer: WordTokenizer, tokens: Sequence[int]) -> list[Piece]:
 def _of_hugging_face(inner: Any, tokens: Sequence[int]) -> list[Piece]:
     raw = inner.convert_ids_to_tokens([int(token) for token in tokens])
     marks_starts = any(token.startswith(_STARTS_WORD) for token in raw)
-    found, word, of_word = [], -1, []
+    found, word = [], -1
+    of_word: list[str] = []
     for token in raw:
         if token == inner.pad_token:
             found.append(Piece("", PADDING))

@@ -95,7 +95,7 @@ class SparseMoE(Experts):
         self.state = LayerState()
 
     @classmethod
-    def from_dense(cls, mlp: nn.Module, config: MoEConfig | None = None) -> SparseMoE:
+    def from_dense(cls, mlp: nn.Module | DenseMLP, config: MoEConfig | None = None) -> SparseMoE:
         """E copies of a dense MLP behind a newly initialized router, on the MLP's device and in its type.
 
         Parameters keep the ``requires_grad`` of those they are copied from; the router is trainable if any of them is.

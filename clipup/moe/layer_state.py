@@ -210,7 +210,7 @@ def _has_left_its_transform(loss: Tensor) -> bool:
     """Whether a loss comes from a forward pass inside a transform of ``torch.func`` that has ended."""
     if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(loss):
         return False
-    dead = torch._C._functorch.is_dead_tensor_wrapper(loss)  # type: ignore[attr-defined]
+    dead = torch._C._functorch.is_dead_tensor_wrapper(loss)  # type: ignore[attr-defined]  # not in torch's stub
     return dead or not torch._C._are_functorch_transforms_active()
 
 

@@ -32,6 +32,7 @@ def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
         )
         directory = Path(path).parent
         commit = directory.name
+    assert directory is not None  # there is at least one file
     return directory
 
 

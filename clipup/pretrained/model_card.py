@@ -10,7 +10,7 @@ from torch import nn
 
 from ..atomic_files import replace_files
 from ..clip import flops
-from ..moe.layer import moe_layers
+from ..moe.layer import SparseMoE, moe_layers
 
 README = "README.md"
 _HEAD = "## Evaluation"
@@ -153,7 +153,7 @@ def _title(model: nn.Module, kind: str) -> str:
     return f"Sparse {kind}: {config.num_experts} experts, top {config.top_k}"
 
 
-def _experts(layers: dict[str, nn.Module]) -> list[str]:
+def _experts(layers: dict[str, SparseMoE]) -> list[str]:
     lines = ["| layer | experts | top k | width | hidden | parameters |", "|---|---|---|---|---|---|"]
     for name, layer in layers.items():
         experts, hidden, width = layer.in_weight.shape
@@ -178,7 +178,7 @@ def _data(results: dict[str, Any], argument: str) -> str:
 
 def _rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
     """Percentages by (data, metric)."""
-    rows = {}
+    rows: dict[tuple[str, str], str] = {}
     if "retrieval" in results:
         found = results["retrieval"]
         captions = "distinct captions" if results.get("multi_positive") else "captions"

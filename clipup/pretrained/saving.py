@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def save_pretrained(
         directory / names[1]: lambda path: _save_tensors(tensors, path, directory)
     }
     for name, text in texts.items():
-        writers[directory / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
+        writers[directory / name] = partial(_write_text, text)
     replace_files(writers)
 
 
@@ -109,6 +110,10 @@ def _open_clip_config(
         "model_cfg": model_cfg,
         "preprocess_cfg": {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg},
     }
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path, directory: Path) -> None:

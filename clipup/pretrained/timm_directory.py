@@ -46,12 +46,12 @@ def config_of(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, 
     Raises:
         ValueError: the model has no architecture name.
     """
-    if not getattr(model, "pretrained_cfg", None) or not model.pretrained_cfg.get("architecture"):
+    if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
         raise ValueError(
             f"model is a {type(model).__name__} without an architecture name, so it could not be loaded again; "
             "create it with timm.create_model"
         )
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, CONFIG_NAME)
-        _hub.save_config_for_hf(model, path, model_args=model_args)
+        _hub.save_config_for_hf(model, path, model_args=model_args)  # type: ignore[arg-type]  # timm passes a Path too
         return json.loads(path.read_text(encoding="utf-8"))

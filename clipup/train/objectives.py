@@ -160,6 +160,7 @@ class DistillationObjective(Objective):
 
     @classmethod
     def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
+        assert options.distill_model is not None  # it selects this objective
         teacher = create_teacher(options.distill_model, options.distill_pretrained, model, ranks.device, precision)
         return cls(teacher, **_gathering(options, ranks))
 
@@ -205,6 +206,7 @@ class CoCaObjective(Objective):
     @classmethod
     def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
         weights = options.coca_caption_loss_weight, options.coca_contrastive_loss_weight
+        assert isinstance(model, CoCa)
         return cls(model.pad_id, *weights, **_gathering(options, ranks))
 
     def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -305,8 +307,8 @@ class MultiPositiveClipLoss(ClipLoss):
         logits = self.get_logits(image_features, text_features, logit_scale)
         own = self.get_ground_truth(image_features.device, len(logits[0]))
         equal = self._equal_captions(texts, own)
-        losses = [F.cross_entropy(one.float().masked_fill(equal, -torch.inf), own) for one in logits]
-        return sum(losses) / 2
+        per_image, per_text = (F.cross_entropy(one.float().masked_fill(equal, -torch.inf), own) for one in logits)
+        return (per_image + per_text) / 2
 
     def _equal_captions(self, texts: Tensor, own: Tensor) -> Tensor:
         """bool [rows of the logits, pairs of all ranks]: other pairs with a row's caption, the same in both directions.

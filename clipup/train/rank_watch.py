@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch.distributed as dist
 
@@ -52,6 +52,17 @@ class Activity(NamedTuple):
         return f"at step {self.step} ({self.what})"
 
 
+class _Reason(TypedDict):
+    """Why a run ends; JSON in the store."""
+
+    by: int
+    """The rank that detected it."""
+    rank: int | None
+    """The rank that was lost; None if it is not known."""
+    what: str
+    activity: str
+
+
 class _Heartbeat:
     """The last heartbeat of a rank, and how long ago it was in time that this process was running."""
 
@@ -77,7 +88,7 @@ class RankWatch:
         self._activity, self._in_activity = Activity(), 0.0
         self._number = 0
         self._runs, self._active = 0, False
-        self._reason: dict[str, Any] | None = None
+        self._reason: _Reason | None = None
         self._reason_seen = 0.0
         self._stop = threading.Event()
         self._keys = [f"heartbeat/{rank}" for rank in range(world_size)]
@@ -171,16 +182,17 @@ class RankWatch:
             pass
         self._adopt(reason)
 
-    def _reason_of(self, rank: int | None, what: str, activity: Activity) -> dict[str, Any]:
+    def _reason_of(self, rank: int | None, what: str, activity: Activity) -> _Reason:
         return {"by": self.rank, "rank": rank, "what": what, "activity": str(activity)}
 
-    def _adopt(self, reason: dict[str, Any]) -> None:
+    def _adopt(self, reason: _Reason) -> None:
         if self._reason is None:
             self.reported = reason["by"] != self.rank
             self._reason, self._reason_seen = reason, time.monotonic()
 
     def _message(self) -> str:
         reason = self._reason
+        assert reason is not None  # the run ends
         who = "" if reason["rank"] is None else f"rank {reason['rank']} of {self.world_size} "
         try:
             advice = self.advice()

@@ -28,16 +28,17 @@ _OF_THE_CALL = ("name", "logs", "resume", "resume_with_changes", "force")
 
 def find_checkpoint(
     options: TrainOptions, directory: RunDirectory | None, ranks: Ranks
-) -> tuple[Path | None, dict[str, Any] | None, list[str]]:
-    """The path of the checkpoint to continue from, its contents, and notes on the choice for the log."""
-    if options.resume is None:
-        return None, None, []
+) -> tuple[checkpoints.Newest | None, list[str]]:
+    """The checkpoint to continue from, and notes on the choice for the log."""
+    wanted = options.resume
+    if wanted is None:
+        return None, []
     if directory is None:
-        return Path(options.resume), checkpoints.load(options.resume), []
+        return checkpoints.Newest(Path(wanted), checkpoints.load(wanted), []), []
     found: list[checkpoints.Newest | None] = [None]
 
     def find() -> tuple[Path | None, list[str]]:
-        found[0] = directory.resumed_from(options.resume)
+        found[0] = directory.resumed_from(wanted)
         if found[0] is not None:
             path, unusable = found[0].path, found[0].passed_over
             return path, [f"resumed from {path}, because a checkpoint cannot be used: {reason}" for reason in unusable]
@@ -46,8 +47,8 @@ def find_checkpoint(
 
     path, notes = ranks.first_does(find)
     if path is None:
-        return None, None, notes
-    return path, found[0].state if found[0] else checkpoints.load(path), notes
+        return None, notes
+    return found[0] or checkpoints.Newest(path, checkpoints.load(path), []), notes
 
 
 def conditions(options: TrainOptions, world_size: int, steps_of_epoch: int) -> dict[str, Any]:

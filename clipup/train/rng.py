@@ -35,7 +35,9 @@ def set_torch_state(state: dict[str, Any], device: torch.device) -> None:
 
 def get_state(device: torch.device) -> dict[str, Any]:
     """The state of all generators, as values that ``torch.load(weights_only=True)`` reads."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    of_numpy = np.random.get_state()
+    assert isinstance(of_numpy, tuple)  # a dict only of other generators than NumPy's default
+    name, keys, position, has_gauss, cached = of_numpy
     numpy_state = (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached)
     return {"python": random.getstate(), "numpy": numpy_state, **torch_state(device)}
 

@@ -55,19 +55,19 @@ def train(
     """
     check_complete(options, model, loader)
     with joined(options) as ranks, _directory(options, ranks) as directory:
-        source, checkpoint, notes = resume.find_checkpoint(options, directory, ranks)
+        checkpoint, notes = resume.find_checkpoint(options, directory, ranks)
         if checkpoint is not None:
-            notes += resume.changes(checkpoint, options, ranks.world_size, source)
+            notes += resume.changes(checkpoint.state, options, ranks.world_size, checkpoint.path)
         precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
         rng.seed_everything(options.seed)
         built = build_model(options, ranks, precision, model, preprocess, tokenizer)
-        first_epoch = checkpoint["epoch"] if checkpoint else 0
+        first_epoch = checkpoint.state["epoch"] if checkpoint else 0
         data = Epochs(
             build_loader(options, built, ranks, first_epoch) if loader is None else loader, options.accum_freq
         )
         trainer = Trainer(options, built, data, ranks, directory, precision, callbacks)
         if checkpoint is not None:
-            trainer.restore(checkpoint, source)
+            trainer.restore(checkpoint.state, checkpoint.path)
             if trainer.state.finished:
                 return trainer.result_before()
         for note in notes if ranks.first else ():

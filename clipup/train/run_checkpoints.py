@@ -98,7 +98,7 @@ class RunCheckpoints:
         base_model = origin.base_model(self.options.model, self.options.pretrained)
         saving.save_pretrained(self.built.model, self.directory.model, self.built.model_cfg, base_model=base_model)
         if self.state.evaluated_at == self.state.step:
-            results = {"val_data": self.options.val_data, "precision": self.train_step.precision}
+            results: dict[str, Any] = {"val_data": self.options.val_data, "precision": self.train_step.precision}
             results |= {"multi_positive": self.options.multi_positive, "retrieval": self.state.evaluation}
             model_card.add_results(self.directory.model, results)
 

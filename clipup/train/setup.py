@@ -25,15 +25,20 @@ from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
 from .options import TrainOptions
 from .rng import preserved
 
+Transform = Callable[[Any], torch.Tensor]
+"""PIL image to tensor."""
+Tokenizer = Callable[[list[str]], torch.Tensor]
+"""Texts to tokens [N, L]."""
+
 
 class Built(NamedTuple):
     """A model and what belongs to it; ``None`` for what the caller did not give and nothing needs."""
 
     model: nn.Module
     objective: Objective
-    preprocess_train: Callable[[Any], torch.Tensor] | None
-    preprocess_val: Callable[[Any], torch.Tensor] | None
-    tokenizer: Callable[[list[str]], torch.Tensor] | None
+    preprocess_train: Transform | None
+    preprocess_val: Transform | None
+    tokenizer: Tokenizer | None
     model_cfg: dict[str, Any] | None
     """open_clip's architecture config; None when the model was passed in and ``options.model`` does not name it."""
     optimizer_state: OptimizerState | None = None
@@ -89,7 +94,8 @@ def build_model(
     with preserved(ranks.device):
         objective = create_objective(options, model, ranks, precision)
     if options.grad_checkpointing:
-        model.set_grad_checkpointing()
+        clip: Any = model  # nn.Module types what it does not know as Tensor | Module
+        clip.set_grad_checkpointing()
     return Built(model, objective, train_transform, val_transform, tokenizer, model_cfg, optimizer_state)
 
 
@@ -109,9 +115,10 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
                 "model out"
             )
         name, pretrained = pretrained, None
+    assert name is not None  # check_complete
     model_cfg = model_names.get_model_config(name)
     fresh = pretrained is None and model_names.directory_of(name) is None
-    init = selected(options).model_arguments if fresh else {}
+    init: dict[str, Any] = selected(options).model_arguments if fresh else {}
     model, *transforms = factory.create_model_and_transforms(
         name, pretrained, precision=precision, device=device, output_dict=True, **init
     )
@@ -120,11 +127,11 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
 
 def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> TrainData:
     """The loader of ``options.train_data``."""
-    _check_transforms(built, built.preprocess_train)
+    preprocess, tokenizer = _both(built.preprocess_train, built.tokenizer)
     return load_train_data(
         options.data_options(),
-        built.preprocess_train,
-        CheckedTokenizer(built.tokenizer, built.model).check(),
+        preprocess,
+        CheckedTokenizer(tokenizer, built.model).check(),
         world_size=ranks.world_size,
         rank=ranks.rank,
         epoch=epoch,
@@ -137,16 +144,16 @@ def build_validation(
     """Retrieval on ``options.val_data``, as a function of the model that all ranks call; rank 0 gets the numbers."""
     if options.val_data is None:
         return None
-    _check_transforms(built, built.preprocess_val)
+    preprocess, tokenizer = _both(built.preprocess_val, built.tokenizer)
     share = Share(ranks.rank, ranks.world_size, ranks.gather)
-    samples = load_eval_samples(options.val_data, built.preprocess_val, options.val_data_options(), "val_data")
+    samples = load_eval_samples(options.val_data, preprocess, options.val_data_options(), "val_data")
     samples = samples.part(share, options.batch_size)
 
     def validate(model: nn.Module) -> dict[str, Any] | None:
         return evaluate_retrieval(
             model,
             samples,
-            built.tokenizer,
+            tokenizer,
             batch_size=options.batch_size,
             by="group",
             precision=precision,
@@ -158,6 +165,7 @@ def build_validation(
     return validate
 
 
-def _check_transforms(built: Built, preprocess: Any) -> None:
-    if preprocess is None or built.tokenizer is None:
+def _both(preprocess: Transform | None, tokenizer: Tokenizer | None) -> tuple[Transform, Tokenizer]:
+    if preprocess is None or tokenizer is None:
         raise ValueError("preprocess and tokenizer are missing: pass those of the model too, to read data with them")
+    return preprocess, tokenizer

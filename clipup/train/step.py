@@ -136,19 +136,19 @@ class TrainStep:
         """Applies the gradient if it is finite, and returns whether it is. Waits for the device to know."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        self.gradient_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+        self.gradient_norm = nn.utils.get_total_norm(gradients)
         finite = bool(self.gradient_norm.isfinite())
         if finite:
             if self.grad_clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.grad_clip_norm, self.gradient_norm)
+                nn.utils.clip_grads_with_norm_(self.module.parameters(), self.grad_clip_norm, self.gradient_norm)
             if self.scaler is None:
                 self.optimizer.step()
             else:
                 self.scaler.step(self.optimizer)
             update_selection_bias(self.module)
             with torch.no_grad():
-                self.module.logit_scale.clamp_(0, LOGIT_SCALE_MAX)
+                self.module.get_parameter("logit_scale").clamp_(0, LOGIT_SCALE_MAX)
         if self.scaler is not None:
             self.scaler.update()
         return finite

@@ -25,7 +25,8 @@ def step_record(scalars: dict[str, Tensor], model: nn.Module, ranks: Ranks) -> d
     flat = torch.cat([tensor.detach().float().reshape(-1).to(ranks.device) for tensor in tensors])
     numbers = iter(ranks.mean(flat).tolist())
 
-    def take(tensor: Tensor) -> float | list[float]:
+    def take(tensor: Tensor) -> Any:
+        """A float, or the list of a vector's."""
         return [next(numbers) for _ in range(tensor.numel())] if tensor.dim() else next(numbers)
 
     record: dict[str, Any] = {name: take(tensor) for name, tensor in scalars.items()}

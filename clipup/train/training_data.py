@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,7 +35,7 @@ class Epochs:
                 "batch_size or accum_freq, or pass more data"
             )
 
-    def epoch(self, epoch: int) -> Iterator[list[Batch]]:
+    def epoch(self, epoch: int) -> Generator[list[Batch], None, None]:
         """The steps of an epoch; batches left over at its end are not used. Close it to end its data workers."""
         if hasattr(self._info, "set_epoch"):
             self._info.set_epoch(epoch)

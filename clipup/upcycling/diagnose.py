@@ -14,6 +14,7 @@ from ..moe.expert_init import check_shards
 from ..moe.layer import SparseMoE
 from .upcycle import chosen_indices
 
+Norm = Literal["input", "hidden"]
 Status = Literal["sparse", "dense", "refused", "already sparse"]
 
 
@@ -33,7 +34,7 @@ class BlockReport:
     """Hidden width (H)."""
     activation: str | None = None
     gated: bool = False
-    norm: Literal["input", "hidden"] | None = None
+    norm: Norm | None = None
     """A norm inside the MLP: before the projections ("input") or between them ("hidden")."""
     status: Status = "dense"
     """"sparse" if upcycling makes it sparse; "refused" if it is selected, but its MLP could not be read."""
@@ -78,13 +79,14 @@ def _diagnose_tower(model: nn.Module, tower: str, config: MoEConfig) -> TowerRep
 def _diagnose_block(name: str, block: nn.Module, is_chosen: bool, granularity: int) -> tuple[BlockReport, str | None]:
     """The block's report, and why a selected block cannot be upcycled."""
     kind = type(block).__name__
+    norm: Norm | None
     for layer in block.modules():
         if isinstance(layer, SparseMoE):
             gated = layer.gate_weight is not None
             norm = None if layer.ln_weight is None else "hidden"
-            shape = (layer.d_model, layer.d_hidden, layer.activation, gated, norm)
+            shape = layer.d_model, layer.d_hidden, layer.activation
             problem = f"{name} is already sparse; upcycle a dense model" if is_chosen else None
-            return BlockReport(name, kind, type(layer).__name__, *shape, status="already sparse"), problem
+            return BlockReport(name, kind, type(layer).__name__, *shape, gated, norm, "already sparse"), problem
     try:
         found = find_mlp(block)
         if is_chosen:
@@ -95,5 +97,7 @@ def _diagnose_block(name: str, block: nn.Module, is_chosen: bool, granularity: i
     dense = found.dense
     d_hidden, d_model = dense.in_weight.shape
     norm = "input" if dense.input_norm is not None else "hidden" if dense.ln_weight is not None else None
-    shape = (d_model, d_hidden, dense.activation, dense.gate_weight is not None, norm)
-    return BlockReport(name, kind, type(found.module).__name__, *shape, status="sparse" if is_chosen else "dense"), None
+    status: Status = "sparse" if is_chosen else "dense"
+    shape = d_model, d_hidden, dense.activation
+    gated = dense.gate_weight is not None
+    return BlockReport(name, kind, type(found.module).__name__, *shape, gated, norm, status), None

@@ -58,7 +58,7 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
     if "text" in config.towers:
         make_padding_aware(model)
     add_no_weight_decay(model)
-    model.moe_config = config
+    model.moe_config = config  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
     return model
 
 

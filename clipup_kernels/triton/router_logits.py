@@ -26,6 +26,7 @@ _WEIGHT = {"BLOCK_T": 4, "BLOCK_D": 128}
 _ADD_UP = {"BLOCK_S": 32, "BLOCK": 64}
 _PARTIAL_SUMS = 2048  # partial sums of a column of the weight, over all experts: enough programs for any GPU
 _OPTIONS = {"num_warps": 4, "num_stages": 1}
+_LOGITS_OPTIONS = {**_OPTIONS, "num_warps": 8}  # with four, Triton 3.6 spills registers
 
 
 @triton.jit
@@ -115,7 +116,7 @@ def router_logits(x, weight, mask=None) -> Tensor:
         block_e = _block_of_experts(num_experts)
         with torch.cuda.device_of(x):
             _logits[(triton.cdiv(num_tokens, _LOGITS["BLOCK_T"]), triton.cdiv(num_experts, block_e))](
-                x, weight, mask, logits, num_tokens, width, num_experts, BLOCK_E=block_e, **_LOGITS, **_OPTIONS
+                x, weight, mask, logits, num_tokens, width, num_experts, BLOCK_E=block_e, **_LOGITS, **_LOGITS_OPTIONS
             )
     return logits
 
@@ -163,15 +164,15 @@ def variants(arch: int) -> Iterator[Variant]:
     shared |= {"mask": "*u8"} | dict.fromkeys(("T", "E", "share", "splits"), "i32") | {"size": "i32:16"}
     block_e = {"BLOCK_E": _EXPERTS}
     stages = (
-        ("router_logits", _logits, block_e | _LOGITS),
-        ("router_d_x", _token_gradient, _TOKEN),
-        ("router_weight_sums", _weight_sums, block_e | _WEIGHT),
+        ("router_logits", _logits, block_e | _LOGITS, _LOGITS_OPTIONS),
+        ("router_d_x", _token_gradient, _TOKEN, _OPTIONS),
+        ("router_weight_sums", _weight_sums, block_e | _WEIGHT, _OPTIONS),
     )
     for dtype, width in (*((name, "i32:16") for name in TYPE_NAMES.values()), ("bf16", "i32")):
         types = shared | dict.fromkeys(("x", "d_x"), f"*{dtype}") | {"D": width}
-        for stage, kernel, constants in stages:
+        for stage, kernel, constants, options in stages:
             arguments = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
             name = f"{stage} {dtype}" + ("" if width == "i32:16" else ", odd width")
-            yield Variant(name, kernel, signature(kernel, arguments, constants), constants, _OPTIONS)
+            yield Variant(name, kernel, signature(kernel, arguments, constants), constants, options)
     arguments = {argument: shared[argument] for argument in _add_up.arg_names if argument not in _ADD_UP}
     yield Variant("router_add_up", _add_up, signature(_add_up, arguments, _ADD_UP), _ADD_UP, _OPTIONS)

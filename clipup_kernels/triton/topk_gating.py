@@ -185,6 +185,11 @@ def _blocks(num_experts: int, k: int) -> dict[str, int]:
     return {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": triton.next_power_of_2(k)}
 
 
+def _gating_options(num_experts: int) -> dict[str, int]:
+    """More than eight experts get twice the warps: with four, Triton 3.6 spills registers."""
+    return {**_OPTIONS, "num_warps": 4 if num_experts <= 8 else 8}
+
+
 def _reduce_blocks(num_experts: int) -> dict[str, int]:
     block_e = max(4, triton.next_power_of_2(num_experts))
     return {"BLOCK_P": max(1, 2 * _TILE // block_e), "BLOCK_E": block_e}
@@ -216,7 +221,7 @@ def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple
     with torch.cuda.device_of(logits):
         _gating[(programs,)](
             logits, selection_bias, mask, gates, expert_indices, top_prob, *partial_sums, num_tokens, tiles,
-            E=num_experts, K=k, RENORMALIZE=renormalize, **blocks, **_OPTIONS,
+            E=num_experts, K=k, RENORMALIZE=renormalize, **blocks, **_gating_options(num_experts),
         )  # fmt: skip
         _reduce[(k + 1,)](
             *partial_sums, mean_probs, z_loss, tokens_per_expert, programs,
@@ -249,7 +254,7 @@ def topk_gating_backward(
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """The kernels for routers of 8, 64 and 256 experts; other numbers of experts and choices differ in constants."""
+    """The kernels for routers of 8 to 256 experts; other numbers of experts and choices differ in constants."""
     floats = ("logits", "selection_bias", "gates", "top_prob", "prob_sums", "z_sums", "mean_probs", "z_loss")
     gradients = ("d_gates", "d_top_prob", "d_mean_probs", "d_z_loss", "d_logits")
     integers = ("expert_indices", "token_counts", "choice_counts", "tokens_per_expert")
@@ -257,14 +262,15 @@ def variants(arch: int) -> Iterator[Variant]:
     pointers |= {"num_unmasked": "*i64", "mask": "*u8"}
     types = pointers | {"T": "i32", "tiles": "i32", "programs": "i32"}
 
-    def variant(name, kernel, **constants) -> Variant:
+    def variant(name, kernel, options=_OPTIONS, **constants) -> Variant:
         arguments = {argument: types[argument] for argument in kernel.arg_names if argument in types.keys() - constants}
-        return Variant(name, kernel, signature(kernel, arguments, constants), constants, _OPTIONS)
+        return Variant(name, kernel, signature(kernel, arguments, constants), constants, options)
 
-    for num_experts, k in ((8, 2), (64, 8), (256, 8)):
+    for num_experts, k in ((8, 2), (16, 8), (64, 8), (256, 8)):
         sizes, blocks = {"E": num_experts, "K": k}, _blocks(num_experts, k)
         name = f"E={num_experts} K={k}"
-        yield variant(f"gating {name}", _gating, **sizes, RENORMALIZE=True, **blocks)
+        options = _gating_options(num_experts)
+        yield variant(f"gating {name}", _gating, options, **sizes, RENORMALIZE=True, **blocks)
         yield variant(f"gating_reduce {name}", _reduce, **sizes, **_reduce_blocks(num_experts))
         del blocks["BLOCK_K"]
         yield variant(f"gating_backward {name}", _gating_backward, **sizes, RENORMALIZE=True, **blocks)

@@ -124,7 +124,8 @@ def assign(concepts: Sequence[Concept]) -> Splits:
 
 def _gallery(candidates: Iterable[Concept]) -> list[tuple[Concept, Rendering]]:
     """One rendering of each concept, ordered by hash; of concepts that share a caption, only the first."""
-    chosen, captions = [], set()
+    chosen: list[tuple[Concept, Rendering]] = []
+    captions: set[str] = set()
     for concept in sorted(candidates, key=lambda concept: _hash("gallery", concept.key)):
         if captions.isdisjoint(concept.captions):
             captions.update(concept.captions)

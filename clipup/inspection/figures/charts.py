@@ -7,8 +7,8 @@ finite leaves a gap; a chart without values says so instead of failing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import SupportsFloat
 
 from . import axes, svg
@@ -67,8 +67,8 @@ def line_chart(
     ``levels``: (y, label) of dashed horizontal lines. Series without a color cycle through the palette, dashed from the
     second cycle on.
     """
-    drawn = [(one, one.pairs()) for one in map(_with_color, series, range(len(series)))]
-    finite = [(x, y) for _, pairs in drawn for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
+    drawn = [(_key(one, row), one.pairs(), one.points) for row, one in enumerate(series)]
+    finite = [(x, y) for _, pairs, _ in drawn for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
     if y_range is None:
         y_range = axes.span([y for _, y in finite] + [level for level, _ in levels if finite], margin=0.06)
     frame, around = axes.build(
@@ -81,13 +81,13 @@ def line_chart(
         y_range=y_range,
         x_format=x_format,
         y_format=y_format,
-        legend=[Key(one.label, one.color, one.dash) for one, _ in drawn] if len(drawn) > 1 else (),
+        legend=[key for key, _, _ in drawn] if len(drawn) > 1 else (),
     )
     parts = [around, *(_mark(frame, x, label) for x, label in marks), *(_level(frame, y, label) for y, label in levels)]
-    for one, pairs in drawn:
-        parts.append(_line(frame, pairs, one.color, one.dash))
-        if one.points:
-            parts += _points(frame, one.label, pairs, one.color, x_format, x_label, y_format)
+    for key, pairs, points in drawn:
+        parts.append(_line(frame, pairs, key.color, key.dash))
+        if points:
+            parts += _points(frame, key.label, pairs, key.color, x_format, x_label, y_format)
     if not finite:
         parts.append(_no_data(frame))
     return svg.picture(width, height, title, *parts)
@@ -137,7 +137,7 @@ def load_chart(
     return svg.picture(width, height, title, *parts)
 
 
-def imbalance(load: Sequence[SupportsFloat]) -> float:
+def imbalance(load: Iterable[SupportsFloat]) -> float:
     """Largest share over the uniform share: 1 if the load is balanced; NaN if a share is not finite."""
     shares = [float(share) for share in load]
     if not shares or not all(math.isfinite(share) for share in shares):
@@ -230,10 +230,10 @@ def _no_data(frame: Frame) -> str:
     return svg.text(middle, (frame.top + frame.bottom) / 2, "nothing recorded", font_size=FONT, text_anchor="middle")
 
 
-def _with_color(series: Series, row: int) -> Series:
+def _key(series: Series, row: int) -> Key:
     if series.color is not None:
-        return series
-    return replace(series, color=expert_color(row), dash=series.dash or _expert_dash(row))
+        return Key(series.label, series.color, series.dash)
+    return Key(series.label, expert_color(row), series.dash or _expert_dash(row))
 
 
 def _expert_dash(expert: int) -> str | None:

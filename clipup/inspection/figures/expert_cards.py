@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from typing import SupportsFloat
 
 from ..token_words import WordShare
 from . import svg
@@ -14,7 +15,7 @@ from .svg import Figure
 _GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,215px),1fr));gap:14px 22px"
 
 
-def patch_cards(first_load: Sequence[float], patches: Sequence[Sequence[str]]) -> Figure:
+def patch_cards(first_load: Iterable[SupportsFloat], patches: Sequence[Sequence[str]]) -> Figure:
     """first_load [E] shares of first choices; patches: for each expert figures of ``images.patch``."""
     rows = [
         svg.element("div", *shown, style="display:flex;flex-wrap:wrap;gap:5px") if shown else "" for shown in patches
@@ -22,12 +23,12 @@ def patch_cards(first_load: Sequence[float], patches: Sequence[Sequence[str]]) -
     return _cards(first_load, rows, "first choice of no patch")
 
 
-def word_cards(first_load: Sequence[float], words: Sequence[Sequence[WordShare]]) -> Figure:
+def word_cards(first_load: Iterable[SupportsFloat], words: Sequence[Sequence[WordShare]]) -> Figure:
     """first_load [E] shares of first choices; words: for each expert those it takes most."""
     return _cards(first_load, [_word_list(shown) for shown in words], "no word more often than its share")
 
 
-def _cards(first_load: Sequence[float], contents: Sequence[str], nothing: str) -> Figure:
+def _cards(first_load: Iterable[SupportsFloat], contents: Sequence[str], nothing: str) -> Figure:
     cards = []
     for expert, (share, content) in enumerate(zip(first_load, contents, strict=True)):
         content = content or svg.element("small", nothing, style="opacity:.75")

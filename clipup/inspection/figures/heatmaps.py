@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -21,7 +21,7 @@ _WHITE_INK_ABOVE = 0.73  # where white and black text have the same contrast wit
 _SMALLEST_CELL_WITH_VALUE = 27
 
 
-def load_bars(load: Sequence[float], title: str, subtitle: str = "", width: float = 300) -> Figure:
+def load_bars(load: Iterable[SupportsFloat], title: str, subtitle: str = "", width: float = 300) -> Figure:
     """Each expert's share of a layer's routed (token, expert) pairs, one bar per expert; dashed: the uniform share.
 
     load [E] fractions of 1. The largest share over the uniform one is written above the bars, under ``subtitle``.

@@ -71,6 +71,7 @@ def refused(place, capsys, monkeypatch):
         ("train --model dense", "train_data is missing: pass --train-data with a CSV file or WebDataset shards"),
         ("train --model dense --train-data x.csv --val-data nowhere.csv --batch-size 1", "val_data: there is no file"),
         ("train --model dense --train-data x.csv --logs x.csv", "logs: PLACE/x.csv is a file; expected a directory"),
+        ("train --model dense --train-data x.csv --logs None", "logs: got None, with which nothing is saved"),
         ("train --model dense --train-data x.csv --device gpu", "device is 'gpu', expected cpu, cuda or cuda:N"),
         (
             "upcycle ViT-B-32 out",

@@ -107,3 +107,9 @@ def test_a_data_set_describes_itself(small, tmp_path):
     assert describe(out) == dataset == json.loads((out / "dataset.json").read_text())
     with pytest.raises(FileNotFoundError, match="contains no dataset.json"):
         describe(tmp_path)
+
+
+def test_an_index_error_of_preprocess_is_raised_as_it_is(pictures):
+    samples = eval_samples(pictures.shards(count=2, shards=1), lambda image: [][1])
+    with pytest.raises(IndexError, match="list index out of range"):
+        list(samples)

@@ -148,6 +148,8 @@ def test_patches_are_found_in_every_family_of_image_towers(name):
 def test_tokens_in_no_grid_have_no_map():
     with pytest.raises(ValueError, match="are in no grid of patches"):
         routing([[[0], [1]]]).maps()
+    with pytest.raises(ValueError, match="are in no grid of patches"):
+        routing([[[0], [1]]]).patch_of(1)
 
 
 def test_strongest_tokens_are_the_surest_one_an_image():
