@@ -60,8 +60,8 @@ def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
         if blocks:
             return {f"{path}.{name}".lstrip("."): block for name, block in blocks.items()}
     raise TypeError(
-        f"the {tower} tower ({path}: {type(module).__name__}) has no list of transformer blocks; {families_read()}; "
-        f"{leave_dense(tower)}"
+        f"the {tower} tower ({path}: {type(module).__name__}) has no list of transformer blocks; {families_read()}"
+        f"{leave_dense(model, tower)}"
     )
 
 
@@ -73,10 +73,10 @@ def tower_module(model: nn.Module, tower: str) -> tuple[str, nn.Module]:
     return (name, getattr(model, name)) if hasattr(model, name) else ("", model)
 
 
-def leave_dense(tower: str) -> str:
-    """Advice for error messages: the option that leaves a tower dense."""
+def leave_dense(model: nn.Module, tower: str) -> str:
+    """Advice at the end of an error message: the option that leaves a tower dense, if the model has another one."""
     other = "text" if tower == "image" else "image"
-    return f'towers=("{other}",) leaves the {tower} tower dense'
+    return f'; towers=("{other}",) leaves the {tower} tower dense' if other in towers(model) else ""
 
 
 def _trunk(path: str, module: nn.Module) -> tuple[str, nn.Module]:

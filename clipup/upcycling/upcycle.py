@@ -73,7 +73,7 @@ def _chosen_mlps(model: nn.Module, config: MoEConfig) -> list[BlockMLP]:
                 mlp = find_mlp(blocks[name])
                 check_shards(mlp.dense, config.granularity)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}; {leave_dense(tower)}") from error
+                raise type(error)(f"{name}: {error}{leave_dense(model, tower)}") from error
             chosen.append(mlp)
     return chosen
 

@@ -209,3 +209,9 @@ def test_unsupported_towers_and_blocks_are_refused(make, towers, message):
         return
     with pytest.raises(TypeError, match=message):
         upcycle(make(), config)
+
+
+def test_refusal_of_a_model_with_one_tower_names_no_other_tower():
+    model = timm.create_model("test_convnext", conv_mlp=True)
+    with pytest.raises(TypeError, match="Conv2d, expected a plain nn.Linear$"):
+        upcycle(model, IMAGE)
