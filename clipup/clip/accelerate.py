@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import checks
 from ..dense.mlp_families import BlockMLP, families_read, find_mlp, read_mlp
-from ..dense.prepared import MATRICES, Prepared, PreparedMLP, refuse_before_changing
+from ..dense.prepared import MATRICES, Prepared, PreparedMLP
 from ..moe.experts import Experts
 from ..moe.layer import SparseMoE
 from ..moe.prepared import PreparedMoE
@@ -32,9 +32,8 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     projections, or have hooks.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, modifying, casting or
-    moving a prepared layer raises an error; the same of the returned model raises it before anything has changed.
-    Threads can share prepared layers; deepcopy, pickle and ``load_state_dict`` work, and ``state_dict()`` has the names
-    and values of the plain model. Upcycle and cast before preparing.
+    moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
+    work, and ``state_dict()`` has the names and values of the plain model. Upcycle and cast before preparing.
 
     Args:
         model: a model on the CPU with transformer blocks of a family in ``clipup.dense.mlp_families``, sparse or dense;
@@ -72,7 +71,6 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         parameter.requires_grad_(False)
     model.eval()
     if not isinstance(model, SparseMoE):
-        refuse_before_changing(model)
         from .padding_aware import make_padding_aware  # imports open_clip, which SparseMoE does not need
 
         make_padding_aware(model)

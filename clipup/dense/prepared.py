@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,22 +107,9 @@ class Prepared(nn.Module):
             raise AttributeError(f"{name} of a prepared layer cannot be set: {_ONLY_INFERENCE}")
         super().__setattr__(name, value)
 
-    def refuse_training(self) -> None:
-        raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")
-
-    def refuse_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Raises if ``fn``, which converts parameters and buffers, changes the type or the device."""
-        probe = torch.empty(0, dtype=self.dtype)
-        moved = fn(probe)
-        if moved.dtype != probe.dtype or moved.device != probe.device:
-            raise RuntimeError(
-                f"a prepared layer stays on the CPU and of type {self.dtype}, and cannot become {moved.dtype} on "
-                f"{moved.device}: {_ONLY_INFERENCE}"
-            )
-
     def train(self, mode: bool = True) -> Prepared:
         if mode:
-            self.refuse_training()
+            raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> Prepared:
@@ -135,7 +121,13 @@ class Prepared(nn.Module):
         raise RuntimeError(f"a prepared layer cannot be re-initialized: {_ONLY_INFERENCE}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
-        self.refuse_conversion(fn)
+        probe = torch.empty(0, dtype=self.dtype)
+        moved = fn(probe)
+        if moved.dtype != probe.dtype or moved.device != probe.device:
+            raise RuntimeError(
+                f"a prepared layer stays on the CPU and of type {self.dtype}, and cannot become {moved.dtype} on "
+                f"{moved.device}: {_ONLY_INFERENCE}"
+            )
         return super()._apply(fn, recurse)
 
     # ------------------------------------------------------------ the plain layer's state dict
@@ -206,30 +198,6 @@ _ONLY_INFERENCE = (
     "its weights are packed for inference; train, cast or move the plain model and prepare it again with "
     "clipup.accelerate"
 )
-
-
-def refuse_before_changing(model: nn.Module) -> None:
-    """Makes ``train`` and conversions of a model ask its prepared layers first, so that a refusal changes nothing.
-
-    torch changes a model module by module, and would have changed those before the first prepared layer."""
-    setattr(model, "train", partial(_train, model))  # noqa: B010
-    setattr(model, "_apply", partial(_convert, model))  # noqa: B010
-
-
-def _train(model: nn.Module, mode: bool = True) -> nn.Module:
-    for layer in _prepared_layers(model) if mode else ():
-        layer.refuse_training()
-    return type(model).train(model, mode)
-
-
-def _convert(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    for layer in _prepared_layers(model) if recurse else ():
-        layer.refuse_conversion(fn)
-    return type(model)._apply(model, fn, recurse)
-
-
-def _prepared_layers(model: nn.Module) -> list[Prepared]:
-    return [module for module in model.modules() if isinstance(module, Prepared)]
 
 
 class PreparedMLP(Prepared):
