@@ -132,7 +132,11 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
     for reason in latest.passed_over:
         print(f"clipup inspect: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)
     options = checks.read_json(root / "options.json")
-    name = options["model"] or options["pretrained"]
+    name = (options.get("model") or options.get("pretrained")) if isinstance(options, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{root / 'options.json'} names no model; expected the options of a run, as clipup train wrote them"
+        )
     with factory.expecting_random_weights():
         model, _, preprocess = factory.create_model_and_transforms(name, device=device)
     moe_config = read_weights(latest.path).moe_config
