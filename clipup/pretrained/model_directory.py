@@ -27,8 +27,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not valid JSON, its ``model_cfg`` is missing, incomplete or refers to files elsewhere, or
-            the mean or std of images are not numbers.
+        ValueError: the file is not valid JSON, its ``model_cfg`` is missing, incomplete or refers to files elsewhere,
+            or the mean or std of images are not numbers.
     """
     path = Path(directory) / CONFIG_NAME
     config = read_config_file(path, "a directory saved by clipup or open_clip")
