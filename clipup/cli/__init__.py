@@ -58,7 +58,8 @@ def reporting_errors(program: str, function: Callable[[], int]) -> int:
     """
     try:
         code = function()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None if it was closed
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader of the output has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

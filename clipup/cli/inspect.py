@@ -132,14 +132,18 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
     for reason in latest.passed_over:
         print(f"clipup inspect: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)
     options = checks.read_json(root / "options.json")
-    name = options["model"] or options["pretrained"]
+    named = (options.get("model") or options.get("pretrained")) if isinstance(options, dict) else None
+    if not isinstance(named, str):
+        raise ValueError(
+            f"{root / 'options.json'} names no model; expected the options of a run, as clipup train wrote them"
+        )
     with factory.expecting_random_weights():
-        model, _, preprocess = factory.create_model_and_transforms(name, device=device)
+        model, _, preprocess = factory.create_model_and_transforms(named, device=device)
     moe_config = read_weights(latest.path).moe_config
     if moe_config is not None and not moe_layers(model):
         upcycle(model, moe_config, inplace=True)
     factory.load_checkpoint(model, latest.path)
-    return model, preprocess, tokenizers.get_tokenizer(name)
+    return model, preprocess, tokenizers.get_tokenizer(named)
 
 
 def find_images(source: str) -> list[Record]:

@@ -56,7 +56,7 @@ def class_name(module: nn.Module) -> str:
 
 
 _ACTIVATIONS: dict[str, str | Callable[[Any], str]] = {
-    "torch.nn.modules.activation.GELU": lambda act: {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate],
+    "torch.nn.modules.activation.GELU": lambda act: _gelu(act.approximate),
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.SiLU": "silu",
     "open_clip.transformer.QuickGELU": "quick_gelu",
@@ -77,6 +77,13 @@ _LAYER_NORMS = (
     "timm.layers.norm.LayerNorm",
     "timm.layers.norm.LayerNormFp32",
 )
+
+
+def _gelu(approximate: str) -> str:
+    names = {"none": "gelu", "tanh": "gelu_tanh"}
+    if approximate not in names:  # torch.nn.GELU finds out in its forward only
+        raise TypeError(f"cannot read an MLP with GELU(approximate={approximate!r}), expected none or tanh")
+    return names[approximate]
 
 
 def read_activation(module: nn.Module) -> str:

@@ -107,7 +107,7 @@ def route_images(model: nn.Module, images: Iterable[Tensor], batch_size: int = 3
     The model is left unchanged: its mode, its hooks and its ``moe_metrics``. Empty for a dense image tower.
 
     Raises:
-        ValueError: the model has no sparse layers at all.
+        ValueError: the model has no sparse layers at all, or gives NaN or infinity.
     """
     device, dtype = device_of(model), inputs.image_dtype(model)
     encode = inputs.encoders(model)["image"]
@@ -119,7 +119,7 @@ def route_texts(model: nn.Module, texts: Tensor, batch_size: int = 32) -> dict[s
     """How each sparse layer of the text tower routes texts [N, S] of token ids; otherwise like ``route_images``.
 
     Raises:
-        ValueError: the model has no sparse layers at all, or no text tower.
+        ValueError: the model has no sparse layers at all, no text tower, or gives NaN or infinity.
     """
     encoders = inputs.encoders(model)
     if "text" not in encoders:
@@ -136,15 +136,22 @@ def _route(
         raise ValueError(NO_SPARSE_LAYERS)
     with _recording(layers) as found, evaluating(model):
         for batch in batches:
-            encode(batch)
+            _check_finite(f"the features of {tower}s", encode(batch))
     routings = {}
     for name in (name for name in layers if name in found):
         shape, experts, probabilities = zip(*found[name], strict=True)
+        for chosen, shares in zip(experts, probabilities, strict=True):
+            _check_finite(f"the router of {name}", torch.from_numpy(shares[chosen[..., 0] >= 0]))
         grid = _grid(model, shape[0]) if tower == "image" else None
         routings[name] = LayerRouting(
             tower, _joined(experts, -1, length), _joined(probabilities, 0, length), grid
         )  # fmt: skip
     return routings
+
+
+def _check_finite(what: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError(f"{what}: NaN or infinity, so its routing means nothing: the model is broken")
 
 
 def _joined(batches: Sequence[np.ndarray], absent: int, length: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import textwrap
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -104,7 +105,8 @@ def _create(
         return upcycle(model, found, inplace=True), *transforms
     drop_parameters(model)
     upcycle(model, found, inplace=True)
-    weights = _fitting(model, weights, str(pretrained or directory), described_by)
+    with _clear_errors(model_name):
+        weights = _fitting(model, weights, str(pretrained or directory), described_by)
     assign_weights(model, weights, kwargs.get("device", "cpu"))
     return model, *transforms
 
@@ -175,7 +177,8 @@ def create_on_meta(model_name: str) -> nn.Module:
 @contextmanager
 def _clear_errors(model_name: str) -> Iterator[None]:
     """Converts open_clip's errors into one-line ValueErrors: RuntimeError about names, files and downloads,
-    AssertionError about widths, SafetensorError, and UnpicklingError about files that contain code."""
+    AssertionError about widths, those of options that give no model (a division by zero, an unknown key),
+    SafetensorError, and UnpicklingError about files that contain code."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -187,8 +190,11 @@ def _clear_errors(model_name: str) -> Iterator[None]:
         ) from error
     except safetensors.SafetensorError as error:
         raise ValueError(f"the weights of {model_name} cannot be read, the file is damaged: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError) as error:
+        raise ValueError(f"open_clip could not create {model_name}: {type(error).__name__}: {error}") from error
     except (RuntimeError, AssertionError) as error:
-        lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines() if line.strip()]
+        text = str(error) or (traceback.extract_tb(error.__traceback__)[-1].line or "")  # a bare assertion: its code
+        lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in text.splitlines() if line.strip()]
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
         misfit = isinstance(error, AssertionError) or "state_dict" in str(error)
         hint = "; the weights belong to another model or config" if misfit else ""

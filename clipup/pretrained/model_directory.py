@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..moe.config import MoEConfig
 from .config_files import moe_config_in, read_config_file
 from .state_dicts import read_safetensors, types_in_safetensors
@@ -16,13 +18,17 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg")
 
+_NAME = re.compile(r"(hf-hub:)?\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
+"""A name of timm's or transformers', or of the hub: nothing that they would read as a path outside."""
+
 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """The directory's config file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is not valid JSON, or its ``model_cfg`` is missing or incomplete.
+        ValueError: the file is not valid JSON, its ``model_cfg`` is missing, incomplete or refers to files elsewhere,
+            or the mean or std of images are not numbers.
     """
     path = Path(directory) / CONFIG_NAME
     config = read_config_file(path, "a directory saved by clipup or open_clip")
@@ -32,7 +38,38 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     missing = [field for field in MODEL_FIELDS if field not in model_cfg]
     if missing:
         raise ValueError(f"model_cfg in {path} lacks {', '.join(missing)}")
+    for tower in ("vision_cfg", "text_cfg"):
+        checks.check(f"{tower} in {path}", model_cfg[tower], isinstance(model_cfg[tower], dict), "an object")
+    check_name(f"{path}: timm_model_name", model_cfg["vision_cfg"].get("timm_model_name"))
+    for field in ("hf_model_name", "hf_tokenizer_name"):
+        name = model_cfg["text_cfg"].get(field)
+        checks.check(f"{path}: {field}", name, name is None or isinstance(name, str), "a name")
+    _check_normalization(config.get("preprocess_cfg"), path)
     return config
+
+
+def check_name(field: str, name: Any) -> None:
+    """Raises ``ValueError`` for a name in a config that would be read as a path. None and "" are no name."""
+    if name is not None and name != "" and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ValueError(
+            f"{field} must be a name, such as ORG/NAME, got {name!r}; a config must not refer to other files"
+        )
+
+
+def _check_normalization(preprocess_cfg: Any, path: Path) -> None:
+    """Refuses a mean or standard deviation of the images' channels that is not a finite number."""
+    if preprocess_cfg is None:
+        return
+    checks.check(f"preprocess_cfg in {path}", preprocess_cfg, isinstance(preprocess_cfg, dict), "an object")
+    for field, check in ("mean", checks.number), ("std", checks.positive_number):
+        value = preprocess_cfg.get(field)
+        if value is None:
+            continue
+        name = f"{path}: {field}"
+        if isinstance(value, list):
+            checks.check(name, value, len(value) == 3, "one number, or one per channel")
+        for one in value if isinstance(value, list) else [value]:
+            check(name, one)
 
 
 def read_moe_config(directory: str | Path) -> MoEConfig | None:

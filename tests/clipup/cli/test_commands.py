@@ -206,3 +206,9 @@ def test_flops_of_a_sparse_directory(tmp_path, capsys):
     )
     assert main(["flops", str(tmp_path)]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["image", "MoE"]
+
+
+def test_a_command_without_a_standard_output_succeeds(monkeypatch):
+    """Python sets sys.stdout to None if it was closed (`clipup ... >&-`, a service)."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["doctor", "clipup-tiny-32"]) == 0

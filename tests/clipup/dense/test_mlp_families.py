@@ -138,6 +138,7 @@ def mlp_with_one_bias():
         (nn.Sequential(nn.Linear(D, H)), "cannot read an nn.Sequential of 0 as an MLP, expected c_fc, gelu, c_proj"),
         (open_clip_mlp(ln=nn.RMSNorm(H)), r"with a torch.nn.modules.normalization.RMSNorm \(ln\) between its proj"),
         (open_clip_mlp(ln=nn.LayerNorm(H, bias=False)), r"with a layer norm \(ln\) that lacks weight or bias"),
+        (open_clip_mlp(nn.GELU(approximate="fast")), r"GELU\(approximate='fast'\), expected none or tanh"),
         (open_clip_mlp(nn.Tanh()), "activation torch.nn.modules.activation.Tanh; activations that are read: torch.nn"),
         (timm.layers.Mlp(D, H, norm_layer=timm.layers.RmsNorm), r"RmsNorm \(norm\) between its projections"),
         (

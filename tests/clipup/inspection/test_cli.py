@@ -173,3 +173,13 @@ def test_captions_that_are_no_text_are_named(model, captions, capsys):
     assert f"captions: {captions} is not UTF-8 text" in refused(
         capsys, model, "--captions", captions, "--out", "r.html"
     )
+
+
+@pytest.mark.parametrize("options", [{}, [], {"model": None, "pretrained": None}, {"model": ["a"]}])
+def test_a_run_whose_options_name_no_model_is_refused(images, tmp_path, capsys, options):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    state = {"epoch": 0, "step": 3, "optimizer": {}, "state_dict": sparse_clip().state_dict()}
+    torch.save(state, run / "checkpoints" / "epoch_latest.pt")
+    (run / "options.json").write_text(json.dumps(options))
+    assert "options.json names no model" in refused(capsys, run, "--images", images)

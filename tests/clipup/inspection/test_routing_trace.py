@@ -56,6 +56,22 @@ def test_choices_and_probabilities_are_the_routers(model, batch_size):
         assert np.array_equal(routed[name].expert_indices, probabilities.topk(CHOICES).indices.numpy())
 
 
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("conv1.weight", "NaN or infinity"),
+        ("1.mlp.router.weight", "NaN or infinity"),
+        ("ln_post.bias", "features of image"),
+    ],
+)
+def test_a_model_that_gives_nan_is_refused(broken, message):
+    model = sparse_clip()
+    with torch.no_grad():
+        next(value for name, value in model.visual.named_parameters() if name.endswith(broken)).view(-1)[0] = math.nan
+    with pytest.raises(ValueError, match=f"{message}.*the model is broken"):
+        route_images(model, images(2))
+
+
 def test_tokens_behind_the_end_of_a_text_take_no_part(model):
     texts = tokenizer()(list(CAPTIONS))
     for layer in route_texts(model, texts, batch_size=2).values():

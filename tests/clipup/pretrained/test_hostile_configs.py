@@ -1,0 +1,119 @@
+"""Configs of model directories that were not written by ``save_pretrained``: damaged, mistyped or hostile."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from tiny_clip import tiny_clip, tiny_config
+
+import clipup
+from clipup import MoEConfig, save_pretrained, upcycle
+
+
+@pytest.fixture
+def directory(request, tmp_path):
+    model = tiny_clip()
+    if getattr(request, "param", "sparse") == "sparse":
+        model = upcycle(model, MoEConfig(num_experts=2))
+    save_pretrained(model, tmp_path / "model", tiny_config())
+    return tmp_path / "model"
+
+
+def change(directory, *keys, value):
+    path = directory / "open_clip_config.json"
+    config = part = json.loads(path.read_text())
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = value
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hf_tokenizer_name", "OUTSIDE"),
+        ("hf_tokenizer_name", "../outside"),
+        ("hf_tokenizer_name", "~/outside"),
+        ("hf_tokenizer_name", ["org/name"]),
+        ("tokenizer_kwargs", {"bpe_path": "OUTSIDE/vocabulary.gz"}),
+        ("tokenizer_kwargs", {"vocab_file": "OUTSIDE/vocab.txt"}),
+        ("tokenizer_kwargs", "clean"),
+    ],
+)
+def test_the_tokenizer_in_a_config_cannot_be_files_outside(directory, tmp_path, field, value):
+    outside = json.loads(json.dumps(value).replace("OUTSIDE", str(tmp_path / "outside")))
+    change(directory, "model_cfg", "text_cfg", field, value=outside)
+    with pytest.raises(ValueError, match=field) as caught:
+        clipup.get_tokenizer(str(directory))
+    assert str(directory) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["local-dir:/outside", "hf-hub:../outside", "../outside", ["vit"], 5])
+def test_the_image_tower_in_a_config_cannot_be_files_outside(directory, name):
+    change(directory, "model_cfg", "vision_cfg", "timm_model_name", value=name)
+    with pytest.raises(ValueError, match="timm_model_name must be a name"):
+        clipup.create_model_and_transforms(str(directory))
+
+
+@pytest.mark.parametrize("field", ["vision_cfg", "text_cfg"])
+@pytest.mark.parametrize("value", ["ViT-B-32", [], 7, None])
+def test_a_tower_that_is_not_an_object_is_refused(directory, field, value):
+    change(directory, "model_cfg", field, value=value)
+    for call in clipup.create_model_and_transforms, clipup.get_tokenizer:
+        with pytest.raises(ValueError, match=rf"{field} in .*open_clip_config.json must be an object, got"):
+            call(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("tower", "field", "value"),
+    [
+        ("vision_cfg", "image_size", -1),
+        ("vision_cfg", "image_size", 0),
+        ("vision_cfg", "patch_size", 0),
+        ("vision_cfg", "head_width", 0),
+        ("vision_cfg", "layers", []),
+        ("text_cfg", "context_length", 0),
+    ],
+)
+@pytest.mark.parametrize("directory", ["dense", "sparse"], indirect=True)
+def test_options_that_give_no_model_are_an_error_about_the_directory(directory, tower, field, value):
+    change(directory, "model_cfg", tower, field, value=value)
+    with pytest.raises(ValueError, match=f"could not create .*{re.escape(str(directory))}: ") as caught:
+        clipup.create_model_and_transforms(str(directory))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["mean", "std"])
+@pytest.mark.parametrize("value", [[0.5, 0.5], ["a", "b", "c"], [], {}, True, [0.5, 0.5, float("nan")], float("inf")])
+def test_normalization_of_images_is_checked(directory, field, value):
+    change(directory, "preprocess_cfg", value={field: value})
+    with pytest.raises((TypeError, ValueError), match=rf"open_clip_config.json.*{field}"):
+        clipup.create_model_and_transforms(str(directory))
+
+
+@pytest.mark.parametrize("value", [0, [1.0, 0.0, 1.0], -1])
+def test_images_are_not_divided_by_zero(directory, value):
+    change(directory, "preprocess_cfg", value={"std": value})
+    with pytest.raises(ValueError, match=r"open_clip_config.json.*std.*positive"):
+        clipup.create_model_and_transforms(str(directory))
+
+
+@pytest.mark.parametrize("value", [0.5, 1, [0.4, 0.5, 0.6], None])
+def test_normalization_by_numbers_and_lists_is_read(directory, value):
+    change(directory, "preprocess_cfg", value={"std": value, "mean": value})
+    *_, preprocess = clipup.create_model_and_transforms(str(directory))
+    assert torch.isfinite(preprocess(Image.new("RGB", (20, 20)))).all()
+
+
+def test_an_error_without_a_text_names_what_was_asserted(directory):
+    change(directory, "preprocess_cfg", value={"interpolation": "none at all"})
+    with pytest.raises(ValueError, match="could not create .*interpolation in"):
+        clipup.create_model_and_transforms(str(directory))
+
+
+def test_options_of_a_tokenizer_that_it_refuses_are_an_error_about_the_model(directory):
+    change(directory, "model_cfg", "text_cfg", "tokenizer_kwargs", value={"clean": "none at all"})
+    with pytest.raises(ValueError, match=rf"{re.escape(str(directory))}.*Invalid clean function"):
+        clipup.get_tokenizer(str(directory))
