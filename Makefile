@@ -47,7 +47,7 @@ demo: $(call installed,demo)
 	GOMP_SPINCOUNT=2000 $(BIN)/clipup demo --out runs/demo --overwrite
 
 test: $(call installed,test)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not cuda" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not cuda" $(PYTEST_ARGS)
 
 # Tests marked cuda run if there is a GPU; the tests that interpret Triton's kernels then run in a separate process
 # (tests/conftest.py). The tests of the ops run again on every backend and every instruction tier.

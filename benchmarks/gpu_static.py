@@ -68,13 +68,15 @@ def check(variant: Variant, arch: int) -> tuple[str, bool]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
-    parser.add_argument("--match", default="", help="compile the kernels whose name holds this text (default: all)")
+    parser.add_argument(
+        "--match", nargs="+", default=[""], help="compile the kernels whose name holds one of these (default: all)"
+    )
     arguments = parser.parse_args(argv)
     print(line(COLUMNS))
     kernels, failures = 0, 0
     for arch in arguments.arch:
         for variant in all_variants(arch):
-            if arguments.match in variant.name:
+            if any(text in variant.name for text in arguments.match):
                 row, well = check(variant, arch)
                 print(row, flush=True)
                 kernels, failures = kernels + 1, failures + (not well)
