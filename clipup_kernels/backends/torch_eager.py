@@ -1,12 +1,14 @@
-"""Every op in plain torch, on any device and in any type: the forward of ``reference``, and formulas for backward.
+"""Every op in plain torch, on any device and in any type: routing as in ``reference``, experts on the grouped products
+of ``grouped_products``, and formulas for backward.
 
-The fallback where no other backend runs (float64, a device without kernels, no extension). It favors correctness: every
-expert runs on every row. Except for a check in ``dispatch`` on the CPU nothing depends on values, so the host never
-waits. 16-bit types are widened: sums are in float32.
+It computes where no other backend does (float64, a device without kernels, no extension) and where it is asked for.
+Except for a check in ``dispatch`` on the CPU nothing depends on values, so the host never waits. Products have the type
+of the tokens; gates, and sums over rows and choices, are at least float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from ..types import Plan
+from . import grouped_products
 
 Outputs = tuple[Tensor, ...]
 
@@ -88,31 +91,15 @@ def gather_sum(rows, row_of_choice) -> Tensor:
 
 
 def grouped_linear(rows, weight, bias, offsets) -> Tensor:
-    wide_rows, wide_weight, wide_bias = wide(rows, weight, bias)
-    return reference.grouped_linear(wide_rows, wide_weight, wide_bias, offsets).to(rows.dtype)
-
-
-def _grouped_outer(left: Tensor, right: Tensor, owner: Tensor, num_experts: int) -> Tensor:
-    """[E, M, N]: sum over the rows of each expert of left[r, :, None] * right[r, None, :]."""
-    return torch.stack([torch.where((owner == e)[:, None], left, 0).mT @ right for e in range(num_experts)])
-
-
-def _grouped_sum(rows: Tensor, owner: Tensor, num_experts: int) -> Tensor:
-    """[E, M]: the sum of each expert's rows."""
-    return torch.stack([torch.where((owner == e)[:, None], rows, 0).sum(0) for e in range(num_experts)])
+    return grouped_products.project(rows, weight, bias, offsets)
 
 
 def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> Outputs:
-    num_experts = weight.shape[0]
-    owner = reference.expert_of_row(offsets, rows.shape[0])
-    filled = (owner < num_experts)[:, None]
-    wide_d, wide_rows, wide_weight = wide(d_out, rows, weight)
-    wide_d, wide_rows = torch.where(filled, wide_d, 0), torch.where(filled, wide_rows, 0)
-    none = rows.new_empty(0)
+    need_rows, need_weight, need_bias = output_mask
     return (
-        reference.grouped_linear(wide_d, wide_weight.mT, None, offsets).to(rows.dtype) if output_mask[0] else none,
-        _grouped_outer(wide_d, wide_rows, owner, num_experts).to(rows.dtype) if output_mask[1] else none.clone(),
-        _grouped_sum(wide_d, owner, num_experts).to(rows.dtype) if output_mask[2] else none.clone(),
+        grouped_products.project(d_out, weight.mT, None, offsets) if need_rows else rows.new_empty(0),
+        grouped_products.outer(d_out, rows, offsets).to(rows.dtype) if need_weight else rows.new_empty(0),
+        grouped_products.sums(d_out, offsets).to(rows.dtype) if need_bias else rows.new_empty(0),
     )
 
 
@@ -160,14 +147,10 @@ def expert_mlp_forward(
     x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
     activation, keep_z,
 ) -> Outputs:  # fmt: skip
-    plan = Plan(offsets, choice_of_row, row_of_choice)
-    wide_x, w_in, b_in, w_out, b_out, w_gate, b_gate = wide(
-        x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias
-    )
-    z = expert_mlp_z(reference.permute(wide_x, plan), offsets, w_in, b_in, w_gate, b_gate)
-    out = reference.grouped_linear(activate_z(z, activation), w_out, b_out, offsets)
-    y = reference.combine(out, gates.to(out.dtype), plan).to(x.dtype)
-    return y, z.to(x.dtype) if keep_z else x.new_empty(0)
+    rows = permute(x, offsets, choice_of_row, row_of_choice)
+    z = expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias)
+    out = grouped_linear(activate_z(z, activation), out_weight, out_bias, offsets)
+    return combine(out, gates, offsets, choice_of_row, row_of_choice), z if keep_z else x.new_empty(0)
 
 
 def activate_z(z: Tensor, activation: str) -> Tensor:
@@ -186,52 +169,54 @@ def expert_mlp_backward(
     dy, x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight,
     gate_bias, z, activation, output_mask,
 ) -> Outputs:  # fmt: skip
-    plan = Plan(offsets, choice_of_row, row_of_choice)
     need_x, need_gates, need_in, need_out = output_mask
-    num_experts, num_rows = in_weight.shape[0], choice_of_row.shape[0]
-    owner = reference.expert_of_row(offsets, num_rows)
-    wide_dy, wide_x, w_in, w_out, b_out, w_gate = wide(dy, x, in_weight, out_weight, out_bias, gate_weight)
-    rows = reference.permute(wide_x, plan)
+    outer, sums = grouped_products.outer, grouped_products.sums
+    rows = permute(x, offsets, choice_of_row, row_of_choice)
     if z.numel() == 0:
-        z = expert_mlp_z(rows, offsets, *wide(in_weight, in_bias, gate_weight, gate_bias))
-    (z,) = wide(z)
-    d_row = reference.permute(wide_dy, plan)
-    gate = gate_of_row(gates.to(d_row.dtype), choice_of_row)[:, None]
+        z = expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias)
+    d_row = permute(dy, offsets, choice_of_row, row_of_choice)
+    gate = gate_of_row(gates, choice_of_row)[:, None]
     a = activate_z(z, activation)
-    da = reference.grouped_linear(d_row, w_out.mT, None, offsets)
-    d_gate_of_row = (a * da).sum(-1)
-    if b_out is not None:
-        d_gate_of_row = d_gate_of_row + (d_row * b_out[owner.clamp_max(num_experts - 1)]).sum(-1)
-    dz = activate_z_backward(gate * da, z, activation)
-    dz_in, dz_gate = (dz, dz) if w_gate is None else dz.unbind()  # dz_gate is read of gated experts alone
+    da = grouped_products.project(d_row, out_weight.mT, None, offsets)
+    scaled = (gate * d_row).to(x.dtype)
+    dz = activate_z_backward((gate * da).to(x.dtype), z, activation)
+    dz_in, dz_gate = (dz, dz) if gate_weight is None else dz.unbind()  # dz_gate is read of gated experts alone
 
-    def result(wanted: bool, compute) -> Tensor:
-        return compute().to(x.dtype) if wanted else x.new_empty(0)
+    def d_gates() -> Tensor:
+        wide_a, wide_da, wide_row, wide_bias = wide(a, da, d_row, out_bias)
+        of_row = (wide_a * wide_da).sum(-1)
+        if wide_bias is not None:
+            owner = reference.expert_of_row(offsets, rows.shape[0])
+            of_row = of_row + (wide_row * wide_bias[owner.clamp_max(len(wide_bias) - 1)]).sum(-1)
+        return per_choice(of_row, row_of_choice)
 
     def dx() -> Tensor:
-        d_rows = reference.grouped_linear(dz_in, w_in.mT, None, offsets)
-        if w_gate is not None:
-            d_rows = d_rows + reference.grouped_linear(dz_gate, w_gate.mT, None, offsets)
+        d_rows = grouped_products.project(dz_in, in_weight.mT, None, offsets)
+        if gate_weight is not None:
+            d_rows = d_rows + grouped_products.project(dz_gate, gate_weight.mT, None, offsets)
         return gather_sum(d_rows, row_of_choice)
+
+    def result(wanted: bool, compute: Callable[[], Tensor]) -> Tensor:
+        return compute().to(x.dtype) if wanted else x.new_empty(0)
 
     return (
         result(need_x, dx),
-        per_choice(d_gate_of_row, row_of_choice).to(gates.dtype) if need_gates else gates.new_empty(0),
-        result(need_in, lambda: _grouped_outer(dz_in, rows, owner, num_experts)),
-        result(need_in and in_bias is not None, lambda: _grouped_sum(dz_in, owner, num_experts)),
-        result(need_out, lambda: _grouped_outer(gate * d_row, a, owner, num_experts)),
-        result(need_out and out_bias is not None, lambda: _grouped_sum(gate * d_row, owner, num_experts)),
-        result(need_in and gate_weight is not None, lambda: _grouped_outer(dz_gate, rows, owner, num_experts)),
-        result(need_in and gate_bias is not None, lambda: _grouped_sum(dz_gate, owner, num_experts)),
+        d_gates().to(gates.dtype) if need_gates else gates.new_empty(0),
+        result(need_in, lambda: outer(dz_in, rows, offsets)),
+        result(need_in and in_bias is not None, lambda: sums(dz_in, offsets)),
+        result(need_out, lambda: outer(scaled, a, offsets)),
+        result(need_out and out_bias is not None, lambda: sums(scaled, offsets)),
+        result(need_in and gate_weight is not None, lambda: outer(dz_gate, rows, offsets)),
+        result(need_in and gate_bias is not None, lambda: sums(dz_gate, offsets)),
     )
 
 
 def expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias) -> Tensor:
     """z [R, H], or [2, R, H] for gated experts, from permuted rows."""
-    z = reference.grouped_linear(rows, in_weight, in_bias, offsets)
+    z = grouped_linear(rows, in_weight, in_bias, offsets)
     if gate_weight is None:
         return z
-    return torch.stack([z, reference.grouped_linear(rows, gate_weight, gate_bias, offsets)])
+    return torch.stack([z, grouped_linear(rows, gate_weight, gate_bias, offsets)])
 
 
 def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias, activation) -> Tensor:
