@@ -38,6 +38,7 @@ def backend_info() -> dict:
         of the extension, or None), ``instructions`` (instruction tier of the C++ kernels, or None);
         ``cpu`` and ``cuda`` (for every op the backend by type: ``info["cpu"]["expert_mlp"]["bfloat16"]``),
         ``backends`` (why each of them is used, or why not), ``forced`` (what ``CLIPUP_BACKEND`` names, or None),
+        ``failed_checks`` (why ops failed ``clipup_kernels.self_check`` in this process, by backend, op and type),
         ``cuda_fallback_reason`` (why Triton is not used, or None), ``matmul_dtypes`` (types whose products are left to
         torch's matmul on this CPU);
         ``threads`` (of the CPU ops), ``kept_memory_bytes`` (working memory kept for the next call;
@@ -77,6 +78,7 @@ def backend_info() -> dict:
         },
         "backends": backends,
         "forced": forced,
+        "failed_checks": registry.distrusted(),
         "cuda_fallback_reason": None if "triton" in used else used["torch_eager"] if forced else backends["triton"],
         "matmul_dtypes": sorted(_name(d) for d, choice in products.items() if choice.backend.name == "torch_matmul"),
         "threads": torch.get_num_threads(),

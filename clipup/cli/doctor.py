@@ -1,20 +1,24 @@
-"""``clipup doctor``: lists the blocks of a model and what ``clipup upcycle`` would do with each."""
+"""``clipup doctor``: what ``clipup upcycle`` would do with each block of a model; and a check of the kernels."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 from torch import nn
 
+from clipup_kernels.machine import describe_machine, processor_name
+from clipup_kernels.self_check import known_faults, self_check
+
 from ..clip import flops
 from ..dense.mlp_families import families_read
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
+from ..precision import check_device
 from ..pretrained import factory
 from ..upcycling.diagnose import BlockReport, TowerReport, diagnose
 from ..upcycling.upcycle import upcycle
@@ -23,26 +27,58 @@ from .flags import ON_SPARSE, moe_rules, parse, refuse_idle
 
 @dataclass
 class Options:
-    """Shows what upcycle would do with a model: blocks, parameters before and after, what is refused and why.
+    """Shows what upcycle would do with a model: blocks, parameters before and after, what is refused and why. With
+    --device, checks the kernels on that device: every op, forward and backward, against plain torch in float64.
 
-    Example: clipup doctor ViT-B-16-SigLIP --towers image
+    Examples: clipup doctor ViT-B-16-SigLIP --towers image
+              clipup doctor --device cuda
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
     """An open_clip model name, or a directory. No weights are loaded."""
+    device: str | None = None
+    """Check the kernels on this device (cpu, cuda or cuda:N). Exit code 1 if an op fails."""
     json: bool = False
     """Print JSON instead of tables."""
     moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.device is None):
+            raise ValueError("pass a MODEL to see what upcycle would do with it, or --device to check its kernels")
+
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup doctor", moe_rules(lambda options: options.moe))
+    if options.model is None:
+        return check_kernels(options)
     model = factory.create_on_meta(options.model)
     if moe_layers(model):
         refuse_idle(argv, options, [ON_SPARSE])
     findings = examine(options.model, model, options.moe)
     print(json.dumps(findings, indent=2) if options.json else text(findings))
     return 0
+
+
+def check_kernels(options: Options) -> int:
+    """Checks the kernels of a device and prints the findings; 1 if an op failed."""
+    device = str(options.device)
+    check_device(device)
+    findings = self_check(device)
+    failed = [finding for finding in findings if finding.reason is not None]
+    note = known_faults(device)
+    if options.json:
+        about = {"machine": describe_machine(device), "findings": [dataclasses.asdict(finding) for finding in findings]}
+        print(json.dumps(about | {"failed": len(failed), "note": note}, indent=2))
+        return int(bool(failed))
+    rows = [("op", "type", "backend", "error", "allowed", "verdict")]
+    for one in findings:
+        error = "" if one.error is None else f"{one.error:.1e}"
+        rows.append((one.op, one.dtype, one.backend, error, f"{one.allowed:.0e}", one.reason or "ok"))
+    print(processor_name(device), *_table(rows), sep="\n")
+    if note:
+        print(f"note: {note}")
+    print(f"{len(findings)} checks, {len(failed)} failed")
+    return int(bool(failed))
 
 
 def examine(name: str, model: nn.Module, config: MoEConfig) -> dict[str, Any]:
@@ -98,11 +134,15 @@ def _tower(report: TowerReport) -> list[str]:
     lines = [f"{report.tower} tower: {len(report.blocks)} blocks"]
     if report.blocks:
         rows = [("blocks", "class", "MLP", "widths", "activation", "status"), *_rows(report.blocks)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines += _table(rows)
     if report.refused:
         lines.append(f"  refused: {report.refused.split(f'; {families_read()}')[0]}")
     return lines
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def _rows(blocks: list[BlockReport]) -> Iterable[tuple[str, ...]]:

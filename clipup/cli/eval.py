@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from clipup_kernels.self_check import check_once
+
 from ..atomic_files import replace_files
 from ..clip.accelerate import for_inference
 from ..data.loaders import load_eval_samples
@@ -170,6 +172,8 @@ def main(argv: list[str]) -> int:
 def evaluate(options: Options) -> dict[str, Any]:
     """The requested results, ``retrieval`` and ``zero_shot``, and what was measured: model, dataset, split."""
     check_device(options.device)
+    if options.device.startswith("cuda"):
+        check_once(options.device)
     found = _find(options)
     own = None
     if options.val_data is not None:  # found before the model is loaded, which brings the transform

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from clipup_kernels.self_check import check_once
+
 from ..precision import Precision
 from . import resume, rng
 from .distributed import Ranks, joined
@@ -55,6 +57,8 @@ def train(
     """
     check_complete(options, model, loader)
     with joined(options) as ranks, _directory(options, ranks) as directory:
+        if ranks.device.type == "cuda":
+            check_once(ranks.device)
         checkpoint, notes = resume.find_checkpoint(options, directory, ranks)
         if checkpoint is not None:
             notes += resume.changes(checkpoint.state, options, ranks.world_size, checkpoint.path)

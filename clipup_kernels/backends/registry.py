@@ -48,6 +48,10 @@ class Backend(NamedTuple):
         return op in self.modules and self.device in (None, device) and (self.float64 or dtype != torch.float64)
 
 
+_DISTRUSTED: dict[tuple[str, str, torch.dtype], str] = {}
+"""Why a backend does not compute an op of its entry in a type: it failed its self-check."""
+
+
 class Choice(NamedTuple):
     """The backend that computes an op, and why it does."""
 
@@ -168,14 +172,49 @@ def choose(op: str, dtype: torch.dtype, device: str, index: int | None = None) -
     name = forced()
     for backend in candidates:
         if backend.name == name:
-            if (reason := backend.unavailable(index)) is not None:
+            if (reason := backend.unavailable(index) or failed_check(backend, op, dtype)) is not None:
                 raise RuntimeError(f"{FORCE_BACKEND}={name} is set, but {reason}; unset it to run another backend")
             return Choice(backend, f"{FORCE_BACKEND}={name} is set")
     for backend in candidates:
-        if backend.unavailable(index) is None and (reason := backend.preferred(dtype)) is not None:
+        if (backend.unavailable(index) or failed_check(backend, op, dtype)) is not None:
+            continue
+        if (reason := backend.preferred(dtype)) is not None:
             return Choice(backend, reason)
-    reasons = "; ".join(f"{backend.name}: {backend.unavailable(index)}" for backend in candidates)
+    reasons = "; ".join(
+        f"{backend.name}: {backend.unavailable(index) or failed_check(backend, op, dtype)}" for backend in candidates
+    )
     raise RuntimeError(f"no backend computes {op} in {dtype} on {device} ({reasons or 'it has no kernel there'})")
+
+
+def distrust(backend: str, op: str, dtype: torch.dtype, reason: str) -> None:
+    """From now on, a backend does not compute an op whose first argument has this type."""
+    _DISTRUSTED[backend, op, dtype] = reason
+    function_of.cache_clear()
+
+
+def trust_all() -> None:
+    """Forgets what ``distrust`` was told."""
+    _DISTRUSTED.clear()
+    function_of.cache_clear()
+
+
+def failed_check(backend: Backend, op: str, dtype: torch.dtype) -> str | None:
+    """Why a backend is not trusted with an op; None if it is."""
+    reason = _DISTRUSTED.get((backend.name, op, dtype))
+    return None if reason is None else f"{op} in {dtype} failed its self-check ({reason})"
+
+
+def distrusted() -> dict[str, str]:
+    """What failed its self-check, by backend, op and type, and why."""
+    return {
+        f"{backend} {op} {str(dtype).removeprefix('torch.')}": reason
+        for (backend, op, dtype), reason in _DISTRUSTED.items()
+    }
+
+
+def implementation(backend: Backend, op: str) -> Callable:
+    """A backend's function for an op; imports its module."""
+    return getattr(importlib.import_module(f"clipup_kernels.{backend.modules[op]}"), op)
 
 
 def table(device: str) -> dict[str, dict[torch.dtype, Choice]]:
@@ -190,7 +229,7 @@ def function_of(op: str, dtype: torch.dtype, device: str, index: int | None = No
     backend, _ = choose(op, dtype, device, index)
     if device == "cuda" and dtype != torch.float64 and backend.name != forced():
         _warn_without_triton(index)
-    return getattr(importlib.import_module(f"clipup_kernels.{backend.modules[op]}"), op)
+    return implementation(backend, op)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from tiny_families import HUGGING_FACE, TIMM, bert_config, build, coca_cfg, hugg
 from clipup import MoEConfig, save_pretrained, upcycle
 from clipup.cli import main
 from clipup.upcycling.diagnose import diagnose
+from clipup_kernels.backends import cpp, extension, registry
 
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 8}
 
@@ -155,3 +156,25 @@ def test_help_and_usage_list_doctor(capsys):
 def test_unknown_model_is_one_line(capsys):
     assert main(["doctor", "no-such-model"]) == 2
     assert capsys.readouterr().err.startswith("clipup doctor: 'no-such-model' is neither an open_clip model")
+
+
+@pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
+def test_with_a_device_its_kernels_are_checked(capsys, monkeypatch):
+    assert main(["doctor", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["op", "type", "backend", "error", "allowed", "verdict"]
+    assert lines[-1] == f"{len(lines) - 3} checks, 0 failed" and all(line.endswith("ok") for line in lines[2:-1])
+
+    monkeypatch.setattr(cpp, "combine", lambda rows, gates, *plan: rows[: len(gates)] * 0)
+    assert main(["doctor", "--device", "cpu", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    registry.trust_all()
+    assert found["failed"] == 3 and found["machine"]["processor"]
+    assert {one["op"] for one in found["findings"] if one["reason"]} == {"combine"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["ViT-B-32", "--device", "cpu"]])
+def test_either_a_model_or_a_device_is_examined(capsys, arguments):
+    with pytest.raises(SystemExit):
+        main(["doctor", *arguments])
+    assert "pass a MODEL" in " ".join(capsys.readouterr().err.split())
