@@ -137,7 +137,7 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
         roomy = arch >= 90 and kernel == "project_both" and depth <= _USUALLY_BOTH
         if not roomy or kind != "half" or bucket != "many" or depth % 16 or columns % 32:
             return None
-        return _both_tile(depth)
+        return _both_tile(arch, depth)
     fused, plain = _TILES[arch, kind]
     tile = fused if kernel in ("project_in", "project_in_gated", "project_back") else plain
     if depth % 16 or columns % 16:  # unaligned rows are loaded element by element, through registers
@@ -148,15 +148,17 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
         tile = tile._replace(block_n=128, num_warps=4)
     tile = tile._replace(block_n=min(tile.block_n, _power_of_two(columns)))
     if kernel == "weight_gradient":  # it sums over the experts' rows
-        return tile._replace(num_stages=max(3, tile.num_stages))
+        return tile._replace(num_stages=4 if kind == "ieee" else max(3, tile.num_stages))  # with 3, "ieee" spills
     if bucket == "few" and tile.block_m > 64:
         tile = tile._replace(block_m=64, num_warps=4)
     return tile._replace(block_k=min(tile.block_k, _power_of_two(depth)))
 
 
-def _both_tile(width: int) -> Config:
-    # With two stages, the loads of a step's weights would start right before the weights are used.
-    return Config(128, 32, _power_of_two(width), 8, 3)
+def _both_tile(arch: int, width: int) -> Config:
+    # With two stages, the loads of a step's weights would start right before the weights are used. On architecture 100,
+    # Triton 3.9 spills registers at 128 columns with 8 warps; with 4, two blocks share a multiprocessor as well.
+    columns = _power_of_two(width)
+    return Config(128, 32, columns, 4 if arch == 100 and columns == 128 else 8, 3)
 
 
 class Case(NamedTuple):
@@ -206,7 +208,7 @@ def cases_both(arch: int, kernel: str) -> Iterator[Case]:
     wide = [Config(64 if arch == 80 else 128, 32, 256, 8, 2)]
     if arch >= 90 and kernel == "project_both":
         wide.append(Config(64, 32, 512, 8, 2))
-    usual = map(_both_tile, (16, 32, 64, 128))
+    usual = (_both_tile(arch, width) for width in (16, 32, 64, 128))
     for tile in (*usual, *wide):
         for dtype in (torch.bfloat16, torch.float16):
             is_main = tile.block_k == _USUALLY_BOTH and dtype == torch.bfloat16
