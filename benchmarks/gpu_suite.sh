@@ -1,17 +1,35 @@
 #!/usr/bin/env bash
 # Builds, tests and measures the CUDA path on a machine with one GPU: offline, within SECONDS_IN_ALL, whatever fails.
 #
-#   benchmarks/gpu_suite.sh OUTDIR
+#   benchmarks/gpu_suite.sh OUTDIR [WINDOW...]
+#
+# Each window takes less than nine minutes; several run one after the other within the same time (all of them by default):
+#
+#   main    the self-check of every op, then the main case: 50,000 tokens, 768/3072, bf16, both passes
+#   tests   every CUDA test, then small shapes under compute-sanitizer
+#   sizes   other sizes and types, small ones first, and routing stage by stage
+#   models  whole CLIP models (needs open_clip; see WHEELS)
 #
 # OUTDIR receives a log and, from benchmarks, a CSV for every step, steps.csv, and summary.md (gpu_summary.py), whose exit
-# status is this program's. A step that fails, is slow or lacks its tool is recorded, and the next one begins. What
-# matters most comes first, for a step that no time is left for does not begin.
+# status is this program's; its end, with the verdict, is printed last. A step that fails, is slow or lacks its tool is
+# recorded, and the next one begins. What matters most comes first: a step without time left does not begin.
 #
-#   PYTHON          with torch and triton           (python3)
-#   SECONDS_IN_ALL  when the last step has to end   (520)
+#   PYTHON          with torch and triton                                                    (python3)
+#   SECONDS_IN_ALL  when the last step has to end                                            (520)
+#   PACK            1: OUTDIR keeps steps.csv, summary.md and all else in results.tar.gz     (0)
+#   WHEELS          a folder of wheels to install first, without a network: open_clip_torch, ftfy, wcwidth, timm (none)
 set -uo pipefail
 
-out=${1:?usage: benchmarks/gpu_suite.sh OUTDIR}
+out=${1:?usage: benchmarks/gpu_suite.sh OUTDIR [WINDOW...]}
+shift
+windows=("$@")
+((${#windows[@]})) || windows=(main tests sizes models)
+for window in "${windows[@]}"; do
+  if [[ ! " main tests sizes models " == *" $window "* ]]; then
+    echo "there is no window $window; there are main, tests, sizes and models" >&2
+    exit 2
+  fi
+done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
@@ -22,7 +40,7 @@ if [[ ! -e $out/steps.csv ]] && compgen -G "$out/*.csv" > /dev/null; then
   echo "$out holds CSV files of something else, which would be deleted; name another OUTDIR" >&2
   exit 2
 fi
-rm -f "$out"/*.csv "$out"/*.log "$out"/summary.md
+rm -f "$out"/*.csv "$out"/*.log "$out"/summary.md "$out"/results.tar.gz
 echo "step,status,seconds,words" > "$out/steps.csv"
 
 record() {  # record STEP STATUS SECONDS WORDS: WORDS without what a CSV would read as more than words
@@ -58,30 +76,55 @@ needing() {  # needing PROGRAM|MODULE.py NAME LIMIT COMMAND...: a step, skipped 
 sanitized() {  # sanitized TOOL LIMIT: small shapes under compute-sanitizer, every tensor in an allocation of its own
   needing compute-sanitizer "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 9 \
-    "$PYTHON" -m pytest -q -p no:cacheprovider tests/clipup_kernels/test_cuda_layer.py \
+    "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider tests/clipup_kernels/test_cuda_layer.py \
     tests/clipup_kernels/test_cpp_cuda.py -k small
 }
 
 workers=()  # most of the tests' time is Triton compiling
 "$PYTHON" -c "import xdist" &> /dev/null && workers=(-n 6)
 main_case=(--shapes 50000x768x3072)
-other_cases=(--shapes 4096x768x3072 200000x768x3072 400000x768x3072 50000x512x2048 50000x1024x4096)
+other_cases=(--shapes 4096x768x3072 50000x512x2048 50000x1024x4096 200000x768x3072 400000x768x3072)  # the largest last
 
+window_main() {
+  step self_check 90 "$PYTHON" -m clipup_kernels.self_check cuda
+  layer forward 75 forward "${main_case[@]}" --dtype bf16
+  layer training 90 training "${main_case[@]}" --dtype bf16
+}
+
+window_tests() {  # -v: a log that is cut off by the time still names what failed
+  step cuda_tests 240 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
+    tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cpp_cuda.py tests/clipup_kernels/test_cuda_layer.py
+  sanitized memcheck 50
+  sanitized racecheck 50
+}
+
+window_sizes() {
+  layer forward_sizes 65 forward "${other_cases[@]}" --dtype bf16
+  layer training_sizes 80 training "${other_cases[@]}" --dtype bf16
+  layer forward_narrow 35 forward --shapes 4096x128x512 200000x128x512 --dtype bf16
+  layer forward_fp16 45 forward "${main_case[@]}" --dtype fp16
+  layer training_fp16 50 training "${main_case[@]}" --dtype fp16
+  step routing_stages 60 "$PYTHON" benchmarks/gpu_stages.py --csv "$out/routing_stages.csv"
+}
+
+window_models() {  # a batch of 64 waits for the host
+  needing open_clip.py clip_throughput 330 "$PYTHON" benchmarks/clip_throughput.py --device cuda --batch-size 512 \
+    --seconds 4 --pass fwd fwd_bwd --models ViT-B-16 "ViT-B-16 CLIP-UP" ViT-L-14 --csv "$out/clip_throughput.csv"
+}
+
+if [[ -n ${WHEELS:-} ]]; then
+  site=$(mktemp -d)
+  step wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$site" "$WHEELS"/*.whl
+  export PYTHONPATH="$PYTHONPATH:$site"
+fi
 step device 60 "$PYTHON" -c \
   "import torch, triton; print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__)"
 step build 120 "$PYTHON" setup.py build_ext --inplace
-layer forward 60 forward "${main_case[@]}" --dtype bf16
-layer training 75 training "${main_case[@]}" --dtype bf16
-step cuda_tests 180 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
-  tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cpp_cuda.py tests/clipup_kernels/test_cuda_layer.py
-sanitized memcheck 70
-layer forward_sizes 60 forward "${other_cases[@]}" --dtype bf16
-layer training_sizes 75 training "${other_cases[@]}" --dtype bf16
-needing open_clip.py clip_throughput 100 "$PYTHON" benchmarks/clip_throughput.py --device cuda --batch-size 64 \
-  --seconds 4 --pass fwd fwd_bwd --models ViT-B-16 "ViT-B-16 CLIP-UP" ViT-L-14 --csv "$out/clip_throughput.csv"
-layer forward_fp16 60 forward "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
-layer training_fp16 75 training "${main_case[@]}" "${other_cases[@]:1}" --dtype fp16
-layer forward_narrow 40 forward --shapes 200000x128x512 4096x128x512 --dtype bf16
-sanitized racecheck 70
-step routing_stages 60 "$PYTHON" benchmarks/gpu_stages.py --csv "$out/routing_stages.csv"
-"$PYTHON" benchmarks/gpu_summary.py "$out"
+for window in "${windows[@]}"; do "window_$window"; done
+"$PYTHON" benchmarks/gpu_summary.py "$out" --windows "${windows[@]}"
+code=$?
+if ((${PACK:-0})); then
+  (cd "$out" && tar -czf results.tar.gz -- *.log *.csv && find . -maxdepth 1 -name '*.log' -delete &&
+    find . -maxdepth 1 -name '*.csv' ! -name steps.csv -delete)
+fi
+exit "$code"

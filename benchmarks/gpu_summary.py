@@ -1,10 +1,11 @@
 """What ``gpu_suite.sh`` found: its steps, and pass or fail against every number that the GPU kernels have to show.
 
     python benchmarks/gpu_summary.py OUTDIR
+    python benchmarks/gpu_summary.py OUTDIR --windows tests     # what was not to be measured is not missing
 
-Reads ``steps.csv`` and the CSV files of the benchmarks in OUTDIR, writes ``summary.md`` there and prints it. The exit
-status is 0 when every step ended well or was skipped for want of a tool, and every demand was measured and met. Aims
-and peers that are faster are told and do not count.
+Reads ``steps.csv`` and the CSV files of the benchmarks in OUTDIR, writes ``summary.md`` there and prints its end, where
+the verdict is. The exit status is 0 when every step ended well or was skipped for want of a tool, and every demand was
+measured and met. Aims and peers that are faster are told and do not count.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ AIM_TFLOPS = {"fwd": 600, "fwd_bwd": 500}
 ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SAVED_SLACK = 1.01
 WELL = ("ok", "skipped")
+PRINTED = 11_000
+"""Characters of the page that are printed, of its end: some consoles keep little more."""
 
 
 class Finding(NamedTuple):
@@ -146,10 +149,14 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return [f"| {cells[0]} |", "|" + " --- |" * len(lines[0]), *(f"| {line} |" for line in cells[1:])]
 
 
-def summary(folder: Path) -> tuple[str, bool]:
-    """The page, and whether all is well."""
+def summary(folder: Path, measured: bool = True) -> tuple[str, bool]:
+    """The page, and whether all is well.
+
+    Args:
+        measured: whether the main case was to be measured.
+    """
     rows, steps = layer_rows(folder), read(folder / "steps.csv")
-    found = list(demands(rows))
+    found = list(demands(rows)) if measured else []
     well = all(step["status"] in WELL for step in steps) and not any(
         finding.verdict in ("FAIL", "not measured") for finding in found
     )
@@ -160,10 +167,10 @@ def summary(folder: Path) -> tuple[str, bool]:
     )
     shown = "dtype tokens d_model d_hidden pass impl median_ms tflops ratio_to_dense_k saved_mb peak_mb".split()
     page = ["# GPU suite", "", where, ""]
-    page += [*table(("step", "status", "seconds", "last line"), (step.values() for step in steps)), ""]
-    page += [*table(("it must show", "wanted", "measured", "verdict"), found), ""]
     page += [*table(shown, ([row[column] for column in shown] for row in rows)), ""]
     page += [line for told in left_out(folder) for line in (told, "")]
+    page += [*table(("step", "status", "seconds", "last line"), (step.values() for step in steps)), ""]
+    page += [*table(("it must show", "wanted", "measured", "verdict"), found), ""]
     page += ["all is well" if well else "not all is well"]
     return "\n".join(page) + "\n", well
 
@@ -171,12 +178,14 @@ def summary(folder: Path) -> tuple[str, bool]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="OUTDIR", help="what gpu_suite.sh has written")
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("--windows", nargs="+", default=["main"], help="windows that ran; main has the main case")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder
     if not (folder / "steps.csv").is_file():
         parser.error(f"{folder} has no steps.csv; benchmarks/gpu_suite.sh writes it")
-    page, well = summary(folder)
+    page, well = summary(folder, "main" in arguments.windows)
     (folder / "summary.md").write_text(page)
-    print(page, end="")
+    print(page if len(page) <= PRINTED else f"(the beginning is in summary.md)\n{page[-PRINTED:]}", end="")
     return 0 if well else 1
 
 

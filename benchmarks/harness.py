@@ -95,11 +95,14 @@ def alternate(
 
 @functools.cache
 def commit() -> str:
-    """The commit of the first call, with ``+`` when the tree differs from it; empty outside a checkout."""
+    """The commit of the first call, with ``+`` when the tree differs from it; empty without git or a checkout."""
     root = Path(__file__).parent
 
     def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        try:
+            run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
         return run.stdout.strip()
 
     head = git("rev-parse", "--short", "HEAD")

@@ -5,6 +5,8 @@ this package have shown elsewhere is shown again there, once, in less than a min
 
     from clipup_kernels.self_check import check_once
     check_once("cuda")
+
+``python -m clipup_kernels.self_check cuda`` prints every error, as ``clipup doctor --device cuda`` does.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -104,6 +107,20 @@ def sentence(finding: Finding) -> str:
         f"{finding.op} in {finding.dtype} failed its self-check on {finding.backend} ({finding.reason}); another "
         "backend computes it, which is slower and right. `clipup doctor --device cuda` checks again"
     )
+
+
+def report(findings: list[Finding], device: str | torch.device) -> str:
+    """The findings as a table, with a last line that counts them."""
+    rows = [("op", "type", "backend", "error", "allowed", "verdict")]
+    for one in findings:
+        error = "" if one.error is None else f"{one.error:.1e}"
+        rows.append((one.op, one.dtype, one.backend, error, f"{one.allowed:.0e}", one.reason or "ok"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    note = known_faults(device)
+    failed = sum(finding.reason is not None for finding in findings)
+    lines = [processor_name(device), *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
+    lines += [f"note: {note}"] * bool(note)
+    return "\n".join([*lines, f"{len(findings)} checks, {failed} failed"])
 
 
 def known_faults(device: str | torch.device) -> str | None:
@@ -255,3 +272,15 @@ def _cases_of(
         yield "expert_mlp_backward", (dy, *routed, z.to(dtype), activation, [True] * 4)
         one = [None if weight is None else weight[0].contiguous() for weight in parameters]
         yield "dense_mlp", (x, *one, activation)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the report for the device named by the first argument; 1 if an op failed."""
+    device = argv[0] if argv else "cuda"
+    findings = self_check(device)
+    print(report(findings, device))
+    return int(any(finding.reason is not None for finding in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

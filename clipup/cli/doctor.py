@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import tyro
 from torch import nn
 
-from clipup_kernels.machine import describe_machine, processor_name
-from clipup_kernels.self_check import known_faults, self_check
+from clipup_kernels.machine import describe_machine
+from clipup_kernels.self_check import known_faults, report, self_check
 
 from ..clip import flops
 from ..dense.mlp_families import families_read
@@ -64,21 +64,13 @@ def check_kernels(options: Options) -> int:
     device = str(options.device)
     check_device(device)
     findings = self_check(device)
-    failed = [finding for finding in findings if finding.reason is not None]
-    note = known_faults(device)
+    failed = sum(finding.reason is not None for finding in findings)
     if options.json:
         about = {"machine": describe_machine(device), "findings": [dataclasses.asdict(finding) for finding in findings]}
-        print(json.dumps(about | {"failed": len(failed), "note": note}, indent=2))
-        return int(bool(failed))
-    rows = [("op", "type", "backend", "error", "allowed", "verdict")]
-    for one in findings:
-        error = "" if one.error is None else f"{one.error:.1e}"
-        rows.append((one.op, one.dtype, one.backend, error, f"{one.allowed:.0e}", one.reason or "ok"))
-    print(processor_name(device), *_table(rows), sep="\n")
-    if note:
-        print(f"note: {note}")
-    print(f"{len(findings)} checks, {len(failed)} failed")
-    return int(bool(failed))
+        print(json.dumps(about | {"failed": failed, "note": known_faults(device)}, indent=2))
+    else:
+        print(report(findings, device))
+    return int(failed > 0)
 
 
 def examine(name: str, model: nn.Module, config: MoEConfig) -> dict[str, Any]:

@@ -2,16 +2,35 @@
 
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import moe_bench
 import pytest
 
 SUITE = Path(moe_bench.__file__).parent / "gpu_suite.sh"
-TOOLS = ("bash", "sh", "cat", "cut", "dirname", "env", "grep", "mkdir", "rm", "tail", "timeout", "tr")
+TOOLS = (
+    "bash",
+    "sh",
+    "cat",
+    "cut",
+    "dirname",
+    "env",
+    "find",
+    "grep",
+    "gzip",
+    "mkdir",
+    "mktemp",
+    "rm",
+    "tail",
+    "tar",
+    "timeout",
+    "tr",
+)
 PYTHON = """#!/bin/sh
 case "$*" in
   *gpu_summary.py*) exec {python} "$@" ;;
@@ -37,11 +56,11 @@ class Suite:
         path.write_text(text)
         path.chmod(0o755)
 
-    def __call__(self, **environment):
+    def __call__(self, *windows, **environment):
         """The finished process, and the rows of steps.csv by step."""
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHON"}
         environment = inherited | {"PATH": str(self.tools)} | environment
-        command = [shutil.which("bash"), str(SUITE), str(self.out)]
+        command = [shutil.which("bash"), str(SUITE), str(self.out), *windows]
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         with (self.out / "steps.csv").open() as file:
             return result, {row["step"]: row for row in csv.DictReader(file)}
@@ -85,10 +104,58 @@ def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer_where_it_is_i
 
 def test_what_matters_most_comes_first(suite):
     order = list(suite()[1])
-    assert order[:5] == ["device", "build", "forward", "training", "cuda_tests"]
-    assert order.index("training_sizes") < order.index("forward_fp16") < order.index("racecheck")
+    assert order[:6] == ["device", "build", "self_check", "forward", "training", "cuda_tests"]
+    assert order.index("memcheck") < order.index("forward_sizes") < order.index("clip_throughput")
     assert "--shapes 50000x768x3072 --dtype bf16" in suite.log("forward")
-    assert all(f"{tokens}x768x3072" in suite.log("forward_sizes") for tokens in (4096, 200000, 400000))
+    (sizes,) = [line for line in suite.log("forward_sizes").splitlines() if "--shapes" in line]
+    assert sizes.index("4096x768x3072") < sizes.index("200000x768x3072") < sizes.index("400000x768x3072 --dtype")
+
+
+@pytest.mark.parametrize(
+    ("window", "measured"),
+    [
+        ("main", ["self_check", "forward", "training"]),
+        ("tests", ["cuda_tests", "memcheck", "racecheck"]),
+        (
+            "sizes",
+            ["forward_sizes", "training_sizes", "forward_narrow", "forward_fp16", "training_fp16", "routing_stages"],
+        ),
+        ("models", ["clip_throughput"]),
+    ],
+)
+def test_a_window_runs_its_own_steps_after_the_build(suite, window, measured):
+    assert list(suite(window)[1]) == ["device", "build", *measured]
+
+
+def test_time_limits_of_a_window_fit_into_the_time_in_all():
+    script = SUITE.read_text()
+    needed = sum(map(int, re.findall(r"^step (?:device|build) (\d+)", script, re.M)))
+    for window in ("main", "tests", "sizes", "models"):
+        body = script.partition(f"window_{window}() {{")[2].partition("\n}")[0]
+        limits = re.findall(r"^  (?:step|layer|sanitized) \S+ (\d+)|^  needing \S+ \S+ (\d+)", body, re.M)
+        assert limits and needed + sum(int(one or other) for one, other in limits) <= 520, window
+
+
+def test_an_unknown_window_is_refused(suite):
+    command = [shutil.which("bash"), str(SUITE), str(suite.out), "mian"]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "there are main, tests, sizes and models" in refused.stderr
+    assert not suite.out.exists()
+
+
+def test_packed_everything_comes_back_in_three_files(suite):
+    result, steps = suite("main", PACK="1")
+    assert result.returncode == 1  # of the summary
+    assert {path.name for path in suite.out.iterdir()} == {"results.tar.gz", "steps.csv", "summary.md"}
+    with tarfile.open(suite.out / "results.tar.gz") as packed:
+        assert {f"{step}.log" for step in steps} | {"steps.csv"} <= set(packed.getnames())
+
+
+def test_wheels_are_installed_first_and_found_by_every_step(suite, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "ftfy-6-py3-none-any.whl").write_text("")
+    _, steps = suite("main", WHEELS=str(tmp_path / "wheels"))
+    assert list(steps)[0] == "wheels" and "ftfy-6-py3-none-any.whl" in suite.log("wheels")
 
 
 @pytest.mark.slow
