@@ -23,14 +23,6 @@ SelectionBias = Literal["none", "sign", "z_score"]
 Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
 
-_WEIGHTS = (
-    "balance_weight",
-    "z_weight",
-    "importance_weight",
-    "load_weight",
-    "local_entropy_weight",
-    "global_entropy_weight",
-)
 _MODEL_FIELDS = ("towers", "blocks", "last_blocks", "padding_aware", "reinit_ratio")
 
 
@@ -129,7 +121,7 @@ class MoEConfig:
             if value is not None:
                 number(name, value)
                 check(name, value, value > 0, "positive, or None to drop nothing")
-        for name in ("router_noise", *_WEIGHTS):
+        for name in ("router_noise", *LOSS_WEIGHTS):
             number(name, getattr(self, name))
             check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         if self.entropy_threshold is not None:
@@ -195,7 +187,7 @@ class MoEConfig:
     @property
     def has_losses(self) -> bool:
         """Whether any auxiliary loss has a weight."""
-        return any(getattr(self, name) > 0 for name in _WEIGHTS)
+        return any(getattr(self, name) > 0 for name in LOSS_WEIGHTS)
 
     @property
     def global_entropy_threshold(self) -> float:
@@ -223,6 +215,10 @@ class MoEConfig:
     @classmethod
     def from_json(cls, text: str) -> MoEConfig:
         return cls.from_dict(json.loads(text))
+
+
+LOSS_WEIGHTS = tuple(field.name for field in dataclasses.fields(MoEConfig) if field.name.endswith("_weight"))
+"""The fields that are weights of auxiliary losses: those named ``LOSS_weight``."""
 
 
 def layer_config(config: MoEConfig | None, overrides: dict[str, Any]) -> MoEConfig:

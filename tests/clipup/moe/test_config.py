@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from clipup import MoEConfig
+from clipup.moe.config import LOSS_WEIGHTS
 
 
 def test_clip_up_preset_is_the_recipe():
@@ -73,6 +74,14 @@ def test_config_is_hashable_and_frozen():
     assert hash(MoEConfig()) == hash(MoEConfig())
     with pytest.raises(AttributeError):
         MoEConfig().top_k = 1
+
+
+@pytest.mark.parametrize("name", LOSS_WEIGHTS)
+def test_every_weight_of_a_loss_is_checked_and_counts_as_a_loss(name):
+    assert not MoEConfig(router_noise=1.0).has_losses
+    assert MoEConfig(router_noise=1.0, **{name: 0.5}).has_losses
+    with pytest.raises(ValueError, match=f"{name} must be 0 or more, got -1"):
+        MoEConfig(router_noise=1.0, **{name: -1})
 
 
 def test_threshold_of_global_entropy_defaults_to_the_uniform_distribution():

@@ -3,6 +3,7 @@ import torch
 
 from clipup import MoEConfig
 from clipup.moe import losses
+from clipup.moe.config import LOSS_WEIGHTS
 from clipup.moe.router import INIT_STD, Router, renormalize_kept, weighted_losses
 
 T, D, E, K = 48, 16, 6, 2
@@ -156,17 +157,18 @@ def test_masked_tokens_reach_neither_the_choices_nor_the_gradient(x):
 
 
 def test_only_losses_with_a_weight_are_summed(x):
-    router = make_router(router_noise=1.0, balance_weight=0.5, z_weight=0.25, importance_weight=2.0, load_weight=3.0)
+    weights = {name: 0.25 * (index + 1) for index, name in enumerate(LOSS_WEIGHTS)}
+    router = make_router(router_noise=1.0, **weights)
     torch.manual_seed(2)
     routing = router(x)
-    parts = {}
-    for name in ("balance_weight", "z_weight", "importance_weight", "load_weight"):
-        weight = getattr(router.config, name)
-        others = {field: 0.0 for field in ("balance_weight", "z_weight", "importance_weight", "load_weight")}
-        parts[name] = weighted_losses(routing, router.config.replace(**{**others, name: weight})).item()
+    none = dict.fromkeys(LOSS_WEIGHTS, 0.0)
+    parts = {
+        name: weighted_losses(routing, router.config.replace(**{**none, name: weight})).item()
+        for name, weight in weights.items()
+    }
     assert all(value > 0 for value in parts.values())
     assert weighted_losses(routing, router.config).item() == pytest.approx(sum(parts.values()), rel=1e-5)
-    assert parts["z_weight"] == pytest.approx(0.25 * routing.gating.z_loss.item())
+    assert parts["z_weight"] == pytest.approx(weights["z_weight"] * routing.gating.z_loss.item())
 
 
 def test_importance_is_of_the_router_without_noise(x):
