@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from ..moe.metrics import moe_metrics
 from .distributed import Ranks
 
-_LAYER_METRICS = ("balance", "z", "dropped", "router_entropy", "load")
-
 
 def step_record(scalars: dict[str, Tensor], model: nn.Module, ranks: Ranks) -> dict[str, Any]:
     """Scalars and routing metrics as Python numbers, averaged over ranks.
 
     Returns:
-        The scalars by name and, for a sparse model, the routing metrics of the last forward pass: their means over the
-        layers, and under ``layers`` those of each layer, as the docstring of ``clipup.train`` lists them.
+        The scalars by name and, for a sparse model, what ``moe_metrics`` says of the last forward pass: the means of
+        its scalars over the layers, and under ``layers`` all of each layer except the choices of every token.
     """
-    layers = {name: {key: values[key] for key in _LAYER_METRICS} for name, values in moe_metrics(model).items()}
+    layers = moe_metrics(model)
+    for values in layers.values():
+        del values["expert_indices"]
     tensors = [*scalars.values(), *(tensor for values in layers.values() for tensor in values.values())]
     flat = torch.cat([tensor.detach().float().reshape(-1).to(ranks.device) for tensor in tensors])
     numbers = iter(ranks.mean(flat).tolist())
@@ -31,8 +31,8 @@ def step_record(scalars: dict[str, Tensor], model: nn.Module, ranks: Ranks) -> d
 
     record: dict[str, Any] = {name: take(tensor) for name, tensor in scalars.items()}
     read_layers = {name: {key: take(tensor) for key, tensor in values.items()} for name, values in layers.items()}
-    if read_layers:
-        for key in _LAYER_METRICS[:-1]:
+    if layers:
+        for key in [key for key, tensor in next(iter(layers.values())).items() if not tensor.dim()]:
             record[key] = sum(values[key] for values in read_layers.values()) / len(read_layers)
         record["layers"] = read_layers
     return record
