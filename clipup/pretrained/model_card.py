@@ -184,7 +184,8 @@ def _rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
         captions = "distinct captions" if results.get("multi_positive") else "captions"
         data = f"{_data(results, 'val_data')}: {found['gallery']:,} images, {found['captions']:,} {captions}"
         for direction, label in _DIRECTIONS.items():
-            rows |= {(data, f"{label} R@{k[1:]}"): f"{100 * value:.2f}" for k, value in found[direction].items()}
+            recalls = {key: value for key, value in found[direction].items() if re.fullmatch(r"r\d+", key)}
+            rows |= {(data, f"{label} R@{key[1:]}"): f"{100 * value:.2f}" for key, value in recalls.items()}
     if "zero_shot" in results:
         found = results["zero_shot"]
         data = f"{_data(results, 'images')}: {found['images']:,} images, {found['classes']:,} classes"

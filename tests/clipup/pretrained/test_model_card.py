@@ -144,6 +144,13 @@ def test_results_are_added_and_replace_those_of_the_same_data(directory):
     assert card.partition("## Evaluation")[0] == before.partition("## Evaluation")[0]
 
 
+def test_other_metrics_of_retrieval_are_not_listed_as_recalls(directory):
+    other = {way: {**RECALL, "median_rank": 2.0} for way in ("t2i", "i2t")}
+    add_results(directory, {"dataset": "coco", "retrieval": {**RETRIEVAL, **other}})
+
+    assert re.findall(r"image to text (\S+) ", text(directory)) == ["R@1", "R@5", "R@10"]
+
+
 def test_recall_over_distinct_captions_is_listed_separately(directory):
     add_results(directory, {"dataset": "icons", "retrieval": RETRIEVAL, "multi_positive": False})
     add_results(directory, {"dataset": "icons", "retrieval": RETRIEVAL, "multi_positive": True})
