@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,25 +99,60 @@ class Options:
             raise ValueError(f"captions_per_image must be at least 1, got {self.captions_per_image}")
 
 
+@dataclass(frozen=True)
+class _Benchmark:
+    """What ``--dataset`` names: its reader, and what can be measured on it."""
+
+    read: Callable[[Options, str, list[str]], datasets.DataSet]
+    """The data set from the options, ``--root`` and the lines of ``--templates``."""
+    retrieval: bool = False
+    classification: bool = False
+    annotations: bool = False
+    """Whether ``--annotations`` names its caption file."""
+
+
+_BENCHMARKS = {
+    "coco": _Benchmark(
+        lambda options, root, _: datasets.coco(root, options.split, options.annotations),
+        retrieval=True,
+        annotations=True,
+    ),
+    "flickr30k": _Benchmark(
+        lambda options, root, _: datasets.flickr30k(root, options.split, options.annotations),
+        retrieval=True,
+        annotations=True,
+    ),
+    "imagenet": _Benchmark(lambda options, root, _: datasets.imagenet(root, options.split), classification=True),
+    "webdataset": _Benchmark(  # the task is only known from its files
+        lambda options, root, templates: datasets.webdataset(root, options.split, templates),
+        retrieval=True,
+        classification=True,
+    ),
+    "csv": _Benchmark(
+        lambda options, root, _: datasets.csv(root, options.split, *options.source.csv_format), retrieval=True
+    ),
+}
+
+
 def _reads_csv(options: Options) -> bool:
     return options.dataset == "csv" or is_csv(options.val_data, options.source.dataset_type)
 
 
 def _has_retrieval(options: Options) -> bool:
-    """Whether retrieval may be measured; the task of a webdataset benchmark is only known from its files."""
-    return options.val_data is not None or options.dataset not in (None, "imagenet")
+    """Whether retrieval may be measured."""
+    return options.val_data is not None or (options.dataset is not None and _BENCHMARKS[options.dataset].retrieval)
 
 
 def _has_classification(options: Options) -> bool:
-    return options.classes is not None or options.dataset in ("imagenet", "webdataset")
+    return options.classes is not None or (options.dataset is not None and _BENCHMARKS[options.dataset].classification)
 
 
 RULES = [
     NoEffect(("split",), lambda options: options.dataset is None, "without --dataset"),
     NoEffect(
         ("annotations",),
-        lambda options: options.dataset not in (None, "coco", "flickr30k"),
-        "on another --dataset than coco and flickr30k",
+        lambda options: options.dataset is not None and not _BENCHMARKS[options.dataset].annotations,
+        f"on another --dataset than {' and '.join(name for name, one in _BENCHMARKS.items() if one.annotations)}",
     ),
     NoEffect(
         ("captions_per_image", "by", "multi_positive"),
@@ -211,8 +246,8 @@ def _find(options: Options) -> datasets.DataSet | None:
     """The benchmark or the labelled images; None with ``val_data`` alone."""
     templates = [] if options.templates is None else read_lines(options.templates)
     found: datasets.DataSet
-    if options.root is not None:
-        found = _benchmark(options, options.root, templates)
+    if options.dataset is not None and options.root is not None:
+        found = _BENCHMARKS[options.dataset].read(options, options.root, templates)
     elif options.classes is not None and options.images is not None:
         names = read_lines(options.classes)
         images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
@@ -223,18 +258,6 @@ def _find(options: Options) -> datasets.DataSet | None:
         return datasets.ClassificationSet(found.images, found.classes, templates or found.templates)
     kept = slice(options.captions_per_image)
     return datasets.RetrievalSet([replace(record, captions=record.captions[kept]) for record in found.records])
-
-
-def _benchmark(options: Options, root: str, templates: list[str]) -> datasets.DataSet:
-    if options.dataset == "coco":
-        return datasets.coco(root, options.split, options.annotations)
-    if options.dataset == "flickr30k":
-        return datasets.flickr30k(root, options.split, options.annotations)
-    if options.dataset == "imagenet":
-        return datasets.imagenet(root, options.split)
-    if options.dataset == "webdataset":
-        return datasets.webdataset(root, options.split, templates)
-    return datasets.csv(root, options.split, *options.source.csv_format)
 
 
 def _one_by_one(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from typing import get_args, get_type_hints
 
 import benchmark_layouts as layouts
 import open_clip
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 import clipup
+from clipup.cli import eval as module
 from clipup.cli import main
 from clipup.moe.layer import SparseMoE
 from clipup.moe.prepared import PreparedMoE
@@ -140,6 +142,12 @@ def test_nothing_to_measure_is_refused(directory, capsys):
 def results(directory, capsys, *options):
     assert run(directory, *options, "--out", "-") == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_every_name_of_dataset_has_a_reader_and_something_to_measure():
+    (names, _) = get_args(get_type_hints(module.Options)["dataset"])
+    assert set(get_args(names)) == set(module._BENCHMARKS)
+    assert all(one.retrieval or one.classification for one in module._BENCHMARKS.values())
 
 
 def test_coco_and_flickr30k_are_measured_on_all_captions_or_on_the_first_of_each_image(directory, tmp_path, capsys):
