@@ -13,6 +13,7 @@ from ..data.options import is_csv
 from ..train import RankLost, TrainingInterrupted, TrainOptions, train
 from ..train.distributed import Launched, failure_is_reported
 from ..train.rank_watch import EXIT_CODE as _RANK_LOST
+from ..train.signals import program_ends_with_the_run
 from .flags import MOE_FLAGS, NoEffect, moe_rules, parse
 from .outputs import check_directory
 
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("logs: got None, with which nothing is saved and which is for Python only: pass a directory")
     check_directory("logs", options.logs)
     try:
-        result = train(options)
+        with program_ends_with_the_run():
+            result = train(options)
     except FloatingPointError as error:
         _print(f"clipup train: {error}", sys.stderr, not failure_is_reported())
         return _DIVERGED

@@ -5,12 +5,29 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 REPEAT_SECONDS = 5.0
 """For so long after the first SIGTERM another one is the same request: torchrun, and schedulers that signal a whole
 process group, send it to ranks that already have it."""
+
+
+_program_ends = False
+
+
+@contextmanager
+def program_ends_with_the_run() -> Iterator[None]:
+    """Inside, a repeated SIGTERM is ignored after a ``StopRequest`` is left, too: the run has been saved, and the program
+    is about to exit."""
+    global _program_ends
+    _program_ends = True
+    try:
+        yield
+    finally:
+        _program_ends = False
 
 
 class StopRequest:
@@ -39,8 +56,9 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
+            if number == signal.SIGTERM and self._terminated and _program_ends:
+                continue  # _terminate restores it when the time of repeated ones is over
             signal.signal(number, handler)
-        self._before = {}
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.received = True
