@@ -117,8 +117,9 @@ def test_weights_read_by_descriptors_follow_the_oracle(monkeypatch, shape, gated
     assert sum(tile.descriptors for tile in tiles) == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gated"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_three_blocks_that_walk_over_all_tiles_give_the_bits_of_a_block_for_every_tile(
     monkeypatch, poisoned_memory, gated, dtype
 ):

@@ -30,6 +30,7 @@ def test_every_kernel_passes():
     assert [finding for finding in findings if finding.reason is not None] == []
 
 
+@pytest.mark.slow
 def test_a_broken_kernel_is_named_and_plain_torch_takes_its_place(monkeypatch):
     launch = rows._weighted_sum
     monkeypatch.setattr(rows, "_weighted_sum", lambda summed, gates, row: launch(summed, gates, row.roll(1, 0)))
