@@ -12,7 +12,7 @@ import tyro
 from torch import nn
 
 from clipup_kernels.machine import describe_machine
-from clipup_kernels.self_check import known_faults, report, self_check
+from clipup_kernels.self_check import check_again, known_faults, report
 
 from ..clip import flops
 from ..dense.mlp_families import families_read
@@ -63,7 +63,7 @@ def check_kernels(options: Options) -> int:
     """Checks the kernels of a device and prints the findings; 1 if an op failed."""
     device = str(options.device)
     check_device(device)
-    findings = self_check(device)
+    findings = check_again(device)
     failed = sum(finding.reason is not None for finding in findings)
     if options.json:
         about = {"machine": describe_machine(device), "findings": [dataclasses.asdict(finding) for finding in findings]}

@@ -56,7 +56,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            if number == signal.SIGTERM and self._terminated and _program_ends:
+            if number == signal.SIGTERM and self.received and _program_ends:
                 continue  # _terminate restores it when the time of repeated ones is over
             signal.signal(number, handler)
 

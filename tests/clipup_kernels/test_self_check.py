@@ -10,7 +10,7 @@ from moe_cases import Shape, assert_follows, double, make_experts, randn, route
 import clipup_kernels as ck
 from clipup_kernels import self_check as module
 from clipup_kernels.backends import cpp, extension, registry
-from clipup_kernels.self_check import Finding, cache_file, check_once, known_faults, self_check
+from clipup_kernels.self_check import Finding, cache_file, check_again, check_once, known_faults, self_check
 
 pytestmark = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
 
@@ -85,16 +85,21 @@ def test_an_op_that_raises_or_gives_nan_fails(monkeypatch):
     assert findings["combine"].reason.startswith("its error is inf")
 
 
-def test_the_check_runs_once_and_its_result_holds_for_the_next_program(broken_expert_mlp, monkeypatch):
+def test_the_check_runs_once_and_its_result_holds_for_the_next_program(broken_expert_mlp, monkeypatch, tmp_path):
     if registry.choose("expert_mlp_forward", torch.float32, "cpu").backend.name != "cpp":
         pytest.skip("this CPU's expert_mlp is torch's")
     with pytest.warns(RuntimeWarning, match="expert_mlp_forward in float32 failed its .* on cpp .*clipup doctor"):
         first = check_once("cpu")
     registry.trust_all()  # as in another program
-    monkeypatch.setattr(module, "self_check", lambda device: pytest.fail("it ran again"))
-    with pytest.warns(RuntimeWarning):
-        assert check_once("cpu") == first
+    with monkeypatch.context() as changed:
+        changed.setattr(module, "self_check", lambda device: pytest.fail("it ran again"))
+        with pytest.warns(RuntimeWarning):
+            assert check_once("cpu") == first
     assert registry.choose("expert_mlp_forward", torch.float32, "cpu").backend.name == "torch_eager"
+    assert failed(check_again("cpu")) == failed(first)  # it checks the kernel, not what took its place
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert failed(check_again("cpu")) == set()
 
 
 @pytest.mark.parametrize("content", ["", "[", "{}", '[{"op": 3}]', "[" * 100_000])

@@ -159,7 +159,8 @@ def test_unknown_model_is_one_line(capsys):
 
 
 @pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
-def test_with_a_device_its_kernels_are_checked(capsys, monkeypatch):
+def test_with_a_device_its_kernels_are_checked(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert main(["doctor", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["op", "type", "backend", "error", "allowed", "verdict"]

@@ -15,7 +15,7 @@ from clipup.train import signals
 signals.REPEAT_SECONDS = 1.0
 with signals.program_ends_with_the_run():
     with signals.StopRequest() as stop:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.{first})
 assert stop.received
 time.sleep({pause})
 signal.raise_signal(signal.SIGTERM)
@@ -23,9 +23,12 @@ print("alive")
 """
 
 
-@pytest.mark.parametrize(("pause", "code", "output"), [(0, 0, "alive\n"), (1.1, -signal.SIGTERM, "")])
-def test_a_sigterm_that_repeats_the_first_does_not_kill_a_run_that_has_stopped(pause, code, output):
+@pytest.mark.parametrize(
+    ("first", "pause", "code", "output"),
+    [("SIGTERM", 0, 0, "alive\n"), ("SIGINT", 0, 0, "alive\n"), ("SIGTERM", 1.1, -signal.SIGTERM, "")],
+)
+def test_a_sigterm_that_repeats_the_first_does_not_kill_a_run_that_has_stopped(first, pause, code, output):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PROGRAM.format(pause=pause)]
+    command = [sys.executable, "-c", PROGRAM.format(first=first, pause=pause)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, output), done.stderr
