@@ -8,6 +8,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,6 +65,9 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
             end = getattr(iterator, "_shutdown_workers", None)  # torch has no public name for it
             if end is not None:
                 end()
+                # torch's frames hold the error of a worker, whose traceback holds them: a cycle that would keep the
+                # loader. They are of this process; the worker's own traceback is text in the error's message.
+                traceback.clear_frames(error.__traceback__)
         raise
 
 

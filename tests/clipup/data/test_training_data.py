@@ -422,3 +422,5 @@ def test_workers_end_with_an_error_and_the_data_can_be_read_again(pictures, kind
     assert kept.value and set(multiprocessing.active_children()) <= before
     repaired.touch()
     assert len(list(data)) == len(data)
+    del kept, data  # without waiting for the garbage collector
+    assert set(multiprocessing.active_children()) <= before
