@@ -43,6 +43,7 @@ def test_clip_benchmark_measures_the_same_recall_as_clipup_eval(directory, tmp_p
     assert 0 < found["t2i"]["r5"] < 1
 
 
+@pytest.mark.slow
 def test_clip_benchmark_measures_the_same_accuracy_as_clipup_eval(directory, tmp_path, capsys):
     root = layouts.webdataset(tmp_path / "data", retrieval=False)
     options = ["--model", directory, "--dataset", "wds/words", "--dataset_root", root]

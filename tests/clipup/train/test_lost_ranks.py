@@ -37,7 +37,8 @@ def assert_whole(run: Path, at_least: int) -> None:
     assert load(run / "checkpoints" / "epoch_latest.pt")["step"] >= at_least
 
 
-@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [1, 0])
 def test_a_frozen_rank_is_named_after_the_timeout(command, tmp_path, lost):
     run = tmp_path / "logs" / "run"
     with ranks(tmp_path, main, [*command, "--dist-timeout", "5"]) as processes:
