@@ -36,7 +36,8 @@ def backend_info() -> dict:
         A dict with ``version`` (of clipup), ``torch``, ``triton`` (their versions);
         ``compiled`` (bool), ``fallback_reason`` (why not, or None), ``build`` (compiler, OpenMP and CUDA architectures
         of the extension, or None), ``instructions`` (instruction tier of the C++ kernels, or None);
-        ``cpu`` and ``cuda`` (for every op the backend by type: ``info["cpu"]["expert_mlp"]["bfloat16"]``),
+        ``cpu`` and ``cuda`` (for every op the backend by type of the tokens: ``info["cpu"]["expert_mlp"]["bfloat16"]``;
+        None where a call raises because the forced backend failed its self-check),
         ``backends`` (why each of them is used, or why not), ``forced`` (what ``CLIPUP_BACKEND`` names, or None),
         ``failed_checks`` (why ops failed ``clipup_kernels.self_check`` in this process, by backend, op and type),
         ``cuda_fallback_reason`` (why Triton is not used, or None), ``matmul_dtypes`` (types whose products are left to
@@ -54,6 +55,7 @@ def backend_info() -> dict:
         for choices in tables.values()
         for by_type in choices.values()
         for choice in by_type.values()
+        if choice is not None
     }
     backends = {
         backend.name: backend.unavailable(None) or used.get(backend.name, "it can run, but no op uses it here")
@@ -71,7 +73,7 @@ def backend_info() -> dict:
         "instructions": NATIVE.instruction_tier() if compiled else None,
         **{
             device: {
-                op: {_name(dtype): choice.backend.name for dtype, choice in choices[registered].items()}
+                op: {_name(dtype): choice and choice.backend.name for dtype, choice in choices[registered].items()}
                 for op, registered in _OPS.items()
             }
             for device, choices in tables.items()
@@ -80,7 +82,9 @@ def backend_info() -> dict:
         "forced": forced,
         "failed_checks": registry.distrusted(),
         "cuda_fallback_reason": None if "triton" in used else used["torch_eager"] if forced else backends["triton"],
-        "matmul_dtypes": sorted(_name(d) for d, choice in products.items() if choice.backend.name == "torch_matmul"),
+        "matmul_dtypes": sorted(
+            _name(d) for d, choice in products.items() if choice is not None and choice.backend.name == "torch_matmul"
+        ),
         "threads": torch.get_num_threads(),
         "kept_memory_bytes": NATIVE.kept_memory() if compiled else 0,
     }

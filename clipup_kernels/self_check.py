@@ -1,7 +1,8 @@
 """The self-check: every op of this installation against plain torch in float64, on the device that is going to run it.
 
 Kernels are compiled on the user's machine, by the user's version of Triton, for the user's card. So what the tests of
-this package have shown elsewhere is shown again there, once, in less than a minute.
+this package have shown elsewhere is shown again there, once: every op, forward and backward, with and without gates,
+biases, masks and a capacity, on odd shapes and, on CUDA devices, on shapes that get the tiles of usual layers.
 
     from clipup_kernels.self_check import check_once
     check_once("cuda")
@@ -11,11 +12,11 @@ this package have shown elsewhere is shown again there, once, in less than a min
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -28,14 +29,17 @@ from torch import Tensor
 
 from . import reference
 from .backend_info import package_version
-from .backends import registry, torch_eager
+from .backends import meta, registry, torch_eager
 from .machine import processor_name
-from .types import Plan
+from .types import ACTIVATIONS, Plan
+from .user_cache import user_cache, write_json
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error allowed, relative to the largest entry of the result in float64. In float32, GPUs round the factors of
 products to TF32, which has 10 bits."""
 _POISON_BYTES = 64 << 20
+Sizes = tuple[int, int, int, int, int]
+"""T, D, H, E, K."""
 _lock = threading.Lock()
 
 
@@ -58,61 +62,78 @@ class Finding:
 
 
 def self_check(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> list[Finding]:
-    """Runs every op, forward and backward, on small odd shapes, and compares it with plain torch in float64.
+    """Runs every op, forward and backward, and compares it with plain torch in float64.
 
-    An op that fails in a type is no longer given to that backend in this process: the next one of the table computes
-    it, in the end plain torch. ``backend_info()`` shows that. Ops that plain torch computes anyway are left out.
+    An op that fails in a type is no longer given to that backend on this device, in this process: the next one of the
+    table is checked and computes it, in the end plain torch. One that failed before and passes now is. Ops that plain
+    torch computes anyway are left out.
 
     Args:
-        device: where to run. dtypes: types of the tokens to check.
+        device: where to run, a CPU or a CUDA device. dtypes: types of the tokens to check.
 
     Returns:
-        A finding for each op and type, failed ones included.
+        A finding for each op, type and backend that was checked, failed ones included.
+
+    Raises:
+        ValueError: another device or type.
+        torch.OutOfMemoryError: there is no memory for the check, which says nothing about the ops.
     """
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    registry.trust_all()  # what failed before is checked again
+    device = _checked_device(device)
     findings = []
-    for dtype in dtypes:
-        for op, cases in _cases(dtype).items():
-            choice = registry.choose(op, cases[0][0].dtype, device.type, device.index)
-            if choice.backend.name != "torch_eager":
-                findings.append(_check(op, choice.backend, cases, dtype, device))
-    _distrust_failed(findings)
+    # Whatever the caller has set: tensors are made on the CPU, and the oracle is not cast.
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        for dtype in _checked_types(dtypes):
+            for op, cases in _cases(dtype, _SIZES[device.type]).items():
+                for choice in registry.choices(op, cases[0][0].dtype, device.type, device.index):
+                    if choice.backend.name == "torch_eager":
+                        break
+                    findings.append(_check(op, choice.backend, cases, dtype, device))
+                    _trust_as_found(findings[-1], device)
+                    if findings[-1].reason is None:
+                        break
     return findings
 
 
 def check_again(device: str | torch.device = "cuda") -> list[Finding]:
     """``self_check`` in every type, whose result replaces the one that ``check_once`` keeps."""
     findings = self_check(device)
-    _write(cache_file(device), findings)
+    path = cache_file(device)
+    try:
+        if path is not None and any(finding.reason is not None for finding in findings):
+            path.unlink(missing_ok=True)  # the next program checks again: a fault may be repaired, or have passed
+        elif path is not None and findings:
+            write_json(path, [asdict(finding) for finding in findings])
+    except OSError:  # without a cache directory that can be written to, the check runs again next time
+        pass
     return findings
 
 
 def check_once(device: str | torch.device = "cuda") -> list[Finding]:
     """``self_check``, once for each card and each version of torch, Triton and this package.
 
-    The result is kept in the user's cache directory (``$XDG_CACHE_HOME`` or ~/.cache, in clipup/self_check). Ops that
-    failed then are not trusted now either, and each is named in a ``RuntimeWarning``.
+    A result without failures is kept in the user's cache directory (``$XDG_CACHE_HOME`` or ~/.cache, in
+    clipup/self_check). Ops that fail are each named in a ``RuntimeWarning``, and the next program checks again.
     """
     with _lock:
-        path = cache_file(device)
-        findings = _read(path)
+        findings = _read(cache_file(device))
         if findings is None:
             findings = check_again(device)
-        _distrust_failed(findings)
     for finding in findings:
         if finding.reason is not None:
-            warnings.warn(f"clipup_kernels: {sentence(finding)}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"clipup_kernels: {sentence(finding, device)}", RuntimeWarning, stacklevel=2)
     return findings
 
 
-def sentence(finding: Finding) -> str:
+def sentence(finding: Finding, device: str | torch.device) -> str:
     """What a failed check means for the user."""
+    effect = (
+        f"calls raise an error, because {registry.FORCE_BACKEND} names this backend"
+        if finding.backend == registry.forced()
+        else "another backend computes it, which is slower and right"
+    )
     return (
-        f"{finding.op} in {finding.dtype} failed its self-check on {finding.backend} ({finding.reason}); another "
-        "backend computes it, which is slower and right. `clipup doctor --device cuda` checks again"
+        f"{finding.op} in {finding.dtype} failed its self-check on {finding.backend} ({finding.reason}); {effect}. "
+        f"`clipup doctor --device {device}` checks again"
     )
 
 
@@ -127,6 +148,8 @@ def report(findings: list[Finding], device: str | torch.device) -> str:
     failed = sum(finding.reason is not None for finding in findings)
     lines = [processor_name(device), *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
     lines += [f"note: {note}"] * bool(note)
+    if not findings:
+        lines[1:2] = ["nothing to check: plain torch computes every op here (clipup_kernels.backend_info() says why)"]
     return "\n".join([*lines, f"{len(findings)} checks, {failed} failed"])
 
 
@@ -141,49 +164,78 @@ def known_faults(device: str | torch.device) -> str | None:
     )
 
 
-def cache_file(device: str | torch.device) -> Path:
-    """Where ``check_once`` keeps its result for a device and the installed versions."""
-    versions = [package_version(name) for name in ("clipup", "triton", "numpy")]
+def cache_file(device: str | torch.device) -> Path | None:
+    """Where ``check_once`` keeps its result for a device, this installation and its settings; None: nowhere."""
+    device = _checked_device(device)
+    versions = [package_version(name) for name in ("triton", "numpy")]
     key: list[Any] = [processor_name(device), torch.__version__, torch.version.cuda, *versions, registry.forced()]
-    if torch.device(device).type == "cuda":
-        key.append(torch.cuda.get_device_capability(device))
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "clipup", "self_check", f"{name}.json")
+    key += [_installation(), os.environ.get(registry.FORCE_TIER)]
+    if device.type == "cuda":
+        key += [torch.cuda.get_device_capability(device), torch.backends.cuda.matmul.fp32_precision]
+        key.append(os.environ.get("CLIPUP_TRITON_CONFIGS"))
+    return user_cache("self_check", f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json")
 
 
-def _read(path: Path) -> list[Finding] | None:
-    """None if there is no result or it cannot be read: then the check runs again."""
+def _installation() -> list[tuple[str, int, int]]:
+    """Name, size and time of this package's files, which change more often than its version."""
+    root = Path(__file__).parent
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".so", ".dylib", ".pyd"))
+    return [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def _read(path: Path | None) -> list[Finding] | None:
+    """None if there is no result without failures or it cannot be read: then the check runs again."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return [Finding(**finding) for finding in content] if isinstance(content, list) else None
+        if path is None or not path.is_file():
+            return None
+        findings = [Finding(**finding) for finding in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, RecursionError):
         return None
+    return findings if findings and all(map(_passed, findings)) else None
 
 
-def _write(path: Path, findings: list[Finding]) -> None:
-    """Without a cache directory that can be written to, the check runs again next time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump([asdict(finding) for finding in findings], file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
-        return
+def _passed(finding: Finding) -> bool:
+    """Whether a finding that was read from a file is that of an op that passed."""
+    names = (finding.op, finding.dtype, finding.chosen_by, finding.backend)
+    if not (all(isinstance(name, str) for name in names) and finding.reason is None):
+        return False
+    error, allowed = finding.error, finding.allowed
+    return isinstance(error, float) and isinstance(allowed, float) and error <= allowed
 
 
-def _distrust_failed(findings: list[Finding]) -> None:
-    for finding in findings:
-        if finding.reason is not None:
-            registry.distrust(finding.backend, finding.op, getattr(torch, finding.chosen_by), finding.reason)
+def _checked_device(device: str | torch.device) -> torch.device:
+    device = torch.device(device)
+    if device.type not in _SIZES:
+        raise ValueError(f"device: got {str(device)!r}, expected cpu or cuda: no backend has kernels for other devices")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if device.type == "cpu" else device
+
+
+def _checked_types(dtypes: Iterable[torch.dtype]) -> list[torch.dtype]:
+    dtypes = [dtypes] if isinstance(dtypes, torch.dtype) else list(dtypes)
+    for dtype in dtypes:
+        if dtype not in TOLERANCE:
+            raise ValueError(f"dtypes: got {dtype}, expected some of {', '.join(map(str, TOLERANCE))}")
+    return dtypes
+
+
+def _trust_as_found(finding: Finding, device: torch.device) -> None:
+    chosen_by = getattr(torch, finding.chosen_by)
+    registry.distrust(finding.backend, finding.op, chosen_by, finding.reason, device.index)
 
 
 def _check(op: str, backend: registry.Backend, cases: list[tuple], dtype: torch.dtype, device: torch.device) -> Finding:
-    error, reason = None, None
+    error: float | None = None
+    reason = None
     try:
         error = max(_error(op, backend, arguments, device) for arguments in cases)
-        if error > TOLERANCE[dtype]:
+        if error == torch.inf:
+            error, reason = None, "its results are not finite, or not of the right type or shape"
+        elif error > TOLERANCE[dtype]:
             reason = f"its error is {error:.1e} of the largest entry, allowed {TOLERANCE[dtype]:.0e}"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as failure:  # a compiler's own, of many kinds
         reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
     of_tokens, chosen_by = (str(one).removeprefix("torch.") for one in (dtype, cases[0][0].dtype))
@@ -191,12 +243,19 @@ def _check(op: str, backend: registry.Backend, cases: list[tuple], dtype: torch.
 
 
 def _error(op: str, backend: registry.Backend, arguments: tuple, device: torch.device) -> float:
-    """Largest error over the op's results, each relative to the largest entry of its oracle; infinite for NaN."""
+    """Largest error over the op's results, each relative to the largest entry of its oracle; infinite for NaN, for
+    another type or shape than the op's, and for changed arguments."""
     wanted = _as_tuple(getattr(torch_eager, op)(*_wide(arguments)))
-    on_device = _map(lambda t: t.to(device), arguments)
+    types = [output.dtype for output in _as_tuple(getattr(meta, op)(*_map(lambda t: t.to("meta"), arguments)))]
+    on_device = _map(lambda t: t.to(device, copy=True), arguments)
     if device.type == "cuda":  # memory that the op does not write shows
         torch.full((_POISON_BYTES // 4,), torch.nan, device=device)
     results = _as_tuple(registry.implementation(backend, op)(*on_device))
+    if [result.dtype for result in results] != types:
+        return torch.inf
+    for before, after in zip(arguments, on_device, strict=True):
+        if isinstance(before, Tensor) and not torch.equal(before, after.cpu()):
+            return torch.inf
     errors = [_distance(result.cpu(), oracle) for result, oracle in zip(results, wanted, strict=True)]
     return max(errors, default=0.0)
 
@@ -207,7 +266,7 @@ def _distance(result: Tensor, oracle: Tensor) -> float:
     if oracle.numel() == 0:
         return 0.0
     if not oracle.is_floating_point():
-        return 0.0 if torch.equal(result.to(oracle.dtype), oracle) else torch.inf
+        return 0.0 if torch.equal(result, oracle) else torch.inf
     if not result.isfinite().all():
         return torch.inf
     return float((result.double() - oracle).abs().max() / oracle.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
@@ -225,19 +284,24 @@ def _map(change: Any, arguments: tuple) -> list[Any]:
     return [change(one) if isinstance(one, Tensor) else one for one in arguments]
 
 
-def _cases(dtype: torch.dtype) -> dict[str, list[tuple]]:
-    """Arguments of every op, on the CPU: odd widths, and widths and rows for several full tiles; with and without
-    gates, biases, masks and a capacity."""
+_ODD, _EVEN = (37, 19, 53, 5, 3), (330, 64, 96, 4, 2)
+_SIZES = {"cpu": (_ODD, _EVEN), "cuda": (_ODD, (64, 256, 512, 4, 2), (400, 256, 512, 4, 2), (1600, 256, 512, 4, 2))}
+"""By device type: odd widths, and widths and rows for several full tiles. On CUDA devices a size for each
+class of rows per expert, with the tiles of layers of usual widths (``clipup_kernels.triton.configs``)."""
+
+
+def _cases(dtype: torch.dtype, all_sizes: Iterable[Sizes]) -> dict[str, list[tuple]]:
+    """Arguments of every op, on the CPU: with and without gates, biases, masks and a capacity."""
     cases: dict[str, list[tuple]] = {}
-    for seed, sizes in enumerate(((37, 19, 53, 5, 3), (330, 64, 96, 4, 2))):
-        for op, arguments in _cases_of(dtype, *sizes, generator=torch.Generator().manual_seed(seed)):
+    for seed, sizes in enumerate(all_sizes):
+        for op, arguments in _cases_of(dtype, sizes, torch.Generator("cpu").manual_seed(seed)):
             cases.setdefault(op, []).append(arguments)
     return cases
 
 
-def _cases_of(
-    dtype: torch.dtype, tokens: int, width: int, hidden: int, num_experts: int, k: int, generator: torch.Generator
-) -> Iterator[tuple[str, tuple]]:
+def _cases_of(dtype: torch.dtype, sizes: Sizes, generator: torch.Generator) -> Iterator[tuple[str, tuple]]:
+    tokens, width, hidden, num_experts, k = sizes
+
     def randn(*size: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*size, generator=generator)).to(dtype)
 
@@ -272,22 +336,36 @@ def _cases_of(
     plain = (in_weight, in_bias, out_weight, out_bias, None, None)
     gated = (in_weight, None, out_weight, None, gate_weight, None)
     with_biases = (in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
-    for parameters, activation in ((plain, "gelu"), (gated, "silu"), (with_biases, "quick_gelu")):
+    forms = [(plain, "gelu"), (gated, "silu"), (with_biases, "quick_gelu")]
+    if width % 2:  # small: the forms that differ in an epilogue alone
+        forms += [(plain, activation) for activation in ACTIVATIONS if activation != "gelu"]
+    for parameters, activation in forms:
         routed = (x, gating.gates, *plan, *parameters)
-        yield "expert_mlp_forward", (*routed, activation, True)
         _, z = torch_eager.expert_mlp_forward(*_wide((*routed, activation, True)))
+        yield "expert_mlp_forward", (*routed, activation, True)
+        yield "expert_mlp_forward", (*routed, activation, False)
         yield "expert_mlp_backward", (dy, *routed, z.to(dtype), activation, [True] * 4)
         one = [None if weight is None else weight[0].contiguous() for weight in parameters]
         yield "dense_mlp", (x, *one, activation)
+    routed = (x, gating.gates, *plan, *plain)
+    yield "expert_mlp_backward", (dy, *routed, x.new_empty(0), "gelu", [True] * 4)
+    yield "expert_mlp_backward", (dy, *routed, x.new_empty(0), "gelu", [True, False, False, True])
 
 
-def main(argv: list[str]) -> int:
-    """Prints the report for the device named by the first argument; 1 if an op failed."""
-    device = argv[0] if argv else "cuda"
-    findings = check_again(device)
+def main(argv: list[str] | None = None) -> int:
+    """Prints the report for a device; 1 if an op failed."""
+    parser = argparse.ArgumentParser(prog="python -m clipup_kernels.self_check", description=main.__doc__)
+    parser.add_argument("device", nargs="?", default="cuda", help="cpu, cuda or cuda:N (default cuda)")
+    device = parser.parse_args(argv).device
+    try:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            parser.error(f"device: got {device}, but torch finds no CUDA device; pass cpu to check its kernels")
+        findings = check_again(device)
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error).splitlines()[0])
     print(report(findings, device))
     return int(any(finding.reason is not None for finding in findings))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..types import ACTIVATIONS
 from . import meta
 from .extension import NATIVE
+from .plan_checks import check_offsets
 
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -108,6 +109,7 @@ def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, m
 
 
 def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:
+    check_offsets(offsets, choice_of_row.numel())
     x, offsets, choice_of_row = _dense(x, offsets, choice_of_row)
     width, num_rows = x.shape[1], choice_of_row.numel()
     rows = x.new_empty(num_rows, width)
@@ -138,6 +140,7 @@ def _gather_sum(rows: Tensor, gates: Tensor | None, row_of_choice: Tensor) -> Te
 
 
 def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> tuple[Tensor, Tensor]:
+    check_offsets(offsets, len(rows))
     dy, rows, gates, offsets, row_of_choice = _dense(dy, rows, gates, offsets, row_of_choice)
     d_rows, d_gates = torch.empty_like(rows), torch.empty_like(gates)
     NATIVE.combine_backward(

@@ -6,8 +6,9 @@ the device alone. Two ways:
 
 - ``torch.nn.functional.grouped_mm``, where it neither waits for the device nor refuses the shape: bfloat16 with widths
   that are multiples of 8, on compute capability 9.0 and 10.0, and on CPUs.
-- Blocks: the rows are cut into blocks of ceil(R / E) rows of one expert each. There are at most 2 E blocks whatever the
-  routing is, so that ``torch.bmm`` takes them all, at most twice the rows. It needs a copy of the weights per block.
+- Blocks: the rows are cut into blocks of R / E rows (rounded down) of one expert each. Whatever the routing is, the
+  blocks have less than 2 R rows, so that ``torch.bmm`` takes them all. It needs a copy of the weights per block, less
+  than 3 E of them.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Blocks(NamedTuple):
     def of(cls, offsets: Tensor, num_rows: int) -> Blocks:
         offsets = offsets.long()
         num_experts, device = offsets.numel() - 1, offsets.device
-        size = max(1, -(-num_rows // num_experts))
-        number = num_experts + num_rows // size
+        size = max(1, num_rows // num_experts)
+        number = (num_rows + min(num_experts, num_rows) * (size - 1)) // size  # each expert's last one may be part full
         starts, ends = offsets[:-1], offsets[1:]
         counts = (ends - starts + size - 1) // size
         after = counts.cumsum(0)
@@ -87,7 +88,7 @@ def project(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) 
     if _grouped_mm_fits(rows, weight.shape[1], weight.shape[2]):
         if bias is not None:
             rows, weight = _with_bias_as_column(rows, weight, bias)
-        out = F.grouped_mm(rows.contiguous(), weight.mT, offs=offsets[1:])
+        out = F.grouped_mm(rows.contiguous(), _aligned(weight).mT, offs=offsets[1:])
         return torch.where((torch.arange(num_rows, device=rows.device) < offsets[-1])[:, None], out, 0)
     blocks = Blocks.of(offsets, num_rows)
     cut, weights = blocks.cut(rows), weight[blocks.expert].mT
@@ -107,6 +108,16 @@ def _with_bias_as_column(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Te
     return torch.cat([rows, ones], 1), torch.cat([weight, F.pad(bias[..., None], (0, 7))], 2)
 
 
+def _aligned(weight: Tensor) -> Tensor:
+    """The weight [E, O, I] with strides that grouped_mm takes: I or O contiguous, the others multiples of 16 bytes."""
+    for outer, inner in ((1, 2), (2, 1)):
+        others = weight.stride(0), weight.stride(outer)
+        dense = weight.stride(inner) == 1 and weight.stride(outer) >= weight.shape[inner]
+        if dense and all(stride * weight.itemsize % 16 == 0 for stride in others):
+            return weight
+    return weight.contiguous()
+
+
 def outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
     """[E, M, N]: the sum of ``left[r, :, None] * right[r, None, :]`` over each expert's rows, in at least float32.
 
@@ -122,7 +133,13 @@ def outer(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
         out = F.grouped_mm(left.contiguous().mT, right.contiguous(), offs=offsets[1:])
         return torch.where((offsets.diff() > 0)[:, None, None], out, 0)
     blocks = Blocks.of(offsets, left.shape[0])
-    products = torch.bmm(blocks.cut(left).mT, blocks.cut(right))
+    lefts, rights = blocks.cut(left).mT, blocks.cut(right)
+    if left.dtype in (torch.float32, torch.float64):
+        products = torch.bmm(lefts, rights)
+    elif left.is_cuda:
+        products = torch.bmm(lefts, rights, out_dtype=torch.float32)
+    else:
+        products = torch.bmm(lefts.float(), rights.float())
     return _segment_sums(products.flatten(1), blocks.counts).view(shape)
 
 

@@ -48,8 +48,14 @@ class Backend(NamedTuple):
         return op in self.modules and self.device in (None, device) and (self.float64 or dtype != torch.float64)
 
 
-_DISTRUSTED: dict[tuple[str, str, torch.dtype], str] = {}
-"""Why a backend does not compute an op of its entry in a type: it failed its self-check."""
+_DISTRUSTED: dict[tuple[str, str, torch.dtype, int | None], str] = {}
+"""Why a backend does not compute an op in a type on a CUDA device (None: on the CPU): it failed its self-check."""
+_SAME_CODE = {
+    "packed_grouped_linear": "grouped_linear",
+    "packed_expert_mlp": "expert_mlp_forward",
+    "packed_dense_mlp": "dense_mlp",
+}
+"""Ops that are not checked themselves, and the op whose check stands for theirs."""
 
 
 class Choice(NamedTuple):
@@ -168,27 +174,55 @@ def choose(op: str, dtype: torch.dtype, device: str, index: int | None = None) -
     Raises:
         RuntimeError: ``CLIPUP_BACKEND`` names a backend that cannot run, or no backend computes the op.
     """
+    possible = choices(op, dtype, device, index)
+    for choice in possible:
+        failure = failed_check(choice.backend, op, dtype, index)
+        if failure is None:
+            return choice
+        if choice.backend.name == forced():
+            raise RuntimeError(
+                f"{FORCE_BACKEND}={choice.backend.name} is set, but {failure}; unset it to run another backend"
+            )
+    failures = [failed_check(choice.backend, op, dtype, index) for choice in possible]
+    reasons = [f"{choice.backend.name}: {failure}" for choice, failure in zip(possible, failures, strict=True)]
+    reasons += [
+        f"{backend.name}: {reason}"
+        for backend in BACKENDS
+        if backend.computes(op, dtype, device) and (reason := backend.unavailable(index)) is not None
+    ]
+    raise RuntimeError(
+        f"no backend computes {op} in {dtype} on {device} ({'; '.join(reasons) or 'it has no kernel there'})"
+    )
+
+
+def choices(op: str, dtype: torch.dtype, device: str, index: int | None = None) -> list[Choice]:
+    """The backends that can compute an op, best first, whether they are trusted or not; with ``CLIPUP_BACKEND`` that
+    one alone, if it has the op. ``choose`` describes arguments and errors."""
     candidates = [backend for backend in BACKENDS if backend.computes(op, dtype, device)]
     name = forced()
     for backend in candidates:
         if backend.name == name:
-            if (reason := backend.unavailable(index) or failed_check(backend, op, dtype)) is not None:
+            if (reason := backend.unavailable(index)) is not None:
                 raise RuntimeError(f"{FORCE_BACKEND}={name} is set, but {reason}; unset it to run another backend")
-            return Choice(backend, f"{FORCE_BACKEND}={name} is set")
-    for backend in candidates:
-        if (backend.unavailable(index) or failed_check(backend, op, dtype)) is not None:
-            continue
-        if (reason := backend.preferred(dtype)) is not None:
-            return Choice(backend, reason)
-    reasons = "; ".join(
-        f"{backend.name}: {backend.unavailable(index) or failed_check(backend, op, dtype)}" for backend in candidates
-    )
-    raise RuntimeError(f"no backend computes {op} in {dtype} on {device} ({reasons or 'it has no kernel there'})")
+            return [Choice(backend, f"{FORCE_BACKEND}={name} is set")]
+    return [
+        Choice(backend, reason)
+        for backend in candidates
+        if backend.unavailable(index) is None and (reason := backend.preferred(dtype)) is not None
+    ]
 
 
-def distrust(backend: str, op: str, dtype: torch.dtype, reason: str) -> None:
-    """From now on, a backend does not compute an op whose first argument has this type."""
-    _DISTRUSTED[backend, op, dtype] = reason
+def distrust(backend: str, op: str, dtype: torch.dtype, reason: str | None, index: int | None = None) -> None:
+    """From now on, a backend does not compute an op whose first argument has this type on a device; or, without a
+    reason, it does again.
+
+    Args:
+        index: of the CUDA device; None for the CPU.
+    """
+    if reason is None:
+        _DISTRUSTED.pop((backend, op, dtype, index), None)
+    else:
+        _DISTRUSTED[backend, op, dtype, index] = reason
     function_of.cache_clear()
 
 
@@ -198,29 +232,60 @@ def trust_all() -> None:
     function_of.cache_clear()
 
 
-def failed_check(backend: Backend, op: str, dtype: torch.dtype) -> str | None:
-    """Why a backend is not trusted with an op; None if it is."""
-    reason = _DISTRUSTED.get((backend.name, op, dtype))
-    return None if reason is None else f"{op} in {dtype} failed its self-check ({reason})"
+def failed_check(backend: Backend, op: str, dtype: torch.dtype, index: int | None = None) -> str | None:
+    """Why a backend is not trusted with an op; None if it is. Without an index, on any device."""
+    checked = _SAME_CODE.get(op, op)
+    for (name, distrusted_op, type_, device), reason in list(_DISTRUSTED.items()):
+        if (name, distrusted_op, type_) == (backend.name, checked, dtype) and index in (None, device):
+            return f"{checked} in {dtype} failed its self-check ({reason})"
+    return None
 
 
 def distrusted() -> dict[str, str]:
-    """What failed its self-check, by backend, op and type, and why."""
+    """What failed its self-check, by backend, op, type and CUDA device, and why."""
     return {
-        f"{backend} {op} {str(dtype).removeprefix('torch.')}": reason
-        for (backend, op, dtype), reason in _DISTRUSTED.items()
+        f"{backend} {op} {str(dtype).removeprefix('torch.')}{'' if index is None else f' cuda:{index}'}": reason
+        for (backend, op, dtype, index), reason in list(_DISTRUSTED.items())
     }
 
 
 def implementation(backend: Backend, op: str) -> Callable:
-    """A backend's function for an op; imports its module."""
-    return getattr(importlib.import_module(f"clipup_kernels.{backend.modules[op]}"), op)
+    """A backend's function for an op; imports its module. Autocast is off while it runs: the types of results and of
+    sums are part of an op's contract."""
+    function = getattr(importlib.import_module(f"clipup_kernels.{backend.modules[op]}"), op)
+
+    @functools.wraps(function)
+    def without_autocast(first: Tensor, *args):
+        device = first.device.type
+        if not torch.is_autocast_enabled(device):
+            return function(first, *args)
+        with torch.autocast(device, enabled=False):
+            return function(first, *args)
+
+    return without_autocast
 
 
-def table(device: str) -> dict[str, dict[torch.dtype, Choice]]:
-    """The choice for every op and type on a device type of this installation; touches no GPU."""
-    ops = (*ROUTING, *ROWS, *PRODUCTS)
-    return {op: {dtype: choose(op, dtype, device) for dtype in FLOATING} for op in ops}
+def type_of_first(op: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of an op's first argument, by which its backend is chosen, for tokens of a type: logits and their
+    gradients are at least float32, and ``dispatch`` gets indices."""
+    if op == "dispatch":
+        return torch.int32
+    if op in ("topk_gating", "topk_gating_backward", "router_logits_backward"):
+        return torch.promote_types(dtype, torch.float32)
+    return dtype
+
+
+def table(device: str) -> dict[str, dict[torch.dtype, Choice | None]]:
+    """The choice for every op and type of tokens on a device type of this installation; touches no GPU. None: a call
+    raises, because the backend that is forced failed its self-check."""
+
+    def choice(op: str, dtype: torch.dtype) -> Choice | None:
+        first = type_of_first(op, dtype)
+        possible = choices(op, first, device)
+        trusted = any(failed_check(one.backend, op, first) is None for one in possible)
+        return choose(op, first, device) if trusted or not possible else None
+
+    return {op: {dtype: choice(op, dtype) for dtype in FLOATING} for op in (*ROUTING, *ROWS, *PRODUCTS)}
 
 
 @functools.cache

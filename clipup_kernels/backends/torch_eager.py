@@ -2,7 +2,7 @@
 of ``grouped_products``, and formulas for backward.
 
 It computes where no other backend does (float64, a device without kernels, no extension) and where it is asked for.
-Except for a check in ``dispatch`` on the CPU nothing depends on values, so the host never waits. Products have the type
+Except for checks of indices on the CPU nothing depends on values, so the host never waits. Products have the type
 of the tokens; gates, and sums over rows and choices, are at least float32.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import reference
 from ..types import Plan
 from . import grouped_products
+from .plan_checks import check_choices, check_offsets, check_rows
 
 Outputs = tuple[Tensor, ...]
 
@@ -79,11 +80,13 @@ def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, m
 
 
 def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:
+    check_choices(choice_of_row, offsets)
     return reference.permute(x, Plan(offsets, choice_of_row, row_of_choice))
 
 
 def gather_sum(rows, row_of_choice) -> Tensor:
     """[T, D]: the sum of every token's rows; the backward of ``permute``."""
+    check_rows(row_of_choice, len(rows))
     (summed,) = wide(rows)
     ones = torch.ones_like(row_of_choice, dtype=summed.dtype)
     plan = Plan(row_of_choice, row_of_choice, row_of_choice)  # combine reads the last field alone
@@ -91,11 +94,13 @@ def gather_sum(rows, row_of_choice) -> Tensor:
 
 
 def grouped_linear(rows, weight, bias, offsets) -> Tensor:
+    check_offsets(offsets, len(rows))
     return grouped_products.project(rows, weight, bias, offsets)
 
 
 def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> Outputs:
     need_rows, need_weight, need_bias = output_mask
+    check_offsets(offsets, len(rows))
     return (
         grouped_products.project(d_out, weight.mT, None, offsets) if need_rows else rows.new_empty(0),
         grouped_products.outer(d_out, rows, offsets).to(rows.dtype) if need_weight else rows.new_empty(0),
@@ -104,12 +109,15 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> Output
 
 
 def combine(rows, gates, offsets, choice_of_row, row_of_choice) -> Tensor:
+    check_rows(row_of_choice, len(rows))
     wide_rows, wide_gates = wide(rows, gates)
     plan = Plan(offsets, choice_of_row, row_of_choice)
     return reference.combine(wide_rows, wide_gates, plan).to(rows.dtype)
 
 
 def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> Outputs:
+    check_choices(choice_of_row, offsets)
+    check_rows(row_of_choice, len(rows))
     plan = Plan(offsets, choice_of_row, row_of_choice)
     wide_dy, wide_rows, wide_gates = wide(dy, rows, gates)
     d_rows = reference.permute(wide_dy, plan) * gate_of_row(wide_gates, choice_of_row)[:, None]
@@ -171,6 +179,7 @@ def expert_mlp_backward(
 ) -> Outputs:  # fmt: skip
     need_x, need_gates, need_in, need_out = output_mask
     outer, sums = grouped_products.outer, grouped_products.sums
+    check_rows(row_of_choice, len(choice_of_row))
     rows = permute(x, offsets, choice_of_row, row_of_choice)
     if z.numel() == 0:
         z = expert_mlp_z(rows, offsets, in_weight, in_bias, gate_weight, gate_bias)

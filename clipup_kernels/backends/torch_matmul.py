@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..reference import activate
 from . import cpp, torch_eager
+from .plan_checks import check_offsets, check_rows
 from .torch_eager import dense_mlp  # noqa: F401  it already uses torch's matmul
 
 
-def _spans(offsets: Tensor) -> list[tuple[int, slice]]:
+def _spans(offsets: Tensor, num_rows: int) -> list[tuple[int, slice]]:
     """(expert, its rows) for the experts that have any."""
+    check_offsets(offsets, num_rows)
     edges = offsets.tolist()
     return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(edges, edges[1:], strict=False)) if b > a]
 
@@ -28,7 +30,7 @@ def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> 
 
 def grouped_linear(rows, weight, bias, offsets) -> Tensor:
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    for expert, span in _spans(offsets):
+    for expert, span in _spans(offsets, len(rows)):
         _project(rows[span], weight[expert], None if bias is None else bias[expert], out[span])
     out[int(offsets[-1]) :] = 0
     return out
@@ -39,7 +41,7 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
     d_rows = torch.empty_like(rows) if need_rows else rows.new_empty(0)
     d_weight = torch.zeros_like(weight) if need_weight else rows.new_empty(0)
     d_bias = weight.new_zeros(weight.shape[:2]) if need_bias else rows.new_empty(0)
-    for expert, span in _spans(offsets):
+    for expert, span in _spans(offsets, len(rows)):
         if need_rows:
             torch.mm(d_out[span], weight[expert], out=d_rows[span])
         if need_weight:
@@ -60,7 +62,7 @@ def expert_mlp_forward(
     projections = [(in_weight, in_bias)] if gate_weight is None else [(in_weight, in_bias), (gate_weight, gate_bias)]
     z = x.new_empty((len(projections), num_rows, hidden) if keep_z else 0)
     out = torch.empty_like(rows)
-    for expert, span in _spans(offsets):
+    for expert, span in _spans(offsets, len(rows)):
         scratch = z[:, span] if keep_z else x.new_empty(len(projections), span.stop - span.start, hidden)
         for (weight, bias), pre in zip(projections, scratch, strict=True):
             _project(rows[span], weight[expert], None if bias is None else bias[expert], pre)
@@ -79,6 +81,7 @@ def expert_mlp_backward(
     gate_bias, z, activation, output_mask,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_x, need_gates, need_in, need_out = output_mask
+    check_rows(row_of_choice, row_of_choice.numel())
     gated = gate_weight is not None
 
     def gradient_of(parameter: Tensor | None, wanted: bool) -> Tensor:
@@ -94,7 +97,7 @@ def expert_mlp_backward(
     d_gate_of_row = gates.new_zeros(rows.shape[0])
     d_rows = torch.empty_like(rows) if need_x else rows.new_empty(0)
 
-    for expert, span in _spans(offsets):
+    for expert, span in _spans(offsets, len(rows)):
         if z.numel() == 0:
             z_e = torch.stack([
                 torch.nn.functional.linear(rows[span], weight[expert], None if bias is None else bias[expert])

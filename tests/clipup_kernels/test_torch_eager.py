@@ -6,6 +6,7 @@ from moe_cases import Shape, assert_follows, double, make_experts, randn, route
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import clipup_kernels as ck
 from clipup_kernels import reference
 from clipup_kernels.backends import grouped_products, torch_eager
 
@@ -52,6 +53,18 @@ def test_grouped_products_follow_a_loop_over_the_experts(rows, empty, dtype, wid
     assert_follows(grouped_products.sums(x, offsets), torch.stack([wide_x[s].sum(0) for s in spans]), dtype, "sums")
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [(1, *[0] * 255), (0, 2, *[0] * 6), (2,) * 4 + (1,), (9, 8), (65, *[0] * 63), (1,) * 50 + (0,) * 78],
+    ids=len,
+)
+def test_few_rows_of_many_experts_are_multiplied_less_than_twice(rows):
+    number = sum(rows)
+    with FlopCounterMode(display=False) as counter:
+        grouped_products.project(randn(number, 5), randn(len(rows), 7, 5), None, offsets_of(*rows))
+    assert 1 <= counter.get_total_flops() / (2 * number * 5 * 7) < 2
+
+
 @pytest.mark.parametrize("routing", ["dropless", "one_expert_takes_all"])
 def test_arithmetic_is_at_most_twice_what_the_rows_need(routing):
     x, gates, plan, experts = arguments(routing)
@@ -60,12 +73,14 @@ def test_arithmetic_is_at_most_twice_what_the_rows_need(routing):
         forward_and_backward(x, gates, plan, experts)
     rows = SHAPE.tokens * SHAPE.k
     needed = 6 * 2 * rows * SHAPE.width * SHAPE.hidden
-    assert needed * 0.9 < counter.get_total_flops() <= needed * 2.2
+    assert needed * 0.9 < counter.get_total_flops() < needed * 2
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_no_product_depends_on_values_so_the_host_never_waits(dtype, gated):
+def test_no_product_depends_on_values_so_the_host_never_waits(monkeypatch, dtype, gated):
+    for check in ("check_offsets", "check_choices", "check_rows"):  # indices are checked on the CPU alone
+        monkeypatch.setattr(torch_eager, check, lambda *_: None)
     x, gates, plan, experts = arguments("capacity", dtype, gated)
     with FakeTensorMode() as mode:  # tensors without values: whoever asks for one gets an error
 
@@ -97,4 +112,106 @@ def test_blocks_hold_every_row_once():
         blocks = grouped_products.Blocks.of(offsets, number)
         want = torch.where((reference.expert_of_row(offsets, number) < len(rows))[:, None], x, 0)
         assert torch.equal(blocks.join(blocks.cut(x)), want)
-        assert blocks.filled.sum() == sum(rows) and blocks.filled.numel() <= 2 * number + len(rows)
+        assert blocks.filled.sum() == sum(rows) and blocks.filled.numel() < 2 * number
+
+
+def test_sums_of_half_precision_that_cancel_are_finite():
+    left, right = torch.full((400, 3), 200.0).half(), torch.full((400, 5), 200.0).half()
+    left[200:] *= -1
+    assert torch.equal(grouped_products.outer(left, right, offsets_of(400, 0)), torch.zeros(2, 3, 5))
+
+
+def strided(weight, form):
+    """The weight [E, O, I] with the values that it has, in memory of another layout."""
+    if form == "every second":
+        return weight.repeat_interleave(2, 2)[..., ::2]
+    if form == "part of wider rows":
+        return torch.cat([weight, weight[..., :1]], 2)[..., :-1]
+    if form == "experts last":
+        return weight.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    if form == "transposed":
+        return weight.mT.contiguous().mT
+    assert form == "one row for all"
+    return weight[:, :1].expand_as(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "form", ["every second", "part of wider rows", "experts last", "transposed", "one row for all"]
+)
+def test_weights_may_have_any_strides(form, dtype):
+    offsets, rows = offsets_of(3, 0, 9), randn(12, 16, dtype=dtype)
+    weight = strided(randn(3, 8, 16, dtype=dtype, seed=1), form)
+    result = grouped_products.project(rows, weight, None, offsets)
+    assert_follows(result, grouped_products.project(rows.double(), weight.double(), None, offsets), dtype)
+
+
+@pytest.fixture(params=["torch_eager", "torch_matmul", "cpp"])
+def cpu_backend(request, force_backend):
+    force_backend(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 3, 7], "from 0 to 6, got 7 at position 2"), ([0, 3, 100_000_000], "from 0 to 6, got 100000000"),
+        ([0, 5, 3], "ascending"), ([-1, 3, 6], "got -1 at position 0"), ([2, 3, 6], "expected 0 first, got 2"),
+    ],
+)  # fmt: skip
+def test_offsets_outside_of_the_rows_are_refused(cpu_backend, offsets, message, dtype):
+    offsets = torch.tensor(offsets, dtype=torch.int32)
+    rows, weight, bias = randn(6, 8, dtype=dtype), randn(2, 8, 8, dtype=dtype), randn(2, 8, dtype=dtype)
+    match = f"offsets: expected .*{message}" if "expected" not in message else f"offsets: {message}"
+    with pytest.raises(ValueError, match=match):
+        ck.grouped_linear(rows, weight, bias, offsets)
+    for wanted in ([True] * 3, [False, False, True]):
+        with pytest.raises(ValueError, match=match):
+            torch.ops.clipup.grouped_linear_backward(rows, rows, weight, offsets, wanted)
+    plan = ck.Plan(offsets, torch.arange(6, dtype=torch.int32), torch.arange(6, dtype=torch.int32).view(3, 2))
+    with pytest.raises(ValueError, match=match):
+        ck.expert_mlp(rows[:3], torch.rand(3, 2), plan, weight, bias, weight, bias)
+    with pytest.raises(ValueError, match=match):
+        ck.permute(rows[:3], plan)
+
+
+@pytest.mark.parametrize("name", ["choice_of_row", "row_of_choice"])
+@pytest.mark.parametrize("value", [9, -7])
+def test_indices_outside_of_the_rows_are_refused(cpu_backend, name, value):
+    indices = torch.arange(6, dtype=torch.int32)
+    damaged = torch.cat([indices[:5], torch.tensor([value], dtype=torch.int32)])
+    offsets = torch.tensor([0, 3, 6], dtype=torch.int32)
+    choice, row = (damaged, indices) if name == "choice_of_row" else (indices, damaged)
+    plan = ck.Plan(offsets, choice, row.view(3, 2))
+    x, gates, weight = randn(3, 8), torch.rand(3, 2), randn(2, 8, 8)
+    lowest = 0 if name == "choice_of_row" else -1
+    message = f"{name}: expected values from {lowest} to 5, got {value} at position 5"
+    with pytest.raises(ValueError, match=message):
+        ck.expert_mlp(x, gates, plan, weight, None, weight, None)
+    fields = (weight, None, weight, None, None, None, randn(6, 8), "gelu", ALL)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.clipup.expert_mlp_backward(x, x, gates, *plan, *fields)
+    with pytest.raises(ValueError, match=message):
+        ck.permute(x, plan) if name == "choice_of_row" else ck.combine(randn(6, 8), gates, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_changes_neither_types_nor_values(cpu_backend, dtype):
+    x, _, _, experts = arguments("capacity", dtype)
+    router = randn(SHAPE.experts, SHAPE.width)
+
+    def run():
+        leaves = [t.detach().requires_grad_() for t in (x, router, *experts[:4])]
+        logits = ck.router_logits(*leaves[:2])
+        gating = ck.topk_gating(logits, SHAPE.k, True)
+        plan = ck.dispatch(gating.expert_indices, SHAPE.experts)
+        y = ck.expert_mlp(leaves[0], gating.gates, plan, *leaves[2:])
+        dense = ck.dense_mlp(x, *(leaf.detach()[0] for leaf in leaves[2:]))
+        loss = y.float().square().sum() + gating.mean_probs.square().sum() + gating.z_loss
+        return logits, *gating, y, dense, *torch.autograd.grad(loss, leaves)
+
+    plain = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        for value, want in zip(run(), plain, strict=True):
+            assert value.dtype == want.dtype and torch.equal(value, want)
