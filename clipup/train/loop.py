@@ -224,9 +224,10 @@ class Trainer:
         epoch, every = self.state.epoch, self.options.save_frequency
         skipped = self.data.skipped(self.ranks.gather)
         self.reports.log.info("epoch %d done at step %d; %d samples skipped", epoch, self.state.step, skipped)
-        names = [checkpoints.LATEST] if self.options.save_most_recent else []
-        if every and epoch % every == 0:
-            names.append(checkpoints.epoch_name(epoch))
+        # The kept name first: a run that is killed between the two continues from here and writes the other one again.
+        names = [checkpoints.epoch_name(epoch)] if every and epoch % every == 0 else []
+        if self.options.save_most_recent:
+            names.append(checkpoints.LATEST)
         self._save(*names)
         self.data.check_skipped(self.ranks.gather)
         self._after_epoch()

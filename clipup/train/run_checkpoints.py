@@ -67,7 +67,7 @@ class RunCheckpoints:
         gathered = self.ranks.gather(generators)
         paths = [self.directory.checkpoints / name for name in names]
         self.ranks.first_does(lambda: checkpoints.save(self._checkpoint(gathered, recorder), *paths))
-        self.guard.last_checkpoint = paths[0]
+        self.guard.last_checkpoint = paths[-1]
 
     def _checkpoint(self, generators: list[dict[str, Any]], recorder: Recorder) -> dict[str, Any]:
         moe_config = getattr(self.built.model, "moe_config", None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import clipup
-from clipup.train import Every, Trainer, train
+from clipup.train import Every, Trainer, checkpoints, train
 from clipup.train.checkpoints import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
@@ -54,6 +54,31 @@ def test_a_finished_run_that_was_resumed_can_still_be_extended_exactly(run):
     assert [record["loss"] for record in extended.history] == [record["loss"] for record in whole.history]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, extended.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_run_killed_between_the_two_names_of_a_checkpoint_ends_with_both(run, monkeypatch, epoch):
+    class Killed(BaseException):
+        pass
+
+    link, links = checkpoints._link_or_copy, []
+
+    def kill(*paths):
+        links.append(paths)
+        if len(links) == epoch:
+            raise Killed
+        link(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_link_or_copy", kill)
+        with pytest.raises(Killed):
+            run(steps=6)
+
+    finished = run(steps=6, resume="latest")
+
+    names = ("epoch_1.pt", "epoch_2.pt", "epoch_latest.pt")
+    kept = [load(finished.directory / "checkpoints" / name)["step"] for name in names]
+    assert kept == [3, 6, 6]
 
 
 def test_a_run_killed_before_its_model_was_saved_is_finished_by_the_next(run, monkeypatch):
