@@ -26,6 +26,8 @@ _TRACEBACK = "Traceback (most recent call last)"
 _CTRL_C = re.compile(rf"{re.escape(_TRACEBACK)}(?:(?!Traceback).)*?\nKeyboardInterrupt\n", re.S)
 _FROM_STEP = re.compile(r"from step (\d+) to step \d+")
 _MESSAGE = re.compile(r"^clipup train: .*$", re.M)
+_CLOSING = re.compile(r"^\d+ steps in .*; see ", re.M)
+"""The last line of a run, whose files are then complete."""
 
 
 class Start:
@@ -159,6 +161,8 @@ class Start:
             return self._ended_with("interrupted", 130, -signal.SIGINT)
         if messages:
             return self._ended_with("refused", 1, 2)
+        if self.several and _CLOSING.search(said):  # another rank was killed while it was about to exit
+            return "finished"
         return self._ended_with("killed", *(-number for number in self.signals))
 
     def _ended_with(self, ending: str, *codes: int) -> str:

@@ -173,6 +173,27 @@ def test_endings_are_classified(start, program, ending):
     assert started.ending() == ending
 
 
+@pytest.mark.parametrize(
+    "said, ending",
+    [
+        (
+            "60 steps in 4 s of training, last loss 2.1; see logs/run",
+            "finished",
+        ),  # its other rank was killed after that
+        ("training: 60 of 60 steps", "killed"),
+        ("clipup train: rank 1 of 2 has died", "refused"),
+    ],
+)
+def test_a_run_of_several_ranks_has_finished_when_its_last_line_is_there(start, said, ending):
+    started = start("sys.exit(1)")
+    assert started.wait(30)
+    started.several = True
+    log = started.logs / "ranks" / "0" / "stdout.log"
+    log.parent.mkdir(parents=True)
+    log.write_text(f"{said}\n")
+    assert started.ending() == ending
+
+
 def test_processes_are_found_signalled_and_ended(start):
     started = start("if os.fork() == 0: signal.pause()\nprint('here', flush=True); signal.pause()")
     while "here" not in started.said():
