@@ -20,9 +20,11 @@ import torch
 TABLE_PATH = "CLIPUP_TRITON_CONFIGS"
 """Environment variable: the file that ``tune`` writes, read when the first product is launched."""
 
-KERNELS = ("project_in", "project_in_gated", "project_rows", "project_back", "weight_gradient")
+KERNELS = (
+    "project_in", "project_in_gated", "project_rows", "project_rows_transposed", "project_back", "weight_gradient",
+)  # fmt: skip
 BOTH_KERNELS = ("project_both", "project_both_gated")
-"""Both products of inference in one launch; without a config, they take two launches."""
+"""Both products of inference in one launch. Only ``tune`` gives them a config: without one they take two launches."""
 BUCKETS = {"few": 96, "some": 768, "many": float("inf")}
 """Classes of rows per expert, with their upper limits."""
 
@@ -40,16 +42,10 @@ class Config(NamedTuple):
     num_stages: int
     descriptors: bool = False
     """Weights are loaded by descriptors (TMA, architecture 90 and later) instead of ``cp.async``."""
-    persistent: int = 0
-    """Blocks per multiprocessor, each of which loops over tiles; 0: one block per tile."""
 
     @property
     def constants(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
-
-    @property
-    def forms(self) -> dict[str, bool]:
-        return {"DESCRIPTORS": self.descriptors, "PERSISTENT": self.persistent > 0}
 
     def even(self, depth: int, columns: int) -> dict[str, bool]:
         """Whether the sizes are multiples of the tile's, so that loads need no masks."""
@@ -94,16 +90,6 @@ def architecture(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
-def num_blocks(tiles: int, config: Config, device: torch.device) -> int:
-    """Blocks in the launch of a product of so many tiles.
-
-    For persistent blocks the interpreter, on CPU tensors, has one multiprocessor.
-    """
-    if not config.persistent:
-        return tiles
-    return min(tiles, config.persistent * multiprocessors(device))
-
-
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -125,19 +111,10 @@ def bucket_of(num_rows: int, num_experts: int) -> str:
     return next(name for name, most in BUCKETS.items() if num_rows <= most * num_experts)
 
 
-# The widest model whose two products are computed in one launch by default: with 128 columns two blocks share a
-# multiprocessor on architecture 90 and later. With one block per multiprocessor (wider models, gated experts,
-# architecture 80), tune measures whether it is faster.
-_USUALLY_BOTH = 128
-
-
 def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config | None:
-    """A tile for products of ``depth`` terms that yield ``columns`` columns; None: no ``project_both``."""
+    """A tile for products of ``depth`` terms that yield ``columns`` columns; None for ``BOTH_KERNELS``."""
     if kernel in BOTH_KERNELS:
-        roomy = arch >= 90 and kernel == "project_both" and depth <= _USUALLY_BOTH
-        if not roomy or kind != "half" or bucket != "many" or depth % 16 or columns % 32:
-            return None
-        return _both_tile(arch, depth)
+        return None
     fused, plain = _TILES[arch, kind]
     tile = fused if kernel in ("project_in", "project_in_gated", "project_back") else plain
     if depth % 16 or columns % 16:  # unaligned rows are loaded element by element, through registers
@@ -154,7 +131,8 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
     return tile._replace(block_k=min(tile.block_k, _power_of_two(depth)))
 
 
-def _both_tile(arch: int, width: int) -> Config:
+def both_tile(arch: int, width: int) -> Config:
+    """The first tile of ``project_both`` that ``tune`` tries."""
     # With two stages, the loads of a step's weights would start right before the weights are used. On architecture 100,
     # Triton 3.9 spills registers at 128 columns with 8 warps; with 4, two blocks share a multiprocessor as well.
     columns = _power_of_two(width)
@@ -178,7 +156,7 @@ class Case(NamedTuple):
 def cases(arch: int, kernel: str) -> Iterator[Case]:
     """Every tile that the heuristic gives a kernel on an architecture, for weights with at least 128 columns.
 
-    The main one also persistent and, on architecture 90 and later, with descriptors, because ``tune`` may choose these.
+    The main one also with descriptors on architecture 90 and later, because ``tune`` may choose them.
     """
 
     def tiles(depth: int, widths: tuple[int, ...]) -> list[Config]:
@@ -192,8 +170,6 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
             for number, tile in enumerate(tiles(768, (3072, 640))):
                 is_main = number == 0 and dtype == torch.bfloat16
                 yield Case(arch, kernel, dtype, kind, tile, is_main, even=True)
-                if is_main:
-                    yield Case(arch, kernel, dtype, kind, tile._replace(persistent=1), False, even=True)
                 if is_main and arch >= 90 and kernel != "weight_gradient":
                     yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False, even=True)
             for tile in tiles(767, (3071,)):
@@ -201,17 +177,17 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
 
 
 def cases_both(arch: int, kernel: str) -> Iterator[Case]:
-    """The usual tiles of one of ``BOTH_KERNELS``, and some that ``tune`` may choose for wider models.
+    """Tiles of one of ``BOTH_KERNELS`` that ``tune`` may choose.
 
     With ``even`` unset, the width is a multiple of 16 that does not fill the tile.
     """
     wide = [Config(64 if arch == 80 else 128, 32, 256, 8, 2)]
     if arch >= 90 and kernel == "project_both":
         wide.append(Config(64, 32, 512, 8, 2))
-    usual = (_both_tile(arch, width) for width in (16, 32, 64, 128))
-    for tile in (*usual, *wide):
+    narrow = (both_tile(arch, width) for width in (16, 32, 64, 128))
+    for tile in (*narrow, *wide):
         for dtype in (torch.bfloat16, torch.float16):
-            is_main = tile.block_k == _USUALLY_BOTH and dtype == torch.bfloat16
+            is_main = tile.block_k == 128 and dtype == torch.bfloat16
             yield Case(arch, kernel, dtype, "half", tile, is_main, even=True)
             if tile.block_k in (128, 256):  # with 512 columns there are no registers for a mask
                 yield Case(arch, kernel, dtype, "half", tile, False, even=False)
@@ -305,18 +281,14 @@ def forget() -> None:
 def _checked(name: str, values: object) -> Config | None:
     if values is None and any(f" {kernel} " in name for kernel in BOTH_KERNELS):
         return None
-    kinds = [int] * 5 + [bool, int]  # tables written before ``persistent`` existed end with the bool
-    well = isinstance(values, list) and len(values) in (6, 7)
-    well = well and [type(value) for value in values] == kinds[: len(values)]
-    if not (well and all(v > 0 for v in values[:5]) and values[-1] >= 0):
-        raise ValueError(
-            f"expected {list(Config._fields)} as five positive integers, a bool and an integer, got {values!r}"
-        )
+    well = isinstance(values, list) and [type(value) for value in values] == [int] * 5 + [bool]
+    if not (well and all(v > 0 for v in values[:5])):
+        raise ValueError(f"expected {list(Config._fields)} as five positive integers and a bool, got {values!r}")
     if any(v & (v - 1) for v in values[:4]):
         raise ValueError(f"blocks and warps must be powers of two, got {values!r}")
     config = Config(*values)
-    if any(f" {kernel} " in name for kernel in BOTH_KERNELS) and (config.descriptors or config.persistent):
-        raise ValueError(f"{name} has neither descriptors nor persistent blocks, got {values!r}")
+    if any(f" {kernel} " in name for kernel in BOTH_KERNELS) and config.descriptors:
+        raise ValueError(f"{name} has no descriptors, got {values!r}")
     return config
 
 

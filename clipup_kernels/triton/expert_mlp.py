@@ -65,14 +65,15 @@ def _finish_in(
         tl.store(a + corner + target, activated.to(STORAGE), mask=inside)
 
 
-@triton.jit
-def _in_tile(
-    tile, x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
+def _project_in(
+    x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
     num_rows, num_experts, top_k, depth, columns,
     ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    tile = tl.program_id(0)
     column_tiles = tl.cdiv(columns, BLOCK_N)
     expert, first, end = find_tile(offsets, tile // column_tiles, num_rows, num_experts, BLOCK_M, GROUPS)
     row = first + tl.arange(0, BLOCK_M)
@@ -121,29 +122,6 @@ def _in_tile(
             tl.store(target + plane, nothing, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k", "tiles"])
-def _project_in(
-    x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
-    num_rows, num_experts, top_k, depth, columns, tiles,
-    ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, PERSISTENT: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
-            _in_tile(
-                tile, x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
-                num_rows, num_experts, top_k, depth, columns,
-                ACTIVATION, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-    else:
-        _in_tile(
-            tl.program_id(0), x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
-            num_rows, num_experts, top_k, depth, columns,
-            ACTIVATION, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
-
 def project_in(
     x, offsets, choice_of_row, top_k, weight, bias, gate_weight, gate_bias, activation, *, keep_z: bool, keep_a: bool,
     config: configs.Config | None = None,
@@ -163,10 +141,10 @@ def project_in(
     config = config or configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, depth, columns)
     tiles = max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n)
     with torch.cuda.device_of(x):
-        _project_in[(configs.num_blocks(tiles, config, x.device),)](
+        _project_in[(tiles,)](
             x, operand(weight, config), bias, operand(gate_weight, config), gate_bias, offsets, choice_of_row, z, a,
-            num_rows, num_experts, top_k, depth, columns, tiles,
-            ACTIVATION=activation, **config.forms, **config.even(depth, columns),
+            num_rows, num_experts, top_k, depth, columns,
+            ACTIVATION=activation, DESCRIPTORS=config.descriptors, **config.even(depth, columns),
             PRECISION=configs.precision(x.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip
     return z, a

@@ -60,14 +60,15 @@ def _finish_back(
     return d_gate
 
 
-@triton.jit
-def _back_tile(
-    tile, dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
+@triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
+def _project_back(
+    dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
     num_rows, num_experts, top_k, depth, columns,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    tile = tl.program_id(0)
     column_tiles = tl.cdiv(columns, BLOCK_N)
     column_tile = tile % column_tiles
     expert, first, end = find_tile(offsets, tile // column_tiles, num_rows, num_experts, BLOCK_M, GROUPS)
@@ -99,29 +100,6 @@ def _back_tile(
             tl.store(parts + row.to(tl.int64) * column_tiles + column_tile, d_gate, mask=own)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k", "tiles"])
-def _project_back(
-    dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
-    num_rows, num_experts, top_k, depth, columns, tiles,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
-            _back_tile(
-                tile, dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
-                num_rows, num_experts, top_k, depth, columns,
-                GATED, ACTIVATION, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-    else:
-        _back_tile(
-            tl.program_id(0), dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
-            num_rows, num_experts, top_k, depth, columns,
-            GATED, ACTIVATION, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
-
 def project_back(
     dy, gates, offsets, choice_of_row, out_weight, z, activation, *, need_dz: bool, need_a: bool, need_parts: bool,
     config: configs.Config | None = None,
@@ -141,10 +119,10 @@ def project_back(
     tiles = max_tiles(num_rows, num_experts, config.block_m) * column_tiles
     if num_rows > 0:
         with torch.cuda.device_of(dy):
-            _project_back[(configs.num_blocks(tiles, config, dy.device),)](
+            _project_back[(tiles,)](
                 dy, operand(out_weight, config, transposed=True), z, gates, offsets, choice_of_row, dz, scaled_a, parts,
-                num_rows, num_experts, top_k, depth, columns, tiles, GATED=z.dim() == 3, ACTIVATION=activation,
-                **config.forms, **config.even(depth, columns),
+                num_rows, num_experts, top_k, depth, columns, GATED=z.dim() == 3, ACTIVATION=activation,
+                DESCRIPTORS=config.descriptors, **config.even(depth, columns),
                 PRECISION=configs.precision(dy.dtype), GROUPS=groups(num_experts),
                 **config.constants, **config.options,
             )  # fmt: skip

@@ -3,9 +3,7 @@
 Rows are sorted by expert, so a tile of rows belongs to one expert. The host knows R and E but not the number of rows
 per expert: it launches the largest possible number of tiles, and a block finds its tile from ``offsets``. Experts are
 processed one after another, so that an expert's weights stay in the second-level cache while its tiles are computed.
-Rows past ``offsets[E]`` come last, as tiles of a group E without an expert. A kernel has one block per tile or,
-PERSISTENT, a few per multiprocessor, each of which loops over tiles with the grid as stride. Nothing may be hoisted out
-of that loop: it would stay in registers during the products, which need them all.
+Rows past ``offsets[E]`` come last, as tiles of a group E without an expert.
 """
 
 from __future__ import annotations
@@ -240,14 +238,13 @@ def describe(
         sizes = (block.block_k, block.block_n) if transposed else (block.block_n, block.block_k)
         descriptor = f"tensordesc<{TYPE_NAMES[case.dtype]}[{sizes[0]}, {sizes[1]}]>"
         types |= {name: descriptor for name in names if name in _WEIGHTS}
-    shared = {"DESCRIPTORS": block.descriptors, "PERSISTENT": block.persistent > 0}
-    shared |= {"PRECISION": "tf32" if case.kind == "tf32" else "ieee", "GROUPS": 16}
+    shared = {"DESCRIPTORS": block.descriptors, "GROUPS": 16}
+    shared |= {"PRECISION": "tf32" if case.kind == "tf32" else "ieee"}
     shared |= block.constants
     shared |= {name: case.even for name in names if name.startswith("EVEN_")}
     constants = {name: value for name, value in (shared | constants).items() if name in names}
     tile = f"{block.block_m}x{block.block_n}x{block.block_k} w{block.num_warps}" + ("" if case.even else " odd")
     tile += " descriptors" if block.descriptors else ""
-    tile += " persistent" if block.persistent else ""
     instructions = _TENSOR_CORE_INSTRUCTION[case.arch] if case.kind == "half" else ()
     return Variant(
         f"{case.kernel} {form} {TYPE_NAMES[case.dtype]} {case.kind} {tile}",

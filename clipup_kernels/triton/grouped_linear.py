@@ -20,13 +20,14 @@ from .variants import Variant
 from .weight_gradient import weight_gradient
 
 
-@triton.jit
-def _rows_tile(
-    tile, rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns,
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])
+def _project_rows(
+    rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns,
     TRANSPOSED: tl.constexpr, FILL_EMPTY: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    tile = tl.program_id(0)
     column_tiles = tl.cdiv(columns, BLOCK_N)
     expert, first, end = find_tile(offsets, tile // column_tiles, num_rows, num_experts, BLOCK_M, GROUPS)
     first_column = (tile % column_tiles) * BLOCK_N
@@ -52,28 +53,6 @@ def _rows_tile(
             tl.store(out + corner + target, tl.zeros([BLOCK_M, BLOCK_N], out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_experts", "tiles"])
-def _project_rows(
-    rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns, tiles,
-    TRANSPOSED: tl.constexpr, FILL_EMPTY: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr, GROUPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
-            _rows_tile(
-                tile, rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns,
-                TRANSPOSED, FILL_EMPTY, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS,
-                BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-    else:
-        _rows_tile(
-            tl.program_id(0), rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth,
-            columns, TRANSPOSED, FILL_EMPTY, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, GROUPS,
-            BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
-
 def project_rows(
     rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, *, transposed: bool = False,
     fill_empty: bool = False, other: tuple[Tensor, Tensor] | None = None, config: configs.Config | None = None,
@@ -92,13 +71,14 @@ def project_rows(
     out = rows.new_empty(num_rows, columns)
     if num_rows == 0:
         return out
-    config = config or configs.choose("project_rows", rows.device, rows.dtype, num_rows, num_experts, depth, columns)
+    kernel = "project_rows_transposed" if transposed else "project_rows"
+    config = config or configs.choose(kernel, rows.device, rows.dtype, num_rows, num_experts, depth, columns)
     tiles = max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n)
     with torch.cuda.device_of(rows):
-        _project_rows[(configs.num_blocks(tiles, config, rows.device),)](
+        _project_rows[(tiles,)](
             rows, operand(weight, config, transposed), other_rows, operand(other_weight, config, transposed), bias,
-            offsets, out, num_rows, num_experts, depth, columns, tiles,
-            TRANSPOSED=transposed, FILL_EMPTY=fill_empty, **config.forms, **config.even(depth, columns),
+            offsets, out, num_rows, num_experts, depth, columns,
+            TRANSPOSED=transposed, FILL_EMPTY=fill_empty, DESCRIPTORS=config.descriptors, **config.even(depth, columns),
             PRECISION=configs.precision(rows.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip
     return out

@@ -1,16 +1,20 @@
 """Measures tiles for the grouped products of a layer on this machine's GPU and adds the best ones to the table.
 
-    python -m clipup_kernels.triton.tune --width 768 --hidden 3072 --experts 8 --top-k 2 --tokens 4096 50000
+    python -m clipup_kernels.triton.tune --width 768 --hidden 3072 --experts 8 --top-k 2 --tokens 1024 50000
 
-A case takes some minutes, mostly for compiling. ``configs.py`` says where the table is stored and when it is read.
+Up to 32 tiles per product are compiled in parallel, compared with the usual one on few tokens, and those that agree are
+timed on all. ``configs.py`` says where the table is stored and when it is read.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,45 +37,78 @@ _NOISE = 0.02
 SHARED_BYTES = variants.SHARED_BYTES | {80: 99 * 1024}
 """Shared memory per block, by architecture in the table; that of 80 also fits the consumer variants."""
 
-Product = tuple[str, int, int, Callable[[Config | None], object]]
+_CHECKED_TOKENS = 1000
+_TOLERANCES = {"half": 2e-2, "tf32": 5e-3, "ieee": 1e-4}
+"""Largest difference between the results of two tiles, as a share of the largest entry."""
+
+# block_m, block_n, block_k, warps, stages, chosen by hand: the usual tile's neighbors in each size, and smaller ones
+# for few rows. What does not fit an architecture's shared memory is left out for it.
+_TILES = {
+    "half": (
+        (128, 128, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4),
+        (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4),
+        (64, 256, 64, 4, 3), (64, 256, 64, 8, 4), (64, 128, 64, 4, 3), (64, 128, 64, 4, 4),
+        (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 128, 32, 8, 4),
+    ),
+    "tf32": (
+        (64, 64, 32, 4, 3), (64, 64, 32, 4, 4), (64, 128, 32, 4, 3), (64, 128, 32, 8, 3), (128, 64, 32, 4, 3),
+        (128, 64, 32, 8, 3), (128, 128, 32, 4, 3), (128, 128, 32, 8, 3), (128, 128, 32, 8, 4), (128, 128, 16, 8, 3),
+        (128, 256, 32, 8, 3), (256, 128, 32, 8, 3), (64, 64, 64, 4, 3), (64, 32, 32, 4, 4),
+    ),
+    "ieee": (
+        (64, 64, 16, 8, 2), (64, 64, 16, 4, 2), (64, 64, 32, 8, 2), (64, 64, 16, 8, 3), (64, 64, 16, 8, 4),
+        (128, 64, 16, 8, 2), (64, 128, 16, 8, 2), (128, 128, 16, 8, 2), (32, 64, 16, 4, 2), (64, 32, 16, 4, 2),
+        (32, 32, 32, 4, 2), (32, 128, 16, 8, 2),
+    ),
+}  # fmt: skip
+_TILES_80 = (  # two blocks of these share the 99 KB of a consumer variant, or the 163 KB of a data-center one
+    (128, 128, 32, 4, 3), (128, 128, 32, 4, 4), (128, 128, 32, 8, 3), (128, 256, 32, 8, 3), (256, 128, 32, 8, 3),
+    (64, 256, 32, 4, 3), (64, 128, 32, 4, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4),
+)  # fmt: skip
 
 
-def candidates(arch: int, kernel: str, itemsize: int, depth: int, columns: int) -> Iterator[Config]:
-    """Tiles whose operands fit into shared memory and whose sums take 32 to 128 registers per thread.
+class Product(NamedTuple):
+    """A product of a layer that is tuned."""
 
-    Also with weights by descriptors, if the architecture has them and the sizes are multiples of the tile's.
+    kernel: str
+    depth: int
+    columns: int
+    launch: Callable[[Config | None], tuple[torch.Tensor | None, ...]]
+    """Its results, the same for every tile up to rounding."""
+
+
+def candidates(arch: int, kernel: str, kind: str, depth: int, columns: int) -> Iterator[Config]:
+    """The tiles to be measured: at most 32, whose operands fit into shared memory and whose sums take up to 128
+    registers per thread.
+
+    Each also with weights by descriptors, if the architecture has them and the sizes are multiples of the tile's.
     """
-    for tile in itertools.product((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4)):
+    tiles = _TILES[kind] + (_TILES_80 if (arch, kind) == (80, "half") else ())
+    for tile in tiles:
         config = Config(*tile)
-        outputs = config.block_n * (2 if kernel == "project_in_gated" else 1)
-        operands = (config.block_m + outputs) * config.block_k * itemsize * config.num_stages
-        sums = config.block_m * outputs // (32 * config.num_warps)
-        if operands <= SHARED_BYTES[arch] and 32 <= sums <= 128:
+        operands = (config.block_m + config.block_n) * config.block_k * config.num_stages * (2 if kind == "half" else 4)
+        sums = config.block_m * config.block_n // (32 * config.num_warps)
+        if kernel == "project_in_gated":  # two sums of products instead of one
+            config = config._replace(block_n=config.block_n // 2)
+        if operands <= SHARED_BYTES[arch] and sums <= 128:
             yield config
             even = depth % config.block_k == 0 and columns % config.block_n == 0
             if arch >= 90 and kernel != "weight_gradient" and even:
                 yield config._replace(descriptors=True)
 
 
-def candidates_both(arch: int, kernel: str, itemsize: int, width: int, hidden: int) -> Iterator[Config | None]:
+def candidates_both(arch: int, kernel: str, kind: str, width: int, hidden: int) -> Iterator[Config | None]:
     """Two launches, and tiles of ``project_both`` for 16-bit types that fit into shared memory and registers."""
     yield None
     columns = triton.next_power_of_2(max(width, 16))
     weights = 3 if kernel == "project_both_gated" else 2
     for block_m, block_n, num_warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3)):
         buffers = stages - 1 if arch == 80 else stages  # its tensor cores read the last operand from registers
-        operands = (block_m + weights * block_n * buffers) * columns * itemsize
+        operands = (block_m + weights * block_n * buffers) * columns * 2
         fits = operands <= SHARED_BYTES[arch] and block_m * columns <= 128 * 32 * num_warps
         fits = fits and hidden % block_n == 0 and width % (512 if columns >= 512 else 16) == 0
-        if itemsize == 2 and fits:
+        if kind == "half" and fits:
             yield Config(block_m, block_n, columns, num_warps, stages)
-
-
-def persistent_forms(tile: Config) -> Iterator[Config]:
-    """A tile with one block per tile, and with a few persistent blocks per multiprocessor."""
-    yield tile
-    for blocks in (1, 2, 4):
-        yield tile._replace(persistent=blocks)
 
 
 def products(
@@ -95,68 +132,128 @@ def products(
     back_arguments = (dy, gates, offsets, choice_of_row, out_weight, z, "gelu")
     gathered = dict(choice_of_row=choice_of_row, top_k=top_k, need_bias=True)
 
-    yield (
+    yield Product(
         "project_in_gated" if gated else "project_in", width, hidden,
         lambda config: expert_mlp.project_in(*in_arguments, keep_z=True, keep_a=True, config=config),
     )  # fmt: skip
-    yield (
+    yield Product(
         "project_rows", hidden, width,
-        lambda config: grouped_linear.project_rows(a, out_weight, out_bias, offsets, config=config),
+        lambda config: (grouped_linear.project_rows(a, out_weight, out_bias, offsets, config=config),),
     )  # fmt: skip
-    yield (
-        "project_back", width, hidden,
-        lambda config: expert_mlp_backward.project_back(
+
+    def back(config: Config | None) -> tuple[torch.Tensor | None, ...]:
+        dz, scaled_a, parts = expert_mlp_backward.project_back(
             *back_arguments, need_dz=True, need_a=True, need_parts=True, config=config
+        )
+        return dz, scaled_a, parts.sum(1)  # their number depends on the tile
+
+    yield Product("project_back", width, hidden, back)
+    dz = z if gated else z.unsqueeze(0)  # of its shape
+    other = (dz[1], gate_weight) if gated else None
+    yield Product(
+        "project_rows_transposed", hidden, width,
+        lambda config: (
+            grouped_linear.project_rows(
+                dz[0], in_weight, None, offsets, transposed=True, other=other, config=config
+            ),
         ),
     )  # fmt: skip
-    yield (
+    yield Product(
         "weight_gradient", hidden, width,
         lambda config: weight_gradient.weight_gradient(a, x, offsets, gather_right=True, config=config, **gathered),
     )  # fmt: skip
-    yield (
+    yield Product(
         "weight_gradient", width, hidden,
         lambda config: weight_gradient.weight_gradient(
             dy, a, offsets, gather_left=True, gates=gates, config=config, **gathered
         ),
     )  # fmt: skip
 
-    def both(config: Config | None) -> torch.Tensor:
+    def both(config: Config | None) -> tuple[torch.Tensor, ...]:
         if config is None:
             _, own_a = expert_mlp.project_in(*in_arguments, keep_z=False, keep_a=True)
-            return grouped_linear.project_rows(own_a, out_weight, out_bias, offsets)
-        return expert_mlp_inference.project_both(*in_arguments[:6], out_weight, out_bias, *in_arguments[6:], config)
+            return (grouped_linear.project_rows(own_a, out_weight, out_bias, offsets),)
+        return (expert_mlp_inference.project_both(*in_arguments[:6], out_weight, out_bias, *in_arguments[6:], config),)
 
-    yield "project_both_gated" if gated else "project_both", width, hidden, both
+    yield Product("project_both_gated" if gated else "project_both", width, hidden, both)
+
+
+def usable(product: Product, tiles: Iterable[Config | None], kind: str, threads: int) -> list[Config | None]:
+    """The first of ``tiles``, and those whose results agree with it. The others are named, except for those that do not
+    fit this GPU.
+
+    Every tile is compiled and launched once, in ``threads`` threads.
+    """
+    first, *others = dict.fromkeys(tiles)
+    expected = product.launch(first)
+
+    def error(tile: Config | None) -> float | None:
+        try:
+            return max(map(_difference, product.launch(tile), expected))
+        except triton.runtime.errors.OutOfResources:
+            return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        errors = list(pool.map(error, others))
+    kept = [first]
+    for tile, found in zip(others, errors, strict=True):
+        if found is not None and found <= _TOLERANCES[kind]:
+            kept.append(tile)
+        elif found is not None:
+            print(f"{product.kernel}: {tile} is left out, its results differ by {found:.1e} of the largest", flush=True)
+    return kept
+
+
+def _difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    if found is None or expected is None:
+        return 0.0 if found is expected else float("inf")
+    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    return difference.item() if difference.isfinite() else float("inf")
 
 
 def fastest(
     launch: Callable[[Config | None], object], tiles: Iterable[Config | None],
     milliseconds: Callable[[Callable[[], object]], float],
-) -> tuple[Config | None, float]:  # fmt: skip
-    """The first of ``tiles``, or the fastest if it is faster by more than noise; and its time.
-
-    Tiles that do not fit this GPU are skipped.
-    """
-    times: dict[Config | None, float] = {}
-    for tile in tiles:
-        try:
-            times[tile] = milliseconds(lambda tile=tile: launch(tile))
-        except triton.runtime.errors.OutOfResources:
-            continue
+) -> tuple[Config | None, dict[Config | None, float]]:  # fmt: skip
+    """The first of ``tiles``, or the fastest if it is faster by more than noise; and the time of each."""
+    times = {tile: milliseconds(lambda tile=tile: launch(tile)) for tile in tiles}
     first, best = next(iter(times)), min(times, key=times.__getitem__)
-    if times[best] > (1 - _NOISE) * times[first]:
-        best = first
-    return best, times[best]
+    return (best if times[best] <= (1 - _NOISE) * times[first] else first), times
 
 
-def main() -> None:
+def buckets(tokens: Iterable[int], top_k: int, num_experts: int) -> dict[str, int]:
+    """The number of tokens to be measured in each class of rows per expert.
+
+    Raises:
+        ValueError: two of ``tokens`` belong to one class, which has one entry in the table.
+    """
+    found: dict[str, int] = {}
+    for number in tokens:
+        bucket = configs.bucket_of(number * top_k, num_experts)
+        if bucket in found:
+            raise ValueError(
+                f"--tokens: {found[bucket]} and {number} share the class {bucket!r} of rows per expert, which has one "
+                f"entry in the table; name one of them (classes: {configs.BUCKETS})"
+            )
+        found[bucket] = number
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("width", 768), ("hidden", 3072), ("experts", 8), ("top-k", 2)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 50000], help="tokens of a step")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 50000],
+        help="tokens of a step, one number for each class of rows per expert (default 1024 50000)",
+    )  # fmt: skip
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--gated", action="store_true", help="experts with a gate projection")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    try:
+        sizes = buckets(options.tokens, options.top_k, options.experts)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("no CUDA device: tiles can only be measured on one")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, options.dtype)
@@ -165,23 +262,30 @@ def main() -> None:
     def milliseconds(run: Callable[[], object]) -> float:
         return statistics.median(triton.testing.do_bench(run, warmup=10, rep=60, return_mode="all"))
 
-    for tokens in options.tokens:
-        layer = (options.width, options.hidden, options.experts, options.top_k)
-        bucket = configs.bucket_of(tokens * options.top_k, options.experts)
-        for kernel, depth, columns, launch in products(*layer, tokens, dtype, str(device), options.gated):
-            name = configs.entry_name(arch, kernel, kind, bucket, depth, columns)
-            usual = configs.heuristic(arch, kernel, kind, bucket, depth, columns)
-            before = milliseconds(lambda launch=launch, usual=usual: launch(usual))
-            if kernel in configs.BOTH_KERNELS:
-                tiles = candidates_both(arch, kernel, dtype.itemsize, depth, columns)
-                best, time = fastest(launch, [usual, *tiles], milliseconds)
-            else:
-                tiles = candidates(arch, kernel, dtype.itemsize, depth, columns)
-                best, _ = fastest(launch, [usual, *tiles], milliseconds)
-                best, time = fastest(launch, persistent_forms(best), milliseconds)
+    layer = (options.width, options.hidden, options.experts, options.top_k)
+    small, found = (products(*layer, _CHECKED_TOKENS, dtype, str(device), options.gated), {})
+    for product in small:
+        tried = candidates_both if product.kernel in configs.BOTH_KERNELS else candidates
+        tiles = tried(arch, product.kernel, kind, product.depth, product.columns)
+        usual = {
+            bucket: configs.heuristic(arch, product.kernel, kind, bucket, product.depth, product.columns)
+            for bucket in sizes
+        }
+        found[product.kernel, product.depth, product.columns] = (
+            usual, usable(product, [*usual.values(), *tiles], kind, os.cpu_count() or 1)
+        )  # fmt: skip
+    for bucket, tokens in sizes.items():
+        for product in products(*layer, tokens, dtype, str(device), options.gated):
+            key = (product.kernel, product.depth, product.columns)
+            usual, tiles = found[key]
+            best, times = fastest(product.launch, dict.fromkeys([usual[bucket], *tiles]), milliseconds)
+            name = configs.entry_name(arch, product.kernel, kind, bucket, product.depth, product.columns)
             path = configs.store({name: best})
-            before_with, with_best = (tuple(tile) if tile else "two launches" for tile in (usual, best))
-            print(f"{name}: {before:.3f} ms with {before_with}, {time:.3f} ms with {with_best} -> {path}", flush=True)
+            before_with, with_best = (tuple(tile) if tile else "two launches" for tile in (usual[bucket], best))
+            print(
+                f"{name}: {times[usual[bucket]]:.3f} ms with {before_with}, {times[best]:.3f} ms with {with_best} "
+                f"of {len(times)} -> {path}", flush=True,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -65,12 +65,13 @@ def _sum_of_outer(
     return total, bias
 
 
-@triton.jit
-def _gradient_tile(
-    tile, left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, left_columns, right_columns,
+@triton.jit(do_not_specialize=["top_k"])
+def _weight_gradient(
+    left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, left_columns, right_columns,
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    tile = tl.program_id(0)
     left_tiles = tl.cdiv(left_columns, BLOCK_M)
     right_tiles = tl.cdiv(right_columns, BLOCK_N)
     expert = tile // (left_tiles * right_tiles)
@@ -101,27 +102,6 @@ def _gradient_tile(
     tl.store(target, total.to(d_weight.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["top_k", "tiles"])
-def _weight_gradient(
-    left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, left_columns, right_columns, tiles,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
-            _gradient_tile(
-                tile, left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, left_columns, right_columns,
-                GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-    else:
-        _gradient_tile(
-            tl.program_id(0), left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k,
-            left_columns, right_columns,
-            GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-
-
 def weight_gradient(
     left: Tensor, right: Tensor, offsets: Tensor, *, need_bias: bool, choice_of_row: Tensor | None = None,
     top_k: int = 1, gather_left: bool = False, gather_right: bool = False, gates: Tensor | None = None,
@@ -145,10 +125,10 @@ def weight_gradient(
     )
     tiles = num_experts * triton.cdiv(num_left, config.block_m) * triton.cdiv(num_right, config.block_n)
     with torch.cuda.device_of(left):
-        _weight_gradient[(configs.num_blocks(tiles, config, left.device),)](
-            left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, num_left, num_right, tiles,
+        _weight_gradient[(tiles,)](
+            left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, num_left, num_right,
             GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, **_even(config, num_left, num_right),
-            PRECISION=configs.precision(left.dtype), PERSISTENT=config.persistent > 0, **config.constants,
+            PRECISION=configs.precision(left.dtype), **config.constants,
             **_staged(config, gather_left or gather_right).options,
         )  # fmt: skip
     return d_weight, d_bias

@@ -124,20 +124,28 @@ def test_inference_by_both_products_in_one_launch_follows_the_oracle(monkeypatch
     assert_follows(ours, ck.reference.expert_mlp(*double(arguments)), dtype)
 
 
+@pytest.fixture
+def one_launch(monkeypatch, tmp_path):
+    """A table that gives NARROW both products of inference in one launch; a list that grows with each of them."""
+    monkeypatch.setenv(configs.TABLE_PATH, str(tmp_path / "table.json"))
+    configs.forget()
+    arch = configs.architecture(torch.device("cuda"))
+    name = configs.entry_name(arch, "project_both", "half", "many", NARROW.width, NARROW.hidden)
+    configs.store({name: configs.both_tile(arch, NARROW.width)})
+    launch, launched = expert_mlp.project_both, []
+    monkeypatch.setattr(expert_mlp, "project_both", lambda *which: launched.append(True) or launch(*which))
+    yield launched
+    configs.forget()
+
+
 @pytest.mark.parametrize(("activation", "bias"), [("gelu", True), ("quick_gelu", False), ("relu", True)])
-def test_inference_of_a_narrow_model_is_one_launch_without_host_waits_and_can_be_captured(
-    monkeypatch, activation, bias
-):
-    if configs.architecture(torch.device("cuda")) < 90:
-        pytest.skip("one launch is the default from compute capability 9.0 on; two launches are tested elsewhere")
+def test_inference_in_one_launch_does_not_wait_for_the_host_and_can_be_captured(one_launch, activation, bias):
     gates, plan = route(NARROW, "masked")
     x = randn(NARROW.tokens, NARROW.width, dtype=torch.bfloat16, seed=10)
     x, gates, plan, experts = on_gpu((x, gates, plan, make_experts(NARROW, torch.bfloat16, activation, bias)))
-    launch, launched = expert_mlp.project_both, []
-    monkeypatch.setattr(expert_mlp, "project_both", lambda *which: launched.append(True) or launch(*which))
     with torch.no_grad():
         first = ck.expert_mlp(x, gates, plan, *experts)
-        assert launched
+        assert one_launch
         with waiting_is_an_error():
             assert torch.equal(ck.expert_mlp(x, gates, plan, *experts), first)
         graph = torch.cuda.CUDAGraph()
@@ -149,23 +157,9 @@ def test_inference_of_a_narrow_model_is_one_launch_without_host_waits_and_can_be
     assert_follows(first, ck.reference.expert_mlp(*double((x, gates, plan, experts))), torch.bfloat16)
 
 
+@pytest.mark.usefixtures("one_launch")
 def test_gradients_of_a_narrow_model_follow_the_oracle_where_z_is_computed_again():
     assert_experts_follow_oracle(NARROW, "capacity", torch.bfloat16, recompute="full")
-
-
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("shape", [SMALL, MANY_ROWS], ids=["small", "many_rows"])
-def test_blocks_that_walk_over_tiles_give_the_bits_of_a_block_for_every_tile(monkeypatch, shape, gated):
-    gates, plan = route(shape, "capacity")
-    x, dy = (randn(shape.tokens, shape.width, dtype=torch.bfloat16, seed=seed) for seed in (10, 11))
-    arguments = on_gpu((x, gates, plan, make_experts(shape, torch.bfloat16, gated=gated), dy))
-    usual = outputs_and_gradients(ck.expert_mlp, *arguments)
-    choose, tiles = configs.choose, []
-    monkeypatch.setattr(configs, "choose", lambda *which: choose(*which)._replace(persistent=1))
-    monkeypatch.setattr(configs, "num_blocks", lambda number, *_: tiles.append(number) or 3)
-    walked = outputs_and_gradients(ck.expert_mlp, *arguments)
-    assert len(tiles) >= 6 and min(tiles) > 3  # every block of every product walked
-    assert all(torch.equal(value, walked[what]) for what, value in usual.items())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,7 +1,6 @@
 """Which tiles the grouped products are launched with, and the table that holds measured ones."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,28 +46,30 @@ def test_both_products_in_one_launch_fit_into_shared_memory_and_registers(arch, 
     cases = list(configs.cases_both(arch, kernel))
     assert {case.config.block_k for case in cases if not case.even} == {128, 256}
     assert sum(case.is_main for case in cases) == 1
-    for block in [case.config for case in cases] + list(filter(None, tune.candidates_both(arch, kernel, 2, 128, 512))):
+    for block in [case.config for case in cases] + list(
+        filter(None, tune.candidates_both(arch, kernel, "half", 128, 512))
+    ):
         buffers = block.num_stages - 1 if arch == 80 else block.num_stages
         operands = (block.block_m + weights * block.block_n * buffers) * block.block_k * 2
         assert operands <= tune.SHARED_BYTES[arch] and block.block_m * block.block_k / (32 * block.num_warps) <= 128
 
 
-def test_both_products_take_one_launch_only_where_two_blocks_share_a_multiprocessor():
-    def usual(kind="half", bucket="many", width=128, hidden=512, arch=90, kernel="project_both"):
-        return configs.heuristic(arch, kernel, kind, bucket, width, hidden)
+def test_both_products_take_one_launch_only_where_that_was_measured(table):
+    def chosen(rows=100_000):
+        return configs.choose_both(False, CPU, torch.float16, rows, 8, 128, 512)
 
-    assert usual().block_k == usual(width=96).block_k == usual(arch=100).block_k == 128
-    for other in (
-        usual("tf32"), usual("ieee"), usual(bucket="some"), usual(bucket="few"), usual(width=144), usual(width=120),
-        usual(hidden=520), usual(arch=80), usual(kernel="project_both_gated"),
-    ):  # fmt: skip
-        assert other is None
+    table.write_text("{}")
+    assert chosen() is None
+    measured = configs.both_tile(90, 128)
+    configs.store({configs.entry_name(90, "project_both", "half", "many", 128, 512): measured})
+    assert chosen() == measured and chosen(100) is None
 
 
-def test_both_products_take_one_launch_only_where_rows_fill_the_gpu_twice_over(monkeypatch):
+def test_both_products_take_one_launch_only_where_rows_fill_the_gpu_twice_over(table, monkeypatch):
     def chosen(rows):
-        return configs.choose_both(False, torch.device("cpu"), torch.float16, rows, 1, 64, 256)
+        return configs.choose_both(False, CPU, torch.float16, rows, 1, 64, 256)
 
+    configs.store({configs.entry_name(90, "project_both", "half", "many", 64, 256): configs.both_tile(90, 64)})
     assert chosen(1024).block_m == 128
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 4)
     assert chosen(1024) is not None and chosen(1023) is None
@@ -107,7 +108,7 @@ def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(monkeypatch):
 
 def test_what_was_measured_is_used_and_nothing_else_changes(table):
     usual = configs.heuristic(90, "project_in", "half", "many", 768, 3072)
-    measured = Config(64, 128, 32, 8, 2, True, 2)
+    measured = Config(64, 128, 32, 8, 2, True)
     assert measured != usual
     table.write_text("{}")
     assert configs.choose("project_in", CPU, torch.bfloat16, 50000, 8, 768, 3072) == usual
@@ -124,32 +125,15 @@ def test_what_was_measured_is_used_and_nothing_else_changes(table):
     "content",
     [
         "{", "[]", '{"a": 3}', '{"a": [64, 64, 64, 4, 3]}', '{"a": [64, 96, 64, 4, 3, false]}',
-        '{"a": [64, 64, 64, 4, 3, false, -1]}', '{"a": [64, 64, 64, 4, 3, false, true]}',
+        '{"a": [64, 64, 64, 4, 3, 1]}', '{"a": [64, 64, 64, 4, 3, false, 1]}', '{"a": [64, 64, 64, 4, 0, false]}',
         '{"sm90 project_rows half many 64x64": null}',
-        '{"sm90 project_both half many 64x256": [128, 32, 64, 8, 3, false, 1]}',
-        '{"sm90 project_both half many 64x256": [128, 32, 64, 8, 3, true, 0]}',
+        '{"sm90 project_both half many 64x256": [128, 32, 64, 8, 3, true]}',
     ],
 )  # fmt: skip
 def test_a_broken_table_is_refused_by_its_path(table, content):
     table.write_text(content)
     with pytest.raises(ValueError, match="table.json.*delete it"):
         configs.choose("project_rows", CPU, torch.bfloat16, 50000, 8, 3072, 768)
-
-
-def test_a_table_from_before_persistent_products_is_read(table):
-    name = configs.entry_name(90, "project_rows", "half", "many", 3072, 768)
-    table.write_text(json.dumps({name: [64, 128, 32, 8, 2, False]}))
-    assert configs.choose("project_rows", CPU, torch.bfloat16, 50000, 8, 3072, 768) == Config(64, 128, 32, 8, 2)
-
-
-@pytest.mark.parametrize(
-    ("persistent", "tiles", "blocks"), [(0, 1000, 1000), (1, 1000, 132), (2, 1000, 264), (2, 9, 9)]
-)
-def test_a_persistent_product_gets_some_blocks_for_every_multiprocessor(monkeypatch, persistent, tiles, blocks):
-    properties = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    config = Config(128, 128, 64, 8, 3, persistent=persistent)
-    assert configs.num_blocks(tiles, config, torch.device("cuda:0")) == blocks
 
 
 def test_a_table_that_was_named_must_exist(table):
@@ -182,7 +166,8 @@ def test_warmup_launches_what_a_training_step_launches(monkeypatch):
     warmup.warmup(24, 40, 4, 2, [20], dtype=torch.float16, device="cpu", gated=True)
     warm = set(asked)
     assert {kernel for kernel, *_ in warm} == {
-        "project_in_gated", "project_rows", "project_back", "weight_gradient", "project_both_gated",
+        "project_in_gated", "project_rows", "project_rows_transposed", "project_back", "weight_gradient",
+        "project_both_gated",
     }  # fmt: skip
     asked.clear()
     shape = Shape(tokens=20, width=24, hidden=40, experts=4, k=2)
@@ -196,53 +181,89 @@ def test_warmup_launches_what_a_training_step_launches(monkeypatch):
     assert set(asked) == warm
 
 
-def test_tuning_takes_the_quickest_tile_that_the_gpu_has_room_for():
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("arch", tune.SHARED_BYTES)
+def test_tuning_tries_about_thirty_tiles_with_and_without_descriptors(arch, kernel):
+    tiles = list(tune.candidates(arch, kernel, "half", 768, 3072))
+    assert 10 <= len(tiles) <= 32 and len(set(tiles)) == len(tiles)
+    with_descriptors = arch >= 90 and kernel != "weight_gradient"
+    assert {tile.descriptors for tile in tiles} == ({False, True} if with_descriptors else {False})
+    assert not any(tile.descriptors for tile in tune.candidates(arch, kernel, "half", 750, 3072))
+    for kind in ("tf32", "ieee"):
+        assert 5 <= len(list(tune.candidates(arch, kernel, kind, 768, 3072))) <= 32
+
+
+def test_tuning_takes_the_fastest_tile_if_it_is_faster_by_more_than_noise():
+    first, second, third, *_ = tune.candidates(90, "project_in", "half", 768, 3072)
+    times = {None: 1.02, first: 1.0, second: 0.99, third: 0.97}
+
+    def fastest(*tiles):
+        return tune.fastest(lambda tile: tile, tiles, lambda run: times[run()])
+
+    assert fastest(first, second) == (first, {first: 1.0, second: 0.99})
+    assert fastest(first, second, third)[0] == third
+    assert fastest(None, second)[0] == second and fastest(None, first)[0] is None
+
+
+def test_tuning_leaves_out_tiles_without_room_and_names_those_with_wrong_results(capsys):
     from triton.runtime.errors import OutOfResources
 
-    tiles = list(tune.candidates(90, "project_in", 2, 768, 3072))
-    assert len(tiles) > 10 and len(set(tiles)) == len(tiles)
-    assert {tile.descriptors for tile in tiles} == {False, True}
-    for without in (
-        (80, "project_in", 2, 768, 3072),
-        (90, "project_in", 2, 750, 3072),
-        (90, "weight_gradient", 2, 768, 3072),
-    ):
-        assert not any(tile.descriptors for tile in tune.candidates(*without))
-    gated = list(tune.candidates(90, "project_in_gated", 2, 768, 3072))
-    assert (128, 256) in {tile[:2] for tile in tiles} and (128, 256) not in {tile[:2] for tile in gated}
-    times = {tile: 1.0 + number for number, tile in enumerate(reversed(tiles))}
+    first, exact, close, wrong, infinite, absent, large, *_ = tune.candidates_both(90, "project_both", "half", 64, 512)
+    right = torch.randn(8, 8)
+    results = {first: right, exact: right, close: right + 0.01 * right.max(), wrong: right + right.max()}
+    results |= {infinite: right.clone().fill_(float("nan")), absent: None}
 
     def launch(tile):
-        if tile == tiles[-1]:
+        if tile == large:
             raise OutOfResources(300000, 232448, "shared memory")
-        return tile
+        return None, results[tile]
 
-    best, time = tune.fastest(launch, iter(tiles), lambda run: times[run()])
-    assert best == tiles[-2] and time == 2.0
-    near = {tiles[0]: 1.0, tiles[1]: 0.99, tiles[2]: 0.97}
-    assert tune.fastest(lambda tile: tile, tiles[:2], lambda run: near[run()]) == (tiles[0], 1.0)  # that is noise
-    assert tune.fastest(lambda tile: tile, tiles[:3], lambda run: near[run()]) == (tiles[2], 0.97)
-    assert tune.fastest(lambda tile: tile, [None, best], lambda run: {None: 1.0, best: 2.0}[run()])[0] is None
-    forms = list(tune.persistent_forms(best))
-    assert forms[0] == best and [form.persistent for form in forms] == [0, 1, 2, 4]
+    product = tune.Product("project_both", 64, 512, launch)
+    tiles = [first, exact, close, wrong, infinite, absent, large, first]
+    assert tune.usable(product, tiles, "half", threads=1) == [first, exact, close]
+    told = capsys.readouterr().out
+    assert all(f"{tile} is left out" in told for tile in (wrong, infinite, absent)) and str(large) not in told
+
+
+def test_tuning_takes_one_number_of_tokens_for_each_class_of_rows():
+    assert tune.buckets([40, 4096], 2, 8) == {"few": 40, "many": 4096}
+    with pytest.raises(ValueError, match="--tokens: 4096 and 50000 share the class 'many'.*name one"):
+        tune.buckets([4096, 50000], 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "no CUDA device"), (["--tokens", "4096", "50000"], "--tokens: 4096 and 50000 share")],
+)
+def test_the_tuning_command_says_what_is_missing(capsys, arguments, message):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as end:
+        tune.main(arguments)
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_tuning_both_products_of_inference_tries_two_launches_and_tiles_for_the_width():
     for kernel in configs.BOTH_KERNELS:
-        two_launches, *tiles = tune.candidates_both(90, kernel, 2, 256, 1024)
+        two_launches, *tiles = tune.candidates_both(90, kernel, "half", 256, 1024)
         assert two_launches is None and len(set(tiles)) == len(tiles) > 3 and {tile.block_k for tile in tiles} == {256}
-    assert any(tile and tile.block_k == 512 for tile in tune.candidates_both(90, "project_both", 2, 512, 2048))
-    for without in ((90, 4, 128, 512), (90, 2, 1024, 4096), (90, 2, 120, 512), (90, 2, 128, 40), (90, 2, 384, 1536)):
+    assert any(tile and tile.block_k == 512 for tile in tune.candidates_both(90, "project_both", "half", 512, 2048))
+    for without in (
+        (90, "ieee", 128, 512), (90, "half", 1024, 4096), (90, "half", 120, 512), (90, "half", 128, 40),
+        (90, "half", 384, 1536),
+    ):  # fmt: skip
         arch, *sizes = without
         assert list(tune.candidates_both(arch, "project_both", *sizes)) == [None]
 
 
-def test_tuning_measures_every_product_of_training_and_both_of_inference():
-    products = list(tune.products(24, 40, 4, 2, 20, torch.float16, "cpu", gated=True))
-    assert {kernel for kernel, *_ in products} == {
-        "project_in_gated", "project_rows", "project_back", "weight_gradient", "project_both_gated",
-    }  # fmt: skip
-    for kernel, depth, columns, launch in products:
-        assert {depth, columns} == {24, 40}
-        launch(configs.heuristic(90, kernel, "half", "few", depth, columns))
-    torch.testing.assert_close(launch(None), launch(Config(32, 8, 32, 4, 2)), rtol=0.02, atol=0.02)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_tuning_measures_every_product_of_training_and_both_of_inference(gated):
+    products = list(tune.products(24, 40, 4, 2, 20, torch.float16, "cpu", gated))
+    kernels = {*configs.KERNELS, *configs.BOTH_KERNELS} - {"project_in_gated", "project_both_gated"}
+    assert {product.kernel.removesuffix("_gated") for product in products} == kernels
+    assert ("project_in_gated" in {product.kernel for product in products}) == gated
+    for product in products:
+        assert {product.depth, product.columns} == {24, 40}
+        usual = configs.heuristic(90, product.kernel, "half", "few", product.depth, product.columns)
+        other = Config(32, 8, 32, 4, 2) if usual is None else usual._replace(block_m=32, block_n=16)
+        assert tune.usable(product, [usual, other], "half", threads=1) == [usual, other]

@@ -117,32 +117,6 @@ def test_weights_read_by_descriptors_follow_the_oracle(monkeypatch, shape, gated
     assert sum(tile.descriptors for tile in tiles) == 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-def test_three_blocks_that_walk_over_all_tiles_give_the_bits_of_a_block_for_every_tile(
-    monkeypatch, poisoned_memory, gated, dtype
-):
-    dy, x, gates, plan, experts = case(SEVERAL_TILES["half"], "masked", dtype, gated=gated)
-    y, z = forward(x, gates, plan, experts)
-    gradients = backward(dy, x, gates, plan, experts, z)
-    choose, num_blocks, launched = configs.choose, configs.num_blocks, []
-
-    def three_blocks(tiles, config, device):
-        launched.append((tiles, num_blocks(tiles, config, device)))
-        return launched[-1][1]
-
-    monkeypatch.setattr(configs, "choose", lambda *which: choose(*which)._replace(persistent=3))
-    monkeypatch.setattr(configs, "num_blocks", three_blocks)
-    walked_y, walked_z = forward(x, gates, plan, experts)
-    walked = backward(dy, x, gates, plan, experts, z)
-    assert len(launched) == (7 if gated else 6) and all(tiles > 6 and blocks == 3 for tiles, blocks in launched)
-    assert torch.equal(walked_y, y) and torch.equal(walked_z, z)
-    for name in GRADIENTS:
-        assert torch.equal(walked[name], gradients[name]), name
-    assert y.isfinite().all() and z.isfinite().all() and all(gradient.isfinite().all() for gradient in walked.values())
-
-
 def test_weights_that_no_descriptor_can_serve_are_refused(monkeypatch):
     choose = configs.choose
     monkeypatch.setattr(configs, "choose", lambda *which: choose(*which)._replace(descriptors=True))

@@ -142,8 +142,22 @@ def launches(monkeypatch) -> list[str]:
     return seen
 
 
-def test_inference_of_a_narrow_model_takes_one_launch_and_training_two(monkeypatch):
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """A function that adds the config of ``project_both`` for a shape to an empty table."""
+    monkeypatch.setenv(configs.TABLE_PATH, str(tmp_path / "table.json"))
+    configs.forget()
+
+    def store(shape, config):
+        configs.store({configs.entry_name(90, "project_both", "half", "many", shape.width, shape.hidden): config})
+
+    yield store
+    configs.forget()
+
+
+def test_where_one_launch_was_measured_to_be_faster_inference_takes_it_and_training_does_not(monkeypatch, measured):
     shape = Shape(800, 48, 64, 2, 2)  # 800 rows an expert
+    measured(shape, configs.both_tile(90, shape.width))
     x, gates, plan, experts = inputs(shape, "masked", torch.float16)
     seen = launches(monkeypatch)
     inferred, nothing = forward(x, gates, plan, experts)
@@ -155,38 +169,25 @@ def test_inference_of_a_narrow_model_takes_one_launch_and_training_two(monkeypat
     assert_follows(inferred, trained.double(), torch.float16, "y of inference")
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"),
-    [
-        (Shape(800, 256, 64, 1, 1), torch.float16),
-        (Shape(800, 40, 64, 1, 1), torch.float16),
-        (Shape(800, 32, 48, 1, 1), torch.float16),
-        (Shape(300, 32, 64, 1, 1), torch.float16),
-        (Shape(800, 32, 64, 1, 1), torch.float32),
-    ],
-    ids=["wide", "unaligned width", "unaligned hidden width", "few rows", "float32"],
-)
-def test_other_models_take_two_launches(monkeypatch, shape, dtype):
-    x, gates, plan, experts = inputs(shape, "dropless", dtype)
+def test_where_nothing_was_measured_inference_takes_two_launches(monkeypatch):
+    shape = Shape(800, 32, 64, 1, 1)
+    x, gates, plan, experts = inputs(shape, "dropless", torch.float16)
     seen = launches(monkeypatch)
     y, _ = forward(x, gates, plan, experts)
     assert seen == ["project_in", "project_rows"]
-    assert_follows(y, reference.expert_mlp(*double((x, gates)), plan, *double(experts)), dtype)
+    assert_follows(y, reference.expert_mlp(*double((x, gates)), plan, *double(experts)), torch.float16)
 
 
-def test_a_table_switches_it_on_and_off(monkeypatch, tmp_path):
-    monkeypatch.setenv(configs.TABLE_PATH, str(tmp_path / "table.json"))
-    configs.forget()
+def test_a_table_switches_it_on_and_off(monkeypatch, measured):
     wide, narrow = Shape(800, 256, 64, 1, 1), Shape(800, 32, 64, 1, 1)
-    names = [configs.entry_name(90, "project_both", "half", "many", s.width, s.hidden) for s in (wide, narrow)]
-    configs.store({names[0]: Config(64, 32, 256, 8, 2), names[1]: None})
+    measured(wide, Config(64, 32, 256, 8, 2))
+    measured(narrow, None)
     seen = launches(monkeypatch)
     for shape in (wide, narrow):
         x, gates, plan, experts = inputs(shape, "dropless", torch.float16)
         y, _ = forward(x, gates, plan, experts)
         assert_follows(y, reference.expert_mlp(*double((x, gates)), plan, *double(experts)), torch.float16)
     assert seen == ["project_both", "project_in", "project_rows"]
-    configs.forget()
 
 
 @pytest.mark.parametrize("config", [Config(32, 16, 16, 4, 2), Config(32, 128, 32, 4, 2)])

@@ -65,4 +65,3 @@ def test_products_in_half_precision_ask_for_tensor_core_instructions(arch, file)
         if " half " in variant.name:
             assert variant.instructions[0] == {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
         assert ("UTMALDG" in variant.instructions) == ("descriptors" in variant.name)
-        assert variant.constants.get("PERSISTENT", False) == variant.name.endswith("persistent")
