@@ -239,6 +239,45 @@ def buckets(tokens: Iterable[int], top_k: int, num_experts: int) -> dict[str, in
     return found
 
 
+def tune_layer(
+    layer: tuple[int, int, int, int], sizes: dict[str, int], dtype: torch.dtype, device: torch.device, gated: bool,
+    milliseconds: Callable[[Callable[[], object]], float], threads: int,
+) -> None:  # fmt: skip
+    """Measures every product of a layer and stores the best configs, each as soon as it is known.
+
+    Args:
+        layer: D, H, E, K.
+        sizes: T by class of rows per expert.
+        milliseconds: measures a launch.
+        threads: how many tiles are compiled at once.
+    """
+    configs.store({})  # a table that cannot be written is an error now, not after minutes
+    arch, kind = configs.architecture(device), configs.arithmetic(dtype)
+    tiles: dict[tuple[str, int, int], list[Config | None]] = {}
+
+    def usual(product: Product, bucket: str) -> Config | None:
+        return configs.heuristic(arch, product.kernel, kind, bucket, product.depth, product.columns)
+
+    for product in products(*layer, min(_CHECKED_TOKENS, *sizes.values()), dtype, str(device), gated):
+        tried = candidates_both if product.kernel in configs.BOTH_KERNELS else candidates
+        possible = tried(arch, product.kernel, kind, product.depth, product.columns)
+        first = [usual(product, bucket) for bucket in sizes]
+        tiles[product[:3]] = usable(product, [*first, *possible], kind, threads)
+    for bucket, tokens in sizes.items():
+        for product in products(*layer, tokens, dtype, str(device), gated):
+            before = usual(product, bucket)
+            best, times = fastest(product.launch, dict.fromkeys([before, *tiles[product[:3]]]), milliseconds)
+            path = configs.store(
+                {configs.entry_name(arch, product.kernel, kind, bucket, product.depth, product.columns): best}
+            )
+            names = [tuple(tile) if tile else "two launches" for tile in (before, best)]
+            print(
+                f"{product.kernel} {product.depth}x{product.columns}, {tokens} tokens: {times[before]:.3f} ms with "
+                f"{names[0]}, {times[best]:.3f} ms with {names[1]}, the fastest of {len(times)} -> {path}",
+                flush=True,
+            )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("width", 768), ("hidden", 3072), ("experts", 8), ("top-k", 2)):
@@ -257,35 +296,12 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("no CUDA device: tiles can only be measured on one")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, options.dtype)
-    arch, kind = configs.architecture(device), configs.arithmetic(dtype)
 
     def milliseconds(run: Callable[[], object]) -> float:
         return statistics.median(triton.testing.do_bench(run, warmup=10, rep=60, return_mode="all"))
 
     layer = (options.width, options.hidden, options.experts, options.top_k)
-    small, found = (products(*layer, _CHECKED_TOKENS, dtype, str(device), options.gated), {})
-    for product in small:
-        tried = candidates_both if product.kernel in configs.BOTH_KERNELS else candidates
-        tiles = tried(arch, product.kernel, kind, product.depth, product.columns)
-        usual = {
-            bucket: configs.heuristic(arch, product.kernel, kind, bucket, product.depth, product.columns)
-            for bucket in sizes
-        }
-        found[product.kernel, product.depth, product.columns] = (
-            usual, usable(product, [*usual.values(), *tiles], kind, os.cpu_count() or 1)
-        )  # fmt: skip
-    for bucket, tokens in sizes.items():
-        for product in products(*layer, tokens, dtype, str(device), options.gated):
-            key = (product.kernel, product.depth, product.columns)
-            usual, tiles = found[key]
-            best, times = fastest(product.launch, dict.fromkeys([usual[bucket], *tiles]), milliseconds)
-            name = configs.entry_name(arch, product.kernel, kind, bucket, product.depth, product.columns)
-            path = configs.store({name: best})
-            before_with, with_best = (tuple(tile) if tile else "two launches" for tile in (usual[bucket], best))
-            print(
-                f"{name}: {times[usual[bucket]]:.3f} ms with {before_with}, {times[best]:.3f} ms with {with_best} "
-                f"of {len(times)} -> {path}", flush=True,
-            )  # fmt: skip
+    tune_layer(layer, sizes, dtype, device, options.gated, milliseconds, os.cpu_count() or 1)
 
 
 if __name__ == "__main__":

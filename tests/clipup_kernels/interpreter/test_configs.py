@@ -1,5 +1,6 @@
 """Which tiles the grouped products are launched with, and the table that holds measured ones."""
 
+import itertools
 import json
 
 import pytest
@@ -229,6 +230,21 @@ def test_tuning_takes_one_number_of_tokens_for_each_class_of_rows():
     assert tune.buckets([40, 4096], 2, 8) == {"few": 40, "many": 4096}
     with pytest.raises(ValueError, match="--tokens: 4096 and 50000 share the class 'many'.*name one"):
         tune.buckets([4096, 50000], 2, 8)
+
+
+def test_tuning_a_layer_stores_the_fastest_tile_of_every_product_for_each_class_of_rows(monkeypatch, table, capsys):
+    fast, both = Config(32, 32, 32, 4, 2), configs.both_tile(90, 24)
+    monkeypatch.setattr(tune, "candidates", lambda *which: [fast])
+    monkeypatch.setattr(tune, "candidates_both", lambda *which: [None, both])
+    turns = itertools.cycle([2.0, 1.0])  # the usual tile, which is that of both classes, and the other
+    tune.tune_layer((24, 64, 2, 1), {"few": 20, "some": 150}, torch.float16, CPU, False, lambda run: next(turns), 1)
+    stored = json.loads(table.read_text())
+    for bucket in ("few", "some"):
+        entries = {name: config for name, config in stored.items() if f" {bucket} " in name}
+        assert len(entries) == 7 and len({name.split()[1] for name in entries}) == 6
+        for name, config in entries.items():
+            assert config == list(both if "project_both" in name else fast), name
+    assert len(stored) == len(capsys.readouterr().out.splitlines()) == 2 * 7
 
 
 @pytest.mark.parametrize(
