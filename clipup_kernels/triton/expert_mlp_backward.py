@@ -23,7 +23,7 @@ from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate_with_slope
 from .expert_mlp import project_in
-from .grouped_gemm import describe, expert_of, find_tile, groups, max_tiles, multiply, operand, place, quarters
+from .grouped_gemm import _halves, describe, expert_of, find_tile, groups, max_tiles, multiply, operand, place, quarters
 from .grouped_linear import project_rows
 from .launch import dense
 from .variants import TYPE_NAMES, Variant, signature
@@ -82,7 +82,8 @@ def _project_back(
             tl.zeros([BLOCK_M, BLOCK_N], tl.float32), dy + (choice // top_k).to(tl.int64) * depth, weight, expert,
             first_column, depth, columns, True, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        gate = tl.load(gates + choice, mask=own, other=0.0)
+        # Loaded again: kept through the product it would cost registers.
+        gate = tl.load(gates + tl.load(choice_of_row + row, mask=own, other=-1), mask=own, other=0.0)
         if BLOCK_N < 128:
             d_gate = _finish_back(
                 da, gate, z, dz, scaled_a, first, end, first_column, plane, columns,
@@ -91,10 +92,11 @@ def _project_back(
         else:
             d_gate = tl.zeros([BLOCK_M], tl.float32)
             das = quarters(da, BLOCK_M, BLOCK_N)
-            for part in tl.static_range(4):
+            for part in tl.static_range(8):
+                halves = _halves(das[part // 2], BLOCK_M, BLOCK_N // 4)
                 d_gate += _finish_back(
-                    das[part], gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // 4), plane, columns,
-                    GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 4,
+                    halves[part % 2], gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // 8), plane, columns,
+                    GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 8,
                 )  # fmt: skip
         if parts is not None:
             tl.store(parts + row.to(tl.int64) * column_tiles + column_tile, d_gate, mask=own)

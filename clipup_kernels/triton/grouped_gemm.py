@@ -122,17 +122,24 @@ def multiply(
 ):  # fmt: skip
     """``total`` [M, N] float32 plus rows times the expert's weight; ``left`` [M] points to a row's first term."""
     term = tl.arange(0, BLOCK_K)
-    column = first_column + tl.arange(0, BLOCK_N)
+    own_column = tl.arange(0, BLOCK_N)
+    column = first_column + own_column
     left = left[:, None] + term[None, :]
     if not DESCRIPTORS:
-        right = _weight_pointers(weight, expert, term, column, depth, columns, TRANSPOSED)
+        right = weight + expert.to(tl.int64) * depth * columns
+        if TRANSPOSED:
+            right += first_column
+            places = term[:, None] * columns + own_column[None, :]
+        else:
+            right += first_column.to(tl.int64) * depth
+            places = own_column[None, :] * depth + term[:, None]
     for start in range(0, depth, BLOCK_K):
         rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
         left += BLOCK_K
         if DESCRIPTORS:
             own = _load_block(weight, expert, start, first_column, depth, columns, TRANSPOSED)
         else:
-            own = _load_weight(right, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
+            own = _load_weight(right + places, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
             if TRANSPOSED:
                 right += BLOCK_K * columns
             else:
