@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..user_cache import user_cache, write_json
+
 TABLE_PATH = "CLIPUP_TRITON_CONFIGS"
 """Environment variable: the file that ``tune`` writes, read when the first product is launched."""
 
@@ -233,12 +235,10 @@ def entry_name(arch: int, kernel: str, kind: str, bucket: str, depth: int, colum
     return f"sm{arch} {kernel} {kind} {bucket} {depth}x{columns}"
 
 
-def table_path() -> Path:
-    """Path of the measured table, which need not exist."""
-    if os.environ.get(TABLE_PATH):
-        return Path(os.environ[TABLE_PATH])
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "clipup" / "triton_configs.json"
+def table_path() -> Path | None:
+    """Path of the measured table, which need not exist; None for a user without a home."""
+    named = os.environ.get(TABLE_PATH)
+    return Path(named) if named else user_cache("triton_configs.json")
 
 
 @functools.cache
@@ -251,7 +251,7 @@ def table() -> dict[str, Config | None]:
         FileNotFoundError: CLIPUP_TRITON_CONFIGS names a file that does not exist.
     """
     path = table_path()
-    if not path.exists() and not os.environ.get(TABLE_PATH):
+    if path is None or (not path.exists() and not os.environ.get(TABLE_PATH)):
         return {}
     try:
         return {name: _checked(name, values) for name, values in json.loads(path.read_text()).items()}
@@ -263,11 +263,17 @@ def table() -> dict[str, Config | None]:
 
 
 def store(measured: dict[str, Config | None]) -> Path:
-    """Adds configs to the table's file and returns its path; later launches use them."""
+    """Adds configs to the table's file and returns its path; later launches use them.
+
+    Raises:
+        RuntimeError: there is no home directory for the file.
+        OSError: it cannot be written.
+    """
     path = table_path()
+    if path is None:
+        raise RuntimeError(f"there is no home directory for the table of configs; set {TABLE_PATH} to a file")
     configs = (table() if path.exists() else {}) | measured
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({name: config and list(config) for name, config in configs.items()}, indent=1) + "\n")
+    write_json(path, {name: config and list(config) for name, config in configs.items()})
     forget()
     return path
 

@@ -23,7 +23,7 @@ from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate_with_slope
 from .expert_mlp import project_in
-from .grouped_gemm import _halves, describe, expert_of, find_tile, groups, max_tiles, multiply, operand, place, quarters
+from .grouped_gemm import describe, expert_of, find_tile, groups, halves, max_tiles, multiply, operand, place, quarters
 from .grouped_linear import project_rows
 from .launch import dense
 from .variants import TYPE_NAMES, Variant, signature
@@ -93,9 +93,9 @@ def _project_back(
             d_gate = tl.zeros([BLOCK_M], tl.float32)
             das = quarters(da, BLOCK_M, BLOCK_N)
             for part in tl.static_range(8):
-                halves = _halves(das[part // 2], BLOCK_M, BLOCK_N // 4)
+                own_da = halves(das[part // 2], BLOCK_M, BLOCK_N // 4)[part % 2]
                 d_gate += _finish_back(
-                    halves[part % 2], gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // 8), plane, columns,
+                    own_da, gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // 8), plane, columns,
                     GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 8,
                 )  # fmt: skip
         if parts is not None:

@@ -74,14 +74,30 @@ def expert_of(row, offsets, num_experts, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _weight_pointers(weight, expert, term, column, depth, columns, TRANSPOSED: tl.constexpr):
-    """[K, N] pointers into an expert's weight, which is [columns, depth], or [depth, columns] if TRANSPOSED."""
+def _weight_start(weight, expert, first_column, depth, columns, TRANSPOSED: tl.constexpr):
+    """Pointer to the first term of a tile's first column, in weights [columns, depth], or [depth, columns] if
+    TRANSPOSED. It is a scalar, and places relative to it are int32: in the loop over the terms both take few registers.
+    """
     own = weight + expert.to(tl.int64) * depth * columns
     if TRANSPOSED:
-        pointers = own + term[:, None] * columns + column[None, :]
+        start = own + first_column
     else:
-        pointers = own + column[None, :] * depth + term[:, None]
-    return pointers
+        start = own + first_column.to(tl.int64) * depth
+    return start
+
+
+@triton.jit
+def _weight_places(
+    depth, columns, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """[K, N] places of a step's terms relative to the first term of the first column."""
+    term = tl.arange(0, BLOCK_K)
+    column = tl.arange(0, BLOCK_N)
+    if TRANSPOSED:
+        places = term[:, None] * columns + column[None, :]
+    else:
+        places = column[None, :] * depth + term[:, None]
+    return places
 
 
 @triton.jit
@@ -122,17 +138,11 @@ def multiply(
 ):  # fmt: skip
     """``total`` [M, N] float32 plus rows times the expert's weight; ``left`` [M] points to a row's first term."""
     term = tl.arange(0, BLOCK_K)
-    own_column = tl.arange(0, BLOCK_N)
-    column = first_column + own_column
+    column = first_column + tl.arange(0, BLOCK_N)
     left = left[:, None] + term[None, :]
     if not DESCRIPTORS:
-        right = weight + expert.to(tl.int64) * depth * columns
-        if TRANSPOSED:
-            right += first_column
-            places = term[:, None] * columns + own_column[None, :]
-        else:
-            right += first_column.to(tl.int64) * depth
-            places = own_column[None, :] * depth + term[:, None]
+        right = _weight_start(weight, expert, first_column, depth, columns, TRANSPOSED)
+        places = _weight_places(depth, columns, TRANSPOSED, BLOCK_N, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
         rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
         left += BLOCK_K
@@ -159,8 +169,9 @@ def multiply_pair(
     column = first_column + tl.arange(0, BLOCK_N)
     left = left[:, None] + term[None, :]
     if not DESCRIPTORS:
-        right = _weight_pointers(weight, expert, term, column, depth, columns, False)
-        other_right = _weight_pointers(other_weight, expert, term, column, depth, columns, False)
+        right = _weight_start(weight, expert, first_column, depth, columns, False)
+        other_right = _weight_start(other_weight, expert, first_column, depth, columns, False)
+        places = _weight_places(depth, columns, False, BLOCK_N, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
         rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
         left += BLOCK_K
@@ -168,8 +179,8 @@ def multiply_pair(
             own = _load_block(weight, expert, start, first_column, depth, columns, False)
             other = _load_block(other_weight, expert, start, first_column, depth, columns, False)
         else:
-            own = _load_weight(right, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
-            other = _load_weight(other_right, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
+            own = _load_weight(right + places, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
+            other = _load_weight(other_right + places, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
             right += BLOCK_K
             other_right += BLOCK_K
         total = tl.dot(rows, own, total, input_precision=PRECISION)
@@ -178,16 +189,18 @@ def multiply_pair(
 
 
 @triton.jit
-def _halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half [M, N/2] of a tile [M, N]: a long epilogue processes parts one by one, to save
+    registers."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def quarters(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The four quarters [M, N/4] of a tile [M, N]: a long epilogue processes one at a time, to save registers."""
-    left, right = _halves(tile, BLOCK_M, BLOCK_N)
-    first, second = _halves(left, BLOCK_M, BLOCK_N // 2)
-    third, fourth = _halves(right, BLOCK_M, BLOCK_N // 2)
+    """The four quarters [M, N/4] of a tile [M, N]."""
+    left, right = halves(tile, BLOCK_M, BLOCK_N)
+    first, second = halves(left, BLOCK_M, BLOCK_N // 2)
+    third, fourth = halves(right, BLOCK_M, BLOCK_N // 2)
     return first, second, third, fourth
 
 

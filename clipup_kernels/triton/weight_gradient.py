@@ -23,51 +23,86 @@ from .variants import Variant
 
 
 @triton.jit
+def _add_outer(
+    total, bias, left, right, gates, choice_of_row, row, end, left_column, right_column, left_columns, right_columns,
+    TOP_K: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of ``_sum_of_outer``: the sums with some rows added. FULL: all of them are below ``end``."""
+    mine = row < end
+    left_row = row
+    right_row = row
+    if GATHER_LEFT or GATHER_RIGHT:
+        if FULL:
+            choice = tl.load(choice_of_row + row)
+        else:
+            choice = tl.load(choice_of_row + row, mask=mine, other=0)
+        if GATHER_LEFT:
+            left_row = choice // TOP_K
+        if GATHER_RIGHT:
+            right_row = choice // TOP_K
+    lhs = _load(left, left_row, mine, left_column, left_columns, FULL, EVEN_LEFT)
+    rhs = _load(right, right_row, mine, right_column, right_columns, FULL, EVEN_RIGHT)
+    total = tl.dot(tl.trans(lhs), rhs, total, input_precision=PRECISION)
+    if BIAS:
+        terms = lhs.to(tl.float32)
+        if gates is not None:
+            if FULL:
+                gate = tl.load(gates + choice)
+            else:
+                gate = tl.load(gates + choice, mask=mine, other=0.0)
+            terms *= gate[:, None]
+        bias += tl.sum(terms, 0)
+    return total, bias
+
+
+@triton.jit
+def _load(rows, row, mine, column, columns, FULL: tl.constexpr, EVEN: tl.constexpr):
+    """[K, N]: columns of some rows, 0 in rows that are not ``mine`` and past the last column."""
+    pointers = rows + row.to(tl.int64)[:, None] * columns + column[None, :]
+    if FULL and EVEN:
+        values = tl.load(pointers)
+    elif EVEN:
+        values = tl.load(pointers, mask=mine[:, None], other=0.0)
+    elif FULL:
+        values = tl.load(pointers, mask=(column < columns)[None, :], other=0.0)
+    else:
+        values = tl.load(pointers, mask=mine[:, None] & (column < columns)[None, :], other=0.0)
+    return values
+
+
+@triton.jit
 def _sum_of_outer(
-    left, right, gates, choice_of_row, begin, end, top_k, left_column, right_column, left_columns, right_columns,
-    BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    left, right, gates, choice_of_row, begin, end, left_column, right_column, left_columns, right_columns,
+    TOP_K: tl.constexpr, BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``left^T right`` [M, N] over rows ``begin:end``; with BIAS also left's rows [M] summed, by gates if given.
 
-    A gathered operand has a row per token, found through the row's choice.
+    A gathered operand has a row per token, found through the row's choice. Only the last step masks rows.
     """
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     bias = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(begin, end, BLOCK_K):
-        row = start + tl.arange(0, BLOCK_K)
-        mine = row < end
-        left_row = row
-        right_row = row
-        if GATHER_LEFT or GATHER_RIGHT:
-            choice = tl.load(choice_of_row + row, mask=mine, other=0)
-            if GATHER_LEFT:
-                left_row = choice // top_k
-            if GATHER_RIGHT:
-                right_row = choice // top_k
-        left_mask = mine[:, None]
-        if not EVEN_LEFT:
-            left_mask = left_mask & (left_column < left_columns)[None, :]
-        right_mask = mine[:, None]
-        if not EVEN_RIGHT:
-            right_mask = right_mask & (right_column < right_columns)[None, :]
-        left_pointers = left + left_row.to(tl.int64)[:, None] * left_columns + left_column[None, :]
-        right_pointers = right + right_row.to(tl.int64)[:, None] * right_columns + right_column[None, :]
-        lhs = tl.load(left_pointers, mask=left_mask, other=0.0)
-        rhs = tl.load(right_pointers, mask=right_mask, other=0.0)
-        total = tl.dot(tl.trans(lhs), rhs, total, input_precision=PRECISION)
-        if BIAS:
-            terms = lhs.to(tl.float32)
-            if gates is not None:
-                terms *= tl.load(gates + choice, mask=mine, other=0.0)[:, None]
-            bias += tl.sum(terms, 0)
+    full_end = begin + (end - begin) // BLOCK_K * BLOCK_K
+    for start in range(begin, full_end, BLOCK_K):
+        total, bias = _add_outer(
+            total, bias, left, right, gates, choice_of_row, start + tl.arange(0, BLOCK_K), end, left_column,
+            right_column, left_columns, right_columns, TOP_K, True, BIAS, GATHER_LEFT, GATHER_RIGHT,
+            EVEN_LEFT, EVEN_RIGHT, PRECISION,
+        )  # fmt: skip
+    if full_end < end:
+        total, bias = _add_outer(
+            total, bias, left, right, gates, choice_of_row, full_end + tl.arange(0, BLOCK_K), end, left_column,
+            right_column, left_columns, right_columns, TOP_K, False, BIAS, GATHER_LEFT, GATHER_RIGHT,
+            EVEN_LEFT, EVEN_RIGHT, PRECISION,
+        )  # fmt: skip
     return total, bias
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit
 def _weight_gradient(
-    left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, left_columns, right_columns,
+    left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns, TOP_K: tl.constexpr,
     GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -84,15 +119,13 @@ def _weight_gradient(
     # Two loops, so that only the tiles that sum left's rows pay for it.
     if d_bias is None or right_tile != 0:
         total, _ = _sum_of_outer(
-            left, right, gates, choice_of_row, begin, end, top_k,
-            left_column, right_column, left_columns, right_columns,
-            False, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            left, right, gates, choice_of_row, begin, end, left_column, right_column, left_columns, right_columns,
+            TOP_K, False, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         total, bias = _sum_of_outer(
-            left, right, gates, choice_of_row, begin, end, top_k,
-            left_column, right_column, left_columns, right_columns,
-            True, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            left, right, gates, choice_of_row, begin, end, left_column, right_column, left_columns, right_columns,
+            TOP_K, True, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         own_bias = d_bias + expert.to(tl.int64) * left_columns + left_column
         tl.store(own_bias, bias.to(d_bias.dtype.element_ty), mask=left_column < left_columns)
@@ -126,7 +159,7 @@ def weight_gradient(
     tiles = num_experts * triton.cdiv(num_left, config.block_m) * triton.cdiv(num_right, config.block_n)
     with torch.cuda.device_of(left):
         _weight_gradient[(tiles,)](
-            left, right, gates, offsets, choice_of_row, d_weight, d_bias, top_k, num_left, num_right,
+            left, right, gates, offsets, choice_of_row, d_weight, d_bias, num_left, num_right, TOP_K=top_k,
             GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, **_even(config, num_left, num_right),
             PRECISION=configs.precision(left.dtype), **config.constants,
             **_staged(config, gather_left or gather_right).options,
@@ -146,11 +179,11 @@ def _even(config: configs.Config, num_left: int, num_right: int) -> dict[str, bo
 def variants(arch: int) -> Iterator[Variant]:
     """``weight_gradient`` with every tile and type, for both sides of the experts and for ``grouped_linear``."""
     pointers = ("left", "right", "d_weight", "d_bias")
-    in_side = dict(GATHER_LEFT=False, GATHER_RIGHT=True, gates=None)
+    in_side = dict(GATHER_LEFT=False, GATHER_RIGHT=True, gates=None, TOP_K=2)
     for case in configs.cases(arch, "weight_gradient"):
         gathered = case._replace(config=_staged(case.config, True))
         yield describe(_weight_gradient, "in", pointers, in_side, gathered)
-        yield describe(_weight_gradient, "out", pointers, dict(GATHER_LEFT=True, GATHER_RIGHT=False), gathered)
+        yield describe(_weight_gradient, "out", pointers, dict(GATHER_LEFT=True, GATHER_RIGHT=False, TOP_K=2), gathered)
         if case.is_main:
-            unfused = dict(GATHER_LEFT=False, GATHER_RIGHT=False, gates=None, choice_of_row=None)
+            unfused = dict(GATHER_LEFT=False, GATHER_RIGHT=False, gates=None, choice_of_row=None, TOP_K=1)
             yield describe(_weight_gradient, "unfused", pointers, unfused, case)

@@ -148,6 +148,20 @@ def test_without_a_name_the_table_lies_in_the_users_cache(monkeypatch, tmp_path)
     assert configs.table_path() == tmp_path / "clipup" / "triton_configs.json"
 
 
+def test_without_a_home_there_is_no_table_and_none_can_be_stored(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv(configs.TABLE_PATH, raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(configs.Path, "home", no_home)
+    configs.forget()
+    assert configs.table() == {}
+    with pytest.raises(RuntimeError, match="no home directory .* set CLIPUP_TRITON_CONFIGS"):
+        configs.store({})
+    configs.forget()
+
+
 def test_an_old_gpu_is_refused_with_a_fix(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with pytest.raises(RuntimeError, match="8.0.*7.5.*CLIPUP_BACKEND=torch_eager"):
