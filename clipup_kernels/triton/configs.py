@@ -24,7 +24,10 @@ TABLE_PATH = "CLIPUP_TRITON_CONFIGS"
 
 KERNELS = (
     "project_in", "project_in_gated", "project_rows", "project_rows_transposed", "project_back", "weight_gradient",
+    "expert_gradients",
 )  # fmt: skip
+GRADIENTS = ("weight_gradient", "expert_gradients")
+"""Those that sum over the experts' rows: no weights are read."""
 BOTH_KERNELS = ("project_both", "project_both_gated")
 """Both products of inference in one launch. Only ``tune`` gives them a config: without one they take two launches."""
 BUCKETS = {"few": 96, "some": 768, "many": float("inf")}
@@ -126,7 +129,7 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
     if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
         tile = tile._replace(block_n=128, num_warps=4)
     tile = tile._replace(block_n=min(tile.block_n, _power_of_two(columns)))
-    if kernel == "weight_gradient":  # it sums over the experts' rows
+    if kernel in GRADIENTS:  # they sum over the experts' rows
         return tile._replace(num_stages=4 if kind == "ieee" else max(3, tile.num_stages))  # with 3, "ieee" spills
     if bucket == "few" and tile.block_m > 64:
         tile = tile._replace(block_m=64, num_warps=4)
@@ -172,7 +175,7 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
             for number, tile in enumerate(tiles(768, (3072, 640))):
                 is_main = number == 0 and dtype == torch.bfloat16
                 yield Case(arch, kernel, dtype, kind, tile, is_main, even=True)
-                if is_main and arch >= 90 and kernel != "weight_gradient":
+                if is_main and arch >= 90 and kernel not in GRADIENTS:
                     yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False, even=True)
             for tile in tiles(767, (3071,)):
                 yield Case(arch, kernel, dtype, kind, tile, False, even=False)

@@ -3,7 +3,8 @@
     project_back      da = dout W_out, dout gathered from dy as it is loaded; its epilogue reads z and writes
                       dz = g da act'(z), g a (for dW_out), and partial sums of <a, da> per tile of columns
     gate_gradient     dgate = <a, da> + <dout, b_out>: the partial sums added in order
-    weight_gradient   dW_out = sum of dout (g a)^T, dW_in = sum of dz x^T, the bias gradients in the same loops
+    expert_gradients  dW_out = sum of dout (g a)^T, dW_in = sum of dz x^T, the bias gradients in the same loops;
+                      weight_gradient for one of them alone
     project_rows      dz W_in, for gated experts both products in one tile; gather_sum adds a token's rows to give dx
 
 Gated experts, with a = act(z_gate) z_in: dz_in = g da act(z_gate), dz_gate = g da z_in act'(z_gate).
@@ -27,7 +28,7 @@ from .grouped_gemm import describe, expert_of, find_tile, groups, halves, max_ti
 from .grouped_linear import project_rows
 from .launch import dense
 from .variants import TYPE_NAMES, Variant, signature
-from .weight_gradient import weight_gradient
+from .weight_gradient import expert_gradients, weight_gradient
 
 
 @triton.jit
@@ -197,6 +198,13 @@ def expert_mlp_backward(
     )  # fmt: skip
     d_gates = gate_gradient(parts, dy, out_bias, offsets, row_of_choice) if need_gates else gates.new_empty(0)
     d_out_weight = d_out_bias = d_in_weight = d_in_bias = d_gate_weight = d_gate_bias = dx = None
+    same_biases = gate_weight is None or (in_bias is None) == (gate_bias is None)
+    if need_in and need_out and same_biases:
+        d_in_weight, d_in_bias, d_out_weight, d_out_bias, d_gate_weight, d_gate_bias = expert_gradients(
+            dz, x, dy, scaled_a, gates, offsets, choice_of_row, in_bias=in_bias is not None,
+            out_bias=out_bias is not None,
+        )  # fmt: skip
+        need_in = need_out = False
     if need_out:
         d_out_weight, d_out_bias = weight_gradient(
             dy, scaled_a, offsets, need_bias=out_bias is not None, choice_of_row=choice_of_row, top_k=top_k,

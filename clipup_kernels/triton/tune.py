@@ -93,7 +93,7 @@ def candidates(arch: int, kernel: str, kind: str, depth: int, columns: int) -> I
         if operands <= SHARED_BYTES[arch] and sums <= 128:
             yield config
             even = depth % config.block_k == 0 and columns % config.block_n == 0
-            if arch >= 90 and kernel != "weight_gradient" and even:
+            if arch >= 90 and kernel not in configs.GRADIENTS and even:
                 yield config._replace(descriptors=True)
 
 
@@ -156,6 +156,14 @@ def products(
             grouped_linear.project_rows(
                 dz[0], in_weight, None, offsets, transposed=True, other=other, config=config
             ),
+        ),
+    )  # fmt: skip
+    yield Product(
+        "expert_gradients", hidden, width,
+        lambda config: tuple(
+            weight_gradient.expert_gradients(
+                z, x, dy, a, gates, offsets, choice_of_row, in_bias=True, out_bias=True, config=config
+            )
         ),
     )  # fmt: skip
     yield Product(

@@ -2,7 +2,8 @@
 
 ``dW = left^T right``, ``db = sum of left's rows``, the second inside the loop of the first. A block computes a tile
 of one expert's weight and loops over all of the expert's rows: every sum has a fixed order, without atomics and without
-a split along the rows. With 8 experts of 768/3072 there are 576 tiles of 128 x 256, which fill a large GPU.
+a split along the rows. With 8 experts of 768/3072 there are 576 tiles of 128 x 256 for one weight; the gradients of
+both in one launch have 1,152, 8.7 waves of 132 multiprocessors, where two launches take two waves of 4.4.
 
 Either operand may be in token order: a row is then looked up through its choice, so that x and dy need not be permuted.
 """
@@ -101,12 +102,12 @@ def _sum_of_outer(
 
 
 @triton.jit
-def _weight_gradient(
-    left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns, TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def _gradient_tile(
+    tile, left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, EVEN_LEFT: tl.constexpr,
+    EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
     left_tiles = tl.cdiv(left_columns, BLOCK_M)
     right_tiles = tl.cdiv(right_columns, BLOCK_N)
     expert = tile // (left_tiles * right_tiles)
@@ -133,6 +134,49 @@ def _weight_gradient(
     target += left_column[:, None] * right_columns + right_column[None, :]
     inside = (left_column < left_columns)[:, None] & (right_column < right_columns)[None, :]
     tl.store(target, total.to(d_weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weight_gradient(
+    left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns, TOP_K: tl.constexpr,
+    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    _gradient_tile(
+        tl.program_id(0), left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
+        TOP_K, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])
+def _expert_gradients(
+    dz, x, dy, a, gates, offsets, choice_of_row, d_in_weight, d_in_bias, d_gate_weight, d_gate_bias, d_out_weight,
+    d_out_bias, num_rows, num_experts, width, hidden,
+    TOP_K: tl.constexpr, EVEN_SIZES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    in_tiles = num_experts * tl.cdiv(hidden, BLOCK_M) * tl.cdiv(width, BLOCK_N)
+    planes = 1 if d_gate_weight is None else 2
+    if tile < planes * in_tiles:
+        own_dz = dz
+        own_weight = d_in_weight
+        own_bias = d_in_bias
+        if d_gate_weight is not None:
+            is_gate = tile >= in_tiles
+            own_dz += tl.where(is_gate, num_rows.to(tl.int64) * hidden, 0)
+            own_weight = tl.where(is_gate, d_gate_weight, d_in_weight)
+            if d_in_bias is not None:
+                own_bias = tl.where(is_gate, d_gate_bias, d_in_bias)
+        _gradient_tile(
+            tile % in_tiles, own_dz, x, None, offsets, choice_of_row, own_weight, own_bias, hidden, width,
+            TOP_K, False, True, EVEN_SIZES, EVEN_SIZES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        _gradient_tile(
+            tile - planes * in_tiles, dy, a, gates, offsets, choice_of_row, d_out_weight, d_out_bias, width, hidden,
+            TOP_K, True, False, EVEN_SIZES, EVEN_SIZES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 def weight_gradient(
@@ -167,6 +211,43 @@ def weight_gradient(
     return d_weight, d_bias
 
 
+def expert_gradients(
+    dz: Tensor, x: Tensor, dy: Tensor, a: Tensor, gates: Tensor, offsets: Tensor, choice_of_row: Tensor, *,
+    in_bias: bool, out_bias: bool, config: configs.Config | None = None,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of in_weight, in_bias, out_weight, out_bias, gate_weight and gate_bias in one launch; None for those
+    that an expert lacks.
+
+    Args:
+        dz: [R, H], or [2, R, H] for gated experts. x, dy: [T, D]. a: [R, H], already multiplied by the gates, which
+            are [T, K] and scale dy in out_weight's bias.
+        in_bias: whether in_weight, and gate_weight too, have a bias. out_bias: whether out_weight has.
+        config: instead of the table's.
+    """
+    dz, x, dy, a, gates, offsets, choice_of_row = dense(dz, x, dy, a, gates, offsets, choice_of_row)
+    num_experts, width, (num_rows, hidden) = len(offsets) - 1, x.shape[1], a.shape
+    planes = 1 if dz.dim() == 2 else 2
+    in_weights = [x.new_empty(num_experts, hidden, width) for _ in range(planes)]
+    in_biases = [x.new_empty(num_experts, hidden) if in_bias else None for _ in range(planes)]
+    d_out_weight = x.new_empty(num_experts, width, hidden)
+    d_out_bias = x.new_empty(num_experts, width) if out_bias else None
+    config = config or configs.choose("expert_gradients", x.device, x.dtype, num_rows, num_experts, hidden, width)
+    in_tiles, out_tiles = (
+        num_experts * triton.cdiv(left, config.block_m) * triton.cdiv(right, config.block_n)
+        for left, right in ((hidden, width), (width, hidden))
+    )
+    block = max(config.block_m, config.block_n)
+    d_gate_weight, d_gate_bias = (in_weights[1], in_biases[1]) if planes == 2 else (None, None)
+    with torch.cuda.device_of(x):
+        _expert_gradients[(planes * in_tiles + out_tiles,)](
+            dz, x, dy, a, gates, offsets, choice_of_row, in_weights[0], in_biases[0], d_gate_weight, d_gate_bias,
+            d_out_weight, d_out_bias, num_rows, num_experts, width, hidden, TOP_K=gates.shape[1],
+            EVEN_SIZES=width % block == 0 and hidden % block == 0, PRECISION=configs.precision(x.dtype),
+            **config.constants, **_staged(config, True).options,
+        )  # fmt: skip
+    return [in_weights[0], in_biases[0], d_out_weight, d_out_bias, d_gate_weight, d_gate_bias]
+
+
 def _staged(config: configs.Config, gather: bool) -> configs.Config:
     """The compiler halves the stages of loads with loaded addresses; this asks for twice as many."""
     return config._replace(num_stages=2 * config.num_stages - 1) if gather else config
@@ -180,6 +261,14 @@ def variants(arch: int) -> Iterator[Variant]:
     """``weight_gradient`` with every tile and type, for both sides of the experts and for ``grouped_linear``."""
     pointers = ("left", "right", "d_weight", "d_bias")
     in_side = dict(GATHER_LEFT=False, GATHER_RIGHT=True, gates=None, TOP_K=2)
+    for case in configs.cases(arch, "expert_gradients"):
+        gathered = case._replace(config=_staged(case.config, True))
+        storage = ("dz", "x", "dy", "a", "d_in_weight", "d_in_bias", "d_out_weight", "d_out_bias")
+        plain = dict(d_gate_weight=None, d_gate_bias=None, TOP_K=2)
+        yield describe(_expert_gradients, "plain", storage, plain, gathered)
+        if case.is_main:
+            gated = ("d_gate_weight", "d_gate_bias")
+            yield describe(_expert_gradients, "gated", storage + gated, dict(TOP_K=2), gathered)
     for case in configs.cases(arch, "weight_gradient"):
         gathered = case._replace(config=_staged(case.config, True))
         yield describe(_weight_gradient, "in", pointers, in_side, gathered)

@@ -181,7 +181,7 @@ def test_warmup_launches_what_a_training_step_launches(monkeypatch):
     warmup.warmup(24, 40, 4, 2, [20], dtype=torch.float16, device="cpu", gated=True)
     warm = set(asked)
     assert {kernel for kernel, *_ in warm} == {
-        "project_in_gated", "project_rows", "project_rows_transposed", "project_back", "weight_gradient",
+        "project_in_gated", "project_rows", "project_rows_transposed", "project_back", "expert_gradients",
         "project_both_gated",
     }  # fmt: skip
     asked.clear()
@@ -201,7 +201,7 @@ def test_warmup_launches_what_a_training_step_launches(monkeypatch):
 def test_tuning_tries_about_thirty_tiles_with_and_without_descriptors(arch, kernel):
     tiles = list(tune.candidates(arch, kernel, "half", 768, 3072))
     assert 10 <= len(tiles) <= 32 and len(set(tiles)) == len(tiles)
-    with_descriptors = arch >= 90 and kernel != "weight_gradient"
+    with_descriptors = arch >= 90 and kernel not in configs.GRADIENTS
     assert {tile.descriptors for tile in tiles} == ({False, True} if with_descriptors else {False})
     assert not any(tile.descriptors for tile in tune.candidates(arch, kernel, "half", 750, 3072))
     for kind in ("tf32", "ieee"):
@@ -255,10 +255,10 @@ def test_tuning_a_layer_stores_the_fastest_tile_of_every_product_for_each_class_
     stored = json.loads(table.read_text())
     for bucket in ("few", "some"):
         entries = {name: config for name, config in stored.items() if f" {bucket} " in name}
-        assert len(entries) == 7 and len({name.split()[1] for name in entries}) == 6
+        assert len(entries) == 8 and len({name.split()[1] for name in entries}) == 7
         for name, config in entries.items():
             assert config == list(both if "project_both" in name else fast), name
-    assert len(stored) == len(capsys.readouterr().out.splitlines()) == 2 * 7
+    assert len(stored) == len(capsys.readouterr().out.splitlines()) == 2 * 8
 
 
 @pytest.mark.parametrize(

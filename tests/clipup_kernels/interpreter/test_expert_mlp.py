@@ -109,7 +109,7 @@ def test_weights_read_by_descriptors_follow_the_oracle(monkeypatch, shape, gated
     choose, tiles = configs.choose, []
 
     def with_descriptors(kernel, *which):
-        tiles.append(choose(kernel, *which)._replace(block_k=32, descriptors=kernel != "weight_gradient"))
+        tiles.append(choose(kernel, *which)._replace(block_k=32, descriptors=kernel not in configs.GRADIENTS))
         return tiles[-1]
 
     monkeypatch.setattr(configs, "choose", with_descriptors)

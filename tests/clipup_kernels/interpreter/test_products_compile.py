@@ -27,7 +27,7 @@ MAIN = (
     "project_in gelu bf16 half 128x128x64",
     "project_rows forward bf16 half 128x256x64",
     "project_back gelu bf16 half 128x128x64",
-    "weight_gradient in bf16 half 128x256x64",
+    "expert_gradients plain bf16 half 128x256x64",
     "project_both gelu bf16 half 128x32x128",
 )
 
@@ -47,7 +47,16 @@ def test_the_usual_products_use_hoppers_tensor_cores_and_no_stack():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kernel", ["project_in", "project_rows", "project_back", "project_both", "gate_gradient", "weight_gradient"]
+    "kernel",
+    [
+        "project_in",
+        "project_rows",
+        "project_back",
+        "project_both",
+        "gate_gradient",
+        "weight_gradient",
+        "expert_gradients",
+    ],
 )
 @pytest.mark.parametrize("arch", variants.ARCHITECTURES)
 def test_every_product_compiles_within_its_limits(arch, kernel):
