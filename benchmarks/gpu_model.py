@@ -1,0 +1,187 @@
+"""Predicted time of every launch of the fused op on an H100, from its machine code and its bytes; no GPU is needed.
+
+    python benchmarks/gpu_model.py                       the kernels as they are, at 50,000 tokens
+    python benchmarks/gpu_model.py --tokens 4096 --l2 5.5
+
+Kernels are compiled for sm_90 by the installed Triton. A product's tile takes the longest of three times: its FLOPs on
+the tensor cores, its instructions in the four schedulers of a multiprocessor, and its operands from the second-level
+cache. A tile's epilogue overlaps the products of another one if two blocks share a multiprocessor, and is added if they
+do not. The last wave of tiles counts as full, and a launch takes at least as long as its bytes from memory. Left out
+are the start of a block, waiting at barriers, the clock under load and the host.
+
+    python benchmarks/gpu_model.py --tile 128 256 64 8 3    project_in and project_back with another tile
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from gpu_static import all_variants
+
+from clipup_kernels.triton import configs, variants
+
+MULTIPROCESSORS, CLOCK = 132, 1.7e9
+TENSOR_FLOPS = 4096
+"""Per cycle and multiprocessor, dense, 16 bits (H100 SXM datasheet: 989 TFLOP/s at 1.83 GHz)."""
+SCHEDULERS, REGISTERS, SHARED_BYTES, LAUNCH = 4, 65536, 227 * 1024, 3e-6
+DRAM_BYTES = 2.6e12
+CUBLAS_FLOPS = 650e12
+"""Of a large product in torch, for comparison with dense_k."""
+
+
+class Code(NamedTuple):
+    """A kernel's machine code."""
+
+    registers: int
+    shared_bytes: int
+    step: int
+    """Instructions per thread of one step over the terms."""
+    after: int
+    """Instructions per thread after the last product of a tile."""
+
+
+class Product(NamedTuple):
+    """A launch that multiplies; R rows of D or H."""
+
+    name: str
+    variant: str
+    """The compiled kernel's name."""
+    depth: float
+    """Terms of a sum."""
+    outputs: tuple[float, float]
+    """Rows and columns of the output; tiles of rows may be part full at the end of every expert."""
+    parts: int
+    """Experts at whose ends tiles of rows are part full."""
+    dram_bytes: float
+
+
+def code_of(name: str, tile: configs.Config | None) -> tuple[Code, dict[str, int], int]:
+    """The machine code of a variant for sm_90, its tile and its warps; ``tile`` is taken instead of the variant's."""
+    (variant,) = (one for one in all_variants(90) if one.name == name)
+    if tile is not None:
+        variant = variant._replace(constants=variant.constants | tile.constants, options=tile.options)
+    compiled = variants.compile_variant(variant, 90)
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", compiled.sass)
+    position = {int(address, 16): number for number, (address, _) in enumerate(found)}
+    texts = [text for _, text in found]
+    loops = []
+    for number, text in enumerate(texts):
+        jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
+        begin = position.get(int(jump[1], 16), number) if jump else number
+        if begin < number and any("HGMMA" in inside for inside in texts[begin:number]):
+            loops.append((number - begin + 1, number))
+    step, end = min(loops)
+    last = max(number for number, text in enumerate(texts) if "HGMMA" in text)
+    code = Code(compiled.registers, compiled.shared_bytes, step, len(texts) - max(last, end))
+    return code, variant.constants, variant.options["num_warps"]
+
+
+def products(rows: float, width: int, hidden: int, experts: int, tokens: float, training: bool) -> Iterator[Product]:
+    """The products of a forward pass, or of both, in bfloat16."""
+    weight = 2 * experts * width * hidden
+    narrow, wide = 2 * rows * width, 2 * rows * hidden
+    form = "gelu" if training else "inference"
+    yield Product(
+        "project_in", f"project_in {form} bf16 half 128x128x64 w8", width, (rows, hidden), experts,
+        narrow + weight + wide * (2 if training else 1),
+    )  # fmt: skip
+    yield Product(
+        "project_rows", "project_rows forward bf16 half 128x256x64 w8", hidden, (rows, width), experts,
+        wide + weight + narrow,
+    )  # fmt: skip
+    if not training:
+        return
+    yield Product(
+        "project_back", "project_back gelu bf16 half 128x128x64 w8", width, (rows, hidden), experts,
+        narrow + weight + 3 * wide,
+    )  # fmt: skip
+    yield Product(
+        "expert_gradients", "expert_gradients plain bf16 half 128x256x64 w8", rows / experts,
+        (2 * experts * hidden, width), 0, 2 * (narrow + wide + weight),
+    )  # fmt: skip
+    yield Product(
+        "project_rows, dx", "project_rows gradient bf16 half 128x256x64 w8", hidden, (rows, width), experts,
+        wide + weight + narrow,
+    )  # fmt: skip
+
+
+class Prediction(NamedTuple):
+    """Milliseconds of a launch: what bounds it, each alone, and the whole."""
+
+    tensor: float
+    issue: float
+    l2: float
+    dram: float
+    total: float
+    waves: float
+    blocks: int
+    """Blocks that share a multiprocessor."""
+
+
+def predict(product: Product, l2_bytes: float, other_tile: configs.Config | None) -> Prediction:
+    """The model of the file's first lines."""
+    code, tile, warps = code_of(product.variant, other_tile if product.name in ("project_in", "project_back") else None)
+    block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    tiles = (product.outputs[0] / block_m + product.parts / 2) * (product.outputs[1] / block_n)
+    steps = product.depth / block_k
+    by_registers = REGISTERS // (32 * warps * -(-code.registers // 8) * 8)
+    blocks = max(1, min(2, by_registers, SHARED_BYTES // (code.shared_bytes + 1024)))
+    tensor = 2 * block_m * block_n * block_k * steps / TENSOR_FLOPS
+    issue = code.step * steps * warps / SCHEDULERS
+    epilogue = code.after * warps / SCHEDULERS
+    l2 = 2 * (block_m + block_n) * block_k * steps / (l2_bytes / MULTIPROCESSORS / CLOCK)
+    waves = tiles / (MULTIPROCESSORS * blocks)
+    cycles = blocks * max(tensor, issue + epilogue, l2) if blocks > 1 else max(tensor, issue, l2) + epilogue
+    in_all = tiles / MULTIPROCESSORS / CLOCK * 1e3
+    dram = product.dram_bytes / DRAM_BYTES * 1e3
+    total = max(-(-waves // 1) * cycles / CLOCK * 1e3, dram) + LAUNCH * 1e3
+    return Prediction(tensor * in_all, (issue + epilogue) * in_all, l2 * in_all, dram, total, waves, blocks)
+
+
+def moves(rows: float, width: int, hidden: int, tokens: float, training: bool) -> Iterator[tuple[str, float]]:
+    """The launches that only move rows, and their bytes."""
+    yield "combine", 2 * rows * width + 2 * tokens * width
+    if training:
+        yield "gate_gradient", 4 * rows * hidden / 128 + 2 * tokens * width
+        yield "gather_sum", 2 * rows * width + 2 * tokens * width
+
+
+def dense(rows: float, width: int, hidden: int, training: bool) -> float:
+    """Milliseconds of a dense MLP on as many rows in torch: products at cuBLAS's rate, biases and activation apart."""
+    flops = (3 if training else 1) * 4 * rows * width * hidden
+    activation = (2 + (3 if training else 0)) * 2 * rows * hidden
+    return 1e3 * (flops / CUBLAS_FLOPS + activation / DRAM_BYTES)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("tokens", 50_000), ("width", 768), ("hidden", 3072), ("experts", 8), ("top-k", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
+    parser.add_argument("--l2", type=float, default=7.5, help="TB/s of the second-level cache (default 7.5)")
+    tile = ("M", "N", "K", "WARPS", "STAGES")
+    parser.add_argument("--tile", type=int, nargs=5, metavar=tile, help="of project_in and project_back")
+    options = parser.parse_args(argv)
+    rows = options.tokens * options.top_k
+    layer = rows, options.width, options.hidden
+    print(f"{'launch':18} {'blocks':>6} {'waves':>6} {'tensor':>7} {'issue':>7} {'L2':>7} {'memory':>7} {'ms':>7}")
+    for training in (False, True):
+        total = 0.0
+        for product in products(*layer, options.experts, options.tokens, training):
+            found = predict(product, options.l2 * 1e12, options.tile and configs.Config(*options.tile))
+            total += found.total
+            times = (found.tensor, found.issue, found.l2, found.dram, found.total)
+            print(f"{product.name:18} {found.blocks:6} {found.waves:6.1f} " + " ".join(f"{ms:7.2f}" for ms in times))
+        for name, size in moves(*layer, options.tokens, training):
+            ms = 1e3 * (size / DRAM_BYTES + LAUNCH)
+            total += ms
+            print(f"{name:18} {'':6} {'':6} {'':7} {'':7} {'':7} {ms:7.2f} {ms:7.2f}")
+        peer = dense(*layer, training)
+        what = "forward + backward" if training else "forward"
+        print(f"{what:18} {total:52.2f}, {total / peer:.2f} of dense_k ({peer:.2f} ms at cuBLAS's rate)\n")
+
+
+if __name__ == "__main__":
+    main()
