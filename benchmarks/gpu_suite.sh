@@ -5,7 +5,7 @@
 #
 # Each window takes less than nine minutes; several run one after the other within the same time (all of them by default):
 #
-#   main    the self-check of every op, then the main case: 50,000 tokens, 768/3072, bf16, both passes
+#   main    the self-check of every op, then the main case (50,000 tokens, 768/3072, bf16): every launch, and both passes
 #   tests   every CUDA test, then small shapes under compute-sanitizer
 #   sizes   other sizes and types, small ones first, and routing stage by stage
 #   models  whole CLIP models (needs open_clip; see WHEELS)
@@ -87,8 +87,9 @@ other_cases=(--shapes 4096x768x3072 50000x512x2048 50000x1024x4096 200000x768x30
 
 window_main() {
   step self_check 90 "$PYTHON" -m clipup_kernels.self_check cuda
-  layer forward 75 forward "${main_case[@]}" --dtype bf16
-  layer training 90 training "${main_case[@]}" --dtype bf16
+  step kernels 100 "$PYTHON" benchmarks/gpu_kernels.py --csv "$out/kernels.csv"
+  layer forward 70 forward "${main_case[@]}" --dtype bf16
+  layer training 80 training "${main_case[@]}" --dtype bf16
 }
 
 window_tests() {  # -v: a log that is cut off by the time still names what failed

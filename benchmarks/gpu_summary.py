@@ -168,6 +168,10 @@ def summary(folder: Path, measured: bool = True) -> tuple[str, bool]:
     shown = "dtype tokens d_model d_hidden pass impl median_ms tflops ratio_to_dense_k saved_mb peak_mb".split()
     page = ["# GPU suite", "", where, ""]
     page += [*table(shown, ([row[column] for column in shown] for row in rows)), ""]
+    launched = "launch ms tflops gbytes_per_s predicted_ms measured_to_predicted".split()
+    if (folder / "kernels.csv").is_file():
+        launches = read(folder / "kernels.csv")
+        page += [*table(launched, ([row[column] for column in launched] for row in launches)), ""]
     page += [line for told in left_out(folder) for line in (told, "")]
     page += [*table(("step", "status", "seconds", "last line"), (step.values() for step in steps)), ""]
     page += [*table(("it must show", "wanted", "measured", "verdict"), found), ""]

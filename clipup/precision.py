@@ -26,6 +26,11 @@ def image_dtype(precision: Precision) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" else None
 
 
+def token_dtype(precision: Precision) -> torch.dtype:
+    """The type in which sparse layers compute."""
+    return _AUTOCAST.get(precision) or image_dtype(precision) or torch.float32
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +40,38 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest error allowed, relative to the largest entry of the result in float64. In float32, GPUs round the factors of
 products to TF32, which has 10 bits."""
 _POISON_BYTES = 64 << 20
-Sizes = tuple[int, int, int, int, int]
-"""T, D, H, E, K."""
 _lock = threading.Lock()
+
+
+class Size(NamedTuple):
+    """The size of a layer that is checked, and what is checked at it. On CUDA devices most of the time is compiling."""
+
+    tokens: int
+    width: int
+    hidden: int
+    num_experts: int
+    k: int
+    products_alone: bool = False
+    """Only the ops that multiply."""
+    forms: tuple[str, ...] = ("plain",)
+    """Of experts: "plain" with biases and GELU, "gated" with biases and SiLU, "gated without biases" with QuickGELU,
+    "activations": plain with each of the other activations."""
+
+
+_SIZES = {
+    "cpu": (
+        Size(37, 19, 53, 5, 3, forms=("plain", "gated", "gated without biases", "activations")),
+        Size(330, 64, 96, 4, 2, forms=("plain", "gated")),
+    ),
+    "cuda": (
+        Size(37, 19, 53, 5, 3, forms=("plain", "gated")),
+        Size(64, 256, 256, 4, 2),
+        Size(400, 256, 256, 4, 2, products_alone=True),
+        Size(1600, 256, 256, 4, 2, products_alone=True),
+    ),
+}
+"""By device type: odd widths, and widths and rows for several full tiles. On CUDA devices a size for each class of rows
+per expert, with the tiles of layers of usual widths (``clipup_kernels.triton.configs``)."""
 
 
 @dataclass(frozen=True)
@@ -83,41 +114,63 @@ def self_check(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype
     # Whatever the caller has set: tensors are made on the CPU, and the oracle is not cast.
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         for dtype in _checked_types(dtypes):
-            for op, cases in _cases(dtype, _SIZES[device.type]).items():
-                for choice in registry.choices(op, cases[0][0].dtype, device.type, device.index):
-                    if choice.backend.name == "torch_eager":
-                        break
-                    findings.append(_check(op, choice.backend, cases, dtype, device))
-                    _trust_as_found(findings[-1], device)
-                    if findings[-1].reason is None:
-                        break
+            cases = _cases(dtype, _SIZES[device.type])
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1) if device.type == "cuda" else 1) as pool:
+                for found in pool.map(lambda op: _check_op(op, cases[op], dtype, device), cases):  # noqa: B023
+                    findings += found
+    for finding in findings:
+        _trust_as_found(finding, device)
+    return findings
+
+
+def _check_op(op: str, cases: list[tuple], dtype: torch.dtype, device: torch.device) -> list[Finding]:
+    """Findings about the backends of an op, best first, up to one that passes or to plain torch."""
+    findings: list[Finding] = []
+    for choice in registry.choices(op, cases[0][0].dtype, device.type, device.index):
+        if choice.backend.name == "torch_eager":
+            break
+        findings.append(_check(op, choice.backend, cases, dtype, device))
+        if findings[-1].reason is None:
+            break
     return findings
 
 
 def check_again(device: str | torch.device = "cuda") -> list[Finding]:
     """``self_check`` in every type, whose result replaces the one that ``check_once`` keeps."""
     findings = self_check(device)
-    path = cache_file(device)
+    _keep(cache_file(device), findings)
+    return findings
+
+
+def _keep(path: Path | None, findings: list[Finding]) -> None:
+    """Stores findings without failures for later programs. With a failure nothing is kept: they check again, because
+    the fault may be repaired, or have passed."""
     try:
         if path is not None and any(finding.reason is not None for finding in findings):
-            path.unlink(missing_ok=True)  # the next program checks again: a fault may be repaired, or have passed
+            path.unlink(missing_ok=True)
         elif path is not None and findings:
             write_json(path, [asdict(finding) for finding in findings])
     except OSError:  # without a cache directory that can be written to, the check runs again next time
         pass
-    return findings
 
 
-def check_once(device: str | torch.device = "cuda") -> list[Finding]:
-    """``self_check``, once for each card and each version of torch, Triton and this package.
+def check_once(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> list[Finding]:
+    """``self_check``, once for each type, each card and each version of torch, Triton and this package.
 
     A result without failures is kept in the user's cache directory (``$XDG_CACHE_HOME`` or ~/.cache, in
     clipup/self_check). Ops that fail are each named in a ``RuntimeWarning``, and the next program checks again.
     """
+    types = _checked_types(dtypes)
     with _lock:
-        findings = _read(cache_file(device))
-        if findings is None:
-            findings = check_again(device)
+        path = cache_file(device)
+        findings = _read(path)
+        known = {finding.dtype for finding in findings}
+        missing = [dtype for dtype in types if _name(dtype) not in known]
+        if missing:
+            found = self_check(device, missing)
+            findings += found
+            _keep(path, findings)
+    findings = [finding for finding in findings if finding.dtype in map(_name, types)]
     for finding in findings:
         if finding.reason is not None:
             warnings.warn(f"clipup_kernels: {sentence(finding, device)}", RuntimeWarning, stacklevel=2)
@@ -183,15 +236,15 @@ def _installation() -> list[tuple[str, int, int]]:
     return [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def _read(path: Path | None) -> list[Finding] | None:
-    """None if there is no result without failures or it cannot be read: then the check runs again."""
+def _read(path: Path | None) -> list[Finding]:
+    """Empty if there is no result without failures or it cannot be read: then the check runs again."""
     try:
         if path is None or not path.is_file():
-            return None
+            return []
         findings = [Finding(**finding) for finding in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError, RecursionError):
-        return None
-    return findings if findings and all(map(_passed, findings)) else None
+        return []
+    return findings if all(map(_passed, findings)) else []
 
 
 def _passed(finding: Finding) -> bool:
@@ -220,6 +273,10 @@ def _checked_types(dtypes: Iterable[torch.dtype]) -> list[torch.dtype]:
     return dtypes
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _trust_as_found(finding: Finding, device: torch.device) -> None:
     chosen_by = getattr(torch, finding.chosen_by)
     registry.distrust(finding.backend, finding.op, chosen_by, finding.reason, device.index)
@@ -238,7 +295,7 @@ def _check(op: str, backend: registry.Backend, cases: list[tuple], dtype: torch.
         raise
     except Exception as failure:  # a compiler's own, of many kinds
         reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
-    of_tokens, chosen_by = (str(one).removeprefix("torch.") for one in (dtype, cases[0][0].dtype))
+    of_tokens, chosen_by = map(_name, (dtype, cases[0][0].dtype))
     return Finding(op, of_tokens, chosen_by, backend.name, error, TOLERANCE[dtype], reason)
 
 
@@ -284,23 +341,18 @@ def _map(change: Any, arguments: tuple) -> list[Any]:
     return [change(one) if isinstance(one, Tensor) else one for one in arguments]
 
 
-_ODD, _EVEN = (37, 19, 53, 5, 3), (330, 64, 96, 4, 2)
-_SIZES = {"cpu": (_ODD, _EVEN), "cuda": (_ODD, (64, 256, 512, 4, 2), (400, 256, 512, 4, 2), (1600, 256, 512, 4, 2))}
-"""By device type: odd widths, and widths and rows for several full tiles. On CUDA devices a size for each
-class of rows per expert, with the tiles of layers of usual widths (``clipup_kernels.triton.configs``)."""
-
-
-def _cases(dtype: torch.dtype, all_sizes: Iterable[Sizes]) -> dict[str, list[tuple]]:
+def _cases(dtype: torch.dtype, all_sizes: Iterable[Size]) -> dict[str, list[tuple]]:
     """Arguments of every op, on the CPU: with and without gates, biases, masks and a capacity."""
     cases: dict[str, list[tuple]] = {}
-    for seed, sizes in enumerate(all_sizes):
-        for op, arguments in _cases_of(dtype, sizes, torch.Generator("cpu").manual_seed(seed)):
-            cases.setdefault(op, []).append(arguments)
+    for seed, size in enumerate(all_sizes):
+        for op, arguments in _cases_of(dtype, size, torch.Generator("cpu").manual_seed(seed)):
+            if op in registry.PRODUCTS or not size.products_alone:
+                cases.setdefault(op, []).append(arguments)
     return cases
 
 
-def _cases_of(dtype: torch.dtype, sizes: Sizes, generator: torch.Generator) -> Iterator[tuple[str, tuple]]:
-    tokens, width, hidden, num_experts, k = sizes
+def _cases_of(dtype: torch.dtype, sizes: Size, generator: torch.Generator) -> Iterator[tuple[str, tuple]]:
+    tokens, width, hidden, num_experts, k = sizes[:5]
 
     def randn(*size: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*size, generator=generator)).to(dtype)
@@ -334,12 +386,13 @@ def _cases_of(dtype: torch.dtype, sizes: Sizes, generator: torch.Generator) -> I
     d_out = randn(tokens * k, hidden)
     yield "grouped_linear_backward", (d_out, rows, in_weight, plan.offsets, [True] * 3)
     plain = (in_weight, in_bias, out_weight, out_bias, None, None)
-    gated = (in_weight, None, out_weight, None, gate_weight, None)
-    with_biases = (in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
-    forms = [(plain, "gelu"), (gated, "silu"), (with_biases, "quick_gelu")]
-    if width % 2:  # small: the forms that differ in an epilogue alone
-        forms += [(plain, activation) for activation in ACTIVATIONS if activation != "gelu"]
-    for parameters, activation in forms:
+    forms = {
+        "plain": [(plain, "gelu")],
+        "gated": [((in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias), "silu")],
+        "gated without biases": [((in_weight, None, out_weight, None, gate_weight, None), "quick_gelu")],
+        "activations": [(plain, activation) for activation in ACTIVATIONS if activation != "gelu"],
+    }
+    for parameters, activation in itertools.chain(*(forms[form] for form in sizes.forms)):
         routed = (x, gating.gates, *plan, *parameters)
         _, z = torch_eager.expert_mlp_forward(*_wide((*routed, activation, True)))
         yield "expert_mlp_forward", (*routed, activation, True)
@@ -347,9 +400,10 @@ def _cases_of(dtype: torch.dtype, sizes: Sizes, generator: torch.Generator) -> I
         yield "expert_mlp_backward", (dy, *routed, z.to(dtype), activation, [True] * 4)
         one = [None if weight is None else weight[0].contiguous() for weight in parameters]
         yield "dense_mlp", (x, *one, activation)
-    routed = (x, gating.gates, *plan, *plain)
-    yield "expert_mlp_backward", (dy, *routed, x.new_empty(0), "gelu", [True] * 4)
-    yield "expert_mlp_backward", (dy, *routed, x.new_empty(0), "gelu", [True, False, False, True])
+    if len(sizes.forms) > 1:
+        routed = (x, gating.gates, *plan, *plain)
+        yield "expert_mlp_backward", (dy, *routed, x.new_empty(0), "gelu", [True] * 4)
+        yield "expert_mlp_backward", (dy, *routed, x.new_empty(0), "gelu", [True, False, False, True])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from ..evaluate import datasets
 from ..evaluate.labelled_images import image_folder, read_lines
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, zero_shot
-from ..precision import Precision, check_device, default_device, default_workers
+from ..precision import Precision, check_device, default_device, default_workers, token_dtype
 from ..pretrained import factory, model_card, model_names, origin, tokenizers
 from .flags import NoEffect, parse
 from .logs import errors_only
@@ -208,7 +208,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     """The requested results, ``retrieval`` and ``zero_shot``, and what was measured: model, dataset, split."""
     check_device(options.device)
     if options.device.startswith("cuda"):
-        check_once(options.device)
+        check_once(options.device, [token_dtype(options.precision)])
     found = _find(options)
     own = None
     if options.val_data is not None:  # found before the model is loaded, which brings the transform

@@ -11,7 +11,7 @@ from torch import nn
 
 from clipup_kernels.self_check import check_once
 
-from ..precision import Precision
+from ..precision import Precision, token_dtype
 from . import resume, rng
 from .distributed import Ranks, joined
 from .loop import Trainer
@@ -57,12 +57,12 @@ def train(
     """
     check_complete(options, model, loader)
     with joined(options) as ranks, _directory(options, ranks) as directory:
+        precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
         if ranks.device.type == "cuda":
-            check_once(ranks.device)
+            check_once(ranks.device, [token_dtype(precision)])
         checkpoint, notes = resume.find_checkpoint(options, directory, ranks)
         if checkpoint is not None:
             notes += resume.changes(checkpoint.state, options, ranks.world_size, checkpoint.path)
-        precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
         rng.seed_everything(options.seed)
         built = build_model(options, ranks, precision, model, preprocess, tokenizer)
         first_epoch = checkpoint.state["epoch"] if checkpoint else 0

@@ -104,7 +104,7 @@ def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer_where_it_is_i
 
 def test_what_matters_most_comes_first(suite):
     order = list(suite()[1])
-    assert order[:6] == ["device", "build", "self_check", "forward", "training", "cuda_tests"]
+    assert order[:6] == ["device", "build", "self_check", "kernels", "forward", "training"]
     assert order.index("memcheck") < order.index("forward_sizes") < order.index("clip_throughput")
     assert "--shapes 50000x768x3072 --dtype bf16" in suite.log("forward")
     (sizes,) = [line for line in suite.log("forward_sizes").splitlines() if "--shapes" in line]
@@ -114,7 +114,7 @@ def test_what_matters_most_comes_first(suite):
 @pytest.mark.parametrize(
     ("window", "measured"),
     [
-        ("main", ["self_check", "forward", "training"]),
+        ("main", ["self_check", "kernels", "forward", "training"]),
         ("tests", ["cuda_tests", "memcheck", "racecheck"]),
         (
             "sizes",

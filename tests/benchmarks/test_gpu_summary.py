@@ -45,6 +45,15 @@ def test_everything_shown_is_a_pass(tmp_path, capsys):
     assert "| build | ok | 3 | w |" in page
 
 
+def test_every_launch_is_on_the_page_beside_its_prediction(tmp_path):
+    folder = measured(tmp_path)
+    launch = dict(launch="project_in", ms="1.1", p20_ms="1.0", p80_ms="1.2", gflop="472", tflops="429", mbyte="800")
+    launch |= dict(gbytes_per_s="727", predicted_ms="1.0", measured_to_predicted="1.10")
+    write_csv(folder / "kernels.csv", [launch])
+    page, well = gpu_summary.summary(folder)
+    assert well and "| project_in | 1.1 | 429 | 727 | 1.0 | 1.10 |" in page
+
+
 def test_speeds_are_quotients_of_ratios_against_the_fastest_loop(tmp_path):
     found = verdicts(measured(tmp_path))
     assert found["fwd: ratio_to_dense_k"] == ("0.95", "pass")

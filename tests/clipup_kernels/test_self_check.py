@@ -216,8 +216,17 @@ def test_other_devices_and_types_are_refused(device, dtypes, message):
 
 def test_a_result_without_failures_is_kept_for_the_next_program(monkeypatch):
     first = check_once("cpu")
-    monkeypatch.setattr(module, "self_check", lambda device: pytest.fail("it ran again"))
+    monkeypatch.setattr(module, "self_check", lambda device, types: pytest.fail("it ran again"))
     assert check_once("cpu") == first and failed(first) == set()
+
+
+def test_types_are_checked_when_they_are_first_needed(monkeypatch):
+    check, checked = module.self_check, []
+    monkeypatch.setattr(module, "self_check", lambda device, types: checked.append(list(types)) or check(device, types))
+    for types in ([torch.float32], [torch.float32], [torch.bfloat16, torch.float32], [torch.bfloat16]):
+        findings = check_once("cpu", types)
+        assert {finding.dtype for finding in findings} == {str(dtype).removeprefix("torch.") for dtype in types}
+    assert checked == [[torch.float32], [torch.bfloat16]]
 
 
 def test_a_failure_is_found_again_by_the_next_program_until_it_is_repaired(broken_expert_mlp, monkeypatch, tmp_path):
@@ -328,7 +337,7 @@ def test_on_a_gpu_the_tiles_of_usual_layers_are_checked(arch, kind):
     configs = pytest.importorskip("clipup_kernels.triton.configs")
 
     def compiled(kernel, sizes):
-        tokens, width, hidden, experts, k = sizes
+        tokens, width, hidden, experts, k = sizes[:5]
         config = configs.heuristic(arch, kernel, kind, configs.bucket_of(tokens * k, experts), width, hidden)
         return config, *config.even(width, hidden).values()
 

@@ -1,0 +1,183 @@
+"""Every launch of both passes timed by itself on a GPU, beside its prediction and the ceilings of the same run.
+
+    python benchmarks/gpu_kernels.py --csv runs/gpu_kernels.csv
+
+Times are medians, between two events, with an empty second-level cache. ``predicted_ms`` is ``gpu_model.py``'s, with
+the rate of the second-level cache that was measured here. Ceilings: a copy in memory, reads of 24 MiB that stay in the
+second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import NamedTuple
+
+import gpu_model
+import torch
+import triton
+import triton.language as tl
+from harness import DTYPES, clock, commit, report, require_device
+
+from clipup_kernels.machine import package_version, processor_name
+from clipup_kernels.triton import dispatch, expert_mlp, expert_mlp_backward, rows, topk_gating, weight_gradient
+from clipup_kernels.triton.grouped_linear import project_rows
+
+COLUMNS = "launch ms p20_ms p80_ms gflop tflops mbyte gbytes_per_s predicted_ms measured_to_predicted"
+CACHED_BYTES, PASSES = 24 << 20, 64
+
+
+class Launch(NamedTuple):
+    """Something that is timed."""
+
+    name: str
+    flops: float
+    bytes: float
+    """From and to memory; for the ceiling of the second-level cache, from there."""
+    run: Callable[[], object]
+
+
+@triton.jit
+def _read(buffer, sums, blocks, passes, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for number in range(passes):
+        block = (tl.program_id(0) + number * tl.num_programs(0)) % blocks
+        total += tl.load(buffer + block * BLOCK + place)
+    tl.store(sums + tl.program_id(0) * BLOCK + place, total)
+
+
+def ceilings(device: str, dtype: torch.dtype, size: int = 8192, copied: int = 1 << 30) -> Iterator[Launch]:
+    """What the card can do at its best."""
+    source = torch.ones(copied // 4, device=device)
+    target = torch.empty_like(source)
+    yield Launch("copy", 0, 2 * copied, lambda: target.copy_(source))
+    block = 4096
+    blocks = min(CACHED_BYTES, copied) // (4 * block)
+    buffer, programs = source[: blocks * block], 8 * gpu_model.MULTIPROCESSORS if device == "cuda" else 2
+    sums = torch.empty(programs * block, device=device)
+    read = 4.0 * block * programs * PASSES
+    yield Launch("L2 read", 0, read, lambda: _read[(programs,)](buffer, sums, blocks, PASSES, BLOCK=block, num_warps=8))
+    square = torch.randn(size, size, device=device).to(dtype)
+    yield Launch(f"torch {size}^3", 2 * size**3, 6 * size**2, lambda: square @ square)
+
+
+def launches(
+    tokens: int, width: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, device: str
+) -> Iterator[Launch]:
+    """The launches of a forward and a backward pass in order, and torch's products on as many rows."""
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device).to(dtype)
+
+    num_rows, size = tokens * top_k, dtype.itemsize
+    x, dy = randn(tokens, width), randn(tokens, width)
+    in_weight, out_weight = randn(experts, hidden, width) / width**0.5, randn(experts, width, hidden) / hidden**0.5
+    in_bias, out_bias = randn(experts, hidden), randn(experts, width)
+    gates, indices, *_ = topk_gating.topk_gating(torch.randn(tokens, experts, device=device), top_k, True)
+    plan = offsets, choice_of_row, row_of_choice = dispatch.dispatch(indices, experts)
+    flops, weight = 2.0 * num_rows * width * hidden, size * experts * width * hidden
+    narrow, wide, token_rows = size * num_rows * width, size * num_rows * hidden, size * tokens * width
+
+    def project_in(keep_z: bool) -> tuple:
+        return expert_mlp.project_in(
+            x, offsets, choice_of_row, top_k, in_weight, in_bias, None, None, "gelu", keep_z=keep_z, keep_a=True
+        )
+
+    z, a = project_in(True)
+    out = project_rows(a, out_weight, out_bias, offsets)
+    dz, scaled_a, parts = back = expert_mlp_backward.project_back(
+        dy, gates, offsets, choice_of_row, out_weight, z, "gelu", need_dz=True, need_a=True, need_parts=True
+    )
+    d_rows = project_rows(dz, in_weight, None, offsets, transposed=True)
+    assert all(tensor is not None for tensor in back)
+    yield Launch("project_in", flops, narrow + weight + wide, lambda: project_in(False))
+    yield Launch("project_in, z kept", flops, narrow + weight + 2 * wide, lambda: project_in(True))
+    yield Launch(
+        "project_rows", flops, wide + weight + narrow, lambda: project_rows(a, out_weight, out_bias, offsets)
+    )  # fmt: skip
+    yield Launch("combine", 0, narrow + token_rows, lambda: rows.combine(out, gates, *plan))
+    yield Launch(
+        "project_back", flops, narrow + weight + 3 * wide,
+        lambda: expert_mlp_backward.project_back(
+            dy, gates, offsets, choice_of_row, out_weight, z, "gelu", need_dz=True, need_a=True, need_parts=True
+        ),
+    )  # fmt: skip
+    yield Launch(
+        "gate_gradient", 0, 4 * parts.numel() + token_rows,
+        lambda: expert_mlp_backward.gate_gradient(parts, dy, out_bias, offsets, row_of_choice),
+    )  # fmt: skip
+    yield Launch(
+        "expert_gradients", 2 * flops, 2 * (narrow + wide + weight),
+        lambda: weight_gradient.expert_gradients(
+            dz, x, dy, scaled_a, gates, offsets, choice_of_row, in_bias=True, out_bias=True
+        ),
+    )  # fmt: skip
+    yield Launch(
+        "project_rows, dx", flops, wide + weight + narrow,
+        lambda: project_rows(dz, in_weight, None, offsets, transposed=True),
+    )  # fmt: skip
+    yield Launch("gather_sum", 0, narrow + token_rows, lambda: rows.gather_sum(d_rows, row_of_choice))
+    left, right, back_right = randn(num_rows, width), in_weight[0].mT, in_weight[0]
+    yield Launch("torch, in", flops, narrow + weight / experts + wide, lambda: left @ right)
+    yield Launch("torch, out", flops, narrow + weight / experts + wide, lambda: a @ back_right)
+
+
+def predictions(tokens: int, width: int, hidden: int, experts: int, top_k: int, l2: float) -> dict[str, float]:
+    """Milliseconds by launch, for bfloat16."""
+    layer = tokens * top_k, width, hidden
+    found = {}
+    for training, suffix in ((False, ""), (True, ", z kept")):
+        for product in gpu_model.products(*layer, experts, tokens, training):
+            name = product.name + (suffix if product.name == "project_in" else "")
+            found[name] = gpu_model.predict(product, l2, None).total
+        for name, size in gpu_model.moves(*layer, tokens, training):
+            found[name] = 1e3 * (size / gpu_model.DRAM_BYTES + gpu_model.LAUNCH)
+    return found
+
+
+def measure(launch: Launch, device: str, repetitions: int) -> dict[str, object]:
+    """A row of the table, without its prediction."""
+    for _ in range(3):
+        launch.run()
+    times = sorted(1e3 * clock(launch.run, device) for _ in range(repetitions))
+    ms = median(times)
+    fifth = repetitions // 5
+    return {
+        "launch": launch.name, "ms": f"{ms:.4f}", "p20_ms": f"{times[fifth]:.4f}", "p80_ms": f"{times[-1 - fifth]:.4f}",
+        "gflop": f"{launch.flops / 1e9:.0f}", "tflops": f"{launch.flops / ms / 1e9:.0f}",
+        "mbyte": f"{launch.bytes / 1e6:.0f}", "gbytes_per_s": f"{launch.bytes / ms / 1e6:.0f}",
+        "predicted_ms": "", "measured_to_predicted": "",
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("tokens", 50_000), ("width", 768), ("hidden", 3072), ("experts", 8), ("top-k", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--repetitions", type=int, default=30, help="(default 30)")
+    parser.add_argument("--csv", help="also write the table to this file")
+    options = parser.parse_args(argv)
+    require_device("cuda")
+    layer = options.tokens, options.width, options.hidden, options.experts, options.top_k
+    dtype = DTYPES[options.dtype]
+    table = [measure(launch, "cuda", options.repetitions) for launch in ceilings("cuda", dtype)]
+    l2 = next(float(str(row["gbytes_per_s"])) for row in table if row["launch"] == "L2 read") * 1e9
+    predicted = predictions(*layer, l2) if torch.cuda.get_device_capability()[0] == 9 else {}
+    for launch in launches(*layer, dtype, "cuda"):
+        row = measure(launch, "cuda", options.repetitions)
+        if launch.name in predicted:
+            row["predicted_ms"] = f"{predicted[launch.name]:.4f}"
+            row["measured_to_predicted"] = f"{float(str(row['ms'])) / predicted[launch.name]:.2f}"
+        table.append(row)
+    shape = f"{options.tokens}x{options.width}x{options.hidden}, {options.experts} experts, top {options.top_k}"
+    about = {"machine": processor_name("cuda"), "torch": torch.__version__, "triton": package_version("triton")}
+    table = [row | about | {"layer": shape, "dtype": options.dtype, "commit": commit()} for row in table]
+    print(f"{about['machine']}, torch {about['torch']}, triton {about['triton']}; {shape}, {options.dtype}")
+    report(table, COLUMNS, options.csv)
+
+
+if __name__ == "__main__":
+    main()
