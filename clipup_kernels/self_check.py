@@ -386,7 +386,7 @@ def _cases_of(dtype: torch.dtype, sizes: Size, generator: torch.Generator) -> It
     d_out = randn(tokens * k, hidden)
     yield "grouped_linear_backward", (d_out, rows, in_weight, plan.offsets, [True] * 3)
     plain = (in_weight, in_bias, out_weight, out_bias, None, None)
-    forms = {
+    forms: dict[str, list[tuple[tuple, str]]] = {
         "plain": [(plain, "gelu")],
         "gated": [((in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias), "silu")],
         "gated without biases": [((in_weight, None, out_weight, None, gate_weight, None), "quick_gelu")],

@@ -2,14 +2,17 @@
 
 import os
 
+import memory_guard
 import pytest
 import torch
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
+def interpreted(monkeypatch):
+    """Every load and store of a kernel stays within its arguments."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("this process compiles kernels for its GPU; TRITON_INTERPRET=1 pytest -m interpreter")
+    memory_guard.guard(monkeypatch)
 
 
 @pytest.fixture
