@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import serving_order
-from .launch import dense
+from .launch import ceil_div, dense, power_of_two
 from .variants import Variant, signature
 
 _MAX_BLOCKS = 256  # of tokens; every program of _assign sums that many counts
@@ -132,7 +132,7 @@ def _assign(
 
 
 def _blocks(num_experts: int) -> dict[str, int]:
-    block_e = max(4, triton.next_power_of_2(num_experts))
+    block_e = max(4, power_of_two(num_experts))
     return {"BLOCK_T": min(512, max(16, _TILE // block_e)), "BLOCK_E": block_e}
 
 
@@ -149,9 +149,9 @@ def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, m
     choice_of_row, row_of_choice = expert_indices.new_empty(num_tokens * k), torch.empty_like(expert_indices)
 
     sizes = {"E": num_experts, "K": k, **_blocks(num_experts)}
-    num_tiles = triton.cdiv(num_tokens, sizes["BLOCK_T"])
-    tiles = triton.cdiv(num_tiles, _MAX_BLOCKS)
-    blocks = triton.cdiv(num_tiles, tiles)
+    num_tiles = ceil_div(num_tokens, sizes["BLOCK_T"])
+    tiles = ceil_div(num_tiles, _MAX_BLOCKS)
+    blocks = ceil_div(num_tiles, tiles)
     counts, totals = expert_indices.new_empty(k * blocks, num_experts), expert_indices.new_empty(num_experts)
     token_counts = expert_indices.new_empty(blocks)
     limited = capacity_factor is not None
@@ -161,7 +161,7 @@ def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, m
             expert_indices, order, mask, counts, token_counts, num_tokens, tiles, blocks,
             COUNT_TOKENS=limited, **sizes, **_OPTIONS,
         )  # fmt: skip
-        _scan[(triton.cdiv(num_experts, _SCAN_EXPERTS),)](
+        _scan[(ceil_div(num_experts, _SCAN_EXPERTS),)](
             counts, totals, k * blocks, E=num_experts, BLOCK_R=_SCAN_ROWS, BLOCK_E=_SCAN_EXPERTS, **_OPTIONS
         )
         _assign[(blocks, k)](

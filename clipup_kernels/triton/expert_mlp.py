@@ -38,7 +38,7 @@ from .grouped_gemm import (
     quarters,
 )
 from .grouped_linear import project_rows
-from .launch import dense
+from .launch import ceil_div, dense
 from .variants import Variant
 
 
@@ -139,7 +139,7 @@ def project_in(
         return z, a
     kernel = "project_in" if gate_weight is None else "project_in_gated"
     config = config or configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, depth, columns)
-    tiles = max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n)
+    tiles = max_tiles(num_rows, num_experts, config.block_m) * ceil_div(columns, config.block_n)
     with torch.cuda.device_of(x):
         _project_in[(tiles,)](
             x, operand(weight, config), bias, operand(gate_weight, config), gate_bias, offsets, choice_of_row, z, a,

@@ -26,7 +26,7 @@ from .activations import activate_with_slope
 from .expert_mlp import project_in
 from .grouped_gemm import describe, expert_of, find_tile, groups, halves, max_tiles, multiply, operand, place, quarters
 from .grouped_linear import project_rows
-from .launch import dense
+from .launch import ceil_div, dense, power_of_two
 from .variants import TYPE_NAMES, Variant, signature
 from .weight_gradient import expert_gradients, weight_gradient
 
@@ -115,7 +115,7 @@ def project_back(
     num_experts, depth, columns = out_weight.shape
     num_rows, top_k = len(choice_of_row), gates.shape[1]
     config = config or configs.choose("project_back", dy.device, dy.dtype, num_rows, num_experts, depth, columns)
-    column_tiles = triton.cdiv(columns, config.block_n)
+    column_tiles = ceil_div(columns, config.block_n)
     dz = torch.empty_like(z) if need_dz else None
     scaled_a = dy.new_empty(num_rows, columns) if need_a else None
     parts = gates.new_empty(num_rows, column_tiles) if need_parts else None
@@ -165,9 +165,9 @@ def gate_gradient(parts, dy, out_bias, offsets, row_of_choice) -> Tensor:
     d_gates = parts.new_empty(num_tokens, top_k)
     if num_tokens > 0:
         with torch.cuda.device_of(dy):
-            _gate_gradient[(triton.cdiv(num_tokens, _BLOCK_T),)](
+            _gate_gradient[(ceil_div(num_tokens, _BLOCK_T),)](
                 parts, dy, out_bias, offsets, row_of_choice, d_gates, num_tokens, num_experts, top_k, num_parts,
-                dy.shape[1], PARTS=triton.next_power_of_2(num_parts), GROUPS=groups(num_experts),
+                dy.shape[1], PARTS=power_of_two(num_parts), GROUPS=groups(num_experts),
                 BLOCK_T=_BLOCK_T, BLOCK_D=_BLOCK_D, num_warps=_GATE_WARPS,
             )  # fmt: skip
     return d_gates

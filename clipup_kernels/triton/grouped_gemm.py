@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
+from .launch import power_of_two
 from .variants import TYPE_NAMES, Variant, signature
 
 
@@ -46,7 +47,7 @@ def operand(
 
 def groups(num_experts: int) -> int:
     """GROUPS of ``find_tile``: a power of two that holds the experts and the group of empty rows."""
-    return triton.next_power_of_2(num_experts + 1)
+    return power_of_two(num_experts + 1)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import configs
 from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles, multiply, operand, place
-from .launch import dense
+from .launch import ceil_div, dense
 from .variants import Variant
 from .weight_gradient import weight_gradient
 
@@ -73,7 +73,7 @@ def project_rows(
         return out
     kernel = "project_rows_transposed" if transposed else "project_rows"
     config = config or configs.choose(kernel, rows.device, rows.dtype, num_rows, num_experts, depth, columns)
-    tiles = max_tiles(num_rows, num_experts, config.block_m) * triton.cdiv(columns, config.block_n)
+    tiles = max_tiles(num_rows, num_experts, config.block_m) * ceil_div(columns, config.block_n)
     with torch.cuda.device_of(rows):
         _project_rows[(tiles,)](
             rows, operand(weight, config, transposed), other_rows, operand(other_weight, config, transposed), bias,

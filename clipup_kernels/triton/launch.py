@@ -11,6 +11,9 @@ import os
 import torch
 from torch import Tensor
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Settled when Triton is imported; CPU tensors are always interpreted."""
+
 
 def dense(*tensors: Tensor | None) -> list[Tensor | None]:
     """Contiguous tensors; masks as bytes.
@@ -18,13 +21,26 @@ def dense(*tensors: Tensor | None) -> list[Tensor | None]:
     Raises:
         NotImplementedError: bfloat16 in Triton's interpreter.
     """
-    if any(t is not None and t.dtype == torch.bfloat16 and _interpreted(t) for t in tensors):
-        raise NotImplementedError(
-            "Triton's interpreter computes bfloat16 wrongly, without an error; use float16 or float32 there"
-        )
-    contiguous = [None if t is None else t.contiguous() for t in tensors]
-    return [t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in contiguous]
+    results: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.contiguous()
+            dtype = tensor.dtype
+            if dtype == torch.bool:
+                tensor = tensor.view(torch.uint8)
+            elif dtype == torch.bfloat16 and (INTERPRETED or not tensor.is_cuda):
+                raise NotImplementedError(
+                    "Triton's interpreter computes bfloat16 wrongly, without an error; use float16 or float32 there"
+                )
+        results.append(tensor)
+    return results
 
 
-def _interpreted(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+def ceil_div(number: int, divisor: int) -> int:
+    """Rounded up. Triton's own function is also one for kernels, and takes 5 us."""
+    return -(-number // divisor)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is at least ``number``, and 1."""
+    return 1 << max(0, number - 1).bit_length()

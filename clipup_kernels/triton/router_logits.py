@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense
+from .launch import ceil_div, dense, power_of_two
 from .variants import TYPE_NAMES, Variant, signature
 
 _EXPERTS = 8  # per program; with more experts, tokens are read again, from the second-level cache
@@ -105,7 +105,7 @@ def _add_up(sums, d_weight, splits, size, BLOCK_S: tl.constexpr, BLOCK: tl.const
 
 
 def _block_of_experts(num_experts: int) -> int:
-    return min(_EXPERTS, triton.next_power_of_2(num_experts))
+    return min(_EXPERTS, power_of_two(num_experts))
 
 
 def router_logits(x, weight, mask=None) -> Tensor:
@@ -115,7 +115,7 @@ def router_logits(x, weight, mask=None) -> Tensor:
     if num_tokens:
         block_e = _block_of_experts(num_experts)
         with torch.cuda.device_of(x):
-            _logits[(triton.cdiv(num_tokens, _LOGITS["BLOCK_T"]), triton.cdiv(num_experts, block_e))](
+            _logits[(ceil_div(num_tokens, _LOGITS["BLOCK_T"]), ceil_div(num_experts, block_e))](
                 x, weight, mask, logits, num_tokens, width, num_experts, BLOCK_E=block_e, **_LOGITS, **_LOGITS_OPTIONS
             )
     return logits
@@ -132,7 +132,7 @@ def _d_x(d_logits: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) -> Te
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     d_x = torch.empty_like(x)
     if d_x.numel():
-        grid = triton.cdiv(num_tokens, _TOKEN["BLOCK_T"]), triton.cdiv(width, _TOKEN["BLOCK_D"])
+        grid = ceil_div(num_tokens, _TOKEN["BLOCK_T"]), ceil_div(width, _TOKEN["BLOCK_D"])
         with torch.cuda.device_of(x):
             _token_gradient[grid](d_logits, weight, mask, d_x, num_tokens, width, num_experts, **_TOKEN, **_OPTIONS)
     return d_x
@@ -142,17 +142,17 @@ def _d_weight(d_logits: Tensor, x: Tensor, weight: Tensor, mask: Tensor | None) 
     (num_tokens, width), num_experts = x.shape, weight.shape[0]
     if num_tokens == 0 or width == 0:
         return torch.zeros_like(weight)
-    steps = triton.cdiv(num_tokens, _WEIGHT["BLOCK_T"])
-    share = triton.cdiv(steps, max(1, _PARTIAL_SUMS // num_experts)) * _WEIGHT["BLOCK_T"]
-    splits = triton.cdiv(num_tokens, share)
+    steps = ceil_div(num_tokens, _WEIGHT["BLOCK_T"])
+    share = ceil_div(steps, max(1, _PARTIAL_SUMS // num_experts)) * _WEIGHT["BLOCK_T"]
+    splits = ceil_div(num_tokens, share)
     block_e = _block_of_experts(num_experts)
     sums, d_weight = weight.new_empty(splits, *weight.shape), torch.empty_like(weight)
-    grid = splits, triton.cdiv(width, _WEIGHT["BLOCK_D"]), triton.cdiv(num_experts, block_e)
+    grid = splits, ceil_div(width, _WEIGHT["BLOCK_D"]), ceil_div(num_experts, block_e)
     with torch.cuda.device_of(x):
         _weight_sums[grid](
             d_logits, x, mask, sums, num_tokens, width, num_experts, share, BLOCK_E=block_e, **_WEIGHT, **_OPTIONS
         )
-        _add_up[(triton.cdiv(weight.numel(), _ADD_UP["BLOCK"]),)](
+        _add_up[(ceil_div(weight.numel(), _ADD_UP["BLOCK"]),)](
             sums, d_weight, splits, weight.numel(), **_ADD_UP, **_OPTIONS
         )
     return d_weight

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense
+from .launch import ceil_div, dense, power_of_two
 from .variants import TYPE_NAMES, Variant, signature
 
 _MOVED_ROWS = 16
@@ -82,11 +82,11 @@ def _combine_backward(
 
 def _columns(width: int) -> int:
     """BLOCK_D: a power of two, of 16 to 256 columns."""
-    return min(_MAX_COLUMNS, max(16, triton.next_power_of_2(width)))
+    return min(_MAX_COLUMNS, max(16, power_of_two(width)))
 
 
 def _grid(num_rows: int, block_rows: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(num_rows, block_rows), triton.cdiv(width, _columns(width))
+    return ceil_div(num_rows, block_rows), ceil_div(width, _columns(width))
 
 
 def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:
@@ -130,7 +130,7 @@ def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> 
     d_rows, d_gates = torch.empty_like(rows), torch.empty_like(gates)
     if num_rows:
         with torch.cuda.device_of(rows):
-            _combine_backward[(triton.cdiv(num_rows, _SUMMED_ROWS),)](
+            _combine_backward[(ceil_div(num_rows, _SUMMED_ROWS),)](
                 dy, rows, gates, row_of_choice, offsets, d_rows, d_gates, num_rows, width, offsets.numel() - 1,
                 K=row_of_choice.shape[1], BLOCK_R=_SUMMED_ROWS, BLOCK_D=_columns(width), **_OPTIONS,
             )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense
+from .launch import ceil_div, dense, power_of_two
 from .variants import Variant, signature
 
 _MAX_PROGRAMS = 512
@@ -180,9 +180,9 @@ def _gating_backward(
 
 def _blocks(num_experts: int, k: int) -> dict[str, int]:
     """BLOCK_T, BLOCK_E and BLOCK_K: powers of two, of which the last two hold every expert and every choice."""
-    block_e = max(4, triton.next_power_of_2(num_experts))
+    block_e = max(4, power_of_two(num_experts))
     block_t = max(1, _TILE // block_e)
-    return {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": triton.next_power_of_2(k)}
+    return {"BLOCK_T": block_t, "BLOCK_E": block_e, "BLOCK_K": power_of_two(k)}
 
 
 def _gating_options(num_experts: int) -> dict[str, int]:
@@ -191,7 +191,7 @@ def _gating_options(num_experts: int) -> dict[str, int]:
 
 
 def _reduce_blocks(num_experts: int) -> dict[str, int]:
-    block_e = max(4, triton.next_power_of_2(num_experts))
+    block_e = max(4, power_of_two(num_experts))
     return {"BLOCK_P": max(1, 2 * _TILE // block_e), "BLOCK_E": block_e}
 
 
@@ -209,9 +209,9 @@ def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple
         return outputs
 
     blocks = _blocks(num_experts, k)
-    num_tiles = triton.cdiv(num_tokens, blocks["BLOCK_T"])
-    tiles = triton.cdiv(num_tiles, _MAX_PROGRAMS)
-    programs = triton.cdiv(num_tiles, tiles)
+    num_tiles = ceil_div(num_tokens, blocks["BLOCK_T"])
+    tiles = ceil_div(num_tiles, _MAX_PROGRAMS)
+    programs = ceil_div(num_tiles, tiles)
     partial_sums = (
         logits.new_empty(programs, num_experts),
         logits.new_empty(programs),
@@ -246,7 +246,7 @@ def topk_gating_backward(
     blocks = _blocks(num_experts, k)
     del blocks["BLOCK_K"]
     with torch.cuda.device_of(logits):
-        _gating_backward[(triton.cdiv(num_tokens, blocks["BLOCK_T"]),)](
+        _gating_backward[(ceil_div(num_tokens, blocks["BLOCK_T"]),)](
             logits, expert_indices, mask, num_unmasked, *gradients, d_logits, num_tokens,
             E=num_experts, K=k, RENORMALIZE=renormalize, **blocks, **_OPTIONS,
         )  # fmt: skip

@@ -31,6 +31,7 @@ from . import (
     weight_gradient,
 )
 from .configs import Config
+from .launch import power_of_two
 
 _NOISE = 0.02
 
@@ -100,7 +101,7 @@ def candidates(arch: int, kernel: str, kind: str, depth: int, columns: int) -> I
 def candidates_both(arch: int, kernel: str, kind: str, width: int, hidden: int) -> Iterator[Config | None]:
     """Two launches, and tiles of ``project_both`` for 16-bit types that fit into shared memory and registers."""
     yield None
-    columns = triton.next_power_of_2(max(width, 16))
+    columns = power_of_two(max(width, 16))
     weights = 3 if kernel == "project_both_gated" else 2
     for block_m, block_n, num_warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3)):
         buffers = stages - 1 if arch == 80 else stages  # its tensor cores read the last operand from registers

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import configs
 from .grouped_gemm import describe
-from .launch import dense
+from .launch import ceil_div, dense
 from .variants import Variant
 
 
@@ -200,7 +200,7 @@ def weight_gradient(
     config = config or configs.choose(
         "weight_gradient", left.device, left.dtype, num_rows, num_experts, num_left, num_right
     )
-    tiles = num_experts * triton.cdiv(num_left, config.block_m) * triton.cdiv(num_right, config.block_n)
+    tiles = num_experts * ceil_div(num_left, config.block_m) * ceil_div(num_right, config.block_n)
     with torch.cuda.device_of(left):
         _weight_gradient[(tiles,)](
             left, right, gates, offsets, choice_of_row, d_weight, d_bias, num_left, num_right, TOP_K=top_k,
@@ -233,7 +233,7 @@ def expert_gradients(
     d_out_bias = x.new_empty(num_experts, width) if out_bias else None
     config = config or configs.choose("expert_gradients", x.device, x.dtype, num_rows, num_experts, hidden, width)
     in_tiles, out_tiles = (
-        num_experts * triton.cdiv(left, config.block_m) * triton.cdiv(right, config.block_n)
+        num_experts * ceil_div(left, config.block_m) * ceil_div(right, config.block_n)
         for left, right in ((hidden, width), (width, hidden))
     )
     block = max(config.block_m, config.block_n)
