@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..user_cache import user_cache, write_json
+from .launch import FUSED
 
 TABLE_PATH = "CLIPUP_TRITON_CONFIGS"
 """Environment variable: the file that ``tune`` writes, read when the first product is launched."""
@@ -58,7 +59,7 @@ class Config(NamedTuple):
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSED}
 
 
 # By architecture and arithmetic: the tile of products with a long epilogue (activations), and that of the others. A

@@ -20,14 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import serving_order
-from .launch import ceil_div, dense, power_of_two
+from .launch import FUSED, ceil_div, dense, power_of_two
 from .variants import Variant, signature
 
 _MAX_BLOCKS = 256  # of tokens; every program of _assign sums that many counts
 _TILE = 2048  # elements of a tile of slots and experts
 _SCAN_EXPERTS = 32
 _SCAN_ROWS = 64
-_OPTIONS = {"num_warps": 4, "num_stages": 1}
+_OPTIONS = {"num_warps": 4, "num_stages": 1, **FUSED}
 
 
 @triton.jit

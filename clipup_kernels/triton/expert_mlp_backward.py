@@ -26,7 +26,7 @@ from .activations import activate_with_slope
 from .expert_mlp import project_in
 from .grouped_gemm import describe, expert_of, find_tile, groups, halves, max_tiles, multiply, operand, place, quarters
 from .grouped_linear import project_rows
-from .launch import ceil_div, dense, power_of_two
+from .launch import FUSED, ceil_div, dense, power_of_two
 from .variants import TYPE_NAMES, Variant, signature
 from .weight_gradient import expert_gradients, weight_gradient
 
@@ -168,12 +168,13 @@ def gate_gradient(parts, dy, out_bias, offsets, row_of_choice) -> Tensor:
             _gate_gradient[(ceil_div(num_tokens, _BLOCK_T),)](
                 parts, dy, out_bias, offsets, row_of_choice, d_gates, num_tokens, num_experts, top_k, num_parts,
                 dy.shape[1], PARTS=power_of_two(num_parts), GROUPS=groups(num_experts),
-                BLOCK_T=_BLOCK_T, BLOCK_D=_BLOCK_D, num_warps=_GATE_WARPS,
+                BLOCK_T=_BLOCK_T, BLOCK_D=_BLOCK_D, **_GATE_OPTIONS,
             )  # fmt: skip
     return d_gates
 
 
-_BLOCK_T, _BLOCK_D, _GATE_WARPS = 16, 256, 4
+_BLOCK_T, _BLOCK_D = 16, 256
+_GATE_OPTIONS = {"num_warps": 4, "num_stages": 3, **FUSED}
 
 
 def expert_mlp_backward(
@@ -251,5 +252,5 @@ def variants(arch: int) -> Iterator[Variant]:
             _gate_gradient,
             signature(_gate_gradient, types, constants),
             constants,
-            {"num_warps": _GATE_WARPS, "num_stages": 3},
+            _GATE_OPTIONS,
         )

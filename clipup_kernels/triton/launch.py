@@ -11,6 +11,8 @@ import os
 import torch
 from torch import Tensor
 
+FUSED = {"enable_fp_fusion": True}
+"""Option of every kernel: a product and a sum are one instruction. From Triton 3.10 on that is not the default."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Settled when Triton is imported; CPU tensors are always interpreted."""
 

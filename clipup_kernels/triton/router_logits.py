@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, dense, power_of_two
+from .launch import FUSED, ceil_div, dense, power_of_two
 from .variants import TYPE_NAMES, Variant, signature
 
 _EXPERTS = 8  # per program; with more experts, tokens are read again, from the second-level cache
@@ -25,7 +25,7 @@ _TOKEN = {"BLOCK_T": 16, "BLOCK_D": 256}
 _WEIGHT = {"BLOCK_T": 4, "BLOCK_D": 128}
 _ADD_UP = {"BLOCK_S": 32, "BLOCK": 64}
 _PARTIAL_SUMS = 2048  # partial sums of a column of the weight, over all experts: enough programs for any GPU
-_OPTIONS = {"num_warps": 4, "num_stages": 1}
+_OPTIONS = {"num_warps": 4, "num_stages": 1, **FUSED}
 _LOGITS_OPTIONS = {**_OPTIONS, "num_warps": 8}  # with four, Triton 3.6 spills registers
 
 

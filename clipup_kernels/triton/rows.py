@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, dense, power_of_two
+from .launch import FUSED, ceil_div, dense, power_of_two
 from .variants import TYPE_NAMES, Variant, signature
 
 _MOVED_ROWS = 16
 _SUMMED_ROWS = 8  # a tile of float32 sums is in registers beside the tiles that are moved
 _MAX_COLUMNS = 256
-_OPTIONS = {"num_warps": 4, "num_stages": 1}
+_OPTIONS = {"num_warps": 4, "num_stages": 1, **FUSED}
 
 
 @triton.jit(do_not_specialize=["R"])

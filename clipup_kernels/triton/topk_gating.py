@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, dense, power_of_two
+from .launch import FUSED, ceil_div, dense, power_of_two
 from .variants import Variant, signature
 
 _MAX_PROGRAMS = 512
 _TILE = 1024  # elements of a tile of tokens and experts: 8 per thread, because several tiles stay in registers
-_OPTIONS = {"num_warps": 4, "num_stages": 1}
+_OPTIONS = {"num_warps": 4, "num_stages": 1, **FUSED}
 _TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 

@@ -71,7 +71,7 @@ def test_a_variant_says_everything_that_a_launch_would(file):
         assert list(variant.signature) == list(variant.kernel.arg_names)
         constexpr = {name for name, kind in variant.signature.items() if kind == "constexpr"}
         assert constexpr == set(variant.constants)
-        assert {"num_warps", "num_stages"} == set(variant.options)
+        assert {"num_warps", "num_stages", "enable_fp_fusion"} == set(variant.options)
 
 
 def test_an_argument_that_is_left_out_is_named():
