@@ -127,11 +127,14 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
         tile = Config(64, 32, 32, 4, 2) if kind != "ieee" else tile
     if kernel == "project_in_gated":  # two sums of products instead of one
         tile = tile._replace(block_n=tile.block_n // 2)
+        if kind == "ieee" and (depth % 16 or columns % 16):
+            tile = tile._replace(num_stages=3)  # with 2, Triton 3.9 spills registers
     if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
         tile = tile._replace(block_n=128, num_warps=4)
     tile = tile._replace(block_n=min(tile.block_n, _power_of_two(columns)))
     if kernel in GRADIENTS:  # they sum over the experts' rows
-        return tile._replace(num_stages=4 if kind == "ieee" else max(3, tile.num_stages))  # with 3, "ieee" spills
+        spills = (kernel, kind) == ("expert_gradients", "ieee")  # with 3 on architecture 100, Triton 3.6
+        return tile._replace(num_stages=max(2 if spills else 3, tile.num_stages))
     if bucket == "few" and tile.block_m > 64:
         tile = tile._replace(block_m=64, num_warps=4)
     return tile._replace(block_k=min(tile.block_k, _power_of_two(depth)))
