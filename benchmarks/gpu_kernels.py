@@ -87,11 +87,10 @@ def launches(
 
     z, a = project_in(True)
     out = project_rows(a, out_weight, out_bias, offsets)
-    dz, scaled_a, parts = back = expert_mlp_backward.project_back(
+    dz, scaled_a, parts = expert_mlp_backward.project_back(
         dy, gates, offsets, choice_of_row, out_weight, z, "gelu", need_dz=True, need_a=True, need_parts=True
     )
     d_rows = project_rows(dz, in_weight, None, offsets, transposed=True)
-    assert all(tensor is not None for tensor in back)
     yield Launch("project_in", flops, narrow + weight + wide, lambda: project_in(False))
     yield Launch("project_in, z kept", flops, narrow + weight + 2 * wide, lambda: project_in(True))
     yield Launch(
@@ -129,7 +128,7 @@ def predictions(tokens: int, width: int, hidden: int, experts: int, top_k: int, 
     layer = tokens * top_k, width, hidden
     found = {}
     for training, suffix in ((False, ""), (True, ", z kept")):
-        for product in gpu_model.products(*layer, experts, tokens, training):
+        for product in gpu_model.products(*layer, experts, training):
             name = product.name + (suffix if product.name == "project_in" else "")
             found[name] = gpu_model.predict(product, l2, None).total
         for name, size in gpu_model.moves(*layer, tokens, training):

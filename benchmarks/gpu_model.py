@@ -79,7 +79,7 @@ def code_of(name: str, tile: configs.Config | None) -> tuple[Code, dict[str, int
     return code, variant.constants, variant.options["num_warps"]
 
 
-def products(rows: float, width: int, hidden: int, experts: int, tokens: float, training: bool) -> Iterator[Product]:
+def products(rows: float, width: int, hidden: int, experts: int, training: bool) -> Iterator[Product]:
     """The products of a forward pass, or of both, in bfloat16."""
     weight = 2 * experts * width * hidden
     narrow, wide = 2 * rows * width, 2 * rows * hidden
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'launch':18} {'blocks':>6} {'waves':>6} {'tensor':>7} {'issue':>7} {'L2':>7} {'memory':>7} {'ms':>7}")
     for training in (False, True):
         total = 0.0
-        for product in products(*layer, options.experts, options.tokens, training):
+        for product in products(*layer, options.experts, training):
             found = predict(product, options.l2 * 1e12, options.tile and configs.Config(*options.tile))
             total += found.total
             times = (found.tensor, found.issue, found.l2, found.dram, found.total)

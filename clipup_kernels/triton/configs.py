@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..user_cache import user_cache, write_json
-from .launch import FUSED
+from .launch import FUSED, power_of_two
 
 TABLE_PATH = "CLIPUP_TRITON_CONFIGS"
 """Environment variable: the file that ``tune`` writes, read when the first product is launched."""
@@ -131,20 +131,20 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
             tile = tile._replace(num_stages=3)  # with 2, Triton 3.9 spills registers
     if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
         tile = tile._replace(block_n=128, num_warps=4)
-    tile = tile._replace(block_n=min(tile.block_n, _power_of_two(columns)))
+    tile = tile._replace(block_n=min(tile.block_n, _tile_side(columns)))
     if kernel in GRADIENTS:  # they sum over the experts' rows
         spills = (kernel, kind) == ("expert_gradients", "ieee")  # with 3 on architecture 100, Triton 3.6
         return tile._replace(num_stages=max(2 if spills else 3, tile.num_stages))
     if bucket == "few" and tile.block_m > 64:
         tile = tile._replace(block_m=64, num_warps=4)
-    return tile._replace(block_k=min(tile.block_k, _power_of_two(depth)))
+    return tile._replace(block_k=min(tile.block_k, _tile_side(depth)))
 
 
 def both_tile(arch: int, width: int) -> Config:
     """The first tile of ``project_both`` that ``tune`` tries."""
     # With two stages, the loads of a step's weights would start right before the weights are used. On architecture 100,
     # Triton 3.9 spills registers at 128 columns with 8 warps; with 4, two blocks share a multiprocessor as well.
-    columns = _power_of_two(width)
+    columns = _tile_side(width)
     return Config(128, 32, columns, 4 if arch == 100 and columns == 128 else 8, 3)
 
 
@@ -305,6 +305,6 @@ def _checked(name: str, values: object) -> Config | None:
     return config
 
 
-def _power_of_two(size: int) -> int:
+def _tile_side(size: int) -> int:
     """The smallest power of two that is at least ``size`` and 16, the least that a tensor core takes."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))

@@ -1,4 +1,4 @@
-"""The fused expert MLP, forward: three launches, or two if z is not kept and the model is narrow.
+"""The fused expert MLP, forward: three launches, or two if z is not kept and ``tune`` has found that faster.
 
     project_in     z = x W_in^T + b_in, rows gathered from x as they are loaded; a = act(z) in the epilogue.
                    Gated experts: both pre-activations from one pass over the rows, a = act(z_gate) * z_in.

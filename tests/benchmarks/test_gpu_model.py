@@ -9,7 +9,7 @@ import gpu_model
 import pytest
 from gpu_model import Code, predict, products
 
-LAYER = (100_000, 768, 3072, 8, 50_000)
+LAYER = (100_000, 768, 3072, 8)
 TILES = {"128x128x64": (128, 128, 64), "128x256x64": (128, 256, 64)}
 
 
