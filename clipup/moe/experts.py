@@ -7,6 +7,7 @@ rows (one per (token, choice) pair).
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ from clipup_kernels.checks import FLOATING
 from clipup_kernels.reference import activate
 
 from .. import checks
+from . import expert_parallel
+from .expert_parallel import local
 
 _DTYPES = ", ".join(map(str, FLOATING))
 _OPERANDS = ("in_weight", "in_bias", "out_weight", "out_bias", "gate_weight", "gate_bias")
@@ -106,6 +109,14 @@ class Experts(nn.Module):
     def run_experts(self, tokens: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
         """tokens [T, D] -> [T, D], computed in ``dtype``; None means the parameters' type."""
         x = cast(tokens, dtype)
+        group = expert_parallel.group_of(self._parameters.get("in_weight"))
+        if group is None:
+            return self._run_own_experts(x, gates, plan, dtype)
+        compute = partial(self._run_own_experts, dtype=dtype)
+        return expert_parallel.computed_where_the_experts_are(x, gates, plan, group, compute)
+
+    def _run_own_experts(self, x: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
+        """The experts that this process holds."""
         weights = self.operands(dtype)
         if self.is_fused():
             return expert_mlp(x, gates, plan, **weights, activation=self.activation)
@@ -117,12 +128,12 @@ class Experts(nn.Module):
         return self.ln_weight is None and (self.dropout == 0 or not self.training)
 
     def operands(self, dtype: torch.dtype | None) -> dict[str, Any]:
-        """The matrices and biases by their names in the ops, in ``dtype``."""
-        return {name: cast(getattr(self, name), dtype) for name in _OPERANDS}
+        """The matrices and biases of this process's experts by their names in the ops, in ``dtype``."""
+        return {name: cast(local(getattr(self, name)), dtype) for name in _OPERANDS}
 
     def _between(self) -> dict[str, Any]:
         """The options of ``unfused_mlp`` between the projections."""
-        norm: dict[str, Any] = {"ln_weight": self.ln_weight, "ln_bias": self.ln_bias, "ln_eps": self.norm_eps}
+        norm: dict[str, Any] = {"ln_weight": local(self.ln_weight), "ln_bias": local(self.ln_bias), "ln_eps": self.norm_eps}
         return {"activation": self.activation, **norm, "dropout": self.dropout if self.training else 0.0}
 
 

@@ -17,6 +17,7 @@ from clipup_kernels import Gating, Plan, dispatch, router_logits, topk_gating
 from .. import checks
 from . import losses
 from .config import MoEConfig, ScoreFunction, check_config
+from .expert_parallel import whole
 
 INIT_STD = 0.02
 """Standard deviation of the initial router weights. On normalized input the logits have a standard deviation of
@@ -119,7 +120,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """x: [T, D], floating; mask: [T] bool, False for masked tokens. Autocast must be off."""
         config = self.config
-        logits = router_logits(x, self.weight.to(torch.promote_types(x.dtype, torch.float32)), mask)
+        logits = router_logits(x, whole(self.weight).to(torch.promote_types(x.dtype, torch.float32)), mask)
         noisy_logits = logits
         if self.training and config.router_noise > 0:
             noisy_logits = logits + torch.randn_like(logits) * (config.router_noise / config.num_experts)
