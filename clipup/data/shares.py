@@ -21,6 +21,12 @@ class Share:
     count: int = 1
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     """A collective: the values of all processes, ordered by index, on every process."""
+    in_step: bool = False
+    """Whether all processes must run the same number of batches, because none has all weights of the model."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process. A collective."""
+        return any(self.gather(flag))
 
     def part(self, items: Sequence[Item], batch_size: int) -> list[Item]:
         """The items in this process's batches."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..clip.inputs import CheckedTokenizer
+from ..clip.inputs import CheckedTokenizer, image_size
 from ..data.shares import Share
 from ..moe.evaluation import evaluating
 from ..precision import Precision, autocast, image_dtype
@@ -39,7 +39,7 @@ def encode_images(
         with autocast(precision, device):
             return clip.encode_image(stacked, normalize=True)
 
-    return _encode(model, images, batch_size, encode, share or Share())
+    return _encode(model, images, batch_size, encode, share or Share(), lambda: torch.zeros(3, *image_size(model)))
 
 
 def encode_texts(
@@ -62,7 +62,7 @@ def encode_texts(
         with autocast(precision, device):
             return clip.encode_text(tokens, normalize=True)
 
-    features = _encode(model, share.part(distinct, batch_size), batch_size, encode, share)
+    features = _encode(model, share.part(distinct, batch_size), batch_size, encode, share, lambda: "")
     row_of = {text: row for row, text in enumerate(distinct)}
     return features[torch.tensor([row_of[text] for text in texts], dtype=torch.long)]
 
@@ -79,13 +79,23 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def _encode(
-    model: nn.Module, items: Iterable[Item], batch_size: int, encode: Callable[[list[Item]], Tensor], share: Share
+    model: nn.Module,
+    items: Iterable[Item],
+    batch_size: int,
+    encode: Callable[[list[Item]], Tensor],
+    share: Share,
+    filler: Callable[[], Item],
 ) -> Tensor:
+    """filler: makes an item for a process that has none left while others have."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     with evaluating(model):
-        mine = [encode(batch).float().cpu() for batch in in_batches(items, batch_size)]
-    features = share.join(mine)
-    if not features:
+        batches = in_batches(items, batch_size)
+        mine = [encode(batch).float().cpu() for batch in batches] if not share.in_step else []
+        while share.in_step and share.any((batch := next(batches, None)) is not None):
+            features = encode([filler()] if batch is None else batch)  # the others need this process's weights
+            mine += [] if batch is None else [features.float().cpu()]
+    joined = share.join(mine)
+    if not joined:
         raise ValueError("nothing to encode: the data set is empty")
-    return torch.cat(features)
+    return torch.cat(joined)

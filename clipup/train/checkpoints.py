@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..atomic_files import replace_files
 from ..pretrained.state_dicts import check_archive, read_pickle, strip_wrapper_prefixes
 from .finite import not_finite, tensors_of
+from .whole_state import load_weights
 
 LATEST = "epoch_latest.pt"
 _NAME = re.compile(r"epoch_(\d+|latest)\.pt")
@@ -185,4 +186,4 @@ def restore(model: nn.Module, weights: dict[str, Tensor], source: str | Path) ->
             f"the checkpoint {source} is of another model: {'; '.join(faults)}. Use the options (--model, --moe) that "
             "it was trained with"
         )
-    model.load_state_dict(weights)
+    load_weights(model, weights)

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from ..precision import check_device
 from .options import TrainOptions
@@ -80,12 +79,6 @@ class Ranks:
         if self.watch is not None:
             self.watch.advice, self.watch.log = advice, log
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over ranks."""
-        if not self.several:
-            return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
-
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         if not self.several:
@@ -134,16 +127,6 @@ class Ranks:
         if failure is not None:
             raise failure
         return result
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that ``Ranks.wrap`` was given."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def without_gradient_sync(model: nn.Module) -> AbstractContextManager:
-    """Inside, a backward pass does not average the gradients over ranks."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 @contextmanager

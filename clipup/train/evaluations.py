@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..evaluate.retrieval import NonFiniteFeatures
-from . import rng
+from . import parallel, rng
 from .distributed import Ranks
 from .finite import FiniteGuard
 from .options import TrainOptions
@@ -35,6 +35,7 @@ class Evaluations:
     ) -> None:
         """validate: the evaluation on the validation data, which all ranks share; None where there are none."""
         self._every = options.val_frequency
+        self._sharded = parallel.is_sharded(options)
         self._validate, self._model = validate, model
         self._state, self._clock, self._guard, self._ranks, self._reports = state, clock, guard, ranks, reports
 
@@ -58,10 +59,11 @@ class Evaluations:
         self._state.evaluated_at = self._state.step
 
     def run(self, evaluation: Evaluation, shared: bool = False) -> dict[str, Any] | None:
-        """On all ranks when it is shared; otherwise on rank 0, and the others wait as long as it takes."""
+        """On all ranks when it is shared or no rank has all weights; otherwise on rank 0, and the others wait as long as
+        it takes."""
         numbers = None
         self._ranks.doing("evaluating", self._state.step)
-        if self._ranks.first or shared:
+        if self._ranks.first or shared or self._sharded:
             with rng.preserved(self._ranks.device):
                 numbers = evaluation(self._model)
             self._model.train()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import Ranks
+from .parallel import shard_of
 from .step import StepLosses, TrainStep
 
 _ADVICE = "Lower lr, set grad_clip_norm (1.0), use another precision, or look for bad samples in the data"
@@ -30,13 +31,15 @@ class NonFiniteWeights(FloatingPointError):
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite; None if all are finite. Synchronizes with each
-    device once.
+    """The name of the first tensor with a value that is not finite; None if all are finite. Of a DTensor
+    only this rank's part is looked at. Synchronizes with each device once.
 
     A buffer of zeros and -inf is accepted: it is an additive attention mask, which models have.
     """
     floating = {
-        name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()
+        name: part.detach()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and (part := shard_of(tensor)).numel()
     }
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in floating.values():
@@ -126,9 +129,10 @@ class FiniteGuard:
             )
         self.loss_since_check = torch.zeros_like(self.loss_since_check)
 
-    def check_weights(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Raises NonFiniteWeights if weights or the optimizer's state hold values that are not finite."""
-        broken = not_finite(tensors_of(model.state_dict(), optimizer.state_dict()))
+    def check_weights(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
+        """Raises NonFiniteWeights on all ranks if weights or the optimizer's state hold values that are not finite."""
+        own = not_finite(tensors_of(model.state_dict(), optimizer.state_dict()))
+        broken = next(filter(None, ranks.gather(own)), None)
         if broken is not None:
             raise self.diverged(f"{broken} holds values that are not finite at step {step}, so it was not saved")
 

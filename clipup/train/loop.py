@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..precision import Precision
-from . import checkpoints, optimizer_upcycling, rng
+from . import checkpoints, optimizer_upcycling, parallel, rng
 from .distributed import Ranks
 from .evaluations import Evaluations
 from .finite import FiniteGuard
@@ -55,11 +55,13 @@ class Trainer:
         self.directory = directory
         self.callbacks = callbacks
         self.validation = build_validation(options, built, precision, ranks)
+        wrapped = parallel.wrapped(self.model, options, ranks)
         self.optimizer = adamw(self.model, options)
         if built.optimizer_state is not None:
             optimizer_upcycling.load_state(self.optimizer, self.model, built.optimizer_state)
         self.train_step = TrainStep(
-            ranks.wrap(self.model), built.objective, self.optimizer, ranks.device, precision, options.grad_clip_norm
+            *(wrapped, built.objective, self.optimizer, ranks.device, precision),
+            *(options.grad_clip_norm, ranks.world_size),
         )
         self.guard = FiniteGuard(options.max_nonfinite_steps, ranks.device)
         self.state = RunState()
@@ -253,10 +255,10 @@ class Trainer:
 
     def _finish(self) -> None:
         """The last evaluation, the model directory, and the checkpoint that says that the run is finished."""
-        self.guard.check_weights(self.state.step, self.model, self.optimizer)
+        self.guard.check_weights(self.state.step, self.model, self.optimizer, self.ranks)
         self.evaluations.validate()
         try:
-            self.ranks.first_does(self.checkpoints.save_model)
+            self.checkpoints.save_model()
         except OSError:
             self._save(checkpoints.LATEST)
             raise

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..moe.weight_decay import parameter_groups
 from .options import TrainOptions
+from .whole_state import by_mesh, for_optimizer
 
 _SETTINGS = ("lr", "betas", "eps", "weight_decay")
 
@@ -20,7 +21,7 @@ def adamw(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     Raises:
         ValueError: no parameter of the model is trainable.
     """
-    groups = parameter_groups(model, options.wd)
+    groups = by_mesh(parameter_groups(model, options.wd))
     if not any(group["params"] for group in groups):
         raise ValueError("no parameter of the model has requires_grad=True, so there is nothing to train")
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
@@ -30,7 +31,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     """Loads a state dict's moments and step counts. The groups keep their own learning rate, betas, eps and weight
     decay, which may differ from those that the state was saved with."""
     own = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(for_optimizer(optimizer, state))
     for group, settings in zip(optimizer.param_groups, own, strict=True):
         group.update(settings)
 

@@ -12,6 +12,7 @@ from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from ..moe.weight_decay import parameter_groups
 from ..upcycling.upcycle import upcycle
+from .whole_state import shard_like
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerState = dict[str, dict[str, Tensor]]
@@ -96,5 +97,6 @@ def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Optimi
     """Sets the state of a new optimizer over the model's parameters."""
     for name, parameter in model.named_parameters():
         if name in state:
-            moments = {key: state[name][key].to(parameter) for key in _MOMENTS}
+            moments = {key: shard_like(parameter, state[name][key].to(parameter.dtype)) for key in _MOMENTS}
+            moments = {key: value.to(parameter.device) for key, value in moments.items()}
             optimizer.state[parameter] = {"step": state[name]["step"].clone().float(), **moments}

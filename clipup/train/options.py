@@ -123,6 +123,17 @@ class TrainOptions:
     """Recompute activations in the backward pass instead of keeping them."""
     device: str = field(default_factory=default_device)
     """cpu, cuda or cuda:N."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer state over the ranks (FSDP2) instead of replicating them (DDP)."""
+    fsdp_replicas: int = 1
+    """Copies of a model sharded with fsdp: the ranks form that many groups, and each group holds a whole one (HSDP)."""
+    fsdp_no_reshard_after_forward: bool = False
+    """Keep a block's gathered weights from its forward to its backward pass: less communication, more memory."""
+    fsdp_offload_cpu: bool = False
+    """Keep the shards of weights, gradients and optimizer state in the CPU's memory."""
+    ep: int = 1
+    """Expert parallelism: ranks over which each layer's experts are divided; tokens travel to the ranks of their
+    experts. It divides the number of experts and of ranks."""
     dist_backend: str | None = None
     """torch.distributed backend under torchrun. None: nccl on CUDA, gloo on CPU."""
     dist_timeout: float = 1800.0
@@ -155,7 +166,7 @@ class TrainOptions:
     """tensorboard also writes the metrics for TensorBoard."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps"):
+        for name in ("batch_size", "accum_freq", "epochs", "log_every_n_steps", "fsdp_replicas", "ep"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in (
             *("seed", "warmup", "workers", "val_frequency", "save_frequency", "save_every_n_steps", "wd", "eps"),
@@ -184,6 +195,9 @@ class TrainOptions:
             raise ValueError(
                 f"resume_dense={self.resume_dense!r} and pretrained={self.pretrained!r} both select weights; use one"
             )
+        for name in ("fsdp_replicas", "fsdp_no_reshard_after_forward", "fsdp_offload_cpu"):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default and not self.fsdp:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without fsdp; set it too")
         if self.resume == "latest" and (self.logs is None or self.name is None):
             raise ValueError("resume='latest' needs logs and name to find the checkpoints")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pretrained import model_card, model_directory, origin, saving
-from . import checkpoints, resume, rng
+from . import checkpoints, resume, rng, whole_state
 from .distributed import Ranks
 from .finite import FiniteGuard
 from .optim import load_optimizer_state
@@ -62,21 +62,31 @@ class RunCheckpoints:
             return
         self.ranks.doing("saving a checkpoint", self.state.step)
         self.guard.check_loss(self.state.step, float(self.ranks.mean(self.guard.loss_since_check)))
-        self.guard.check_weights(self.state.step, self.built.model, self.train_step.optimizer)
+        self.guard.check_weights(self.state.step, self.built.model, self.train_step.optimizer, self.ranks)
         generators = rng.get_state(self.ranks.device) if self.state.rng is None else self.state.rng
         gathered = self.ranks.gather(generators)
         paths = [self.directory.checkpoints / name for name in names]
-        self.ranks.first_does(lambda: checkpoints.save(self._checkpoint(gathered, recorder), *paths))
+        weights = whole_state.weights(self.built.model, keep=self.ranks.first)
+        optimizer = whole_state.optimizer_state(self.train_step.optimizer, keep=self.ranks.first)
+        self.ranks.first_does(
+            lambda: checkpoints.save(self._checkpoint(weights, optimizer, gathered, recorder), *paths)
+        )
         self.guard.last_checkpoint = paths[-1]
 
-    def _checkpoint(self, generators: list[dict[str, Any]], recorder: Recorder) -> dict[str, Any]:
+    def _checkpoint(
+        self,
+        weights: dict[str, Any],
+        optimizer: dict[str, Any],
+        generators: list[dict[str, Any]],
+        recorder: Recorder,
+    ) -> dict[str, Any]:
         moe_config = getattr(self.built.model, "moe_config", None)
         scaler = self.train_step.scaler
         return {
             **self.state.for_checkpoint(),
             "name": self.directory.root.name,
-            "state_dict": self.built.model.state_dict(),
-            "optimizer": self.train_step.optimizer.state_dict(),
+            "state_dict": weights,
+            "optimizer": optimizer,
             "skipped_steps": (self.guard.skipped, self.guard.in_row),
             "conditions": self.conditions,
             "evaluations": len(recorder.records("evaluations")),
@@ -92,11 +102,17 @@ class RunCheckpoints:
             (self.directory.checkpoints / checkpoints.epoch_name(epoch - 1)).unlink(missing_ok=True)
 
     def save_model(self) -> None:
-        """The model as a directory that loads without the run, with the last evaluation in its card."""
+        """The model as a directory that loads without the run, with the last evaluation in its card. A collective."""
         if self.directory is None or self.built.model_cfg is None:
             return
+        weights = whole_state.weights(self.built.model, keep=self.ranks.first)
+        self.ranks.first_does(lambda: self._save_model(weights))
+
+    def _save_model(self, weights: dict[str, Any]) -> None:
         base_model = origin.base_model(self.options.model, self.options.pretrained)
-        saving.save_pretrained(self.built.model, self.directory.model, self.built.model_cfg, base_model=base_model)
+        saving.save_pretrained(
+            self.built.model, self.directory.model, self.built.model_cfg, base_model=base_model, state_dict=weights
+        )
         if self.state.evaluated_at == self.state.step:
             results: dict[str, Any] = {"val_data": self.options.val_data, "precision": self.train_step.precision}
             results |= {"multi_positive": self.options.multi_positive, "retrieval": self.state.evaluation}

@@ -18,7 +18,7 @@ from ..moe.config import MoEConfig
 from ..precision import Precision
 from ..pretrained import factory, model_names, tokenizers
 from ..upcycling.upcycle import upcycle
-from . import checkpoints
+from . import checkpoints, parallel
 from .distributed import Ranks
 from .objectives import Objective, create_objective, selected
 from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
@@ -91,6 +91,7 @@ def build_model(
         optimizer_state = _resume_dense(model, options.resume_dense, options)
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
+    parallel.check(model, options, ranks, precision)
     with preserved(ranks.device):
         objective = create_objective(options, model, ranks, precision)
     if options.grad_checkpointing:
@@ -145,7 +146,7 @@ def build_validation(
     if options.val_data is None:
         return None
     preprocess, tokenizer = _both(built.preprocess_val, built.tokenizer)
-    share = Share(ranks.rank, ranks.world_size, ranks.gather)
+    share = Share(ranks.rank, ranks.world_size, ranks.gather, in_step=parallel.is_sharded(options))
     samples = load_eval_samples(options.val_data, preprocess, options.val_data_options(), "val_data")
     samples = samples.part(share, options.batch_size)
 

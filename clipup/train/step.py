@@ -14,9 +14,9 @@ from ..moe.layer import aux_loss
 from ..moe.selection_bias import forget_loads, update_selection_bias
 from ..precision import Precision, autocast, image_dtype
 from .attention import attention_kernel
-from .distributed import unwrapped, without_gradient_sync
 from .forward import SCALES, forward
 from .objectives import Batch, Objective
+from .parallel import average_replicated, clip_gradients, gradient_norm, unwrapped, without_gradient_sync
 from .rng import set_torch_state, torch_state
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -63,8 +63,9 @@ class TrainStep:
         device: torch.device,
         precision: Precision = "fp32",
         grad_clip_norm: float | None = None,
+        world_size: int = 1,
     ) -> None:
-        """model: plain, or wrapped in DistributedDataParallel."""
+        """model: as ``parallel.wrapped`` returned it. world_size: number of ranks."""
         self.model = model
         self.module = unwrapped(model)
         self.objective = objective
@@ -72,6 +73,7 @@ class TrainStep:
         self.device = device
         self.precision: Precision = precision
         self.grad_clip_norm = grad_clip_norm
+        self.world_size = world_size
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp" else None
         self.applied = True
         """Whether the last step changed the weights."""
@@ -136,12 +138,12 @@ class TrainStep:
         """Applies the gradient if it is finite, and returns whether it is. Waits for the device to know."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        self.gradient_norm = nn.utils.get_total_norm(gradients)
+        average_replicated(self.module, self.world_size)
+        self.gradient_norm = gradient_norm(self.module, self.world_size)
         finite = bool(self.gradient_norm.isfinite())
         if finite:
             if self.grad_clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(self.module.parameters(), self.grad_clip_norm, self.gradient_norm)
+                clip_gradients(self.module, self.grad_clip_norm, self.gradient_norm)
             if self.scaler is None:
                 self.optimizer.step()
             else:

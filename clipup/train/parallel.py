@@ -1,0 +1,206 @@
+"""How a model is spread over the ranks: replicas (DDP), shards (FSDP2), and experts on different ranks.
+
+| parameters        | default    | --fsdp                                    | --ep N                          | both |
+|-------------------|------------|-------------------------------------------|---------------------------------|------|
+| experts           | replicated | sharded over all ranks                    | N groups of experts, replicated | N groups, each sharded |
+| all others        | replicated | sharded over all ranks                    | replicated                      | sharded over all ranks |
+| logit scale, bias | replicated | replicated                                | replicated                      | replicated |
+
+With ``--fsdp-replicas R`` the ranks form R groups; parameters are sharded within a group and replicated over groups.
+Each rank has samples of its own in all cases. Gradients are the means over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..clip.towers import tower_blocks, towers
+from ..moe.expert_parallel import is_distributed
+from ..moe.layer import SparseMoE, moe_layers
+from .distributed import Ranks
+from .options import TrainOptions
+
+
+def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: str) -> None:
+    """
+    Raises:
+        ValueError: the model or the ranks do not allow what the options ask for.
+    """
+    if not is_sharded(options):
+        return
+    if not ranks.several:
+        raise ValueError(
+            f"{'fsdp' if options.fsdp else f'ep={options.ep}'} shards a model over several processes, and this is one; "
+            "start it with torchrun --nproc-per-node N -m clipup -- train ..., or leave the option out"
+        )
+    if precision == "amp":
+        raise ValueError(
+            "precision 'amp' scales gradients, which sharded models do not support; use amp_bf16 with fsdp and ep"
+        )
+    parts = options.fsdp_replicas * options.ep
+    if ranks.world_size % parts:
+        named = " * ".join(f"{name} {getattr(options, name)}" for name in ("fsdp_replicas", "ep"))
+        raise ValueError(f"{named} must divide the number of ranks, {ranks.world_size}")
+    if options.ep > 1:
+        layers = moe_layers(model)
+        if not layers:
+            raise ValueError(f"ep={options.ep} places experts on different ranks, and the model has none; set moe")
+        for name, layer in layers.items():
+            if layer.config.num_experts % options.ep:
+                raise ValueError(
+                    f"ep={options.ep} does not divide the {layer.config.num_experts} experts of {name}; use a divisor"
+                )
+
+
+def is_sharded(options: TrainOptions) -> bool:
+    """Whether no rank has all weights, so that all ranks must run the same forward passes."""
+    return options.fsdp or options.ep > 1
+
+
+def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks) -> nn.Module:
+    """The model that a step runs. Sharded models are changed in place: their parameters become DTensors, equal to those
+    of rank 0 before."""
+    if not ranks.several:
+        return model
+    if not is_sharded(options):
+        return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), src=0)
+    _Sharding(options, ranks).apply(model)
+    return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that ``wrapped`` was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def without_gradient_sync(model: nn.Module) -> AbstractContextManager:
+    """Inside, a backward pass does not average the gradients over ranks."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return _without_reduction(model) if hasattr(model, "set_requires_gradient_sync") else nullcontext()
+
+
+@contextmanager
+def _without_reduction(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+class _Sharding:
+    """Shards a model by FSDP2, block by block.
+
+    Two meshes span the same ranks: one for experts, (replicas, shards, ep), and one for everything else, (replicas,
+    shards * ep). Without ``fsdp`` there is one shard, so that FSDP2 keeps a replica on each rank and only averages
+    gradients.
+    """
+
+    def __init__(self, options: TrainOptions, ranks: Ranks) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+        self.world_size, self.ep = ranks.world_size, options.ep
+        replicas = options.fsdp_replicas if options.fsdp else ranks.world_size // options.ep
+        shards = ranks.world_size // (replicas * options.ep)
+        kind = ranks.device.type
+        dense = (replicas, shards * options.ep) if options.fsdp else (ranks.world_size, 1)
+        self.dense = init_device_mesh(kind, dense, mesh_dim_names=("replicas", "shards"))
+        names = ("replicas", "shards", "ep")
+        self.experts = init_device_mesh(kind, (replicas, shards, options.ep), mesh_dim_names=names)
+        offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if options.fsdp_offload_cpu else OffloadPolicy()
+        self.policies: dict[str, Any] = {
+            "reshard_after_forward": not options.fsdp_no_reshard_after_forward,
+            "offload_policy": offload,
+        }
+
+    def apply(self, model: nn.Module) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        if self.ep > 1:
+            for layer in moe_layers(model).values():
+                self._place_experts(layer)
+        for tower in towers(model):
+            for block in tower_blocks(model, tower).values():
+                self._shard(block)
+        self._shard(model, ignored_params={parameter for parameter in model.parameters() if parameter.ndim == 0})
+        for name in ("encode_image", "encode_text"):
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
+
+    def _place_experts(self, layer: SparseMoE) -> None:
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = self.experts["ep"]
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            own = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+            setattr(layer, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
+        for part in (layer.router, layer.shared):
+            if part is not None:
+                self._shard(part)
+        self._shard(layer, self.experts["replicas", "shards"], shard_placement_fn=lambda parameter: Shard(1))
+        fsdp: Any = layer
+        fsdp.set_gradient_divide_factor(self.world_size)  # each rank's loss counts, not only those of one ep group
+        fsdp.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+
+    def _shard(self, module: nn.Module, mesh: Any = None, **more: Any) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(module, mesh=mesh or self.dense, **self.policies, **more)
+
+
+@torch.no_grad()
+def average_replicated(model: nn.Module, world_size: int) -> None:
+    """Averages over ranks the gradients of a sharded model's parameters that are not sharded: its scalars."""
+    if not any(is_distributed(parameter) for parameter in model.parameters()):
+        return
+    for parameter in model.parameters():
+        if not is_distributed(parameter) and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this rank holds; any other tensor as it is. It shares the memory."""
+    return tensor._local_tensor if is_distributed(tensor) else tensor
+
+
+def copies(tensor: Tensor, world_size: int) -> int:
+    """How many ranks hold the same part of a tensor."""
+    if not is_distributed(tensor):
+        return world_size
+    sharded: Any = tensor
+    shards = 1
+    for dimension, placement in enumerate(sharded.placements):
+        shards *= 1 if placement.is_replicate() else sharded.device_mesh.size(dimension)
+    return world_size // shards
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module, world_size: int) -> Tensor:
+    """[] float32: the Euclidean norm of all gradients; the same on every rank."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not any(map(is_distributed, gradients)):
+        return nn.utils.get_total_norm(gradients)
+    squares = [shard_of(g).float().square().sum() / copies(g, world_size) for g in gradients]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, largest: float, norm: Tensor) -> None:
+    """Scales the gradients, whose norm this is, to ``largest`` if it is more (``torch.nn.utils.clip_grad_norm_``)."""
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    gradients = [shard_of(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    torch._foreach_mul_(gradients, factor.to(gradients[0].device))
