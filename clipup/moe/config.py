@@ -20,6 +20,7 @@ GateNormalization = Literal["none", "before_drop", "after_drop"]
 BalanceForm = Literal["top2", "topk"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 SelectionBias = Literal["none", "sign", "z_score"]
+LossScope = Literal["batch", "global_batch"]
 Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
 
@@ -31,6 +32,7 @@ _CHOICES = {
     "balance": BalanceForm,
     "score_function": ScoreFunction,
     "selection_bias": SelectionBias,
+    "loss_scope": LossScope,
 }
 
 
@@ -87,6 +89,9 @@ class MoEConfig:
     """Weight of the load-balance loss, which is 1 for uniform routing."""
     balance: BalanceForm = "topk"
     """Choices that the balance loss counts: first choices only (top2), or all choices (topk)."""
+    loss_scope: LossScope = "batch"
+    """Tokens that the balance loss, z-loss and local entropy average over: those of each batch on each rank, or of the
+    whole step (global_batch, arXiv 2501.11873), so that they do not depend on how the step is divided."""
     z_weight: float = 0.0
     """Weight of the router z-loss."""
     importance_weight: float = 0.0
@@ -140,6 +145,13 @@ class MoEConfig:
             raise ValueError(
                 f"load_weight > 0 cannot be combined with selection_bias={self.selection_bias!r}: the load loss "
                 "assumes that the experts with the largest logits are selected, which the bias changes; use one of them"
+            )
+        not_averages = ("importance_weight", "load_weight", "global_entropy_weight")
+        weighted = [name for name in not_averages if getattr(self, name) > 0]
+        if self.loss_scope == "global_batch" and weighted:
+            raise ValueError(
+                f"loss_scope='global_batch' cannot be combined with {weighted[0]} > 0: that loss is not an average "
+                "over tokens, so that it cannot be computed batch by batch; use balance_weight, or loss_scope='batch'"
             )
         self._check_model_fields()
 

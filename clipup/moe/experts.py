@@ -133,8 +133,9 @@ class Experts(nn.Module):
 
     def _between(self) -> dict[str, Any]:
         """The options of ``unfused_mlp`` between the projections."""
-        norm: dict[str, Any] = {"ln_weight": local(self.ln_weight), "ln_bias": local(self.ln_bias), "ln_eps": self.norm_eps}
-        return {"activation": self.activation, **norm, "dropout": self.dropout if self.training else 0.0}
+        norm: dict[str, Any] = {name: local(getattr(self, name)) for name in ("ln_weight", "ln_bias")}
+        dropout = self.dropout if self.training else 0.0
+        return {"activation": self.activation, **norm, "ln_eps": self.norm_eps, "dropout": dropout}
 
 
 class SharedExpert(Experts):

@@ -21,6 +21,7 @@ from .expert_init import experts_of, reinitialize_hidden_units
 from .experts import Experts, SharedExpert
 from .layer_state import LayerState, recomputing
 from .router import Router, Routing, weighted_losses
+from .step_counts import StepCounts, over_ranks
 
 SHARED_GATE = 0.5
 """The shared expert's share of the output. DeepSeekMoE adds shared and routed experts; averaging them makes an upcycled
@@ -178,10 +179,19 @@ class SparseMoE(Experts):
             routing = self.router(tokens, token_mask)
             y = self._mixture(tokens, routing, dtype)
             learns = self.training and torch.is_grad_enabled()
-            loss = weighted_losses(routing, self.config) if learns and self.config.has_losses else None
+            loss = self._losses(routing) if learns and self.config.has_losses else None
         if not (recomputing() or torch.compiler.is_exporting()):
             self.state.keep(routing, y, loss, counts_load=learns and self.config.selection_bias != "none")
         return y.view(x.shape)
+
+    def _losses(self, routing: Routing) -> Tensor:
+        """[] float32."""
+        if self.config.loss_scope == "batch":
+            return weighted_losses(routing, self.config)
+        counts = self.state.step_counts
+        if counts is None:
+            counts = over_ranks([StepCounts.of_batch(routing.gating.tokens_per_expert)])[0]
+        return weighted_losses(routing, self.config, counts)
 
     def _mixture(self, tokens: Tensor, routing: Routing, dtype: torch.dtype | None) -> Tensor:
         """[T, D]. Gates that sum to 1 over shards give 1/granularity of an MLP's output. NVIDIA (arXiv 2410.07524)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .router import Routing
+from .step_counts import StepCounts
 
 
 class LossRecord:
@@ -88,6 +89,7 @@ class _State:
         self.ran_layer = False
         self.last_routing: LastRouting | None = None
         self.newest: LossRecord | None = None
+        self.step_counts: StepCounts | None = None
         self.kept = _Kept()
 
 
@@ -117,6 +119,15 @@ class LayerState:
     @last_routing.setter
     def last_routing(self, routing: LastRouting | None) -> None:
         self._threads.state.last_routing = routing
+
+    @property
+    def step_counts(self) -> StepCounts | None:
+        """The counts of all batches of an accumulated step, which the calling thread's losses use."""
+        return self._threads.state.step_counts
+
+    @step_counts.setter
+    def step_counts(self, counts: StepCounts | None) -> None:
+        self._threads.state.step_counts = counts
 
     def keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool) -> None:
         """Stores the state of the forward pass that returns ``output``; ``loss`` is None if there is none to train on.

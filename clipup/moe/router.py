@@ -18,6 +18,7 @@ from .. import checks
 from . import losses
 from .config import MoEConfig, ScoreFunction, check_config
 from .expert_parallel import whole
+from .step_counts import StepCounts
 
 INIT_STD = 0.02
 """Standard deviation of the initial router weights. On normalized input the logits have a standard deviation of
@@ -178,12 +179,16 @@ def renormalize_kept(gates: Tensor, plan: Plan) -> Tensor:
     return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
 
 
-def weighted_losses(routing: Routing, config: MoEConfig) -> Tensor:
-    """[] float32: the weighted sum of the auxiliary losses; at least one must have a weight."""
+def weighted_losses(routing: Routing, config: MoEConfig, step: StepCounts | None = None) -> Tensor:
+    """[] float32: the weighted sum of the auxiliary losses; at least one must have a weight.
+
+    step: the counts of all batches of the step, over which the losses are averaged; None: this batch alone.
+    """
     gating, mask = routing.gating, routing.mask
+    counts = gating.tokens_per_expert if step is None else step.tokens_per_expert
     terms = []
     if config.balance_weight > 0:
-        balance = losses.load_balance(gating.mean_probs, gating.tokens_per_expert, config.balance)
+        balance = losses.load_balance(gating.mean_probs, counts, config.balance)
         terms.append(config.balance_weight * balance)
     if config.z_weight > 0:
         terms.append(config.z_weight * z_loss(gating.z_loss, routing.noisy_logits, mask, config))
@@ -203,4 +208,5 @@ def weighted_losses(routing: Routing, config: MoEConfig) -> Tensor:
     if config.global_entropy_weight > 0:
         loss = losses.global_entropy(gating.mean_probs, config.global_entropy_threshold)
         terms.append(config.global_entropy_weight * loss)
-    return torch.stack(terms).sum()
+    total = torch.stack(terms).sum()
+    return total if step is None else total * step.weight_of(gating.tokens_per_expert)

@@ -59,8 +59,8 @@ class Evaluations:
         self._state.evaluated_at = self._state.step
 
     def run(self, evaluation: Evaluation, shared: bool = False) -> dict[str, Any] | None:
-        """On all ranks when it is shared or no rank has all weights; otherwise on rank 0, and the others wait as long as
-        it takes."""
+        """On all ranks when it is shared, or when no rank has all weights. Otherwise on rank 0, and the others wait as
+        long as it takes."""
         numbers = None
         self._ranks.doing("evaluating", self._state.step)
         if self._ranks.first or shared or self._sharded:

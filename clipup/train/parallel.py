@@ -1,10 +1,10 @@
 """How a model is spread over the ranks: replicas (DDP), shards (FSDP2), and experts on different ranks.
 
-| parameters        | default    | --fsdp                                    | --ep N                          | both |
-|-------------------|------------|-------------------------------------------|---------------------------------|------|
-| experts           | replicated | sharded over all ranks                    | N groups of experts, replicated | N groups, each sharded |
-| all others        | replicated | sharded over all ranks                    | replicated                      | sharded over all ranks |
-| logit scale, bias | replicated | replicated                                | replicated                      | replicated |
+| parameters       | default    | --fsdp  | --ep N                       | --fsdp --ep N              |
+|------------------|------------|---------|------------------------------|----------------------------|
+| experts          | replicated | sharded | E/N on each rank, replicated | E/N on each rank, sharded  |
+| scalars          | replicated | replicated | replicated                | replicated                 |
+| all others       | replicated | sharded | replicated                   | sharded                    |
 
 With ``--fsdp-replicas R`` the ranks form R groups; parameters are sharded within a group and replicated over groups.
 Each rank has samples of its own in all cases. Gradients are the means over all ranks.
@@ -26,6 +26,9 @@ from ..moe.expert_parallel import is_distributed
 from ..moe.layer import SparseMoE, moe_layers
 from .distributed import Ranks
 from .options import TrainOptions
+
+_EP = "ep"
+"""The dimension of a mesh over which experts are divided."""
 
 
 def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: str) -> None:
@@ -110,13 +113,13 @@ class _Sharding:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-        self.world_size, self.ep = ranks.world_size, options.ep
+        self.ep = options.ep
         replicas = options.fsdp_replicas if options.fsdp else ranks.world_size // options.ep
         shards = ranks.world_size // (replicas * options.ep)
         kind = ranks.device.type
         dense = (replicas, shards * options.ep) if options.fsdp else (ranks.world_size, 1)
         self.dense = init_device_mesh(kind, dense, mesh_dim_names=("replicas", "shards"))
-        names = ("replicas", "shards", "ep")
+        names = ("replicas", "shards", _EP)
         self.experts = init_device_mesh(kind, (replicas, shards, options.ep), mesh_dim_names=names)
         offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if options.fsdp_offload_cpu else OffloadPolicy()
         self.policies: dict[str, Any] = {
@@ -141,7 +144,7 @@ class _Sharding:
     def _place_experts(self, layer: SparseMoE) -> None:
         from torch.distributed.tensor import Shard, distribute_tensor
 
-        mesh = self.experts["ep"]
+        mesh = self.experts[_EP]
         for name, parameter in list(layer.named_parameters(recurse=False)):
             own = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
             setattr(layer, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
@@ -149,9 +152,6 @@ class _Sharding:
             if part is not None:
                 self._shard(part)
         self._shard(layer, self.experts["replicas", "shards"], shard_placement_fn=lambda parameter: Shard(1))
-        fsdp: Any = layer
-        fsdp.set_gradient_divide_factor(self.world_size)  # each rank's loss counts, not only those of one ep group
-        fsdp.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
 
     def _shard(self, module: nn.Module, mesh: Any = None, **more: Any) -> None:
         from torch.distributed.fsdp import fully_shard
@@ -160,14 +160,19 @@ class _Sharding:
 
 
 @torch.no_grad()
-def average_replicated(model: nn.Module, world_size: int) -> None:
-    """Averages over ranks the gradients of a sharded model's parameters that are not sharded: its scalars."""
+def finish_gradients(model: nn.Module, world_size: int) -> None:
+    """Makes the gradients of a sharded model means over all ranks, where FSDP2 leaves them as something else."""
     if not any(is_distributed(parameter) for parameter in model.parameters()):
         return
     for parameter in model.parameters():
-        if not is_distributed(parameter) and parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size
+        gradient: Any = parameter.grad
+        if gradient is None:
+            continue
+        if not is_distributed(gradient):  # a scalar, which is not sharded
+            dist.all_reduce(gradient)
+            gradient /= world_size
+        elif _EP in (gradient.device_mesh.mesh_dim_names or ()):  # a sum over the ranks that the rows came from
+            shard_of(gradient).div_(gradient.device_mesh[_EP].size())
 
 
 def shard_of(tensor: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..moe.global_batch import StepCounting
 from ..moe.layer import aux_loss
 from ..moe.selection_bias import forget_loads, update_selection_bias
 from ..precision import Precision, autocast, image_dtype
 from .attention import attention_kernel
 from .forward import SCALES, forward
 from .objectives import Batch, Objective
-from .parallel import average_replicated, clip_gradients, gradient_norm, unwrapped, without_gradient_sync
+from .parallel import clip_gradients, finish_gradients, gradient_norm, unwrapped, without_gradient_sync
 from .rng import set_torch_state, torch_state
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -103,28 +104,41 @@ class TrainStep:
 
     def _accumulated(self, batches: Sequence[Batch]) -> StepLosses:
         targets = self._targets(batches)
-        cached, states = [], []
+        cached, states, counting = [], [], StepCounting(self.module)
         with torch.no_grad(), autocast(self.precision, self.device):
             for batch in batches:
                 states.append(torch_state(self.device))
                 cached.append(forward(self.module, *batch))
-        per_batch, auxes = [], []
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
-            set_torch_state(states[index], self.device)
-            with nullcontext() if last else without_gradient_sync(self.model):
-                with autocast(self.precision, self.device):
-                    output = forward(self.model, *batch)
-                    parts = [*cached[:index], output, *cached[index + 1 :]]
-                    whole = {name: torch.cat([part[name] for part in parts]) for name in self.objective.per_pair}
-                    scales = {name: output[name] for name in SCALES if name in output}
-                    terms = self.objective.terms({**whole, **(scales if last else _detached(scales))}, targets)
-                aux = aux_loss(self.module) / len(batches)
-                self._backward(sum(terms.values()) + aux)
-            per_batch.append(_detached(terms))
-            auxes.append(aux.detach())
-        means = {name: torch.stack([terms[name] for terms in per_batch]).mean() for name in per_batch[0]}
-        return StepLosses(means, torch.stack(auxes).sum(), output["logit_scale"].detach())
+                counting.add()
+        done: list[StepLosses] = []
+        with counting.used():
+            for index, batch in enumerate(batches):
+                set_torch_state(states[index], self.device)
+                last = index == len(batches) - 1
+                with nullcontext() if last else without_gradient_sync(self.model):
+                    done.append(self._one_of(batch, cached, index, targets, last))
+        terms = {name: torch.stack([losses.terms[name] for losses in done]).mean() for name in done[0].terms}
+        return StepLosses(terms, torch.stack([losses.aux for losses in done]).sum(), done[-1].logit_scale)
+
+    def _one_of(
+        self,
+        batch: Batch,
+        cached: Sequence[dict[str, Tensor]],
+        index: int,
+        targets: dict[str, Tensor],
+        last: bool,
+    ) -> StepLosses:
+        """Forward and backward of one accumulated batch against the cached features of the others. The scales get their
+        gradient from the last one."""
+        with autocast(self.precision, self.device):
+            output = forward(self.model, *batch)
+            parts = [*cached[:index], output, *cached[index + 1 :]]
+            whole = {name: torch.cat([part[name] for part in parts]) for name in self.objective.per_pair}
+            scales = {name: output[name] for name in SCALES if name in output}
+            terms = self.objective.terms({**whole, **(scales if last else _detached(scales))}, targets)
+        aux = aux_loss(self.module) / len(cached)
+        self._backward(sum(terms.values()) + aux)
+        return StepLosses(_detached(terms), aux.detach(), output["logit_scale"].detach())
 
     @torch.no_grad()
     def _targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -138,7 +152,7 @@ class TrainStep:
         """Applies the gradient if it is finite, and returns whether it is. Waits for the device to know."""
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        average_replicated(self.module, self.world_size)
+        finish_gradients(self.module, self.world_size)
         self.gradient_norm = gradient_norm(self.module, self.world_size)
         finite = bool(self.gradient_norm.isfinite())
         if finite:
