@@ -40,7 +40,6 @@ def save_pretrained(
     preprocess_cfg: dict[str, Any] | None = None,
     license: str = "other",
     base_model: str | None = None,
-    state_dict: dict[str, Tensor] | None = None,
 ) -> None:
     """Saves a dense or upcycled model with a model card.
 
@@ -55,7 +54,6 @@ def save_pretrained(
         preprocess_cfg: mean, std, interpolation, resize_mode. None means those that open_clip attached to the model.
         license: license of the weights for the card, as the hub names it (mit, apache-2.0, ...).
         base_model: hub name ORG/NAME of the model that this one was made from, for the card.
-        state_dict: weights to save in place of the model's own; those of a sharded model, gathered.
 
     Raises:
         ValueError: ``model_cfg`` is incomplete, the model has sparse layers but no ``moe_config``, or it was prepared
@@ -89,8 +87,7 @@ def save_pretrained(
     if vocabulary is not None:
         texts[word_tokenizer.FILE_NAME] = vocabulary
     texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last, because it marks a complete directory
-    weights = model.state_dict() if state_dict is None else state_dict
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     writers: dict[Path, Callable[[Path], object]] = {

@@ -55,6 +55,7 @@ class Trainer:
         self.directory = directory
         self.callbacks = callbacks
         self.validation = build_validation(options, built, precision, ranks)
+        unsharded = parallel.unsharded_form(self.model, options)
         wrapped = parallel.wrapped(self.model, options, ranks)
         self.optimizer = adamw(self.model, options)
         if built.optimizer_state is not None:
@@ -67,7 +68,7 @@ class Trainer:
         self.state = RunState()
         self.clock = Clock(self.state)
         self.checkpoints = RunCheckpoints(
-            options, built, self.train_step, self.state, self.guard, ranks, directory, data.steps
+            options, built, self.train_step, self.state, self.guard, ranks, directory, data.steps, unsharded
         )
         self._plan()
 

@@ -12,7 +12,8 @@ Each rank has samples of its own in all cases. Gradients are the means over all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -78,6 +79,26 @@ def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks) -> nn.Module:
         dist.broadcast(tensor.detach(), src=0)
     _Sharding(options, ranks).apply(model)
     return model
+
+
+def unsharded_form(model: nn.Module, options: TrainOptions) -> Callable[[dict[str, Any]], nn.Module]:
+    """A function from a state dict to the model with these weights on one rank. Call it before ``wrapped``.
+
+    A model that is not sharded is returned as it is, with the weights it has; a sharded one as a copy without its hooks
+    and meshes, which takes the tensors of the state dict for its own."""
+    if not is_sharded(options):
+        return lambda weights: model
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    on_meta: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for _, tensor in tensors}
+    for _, parameter in model.named_parameters():
+        on_meta[id(parameter)] = nn.Parameter(on_meta[id(parameter)], parameter.requires_grad)
+    structure = copy.deepcopy(model, on_meta)
+
+    def unsharded(weights: dict[str, Any]) -> nn.Module:
+        structure.load_state_dict(weights, assign=True)
+        return structure
+
+    return unsharded
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -176,8 +197,9 @@ def finish_gradients(model: nn.Module, world_size: int) -> None:
 
 
 def shard_of(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds; any other tensor as it is. It shares the memory."""
-    return tensor._local_tensor if is_distributed(tensor) else tensor
+    """The part of a DTensor that this rank holds, which shares its memory; any other tensor as it is."""
+    sharded: Any = tensor
+    return sharded.to_local().detach() if is_distributed(tensor) else tensor
 
 
 def copies(tensor: Tensor, world_size: int) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from ..pretrained import model_card, model_directory, origin, saving
 from . import checkpoints, resume, rng, whole_state
@@ -31,7 +34,9 @@ class RunCheckpoints:
         ranks: Ranks,
         directory: RunDirectory | None,
         steps_of_epoch: int,
+        unsharded: Callable[[dict[str, Any]], nn.Module],
     ) -> None:
+        """unsharded: the model with weights of ``whole_state.weights``, on one rank."""
         self.options = options
         self.built = built
         self.train_step = train_step
@@ -40,6 +45,7 @@ class RunCheckpoints:
         self.ranks = ranks
         self.directory = directory
         self.steps_of_epoch = steps_of_epoch
+        self.unsharded = unsharded
         self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch)
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
@@ -106,13 +112,11 @@ class RunCheckpoints:
         if self.directory is None or self.built.model_cfg is None:
             return
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)
-        self.ranks.first_does(lambda: self._save_model(weights))
+        self.ranks.first_does(lambda: self._save_model(self.unsharded(weights)))
 
-    def _save_model(self, weights: dict[str, Any]) -> None:
+    def _save_model(self, model: nn.Module) -> None:
         base_model = origin.base_model(self.options.model, self.options.pretrained)
-        saving.save_pretrained(
-            self.built.model, self.directory.model, self.built.model_cfg, base_model=base_model, state_dict=weights
-        )
+        saving.save_pretrained(model, self.directory.model, self.built.model_cfg, base_model=base_model)
         if self.state.evaluated_at == self.state.step:
             results: dict[str, Any] = {"val_data": self.options.val_data, "precision": self.train_step.precision}
             results |= {"multi_positive": self.options.multi_positive, "retrieval": self.state.evaluation}
