@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from open_clip.coca_model import CoCa
-from open_clip.loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+from open_clip.loss import CoCaLoss, DistillClipLoss
 from torch import Tensor, nn
 
 from ..checks import check
 from ..precision import Precision
+from .chunked_losses import ChunkedClipLoss, ChunkedSigLipLoss, MultiPositiveClipLoss
 from .forward import drops_by_position, named_output
 from .teacher import create_teacher
 
@@ -76,8 +75,13 @@ class Objective:
 class ContrastiveObjective(Objective):
     """CLIP's loss: softmax cross-entropy of every image against all texts, and of every text against all images."""
 
-    def __init__(self, **gathering: Any) -> None:
-        self.loss = ClipLoss(cache_labels=True, **gathering)
+    def __init__(self, chunk_size: int | None = None, **gathering: Any) -> None:
+        """chunk_size: rows of the logits that are computed at once."""
+        self.loss = ChunkedClipLoss(chunk_size, **gathering)
+
+    @classmethod
+    def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
+        return cls(options.loss_chunk_size, **_gathering(options, ranks))
 
     def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         features = [output[name] for name in _FEATURES]
@@ -91,8 +95,9 @@ class SigmoidObjective(Objective):
     model_arguments = {"init_logit_scale": math.log(10), "init_logit_bias": -10}
     """Section 3.2 of the paper."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
-        self.loss = SigLipLoss(rank=rank, world_size=world_size)
+    def __init__(self, chunk_size: int | None = None, rank: int = 0, world_size: int = 1) -> None:
+        """chunk_size: rows of the logits that are computed at once."""
+        self.loss = ChunkedSigLipLoss(chunk_size, rank=rank, world_size=world_size)
 
     @classmethod
     def check_model(cls, model: nn.Module) -> None:
@@ -104,20 +109,20 @@ class SigmoidObjective(Objective):
 
     @classmethod
     def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
-        return cls(ranks.rank, ranks.world_size)
+        return cls(options.loss_chunk_size, ranks.rank, ranks.world_size)
 
     def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         features = [output[name] for name in _FEATURES]
         return {"contrastive": self.loss(*features, output["logit_scale"], output["logit_bias"])}
 
 
-class MultiPositiveObjective(Objective):
+class MultiPositiveObjective(ContrastiveObjective):
     """CLIP's loss in which pairs with equal captions are not negatives of each other (``MultiPositiveClipLoss``)."""
 
     option = "multi_positive"
 
-    def __init__(self, **gathering: Any) -> None:
-        self.loss = MultiPositiveClipLoss(cache_labels=True, **gathering)
+    def __init__(self, chunk_size: int | None = None, **gathering: Any) -> None:
+        self.loss = MultiPositiveClipLoss(chunk_size, **gathering)
 
     @classmethod
     def check_model(cls, model: nn.Module) -> None:
@@ -285,41 +290,3 @@ def _refuse_bias(model: nn.Module, option: str) -> None:
             f"{option} selects a softmax loss without a logit_bias, which this model has; leave {option} out, or "
             "create the model without init_logit_bias"
         )
-
-
-class MultiPositiveClipLoss(ClipLoss):
-    """CLIP's loss in which pair i competes only with pairs of other captions:
-    ``-log(exp(s_ii) / (exp(s_ii) + sum of exp(s_ij) over captions j unlike i))``, the mean over rows and directions.
-
-    This is the elimination of false negatives (arXiv 2011.11765, section 3.2) for captions with equal tokens; where all
-    captions differ it is open_clip's ClipLoss. Targets that are uniform over all equal captions (UniCL, arXiv
-    2204.03610) would change nothing: equal texts have equal features, so their rows add up to ClipLoss again.
-    """
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        texts: Tensor,
-    ) -> Tensor:
-        """image_features, text_features: [B, D], normalized; texts: [B, L] token ids, row i of pair i."""
-        logits = self.get_logits(image_features, text_features, logit_scale)
-        own = self.get_ground_truth(image_features.device, len(logits[0]))
-        equal = self._equal_captions(texts, own)
-        per_image, per_text = (F.cross_entropy(one.float().masked_fill(equal, -torch.inf), own) for one in logits)
-        return (per_image + per_text) / 2
-
-    def _equal_captions(self, texts: Tensor, own: Tensor) -> Tensor:
-        """bool [rows of the logits, pairs of all ranks]: other pairs with a row's caption, the same in both directions.
-
-        own: [rows], the column of each row's own pair.
-        """
-        everywhere = texts
-        if self.world_size > 1:
-            of_rank = [torch.empty_like(texts) for _ in range(self.world_size)]
-            dist.all_gather(of_rank, texts.contiguous())
-            everywhere = torch.cat(of_rank)
-        caption = everywhere.unique(dim=0, return_inverse=True)[1]
-        same = caption[own][:, None] == caption[None, :]
-        return same.scatter(1, own[:, None], False)

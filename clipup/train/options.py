@@ -116,6 +116,9 @@ class TrainOptions:
     gather_with_grad: bool = True
     """With several ranks: gradients flow through gathered features. With neither this nor local_loss the contrastive
     gradient is 1/ranks of the true one, while the router's losses keep their scale."""
+    loss_chunk_size: int | None = None
+    """Images (and texts) of a rank whose logits are computed at once, and again in the backward pass, so that memory
+    never holds all. None: as many as have 2^26 logits. With a teacher, and in a CoCa, it is all of them."""
     precision: Precision | None = None
     """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (the model itself). None: amp on CUDA, else
     fp32."""
@@ -173,7 +176,7 @@ class TrainOptions:
             "max_nonfinite_steps",
         ):
             self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("steps", "train_num_samples"):
+        for name in ("steps", "train_num_samples", "loss_chunk_size"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         timeout = self.dist_timeout
         self._check("dist_timeout", math.isfinite(timeout) and timeout > 0, "a positive number of seconds")

@@ -11,19 +11,23 @@ import open_clip
 import torch
 
 import clipup
-from clipup.train import TrainOptions, train
+from clipup.train import TrainOptions, TrainResult, train
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
-MODEL_CFG = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
 GLOBAL_BATCH, BATCHES = 16, 2
+
+DROPLESS = {"capacity_factor": None, "loss_scope": "global_batch"}
+"""Sparse layers whose outputs and losses do not depend on how a step is divided."""
 
 
 def model(moe: dict[str, Any] | None, siglip: bool = False) -> torch.nn.Module:
     torch.manual_seed(0)
     bias = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if siglip else {}
-    clip = open_clip.CLIP(**MODEL_CFG, output_dict=True, **bias)
-    return clip if moe is None else clipup.upcycle(clip, clipup.MoEConfig.clip_up(num_experts=4, **moe), inplace=True)
+    clip = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True, **bias)
+    if moe is None:
+        return clip
+    return clipup.upcycle(clip, clipup.MoEConfig.clip_up(num_experts=4, **moe), inplace=True)
 
 
 def batches(accum_freq: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -37,9 +41,15 @@ def batches(accum_freq: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(images[i, s : s + size], texts[i, s : s + size]) for i in range(BATCHES) for s in starts]
 
 
-def run(out: Path, name: str, moe: dict[str, Any] | None = None, *, steps: int = 4, **options: Any) -> Any:
-    """Trains, and returns the result; checkpoints and metrics are in OUT/NAME."""
-    settings: dict[str, Any] = {"warmup": 0, "lr": 1e-3, "eps": 1e-3, "device": "cpu", "steps": steps} | options
+def run(out: Path, name: str, moe: dict[str, Any] | None = None, **options: Any) -> TrainResult:
+    """Trains for four steps; checkpoints and metrics are in OUT/NAME."""
     # Adam divides tiny gradients by their size: with a small eps rounding would decide their sign
-    chosen = TrainOptions(logs=str(out), name=name, **settings)
+    usual: dict[str, Any] = {"warmup": 0, "lr": 1e-3, "eps": 1e-3, "device": "cpu", "steps": 4}
+    chosen = TrainOptions(logs=str(out), name=name, **(usual | options))
     return train(chosen, model=model(moe, chosen.siglip), loader=batches(chosen.accum_freq))
+
+
+def run_all(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]) -> None:
+    """A program for ranks: the runs by name."""
+    for name, (moe, options) in cases.items():
+        run(out, name, moe, **options)

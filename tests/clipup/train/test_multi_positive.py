@@ -11,7 +11,8 @@ from open_clip.loss import ClipLoss
 
 import clipup
 from clipup.train import train
-from clipup.train.objectives import MultiPositiveClipLoss, MultiPositiveObjective
+from clipup.train.chunked_losses import MultiPositiveClipLoss
+from clipup.train.objectives import MultiPositiveObjective
 from clipup.train.step import TrainStep
 
 

@@ -1,0 +1,121 @@
+"""However a model is spread over ranks, training computes what one process computes on the same global batches."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rank_processes import ranks
+from tiny_parallel import DROPLESS, run, run_all
+
+from clipup.train.checkpoints import load
+
+BY_POSITION = {"priority": True}
+"""A capacity, by probability: texts are not shuffled, so that one process can accumulate what are the ranks' batches."""
+
+SPREAD = {
+    "replicated": {},
+    "fsdp": {"fsdp": True},
+    "ep": {"ep": 2},
+    "fsdp and ep": {"fsdp": True, "ep": 2},
+}
+OPTIONS = {
+    "": {},
+    "accumulated": {"accum_freq": 2},
+    "checkpointed": {"grad_checkpointing": True},
+    "clipped": {"grad_clip_norm": 0.5},
+    "sigmoid loss": {"siglip": True},
+    "chunked loss": {"loss_chunk_size": 3},
+    "chunked sigmoid loss": {"siglip": True, "loss_chunk_size": 3},
+    "kept gathered": {"fsdp_no_reshard_after_forward": True},
+}
+
+
+def cases_of(count):
+    """The runs of ``count`` ranks by name, and the names of the runs of one process that they should equal."""
+    cases, same_as = {}, {}
+    for spread, how in SPREAD.items():
+        for option, more in OPTIONS.items():
+            if "fsdp_no_reshard_after_forward" in more and not how.get("fsdp"):
+                continue
+            if option and count > 2:
+                continue
+            cases[f"sparse, {spread}, {option}"] = (DROPLESS, {**how, **more})
+            same_as[f"sparse, {spread}, {option}"] = f"sparse, {option}"
+        if "ep" not in how:
+            cases[f"dense, {spread}"] = (None, how)
+            same_as[f"dense, {spread}"] = "dense"
+        cases[f"capacity, {spread}"] = (BY_POSITION, how)
+        same_as[f"capacity, {spread}"] = f"capacity, {count} batches"
+    if count == 4:
+        for name, more in {"hybrid": {}, "hybrid and ep": {"ep": 2}}.items():
+            cases[f"sparse, {name}"] = (DROPLESS, {"fsdp": True, "fsdp_replicas": 2, **more})
+            same_as[f"sparse, {name}"] = "sparse, "
+    return cases, same_as
+
+
+def alone_cases(count):
+    """The runs of one process."""
+    cases = {f"sparse, {option}": (DROPLESS, more) for option, more in OPTIONS.items() if "fsdp" not in str(more)}
+    cases["sparse, kept gathered"] = (DROPLESS, {})
+    cases["dense"] = (None, {})
+    cases[f"capacity, {count} batches"] = (BY_POSITION, {"accum_freq": count})
+    return cases
+
+
+def runs_of(count, tmp_path_factory):
+    """The directory with the runs of the ranks in ``ranks`` and those of one process in ``alone``."""
+    out = tmp_path_factory.mktemp(f"runs-{count}")
+    cases, same_as = cases_of(count)
+    with ranks(out, run_all, out / "ranks", cases, count=count, world_size=count) as processes:
+        for name, (moe, options) in alone_cases(count).items():
+            if name in same_as.values():
+                run(out / "alone", name, moe, **options)
+        for process in processes:
+            code, error = process.ended()
+            assert code == 0, error
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return runs_of(2, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    return runs_of(4, tmp_path_factory)
+
+
+def compare(out, count, name):
+    one, other = out / "alone" / cases_of(count)[1][name], out / "ranks" / name
+    for key in ("contrastive", "aux"):
+        values = [
+            [json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)
+        ]
+        assert values[1] == pytest.approx(values[0], rel=1e-4), key
+    expected, found = (load(run / "checkpoints" / "epoch_latest.pt") for run in (one, other))
+    assert list(found["state_dict"]) == list(expected["state_dict"])
+    for key, value in expected["state_dict"].items():
+        torch.testing.assert_close(
+            found["state_dict"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+        )
+    assert list(found["optimizer"]["state"]) == list(expected["optimizer"]["state"])
+    largest = max(moments["exp_avg"].abs().max() for moments in expected["optimizer"]["state"].values())
+    for index, moments in expected["optimizer"]["state"].items():
+        for key, value in moments.items():
+            torch.testing.assert_close(
+                found["optimizer"]["state"][index][key], value, rtol=1e-3, atol=float(largest) * 1e-4
+            )
+
+
+@pytest.mark.parametrize("name", cases_of(2)[0])
+def test_two_ranks_do_what_one_process_does(two_ranks, name):
+    compare(two_ranks, 2, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases_of(4)[0])
+def test_four_ranks_do_what_one_process_does(four_ranks, name):
+    compare(four_ranks, 4, name)
