@@ -12,7 +12,7 @@ from tiny_parallel import DROPLESS, run, run_all
 from clipup.train.checkpoints import load
 
 BY_POSITION = {"priority": True}
-"""A capacity, by probability: texts are not shuffled, so that one process can accumulate what are the ranks' batches."""
+"""A capacity, by probability: texts are not shuffled, so that one process can accumulate the batches of the ranks."""
 
 SPREAD = {
     "replicated": {},
