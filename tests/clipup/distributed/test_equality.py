@@ -64,28 +64,19 @@ def alone_cases(count):
     return cases
 
 
-def runs_of(count, tmp_path_factory):
-    """The directory with the runs of the ranks in ``ranks`` and those of one process in ``alone``."""
+def runs_of(count, names, tmp_path_factory):
+    """The directory with these runs of the ranks in ``ranks`` and those of one process in ``alone``."""
     out = tmp_path_factory.mktemp(f"runs-{count}")
     cases, same_as = cases_of(count)
-    with ranks(out, run_all, out / "ranks", cases, count=count, world_size=count) as processes:
+    chosen = {name: cases[name] for name in names}
+    with ranks(out, run_all, out / "ranks", chosen, count=count, world_size=count) as processes:
         for name, (moe, options) in alone_cases(count).items():
-            if name in same_as.values():
+            if name in {same_as[each] for each in names}:
                 run(out / "alone", name, moe, **options)
         for process in processes:
-            code, error = process.ended()
+            code, error = process.ended(timeout=300)
             assert code == 0, error
     return out
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    return runs_of(2, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
-    return runs_of(4, tmp_path_factory)
 
 
 def compare(out, count, name):
@@ -110,12 +101,25 @@ def compare(out, count, name):
             )
 
 
-@pytest.mark.parametrize("name", cases_of(2)[0])
-def test_two_ranks_do_what_one_process_does(two_ranks, name):
-    compare(two_ranks, 2, name)
+QUICK = ["sparse, fsdp and ep, accumulated", "capacity, ep", "dense, fsdp"]
+
+
+@pytest.fixture(scope="module")
+def quick_runs(tmp_path_factory):
+    return runs_of(2, QUICK, tmp_path_factory)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_ranks_do_what_one_process_does(quick_runs, name):
+    compare(quick_runs, 2, name)
+
+
+@pytest.fixture(scope="module")
+def all_runs(tmp_path_factory):
+    return {count: runs_of(count, list(cases_of(count)[0]), tmp_path_factory) for count in (2, 4)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", cases_of(4)[0])
-def test_four_ranks_do_what_one_process_does(four_ranks, name):
-    compare(four_ranks, 4, name)
+@pytest.mark.parametrize(("count", "name"), [(count, name) for count in (2, 4) for name in cases_of(count)[0]])
+def test_any_spread_over_two_or_four_ranks_does_what_one_process_does(all_runs, count, name):
+    compare(all_runs[count], count, name)
