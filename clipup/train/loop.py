@@ -56,7 +56,7 @@ class Trainer:
         self.callbacks = callbacks
         self.validation = build_validation(options, built, precision, ranks)
         unsharded = parallel.unsharded_form(self.model, options)
-        wrapped = parallel.wrapped(self.model, options, ranks)
+        wrapped = parallel.wrapped(self.model, options, ranks, precision)
         self.optimizer = adamw(self.model, options)
         if built.optimizer_state is not None:
             optimizer_upcycling.load_state(self.optimizer, self.model, built.optimizer_state)

@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..clip.towers import tower_blocks, towers
 from ..moe.expert_parallel import is_distributed
 from ..moe.layer import SparseMoE, moe_layers
+from ..moe.router import Router
+from ..precision import Precision
 from .distributed import Ranks
 from .options import TrainOptions
 
@@ -32,7 +34,7 @@ _EP = "ep"
 """The dimension of a mesh over which experts are divided."""
 
 
-def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: str) -> None:
+def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> None:
     """
     Raises:
         ValueError: the model or the ranks do not allow what the options ask for.
@@ -68,7 +70,7 @@ def is_sharded(options: TrainOptions) -> bool:
     return options.fsdp or options.ep > 1
 
 
-def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks) -> nn.Module:
+def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> nn.Module:
     """The model that a step runs. Sharded models are changed in place: their parameters become DTensors, equal to those
     of rank 0 before."""
     if not ranks.several:
@@ -77,7 +79,7 @@ def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks) -> nn.Module:
         return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), src=0)
-    _Sharding(options, ranks).apply(model)
+    _Sharding(options, ranks, precision).apply(model)
     return model
 
 
@@ -128,11 +130,14 @@ class _Sharding:
     Two meshes span the same ranks: one for experts, (replicas, shards, ep), and one for everything else, (replicas,
     shards * ep). Without ``fsdp`` there is one shard, so that FSDP2 keeps a replica on each rank and only averages
     gradients.
+
+    With amp_bf16, blocks and experts are gathered in bfloat16, in which autocast computes with them anyway. Routers and
+    what is outside of blocks are gathered in float32. Gradients are reduced in float32.
     """
 
-    def __init__(self, options: TrainOptions, ranks: Ranks) -> None:
+    def __init__(self, options: TrainOptions, ranks: Ranks, precision: Precision) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
         self.ep = options.ep
         replicas = options.fsdp_replicas if options.fsdp else ranks.world_size // options.ep
@@ -147,17 +152,24 @@ class _Sharding:
             "reshard_after_forward": not options.fsdp_no_reshard_after_forward,
             "offload_policy": offload,
         }
+        half = torch.bfloat16 if precision == "amp_bf16" else None
+        self.in_half = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+        self.in_full = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
 
     def apply(self, model: nn.Module) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
+        if self.ep > 1 or self.in_half != self.in_full:
+            for router in [module for module in model.modules() if isinstance(module, Router)]:
+                self._shard(router, mp_policy=self.in_full)
         if self.ep > 1:
             for layer in moe_layers(model).values():
                 self._place_experts(layer)
         for tower in towers(model):
-            for block in tower_blocks(model, tower).values():
-                self._shard(block)
-        self._shard(model, ignored_params={parameter for parameter in model.parameters() if parameter.ndim == 0})
+            for block in _blocks(model, tower):
+                self._shard(block, mp_policy=self.in_half)
+        scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+        self._shard(model, mp_policy=self.in_full, ignored_params=scalars)
         for name in ("encode_image", "encode_text"):
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
@@ -169,15 +181,23 @@ class _Sharding:
         for name, parameter in list(layer.named_parameters(recurse=False)):
             own = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
             setattr(layer, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
-        for part in (layer.router, layer.shared):
-            if part is not None:
-                self._shard(part)
-        self._shard(layer, self.experts["replicas", "shards"], shard_placement_fn=lambda parameter: Shard(1))
+        if layer.shared is not None:
+            self._shard(layer.shared, mp_policy=self.in_half)
+        over = self.experts["replicas", "shards"]
+        self._shard(layer, over, mp_policy=self.in_half, shard_placement_fn=lambda parameter: Shard(1))
 
     def _shard(self, module: nn.Module, mesh: Any = None, **more: Any) -> None:
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(module, mesh=mesh or self.dense, **self.policies, **more)
+
+
+def _blocks(model: nn.Module, tower: str) -> list[nn.Module]:
+    """The blocks of a tower; none if it is not a stack of blocks."""
+    try:
+        return list(tower_blocks(model, tower).values())
+    except TypeError:
+        return []
 
 
 @torch.no_grad()

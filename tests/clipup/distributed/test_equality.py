@@ -28,6 +28,7 @@ OPTIONS = {
     "sigmoid loss": {"siglip": True},
     "chunked loss": {"loss_chunk_size": 3},
     "chunked sigmoid loss": {"siglip": True, "loss_chunk_size": 3},
+    "bfloat16": {"precision": "amp_bf16"},
     "kept gathered": {"fsdp_no_reshard_after_forward": True},
 }
 
@@ -80,25 +81,26 @@ def runs_of(count, names, tmp_path_factory):
 
 
 def compare(out, count, name):
+    """Losses, weights and moments. In bfloat16 a rounding decides which expert some tokens go to."""
     one, other = out / "alone" / cases_of(count)[1][name], out / "ranks" / name
+    exact = "bfloat16" not in name
     for key in ("contrastive", "aux"):
         values = [
             [json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)
         ]
-        assert values[1] == pytest.approx(values[0], rel=1e-4), key
+        assert values[1] == pytest.approx(values[0], rel=1e-4 if exact else 1e-2), key
     expected, found = (load(run / "checkpoints" / "epoch_latest.pt") for run in (one, other))
     assert list(found["state_dict"]) == list(expected["state_dict"])
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 0, "atol": 4e-3}
     for key, value in expected["state_dict"].items():
-        torch.testing.assert_close(
-            found["state_dict"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
-        )
-    assert list(found["optimizer"]["state"]) == list(expected["optimizer"]["state"])
-    largest = max(moments["exp_avg"].abs().max() for moments in expected["optimizer"]["state"].values())
-    for index, moments in expected["optimizer"]["state"].items():
-        for key, value in moments.items():
-            torch.testing.assert_close(
-                found["optimizer"]["state"][index][key], value, rtol=1e-3, atol=float(largest) * 1e-4
-            )
+        torch.testing.assert_close(found["state_dict"][key], value, **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+    moments, others = (checkpoint["optimizer"]["state"] for checkpoint in (expected, found))
+    assert list(others) == list(moments)
+    if exact:
+        largest = max(float(each["exp_avg"].abs().max()) for each in moments.values())
+        for index, each in moments.items():
+            for key, value in each.items():
+                torch.testing.assert_close(others[index][key], value, rtol=1e-3, atol=1e-4 * largest)
 
 
 QUICK = ["sparse, fsdp and ep, accumulated", "capacity, ep", "dense, fsdp"]
