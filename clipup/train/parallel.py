@@ -65,6 +65,13 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
                 )
 
 
+def default_precision(options: TrainOptions, device: torch.device) -> Precision:
+    """The precision where the options leave it open."""
+    if device.type != "cuda":
+        return "fp32"
+    return "amp_bf16" if is_sharded(options) else "amp"
+
+
 def is_sharded(options: TrainOptions) -> bool:
     """Whether no rank has all weights, so that all ranks must run the same forward passes."""
     return options.fsdp or options.ep > 1
@@ -234,13 +241,16 @@ def copies(tensor: Tensor, world_size: int) -> int:
 
 
 @torch.no_grad()
-def gradient_norm(model: nn.Module, world_size: int) -> Tensor:
-    """[] float32: the Euclidean norm of all gradients; the same on every rank."""
+def gradient_norm(model: nn.Module, world_size: int, device: torch.device) -> Tensor:
+    """[] float32 on the device: the Euclidean norm of all gradients; the same on every rank."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if not any(map(is_distributed, gradients)):
         return nn.utils.get_total_norm(gradients)
-    squares = [shard_of(g).float().square().sum() / copies(g, world_size) for g in gradients]
-    total = torch.stack(squares).sum()
+    total = torch.zeros((), device=device)
+    for place, parts in _by_device(gradients).items():
+        norms = torch.stack(torch._foreach_norm([shard_of(part) for part in parts], 2, torch.float32))
+        counts = torch.tensor([copies(part, world_size) for part in parts], device=place)
+        total += (norms.square() / counts).sum().to(device)
     dist.all_reduce(total)
     return total.sqrt()
 
@@ -249,5 +259,14 @@ def gradient_norm(model: nn.Module, world_size: int) -> Tensor:
 def clip_gradients(model: nn.Module, largest: float, norm: Tensor) -> None:
     """Scales the gradients, whose norm this is, to ``largest`` if it is more (``torch.nn.utils.clip_grad_norm_``)."""
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    gradients = [shard_of(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-    torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for place, parts in _by_device(gradients).items():
+        torch._foreach_mul_([shard_of(part) for part in parts], factor.to(place))
+
+
+def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """Shards that are offloaded lie on the CPU, what is not sharded does not."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return found

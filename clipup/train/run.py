@@ -12,7 +12,7 @@ from torch import nn
 from clipup_kernels.self_check import check_once
 
 from ..precision import Precision, token_dtype
-from . import resume, rng
+from . import parallel, resume, rng
 from .distributed import Ranks, joined
 from .loop import Trainer
 from .options import TrainOptions
@@ -57,7 +57,7 @@ def train(
     """
     check_complete(options, model, loader)
     with joined(options) as ranks, _directory(options, ranks) as directory:
-        precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
+        precision: Precision = options.precision or parallel.default_precision(options, ranks.device)
         if ranks.device.type == "cuda":
             check_once(ranks.device, [token_dtype(precision)])
         checkpoint, notes = resume.find_checkpoint(options, directory, ranks)

@@ -153,7 +153,7 @@ class TrainStep:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         finish_gradients(self.module, self.world_size)
-        self.gradient_norm = gradient_norm(self.module, self.world_size)
+        self.gradient_norm = gradient_norm(self.module, self.world_size, self.device)
         finite = bool(self.gradient_norm.isfinite())
         if finite:
             if self.grad_clip_norm is not None:

@@ -93,7 +93,7 @@ def _gathered(state: dict[str, Any], keep: bool) -> dict[str, Any]:
     whole = {}
     for name, value in state.items():
         if is_distributed(value):
-            value = value.full_tensor()
+            value = value.to(value.device_mesh.device_type).full_tensor()  # shards may be offloaded to the CPU
             value = value.cpu() if keep else None
         if keep:
             whole[name] = value
