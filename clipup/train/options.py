@@ -120,8 +120,8 @@ class TrainOptions:
     """Images (and texts) of a rank whose logits are computed at once, and again in the backward pass, so that memory
     never holds all. None: as many as have 2^26 logits. With a teacher, and in a CoCa, it is all of them."""
     precision: Precision | None = None
-    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (the model itself). None: amp on CUDA, with fsdp
-    or ep amp_bf16, else fp32."""
+    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (the model itself). None: amp on CUDA, with
+    fsdp or ep amp_bf16; else fp32."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     device: str = field(default_factory=default_device)
