@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import TextIO
+from typing import Any, TextIO
 
 import tyro
 
 from ..data.options import is_csv
+from ..moe.config import MoEConfig
 from ..train import RankLost, TrainingInterrupted, TrainOptions, train
 from ..train.distributed import Launched, failure_is_reported
+from ..train.options import GROUPS
 from ..train.rank_watch import EXIT_CODE as _RANK_LOST
 from ..train.signals import program_ends_with_the_run
-from .flags import MOE_FLAGS, NoEffect, moe_rules, parse
+from . import open_clip_flags
+from .flags import MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle
 from .outputs import check_directory
 
 _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130
@@ -24,6 +28,24 @@ _CSV_FLAGS = ("csv_separator", "csv_img_key", "csv_caption_key")
 def _reads_csv(options: TrainOptions) -> bool:
     return is_csv(options.train_data, options.dataset_type) or is_csv(options.val_data)
 
+
+_Grouped: Any = dataclasses.make_dataclass(
+    "TrainOptions",
+    [
+        ("model", GROUPS["model"], dataclasses.field(default_factory=GROUPS["model"])),
+        ("sparse_layers", MoEConfig, dataclasses.field(default_factory=MoEConfig.clip_up)),
+        *((name, group, dataclasses.field(default_factory=group)) for name, group in GROUPS.items() if name != "model"),
+    ],
+    namespace={"__doc__": TrainOptions.__doc__},
+)
+"""The options as the command line shows them: a field per group, without prefixes in the names of the flags."""
+
+FLAGS = tuple(
+    f"--{field.name.replace('_', '-')}"
+    for field in (*dataclasses.fields(TrainOptions), *dataclasses.fields(MoEConfig))
+    if field.name != "moe_cfg"
+)
+"""All flags of the command."""
 
 RULES = [
     NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
@@ -91,7 +113,14 @@ def _parse(argv: list[str]) -> TrainOptions:
         if Launched.from_environment().local_rank:
             quiet.enter_context(redirect_stdout(StringIO()))
             quiet.enter_context(redirect_stderr(StringIO()))
-        return parse(TrainOptions, argv, "clipup train", RULES, config=(tyro.conf.OmitArgPrefixes,))
+        open_clip_flags.refuse(argv, FLAGS)
+        groups = parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,))
+        values: dict[str, Any] = {"moe_cfg": groups.sparse_layers}
+        for name, group in GROUPS.items():
+            values |= {field.name: getattr(getattr(groups, name), field.name) for field in dataclasses.fields(group)}
+        options = TrainOptions(**values)
+        refuse_idle(argv, options, RULES)
+        return options
 
 
 def _print(text: str, stream: TextIO, here: bool) -> None:

@@ -51,3 +51,15 @@ def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_step
             group["lr"] = lr
 
     return set_lr
+
+
+def warmup_warning(options: TrainOptions, total_steps: int) -> list[str]:
+    """A line for the log if the run ends before its learning rate has risen to ``options.lr``."""
+    if options.skip_scheduler or options.warmup <= total_steps:
+        return []
+    default = " (the default)" if options.warmup == TrainOptions.warmup else ""
+    reached = total_steps / options.warmup
+    return [
+        f"a warm-up of {options.warmup} steps{default} is longer than this run of {total_steps}: the learning rate "
+        f"rises to {options.lr * reached:.3g} only, {100 * reached:.3g} % of lr; set --warmup"
+    ]

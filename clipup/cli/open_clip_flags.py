@@ -1,0 +1,125 @@
+"""Options of open_clip_train, up to its version 4, that ``clipup train`` does not have: the nearest of ours, or why.
+
+Both trainers name what they share alike, so a command line that was written for open_clip_train works here up to the
+options of this table, and those are refused with what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+_AUDIO = "clipup trains towers of images and texts, not of audio"
+_NAFLEX = "clipup trains on images of one size"
+_BUCKETS = "on a CPU the text towers stop at the longest text of a batch; elsewhere sparse layers skip the padding"
+
+INSTEAD = {
+    "--val-num-samples": "the samples are counted while they are read",
+    "--image-key": "an image is the member of a sample that has an image's extension",
+    "--text-key": "a caption is the member of a sample with the extension txt",
+    "--json-text-key": "write the captions as .txt members",
+    "--json-text-key-probs": "write the captions as .txt members",
+    "--cache-dir": "set the environment variable HF_HOME, which all downloads follow",
+    "--pretrained-image": "start from a whole CLIP with --pretrained",
+    "--log-local": "rank 0 writes the log",
+    "--log-metric-every-n-steps": "use --log-every-n-steps",
+    "--train-loss-ema-samples": "metrics.jsonl has the loss of every logged step, to be smoothed as you like",
+    "--debug": "set the environment variable CLIPUP_DEBUG=1 for tracebacks",
+    "--copy-codebase": "every checkpoint holds the options, and the version of an installed package is known",
+    "--use-bn-sync": "each rank keeps the batch norm statistics of its own images",
+    "--val-retrieval-chunk-size": "retrieval is always computed in parts",
+    "--val-retrieval-precision": "retrieval is computed in float32; the encoders run in --precision",
+    "--dist-url": "start with torchrun, which sets MASTER_ADDR and MASTER_PORT",
+    "--no-set-device-rank": "set CUDA_VISIBLE_DEVICES so that each process sees the GPU of its LOCAL_RANK",
+    "--ddp-static-graph": "DistributedDataParallel runs with its usual graph",
+    "--horovod": "start with torchrun",
+    "--loss-dist-impl": "SigLIP's loss exchanges texts with the neighbouring ranks; --local-loss and "
+    "--gather-with-grad are for the softmax loss",
+    "--use-bnb-linear": "there are no 8-bit layers; --precision bf16 halves the memory of the weights",
+    "--torchscript": "sparse layers cannot be scripted",
+    "--trace": "sparse layers cannot be traced",
+    "--fsdp": "every rank holds the whole model; --grad-checkpointing and --accum-freq save memory",
+    "--fsdp-no-reshard-after-forward": "every rank holds the whole model",
+    "--fsdp-offload-cpu": "every rank holds the whole model",
+    "--fsdp-checkpoint": "a checkpoint is one file",
+    "--wandb-notes": "--report-to tensorboard writes for TensorBoard",
+    "--wandb-project-name": "--report-to tensorboard writes for TensorBoard",
+    "--imagenet-val": "use clipup eval --dataset imagenet on the trained model",
+    "--imagenet-v2": "use clipup eval --dataset imagenet on the trained model",
+    "--zeroshot-frequency": "use clipup eval --dataset imagenet on the trained model",
+    **dict.fromkeys(
+        (
+            *("--lock-image", "--lock-image-unlocked-groups", "--lock-image-freeze-bn-stats", "--lock-text"),
+            *("--lock-text-unlocked-layers", "--lock-text-freeze-layer-norm", "--text-pooler-own-group"),
+        ),
+        "in Python, set requires_grad of the model's parameters and pass it to train",
+    ),
+    **dict.fromkeys(
+        (
+            *("--force-image-size", "--force-patch-dropout", "--force-context-length", "--force-quick-gelu"),
+            *("--force-custom-text", "--aug-cfg", "--image-mean", "--image-std", "--image-interpolation"),
+            "--image-resize-mode",
+        ),
+        "in Python, create the model and its transforms with it and pass them to train",
+    ),
+    **dict.fromkeys(
+        (
+            *("--opt", "--opt-kwargs", "--opt-fallback-list", "--momentum", "--wd-exclude", "--text-layer-decay"),
+            *("--image-layer-decay", "--visual-layer-decay"),
+        ),
+        "the optimizer is AdamW, with one learning rate for all parameters",
+    ),
+    **dict.fromkeys(
+        ("--epochs-cooldown", "--lr-cooldown-end", "--lr-cooldown-power"),
+        "use --lr-scheduler const, then --resume with --lr-scheduler cosine",
+    ),
+    **dict.fromkeys(
+        ("--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol"),
+        "copy the run's directory with a program of your own",
+    ),
+    "--train-data-upsampling-factors": "name a source several times in --train-data",
+    **dict.fromkeys(
+        ("--torchcompile", "--torchcompile-strategy", "--torchcompile-backend", "--torchcompile-mode"),
+        "the training step is not compiled",
+    ),
+    "--use-naflex": _NAFLEX,
+    "--force-naflex-vision": _NAFLEX,
+    **dict.fromkeys(
+        (
+            *("--naflex-num-train-image-tokens", "--naflex-patch-sizes", "--naflex-patch-size-probs"),
+            *("--naflex-seq-lens", "--naflex-seq-len-probs", "--naflex-max-tokens-per-batch"),
+            *("--naflex-max-text-tokens", "--naflex-batch-divisor", "--naflex-loss-scale", "--naflex-pad-multiple"),
+        ),
+        _NAFLEX,
+    ),
+    **dict.fromkeys(
+        ("--length-bucketing", "--bucket-pool", "--bucket-chunk", "--bucket-prefetch-pools", "--text-pad-multiple"),
+        _BUCKETS,
+    ),
+    **dict.fromkeys(
+        (
+            *("--audio-ext", "--pretrained-audio", "--audio-fill", "--audio-trunc", "--audio-fusion"),
+            *("--audio-int16-normalize", "--audio-zeroshot-dataset", "--audio-zeroshot-split"),
+            *("--audio-zeroshot-audio-key", "--audio-zeroshot-target-key", "--audio-zeroshot-class-key"),
+            *("--audio-zeroshot-template", "--audio-zeroshot-workers", "--audio-zeroshot-multiprocessing-context"),
+            *("--audio-multiprocessing-context", "--audio-layer-decay"),
+        ),
+        _AUDIO,
+    ),
+}
+
+
+def refuse(argv: Sequence[str], known: Collection[str]) -> None:
+    """
+    Args:
+        known: the flags of clipup, with dashes.
+
+    Raises:
+        ValueError: a flag is open_clip_train's and not among the known ones.
+    """
+    for argument in argv:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in INSTEAD and flag not in known:
+            raise ValueError(
+                f"{argument.partition('=')[0]} is an option of open_clip_train that clipup does not have: "
+                f"{INSTEAD[flag]}"
+            )

@@ -1,0 +1,68 @@
+"""Options of a training run. Options shared with open_clip_train have the same names and meanings.
+
+One flat ``TrainOptions``, from a dataclass per job; ``clipup train --help`` shows the same groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...moe.config import MoEConfig
+from ..objectives import check_options
+from .data import EvaluationOptions, TrainingDataOptions
+from .group import OptionGroup
+from .loss import LossOptions
+from .model import ModelOptions
+from .optimization import OptimizationOptions
+from .running import ProcessOptions, ReportingOptions, RunDirectoryOptions, SpeedOptions
+
+GROUPS: dict[str, type[OptionGroup]] = {
+    "model": ModelOptions,
+    "training_data": TrainingDataOptions,
+    "evaluation": EvaluationOptions,
+    "optimization": OptimizationOptions,
+    "loss": LossOptions,
+    "precision_and_speed": SpeedOptions,
+    "processes": ProcessOptions,
+    "run_directory": RunDirectoryOptions,
+    "reporting": ReportingOptions,
+}
+"""The groups of options by the titles that ``clipup train --help`` gives them; every option is in one of them."""
+
+
+@dataclass(kw_only=True)
+class TrainOptions(
+    ReportingOptions,
+    RunDirectoryOptions,
+    ProcessOptions,
+    SpeedOptions,
+    LossOptions,
+    OptimizationOptions,
+    EvaluationOptions,
+    TrainingDataOptions,
+    ModelOptions,
+):
+    """Trains a CLIP, dense or sparse, on image-text pairs.
+
+    Example: clipup train --model ViT-B-16 --pretrained laion2b_s34b_b88k --moe --train-data 'data/{000..099}.tar'
+    --train-num-samples 1000000 --batch-size 512 --lr 5e-5 --warmup 500 --steps 20000 --name b16-moe
+
+    Several ranks: torchrun --nproc-per-node 8 -m clipup -- train --model ...
+    """
+
+    moe_cfg: MoEConfig = field(default_factory=MoEConfig.clip_up)
+    """Sparse layers for --moe; the defaults are CLIP-UP's recipe."""
+
+    def __post_init__(self) -> None:
+        for group in GROUPS.values():
+            group.check(self)
+        check_options(self)
+
+    def to_json(self) -> str:
+        """All options as JSON, for the options.json of a run."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["moe_cfg"] = self.moe_cfg.to_dict() if self.moe else None
+        return json.dumps(values, indent=2) + "\n"

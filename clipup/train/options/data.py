@@ -1,0 +1,75 @@
+"""Options of the data: what is trained on, and what is evaluated along the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ...checks import check
+from ...data.images import check_max_pixels
+from ...data.options import DataOptions, SourceOptions
+from ...data.skips import check_max_skipped
+from ...precision import default_workers
+from .group import OptionGroup
+
+
+@dataclass(kw_only=True)
+class TrainingDataOptions(OptionGroup):
+    """The image-text pairs to train on, and how they are read."""
+
+    train_data: str | None = None
+    """CSV file, or WebDataset shards ("data/{000..099}.tar", several joined by "::")."""
+    train_num_samples: int | None = None
+    """Samples in an epoch, for WebDataset shards without a sizes.json."""
+    dataset_type: Literal["webdataset", "csv", "auto"] = DataOptions.dataset_type
+    """What train_data is; auto goes by its ending."""
+    dataset_resampled: bool = DataOptions.dataset_resampled
+    """Draw shards with replacement."""
+    csv_separator: str = DataOptions.csv_separator
+    """Separates the columns of a CSV file."""
+    csv_img_key: str = DataOptions.csv_img_key
+    """Column with the paths of the images."""
+    csv_caption_key: str = DataOptions.csv_caption_key
+    """Column with the captions."""
+    max_skipped: float = DataOptions.max_skipped
+    """Share of the samples that may be unreadable: they are left out, each is named once, and the last line says how
+    many. Above it the run stops."""
+    max_image_pixels: int = DataOptions.max_image_pixels
+    """Pixels of an image that is decoded at most; one of more counts as unreadable."""
+    allow_pipe: bool = DataOptions.allow_pipe
+    """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
+    cache_data: bool = DataOptions.cache
+    """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
+    workers: int = field(default_factory=default_workers)
+    """Data loader processes a rank."""
+
+    def check(self) -> None:
+        samples = self.train_num_samples
+        check("train_num_samples", samples, samples is None or samples >= 1, "at least 1")
+        check("workers", self.workers, self.workers >= 0, "0 or more")
+        check_max_skipped(self.max_skipped)
+        check_max_pixels(self.max_image_pixels)
+
+    def data_options(self) -> DataOptions:
+        """How the training data are read."""
+        names = {field.name for field in dataclasses.fields(DataOptions)} - {"cache"}
+        return DataOptions(**{name: getattr(self, name) for name in names}, cache=self.cache_data)
+
+    def val_data_options(self) -> SourceOptions:
+        """How ``val_data`` is read; its format goes by its file extension."""
+        names = {field.name for field in dataclasses.fields(SourceOptions)} - {"dataset_type"}
+        return SourceOptions(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions(OptionGroup):
+    """What is measured during training and at its end."""
+
+    val_data: str | None = None
+    """CSV file or shards for retrieval after every val_frequency epochs and at the end."""
+    val_frequency: int = 1
+    """Epochs between two evaluations; 0 evaluates at the end only."""
+
+    def check(self) -> None:
+        check("val_frequency", self.val_frequency, self.val_frequency >= 0, "0 or more")

@@ -1,0 +1,87 @@
+"""Options of where and how a run computes, and of what it writes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ...checks import check
+from ...precision import Precision, default_device
+from .group import OptionGroup
+
+
+@dataclass(kw_only=True)
+class SpeedOptions(OptionGroup):
+    """Precision, memory and speed of a step."""
+
+    precision: Precision | None = None
+    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (the model itself). None: amp on CUDA, else
+    fp32."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    device: str = field(default_factory=default_device)
+    """cpu, cuda or cuda:N."""
+
+
+@dataclass(kw_only=True)
+class ProcessOptions(OptionGroup):
+    """Runs of several processes, under torchrun."""
+
+    dist_backend: str | None = None
+    """torch.distributed backend under torchrun. None: nccl on CUDA, gloo on CPU."""
+    dist_timeout: float = 1800.0
+    """With several ranks: seconds without a heartbeat from a rank, or within one step, after which the run ends.
+    Evaluations and checkpoints may take longer."""
+
+    def check(self) -> None:
+        timeout = self.dist_timeout
+        check("dist_timeout", timeout, math.isfinite(timeout) and timeout > 0, "a positive number of seconds")
+
+
+@dataclass(kw_only=True)
+class RunDirectoryOptions(OptionGroup):
+    """Where a run is written, what is saved, and how it is resumed."""
+
+    logs: str | None = "./logs"
+    """Directory of runs. None (in Python only) writes nothing."""
+    name: str | None = None
+    """Name of the run, and of its directory under logs. None: date, model and learning rate."""
+    resume: str | None = None
+    """"latest" or the path of a checkpoint to continue from. Changed options take effect from there on."""
+    resume_with_changes: bool = False
+    """On resume, accept a model, moe, train_data, seed or siglip that differs from the checkpoint's."""
+    force: bool = False
+    """Discard a run of the same name instead of refusing to start."""
+    save_frequency: int = 1
+    """Epochs between two kept checkpoints (epoch_K.pt); 0 keeps none but the latest."""
+    save_most_recent: bool = True
+    """Write epoch_latest.pt after every epoch."""
+    save_every_n_steps: int = 0
+    """Also write epoch_latest.pt after every n steps; 0 does not."""
+    delete_previous_checkpoint: bool = False
+    """Delete the previous epoch_K.pt once the next one is written and validated."""
+
+    def check(self) -> None:
+        for name in ("save_frequency", "save_every_n_steps"):
+            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        if self.name is not None:
+            name = self.name
+            check("name", name, Path(name).name == name, "the name of a directory, without separators")
+        if self.resume == "latest" and (self.logs is None or self.name is None):
+            raise ValueError("resume='latest' needs logs and name to find the checkpoints")
+
+
+@dataclass(kw_only=True)
+class ReportingOptions(OptionGroup):
+    """Which numbers are recorded, and where they go besides the run's directory."""
+
+    log_every_n_steps: int = 1
+    """Steps between two records in metrics.jsonl."""
+    report_to: Literal["", "tensorboard"] = ""
+    """tensorboard also writes the metrics for TensorBoard."""
+
+    def check(self) -> None:
+        every = self.log_every_n_steps
+        check("log_every_n_steps", every, every >= 1, "at least 1")
