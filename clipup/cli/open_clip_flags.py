@@ -46,13 +46,7 @@ INSTEAD = {
     "--imagenet-val": "use clipup eval --dataset imagenet on the trained model",
     "--imagenet-v2": "use clipup eval --dataset imagenet on the trained model",
     "--zeroshot-frequency": "use clipup eval --dataset imagenet on the trained model",
-    **dict.fromkeys(
-        (
-            *("--lock-image", "--lock-image-unlocked-groups", "--lock-image-freeze-bn-stats", "--lock-text"),
-            *("--lock-text-unlocked-layers", "--lock-text-freeze-layer-norm", "--text-pooler-own-group"),
-        ),
-        "in Python, set requires_grad of the model's parameters and pass it to train",
-    ),
+    "--text-pooler-own-group": "the pooler of a Hugging Face tower belongs to the group of its projection",
     **dict.fromkeys(
         (
             *("--force-image-size", "--force-patch-dropout", "--force-context-length", "--force-quick-gelu"),

@@ -63,6 +63,16 @@ RULES = [
         lambda options: options.siglip,
         "with --siglip",
     ),
+    NoEffect(
+        ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"),
+        lambda options: not options.lock_image,
+        "without --lock-image",
+    ),
+    NoEffect(
+        ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm"),
+        lambda options: not options.lock_text,
+        "without --lock-text",
+    ),
     NoEffect(("force",), lambda options: options.resume is not None, "with --resume"),
     NoEffect(("delete_previous_checkpoint",), lambda options: options.save_frequency == 0, "with --save-frequency 0"),
 ]

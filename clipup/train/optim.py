@@ -12,8 +12,6 @@ from torch import nn
 from ..moe.weight_decay import parameter_groups
 from .options import TrainOptions
 
-_SETTINGS = ("lr", "betas", "eps", "weight_decay")
-
 
 def adamw(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     """
@@ -26,13 +24,53 @@ def adamw(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a state dict's moments and step counts. The groups keep their own learning rate, betas, eps and weight
-    decay, which may differ from those that the state was saved with."""
-    own = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The optimizer's state dict, with the names of the parameters in ``param_names`` of its groups."""
+    state = optimizer.state_dict()
+    named = zip(state["param_groups"], _names(optimizer, model), strict=True)
+    return {**state, "param_groups": [{**group, "param_names": names} for group, names in named]}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Loads moments and step counts into a new optimizer, by the names of the parameters. Its groups keep their own
+    settings, such as the learning rate, and a parameter that the state does not have starts without moments.
+
+    Args:
+        state: as ``optimizer_state`` returns it. One without names, such as open_clip_train's, is taken in the order of
+            the groups.
+
+    Raises:
+        ValueError: a state without names has groups of other sizes.
+    """
+    own = _names(optimizer, model)
+    saved = state["param_groups"]
+    if not all("param_names" in group for group in saved):
+        sizes, wanted = ([len(names) for names in groups] for groups in ([group["params"] for group in saved], own))
+        if sizes != wanted:
+            raise ValueError(
+                f"the optimizer of the checkpoint has groups of {', '.join(map(str, sizes))} parameters without names, "
+                f"this run has {', '.join(map(str, wanted))}; train the same parameters in the same groups"
+            )
+        saved = [{**group, "param_names": names} for group, names in zip(saved, own, strict=True)]
+    index = {name: at for group in saved for name, at in zip(group["param_names"], group["params"], strict=True)}
+    groups, states = [], {}
+    for group, names in zip(optimizer.param_groups, own, strict=True):
+        known = next((one for one in saved if not set(names).isdisjoint(one["param_names"])), {})
+        first = sum(len(one["params"]) for one in groups)
+        states |= {
+            first + position: state["state"][index[name]]
+            for position, name in enumerate(names)
+            if index.get(name) in state["state"]
+        }
+        counted = {key: value for key, value in known.items() if key not in group and key != "param_names"}
+        groups.append({**counted, **group, "params": list(range(first, first + len(names)))})
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """The parameters' names by group."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
 def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], None]:

@@ -32,7 +32,15 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
     names = {parameter: name for name, parameter in model.named_parameters()}
     wanted = [[names[parameter] for parameter in group["params"]] for group in parameter_groups(model, 0.0)]
     held = [group["params"] for group in optimizer["param_groups"]]
-    if [len(group) for group in held] != [len(group) for group in wanted]:
+    if all("param_names" in group for group in optimizer["param_groups"]):
+        wanted = [group["param_names"] for group in optimizer["param_groups"]]
+        absent = set(sum(wanted, [])).difference(names.values())
+        if absent:
+            raise ValueError(
+                f"the optimizer of {source} is of another model: it holds {min(absent)}, which the dense model lacks; "
+                "use the model that it was trained with"
+            )
+    elif [len(group) for group in held] != [len(group) for group in wanted]:
         raise ValueError(
             f"the optimizer of {source} has groups of {', '.join(str(len(group)) for group in held)} parameters, the "
             f"dense model has {', '.join(str(len(group)) for group in wanted)}; use the model that it was trained with"
@@ -93,8 +101,8 @@ def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -
 
 
 def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: OptimizerState) -> None:
-    """Sets the state of a new optimizer over the model's parameters."""
+    """Sets the state of a new optimizer over the model's trained parameters."""
     for name, parameter in model.named_parameters():
-        if name in state:
+        if name in state and parameter.requires_grad:
             moments = {key: state[name][key].to(parameter) for key in _MOMENTS}
             optimizer.state[parameter] = {"step": state[name]["step"].clone().float(), **moments}

@@ -9,7 +9,7 @@ from ..pretrained import model_card, model_directory, origin, saving
 from . import checkpoints, resume, rng
 from .distributed import Ranks
 from .finite import FiniteGuard
-from .optim import load_optimizer_state
+from .optim import load_optimizer_state, optimizer_state
 from .options import TrainOptions
 from .recorder import Recorder
 from .run_directory import RunDirectory
@@ -50,7 +50,7 @@ class RunCheckpoints:
         """
         self.state.restore(checkpoint, source, self.options, self.steps_of_epoch, self.ranks)
         checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
-        load_optimizer_state(self.train_step.optimizer, checkpoint["optimizer"])
+        load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
         if self.train_step.scaler is not None and "scaler" in checkpoint:
             self.train_step.scaler.load_state_dict(checkpoint["scaler"])
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))
@@ -76,7 +76,7 @@ class RunCheckpoints:
             **self.state.for_checkpoint(),
             "name": self.directory.root.name,
             "state_dict": self.built.model.state_dict(),
-            "optimizer": self.train_step.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.train_step.optimizer, self.built.model),
             "skipped_steps": (self.guard.skipped, self.guard.in_row),
             "conditions": self.conditions,
             "evaluations": len(recorder.records("evaluations")),

@@ -24,6 +24,7 @@ from .objectives import Objective, create_objective, selected
 from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
 from .options import TrainOptions
 from .rng import preserved
+from .trained_parts import lock_parts
 
 Transform = Callable[[Any], torch.Tensor]
 """PIL image to tensor."""
@@ -91,6 +92,7 @@ def build_model(
         optimizer_state = _resume_dense(model, options.resume_dense, options)
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
+    lock_parts(model, options)
     with preserved(ranks.device):
         objective = create_objective(options, model, ranks, precision)
     if options.grad_checkpointing:

@@ -18,11 +18,13 @@ from .loss import LossOptions
 from .model import ModelOptions
 from .optimization import OptimizationOptions
 from .running import ProcessOptions, ReportingOptions, RunDirectoryOptions, SpeedOptions
+from .trained_parts import TrainedPartsOptions
 
 GROUPS: dict[str, type[OptionGroup]] = {
     "model": ModelOptions,
     "training_data": TrainingDataOptions,
     "evaluation": EvaluationOptions,
+    "trained_parts": TrainedPartsOptions,
     "optimization": OptimizationOptions,
     "loss": LossOptions,
     "precision_and_speed": SpeedOptions,
@@ -41,6 +43,7 @@ class TrainOptions(
     SpeedOptions,
     LossOptions,
     OptimizationOptions,
+    TrainedPartsOptions,
     EvaluationOptions,
     TrainingDataOptions,
     ModelOptions,
