@@ -49,14 +49,6 @@ INSTEAD = {
     "--text-pooler-own-group": "the pooler of a Hugging Face tower belongs to the group of its projection",
     **dict.fromkeys(
         (
-            *("--force-image-size", "--force-patch-dropout", "--force-context-length", "--force-quick-gelu"),
-            *("--force-custom-text", "--aug-cfg", "--image-mean", "--image-std", "--image-interpolation"),
-            "--image-resize-mode",
-        ),
-        "in Python, create the model and its transforms with it and pass them to train",
-    ),
-    **dict.fromkeys(
-        (
             *("--opt", "--opt-kwargs", "--opt-fallback-list", "--momentum", "--wd-exclude", "--text-layer-decay"),
             *("--image-layer-decay", "--visual-layer-decay"),
         ),

@@ -15,6 +15,7 @@ from ..moe.config import MoEConfig
 from ..train import RankLost, TrainingInterrupted, TrainOptions, train
 from ..train.distributed import Launched, failure_is_reported
 from ..train.options import GROUPS
+from ..train.options.key_values import KeyValues
 from ..train.rank_watch import EXIT_CODE as _RANK_LOST
 from ..train.signals import program_ends_with_the_run
 from . import open_clip_flags
@@ -124,13 +125,27 @@ def _parse(argv: list[str]) -> TrainOptions:
             quiet.enter_context(redirect_stdout(StringIO()))
             quiet.enter_context(redirect_stderr(StringIO()))
         open_clip_flags.refuse(argv, FLAGS)
-        groups = parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,))
+        groups = parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,), registry=_key_values())
         values: dict[str, Any] = {"moe_cfg": groups.sparse_layers}
         for name, group in GROUPS.items():
             values |= {field.name: getattr(getattr(groups, name), field.name) for field in dataclasses.fields(group)}
         options = TrainOptions(**values)
         refuse_idle(argv, options, RULES)
         return options
+
+
+def _key_values() -> tyro.constructors.ConstructorRegistry:
+    """How tyro reads an option that is a mapping: KEY=VALUE KEY=VALUE, as open_clip_train does."""
+    registry = tyro.constructors.ConstructorRegistry()
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE ...]",
+        instance_from_str=KeyValues.parse,
+        is_instance=lambda value: isinstance(value, KeyValues),
+        str_from_instance=KeyValues.texts,
+    )
+    registry.primitive_rule(lambda info: spec if info.type is KeyValues else None)
+    return registry
 
 
 def _print(text: str, stream: TextIO, here: bool) -> None:

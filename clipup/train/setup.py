@@ -85,6 +85,9 @@ def build_model(
         model, model_cfg, transforms, tokenizer = _create(options, ranks.device, precision, tokenizer)
         train_transform, val_transform = train_transform or transforms[0], val_transform or transforms[1]
     else:
+        unused = ", ".join(_factory_arguments(options))
+        if unused:
+            raise ValueError(f"{unused}: no effect on a model that is passed in; create it, and its transforms, so")
         model = model.to(ranks.device)
         model_cfg = None if options.model is None else model_names.get_model_config(options.model)
     optimizer_state = None
@@ -118,13 +121,21 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
             )
         name, pretrained = pretrained, None
     assert name is not None  # check_complete
-    model_cfg = model_names.get_model_config(name)
+    model_cfg = options.overridden(model_names.get_model_config(name))
     fresh = pretrained is None and model_names.directory_of(name) is None
     init: dict[str, Any] = selected(options).model_arguments if fresh else {}
     model, *transforms = factory.create_model_and_transforms(
-        name, pretrained, precision=precision, device=device, output_dict=True, **init
+        name, pretrained, precision=precision, device=device, output_dict=True, **init, **_factory_arguments(options)
     )
-    return model, {**model_cfg, **init}, transforms, tokenizer or tokenizers.get_tokenizer(name)
+    if tokenizer is None:
+        length = options.force_context_length
+        tokenizer = tokenizers.get_tokenizer(name, **({} if length is None else {"context_length": length}))
+    return model, {**model_cfg, **init}, transforms, tokenizer
+
+
+def _factory_arguments(options: TrainOptions) -> dict[str, Any]:
+    """Arguments of open_clip's factory about architecture and transforms, as far as the options set them."""
+    return {**options.model_overrides(), **options.transform_arguments()}
 
 
 def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> TrainData:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...moe.config import MoEConfig
 from ..objectives import check_options
-from .data import EvaluationOptions, TrainingDataOptions
+from .data import EvaluationOptions, ImageTransformOptions, TrainingDataOptions
 from .group import OptionGroup
 from .loss import LossOptions
 from .model import ModelOptions
@@ -23,6 +23,7 @@ from .trained_parts import TrainedPartsOptions
 GROUPS: dict[str, type[OptionGroup]] = {
     "model": ModelOptions,
     "training_data": TrainingDataOptions,
+    "image_transforms": ImageTransformOptions,
     "evaluation": EvaluationOptions,
     "trained_parts": TrainedPartsOptions,
     "optimization": OptimizationOptions,
@@ -45,6 +46,7 @@ class TrainOptions(
     OptimizationOptions,
     TrainedPartsOptions,
     EvaluationOptions,
+    ImageTransformOptions,
     TrainingDataOptions,
     ModelOptions,
 ):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+from open_clip.transform import AugmentationCfg
 
 from ...checks import check
 from ...data.images import check_max_pixels
@@ -12,6 +14,7 @@ from ...data.options import DataOptions, SourceOptions
 from ...data.skips import check_max_skipped
 from ...precision import default_workers
 from .group import OptionGroup
+from .key_values import KeyValues
 
 
 @dataclass(kw_only=True)
@@ -60,6 +63,45 @@ class TrainingDataOptions(OptionGroup):
         """How ``val_data`` is read; its format goes by its file extension."""
         names = {field.name for field in dataclasses.fields(SourceOptions)} - {"dataset_type"}
         return SourceOptions(**{name: getattr(self, name) for name in names})
+
+
+@dataclass(kw_only=True)
+class ImageTransformOptions(OptionGroup):
+    """How images become the model's input; None keeps what belongs to the weights."""
+
+    aug_cfg: KeyValues = field(default_factory=KeyValues)
+    """Augmentations in training, KEY=VALUE: fields of open_clip's AugmentationCfg, such as scale="(0.4, 1.0)"
+    color_jitter=0.4 use_timm=True."""
+    image_mean: tuple[float, ...] | None = None
+    """Mean of the channels that is subtracted, one value or three."""
+    image_std: tuple[float, ...] | None = None
+    """Standard deviation of the channels that is divided by, one value or three."""
+    image_interpolation: Literal["bicubic", "bilinear", "random"] | None = None
+    """How images are resized. In training it needs aug_cfg use_timm=True; otherwise training images are resized
+    bicubically."""
+    image_resize_mode: Literal["shortest", "longest", "squash"] | None = None
+    """How images get the model's shape in evaluation: crop what exceeds it, pad what is short of it, or distort."""
+
+    def check(self) -> None:
+        known = [field.name for field in dataclasses.fields(AugmentationCfg)]
+        for key in self.aug_cfg:
+            check("a key of aug_cfg", key, key in known, f"one of {', '.join(known)}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            check(name, values, values is None or len(values) in (1, 3), "one value or three")
+        check("image_std", self.image_std, all(value > 0 for value in self.image_std or ()), "positive")
+
+    def transform_arguments(self) -> dict[str, Any]:
+        """The arguments of open_clip's factory about transforms that differ from its defaults."""
+        values: dict[str, Any] = {}
+        for name in ("image_mean", "image_std"):
+            given = getattr(self, name)
+            if given is not None:
+                values[name] = tuple(given) * (3 // len(given))
+        for name in ("image_interpolation", "image_resize_mode"):
+            if getattr(self, name) is not None:
+                values[name] = getattr(self, name)
+        return {**values, **({"aug_cfg": dict(self.aug_cfg)} if self.aug_cfg else {})}
 
 
 @dataclass(kw_only=True)
