@@ -47,17 +47,8 @@ INSTEAD = {
     "--imagenet-v2": "use clipup eval --dataset imagenet on the trained model",
     "--zeroshot-frequency": "use clipup eval --dataset imagenet on the trained model",
     "--text-pooler-own-group": "the pooler of a Hugging Face tower belongs to the group of its projection",
-    **dict.fromkeys(
-        (
-            *("--opt", "--opt-kwargs", "--opt-fallback-list", "--momentum", "--wd-exclude", "--text-layer-decay"),
-            *("--image-layer-decay", "--visual-layer-decay"),
-        ),
-        "the optimizer is AdamW, with one learning rate for all parameters",
-    ),
-    **dict.fromkeys(
-        ("--epochs-cooldown", "--lr-cooldown-end", "--lr-cooldown-power"),
-        "use --lr-scheduler const, then --resume with --lr-scheduler cosine",
-    ),
+    "--opt-fallback-list": "an optimizer with a fallback selects the parameters for it by their shapes",
+    "--visual-layer-decay": "use --image-layer-decay",
     **dict.fromkeys(
         ("--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol"),
         "copy the run's directory with a program of your own",

@@ -12,7 +12,7 @@ from . import checkpoints, optimizer_upcycling, rng
 from .distributed import Ranks
 from .evaluations import Evaluations
 from .finite import FiniteGuard
-from .optim import adamw, schedule
+from .optim import create_optimizer, schedule
 from .options import TrainOptions
 from .recorder import KINDS, Record
 from .reports import Reports
@@ -55,7 +55,7 @@ class Trainer:
         self.directory = directory
         self.callbacks = callbacks
         self.validation = build_validation(options, built, precision, ranks)
-        self.optimizer = adamw(self.model, options)
+        self.optimizer = create_optimizer(self.model, options)
         if built.optimizer_state is not None:
             optimizer_upcycling.load_state(self.optimizer, self.model, built.optimizer_state)
         self.train_step = TrainStep(
@@ -71,7 +71,7 @@ class Trainer:
 
     def _plan(self) -> None:
         self.length = Length.of(self.options, self.data.steps, self.state.steps_before)
-        self.set_lr = schedule(self.options, self.optimizer, self.length.steps)
+        self.set_lr = schedule(self.options, self.optimizer, self.length.steps, self.data.steps)
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Puts the run where the checkpoint was written.

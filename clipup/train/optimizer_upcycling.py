@@ -105,4 +105,6 @@ def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Optimi
     for name, parameter in model.named_parameters():
         if name in state and parameter.requires_grad:
             moments = {key: state[name][key].to(parameter) for key in _MOMENTS}
-            optimizer.state[parameter] = {"step": state[name]["step"].clone().float(), **moments}
+            device = parameter.device if optimizer.defaults.get("fused") else None
+            step = state[name]["step"].to(device, torch.float32, copy=True)
+            optimizer.state[parameter] = {"step": step, **moments}

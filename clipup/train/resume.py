@@ -19,7 +19,7 @@ from .run_directory import RunDirectory
 
 IDENTITY = (
     *("model", "moe", "moe_cfg", "train_data", "seed", "siglip"),
-    *("force_image_size", "force_context_length", "force_quick_gelu", "force_custom_text"),
+    *("force_image_size", "force_context_length", "force_quick_gelu", "force_custom_text", "opt"),
 )
 """Options that identify a run."""
 ORDER = ("batch_size", "accum_freq", "seed", "dataset_type", "dataset_resampled", "train_num_samples", "cache_data")

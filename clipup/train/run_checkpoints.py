@@ -50,7 +50,8 @@ class RunCheckpoints:
         """
         self.state.restore(checkpoint, source, self.options, self.steps_of_epoch, self.ranks)
         checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
-        load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
+        if checkpoint.get("conditions", self.conditions)["options"].get("opt", "adamw") == self.options.opt:
+            load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
         if self.train_step.scaler is not None and "scaler" in checkpoint:
             self.train_step.scaler.load_state_dict(checkpoint["scaler"])
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))

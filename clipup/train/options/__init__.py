@@ -64,6 +64,10 @@ class TrainOptions(
     def __post_init__(self) -> None:
         for group in GROUPS.values():
             group.check(self)
+        if self.resume_dense is not None and self.opt != "adamw":
+            raise ValueError(
+                f"resume_dense carries over AdamW's moments, which opt {self.opt!r} does not have; use adamw"
+            )
         check_options(self)
 
     def to_json(self) -> str:

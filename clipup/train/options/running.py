@@ -51,7 +51,7 @@ class RunDirectoryOptions(OptionGroup):
     resume: str | None = None
     """"latest" or the path of a checkpoint to continue from. Changed options take effect from there on."""
     resume_with_changes: bool = False
-    """On resume, accept a model, moe, train_data, seed or siglip that differs from the checkpoint's."""
+    """On resume, accept a model, moe, train_data, seed, siglip or opt that differs from the checkpoint's."""
     force: bool = False
     """Discard a run of the same name instead of refusing to start."""
     save_frequency: int = 1
