@@ -58,6 +58,11 @@ RULES = [
         "on a CSV file",
     ),
     NoEffect(("val_frequency",), lambda options: options.val_data is None, "without --val-data"),
+    NoEffect(
+        ("zeroshot_frequency",),
+        lambda options: options.imagenet_val is None and options.imagenet_v2 is None,
+        "without --imagenet-val or --imagenet-v2",
+    ),
     NoEffect(("warmup", "lr_scheduler"), lambda options: options.skip_scheduler, "with --skip-scheduler"),
     NoEffect(
         ("local_loss", "gather_with_grad"),

@@ -20,7 +20,7 @@ from .results import Every, TrainingInterrupted, TrainResult
 from .run_checkpoints import RunCheckpoints
 from .run_directory import RunDirectory
 from .run_state import Clock, Length, RunState
-from .setup import Built, build_validation
+from .setup import Built
 from .signals import StopRequest
 from .step import Batch, StepLosses, TrainStep
 from .step_record import step_record
@@ -30,6 +30,7 @@ from .training_data import (
     lost_workers_explained,
     worker_errors_explained,
 )
+from .validations import build_validations
 
 _DATA = 1
 """Separates the seed of an epoch's data from that of its training."""
@@ -54,7 +55,7 @@ class Trainer:
         self.ranks = ranks
         self.directory = directory
         self.callbacks = callbacks
-        self.validation = build_validation(options, built, precision, ranks)
+        self.validations = build_validations(options, built, precision, ranks)
         self.optimizer = create_optimizer(self.model, options)
         if built.optimizer_state is not None:
             optimizer_upcycling.load_state(self.optimizer, self.model, built.optimizer_state)
@@ -97,7 +98,7 @@ class Trainer:
             self.ranks.first_does(lambda: self.directory.prepare(self.options))
         self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
         self.evaluations = Evaluations(
-            *(self.options, self.validation, self.model, self.state),
+            *(self.validations, self.model, self.state),
             *(self.clock, self.guard, self.ranks, self.reports),
         )
         self.reports.start(notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .run_directory import RunDirectory
 from .run_state import RunState
 from .setup import Built
 from .step import TrainStep
+from .validations import RETRIEVAL, ZERO_SHOT
 
 
 class RunCheckpoints:
@@ -98,10 +100,17 @@ class RunCheckpoints:
             return
         base_model = origin.base_model(self.options.model, self.options.pretrained)
         saving.save_pretrained(self.built.model, self.directory.model, self.built.model_cfg, base_model=base_model)
-        if self.state.evaluated_at == self.state.step:
-            results: dict[str, Any] = {"val_data": self.options.val_data, "precision": self.train_step.precision}
-            results |= {"multi_positive": self.options.multi_positive, "retrieval": self.state.evaluation}
-            model_card.add_results(self.directory.model, results)
+        for results in self._results():
+            model_card.add_results(self.directory.model, {**results, "precision": self.train_step.precision})
+
+    def _results(self) -> Iterator[dict[str, Any]]:
+        """The numbers of the validations at the run's end, as ``clipup eval`` writes them."""
+        found = self.state.numbers_now(RETRIEVAL)
+        if found is not None:
+            options = self.options
+            yield {"val_data": options.val_data, "multi_positive": options.multi_positive, "retrieval": found}
+        for name, numbers in (self.state.numbers_now(ZERO_SHOT) or {}).items():
+            yield {"images": getattr(self.options, name), "zero_shot": numbers}
 
     def is_complete(self, source: Path) -> bool:
         """Whether the directory of a finished run holds the checkpoint ``source`` and the saved model."""

@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its options: the model, the data loader, the evaluation on validation data."""
+"""Builds the parts of a run from its options: the model and the data loader."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from torch import nn
 
 from ..clip.inputs import CheckedTokenizer
-from ..data.loaders import load_eval_samples, load_train_data
-from ..data.shares import Share
+from ..data.loaders import load_train_data
 from ..data.train_data import TrainData
-from ..evaluate.retrieval import evaluate_retrieval
 from ..moe.config import MoEConfig
 from ..precision import Precision
 from ..pretrained import factory, model_names, tokenizers
@@ -140,7 +138,7 @@ def _factory_arguments(options: TrainOptions) -> dict[str, Any]:
 
 def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> TrainData:
     """The loader of ``options.train_data``."""
-    preprocess, tokenizer = _both(built.preprocess_train, built.tokenizer)
+    preprocess, tokenizer = both(built.preprocess_train, built.tokenizer)
     return load_train_data(
         options.data_options(),
         preprocess,
@@ -151,34 +149,11 @@ def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) 
     )
 
 
-def build_validation(
-    options: TrainOptions, built: Built, precision: Precision, ranks: Ranks
-) -> Callable[[nn.Module], dict[str, Any] | None] | None:
-    """Retrieval on ``options.val_data``, as a function of the model that all ranks call; rank 0 gets the numbers."""
-    if options.val_data is None:
-        return None
-    preprocess, tokenizer = _both(built.preprocess_val, built.tokenizer)
-    share = Share(ranks.rank, ranks.world_size, ranks.gather)
-    samples = load_eval_samples(options.val_data, preprocess, options.val_data_options(), "val_data")
-    samples = samples.part(share, options.batch_size)
-
-    def validate(model: nn.Module) -> dict[str, Any] | None:
-        return evaluate_retrieval(
-            model,
-            samples,
-            tokenizer,
-            batch_size=options.batch_size,
-            by="group",
-            precision=precision,
-            multi_positive=options.multi_positive,
-            show_progress=ranks.first,
-            share=share,
-        )
-
-    return validate
-
-
-def _both(preprocess: Transform | None, tokenizer: Tokenizer | None) -> tuple[Transform, Tokenizer]:
+def both(preprocess: Transform | None, tokenizer: Tokenizer | None) -> tuple[Transform, Tokenizer]:
+    """
+    Raises:
+        ValueError: one of them is None.
+    """
     if preprocess is None or tokenizer is None:
         raise ValueError("preprocess and tokenizer are missing: pass those of the model too, to read data with them")
     return preprocess, tokenizer

@@ -111,7 +111,15 @@ class EvaluationOptions(OptionGroup):
     val_data: str | None = None
     """CSV file or shards for retrieval after every val_frequency epochs and at the end."""
     val_frequency: int = 1
-    """Epochs between two evaluations; 0 evaluates at the end only."""
+    """Epochs between two evaluations on val_data; 0 evaluates at the end only."""
+    imagenet_val: str | None = None
+    """Directory of ImageNet's validation images, with a subdirectory per class: zero-shot accuracy after every
+    zeroshot_frequency epochs and at the end."""
+    imagenet_v2: str | None = None
+    """Directory of ImageNet-V2, with the subdirectories 0 to 999; as imagenet_val."""
+    zeroshot_frequency: int = 2
+    """Epochs between two evaluations on ImageNet; 0 evaluates at the end only."""
 
     def check(self) -> None:
-        check("val_frequency", self.val_frequency, self.val_frequency >= 0, "0 or more")
+        for name in ("val_frequency", "zeroshot_frequency"):
+            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
