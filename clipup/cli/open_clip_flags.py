@@ -51,10 +51,7 @@ INSTEAD = {
         "copy the run's directory with a program of your own",
     ),
     "--train-data-upsampling-factors": "name a source several times in --train-data",
-    **dict.fromkeys(
-        ("--torchcompile", "--torchcompile-strategy", "--torchcompile-backend", "--torchcompile-mode"),
-        "the training step is not compiled",
-    ),
+    "--torchcompile-strategy": "the model is compiled, as by its strategy model; leave it out",
     "--use-naflex": _NAFLEX,
     "--force-naflex-vision": _NAFLEX,
     **dict.fromkeys(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..checks import check
 from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_train_data
 from ..data.train_data import TrainData
@@ -99,7 +100,24 @@ def build_model(
     if options.grad_checkpointing:
         clip: Any = model  # nn.Module types what it does not know as Tensor | Module
         clip.set_grad_checkpointing()
+    if options.torchcompile:
+        _compile(model, options)
     return Built(model, objective, train_transform, val_transform, tokenizer, model_cfg, optimizer_state)
+
+
+def _compile(model: nn.Module, options: TrainOptions) -> None:
+    """Compiles the model's ``forward`` in place, at its first call; names of parameters and the state dict stay.
+
+    Raises:
+        ValueError: torch knows no such backend or mode.
+    """
+    backend, mode = options.torchcompile_backend or "inductor", options.torchcompile_mode
+    backends = torch.compiler.list_backends(exclude_tags=())
+    check("torchcompile_backend", backend, backend in backends, f"one of {', '.join(backends)}")
+    try:
+        model.compile(backend=backend, mode=mode)
+    except RuntimeError as error:
+        raise ValueError(f"torchcompile_mode={mode!r}: {error}") from error
 
 
 def _resume_dense(model: nn.Module, path: str, options: TrainOptions) -> OptimizerState:

@@ -21,8 +21,23 @@ class SpeedOptions(OptionGroup):
     fp32."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    torchcompile: bool = False
+    """Compile the model's forward and backward pass with torch.compile, sparse layers included. The first step takes
+    much longer."""
+    torchcompile_backend: str | None = None
+    """Backend of torch.compile. None: inductor."""
+    torchcompile_mode: str | None = None
+    """Mode of the backend inductor: default, reduce-overhead, max-autotune."""
     device: str = field(default_factory=default_device)
     """cpu, cuda or cuda:N."""
+
+    def check(self) -> None:
+        backend, mode = self.torchcompile_backend, self.torchcompile_mode
+        if not self.torchcompile:
+            for name in ("torchcompile_backend", "torchcompile_mode"):
+                check(name, getattr(self, name), getattr(self, name) is None, "left out without torchcompile")
+        if mode is not None:
+            check("torchcompile_mode", mode, backend in (None, "inductor"), "left out: it is for the backend inductor")
 
 
 @dataclass(kw_only=True)
