@@ -41,8 +41,6 @@ INSTEAD = {
     "--fsdp-no-reshard-after-forward": "every rank holds the whole model",
     "--fsdp-offload-cpu": "every rank holds the whole model",
     "--fsdp-checkpoint": "a checkpoint is one file",
-    "--wandb-notes": "--report-to tensorboard writes for TensorBoard",
-    "--wandb-project-name": "--report-to tensorboard writes for TensorBoard",
     "--text-pooler-own-group": "the pooler of a Hugging Face tower belongs to the group of its projection",
     "--opt-fallback-list": "an optimizer with a fallback selects the parameters for it by their shapes",
     "--visual-layer-decay": "use --image-layer-decay",

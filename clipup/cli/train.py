@@ -79,6 +79,12 @@ RULES = [
         lambda options: not options.lock_text,
         "without --lock-text",
     ),
+    NoEffect(
+        ("wandb_project_name",),
+        lambda options: not options.trackers() & {"wandb", "trackio"},
+        "without --report-to wandb or trackio",
+    ),
+    NoEffect(("wandb_notes",), lambda options: "wandb" not in options.trackers(), "without --report-to wandb"),
     NoEffect(("force",), lambda options: options.resume is not None, "with --resume"),
     NoEffect(("delete_previous_checkpoint",), lambda options: options.save_frequency == 0, "with --save-frequency 0"),
 ]

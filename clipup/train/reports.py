@@ -14,6 +14,7 @@ from .recorder import Record, Recorder
 from .routing_collapse import CollapseWatch, warning
 from .run_directory import RunDirectory
 from .run_state import Length, RunState
+from .trackers import create_trackers
 
 
 class Reports:
@@ -29,7 +30,8 @@ class Reports:
         directory: RunDirectory | None,
     ) -> None:
         root = directory.root if directory and ranks.first else None
-        self.recorder = Recorder(root, options.report_to if ranks.first else "", state.step, state.evaluations)
+        trackers = [] if root is None else create_trackers(options, root, state.step)
+        self.recorder = Recorder(root, trackers, state.step, state.evaluations)
         self.console = Console(length.steps, state.step, shown=ranks.first)
         self._collapse = CollapseWatch(model, self.recorder.records("warnings"))
         self._state, self._length, self._ranks, self._directory = state, length, ranks, directory

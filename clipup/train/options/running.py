@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from ...checks import check
 from ...precision import Precision, default_device
@@ -94,9 +93,25 @@ class ReportingOptions(OptionGroup):
 
     log_every_n_steps: int = 1
     """Steps between two records in metrics.jsonl."""
-    report_to: Literal["", "tensorboard"] = ""
-    """tensorboard also writes the metrics for TensorBoard."""
+    report_to: str = ""
+    """Programs that get the metrics too, separated by commas: tensorboard, wandb, trackio, or all (tensorboard and
+    wandb). wandb records offline, into the run's directory, unless WANDB_MODE=online is set."""
+    wandb_project_name: str = "open-clip"
+    """Project of the run for wandb or trackio."""
+    wandb_notes: str = ""
+    """Notes on the run for wandb."""
 
     def check(self) -> None:
         every = self.log_every_n_steps
         check("log_every_n_steps", every, every >= 1, "at least 1")
+        names = self.report_to.split(",") if self.report_to else []
+        known = ("tensorboard", "wandb", "trackio", "all")
+        expected = f"some of {', '.join(known)}, separated by commas"
+        check("report_to", self.report_to, all(name.strip() in known for name in names), expected)
+        if {"wandb", "trackio"} <= self.trackers():
+            raise ValueError(f"report_to={self.report_to!r}: wandb and trackio record the same; name one of them")
+
+    def trackers(self) -> set[str]:
+        """The programs of ``report_to``."""
+        names = {name.strip() for name in self.report_to.split(",") if name}
+        return names - {"all"} | ({"tensorboard", "wandb"} if "all" in names else set())
