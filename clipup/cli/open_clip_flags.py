@@ -44,11 +44,6 @@ INSTEAD = {
     "--text-pooler-own-group": "the pooler of a Hugging Face tower belongs to the group of its projection",
     "--opt-fallback-list": "an optimizer with a fallback selects the parameters for it by their shapes",
     "--visual-layer-decay": "use --image-layer-decay",
-    **dict.fromkeys(
-        ("--remote-sync", "--remote-sync-frequency", "--remote-sync-protocol"),
-        "copy the run's directory with a program of your own",
-    ),
-    "--train-data-upsampling-factors": "name a source several times in --train-data",
     "--torchcompile-strategy": "the model is compiled, as by its strategy model; leave it out",
     "--use-naflex": _NAFLEX,
     "--force-naflex-vision": _NAFLEX,

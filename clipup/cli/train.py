@@ -84,6 +84,11 @@ RULES = [
         lambda options: not options.trackers() & {"wandb", "trackio"},
         "without --report-to wandb or trackio",
     ),
+    NoEffect(
+        ("remote_sync_frequency", "remote_sync_protocol"),
+        lambda options: options.remote_sync is None,
+        "without --remote-sync",
+    ),
     NoEffect(("wandb_notes",), lambda options: "wandb" not in options.trackers(), "without --report-to wandb"),
     NoEffect(("force",), lambda options: options.resume is not None, "with --resume"),
     NoEffect(("delete_previous_checkpoint",), lambda options: options.save_frequency == 0, "with --save-frequency 0"),

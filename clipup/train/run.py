@@ -11,7 +11,7 @@ from torch import nn
 
 from clipup_kernels.self_check import check_once
 
-from ..precision import Precision, token_dtype
+from ..precision import token_dtype
 from . import resume, rng
 from .distributed import Ranks, joined
 from .loop import Trainer
@@ -58,7 +58,7 @@ def train(
     """
     check_complete(options, model, loader)
     with joined(options) as ranks, _directory(options, ranks) as directory:
-        precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
+        precision = options.precision_on(ranks.device.type)
         if ranks.device.type == "cuda":
             check_once(ranks.device, [token_dtype(precision)])
         checkpoint, notes = resume.find_checkpoint(options, directory, ranks)

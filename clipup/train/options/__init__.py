@@ -17,7 +17,7 @@ from .group import OptionGroup
 from .loss import LossOptions
 from .model import ModelOptions
 from .optimization import OptimizationOptions
-from .running import ProcessOptions, ReportingOptions, RunDirectoryOptions, SpeedOptions
+from .running import ProcessOptions, RemoteSyncOptions, ReportingOptions, RunDirectoryOptions, SpeedOptions
 from .trained_parts import TrainedPartsOptions
 
 GROUPS: dict[str, type[OptionGroup]] = {
@@ -31,6 +31,7 @@ GROUPS: dict[str, type[OptionGroup]] = {
     "precision_and_speed": SpeedOptions,
     "processes": ProcessOptions,
     "run_directory": RunDirectoryOptions,
+    "remote_sync": RemoteSyncOptions,
     "reporting": ReportingOptions,
 }
 """The groups of options by the titles that ``clipup train --help`` gives them; every option is in one of them."""
@@ -39,6 +40,7 @@ GROUPS: dict[str, type[OptionGroup]] = {
 @dataclass(kw_only=True)
 class TrainOptions(
     ReportingOptions,
+    RemoteSyncOptions,
     RunDirectoryOptions,
     ProcessOptions,
     SpeedOptions,

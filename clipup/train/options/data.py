@@ -29,6 +29,9 @@ class TrainingDataOptions(OptionGroup):
     """What train_data is; auto goes by its ending."""
     dataset_resampled: bool = DataOptions.dataset_resampled
     """Draw shards with replacement."""
+    train_data_upsampling_factors: str | None = DataOptions.train_data_upsampling_factors
+    """With dataset_resampled: how often the shards of each source in train_data are drawn, relative to the others, such
+    as "1::2" for "A::B"."""
     csv_separator: str = DataOptions.csv_separator
     """Separates the columns of a CSV file."""
     csv_img_key: str = DataOptions.csv_img_key

@@ -5,19 +5,29 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, cast, get_args
 
 from ...checks import check
 from ...precision import Precision, default_device
 from .group import OptionGroup
+
+_SAME_PRECISION = {"amp_bfloat16": "amp_bf16"}
+"""Second names that open_clip has."""
+_REFUSED_PRECISIONS = {
+    "fp16": "weights in float16 lose most updates of a training step; use amp, which keeps them in float32",
+    "pure_fp16": "weights in float16 lose most updates of a training step; use amp, which keeps them in float32",
+    "pure_bf16": "norms and embeddings in bfloat16 lose most updates; use bf16, which has the matrices in bfloat16",
+}
+"""Precisions of open_clip that are not offered, and why."""
 
 
 @dataclass(kw_only=True)
 class SpeedOptions(OptionGroup):
     """Precision, memory and speed of a step."""
 
-    precision: Precision | None = None
-    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (the model itself). None: amp on CUDA, else
-    fp32."""
+    precision: str | None = None
+    """fp32, amp (float16 autocast), amp_bf16 or amp_bfloat16 (bfloat16 autocast) or bf16 (the model itself). None: amp
+    on CUDA, else fp32."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     torchcompile: bool = False
@@ -31,12 +41,21 @@ class SpeedOptions(OptionGroup):
     """cpu, cuda or cuda:N."""
 
     def check(self) -> None:
+        self.precision = _SAME_PRECISION.get(self.precision or "", self.precision)
+        if self.precision in _REFUSED_PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: {_REFUSED_PRECISIONS[self.precision]}")
+        known = get_args(Precision)
+        check("precision", self.precision, self.precision in (None, *known), f"one of {', '.join(known)}")
         backend, mode = self.torchcompile_backend, self.torchcompile_mode
         if not self.torchcompile:
             for name in ("torchcompile_backend", "torchcompile_mode"):
                 check(name, getattr(self, name), getattr(self, name) is None, "left out without torchcompile")
         if mode is not None:
             check("torchcompile_mode", mode, backend in (None, "inductor"), "left out: it is for the backend inductor")
+
+    def precision_on(self, device_type: str) -> Precision:
+        """The precision of a run on "cuda" or "cpu"."""
+        return cast(Precision, self.precision or ("amp" if device_type == "cuda" else "fp32"))
 
 
 @dataclass(kw_only=True)
@@ -85,6 +104,22 @@ class RunDirectoryOptions(OptionGroup):
             check("name", name, Path(name).name == name, "the name of a directory, without separators")
         if self.resume == "latest" and (self.logs is None or self.name is None):
             raise ValueError("resume='latest' needs logs and name to find the checkpoints")
+
+
+@dataclass(kw_only=True)
+class RemoteSyncOptions(OptionGroup):
+    """Copies of the run's directory at another place, made while the run goes on."""
+
+    remote_sync: str | None = None
+    """Where the run's directory is copied to, under its name: s3://BUCKET/PATH, or a URL of fsspec."""
+    remote_sync_frequency: float = 300
+    """Seconds between two copies; one more is made at the end."""
+    remote_sync_protocol: Literal["s3", "fsspec"] = "s3"
+    """s3 runs `aws s3 sync`; fsspec copies the files that have changed through that package."""
+
+    def check(self) -> None:
+        every = self.remote_sync_frequency
+        check("remote_sync_frequency", every, math.isfinite(every) and every > 0, "a positive number of seconds")
 
 
 @dataclass(kw_only=True)

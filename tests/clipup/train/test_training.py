@@ -104,6 +104,20 @@ def test_autocast_follows_float32(make_model, pairs, options, precision):
     assert half[-1] < 0.8 * half[0]  # float16 skips steps until the gradient's scale fits
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("fp16", "precision='fp16': weights in float16 lose most updates"),
+        ("pure_bf16", "precision='pure_bf16': norms and embeddings in bfloat16 lose most updates; use bf16"),
+        ("fp8", "precision must be one of fp32, amp, amp_bf16, bf16, got 'fp8'"),
+    ],
+)
+def test_precisions_of_open_clip_that_are_not_offered_are_refused_by_name(options, name, message):
+    assert options(precision="amp_bfloat16") == options(precision="amp_bf16")
+    with pytest.raises(ValueError, match=message):
+        options(precision=name)
+
+
 def test_learning_rate_warms_up_and_falls_along_a_cosine(make_model, pairs, options):
     result = train(options(logs=None, steps=10, warmup=4, lr=1e-3), model=make_model(), loader=pairs())
 
