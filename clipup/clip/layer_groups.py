@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from open_clip.hf_model import HFTextEncoder
 from open_clip.timm_model import TimmModel
 from timm.models import group_parameters
@@ -78,7 +80,8 @@ def _follows_the_blocks(module: nn.Module, name: str) -> bool:
 
 
 def _timm_groups(path: str, module: nn.Module, parameters: Group) -> list[Group]:
-    trunk, prefix = (module.trunk, f"{path}.trunk.") if isinstance(module, TimmModel) else (module, "")
+    trunk: Any = module.trunk if isinstance(module, TimmModel) else module
+    prefix = f"{path}.trunk." if isinstance(module, TimmModel) else ""
     by_depth = group_parameters(trunk, trunk.group_matcher())
     groups = [
         {f"{prefix}{name}": parameters[f"{prefix}{name}"] for name in by_depth[depth]} for depth in sorted(by_depth)

@@ -97,10 +97,8 @@ class Trainer:
         if self.directory is not None:
             self.ranks.first_does(lambda: self.directory.prepare(self.options))
         self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
-        self.evaluations = Evaluations(
-            *(self.validations, self.model, self.state),
-            *(self.clock, self.guard, self.ranks, self.reports),
-        )
+        place = self.model, self.state, self.clock
+        self.evaluations = Evaluations(self.validations, *place, self.guard, self.ranks, self.reports)
         self.reports.start(notes)
         how_to_continue = self.checkpoints.how_to_continue
         self.ranks.on_loss(how_to_continue, self.reports.recorder.failure)

@@ -36,7 +36,7 @@ def create_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Opt
     else:
         settings: dict[str, Any] = {"lr": options.lr, "betas": betas(options), "eps": _EPS}
         settings |= {} if options.eps is None else {"eps": options.eps}
-        kind = torch.optim.NAdam
+        kind: Any = torch.optim.NAdam
         if options.opt == "adamw":
             kind = torch.optim.AdamW
             settings["fused"] = trained[0].device.type == "cuda" if options.fused is None else options.fused
@@ -61,7 +61,7 @@ def _timm_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> torc
     settings |= {} if options.momentum is None else {"momentum": options.momentum}
     name = options.opt.removeprefix("timm/")
     if name not in timm.optim.list_optimizers():
-        close = difflib.get_close_matches(name, timm.optim.list_optimizers(), n=3)
+        close = difflib.get_close_matches(name, map(str, timm.optim.list_optimizers()), n=3)
         hint = f"; similar ones are {', '.join(close)}" if close else ""
         raise ValueError(f"opt {options.opt!r}: timm has no optimizer {name!r}{hint}")
     if timm.optim.get_optimizer_info(name).second_order:
@@ -111,7 +111,7 @@ def groups_of(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
 
 def _lr_scales(model: nn.Module, options: TrainOptions) -> dict[str, float]:
     """The factors of the learning rate by parameter name; empty without layer decay."""
-    scales = {}
+    scales: dict[str, float] = {}
     for tower in ("image", "text"):
         decay = getattr(options, f"{tower}_layer_decay")
         if decay in (None, 1):
@@ -153,9 +153,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
             )
         saved = [{**group, "param_names": names} for group, names in zip(saved, own, strict=True)]
     index = {name: at for group in saved for name, at in zip(group["param_names"], group["params"], strict=True)}
-    groups, states = [], {}
+    groups: list[dict[str, Any]] = []
+    states: dict[int, Any] = {}
     for group, names in zip(optimizer.param_groups, own, strict=True):
-        known = next((one for one in saved if not set(names).isdisjoint(one["param_names"])), {})
+        known: dict[str, Any] = next((one for one in saved if not set(names).isdisjoint(one["param_names"])), {})
         first = sum(len(one["params"]) for one in groups)
         states |= {
             first + position: state["state"][index[name]]

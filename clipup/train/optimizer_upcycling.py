@@ -34,10 +34,10 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
     held = [group["params"] for group in optimizer["param_groups"]]
     if all("param_names" in group for group in optimizer["param_groups"]):
         wanted = [group["param_names"] for group in optimizer["param_groups"]]
-        absent = set(sum(wanted, [])).difference(names.values())
-        if absent:
+        unknown = set(sum(wanted, [])).difference(names.values())
+        if unknown:
             raise ValueError(
-                f"the optimizer of {source} is of another model: it holds {min(absent)}, which the dense model lacks; "
+                f"the optimizer of {source} is of another model: it holds {min(unknown)}, which the dense model lacks; "
                 "use the model that it was trained with"
             )
     elif [len(group) for group in held] != [len(group) for group in wanted]:

@@ -92,7 +92,8 @@ def _zero_shot(
         classifier = zero_shot_classifier(model, first.classes, tokenizer, first.templates, **common)
         numbers = {}
         for name, whole in sets.items():
-            mine = ClassificationSet(share.part(list(whole.images), options.batch_size), whole.classes, whole.templates)
+            part: Any = share.part(whole.images, options.batch_size)
+            mine = ClassificationSet(part, whole.classes, whole.templates)
             images = mine.samples(preprocess, options.batch_size, options.workers, options.max_image_pixels)
             numbers[name] = zero_shot(
                 *(model, images, whole.classes, tokenizer),

@@ -40,7 +40,7 @@ def compare(make_model, pairs, options):
     return compare
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_compiled_sparse_step_gives_the_eager_losses_and_selection_biases(compare, checkpointing):
     compiled = compare(grad_checkpointing=checkpointing)
 
@@ -50,6 +50,7 @@ def test_a_compiled_sparse_step_gives_the_eager_losses_and_selection_biases(comp
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_a_compiled_step_accumulates(compare):
     compare(accum_freq=2)
 
