@@ -81,6 +81,9 @@ class DataOptions(SourceOptions):
     """Samples per epoch; needed for shards without a `sizes.json` or `__len__` beside them."""
     dataset_resampled: bool = False
     """Draw shards with replacement."""
+    train_data_upsampling_factors: str | None = None
+    """With dataset_resampled: how often the shards of each source in train_data are drawn, relative to the others, such
+    as "1::2" for "A::B"."""
     cache: bool = False
     """Keep preprocessed images and tokens in memory; for small data sets (see `clipup.data.in_memory`)."""
     allow_pipe: bool = False
@@ -92,6 +95,11 @@ class DataOptions(SourceOptions):
             raise ValueError(f"batch_size: got {self.batch_size}, expected at least 1")
         if self.workers < 0:
             raise ValueError(f"workers: got {self.workers}, expected 0 (read in this process) or more")
+        if self.train_data_upsampling_factors is not None and not self.dataset_resampled:
+            raise ValueError(
+                f"train_data_upsampling_factors={self.train_data_upsampling_factors!r} needs dataset_resampled: only "
+                "shards that are drawn with replacement can be drawn more often"
+            )
         if self.cache and (self.dataset_resampled or self.train_num_samples is not None):
             name = "dataset_resampled" if self.dataset_resampled else "train_num_samples"
             raise ValueError(f"{name}: has no effect with cache, which serves every sample once per epoch: drop one")

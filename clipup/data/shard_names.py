@@ -7,6 +7,7 @@ of a file beside it, because a data set may come from anyone.
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,28 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
         raise FileNotFoundError(f"{argument}: {source!r} names no shard, expected a path such as DIR/train-*.tar")
     check_unchanged(shards, argument)
     return shards
+
+
+def shard_weights(source: str | os.PathLike, factors: str, allow_pipe: bool | None = None) -> list[float]:
+    """The factor of each of the training shards that ``expand_shards`` returns for a source of several.
+
+    Args:
+        factors: one number per source, such as "1::2" for "A::B".
+
+    Raises ValueError when there is another number of factors, or one is not a positive number.
+    """
+    sources, texts = list(filter(None, os.fspath(source).split("::"))), factors.split("::")
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(sources) or not all(0 < number < math.inf for number in numbers):
+        raise ValueError(
+            f"train_data_upsampling_factors: got {factors!r} for the {len(sources)} sources in train_data, expected a "
+            'positive number for each, separated by "::"'
+        )
+    expanded = [expand_shards(one, "train_data", allow_pipe) for one in sources]
+    return [number for number, shards in zip(numbers, expanded, strict=True) for _ in shards]
 
 
 def listed_shards(directory: str | os.PathLike, split: str, argument: str) -> list[str]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, default_collate
 from .images import load_image
 from .options import DataOptions
 from .processes import worker_init_fn
-from .shard_names import open_shard, sizes_of
+from .shard_names import open_shard, shard_weights, sizes_of
 from .skips import Notes, Report
 from .tars import TarSample, complete, read_samples
 from .train_data import CountedBatches, DrawCaption, Reader, SharedEpoch, TrainData, mixed_seed, worker_id
@@ -41,7 +41,9 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
     notes = Notes()
     own_shards: list[object]
     if options.dataset_resampled:
-        own_shards = [ResampledShards(shards, options.seed, reader.rank, reader.epoch)]
+        factors = options.train_data_upsampling_factors
+        weights = None if factors is None else shard_weights(options.train_data, factors, options.allow_pipe)
+        own_shards = [ResampledShards(shards, options.seed, reader.rank, reader.epoch, weights)]
     else:
         own_shards = [
             webdataset.SimpleShardList(shards),
@@ -81,13 +83,25 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
 class ResampledShards:
     """Shards drawn with replacement, without end; each worker of each rank draws its own."""
 
-    def __init__(self, shards: Sequence[str], seed: int, rank: int, epoch: SharedEpoch) -> None:
+    def __init__(
+        self,
+        shards: Sequence[str],
+        seed: int,
+        rank: int,
+        epoch: SharedEpoch,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """`weights`: how often each shard is drawn, relative to the others."""
         self.shards, self.seed, self.rank, self.epoch = shards, seed, rank, epoch
+        self.weights = weights
 
     def __call__(self) -> Iterator[dict[str, str]]:
         draws = random.Random(mixed_seed(self.seed, self.epoch(), self.rank, worker_id()))
         while True:
-            yield {"url": draws.choice(self.shards)}
+            if self.weights is None:
+                yield {"url": draws.choice(self.shards)}
+            else:
+                yield {"url": draws.choices(self.shards, self.weights)[0]}
 
 
 class Shuffle:

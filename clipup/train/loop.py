@@ -12,7 +12,7 @@ from . import checkpoints, optimizer_upcycling, parallel, rng
 from .distributed import Ranks
 from .evaluations import Evaluations
 from .finite import FiniteGuard
-from .optim import adamw, schedule
+from .optim import create_optimizer, schedule
 from .options import TrainOptions
 from .recorder import KINDS, Record
 from .reports import Reports
@@ -20,7 +20,7 @@ from .results import Every, TrainingInterrupted, TrainResult
 from .run_checkpoints import RunCheckpoints
 from .run_directory import RunDirectory
 from .run_state import Clock, Length, RunState
-from .setup import Built, build_validation
+from .setup import Built
 from .signals import StopRequest
 from .step import Batch, StepLosses, TrainStep
 from .step_record import step_record
@@ -30,6 +30,7 @@ from .training_data import (
     lost_workers_explained,
     worker_errors_explained,
 )
+from .validations import build_validations
 
 _DATA = 1
 """Separates the seed of an epoch's data from that of its training."""
@@ -54,10 +55,10 @@ class Trainer:
         self.ranks = ranks
         self.directory = directory
         self.callbacks = callbacks
-        self.validation = build_validation(options, built, precision, ranks)
+        self.validations = build_validations(options, built, precision, ranks)
         unsharded = parallel.unsharded_form(self.model, options)
         wrapped = parallel.wrapped(self.model, options, ranks, precision)
-        self.optimizer = adamw(self.model, options)
+        self.optimizer = create_optimizer(self.model, options)
         if built.optimizer_state is not None:
             optimizer_upcycling.load_state(self.optimizer, self.model, built.optimizer_state)
         self.train_step = TrainStep(
@@ -74,7 +75,7 @@ class Trainer:
 
     def _plan(self) -> None:
         self.length = Length.of(self.options, self.data.steps, self.state.steps_before)
-        self.set_lr = schedule(self.options, self.optimizer, self.length.steps)
+        self.set_lr = schedule(self.options, self.optimizer, self.length.steps, self.data.steps)
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Puts the run where the checkpoint was written.
@@ -99,9 +100,9 @@ class Trainer:
         if self.directory is not None:
             self.ranks.first_does(lambda: self.directory.prepare(self.options))
         self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
+        place = self.model, self.state, self.clock
         self.evaluations = Evaluations(
-            *(self.options, self.validation, self.model, self.state),
-            *(self.clock, self.guard, self.ranks, self.reports),
+            self.validations, *place, self.guard, self.ranks, self.reports, self.options.is_sharded
         )
         self.reports.start(notes)
         how_to_continue = self.checkpoints.how_to_continue

@@ -39,13 +39,19 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
     Raises:
         ValueError: the model or the ranks do not allow what the options ask for.
     """
-    if not is_sharded(options):
+    if not options.is_sharded:
         return
     if not ranks.several:
         raise ValueError(
             f"{'fsdp' if options.fsdp else f'ep={options.ep}'} shards a model over several processes, and this is one; "
             "start it with torchrun --nproc-per-node N -m clipup -- train ..., or leave the option out"
         )
+    if options.opt != "adamw":
+        raise ValueError(
+            f"opt {options.opt!r} is not known to work on shards of parameters; use adamw with fsdp and ep"
+        )
+    if options.torchcompile:
+        raise ValueError("torchcompile does not compile the hooks of sharded models; leave it out with fsdp and ep")
     if precision == "amp":
         raise ValueError(
             "precision 'amp' scales gradients, which sharded models do not support; use amp_bf16 with fsdp and ep"
@@ -65,24 +71,12 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
                 )
 
 
-def default_precision(options: TrainOptions, device: torch.device) -> Precision:
-    """The precision where the options leave it open."""
-    if device.type != "cuda":
-        return "fp32"
-    return "amp_bf16" if is_sharded(options) else "amp"
-
-
-def is_sharded(options: TrainOptions) -> bool:
-    """Whether no rank has all weights, so that all ranks must run the same forward passes."""
-    return options.fsdp or options.ep > 1
-
-
 def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> nn.Module:
     """The model that a step runs. Sharded models are changed in place: their parameters become DTensors, equal to those
     of rank 0 before."""
     if not ranks.several:
         return model
-    if not is_sharded(options):
+    if not options.is_sharded:
         return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), src=0)
@@ -95,7 +89,7 @@ def unsharded_form(model: nn.Module, options: TrainOptions) -> Callable[[dict[st
 
     A model that is not sharded is returned as it is, with the weights it has; a sharded one as a copy without its hooks
     and meshes, which takes the tensors of the state dict for its own."""
-    if not is_sharded(options):
+    if not options.is_sharded:
         return lambda weights: model
     tensors = [*model.named_parameters(), *model.named_buffers()]
     on_meta: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for _, tensor in tensors}

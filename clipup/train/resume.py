@@ -17,9 +17,15 @@ from .distributed import Ranks
 from .options import TrainOptions
 from .run_directory import RunDirectory
 
-IDENTITY = ("model", "moe", "moe_cfg", "train_data", "seed", "siglip")
+IDENTITY = (
+    *("model", "moe", "moe_cfg", "train_data", "seed", "siglip"),
+    *("force_image_size", "force_context_length", "force_quick_gelu", "force_custom_text", "opt"),
+)
 """Options that identify a run."""
-ORDER = ("batch_size", "accum_freq", "seed", "dataset_type", "dataset_resampled", "train_num_samples", "cache_data")
+ORDER = (
+    *("batch_size", "accum_freq", "seed", "dataset_type", "dataset_resampled", "train_data_upsampling_factors"),
+    *("train_num_samples", "cache_data"),
+)
 """Options that decide which samples are in which step."""
 START = ("pretrained", "resume_dense")
 """Options that only set the weights before the first step."""

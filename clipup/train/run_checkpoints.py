@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from ..pretrained import model_card, model_directory, origin, saving
 from . import checkpoints, resume, rng, whole_state
 from .distributed import Ranks
 from .finite import FiniteGuard
-from .optim import load_optimizer_state
+from .optim import load_optimizer_state, optimizer_state
 from .options import TrainOptions
 from .recorder import Recorder
 from .run_directory import RunDirectory
 from .run_state import RunState
 from .setup import Built
 from .step import TrainStep
+from .validations import RETRIEVAL, ZERO_SHOT
 
 
 class RunCheckpoints:
@@ -56,7 +57,8 @@ class RunCheckpoints:
         """
         self.state.restore(checkpoint, source, self.options, self.steps_of_epoch, self.ranks)
         checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
-        load_optimizer_state(self.train_step.optimizer, checkpoint["optimizer"])
+        if checkpoint.get("conditions", self.conditions)["options"].get("opt", "adamw") == self.options.opt:
+            load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
         if self.train_step.scaler is not None and "scaler" in checkpoint:
             self.train_step.scaler.load_state_dict(checkpoint["scaler"])
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))
@@ -73,7 +75,7 @@ class RunCheckpoints:
         gathered = self.ranks.gather(generators)
         paths = [self.directory.checkpoints / name for name in names]
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)
-        optimizer = whole_state.optimizer_state(self.train_step.optimizer, keep=self.ranks.first)
+        optimizer = optimizer_state(self.train_step.optimizer, self.built.model, keep=self.ranks.first)
         self.ranks.first_does(
             lambda: checkpoints.save(self._checkpoint(weights, optimizer, gathered, recorder), *paths)
         )
@@ -117,10 +119,17 @@ class RunCheckpoints:
     def _save_model(self, model: nn.Module) -> None:
         base_model = origin.base_model(self.options.model, self.options.pretrained)
         saving.save_pretrained(model, self.directory.model, self.built.model_cfg, base_model=base_model)
-        if self.state.evaluated_at == self.state.step:
-            results: dict[str, Any] = {"val_data": self.options.val_data, "precision": self.train_step.precision}
-            results |= {"multi_positive": self.options.multi_positive, "retrieval": self.state.evaluation}
-            model_card.add_results(self.directory.model, results)
+        for results in self._results():
+            model_card.add_results(self.directory.model, {**results, "precision": self.train_step.precision})
+
+    def _results(self) -> Iterator[dict[str, Any]]:
+        """The numbers of the validations at the run's end, as ``clipup eval`` writes them."""
+        found = self.state.numbers_now(RETRIEVAL)
+        if found is not None:
+            options = self.options
+            yield {"val_data": options.val_data, "multi_positive": options.multi_positive, "retrieval": found}
+        for name, numbers in (self.state.numbers_now(ZERO_SHOT) or {}).items():
+            yield {"images": getattr(self.options, name), "zero_shot": numbers}
 
     def is_complete(self, source: Path) -> bool:
         """Whether the directory of a finished run holds the checkpoint ``source`` and the saved model."""

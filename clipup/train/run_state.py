@@ -29,10 +29,8 @@ class RunState:
     samples_seen: int = 0
     seconds: float = 0.0
     """Time in training, without evaluations and checkpoints."""
-    evaluated_at: int = -1
-    """The step of the last evaluation on the validation data."""
-    evaluation: dict[str, Any] | None = None
-    """Its numbers; on rank 0."""
+    validated: dict[str, tuple[int, dict[str, Any] | None]] = field(default_factory=dict)
+    """The step of the last validation of each name, and its numbers, on rank 0."""
     evaluations: int | None = None
     """Records of evaluations when the checkpoint was written that the run continues from."""
     rng: dict[str, Any] | None = None
@@ -56,7 +54,7 @@ class RunState:
         samples_of_step = options.batch_size * options.accum_freq * ranks.world_size
         self.samples_seen = checkpoint.get("samples_seen", self.step * samples_of_step)
         self.seconds = checkpoint.get("seconds", 0.0)
-        self.evaluated_at, self.evaluation = checkpoint.get("validated", (-1, None))
+        self.validated = dict(checkpoint.get("validated", {}))
         self.evaluations = checkpoint.get("evaluations")
         if other_length:
             self.step_of_epoch = steps_of_epoch if self.step_of_epoch else 0  # all of an epoch, or nothing
@@ -64,6 +62,11 @@ class RunState:
         generators = checkpoint.get("rng", [])
         within_epoch = self.step_of_epoch > 0 and len(generators) == ranks.world_size
         self.rng = generators[ranks.rank] if within_epoch else None
+
+    def numbers_now(self, validation: str) -> dict[str, Any] | None:
+        """The numbers of a validation, if it was done at the current step; on rank 0."""
+        step, numbers = self.validated.get(validation, (-1, None))
+        return numbers if step == self.step else None
 
     def for_checkpoint(self) -> dict[str, Any]:
         """The entries of a checkpoint, without generators and the number of evaluations."""
@@ -75,7 +78,7 @@ class RunState:
             "samples_seen": self.samples_seen,
             "seconds": self.seconds,
             "finished": self.finished,
-            "validated": (self.evaluated_at, self.evaluation),
+            "validated": dict(self.validated),
         }
 
 
