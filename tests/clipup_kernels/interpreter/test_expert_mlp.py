@@ -67,7 +67,11 @@ def case(shape, routing="capacity", dtype=torch.float32, activation="gelu", bias
 
 
 def assert_follows_oracle(shape, routing="capacity", dtype=torch.float32, **form):
-    dy, x, gates, plan, experts = case(shape, routing, dtype, **form)
+    assert_experts_follow_oracle(*case(shape, routing, dtype, **form))
+
+
+def assert_experts_follow_oracle(dy, x, gates, plan, experts):
+    dtype = x.dtype
     y, z = forward(x, gates, plan, experts)
     ours = {"y": y, "z": z} | backward(dy, x, gates, plan, experts, z)
     for what, want in oracle(dy, x, gates, plan, experts).items():
@@ -90,6 +94,12 @@ def test_every_routing_follows_the_oracle(routing):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_form_of_expert_follows_the_oracle(activation, bias, gated):
     assert_follows_oracle(SHAPES["odd"], activation=activation, bias=bias, gated=gated)
+
+
+@pytest.mark.parametrize("absent", ["in_bias", "gate_bias"])
+def test_gated_experts_with_one_of_two_biases_follow_the_oracle(absent):
+    *arguments, experts = case(SHAPES["odd"], activation="silu", gated=True)
+    assert_experts_follow_oracle(*arguments, experts._replace(**{absent: None}))
 
 
 @pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gated"])
