@@ -3,9 +3,9 @@
     python benchmarks/gpu_choices.py --csv runs/gpu_choices.csv
 
 For every product: another width of its tile, weights by descriptors, rows by descriptors (gathered rows are copied into
-expert order first, which is timed too), and both together with the other width. Then gradients in one launch or two, both
-passes with all weights or all rows by descriptors, and, for a narrow layer, both products of inference in one launch.
-Tiles are compiled in parallel and compared with the usual one on few tokens; those that differ, or do not fit, have no
+expert order first, which is timed too), and both together with the other width. Then gradients in one launch or two,
+both passes with all weights or all rows by descriptors, and, for a narrow layer, both products of inference in one
+launch. Tiles are compiled in parallel and compared with the usual one on few tokens; those that differ, or do not fit, have no
 time. ``ratio`` is the time over the usual choice's, the median of pair-by-pair ratios: below 1 a choice is faster.
 docs/kernels.md says what follows from which figure.
 """
@@ -36,7 +36,8 @@ def choices(kernel: str, usual: Config) -> dict[str, Config]:
     other = usual._replace(block_n=128 if usual.block_n == 256 else 2 * usual.block_n, num_warps=8)
     *weights, rows_too = configs.with_descriptors(kernel, usual)
     found = {USUAL: usual, f"{other.block_m}x{other.block_n}": other}
-    found |= {"weights by descriptors": tile for tile in weights}
+    if weights:
+        found["weights by descriptors"] = weights[0]
     found["rows by descriptors"] = rows_too
     found[f"{other.block_m}x{other.block_n}, rows by descriptors"] = configs.with_descriptors(kernel, other)[-1]
     return found
