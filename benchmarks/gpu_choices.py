@@ -5,9 +5,9 @@
 For every product: another width of its tile, weights by descriptors, rows by descriptors (gathered rows are copied into
 expert order first, which is timed too), and both together with the other width. Then gradients in one launch or two,
 both passes with all weights or all rows by descriptors, and, for a narrow layer, both products of inference in one
-launch. Tiles are compiled in parallel and compared with the usual one on few tokens; those that differ, or do not fit, have no
-time. ``ratio`` is the time over the usual choice's, the median of pair-by-pair ratios: below 1 a choice is faster.
-docs/kernels.md says what follows from which figure.
+launch. Tiles are compiled in parallel and compared with the usual one on few tokens; those that differ, or do not fit,
+have no time. ``ratio`` is the time over the usual choice's, the median of pair-by-pair ratios: below 1 a choice is
+faster. docs/kernels.md says what follows from which figure.
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@
 
 Times are medians, between two events, with an empty second-level cache. ``predicted_ms`` is ``gpu_model.py``'s, with
 the rate of the second-level cache that was measured here. Ceilings: a copy in memory, reads of 24 MiB that stay in the
-second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has.
+second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has. With
+``--peers`` also the same grouped products by others: a loop over torch's products, torch's ``grouped_mm``, and QuACK
+where it is installed. A product that fails, or whose result differs from ours, is left out by name.
 """
 
 from __future__ import annotations
@@ -72,9 +74,11 @@ def ceilings(device: str, dtype: torch.dtype, size: int = 8192, copied: int = 1 
 
 
 def launches(
-    tokens: int, width: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, device: str
-) -> Iterator[Launch]:
-    """The launches of a forward and a backward pass, those of an op together, and torch's products on as many rows."""
+    tokens: int, width: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, device: str,
+    with_peers: bool = False,
+) -> Iterator[Launch]:  # fmt: skip
+    """The launches of a forward and a backward pass, those of an op together, torch's products on as many rows, and with
+    ``with_peers`` others' grouped products."""
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device).to(dtype)
@@ -145,6 +149,69 @@ def launches(
     left, right, back_right = randn(num_rows, width), in_weight[0].mT, in_weight[0]
     yield Launch("torch, in", flops, narrow + weight / experts + wide, lambda: left @ right)
     yield Launch("torch, out", flops, narrow + weight / experts + wide, lambda: a @ back_right)
+    if not with_peers:
+        return
+    token = choice_of_row // top_k
+    expected = {"in": z, "in with GELU": a, "out": out}
+    expected["in's gradient"] = weight_gradient.weight_gradient(
+        dz, x, offsets, need_bias=False, choice_of_row=choice_of_row, top_k=top_k, gather_right=True
+    )[0]
+    sizes = {"in": narrow + weight + wide, "in with GELU": narrow + weight + wide, "out": wide + weight + narrow}
+    for name, run in peers(x, a, dz, in_weight, in_bias, out_weight, out_bias, offsets, token):
+        what = name.partition(", ")[2]
+        if agrees(name, run, expected[what]):
+            yield Launch(name, flops, sizes.get(what, narrow + wide + weight), run)
+
+
+def peers(
+    x: torch.Tensor, a: torch.Tensor, dz: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor,
+    out_weight: torch.Tensor, out_bias: torch.Tensor, offsets: torch.Tensor, token: torch.Tensor,
+) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:  # fmt: skip
+    """The grouped products by others, without copying x [T, D] into expert order, which ``token`` [R] describes, where
+    they need that; biases are added where they can be. Every row has an expert."""
+    rows_in_order, counts = x[token.long()], offsets.diff().tolist()
+
+    def loop(left: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        result = left.new_empty(len(left), weight.shape[1])
+        for expert, (own, target) in enumerate(zip(left.split(counts), result.split(counts), strict=True)):
+            torch.addmm(bias[expert], own, weight[expert].T, out=target)
+        return result
+
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=x.device), offsets.diff().long())
+    ends = offsets[1:].int()
+    for name, left, weight, bias in (("in", rows_in_order, in_weight, in_bias), ("out", a, out_weight, out_bias)):
+        yield f"loop, {name}", lambda args=(left, weight, bias): loop(*args)
+        yield (
+            f"grouped_mm and bias, {name}",
+            lambda args=(left, weight.mT), bias=bias: torch.nn.functional.grouped_mm(*args, offs=ends) + bias[owner],
+        )
+    try:
+        from quack.gemm_interface import gemm, gemm_act
+    except Exception as failure:  # it may need another version of what is installed
+        print(f"left out: quack: {type(failure).__name__}: {failure}", flush=True)
+        return
+    gathered = {"cu_seqlens_m": offsets, "A_idx": token}
+    yield "quack, in", lambda: gemm(x, in_weight.mT, bias=in_bias, **gathered)
+    yield (
+        "quack, in with GELU",
+        lambda: gemm_act(
+            x, in_weight.mT, bias=in_bias, activation="gelu_tanh_approx", store_preact=False, **gathered
+        )[1],
+    )  # fmt: skip
+    yield "quack, out", lambda: gemm(a, out_weight.mT, bias=out_bias, cu_seqlens_m=offsets)
+    yield "quack, in's gradient", lambda: gemm(dz.T, rows_in_order, cu_seqlens_k=offsets)
+
+
+def agrees(name: str, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
+    """Whether a peer runs and gives ``expected`` up to rounding; says so if not."""
+    try:
+        error = float((run().float() - expected.float()).abs().max() / expected.float().abs().max())
+        reason = None if error <= 3e-2 else f"its result differs by {error:.1e} of the largest entry"
+    except Exception as failure:  # another project's, of many kinds
+        reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+    if reason is not None:
+        print(f"left out: {name}: {reason}", flush=True)
+    return reason is None
 
 
 def predictions(tokens: int, width: int, hidden: int, experts: int, top_k: int, l2: float) -> dict[str, float]:
@@ -180,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--repetitions", type=int, default=30, help="(default 30)")
+    parser.add_argument("--peers", action="store_true", help="also others' grouped products; QuACK tunes itself first")
     parser.add_argument("--csv", help="also write the table to this file")
     options = parser.parse_args(argv)
     require_device("cuda")
@@ -188,8 +256,9 @@ def main(argv: list[str] | None = None) -> None:
     table = [measure(launch, "cuda", options.repetitions) for launch in ceilings("cuda", dtype)]
     l2 = next(float(str(row["gbytes_per_s"])) for row in table if row["launch"] == "L2 read") * 1e9
     predicted = predictions(*layer, l2) if torch.cuda.get_device_capability()[0] == 9 else {}
-    for launch in launches(*layer, dtype, "cuda"):
+    for launch in launches(*layer, dtype, "cuda", options.peers):
         row = measure(launch, "cuda", options.repetitions)
+        print(f"{launch.name}: {row['ms']} ms", flush=True)  # what was measured before the time is up
         if launch.name in predicted:
             row["predicted_ms"] = f"{predicted[launch.name]:.4f}"
             row["measured_to_predicted"] = f"{float(str(row['ms'])) / predicted[launch.name]:.2f}"

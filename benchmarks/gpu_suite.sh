@@ -7,7 +7,7 @@
 #
 #   main    a few CUDA tests, the self-check of every op, then the main case (50,000 tokens, 768/3072, bf16): every launch,
 #           and both passes
-#   choices tiles, descriptors and merged launches, each in turn with the usual one
+#   choices tiles, descriptors and merged launches, each in turn with the usual one; others' grouped products
 #   tests   every CUDA test, then small shapes under compute-sanitizer
 #   sizes   other sizes and types, small ones first, and routing stage by stage
 #   models  whole CLIP models (needs open_clip; see WHEELS)
@@ -99,7 +99,8 @@ window_main() {
 }
 
 window_choices() {
-  step choices 340 "$PYTHON" benchmarks/gpu_choices.py --csv "$out/choices.csv"
+  step choices 250 "$PYTHON" benchmarks/gpu_choices.py --csv "$out/choices.csv"
+  step peers 110 "$PYTHON" benchmarks/gpu_kernels.py --peers --csv "$out/peers.csv"  # QuACK tunes itself
 }
 
 window_tests() {  # -v: a log that is cut off by the time still names what failed

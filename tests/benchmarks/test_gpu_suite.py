@@ -131,7 +131,7 @@ def test_the_smoke_step_names_about_25_tests_of_every_op(suite):
     ("window", "measured"),
     [
         ("main", ["smoke", "self_check", "kernels", "forward", "training"]),
-        ("choices", ["choices"]),
+        ("choices", ["choices", "peers"]),
         ("tests", ["cuda_tests", "memcheck", "racecheck"]),
         (
             "sizes",
