@@ -77,8 +77,8 @@ def launches(
     tokens: int, width: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, device: str,
     with_peers: bool = False,
 ) -> Iterator[Launch]:  # fmt: skip
-    """The launches of a forward and a backward pass, those of an op together, torch's products on as many rows, and with
-    ``with_peers`` others' grouped products."""
+    """The launches of a forward and a backward pass, those of an op together, torch's products on as many rows, and,
+    ``with_peers``, others' grouped products."""
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device).to(dtype)
