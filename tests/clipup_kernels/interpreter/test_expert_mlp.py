@@ -113,6 +113,11 @@ def test_tiles_fit_together_along_rows_columns_and_terms(monkeypatch, kind, gate
     assert_follows_oracle(shape, "dropless", dtype, gated=gated)
 
 
+@pytest.mark.parametrize("activation", ["silu", "quick_gelu"])
+def test_wide_tiles_whose_epilogue_has_sixteen_parts_follow_the_oracle(activation):
+    assert_follows_oracle(Shape(80, 64, 160, 2, 2), dtype=torch.float16, activation=activation)
+
+
 @pytest.fixture
 def by_descriptors(monkeypatch):
     """Makes every launch load weights by descriptors, or rows too; the fixture's value lists the tiles."""
