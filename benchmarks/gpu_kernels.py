@@ -255,7 +255,9 @@ def main(argv: list[str] | None = None) -> None:
     dtype = DTYPES[options.dtype]
     table = [measure(launch, "cuda", options.repetitions) for launch in ceilings("cuda", dtype)]
     l2 = next(float(str(row["gbytes_per_s"])) for row in table if row["launch"] == "L2 read") * 1e9
-    predicted = predictions(*layer, l2) if torch.cuda.get_device_capability()[0] == 9 else {}
+    card = torch.cuda.get_device_properties(0)
+    modelled = (card.major, card.multi_processor_count) == (9, gpu_model.MULTIPROCESSORS)
+    predicted = predictions(*layer, l2) if modelled else {}
     for launch in launches(*layer, dtype, "cuda", options.peers):
         row = measure(launch, "cuda", options.repetitions)
         print(f"{launch.name}: {row['ms']} ms", flush=True)  # what was measured before the time is up
