@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from ..data.images import check_max_pixels
 from ..data.options import DataOptions, SourceOptions
+from ..data.retries import check_retries
 from ..data.skips import check_max_skipped
 from ..moe.config import MoEConfig
 from ..precision import Precision, default_device, default_workers
@@ -60,6 +61,9 @@ class TrainOptions:
     """Pixels of an image that is decoded at most; one of more counts as unreadable."""
     allow_pipe: bool = DataOptions.allow_pipe
     """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
+    data_retries: int = DataOptions.data_retries
+    """Further tries, after 2, 4, 8, ... seconds, where reading a file or opening a shard by URL fails with an error
+    that may be temporary."""
     cache_data: bool = DataOptions.cache
     """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
     val_data: str | None = None
@@ -167,6 +171,7 @@ class TrainOptions:
         timeout = self.dist_timeout
         self._check("dist_timeout", math.isfinite(timeout) and timeout > 0, "a positive number of seconds")
         check_max_skipped(self.max_skipped)
+        check_retries(self.data_retries)
         check_max_pixels(self.max_image_pixels)
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")
         self._check("grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive, or None")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..pretrained import model_card, model_directory, origin, saving
-from . import checkpoints, resume, rng
+from . import checkpoints, resume
 from .distributed import Ranks
 from .finite import FiniteGuard
 from .optim import load_optimizer_state
@@ -31,7 +31,9 @@ class RunCheckpoints:
         ranks: Ranks,
         directory: RunDirectory | None,
         steps_of_epoch: int,
+        order: dict[str, Any] | None = None,
     ) -> None:
+        """order: what the samples of a step depend on (``Epochs.order``)."""
         self.options = options
         self.built = built
         self.train_step = train_step
@@ -39,8 +41,7 @@ class RunCheckpoints:
         self.guard = guard
         self.ranks = ranks
         self.directory = directory
-        self.steps_of_epoch = steps_of_epoch
-        self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch)
+        self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch, order)
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Puts the run where the checkpoint was written.
@@ -48,7 +49,7 @@ class RunCheckpoints:
         Raises:
             ValueError: the checkpoint is of another model, or from within an epoch of other data.
         """
-        self.state.restore(checkpoint, source, self.options, self.steps_of_epoch, self.ranks)
+        self.state.restore(checkpoint, source, self.options, self.conditions, self.ranks)
         checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
         load_optimizer_state(self.train_step.optimizer, checkpoint["optimizer"])
         if self.train_step.scaler is not None and "scaler" in checkpoint:
@@ -63,13 +64,11 @@ class RunCheckpoints:
         self.ranks.doing("saving a checkpoint", self.state.step)
         self.guard.check_loss(self.state.step, float(self.ranks.mean(self.guard.loss_since_check)))
         self.guard.check_weights(self.state.step, self.built.model, self.train_step.optimizer)
-        generators = rng.get_state(self.ranks.device) if self.state.rng is None else self.state.rng
-        gathered = self.ranks.gather(generators)
         paths = [self.directory.checkpoints / name for name in names]
-        self.ranks.first_does(lambda: checkpoints.save(self._checkpoint(gathered, recorder), *paths))
+        self.ranks.first_does(lambda: checkpoints.save(self._checkpoint(recorder), *paths))
         self.guard.last_checkpoint = paths[-1]
 
-    def _checkpoint(self, generators: list[dict[str, Any]], recorder: Recorder) -> dict[str, Any]:
+    def _checkpoint(self, recorder: Recorder) -> dict[str, Any]:
         moe_config = getattr(self.built.model, "moe_config", None)
         scaler = self.train_step.scaler
         return {
@@ -80,7 +79,6 @@ class RunCheckpoints:
             "skipped_steps": (self.guard.skipped, self.guard.in_row),
             "conditions": self.conditions,
             "evaluations": len(recorder.records("evaluations")),
-            "rng": generators,
             "model_cfg": self.built.model_cfg,
             "moe_cfg": None if moe_config is None else moe_config.to_dict(),
             **({} if scaler is None else {"scaler": scaler.state_dict()}),

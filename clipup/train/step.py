@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -63,8 +63,13 @@ class TrainStep:
         device: torch.device,
         precision: Precision = "fp32",
         grad_clip_norm: float | None = None,
+        seed_batch: Callable[[int], None] = lambda index: None,
     ) -> None:
-        """model: plain, or wrapped in DistributedDataParallel."""
+        """
+        Args:
+            model: plain, or wrapped in DistributedDataParallel.
+            seed_batch: called with a batch's index before its forward pass, to seed the random numbers in it.
+        """
         self.model = model
         self.module = unwrapped(model)
         self.objective = objective
@@ -72,6 +77,7 @@ class TrainStep:
         self.device = device
         self.precision: Precision = precision
         self.grad_clip_norm = grad_clip_norm
+        self.seed_batch = seed_batch
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp" else None
         self.applied = True
         """Whether the last step changed the weights."""
@@ -92,6 +98,7 @@ class TrainStep:
 
     def _plain(self, batches: Sequence[Batch]) -> StepLosses:
         targets = self._targets(batches)
+        self.seed_batch(0)
         with autocast(self.precision, self.device):
             output = forward(self.model, *batches[0])
             terms = self.objective.terms(output, targets)
@@ -103,7 +110,8 @@ class TrainStep:
         targets = self._targets(batches)
         cached, states = [], []
         with torch.no_grad(), autocast(self.precision, self.device):
-            for batch in batches:
+            for index, batch in enumerate(batches):
+                self.seed_batch(index)
                 states.append(torch_state(self.device))
                 cached.append(forward(self.module, *batch))
         per_batch, auxes = [], []
