@@ -60,9 +60,9 @@ class TrainData:
     """Batches `(images [B, C, H, W], tokens [B, L])`; has `num_batches` and `num_samples`."""
     epoch: SharedEpoch
     skips: Skips
+    accum_freq: int = 1
     seed: int = 0
     rank: int = 0
-    accum_freq: int = 1
     generator: torch.Generator | None = None
     """The data loader's of streamed data, which seeds its workers; re-seeded every epoch."""
     start: Start | None = None

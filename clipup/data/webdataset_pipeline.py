@@ -80,7 +80,8 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
         total=num_samples,
         world_size=reader.world_size,
     )
-    return TrainData(batches, reader.epoch, reader.skips, options.seed, reader.rank, generator)
+    seeds = {"seed": options.seed, "rank": reader.rank, "generator": generator}
+    return TrainData(batches, reader.epoch, reader.skips, accum_freq=options.accum_freq, **seeds)
 
 
 class ResampledShards:

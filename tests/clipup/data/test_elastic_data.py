@@ -8,7 +8,6 @@ import logging
 import os
 import pickle
 import random
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -18,8 +17,8 @@ from picture_samples import preprocess, tokenizer
 from clipup.data import retries, shard_index
 from clipup.data.epoch_order import EpochOrder, GlobalBatches
 from clipup.data.loaders import train_loader
-from clipup.data.sources import ShardSource
 from clipup.data.skips import Skips
+from clipup.data.sources import ShardSource
 
 KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
 GLOBAL_BATCH = 12
@@ -70,7 +69,8 @@ def steps_of(source, kind, layout, epoch=1, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_has_the_same_samples_in_the_same_order_for_every_number_of_ranks(pictures, kind):
     source = source_of(pictures, kind)
-    alone, *others = (steps_of(source, kind, layout) for layout in LAYOUTS)
+    layouts = LAYOUTS[::3] if "cached" in kind else LAYOUTS
+    alone, *others = (steps_of(source, kind, layout) for layout in layouts)
     assert len(alone) == 5 and {len(step) for step in alone} == {GLOBAL_BATCH}
     for steps in others:
         for step, expected in zip(steps, alone, strict=True):
@@ -82,7 +82,7 @@ def test_a_step_has_the_same_samples_in_the_same_order_for_every_number_of_ranks
 @pytest.mark.parametrize("kind", KINDS)
 def test_unreadable_samples_are_replaced_alike_for_every_number_of_ranks(pictures, kind):
     source = source_of(pictures, kind, unreadable=(0, 7, 8, 21, 30, 31, 59))
-    alone, *others = (steps_of(source, kind, layout, max_skipped=0.3) for layout in LAYOUTS[::2])
+    alone, *others = (steps_of(source, kind, layout, max_skipped=0.3) for layout in LAYOUTS[::3])
     assert len(alone) == (4 if "cached" in kind else 5)
     for step in alone:
         assert len({int(sample) for sample in step[:, 0]}) == GLOBAL_BATCH
@@ -148,7 +148,7 @@ def test_an_order_has_every_row_once(rows):
 @pytest.mark.parametrize("rows", [5, 1030])
 def test_every_row_is_at_every_place_equally_often(rows):
     """First place and the pair of the first two, over epochs: chi-squared, within five standard deviations."""
-    epochs, bins = 3000, 5
+    epochs, bins = 1500, 5
     places = numpy.array([EpochOrder(rows, 1).rows_at(epoch, numpy.arange(2)) for epoch in range(epochs)])
     counts = numpy.bincount(places[:, 0] * bins // rows, minlength=bins)
     second = numpy.bincount((places[:, 1] - places[:, 0]) % rows * bins // rows, minlength=bins)
@@ -161,9 +161,10 @@ def test_every_row_is_at_every_place_equally_often(rows):
 def test_the_order_is_that_of_earlier_versions():
     """Runs continue after an update; another order needs another ``epoch_order.RULE``."""
     positions = numpy.arange(6)
-    assert EpochOrder(10, 0).rows_at(0, positions).tolist() == [0]
-    assert EpochOrder(10**9, 1).rows_at(2, positions).tolist() == [0]
-    assert EpochOrder(10, 0).seeds(0, positions[:2]).tolist() == [0]
+    assert EpochOrder(10, 0).rows_at(0, positions).tolist() == [0, 7, 6, 2, 8, 1]
+    large = [404701866, 76182925, 116334787, 370656820, 618142785, 229218032]
+    assert EpochOrder(10**9, 1).rows_at(2, positions).tolist() == large
+    assert EpochOrder(10, 0).seeds(0, positions[:2]).tolist() == [9476934577362572786, 3417920396635165052]
 
 
 def test_no_two_samples_of_a_batch_share_a_spare():
@@ -222,10 +223,10 @@ def test_a_read_that_fails_for_a_moment_is_repeated(pictures, pauses, monkeypatc
     source = source_of(pictures, "webdataset")
     expected = batches_of(loader(source, "webdataset"), 0)
     data = loader(source, "webdataset")
-    monkeypatch.setattr(os, "pread", Failing(3))
+    monkeypatch.setattr(os, "pread", Failing(1))
     with caplog.at_level(logging.WARNING):
         assert all(torch.equal(a, b) for a, b in zip(batches_of(data, 0), expected, strict=True))
-    assert (data.skipped, data.skips.retries, len(pauses)) == (0, 3, 3)
+    assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
     assert "again: [Errno 5]" in caplog.text
 
 
@@ -239,17 +240,17 @@ def test_a_lost_disk_does_not_delay_every_sample(pictures, pauses, monkeypatch):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """A cache directory in which every index is kept."""
+    """The shards whose headers are read, with a cache directory in which every index is kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(shard_index, "_KEPT_FROM_SECONDS", -1)
-    monkeypatch.setattr(shard_index, "read_index", reading := SimpleNamespace(shards=[], read=shard_index.read_index))
-    reading.__class__ = type("Reading", (SimpleNamespace,), {"__call__": _noted})
-    return reading.shards
+    read, shards = shard_index.read_index, []
 
+    def noted(shard, expected):
+        shards.append(os.path.basename(shard))
+        return read(shard, expected)
 
-def _noted(reading, shard, expected):
-    reading.shards.append(os.path.basename(shard))
-    return reading.read(shard, expected)
+    monkeypatch.setattr(shard_index, "read_index", noted)
+    return shards
 
 
 def test_the_index_of_a_shard_is_read_once(pictures, kept):
