@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import random
-import time
 from collections.abc import Callable
+from time import sleep
 from typing import TypeVar
 
 from .skips import Notes
@@ -53,7 +53,7 @@ class Retries:
                     self._left = 0
                     raise
                 self.notes.retry(name(), error)
-                time.sleep(FIRST_PAUSE * 2**number * random.Random().uniform(0.5, 1.5))
+                sleep(FIRST_PAUSE * 2**number * random.Random().uniform(0.5, 1.5))
                 number += 1
             else:
                 self._left = self.retries

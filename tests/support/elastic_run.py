@@ -35,7 +35,9 @@ def preprocess(image: Any) -> torch.Tensor:
 
 
 def tokenizer(texts: list[str]) -> torch.Tensor:
-    return torch.tensor([[int(number) for number in text.split()] for text in texts])
+    """ "7 1 2 63" becomes [7, 1, 2, 63]."""
+    words = [(text.split() * 4)[:4] for text in texts]
+    return torch.tensor([[int(word) if word.isdigit() else 0 for word in of_text] for of_text in words])
 
 
 def write_csv(folder: Path, count: int, png: Any) -> str:

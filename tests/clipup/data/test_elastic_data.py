@@ -202,7 +202,7 @@ def test_more_shards_than_may_be_open_are_read(pictures, monkeypatch):
 @pytest.fixture
 def pauses(monkeypatch):
     taken = []
-    monkeypatch.setattr(retries.time, "sleep", taken.append)
+    monkeypatch.setattr(retries, "sleep", taken.append)
     return taken
 
 
