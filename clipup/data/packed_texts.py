@@ -18,14 +18,14 @@ class PackedTexts:
             self.append(text)
 
     def append(self, text: str) -> None:
-        self._content += text.encode()
+        self._content += text.encode("utf-8", "surrogateescape")
         self._ends.append(len(self._content))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> str:
-        return self._content[self._ends[index] : self._ends[index + 1]].decode()
+        return self._content[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:

@@ -88,9 +88,10 @@ def _index_of(shard: str, sizes: dict[str, int]) -> ShardIndex:
     expected = sizes.get(shard)
     try:
         state = os.stat(shard)
-        about = {"version": _VERSION, "shard": os.path.realpath(shard), "expected": expected}
+        where = os.path.realpath(shard)
+        about = {"version": _VERSION, "shard": where, "expected": expected}
         about |= {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
-        path = user_cache("shard_index", f"{hashlib.sha256(about['shard'].encode()).hexdigest()[:32]}.npz")
+        path = user_cache("shard_index", f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:32]}.npz")
         kept = None if path is None else _kept(path, about, shard)
         if kept is not None:
             return kept

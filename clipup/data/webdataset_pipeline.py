@@ -12,6 +12,7 @@ import random
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from typing import Any, BinaryIO, cast
@@ -80,8 +81,15 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
         total=num_samples,
         world_size=reader.world_size,
     )
-    seeds = {"seed": options.seed, "rank": reader.rank, "generator": generator}
-    return TrainData(batches, reader.epoch, reader.skips, accum_freq=options.accum_freq, **seeds)
+    return TrainData(
+        batches,
+        reader.epoch,
+        reader.skips,
+        accum_freq=options.accum_freq,
+        seed=options.seed,
+        rank=reader.rank,
+        generator=generator,
+    )
 
 
 class ResampledShards:
@@ -129,7 +137,7 @@ class ReadShards:
         for shard in shards:
             name = shard["url"]
             try:
-                file = self.retried(lambda name=name: name, lambda name=name: opened(name))
+                file = self.retried(partial(str, name), partial(opened, name))
             except Exception as error:  # readers of URLs raise their own exceptions
                 self._skip(name, f"it cannot be opened ({error})", self.sizes.get(name, self.usual))
                 continue
