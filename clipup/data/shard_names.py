@@ -21,6 +21,7 @@ from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
 _PIPE = "pipe"
+_FILE = "file"
 
 
 def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | None = None) -> list[str]:
@@ -96,7 +97,7 @@ def describe(directory: str | os.PathLike) -> dict:
 
 
 def is_remote(name: str) -> bool:
-    """Whether a shard is given by a URL (http:, s3:, pipe:, ...) instead of a path."""
+    """Whether a shard is given by a URL (http:, s3:, pipe:, file:, ...) instead of a path."""
     return _URL.match(name) is not None
 
 
@@ -104,6 +105,9 @@ def open_shard(shard: str) -> BinaryIO:
     """Opens a shard returned by `expand_shards` for reading from its start."""
     if not is_remote(shard):
         return open(shard, "rb")
+    scheme, _, path = shard.partition(":")
+    if scheme.strip().lower() == _FILE:
+        return open(path.removeprefix("//"), "rb")
     from webdataset.gopen import gopen
 
     return gopen(shard)
@@ -187,14 +191,14 @@ def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
     if scheme == _PIPE and not allow_pipe:
         permitted = "which is not allowed here" if allow_pipe is None else "pass --allow-pipe if you trust it"
         raise ValueError(f"{argument}: {url!r} would run a command in a shell, {permitted}")
-    if scheme == _PIPE:
+    if scheme in (_PIPE, _FILE):
         return url
     if "'" in url:  # webdataset passes URLs in single quotes to a shell
         raise ValueError(f"{argument}: {url!r} contains a quote ('), which is not valid in a URL: write %27")
     with needed_for("reading shards by URL", "train"):
         from webdataset.gopen import gopen_schemes
     if scheme not in gopen_schemes:
-        known = ", ".join(sorted({*gopen_schemes} - {"__default__"}))
+        known = ", ".join(sorted({*gopen_schemes, _FILE} - {"__default__"}))
         raise ValueError(f"{argument}: {url!r} has the unknown scheme {scheme}:, expected a path, or one of {known}")
     return url
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ from .training_data import (
 from .validations import build_validations
 
 _DATA = 1
-"""Separates the seed of an epoch's data from that of its training."""
+_STEP = 2
+"""Separate the seeds of an epoch's data from those of steps."""
 
 
 class Trainer:
@@ -64,12 +65,14 @@ class Trainer:
         self.train_step = TrainStep(
             *(wrapped, built.objective, self.optimizer, ranks.device, precision),
             *(options.grad_clip_norm, ranks.world_size),
+            seed_batch=self._seed_batch,
         )
         self.guard = FiniteGuard(options.max_nonfinite_steps, ranks.device)
         self.state = RunState()
         self.clock = Clock(self.state)
         self.checkpoints = RunCheckpoints(
-            options, built, self.train_step, self.state, self.guard, ranks, directory, data.steps, unsharded
+            *(options, built, self.train_step, self.state, self.guard, ranks, directory),
+            *(data.steps, data.order, unsharded),
         )
         self._plan()
 
@@ -84,6 +87,7 @@ class Trainer:
             ValueError: the checkpoint is of another model, or from within an epoch of other data.
         """
         self.checkpoints.restore(checkpoint, source)
+        self.data.restore(self.state.skipped_samples, self.state.step_of_epoch > 0)
         self._plan()
         finished = self.length.is_reached(self.state) and checkpoint.get("finished", False)
         self.state.finished = finished and self.checkpoints.is_complete(source)
@@ -105,6 +109,8 @@ class Trainer:
             self.validations, *place, self.guard, self.ranks, self.reports, self.options.is_sharded
         )
         self.reports.start(notes)
+        if promise := self.data.promise():
+            self.reports.log.info("%s", promise)
         how_to_continue = self.checkpoints.how_to_continue
         self.ranks.on_loss(how_to_continue, self.reports.recorder.failure)
         try:
@@ -139,19 +145,17 @@ class Trainer:
     def _run_epoch(self) -> None:
         """From ``step_of_epoch`` to the epoch's end, or to the run's last step within it.
 
-        An epoch starts from its own seed, and its data draw from a random stream of their own. So a resumed run can
-        repeat both: it restores the generators of the checkpoint, and reads again the batches that were trained on.
+        Indexed data start at any step. Others are read again from the epoch's start, drawing from a random stream of
+        their own, which only depends on the epoch.
         """
-        seed = (self.options.seed, self.state.epoch, self.ranks.rank)
-        rng.seed_everything(*seed)
-        if self.state.rng is not None:
-            rng.set_state(self.state.rng, self.ranks.device)
-            self.state.rng = None
-        self._data_rng = rng.Stream(self.ranks.device, *seed, _DATA)
+        epoch, done = self.state.epoch, self.state.step_of_epoch
+        self._data_rng = None
+        if self.data.order is None:
+            self._data_rng = rng.Stream(self.ranks.device, self.options.seed, epoch, self.ranks.rank, _DATA)
         self.model.train()
         at_start = self.state.step
-        with closing(self.data.epoch(self.state.epoch)) as steps:
-            for _ in range(self.state.step_of_epoch):
+        with closing(self.data.epoch(epoch, 0 if self._data_rng else done)) as steps:
+            for _ in range(done if self._data_rng else 0):
                 self._next(steps)
             self.clock.restart()
             while self.state.step < self.length.steps:
@@ -169,7 +173,8 @@ class Trainer:
         """The next step's batches, None at the end of the epoch."""
         self.ranks.doing("reading data", self.state.step + 1)
         try:
-            with self._data_rng.drawing(), worker_errors_explained(self.checkpoints.how_to_continue):
+            drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
+            with drawing, worker_errors_explained(self.checkpoints.how_to_continue):
                 batches = next(steps, None)
         except (RuntimeError, ValueError, OSError):
             if self.stop.received and not self.ranks.several:  # the signal may have ended the data workers
@@ -203,6 +208,12 @@ class Trainer:
         if options.save_every_n_steps and state.step % options.save_every_n_steps == 0:
             self._save(checkpoints.LATEST)
 
+    def _seed_batch(self, index: int) -> None:
+        """Random numbers in a batch's forward pass depend on the run's seed, the step, and the batch's number among
+        those of all ranks: so a resumed run has the same ones, and any number of ranks with batches of this size."""
+        number = self.ranks.rank * self.options.accum_freq + index
+        rng.seed_everything(self.options.seed, self.state.step, number, _STEP)
+
     def _log(self, losses: StepLosses) -> None:
         scalars = {"loss": losses.total, **losses.scalars(), "since": self.guard.loss_since_check}
         numbers = step_record(scalars, self.model, self.ranks)
@@ -226,8 +237,9 @@ class Trainer:
         self.state.epoch += 1
         self.state.step_of_epoch = 0
         epoch, every = self.state.epoch, self.options.save_frequency
-        skipped = self.data.skipped(self.ranks.gather)
-        self.reports.log.info("epoch %d done at step %d; %d samples skipped", epoch, self.state.step, skipped)
+        skipped, retries = self.data.skipped(self.ranks.gather), self.data.retries(self.ranks.gather)
+        more = f", data read again after an error {retries} times" if retries else ""
+        self.reports.log.info("epoch %d done at step %d; %d samples skipped%s", epoch, self.state.step, skipped, more)
         # The kept name first: a run that is killed between the two continues from here and writes the other one again.
         names = [checkpoints.epoch_name(epoch)] if every and epoch % every == 0 else []
         if self.options.save_most_recent:
@@ -243,6 +255,8 @@ class Trainer:
             self.checkpoints.delete_before(self.state.epoch)
 
     def _save(self, *names: str) -> None:
+        if self.directory is not None:
+            self.state.skipped_samples = self.data.for_checkpoint(self.ranks.gather)
         self.checkpoints.save(list(names), self.reports.recorder)
         self.clock.restart()
 

@@ -11,6 +11,7 @@ from open_clip.transform import AugmentationCfg
 from ...checks import check
 from ...data.images import check_max_pixels
 from ...data.options import DataOptions, SourceOptions
+from ...data.retries import check_retries
 from ...data.skips import check_max_skipped
 from ...precision import default_workers
 from .group import OptionGroup
@@ -28,7 +29,7 @@ class TrainingDataOptions(OptionGroup):
     dataset_type: Literal["webdataset", "csv", "auto"] = DataOptions.dataset_type
     """What train_data is; auto goes by its ending."""
     dataset_resampled: bool = DataOptions.dataset_resampled
-    """Draw shards with replacement."""
+    """Draw shards with replacement, and stream them."""
     train_data_upsampling_factors: str | None = DataOptions.train_data_upsampling_factors
     """With dataset_resampled: how often the shards of each source in train_data are drawn, relative to the others, such
     as "1::2" for "A::B"."""
@@ -45,6 +46,9 @@ class TrainingDataOptions(OptionGroup):
     """Pixels of an image that is decoded at most; one of more counts as unreadable."""
     allow_pipe: bool = DataOptions.allow_pipe
     """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
+    data_retries: int = DataOptions.data_retries
+    """Further tries, after 2, 4, 8, ... seconds, where reading a file or opening a shard by URL fails with an error
+    that may be temporary."""
     cache_data: bool = DataOptions.cache
     """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
     workers: int = field(default_factory=default_workers)
@@ -55,6 +59,7 @@ class TrainingDataOptions(OptionGroup):
         check("train_num_samples", samples, samples is None or samples >= 1, "at least 1")
         check("workers", self.workers, self.workers >= 0, "0 or more")
         check_max_skipped(self.max_skipped)
+        check_retries(self.data_retries)
         check_max_pixels(self.max_image_pixels)
 
     def data_options(self) -> DataOptions:

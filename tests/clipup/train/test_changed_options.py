@@ -59,10 +59,10 @@ def test_within_an_epoch_other_ranks_are_refused(run):
         run(steps=8, resume="latest")
 
 
-def test_shards_within_an_epoch_need_as_many_workers_as_before(make_model, options, shards):
+def test_streamed_shards_within_an_epoch_need_as_many_workers_as_before(make_model, options, shards):
     def run(**changes):
         return train(
-            options(train_data=shards, train_num_samples=24, batch_size=8, **changes),
+            options(train_data=f"file:{shards}", train_num_samples=24, batch_size=8, **changes),
             model=make_model(),
             preprocess=open_clip.image_transform(16, is_train=True),
             tokenizer=open_clip.SimpleTokenizer(context_length=8),

@@ -62,7 +62,5 @@ def test_only_rank_0_writes_metrics_and_checkpoints(two_ranks):
 
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert all(sum(layer["load"]) == pytest.approx(1) for layer in records[-1]["layers"].values())
-    assert len(checkpoint["rng"]) == 2
-    assert not torch.equal(checkpoint["rng"][0]["torch"], checkpoint["rng"][1]["torch"])
     trained = torch.load(two_ranks / "sparse-2-rank_1.pt")
     assert all(torch.equal(value, trained[name]) for name, value in checkpoint["state_dict"].items())
