@@ -148,9 +148,11 @@ def _of_indexed_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
         parts = [changed[key] for key in BATCH if key in changed]
         causes.append(f"{', '.join(parts)} (a global batch of {size} in place of {before})")
     if differ:
-        causes += [changed[key] for key in DATA if key in changed] or [
-            f"other training data ({now['order']['rows']} samples in place of {was['order']['rows']})"
-        ]
+        causes += [changed[key] for key in DATA if key in changed]
+    if differ and not causes:
+        before, rows = was["order"]["rows"], now["order"]["rows"]
+        how = f"{rows} samples in place of {before}" if rows != before else "as many samples, but other ones"
+        causes = [f"other training data ({how})"]
     return causes
 
 

@@ -68,7 +68,10 @@ def test_data_that_have_changed_are_refused_within_an_epoch(run, tmp_path):
     (tmp_path / "3.png").unlink()
     (tmp_path / "train-0.tar").write_bytes((tmp_path / "train-1.tar").read_bytes())
 
-    with pytest.raises(ValueError, match=r"with other training data \(2[34] samples in place of 24\) the rest"):
+    with pytest.raises(
+        ValueError,
+        match=r"with other training data \((23 samples in place of 24|as many samples, but other ones)\) the rest",
+    ):
         run(steps=6, resume="latest")
 
 
