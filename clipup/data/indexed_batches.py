@@ -116,6 +116,7 @@ class IndexedBatches(Dataset):
         with own_choices():
             for position, row, seed in zip(positions.tolist(), rows.tolist(), seeds.tolist(), strict=True):
                 sample = None
+                self.notes.met += 1  # spares are met at their own places
                 for candidate in islice(self._candidates(epoch, position, row), self.most_tries - tries):
                     tries += 1
                     sample = self._sample(candidate, seed)
@@ -137,7 +138,6 @@ class IndexedBatches(Dataset):
 
     def _sample(self, row: int, seed: int) -> tuple[Tensor, Tensor] | None:
         """The preprocessed image and the tokens of one of its captions; None, with a note, if it cannot be read."""
-        self.notes.met += 1
         try:
             content, captions = self.retried(lambda: self.source.name(row), lambda: self.source.read(row))
             image = load_image(content, self.max_pixels)
