@@ -69,6 +69,12 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
                 raise ValueError(
                     f"ep={options.ep} does not divide the {layer.config.num_experts} experts of {name}; use a divisor"
                 )
+            shards = ranks.world_size // parts if options.fsdp else 1
+            if layer.d_model % shards or layer.d_hidden % shards:
+                raise ValueError(
+                    f"fsdp divides each expert of {name} by its rows over {shards} ranks, and they are {layer.d_hidden} "
+                    f"and {layer.d_model}; use more fsdp_replicas or ep"
+                )
 
 
 def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> nn.Module:
@@ -168,12 +174,24 @@ class _Sharding:
                 self._place_experts(layer)
         for tower in towers(model):
             for block in _blocks(model, tower):
-                self._shard(block, mp_policy=self.in_half)
+                self._shard(block, mp_policy=self.in_half, shard_placement_fn=self._axis)
         scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
         self._shard(model, mp_policy=self.in_full, ignored_params=scalars)
         for name in ("encode_image", "encode_text"):
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
+
+    def _axis(self, parameter: nn.Parameter) -> Any:
+        """The axis of a block's parameter to shard. FSDP2 pads the first one if it is shorter than the number of shards,
+        as that of stacked experts is."""
+        from torch.distributed.tensor import Shard
+
+        shards = self.dense["shards"].size()
+        return (
+            Shard(1)
+            if parameter.ndim > 1 and parameter.shape[0] < shards and parameter.shape[1] % shards == 0
+            else None
+        )
 
     def _place_experts(self, layer: SparseMoE) -> None:
         from torch.distributed.tensor import Shard, distribute_tensor

@@ -50,6 +50,8 @@ def cases_of(count):
         cases[f"capacity, {spread}"] = (BY_POSITION, how)
         same_as[f"capacity, {spread}"] = f"capacity, {count} batches"
     if count == 4:
+        cases["fewer experts than shards"] = ({**DROPLESS, "num_experts": 2}, {"fsdp": True})
+        same_as["fewer experts than shards"] = "two experts"
         for name, more in {"hybrid": {}, "hybrid and ep": {"ep": 2}}.items():
             cases[f"sparse, {name}"] = (DROPLESS, {"fsdp": True, "fsdp_replicas": 2, **more})
             same_as[f"sparse, {name}"] = "sparse, "
@@ -60,6 +62,7 @@ def alone_cases(count):
     """The runs of one process."""
     cases = {f"sparse, {option}": (DROPLESS, more) for option, more in OPTIONS.items() if "fsdp" not in str(more)}
     cases["sparse, kept gathered"] = (DROPLESS, {})
+    cases["two experts"] = ({**DROPLESS, "num_experts": 2}, {})
     cases["dense"] = (None, {})
     cases[f"capacity, {count} batches"] = (BY_POSITION, {"accum_freq": count})
     return cases

@@ -40,7 +40,8 @@ def compare(make_model, pairs, options):
     return compare
 
 
-@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [True, False])
 def test_a_compiled_sparse_step_gives_the_eager_losses_and_selection_biases(compare, checkpointing):
     compiled = compare(grad_checkpointing=checkpointing)
 
