@@ -72,8 +72,8 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
             shards = ranks.world_size // parts if options.fsdp else 1
             if layer.d_model % shards or layer.d_hidden % shards:
                 raise ValueError(
-                    f"fsdp divides each expert of {name} by its rows over {shards} ranks, and they are {layer.d_hidden} "
-                    f"and {layer.d_model}; use more fsdp_replicas or ep"
+                    f"fsdp divides each expert of {name} by its rows over {shards} ranks, and they are "
+                    f"{layer.d_hidden} and {layer.d_model}; use more fsdp_replicas or ep"
                 )
 
 
@@ -182,8 +182,8 @@ class _Sharding:
                 register_fsdp_forward_method(model, name)
 
     def _axis(self, parameter: nn.Parameter) -> Any:
-        """The axis of a block's parameter to shard. FSDP2 pads the first one if it is shorter than the number of shards,
-        as that of stacked experts is."""
+        """The axis of a block's parameter to shard. FSDP2 pads the first one if it is shorter than the number of
+        shards, as that of stacked experts may be."""
         from torch.distributed.tensor import Shard
 
         shards = self.dense["shards"].size()
