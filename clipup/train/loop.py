@@ -174,7 +174,7 @@ class Trainer:
         self.ranks.doing("reading data", self.state.step + 1)
         try:
             drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
-            with drawing, worker_errors_explained(self.checkpoints.how_to_continue):
+            with self.clock.waiting(), drawing, worker_errors_explained(self.checkpoints.how_to_continue):
                 batches = next(steps, None)
         except (RuntimeError, ValueError, OSError):
             if self.stop.received and not self.ranks.several:  # the signal may have ended the data workers
@@ -219,14 +219,12 @@ class Trainer:
         numbers = step_record(scalars, self.model, self.ranks)
         self.guard.check_loss(self.state.step, numbers.pop("since"))
         layers = {"layers": numbers.pop("layers")} if "layers" in numbers else {}
-        images_per_second, seconds = self.clock.logged()
         record = {
             "step": self.state.step,
             "epoch": self.state.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             **numbers,
-            "images_per_second": images_per_second,
-            "seconds": seconds,
+            **self.clock.logged(),
             "skipped_steps": self.guard.skipped,
             **layers,
         }

@@ -12,7 +12,6 @@ Each rank has samples of its own in all cases. Gradients are the means over all 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..clip.flops import meta_copy
 from ..clip.towers import tower_blocks, towers
 from ..moe.expert_parallel import is_distributed
 from ..moe.layer import SparseMoE, moe_layers
@@ -97,11 +97,7 @@ def unsharded_form(model: nn.Module, options: TrainOptions) -> Callable[[dict[st
     and meshes, which takes the tensors of the state dict for its own."""
     if not options.is_sharded:
         return lambda weights: model
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    on_meta: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for _, tensor in tensors}
-    for _, parameter in model.named_parameters():
-        on_meta[id(parameter)] = nn.Parameter(on_meta[id(parameter)], parameter.requires_grad)
-    structure = copy.deepcopy(model, on_meta)
+    structure = meta_copy(model)
 
     def unsharded(weights: dict[str, Any]) -> nn.Module:
         structure.load_state_dict(weights, assign=True)

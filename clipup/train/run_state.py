@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,27 +107,45 @@ class Length:
 
 @dataclass
 class Clock:
-    """Measures the time in training and the rate since the last logged step."""
+    """Measures the time in training and, since the last logged step, the rate and how long steps waited for data."""
 
     state: RunState
     _mark: float = field(default_factory=time.perf_counter)
     _logged: float = field(default_factory=time.perf_counter)
     _images: int = 0
+    _steps: int = 0
+    _waited: float = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, this rank waits for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def restart(self) -> None:
         """Leaves out of the timings what happened since the last step."""
         self._mark = self._logged = time.perf_counter()
-        self._images = 0
+        self._images, self._steps, self._waited = 0, 0, 0.0
 
     def count(self, images: int) -> None:
+        """Counts a step of all ranks."""
         self._images += images
+        self._steps += 1
 
-    def logged(self) -> tuple[float, float]:
-        """Images per second since the logged step before, and the seconds in training up to now."""
+    def logged(self) -> dict[str, float]:
+        """The times of a record: images per second of all ranks since the logged step before, the mean seconds of a step
+        and those in which it waited for data, and the seconds in training up to now."""
         now = time.perf_counter()
-        rate = self._images / (now - self._logged)
-        self._images, self._logged = 0, now
-        return rate, self.state.seconds + now - self._mark
+        since = now - self._logged
+        times = {
+            "images_per_second": self._images / since,
+            "batch_time": since / self._steps,
+            "data_time": self._waited / self._steps,
+            "seconds": self.state.seconds + now - self._mark,
+        }
+        self._images, self._steps, self._waited, self._logged = 0, 0, 0.0, now
+        return times
 
     def step_done(self) -> None:
         now = time.perf_counter()

@@ -17,7 +17,7 @@ from clipup.pretrained.state_dicts import read_pickle
 
 Record = dict[str, Any]
 _CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt")
-_CLOCK = ("seconds", "images_per_second")
+_CLOCK = ("seconds", "images_per_second", "batch_time", "data_time")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
