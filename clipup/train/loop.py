@@ -111,6 +111,7 @@ class Trainer:
                 self._train()
                 skipped = self.data.skipped(self.ranks.gather)
         except BaseException as error:
+            self.checkpoints.end(error)
             self.reports.failure(error)
             raise
         finally:
@@ -241,13 +242,14 @@ class Trainer:
         if self.options.delete_previous_checkpoint:
             self.checkpoints.delete_before(self.state.epoch)
 
-    def _save(self, *names: str) -> None:
-        self.checkpoints.save(list(names), self.reports.recorder)
+    def _save(self, *names: str) -> Path | None:
+        path = self.checkpoints.save(list(names), self.reports.recorder)
         self.clock.restart()
+        return path
 
     def _interrupt(self) -> None:
-        self._save(checkpoints.LATEST)
-        latest = self.directory.checkpoints / checkpoints.LATEST
+        latest = self._save(checkpoints.LATEST)
+        self.checkpoints.wait()
         raise TrainingInterrupted(
             f"stopped after step {self.state.step} of {self.length.steps}, saved {latest}; to continue, run the same "
             f"command with --name {self.directory.root.name} --resume latest",
@@ -262,7 +264,9 @@ class Trainer:
             self.checkpoints.save_model()
         except OSError:
             self._save(checkpoints.LATEST)
+            self.checkpoints.wait()
             raise
         self.state.finished = True
         self._save(checkpoints.LATEST)
+        self.checkpoints.wait()
         self.model.eval()

@@ -161,6 +161,13 @@ class TrainOptions:
     """Write epoch_latest.pt after every epoch."""
     save_every_n_steps: int = 0
     """Also write epoch_latest.pt after every n steps; 0 does not."""
+    save_total_limit: int | None = None
+    """Newest checkpoints that are kept; older ones are deleted. None keeps epoch_K and, of sharded ones, the last
+    step_N. epoch_latest.pt is not counted."""
+    fsdp_checkpoint: Literal["full", "sharded"] = "full"
+    """full: one file in open_clip's format, which rank 0 writes while training waits. sharded: a directory to which
+    every rank writes its part while training goes on (torch.distributed.checkpoint), with or without fsdp. Both can be
+    resumed with any parallelism, and clipup convert makes a model directory of both."""
     delete_previous_checkpoint: bool = False
     """Delete the previous epoch_K.pt once the next one is written and validated."""
     log_every_n_steps: int = 1
@@ -176,7 +183,7 @@ class TrainOptions:
             "max_nonfinite_steps",
         ):
             self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("steps", "train_num_samples", "loss_chunk_size"):
+        for name in ("steps", "train_num_samples", "loss_chunk_size", "save_total_limit"):
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         timeout = self.dist_timeout
         self._check("dist_timeout", math.isfinite(timeout) and timeout > 0, "a positive number of seconds")
