@@ -230,7 +230,8 @@ def write_parts(
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    content: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(content)
 
 
 def part_name(name: str, entry_shape: Sequence[int], offsets: Sequence[int], shape: Sequence[int]) -> str:
@@ -241,12 +242,21 @@ def part_name(name: str, entry_shape: Sequence[int], offsets: Sequence[int], sha
 def read_box(
     directory: Path, name: str, entry: Entry, part: Part, start: Sequence[int], shape: Sequence[int]
 ) -> Tensor:
-    """A box of a part, whose start is counted within the part."""
+    """A box of a part, whose start is counted within the part.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     key = part_name(name, entry.shape, part.offsets, part.shape)
-    with safetensors.safe_open(directory / part.file, framework="pt") as file:
-        if not part.shape:
-            return file.get_tensor(key)
-        return file.get_slice(key)[tuple(slice(at, at + size) for at, size in zip(start, shape, strict=True))]
+    box = tuple(slice(at, at + size) for at, size in zip(start, shape, strict=True))
+    try:
+        with safetensors.safe_open(directory / part.file, framework="pt") as file:
+            found = file.get_slice(key)[box] if part.shape else file.get_tensor(key)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{directory / part.file} is damaged: {error}") from error
+    if tuple(found.shape) != tuple(shape) or found.dtype != entry.dtype:
+        raise ValueError(f"{directory / part.file} is damaged: {key} is {found.dtype} {list(found.shape)}")
+    return found
 
 
 def read_tensors(directory: Path, index: Index, prefix: str) -> dict[str, Tensor]:

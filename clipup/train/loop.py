@@ -249,6 +249,7 @@ class Trainer:
 
     def _interrupt(self) -> None:
         latest = self._save(checkpoints.LATEST)
+        assert latest is not None  # without a directory signals are left alone
         self.checkpoints.wait()
         raise TrainingInterrupted(
             f"stopped after step {self.state.step} of {self.length.steps}, saved {latest}; to continue, run the same "

@@ -18,8 +18,8 @@ from .finite import FiniteGuard
 from .optim import load_optimizer_state
 from .options import TrainOptions
 from .recorder import Recorder
-from .run_directory import RunDirectory
 from .results import TrainingInterrupted
+from .run_directory import RunDirectory
 from .run_state import RunState
 from .setup import Built
 from .sharded_saves import ShardedSaves
@@ -61,7 +61,7 @@ class RunCheckpoints:
         """Made before the first step if it is needed, by all ranks."""
         if self._sharded is None:
             arguments = self.built.model, self.train_step.optimizer, self.ranks, self._configs()
-            folder = self.directory.checkpoints if self.directory else None
+            folder = self.directory.checkpoints if self.directory else Path()  # then only to load
             limit = self.options.save_total_limit
             prune = partial(checkpoints.prune, limit=limit)
             self._sharded = ShardedSaves(folder, *arguments, self._is_saved, prune)
@@ -107,8 +107,8 @@ class RunCheckpoints:
         generators = rng.get_state(self.ranks.device) if self.state.rng is None else self.state.rng
         gathered = self.ranks.gather(generators)
         if self.options.fsdp_checkpoint == "sharded":
-            kept = [name for name in names if name != checkpoints.LATEST]
-            name = sharded_checkpoints.directory_name(*kept[:1] or [None], self.state.step)
+            kept = next((name for name in names if name != checkpoints.LATEST), None)
+            name = sharded_checkpoints.directory_name(kept, self.state.step)
             return self.sharded.save(name, self._state(gathered, recorder))
         paths = [self.directory.checkpoints / name for name in names]
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)

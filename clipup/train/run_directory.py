@@ -32,8 +32,8 @@ _DISCARDED = ".discarded.tmp"
 
 
 def load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
-    """``checkpoints.load`` by all ranks, with the same result or error on all of them. Of a sharded checkpoint each rank
-    checks some of the files, and the state is without tensors."""
+    """``checkpoints.load`` by all ranks, with the same result or error on all. Of a sharded checkpoint each rank checks
+    some of the files, and the state is without tensors."""
     if not ranks.first_does(path.is_dir):
         loaded: list[dict[str, Any]] = []
         ranks.first_does(lambda: loaded.append(checkpoints.load(path)))
@@ -125,8 +125,8 @@ class RunDirectory:
             return checkpoints.Newest(Path(resume), load_together(Path(resume), ranks), [])
         folder = self.checkpoints
         try:
-            found = ranks.first_does(lambda: checkpoints.candidates(folder))
-            return checkpoints.first_usable(folder, *found, lambda path: load_together(path, ranks))
+            paths, unusable = ranks.first_does(lambda: checkpoints.candidates(folder))
+            return checkpoints.first_usable(folder, paths, unusable, lambda path: load_together(path, ranks))
         except ValueError as error:
             raise ValueError(
                 f"--resume latest: {error}. Nothing was changed. Restore one from a copy, select another with --resume "
