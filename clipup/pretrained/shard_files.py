@@ -91,7 +91,7 @@ class Index:
             name: {
                 "dtype": type_name(entry.dtype),
                 "shape": entry.shape,
-                "parts": [asdict(part) for part in entry.parts],
+                "parts": [[part.offsets, part.shape, part.file] for part in entry.parts],
             }
             for name, entry in self.tensors.items()
         }
@@ -140,9 +140,7 @@ def read_index(directory: Path) -> Index:
 
 def _entry(entry: dict[str, Any]) -> Entry:
     shape = _sizes(entry["shape"])
-    parts = tuple(
-        Part(_sizes(part["offsets"]), _sizes(part["shape"]), _file_name(part["file"])) for part in entry["parts"]
-    )
+    parts = tuple(Part(_sizes(offsets), _sizes(size), _file_name(file)) for offsets, size, file in entry["parts"])
     for part in parts:
         inside = (at + size <= whole for at, size, whole in zip(part.offsets, part.shape, shape, strict=True))
         if not all(inside):
@@ -239,38 +237,48 @@ def part_name(name: str, entry_shape: Sequence[int], offsets: Sequence[int], sha
     return name if tuple(shape) == tuple(entry_shape) else f"{name}@{','.join(map(str, offsets))}"
 
 
-def read_box(
-    directory: Path, name: str, entry: Entry, part: Part, start: Sequence[int], shape: Sequence[int]
-) -> Tensor:
-    """A box of a part, whose start is counted within the part.
+class PartFiles:
+    """Reads parts. It keeps the last file open, so read one file after the other."""
 
-    Raises:
-        ValueError: the file holds something else.
-    """
-    key = part_name(name, entry.shape, part.offsets, part.shape)
-    box = tuple(slice(at, at + size) for at, size in zip(start, shape, strict=True))
-    try:
-        with safetensors.safe_open(directory / part.file, framework="pt") as file:
-            found = file.get_slice(key)[box] if part.shape else file.get_tensor(key)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{directory / part.file} is damaged: {error}") from error
-    if tuple(found.shape) != tuple(shape) or found.dtype != entry.dtype:
-        raise ValueError(f"{directory / part.file} is damaged: {key} is {found.dtype} {list(found.shape)}")
-    return found
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._name, self._file = "", None
+
+    def read(self, name: str, entry: Entry, part: Part, start: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A box of a part of the tensor ``name``; its start is counted within the part.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        key = part_name(name, entry.shape, part.offsets, part.shape)
+        path = self.directory / part.file
+        try:
+            file = self._open(part.file)
+            found = file.get_slice(key)[_box(start, shape)] if part.shape else file.get_tensor(key)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        if tuple(found.shape) != tuple(shape) or found.dtype != entry.dtype:
+            raise ValueError(f"{path} is damaged: {key} is {found.dtype} {list(found.shape)}")
+        return found
+
+    def _open(self, name: str) -> Any:
+        if name != self._name:
+            self._file = safetensors.safe_open(self.directory / name, framework="pt")
+            self._name = name
+        return self._file
 
 
 def read_tensors(directory: Path, index: Index, prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin like this, whole and without that beginning."""
-    return {
-        name.removeprefix(prefix): _whole(directory, name, entry)
-        for name, entry in index.tensors.items()
-        if name.startswith(prefix)
-    }
+    wanted = {name: entry for name, entry in index.tensors.items() if name.startswith(prefix)}
+    tensors = {name: torch.zeros(entry.shape, dtype=entry.dtype) for name, entry in wanted.items()}
+    parts = [(part.file, name, part) for name, entry in wanted.items() for part in entry.parts]
+    files = PartFiles(directory)
+    for _, name, part in sorted(parts, key=lambda one: one[0]):
+        value = files.read(name, wanted[name], part, (0,) * len(part.shape), part.shape)
+        tensors[name][_box(part.offsets, part.shape)] = value
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _whole(directory: Path, name: str, entry: Entry) -> Tensor:
-    tensor = torch.zeros(entry.shape, dtype=entry.dtype)
-    for part in entry.parts:
-        box = tuple(slice(at, at + size) for at, size in zip(part.offsets, part.shape, strict=True))
-        tensor[box] = read_box(directory, name, entry, part, (0,) * len(part.shape), part.shape)
-    return tensor
+def _box(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(at, at + size) for at, size in zip(start, shape, strict=True))

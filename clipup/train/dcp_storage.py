@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from ..pretrained.shard_files import Entry, FileSum, Index, Part, part_name, read_box, write_parts
+from ..pretrained.shard_files import Entry, FileSum, Index, Part, PartFiles, part_name, write_parts
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
@@ -145,17 +145,20 @@ class _Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            name, offsets = item.storage_index.fqn, tuple(item.storage_index.offset or ())
-            entry = self.index.tensors[name]
-            part = next(part for part in entry.parts if part.offsets == offsets)
-            box = read_box(self.directory, name, entry, part, item.storage_offsets, item.lengths)
+        files = PartFiles(self.directory)
+        for item, part in sorted(((item, self._part(item)) for item in plan.items), key=lambda one: one[1].file):
+            name = item.storage_index.fqn
+            box = files.read(name, self.index.tensors[name], part, item.storage_offsets, item.lengths)
             target = planner.resolve_tensor(item).detach()
             target.copy_(box)
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _part(self, item: ReadItem) -> Part:
+        offsets = tuple(item.storage_index.offset or ())
+        return next(part for part in self.index.tensors[item.storage_index.fqn].parts if part.offsets == offsets)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:

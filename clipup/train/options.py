@@ -187,6 +187,8 @@ class TrainOptions:
             self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         timeout = self.dist_timeout
         self._check("dist_timeout", math.isfinite(timeout) and timeout > 0, "a positive number of seconds")
+        kinds = ("full", "sharded")
+        self._check("fsdp_checkpoint", self.fsdp_checkpoint in kinds, " or ".join(map(repr, kinds)))
         check_max_skipped(self.max_skipped)
         check_max_pixels(self.max_image_pixels)
         self._check("lr", math.isfinite(self.lr) and self.lr > 0, "a positive number")

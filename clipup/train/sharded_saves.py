@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..atomic_files import make_aside, remove_aside
+from ..atomic_files import make_aside, remove_aside, remove_directory
 from ..pretrained.shard_files import Index
 from . import sharded_checkpoints, sharded_state
 from .distributed import Ranks, unlimited_group
@@ -76,6 +76,7 @@ class ShardedSaves:
         self.wait()
         if self.last is not None and self.last[1] == state["step"]:
             self.last = self.ranks.first_does(lambda: self._replace_state(name, state)), state["step"]
+            self.saved(self.last[0])
             return self.last[0]
         aside = self.ranks.first_does(lambda: make_aside(self.folder))
         tensors = sharded_state.all_tensors(self.model, self.optimizer, self._names)
@@ -138,6 +139,8 @@ class ShardedSaves:
         path, _ = self.last or (self.folder / name, 0)
         sharded_checkpoints.write_state(path, state)
         if sharded_checkpoints.is_between_epochs(path) and path.name != name:
+            if path.with_name(name).exists():
+                remove_directory(path.with_name(name))
             path = path.rename(path.with_name(name))
         sharded_checkpoints.name_newest(path, state["step"])
         return path

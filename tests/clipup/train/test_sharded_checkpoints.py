@@ -220,9 +220,9 @@ def test_an_index_cannot_lead_out_of_its_directory_or_ask_for_more_memory_than_i
         content = json.loads(json.dumps(whole))
         for entry in content["tensors"].values():
             if change == "file":
-                entry["parts"][0]["file"] = "../rank_0.safetensors"
+                entry["parts"][0][2] = "../rank_0.safetensors"
             elif entry["shape"]:
-                entry["shape"][0] = entry["parts"][0]["shape"][0] = 10**12
+                entry["shape"][0] = entry["parts"][0][1][0] = 10**12
         (path / "index.json").write_text(json.dumps({"crc32": shard_files._crc_of(content), "content": content}))
         with pytest.raises(ValueError, match=r"not the name of a file|bytes cannot be in rank_0.safetensors"):
             load(path)
