@@ -181,7 +181,7 @@ def test_a_checkpoint_whose_writer_was_killed_before_it_was_named_is_not_used_an
 
     result = run(steps=6, resume="latest", save_total_limit=5)
 
-    assert "training from step 4 to step 6" in (result.directory / "out.log").read_text()
+    assert "from step 4 to step 6 on cpu" in (result.directory / "out.log").read_text()
     assert names(result) == ["epoch_1", "epoch_2", "latest.json", "step_4"]
     assert not list(folder.rglob(".writing*"))
 
