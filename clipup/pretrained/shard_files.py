@@ -242,7 +242,8 @@ class PartFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._name, self._file = "", None
+        self._name = ""
+        self._file: Any = None
 
     def read(self, name: str, entry: Entry, part: Part, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         """A box of a part of the tensor ``name``; its start is counted within the part.
