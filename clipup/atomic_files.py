@@ -25,10 +25,9 @@ def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     flushed to disk, they are moved into place. If anything fails before that, existing files are unchanged. Temporary
     directories left behind by killed processes are removed.
     """
-    name = f"{_PREFIX}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    name = _own_name()
     folders = {path.parent: path.parent / name for path in writers}
     written = {path: folders[path.parent] / path.name for path in writers}
-    _own.add(name)
     try:
         for parent, folder in folders.items():
             remove_abandoned(parent)
@@ -44,6 +43,36 @@ def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
         for folder in folders.values():
             shutil.rmtree(folder, ignore_errors=True)
         _own.discard(name)
+
+
+def make_aside(parent: Path) -> Path:
+    """A temporary directory in ``parent``, for files that are then moved into place together. ``remove_abandoned`` of a
+    later process removes it if this one is killed; otherwise end its use with ``remove_aside``."""
+    aside = parent / _own_name()
+    aside.mkdir()
+    return aside
+
+
+def remove_aside(aside: Path) -> None:
+    """Removes what is left of a directory from ``make_aside``; it may have been moved."""
+    shutil.rmtree(aside, ignore_errors=True)
+    _own.discard(aside.name)
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory as if at once: a kill in between leaves nothing under its name."""
+    aside = make_aside(path.parent)
+    try:
+        path.rename(aside / path.name)
+    finally:
+        remove_aside(aside)
+
+
+def _own_name() -> str:
+    """A new name of a temporary directory of this process."""
+    name = f"{_PREFIX}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    _own.add(name)
+    return name
 
 
 def remove_abandoned(directory: Path, locked: bool = False) -> None:

@@ -37,7 +37,6 @@ INSTEAD = {
     "--use-bnb-linear": "there are no 8-bit layers; --precision bf16 halves the memory of the weights",
     "--torchscript": "sparse layers cannot be scripted",
     "--trace": "sparse layers cannot be traced",
-    "--fsdp-checkpoint": "a checkpoint is one file",
     "--text-pooler-own-group": "the pooler of a Hugging Face tower belongs to the group of its projection",
     "--opt-fallback-list": "an optimizer with a fallback selects the parameters for it by their shapes",
     "--visual-layer-decay": "use --image-layer-decay",

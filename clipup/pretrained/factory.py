@@ -115,15 +115,23 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Loads weights into a dense or sparse model of the same architecture. Position embeddings are resized.
 
     Args:
-        path: safetensors, a state dict, or a checkpoint of open_clip's or clipup's trainer, with or without "module."
-            prefixes. No code in it is executed.
+        path: safetensors, a state dict, or a checkpoint of open_clip's or clipup's trainer, sharded or not, with or
+            without "module." prefixes. No code in it is executed.
 
     Raises:
         ValueError: the weights do not fit, or the file contains more than weights. The model is unchanged.
     """
     checks.module("model", model)
-    weights = read_weights(path).state_dict
-    model.load_state_dict(_fitting(model, weights, str(path), f"a {type(model).__name__} with these options"))
+    load_state_dict(model, read_weights(path).state_dict, str(path))
+
+
+def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """``load_checkpoint`` for weights that have been read.
+
+    Args:
+        source: where they come from, for error messages.
+    """
+    model.load_state_dict(_fitting(model, weights, source, f"a {type(model).__name__} with these options"))
 
 
 def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str, described_by: str) -> dict[str, Tensor]:

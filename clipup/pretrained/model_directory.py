@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import checks
 from ..moe.config import MoEConfig
 from .config_files import moe_config_in, read_config_file
+from .shard_files import is_sharded
 from .state_dicts import read_safetensors, types_in_safetensors
 
 CONFIG_NAME = "open_clip_config.json"
@@ -31,6 +32,10 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             or the mean or std of images are not numbers.
     """
     path = Path(directory) / CONFIG_NAME
+    if is_sharded(directory) and not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} is a sharded checkpoint, not a model; make a model directory of it with clipup convert"
+        )
     config = read_config_file(path, "a directory saved by clipup or open_clip")
     model_cfg = config.get("model_cfg")
     if not isinstance(model_cfg, dict):

@@ -106,10 +106,12 @@ def _open_clip_config(
         raise ValueError(f"model_cfg lacks {', '.join(missing)}; pass clipup.get_model_config(name)")
     if preprocess_cfg is None:
         preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
-    return {
-        "model_cfg": model_cfg,
-        "preprocess_cfg": {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg},
-    }
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_fields(preprocess_cfg)}
+
+
+def preprocess_fields(preprocess_cfg: dict[str, Any]) -> dict[str, Any]:
+    """Those of open_clip's transform of images that belong to a saved model."""
+    return {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg}
 
 
 def _write_text(text: str, path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.config import MoEConfig
+from . import shard_files
 
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
 
@@ -50,13 +51,15 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Reads a file of weights: safetensors, a training checkpoint, or a plain state dict.
+    """Reads a file of weights: safetensors, a training checkpoint, or a plain state dict; or a sharded checkpoint.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is incomplete, contains more than tensors and plain values, or has no weights.
     """
     path = Path(path)
+    if shard_files.is_sharded(path):
+        return _read_sharded(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; expected weights as safetensors or a checkpoint")
     if path.suffix == ".safetensors":
@@ -68,6 +71,14 @@ def read_weights(path: str | Path) -> Weights:
         raise ValueError(f"{path} has no weights: expected a state dict, or a dictionary with a state_dict")
     moe_cfg = content.get("moe_cfg") if state_dict is not content else None
     return Weights(strip_wrapper_prefixes(state_dict), None if moe_cfg is None else MoEConfig.from_dict(moe_cfg))
+
+
+def _read_sharded(directory: Path) -> Weights:
+    index = shard_files.read_index(directory)
+    shard_files.check_files(directory, index, index.files)
+    moe_cfg = index.configs.get("moe_cfg")
+    weights = shard_files.read_tensors(directory, index, shard_files.MODEL)
+    return Weights(weights, None if moe_cfg is None else MoEConfig.from_dict(moe_cfg))
 
 
 def types_in_safetensors(path: Path) -> dict[str, torch.dtype]:

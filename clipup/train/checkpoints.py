@@ -3,8 +3,9 @@
 open_clip's keys are epoch, name, state_dict, optimizer and scaler. The others are ``step`` (optimizer steps done),
 ``step_of_epoch`` (those of the current epoch, 0 at its start), ``steps_before``, ``samples_seen``, ``conditions`` (what
 these numbers depend on: ``clipup.train.resume``), ``validated`` (step and numbers of the last validation),
-``evaluations`` (records so far), ``skipped_steps``, ``skipped_samples``, ``seconds``, ``model_cfg``, ``moe_cfg``, and
-``finished`` (the model directory is written too). A file appears whole or not at all.
+``evaluations`` (records so far), ``skipped_steps``, ``skipped_samples``, ``seconds``, ``model_cfg``, ``moe_cfg``,
+``preprocess_cfg``, and ``finished`` (the model directory is written too). A file appears whole or not at all. Sharded
+checkpoints (``clipup.train.sharded_checkpoints``) are directories beside these files.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..atomic_files import replace_files
+from ..atomic_files import remove_directory, replace_files
 from ..pretrained.state_dicts import check_archive, read_pickle, strip_wrapper_prefixes
+from . import sharded_checkpoints
 from .finite import not_finite, tensors_of
 from .whole_state import load_weights
 
@@ -73,12 +77,16 @@ def _link_or_copy(source: Path, path: Path) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint, ours or open_clip_train's, onto the CPU. Nothing in it is executed.
 
+    The ``optimizer`` of a sharded one is {"by_name": tensors by parameter and key}.
+
     Raises:
         ValueError: it is not a checkpoint, holds only weights, is damaged, or holds values that are not finite.
         OSError: there is no such file, or it could not be read.
     """
     path = Path(path)
     try:
+        if path.is_dir():
+            return sharded_checkpoints.load(path)
         check_archive(path)
         state = read_pickle(path)
     except OSError as error:
@@ -96,33 +104,49 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def load_share(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Checks the files of a sharded checkpoint that are this rank's to check, and reads its state.
+
+    Raises:
+        ValueError: it is damaged, or holds values that are not finite.
+        OSError: it could not be read.
+    """
+    try:
+        sharded_checkpoints.check(directory, rank, world_size)
+        return sharded_checkpoints.read_state(directory)
+    except OSError as error:
+        raise _unread(directory, error) from error
+
+
 class Newest(NamedTuple):
     """The checkpoint to continue from."""
 
     path: Path
     state: dict[str, Any]
     passed_over: list[str]
-    """Why newer files were not used."""
+    """Why newer ones were not used."""
 
 
 def newest(directory: Path) -> Newest | None:
-    """The checkpoint with the most steps of those in a directory that ``load`` accepts; None if there are no files.
+    """The checkpoint with the most steps of those in a directory that ``load`` accepts; None if there is none.
 
     Raises:
-        ValueError: there are checkpoint files, and none of them can be used.
-        OSError: a file could not be read, which does not mean that it is damaged.
+        ValueError: there are checkpoints, and none of them can be used.
+        OSError: one could not be read, which does not mean that it is damaged.
     """
-    unusable, found = [], []
-    for path in sorted(_files(directory)):
-        try:
-            found.append((_position(path), path))
-        except FileNotFoundError:
-            if path.is_symlink():
-                raise
-            continue  # a run that is still training has removed it
-        except ValueError as error:
-            unusable.append(str(error))
-    for _, path in sorted(found, reverse=True):
+    return first_usable(directory, *candidates(directory), load)
+
+
+def first_usable(
+    directory: Path, paths: list[Path], unusable: list[str], load: Callable[[Path], dict[str, Any]]
+) -> Newest | None:
+    """The first of these checkpoints that ``load`` accepts, with the errors of those before, after ``unusable``.
+
+    Raises:
+        ValueError: there are some, or unusable ones, and none can be used.
+    """
+    unusable = list(unusable)
+    for path in paths:
         try:
             return Newest(path, load(path), unusable)
         except ValueError as error:
@@ -130,6 +154,59 @@ def newest(directory: Path) -> Newest | None:
     if unusable:
         raise ValueError(f"there are checkpoints in {directory}, but none can be used: {'; '.join(unusable)}")
     return None
+
+
+def candidates(directory: Path) -> tuple[list[Path], list[str]]:
+    """Checkpoints by their steps, most first, and why others cannot be used; tensors are not looked at.
+
+    Raises:
+        OSError: one could not be read, which does not mean that it is damaged.
+    """
+    unusable, found = [], []
+    named = sharded_checkpoints.newest_step(directory)
+    for path in sorted([*_files(directory), *sharded_checkpoints.directories(directory)]):
+        try:
+            position = _position(path)
+            if path.is_dir() and named is not None and position[0] > named:
+                continue  # its writer was killed before it was named
+            found.append((position, path))
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise
+            continue  # a run that is still training has removed it
+        except ValueError as error:
+            unusable.append(str(error))
+    return [path for _, path in sorted(found, reverse=True)], unusable
+
+
+def prune(newest: Path, limit: int | None) -> None:
+    """Deletes older checkpoints than this one, except for the ``limit`` newest of all; with None those that are named
+    by their step. ``epoch_latest.pt`` and damaged ones are left alone.
+
+    Raises:
+        OSError: one could not be deleted.
+    """
+    found = []
+    for path in [*_files(newest.parent), *sharded_checkpoints.directories(newest.parent)]:
+        with suppress(ValueError, OSError):
+            if path.name != LATEST:
+                found.append((_position(path), path))
+    last = _position(newest)
+    older = [path for position, path in sorted(found) if position <= last and path != newest]
+    if limit is None:
+        old = [path for path in older if sharded_checkpoints.is_between_epochs(path)]
+    else:
+        old = older[: max(len(older) - (limit - (newest.name != LATEST)), 0)]
+    for path in old:
+        delete(path)
+
+
+def delete(path: Path) -> None:
+    """Deletes a checkpoint, if there is one."""
+    if path.is_dir():
+        remove_directory(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _files(directory: Path) -> list[Path]:
@@ -143,8 +220,11 @@ def _files(directory: Path) -> list[Path]:
 def _position(path: Path) -> tuple[int, int]:
     """(step, epoch), without reading tensors."""
     try:
-        check_archive(path, suffix="data.pkl")
-        state = read_pickle(path, mmap=True)
+        if path.is_dir():
+            state = sharded_checkpoints.read_state(path)
+        else:
+            check_archive(path, suffix="data.pkl")
+            state = read_pickle(path, mmap=True)
     except OSError as error:
         raise _unread(path, error) from error
     position = state.get("step", -1), state.get("epoch", -1)
@@ -169,21 +249,33 @@ def restore(model: nn.Module, weights: dict[str, Tensor], source: str | Path) ->
     Raises:
         ValueError: they are of another model; the model is unchanged.
     """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    check_model(model, shapes, source)
+    load_weights(model, weights)
+
+
+def check_model(model: nn.Module, weights: dict[str, tuple[int, ...]], source: str | Path) -> None:
+    """
+    Args:
+        weights: the shapes of a checkpoint's weights by name.
+
+    Raises:
+        ValueError: they are of another model.
+    """
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
     unknown = [name for name in weights if name not in expected]
-    shapes = [name for name in expected if name in weights and weights[name].shape != expected[name].shape]
+    shapes = [name for name in expected if name in weights and weights[name] != tuple(expected[name].shape)]
     faults = [
         f"{names[0]} (of {len(names)}) is {fault}"
         for names, fault in ((missing, "missing"), (unknown, "unknown to the model"))
         if names
     ]
     if shapes:
-        there, here = list(weights[shapes[0]].shape), list(expected[shapes[0]].shape)
+        there, here = list(weights[shapes[0]]), list(expected[shapes[0]].shape)
         faults.append(f"{shapes[0]} (of {len(shapes)}) is {there} in the checkpoint and {here} in the model")
     if faults:
         raise ValueError(
             f"the checkpoint {source} is of another model: {'; '.join(faults)}. Use the options (--model, --moe) that "
             "it was trained with"
         )
-    load_weights(model, weights)

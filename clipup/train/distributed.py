@@ -148,6 +148,11 @@ def joined(options: TrainOptions) -> Iterator[Ranks]:
         yield _connect(options.device, options.dist_backend, watch, store)
 
 
+def unlimited_group() -> dist.ProcessGroup:
+    """Another gloo group of all ranks, for a thread that meets those of the other ranks. A collective."""
+    return dist.new_group(backend="gloo", timeout=_NO_TIMEOUT)
+
+
 def failure_is_reported() -> bool:
     """Whether another rank was first to report the failure of the last run, and prints its message."""
     return bool(_met) and _met[0][0].reported
@@ -186,7 +191,7 @@ def _connect(device: str, backend: str | None, watch: RankWatch, store: dist.Sto
     rank, world_size = watch.rank, watch.world_size
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_NO_TIMEOUT)
     atexit.register(_leave, watch)
-    return Ranks(target, rank, world_size, dist.new_group(backend="gloo", timeout=_NO_TIMEOUT), watch)
+    return Ranks(target, rank, world_size, unlimited_group(), watch)
 
 
 def _leave(watch: RankWatch) -> None:

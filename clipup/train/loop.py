@@ -118,6 +118,7 @@ class Trainer:
                 self._train()
                 skipped = self.data.skipped(self.ranks.gather)
         except BaseException as error:
+            self.checkpoints.end(error)
             self.reports.failure(error)
             raise
         finally:
@@ -252,15 +253,17 @@ class Trainer:
         if self.options.delete_previous_checkpoint:
             self.checkpoints.delete_before(self.state.epoch)
 
-    def _save(self, *names: str) -> None:
+    def _save(self, *names: str) -> Path | None:
         if self.directory is not None:
             self.state.skipped_samples = self.data.for_checkpoint(self.ranks.gather)
-        self.checkpoints.save(list(names), self.reports.recorder)
+        path = self.checkpoints.save(list(names), self.reports.recorder)
         self.clock.restart()
+        return path
 
     def _interrupt(self) -> None:
-        self._save(checkpoints.LATEST)
-        latest = self.directory.checkpoints / checkpoints.LATEST
+        latest = self._save(checkpoints.LATEST)
+        assert latest is not None  # without a directory signals are left alone
+        self.checkpoints.wait()
         raise TrainingInterrupted(
             f"stopped after step {self.state.step} of {self.length.steps}, saved {latest}; to continue, run the same "
             f"command with --name {self.directory.root.name} --resume latest",
@@ -275,7 +278,9 @@ class Trainer:
             self.checkpoints.save_model()
         except OSError:
             self._save(checkpoints.LATEST)
+            self.checkpoints.wait()
             raise
         self.state.finished = True
         self._save(checkpoints.LATEST)
+        self.checkpoints.wait()
         self.model.eval()

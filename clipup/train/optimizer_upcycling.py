@@ -24,12 +24,33 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
 
     Args:
         model: the dense model that was trained.
-        optimizer: ``state_dict()`` of its optimizer, as a checkpoint of ours or of open_clip_train holds it.
+        optimizer: as ``checkpoints.load`` returns it: ``state_dict()`` of its optimizer, or tensors by name.
         source: its name in messages.
 
     Raises:
         ValueError: it is the state of another model, or not of an AdamW.
     """
+    found = optimizer["by_name"] if "by_name" in optimizer else _by_name(model, optimizer, source)
+    state: OptimizerState = {}
+    for name, parameter in model.named_parameters():
+        values = found.get(name)
+        if not values:  # a parameter that never had a gradient
+            continue
+        absent = [key for key in ("step", *_MOMENTS) if key not in values]
+        if absent:
+            raise ValueError(f"the optimizer of {source} holds no {', '.join(absent)} for {name}; it is not an AdamW")
+        shapes = {tuple(values[key].shape) for key in _MOMENTS}
+        if shapes != {tuple(parameter.shape)}:
+            raise ValueError(
+                f"the optimizer of {source} is of another model: its moments of {name} have shape "
+                f"{' and '.join(map(str, shapes))}, the parameter {tuple(parameter.shape)}"
+            )
+        state[name] = values
+    return state
+
+
+def _by_name(model: nn.Module, optimizer: dict[str, Any], source: str) -> OptimizerState:
+    """A state dict's state by the names of the parameters. Raises ``ValueError`` if it is of another model."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     wanted = [[names[parameter] for parameter in group["params"]] for group in parameter_groups(model, 0.0)]
     held = [group["params"] for group in optimizer["param_groups"]]
@@ -46,23 +67,8 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
             f"the optimizer of {source} has groups of {', '.join(str(len(group)) for group in held)} parameters, the "
             f"dense model has {', '.join(str(len(group)) for group in wanted)}; use the model that it was trained with"
         )
-    state: OptimizerState = {}
-    parameters = dict(model.named_parameters())
-    for name, index in zip(sum(wanted, []), sum(held, []), strict=True):
-        values = optimizer["state"].get(index)
-        if values is None:  # a parameter that never had a gradient
-            continue
-        absent = [key for key in ("step", *_MOMENTS) if key not in values]
-        if absent:
-            raise ValueError(f"the optimizer of {source} holds no {', '.join(absent)} for {name}; it is not an AdamW")
-        shapes = {tuple(values[key].shape) for key in _MOMENTS}
-        if shapes != {tuple(parameters[name].shape)}:
-            raise ValueError(
-                f"the optimizer of {source} is of another model: its moments of {name} have shape "
-                f"{' and '.join(map(str, shapes))}, the parameter {tuple(parameters[name].shape)}"
-            )
-        state[name] = values
-    return state
+    pairs = zip(sum(wanted, []), sum(held, []), strict=True)
+    return {name: optimizer["state"].get(index, {}) for name, index in pairs}
 
 
 def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -> OptimizerState:

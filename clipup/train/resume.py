@@ -15,7 +15,7 @@ from typing import Any
 from . import checkpoints
 from .distributed import Ranks
 from .options import TrainOptions
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, load_together
 
 IDENTITY = (
     *("model", "moe", "moe_cfg", "train_data", "seed", "siglip"),
@@ -41,21 +41,13 @@ def find_checkpoint(
     if wanted is None:
         return None, []
     if directory is None:
-        return checkpoints.Newest(Path(wanted), checkpoints.load(wanted), []), []
-    found: list[checkpoints.Newest | None] = [None]
-
-    def find() -> tuple[Path | None, list[str]]:
-        found[0] = directory.resumed_from(wanted)
-        if found[0] is not None:
-            path, unusable = found[0].path, found[0].passed_over
-            return path, [f"resumed from {path}, because a checkpoint cannot be used: {reason}" for reason in unusable]
-        started = directory.holds_a_run()
-        return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"] if started else []
-
-    path, notes = ranks.first_does(find)
-    if path is None:
-        return None, notes
-    return found[0] or checkpoints.Newest(path, checkpoints.load(path), []), notes
+        return checkpoints.Newest(Path(wanted), load_together(Path(wanted), ranks), []), []
+    found = directory.resumed_from(wanted, ranks)
+    if found is not None:
+        path, unusable = found.path, found.passed_over
+        return found, [f"resumed from {path}, because a checkpoint cannot be used: {reason}" for reason in unusable]
+    started = ranks.first_does(directory.holds_a_run)
+    return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"] if started else []
 
 
 def conditions(

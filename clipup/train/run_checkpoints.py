@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..pretrained import model_card, model_directory, origin, saving
-from . import checkpoints, resume, whole_state
+from ..pretrained.shard_files import MODEL, read_index
+from . import checkpoints, resume, sharded_checkpoints, whole_state
 from .distributed import Ranks
 from .finite import FiniteGuard
 from .optim import load_optimizer_state, optimizer_state
 from .options import TrainOptions
 from .recorder import Recorder
+from .results import TrainingInterrupted
 from .run_directory import RunDirectory
 from .run_state import RunState
 from .setup import Built
+from .sharded_saves import ShardedSaves
 from .step import TrainStep
 from .validations import RETRIEVAL, ZERO_SHOT
 
@@ -52,6 +57,20 @@ class RunCheckpoints:
         self.directory = directory
         self.unsharded = unsharded
         self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch, order)
+        self._sharded: ShardedSaves | None = None
+        if options.fsdp_checkpoint == "sharded" and directory is not None:
+            self._sharded = self.sharded
+
+    @property
+    def sharded(self) -> ShardedSaves:
+        """Made before the first step if it is needed, by all ranks."""
+        if self._sharded is None:
+            arguments = self.built.model, self.train_step.optimizer, self.ranks, self._configs()
+            folder = self.directory.checkpoints if self.directory else Path()  # then only to load
+            limit = self.options.save_total_limit
+            prune = partial(checkpoints.prune, limit=limit)
+            self._sharded = ShardedSaves(folder, *arguments, self._is_saved, prune)
+        return self._sharded
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Puts the run where the checkpoint was written.
@@ -60,47 +79,106 @@ class RunCheckpoints:
             ValueError: the checkpoint is of another model, or from within an epoch of other data.
         """
         self.state.restore(checkpoint, source, self.options, self.conditions, self.ranks)
-        checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
-        if checkpoint.get("conditions", self.conditions)["options"].get("opt", "adamw") == self.options.opt:
-            load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
+        same_optimizer = (
+            checkpoint.get("conditions", self.conditions)["options"].get("opt", "adamw") == self.options.opt
+        )
+        if source.is_dir():
+            self._restore_sharded(source, same_optimizer)
+        else:
+            checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
+            if same_optimizer:
+                load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
         if self.train_step.scaler is not None and "scaler" in checkpoint:
             self.train_step.scaler.load_state_dict(checkpoint["scaler"])
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))
         self.guard.last_checkpoint = source
 
-    def save(self, names: list[str], recorder: Recorder) -> None:
-        """Writes a checkpoint under these names. A failure on rank 0 is raised on every rank."""
+    def _restore_sharded(self, source: Path, same_optimizer: bool) -> None:
+        if not same_optimizer:
+            raise ValueError(
+                f"{source} is a sharded checkpoint of another opt, which is read as a whole; resume with the former opt, "
+                "or start from its weights: clipup convert makes a model directory for --model"
+            )
+        index = read_index(source)
+        weights = {
+            name.removeprefix(MODEL): entry.shape for name, entry in index.tensors.items() if name.startswith(MODEL)
+        }
+        checkpoints.check_model(self.built.model, weights, source)
+        self.sharded.load(source, index)
+        if self.directory is not None and source.resolve().parent == self.directory.checkpoints.resolve():
+            self.sharded.last = source, self.state.step
+
+    def save(self, names: list[str], recorder: Recorder) -> Path | None:
+        """Writes a checkpoint under these names, and returns the path of the last. A failure is raised on every rank.
+
+        A sharded one has one name, and is written while the training goes on; ``wait`` waits for it.
+        """
         if self.directory is None or not names:
-            return
+            return None
         self.ranks.doing("saving a checkpoint", self.state.step)
         self.guard.check_loss(self.state.step, float(self.ranks.mean(self.guard.loss_since_check)))
         self.guard.check_weights(self.state.step, self.built.model, self.train_step.optimizer, self.ranks)
+        if self.options.fsdp_checkpoint == "sharded":
+            kept = next((name for name in names if name != checkpoints.LATEST), None)
+            name = sharded_checkpoints.directory_name(kept, self.state.step)
+            return self.sharded.save(name, self._state(recorder))
         paths = [self.directory.checkpoints / name for name in names]
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)
         optimizer = optimizer_state(self.train_step.optimizer, self.built.model, keep=self.ranks.first)
-        self.ranks.first_does(lambda: checkpoints.save(self._checkpoint(weights, optimizer, recorder), *paths))
-        self.guard.last_checkpoint = paths[-1]
+        tensors = {"state_dict": weights, "optimizer": optimizer}
+        self.ranks.first_does(lambda: checkpoints.save({**self._state(recorder), **self._configs(), **tensors}, *paths))
+        self._is_saved(paths[-1])
+        if self.options.save_total_limit is not None:
+            self.ranks.first_does(lambda: checkpoints.prune(paths[0], self.options.save_total_limit))
+        return paths[-1]
 
-    def _checkpoint(self, weights: dict[str, Any], optimizer: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
-        moe_config = getattr(self.built.model, "moe_config", None)
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is whole. A failure is raised on every rank."""
+        if self._sharded is not None:
+            self.ranks.doing("saving a checkpoint", self.state.step)
+            self._sharded.wait()
+
+    def end(self, error: BaseException) -> None:
+        """When an error ends the run: waits, unless it is impatience or other ranks may not come to the end."""
+        together = not self.ranks.several or isinstance(error, FloatingPointError)
+        impatient = isinstance(error, KeyboardInterrupt) and not isinstance(error, TrainingInterrupted)
+        if together and not impatient:
+            with suppress(OSError, RuntimeError):  # the error that ended the run is the one to raise
+                self.wait()
+
+    def _is_saved(self, path: Path) -> None:
+        self.guard.last_checkpoint = path
+
+    def _state(self, recorder: Recorder) -> dict[str, Any]:
+        """A checkpoint without tensors of the model and the optimizer."""
         scaler = self.train_step.scaler
         return {
             **self.state.for_checkpoint(),
             "name": self.directory.root.name,
-            "state_dict": weights,
-            "optimizer": optimizer,
             "skipped_steps": (self.guard.skipped, self.guard.in_row),
             "conditions": self.conditions,
             "evaluations": len(recorder.records("evaluations")),
+            **({} if scaler is None else {"scaler": scaler.state_dict()}),
+        }
+
+    def _configs(self) -> dict[str, Any]:
+        moe_config = getattr(self.built.model, "moe_config", None)
+        preprocess_cfg = getattr(getattr(self.built.model, "visual", None), "preprocess_cfg", None)
+        return {
             "model_cfg": self.built.model_cfg,
             "moe_cfg": None if moe_config is None else moe_config.to_dict(),
-            **({} if scaler is None else {"scaler": scaler.state_dict()}),
+            "preprocess_cfg": None if preprocess_cfg is None else saving.preprocess_fields(preprocess_cfg),
         }
 
     def delete_before(self, epoch: int) -> None:
         """Deletes the kept checkpoint of the epoch before, if there is one."""
-        if self.directory is not None and self.ranks.first:
-            (self.directory.checkpoints / checkpoints.epoch_name(epoch - 1)).unlink(missing_ok=True)
+        if self.directory is None:
+            return
+        self.wait()
+        before = self.directory.checkpoints / checkpoints.epoch_name(epoch - 1)
+        if self.ranks.first:
+            checkpoints.delete(before)
+            checkpoints.delete(before.with_suffix(""))
 
     def save_model(self) -> None:
         """The model as a directory that loads without the run, with the last evaluation in its card. A collective."""

@@ -5,7 +5,7 @@ LOGS/NAME/metrics.jsonl           a line per logged step
 LOGS/NAME/evaluations.jsonl       a line per evaluation
 LOGS/NAME/warnings.jsonl          a line per layer whose routing has collapsed, if any (clipup.train.routing_collapse)
 LOGS/NAME/options.json            all options
-LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt
+LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt; sharded ones: epoch_K/, step_N/, latest.json
 LOGS/NAME/tensorboard/            with report_to="tensorboard"
 LOGS/NAME/wandb/                  with report_to="wandb"
 LOGS/NAME/model/                  the trained model, as clipup.create_model_and_transforms reads it
@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from ..atomic_files import remove_abandoned, replace_files
 from ..locks import LOCK_FILE, exclusive
-from . import checkpoints
+from . import checkpoints, sharded_checkpoints
+from .distributed import Ranks
 from .options import TrainOptions
 from .recorder import KINDS, Record, read_records
 
@@ -36,6 +38,24 @@ _PARTS = (
     "out.log",
 )
 _DISCARDED = ".discarded.tmp"
+
+
+def load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
+    """``checkpoints.load`` by all ranks, with the same result or error on all. Of a sharded checkpoint each rank checks
+    some of the files, and the state is without tensors."""
+    if not ranks.first_does(path.is_dir):
+        loaded: list[dict[str, Any]] = []
+        ranks.first_does(lambda: loaded.append(checkpoints.load(path)))
+        return loaded[0] if loaded else checkpoints.load(path)
+    state, failure = {}, None
+    try:
+        state = checkpoints.load_share(path, ranks.rank, ranks.world_size)
+    except (ValueError, OSError) as error:
+        failure = error
+    for of_rank in ranks.gather(failure):
+        if of_rank is not None:
+            raise of_rank
+    return state
 
 
 def run_name(options: TrainOptions) -> str:
@@ -63,7 +83,7 @@ class RunDirectory:
         """
         otherwise = "wait for it to end, or choose another --name"
         with exclusive(self.root / LOCK_FILE, self.root, otherwise):
-            for directory in (self.root, self.checkpoints):
+            for directory in (self.root, self.checkpoints, *sharded_checkpoints.directories(self.checkpoints)):
                 remove_abandoned(directory, locked=True)
             remove_abandoned(self.model)
             shutil.rmtree(self.root / _DISCARDED, ignore_errors=True)
@@ -90,6 +110,8 @@ class RunDirectory:
         """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``."""
         if options.resume is None:
             self._discard(self._parts())
+        elif options.resume == "latest":
+            sharded_checkpoints.remove_unnamed(self.checkpoints)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
 
@@ -101,16 +123,19 @@ class RunDirectory:
         """Whether a file is in this directory."""
         return self.root.resolve() in path.resolve().parents
 
-    def resumed_from(self, resume: str) -> checkpoints.Newest | None:
-        """The checkpoint that ``--resume`` selects; None when there is none yet.
+    def resumed_from(self, resume: str, ranks: Ranks) -> checkpoints.Newest | None:
+        """The checkpoint that ``--resume`` selects; None when there is none yet. A collective. Of a sharded checkpoint
+        the state is without tensors.
 
         Raises:
             ValueError: none of the checkpoints can be used, or the selected one cannot.
         """
         if resume != "latest":
-            return checkpoints.Newest(Path(resume), checkpoints.load(resume), [])
+            return checkpoints.Newest(Path(resume), load_together(Path(resume), ranks), [])
+        folder = self.checkpoints
         try:
-            return checkpoints.newest(self.checkpoints)
+            paths, unusable = ranks.first_does(lambda: checkpoints.candidates(folder))
+            return checkpoints.first_usable(folder, paths, unusable, lambda path: load_together(path, ranks))
         except ValueError as error:
             raise ValueError(
                 f"--resume latest: {error}. Nothing was changed. Restore one from a copy, select another with --resume "

@@ -134,8 +134,8 @@ class Clock:
         self._steps += 1
 
     def logged(self) -> dict[str, float]:
-        """The times of a record: images per second of all ranks since the logged step before, the mean seconds of a step
-        and those in which it waited for data, and the seconds in training up to now."""
+        """The times of a record: images per second of all ranks since the logged step before, the mean seconds of a
+        step and those in which it waited for data, and the seconds in training up to now."""
         now = time.perf_counter()
         since = now - self._logged
         times = {

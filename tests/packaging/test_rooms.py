@@ -26,6 +26,7 @@ INSIDE_FUNCTIONS = {
     "clipup.cli.clip_benchmark -> clipup.evaluate.clip_benchmark": "CLIP_benchmark, an extra",
     "clipup.clip.accelerate -> clipup.clip.padding_aware": "open_clip, which SparseMoE does not need",
     "clipup.data.loaders -> clipup.data.webdataset_pipeline": "webdataset, an extra",
+    "clipup.train.sharded_saves -> clipup.train.dcp_storage": "torch.distributed.checkpoint, seconds to import",
 }
 """Imports of our own inside functions, and what each spares."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +55,32 @@ def run_all(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, A
     """A program for ranks: the runs by name."""
     for name, (moe, options) in cases.items():
         run(out, name, moe, **options)
+
+
+def newest(run: Path) -> Path:
+    """The newest checkpoint of a run: the one that latest.json names, or epoch_latest.pt."""
+    pointer = run / "checkpoints" / "latest.json"
+    name = json.loads(pointer.read_text())["checkpoint"] if pointer.is_file() else "epoch_latest.pt"
+    return run / "checkpoints" / name
+
+
+def resume_all(out: Path, before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> None:
+    """A program for ranks: runs two steps with the options of ``before``, and continues each with those of ``after``:
+    OUT/BEFORE is continued as "OUT/BEFORE, AFTER", for two steps of another epoch.
+
+    Runs that are there already are not repeated."""
+    for name, options in before.items():
+        if not (out / name).exists():
+            _together()
+            run(out, name, DROPLESS, lr_scheduler="const", **{"steps": 2, **options})
+        for then, more in after.items():
+            continued = f"{name}, {then}"
+            if int(os.environ.get("RANK", 0)) == 0:
+                shutil.copytree(out / name, out / continued)
+            _together()
+            run(out, continued, DROPLESS, lr_scheduler="const", resume="latest", **more)
+
+
+def _together() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

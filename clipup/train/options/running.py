@@ -89,12 +89,22 @@ class RunDirectoryOptions(OptionGroup):
     """Write epoch_latest.pt after every epoch."""
     save_every_n_steps: int = 0
     """Also write epoch_latest.pt after every n steps; 0 does not."""
+    save_total_limit: int | None = None
+    """Newest checkpoints that are kept; older ones are deleted. None keeps epoch_K and, of sharded ones, the last
+    step_N. epoch_latest.pt is not counted."""
+    fsdp_checkpoint: Literal["full", "sharded"] = "full"
+    """full: one file in open_clip's format, which rank 0 writes while training waits. sharded: a directory to which
+    every rank writes its part while training goes on (torch.distributed.checkpoint), with or without fsdp. Both can be
+    resumed with any parallelism, and clipup convert makes a model directory of both."""
     delete_previous_checkpoint: bool = False
     """Delete the previous epoch_K.pt once the next one is written and validated."""
 
     def check(self) -> None:
         for name in ("save_frequency", "save_every_n_steps"):
             check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        limit = self.save_total_limit
+        check("save_total_limit", limit, limit is None or limit >= 1, "at least 1, or None")
+        check("fsdp_checkpoint", self.fsdp_checkpoint, self.fsdp_checkpoint in ("full", "sharded"), "full or sharded")
         if self.name is not None:
             name = self.name
             check("name", name, Path(name).name == name, "the name of a directory, without separators")

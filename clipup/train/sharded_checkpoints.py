@@ -1,0 +1,165 @@
+"""The directories of sharded checkpoints, and the file that names the newest.
+
+    checkpoints/epoch_K/       after K whole epochs
+    checkpoints/step_N/        after step N
+    checkpoints/latest.json    {"checkpoint": the name of the newest, "step": its step}
+
+A directory is written under a temporary name, then renamed, then named in latest.json. One with more steps than
+latest.json says is not used: its writer was killed before that, or the run was continued from an earlier one.
+``state.pt`` in it is what a single-file checkpoint holds besides tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..atomic_files import remove_directory, replace_files
+from ..pretrained.shard_files import INDEX, MODEL, OPTIMIZER, Index, check_files, read_index, read_tensors
+from ..pretrained.state_dicts import check_archive, read_pickle
+from .finite import not_finite
+
+POINTER = "latest.json"
+STATE = "state.pt"
+_NAME = re.compile(r"(epoch|step)_\d+")
+_STEP = re.compile(r"step_\d+")
+
+
+def directory_name(kept_as: str | None, step: int) -> str:
+    """
+    Args:
+        kept_as: the file name of a full checkpoint in its place, if it is one that is kept.
+    """
+    return kept_as.removesuffix(".pt") if kept_as else f"step_{step}"
+
+
+def is_name(name: str) -> bool:
+    """Whether a sharded checkpoint may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
+def directories(folder: Path) -> list[Path]:
+    """All that are named like sharded checkpoints, in no order."""
+    try:
+        return [path for path in folder.iterdir() if is_name(path.name) and path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """Its ``state.pt``.
+
+    Raises:
+        ValueError: it is missing or damaged.
+        OSError: it could not be read.
+    """
+    path = directory / STATE
+    if directory.is_dir() and not path.exists():
+        raise ValueError(f"{directory} is not a whole sharded checkpoint: {STATE} is missing")
+    check_archive(path)
+    return read_pickle(path)
+
+
+def write_state(directory: Path, state: dict[str, Any]) -> None:
+    """Replaces its ``state.pt``."""
+    replace_files({directory / STATE: lambda path: torch.save(state, path)})
+
+
+def check(directory: Path, rank: int = 0, world_size: int = 1) -> Index:
+    """Reads the files that are this rank's to check, and compares them with their checksums.
+
+    Raises:
+        ValueError: one is missing or damaged, or holds values that are not finite.
+        OSError: one could not be read.
+    """
+    index = read_index(directory)
+    names = sorted(index.files)[rank::world_size]
+    check_files(directory, index, names)
+    for name in names:
+        _check_finite(directory / name)
+    return index
+
+
+def _check_finite(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            broken = next(
+                filter(None, (not_finite({name: file.get_tensor(name)}) for name in file.keys())),  # noqa: SIM118
+                None,
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if broken is not None:
+        raise ValueError(f"{path} holds values that are not finite, in {broken}; resume from an earlier checkpoint")
+
+
+def load(directory: Path) -> dict[str, Any]:
+    """Its state with all tensors: ``state_dict``, and ``optimizer`` as {"by_name": tensors by parameter and key}.
+
+    Raises:
+        ValueError: it is damaged, or holds values that are not finite.
+        OSError: it could not be read.
+    """
+    index = check(directory)
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for name, value in read_tensors(directory, index, OPTIMIZER).items():
+        parameter, _, key = name.rpartition(".")
+        by_name.setdefault(parameter, {})[key] = value
+    weights = read_tensors(directory, index, MODEL)
+    return {**read_state(directory), **index.configs, "state_dict": weights, "optimizer": {"by_name": by_name}}
+
+
+def finish(aside: Path, target: Path, index: Index, state: dict[str, Any]) -> None:
+    """Completes a directory whose tensors are written, and gives it its name."""
+    (aside / INDEX).write_text(index.to_json(), encoding="utf-8")
+    with open(aside / INDEX, "rb+") as file:
+        os.fsync(file.fileno())
+    write_state(aside, state)
+    if target.exists():  # from before the run was continued from an earlier one
+        remove_directory(target)
+    aside.rename(target)
+    name_newest(target, state["step"])
+
+
+def name_newest(directory: Path, step: int) -> None:
+    text = json.dumps({"checkpoint": directory.name, "step": step}) + "\n"
+    replace_files({directory.parent / POINTER: lambda path: path.write_text(text, encoding="utf-8")})
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step that latest.json names; None if there is no such file.
+
+    Raises:
+        OSError: it could not be read.
+    """
+    try:
+        step = json.loads((folder / POINTER).read_text(encoding="utf-8"))["step"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None  # damaged: the directories have checksums of their own
+    return step if isinstance(step, int) else None
+
+
+def remove_unnamed(folder: Path) -> list[Path]:
+    """Removes the directories that have more steps than latest.json says, and returns them."""
+    newest, removed = newest_step(folder), []
+    for directory in directories(folder) if newest is not None else ():
+        try:
+            step = read_state(directory)["step"]
+        except (ValueError, OSError, KeyError):
+            continue  # it is passed over by name
+        if step > newest:
+            remove_directory(directory)
+            removed.append(directory)
+    return removed
+
+
+def is_between_epochs(path: Path) -> bool:
+    """Whether it is named by its step."""
+    return _STEP.fullmatch(path.name) is not None

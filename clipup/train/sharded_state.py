@@ -1,0 +1,97 @@
+"""The tensors of a model and its optimizer by names that do not depend on how they are spread over ranks.
+
+``model.NAME`` are weights and buffers, ``optimizer.NAME.KEY`` the optimizer's tensors of the parameter NAME.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.expert_parallel import is_distributed
+from ..pretrained.shard_files import MODEL, OPTIMIZER, Index
+
+
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    """Names by parameter. Call it before the first step: FSDP2 exchanges the parameters of modules meanwhile."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def all_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """All tensors, which share the memory of the model and the optimizer.
+
+    Raises:
+        TypeError: the state holds something else.
+    """
+    found = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
+    for parameter, values in optimizer.state.items():
+        found |= {f"{OPTIMIZER}{names[parameter]}.{key}": value for key, value in values.items()}
+    for name, value in found.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} is {type(value).__name__}, and a sharded checkpoint holds only tensors; use "
+                "fsdp_checkpoint='full'"
+            )
+    return found
+
+
+def own_share(tensors: dict[str, Tensor], buffers: set[str], rank: int, world_size: int) -> dict[str, Tensor]:
+    """Those tensors that this rank writes, so that each part is copied and written by one rank.
+
+    Whole tensors are divided among the ranks by size, except for buffers, which may differ: those of rank 0 count. Of a
+    DTensor the ranks that hold the same part take turns.
+
+    Args:
+        buffers: names of the model's buffers.
+    """
+    loads = [0] * world_size
+    share = {}
+    for turn, name in enumerate(sorted(tensors, key=lambda name: (-tensors[name].nbytes, name))):
+        value: Any = tensors[name]
+        if is_distributed(value):
+            at, mesh = value.device_mesh.get_coordinate(), value.device_mesh
+            mine = all(
+                at[dimension] == turn % mesh.size(dimension)
+                for dimension, placement in enumerate(value.placements)
+                if placement.is_replicate()
+            )
+        else:
+            owner = 0 if name in buffers else loads.index(min(loads))
+            loads[owner] += value.nbytes
+            mine = owner == rank
+        if mine:
+            share[name] = value
+    return share
+
+
+def buffer_names(model: nn.Module) -> set[str]:
+    return {f"{MODEL}{name}" for name, _ in model.named_buffers()}
+
+
+def targets(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[Tensor, str], index: Index
+) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+    """Tensors to read a checkpoint into: all by name, and those of the optimizer also as the ``state`` of its state
+    dict. Those of the model share its memory."""
+    wanted = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
+    keys: dict[str, list[str]] = {}
+    for name in index.tensors:
+        if name.startswith(OPTIMIZER):
+            parameter_name, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
+            keys.setdefault(parameter_name, []).append(key)
+    state: dict[int, dict[str, Tensor]] = {}
+    for group, own in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
+        for parameter, number in zip(group["params"], own["params"], strict=True):
+            for key in keys.get(names[parameter], ()):
+                name = f"{OPTIMIZER}{names[parameter]}.{key}"
+                entry = index.tensors[name]
+                like_parameter = key != "step" and entry.shape == tuple(parameter.shape)
+                value = (
+                    torch.empty_like(parameter.detach())
+                    if like_parameter
+                    else torch.empty(entry.shape, dtype=entry.dtype)
+                )
+                wanted[name] = state.setdefault(number, {})[key] = value
+    return wanted, state

@@ -1,0 +1,254 @@
+"""Sharded checkpoints of one process: when they are written, which are kept and used, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from strangers import MakesFile
+
+import clipup
+from clipup.cli import main
+from clipup.moe.config import MoEConfig
+from clipup.pretrained import shard_files
+from clipup.train import Every, NonFiniteWeights, TrainingInterrupted, dcp_storage, train
+from clipup.train.checkpoints import load
+from clipup.train.sharded_checkpoints import POINTER
+
+
+@pytest.fixture
+def run(make_model, pairs, options):
+    """Three steps an epoch."""
+
+    def run(callbacks=(), moe=None, **changes):
+        chosen = options(**{"fsdp_checkpoint": "sharded", "lr_scheduler": "const", **changes})
+        return train(chosen, model=make_model(moe), loader=pairs(), callbacks=callbacks)
+
+    return run
+
+
+def names(result):
+    return sorted(path.name for path in (result.directory / "checkpoints").iterdir())
+
+
+def newest(result):
+    folder = result.directory / "checkpoints"
+    return folder / json.loads((folder / POINTER).read_text())["checkpoint"]
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_a_sharded_checkpoint_holds_what_a_full_one_holds(run):
+    sharded = load(newest(run(name="sharded")))
+    full = load(run(name="full", fsdp_checkpoint="full").directory / "checkpoints" / "epoch_latest.pt")
+
+    assert set(sharded) == set(full)
+    assert list(sharded["state_dict"]) and set(sharded["state_dict"]) == set(full["state_dict"])
+    assert all(torch.equal(value, sharded["state_dict"][name]) for name, value in full["state_dict"].items())
+    assert len(sharded["optimizer"]["by_name"]) == len(full["optimizer"]["state"])
+    assert sharded["step"] == 6 and sharded["finished"]
+
+
+@pytest.mark.parametrize("first,then", [("sharded", "full"), ("full", "sharded"), ("sharded", "sharded")])
+def test_a_resumed_run_equals_the_uninterrupted_one_with_either_kind_of_checkpoint(run, first, then):
+    whole = run(name="whole")
+
+    run(steps=4, fsdp_checkpoint=first)
+    resumed = run(resume="latest", fsdp_checkpoint=then)
+
+    assert [record["loss"] for record in resumed.history] == [record["loss"] for record in whole.history]
+    assert same_weights(resumed.model, whole.model)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(run, monkeypatch):
+    trained_on, writing, most = threading.Event(), [], []
+    write = dcp_storage.write_parts
+
+    def slow(path, *arguments):
+        writing.append(path)
+        most.append(len(writing))
+        in_time = trained_on.wait(20)
+        writing.remove(path)
+        assert in_time, "training waited"
+        return write(path, *arguments)
+
+    monkeypatch.setattr(dcp_storage, "write_parts", slow)
+    step = iter(range(1, 7))
+    result = run([Every(1, lambda model: trained_on.set() if next(step) == 3 else None)], save_every_n_steps=2)
+
+    assert result.steps == 6 and set(most) == {1}
+    assert load(newest(result))["step"] == 6
+
+
+def test_ctrl_c_waits_for_the_checkpoint_that_it_names(run, monkeypatch):
+    write = dcp_storage.write_parts
+    monkeypatch.setattr(dcp_storage, "write_parts", lambda *a: (threading.Event().wait(0.3), write(*a))[1])
+
+    with pytest.raises(TrainingInterrupted) as stopped:
+        run([Every(2, lambda model: os.kill(os.getpid(), signal.SIGINT))])
+
+    assert stopped.value.checkpoint.name == "step_2"
+    assert load(stopped.value.checkpoint)["step"] == 2
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_run_and_the_one_before_is_whole(run, monkeypatch):
+    write = dcp_storage.write_parts
+
+    def full_disk(path, *arguments):
+        if path.parent.parent.joinpath("step_2").exists():
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments)
+
+    monkeypatch.setattr(dcp_storage, "write_parts", full_disk)
+    with pytest.raises(OSError, match="step_4: .*No space left.*step_2 is whole.*--resume latest"):
+        run(save_every_n_steps=2, steps=8, save_frequency=0, save_most_recent=False)
+
+    monkeypatch.undo()
+    resumed = run(steps=8, resume="latest")
+    assert resumed.steps == 8 and not any(name.startswith(".") for name in names(resumed))
+
+
+def test_weights_that_are_not_finite_are_not_written(run):
+    def poison(model):
+        with torch.no_grad():
+            model.logit_scale.fill_(torch.nan)
+
+    with pytest.raises(NonFiniteWeights, match="step 2, so it was not saved"):
+        run([Every(2, poison)], save_every_n_steps=2, name="poisoned")
+
+
+@pytest.mark.parametrize(
+    "changes,kept",
+    [
+        ({}, ["epoch_1", "epoch_2", "epoch_3", "latest.json"]),
+        ({"save_total_limit": 2}, ["epoch_3", "latest.json", "step_8"]),
+        ({"save_total_limit": 3}, ["epoch_2", "epoch_3", "latest.json", "step_8"]),
+        ({"save_frequency": 0}, ["latest.json", "step_9"]),
+        ({"delete_previous_checkpoint": True, "save_every_n_steps": 0}, ["epoch_3", "latest.json"]),
+        ({"save_total_limit": 2, "fsdp_checkpoint": "full"}, ["epoch_2.pt", "epoch_3.pt", "epoch_latest.pt"]),
+    ],
+)
+def test_so_many_checkpoints_are_kept(run, changes, kept):
+    assert names(run(**{"steps": 9, "save_every_n_steps": 2, **changes})) == kept
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("file", ["rank_0.safetensors", "index.json", "state.pt"])
+@pytest.mark.parametrize("damage", [flip, cut, remove])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, file, damage):
+    first = run()
+    folder = first.directory / "checkpoints"
+    damage(folder / "epoch_2" / file)
+
+    with pytest.raises(ValueError, match=f"epoch_2.*({file}|missing|damaged)"):
+        run(resume=str(folder / "epoch_2"))
+    resumed = run(resume="latest")
+
+    assert "epoch_1, because a checkpoint cannot be used" in (first.directory / "out.log").read_text()
+    assert same_weights(first.model, resumed.model)
+    assert load(folder / "epoch_2")["step"] == 6
+
+
+def test_a_checkpoint_whose_writer_was_killed_before_it_was_named_is_not_used_and_removed(run):
+    folder = run(steps=4).directory / "checkpoints"
+    pointer = (folder / POINTER).read_text()
+    run(steps=5, resume="latest", save_total_limit=5)
+    (folder / POINTER).write_text(pointer)
+    for place in (folder, folder / "step_4"):
+        (place / ".writing.elsewhere.1.00000000.tmp").mkdir()
+
+    result = run(steps=6, resume="latest", save_total_limit=5)
+
+    assert "from step 4 to step 6 on cpu" in (result.directory / "out.log").read_text()
+    assert names(result) == ["epoch_1", "epoch_2", "latest.json", "step_4"]
+    assert not list(folder.rglob(".writing*"))
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A pickle that creates a file when it is executed, and that file."""
+    made = tmp_path / "executed"
+    return pickle.dumps({"epoch": 1, "step": 99, "x": MakesFile(made)}), made
+
+
+@pytest.mark.parametrize("file", ["state.pt", ".metadata", "rank_0.safetensors", "index.json"])
+def test_nothing_in_a_checkpoint_is_executed(run, stranger, tmp_path, file, capsys):
+    content, made = stranger
+    result = run(steps=3, save_frequency=0)
+    path = newest(result)
+    (path / file).write_bytes(content)
+
+    if file == ".metadata":  # torch's own index, which is not read
+        assert run(steps=4, resume="latest").steps == 4
+    else:
+        for resume in ("latest", str(path)):
+            with pytest.raises(ValueError, match=file):
+                run(steps=4, resume=resume)
+    main(["convert", str(path), str(tmp_path / "converted")])
+
+    assert not made.exists()
+
+
+def test_an_index_cannot_lead_out_of_its_directory_or_ask_for_more_memory_than_its_files_have(run, tmp_path):
+    path = newest(run(steps=3))
+    whole = json.loads((path / "index.json").read_text())["content"]
+    shutil.copy(path / "rank_0.safetensors", path.parent / "rank_0.safetensors")
+
+    for change in ("file", "size"):
+        content = json.loads(json.dumps(whole))
+        for entry in content["tensors"].values():
+            if change == "file":
+                entry["parts"][0][2] = "../rank_0.safetensors"
+            elif entry["shape"]:
+                entry["shape"][0] = entry["parts"][0][1][0] = 10**12
+        (path / "index.json").write_text(json.dumps({"crc32": shard_files._crc_of(content), "content": content}))
+        with pytest.raises(ValueError, match=r"not the name of a file|bytes cannot be in rank_0.safetensors"):
+            load(path)
+
+
+def test_convert_makes_a_model_directory_of_either_kind_of_checkpoint(run, named_model, tmp_path, capsys):
+    for kind in ("sharded", "full"):
+        result = run(name=kind, moe=MoEConfig.clip_up(num_experts=2), model=named_model, fsdp_checkpoint=kind)
+        path = newest(result) if kind == "sharded" else result.directory / "checkpoints" / "epoch_latest.pt"
+
+        assert main(["convert", str(path), str(tmp_path / kind)]) == 0
+
+        made, _, _ = clipup.create_model_and_transforms(str(tmp_path / kind))
+        assert same_weights(made, result.model)
+    files = [sorted(file.name for file in (tmp_path / kind).iterdir()) for kind in ("sharded", "full")]
+    assert files[0] == files[1] == ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
+
+
+def test_convert_refuses_what_it_cannot_convert(run, tmp_path, capsys):
+    result = run(steps=3)
+    out = str(tmp_path / "out")
+
+    for path, said in {
+        newest(result): "does not say which model it is of; pass --model",
+        result.directory: "not the directory of a sharded checkpoint; expected epoch_K or step_N",
+        tmp_path / "nothing.pt": "there is no file",
+    }.items():
+        assert main(["convert", str(path), out]) == 2
+        assert said in capsys.readouterr().err
