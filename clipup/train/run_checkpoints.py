@@ -96,8 +96,8 @@ class RunCheckpoints:
     def _restore_sharded(self, source: Path, same_optimizer: bool) -> None:
         if not same_optimizer:
             raise ValueError(
-                f"{source} is a sharded checkpoint of another opt, which is read as a whole; resume with the former opt, "
-                "or start from its weights: clipup convert makes a model directory for --model"
+                f"{source} is a sharded checkpoint of another opt, which is read as a whole; resume with the former "
+                "opt, or start from its weights: clipup convert makes a model directory for --model"
             )
         index = read_index(source)
         weights = {
