@@ -5,11 +5,12 @@
 
 A line of metrics.jsonl, and a record of ``result.history``: ``step``, ``epoch``, ``lr``, ``loss``, which is the sum of
 ``contrastive``, ``aux`` (the sparse layers' losses), ``distill`` with a teacher and ``caption`` for a CoCa;
-``logit_scale`` (the factor); ``images_per_second`` of all ranks, ``batch_time`` and ``data_time``, rank 0's mean seconds
-per step since the record before, and those in which it waited for data; ``seconds`` (in training); ``skipped_steps``
-(so far: steps whose gradient was not finite; they are not applied, and such a loss is None in the record). For a sparse
-model also ``balance``, ``z``, ``dropped``, ``router_entropy`` as means over layers, and under ``layers`` each of them
-for every layer with its ``load`` (share per expert). With accumulation the routing is that of the last batch of a step.
+``logit_scale`` (the factor); ``images_per_second`` of all ranks, ``batch_time`` and ``data_time``, rank 0's mean
+seconds per step since the record before, and those in which it waited for data; ``seconds`` (in training);
+``skipped_steps`` (so far: steps whose gradient was not finite; they are not applied, and such a loss is None in the
+record). For a sparse model also ``balance``, ``z``, ``dropped``, ``router_entropy`` as means over layers, and under
+``layers`` each of them for every layer with its ``load`` (share per expert). With accumulation the routing is that of
+the last batch of a step.
 
 A layer whose routing collapses is reported once, in ``result.warnings`` and warnings.jsonl
 (``clipup.train.routing_collapse``).
