@@ -74,6 +74,20 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
         raise
 
 
+def end_workers(loader: Any) -> None:
+    """Ends the persistent workers of a data loader. Ctrl-C meanwhile kills them, and is done with: left to the garbage
+    collector, it would be a traceback of an ignored exception."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is None:
+        return
+    loader._iterator = None
+    try:
+        iterator._shutdown_workers()
+    except KeyboardInterrupt:
+        for worker in iterator._workers:
+            worker.kill()
+
+
 def _ignore_signals(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..data.processes import end_workers
 from ..data.train_data import TrainData
 from .objectives import Batch
 
@@ -112,6 +113,8 @@ class Epochs:
 
     def close(self) -> None:
         """Releases the loader, so that workers that live longer than an epoch end with the run."""
+        if isinstance(self._info, TrainData):
+            end_workers(getattr(self._batches, "loader", None))
         self._info = self._batches = None
 
 

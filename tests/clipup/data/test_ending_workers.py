@@ -1,0 +1,44 @@
+"""The end of data workers that live longer than an epoch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import torch
+from picture_samples import preprocess, tokenizer
+
+from clipup.data.loaders import train_loader
+from clipup.train.training_data import Epochs
+
+QUICK = 3
+"""Images that a worker reads before it hangs."""
+
+
+class Hangs:
+    """A transform that takes a minute from its fourth image on."""
+
+    read = 0
+
+    def __call__(self, image) -> torch.Tensor:
+        self.read += 1
+        time.sleep(60 if self.read > QUICK else 0)
+        return preprocess(image)
+
+
+def test_ctrl_c_while_workers_end_kills_them_and_is_no_traceback(pictures, capfd):
+    epochs = Epochs(train_loader(pictures.csv(), Hangs(), tokenizer, batch_size=QUICK, workers=1), 1)
+    batches = epochs.epoch(0)
+    next(batches)
+    batches.close()
+    [worker] = epochs._batches.loader._iterator._workers
+    ctrl_c = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    ctrl_c.start()
+    try:
+        epochs.close()
+    finally:
+        ctrl_c.join()
+    worker.join(5)
+    assert not worker.is_alive() and "Exception ignored" not in capfd.readouterr().err
