@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from ..moe.layer import moe_layers
 from ..train.chunked_losses import LOGITS_AT_ONCE
 from ..train.options import TrainOptions
 from ..train.parallel import is_sharded
 from .activations import LayerTokens
 from .subject import Subject
-from .units import Unit, units
+from .units import Unit
 
 How = Literal["exact", "counted", "model"]
 """exact: equals what a run holds. counted: what autograd saves, within the tolerance of docs/plan.md. model: a formula
@@ -44,7 +43,7 @@ def memory(subject: Subject, options: TrainOptions, gpus: int, reserve: float = 
         options: batch_size counts pairs per rank and accumulated batch.
         reserve: share of all parts that the allocator's fragmentation, the CUDA context and NCCL need on top.
     """
-    parts = units(subject.model, options, gpus)
+    parts = subject.units(options, gpus)
     states = [
         Part("parameters", sum(unit.shard_bytes for unit in parts), "exact"),
         Part("gradients", sum(unit.shard_bytes for unit in parts), "exact"),
@@ -97,11 +96,10 @@ def _of_batch(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
     copies = (
         found.fixed - found.expert_copies + (found.largest_expert_copies if kept else found.expert_copies) / options.ep
     )
+    name = "weights in autocast's type" if subject.precision in ("amp", "amp_bf16") else "saved once a batch"
     result = [
         Part("inputs", subject.input_bytes * pairs * options.accum_freq, "exact"),
-        Part(
-            "weights in autocast's type" if found.expert_copies or found.fixed > 2**20 else "other", copies, "counted"
-        ),
+        Part(name, copies, "counted"),
         Part("activations", (found.checkpointed_per_pair if kept else found.per_pair) * pairs, "counted"),
     ]
     if kept:
@@ -124,7 +122,7 @@ def expert_parallel_bytes(subject: Subject, options: TrainOptions) -> float:
 
 def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:
     """Rows of a layer's experts for an image or a text: K for each token, fewer where a capacity drops some."""
-    config = moe_layers(subject.model)[layer.name].config
+    config = subject.sparse[layer.name]
     return layer.per_pair * config.top_k * min(1.0, config.capacity_factor or 1.0)
 
 

@@ -16,7 +16,6 @@ from .cost import Rates, StepTime, step_flops, step_time
 from .memory import Memory, memory
 from .subject import Subject
 from .traffic import Transfer, traffic
-from .units import units
 
 SPREAD = ("fsdp", "fsdp_replicas", "fsdp_no_reshard_after_forward", "ep", "grad_checkpointing", "accum_freq")
 """The options that a proposal chooses."""
@@ -90,7 +89,7 @@ def plan(
     check(subject.model, options, Ranks(torch.device("meta"), world_size=cluster.gpus), subject.precision)
     needed = memory(subject, options, cluster.gpus, cluster.reserve)
     transfers = traffic(subject, options, cluster.gpus, caption_tokens)
-    held = sum(unit.shard_bytes for unit in units(subject.model, options, cluster.gpus))
+    held = sum(unit.shard_bytes for unit in subject.units(options, cluster.gpus))
     time = step_time(subject, options, cluster.gpus, cluster.card, cluster.rates, transfers, held)
     fits = needed.bytes <= cluster.card.memory_gb * 1e9
     return Plan(options, needed, transfers, time, step_flops(subject, options, cluster.gpus), fits)

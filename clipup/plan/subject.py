@@ -15,8 +15,10 @@ from ..moe.layer import moe_layers
 from ..precision import Precision
 from ..pretrained import factory
 from ..train.objectives import SigmoidObjective
+from ..train.options import TrainOptions
 from ..upcycling.upcycle import upcycle
 from .activations import Activations, activations, bytes_per_logit
+from .units import Unit, units
 
 
 class Subject:
@@ -31,6 +33,7 @@ class Subject:
             raise ValueError(f"{type(model).__name__} has no text tower; clipup plan needs a model that takes pairs")
         self.model = model
         self.precision = precision
+        self._units: dict[tuple[bool, int, int, int], list[Unit]] = {}
 
     @classmethod
     def create(
@@ -62,7 +65,19 @@ class Subject:
         height, width = image_size(self.model)
         return 3 * height * width * (2 if self.precision == "bf16" else 4) + 8 * text_length(self.model)
 
+    @cached_property
+    def sparse(self) -> dict[str, MoEConfig]:
+        """The configs of the sparse layers by name."""
+        return {name: layer.config for name, layer in moe_layers(self.model).items()}
+
     @property
     def experts(self) -> int:
         """Of a sparse layer; 0 for a dense model."""
-        return max((layer.config.num_experts for layer in moe_layers(self.model).values()), default=0)
+        return max((config.num_experts for config in self.sparse.values()), default=0)
+
+    def units(self, options: TrainOptions, gpus: int) -> list[Unit]:
+        """``units.units`` of the model, once for each way to spread it."""
+        key = (options.fsdp, options.fsdp_replicas, options.ep, gpus)
+        if key not in self._units:
+            self._units[key] = units(self.model, options, gpus)
+        return self._units[key]

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from ..moe.layer import moe_layers
 from ..train.options import TrainOptions
 from ..train.parallel import is_sharded
 from .memory import rows_per_pair
 from .subject import Subject
-from .units import Unit, units
+from .units import Unit
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast", "copy"]
 _SHARE_SENT = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
@@ -51,7 +50,7 @@ def traffic(subject: Subject, options: TrainOptions, gpus: int, caption_tokens: 
         caption_tokens: mean length of a caption; sparse text layers that are aware of padding route no more. None: the
             whole context.
     """
-    parts = units(subject.model, options, gpus)
+    parts = subject.units(options, gpus)
     found = [*_gradients(parts), *_gathers(parts, options), *_rows(subject, options, caption_tokens)]
     found += [*_features(subject, options, gpus), *_small(subject, options, gpus, parts)]
     if options.fsdp_offload_cpu:
@@ -83,11 +82,11 @@ def _gathers(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
 
 def gathers_per_step(unit: Unit, options: TrainOptions) -> int:
     """A block is gathered for each forward and each backward pass, or once for both if it stays gathered. What belongs
-    to no block is gathered for each tower."""
-    towers = 2 if unit.kind == "root" else 1
+    to no block is gathered for each tower, or for each pass if it stays gathered."""
+    forward, backward = forward_passes(options), options.accum_freq
     if options.fsdp_no_reshard_after_forward:
-        return towers * options.accum_freq
-    return towers * forward_passes(options) + options.accum_freq
+        return forward + backward if unit.kind == "root" else backward
+    return (2 if unit.kind == "root" else 1) * forward + backward
 
 
 def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -> Iterator[Transfer]:
@@ -98,7 +97,7 @@ def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -
     forward = forward_passes(options) + (options.accum_freq if options.grad_checkpointing else 0)
     backward = options.accum_freq
     for layer in subject.activations.layers:
-        config = moe_layers(subject.model)[layer.name].config
+        config = subject.sparse[layer.name]
         rows = rows_per_pair(subject, layer) * options.batch_size
         if caption_tokens is not None and config.padding_aware and not layer.name.startswith("visual"):
             rows *= min(1.0, caption_tokens / layer.per_pair)
@@ -127,9 +126,7 @@ def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]
     else:
         buffers = sum(buffer.nbytes for buffer in subject.model.buffers())
         yield Transfer("scalars and counts", "broadcast", buffers, gpus)
-    counted = [
-        layer.config for layer in moe_layers(subject.model).values() if layer.config.loss_scope == "global_batch"
-    ]
+    counted = [config for config in subject.sparse.values() if config.loss_scope == "global_batch"]
     once = options.accum_freq > 1 or not options.grad_checkpointing
     size = sum(4 * (config.top_k * config.num_experts + 1) for config in counted)
     yield Transfer("scalars and counts", "all_reduce", size * (1 if once else 2), gpus)
