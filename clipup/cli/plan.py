@@ -182,4 +182,5 @@ def _proposal(made: Plan, proposed: Plan | None, cluster: Cluster) -> str:
         return "\nno setting fits: use more GPUs, GPUs with more memory, or a smaller batch"
     if proposed.setting() == made.setting():
         return "\nproposed: this setting"
-    return f"\nproposed (the shortest modelled step that fits, then the fewest bytes):\n  {summary(proposed, cluster)}"
+    rule = "fits, and sends least of those whose modelled step is within 5 % of the shortest"
+    return f"\nproposed ({rule}):\n  {summary(proposed, cluster)}"

@@ -70,14 +70,15 @@ def optimizer_bytes(parts: list[Unit]) -> int:
 
 def _whole(parts: list[Unit]) -> float:
     """Without reduction, FSDP2 keeps the gradients of all parameters that it gathers."""
-    return sum(unit.bytes for unit in parts if unit.shards > 1)
+    gathered = (parameter for unit in parts if unit.shards > 1 for parameter in unit.parameters)
+    return sum(parameter.numel * parameter.bytes_each for parameter in gathered)
 
 
 def _gathered(parts: list[Unit], options: TrainOptions) -> float:
     """The parameters that are whole at a time: those outside of blocks, a block, and the next one, which is gathered
     ahead. The buffer of a gather, and of a reduction, is as large as its block, and so are a block's gradients."""
     if options.fsdp_no_reshard_after_forward:
-        kept = _whole(parts)
+        kept = sum(unit.bytes for unit in parts if unit.shards > 1)
         return kept + 2 * _largest_block(parts)
     root = sum(unit.bytes for unit in parts if unit.kind == "root" and unit.shards > 1)
     return root + 4 * _largest_block(parts)

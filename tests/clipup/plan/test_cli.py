@@ -19,7 +19,7 @@ def test_a_plan_says_what_fits_how_sure_it_is_and_what_to_use_instead(capsys):
     assert "CLIP-UP of clipup-tiny-32 in amp_bf16, global batch 1,024, on 8 h100" in out
     assert "fits into 80 GB" in out and "expert rows" in out and "what autograd saves" in out
     assert "a model, not measured" in out and "run of 1,000,000 pairs, 977 steps" in out
-    assert "proposed (the shortest modelled step that fits, then the fewest bytes):\n  --batch-size 128" in out
+    assert "\nproposed (fits, and sends least" in out and "\n  --batch-size 128" in out
 
 
 def test_hours_and_price_follow_from_the_measured_pace(capsys):
@@ -69,10 +69,22 @@ def test_offloaded_state_is_in_the_memory_of_the_host(capsys):
         (["--gpu", "h1000"], "gpu must be one of h100, h200"),
         (["--price", "2"], "--price has no effect without --samples, or --epochs and --train-num-samples"),
         (["--num-experts", "4"], "--num-experts has no effect without --moe"),
-        (["--epochs", "2"], "set both, or samples instead"),
-        (["--mfu", "1.5"], "mfu must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_wrong_options_are_refused_by_name(arguments, message, capsys):
     assert main([*RUN, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "2"], "epochs counts passes over train_num_samples pairs; set both, or samples instead"),
+        (["--mfu", "1.5"], "mfu must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*RUN, *arguments])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
