@@ -141,6 +141,7 @@ class Options:
 RULES = [
     NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
     *moe_rules(lambda options: options.moe_cfg),
+    NoEffect(("caption_tokens",), lambda options: options.ep == 1, "without --ep"),
     NoEffect(("mfu",), lambda options: options.images_per_second is not None, "with --images-per-second"),
     NoEffect(("local_loss", "gather_with_grad", "loss_chunk_size"), lambda options: options.siglip, "with --siglip"),
     NoEffect(

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
-from ..clip.inputs import image_size, text_length
+from ..clip.inputs import ignore_padding, image_size, text_length
 from ..clip.towers import tower_blocks, towers
 from ..moe.layer import moe_layers
 from ..precision import Precision, autocast, image_dtype
@@ -134,6 +134,7 @@ def _fake_copy(model: nn.Module) -> Any:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
     fake = copy.deepcopy(model, memo)
+    ignore_padding(fake)
     for layer in moe_layers(fake).values():
         layer.config = layer.config.replace(padding_aware=False)  # a fake text has no end to be found
     return fake

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..clip import flops
 from ..clip.inputs import image_size, text_length
-from ..clip.towers import is_timm
+from ..clip.towers import towers
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from ..precision import Precision
@@ -27,10 +27,13 @@ class Subject:
     def __init__(self, model: nn.Module, precision: Precision = "amp_bf16") -> None:
         """
         Raises:
-            ValueError: not a model with an image and a text tower.
+            ValueError: not a model with an image and a text tower alone.
         """
-        if is_timm(model):
-            raise ValueError(f"{type(model).__name__} has no text tower; clipup plan needs a model that takes pairs")
+        if towers(model) != ("image", "text"):
+            raise ValueError(
+                f"a {type(model).__name__} has towers {towers(model)}; a plan is for models with an image and a text "
+                "tower, whose only loss compares their features"
+            )
         self.model = model
         self.precision = precision
         self._units: dict[tuple[bool, int, int, int], list[Unit]] = {}

@@ -79,8 +79,7 @@ class Unit(NamedTuple):
 
 
 def units(model: nn.Module, options: TrainOptions, gpus: int) -> list[Unit]:
-    """The units of a model, on any device. Parameters that are not trained have no part in training and are refused
-    by nothing here: they count as if they were."""
+    """The units of a model, on any device, in which all parameters are trained."""
     if not is_sharded(options):
         parameters = tuple(_parameters(model.named_parameters(), 1))
         return [Unit("replicated", parameters, 1, 1, gpus)]

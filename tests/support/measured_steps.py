@@ -73,7 +73,7 @@ def batches(count: int, ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def measure(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]) -> None:
-    """A program for ranks: writes what this one holds and sends in the third step of each case."""
+    """A program for ranks: writes what this one holds and sends in a step of each case."""
     found = {}
     for name, (moe, given) in cases.items():
         options = TrainOptions(device="cpu", **given)
@@ -85,7 +85,7 @@ def measure(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, A
             optimizer = adamw(model, options)
             step = TrainStep(wrapped, objective, optimizer, ranks.device, world_size=ranks.world_size)
             batch = batches(options.accum_freq, ranks.world_size)
-            for _ in range(2):  # DDP rebuilds its buckets in the second
+            for _ in range(1 if parallel.is_sharded(options) else 2):  # DDP rebuilds its buckets in the second
                 step(batch)
             with Collectives() as sent:
                 step(batch)

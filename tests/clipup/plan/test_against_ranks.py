@@ -25,7 +25,6 @@ SPREAD = {
 }
 OF_TWO = {
     **{f"sparse, {name}": (DROPLESS, how) for name, how in SPREAD.items()},
-    "dense, replicated": (None, {}),
     "dense, fsdp": (None, {"fsdp": True}),
     "sigmoid loss": (None, {"siglip": True}),
     "accumulated": (DROPLESS, {"fsdp": True, "ep": 2, "accum_freq": 2}),

@@ -68,6 +68,8 @@ def test_offloaded_state_is_in_the_memory_of_the_host(capsys):
         (["--fsdp", "--precision", "amp"], "precision 'amp' scales gradients"),
         (["--gpu", "h1000"], "gpu must be one of h100, h200"),
         (["--price", "2"], "--price has no effect without --samples, or --epochs and --train-num-samples"),
+        (["--model", "coca_ViT-B-32"], "a plan is for models with an image and a text tower"),
+        (["--caption-tokens", "9"], "--caption-tokens has no effect without --ep"),
         (["--num-experts", "4"], "--num-experts has no effect without --moe"),
     ],
 )

@@ -6,7 +6,7 @@ import tiny_parallel
 from clipup.clip.flops import count
 from clipup.plan import CARDS, Cluster, Rates, Subject, plan
 from clipup.plan.cost import bandwidth
-from clipup.plan.traffic import Transfer
+from clipup.plan.traffic import Transfer, traffic
 from clipup.train import TrainOptions
 
 H100, PLAIN = CARDS["h100"], Rates(link_efficiency=1.0)
@@ -50,3 +50,12 @@ def test_each_repeated_forward_pass_adds_its_flops(subject, options, passes):
     counts = count(subject.model)
     towers = passes * 32 * (counts.image_gflops + counts.text_gflops) * 1e9
     assert towers < made.flops < 1.05 * towers
+
+
+def test_shorter_captions_send_fewer_rows(subject):
+    options = TrainOptions(ep=2, batch_size=4)
+
+    def rows(caption_tokens):
+        return [one.payload for one in traffic(subject, options, 2, caption_tokens) if one.kind == "expert rows"]
+
+    assert rows(2) == [rows(None)[0], rows(None)[1] * 2 / 8]
