@@ -4,7 +4,9 @@
 
 Times are medians, between two events, with an empty second-level cache. ``predicted_ms`` is ``gpu_model.py``'s, with
 the rate of the second-level cache that was measured here. Ceilings: a copy in memory, reads of 24 MiB that stay in the
-second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has.
+second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has. With
+``--peers`` also the same grouped products by others: a loop over torch's products, torch's ``grouped_mm``, and QuACK
+where it is installed. A product that fails, or whose result differs from ours, is left out by name.
 """
 
 from __future__ import annotations
@@ -21,11 +23,19 @@ import triton.language as tl
 from harness import DTYPES, clock, commit, report, require_device
 
 from clipup_kernels.machine import package_version, processor_name
-from clipup_kernels.triton import dispatch, expert_mlp, expert_mlp_backward, rows, topk_gating, weight_gradient
+from clipup_kernels.triton import (
+    dispatch,
+    expert_mlp,
+    expert_mlp_backward,
+    router_logits,
+    rows,
+    topk_gating,
+    weight_gradient,
+)
 from clipup_kernels.triton.grouped_linear import project_rows
 
 COLUMNS = "launch ms p20_ms p80_ms gflop tflops mbyte gbytes_per_s predicted_ms measured_to_predicted"
-CACHED_BYTES, PASSES = 24 << 20, 64
+CACHED_BYTES, PASSES = 24 << 20, 256  # so many that the first pass, from memory, is 2% of the time
 
 
 class Launch(NamedTuple):
@@ -64,9 +74,11 @@ def ceilings(device: str, dtype: torch.dtype, size: int = 8192, copied: int = 1 
 
 
 def launches(
-    tokens: int, width: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, device: str
-) -> Iterator[Launch]:
-    """The launches of a forward and a backward pass in order, and torch's products on as many rows."""
+    tokens: int, width: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype, device: str,
+    with_peers: bool = False,
+) -> Iterator[Launch]:  # fmt: skip
+    """The launches of a forward and a backward pass, those of an op together, torch's products on as many rows, and,
+    ``with_peers``, others' grouped products."""
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, device=device).to(dtype)
@@ -75,7 +87,8 @@ def launches(
     x, dy = randn(tokens, width), randn(tokens, width)
     in_weight, out_weight = randn(experts, hidden, width) / width**0.5, randn(experts, width, hidden) / hidden**0.5
     in_bias, out_bias = randn(experts, hidden), randn(experts, width)
-    gates, indices, *_ = topk_gating.topk_gating(torch.randn(tokens, experts, device=device), top_k, True)
+    router, logits = torch.randn(experts, width, device=device), torch.randn(tokens, experts, device=device)
+    gates, indices, *_ = topk_gating.topk_gating(logits, top_k, True)
     plan = offsets, choice_of_row, row_of_choice = dispatch.dispatch(indices, experts)
     flops, weight = 2.0 * num_rows * width * hidden, size * experts * width * hidden
     narrow, wide, token_rows = size * num_rows * width, size * num_rows * hidden, size * tokens * width
@@ -91,6 +104,14 @@ def launches(
         dy, gates, offsets, choice_of_row, out_weight, z, "gelu", need_dz=True, need_a=True, need_parts=True
     )
     d_rows = project_rows(dz, in_weight, None, offsets, transposed=True)
+    routed = {move.name: move.bytes for move in gpu_model.moves(num_rows, width, hidden, experts, tokens, True)}
+
+    def routing(name: str, run: Callable[[], object]) -> Launch:
+        return Launch(name, 0, routed[name], run)
+
+    yield routing("router_logits", lambda: router_logits.router_logits(x, router))
+    yield routing("topk_gating", lambda: topk_gating.topk_gating(logits, top_k, True))
+    yield routing("dispatch", lambda: dispatch.dispatch(indices, experts))
     yield Launch("project_in", flops, narrow + weight + wide, lambda: project_in(False))
     yield Launch("project_in, z kept", flops, narrow + weight + 2 * wide, lambda: project_in(True))
     yield Launch(
@@ -118,9 +139,79 @@ def launches(
         lambda: project_rows(dz, in_weight, None, offsets, transposed=True),
     )  # fmt: skip
     yield Launch("gather_sum", 0, narrow + token_rows, lambda: rows.gather_sum(d_rows, row_of_choice))
+    yield routing(
+        "topk_gating_backward", lambda: topk_gating.topk_gating_backward(logits, indices, True, None, gates)
+    )  # fmt: skip
+    yield routing(
+        "router_logits_backward", lambda: router_logits.router_logits_backward(logits, x, router, None, [True, True])
+    )  # fmt: skip
+    yield routing("sum of x's gradients", lambda: dy.add_(x))
     left, right, back_right = randn(num_rows, width), in_weight[0].mT, in_weight[0]
     yield Launch("torch, in", flops, narrow + weight / experts + wide, lambda: left @ right)
     yield Launch("torch, out", flops, narrow + weight / experts + wide, lambda: a @ back_right)
+    if not with_peers:
+        return
+    token = choice_of_row // top_k
+    expected = {"in": z, "in with GELU": a, "out": out}
+    expected["in's gradient"] = weight_gradient.weight_gradient(
+        dz, x, offsets, need_bias=False, choice_of_row=choice_of_row, top_k=top_k, gather_right=True
+    )[0]
+    sizes = {"in": narrow + weight + wide, "in with GELU": narrow + weight + wide, "out": wide + weight + narrow}
+    for name, run in peers(x, a, dz, in_weight, in_bias, out_weight, out_bias, offsets, token):
+        what = name.partition(", ")[2]
+        if agrees(name, run, expected[what]):
+            yield Launch(name, flops, sizes.get(what, narrow + wide + weight), run)
+
+
+def peers(
+    x: torch.Tensor, a: torch.Tensor, dz: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor,
+    out_weight: torch.Tensor, out_bias: torch.Tensor, offsets: torch.Tensor, token: torch.Tensor,
+) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:  # fmt: skip
+    """The grouped products by others, without copying x [T, D] into expert order, which ``token`` [R] describes, where
+    they need that; biases are added where they can be. Every row has an expert."""
+    rows_in_order, counts = x[token.long()], offsets.diff().tolist()
+
+    def loop(left: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        result = left.new_empty(len(left), weight.shape[1])
+        for expert, (own, target) in enumerate(zip(left.split(counts), result.split(counts), strict=True)):
+            torch.addmm(bias[expert], own, weight[expert].T, out=target)
+        return result
+
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=x.device), offsets.diff().long())
+    ends = offsets[1:].int()
+    for name, left, weight, bias in (("in", rows_in_order, in_weight, in_bias), ("out", a, out_weight, out_bias)):
+        yield f"loop, {name}", lambda args=(left, weight, bias): loop(*args)
+        yield (
+            f"grouped_mm and bias, {name}",
+            lambda args=(left, weight.mT), bias=bias: torch.nn.functional.grouped_mm(*args, offs=ends) + bias[owner],
+        )
+    try:
+        from quack.gemm_interface import gemm, gemm_act
+    except Exception as failure:  # it may need another version of what is installed
+        print(f"left out: quack: {type(failure).__name__}: {failure}", flush=True)
+        return
+    gathered = {"cu_seqlens_m": offsets, "A_idx": token}
+    yield "quack, in", lambda: gemm(x, in_weight.mT, bias=in_bias, **gathered)
+    yield (
+        "quack, in with GELU",
+        lambda: gemm_act(
+            x, in_weight.mT, bias=in_bias, activation="gelu_tanh_approx", store_preact=False, **gathered
+        )[1],
+    )  # fmt: skip
+    yield "quack, out", lambda: gemm(a, out_weight.mT, bias=out_bias, cu_seqlens_m=offsets)
+    yield "quack, in's gradient", lambda: gemm(dz.T, rows_in_order, cu_seqlens_k=offsets)
+
+
+def agrees(name: str, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
+    """Whether a peer runs and gives ``expected`` up to rounding; says so if not."""
+    try:
+        error = float((run().float() - expected.float()).abs().max() / expected.float().abs().max())
+        reason = None if error <= 3e-2 else f"its result differs by {error:.1e} of the largest entry"
+    except Exception as failure:  # another project's, of many kinds
+        reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+    if reason is not None:
+        print(f"left out: {name}: {reason}", flush=True)
+    return reason is None
 
 
 def predictions(tokens: int, width: int, hidden: int, experts: int, top_k: int, l2: float) -> dict[str, float]:
@@ -131,8 +222,7 @@ def predictions(tokens: int, width: int, hidden: int, experts: int, top_k: int, 
         for product in gpu_model.products(*layer, experts, training):
             name = product.name + (suffix if product.name == "project_in" else "")
             found[name] = gpu_model.predict(product, l2, None).total
-        for name, size in gpu_model.moves(*layer, tokens, training):
-            found[name] = 1e3 * (size / gpu_model.DRAM_BYTES + gpu_model.LAUNCH)
+        found |= {move.name: move.milliseconds for move in gpu_model.moves(*layer, experts, tokens, training)}
     return found
 
 
@@ -157,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--repetitions", type=int, default=30, help="(default 30)")
+    parser.add_argument("--peers", action="store_true", help="also others' grouped products; QuACK tunes itself first")
     parser.add_argument("--csv", help="also write the table to this file")
     options = parser.parse_args(argv)
     require_device("cuda")
@@ -164,9 +255,12 @@ def main(argv: list[str] | None = None) -> None:
     dtype = DTYPES[options.dtype]
     table = [measure(launch, "cuda", options.repetitions) for launch in ceilings("cuda", dtype)]
     l2 = next(float(str(row["gbytes_per_s"])) for row in table if row["launch"] == "L2 read") * 1e9
-    predicted = predictions(*layer, l2) if torch.cuda.get_device_capability()[0] == 9 else {}
-    for launch in launches(*layer, dtype, "cuda"):
+    card = torch.cuda.get_device_properties(0)
+    modelled = (card.major, card.multi_processor_count) == (9, gpu_model.MULTIPROCESSORS)
+    predicted = predictions(*layer, l2) if modelled else {}
+    for launch in launches(*layer, dtype, "cuda", options.peers):
         row = measure(launch, "cuda", options.repetitions)
+        print(f"{launch.name}: {row['ms']} ms", flush=True)  # what was measured before the time is up
         if launch.name in predicted:
             row["predicted_ms"] = f"{predicted[launch.name]:.4f}"
             row["measured_to_predicted"] = f"{float(str(row['ms'])) / predicted[launch.name]:.2f}"

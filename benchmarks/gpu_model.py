@@ -4,10 +4,11 @@
     python benchmarks/gpu_model.py --tokens 4096 --l2 5.5
 
 Kernels are compiled for sm_90 by the installed Triton. A product's tile takes the longest of three times: its FLOPs on
-the tensor cores, its instructions in the four schedulers of a multiprocessor, and its operands from the second-level
-cache. A tile's epilogue overlaps the products of another one if two blocks share a multiprocessor, and is added if they
-do not. The last wave of tiles counts as full, and a launch takes at least as long as its bytes from memory. Left out
-are the start of a block, waiting at barriers, the clock under load and the host.
+the tensor cores, its instructions in the four schedulers of a multiprocessor, and its bytes through the second-level
+cache, operands, results and what its epilogue reads. A tile's epilogue overlaps the products of another one if two
+blocks share a multiprocessor, and is added if they do not. The last wave of tiles counts as full, and a launch takes at
+least as long as its bytes from memory. Routing and the sum of x's two gradients are included. Left out are the start of
+a block, waiting at barriers, the clock under load and the host.
 
     python benchmarks/gpu_model.py --tile 128 256 64 8 3    project_in and project_back with another tile
 """
@@ -56,6 +57,8 @@ class Product(NamedTuple):
     parts: int
     """Experts at whose ends tiles of rows are part full."""
     dram_bytes: float
+    epilogue_bytes: int = 2
+    """Bytes that the epilogue reads and writes for each output."""
 
 
 def code_of(name: str, tile: configs.Config | None) -> tuple[Code, dict[str, int], int]:
@@ -86,7 +89,7 @@ def products(rows: float, width: int, hidden: int, experts: int, training: bool)
     form = "gelu" if training else "inference"
     yield Product(
         "project_in", f"project_in {form} bf16 half 128x128x64 w8", width, (rows, hidden), experts,
-        narrow + weight + wide * (2 if training else 1),
+        narrow + weight + wide * (2 if training else 1), 4 if training else 2,
     )  # fmt: skip
     yield Product(
         "project_rows", "project_rows forward bf16 half 128x256x64 w8", hidden, (rows, width), experts,
@@ -96,7 +99,7 @@ def products(rows: float, width: int, hidden: int, experts: int, training: bool)
         return
     yield Product(
         "project_back", "project_back gelu bf16 half 128x128x64 w8", width, (rows, hidden), experts,
-        narrow + weight + 3 * wide,
+        narrow + weight + 3 * wide, 6,
     )  # fmt: skip
     yield Product(
         "expert_gradients", "expert_gradients plain bf16 half 128x256x64 w8", rows / experts,
@@ -132,7 +135,8 @@ def predict(product: Product, l2_bytes: float, other_tile: configs.Config | None
     tensor = 2 * block_m * block_n * block_k * steps / TENSOR_FLOPS
     issue = code.step * steps * warps / SCHEDULERS
     epilogue = code.after * warps / SCHEDULERS
-    l2 = 2 * (block_m + block_n) * block_k * steps / (l2_bytes / MULTIPROCESSORS / CLOCK)
+    through_l2 = 2 * (block_m + block_n) * block_k * steps + product.epilogue_bytes * block_m * block_n
+    l2 = through_l2 / (l2_bytes / MULTIPROCESSORS / CLOCK)
     waves = tiles / (MULTIPROCESSORS * blocks)
     cycles = blocks * max(tensor, issue + epilogue, l2) if blocks > 1 else max(tensor, issue, l2) + epilogue
     in_all = tiles / MULTIPROCESSORS / CLOCK * 1e3
@@ -141,19 +145,39 @@ def predict(product: Product, l2_bytes: float, other_tile: configs.Config | None
     return Prediction(tensor * in_all, (issue + epilogue) * in_all, l2 * in_all, dram, total, waves, blocks)
 
 
-def moves(rows: float, width: int, hidden: int, tokens: float, training: bool) -> Iterator[tuple[str, float]]:
-    """The launches that only move rows, and their bytes."""
-    yield "combine", 2 * rows * width + 2 * tokens * width
+class Move(NamedTuple):
+    """An op without products on tensor cores, or torch's."""
+
+    name: str
+    bytes: float
+    launches: int = 1
+
+    @property
+    def milliseconds(self) -> float:
+        return 1e3 * (self.bytes / DRAM_BYTES + self.launches * LAUNCH)
+
+
+def moves(rows: float, width: int, hidden: int, experts: int, tokens: float, training: bool) -> Iterator[Move]:
+    """Routing, and the launches that only move rows."""
+    token_rows, logits = 2 * tokens * width, 4 * tokens * experts
+    yield Move("router_logits", token_rows + logits)
+    yield Move("topk_gating", logits + 8 * rows + 4 * tokens, 2)
+    yield Move("dispatch", 16 * rows, 3)
+    yield Move("combine", 2 * rows * width + token_rows)
     if training:
-        yield "gate_gradient", 4 * rows * hidden / 128 + 2 * tokens * width
-        yield "gather_sum", 2 * rows * width + 2 * tokens * width
+        yield Move("gate_gradient", 4 * rows * hidden / 128 + token_rows)
+        yield Move("gather_sum", 2 * rows * width + token_rows)
+        yield Move("topk_gating_backward", 2 * logits + 8 * rows + 4 * tokens)
+        yield Move("router_logits_backward", 2 * token_rows + 2 * logits + 8 * 2048 * width, 3)
+        yield Move("sum of x's gradients", 3 * token_rows)
 
 
 def dense(rows: float, width: int, hidden: int, training: bool) -> float:
-    """Milliseconds of a dense MLP on as many rows in torch: products at cuBLAS's rate, biases and activation apart."""
+    """Milliseconds of a dense MLP on as many rows in torch: products at cuBLAS's rate, and passes over memory for the
+    activation, its slope, and the sums that are the biases' gradients."""
     flops = (3 if training else 1) * 4 * rows * width * hidden
-    activation = (2 + (3 if training else 0)) * 2 * rows * hidden
-    return 1e3 * (flops / CUBLAS_FLOPS + activation / DRAM_BYTES)
+    passes = (2 + (3 if training else 0)) * 2 * rows * hidden + (2 * rows * (hidden + width) if training else 0)
+    return 1e3 * (flops / CUBLAS_FLOPS + passes / DRAM_BYTES)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,21 +190,20 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     rows = options.tokens * options.top_k
     layer = rows, options.width, options.hidden
-    print(f"{'launch':18} {'blocks':>6} {'waves':>6} {'tensor':>7} {'issue':>7} {'L2':>7} {'memory':>7} {'ms':>7}")
+    print(f"{'launch':22} {'blocks':>6} {'waves':>6} {'tensor':>7} {'issue':>7} {'L2':>7} {'memory':>7} {'ms':>7}")
     for training in (False, True):
         total = 0.0
         for product in products(*layer, options.experts, training):
             found = predict(product, options.l2 * 1e12, options.tile and configs.Config(*options.tile))
             total += found.total
             times = (found.tensor, found.issue, found.l2, found.dram, found.total)
-            print(f"{product.name:18} {found.blocks:6} {found.waves:6.1f} " + " ".join(f"{ms:7.2f}" for ms in times))
-        for name, size in moves(*layer, options.tokens, training):
-            ms = 1e3 * (size / DRAM_BYTES + LAUNCH)
-            total += ms
-            print(f"{name:18} {'':6} {'':6} {'':7} {'':7} {'':7} {ms:7.2f} {ms:7.2f}")
+            print(f"{product.name:22} {found.blocks:6} {found.waves:6.1f} " + " ".join(f"{ms:7.2f}" for ms in times))
+        for move in moves(*layer, options.experts, options.tokens, training):
+            total += move.milliseconds
+            print(f"{move.name:22} {'':37} {move.milliseconds:7.2f} {move.milliseconds:7.2f}")
         peer = dense(*layer, training)
         what = "forward + backward" if training else "forward"
-        print(f"{what:18} {total:52.2f}, {total / peer:.2f} of dense_k ({peer:.2f} ms at cuBLAS's rate)\n")
+        print(f"{what:22} {total:52.2f}, {total / peer:.2f} of dense_k ({peer:.2f} ms at cuBLAS's rate)\n")
 
 
 if __name__ == "__main__":

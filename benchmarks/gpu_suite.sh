@@ -5,7 +5,9 @@
 #
 # Each window takes less than nine minutes; several run one after the other within the same time (all of them by default):
 #
-#   main    the self-check of every op, then the main case (50,000 tokens, 768/3072, bf16): every launch, and both passes
+#   main    a few CUDA tests, the self-check of every op, then the main case (50,000 tokens, 768/3072, bf16): every launch,
+#           and both passes
+#   choices tiles, descriptors and merged launches, each in turn with the usual one; others' grouped products
 #   tests   every CUDA test, then small shapes under compute-sanitizer
 #   sizes   other sizes and types, small ones first, and routing stage by stage
 #   models  whole CLIP models (needs open_clip; see WHEELS)
@@ -23,10 +25,10 @@ set -uo pipefail
 out=${1:?usage: benchmarks/gpu_suite.sh OUTDIR [WINDOW...]}
 shift
 windows=("$@")
-((${#windows[@]})) || windows=(main tests sizes models)
+((${#windows[@]})) || windows=(main choices tests sizes models)
 for window in "${windows[@]}"; do
-  if [[ ! " main tests sizes models " == *" $window "* ]]; then
-    echo "there is no window $window; there are main, tests, sizes and models" >&2
+  if [[ ! " main choices tests sizes models " == *" $window "* ]]; then
+    echo "there is no window $window; there are main, choices, tests, sizes and models" >&2
     exit 2
   fi
 done
@@ -82,14 +84,23 @@ sanitized() {  # sanitized TOOL LIMIT: small shapes under compute-sanitizer, eve
 
 workers=()  # most of the tests' time is Triton compiling
 "$PYTHON" -c "import xdist" &> /dev/null && workers=(-n 6)
+smoke="triton_is_used or small_experts or without_biases or (large_experts and tiled and dropless) or inference_gives"
+smoke+=" or (gating_and and 777) or many_rows_and_their or host_never_waits or twenty_runs_agree or graph_replays"
 main_case=(--shapes 50000x768x3072)
 other_cases=(--shapes 4096x768x3072 50000x512x2048 50000x1024x4096 200000x768x3072 400000x768x3072)  # the largest last
 
 window_main() {
-  step self_check 90 "$PYTHON" -m clipup_kernels.self_check cuda
-  step kernels 100 "$PYTHON" benchmarks/gpu_kernels.py --csv "$out/kernels.csv"
-  layer forward 70 forward "${main_case[@]}" --dtype bf16
-  layer training 80 training "${main_case[@]}" --dtype bf16
+  step smoke 60 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider tests/clipup_kernels/test_cuda.py \
+    tests/clipup_kernels/test_cuda_layer.py -k "$smoke"
+  step self_check 75 "$PYTHON" -m clipup_kernels.self_check cuda
+  step kernels 90 "$PYTHON" benchmarks/gpu_kernels.py --csv "$out/kernels.csv"
+  layer forward 65 forward "${main_case[@]}" --dtype bf16
+  layer training 70 training "${main_case[@]}" --dtype bf16
+}
+
+window_choices() {
+  step choices 250 "$PYTHON" benchmarks/gpu_choices.py --csv "$out/choices.csv"
+  step peers 110 "$PYTHON" benchmarks/gpu_kernels.py --peers --csv "$out/peers.csv"  # QuACK tunes itself
 }
 
 window_tests() {  # -v: a log that is cut off by the time still names what failed
@@ -118,7 +129,7 @@ if [[ -n ${WHEELS:-} ]]; then
   step wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$site" "$WHEELS"/*.whl
   export PYTHONPATH="$PYTHONPATH:$site"
 fi
-step device 60 "$PYTHON" -c \
+step device 40 "$PYTHON" -c \
   "import torch, triton; print(torch.cuda.get_device_name(), 'torch', torch.__version__, 'triton', triton.__version__)"
 step build 120 "$PYTHON" setup.py build_ext --inplace
 for window in "${windows[@]}"; do "window_$window"; done

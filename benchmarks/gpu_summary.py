@@ -169,9 +169,10 @@ def summary(folder: Path, measured: bool = True) -> tuple[str, bool]:
     page = ["# GPU suite", "", where, ""]
     page += [*table(shown, ([row[column] for column in shown] for row in rows)), ""]
     launched = "launch ms tflops gbytes_per_s predicted_ms measured_to_predicted".split()
-    if (folder / "kernels.csv").is_file():
-        launches = read(folder / "kernels.csv")
-        page += [*table(launched, ([row[column] for column in launched] for row in launches)), ""]
+    chosen = "layer launch choice ms p20_ms p80_ms ratio".split()
+    for name, columns in (("kernels.csv", launched), ("choices.csv", chosen), ("peers.csv", launched)):
+        if (folder / name).is_file():
+            page += [*table(columns, ([row[column] for column in columns] for row in read(folder / name))), ""]
     page += [line for told in left_out(folder) for line in (told, "")]
     page += [*table(("step", "status", "seconds", "last line"), (step.values() for step in steps)), ""]
     page += [*table(("it must show", "wanted", "measured", "verdict"), found), ""]

@@ -32,7 +32,7 @@ from clipup.pretrained.tokenizers import get_tokenizer
 from clipup.train import TrainOptions
 from clipup.train.distributed import Ranks
 from clipup.train.objectives import create_objective
-from clipup.train.optim import adamw
+from clipup.train.optim import create_optimizer
 from clipup.train.step import TrainStep
 from clipup_kernels.machine import package_version, processor_name
 
@@ -56,7 +56,9 @@ def step(model: torch.nn.Module, batch: Batch, args: argparse.Namespace) -> Call
     model = model.train().to(device, torch.bfloat16 if args.precision == "bf16" else None)
     images, texts = batch[0].to(device, next(model.parameters()).dtype), batch[1].to(device)
     objective = create_objective(options, model, Ranks(device), args.precision)
-    train_step = TrainStep(model, objective, adamw(model, options), device, args.precision, grad_clip_norm=1.0)
+    train_step = TrainStep(
+        model, objective, create_optimizer(model, options), device, args.precision, grad_clip_norm=1.0
+    )
     if not train_step([(images, texts)]).total.isfinite():
         raise SystemExit(f"{args.model} in {args.precision}: a loss that is not finite; nothing was timed")
     return lambda: train_step([(images, texts)])

@@ -17,6 +17,7 @@ from ..clip.accelerate import for_inference
 from ..data.loaders import load_eval_samples
 from ..data.options import SourceOptions, is_csv
 from ..evaluate import datasets
+from ..evaluate.imagenet_v2 import imagenet_v2
 from ..evaluate.labelled_images import image_folder, read_lines
 from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, zero_shot
@@ -41,9 +42,9 @@ class Options:
     """Tag or file of weights for a model given by name; a training checkpoint may be sparse."""
     random_weights: bool = False
     """Measure a model given by name with random, untrained weights."""
-    dataset: Literal["coco", "flickr30k", "imagenet", "webdataset", "csv"] | None = None
-    """Benchmark. coco, flickr30k: retrieval on Karpathy's splits; imagenet: classification; webdataset: as given in
-    its directory; csv: retrieval."""
+    dataset: Literal["coco", "flickr30k", "imagenet", "imagenet-v2", "webdataset", "csv"] | None = None
+    """Benchmark. coco, flickr30k: retrieval on Karpathy's splits; imagenet, imagenet-v2: classification; webdataset:
+    as given in its directory; csv: retrieval."""
     root: str | None = None
     """Directory of the benchmark; for webdataset also a shard pattern, for csv also the file."""
     split: str = "test"
@@ -123,6 +124,7 @@ _BENCHMARKS = {
         annotations=True,
     ),
     "imagenet": _Benchmark(lambda options, root, _: datasets.imagenet(root, options.split), classification=True),
+    "imagenet-v2": _Benchmark(lambda options, root, _: imagenet_v2(root), classification=True),
     "webdataset": _Benchmark(  # the task is only known from its files
         lambda options, root, templates: datasets.webdataset(root, options.split, templates),
         retrieval=True,
@@ -149,6 +151,7 @@ def _has_classification(options: Options) -> bool:
 
 RULES = [
     NoEffect(("split",), lambda options: options.dataset is None, "without --dataset"),
+    NoEffect(("split",), lambda options: options.dataset == "imagenet-v2", "on imagenet-v2, which is one split"),
     NoEffect(
         ("annotations",),
         lambda options: options.dataset is not None and not _BENCHMARKS[options.dataset].annotations,

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import TextIO
+from typing import Any, TextIO
 
 import tyro
 
 from ..data.options import is_csv
+from ..moe.config import MoEConfig
 from ..train import RankLost, TrainingInterrupted, TrainOptions, train
 from ..train.distributed import Launched, failure_is_reported
+from ..train.options import GROUPS
+from ..train.options.key_values import KeyValues
 from ..train.rank_watch import EXIT_CODE as _RANK_LOST
 from ..train.signals import program_ends_with_the_run
-from .flags import MOE_FLAGS, NoEffect, moe_rules, parse
+from . import open_clip_flags
+from .flags import MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle
 from .outputs import check_directory
 
 _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130
@@ -24,6 +29,24 @@ _CSV_FLAGS = ("csv_separator", "csv_img_key", "csv_caption_key")
 def _reads_csv(options: TrainOptions) -> bool:
     return is_csv(options.train_data, options.dataset_type) or is_csv(options.val_data)
 
+
+_Grouped: Any = dataclasses.make_dataclass(
+    "TrainOptions",
+    [
+        ("model", GROUPS["model"], dataclasses.field(default_factory=GROUPS["model"])),
+        ("sparse_layers", MoEConfig, dataclasses.field(default_factory=MoEConfig.clip_up)),
+        *((name, group, dataclasses.field(default_factory=group)) for name, group in GROUPS.items() if name != "model"),
+    ],
+    namespace={"__doc__": TrainOptions.__doc__},
+)
+"""The options as the command line shows them: a field per group, without prefixes in the names of the flags."""
+
+FLAGS = tuple(
+    f"--{field.name.replace('_', '-')}"
+    for field in (*dataclasses.fields(TrainOptions), *dataclasses.fields(MoEConfig))
+    if field.name != "moe_cfg"
+)
+"""All flags of the command."""
 
 RULES = [
     NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
@@ -35,12 +58,38 @@ RULES = [
         "on a CSV file",
     ),
     NoEffect(("val_frequency",), lambda options: options.val_data is None, "without --val-data"),
+    NoEffect(
+        ("zeroshot_frequency",),
+        lambda options: options.imagenet_val is None and options.imagenet_v2 is None,
+        "without --imagenet-val or --imagenet-v2",
+    ),
     NoEffect(("warmup", "lr_scheduler"), lambda options: options.skip_scheduler, "with --skip-scheduler"),
     NoEffect(
         ("local_loss", "gather_with_grad"),
         lambda options: options.siglip,
         "with --siglip",
     ),
+    NoEffect(
+        ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats"),
+        lambda options: not options.lock_image,
+        "without --lock-image",
+    ),
+    NoEffect(
+        ("lock_text_unlocked_layers", "lock_text_freeze_layer_norm"),
+        lambda options: not options.lock_text,
+        "without --lock-text",
+    ),
+    NoEffect(
+        ("wandb_project_name",),
+        lambda options: not options.trackers() & {"wandb", "trackio"},
+        "without --report-to wandb or trackio",
+    ),
+    NoEffect(
+        ("remote_sync_frequency", "remote_sync_protocol"),
+        lambda options: options.remote_sync is None,
+        "without --remote-sync",
+    ),
+    NoEffect(("wandb_notes",), lambda options: "wandb" not in options.trackers(), "without --report-to wandb"),
     NoEffect(("force",), lambda options: options.resume is not None, "with --resume"),
     NoEffect(("delete_previous_checkpoint",), lambda options: options.save_frequency == 0, "with --save-frequency 0"),
 ]
@@ -91,7 +140,43 @@ def _parse(argv: list[str]) -> TrainOptions:
         if Launched.from_environment().local_rank:
             quiet.enter_context(redirect_stdout(StringIO()))
             quiet.enter_context(redirect_stderr(StringIO()))
-        return parse(TrainOptions, argv, "clipup train", RULES, config=(tyro.conf.OmitArgPrefixes,))
+        try:
+            return _options(argv)
+        except ValueError as error:
+            if Launched.from_environment().local_rank:
+                raise SystemExit(_REFUSED) from error
+            raise
+
+
+def _options(argv: list[str]) -> TrainOptions:
+    """The options of a command line.
+
+    Raises:
+        ValueError: an option has a wrong value, no effect, or is one of open_clip_train's that there is not.
+        SystemExit: --help, or what is no option.
+    """
+    open_clip_flags.refuse(argv, FLAGS)
+    groups = parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,), registry=_key_values())
+    values: dict[str, Any] = {"moe_cfg": groups.sparse_layers}
+    for name, group in GROUPS.items():
+        values |= {field.name: getattr(getattr(groups, name), field.name) for field in dataclasses.fields(group)}
+    options = TrainOptions(**values)
+    refuse_idle(argv, options, RULES)
+    return options
+
+
+def _key_values() -> tyro.constructors.ConstructorRegistry:
+    """How tyro reads an option that is a mapping: KEY=VALUE KEY=VALUE, as open_clip_train does."""
+    registry = tyro.constructors.ConstructorRegistry()
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE ...]",
+        instance_from_str=KeyValues.parse,
+        is_instance=lambda value: isinstance(value, KeyValues),
+        str_from_instance=KeyValues.texts,
+    )
+    registry.primitive_rule(lambda info: spec if info.type is KeyValues else None)
+    return registry
 
 
 def _print(text: str, stream: TextIO, here: bool) -> None:

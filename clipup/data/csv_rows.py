@@ -24,17 +24,22 @@ class CsvFormat(NamedTuple):
     caption_key: str = "title"
 
 
-class Rows(NamedTuple):
-    """Columns of a file: each row's name (for messages), its image path, and its captions (one per line)."""
+class Row(NamedTuple):
+    """A usable row: its first line, the path of its image, and its captions (one per line)."""
 
-    names: list[str]
-    images: list[str]
-    captions: list[str]
+    line: int
+    image: str
+    captions: str
+
+
+def row_name(path: str, line: int, image: str) -> str:
+    """The name of a row in messages."""
+    return f"line {line} of {path}" + f" ({image})" * bool(image)
 
 
 def readable_rows(
     path: str, form: CsvFormat, skips: Skips, argument: str, directory: str | os.PathLike | None = None
-) -> Rows:
+) -> Iterator[Row]:
     """The usable rows; the others are noted in `skips`. With `directory`, paths are relative to it.
 
     Skipped are rows without image or caption, rows whose image is missing or empty, rows with too many cells, and rows
@@ -43,10 +48,9 @@ def readable_rows(
     Raises FileNotFoundError for a missing file, and ValueError for a missing column or text that is not UTF-8, each
     naming the argument.
     """
-    rows = Rows([], [], [])
     with open(_file(path, argument), encoding="utf-8-sig", newline="") as file:
         for line, image, caption, fault, count in _rows(file, path, form, argument):
-            name = f"line {line} of {path}" + f" ({image})" * bool(image)
+            name = row_name(path, line, image)
             if not fault and directory is not None and leaves(image):
                 fault = f"its image is not in {directory}"
             elif directory is not None and image:
@@ -60,10 +64,7 @@ def readable_rows(
             if fault:
                 skips.note(name, fault, count)
             else:
-                rows.names.append(name)
-                rows.images.append(image)
-                rows.captions.append(caption)
-    return rows
+                yield Row(line, image, caption)
 
 
 def check_columns(path: str, form: CsvFormat, argument: str) -> None:

@@ -1,27 +1,36 @@
 """Training data in memory: every sample is read and preprocessed once, then batches are gathered by index.
 
 For small data sets of small images, where decoding would take a core away from training (the pictograms, 12,376 images
-of 32 pixels, take 152 MB). Images are kept as float32, exactly as `preprocess` returned them, so cached and streamed
-runs see the same images; a random augmentation in `preprocess` is drawn only once.
+of 32 pixels, take 152 MB). Images are kept as float32, exactly as `preprocess` returned them, so data with and without
+a cache have the same images in the same order; a random augmentation in `preprocess` is drawn only once. Every process
+holds all images, so that each can have any batch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..progress import Progress
+from .epoch_order import EpochOrder
 from .options import DataOptions
 from .processes import reading
+from .random_choices import own_choices, seed_choices
 from .sample_index import Images, Record, check_records, csv_records, tar_records
-from .train_data import Reader, TrainData, mixed_seed
+from .train_data import Reader, Start, TrainData, described, global_batches
 
 _READ_BATCH = 64
 _TOKENIZE_BATCH = 4096
+_BATCHES_AT_ONCE = 64
+"""Whose samples are chosen together."""
+_FILLING = -1
+"""In place of an epoch in the seeds of augmentations."""
 
 
 def cached_data(options: DataOptions, shards: Sequence[str], reader: Reader, progress: bool) -> TrainData:
@@ -32,71 +41,86 @@ def cached_data(options: DataOptions, shards: Sequence[str], reader: Reader, pro
     else:
         records = csv_records(source, options.csv_format, skips, "train_data", merge_images=False)
     check_records(records, skips, source, "train_data")
-    return TrainData(CachedLoader(records, options, reader, progress and reader.rank == 0), reader.epoch, skips)
+    global_batches(len(records), options, reader)  # before the images are read
+    loader = CachedLoader(records, options, reader, progress and reader.rank == 0)
+    order = described(loader.order, loader.batches, loader.digest)
+    return TrainData(loader, reader.epoch, skips, accum_freq=options.accum_freq, start=loader.start, order=order)
 
 
 class CachedLoader:
-    """Full batches `(images [B, C, H, W] float32, tokens [B, L] int64)`, shuffled, from memory.
+    """Batches `(images [B, C, H, W] float32, tokens [B, L] int64)`, shuffled, from memory.
 
-    One caption per image is drawn each time. Order and captions depend on seed, epoch and rank alone. Each process
-    holds every `world_size`-th record; all processes serve the same number of batches.
+    One caption per image is drawn each time. The order is that of indexed data.
 
     Raises ValueError when there is less than one batch, when more samples are unreadable than may be skipped, or when
     the images would take more than half of the memory.
     """
 
     def __init__(self, records: Sequence[Record], options: DataOptions, reader: Reader, progress: bool) -> None:
-        batch_size, rank, world_size, skips = options.batch_size, reader.rank, reader.world_size, reader.skips
-        self.batch_size, self.seed, self.epoch, self.rank = batch_size, options.seed, reader.epoch, rank
-        self.num_batches = len(records) // world_size // batch_size
-        if self.num_batches == 0:
-            raise ValueError(
-                f"batch_size: got {batch_size} for {world_size} processes, but there are {len(records)} samples: "
-                "use a smaller batch"
-            )
-        self.num_samples = self.num_batches * batch_size * world_size
-        mine = records[rank::world_size]
-        skipped_before = int(skips)
-        self.images, readable = _read(mine, options, reader, progress)
-        unreadable = skipped_before / world_size + len(mine) - len(self.images)
-        skips.check((len(records) + skipped_before) / world_size, unreadable, world_size)
-        self.pass_counts = (len(records) + skipped_before) / world_size, dict(skips.samples)
-        if len(self.images) < batch_size:
-            raise ValueError(
-                f"batch_size: got {batch_size}, but only {len(self.images)} images of this process can be read: use a "
-                "smaller batch"
-            )
-        captions = [record.captions for record, good in zip(mine, readable, strict=True) if good]
+        self.start = Start()
+        self.images, readable = _read(records, options, reader, progress)
+        reader.skips.check(len(self.images) + int(reader.skips))
+        self.pass_counts = (len(self.images) + int(reader.skips)) / reader.world_size, dict(reader.skips.samples)
+        self.order = EpochOrder(len(self.images), options.seed)
+        self.batches = global_batches(len(self.images), options, reader)
+        self.num_batches = self.batches.of_rank
+        self.num_samples = self.batches.steps * self.batches.global_size
+        kept = [record for record, good in zip(records, readable, strict=True) if good]
+        self.digest = _digest(kept)
         # the index of an image's first caption; images with equal captions share them
         start: dict[tuple[str, ...], int] = {}
         texts: list[str] = []
-        for of_image in captions:
-            if of_image not in start:
-                start[of_image] = len(texts)
-                texts += of_image
+        for record in kept:
+            if record.captions not in start:
+                start[record.captions] = len(texts)
+                texts += record.captions
         step = _TOKENIZE_BATCH
         self.tokens = torch.cat([reader.tokenizer(texts[i : i + step]) for i in range(0, len(texts), step)])
-        self.first_caption = torch.tensor([start[of_image] for of_image in captions])
-        self.caption_count = torch.tensor([len(of_image) for of_image in captions])
+        self.first_caption = np.array([start[record.captions] for record in kept])
+        self.caption_count = np.array([len(record.captions) for record in kept], np.uint64)
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch(), self.rank))
-        count, wanted = len(self.images), self.num_batches * self.batch_size
-        rounds = -(-wanted // count)  # more than one only if other processes could read more samples
-        order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:wanted]
-        draw = (torch.rand(wanted, generator=generator, dtype=torch.float64) * self.caption_count[order]).long()
-        captions = self.first_caption[order] + draw
-        for images, texts in zip(order.split(self.batch_size), captions.split(self.batch_size), strict=True):
-            yield self.images[images], self.tokens[texts]
+        epoch, numbers = self.start.epoch, range(self.start.batch, self.num_batches)
+        for first in numbers[::_BATCHES_AT_ONCE]:
+            some = numbers[first - numbers.start : first - numbers.start + _BATCHES_AT_ONCE]
+            positions = np.concatenate([self.batches.positions(batch) for batch in some])
+            rows = self.order.rows_at(epoch, positions)
+            draws = self.order.seeds(epoch, positions) % self.caption_count[rows]
+            captions = torch.from_numpy(self.first_caption[rows] + draws.astype(np.int64))
+            size = self.batches.batch_size
+            for images, texts in zip(torch.from_numpy(rows).split(size), captions.split(size), strict=True):
+                yield self.images[images], self.tokens[texts]
+
+
+class _SeededImages(Images):
+    """Images whose augmentations depend on the seed and their number alone."""
+
+    def __init__(self, records: Sequence[Record], options: DataOptions, reader: Reader) -> None:
+        super().__init__(records, reader.preprocess, options.max_image_pixels)
+        self.order = EpochOrder(len(records), options.seed)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        with own_choices():
+            seed_choices(int(self.order.seeds(_FILLING, np.array([index]))[0]))
+            return super().__getitem__(index)
+
+
+def _digest(records: Sequence[Record]) -> str:
+    """Of which sample has which number; equal after the files have moved."""
+    found = hashlib.sha256()
+    for record in records:
+        place = os.path.basename(record.path) if record.offset is not None else None
+        found.update(repr((place, record.offset, record.captions)).encode())
+    return found.hexdigest()[:16]
 
 
 def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progress: bool) -> tuple[Tensor, list[bool]]:
     """All readable images, stacked, and for each record whether it was readable."""
     loader = DataLoader(
-        Images(records, reader.preprocess, options.max_image_pixels),
+        _SeededImages(records, options, reader),
         batch_size=_READ_BATCH,
         num_workers=options.workers,
         collate_fn=_keep_readable,
@@ -114,7 +138,7 @@ def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progr
                 readable.append(not reason)
             if batch is not None:
                 if images is None:
-                    _check_memory(len(records), batch[0])
+                    _check_memory(len(records), batch[0], reader.world_size)
                     images = torch.empty(len(records), *batch.shape[1:])
                 images[filled : filled + len(batch)] = batch
                 filled += len(batch)
@@ -129,12 +153,13 @@ def _keep_readable(items: list[Tensor | str]) -> tuple[Tensor | None, list[str]]
     return torch.stack(good) if good else None, ["" if isinstance(item, Tensor) else item for item in items]
 
 
-def _check_memory(count: int, image: Tensor) -> None:
-    needed = count * image.numel() * 4
+def _check_memory(count: int, image: Tensor, world_size: int) -> None:
+    here = min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))  # set by torchrun
+    needed = count * image.numel() * 4 * here
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory / 2:
         shape = " x ".join(map(str, image.shape))
         raise ValueError(
-            f"cache: {count} images of {shape} take {needed / 1e9:.1f} GB, more than half of the "
-            f"{memory / 1e9:.1f} GB of this machine: train without cache"
+            f"cache: {count} images of {shape} take {needed / 1e9:.1f} GB{f' in {here} processes' * (here > 1)}, more "
+            f"than half of the {memory / 1e9:.1f} GB of this machine: train without cache"
         )

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..extras import needed_for
-from .csv_batches import csv_data
 from .csv_rows import check_columns
 from .directories import not_a_source
 from .images import MAX_PIXELS
 from .in_memory import cached_data
+from .indexed_batches import indexed_data
 from .options import DataOptions, SourceOptions
 from .processes import reading
 from .sample_index import Images, Record, check_records, csv_records, tar_records
@@ -54,9 +54,14 @@ def train_loader(
     progress: bool = True,
     **options: Any,
 ) -> TrainData:
-    """Training batches `(images [B, C, H, W], tokens [B, L])`, streamed or from memory.
+    """Training batches `(images [B, C, H, W], tokens [B, L])`: indexed, from memory, or streamed.
 
     A text of several lines holds several captions; one is drawn each time. The same arguments give the same batches.
+    CSV files and local shards are indexed: the samples of step s of an epoch, their order, captions and augmentations
+    are the same for every `workers` and for all `batch_size`, `accum_freq` and `world_size` with the same product. Rank
+    r has batches r * accum_freq to (r + 1) * accum_freq - 1 of every step. The images of a cache are augmented once.
+    Shards by URL, and all with `dataset_resampled`, are streamed: their order also depends on `workers` and
+    `world_size`.
 
     Args:
         train_data, batch_size, workers, seed, options: fields of `clipup.data.options.DataOptions`, which describes
@@ -65,11 +70,11 @@ def train_loader(
         tokenizer: texts to tokens [N, L].
         world_size, rank: how many processes share the data, and which of them this is.
         epoch: the first epoch. Call `set_epoch` before each epoch.
-        progress: shows a progress bar while samples are read into memory.
+        progress: shows a progress bar while shards are indexed or samples are read into memory.
 
     Returns:
-        `dataloader` (with `num_batches`, `num_samples`), `set_epoch`, and `skipped`, the number of samples that could
-        not be read, each counted once.
+        `dataloader` (with `num_batches`, `num_samples`), `set_epoch`, which can start an epoch of indexed data at any
+        step, and `skipped`, the number of samples that could not be read, each counted once.
 
     Raises:
         ImportError: a package that training needs is missing.
@@ -99,12 +104,17 @@ def load_train_data(
     shards = _train_shards(options)
     if options.cache:
         data = cached_data(options, shards, reader, progress)
-    elif not shards:
-        data = csv_data(options, reader)
-    else:
+    elif is_streamed(options, shards):
         data = _streamed(options, shards, reader)
+    else:
+        data = indexed_data(options, shards, reader, progress)
     data.set_epoch(epoch)
     return data
+
+
+def is_streamed(options: DataOptions, shards: Sequence[str]) -> bool:
+    """Whether the samples of shards come in the order of the files. Local shards are indexed instead."""
+    return options.dataset_resampled or any(map(is_remote, shards))
 
 
 def _train_shards(options: DataOptions) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from .csv_rows import CsvFormat
 from .images import MAX_PIXELS, check_max_pixels
+from .retries import RETRIES, check_retries
 from .skips import MAX_SKIPPED, check_max_skipped
 
 CSV_EXTENSIONS = (".csv", ".tsv")
@@ -70,28 +71,47 @@ class DataOptions(SourceOptions):
 
     train_data: str
     """WebDataset shards (a path, DIR/train-*.tar, DIR/train-{000000..000024}.tar, several joined by "::"), a CSV file,
-    or a directory written by `clipup data` (its training shards)."""
+    or a directory written by `clipup data` (its training shards). CSV files and local shards are indexed; shards by URL
+    are streamed."""
     batch_size: int
     """Samples per batch and process."""
     workers: int = 1
     """Processes that read samples (0: the calling process); with `cache` they only fill the cache."""
     seed: int = 0
     """Seed of the order of samples and the choice of captions."""
+    accum_freq: int = 1
+    """Batches per step; of indexed data, the samples of a step depend on their number and the batch size together."""
     train_num_samples: int | None = None
-    """Samples per epoch; needed for shards without a `sizes.json` or `__len__` beside them."""
+    """Samples per epoch, by default all; needed for streamed shards without a `sizes.json` or `__len__` beside them."""
     dataset_resampled: bool = False
-    """Draw shards with replacement."""
+    """Draw shards with replacement, and stream them."""
+    train_data_upsampling_factors: str | None = None
+    """With dataset_resampled: how often the shards of each source in train_data are drawn, relative to the others, such
+    as "1::2" for "A::B"."""
     cache: bool = False
     """Keep preprocessed images and tokens in memory; for small data sets (see `clipup.data.in_memory`)."""
     allow_pipe: bool = False
     """Let `pipe:COMMAND` in `train_data` run its command in a shell."""
+    data_retries: int = RETRIES
+    """Further tries where reading a file, or opening a streamed shard, fails with an error that may be temporary; after
+    2, 4, 8, ... seconds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size < 1:
             raise ValueError(f"batch_size: got {self.batch_size}, expected at least 1")
+        if self.accum_freq < 1:
+            raise ValueError(f"accum_freq: got {self.accum_freq}, expected at least 1")
+        if self.train_num_samples is not None and self.train_num_samples < 1:
+            raise ValueError(f"train_num_samples: got {self.train_num_samples}, expected at least 1")
+        check_retries(self.data_retries)
         if self.workers < 0:
             raise ValueError(f"workers: got {self.workers}, expected 0 (read in this process) or more")
+        if self.train_data_upsampling_factors is not None and not self.dataset_resampled:
+            raise ValueError(
+                f"train_data_upsampling_factors={self.train_data_upsampling_factors!r} needs dataset_resampled: only "
+                "shards that are drawn with replacement can be drawn more often"
+            )
         if self.cache and (self.dataset_resampled or self.train_num_samples is not None):
             name = "dataset_resampled" if self.dataset_resampled else "train_num_samples"
             raise ValueError(f"{name}: has no effect with cache, which serves every sample once per epoch: drop one")

@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-_CHUNK = 32  # items sent to a process at once
+_CHUNK = 32
 _SECONDS_TO_END = 1
 
 
-def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None) -> Iterator[Any]:
+def each(
+    function: Callable[[Any], Any], items: Sequence[Any], processes: int | None = None, chunk: int = _CHUNK
+) -> Iterator[Any]:
     """The function's results for all items, in order.
 
     Args:
         processes: None for one per CPU; with 1, the calling process does the work.
+        chunk: items sent to a process at once.
 
     Workers ignore Ctrl-C; the calling process receives it and ends them.
     """
@@ -32,7 +35,7 @@ def each(function: Callable[[Any], Any], items: Sequence[Any], processes: int | 
     # Forked where possible, so that workers need not import the package (and torch) again
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     with context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(function, items, chunksize=_CHUNK)
+        yield from pool.imap(function, items, chunksize=chunk)
 
 
 def worker_init_fn() -> Callable[[int], None]:

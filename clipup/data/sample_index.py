@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .csv_rows import CsvFormat, readable_rows
+from .csv_rows import CsvFormat, readable_rows, row_name
 from .images import MAX_PIXELS, load_image
 from .shard_names import is_remote, open_shard, sizes_of
 from .skips import Note, Skips
@@ -99,7 +99,7 @@ def tar_records(shards: Sequence[str], skips: Skips, argument: str) -> list[Reco
             for sample in read_samples(file, shard, lose, images=False, expected=sizes.get(shard)):
                 found[shard] += 1
                 try:
-                    image, captions, about = complete(sample)
+                    image, _, captions, about = complete(sample)
                 except ValueError as error:
                     skips.note(sample.named, error)
                     continue
@@ -126,11 +126,10 @@ def csv_records(
         merge_images: makes the rows of one image a record with several captions.
         directory: which paths are relative to; they may not lead out of it.
     """
-    rows = readable_rows(path, form, skips, argument, directory)
     captions_of: dict[str, list[str]] = {}
     path_of: dict[str, str] = {}
-    for name, image, text in zip(*rows, strict=True):
-        key = image if merge_images else name
+    for line, image, text in readable_rows(path, form, skips, argument, directory):
+        key = image if merge_images else row_name(path, line, image)
         path_of[key] = image
         captions_of.setdefault(key, []).extend(lines(text))
     return [

@@ -7,6 +7,7 @@ of a file beside it, because a data set may come from anyone.
 from __future__ import annotations
 
 import glob
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
 _PIPE = "pipe"
+_FILE = "file"
 
 
 def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | None = None) -> list[str]:
@@ -44,6 +46,28 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
         raise FileNotFoundError(f"{argument}: {source!r} names no shard, expected a path such as DIR/train-*.tar")
     check_unchanged(shards, argument)
     return shards
+
+
+def shard_weights(source: str | os.PathLike, factors: str, allow_pipe: bool | None = None) -> list[float]:
+    """The factor of each of the training shards that ``expand_shards`` returns for a source of several.
+
+    Args:
+        factors: one number per source, such as "1::2" for "A::B".
+
+    Raises ValueError when there is another number of factors, or one is not a positive number.
+    """
+    sources, texts = list(filter(None, os.fspath(source).split("::"))), factors.split("::")
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(sources) or not all(0 < number < math.inf for number in numbers):
+        raise ValueError(
+            f"train_data_upsampling_factors: got {factors!r} for the {len(sources)} sources in train_data, expected a "
+            'positive number for each, separated by "::"'
+        )
+    expanded = [expand_shards(one, "train_data", allow_pipe) for one in sources]
+    return [number for number, shards in zip(numbers, expanded, strict=True) for _ in shards]
 
 
 def listed_shards(directory: str | os.PathLike, split: str, argument: str) -> list[str]:
@@ -73,7 +97,7 @@ def describe(directory: str | os.PathLike) -> dict:
 
 
 def is_remote(name: str) -> bool:
-    """Whether a shard is given by a URL (http:, s3:, pipe:, ...) instead of a path."""
+    """Whether a shard is given by a URL (http:, s3:, pipe:, file:, ...) instead of a path."""
     return _URL.match(name) is not None
 
 
@@ -81,6 +105,9 @@ def open_shard(shard: str) -> BinaryIO:
     """Opens a shard returned by `expand_shards` for reading from its start."""
     if not is_remote(shard):
         return open(shard, "rb")
+    scheme, _, path = shard.partition(":")
+    if scheme.strip().lower() == _FILE:
+        return open(path.removeprefix("//"), "rb")
     from webdataset.gopen import gopen
 
     return gopen(shard)
@@ -164,14 +191,14 @@ def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
     if scheme == _PIPE and not allow_pipe:
         permitted = "which is not allowed here" if allow_pipe is None else "pass --allow-pipe if you trust it"
         raise ValueError(f"{argument}: {url!r} would run a command in a shell, {permitted}")
-    if scheme == _PIPE:
+    if scheme in (_PIPE, _FILE):
         return url
     if "'" in url:  # webdataset passes URLs in single quotes to a shell
         raise ValueError(f"{argument}: {url!r} contains a quote ('), which is not valid in a URL: write %27")
     with needed_for("reading shards by URL", "train"):
         from webdataset.gopen import gopen_schemes
     if scheme not in gopen_schemes:
-        known = ", ".join(sorted({*gopen_schemes} - {"__default__"}))
+        known = ", ".join(sorted({*gopen_schemes, _FILE} - {"__default__"}))
         raise ValueError(f"{argument}: {url!r} has the unknown scheme {scheme}:, expected a path, or one of {known}")
     return url
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 Note = tuple[str, str, int]
@@ -28,10 +28,12 @@ def check_max_skipped(share: float) -> None:
 
 
 class Report(NamedTuple):
-    """What a reader met since its last report: the number of samples, and those it skipped."""
+    """What a reader met since its last report: the number of samples, those it skipped, and what it read again (its
+    name and the error of the time before)."""
 
     met: int
     skipped: list[Note]
+    retried: Sequence[tuple[str, str]] = ()
 
 
 class Notes:
@@ -40,6 +42,7 @@ class Notes:
     def __init__(self) -> None:
         self.met = 0
         self._notes: list[Note] = []
+        self._retried: list[tuple[str, str]] = []
         self._in_a_row = 0
 
     def add(self, name: str, reason: object, samples: int = 1) -> None:
@@ -48,6 +51,10 @@ class Notes:
         self._in_a_row += 1
         if self._in_a_row >= GIVE_UP_AFTER:
             raise ValueError(f"{GIVE_UP_AFTER} samples in a row could not be read, the last is {name}: {reason}")
+
+    def retry(self, what: str, error: object) -> None:
+        """Call before something is read again after an error."""
+        self._retried.append((what, str(error)))
 
     def read(self) -> None:
         """Call when a sample was read."""
@@ -58,8 +65,8 @@ class Notes:
         return f"; {self._notes[0][0]}: {self._notes[0][1]}" if self._notes else ""
 
     def report(self) -> Report:
-        report = Report(self.met, self._notes)
-        self.met, self._notes = 0, []
+        report = Report(self.met, self._notes, self._retried)
+        self.met, self._notes, self._retried = 0, [], []
         return report
 
 
@@ -75,6 +82,8 @@ class Skips:
         self._count = 0
         self.first = ""
         """The first one and its reason, as text."""
+        self.retries = 0
+        """How often something was read again after an error that may be temporary."""
 
     def __int__(self) -> int:
         return self._count
@@ -91,6 +100,18 @@ class Skips:
     def add(self, notes: Iterable[Note]) -> None:
         for note in notes:
             self.note(*note)
+
+    def restore(self, samples: Mapping[str, int]) -> None:
+        """Counts samples that were skipped before the run was resumed; they are not logged again."""
+        new = {name: count for name, count in samples.items() if name not in self.samples}
+        self.samples |= new
+        self._count += sum(new.values())
+
+    def add_retries(self, retried: Iterable[tuple[str, str]]) -> None:
+        """Counts and logs them."""
+        for what, error in retried:
+            self.retries += 1
+            _LOG.warning("reads %s again: %s", what, error)
 
     def check(self, total: float, count: float | None = None, world_size: int = 1) -> None:
         """Raises ValueError when more than `max_skipped` of `total` samples are unreadable.

@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from .shard_writer import SIZES_FILE
 
@@ -51,9 +51,20 @@ def lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def complete(sample: TarSample) -> tuple[str, list[str], dict]:
-    """The extension of its image, the captions (`captions` of its json, else the lines of its txt), and the rest of its
-    json.
+class Complete(NamedTuple):
+    """What a complete sample consists of."""
+
+    image: str
+    """The extension of its image."""
+    text: str
+    """The extension of the member with its captions."""
+    captions: list[str]
+    about: dict
+    """The rest of its json."""
+
+
+def complete(sample: TarSample) -> Complete:
+    """The parts of a sample. Captions are `captions` of its json, else the lines of its txt.
 
     Raises ValueError with the reason when it has no caption or no image.
     """
@@ -65,6 +76,7 @@ def complete(sample: TarSample) -> tuple[str, list[str], dict]:
     listed = about.pop("captions", None)
     listed = listed if isinstance(listed, list) else []
     captions = [" ".join(c.splitlines()) for c in listed if isinstance(c, str) and c.strip()]
+    text = "json" if captions else "txt"
     if not captions:
         try:
             captions = lines(sample.content.get("txt", b"").decode())
@@ -74,7 +86,13 @@ def complete(sample: TarSample) -> tuple[str, list[str], dict]:
         raise ValueError("it has no image beside it")
     if not captions:
         raise ValueError("it has no caption beside it")
-    return sample.image, captions, about
+    return Complete(sample.image, text, captions, about)
+
+
+def key_of(member: str) -> str:
+    """The key of the sample that a member belongs to."""
+    split = _KEY_AND_EXTENSION.fullmatch(member)
+    return split[1] if split else member
 
 
 def read_samples(

@@ -1,21 +1,20 @@
-"""What all training loaders share: the epoch, seeds, the choice of captions, and batches whose skips are counted."""
+"""What all training loaders share: the epoch, seeds, and batches whose skips are counted."""
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler, get_worker_info
 
+from .epoch_order import RULE, EpochOrder, GlobalBatches
+from .options import DataOptions
 from .processes import reading
 from .skips import Skips
-from .tars import lines
 
 
 class Reader(NamedTuple):
@@ -45,6 +44,15 @@ class SharedEpoch:
 
 
 @dataclass
+class Start:
+    """Where the next iteration over indexed data starts."""
+
+    epoch: int = 0
+    batch: int = 0
+    """The number of a batch of this rank in the epoch."""
+
+
+@dataclass
 class TrainData:
     """Training batches of one process. Call `set_epoch` before each epoch: order depends on seed and epoch alone."""
 
@@ -52,24 +60,61 @@ class TrainData:
     """Batches `(images [B, C, H, W], tokens [B, L])`; has `num_batches` and `num_samples`."""
     epoch: SharedEpoch
     skips: Skips
+    accum_freq: int = 1
     seed: int = 0
     rank: int = 0
     generator: torch.Generator | None = None
-    """The data loader's, which seeds its workers; re-seeded every epoch."""
-    sampler: DistributedSampler | None = None
+    """The data loader's of streamed data, which seeds its workers; re-seeded every epoch."""
+    start: Start | None = None
+    """Of indexed data. Streamed data start at the beginning of an epoch."""
+    order: dict[str, Any] | None = None
+    """What the order of samples depends on besides the epoch, as plain values (`described`). None for streamed data,
+    whose order also depends on the numbers of ranks and workers."""
 
     @property
     def skipped(self) -> int:
         """Number of samples that could not be read so far, each counted once."""
         return int(self.skips)
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """
+        Args:
+            first_step: the step of the epoch, of `accum_freq` batches, to start with; for indexed data only.
+        """
         self.epoch.set(epoch)
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch)
+        if self.start is not None:
+            self.start.epoch, self.start.batch = epoch, first_step * self.accum_freq
+        elif first_step:
+            raise ValueError(f"first_step: got {first_step}, but streamed data start at the beginning of an epoch")
         if self.generator is not None:
             own = (self.rank,) if self.rank else ()  # so that ranks do not augment alike
             self.generator.manual_seed(mixed_seed(self.seed, epoch, *own))
+
+
+def global_batches(samples: int, options: DataOptions, reader: Reader) -> GlobalBatches:
+    """The batches of one rank in an epoch of indexed data.
+
+    Raises ValueError when there are too few samples for a step.
+    """
+    batches = GlobalBatches(samples, options.batch_size, options.accum_freq, reader.rank, reader.world_size)
+    if batches.steps == 0:
+        accumulated = f", and {options.accum_freq} of them a step" if options.accum_freq > 1 else ""
+        raise ValueError(
+            f"batch_size: got {options.batch_size} for {reader.world_size} processes{accumulated}, but "
+            f"{options.train_data} has {samples} readable samples: use a smaller batch"
+        )
+    return batches
+
+
+def described(order: EpochOrder, batches: GlobalBatches, digest: str) -> dict[str, Any]:
+    """What decides the samples of every global batch besides the seed, as plain values."""
+    return {
+        "rule": RULE,
+        "rows": order.rows,
+        "samples": batches.samples,
+        "global_batch": batches.global_size,
+        "data": digest,
+    }
 
 
 class CountedBatches:
@@ -88,25 +133,41 @@ class CountedBatches:
         self._expected, self._skipped_before = total / world_size, int(skips) / world_size
         self._names_before = dict(skips.samples)
         self._met = self._skipped_before
+        self._earlier: dict[str, int] = {}
+        self._iterated = False
         self._skipped: dict[str, int] = {}
+
+    def restore(self, of_pass: Mapping[str, int]) -> None:
+        """Counts unreadable samples that all processes met in the next pass before it was interrupted."""
+        self._earlier, self._iterated = dict(of_pass), False
+
+    @property
+    def skipped_in_pass(self) -> dict[str, int]:
+        """The unreadable samples of the last pass by name, without those that are in no pass."""
+        return self._earlier | self._skipped
 
     @property
     def pass_counts(self) -> tuple[float, dict[str, int]]:
         """This process's share of the samples of the last pass, and the unreadable samples of that pass by name."""
-        return max(self._expected, self._met), self._names_before | self._skipped
+        return max(self._expected, self._met), self._names_before | self.skipped_in_pass
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._iterated:
+            self._earlier = {}
+        self._iterated = True
         self._met, self._skipped = self._skipped_before, {}
         with reading(self.loader) as batches:
             for images, texts, report in batches:
                 self._met += report.met
+                self.skips.add_retries(report.retried)
                 if report.skipped:
                     self.skips.add(report.skipped)
                     self._skipped |= {name: samples for name, _, samples in report.skipped}
-                    count = self._skipped_before + sum(self._skipped.values())
+                    new = sum(samples for name, samples in self._skipped.items() if name not in self._earlier)
+                    count = self._skipped_before + sum(self._earlier.values()) / self.world_size + new
                     self.skips.check(max(self._expected, self._met), count, self.world_size)
                 yield images, texts
 
@@ -114,32 +175,3 @@ class CountedBatches:
 def mixed_seed(*parts: int) -> int:
     """One seed from several numbers; different numbers give unrelated seeds."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-class DrawCaption:
-    """A tokenizer that draws one of the captions of a text, one per line.
-
-    Draws are the same for the same seed, epoch, rank and worker.
-    """
-
-    def __init__(self, reader: Reader, seed: int) -> None:
-        self.tokenizer, self.seed, self.rank, self.epoch = reader.tokenizer, seed, reader.rank, reader.epoch
-        self._state: tuple[int, int] | None = None
-        self._random = random.Random(0)
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Tokens [N, L], of one caption per text."""
-        return self.tokenizer([self._draw(text) for text in texts])
-
-    def _draw(self, text: str) -> str:
-        state = (self.epoch(), worker_id())
-        if state != self._state:
-            self._state = state
-            self._random = random.Random(mixed_seed(self.seed, self.rank, *state))
-        return self._random.choice(lines(text))
-
-
-def worker_id() -> int:
-    """Of the data loader's worker process that calls it; 0 outside of one."""
-    worker = get_worker_info()
-    return worker.id if worker else 0

@@ -1,29 +1,35 @@
 """Training batches streamed from WebDataset shards: a pipeline of webdataset's stages and ours.
 
-Order and contents of an epoch depend on seed, epoch, rank and number of workers alone. What cannot be read is skipped
-and counted. Only images and texts are decoded: webdataset's own decoder unpickles members with certain extensions.
+For shards by URL, and for resampled ones. Order and contents of an epoch depend on seed, epoch, rank, and the numbers
+of ranks and workers. What cannot be read is skipped and counted; opening a shard is tried again. Only images and texts
+are decoded: webdataset's own decoder unpickles members with certain extensions.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from io import BytesIO
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 import webdataset
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from .images import load_image
 from .options import DataOptions
 from .processes import worker_init_fn
-from .shard_names import open_shard, sizes_of
+from .retries import Retries
+from .shard_names import open_shard, shard_weights, sizes_of
 from .skips import Notes, Report
-from .tars import TarSample, complete, read_samples
-from .train_data import CountedBatches, DrawCaption, Reader, SharedEpoch, TrainData, mixed_seed, worker_id
+from .tars import TarSample, complete, lines, read_samples
+from .train_data import CountedBatches, Reader, SharedEpoch, TrainData, mixed_seed
 
 # Buffer sizes: (capacity, samples read before the first one is drawn), as in open_clip
 _SHARD_BUFFER = (2000, 500)
@@ -41,7 +47,9 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
     notes = Notes()
     own_shards: list[object]
     if options.dataset_resampled:
-        own_shards = [ResampledShards(shards, options.seed, reader.rank, reader.epoch)]
+        factors = options.train_data_upsampling_factors
+        weights = None if factors is None else shard_weights(options.train_data, factors, options.allow_pipe)
+        own_shards = [ResampledShards(shards, options.seed, reader.rank, reader.epoch, weights)]
     else:
         own_shards = [
             webdataset.SimpleShardList(shards),
@@ -51,7 +59,7 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
         ]
     dataset = webdataset.DataPipeline(
         *own_shards,
-        ReadShards(notes, sizes_of(shards), usual=max(1, num_samples // len(shards))),
+        ReadShards(notes, sizes_of(shards), max(1, num_samples // len(shards)), options.data_retries),
         Shuffle(*_SAMPLE_BUFFER, options.seed, reader.epoch),
         Decode(notes, options.max_image_pixels, reader, DrawCaption(reader, options.seed)),
         webdataset.batched(options.batch_size, collation_fn=default_collate, partial=False),
@@ -75,19 +83,39 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
         total=num_samples,
         world_size=reader.world_size,
     )
-    return TrainData(batches, reader.epoch, reader.skips, options.seed, reader.rank, generator)
+    return TrainData(
+        batches,
+        reader.epoch,
+        reader.skips,
+        accum_freq=options.accum_freq,
+        seed=options.seed,
+        rank=reader.rank,
+        generator=generator,
+    )
 
 
 class ResampledShards:
     """Shards drawn with replacement, without end; each worker of each rank draws its own."""
 
-    def __init__(self, shards: Sequence[str], seed: int, rank: int, epoch: SharedEpoch) -> None:
+    def __init__(
+        self,
+        shards: Sequence[str],
+        seed: int,
+        rank: int,
+        epoch: SharedEpoch,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """`weights`: how often each shard is drawn, relative to the others."""
         self.shards, self.seed, self.rank, self.epoch = shards, seed, rank, epoch
+        self.weights = weights
 
     def __call__(self) -> Iterator[dict[str, str]]:
         draws = random.Random(mixed_seed(self.seed, self.epoch(), self.rank, worker_id()))
         while True:
-            yield {"url": draws.choice(self.shards)}
+            if self.weights is None:
+                yield {"url": draws.choice(self.shards)}
+            else:
+                yield {"url": draws.choices(self.shards, self.weights)[0]}
 
 
 class Shuffle:
@@ -114,15 +142,16 @@ class SplitByRank:
 class ReadShards:
     """Samples of shards, complete or not. Damaged parts are skipped and noted."""
 
-    def __init__(self, notes: Notes, sizes: Mapping[str, int], usual: int) -> None:
-        """`sizes`: samples per shard, where known; `usual`: where unknown."""
+    def __init__(self, notes: Notes, sizes: Mapping[str, int], usual: int, retries: int) -> None:
+        """`sizes`: samples per shard, where known; `usual`: where unknown; `retries`: further tries to open one."""
         self.notes, self.sizes, self.usual = notes, sizes, usual
+        self.retried = Retries(retries, notes)
 
     def __call__(self, shards: Iterable[dict]) -> Iterator[TarSample]:
         for shard in shards:
             name = shard["url"]
             try:
-                file = open_shard(name)
+                file = self.retried(partial(str, name), partial(opened, name))
             except Exception as error:  # readers of URLs raise their own exceptions
                 self._skip(name, f"it cannot be opened ({error})", self.sizes.get(name, self.usual))
                 continue
@@ -133,11 +162,42 @@ class ReadShards:
                     self.notes.met += 1
                     yield sample
             finally:
-                file.close()
+                with suppress(OSError):  # of a program that delivered too little, which is noted
+                    file.close()
 
     def _skip(self, name: str, reason: object, samples: int) -> None:
         self.notes.met += samples
         self.notes.add(name, reason, samples)
+
+
+def opened(shard: str) -> BinaryIO:
+    """A shard whose beginning has been read: where a program such as curl delivers it, its failure shows there."""
+    file = open_shard(shard)
+    try:
+        begin = file.read(tarfile.BLOCKSIZE)
+    except BaseException:
+        file.close()
+        raise
+    if not begin:
+        file.close()  # raises OSError if the program has failed
+        return BytesIO()
+    return cast("BinaryIO", Begun(begin, file))
+
+
+class Begun:
+    """A file of which the beginning is read already."""
+
+    def __init__(self, begin: bytes, file: BinaryIO) -> None:
+        self._begin, self._file = begin, file
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._begin:
+            return self._file.read(size)
+        begin, self._begin = (self._begin[:size], self._begin[size:]) if size >= 0 else (self._begin, b"")
+        return begin if 0 <= size <= len(begin) else begin + self._file.read(size - len(begin) if size >= 0 else -1)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class Decode:
@@ -149,7 +209,7 @@ class Decode:
     def __call__(self, samples: Iterable[TarSample]) -> Iterator[tuple[Tensor, Tensor]]:
         for sample in samples:
             try:
-                extension, captions, _ = complete(sample)
+                extension, _, captions, _ = complete(sample)
             except ValueError as reason:
                 self.notes.add(sample.named, reason)
                 continue
@@ -181,3 +241,32 @@ class ReportedBatches:
                 f"batch_size: the shards of one worker hold fewer than {self.batch_size} readable samples: "
                 f"use a smaller batch, fewer workers, or cache the data{self.notes.first()}"
             )
+
+
+class DrawCaption:
+    """A tokenizer that draws one of the captions of a text, one per line.
+
+    Draws are the same for the same seed, epoch, rank and worker.
+    """
+
+    def __init__(self, reader: Reader, seed: int) -> None:
+        self.tokenizer, self.seed, self.rank, self.epoch = reader.tokenizer, seed, reader.rank, reader.epoch
+        self._state: tuple[int, int] | None = None
+        self._random = random.Random(0)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Tokens [N, L], of one caption per text."""
+        return self.tokenizer([self._draw(text) for text in texts])
+
+    def _draw(self, text: str) -> str:
+        state = (self.epoch(), worker_id())
+        if state != self._state:
+            self._state = state
+            self._random = random.Random(mixed_seed(self.seed, self.rank, *state))
+        return self._random.choice(lines(text))
+
+
+def worker_id() -> int:
+    """Of the data loader's worker process that calls it; 0 outside of one."""
+    worker = get_worker_info()
+    return worker.id if worker else 0

@@ -5,7 +5,7 @@ from ..data.shares import Share
 from .encode import encode_images, encode_texts
 from .labelled_images import image_folder, read_lines
 from .retrieval import evaluate_retrieval, retrieval
-from .zero_shot import zero_shot
+from .zero_shot import zero_shot, zero_shot_classifier
 
 __all__ = [
     "Share",
@@ -16,4 +16,5 @@ __all__ = [
     "read_lines",
     "retrieval",
     "zero_shot",
+    "zero_shot_classifier",
 ]

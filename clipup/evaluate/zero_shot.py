@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..clip.inputs import CheckedTokenizer
+from ..data.shares import Share
 from ..moe.evaluation import evaluating
 from ..precision import Precision, autocast
 from ..progress import progress
 from .datasets import Template
-from .encode import device_of, encode_images
+from .encode import device_of, encode_images, in_batches
+from .retrieval import NonFiniteFeatures
 
 TEMPLATES = open_clip.SIMPLE_IMAGENET_TEMPLATES
 """open_clip's seven short prompts."""
@@ -31,25 +33,28 @@ def zero_shot(
     batch_size: int = 64,
     precision: Precision = "fp32",
     show_progress: bool = False,
+    share: Share | None = None,
+    classifier: Tensor | None = None,
 ) -> dict[str, Any]:
     """Zero-shot accuracy, as fractions of 1.
 
     Args:
         model: open_clip's CLIP, dense or sparse, on its device.
-        samples: (image, class index) pairs.
+        samples: (image, class index) pairs. In a distributed evaluation, those of this process's batches.
         classes: one name per class.
         preprocess: image to tensor [3, height, width]; None if the images are tensors already.
         templates: functions of a class name, or strings with the placeholder ``{}``.
+        share: this process's share of a distributed evaluation, which returns the same on every process.
+        classifier: of these classes, as ``zero_shot_classifier`` returns it; None computes it.
 
     Returns:
         ``top1``, ``top5`` (top-N with N < 5 classes), ``chance`` (of top1), ``images``, ``classes``.
 
     Raises:
         ValueError: no images, no classes, no templates, or a class index without a name.
+        NonFiniteFeatures: a feature is NaN or infinite.
     """
-    for name, value in (("classes", classes), ("templates", templates)):
-        if not value:
-            raise ValueError(f"{name} is empty; expected at least one")
+    share = share or Share()
     labels: list[int] = []
 
     def images() -> Iterator[Tensor]:
@@ -59,18 +64,49 @@ def zero_shot(
             labels.append(label)
             yield image if preprocess is None else preprocess(image)
 
-    image_features = encode_images(model, images(), batch_size, precision)
-    device = device_of(model)
-    with evaluating(model), autocast(precision, device):
-        classifier = open_clip.build_zero_shot_classifier(
-            model,
-            CheckedTokenizer(tokenizer, model),
-            classnames=list(classes),
-            templates=list(templates),
-            num_classes_per_batch=max(1, batch_size // len(templates)),
-            device=device,
-        )
-    best = (image_features @ classifier.float().cpu()).topk(min(max(TOP_K), len(classes)), dim=1).indices
-    hits = best == torch.tensor(labels)[:, None]
+    if classifier is None:
+        classifier = zero_shot_classifier(model, classes, tokenizer, templates, batch_size, precision, share)
+    image_features = encode_images(model, images(), batch_size, precision, share)
+    for name, features in (("image_features", image_features), ("the features of the classes", classifier)):
+        if not features.isfinite().all():
+            raise NonFiniteFeatures(
+                f"{name} contain NaN or infinity, so nothing can be classified: the model is broken"
+            )
+    truth = torch.tensor([label for batch in share.join(list(in_batches(labels, batch_size))) for label in batch])
+    best = (image_features @ classifier).topk(min(max(TOP_K), len(classes)), dim=1).indices
+    hits = best == truth[:, None]
     accuracy = {f"top{k}": hits[:, :k].any(1).double().mean().item() for k in TOP_K}
-    return {**accuracy, "chance": 1 / len(classes), "images": len(labels), "classes": len(classes)}
+    return {**accuracy, "chance": 1 / len(classes), "images": len(truth), "classes": len(classes)}
+
+
+def zero_shot_classifier(
+    model: nn.Module,
+    classes: Sequence[str],
+    tokenizer: Callable[[list[str]], Tensor],
+    templates: Sequence[Template] = TEMPLATES,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    share: Share | None = None,
+) -> Tensor:
+    """The mean features of the prompts of each class, normalized, [D, classes] in float32 on the CPU (open_clip's
+    ``build_zero_shot_classifier``). The arguments are those of ``zero_shot``; every process passes all classes."""
+    for name, value in (("classes", classes), ("templates", templates)):
+        if not value:
+            raise ValueError(f"{name} is empty; expected at least one")
+    share = share or Share()
+    at_once = max(1, batch_size // len(templates))
+    mine = share.part(classes, at_once)
+    device = device_of(model)
+    columns: list[Tensor] = []
+    if mine:
+        with evaluating(model), autocast(precision, device):
+            whole = open_clip.build_zero_shot_classifier(
+                model,
+                CheckedTokenizer(tokenizer, model),
+                classnames=mine,
+                templates=list(templates),
+                num_classes_per_batch=at_once,
+                device=device,
+            )
+        columns = list(whole.float().cpu().split(at_once, dim=1))
+    return torch.cat(share.join(columns), dim=1)

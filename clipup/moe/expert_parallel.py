@@ -26,7 +26,7 @@ Compute = Callable[[Tensor, Tensor, Plan], Tensor]
 
 def is_distributed(tensor: object) -> bool:
     """Whether it is a DTensor. (To import DTensor takes half a second, which users of a plain layer need not wait.)"""
-    return hasattr(tensor, "device_mesh")
+    return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any) -> Any:

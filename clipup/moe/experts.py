@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -109,11 +110,15 @@ class Experts(nn.Module):
     def run_experts(self, tokens: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
         """tokens [T, D] -> [T, D], computed in ``dtype``; None means the parameters' type."""
         x = cast(tokens, dtype)
-        group = expert_parallel.group_of(self._parameters.get("in_weight"))
+        group = self.expert_group()
         if group is None:
             return self._run_own_experts(x, gates, plan, dtype)
         compute = partial(self._run_own_experts, dtype=dtype)
         return expert_parallel.computed_where_the_experts_are(x, gates, plan, group, compute)
+
+    def expert_group(self) -> dist.ProcessGroup | None:
+        """The ranks over which the experts are divided; None if this process has all of them."""
+        return expert_parallel.group_of(self.in_weight)
 
     def _run_own_experts(self, x: Tensor, gates: Tensor, plan: Plan, dtype: torch.dtype | None) -> Tensor:
         """The experts that this process holds."""

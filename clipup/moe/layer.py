@@ -18,6 +18,7 @@ from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
 from .config import MoEConfig, check_config, layer_config
 from .expert_init import experts_of, reinitialize_hidden_units
+from .expert_parallel import is_distributed
 from .experts import Experts, SharedExpert
 from .layer_state import LayerState, recomputing
 from .router import Router, Routing, weighted_losses
@@ -204,6 +205,8 @@ class SparseMoE(Experts):
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         checks.tensor("x", x)
+        if is_distributed(x):
+            raise TypeError("x is a DTensor; each rank passes its own tokens, as a plain tensor: x.to_local()")
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [..., {self.d_model}], the layer's d_model last, got {list(x.shape)}")
         if x.dtype != self.in_weight.dtype and autocast_dtype(x) is None:

@@ -23,6 +23,9 @@ class _PreparedExperts(Prepared, Experts):
         }
         self._prepare(matrices, whole)
 
+    def expert_group(self) -> None:
+        """Prepared experts are all in this process."""
+
     def operands(self, dtype: torch.dtype | None) -> dict[str, Any]:
         return super().operands(None)  # packed weights keep the type in which they were prepared
 

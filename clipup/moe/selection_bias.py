@@ -33,9 +33,14 @@ def update_selection_bias(model: nn.Module) -> None:
     The load covers all forward passes in training with gradients since the last call, in all threads, before dropping,
     so the micro-batches of an accumulated step count together; the recomputation of activation checkpointing does not
     count. With ``torch.distributed`` the loads of all ranks are summed, so all ranks must call. The host does not
-    synchronize with the device. A model without such layers is left unchanged.
+    synchronize with the device. A model without such layers is left unchanged, and so are layers with a locked router
+    (``requires_grad=False``).
     """
-    found = [(layer, layer.router.selection_bias) for layer in moe_layers(model).values()]
+    layers = moe_layers(model).values()
+    for layer in layers:
+        if not layer.router.weight.requires_grad:
+            layer.state.take_load()
+    found = [(layer, layer.router.selection_bias) for layer in layers if layer.router.weight.requires_grad]
     biased = [(layer, bias) for layer, bias in found if bias is not None]
     if not biased:
         return

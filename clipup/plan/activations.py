@@ -8,7 +8,7 @@ layer norms run in float32 under autocast, as they do on CUDA.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from ..moe.layer import moe_layers
 from ..precision import Precision, autocast, image_dtype
 from ..train.chunked_losses import ChunkedClipLoss, ChunkedSigLipLoss
 from ..train.forward import named_output
+from .units import parameters_of_half_units
 
 
 class LayerTokens(NamedTuple):
@@ -59,16 +60,19 @@ class Activations(NamedTuple):
     feature_width: int
 
 
-def activations(model: nn.Module, precision: Precision, device_type: str = "cuda") -> Activations:
+def activations(
+    model: nn.Module, precision: Precision, device_type: str = "cuda", blocks_in_half: bool = False
+) -> Activations:
     """Counts a model's activations. The model, on any device, is neither run nor changed.
 
     Args:
         device_type: "cuda" or "cpu", whose autocast treats layer norms and norms differently.
+        blocks_in_half: the blocks are gathered in bfloat16, so that autocast copies none of their weights.
     """
-    few, many = (_run(model, precision, device_type, pairs, False) for pairs in (2, 4))
-    few_kept, many_kept = (_run(model, precision, device_type, pairs, True) for pairs in (2, 4))
+    few, many = (_run(model, precision, device_type, pairs, False, blocks_in_half) for pairs in (2, 4))
+    few_kept, many_kept = (_run(model, precision, device_type, pairs, True, blocks_in_half) for pairs in (2, 4))
     per_pair = (many.saved - few.saved) / 2
-    copies = [_copies(layer, precision) for layer in moe_layers(model).values()]
+    copies = [] if blocks_in_half else [_copies(layer, precision) for layer in moe_layers(model).values()]
     largest = max(many.blocks[name] - few.blocks[name] for name in many.blocks) / 2
     return Activations(
         per_pair=per_pair,
@@ -83,9 +87,16 @@ def activations(model: nn.Module, precision: Precision, device_type: str = "cuda
     )
 
 
-def saved_bytes(model: nn.Module, precision: Precision, device_type: str, pairs: int, checkpointed: bool) -> int:
-    """Bytes saved by the forward pass of a batch, besides parameters, buffers and inputs."""
-    return _run(model, precision, device_type, pairs, checkpointed).saved
+def saved_bytes(
+    model: nn.Module,
+    precision: Precision,
+    device_type: str,
+    pairs: int,
+    checkpointed: bool,
+    blocks_in_half: bool = False,
+) -> int:
+    """Bytes saved by the forward pass of a batch, besides parameters, as they are gathered, buffers and inputs."""
+    return _run(model, precision, device_type, pairs, checkpointed, blocks_in_half).saved
 
 
 def bytes_per_logit(siglip: bool, precision: Precision) -> float:
@@ -108,10 +119,12 @@ class _Run(NamedTuple):
     features: Tensor
 
 
-def _run(model: nn.Module, precision: Precision, device_type: str, pairs: int, checkpointed: bool) -> _Run:
+def _run(
+    model: nn.Module, precision: Precision, device_type: str, pairs: int, checkpointed: bool, blocks_in_half: bool
+) -> _Run:
     with ExitStack() as inside:
         inside.enter_context(FakeTensorMode())
-        fake = _fake_copy(model).train()
+        fake = _fake_copy(model, parameters_of_half_units(model) if blocks_in_half else set()).train()
         fake.set_grad_checkpointing(checkpointed)
         images = torch.empty(pairs, 3, *image_size(model), dtype=image_dtype(precision))
         texts = torch.zeros(pairs, text_length(model), dtype=torch.long)
@@ -126,18 +139,27 @@ def _run(model: nn.Module, precision: Precision, device_type: str, pairs: int, c
     return _Run(sum(saved.sizes()), blocks, tuple(layers), output["image_features"])
 
 
-def _fake_copy(model: nn.Module) -> Any:
-    """Called inside a fake mode."""
+def _fake_copy(model: nn.Module, in_half: set[int]) -> Any:
+    """Called inside a fake mode. in_half: the ids of parameters that are in bfloat16."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+        dtype = torch.bfloat16 if id(parameter) in in_half else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
     fake = copy.deepcopy(model, memo)
+    pairs: Any = zip(fake.modules(), model.modules(), strict=True)
+    for module, original in pairs:
+        if hasattr(original, "get_cast_dtype"):  # of embedded texts; it is read before blocks are gathered
+            module.get_cast_dtype = _returning(original.get_cast_dtype())
     ignore_padding(fake)
     for layer in moe_layers(fake).values():
         layer.config = layer.config.replace(padding_aware=False)  # a fake text has no end to be found
     return fake
+
+
+def _returning(dtype: torch.dtype) -> Callable[[], torch.dtype]:
+    return lambda: dtype
 
 
 def _watch(

@@ -61,7 +61,7 @@ def step_flops(subject: Subject, options: TrainOptions, gpus: int) -> float:
     )
     towers = (counts.image_gflops + counts.text_gflops) * 1e9 * options.batch_size * passes
     directions = 1 if options.siglip else 2
-    logits = directions * 2.0 * own * own * gpus * subject.activations.feature_width * 3 * options.accum_freq
+    logits = directions * 2.0 * own * own * gpus * subject.activations(options).feature_width * 3 * options.accum_freq
     return towers + logits
 
 

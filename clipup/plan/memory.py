@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 
 from ..train.chunked_losses import LOGITS_AT_ONCE
 from ..train.options import TrainOptions
-from ..train.parallel import is_sharded
 from .activations import LayerTokens
 from .subject import Subject
 from .units import Unit
@@ -51,9 +50,9 @@ def memory(subject: Subject, options: TrainOptions, gpus: int, reserve: float = 
     ]
     host = sum(part.bytes for part in states) if options.fsdp_offload_cpu else 0.0
     found = [] if options.fsdp_offload_cpu else states
-    if not is_sharded(options) and gpus > 1:
+    if not options.is_sharded and gpus > 1:
         found.append(Part("gradient buckets of DDP", states[1].bytes, "model"))
-    if options.fsdp:
+    if options.is_sharded:
         found.append(Part("gathered parameters (FSDP)", _gathered(parts, options), "model"))
         if options.accum_freq > 1:
             found.append(Part("whole gradients while accumulating", _whole(parts), "model"))
@@ -69,34 +68,36 @@ def optimizer_bytes(parts: list[Unit]) -> int:
 
 
 def _whole(parts: list[Unit]) -> float:
-    """Without reduction, FSDP2 keeps the gradients of all parameters that it gathers."""
-    gathered = (parameter for unit in parts if unit.shards > 1 for parameter in unit.parameters)
-    return sum(parameter.numel * parameter.bytes_each for parameter in gathered)
+    """Without reduction, FSDP2 keeps the gradients of all parameters that it gathers, in float32."""
+    return sum(4 * parameter.numel for unit in parts if unit.fsdp for parameter in unit.parameters)
 
 
 def _gathered(parts: list[Unit], options: TrainOptions) -> float:
     """The parameters that are whole at a time: those outside of blocks, a block, and the next one, which is gathered
-    ahead. The buffer of a gather, and of a reduction, is as large as its block, and so are a block's gradients."""
+    ahead. A block's gradients are as large as the block; the buffer of a gather too, and that of a reduction is in
+    float32."""
+    gathered, reduced = _largest_block(parts)
+    while_computing = gathered + max(gathered, reduced)
     if options.fsdp_no_reshard_after_forward:
-        kept = sum(unit.bytes for unit in parts if unit.shards > 1)
-        return kept + 2 * _largest_block(parts)
-    root = sum(unit.bytes for unit in parts if unit.kind == "root" and unit.shards > 1)
-    return root + 4 * _largest_block(parts)
+        return sum(unit.gathered_bytes for unit in parts if unit.fsdp) + while_computing
+    root = sum(unit.gathered_bytes for unit in parts if unit.kind == "root")
+    return root + 2 * gathered + while_computing
 
 
-def _largest_block(parts: list[Unit]) -> float:
-    """With what its sparse layer adds, if that is gathered by itself."""
-    sharded = [unit for unit in parts if unit.shards > 1]
-    kinds = ("block", "experts", "router")
-    return sum(max((unit.bytes for unit in sharded if unit.kind == kind), default=0) for kind in kinds)
+def _largest_block(parts: list[Unit]) -> tuple[float, float]:
+    """Its parameters as they are gathered, and its gradients as they are reduced, with what its sparse layer adds if
+    that is gathered by itself."""
+    largest: dict[str, Unit] = {}
+    for unit in parts:
+        if unit.fsdp and unit.kind != "root":
+            largest[unit.kind] = max(largest.get(unit.kind, unit), unit, key=lambda one: one.reduced_bytes)
+    return sum(one.gathered_bytes for one in largest.values()), sum(one.reduced_bytes for one in largest.values())
 
 
 def _of_batch(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
-    found, pairs = subject.activations, options.batch_size
+    found, pairs = subject.activations(options), options.batch_size
     kept = options.grad_checkpointing
-    copies = (
-        found.fixed - found.expert_copies + (found.largest_expert_copies if kept else found.expert_copies) / options.ep
-    )
+    copies = found.fixed - found.expert_copies + (found.largest_expert_copies if kept else found.expert_copies)
     name = "weights in autocast's type" if subject.precision in ("amp", "amp_bf16") else "saved once a batch"
     result = [
         Part("inputs", subject.input_bytes * pairs * options.accum_freq, "exact"),
@@ -116,7 +117,7 @@ def expert_parallel_bytes(subject: Subject, options: TrainOptions) -> float:
     places, if ranks receive equally many; while they travel, both ends have a buffer."""
     per_layer = [
         rows_per_pair(subject, layer) * options.batch_size * (2 * layer.width * layer.bytes_each + 16)
-        for layer in subject.activations.layers
+        for layer in subject.activations(options).layers
     ]
     return (max(per_layer) if options.grad_checkpointing else sum(per_layer)) + max(per_layer)
 
@@ -134,7 +135,7 @@ def _of_loss(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
     at_once = min(rows, options.loss_chunk_size or max(1, LOGITS_AT_ONCE // columns))
     compared = own if options.siglip else columns
     chunked = at_once < rows and not options.siglip
-    found = subject.activations
+    found = subject.activations(options)
     per_logit = subject.per_logit[options.siglip]
     held = per_logit * (at_once * columns / 2 if chunked else rows * columns)
     features = 4 * columns * found.feature_width * found.feature_bytes

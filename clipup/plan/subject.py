@@ -18,7 +18,7 @@ from ..train.objectives import SigmoidObjective
 from ..train.options import TrainOptions
 from ..upcycling.upcycle import upcycle
 from .activations import Activations, activations, bytes_per_logit
-from .units import Unit, units
+from .units import Unit, has_half_units, units
 
 
 class Subject:
@@ -37,6 +37,7 @@ class Subject:
         self.model = model
         self.precision = precision
         self._units: dict[tuple[bool, int, int, int], list[Unit]] = {}
+        self._activations: dict[bool, Activations] = {}
 
     @classmethod
     def create(
@@ -47,10 +48,12 @@ class Subject:
         model = factory.create_on_meta(name, precision=precision, **arguments)
         return cls(model if moe is None else upcycle(model, moe, inplace=True), precision)
 
-    @cached_property
-    def activations(self) -> Activations:
-        """On CUDA."""
-        return activations(self.model, self.precision)
+    def activations(self, options: TrainOptions) -> Activations:
+        """On CUDA; counted once for each type in which blocks are gathered."""
+        half = has_half_units(options, self.precision)
+        if half not in self._activations:
+            self._activations[half] = activations(self.model, self.precision, blocks_in_half=half)
+        return self._activations[half]
 
     @cached_property
     def per_logit(self) -> dict[bool, float]:
@@ -82,5 +85,5 @@ class Subject:
         """``units.units`` of the model, once for each way to spread it."""
         key = (options.fsdp, options.fsdp_replicas, options.ep, gpus)
         if key not in self._units:
-            self._units[key] = units(self.model, options, gpus)
+            self._units[key] = units(self.model, options, gpus, self.precision)
         return self._units[key]

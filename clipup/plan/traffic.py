@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from ..train.options import TrainOptions
-from ..train.parallel import is_sharded
 from .memory import rows_per_pair
 from .subject import Subject
 from .units import Unit
@@ -68,16 +67,16 @@ def forward_passes(options: TrainOptions) -> int:
 def _gradients(parts: list[Unit]) -> Iterator[Transfer]:
     for unit in parts:
         if unit.kind != "scalars":
-            yield Transfer("gradients", "reduce_scatter", unit.bytes, unit.shards, unit.stride, True)
+            yield Transfer("gradients", "reduce_scatter", unit.reduced_bytes, unit.shards, unit.stride, True)
             span = unit.shards * unit.stride
-            yield Transfer("gradients", "all_reduce", unit.shard_bytes, unit.replicas, span, True)
+            yield Transfer("gradients", "all_reduce", unit.reduced_shard_bytes, unit.replicas, span, True)
 
 
 def _gathers(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
     for unit in parts:
         if unit.shards > 1:
             times = gathers_per_step(unit, options)
-            yield Transfer("parameters", "all_gather", times * unit.bytes, unit.shards, unit.stride, True)
+            yield Transfer("parameters", "all_gather", times * unit.gathered_bytes, unit.shards, unit.stride, True)
 
 
 def gathers_per_step(unit: Unit, options: TrainOptions) -> int:
@@ -96,7 +95,7 @@ def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -
         return
     forward = forward_passes(options) + (options.accum_freq if options.grad_checkpointing else 0)
     backward = options.accum_freq
-    for layer in subject.activations.layers:
+    for layer in subject.activations(options).layers:
         config = subject.sparse[layer.name]
         rows = rows_per_pair(subject, layer) * options.batch_size
         if caption_tokens is not None and config.padding_aware and not layer.name.startswith("visual"):
@@ -108,7 +107,7 @@ def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -
 
 def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Transfer]:
     """The softmax loss gathers all features, for each accumulated batch; the sigmoid loss passes texts around."""
-    found = subject.activations
+    found = subject.activations(options)
     own = options.batch_size * options.accum_freq * found.feature_width * found.feature_bytes
     if options.siglip:
         yield Transfer("features", "send", 2 * options.accum_freq * own * (gpus - 1), gpus)
@@ -120,7 +119,7 @@ def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Tr
 
 
 def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]) -> Iterator[Transfer]:
-    if is_sharded(options):
+    if options.is_sharded:
         scalars = sum(len(unit.parameters) for unit in parts if unit.kind == "scalars")
         yield Transfer("scalars and counts", "all_reduce", 4 * (scalars + 1), gpus)  # and the gradient's norm
     else:

@@ -3,8 +3,8 @@
 open_clip's keys are epoch, name, state_dict, optimizer and scaler. The others are ``step`` (optimizer steps done),
 ``step_of_epoch`` (those of the current epoch, 0 at its start), ``steps_before``, ``samples_seen``, ``conditions`` (what
 these numbers depend on: ``clipup.train.resume``), ``validated`` (step and numbers of the last validation),
-``evaluations`` (records so far), ``skipped_steps``, ``seconds``, ``rng`` (one state per rank), ``model_cfg``,
-``moe_cfg``, and ``finished`` (the model directory is written too). A file appears whole or not at all.
+``evaluations`` (records so far), ``skipped_steps``, ``skipped_samples``, ``seconds``, ``model_cfg``, ``moe_cfg``, and
+``finished`` (the model directory is written too). A file appears whole or not at all.
 """
 
 from __future__ import annotations

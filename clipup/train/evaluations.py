@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..evaluate.retrieval import NonFiniteFeatures
-from . import parallel, rng
+from . import rng
 from .distributed import Ranks
 from .finite import FiniteGuard
-from .options import TrainOptions
 from .reports import Reports
 from .run_state import Clock, RunState
+from .validations import Validation
 
 Evaluation = Callable[[nn.Module], dict[str, Any] | None]
 """A function of the model (not wrapped) that returns numbers to record, or None."""
@@ -24,39 +24,42 @@ class Evaluations:
 
     def __init__(
         self,
-        options: TrainOptions,
-        validate: Evaluation | None,
+        validations: Sequence[Validation],
         model: nn.Module,
         state: RunState,
         clock: Clock,
         guard: FiniteGuard,
         ranks: Ranks,
         reports: Reports,
+        sharded: bool,
     ) -> None:
-        """validate: the evaluation on the validation data, which all ranks share; None where there are none."""
-        self._every = options.val_frequency
-        self._sharded = parallel.is_sharded(options)
-        self._validate, self._model = validate, model
+        """validations: measurements that all ranks share. sharded: whether no rank has all weights of the model."""
+        self._validations, self._model, self._sharded = validations, model, sharded
         self._state, self._clock, self._guard, self._ranks, self._reports = state, clock, guard, ranks, reports
 
     def validate_epoch(self) -> None:
-        """At an epoch's end, validates if the epoch is one of those that are validated."""
-        if self._state.epoch and self._every and self._state.epoch % self._every == 0:
-            self.validate()
+        """At an epoch's end, the validations that are due then."""
+        for validation in self._validations:
+            if self._state.epoch and validation.every and self._state.epoch % validation.every == 0:
+                self._validate(validation)
 
     def validate(self) -> None:
-        """Evaluates on the validation data, unless that was done at this step.
+        """All validations, except those that were done at this step."""
+        for validation in self._validations:
+            self._validate(validation)
 
+    def _validate(self, validation: Validation) -> None:
+        """
         Raises:
             NonFiniteWeights: a feature is NaN or infinite.
         """
-        if self._validate is None or self._state.evaluated_at == self._state.step:
+        step = self._state.step
+        if self._state.validated.get(validation.name, (-1,))[0] == step:
             return
         try:
-            self._state.evaluation = self.run(self._validate, shared=True)
+            self._state.validated[validation.name] = step, self.run(validation.measure, shared=True)
         except NonFiniteFeatures as error:
-            raise self._guard.diverged(f"{error} (evaluation at step {self._state.step})") from error
-        self._state.evaluated_at = self._state.step
+            raise self._guard.diverged(f"{error} (evaluation at step {step})") from error
 
     def run(self, evaluation: Evaluation, shared: bool = False) -> dict[str, Any] | None:
         """On all ranks when it is shared, or when no rank has all weights. Otherwise on rank 0, and the others wait as

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from . import checkpoints, optimizer_upcycling, parallel, rng
 from .distributed import Ranks
 from .evaluations import Evaluations
 from .finite import FiniteGuard
-from .optim import adamw, schedule
+from .optim import create_optimizer, schedule
 from .options import TrainOptions
 from .recorder import KINDS, Record
 from .reports import Reports
@@ -20,7 +20,7 @@ from .results import Every, TrainingInterrupted, TrainResult
 from .run_checkpoints import RunCheckpoints
 from .run_directory import RunDirectory
 from .run_state import Clock, Length, RunState
-from .setup import Built, build_validation
+from .setup import Built
 from .signals import StopRequest
 from .step import Batch, StepLosses, TrainStep
 from .step_record import step_record
@@ -30,9 +30,11 @@ from .training_data import (
     lost_workers_explained,
     worker_errors_explained,
 )
+from .validations import build_validations
 
 _DATA = 1
-"""Separates the seed of an epoch's data from that of its training."""
+_STEP = 2
+"""Separate the seeds of an epoch's data from those of steps."""
 
 
 class Trainer:
@@ -54,27 +56,29 @@ class Trainer:
         self.ranks = ranks
         self.directory = directory
         self.callbacks = callbacks
-        self.validation = build_validation(options, built, precision, ranks)
+        self.validations = build_validations(options, built, precision, ranks)
         unsharded = parallel.unsharded_form(self.model, options)
-        wrapped = parallel.wrapped(self.model, options, ranks)
-        self.optimizer = adamw(self.model, options)
+        wrapped = parallel.wrapped(self.model, options, ranks, precision)
+        self.optimizer = create_optimizer(self.model, options)
         if built.optimizer_state is not None:
             optimizer_upcycling.load_state(self.optimizer, self.model, built.optimizer_state)
         self.train_step = TrainStep(
             *(wrapped, built.objective, self.optimizer, ranks.device, precision),
             *(options.grad_clip_norm, ranks.world_size),
+            seed_batch=self._seed_batch,
         )
         self.guard = FiniteGuard(options.max_nonfinite_steps, ranks.device)
         self.state = RunState()
         self.clock = Clock(self.state)
         self.checkpoints = RunCheckpoints(
-            options, built, self.train_step, self.state, self.guard, ranks, directory, data.steps, unsharded
+            *(options, built, self.train_step, self.state, self.guard, ranks, directory),
+            *(data.steps, data.order, unsharded),
         )
         self._plan()
 
     def _plan(self) -> None:
         self.length = Length.of(self.options, self.data.steps, self.state.steps_before)
-        self.set_lr = schedule(self.options, self.optimizer, self.length.steps)
+        self.set_lr = schedule(self.options, self.optimizer, self.length.steps, self.data.steps)
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Puts the run where the checkpoint was written.
@@ -83,6 +87,7 @@ class Trainer:
             ValueError: the checkpoint is of another model, or from within an epoch of other data.
         """
         self.checkpoints.restore(checkpoint, source)
+        self.data.restore(self.state.skipped_samples, self.state.step_of_epoch > 0)
         self._plan()
         finished = self.length.is_reached(self.state) and checkpoint.get("finished", False)
         self.state.finished = finished and self.checkpoints.is_complete(source)
@@ -99,11 +104,13 @@ class Trainer:
         if self.directory is not None:
             self.ranks.first_does(lambda: self.directory.prepare(self.options))
         self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
+        place = self.model, self.state, self.clock
         self.evaluations = Evaluations(
-            *(self.options, self.validation, self.model, self.state),
-            *(self.clock, self.guard, self.ranks, self.reports),
+            self.validations, *place, self.guard, self.ranks, self.reports, self.options.is_sharded
         )
         self.reports.start(notes)
+        if promise := self.data.promise():
+            self.reports.log.info("%s", promise)
         how_to_continue = self.checkpoints.how_to_continue
         self.ranks.on_loss(how_to_continue, self.reports.recorder.failure)
         try:
@@ -138,19 +145,17 @@ class Trainer:
     def _run_epoch(self) -> None:
         """From ``step_of_epoch`` to the epoch's end, or to the run's last step within it.
 
-        An epoch starts from its own seed, and its data draw from a random stream of their own. So a resumed run can
-        repeat both: it restores the generators of the checkpoint, and reads again the batches that were trained on.
+        Indexed data start at any step. Others are read again from the epoch's start, drawing from a random stream of
+        their own, which only depends on the epoch.
         """
-        seed = (self.options.seed, self.state.epoch, self.ranks.rank)
-        rng.seed_everything(*seed)
-        if self.state.rng is not None:
-            rng.set_state(self.state.rng, self.ranks.device)
-            self.state.rng = None
-        self._data_rng = rng.Stream(self.ranks.device, *seed, _DATA)
+        epoch, done = self.state.epoch, self.state.step_of_epoch
+        self._data_rng = None
+        if self.data.order is None:
+            self._data_rng = rng.Stream(self.ranks.device, self.options.seed, epoch, self.ranks.rank, _DATA)
         self.model.train()
         at_start = self.state.step
-        with closing(self.data.epoch(self.state.epoch)) as steps:
-            for _ in range(self.state.step_of_epoch):
+        with closing(self.data.epoch(epoch, 0 if self._data_rng else done)) as steps:
+            for _ in range(done if self._data_rng else 0):
                 self._next(steps)
             self.clock.restart()
             while self.state.step < self.length.steps:
@@ -168,7 +173,8 @@ class Trainer:
         """The next step's batches, None at the end of the epoch."""
         self.ranks.doing("reading data", self.state.step + 1)
         try:
-            with self._data_rng.drawing(), worker_errors_explained(self.checkpoints.how_to_continue):
+            drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
+            with drawing, worker_errors_explained(self.checkpoints.how_to_continue):
                 batches = next(steps, None)
         except (RuntimeError, ValueError, OSError):
             if self.stop.received and not self.ranks.several:  # the signal may have ended the data workers
@@ -202,6 +208,12 @@ class Trainer:
         if options.save_every_n_steps and state.step % options.save_every_n_steps == 0:
             self._save(checkpoints.LATEST)
 
+    def _seed_batch(self, index: int) -> None:
+        """Random numbers in a batch's forward pass depend on the run's seed, the step, and the batch's number among
+        those of all ranks: so a resumed run has the same ones, and any number of ranks with batches of this size."""
+        number = self.ranks.rank * self.options.accum_freq + index
+        rng.seed_everything(self.options.seed, self.state.step, number, _STEP)
+
     def _log(self, losses: StepLosses) -> None:
         scalars = {"loss": losses.total, **losses.scalars(), "since": self.guard.loss_since_check}
         numbers = step_record(scalars, self.model, self.ranks)
@@ -225,8 +237,9 @@ class Trainer:
         self.state.epoch += 1
         self.state.step_of_epoch = 0
         epoch, every = self.state.epoch, self.options.save_frequency
-        skipped = self.data.skipped(self.ranks.gather)
-        self.reports.log.info("epoch %d done at step %d; %d samples skipped", epoch, self.state.step, skipped)
+        skipped, retries = self.data.skipped(self.ranks.gather), self.data.retries(self.ranks.gather)
+        more = f", data read again after an error {retries} times" if retries else ""
+        self.reports.log.info("epoch %d done at step %d; %d samples skipped%s", epoch, self.state.step, skipped, more)
         # The kept name first: a run that is killed between the two continues from here and writes the other one again.
         names = [checkpoints.epoch_name(epoch)] if every and epoch % every == 0 else []
         if self.options.save_most_recent:
@@ -242,6 +255,8 @@ class Trainer:
             self.checkpoints.delete_before(self.state.epoch)
 
     def _save(self, *names: str) -> None:
+        if self.directory is not None:
+            self.state.skipped_samples = self.data.for_checkpoint(self.ranks.gather)
         self.checkpoints.save(list(names), self.reports.recorder)
         self.clock.restart()
 

@@ -1,54 +1,215 @@
-"""AdamW with open_clip's parameter groups, and open_clip_train's learning rate schedules."""
+"""Optimizers over open_clip's parameter groups, their state by parameter name, and open_clip_train's schedules."""
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
+import timm.optim
 import torch
 from torch import nn
 
-from ..moe.weight_decay import parameter_groups
+from ..clip.layer_groups import layer_groups
+from ..moe.weight_decay import decays
 from .options import TrainOptions
-from .whole_state import by_mesh, for_optimizer
+from .whole_state import by_mesh, names_of, shard_like, whole_optimizer_state
 
-_SETTINGS = ("lr", "betas", "eps", "weight_decay")
+_BETAS, _EPS = (0.9, 0.98), 1e-6
+"""CLIP's, of AdamW and NAdamW."""
 
 
-def adamw(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """
+def create_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    """The optimizer that the options select, over the model's trainable parameters in groups (``groups_of``).
+
     Raises:
-        ValueError: no parameter of the model is trainable.
+        ValueError: no parameter of the model is trainable, or timm has no such optimizer or cannot create it.
     """
-    groups = by_mesh(parameter_groups(model, options.wd))
-    if not any(group["params"] for group in groups):
+    groups = by_mesh(groups_of(model, options))
+    trained = [parameter for group in groups for parameter in group["params"]]
+    if not trained:
         raise ValueError("no parameter of the model has requires_grad=True, so there is nothing to train")
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps)
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a state dict's moments and step counts. The groups keep their own learning rate, betas, eps and weight
-    decay, which may differ from those that the state was saved with."""
-    own = [{key: group[key] for key in _SETTINGS if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(for_optimizer(optimizer, state))
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
-
-
-def schedule(options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int) -> Callable[[int], None]:
-    """A function of the step, from 0 on, that sets the learning rate of every group: a linear warm-up, then a cosine to
-    0 or a constant."""
-
-    def set_lr(step: int) -> None:
-        if step < options.warmup:
-            lr = options.lr * (step + 1) / options.warmup
-        elif options.lr_scheduler == "const":
-            lr = options.lr
+    if options.opt.startswith("timm/"):
+        optimizer = _timm_optimizer(groups, options)
+    else:
+        settings: dict[str, Any] = {"lr": options.lr, "betas": betas(options), "eps": _EPS}
+        settings |= {} if options.eps is None else {"eps": options.eps}
+        kind: Any = torch.optim.NAdam
+        if options.opt == "adamw":
+            kind = torch.optim.AdamW
+            settings["fused"] = trained[0].device.type == "cuda" if options.fused is None else options.fused
         else:
-            done, steps = step - options.warmup, total_steps - options.warmup
-            lr = 0.5 * (1 + math.cos(math.pi * done / steps)) * options.lr
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+            settings["decoupled_weight_decay"] = True
+        with _named_errors(options):
+            optimizer = kind(groups, **{**settings, **options.opt_kwargs})
+    _set_lr(optimizer, options.lr)
+    return optimizer
 
-    return set_lr
+
+def betas(options: TrainOptions) -> tuple[float, float]:
+    """Those of AdamW and NAdamW, where the defaults are CLIP's."""
+    first, second = _BETAS
+    return first if options.beta1 is None else options.beta1, second if options.beta2 is None else options.beta2
+
+
+def _timm_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": options.lr, "weight_decay": options.wd}
+    settings |= {} if options.beta1 is None else {"betas": (options.beta1, options.beta2)}
+    settings |= {} if options.eps is None else {"eps": options.eps}
+    settings |= {} if options.momentum is None else {"momentum": options.momentum}
+    name = options.opt.removeprefix("timm/")
+    if name not in timm.optim.list_optimizers():
+        close = difflib.get_close_matches(name, map(str, timm.optim.list_optimizers()), n=3)
+        hint = f"; similar ones are {', '.join(close)}" if close else ""
+        raise ValueError(f"opt {options.opt!r}: timm has no optimizer {name!r}{hint}")
+    if timm.optim.get_optimizer_info(name).second_order:
+        raise ValueError(f"opt {options.opt!r} needs second derivatives, which the ops of sparse layers do not have")
+    with _named_errors(options):
+        return timm.optim.create_optimizer_v2(groups, name, **{**settings, **options.opt_kwargs})
+
+
+@contextmanager
+def _named_errors(options: TrainOptions) -> Iterator[None]:
+    """Inside, an argument that the optimizer does not take is a ValueError that names it."""
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+        raise ValueError(f"opt {options.opt!r} cannot be created: {error}") from error
+
+
+def groups_of(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
+    """The trainable parameters in groups: without weight decay and with it and, under layer decay, by ``lr_scale``, the
+    factor of their learning rate, the largest first.
+
+    A parameter has no weight decay by the rule of ``clipup.parameter_groups``, or if a pattern of ``wd_exclude``
+    matches its name.
+
+    Raises:
+        ValueError: a pattern matches no parameter, or layer decay is set for a tower without blocks.
+    """
+    scales = _lr_scales(model, options)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for pattern in options.wd_exclude:
+        if not any(fnmatchcase(name, pattern) for name, _ in model.named_parameters()):
+            raise ValueError(
+                f"wd_exclude: {pattern!r} matches no parameter; a pattern is compared with whole names such as "
+                f"{next(iter(named), 'logit_scale')!r}, so use '*' around a part of one"
+            )
+    buckets: dict[tuple[float, bool], list[nn.Parameter]] = {} if scales else {(1.0, False): [], (1.0, True): []}
+    for name, parameter in named.items():
+        excluded = any(fnmatchcase(name, pattern) for pattern in options.wd_exclude)
+        key = scales.get(name, 1.0), decays(name, parameter) and not excluded
+        buckets.setdefault(key, []).append(parameter)
+    groups = []
+    for (scale, decayed), parameters in sorted(buckets.items(), key=lambda item: (-item[0][0], item[0][1])):
+        group = {"params": parameters, "weight_decay": options.wd if decayed else 0.0}
+        groups.append(group | ({"lr_scale": scale} if scales else {}))
+    return groups
+
+
+def _lr_scales(model: nn.Module, options: TrainOptions) -> dict[str, float]:
+    """The factors of the learning rate by parameter name; empty without layer decay."""
+    scales: dict[str, float] = {}
+    for tower in ("image", "text"):
+        decay = getattr(options, f"{tower}_layer_decay")
+        if decay in (None, 1):
+            continue
+        groups = layer_groups(model, tower)
+        if len(groups) == 1:
+            raise ValueError(f"{tower}_layer_decay={decay}: the {tower} tower has no list of blocks, so no layers")
+        for depth, group in enumerate(reversed(groups)):
+            scales |= dict.fromkeys(group, decay**depth)
+    return scales
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, keep: bool = True) -> dict[str, Any]:
+    """The optimizer's state dict, with the names of the parameters in ``param_names`` of its groups.
+
+    It is a collective if the model is sharded, and the same as for a model that is not; without ``keep`` nothing is
+    kept of the tensors that are gathered.
+    """
+    state = whole_optimizer_state(optimizer, keep)
+    named = zip(state["param_groups"], names_of(optimizer, model), strict=True)
+    return {**state, "param_groups": [{**group, "param_names": names} for group, names in named]}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Loads moments and step counts into a new optimizer, by the names of the parameters. Its groups keep their own
+    settings, such as the learning rate, and a parameter that the state does not have starts without moments.
+
+    Args:
+        state: as ``optimizer_state`` returns it. One without names, such as open_clip_train's, is taken in the order of
+            the groups.
+
+    Raises:
+        ValueError: a state without names has groups of other sizes.
+    """
+    wanted = names_of(optimizer, model)
+    saved = state["param_groups"]
+    if not all("param_names" in group for group in saved):
+        sizes = [len(group["params"]) for group in saved]
+        if sizes != [len(names) for names in wanted]:
+            raise ValueError(
+                f"the optimizer of the checkpoint has groups of {', '.join(map(str, sizes))} parameters without names, "
+                f"this run has {', '.join(str(len(names)) for names in wanted)}; train the same parameters in the same "
+                "groups"
+            )
+        saved = [{**group, "param_names": names} for group, names in zip(saved, wanted, strict=True)]
+    index = {name: at for group in saved for name, at in zip(group["param_names"], group["params"], strict=True)}
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    groups: list[dict[str, Any]] = []
+    states: dict[int, Any] = {}
+    for group in optimizer.param_groups:
+        names = [name_of[parameter] for parameter in group["params"]]
+        known: dict[str, Any] = next((one for one in saved if not set(names).isdisjoint(one["param_names"])), {})
+        first = sum(len(one["params"]) for one in groups)
+        for position, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
+            moments = state["state"].get(index.get(name))
+            if moments is not None:
+                spread = {key: shard_like(parameter, value) for key, value in moments.items()}
+                states[first + position] = spread
+        counted = {key: value for key, value in known.items() if key not in group and key != "param_names"}
+        groups.append({**counted, **group, "params": list(range(first, first + len(names)))})
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def schedule(
+    options: TrainOptions, optimizer: torch.optim.Optimizer, total_steps: int, steps_of_epoch: int
+) -> Callable[[int], None]:
+    """A function of the step, from 0 on, that sets the learning rate of every group: a linear warm-up, then a cosine to
+    0, a constant, or a constant with a cooldown in the last epochs."""
+    cooldown = (options.epochs_cooldown or 0) * steps_of_epoch
+
+    def rate(step: int) -> float:
+        if step < options.warmup:
+            return options.lr * (step + 1) / options.warmup
+        if options.lr_scheduler == "cosine":
+            done, steps = step - options.warmup, total_steps - options.warmup
+            return 0.5 * (1 + math.cos(math.pi * done / steps)) * options.lr
+        begin = total_steps - cooldown
+        if options.lr_scheduler == "const" or step < begin:
+            return options.lr
+        left = (1 - (step - begin) / cooldown) ** options.lr_cooldown_power
+        return left * (options.lr - options.lr_cooldown_end) + options.lr_cooldown_end
+
+    return lambda step: _set_lr(optimizer, rate(step))
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def warmup_warning(options: TrainOptions, total_steps: int) -> list[str]:
+    """A line for the log if the run ends before its learning rate has risen to ``options.lr``."""
+    if options.skip_scheduler or options.warmup <= total_steps:
+        return []
+    default = " (the default)" if options.warmup == TrainOptions.warmup else ""
+    reached = total_steps / options.warmup
+    return [
+        f"a warm-up of {options.warmup} steps{default} is longer than this run of {total_steps}: the learning rate "
+        f"rises to {options.lr * reached:.3g} only, {100 * reached:.3g} % of lr; set --warmup"
+    ]

@@ -33,7 +33,15 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
     names = {parameter: name for name, parameter in model.named_parameters()}
     wanted = [[names[parameter] for parameter in group["params"]] for group in parameter_groups(model, 0.0)]
     held = [group["params"] for group in optimizer["param_groups"]]
-    if [len(group) for group in held] != [len(group) for group in wanted]:
+    if all("param_names" in group for group in optimizer["param_groups"]):
+        wanted = [group["param_names"] for group in optimizer["param_groups"]]
+        unknown = set(sum(wanted, [])).difference(names.values())
+        if unknown:
+            raise ValueError(
+                f"the optimizer of {source} is of another model: it holds {min(unknown)}, which the dense model lacks; "
+                "use the model that it was trained with"
+            )
+    elif [len(group) for group in held] != [len(group) for group in wanted]:
         raise ValueError(
             f"the optimizer of {source} has groups of {', '.join(str(len(group)) for group in held)} parameters, the "
             f"dense model has {', '.join(str(len(group)) for group in wanted)}; use the model that it was trained with"
@@ -94,9 +102,11 @@ def upcycled_state(dense: nn.Module, config: MoEConfig, state: OptimizerState) -
 
 
 def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: OptimizerState) -> None:
-    """Sets the state of a new optimizer over the model's parameters."""
+    """Sets the state of a new optimizer over the model's trained parameters."""
     for name, parameter in model.named_parameters():
-        if name in state:
-            moments = {key: shard_like(parameter, state[name][key].to(parameter.dtype)) for key in _MOMENTS}
-            moments = {key: value.to(parameter.device) for key, value in moments.items()}
-            optimizer.state[parameter] = {"step": state[name]["step"].clone().float(), **moments}
+        if name in state and parameter.requires_grad:
+            moments = {key: state[name][key].to(parameter.dtype) for key in _MOMENTS}
+            moments = {key: shard_like(parameter, value.to(parameter.device)) for key, value in moments.items()}
+            device = parameter.device if optimizer.defaults.get("fused") else None
+            step = state[name]["step"].to(device, torch.float32, copy=True)
+            optimizer.state[parameter] = {"step": step, **moments}

@@ -25,6 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ..clip.towers import tower_blocks, towers
 from ..moe.expert_parallel import is_distributed
 from ..moe.layer import SparseMoE, moe_layers
+from ..moe.router import Router
+from ..precision import Precision
 from .distributed import Ranks
 from .options import TrainOptions
 
@@ -32,18 +34,24 @@ _EP = "ep"
 """The dimension of a mesh over which experts are divided."""
 
 
-def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: str) -> None:
+def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> None:
     """
     Raises:
         ValueError: the model or the ranks do not allow what the options ask for.
     """
-    if not is_sharded(options):
+    if not options.is_sharded:
         return
     if not ranks.several:
         raise ValueError(
             f"{'fsdp' if options.fsdp else f'ep={options.ep}'} shards a model over several processes, and this is one; "
             "start it with torchrun --nproc-per-node N -m clipup -- train ..., or leave the option out"
         )
+    if options.opt != "adamw":
+        raise ValueError(
+            f"opt {options.opt!r} is not known to work on shards of parameters; use adamw with fsdp and ep"
+        )
+    if options.torchcompile:
+        raise ValueError("torchcompile does not compile the hooks of sharded models; leave it out with fsdp and ep")
     if precision == "amp":
         raise ValueError(
             "precision 'amp' scales gradients, which sharded models do not support; use amp_bf16 with fsdp and ep"
@@ -61,23 +69,24 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: str)
                 raise ValueError(
                     f"ep={options.ep} does not divide the {layer.config.num_experts} experts of {name}; use a divisor"
                 )
+            shards = ranks.world_size // parts if options.fsdp else 1
+            if layer.d_model % shards or layer.d_hidden % shards:
+                raise ValueError(
+                    f"fsdp divides each expert of {name} by its rows over {shards} ranks, and they are "
+                    f"{layer.d_hidden} and {layer.d_model}; use more fsdp_replicas or ep"
+                )
 
 
-def is_sharded(options: TrainOptions) -> bool:
-    """Whether no rank has all weights, so that all ranks must run the same forward passes."""
-    return options.fsdp or options.ep > 1
-
-
-def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks) -> nn.Module:
+def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> nn.Module:
     """The model that a step runs. Sharded models are changed in place: their parameters become DTensors, equal to those
     of rank 0 before."""
     if not ranks.several:
         return model
-    if not is_sharded(options):
+    if not options.is_sharded:
         return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), src=0)
-    _Sharding(options, ranks).apply(model)
+    _Sharding(options, ranks, precision).apply(model)
     return model
 
 
@@ -86,7 +95,7 @@ def unsharded_form(model: nn.Module, options: TrainOptions) -> Callable[[dict[st
 
     A model that is not sharded is returned as it is, with the weights it has; a sharded one as a copy without its hooks
     and meshes, which takes the tensors of the state dict for its own."""
-    if not is_sharded(options):
+    if not options.is_sharded:
         return lambda weights: model
     tensors = [*model.named_parameters(), *model.named_buffers()]
     on_meta: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for _, tensor in tensors}
@@ -128,11 +137,14 @@ class _Sharding:
     Two meshes span the same ranks: one for experts, (replicas, shards, ep), and one for everything else, (replicas,
     shards * ep). Without ``fsdp`` there is one shard, so that FSDP2 keeps a replica on each rank and only averages
     gradients.
+
+    With amp_bf16, blocks and experts are gathered in bfloat16, in which autocast computes with them anyway. Routers and
+    what is outside of blocks are gathered in float32. Gradients are reduced in float32.
     """
 
-    def __init__(self, options: TrainOptions, ranks: Ranks) -> None:
+    def __init__(self, options: TrainOptions, ranks: Ranks, precision: Precision) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
         self.ep = options.ep
         replicas = options.fsdp_replicas if options.fsdp else ranks.world_size // options.ep
@@ -147,20 +159,39 @@ class _Sharding:
             "reshard_after_forward": not options.fsdp_no_reshard_after_forward,
             "offload_policy": offload,
         }
+        half = torch.bfloat16 if precision == "amp_bf16" else None
+        self.in_half = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+        self.in_full = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
 
     def apply(self, model: nn.Module) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
+        if self.ep > 1 or self.in_half != self.in_full:
+            for router in [module for module in model.modules() if isinstance(module, Router)]:
+                self._shard(router, mp_policy=self.in_full)
         if self.ep > 1:
             for layer in moe_layers(model).values():
                 self._place_experts(layer)
         for tower in towers(model):
-            for block in tower_blocks(model, tower).values():
-                self._shard(block)
-        self._shard(model, ignored_params={parameter for parameter in model.parameters() if parameter.ndim == 0})
+            for block in _blocks(model, tower):
+                self._shard(block, mp_policy=self.in_half, shard_placement_fn=self._axis)
+        scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+        self._shard(model, mp_policy=self.in_full, ignored_params=scalars)
         for name in ("encode_image", "encode_text"):
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
+
+    def _axis(self, parameter: nn.Parameter) -> Any:
+        """The axis of a block's parameter to shard. FSDP2 pads the first one if it is shorter than the number of
+        shards, as that of stacked experts may be."""
+        from torch.distributed.tensor import Shard
+
+        shards = self.dense["shards"].size()
+        return (
+            Shard(1)
+            if parameter.ndim > 1 and parameter.shape[0] < shards and parameter.shape[1] % shards == 0
+            else None
+        )
 
     def _place_experts(self, layer: SparseMoE) -> None:
         from torch.distributed.tensor import Shard, distribute_tensor
@@ -169,15 +200,23 @@ class _Sharding:
         for name, parameter in list(layer.named_parameters(recurse=False)):
             own = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
             setattr(layer, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
-        for part in (layer.router, layer.shared):
-            if part is not None:
-                self._shard(part)
-        self._shard(layer, self.experts["replicas", "shards"], shard_placement_fn=lambda parameter: Shard(1))
+        if layer.shared is not None:
+            self._shard(layer.shared, mp_policy=self.in_half)
+        over = self.experts["replicas", "shards"]
+        self._shard(layer, over, mp_policy=self.in_half, shard_placement_fn=lambda parameter: Shard(1))
 
     def _shard(self, module: nn.Module, mesh: Any = None, **more: Any) -> None:
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(module, mesh=mesh or self.dense, **self.policies, **more)
+
+
+def _blocks(model: nn.Module, tower: str) -> list[nn.Module]:
+    """The blocks of a tower; none if it is not a stack of blocks."""
+    try:
+        return list(tower_blocks(model, tower).values())
+    except TypeError:
+        return []
 
 
 @torch.no_grad()
@@ -214,13 +253,16 @@ def copies(tensor: Tensor, world_size: int) -> int:
 
 
 @torch.no_grad()
-def gradient_norm(model: nn.Module, world_size: int) -> Tensor:
-    """[] float32: the Euclidean norm of all gradients; the same on every rank."""
+def gradient_norm(model: nn.Module, world_size: int, device: torch.device) -> Tensor:
+    """[] float32 on the device: the Euclidean norm of all gradients; the same on every rank."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if not any(map(is_distributed, gradients)):
         return nn.utils.get_total_norm(gradients)
-    squares = [shard_of(g).float().square().sum() / copies(g, world_size) for g in gradients]
-    total = torch.stack(squares).sum()
+    total = torch.zeros((), device=device)
+    for place, parts in _by_device(gradients).items():
+        norms = torch.stack(torch._foreach_norm([shard_of(part) for part in parts], 2, torch.float32))
+        counts = torch.tensor([copies(part, world_size) for part in parts], device=place)
+        total += (norms.square() / counts).sum().to(device)
     dist.all_reduce(total)
     return total.sqrt()
 
@@ -229,5 +271,14 @@ def gradient_norm(model: nn.Module, world_size: int) -> Tensor:
 def clip_gradients(model: nn.Module, largest: float, norm: Tensor) -> None:
     """Scales the gradients, whose norm this is, to ``largest`` if it is more (``torch.nn.utils.clip_grad_norm_``)."""
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
-    gradients = [shard_of(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
-    torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for place, parts in _by_device(gradients).items():
+        torch._foreach_mul_([shard_of(part) for part in parts], factor.to(place))
+
+
+def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """Shards that are offloaded lie on the CPU, what is not sharded does not."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return found

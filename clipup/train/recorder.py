@@ -1,4 +1,4 @@
-"""The records of a run: metrics, evaluations and warnings as JSON lines, the log in words, TensorBoard."""
+"""The records of a run: metrics, evaluations and warnings as JSON lines, the log in words, numbers for trackers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..atomic_files import replace_files
-from ..extras import needed_for
+from .trackers import Tracker
 
 LOG = logging.getLogger("clipup.train")
 Record = dict[str, Any]
@@ -22,13 +23,17 @@ class Recorder:
     """Takes the records of a run: into the files of its directory, or into memory where there is none."""
 
     def __init__(
-        self, directory: Path | None, report_to: str = "", steps_done: int = 0, evaluations_done: int | None = None
+        self,
+        directory: Path | None,
+        trackers: Sequence[Tracker] = (),
+        steps_done: int = 0,
+        evaluations_done: int | None = None,
     ) -> None:
-        """``steps_done``, ``evaluations_done``: those at the checkpoint that the run continues from; later records are
-        removed from the files. None keeps all evaluations up to the step."""
+        """``trackers`` get the numbers too. ``steps_done``, ``evaluations_done``: those at the checkpoint that the run
+        continues from; later records are removed from the files. None keeps all evaluations up to the step."""
         self._memory: dict[str, list[Record]] = {kind: [] for kind in KINDS}
         self._files: dict[str, Path] = {}
-        self._board: Any = None
+        self._trackers = trackers
         self.log = LOG
         self._handlers: list[logging.Handler] = []
         if directory is None:
@@ -42,8 +47,6 @@ class Recorder:
             self.log.addHandler(handler)
         for kind, path in self._files.items():
             _keep_until(path, steps_done, evaluations_done if kind == "evaluations" else None)
-        if report_to == "tensorboard":
-            self._board = _summary_writer(directory / "tensorboard", purge_step=steps_done + 1)
 
     def step(self, record: Record) -> None:
         record = _without_nonfinite(record)
@@ -75,8 +78,8 @@ class Recorder:
         for handler in self._handlers:
             self.log.removeHandler(handler)
             handler.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _add(self, kind: str, record: Record) -> None:
         if kind in self._files:
@@ -84,9 +87,8 @@ class Recorder:
                 file.write(json.dumps(record) + "\n")
         else:
             self._memory[kind].append(record)
-        if self._board is not None and kind != "warnings":
-            for name, value in named_numbers("train" if kind == "metrics" else "val", record):
-                self._board.add_scalar(name, value, record["step"])
+        for tracker in self._trackers if kind != "warnings" else ():
+            tracker.log(named_numbers("train" if kind == "metrics" else "val", record), record["step"])
 
 
 def read_records(path: Path) -> list[Record]:
@@ -145,9 +147,3 @@ def _without_nonfinite(value: Any) -> Any:
 
 def _short(value: Any) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _summary_writer(directory: Path, purge_step: int) -> Any:
-    with needed_for("report_to='tensorboard'", "train"):
-        from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(directory), purge_step=purge_step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -11,9 +12,11 @@ from .console import Console
 from .distributed import Ranks
 from .options import TrainOptions
 from .recorder import Record, Recorder
+from .remote_sync import RemoteSync
 from .routing_collapse import CollapseWatch, warning
 from .run_directory import RunDirectory
 from .run_state import Length, RunState
+from .trackers import create_trackers
 
 
 class Reports:
@@ -29,10 +32,23 @@ class Reports:
         directory: RunDirectory | None,
     ) -> None:
         root = directory.root if directory and ranks.first else None
-        self.recorder = Recorder(root, options.report_to if ranks.first else "", state.step, state.evaluations)
+        trackers = [] if root is None else create_trackers(options, root, state.step)
+        self.recorder = Recorder(root, trackers, state.step, state.evaluations)
         self.console = Console(length.steps, state.step, shown=ranks.first)
+        self._sync = None if root is None else self._remote_sync(options, root)
         self._collapse = CollapseWatch(model, self.recorder.records("warnings"))
         self._state, self._length, self._ranks, self._directory = state, length, ranks, directory
+
+    def _remote_sync(self, options: TrainOptions, root: Path) -> RemoteSync | None:
+        if options.remote_sync is None:
+            return None
+        remote = f"{options.remote_sync.rstrip('/')}/{root.name}"
+        how = options.remote_sync_protocol, options.remote_sync_frequency
+        return RemoteSync(root, remote, *how, self._warn, self.log)
+
+    def _warn(self, text: str) -> None:
+        self.log.warning("%s", text)
+        self.console.say(f"warning: {text}")
 
     @property
     def log(self) -> logging.Logger:
@@ -45,6 +61,8 @@ class Reports:
         ranks = f"{self._ranks.world_size} rank{'s' if self._ranks.several else ''}"
         begin = f"from step {self._state.step} to step {self._length.steps} on {self._ranks.device}, {ranks}"
         self.log.info("%s; %d samples seen", begin, self._state.samples_seen)
+        if self._sync is not None:
+            self._sync.start()
         self.console.say(f"training {begin}{f'; {self._directory.root}' if self._directory else ''}")
 
     def step(self, record: Record) -> None:
@@ -69,5 +87,7 @@ class Reports:
         self.recorder.failure(f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
+        if self._sync is not None:
+            self._sync.close()
         self.console.close()
         self.recorder.close()

@@ -1,8 +1,9 @@
 """Resuming: which checkpoint is used, and which options may have changed since it was written.
 
 A position is (epoch, steps of the current epoch). At an epoch's end it means the same for every batch size and number
-of ranks. Within an epoch the steps stand for the samples seen only as long as the conditions are the same, because they
-decide which samples are in which step; so changes of these conditions are refused there.
+of ranks. Within an epoch the steps stand for the samples seen only as long as the conditions are the same. Of indexed
+data these are the data, the seed and the global batch: the product of batch size, batches per step and ranks. Other
+data are read again, and all that decides which samples are in which step must be the same. Changes are refused.
 """
 
 from __future__ import annotations
@@ -11,16 +12,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..data.options import is_csv
 from . import checkpoints
 from .distributed import Ranks
 from .options import TrainOptions
 from .run_directory import RunDirectory
 
-IDENTITY = ("model", "moe", "moe_cfg", "train_data", "seed", "siglip")
+IDENTITY = (
+    *("model", "moe", "moe_cfg", "train_data", "seed", "siglip"),
+    *("force_image_size", "force_context_length", "force_quick_gelu", "force_custom_text", "opt"),
+)
 """Options that identify a run."""
-ORDER = ("batch_size", "accum_freq", "seed", "dataset_type", "dataset_resampled", "train_num_samples", "cache_data")
-"""Options that decide which samples are in which step."""
+BATCH = ("batch_size", "accum_freq", "world_size")
+"""Whose product is the global batch."""
+DATA = ("dataset_type", "dataset_resampled", "train_data_upsampling_factors", "train_num_samples")
+"""Options that decide which samples there are."""
+SEQUENCE = ("seed", "cache_data")
+"""Options that decide their order, or their augmentation."""
 START = ("pretrained", "resume_dense")
 """Options that only set the weights before the first step."""
 _OF_THE_CALL = ("name", "logs", "resume", "resume_with_changes", "force")
@@ -51,13 +58,16 @@ def find_checkpoint(
     return found[0] or checkpoints.Newest(path, checkpoints.load(path), []), notes
 
 
-def conditions(options: TrainOptions, world_size: int, steps_of_epoch: int) -> dict[str, Any]:
+def conditions(
+    options: TrainOptions, world_size: int, steps_of_epoch: int, order: dict[str, Any] | None
+) -> dict[str, Any]:
     """What the meaning of a checkpoint's position depends on, as plain values.
 
     Args:
         steps_of_epoch: steps of a whole epoch.
+        order: what the samples of a step depend on besides the seed, of indexed data (``TrainData.order``).
     """
-    return {"options": _values(options), "world_size": world_size, "steps_of_epoch": steps_of_epoch}
+    return {"options": _values(options), "world_size": world_size, "steps_of_epoch": steps_of_epoch, "order": order}
 
 
 def changes(state: dict[str, Any], options: TrainOptions, world_size: int, source: Path) -> list[str]:
@@ -67,16 +77,11 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
         state: the checkpoint. One without ``conditions``, such as open_clip_train's, is not compared.
 
     Raises:
-        ValueError: an option that identifies the run has changed, without ``resume_with_changes``; or, within an epoch,
-            anything that decides which samples are in which step.
+        ValueError: an option that identifies the run has changed, without ``resume_with_changes``.
     """
     if "conditions" not in state:
         return []
-    was = {**state["conditions"]["options"], "world_size": state["conditions"]["world_size"]}
-    now = {**_values(options), "world_size": world_size}
-    changed = {key: f"{key} {was[key]!r} -> {now[key]!r}" for key in now if key in was and was[key] != now[key]}
-    if _within_epoch(state):
-        _refuse_within_epoch(state, [changed[key] for key in _order(options) if key in changed], source)
+    changed = _changed(state["conditions"], {"options": _values(options), "world_size": world_size})
     identity = [text for key, text in changed.items() if key.partition(".")[0] in IDENTITY]
     if identity and not options.resume_with_changes:
         raise ValueError(
@@ -92,41 +97,76 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
     return notes
 
 
-def other_length(state: dict[str, Any], steps_of_epoch: int, source: Path) -> bool:
-    """Whether the number of steps in an epoch has changed since the checkpoint was written.
+def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> None:
+    """
+    Args:
+        state: a checkpoint.
+        now: the conditions of this run.
 
     Raises:
-        ValueError: it has changed, and the checkpoint is from within an epoch.
+        ValueError: the checkpoint is from within an epoch, and the rest of it would repeat some samples and leave out
+            others.
     """
-    before = state["conditions"]["steps_of_epoch"] if "conditions" in state else steps_of_epoch
-    if before == steps_of_epoch:
-        return False
-    if _within_epoch(state):
-        cause = f"other training data ({steps_of_epoch} steps in an epoch in place of {before})"
-        _refuse_within_epoch(state, [cause], source)
-    return True
-
-
-def _within_epoch(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint of ours is from within an epoch, and not from its last step or between two epochs."""
-    return 0 < state["step_of_epoch"] < state["conditions"]["steps_of_epoch"]
-
-
-def _refuse_within_epoch(state: dict[str, Any], causes: list[str], source: Path) -> None:
+    if "conditions" not in state or not _within_epoch(state):
+        return
+    was = state["conditions"]
+    if "order" not in was:
+        causes = ["this version of clipup, which has another order of samples than the one that wrote it,"]
+    elif was["order"] is None or now["order"] is None:
+        causes = _of_read_data(was, now)
+    else:
+        causes = _of_indexed_data(was, now)
     if causes:
         raise ValueError(
             f"{source} is from within epoch {state['epoch'] + 1}, after step {state['step_of_epoch']} of "
-            f"{state['conditions']['steps_of_epoch']}; with {', '.join(causes)} the rest of the epoch would repeat "
+            f"{was['steps_of_epoch']}; with {', '.join(causes)} the rest of the epoch would repeat "
             "some samples and leave out others. Resume with the former values, or from the checkpoint of an epoch's "
             "end (--resume .../epoch_K.pt), where they may change"
         )
 
 
-def _order(options: TrainOptions) -> tuple[str, ...]:
-    """The options that decide the order of samples, for streamed shards also the workers, which read in turn."""
-    from_csv = is_csv(options.train_data, options.dataset_type)
-    streamed = options.train_data is not None and not from_csv and not options.cache_data
-    return (*ORDER, "world_size", *(["workers"] if streamed else []))
+def _of_read_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What has changed that an epoch which is read again from its start depends on."""
+    changed = _changed(was, now)
+    from_files = now["options"]["train_data"] is not None
+    causes = [
+        changed[key] for key in (*BATCH, *SEQUENCE, *DATA, *(["workers"] if from_files else [])) if key in changed
+    ]
+    before, steps = was["steps_of_epoch"], now["steps_of_epoch"]
+    if not causes and (before != steps or was["order"] != now["order"]):
+        causes = [f"other training data ({steps} steps in an epoch in place of {before})"]
+    return causes
+
+
+def _of_indexed_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changed = _changed(was, now)
+    causes = [changed[key] for key in SEQUENCE if key in changed]
+    differ = {key: (was["order"].get(key), value) for key, value in now["order"].items()}
+    differ = {key: (before, value) for key, (before, value) in differ.items() if before != value}
+    if "global_batch" in differ:
+        before, size = differ.pop("global_batch")
+        parts = [changed[key] for key in BATCH if key in changed]
+        causes.append(f"{', '.join(parts)} (a global batch of {size} in place of {before})")
+    if differ:
+        causes += [changed[key] for key in DATA if key in changed]
+    if differ and not causes:
+        before, rows = was["order"]["rows"], now["order"]["rows"]
+        how = f"{rows} samples in place of {before}" if rows != before else "as many samples, but other ones"
+        causes = [f"other training data ({how})"]
+    return causes
+
+
+def _changed(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Changed options and ``world_size`` by name, as text."""
+    before, after = ({**one["options"], "world_size": one["world_size"]} for one in (was, now))
+    return {
+        key: f"{key} {before[key]!r} -> {after[key]!r}" for key in after if key in before and before[key] != after[key]
+    }
+
+
+def _within_epoch(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint of ours is from within an epoch, and not from its last step or between two epochs."""
+    return 0 < state["step_of_epoch"] < state["conditions"]["steps_of_epoch"]
 
 
 def _values(options: TrainOptions) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from torch import nn
 
 from clipup_kernels.self_check import check_once
 
-from ..precision import Precision, token_dtype
+from ..precision import token_dtype
 from . import resume, rng
 from .distributed import Ranks, joined
 from .loop import Trainer
+from .optim import warmup_warning
 from .options import TrainOptions
 from .recorder import LOG
 from .results import Every, TrainResult
@@ -57,7 +58,7 @@ def train(
     """
     check_complete(options, model, loader)
     with joined(options) as ranks, _directory(options, ranks) as directory:
-        precision: Precision = options.precision or ("amp" if ranks.device.type == "cuda" else "fp32")
+        precision = options.precision_on(ranks.device.type)
         if ranks.device.type == "cuda":
             check_once(ranks.device, [token_dtype(precision)])
         checkpoint, notes = resume.find_checkpoint(options, directory, ranks)
@@ -74,6 +75,7 @@ def train(
             trainer.restore(checkpoint.state, checkpoint.path)
             if trainer.state.finished:
                 return trainer.result_before()
+        notes += warmup_warning(options, trainer.length.steps)
         for note in notes if ranks.first else ():
             LOG.warning("%s", note)
         with StopRequest(enabled=directory is not None) as stop:

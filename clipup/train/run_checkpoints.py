@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..pretrained import model_card, model_directory, origin, saving
-from . import checkpoints, resume, rng, whole_state
+from . import checkpoints, resume, whole_state
 from .distributed import Ranks
 from .finite import FiniteGuard
-from .optim import load_optimizer_state
+from .optim import load_optimizer_state, optimizer_state
 from .options import TrainOptions
 from .recorder import Recorder
 from .run_directory import RunDirectory
 from .run_state import RunState
 from .setup import Built
 from .step import TrainStep
+from .validations import RETRIEVAL, ZERO_SHOT
 
 
 class RunCheckpoints:
@@ -34,9 +35,14 @@ class RunCheckpoints:
         ranks: Ranks,
         directory: RunDirectory | None,
         steps_of_epoch: int,
+        order: dict[str, Any] | None,
         unsharded: Callable[[dict[str, Any]], nn.Module],
     ) -> None:
-        """unsharded: the model with weights of ``whole_state.weights``, on one rank."""
+        """
+        Args:
+            order: what the samples of a step depend on (``Epochs.order``).
+            unsharded: the model with weights of ``whole_state.weights``, on one rank.
+        """
         self.options = options
         self.built = built
         self.train_step = train_step
@@ -44,9 +50,8 @@ class RunCheckpoints:
         self.guard = guard
         self.ranks = ranks
         self.directory = directory
-        self.steps_of_epoch = steps_of_epoch
         self.unsharded = unsharded
-        self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch)
+        self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch, order)
 
     def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
         """Puts the run where the checkpoint was written.
@@ -54,9 +59,10 @@ class RunCheckpoints:
         Raises:
             ValueError: the checkpoint is of another model, or from within an epoch of other data.
         """
-        self.state.restore(checkpoint, source, self.options, self.steps_of_epoch, self.ranks)
+        self.state.restore(checkpoint, source, self.options, self.conditions, self.ranks)
         checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
-        load_optimizer_state(self.train_step.optimizer, checkpoint["optimizer"])
+        if checkpoint.get("conditions", self.conditions)["options"].get("opt", "adamw") == self.options.opt:
+            load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
         if self.train_step.scaler is not None and "scaler" in checkpoint:
             self.train_step.scaler.load_state_dict(checkpoint["scaler"])
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))
@@ -69,23 +75,13 @@ class RunCheckpoints:
         self.ranks.doing("saving a checkpoint", self.state.step)
         self.guard.check_loss(self.state.step, float(self.ranks.mean(self.guard.loss_since_check)))
         self.guard.check_weights(self.state.step, self.built.model, self.train_step.optimizer, self.ranks)
-        generators = rng.get_state(self.ranks.device) if self.state.rng is None else self.state.rng
-        gathered = self.ranks.gather(generators)
         paths = [self.directory.checkpoints / name for name in names]
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)
-        optimizer = whole_state.optimizer_state(self.train_step.optimizer, keep=self.ranks.first)
-        self.ranks.first_does(
-            lambda: checkpoints.save(self._checkpoint(weights, optimizer, gathered, recorder), *paths)
-        )
+        optimizer = optimizer_state(self.train_step.optimizer, self.built.model, keep=self.ranks.first)
+        self.ranks.first_does(lambda: checkpoints.save(self._checkpoint(weights, optimizer, recorder), *paths))
         self.guard.last_checkpoint = paths[-1]
 
-    def _checkpoint(
-        self,
-        weights: dict[str, Any],
-        optimizer: dict[str, Any],
-        generators: list[dict[str, Any]],
-        recorder: Recorder,
-    ) -> dict[str, Any]:
+    def _checkpoint(self, weights: dict[str, Any], optimizer: dict[str, Any], recorder: Recorder) -> dict[str, Any]:
         moe_config = getattr(self.built.model, "moe_config", None)
         scaler = self.train_step.scaler
         return {
@@ -96,7 +92,6 @@ class RunCheckpoints:
             "skipped_steps": (self.guard.skipped, self.guard.in_row),
             "conditions": self.conditions,
             "evaluations": len(recorder.records("evaluations")),
-            "rng": generators,
             "model_cfg": self.built.model_cfg,
             "moe_cfg": None if moe_config is None else moe_config.to_dict(),
             **({} if scaler is None else {"scaler": scaler.state_dict()}),
@@ -117,10 +112,17 @@ class RunCheckpoints:
     def _save_model(self, model: nn.Module) -> None:
         base_model = origin.base_model(self.options.model, self.options.pretrained)
         saving.save_pretrained(model, self.directory.model, self.built.model_cfg, base_model=base_model)
-        if self.state.evaluated_at == self.state.step:
-            results: dict[str, Any] = {"val_data": self.options.val_data, "precision": self.train_step.precision}
-            results |= {"multi_positive": self.options.multi_positive, "retrieval": self.state.evaluation}
-            model_card.add_results(self.directory.model, results)
+        for results in self._results():
+            model_card.add_results(self.directory.model, {**results, "precision": self.train_step.precision})
+
+    def _results(self) -> Iterator[dict[str, Any]]:
+        """The numbers of the validations at the run's end, as ``clipup eval`` writes them."""
+        found = self.state.numbers_now(RETRIEVAL)
+        if found is not None:
+            options = self.options
+            yield {"val_data": options.val_data, "multi_positive": options.multi_positive, "retrieval": found}
+        for name, numbers in (self.state.numbers_now(ZERO_SHOT) or {}).items():
+            yield {"images": getattr(self.options, name), "zero_shot": numbers}
 
     def is_complete(self, source: Path) -> bool:
         """Whether the directory of a finished run holds the checkpoint ``source`` and the saved model."""

@@ -7,6 +7,7 @@ LOGS/NAME/warnings.jsonl          a line per layer whose routing has collapsed, 
 LOGS/NAME/options.json            all options
 LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt
 LOGS/NAME/tensorboard/            with report_to="tensorboard"
+LOGS/NAME/wandb/                  with report_to="wandb"
 LOGS/NAME/model/                  the trained model, as clipup.create_model_and_transforms reads it
 LOGS/NAME/.lock                   while a process writes there
 """
@@ -25,7 +26,15 @@ from . import checkpoints
 from .options import TrainOptions
 from .recorder import KINDS, Record, read_records
 
-_PARTS = ("checkpoints", *(f"{kind}.jsonl" for kind in KINDS), "options.json", "tensorboard", "model", "out.log")
+_PARTS = (
+    "checkpoints",
+    *(f"{kind}.jsonl" for kind in KINDS),
+    "options.json",
+    "tensorboard",
+    "wandb",
+    "model",
+    "out.log",
+)
 _DISCARDED = ".discarded.tmp"
 
 

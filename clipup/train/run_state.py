@@ -29,26 +29,29 @@ class RunState:
     samples_seen: int = 0
     seconds: float = 0.0
     """Time in training, without evaluations and checkpoints."""
-    evaluated_at: int = -1
-    """The step of the last evaluation on the validation data."""
-    evaluation: dict[str, Any] | None = None
-    """Its numbers; on rank 0."""
+    validated: dict[str, tuple[int, dict[str, Any] | None]] = field(default_factory=dict)
+    """The step of the last validation of each name, and its numbers, on rank 0."""
     evaluations: int | None = None
     """Records of evaluations when the checkpoint was written that the run continues from."""
-    rng: dict[str, Any] | None = None
-    """The random number generators of this rank within an epoch, until that epoch continues."""
+    skipped_samples: dict[str, dict[str, int]] = field(default_factory=lambda: {"all": {}, "epoch": {}})
+    """Samples that could not be read, as of the last checkpoint (``Epochs.for_checkpoint``)."""
     finished: bool = False
     """Whether all is done and the model is saved."""
 
     def restore(
-        self, checkpoint: dict[str, Any], source: Path, options: TrainOptions, steps_of_epoch: int, ranks: Ranks
+        self, checkpoint: dict[str, Any], source: Path, options: TrainOptions, conditions: dict[str, Any], ranks: Ranks
     ) -> None:
         """Takes the position from a checkpoint, ours or open_clip_train's. ``finished`` remains False.
 
+        Args:
+            conditions: of this run.
+
         Raises:
-            ValueError: the checkpoint is from within an epoch of other data.
+            ValueError: the checkpoint is from within an epoch, and the rest of it would have other samples.
         """
-        other_length = resume.other_length(checkpoint, steps_of_epoch, source)
+        resume.check_position(checkpoint, conditions, source)
+        steps_of_epoch = conditions["steps_of_epoch"]
+        other_length = checkpoint.get("conditions", conditions)["steps_of_epoch"] != steps_of_epoch
         self.epoch = checkpoint["epoch"]
         self.step = checkpoint.get("step", self.epoch * steps_of_epoch)
         self.step_of_epoch = checkpoint.get("step_of_epoch", 0)
@@ -56,17 +59,20 @@ class RunState:
         samples_of_step = options.batch_size * options.accum_freq * ranks.world_size
         self.samples_seen = checkpoint.get("samples_seen", self.step * samples_of_step)
         self.seconds = checkpoint.get("seconds", 0.0)
-        self.evaluated_at, self.evaluation = checkpoint.get("validated", (-1, None))
+        self.validated = dict(checkpoint.get("validated", {}))
         self.evaluations = checkpoint.get("evaluations")
         if other_length:
             self.step_of_epoch = steps_of_epoch if self.step_of_epoch else 0  # all of an epoch, or nothing
             self.steps_before = self.step - self.step_of_epoch - self.epoch * steps_of_epoch
-        generators = checkpoint.get("rng", [])
-        within_epoch = self.step_of_epoch > 0 and len(generators) == ranks.world_size
-        self.rng = generators[ranks.rank] if within_epoch else None
+        self.skipped_samples = checkpoint.get("skipped_samples", self.skipped_samples)
+
+    def numbers_now(self, validation: str) -> dict[str, Any] | None:
+        """The numbers of a validation, if it was done at the current step; on rank 0."""
+        step, numbers = self.validated.get(validation, (-1, None))
+        return numbers if step == self.step else None
 
     def for_checkpoint(self) -> dict[str, Any]:
-        """The entries of a checkpoint, without generators and the number of evaluations."""
+        """The entries of a checkpoint, without the number of evaluations."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -75,7 +81,8 @@ class RunState:
             "samples_seen": self.samples_seen,
             "seconds": self.seconds,
             "finished": self.finished,
-            "validated": (self.evaluated_at, self.evaluation),
+            "validated": dict(self.validated),
+            "skipped_samples": self.skipped_samples,
         }
 
 

@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its options: the model, the data loader, the evaluation on validation data."""
+"""Builds the parts of a run from its options: the model and the data loader."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..checks import check
 from ..clip.inputs import CheckedTokenizer
-from ..data.loaders import load_eval_samples, load_train_data
-from ..data.shares import Share
+from ..data.loaders import load_train_data
 from ..data.train_data import TrainData
-from ..evaluate.retrieval import evaluate_retrieval
 from ..moe.config import MoEConfig
 from ..precision import Precision
 from ..pretrained import factory, model_names, tokenizers
@@ -24,6 +23,7 @@ from .objectives import Objective, create_objective, selected
 from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
 from .options import TrainOptions
 from .rng import preserved
+from .trained_parts import lock_parts
 
 Transform = Callable[[Any], torch.Tensor]
 """PIL image to tensor."""
@@ -84,6 +84,9 @@ def build_model(
         model, model_cfg, transforms, tokenizer = _create(options, ranks.device, precision, tokenizer)
         train_transform, val_transform = train_transform or transforms[0], val_transform or transforms[1]
     else:
+        unused = ", ".join(_factory_arguments(options))
+        if unused:
+            raise ValueError(f"{unused}: no effect on a model that is passed in; create it, and its transforms, so")
         model = model.to(ranks.device)
         model_cfg = None if options.model is None else model_names.get_model_config(options.model)
     optimizer_state = None
@@ -92,12 +95,30 @@ def build_model(
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
     parallel.check(model, options, ranks, precision)
+    lock_parts(model, options)
     with preserved(ranks.device):
         objective = create_objective(options, model, ranks, precision)
     if options.grad_checkpointing:
         clip: Any = model  # nn.Module types what it does not know as Tensor | Module
         clip.set_grad_checkpointing()
+    if options.torchcompile:
+        _compile(model, options)
     return Built(model, objective, train_transform, val_transform, tokenizer, model_cfg, optimizer_state)
+
+
+def _compile(model: nn.Module, options: TrainOptions) -> None:
+    """Compiles the model's ``forward`` in place, at its first call; names of parameters and the state dict stay.
+
+    Raises:
+        ValueError: torch knows no such backend or mode.
+    """
+    backend, mode = options.torchcompile_backend or "inductor", options.torchcompile_mode
+    backends = torch.compiler.list_backends(exclude_tags=())
+    check("torchcompile_backend", backend, backend in backends, f"one of {', '.join(backends)}")
+    try:
+        model.compile(backend=backend, mode=mode)
+    except RuntimeError as error:
+        raise ValueError(f"torchcompile_mode={mode!r}: {error}") from error
 
 
 def _resume_dense(model: nn.Module, path: str, options: TrainOptions) -> OptimizerState:
@@ -117,18 +138,26 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
             )
         name, pretrained = pretrained, None
     assert name is not None  # check_complete
-    model_cfg = model_names.get_model_config(name)
+    model_cfg = options.overridden(model_names.get_model_config(name))
     fresh = pretrained is None and model_names.directory_of(name) is None
     init: dict[str, Any] = selected(options).model_arguments if fresh else {}
     model, *transforms = factory.create_model_and_transforms(
-        name, pretrained, precision=precision, device=device, output_dict=True, **init
+        name, pretrained, precision=precision, device=device, output_dict=True, **init, **_factory_arguments(options)
     )
-    return model, {**model_cfg, **init}, transforms, tokenizer or tokenizers.get_tokenizer(name)
+    if tokenizer is None:
+        length = options.force_context_length
+        tokenizer = tokenizers.get_tokenizer(name, **({} if length is None else {"context_length": length}))
+    return model, {**model_cfg, **init}, transforms, tokenizer
+
+
+def _factory_arguments(options: TrainOptions) -> dict[str, Any]:
+    """Arguments of open_clip's factory about architecture and transforms, as far as the options set them."""
+    return {**options.model_overrides(), **options.transform_arguments()}
 
 
 def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) -> TrainData:
     """The loader of ``options.train_data``."""
-    preprocess, tokenizer = _both(built.preprocess_train, built.tokenizer)
+    preprocess, tokenizer = both(built.preprocess_train, built.tokenizer)
     return load_train_data(
         options.data_options(),
         preprocess,
@@ -139,34 +168,11 @@ def build_loader(options: TrainOptions, built: Built, ranks: Ranks, epoch: int) 
     )
 
 
-def build_validation(
-    options: TrainOptions, built: Built, precision: Precision, ranks: Ranks
-) -> Callable[[nn.Module], dict[str, Any] | None] | None:
-    """Retrieval on ``options.val_data``, as a function of the model that all ranks call; rank 0 gets the numbers."""
-    if options.val_data is None:
-        return None
-    preprocess, tokenizer = _both(built.preprocess_val, built.tokenizer)
-    share = Share(ranks.rank, ranks.world_size, ranks.gather, in_step=parallel.is_sharded(options))
-    samples = load_eval_samples(options.val_data, preprocess, options.val_data_options(), "val_data")
-    samples = samples.part(share, options.batch_size)
-
-    def validate(model: nn.Module) -> dict[str, Any] | None:
-        return evaluate_retrieval(
-            model,
-            samples,
-            tokenizer,
-            batch_size=options.batch_size,
-            by="group",
-            precision=precision,
-            multi_positive=options.multi_positive,
-            show_progress=ranks.first,
-            share=share,
-        )
-
-    return validate
-
-
-def _both(preprocess: Transform | None, tokenizer: Tokenizer | None) -> tuple[Transform, Tokenizer]:
+def both(preprocess: Transform | None, tokenizer: Tokenizer | None) -> tuple[Transform, Tokenizer]:
+    """
+    Raises:
+        ValueError: one of them is None.
+    """
     if preprocess is None or tokenizer is None:
         raise ValueError("preprocess and tokenizer are missing: pass those of the model too, to read data with them")
     return preprocess, tokenizer

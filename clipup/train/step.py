@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -65,8 +65,14 @@ class TrainStep:
         precision: Precision = "fp32",
         grad_clip_norm: float | None = None,
         world_size: int = 1,
+        seed_batch: Callable[[int], None] = lambda index: None,
     ) -> None:
-        """model: as ``parallel.wrapped`` returned it. world_size: number of ranks."""
+        """
+        Args:
+            model: as ``parallel.wrapped`` returned it.
+            world_size: number of ranks.
+            seed_batch: called with a batch's index before its forward pass, to seed the random numbers in it.
+        """
         self.model = model
         self.module = unwrapped(model)
         self.objective = objective
@@ -75,6 +81,7 @@ class TrainStep:
         self.precision: Precision = precision
         self.grad_clip_norm = grad_clip_norm
         self.world_size = world_size
+        self.seed_batch = seed_batch
         self.scaler = torch.amp.GradScaler(device.type) if precision == "amp" else None
         self.applied = True
         """Whether the last step changed the weights."""
@@ -95,6 +102,7 @@ class TrainStep:
 
     def _plain(self, batches: Sequence[Batch]) -> StepLosses:
         targets = self._targets(batches)
+        self.seed_batch(0)
         with autocast(self.precision, self.device):
             output = forward(self.model, *batches[0])
             terms = self.objective.terms(output, targets)
@@ -106,7 +114,8 @@ class TrainStep:
         targets = self._targets(batches)
         cached, states, counting = [], [], StepCounting(self.module)
         with torch.no_grad(), autocast(self.precision, self.device):
-            for batch in batches:
+            for index, batch in enumerate(batches):
+                self.seed_batch(index)
                 states.append(torch_state(self.device))
                 cached.append(forward(self.module, *batch))
                 counting.add()
@@ -153,7 +162,7 @@ class TrainStep:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         finish_gradients(self.module, self.world_size)
-        self.gradient_norm = gradient_norm(self.module, self.world_size)
+        self.gradient_norm = gradient_norm(self.module, self.world_size, self.device)
         finite = bool(self.gradient_norm.isfinite())
         if finite:
             if self.grad_clip_norm is not None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..data.train_data import TrainData
 from .objectives import Batch
 
 
@@ -23,6 +24,10 @@ class Epochs:
             ValueError: fewer than ``accum_freq`` batches per epoch.
         """
         self._info = loader
+        self.order: dict[str, Any] | None = getattr(loader, "order", None)
+        """What the samples of a step depend on besides seed and epoch; None where an epoch can only be read from its
+        start."""
+        self.streamed = self.order is None and isinstance(loader, TrainData)
         self._batches = getattr(loader, "dataloader", loader)
         self._accum_freq = accum_freq
         count = getattr(self._batches, "num_batches", None)
@@ -35,9 +40,12 @@ class Epochs:
                 "batch_size or accum_freq, or pass more data"
             )
 
-    def epoch(self, epoch: int) -> Generator[list[Batch], None, None]:
-        """The steps of an epoch; batches left over at its end are not used. Close it to end its data workers."""
-        if hasattr(self._info, "set_epoch"):
+    def epoch(self, epoch: int, first_step: int = 0) -> Generator[list[Batch], None, None]:
+        """The steps of an epoch from ``first_step``, which is 0 without ``order``; batches left over at its end are not
+        used. Close it to end its data workers."""
+        if first_step:
+            self._info.set_epoch(epoch, first_step)
+        elif hasattr(self._info, "set_epoch"):
             self._info.set_epoch(epoch)
         group: list[Batch] = []
         for images, texts in self._batches:
@@ -46,6 +54,34 @@ class Epochs:
                 yield group
                 group = []
 
+    def promise(self) -> str | None:
+        """What the order of samples depends on, for the log."""
+        if self.order is not None:
+            return (
+                f"training data: {self.order['rows']} samples; those of a step depend on seed, epoch, step and the "
+                f"global batch of {self.order['global_batch']} alone"
+            )
+        if self.streamed:
+            return (
+                "training data: streamed; the order of samples also depends on the numbers of ranks and workers, and a "
+                "resume within an epoch reads the epoch again up to its step"
+            )
+        return None
+
+    def for_checkpoint(self, gather: Callable[[Any], list[Any]]) -> dict[str, dict[str, int]]:
+        """The samples that no rank could read, by name: ``all`` so far, and those of the current ``epoch``."""
+        skips = getattr(self._info, "skips", None)
+        mine = {} if skips is None else skips.samples, getattr(self._batches, "skipped_in_pass", {})
+        of_run, of_epoch = zip(*gather(mine), strict=True)
+        return {"all": _union(of_run), "epoch": _union(of_epoch)}
+
+    def restore(self, skipped: dict[str, dict[str, int]], within_epoch: bool) -> None:
+        """Counts what was skipped before the run was resumed."""
+        if hasattr(self._info, "skips"):
+            self._info.skips.restore(skipped["all"])
+        if within_epoch and hasattr(self._batches, "restore"):
+            self._batches.restore(skipped["epoch"])
+
     def skipped(self, gather: Callable[[Any], list[Any]]) -> int:
         """Samples that could not be read so far, each counted once, whichever ranks met it.
 
@@ -53,10 +89,11 @@ class Epochs:
             gather: returns every rank's value on every rank.
         """
         skips = getattr(self._info, "skips", None)
-        names: dict[str, int] = {}
-        for of_rank in gather({} if skips is None else skips.samples):
-            names |= of_rank
-        return sum(names.values())
+        return sum(_union(gather({} if skips is None else skips.samples)).values())
+
+    def retries(self, gather: Callable[[Any], list[Any]]) -> int:
+        """How often data were read again after an error that may be temporary, on all ranks."""
+        return sum(gather(getattr(getattr(self._info, "skips", None), "retries", 0)))
 
     def check_skipped(self, gather: Callable[[Any], list[Any]]) -> None:
         """Judges ``max_skipped`` over all ranks at the end of an epoch. Within an epoch every rank judges its own part,
@@ -71,11 +108,15 @@ class Epochs:
         skips = self._info.skips
         parts, names, first = zip(*gather((*counts, skips.first)), strict=True)
         skips.first = next(filter(None, (skips.first, *first)), "")
-        skips.check(sum(parts), sum({name: count for of_rank in names for name, count in of_rank.items()}.values()))
+        skips.check(sum(parts), sum(_union(names).values()))
 
     def close(self) -> None:
         """Releases the loader, so that workers that live longer than an epoch end with the run."""
         self._info = self._batches = None
+
+
+def _union(of_ranks: Iterable[dict[str, int]]) -> dict[str, int]:
+    return {name: count for one in of_ranks for name, count in one.items()}
 
 
 @contextmanager

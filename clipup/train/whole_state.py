@@ -40,7 +40,7 @@ def weights(model: nn.Module, keep: bool = True) -> dict[str, Any]:
     return _gathered(model.state_dict(), keep)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Any]:
+def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Any]:
     """``optimizer.state_dict()`` of plain tensors, over the groups that ``by_mesh`` was given."""
     own = optimizer.state_dict()
     if not _in_parts(optimizer):
@@ -64,17 +64,16 @@ def load_weights(model: nn.Module, state: dict[str, Any]) -> None:
     model.load_state_dict({name: shard_like(own[name], value) for name, value in state.items()})
 
 
-def for_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """What ``optimizer_state`` returned as the optimizer's own state dict, for the same parameters."""
+def names_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """The names of the parameters in the groups that ``by_mesh`` was given."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
     if not _in_parts(optimizer):
-        return state
-    own = optimizer.state_dict()["param_groups"]
-    values = {}
-    for group, part in zip(optimizer.param_groups, own, strict=True):
-        for parameter, index, position in zip(group["params"], part["params"], part[_POSITIONS], strict=True):
-            moments = state["state"].get(position, {})
-            values[index] = {key: shard_like(parameter, value) for key, value in moments.items()}
-    return {"state": {index: moments for index, moments in values.items() if moments}, "param_groups": own}
+        return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    groups: dict[int, dict[int, str]] = {}
+    for group in optimizer.param_groups:
+        for parameter, position in zip(group["params"], group[_POSITIONS], strict=True):
+            groups.setdefault(group[_GROUP], {})[position] = names[parameter]
+    return [[name for _, name in sorted(groups[index].items())] for index in sorted(groups)]
 
 
 def shard_like(model: Any, value: Any) -> Any:
@@ -93,7 +92,7 @@ def _gathered(state: dict[str, Any], keep: bool) -> dict[str, Any]:
     whole = {}
     for name, value in state.items():
         if is_distributed(value):
-            value = value.full_tensor()
+            value = value.to(value.device_mesh.device_type).full_tensor()  # shards may be offloaded to the CPU
             value = value.cpu() if keep else None
         if keep:
             whole[name] = value

@@ -48,10 +48,16 @@ class Config(NamedTuple):
     num_stages: int
     descriptors: bool = False
     """Weights are loaded by descriptors (TMA, architecture 90 and later) instead of ``cp.async``."""
+    row_descriptors: bool = False
+    """Rows are loaded by descriptors; gathered ones are first copied into expert order (``permute``)."""
 
     @property
     def constants(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
+    @property
+    def loads(self) -> dict[str, bool]:
+        return {"DESCRIPTORS": self.descriptors, "ROW_DESCRIPTORS": self.row_descriptors}
 
     def even(self, depth: int, columns: int) -> dict[str, bool]:
         """Whether the sizes are multiples of the tile's, so that loads need no masks."""
@@ -129,6 +135,8 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
         tile = tile._replace(block_n=tile.block_n // 2)
         if kind == "ieee" and (depth % 16 or columns % 16):
             tile = tile._replace(num_stages=3)  # with 2, Triton 3.9 spills registers
+    if (arch, kind, kernel) == (100, "tf32", "project_rows"):
+        tile = tile._replace(num_warps=4)  # with 8, Triton 3.9 spills registers
     if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
         tile = tile._replace(block_n=128, num_warps=4)
     tile = tile._replace(block_n=min(tile.block_n, _tile_side(columns)))
@@ -146,6 +154,12 @@ def both_tile(arch: int, width: int) -> Config:
     # Triton 3.9 spills registers at 128 columns with 8 warps; with 4, two blocks share a multiprocessor as well.
     columns = _tile_side(width)
     return Config(128, 32, columns, 4 if arch == 100 and columns == 128 else 8, 3)
+
+
+def with_descriptors(kernel: str, tile: Config) -> list[Config]:
+    """A tile with weights by descriptors, and with rows too."""
+    rows_too = tile._replace(descriptors=kernel not in GRADIENTS, row_descriptors=True)
+    return [rows_too] if kernel in GRADIENTS else [tile._replace(descriptors=True), rows_too]
 
 
 class Case(NamedTuple):
@@ -179,8 +193,8 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
             for number, tile in enumerate(tiles(768, (3072, 640))):
                 is_main = number == 0 and dtype == torch.bfloat16
                 yield Case(arch, kernel, dtype, kind, tile, is_main, even=True)
-                if is_main and arch >= 90 and kernel not in GRADIENTS:
-                    yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False, even=True)
+                for config in with_descriptors(kernel, tile) if is_main and arch >= 90 else ():
+                    yield Case(arch, kernel, dtype, kind, config, False, even=True)
             for tile in tiles(767, (3071,)):
                 yield Case(arch, kernel, dtype, kind, tile, False, even=False)
 
@@ -294,13 +308,13 @@ def forget() -> None:
 def _checked(name: str, values: object) -> Config | None:
     if values is None and any(f" {kernel} " in name for kernel in BOTH_KERNELS):
         return None
-    well = isinstance(values, list) and [type(value) for value in values] == [int] * 5 + [bool]
+    well = isinstance(values, list) and [type(value) for value in values] == [int] * 5 + [bool] * 2
     if not (well and all(v > 0 for v in values[:5])):
-        raise ValueError(f"expected {list(Config._fields)} as five positive integers and a bool, got {values!r}")
+        raise ValueError(f"expected {list(Config._fields)} as five positive integers and two bools, got {values!r}")
     if any(v & (v - 1) for v in values[:4]):
         raise ValueError(f"blocks and warps must be powers of two, got {values!r}")
     config = Config(*values)
-    if any(f" {kernel} " in name for kernel in BOTH_KERNELS) and config.descriptors:
+    if any(f" {kernel} " in name for kernel in BOTH_KERNELS) and (config.descriptors or config.row_descriptors):
         raise ValueError(f"{name} has no descriptors, got {values!r}")
     return config
 

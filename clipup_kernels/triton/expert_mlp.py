@@ -27,6 +27,7 @@ from .activations import activate
 from .expert_mlp_inference import project_both
 from .grouped_gemm import (
     add_bias,
+    block_of_rows,
     describe,
     find_tile,
     groups,
@@ -69,8 +70,8 @@ def _finish_in(
 def _project_in(
     x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
     num_rows, num_experts, top_k, depth, columns,
-    ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -80,37 +81,39 @@ def _project_in(
     first_column = (tile % column_tiles) * BLOCK_N
     plane = num_rows.to(tl.int64) * columns  # distance from the pre-activations of W_in to those of W_gate
     if (first < end) & (expert < num_experts):
-        token = (
-            tl.load(choice_of_row + row, mask=row < end, other=0) // top_k
-        )  # surplus rows compute token 0 and are not stored
-        left = x + token.to(tl.int64) * depth
+        if ROW_DESCRIPTORS:
+            left = x
+            STORAGE: tl.constexpr = x.dtype
+        else:  # surplus rows compute token 0 and are not stored
+            left = x + (tl.load(choice_of_row + row, mask=row < end, other=0) // top_k).to(tl.int64) * depth
+            STORAGE: tl.constexpr = x.dtype.element_ty
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if gate_weight is None:
             total = multiply(
-                total, left, weight, expert, first_column, depth, columns,
-                False, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+                total, left, first, weight, expert, first_column, depth, columns,
+                False, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             if BLOCK_N < 128:
                 _finish_in(
                     total, None, bias, None, z, a, expert, first, end, first_column, plane, columns,
-                    x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
+                    STORAGE, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
             else:
                 parts = quarters(total, BLOCK_M, BLOCK_N)
                 for part in tl.static_range(4):
                     _finish_in(
                         parts[part], None, bias, None, z, a, expert, first, end, first_column + part * (BLOCK_N // 4),
-                        plane, columns, x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 4,
+                        plane, columns, STORAGE, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 4,
                     )  # fmt: skip
         else:
             gate_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             total, gate_total = multiply_pair(
-                total, gate_total, left, weight, gate_weight, expert, first_column, depth, columns,
-                DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+                total, gate_total, left, first, weight, gate_weight, expert, first_column, depth, columns,
+                ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             _finish_in(
                 total, gate_total, bias, gate_bias, z, a, expert, first, end, first_column, plane, columns,
-                x.dtype.element_ty, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
+                STORAGE, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
     elif z is not None:
         column = first_column + tl.arange(0, BLOCK_N)
@@ -140,12 +143,15 @@ def project_in(
     kernel = "project_in" if gate_weight is None else "project_in_gated"
     config = config or configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, depth, columns)
     tiles = max_tiles(num_rows, num_experts, config.block_m) * ceil_div(columns, config.block_n)
+    if config.row_descriptors:
+        x = rows.in_expert_order(x, choice_of_row, top_k)
     with torch.cuda.device_of(x):
         _project_in[(tiles,)](
-            x, operand(weight, config), bias, operand(gate_weight, config), gate_bias, offsets, choice_of_row, z, a,
+            block_of_rows(x, config, [config.block_m, config.block_k]), operand(weight, config), bias,
+            operand(gate_weight, config), gate_bias, offsets, choice_of_row, z, a,
             num_rows, num_experts, top_k, depth, columns,
-            ACTIVATION=activation, DESCRIPTORS=config.descriptors, **config.even(depth, columns),
-            PRECISION=configs.precision(x.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
+            ACTIVATION=activation, **config.loads, **config.even(depth, columns), PRECISION=configs.precision(x.dtype),
+            GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip
     return z, a
 

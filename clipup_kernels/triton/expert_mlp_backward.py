@@ -24,7 +24,19 @@ from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate_with_slope
 from .expert_mlp import project_in
-from .grouped_gemm import describe, expert_of, find_tile, groups, halves, max_tiles, multiply, operand, place, quarters
+from .grouped_gemm import (
+    block_of_rows,
+    describe,
+    expert_of,
+    find_tile,
+    groups,
+    halves,
+    max_tiles,
+    multiply,
+    operand,
+    place,
+    quarters,
+)
 from .grouped_linear import project_rows
 from .launch import FUSED, ceil_div, dense, power_of_two
 from .variants import TYPE_NAMES, Variant, signature
@@ -65,8 +77,8 @@ def _finish_back(
 def _project_back(
     dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
     num_rows, num_experts, top_k, depth, columns,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -78,10 +90,13 @@ def _project_back(
         own = row < end
         first_column = column_tile * BLOCK_N
         plane = num_rows.to(tl.int64) * columns
-        choice = tl.load(choice_of_row + row, mask=own, other=0)
+        if ROW_DESCRIPTORS:
+            left = dy
+        else:
+            left = dy + (tl.load(choice_of_row + row, mask=own, other=0) // top_k).to(tl.int64) * depth
         da = multiply(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), dy + (choice // top_k).to(tl.int64) * depth, weight, expert,
-            first_column, depth, columns, True, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), left, first, weight, expert, first_column, depth, columns,
+            True, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         # Loaded again: kept through the product it would cost registers.
         gate = tl.load(gates + tl.load(choice_of_row + row, mask=own, other=-1), mask=own, other=0.0)
@@ -91,13 +106,19 @@ def _project_back(
                 GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
+            # In eight parts these two activations take more than the 128 registers of two blocks; in sixteen, rows are
+            # written 16 bytes at a time.
+            PARTS: tl.constexpr = 16 if (ACTIVATION == "quick_gelu" or ACTIVATION == "silu") and not GATED else 8
             d_gate = tl.zeros([BLOCK_M], tl.float32)
             das = quarters(da, BLOCK_M, BLOCK_N)
-            for part in tl.static_range(8):
-                own_da = halves(das[part // 2], BLOCK_M, BLOCK_N // 4)[part % 2]
+            for part in tl.static_range(PARTS):
+                if PARTS == 16:
+                    own_da = quarters(das[part // 4], BLOCK_M, BLOCK_N // 4)[part % 4]
+                else:
+                    own_da = halves(das[part // 2], BLOCK_M, BLOCK_N // 4)[part % 2]
                 d_gate += _finish_back(
-                    own_da, gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // 8), plane, columns,
-                    GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 8,
+                    own_da, gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // PARTS), plane, columns,
+                    GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // PARTS,
                 )  # fmt: skip
         if parts is not None:
             tl.store(parts + row.to(tl.int64) * column_tiles + column_tile, d_gate, mask=own)
@@ -105,11 +126,11 @@ def _project_back(
 
 def project_back(
     dy, gates, offsets, choice_of_row, out_weight, z, activation, *, need_dz: bool, need_a: bool, need_parts: bool,
-    config: configs.Config | None = None,
+    dy_rows: rows.ExpertOrder | None = None, config: configs.Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dz of z's shape, the gated a [R, H] and the partial sums of <a, da> [R, tiles of columns] float32, each or None.
 
-    Not written past ``offsets[E]``.
+    Not written past ``offsets[E]``. ``dy_rows``: dy for configs with rows by descriptors, if others need it too.
     """
     dy, gates, offsets, choice_of_row, out_weight, z = dense(dy, gates, offsets, choice_of_row, out_weight, z)
     num_experts, depth, columns = out_weight.shape
@@ -121,11 +142,14 @@ def project_back(
     parts = gates.new_empty(num_rows, column_tiles) if need_parts else None
     tiles = max_tiles(num_rows, num_experts, config.block_m) * column_tiles
     if num_rows > 0:
+        if config.row_descriptors:
+            dy = (dy_rows or rows.ExpertOrder(dy, choice_of_row, top_k)).rows
         with torch.cuda.device_of(dy):
             _project_back[(tiles,)](
-                dy, operand(out_weight, config, transposed=True), z, gates, offsets, choice_of_row, dz, scaled_a, parts,
+                block_of_rows(dy, config, [config.block_m, config.block_k]),
+                operand(out_weight, config, transposed=True), z, gates, offsets, choice_of_row, dz, scaled_a, parts,
                 num_rows, num_experts, top_k, depth, columns, GATED=z.dim() == 3, ACTIVATION=activation,
-                DESCRIPTORS=config.descriptors, **config.even(depth, columns),
+                **config.loads, **config.even(depth, columns),
                 PRECISION=configs.precision(dy.dtype), GROUPS=groups(num_experts),
                 **config.constants, **config.options,
             )  # fmt: skip
@@ -193,9 +217,10 @@ def expert_mlp_backward(
             x, offsets, choice_of_row, top_k, in_weight, in_bias, gate_weight, gate_bias, activation,
             keep_z=True, keep_a=False,
         )  # fmt: skip
+    dy_rows = rows.ExpertOrder(dy, choice_of_row, top_k)
     dz, scaled_a, parts = project_back(
         dy, gates, offsets, choice_of_row, out_weight, z, activation,
-        need_dz=need_x or need_in, need_a=need_out, need_parts=need_gates,
+        need_dz=need_x or need_in, need_a=need_out, need_parts=need_gates, dy_rows=dy_rows,
     )  # fmt: skip
     d_gates = gate_gradient(parts, dy, out_bias, offsets, row_of_choice) if need_gates else gates.new_empty(0)
     d_out_weight = d_out_bias = d_in_weight = d_in_bias = d_gate_weight = d_gate_bias = dx = None
@@ -203,7 +228,7 @@ def expert_mlp_backward(
     if need_in and need_out and same_biases:
         d_in_weight, d_in_bias, d_out_weight, d_out_bias, d_gate_weight, d_gate_bias = expert_gradients(
             dz, x, dy, scaled_a, gates, offsets, choice_of_row, in_bias=in_bias is not None,
-            out_bias=out_bias is not None,
+            out_bias=out_bias is not None, dy_rows=dy_rows,
         )  # fmt: skip
         need_in = need_out = False
     if need_out:

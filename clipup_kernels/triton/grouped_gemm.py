@@ -45,6 +45,23 @@ def operand(
     return TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), block)
 
 
+def block_of_rows(rows: Tensor | None, config: configs.Config, block: list[int]) -> Tensor | TensorDescriptor | None:
+    """Rows [R, N] in expert order as a kernel's argument; if the config says so, a descriptor of them, which loads
+    ``block`` rows and columns. Rows past the last one are 0, but those of the next expert are not.
+
+    Raises:
+        ValueError: descriptors do not support these sizes.
+    """
+    if rows is None or not config.row_descriptors:
+        return rows
+    if rows.shape[1] * rows.itemsize % 16:
+        raise ValueError(
+            f"the measured config {tuple(config)} takes rows by descriptors, which rows {list(rows.shape)} of "
+            f"{rows.dtype} do not allow; delete {configs.table_path()}"
+        )
+    return TensorDescriptor.from_tensor(rows, block)
+
+
 def groups(num_experts: int) -> int:
     """GROUPS of ``find_tile``: a power of two that holds the experts and the group of empty rows."""
     return power_of_two(num_experts + 1)
@@ -133,20 +150,27 @@ def _load_block(weight, expert, start, first_column, depth, columns, TRANSPOSED:
 
 @triton.jit
 def multiply(
-    total, left, weight, expert, first_column, depth, columns,
-    TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    total, left, first, weight, expert, first_column, depth, columns,
+    TRANSPOSED: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``total`` [M, N] float32 plus rows times the expert's weight; ``left`` [M] points to a row's first term."""
+    """``total`` [M, N] float32 plus rows times the expert's weight.
+
+    ``left`` [M] points to a row's first term; with ROW_DESCRIPTORS it is a descriptor, and ``first`` the first row.
+    """
     term = tl.arange(0, BLOCK_K)
     column = first_column + tl.arange(0, BLOCK_N)
-    left = left[:, None] + term[None, :]
+    if not ROW_DESCRIPTORS:
+        left = left[:, None] + term[None, :]
     if not DESCRIPTORS:
         right = _weight_start(weight, expert, first_column, depth, columns, TRANSPOSED)
         places = _weight_places(depth, columns, TRANSPOSED, BLOCK_N, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
-        rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
-        left += BLOCK_K
+        if ROW_DESCRIPTORS:
+            rows = left.load([first, start])
+        else:
+            rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
+            left += BLOCK_K
         if DESCRIPTORS:
             own = _load_block(weight, expert, start, first_column, depth, columns, TRANSPOSED)
         else:
@@ -161,21 +185,25 @@ def multiply(
 
 @triton.jit
 def multiply_pair(
-    total, other_total, left, weight, other_weight, expert, first_column, depth, columns,
-    DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    total, other_total, left, first, weight, other_weight, expert, first_column, depth, columns,
+    ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``multiply`` of the same rows by two weights [columns, depth]; the rows are read once."""
     term = tl.arange(0, BLOCK_K)
     column = first_column + tl.arange(0, BLOCK_N)
-    left = left[:, None] + term[None, :]
+    if not ROW_DESCRIPTORS:
+        left = left[:, None] + term[None, :]
     if not DESCRIPTORS:
         right = _weight_start(weight, expert, first_column, depth, columns, False)
         other_right = _weight_start(other_weight, expert, first_column, depth, columns, False)
         places = _weight_places(depth, columns, False, BLOCK_N, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
-        rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
-        left += BLOCK_K
+        if ROW_DESCRIPTORS:
+            rows = left.load([first, start])
+        else:
+            rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
+            left += BLOCK_K
         if DESCRIPTORS:
             own = _load_block(weight, expert, start, first_column, depth, columns, False)
             other = _load_block(other_weight, expert, start, first_column, depth, columns, False)
@@ -233,6 +261,8 @@ _INT32_POINTERS = {"offsets", "choice_of_row"}
 _FLOAT32_POINTERS = {"gates", "parts"}
 _WIDTHS = {"depth", "columns", "left_columns", "right_columns", "width", "hidden"}
 _WEIGHTS = {"weight", "other_weight", "gate_weight"}
+_ROWS = {"x", "dy", "rows", "other_rows"}
+_OUTER_LEFT, _OUTER_RIGHT = {"left", "dz", "dy"}, {"right", "x", "a"}
 _TENSOR_CORE_INSTRUCTION = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
 
 
@@ -257,15 +287,20 @@ def describe(
     block = case.config
     if block.descriptors:
         sizes = (block.block_k, block.block_n) if transposed else (block.block_n, block.block_k)
-        descriptor = f"tensordesc<{TYPE_NAMES[case.dtype]}[{sizes[0]}, {sizes[1]}]>"
+        descriptor = _tensordesc(case, *sizes)
         types |= {name: descriptor for name in names if name in _WEIGHTS}
-    shared = {"DESCRIPTORS": block.descriptors, "GROUPS": 16}
+    if block.row_descriptors and case.kernel in configs.GRADIENTS:
+        types |= {name: _tensordesc(case, block.block_k, block.block_m) for name in names if name in _OUTER_LEFT}
+        types |= {name: _tensordesc(case, block.block_k, block.block_n) for name in names if name in _OUTER_RIGHT}
+    elif block.row_descriptors:
+        types |= {name: _tensordesc(case, block.block_m, block.block_k) for name in names if name in _ROWS}
+    shared = {**block.loads, "GROUPS": 16}
     shared |= {"PRECISION": "tf32" if case.kind == "tf32" else "ieee"}
     shared |= block.constants
     shared |= {name: case.even for name in names if name.startswith("EVEN_")}
     constants = {name: value for name, value in (shared | constants).items() if name in names}
     tile = f"{block.block_m}x{block.block_n}x{block.block_k} w{block.num_warps}" + ("" if case.even else " odd")
-    tile += " descriptors" if block.descriptors else ""
+    tile += " row" * block.row_descriptors + " descriptors" * (block.descriptors or block.row_descriptors)
     instructions = _TENSOR_CORE_INSTRUCTION[case.arch] if case.kind == "half" else ()
     return Variant(
         f"{case.kernel} {form} {TYPE_NAMES[case.dtype]} {case.kind} {tile}",
@@ -273,5 +308,9 @@ def describe(
         signature(kernel, types, constants),
         constants,
         block.options,
-        instructions + (("UTMALDG",) if block.descriptors else ()),
+        instructions + (("UTMALDG",) if block.descriptors or block.row_descriptors else ()),
     )
+
+
+def _tensordesc(case: configs.Case, rows: int, columns: int) -> str:
+    return f"tensordesc<{TYPE_NAMES[case.dtype]}[{rows}, {columns}]>"

@@ -2,7 +2,7 @@
 
     python -m clipup_kernels.triton.tune --width 768 --hidden 3072 --experts 8 --top-k 2 --tokens 1024 50000
 
-Up to 32 tiles per product are compiled in parallel, compared with the usual one on few tokens, and those that agree are
+Up to 36 tiles per product are compiled in parallel, compared with the usual one on few tokens, and those that agree are
 timed on all. ``configs.py`` says where the table is stored and when it is read.
 """
 
@@ -79,10 +79,11 @@ class Product(NamedTuple):
 
 
 def candidates(arch: int, kernel: str, kind: str, depth: int, columns: int) -> Iterator[Config]:
-    """The tiles to be measured: at most 32, whose operands fit into shared memory and whose sums take up to 128
+    """The tiles to be measured: at most 36, whose operands fit into shared memory and whose sums take up to 128
     registers per thread.
 
-    Each also with weights by descriptors, if the architecture has them and the sizes are multiples of the tile's.
+    If the architecture has descriptors and the sizes are multiples of the tile's, each also with weights by
+    descriptors, and large ones with rows by descriptors, where the time to copy gathered rows counts.
     """
     tiles = _TILES[kind] + (_TILES_80 if (arch, kind) == (80, "half") else ())
     for tile in tiles:
@@ -94,8 +95,10 @@ def candidates(arch: int, kernel: str, kind: str, depth: int, columns: int) -> I
         if operands <= SHARED_BYTES[arch] and sums <= 128:
             yield config
             even = depth % config.block_k == 0 and columns % config.block_n == 0
-            if arch >= 90 and kernel not in configs.GRADIENTS and even:
-                yield config._replace(descriptors=True)
+            large = kind == "half" and tile[0] * tile[1] >= 128 * 128 and tile[3:] == (8, 3)
+            if arch >= 90 and even:
+                rows_too = configs.with_descriptors(kernel, config)
+                yield from rows_too if large else rows_too[:-1]
 
 
 def candidates_both(arch: int, kernel: str, kind: str, width: int, hidden: int) -> Iterator[Config | None]:

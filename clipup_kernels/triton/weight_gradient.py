@@ -11,6 +11,7 @@ Either operand may be in token order: a row is then looked up through its choice
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -18,22 +19,26 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .grouped_gemm import describe
+from .grouped_gemm import block_of_rows, describe
 from .launch import ceil_div, dense
+from .rows import ExpertOrder, in_expert_order
 from .variants import Variant
 
 
 @triton.jit
 def _add_outer(
-    total, bias, left, right, gates, choice_of_row, row, end, left_column, right_column, left_columns, right_columns,
+    total, bias, left, right, left_shift, gates, choice_of_row, start, end, left_first, right_first, left_columns,
+    right_columns,
     TOP_K: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
-    EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of ``_sum_of_outer``: the sums with some rows added. FULL: all of them are below ``end``."""
+    row = start + tl.arange(0, BLOCK_K)
     mine = row < end
     left_row = row
     right_row = row
-    if GATHER_LEFT or GATHER_RIGHT:
+    if GATHER_LEFT or GATHER_RIGHT or (BIAS and gates is not None):
         if FULL:
             choice = tl.load(choice_of_row + row)
         else:
@@ -42,8 +47,17 @@ def _add_outer(
             left_row = choice // TOP_K
         if GATHER_RIGHT:
             right_row = choice // TOP_K
-    lhs = _load(left, left_row, mine, left_column, left_columns, FULL, EVEN_LEFT)
-    rhs = _load(right, right_row, mine, right_column, right_columns, FULL, EVEN_RIGHT)
+    if DESCRIPTORS:
+        lhs = left.load([left_shift + start, left_first])
+        rhs = right.load([start, right_first])
+        if not FULL:  # what follows the expert's rows may be NaN
+            lhs = tl.where(mine[:, None], lhs, 0.0)
+            rhs = tl.where(mine[:, None], rhs, 0.0)
+    else:
+        left_column = left_first + tl.arange(0, BLOCK_M)
+        right_column = right_first + tl.arange(0, BLOCK_N)
+        lhs = _load(left, left_row, mine, left_column, left_columns, FULL, EVEN_LEFT)
+        rhs = _load(right, right_row, mine, right_column, right_columns, FULL, EVEN_RIGHT)
     total = tl.dot(tl.trans(lhs), rhs, total, input_precision=PRECISION)
     if BIAS:
         terms = lhs.to(tl.float32)
@@ -74,59 +88,63 @@ def _load(rows, row, mine, column, columns, FULL: tl.constexpr, EVEN: tl.constex
 
 @triton.jit
 def _sum_of_outer(
-    left, right, gates, choice_of_row, begin, end, left_column, right_column, left_columns, right_columns,
+    left, right, left_shift, gates, choice_of_row, begin, end, left_first, right_first, left_columns, right_columns,
     TOP_K: tl.constexpr, BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``left^T right`` [M, N] over rows ``begin:end``; with BIAS also left's rows [M] summed, by gates if given.
 
-    A gathered operand has a row per token, found through the row's choice. Only the last step masks rows.
+    A gathered operand has a row per token, found through the row's choice. Only the last step masks rows. With
+    DESCRIPTORS, left and right are descriptors, and row 0 of the left sum is row ``left_shift`` of left.
     """
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     bias = tl.zeros([BLOCK_M], tl.float32)
     full_end = begin + (end - begin) // BLOCK_K * BLOCK_K
     for start in range(begin, full_end, BLOCK_K):
         total, bias = _add_outer(
-            total, bias, left, right, gates, choice_of_row, start + tl.arange(0, BLOCK_K), end, left_column,
-            right_column, left_columns, right_columns, TOP_K, True, BIAS, GATHER_LEFT, GATHER_RIGHT,
-            EVEN_LEFT, EVEN_RIGHT, PRECISION,
+            total, bias, left, right, left_shift, gates, choice_of_row, start, end, left_first, right_first,
+            left_columns, right_columns, TOP_K, True, BIAS, GATHER_LEFT, GATHER_RIGHT, DESCRIPTORS,
+            EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if full_end < end:
         total, bias = _add_outer(
-            total, bias, left, right, gates, choice_of_row, full_end + tl.arange(0, BLOCK_K), end, left_column,
-            right_column, left_columns, right_columns, TOP_K, False, BIAS, GATHER_LEFT, GATHER_RIGHT,
-            EVEN_LEFT, EVEN_RIGHT, PRECISION,
+            total, bias, left, right, left_shift, gates, choice_of_row, full_end, end, left_first, right_first,
+            left_columns, right_columns, TOP_K, False, BIAS, GATHER_LEFT, GATHER_RIGHT, DESCRIPTORS,
+            EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     return total, bias
 
 
 @triton.jit
 def _gradient_tile(
-    tile, left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
-    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, EVEN_LEFT: tl.constexpr,
-    EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    tile, left, right, left_shift, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     left_tiles = tl.cdiv(left_columns, BLOCK_M)
     right_tiles = tl.cdiv(right_columns, BLOCK_N)
     expert = tile // (left_tiles * right_tiles)
-    left_tile = tile // right_tiles % left_tiles
-    right_tile = tile % right_tiles
+    left_first = tile // right_tiles % left_tiles * BLOCK_M
+    right_first = tile % right_tiles * BLOCK_N
     begin = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
-    left_column = left_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    right_column = right_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    left_column = left_first + tl.arange(0, BLOCK_M)
+    right_column = right_first + tl.arange(0, BLOCK_N)
     # Two loops, so that only the tiles that sum left's rows pay for it.
-    if d_bias is None or right_tile != 0:
+    if d_bias is None or right_first != 0:
         total, _ = _sum_of_outer(
-            left, right, gates, choice_of_row, begin, end, left_column, right_column, left_columns, right_columns,
-            TOP_K, False, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            left, right, left_shift, gates, choice_of_row, begin, end, left_first, right_first, left_columns,
+            right_columns, TOP_K, False, GATHER_LEFT, GATHER_RIGHT, DESCRIPTORS, EVEN_LEFT, EVEN_RIGHT, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         total, bias = _sum_of_outer(
-            left, right, gates, choice_of_row, begin, end, left_column, right_column, left_columns, right_columns,
-            TOP_K, True, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            left, right, left_shift, gates, choice_of_row, begin, end, left_first, right_first, left_columns,
+            right_columns, TOP_K, True, GATHER_LEFT, GATHER_RIGHT, DESCRIPTORS, EVEN_LEFT, EVEN_RIGHT, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         own_bias = d_bias + expert.to(tl.int64) * left_columns + left_column
         tl.store(own_bias, bias.to(d_bias.dtype.element_ty), mask=left_column < left_columns)
@@ -138,13 +156,14 @@ def _gradient_tile(
 
 @triton.jit
 def _weight_gradient(
-    left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns, TOP_K: tl.constexpr,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr,
+    EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     _gradient_tile(
-        tl.program_id(0), left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
-        TOP_K, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        tl.program_id(0), left, right, 0, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
+        TOP_K, GATHER_LEFT, GATHER_RIGHT, ROW_DESCRIPTORS, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
 
@@ -152,7 +171,7 @@ def _weight_gradient(
 def _expert_gradients(
     dz, x, dy, a, gates, offsets, choice_of_row, d_in_weight, d_in_bias, d_gate_weight, d_gate_bias, d_out_weight,
     d_out_bias, num_rows, num_experts, width, hidden,
-    TOP_K: tl.constexpr, EVEN_SIZES: tl.constexpr, PRECISION: tl.constexpr,
+    TOP_K: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, EVEN_SIZES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -162,20 +181,25 @@ def _expert_gradients(
         own_dz = dz
         own_weight = d_in_weight
         own_bias = d_in_bias
+        # Computed for plain experts too: with the same code here and below, the compiler merges the two and reserves
+        # shared memory for both.
+        is_gate = tile >= in_tiles
+        shift = tl.where(is_gate, num_rows, 0)
         if d_gate_weight is not None:
-            is_gate = tile >= in_tiles
-            own_dz += tl.where(is_gate, num_rows.to(tl.int64) * hidden, 0)
+            if not ROW_DESCRIPTORS:
+                own_dz += shift.to(tl.int64) * hidden
             own_weight = tl.where(is_gate, d_gate_weight, d_in_weight)
             if d_in_bias is not None:
                 own_bias = tl.where(is_gate, d_gate_bias, d_in_bias)
         _gradient_tile(
-            tile % in_tiles, own_dz, x, None, offsets, choice_of_row, own_weight, own_bias, hidden, width,
-            TOP_K, False, True, EVEN_SIZES, EVEN_SIZES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            tile % in_tiles, own_dz, x, shift, None, offsets, choice_of_row, own_weight, own_bias, hidden, width, TOP_K,
+            False, not ROW_DESCRIPTORS, ROW_DESCRIPTORS, EVEN_SIZES, EVEN_SIZES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _gradient_tile(
-            tile - planes * in_tiles, dy, a, gates, offsets, choice_of_row, d_out_weight, d_out_bias, width, hidden,
-            TOP_K, True, False, EVEN_SIZES, EVEN_SIZES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            tile - planes * in_tiles, dy, a, 0, gates, offsets, choice_of_row, d_out_weight, d_out_bias, width, hidden,
+            TOP_K, not ROW_DESCRIPTORS, False, ROW_DESCRIPTORS, EVEN_SIZES, EVEN_SIZES, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -201,10 +225,15 @@ def weight_gradient(
         "weight_gradient", left.device, left.dtype, num_rows, num_experts, num_left, num_right
     )
     tiles = num_experts * ceil_div(num_left, config.block_m) * ceil_div(num_right, config.block_n)
+    if config.row_descriptors:
+        left = in_expert_order(left, choice_of_row, top_k) if gather_left else left
+        right = in_expert_order(right, choice_of_row, top_k) if gather_right else right
+        gather_left = gather_right = False
     with torch.cuda.device_of(left):
         _weight_gradient[(tiles,)](
-            left, right, gates, offsets, choice_of_row, d_weight, d_bias, num_left, num_right, TOP_K=top_k,
-            GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, **_even(config, num_left, num_right),
+            *_operands(config, left, right), gates, offsets, choice_of_row, d_weight, d_bias, num_left, num_right,
+            TOP_K=top_k, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, ROW_DESCRIPTORS=config.row_descriptors,
+            **_even(config, num_left, num_right),
             PRECISION=configs.precision(left.dtype), **config.constants,
             **_staged(config, gather_left or gather_right).options,
         )  # fmt: skip
@@ -213,7 +242,7 @@ def weight_gradient(
 
 def expert_gradients(
     dz: Tensor, x: Tensor, dy: Tensor, a: Tensor, gates: Tensor, offsets: Tensor, choice_of_row: Tensor, *,
-    in_bias: bool, out_bias: bool, config: configs.Config | None = None,
+    in_bias: bool, out_bias: bool, dy_rows: ExpertOrder | None = None, config: configs.Config | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of in_weight, in_bias, out_weight, out_bias, gate_weight and gate_bias in one launch; None for those
     that an expert lacks.
@@ -222,6 +251,7 @@ def expert_gradients(
         dz: [R, H], or [2, R, H] for gated experts. x, dy: [T, D]. a: [R, H], already multiplied by the gates, which
             are [T, K] and scale dy in out_weight's bias.
         in_bias: whether in_weight, and gate_weight too, have a bias. out_bias: whether out_weight has.
+        dy_rows: dy for configs with rows by descriptors, if others need it too.
         config: instead of the table's.
     """
     dz, x, dy, a, gates, offsets, choice_of_row = dense(dz, x, dy, a, gates, offsets, choice_of_row)
@@ -238,14 +268,28 @@ def expert_gradients(
     )
     block = max(config.block_m, config.block_n)
     d_gate_weight, d_gate_bias = (in_weights[1], in_biases[1]) if planes == 2 else (None, None)
+    gather = not config.row_descriptors
+    if not gather:
+        dy = (dy_rows or ExpertOrder(dy, choice_of_row, gates.shape[1])).rows
+        x = in_expert_order(x, choice_of_row, gates.shape[1])
     with torch.cuda.device_of(x):
         _expert_gradients[(planes * in_tiles + out_tiles,)](
-            dz, x, dy, a, gates, offsets, choice_of_row, in_weights[0], in_biases[0], d_gate_weight, d_gate_bias,
+            *_operands(config, dz.view(-1, hidden), x), *_operands(config, dy, a), gates, offsets, choice_of_row,
+            in_weights[0], in_biases[0], d_gate_weight, d_gate_bias,
             d_out_weight, d_out_bias, num_rows, num_experts, width, hidden, TOP_K=gates.shape[1],
+            ROW_DESCRIPTORS=config.row_descriptors,
             EVEN_SIZES=width % block == 0 and hidden % block == 0, PRECISION=configs.precision(x.dtype),
-            **config.constants, **_staged(config, True).options,
+            **config.constants, **_staged(config, gather).options,
         )  # fmt: skip
     return [in_weights[0], in_biases[0], d_out_weight, d_out_bias, d_gate_weight, d_gate_bias]
+
+
+def _operands(config: configs.Config, left: Tensor, right: Tensor) -> tuple[Any, Any]:
+    """left and right of ``_sum_of_outer``."""
+    return (
+        block_of_rows(left, config, [config.block_k, config.block_m]),
+        block_of_rows(right, config, [config.block_k, config.block_n]),
+    )
 
 
 def _staged(config: configs.Config, gather: bool) -> configs.Config:
@@ -260,19 +304,22 @@ def _even(config: configs.Config, num_left: int, num_right: int) -> dict[str, bo
 def variants(arch: int) -> Iterator[Variant]:
     """``weight_gradient`` with every tile and type, for both sides of the experts and for ``grouped_linear``."""
     pointers = ("left", "right", "d_weight", "d_bias")
-    in_side = dict(GATHER_LEFT=False, GATHER_RIGHT=True, gates=None, TOP_K=2)
     for case in configs.cases(arch, "expert_gradients"):
-        gathered = case._replace(config=_staged(case.config, True))
+        gather = not case.config.row_descriptors
+        case = case._replace(config=_staged(case.config, gather))
         storage = ("dz", "x", "dy", "a", "d_in_weight", "d_in_bias", "d_out_weight", "d_out_bias")
         plain = dict(d_gate_weight=None, d_gate_bias=None, TOP_K=2)
-        yield describe(_expert_gradients, "plain", storage, plain, gathered)
-        if case.is_main:
-            gated = ("d_gate_weight", "d_gate_bias")
-            yield describe(_expert_gradients, "gated", storage + gated, dict(TOP_K=2), gathered)
+        yield describe(_expert_gradients, "plain", storage, plain, case)
+        if case.is_main or not gather:
+            gates = ("d_gate_weight", "d_gate_bias")
+            yield describe(_expert_gradients, "gated", storage + gates, dict(TOP_K=2), case)
     for case in configs.cases(arch, "weight_gradient"):
-        gathered = case._replace(config=_staged(case.config, True))
-        yield describe(_weight_gradient, "in", pointers, in_side, gathered)
-        yield describe(_weight_gradient, "out", pointers, dict(GATHER_LEFT=True, GATHER_RIGHT=False, TOP_K=2), gathered)
+        gather = not case.config.row_descriptors
+        staged = case._replace(config=_staged(case.config, gather))
+        in_side = dict(GATHER_LEFT=False, GATHER_RIGHT=gather, gates=None, TOP_K=2)
+        yield describe(_weight_gradient, "in", pointers, in_side, staged)
+        out_side = dict(GATHER_LEFT=gather, GATHER_RIGHT=False, TOP_K=2)
+        yield describe(_weight_gradient, "out", pointers, out_side, staged)
         if case.is_main:
             unfused = dict(GATHER_LEFT=False, GATHER_RIGHT=False, gates=None, choice_of_row=None, TOP_K=1)
             yield describe(_weight_gradient, "unfused", pointers, unfused, case)

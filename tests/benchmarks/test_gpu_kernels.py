@@ -1,5 +1,8 @@
 """The table of launches: every launch of both passes once, with the FLOPs and bytes of the layer and a prediction."""
 
+import sys
+import types
+
 import gpu_kernels
 import gpu_model
 import pytest
@@ -8,18 +11,57 @@ from gpu_kernels import Launch, ceilings, launches, measure, predictions
 
 pytestmark = pytest.mark.interpreter
 LAYER = (24, 16, 32, 2, 2)
+PEERS = ("loop, in", "grouped_mm and bias, in", "loop, out", "grouped_mm and bias, out")
+QUACK = ("quack, in", "quack, in with GELU", "quack, out", "quack, in's gradient")
+
+
+def quack_gemm(left, right, bias=None, cu_seqlens_m=None, cu_seqlens_k=None, A_idx=None):  # noqa: N803
+    """What QuACK documents of ``gemm``: left [M, K], right [L, K, N]; or left [M, R], right [R, N], summed by parts."""
+    if cu_seqlens_k is not None:
+        counts = cu_seqlens_k.diff().tolist()
+        parts = zip(left.split(counts, 1), right.split(counts), strict=True)
+        return torch.stack([own.float() @ other.float() for own, other in parts])
+    left = left if A_idx is None else left[A_idx]
+    parts = zip(left.split(cu_seqlens_m.diff().tolist()), right, bias, strict=True)
+    return torch.cat([own.float() @ weight.float() + added.float() for own, weight, added in parts])
+
+
+def quack_gemm_act(left, right, activation, store_preact, **options):
+    assert activation == "gelu_tanh_approx" and not store_preact
+    return None, torch.nn.functional.gelu(quack_gemm(left, right, **options), approximate="tanh")
+
+
+def test_a_peer_that_fails_or_differs_is_left_out_by_name(capsys):
+    def fails():
+        raise TypeError("gemm() got an unexpected keyword argument")
+
+    right = torch.ones(3, 3)
+    assert gpu_kernels.agrees("exact", lambda: right, right)
+    assert not gpu_kernels.agrees("wrong, in", lambda: 1.1 * right, right)
+    assert not gpu_kernels.agrees("not finite, in", lambda: right / 0 * 0, right)
+    assert not gpu_kernels.agrees("quack, in", fails, right)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[:2] for line in told] == [
+        ["left out", " wrong, in"], ["left out", " not finite, in"], ["left out", " quack, in"],
+    ]  # fmt: skip
+    assert told[2].endswith("TypeError: gemm() got an unexpected keyword argument")
 
 
 def test_every_launch_of_both_passes_is_there_and_runs(monkeypatch):
-    table = {launch.name: launch for launch in launches(*LAYER, torch.float16, "cpu")}
+    quack = types.ModuleType("quack.gemm_interface")
+    quack.gemm, quack.gemm_act = quack_gemm, quack_gemm_act
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.gemm_interface", quack)
+    table = {launch.name: launch for launch in launches(*LAYER, torch.float16, "cpu", with_peers=True)}
     assert list(table) == [
-        "project_in", "project_in, z kept", "project_rows", "combine", "project_back", "gate_gradient",
-        "expert_gradients", "project_rows, dx", "gather_sum", "torch, in", "torch, out",
+        "router_logits", "topk_gating", "dispatch", "project_in", "project_in, z kept", "project_rows", "combine",
+        "project_back", "gate_gradient", "expert_gradients", "project_rows, dx", "gather_sum", "topk_gating_backward",
+        "router_logits_backward", "sum of x's gradients", "torch, in", "torch, out", *PEERS, *QUACK,
     ]  # fmt: skip
     for launch in table.values():
         launch.run()
     product = 2 * 48 * 16 * 32
-    assert [table[name].flops / product for name in table] == [1, 1, 1, 0, 1, 0, 2, 1, 0, 1, 1]
+    assert [table[name].flops / product for name in table] == [0, 0, 0, 1, 1, 1, 0, 1, 0, 2, 1, 0, 0, 0, 0] + [1] * 10
     assert all(launch.bytes > 0 for launch in table.values())
 
 

@@ -56,6 +56,13 @@ def test_with_one_register_too_many_the_epilogue_is_added(code):
     assert (shared.blocks, alone.blocks) == (2, 1) and alone.total > shared.total + 0.2
 
 
+def test_results_and_what_an_epilogue_reads_go_through_the_cache_as_well(code):
+    inference, training, back = (of("project_in", False), of("project_in"), of("project_back"))
+    one_pass = 2 * 100_512 * 3072 / 7.5e12 * 1e3  # [R, H], with the tiles of rows that are half full
+    assert training.l2 - inference.l2 == pytest.approx(one_pass, rel=0.01)
+    assert back.l2 - training.l2 == pytest.approx(one_pass, rel=0.01)
+
+
 def test_a_slower_cache_and_a_longer_loop_cost_time(code):
     assert of("project_in", l2=5.5e12).total == pytest.approx(of("project_in").total * 7.5 / 5.5, rel=0.02)
     code(step=2000)

@@ -34,7 +34,7 @@ def table(monkeypatch, capsys, compiled, **changes):
     return status, capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))])
 def test_a_kernel_of_ours_passes_on_every_architecture(arch):
     result = run("--arch", str(arch), "--match", "permute bf16, odd width")
     assert result.returncode == 0, result.stdout + result.stderr

@@ -104,17 +104,34 @@ def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer_where_it_is_i
 
 def test_what_matters_most_comes_first(suite):
     order = list(suite()[1])
-    assert order[:6] == ["device", "build", "self_check", "kernels", "forward", "training"]
+    assert order[:8] == ["device", "build", "smoke", "self_check", "kernels", "forward", "training", "choices"]
     assert order.index("memcheck") < order.index("forward_sizes") < order.index("clip_throughput")
     assert "--shapes 50000x768x3072 --dtype bf16" in suite.log("forward")
     (sizes,) = [line for line in suite.log("forward_sizes").splitlines() if "--shapes" in line]
     assert sizes.index("4096x768x3072") < sizes.index("200000x768x3072") < sizes.index("400000x768x3072 --dtype")
 
 
+def test_the_smoke_step_names_about_25_tests_of_every_op(suite):
+    pytest.importorskip("triton")
+    suite("main")
+    (command,) = [line for line in suite.log("smoke").splitlines() if " -k " in line]
+    files, _, chosen = command.partition("tests/clipup_kernels/")[2].partition(" -k ")
+    folder = Path(__file__).parents[1] / "clipup_kernels"
+    files = [str(folder / Path(file).name) for file in files.split()]
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *files, "-k", chosen], capture_output=True, text=True
+    )
+    names = [line.partition("::")[2] for line in listed.stdout.splitlines() if "::" in line]
+    assert 20 <= len(names) <= 30, listed.stdout
+    for part in ("triton_is_used", "gating", "rows", "small_experts", "large_experts", "host_never_waits"):
+        assert any(part in name for name in names), part
+
+
 @pytest.mark.parametrize(
     ("window", "measured"),
     [
-        ("main", ["self_check", "kernels", "forward", "training"]),
+        ("main", ["smoke", "self_check", "kernels", "forward", "training"]),
+        ("choices", ["choices", "peers"]),
         ("tests", ["cuda_tests", "memcheck", "racecheck"]),
         (
             "sizes",
@@ -130,7 +147,7 @@ def test_a_window_runs_its_own_steps_after_the_build(suite, window, measured):
 def test_time_limits_of_a_window_fit_into_the_time_in_all():
     script = SUITE.read_text()
     needed = sum(map(int, re.findall(r"^step (?:device|build) (\d+)", script, re.M)))
-    for window in ("main", "tests", "sizes", "models"):
+    for window in ("main", "choices", "tests", "sizes", "models"):
         body = script.partition(f"window_{window}() {{")[2].partition("\n}")[0]
         limits = re.findall(r"^  (?:step|layer|sanitized) \S+ (\d+)|^  needing \S+ \S+ (\d+)", body, re.M)
         assert limits and needed + sum(int(one or other) for one, other in limits) <= 520, window
@@ -139,7 +156,7 @@ def test_time_limits_of_a_window_fit_into_the_time_in_all():
 def test_an_unknown_window_is_refused(suite):
     command = [shutil.which("bash"), str(SUITE), str(suite.out), "mian"]
     refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 2 and "there are main, tests, sizes and models" in refused.stderr
+    assert refused.returncode == 2 and "there are main, choices, tests, sizes and models" in refused.stderr
     assert not suite.out.exists()
 
 

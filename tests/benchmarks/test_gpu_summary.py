@@ -54,6 +54,14 @@ def test_every_launch_is_on_the_page_beside_its_prediction(tmp_path):
     assert well and "| project_in | 1.1 | 429 | 727 | 1.0 | 1.10 |" in page
 
 
+def test_choices_are_on_the_page_without_being_demands(tmp_path, capsys):
+    write_csv(tmp_path / "steps.csv", [dict(step="choices", status="ok", seconds="3", words="w")])
+    row = dict(layer="50000x768x3072", launch="project_in", choice="usual", ms="1.1", p20_ms="1.0", p80_ms="1.2")
+    write_csv(tmp_path / "choices.csv", [row | dict(ratio="1.0000")])
+    assert gpu_summary.main([str(tmp_path), "--windows", "choices"]) == 0
+    assert "| 50000x768x3072 | project_in | usual | 1.1 | 1.0 | 1.2 | 1.0000 |" in capsys.readouterr().out
+
+
 def test_speeds_are_quotients_of_ratios_against_the_fastest_loop(tmp_path):
     found = verdicts(measured(tmp_path))
     assert found["fwd: ratio_to_dense_k"] == ("0.95", "pass")

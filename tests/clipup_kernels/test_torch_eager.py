@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clipup_kernels as ck
 from clipup_kernels import reference
-from clipup_kernels.backends import grouped_products, torch_eager
+from clipup_kernels.backends import extension, grouped_products, torch_eager
 
 SHAPE = Shape(tokens=60, width=32, hidden=64, experts=16, k=2)
 ALL = [True] * 4
@@ -146,7 +146,10 @@ def test_weights_may_have_any_strides(form, dtype):
     assert_follows(result, grouped_products.project(rows.double(), weight.double(), None, offsets), dtype)
 
 
-@pytest.fixture(params=["torch_eager", "torch_matmul", "cpp"])
+compiled = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
+
+
+@pytest.fixture(params=["torch_eager", *(pytest.param(name, marks=compiled) for name in ("torch_matmul", "cpp"))])
 def cpu_backend(request, force_backend):
     force_backend(request.param)
     return request.param

@@ -52,4 +52,5 @@ def test_the_proposal_is_the_one_that_the_text_names(model, proposed):
     subject = Subject.create(MODELS[model], MoEConfig.clip_up())
     best = propose(subject, TrainOptions(), cluster, BATCH)
     assert best is not None
-    assert best.setting() == plan(subject, TrainOptions(**proposed), cluster, BATCH).setting()
+    gathered_once = TrainOptions(fsdp=True, fsdp_no_reshard_after_forward=True, **proposed)
+    assert best.setting() == plan(subject, gathered_once, cluster, BATCH).setting()

@@ -134,7 +134,7 @@ def _without_clock(record: Record) -> Record:
 
 
 def finished_run_differs(run: Path, reference: Path, excused: set[str]) -> list[str]:
-    """Checks that a finished run equals the uninterrupted one in records, weights, optimizer, generators, model, files.
+    """Checks that a finished run equals the uninterrupted one in records, weights, optimizer, model, files.
 
     Args:
         excused: names of files that the harness damaged and that the run had no reason to rewrite.
@@ -161,14 +161,12 @@ def _checkpoint_differs(name: str, here: Path, there: Path) -> list[str]:
 
 
 def _what_counts(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint without the clock, the run's name, and what is set again before its next use: the learning rate, and
-    at an epoch's end the generators."""
+    """A checkpoint without the clock, the run's name, and the learning rate, which is set again before its next use."""
     groups = [
         {key: value for key, value in group.items() if key != "lr"} for group in state["optimizer"]["param_groups"]
     ]
     kept = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
-    unused = ("seconds", "name", *(["rng"] if state["step_of_epoch"] == 0 else []))
-    return {key: value for key, value in kept.items() if key not in unused}
+    return {key: value for key, value in kept.items() if key not in ("seconds", "name")}
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -68,6 +68,12 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         choices=(1, 2),
         help="1, or 2 under torchrun with gloo; both (1)",
     )
+    parser.add_argument(
+        "--parallel",
+        choices=("replicated", "fsdp", "ep", "fsdp-ep"),
+        default="replicated",
+        help="how two processes divide the model (replicated)",
+    )
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="of the faults (drawn)")
     parser.add_argument("--first-run", type=int, default=0, help="begin with the faults of this run (0)")
     parser.add_argument("--runs", type=int, default=1_000_000, help="stop after so many runs")
@@ -89,7 +95,7 @@ def _campaign(options: argparse.Namespace, processes: int) -> Iterator[Campaign]
     damage = [each for each in DAMAGE if wanted(each.name)]
     besides = [name for name in (IDLE, DIVERGING) if wanted(name)]
     scratch = Path(tempfile.mkdtemp(prefix="clipup-faults-", dir=options.directory))
-    workload = Workload(scratch, processes)
+    workload = Workload(scratch, processes, options.parallel)
     workload.make()
     disk = None
     reason = reason_against_mounting(scratch / "probe")

@@ -21,7 +21,7 @@ STEPS = 6
 
 
 def save(path, step, value=1.0):
-    state = {"step": step, "step_of_epoch": 0, "state_dict": {"w": torch.full((64, 64), value)}, "rng": [step]}
+    state = {"step": step, "step_of_epoch": 0, "state_dict": {"w": torch.full((64, 64), value)}}
     state["optimizer"] = {
         "state": {0: {"exp_avg": torch.full((64,), value)}},
         "param_groups": [{"lr": 1e-3, "wd": 0.1}],

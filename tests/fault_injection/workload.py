@@ -38,6 +38,8 @@ class Workload:
 
     root: Path
     processes: int
+    parallel: str = "replicated"
+    """How two processes divide the model: "replicated", "fsdp", "ep" or "fsdp-ep"."""
 
     def make(self) -> None:
         """Writes the data set and the dense model that runs start from."""
@@ -77,5 +79,7 @@ class Workload:
         }
         if self.processes > 1:
             options["dist-timeout"] = RANK_TIMEOUT
+            more += ("--fsdp",) if "fsdp" in self.parallel else ()
+            more += ("--ep", "2") if "ep" in self.parallel.split("-") else ()
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return ["train", *words, "--moe", *more]

@@ -32,7 +32,8 @@ def test_sdist_holds_what_a_build_and_the_tests_need(distributions):
         names = {name.partition("/")[2] for name in archive.getnames()}
     for folder in ["csrc", "tests", "benchmarks", "examples"]:
         for path in (ROOT / folder).rglob("*.[ch]*"):
-            assert path.relative_to(ROOT).as_posix() in names
+            if "__pycache__" not in path.parts:
+                assert path.relative_to(ROOT).as_posix() in names
     assert {"CMakeLists.txt", "LICENSE", "CHANGELOG.md", "Makefile", "pyproject.toml", "setup.py"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 

@@ -78,6 +78,16 @@ def imagenet(root: Path, classes: int = 1000) -> Path:
     return root
 
 
+def imagenet_v2(root: Path, classes: int = 1000) -> Path:
+    """One directory per class, named by its index; every hundredth has a picture."""
+    for number in range(classes):
+        folder = root / "imagenetv2-matched-frequency-format-val" / str(number)
+        folder.mkdir(parents=True)
+        if number % 100 == 0:
+            picture(number).save(folder / "0a1b2c.jpeg")
+    return root
+
+
 def webdataset(root: Path, retrieval: bool, images: int = 12, shards: int = 2) -> Path:
     """test/0.tar ... with test/nshards.txt, as CLIP_benchmark's clip_benchmark_export_wds writes them."""
     (root / "test").mkdir(parents=True)

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import tiny_parallel
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clipup.precision import autocast
 from clipup.train import TrainOptions, parallel
 from clipup.train.distributed import joined
 from clipup.train.objectives import create_objective
-from clipup.train.optim import adamw
+from clipup.train.optim import create_optimizer
 from clipup.train.step import TrainStep
 
 _COLLECTIVES = {
@@ -54,6 +60,27 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextmanager
+def norms_in_float32() -> Iterator[None]:
+    """Under autocast norms run in float32, as CUDA's autocast, for which plans are, runs them."""
+    with mock.patch.object(F, "layer_norm", _wide(F.layer_norm)), mock.patch.object(F, "normalize", _wide(F.normalize)):
+        yield
+
+
+def _wide(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def wide(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args = tuple(_widened(value) for value in args)
+            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        return norm(*args, **kwargs)
+
+    return wide
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) else value
+
+
 def _is_group(value: torch.ScriptObject) -> bool:
     return "ProcessGroup" in str(value._type())
 
@@ -77,19 +104,22 @@ def measure(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, A
     found = {}
     for name, (moe, given) in cases.items():
         options = TrainOptions(device="cpu", **given)
-        with joined(options) as ranks:
+        with joined(options) as ranks, norms_in_float32():
             model = tiny_parallel.model(moe, options.siglip)
-            objective = create_objective(options, model, ranks, "fp32")
+            precision = options.precision_on("cpu")
+            objective = create_objective(options, model, ranks, precision)
             model.set_grad_checkpointing(options.grad_checkpointing)
-            wrapped = parallel.wrapped(model, options, ranks)
-            optimizer = adamw(model, options)
-            step = TrainStep(wrapped, objective, optimizer, ranks.device, world_size=ranks.world_size)
+            wrapped = parallel.wrapped(model, options, ranks, precision)
+            optimizer = create_optimizer(model, options)
+            step = TrainStep(wrapped, objective, optimizer, ranks.device, precision, world_size=ranks.world_size)
             batch = batches(options.accum_freq, ranks.world_size)
-            for _ in range(1 if parallel.is_sharded(options) else 2):  # DDP rebuilds its buckets in the second
+            for _ in range(1 if options.is_sharded else 2):  # DDP rebuilds its buckets in the second
                 step(batch)
             with Collectives() as sent:
                 step(batch)
-            found[name] = {"sent": sent.payload, **_held(model, optimizer), "saved": saved_in_forward(model, batch[0])}
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION), autocast(precision, ranks.device):
+                saved = saved_in_forward(model, batch[0])
+            found[name] = {"sent": sent.payload, **_held(model, optimizer), "saved": saved}
     (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

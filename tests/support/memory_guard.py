@@ -46,7 +46,8 @@ class _Guarded:
         return self.functions.store(pointers, values, mask)
 
     def _check(self, pointers, mask, size: int, what: str) -> None:
-        addresses = pointers[mask.astype(bool)].astype(np.uint64)
+        mask = np.asarray(mask, bool)  # a memoryview where Triton 3.6 reads by a descriptor
+        addresses = pointers[mask].astype(np.uint64)
         if addresses.size == 0:
             return
         place = np.searchsorted(self.starts, addresses, "right")

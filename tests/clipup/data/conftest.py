@@ -8,15 +8,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from picture_samples import png
 from small_pictograms import all_concepts, all_splits, in_the_small, read, small  # noqa: F401
-
-
-def png(number: int) -> bytes:
-    """A 4 x 4 picture whose red is `number`."""
-    file = io.BytesIO()
-    Image.new("RGB", (4, 4), (number, 0, 0)).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="session")

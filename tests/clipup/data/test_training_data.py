@@ -18,11 +18,13 @@ import clipup.data
 from clipup.data import in_memory, skips
 from clipup.data.loaders import DataOptions, load_train_data, train_loader
 
-KINDS = ("webdataset", "csv", "cached webdataset", "cached csv")
+KINDS = ("webdataset", "csv", "cached webdataset", "cached csv", "streamed")
 
 
 def loader(pictures, kind: str, batch_size: int = 3, workers: int = 0, **options):
     source = options.pop("source", None) or (pictures.csv() if "csv" in kind else pictures.shards())
+    if kind == "streamed":
+        source, options = f"file:{source}", {"train_num_samples": 24, **options}
     return train_loader(
         source, preprocess, tokenizer, batch_size, workers, cache="cached" in kind, progress=False, **options
     )
@@ -86,7 +88,7 @@ def test_ranks_share_the_data_and_see_equally_many_batches(pictures, kind):
     assert len({data.dataloader.num_batches for data in ranks}) == 1
 
 
-def test_a_rank_with_fewer_readable_samples_serves_as_many_batches_as_the_others(pictures):
+def test_unreadable_samples_of_a_cache_shorten_the_epoch_of_every_rank(pictures):
     source = pictures.shards()
     for member in ("s0.png", "s2.png", "s4.png"):
         pictures.damage_content(0, member)
@@ -94,8 +96,8 @@ def test_a_rank_with_fewer_readable_samples_serves_as_many_batches_as_the_others
         loader(pictures, "cached webdataset", source=source, world_size=2, rank=rank, max_skipped=0.3)
         for rank in (0, 1)
     ]
-    assert [len(epoch_of(data, 0)) for data in ranks] == [12, 12]
-    assert [data.skipped for data in ranks] == [3, 0]
+    assert [len(epoch_of(data, 0)) for data in ranks] == [9, 9]
+    assert [data.skipped for data in ranks] == [3, 3]
 
 
 def test_a_directory_stands_for_its_training_shards(small):
@@ -117,28 +119,12 @@ def test_shards_are_found_by_different_patterns(pictures):
         assert len(epoch_of(loader(pictures, "webdataset", source=source), 0)) == 24
 
 
+@pytest.mark.parametrize("kind", ["webdataset", "streamed"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shuffling_mixes_the_samples_of_different_shards(pictures, workers):
-    data = loader(pictures, "webdataset", batch_size=6, workers=workers)
+def test_shuffling_mixes_the_samples_of_different_shards(pictures, workers, kind):
+    data = loader(pictures, kind, batch_size=6, workers=workers)
     for batch in data.dataloader:
         assert len({picture // 6 for picture, _, _ in samples_of([batch])}) > 1
-
-
-def test_more_samples_than_the_shuffle_buffer_holds_are_each_read_once(pictures, monkeypatch):
-    monkeypatch.setattr("clipup.data.webdataset_pipeline._SAMPLE_BUFFER", (10, 5))
-    seen = [picture for picture, _, _ in epoch_of(loader(pictures, "webdataset", source=pictures.shards(240)), 0)]
-    assert sorted(seen) == list(range(240))
-    first, last = ({picture // 60 for picture in part} for part in (seen[:40], seen[-40:]))
-    assert len(first) == len(last) == 1 and seen[:40] != sorted(seen[:40])
-
-
-def test_every_worker_of_every_rank_reads_its_own_shards(pictures):
-    """With one batch per worker, each batch is the shard of one worker."""
-    shards = []
-    for rank in (0, 1):
-        data = loader(pictures, "webdataset", batch_size=6, workers=2, world_size=2, rank=rank)
-        shards += [{picture // 6 for picture, _, _ in samples_of([batch])} for batch in data.dataloader]
-    assert sorted(map(sorted, shards)) == [[0], [1], [2], [3]]
 
 
 def with_noise(image):
@@ -146,51 +132,19 @@ def with_noise(image):
     return preprocess(image) + torch.rand(()) / 2
 
 
-@pytest.mark.parametrize("kind", ["webdataset", "csv"])
+@pytest.mark.parametrize("kind", ["webdataset", "csv", "streamed"])
 def test_ranks_augment_differently(pictures, kind):
     source = pictures.csv() if kind == "csv" else pictures.shards()
+    source, size = (f"file:{source}", 24) if kind == "streamed" else (source, None)
     noise = []
     for rank in (0, 1):
-        data = train_loader(source, with_noise, tokenizer, 3, 1, world_size=2, rank=rank)
+        data = train_loader(source, with_noise, tokenizer, 3, 1, world_size=2, rank=rank, train_num_samples=size)
         noise.append(torch.cat([images[:, 0, 0, 0] % 1 for images, _ in data.dataloader]))
     assert not torch.isclose(*noise).any()
 
 
-def test_shards_that_do_not_divide_into_full_batches_start_over(pictures):
-    data = loader(pictures, "webdataset", batch_size=5)
-    seen = epoch_of(data, 0)
-    assert len(seen) == 25 and data.dataloader.num_samples == 25
-    assert len({picture for picture, _, _ in seen}) >= 20
-
-
-def test_resampling_draws_shards_and_keeps_the_length_of_an_epoch(pictures):
-    data = loader(pictures, "webdataset", dataset_resampled=True)
-    seen = epoch_of(data, 0)
-    assert len(seen) == 24
-    assert all(picture == caption for picture, caption, _ in seen)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resampling_depends_on_seed_epoch_and_rank_alone(pictures, workers, monkeypatch):
-    monkeypatch.setattr("clipup.data.webdataset_pipeline._SAMPLE_BUFFER", (1, 1))  # samples in the order of the shards
-    source = pictures.shards(240, 40)
-
-    def data(seed, rank):
-        options = {"dataset_resampled": True, "workers": workers, "world_size": 2, "batch_size": 6}
-        return loader(pictures, "webdataset", source=source, seed=seed, rank=rank, **options)
-
-    def shards(data, epoch):
-        return tuple(picture // 6 for picture, _, _ in epoch_of(data, epoch)[::6])
-
-    cases = [(seed, epoch, rank) for seed in (0, 1) for epoch in (0, 1) for rank in (0, 1)]
-    draws = {(seed, epoch, rank): shards(data(seed, rank), epoch) for seed, epoch, rank in cases}
-    assert len(set(draws.values())) == len(cases)
-    continued = data(seed=1, rank=1)
-    assert [shards(continued, epoch) for epoch in (0, 1)] == [draws[1, 0, 1], draws[1, 1, 1]]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
+@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "streamed"])
 def test_unreadable_samples_of_a_shard_are_skipped_and_counted(pictures, kind, workers, caplog):
     source = pictures.shards()
     pictures.damage_content(0, "s1.png")
@@ -259,33 +213,20 @@ def test_data_without_any_readable_sample_is_an_error_and_does_not_loop(pictures
         list(loader(pictures, kind, source=source, max_skipped=1.0).dataloader)
 
 
-def test_resampling_stops_when_nothing_can_be_read(pictures, monkeypatch):
-    monkeypatch.setattr(skips, "GIVE_UP_AFTER", 100)
-    source = pictures.shards()
-    for n in range(24):
-        pictures.damage_content(n // 6, f"s{n}.png")
-    with pytest.raises(ValueError, match="100 samples in a row could not be read"):
-        list(loader(pictures, "webdataset", source=source, dataset_resampled=True).dataloader)
-
-
-def test_a_batch_larger_than_the_shards_of_a_worker_is_an_error(pictures):
-    with pytest.raises(ValueError, match="batch_size: the shards of one worker hold fewer than 25 readable samples"):
-        list(loader(pictures, "webdataset", batch_size=25).dataloader)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
         ({"workers": -1}, "workers: got -1, expected 0"),
-        ({"workers": 5}, r"workers: 5 in each of 1 processes, but train_data has 4 shards .* at most 4 workers"),
-        ({"workers": 2, "world_size": 3}, "at most 1 workers"),
+        ({"accum_freq": 0}, "accum_freq: got 0, expected at least 1"),
+        ({"accum_freq": 9}, "batch_size: got 3 for 1 processes, and 9 of them a step, but .* has 24 readable samples"),
+        ({"data_retries": -1}, "data_retries: got -1, expected 0"),
         ({"world_size": 2, "rank": 2}, "rank: got 2 for world_size 2, expected 0 to 1"),
         ({"dataset_type": "parquet"}, "dataset_type: got 'parquet', expected 'auto', 'webdataset' or 'csv'"),
-        ({"train_num_samples": 0}, "train_data: got 0 samples, the data set is empty"),
+        ({"train_num_samples": 0}, "train_num_samples: got 0, expected at least 1"),
         ({"cache": True, "train_num_samples": 5}, "train_num_samples: has no effect with cache"),
         ({"cache": True, "dataset_resampled": True}, "dataset_resampled: has no effect with cache"),
-        ({"cache": True, "batch_size": 25}, "batch_size: got 25 for 1 processes, but there are 24 samples"),
+        ({"cache": True, "batch_size": 25}, "batch_size: got 25 for 1 processes, but .* has 24 readable samples"),
     ],
 )
 def test_wrong_options_are_refused_by_name(pictures, options, message):
@@ -313,20 +254,6 @@ def test_missing_data_are_named(pictures):
         train_loader("", preprocess, tokenizer, 3, dataset_type="webdataset")
 
 
-def test_the_number_of_samples_is_found_or_required(pictures):
-    source = pictures.shards()
-    sizes = pictures.folder / "sizes.json"
-    sizes.write_text('{"train-000000.tar": 6}')
-    with pytest.raises(ValueError, match="does not list train-000001.tar: pass the number of samples per epoch"):
-        loader(pictures, "webdataset", source=source)
-    sizes.unlink()
-    with pytest.raises(ValueError, match="train_num_samples: not given, and neither sizes.json nor __len__"):
-        loader(pictures, "webdataset", source=source)
-    assert loader(pictures, "webdataset", source=source, train_num_samples=12).dataloader.num_batches == 4
-    (pictures.folder / "__len__").write_text("24")
-    assert loader(pictures, "webdataset", source=source).dataloader.num_batches == 8
-
-
 def test_a_wrong_csv_says_which_column_is_missing(pictures):
     source = pictures.csv(separator=",")
     for cached in (False, True):
@@ -340,7 +267,7 @@ def test_a_wrong_csv_says_which_column_is_missing(pictures):
         for cached in (False, True):
             with pytest.raises(ValueError, match=f"train_data: .*({message})"):
                 train_loader(source, preprocess, tokenizer, 3, 0, cache=cached)
-    with pytest.raises(ValueError, match="batch_size: got 25, but .* has 24 readable rows"):
+    with pytest.raises(ValueError, match="batch_size: got 25 for 1 processes, but .* has 24 readable samples"):
         loader(pictures, "csv", batch_size=25)
 
 
@@ -378,21 +305,21 @@ def test_the_options_of_a_loader_can_be_one_object(pictures):
         train_loader(source, preprocess, tokenizer, 3, csv_seperator=",")
 
 
-def test_a_csv_file_is_read_without_webdataset(pictures, monkeypatch):
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "streamed"])
+def test_local_files_are_read_without_webdataset(pictures, monkeypatch, kind):
+    source = {"source": str(pictures.folder / "train-*.tar")} if pictures.shards() and "csv" not in kind else {}
     monkeypatch.setitem(sys.modules, "webdataset", None)
     monkeypatch.delitem(sys.modules, "clipup.data.webdataset_pipeline", raising=False)
     monkeypatch.delattr(clipup.data, "webdataset_pipeline", raising=False)
-    assert len(epoch_of(loader(pictures, "csv"), 0)) == len(epoch_of(loader(pictures, "cached csv"), 0)) == 24
+    assert len(epoch_of(loader(pictures, kind, **source), 0)) == 24
 
 
-def test_a_missing_package_is_named_with_the_extra_to_install(pictures, monkeypatch):
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    monkeypatch.delitem(sys.modules, "clipup.data.webdataset_pipeline", raising=False)
-    monkeypatch.delattr(clipup.data, "webdataset_pipeline", raising=False)
-    with pytest.raises(
-        ImportError, match=r'needs the package webdataset, which is not installed: pip install "clipup\[train\]"'
-    ):
-        train_loader(pictures.shards(), preprocess, tokenizer, 3)
+def test_an_epoch_may_have_fewer_or_more_samples_than_the_data(pictures):
+    some = [epoch_of(loader(pictures, "webdataset", train_num_samples=12), epoch) for epoch in range(20)]
+    assert all(len({picture for picture, _, _ in seen}) == 12 for seen in some)
+    assert {picture for seen in some for picture, _, _ in seen} == set(range(24))
+    more = [picture for picture, _, _ in epoch_of(loader(pictures, "csv", train_num_samples=48), 0)]
+    assert sorted(more[:24]) == sorted(more[24:]) == list(range(24)) and more[:24] != more[24:]
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "csv"])

@@ -12,7 +12,7 @@ from tiny_parallel import DROPLESS, run, run_all
 from clipup.train.checkpoints import load
 
 BY_POSITION = {"priority": True}
-"""A capacity, by probability: texts are not shuffled, so that one process can accumulate what are the ranks' batches."""
+"""A capacity, by probability: texts are not shuffled, so that one process can accumulate the batches of the ranks."""
 
 SPREAD = {
     "replicated": {},
@@ -28,6 +28,7 @@ OPTIONS = {
     "sigmoid loss": {"siglip": True},
     "chunked loss": {"loss_chunk_size": 3},
     "chunked sigmoid loss": {"siglip": True, "loss_chunk_size": 3},
+    "bfloat16": {"precision": "amp_bf16"},
     "kept gathered": {"fsdp_no_reshard_after_forward": True},
 }
 
@@ -49,6 +50,8 @@ def cases_of(count):
         cases[f"capacity, {spread}"] = (BY_POSITION, how)
         same_as[f"capacity, {spread}"] = f"capacity, {count} batches"
     if count == 4:
+        cases["fewer experts than shards"] = ({**DROPLESS, "num_experts": 2}, {"fsdp": True})
+        same_as["fewer experts than shards"] = "two experts"
         for name, more in {"hybrid": {}, "hybrid and ep": {"ep": 2}}.items():
             cases[f"sparse, {name}"] = (DROPLESS, {"fsdp": True, "fsdp_replicas": 2, **more})
             same_as[f"sparse, {name}"] = "sparse, "
@@ -59,63 +62,69 @@ def alone_cases(count):
     """The runs of one process."""
     cases = {f"sparse, {option}": (DROPLESS, more) for option, more in OPTIONS.items() if "fsdp" not in str(more)}
     cases["sparse, kept gathered"] = (DROPLESS, {})
+    cases["two experts"] = ({**DROPLESS, "num_experts": 2}, {})
     cases["dense"] = (None, {})
     cases[f"capacity, {count} batches"] = (BY_POSITION, {"accum_freq": count})
     return cases
 
 
-def runs_of(count, tmp_path_factory):
-    """The directory with the runs of the ranks in ``ranks`` and those of one process in ``alone``."""
+def runs_of(count, names, tmp_path_factory):
+    """The directory with these runs of the ranks in ``ranks`` and those of one process in ``alone``."""
     out = tmp_path_factory.mktemp(f"runs-{count}")
     cases, same_as = cases_of(count)
-    with ranks(out, run_all, out / "ranks", cases, count=count, world_size=count) as processes:
+    chosen = {name: cases[name] for name in names}
+    with ranks(out, run_all, out / "ranks", chosen, count=count, world_size=count) as processes:
         for name, (moe, options) in alone_cases(count).items():
-            if name in same_as.values():
+            if name in {same_as[each] for each in names}:
                 run(out / "alone", name, moe, **options)
         for process in processes:
-            code, error = process.ended()
+            code, error = process.ended(timeout=300)
             assert code == 0, error
     return out
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    return runs_of(2, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
-    return runs_of(4, tmp_path_factory)
-
-
 def compare(out, count, name):
+    """Losses, weights and moments. In bfloat16 a rounding decides which expert some tokens go to."""
     one, other = out / "alone" / cases_of(count)[1][name], out / "ranks" / name
+    exact = "bfloat16" not in name
     for key in ("contrastive", "aux"):
         values = [
             [json.loads(line)[key] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, other)
         ]
-        assert values[1] == pytest.approx(values[0], rel=1e-4), key
+        assert values[1] == pytest.approx(values[0], rel=1e-4 if exact else 1e-2), key
     expected, found = (load(run / "checkpoints" / "epoch_latest.pt") for run in (one, other))
     assert list(found["state_dict"]) == list(expected["state_dict"])
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 0, "atol": 4e-3}
     for key, value in expected["state_dict"].items():
-        torch.testing.assert_close(
-            found["state_dict"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
-        )
-    assert list(found["optimizer"]["state"]) == list(expected["optimizer"]["state"])
-    largest = max(moments["exp_avg"].abs().max() for moments in expected["optimizer"]["state"].values())
-    for index, moments in expected["optimizer"]["state"].items():
-        for key, value in moments.items():
-            torch.testing.assert_close(
-                found["optimizer"]["state"][index][key], value, rtol=1e-3, atol=float(largest) * 1e-4
-            )
+        torch.testing.assert_close(found["state_dict"][key], value, **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+    moments, others = (checkpoint["optimizer"]["state"] for checkpoint in (expected, found))
+    assert list(others) == list(moments)
+    if exact:
+        largest = max(float(each["exp_avg"].abs().max()) for each in moments.values())
+        for index, each in moments.items():
+            for key, value in each.items():
+                torch.testing.assert_close(others[index][key], value, rtol=1e-3, atol=1e-4 * largest)
 
 
-@pytest.mark.parametrize("name", cases_of(2)[0])
-def test_two_ranks_do_what_one_process_does(two_ranks, name):
-    compare(two_ranks, 2, name)
+QUICK = ["sparse, fsdp and ep, accumulated", "capacity, ep", "dense, fsdp"]
+
+
+@pytest.fixture(scope="module")
+def quick_runs(tmp_path_factory):
+    return runs_of(2, QUICK, tmp_path_factory)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_two_ranks_do_what_one_process_does(quick_runs, name):
+    compare(quick_runs, 2, name)
+
+
+@pytest.fixture(scope="module")
+def all_runs(tmp_path_factory):
+    return {count: runs_of(count, list(cases_of(count)[0]), tmp_path_factory) for count in (2, 4)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", cases_of(4)[0])
-def test_four_ranks_do_what_one_process_does(four_ranks, name):
-    compare(four_ranks, 4, name)
+@pytest.mark.parametrize(("count", "name"), [(count, name) for count in (2, 4) for name in cases_of(count)[0]])
+def test_any_spread_over_two_or_four_ranks_does_what_one_process_does(all_runs, count, name):
+    compare(all_runs[count], count, name)

@@ -162,11 +162,12 @@ def test_coco_and_flickr30k_are_measured_on_all_captions_or_on_the_first_of_each
         assert (first["retrieval"]["gallery"], first["retrieval"]["captions"]) == (12, 12)
 
 
-def test_imagenet_is_classified_with_open_clips_names_and_templates(directory, tmp_path, capsys):
-    root = layouts.imagenet(tmp_path / "imagenet")
+@pytest.mark.parametrize("dataset", ["imagenet", "imagenet-v2"])
+def test_imagenet_is_classified_with_open_clips_names_and_templates(directory, tmp_path, capsys, dataset):
+    root = getattr(layouts, dataset.replace("-", "_"))(tmp_path / "imagenet")
     (tmp_path / "one.txt").write_text("a {}\n")
 
-    found = results(directory, capsys, "--dataset", "imagenet", "--root", root, "--templates", tmp_path / "one.txt")
+    found = results(directory, capsys, "--dataset", dataset, "--root", root, "--templates", tmp_path / "one.txt")
 
     assert (found["zero_shot"]["images"], found["zero_shot"]["classes"]) == (10, 1000)
     assert found["zero_shot"]["top1"] <= found["zero_shot"]["top5"]

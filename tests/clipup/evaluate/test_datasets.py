@@ -11,6 +11,7 @@ from clip_benchmark.datasets.builder import build_dataset
 from PIL import Image
 
 from clipup.evaluate import datasets
+from clipup.evaluate.imagenet_v2 import imagenet_v2
 
 
 def pairs(found):
@@ -135,6 +136,25 @@ def test_imagenets_directories_in_sorted_order_are_open_clips_classes(imagenet):
     assert all(path.parent.name == f"n{1440764 + label:08d}" for path, label in found.images)
     assert found.classes == open_clip.IMAGENET_CLASSNAMES and len(found.templates) == 80
     assert datasets.imagenet(imagenet / "val").images == found.images
+
+
+def test_imagenet_v2s_directories_are_class_indices(tmp_path):
+    found = imagenet_v2(layouts.imagenet_v2(tmp_path / "v2"))
+
+    assert [(path.parent.name, label) for path, label in found.images] == [(str(n), n) for n in range(0, 1000, 100)]
+    assert found.classes == open_clip.IMAGENET_CLASSNAMES and len(found.templates) == 80
+    assert imagenet_v2(tmp_path / "v2" / "imagenetv2-matched-frequency-format-val").images == found.images
+
+
+def test_a_directory_that_is_not_imagenet_v2_is_refused(tmp_path):
+    layouts.imagenet_v2(tmp_path / "v2", classes=999)
+    with pytest.raises(ValueError, match="has 999 directories, expected 1000 that are named 0 to 999"):
+        imagenet_v2(tmp_path / "v2")
+    (tmp_path / "v2" / "imagenetv2-top-images-format-val").mkdir()
+    with pytest.raises(ValueError, match="several variants of ImageNet-V2, imagenetv2-matched.*name one of them"):
+        imagenet_v2(tmp_path / "v2")
+    with pytest.raises(FileNotFoundError, match="there is no directory .*nowhere"):
+        imagenet_v2(tmp_path / "nowhere")
 
 
 def test_imagenet_with_a_class_missing_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from clipup.evaluate import Share, encode_images, evaluate_retrieval
+from clipup.evaluate import Share, encode_images, evaluate_retrieval, zero_shot
 
 WORDS = "cat dog sun sea tree house road boat bird".split()
 
@@ -54,6 +54,22 @@ def test_distributed_retrieval_equals_that_of_one_process(model, tokenizer, samp
     first, *others = all_shares(count, evaluate)
 
     assert first == alone and others == [None] * (count - 1)
+
+
+@pytest.mark.parametrize("count, batch_size", [(2, 2), (3, 4), (4, 16)])
+def test_distributed_classification_equals_that_of_one_process(model, tokenizer, samples, count, batch_size):
+    labelled = [(image, index % len(WORDS)) for index, (image, _, _) in enumerate(samples)]
+    templates = ["a {}", "one {} more"]
+
+    def classify(share):
+        mine = share.part(labelled, batch_size)
+        options = {"templates": templates, "batch_size": batch_size, "share": share}
+        return zero_shot(copy.deepcopy(model), mine, WORDS, tokenizer, **options)
+
+    alone = zero_shot(model, labelled, WORDS, tokenizer, templates=templates, batch_size=batch_size)
+
+    assert all_shares(count, classify) == [alone] * count
+    assert alone["images"] == alone["classes"] == 9
 
 
 def test_distributed_features_are_bitwise_equal_to_those_of_one_process(model):

@@ -41,6 +41,7 @@ def test_hours_and_price_follow_from_the_measured_pace(capsys):
     assert run["price"] == 3 * run["gpu_hours"]
 
 
+@pytest.mark.slow
 def test_a_gpu_with_too_little_memory_gets_another_setting(capsys):
     large = planned(capsys, "--moe")["plan"]
     assert large["fits"]

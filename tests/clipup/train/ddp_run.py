@@ -19,7 +19,7 @@ from clipup.train import TrainOptions, train
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
 GLOBAL_BATCH, BATCHES = 8, 2
-KINDS = ("dense", "siglip", "multi_positive", "sparse", "balanced")
+KINDS = ("dense", "siglip", "multi_positive", "sparse", "balanced", "locked")
 
 
 def run(out: Path, kind: str) -> None:
@@ -32,7 +32,7 @@ def run(out: Path, kind: str) -> None:
         clipup.upcycle(model, clipup.MoEConfig.clip_up(num_experts=4), inplace=True)
     images = torch.randn(BATCHES, GLOBAL_BATCH, 3, 16, 16)
     texts = torch.randint(1, 64, (BATCHES, GLOBAL_BATCH, 8))
-    if kind == "balanced":
+    if kind in ("balanced", "locked"):
         config = clipup.MoEConfig(num_experts=4, selection_bias="z_score", selection_bias_rate=0.01)
         clipup.upcycle(model, config, inplace=True)
     if kind == "multi_positive":
@@ -48,6 +48,8 @@ def run(out: Path, kind: str) -> None:
         eps=1e-3,  # Adam divides tiny gradients by their size: rounding would decide their sign
         siglip=kind == "siglip",
         multi_positive=kind == "multi_positive",
+        lock_image=kind == "locked",
+        train_only="sparse_layers" if kind == "locked" else "all",
     )
     result = train(options, model=model, loader=list(zip(images[:, part], texts[:, part], strict=True)))
     torch.save(result.model.state_dict(), out / f"{kind}-{ranks}-rank_{rank}.pt")

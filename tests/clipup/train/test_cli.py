@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 import clipup
 from clipup.cli import main
+from clipup.train import TrainOptions
 from clipup.train.checkpoints import load
 
 ROOT = Path(__file__).parents[3]
@@ -66,7 +68,7 @@ def test_a_diverging_run_ends_with_exit_code_1_one_line_and_finite_files(command
     assert not (tmp_path / "logs" / "run" / "model").exists()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_all_processes_saves_says_how_to_continue_and_exits_with_130(command, tmp_path, capsys, stop):
     log = tmp_path / "logs" / "run" / "metrics.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -100,3 +102,41 @@ def test_help_shows_defaults_units_and_an_example(capsys):
     assert "Example: clipup train --model ViT-B-16" in text
     assert "Steps over which the learning rate rises to lr. (default: 10000)" in text
     assert "--num-experts" in text
+
+
+def test_help_groups_the_options_by_what_they_are_about(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+
+    title, titles = "", {}
+    for line in capsys.readouterr().out.splitlines():
+        if heading := re.fullmatch(r"\W*([a-z-]+ options)\W*", line):
+            title = heading[1]
+        elif flag := re.match(r"\W? +(--[a-z0-9-]+)", line.replace("│", " ")):
+            titles[flag[1]] = title
+    wanted = {
+        "--model": "model options",
+        "--num-experts": "sparse-layers options",
+        "--train-data": "training-data options",
+        "--val-data": "evaluation options",
+        "--lr": "optimization options",
+        "--siglip": "loss options",
+        "--precision": "precision-and-speed options",
+        "--dist-timeout": "processes options",
+        "--resume": "run-directory options",
+        "--report-to": "reporting options",
+    }
+    assert wanted.items() <= titles.items()
+
+
+def test_every_option_of_a_run_is_a_flag_and_keeps_its_default(monkeypatch):
+    taken = []
+    monkeypatch.setattr("clipup.cli.train.train", lambda options: taken.append(options) or sys.exit())
+    monkeypatch.setattr("clipup.cli.train.check_directory", lambda *_: None)
+
+    for arguments in ([], ["--lr", "0.25", "--num-experts", "4", "--moe"]):
+        with pytest.raises(SystemExit):
+            main(["train", *arguments])
+
+    changed = TrainOptions(lr=0.25, moe=True, moe_cfg=clipup.MoEConfig.clip_up(num_experts=4))
+    assert taken == [TrainOptions(), changed]

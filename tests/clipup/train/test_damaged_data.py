@@ -78,7 +78,7 @@ def stop_in(step):
     return Every(1, send)
 
 
-@pytest.mark.parametrize("source", ["csv", "csv with workers", "cached csv", "webdataset"])
+@pytest.mark.parametrize("source", ["csv", "csv with workers", "cached csv", "webdataset", "streamed"])
 def test_a_resumed_run_on_damaged_data_equals_the_uninterrupted_one(
     source, make_model, options, csv_data, shards, tmp_path
 ):
@@ -90,8 +90,10 @@ def test_a_resumed_run_on_damaged_data_equals_the_uninterrupted_one(
     start = content.index(b"\x89PNG", content.index(b"4.png"))
     path.write_bytes(content[: start + 4] + bytes(30) + content[start + 34 :])
     settings = {"train_data": csv_data, "workers": 2 * ("workers" in source), "cache_data": "cached" in source}
-    if source == "webdataset":
-        settings = {"train_data": shards, "train_num_samples": 24, "workers": 0}
+    if source in ("webdataset", "streamed"):
+        settings = {"train_data": shards, "workers": 0}
+    if source == "streamed":
+        settings |= {"train_data": f"file:{shards}", "train_num_samples": 24}
 
     def run(callbacks=(), **changes):
         return train(
@@ -108,7 +110,7 @@ def test_a_resumed_run_on_damaged_data_equals_the_uninterrupted_one(
     torch.rand(17)
     resumed = run(resume="latest")
 
-    assert resumed.skipped == whole.skipped == (1 if source == "webdataset" else 3)
+    assert resumed.skipped == whole.skipped == (1 if source in ("webdataset", "streamed") else 3)
     assert [record["loss"] for record in resumed.history] == [record["loss"] for record in whole.history]
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
@@ -135,6 +137,7 @@ def test_an_error_of_a_data_worker_is_reported_in_one_line(command, csv_data, tm
     options = [
         "--train-data",
         str(tmp_path / "train.tar"),
+        "--dataset-resampled",
         "--train-num-samples",
         "8",
         "--epochs",

@@ -33,7 +33,7 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["dense", "siglip", "multi_positive", "balanced"])
+@pytest.mark.parametrize("kind", ["dense", "siglip", "multi_positive", "balanced", "locked"])
 def test_two_ranks_do_what_one_process_does_on_the_same_global_batch(two_ranks, tmp_path, kind):
     runpy.run_path(str(SCRIPT))["run"](tmp_path, kind)
 
@@ -47,7 +47,7 @@ def test_two_ranks_do_what_one_process_does_on_the_same_global_batch(two_ranks, 
         torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["dense", "siglip", "sparse", "balanced"])
+@pytest.mark.parametrize("kind", ["dense", "siglip", "sparse", "balanced", "locked"])
 def test_two_ranks_end_with_the_same_weights(two_ranks, kind):
     first, second = (torch.load(two_ranks / f"{kind}-2-rank_{rank}.pt") for rank in range(2))
 
@@ -62,7 +62,5 @@ def test_only_rank_0_writes_metrics_and_checkpoints(two_ranks):
 
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert all(sum(layer["load"]) == pytest.approx(1) for layer in records[-1]["layers"].values())
-    assert len(checkpoint["rng"]) == 2
-    assert not torch.equal(checkpoint["rng"][0]["torch"], checkpoint["rng"][1]["torch"])
     trained = torch.load(two_ranks / "sparse-2-rank_1.pt")
     assert all(torch.equal(value, trained[name]) for name, value in checkpoint["state_dict"].items())

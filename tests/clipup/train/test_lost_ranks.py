@@ -142,7 +142,7 @@ def test_the_share_of_unreadable_samples_is_judged_over_all_ranks(command, csv_d
     """Three of 24 are more than a tenth; half of them are not more than chance allows a single rank."""
     for number in (3, 8, 15):
         (tmp_path / f"{number}.png").write_bytes(b"no picture")
-    with ranks(tmp_path, main, [*command, "--steps", "9"]) as processes:
+    with ranks(tmp_path, main, [*command, "--no-cache-data", "--steps", "9"]) as processes:
         ended = [process.ended() for process in processes]
 
     assert [code for code, _ in ended] == [2, 2], ended
@@ -157,4 +157,4 @@ def test_bad_options_are_reported_once_for_all_ranks_of_a_machine(command, tmp_p
 
     assert [code for code, _ in ended] == [2, 2]
     both = "".join(error for _, error in ended)
-    assert both.count("dist_timeout must be a positive number") == 1 and len(messages(both)) == 0
+    assert both.count("dist_timeout must be a positive number") == 1

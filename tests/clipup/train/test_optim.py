@@ -46,14 +46,30 @@ def test_frozen_parameters_are_in_no_group(make_model):
     assert sum(len(group["params"]) for group in groups) == trained
 
 
-@pytest.mark.parametrize("kind", ["cosine", "const"])
+@pytest.mark.parametrize("kind", ["cosine", "const", "const-cooldown"])
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_schedules_equal_those_of_open_clip_train(options, kind, warmup):
     ours, theirs = (torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0) for _ in range(2))
-    set_lr = schedule(options(lr=3e-4, warmup=warmup, lr_scheduler=kind), ours, 31)
-    set_theirs = getattr(open_clip_train.scheduler, f"{kind}_lr")(theirs, 3e-4, warmup, 31)
+    cooldown = {"epochs_cooldown": 2, "lr_cooldown_end": 1e-5, "lr_cooldown_power": 1.5} if "cooldown" in kind else {}
+    set_lr = schedule(options(lr=3e-4, warmup=warmup, lr_scheduler=kind, **cooldown), ours, 31, 6)
+    if cooldown:
+        set_theirs = open_clip_train.scheduler.const_lr_cooldown(theirs, 3e-4, warmup, 31, 12, 1.5, 1e-5)
+    else:
+        set_theirs = getattr(open_clip_train.scheduler, f"{kind}_lr")(theirs, 3e-4, warmup, 31)
 
     for step in range(31):
         set_lr(step)
         set_theirs(step)
-        assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"lr_scheduler": "const-cooldown"}, "epochs_cooldown must be at least 1 with const-cooldown, got None"),
+        ({"epochs_cooldown": 2}, "epochs_cooldown=2 has no effect with lr_scheduler 'cosine'"),
+    ],
+)
+def test_a_cooldown_needs_its_schedule_and_its_length(options, changes, message):
+    with pytest.raises(ValueError, match=message):
+        options(**changes)

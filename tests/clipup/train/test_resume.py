@@ -42,7 +42,7 @@ def assert_same_run(one, other):
         assert torch.equal(value, other.model.state_dict()[name]), name
 
 
-@pytest.fixture(params=["memory", "csv", "csv with workers", "cached csv", "webdataset"])
+@pytest.fixture(params=["memory", "csv", "csv with workers", "cached csv", "webdataset", "streamed"])
 def run(request, make_model, pairs, options, csv_data, shards):
     """Trains a sparse model with router noise on in-memory data, or on files with random crops."""
     source = request.param
@@ -54,7 +54,9 @@ def run(request, make_model, pairs, options, csv_data, shards):
         if source == "memory":
             return train(options(**settings), model=make_model(NOISY), loader=pairs(), callbacks=callbacks)
         settings |= {"workers": 2 * ("workers" in source), "cache_data": "cached" in source}
-        data = {"train_data": shards, "train_num_samples": 24} if source == "webdataset" else {"train_data": csv_data}
+        data = {"train_data": csv_data}
+        if source in ("webdataset", "streamed"):
+            data = {"train_data": f"file:{shards}" * (source == "streamed") or shards, "train_num_samples": 24}
         return train(
             options(**data, **settings),
             model=make_model(NOISY),

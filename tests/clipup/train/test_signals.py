@@ -25,7 +25,11 @@ print("alive")
 
 @pytest.mark.parametrize(
     ("first", "pause", "code", "output"),
-    [("SIGTERM", 0, 0, "alive\n"), ("SIGINT", 0, 0, "alive\n"), ("SIGTERM", 1.1, -signal.SIGTERM, "")],
+    [
+        ("SIGTERM", 0, 0, "alive\n"),
+        pytest.param("SIGINT", 0, 0, "alive\n", marks=pytest.mark.slow),
+        pytest.param("SIGTERM", 1.1, -signal.SIGTERM, "", marks=pytest.mark.slow),
+    ],
 )
 def test_a_sigterm_that_repeats_the_first_does_not_kill_a_run_that_has_stopped(first, pause, code, output):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

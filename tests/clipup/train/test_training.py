@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +104,20 @@ def test_autocast_follows_float32(make_model, pairs, options, precision):
     assert half[-1] < 0.8 * half[0]  # float16 skips steps until the gradient's scale fits
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("fp16", "precision='fp16': weights in float16 lose most updates"),
+        ("pure_bf16", "precision='pure_bf16': norms and embeddings in bfloat16 lose most updates; use bf16"),
+        ("fp8", "precision must be one of fp32, amp, amp_bf16, bf16, got 'fp8'"),
+    ],
+)
+def test_precisions_of_open_clip_that_are_not_offered_are_refused_by_name(options, name, message):
+    assert options(precision="amp_bfloat16") == options(precision="amp_bf16")
+    with pytest.raises(ValueError, match=message):
+        options(precision=name)
+
+
 def test_learning_rate_warms_up_and_falls_along_a_cosine(make_model, pairs, options):
     result = train(options(logs=None, steps=10, warmup=4, lr=1e-3), model=make_model(), loader=pairs())
 
@@ -116,6 +131,25 @@ def test_learning_rate_can_stay_constant(make_model, pairs, options, changes):
     result = train(options(logs=None, lr=1e-3, **changes), model=make_model(), loader=pairs())
 
     assert [record["lr"] for record in result.history] == pytest.approx([1e-3] * 6)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"warmup": 10000}, "a warm-up of 10000 steps (the default) is longer than this run of 6: the learning rate"),
+        (
+            {"warmup": 12},
+            "a warm-up of 12 steps is longer than this run of 6: the learning rate rises to 0.0005 only, 50",
+        ),
+        ({"warmup": 6}, None),
+        ({"warmup": 12, "skip_scheduler": True}, None),
+    ],
+)
+def test_a_warm_up_longer_than_the_run_is_said_in_one_line(make_model, pairs, options, changes, said):
+    train(options(**changes), model=make_model(), loader=pairs())
+
+    lines = [line for line in (Path(options().logs) / "run" / "out.log").read_text().splitlines() if "warm-up" in line]
+    assert [said in line for line in lines] == ([True] if said else [])
 
 
 @pytest.mark.parametrize("start, kept", [(math.log(100) + 1, math.log(100)), (-1.0, 0.0)])

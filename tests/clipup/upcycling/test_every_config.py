@@ -90,7 +90,16 @@ def kinds(blocks):
     return {f"{type(block).__name__}/{type(found[name].module).__name__}" for name, block in blocks.items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+def first_of_each_kind():
+    """All configs. Those after the first with the same kinds of block, with or without a decoder, are slow tests."""
+    seen = set()
+    for name in NAMES:
+        kind = (*expected(name), "multimodal_cfg" in get_model_config(name))
+        yield pytest.param(name, marks=[pytest.mark.slow] if kind in seen else [])
+        seen.add(kind)
+
+
+@pytest.mark.parametrize("name", first_of_each_kind())
 def test_config_is_upcycled_or_its_block_is_refused(name, without_network):
     model = create_on_meta(name)
     wanted = []

@@ -1,15 +1,20 @@
 """The tests of this folder hand CPU tensors to the functions that launch Triton's kernels."""
 
+import importlib.util
 import os
 
-import memory_guard
 import pytest
 import torch
+
+if importlib.util.find_spec("triton") is None:  # some platforms have no wheel of it
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     """Every load and store of a kernel stays within its arguments."""
+    import memory_guard
+
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("this process compiles kernels for its GPU; TRITON_INTERPRET=1 pytest -m interpreter")
     memory_guard.guard(monkeypatch)

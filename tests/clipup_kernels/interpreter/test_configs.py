@@ -125,10 +125,12 @@ def test_what_was_measured_is_used_and_nothing_else_changes(table):
 @pytest.mark.parametrize(
     "content",
     [
-        "{", "[]", '{"a": 3}', '{"a": [64, 64, 64, 4, 3]}', '{"a": [64, 96, 64, 4, 3, false]}',
-        '{"a": [64, 64, 64, 4, 3, 1]}', '{"a": [64, 64, 64, 4, 3, false, 1]}', '{"a": [64, 64, 64, 4, 0, false]}',
+        "{", "[]", '{"a": 3}', '{"a": [64, 64, 64, 4, 3, false]}', '{"a": [64, 96, 64, 4, 3, false, false]}',
+        '{"a": [64, 64, 64, 4, 3, 1, false]}', '{"a": [64, 64, 64, 4, 3, false, 1]}',
+        '{"a": [64, 64, 64, 4, 0, false, false]}', '{"a": [64, 64, 64, 4, 3, false, false, false]}',
         '{"sm90 project_rows half many 64x64": null}',
-        '{"sm90 project_both half many 64x256": [128, 32, 64, 8, 3, true]}',
+        '{"sm90 project_both half many 64x256": [128, 32, 64, 8, 3, true, false]}',
+        '{"sm90 project_both half many 64x256": [128, 32, 64, 8, 3, false, true]}',
     ],
 )  # fmt: skip
 def test_a_broken_table_is_refused_by_its_path(table, content):
@@ -200,12 +202,15 @@ def test_warmup_launches_what_a_training_step_launches(monkeypatch):
 @pytest.mark.parametrize("arch", tune.SHARED_BYTES)
 def test_tuning_tries_about_thirty_tiles_with_and_without_descriptors(arch, kernel):
     tiles = list(tune.candidates(arch, kernel, "half", 768, 3072))
-    assert 10 <= len(tiles) <= 32 and len(set(tiles)) == len(tiles)
+    assert 10 <= len(tiles) <= 36 and len(set(tiles)) == len(tiles)
     with_descriptors = arch >= 90 and kernel not in configs.GRADIENTS
     assert {tile.descriptors for tile in tiles} == ({False, True} if with_descriptors else {False})
-    assert not any(tile.descriptors for tile in tune.candidates(arch, kernel, "half", 750, 3072))
+    assert {tile.row_descriptors for tile in tiles} == ({False, True} if arch >= 90 else {False})
+    for tile in tune.candidates(arch, kernel, "half", 750, 3072):
+        assert not (tile.descriptors or tile.row_descriptors)
     for kind in ("tf32", "ieee"):
-        assert 5 <= len(list(tune.candidates(arch, kernel, kind, 768, 3072))) <= 32
+        tiles = list(tune.candidates(arch, kernel, kind, 768, 3072))
+        assert 5 <= len(tiles) <= 32 and not any(tile.row_descriptors for tile in tiles)
 
 
 def test_tuning_takes_the_fastest_tile_if_it_is_faster_by_more_than_noise():

@@ -67,7 +67,11 @@ def case(shape, routing="capacity", dtype=torch.float32, activation="gelu", bias
 
 
 def assert_follows_oracle(shape, routing="capacity", dtype=torch.float32, **form):
-    dy, x, gates, plan, experts = case(shape, routing, dtype, **form)
+    assert_experts_follow_oracle(*case(shape, routing, dtype, **form))
+
+
+def assert_experts_follow_oracle(dy, x, gates, plan, experts):
+    dtype = x.dtype
     y, z = forward(x, gates, plan, experts)
     ours = {"y": y, "z": z} | backward(dy, x, gates, plan, experts, z)
     for what, want in oracle(dy, x, gates, plan, experts).items():
@@ -92,6 +96,12 @@ def test_every_form_of_expert_follows_the_oracle(activation, bias, gated):
     assert_follows_oracle(SHAPES["odd"], activation=activation, bias=bias, gated=gated)
 
 
+@pytest.mark.parametrize("absent", ["in_bias", "gate_bias"])
+def test_gated_experts_with_one_of_two_biases_follow_the_oracle(absent):
+    *arguments, experts = case(SHAPES["odd"], activation="silu", gated=True)
+    assert_experts_follow_oracle(*arguments, experts._replace(**{absent: None}))
+
+
 @pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gated"])
 @pytest.mark.parametrize("kind", SEVERAL_TILES)
 def test_tiles_fit_together_along_rows_columns_and_terms(monkeypatch, kind, gated):
@@ -103,26 +113,62 @@ def test_tiles_fit_together_along_rows_columns_and_terms(monkeypatch, kind, gate
     assert_follows_oracle(shape, "dropless", dtype, gated=gated)
 
 
+@pytest.mark.parametrize("activation", ["silu", "quick_gelu"])
+def test_wide_tiles_whose_epilogue_has_sixteen_parts_follow_the_oracle(activation):
+    assert_follows_oracle(Shape(80, 64, 160, 2, 2), dtype=torch.float16, activation=activation)
+
+
+@pytest.fixture
+def by_descriptors(monkeypatch):
+    """Makes every launch load weights by descriptors, or rows too; the fixture's value lists the tiles."""
+
+    def load(rows_too):
+        choose = configs.choose
+
+        def chosen(kernel, *which):
+            tile = choose(kernel, *which)
+            if tile is None:
+                return None
+            tile = tile._replace(block_k=32)
+            tiles.append(([tile] + configs.with_descriptors(kernel, tile))[-1 if rows_too else -2])
+            return tiles[-1]
+
+        monkeypatch.setattr(configs, "choose", chosen)
+        return tiles
+
+    tiles: list[configs.Config] = []
+    return load
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("shape", [Shape(80, 64, 256, 2, 2), Shape(80, 64, 160, 2, 2)], ids=["even", "uneven"])
-def test_weights_read_by_descriptors_follow_the_oracle(monkeypatch, shape, gated):
-    choose, tiles = configs.choose, []
-
-    def with_descriptors(kernel, *which):
-        tiles.append(choose(kernel, *which)._replace(block_k=32, descriptors=kernel not in configs.GRADIENTS))
-        return tiles[-1]
-
-    monkeypatch.setattr(configs, "choose", with_descriptors)
+@pytest.mark.parametrize("rows_too", [False, True], ids=["weights", "rows"])
+def test_operands_read_by_descriptors_follow_the_oracle(by_descriptors, rows_too, shape, gated):
+    tiles = by_descriptors(rows_too)
     assert_follows_oracle(shape, dtype=torch.float16, gated=gated)
     assert sum(tile.descriptors for tile in tiles) == 4
+    assert sum(tile.row_descriptors for tile in tiles) == (5 if rows_too else 0)
 
 
-def test_weights_that_no_descriptor_can_serve_are_refused(monkeypatch):
+@pytest.mark.parametrize("wanted", [(True, True, True, False), (False, False, False, True)], ids=["in", "out"])
+def test_one_weights_gradient_from_rows_read_by_descriptors_follows_the_oracle(by_descriptors, wanted):
+    dy, x, gates, plan, experts = case(Shape(80, 64, 160, 2, 2), dtype=torch.float16)
+    want = oracle(dy, x, gates, plan, experts)
+    by_descriptors(rows_too=True)
+    _, z = forward(x, gates, plan, experts)
+    for name, gradient in backward(dy, x, gates, plan, experts, z, wanted).items():
+        if gradient.numel():
+            assert_follows(gradient, want[name], torch.float16, name)
+
+
+def test_operands_that_no_descriptor_can_serve_are_refused(monkeypatch):
     choose = configs.choose
-    monkeypatch.setattr(configs, "choose", lambda *which: choose(*which)._replace(descriptors=True))
     _, x, gates, plan, experts = case(SHAPES["odd"])
-    with pytest.raises(ValueError, match=r"descriptors.*\[5, 53, 19\].*delete"):
-        forward(x, gates, plan, experts)
+    for option, shape in (("descriptors", r"weights \[5, 53, 19\]"), ("row_descriptors", r"rows \[111, 19\]")):
+        with_option = {option: True}
+        monkeypatch.setattr(configs, "choose", lambda *which, option=with_option: choose(*which)._replace(**option))
+        with pytest.raises(ValueError, match=rf"by descriptors, which {shape}.*delete"):
+            forward(x, gates, plan, experts)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
@@ -148,7 +194,10 @@ def test_a_recomputed_z_gives_bitwise_the_same_gradients(gated):
         assert torch.equal(kept[name], again[name]), name
 
 
-def test_what_lies_in_empty_rows_and_in_tokens_without_a_row_is_never_read():
+@pytest.mark.parametrize("rows_too", [False, True], ids=["pointers", "descriptors"])
+def test_what_lies_in_empty_rows_and_in_tokens_without_a_row_has_no_effect(by_descriptors, rows_too, poisoned_memory):
+    if rows_too:
+        by_descriptors(rows_too)
     dy, x, gates, plan, experts = case(SHAPES["plain"], "masked")
     nowhere, filled = (plan.row_of_choice < 0).all(1), int(plan.offsets[-1])
     assert 0 < nowhere.sum() < len(nowhere) and filled < len(plan.choice_of_row)

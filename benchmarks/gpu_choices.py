@@ -1,0 +1,165 @@
+"""Choices about the grouped products, each measured in turn with the usual one on a GPU.
+
+    python benchmarks/gpu_choices.py --csv runs/gpu_choices.csv
+
+For every product: another width of its tile, weights by descriptors, rows by descriptors (gathered rows are copied into
+expert order first, which is timed too), and both together with the other width. Then gradients in one launch or two,
+both passes with all weights or all rows by descriptors, and, for a narrow layer, both products of inference in one
+launch. Tiles are compiled in parallel and compared with the usual one on few tokens; those that differ, or do not fit,
+have no time. ``ratio`` is the time over the usual choice's, the median of pair-by-pair ratios: below 1 a choice is
+faster. docs/kernels.md says what follows from which figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from harness import DTYPES, alternate, commit, report, require_device
+
+from clipup_kernels.machine import package_version, processor_name
+from clipup_kernels.triton import configs, dispatch, expert_mlp, expert_mlp_backward, topk_gating, tune
+from clipup_kernels.triton.configs import Config
+
+COLUMNS = "layer launch choice ms p20_ms p80_ms ratio"
+USUAL = "usual"
+Layer = tuple[int, int, int, int]
+"""D, H, E, K."""
+Run = Callable[[], object]
+MAIN, NARROW = ((768, 3072, 8, 2), 50_000), ((128, 512, 8, 2), 200_000)
+
+
+def choices(kernel: str, usual: Config) -> dict[str, Config]:
+    """The tiles that are compared, the usual one first."""
+    other = usual._replace(block_n=128 if usual.block_n == 256 else 2 * usual.block_n, num_warps=8)
+    *weights, rows_too = configs.with_descriptors(kernel, usual)
+    found = {USUAL: usual, f"{other.block_m}x{other.block_n}": other}
+    if weights:
+        found["weights by descriptors"] = weights[0]
+    found["rows by descriptors"] = rows_too
+    found[f"{other.block_m}x{other.block_n}, rows by descriptors"] = configs.with_descriptors(kernel, other)[-1]
+    return found
+
+
+def products(
+    layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int
+) -> Iterator[tuple[str, dict[str, Run | None]]]:
+    """Every product with its choices; None for those whose results differ or that do not fit."""
+    arch, kind = configs.architecture(torch.device(device)), configs.arithmetic(dtype)
+    bucket = configs.bucket_of(tokens * layer[3], layer[2])
+    few = {one[:3]: one for one in tune.products(*layer, min(1000, tokens), dtype, device, gated=False)}
+    of_one_weight = []
+    for product in tune.products(*layer, tokens, dtype, device, gated=False):
+        usual = configs.heuristic(arch, product.kernel, kind, bucket, product.depth, product.columns)
+        if product.kernel in configs.BOTH_KERNELS:
+            continue
+        if product.kernel == "weight_gradient":
+            of_one_weight.append(lambda launch=product.launch, usual=usual: launch(usual))
+            continue
+        tiles = choices(product.kernel, usual)
+        kept = tune.usable(few[product[:3]], tiles.values(), kind, threads)
+        runs: dict[str, Run | None] = {
+            name: (lambda launch=product.launch, tile=tile: launch(tile)) if tile in kept else None
+            for name, tile in tiles.items()
+        }
+        if product.kernel == "expert_gradients":
+            runs["a launch for each weight"] = lambda: [launch() for launch in of_one_weight]
+        yield product.kernel, runs
+
+
+def one_launch(layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int) -> dict[str, Run | None]:
+    """Both products of inference: two launches, and every tile of ``project_both``."""
+    arch, kind = configs.architecture(torch.device(device)), configs.arithmetic(dtype)
+    *_, few = tune.products(*layer, min(1000, tokens), dtype, device, gated=False)
+    *_, product = tune.products(*layer, tokens, dtype, device, gated=False)
+    tiles = list(tune.candidates_both(arch, product.kernel, kind, product.depth, product.columns))
+    kept = tune.usable(few, tiles, kind, threads)
+    return {
+        USUAL if tile is None else "one launch, {}x{}, {} warps, {} stages".format(*tile[:2], *tile[3:5]): (
+            lambda tile=tile: product.launch(tile)
+        )
+        if tile in kept
+        else None
+        for tile in tiles
+    }
+
+
+def passes(layer: Layer, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Run | None]:
+    """Both passes of the experts with the usual tiles, and with descriptors wherever they are possible."""
+    width, hidden, num_experts, top_k = layer
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, device=device).to(dtype)
+
+    x, dy = randn(tokens, width), randn(tokens, width)
+    weights = [randn(num_experts, hidden, width) / 8, randn(num_experts, hidden)]
+    weights += [randn(num_experts, width, hidden) / 8, randn(num_experts, width)]
+    gates, indices, *_ = topk_gating.topk_gating(torch.randn(tokens, num_experts, device=device), top_k, True)
+    routed = (x, gates, *dispatch.dispatch(indices, num_experts), *weights, None, None)
+    choose = configs.choose
+
+    def run(place: int | None) -> None:
+        def chosen(kernel: str, *which) -> Config | None:
+            tile = choose(kernel, *which)
+            if tile is None or place is None or (kernel in configs.GRADIENTS and place == 0):
+                return tile
+            return configs.with_descriptors(kernel, tile)[-1 if place else 0]
+
+        configs.choose = chosen
+        try:
+            _, z = expert_mlp.expert_mlp_forward(*routed, "gelu", True)
+            expert_mlp_backward.expert_mlp_backward(dy, *routed, z, "gelu", [True] * 4)
+        finally:
+            configs.choose = choose
+
+    return {
+        USUAL: lambda: run(None),
+        "all weights by descriptors": lambda: run(0),
+        "all rows by descriptors": lambda: run(1),
+    }
+
+
+def comparisons(
+    main: tuple[Layer, int], narrow: tuple[Layer, int], dtype: torch.dtype, device: str, threads: int
+) -> Iterator[tuple[str, str, dict[str, Run | None]]]:
+    """Layer, launch and choices, the usual one first."""
+    name = "{}x{}x{}".format(main[1], *main[0][:2])
+    for launch, runs in products(*main, dtype, device, threads):
+        yield name, launch, runs
+    yield name, "both passes", passes(*main, dtype, device)
+    narrow_name = "{}x{}x{}".format(narrow[1], *narrow[0][:2])
+    yield narrow_name, "both products", one_launch(*narrow, dtype, device, threads)
+
+
+def measure(runs: dict[str, Run | None], seconds: float, device: str, min_rounds: int = 5) -> list[dict[str, str]]:
+    """A row for each choice, empty where it cannot run."""
+    able = {name: run for name, run in runs.items() if run is not None}
+    found = alternate(able, USUAL, seconds, device, min_rounds)
+    rows = []
+    for name in runs:
+        times = [f"{value:.4f}" for value in found[name]] if name in found else ["left out", "", "", ""]
+        rows.append({"choice": name} | dict(zip(("ms", "p20_ms", "p80_ms", "ratio"), times, strict=True)))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    parser.add_argument("--seconds", type=float, default=8, help="timing of one launch's choices (default 8)")
+    parser.add_argument("--csv", help="also write the table to this file")
+    options = parser.parse_args(argv)
+    require_device("cuda")
+    about = {"machine": processor_name("cuda"), "torch": torch.__version__, "triton": package_version("triton")}
+    about |= {"dtype": options.dtype, "commit": commit()}
+    table = []
+    for layer, launch, runs in comparisons(MAIN, NARROW, DTYPES[options.dtype], "cuda", os.cpu_count() or 1):
+        for row in measure(runs, options.seconds, "cuda"):
+            table.append({"layer": layer, "launch": launch, **row, **about})
+    print(f"{about['machine']}, torch {about['torch']}, triton {about['triton']}; {options.dtype}")
+    report(table, COLUMNS, options.csv)
+
+
+if __name__ == "__main__":
+    main()

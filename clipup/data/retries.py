@@ -1,0 +1,65 @@
+"""Reading again, with growing pauses, what a file system or a server failed to deliver."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Callable
+from time import sleep
+from typing import TypeVar
+
+from .skips import Notes
+
+Result = TypeVar("Result")
+
+RETRIES = 4
+"""Default for the number of further tries."""
+FIRST_PAUSE = 2.0
+"""Seconds before the second try; each further pause is twice as long."""
+_TEMPORARY = {
+    *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ETIMEDOUT, errno.ENETDOWN),
+    *(errno.ENETUNREACH, errno.ENETRESET, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENOTCONN),
+    *(errno.EHOSTUNREACH, errno.EPIPE),
+}
+
+
+class Retries:
+    """Calls a function that reads until it succeeds, at most ``retries`` times more than once.
+
+    Pauses are 2, 4, 8, ... seconds, each between a half and one and a half of that, so that many processes do not
+    return to a server at once. After a read that failed to the end, none is repeated until one succeeds: a lost disk
+    ends a run instead of delaying every sample.
+    """
+
+    def __init__(self, retries: int, notes: Notes) -> None:
+        """notes: where repetitions are noted."""
+        self.retries, self.notes = retries, notes
+        self._left = retries
+
+    def __call__(self, name: Callable[[], str], read: Callable[[], Result]) -> Result:
+        """What ``read`` returns. Raises its last OSError, or at once one that waiting cannot repair.
+
+        Args:
+            name: gives the name of what is read, for the log.
+        """
+        number = 0
+        while True:
+            try:
+                result = read()
+            except OSError as error:
+                if not (error.errno is None or error.errno in _TEMPORARY):
+                    raise
+                if number >= self._left:
+                    self._left = 0
+                    raise
+                self.notes.retry(name(), error)
+                sleep(FIRST_PAUSE * 2**number * random.Random().uniform(0.5, 1.5))
+                number += 1
+            else:
+                self._left = self.retries
+                return result
+
+
+def check_retries(retries: int) -> None:
+    if retries < 0:
+        raise ValueError(f"data_retries: got {retries}, expected 0 (no further try) or more")

@@ -1,0 +1,157 @@
+"""Where the samples of local shards are: one row of numbers per sample, from the headers of the tar files.
+
+An index of a large shard is kept in the user's cache directory, and read again while the shard has the same size and
+time of modification.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipup_kernels.user_cache import user_cache
+
+from ..atomic_files import replace_files
+from ..progress import Progress
+from .processes import each
+from .shard_names import is_remote, sizes_of
+from .skips import Note, Skips
+from .tars import complete, read_samples
+
+PLACE = np.dtype([("image", "<i8"), ("image_size", "<i8"), ("text", "<i8"), ("text_size", "<i4"), ("json", "?")])
+"""A sample: the offsets and sizes in bytes of its image and of the member with its captions, and whether that is a
+json."""
+
+_VERSION = 1
+_KEPT_FROM_SECONDS = 0.5
+"""An index that took longer to read is kept."""
+
+
+@dataclass
+class ShardIndex:
+    """The complete samples of one shard, and what is wrong with the others."""
+
+    places: np.ndarray
+    """[samples] of `PLACE`."""
+    incomplete: list[Note] = field(default_factory=list)
+    lost: list[Note] = field(default_factory=list)
+    """Damaged parts; 0 samples where their number is unknown."""
+
+    @property
+    def found(self) -> int:
+        return len(self.places) + len(self.incomplete)
+
+
+def index_shards(
+    shards: Sequence[str], skips: Skips, argument: str, *, processes: int = 1, first: int = 0, progress: bool = False
+) -> list[np.ndarray]:
+    """The complete samples of each local shard, as arrays of `PLACE`. Others are noted in `skips`.
+
+    Args:
+        processes: that read shards at the same time.
+        first: the shard to start with. If the ranks of a machine start with different ones, each finds in the cache
+            what the others have read.
+    """
+    for shard in shards:
+        if is_remote(shard):
+            raise ValueError(f"{argument}: {shard} is not a local file, which is required here: copy it first")
+    sizes = sizes_of(shards)
+    turned = [*shards[first:], *shards[:first]]
+    found: dict[str, ShardIndex] = {}
+    shown = Progress("indexing shards", "shards", len(shards), show=progress)
+    with shown as bar:
+        read = functools.partial(_index_of, sizes=sizes)
+        for shard, index in zip(turned, each(read, turned, min(processes, len(shards)), chunk=1), strict=True):
+            found[shard] = index
+            bar.update()
+    usual = max((index.found for index in found.values() if not index.lost), default=0)
+    for shard in shards:
+        index = found[shard]
+        for note in index.incomplete:
+            skips.note(*note)
+        for name, reason, samples in index.lost:
+            skips.note(name, reason, samples or max(1, usual - index.found))
+    return [found[shard].places for shard in shards]
+
+
+def _index_of(shard: str, sizes: dict[str, int]) -> ShardIndex:
+    """The index of a shard, from the cache if it is there."""
+    expected = sizes.get(shard)
+    try:
+        state = os.stat(shard)
+        where = os.path.realpath(shard)
+        about = {"version": _VERSION, "shard": where, "expected": expected}
+        about |= {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+        path = user_cache("shard_index", f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:32]}.npz")
+        kept = None if path is None else _kept(path, about, shard)
+        if kept is not None:
+            return kept
+        start = time.perf_counter()
+        index = read_index(shard, expected)
+    except OSError as error:
+        return ShardIndex(np.empty(0, PLACE), lost=[(shard, f"it cannot be opened ({error})", expected or 0)])
+    if path is not None and time.perf_counter() - start > _KEPT_FROM_SECONDS:
+        _keep(path, about, shard, index)
+    return index
+
+
+def read_index(shard: str, expected: int | None) -> ShardIndex:
+    """Reads the headers and captions of a shard.
+
+    Args:
+        expected: how many samples it should have, where known.
+    """
+    rows: list[tuple[int, int, int, int, bool]] = []
+    index = ShardIndex(np.empty(0, PLACE))
+
+    def lose(name: str, reason: object, samples: int) -> None:
+        index.lost.append((name, str(reason), samples))
+
+    with open(shard, "rb") as file:
+        for sample in read_samples(file, shard, lose, images=False, expected=expected):
+            try:
+                image, text, _, _ = complete(sample)
+            except ValueError as error:
+                index.incomplete.append((sample.named, str(error), 1))
+                continue
+            rows.append((*sample.place[image], *sample.place[text], text == "json"))
+    index.places = np.array(rows, PLACE)
+    return index
+
+
+def _kept(path: Path, about: dict[str, Any], shard: str) -> ShardIndex | None:
+    """The index in a file of the cache, if it is of this state of the shard."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            noted = json.loads(str(content["about"]))
+            places = content["places"]
+        incomplete, lost = ([(n, r, c) for n, r, c in noted.pop(kind)] for kind in ("incomplete", "lost"))
+        named = noted.pop("named")
+    except Exception:  # no such file, or a damaged one, for which numpy and zipfile have no common class
+        return None
+    if noted != about or named != shard or places.dtype != PLACE:
+        return None
+    return ShardIndex(places, incomplete, lost)
+
+
+def _keep(path: Path, about: dict[str, Any], shard: str, index: ShardIndex) -> None:
+    noted = json.dumps({**about, "named": shard, "incomplete": index.incomplete, "lost": index.lost})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_files({path: lambda file: _write(file, noted, index.places)})
+    except OSError:  # without a cache directory that can be written to, the shard is read again next time
+        pass
+
+
+def _write(path: Path, noted: str, places: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.savez_compressed(file, about=np.array(noted), places=places)

@@ -1,0 +1,139 @@
+"""Training samples by number: of the rows of a CSV file, or of local shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from .csv_rows import CsvFormat, readable_rows, row_name
+from .packed_texts import PackedTexts
+from .shard_index import index_shards
+from .skips import Skips
+from .tars import TarSample, complete, key_of, lines
+
+OPEN_FILES = 256
+"""Shards that a process keeps open at most."""
+
+
+class Source(Protocol):
+    """Samples by number, in arrays that data workers share with the process that starts them."""
+
+    digest: str
+    """Of what the numbers mean: which sample has which. Equal after the files have moved."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str:
+        """Of a sample, for messages."""
+
+    def read(self, row: int) -> tuple[bytes, list[str]]:
+        """The content of the image's file, and the captions.
+
+        Raises OSError or ValueError where they cannot be read.
+        """
+
+
+class CsvSource:
+    """The usable rows of a CSV file."""
+
+    def __init__(self, path: str, form: CsvFormat, skips: Skips) -> None:
+        self.path = path
+        self.lines, self.images, self.captions = array("q"), PackedTexts(), PackedTexts()
+        for row in readable_rows(path, form, skips, "train_data"):
+            self.lines.append(row.line)
+            self.images.append(row.image)
+            self.captions.append(row.captions)
+        self.digest = _digest(np.array(self.lines), *self.captions.arrays)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, row: int) -> str:
+        return row_name(self.path, self.lines[row], self.images[row])
+
+    def read(self, row: int) -> tuple[bytes, list[str]]:
+        with open(self.images[row], "rb") as file:
+            return file.read(), lines(self.captions[row])
+
+
+class ShardSource:
+    """The complete samples of local shards."""
+
+    def __init__(
+        self, shards: Sequence[str], skips: Skips, *, processes: int = 1, first: int = 0, progress: bool = False
+    ) -> None:
+        """As `index_shards`."""
+        indexes = index_shards(shards, skips, "train_data", processes=processes, first=first, progress=progress)
+        self.shards = PackedTexts(shards)
+        self.places = np.concatenate(indexes)
+        self.ends = np.cumsum([len(index) for index in indexes])
+        names = PackedTexts(os.path.basename(shard) for shard in shards)
+        self.digest = _digest(*names.arrays, self.ends, self.places)
+        self._files: OrderedDict[int, int] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, row: int) -> str:
+        place, shard = self.places[row], self._shard_of(row)
+        offset = int(place["image"]) - tarfile.BLOCKSIZE
+        try:
+            header = self._content(shard, offset, tarfile.BLOCKSIZE)
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace").name
+        except (OSError, ValueError, tarfile.TarError):
+            member = ""
+        # a header holds at most 255 bytes of a name, and often only 100
+        key = key_of(member) if member and len(member) < 100 else f"the image at byte {offset}"
+        return f"{key} in {self.shards[shard]}"
+
+    def read(self, row: int) -> tuple[bytes, list[str]]:
+        place, shard = self.places[row], self._shard_of(row)
+        image = self._content(shard, int(place["image"]), int(place["image_size"]))
+        text = self._content(shard, int(place["text"]), int(place["text_size"]))
+        extension = "json" if place["json"] else "txt"
+        sample = TarSample("", "", {extension: text}, {"jpg": (0, 0)})  # only its captions are used
+        return image, complete(sample).captions
+
+    def _shard_of(self, row: int) -> int:
+        return int(np.searchsorted(self.ends, row, side="right"))
+
+    def _content(self, shard: int, offset: int, size: int) -> bytes:
+        content = os.pread(self._opened(shard), size, offset)
+        while len(content) < size:  # a read gives 2 GiB at most
+            more = os.pread(self._opened(shard), size - len(content), offset + len(content))
+            if not more:
+                raise ValueError(f"unexpected end of data in {self.shards[shard]}")
+            content += more
+        return content
+
+    def _opened(self, shard: int) -> int:
+        """A file descriptor. The least recently used one is closed where there are too many."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        if len(self._files) >= OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        return self._files[shard]
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    found = hashlib.sha256()
+    for one in arrays:
+        found.update(len(one).to_bytes(8, "little"))
+        found.update(np.ascontiguousarray(one).data)
+    return found.hexdigest()[:16]

@@ -1,0 +1,88 @@
+"""Options of a training run. Options shared with open_clip_train have the same names and meanings.
+
+One flat ``TrainOptions``, from a dataclass per job; ``clipup train --help`` shows the same groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from ...moe.config import MoEConfig
+from ...precision import Precision
+from ..objectives import check_options
+from .data import EvaluationOptions, ImageTransformOptions, TrainingDataOptions
+from .group import OptionGroup
+from .loss import LossOptions
+from .model import ModelOptions
+from .optimization import OptimizationOptions
+from .parallel import ParallelOptions
+from .running import ProcessOptions, RemoteSyncOptions, ReportingOptions, RunDirectoryOptions, SpeedOptions
+from .trained_parts import TrainedPartsOptions
+
+GROUPS: dict[str, type[OptionGroup]] = {
+    "model": ModelOptions,
+    "training_data": TrainingDataOptions,
+    "image_transforms": ImageTransformOptions,
+    "evaluation": EvaluationOptions,
+    "trained_parts": TrainedPartsOptions,
+    "optimization": OptimizationOptions,
+    "loss": LossOptions,
+    "precision_and_speed": SpeedOptions,
+    "processes": ProcessOptions,
+    "parallelism": ParallelOptions,
+    "run_directory": RunDirectoryOptions,
+    "remote_sync": RemoteSyncOptions,
+    "reporting": ReportingOptions,
+}
+"""The groups of options by the titles that ``clipup train --help`` gives them; every option is in one of them."""
+
+
+@dataclass(kw_only=True)
+class TrainOptions(
+    ReportingOptions,
+    RemoteSyncOptions,
+    RunDirectoryOptions,
+    ParallelOptions,
+    ProcessOptions,
+    SpeedOptions,
+    LossOptions,
+    OptimizationOptions,
+    TrainedPartsOptions,
+    EvaluationOptions,
+    ImageTransformOptions,
+    TrainingDataOptions,
+    ModelOptions,
+):
+    """Trains a CLIP, dense or sparse, on image-text pairs.
+
+    Example: clipup train --model ViT-B-16 --pretrained laion2b_s34b_b88k --moe --train-data 'data/{000..099}.tar'
+    --train-num-samples 1000000 --batch-size 512 --lr 5e-5 --warmup 500 --steps 20000 --name b16-moe
+
+    Several ranks: torchrun --nproc-per-node 8 -m clipup -- train --model ...
+    """
+
+    moe_cfg: MoEConfig = field(default_factory=MoEConfig.clip_up)
+    """Sparse layers for --moe; the defaults are CLIP-UP's recipe."""
+
+    def __post_init__(self) -> None:
+        for group in GROUPS.values():
+            group.check(self)
+        if self.resume_dense is not None and self.opt != "adamw":
+            raise ValueError(
+                f"resume_dense carries over AdamW's moments, which opt {self.opt!r} does not have; use adamw"
+            )
+        check_options(self)
+
+    def precision_on(self, device_type: str) -> Precision:
+        """The precision of a run on "cuda" or "cpu"."""
+        on_cuda = "amp_bf16" if self.is_sharded else "amp"
+        return cast(Precision, self.precision or (on_cuda if device_type == "cuda" else "fp32"))
+
+    def to_json(self) -> str:
+        """All options as JSON, for the options.json of a run."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["moe_cfg"] = self.moe_cfg.to_dict() if self.moe else None
+        return json.dumps(values, indent=2) + "\n"

@@ -1,0 +1,148 @@
+"""Options of where and how a run computes, and of what it writes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from ...checks import check
+from ...precision import Precision, default_device
+from .group import OptionGroup
+
+_SAME_PRECISION = {"amp_bfloat16": "amp_bf16"}
+"""Second names that open_clip has."""
+_REFUSED_PRECISIONS = {
+    "fp16": "weights in float16 lose most updates of a training step; use amp, which keeps them in float32",
+    "pure_fp16": "weights in float16 lose most updates of a training step; use amp, which keeps them in float32",
+    "pure_bf16": "norms and embeddings in bfloat16 lose most updates; use bf16, which has the matrices in bfloat16",
+}
+"""Precisions of open_clip that are not offered, and why."""
+
+
+@dataclass(kw_only=True)
+class SpeedOptions(OptionGroup):
+    """Precision, memory and speed of a step."""
+
+    precision: str | None = None
+    """fp32, amp (float16 autocast), amp_bf16 or amp_bfloat16 (bfloat16 autocast) or bf16 (the model itself). None: amp
+    on CUDA, amp_bf16 there with fsdp or ep; else fp32."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    torchcompile: bool = False
+    """Compile the model's forward and backward pass with torch.compile, sparse layers included. The first step takes
+    much longer."""
+    torchcompile_backend: str | None = None
+    """Backend of torch.compile. None: inductor."""
+    torchcompile_mode: str | None = None
+    """Mode of the backend inductor: default, reduce-overhead, max-autotune."""
+    device: str = field(default_factory=default_device)
+    """cpu, cuda or cuda:N."""
+
+    def check(self) -> None:
+        self.precision = _SAME_PRECISION.get(self.precision or "", self.precision)
+        if self.precision in _REFUSED_PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: {_REFUSED_PRECISIONS[self.precision]}")
+        known = get_args(Precision)
+        check("precision", self.precision, self.precision in (None, *known), f"one of {', '.join(known)}")
+        backend, mode = self.torchcompile_backend, self.torchcompile_mode
+        if not self.torchcompile:
+            for name in ("torchcompile_backend", "torchcompile_mode"):
+                check(name, getattr(self, name), getattr(self, name) is None, "left out without torchcompile")
+        if mode is not None:
+            check("torchcompile_mode", mode, backend in (None, "inductor"), "left out: it is for the backend inductor")
+
+
+@dataclass(kw_only=True)
+class ProcessOptions(OptionGroup):
+    """Runs of several processes, under torchrun."""
+
+    dist_backend: str | None = None
+    """torch.distributed backend under torchrun. None: nccl on CUDA, gloo on CPU."""
+    dist_timeout: float = 1800.0
+    """With several ranks: seconds without a heartbeat from a rank, or within one step, after which the run ends.
+    Evaluations and checkpoints may take longer."""
+
+    def check(self) -> None:
+        timeout = self.dist_timeout
+        check("dist_timeout", timeout, math.isfinite(timeout) and timeout > 0, "a positive number of seconds")
+
+
+@dataclass(kw_only=True)
+class RunDirectoryOptions(OptionGroup):
+    """Where a run is written, what is saved, and how it is resumed."""
+
+    logs: str | None = "./logs"
+    """Directory of runs. None (in Python only) writes nothing."""
+    name: str | None = None
+    """Name of the run, and of its directory under logs. None: date, model and learning rate."""
+    resume: str | None = None
+    """"latest" or the path of a checkpoint to continue from. Changed options take effect from there on."""
+    resume_with_changes: bool = False
+    """On resume, accept a model, moe, train_data, seed, siglip or opt that differs from the checkpoint's."""
+    force: bool = False
+    """Discard a run of the same name instead of refusing to start."""
+    save_frequency: int = 1
+    """Epochs between two kept checkpoints (epoch_K.pt); 0 keeps none but the latest."""
+    save_most_recent: bool = True
+    """Write epoch_latest.pt after every epoch."""
+    save_every_n_steps: int = 0
+    """Also write epoch_latest.pt after every n steps; 0 does not."""
+    delete_previous_checkpoint: bool = False
+    """Delete the previous epoch_K.pt once the next one is written and validated."""
+
+    def check(self) -> None:
+        for name in ("save_frequency", "save_every_n_steps"):
+            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        if self.name is not None:
+            name = self.name
+            check("name", name, Path(name).name == name, "the name of a directory, without separators")
+        if self.resume == "latest" and (self.logs is None or self.name is None):
+            raise ValueError("resume='latest' needs logs and name to find the checkpoints")
+
+
+@dataclass(kw_only=True)
+class RemoteSyncOptions(OptionGroup):
+    """Copies of the run's directory at another place, made while the run goes on."""
+
+    remote_sync: str | None = None
+    """Where the run's directory is copied to, under its name: s3://BUCKET/PATH, or a URL of fsspec."""
+    remote_sync_frequency: float = 300
+    """Seconds between two copies; one more is made at the end."""
+    remote_sync_protocol: Literal["s3", "fsspec"] = "s3"
+    """s3 runs `aws s3 sync`; fsspec copies the files that have changed through that package."""
+
+    def check(self) -> None:
+        every = self.remote_sync_frequency
+        check("remote_sync_frequency", every, math.isfinite(every) and every > 0, "a positive number of seconds")
+
+
+@dataclass(kw_only=True)
+class ReportingOptions(OptionGroup):
+    """Which numbers are recorded, and where they go besides the run's directory."""
+
+    log_every_n_steps: int = 1
+    """Steps between two records in metrics.jsonl."""
+    report_to: str = ""
+    """Programs that get the metrics too, separated by commas: tensorboard, wandb, trackio, or all (tensorboard and
+    wandb). wandb records offline, into the run's directory, unless WANDB_MODE=online is set."""
+    wandb_project_name: str = "open-clip"
+    """Project of the run for wandb or trackio."""
+    wandb_notes: str = ""
+    """Notes on the run for wandb."""
+
+    def check(self) -> None:
+        every = self.log_every_n_steps
+        check("log_every_n_steps", every, every >= 1, "at least 1")
+        names = self.report_to.split(",") if self.report_to else []
+        known = ("tensorboard", "wandb", "trackio", "all")
+        expected = f"some of {', '.join(known)}, separated by commas"
+        check("report_to", self.report_to, all(name.strip() in known for name in names), expected)
+        if {"wandb", "trackio"} <= self.trackers():
+            raise ValueError(f"report_to={self.report_to!r}: wandb and trackio record the same; name one of them")
+
+    def trackers(self) -> set[str]:
+        """The programs of ``report_to``."""
+        names = {name.strip() for name in self.report_to.split(",") if name}
+        return names - {"all"} | ({"tensorboard", "wandb"} if "all" in names else set())

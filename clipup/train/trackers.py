@@ -1,0 +1,95 @@
+"""Programs that record the numbers of a run besides its own files: TensorBoard, Weights & Biases, trackio."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..extras import needed_for
+from .options import TrainOptions
+
+
+class Tracker(Protocol):
+    """Takes the numbers of a run."""
+
+    def log(self, numbers: list[tuple[str, float]], step: int) -> None:
+        """numbers: by name, such as train/loss."""
+
+    def close(self) -> None: ...
+
+
+def create_trackers(options: TrainOptions, directory: Path, steps_done: int) -> list[Tracker]:
+    """Those of ``report_to``.
+
+    Args:
+        directory: of the run. steps_done: those before a resume.
+
+    Raises:
+        ImportError: a package is not installed.
+    """
+    trackers: list[Tracker] = []
+    if "tensorboard" in options.trackers():
+        trackers.append(_TensorBoard(directory / "tensorboard", purge_step=steps_done + 1))
+    if "wandb" in options.trackers():
+        trackers.append(_wandb(options, directory))
+    if "trackio" in options.trackers():
+        trackers.append(_trackio(options, directory))
+    return trackers
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, purge_step: int) -> None:
+        with needed_for("report_to='tensorboard'", "train"):
+            from torch.utils.tensorboard import SummaryWriter
+        self._writer: Any = SummaryWriter(str(directory), purge_step=purge_step)
+
+    def log(self, numbers: list[tuple[str, float]], step: int) -> None:
+        for name, value in numbers:
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Run:
+    """A run of wandb, or of trackio, which has the same functions."""
+
+    def __init__(self, module: Any, **settings: Any) -> None:
+        self._module = module
+        module.init(**settings)
+
+    def log(self, numbers: list[tuple[str, float]], step: int) -> None:
+        self._module.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def _wandb(options: TrainOptions, directory: Path) -> _Run:
+    """Offline, into the run's directory, unless the environment variable WANDB_MODE says otherwise."""
+    settings = {"notes": options.wandb_notes, "id": directory.name, "resume": "allow", "dir": str(directory)}
+    return _Run(
+        _module("wandb"), **_common(options, directory), **settings, mode=os.environ.get("WANDB_MODE", "offline")
+    )
+
+
+def _trackio(options: TrainOptions, directory: Path) -> _Run:
+    """Into trackio's local database."""
+    resume = "never" if options.resume is None else "allow"
+    return _Run(_module("trackio"), **_common(options, directory), resume=resume)
+
+
+def _common(options: TrainOptions, directory: Path) -> dict[str, Any]:
+    return {
+        "project": options.wandb_project_name,
+        "name": directory.name,
+        "config": json.loads(options.to_json()),
+    }
+
+
+def _module(name: str) -> Any:
+    with needed_for(f"report_to={name!r}", name):
+        return importlib.import_module(name)

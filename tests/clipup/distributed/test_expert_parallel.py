@@ -1,0 +1,43 @@
+"""Layers whose experts are DTensors sharded over ranks compute what layers with all experts compute."""
+
+from __future__ import annotations
+
+import expert_parallel_layers
+import pytest
+import torch
+from rank_processes import ranks
+
+RANKS = 2
+TOLERANCES = {"bfloat16": 2e-2, "autocast": 2e-2, "float64": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """Errors by case, a list over ranks."""
+    out = tmp_path_factory.mktemp("layers")
+    with ranks(out, expert_parallel_layers.run, out, count=RANKS, world_size=RANKS) as processes:
+        for process in processes:
+            code, error = process.ended()
+            assert code == 0, error
+    of_rank = [torch.load(out / f"errors-{rank}.pt") for rank in range(RANKS)]
+    return {name: [of[name] for of in of_rank] for name in of_rank[0]}
+
+
+OTHER_USES = ("checkpointed", "no tokens on some ranks", "masked tokens", "evaluation", "autocast")
+
+
+@pytest.mark.parametrize("case", [*expert_parallel_layers.LAYERS, *OTHER_USES, "replicated", "other axis"])
+def test_outputs_and_gradients_are_those_of_one_process(errors, case):
+    assert max(errors[case]) < TOLERANCES.get(case, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("3 experts", "ValueError: 3 experts cannot be sharded evenly over 2 ranks"),
+        ("two dimensions", "ValueError: the experts are sharded over 2 dimensions of"),
+        ("distributed x", "TypeError: x is a DTensor"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_by_name(errors, case, message):
+    assert all(found.startswith(message) for found in errors[case]), errors[case]

@@ -1,0 +1,102 @@
+"""A run on indexed data is resumed within an epoch under another division of the same global batch."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+
+import clipup
+from clipup.train import train
+from clipup.train.checkpoints import load
+
+
+@pytest.fixture(params=["csv", "shards"])
+def run(request, make_model, options, csv_data, shards):
+    """Epochs of three steps of eight of the 24 samples, with random crops; a sparse model that drops nothing."""
+    source = csv_data if request.param == "csv" else shards
+    config = clipup.MoEConfig(num_experts=4)
+
+    def run(**changes):
+        settings = {"batch_size": 8, "workers": 0, "eps": 1e-3, "lr_scheduler": "const", "warmup": 0, **changes}
+        return train(
+            options(train_data=source, **settings),
+            model=make_model(config),
+            preprocess=open_clip.image_transform(16, is_train=True),
+            tokenizer=open_clip.SimpleTokenizer(context_length=8),
+        )
+
+    return run
+
+
+def contrastive(result):
+    return [record["contrastive"] for record in result.history]
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 4, "accum_freq": 2}, {"workers": 2}])
+def test_the_same_global_batch_continues_within_an_epoch(run, changes):
+    whole = contrastive(run(name="whole", steps=6))
+    run(steps=4)
+
+    resumed = run(steps=6, resume="latest", **changes)
+
+    assert contrastive(resumed) == pytest.approx(whole, rel=1e-4)
+    assert load(resumed.directory / "checkpoints" / "epoch_latest.pt")["samples_seen"] == 48
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({"batch_size": 4}, r"batch_size 8 -> 4 \(a global batch of 4 in place of 8\)"),
+        ({"accum_freq": 2}, r"accum_freq 1 -> 2 \(a global batch of 16 in place of 8\)"),
+        ({"train_num_samples": 16}, "train_num_samples None -> 16"),
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"cache_data": True}, "cache_data False -> True"),
+    ],
+)
+def test_another_sequence_is_refused_within_an_epoch_by_name(run, changes, cause):
+    run(steps=4)
+
+    with pytest.raises(
+        ValueError, match=f"within epoch 2, after step 1 of 3; with {cause} the rest of the epoch would"
+    ):
+        run(steps=6, resume="latest", resume_with_changes=True, **changes)
+
+
+def test_data_that_have_changed_are_refused_within_an_epoch(run, tmp_path):
+    run(steps=4)
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "train-0.tar").write_bytes((tmp_path / "train-1.tar").read_bytes())
+
+    with pytest.raises(
+        ValueError,
+        match=r"with other training data \((23 samples in place of 24|as many samples, but other ones)\) the rest",
+    ):
+        run(steps=6, resume="latest")
+
+
+def test_a_checkpoint_of_an_earlier_version_continues_at_an_epochs_end_only(run):
+    result = run(steps=4)
+    for name in ("epoch_latest.pt", "epoch_1.pt"):
+        path = result.directory / "checkpoints" / name
+        state = torch.load(path, weights_only=True)
+        del state["conditions"]["order"], state["skipped_samples"]
+        torch.save(state | {"rng": [{}]}, path)
+
+    with pytest.raises(ValueError, match="with this version of clipup, which has another order of samples"):
+        run(steps=6, resume="latest")
+    kept = str(result.directory / "checkpoints" / "epoch_1.pt")
+    assert run(steps=6, resume=kept, resume_with_changes=True).steps == 6
+
+
+def test_the_log_says_what_the_order_of_samples_depends_on(run, options, make_model, shards):
+    log = (run(steps=1).directory / "out.log").read_text()
+    assert "24 samples; those of a step depend on seed, epoch, step and the global batch of 8 alone" in log
+
+    streamed = train(
+        options(name="streamed", steps=1, train_data=f"file:{shards}", train_num_samples=24, batch_size=8, workers=0),
+        model=make_model(),
+        preprocess=open_clip.image_transform(16, is_train=True),
+        tokenizer=open_clip.SimpleTokenizer(context_length=8),
+    )
+    assert "streamed; the order of samples also depends on" in (streamed.directory / "out.log").read_text()

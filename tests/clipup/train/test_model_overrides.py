@@ -1,0 +1,131 @@
+"""Options that change the model and the transforms that belong to it: --force-image-size, --aug-cfg and their like."""
+
+from __future__ import annotations
+
+import json
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import Normalize, RandomResizedCrop
+
+import clipup
+from clipup.cli import main
+from clipup.train import train
+from clipup.train.distributed import Ranks
+from clipup.train.setup import build_model
+
+FORCED = {
+    "force_image_size": 24,
+    "force_context_length": 12,
+    "force_patch_dropout": 0.5,
+    "force_quick_gelu": True,
+    "force_custom_text": True,
+}
+
+
+@pytest.fixture
+def built(options):
+    """What a run is built from, under these options."""
+    return lambda **changes: build_model(options(**changes), Ranks(torch.device("cpu")), "fp32")
+
+
+def find(transform, kind):
+    return next(step for step in transform.transforms if isinstance(step, kind))
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "sparse"])
+def test_a_run_with_another_architecture_is_saved_as_what_it_is(named_model, options, csv_data, moe):
+    settings = {"model": named_model, "train_data": csv_data, "workers": 0, "batch_size": 8, "steps": 2, "moe": moe}
+    result = train(options(**settings, **FORCED))
+
+    config = json.loads((result.directory / "model" / "open_clip_config.json").read_text())["model_cfg"]
+    loaded, _, preprocess = clipup.create_model_and_transforms(str(result.directory / "model"))
+    texts = clipup.get_tokenizer(str(result.directory / "model"))(["colour number 3"])
+    image = preprocess(Image.new("RGB", (30, 20), "red"))[None]
+    assert isinstance(loaded, open_clip.CustomTextCLIP) and texts.shape == (1, 12) and image.shape == (1, 3, 24, 24)
+    assert config["vision_cfg"]["patch_dropout"] == 0.5 and loaded.visual.patch_dropout.prob == 0.5
+    assert "QuickGELU" in str(loaded)
+    result.model.eval()
+    assert torch.equal(loaded.encode_image(image), result.model.encode_image(image))
+    assert torch.equal(loaded.encode_text(texts), result.model.encode_text(texts))
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_position_embeddings_of_saved_weights_are_resized(built, make_model, model_directory, tmp_path, sparse):
+    config = clipup.get_model_config(str(model_directory))
+    directory = tmp_path / "saved"
+    clipup.save_pretrained(make_model(clipup.MoEConfig(num_experts=2) if sparse else None), directory, config)
+    model = built(model=str(directory), force_image_size=(32, 16), force_context_length=6).model
+    dense = make_model()
+
+    assert model.visual.positional_embedding.shape == (1 + 4 * 2, 32) and model.positional_embedding.shape == (6, 32)
+    assert torch.equal(model.visual.positional_embedding[0], dense.visual.positional_embedding[0])
+    assert torch.equal(model.text_projection, dense.text_projection)
+
+
+def test_transforms_take_mean_interpolation_resize_mode_and_augmentations(built, model_directory):
+    made = built(
+        model=str(model_directory),
+        image_mean=(0.5,),
+        image_std=(0.1, 0.2, 0.3),
+        image_interpolation="bilinear",
+        image_resize_mode="longest",
+        aug_cfg={"scale": (0.3, 0.4)},
+    )
+    for transform in (made.preprocess_train, made.preprocess_val):
+        assert find(transform, Normalize).mean == (0.5,) * 3 and find(transform, Normalize).std == (0.1, 0.2, 0.3)
+    assert find(made.preprocess_train, RandomResizedCrop).scale == (0.3, 0.4)
+    assert made.preprocess_val.transforms[0].interpolation.value == "bilinear"
+    wide = made.preprocess_val(Image.new("RGB", (40, 20), "white"))
+    assert wide[0, 0, 8] < wide[0, 8, 8]  # padded above, not cropped
+
+
+def test_a_saved_run_keeps_its_transforms(options, model_directory, csv_data):
+    settings = {"train_data": csv_data, "workers": 0, "batch_size": 8, "steps": 1, "image_mean": (0.1, 0.2, 0.3)}
+    result = train(options(model=str(model_directory), **settings))
+
+    preprocess = clipup.create_model_and_transforms(str(result.directory / "model"))[2]
+    assert tuple(find(preprocess, Normalize).mean) == (0.1, 0.2, 0.3)
+
+
+def test_augmentations_are_written_key_equals_value(model_directory, csv_data, tmp_path, capsys):
+    command = ["train", "--model", model_directory, "--train-data", csv_data, "--logs", tmp_path / "logs"]
+    command += ["--name", "run", "--device", "cpu", "--workers", "0", "--batch-size", "8", "--warmup", "0"]
+    command += ["--steps", "1", "--image-mean", "0.5", "--aug-cfg", "scale=(0.4, 1.0)", "use_timm=True"]
+    assert main([str(part) for part in command]) == 0
+
+    written = json.loads((tmp_path / "logs" / "run" / "options.json").read_text())
+    assert written["aug_cfg"] == {"scale": [0.4, 1.0], "use_timm": True} and written["image_mean"] == [0.5]
+    assert main([str(part) for part in [*command[:-3], "--aug-cfg", "zoom=2", "--force"]]) == 2
+    assert "a key of aug_cfg must be one of scale, ratio, color_jitter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [{"force_image_size": 32}, {"image_mean": (0.5,)}, {"aug_cfg": {"re_prob": 0.1}}])
+def test_they_are_refused_for_a_model_that_is_passed_in(make_model, pairs, options, changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}: no effect on a model that is passed in"):
+        train(options(**changes), model=make_model(), loader=pairs())
+
+
+def test_another_architecture_on_resume_is_refused_by_name(named_model, options, csv_data):
+    settings = {"model": named_model, "train_data": csv_data, "workers": 0, "batch_size": 8, "steps": 1}
+    train(options(**settings))
+
+    with pytest.raises(ValueError, match="force_image_size None -> 24"):
+        train(options(**{**settings, "steps": 2}, resume="latest", force_image_size=24))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"force_image_size": 0}, "force_image_size must be positive"),
+        ({"force_patch_dropout": 1.0}, "force_patch_dropout must be in"),
+        ({"force_context_length": -1}, "force_context_length must be positive"),
+        ({"image_mean": (0.5, 0.5)}, "image_mean must be one value or three"),
+        ({"image_std": (0.0,)}, "image_std must be positive"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(options, changes, message):
+    with pytest.raises(ValueError, match=message):
+        options(**changes)

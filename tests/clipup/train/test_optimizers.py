@@ -1,0 +1,173 @@
+"""Optimizers by name, groups of parameters, layer decay, and optimizers on resume."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import timm.optim
+import torch
+
+import clipup
+from clipup.train import train
+from clipup.train.optim import create_optimizer, groups_of
+
+SPARSE = clipup.MoEConfig(num_experts=4)
+
+
+def named_groups(model, options):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [({names[one] for one in group["params"]}, group) for group in groups_of(model, options)]
+
+
+@pytest.mark.parametrize("opt", ["nadamw", "timm/lion", "timm/sgd", "timm/adamp"])
+def test_optimizers_of_torch_and_timm_train_and_resume_bitwise(make_model, pairs, options, opt):
+    settings = {"opt": opt, "lr": 1e-3, "save_every_n_steps": 4, "wd_exclude": ("*router*",)}
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    whole = train(options(name="whole", **settings), model=make_model(SPARSE), loader=pairs())
+    with pytest.raises(KeyboardInterrupt):
+        train(options(**settings), model=make_model(SPARSE), loader=pairs(), callbacks=[clipup.train.Every(5, stop)])
+    resumed = train(options(resume="latest", **settings), model=make_model(SPARSE, seed=1), loader=pairs())
+
+    assert [record["loss"] for record in resumed.history] == [record["loss"] for record in whole.history]
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_an_optimizer_of_timm_gets_the_groups_and_the_given_arguments(make_model, options):
+    model = make_model(SPARSE)
+    settings = options(opt="timm/adabelief", wd=0.3, beta1=0.8, beta2=0.9, eps=1e-4, opt_kwargs={"rectify": False})
+
+    optimizer = create_optimizer(model, settings)
+
+    free, decayed = optimizer.param_groups
+    assert isinstance(optimizer, timm.optim.AdaBelief)
+    assert (free["weight_decay"], decayed["weight_decay"]) == (0, 0.3)
+    assert decayed["betas"] == (0.8, 0.9) and decayed["eps"] == 1e-4 and not optimizer.defaults["rectify"]
+    assert len(free["params"]) + len(decayed["params"]) == len(list(model.parameters()))
+    momentum = create_optimizer(model, options(opt="timm/sgd", momentum=0.7)).param_groups[0]["momentum"]
+    assert momentum == 0.7
+
+
+def test_defaults_of_the_betas_are_clips_for_adamw_and_timms_own_for_timm(make_model, options):
+    ours = create_optimizer(make_model(), options()).defaults
+    lion = create_optimizer(make_model(), options(opt="timm/lion")).defaults
+
+    assert (ours["betas"], ours["eps"]) == ((0.9, 0.98), 1e-6) and lion["betas"] == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"opt": "timm/adamm"}, "timm has no optimizer 'adamm'; similar ones are adam, "),
+        ({"opt": "timm/adahessian"}, "needs second derivatives"),
+        ({"opt": "timm/lion", "opt_kwargs": {"zeal": 1}}, "opt 'timm/lion' cannot be created: .*zeal"),
+        ({"opt": "adamw", "opt_kwargs": {"zeal": 1}}, "opt 'adamw' cannot be created: .*zeal"),
+        ({"opt": "lion"}, "opt must be adamw, nadamw or timm/NAME, got 'lion'"),
+        ({"momentum": 0.9}, "momentum must be left out: adamw has none"),
+        ({"opt": "timm/lion", "beta1": 0.9}, "beta1=0.9 and beta2=None: set both"),
+        ({"opt": "timm/lion", "fused": True}, "fused must be left out: it is for opt adamw"),
+        ({"opt": "nadamw", "moe": True, "resume_dense": "x.pt"}, "resume_dense carries over AdamW's moments"),
+        ({"wd_exclude": ("router",)}, "wd_exclude: 'router' matches no parameter"),
+        ({"image_layer_decay": 1.5}, r"image_layer_decay must be in \(0, 1\]"),
+    ],
+)
+def test_optimizers_that_cannot_be_created_are_refused_by_name(make_model, options, changes, message):
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(make_model(), options(**changes))
+
+
+def test_patterns_exclude_parameters_from_weight_decay(make_model, options):
+    model = make_model(SPARSE)
+    (free, _), (decayed, _) = named_groups(model, options(wd_exclude=("*.router.weight", "*positional_embedding")))
+    usual = named_groups(model, options())[1][0]
+
+    excluded = usual - decayed
+    assert {name.rpartition(".resblocks.")[2] or name for name in excluded} == {
+        "1.mlp.router.weight",
+        "positional_embedding",
+        "visual.positional_embedding",
+    }
+    assert free | decayed == set(dict(model.named_parameters()))
+
+
+def test_layer_decay_lowers_the_learning_rate_with_the_depth_of_the_tower(make_model, options):
+    model = make_model(SPARSE)
+    groups = named_groups(model, options(image_layer_decay=0.5, text_layer_decay=0.1, lr=1.0))
+    scale = {name: group["lr_scale"] for names, group in groups for name in names}
+    decay = {name: group["weight_decay"] for names, group in groups for name in names}
+
+    assert scale["logit_scale"] == scale["visual.proj"] == scale["text_projection"] == 1
+    assert scale["visual.ln_post.weight"] == scale["visual.transformer.resblocks.1.mlp.in_weight"] == 0.5
+    assert scale["visual.transformer.resblocks.0.mlp.c_fc.weight"] == 0.25 and scale["visual.conv1.weight"] == 0.125
+    assert scale["transformer.resblocks.1.mlp.router.weight"] == pytest.approx(0.1)
+    assert scale["token_embedding.weight"] == pytest.approx(1e-3)
+    usual = {name: group["weight_decay"] for names, group in named_groups(model, options()) for name in names}
+    assert decay == usual
+    assert [group["lr_scale"] for _, group in groups] == sorted((g["lr_scale"] for _, g in groups), reverse=True)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["scheduled", "constant"])
+def test_every_step_applies_the_scaled_learning_rates(make_model, pairs, options, skip):
+    moves = {}
+    for decay in (None, 0.5):
+        model = make_model()
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        settings = {"opt": "timm/sgd", "momentum": 0.0, "wd": 0.0, "steps": 1, "warmup": 2, "logs": None}
+        settings |= {"opt_kwargs": {"nesterov": False}, "skip_scheduler": skip, "lr": 1e-2}
+        result = train(options(**settings, image_layer_decay=decay), model=model, loader=pairs())
+        moves[decay] = {name: value.detach() - before[name] for name, value in model.named_parameters()}
+        assert result.history[0]["lr"] == pytest.approx(1e-2 if skip else 5e-3)
+
+    for name, scale in (("visual.proj", 1), ("visual.ln_post.bias", 0.5), ("visual.conv1.weight", 0.125)):
+        torch.testing.assert_close(moves[0.5][name], scale * moves[None][name], rtol=1e-3, atol=1e-7)
+
+
+def test_layer_decay_needs_a_tower_with_layers(options):
+    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+
+    with pytest.raises(ValueError, match="image_layer_decay=0.5: the image tower has no list of blocks"):
+        create_optimizer(model, options(image_layer_decay=0.5))
+
+
+def test_fused_adamw_gives_the_same_run_and_takes_over_the_moments(make_model, pairs, options):
+    usual = {"lr_scheduler": "const"}
+    plain = train(options(name="plain", fused=False, **usual), model=make_model(SPARSE), loader=pairs())
+    fused = train(options(name="fused", fused=True, **usual), model=make_model(SPARSE), loader=pairs())
+    train(options(steps=3, fused=False, **usual), model=make_model(SPARSE), loader=pairs())
+    resumed = train(options(resume="latest", fused=True, **usual), model=make_model(SPARSE), loader=pairs())
+
+    for run in (fused, resumed):
+        losses = [[record["loss"] for record in one.history] for one in (run, plain)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_layer_decay_may_change_on_resume(make_model, pairs, options):
+    usual = {"lr_scheduler": "const", "warmup": 0}
+    whole = train(options(name="whole", **usual), model=make_model(SPARSE), loader=pairs())
+    train(options(steps=3, **usual), model=make_model(SPARSE), loader=pairs())
+    # a decay of nearly one puts every layer into a group of its own, and changes nothing else
+    resumed = train(
+        options(resume="latest", image_layer_decay=1 - 1e-9, text_layer_decay=1 - 1e-9, **usual),
+        model=make_model(SPARSE),
+        loader=pairs(),
+    )
+
+    losses = [[record["loss"] for record in run.history] for run in (resumed, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_another_optimizer_on_resume_is_refused_and_with_changes_starts_without_moments(make_model, pairs, options):
+    train(options(steps=3), model=make_model(SPARSE), loader=pairs())
+
+    with pytest.raises(ValueError, match="opt 'adamw' -> 'timm/lion'"):
+        train(options(resume="latest", opt="timm/lion"), model=make_model(SPARSE), loader=pairs())
+    changed = options(resume="latest", opt="timm/lion", resume_with_changes=True)
+    result = train(changed, model=make_model(SPARSE), loader=pairs())
+
+    latest = torch.load(result.directory / "checkpoints" / "epoch_latest.pt", weights_only=True)["optimizer"]
+    assert result.steps == 6 and {key for values in latest["state"].values() for key in values} == {"exp_avg"}
