@@ -176,10 +176,14 @@ def _config_of_file(file: Weights | None, path: str | None, given: MoEConfig | N
     return file.moe_config or given
 
 
-def create_on_meta(model_name: str) -> nn.Module:
-    """The model of an open_clip name or a directory on the meta device: shapes without weights or memory for them."""
+def create_on_meta(model_name: str, **kwargs: Any) -> nn.Module:
+    """The model of an open_clip name or a directory on the meta device: shapes without weights or memory for them.
+
+    kwargs: as in ``create_model_and_transforms``.
+    """
+    kwargs = {"device": "meta", "load_weights": False, "pretrained_text": False, **kwargs}
     with torch.device("meta"), expecting_random_weights():
-        return create_model_and_transforms(model_name, device="meta", load_weights=False, pretrained_text=False)[0]
+        return create_model_and_transforms(model_name, **kwargs)[0]
 
 
 @contextmanager

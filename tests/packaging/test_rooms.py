@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = {
     "clipup": (
-        *("", "data", "dense", "moe", "clip", "upcycling", "pretrained", "evaluate", "train", "inspection"),
-        *("demo", "cli"),
+        *("", "data", "dense", "moe", "clip", "upcycling", "pretrained", "evaluate", "train", "plan"),
+        *("inspection", "demo", "cli"),
     ),
     "clipup_kernels": ("", "triton", "backends", "ops"),
 }

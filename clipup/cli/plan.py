@@ -1,0 +1,187 @@
+"""``clipup plan``: what a training run will need, before it is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from ..checks import check
+from ..moe.config import MoEConfig
+from ..moe.layer import moe_layers
+from ..plan import Cluster, Plan, Rates, Subject, card, plan, propose
+from ..plan.report import Length, as_json, as_text, summary
+from ..precision import Precision
+from ..train.options import TrainOptions
+from .flags import MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
+
+_OF_TRAIN = (
+    *("model", "moe", "moe_cfg", "precision", "grad_checkpointing", "accum_freq", "fsdp", "fsdp_replicas", "ep"),
+    *("fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "loss_chunk_size", "siglip", "local_loss"),
+    "gather_with_grad",
+)
+_OF_CARD = ("memory_gb", "tflops", "link_gb_s", "network_gb_s", "host_gb_s")
+
+
+@dataclass
+class Options:
+    """Plans a training run on several GPUs: memory of each, traffic of a step, hours, price, and a setting that fits.
+
+    Example: clipup plan --model ViT-B-16 --moe --gpus 64 --batch 32768 --fsdp --ep 8
+
+    Nothing is trained and no weights are read. Which numbers are exact, counted or modelled: docs/plan.md.
+    """
+
+    model: str
+    """A model that open_clip knows, or a directory that clipup saved (dense or sparse)."""
+    gpus: int
+    """GPUs, each of which is a rank."""
+    batch: int
+    """Image-text pairs of one optimizer step, over all GPUs and accumulated batches."""
+    moe: bool = False
+    """Make the model sparse, with the options of MoEConfig below."""
+    moe_cfg: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
+    """Sparse layers for --moe; the defaults are CLIP-UP's recipe."""
+    precision: Precision = "amp_bf16"
+    """As in clipup train, whose default on CUDA is amp; with it, nothing can be sharded."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    accum_freq: int = 1
+    """Batches per step: the loss is over all of them, with the memory of one."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer state over the ranks (FSDP2)."""
+    fsdp_replicas: int = 1
+    """Copies of a model sharded with fsdp."""
+    fsdp_no_reshard_after_forward: bool = False
+    """Keep a block's gathered weights from its forward to its backward pass."""
+    fsdp_offload_cpu: bool = False
+    """Keep the shards of weights, gradients and optimizer state in the CPU's memory."""
+    ep: int = 1
+    """Expert parallelism: ranks over which each layer's experts are divided."""
+    loss_chunk_size: int | None = None
+    """Images (and texts) of a rank whose logits are computed at once."""
+    siglip: bool = False
+    """Use the sigmoid loss instead of the softmax loss."""
+    local_loss: bool = True
+    """Every rank computes the logits of its own images and texts only."""
+    gather_with_grad: bool = True
+    """Gradients flow through gathered features."""
+    caption_tokens: int | None = None
+    """Mean length of a caption in tokens, for the rows of sparse text layers. None: the whole context."""
+
+    samples: int | None = None
+    """Pairs that the run sees in all."""
+    epochs: int | None = None
+    """Or: passes over train_num_samples pairs."""
+    train_num_samples: int | None = None
+    """Pairs of an epoch."""
+
+    gpu: str = "h100"
+    """h100, h200, b200, a100-80gb, a100-40gb or l40s: constants of data sheets, each of which an option overrides."""
+    memory_gb: float | None = None
+    """Memory of a GPU, 10^9 bytes."""
+    tflops: float | None = None
+    """Its peak in bfloat16 without sparsity, 10^12 FLOPs per second."""
+    link_gb_s: float | None = None
+    """To the GPUs of its node, 10^9 bytes per second and direction."""
+    network_gb_s: float | None = None
+    """To other nodes, per GPU and direction."""
+    host_gb_s: float | None = None
+    """To the host's memory, per direction."""
+    gpus_per_node: int = Rates.gpus_per_node
+    """GPUs that share fast links."""
+    mfu: float = Rates.mfu
+    """Share of the peak at which products run, those that are computed again included. The default is an assumption."""
+    images_per_second: float | None = None
+    """Pairs per second of one GPU, measured with this setting on few GPUs; replaces FLOPs and mfu."""
+    link_efficiency: float = Rates.link_efficiency
+    """Share of the links' rates that collectives reach. The default is an assumption."""
+    reserve: float = Cluster.reserve
+    """Memory for the allocator's fragmentation, the CUDA context and NCCL, as a share of the rest. The default is an
+    assumption."""
+    price: float | None = None
+    """Of one GPU and hour, in any currency."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "batch", "gpus_per_node", "samples", "epochs", "train_num_samples", "caption_tokens"):
+            value = getattr(self, name)
+            check(name, value, value is None or value >= 1, "at least 1")
+        for name in (*_OF_CARD, "images_per_second", "price"):
+            value = getattr(self, name)
+            check(name, value, value is None or value > 0, "positive")
+        for name in ("mfu", "link_efficiency"):
+            check(name, getattr(self, name), 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+        check("reserve", self.reserve, self.reserve >= 0, "0 or more")
+        if self.samples is not None and self.epochs is not None:
+            raise ValueError("samples and epochs both say how long the run is; use one")
+        if (self.epochs is None) != (self.train_num_samples is None):
+            raise ValueError("epochs counts passes over train_num_samples pairs; set both, or samples instead")
+
+    def train_options(self) -> TrainOptions:
+        return TrainOptions(**{name: getattr(self, name) for name in _OF_TRAIN})
+
+    def cluster(self) -> Cluster:
+        given = {name: getattr(self, name) for name in _OF_CARD if getattr(self, name) is not None}
+        rates = {each.name: getattr(self, each.name) for each in dataclasses.fields(Rates)}
+        chosen = dataclasses.replace(card(self.gpu), **given)
+        return Cluster(self.gpus, chosen, Rates(**rates), self.reserve, self.price)
+
+    def length(self) -> Length | None:
+        samples = self.samples
+        if self.epochs is not None and self.train_num_samples is not None:
+            samples = self.epochs * self.train_num_samples
+        return None if samples is None else Length(-(-samples // self.batch), samples)
+
+
+RULES = [
+    NoEffect(MOE_FLAGS, lambda options: not options.moe, "without --moe, which makes the model sparse"),
+    *moe_rules(lambda options: options.moe_cfg),
+    NoEffect(("caption_tokens",), lambda options: options.ep == 1, "without --ep"),
+    NoEffect(("mfu",), lambda options: options.images_per_second is not None, "with --images-per-second"),
+    NoEffect(("local_loss", "gather_with_grad", "loss_chunk_size"), lambda options: options.siglip, "with --siglip"),
+    NoEffect(
+        ("price",), lambda options: options.length() is None, "without --samples, or --epochs and --train-num-samples"
+    ),
+]
+
+
+def main(argv: list[str]) -> int:
+    options = parse(Options, argv, "clipup plan", RULES)
+    cluster = options.cluster()
+    trained = options.train_options()
+    subject = Subject.create(options.model, None, options.precision, options.siglip)
+    if options.moe and moe_layers(subject.model):
+        refuse_idle([*argv, "--moe"], options, [ON_SPARSE._replace(names=("moe",))])
+    if options.moe:
+        subject = Subject.create(options.model, options.moe_cfg, options.precision, options.siglip)
+    made = plan(subject, trained, cluster, options.batch, options.caption_tokens)
+    proposed = propose(subject, trained, cluster, options.batch, options.caption_tokens)
+    length = options.length()
+    if options.json:
+        best = None if proposed is None else as_json(proposed, cluster, length)
+        print(json.dumps({"plan": as_json(made, cluster, length), "proposed": best}))
+        return 0
+    print(_heading(options, cluster))
+    print(as_text(made, cluster, length))
+    print(_proposal(made, proposed, cluster))
+    return 0
+
+
+def _heading(options: Options, cluster: Cluster) -> str:
+    name = f"CLIP-UP of {options.model}" if options.moe else options.model
+    run = f"{name} in {options.precision}, global batch {options.batch:,}, on {cluster.gpus} {options.gpu}"
+    return f"{run}\nconstants: {cluster.card.source}\n"
+
+
+def _proposal(made: Plan, proposed: Plan | None, cluster: Cluster) -> str:
+    if proposed is None:
+        return "\nno setting fits: use more GPUs, GPUs with more memory, or a smaller batch"
+    if proposed.setting() == made.setting():
+        return "\nproposed: this setting"
+    rule = "fits, and sends least of those whose modelled step is within 5 % of the shortest"
+    return f"\nproposed ({rule}):\n  {summary(proposed, cluster)}"

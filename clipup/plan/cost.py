@@ -1,0 +1,109 @@
+"""Time of a step and price of a run, from FLOPs, traffic and the constants of a card. All of it is a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ..train.options import TrainOptions
+from .cards import Card
+from .subject import Subject
+from .traffic import Transfer, forward_passes
+
+_UPDATE_BYTES = 7
+"""Of AdamW for each byte of a parameter: weight, gradient and two moments are read; weight and moments written."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a run reaches, given or measured."""
+
+    mfu: float = 0.35
+    """Share of the card's peak at which products run, those that are computed again included. An assumption until it is
+    measured."""
+    images_per_second: float | None = None
+    """Pairs per second and GPU of this setting, measured without communication; overrides mfu."""
+    link_efficiency: float = 0.7
+    """Share of the links' rates that collectives reach. An assumption until it is measured."""
+    gpus_per_node: int = 8
+    """GPUs that share fast links."""
+
+
+class StepTime(NamedTuple):
+    """Seconds of one optimizer step."""
+
+    compute: float
+    update: float
+    by_kind: dict[str, float]
+    """Of each kind of traffic."""
+    exposed: float
+    """Of the traffic that nothing hides: gradients and parameters travel beside computation, the rest does not."""
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.update + self.exposed
+
+    @property
+    def limit(self) -> Literal["compute", "communication", "optimizer"]:
+        """What takes the largest part of a step."""
+        largest = max(self.compute, self.exposed, self.update)
+        if largest == self.compute:
+            return "compute"
+        return "communication" if largest == self.exposed else "optimizer"
+
+
+def step_flops(subject: Subject, options: TrainOptions, gpus: int) -> float:
+    """FLOPs of one GPU and step: a backward pass is two forward ones; checkpointing and accumulation each add one."""
+    counts = subject.counts
+    own = options.batch_size * options.accum_freq
+    passes = (
+        2 * options.accum_freq + forward_passes(options) + (options.accum_freq if options.grad_checkpointing else 0)
+    )
+    towers = (counts.image_gflops + counts.text_gflops) * 1e9 * options.batch_size * passes
+    directions = 1 if options.siglip else 2
+    logits = directions * 2.0 * own * own * gpus * subject.activations(options).feature_width * 3 * options.accum_freq
+    return towers + logits
+
+
+def step_time(
+    subject: Subject,
+    options: TrainOptions,
+    gpus: int,
+    card: Card,
+    rates: Rates,
+    transfers: list[Transfer],
+    held_bytes: float,
+) -> StepTime:
+    """held_bytes: of the parameters that a rank updates."""
+    if rates.images_per_second is not None:
+        compute = options.batch_size * options.accum_freq / rates.images_per_second
+    else:
+        compute = step_flops(subject, options, gpus) / (rates.mfu * card.tflops * 1e12)
+    by_kind: dict[str, float] = {}
+    hidden = 0.0
+    for transfer in transfers:
+        seconds = transfer.wire / (bandwidth(transfer, card, rates) * 1e9)
+        by_kind[transfer.kind] = by_kind.get(transfer.kind, 0.0) + seconds
+        hidden += seconds if transfer.overlapped else 0.0
+    exposed = sum(by_kind.values()) - min(hidden, compute)
+    update = 0.0 if options.fsdp_offload_cpu else _UPDATE_BYTES * held_bytes / (card.memory_gb_s * 1e9)
+    return StepTime(compute, update, by_kind, exposed)
+
+
+def bandwidth(transfer: Transfer, card: Card, rates: Rates) -> float:
+    """10^9 bytes per second at which a rank of the group sends.
+
+    Rings through several nodes use the network connections of all GPUs that the group has on a node. Of an all-to-all
+    only what leaves the node passes the rank's own connection.
+    """
+    if transfer.collective == "copy":
+        return card.host_gb_s * rates.link_efficiency
+    together = min(transfer.group, max(1, rates.gpus_per_node // transfer.stride))
+    if together == transfer.group:
+        rate = card.link_gb_s
+    elif transfer.collective == "all_to_all":
+        leaving = (transfer.group - together) / (transfer.group - 1)
+        rate = min(card.link_gb_s, card.network_gb_s / leaving)
+    else:
+        rate = min(card.link_gb_s, card.network_gb_s * together)
+    return rate * rates.link_efficiency

@@ -1,0 +1,147 @@
+"""Memory of one GPU in training, by part."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from ..train.chunked_losses import LOGITS_AT_ONCE
+from ..train.options import TrainOptions
+from .activations import LayerTokens
+from .subject import Subject
+from .units import Unit
+
+How = Literal["exact", "counted", "model"]
+"""exact: equals what a run holds. counted: what autograd saves, within the tolerance of docs/plan.md. model: a formula
+that no run here has been held to."""
+
+
+class Part(NamedTuple):
+    """A part of a GPU's memory."""
+
+    name: str
+    bytes: float
+    how: How
+
+
+class Memory(NamedTuple):
+    """Of the GPU that holds most, rank 0."""
+
+    parts: tuple[Part, ...]
+    """Held at once at most; gradients grow while activations are freed, so that the sum is an upper bound of them."""
+    host_bytes: float
+    """Held in the host's memory, with fsdp_offload_cpu."""
+
+    @property
+    def bytes(self) -> float:
+        return sum(part.bytes for part in self.parts)
+
+
+def memory(subject: Subject, options: TrainOptions, gpus: int, reserve: float = 0.1) -> Memory:
+    """
+    Args:
+        options: batch_size counts pairs per rank and accumulated batch.
+        reserve: share of all parts that the allocator's fragmentation, the CUDA context and NCCL need on top.
+    """
+    parts = subject.units(options, gpus)
+    states = [
+        Part("parameters", sum(unit.shard_bytes for unit in parts), "exact"),
+        Part("gradients", sum(unit.shard_bytes for unit in parts), "exact"),
+        Part("optimizer (AdamW)", optimizer_bytes(parts), "exact"),
+    ]
+    host = sum(part.bytes for part in states) if options.fsdp_offload_cpu else 0.0
+    found = [] if options.fsdp_offload_cpu else states
+    if not options.is_sharded and gpus > 1:
+        found.append(Part("gradient buckets of DDP", states[1].bytes, "model"))
+    if options.is_sharded:
+        found.append(Part("gathered parameters (FSDP)", _gathered(parts, options), "model"))
+        if options.accum_freq > 1:
+            found.append(Part("whole gradients while accumulating", _whole(parts), "model"))
+    found += _of_batch(subject, options, gpus)
+    found = [part for part in found if part.bytes]
+    total = sum(part.bytes for part in found)
+    return Memory((*found, Part(f"allocator's reserve ({reserve:.0%})", reserve * total, "model")), host)
+
+
+def optimizer_bytes(parts: list[Unit]) -> int:
+    """AdamW's two moments in the parameters' types, and a float32 count of steps for each parameter."""
+    return sum(2 * unit.shard_bytes + 4 * len(unit.parameters) for unit in parts)
+
+
+def _whole(parts: list[Unit]) -> float:
+    """Without reduction, FSDP2 keeps the gradients of all parameters that it gathers, in float32."""
+    return sum(4 * parameter.numel for unit in parts if unit.fsdp for parameter in unit.parameters)
+
+
+def _gathered(parts: list[Unit], options: TrainOptions) -> float:
+    """The parameters that are whole at a time: those outside of blocks, a block, and the next one, which is gathered
+    ahead. A block's gradients are as large as the block; the buffer of a gather too, and that of a reduction is in
+    float32."""
+    gathered, reduced = _largest_block(parts)
+    while_computing = gathered + max(gathered, reduced)
+    if options.fsdp_no_reshard_after_forward:
+        return sum(unit.gathered_bytes for unit in parts if unit.fsdp) + while_computing
+    root = sum(unit.gathered_bytes for unit in parts if unit.kind == "root")
+    return root + 2 * gathered + while_computing
+
+
+def _largest_block(parts: list[Unit]) -> tuple[float, float]:
+    """Its parameters as they are gathered, and its gradients as they are reduced, with what its sparse layer adds if
+    that is gathered by itself."""
+    largest: dict[str, Unit] = {}
+    for unit in parts:
+        if unit.fsdp and unit.kind != "root":
+            largest[unit.kind] = max(largest.get(unit.kind, unit), unit, key=lambda one: one.reduced_bytes)
+    return sum(one.gathered_bytes for one in largest.values()), sum(one.reduced_bytes for one in largest.values())
+
+
+def _of_batch(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
+    found, pairs = subject.activations(options), options.batch_size
+    kept = options.grad_checkpointing
+    copies = found.fixed - found.expert_copies + (found.largest_expert_copies if kept else found.expert_copies)
+    name = "weights in autocast's type" if subject.precision in ("amp", "amp_bf16") else "saved once a batch"
+    result = [
+        Part("inputs", subject.input_bytes * pairs * options.accum_freq, "exact"),
+        Part(name, copies, "counted"),
+        Part("activations", (found.checkpointed_per_pair if kept else found.per_pair) * pairs, "counted"),
+    ]
+    if kept:
+        result.append(Part("recomputed activations of a block", found.largest_block_per_pair * pairs, "counted"))
+    if options.ep > 1:
+        result.append(Part("expert-parallel rows", expert_parallel_bytes(subject, options), "model"))
+    result.append(Part("working memory of the backward pass", found.largest_block_per_pair * pairs, "model"))
+    return [*result, *_of_loss(subject, options, gpus)]
+
+
+def expert_parallel_bytes(subject: Subject, options: TrainOptions) -> float:
+    """Each sparse layer also keeps the rows that its experts received and the results that came back, with gates and
+    places, if ranks receive equally many; while they travel, both ends have a buffer."""
+    per_layer = [
+        rows_per_pair(subject, layer) * options.batch_size * (2 * layer.width * layer.bytes_each + 16)
+        for layer in subject.activations(options).layers
+    ]
+    return (max(per_layer) if options.grad_checkpointing else sum(per_layer)) + max(per_layer)
+
+
+def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:
+    """Rows of a layer's experts for an image or a text: K for each token, fewer where a capacity drops some."""
+    config = subject.sparse[layer.name]
+    return layer.per_pair * config.top_k * min(1.0, config.capacity_factor or 1.0)
+
+
+def _of_loss(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
+    own = options.batch_size * options.accum_freq
+    columns = own * gpus
+    rows = own if options.siglip or options.local_loss else columns
+    at_once = min(rows, options.loss_chunk_size or max(1, LOGITS_AT_ONCE // columns))
+    compared = own if options.siglip else columns
+    chunked = at_once < rows and not options.siglip
+    found = subject.activations(options)
+    per_logit = subject.per_logit[options.siglip]
+    held = per_logit * (at_once * columns / 2 if chunked else rows * columns)
+    features = 4 * columns * found.feature_width * found.feature_bytes
+    working = 12 * at_once * compared
+    return [
+        Part("features of all ranks", features, "model"),
+        Part("logits", held, "counted"),
+        Part("working memory of the loss", working, "model"),
+    ]

@@ -1,0 +1,143 @@
+"""A plan: memory, traffic, time and price of a run with given options, and the setting that suits it best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..train.distributed import Ranks
+from ..train.options import TrainOptions
+from ..train.parallel import check
+from .cards import Card
+from .cost import Rates, StepTime, step_flops, step_time
+from .memory import Memory, memory
+from .subject import Subject
+from .traffic import Transfer, traffic
+
+SPREAD = ("fsdp", "fsdp_replicas", "fsdp_no_reshard_after_forward", "ep", "grad_checkpointing", "accum_freq")
+"""The options that a proposal chooses."""
+_MOST_ACCUMULATED, _AS_SHORT = 64, 1.05
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a run takes place."""
+
+    gpus: int
+    card: Card
+    rates: Rates = Rates()
+    reserve: float = 0.1
+    """Share of a GPU's needed memory that is added for the allocator, the CUDA context and NCCL. An assumption."""
+    price: float | None = None
+    """Of one GPU and hour."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run with these options needs."""
+
+    options: TrainOptions
+    memory: Memory
+    traffic: list[Transfer]
+    time: StepTime
+    flops: float
+    """Of one GPU and step."""
+    fits: bool
+    """Whether a GPU has enough memory."""
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a rank sends in a step."""
+        return sum(transfer.wire for transfer in self.traffic)
+
+    def setting(self) -> dict[str, Any]:
+        """The options of ``SPREAD``, and the batch size that follows from them."""
+        return {name: getattr(self.options, name) for name in (*SPREAD, "batch_size")}
+
+    def flags(self) -> str:
+        """The setting as options of ``clipup train``."""
+        flags = [f"--batch-size {self.options.batch_size}"]
+        for name, value in self.setting().items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                flags.append(flag)
+            elif name != "batch_size" and value is not False and value != 1:
+                flags.append(f"{flag} {value}")
+        return " ".join(flags)
+
+
+def plan(
+    subject: Subject, options: TrainOptions, cluster: Cluster, batch: int, caption_tokens: int | None = None
+) -> Plan:
+    """
+    Args:
+        options: batch_size is overridden, by what a rank has of the global batch.
+        batch: pairs of one optimizer step, over all ranks and accumulated batches.
+
+    Raises:
+        ValueError: the batch cannot be divided among the ranks, or ``clipup train`` would refuse the options.
+    """
+    parts = cluster.gpus * options.accum_freq
+    if batch % parts or batch < parts:
+        raise ValueError(
+            f"batch must be a multiple of gpus * accum_freq = {cluster.gpus} * {options.accum_freq}, got {batch}"
+        )
+    options = replace(options, batch_size=batch // parts)
+    check(subject.model, options, Ranks(torch.device("meta"), world_size=cluster.gpus), subject.precision)
+    needed = memory(subject, options, cluster.gpus, cluster.reserve)
+    transfers = traffic(subject, options, cluster.gpus, caption_tokens)
+    held = sum(unit.shard_bytes for unit in subject.units(options, cluster.gpus))
+    time = step_time(subject, options, cluster.gpus, cluster.card, cluster.rates, transfers, held)
+    fits = needed.bytes <= cluster.card.memory_gb * 1e9
+    return Plan(options, needed, transfers, time, step_flops(subject, options, cluster.gpus), fits)
+
+
+def propose(
+    subject: Subject, options: TrainOptions, cluster: Cluster, batch: int, caption_tokens: int | None = None
+) -> Plan | None:
+    """The setting that fits and sends the fewest bytes, of those whose step is at most 5 % longer than the shortest: a
+    time is a model, and smaller differences say nothing. None if no setting fits.
+
+    It varies the options of ``SPREAD``; the others stay. A measured ``images_per_second`` belongs to one setting, so
+    that settings are compared by FLOPs.
+    """
+    compared = replace(cluster, rates=replace(cluster.rates, images_per_second=None))
+    plans = []
+    for setting in _settings(subject, cluster, batch):
+        try:
+            candidate = plan(subject, replace(options, **setting), compared, batch, caption_tokens)
+        except ValueError:  # a combination that clipup train refuses
+            continue
+        if candidate.fits:
+            plans.append(candidate)
+    if not plans:
+        return None
+    shortest = min(candidate.time.total for candidate in plans)
+    return min(
+        (candidate for candidate in plans if candidate.time.total <= _AS_SHORT * shortest), key=lambda one: one.wire
+    )
+
+
+def _settings(subject: Subject, cluster: Cluster, batch: int) -> Iterator[dict[str, Any]]:
+    gpus, node = cluster.gpus, cluster.rates.gpus_per_node
+    experts = subject.experts
+    divisors = [n for n in range(2, gpus + 1) if experts and experts % n == 0 and gpus % n == 0]
+    accumulated = [n for n in (2**i for i in range(7)) if n <= _MOST_ACCUMULATED and batch % (gpus * n) == 0]
+    sharded: dict[str, Any] = {"fsdp": True}
+    spreads: list[dict[str, Any]] = [{"fsdp": False, "fsdp_replicas": 1, "fsdp_no_reshard_after_forward": False}]
+    if gpus > 1:
+        replicas = [1] + ([gpus // node] if gpus > node and gpus % node == 0 else [])
+        spreads += [
+            {**sharded, "fsdp_replicas": count, "fsdp_no_reshard_after_forward": kept}
+            for count in replicas
+            for kept in (False, True)
+        ]
+    for spread in spreads:
+        offload = {} if spread["fsdp"] else {"fsdp_offload_cpu": False}
+        for ep in (1, *divisors):
+            for checkpointed in (False, True):
+                for count in accumulated:
+                    yield {**spread, **offload, "ep": ep, "grad_checkpointing": checkpointed, "accum_freq": count}

@@ -1,0 +1,138 @@
+"""What a rank sends in one optimizer step, by kind.
+
+Counts and sizes of the collectives are those of ``clipup.train``, to which tests compare them. What of a collective
+goes over the wire is a model: that of ring algorithms, and of ranks that get equally many rows in an all-to-all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from ..train.options import TrainOptions
+from .memory import rows_per_pair
+from .subject import Subject
+from .units import Unit
+
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "broadcast", "copy"]
+_SHARE_SENT = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+"""Sent bytes of a collective among many ranks, as a multiple of its payload."""
+
+
+class Transfer(NamedTuple):
+    """Collectives of one kind."""
+
+    kind: str
+    collective: Collective
+    payload: float
+    """Bytes a step that the collectives are called with: the whole of a gather's result, of what is reduced, and of the
+    rows that a rank sends, to itself too."""
+    group: int
+    """Ranks in the group."""
+    stride: int = 1
+    """Ranks between two neighbors of the group."""
+    overlapped: bool = False
+    """Whether it can run beside computation."""
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a rank sends."""
+        if self.collective not in _SHARE_SENT:
+            return self.payload
+        return _SHARE_SENT[self.collective] * self.payload * (self.group - 1) / self.group
+
+
+def traffic(subject: Subject, options: TrainOptions, gpus: int, caption_tokens: int | None = None) -> list[Transfer]:
+    """
+    Args:
+        options: batch_size counts pairs per rank and accumulated batch.
+        caption_tokens: mean length of a caption; sparse text layers that are aware of padding route no more. None: the
+            whole context.
+    """
+    parts = subject.units(options, gpus)
+    found = [*_gradients(parts), *_gathers(parts, options), *_rows(subject, options, caption_tokens)]
+    found += [*_features(subject, options, gpus), *_small(subject, options, gpus, parts)]
+    if options.fsdp_offload_cpu:
+        found += _offloaded(parts, options)
+    return [
+        transfer for transfer in found if transfer.payload and (transfer.group > 1 or transfer.collective == "copy")
+    ]
+
+
+def forward_passes(options: TrainOptions) -> int:
+    """Of a step. Accumulation first runs all batches without gradients."""
+    return options.accum_freq * (1 if options.accum_freq == 1 else 2)
+
+
+def _gradients(parts: list[Unit]) -> Iterator[Transfer]:
+    for unit in parts:
+        if unit.kind != "scalars":
+            yield Transfer("gradients", "reduce_scatter", unit.reduced_bytes, unit.shards, unit.stride, True)
+            span = unit.shards * unit.stride
+            yield Transfer("gradients", "all_reduce", unit.reduced_shard_bytes, unit.replicas, span, True)
+
+
+def _gathers(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
+    for unit in parts:
+        if unit.shards > 1:
+            times = gathers_per_step(unit, options)
+            yield Transfer("parameters", "all_gather", times * unit.gathered_bytes, unit.shards, unit.stride, True)
+
+
+def gathers_per_step(unit: Unit, options: TrainOptions) -> int:
+    """A block is gathered for each forward and each backward pass, or once for both if it stays gathered. What belongs
+    to no block is gathered for each tower, or for each pass if it stays gathered."""
+    forward, backward = forward_passes(options), options.accum_freq
+    if options.fsdp_no_reshard_after_forward:
+        return forward + backward if unit.kind == "root" else backward
+    return (2 if unit.kind == "root" else 1) * forward + backward
+
+
+def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -> Iterator[Transfer]:
+    """Rows and gates go to the experts and results come back; gradients the other way round. With checkpointing the
+    backward pass repeats the forward's exchanges."""
+    if options.ep == 1:
+        return
+    forward = forward_passes(options) + (options.accum_freq if options.grad_checkpointing else 0)
+    backward = options.accum_freq
+    for layer in subject.activations(options).layers:
+        config = subject.sparse[layer.name]
+        rows = rows_per_pair(subject, layer) * options.batch_size
+        if caption_tokens is not None and config.padding_aware and not layer.name.startswith("visual"):
+            rows *= min(1.0, caption_tokens / layer.per_pair)
+        payload = (forward + backward) * rows * (2 * layer.width * layer.bytes_each + 4)
+        yield Transfer("expert rows", "all_to_all", payload, options.ep)
+        yield Transfer("scalars and counts", "all_to_all", forward * 4 * config.num_experts, options.ep)
+
+
+def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Transfer]:
+    """The softmax loss gathers all features, for each accumulated batch; the sigmoid loss passes texts around."""
+    found = subject.activations(options)
+    own = options.batch_size * options.accum_freq * found.feature_width * found.feature_bytes
+    if options.siglip:
+        yield Transfer("features", "send", 2 * options.accum_freq * own * (gpus - 1), gpus)
+        return
+    gathered = 2 * options.accum_freq * own * gpus
+    yield Transfer("features", "all_gather", gathered, gpus)
+    if options.gather_with_grad:
+        yield Transfer("features", "reduce_scatter", gathered, gpus)
+
+
+def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]) -> Iterator[Transfer]:
+    if options.is_sharded:
+        scalars = sum(len(unit.parameters) for unit in parts if unit.kind == "scalars")
+        yield Transfer("scalars and counts", "all_reduce", 4 * (scalars + 1), gpus)  # and the gradient's norm
+    else:
+        buffers = sum(buffer.nbytes for buffer in subject.model.buffers())
+        yield Transfer("scalars and counts", "broadcast", buffers, gpus)
+    counted = [config for config in subject.sparse.values() if config.loss_scope == "global_batch"]
+    once = options.accum_freq > 1 or not options.grad_checkpointing
+    size = sum(4 * (config.top_k * config.num_experts + 1) for config in counted)
+    yield Transfer("scalars and counts", "all_reduce", size * (1 if once else 2), gpus)
+
+
+def _offloaded(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
+    """Shards go to the GPU before each gather, and their gradients come back."""
+    for unit in parts:
+        times = gathers_per_step(unit, options) + 1
+        yield Transfer("host", "copy", times * unit.shard_bytes, 1, overlapped=True)

@@ -1,0 +1,183 @@
+"""Which parameters are gathered and reduced together, and what each rank holds of them.
+
+The rules are those of ``clipup.train.parallel``; tests compare them with real runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from torch import nn
+
+from ..clip.towers import tower_blocks, towers
+from ..moe.layer import moe_layers
+from ..moe.router import Router
+from ..precision import Precision
+from ..train.options import TrainOptions
+
+
+class Parameter(NamedTuple):
+    """A parameter and how it is divided."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the part that a rank's experts have; all of it without expert parallelism."""
+    bytes_each: int
+    shards: int = 1
+    axis: int = 0
+    """Over which the shards divide it."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def padded(self) -> int:
+        """Elements of one shard, as FSDP2 allocates it: the axis is divided into equal parts, rounded up."""
+        return self.numel if self.shards == 1 else self._rows * self.numel // self.shape[self.axis]
+
+    @property
+    def _rows(self) -> int:
+        return -(-self.shape[self.axis] // self.shards)
+
+    def held(self, shard: int) -> int:
+        """Elements of a shard without padding; the last ones may have fewer, or none."""
+        if self.shards == 1:
+            return self.numel
+        length = self.shape[self.axis]
+        rows = max(0, min(self._rows, length - shard * self._rows))
+        return rows * self.numel // length
+
+
+Kind = Literal["replicated", "scalars", "root", "block", "experts", "shared", "router"]
+_IN_HALF: tuple[Kind, ...] = ("block", "experts", "shared")
+"""Units that are gathered in bfloat16 with amp_bf16."""
+
+
+class Unit(NamedTuple):
+    """Parameters that are gathered and reduced with one collective."""
+
+    kind: Kind
+    parameters: tuple[Parameter, ...]
+    shards: int
+    """Ranks that share one copy of them."""
+    stride: int
+    """Ranks between two neighbors that share a copy."""
+    replicas: int
+    """Ranks that hold the same shard."""
+    in_half: bool = False
+    """Whether the parameters, in float32, are gathered in bfloat16."""
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether FSDP2 makes a whole copy of the parameters to compute with, of one shard too."""
+        return self.kind not in ("replicated", "scalars")
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Of all shards together, with padding, in the type in which they are gathered."""
+        return self.shards * self.shard_bytes // (2 if self.in_half else 1)
+
+    @property
+    def reduced_bytes(self) -> int:
+        """Of a gradient with padding. FSDP2 reduces in float32, DDP in the parameters' type."""
+        return self.shards * self.reduced_shard_bytes
+
+    @property
+    def reduced_shard_bytes(self) -> int:
+        """Of a shard of a gradient."""
+        return sum(4 * parameter.padded for parameter in self.parameters) if self.fsdp else self.shard_bytes
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of one shard, with padding."""
+        return sum(parameter.padded * parameter.bytes_each for parameter in self.parameters)
+
+    def held_bytes(self, rank: int) -> int:
+        """Of a rank's shard, without padding."""
+        shard = rank // self.stride % self.shards
+        return sum(parameter.held(shard) * parameter.bytes_each for parameter in self.parameters)
+
+
+def has_half_units(options: TrainOptions, precision: Precision) -> bool:
+    """Whether blocks and experts are gathered in bfloat16."""
+    return options.is_sharded and precision == "amp_bf16"
+
+
+def parameters_of_half_units(model: nn.Module) -> set[int]:
+    """The ids of the parameters that are then gathered in bfloat16: those of blocks, without routers."""
+    blocks = [block for tower in towers(model) for block in tower_blocks(model, tower).values()]
+    routers = {id(parameter) for router in _routers(model) for parameter in router.parameters()}
+    return {id(parameter) for block in blocks for parameter in block.parameters()} - routers
+
+
+def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precision) -> list[Unit]:
+    """The units of a model, on any device, in which all parameters are trained."""
+    if not options.is_sharded:
+        parameters = tuple(_parameters(model.named_parameters(), 1))
+        return [Unit("replicated", parameters, 1, 1, gpus)]
+    ep = options.ep
+    replicas = options.fsdp_replicas if options.fsdp else gpus // ep
+    shards = gpus // (replicas * ep)
+    dense_replicas, dense_shards = (replicas, shards * ep) if options.fsdp else (gpus, 1)
+    taken: set[int] = set()
+    found: list[Unit] = []
+
+    half = has_half_units(options, precision)
+
+    def add(kind: Kind, module: nn.Module) -> None:
+        is_scalars = kind == "scalars"
+        named = [(n, p) for n, p in module.named_parameters() if id(p) not in taken and (p.ndim == 0) == is_scalars]
+        taken.update(id(parameter) for _, parameter in named)
+        if not named:
+            return
+        in_half = half and kind in _IN_HALF
+        if kind == "experts":
+            own = tuple(_parameters(named, shards, axis=1, divided=ep))
+            found.append(Unit(kind, own, shards, ep, replicas, in_half))
+        elif kind == "scalars":
+            found.append(Unit(kind, tuple(_parameters(named, 1)), 1, 1, gpus))
+        else:
+            own = tuple(_parameters(named, dense_shards, longer_axis=kind == "block"))
+            found.append(Unit(kind, own, dense_shards, 1, dense_replicas, in_half))
+
+    if ep > 1 or half:
+        for router in _routers(model):
+            add("router", router)
+    if ep > 1:
+        for layer in moe_layers(model).values():
+            if layer.shared is not None:
+                add("shared", layer.shared)
+            add("experts", layer)
+    for tower in towers(model):
+        for block in tower_blocks(model, tower).values():
+            add("block", block)
+    add("scalars", model)
+    add("root", model)
+    return found
+
+
+def _routers(model: nn.Module) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def _parameters(
+    named: Iterator[tuple[str, nn.Parameter]] | list[tuple[str, nn.Parameter]],
+    shards: int,
+    axis: int = 0,
+    divided: int = 1,
+    longer_axis: bool = False,
+) -> Iterator[Parameter]:
+    """
+    Args:
+        divided: ranks that divide the first axis before it is sharded.
+        longer_axis: shard the second axis, evenly, where the first one is shorter than the number of shards.
+    """
+    for name, parameter in named:
+        shape = tuple(parameter.shape)
+        if divided > 1:
+            shape = (shape[0] // divided, *shape[1:])
+        second = longer_axis and len(shape) > 1 and shape[0] < shards and shape[1] % shards == 0
+        yield Parameter(name, shape, parameter.element_size(), shards, 1 if second else axis)

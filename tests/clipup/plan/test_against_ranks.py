@@ -1,0 +1,131 @@
+"""A plan's bytes are those that real ranks hold, send and save in a step."""
+
+import functools
+import json
+from collections import defaultdict
+
+import pytest
+import tiny_parallel
+from measured_steps import measure
+from rank_processes import ranks
+from tiny_parallel import DROPLESS
+
+from clipup.plan import Subject
+from clipup.plan.activations import saved_bytes
+from clipup.plan.memory import expert_parallel_bytes
+from clipup.plan.traffic import traffic
+from clipup.train import TrainOptions
+
+SPREAD = {
+    "replicated": {},
+    "fsdp": {"fsdp": True},
+    "kept gathered": {"fsdp": True, "fsdp_no_reshard_after_forward": True},
+    "ep": {"ep": 2},
+    "fsdp and ep": {"fsdp": True, "ep": 2},
+}
+OF_TWO = {
+    **{f"sparse, {name}": (DROPLESS, how) for name, how in SPREAD.items()},
+    "dense, fsdp": (None, {"fsdp": True}),
+    "sigmoid loss": (None, {"siglip": True}),
+    "accumulated": (DROPLESS, {"fsdp": True, "ep": 2, "accum_freq": 2}),
+    "accumulated, kept gathered": (None, {"fsdp": True, "accum_freq": 2, "fsdp_no_reshard_after_forward": True}),
+    "checkpointed": (DROPLESS, {"fsdp": True, "ep": 2, "grad_checkpointing": True}),
+    "fsdp in bfloat16": (DROPLESS, {"fsdp": True, "precision": "amp_bf16"}),
+    "shared expert, fsdp and ep in bfloat16": (
+        {**DROPLESS, "shared_expert": True},
+        {"fsdp": True, "ep": 2, "precision": "amp_bf16"},
+    ),
+    "checkpointed in bfloat16": (DROPLESS, {"fsdp": True, "grad_checkpointing": True, "precision": "amp_bf16"}),
+}
+OF_FOUR = {
+    "hybrid": (None, {"fsdp": True, "fsdp_replicas": 2}),
+    "hybrid and ep": (DROPLESS, {"fsdp": True, "fsdp_replicas": 2, "ep": 2}),
+    "fsdp, as many ranks as experts": (DROPLESS, {"fsdp": True}),
+    "fsdp and ep of two": (DROPLESS, {"fsdp": True, "ep": 2}),
+    "fsdp, more ranks than experts": ({**DROPLESS, "num_experts": 2}, {"fsdp": True}),
+    "in bfloat16, more ranks than experts": (
+        {**DROPLESS, "num_experts": 2},
+        {"fsdp": True, "precision": "amp_bf16"},
+    ),
+}
+CASES = {2: OF_TWO, 4: OF_FOUR}
+QUICK = ("sparse, fsdp", "shared expert, fsdp and ep in bfloat16")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A function of a number of ranks and a case: what each rank measured. The quick cases share a run, and so do all
+    others of as many ranks."""
+
+    @functools.cache
+    def of_all(count, quick):
+        out = tmp_path_factory.mktemp(f"ranks-{count}")
+        cases = {name: case for name, case in CASES[count].items() if (name in QUICK) == quick}
+        with ranks(out, measure, out, cases, count=count, world_size=count) as processes:
+            for process in processes:
+                code, error = process.ended()
+                assert code == 0, error
+        return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(count)]
+
+    return lambda count, name: [results[name] for results in of_all(count, name in QUICK)]
+
+
+def subject_and_options(count, name):
+    moe, given = CASES[count][name]
+    options = TrainOptions(device="cpu", **given)
+    pairs = tiny_parallel.GLOBAL_BATCH // count // options.accum_freq
+    planned = TrainOptions(device="cpu", batch_size=pairs, **given)
+    return Subject(tiny_parallel.model(moe, options.siglip), options.precision_on("cpu")), planned
+
+
+every_case = pytest.mark.parametrize(
+    ("count", "name"),
+    [
+        pytest.param(count, name, marks=[] if name in QUICK else pytest.mark.slow)
+        for count, cases in CASES.items()
+        for name in cases
+    ],
+)
+
+
+@every_case
+def test_parameters_gradients_and_optimizer_are_as_large_as_planned(measured, count, name):
+    subject, options = subject_and_options(count, name)
+    parts = subject.units(options, count)
+    for rank, held in enumerate(measured(count, name)):
+        planned = sum(unit.held_bytes(rank) for unit in parts)
+        steps = 4 * sum(len(unit.parameters) for unit in parts)
+        assert (held["parameters"], held["gradients"]) == (planned, planned)
+        assert held["optimizer"] == 2 * planned + steps
+
+
+@every_case
+def test_collectives_are_called_with_the_planned_bytes(measured, count, name):
+    subject, options = subject_and_options(count, name)
+    planned = defaultdict(float)
+    for transfer in traffic(subject, options, count):
+        planned[transfer.collective] += transfer.payload
+    sent = [result["sent"] for result in measured(count, name)]
+    mean = {kind: sum(each[kind] for each in sent) / count for kind in sent[0]}  # ranks get different numbers of rows
+    assert mean == dict(planned)
+
+
+@pytest.mark.slow
+def test_ranks_save_no_copies_of_weights_that_are_gathered_in_bfloat16(measured):
+    subject, options = subject_and_options(2, "fsdp in bfloat16")
+    (saved,) = {result["saved"] for result in measured(2, "fsdp in bfloat16")}
+    counted = [
+        saved_bytes(subject.model, "amp_bf16", "cuda", options.batch_size, False, blocks_in_half=in_half)
+        for in_half in (True, False)
+    ]
+    assert saved == pytest.approx(counted[0], rel=0.02)
+    assert saved < 0.95 * counted[1]
+
+
+@pytest.mark.slow
+def test_expert_parallel_layers_save_the_planned_rows(measured):
+    subject, options = subject_and_options(2, "sparse, ep")
+    travelling = expert_parallel_bytes(subject, TrainOptions(**{**vars(options), "grad_checkpointing": True})) / 2
+    planned = expert_parallel_bytes(subject, options) - travelling
+    saved = [sum(result["saved"] for result in measured(2, f"sparse, {name}")) / 2 for name in ("ep", "replicated")]
+    assert saved[0] - saved[1] == pytest.approx(planned, rel=0.1)

@@ -1,0 +1,93 @@
+import json
+
+import pytest
+
+from clipup.cli import main
+
+RUN = ["plan", "--model", "clipup-tiny-32", "--gpus", "8", "--batch", "1024"]
+
+
+def planned(capsys, *arguments):
+    assert main([*RUN, *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_plan_says_what_fits_how_sure_it_is_and_what_to_use_instead(capsys):
+    run = ["--samples", "1000000", "--price", "2"]
+    assert main([*RUN, "--moe", "--fsdp", "--ep", "2", *run]) == 0
+    out = capsys.readouterr().out
+    assert "CLIP-UP of clipup-tiny-32 in amp_bf16, global batch 1,024, on 8 h100" in out
+    assert "fits into 80 GB" in out and "expert rows" in out and "what autograd saves" in out
+    assert "a model, not measured" in out and "run of 1,000,000 pairs, 977 steps" in out
+    assert "\nproposed (fits, and sends least" in out and "\n  --batch-size 128" in out
+
+
+def test_hours_and_price_follow_from_the_measured_pace(capsys):
+    alone = [
+        "--gpus",
+        "1",
+        "--images-per-second",
+        "100",
+        "--price",
+        "3",
+        "--epochs",
+        "2",
+        "--train-num-samples",
+        "180000",
+    ]
+    run = planned(capsys, *alone)["plan"]["run"]
+    assert run["samples"] == 360_000
+    assert run["gpu_hours"] == pytest.approx(1, rel=0.01)
+    assert run["price"] == 3 * run["gpu_hours"]
+
+
+@pytest.mark.slow
+def test_a_gpu_with_too_little_memory_gets_another_setting(capsys):
+    large = planned(capsys, "--moe")["plan"]
+    assert large["fits"]
+    small = str(0.5 * large["memory"]["needed_bytes"] / 1e9)
+    both = planned(capsys, "--moe", "--memory-gb", small)
+    assert not both["plan"]["fits"] and both["proposed"]["fits"]
+    assert both["proposed"]["setting"]["grad_checkpointing"] or both["proposed"]["setting"]["accum_freq"] > 1
+    assert planned(capsys, "--moe", "--memory-gb", "0.001")["proposed"] is None
+
+
+def test_offloaded_state_is_in_the_memory_of_the_host(capsys):
+    plain, offloaded = (planned(capsys, "--fsdp", *more)["plan"] for more in ([], ["--fsdp-offload-cpu"]))
+    state = {part["name"]: part["bytes"] for part in plain["memory"]["parts"]}
+    names = ("parameters", "gradients", "optimizer (AdamW)")
+    assert offloaded["memory"]["host_bytes"] == sum(state[name] for name in names)
+    assert not {part["name"] for part in offloaded["memory"]["parts"]} & set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1000", "--accum-freq", "2"], "batch must be a multiple of gpus * accum_freq = 8 * 2, got 1000"),
+        (["--ep", "2"], "ep=2 places experts on different ranks, and the model has none; set moe"),
+        (["--moe", "--ep", "3"], "fsdp_replicas 1 * ep 3 must divide the number of ranks, 8"),
+        (["--fsdp", "--precision", "amp"], "precision 'amp' scales gradients"),
+        (["--gpu", "h1000"], "gpu must be one of h100, h200"),
+        (["--price", "2"], "--price has no effect without --samples, or --epochs and --train-num-samples"),
+        (["--model", "coca_ViT-B-32"], "a plan is for models with an image and a text tower"),
+        (["--caption-tokens", "9"], "--caption-tokens has no effect without --ep"),
+        (["--num-experts", "4"], "--num-experts has no effect without --moe"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(arguments, message, capsys):
+    assert main([*RUN, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "2"], "epochs counts passes over train_num_samples pairs; set both, or samples instead"),
+        (["--mfu", "1.5"], "mfu must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*RUN, *arguments])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())

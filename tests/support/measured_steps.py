@@ -1,0 +1,154 @@
+"""What ranks hold and send in a real step of a tiny CLIP, for plans to be compared with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import tiny_parallel
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipup.precision import autocast
+from clipup.train import TrainOptions, parallel
+from clipup.train.distributed import joined
+from clipup.train.objectives import create_objective
+from clipup.train.optim import create_optimizer
+from clipup.train.step import TrainStep
+
+_COLLECTIVES = {
+    "allreduce_": "all_reduce",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "scatter_": "reduce_scatter",  # of which gloo makes one
+    "alltoall_base_": "all_to_all",
+    "send": "send",
+    "broadcast_": "broadcast",
+}
+_WHOLE = {"allgather_": 0, "_allgather_base_": 0}
+"""Where an op's payload is not its input but its result: the place among its arguments."""
+_INPUT = {"scatter_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes that collectives of several ranks are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.payload: dict[str, int] = defaultdict(int)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._opname
+            groups = [
+                dist.ProcessGroup.unbox(one) for one in args if isinstance(one, torch.ScriptObject) and _is_group(one)
+            ]
+            if name in _COLLECTIVES and groups[0].size() > 1:
+                place = _WHOLE.get(name, _INPUT.get(name, 0))
+                self.payload[_COLLECTIVES[name]] += sum(tensor.nbytes for tensor in _tensors(args[place]))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def norms_in_float32() -> Iterator[None]:
+    """Under autocast norms run in float32, as CUDA's autocast, for which plans are, runs them."""
+    with mock.patch.object(F, "layer_norm", _wide(F.layer_norm)), mock.patch.object(F, "normalize", _wide(F.normalize)):
+        yield
+
+
+def _wide(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def wide(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            args = tuple(_widened(value) for value in args)
+            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        return norm(*args, **kwargs)
+
+    return wide
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, torch.Tensor) else value
+
+
+def _is_group(value: torch.ScriptObject) -> bool:
+    return "ProcessGroup" in str(value._type())
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for each in value for tensor in _tensors(each)]
+
+
+def batches(count: int, ranks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A rank's part of a global batch, in ``count`` pieces. The texts fill their context."""
+    size = tiny_parallel.GLOBAL_BATCH // ranks // count
+    texts = torch.randint(1, 62, (count, size, 8))
+    texts[..., -1] = 63
+    return [(torch.randn(size, 3, 16, 16), texts[i]) for i in range(count)]
+
+
+def measure(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]) -> None:
+    """A program for ranks: writes what this one holds and sends in a step of each case."""
+    found = {}
+    for name, (moe, given) in cases.items():
+        options = TrainOptions(device="cpu", **given)
+        with joined(options) as ranks, norms_in_float32():
+            model = tiny_parallel.model(moe, options.siglip)
+            precision = options.precision_on("cpu")
+            objective = create_objective(options, model, ranks, precision)
+            model.set_grad_checkpointing(options.grad_checkpointing)
+            wrapped = parallel.wrapped(model, options, ranks, precision)
+            optimizer = create_optimizer(model, options)
+            step = TrainStep(wrapped, objective, optimizer, ranks.device, precision, world_size=ranks.world_size)
+            batch = batches(options.accum_freq, ranks.world_size)
+            for _ in range(1 if options.is_sharded else 2):  # DDP rebuilds its buckets in the second
+                step(batch)
+            with Collectives() as sent:
+                step(batch)
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION), autocast(precision, ranks.device):
+                saved = saved_in_forward(model, batch[0])
+            found[name] = {"sent": sent.payload, **_held(model, optimizer), "saved": saved}
+    (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+def _held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    parameters = [parallel.shard_of(parameter) for parameter in model.parameters()]
+    gradients = [parallel.shard_of(parameter.grad) for parameter in model.parameters()]
+    moments = [parallel.shard_of(value) for state in optimizer.state.values() for value in state.values()]
+    named = {"parameters": parameters, "gradients": gradients, "optimizer": moments}
+    return {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in named.items()}
+
+
+def saved_in_forward(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> int:
+    """Bytes that autograd saves in a forward pass, besides parameters and inputs."""
+    storages: dict[int, Any] = {}
+    known = [tensor.untyped_storage() for tensor in (*batch, *model.buffers())]
+
+    def note(module: torch.nn.Module, *_: Any) -> None:
+        known.extend(parallel.shard_of(parameter).untyped_storage() for parameter in module.parameters())
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    hooks = [module.register_forward_pre_hook(note) for module in model.modules()]
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(*batch)
+    ids = {storage._cdata for storage in known}
+    size = sum(storage.nbytes() for key, storage in storages.items() if key not in ids)
+    sum(output[name].sum() for name in ("image_features", "text_features")).backward()
+    for hook in hooks:
+        hook.remove()
+    return size
