@@ -56,6 +56,16 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
         raise ValueError(
             "precision 'amp' scales gradients, which sharded models do not support; use amp_bf16 with fsdp and ep"
         )
+    if precision == "bf16":
+        raise ValueError(
+            "precision 'bf16' has some parameters in bfloat16 and some in float32, which FSDP2 does not shard "
+            "together; use amp_bf16 with fsdp and ep"
+        )
+    if precision == "amp_bf16" and ranks.device.type == "cpu":
+        raise ValueError(
+            "precision 'amp_bf16' with fsdp and ep gathers blocks in bfloat16, whose layer norms torch computes only "
+            "on GPUs; use fp32 on CPUs"
+        )
     parts = options.fsdp_replicas * options.ep
     if ranks.world_size % parts:
         named = " * ".join(f"{name} {getattr(options, name)}" for name in ("fsdp_replicas", "ep"))

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from rank_processes import ranks
-from tiny_parallel import DROPLESS, run, run_all
+from tiny_parallel import DROPLESS, model, run, run_all
 
+from clipup.train import TrainOptions, parallel
 from clipup.train.checkpoints import load
+from clipup.train.distributed import Ranks
 
 BY_POSITION = {"priority": True}
 """A capacity, by probability: texts are not shuffled, so that one process can accumulate the batches of the ranks."""
@@ -40,7 +42,7 @@ def cases_of(count):
         for option, more in OPTIONS.items():
             if "fsdp_no_reshard_after_forward" in more and not how.get("fsdp"):
                 continue
-            if option and count > 2:
+            if (option and count > 2) or (how and "precision" in more):  # refused on CPUs
                 continue
             cases[f"sparse, {spread}, {option}"] = (DROPLESS, {**how, **more})
             same_as[f"sparse, {spread}, {option}"] = f"sparse, {option}"
@@ -128,3 +130,11 @@ def all_runs(tmp_path_factory):
 @pytest.mark.parametrize(("count", "name"), [(count, name) for count in (2, 4) for name in cases_of(count)[0]])
 def test_any_spread_over_two_or_four_ranks_does_what_one_process_does(all_runs, count, name):
     compare(all_runs[count], count, name)
+
+
+@pytest.mark.parametrize("precision", ["amp", "amp_bf16", "bf16"])
+@pytest.mark.parametrize("how", [{"fsdp": True}, {"ep": 2}])
+def test_precisions_that_cannot_be_sharded_on_cpus_are_refused_by_name(precision, how):
+    two_ranks = Ranks(torch.device("cpu"), world_size=2)
+    with pytest.raises(ValueError, match=f"precision '{precision}'"):
+        parallel.check(model(DROPLESS), TrainOptions(**how), two_ranks, precision)
