@@ -63,6 +63,12 @@ RULES = [
         lambda options: options.imagenet_val is None and options.imagenet_v2 is None,
         "without --imagenet-val or --imagenet-v2",
     ),
+    NoEffect(
+        ("lr_cooldown_end", "lr_cooldown_power"),
+        lambda options: options.lr_scheduler != "const-cooldown",
+        "without --lr-scheduler const-cooldown",
+    ),
+    NoEffect(("loss_chunk_size",), lambda options: options.distill_model is not None, "with --distill-model"),
     NoEffect(("warmup", "lr_scheduler"), lambda options: options.skip_scheduler, "with --skip-scheduler"),
     NoEffect(
         ("local_loss", "gather_with_grad"),

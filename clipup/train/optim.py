@@ -203,13 +203,22 @@ def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def warmup_warning(options: TrainOptions, total_steps: int) -> list[str]:
-    """A line for the log if the run ends before its learning rate has risen to ``options.lr``."""
-    if options.skip_scheduler or options.warmup <= total_steps:
+def schedule_warnings(options: TrainOptions, total_steps: int, steps_of_epoch: int) -> list[str]:
+    """Lines for the log if the run is too short for its warm-up or its cooldown."""
+    if options.skip_scheduler:
         return []
-    default = " (the default)" if options.warmup == TrainOptions.warmup else ""
-    reached = total_steps / options.warmup
-    return [
-        f"a warm-up of {options.warmup} steps{default} is longer than this run of {total_steps}: the learning rate "
-        f"rises to {options.lr * reached:.3g} only, {100 * reached:.3g} % of lr; set --warmup"
-    ]
+    lines = []
+    if options.warmup > total_steps:
+        default = " (the default)" if options.warmup == TrainOptions.warmup else ""
+        reached = total_steps / options.warmup
+        lines.append(
+            f"a warm-up of {options.warmup} steps{default} is longer than this run of {total_steps}: the learning rate "
+            f"rises to {options.lr * reached:.3g} only, {100 * reached:.3g} % of lr; set --warmup"
+        )
+    cooldown = (options.epochs_cooldown or 0) * steps_of_epoch
+    if options.epochs_cooldown and cooldown > total_steps - options.warmup:
+        lines.append(
+            f"a cooldown of {cooldown} steps is longer than what this run of {total_steps} has after its warm-up: the "
+            "learning rate drops when it begins; set a smaller --epochs-cooldown"
+        )
+    return lines

@@ -15,7 +15,7 @@ from ..precision import token_dtype
 from . import resume, rng
 from .distributed import Ranks, joined
 from .loop import Trainer
-from .optim import warmup_warning
+from .optim import schedule_warnings
 from .options import TrainOptions
 from .recorder import LOG
 from .results import Every, TrainResult
@@ -75,7 +75,7 @@ def train(
             trainer.restore(checkpoint.state, checkpoint.path)
             if trainer.state.finished:
                 return trainer.result_before()
-        notes += warmup_warning(options, trainer.length.steps)
+        notes += schedule_warnings(options, trainer.length.steps, data.steps)
         for note in notes if ranks.first else ():
             LOG.warning("%s", note)
         with StopRequest(enabled=directory is not None) as stop:

@@ -138,6 +138,8 @@ TRAIN = "train --model dense --train-data x.csv"
         (f"{TRAIN} --dataset-resampled", "--dataset-resampled has no effect on a CSV file"),
         (f"{TRAIN} --val-frequency 2", "--val-frequency has no effect without --val-data"),
         (f"{TRAIN} --skip-scheduler --warmup 5", "--warmup has no effect with --skip-scheduler"),
+        (f"{TRAIN} --lr-cooldown-end 0.1", "--lr-cooldown-end has no effect without --lr-scheduler const-cooldown"),
+        (f"{TRAIN} --distill-model dense --loss-chunk-size 2", "--loss-chunk-size has no effect with --distill-model"),
         (f"{TRAIN} --siglip --no-local-loss", "--no-local-loss has no effect with --siglip"),
         (f"{TRAIN} --resume latest --name a --force", "--force has no effect with --resume"),
         (f"{TRAIN} --save-frequency 0 --delete-previous-checkpoint", "has no effect with --save-frequency 0"),

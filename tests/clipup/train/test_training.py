@@ -316,3 +316,13 @@ def test_a_model_of_another_architecture_than_named_is_refused(model_directory, 
 def test_a_frozen_model_is_refused(make_model, pairs, options):
     with pytest.raises(ValueError, match="nothing to train"):
         train(options(logs=None), model=make_model().requires_grad_(False), loader=pairs())
+
+
+def test_a_cooldown_longer_than_the_run_is_said(make_model, pairs, options):
+    cooldown = {"lr_scheduler": "const-cooldown", "epochs_cooldown": 3, "warmup": 2}
+    train(options(**cooldown), model=make_model(), loader=pairs())
+
+    assert (
+        "a cooldown of 9 steps is longer than what this run of 6 has"
+        in (Path(options().logs) / "run" / "out.log").read_text()
+    )
