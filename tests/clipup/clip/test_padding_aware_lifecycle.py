@@ -116,7 +116,10 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["gelu", "custom_text", "custom_blocks", "eos_pool"])
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("custom_text", "eos_pool")]
+
+
+@pytest.mark.parametrize("kind", ["gelu", "custom_blocks", *SLOW_KINDS])
 def test_compiled_tower_is_one_graph_that_follows_the_texts(fresh_compiler, kind):
     model = sparse_clip(kind, **DROPPING, blocks=(1,))
     compiled = torch.compile(model.encode_text, fullgraph=True, backend="aot_eager")
@@ -139,6 +142,7 @@ def test_compiled_model_is_one_graph_that_follows_the_config(fresh_compiler):
             assert all_masked(model) if padding_aware else routed_texts(model) == [None]
 
 
+@pytest.mark.slow
 def test_compiled_tower_with_checkpointing_follows_the_texts(fresh_compiler):
     model = sparse_clip(**DROPPING, blocks=(1,))
     expected = [step(model, make_texts(model, seed)) for seed in (1, 2)]

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 
+import pytest
 import torch
 from picture_samples import preprocess, tokenizer
 
@@ -28,6 +29,7 @@ class Hangs:
         return preprocess(image)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_workers_end_kills_them_and_is_no_traceback(pictures, capfd):
     epochs = Epochs(train_loader(pictures.csv(), Hangs(), tokenizer, batch_size=QUICK, workers=1), 1)
     batches = epochs.epoch(0)

@@ -41,7 +41,8 @@ def on_ranks(folder, world_size, *arguments):
             assert code == 0, error
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dense", marks=pytest.mark.slow), "sparse"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
 def test_two_ranks_then_four_then_one_equal_one_process(tmp_path, kind):
     """Six steps an epoch; changes after step 2 of the first and after step 3 of the second."""
     write_csv(tmp_path, 50, png)

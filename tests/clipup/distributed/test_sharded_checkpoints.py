@@ -63,6 +63,7 @@ def assert_same(one, other, bitwise):
             assert all(torch.equal(first["optimizer"]["by_name"][name][key], value) for key, value in values.items())
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_the_same_layout_is_bitwise_the_uninterrupted_one(out):
     assert_same(out / "fsdp and ep, fsdp and ep", out / "fsdp and ep, whole", bitwise=True)
 
@@ -130,6 +131,7 @@ def killed(out, victims):
     return out / "killed", ended
 
 
+@pytest.mark.slow
 def test_a_rank_killed_while_it_writes_ends_the_run_and_the_checkpoint_before_is_used(out, tmp_path):
     run_of_two, ended = killed(tmp_path, [1])
     code, error = ended[0]

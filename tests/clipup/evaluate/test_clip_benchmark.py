@@ -27,6 +27,7 @@ def benchmark(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_clip_benchmark_measures_the_same_recall_as_clipup_eval(directory, tmp_path, capsys):
     root = layouts.coco(tmp_path / "data")
     options = ["--model_type", "clipup", "--model", directory, "--dataset", "mscoco_captions", "--dataset_root", root]

@@ -169,7 +169,7 @@ def test_open_clips_checkpointing_changes_neither_loss_nor_gradients(kind):
     assert aux_loss(model) == 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_model_trains_as_the_eager_one(checkpointing):
     model = upcycle(tiny_clip(), MoEConfig.clip_up(num_experts=4, blocks=(1,)), inplace=True)
     model.set_grad_checkpointing(checkpointing)

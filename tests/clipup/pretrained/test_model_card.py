@@ -66,6 +66,7 @@ def test_snippet_of_a_clip_runs(tmp_path):
     assert "model.eval()" in text(tmp_path) and "pip install clipup\n" in text(tmp_path)
 
 
+@pytest.mark.slow
 def test_snippet_of_a_timm_model_runs(tmp_path):
     model = timm.create_model("test_vit", num_classes=2)
     save_pretrained(upcycle(model, CONFIG.replace(towers=("image",))), tmp_path)

@@ -291,7 +291,7 @@ def test_tuning_both_products_of_inference_tries_two_launches_and_tiles_for_the_
         assert list(tune.candidates_both(arch, "project_both", *sizes)) == [None]
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gated"])
 def test_tuning_measures_every_product_of_training_and_both_of_inference(gated):
     products = list(tune.products(24, 40, 4, 2, 20, torch.float16, "cpu", gated))
     kernels = {*configs.KERNELS, *configs.BOTH_KERNELS} - {"project_in_gated", "project_both_gated"}

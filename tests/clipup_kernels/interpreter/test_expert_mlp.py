@@ -171,6 +171,7 @@ def test_operands_that_no_descriptor_can_serve_are_refused(monkeypatch):
             forward(x, gates, plan, experts)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     shape=st.builds(
@@ -183,7 +184,7 @@ def test_any_shape_and_routing_follows_the_oracle(shape, routing, gated, seed):
     assert_follows_oracle(shape, routing, gated=gated, seed=seed)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gated"])
 def test_a_recomputed_z_gives_bitwise_the_same_gradients(gated):
     dy, x, gates, plan, experts = case(SHAPES["odd"], dtype=torch.float16, gated=gated)
     y, z = forward(x, gates, plan, experts)

@@ -57,6 +57,7 @@ def test_uneven_routing_follows_the_oracle(routing):
     assert_follows_oracle(CASES["odd sizes"], routing)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     shape=st.builds(

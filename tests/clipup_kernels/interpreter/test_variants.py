@@ -48,6 +48,7 @@ def assert_all_sound(arch: int, *names: str) -> set[str]:
     return seen
 
 
+@pytest.mark.slow
 def test_the_usual_kernels_compile_without_a_stack():
     assert assert_all_sound(90, *USUAL) == set(USUAL)
 

@@ -159,6 +159,7 @@ def test_a_run_on_a_gpu_names_it(study, data):
     assert log.read(path)[-1]["machine"]["processor"] == torch.cuda.get_device_name()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_twice_has_the_log_of_one_that_was_not(study, data, monkeypatch):
     whole = study("whole", data)
     whole.write(dense=DENSE, sparse=SPARSE)
@@ -184,6 +185,7 @@ def test_a_run_that_was_stopped_twice_has_the_log_of_one_that_was_not(study, dat
     assert len(calls) == 12  # every step once: nothing was trained twice
 
 
+@pytest.mark.slow
 def test_a_run_does_not_depend_on_the_runs_of_its_process_before(study, data):
     alone, after = study("alone", data), study("after", data)
     other = DENSE + "seed: 1\n"
@@ -216,6 +218,7 @@ def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(stud
     assert (it.directory / "logs" / "dense.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_runs_that_go_on_from_others(study, data):
     it = study("chain", data)
     it.write(dense=DENSE, middle=DENSE + "start: dense\n", sparse=SPARSE.replace("start: dense", "start: middle"))
