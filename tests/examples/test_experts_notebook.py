@@ -76,6 +76,7 @@ def logging_as_before():
     logging.getLogger().setLevel(level)
 
 
+@pytest.mark.slow
 def test_its_code_upcycles_looks_and_evaluates(notebook, tmp_path, monkeypatch, logging_as_before):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     few = partial(build.build, only=lambda concept: int(concept.key.encode().hex(), 16) % 7 == 0)

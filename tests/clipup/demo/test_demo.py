@@ -51,6 +51,7 @@ def test_the_page_stands_alone(demonstration):
     assert 'src="http' not in page and "<link" not in page
 
 
+@pytest.mark.slow
 def test_an_earlier_demonstration_is_not_overwritten_unasked(demonstration, capsys):
     out, arguments = demonstration
     before = (out / "report.json").read_bytes()

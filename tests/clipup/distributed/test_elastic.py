@@ -66,6 +66,7 @@ def test_two_ranks_then_four_then_one_equal_one_process(tmp_path, kind):
     assert (state["epoch"], state["samples_seen"], list(state["skipped_samples"]["all"].values())) == (2, 96, [1])
 
 
+@pytest.mark.slow
 def test_with_batches_of_the_same_size_noise_and_dropping_are_the_same_too(tmp_path):
     """Batches of four: two accumulated by one process, or one each on two ranks."""
     write_csv(tmp_path, 50, png)

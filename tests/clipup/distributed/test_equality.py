@@ -108,7 +108,7 @@ def compare(out, count, name):
                 torch.testing.assert_close(others[index][key], value, rtol=1e-3, atol=1e-4 * largest)
 
 
-QUICK = ["sparse, fsdp and ep, accumulated", "capacity, ep", "dense, fsdp"]
+QUICK = ["sparse, fsdp and ep, accumulated", "capacity, ep", "dense, fsdp", "sparse, replicated, "]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from clipup.pretrained.factory import load_checkpoint
 from clipup.pretrained.shard_files import read_index
 from clipup.train.checkpoints import load
 
+pytestmark = pytest.mark.slow
+
 
 def end(processes):
     for process in processes:
@@ -63,7 +65,6 @@ def assert_same(one, other, bitwise):
             assert all(torch.equal(first["optimizer"]["by_name"][name][key], value) for key, value in values.items())
 
 
-@pytest.mark.slow
 def test_a_run_resumed_with_the_same_layout_is_bitwise_the_uninterrupted_one(out):
     assert_same(out / "fsdp and ep, fsdp and ep", out / "fsdp and ep, whole", bitwise=True)
 
@@ -79,13 +80,11 @@ def test_a_run_resumed_with_another_layout_does_what_one_process_does(out, name)
     assert_same(out / name, out / "alone", bitwise=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["replicated", "fsdp", "ep"])
 def test_every_layout_is_resumed_bitwise(more, name):
     assert_same(more / f"{name}, {name}", more / f"{name}, whole", bitwise=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("then", [*SPREAD, "one process"])
 @pytest.mark.parametrize("name", ["replicated", "fsdp", "ep", "full"])
 def test_every_layout_continues_every_other(more, name, then):
@@ -131,7 +130,6 @@ def killed(out, victims):
     return out / "killed", ended
 
 
-@pytest.mark.slow
 def test_a_rank_killed_while_it_writes_ends_the_run_and_the_checkpoint_before_is_used(out, tmp_path):
     run_of_two, ended = killed(tmp_path, [1])
     code, error = ended[0]
@@ -165,14 +163,12 @@ def out_of_four(tmp_path_factory, more):
     return place
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SPREAD, *FOUR])
 @pytest.mark.parametrize("other", FOUR)
 def test_four_ranks_continue_what_others_began(out, out_of_four, name, other):
     assert_same(out_of_four / f"{name}, {other}", out / "alone", bitwise=False)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR)
 def test_a_run_of_four_ranks_is_resumed_bitwise_and_by_one_process(out, out_of_four, name):
     assert_same(out_of_four / f"{name}, {name}", out_of_four / f"{name}, whole", bitwise=True)

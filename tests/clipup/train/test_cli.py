@@ -68,7 +68,8 @@ def test_a_diverging_run_ends_with_exit_code_1_one_line_and_finite_files(command
     assert not (tmp_path / "logs" / "run" / "model").exists()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_saves_says_how_to_continue_and_exits_with_130(command, tmp_path, capsys, stop):
     log = tmp_path / "logs" / "run" / "metrics.jsonl"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

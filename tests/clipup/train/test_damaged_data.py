@@ -78,7 +78,10 @@ def stop_in(step):
     return Every(1, send)
 
 
-@pytest.mark.parametrize("source", ["csv", "csv with workers", "cached csv", "webdataset", "streamed"])
+SLOW_SOURCES = [pytest.param(source, marks=pytest.mark.slow) for source in ("csv", "cached csv", "webdataset")]
+
+
+@pytest.mark.parametrize("source", ["csv with workers", "streamed", *SLOW_SOURCES])
 def test_a_resumed_run_on_damaged_data_equals_the_uninterrupted_one(
     source, make_model, options, csv_data, shards, tmp_path
 ):

@@ -14,6 +14,7 @@ import torch
 
 from clipup.train.checkpoints import load
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("ddp_run.py")
 ROOT = Path(__file__).parents[3]
 

@@ -11,7 +11,7 @@ from clipup.train import train
 from clipup.train.checkpoints import load
 
 
-@pytest.fixture(params=["csv", "shards"])
+@pytest.fixture(params=[pytest.param("csv", marks=pytest.mark.slow), "shards"])
 def run(request, make_model, options, csv_data, shards):
     """Epochs of three steps of eight of the 24 samples, with random crops; a sparse model that drops nothing."""
     source = csv_data if request.param == "csv" else shards

@@ -67,7 +67,7 @@ def test_validation_data_that_break_do_not_cost_the_epoch(run, pictures, tmp_pat
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
-@pytest.mark.parametrize("validated", [False, True])
+@pytest.mark.parametrize("validated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_killed_around_a_validation_is_validated_once(run, monkeypatch, epoch, validated):
     whole = run(name="whole", val_frequency=1)
     validate_epoch = Evaluations.validate_epoch

@@ -71,6 +71,7 @@ def test_a_killed_rank_is_named_under_torchrun(command, tmp_path):
     assert_whole(run, 2)
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_quoted_by_the_others(tmp_path):
     with ranks(tmp_path, faulty, tmp_path, "unreadable", 20) as processes:
         (_, first), (_, second) = (process.ended() for process in processes)

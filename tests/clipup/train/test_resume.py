@@ -42,7 +42,10 @@ def assert_same_run(one, other):
         assert torch.equal(value, other.model.state_dict()[name]), name
 
 
-@pytest.fixture(params=["memory", "csv", "csv with workers", "cached csv", "webdataset", "streamed"])
+SLOW_SOURCES = [pytest.param(source, marks=pytest.mark.slow) for source in ("csv", "webdataset")]
+
+
+@pytest.fixture(params=["memory", "csv with workers", "cached csv", "streamed", *SLOW_SOURCES])
 def run(request, make_model, pairs, options, csv_data, shards):
     """Trains a sparse model with router noise on in-memory data, or on files with random crops."""
     source = request.param

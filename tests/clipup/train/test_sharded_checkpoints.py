@@ -156,7 +156,7 @@ def remove(path):
 
 
 @pytest.mark.parametrize("file", ["rank_0.safetensors", "index.json", "state.pt"])
-@pytest.mark.parametrize("damage", [flip, cut, remove])
+@pytest.mark.parametrize("damage", [flip, *(pytest.param(each, marks=pytest.mark.slow) for each in (cut, remove))])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, file, damage):
     first = run()
     folder = first.directory / "checkpoints"

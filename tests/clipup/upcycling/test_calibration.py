@@ -22,7 +22,14 @@ def batches(model, steps, size=16):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"granularity": 2}, {"shared_expert": True}, {"normalize_gates": "none"}, {"padding_aware": False}]
+    "options",
+    [
+        {},
+        {"shared_expert": True},
+        {"padding_aware": False},
+        pytest.param({"granularity": 2}, marks=pytest.mark.slow),
+        pytest.param({"normalize_gates": "none"}, marks=pytest.mark.slow),
+    ],
 )
 def test_calibration_reduces_the_error_on_unseen_inputs(options):
     dense = tiny_clip()

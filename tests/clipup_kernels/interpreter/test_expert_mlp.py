@@ -103,7 +103,7 @@ def test_gated_experts_with_one_of_two_biases_follow_the_oracle(absent):
 
 
 @pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gated"])
-@pytest.mark.parametrize("kind", SEVERAL_TILES)
+@pytest.mark.parametrize("kind", [pytest.param("half", marks=pytest.mark.slow), "tf32", "ieee"])
 def test_tiles_fit_together_along_rows_columns_and_terms(monkeypatch, kind, gated):
     monkeypatch.setattr(configs, "arithmetic", lambda dtype: kind)
     dtype, shape = torch.float16 if kind == "half" else torch.float32, SEVERAL_TILES[kind]
@@ -142,7 +142,7 @@ def by_descriptors(monkeypatch):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("shape", [Shape(80, 64, 256, 2, 2), Shape(80, 64, 160, 2, 2)], ids=["even", "uneven"])
-@pytest.mark.parametrize("rows_too", [False, True], ids=["weights", "rows"])
+@pytest.mark.parametrize("rows_too", [pytest.param(False, marks=pytest.mark.slow), True], ids=["weights", "rows"])
 def test_operands_read_by_descriptors_follow_the_oracle(by_descriptors, rows_too, shape, gated):
     tiles = by_descriptors(rows_too)
     assert_follows_oracle(shape, dtype=torch.float16, gated=gated)

@@ -46,7 +46,7 @@ def assert_follows_oracle(shape, routing="capacity", dtype=torch.float32, bias=T
         assert_follows(own, gradient, dtype, f"gradient of {name}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("shape", CASES.values(), ids=CASES)
 def test_output_and_gradients_follow_the_oracle_and_empty_rows_are_zero(shape, dtype):
     assert_follows_oracle(shape, "capacity" if shape.tokens > 1 else "dropless", dtype)

@@ -41,6 +41,7 @@ def checked(arch: int, *names: str) -> str:
     return run.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_usual_products_use_hoppers_tensor_cores_and_no_stack():
     assert checked(90, *MAIN).endswith(" 0 failures")
 

@@ -202,6 +202,7 @@ def test_a_run_does_not_depend_on_the_runs_of_its_process_before(study, data):
     assert kinds(first, "train")[0]["loss"] != kinds(second, "train")[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_log_is_done_and_a_lost_model_is_made_again_to_the_bit(study, data, monkeypatch):
     it = study("done", data)
     it.write(dense=DENSE, sparse=SPARSE)
