@@ -75,8 +75,8 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
 
 
 def end_workers(loader: Any) -> None:
-    """Ends the persistent workers of a data loader. Ctrl-C meanwhile kills them, and is done with: left to the garbage
-    collector, it would be a traceback of an ignored exception."""
+    """Ends the persistent workers of a data loader. Those that hang are killed after a few seconds, or by Ctrl-C, which
+    is done with then: left to the garbage collector, it would be a traceback of an ignored exception."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is None:
         return
@@ -84,8 +84,10 @@ def end_workers(loader: Any) -> None:
     try:
         iterator._shutdown_workers()
     except KeyboardInterrupt:
+        pass
+    finally:
         for worker in iterator._workers:
-            worker.kill()
+            worker.kill()  # torch terminates them, which they ignore
 
 
 def _ignore_signals(worker: int) -> None:

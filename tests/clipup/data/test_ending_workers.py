@@ -29,18 +29,34 @@ class Hangs:
         return preprocess(image)
 
 
-@pytest.mark.slow
-def test_ctrl_c_while_workers_end_kills_them_and_is_no_traceback(pictures, capfd):
+def hanging(pictures):
+    """Epochs whose only worker hangs, and the worker."""
     epochs = Epochs(train_loader(pictures.csv(), Hangs(), tokenizer, batch_size=QUICK, workers=1), 1)
     batches = epochs.epoch(0)
     next(batches)
     batches.close()
     [worker] = epochs._batches.loader._iterator._workers
+    return epochs, worker
+
+
+@pytest.mark.slow
+def test_workers_that_hang_are_killed(pictures):
+    epochs, worker = hanging(pictures)
+    epochs.close()
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_workers_end_kills_them_and_is_no_traceback(pictures, capfd):
+    epochs, worker = hanging(pictures)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a shell's background
     ctrl_c = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     ctrl_c.start()
     try:
         epochs.close()
     finally:
         ctrl_c.join()
+        signal.signal(signal.SIGINT, before)
     worker.join(5)
     assert not worker.is_alive() and "Exception ignored" not in capfd.readouterr().err
