@@ -31,20 +31,23 @@ def is_distributed(tensor: object) -> bool:
 
 def local(tensor: Any) -> Any:
     """What a rank computes with: of a DTensor its shard of the experts (axis 0), whole in all other axes. Anything else
-    as it is."""
+    as it is. Ranks that compute with the same part have tokens of their own, so its gradient is the sum of theirs."""
     if not is_distributed(tensor):
         return tensor
-    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Partial, Replicate
 
     kept = [placement if placement.is_shard(0) else Replicate() for placement in tensor.placements]
-    if list(tensor.placements) != kept:
-        tensor = tensor.redistribute(placements=kept)
-    return tensor.to_local()
+    summed = [Partial() if placement.is_replicate() else placement for placement in kept]
+    return tensor.redistribute(placements=kept).to_local(grad_placements=summed)
 
 
 def whole(tensor: Any) -> Any:
-    """All of a DTensor, on every rank. Anything else as it is."""
-    return tensor.full_tensor() if is_distributed(tensor) else tensor
+    """All of a DTensor, on every rank; its gradient is the sum of theirs. Anything else as it is."""
+    if not is_distributed(tensor):
+        return tensor
+    from torch.distributed.tensor import Partial
+
+    return tensor.full_tensor(grad_placements=[Partial()] * tensor.device_mesh.ndim)
 
 
 def group_of(weight: Any) -> dist.ProcessGroup | None:

@@ -64,14 +64,17 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def difference(own: dict[str, Any], expected: dict[str, Any], rank: int) -> float:
-    """The largest error of this rank's outcome, relative to the largest value of each tensor."""
+def difference(
+    own: dict[str, Any], expected: dict[str, Any], rank: int, plain: tuple[str, ...] = ("d router", "d shared")
+) -> float:
+    """The largest error of this rank's outcome, relative to the largest value of each tensor. plain: parameters that
+    are no DTensors."""
     largest = 0.0
     for name, value in expected.items():
         found = own[name]
         if isinstance(value, list):
             found, value = found[0], value[rank]
-        elif name.partition(".")[0] in ("d router", "d shared"):  # replicated: each rank has the gradient of its loss
+        elif name.partition(".")[0] in plain:  # each rank has the gradient of its own loss
             dist.all_reduce(found)
         scale = value.abs().max().item() if value.numel() else 1.0
         error = (found.double() - value.double()).abs().max().item() if value.numel() else 0.0
@@ -126,10 +129,12 @@ def run(out: Path) -> None:
             y, expected_y = own.eval()(inputs[rank]), plain.eval()(inputs[rank])
         errors[name] = (y.float() - expected_y.float()).abs().max().item()
 
-    expected = outcome(layer_of(), [tokens_of(0)])
+    expected = outcome(layer_of(), [tokens_of(each) for each in range(ranks)])
     for name, placement in {"replicated": Replicate(), "other axis": Shard(1)}.items():
-        own = spread(layer_of(), mesh, [placement])
-        errors[name] = difference(outcome(own, [tokens_of(0)]), {"y": expected["y"] * ranks}, rank)
+        compare(name, outcome(spread(layer_of(), mesh, [placement]), [tokens_of(rank)]), expected)
+    own = spread(layer_of(), mesh, [Shard(0)])
+    own.router.weight = nn.Parameter(distribute_tensor(own.router.weight.detach(), mesh, [Replicate()]))
+    errors["replicated router"] = difference(outcome(own, [tokens_of(rank)]), expected, rank, plain=())
 
     torch.manual_seed(0)
     three = SparseMoE(16, 32, num_experts=3)

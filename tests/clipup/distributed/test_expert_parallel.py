@@ -24,9 +24,10 @@ def errors(tmp_path_factory):
 
 
 OTHER_USES = ("checkpointed", "no tokens on some ranks", "masked tokens", "evaluation", "autocast")
+OTHER_PLACEMENTS = ("replicated", "other axis", "replicated router")
 
 
-@pytest.mark.parametrize("case", [*expert_parallel_layers.LAYERS, *OTHER_USES, "replicated", "other axis"])
+@pytest.mark.parametrize("case", [*expert_parallel_layers.LAYERS, *OTHER_USES, *OTHER_PLACEMENTS])
 def test_outputs_and_gradients_are_those_of_one_process(errors, case):
     assert max(errors[case]) < TOLERANCES.get(case, 1e-5)
 
