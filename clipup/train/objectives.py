@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from open_clip.coca_model import CoCa
-from open_clip.loss import CoCaLoss, DistillClipLoss
+from open_clip.loss import DistillClipLoss
 from torch import Tensor, nn
 
 from ..checks import check
@@ -187,9 +188,17 @@ class CoCaObjective(Objective):
     per_pair = (*_FEATURES, "logits", "labels")
     """The decoder's logits [B, L, V] and the next tokens [B, L] beside the features."""
 
-    def __init__(self, pad_id: int, caption_weight: float, contrastive_weight: float, **gathering: Any) -> None:
-        """pad_id: the token that no loss is computed for."""
-        self.loss = CoCaLoss(caption_weight, contrastive_weight, pad_id, cache_labels=True, **gathering)
+    def __init__(
+        self,
+        pad_id: int,
+        caption_weight: float,
+        contrastive_weight: float,
+        chunk_size: int | None = None,
+        **gathering: Any,
+    ) -> None:
+        """pad_id: the token that no loss is computed for. chunk_size: rows of the contrastive logits at once."""
+        self.contrastive = ChunkedClipLoss(chunk_size, **gathering)
+        self.pad_id, self.caption_weight, self.contrastive_weight = pad_id, caption_weight, contrastive_weight
 
     @classmethod
     def check_options(cls, options: TrainOptions) -> None:
@@ -212,11 +221,14 @@ class CoCaObjective(Objective):
     def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
         weights = options.coca_caption_loss_weight, options.coca_contrastive_loss_weight
         assert isinstance(model, CoCa)
-        return cls(model.pad_id, *weights, **_gathering(options, ranks))
+        return cls(model.pad_id, *weights, options.loss_chunk_size, **_gathering(options, ranks))
 
     def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        contrastive, caption = self.loss(*(output[name] for name in self.per_pair), output["logit_scale"])
-        return {"contrastive": contrastive.to(caption), "caption": caption}  # with weight 0 open_clip returns an int
+        """A term of weight 0 is computed too: DDP needs a gradient, if only zero, of every parameter."""
+        contrastive = self.contrastive(*(output[name] for name in _FEATURES), output["logit_scale"])
+        logits, labels = output["logits"].flatten(0, 1), output["labels"].flatten()
+        caption = F.cross_entropy(logits, labels, ignore_index=self.pad_id)
+        return {"contrastive": self.contrastive_weight * contrastive, "caption": self.caption_weight * caption}
 
 
 _BY_OPTION = (SigmoidObjective, MultiPositiveObjective, DistillationObjective)

@@ -33,7 +33,7 @@ class LossOptions(OptionGroup):
     gradient is 1/ranks of the true one, while the router's losses keep their scale."""
     loss_chunk_size: int | None = None
     """Images (and texts) of a rank whose logits are computed at once, and again in the backward pass, so that memory
-    never holds all. None: as many as have 2^26 logits. With a teacher, and in a CoCa, it is all of them."""
+    never holds all. None: as many as have 2^26 logits. With a teacher it is all of them."""
 
     def check(self) -> None:
         size = self.loss_chunk_size
