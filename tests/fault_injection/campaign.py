@@ -16,7 +16,7 @@ from damage import Backup, Damage
 from disks import SmallDisk
 from faults import MOMENTS, Fault, Missed, Scene
 from starts import Start
-from workload import SAVE_EVERY, START_SECONDS, STEPS, Workload
+from workload import START_SECONDS, Workload
 
 IDLE, DIVERGING = "resume of a finished run", "learning rate far too large"
 FORKED = 0.8
@@ -59,6 +59,8 @@ class Campaign:
     damage: list[Damage]
     besides: list[str]
     """Which of IDLE and DIVERGING are included."""
+    attempts: int | None = None
+    """Starts with a fault in each run; None draws them."""
     tally: Tally = field(default_factory=Tally)
     startup_seconds: float = 0
     story: list[str] = field(default_factory=list)
@@ -80,7 +82,11 @@ class Campaign:
         if not start.wait(START_SECONDS) or start.ending() != "finished":
             raise Lost(f"the run without faults is {start.ending()}, see {start.logs}: {start.said()[-2000:]}")
         wrong = checks.finished_run_differs(self.reference, self.reference, set())
-        if wrong or Checkpoints.of(self.reference).not_finite or Checkpoints.of(self.reference).step != STEPS:
+        if (
+            wrong
+            or Checkpoints.of(self.reference).not_finite
+            or Checkpoints.of(self.reference).step != self.workload.steps
+        ):
             raise Lost(f"the run without faults: {'; '.join(wrong) or 'its checkpoints'}")
 
     def run(self, number: int, until: float) -> None:
@@ -91,7 +97,7 @@ class Campaign:
         disk = self.disk if self.disk is not None and draw.random() < 0.6 else None
         self.directory = (disk.path if disk else self.scratch / "runs") / f"run-{number}"
         self._excused: set[str] = set()
-        attempts = draw.randint(3, 8)
+        attempts = self.attempts or draw.randint(3, 8)
         for attempt in itertools.count():
             faultless = attempt >= attempts or time.monotonic() > until
             if self._attempt(random.Random(f"{self.seed}/{number}/{attempt}"), disk, faultless):
@@ -150,6 +156,8 @@ class Campaign:
             FORK_SECONDS if fork else self.startup_seconds,
             self._begin,
             before,
+            self.workload.steps,
+            max(20, 2 * self.workload.steps // (self.attempts or self.workload.steps)),
         )
         try:
             allowed = self._strike(scene, draw, damage is not None, faultless)
@@ -252,8 +260,8 @@ class Campaign:
         self.tally.recomputed += recomputed
         if before.step == before_damage.step:
             self.tally.most_recomputed = max(self.tally.most_recomputed, recomputed)
-            if recomputed > SAVE_EVERY:
-                raise Lost(f"{logged} steps were done, and the checkpoint has {step}: more than {SAVE_EVERY} are lost")
+            if recomputed > (most := self.workload.most_lost):
+                raise Lost(f"{logged} steps were done, and the checkpoint has {step}: more than {most} are lost")
         elif not any(name in news for name in hidden):
             raise Lost(f"it took an older checkpoint without saying what is wrong with {', '.join(hidden)}")
 

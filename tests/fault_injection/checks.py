@@ -14,14 +14,20 @@ import torch
 from torch import Tensor
 
 from clipup.pretrained.state_dicts import read_pickle
+from clipup.train import sharded_checkpoints
 
 Record = dict[str, Any]
-_CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt")
-_CLOCK = ("seconds", "images_per_second", "batch_time", "data_time")
+_CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt|(epoch|step)_\d+")
+_CLOCK = ("seconds", "images_per_second", "batch_time", "data_time", "step_time")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
-    """A checkpoint whose checksums are all correct, else None."""
+    """A checkpoint, a file or a sharded one, whose checksums are all correct, else None."""
+    if path.is_dir():
+        try:
+            return sharded_checkpoints.load(path)
+        except (OSError, ValueError):
+            return None
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
@@ -44,13 +50,16 @@ class Checkpoints:
     @classmethod
     def of(cls, run: Path) -> Checkpoints:
         steps, damaged, not_finite = {}, {}, []
-        for path in sorted((run / "checkpoints").glob("epoch_*.pt")):
+        newest = sharded_checkpoints.newest_step(run / "checkpoints")
+        for path in sorted((run / "checkpoints").glob("*_*")):
             if not _CHECKPOINT.fullmatch(path.name):
                 continue
             state = read_checkpoint(path)
             if state is None:
                 damaged[path] = digest(path)
                 continue
+            if path.is_dir() and newest is not None and state["step"] > newest:
+                continue  # its writer was killed before it was named as the newest, and the next start removes it
             steps[path] = state["step"]
             if not all(tensor.isfinite().all() for tensor in _floats(state)):
                 not_finite.append(path)
@@ -73,7 +82,10 @@ def _floats(value: Any) -> list[Tensor]:
 
 
 def digest(path: Path) -> str:
+    """Of a file, or of the files of a directory."""
     try:
+        if path.is_dir():
+            return " ".join(f"{each.name}: {digest(each)}" for each in sorted(path.iterdir()))
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         return error.__class__.__name__
@@ -141,6 +153,7 @@ def finished_run_differs(run: Path, reference: Path, excused: set[str]) -> list[
     """
     wrong = records_differ(run, reference, complete=True)
     names = [{path.relative_to(root).as_posix() for path in root.rglob("*")} for root in (run, reference)]
+    excused = {name for name in names[0] | names[1] if excused & {name, Path(name).parent.as_posix()}}
     wrong += [f"{name} was left behind" for name in sorted(names[0] - names[1] - excused)]
     wrong += [f"{name} is missing" for name in sorted(names[1] - names[0] - excused)]
     for name in sorted(names[0] & names[1] - excused):
@@ -162,10 +175,12 @@ def _checkpoint_differs(name: str, here: Path, there: Path) -> list[str]:
 
 def _what_counts(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint without the clock, the run's name, and the learning rate, which is set again before its next use."""
-    groups = [
-        {key: value for key, value in group.items() if key != "lr"} for group in state["optimizer"]["param_groups"]
-    ]
-    kept = {**state, "optimizer": {**state["optimizer"], "param_groups": groups}}
+    optimizer = dict(state["optimizer"])
+    if "param_groups" in optimizer:
+        optimizer["param_groups"] = [
+            {key: value for key, value in group.items() if key != "lr"} for group in optimizer["param_groups"]
+        ]
+    kept = {**state, "optimizer": optimizer}
     return {key: value for key, value in kept.items() if key not in ("seconds", "name")}
 
 

@@ -33,6 +33,11 @@ def _change(path: Path, change: Callable[[bytearray], bytes], in_place: bool) ->
     path.write_bytes(content)
 
 
+def _file_of(path: Path, draw: random.Random) -> Path:
+    """A checkpoint's file, or one of a sharded checkpoint's."""
+    return draw.choice(sorted(path.iterdir())) if path.is_dir() else path
+
+
 def _newest(
     how: Callable[[bytearray, random.Random], tuple[bytes, str]],
 ) -> Callable[[Path, random.Random], str | None]:
@@ -42,7 +47,7 @@ def _newest(
         newest = Checkpoints.of(run).newest()
         if not newest:
             return None
-        path, in_place, said = draw.choice(newest), draw.random() < 0.5, ""
+        path, in_place, said = _file_of(draw.choice(newest), draw), draw.random() < 0.5, ""
 
         def change(content: bytearray) -> bytes:
             nonlocal said
@@ -50,7 +55,8 @@ def _newest(
             return content
 
         _change(path, change, in_place)
-        return f"{path.name} {said}{', with its other names' if in_place and len(newest) > 1 else ''}"
+        names = ", with its other names" if in_place and len(newest) > 1 else ""
+        return f"{path.relative_to(run / 'checkpoints')} {said}{names}"
 
     return strike
 
@@ -84,13 +90,13 @@ def _replaced(content: bytearray, draw: random.Random) -> tuple[bytes, str]:
 def _all_checkpoints(run: Path, draw: random.Random) -> str | None:
     paths = list(Checkpoints.of(run).steps)
     for path in paths:
-        _change(path, lambda content: _truncated(content, draw)[0], in_place=False)
+        _change(_file_of(path, draw), lambda content: _truncated(content, draw)[0], in_place=False)
     return f"all {len(paths)} checkpoints truncated" if paths else None
 
 
 def _read_error(run: Path, draw: random.Random) -> str | None:
     """Reading the newest checkpoint gives EIO, as /proc/self/mem does at its start."""
-    newest = Checkpoints.of(run).newest()
+    newest = [_file_of(path, draw) for path in Checkpoints.of(run).newest()]
     for path in newest:
         path.unlink()
         path.symlink_to("/proc/self/mem")

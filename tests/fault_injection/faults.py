@@ -18,7 +18,7 @@ from pathlib import Path
 from checks import Checkpoints, logged_steps
 from disks import SmallDisk
 from starts import Start
-from workload import RANK_TIMEOUT, START_SECONDS, STEPS
+from workload import RANK_TIMEOUT, START_SECONDS
 
 MOMENTS = ("in start-up", "in training", "while a checkpoint is written", "in the last seconds")
 _WRITE_SECONDS = 0.02
@@ -41,6 +41,10 @@ class Scene:
     begin_another: Callable[..., Start]
     """Starts ``clipup`` a second time on the same run, with additional options."""
     before: Checkpoints
+    steps: int
+    """Of the whole run."""
+    within: int = 20
+    """Steps after the resumed one in which a fault is injected."""
     story: list[str] = field(default_factory=list)
 
     def tell(self, text: str) -> None:
@@ -55,7 +59,8 @@ class Scene:
             until = time.monotonic() + seconds
             self._until(lambda: time.monotonic() >= until)
             return
-        step = STEPS if moment == MOMENTS[3] else self.draw.randint(min(done + 1, STEPS), min(done + 20, STEPS))
+        first, last = (min(done + more, self.steps) for more in (1, self.within))
+        step = self.steps if moment == MOMENTS[3] else self.draw.randint(first, last)
         self._until(lambda: logged_steps(self.run) >= step and self._trains())
         if moment == MOMENTS[2]:
             self._until(self._writes)
@@ -127,7 +132,7 @@ def _signal(number: int, whom: str, times: int = 1) -> Callable[[Scene], set[str
             allowed |= {"interrupted", "killed"}
         if start.several and twice:  # a rank may end before the other one
             allowed |= {"refused"}
-        if logged_steps(scene.run) >= STEPS:
+        if logged_steps(scene.run) >= scene.steps:
             allowed |= {"killed", "interrupted"}
         return allowed
 

@@ -31,7 +31,7 @@ from campaign import DIVERGING, IDLE, Campaign, Lost, Tally  # noqa: E402
 from damage import DAMAGE  # noqa: E402
 from disks import SmallDisk, reason_against_mounting  # noqa: E402
 from faults import FAULTS  # noqa: E402
-from workload import Workload  # noqa: E402
+from workload import EPOCHS, Workload  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,6 +74,12 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
         default="replicated",
         help="how two processes divide the model (replicated)",
     )
+    parser.add_argument(
+        "--checkpoint", choices=("full", "sharded"), default="full", help="the kind of checkpoints (full)"
+    )
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"of a run, of 12 steps each ({EPOCHS})")
+    parser.add_argument("--attempts", type=int, help="starts with a fault in each run (3 to 8, drawn)")
+    parser.add_argument("--story", type=Path, help="append what happened to each run that ended")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="of the faults (drawn)")
     parser.add_argument("--first-run", type=int, default=0, help="begin with the faults of this run (0)")
     parser.add_argument("--runs", type=int, default=1_000_000, help="stop after so many runs")
@@ -95,7 +101,7 @@ def _campaign(options: argparse.Namespace, processes: int) -> Iterator[Campaign]
     damage = [each for each in DAMAGE if wanted(each.name)]
     besides = [name for name in (IDLE, DIVERGING) if wanted(name)]
     scratch = Path(tempfile.mkdtemp(prefix="clipup-faults-", dir=options.directory))
-    workload = Workload(scratch, processes, options.parallel)
+    workload = Workload(scratch, processes, options.parallel, options.checkpoint, options.epochs)
     workload.make()
     disk = None
     reason = reason_against_mounting(scratch / "probe")
@@ -104,7 +110,7 @@ def _campaign(options: argparse.Namespace, processes: int) -> Iterator[Campaign]
         disk.mount()
     else:
         print(f"SKIPPED: disk full ({reason}); the limit on file sizes stands in for it")
-    campaign = Campaign(workload, options.seed, scratch, disk, faults, damage, besides)
+    campaign = Campaign(workload, options.seed, scratch, disk, faults, damage, besides, options.attempts)
     try:
         yield campaign
     finally:
@@ -124,6 +130,9 @@ def _work(campaign: Campaign, options: argparse.Namespace) -> None:
         while time.monotonic() < began + options.seconds and number < options.first_run + options.runs:
             try:
                 campaign.run(number, began + options.seconds)
+                if options.story:
+                    with open(options.story, "a") as file:
+                        file.writelines(f"run {number}: {line}\n" for line in campaign.story)
             except Lost as lost:
                 _failed(campaign, options, number, lost)
                 if not options.keep_going:

@@ -21,9 +21,8 @@ WORDS = "arrow circle right square left tone off up down text add file person li
 TEXT = {"hf_tokenizer_name": "words:icons", "vocab_size": 6139, "layers": 2}
 
 PAIRS, GLOBAL_BATCH, EPOCHS = 96, 8, 5
-STEPS = EPOCHS * PAIRS // GLOBAL_BATCH
 SAVE_EVERY = 5
-"""Steps between two checkpoints, which are the most that a killed run repeats. It does not divide an epoch."""
+"""Steps between two checkpoints. It does not divide an epoch."""
 
 START_SECONDS = 240
 """Longest time for a start of ``clipup``, also on a busy machine."""
@@ -40,6 +39,19 @@ class Workload:
     processes: int
     parallel: str = "replicated"
     """How two processes divide the model: "replicated", "fsdp", "ep" or "fsdp-ep"."""
+    checkpoint: str = "full"
+    """The kind of checkpoints: "full" or "sharded"."""
+    epochs: int = EPOCHS
+
+    @property
+    def steps(self) -> int:
+        return self.epochs * PAIRS // GLOBAL_BATCH
+
+    @property
+    def most_lost(self) -> int:
+        """The most steps that a killed run repeats. A sharded checkpoint is written while training goes on, at most
+        until the next one is due."""
+        return SAVE_EVERY if self.checkpoint == "full" else 2 * SAVE_EVERY
 
     def make(self) -> None:
         """Writes the data set and the dense model that runs start from."""
@@ -69,7 +81,7 @@ class Workload:
             "device": "cpu",
             "workers": 1,
             "batch-size": GLOBAL_BATCH // self.processes,
-            "epochs": EPOCHS,
+            "epochs": self.epochs,
             "lr": 1e-3,
             "warmup": 5,
             "save-every-n-steps": SAVE_EVERY,
@@ -81,5 +93,7 @@ class Workload:
             options["dist-timeout"] = RANK_TIMEOUT
             more += ("--fsdp",) if "fsdp" in self.parallel else ()
             more += ("--ep", "2") if "ep" in self.parallel.split("-") else ()
+        if self.checkpoint != "full":
+            options["fsdp-checkpoint"] = self.checkpoint
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return ["train", *words, "--moe", *more]
