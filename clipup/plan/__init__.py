@@ -1,6 +1,6 @@
 """What a training run will need: memory of a GPU, traffic of a step, hours and price, computed without weights."""
 
-from .cards import CARDS, Card, card
+from ..train.cards import CARDS, Card, card
 from .cost import Rates
 from .plan import Cluster, Plan, plan, propose
 from .subject import Subject

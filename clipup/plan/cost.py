@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ..train.cards import Card
 from ..train.options import TrainOptions
-from .cards import Card
 from .subject import Subject
 from .traffic import Transfer, forward_passes
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ..train.cards import Card
 from ..train.distributed import Ranks
 from ..train.options import TrainOptions
 from ..train.parallel import check
-from .cards import Card
 from .cost import Rates, StepTime, step_flops, step_time
 from .memory import Memory, memory
 from .subject import Subject

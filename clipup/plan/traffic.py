@@ -66,7 +66,7 @@ def forward_passes(options: TrainOptions) -> int:
 
 def _gradients(parts: list[Unit]) -> Iterator[Transfer]:
     for unit in parts:
-        if unit.kind != "scalars":
+        if unit.kind != "unsharded":
             yield Transfer("gradients", "reduce_scatter", unit.reduced_bytes, unit.shards, unit.stride, True)
             span = unit.shards * unit.stride
             yield Transfer("gradients", "all_reduce", unit.reduced_shard_bytes, unit.replicas, span, True)
@@ -102,7 +102,7 @@ def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -
             rows *= min(1.0, caption_tokens / layer.per_pair)
         payload = (forward + backward) * rows * (2 * layer.width * layer.bytes_each + 4)
         yield Transfer("expert rows", "all_to_all", payload, options.ep)
-        yield Transfer("scalars and counts", "all_to_all", forward * 4 * config.num_experts, options.ep)
+        yield Transfer("small gradients and counts", "all_to_all", forward * 4 * config.num_experts, options.ep)
 
 
 def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Transfer]:
@@ -120,15 +120,15 @@ def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Tr
 
 def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]) -> Iterator[Transfer]:
     if options.is_sharded:
-        scalars = sum(len(unit.parameters) for unit in parts if unit.kind == "scalars")
-        yield Transfer("scalars and counts", "all_reduce", 4 * (scalars + 1), gpus)  # and the gradient's norm
+        small = sum(unit.reduced_bytes for unit in parts if unit.kind == "unsharded")
+        yield Transfer("small gradients and counts", "all_reduce", small + 4, gpus)  # and the gradient's norm
     else:
         buffers = sum(buffer.nbytes for buffer in subject.model.buffers())
-        yield Transfer("scalars and counts", "broadcast", buffers, gpus)
+        yield Transfer("small gradients and counts", "broadcast", buffers, gpus)
     counted = [config for config in subject.sparse.values() if config.loss_scope == "global_batch"]
     once = options.accum_freq > 1 or not options.grad_checkpointing
     size = sum(4 * (config.top_k * config.num_experts + 1) for config in counted)
-    yield Transfer("scalars and counts", "all_reduce", size * (1 if once else 2), gpus)
+    yield Transfer("small gradients and counts", "all_reduce", size * (1 if once else 2), gpus)
 
 
 def _offloaded(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:

@@ -16,6 +16,7 @@ from ..moe.layer import moe_layers
 from ..moe.router import Router
 from ..precision import Precision
 from ..train.options import TrainOptions
+from ..train.parallel import replicated_parameters
 
 
 class Parameter(NamedTuple):
@@ -51,7 +52,7 @@ class Parameter(NamedTuple):
         return rows * self.numel // length
 
 
-Kind = Literal["replicated", "scalars", "root", "block", "experts", "shared", "router"]
+Kind = Literal["replicated", "unsharded", "root", "block", "experts", "shared", "router"]
 _IN_HALF: tuple[Kind, ...] = ("block", "experts", "shared")
 """Units that are gathered in bfloat16 with amp_bf16."""
 
@@ -73,7 +74,7 @@ class Unit(NamedTuple):
     @property
     def fsdp(self) -> bool:
         """Whether FSDP2 makes a whole copy of the parameters to compute with, of one shard too."""
-        return self.kind not in ("replicated", "scalars")
+        return self.kind not in ("replicated", "unsharded")
 
     @property
     def gathered_bytes(self) -> int:
@@ -107,10 +108,12 @@ def has_half_units(options: TrainOptions, precision: Precision) -> bool:
 
 
 def parameters_of_half_units(model: nn.Module) -> set[int]:
-    """The ids of the parameters that are then gathered in bfloat16: those of blocks, without routers."""
+    """The ids of the parameters that are then gathered in bfloat16: those of blocks, without routers and what is not
+    sharded."""
     blocks = [block for tower in towers(model) for block in tower_blocks(model, tower).values()]
     routers = {id(parameter) for router in _routers(model) for parameter in router.parameters()}
-    return {id(parameter) for block in blocks for parameter in block.parameters()} - routers
+    whole = {id(parameter) for parameter in replicated_parameters(model).values()}
+    return {id(parameter) for block in blocks for parameter in block.parameters()} - routers - whole
 
 
 def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precision) -> list[Unit]:
@@ -122,14 +125,14 @@ def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precisi
     replicas = options.fsdp_replicas if options.fsdp else gpus // ep
     shards = gpus // (replicas * ep)
     dense_replicas, dense_shards = (replicas, shards * ep) if options.fsdp else (gpus, 1)
-    taken: set[int] = set()
-    found: list[Unit] = []
+    whole = replicated_parameters(model)
+    taken = {id(parameter) for parameter in whole.values()}
+    found = [Unit("unsharded", tuple(_parameters(list(whole.items()), 1)), 1, 1, gpus)]
 
     half = has_half_units(options, precision)
 
     def add(kind: Kind, module: nn.Module) -> None:
-        is_scalars = kind == "scalars"
-        named = [(n, p) for n, p in module.named_parameters() if id(p) not in taken and (p.ndim == 0) == is_scalars]
+        named = [(name, parameter) for name, parameter in module.named_parameters() if id(parameter) not in taken]
         taken.update(id(parameter) for _, parameter in named)
         if not named:
             return
@@ -137,8 +140,6 @@ def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precisi
         if kind == "experts":
             own = tuple(_parameters(named, shards, axis=1, divided=ep))
             found.append(Unit(kind, own, shards, ep, replicas, in_half))
-        elif kind == "scalars":
-            found.append(Unit(kind, tuple(_parameters(named, 1)), 1, 1, gpus))
         else:
             own = tuple(_parameters(named, dense_shards, longer_axis=kind == "block"))
             found.append(Unit(kind, own, dense_shards, 1, dense_replicas, in_half))
@@ -154,7 +155,6 @@ def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precisi
     for tower in towers(model):
         for block in tower_blocks(model, tower).values():
             add("block", block)
-    add("scalars", model)
     add("root", model)
     return found
 

@@ -5,19 +5,21 @@
 
 A line of metrics.jsonl, and a record of ``result.history``: ``step``, ``epoch``, ``lr``, ``loss``, which is the sum of
 ``contrastive``, ``aux`` (the sparse layers' losses), ``distill`` with a teacher and ``caption`` for a CoCa;
-``logit_scale`` (the factor); ``images_per_second`` of all ranks, ``batch_time`` and ``data_time``, rank 0's mean
-seconds per step since the record before, and those in which it waited for data; ``seconds`` (in training);
+``logit_scale`` (the factor); ``images_per_second`` of all ranks; ``batch_time``, ``data_time`` and ``step_time``, rank
+0's mean seconds per step since the record before, those in which it waited for data and those in which it computed;
+``mfu``, the share of a GPU's peak if that is known (``clipup.train.utilization``); ``seconds`` (in training);
 ``skipped_steps`` (so far: steps whose gradient was not finite; they are not applied, and such a loss is None in the
 record). For a sparse model also ``balance``, ``z``, ``dropped``, ``router_entropy`` as means over layers, and under
-``layers`` each of them for every layer with its ``load`` (share per expert). With accumulation the routing is that of
-the last batch of a step.
+``layers`` each of them for every layer with its ``load`` (share per expert). With accumulation they are means over the
+batches of a step.
 
 A layer whose routing collapses is reported once, in ``result.warnings`` and warnings.jsonl
 (``clipup.train.routing_collapse``).
 
-A resumed run equals the run that was not stopped, bitwise on a CPU in float32: within an epoch it reads again the
-batches that were trained on. One exception: worker processes that read WebDataset shards live for the whole run, so
-that from the second epoch on a resumed run has the same samples in the same order, but other random crops.
+A resumed run equals the run that was not stopped, bitwise on a CPU in float32. Within an epoch, data that are indexed
+are continued where they were, others are read again from the epoch's start. One exception: worker processes that read
+WebDataset shards live for the whole run, so that from the second epoch on a resumed run has the same samples in the
+same order, but other random crops.
 """
 
 from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights

@@ -11,6 +11,7 @@ from ..evaluate.retrieval import NonFiniteFeatures
 from . import rng
 from .distributed import Ranks
 from .finite import FiniteGuard
+from .parallel import share_batch_statistics
 from .reports import Reports
 from .run_state import Clock, RunState
 from .validations import Validation
@@ -66,6 +67,7 @@ class Evaluations:
         long as it takes."""
         numbers = None
         self._ranks.doing("evaluating", self._state.step)
+        share_batch_statistics(self._model, self._ranks)
         if self._ranks.first or shared or self._sharded:
             with rng.preserved(self._ranks.device):
                 numbers = evaluation(self._model)

@@ -30,6 +30,7 @@ from .training_data import (
     lost_workers_explained,
     worker_errors_explained,
 )
+from .utilization import Utilization, peak_tflops
 from .validations import build_validations
 
 _DATA = 1
@@ -57,6 +58,7 @@ class Trainer:
         self.directory = directory
         self.callbacks = callbacks
         self.validations = build_validations(options, built, precision, ranks)
+        self.utilization = Utilization(self.model, ranks.world_size, peak_tflops(ranks.device))
         unsharded = parallel.unsharded_form(self.model, options)
         wrapped = parallel.wrapped(self.model, options, ranks, precision)
         self.optimizer = create_optimizer(self.model, options)
@@ -109,8 +111,8 @@ class Trainer:
             self.validations, *place, self.guard, self.ranks, self.reports, self.options.is_sharded
         )
         self.reports.start(notes)
-        if promise := self.data.promise():
-            self.reports.log.info("%s", promise)
+        for line in filter(None, (self.data.promise(), self.utilization.note)):
+            self.reports.log.info("%s", line)
         how_to_continue = self.checkpoints.how_to_continue
         self.ranks.on_loss(how_to_continue, self.reports.recorder.failure)
         try:
@@ -189,15 +191,17 @@ class Trainer:
         if not options.skip_scheduler:
             self.set_lr(state.step)
         self.ranks.doing("computing the step", state.step + 1, timed=True)
-        losses = self.train_step(batches)
+        last = state.step + 1 == self.length.steps
+        logged = last or (state.step + 1) % options.log_every_n_steps == 0
+        with self.clock.computing():
+            losses = self.train_step(batches, measure_routing=logged)
         state.step += 1
         state.step_of_epoch += 1
         samples = sum(len(images) for images, _ in batches) * self.ranks.world_size
         state.samples_seen += samples
         self.clock.count(samples)
         self.guard.count(state.step, self.train_step, losses, self.ranks, self.reports.log)
-        last = state.step == self.length.steps
-        if state.step % options.log_every_n_steps == 0 or last:
+        if logged:
             self._log(losses)
         self.clock.step_done()
         self.reports.console.step(state.epoch)
@@ -217,15 +221,17 @@ class Trainer:
 
     def _log(self, losses: StepLosses) -> None:
         scalars = {"loss": losses.total, **losses.scalars(), "since": self.guard.loss_since_check}
-        numbers = step_record(scalars, self.model, self.ranks)
+        numbers = step_record(scalars, losses.routing, self.ranks)
         self.guard.check_loss(self.state.step, numbers.pop("since"))
         layers = {"layers": numbers.pop("layers")} if "layers" in numbers else {}
+        times = self.clock.logged()
         record = {
             "step": self.state.step,
             "epoch": self.state.epoch,
             "lr": self.optimizer.param_groups[0]["lr"],
             **numbers,
-            **self.clock.logged(),
+            **times,
+            **self.utilization.of(times["images_per_second"]),
             "skipped_steps": self.guard.skipped,
             **layers,
         }
@@ -273,6 +279,7 @@ class Trainer:
     def _finish(self) -> None:
         """The last evaluation, the model directory, and the checkpoint that says that the run is finished."""
         self.guard.check_weights(self.state.step, self.model, self.optimizer, self.ranks)
+        parallel.share_batch_statistics(self.model, self.ranks)
         self.evaluations.validate()
         try:
             self.checkpoints.save_model()

@@ -3,8 +3,10 @@
 | parameters       | default    | --fsdp  | --ep N                       | --fsdp --ep N              |
 |------------------|------------|---------|------------------------------|----------------------------|
 | experts          | replicated | sharded | E/N on each rank, replicated | E/N on each rank, sharded  |
-| scalars          | replicated | replicated | replicated                | replicated                 |
+| small ones       | replicated | replicated | replicated                | replicated                 |
 | all others       | replicated | sharded | replicated                   | sharded                    |
+
+Small ones are the scalars, and the norms and layer scales of blocks (``replicated_parameters``).
 
 With ``--fsdp-replicas R`` the ranks form R groups; parameters are sharded within a group and replicated over groups.
 Each rank has samples of its own in all cases. Gradients are the means over all ranks.
@@ -61,11 +63,6 @@ def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Prec
             "precision 'bf16' has some parameters in bfloat16 and some in float32, which FSDP2 does not shard "
             "together; use amp_bf16 with fsdp and ep"
         )
-    if precision == "amp_bf16" and ranks.device.type == "cpu":
-        raise ValueError(
-            "precision 'amp_bf16' with fsdp and ep gathers blocks in bfloat16, whose layer norms torch computes only "
-            "on GPUs; use fp32 on CPUs"
-        )
     parts = options.fsdp_replicas * options.ep
     if ranks.world_size % parts:
         named = " * ".join(f"{name} {getattr(options, name)}" for name in ("fsdp_replicas", "ep"))
@@ -121,6 +118,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The running statistics of batch norms, which a forward pass in training changes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+
+
+@torch.no_grad()
+def share_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Gives all ranks the statistics of rank 0, which are those that checkpoints hold. A rank's own are of its own
+    images."""
+    if ranks.several:
+        for buffer in batch_statistics(model):
+            dist.broadcast(buffer, src=0)
+
+
 def without_gradient_sync(model: nn.Module) -> AbstractContextManager:
     """Inside, a backward pass does not average the gradients over ranks."""
     if isinstance(model, DistributedDataParallel):
@@ -144,8 +156,9 @@ class _Sharding:
     shards * ep). Without ``fsdp`` there is one shard, so that FSDP2 keeps a replica on each rank and only averages
     gradients.
 
-    With amp_bf16, blocks and experts are gathered in bfloat16, in which autocast computes with them anyway. Routers and
-    what is outside of blocks are gathered in float32. Gradients are reduced in float32.
+    With amp_bf16, the matrices of blocks and experts are gathered with their biases in bfloat16, in which autocast
+    computes with them anyway. Routers and what is outside of blocks are gathered in float32. Gradients are reduced in
+    float32.
     """
 
     def __init__(self, options: TrainOptions, ranks: Ranks, precision: Precision) -> None:
@@ -172,6 +185,7 @@ class _Sharding:
     def apply(self, model: nn.Module) -> None:
         from torch.distributed.fsdp import register_fsdp_forward_method
 
+        self.policies["ignored_params"] = set(replicated_parameters(model).values())
         if self.ep > 1 or self.in_half != self.in_full:
             for router in [module for module in model.modules() if isinstance(module, Router)]:
                 self._shard(router, mp_policy=self.in_full)
@@ -181,8 +195,7 @@ class _Sharding:
         for tower in towers(model):
             for block in _blocks(model, tower):
                 self._shard(block, mp_policy=self.in_half, shard_placement_fn=self._axis)
-        scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-        self._shard(model, mp_policy=self.in_full, ignored_params=scalars)
+        self._shard(model, mp_policy=self.in_full)
         for name in ("encode_image", "encode_text"):
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
@@ -217,6 +230,19 @@ class _Sharding:
         fully_shard(module, mesh=mesh or self.dense, **self.policies, **more)
 
 
+def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the parameters that every rank holds whole although the model is sharded: scalars, and in blocks the
+    parameters of modules that have no matrix (norms and layer scales), with which autocast computes in float32."""
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 0}
+    names = {module: name for name, module in model.named_modules()}
+    for block in [block for tower in towers(model) for block in _blocks(model, tower)]:
+        for module in block.modules():
+            own = list(module.named_parameters(recurse=False))
+            if all(parameter.ndim < 2 for _, parameter in own):
+                found |= {f"{names[module]}.{name}": parameter for name, parameter in own}
+    return found
+
+
 def _blocks(model: nn.Module, tower: str) -> list[nn.Module]:
     """The blocks of a tower; none if it is not a stack of blocks."""
     try:
@@ -230,15 +256,22 @@ def finish_gradients(model: nn.Module, world_size: int) -> None:
     """Makes the gradients of a sharded model means over all ranks, where FSDP2 leaves them as something else."""
     if not any(is_distributed(parameter) for parameter in model.parameters()):
         return
-    for parameter in model.parameters():
-        gradient: Any = parameter.grad
-        if gradient is None:
-            continue
-        if not is_distributed(gradient):  # a scalar, which is not sharded
-            dist.all_reduce(gradient)
-            gradient /= world_size
-        elif _EP in (gradient.device_mesh.mesh_dim_names or ()):  # a sum over the ranks that the rows came from
+    gradients: list[Any] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    _average([gradient for gradient in gradients if not is_distributed(gradient)], world_size)
+    for gradient in filter(is_distributed, gradients):
+        if _EP in (gradient.device_mesh.mesh_dim_names or ()):  # a sum over the ranks that the rows came from
             shard_of(gradient).div_(gradient.device_mesh[_EP].size())
+
+
+def _average(gradients: list[Tensor], world_size: int) -> None:
+    """Makes them their means over all ranks, with one collective."""
+    if not gradients:
+        return
+    joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(joined)
+    means = (joined / world_size).split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def shard_of(tensor: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ class Clock:
     _images: int = 0
     _steps: int = 0
     _waited: float = 0.0
+    _computed: float = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -123,10 +124,17 @@ class Clock:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, this rank computes a step."""
+        start = time.perf_counter()
+        yield
+        self._computed += time.perf_counter() - start
+
     def restart(self) -> None:
         """Leaves out of the timings what happened since the last step."""
         self._mark = self._logged = time.perf_counter()
-        self._images, self._steps, self._waited = 0, 0, 0.0
+        self._images, self._steps, self._waited, self._computed = 0, 0, 0.0, 0.0
 
     def count(self, images: int) -> None:
         """Counts a step of all ranks."""
@@ -135,16 +143,18 @@ class Clock:
 
     def logged(self) -> dict[str, float]:
         """The times of a record: images per second of all ranks since the logged step before, the mean seconds of a
-        step and those in which it waited for data, and the seconds in training up to now."""
+        step, those in which it waited for data and those in which it computed, and the seconds in training up to
+        now."""
         now = time.perf_counter()
         since = now - self._logged
         times = {
             "images_per_second": self._images / since,
             "batch_time": since / self._steps,
             "data_time": self._waited / self._steps,
+            "step_time": self._computed / self._steps,
             "seconds": self.state.seconds + now - self._mark,
         }
-        self._images, self._steps, self._waited, self._logged = 0, 0, 0.0, now
+        self._images, self._steps, self._waited, self._computed, self._logged = 0, 0, 0.0, 0.0, now
         return times
 
     def step_done(self) -> None:

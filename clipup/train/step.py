@@ -17,8 +17,16 @@ from ..precision import Precision, autocast, image_dtype
 from .attention import attention_kernel
 from .forward import SCALES, forward
 from .objectives import Batch, Objective
-from .parallel import clip_gradients, finish_gradients, gradient_norm, unwrapped, without_gradient_sync
+from .parallel import (
+    batch_statistics,
+    clip_gradients,
+    finish_gradients,
+    gradient_norm,
+    unwrapped,
+    without_gradient_sync,
+)
 from .rng import set_torch_state, torch_state
+from .step_record import Layers, mean_routing, routing_of
 
 LOGIT_SCALE_MAX = math.log(100)
 """The logarithm of the logit scale is kept between 0 and log(100), as in CLIP."""
@@ -33,6 +41,8 @@ class StepLosses(NamedTuple):
     """Weighted losses of the sparse layers; 0 for a dense model."""
     logit_scale: Tensor
     """The factor in front of the cosine in the forward pass."""
+    routing: Layers
+    """Metrics of the sparse layers, means over the batches; empty unless they were asked for."""
 
     @property
     def total(self) -> Tensor:
@@ -87,9 +97,11 @@ class TrainStep:
         """Whether the last step changed the weights."""
         self.gradient_norm = torch.zeros((), device=device)
         """Norm of the last step's gradient, before clipping."""
-        self._statistics = _batch_statistics(self.module)
+        self._statistics = batch_statistics(self.module)
+        self._measure_routing = False
 
-    def __call__(self, batches: Sequence[Batch]) -> StepLosses:
+    def __call__(self, batches: Sequence[Batch], measure_routing: bool = False) -> StepLosses:
+        self._measure_routing = measure_routing
         self.optimizer.zero_grad()
         statistics = [buffer.clone() for buffer in self._statistics]
         on_device = [self._to_device(*batch) for batch in batches]
@@ -107,8 +119,7 @@ class TrainStep:
             output = forward(self.model, *batches[0])
             terms = self.objective.terms(output, targets)
         aux = aux_loss(self.module)
-        self._backward(sum(terms.values()) + aux)
-        return StepLosses(_detached(terms), aux.detach(), output["logit_scale"].detach())
+        return self._backward(terms, aux, output)
 
     def _accumulated(self, batches: Sequence[Batch]) -> StepLosses:
         targets = self._targets(batches)
@@ -127,7 +138,8 @@ class TrainStep:
                 with nullcontext() if last else without_gradient_sync(self.model):
                     done.append(self._one_of(batch, cached, index, targets, last))
         terms = {name: torch.stack([losses.terms[name] for losses in done]).mean() for name in done[0].terms}
-        return StepLosses(terms, torch.stack([losses.aux for losses in done]).sum(), done[-1].logit_scale)
+        aux, routing = torch.stack([losses.aux for losses in done]).sum(), mean_routing([each.routing for each in done])
+        return StepLosses(terms, aux, done[-1].logit_scale, routing)
 
     def _one_of(
         self,
@@ -146,16 +158,19 @@ class TrainStep:
             scales = {name: output[name] for name in SCALES if name in output}
             terms = self.objective.terms({**whole, **(scales if last else _detached(scales))}, targets)
         aux = aux_loss(self.module) / len(cached)
-        self._backward(sum(terms.values()) + aux)
-        return StepLosses(_detached(terms), aux.detach(), output["logit_scale"].detach())
+        return self._backward(terms, aux, output)
 
     @torch.no_grad()
     def _targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         with autocast(self.precision, self.device):
             return self.objective.targets(batches)
 
-    def _backward(self, loss: Tensor) -> None:
+    def _backward(self, terms: dict[str, Tensor], aux: Tensor, output: dict[str, Tensor]) -> StepLosses:
+        """The backward pass of one batch, and what there is to say of it."""
+        loss = sum(terms.values()) + aux
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        routing = routing_of(self.module) if self._measure_routing else {}
+        return StepLosses(_detached(terms), aux.detach(), output["logit_scale"].detach(), routing)
 
     def _update(self) -> bool:
         """Applies the gradient if it is finite, and returns whether it is. Waits for the device to know."""
@@ -188,12 +203,6 @@ class TrainStep:
     def _to_device(self, images: Tensor, texts: Tensor) -> Batch:
         images = images.to(device=self.device, dtype=image_dtype(self.precision), non_blocking=True)
         return images, texts.to(device=self.device, non_blocking=True)
-
-
-def _batch_statistics(model: nn.Module) -> list[Tensor]:
-    """The running statistics of batch norms, which a forward pass in training changes."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
 
 
 def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

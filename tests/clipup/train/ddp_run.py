@@ -18,8 +18,9 @@ from clipup.train import TrainOptions, train
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
+BATCH_NORMS = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}
 GLOBAL_BATCH, BATCHES = 8, 2
-KINDS = ("dense", "siglip", "multi_positive", "sparse", "balanced", "locked")
+KINDS = ("dense", "siglip", "multi_positive", "sparse", "balanced", "locked", "caption_alone", "batch_norm")
 
 
 def run(out: Path, kind: str) -> None:
@@ -27,10 +28,21 @@ def run(out: Path, kind: str) -> None:
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.manual_seed(0)
     bias = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if kind == "siglip" else {}
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=VISION, text_cfg=TEXT, output_dict=True, **bias)
+    vision = BATCH_NORMS if kind == "batch_norm" else VISION
+    if kind == "caption_alone":
+        model = open_clip.CoCa(
+            embed_dim=32,
+            text_cfg={**TEXT, "embed_cls": True, "output_tokens": True},
+            vision_cfg={**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+            multimodal_cfg={**TEXT, "attn_pooler_heads": 2},
+        )
+        torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # open_clip does not initialize it
+    else:
+        model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT, output_dict=True, **bias)
     if kind == "sparse":
         clipup.upcycle(model, clipup.MoEConfig.clip_up(num_experts=4), inplace=True)
-    images = torch.randn(BATCHES, GLOBAL_BATCH, 3, 16, 16)
+    size = vision["image_size"]
+    images = torch.randn(BATCHES, GLOBAL_BATCH, 3, size, size)
     texts = torch.randint(1, 64, (BATCHES, GLOBAL_BATCH, 8))
     if kind in ("balanced", "locked"):
         config = clipup.MoEConfig(num_experts=4, selection_bias="z_score", selection_bias_rate=0.01)
@@ -47,6 +59,7 @@ def run(out: Path, kind: str) -> None:
         lr=1e-3,
         eps=1e-3,  # Adam divides tiny gradients by their size: rounding would decide their sign
         siglip=kind == "siglip",
+        coca_contrastive_loss_weight=0.0 if kind == "caption_alone" else 1.0,
         multi_positive=kind == "multi_positive",
         lock_image=kind == "locked",
         train_only="sparse_layers" if kind == "locked" else "all",

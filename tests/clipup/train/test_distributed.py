@@ -34,7 +34,7 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["dense", "siglip", "multi_positive", "balanced", "locked"])
+@pytest.mark.parametrize("kind", ["dense", "siglip", "multi_positive", "balanced", "locked", "caption_alone"])
 def test_two_ranks_do_what_one_process_does_on_the_same_global_batch(two_ranks, tmp_path, kind):
     runpy.run_path(str(SCRIPT))["run"](tmp_path, kind)
 
@@ -48,7 +48,7 @@ def test_two_ranks_do_what_one_process_does_on_the_same_global_batch(two_ranks, 
         torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["dense", "siglip", "sparse", "balanced", "locked"])
+@pytest.mark.parametrize("kind", ["dense", "siglip", "sparse", "balanced", "locked", "caption_alone", "batch_norm"])
 def test_two_ranks_end_with_the_same_weights(two_ranks, kind):
     first, second = (torch.load(two_ranks / f"{kind}-2-rank_{rank}.pt") for rank in range(2))
 

@@ -17,7 +17,7 @@ from clipup.train import Every, TrainingInterrupted, train
 from clipup.train.checkpoints import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0, selection_bias="sign")
-TIMES = ("seconds", "images_per_second", "batch_time", "data_time")
+TIMES = ("seconds", "images_per_second", "batch_time", "data_time", "step_time")
 
 
 def stop_in(step: int, number: signal.Signals = signal.SIGINT) -> Every:

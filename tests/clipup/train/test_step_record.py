@@ -5,8 +5,9 @@ import torch
 
 import clipup.train
 from clipup import SparseMoE, moe_metrics
-from clipup.train import step_record as module
+from clipup.train import train
 from clipup.train.distributed import Ranks
+from clipup.train.step_record import routing_of, step_record
 
 RANKS = Ranks(torch.device("cpu"))
 
@@ -20,17 +21,14 @@ def model():
     return layers
 
 
-def test_the_record_holds_every_metric_of_every_layer_and_the_means_of_the_scalars(model, monkeypatch):
-    def with_new_ones(model):
-        found = moe_metrics(model)
-        return {name: {**values, "rank": values["z"] + 1, "share": values["load"]} for name, values in found.items()}
-
-    monkeypatch.setattr(module, "moe_metrics", with_new_ones)
-    record = module.step_record({"loss": torch.tensor(2.0)}, model, RANKS)
+def test_the_record_holds_every_metric_of_every_layer_and_the_means_of_the_scalars(model):
+    found = {
+        name: {**values, "rank": values["z"] + 1, "share": values["load"]} for name, values in routing_of(model).items()
+    }
+    record = step_record({"loss": torch.tensor(2.0)}, found, RANKS)
 
     layers = record.pop("layers")
-    for name, values in with_new_ones(model).items():
-        del values["expert_indices"]
+    for name, values in found.items():
         assert layers[name] == {key: pytest.approx(tensor.tolist()) for key, tensor in values.items()}
     scalars = [key for key, value in layers["0"].items() if isinstance(value, float)]
     assert {"balance", "z", "dropped", "router_entropy", "rank"} <= set(scalars)
@@ -39,7 +37,19 @@ def test_the_record_holds_every_metric_of_every_layer_and_the_means_of_the_scala
 
 
 def test_a_dense_models_record_holds_the_scalars_alone():
-    assert module.step_record({"loss": torch.tensor(2.0)}, torch.nn.Linear(2, 2), RANKS) == {"loss": 2.0}
+    assert step_record({"loss": torch.tensor(2.0)}, routing_of(torch.nn.Linear(2, 2)), RANKS) == {"loss": 2.0}
+
+
+def test_an_accumulated_steps_record_holds_the_means_over_its_batches(make_model, pairs, options):
+    def layers(batch_size, accum_freq):
+        data = pairs(pairs=16, noise=0, batch_size=batch_size)
+        config = clipup.MoEConfig(num_experts=4, towers=("image",))
+        settings = options(logs=None, steps=1, accum_freq=accum_freq)
+        (record,) = train(settings, model=make_model(config), loader=data).history
+        return record["layers"]
+
+    for name, values in layers(16, 1).items():
+        assert layers(8, 2)[name]["load"] == pytest.approx(values["load"], abs=1e-6)
 
 
 def test_every_metric_in_the_record_is_documented(model):

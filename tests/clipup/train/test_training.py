@@ -44,6 +44,7 @@ def test_a_sparse_run_logs_every_metric_of_every_step(make_model, pairs, options
         assert record["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
         assert record["images_per_second"] > 0 and record["seconds"] > 0
         assert 0 <= record["data_time"] < record["batch_time"]
+        assert 0 < record["step_time"] < record["batch_time"] and "mfu" not in record
         assert 0 <= record["dropped"] < 1 and 0 < record["router_entropy"] <= math.log(4) + 1e-5
         assert set(record["layers"]) == set(clipup.moe_layers(model))
         for layer in record["layers"].values():

@@ -1,0 +1,66 @@
+"""GPUs that plans and records know by name, with the constants of their vendor's data sheets.
+
+A data sheet is an upper bound: what a run reaches of it is ``mfu`` for products, and is not known for links.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU and its links. Bytes and rates are decimal; links are per direction."""
+
+    memory_gb: float
+    """10^9 bytes."""
+    tflops: float
+    """Dense bfloat16 products with float32 sums, 10^12 FLOPs per second."""
+    memory_gb_s: float
+    """Bandwidth of its memory."""
+    link_gb_s: float
+    """To the other GPUs of its node."""
+    network_gb_s: float
+    """To other nodes: its share of the node's network."""
+    host_gb_s: float
+    """To the host's memory."""
+    source: str
+    device_name: str = ""
+    """What CUDA calls it."""
+
+
+_400G = "400 Gb/s of network per GPU, as in NVIDIA's DGX and HGX systems"
+_PCIE4, _PCIE5 = 32.0, 64.0
+
+_B200 = f"NVIDIA HGX B200 data sheet, an eighth of eight GPUs (NVLink 1.8 TB/s); {_400G}"
+_A100 = "NVIDIA A100 data sheet (SXM4: NVLink 600 GB/s in total); 200 Gb/s per GPU, DGX A100"
+_H100 = f"NVIDIA H100 data sheet (SXM5: NVLink 900 GB/s in total); {_400G}"
+_H200 = f"NVIDIA H200 data sheet (SXM: NVLink 900 GB/s in total); {_400G}"
+_L40S = "NVIDIA L40S data sheet (PCIe 4.0 x16, no NVLink); 100 Gb/s per GPU, assumed"
+
+CARDS = {
+    "h100": Card(80, 989, 3350, 450, 50, _PCIE5, _H100, "NVIDIA H100 80GB HBM3"),
+    "h200": Card(141, 989, 4800, 450, 50, _PCIE5, _H200, "NVIDIA H200"),
+    "b200": Card(180, 2250, 7700, 900, 50, _PCIE5, _B200, "NVIDIA B200"),
+    "a100-80gb": Card(80, 312, 2039, 300, 25, _PCIE4, _A100, "NVIDIA A100-SXM4-80GB"),
+    "a100-40gb": Card(40, 312, 1555, 300, 25, _PCIE4, _A100, "NVIDIA A100-SXM4-40GB"),
+    "l40s": Card(48, 362, 864, 32, 12.5, _PCIE4, _L40S, "NVIDIA L40S"),
+}
+"""By name."""
+
+
+def card(name: str) -> Card:
+    """
+    Raises:
+        ValueError: there is no card of this name.
+    """
+    if name not in CARDS:
+        raise ValueError(
+            f"gpu must be one of {', '.join(CARDS)}, got {name!r}; for another card override its constants"
+        )
+    return CARDS[name]
+
+
+def card_of(device_name: str) -> Card | None:
+    """The card that CUDA gives this name, in this form and with this memory; None if it is not known."""
+    return next((each for each in CARDS.values() if each.device_name == device_name), None)
