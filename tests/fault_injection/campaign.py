@@ -16,7 +16,7 @@ from damage import Backup, Damage
 from disks import SmallDisk
 from faults import MOMENTS, Fault, Missed, Scene
 from starts import Start
-from workload import START_SECONDS, Workload
+from workload import Workload
 
 IDLE, DIVERGING = "resume of a finished run", "learning rate far too large"
 FORKED = 0.8
@@ -79,7 +79,7 @@ class Campaign:
         while start.running and not checks.logged_steps(self.reference):
             time.sleep(0.01)
         self.startup_seconds = time.monotonic() - began
-        if not start.wait(START_SECONDS) or start.ending() != "finished":
+        if not start.wait(self.workload.longest) or start.ending() != "finished":
             raise Lost(f"the run without faults is {start.ending()}, see {start.logs}: {start.said()[-2000:]}")
         wrong = checks.finished_run_differs(self.reference, self.reference, set())
         if (
@@ -157,12 +157,13 @@ class Campaign:
             self._begin,
             before,
             self.workload.steps,
+            self.workload.longest,
             max(20, 2 * self.workload.steps // (self.attempts or self.workload.steps)),
         )
         try:
             allowed = self._strike(scene, draw, damage is not None, faultless)
-            if not start.wait(START_SECONDS):
-                raise Lost(f"{start.describe()} did not end within {START_SECONDS} s")
+            if not start.wait(self.workload.longest):
+                raise Lost(f"{start.describe()} did not end within {self.workload.longest:g} s")
         finally:
             if disk:
                 disk.empty()
@@ -297,7 +298,7 @@ class Campaign:
         self.tally.faults[DIVERGING] += 1
         options = ("--lr", rate, "--warmup", "1", "--save-every-n-steps", "1")
         start = self._begin(*options, fork=self.workload.processes == 1)
-        ended = start.wait(START_SECONDS)
+        ended = start.wait(self.workload.longest)
         ending = start.ending() if ended else "running"
         self.tally.endings.setdefault(DIVERGING, Counter())[ending] += 1
         if ending not in ("refused", "finished"):
@@ -316,7 +317,7 @@ class Campaign:
         self.story.append(IDLE)
         before = checks.contents(self.directory)
         start = self._begin("--resume", "latest", fork=self.workload.processes == 1)
-        if not start.wait(START_SECONDS) or start.ending() != "finished":
+        if not start.wait(self.workload.longest) or start.ending() != "finished":
             raise Lost(f"the resume of a finished run is {start.ending()}: {start.said().strip()[-3000:]}")
         self.tally.endings.setdefault(IDLE, Counter())["finished"] += 1
         after = checks.contents(self.directory)

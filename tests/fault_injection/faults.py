@@ -18,7 +18,7 @@ from pathlib import Path
 from checks import Checkpoints, logged_steps
 from disks import SmallDisk
 from starts import Start
-from workload import RANK_TIMEOUT, START_SECONDS
+from workload import RANK_TIMEOUT
 
 MOMENTS = ("in start-up", "in training", "while a checkpoint is written", "in the last seconds")
 _WRITE_SECONDS = 0.02
@@ -43,6 +43,8 @@ class Scene:
     before: Checkpoints
     steps: int
     """Of the whole run."""
+    longest: float
+    """Seconds after which a start that makes no progress hangs."""
     within: int = 20
     """Steps after the resumed one in which a fault is injected."""
     story: list[str] = field(default_factory=list)
@@ -69,7 +71,7 @@ class Scene:
         self.tell(f"{moment}, {1000 * delay:.0f} ms after step {logged_steps(self.run)}")
 
     def _until(self, reached: Callable[[], bool]) -> None:
-        until = time.monotonic() + START_SECONDS
+        until = time.monotonic() + self.longest
         while not reached():
             if not self.start.running:
                 raise Missed

@@ -25,7 +25,7 @@ SAVE_EVERY = 5
 """Steps between two checkpoints. It does not divide an epoch."""
 
 START_SECONDS = 240
-"""Longest time for a start of ``clipup``, also on a busy machine."""
+"""Longest time for a start of ``clipup`` without its steps."""
 
 RANK_TIMEOUT = 25
 """Seconds that ranks wait for a frozen one."""
@@ -46,6 +46,11 @@ class Workload:
     @property
     def steps(self) -> int:
         return self.epochs * PAIRS // GLOBAL_BATCH
+
+    @property
+    def longest(self) -> float:
+        """Seconds after which a start that has not ended hangs, also on a busy machine."""
+        return START_SECONDS + self.steps
 
     @property
     def most_lost(self) -> int:
@@ -82,6 +87,8 @@ class Workload:
             "workers": 1,
             "batch-size": GLOBAL_BATCH // self.processes,
             "epochs": self.epochs,
+            "save-frequency": max(1, self.epochs // EPOCHS),
+            "val-frequency": max(1, self.epochs // EPOCHS),
             "lr": 1e-3,
             "warmup": 5,
             "save-every-n-steps": SAVE_EVERY,
