@@ -113,6 +113,11 @@ def run(out: Path) -> None:
         "checkpointed", outcome(layer, [tokens_of(rank)], lambda x: checkpoint(layer, x, use_reentrant=False)), expected
     )
 
+    layer = spread(layer_of(), mesh, [Shard(0)])
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    expected = outcome(layer_of(), [tokens_of(each) for each in range(ranks)])
+    compare("compiled", outcome(layer, [tokens_of(rank)], lambda x: compiled(x)), expected)
+
     empty = [x.detach()[: 0 if each else None].requires_grad_() for each, x in enumerate(inputs)]
     own, expected = spread(layer_of(), mesh, [Shard(0)]), outcome(layer_of(), empty)
     compare("no tokens on some ranks", outcome(own, [empty[rank].detach().requires_grad_()]), expected)

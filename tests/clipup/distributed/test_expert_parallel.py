@@ -23,7 +23,7 @@ def errors(tmp_path_factory):
     return {name: [of[name] for of in of_rank] for name in of_rank[0]}
 
 
-OTHER_USES = ("checkpointed", "no tokens on some ranks", "masked tokens", "evaluation", "autocast")
+OTHER_USES = ("checkpointed", "compiled", "no tokens on some ranks", "masked tokens", "evaluation", "autocast")
 OTHER_PLACEMENTS = ("replicated", "other axis", "replicated router")
 
 
