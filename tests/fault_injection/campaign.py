@@ -193,7 +193,8 @@ class Campaign:
         """Injects a fault and returns the endings that are correct then."""
         able = [fault for fault in self.faults if fault.needs(scene)]
         moments = MOMENTS[1:] if damaged else MOMENTS
-        if self.attempts:  # the first fault in the last seconds would be the last fault
+        if self.attempts:  # after a fault that does not end its start, or in the last seconds, the run would end
+            able = [fault for fault in able if fault.ends]
             moments = [moment for moment in moments if moment != MOMENTS[3]]
         able = [fault for fault in able if set(fault.moments) & set(moments)]
         if faultless or not able:

@@ -105,6 +105,8 @@ class Fault:
     processes: tuple[int, ...] = (1, 2)
     moments: tuple[str, ...] = MOMENTS
     needs: Callable[[Scene], bool] = lambda scene: True
+    ends: bool = True
+    """Whether it ends the start, as a rule."""
 
 
 def _signal(number: int, whom: str, times: int = 1) -> Callable[[Scene], set[str]]:
@@ -214,7 +216,7 @@ def _nothing(scene: Scene) -> set[str]:
 
 WRITING = MOMENTS[1:3]
 FAULTS = (
-    Fault("no fault", _nothing, 0.5),
+    Fault("no fault", _nothing, 0.5, ends=False),
     Fault("SIGKILL of the process", _signal(signal.SIGKILL, "the process"), 3, (1,)),
     Fault("SIGKILL of torchrun", _signal(signal.SIGKILL, "the process"), 1, (2,)),
     Fault("SIGKILL of a rank", _signal(signal.SIGKILL, "a rank"), 1, (2,)),
@@ -229,15 +231,21 @@ FAULTS = (
     Fault("SIGINT to a rank", _signal(signal.SIGINT, "a rank"), 1, (2,)),
     Fault("SIGINT twice", _signal(signal.SIGINT, "the process", 2), 0.5),
     Fault("SIGTERM twice", _signal(signal.SIGTERM, "the process", 2), 0.5),
-    Fault("a process frozen and woken", _freeze),
+    Fault("a process frozen and woken", _freeze, ends=False),
     Fault("a rank frozen for longer than the others wait", _freeze_for_long, 0.5, (2,), WRITING),
     Fault("file size limit", _limit_files, 1, moments=WRITING),
     Fault("disk full", _fill_disk, 3, moments=MOMENTS[1:], needs=lambda scene: scene.disk is not None),
     Fault(
-        "second start beside a frozen run", _second_start("--resume", "latest", frozen=True), 0.7, moments=MOMENTS[1:3]
+        "second start beside a frozen run",
+        _second_start("--resume", "latest", frozen=True),
+        0.7,
+        moments=MOMENTS[1:3],
+        ends=False,
     ),
-    Fault("second start with --force", _second_start("--force", frozen=True), 0.4, moments=MOMENTS[1:3]),
-    Fault("two starts at once", _second_start("--resume", "latest", frozen=False), 0.7, moments=MOMENTS[:1]),
+    Fault("second start with --force", _second_start("--force", frozen=True), 0.4, moments=MOMENTS[1:3], ends=False),
+    Fault(
+        "two starts at once", _second_start("--resume", "latest", frozen=False), 0.7, moments=MOMENTS[:1], ends=False
+    ),
 )
 
 
