@@ -7,6 +7,7 @@ import pytest
 import torch
 from rank_processes import ranks
 
+pytestmark = pytest.mark.slow
 RANKS = 2
 TOLERANCES = {"bfloat16": 2e-2, "autocast": 2e-2, "float64": 1e-12}
 

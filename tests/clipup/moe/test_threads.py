@@ -191,6 +191,7 @@ def count(kind):
     return sum(type(thing) is kind for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_what_ended_threads_left_does_not_pile_up():
     layer = make_layer(selection_bias="sign")
     records, threads = count(LossRecord), count(threading.Thread)

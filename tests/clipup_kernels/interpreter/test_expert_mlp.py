@@ -89,7 +89,7 @@ def test_every_routing_follows_the_oracle(routing):
     assert_follows_oracle(SHAPES["odd"], routing, gated=True)
 
 
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("gated", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "gated"])
 @pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_form_of_expert_follows_the_oracle(activation, bias, gated):
