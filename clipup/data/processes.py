@@ -10,7 +10,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _CHUNK = 32
@@ -65,9 +65,8 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
         if not (persistent and isinstance(error, GeneratorExit)):
             if persistent:
                 loader._iterator = None  # or the next iteration would use the same workers
-            end = getattr(iterator, "_shutdown_workers", None)  # torch has no public name for it
-            if end is not None:
-                end()
+            if hasattr(iterator, "_shutdown_workers"):
+                _end_workers_of(iterator)
                 # torch's frames hold the error of a worker, whose traceback holds them: a cycle that would keep the
                 # loader. They are of this process; the worker's own traceback is text in the error's message.
                 traceback.clear_frames(error.__traceback__)
@@ -81,13 +80,17 @@ def end_workers(loader: Any) -> None:
     if iterator is None:
         return
     loader._iterator = None
+    with suppress(KeyboardInterrupt):
+        _end_workers_of(iterator)
+
+
+def _end_workers_of(iterator: Any) -> None:
+    """Tells them to end, and kills those that hang: torch terminates them, which they ignore."""
     try:
-        iterator._shutdown_workers()
-    except KeyboardInterrupt:
-        pass
+        iterator._shutdown_workers()  # torch has no public name for it
     finally:
         for worker in iterator._workers:
-            worker.kill()  # torch terminates them, which they ignore
+            worker.kill()
 
 
 def _ignore_signals(worker: int) -> None:

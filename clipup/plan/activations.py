@@ -254,4 +254,4 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise NotImplementedError("only the forward pass of a plan runs")
+        raise RuntimeError("a plan runs the forward pass alone")

@@ -10,8 +10,10 @@ import time
 import pytest
 import torch
 from picture_samples import preprocess, tokenizer
+from torch.utils.data import DataLoader, Dataset
 
 from clipup.data.loaders import train_loader
+from clipup.data.processes import _ignore_signals, reading
 from clipup.train.training_data import Epochs
 
 QUICK = 3
@@ -29,6 +31,17 @@ class Hangs:
         return preprocess(image)
 
 
+class Pictures(Dataset):
+    """Numbers of which reading the fourth takes a minute."""
+
+    def __len__(self) -> int:
+        return 4 * QUICK
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(60 if index >= QUICK else 0)
+        return index
+
+
 def hanging(pictures):
     """Epochs whose only worker hangs, and the worker."""
     epochs = Epochs(train_loader(pictures.csv(), Hangs(), tokenizer, batch_size=QUICK, workers=1), 1)
@@ -43,6 +56,17 @@ def hanging(pictures):
 def test_workers_that_hang_are_killed(pictures):
     epochs, worker = hanging(pictures)
     epochs.close()
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+@pytest.mark.slow
+def test_workers_that_hang_when_an_iteration_is_left_are_killed():
+    loader = DataLoader(Pictures(), batch_size=QUICK, num_workers=1, worker_init_fn=_ignore_signals)
+    with pytest.raises(ZeroDivisionError), reading(loader) as batches:
+        next(batches)
+        [worker] = batches._workers
+        1 / 0  # noqa: B018
     worker.join(5)
     assert not worker.is_alive()
 
