@@ -52,6 +52,28 @@ def test_the_loss_is_the_weighted_sum_of_both(options, weights):
     assert record["loss"] == pytest.approx(record["caption"] + record["contrastive"], rel=1e-5)
 
 
+def test_its_contrastive_loss_is_computed_in_chunks_of_the_size_asked_for(options, monkeypatch):
+    rows = []
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def watched(logits, *arguments, **more):
+        rows.append(len(logits))
+        return cross_entropy(logits, *arguments, **more)
+
+    def loss(**changes):
+        rows.clear()
+        model = build(coca_cfg())
+        data = [random_inputs(model, 8, seed=1)]
+        monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)
+        (record,) = train(options(logs=None, steps=1, **changes), model=model, loader=data).history
+        return record["contrastive"]
+
+    whole = loss()
+    assert 8 in rows
+    assert loss(loss_chunk_size=3) == pytest.approx(whole, rel=1e-5)
+    assert 3 in rows and 8 not in rows
+
+
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "sparse"])
 def test_both_losses_fall_and_every_part_learns(options, moe):
     dense = build(coca_cfg())
