@@ -168,6 +168,25 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
     return content
 
 
+def write_pickle(content: dict[str, Any], path: Path) -> None:
+    """Writes with ``torch.save`` what ``read_pickle`` reads.
+
+    When writing breaks off, torch's archive writer raises a RuntimeError from its destructor in place of the reason.
+
+    Raises:
+        OSError: the file could not be written.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        reason = error.__context__
+        if isinstance(reason, OSError) or (reason is not None and not isinstance(reason, Exception)):
+            raise reason from error
+        raise
+
+
 def strip_wrapper_prefixes(state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state dict without the name prefixes that wrappers add (DistributedDataParallel, torch.compile)."""
     return {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}

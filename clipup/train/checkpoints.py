@@ -18,11 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..atomic_files import remove_directory, replace_files
-from ..pretrained.state_dicts import check_archive, read_pickle, strip_wrapper_prefixes
+from ..pretrained.state_dicts import check_archive, read_pickle, strip_wrapper_prefixes, write_pickle
 from . import sharded_checkpoints
 from .finite import not_finite, tensors_of
 from .whole_state import load_weights
@@ -45,7 +44,7 @@ def save(state: dict[str, Any], *paths: Path) -> None:
     """
     first, *others = paths
     try:
-        replace_files({first: lambda path: _write(state, path)})
+        replace_files({first: lambda path: write_pickle(state, path)})
         for other in others:
             replace_files({other: lambda path: _link_or_copy(first, path)})
     except OSError as error:
@@ -55,16 +54,6 @@ def save(state: dict[str, Any], *paths: Path) -> None:
             f"could not write the checkpoint {first}: {error}; {whole}. Free some space, then continue with "
             "--resume latest"
         ) from error
-
-
-def _write(state: dict[str, Any], path: Path) -> None:
-    try:
-        with open(path, "wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:  # torch's archive writer raises this when it cannot write; the cause is its context
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from error
-        raise
 
 
 def _link_or_copy(source: Path, path: Path) -> None:

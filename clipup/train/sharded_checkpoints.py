@@ -17,13 +17,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..atomic_files import remove_directory, replace_files
 from ..pretrained.shard_files import INDEX, MODEL, OPTIMIZER, Index, check_files, read_index, read_tensors
-from ..pretrained.state_dicts import check_archive, read_pickle
+from ..pretrained.state_dicts import check_archive, read_pickle, write_pickle
 from .finite import not_finite
 
 POINTER = "latest.json"
@@ -69,7 +68,7 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 def write_state(directory: Path, state: dict[str, Any]) -> None:
     """Replaces its ``state.pt``."""
-    replace_files({directory / STATE: lambda path: torch.save(state, path)})
+    replace_files({directory / STATE: lambda path: write_pickle(state, path)})
 
 
 def check(directory: Path, rank: int = 0, world_size: int = 1) -> Index:

@@ -16,6 +16,7 @@ import torch
 import clipup
 from clipup.train import Every, train
 from clipup.train.checkpoints import load
+from clipup.train.sharded_checkpoints import write_state
 
 
 @pytest.fixture
@@ -26,38 +27,74 @@ def run(make_model, pairs, options):
     return run
 
 
-class FullDisk:
-    """A file on a disk that has room for 100 kB more."""
+class BreaksOff:
+    """A file of which 100 kB more can be written."""
 
-    def __init__(self, file):
-        self.file, self.room = file, 100_000
+    def __init__(self, file, reason):
+        self.file, self.room, self.reason = file, 100_000, reason
 
     def write(self, data):
         self.room -= len(data)
         if self.room < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise self.reason
         return self.file.write(data)
 
     def flush(self):
         self.file.flush()
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_intact_and_no_temporary_files(run, monkeypatch):
+@pytest.fixture
+def second_checkpoint_breaks_off(monkeypatch):
+    """Lets writing end with an error; the value holds the paths that were written to."""
     save, calls = torch.save, []
 
-    def save_until_full(state, file):
-        calls.append(Path(file.name))
-        save(state, FullDisk(file) if len(calls) == 2 else file)
+    def install(reason):
+        def save_until(state, file):
+            calls.append(Path(file.name))
+            save(state, BreaksOff(file, reason) if len(calls) == 2 else file)
 
-    monkeypatch.setattr(torch, "save", save_until_full)
+        monkeypatch.setattr(torch, "save", save_until)
+        return calls
+
+    return install
+
+
+def assert_the_first_is_whole(written):
+    folder = written[0].parent.parent  # from the temporary directory beside it
+    assert [path.name for path in folder.iterdir()] == ["epoch_latest.pt"]
+    assert load(folder / "epoch_latest.pt")["step"] == 2
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_intact_and_no_temporary_files(run, second_checkpoint_breaks_off):
+    written = second_checkpoint_breaks_off(OSError(errno.ENOSPC, "No space left on device"))
 
     with pytest.raises(OSError, match="No space left.*epoch_latest.pt is whole.*--resume latest") as failure:
         run(save_every_n_steps=2)
 
-    folder = calls[0].parent.parent  # from the temporary directory beside it
-    assert [path.name for path in folder.iterdir()] == ["epoch_latest.pt"]
-    assert load(folder / "epoch_latest.pt")["step"] == 2
+    assert_the_first_is_whole(written)
     assert "could not write the checkpoint" in str(failure.value)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_stops_the_run_and_leaves_the_previous_one(
+    run, second_checkpoint_breaks_off
+):
+    written = second_checkpoint_breaks_off(KeyboardInterrupt())
+
+    with pytest.raises(KeyboardInterrupt):
+        run(save_every_n_steps=2)
+
+    assert_the_first_is_whole(written)
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_writing_the_state_of_a_sharded_checkpoint_raises_why_it_breaks_off(tmp_path, monkeypatch, reason):
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, BreaksOff(file, reason)))
+
+    with pytest.raises(type(reason)):
+        write_state(tmp_path, {"random numbers": torch.zeros(100_000)})
+
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_with_another_run_is_refused_with_advice_and_left_alone(run):
@@ -163,7 +200,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_message_and_no_half_
             time.sleep(0.3)
         torch.save(state, path)
 
-    monkeypatch.setattr("clipup.train.checkpoints._write", kill_meanwhile)
+    monkeypatch.setattr("clipup.train.checkpoints.write_pickle", kill_meanwhile)
     message = r"DataLoader worker \(pid.*The last checkpoint, (.*), is whole.*--resume latest"
     data = {"model": str(model_directory), "train_data": str(csv_data), "workers": 1, "batch_size": 2}
     with pytest.raises(ChildProcessError, match=message) as raised:
@@ -200,7 +237,7 @@ def test_a_log_that_cannot_be_written_adds_no_traceback_to_the_message(run, monk
         except OSError:
             self.handleError(record)
 
-    monkeypatch.setattr("clipup.train.checkpoints._write", full)
+    monkeypatch.setattr("clipup.train.checkpoints.write_pickle", full)
     monkeypatch.setattr("logging.FileHandler.emit", no_room)
     with pytest.raises(OSError, match="could not write the checkpoint"):
         run(steps=4, save_every_n_steps=2)
