@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from ..locks import LOCK_FILE
 
@@ -40,7 +41,8 @@ class RemoteSync:
             report: takes the message about a copy that has failed; a second failure in a row goes to the log only.
 
         Raises:
-            ValueError: the program or package that copies is missing, or fsspec does not know the URL.
+            ValueError: the program or package that copies is missing, fsspec does not know the URL, or ``remote`` lies
+                in ``local``.
         """
         self.local, self.remote, self.every = local, remote.rstrip("/"), every
         self._report, self._log = report, log
@@ -103,6 +105,11 @@ class _Changed:
             self._files, self._root = fsspec.url_to_fs(remote)
         except (ValueError, ImportError) as error:
             raise ValueError(f"remote_sync={remote!r}: {error}") from error
+        if isinstance(self._files, LocalFileSystem) and Path(self._root).resolve().is_relative_to(local.resolve()):
+            raise ValueError(
+                f"remote_sync={remote!r} lies in the run's directory {local}, which would be copied into itself; "
+                "expected a directory outside of it"
+            )
         self._local = local
         self._copied: dict[Path, tuple[int, int]] = {}
 

@@ -3,16 +3,9 @@
 import csv
 
 import pytest
-import torch
 import training_step
-from PIL import Image
 
-
-@pytest.fixture(autouse=True)
-def threads_restored():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("threads_restored")
 
 
 SHORT = ["--batch-size", "8", "--seconds", "0.05", "--rounds", "2"]
@@ -27,22 +20,6 @@ def test_a_run_writes_seconds_beside_flops_of_all_models(tmp_path, capsys):
     assert (unpadded["impl"], dense["impl"], sparse["impl"]) == ("dense_unpadded", "dense", "clip_up")
     assert unpadded["seconds_ratio"] == unpadded["flops_ratio"] == dense["flops_ratio"] == "1.000"
     assert float(sparse["flops_ratio"]) == pytest.approx(1.315, abs=1e-3) and float(sparse["seconds_ratio"]) > 0
-
-
-@pytest.fixture
-def make_pairs(tmp_path):
-    """Squares with captions, as a CSV file."""
-
-    def make(count: int) -> str:
-        lines = ["filepath\ttitle"]
-        for number in range(count):
-            Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / f"{number}.png")
-            lines.append(f"{tmp_path / f'{number}.png'}\tsquare {number}")
-        pairs = tmp_path / "pairs.csv"
-        pairs.write_text("\n".join(lines))
-        return str(pairs)
-
-    return make
 
 
 def test_the_batch_can_be_real_pairs_of_which_the_rows_name_no_directory(make_pairs, tmp_path):

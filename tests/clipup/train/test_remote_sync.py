@@ -44,6 +44,12 @@ def test_a_run_is_whole_at_the_other_place(make_model, pairs, options, tmp_path)
     assert all(filecmp.cmp(here / name, there / name, shallow=False) for name in names - {Path("out.log")})
 
 
+@pytest.mark.parametrize("inside", ["", "/copies"])
+def test_a_directory_is_not_copied_into_itself(sync, tmp_path, inside):
+    with pytest.raises(ValueError, match="lies in the run's directory .*/run, which would be copied into itself"):
+        sync(f"file://{tmp_path}/run{inside}")
+
+
 def test_only_files_that_have_changed_are_copied_and_none_that_is_being_written(sync, tmp_path, monkeypatch):
     run, copier = tmp_path / "run", sync()
     for name in ("a.pt", "b.jsonl", ".lock", ".clipup.host.1.00000000.tmp"):
