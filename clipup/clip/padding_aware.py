@@ -1,5 +1,7 @@
 """Padding-aware text towers: tokens after the end of a text are excluded from the sparse layers.
 
+Towers that mask their padding themselves: ``clipup.clip.padding_masks``.
+
 In a causal text tower that pools at end-of-text, no token after it affects the features. ``make_padding_aware`` makes
 such a tower pass a mask to its sparse layers: True for the tokens up to the pooled one. On the CPU, where text lengths
 are known without synchronization, all blocks (also dense ones) compute only up to the end of the longest text.
@@ -13,6 +15,7 @@ Axis legend: ``B`` texts, ``L`` tokens per text, ``D`` model width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import open_clip
@@ -29,23 +32,35 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.layer import SparseMoE
+from .padding_masks import make_images_padding_aware, make_modern_text_padding_aware
 
 _END_OF_TEXT_POOLS = ("argmax", "eos")
 
 
-def make_padding_aware(model: nn.Module) -> bool:
-    """Makes the text tower of a sparse or dense model padding-aware, if that does not change its features.
+def make_padding_aware(model: nn.Module, towers: Sequence[str] = ("image", "text")) -> bool:
+    """Makes the towers of a sparse or dense model padding-aware, if that does not change their features.
 
     Parameters and state dict are unchanged; so are the features, unless tokens are dropped. At every forward,
     ``MoEConfig.padding_aware`` of each sparse layer decides whether it excludes the padding; if one layer does not,
     texts are not truncated.
 
+    Args:
+        towers: those that are made padding-aware.
+
     Returns:
-        False if the model was left unchanged, because its text tower is not causal, does not pool at end-of-text,
-        returns token features, or contains a module that is not exactly of one of open_clip's classes.
+        False if the text tower was left unchanged, because it is not causal, does not pool at end-of-text, returns
+        token features, or contains a module that is not exactly of one of open_clip's classes.
     """
+    if "image" in towers:
+        make_images_padding_aware(model)
+    return "text" in towers and (make_modern_text_padding_aware(model) or _make_text_padding_aware(model))
+
+
+def _make_text_padding_aware(model: nn.Module) -> bool:
     tower: Any = model if type(model) is open_clip.CLIP else getattr(model, "text", None)
-    if type(tower) not in _TOWERS or type(tower.transformer) is not Transformer or not tower.transformer.batch_first:
+    if type(tower) not in _TOWERS or type(tower.transformer) is not Transformer:
+        return False
+    if not getattr(tower.transformer, "batch_first", True):  # open_clip 4 has no other order
         return False
     blocks = tower.transformer.resblocks
     if not all(type(block) in _BLOCKS for block in blocks):
@@ -119,8 +134,14 @@ class PaddingAwareCLIP(open_clip.CLIP):
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """text: [B, L] token ids -> features [B, embed_dim]."""
+        return self._encode_text(text, normalize)
+
+    def _encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """In open_clip 4, what ``forward`` and ``encode_text`` call; open_clip 3 has ``encode_text`` only."""
         if not _returns_end_of_text(self):
-            return super().encode_text(text, normalize)
+            base: Any = super()
+            plain = base._encode_text if hasattr(open_clip.CLIP, "_encode_text") else base.encode_text
+            return plain(text, normalize)
         x = self.token_embedding(text).to(self.transformer.get_cast_dtype())
         x = x + self.positional_embedding.to(x.dtype)
         features = _encode(self, x, text, self.attn_mask, self.text_pool_type, self.text_eos_id)

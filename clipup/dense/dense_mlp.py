@@ -60,6 +60,7 @@ _ACTIVATIONS: dict[str, str | Callable[[Any], str]] = {
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.SiLU": "silu",
     "open_clip.transformer.QuickGELU": "quick_gelu",
+    "open_clip.layers.QuickGELU": "quick_gelu",  # open_clip 4
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
     "timm.layers.activations.QuickGELU": "quick_gelu",
@@ -74,6 +75,8 @@ _LAYER_NORMS = (
     "torch.nn.modules.normalization.LayerNorm",
     "open_clip.transformer.LayerNorm",
     "open_clip.transformer.LayerNormFp32",
+    "open_clip.layers.LayerNorm",  # open_clip 4
+    "open_clip.layers.LayerNormFp32",
     "timm.layers.norm.LayerNorm",
     "timm.layers.norm.LayerNormFp32",
 )

@@ -127,6 +127,8 @@ def _class(full_name: str) -> str:
 
 def _read_open_clip(mlp: Any) -> DenseMLP:
     parts = dict(mlp.named_children())
+    if "act" in parts:
+        parts = {"gelu" if name == "act" else name: part for name, part in parts.items()}  # of a ModernTextBlock
     if list(parts) not in (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"]):
         raise TypeError(
             f"cannot read an nn.Sequential of {', '.join(parts) or 'nothing'} as an MLP, expected c_fc, gelu, c_proj; "
@@ -134,6 +136,11 @@ def _read_open_clip(mlp: Any) -> DenseMLP:
         )
     norm = read_norm("ln", parts.get("ln", nn.Identity()))
     return read_linears({"in": parts["c_fc"], "out": parts["c_proj"]}, parts["gelu"], **norm)
+
+
+def _read_open_clip_swiglu(mlp: Any) -> DenseMLP:
+    """Of open_clip 4."""
+    return _read_halves(("in", "gate"), mlp.w12, mlp.w3, activation="silu")
 
 
 def _read_timm_mlp(mlp: Any) -> DenseMLP:
@@ -145,19 +152,20 @@ def _read_timm_swiglu(mlp: Any) -> DenseMLP:
 
 
 def _read_timm_glu(mlp: Any) -> DenseMLP:
-    """One linear layer holds both projections into the hidden width, the gate in its first or second half."""
     check_linears(mlp.fc1, mlp.fc2)
-    names = ("in", "gate") if mlp.gate_last else ("gate", "in")
-    biases = (None, None) if mlp.fc1.bias is None else mlp.fc1.bias.chunk(2)
-    fields = {f"{name}_weight": half for name, half in zip(names, mlp.fc1.weight.chunk(2), strict=True)}
-    fields |= {f"{name}_bias": half for name, half in zip(names, biases, strict=True)}
-    return assemble(
-        **fields,
-        out_weight=mlp.fc2.weight,
-        out_bias=mlp.fc2.bias,
-        activation=read_activation(mlp.act),
-        **_between(mlp),
-    )
+    order = ("in", "gate") if mlp.gate_last else ("gate", "in")
+    return _read_halves(order, mlp.fc1, mlp.fc2, activation=read_activation(mlp.act), **_between(mlp))
+
+
+def _read_halves(order: tuple[str, str], both: nn.Module, out: nn.Module, **others: Any) -> DenseMLP:
+    """A gated MLP in which one linear layer holds both projections into the hidden width, in this order."""
+    check_linears(both, out)
+    fields = {"out_weight": out.weight, "out_bias": out.bias}
+    for part in ("weight", "bias"):
+        tensor = getattr(both, part)
+        halves = (None, None) if tensor is None else tensor.chunk(2)
+        fields |= {f"{name}_{part}": half for name, half in zip(order, halves, strict=True)}
+    return assemble(**fields, **others)
 
 
 def _read_timm_geglu(mlp: Any) -> DenseMLP:
@@ -182,11 +190,22 @@ def _read_gated_mt5(mlp: Any) -> DenseMLP:
     return read_linears(linears, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
 
 
+def _read_modern_bert(mlp: Any) -> DenseMLP:
+    """The first half is activated."""
+    dropout = read_dropout("drop", mlp.drop)
+    return _read_halves(("gate", "in"), mlp.Wi, mlp.Wo, activation=read_activation(mlp.act), dropout=dropout)
+
+
 def _read_bert(intermediate: Any, output: Any) -> DenseMLP:
     """The second projection is in the module that also adds the residual and normalizes, which stays."""
     return read_linears({"in": intermediate.dense, "out": output.dense}, intermediate.intermediate_act_fn)
 
 
+_OPEN_CLIP_BLOCKS = (
+    "open_clip.transformer.ResidualAttentionBlock",
+    "open_clip.transformer.CustomResidualAttentionBlock",
+    "open_clip.transformer.ModernTextBlock",
+)
 _TIMM_BLOCKS = (
     "timm.models.vision_transformer.Block",
     "timm.models.vision_transformer.ResPostBlock",
@@ -216,17 +235,19 @@ def _bert(model: str, name: str) -> Family:
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        ("open_clip.transformer.ResidualAttentionBlock", "open_clip.transformer.CustomResidualAttentionBlock"),
-        (("mlp", "torch.nn.modules.container.Sequential"),),
-        _read_open_clip,
-    ),
+    Family(_OPEN_CLIP_BLOCKS, (("mlp", "torch.nn.modules.container.Sequential"),), _read_open_clip),
+    Family(_OPEN_CLIP_BLOCKS, (("mlp", "open_clip.transformer.SwiGLU"),), _read_open_clip_swiglu),
     _timm("timm.layers.mlp.Mlp", _read_timm_mlp),
     _timm("timm.layers.mlp.SwiGLU", _read_timm_swiglu),
     _timm("timm.layers.mlp.GluMlp", _read_timm_glu),
     _timm("timm.models.vitamin.GeGluMlp", _read_timm_geglu),
     _mt5("MT5DenseActDense", _read_mt5),
     _mt5("MT5DenseGatedActDense", _read_gated_mt5),
+    Family(
+        ("transformers.models.modernbert.modeling_modernbert.ModernBertEncoderLayer",),
+        (("mlp", "transformers.models.modernbert.modeling_modernbert.ModernBertMLP"),),
+        _read_modern_bert,
+    ),
     _bert("bert", "Bert"),
     _bert("roberta", "Roberta"),
     _bert("xlm_roberta", "XLMRoberta"),

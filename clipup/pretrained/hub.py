@@ -14,6 +14,8 @@ from open_clip.pretrained import download_pretrained_from_hf
 
 HUB_PREFIX = "hf-hub:"
 _TIMEOUT = 5  # seconds
+_LOGGERS = (None, "open_clip.factory", "open_clip.pretrained")
+"""Where open_clip logs: version 3 to the root logger, version 4 by module."""
 
 
 def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
@@ -68,16 +70,19 @@ def offline_if_unreachable(what: str, cache_dir: str | None = None) -> Iterator[
 
 @contextmanager
 def suppress_log_lines(start: str) -> Iterator[None]:
-    """Suppresses records of the root logger, which open_clip uses, that start with ``start``."""
+    """Suppresses records of open_clip that start with ``start``."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(start)
 
-    logging.getLogger().addFilter(keep)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(keep)
     try:
         yield
     finally:
-        logging.getLogger().removeFilter(keep)
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 def _why_unreachable() -> str | None:

@@ -55,8 +55,7 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
     layers = [_sparse_layer(mlp, config) for mlp in chosen]
     for mlp, layer in zip(chosen, layers, strict=True):
         mlp.replace(layer)
-    if "text" in config.towers:
-        make_padding_aware(model)
+    make_padding_aware(model, config.towers)
     add_no_weight_decay(model)
     model.moe_config = config  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
     return model

@@ -65,9 +65,27 @@ def bert_config(name: str, activation: str = "gelu") -> transformers.PretrainedC
     )
 
 
+HAS_MODERN_TEXT = hasattr(open_clip.transformer, "ModernTextTransformer")
+"""Whether this is open_clip 4."""
+
+
+def modern_text_clip(**text_cfg: object) -> nn.Module:
+    """A CLIP with open_clip 4's text tower."""
+    torch.manual_seed(0)
+    text = {"text_arch": "modern", "pad_id": 0, "eos_id": 2, "mlp_bias": True, **_TEXT, **text_cfg}
+    return open_clip.CustomTextCLIP(16, _VISION, text)
+
+
+def modern_bert_config() -> transformers.PretrainedConfig:
+    return transformers.ModernBertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
+    )
+
+
 HUGGING_FACE: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "MT5Block/MT5DenseActDense": lambda: mt5_config("relu"),
     "MT5Block/MT5DenseGatedActDense": lambda: mt5_config("gated-gelu"),
+    **({"ModernBertEncoderLayer/ModernBertMLP": modern_bert_config} if HAS_MODERN_TEXT else {}),  # open_clip 3 fails
     "BertLayer": lambda: bert_config("Bert"),
     "RobertaLayer": lambda: bert_config("Roberta"),
     "XLMRobertaLayer": lambda: bert_config("XLMRoberta", "gelu_new"),

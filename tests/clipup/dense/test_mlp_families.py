@@ -1,4 +1,5 @@
 import dataclasses
+from collections import OrderedDict
 
 import open_clip.transformer
 import pytest
@@ -8,8 +9,9 @@ import transformers
 from timm.models.vision_transformer import Block
 from timm.models.vitamin import GeGluMlp
 from tiny_clip import CONFIGS, tiny_clip
-from tiny_families import draw_biases_and_norms
+from tiny_families import HAS_MODERN_TEXT, draw_biases_and_norms
 from torch import nn
+from transformers.models.modernbert import modeling_modernbert
 from transformers.models.mt5 import modeling_mt5
 
 from clipup import MoEConfig, SparseMoE
@@ -35,6 +37,10 @@ def open_clip_mlp(activation=None, **extra):
 def mt5_mlp(feed_forward):
     config = transformers.MT5Config(d_model=D, d_ff=H, feed_forward_proj=feed_forward)
     return modeling_mt5.MT5LayerFF(config).DenseReluDense
+
+
+def modern_bert_mlp():
+    return modeling_modernbert.ModernBertMLP(transformers.ModernBertConfig(hidden_size=D, intermediate_size=H))
 
 
 ACTIVATIONS = [
@@ -82,6 +88,10 @@ def test_activation_is_read_as_what_it_computes(module, name):
         mt5_mlp("relu"),
         mt5_mlp("gated-gelu"),
         mt5_mlp("gated-silu"),
+        modern_bert_mlp(),
+        *([open_clip.transformer.SwiGLU(D, H)] if HAS_MODERN_TEXT else []),
+        *([open_clip.transformer.SwiGLU(D, H, bias=False)] if HAS_MODERN_TEXT else []),
+        nn.Sequential(OrderedDict(c_fc=nn.Linear(D, H), act=nn.GELU(), c_proj=nn.Linear(H, D))),
     ],
 )
 def test_mlp_read_computes_what_the_module_does(mlp):
@@ -180,12 +190,11 @@ def test_blocks_are_matched_by_class_and_not_by_attribute(block, message):
 
 def test_families_read_are_named():
     assert families_read() == (
-        "MLPs that are read: Sequential in open_clip's ResidualAttentionBlock, CustomResidualAttentionBlock; Mlp, "
-        "SwiGLU, GluMlp, GeGluMlp in timm's Block, ResPostBlock, RelPosBlock, ResPostRelPosBlock, EvaBlock, "
-        "EvaBlockPostNorm, SwinTransformerBlock, SwinTransformerV2Block, ConvNeXtBlock; MT5DenseActDense, "
-        "MT5DenseGatedActDense, BertIntermediate, RobertaIntermediate, "
-        "XLMRobertaIntermediate in "
-        "transformers's MT5Block, BertLayer, RobertaLayer, XLMRobertaLayer"
+        "MLPs that are read: Sequential, SwiGLU in open_clip's ResidualAttentionBlock, CustomResidualAttentionBlock, "
+        "ModernTextBlock; Mlp, SwiGLU, GluMlp, GeGluMlp in timm's Block, ResPostBlock, RelPosBlock, "
+        "ResPostRelPosBlock, EvaBlock, EvaBlockPostNorm, SwinTransformerBlock, SwinTransformerV2Block, ConvNeXtBlock; MT5DenseActDense, "
+        "MT5DenseGatedActDense, ModernBertMLP, BertIntermediate, RobertaIntermediate, XLMRobertaIntermediate in "
+        "transformers's MT5Block, ModernBertEncoderLayer, BertLayer, RobertaLayer, XLMRobertaLayer"
     )
 
 

@@ -91,8 +91,9 @@ def test_config_cannot_run_code_of_a_tokenizer(tmp_path):
         clipup.get_tokenizer(str(tmp_path))
 
     assert not trace.exists()
-    open_clip.get_tokenizer(f"local-dir:{tmp_path}")
-    assert trace.exists()
+    if open_clip.__version__ < "4":  # open_clip 4 does not pass the option on from a directory
+        open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+        assert trace.exists()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

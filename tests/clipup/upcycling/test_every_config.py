@@ -1,5 +1,6 @@
 """Every model config in open_clip, on the meta device: what upcycling replaces, or which block it refuses."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import open_clip.hf_model
 import pytest
 import torch
 import transformers
-from tiny_families import bert_config, mt5_config
+from tiny_families import bert_config, modern_bert_config, mt5_config
 
 from clipup import MoEConfig, moe_layers, upcycle
 from clipup.clip.towers import tower_blocks, towers
@@ -17,7 +18,15 @@ from clipup.pretrained.factory import create_on_meta
 from clipup.pretrained.model_names import get_model_config
 
 CONFIG = MoEConfig.clip_up(num_experts=2)
-NAMES = sorted(path.stem for path in (Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
+
+
+def _is_clip(config):
+    return {"vision_cfg", "text_cfg"} <= set(config) and "genlip_cfg" not in config
+
+
+CONFIG_FILES = sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
+NAMES = [path.stem for path in CONFIG_FILES if _is_clip(json.loads(path.read_text()))]
+OTHERS = [path.stem for path in CONFIG_FILES if path.stem not in NAMES]
 
 NATIVE = "ResidualAttentionBlock/Sequential"
 IMAGE = {
@@ -26,6 +35,7 @@ IMAGE = {
     "eva02_enormous": "EvaBlockPostNorm/Mlp",
     "eva02_": "EvaBlock/SwiGLU",
     "fastvit": "RepMixerBlock is refused",
+    "naflexvit_": "Block/Mlp",
     "swin": "SwinTransformerBlock/Mlp",
     "vit_pe_core": "EvaBlock/Mlp",
     "vit_relpos": "RelPosBlock/Mlp",
@@ -39,6 +49,7 @@ TEXT = {
     "roberta": "RobertaLayer/RobertaIntermediate",
     "xlm-roberta": "XLMRobertaLayer/XLMRobertaIntermediate",
     "facebook/nllb": "M2M100EncoderLayer is refused",
+    "Alibaba-NLP/gte-modernbert": "ModernBertEncoderLayer/ModernBertMLP",
 }
 """The same for the text tower, by prefix of the Hugging Face model's name."""
 
@@ -46,6 +57,7 @@ STAND_INS = {
     "google/mt5": lambda: mt5_config("gated-gelu"),
     "roberta": lambda: bert_config("Roberta"),
     "xlm-roberta": lambda: bert_config("XLMRoberta"),
+    "Alibaba-NLP/gte-modernbert": modern_bert_config,
     "facebook/nllb": lambda: transformers.M2M100Config(
         vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48
     ),
@@ -62,12 +74,16 @@ def expected(name):
     config = get_model_config(name)
     image, text = config["vision_cfg"], config["text_cfg"]
     image_blocks, text_blocks = NATIVE, NATIVE
-    if "timm_model_name" in image:
+    if image.get("timm_model_kwargs", {}).get("swiglu_mlp"):
+        image_blocks = "EvaBlock/GluMlp"
+    elif "timm_model_name" in image:
         image_blocks = by_prefix(IMAGE, image["timm_model_name"])
     elif isinstance(image["layers"], list):
         image_blocks = "ModifiedResNet is refused"
     if "hf_model_name" in text:
         text_blocks = by_prefix(TEXT, text["hf_model_name"])
+    if text.get("text_arch") == "modern":
+        text_blocks = "ModernTextBlock/SwiGLU"
     return image_blocks, text_blocks
 
 
@@ -124,6 +140,7 @@ def test_config_is_upcycled_or_its_block_is_refused(name, without_network):
     assert sum(parameter.numel() for parameter in model.parameters()) == dense + experts // 2 + routers
 
 
+@pytest.mark.skipif(open_clip.__version__ >= "4", reason="open_clip 4 has more configs with every release")
 def test_open_clips_configs_use_these_families():
     image, text = (Counter(kinds) for kinds in zip(*map(expected, NAMES), strict=True))
     assert image == {
@@ -147,3 +164,9 @@ def test_open_clips_configs_use_these_families():
         "XLMRobertaLayer/XLMRobertaIntermediate": 2,
     }
     assert sum(image.values()) == sum(text.values()) == len(NAMES)
+
+
+@pytest.mark.skipif(not OTHERS, reason="open_clip 3 has only CLIPs and CoCas")
+def test_models_that_are_no_clip_are_refused_by_name():
+    with pytest.raises(TypeError, match="expected open_clip's CLIP, CustomTextCLIP or CoCa.*, got NaFlexGenLip"):
+        upcycle(create_on_meta("naflexgenlip_test"), CONFIG)

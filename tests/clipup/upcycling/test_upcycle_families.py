@@ -3,7 +3,16 @@
 import pytest
 import timm
 import torch
-from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
+from tiny_families import (
+    HAS_MODERN_TEXT,
+    HUGGING_FACE,
+    TIMM,
+    build,
+    coca_cfg,
+    hugging_face_cfg,
+    modern_text_clip,
+    timm_model,
+)
 
 import clipup
 from clipup import MoEConfig, aux_loss, moe_layers, save_pretrained, step0_difference, upcycle
@@ -90,7 +99,10 @@ def test_every_family_is_tested_with_a_small_model(tmp_path):
     for name, config in HUGGING_FACE.items():
         model = build(hugging_face_cfg(config(), tmp_path / name.replace("/", "-")))
         seen |= {find_mlp(block).family for tower in ("image", "text") for block in tower_blocks(model, tower).values()}
-    assert seen == set(FAMILIES)
+    if HAS_MODERN_TEXT:
+        seen |= {find_mlp(block).family for block in tower_blocks(modern_text_clip(), "text").values()}
+    of_open_clip_4 = {family for family in FAMILIES if family.parts[0][1].endswith(("transformer.SwiGLU", "BertMLP"))}
+    assert seen | of_open_clip_4 == set(FAMILIES) and (of_open_clip_4 <= seen) == HAS_MODERN_TEXT
     blocks = {type(block).__name__ for name in TIMM for block in tower_blocks(timm_model(name), "image").values()}
     read = {name.rsplit(".")[-1] for family in FAMILIES for name in family.blocks if name.startswith("timm")}
     assert blocks == read
