@@ -1,5 +1,5 @@
-# make install | demo | test | test-all | test-faults | bench | study | study-runs | study-converged | study-gpu | notebooks | docs | lint |
-#      build | clean
+# make install | demo | test | test-all | test-faults | test-open-clip | bench | study | study-runs | study-converged |
+#      study-gpu | notebooks | docs | lint | build | clean
 #
 # Everything runs in .venv, which is created if it is missing. Stamp files in it record the installed extras; they expire when
 # the packaging or the native code changes.
@@ -10,6 +10,7 @@
 # JOBS         processes of make test, one thread each; auto: one per core (auto)
 # FUZZ_SECONDS how long test-all calls the native code with random arguments (60)
 # FAULT_SECONDS how long test-all kills, freezes and damages training, half of it on two processes (600)
+# SRC          a checkout of open_clip for test-open-clip
 # FAULT_ARGS   options for tests/fault_injection/inject.py (none)
 # ICONS        the study's data set, built by `python -m studies icons` (runs/icons/data)
 # STUDY_RUNS   checkpoints of the study's runs (runs/icons/runs)
@@ -38,7 +39,7 @@ installed = $(firstword $(wildcard $(VENV)/.installed-all) $(VENV)/.installed-$(
 comma := ,
 space := $() $()
 
-.PHONY: install demo test test-all test-native test-fuzz test-triton test-faults test-aarch64 bench study study-runs study-converged study-gpu demo-start notebooks docs lint format build clean
+.PHONY: install demo test test-all test-native test-fuzz test-triton test-open-clip test-faults test-aarch64 bench study study-runs study-converged study-gpu demo-start notebooks docs lint format build clean
 
 install: $(VENV)/.installed-all
 
@@ -62,6 +63,12 @@ test-all: $(call installed,test) test-native test-fuzz test-aarch64 test-triton 
 	tiers=$$($(call native_tests,address$(comma)undefined) --tiers) && for tier in $$tiers; do \
 	  CLIPUP_CPU_ISA=$$tier $(BIN)/python -m pytest -q $(OP_TESTS) || exit 1; \
 	done
+
+# The tests of models, data and training on a checkout of open_clip (SRC) in place of the installed release.
+test-open-clip: $(call installed,test)
+	@test -d "$(SRC)/src/open_clip" || { echo "SRC=$(SRC) is no checkout of open_clip: it has no src/open_clip"; exit 1; }
+	PYTHONPATH=$(abspath $(SRC))/src OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) \
+	  --dist worksteal -m "not slow and not cuda" $(PYTEST_ARGS) tests/clipup
 
 # The Triton kernels interpreted, and compiled for GPUs that need not be there, under the oldest Triton that a supported
 # torch brings. Its interpreter fails under numpy 2.4.

@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .upcycling.sparse_configs import register_configs
+
 if TYPE_CHECKING:
     from .clip.accelerate import accelerate
     from .moe.config import MoEConfig
@@ -71,6 +73,9 @@ __all__ = [
     "upcycle",
     "update_selection_bias",
 ]
+
+
+register_configs()
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from clipup_kernels.machine import describe_machine
 from clipup_kernels.self_check import check_again, known_faults, report
 
 from ..clip import flops
-from ..dense.mlp_families import families_read
+from ..dense.mlp_readers import families_read
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from ..precision import check_device

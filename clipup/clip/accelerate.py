@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .. import checks
-from ..dense.mlp_families import BlockMLP, families_read, find_mlp, read_mlp
+from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
+from ..dense.mlp_readers import families_read
 from ..dense.prepared import MATRICES, Prepared, PreparedMLP
 from ..moe.experts import Experts
 from ..moe.layer import SparseMoE

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.layer import SparseMoE
+from .padding_hugging_face import make_hugging_face_padding_aware
 from .padding_masks import make_images_padding_aware, make_modern_text_padding_aware
 
 _END_OF_TEXT_POOLS = ("argmax", "eos")
@@ -53,7 +54,10 @@ def make_padding_aware(model: nn.Module, towers: Sequence[str] = ("image", "text
     """
     if "image" in towers:
         make_images_padding_aware(model)
-    return "text" in towers and (make_modern_text_padding_aware(model) or _make_text_padding_aware(model))
+    if "text" not in towers:
+        return False
+    ways = (make_hugging_face_padding_aware, make_modern_text_padding_aware, _make_text_padding_aware)
+    return any(make_aware(model) for make_aware in ways)
 
 
 def _make_text_padding_aware(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Finds the towers of a model and their transformer blocks, for open_clip's CLIP and CoCa and for timm models."""
+"""Finds the towers of a model and their transformer blocks, for open_clip's CLIP and CoCa, timm and transformers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import MultimodalTransformer, TextTransformer, VisionTransformer
 from torch import nn
 
-from ..dense.mlp_families import families_read
+from ..dense.mlp_readers import families_read
+from .hugging_face import hugging_face_blocks, is_hugging_face
 
 _CLIPS = (open_clip.CLIP, open_clip.CustomTextCLIP, CoCa)
 _LISTS: tuple[str, ...] = ("resblocks", "blocks", "stages", "layers")
@@ -17,10 +18,11 @@ _HUGGING_FACE_LISTS: tuple[str, ...] = ("encoder.layer", "block", "layers")
 
 
 def towers(model: nn.Module) -> tuple[str, ...]:
-    """The names of a model's towers: "image" and "text" of a CLIP, also "decoder" of a CoCa; "image" of a timm model.
+    """The names of a model's towers: "image" and "text" of a CLIP, also "decoder" of a CoCa; "image" of a timm model;
+    those of a transformers model.
 
     Raises:
-        TypeError: not a CLIP, CoCa or timm model.
+        TypeError: none of these, or a transformers model of an unknown family.
     """
     if isinstance(model, CoCa):
         return ("image", "text", "decoder")
@@ -28,9 +30,12 @@ def towers(model: nn.Module) -> tuple[str, ...]:
         return ("image", "text")
     if is_timm(model):
         return ("image",)
+    if is_hugging_face(model):
+        return tuple(hugging_face_blocks(model))
     unwrap = ", without a wrapper" if hasattr(model, "module") or hasattr(model, "_orig_mod") else ""
     raise TypeError(
-        f"expected open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model{unwrap}, got {type(model).__name__}"
+        f"expected open_clip's CLIP, CustomTextCLIP or CoCa, or a model of timm or transformers{unwrap}, got "
+        f"{type(model).__name__}"
     )
 
 
@@ -49,6 +54,8 @@ def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
     """
     if tower not in towers(model):
         raise TypeError(f"a {type(model).__name__} has no {tower} tower; it has towers={towers(model)}")
+    if is_hugging_face(model):
+        return hugging_face_blocks(model)[tower]
     path, module = tower_module(model, tower)
     if isinstance(module, HFTextEncoder):
         path, module, names = f"{path}.transformer", module.transformer, _HUGGING_FACE_LISTS

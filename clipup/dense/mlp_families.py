@@ -7,39 +7,12 @@ transformers for users of ``SparseMoE`` in other models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
-from .dense_mlp import (
-    DenseMLP,
-    assemble,
-    check_linears,
-    class_name,
-    read_activation,
-    read_dropout,
-    read_linears,
-    read_norm,
-    refuse_changed_forward,
-    refuse_dropout,
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """Blocks of these classes have an MLP made of these parts, which ``read`` converts to a ``DenseMLP``."""
-
-    blocks: tuple[str, ...]
-    """Full class names of the blocks."""
-    parts: tuple[tuple[str, str], ...]
-    """(path in the block, full class name) of the modules that make up the MLP, usually one. A sparse layer replaces
-    the first, whose input it takes."""
-    read: Callable[..., DenseMLP]
-    """Reads the parts, one argument each."""
-    passed: tuple[str, ...] = ()
-    """Paths of the projections in the other parts, which ``nn.Identity`` replaces: the sparse layer includes them."""
+from .dense_mlp import DenseMLP, class_name, refuse_changed_forward
+from .mlp_readers import FAMILIES, Family, families_read
 
 
 class BlockMLP(NamedTuple):
@@ -81,29 +54,19 @@ def find_mlp(block: nn.Module) -> BlockMLP:
     raise TypeError(f"cannot read the MLP of a {class_name(block)}{inside}; {families_read()}")
 
 
-def read_mlp(mlp: nn.Module) -> DenseMLP:
-    """Reads a dense MLP that is a single module.
+def read_mlp(*parts: nn.Module) -> DenseMLP:
+    """Reads a dense MLP that is a single module, or two, such as BERT's intermediate and output.
 
     Raises:
         TypeError: as ``find_mlp``.
     """
+    names = [class_name(part) for part in parts]
     for family in FAMILIES:
-        if len(family.parts) == 1 and class_name(mlp) == family.parts[0][1]:
-            dense = family.read(mlp)
-            refuse_changed_forward(mlp)
+        if names == [name for _, name in family.parts]:
+            dense = family.read(*parts)
+            refuse_changed_forward(*parts)
             return dense
-    raise TypeError(f"cannot read {class_name(mlp)} as an MLP; {families_read()}")
-
-
-def families_read() -> str:
-    """One line that lists the supported MLPs."""
-    libraries: dict[str, tuple[list[str], list[str]]] = {}
-    for family in FAMILIES:
-        blocks, mlps = libraries.setdefault(family.blocks[0].split(".")[0], ([], []))
-        blocks += [_class(block) for block in family.blocks if _class(block) not in blocks]
-        mlps += [_class(family.parts[0][1])]
-    listed = [f"{', '.join(mlps)} in {name}'s {', '.join(blocks)}" for name, (blocks, mlps) in libraries.items()]
-    return "MLPs that are read: " + "; ".join(listed)
+    raise TypeError(f"cannot read {' and '.join(names)} as an MLP; {families_read()}")
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -116,140 +79,3 @@ def _has(block: nn.Module, path: str) -> bool:
 
 def _inside(mlp: nn.Module) -> str:
     return f" with an mlp of class {class_name(mlp)}"
-
-
-def _class(full_name: str) -> str:
-    return full_name.rsplit(".", 1)[1]
-
-
-# ---------------------------------------------------------------- readers: the modules' classes are known, not imported
-
-
-def _read_open_clip(mlp: Any) -> DenseMLP:
-    parts = dict(mlp.named_children())
-    if "act" in parts:
-        parts = {"gelu" if name == "act" else name: part for name, part in parts.items()}  # of a ModernTextBlock
-    if list(parts) not in (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"]):
-        raise TypeError(
-            f"cannot read an nn.Sequential of {', '.join(parts) or 'nothing'} as an MLP, expected c_fc, gelu, c_proj; "
-            f"{families_read()}"
-        )
-    norm = read_norm("ln", parts.get("ln", nn.Identity()))
-    return read_linears({"in": parts["c_fc"], "out": parts["c_proj"]}, parts["gelu"], **norm)
-
-
-def _read_open_clip_swiglu(mlp: Any) -> DenseMLP:
-    """Of open_clip 4."""
-    return _read_halves(("in", "gate"), mlp.w12, mlp.w3, activation="silu")
-
-
-def _read_timm_mlp(mlp: Any) -> DenseMLP:
-    return read_linears({"in": mlp.fc1, "out": mlp.fc2}, mlp.act, **_between(mlp))
-
-
-def _read_timm_swiglu(mlp: Any) -> DenseMLP:
-    return read_linears({"in": mlp.fc1_x, "gate": mlp.fc1_g, "out": mlp.fc2}, mlp.act, **_between(mlp))
-
-
-def _read_timm_glu(mlp: Any) -> DenseMLP:
-    check_linears(mlp.fc1, mlp.fc2)
-    order = ("in", "gate") if mlp.gate_last else ("gate", "in")
-    return _read_halves(order, mlp.fc1, mlp.fc2, activation=read_activation(mlp.act), **_between(mlp))
-
-
-def _read_halves(order: tuple[str, str], both: nn.Module, out: nn.Module, **others: Any) -> DenseMLP:
-    """A gated MLP in which one linear layer holds both projections into the hidden width, in this order."""
-    check_linears(both, out)
-    fields = {"out_weight": out.weight, "out_bias": out.bias}
-    for part in ("weight", "bias"):
-        tensor = getattr(both, part)
-        halves = (None, None) if tensor is None else tensor.chunk(2)
-        fields |= {f"{name}_{part}": half for name, half in zip(order, halves, strict=True)}
-    return assemble(**fields, **others)
-
-
-def _read_timm_geglu(mlp: Any) -> DenseMLP:
-    refuse_dropout("drop2", mlp.drop2)
-    dropout = read_dropout("drop1", mlp.drop1)
-    linears = {"in": mlp.w1, "gate": mlp.w0, "out": mlp.w2}
-    return read_linears(linears, mlp.act, dropout=dropout, input_norm=mlp.norm)
-
-
-def _between(mlp: Any) -> dict:
-    """The parts of timm's MLPs between their projections; dropout after them is refused."""
-    refuse_dropout("drop2", mlp.drop2)
-    return {"dropout": read_dropout("drop1", mlp.drop1), **read_norm("norm", mlp.norm)}
-
-
-def _read_mt5(mlp: Any) -> DenseMLP:
-    return read_linears({"in": mlp.wi, "out": mlp.wo}, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
-
-
-def _read_gated_mt5(mlp: Any) -> DenseMLP:
-    linears = {"in": mlp.wi_1, "gate": mlp.wi_0, "out": mlp.wo}
-    return read_linears(linears, mlp.act, dropout=read_dropout("dropout", mlp.dropout))
-
-
-def _read_modern_bert(mlp: Any) -> DenseMLP:
-    """The first half is activated."""
-    dropout = read_dropout("drop", mlp.drop)
-    return _read_halves(("gate", "in"), mlp.Wi, mlp.Wo, activation=read_activation(mlp.act), dropout=dropout)
-
-
-def _read_bert(intermediate: Any, output: Any) -> DenseMLP:
-    """The second projection is in the module that also adds the residual and normalizes, which stays."""
-    return read_linears({"in": intermediate.dense, "out": output.dense}, intermediate.intermediate_act_fn)
-
-
-_OPEN_CLIP_BLOCKS = (
-    "open_clip.transformer.ResidualAttentionBlock",
-    "open_clip.transformer.CustomResidualAttentionBlock",
-    "open_clip.transformer.ModernTextBlock",
-)
-_TIMM_BLOCKS = (
-    "timm.models.vision_transformer.Block",
-    "timm.models.vision_transformer.ResPostBlock",
-    "timm.models.vision_transformer_relpos.RelPosBlock",
-    "timm.models.vision_transformer_relpos.ResPostRelPosBlock",
-    "timm.models.eva.EvaBlock",
-    "timm.models.eva.EvaBlockPostNorm",
-    "timm.models.swin_transformer.SwinTransformerBlock",
-    "timm.models.swin_transformer_v2.SwinTransformerV2Block",
-    "timm.models.convnext.ConvNeXtBlock",
-)
-
-
-def _timm(mlp: str, read: Callable[..., DenseMLP]) -> Family:
-    return Family(_TIMM_BLOCKS, (("mlp", mlp),), read)
-
-
-def _mt5(mlp: str, read: Callable[..., DenseMLP]) -> Family:
-    module = "transformers.models.mt5.modeling_mt5"
-    return Family((f"{module}.MT5Block",), (("layer.1.DenseReluDense", f"{module}.{mlp}"),), read)
-
-
-def _bert(model: str, name: str) -> Family:
-    module = f"transformers.models.{model}.modeling_{model}.{name}"
-    parts = (("intermediate", f"{module}Intermediate"), ("output", f"{module}Output"))
-    return Family((f"{module}Layer",), parts, _read_bert, passed=("output.dense",))
-
-
-FAMILIES: tuple[Family, ...] = (
-    Family(_OPEN_CLIP_BLOCKS, (("mlp", "torch.nn.modules.container.Sequential"),), _read_open_clip),
-    Family(_OPEN_CLIP_BLOCKS, (("mlp", "open_clip.transformer.SwiGLU"),), _read_open_clip_swiglu),
-    _timm("timm.layers.mlp.Mlp", _read_timm_mlp),
-    _timm("timm.layers.mlp.SwiGLU", _read_timm_swiglu),
-    _timm("timm.layers.mlp.GluMlp", _read_timm_glu),
-    _timm("timm.models.vitamin.GeGluMlp", _read_timm_geglu),
-    _mt5("MT5DenseActDense", _read_mt5),
-    _mt5("MT5DenseGatedActDense", _read_gated_mt5),
-    Family(
-        ("transformers.models.modernbert.modeling_modernbert.ModernBertEncoderLayer",),
-        (("mlp", "transformers.models.modernbert.modeling_modernbert.ModernBertMLP"),),
-        _read_modern_bert,
-    ),
-    _bert("bert", "Bert"),
-    _bert("roberta", "Roberta"),
-    _bert("xlm_roberta", "XLMRoberta"),
-)
-"""The supported families; blocks and MLPs of one library can be combined freely."""

@@ -97,7 +97,9 @@ class SparseMoE(Experts):
         self.state = LayerState()
 
     @classmethod
-    def from_dense(cls, mlp: nn.Module | DenseMLP, config: MoEConfig | None = None) -> SparseMoE:
+    def from_dense(
+        cls, mlp: nn.Module | tuple[nn.Module, nn.Module] | DenseMLP, config: MoEConfig | None = None
+    ) -> SparseMoE:
         """E copies of a dense MLP behind a newly initialized router, on the MLP's device and in its type.
 
         Parameters keep the ``requires_grad`` of those they are copied from; the router is trainable if any of them is.
@@ -108,12 +110,19 @@ class SparseMoE(Experts):
         - with a granularity, because the router initializes the shards of a virtual group with the same row, so that
           whole groups are selected, each shard with the same gate.
 
+        Args:
+            mlp: an MLP of a family in ``clipup.dense.mlp_readers``. Where its projections lie in two modules, as in
+                BERT: both, ``(layer.intermediate, layer.output)``; what else the second does, such as the residual and
+                its norm, is left out.
+            config: None means ``MoEConfig()``.
+
         Raises:
             TypeError: the MLP belongs to no family that ``clipup.dense.mlp_families`` supports, or has a norm in front
                 of its projections, which is not part of an expert (``upcycle`` keeps it in front of the layer).
             TypeError, ValueError: the MLP does not split into ``config.granularity`` shards.
         """
-        dense = mlp if isinstance(mlp, DenseMLP) else read_mlp(mlp)
+        parts = mlp if isinstance(mlp, tuple) else (mlp,)
+        dense = mlp if isinstance(mlp, DenseMLP) else read_mlp(*parts)
         if dense.input_norm is not None:
             raise TypeError(
                 "the MLP has a norm in front of its projections, which is not part of an expert; use clipup.upcycle, "
@@ -166,15 +175,15 @@ class SparseMoE(Experts):
         """
         Args:
             x: [..., D].
-            mask: bool, x's leading dimensions; False for masked tokens. There y is 0, and the token counts neither
-                towards capacity nor in losses.
+            mask: x's leading dimensions; False, or 0 in a mask of integers such as those of transformers' tokenizers,
+                for masked tokens. There y is 0, and the token counts neither towards capacity nor in losses.
 
         Returns:
             y: [..., D] in x's type, or autocast's.
         """
         self._check(x, mask)
         tokens = x.reshape(-1, self.d_model).contiguous()  # the router rounds a strided view differently
-        token_mask = None if mask is None else mask.reshape(-1)
+        token_mask = None if mask is None else mask.reshape(-1).bool()
         dtype = autocast_dtype(x)
         with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
             routing = self.router(tokens, token_mask)
@@ -217,8 +226,11 @@ class SparseMoE(Experts):
         if mask is None:
             return
         checks.tensor("mask", mask)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask must be torch.bool, True for tokens that are not masked, got {mask.dtype}")
+        if mask.is_floating_point() or mask.is_complex():
+            raise TypeError(
+                f"mask must be torch.bool or of integers, True or 1 for tokens that are not masked, got {mask.dtype}; "
+                "of an additive mask, with 0 for them, pass mask == 0"
+            )
         if mask.shape != x.shape[:-1]:
             raise ValueError(f"mask must have x's leading dimensions {list(x.shape[:-1])}, got {list(mask.shape)}")
 

@@ -12,7 +12,7 @@ from ..dense.mlp_families import find_mlp
 from ..moe.config import MoEConfig
 from ..moe.expert_init import check_shards
 from ..moe.layer import SparseMoE
-from .upcycle import chosen_indices
+from .sparse_blocks import chosen_indices
 
 Norm = Literal["input", "hidden"]
 Status = Literal["sparse", "dense", "refused", "already sparse"]

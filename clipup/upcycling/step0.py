@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks
+from ..clip.hugging_face import is_hugging_face, random_batch
 from ..clip.inputs import encoders, random_inputs
 from ..moe.evaluation import evaluating_dropless
 
@@ -18,7 +20,7 @@ def step0_difference(
 ) -> float:
     """Largest absolute difference between the normalized features of two models, in evaluation mode without dropping.
 
-    For a CoCa, the decoder's normalized logits are compared as well.
+    For a CoCa, the decoder's normalized logits are compared as well; for a model of transformers, all its outputs.
 
     Args:
         dense: a dense model.
@@ -34,12 +36,44 @@ def step0_difference(
     for name, given in (("images", images), ("texts", texts)):
         if given is not None:
             checks.tensor(name, given)
+    if is_hugging_face(dense):
+        return _hugging_face_difference(dense, sparse, images, texts)
     if images is None and texts is None:
         images, texts = random_inputs(dense, batch_size=8)
     with evaluating_dropless(dense), evaluating_dropless(sparse):
         pairs = zip(_features(sparse, images, texts), _features(dense, images, texts), strict=True)
         differences = [(ours - theirs).abs().max() for ours, theirs in pairs]
     return torch.stack(differences).max().item()  # NaN where any is
+
+
+def _hugging_face_difference(dense: nn.Module, sparse: nn.Module, images: Tensor | None, texts: Tensor | None) -> float:
+    """Of all outputs of transformers models, normalized along the last axis."""
+    given = {"pixel_values": images, "input_ids": texts}
+    batch = {name: value for name, value in given.items() if value is not None} or random_batch(dense, batch_size=8)
+    outputs = []
+    for model in (dense, sparse):
+        first = next(model.parameters())
+        with evaluating_dropless(model):
+            inputs = {
+                name: value.to(first.device, first.dtype if value.is_floating_point() else None)
+                for name, value in batch.items()
+            }
+            outputs.append([F.normalize(value.float(), dim=-1).cpu() for value in _tensors(model(**inputs))])
+    differences = [(ours - theirs).abs().max() for theirs, ours in zip(*outputs, strict=True)]
+    return torch.stack(differences).max().item()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in nested outputs that are vectors or batches of them."""
+    if isinstance(output, Tensor):
+        if output.dim() > 0 and output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _tensors(value)
 
 
 def _features(model: nn.Module, images: Tensor | None, texts: Tensor | None) -> Iterator[Tensor]:

@@ -229,7 +229,7 @@ def test_experts_with_a_norm_support_masks():
 
 def is_mlp(module):
     return type(module).__module__.startswith(
-        ("clipup.moe.layer", "clipup.moe.router", "clipup.upcycling.upcycle")
+        ("clipup.moe.layer", "clipup.moe.router", "clipup.upcycling.sparse_blocks")
     ) or isinstance(module, nn.Sequential | nn.Linear | nn.GELU)
 
 

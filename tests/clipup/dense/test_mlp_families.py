@@ -16,7 +16,8 @@ from transformers.models.mt5 import modeling_mt5
 
 from clipup import MoEConfig, SparseMoE
 from clipup.clip.towers import tower_blocks
-from clipup.dense.mlp_families import families_read, find_mlp, read_mlp
+from clipup.dense.mlp_families import find_mlp, read_mlp
+from clipup.dense.mlp_readers import families_read
 from clipup_kernels.reference import activate
 
 D, H = 12, 20
@@ -192,9 +193,13 @@ def test_families_read_are_named():
     assert families_read() == (
         "MLPs that are read: Sequential, SwiGLU in open_clip's ResidualAttentionBlock, CustomResidualAttentionBlock, "
         "ModernTextBlock; Mlp, SwiGLU, GluMlp, GeGluMlp in timm's Block, ResPostBlock, RelPosBlock, "
-        "ResPostRelPosBlock, EvaBlock, EvaBlockPostNorm, SwinTransformerBlock, SwinTransformerV2Block, ConvNeXtBlock; MT5DenseActDense, "
-        "MT5DenseGatedActDense, ModernBertMLP, BertIntermediate, RobertaIntermediate, XLMRobertaIntermediate in "
-        "transformers's MT5Block, ModernBertEncoderLayer, BertLayer, RobertaLayer, XLMRobertaLayer"
+        "ResPostRelPosBlock, EvaBlock, EvaBlockPostNorm, SwinTransformerBlock, SwinTransformerV2Block, ConvNeXtBlock; "
+        "MT5DenseActDense, MT5DenseGatedActDense, ModernBertMLP, BertIntermediate, RobertaIntermediate, "
+        "XLMRobertaIntermediate, CLIPMLP, SiglipMLP, Siglip2MLP, ViTMLP, ViTIntermediate, Dinov2MLP, Dinov2SwiGLUFFN, "
+        "DINOv3ViTMLP, DINOv3ViTGatedMLP, LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, GemmaMLP in transformers's MT5Block, "
+        "ModernBertEncoderLayer, BertLayer, RobertaLayer, XLMRobertaLayer, CLIPEncoderLayer, SiglipEncoderLayer, "
+        "Siglip2EncoderLayer, ViTLayer, Dinov2Layer, DINOv3ViTLayer, LlamaDecoderLayer, MistralDecoderLayer, "
+        "Qwen2DecoderLayer, Qwen3DecoderLayer, GemmaDecoderLayer; MLPBlock in torchvision's EncoderBlock"
     )
 
 

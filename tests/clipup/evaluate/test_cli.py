@@ -16,7 +16,7 @@ from clipup.cli import eval as module
 from clipup.cli import main
 from clipup.moe.layer import SparseMoE
 from clipup.moe.prepared import PreparedMoE
-from clipup.upcycling.upcycle import BlockMoE
+from clipup.upcycling.sparse_blocks import BlockMoE
 
 
 @pytest.fixture

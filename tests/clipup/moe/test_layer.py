@@ -231,7 +231,7 @@ NESTED = torch.nested.nested_tensor([torch.zeros(2, D), torch.zeros(3, D)])
         (torch.zeros(3, D).to_sparse(), None, TypeError, "x must be a dense tensor.*got torch.sparse_coo"),
         (torch.zeros(3, D).to_mkldnn(), None, TypeError, "x must be a dense tensor.*got torch._mkldnn"),
         (NESTED, None, TypeError, "x must be a dense tensor.*got a nested tensor"),
-        (torch.zeros(3, D), torch.ones(3), TypeError, "mask must be torch.bool.* got torch.float32"),
+        (torch.zeros(3, D), torch.ones(3), TypeError, "mask must be torch.bool or of integers.* got torch.float32"),
         (torch.zeros(2, 3, D), torch.ones(6, dtype=torch.bool), ValueError, r"mask must have .* \[2, 3\], got \[6\]"),
     ],
 )

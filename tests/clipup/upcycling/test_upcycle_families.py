@@ -19,7 +19,8 @@ from clipup import MoEConfig, aux_loss, moe_layers, save_pretrained, step0_diffe
 from clipup.clip.flops import count
 from clipup.clip.inputs import random_inputs
 from clipup.clip.towers import tower_blocks
-from clipup.dense.mlp_families import FAMILIES, find_mlp
+from clipup.dense.mlp_families import find_mlp
+from clipup.dense.mlp_readers import FAMILIES
 
 CONFIG = MoEConfig.clip_up(num_experts=3, capacity_factor=None)
 IMAGE = CONFIG.replace(towers=("image",))

@@ -1,0 +1,84 @@
+"""Towers of transformers' models: CLIP, SigLIP, SigLIP 2, and the vision and text models ViT, DINOv2, DINOv3, BERT,
+RoBERTa, XLM-RoBERTa and ModernBERT, with any head. Their classes are known by name, transformers is not imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MODELS = "transformers.models"
+BLOCKS: dict[str, str | None] = {
+    f"{_MODELS}.clip.modeling_clip.CLIPEncoderLayer": None,
+    f"{_MODELS}.siglip.modeling_siglip.SiglipEncoderLayer": None,
+    f"{_MODELS}.siglip2.modeling_siglip2.Siglip2EncoderLayer": None,
+    f"{_MODELS}.vit.modeling_vit.ViTLayer": "image",
+    f"{_MODELS}.dinov2.modeling_dinov2.Dinov2Layer": "image",
+    f"{_MODELS}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": "image",
+    f"{_MODELS}.bert.modeling_bert.BertLayer": "text",
+    f"{_MODELS}.roberta.modeling_roberta.RobertaLayer": "text",
+    f"{_MODELS}.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer": "text",
+    f"{_MODELS}.modernbert.modeling_modernbert.ModernBertEncoderLayer": "text",
+}
+"""The tower of each class of block; None where both towers have it, and the name of the block or the model tells."""
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether it is a model of transformers."""
+    return any(
+        base.__name__ == "PreTrainedModel" and base.__module__ == "transformers.modeling_utils"
+        for base in type(model).__mro__
+    )
+
+
+def hugging_face_blocks(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
+    """The blocks by full name, in execution order, of each tower that the model has, "image" before "text".
+
+    Raises:
+        TypeError: the model has no block of a known class.
+    """
+    found: dict[str, dict[str, nn.Module]] = {"image": {}, "text": {}}
+    for name, module in model.named_modules():
+        if (kind := block_class(module)) is not None:
+            is_image = "vision" in f"{name} {type(model).__name__}".lower()
+            found[BLOCKS[kind] or ("image" if is_image else "text")][name] = module
+    found = {tower: blocks for tower, blocks in found.items() if blocks}
+    if not found:
+        known = ", ".join(name.rsplit(".", 1)[1] for name in BLOCKS)
+        raise TypeError(
+            f"cannot read the blocks of a {type(model).__name__}; blocks of transformers that are read: {known}"
+        )
+    return found
+
+
+def block_class(module: nn.Module) -> str | None:
+    """The full name of transformers' class of a block, dense or sparse; None for what is no known block."""
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
+    return next((name for name in names if name in BLOCKS), None)
+
+
+def random_batch(model: Any, batch_size: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random keyword arguments of the model's forward, deterministic for a seed: images and texts without padding."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, has = {}, hugging_face_blocks(model)
+    if "text" in has:
+        config = getattr(model.config, "text_config", model.config)
+        length = min(16, getattr(config, "max_position_embeddings", 16) - 2)
+        ids = torch.randint(3, config.vocab_size - 1, (batch_size, max(length, 2)), generator=generator)
+        ids[:, -1] = getattr(config, "eos_token_id", None) or config.vocab_size - 1
+        batch["input_ids"] = ids
+    if "image" in has:
+        config = getattr(model.config, "vision_config", model.config)
+        size = getattr(config, "image_size", None)
+        if size is None:  # SigLIP 2 takes patches of images of any size
+            side = max(1, int(config.num_patches**0.5))
+            width = config.num_channels * config.patch_size**2
+            batch["pixel_values"] = torch.randn(batch_size, side * side, width, generator=generator)
+            batch["pixel_attention_mask"] = torch.ones(batch_size, side * side, dtype=torch.long)
+            batch["spatial_shapes"] = torch.full((batch_size, 2), side)
+        else:
+            height, width = (size, size) if isinstance(size, int) else size
+            channels = config.num_channels
+            batch["pixel_values"] = torch.randn(batch_size, channels, height, width, generator=generator)
+    return batch

@@ -1,0 +1,88 @@
+"""Padding-aware blocks of transformers' text towers: sparse layers leave out what the attention
+mask masks.
+
+transformers passes a block the mask of its attention, made from the ``attention_mask`` of the tokenizer, and the block
+calls its MLP with the hidden states alone. In between, ``PaddingAwareBlock`` keeps the mask in a variable of the thread:
+set when the block's forward begins and reset when it ends, also when activation checkpointing runs it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import threading
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..moe.layer import SparseMoE
+from .hugging_face import BLOCKS, block_class, is_hugging_face
+from .padding_masks import attended_tokens
+
+_PREFIX = "PaddingAware"
+
+
+class _Current(threading.local):
+    token_mask: Tensor | None = None
+
+
+_current = _Current()
+
+
+def make_hugging_face_padding_aware(model: nn.Module) -> bool:
+    """Lets the sparse layers of a transformers model leave out the padding of texts. Returns whether there is one."""
+    if not is_hugging_face(model):
+        return False
+    changed = False
+    for block in list(model.modules()):
+        name = block_class(block)
+        sparse = {path: layer for path, layer in block.named_children() if isinstance(layer, SparseMoE)}
+        if name is None or not sparse:
+            continue
+        block.__class__ = _padding_aware(name)
+        for layer in sparse.values():
+            layer.__class__ = MaskedMoE
+        changed = True
+    return changed
+
+
+class MaskedMoE(SparseMoE):
+    """A sparse layer of a block whose attention mask tells the padding."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None and self.config.padding_aware:
+            mask = _current.token_mask
+        return super().forward(x, mask)
+
+
+class PaddingAwareBlock:
+    """A block of transformers with a sparse layer."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        before, _current.token_mask = _current.token_mask, _token_mask(attention_mask)
+        try:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            _current.token_mask = before
+
+
+def _token_mask(attention_mask: Any) -> Tensor | None:
+    """[B, L] bool, from [B, L] of flash attention or [B, 1, Q, L]; None for what tells nothing about tokens."""
+    if not isinstance(attention_mask, Tensor):
+        return None
+    return attention_mask != 0 if attention_mask.dim() == 2 else attended_tokens(attention_mask)
+
+
+@functools.cache
+def _padding_aware(full_name: str) -> type:
+    module, name = full_name.rsplit(".", 1)
+    block = getattr(importlib.import_module(module), name)
+    return type(_PREFIX + name, (PaddingAwareBlock, block), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> Any:
+    """The classes by their names, which pickle looks up."""
+    for full_name in BLOCKS:
+        if name == _PREFIX + full_name.rsplit(".", 1)[1]:
+            return _padding_aware(full_name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,92 @@
+"""Replaces MLPs of a dense model by sparse layers: the part of ``upcycle`` that loading a sparse model shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..clip.padding_aware import make_padding_aware
+from ..clip.towers import leave_dense, tower_blocks
+from ..dense.mlp_families import BlockMLP, find_mlp
+from ..moe.config import MoEConfig
+from ..moe.expert_init import check_shards
+from ..moe.layer import SparseMoE
+from ..moe.weight_decay import add_no_weight_decay
+
+
+def make_sparse(model: nn.Module, config: MoEConfig) -> None:
+    """Replaces the MLPs that the config selects. If an error is raised, the model is unchanged.
+
+    Raises:
+        TypeError, ValueError: as ``upcycle``.
+    """
+    chosen = chosen_mlps(model, config)
+    layers = [_sparse_layer(mlp, config) for mlp in chosen]
+    for mlp, layer in zip(chosen, layers, strict=True):
+        mlp.replace(layer)
+    make_padding_aware(model, config.towers)
+    add_no_weight_decay(model)
+    model.moe_config = config  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
+
+
+def chosen_mlps(model: nn.Module, config: MoEConfig) -> list[BlockMLP]:
+    """The MLPs of the blocks that become sparse. Raises unless every one can be read and split."""
+    chosen = []
+    for tower in config.towers:
+        blocks = tower_blocks(model, tower)
+        names = [list(blocks)[index] for index in chosen_indices(config, tower, len(blocks))]
+        for name in names:
+            try:
+                mlp = find_mlp(blocks[name])
+                check_shards(mlp.dense, config.granularity)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}{leave_dense(model, tower)}") from error
+            chosen.append(mlp)
+    return chosen
+
+
+def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
+    """Which of a tower's ``depth`` blocks become sparse. Raises ``ValueError`` for indices out of range."""
+    if isinstance(config.blocks, str):
+        chosen = list(range(depth) if config.blocks == "every" else range(1, depth, 2))
+        if not chosen:
+            raise ValueError(f"the {tower} tower has {depth} block, so blocks='every_other' selects none; pass indices")
+        last = config.last_blocks or len(chosen)
+        if last > len(chosen):
+            raise ValueError(
+                f"last_blocks is {last}, but blocks={config.blocks!r} selects {len(chosen)} of the {tower} tower's "
+                f"{depth} blocks; lower it, or select every block"
+            )
+        return chosen[-last:]
+    outside = [index for index in config.blocks if not -depth <= index < depth]
+    if outside:
+        raise ValueError(f"blocks names {outside}, but the {tower} tower has {depth} blocks (0 to {depth - 1})")
+    indices = [index % depth for index in config.blocks]
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"blocks={config.blocks} names a block of the {tower} tower ({depth} blocks) twice")
+    return sorted(indices)
+
+
+def _sparse_layer(mlp: BlockMLP, config: MoEConfig) -> nn.Module:
+    """The replacement of an MLP: a sparse layer, after the MLP's input norm if it has one."""
+    dense = dataclasses.replace(mlp.dense, input_norm=None)
+    layer_class = BlockMoE if hasattr(mlp.block, "get_weight_dtype") else SparseMoE
+    layer = layer_class.from_dense(dense, config).train(mlp.module.training)
+    if mlp.dense.input_norm is None:
+        return layer
+    return nn.Sequential(OrderedDict(norm=mlp.dense.input_norm, moe=layer)).train(mlp.module.training)
+
+
+class _Projection(NamedTuple):
+    weight: Tensor
+
+
+class BlockMoE(SparseMoE):
+    """SparseMoE for open_clip's blocks, which read the tower's dtype from ``block.mlp.c_fc.weight.dtype``."""
+
+    @property
+    def c_fc(self) -> _Projection:
+        return _Projection(self.in_weight)
