@@ -94,9 +94,24 @@ def register_configs() -> None:
 
 def _register(auto: Any) -> None:
     for model_type in MODEL_TYPES:
-        if model_type in auto.CONFIG_MAPPING:
-            config_class = sparse_config_class(auto.CONFIG_MAPPING[model_type])
-            auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        if model_type in auto.CONFIG_MAPPING_NAMES:
+            auto.CONFIG_MAPPING.register(_PREFIX + model_type, _found_when_used(auto, model_type), exist_ok=True)
+
+
+def _found_when_used(auto: Any, model_type: str) -> type:
+    """Stands for a config class in transformers' mapping. The class itself needs that of the dense model, which cannot be
+    imported yet: this runs in the middle of transformers' imports."""
+
+    def found() -> Any:
+        return sparse_config_class(auto.CONFIG_MAPPING[model_type])
+
+    content = {
+        "model_type": _PREFIX + model_type,
+        "__new__": lambda cls, *args, **kwargs: found()(*args, **kwargs),
+        "from_dict": staticmethod(lambda values, **kwargs: found().from_dict(values, **kwargs)),
+        "from_pretrained": staticmethod(lambda name, **kwargs: found().from_pretrained(name, **kwargs)),
+    }
+    return type(f"Sparse{auto.CONFIG_MAPPING_NAMES[model_type]}", (), content)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
