@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .upcycling.sparse_configs import register_configs
+from .upcycling.auto_classes import register_configs
 
 if TYPE_CHECKING:
     from .clip.accelerate import accelerate

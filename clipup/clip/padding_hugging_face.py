@@ -1,8 +1,7 @@
-"""Padding-aware blocks of transformers' text towers: sparse layers leave out what the attention
-mask masks.
+"""Padding-aware blocks of transformers' text towers: sparse layers leave out what the attention mask masks.
 
-transformers passes a block the mask of its attention, made from the ``attention_mask`` of the tokenizer, and the block
-calls its MLP with the hidden states alone. In between, ``PaddingAwareBlock`` keeps the mask in a variable of the thread:
+transformers passes a block the mask of its attention, made from the tokenizer's ``attention_mask``, and the block calls
+its MLP with the hidden states alone. In between, ``PaddingAwareBlock`` keeps the mask in a variable of the thread:
 set when the block's forward begins and reset when it ends, also when activation checkpointing runs it again.
 """
 
@@ -41,18 +40,16 @@ def make_hugging_face_padding_aware(model: nn.Module) -> bool:
             continue
         block.__class__ = _padding_aware(name)
         for layer in sparse.values():
-            layer.__class__ = MaskedMoE
+            layer.register_forward_pre_hook(_pass_token_mask, with_kwargs=True)
         changed = True
     return changed
 
 
-class MaskedMoE(SparseMoE):
-    """A sparse layer of a block whose attention mask tells the padding."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is None and self.config.padding_aware:
-            mask = _current.token_mask
-        return super().forward(x, mask)
+def _pass_token_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """A hook in front of a sparse layer's forward; whatever class the layer has, plain or prepared."""
+    if len(args) > 1 or "mask" in kwargs or not layer.config.padding_aware:
+        return None
+    return args, {**kwargs, "mask": _current.token_mask}
 
 
 class PaddingAwareBlock:

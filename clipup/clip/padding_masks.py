@@ -77,7 +77,9 @@ def _mlp(layer: nn.Module, x: Tensor, token_mask: Tensor | None) -> Tensor:
 class PaddingAwareTimmBlock(Block):
     """timm's pre-norm block of a NaFlexVit with a sparse layer."""
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(  # type: ignore[override]  # timm's versions differ in the options
+        self, x: Tensor, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, **options)))
         return x + self.drop_path2(self.ls2(_mlp(self.mlp, self.norm2(x), attended_tokens(attn_mask))))
 
@@ -85,7 +87,9 @@ class PaddingAwareTimmBlock(Block):
 class PaddingAwareEvaBlock(EvaBlock):
     """timm's block with rotary position embedding, of a NaFlexVit with a sparse layer."""
 
-    def forward(self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
         attention = self.attn(self.norm1(x), rope=rope, attn_mask=attn_mask, **options)
         x = x + self.drop_path1(attention if self.gamma_1 is None else self.gamma_1 * attention)
         y = _mlp(self.mlp, self.norm2(x), attended_tokens(attn_mask))

@@ -2,13 +2,14 @@
 
 ``upcycle`` gives a model a subclass of its class, and its config a subclass of its config's class, with the config of
 the sparse layers as ``moe_cfg``. ``save_pretrained`` and ``from_pretrained`` are transformers' own; so are ``Trainer``
-and everything else. ``AutoModel`` and its relatives know the classes once clipup is imported (``sparse_configs``).
+and everything else. ``AutoModel`` and its relatives know the classes once clipup is imported (``auto_classes``).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import inspect
+from typing import Any, cast
 
 import torch
 import transformers
@@ -22,21 +23,24 @@ from .sparse_configs import sparse_config_class, sparse_name
 
 def adopt(model: Any, config: MoEConfig) -> None:
     """Gives an upcycled model and its config the classes that save and load them."""
-    model.config.__class__ = sparse_config_class(type(model.config))
-    model.config.model_type = type(model.config).model_type
+    dense, dense_config = (cast(Any, type(one)) for one in (model, model.config))
+    config_class = sparse_config_class(dense_config)
+    model.config.__class__ = config_class
+    model.config.model_type = config_class.model_type
     model.config.moe_cfg = config.to_dict()
-    model.__class__ = sparse_model_class(type(model))
+    model.__class__ = sparse_model_class(dense)
+    register_models(config_class)
 
 
 class _SparseModel:
     """A model of transformers with sparse layers, as its config's ``moe_cfg`` says."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if getattr(config, "moe_cfg", None) is None:
             raise ValueError(
-                f"config has no moe_cfg, which says what is sparse in a {type(self).__name__}; expected the config of an "
-                "upcycled model: clipup.upcycle a dense model"
+                f"config has no moe_cfg, which says what is sparse in a {type(self).__name__}; expected the config of "
+                "an upcycled model: clipup.upcycle a dense model"
             )
         make_sparse(self, MoEConfig.from_dict(config.moe_cfg))  # type: ignore[arg-type]
 
@@ -52,10 +56,10 @@ class _SparseModel:
 
 
 @functools.cache
-def sparse_model_class(dense: type) -> Any:
+def sparse_model_class(dense: Any) -> Any:
     """The class of the models that are upcycled from a ``dense``."""
 
-    @functools.wraps(dense.forward)  # type: ignore[attr-defined]  # Trainer reads the names of its arguments
+    @functools.wraps(dense.forward)  # Trainer reads the names of its arguments
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _SparseModel._forward(self, *args, **kwargs)
 
@@ -70,9 +74,9 @@ def sparse_model_class(dense: type) -> Any:
 
 def __getattr__(name: str) -> Any:
     """The classes by their names, which pickle looks up."""
-    dense = getattr(transformers, name.removeprefix("Sparse"), None) if name.startswith("Sparse") else None
-    if isinstance(dense, type) and issubclass(dense, transformers.PreTrainedModel):
-        return sparse_model_class(dense)
+    dense: Any = getattr(transformers, name.removeprefix("Sparse"), None) if name.startswith("Sparse") else None
+    if inspect.isclass(dense) and issubclass(dense, transformers.PreTrainedModel):
+        return sparse_model_class(cast(Any, dense))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -82,9 +86,10 @@ def register_models(config_class: Any) -> None:
     module, so it is done when such a config is read."""
     dense_config = config_class.__mro__[2]
     for name in dir(modeling_auto):
-        auto = getattr(modeling_auto, name)
+        auto: Any = getattr(modeling_auto, name)
         mapping = getattr(auto, "_model_mapping", None)
-        if isinstance(auto, type) and mapping is not None and dense_config in mapping:
-            dense = mapping[dense_config]
-            if isinstance(dense, type):
-                auto.register(config_class, sparse_model_class(dense), exist_ok=True)
+        if not inspect.isclass(auto) or mapping is None or dense_config not in mapping:
+            continue
+        dense: Any = mapping[dense_config]
+        if not isinstance(dense, tuple):  # of several classes, transformers takes the one that the config names
+            cast(Any, auto).register(config_class, sparse_model_class(dense), exist_ok=True)

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(figures.endings(campaign.tally), flush=True)
         if campaign.tally.failures and not options.keep_going:
             return 1
-    print(figures.as_markdown(tallies, options.seed))
+    print(figures.as_markdown(tallies, figures.circumstances(options.seed)))
     if options.report:
         figures.write(options.report, tallies, options.seed)
     return int(any(tally.failures for tally in tallies.values()))

@@ -9,10 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import figures
 import pytest
 import torch
+from campaign import Tally
 from checks import Checkpoints, contents, finished_run_differs, records_differ
 from damage import DAMAGE
 from starts import Start
@@ -219,3 +222,22 @@ def test_a_run_under_faults_loses_nothing(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(report.read_text())["one process"]
     assert figures["runs"] == 1 and sum(figures["faults"].values()) >= 1 and figures["failures"] == {}
+
+
+def test_figures_of_a_section_take_the_place_of_older_ones(tmp_path):
+    page = tmp_path / "page.md"
+    text = (
+        "<!-- figures -->\n<!-- end of figures -->\n<!-- figures of soak -->\n{}\n<!-- end of figures of soak -->\nZ\n"
+    )
+    page.write_text(text.format("old"))
+    figures.put(page, "new", "soak")
+    assert page.read_text() == text.format("new")
+    with pytest.raises(ValueError, match="it needs the lines <!-- figures of kills -->"):
+        figures.put(page, "new", "kills")
+
+
+def test_saved_figures_give_the_same_table(tmp_path):
+    tally = Tally(faults=Counter({"SIGKILL": 3}), runs=1, starts=4, seconds=90.0)
+    figures.write(tmp_path / "one.json", {1: tally}, seed=7)
+    tallies, circumstances = figures._from_json(tmp_path / "one.json")
+    assert figures.as_markdown(tallies, circumstances) == figures.as_markdown({1: tally}, figures.circumstances(7))

@@ -25,6 +25,8 @@ INSIDE_FUNCTIONS = {
     "clipup.cli.__init__ -> clipup.cli.flags": "tyro, which `clipup --version` does not need",
     "clipup.cli.clip_benchmark -> clipup.evaluate.clip_benchmark": "CLIP_benchmark, an extra",
     "clipup.clip.accelerate -> clipup.clip.padding_aware": "open_clip, which SparseMoE does not need",
+    "clipup.upcycling.auto_classes -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
+    "clipup.upcycling.upcycle -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.data.loaders -> clipup.data.webdataset_pipeline": "webdataset, an extra",
     "clipup.train.sharded_saves -> clipup.train.dcp_storage": "torch.distributed.checkpoint, seconds to import",
 }

@@ -1,10 +1,12 @@
 import dataclasses
+import importlib
 from collections import OrderedDict
 
 import open_clip.transformer
 import pytest
 import timm.layers
 import torch
+import torchvision
 import transformers
 from timm.models.vision_transformer import Block
 from timm.models.vitamin import GeGluMlp
@@ -43,6 +45,28 @@ def mt5_mlp(feed_forward):
 def modern_bert_mlp():
     return modeling_modernbert.ModernBertMLP(transformers.ModernBertConfig(hidden_size=D, intermediate_size=H))
 
+
+def hugging_face_mlp(model, name, config, **options):
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    options = {"hidden_size": D, "intermediate_size": H, **options}
+    return getattr(module, name)(getattr(transformers, config)(**options))
+
+
+HUGGING_FACE_MLPS = [
+    hugging_face_mlp("clip", "CLIPMLP", "CLIPVisionConfig"),
+    hugging_face_mlp("siglip", "SiglipMLP", "SiglipVisionConfig"),
+    hugging_face_mlp("siglip2", "Siglip2MLP", "Siglip2VisionConfig"),
+    hugging_face_mlp("vit", "ViTMLP", "ViTConfig"),
+    hugging_face_mlp("dinov2", "Dinov2MLP", "Dinov2Config"),
+    hugging_face_mlp("dinov2", "Dinov2SwiGLUFFN", "Dinov2Config"),
+    hugging_face_mlp("dinov3_vit", "DINOv3ViTMLP", "DINOv3ViTConfig"),
+    hugging_face_mlp("dinov3_vit", "DINOv3ViTGatedMLP", "DINOv3ViTConfig", mlp_bias=True),
+    hugging_face_mlp("llama", "LlamaMLP", "LlamaConfig", mlp_bias=True, num_attention_heads=2),
+    hugging_face_mlp("mistral", "MistralMLP", "MistralConfig", num_attention_heads=2),
+    hugging_face_mlp("qwen2", "Qwen2MLP", "Qwen2Config"),
+    hugging_face_mlp("qwen3", "Qwen3MLP", "Qwen3Config"),
+    hugging_face_mlp("gemma", "GemmaMLP", "GemmaConfig"),
+]
 
 ACTIVATIONS = [
     (nn.GELU(), "gelu"),
@@ -93,7 +117,10 @@ def test_activation_is_read_as_what_it_computes(module, name):
         *([open_clip.transformer.SwiGLU(D, H)] if HAS_MODERN_TEXT else []),
         *([open_clip.transformer.SwiGLU(D, H, bias=False)] if HAS_MODERN_TEXT else []),
         nn.Sequential(OrderedDict(c_fc=nn.Linear(D, H), act=nn.GELU(), c_proj=nn.Linear(H, D))),
+        torchvision.models.vision_transformer.MLPBlock(D, H, dropout=0.0),
+        *HUGGING_FACE_MLPS,
     ],
+    ids=lambda mlp: type(mlp).__name__,
 )
 def test_mlp_read_computes_what_the_module_does(mlp):
     draw_biases_and_norms(mlp.eval())
@@ -109,6 +136,17 @@ def test_every_block_of_the_supported_towers_is_read(kind, tower):
     expected = {"quick_gelu": "quick_gelu", "gelu_tanh": "gelu_tanh"}.get(kind, "gelu")
     assert {find_mlp(block).dense.activation for block in blocks.values()} == {expected}
     assert all(find_mlp(block).dense.in_weight is block.mlp[0].weight for block in blocks.values() if kind != "timm")
+
+
+def test_an_mlp_in_two_modules_is_read_from_both():
+    module = importlib.import_module("transformers.models.bert.modeling_bert")
+    config = transformers.BertConfig(hidden_size=D, intermediate_size=H)
+    first, second = module.BertIntermediate(config), module.BertOutput(config)
+    x = torch.randn(9, D)
+    layer = SparseMoE.from_dense((first, second), MoEConfig(num_experts=3))
+    torch.testing.assert_close(layer(x), second.dense(first(x)))
+    with pytest.raises(TypeError, match="cannot read .*BertIntermediate as an MLP"):
+        SparseMoE.from_dense(first)
 
 
 class LooksLikeMlp(timm.layers.Mlp):
@@ -196,10 +234,11 @@ def test_families_read_are_named():
         "ResPostRelPosBlock, EvaBlock, EvaBlockPostNorm, SwinTransformerBlock, SwinTransformerV2Block, ConvNeXtBlock; "
         "MT5DenseActDense, MT5DenseGatedActDense, ModernBertMLP, BertIntermediate, RobertaIntermediate, "
         "XLMRobertaIntermediate, CLIPMLP, SiglipMLP, Siglip2MLP, ViTMLP, ViTIntermediate, Dinov2MLP, Dinov2SwiGLUFFN, "
-        "DINOv3ViTMLP, DINOv3ViTGatedMLP, LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, GemmaMLP in transformers's MT5Block, "
-        "ModernBertEncoderLayer, BertLayer, RobertaLayer, XLMRobertaLayer, CLIPEncoderLayer, SiglipEncoderLayer, "
-        "Siglip2EncoderLayer, ViTLayer, Dinov2Layer, DINOv3ViTLayer, LlamaDecoderLayer, MistralDecoderLayer, "
-        "Qwen2DecoderLayer, Qwen3DecoderLayer, GemmaDecoderLayer; MLPBlock in torchvision's EncoderBlock"
+        "DINOv3ViTMLP, DINOv3ViTGatedMLP, LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP, GemmaMLP in transformers's "
+        "MT5Block, ModernBertEncoderLayer, BertLayer, RobertaLayer, XLMRobertaLayer, CLIPEncoderLayer, "
+        "SiglipEncoderLayer, Siglip2EncoderLayer, ViTLayer, Dinov2Layer, DINOv3ViTLayer, LlamaDecoderLayer, "
+        "MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer, GemmaDecoderLayer; MLPBlock in torchvision's "
+        "EncoderBlock"
     )
 
 

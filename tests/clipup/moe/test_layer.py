@@ -122,6 +122,13 @@ def test_output_is_zero_and_gradient_is_zero_where_the_mask_is_false():
     assert x.grad[mask].abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_a_mask_of_integers_means_what_a_tokenizer_means(dtype):
+    layer, x = make_layer(), torch.randn(4, 6, D)
+    mask = torch.rand(4, 6) > 0.4
+    assert torch.equal(layer(x, mask.to(dtype)), layer(x, mask))
+
+
 def test_masked_tokens_change_nothing_for_the_others():
     layer = make_layer(capacity_factor=1.0, balance_weight=0.01, z_weight=0.01)
     x = torch.randn(4, 6, D)

@@ -68,6 +68,7 @@ def test_classes_for_tasks_are_found_too(name, tmp_path):
     assert type(auto.from_pretrained(tmp_path)) is type(sparse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["clipup", "transformers"])
 def test_auto_model_finds_the_class_once_clipup_is_imported(first, tmp_path):
     upcycle(tiny_hugging_face("CLIPModel")).save_pretrained(tmp_path)
@@ -170,7 +171,7 @@ TRAINED = [
 
 
 @pytest.mark.parametrize("name", TRAINED)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trainer_trains_every_expert(name, checkpointing, tmp_path):
     dense = tiny_hugging_face(name)
     sparse = upcycle(dense, sparse_config(dense, top_k=4, balance="topk"))
@@ -235,6 +236,20 @@ def test_tokens_that_the_attention_mask_masks_are_not_routed(name, attention):
     states = [out.text_model_output if name == "CLIPModel" else out for out in (features, every)]
     kept = [out.last_hidden_state[mask.bool()] for out in states]
     torch.testing.assert_close(*kept)
+
+
+def test_prepared_models_leave_the_padding_out_too():
+    sparse = upcycle(tiny_hugging_face("BertModel"))
+    batch = random_batch(sparse, 3)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, 5:] = 0
+    expected = sparse(**batch, attention_mask=mask).last_hidden_state
+    prepared = clipup.accelerate(sparse)
+
+    found = prepared(**batch, attention_mask=mask).last_hidden_state
+
+    torch.testing.assert_close(found, expected)
+    assert all(torch.equal(one.state.last_routing.mask, mask.flatten().bool()) for one in moe_layers(prepared).values())
 
 
 def test_a_text_without_padding_has_no_mask():
