@@ -12,6 +12,7 @@ from .backends.extension import FALLBACK_REASON, NATIVE
 _OPS = {
     "router_logits": "router_logits", "topk_gating": "topk_gating", "dispatch": "dispatch", "permute": "permute",
     "combine": "combine", "grouped_linear": "grouped_linear", "expert_mlp": "expert_mlp_forward",
+    "expert_glu": "expert_glu_forward",
     "dense_mlp": "dense_mlp",
 }  # fmt: skip
 """Public ops, and the registered op that computes each."""

@@ -140,3 +140,10 @@ def expert_mlp(
     else:
         a = activate(grouped_linear(rows, gate_weight, gate_bias, plan.offsets), activation) * z
     return combine(grouped_linear(a, out_weight, out_bias, plan.offsets), gates, plan)
+
+
+def expert_glu(
+    x: Tensor, gates: Tensor, plan: Plan, gate_in_weight: Tensor, out_weight: Tensor, activation: str = "silu"
+) -> Tensor:
+    gate_weight, in_weight = gate_in_weight.chunk(2, dim=1)
+    return expert_mlp(x, gates, plan, in_weight, None, out_weight, None, activation, gate_weight)

@@ -398,6 +398,10 @@ def _cases_of(dtype: torch.dtype, sizes: Size, generator: torch.Generator) -> It
         yield "expert_mlp_forward", (*routed, activation, True)
         yield "expert_mlp_forward", (*routed, activation, False)
         yield "expert_mlp_backward", (dy, *routed, z.to(dtype), activation, [True] * 4)
+        if parameters[1] is None and parameters[4] is not None:
+            halves = (torch.cat((gate_weight, in_weight), dim=1), out_weight)
+            yield "expert_glu_forward", (*routed[:-6], *halves, activation, True)
+            yield "expert_glu_backward", (dy, *routed[:-6], *halves, z.to(dtype), activation, [True] * 4)
         one = [None if weight is None else weight[0].contiguous() for weight in parameters]
         yield "dense_mlp", (x, *one, activation)
     if len(sizes.forms) > 1:

@@ -88,7 +88,8 @@ void combine_backward(Address dy, Address rows, int dtype, Address gates, Addres
 // Addresses in the order of moe.h's members.
 using Addresses = std::array<Address, 9>;
 
-clipup::Experts experts_of(int dtype, int activation, Size E, Size D, Size H, const Addresses& weights) {
+clipup::Experts experts_of(int dtype, int activation, Size E, Size D, Size H, Size in_stride,
+                           const Addresses& weights) {
   const auto [in, in_bias, out, out_bias, gate, gate_bias, packed_in, packed_out, packed_gate] = weights;
   return {clipup::DType{dtype},
           clipup::Activation{activation},
@@ -103,7 +104,8 @@ clipup::Experts experts_of(int dtype, int activation, Size E, Size D, Size H, co
           anything(gate_bias),
           anything(packed_in),
           anything(packed_out),
-          anything(packed_gate)};
+          anything(packed_gate),
+          in_stride};
 }
 
 clipup::Routing routing_of(Size T, Size K, const std::array<Address, 4>& routing) {
@@ -111,19 +113,19 @@ clipup::Routing routing_of(Size T, Size K, const std::array<Address, 4>& routing
   return {T, K, floats(gates), ints(offsets), ints(choice_of_row), ints(row_of_choice)};
 }
 
-void expert_mlp_forward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H,
+void expert_mlp_forward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H, Size in_stride,
                         const std::array<Address, 4>& routing, const Addresses& weights, Address x, Address y,
                         Address z) {
-  clipup::expert_mlp_forward(experts_of(dtype, activation, E, D, H, weights), routing_of(T, K, routing),
+  clipup::expert_mlp_forward(experts_of(dtype, activation, E, D, H, in_stride, weights), routing_of(T, K, routing),
                              anything(x), out_anything(y), out_anything(z));
 }
 
-void expert_mlp_backward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H,
+void expert_mlp_backward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H, Size in_stride,
                          const std::array<Address, 4>& routing, const Addresses& weights, Address dy,
                          Address x, Address z, const std::array<Address, 8>& gradients) {
   const auto [d_x, d_gates, d_in, d_in_bias, d_out, d_out_bias, d_gate, d_gate_bias] = gradients;
   clipup::expert_mlp_backward(
-      experts_of(dtype, activation, E, D, H, weights), routing_of(T, K, routing), anything(dy), anything(x),
+      experts_of(dtype, activation, E, D, H, in_stride, weights), routing_of(T, K, routing), anything(dy), anything(x),
       anything(z),
       {out_anything(d_x), out_floats(d_gates), out_anything(d_in), out_anything(d_in_bias),
        out_anything(d_out), out_anything(d_out_bias), out_anything(d_gate), out_anything(d_gate_bias)});
@@ -238,9 +240,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("combine_backward", &combine_backward, WithoutGil(), "dy"_a, "rows"_a, "dtype"_a, "gates"_a,
         "row_of_choice"_a, "T"_a, "K"_a, "D"_a, "rows_used"_a, "R"_a, "d_rows"_a, "d_gates"_a);
   m.def("expert_mlp_forward", &expert_mlp_forward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
-        "E"_a, "D"_a, "H"_a, "routing"_a, "weights"_a, "x"_a, "y"_a, "z"_a);
+        "E"_a, "D"_a, "H"_a, "in_stride"_a, "routing"_a, "weights"_a, "x"_a, "y"_a, "z"_a);
   m.def("expert_mlp_backward", &expert_mlp_backward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
-        "E"_a, "D"_a, "H"_a, "routing"_a, "weights"_a, "dy"_a, "x"_a, "z"_a, "gradients"_a);
+        "E"_a, "D"_a, "H"_a, "in_stride"_a, "routing"_a, "weights"_a, "dy"_a, "x"_a, "z"_a, "gradients"_a);
   m.def("grouped_linear", &grouped_linear, WithoutGil(), "dtype"_a, "rows"_a, "weight"_a, "bias"_a,
         "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "out"_a, "packed"_a);
   m.def("grouped_linear_backward", &grouped_linear_backward, WithoutGil(), "dtype"_a, "d_out"_a, "rows"_a,

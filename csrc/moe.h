@@ -157,6 +157,9 @@ struct Experts {
   const void *gate_weight, *gate_bias;  // [E,H,D] for gated experts, else null; [E,H] or null
   const void *packed_in, *packed_out,
       *packed_gate;  // or null; if given, the matrix itself is not read and may be null
+  // Elements from an expert's W_in, and W_gate, to the next one's, also in their gradients: 0 for H*D, or 2*H*D where
+  // both lie in one matrix.
+  std::int64_t in_stride;
 
   bool gated() const { return gate_weight != nullptr || packed_gate != nullptr; }
 };

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import glu
 from ..types import ACTIVATIONS
 from . import meta
 from .extension import NATIVE
@@ -185,12 +186,30 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
 
 
 def _sizes(x: Tensor, row_of_choice: Tensor, in_weight: Tensor, activation: str) -> tuple[int, ...]:
-    """dtype, activation, T, K, E, D, H as the native calls expect them."""
+    """dtype, activation, T, K, E, D, H and the stride of W_in as the native calls expect them."""
     num_experts, hidden, width = in_weight.shape
     return (
         *(DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation)),
-        *(*row_of_choice.shape, num_experts, width, hidden),
+        *(*row_of_choice.shape, num_experts, width, hidden, _stride(in_weight)),
     )
+
+
+def _stride(in_weight: Tensor) -> int:
+    """Elements from one expert's W_in to the next one's; 0 if they lie side by side."""
+    return 0 if in_weight.is_contiguous() else in_weight.stride(0)
+
+
+def _in_place(in_weight: Tensor, gate_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as the native calls read them: without a copy if both are contiguous, or the halves of one matrix."""
+    if gate_weight is not None and _halves(in_weight) and in_weight.stride() == gate_weight.stride():
+        return in_weight, gate_weight
+    return in_weight.contiguous(), None if gate_weight is None else gate_weight.contiguous()
+
+
+def _halves(weight: Tensor) -> bool:
+    """Whether a weight [E, H, D] lies as half of a matrix [E, 2H, D]."""
+    _, hidden, width = weight.shape
+    return weight.stride() == (2 * hidden * width, width, 1) and hidden * width > 0
 
 
 _NONE_PACKED = (0, 0, 0)
@@ -200,7 +219,9 @@ def expert_mlp_forward(
     x, gates, offsets, choice_of_row, row_of_choice, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
     activation, keep_z,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    x, gates, *weights = _dense(x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    in_weight, gate_weight = _in_place(in_weight, gate_weight)
+    x, gates, in_bias, out_weight, out_bias, gate_bias = _dense(x, gates, in_bias, out_weight, out_bias, gate_bias)
+    weights = in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias
     routing = _dense(offsets, choice_of_row, row_of_choice)
     pre_activation: tuple[int, ...] = (choice_of_row.numel(), in_weight.shape[1])
     if gate_weight is not None:
@@ -223,7 +244,7 @@ def packed_expert_mlp(
     y = torch.empty_like(x)
     NATIVE.expert_mlp_forward(
         DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), *row_of_choice.shape, offsets.numel() - 1, x.shape[1],
-        hidden, [*map(_address, (gates, *routing))], _packed_addresses(biases, in_packed, out_packed, gate_packed),
+        hidden, 0, [*map(_address, (gates, *routing))], _packed_addresses(biases, in_packed, out_packed, gate_packed),
         _address(x), _address(y), 0,
     )  # fmt: skip
     return y
@@ -268,7 +289,7 @@ def _dense_mlp(x: Tensor, weights: list[int], hidden: int, activation: str) -> T
     offsets = torch.tensor([0, num_tokens], dtype=torch.int32)
     y = torch.empty_like(x)
     NATIVE.expert_mlp_forward(
-        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_tokens, 1, 1, width, hidden,
+        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_tokens, 1, 1, width, hidden, 0,
         [0, _address(offsets), 0, 0], weights, _address(x), _address(y), 0,
     )  # fmt: skip
     return y
@@ -280,6 +301,7 @@ def expert_mlp_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     need_x, need_gates, need_in, need_out = output_mask
     dy, x, gates, *weights = _dense(dy, x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+    in_weight = weights[0]
     routing = _dense(offsets, choice_of_row, row_of_choice)
     (z,) = _dense(z)
     wanted = (need_x, need_gates, need_in, need_in, need_out, need_out, need_in, need_in)
@@ -295,3 +317,32 @@ def expert_mlp_backward(
     )  # fmt: skip
     empty = (x, gates, *[x] * 6)
     return tuple(like.new_empty(0) if grad is None else grad for grad, like in zip(grads, empty, strict=True))
+
+
+expert_glu_forward = glu.forward_of(expert_mlp_forward)
+
+
+def expert_glu_backward(
+    dy, x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, z, activation, output_mask
+) -> tuple[Tensor, ...]:
+    """Reads both halves in place and writes their gradients as halves."""
+    dy, x, gates, both, out_weight, z = _dense(dy, x, gates, gate_in_weight, out_weight, z)
+    routing = _dense(offsets, choice_of_row, row_of_choice)
+    hidden = out_weight.shape[2]
+    tensors = (x, gates, both, out_weight)
+    d_x, d_gates, d_both, d_out = grads = [
+        _pooled(like, like.shape if wanted else (0,)) for like, wanted in zip(tensors, output_mask, strict=True)
+    ]
+    d_gate, d_in = (d_both[:, :hidden], d_both[:, hidden:]) if output_mask[2] else (None, None)
+    wanted_x, wanted_gates, _, wanted_out = output_mask
+    gate_weight, in_weight = both[:, :hidden], both[:, hidden:]
+    NATIVE.expert_mlp_backward(
+        *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
+        [*map(_address, (in_weight, None, out_weight, None, gate_weight, None)), *_NONE_PACKED],
+        _address(dy), _address(x), _address(z if z.numel() else None),
+        [
+            _address(d_x if wanted_x else None), _address(d_gates if wanted_gates else None), _address(d_in), 0,
+            _address(d_out if wanted_out else None), 0, _address(d_gate), 0,
+        ],
+    )  # fmt: skip
+    return tuple(grads)

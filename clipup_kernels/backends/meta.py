@@ -81,6 +81,18 @@ def expert_mlp_forward(
     return x.new_empty(x.shape), x.new_empty(pre_activation if keep_z else 0)
 
 
+def expert_glu_forward(x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, activation, keep_z):
+    pre_activation = (2, choice_of_row.shape[0], out_weight.shape[2])
+    return x.new_empty(x.shape), x.new_empty(pre_activation if keep_z else 0)
+
+
+def expert_glu_backward(
+    dy, x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, z, activation, output_mask
+):
+    results = zip((x, gates, gate_in_weight, out_weight), output_mask, strict=True)
+    return tuple(one.new_empty(one.shape if wanted else 0) for one, wanted in results)
+
+
 def dense_mlp(x, *args):
     return x.new_empty(x.shape)
 

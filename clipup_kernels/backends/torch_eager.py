@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import glu, reference
 from ..types import Plan
 from . import grouped_products
 from .plan_checks import check_choices, check_offsets, check_rows
@@ -235,3 +235,6 @@ def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bia
     else:
         a = reference.activate(F.linear(x, gate_weight, gate_bias), activation) * z
     return F.linear(a, out_weight, out_bias)
+
+
+expert_glu_forward, expert_glu_backward = glu.forward_of(expert_mlp_forward), glu.backward_of(expert_mlp_backward)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import glu
 from ..reference import activate
 from . import cpp, torch_eager
 from .plan_checks import check_offsets, check_rows
@@ -144,3 +145,6 @@ def expert_mlp_backward(
         d_gate_weight,
         d_gate_bias,
     )
+
+
+expert_glu_forward, expert_glu_backward = glu.forward_of(expert_mlp_forward), glu.backward_of(expert_mlp_backward)

@@ -70,6 +70,46 @@ _expert_mlp_backward = define(
 )
 
 
+def _glu_context(ctx, inputs, output):
+    *tensors, activation, _ = inputs
+    _, z = output
+    ctx.save_for_backward(*tensors, z)
+    ctx.activation = activation
+    ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)
+
+
+def _glu_backward_of(ctx, dy, dz):
+    if dy is None:
+        return (None,) * 9
+    *tensors, z = ctx.saved_tensors
+    places = (0, 1, 5, 6)
+    wanted = [ctx.needs_input_grad[place] for place in places]
+    grads = _expert_glu_backward(dy, *tensors, z, ctx.activation, wanted)
+    by_place = {place: grad for place, grad, want in zip(places, grads, wanted, strict=True) if want}
+    return tuple(by_place.get(place) for place in range(9))
+
+
+_expert_glu_forward = define(
+    "expert_glu_forward(Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
+    " Tensor gate_in_weight, Tensor out_weight, str activation, bool keep_z) -> (Tensor, Tensor)",
+    setup_context=_glu_context,
+    backward=_glu_backward_of,
+    flops=lambda x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, *args, out_shape=None,
+    **kwargs: 3 * 2 * choice_of_row[0] * out_weight[1] * out_weight[2],
+)  # fmt: skip
+_expert_glu_backward = define(
+    "expert_glu_backward(Tensor dy, Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
+    " Tensor gate_in_weight, Tensor out_weight, Tensor z, str activation, bool[4] output_mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    flops=lambda dy, x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, z, activation,
+    output_mask, out_shape=None, **kwargs: (
+        2 * choice_of_row[0] * out_weight[1] * out_weight[2]
+        * (1 + output_mask[3] + 2 * (output_mask[0] + output_mask[2]) + (2 if 0 in z else 0))
+    ),
+)  # fmt: skip
+
+
 def _refuse_dense_derivative(ctx, dy):
     raise NotImplementedError(
         "clipup::dense_mlp has no derivative: it is for inference; train with torch's linear layers"
@@ -200,6 +240,52 @@ def expert_mlp(
             return _packed_expert_mlp(x, gates, *plan, *tensors, hidden, activation, layout)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gates, *tensors))
     y, _ = _expert_mlp_forward(x, gates, *plan, *tensors, activation, differentiated and recompute == "none")
+    return y
+
+
+def expert_glu(
+    x: Tensor,
+    gates: Tensor,
+    plan: Plan,
+    gate_in_weight: Tensor,
+    out_weight: Tensor,
+    activation: str = "silu",
+    recompute: str = "none",
+) -> Tensor:
+    """``expert_mlp`` for gated experts without biases, whose first two matrices are one weight, as in transformers.
+
+    ``y = sum_k g_k W_out (act(W_gate x) * (W_in x))``. Both halves of the weight are read in place; on CPUs their
+    gradients are written in place too.
+
+    Args:
+        x: [T, D] float32, bfloat16, float16 or float64; both weights have its type.
+        gates: [T, K] float32.
+        plan: from ``dispatch``; y is 0 for tokens without a row.
+        gate_in_weight: [E, 2H, D]: W_gate in the first H rows, W_in in the others. out_weight: [E, D, H].
+        activation: one of ``ACTIVATIONS``.
+        recompute: as in ``expert_mlp``.
+
+    Returns:
+        [T, D] of x's type. Sums are in float32.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, by name.
+        NotImplementedError: on a second derivative.
+    """
+    checks.tensor("x", x, ("T", "D"), checks.FLOATING, x)
+    checks.same_dtype("x", x, gate_in_weight=gate_in_weight, out_weight=out_weight)
+    checks.tensor("out_weight", out_weight, ("E", x.shape[1], "H"), checks.FLOATING, x)
+    num_experts, width, hidden = out_weight.shape
+    checks.tensor("gate_in_weight", gate_in_weight, (num_experts, 2 * hidden, width), checks.FLOATING, x)
+    checks.activation(activation)
+    if recompute not in ("none", "full"):
+        raise ValueError(f"recompute must be 'none' or 'full', got {recompute!r}")
+    checks.plan(plan, x.shape[0], x, num_experts)
+    checks.gates(gates, x)
+    checks.tensor("gates", gates, tuple(plan.row_of_choice.shape), (gates.dtype,), x)
+    tensors = (x, gates, gate_in_weight, out_weight)
+    keep = recompute == "none" and torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
+    y, _ = _expert_glu_forward(x, gates, *plan, gate_in_weight, out_weight, activation, keep)
     return y
 
 

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import glu
 from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate
@@ -196,3 +197,6 @@ def variants(arch: int) -> Iterator[Variant]:
             yield describe(_project_in, "inference", pointers, form | {"z": None}, case)
     for case in configs.cases(arch, "project_in_gated"):
         yield describe(_project_in, "silu", pointers, dict(ACTIVATION="silu"), case)
+
+
+expert_glu_forward = glu.forward_of(expert_mlp_forward)

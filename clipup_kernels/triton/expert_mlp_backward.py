@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import glu
 from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate_with_slope
@@ -279,3 +280,6 @@ def variants(arch: int) -> Iterator[Variant]:
             constants,
             _GATE_OPTIONS,
         )
+
+
+expert_glu_backward = glu.backward_of(expert_mlp_backward)

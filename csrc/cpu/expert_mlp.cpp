@@ -51,7 +51,7 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
     const std::vector<Block> blocks =
         make_blocks(wave, D, ks, experts.packed_out == nullptr ? typed.few_rows : 0);
     const auto out_matrix = [&](const Piece& piece) {
-      return forward_matrix(experts, experts.out_weight, experts.packed_out, piece.expert, D, H);
+      return forward_matrix(experts, experts.out_weight, experts.packed_out, piece.expert, D, H, D * H);
     };
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];

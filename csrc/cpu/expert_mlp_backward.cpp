@@ -86,24 +86,24 @@ class Backward {
     if (need_in_) {
       rows_.x_b_panels = ColumnPanels(waves_, D_, ks_.panel);
       rows_.dz_column_panels = ColumnPanels(waves_, H_, ks_.column_tile);
-      add_weight(H_, D_, wanted_.in_weight, wanted_.in_bias, rows_.dz_column_panels, rows_.x_b_panels);
+      add_weight(H_, D_, in_stride(experts_), wanted_.in_weight, wanted_.in_bias, rows_.dz_column_panels, rows_.x_b_panels);
       if (gated_) {
         rows_.dz_gate_column_panels = ColumnPanels(waves_, H_, ks_.column_tile);
-        add_weight(H_, D_, wanted_.gate_weight, wanted_.gate_bias, rows_.dz_gate_column_panels,
+        add_weight(H_, D_, in_stride(experts_), wanted_.gate_weight, wanted_.gate_bias, rows_.dz_gate_column_panels,
                    rows_.x_b_panels);
       }
     }
     if (need_out_) {
       rows_.scaled_dy_column_panels = ColumnPanels(waves_, D_, ks_.column_tile);
       rows_.hidden_b_panels = ColumnPanels(waves_, H_, ks_.panel);
-      add_weight(D_, H_, wanted_.out_weight, wanted_.out_bias, rows_.scaled_dy_column_panels,
+      add_weight(D_, H_, D_ * H_, wanted_.out_weight, wanted_.out_bias, rows_.scaled_dy_column_panels,
                  rows_.hidden_b_panels);
     }
   }
 
-  void add_weight(std::int64_t rows, std::int64_t columns, void* weight, void* bias, const ColumnPanels& left,
-                  const ColumnPanels& right) {
-    weights_.emplace_back(ks_, dtype_, experts_.E, rows, columns, weight, bias, waves_, left, right);
+  void add_weight(std::int64_t rows, std::int64_t columns, std::int64_t stride, void* weight, void* bias,
+                  const ColumnPanels& left, const ColumnPanels& right) {
+    weights_.emplace_back(ks_, dtype_, experts_.E, rows, columns, stride, weight, bias, waves_, left, right);
   }
 
   void pack(const RowTile& tile) const {
@@ -165,9 +165,9 @@ class Backward {
       const Piece& piece = *block.piece;
       const PreActivations saved = place(piece);
       const Term term{a_panel_at(rows_.dy_a_panels.get(), piece.at + block.row, d_words_), d_words_,
-                      backward_matrix(experts_.out_weight, piece.expert, H_, D_)};
+                      out_matrix_of(piece.expert)};
       const auto out_matrix = [&](const Piece& next) {
-        return backward_matrix(experts_.out_weight, next.expert, H_, D_);
+        return out_matrix_of(next.expert);
       };
       multiply_block(
           ks_, dtype_, &term, 1, 1, block, following_region(blocks, task, dtype_, ks_, out_matrix),
@@ -211,8 +211,11 @@ class Backward {
   }
 
   // One expert's [k, n] matrix: the backward pass sums over its rows.
-  Right backward_matrix(const void* weight, std::int64_t expert, std::int64_t n, std::int64_t k) const {
-    return {element(weight, dtype_, expert * n * k), false, n, k, nullptr};
+  Right out_matrix_of(std::int64_t expert) const {
+    return {element(experts_.out_weight, dtype_, expert * D_ * H_), false, H_, D_, nullptr};
+  }
+  Right in_matrix_of(const void* weight, std::int64_t expert) const {
+    return {element(weight, dtype_, expert * in_stride(experts_)), false, D_, H_, nullptr};
   }
 
   void sum_d_gates(const Wave& wave) {
@@ -241,9 +244,7 @@ class Backward {
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const auto index = static_cast<std::size_t>(task);
       if (index < dx_end) {
-        const auto in_matrix = [&](const Piece& next) {
-          return backward_matrix(experts_.in_weight, next.expert, D_, H_);
-        };
+        const auto in_matrix = [&](const Piece& next) { return in_matrix_of(experts_.in_weight, next.expert); };
         const auto following = task + thread_count() < static_cast<std::int64_t>(dx_end)
                                    ? following_region(blocks, task, dtype_, ks_, in_matrix)
                                    : Prefetch{};
@@ -258,9 +259,9 @@ class Backward {
     const Piece& piece = *block.piece;
     const std::int64_t at = piece.at + block.row;
     const Term terms[2] = {{a_panel_of(rows_.dz_a_panels, at), h_words_,
-                            backward_matrix(experts_.in_weight, piece.expert, D_, H_)},
+                            in_matrix_of(experts_.in_weight, piece.expert)},
                            {a_panel_of(rows_.dz_gate_a_panels, at), h_words_,
-                            backward_matrix(experts_.gate_weight, piece.expert, D_, H_)}};
+                            in_matrix_of(experts_.gate_weight, piece.expert)}};
     multiply_block(ks_, dtype_, terms, gated_ ? 2 : 1, 1, block, following, workspace_, thread, nothing_ahead,
                    [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
                      OutputTile tile{};

@@ -30,6 +30,8 @@ void check_experts(const Experts& experts) {
   check_size("E", E, 0);
   check_size("D", D, 0);
   check_size("H", H, 0);
+  check(experts.in_stride == 0 || experts.in_stride >= H * D,
+        "in_stride: expected 0 or at least H*D, got " + std::to_string(experts.in_stride));
   if (experts.packed_in == nullptr) check_pointer("in_weight", experts.in_weight, E * H * D);
   if (experts.packed_out == nullptr) check_pointer("out_weight", experts.out_weight, E * D * H);
   check(experts.gate_bias == nullptr || experts.gated(),
@@ -87,8 +89,8 @@ const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, 
 }
 
 Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
-                     std::int64_t n, std::int64_t k) {
-  return {element(weight, experts.dtype, expert * n * k), true, n, k,
+                     std::int64_t n, std::int64_t k, std::int64_t stride) {
+  return {element(weight, experts.dtype, expert * stride), true, n, k,
           packed_matrix(packed, experts.dtype, expert, n, k)};
 }
 
@@ -107,7 +109,8 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
   const auto* const first_piece = wave.pieces.data();
 
   const auto in_matrix = [&](const Piece& piece) {
-    return forward_matrix(experts, experts.in_weight, experts.packed_in, piece.expert, H, D);
+    return forward_matrix(experts, experts.in_weight, experts.packed_in, piece.expert, H, D,
+                          in_stride(experts));
   };
   parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
     const Block& block = blocks[task];
@@ -117,7 +120,8 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
     const Term terms[2] = {
         {a_panels, x_words, in_matrix(piece)},
         {a_panels, x_words,
-         forward_matrix(experts, experts.gate_weight, experts.packed_gate, piece.expert, H, D)}};
+         forward_matrix(experts, experts.gate_weight, experts.packed_gate, piece.expert, H, D,
+                        in_stride(experts))}};
     const std::int64_t outputs = gated ? 2 : 1;
     multiply_block(
         ks, dtype, terms, outputs, outputs, block, following_region(blocks, task, dtype, ks, in_matrix),

@@ -49,9 +49,15 @@ void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing
 const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, std::int64_t n,
                           std::int64_t k);
 
-// One of the forward matrices of an expert as the right operand: [n, k], packed or not.
+// Elements from one expert's W_in to the next one's.
+inline std::int64_t in_stride(const Experts& experts) {
+  return experts.in_stride == 0 ? experts.H * experts.D : experts.in_stride;
+}
+
+// One of the forward matrices of an expert as the right operand: [n, k], packed or not. stride: from one expert's to
+// the next one's, of a matrix that is not packed.
 Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
-                     std::int64_t n, std::int64_t k);
+                     std::int64_t n, std::int64_t k, std::int64_t stride);
 
 // Addresses of a piece's pre-activations: those of its row `i` are at z + i * H; null: not kept.
 struct PreActivations {

@@ -107,7 +107,7 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
   const ColumnPanels left(waves, O, ks.column_tile);
   const ColumnPanels right(waves, I, ks.panel);
   const Workspace workspace(ks, 1);
-  const WeightGradient gradient(ks, dtype, E, O, I, d_weight, d_bias, waves, left, right);
+  const WeightGradient gradient(ks, dtype, E, O, I, O * I, d_weight, d_bias, waves, left, right);
   for (const Wave& wave : waves) {
     for_row_tiles(wave, ks, [&](const RowTile& tile) {
       const Piece& piece = *tile.piece;

@@ -16,13 +16,15 @@ constexpr std::int64_t kLarge = std::int64_t{8} << 20U;
 }  // namespace
 
 WeightGradient::WeightGradient(const Kernels& kernels, DType dtype, std::int64_t E, std::int64_t rows,
-                               std::int64_t columns, void* weight, void* bias, const std::vector<Wave>& waves,
-                               const ColumnPanels& left, const ColumnPanels& right)
+                               std::int64_t columns, std::int64_t stride, void* weight, void* bias,
+                               const std::vector<Wave>& waves, const ColumnPanels& left,
+                               const ColumnPanels& right)
     : kernels_(&kernels),
       dtype_(dtype),
       E_(E),
       rows_(rows),
       columns_(columns),
+      stride_(stride),
       weight_(rows * columns == 0 ? nullptr : weight),
       bias_(bias),
       left_(&left),
@@ -61,7 +63,7 @@ void WeightGradient::run(const Block& block, const Workspace& workspace, std::in
                      const std::int64_t row = tile_index * tile_rows;
                      const std::int64_t column = panel * kernels_->panel;
                      const std::int64_t at = row * columns_ + column;
-                     void* const out = element(weight_, dtype_, piece.expert * rows_ * columns_ + at);
+                     void* const out = element(weight_, dtype_, piece.expert * stride_ + at);
                      float* meet = static_cast<float*>(out);
                      if (dtype_ != DType::kFloat32) meet = sum_.get() == nullptr ? nullptr : sum_.get() + at;
                      OutputTile tile{};
@@ -82,7 +84,7 @@ void WeightGradient::finish(const std::int32_t* offsets) const {
   const std::int64_t count = rows_ * columns_;
   parallel_for(weight_ == nullptr || count == 0 ? 0 : E_, 2, [&](std::int64_t e) {
     if (offsets[e + 1] > offsets[e]) return;
-    std::memset(element(weight_, dtype_, e * count), 0, count * element_size(dtype_));
+    std::memset(element(weight_, dtype_, e * stride_), 0, count * element_size(dtype_));
   });
   for (std::int64_t i = 0; bias_ != nullptr && i < E_ * rows_; ++i) {
     const float value = bias_sum_.get()[i];

@@ -31,9 +31,10 @@ class ColumnPanels {
 class WeightGradient {
  public:
   // weight[E, rows, columns], bias[E, rows]: complete once every wave's blocks have run; null: not wanted.
+  // stride: elements from one expert's weight to the next one's, at least rows * columns.
   // left, in column A panels, and right, in B panels, must outlive this object.
   WeightGradient(const Kernels& kernels, DType dtype, std::int64_t E, std::int64_t rows, std::int64_t columns,
-                 void* weight, void* bias, const std::vector<Wave>& waves, const ColumnPanels& left,
+                 std::int64_t stride, void* weight, void* bias, const std::vector<Wave>& waves, const ColumnPanels& left,
                  const ColumnPanels& right);
 
   std::vector<Block> blocks(const Wave& wave) const;
@@ -45,7 +46,7 @@ class WeightGradient {
  private:
   const Kernels* kernels_;
   DType dtype_;
-  std::int64_t E_, rows_, columns_;
+  std::int64_t E_, rows_, columns_, stride_;
   void *weight_, *bias_;
   const ColumnPanels *left_, *right_;
   bool large_;              // larger than the caches: written with streaming stores

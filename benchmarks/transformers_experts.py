@@ -1,0 +1,150 @@
+"""Experts of transformers' MoE models at their true widths: our implementation against those of transformers.
+
+    python benchmarks/transformers_experts.py          # three models in bf16, forward and training, about ten minutes
+    python benchmarks/transformers_experts.py --models olmoe --tokens 64 512 --csv experts.csv
+
+Each model gives one experts module with random weights; tokens are routed at random, balanced. ``eager``,
+``batched_mm`` (where its gathered weights fit into --gather-gb) and ``grouped_mm`` are transformers' own, called through
+the same module. Outputs and gradients are compared with those of ``eager`` before anything is timed. Ratios are to
+``grouped_mm``: below 1 is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from harness import DTYPES, alternate, commit, report, require_device
+from torch import Tensor, nn
+
+import clipup_kernels.integrations.transformers  # noqa: F401  registers "clipup"
+from clipup_kernels.machine import package_version, processor_name
+
+BASELINE = "grouped_mm"
+IMPLEMENTATIONS = (BASELINE, "eager", "batched_mm", "clipup")
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 5e-3}
+
+
+def mixtral() -> tuple[nn.Module, int]:
+    """Of Mixtral 8x7B: 8 experts of 4096 x 14336, 2 for each token."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    return MixtralExperts(transformers.MixtralConfig()), 2
+
+
+def olmoe() -> tuple[nn.Module, int]:
+    """Of OLMoE 1B-7B: 64 experts of 2048 x 1024, 8 for each token."""
+    from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+    return OlmoeExperts(transformers.OlmoeConfig(hidden_size=2048, intermediate_size=1024, num_experts=64)), 8
+
+
+def qwen3() -> tuple[nn.Module, int]:
+    """Of Qwen3 30B-A3B: 128 experts of 2048 x 768, 8 for each token."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = transformers.Qwen3MoeConfig(hidden_size=2048, moe_intermediate_size=768, num_experts=128)
+    return Qwen3MoeExperts(config), 8
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, int]]] = {"mixtral": mixtral, "olmoe": olmoe, "qwen3": qwen3}
+
+
+class Case:
+    """An experts module, and a batch of routed tokens."""
+
+    def __init__(self, experts: Any, top_k: int, tokens: int, training: bool) -> None:
+        self.experts, self.training = experts, training
+        weight = experts.down_proj
+        generator = torch.Generator().manual_seed(tokens)
+        self.x = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+        scores = torch.rand(tokens, weight.shape[0], generator=generator)
+        top = scores.softmax(-1).topk(top_k)
+        self.index = top.indices.to(weight.device)
+        self.weights = (top.values / top.values.sum(-1, keepdim=True)).to(weight.device, weight.dtype)
+        self.dy = torch.randn(tokens, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+
+    def run(self, implementation: str) -> list[Tensor]:
+        """The output, and in training the gradients of tokens and weights."""
+        self.experts.config._experts_implementation = implementation
+        parameters = list(self.experts.parameters())
+        if not self.training:
+            with torch.no_grad():
+                return [self.experts(self.x, self.index, self.weights)]
+        x = self.x.detach().requires_grad_()
+        y = self.experts(x, self.index, self.weights)
+        return [y.detach(), *torch.autograd.grad(y, [x, *parameters], self.dy)]
+
+    def gathered_gb(self) -> float:
+        """What ``batched_mm`` copies: the weights of every token and choice."""
+        of_expert = sum(parameter[0].numel() for parameter in self.experts.parameters())
+        return self.index.numel() * of_expert * self.x.element_size() / 1e9
+
+
+def check(case: Case, implementations: list[str], precision: str) -> None:
+    """Stops the program unless all give what eager gives."""
+    expected = case.run("eager")
+    for name in implementations:
+        for found, wanted in zip(case.run(name), expected, strict=True):
+            error = (found.float() - wanted.float()).norm() / wanted.float().norm()
+            if not error <= TOLERANCE[precision]:
+                raise SystemExit(f"{name} in {precision}: error {error:.2g} against eager; nothing was timed")
+
+
+def measure(name: str, precision: str, args: argparse.Namespace) -> list[dict[str, str]]:
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        experts, top_k = MODELS[name]()
+    experts = experts.to(DTYPES[precision]).to_empty(device=args.device)
+    experts.config = copy.deepcopy(experts.config)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    rows = []
+    for tokens in args.tokens:
+        for training in (False, True):
+            case = Case(experts, top_k, tokens, training)
+            chosen = [one for one in IMPLEMENTATIONS if one != "batched_mm" or case.gathered_gb() <= args.gather_gb]
+            check(case, chosen, precision)
+            candidates = {one: lambda one=one, case=case: case.run(one) for one in chosen}
+            for one, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items():
+                rows.append(
+                    {
+                        "device": processor_name(args.device), "dtype": precision,
+                        "threads": args.threads if args.device == "cpu" else "", "model": name, "tokens": tokens,
+                        "pass": "fwd_bwd" if training else "fwd", "impl": one,
+                        "median_ms": f"{timing.median_ms:.1f}", "p20_ms": f"{timing.p20_ms:.1f}",
+                        "p80_ms": f"{timing.p80_ms:.1f}", "ratio_to_grouped_mm": f"{timing.ratio:.3f}",
+                        "commit": commit(), "torch": torch.__version__,
+                        "transformers": package_version("transformers"),
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: all)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 256], help="tokens a batch (default: 16 256)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
+    parser.add_argument("--seconds", type=float, default=10, help="timing budget of each case (default: 10)")
+    parser.add_argument("--gather-gb", type=float, default=4, help="most that batched_mm may gather (default: 4)")
+    parser.add_argument("--csv", help="file to write the rows to")
+    args = parser.parse_args(argv)
+    require_device(args.device)
+    torch.set_num_threads(args.threads)
+    rows = [row for name in args.models for dtype in args.dtypes for row in measure(name, dtype, args)]
+    print(f"{processor_name(args.device)}; ratios are medians of pair-by-pair ratios\n")
+    report(rows, "model dtype tokens pass impl median_ms p20_ms p80_ms ratio_to_grouped_mm", args.csv)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

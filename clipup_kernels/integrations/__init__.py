@@ -1,0 +1,1 @@
+"""The ops inside other libraries. Importing a module registers them there."""

@@ -1,0 +1,172 @@
+"""transformers' MoE models on our ops: the same outputs and gradients as their eager experts."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import clipup_kernels.integrations.transformers  # noqa: F401
+
+SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+SIZE |= {"num_key_value_heads": 2, "intermediate_size": 24, "num_experts_per_tok": 2}
+MODELS = {
+    "Mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZE, num_local_experts=5)),
+    "Qwen2Moe": lambda: transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            **SIZE, num_experts=6, moe_intermediate_size=16, shared_expert_intermediate_size=16, decoder_sparse_step=1
+        )
+    ),
+    "Qwen3Moe": lambda: transformers.Qwen3MoeForCausalLM(
+        transformers.Qwen3MoeConfig(**SIZE, num_experts=6, moe_intermediate_size=16, norm_topk_prob=True)
+    ),
+    "Olmoe": lambda: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**SIZE, num_experts=6)),
+}
+
+
+def pair(name, dtype=torch.float32):
+    torch.manual_seed(0)
+    eager = MODELS[name]().to(dtype)
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = copy.deepcopy(eager)
+    eager.set_experts_implementation("eager")
+    ours.set_experts_implementation("clipup")
+    return eager, ours
+
+
+def batch():
+    torch.manual_seed(1)
+    ids = torch.randint(0, 64, (3, 9))
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients_are_those_of_eager(name):
+    eager, ours = pair(name)
+    expected, found = eager(**batch()), ours(**batch())
+    torch.testing.assert_close(found.logits, expected.logits)
+    expected.loss.backward()
+    found.loss.backward()
+    wanted = dict(eager.named_parameters())
+    assert any(name.endswith("gate_up_proj") for name in wanted)
+    for name, parameter in ours.named_parameters():
+        assert parameter.grad.shape == parameter.shape
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_follows_float32(name, dtype):
+    exact, _ = pair(name)
+    _, ours = pair(name, dtype)
+    exact.load_state_dict({key: value.float() for key, value in ours.state_dict().items()})
+    expected = exact(**batch()).logits
+    difference = (ours(**batch()).logits.float() - expected).norm() / expected.norm()
+    assert difference < (0.03 if dtype is torch.bfloat16 else 0.004)
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_other_implementations_can_be_set_again(implementation):
+    eager, ours = pair("Mixtral")
+    expected = eager(**batch()).logits
+    ours.set_experts_implementation(implementation)
+    torch.testing.assert_close(ours(**batch()).logits, expected)
+    ours.set_experts_implementation("clipup")
+    torch.testing.assert_close(ours(**batch()).logits, expected)
+
+
+def test_the_implementation_can_be_named_when_a_model_is_loaded(tmp_path):
+    eager, _ = pair("Mixtral")
+    eager.save_pretrained(tmp_path)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="clipup")
+    assert ours.config._experts_implementation == "clipup"
+    torch.testing.assert_close(ours(**batch()).logits, eager(**batch()).logits)
+
+
+def test_generation_gives_the_same_tokens():
+    eager, ours = pair("Qwen3Moe")
+    prompt = batch()["input_ids"][:, :4]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.eval().generate(prompt, **options), eager.eval().generate(prompt, **options))
+
+
+def test_autocast_follows_eager():
+    eager, ours = pair("Mixtral")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = eager(**batch()), ours(**batch())
+    found.loss.backward()
+    torch.testing.assert_close(found.loss, expected.loss, rtol=2e-2, atol=2e-2)
+    experts = ours.model.layers[0].mlp.experts if hasattr(ours.model.layers[0], "mlp") else None
+    experts = experts or ours.model.layers[0].block_sparse_moe.experts
+    assert experts.gate_up_proj.grad.dtype == torch.float32 and experts.gate_up_proj.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_and_checkpointed_models_train_alike(checkpointing):
+    eager, ours = pair("Mixtral")
+    if checkpointing:
+        ours.train().gradient_checkpointing_enable()
+        eager.train()
+        loss = ours(**batch()).loss
+    else:
+        loss = torch.compile(ours, fullgraph=True)(**batch()).loss
+    expected = eager(**batch()).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for (name, one), other in zip(ours.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_gradient_of_a_gated_weight_is_written_in_one_piece():
+    _, ours = pair("Mixtral")
+    experts = next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
+    x = torch.randn(50, 32)
+    index, weights = torch.randint(0, 5, (50, 2)), torch.rand(50, 2)
+    clipup_kernels.integrations.transformers.experts_forward(experts, x, index, weights).sum().backward()
+    assert experts.gate_up_proj.grad.is_contiguous()
+
+
+def test_choices_of_experts_elsewhere_give_nothing():
+    _, ours = pair("Mixtral")
+    experts = next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
+    torch.manual_seed(2)
+    x, weights = torch.randn(40, 32), torch.rand(40, 2)
+    index = torch.stack([torch.randperm(7)[:2] for _ in range(40)])  # 5 experts here; 5 and 6 are elsewhere
+    experts._is_expert_parallel = True
+    found = clipup_kernels.integrations.transformers.experts_forward(experts, x, index, weights)
+    experts._is_expert_parallel = False
+    here = index < 5
+    expected = clipup_kernels.integrations.transformers.experts_forward(
+        experts, x, torch.where(here, index, 0), torch.where(here, weights, 0.0)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"has_bias": True}, "biases"),
+        ({"is_transposed": True}, "transposed weights"),
+        ({"is_concatenated": False}, "interleaved weights"),
+        ({"has_post_expert_norm": True}, "a norm after each expert"),
+        ({"act_fn": torch.nn.Tanh()}, "the activation Tanh"),
+    ],
+)
+def test_other_experts_are_refused_by_name(change, named):
+    _, ours = pair("Mixtral")
+    experts = next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
+    for name, value in change.items():
+        setattr(experts, name, value)
+    with pytest.raises(NotImplementedError, match=f"'clipup' does not compute MixtralExperts, which has {named}"):
+        ours(**batch())
+
+
+def test_gpt_oss_is_refused_by_name():
+    config = transformers.GptOssConfig(**{**SIZE, "num_local_experts": 4})
+    model = transformers.GptOssForCausalLM(config)
+    model.set_experts_implementation("clipup")
+    with pytest.raises(NotImplementedError, match="GptOssExperts, which has biases, .*a gating of their own"):
+        model(**batch())
