@@ -4,7 +4,7 @@
     python benchmarks/transformers_experts.py --models olmoe --tokens 64 512 --csv experts.csv
 
 Each model gives one experts module with random weights; tokens are routed at random, balanced. ``eager``,
-``batched_mm`` (where its gathered weights fit into --gather-gb) and ``grouped_mm`` are transformers' own, called through
+``batched_mm`` (where its gathered weights fit into --gather-gb) and ``grouped_mm`` are transformers' own, called by
 the same module. Outputs and gradients are compared with those of ``eager`` before anything is timed. Ratios are to
 ``grouped_mm``: below 1 is faster.
 """

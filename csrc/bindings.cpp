@@ -116,8 +116,8 @@ clipup::Routing routing_of(Size T, Size K, const std::array<Address, 4>& routing
 void expert_mlp_forward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H, Size in_stride,
                         const std::array<Address, 4>& routing, const Addresses& weights, Address x, Address y,
                         Address z) {
-  clipup::expert_mlp_forward(experts_of(dtype, activation, E, D, H, in_stride, weights), routing_of(T, K, routing),
-                             anything(x), out_anything(y), out_anything(z));
+  clipup::expert_mlp_forward(experts_of(dtype, activation, E, D, H, in_stride, weights),
+                             routing_of(T, K, routing), anything(x), out_anything(y), out_anything(z));
 }
 
 void expert_mlp_backward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H, Size in_stride,
@@ -125,8 +125,8 @@ void expert_mlp_backward(int dtype, int activation, Size T, Size K, Size E, Size
                          Address x, Address z, const std::array<Address, 8>& gradients) {
   const auto [d_x, d_gates, d_in, d_in_bias, d_out, d_out_bias, d_gate, d_gate_bias] = gradients;
   clipup::expert_mlp_backward(
-      experts_of(dtype, activation, E, D, H, in_stride, weights), routing_of(T, K, routing), anything(dy), anything(x),
-      anything(z),
+      experts_of(dtype, activation, E, D, H, in_stride, weights), routing_of(T, K, routing), anything(dy),
+      anything(x), anything(z),
       {out_anything(d_x), out_floats(d_gates), out_anything(d_in), out_anything(d_in_bias),
        out_anything(d_out), out_anything(d_out_bias), out_anything(d_gate), out_anything(d_gate_bias)});
 }

@@ -8,9 +8,11 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import Any
 
 _CHUNK = 32
@@ -42,11 +44,11 @@ def worker_init_fn() -> Callable[[int], None]:
     """``worker_init_fn`` for a data loader whose workers ignore Ctrl-C and SIGTERM.
 
     Both signals reach the whole process group, and a run that finishes its step and saves needs its workers until then.
-    Workers end with their parent. At exit the parent sends them SIGTERM, which they ignore, and would wait forever, so
-    remaining workers are killed at exit.
+    Workers end with their parent, without a word if it was killed. At exit the parent sends them SIGTERM, which they
+    ignore, and would wait forever, so remaining workers are killed at exit.
     """
     _register_at_exit()
-    return _ignore_signals
+    return _prepare_worker
 
 
 @contextmanager
@@ -93,9 +95,19 @@ def _end_workers_of(iterator: Any) -> None:
             worker.kill()
 
 
-def _ignore_signals(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = functools.partial(_report, sys.excepthook)
+
+
+def _report(
+    report: Callable[..., object], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A thread of ``multiprocessing`` hands over a worker's tensors. When the parent is killed meanwhile, a connection
+    breaks in that thread, and its traceback would be the last that one reads of a run."""
+    if not isinstance(error, ConnectionError | EOFError):
+        report(kind, error, trace)
 
 
 @functools.cache

@@ -22,8 +22,10 @@ from .extension import FORCE_BACKEND, FORCE_TIER
 
 ROUTING = ("router_logits", "router_logits_backward", "topk_gating", "topk_gating_backward", "dispatch")
 ROWS = ("permute", "gather_sum", "combine", "combine_backward")
-PRODUCTS = ("grouped_linear", "grouped_linear_backward", "expert_mlp_forward", "expert_mlp_backward", "dense_mlp")
-PRODUCTS += ("expert_glu_forward", "expert_glu_backward")
+PRODUCTS = (
+    *("grouped_linear", "grouped_linear_backward", "expert_mlp_forward", "expert_mlp_backward", "dense_mlp"),
+    *("expert_glu_forward", "expert_glu_backward"),
+)
 """``dense_mlp`` is for inference: on CUDA devices it is torch's own products."""
 PACKED = ("packed_grouped_linear", "packed_expert_mlp", "packed_dense_mlp")
 

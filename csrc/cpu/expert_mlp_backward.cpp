@@ -86,11 +86,12 @@ class Backward {
     if (need_in_) {
       rows_.x_b_panels = ColumnPanels(waves_, D_, ks_.panel);
       rows_.dz_column_panels = ColumnPanels(waves_, H_, ks_.column_tile);
-      add_weight(H_, D_, in_stride(experts_), wanted_.in_weight, wanted_.in_bias, rows_.dz_column_panels, rows_.x_b_panels);
+      add_weight(H_, D_, in_stride(experts_), wanted_.in_weight, wanted_.in_bias, rows_.dz_column_panels,
+                 rows_.x_b_panels);
       if (gated_) {
         rows_.dz_gate_column_panels = ColumnPanels(waves_, H_, ks_.column_tile);
-        add_weight(H_, D_, in_stride(experts_), wanted_.gate_weight, wanted_.gate_bias, rows_.dz_gate_column_panels,
-                   rows_.x_b_panels);
+        add_weight(H_, D_, in_stride(experts_), wanted_.gate_weight, wanted_.gate_bias,
+                   rows_.dz_gate_column_panels, rows_.x_b_panels);
       }
     }
     if (need_out_) {
@@ -166,9 +167,7 @@ class Backward {
       const PreActivations saved = place(piece);
       const Term term{a_panel_at(rows_.dy_a_panels.get(), piece.at + block.row, d_words_), d_words_,
                       out_matrix_of(piece.expert)};
-      const auto out_matrix = [&](const Piece& next) {
-        return out_matrix_of(next.expert);
-      };
+      const auto out_matrix = [&](const Piece& next) { return out_matrix_of(next.expert); };
       multiply_block(
           ks_, dtype_, &term, 1, 1, block, following_region(blocks, task, dtype_, ks_, out_matrix),
           workspace_, thread,
@@ -244,7 +243,9 @@ class Backward {
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const auto index = static_cast<std::size_t>(task);
       if (index < dx_end) {
-        const auto in_matrix = [&](const Piece& next) { return in_matrix_of(experts_.in_weight, next.expert); };
+        const auto in_matrix = [&](const Piece& next) {
+          return in_matrix_of(experts_.in_weight, next.expert);
+        };
         const auto following = task + thread_count() < static_cast<std::int64_t>(dx_end)
                                    ? following_region(blocks, task, dtype_, ks_, in_matrix)
                                    : Prefetch{};
@@ -258,10 +259,9 @@ class Backward {
   void input_gradient(const Block& block, const Prefetch& following, std::int64_t thread) {
     const Piece& piece = *block.piece;
     const std::int64_t at = piece.at + block.row;
-    const Term terms[2] = {{a_panel_of(rows_.dz_a_panels, at), h_words_,
-                            in_matrix_of(experts_.in_weight, piece.expert)},
-                           {a_panel_of(rows_.dz_gate_a_panels, at), h_words_,
-                            in_matrix_of(experts_.gate_weight, piece.expert)}};
+    const Term terms[2] = {
+        {a_panel_of(rows_.dz_a_panels, at), h_words_, in_matrix_of(experts_.in_weight, piece.expert)},
+        {a_panel_of(rows_.dz_gate_a_panels, at), h_words_, in_matrix_of(experts_.gate_weight, piece.expert)}};
     multiply_block(ks_, dtype_, terms, gated_ ? 2 : 1, 1, block, following, workspace_, thread, nothing_ahead,
                    [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
                      OutputTile tile{};

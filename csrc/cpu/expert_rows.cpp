@@ -117,11 +117,10 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
     const Piece& piece = *block.piece;
     const PreActivations& place = places[block.piece - first_piece];
     const Word* const a_panels = a_panel_at(x_a_panels, piece.at + block.row, x_words);
-    const Term terms[2] = {
-        {a_panels, x_words, in_matrix(piece)},
-        {a_panels, x_words,
-         forward_matrix(experts, experts.gate_weight, experts.packed_gate, piece.expert, H, D,
-                        in_stride(experts))}};
+    const Term terms[2] = {{a_panels, x_words, in_matrix(piece)},
+                           {a_panels, x_words,
+                            forward_matrix(experts, experts.gate_weight, experts.packed_gate, piece.expert, H,
+                                           D, in_stride(experts))}};
     const std::int64_t outputs = gated ? 2 : 1;
     multiply_block(
         ks, dtype, terms, outputs, outputs, block, following_region(blocks, task, dtype, ks, in_matrix),

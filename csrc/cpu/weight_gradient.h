@@ -34,8 +34,8 @@ class WeightGradient {
   // stride: elements from one expert's weight to the next one's, at least rows * columns.
   // left, in column A panels, and right, in B panels, must outlive this object.
   WeightGradient(const Kernels& kernels, DType dtype, std::int64_t E, std::int64_t rows, std::int64_t columns,
-                 std::int64_t stride, void* weight, void* bias, const std::vector<Wave>& waves, const ColumnPanels& left,
-                 const ColumnPanels& right);
+                 std::int64_t stride, void* weight, void* bias, const std::vector<Wave>& waves,
+                 const ColumnPanels& left, const ColumnPanels& right);
 
   std::vector<Block> blocks(const Wave& wave) const;
   void run(const Block& block, const Workspace& workspace, std::int64_t thread) const;

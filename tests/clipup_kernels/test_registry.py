@@ -15,7 +15,9 @@ from clipup_kernels.backends import extension, registry
 
 compiled = pytest.mark.skipif(extension.NATIVE is None, reason="the extension is not built or not used")
 
-ON_TRITON = {"router_logits", "topk_gating", "dispatch", "permute", "combine", "grouped_linear", "expert_mlp"}
+ON_TRITON = {"router_logits", "topk_gating", "dispatch", "permute", "combine", "grouped_linear", "expert_mlp"} | {
+    "expert_glu"
+}
 ALL_OPS = (*registry.ROUTING, *registry.ROWS, *registry.PRODUCTS)
 
 
