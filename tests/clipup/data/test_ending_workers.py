@@ -13,7 +13,7 @@ from picture_samples import preprocess, tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from clipup.data.loaders import train_loader
-from clipup.data.processes import _ignore_signals, reading
+from clipup.data.processes import _prepare_worker, reading
 from clipup.train.training_data import Epochs
 
 QUICK = 3
@@ -62,7 +62,7 @@ def test_workers_that_hang_are_killed(pictures):
 
 @pytest.mark.slow
 def test_workers_that_hang_when_an_iteration_is_left_are_killed():
-    loader = DataLoader(Pictures(), batch_size=QUICK, num_workers=1, worker_init_fn=_ignore_signals)
+    loader = DataLoader(Pictures(), batch_size=QUICK, num_workers=1, worker_init_fn=_prepare_worker)
     with pytest.raises(ZeroDivisionError), reading(loader) as batches:
         next(batches)
         [worker] = batches._workers
