@@ -21,11 +21,19 @@ from .padding_masks import attended_tokens
 _PREFIX = "PaddingAware"
 
 
-class _Current(threading.local):
+class _State:
     token_mask: Tensor | None = None
 
 
-_current = _Current()
+class _OfThread(threading.local):
+    """``state`` per thread: a separate object, because ``torch.compile`` loses assignments to attributes of a subclass
+    of ``threading.local``."""
+
+    def __init__(self) -> None:
+        self.state = _State()
+
+
+_threads = _OfThread()
 
 
 def make_hugging_face_padding_aware(model: nn.Module) -> bool:
@@ -49,18 +57,19 @@ def _pass_token_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     """A hook in front of a sparse layer's forward; whatever class the layer has, plain or prepared."""
     if len(args) > 1 or "mask" in kwargs or not layer.config.padding_aware:
         return None
-    return args, {**kwargs, "mask": _current.token_mask}
+    return args, {**kwargs, "mask": _threads.state.token_mask}
 
 
 class PaddingAwareBlock:
     """A block of transformers with a sparse layer."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
-        before, _current.token_mask = _current.token_mask, _token_mask(attention_mask)
+        state = _threads.state
+        before, state.token_mask = state.token_mask, _token_mask(attention_mask)
         try:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         finally:
-            _current.token_mask = before
+            state.token_mask = before
 
 
 def _token_mask(attention_mask: Any) -> Tensor | None:

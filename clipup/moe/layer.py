@@ -7,7 +7,7 @@ token, ``R = T*K`` rows (one per (token, choice) pair). Weights are laid out as 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .expert_init import experts_of, reinitialize_hidden_units
 from .expert_parallel import is_distributed
 from .experts import Experts, SharedExpert
 from .layer_state import LayerState, recomputing
-from .router import Router, Routing, weighted_losses
+from .router import Router, Routing, TokenRouting, weighted_losses
 from .step_counts import StepCounts, over_ranks
 
 SHARED_GATE = 0.5
@@ -171,15 +171,24 @@ class SparseMoE(Experts):
         if self.shared is not None:
             self.shared.reset_experts()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    @overload
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, return_routing: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, return_routing: Literal[True]
+    ) -> tuple[Tensor, TokenRouting]: ...
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, TokenRouting]:
         """
         Args:
             x: [..., D].
             mask: x's leading dimensions; False, or 0 in a mask of integers such as those of transformers' tokenizers,
                 for masked tokens. There y is 0, and the token counts neither towards capacity nor in losses.
+            return_routing: also return the gates, experts and dropped choices of every token.
 
         Returns:
-            y: [..., D] in x's type, or autocast's.
+            y: [..., D] in x's type, or autocast's; with ``return_routing`` (y, ``TokenRouting``).
         """
         self._check(x, mask)
         tokens = x.reshape(-1, self.d_model).contiguous()  # the router rounds a strided view differently
@@ -192,6 +201,8 @@ class SparseMoE(Experts):
             loss = self._losses(routing) if learns and self.config.has_losses else None
         if not (recomputing() or torch.compiler.is_exporting()):
             self.state.keep(routing, y, loss, counts_load=learns and self.config.selection_bias != "none")
+        if return_routing:
+            return y.view(x.shape), TokenRouting.of(routing, x.shape[:-1])
         return y.view(x.shape)
 
     def _losses(self, routing: Routing) -> Tensor:

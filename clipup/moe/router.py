@@ -43,6 +43,23 @@ class Routing(NamedTuple):
     """[T] bool: tokens that are not masked; None means all."""
 
 
+class TokenRouting(NamedTuple):
+    """Where each token of a layer's input went; the leading dimensions are those of the input."""
+
+    gates: Tensor
+    """[..., K] float32, with a derivative: weights of the choices. That of a dropped choice is not added to y."""
+    experts: Tensor
+    """[..., K] int32: the experts chosen, by descending probability; -1 for a masked token."""
+    kept: Tensor
+    """[..., K] bool: False for choices that were dropped, for lack of capacity or because the token is masked."""
+
+    @classmethod
+    def of(cls, routing: Routing, leading: torch.Size) -> TokenRouting:
+        shape = (*leading, routing.gates.shape[-1])
+        kept = routing.plan.row_of_choice >= 0
+        return cls(routing.gates.view(shape), routing.gating.expert_indices.view(shape), kept.view(shape))
+
+
 class Router(nn.Module):
     """Selects K of E experts for each token. Parameter: ``weight`` [E, D]; logits are float32 whatever its type.
 
