@@ -17,7 +17,7 @@ from .upcycling.auto_classes import register_configs
 if TYPE_CHECKING:
     from .clip.accelerate import accelerate
     from .moe.config import MoEConfig
-    from .moe.layer import SparseMoE, aux_loss, moe_layers
+    from .moe.layer import SparseMoE, aux_loss, collect_aux_losses, moe_layers
     from .moe.metrics import moe_metrics
     from .moe.selection_bias import update_selection_bias
     from .moe.weight_decay import parameter_groups
@@ -40,6 +40,7 @@ _LAZY = {
     "accelerate": "clip.accelerate",
     "aux_loss": "moe.layer",
     "calibrate": "upcycling.calibration",
+    "collect_aux_losses": "moe.layer",
     "create_model_and_transforms": "pretrained.factory",
     "create_timm_model": "pretrained.timm_factory",
     "get_model_config": "pretrained.model_names",
@@ -60,6 +61,7 @@ __all__ = [
     "accelerate",
     "aux_loss",
     "calibrate",
+    "collect_aux_losses",
     "create_model_and_transforms",
     "create_timm_model",
     "get_model_config",

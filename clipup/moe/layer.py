@@ -6,7 +6,8 @@ token, ``R = T*K`` rows (one per (token, choice) pair). Weights are laid out as 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -291,6 +292,48 @@ def aux_loss(model: nn.Module) -> Tensor:
         _refuse_losses_of_other_threads(layers)
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=None if parameter is None else parameter.device)
+
+
+class CollectedLosses:
+    """The weighted auxiliary losses of the forward passes in a ``with collect_aux_losses(model)`` block."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
+        self.by_layer: dict[str, Tensor] = {}
+        """By the layer's name; 0-d float32 tensors with their graphs. Empty until the block has ended."""
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum; 0 if there are none."""
+        losses = list(self.by_layer.values())
+        if not losses:
+            return torch.zeros((), device=self._device)
+        return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+@contextmanager
+def collect_aux_losses(model: nn.Module) -> Iterator[CollectedLosses]:
+    """Takes the auxiliary losses of the forward passes inside the block, layer by layer, instead of ``aux_loss``::
+
+        with clipup.collect_aux_losses(model) as losses:
+            out = model(images, texts)
+        loss = contrastive(*out) + losses.total
+
+    Losses that were there before are dropped. If the block is left by an error, nothing is kept.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    layers = moe_layers(model)
+    parameter = next(model.parameters(), None)
+    collected = CollectedLosses(None if parameter is None else parameter.device)
+    for layer in layers.values():
+        layer.state.take_losses()
+    try:
+        yield collected
+    finally:
+        taken = {name: layer.state.take_losses() for name, layer in layers.items()}
+    collected.by_layer = {name: torch.stack(losses).sum() for name, losses in taken.items() if losses}
 
 
 def _refuse_losses_of_other_threads(layers: dict[str, SparseMoE]) -> None:
