@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -113,10 +114,10 @@ class Options:
             check(name, value, value is None or value >= 1, "at least 1")
         for name in (*_OF_CARD, "images_per_second", "price"):
             value = getattr(self, name)
-            check(name, value, value is None or value > 0, "positive")
+            check(name, value, value is None or 0 < value < math.inf, "positive and finite")
         for name in ("mfu", "link_efficiency"):
             check(name, getattr(self, name), 0 < getattr(self, name) <= 1, "above 0 and at most 1")
-        check("reserve", self.reserve, self.reserve >= 0, "0 or more")
+        check("reserve", self.reserve, 0 <= self.reserve < math.inf, "0 or more, and finite")
         if self.samples is not None and self.epochs is not None:
             raise ValueError("samples and epochs both say how long the run is; use one")
         if (self.epochs is None) != (self.train_num_samples is None):

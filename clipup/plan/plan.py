@@ -124,7 +124,7 @@ def propose(
 def _settings(subject: Subject, cluster: Cluster, batch: int) -> Iterator[dict[str, Any]]:
     gpus, node = cluster.gpus, cluster.rates.gpus_per_node
     experts = subject.experts
-    divisors = [n for n in range(2, gpus + 1) if experts and experts % n == 0 and gpus % n == 0]
+    divisors = [n for n in range(2, min(experts, gpus) + 1) if experts % n == 0 and gpus % n == 0]
     accumulated = [n for n in (2**i for i in range(7)) if n <= _MOST_ACCUMULATED and batch % (gpus * n) == 0]
     sharded: dict[str, Any] = {"fsdp": True}
     spreads: list[dict[str, Any]] = [{"fsdp": False, "fsdp_replicas": 1, "fsdp_no_reshard_after_forward": False}]

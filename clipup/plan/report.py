@@ -50,7 +50,7 @@ def as_text(made: Plan, cluster: Cluster, length: Length | None) -> str:
 
 def summary(made: Plan, cluster: Cluster) -> str:
     """One line for a proposal."""
-    memory = f"{_gb(made.memory.bytes)} of {cluster.card.memory_gb:.0f} GB on a GPU"
+    memory = f"{_gb(made.memory.bytes)} of {cluster.card.memory_gb:g} GB on a GPU"
     return f"{made.flags()}: {memory}, {_gb(made.wire)} sent and {_seconds(made.time.total)} in a step"
 
 
@@ -58,7 +58,7 @@ def _memory(made: Plan, cluster: Cluster) -> list[str]:
     lines = ["memory of a GPU"]
     lines += [_row(part.name, _gb(part.bytes), _HOW[part.how]) for part in made.memory.parts]
     verdict = "fits" if made.fits else "does NOT fit"
-    total = f"{verdict} into {cluster.card.memory_gb:.0f} GB; at most, as if all parts were at their fullest at once"
+    total = f"{verdict} into {cluster.card.memory_gb:g} GB; at most, as if all parts were at their fullest at once"
     lines.append(_row("sum", _gb(made.memory.bytes), total))
     if not made.fits:
         largest = max(made.memory.parts, key=lambda part: part.bytes)

@@ -11,6 +11,7 @@ JSON, safetensors, and a pickle of plain values and tensors (``state_dicts.read_
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -127,14 +128,14 @@ def read_index(directory: Path) -> Index:
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']!r}, this version of clipup reads {_FORMAT!r}")
         files = {
-            _file_name(name): FileSum(int(sums["size"]), int(sums["crc32"])) for name, sums in content["files"].items()
+            _file_name(name): FileSum(*_sizes((sums["size"], sums["crc32"]))) for name, sums in content["files"].items()
         }
         tensors = {name: _entry(entry) for name, entry in content["tensors"].items()}
         _check_sizes(tensors, files)
         return Index(tensors, files, dict(content["configs"]))
     except FileNotFoundError as error:
         raise ValueError(f"{directory} is not a whole sharded checkpoint: {INDEX} is missing") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -147,7 +148,25 @@ def _entry(entry: dict[str, Any]) -> Entry:
             raise ValueError(f"a part {part} is not inside of the shape {shape}")
     if sum(math.prod(part.shape) for part in parts) != math.prod(shape):
         raise ValueError(f"parts do not make up the shape {shape}")
+    if shape and _some_overlap(parts):
+        raise ValueError(f"two parts of the shape {shape} overlap")
     return Entry(_TYPES[entry["dtype"]], shape, parts)
+
+
+def _some_overlap(parts: Sequence[Part]) -> bool:
+    """Whether an element is in two of the boxes. Only boxes that meet along the first axis are compared."""
+    ordered = sorted((part for part in parts if math.prod(part.shape)), key=lambda part: part.offsets)
+    for index, one in enumerate(ordered):
+        end = one.offsets[0] + one.shape[0]
+        meeting = itertools.takewhile(lambda other, end=end: other.offsets[0] < end, ordered[index + 1 :])
+        if any(_overlap(one, other) for other in meeting):
+            return True
+    return False
+
+
+def _overlap(one: Part, other: Part) -> bool:
+    boxes = zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
+    return all(max(at, with_at) < min(at + size, with_at + with_size) for at, size, with_at, with_size in boxes)
 
 
 def _sizes(values: Any) -> tuple[int, ...]:

@@ -140,7 +140,7 @@ def newest_step(folder: Path) -> int | None:
     """
     try:
         step = json.loads((folder / POINTER).read_text(encoding="utf-8"))["step"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return None  # damaged: the directories have checksums of their own
     return step if isinstance(step, int) else None
 

@@ -70,17 +70,31 @@ def buffer_names(model: nn.Module) -> set[str]:
     return {f"{MODEL}{name}" for name, _ in model.named_buffers()}
 
 
+def _check_alike(keys: dict[str, list[str]]) -> None:
+    """Refuses a state in which some parameters lack what others have."""
+    every = set().union(*keys.values())
+    for name, found in keys.items():
+        for missing in sorted(every - set(found)):
+            raise ValueError(f"the checkpoint lacks {OPTIMIZER}{name}.{missing}, which other parameters have")
+
+
 def targets(
     model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[Tensor, str], index: Index
 ) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
     """Tensors to read a checkpoint into: all by name, and those of the optimizer also as the ``state`` of its state
-    dict. Those of the model share its memory."""
+    dict. Those of the model share its memory.
+
+    Raises:
+        ValueError: a tensor of the optimizer is missing.
+    """
     wanted = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
     keys: dict[str, list[str]] = {}
     for name in index.tensors:
         if name.startswith(OPTIMIZER):
             parameter_name, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
             keys.setdefault(parameter_name, []).append(key)
+    if isinstance(optimizer, torch.optim.AdamW | torch.optim.NAdam):  # others have other keys for some parameters
+        _check_alike(keys)
     state: dict[int, dict[str, Tensor]] = {}
     for group, own in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
         for parameter, number in zip(group["params"], own["params"], strict=True):

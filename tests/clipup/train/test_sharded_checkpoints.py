@@ -228,6 +228,48 @@ def test_an_index_cannot_lead_out_of_its_directory_or_ask_for_more_memory_than_i
             load(path)
 
 
+def some_weight(content):
+    return next(name for name, entry in content["tensors"].items() if name.startswith("model.") and entry["shape"])
+
+
+def overlapping(content):
+    """Two halves of a weight, both the first one."""
+    (offsets, shape, file) = content["tensors"][some_weight(content)]["parts"][0]
+    half = [shape[0] // 2, *shape[1:]]
+    content["tensors"][some_weight(content)]["parts"] = [[offsets, half, file]] * 2
+
+
+def infinite(content):
+    content["files"]["rank_0.safetensors"]["size"] = float("inf")
+
+
+def without_a_moment(content):
+    del content["tensors"][next(name for name in content["tensors"] if name.endswith("exp_avg_sq"))]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(overlapping, "overlap"), (infinite, "inf"), (without_a_moment, "lacks optimizer..*exp_avg_sq")],
+)
+def test_an_index_that_is_wrong_in_itself_is_refused_by_name(run, change, message):
+    first = run()
+    path = newest(first)
+    content = json.loads((path / "index.json").read_text())["content"]
+    change(content)
+    (path / "index.json").write_text(json.dumps({"crc32": shard_files._crc_of(content), "content": content}))
+
+    with pytest.raises(ValueError, match=message):
+        run(resume=str(path), steps=9)
+
+
+@pytest.mark.parametrize("file", ["epoch_2/index.json", POINTER])
+def test_deep_json_is_damage_and_no_traceback(run, file):
+    first = run()
+    (first.directory / "checkpoints" / file).write_text("[" * 200_000)
+
+    assert same_weights(first.model, run(resume="latest").model)
+
+
 def test_convert_makes_a_model_directory_of_either_kind_of_checkpoint(run, named_model, tmp_path, capsys):
     for kind in ("sharded", "full"):
         result = run(name=kind, moe=MoEConfig.clip_up(num_experts=2), model=named_model, fsdp_checkpoint=kind)
