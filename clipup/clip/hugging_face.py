@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hugging_face_types import MODEL_TYPES, SPARSE_PREFIX
+
 _MODELS = "transformers.models"
 BLOCKS: dict[str, str | None] = {
     f"{_MODELS}.clip.modeling_clip.CLIPEncoderLayer": None,
@@ -36,20 +38,29 @@ def hugging_face_blocks(model: nn.Module) -> dict[str, dict[str, nn.Module]]:
     """The blocks by full name, in execution order, of each tower that the model has, "image" before "text".
 
     Raises:
-        TypeError: the model has no block of a known class.
+        TypeError: the model is of another type than ``MODEL_TYPES``, or has no blocks.
     """
+    model_type = getattr(getattr(model, "config", None), "model_type", "").removeprefix(SPARSE_PREFIX)
     found: dict[str, dict[str, nn.Module]] = {"image": {}, "text": {}}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if model_type in MODEL_TYPES else ():
         if (kind := block_class(module)) is not None:
-            is_image = "vision" in f"{name} {type(model).__name__}".lower()
-            found[BLOCKS[kind] or ("image" if is_image else "text")][name] = module
+            found[BLOCKS[kind] or _tower_of(name, model)][name] = module
     found = {tower: blocks for tower, blocks in found.items() if blocks}
     if not found:
-        known = ", ".join(name.rsplit(".", 1)[1] for name in BLOCKS)
         raise TypeError(
-            f"cannot read the blocks of a {type(model).__name__}; blocks of transformers that are read: {known}"
+            f"cannot read the blocks of a {type(model).__name__}, whose model type is {model_type!r}; model types of "
+            f"transformers that are read: {', '.join(MODEL_TYPES)}"
         )
     return found
+
+
+def _tower_of(block: str, model: nn.Module) -> str:
+    """By what is named after a tower: the innermost module around the block, or the model."""
+    for name in (*reversed(block.split(".")), type(model).__name__):
+        for tower, word in {"image": "vision", "text": "text"}.items():
+            if word in name.lower():
+                return tower
+    raise TypeError(f"cannot tell the tower of {block} in a {type(model).__name__}")
 
 
 def block_class(module: nn.Module) -> str | None:

@@ -55,9 +55,15 @@ def make_hugging_face_padding_aware(model: nn.Module) -> bool:
 
 def _pass_token_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """A hook in front of a sparse layer's forward; whatever class the layer has, plain or prepared."""
-    if len(args) > 1 or "mask" in kwargs or not layer.config.padding_aware:
+    mask = _threads.state.token_mask
+    if mask is None or len(args) > 1 or "mask" in kwargs or not layer.config.padding_aware:
         return None
-    return args, {**kwargs, "mask": _threads.state.token_mask}
+    if mask.shape != args[0].shape[:-1]:
+        raise ValueError(
+            f"the sparse layer got tokens {list(args[0].shape[:-1])} of a batch {list(mask.shape)}: with "
+            "chunk_size_feed_forward it cannot route them together; set it to 0 in the model's config before loading"
+        )
+    return args, {**kwargs, "mask": mask}
 
 
 class PaddingAwareBlock:
@@ -65,7 +71,10 @@ class PaddingAwareBlock:
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         state = _threads.state
-        before, state.token_mask = state.token_mask, _token_mask(attention_mask)
+        mask = _token_mask(attention_mask)
+        if mask is not None and mask.shape[1] != hidden_states.shape[1]:
+            mask = None  # with a cache, keys are more than the new tokens, which are none of the padding
+        before, state.token_mask = state.token_mask, mask
         try:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
         finally:

@@ -11,7 +11,6 @@ JSON, safetensors, and a pickle of plain values and tensors (``state_dicts.read_
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -158,9 +157,11 @@ def _some_overlap(parts: Sequence[Part]) -> bool:
     ordered = sorted((part for part in parts if math.prod(part.shape)), key=lambda part: part.offsets)
     for index, one in enumerate(ordered):
         end = one.offsets[0] + one.shape[0]
-        meeting = itertools.takewhile(lambda other, end=end: other.offsets[0] < end, ordered[index + 1 :])
-        if any(_overlap(one, other) for other in meeting):
-            return True
+        for other in ordered[index + 1 :]:
+            if other.offsets[0] >= end:
+                break
+            if _overlap(one, other):
+                return True
     return False
 
 

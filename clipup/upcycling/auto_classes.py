@@ -13,14 +13,9 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from .sparse_configs import PREFIX, sparse_config_class
+from ..clip.hugging_face_types import MODEL_TYPES, SPARSE_PREFIX
+from .sparse_configs import sparse_config_class
 
-MODEL_TYPES = (
-    *("clip", "clip_vision_model", "clip_text_model", "siglip", "siglip_vision_model", "siglip_text_model"),
-    *("siglip2", "siglip2_vision_model", "siglip2_text_model", "vit", "dinov2", "dinov3_vit"),
-    *("bert", "roberta", "xlm-roberta", "modernbert"),
-)
-"""transformers' names of the models that can be upcycled."""
 _AUTO = "transformers.models.auto.configuration_auto"
 """The module that knows all configs."""
 
@@ -36,7 +31,7 @@ def register_configs() -> None:
 def _register(auto: Any) -> None:
     for model_type in MODEL_TYPES:
         if model_type in auto.CONFIG_MAPPING_NAMES:
-            auto.CONFIG_MAPPING.register(PREFIX + model_type, _found_when_used(auto, model_type), exist_ok=True)
+            auto.CONFIG_MAPPING.register(SPARSE_PREFIX + model_type, _found_when_used(auto, model_type), exist_ok=True)
 
 
 def _found_when_used(auto: Any, model_type: str) -> type:
@@ -51,7 +46,7 @@ def _found_when_used(auto: Any, model_type: str) -> type:
         return config_class
 
     content = {
-        "model_type": PREFIX + model_type,
+        "model_type": SPARSE_PREFIX + model_type,
         "__new__": lambda cls, *args, **kwargs: found()(*args, **kwargs),
         "from_dict": staticmethod(lambda values, **kwargs: found().from_dict(values, **kwargs)),
         "from_pretrained": staticmethod(lambda name, **kwargs: found().from_pretrained(name, **kwargs)),

@@ -1,7 +1,7 @@
 """Configs of upcycled transformers models.
 
 Without clipup, loading must not give a dense model with random MLPs. ``model_type`` in config.json is one that
-transformers does not know, and every ``hidden_act`` in it is one that no class of transformers has: it says what to do.
+transformers does not know, and every ``hidden_size`` in it is a sentence that says what to do.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-PREFIX = "clipup_"
-"""In front of transformers' model types."""
-_REFUSAL = "import clipup first: "
-_ACTIVATIONS = ("hidden_act", "hidden_activation")
+from ..clip.hugging_face_types import SPARSE_PREFIX
+
+_REFUSAL = "import clipup and use AutoModel, this model is sparse: "
+_WIDTH = "hidden_size"
+"""What every class of transformers reads from its config."""
 
 
 class _SparseConfig:
@@ -23,24 +24,20 @@ class _SparseConfig:
     model_type: str
 
     def to_dict(self) -> dict[str, Any]:
-        """With activations that the dense model's class does not have."""
-        return _changed(super().to_dict(), lambda act: act if act.startswith(_REFUSAL) else _REFUSAL + act)  # type: ignore[misc]
+        """With widths that no class of a dense model takes."""
+        return _changed(super().to_dict(), lambda width: width if isinstance(width, str) else f"{_REFUSAL}{width}")  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """With the dense model's activations again."""
-        plain = _changed(config_dict, lambda act: act.removeprefix(_REFUSAL))
+        """With widths again."""
+        plain = _changed(config_dict, lambda width: int(str(width).removeprefix(_REFUSAL)))
         return super().from_dict({**plain, "model_type": cls.model_type}, **kwargs)  # type: ignore[misc]
 
 
-def _changed(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """A copy with other activations, in nested configs too."""
+def _changed(values: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """A copy with other widths, in nested configs too."""
     return {
-        key: change(value)
-        if key in _ACTIVATIONS and isinstance(value, str)
-        else _changed(value, change)
-        if isinstance(value, dict)
-        else value
+        key: change(value) if key == _WIDTH else _changed(value, change) if isinstance(value, dict) else value
         for key, value in values.items()
     }
 
@@ -48,9 +45,8 @@ def _changed(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, 
 @functools.cache
 def sparse_config_class(dense: Any) -> Any:
     """The class of the configs of upcycled models whose dense config is a ``dense``."""
-    return type(
-        sparse_name(dense), (_SparseConfig, dense), {"__module__": __name__, "model_type": PREFIX + dense.model_type}
-    )  # type: ignore[attr-defined]
+    content = {"__module__": __name__, "model_type": SPARSE_PREFIX + dense.model_type}
+    return type(sparse_name(dense), (_SparseConfig, dense), content)
 
 
 def sparse_name(dense: Any) -> str:

@@ -7,29 +7,66 @@ and everything else. ``AutoModel`` and its relatives know the classes once clipu
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from typing import Any, cast
 
 import torch
 import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto import modeling_auto
 
+from ..clip.hugging_face import hugging_face_blocks
 from ..moe.config import MoEConfig
-from ..moe.layer import aux_loss
+from ..moe.experts import Experts
+from ..moe.layer import aux_loss, moe_layers
+from ..moe.router import Router
 from .sparse_blocks import make_sparse
 from .sparse_configs import sparse_config_class, sparse_name
 
 
 def adopt(model: Any, config: MoEConfig) -> None:
-    """Gives an upcycled model and its config the classes that save and load them."""
-    dense, dense_config = (cast(Any, type(one)) for one in (model, model.config))
-    config_class = sparse_config_class(dense_config)
-    model.config.__class__ = config_class
-    model.config.model_type = config_class.model_type
-    model.config.moe_cfg = config.to_dict()
-    model.__class__ = sparse_model_class(dense)
-    register_models(config_class)
+    """Gives an upcycled model, each model of transformers in it that has sparse layers, and their configs the classes
+    that save and load them."""
+    new: dict[int, Any] = {}  # several modules of a model share a config
+    for name, module in reversed(list(model.named_modules())):  # a model's own config last: it holds those of its parts
+        if isinstance(module, PreTrainedModel) and moe_layers(module):
+            has = hugging_face_blocks(module)
+            part = config.replace(towers=tuple(tower for tower in config.towers if tower in has))
+            _adopt(module, part, new, is_root=not name)
+
+
+def _adopt(model: Any, config: MoEConfig, new: dict[int, Any], is_root: bool) -> None:
+    old = model.config
+    if id(old) not in new:
+        config_class = sparse_config_class(cast(Any, _dense_class(old)))
+        sparse = copy.copy(old)  # the model may share its config with others
+        sparse.__class__ = config_class
+        sparse.model_type = config_class.model_type
+        for name in ("text_config", "vision_config"):
+            if id(part := getattr(sparse, name, None)) in new:
+                setattr(sparse, name, new[id(part)])
+        new[id(old)] = new[id(sparse)] = sparse
+        register_models(config_class)
+    sparse = new[id(old)]
+    sparse.moe_cfg = config.to_dict()
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = sparse
+    model.__class__ = sparse_model_class(cast(Any, _dense_class(model)))
+    if not is_root:
+        model.moe_config = config
+
+
+def _dense_class(one: Any) -> type:
+    """transformers' class of a model or a config, dense or sparse."""
+    return next(kind for kind in type(one).__mro__ if kind.__module__.startswith("transformers."))
 
 
 class _SparseModel:
@@ -42,7 +79,23 @@ class _SparseModel:
                 f"config has no moe_cfg, which says what is sparse in a {type(self).__name__}; expected the config of "
                 "an upcycled model: clipup.upcycle a dense model"
             )
-        make_sparse(self, MoEConfig.from_dict(config.moe_cfg))  # type: ignore[arg-type]
+        saved = MoEConfig.from_dict(config.moe_cfg)
+        has = hugging_face_blocks(self)  # type: ignore[arg-type]
+        towers = tuple(tower for tower in saved.towers if tower in has)  # another head may use one tower of two
+        make_sparse(self, saved.replace(towers=towers))  # type: ignore[arg-type]
+        adopt(self, saved.replace(towers=towers))
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """What transformers calls for modules of which a file lacks a parameter: those that were read keep their
+        values."""
+        if not isinstance(module, Experts | Router):
+            super()._init_weights(module)  # type: ignore[misc]
+            return
+        read = {p: p.clone() for p in module.parameters(recurse=False) if getattr(p, "_is_hf_initialized", False)}
+        module.reset_experts() if isinstance(module, Experts) else module.reset_parameters()
+        for parameter, value in read.items():
+            parameter.copy_(value)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """The dense class's forward. In training, a loss that it returns includes the weighted losses of the sparse
@@ -50,9 +103,17 @@ class _SparseModel:
         as_dict = kwargs.pop("return_dict", None)
         as_dict = self.config.return_dict if as_dict is None else as_dict  # type: ignore[attr-defined]
         outputs = super().forward(*args, return_dict=True, **kwargs)  # type: ignore[misc]
-        if self.training and torch.is_grad_enabled() and getattr(outputs, "loss", None) is not None:  # type: ignore[attr-defined]
-            outputs.loss = outputs.loss + aux_loss(self).to(outputs.loss.device)  # type: ignore[arg-type]
+        loss = getattr(outputs, "loss", None)
+        if loss is not None and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            outputs.loss = loss + _share(kwargs) * aux_loss(self).to(loss.device)  # type: ignore[arg-type]
         return outputs if as_dict else outputs.to_tuple()
+
+
+def _share(arguments: dict[str, Any]) -> Any:
+    """The weight of a batch's losses among those of an accumulated step. ``Trainer`` passes the number of labels of all
+    its batches, by which models divide their sums; otherwise it divides by the number of batches itself."""
+    labels, count = arguments.get("labels"), arguments.get("num_items_in_batch")
+    return 1 if labels is None or count is None else (labels != -100).sum() / count
 
 
 @functools.cache
@@ -69,6 +130,7 @@ def sparse_model_class(dense: Any) -> Any:
         "config_class": sparse_config_class(dense.config_class),  # type: ignore[attr-defined]
         "forward": forward,
     }
+    _convert_alike(dense.__name__, sparse_name(dense))
     return type(sparse_name(dense), (_SparseModel, dense), content)
 
 
@@ -82,9 +144,10 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def register_models(config_class: Any) -> None:
-    """Lets every Auto class of transformers that knows the dense model find the sparse one. This imports the model's
-    module, so it is done when such a config is read."""
+    """Lets every Auto class of transformers that knows the dense model find the sparse one, and names of weights be
+    converted alike. This imports the model's module, so it is done when such a config is read."""
     dense_config = config_class.__mro__[2]
+    _convert_alike(dense_config.model_type, config_class.model_type)
     for name in dir(modeling_auto):
         auto: Any = getattr(modeling_auto, name)
         mapping = getattr(auto, "_model_mapping", None)
@@ -93,3 +156,9 @@ def register_models(config_class: Any) -> None:
         dense: Any = mapping[dense_config]
         if not isinstance(dense, tuple):  # of several classes, transformers takes the one that the config names
             cast(Any, auto).register(config_class, sparse_model_class(dense), exist_ok=True)
+
+
+def _convert_alike(dense: str, sparse: str) -> None:
+    """transformers saves weights under the names of its older versions, by a table of model types and class names."""
+    if (mapping := get_checkpoint_conversion_mapping(dense)) is not None:
+        register_checkpoint_conversion_mapping(sparse, mapping, overwrite=True)

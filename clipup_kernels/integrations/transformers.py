@@ -60,7 +60,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         index = torch.where(index < num_experts, index, -1)
     with torch.autocast(x.device.type, enabled=False):
         plan = dispatch(index, num_experts)
-        gates = top_k_weights.float()
+        gates = top_k_weights.to(torch.promote_types(x.dtype, torch.float32))
         if module.has_gate:
             y = expert_glu(x, gates, plan, both, out_weight, activation)
         else:

@@ -206,7 +206,7 @@ def expert_mlp(
 
     Args:
         x: [T, D] float32, bfloat16, float16 or float64; all weights and biases have its type.
-        gates: [T, K] float32.
+        gates: [T, K] float32; float64 where x is.
         plan: from ``dispatch``; y is 0 for tokens without a row.
         in_weight: [E, H, D]. in_bias: [E, H] or None. out_weight: [E, D, H]. out_bias: [E, D] or None.
         activation: one of ``ACTIVATIONS``.
@@ -259,7 +259,7 @@ def expert_glu(
 
     Args:
         x: [T, D] float32, bfloat16, float16 or float64; both weights have its type.
-        gates: [T, K] float32.
+        gates: [T, K] float32; float64 where x is.
         plan: from ``dispatch``; y is 0 for tokens without a row.
         gate_in_weight: [E, 2H, D]: W_gate in the first H rows, W_in in the others. out_weight: [E, D, H].
         activation: one of ``ACTIVATIONS``.

@@ -84,6 +84,8 @@ def test_wrong_options_are_refused_by_name(arguments, message, capsys):
     [
         (["--epochs", "2"], "epochs counts passes over train_num_samples pairs; set both, or samples instead"),
         (["--mfu", "1.5"], "mfu must be above 0 and at most 1, got 1.5"),
+        (["--tflops", "inf"], "tflops must be positive and finite, got inf"),
+        (["--reserve", "1e400"], "reserve must be 0 or more, and finite, got inf"),
     ],
 )
 def test_impossible_values_are_refused_by_name(arguments, message, capsys):

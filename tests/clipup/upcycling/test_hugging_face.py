@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from tiny_hugging_face import CONFIGS, tiny_hugging_face
@@ -88,15 +89,143 @@ def test_without_clipup_loading_fails_by_name(tmp_path):
         program = f"from transformers import {loader}; {loader}.from_pretrained({str(tmp_path)!r})"
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert run.returncode == 1 and "clipup" in run.stderr.strip().splitlines()[-1] + run.stderr, run.stderr
-        named = "`clipup_clip`" if loader == "AutoModel" else "import clipup first"
+        named = "`clipup_clip`" if loader == "AutoModel" else "import clipup and use AutoModel"
         assert named in run.stderr
 
 
-def test_a_dense_class_refuses_a_sparse_model_by_name(tmp_path):
+@FAMILIES
+def test_a_dense_class_refuses_a_sparse_model_and_says_what_to_do(name, tmp_path):
+    dense = tiny_hugging_face(name)
+    upcycle(dense).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="import clipup and use AutoModel, this model is sparse: 32"):
+        type(dense).from_pretrained(tmp_path)
+
+
+def test_a_dense_tower_of_a_sparse_model_is_refused_too(tmp_path):
     upcycle(tiny_hugging_face("CLIPModel")).save_pretrained(tmp_path)
-    for loader in (transformers.CLIPModel, transformers.CLIPVisionModel):
-        with pytest.raises(KeyError, match="import clipup first: quick_gelu"):
-            loader.from_pretrained(tmp_path)
+    with pytest.raises(Exception, match="import clipup and use AutoModel"):
+        transformers.CLIPVisionModel.from_pretrained(tmp_path)
+
+
+HEADS = ["ViTForImageClassification", "Dinov2ForImageClassification", "BertForSequenceClassification"]
+HEADS += ["CLIPVisionModelWithProjection", "CLIPTextModelWithProjection"]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_auto_model_reads_all_weights_of_a_model_with_a_head(name, tmp_path):
+    dense = tiny_hugging_face(name)
+    missing = []
+    for model, place in ((dense, tmp_path / "dense"), (upcycle(dense), tmp_path / "sparse")):
+        model.save_pretrained(place)
+        loaded, about = transformers.AutoModel.from_pretrained(place, output_loading_info=True)
+        missing.append(set(about["missing_keys"]))
+    assert moe_layers(loaded) and missing[0] == missing[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("CLIPModel", "vision_model"), ("CLIPModel", "text_model"), ("SiglipModel", "vision_model")]
+    + [("Siglip2Model", "text_model"), ("ViTForImageClassification", "vit"), ("BertForSequenceClassification", "bert")],
+)
+def test_a_part_of_a_model_is_saved_and_loaded_as_a_sparse_model(name, part, tmp_path):
+    sparse = getattr(upcycle(tiny_hugging_face(name)), part)
+    sparse.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"].startswith("clipup_")
+
+    loaded = type(sparse).from_pretrained(tmp_path)
+
+    assert type(sparse).__name__.startswith("Sparse") and moe_layers(loaded).keys() == moe_layers(sparse).keys()
+    for key, value in sparse.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+
+
+def test_a_model_with_two_towers_gives_a_classifier_of_its_image_tower(tmp_path):
+    sparse = upcycle(tiny_hugging_face("CLIPModel"))
+    sparse.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert type(loaded).__name__ == "SparseCLIPForImageClassification" and len(moe_layers(loaded)) == 2
+    first, second = (model.vision_model.encoder.layers[1].mlp.in_weight for model in (loaded, sparse))
+    assert torch.equal(first, second)
+
+
+def test_weights_that_a_file_lacks_are_initialized_and_the_others_are_read(tmp_path):
+    sparse = upcycle(tiny_hugging_face("BertModel"))
+    sparse.save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    lacking = next(key for key in weights if key.endswith("in_weight"))
+    kept = lacking.replace("in_weight", "out_weight")
+    rest = {key: value for key, value in weights.items() if key != lacking}
+    safetensors.torch.save_file(rest, tmp_path / "model.safetensors", {"format": "pt"})
+
+    loaded, about = type(sparse).from_pretrained(tmp_path, output_loading_info=True)
+
+    assert set(about["missing_keys"]) == {lacking}
+    assert 0 < loaded.state_dict()[lacking].std() < 1
+    assert torch.equal(loaded.state_dict()[kept], sparse.state_dict()[kept])
+
+
+def test_a_config_that_two_models_share_stays_the_other_ones():
+    config = CONFIGS["ViTModel"]()
+    one, other = transformers.ViTModel(config), transformers.ViTModel(config)
+    sparse = upcycle(one, inplace=True)
+    assert other.config is config and type(config) is transformers.ViTConfig and not hasattr(config, "moe_cfg")
+    assert sparse is one and sparse.config.moe_cfg
+
+
+def test_composed_models_are_refused_by_name():
+    both = transformers.VisionTextDualEncoderModel(
+        vision_model=tiny_hugging_face("CLIPVisionModel"), text_model=tiny_hugging_face("CLIPTextModel")
+    )
+    with pytest.raises(TypeError, match="VisionTextDualEncoderModel, whose model type is 'vision-text-dual-encoder'"):
+        upcycle(both)
+
+
+class Examples(torch.utils.data.Dataset):
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return len(next(iter(self.batch.values())))
+
+    def __getitem__(self, index):
+        return {name: value[index] for name, value in self.batch.items()}
+
+
+def test_the_layers_losses_weigh_the_same_however_a_step_is_accumulated(tmp_path):
+    dense = transformers.BertLMHeadModel(CONFIGS["BertModel"]())
+    ids = torch.randint(3, 60, (8, 10), generator=torch.Generator().manual_seed(0))
+    examples = Examples({"input_ids": ids, "labels": ids})
+    losses = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        sparse = upcycle(dense, MoEConfig(num_experts=4, towers=("text",), balance_weight=10.0, capacity_factor=None))
+        arguments = transformers.TrainingArguments(
+            tmp_path / str(batch), max_steps=1, per_device_train_batch_size=batch, learning_rate=0.0, report_to=[],
+            gradient_accumulation_steps=accumulated, use_cpu=True, logging_steps=1, save_strategy="no",
+        )  # fmt: skip
+        trainer = transformers.Trainer(sparse, arguments, train_dataset=examples)
+        trainer.train()
+        losses.append(next(line["loss"] for line in trainer.state.log_history if "loss" in line))
+    assert losses[0] > 20 and losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_a_decoder_generates_with_a_cache():
+    config = CONFIGS["BertModel"]()
+    config.is_decoder = True
+    torch.manual_seed(0)
+    dense = transformers.BertLMHeadModel(config).eval()
+    sparse = upcycle(dense, sparse_config(dense))
+    ids, mask = torch.randint(3, 60, (2, 5)), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(sparse.generate(ids, **options), dense.generate(ids, **options))
+
+
+def test_a_forward_in_chunks_with_padding_is_refused_by_name():
+    config = CONFIGS["BertModel"]()
+    config.chunk_size_feed_forward = 1
+    sparse = upcycle(transformers.BertModel(config).eval())
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="with chunk_size_feed_forward it cannot route them together; set it to 0"):
+        sparse(torch.randint(3, 60, (2, 4)), attention_mask=mask)
 
 
 def test_a_config_without_sparse_layers_is_refused_by_name():
@@ -151,17 +280,6 @@ def test_outputs_without_a_loss_leave_the_layers_losses_to_the_caller():
     sparse = upcycle(tiny_hugging_face("BertModel")).train()
     sparse(**random_batch(sparse, 4))
     assert aux_loss(sparse) > 0
-
-
-class Examples(torch.utils.data.Dataset):
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __len__(self):
-        return len(next(iter(self.batch.values())))
-
-    def __getitem__(self, index):
-        return {name: value[index] for name, value in self.batch.items()}
 
 
 TRAINED = [
@@ -263,7 +381,7 @@ def test_a_text_without_padding_has_no_mask():
 
 def test_other_models_are_refused_by_name():
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64)
-    with pytest.raises(TypeError, match="cannot read the blocks of a GPT2Model; blocks of transformers that are read"):
+    with pytest.raises(TypeError, match="cannot read the blocks of a GPT2Model, whose model type is 'gpt2'"):
         upcycle(transformers.GPT2Model(config))
 
 

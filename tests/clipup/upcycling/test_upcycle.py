@@ -258,13 +258,13 @@ REFUSED = [
         lambda: nn.Linear(2, 2),
         CONFIG,
         TypeError,
-        "expected open_clip's CLIP, CustomTextCLIP or CoCa, or a timm model, got Linear",
+        "expected open_clip's CLIP, CustomTextCLIP or CoCa, or a model of timm or transformers, got Linear",
     ),
     (
         lambda: nn.DataParallel(tiny_clip()),
         CONFIG,
         TypeError,
-        "or a timm model, without a wrapper, got DataParallel",
+        "or a model of timm or transformers, without a wrapper, got DataParallel",
     ),
 ]
 

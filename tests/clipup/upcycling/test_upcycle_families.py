@@ -13,10 +13,13 @@ from tiny_families import (
     modern_text_clip,
     timm_model,
 )
+from tiny_hugging_face import CONFIGS as MODELS
+from tiny_hugging_face import tiny_hugging_face
 
 import clipup
 from clipup import MoEConfig, aux_loss, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.clip.flops import count
+from clipup.clip.hugging_face import hugging_face_blocks
 from clipup.clip.inputs import random_inputs
 from clipup.clip.towers import tower_blocks
 from clipup.dense.mlp_families import find_mlp
@@ -95,6 +98,16 @@ def test_step_zero_check_covers_the_decoder():
     assert step0_difference(dense, sparse) > 1e-3
 
 
+OF_OTHER_VERSIONS = ("open_clip.transformer.SwiGLU", "ViTIntermediate")
+"""MLPs of open_clip 4 and transformers 4."""
+ALONE = ("DecoderLayer", "EncoderBlock")
+"""Blocks of models that are not upcycled; ``SparseMoE.from_dense`` reads their MLPs."""
+
+
+def transformer_blocks(model):
+    return [block for blocks in hugging_face_blocks(model).values() for block in blocks.values()]
+
+
 def test_every_family_is_tested_with_a_small_model(tmp_path):
     seen = {find_mlp(block).family for name in TIMM for block in tower_blocks(timm_model(name), "image").values()}
     for name, config in HUGGING_FACE.items():
@@ -102,8 +115,9 @@ def test_every_family_is_tested_with_a_small_model(tmp_path):
         seen |= {find_mlp(block).family for tower in ("image", "text") for block in tower_blocks(model, tower).values()}
     if HAS_MODERN_TEXT:
         seen |= {find_mlp(block).family for block in tower_blocks(modern_text_clip(), "text").values()}
-    of_open_clip_4 = {family for family in FAMILIES if family.parts[0][1].endswith(("transformer.SwiGLU", "BertMLP"))}
-    assert seen | of_open_clip_4 == set(FAMILIES) and (of_open_clip_4 <= seen) == HAS_MODERN_TEXT
+    seen |= {find_mlp(block).family for name in MODELS for block in transformer_blocks(tiny_hugging_face(name))}
+    not_here = {family for family in FAMILIES if family.parts[0][1].endswith(OF_OTHER_VERSIONS)}
+    assert seen | not_here | {family for family in FAMILIES if family.blocks[0].endswith(ALONE)} == set(FAMILIES)
     blocks = {type(block).__name__ for name in TIMM for block in tower_blocks(timm_model(name), "image").values()}
     read = {name.rsplit(".")[-1] for family in FAMILIES for name in family.blocks if name.startswith("timm")}
     assert blocks == read

@@ -92,6 +92,11 @@ def test_generation_gives_the_same_tokens():
     assert torch.equal(ours.eval().generate(prompt, **options), eager.eval().generate(prompt, **options))
 
 
+def test_float64_follows_eager():
+    eager, ours = pair("Mixtral", torch.float64)
+    torch.testing.assert_close(ours(**batch()).logits, eager(**batch()).logits)
+
+
 def test_autocast_follows_eager():
     eager, ours = pair("Mixtral")
     with torch.autocast("cpu", dtype=torch.bfloat16):
