@@ -35,8 +35,15 @@ def drops_by_position(model: nn.Module) -> bool:
 def forward(model: nn.Module, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
     """The model's output by name; row i of the image and of the text features belongs to pair i."""
     if not drops_by_position(model):
-        return named_output(model(images, texts))
+        return _with_labels(named_output(model(images, texts)), texts)
     order = torch.randperm(len(texts)).to(texts.device)
-    output = named_output(model(images, texts[order]))
+    output = _with_labels(named_output(model(images, texts[order])), texts[order])
     output["text_features"] = output["text_features"][order.argsort()]
+    return output
+
+
+def _with_labels(output: dict[str, Tensor], texts: Tensor) -> dict[str, Tensor]:
+    """Of a CoCa, logits and the tokens that they should predict: open_clip 3 returns both, open_clip 4 the logits."""
+    if "logits" in output and "labels" not in output:
+        output |= {"logits": output["logits"][:, :-1], "labels": texts[:, 1:]}
     return output
