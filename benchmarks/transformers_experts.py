@@ -1,6 +1,6 @@
 """Experts of transformers' MoE models at their true widths: our implementation against those of transformers.
 
-    python benchmarks/transformers_experts.py          # three models in bf16, forward and training, about ten minutes
+    python benchmarks/transformers_experts.py          # OLMoE and Qwen3 in bf16, forward and training
     python benchmarks/transformers_experts.py --models olmoe --tokens 64 512 --csv experts.csv
 
 Each model gives one experts module with random weights; tokens are routed at random, balanced. ``eager``,
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,7 @@ def measure(name: str, precision: str, args: argparse.Namespace) -> list[dict[st
         for training in (False, True):
             case = Case(experts, top_k, tokens, training)
             chosen = [one for one in IMPLEMENTATIONS if one != "batched_mm" or case.gathered_gb() <= args.gather_gb]
+            print(f"{name} in {precision}, {tokens} tokens, {'training' if training else 'inference'}", file=sys.stderr)
             check(case, chosen, precision)
             candidates = {one: lambda one=one, case=case: case.run(one) for one in chosen}
             for one, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items():
@@ -128,13 +130,15 @@ def measure(name: str, precision: str, args: argparse.Namespace) -> list[dict[st
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="(default: all)")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=["olmoe", "qwen3"], help="(default: olmoe qwen3)"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"], help="(default: bf16)")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 256], help="tokens a batch (default: 16 256)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512], help="tokens a batch (default: 64 512)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
-    parser.add_argument("--seconds", type=float, default=10, help="timing budget of each case (default: 10)")
+    parser.add_argument("--rounds", type=int, default=3, help="least number of alternating rounds (default: 3)")
+    parser.add_argument("--seconds", type=float, default=5, help="timing budget of each case (default: 5)")
     parser.add_argument("--gather-gb", type=float, default=4, help="most that batched_mm may gather (default: 4)")
     parser.add_argument("--csv", help="file to write the rows to")
     args = parser.parse_args(argv)

@@ -53,6 +53,21 @@ def test_the_number_of_the_readmes_first_paragraph_is_in_its_table():
     assert times == f"{relative['CLIP-UP ViT-B-16, accelerated']:.1f}"
 
 
+def test_what_the_trainer_costs_is_what_was_measured():
+    shown = rows(ROOT / "docs" / "training.md", "waits for data")
+    found = measured("trainer_overhead_cpu.csv")
+    assert shown == [
+        [
+            row["model"],
+            row["data"],
+            f"{float(row['data_share']):.1%}".replace("%", " %"),
+            f"{float(row['overhead']):+.1%}".replace("%", " %"),
+        ]
+        for row in found
+    ]
+    assert max(float(row["data_share"]) for row in found) < 0.05 and max(float(row["overhead"]) for row in found) < 0.03
+
+
 @pytest.mark.parametrize("page", [README, INDEX], ids=["README.md", "docs/index.md"])
 def test_costs_in_text_and_drawings_are_those_of_the_csv(page):
     known = {f"{float(row['gflops_per_pair']):.1f}" for row in measured(MODELS)}
