@@ -4,32 +4,70 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..clip.padding_aware import make_padding_aware
 from ..clip.towers import leave_dense, tower_blocks
+from ..dense.dense_mlp import DenseMLP
 from ..dense.mlp_families import BlockMLP, find_mlp
 from ..moe.config import MoEConfig
-from ..moe.expert_init import check_shards
+from ..moe.expert_init import check_shards, experts_of
 from ..moe.layer import SparseMoE
 from ..moe.weight_decay import add_no_weight_decay
 
 
-def make_sparse(model: nn.Module, config: MoEConfig) -> None:
+def make_sparse(model: nn.Module, config: MoEConfig, others: Sequence[Sequence[DenseMLP]] = ()) -> None:
     """Replaces the MLPs that the config selects. If an error is raised, the model is unchanged.
+
+    Args:
+        others: the same MLPs of other models, of which experts are made too.
 
     Raises:
         TypeError, ValueError: as ``upcycle``.
     """
     chosen = chosen_mlps(model, config)
     layers = [_sparse_layer(mlp, config) for mlp in chosen]
-    for mlp, layer in zip(chosen, layers, strict=True):
+    for number, (mlp, layer) in enumerate(zip(chosen, layers, strict=True)):
         mlp.replace(layer)
+        _mix_experts(layer, [mlp.dense, *(of_model[number] for of_model in others)], config)
     make_padding_aware(model, config.towers)
     add_no_weight_decay(model)
     model.moe_config = config  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
+
+
+def mlps_like(mlps: Sequence[DenseMLP], model: nn.Module, config: MoEConfig) -> list[DenseMLP]:
+    """The MLPs of another model that correspond to these.
+
+    Raises:
+        TypeError, ValueError: as ``upcycle``; one differs in its activation or a shape.
+    """
+    found = [mlp.dense for mlp in chosen_mlps(model, config)]
+    if len(found) != len(mlps):
+        raise ValueError(f"models must be of one architecture; they have {len(mlps)} and {len(found)} MLPs to replace")
+    for number, (one, other) in enumerate(zip(mlps, found, strict=True)):
+        about = [
+            {name: tuple(value.shape) for name, value in mlp.parameters().items()} | {"activation": mlp.activation}
+            for mlp in (one, other)
+        ]
+        if about[0] != about[1]:
+            raise ValueError(f"models must be of one architecture; MLP {number} is {about[0]} and {about[1]}")
+    return found
+
+
+@torch.no_grad()
+def _mix_experts(layer: nn.Module, mlps: Sequence[DenseMLP], config: MoEConfig) -> None:
+    """Gives expert group g of a layer the MLP g modulo their number. The first one's are there already."""
+    (sparse,) = (module for module in layer.modules() if isinstance(module, SparseMoE))
+    for number, mlp in enumerate(mlps[1:], start=1):
+        shards = experts_of(mlp, config.granularity, config.granularity)
+        for group in range(number, config.num_experts // config.granularity, len(mlps)):
+            at = slice(group * config.granularity, (group + 1) * config.granularity)
+            for name, value in shards.items():
+                sparse.get_parameter(name)[at] = value.to(sparse.get_parameter(name))
 
 
 def chosen_mlps(model: nn.Module, config: MoEConfig) -> list[BlockMLP]:

@@ -8,6 +8,7 @@ the sparse model has the same outputs as the dense one. ``step0_difference`` mea
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -16,10 +17,12 @@ from ..clip.hugging_face import is_hugging_face
 from ..clip.towers import towers
 from ..moe.config import MoEConfig, check_config
 from ..moe.layer import moe_layers
-from .sparse_blocks import chosen_mlps, make_sparse
+from .sparse_blocks import chosen_mlps, make_sparse, mlps_like
 
 
-def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = False) -> nn.Module:
+def upcycle(
+    model: nn.Module | Sequence[nn.Module], config: MoEConfig | None = None, inplace: bool = False
+) -> nn.Module:
     """Turns a dense model into a sparse one.
 
     Devices, dtypes, requires_grad and training modes are kept; meta tensors work. The result has the config as
@@ -28,28 +31,40 @@ def upcycle(model: nn.Module, config: MoEConfig | None = None, inplace: bool = F
 
     Args:
         model: open_clip's CLIP, CustomTextCLIP or CoCa, a timm model, or a model of transformers
-            (``clipup.clip.hugging_face``), dense and not wrapped.
+            (``clipup.clip.hugging_face``), dense and not wrapped. Or several models of one architecture, such as
+            checkpoints of one training that were fine-tuned differently: expert e is the MLP of model e modulo their
+            number (the multiplet of CLIP-MoE, arXiv 2409.19291), everything else is the first model's. Then the result
+            is no dense model's function at step 0.
         config: which blocks become sparse, and how. None means ``MoEConfig.clip_up()``, in the towers that the model
             has; with ``towers`` that it does not have, an error is raised.
         inplace: modify ``model`` instead of a copy.
 
     Raises:
         TypeError: an unsupported model or argument, or a selected block whose MLP is of no supported family.
-        ValueError: the model is already sparse, ``config.blocks`` names a missing block, or a hidden width is not a
-            multiple of ``config.granularity``.
+        ValueError: no model, or models that differ in the shape of an MLP; a model is already sparse, ``config.blocks``
+            names a missing block, or a hidden width is not a multiple of ``config.granularity``.
     """
-    checks.module("model", model)
+    models = list(model) if isinstance(model, list | tuple) else [model]
+    if not models:
+        raise ValueError("model is an empty list; expected one dense model, or several")
+    model, *others = models
+    for one in models:
+        checks.module("model", one)
     if config is None:
         config = MoEConfig.clip_up(towers=tuple(tower for tower in ("image", "text") if tower in towers(model)))
     check_config("config", config)
     checks.boolean("inplace", inplace)
-    sparse = list(moe_layers(model))
-    if sparse:
-        raise ValueError(f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model")
-    chosen_mlps(model, config)  # raises before anything is copied
+    for one in models:
+        sparse = list(moe_layers(one))
+        if sparse:
+            raise ValueError(
+                f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model"
+            )
+    mlps = [mlp.dense for mlp in chosen_mlps(model, config)]  # raises before anything is copied
+    more = [mlps_like(mlps, other, config) for other in others]
     if not inplace:
         model = copy.deepcopy(model)
-    make_sparse(model, config)
+    make_sparse(model, config, more)
     if is_hugging_face(model):
         from . import sparse_hugging_face  # imports transformers, which is optional
 
