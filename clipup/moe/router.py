@@ -135,10 +135,17 @@ class Router(nn.Module):
             self.selection_bias = exact.to(self.selection_bias.device)
         return self
 
+    def logits(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The logits of all experts, [T, E] float32 (float64 where x is). What a router of your own overrides.
+
+        x: [T, D], floating; mask: [T] bool, False for masked tokens, whose logits are not read. Autocast is off.
+        """
+        return router_logits(x, whole(self.weight).to(torch.promote_types(x.dtype, torch.float32)), mask)
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         """x: [T, D], floating; mask: [T] bool, False for masked tokens. Autocast must be off."""
         config = self.config
-        logits = router_logits(x, whole(self.weight).to(torch.promote_types(x.dtype, torch.float32)), mask)
+        logits = self.logits(x, mask)
         noisy_logits = logits
         if self.training and config.router_noise > 0:
             noisy_logits = logits + torch.randn_like(logits) * (config.router_noise / config.num_experts)
