@@ -14,6 +14,7 @@ from torch import nn
 from .. import atomic_files
 from ..locks import LOCK_FILE, exclusive
 from ..pretrained import factory, model_names, saving
+from ..pretrained.config_files import check_depth
 from ..pretrained.model_directory import CONFIG_NAME
 from ..pretrained.shard_files import is_sharded, read_index
 from ..pretrained.state_dicts import check_archive, read_pickle, read_weights
@@ -82,6 +83,7 @@ def load(path: Path, name: str | None) -> tuple[nn.Module, dict[str, Any]]:
     if broken is not None:
         raise ValueError(f"{path} holds values that are not finite, in {broken}; convert an earlier checkpoint")
     config = {key: value for key, value in configs.items() if value is not None}
+    check_depth(config.get("model_cfg"), len(weights.state_dict), path)
     with tempfile.TemporaryDirectory() as temporary:  # so that the config is checked like any that is read
         (Path(temporary) / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
         with factory.expecting_random_weights():

@@ -40,3 +40,22 @@ def moe_config_in(config: dict[str, Any], path: Path) -> MoEConfig | None:
         return MoEConfig.from_dict(values)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def check_depth(model_cfg: Any, tensors: int, source: Path | str) -> None:
+    """Refuses towers of more layers than a file has tensors, before memory is taken for them.
+
+    Args:
+        tensors: how many the file of weights has.
+
+    Raises:
+        ValueError: a tower has more layers.
+    """
+    for tower in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+        part = model_cfg.get(tower) if isinstance(model_cfg, dict) else None
+        layers = part.get("layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > max(tensors, 1):
+            raise ValueError(
+                f"{source}: {tower} has {layers} layers, but there are {tensors} tensors of weights; config and "
+                "weights do not belong together"
+            )

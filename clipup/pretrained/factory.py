@@ -20,6 +20,7 @@ from .. import checks
 from ..moe.config import MoEConfig
 from ..upcycling.upcycle import upcycle
 from . import hub, model_directory
+from .config_files import check_depth
 from .model_names import LOCAL_PREFIX, check_known, directory_of, hub_access
 from .state_dicts import Weights, check_fit, check_types, read_weights
 from .structure import assign_weights, drop_parameters, without_random_numbers
@@ -76,6 +77,9 @@ def _create(
         model_name = f"{LOCAL_PREFIX}{directory}"
         weights = model_directory.read_weights(directory) if found is not None and load_weights else None
         types = model_directory.types_of_weights(directory) if load_weights else {}
+        if types:
+            described = model_directory.read_config(directory)["model_cfg"]
+            check_depth(described, len(types), directory / model_directory.CONFIG_NAME)
         described_by = f"its {model_directory.CONFIG_NAME}"
     else:
         check_known(model_name, pretrained)
@@ -215,4 +219,4 @@ def _clear_errors(model_name: str) -> Iterator[None]:
 
 def expecting_random_weights() -> AbstractContextManager[None]:
     """Suppresses open_clip's warning about random weights where they are intended."""
-    return hub.suppress_log_lines("No pretrained weights loaded")
+    return hub.suppress_log_lines(("No pretrained weights loaded", "Local config loaded, but no CLIP weights found"))

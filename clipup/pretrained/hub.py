@@ -69,8 +69,8 @@ def offline_if_unreachable(what: str, cache_dir: str | None = None) -> Iterator[
 
 
 @contextmanager
-def suppress_log_lines(start: str) -> Iterator[None]:
-    """Suppresses records of open_clip that start with ``start``."""
+def suppress_log_lines(start: str | tuple[str, ...]) -> Iterator[None]:
+    """Suppresses records of open_clip that start with ``start``, or with one of them."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(start)

@@ -60,6 +60,8 @@ class Reports:
             self.log.warning("%s", note)
         ranks = f"{self._ranks.world_size} rank{'s' if self._ranks.several else ''}"
         begin = f"from step {self._state.step} to step {self._length.steps} on {self._ranks.device}, {ranks}"
+        if self._state.step > self._length.steps:
+            begin = f"is at step {self._state.step}, after the {self._length.steps} steps asked for"
         self.log.info("%s; %d samples seen", begin, self._state.samples_seen)
         if self._sync is not None:
             self._sync.start()

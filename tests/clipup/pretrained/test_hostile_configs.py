@@ -85,6 +85,14 @@ def test_options_that_give_no_model_are_an_error_about_the_directory(directory, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])
+@pytest.mark.parametrize("directory", ["dense", "sparse"], indirect=True)
+def test_more_layers_than_the_weights_can_have_are_refused_before_they_are_built(directory, tower):
+    change(directory, "model_cfg", tower, "layers", value=10**9)
+    with pytest.raises(ValueError, match=rf"{tower} has 1000000000 layers, but there are \d+ tensors of weights"):
+        clipup.create_model_and_transforms(str(directory))
+
+
 @pytest.mark.parametrize("field", ["mean", "std"])
 @pytest.mark.parametrize("value", [[0.5, 0.5], ["a", "b", "c"], [], {}, True, [0.5, 0.5, float("nan")], float("inf")])
 def test_normalization_of_images_is_checked(directory, field, value):

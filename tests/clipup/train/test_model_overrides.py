@@ -11,8 +11,9 @@ from PIL import Image
 from torchvision.transforms import Normalize, RandomResizedCrop
 
 import clipup
+from clipup import MoEConfig
 from clipup.cli import main
-from clipup.train import train
+from clipup.train import TrainOptions, train
 from clipup.train.distributed import Ranks
 from clipup.train.setup import build_model
 
@@ -129,3 +130,8 @@ def test_another_architecture_on_resume_is_refused_by_name(named_model, options,
 def test_values_out_of_range_are_refused_by_name(options, changes, message):
     with pytest.raises(ValueError, match=message):
         options(**changes)
+
+
+def test_a_config_in_place_of_the_switch_is_refused_by_name():
+    with pytest.raises(TypeError, match="moe must be True or False, got MoEConfig.*are in moe_cfg"):
+        TrainOptions(moe=MoEConfig(num_experts=4))

@@ -283,6 +283,15 @@ def test_convert_makes_a_model_directory_of_either_kind_of_checkpoint(run, named
     assert files[0] == files[1] == ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
 
 
+def test_convert_refuses_more_layers_than_the_weights_can_have(run, tmp_path, capsys):
+    path = newest(run(steps=3))
+    content = json.loads((path / "index.json").read_text())["content"]
+    content["configs"]["model_cfg"] = {"embed_dim": 16, "vision_cfg": {"layers": 10**7}, "text_cfg": {}}
+    (path / "index.json").write_text(json.dumps({"crc32": shard_files._crc_of(content), "content": content}))
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 2
+    assert "vision_cfg has 10000000 layers, but there are" in capsys.readouterr().err
+
+
 def test_convert_refuses_what_it_cannot_convert(run, tmp_path, capsys):
     result = run(steps=3)
     out = str(tmp_path / "out")
