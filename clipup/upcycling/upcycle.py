@@ -44,14 +44,14 @@ def upcycle(
         ValueError: no model, or models that differ in the shape of an MLP; a model is already sparse, ``config.blocks``
             names a missing block, or a hidden width is not a multiple of ``config.granularity``.
     """
-    models = list(model) if isinstance(model, list | tuple) else [model]
+    models: list[nn.Module] = list(model) if isinstance(model, list | tuple) else [model]  # type: ignore[list-item]
     if not models:
         raise ValueError("model is an empty list; expected one dense model, or several")
-    model, *others = models
     for one in models:
         checks.module("model", one)
+    first, *others = models
     if config is None:
-        config = MoEConfig.clip_up(towers=tuple(tower for tower in ("image", "text") if tower in towers(model)))
+        config = MoEConfig.clip_up(towers=tuple(tower for tower in ("image", "text") if tower in towers(first)))
     check_config("config", config)
     checks.boolean("inplace", inplace)
     for one in models:
@@ -60,13 +60,13 @@ def upcycle(
             raise ValueError(
                 f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model"
             )
-    mlps = [mlp.dense for mlp in chosen_mlps(model, config)]  # raises before anything is copied
+    mlps = [mlp.dense for mlp in chosen_mlps(first, config)]  # raises before anything is copied
     more = [mlps_like(mlps, other, config) for other in others]
     if not inplace:
-        model = copy.deepcopy(model)
-    make_sparse(model, config, more)
-    if is_hugging_face(model):
+        first = copy.deepcopy(first)
+    make_sparse(first, config, more)
+    if is_hugging_face(first):
         from . import sparse_hugging_face  # imports transformers, which is optional
 
-        sparse_hugging_face.adopt(model, config)
-    return model
+        sparse_hugging_face.adopt(first, config)
+    return first
