@@ -116,6 +116,7 @@ def quick_runs(tmp_path_factory):
     return runs_of(2, QUICK, tmp_path_factory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_two_ranks_do_what_one_process_does(quick_runs, name):
     compare(quick_runs, 2, name)

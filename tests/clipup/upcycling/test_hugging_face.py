@@ -16,7 +16,15 @@ import clipup
 from clipup import MoEConfig, aux_loss, moe_layers, step0_difference, upcycle
 from clipup.clip.hugging_face import random_batch
 
-FAMILIES = pytest.mark.parametrize("name", CONFIGS)
+QUICK = ("CLIPModel", "SiglipTextModel", "Siglip2Model", "ViTForImageClassification", "BertModel")
+
+
+def quick(names):
+    """Other names are slow tests."""
+    return [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
+
+
+FAMILIES = pytest.mark.parametrize("name", quick(CONFIGS))
 DROPLESS = {"num_experts": 4, "capacity_factor": None}
 
 
@@ -29,7 +37,7 @@ def first_tensor(output):
     return next(value for value in output.values() if isinstance(value, torch.Tensor))
 
 
-@FAMILIES
+@pytest.mark.parametrize("name", CONFIGS)
 def test_every_family_computes_the_same_function_at_step_zero(name):
     dense = tiny_hugging_face(name)
     sparse = upcycle(dense)
@@ -111,7 +119,7 @@ HEADS = ["ViTForImageClassification", "Dinov2ForImageClassification", "BertForSe
 HEADS += ["CLIPVisionModelWithProjection", "CLIPTextModelWithProjection"]
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", quick(HEADS))
 def test_auto_model_reads_all_weights_of_a_model_with_a_head(name, tmp_path):
     dense = tiny_hugging_face(name)
     missing = []
@@ -288,7 +296,7 @@ TRAINED = [
 ]
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", quick(TRAINED))
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trainer_trains_every_expert(name, checkpointing, tmp_path):
     dense = tiny_hugging_face(name)
@@ -329,7 +337,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", [pytest.param("eager", marks=pytest.mark.slow), "sdpa"])
 @pytest.mark.parametrize("name", TEXTS)
 def test_tokens_that_the_attention_mask_masks_are_not_routed(name, attention):
     dense = tiny_hugging_face(name)

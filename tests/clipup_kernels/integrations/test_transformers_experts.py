@@ -108,7 +108,7 @@ def test_autocast_follows_eager():
     assert experts.gate_up_proj.grad.dtype == torch.float32 and experts.gate_up_proj.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_and_checkpointed_models_train_alike(checkpointing):
     eager, ours = pair("Mixtral")
     if checkpointing:
