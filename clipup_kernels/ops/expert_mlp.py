@@ -70,15 +70,6 @@ _expert_mlp_backward = define(
 )
 
 
-def _glu_context(ctx, inputs, output):
-    *tensors, activation, _ = inputs
-    _, z = output
-    ctx.save_for_backward(*tensors, z)
-    ctx.activation = activation
-    ctx.mark_non_differentiable(z)
-    ctx.set_materialize_grads(False)
-
-
 def _glu_backward_of(ctx, dy, dz):
     if dy is None:
         return (None,) * 9
@@ -93,7 +84,7 @@ def _glu_backward_of(ctx, dy, dz):
 _expert_glu_forward = define(
     "expert_glu_forward(Tensor x, Tensor gates, Tensor offsets, Tensor choice_of_row, Tensor row_of_choice,"
     " Tensor gate_in_weight, Tensor out_weight, str activation, bool keep_z) -> (Tensor, Tensor)",
-    setup_context=_glu_context,
+    setup_context=_context,
     backward=_glu_backward_of,
     flops=lambda x, gates, offsets, choice_of_row, row_of_choice, gate_in_weight, out_weight, *args, out_shape=None,
     **kwargs: 3 * 2 * choice_of_row[0] * out_weight[1] * out_weight[2],

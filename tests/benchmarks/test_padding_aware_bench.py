@@ -6,14 +6,9 @@ import padding_aware
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("threads_restored")
+
 ARGUMENTS = ["--models", "clipup-tiny-32", "--batch-size", "4", "--threads", "1", "--seconds", "0.05", "--rounds", "2"]
-
-
-@pytest.fixture(autouse=True)
-def threads_restored():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
