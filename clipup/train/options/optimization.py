@@ -42,7 +42,7 @@ class OptimizationOptions(OptionGroup):
     wd: float = 0.2
     """Weight decay of matrices; biases, norms and the logit scale are not decayed."""
     wd_exclude: tuple[str, ...] = ()
-    """Patterns of the names of further parameters without weight decay, such as '*positional_embedding'."""
+    """Patterns of the names of further parameters without weight decay, such as `*positional_embedding`."""
     image_layer_decay: float | None = None
     """Factor by which the learning rate falls from a group of the image tower to the one below it; the projection has
     the whole learning rate. The groups are those of --lock-image-unlocked-groups."""
