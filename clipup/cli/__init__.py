@@ -15,6 +15,7 @@ COMMANDS = {
     "upcycle": "make a dense model sparse, and check that its outputs are unchanged",
     "train": "train a dense or sparse model",
     "convert": "make a model directory of a training checkpoint",
+    "export": "programs of a model's encoders, by torch.export or AOTInductor",
     "plan": "memory, traffic, time and price of a training run, before it is started",
     "eval": "retrieval and zero-shot classification",
     "clip-benchmark": "CLIP_benchmark's command line, with clipup's models",

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_cases import Shape, assert_follows, double, make_experts, randn, with_grad
+from moe_cases import Shape, assert_follows, double, make_experts, randn, route, with_grad
 
 import clipup_kernels as ck
 from clipup_kernels.backends import registry
@@ -42,9 +42,28 @@ def test_a_layer_on_triton_follows_the_oracle_forward_and_backward(on_triton):
     router, x, mask = randn(6, 32), randn(tokens, 32, seed=1), torch.arange(tokens) % 5 > 0
     experts = make_experts(shape)
     ours = layer_and_gradients(router.requires_grad_(), x.requires_grad_(), with_grad(experts), mask)
-    assert on_triton == set(registry.by_name("triton").modules)
+    assert on_triton == set(registry.by_name("triton").modules) - {"expert_glu_forward", "expert_glu_backward"}
     wide = (double(router).requires_grad_(), double(x).requires_grad_(), with_grad(double(experts)), mask)
     for position, (value, want) in enumerate(zip(ours, layer_and_gradients(*wide), strict=True)):
+        assert_follows(value, want, torch.float32, f"result {position}")
+
+
+def test_gated_experts_in_one_weight_on_triton_follow_the_oracle(on_triton):
+    shape = Shape(40, 16, 24, 4, 2)
+    gates, plan = route(shape, "capacity")
+    parts = make_experts(shape, bias=False, gated=True, activation="silu")
+    gate_in, out = torch.cat((parts.gate_weight, parts.in_weight), dim=1), parts.out_weight
+    results = []
+    for op, wide in ((ck.expert_glu, False), (ck.reference.expert_glu, True)):
+        x, g, first, second = (
+            (one.double() if wide else one).detach().clone().requires_grad_()
+            for one in (randn(40, 16, seed=1), gates, gate_in, out)
+        )
+        y = op(x, g, plan, first, second)
+        y.square().sum().backward()
+        results.append((y, x.grad, g.grad, first.grad, second.grad))
+    assert {"expert_glu_forward", "expert_glu_backward"} <= on_triton
+    for position, (value, want) in enumerate(zip(*results, strict=True)):
         assert_follows(value, want, torch.float32, f"result {position}")
 
 

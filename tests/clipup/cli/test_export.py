@@ -1,0 +1,73 @@
+"""``clipup export``: programs that compute what the model does, for batches of other sizes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_clip import tiny_clip, tiny_config
+
+import clipup
+from clipup import MoEConfig, upcycle
+from clipup.cli import main
+from clipup.clip.inputs import random_inputs
+from clipup.pretrained.exporting import export_encoders
+
+
+@pytest.fixture(params=["dense", "sparse"])
+def directory(request, tmp_path):
+    model = tiny_clip().eval()
+    if request.param == "sparse":
+        model = upcycle(model, MoEConfig.clip_up(num_experts=4))
+    clipup.save_pretrained(model, tmp_path / "model", tiny_config())
+    return tmp_path / "model"
+
+
+def test_both_encoders_are_written_and_take_any_batch(directory, tmp_path, capsys):
+    assert main(["export", str(directory), str(tmp_path / "programs")]) == 0
+
+    assert sorted(path.name for path in (tmp_path / "programs").iterdir()) == ["image.pt2", "text.pt2"]
+    assert "wrote" in capsys.readouterr().out
+    model, *_ = clipup.create_model_and_transforms(str(directory))
+    for count in (1, 2, 5):
+        for name, inputs in zip(("image", "text"), random_inputs(model, count), strict=True):
+            program = torch.export.load(tmp_path / "programs" / f"{name}.pt2").module()
+            torch.testing.assert_close(program(inputs), getattr(model, f"encode_{name}")(inputs))
+
+
+def test_programs_that_are_there_are_kept_unless_told_otherwise(directory, tmp_path, capsys):
+    out = tmp_path / "programs"
+    out.mkdir()
+    (out / "image.pt2").write_text("mine")
+    assert main(["export", str(directory), str(out)]) == 2
+    assert "holds image.pt2; pass --overwrite" in capsys.readouterr().err
+    assert (out / "image.pt2").read_text() == "mine"
+    assert main(["export", str(directory), str(out), "--overwrite"]) == 0
+    torch.export.load(out / "image.pt2")
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_clip().train()
+    export_encoders(model)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+LOADER = """
+import sys, torch
+import clipup_kernels
+from torch._inductor import aoti_load_package
+inputs = torch.load(sys.argv[1])
+torch.save({name: aoti_load_package(f"{sys.argv[2]}/{name}.pt2")(value) for name, value in inputs.items()}, sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_compiled_programs_run_with_a_batch_they_were_not_made_with(directory, tmp_path):
+    assert main(["export", str(directory), str(tmp_path / "programs"), "--aot"]) == 0
+    model, *_ = clipup.create_model_and_transforms(str(directory))
+    inputs = dict(zip(("image", "text"), random_inputs(model, 7), strict=True))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", LOADER, tmp_path / "inputs.pt", tmp_path / "programs", tmp_path / "outputs.pt"]
+    subprocess.run([str(part) for part in command], check=True)
+    for name, found in torch.load(tmp_path / "outputs.pt").items():
+        torch.testing.assert_close(found, getattr(model, f"encode_{name}")(inputs[name]))
