@@ -98,12 +98,17 @@ def _length(made: Plan, cluster: Cluster, length: Length | None) -> list[str]:
     if length is None:
         return []
     run = _run(made, cluster, length)
-    price = "" if run["price"] is None else f", {run['price']:,.0f} at {cluster.price:g} a GPU and hour"
+    price = "" if run["price"] is None else f", {_count(run['price'])} at {cluster.price:g} a GPU and hour"
     return [
         "",
-        f"run of {length.samples:,} pairs, {length.steps:,} steps: {run['hours']:,.1f} hours, "
-        f"{run['gpu_hours']:,.0f} GPU hours{price}",
+        f"run of {length.samples:,} pairs, {length.steps:,} steps: {_count(run['hours'], 1)} hours, "
+        f"{_count(run['gpu_hours'])} GPU hours{price}",
     ]
+
+
+def _count(value: float, digits: int = 0) -> str:
+    """With so many digits after the point; two that tell something where those would be zeros."""
+    return f"{value:,.{digits}f}" if value >= 10 ** (1 - digits) or value == 0 else f"{value:.2g}"
 
 
 def _run(made: Plan, cluster: Cluster, length: Length) -> dict[str, Any]:

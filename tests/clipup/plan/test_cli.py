@@ -41,6 +41,11 @@ def test_hours_and_price_follow_from_the_measured_pace(capsys):
     assert run["price"] == 3 * run["gpu_hours"]
 
 
+def test_a_short_run_has_hours_and_a_price_that_are_not_zero(capsys):
+    assert main([*RUN, "--images-per-second", "1000", "--samples", "10240", "--price", "2.5"]) == 0
+    assert "10,240 pairs, 10 steps: 0.00036 hours, 0.0028 GPU hours, 0.0071 at 2.5" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_gpu_with_too_little_memory_gets_another_setting(capsys):
     large = planned(capsys, "--moe")["plan"]
