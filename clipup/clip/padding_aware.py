@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..moe.layer import SparseMoE
 from .padding_hugging_face import make_hugging_face_padding_aware
-from .padding_masks import make_images_padding_aware, make_modern_text_padding_aware
+from .padding_masks import can_truncate, make_images_padding_aware, make_modern_text_padding_aware
 
 _END_OF_TEXT_POOLS = ("argmax", "eos")
 
@@ -52,12 +52,11 @@ def make_padding_aware(model: nn.Module, towers: Sequence[str] = ("image", "text
         False if the text tower was left unchanged, because it is not causal, does not pool at end-of-text, returns
         token features, or contains a module that is not exactly of one of open_clip's classes.
     """
+    if make_hugging_face_padding_aware(model):
+        return True
     if "image" in towers:
         make_images_padding_aware(model)
-    if "text" not in towers:
-        return False
-    ways = (make_hugging_face_padding_aware, make_modern_text_padding_aware, _make_text_padding_aware)
-    return any(make_aware(model) for make_aware in ways)
+    return "text" in towers and (make_modern_text_padding_aware(model) or _make_text_padding_aware(model))
 
 
 def _make_text_padding_aware(model: nn.Module) -> bool:
@@ -180,7 +179,7 @@ def _encode(
 ) -> Tensor:
     """Embedded tokens x [B, L, D] of texts [B, L] -> features [B, embed_dim], as in both of open_clip's towers."""
     token_mask = tokens_up_to_pooled(texts, pool_type, eos_id)
-    if _can_truncate(tower, x):
+    if can_truncate(tower.transformer.resblocks, x):
         longest = int(token_mask.sum(1).max())
         x, texts, token_mask = x[:, :longest], texts[:, :longest], token_mask[:, :longest]
         attn_mask = attn_mask[:longest, :longest]
@@ -190,19 +189,6 @@ def _encode(
     if projection is None:
         return pooled
     return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-
-
-def _can_truncate(tower: nn.Module, x: Tensor) -> bool:
-    """Whether texts can be truncated to the longest one in the batch.
-
-    Not on other devices, where reading the length would synchronize; not under compilation, export or tracing, where
-    the length would become a constant (even reading the batch size would fix it); and not if a sparse layer routes
-    padding.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu" or len(x) == 0:
-        return False
-    layers = (block.mlp for block in tower.transformer.resblocks)
-    return all(layer.config.padding_aware for layer in layers if isinstance(layer, SparseMoE))
 
 
 def _takes_mask(layer: nn.Module, token_mask: Tensor | None) -> bool:

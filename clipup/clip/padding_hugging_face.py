@@ -1,4 +1,4 @@
-"""Padding-aware blocks of transformers' text towers: sparse layers leave out what the attention mask masks.
+"""Padding-aware blocks of transformers' towers: sparse layers leave out what the attention mask masks.
 
 transformers passes a block the mask of its attention, made from the tokenizer's ``attention_mask``, and the block calls
 its MLP with the hidden states alone. In between, ``PaddingAwareBlock`` keeps the mask in a variable of the thread:
@@ -37,20 +37,16 @@ _threads = _OfThread()
 
 
 def make_hugging_face_padding_aware(model: nn.Module) -> bool:
-    """Lets the sparse layers of a transformers model leave out the padding of texts. Returns whether there is one."""
-    if not is_hugging_face(model):
-        return False
-    changed = False
-    for block in list(model.modules()):
-        name = block_class(block)
-        sparse = {path: layer for path, layer in block.named_children() if isinstance(layer, SparseMoE)}
-        if name is None or not sparse:
-            continue
-        block.__class__ = _padding_aware(name)
-        for layer in sparse.values():
-            layer.register_forward_pre_hook(_pass_token_mask, with_kwargs=True)
-        changed = True
-    return changed
+    """Lets the sparse layers of a transformers model leave out the padding, of texts and of SigLIP 2's images. Returns
+    whether it has such layers. To call it again changes nothing."""
+    blocks = [block for block in model.modules() if block_class(block)] if is_hugging_face(model) else []
+    found = {block: [layer for layer in block.children() if isinstance(layer, SparseMoE)] for block in blocks}
+    for block, layers in found.items():
+        if layers and not isinstance(block, PaddingAwareBlock):
+            block.__class__ = _padding_aware(block_class(block))
+            for layer in layers:
+                layer.register_forward_pre_hook(_pass_token_mask, with_kwargs=True)
+    return any(found.values())
 
 
 def _pass_token_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -89,7 +85,7 @@ def _token_mask(attention_mask: Any) -> Tensor | None:
 
 
 @functools.cache
-def _padding_aware(full_name: str) -> type:
+def _padding_aware(full_name: Any) -> type:
     module, name = full_name.rsplit(".", 1)
     block = getattr(importlib.import_module(module), name)
     return type(_PREFIX + name, (PaddingAwareBlock, block), {"__module__": __name__})

@@ -10,6 +10,7 @@ Axis legend: ``B`` images or texts, ``L`` tokens of each, ``Q`` queries, ``D`` w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import open_clip.transformer
@@ -68,6 +69,19 @@ def attended_tokens(attn_mask: Tensor | None) -> Tensor | None:
     return attended[:, 0].any(1)
 
 
+def can_truncate(blocks: Iterable[Any], x: Tensor) -> bool:
+    """Whether texts x [B, L, ...] can be truncated to the longest one in the batch.
+
+    Not on other devices, where reading the length would synchronize; not under compilation, export or tracing, where
+    the length would become a constant (even reading the batch size would fix it); and not if a sparse layer routes
+    padding.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu" or len(x) == 0:
+        return False
+    layers = (block.mlp for block in blocks)
+    return all(layer.config.padding_aware for layer in layers if isinstance(layer, SparseMoE))
+
+
 def _mlp(layer: nn.Module, x: Tensor, token_mask: Tensor | None) -> Tensor:
     if token_mask is not None and isinstance(layer, SparseMoE) and layer.config.padding_aware:
         return layer(x, token_mask.expand(x.shape[:2]))
@@ -105,17 +119,10 @@ class PaddingAwareModernTextTransformer(_ModernTextTransformer):
 
     def forward(self, text: Tensor) -> Any:
         """text: [B, L] token ids -> features [B, output_dim], and token features where the tower returns them."""
-        if self._can_truncate(text):
-            text = text[:, : int(self._valid_mask(text).sum(1).max())]
+        if can_truncate(self.blocks, text) and not self.cfg.output_tokens:
+            positions = torch.arange(1, text.shape[1] + 1, device=text.device)
+            text = text[:, : int((self._valid_mask(text) * positions).max())]
         return super().forward(text)
-
-    def _can_truncate(self, text: Tensor) -> bool:
-        """Not under compilation and where reading a length would synchronize; and not if somebody sees the padding."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or text.device.type != "cpu" or len(text) == 0:
-            return False
-        layers = (block.mlp for block in self.blocks)
-        aware = all(layer.config.padding_aware for layer in layers if isinstance(layer, SparseMoE))
-        return aware and not self.cfg.output_tokens
 
     def _attn_inputs(self, text: Tensor, dtype: torch.dtype, num_prefix: int = 0) -> tuple[bool, Tensor, Tensor]:
         is_causal, key_bias, valid = super()._attn_inputs(text, dtype, num_prefix)

@@ -140,6 +140,14 @@ def test_padding_of_texts_is_not_routed_and_features_do_not_change(text_cfg, che
 
 
 @only_open_clip_4
+def test_a_text_with_padding_inside_is_not_cut_at_the_number_of_its_tokens():
+    dense = modern_text_clip(layers=4, attention_mode="bidirectional", pool_type="mean")
+    sparse = upcycle(dense, MoEConfig.clip_up(**DROPLESS))
+    inside = torch.tensor([[5, 0, 7, 0, 0, 9, 2, 0, 0, 0], [4, 3, 2, 0, 0, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(sparse.encode_text(inside), dense.encode_text(inside))
+
+
+@only_open_clip_4
 def test_copies_and_state_dicts_are_those_of_the_tower():
     dense = modern_text_clip(layers=4)
     sparse = upcycle(dense, MoEConfig.clip_up(**DROPLESS)).eval()

@@ -378,6 +378,22 @@ def test_prepared_models_leave_the_padding_out_too():
     assert all(torch.equal(one.state.last_routing.mask, mask.flatten().bool()) for one in moe_layers(prepared).values())
 
 
+def test_padding_of_images_of_several_sizes_is_not_routed():
+    sparse = upcycle(tiny_hugging_face("Siglip2Model").vision_model)
+    batch = random_batch(sparse, 2)
+    batch["spatial_shapes"][0], batch["pixel_attention_mask"][0, 8:] = torch.tensor([2, 4]), 0
+    arguments = [batch[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")]
+    sparse(*arguments)
+    masks = [layer.state.last_routing.mask for layer in moe_layers(sparse).values()]
+    assert len(masks) == 2 and all(torch.equal(mask, arguments[1].flatten().bool()) for mask in masks)
+
+
+def test_preparing_twice_adds_no_second_hook():
+    sparse = upcycle(tiny_hugging_face("BertModel"))
+    prepared = clipup.accelerate(clipup.accelerate(sparse))
+    assert all(len(layer._forward_pre_hooks) == 1 for layer in moe_layers(prepared).values())
+
+
 def test_a_text_without_padding_has_no_mask():
     sparse = upcycle(tiny_hugging_face("BertModel"))
     batch = random_batch(sparse, 3)
