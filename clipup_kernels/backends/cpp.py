@@ -29,10 +29,19 @@ def packed_layout(dtype: torch.dtype) -> str:
 _SOME_MEMORY = torch.empty(64, dtype=torch.uint8)
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     """0 means that there is no such tensor. An empty one has no memory, but is still there (a gate's weight with D =
     0)."""
-    return 0 if tensor is None else tensor.data_ptr() or _SOME_MEMORY.data_ptr()
+    if tensor is None:
+        return 0
+    if found := tensor.data_ptr():
+        return found
+    if tensor.numel():
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed, as FSDP does with weights "
+            "outside of their layer's forward and backward pass; call the layer through its FSDP module"
+        )
+    return _SOME_MEMORY.data_ptr()
 
 
 def _dense(*tensors: Tensor | None) -> list[Any]:
@@ -59,7 +68,7 @@ def router_logits(x, weight, mask=None) -> Tensor:
     x, weight, mask = _dense(x, weight, mask)
     logits = weight.new_empty(x.shape[0], weight.shape[0])
     NATIVE.router_logits(
-        _address(x), DTYPE_CODE[x.dtype], _address(mask), _address(weight), *x.shape, weight.shape[0], _address(logits)
+        address(x), DTYPE_CODE[x.dtype], address(mask), address(weight), *x.shape, weight.shape[0], address(logits)
     )
     return logits
 
@@ -69,8 +78,8 @@ def router_logits_backward(d_logits, x, weight, mask, output_mask) -> tuple[Tens
     d_x = x.new_empty(x.shape if output_mask[0] else 0)
     d_weight = weight.new_empty(weight.shape if output_mask[1] else 0)
     NATIVE.router_logits_backward(
-        _address(d_logits), _address(x), DTYPE_CODE[x.dtype], _address(mask), _address(weight), *x.shape,
-        weight.shape[0], _address(d_x if output_mask[0] else None), _address(d_weight if output_mask[1] else None),
+        address(d_logits), address(x), DTYPE_CODE[x.dtype], address(mask), address(weight), *x.shape,
+        weight.shape[0], address(d_x if output_mask[0] else None), address(d_weight if output_mask[1] else None),
     )  # fmt: skip
     return d_x, d_weight
 
@@ -80,8 +89,8 @@ def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple
     num_tokens, num_experts = logits.shape
     outputs = meta.topk_gating(logits, k, renormalize)
     NATIVE.topk_gating(
-        _address(logits), _address(mask), _address(selection_bias), num_tokens, num_experts, k, renormalize,
-        *map(_address, outputs),
+        address(logits), address(mask), address(selection_bias), num_tokens, num_experts, k, renormalize,
+        *map(address, outputs),
     )  # fmt: skip
     return outputs
 
@@ -93,8 +102,8 @@ def topk_gating_backward(
     grads = _dense(d_gates, d_top_prob, d_mean_probs, d_z_loss)
     d_logits = torch.empty_like(logits)
     NATIVE.topk_gating_backward(
-        _address(logits), _address(mask), _address(expert_indices), *logits.shape, expert_indices.shape[1], renormalize,
-        *map(_address, grads), _address(d_logits),
+        address(logits), address(mask), address(expert_indices), *logits.shape, expert_indices.shape[1], renormalize,
+        *map(address, grads), address(d_logits),
     )  # fmt: skip
     return d_logits
 
@@ -103,8 +112,8 @@ def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, m
     expert_indices, priority, mask = _dense(expert_indices, priority, mask)
     outputs = meta.dispatch(expert_indices, num_experts)
     NATIVE.dispatch(
-        _address(expert_indices), _address(mask), _address(priority), *expert_indices.shape, num_experts,
-        -1.0 if capacity_factor is None else capacity_factor, *map(_address, outputs),
+        address(expert_indices), address(mask), address(priority), *expert_indices.shape, num_experts,
+        -1.0 if capacity_factor is None else capacity_factor, *map(address, outputs),
     )  # fmt: skip
     return outputs
 
@@ -115,8 +124,8 @@ def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:
     width, num_rows = x.shape[1], choice_of_row.numel()
     rows = x.new_empty(num_rows, width)
     NATIVE.permute(
-        _address(x), width * x.element_size(), _address(choice_of_row), _end_address(offsets), num_rows,
-        row_of_choice.shape[1], _address(rows),
+        address(x), width * x.element_size(), address(choice_of_row), _end_address(offsets), num_rows,
+        row_of_choice.shape[1], address(rows),
     )  # fmt: skip
     return rows
 
@@ -134,8 +143,8 @@ def _gather_sum(rows: Tensor, gates: Tensor | None, row_of_choice: Tensor) -> Te
     num_tokens, k = row_of_choice.shape
     y = rows.new_empty(num_tokens, rows.shape[1])
     NATIVE.gather_sum(
-        _address(rows), DTYPE_CODE[rows.dtype], _address(row_of_choice), _address(gates), num_tokens, k,
-        rows.shape[1], _address(y),
+        address(rows), DTYPE_CODE[rows.dtype], address(row_of_choice), address(gates), num_tokens, k,
+        rows.shape[1], address(y),
     )  # fmt: skip
     return y
 
@@ -145,22 +154,22 @@ def combine_backward(dy, rows, gates, offsets, choice_of_row, row_of_choice) -> 
     dy, rows, gates, offsets, row_of_choice = _dense(dy, rows, gates, offsets, row_of_choice)
     d_rows, d_gates = torch.empty_like(rows), torch.empty_like(gates)
     NATIVE.combine_backward(
-        _address(dy), _address(rows), DTYPE_CODE[rows.dtype], _address(gates), _address(row_of_choice),
-        *row_of_choice.shape, rows.shape[1], _end_address(offsets), rows.shape[0], _address(d_rows),
-        _address(d_gates),
+        address(dy), address(rows), DTYPE_CODE[rows.dtype], address(gates), address(row_of_choice),
+        *row_of_choice.shape, rows.shape[1], _end_address(offsets), rows.shape[0], address(d_rows),
+        address(d_gates),
     )  # fmt: skip
     return d_rows, d_gates
 
 
 def grouped_linear(rows, weight, bias, offsets) -> Tensor:
     (weight,) = _dense(weight)
-    return _grouped_linear(rows, weight.shape, _address(weight), 0, bias, offsets)
+    return _grouped_linear(rows, weight.shape, address(weight), 0, bias, offsets)
 
 
 def packed_grouped_linear(rows, packed, bias, offsets, out_features) -> Tensor:
     shape = (offsets.numel() - 1, out_features, rows.shape[1])
     _check_blocks(rows, shape, packed)
-    return _grouped_linear(rows, shape, 0, _address(packed), bias, offsets)
+    return _grouped_linear(rows, shape, 0, address(packed), bias, offsets)
 
 
 def _grouped_linear(rows: Tensor, shape, weight: int, packed: int, bias: Tensor | None, offsets: Tensor) -> Tensor:
@@ -168,8 +177,8 @@ def _grouped_linear(rows: Tensor, shape, weight: int, packed: int, bias: Tensor 
     rows, bias, offsets = _dense(rows, bias, offsets)
     out = rows.new_empty(rows.shape[0], shape[1])
     NATIVE.grouped_linear(
-        DTYPE_CODE[rows.dtype], _address(rows), weight, _address(bias), _address(offsets), rows.shape[0], *shape,
-        _address(out), packed,
+        DTYPE_CODE[rows.dtype], address(rows), weight, address(bias), address(offsets), rows.shape[0], *shape,
+        address(out), packed,
     )  # fmt: skip
     return out
 
@@ -179,8 +188,8 @@ def grouped_linear_backward(d_out, rows, weight, offsets, output_mask) -> tuple[
     shapes = (rows.shape, weight.shape, weight.shape[:2])
     grads = [_pooled(rows, shape if wanted else (0,)) for shape, wanted in zip(shapes, output_mask, strict=True)]
     NATIVE.grouped_linear_backward(
-        DTYPE_CODE[rows.dtype], *map(_address, (d_out, rows, weight, offsets)), rows.shape[0], *weight.shape,
-        *(_address(grad if wanted else None) for grad, wanted in zip(grads, output_mask, strict=True)),
+        DTYPE_CODE[rows.dtype], *map(address, (d_out, rows, weight, offsets)), rows.shape[0], *weight.shape,
+        *(address(grad if wanted else None) for grad, wanted in zip(grads, output_mask, strict=True)),
     )  # fmt: skip
     return tuple(grads)
 
@@ -228,8 +237,8 @@ def expert_mlp_forward(
         pre_activation = (2, *pre_activation)
     y, z = torch.empty_like(x), _pooled(x, pre_activation if keep_z else (0,))
     NATIVE.expert_mlp_forward(
-        *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
-        [*map(_address, weights), *_NONE_PACKED], _address(x), _address(y), _address(z if keep_z else None),
+        *_sizes(x, row_of_choice, in_weight, activation), [*map(address, (gates, *routing))],
+        [*map(address, weights), *_NONE_PACKED], address(x), address(y), address(z if keep_z else None),
     )  # fmt: skip
     return y, z
 
@@ -244,8 +253,8 @@ def packed_expert_mlp(
     y = torch.empty_like(x)
     NATIVE.expert_mlp_forward(
         DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), *row_of_choice.shape, offsets.numel() - 1, x.shape[1],
-        hidden, 0, [*map(_address, (gates, *routing))], _packed_addresses(biases, in_packed, out_packed, gate_packed),
-        _address(x), _address(y), 0,
+        hidden, 0, [*map(address, (gates, *routing))], _packed_addresses(biases, in_packed, out_packed, gate_packed),
+        address(x), address(y), 0,
     )  # fmt: skip
     return y
 
@@ -268,13 +277,13 @@ def _check_blocks(x: Tensor, shape: tuple[int, int, int], *blocks: Tensor | None
 
 def _packed_addresses(biases: list[Tensor | None], *packed: Tensor | None) -> list[int]:
     """Addresses in the order of moe.h's Experts, without plain weights."""
-    in_bias, out_bias, gate_bias = map(_address, biases)
-    return [0, in_bias, 0, out_bias, 0, gate_bias, *map(_address, packed)]
+    in_bias, out_bias, gate_bias = map(address, biases)
+    return [0, in_bias, 0, out_bias, 0, gate_bias, *map(address, packed)]
 
 
 def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias, activation) -> Tensor:
     weights = _dense(in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
-    return _dense_mlp(x, [*map(_address, weights), *_NONE_PACKED], in_weight.shape[0], activation)
+    return _dense_mlp(x, [*map(address, weights), *_NONE_PACKED], in_weight.shape[0], activation)
 
 
 def packed_dense_mlp(x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, activation) -> Tensor:
@@ -290,7 +299,7 @@ def _dense_mlp(x: Tensor, weights: list[int], hidden: int, activation: str) -> T
     y = torch.empty_like(x)
     NATIVE.expert_mlp_forward(
         DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_tokens, 1, 1, width, hidden, 0,
-        [0, _address(offsets), 0, 0], weights, _address(x), _address(y), 0,
+        [0, address(offsets), 0, 0], weights, address(x), address(y), 0,
     )  # fmt: skip
     return y
 
@@ -311,9 +320,9 @@ def expert_mlp_backward(
     ]
     recompute = z.numel() == 0
     NATIVE.expert_mlp_backward(
-        *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
-        [*map(_address, weights), *_NONE_PACKED], _address(dy), _address(x), _address(None if recompute else z),
-        [*map(_address, grads)],
+        *_sizes(x, row_of_choice, in_weight, activation), [*map(address, (gates, *routing))],
+        [*map(address, weights), *_NONE_PACKED], address(dy), address(x), address(None if recompute else z),
+        [*map(address, grads)],
     )  # fmt: skip
     empty = (x, gates, *[x] * 6)
     return tuple(like.new_empty(0) if grad is None else grad for grad, like in zip(grads, empty, strict=True))
@@ -337,12 +346,12 @@ def expert_glu_backward(
     wanted_x, wanted_gates, _, wanted_out = output_mask
     gate_weight, in_weight = both[:, :hidden], both[:, hidden:]
     NATIVE.expert_mlp_backward(
-        *_sizes(x, row_of_choice, in_weight, activation), [*map(_address, (gates, *routing))],
-        [*map(_address, (in_weight, None, out_weight, None, gate_weight, None)), *_NONE_PACKED],
-        _address(dy), _address(x), _address(z if z.numel() else None),
+        *_sizes(x, row_of_choice, in_weight, activation), [*map(address, (gates, *routing))],
+        [*map(address, (in_weight, None, out_weight, None, gate_weight, None)), *_NONE_PACKED],
+        address(dy), address(x), address(z if z.numel() else None),
         [
-            _address(d_x if wanted_x else None), _address(d_gates if wanted_gates else None), _address(d_in), 0,
-            _address(d_out if wanted_out else None), 0, _address(d_gate), 0,
+            address(d_x if wanted_x else None), address(d_gates if wanted_gates else None), address(d_in), 0,
+            address(d_out if wanted_out else None), 0, address(d_gate), 0,
         ],
     )  # fmt: skip
     return tuple(grads)

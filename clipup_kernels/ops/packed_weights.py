@@ -54,7 +54,7 @@ def pack_weight(weight: Tensor) -> PackedWeight:
     code, sizes = cpp.DTYPE_CODE[weight.dtype], (1, *shape)[-3:]
     memory = extension.NATIVE.Block(max(extension.NATIVE.packed_weight_bytes(code, *sizes), 1))  # in huge pages
     block = torch.frombuffer(memory, dtype=torch.uint8)
-    extension.NATIVE.pack_weight(code, weight.data_ptr(), *sizes, block.data_ptr())
+    extension.NATIVE.pack_weight(code, cpp.address(weight), *sizes, block.data_ptr())
     return PackedWeight(block, shape, weight.dtype, layout)
 
 

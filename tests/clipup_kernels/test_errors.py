@@ -6,6 +6,7 @@ import torch
 from moe_cases import SHAPES, make_experts, randn, route
 
 import clipup_kernels as ck
+from clipup_kernels.backends import extension
 
 SHAPE = SHAPES["plain"]
 T, D, H, E, K = SHAPE
@@ -128,3 +129,19 @@ def test_a_wrong_argument_is_named(call, changed, error, message):
 )
 def test_the_unchanged_call_is_accepted(call):
     call()
+
+
+@pytest.mark.skipif(extension.NATIVE is None, reason="the other backends leave this to torch")
+@pytest.mark.parametrize("op", ["router_logits", "grouped_linear", "pack_weight"])
+def test_a_weight_whose_storage_was_freed_is_refused(op):
+    experts = make_experts(SHAPE).in_weight
+    calls = {
+        "router_logits": (randn(E, D), lambda weight: ck.router_logits(randn(T, D), weight)),
+        "grouped_linear": (experts, lambda weight: call_grouped_linear(weight=weight)),
+        "pack_weight": (experts, ck.pack_weight),
+    }
+    weight, call = calls[op]
+    call(weight)
+    weight.untyped_storage().resize_(0)  # as FSDP2 does between the passes
+    with pytest.raises(RuntimeError, match=r"has no memory: its storage was freed"):
+        call(weight)
