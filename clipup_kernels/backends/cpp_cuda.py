@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference
 from . import meta
-from .cpp import _address, _dense
+from .cpp import _dense, address
 from .extension import NATIVE
 
 
@@ -36,8 +36,8 @@ def topk_gating(logits, k, renormalize, selection_bias=None, mask=None) -> tuple
     workspace = _workspace(logits, NATIVE.cuda_topk_gating_workspace_bytes(num_tokens, num_experts, k))
     with torch.cuda.device_of(logits):
         NATIVE.cuda_topk_gating(
-            _address(logits), _address(mask), _address(selection_bias), num_tokens, num_experts, k, renormalize,
-            *map(_address, outputs), _address(workspace), _stream(logits),
+            address(logits), address(mask), address(selection_bias), num_tokens, num_experts, k, renormalize,
+            *map(address, outputs), address(workspace), _stream(logits),
         )  # fmt: skip
     return outputs
 
@@ -51,8 +51,8 @@ def topk_gating_backward(
     workspace = _workspace(logits, NATIVE.cuda_topk_gating_backward_workspace_bytes())
     with torch.cuda.device_of(logits):
         NATIVE.cuda_topk_gating_backward(
-            _address(logits), _address(mask), _address(expert_indices), *logits.shape, expert_indices.shape[1],
-            renormalize, *map(_address, gradients), _address(d_logits), _address(workspace), _stream(logits),
+            address(logits), address(mask), address(expert_indices), *logits.shape, expert_indices.shape[1],
+            renormalize, *map(address, gradients), address(d_logits), address(workspace), _stream(logits),
         )  # fmt: skip
     return d_logits
 
@@ -65,8 +65,8 @@ def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, m
     workspace = _workspace(expert_indices, NATIVE.cuda_dispatch_workspace_bytes(*expert_indices.shape, num_experts))
     with torch.cuda.device_of(expert_indices):
         NATIVE.cuda_dispatch(
-            _address(expert_indices), _address(mask), _address(order), *expert_indices.shape, num_experts,
-            -1.0 if capacity_factor is None else capacity_factor, *map(_address, outputs), _address(workspace),
+            address(expert_indices), address(mask), address(order), *expert_indices.shape, num_experts,
+            -1.0 if capacity_factor is None else capacity_factor, *map(address, outputs), address(workspace),
             _stream(expert_indices),
         )  # fmt: skip
     return outputs
