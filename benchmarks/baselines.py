@@ -110,9 +110,11 @@ def clipup(x: Tensor, w: Weights) -> Tensor:
     return ck.expert_mlp(x, gating.gates, plan, w.in_weight, w.in_bias, w.out_weight, w.out_bias, "gelu")
 
 
-def prepared(function: Callable, w: Weights | DenseWeights) -> Callable:
+def prepared(function: Callable, w: Weights | DenseWeights, quantize: str | None) -> Callable:
     """``clipup`` or ``dense_engine`` on packed weights, as in the layers that ``clipup.accelerate`` makes."""
-    packed = w._replace(in_weight=ck.pack_weight(w.in_weight), out_weight=ck.pack_weight(w.out_weight))
+    packed = w._replace(
+        in_weight=ck.pack_weight(w.in_weight, quantize), out_weight=ck.pack_weight(w.out_weight, quantize)
+    )
     return lambda x, _: function(x, packed)
 
 
@@ -127,7 +129,13 @@ def oracle(x: Tensor, w: Weights | DenseWeights) -> Tensor:
     return ck.reference.expert_mlp(x.double(), gating.gates.double(), plan, *parameters, "gelu")
 
 
-DENSE = {"dense_1": dense, "dense_k": dense, "dense_k_engine": dense_engine, "dense_k_prepared": dense_engine}
+DENSE = {
+    "dense_1": dense,
+    "dense_k": dense,
+    "dense_k_engine": dense_engine,
+    "dense_k_prepared": dense_engine,
+    "dense_k_int8": dense_engine,
+}
 """One dense MLP: ``dense_1`` on T rows, what the dense model pays; all others on K*T rows, the sparse layer's."""
 SPARSE = {
     "loop": loop,
@@ -137,11 +145,13 @@ SPARSE = {
     "hf_grouped_mm": hf_grouped_mm,
     "clipup": clipup,
     "clipup_prepared": clipup,
+    "clipup_int8": clipup,
     **PEERS,
 }
 IMPLEMENTATIONS = DENSE | SPARSE
-PREPARED = {"dense_k_prepared", "clipup_prepared"}
-"""On weights that were packed before the first call; the others read plain weights at every call."""
+PREPARED = {"dense_k_prepared": None, "clipup_prepared": None, "dense_k_int8": "int8", "clipup_int8": "int8"}
+"""On weights that were packed before the first call, and how they are quantized; the others read plain weights at every
+call."""
 WITHOUT_DERIVATIVE = {"dense_k_engine", *PREPARED}
 TRANSFORMERS = (5, 4)
 """The first version whose grouped experts can do without a gate."""
@@ -205,6 +215,6 @@ def candidates(impls: Iterable[str], case: Case, top_k: int, dtype: torch.dtype,
     made = {}
     for impl in impls:
         function, mine = (DENSE[impl], one) if impl in DENSE else (SPARSE[impl], weights)
-        function = prepared(function, mine) if impl in PREPARED else function
+        function = prepared(function, mine, PREPARED[impl]) if impl in PREPARED else function
         made[impl] = Candidate(function, x_k if impl in DENSE and impl != "dense_1" else x, mine)
     return made

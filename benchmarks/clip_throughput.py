@@ -1,7 +1,8 @@
 """Whole models in one alternating run: dense B/32, B/16 and L/14 beside CLIP-UP B/32 and B/16, inference and training.
 
-"accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``, inference only). On
-a CPU it and CLIP-UP stop at the end of the longest text, where dense models in their usual form compute all 77 tokens.
+"accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``, inference only);
+"int8" quantizes MLPs, experts and attention besides (``weights="int8"``). On a CPU they and CLIP-UP stop at the end of
+the longest text, where dense models in their usual form compute all 77 tokens.
 
     python benchmarks/clip_throughput.py                              # inference of bf16 models, some minutes
     python benchmarks/clip_throughput.py --pass fwd_bwd --batch-size 8
@@ -33,10 +34,11 @@ from clipup.pretrained.factory import create_model_and_transforms, expecting_ran
 from clipup.pretrained.tokenizers import get_tokenizer
 from clipup_kernels.machine import package_version, processor_name
 
-BASELINE, LARGE, ACCELERATED = "ViT-B-16", "ViT-L-14", "accelerated"
+BASELINE, LARGE, ACCELERATED, INT8 = "ViT-B-16", "ViT-L-14", "accelerated", "int8"
 MODELS = (
-    BASELINE, f"ViT-B-16 {ACCELERATED}", "ViT-B-16 CLIP-UP", f"ViT-B-16 CLIP-UP {ACCELERATED}",
-    "ViT-B-32", "ViT-B-32 CLIP-UP", f"ViT-B-32 CLIP-UP {ACCELERATED}", LARGE,
+    BASELINE, f"ViT-B-16 {ACCELERATED}", f"ViT-B-16 {INT8}",
+    "ViT-B-16 CLIP-UP", f"ViT-B-16 CLIP-UP {ACCELERATED}", f"ViT-B-16 CLIP-UP {INT8}",
+    "ViT-B-32", "ViT-B-32 CLIP-UP", f"ViT-B-32 CLIP-UP {ACCELERATED}", f"ViT-B-32 CLIP-UP {INT8}", LARGE,
 )  # fmt: skip
 WORDS = "a photograph of one small brown dog that runs along the wide grey beach at dusk".split()
 UNTIMED = 2  # calls before the timed ones
@@ -50,7 +52,9 @@ def build(name: str, dtype: torch.dtype, device: str, training: bool) -> tuple[n
     if "CLIP-UP" in options:
         model = clipup.upcycle(model, clipup.MoEConfig.clip_up(), inplace=True)
     model, counts = model.train(training).to(device, dtype), count(model)
-    return (clipup.accelerate(model, inplace=True) if ACCELERATED in options else model), counts
+    if ACCELERATED in options or INT8 in options:
+        model = clipup.accelerate(model, inplace=True, weights=INT8 if INT8 in options else None)
+    return model, counts
 
 
 def synchronise(device: str) -> None:
@@ -108,7 +112,8 @@ def measure(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> 
     """The rows of one pass and dtype."""
     training = pass_ == "fwd_bwd"
     counts: dict[str, TowerCounts] = {}
-    wanted = [name for name in MODELS if name in {*args.models, BASELINE} and not (training and ACCELERATED in name)]
+    chosen = [name for name in MODELS if name in {*args.models, BASELINE}]
+    wanted = [name for name in chosen if not (training and name.endswith((ACCELERATED, INT8)))]
 
     def runner(name: str) -> Inference | TrainingStep:
         model, counts[name] = build(name, DTYPES[dtype], args.device, training)

@@ -132,5 +132,5 @@ def layout(packed_for: str, runs: str) -> None:
     if packed_for != runs:
         raise ValueError(
             f"the weight was packed as {packed_for}, but the kernels of this process read {runs}; pack the weight "
-            "again here: pack_weight(unpack_weight(packed))"
+            "again here: pack_weight(packed)"
         )

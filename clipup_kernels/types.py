@@ -14,6 +14,14 @@ from torch import Tensor
 
 PLAIN_LAYOUT = "plain"
 """``PackedWeight.layout`` of a weight that is not packed."""
+QUANTIZATIONS = ("int8",)
+"""How ``pack_weight`` can quantize a weight."""
+
+
+def quantization_of(layout: str) -> str | None:
+    """The quantization of a ``PackedWeight.layout``; None: its elements are exact."""
+    return next((name for name in QUANTIZATIONS if layout.startswith(name)), None)
+
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 """Activations of experts: ``z Phi(z)`` by erf, its tanh approximation, ``z sigmoid(1.702 z)`` (OpenAI's CLIP),
@@ -57,8 +65,9 @@ class Plan(NamedTuple):
 class PackedWeight(NamedTuple):
     """A weight packed for this CPU's kernels by ``pack_weight``, for inference only.
 
-    ``expert_mlp``, ``dense_mlp`` and ``grouped_linear`` take it in place of the weight, with bitwise the same results.
-    It holds a copy: writing to the original weight does not change it. ``unpack_weight`` returns the weight.
+    ``expert_mlp``, ``dense_mlp`` and ``grouped_linear`` take it in place of the weight, with bitwise the same results
+    unless it is quantized. It holds a copy: writing to the original weight does not change it. ``unpack_weight``
+    returns the weight.
     """
 
     block: Tensor
@@ -69,11 +78,17 @@ class PackedWeight(NamedTuple):
     """Type of the weight, and of x."""
     layout: str
     """Word type and columns of a panel, for example "float32x32"; other CPUs have other panels. "plain" if no kernel
-    here reads packed weights: float64, products computed by torch's matmul, no compiled extension."""
+    here reads packed weights: float64, products computed by torch's matmul, no compiled extension. "int8x4x32": words
+    of four int8, scales and sums of output channels (csrc/moe.h)."""
 
     @property
     def device(self) -> torch.device:
         return self.block.device
+
+    @property
+    def quantization(self) -> str | None:
+        """ "int8" if the weight is quantized."""
+        return quantization_of(self.layout)
 
     @property
     def nbytes(self) -> int:

@@ -89,7 +89,7 @@ void combine_backward(Address dy, Address rows, int dtype, Address gates, Addres
 using Addresses = std::array<Address, 9>;
 
 clipup::Experts experts_of(int dtype, int activation, Size E, Size D, Size H, Size in_stride,
-                           const Addresses& weights) {
+                           const Addresses& weights, int packed_type = 0) {
   const auto [in, in_bias, out, out_bias, gate, gate_bias, packed_in, packed_out, packed_gate] = weights;
   return {clipup::DType{dtype},
           clipup::Activation{activation},
@@ -105,7 +105,8 @@ clipup::Experts experts_of(int dtype, int activation, Size E, Size D, Size H, Si
           anything(packed_in),
           anything(packed_out),
           anything(packed_gate),
-          in_stride};
+          in_stride,
+          clipup::PackedType{packed_type}};
 }
 
 clipup::Routing routing_of(Size T, Size K, const std::array<Address, 4>& routing) {
@@ -115,8 +116,8 @@ clipup::Routing routing_of(Size T, Size K, const std::array<Address, 4>& routing
 
 void expert_mlp_forward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H, Size in_stride,
                         const std::array<Address, 4>& routing, const Addresses& weights, Address x, Address y,
-                        Address z) {
-  clipup::expert_mlp_forward(experts_of(dtype, activation, E, D, H, in_stride, weights),
+                        Address z, int packed_type) {
+  clipup::expert_mlp_forward(experts_of(dtype, activation, E, D, H, in_stride, weights, packed_type),
                              routing_of(T, K, routing), anything(x), out_anything(y), out_anything(z));
 }
 
@@ -132,9 +133,10 @@ void expert_mlp_backward(int dtype, int activation, Size T, Size K, Size E, Size
 }
 
 void grouped_linear(int dtype, Address rows, Address weight, Address bias, Address offsets, Size R, Size E,
-                    Size O, Size I, Address out, Address packed) {
+                    Size O, Size I, Address out, Address packed, int packed_type) {
   clipup::grouped_linear(clipup::DType{dtype}, anything(rows), anything(weight), anything(bias),
-                         ints(offsets), R, E, O, I, out_anything(out), anything(packed));
+                         ints(offsets), R, E, O, I, out_anything(out), anything(packed),
+                         clipup::PackedType{packed_type});
 }
 
 void grouped_linear_backward(int dtype, Address d_out, Address rows, Address weight, Address offsets, Size R,
@@ -144,16 +146,19 @@ void grouped_linear_backward(int dtype, Address d_out, Address rows, Address wei
                                   out_anything(d_bias));
 }
 
-Size packed_weight_bytes(int dtype, Size E, Size O, Size I) {
-  return clipup::packed_weight_bytes(clipup::DType{dtype}, E, O, I);
+Size packed_weight_bytes(int dtype, Size E, Size O, Size I, int packed_type) {
+  return clipup::packed_weight_bytes(clipup::DType{dtype}, E, O, I, clipup::PackedType{packed_type});
 }
 
-void pack_weight(int dtype, Address weight, Size E, Size O, Size I, Address packed) {
-  clipup::pack_weight(clipup::DType{dtype}, anything(weight), E, O, I, out_anything(packed));
+void pack_weight(int dtype, Address weight, Size E, Size O, Size I, Address packed, int packed_type,
+                 Address input_scale) {
+  clipup::pack_weight(clipup::DType{dtype}, anything(weight), E, O, I, out_anything(packed),
+                      clipup::PackedType{packed_type}, floats(input_scale));
 }
 
-py::tuple packed_layout(int dtype) {
-  const clipup::PackedLayout layout = clipup::packed_layout(clipup::DType{dtype});
+py::tuple packed_layout(int dtype, int packed_type) {
+  const clipup::PackedLayout layout =
+      clipup::packed_layout(clipup::DType{dtype}, clipup::PackedType{packed_type});
   return py::make_tuple(layout.panel, layout.per_word);
 }
 
@@ -240,16 +245,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("combine_backward", &combine_backward, WithoutGil(), "dy"_a, "rows"_a, "dtype"_a, "gates"_a,
         "row_of_choice"_a, "T"_a, "K"_a, "D"_a, "rows_used"_a, "R"_a, "d_rows"_a, "d_gates"_a);
   m.def("expert_mlp_forward", &expert_mlp_forward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
-        "E"_a, "D"_a, "H"_a, "in_stride"_a, "routing"_a, "weights"_a, "x"_a, "y"_a, "z"_a);
+        "E"_a, "D"_a, "H"_a, "in_stride"_a, "routing"_a, "weights"_a, "x"_a, "y"_a, "z"_a,
+        "packed_type"_a = 0);
   m.def("expert_mlp_backward", &expert_mlp_backward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
         "E"_a, "D"_a, "H"_a, "in_stride"_a, "routing"_a, "weights"_a, "dy"_a, "x"_a, "z"_a, "gradients"_a);
   m.def("grouped_linear", &grouped_linear, WithoutGil(), "dtype"_a, "rows"_a, "weight"_a, "bias"_a,
-        "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "out"_a, "packed"_a);
+        "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "out"_a, "packed"_a, "packed_type"_a = 0);
   m.def("grouped_linear_backward", &grouped_linear_backward, WithoutGil(), "dtype"_a, "d_out"_a, "rows"_a,
         "weight"_a, "offsets"_a, "R"_a, "E"_a, "O"_a, "I"_a, "d_rows"_a, "d_weight"_a, "d_bias"_a);
-  m.def("packed_weight_bytes", &packed_weight_bytes, "dtype"_a, "E"_a, "O"_a, "I"_a);
-  m.def("pack_weight", &pack_weight, WithoutGil(), "dtype"_a, "weight"_a, "E"_a, "O"_a, "I"_a, "packed"_a);
-  m.def("packed_layout", &packed_layout, "dtype"_a);
+  m.def("packed_weight_bytes", &packed_weight_bytes, "dtype"_a, "E"_a, "O"_a, "I"_a, "packed_type"_a = 0);
+  m.def("pack_weight", &pack_weight, WithoutGil(), "dtype"_a, "weight"_a, "E"_a, "O"_a, "I"_a, "packed"_a,
+        "packed_type"_a = 0, "input_scale"_a = 0);
+  m.def("packed_layout", &packed_layout, "dtype"_a, "packed_type"_a = 0);
   py::class_<Block>(m, "Block", py::buffer_protocol())
       .def(py::init<Size>(), "bytes"_a)
       .def_buffer(&Block::buffer);

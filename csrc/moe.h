@@ -147,6 +147,13 @@ struct Routing {
   const std::int32_t* row_of_choice;  // [T,K]
 };
 
+// What a packed weight (`pack_weight`) holds: the weight's elements, or int8, quantized by output channel:
+// q = round(w * 127 / max|w|), scale = max|w| / 127 over the inputs of a channel. The rows that an int8 weight is multiplied
+// with are quantized in the same way, each by itself, at every call; sums are exact integers. A row with a NaN or an
+// infinity gives NaN. An input scale f[E,I] balances both (SmoothQuant, arXiv 2211.10438): what is quantized is w / f and
+// x * f.
+enum class PackedType : int { kExact = 0, kInt8 = 1 };
+
 // E MLPs of one shape. In the forward pass, a packed matrix from `pack_weight` replaces the matrix.
 struct Experts {
   DType dtype;  // of x, weights, biases and z
@@ -160,6 +167,7 @@ struct Experts {
   // Elements from an expert's W_in, and W_gate, to the next one's, also in their gradients: 0 for H*D, or 2*H*D where
   // both lie in one matrix.
   std::int64_t in_stride;
+  PackedType packed_type;  // of the packed matrices: all or none are given if it is kInt8
 
   bool gated() const { return gate_weight != nullptr || packed_gate != nullptr; }
 };
@@ -195,7 +203,8 @@ void expert_mlp_backward(const Experts& experts, const Routing& routing, const v
 //   packed               the weight from `pack_weight`, in place of `weight`, which is then not read; or null
 void grouped_linear(DType dtype, const void* rows, const void* weight, const void* bias,
                     const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
-                    std::int64_t I, void* out, const void* packed = nullptr);
+                    std::int64_t I, void* out, const void* packed = nullptr,
+                    PackedType packed_type = PackedType::kExact);
 
 // Gradients of `grouped_linear`; null: not wanted. d_rows is 0 past offsets[E], an expert without rows gets 0.
 void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, const void* weight,
@@ -206,18 +215,22 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
 //
 //   weight[E,O,I]        of type `dtype`
 //   packed               packed_weight_bytes(...) bytes, laid out as packed_layout says
-std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I);
+std::int64_t packed_weight_bytes(DType dtype, std::int64_t E, std::int64_t O, std::int64_t I,
+                                 PackedType type = PackedType::kExact);
+//   input_scale[E,I]     f of an int8 weight; null: all are 1. That of a gate's weight has to be that of W_in
 void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
-                 void* packed);
+                 void* packed, PackedType type = PackedType::kExact, const float* input_scale = nullptr);
 
 // The layout of a packed weight: [E, ceil(O / panel), ceil(I / per_word), panel] words of 32 bits. A word holds one
-// element as a float, or two neighbouring bfloat16, the first in its lower half. Padding is zero.
+// element as a float, or two neighbouring bfloat16, or four int8, the first in its lowest bits. Padding is zero. After the
+// words of int8 weights follow [E, ceil(O / panel) * panel] scales in float, as many sums of int8 by output channel in
+// 32-bit integers, and [E, ceil(I / 32) * 32] input scales in float.
 struct PackedLayout {
   std::int64_t panel, per_word;
 };
-PackedLayout packed_layout(DType dtype);
+PackedLayout packed_layout(DType dtype, PackedType type = PackedType::kExact);
 
-// Name of the instruction tier in use: avx512_bf16, avx512, avx2 or portable.
+// Name of the instruction tier in use: avx512_bf16, avx512_vnni, avx512, avx2 or portable.
 const char* instruction_tier();
 
 // Whether the CPU has AMX tiles for bfloat16, which no tier here uses.

@@ -74,6 +74,8 @@ class Options:
     """Images or texts per batch."""
     precision: Precision = "fp32"
     """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights)."""
+    int8: bool = False
+    """Quantize experts, MLPs and attention (clipup.accelerate(model, weights="int8")); on CPUs, with fp32 or bf16."""
     device: str = field(default_factory=default_device)
     """cpu, cuda or cuda:N."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["--json"])] = None
@@ -96,6 +98,11 @@ class Options:
         for name, least in (("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.int8 and (self.precision not in ("fp32", "bf16") or self.device != "cpu"):
+            raise ValueError(
+                f"int8 needs precision fp32 or bf16 and device cpu, got {self.precision} and {self.device}; pass "
+                "--precision bf16 --device cpu"
+            )
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image must be at least 1, got {self.captions_per_image}")
 
@@ -219,10 +226,11 @@ def evaluate(options: Options) -> dict[str, Any]:
     model, _, preprocess = factory.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
-    model = for_inference(model, options.precision)
+    model = for_inference(model, options.precision, "int8" if options.int8 else None)
     tokenizer = tokenizers.get_tokenizer(options.model)
     common: dict[str, Any] = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
-    results: dict[str, Any] = {"model": options.model, "precision": options.precision}
+    precision = f"{options.precision}, int8 weights" if options.int8 else options.precision
+    results: dict[str, Any] = {"model": options.model, "precision": precision}
     if options.dataset is not None:
         results |= {"dataset": options.dataset, "split": options.split}
     results |= {name: path for name in ("val_data", "images") if (path := getattr(options, name)) is not None}

@@ -8,14 +8,21 @@ from typing import cast
 import torch
 from torch import nn
 
+from clipup_kernels import packed_layout
+
 from .. import checks
+from ..dense.dense_mlp import class_name
 from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
-from ..dense.mlp_readers import families_read
+from ..dense.mlp_readers import FAMILIES, families_read
 from ..dense.prepared import MATRICES, Prepared, PreparedMLP
+from ..dense.prepared_attention import ATTENTIONS, PreparedAttention, PreparedLinear, can_be_prepared
 from ..moe.experts import Experts
 from ..moe.layer import SparseMoE
 from ..moe.prepared import PreparedMoE
 from ..precision import Precision
+
+WEIGHTS = ("int8",)
+"""What ``accelerate`` can turn weights into."""
 
 
 class NothingToPrepare(ValueError):
@@ -23,7 +30,7 @@ class NothingToPrepare(ValueError):
 
 
 @torch.no_grad()
-def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
+def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = None) -> nn.Module:
     """Prepares a model for CPU inference: sparse layers and dense MLPs store packed weights instead of plain ones.
 
     The outputs of sparse layers are bitwise unchanged. Dense MLPs run on clipup's kernels, with the same outputs up to
@@ -36,24 +43,33 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
     moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
     work, and ``state_dict()`` has the names and values of the plain model. Upcycle and cast before preparing.
 
+    With ``weights="int8"``, the matrices of experts, dense MLPs and of self-attention in the same blocks (by
+    ``nn.MultiheadAttention``, or a class in ``clipup.dense.prepared_attention.ATTENTIONS``) are quantized by output
+    channel, and their inputs by row at every call. Routers, norms, embeddings and heads are unchanged. ``state_dict()``
+    then raises: the plain weights are gone.
+
     Args:
         model: a model on the CPU with transformer blocks of a family in ``clipup.dense.mlp_families``, sparse or dense;
             or a single ``SparseMoE`` or MLP.
         inplace: modify ``model`` instead of a copy. A single MLP is always replaced: use the return value.
+        weights: None to keep the weights' type, or "int8".
 
     Raises:
         TypeError: ``model`` is not a module, or contains a SparseMoE that is pruned, parametrized or overrides the
             computation of SparseMoE.
-        ValueError: the model has nothing to prepare (NothingToPrepare), or is not on the CPU.
+        ValueError: the model has nothing to prepare (NothingToPrepare), or is not on the CPU; ``weights`` is unknown.
+        RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8 (no compiled extension, or float64).
     """
     checks.module("model", model)
     checks.boolean("inplace", inplace)
-    _check(model)
+    if weights is not None:
+        checks.one_of("weights", weights, WEIGHTS)
+    _check(model, weights)
     originals = {id(parameter) for parameter in model.parameters()}
     if not inplace:
         model = copy.deepcopy(model, _deepcopy_memo(model))
     if _is_mlp(model):
-        prepared = PreparedMLP(model)
+        prepared = PreparedMLP(model, weights)
         if not inplace:
             _copy_parameters(prepared, originals)
         return prepared.requires_grad_(False)
@@ -63,9 +79,12 @@ def accelerate(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare; {families_read()}")
     for layer in sparse:
         layer.__class__ = PreparedMoE
-        cast(PreparedMoE, layer).prepare()
+        cast(PreparedMoE, layer).prepare(weights)
     for mlp in dense:
-        mlp.replace(PreparedMLP(mlp.module))
+        mlp.replace(PreparedMLP(mlp.module, weights))
+    if weights is not None:
+        for block in _blocks(model):
+            _quantize_attention(block, weights)
     if not inplace:
         _copy_parameters(model, originals)
     for parameter in model.parameters():
@@ -89,11 +108,16 @@ def _copy_parameters(model: nn.Module, originals: set[int]) -> None:
                 module._parameters[name] = copies[id(parameter)]
 
 
-def _check(model: nn.Module) -> None:
+def _check(model: nn.Module, weights: str | None) -> None:
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())} - {torch.device("cpu")}
     if devices:
         raise ValueError(f"the model is on {devices.pop()}, but it must be on the CPU; move it first: model.cpu()")
     for name, module in model.named_modules():
+        if isinstance(module, Prepared) and module.quantize != weights:
+            raise ValueError(
+                f"{name or 'model'} was prepared with weights={module.quantize!r} before, and cannot be changed to "
+                f"{weights!r}; prepare the plain model"
+            )
         if isinstance(module, SparseMoE) and not isinstance(module, Prepared) and _overrides(type(module)):
             raise TypeError(
                 f"{name or 'model'} is a {type(module).__qualname__}, which overrides the computation of SparseMoE, "
@@ -109,6 +133,37 @@ def _check(model: nn.Module) -> None:
                 f"{missing[0]} of {name or 'the layer'} is not a plain parameter (pruned or parametrized); make it one "
                 "before preparing: torch.nn.utils.prune.remove, or parametrize.remove_parametrizations"
             )
+
+    if weights is not None:
+        sparse = [layer.in_weight for layer in _sparse_layers(model)]
+        for dtype in {weight.dtype for weight in (*sparse, *(mlp.dense.in_weight for mlp in _dense_mlps(model)))}:
+            packed_layout(dtype, weights)  # raises if no kernel here multiplies them
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's transformer blocks."""
+    names = {name for family in FAMILIES for name in family.blocks}
+    return [
+        module
+        for module in model.modules()
+        if class_name(module) in names or any(isinstance(child, SparseMoE) for child in module.children())
+    ]
+
+
+def _quantize_attention(module: nn.Module, weights: str) -> None:
+    """Quantizes self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. What has
+    hooks, or a class derived from these, is left as it is."""
+    for name, child in list(module.named_children()):
+        changed = bool(child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child))
+        if isinstance(child, Prepared | SparseMoE) or changed:
+            continue
+        if type(child) is nn.Linear:
+            if class_name(module) in ATTENTIONS:
+                setattr(module, name, PreparedLinear(child, weights))
+        elif type(child) is not nn.MultiheadAttention:
+            _quantize_attention(child, weights)
+        elif can_be_prepared(child) and not hasattr(module, "ln_1_kv"):  # open_clip's cross-attention
+            setattr(module, name, PreparedAttention(child, weights))
 
 
 def _overrides(layer_class: type[SparseMoE]) -> bool:
@@ -151,10 +206,12 @@ def _dense_mlps(model: nn.Module) -> list[BlockMLP]:
     return found
 
 
-def for_inference(model: nn.Module, precision: Precision = "fp32") -> nn.Module:
+def for_inference(model: nn.Module, precision: Precision = "fp32", weights: str | None = None) -> nn.Module:
     """Puts a model into evaluation mode and prepares it in place (``clipup.accelerate``) where that is faster: on the
-    CPU without autocast, which would have to cast packed weights."""
+    CPU without autocast, which would have to cast packed weights. With ``weights``, that is required."""
     model.eval()
+    if weights is not None:
+        return accelerate(model, inplace=True, weights=weights)
     if next(model.parameters()).device.type != "cpu" or precision in ("amp", "amp_bf16"):
         return model
     try:

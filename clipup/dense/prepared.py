@@ -24,6 +24,7 @@ from .mlp_families import read_mlp
 
 MATRICES = ("in_weight", "out_weight", "gate_weight")
 """Names, in ``SparseMoE`` and ``DenseMLP``, of the parameters that are packed."""
+_SHARED_INPUT = ("in_weight", "gate_weight")
 _NO_BLOCK = torch.empty(0, dtype=torch.uint8)
 
 
@@ -55,18 +56,27 @@ class Prepared(nn.Module):
 
     _stored: dict[str, Stored]
     _packed: dict[str, PackedWeight]
+    quantize: str | None
+    """None, or how the matrices are quantized (``clipup_kernels.pack_weight``)."""
 
-    def _prepare(self, tensors: Mapping[str, Tensor], stored: dict[str, Stored]) -> None:
+    def _prepare(self, tensors: Mapping[str, Tensor], stored: dict[str, Stored], quantize: str | None) -> None:
         """Stores ``tensors``: matrices packed, others (biases) as buffers."""
-        self._stored, self._packed = stored, {}
-        for name, tensor in tensors.items():
-            self._put(name, tensor)
+        self._stored, self._packed, self.quantize = stored, {}, quantize
+        self._put(tensors)
 
-    def _put(self, name: str, tensor: Tensor) -> None:
-        if name not in MATRICES:
-            self.register_buffer(name, tensor.detach().clone(), persistent=False)
-            return
-        packed = pack_weight(tensor)
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        scales: dict[str, Tensor] = {}
+        if self.quantize is not None:
+            if tensors.keys() & _SHARED_INPUT:  # both have the same input scales
+                tensors = {name: self._get(name) for name in _SHARED_INPUT if name in self._packed} | dict(tensors)
+            scales = _input_scales(tensors)
+        for name, tensor in tensors.items():
+            if name in MATRICES:
+                self._keep(name, pack_weight(tensor, self.quantize, scales.get(name)))
+            else:
+                self.register_buffer(name, tensor.detach().clone(), persistent=False)
+
+    def _keep(self, name: str, packed: PackedWeight) -> None:
         self.register_buffer(f"{name}_packed", packed.block, persistent=False)  # torch.export lifts buffers
         self._packed[name] = packed._replace(block=_NO_BLOCK)
 
@@ -141,6 +151,11 @@ class Prepared(nn.Module):
         return whole
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.quantize is not None:
+            raise RuntimeError(
+                f"{prefix.removesuffix('.') or 'the layer'} holds {self.quantize} weights, from which the state dict of "
+                "the plain layer cannot be restored; save the plain model's, or pickle the prepared model"
+            )
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._parameters:  # copies like the others, so that writing to the state dict changes nothing here
             if prefix + name in destination:
@@ -165,6 +180,7 @@ class Prepared(nn.Module):
                 error_msgs.append(f"{key} is {kind}, expected a tensor of the prepared layer's type, {self.dtype}")
         if error_msgs:
             return
+        loaded: dict[str, Tensor] = {}
         others = OrderedDict((key, value) for key, value in state_dict.items() if key not in ours)
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         for key, stored in ours.items():
@@ -177,21 +193,39 @@ class Prepared(nn.Module):
                     f"current model is {stored.shape}."
                 )
             else:
-                self._take(stored, value.to(stored.dtype).contiguous())
+                whole = value.to(stored.dtype).contiguous()
+                loaded |= {part.name: whole.as_strided(part.size, part.stride, part.offset) for part in stored.parts}
+        self._put(loaded)
 
     def _own_keys(self, prefix: str) -> list[str]:
         return [prefix + name for name, parameter in self._parameters.items() if parameter is not None]
-
-    def _take(self, stored: Stored, whole: Tensor) -> None:
-        for part in stored.parts:
-            self._put(part.name, whole.as_strided(part.size, part.stride, part.offset))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for name in self._packed:  # they may have been packed on another CPU
             packed = self.packed(name)
-            if packed is not None and packed.layout != packed_layout(packed.dtype):
-                self._put(name, unpack_weight(packed))
+            if packed is not None and packed.layout != packed_layout(packed.dtype, packed.quantization):
+                self._keep(name, pack_weight(packed))
+
+
+def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The input scales, [.., I], of matrices [.., O, I] that are quantized, by their names.
+
+    Where a norm makes some channels large, the weights that read them are small. The scale of an input is the square root
+    of its largest weight, relative to the other inputs: half of what would make all columns equally large (SmoothQuant,
+    arXiv 2211.10438, eq. 4 with alpha = 0.5, and 1 / max|W_j| in place of max|X_j|: no calibration data).
+    """
+    groups = [[name for name in group if name in tensors] for group in (_SHARED_INPUT, ("out_weight",))]
+    scales: dict[str, Tensor] = {}
+    for group in groups:
+        weights = [tensors[name].float() for name in group]
+        if not weights or 0 in weights[0].shape:
+            continue
+        most = torch.stack([weight.abs().amax(-2) for weight in weights]).amax(0)
+        middle = most.median(-1, keepdim=True).values.clamp(min=1e-30)
+        scale = (most / middle).clamp(1 / 1024, 1024).nan_to_num(1.0).sqrt()
+        scales |= dict.fromkeys(group, scale)
+    return scales
 
 
 _ONLY_INFERENCE = (
@@ -201,9 +235,9 @@ _ONLY_INFERENCE = (
 
 
 class PreparedMLP(Prepared):
-    """A dense MLP for inference on ``clipup_kernels.dense_mlp``: the MLP's results up to rounding."""
+    """A dense MLP for inference on ``clipup_kernels.dense_mlp``: the MLP's results up to rounding, or quantization."""
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(self, mlp: nn.Module, quantize: str | None = None) -> None:
         super().__init__()
         dense = read_mlp(mlp)
         if dense.ln_weight is not None:
@@ -212,7 +246,7 @@ class PreparedMLP(Prepared):
         self.input_norm_name = next((name for name, m in mlp.named_children() if m is dense.input_norm), None)
         if self.input_norm_name is not None:
             self.add_module(self.input_norm_name, dense.input_norm)
-        self._prepare(dense.parameters(), _where_parts_lie(mlp, dense))
+        self._prepare(dense.parameters(), _where_parts_lie(mlp, dense), quantize)
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +267,7 @@ class PreparedMLP(Prepared):
 
     def extra_repr(self) -> str:
         hidden, width = self.in_weight.shape
-        return f"{width}, {hidden}, activation={self.activation!r}"
+        return f"{width}, {hidden}, activation={self.activation!r}, quantize={self.quantize!r}"
 
 
 def _where_parts_lie(mlp: nn.Module, dense: DenseMLP) -> dict[str, Stored]:

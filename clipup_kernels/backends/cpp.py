@@ -20,10 +20,15 @@ from .plan_checks import check_offsets
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def packed_layout(dtype: torch.dtype) -> str:
+PACKED_TYPE = {None: 0, "int8": 1}
+"""csrc/moe.h's PackedType, by ``quantize`` of ``pack_weight``."""
+
+
+def packed_layout(dtype: torch.dtype, quantize: str | None = None) -> str:
     """How the forward pass reads a weight (``PackedWeight.layout``)."""
-    panel, per_word = NATIVE.packed_layout(DTYPE_CODE[dtype])
-    return f"{'float32' if per_word == 1 else 'bfloat16x2'}x{panel}"
+    panel, per_word = NATIVE.packed_layout(DTYPE_CODE[dtype], PACKED_TYPE[quantize])
+    word = {1: "float32", 2: "bfloat16x2", 4: "int8x4"}[per_word]
+    return f"{word}x{panel}"
 
 
 _SOME_MEMORY = torch.empty(64, dtype=torch.uint8)
@@ -166,19 +171,21 @@ def grouped_linear(rows, weight, bias, offsets) -> Tensor:
     return _grouped_linear(rows, weight.shape, address(weight), 0, bias, offsets)
 
 
-def packed_grouped_linear(rows, packed, bias, offsets, out_features) -> Tensor:
+def packed_grouped_linear(rows, packed, bias, offsets, out_features, quantize) -> Tensor:
     shape = (offsets.numel() - 1, out_features, rows.shape[1])
-    _check_blocks(rows, shape, packed)
-    return _grouped_linear(rows, shape, 0, address(packed), bias, offsets)
+    _check_blocks(rows, shape, quantize, packed)
+    return _grouped_linear(rows, shape, 0, address(packed), bias, offsets, quantize)
 
 
-def _grouped_linear(rows: Tensor, shape, weight: int, packed: int, bias: Tensor | None, offsets: Tensor) -> Tensor:
+def _grouped_linear(
+    rows: Tensor, shape, weight: int, packed: int, bias: Tensor | None, offsets: Tensor, quantize: str | None = None
+) -> Tensor:
     """``weight`` or ``packed`` is the address of a weight of ``shape`` [E, O, I], the other 0."""
     rows, bias, offsets = _dense(rows, bias, offsets)
     out = rows.new_empty(rows.shape[0], shape[1])
     NATIVE.grouped_linear(
         DTYPE_CODE[rows.dtype], address(rows), weight, address(bias), address(offsets), rows.shape[0], *shape,
-        address(out), packed,
+        address(out), packed, PACKED_TYPE[quantize],
     )  # fmt: skip
     return out
 
@@ -245,28 +252,30 @@ def expert_mlp_forward(
 
 def packed_expert_mlp(
     x, gates, offsets, choice_of_row, row_of_choice, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias,
-    hidden, activation,
+    hidden, activation, quantize,
 ) -> Tensor:  # fmt: skip
     x, gates, *biases = _dense(x, gates, in_bias, out_bias, gate_bias)
     routing = _dense(offsets, choice_of_row, row_of_choice)
-    _check_mlp(x, offsets.numel() - 1, hidden, in_packed, out_packed, gate_packed)
+    _check_mlp(x, offsets.numel() - 1, hidden, quantize, in_packed, out_packed, gate_packed)
     y = torch.empty_like(x)
     NATIVE.expert_mlp_forward(
         DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), *row_of_choice.shape, offsets.numel() - 1, x.shape[1],
         hidden, 0, [*map(address, (gates, *routing))], _packed_addresses(biases, in_packed, out_packed, gate_packed),
-        address(x), address(y), 0,
+        address(x), address(y), 0, PACKED_TYPE[quantize],
     )  # fmt: skip
     return y
 
 
-def _check_mlp(x: Tensor, num_experts: int, hidden: int, in_packed, out_packed, gate_packed) -> None:
-    _check_blocks(x, (num_experts, hidden, x.shape[1]), in_packed, gate_packed)
-    _check_blocks(x, (num_experts, x.shape[1], hidden), out_packed)
+def _check_mlp(
+    x: Tensor, num_experts: int, hidden: int, quantize: str | None, in_packed, out_packed, gate_packed
+) -> None:
+    _check_blocks(x, (num_experts, hidden, x.shape[1]), quantize, in_packed, gate_packed)
+    _check_blocks(x, (num_experts, x.shape[1], hidden), quantize, out_packed)
 
 
-def _check_blocks(x: Tensor, shape: tuple[int, int, int], *blocks: Tensor | None) -> None:
+def _check_blocks(x: Tensor, shape: tuple[int, int, int], quantize: str | None, *blocks: Tensor | None) -> None:
     """Refuses packed weights that are shorter than what is read."""
-    bytes_read = NATIVE.packed_weight_bytes(DTYPE_CODE[x.dtype], *shape)
+    bytes_read = NATIVE.packed_weight_bytes(DTYPE_CODE[x.dtype], *shape, PACKED_TYPE[quantize])
     for block in blocks:
         if block is not None and (block.dtype != torch.uint8 or block.numel() < bytes_read):
             raise ValueError(
@@ -286,20 +295,22 @@ def dense_mlp(x, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bia
     return _dense_mlp(x, [*map(address, weights), *_NONE_PACKED], in_weight.shape[0], activation)
 
 
-def packed_dense_mlp(x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, activation) -> Tensor:
+def packed_dense_mlp(
+    x, in_packed, in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, activation, quantize
+) -> Tensor:
     biases = _dense(in_bias, out_bias, gate_bias)
-    _check_mlp(x, 1, hidden, in_packed, out_packed, gate_packed)
-    return _dense_mlp(x, _packed_addresses(biases, in_packed, out_packed, gate_packed), hidden, activation)
+    _check_mlp(x, 1, hidden, quantize, in_packed, out_packed, gate_packed)
+    return _dense_mlp(x, _packed_addresses(biases, in_packed, out_packed, gate_packed), hidden, activation, quantize)
 
 
-def _dense_mlp(x: Tensor, weights: list[int], hidden: int, activation: str) -> Tensor:
+def _dense_mlp(x: Tensor, weights: list[int], hidden: int, activation: str, quantize: str | None = None) -> Tensor:
     (x,) = _dense(x)
     num_tokens, width = x.shape
     offsets = torch.tensor([0, num_tokens], dtype=torch.int32)
     y = torch.empty_like(x)
     NATIVE.expert_mlp_forward(
         DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), num_tokens, 1, 1, width, hidden, 0,
-        [0, address(offsets), 0, 0], weights, address(x), address(y), 0,
+        [0, address(offsets), 0, 0], weights, address(x), address(y), 0, PACKED_TYPE[quantize],
     )  # fmt: skip
     return y
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checks import FLOATING
+from ..types import quantization_of
 from . import extension
 from .extension import FORCE_BACKEND, FORCE_TIER
 
@@ -323,7 +324,8 @@ def kernel_of(op: str, device: str) -> Callable:
 
 
 def packed_kernel_of(op: str, check_layout: Callable[[torch.dtype, str], None]) -> Callable:
-    """``kernel_of`` on the CPU for an op on packed weights: its last argument, the layout, is checked and dropped.
+    """``kernel_of`` on the CPU for an op on packed weights: its last argument, the layout, is checked, and replaced by
+    the quantization that it implies.
 
     The layout is an argument of the op because an exported program may run on another machine than it was made on.
     """
@@ -331,6 +333,6 @@ def packed_kernel_of(op: str, check_layout: Callable[[torch.dtype, str], None]) 
     def kernel(first: Tensor, *args):
         *others, layout = args
         check_layout(first.dtype, layout)
-        return function_of(op, first.dtype, "cpu")(first, *others)
+        return function_of(op, first.dtype, "cpu")(first, *others, quantization_of(layout))
 
     return kernel

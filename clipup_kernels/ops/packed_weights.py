@@ -7,59 +7,96 @@ call; a packed weight already has them. The results are bitwise the same.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
 from ..backends import cpp, extension, registry
-from ..types import PLAIN_LAYOUT, PackedWeight
+from ..types import PLAIN_LAYOUT, QUANTIZATIONS, PackedWeight, quantization_of
 
 
-def packed_layout(dtype: torch.dtype) -> str:
-    """The layout that ``pack_weight`` gives a weight of ``dtype`` on this CPU, and the only one that the ops take."""
-    return _layout(dtype)
+def packed_layout(dtype: torch.dtype, quantize: str | None = None) -> str:
+    """The layout that ``pack_weight`` gives a weight of ``dtype`` on this CPU, and the only one that the ops take.
+
+    Raises:
+        ValueError: ``quantize`` is unknown.
+        RuntimeError: no kernel here multiplies quantized weights.
+    """
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ValueError(f"quantize must be None or one of {', '.join(QUANTIZATIONS)}, got {quantize!r}")
+    return _layout(dtype, quantize)
 
 
 @functools.cache
-def _layout(dtype: torch.dtype) -> str:
+def _layout(dtype: torch.dtype, quantize: str | None) -> str:
+    if quantize is not None:  # chosen by the op itself: no other backend has it
+        registry.choose("packed_expert_mlp", dtype, "cpu")
+        return cpp.packed_layout(dtype, quantize)
     backend = registry.choose("expert_mlp_forward", dtype, "cpu").backend
     return cpp.packed_layout(dtype) if backend.name == "cpp" else PLAIN_LAYOUT
 
 
 def check_layout(dtype: torch.dtype, layout: str) -> None:
     """Refuses a weight packed for other kernels than this process runs."""
-    checks.layout(layout, _layout(dtype))
+    checks.layout(layout, _layout(dtype, quantization_of(layout)))
 
 
-def pack_weight(weight: Tensor) -> PackedWeight:
+def pack_weight(
+    weight: Tensor | PackedWeight, quantize: str | None = None, input_scale: Tensor | None = None
+) -> PackedWeight:
     """A copy of ``weight``, packed for this CPU's kernels.
 
+    With ``quantize="int8"``, every output channel is stored as ``round(w / s)`` with ``s = max|w| / 127``, half the size
+    of bfloat16. The ops then quantize every row of their input in the same way, and sum in integers (vector-wise
+    quantization, LLM.int8, arXiv 2208.07339, section 2.2).
+
     Args:
-        weight: [E, O, I], or [O, I] for one MLP, on the CPU: float32, bfloat16, float16 or float64.
+        weight: [E, O, I], or [O, I] for one MLP, on the CPU: float32, bfloat16, float16 or, if it is not quantized,
+            float64. Or a weight that was packed for another CPU; it keeps its values.
+        quantize: None or "int8".
+        input_scale: [E, I] or [I] float32, for a quantized weight: ``w / input_scale`` and ``x * input_scale`` are
+            quantized, so that inputs that are large in few places cost less precision (SmoothQuant, arXiv 2211.10438).
+            ``gate_weight`` needs the scale of ``in_weight``.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name; a weight on another device.
+        RuntimeError: no kernel here multiplies quantized weights: float64, or no compiled extension.
     """
+    if isinstance(weight, PackedWeight):
+        if quantize is not None or input_scale is not None:
+            given = "quantize" if quantize is not None else "input_scale"
+            raise ValueError(f"{given} must be None for a weight that is packed already")
+        return _repack(weight)
     dims = weight.dim() if isinstance(weight, Tensor) else 3
     checks.tensor("weight", weight, ("O", "I") if dims == 2 else ("E", "O", "I"), checks.FLOATING, weight)
     if weight.device.type != "cpu":
         raise ValueError(f"weight is on {weight.device}; weights are packed for CPUs, move it there first")
     shape = tuple(weight.shape)
-    layout = _layout(weight.dtype)
+    layout = packed_layout(weight.dtype, quantize)
     weight = weight.detach().resolve_neg()
     if layout == PLAIN_LAYOUT:  # how torch's products round depends on strides, so these are kept
         return PackedWeight(weight.clone(), shape, weight.dtype, PLAIN_LAYOUT)
+    if input_scale is not None:
+        if quantize is None:
+            raise ValueError("input_scale was given for a weight that is not quantized; pass quantize too, or neither")
+        lead = () if input_scale.dim() == 1 else weight.shape[:-2]
+        checks.tensor("input_scale", input_scale, (*lead, weight.shape[-1]), (torch.float32,), weight)
+        input_scale = input_scale.expand(*weight.shape[:-2], -1).contiguous()
     weight = weight.contiguous()
-    code, sizes = cpp.DTYPE_CODE[weight.dtype], (1, *shape)[-3:]
-    memory = extension.NATIVE.Block(max(extension.NATIVE.packed_weight_bytes(code, *sizes), 1))  # in huge pages
-    block = torch.frombuffer(memory, dtype=torch.uint8)
-    extension.NATIVE.pack_weight(code, cpp.address(weight), *sizes, block.data_ptr())
+    code, sizes, packed_type = cpp.DTYPE_CODE[weight.dtype], (1, *shape)[-3:], cpp.PACKED_TYPE[quantize]
+    num_bytes = extension.NATIVE.packed_weight_bytes(code, *sizes, packed_type)
+    block = torch.frombuffer(extension.NATIVE.Block(max(num_bytes, 1)), dtype=torch.uint8)  # in huge pages
+    extension.NATIVE.pack_weight(
+        code, cpp.address(weight), *sizes, block.data_ptr(), packed_type, cpp.address(input_scale)
+    )
     return PackedWeight(block, shape, weight.dtype, layout)
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
-    """A bitwise copy of the original weight, for any layout.
+    """A bitwise copy of the original weight, for any layout; of a quantized one, the values that it stands for.
 
     Raises:
         TypeError: ``packed`` is not a PackedWeight.
@@ -70,10 +107,51 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
         return packed.block.clone()
     if 0 in packed.shape:
         return torch.empty(packed.shape, dtype=packed.dtype)
+    elements, scales, input_scales = _parts(packed)
+    if scales is not None:
+        elements = elements * scales[..., None] * input_scales[:, None]
+    return elements.to(packed.dtype).reshape(packed.shape).clone()
+
+
+_INPUT_PADDING = 32
+"""Input scales of an expert are padded to a multiple of this (csrc/moe.h, PackedLayout)."""
+_WORDS = {"float32": (torch.float32, 1), "bfloat16x2": (torch.bfloat16, 2), "int8x4": (torch.int8, 4)}
+
+
+def _parts(packed: PackedWeight) -> tuple[Tensor, Any, Any]:
+    """The elements as they are stored, [E, O, I]; of a quantized weight also the scales, [E, O], and input scales,
+    [E, I], else None."""
     word, panel = packed.layout.rsplit("x", 1)
-    stored, per_word = (torch.float32, 1) if word == "float32" else (torch.bfloat16, 2)
+    stored, per_word = _WORDS[word]
     experts, rows, columns = (1, *packed.shape)[-3:]
-    panels = -(-rows // int(panel))
-    b_panels = packed.block.view(stored).view(experts, panels, -1, int(panel), per_word)
-    weight = b_panels.permute(0, 1, 3, 2, 4).reshape(experts, panels * int(panel), -1)[:, :rows, :columns]
-    return weight.to(packed.dtype).reshape(packed.shape).clone()
+    channels = -(-rows // int(panel)) * int(panel)
+    num_bytes = 4 * experts * channels * -(-columns // per_word)
+    words = packed.block[:num_bytes].view(stored).view(experts, channels // int(panel), -1, int(panel), per_word)
+    elements = words.permute(0, 1, 3, 2, 4).reshape(experts, channels, -1)[:, :rows, :columns]
+    if packed.quantization is None:
+        return elements, None, None
+    scales, _, inputs = packed.block[num_bytes:].split(
+        [4 * experts * channels, 4 * experts * channels, 4 * experts * (columns + -columns % _INPUT_PADDING)]
+    )
+    inputs = inputs.view(torch.float32).view(experts, -1)[:, :columns]
+    return elements, scales.view(torch.float32).view(experts, channels)[:, :rows], inputs
+
+
+def _repack(packed: PackedWeight) -> PackedWeight:
+    """A packed weight in the layout of this CPU's kernels, with the same values."""
+    layout = packed_layout(packed.dtype, packed.quantization)
+    if packed.quantization is None or 0 in packed.shape:
+        return pack_weight(unpack_weight(packed), packed.quantization)
+    if layout == packed.layout:
+        return packed._replace(block=packed.block.clone())
+    elements, scales, input_scales = _parts(packed)
+    experts, rows, columns = elements.shape
+    word, panel = layout.rsplit("x", 1)
+    per_word = _WORDS[word][1]
+    padding = -rows % int(panel)
+    padded = F.pad(elements, (0, -columns % per_word, 0, padding))
+    words = padded.view(experts, -1, int(panel), padded.shape[-1] // per_word, per_word).permute(0, 1, 3, 2, 4)
+    per_channel = F.pad(scales, (0, padding)), padded.sum(-1, dtype=torch.int32)
+    per_input = F.pad(input_scales, (0, -columns % _INPUT_PADDING), value=1.0)
+    parts = [part.contiguous().flatten().view(torch.uint8) for part in (words, *per_channel, per_input)]
+    return packed._replace(block=torch.cat(parts), layout=layout)

@@ -1,5 +1,5 @@
 // Activations and their derivatives on vectors of floats. csrc/tests/test_activations.cpp bounds their errors over the
-// whole range.
+// whole range. `coarse` is within 1e-4 of the value, for results that are quantized to int8.
 #pragma once
 
 #include "simd.h"
@@ -22,6 +22,38 @@ inline F32x exp_of(F32x x) {
   p = p * (r * r) + (r + 1.0F);
   const F32x scaled = from_bits(bits(p) + (bits(shifted) << 23));
   return x < -87.3F ? F32x{} : scaled;
+}
+
+// The same to 3e-6, for x <= 0; 2^r by the minimax polynomial of degree 4.
+inline F32x coarse_exp(F32x x) {
+  const F32x kMagic = splat(12582912.0F);
+  const F32x powers = x * 1.44269504F;
+  const F32x shifted = powers + kMagic;
+  const F32x r = powers - (shifted - kMagic);
+  F32x p = splat(0.00957010221F);
+  p = p * r + 0.0559178628F;
+  p = p * r + 0.240247443F;
+  p = p * r + 0.693121791F;
+  p = p * r + 0.999999285F;
+  const F32x scaled = from_bits(bits(p) + (bits(shifted) << 23));
+  return x < -87.3F ? F32x{} : scaled;
+}
+
+// max(z, 0) - u q(u) with u = |z|, at most 4.5; u q(u) approximates max(z, 0) - activation(z), which is even.
+template <int kTerms>
+inline F32x coarse_even(F32x z, const float (&q)[kTerms]) {
+  const F32x magnitude = from_bits(bits(z) & 0x7FFFFFFFU);
+  const F32x u = magnitude < 4.5F ? magnitude : splat(4.5F);
+  F32x p = splat(q[kTerms - 1]);
+#pragma GCC unroll 16
+  for (int i = kTerms - 2; i >= 0; --i) p = p * u + q[i];
+  return (z <= 0.0F ? F32x{} : z) - u * p;
+}
+
+// z sigmoid(s), to 1e-4 of z.
+inline F32x coarse_sigmoid_unit(F32x z, F32x s) {
+  const F32x e = coarse_exp(from_bits(bits(s) | 0x80000000U));
+  return z * ((s < 0.0F ? e : splat(1.0F)) * coarse_inverse(1.0F + e));
 }
 
 // Value and slope of an activation at z; the compiler drops the one that is not used.
@@ -50,6 +82,12 @@ struct Gelu {
     const F32x phi = z < 0.0F ? tail : 1.0F - tail;
     return {z * phi, phi + z * (density * 0.398942280F)};
   }
+  static F32x coarse(F32x z) {
+    constexpr float kTerms[] = {0.499744624F,    -0.397845685F,   0.00168042153F, 0.0521974377F,
+                                0.0281657279F,   -0.0375072472F,  0.0148843499F,  -0.00296960096F,
+                                0.000305004884F, -1.28937372e-05F};
+    return coarse_even(z, kTerms);
+  }
 };
 
 // z * sigmoid(s) with s a function of z and s' its derivative.
@@ -67,18 +105,27 @@ struct GeluTanh {
     const F32x square = z * z;
     return sigmoid_unit(z, z * (square * 0.0713548163F + 1.59576912F), square * 0.214064449F + 1.59576912F);
   }
+  static F32x coarse(F32x z) {
+    constexpr float kTerms[] = {0.499660075F,    -0.396653146F,   -0.00333952508F, 0.0621689558F,
+                                0.0183474813F,   -0.0322064534F,  0.0132232495F,   -0.0026669302F,
+                                0.000275165687F, -1.16602305e-05F};
+    return coarse_even(z, kTerms);
+  }
 };
 
 struct QuickGelu {
   static ValueSlope at(F32x z) { return sigmoid_unit(z, z * 1.702F, splat(1.702F)); }
+  static F32x coarse(F32x z) { return coarse_sigmoid_unit(z, z * 1.702F); }
 };
 
 struct Silu {
   static ValueSlope at(F32x z) { return sigmoid_unit(z, z, splat(1.0F)); }
+  static F32x coarse(F32x z) { return coarse_sigmoid_unit(z, z); }
 };
 
 struct Relu {
   static ValueSlope at(F32x z) { return {z <= 0.0F ? F32x{} : z, z <= 0.0F ? F32x{} : splat(1.0F)}; }
+  static F32x coarse(F32x z) { return at(z).value; }
 };
 
 }  // namespace

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "activations.h"
-#include "operands.h"
+#include "int8_products.h"
 
 namespace clipup {
 namespace {
@@ -20,9 +20,37 @@ struct Bias {
   }
 };
 
-template <class Storage, class Operand, class Activation, bool kGated>
+// The sums of a tile, vector by vector: floats, or those of int8 products.
+struct FloatSums {
+  static constexpr bool kExact = true;
+  const float* c;
+  FloatSums(const float* c, const Int8Scaling&) : c(c) {}
+  F32x at(std::int64_t i, int v) const { return load_as<F32x>(c + i * kPanel + v * kLanes); }
+};
+
+struct Int8Sums {
+  static constexpr bool kExact = false;
+  const float *c, *rows;
+  F32x scales[2];
+  I32x offsets[2];
+  Int8Sums(const float* c, const Int8Scaling& scaling) : c(c), rows(scaling.rows) {
+    if (c == nullptr) return;
+    for (int v = 0; v < 2; ++v) {
+      scales[v] = load_as<F32x>(scaling.columns + v * kLanes);
+      offsets[v] = load_as<I32x>(scaling.sums + v * kLanes) * static_cast<std::int32_t>(Int8Quads::kOffset);
+    }
+  }
+  F32x at(std::int64_t i, int v) const {
+    const I32x sums = load_as<I32x>(c + i * kPanel + v * kLanes) - offsets[v];
+    return __builtin_convertvector(sums, F32x) * (scales[v] * rows[i]);
+  }
+};
+
+template <class Storage, class Operand, class Activation, bool kGated, class Sums>
 void finish_hidden_tile(const HiddenTile& tile) {
   using Element = typename Storage::Element;
+  const Sums sums(tile.c, tile.scaling);
+  const Sums gate_sums(tile.c_gate, tile.scaling_gate);
   const Bias<Storage> bias(tile.bias, tile.columns);
   const Bias<Storage> bias_gate(tile.bias_gate, tile.columns);
   for (int v = 0; v < 2; ++v) {
@@ -31,12 +59,22 @@ void finish_hidden_tile(const HiddenTile& tile) {
     auto* z_gate_to = from(static_cast<Element*>(tile.z_gate), v * kLanes);
     Word* a_to = in_a_panel<Operand>(tile.a, tile.rows, tile.column + v * kLanes);
     for (std::int64_t i = 0; i < tile.rows; ++i) {
-      const std::int64_t at = i * kPanel + v * kLanes;
-      const F32x z = Storage::rounded(load_as<F32x>(tile.c + at) + bias.values[v]);
+      if constexpr (!Sums::kExact) {
+        const F32x z = sums.at(i, v) + bias.values[v];
+        F32x a;
+        if constexpr (kGated) {
+          a = Activation::coarse(gate_sums.at(i, v) + bias_gate.values[v]) * z;
+        } else {
+          a = Activation::coarse(z);
+        }
+        Operand::store_along(a_to + i * kLineWords, a);
+        continue;
+      }
+      const F32x z = Storage::rounded(sums.at(i, v) + bias.values[v]);
       if (tile.z != nullptr) store_some<Storage>(z_to + i * tile.z_stride, z, left);
       F32x a;
       if constexpr (kGated) {
-        const F32x z_gate = Storage::rounded(load_as<F32x>(tile.c_gate + at) + bias_gate.values[v]);
+        const F32x z_gate = Storage::rounded(gate_sums.at(i, v) + bias_gate.values[v]);
         if (tile.z != nullptr) store_some<Storage>(z_gate_to + i * tile.z_stride, z_gate, left);
         a = Activation::at(z_gate).value * z;
       } else {
@@ -47,10 +85,10 @@ void finish_hidden_tile(const HiddenTile& tile) {
   }
 }
 
-template <class Storage, class Operand, class Activation>
+template <class Storage, class Operand, class Activation, class Sums>
 void finish_hidden(const HiddenTile& tile) {
-  if (tile.c_gate == nullptr) return finish_hidden_tile<Storage, Operand, Activation, false>(tile);
-  finish_hidden_tile<Storage, Operand, Activation, true>(tile);
+  if (tile.c_gate == nullptr) return finish_hidden_tile<Storage, Operand, Activation, false, Sums>(tile);
+  finish_hidden_tile<Storage, Operand, Activation, true, Sums>(tile);
 }
 
 template <class Storage, class Operand, class Activation, bool kGated>
@@ -117,8 +155,9 @@ void finish_hidden_gradient(const HiddenGradientTile& tile) {
   finish_hidden_gradient_tile<Storage, Operand, Activation, true>(tile);
 }
 
-template <class Storage>
+template <class Storage, class Sums>
 void finish_output(const OutputTile& tile) {
+  const Sums sums(tile.c, tile.scaling);
   using Element = typename Storage::Element;
   const Bias<Storage> bias(tile.bias, tile.columns);
   constexpr std::int64_t kVectorBytes = kLanes * sizeof(Element);
@@ -128,7 +167,7 @@ void finish_output(const OutputTile& tile) {
     for (int v = 0; v < 2; ++v) {
       const std::int64_t left = tile.columns - v * kLanes;
       const std::int64_t at = i * tile.stride + v * kLanes;
-      F32x value = load_as<F32x>(tile.c + i * kPanel + v * kLanes) + bias.values[v];
+      F32x value = sums.at(i, v) + bias.values[v];
       if (tile.previous != nullptr) value += load_some<Float32>(tile.previous + at, left);
       if (tile.sum != nullptr) store_some<Float32>(tile.sum + at, value, left);
       auto* const out = static_cast<Element*>(tile.out);

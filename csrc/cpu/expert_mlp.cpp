@@ -18,6 +18,8 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const std::int64_t R = T * routing.K;
   check_pointer("x", x, T * D);
   check_pointer("y", y, T * D);
+  check(z == nullptr || experts.packed_type == PackedType::kExact,
+        "z: expected null with int8 weights, which have no backward pass");
 
   expect_whole_write(y, T * D * element_size(dtype));
   expect_whole_write(z, (experts.gated() ? 2 : 1) * R * H * element_size(dtype));
@@ -30,23 +32,51 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
   const std::int64_t used = routing.offsets[E];
   const std::vector<Wave> waves = make_waves(routing.offsets, E, kWaveRows, ks, typed);
   const WaveSize most = largest(waves);
-  const std::int64_t x_words = a_row_words(D, typed);
-  const std::int64_t a_words = a_row_words(round_up(H, ks.panel), typed);
+  const DType operands = operand_type(experts);
+  const bool int8 = operands == kInt8Words;
+  const std::int64_t hidden = round_up(H, ks.panel);
+  const std::int64_t x_words = a_row_words(D, ks.of(operands));
+  const std::int64_t a_words = a_row_words(hidden, typed);
+  const std::int64_t int8_words = a_row_words(hidden, ks.int8);
   const Buffer<Word> x_a_panels(most.rows * x_words);
   const Buffer<Word> hidden_a_panels(most.rows * a_words);
+  const Buffer<Word> int8_a_panels(int8 ? most.rows * int8_words : 0);  // the same, quantized
+  const Buffer<float> scales(int8 ? most.rows : 0);
+  const Int8Scales in_scales(int8 ? experts.packed_in : nullptr, E, H, D);
+  const Int8Scales gate_scales(int8 ? experts.packed_gate : nullptr, E, H, D);
+  const Int8Scales out_scales(int8 ? experts.packed_out : nullptr, E, D, H);
+  check(!(int8 && gated) || gate_scales.same_inputs(in_scales, E),
+        "packed_gate: expected the input scales of packed_in, got others");
+  const Int8Hidden int8_hidden{in_scales, gate_scales, scales.get()};
   const Buffer<float> out_rows(identity ? 0 : used * D);
   const Workspace workspace(ks, gated ? 2 : 1);
 
   for (const Wave& wave : waves) {
     for_row_tiles(wave, ks, [&](const RowTile& tile) {
-      pack_a_panels(ks, experts, routing, tile, x, x_a_panels.get());
+      pack_a_panels(ks, experts, routing, tile, x, x_a_panels.get(), int8 ? &in_scales : nullptr,
+                    scales.get());
     });
     std::vector<PreActivations> places;
     for (const Piece& piece : wave.pieces) {
       places.push_back(
           {element(z, dtype, piece.begin * H), gated ? element(z, dtype, (R + piece.begin) * H) : nullptr});
     }
-    hidden_product(experts, wave, x_a_panels.get(), hidden_a_panels.get(), places, workspace);
+    hidden_product(experts, wave, x_a_panels.get(), hidden_a_panels.get(), places, workspace,
+                   int8 ? &int8_hidden : nullptr);
+    if (int8) {
+      for_row_tiles(wave, ks, [&](const RowTile& tile) {
+        const std::int64_t at = tile.piece->at + tile.row;
+        const Word* const from = a_panel_at(hidden_a_panels.get(), at, a_words);
+        Word* const to = a_panel_at(int8_a_panels.get(), at, int8_words);
+        for (std::int64_t i = 0; i < tile.rows; ++i) {
+          scales.get()[at + i] =
+              typed.quantize_panel_row(from + i * kLineWords, out_scales.of_inputs(tile.piece->expert),
+                                       hidden, tile.rows, to + i * kLineWords);
+        }
+      });
+    }
+    const Word* const second_a_panels = int8 ? int8_a_panels.get() : hidden_a_panels.get();
+    const std::int64_t second_words = int8 ? int8_words : a_words;
 
     const std::vector<Block> blocks =
         make_blocks(wave, D, ks, experts.packed_out == nullptr ? typed.few_rows : 0);
@@ -56,10 +86,11 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
-      const Term term{a_panel_at(hidden_a_panels.get(), piece.at + block.row, a_words), a_words,
+      const Term term{a_panel_at(second_a_panels, piece.at + block.row, second_words), second_words,
                       out_matrix(piece)};
-      multiply_block(ks, dtype, &term, 1, 1, block, following_region(blocks, task, dtype, ks, out_matrix),
-                     workspace, thread, nothing_ahead,
+      multiply_block(ks, operands, &term, 1, 1, block,
+                     following_region(blocks, task, operands, ks, out_matrix), workspace, thread,
+                     nothing_ahead,
                      [&](std::int64_t row, std::int64_t rows, std::int64_t panel, const float* const* c) {
                        const std::int64_t column = panel * ks.panel;
                        const std::int64_t at = (piece.begin + block.row + row) * D + column;
@@ -74,7 +105,10 @@ void expert_mlp_forward(const Experts& experts, const Routing& routing, const vo
                        } else {
                          tile.sum = out_rows.get() + at;
                        }
-                       typed.finish_output(tile);
+                       if (!int8) return typed.finish_output(tile);
+                       const float* const row_scales = scales.get() + piece.at + block.row + row;
+                       tile.scaling = out_scales.at(piece.expert, column, row_scales);
+                       typed.finish_int8_output(tile);
                      });
     });
   }

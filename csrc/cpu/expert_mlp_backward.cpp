@@ -298,6 +298,8 @@ class Backward {
 void expert_mlp_backward(const Experts& experts, const Routing& routing, const void* dy, const void* x,
                          const void* z, const ExpertGradients& gradients) {
   check_experts(experts);
+  check(experts.packed_type == PackedType::kExact,
+        "packed_type: expected 0 (exact), int8 weights have no backward pass");
   check_routing(routing, experts.E);
   const std::int64_t T = routing.T;
   check(T * routing.K == 0 || routing.choice_of_row != nullptr, "choice_of_row: expected an array, got none");

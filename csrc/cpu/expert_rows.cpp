@@ -1,6 +1,7 @@
 #include "expert_rows.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 
 #include "../checks.h"
@@ -11,6 +12,15 @@ void check_dtype(DType dtype) {
   const int value = static_cast<int>(dtype);
   check(value >= 0 && value < 3,
         "dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(value));
+}
+
+void check_packed_type(PackedType type, std::int64_t k) {
+  const int value = static_cast<int>(type);
+  check(value == 0 || value == 1,
+        "packed_type: expected 0 (exact) or 1 (int8), got " + std::to_string(value));
+  constexpr std::int64_t kMost = 65536;  // a sum of more products than that could pass 2^31
+  check(type == PackedType::kExact || k <= kMost,
+        "packed_type: expected at most 65536 inputs of an int8 weight, got " + std::to_string(k));
 }
 
 void check_offsets(const std::int32_t* offsets, std::int64_t E, std::int64_t R) {
@@ -34,6 +44,11 @@ void check_experts(const Experts& experts) {
         "in_stride: expected 0 or at least H*D, got " + std::to_string(experts.in_stride));
   if (experts.packed_in == nullptr) check_pointer("in_weight", experts.in_weight, E * H * D);
   if (experts.packed_out == nullptr) check_pointer("out_weight", experts.out_weight, E * D * H);
+  check_packed_type(experts.packed_type, D);
+  check_packed_type(experts.packed_type, H);
+  check(experts.packed_type == PackedType::kExact ||
+            (experts.packed_in != nullptr && experts.packed_out != nullptr && experts.gate_weight == nullptr),
+        "packed_type: expected all matrices packed, got a plain one");
   check(experts.gate_bias == nullptr || experts.gated(),
         "gate_bias: expected gate_weight beside it, got none");
 }
@@ -70,40 +85,64 @@ std::vector<RowTile> row_tiles(const Wave& wave, const Kernels& kernels) {
   return tiles;
 }
 
+Int8Scales::Int8Scales(const void* packed, std::int64_t E, std::int64_t n, std::int64_t k)
+    : columns_(round_up(n, kernels().panel)), input_stride_(int8_input_stride(k)) {
+  if (packed == nullptr) return;
+  const Word* const words = static_cast<const Word*>(packed) + E * packed_words(kernels(), kInt8Words, n, k);
+  scales_ = reinterpret_cast<const float*>(words);
+  sums_ = reinterpret_cast<const std::int32_t*>(words) + E * columns_;
+  inputs_ = scales_ + 2 * E * columns_;
+}
+
+bool Int8Scales::same_inputs(const Int8Scales& other, std::int64_t E) const {
+  return std::memcmp(inputs_, other.inputs_, E * input_stride_ * sizeof(float)) == 0;
+}
+
 void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,
-                   const RowTile& tile, const void* tokens, Word* a_panels) {
+                   const RowTile& tile, const void* tokens, Word* a_panels, const Int8Scales* int8,
+                   float* scales) {
   const TypedKernels& typed = kernels.of(experts.dtype);
-  Word* const first = a_panel_at(a_panels, tile.piece->at + tile.row, a_row_words(experts.D, typed));
+  const std::int64_t D = experts.D;
+  const std::int64_t words = a_row_words(D, kernels.of(operand_type(experts)));
+  const std::int64_t at = tile.piece->at + tile.row;
+  Word* const first = a_panel_at(a_panels, at, words);
   for (std::int64_t i = 0; i < tile.rows; ++i) {
     const std::int64_t token = token_of_row(routing, tile.piece->begin + tile.row + i);
-    typed.row_to_a_panel(element(tokens, experts.dtype, token * experts.D), experts.D, tile.rows,
-                         first + i * kLineWords);
+    const void* const row = element(tokens, experts.dtype, token * D);
+    Word* const to = first + i * kLineWords;
+    if (int8 == nullptr) {
+      typed.row_to_a_panel(row, D, tile.rows, to);
+    } else {
+      scales[at + i] = typed.quantize_row(row, int8->of_inputs(tile.piece->expert), D, tile.rows, to);
+    }
   }
 }
 
 const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, std::int64_t n,
                           std::int64_t k) {
   if (packed == nullptr) return nullptr;
-  const std::int64_t bytes = packed_weight_bytes(dtype, 1, n, k);
-  return static_cast<const Word*>(packed) + expert * bytes / static_cast<std::int64_t>(sizeof(Word));
+  return static_cast<const Word*>(packed) + expert * packed_words(kernels(), dtype, n, k);
 }
 
 Right forward_matrix(const Experts& experts, const void* weight, const void* packed, std::int64_t expert,
                      std::int64_t n, std::int64_t k, std::int64_t stride) {
   return {element(weight, experts.dtype, expert * stride), true, n, k,
-          packed_matrix(packed, experts.dtype, expert, n, k)};
+          packed_matrix(packed, operand_type(experts), expert, n, k)};
 }
 
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
-                    const std::vector<PreActivations>& places, const Workspace& workspace) {
+                    const std::vector<PreActivations>& places, const Workspace& workspace,
+                    const Int8Hidden* int8) {
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(experts.dtype);
   const DType dtype = experts.dtype;
+  const DType operands = operand_type(experts);
   const std::int64_t D = experts.D, H = experts.H;
   const bool gated = experts.gated();
-  const std::int64_t x_words = a_row_words(D, typed);
+  const std::int64_t x_words = a_row_words(D, ks.of(operands));
   const std::int64_t a_words = a_row_words(round_up(H, ks.panel), typed);
-  const auto finish_hidden = typed.finish_hidden[static_cast<int>(experts.activation)];
+  const auto finish_hidden = int8 != nullptr ? typed.finish_int8_hidden[static_cast<int>(experts.activation)]
+                                             : typed.finish_hidden[static_cast<int>(experts.activation)];
   const std::vector<Block> blocks =
       make_blocks(wave, H, ks, experts.packed_in == nullptr ? typed.few_rows : 0);
   const auto* const first_piece = wave.pieces.data();
@@ -123,7 +162,7 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
                                            D, in_stride(experts))}};
     const std::int64_t outputs = gated ? 2 : 1;
     multiply_block(
-        ks, dtype, terms, outputs, outputs, block, following_region(blocks, task, dtype, ks, in_matrix),
+        ks, operands, terms, outputs, outputs, block, following_region(blocks, task, operands, ks, in_matrix),
         workspace, thread,
         [&](std::int64_t row, std::int64_t rows, std::int64_t panel) {
           const void* const z = element(place.z, dtype, (block.row + row) * H + panel * ks.panel);
@@ -144,6 +183,11 @@ void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_pa
           tile.z = element(place.z, dtype, z_at);
           tile.z_gate = element(place.z_gate, dtype, z_at);
           tile.z_stride = H;
+          if (int8 != nullptr) {
+            const float* const row_scales = int8->x_scales + piece.at + block.row + row;
+            tile.scaling = int8->in.at(piece.expert, column, row_scales);
+            if (gated) tile.scaling_gate = int8->gate.at(piece.expert, column, row_scales);
+          }
           if (hidden_a_panels != nullptr)
             tile.a = a_panel_at(hidden_a_panels, piece.at + block.row + row, a_words);
           finish_hidden(tile);

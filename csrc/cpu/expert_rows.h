@@ -11,6 +11,7 @@ namespace clipup {
 
 // Throw std::invalid_argument that names the argument.
 void check_dtype(DType dtype);
+void check_packed_type(PackedType type, std::int64_t k);
 void check_offsets(const std::int32_t* offsets, std::int64_t E, std::int64_t R);
 void check_experts(const Experts& experts);
 void check_routing(const Routing& routing, std::int64_t E);
@@ -41,11 +42,39 @@ void for_row_tiles(const Wave& wave, const Kernels& kernels, const Body& body) {
   parallel_for(static_cast<std::int64_t>(tiles.size()), 2, [&](std::int64_t i) { body(tiles[i]); });
 }
 
-// Packs the tokens of the tile's rows into an A panel of the wave.
-void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,
-                   const RowTile& tile, const void* tokens, Word* a_panels);
+// The type of the operands of the forward products: kInt8Words for int8 weights.
+inline DType operand_type(DType dtype, PackedType packed_type) {
+  return packed_type == PackedType::kInt8 ? kInt8Words : dtype;
+}
+inline DType operand_type(const Experts& experts) { return operand_type(experts.dtype, experts.packed_type); }
 
-// The packed form of an expert's [n, k] matrix; null stays null.
+// What surrounds int8 products of E matrices [n, k]: the scales of the sums, and the input scales.
+class Int8Scales {
+ public:
+  Int8Scales(const void* packed, std::int64_t E, std::int64_t n, std::int64_t k);
+
+  // Those of a tile from `column` on; row_scales: of its rows.
+  Int8Scaling at(std::int64_t expert, std::int64_t column, const float* row_scales) const {
+    const std::int64_t at = expert * columns_ + column;
+    return {row_scales, scales_ + at, sums_ + at};
+  }
+  const float* of_inputs(std::int64_t expert) const { return inputs_ + expert * input_stride_; }
+  // Whether another matrix of the same inputs has the same input scales.
+  bool same_inputs(const Int8Scales& other, std::int64_t E) const;
+
+ private:
+  std::int64_t columns_, input_stride_;
+  const float *scales_ = nullptr, *inputs_ = nullptr;
+  const std::int32_t* sums_ = nullptr;
+};
+
+// Packs the tokens of the tile's rows into an A panel of the wave: as they are, or, with `int8`, quantized; then the scales
+// of the wave's rows are written.
+void pack_a_panels(const Kernels& kernels, const Experts& experts, const Routing& routing,
+                   const RowTile& tile, const void* tokens, Word* a_panels, const Int8Scales* int8 = nullptr,
+                   float* scales = nullptr);
+
+// The packed form of an expert's [n, k] matrix, for operands of `dtype`; null stays null.
 const Word* packed_matrix(const void* packed, DType dtype, std::int64_t expert, std::int64_t n,
                           std::int64_t k);
 
@@ -65,8 +94,14 @@ struct PreActivations {
 };
 
 // First product of a wave: writes a in A panels (null: not wanted), and the pre-activations of every piece to `places`.
+// int8: with x_scales of the wave's rows; null: the weights are exact.
+struct Int8Hidden {
+  const Int8Scales &in, &gate;
+  const float* x_scales;
+};
 void hidden_product(const Experts& experts, const Wave& wave, const Word* x_a_panels, Word* hidden_a_panels,
-                    const std::vector<PreActivations>& places, const Workspace& workspace);
+                    const std::vector<PreActivations>& places, const Workspace& workspace,
+                    const Int8Hidden* int8 = nullptr);
 
 // y[t] = the gated sum of the rows of every token, from rows[R,D] in float.
 void sum_rows(const Kernels& kernels, DType dtype, const Routing& routing, const float* gates,

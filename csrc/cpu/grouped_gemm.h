@@ -149,9 +149,17 @@ inline void ask_for_rows(const void* first, std::int64_t stride, std::int64_t ro
   }
 }
 
+// Words of a packed [n, k] matrix.
+inline std::int64_t packed_words(const Kernels& kernels, DType dtype, std::int64_t n, std::int64_t k) {
+  return ceil_div(k, kernels.of(dtype).per_word) * round_up(n, kernels.panel);
+}
+
+// Floats from one expert's input scales of int8 products to the next one's: a multiple of every tier's panel.
+inline std::int64_t int8_input_stride(std::int64_t k) { return round_up(k, 32); }
+
 inline void nothing_ahead(std::int64_t, std::int64_t, std::int64_t) {}
 
-// The terms' products over one block. With `outputs` = 1 the terms are added, else each is a separate output.
+// The terms' products over one block; dtype: of the operands, a storage type or kInt8Words (then c holds integers). With `outputs` = 1 the terms are added, else each is a separate output.
 // prepare(row, rows, panel): the tile will be finished next; finish(row, rows, panel, c): its sums are c[output],
 // [rows, panel]. `following` is prefetched while the last step computes.
 template <class Prepare, class Finish>

@@ -30,35 +30,47 @@ void clear_rest(void* rows, DType dtype, std::int64_t used, std::int64_t R, std:
 }
 
 // out[r] = the row times its expert's matrix, [n, k] if transposed, else [k, n].
-void multiply_rows(DType dtype, const void* rows, const void* weight, const void* packed, const void* bias,
-                   bool transposed, const std::int32_t* offsets, std::int64_t E, std::int64_t n,
-                   std::int64_t k, void* out) {
+void multiply_rows(DType dtype, const void* rows, const void* weight, const void* packed,
+                   PackedType packed_type, const void* bias, bool transposed, const std::int32_t* offsets,
+                   std::int64_t E, std::int64_t n, std::int64_t k, void* out) {
   const Kernels& ks = kernels();
   const TypedKernels& typed = ks.of(dtype);
   const std::vector<Wave> waves = make_waves(offsets, E, kWaveRows, ks, typed);
-  const std::int64_t words = a_row_words(k, typed);
-  const Buffer<Word> a_panels(largest(waves).rows * words);
+  const DType operands = operand_type(dtype, packed_type);
+  const bool int8 = operands == kInt8Words;
+  const std::int64_t words = a_row_words(k, ks.of(operands));
+  const std::int64_t most_rows = largest(waves).rows;
+  const Buffer<Word> a_panels(most_rows * words);
+  const Buffer<float> row_scales(int8 ? most_rows : 0);
+  const Int8Scales scales(int8 ? packed : nullptr, E, n, k);
   const Workspace workspace(ks, 1);
   for (const Wave& wave : waves) {
     for_row_tiles(wave, ks, [&](const RowTile& tile) {
-      Word* const first = a_panel_at(a_panels.get(), tile.piece->at + tile.row, words);
+      const std::int64_t at = tile.piece->at + tile.row;
+      Word* const first = a_panel_at(a_panels.get(), at, words);
       for (std::int64_t i = 0; i < tile.rows; ++i) {
         const void* const row = element(rows, dtype, (tile.piece->begin + tile.row + i) * k);
-        typed.row_to_a_panel(row, k, tile.rows, first + i * kLineWords);
+        Word* const to = first + i * kLineWords;
+        if (int8) {
+          row_scales.get()[at + i] =
+              typed.quantize_row(row, scales.of_inputs(tile.piece->expert), k, tile.rows, to);
+        } else {
+          typed.row_to_a_panel(row, k, tile.rows, to);
+        }
       }
     });
     const std::int64_t few_rows = transposed && packed == nullptr ? typed.few_rows : 0;
     const std::vector<Block> blocks = make_blocks(wave, n, ks, few_rows);
     const auto right_of = [&](const Piece& piece) {
       return Right{element(weight, dtype, piece.expert * n * k), transposed, n, k,
-                   packed_matrix(packed, dtype, piece.expert, n, k)};
+                   packed_matrix(packed, operands, piece.expert, n, k)};
     };
     parallel_tasks(static_cast<std::int64_t>(blocks.size()), [&](std::int64_t task, std::int64_t thread) {
       const Block& block = blocks[task];
       const Piece& piece = *block.piece;
       const Term term{a_panel_at(a_panels.get(), piece.at + block.row, words), words, right_of(piece)};
       multiply_block(
-          ks, dtype, &term, 1, 1, block, following_region(blocks, task, dtype, ks, right_of), workspace,
+          ks, operands, &term, 1, 1, block, following_region(blocks, task, operands, ks, right_of), workspace,
           thread, nothing_ahead,
           [&](std::int64_t row, std::int64_t tile_rows, std::int64_t panel, const float* const* c) {
             const std::int64_t column = panel * ks.panel;
@@ -69,7 +81,10 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
             tile.bias = element(bias, dtype, piece.expert * n + column);
             tile.out = element(out, dtype, (piece.begin + block.row + row) * n + column);
             tile.stride = n;
-            typed.finish_output(tile);
+            if (!int8) return typed.finish_output(tile);
+            const float* const scales_of_rows = row_scales.get() + piece.at + block.row + row;
+            tile.scaling = scales.at(piece.expert, column, scales_of_rows);
+            typed.finish_int8_output(tile);
           });
     });
   }
@@ -79,12 +94,14 @@ void multiply_rows(DType dtype, const void* rows, const void* weight, const void
 
 void grouped_linear(DType dtype, const void* rows, const void* weight, const void* bias,
                     const std::int32_t* offsets, std::int64_t R, std::int64_t E, std::int64_t O,
-                    std::int64_t I, void* out, const void* packed) {
+                    std::int64_t I, void* out, const void* packed, PackedType packed_type) {
   check_grouped(dtype, offsets, R, E, O, I);
   check_pointer("rows", rows, R * I);
+  check_packed_type(packed_type, I);
   if (packed == nullptr) check_pointer("weight", weight, E * O * I);
+  check(packed != nullptr || packed_type == PackedType::kExact, "packed: expected an int8 weight, got none");
   check_pointer("out", out, R * O);
-  multiply_rows(dtype, rows, weight, packed, bias, true, offsets, E, O, I, out);
+  multiply_rows(dtype, rows, weight, packed, packed_type, bias, true, offsets, E, O, I, out);
   clear_rest(out, dtype, offsets[E], R, O);
 }
 
@@ -96,7 +113,8 @@ void grouped_linear_backward(DType dtype, const void* d_out, const void* rows, c
   check_pointer("rows", rows, R * I);
   check_pointer("weight", weight, E * O * I);
   if (d_rows != nullptr) {
-    multiply_rows(dtype, d_out, weight, nullptr, nullptr, false, offsets, E, I, O, d_rows);
+    multiply_rows(dtype, d_out, weight, nullptr, PackedType::kExact, nullptr, false, offsets, E, I, O,
+                  d_rows);
     clear_rest(d_rows, dtype, offsets[E], R, I);
   }
   if (d_weight == nullptr && d_bias == nullptr) return;

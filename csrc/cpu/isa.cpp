@@ -13,7 +13,7 @@ namespace clipup {
 // Defined in gemm_<tier>.cpp.
 extern const Kernels kPortable;
 #ifdef CLIPUP_X86_TIERS
-extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+extern const Kernels kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16;
 #endif
 
 namespace {
@@ -40,7 +40,9 @@ const Tier* tiers(std::size_t& count) {
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                              __builtin_cpu_supports("avx512dq");
-  static const Tier all[] = {{&kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+  static const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  static const Tier all[] = {{&kAvx512Bf16, vnni && __builtin_cpu_supports("avx512bf16")},
+                             {&kAvx512Vnni, vnni},
                              {&kAvx512, avx512},
                              {&kAvx2, avx2},
                              {&kPortable, true}};

@@ -2,7 +2,8 @@
 // finishing a tile while it is in the cache. The tier is chosen once, at first use.
 //
 // Operands are packed in 32-bit words along the summed axis: a word is one float, or, where the CPU multiplies
-// bfloat16 pairs, two neighbouring bfloat16. Storage types without such an instruction are widened to floats.
+// bfloat16 pairs, two neighbouring bfloat16. Storage types without such an instruction are widened to floats. Operands of
+// int8 products have four int8 in a word.
 //
 //   A panel         the left operand by rows, a tile of m rows: [words / 16][m][16], so that words 16l..16l+15 of row i
 //                   are one cache line, and addresses in the loop over words have constant distances.
@@ -24,6 +25,9 @@ constexpr std::int64_t kLineWords = 16;  // 64 bytes
 constexpr std::int64_t kMostTileRows = 14;
 constexpr std::int64_t kMostColumnTile = 8;
 
+// The type of operands that are quantized, beside the storage types.
+constexpr DType kInt8Words{3};
+
 // Columns of the router's weight gradient that one task computes.
 constexpr std::int64_t kRouterColumns = 64;
 
@@ -40,6 +44,13 @@ struct Prefetch {
 using Multiply = void (*)(const Word* a, const Word* b, std::int64_t words, float* c, bool add,
                           Prefetch& prefetch);
 
+// What turns a tile of sums of int8 products into floats: (c - kOffset * sums) * rows * columns (int8_products.h).
+struct Int8Scaling {
+  const float* rows;         // of the tile's rows
+  const float* columns;      // [panel]
+  const std::int32_t* sums;  // [panel], of the right operand's columns
+};
+
 // A tile of the first product, turned into operands of the second: z = c + bias, a = act(z), gated a = act(z_gate) * z.
 // z is rounded to the storage type even if it is not kept, so that forward and backward compute the same function.
 struct HiddenTile {
@@ -49,7 +60,8 @@ struct HiddenTile {
   const void *bias, *bias_gate;  // [columns] or null
   void *z, *z_gate;              // written, rows `z_stride` elements apart; null: not kept
   std::int64_t z_stride;
-  Word* a;  // written: the A panel of this tile; null: not wanted
+  Word* a;                            // written: the A panel of this tile; null: not wanted
+  Int8Scaling scaling, scaling_gate;  // of int8 products, whose z is not kept
 };
 
 // A tile of da = W_out^T dout, turned into the operands of all later products (moe.h, expert_mlp_backward).
@@ -77,6 +89,7 @@ struct OutputTile {
   void* out;              // written in the storage type, rows `stride` apart; null: not wanted
   std::int64_t stride;
   bool stream;  // bypass the caches, for outputs that are large and not read soon; call `streams_done` after
+  Int8Scaling scaling;  // of int8 products
 };
 
 // The tier's functions for one storage type.
@@ -101,11 +114,21 @@ struct TypedKernels {
   void (*finish_hidden[kActivations])(const HiddenTile&);                   // by activation
   void (*finish_hidden_gradient[kActivations])(const HiddenGradientTile&);  // by activation
   void (*finish_output)(const OutputTile&);
+  // The same for sums of int8 products, c being integers; activations are `coarse`.
+  void (*finish_int8_hidden[kActivations])(const HiddenTile&);
+  void (*finish_int8_output)(const OutputTile&);
 
   // y[D] = sum over k of gates[k] * rows[row_of_choice[k]], k ascending; gates null: all 1.
   void (*weighted_sum)(const float* rows, const std::int32_t* row_of_choice, const float* gates,
                        std::int64_t K, std::int64_t D, void* y);
   float (*dot)(const void* a, const void* b, std::int64_t n);
+
+  // Quantize one row of n elements, times input scales, into an A panel of int8 words of `rows` rows, and return its
+  // scale: a row in memory, or one of an A panel of this storage type (n is then a multiple of `panel`).
+  float (*quantize_row)(const void* row, const float* input_scale, std::int64_t n, std::int64_t rows,
+                        Word* a_panel);
+  float (*quantize_panel_row)(const Word* row, const float* input_scale, std::int64_t n, std::int64_t rows,
+                              Word* a_panel);
 
   // logits[rows,E] = x[rows,D] . weight[E,D]^T.
   void (*router_logits)(const void* x, std::int64_t rows, const float* weight, std::int64_t D, std::int64_t E,
@@ -127,8 +150,11 @@ struct Kernels {
   std::int64_t column_tile;  // columns of a column A panel
   void (*streams_done)();    // orders a thread's streamed stores before what it stores next
   TypedKernels typed[3];     // by DType
+  TypedKernels int8;         // products of int8 words (kInt8Words): `per_word` and `by_rows` only
 
-  const TypedKernels& of(DType dtype) const { return typed[static_cast<int>(dtype)]; }
+  const TypedKernels& of(DType dtype) const {
+    return dtype == kInt8Words ? int8 : typed[static_cast<int>(dtype)];
+  }
 };
 
 // The best tier that this CPU has, or the one that CLIPUP_CPU_ISA names (isa.cpp).

@@ -24,11 +24,10 @@ constexpr std::int64_t few_rows() {
 #endif
 }
 
-template <class Storage, class Operand>
-constexpr TypedKernels typed_kernels() {
+template <class Operand>
+constexpr TypedKernels products_of() {
   TypedKernels table{};
   table.per_word = Operand::kPerWord;
-  table.few_rows = few_rows<Storage>();
   table.by_rows[1] = multiply<Operand, 1, true>;
   table.by_rows[2] = multiply<Operand, 2, true>;
   table.by_rows[3] = multiply<Operand, 3, true>;
@@ -47,20 +46,33 @@ constexpr TypedKernels typed_kernels() {
     table.by_rows[13] = multiply<Operand, 13, true>;
     table.by_rows[14] = multiply<Operand, 14, true>;
   }
+  return table;
+}
+
+template <class Storage, class Operand>
+constexpr TypedKernels typed_kernels() {
+  TypedKernels table = products_of<Operand>();
+  table.few_rows = few_rows<Storage>();
   table.by_columns = multiply<Operand, kColumnTile, false>;
   table.row_to_a_panel = row_to_a_panel<Storage, Operand>;
   table.rows_to_column_panels = rows_to_column_panels<Storage, Operand>;
   table.transposed_b_panel = transposed_b_panel<Storage, Operand>;
   table.sum_column_panel = sum_column_panel<Operand>;
-#define CLIPUP_FINISH(Type, name)                                                                     \
-  table.finish_hidden[static_cast<int>(Activation::k##Type)] = finish_hidden<Storage, Operand, Type>; \
-  table.finish_hidden_gradient[static_cast<int>(Activation::k##Type)] =                               \
+#define CLIPUP_FINISH(Type, name)                                       \
+  table.finish_hidden[static_cast<int>(Activation::k##Type)] =          \
+      finish_hidden<Storage, Operand, Type, FloatSums>;                 \
+  table.finish_int8_hidden[static_cast<int>(Activation::k##Type)] =     \
+      finish_hidden<Storage, Operand, Type, Int8Sums>;                  \
+  table.finish_hidden_gradient[static_cast<int>(Activation::k##Type)] = \
       finish_hidden_gradient<Storage, Operand, Type>;
   CLIPUP_ACTIVATIONS(CLIPUP_FINISH)
 #undef CLIPUP_FINISH
-  table.finish_output = finish_output<Storage>;
+  table.finish_output = finish_output<Storage, FloatSums>;
+  table.finish_int8_output = finish_output<Storage, Int8Sums>;
   table.weighted_sum = weighted_sum<Storage>;
   table.dot = dot<Storage>;
+  table.quantize_row = quantize_row<Storage>;
+  table.quantize_panel_row = quantize_panel_row<Operand>;
   table.router_logits = router_logits<Storage>;
   table.router_input_gradient = router_input_gradient<Storage>;
   table.router_weight_gradient = router_weight_gradient<Storage>;
@@ -79,7 +91,8 @@ constexpr Kernels tier(const char* name) {
           kColumnTile,
           streams_done,
           {typed_kernels<Float32, Floats>(), typed_kernels<BFloat16, BFloat16Operand>(),
-           typed_kernels<Float16, Floats>()}};
+           typed_kernels<Float16, Floats>()},
+          products_of<Int8Quads>()};
 }
 
 }  // namespace

@@ -77,13 +77,14 @@ struct Floats {
   template <class Storage>
   static constexpr bool kSameBits = sizeof(typename Storage::Element) == 4;
 
-  static F32x multiply_add(F32x sum, Word a, F32x b) {
+  static F32x multiply_add(F32x sum, Word a, U32x b) {
     float value;
     __builtin_memcpy(&value, &a, sizeof value);
-    return sum + value * b;
+    return sum + value * from_bits(b);
   }
   // kLanes neighbours of the summed axis, from word `to` on.
   static void store_along(Word* to, F32x value) { store_as(to, value); }
+  static F32x load_along(const Word* from) { return load_as<F32x>(from); }
   // One word each: the summed axis runs across `rows`.
   static U32x across(const F32x* rows) { return bits(rows[0]); }
   // The same for elements whose storage type is the operand type.
@@ -101,12 +102,13 @@ struct BFloat16Pairs {
   template <class Storage>
   static constexpr bool kSameBits = true;  // only bfloat16 is stored like this
 
-  static F32x multiply_add(F32x sum, Word a, F32x b) {
+  static F32x multiply_add(F32x sum, Word a, U32x b) {
     return reinterpret_cast<F32x>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                                                    reinterpret_cast<__m512bh>(U32x{} + a),
                                                    reinterpret_cast<__m512bh>(b)));
   }
   static void store_along(Word* to, F32x value) { store_as(to, float_to_bfloat16(value)); }
+  static F32x load_along(const Word* from) { return bfloat16_to_float(load_as<U16x>(from)); }
   // The pairs of two rows: their bfloat16 in turn.
   static U32x across(const F32x* rows) {
     const __m512i pairs = reinterpret_cast<__m512i>(
@@ -126,8 +128,8 @@ struct BFloat16Pairs {
 
 // Address of kLanes neighbours, from element `e` of the first row on, in an A panel of `rows` rows; those of row i are
 // i * kLineWords further. e is a multiple of kLanes.
-template <class Operand>
-inline Word* in_a_panel(Word* a_panel, std::int64_t rows, std::int64_t e) {
+template <class Operand, class W>
+inline W* in_a_panel(W* a_panel, std::int64_t rows, std::int64_t e) {
   const std::int64_t word = e / Operand::kPerWord;
   return from(a_panel, word / kLineWords * rows * kLineWords + word % kLineWords);
 }

@@ -29,8 +29,8 @@ void multiply(const Word* a, const Word* b, std::int64_t words, float* c, bool a
     const std::int64_t count = smaller(kLineWords, words - line);
     for (std::int64_t ask = prefetch.each; ask > 0; --ask) ask_for_line(prefetch);
     for (std::int64_t k = 0; k < count; ++k) {
-      const F32x low = load_as<F32x>(b);
-      const F32x high = load_as<F32x>(b + kLanes);
+      const U32x low = load_as<U32x>(b);
+      const U32x high = load_as<U32x>(b + kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
         const Word word = a[kByRows ? i * kLineWords + k : k * kRows + i];

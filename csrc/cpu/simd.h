@@ -86,6 +86,15 @@ inline F32x inverse(F32x value) {
 #endif
 }
 
+// 1 / value to 1e-4, for finite values of usual size.
+inline F32x coarse_inverse(F32x value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32x>(_mm512_rcp14_ps(reinterpret_cast<__m512>(value)));
+#else
+  return 1.0F / value;
+#endif
+}
+
 // The lower (upper) halves of two vectors, element by element in turn.
 inline U32x interleave_low(U32x a, U32x b) {
 #if defined(__AVX512F__)

@@ -73,6 +73,8 @@ void check_layer_refusals(const LayerShape& shape) {
       {"dy", [](Call& c) { c.dy = nullptr; }, kBackward},
       {"in_weight", [](Call& c) { c.experts.packed_in = c.experts.in_weight, c.experts.in_weight = nullptr; },
        kBackward},
+      {"packed_type", [](Call& c) { c.experts.packed_type = PackedType::kInt8; }},
+      {"packed_type", [](Call& c) { c.experts.packed_type = PackedType{-1}; }},
       {"out_weight",
        [](Call& c) { c.experts.packed_out = c.experts.out_weight, c.experts.out_weight = nullptr; },
        kBackward},

@@ -301,6 +301,70 @@ Expected Layer::naive_forward(const Array& z_array) const {
   return y;
 }
 
+double half_step(const double* row, std::int64_t n) {
+  double most = 0.0;
+  for (std::int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(row[i]));
+  return 0.5001 * most / 127.0 + 1e-30;
+}
+
+Expected Layer::naive_int8() const {
+  const std::int64_t T = shape_.T, K = shape_.K, D = shape_.D, H = shape_.H;
+  const std::vector<double> x = x_.values();
+  const std::vector<double> in = in_weight_.values(), in_bias = in_bias_.values();
+  const std::vector<double> gate = gate_weight_.values(), gate_bias = gate_bias_.values();
+  const std::vector<double> out = out_weight_.values(), out_bias = out_bias_.values();
+  constexpr double kSteepest = 1.2;  // of any activation's slope
+  constexpr double kStorage =
+      0x1p-8;  // pre-activations and hidden activations are rounded to the storage type
+  const auto project = [&](const std::vector<double>& weight, const std::vector<double>& bias,
+                           std::int64_t row, const double* values, const double* errors, std::int64_t n) {
+    const double* const w = weight.data() + row * n;
+    const double step = half_step(w, n);
+    Sum sum;
+    for (std::int64_t i = 0; i < n; ++i) sum.add_uncertain(w[i], step, values[i], errors[i]);
+    if (!bias.empty()) sum.add(bias[row], 1.0);
+    return sum;
+  };
+  Expected rows(used() * D);
+  std::vector<double> a(H), a_error(H);
+  for (std::int64_t e = 0; e < shape_.E; ++e) {
+    for (std::int64_t r = plan_.offsets[e]; r < plan_.offsets[e + 1]; ++r) {
+      const double* const token = x.data() + token_of(r) * D;
+      const std::vector<double> x_error(D, half_step(token, D));
+      double most = 0.0;
+      for (std::int64_t h = 0; h < H; ++h) {
+        const Sum z = project(in, in_bias, e * H + h, token, x_error.data(), D);
+        const double z_error = z.error() + kStorage * std::abs(z.value);
+        const Sum z_act = shape_.gated ? project(gate, gate_bias, e * H + h, token, x_error.data(), D) : z;
+        const double act = activation_at(shape_.activation, z_act.value).value;
+        const double act_error = kSteepest * (z_act.error() + kStorage * std::abs(z_act.value));
+        a[h] = shape_.gated ? act * z.value : act;
+        a_error[h] =
+            shape_.gated ? std::abs(act) * z_error + act_error * (std::abs(z.value) + z_error) : act_error;
+        a_error[h] += kStorage * (std::abs(a[h]) + a_error[h]);
+        most = std::max(most, std::abs(a[h]) + a_error[h]);
+      }
+      for (double& error : a_error) error += half_step(&most, 1);
+      for (std::int64_t d = 0; d < D; ++d) {
+        project(out, out_bias, e * D + d, a.data(), a_error.data(), H).into(rows, r * D + d);
+      }
+    }
+  }
+  if (shape_.routed == Routed::kIdentity && K == 1) return rows;
+  Expected y(T * D);
+  for (std::int64_t i = 0; i < T * D; ++i) {
+    Sum sum;
+    for (std::int64_t choice = i / D * K; choice < (i / D + 1) * K; ++choice) {
+      const std::int64_t row = plan_.row_of_choice[choice];
+      if (row < 0) continue;
+      const double g = shape_.routed == Routed::kUngated ? 1.0 : gates_[choice];
+      sum.add(g, rows.value[row * D + i % D], rows.error[row * D + i % D]);
+    }
+    sum.into(y, i);
+  }
+  return y;
+}
+
 Layer::NaiveGradients Layer::naive_backward(const Array& z_array) const {
   const std::int64_t T = shape_.T, K = shape_.K, D = shape_.D, H = shape_.H, E = shape_.E;
   const double operand = operand_error(shape_.dtype);
@@ -459,6 +523,23 @@ void Layer::check(int ways) const {
     EXPECT(keep ? z_again.same_bits(z) : z_again.untouched());
   };
   if (ways > 0) {
+    const Packed in8(shape_.dtype, plain.in_weight, shape_.E, shape_.H, shape_.D, PackedType::kInt8);
+    const Packed out8(shape_.dtype, plain.out_weight, shape_.E, shape_.D, shape_.H, PackedType::kInt8);
+    const Packed gate8(shape_.dtype, shape_.gated ? plain.gate_weight : plain.in_weight, shape_.E, shape_.H,
+                       shape_.D, PackedType::kInt8);
+    Experts int8 = only_packed;
+    int8.packed_type = PackedType::kInt8;
+    int8.packed_in = in8.data();
+    int8.packed_out = out8.data();
+    if (shape_.gated) int8.packed_gate = gate8.data();
+    Array quantized = new_output();
+    expert_mlp_forward(int8, plan, x(), quantized.data(), nullptr);
+    EXPECT_CLOSE(quantized, naive_int8());
+    set_threads(3);
+    Array again = new_output();
+    expert_mlp_forward(int8, plan, x(), again.data(), nullptr);
+    EXPECT(again.same_bits(quantized));
+    set_threads(1);
     same_forward(plain, false);
     same_forward(packed, true);
     same_forward(only_packed, uniform() < 0.5F);

@@ -70,6 +70,8 @@ class Layer {
   // Both passes by naive loops. z: from the engine, and checked separately.
   Expected naive_z() const;
   Expected naive_forward(const Array& z) const;
+  // y with exact weights, and how far quantized ones may move it.
+  Expected naive_int8() const;
   struct NaiveGradients {
     Expected x, gates, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias;
   };
@@ -90,15 +92,19 @@ class Layer {
 // Packed by pack_weight, in memory of exactly that size.
 class Packed {
  public:
-  Packed(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I)
-      : bytes_(DType::kFloat32, packed_weight_bytes(dtype, E, O, I) / 4) {
-    pack_weight(dtype, weight, E, O, I, bytes_.data());
+  Packed(DType dtype, const void* weight, std::int64_t E, std::int64_t O, std::int64_t I,
+         PackedType type = PackedType::kExact)
+      : bytes_(DType::kFloat32, packed_weight_bytes(dtype, E, O, I, type) / 4) {
+    pack_weight(dtype, weight, E, O, I, bytes_.data(), type);
   }
   const void* data() const { return bytes_.data(); }
 
  private:
   Array bytes_;
 };
+
+// What a row of n values may be off by when it is quantized: half a step.
+double half_step(const double* row, std::int64_t n);
 
 // E+1 ascending offsets from 0 to `used`, at random places between.
 std::vector<std::int32_t> random_offsets(std::int64_t E, std::int64_t used);

@@ -86,6 +86,27 @@ struct Linear {
       for (std::int64_t o = 0; o < O; ++o) bias_sums[o].into(d_bias, e * O + o);
     }
   }
+
+  // The exact result, and how far quantized operands may move it.
+  Expected naive_int8() const {
+    const std::int64_t O = shape.O, I = shape.I;
+    const std::vector<double> x = rows.values(), w = weight.values(), b = bias.values();
+    Expected out(shape.R * O);
+    for (std::int64_t e = 0; e < shape.E; ++e) {
+      for (std::int64_t r = offsets[e]; r < offsets[e + 1]; ++r) {
+        const double row_step = half_step(x.data() + r * I, I);
+        for (std::int64_t o = 0; o < O; ++o) {
+          const double* const channel = w.data() + (e * O + o) * I;
+          const double step = half_step(channel, I);
+          Sum sum;
+          for (std::int64_t i = 0; i < I; ++i) sum.add_uncertain(channel[i], step, x[r * I + i], row_step);
+          if (!b.empty()) sum.add(b[e * O + o], 1.0);
+          sum.into(out, r * O + o);
+        }
+      }
+    }
+    return out;
+  }
 };
 
 }  // namespace
@@ -109,6 +130,12 @@ void check_linear(const LinearShape& shape) {
   grouped_linear(shape.dtype, linear.rows.data(), nullptr, linear.bias.data(), linear.offsets.data(), shape.R,
                  shape.E, shape.O, shape.I, from_packed.data(), packed.data());
   EXPECT(from_packed.same_bits(alone));
+
+  const Packed int8(shape.dtype, linear.weight.data(), shape.E, shape.O, shape.I, PackedType::kInt8);
+  Array quantized(shape.dtype, shape.R * shape.O);
+  grouped_linear(shape.dtype, linear.rows.data(), nullptr, linear.bias.data(), linear.offsets.data(), shape.R,
+                 shape.E, shape.O, shape.I, quantized.data(), int8.data(), PackedType::kInt8);
+  EXPECT_CLOSE(quantized, linear.naive_int8());
   const auto wanted = static_cast<unsigned>(integer(8));
   const Linear::Gradients again = linear.backward(wanted);
   const auto same = [&](unsigned bit, const Array& a, const Array& b) {
@@ -201,6 +228,19 @@ void check_linear_refusals(const LinearShape& shape) {
   EXPECT(starts_with(pack_refusal(with_rows.dtype, weight, E, -1, I, packed.data()), "O: expected"));
   EXPECT(starts_with(pack_refusal(with_rows.dtype, weight, E, O, -1, packed.data()), "I: expected"));
   EXPECT(starts_with(refusal([&] { packed_weight_bytes(DType{-2}, E, O, I); }), "dtype: expected"));
+  const auto bytes_refusal = [&](std::int64_t I, PackedType type) {
+    return refusal([&] { packed_weight_bytes(with_rows.dtype, E, O, I, type); });
+  };
+  EXPECT(starts_with(bytes_refusal(I, PackedType{2}), "packed_type: expected 0 (exact) or 1 (int8)"));
+  EXPECT(starts_with(bytes_refusal(65537, PackedType::kInt8), "packed_type: expected at most 65536"));
+  Array unwritten(with_rows.dtype, R * O);
+  EXPECT(starts_with(refusal([&] {
+                       grouped_linear(with_rows.dtype, good.rows.data(), weight, good.bias.data(),
+                                      good.offsets.data(), R, E, O, I, unwritten.data(), nullptr,
+                                      PackedType::kInt8);
+                     }),
+                     "packed: expected an int8 weight"));
+  EXPECT(unwritten.untouched());
   EXPECT(starts_with(refusal([&] { packed_weight_bytes(with_rows.dtype, E, -9, I); }), "O: expected"));
   EXPECT(packed.untouched());
 }

@@ -1,0 +1,136 @@
+"""What int8 weights do to features and retrieval: a model in float32, beside bfloat16 and int8 in either type.
+
+    clipup demo --out runs/demo
+    python benchmarks/int8_accuracy.py runs/demo/clip_up/model runs/demo/dense/model --data 'runs/demo/data/test-*.tar'
+    python benchmarks/int8_accuracy.py ViT-B-16                       # random weights: cosines only, on noise
+
+A row is one model in one form (``clipup.accelerate``). Cosines are between its features and those of the plain float32
+model; recall is in per cent, over all images and texts of the data. ``outliers`` makes some channels of the blocks'
+inputs 30 times as large and the weights that read them as much smaller: the same function, hard to quantize.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import commit, report
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+
+import clipup
+from clipup.clip.inputs import random_inputs
+from clipup.data.loaders import load_eval_samples
+from clipup.data.options import SourceOptions
+from clipup.evaluate.retrieval import retrieval
+from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
+from clipup.pretrained.tokenizers import get_tokenizer
+from clipup_kernels.machine import processor_name
+
+FORMS = {
+    "bf16": (torch.bfloat16, None),
+    "int8, fp32": (torch.float32, "int8"),
+    "int8, bf16": (torch.bfloat16, "int8"),
+}
+"""The type of the other weights and of activations, and ``weights`` of ``clipup.accelerate``."""
+FIELDS = "model outliers form image_cosine_mean image_cosine_min text_cosine_mean text_cosine_min t2i_r1 i2t_r1"
+OUTLIER, OUTLIERS = 30.0, 0.01
+"""How much larger the outlying channels are, and the share of channels that are."""
+
+
+class Inputs:
+    """Images and texts of one model, with the text of every image; noise without data."""
+
+    def __init__(self, model: nn.Module, name: str, preprocess: object, data: str | None, count: int) -> None:
+        self.pairs: Tensor | None = None
+        if data is None:
+            self.images, self.texts = random_inputs(model, batch_size=count)
+            return
+        tokenizer = get_tokenizer(name)
+        images, texts, pairs = [], [], []
+        for image, captions, _ in load_eval_samples(data, preprocess, SourceOptions()):
+            pairs += [len(images)] * len(captions)
+            images.append(image)
+            texts += captions
+        self.images, self.texts = torch.stack(images), tokenizer(texts)
+        self.pairs = torch.tensor(pairs)
+
+    def features(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        with torch.inference_mode():
+            images = [model.encode_image(part.to(dtype)).float() for part in self.images.split(64)]
+            texts = [model.encode_text(part).float() for part in self.texts.split(64)]
+        return F.normalize(torch.cat(images), dim=-1), F.normalize(torch.cat(texts), dim=-1)
+
+
+def load(name: str) -> tuple[nn.Module, object]:
+    if Path(name).is_dir():
+        model, _, preprocess = create_model_and_transforms(name)
+    else:
+        with expecting_random_weights():
+            model, _, preprocess = create_model_and_transforms(name, load_weights=False)
+        model = clipup.upcycle(model, clipup.MoEConfig.clip_up(), inplace=True)
+    return model.eval(), preprocess
+
+
+@torch.no_grad()
+def add_outliers(model: nn.Module) -> None:
+    """Makes channels between the norms and the projections of open_clip's blocks large; the function stays the same."""
+    for block in model.modules():
+        if not isinstance(block, ResidualAttentionBlock):
+            continue
+        mlp = block.mlp
+        sparse = isinstance(mlp, clipup.SparseMoE)
+        readers = [mlp.in_weight, mlp.router.weight] if sparse else [mlp.c_fc.weight]
+        for norm, weights in ((block.ln_1, [block.attn.in_proj_weight]), (block.ln_2, readers)):
+            channels = torch.randperm(len(norm.weight))[: max(1, int(OUTLIERS * len(norm.weight)))]
+            for parameter in (norm.weight, norm.bias):
+                parameter[channels] *= OUTLIER
+            for weight in weights:
+                weight[..., channels] /= OUTLIER
+
+
+def row(
+    model: str, outliers: bool, form: str, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], pairs
+) -> dict:
+    values = {"model": model, "outliers": int(outliers), "form": form, "t2i_r1": "", "i2t_r1": ""}
+    for tower, ours, theirs in zip(("image", "text"), found, exact, strict=True):
+        cosines = (ours * theirs).sum(-1)
+        values |= {f"{tower}_cosine_mean": f"{cosines.mean():.5f}", f"{tower}_cosine_min": f"{cosines.min():.5f}"}
+    if pairs is not None:
+        recall = retrieval(*found, pairs)
+        values |= {f"{way}_r1": f"{100 * recall[way]['r1']:.2f}" for way in ("t2i", "i2t")}
+    return values
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="directories of models, or names: CLIP-UP with random weights")
+    parser.add_argument("--data", help="shards or a CSV file for the directories (default: noise)")
+    parser.add_argument("--count", type=int, default=32, help="images and texts of noise (default: 32)")
+    parser.add_argument("--csv", help="file to write the rows to")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    rows = []
+    for name in args.models:
+        model, preprocess = load(name)
+        inputs = Inputs(model, name, preprocess, args.data if Path(name).is_dir() else None, args.count)
+        exact = inputs.features(model)
+        label = "/".join(Path(name).parts[-2:])
+        for outliers in (False, True):
+            if outliers:
+                add_outliers(model)
+            rows.append(row(label, outliers, "fp32", inputs.features(model), exact, inputs.pairs))
+            for form, (dtype, weights) in FORMS.items():
+                prepared = clipup.accelerate(copy.deepcopy(model).to(dtype), inplace=True, weights=weights)
+                rows.append(row(label, outliers, form, inputs.features(prepared), exact, inputs.pairs))
+    print(f"{processor_name('cpu')}, commit {commit() or 'unknown'}")
+    report(rows, FIELDS, args.csv)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+"""Attention with quantized projections, for inference on CPUs; made by ``clipup.accelerate(model, weights="int8")``.
+
+Axis legend: ``B`` sequences, ``L`` tokens per sequence, ``D`` model width, ``h`` heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipup_kernels import PackedWeight, grouped_linear
+
+from .prepared import Part, Prepared, Stored
+
+_TRANSFORMERS = {
+    "bert": ("BertSelfAttention", "BertSelfOutput"),
+    "clip": ("CLIPAttention",),
+    "dinov2": ("Dinov2Attention",),
+    "dinov3_vit": ("DINOv3ViTAttention",),
+    "modernbert": ("ModernBertAttention",),
+    "mt5": ("MT5Attention",),
+    "roberta": ("RobertaSelfAttention", "RobertaSelfOutput"),
+    "siglip": ("SiglipAttention",),
+    "siglip2": ("Siglip2Attention",),
+    "vit": ("ViTAttention", "ViTSelfAttention", "ViTSelfOutput"),
+    "xlm_roberta": ("XLMRobertaSelfAttention", "XLMRobertaSelfOutput"),
+}
+ATTENTIONS = frozenset(
+    [
+        "timm.layers.attention.Attention",
+        "timm.models.swin_transformer.WindowAttention",
+        "timm.models.vision_transformer.Attention",
+        "timm.models.vision_transformer_relpos.RelPosAttention",
+        *(f"transformers.models.{m}.modeling_{m}.{name}" for m, names in _TRANSFORMERS.items() for name in names),
+    ]
+)
+"""Full names of attention classes that only call their linear layers, so that ``PreparedLinear`` can replace these.
+Others read weights and biases themselves (timm's EvaAttention)."""
+
+
+def _whole(name: str, parameter: Tensor) -> Stored:
+    """A parameter that is one tensor of the prepared layer."""
+    return Stored(parameter.shape, parameter.dtype, [Part(name, parameter.shape, parameter.stride(), 0)])
+
+
+class _PreparedProjections(Prepared):
+    """Layers whose matrices are linear projections: ``in_weight`` and ``out_weight``, with their biases."""
+
+    def _linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        offsets = torch.arange(2, dtype=torch.int32) * rows.shape[0]
+        one_expert = weight._replace(shape=(1, *weight.shape))
+        y = grouped_linear(rows, one_expert, None if bias is None else bias[None], offsets)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class PreparedLinear(_PreparedProjections):
+    """A quantized ``nn.Linear``."""
+
+    def __init__(self, linear: nn.Linear, quantize: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        tensors = {"in_weight": linear.weight, "in_bias": linear.bias}
+        stored = {"weight": _whole("in_weight", linear.weight)}
+        if linear.bias is not None:
+            stored["bias"] = _whole("in_bias", linear.bias)
+        self._prepare({name: t for name, t in tensors.items() if t is not None}, stored, quantize)
+        self.train(False)
+
+    weight = property(lambda self: self.in_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., I] in the type in which the layer was prepared."""
+        self._check_type(x)
+        return self._linear(x, self.in_weight, self._buffers.get("in_bias"))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, quantize={self.quantize!r}"
+
+
+class PreparedAttention(_PreparedProjections):
+    """Self-attention by an ``nn.MultiheadAttention`` with quantized projections. It returns no attention weights."""
+
+    def __init__(self, attention: nn.MultiheadAttention, quantize: str) -> None:
+        super().__init__()
+        if not can_be_prepared(attention):
+            raise TypeError("attention with separate projections, bias_k or add_zero_attn cannot be prepared")
+        self.num_heads, self.batch_first = attention.num_heads, attention.batch_first
+        out = attention.out_proj
+        places = {
+            "in_weight": ("in_proj_weight", attention.in_proj_weight),
+            "in_bias": ("in_proj_bias", attention.in_proj_bias),
+            "out_weight": ("out_proj.weight", out.weight),
+            "out_bias": ("out_proj.bias", out.bias),
+        }
+        places = {name: place for name, place in places.items() if place[1] is not None}
+        stored = {plain: _whole(name, parameter) for name, (plain, parameter) in places.items()}
+        self._prepare({name: parameter for name, (_, parameter) in places.items()}, stored, quantize)
+        self.train(False)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """As ``nn.MultiheadAttention.forward``, with ``key`` and ``value`` the query, and no attention weights.
+
+        Raises:
+            NotImplementedError: key or value is another tensor, or attention weights are asked for.
+        """
+        if key is not query or value is not query:
+            raise NotImplementedError("quantized attention computes self-attention only: key and value must be query")
+        if need_weights:
+            raise NotImplementedError("quantized attention returns no attention weights; pass need_weights=False")
+        self._check_type(query)
+        x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
+        x = x if query.dim() == 3 else x[None]
+        batch, length, width = x.shape
+        projected = self._linear(x, self.in_weight, self._buffers.get("in_bias"))
+        q, k, v = projected.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mask = _additive(attn_mask, key_padding_mask, batch, self.num_heads, x.dtype)
+        causal = is_causal and attn_mask is None
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        y = self._linear(
+            attended.transpose(1, 2).reshape(batch, length, width), self.out_weight, self._buffers.get("out_bias")
+        )
+        y = y if query.dim() == 3 else y[0]
+        return (y if self.batch_first or query.dim() == 2 else y.transpose(0, 1)), None
+
+    def extra_repr(self) -> str:
+        return f"{self.out_weight.shape[0]}, num_heads={self.num_heads}, quantize={self.quantize!r}"
+
+
+def can_be_prepared(attention: nn.MultiheadAttention) -> bool:
+    """Whether ``PreparedAttention`` computes what the module does."""
+    return attention.in_proj_weight is not None and attention.bias_k is None and not attention.add_zero_attn
+
+
+def _additive(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
+) -> Tensor | None:
+    """The sum of both masks, [B or 1, h or 1, L or 1, L]; in boolean ones, True excludes."""
+    total = None
+    for mask, lead in ((attn_mask, None), (key_padding_mask, (batch, 1, 1))):
+        if mask is None:
+            continue
+        if mask.dtype is torch.bool:
+            mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, float("-inf"))
+        if lead is not None:
+            mask = mask.view(*lead, mask.shape[-1])
+        elif mask.dim() == 3:
+            mask = mask.view(batch, heads, *mask.shape[1:])
+        mask = mask.to(dtype)
+        total = mask if total is None else total + mask
+    return total

@@ -1,0 +1,250 @@
+"""accelerate(model, weights="int8"): experts, MLPs and attention of both towers in int8, close to the plain model."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_clip import CONFIGS, tiny_clip
+from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
+from tiny_hugging_face import CONFIGS as TRANSFORMERS
+from tiny_hugging_face import tiny_hugging_face
+from torch import nn
+
+import clipup
+import clipup_kernels
+from clipup.clip.inputs import random_inputs
+from clipup.dense.prepared import Prepared
+from clipup.dense.prepared_attention import PreparedAttention, PreparedLinear
+
+pytestmark = pytest.mark.skipif(
+    not clipup_kernels.backend_info()["compiled"], reason="int8 needs the compiled extension"
+)
+
+
+def features(model, seed=0):
+    torch.manual_seed(seed)
+    images, texts = random_inputs(model, batch_size=3)
+    with torch.inference_mode():
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        return model.encode_image(images.to(dtype)), model.encode_text(texts)
+
+
+def cosines(ours, theirs):
+    return torch.stack([F.cosine_similarity(a.float(), b.float()).min() for a, b in zip(ours, theirs, strict=True)])
+
+
+def sparse_clip(kind=None):
+    torch.manual_seed(0)
+    model = tiny_clip(*([] if kind is None else [kind]))
+    return clipup.upcycle(model, clipup.MoEConfig()).eval()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_features_keep_their_direction(kind, sparse):
+    torch.manual_seed(0)
+    model = (sparse_clip(kind) if sparse else tiny_clip(kind)).eval()
+    int8 = clipup.accelerate(model, weights="int8")
+    quantized = [module for module in int8.modules() if isinstance(module, Prepared)]
+    assert quantized and all(module.quantize == "int8" for module in quantized)
+    assert (cosines(features(int8), features(model)) > 0.995).all()
+
+
+def test_every_block_of_both_towers_is_quantized():
+    int8 = clipup.accelerate(sparse_clip(), weights="int8")
+    for blocks in (int8.visual.transformer.resblocks, int8.transformer.resblocks):
+        for block in blocks:
+            assert isinstance(block.attn, PreparedAttention) and isinstance(block.mlp, Prepared)
+
+
+def test_bfloat16_models_are_quantized_too():
+    model = sparse_clip()
+    half = clipup.accelerate(copy.deepcopy(model).to(torch.bfloat16), weights="int8")
+    assert features(half)[0].dtype == torch.bfloat16
+    assert (cosines(features(half), features(model)) > 0.99).all()
+
+
+def test_the_model_is_copied_unless_inplace():
+    model = sparse_clip()
+    before = features(model)
+    int8 = clipup.accelerate(model, weights="int8")
+    assert int8 is not model and all(map(torch.equal, features(model), before))
+    assert clipup.accelerate(model, inplace=True, weights="int8") is model
+    assert all(map(torch.equal, features(model), features(int8)))
+
+
+def test_copies_pickles_and_threads_compute_the_same():
+    int8 = clipup.accelerate(sparse_clip(), weights="int8")
+    expected = features(int8)
+    for same in (copy.deepcopy(int8), pickle.loads(pickle.dumps(int8))):
+        assert all(map(torch.equal, features(same), expected))
+    torch.manual_seed(0)
+    images, _ = random_inputs(int8, batch_size=3)
+    wrong = []
+
+    def call():
+        with torch.inference_mode():
+            wrong.extend(i for i in range(5) if not torch.equal(int8.encode_image(images), expected[0]))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_plain_weights_are_gone_and_nothing_pretends_otherwise(tmp_path):
+    int8 = clipup.accelerate(sparse_clip(), weights="int8")
+    with pytest.raises(RuntimeError, match="holds int8 weights, from which the state dict of"):
+        int8.state_dict()
+    with pytest.raises(RuntimeError, match="no training mode"):
+        int8.train()
+    with pytest.raises(ValueError, match="prepared by clipup.accelerate"):
+        clipup.save_pretrained(int8, tmp_path / "model", {})
+    with pytest.raises(ValueError, match="prepared with weights='int8' before, and cannot be changed to None"):
+        clipup.accelerate(int8)
+    with pytest.raises(ValueError, match="prepared with weights=None before, and cannot be changed to 'int8'"):
+        clipup.accelerate(clipup.accelerate(sparse_clip()), weights="int8")
+    again = clipup.accelerate(int8, weights="int8")
+    assert all(map(torch.equal, features(again), features(int8)))
+
+
+def test_it_loads_the_weights_of_a_plain_model():
+    other = sparse_clip()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    int8 = clipup.accelerate(sparse_clip(), weights="int8")
+    int8.load_state_dict(other.state_dict())
+    assert all(map(torch.equal, features(int8), features(clipup.accelerate(other, weights="int8"))))
+
+
+def test_wrong_arguments_are_refused_by_name():
+    with pytest.raises(ValueError, match="weights must be one of int8, got 'int3'"):
+        clipup.accelerate(sparse_clip(), weights="int3")
+    with pytest.raises(RuntimeError, match=r"no backend computes packed_expert_mlp in torch\.float64"):
+        clipup.accelerate(sparse_clip().double(), weights="int8")
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("masks", ["none", "causal", "boolean", "by head", "padding", "both"])
+def test_attention_follows_torch(masks, batch_first):
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(64, 4, batch_first=batch_first).eval()
+    nn.init.normal_(plain.in_proj_bias)
+    quantized = PreparedAttention(plain, "int8")
+    batch, length = 3, 7
+    x = torch.randn((batch, length, 64) if batch_first else (length, batch, 64))
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    padding = torch.arange(length).expand(batch, -1) >= torch.tensor([[7], [4], [5]])
+    additive = torch.zeros(length, length).masked_fill(future, float("-inf"))
+    options = {
+        "none": {},
+        "causal": {"attn_mask": additive},
+        "boolean": {"attn_mask": future},
+        "by head": {"attn_mask": torch.randn(batch * 4, length, length)},
+        "padding": {"key_padding_mask": padding},
+        "both": {"attn_mask": future, "key_padding_mask": padding},
+    }[masks]
+    with torch.inference_mode():
+        theirs, _ = plain(x, x, x, need_weights=False, **options)
+        ours, weights = quantized(x, x, x, need_weights=False, **options)
+    assert weights is None and ours.shape == theirs.shape
+    assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+def test_attention_without_a_batch_follows_torch():
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(64, 4, bias=False).eval()
+    x = torch.randn(7, 64)
+    with torch.inference_mode():
+        theirs, _ = plain(x, x, x, need_weights=False)
+        ours, _ = PreparedAttention(plain, "int8")(x, x, x, need_weights=False)
+    assert ours.shape == theirs.shape and (ours - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+def test_attention_refuses_what_it_does_not_compute():
+    attention = PreparedAttention(nn.MultiheadAttention(64, 4).eval(), "int8")
+    x = torch.randn(7, 2, 64)
+    with pytest.raises(NotImplementedError, match="self-attention only: key and value must be query"):
+        attention(x, x.clone(), x, need_weights=False)
+    with pytest.raises(NotImplementedError, match="returns no attention weights; pass need_weights=False"):
+        attention(x, x, x)
+    with pytest.raises(TypeError, match=r"x is torch\.float64, but the layer was prepared in torch\.float32"):
+        attention(*[x.double()] * 3, need_weights=False)
+
+
+def test_a_linear_layer_follows_torch():
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 40)
+    x = torch.randn(2, 5, 64)
+    with torch.inference_mode():
+        theirs, ours = plain(x), PreparedLinear(plain, "int8")(x)
+    assert ours.shape == theirs.shape and (ours - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+def test_hooked_attention_is_left_as_it_is():
+    model = sparse_clip()
+    seen = []
+    model.transformer.resblocks[0].attn.register_forward_hook(lambda *_: seen.append(1))
+    int8 = clipup.accelerate(model, weights="int8")
+    features(int8)
+    assert seen and type(int8.transformer.resblocks[0].attn) is nn.MultiheadAttention
+
+
+def test_coca_keeps_its_cross_attention():
+    torch.manual_seed(0)
+    model = build(coca_cfg()).eval()
+    int8 = clipup.accelerate(model, weights="int8")
+    images, texts = random_inputs(model, batch_size=2)
+    with torch.inference_mode():
+        ours, theirs = int8(images, texts), model(images, texts)
+    assert F.cosine_similarity(ours["logits"].flatten(), theirs["logits"].flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", [name for name in TIMM if not name.endswith("normed")])
+def test_timm_towers_are_quantized(name):
+    model = timm_model(name).eval()
+    int8 = clipup.accelerate(model, weights="int8")
+    torch.manual_seed(0)
+    images, _ = random_inputs(model, batch_size=2)
+    with torch.inference_mode():
+        assert (cosines([int8(images)], [model(images)]) > 0.98).all()
+
+
+PROJECTIONS = {"q_proj", "qkv", "Wqkv", "query", "q", "out_proj", "o_proj", "proj", "Wo", "dense", "o"}
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSFORMERS if not name.startswith(("Bert", "Roberta", "XLM"))])
+def test_transformers_models_are_quantized_with_their_attention(name):
+    model = tiny_hugging_face(name)
+    int8 = clipup.accelerate(model, weights="int8")
+    linear = {path.rsplit(".", 1)[1] for path, module in int8.named_modules() if isinstance(module, PreparedLinear)}
+    assert len(linear & PROJECTIONS) >= 2
+    torch.manual_seed(0)
+    inputs = {}
+    config = model.config
+    vision, text = getattr(config, "vision_config", config), getattr(config, "text_config", config)
+    if model.main_input_name == "pixel_values" or hasattr(config, "vision_config"):
+        if "Siglip2" in name:
+            pytest.skip("its inputs are patches; tests/clipup/upcycling/test_hugging_face.py")
+        inputs["pixel_values"] = torch.randn(2, 3, vision.image_size, vision.image_size)
+    if model.main_input_name == "input_ids":
+        inputs["input_ids"] = torch.randint(3, text.vocab_size - 3, (2, 6))
+    with torch.inference_mode():
+        ours, theirs = int8(**inputs)[0].flatten(1), model(**inputs)[0].flatten(1)
+    assert (cosines([ours], [theirs]) > 0.98).all()
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_towers_are_quantized(name, tmp_path):
+    model = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)).eval()
+    try:
+        int8 = clipup.accelerate(model, weights="int8")
+    except clipup.clip.accelerate.NothingToPrepare:
+        pytest.skip("no MLP of this tower is a single module")
+    assert (cosines(features(int8), features(model)) > 0.98).all()
