@@ -44,7 +44,8 @@ def backend_info() -> dict:
         ``cuda_fallback_reason`` (why Triton is not used, or None), ``matmul_dtypes`` (types whose products are left to
         torch's matmul on this CPU);
         ``threads`` (of the CPU ops), ``kept_memory_bytes`` (working memory kept for the next call;
-        ``release_memory()`` gives it back).
+        ``release_memory()`` gives it back), ``used_memory_bytes`` (in use: packed weights, and large gradients while
+        they are alive).
 
     Raises:
         RuntimeError: ``CLIPUP_BACKEND`` names a backend that cannot run here.
@@ -88,4 +89,5 @@ def backend_info() -> dict:
         ),
         "threads": torch.get_num_threads(),
         "kept_memory_bytes": NATIVE.kept_memory() if compiled else 0,
+        "used_memory_bytes": NATIVE.used_memory() if compiled else 0,
     }

@@ -263,6 +263,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("instruction_tier", &clipup::instruction_tier);
   m.def("has_matrix_tiles", &clipup::has_matrix_tiles);
   m.def("kept_memory", &clipup::kept_memory);
+  m.def("used_memory", &clipup::used_memory);
   m.def("release_memory", &clipup::release_memory);
 #ifdef CLIPUP_WITH_CUDA
   m.def("cuda_topk_gating_workspace_bytes", &clipup::cuda::topk_gating_workspace_bytes, "T"_a, "E"_a, "K"_a);

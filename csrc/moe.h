@@ -242,6 +242,8 @@ void return_memory(void* block);
 
 // Bytes that the pool keeps for later calls; release_memory() gives them back to the system.
 std::int64_t kept_memory();
+// Bytes of the blocks that are not given back: packed weights, and what calls are using.
+std::int64_t used_memory();
 void release_memory();
 
 }  // namespace clipup

@@ -153,8 +153,8 @@ class Prepared(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.quantize is not None:
             raise RuntimeError(
-                f"{prefix.removesuffix('.') or 'the layer'} holds {self.quantize} weights, from which the state dict of "
-                "the plain layer cannot be restored; save the plain model's, or pickle the prepared model"
+                f"{prefix.removesuffix('.') or 'the layer'} holds {self.quantize} weights, from which the state dict "
+                "of the plain layer cannot be restored; save the plain model's, or pickle the prepared model"
             )
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._parameters:  # copies like the others, so that writing to the state dict changes nothing here
@@ -211,9 +211,9 @@ class Prepared(nn.Module):
 def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The input scales, [.., I], of matrices [.., O, I] that are quantized, by their names.
 
-    Where a norm makes some channels large, the weights that read them are small. The scale of an input is the square root
-    of its largest weight, relative to the other inputs: half of what would make all columns equally large (SmoothQuant,
-    arXiv 2211.10438, eq. 4 with alpha = 0.5, and 1 / max|W_j| in place of max|X_j|: no calibration data).
+    Where a norm makes some channels large, the weights that read them are small. The scale of an input is the square
+    root of its largest weight, relative to the other inputs: half of what would make all columns equally large
+    (SmoothQuant, arXiv 2211.10438, eq. 4 with alpha = 0.5, and 1 / max|W_j| in place of max|X_j|: no calibration data).
     """
     groups = [[name for name in group if name in tensors] for group in (_SHARED_INPUT, ("out_weight",))]
     scales: dict[str, Tensor] = {}

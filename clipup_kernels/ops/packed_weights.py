@@ -49,8 +49,8 @@ def pack_weight(
 ) -> PackedWeight:
     """A copy of ``weight``, packed for this CPU's kernels.
 
-    With ``quantize="int8"``, every output channel is stored as ``round(w / s)`` with ``s = max|w| / 127``, half the size
-    of bfloat16. The ops then quantize every row of their input in the same way, and sum in integers (vector-wise
+    With ``quantize="int8"``, an output channel is stored as ``round(w / s)`` with ``s = max|w| / 127``: half of
+    bfloat16's size. The ops then quantize every row of their input in the same way, and sum in integers (vector-wise
     quantization, LLM.int8, arXiv 2208.07339, section 2.2).
 
     Args:

@@ -94,6 +94,14 @@ std::int64_t kept_memory() {
   return static_cast<std::int64_t>(p.free_bytes);
 }
 
+std::int64_t used_memory() {
+  Pool& p = pool();
+  const std::lock_guard<std::mutex> lock(p.mutex);
+  std::int64_t bytes = 0;
+  for (const auto& block : p.used) bytes += static_cast<std::int64_t>(block.second);
+  return bytes;
+}
+
 void release_memory() {
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);

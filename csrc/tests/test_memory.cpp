@@ -55,9 +55,11 @@ void test_memory() {
   describe("memory");
   release_memory();
   EXPECT(kept_memory() == 0);
+  const std::int64_t used = used_memory();
   void* const block = acquire_memory(100000);
-  EXPECT(kept_memory() == 0);
+  EXPECT(kept_memory() == 0 && used_memory() >= used + 100000 && used_memory() < used + 200000);
   return_memory(block);
+  EXPECT(used_memory() == used);
   const std::int64_t kept = kept_memory();
   EXPECT(kept >= 100000 && kept < 200000);
   void* const again = acquire_memory(90000);

@@ -14,7 +14,7 @@ from clipup.clip.inputs import random_inputs
 from clipup.pretrained.exporting import export_encoders
 
 
-@pytest.fixture(params=["dense", "sparse"])
+@pytest.fixture(params=[pytest.param("dense", marks=pytest.mark.slow), "sparse"])
 def directory(request, tmp_path):
     model = tiny_clip().eval()
     if request.param == "sparse":

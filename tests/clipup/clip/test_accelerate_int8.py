@@ -60,6 +60,23 @@ def test_every_block_of_both_towers_is_quantized():
             assert isinstance(block.attn, PreparedAttention) and isinstance(block.mlp, Prepared)
 
 
+def test_there_is_one_copy_of_the_weights_half_as_large_as_in_bfloat16():
+    model = sparse_clip().to(torch.bfloat16)
+    sizes = []
+    for weights in (None, "int8"):
+        before = clipup_kernels.backend_info()["used_memory_bytes"]
+        prepared = clipup.accelerate(model, weights=weights)
+        packed = {
+            name: b.nbytes for name, b in prepared.named_buffers() if name.endswith("_packed") and ".attn." not in name
+        }
+        used = clipup_kernels.backend_info()["used_memory_bytes"] - before
+        sizes.append(sum(packed.values()))
+        assert used >= sizes[-1]
+        del prepared
+    assert not any(p.dim() == 3 for p in clipup.accelerate(model, weights="int8").parameters())
+    assert sizes[1] < 0.65 * sizes[0]  # tiny layers: scales and padding count
+
+
 def test_bfloat16_models_are_quantized_too():
     model = sparse_clip()
     half = clipup.accelerate(copy.deepcopy(model).to(torch.bfloat16), weights="int8")
@@ -99,7 +116,7 @@ def test_copies_pickles_and_threads_compute_the_same():
 
 def test_the_plain_weights_are_gone_and_nothing_pretends_otherwise(tmp_path):
     int8 = clipup.accelerate(sparse_clip(), weights="int8")
-    with pytest.raises(RuntimeError, match="holds int8 weights, from which the state dict of"):
+    with pytest.raises(RuntimeError, match="holds int8 weights, from which the state dict of the plain layer cannot"):
         int8.state_dict()
     with pytest.raises(RuntimeError, match="no training mode"):
         int8.train()

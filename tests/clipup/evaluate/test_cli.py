@@ -162,7 +162,7 @@ def test_coco_and_flickr30k_are_measured_on_all_captions_or_on_the_first_of_each
         assert (first["retrieval"]["gallery"], first["retrieval"]["captions"]) == (12, 12)
 
 
-@pytest.mark.parametrize("dataset", ["imagenet", "imagenet-v2"])
+@pytest.mark.parametrize("dataset", ["imagenet", pytest.param("imagenet-v2", marks=pytest.mark.slow)])
 def test_imagenet_is_classified_with_open_clips_names_and_templates(directory, tmp_path, capsys, dataset):
     root = getattr(layouts, dataset.replace("-", "_"))(tmp_path / "imagenet")
     (tmp_path / "one.txt").write_text("a {}\n")

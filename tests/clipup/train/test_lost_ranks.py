@@ -106,6 +106,7 @@ def test_neither_a_long_evaluation_nor_a_pause_of_the_whole_run_ends_it(tmp_path
     assert [(one["step"], one["score"]) for one in evaluations] == [(4, 1.0), (8, 1.0)]
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_starts_is_waited_for_as_long_as_the_timeout(command, tmp_path):
     with ranks(tmp_path, main, [*command, "--dist-timeout", "2"], count=1) as (process,):
         code, error = process.ended()
