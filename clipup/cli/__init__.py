@@ -19,6 +19,8 @@ COMMANDS = {
     "plan": "memory, traffic, time and price of a training run, before it is started",
     "eval": "retrieval and zero-shot classification",
     "clip-benchmark": "CLIP_benchmark's command line, with clipup's models",
+    "index": "features of a directory of images, to search it",
+    "search": "the images of an index that fit a text best",
     "inspect": "report on the experts of a sparse model, as one HTML page",
     "flops": "count FLOPs and parameters of a model, dense and sparse",
     "doctor": "list the blocks of a model and what upcycle would do with each",

@@ -23,7 +23,7 @@ from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, zero_shot
 from ..precision import Precision, check_device, default_device, default_workers, token_dtype
 from ..pretrained import factory, model_card, model_names, origin, tokenizers
-from .flags import NoEffect, parse
+from .flags import NoEffect, check_int8, parse
 from .logs import errors_only
 from .outputs import check_file
 
@@ -98,11 +98,7 @@ class Options:
         for name, least in (("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.int8 and (self.precision not in ("fp32", "bf16") or self.device != "cpu"):
-            raise ValueError(
-                f"int8 needs precision fp32 or bf16 and device cpu, got {self.precision} and {self.device}; pass "
-                "--precision bf16 --device cpu"
-            )
+        check_int8(self.int8, self.precision, self.device)
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image must be at least 1, got {self.captions_per_image}")
 

@@ -72,6 +72,15 @@ def moe_rules(config_of: Callable[[Any], MoEConfig]) -> list[NoEffect]:
     ]
 
 
+def check_int8(int8: bool, precision: str, device: str) -> None:
+    """Refuses int8 weights where there are none."""
+    if int8 and (precision not in ("fp32", "bf16") or device != "cpu"):
+        raise ValueError(
+            f"int8 needs precision fp32 or bf16 and device cpu, got {precision} and {device}; pass "
+            "--precision bf16 --device cpu"
+        )
+
+
 def _given(argv: Sequence[str]) -> dict[str, str]:
     """The flags on a command line as they were written, by the name of the field that they set."""
     flags = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]

@@ -16,8 +16,9 @@ from torch import nn
 from .. import checks
 from ..atomic_files import replace_files
 from ..clip.accelerate import for_inference
+from ..data.image_files import image_files
 from ..data.loaders import eval_samples
-from ..data.sample_index import IMAGE_EXTENSIONS, Record, lines, read_image
+from ..data.sample_index import Record, lines, read_image
 from ..inspection.expert_report import inspect_experts
 from ..moe.layer import moe_layers
 from ..precision import check_device, default_device
@@ -154,14 +155,7 @@ def find_images(source: str) -> list[Record]:
     """
     if ".tar" in Path(source).name:
         return list(eval_samples(source, preprocess=None).records)
-    root = Path(source)
-    if not root.is_dir():
-        raise FileNotFoundError(f"images: there is no directory {source}; expected one with images, or .tar shards")
-    named = [path for path in sorted(root.rglob("*")) if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
-    paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
-    if not paths:
-        raise FileNotFoundError(f"images: {source} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
-    return [Record(str(path.relative_to(root)), str(path), ()) for path in paths]
+    return image_files(source)
 
 
 def _captions(options: Options, records: list[Record]) -> list[str]:

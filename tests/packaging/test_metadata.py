@@ -36,7 +36,7 @@ def test_the_native_module_was_built_from_this_version():
 
 def test_all_holds_every_extra(pyproject):
     extras = pyproject["project"]["optional-dependencies"]
-    assert {"demo", "train", "eval", "hf", "benchmark", "bench", "test", "docs", "all"} | {"wandb", "trackio"} == set(
+    assert {"demo", "train", "eval", "search", "hf", "benchmark", "bench", "test", "docs", "all"} | {"wandb", "trackio"} == set(
         extras
     )
     (everything,) = extras["all"]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 ROOMS = {
     "clipup": (
         *("", "data", "dense", "moe", "clip", "upcycling", "pretrained", "evaluate", "train", "plan"),
-        *("inspection", "demo", "cli"),
+        *("inspection", "search", "demo", "cli"),
     ),
     "clipup_kernels": ("", "triton", "backends", "ops"),
 }

@@ -1,0 +1,82 @@
+"""``clipup index``: features of a directory of images, for ``clipup search``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from ..clip.accelerate import for_inference
+from ..data.image_files import image_files
+from ..evaluate.encode import encode_images
+from ..precision import Precision, check_device, default_device, default_workers
+from ..pretrained import factory, origin
+from ..progress import progress
+from ..search import update_index
+from ..search.image_index import Encoder
+from .flags import check_int8, parse
+from .logs import errors_only
+
+
+@dataclass
+class Options:
+    """Computes the features of all images in a directory and its subdirectories, for clipup search. Called again, it
+    encodes what is new or changed, and continues where it was interrupted. Images that cannot be read are named and
+    skipped.
+
+    Example: clipup index photos/ photos.index --model logs/b16-moe/model --int8
+    """
+
+    images: tyro.conf.Positional[str]
+    """Directory with images."""
+    out: tyro.conf.Positional[Path]
+    """Directory for the index."""
+    model: str
+    """A model name of open_clip, a directory, or hf-hub:ORG/NAME."""
+    pretrained: str | None = None
+    """Tag or file of weights for a model given by name."""
+    precision: Precision = "fp32"
+    """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights)."""
+    int8: bool = False
+    """Quantize experts, MLPs and attention (clipup.accelerate(model, weights="int8")); on CPUs, with fp32 or bf16."""
+    batch_size: int = 64
+    """Images in a batch."""
+    workers: int = field(default_factory=default_workers)
+    """Processes that read images."""
+    device: str = field(default_factory=default_device)
+    """cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        check_int8(self.int8, self.precision, self.device)
+        for name, least in (("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@errors_only()
+def main(argv: list[str]) -> int:
+    options = parse(Options, argv, "clipup index")
+    check_device(options.device)
+    origin.refuse_random_weights("pretrained", options.model, options.pretrained)
+    records = image_files(options.images)
+    model, _, preprocess = factory.create_model_and_transforms(
+        options.model, options.pretrained, precision=options.precision, device=options.device
+    )
+    model = for_inference(model, options.precision, "int8" if options.int8 else None)
+    made = update_index(
+        options.out,
+        options.images,
+        records,
+        Encoder(options.model, options.pretrained, options.precision, options.int8),
+        lambda batch: encode_images(model, batch, options.batch_size, options.precision),
+        preprocess,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        show=lambda batches: progress(batches, "encoding images", "batches"),
+    )
+    for name, reason in made.skipped.items():
+        print(f"clipup index: skipped {name}: {reason}", file=sys.stderr)
+    print(f"{len(made.entries)} images, {len(made.skipped)} skipped: {options.out}")
+    return 0

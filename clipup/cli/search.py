@@ -1,0 +1,70 @@
+"""``clipup search``: the images of an index that fit a text best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from ..atomic_files import replace_files
+from ..clip.accelerate import for_inference
+from ..evaluate.encode import encode_texts
+from ..precision import check_device, default_device
+from ..pretrained import factory, tokenizers
+from ..search import ImageIndex, find, results_page
+from .flags import parse
+from .logs import errors_only
+from .outputs import check_file
+
+
+@dataclass
+class Options:
+    """Finds the images of an index (clipup index) that fit texts best, with the model that made it. Prints their scores
+    and paths; with --page it also writes them as one HTML page with pictures.
+
+    Example: clipup search photos.index "a red bicycle" --page found.html
+    """
+
+    index: tyro.conf.Positional[Path]
+    """Directory of the index."""
+    texts: tyro.conf.Positional[list[str]]
+    """What to look for; several texts are searched for one by one."""
+    count: int = 12
+    """Images per text."""
+    page: Path | None = None
+    """File for a page with the pictures; an earlier one is replaced."""
+    device: str = field(default_factory=default_device)
+    """cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        if not self.texts or not all(text.strip() for text in self.texts):
+            raise ValueError("texts: expected at least one text that is not blank")
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+
+
+@errors_only()
+def main(argv: list[str]) -> int:
+    options = parse(Options, argv, "clipup search")
+    check_device(options.device)
+    if options.page is not None:
+        check_file("page", options.page)
+    index = ImageIndex.load(options.index)
+    encoder = index.encoder
+    model = factory.create_model_and_transforms(
+        encoder.model, encoder.pretrained, precision=encoder.precision, device=options.device
+    )[0]
+    model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)
+    texts = encode_texts(model, options.texts, tokenizers.get_tokenizer(encoder.model), precision=encoder.precision)
+    found = list(zip(options.texts, find(index, texts, options.count), strict=True))
+    for text, results in found:
+        print(text)
+        for result in results:
+            print(f"{result.score:8.4f}  {result.path}")
+    if options.page is not None:
+        options.page.parent.mkdir(parents=True, exist_ok=True)
+        page = results_page(found)
+        replace_files({options.page: lambda path: path.write_text(page, encoding="utf-8")})
+        print(f"page: {options.page}")
+    return 0

@@ -1,0 +1,25 @@
+"""Images in a directory and its subdirectories, as records without captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .sample_index import Record
+from .tars import IMAGE_EXTENSIONS
+
+
+def image_files(source: str | Path) -> list[Record]:
+    """The image files below a directory, by extension, in the order of their names; ``key`` is the path below it.
+
+    Raises:
+        FileNotFoundError: no such directory, or no image in it.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        raise FileNotFoundError(f"images: there is no directory {source}; expected one with images")
+    named = [path for path in sorted(root.rglob("*")) if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
+    paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
+    if not paths:
+        raise FileNotFoundError(f"images: {source} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
+    keys = [path.relative_to(root).as_posix() for path in paths]
+    return [Record(key, str(path), (), metadata={"key": key}) for key, path in zip(keys, paths, strict=True)]

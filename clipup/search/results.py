@@ -1,0 +1,77 @@
+"""The images that fit a text best, and a page that shows them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from ..data.images import load_image
+from ..extras import needed_for
+from ..inspection.page import template
+from .image_index import ImageIndex
+
+_THUMBNAIL = 240
+"""Largest side of a picture on the page, in pixels."""
+
+
+class Result(NamedTuple):
+    """An image that was found."""
+
+    path: Path
+    score: float
+    """Cosine of its features and those of the text."""
+
+
+def find(index: ImageIndex, texts: Tensor, count: int) -> list[list[Result]]:
+    """The ``count`` images with the largest cosines for every text, best first. The search is exact.
+
+    Args:
+        texts: [T, D] float32, of length 1.
+
+    Raises:
+        ImportError: faiss is not installed.
+        ValueError: the texts' width is not the index's.
+    """
+    with needed_for("searching", "search"):
+        import faiss
+    if texts.shape[-1] != index.features.shape[1]:
+        raise ValueError(
+            f"texts have {texts.shape[-1]} features and the index {index.features.shape[1]}; use the model that made it"
+        )
+    searched = faiss.IndexFlatIP(index.features.shape[1])
+    searched.add(np.ascontiguousarray(index.features.numpy()))
+    scores, rows = searched.search(np.ascontiguousarray(texts.float().numpy()), min(count, len(index.entries)))
+    return [
+        [Result(index.images / index.entries[row].name, float(score)) for row, score in zip(*one, strict=True)]
+        for one in zip(rows, scores, strict=True)
+    ]
+
+
+def results_page(found: Sequence[tuple[str, Sequence[Result]]]) -> str:
+    """One HTML page with the results of each text, pictures included."""
+    sections = [
+        {
+            "text": text,
+            "results": [{"path": str(r.path), "score": r.score, "picture": _picture(r.path)} for r in results],
+        }
+        for text, results in found
+    ]
+    return template("results.html.j2", __package__).render(sections=sections)
+
+
+def _picture(path: Path) -> str | None:
+    """The picture as a data URL; None if it is not there any more."""
+    try:
+        picture = load_image(str(path)).convert("RGB")
+    except Exception:  # PIL has no common class for what a broken file may raise
+        return None
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

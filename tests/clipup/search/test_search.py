@@ -1,0 +1,232 @@
+"""clipup index and clipup search: one's own images, found by text; brought up to date, continued, exact."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from benchmark_layouts import picture
+from PIL import Image
+from tiny_clip import tiny_clip, tiny_config
+
+import clipup
+from clipup.cli import main
+from clipup.data.image_files import image_files
+from clipup.search import ImageIndex, find, image_index, results_page, update_index
+from clipup.search.image_index import Encoder
+
+ENCODER = Encoder("model", None, "fp32", False)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    root = tmp_path / "photos"
+    for number in range(6):
+        path = root / ("holiday" if number % 2 else "") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).resize((32, 32)).save(path)
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+@pytest.fixture
+def model(tmp_path):
+    vocabulary = {"vocab_size": 49408}  # open_clip's tokenizer
+    sparse = clipup.upcycle(tiny_clip(text_cfg=vocabulary).eval(), clipup.MoEConfig.clip_up(num_experts=4))
+    config = tiny_config()
+    config["text_cfg"] |= vocabulary
+    clipup.save_pretrained(sparse, tmp_path / "model", config)
+    return str(tmp_path / "model")
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.asarray(image.convert("RGB").resize((8, 8)), np.float32)).permute(2, 0, 1) / 255
+
+
+class Counted:
+    """Encodes by flattening, and keeps how many images it saw."""
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, batch):
+        self.images += len(batch)
+        return torch.nn.functional.normalize(batch.flatten(1), dim=-1)
+
+
+def updated(directory, photos, encode, **options):
+    return update_index(directory, photos, image_files(photos), ENCODER, encode, to_tensor, batch_size=2, **options)
+
+
+def test_an_index_holds_every_image_once(tmp_path, photos):
+    made = updated(tmp_path / "index", photos, encode := Counted())
+    read = ImageIndex.load(tmp_path / "index")
+    assert [entry.name for entry in read.entries] == [f"{n}.png" for n in (0, 2, 4)] + [
+        f"holiday/{n}.png" for n in (1, 3, 5)
+    ]
+    assert torch.equal(read.features, made.features) and encode.images == 6
+    assert not (tmp_path / "index" / "parts").exists()
+
+
+def test_only_what_changed_is_encoded_again(tmp_path, photos):
+    before = updated(tmp_path / "index", photos, Counted())
+    picture(77).save(photos / "0.png")
+    picture(78).save(photos / "new.png")
+    (photos / "2.png").unlink()
+    after = updated(tmp_path / "index", photos, encode := Counted())
+    assert encode.images == 2
+    assert [entry.name for entry in after.entries][:3] == ["0.png", "4.png", "holiday/1.png"]
+    rows = {entry.name: row for row, entry in enumerate(before.entries)}
+    for entry, feature in zip(after.entries, after.features, strict=True):
+        if entry.name not in ("0.png", "new.png"):
+            assert torch.equal(feature, before.features[rows[entry.name]])
+    assert updated(tmp_path / "index", photos, again := Counted()).entries == after.entries and again.images == 0
+
+
+def test_an_interrupted_index_is_continued(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(image_index, "PART_IMAGES", 2)
+
+    class Interrupted(Counted):
+        def __call__(self, batch):
+            if self.images == 4:
+                raise KeyboardInterrupt
+            return super().__call__(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        updated(tmp_path / "index", photos, Interrupted())
+    assert not (tmp_path / "index" / "index.json").exists()
+    made = updated(tmp_path / "index", photos, rest := Counted())
+    assert rest.images == 2 and len(made.entries) == 6
+    assert torch.equal(made.features, updated(tmp_path / "other", photos, Counted()).features)
+
+
+def test_a_damaged_part_is_encoded_again(tmp_path, photos, monkeypatch, caplog):
+    monkeypatch.setattr(image_index, "PART_IMAGES", 2)
+    with pytest.raises(ZeroDivisionError):
+        updated(
+            tmp_path / "index",
+            photos,
+            lambda batch: 1 / 0 if (tmp_path / "index/parts/00001").exists() else Counted()(batch),
+        )
+    (tmp_path / "index/parts/00000/features.safetensors").write_bytes(b"nothing")
+    made = updated(tmp_path / "index", photos, rest := Counted())
+    assert rest.images == 4 and len(made.entries) == 6 and "parts/00000 is encoded again" in caplog.text
+
+
+def test_unreadable_images_are_named_and_skipped(tmp_path, photos):
+    (photos / "broken.png").write_bytes(b"not a picture")
+    made = updated(tmp_path / "index", photos, Counted())
+    assert list(made.skipped) == ["broken.png"] and len(made.entries) == 6
+    assert ImageIndex.load(tmp_path / "index").skipped == made.skipped
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="none of the 7 images can be read, such as"):
+        updated(tmp_path / "other", photos, Counted())
+
+
+def test_an_index_of_another_model_or_directory_is_refused(tmp_path, photos):
+    updated(tmp_path / "index", photos, Counted())
+    other = Encoder("another", None, "fp32", True)
+    with pytest.raises(ValueError, match="holds an index with encoder .*'model'.*'another'.* was asked for"):
+        update_index(tmp_path / "index", photos, image_files(photos), other, Counted(), to_tensor)
+    with pytest.raises(ValueError, match="holds an index with images"):
+        updated(tmp_path / "index", photos / "holiday", Counted())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: index.update(version=9), "version 9, this clipup reads 1"),
+        (lambda index: index.pop("entries"), "is not an index of images"),
+        (lambda index: index.update(encoder=3), "is not an index of images"),
+        (lambda index: index["entries"].pop(), r"features of shape \[6, 192\] for 5 images"),
+    ],
+)
+def test_files_that_are_no_index_are_refused(tmp_path, photos, change, message):
+    updated(tmp_path / "index", photos, Counted())
+    path = tmp_path / "index" / "index.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        ImageIndex.load(tmp_path / "index")
+    with pytest.raises(FileNotFoundError, match="there is no index in"):
+        ImageIndex.load(tmp_path)
+
+
+def test_the_best_images_are_found_in_order(tmp_path, photos):
+    index = updated(tmp_path / "index", photos, Counted())
+    for results, features in zip(find(index, index.features, 4), index.features, strict=True):
+        scores = index.features @ features
+        expected = scores.argsort(descending=True)[:4]
+        assert [result.path for result in results] == [photos / index.entries[row].name for row in expected]
+        assert [result.score for result in results] == pytest.approx(scores[expected].tolist(), abs=1e-5)
+    assert len(find(index, index.features[:1], 100)[0]) == 6
+    with pytest.raises(ValueError, match="texts have 5 features and the index 192"):
+        find(index, torch.ones(1, 5), 1)
+
+
+def test_the_page_shows_pictures_and_escapes_names(tmp_path, photos):
+    (photos / "<b>.png").write_bytes((photos / "0.png").read_bytes())
+    index = updated(tmp_path / "index", photos, Counted())
+    found = find(index, index.features[:1], 7)[0]
+    (photos / "holiday" / "3.png").unlink()
+    page = results_page([("a <i>red</i> bicycle", found)])
+    assert page.count("data:image/jpeg;base64,") == 6 and "cannot be read any more" in page
+    assert "<i>red</i>" not in page and "<b>.png" not in page and "&lt;b&gt;.png" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_commands_find_what_the_model_finds(tmp_path, photos, model, capsys, int8):
+    flags = ["--int8"] if int8 else []
+    arguments = [str(photos), str(tmp_path / "index"), "--model", model, "--workers", "0", "--device", "cpu", *flags]
+    assert main(["index", *arguments]) == 0
+    assert "6 images, 0 skipped" in capsys.readouterr().out
+    page = tmp_path / "out" / "found.html"
+    assert (
+        main(
+            [
+                "search",
+                str(tmp_path / "index"),
+                "a red apple",
+                "two",
+                "--count",
+                "3",
+                "--page",
+                str(page),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    scores = [float(line.split()[0]) for line in out.splitlines() if ".png" in line]
+    assert len(scores) == 6 and scores[:3] == sorted(scores[:3], reverse=True)
+    assert page.read_text().count("<figure>") == 6
+
+    plain, _, preprocess = clipup.create_model_and_transforms(model)
+    with torch.inference_mode():
+        text = plain.encode_text(clipup.get_tokenizer(model)(["a red apple"]), normalize=True)
+    first = out.split("two\n")[0].splitlines()[1:]
+    shown = {line.rsplit("/", 1)[1]: float(line.split()[0]) for line in first}
+    best = max(shown, key=shown.get)
+    folder = photos if (photos / best).exists() else photos / "holiday"
+    with torch.inference_mode():
+        image = plain.encode_image(preprocess(Image.open(folder / best))[None], normalize=True)
+    assert shown[best] == pytest.approx((text @ image.T).item(), abs=0.02 if int8 else 1e-3)
+
+
+def test_mistakes_are_one_line(tmp_path, photos, model, capsys):
+    assert main(["index", str(tmp_path / "nowhere"), str(tmp_path / "index"), "--model", model]) == 2
+    assert "images: there is no directory" in capsys.readouterr().err
+    assert main(["index", str(photos), str(tmp_path / "index"), "--model", "ViT-B-32"]) == 2
+    assert "pretrained" in capsys.readouterr().err
+    assert main(["search", str(tmp_path), "a cat"]) == 2
+    assert "there is no index in" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["search", str(tmp_path), " "])
+    assert "texts: expected at least one text that is not blank" in capsys.readouterr().err
+    assert not (tmp_path / "index").exists()
