@@ -74,6 +74,8 @@ def alternate(
     A round runs, for each candidate, the baseline and then the candidate. Rounds go on for ``seconds`` of wall time,
     and for ``min_rounds`` at least. Two untimed rounds come first: memory that is kept between calls is there then.
     """
+    if min_rounds < 2:  # one time has no spread
+        raise SystemExit(f"--rounds must be 2 or more, got {min_rounds}")
     times: dict[str, list[float]] = {name: [] for name in candidates}
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
     for run in [*candidates.values()] * 2:
