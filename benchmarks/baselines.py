@@ -7,6 +7,7 @@ E experts, the best K, gates renormalised, nothing dropped.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from moe_layer import Case, DenseWeights, Weights, check_loads, first_expert, make_weights, make_x, route
 from peers import PEERS, missing_packages
-from torch import Tensor
+from torch import Tensor, nn
 
 import clipup_kernels as ck
 from clipup_kernels.machine import package_version
@@ -118,6 +119,19 @@ def prepared(function: Callable, w: Weights | DenseWeights, quantize: str | None
     return lambda x, _: function(x, packed)
 
 
+def torch_int8(w: DenseWeights) -> Callable:
+    """torch's dynamic quantization of the same MLP: int8 weights by tensor, inputs by tensor at every call."""
+    from torch.ao.quantization import quantize_dynamic
+
+    hidden, width = w.in_weight.shape
+    mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+    with torch.no_grad():
+        for parameter, value in zip(mlp.parameters(), w.parameters, strict=True):
+            parameter.copy_(value)
+    quantized = quantize_dynamic(mlp.eval(), {nn.Linear}, dtype=torch.qint8)
+    return lambda x, _: quantized(x.float()).to(x.dtype)  # it takes float32 only
+
+
 def oracle(x: Tensor, w: Weights | DenseWeights) -> Tensor:
     """The same layer in float64, sparse ones by the reference ops and routed on the same float32 logits."""
     if isinstance(w, DenseWeights):
@@ -135,6 +149,7 @@ DENSE = {
     "dense_k_engine": dense_engine,
     "dense_k_prepared": dense_engine,
     "dense_k_int8": dense_engine,
+    "dense_k_torch_int8": dense,
 }
 """One dense MLP: ``dense_1`` on T rows, what the dense model pays; all others on K*T rows, the sparse layer's."""
 SPARSE = {
@@ -149,9 +164,15 @@ SPARSE = {
     **PEERS,
 }
 IMPLEMENTATIONS = DENSE | SPARSE
-PREPARED = {"dense_k_prepared": None, "clipup_prepared": None, "dense_k_int8": "int8", "clipup_int8": "int8"}
-"""On weights that were packed before the first call, and how they are quantized; the others read plain weights at every
-call."""
+PREPARED = {
+    "dense_k_prepared": None,
+    "clipup_prepared": None,
+    "dense_k_int8": "int8",
+    "clipup_int8": "int8",
+    "dense_k_torch_int8": "torch int8",
+}
+"""On weights that were prepared before the first call, and how they are quantized; the others read plain weights at
+every call."""
 WITHOUT_DERIVATIVE = {"dense_k_engine", *PREPARED}
 TRANSFORMERS = (5, 4)
 """The first version whose grouped experts can do without a gate."""
@@ -163,6 +184,10 @@ def refusal(impl: str, training: bool, device: str) -> str | None:
         return "has no derivative"
     if impl in PREPARED and device != "cpu":
         return "runs on CPUs only"
+    if impl == "dense_k_torch_int8" and importlib.util.find_spec("torch.ao.quantization") is None:
+        return "needs torch.ao.quantization"
+    if PREPARED.get(impl) == "int8" and not ck.backend_info()["compiled"]:
+        return "needs the compiled extension"
     if impl == "hf_grouped_mm" and version_of("transformers") < TRANSFORMERS:
         return "needs transformers " + ".".join(map(str, TRANSFORMERS)) + " or newer"
     if impl in PEERS and device == "cpu":
@@ -215,6 +240,9 @@ def candidates(impls: Iterable[str], case: Case, top_k: int, dtype: torch.dtype,
     made = {}
     for impl in impls:
         function, mine = (DENSE[impl], one) if impl in DENSE else (SPARSE[impl], weights)
-        function = prepared(function, mine, PREPARED[impl]) if impl in PREPARED else function
+        if PREPARED.get(impl) == "torch int8":
+            function = torch_int8(mine)
+        elif impl in PREPARED:
+            function = prepared(function, mine, PREPARED[impl])
         made[impl] = Candidate(function, x_k if impl in DENSE and impl != "dense_1" else x, mine)
     return made

@@ -29,7 +29,7 @@ BASELINE = "dense_k"
 NEEDED = {BASELINE, "clipup"}
 """Never left out."""
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 4e-3}
-INT8_TOLERANCE = 4e-2
+INT8_TOLERANCE = 8e-2
 """Of implementations whose weights are quantized; what that does to models is measured by int8_accuracy.py."""
 CHECKED_TOKENS = {"cpu": 96, "cuda": 4096}
 """Tokens that are compared with the oracle: on a GPU enough for experts with many rows, whose tiles are larger."""
