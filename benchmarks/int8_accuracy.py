@@ -1,7 +1,7 @@
 """What int8 weights do to features and retrieval: a model in float32, beside bfloat16 and int8 in either type.
 
     clipup demo --out runs/demo
-    python benchmarks/int8_accuracy.py runs/demo/clip_up/model runs/demo/dense_continued/model --data 'runs/demo/data/test-*.tar'
+    python benchmarks/int8_accuracy.py runs/demo/{clip_up,dense_continued}/model --data 'runs/demo/data/test-*.tar'
     python benchmarks/int8_accuracy.py ViT-B-16                       # random weights: cosines only, on noise
 
 A row is one model in one form (``clipup.accelerate``). Cosines are between its features and those of the plain float32

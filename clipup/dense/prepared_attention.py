@@ -14,8 +14,8 @@ from clipup_kernels import PackedWeight, grouped_linear
 from .prepared import Part, Prepared, Stored
 
 _LONGEST_PRODUCT = 512
-"""Tokens up to which plain products of bfloat16 are faster on a CPU than torch's fused attention: 12.3 to 18.0 ms for 96
-heads, 197 tokens and one thread of Zen 4."""
+"""Tokens up to which plain products of bfloat16 are faster on a CPU than torch's fused attention: 12.3 to 18.0 ms for
+96 heads, 197 tokens and one thread of Zen 4."""
 _TRANSFORMERS = {
     "bert": ("BertSelfAttention", "BertSelfOutput"),
     "clip": ("CLIPAttention",),

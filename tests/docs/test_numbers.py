@@ -105,6 +105,31 @@ def test_times_of_whole_models_are_those_of_the_csv_file():
         assert cells == [ratio(row["speed_to_b16"]), ratio(row["speed_to_l14"])], model
 
 
+def test_int8_times_and_accuracies_are_those_of_the_csv_files():
+    impls = ("clipup_prepared", "clipup_int8", "dense_k_int8", "dense_k_torch_int8")
+    for case, *cells in rows(PERFORMANCE, "sparse, int8"):
+        tokens, dtype = case.rsplit(", ", 1)
+        wanted = {"tokens": tokens.replace(",", ""), "dtype": dtype}
+        found = [measured("moe_forward_int8_cpu.csv", impl=impl, **wanted) for impl in impls]
+        assert cells == [ratio(row["ratio_to_dense_k"]) for (row,) in found], case
+    models = measured("clip_throughput_int8_cpu.csv")
+    assert rows(PERFORMANCE, "int8 pairs/s") == [
+        [
+            *(row[column] for column in ("model", "images_per_s", "texts_per_s", "pairs_per_s")),
+            *(ratio(row[column]) for column in ("speed_to_b16", "speed_to_l14")),
+        ]
+        for row in models
+    ]
+    assert rows(PERFORMANCE, "t2i R@1") == [
+        [
+            *(row["model"].split("/")[0], "yes" if row["outliers"] == "1" else "no", row["form"]),
+            *(f"{row[f'{tower}_cosine_mean']} ({row[f'{tower}_cosine_min']})" for tower in ("image", "text")),
+            *(row["t2i_r1"], row["i2t_r1"]),
+        ]
+        for row in measured("int8_accuracy_cpu.csv")
+    ]
+
+
 BASELINES = {"steps": "dense continued", "FLOPs": "dense equal flops", "CPU time": "dense equal seconds"}
 
 

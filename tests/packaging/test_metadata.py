@@ -36,9 +36,10 @@ def test_the_native_module_was_built_from_this_version():
 
 def test_all_holds_every_extra(pyproject):
     extras = pyproject["project"]["optional-dependencies"]
-    assert {"demo", "train", "eval", "search", "hf", "benchmark", "bench", "test", "docs", "all"} | {"wandb", "trackio"} == set(
-        extras
-    )
+    assert {"demo", "train", "eval", "search", "hf", "benchmark", "bench", "test", "docs", "all"} | {
+        "wandb",
+        "trackio",
+    } == set(extras)
     (everything,) = extras["all"]
     assert set(re.findall(r"\w+", everything)) == set(extras) - {"all"} | {"clipup"}
 
