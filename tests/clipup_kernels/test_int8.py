@@ -184,6 +184,7 @@ def on_tier(tier, *arguments):
     return pickle.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_tiers_agree_and_read_each_others_weights():
     refused = subprocess.run(
         [sys.executable, "-c", "import clipup_kernels; clipup_kernels.backend_info()"], capture_output=True, text=True,

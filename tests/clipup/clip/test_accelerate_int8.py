@@ -223,6 +223,7 @@ def test_coca_keeps_its_cross_attention():
     assert F.cosine_similarity(ours["logits"].flatten(), theirs["logits"].flatten(), dim=0) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TIMM if not name.endswith("normed")])
 def test_timm_towers_are_quantized(name):
     model = timm_model(name).eval()
@@ -257,6 +258,7 @@ def test_transformers_models_are_quantized_with_their_attention(name):
     assert (cosines([ours], [theirs]) > 0.98).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face_towers_are_quantized(name, tmp_path):
     model = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)).eval()
