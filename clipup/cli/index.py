@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
+from torch import Tensor
 
 from ..clip.accelerate import for_inference
 from ..data.image_files import image_files
@@ -14,17 +15,18 @@ from ..evaluate.encode import encode_images
 from ..precision import Precision, check_device, default_device, default_workers
 from ..pretrained import factory, origin
 from ..progress import progress
-from ..search import update_index
+from ..search import probe_picture, update_index
 from ..search.image_index import Encoder
 from .flags import check_int8, parse
 from .logs import errors_only
+from .outputs import printable
 
 
 @dataclass
 class Options:
-    """Computes the features of all images in a directory and its subdirectories, for clipup search. Called again, it
-    encodes what is new or changed, and continues where it was interrupted. Images that cannot be read are named and
-    skipped.
+    """Computes the features of the images (jpg, jpeg, png, webp) in a directory and its subdirectories, for clipup
+    search. Called again, it encodes what is new or changed, and continues where it was interrupted. Images that cannot
+    be read are named and skipped; links to directories are not followed.
 
     Example: clipup index photos/ photos.index --model logs/b16-moe/model --int8
     """
@@ -65,18 +67,24 @@ def main(argv: list[str]) -> int:
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
     model = for_inference(model, options.precision, "int8" if options.int8 else None)
+
+    def encode(images: Tensor) -> Tensor:
+        return encode_images(model, images, options.batch_size, options.precision)
+
+    name = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
     made = update_index(
         options.out,
         options.images,
         records,
-        Encoder(options.model, options.pretrained, options.precision, options.int8),
-        lambda batch: encode_images(model, batch, options.batch_size, options.precision),
+        Encoder(name, options.pretrained, options.precision, options.int8),
+        encode,
         preprocess,
+        encode(preprocess(probe_picture())[None])[0],
         batch_size=options.batch_size,
         workers=options.workers,
         show=lambda batches: progress(batches, "encoding images", "batches"),
     )
     for name, reason in made.skipped.items():
-        print(f"clipup index: skipped {name}: {reason}", file=sys.stderr)
+        print(f"clipup index: skipped {printable(name)}: {printable(reason)}", file=sys.stderr)
     print(f"{len(made.entries)} images, {len(made.skipped)} skipped: {options.out}")
     return 0

@@ -26,3 +26,11 @@ def check_directory(argument: str, path: str | Path) -> None:
         raise NotADirectoryError(f"{argument}: {existing} is a file; expected a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise PermissionError(f"{argument}: no permission to write to {existing}; choose another directory")
+
+
+def printable(text: str) -> str:
+    """Text from a file or its name for a terminal: what is not printable is escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "backslashreplace").decode()
+        for letter in text
+    )

@@ -9,13 +9,13 @@ import tyro
 
 from ..atomic_files import replace_files
 from ..clip.accelerate import for_inference
-from ..evaluate.encode import encode_texts
+from ..evaluate.encode import encode_images, encode_texts
 from ..precision import check_device, default_device
 from ..pretrained import factory, tokenizers
-from ..search import ImageIndex, find, results_page
+from ..search import ImageIndex, find, probe_picture, results_page
 from .flags import parse
 from .logs import errors_only
-from .outputs import check_file
+from .outputs import check_file, printable
 
 
 @dataclass
@@ -40,6 +40,10 @@ class Options:
     def __post_init__(self) -> None:
         if not self.texts or not all(text.strip() for text in self.texts):
             raise ValueError("texts: expected at least one text that is not blank")
+        try:
+            "".join(self.texts).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"texts: expected UTF-8 ({error.reason})") from error
         if self.count < 1:
             raise ValueError(f"count must be at least 1, got {self.count}")
 
@@ -52,16 +56,18 @@ def main(argv: list[str]) -> int:
         check_file("page", options.page)
     index = ImageIndex.load(options.index)
     encoder = index.encoder
-    model = factory.create_model_and_transforms(
+    model, _, preprocess = factory.create_model_and_transforms(
         encoder.model, encoder.pretrained, precision=encoder.precision, device=options.device
-    )[0]
+    )
     model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)
+    probe = encode_images(model, preprocess(probe_picture())[None], precision=encoder.precision)
+    index.check_model(probe[0])
     texts = encode_texts(model, options.texts, tokenizers.get_tokenizer(encoder.model), precision=encoder.precision)
     found = list(zip(options.texts, find(index, texts, options.count), strict=True))
     for text, results in found:
         print(text)
         for result in results:
-            print(f"{result.score:8.4f}  {result.path}")
+            print(f"{result.score:8.4f}  {printable(str(result.path))}")
     if options.page is not None:
         options.page.parent.mkdir(parents=True, exist_ok=True)
         page = results_page(found)

@@ -15,7 +15,13 @@ from ..dense.dense_mlp import class_name
 from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
 from ..dense.mlp_readers import FAMILIES, families_read
 from ..dense.prepared import MATRICES, Prepared, PreparedMLP
-from ..dense.prepared_attention import ATTENTIONS, PreparedAttention, PreparedLinear, can_be_prepared
+from ..dense.prepared_attention import (
+    ATTENTIONS,
+    SELF_ATTENTION_BLOCKS,
+    PreparedAttention,
+    PreparedLinear,
+    can_be_prepared,
+)
 from ..moe.experts import Experts
 from ..moe.layer import SparseMoE
 from ..moe.prepared import PreparedMoE
@@ -43,9 +49,9 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
     work, and ``state_dict()`` has the names and values of the plain model. Upcycle and cast before preparing.
 
-    With ``weights="int8"``, the matrices of experts, dense MLPs and of self-attention in the same blocks (by
-    ``nn.MultiheadAttention``, or a class in ``clipup.dense.prepared_attention.ATTENTIONS``) are quantized by output
-    channel, and their inputs by row at every call. Routers, norms, embeddings and heads are unchanged. ``state_dict()``
+    With ``weights="int8"``, the matrices of experts, dense MLPs and of self-attention in the blocks of open_clip,
+    torchvision, timm and transformers (``clipup.dense.prepared_attention`` names them) are quantized by output channel,
+    and their inputs by row at every call. Routers, norms, embeddings and heads are unchanged. ``state_dict()``
     then raises: the plain weights are gone.
 
     Args:
@@ -136,7 +142,9 @@ def _check(model: nn.Module, weights: str | None) -> None:
 
     if weights is not None:
         sparse = [layer.in_weight for layer in _sparse_layers(model)]
-        for dtype in {weight.dtype for weight in (*sparse, *(mlp.dense.in_weight for mlp in _dense_mlps(model)))}:
+        weights_read = [*sparse, *(mlp.dense.in_weight for mlp in _dense_mlps(model))]
+        weights_read += [p for block in _blocks(model) for p in block.parameters() if p.is_floating_point()]
+        for dtype in {weight.dtype for weight in weights_read}:
             packed_layout(dtype, weights)  # raises if no kernel here multiplies them
 
 
@@ -162,8 +170,14 @@ def _quantize_attention(module: nn.Module, weights: str) -> None:
                 setattr(module, name, PreparedLinear(child, weights))
         elif type(child) is not nn.MultiheadAttention:
             _quantize_attention(child, weights)
-        elif can_be_prepared(child) and not hasattr(module, "ln_1_kv"):  # open_clip's cross-attention
+        elif can_be_prepared(child) and _attends_to_itself(module):
             setattr(module, name, PreparedAttention(child, weights))
+
+
+def _attends_to_itself(block: nn.Module) -> bool:
+    """Whether a block's ``nn.MultiheadAttention`` gets one tensor, and its attention weights are not asked for."""
+    names = {f"{base.__module__}.{base.__qualname__}" for base in type(block).__mro__}
+    return bool(names & SELF_ATTENTION_BLOCKS) and not hasattr(block, "ln_1_kv")  # open_clip's cross-attention
 
 
 def _overrides(layer_class: type[SparseMoE]) -> bool:

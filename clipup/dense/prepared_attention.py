@@ -48,14 +48,17 @@ def _whole(name: str, parameter: Tensor) -> Stored:
 
 
 class _PreparedProjections(Prepared):
-    """Layers whose matrices are linear projections: ``in_weight`` and ``out_weight``, with their biases."""
+    """Layers whose matrices are linear projections: ``in_weight`` and ``out_weight``, with their biases. Packed, each
+    is the weight of one expert, [1, O, I]."""
+
+    def _keep(self, name: str, packed: PackedWeight) -> None:
+        super()._keep(name, packed._replace(shape=(1, *packed.shape)[-3:]))
 
     def _linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """x [..., I] -> [..., O]."""
-        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(self.dtype)
         offsets = torch.arange(2, dtype=torch.int32) * rows.shape[0]
-        one_expert = weight._replace(shape=(1, *weight.shape))
-        y = grouped_linear(rows, one_expert, None if bias is None else bias[None], offsets)
+        y = grouped_linear(rows, weight, None if bias is None else bias[None], offsets)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -128,7 +131,7 @@ class PreparedAttention(_PreparedProjections):
         x = x if query.dim() == 3 else x[None]
         batch, length, width = x.shape
         projected = self._linear(x, self.in_weight, self._buffers.get("in_bias"))
-        q, k, v = projected.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = projected.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
         mask = _additive(attn_mask, key_padding_mask, batch, self.num_heads, x.dtype)
         causal = is_causal and attn_mask is None
         attended = attend(q, k, v, mask, causal)
@@ -139,7 +142,7 @@ class PreparedAttention(_PreparedProjections):
         return (y if self.batch_first or query.dim() == 2 else y.transpose(0, 1)), None
 
     def extra_repr(self) -> str:
-        return f"{self.out_weight.shape[0]}, num_heads={self.num_heads}, quantize={self.quantize!r}"
+        return f"{self.out_weight.shape[-2]}, num_heads={self.num_heads}, quantize={self.quantize!r}"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -153,6 +156,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
         scores += mask
     shares = torch.softmax(scores, -1)
     return torch.bmm(shares.view(-1, length, length), v.reshape(flat)).view(q.shape)
+
+
+SELF_ATTENTION_BLOCKS = frozenset(
+    [
+        "open_clip.transformer.ResidualAttentionBlock",
+        "torchvision.models.vision_transformer.EncoderBlock",
+    ]
+)
+"""Full names of block classes whose ``nn.MultiheadAttention`` is called as ``PreparedAttention`` can be."""
 
 
 def can_be_prepared(attention: nn.MultiheadAttention) -> bool:
@@ -170,8 +182,13 @@ def _additive(
             continue
         if mask.dtype is torch.bool:
             mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, float("-inf"))
+        length = mask.shape[-1]
+        wanted = [(batch, length)] if lead is not None else [(length, length), (batch * heads, length, length)]
+        if tuple(mask.shape) not in wanted:
+            name = "attn_mask" if lead is None else "key_padding_mask"
+            raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {tuple(mask.shape)}")
         if lead is not None:
-            mask = mask.view(*lead, mask.shape[-1])
+            mask = mask.view(*lead, length)
         elif mask.dim() == 3:
             mask = mask.view(batch, heads, *mask.shape[1:])
         mask = mask.to(dtype)

@@ -1,7 +1,7 @@
 """An index of image features in a directory: made once, brought up to date later, continued after an interruption.
 
-``index.json`` names the model and the images, ``features.safetensors`` has a row per image. While an index is being
-made, finished parts are kept in ``parts/``.
+One file, ``index.safetensors``, has the features and, in its header, the names of the images and the model. While an
+index is being made, finished parts are kept in ``parts/`` in the same form.
 
 Axis legend: ``N`` images, ``D`` width of the features.
 """
@@ -14,24 +14,26 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import checks
 from ..atomic_files import replace_files
 from ..data.loaders import EvalSamples
 from ..data.sample_index import Record
 from ..data.skips import Skips
+from ..locks import LOCK_FILE, exclusive
 from ..precision import Precision
 
-INDEX_FILE, FEATURES_FILE, PARTS = "index.json", "features.safetensors", "parts"
+INDEX_FILE, PARTS = "index.safetensors", "parts"
 PART_IMAGES = 4096
 """Images after which what is finished is written."""
-_VERSION = 1
+_VERSION = "1"
+_SAME = 0.99
+"""Least cosine of a probe's features with themselves, by the same model: another machine rounds differently."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class Encoder:
     """What the features of an index were computed with; indexes of different encoders do not mix."""
 
     model: str
-    """Model name or directory."""
+    """Model name, or the absolute path of its directory."""
     pretrained: str | None
     precision: Precision
     int8: bool
@@ -66,6 +68,8 @@ class ImageIndex:
     entries: list[Entry]
     features: Tensor
     """[N, D] float32, of length 1."""
+    probe: Tensor
+    """[D] features of a fixed picture, which show whether a model is the one that made the index."""
     skipped: dict[str, str]
     """Images that could not be read, with the reason."""
 
@@ -75,54 +79,79 @@ class ImageIndex:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: its files are not what ``clipup index`` writes, or do not fit together.
+            ValueError: its file is not what ``clipup index`` writes.
         """
         path = Path(directory) / INDEX_FILE
         if not path.is_file():
             raise FileNotFoundError(
                 f"there is no index in {directory} ({INDEX_FILE}); make one: clipup index IMAGES OUT"
             )
-        found = checks.read_json(path)
         try:
-            if found["version"] != _VERSION:
-                raise ValueError(f"{path} has version {found['version']!r}, this clipup reads {_VERSION}")
+            with safe_open(path, "pt") as file:
+                header, features, probe = file.metadata() or {}, file.get_tensor("features"), file.get_tensor("probe")
+            if header.get("version") != _VERSION:
+                raise ValueError(f"version {header.get('version')!r}, this clipup reads {_VERSION}")
+            found = json.loads(header["index"])
             encoder = Encoder(**found["encoder"])
+            if encoder.precision not in get_args(Precision) or not isinstance(encoder.int8, bool):
+                raise ValueError(f"encoder {encoder}")
             entries = [Entry(str(name), int(size), int(changed)) for name, size, changed in found["entries"]]
             skipped = {str(name): str(reason) for name, reason in found["skipped"].items()}
             images = Path(found["images"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not an index of images ({type(error).__name__}: {error})") from error
-        features = _read_features(path.with_name(FEATURES_FILE))
-        if features.dim() != 2 or len(features) != len(entries):
+            _check(features, probe, entries)
+        except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
-                f"{path.with_name(FEATURES_FILE)} has features of shape {list(features.shape)} for {len(entries)} "
-                "images; make the index again"
-            )
-        return cls(images, encoder, entries, features, skipped)
+                f"{path} is not a whole index of images ({type(error).__name__}: {error}); remove it and make it again"
+            ) from error
+        return cls(images, encoder, entries, features, probe, skipped)
 
     def save(self, directory: Path) -> None:
         """Writes the index, replacing an earlier one completely or not at all."""
         content = {
-            "version": _VERSION,
             "encoder": asdict(self.encoder),
             "images": str(self.images),
             "entries": self.entries,
             "skipped": self.skipped,
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        replace_files(
-            {
-                directory / FEATURES_FILE: lambda path: save_file({"features": self.features.contiguous()}, path),
-                directory / INDEX_FILE: lambda path: path.write_text(text, encoding="utf-8"),
-            }
-        )
+        header = {"version": _VERSION, "index": json.dumps(content)}
+        tensors = {"features": self.features.contiguous(), "probe": self.probe.contiguous()}
+        replace_files({directory / INDEX_FILE: lambda path: save_file(tensors, path, header)})
+
+    def check_model(self, probe: Tensor) -> None:
+        """Refuses a model that encodes the fixed picture otherwise than the one that made the index.
+
+        Args:
+            probe: [D] its features of ``probe_picture``.
+
+        Raises:
+            ValueError: it is another model.
+        """
+        if probe.shape != self.probe.shape or not torch.dot(probe, self.probe) >= _SAME:
+            raise ValueError(
+                f"{self.encoder.model} is not the model that made the index: its weights have changed since; make the "
+                "index again in another directory"
+            )
 
 
-def _read_features(path: Path) -> Tensor:
-    try:
-        return load_file(path)["features"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} holds no features of an index ({error}); make the index again") from error
+def _check(features: Tensor, probe: Tensor, entries: list[Entry]) -> None:
+    if features.dtype != torch.float32 or features.dim() != 2 or len(features) != len(entries) or not entries:
+        raise ValueError(f"features {list(features.shape)} in {features.dtype} for {len(entries)} images")
+    if probe.dtype != torch.float32 or probe.shape != features.shape[1:]:
+        raise ValueError(f"a probe {list(probe.shape)} in {probe.dtype} for features {list(features.shape)}")
+    if not ((features.norm(dim=1) - 1).abs() < 1e-2).all():  # NaN compares false
+        raise ValueError("features that are not of length 1")
+
+
+class _Reasons(Skips):
+    """Why samples were skipped, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reasons: dict[str, str] = {}
+
+    def note(self, name: str, reason: object, samples: int = 1) -> None:
+        super().note(name, reason, samples)
+        self.reasons[name] = str(reason)
 
 
 def update_index(
@@ -132,6 +161,7 @@ def update_index(
     encoder: Encoder,
     encode: Callable[[Tensor], Tensor],
     preprocess: Callable[[Any], Tensor],
+    probe: Tensor,
     *,
     batch_size: int = 64,
     workers: int = 0,
@@ -140,7 +170,7 @@ def update_index(
     """Makes an index of images, or brings an earlier one up to date.
 
     Images that have not changed keep their features; changed ones are encoded again, and missing ones leave the index.
-    What is finished is written every ``PART_IMAGES`` images, so that an interrupted call is continued by the next one.
+    What is finished is written every ``PART_IMAGES`` images and when the call is interrupted; the next one continues.
 
     Args:
         directory: of the index; created if needed.
@@ -148,51 +178,80 @@ def update_index(
         records: the images, by their paths below ``images``.
         encode: images [B, 3, H, W] -> features [B, D] of length 1.
         preprocess: PIL image -> tensor [3, H, W].
+        probe: [D] features of ``probe_picture`` by the same model.
         show: wraps the batches, to show progress.
 
     Raises:
-        ValueError: the directory holds an index of another encoder or of other images; no image can be read.
+        DirectoryInUse: another process writes the index.
+        ValueError: the directory holds an index of another encoder, model or other images; no image can be read;
+            features that are not finite.
     """
     directory, images = Path(directory), Path(images).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    known = _known(directory, images, encoder)
-    now = {entry.name: entry for entry in map(_entry, records)}
-    todo = [record for record in records if now[record.key] not in known]
-    skips = Skips()
-    skipped: dict[str, str] = {}
-    part: dict[Entry, Tensor] = {}
-    samples = EvalSamples(todo, preprocess, skips)
-    for batch, _, metadata in show(samples.batches(batch_size, workers)):
-        for one, features in zip(metadata, encode(batch), strict=True):
-            part[now[one["key"]]] = features
-        if len(part) >= PART_IMAGES:
-            _write_part(directory, part, encoder, images)
-            known |= part
-            part = {}
-    known |= part
-    kept = [entry for entry in now.values() if entry in known]
-    for record in todo:
-        if now[record.key] not in known:
-            skipped[record.key] = "it cannot be read (the log has the reason)"
-    if not kept:
-        raise ValueError(f"none of the {len(records)} images can be read, such as {skips.first}")
-    found = ImageIndex(images, encoder, kept, torch.stack([known[entry] for entry in kept]), skipped)
-    found.save(directory)
-    shutil.rmtree(directory / PARTS, ignore_errors=True)
+    with exclusive(directory / LOCK_FILE, directory, "wait until it has ended, or choose another directory"):
+        known = _known(directory, images, encoder, probe)
+        now, skipped = _entries(records)
+        todo = [record for record in records if record.key in now and now[record.key] not in known]
+        reasons = _Reasons()
+        part: dict[Entry, Tensor] = {}
+
+        def write_part() -> None:
+            if part:
+                _write_part(
+                    directory, ImageIndex(images, encoder, list(part), torch.stack([*part.values()]), probe, {})
+                )
+                known.update(part)
+                part.clear()
+
+        try:
+            for batch, _, metadata in show(EvalSamples(todo, preprocess, reasons).batches(batch_size, workers)):
+                for one, features in zip(metadata, encode(batch), strict=True):
+                    if not features.isfinite().all():
+                        raise ValueError(f"the model gives features that are not finite for {one['key']}")
+                    part[now[one["key"]]] = features
+                if len(part) >= PART_IMAGES:
+                    write_part()
+        except BaseException:
+            write_part()
+            raise
+        known |= part
+        kept = [entry for entry in now.values() if entry in known]
+        skipped |= {
+            record.key: reasons.reasons.get(record.named, "it cannot be read")
+            for record in todo
+            if now[record.key] not in known
+        }
+        if not kept:
+            raise ValueError(f"none of the {len(records)} images can be read, such as {next(iter(skipped.items()))}")
+        found = ImageIndex(images, encoder, kept, torch.stack([known[entry] for entry in kept]), probe, skipped)
+        found.save(directory)
+        shutil.rmtree(directory / PARTS, ignore_errors=True)
     return found
 
 
-def _entry(record: Record) -> Entry:
-    status = Path(record.path).stat()
-    return Entry(record.key, status.st_size, status.st_mtime_ns)
+def _entries(records: Sequence[Record]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The images as they are now, by name, and those that cannot be listed, with the reason."""
+    now: dict[str, Entry] = {}
+    skipped: dict[str, str] = {}
+    for record in records:
+        try:
+            record.key.encode("utf-8")
+            status = Path(record.path).stat()
+        except UnicodeEncodeError:
+            skipped[record.key.encode("utf-8", "backslashreplace").decode()] = "its name is not UTF-8"
+            continue
+        except OSError as error:
+            skipped[record.key] = f"{type(error).__name__}: {error.strerror}"
+            continue
+        now[record.key] = Entry(record.key, status.st_size, status.st_mtime_ns)
+    return now, skipped
 
 
-def _known(directory: Path, images: Path, encoder: Encoder) -> dict[Entry, Tensor]:
+def _known(directory: Path, images: Path, encoder: Encoder, probe: Tensor) -> dict[Entry, Tensor]:
     """Features that are there already, of a finished index and of the parts of an interrupted call."""
     known: dict[Entry, Tensor] = {}
     sources = [directory] if (directory / INDEX_FILE).exists() else []
-    sources += sorted((directory / PARTS).glob("[0-9]*"))
-    for source in sources:
+    for source in [*sources, *_parts(directory)]:
         try:
             found = ImageIndex.load(source)
         except (OSError, ValueError) as error:
@@ -206,13 +265,17 @@ def _known(directory: Path, images: Path, encoder: Encoder) -> dict[Entry, Tenso
                     f"{directory} holds an index with {what} {have}, and {wanted} was asked for; choose another "
                     "directory, or remove this one"
                 )
+        found.check_model(probe)
         known |= dict(zip(found.entries, found.features, strict=True))
     return known
 
 
-def _write_part(directory: Path, part: dict[Entry, Tensor], encoder: Encoder, images: Path) -> None:
-    parts = directory / PARTS
-    number = 1 + max((int(path.name) for path in parts.glob("[0-9]*")), default=-1)
-    target = parts / f"{number:05d}"
+def _parts(directory: Path) -> list[Path]:
+    return sorted(path for path in (directory / PARTS).glob("*") if path.name.isdecimal())
+
+
+def _write_part(directory: Path, part: ImageIndex) -> None:
+    number = 1 + max((int(path.name) for path in _parts(directory)), default=-1)
+    target = directory / PARTS / f"{number:05d}"
     target.mkdir(parents=True)
-    ImageIndex(images, encoder, list(part), torch.stack(list(part.values())), {}).save(target)
+    part.save(target)

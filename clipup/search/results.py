@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..data.images import load_image
@@ -53,6 +54,12 @@ def find(index: ImageIndex, texts: Tensor, count: int) -> list[list[Result]]:
     ]
 
 
+def probe_picture() -> Image.Image:
+    """The fixed picture by which ``ImageIndex.check_model`` knows a model again."""
+    row, column = np.mgrid[0:256, 0:256]
+    return Image.fromarray(np.stack([row, column, (row * column) % 256], -1).astype(np.uint8))
+
+
 def results_page(found: Sequence[tuple[str, Sequence[Result]]]) -> str:
     """One HTML page with the results of each text, pictures included."""
     sections = [
@@ -68,7 +75,7 @@ def results_page(found: Sequence[tuple[str, Sequence[Result]]]) -> str:
 def _picture(path: Path) -> str | None:
     """The picture as a data URL; None if it is not there any more."""
     try:
-        picture = load_image(str(path)).convert("RGB")
+        picture = ImageOps.exif_transpose(load_image(str(path))).convert("RGB")
     except Exception:  # PIL has no common class for what a broken file may raise
         return None
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))

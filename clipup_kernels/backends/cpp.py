@@ -277,10 +277,12 @@ def _check_blocks(x: Tensor, shape: tuple[int, int, int], quantize: str | None, 
     """Refuses packed weights that are shorter than what is read."""
     bytes_read = NATIVE.packed_weight_bytes(DTYPE_CODE[x.dtype], *shape, PACKED_TYPE[quantize])
     for block in blocks:
-        if block is not None and (block.dtype != torch.uint8 or block.numel() < bytes_read):
+        if block is None:
+            continue
+        if block.dtype != torch.uint8 or block.numel() < bytes_read or not block.is_contiguous():
             raise ValueError(
                 f"a packed weight of shape {list(shape)} takes {bytes_read} bytes, got {block.numel()} of "
-                f"{block.dtype}; use what pack_weight() returned"
+                f"{block.dtype}{'' if block.is_contiguous() else ', not contiguous'}; use what pack_weight() returned"
             )
 
 

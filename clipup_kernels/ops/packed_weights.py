@@ -77,14 +77,16 @@ def pack_weight(
     shape = tuple(weight.shape)
     layout = packed_layout(weight.dtype, quantize)
     weight = weight.detach().resolve_neg()
-    if layout == PLAIN_LAYOUT:  # how torch's products round depends on strides, so these are kept
-        return PackedWeight(weight.clone(), shape, weight.dtype, PLAIN_LAYOUT)
     if input_scale is not None:
         if quantize is None:
             raise ValueError("input_scale was given for a weight that is not quantized; pass quantize too, or neither")
+        if not isinstance(input_scale, Tensor):
+            raise TypeError(f"input_scale must be a tensor, got {type(input_scale).__name__}")
         lead = () if input_scale.dim() == 1 else weight.shape[:-2]
         checks.tensor("input_scale", input_scale, (*lead, weight.shape[-1]), (torch.float32,), weight)
         input_scale = input_scale.expand(*weight.shape[:-2], -1).contiguous()
+    if layout == PLAIN_LAYOUT:  # how torch's products round depends on strides, so these are kept
+        return PackedWeight(weight.clone(), shape, weight.dtype, PLAIN_LAYOUT)
     weight = weight.contiguous()
     code, sizes, packed_type = cpp.DTYPE_CODE[weight.dtype], (1, *shape)[-3:], cpp.PACKED_TYPE[quantize]
     num_bytes = extension.NATIVE.packed_weight_bytes(code, *sizes, packed_type)

@@ -232,8 +232,12 @@ def test_wrong_calls_are_refused_by_name():
 def test_a_weight_that_ends_early_is_refused_before_it_is_read():
     packed = ck.pack_weight(randn(1, 33, 40), "int8")
     without_sums = packed._replace(block=packed.block[:-4])
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(ValueError, match="takes .* bytes, got"):
-        ck.grouped_linear(randn(3, 40), without_sums, None, torch.tensor([0, 3], dtype=torch.int32))
+        ck.grouped_linear(randn(3, 40), without_sums, None, offsets)
+    for spread in (packed.block[:1].expand(len(packed.block)), torch.stack([packed.block] * 2, 1)[:, 0]):
+        with pytest.raises(ValueError, match="not contiguous; use what"):
+            ck.grouped_linear(randn(3, 40), packed._replace(block=spread), None, offsets)
 
 
 def test_they_are_ops_like_the_others():
@@ -280,6 +284,10 @@ def test_input_scales_are_checked():
         ck.pack_weight(weight, input_scale=torch.ones(40))
     with pytest.raises(ValueError, match="input_scale must have shape"):
         ck.pack_weight(weight, "int8", torch.ones(39))
+    with pytest.raises(TypeError, match="input_scale must be a tensor, got list"):
+        ck.pack_weight(weight, "int8", [1.0] * 40)
+    with pytest.raises(ValueError, match="input_scale was given for a weight that is not quantized"):
+        ck.pack_weight(weight.double(), None, torch.ones(40))
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="input_scale: expected positive numbers"):
             ck.pack_weight(weight, "int8", torch.full((40,), wrong))

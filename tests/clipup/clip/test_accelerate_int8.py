@@ -1,6 +1,7 @@
 """accelerate(model, weights="int8"): experts, MLPs and attention of both towers in int8, close to the plain model."""
 
 import copy
+import gc
 import pickle
 import threading
 
@@ -64,6 +65,7 @@ def test_there_is_one_copy_of_the_weights_half_as_large_as_in_bfloat16():
     model = sparse_clip().to(torch.bfloat16)
     sizes = []
     for weights in (None, "int8"):
+        gc.collect()
         before = clipup_kernels.backend_info()["used_memory_bytes"]
         prepared = clipup.accelerate(model, weights=weights)
         packed = {
@@ -267,3 +269,56 @@ def test_hugging_face_towers_are_quantized(name, tmp_path):
     except clipup.clip.accelerate.NothingToPrepare:
         pytest.skip("no MLP of this tower is a single module")
     assert (cosines(features(int8), features(model)) > 0.98).all()
+
+
+def test_compiled_models_compute_the_same():
+    int8 = clipup.accelerate(sparse_clip(), weights="int8")
+    torch.manual_seed(0)
+    images, _ = random_inputs(int8, batch_size=2)
+    compiled = torch.compile(int8.visual, backend="eager")
+    with torch.inference_mode():
+        assert torch.equal(compiled(images), int8.visual(images))
+
+
+def test_empty_batches_are_encoded():
+    int8 = clipup.accelerate(sparse_clip(), weights="int8")
+    _, texts = random_inputs(int8, batch_size=2)
+    with torch.inference_mode():
+        assert int8.encode_text(texts[:0]).shape == (0, 16)
+        attention = PreparedAttention(nn.MultiheadAttention(32, 2, batch_first=True).eval(), "int8")
+        assert attention(*[torch.zeros(3, 0, 32)] * 3, need_weights=False)[0].shape == (3, 0, 32)
+
+
+class OwnBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.mlp = nn.MultiheadAttention(32, 2, batch_first=True), clipup.SparseMoE(32, 64)
+
+    def forward(self, x):
+        return self.mlp(x + self.attn(x, x, x)[0])  # need_weights=True
+
+
+def test_attention_of_unknown_blocks_is_left_as_it_is():
+    torch.manual_seed(0)
+    model = OwnBlock().eval()
+    int8 = clipup.accelerate(model, weights="int8")
+    x = torch.randn(2, 5, 32)
+    with torch.inference_mode():
+        assert (int8(x) - model(x)).norm() <= 3e-2 * model(x).norm()
+
+
+def test_a_model_with_one_float64_layer_is_refused_before_anything_changes():
+    model = sparse_clip()
+    model.visual.transformer.resblocks[1].attn.double()
+    with pytest.raises(RuntimeError, match=r"in torch\.float64"):
+        clipup.accelerate(model, inplace=True, weights="int8")
+    assert not any(isinstance(module, Prepared) for module in model.modules())
+
+
+def test_masks_of_other_shapes_are_refused():
+    attention = PreparedAttention(nn.MultiheadAttention(64, 4, batch_first=True).eval(), "int8")
+    x = torch.randn(2, 7, 64)
+    with pytest.raises(ValueError, match=r"attn_mask must have shape \(7, 7\) or \(8, 7, 7\), got \(1, 7\)"):
+        attention(x, x, x, need_weights=False, attn_mask=torch.zeros(1, 7))
+    with pytest.raises(ValueError, match=r"key_padding_mask must have shape \(2, 7\), got \(7,\)"):
+        attention(x, x, x, need_weights=False, key_padding_mask=torch.zeros(7, dtype=torch.bool))

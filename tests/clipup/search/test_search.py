@@ -1,6 +1,7 @@
 """clipup index and clipup search: one's own images, found by text; brought up to date, continued, exact."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -8,14 +9,18 @@ import pytest
 import torch
 from benchmark_layouts import picture
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
 from clipup.cli import main
 from clipup.data.image_files import image_files
+from clipup.locks import DirectoryInUse
 from clipup.search import ImageIndex, find, image_index, results_page, update_index
 from clipup.search.image_index import Encoder
 
+PROBE = torch.nn.functional.normalize(torch.arange(192.0), dim=0)
 ENCODER = Encoder("model", None, "fp32", False)
 
 
@@ -56,7 +61,8 @@ class Counted:
 
 
 def updated(directory, photos, encode, **options):
-    return update_index(directory, photos, image_files(photos), ENCODER, encode, to_tensor, batch_size=2, **options)
+    records = image_files(photos)
+    return update_index(directory, photos, records, ENCODER, encode, to_tensor, PROBE, batch_size=2, **options)
 
 
 def test_an_index_holds_every_image_once(tmp_path, photos):
@@ -95,7 +101,7 @@ def test_an_interrupted_index_is_continued(tmp_path, photos, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         updated(tmp_path / "index", photos, Interrupted())
-    assert not (tmp_path / "index" / "index.json").exists()
+    assert not (tmp_path / "index" / "index.safetensors").exists()
     made = updated(tmp_path / "index", photos, rest := Counted())
     assert rest.images == 2 and len(made.entries) == 6
     assert torch.equal(made.features, updated(tmp_path / "other", photos, Counted()).features)
@@ -109,7 +115,7 @@ def test_a_damaged_part_is_encoded_again(tmp_path, photos, monkeypatch, caplog):
             photos,
             lambda batch: 1 / 0 if (tmp_path / "index/parts/00001").exists() else Counted()(batch),
         )
-    (tmp_path / "index/parts/00000/features.safetensors").write_bytes(b"nothing")
+    (tmp_path / "index/parts/00000/index.safetensors").write_bytes(b"nothing")
     made = updated(tmp_path / "index", photos, rest := Counted())
     assert rest.images == 4 and len(made.entries) == 6 and "parts/00000 is encoded again" in caplog.text
 
@@ -117,7 +123,10 @@ def test_a_damaged_part_is_encoded_again(tmp_path, photos, monkeypatch, caplog):
 def test_unreadable_images_are_named_and_skipped(tmp_path, photos):
     (photos / "broken.png").write_bytes(b"not a picture")
     made = updated(tmp_path / "index", photos, Counted())
-    assert list(made.skipped) == ["broken.png"] and len(made.entries) == 6
+    assert (
+        list(made.skipped) == ["broken.png"] and "is not an image of a supported format" in made.skipped["broken.png"]
+    )
+    assert len(made.entries) == 6
     assert ImageIndex.load(tmp_path / "index").skipped == made.skipped
     for path in photos.rglob("*.png"):
         path.write_bytes(b"not a picture")
@@ -129,30 +138,90 @@ def test_an_index_of_another_model_or_directory_is_refused(tmp_path, photos):
     updated(tmp_path / "index", photos, Counted())
     other = Encoder("another", None, "fp32", True)
     with pytest.raises(ValueError, match="holds an index with encoder .*'model'.*'another'.* was asked for"):
-        update_index(tmp_path / "index", photos, image_files(photos), other, Counted(), to_tensor)
+        update_index(tmp_path / "index", photos, image_files(photos), other, Counted(), to_tensor, PROBE)
     with pytest.raises(ValueError, match="holds an index with images"):
         updated(tmp_path / "index", photos / "holiday", Counted())
 
 
+def damaged(path, features=None, **changes):
+    """Writes an index again with other features, or other fields in its header."""
+    with safe_open(path, "pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in ("features", "probe")}
+    content = json.loads(header["index"])
+    for name, value in changes.items():
+        if name == "version":
+            header["version"] = value
+        elif value is None:
+            del content[name]
+        else:
+            content[name] = value(content[name])
+    tensors["features"] = tensors["features"] if features is None else features(tensors["features"])
+    save_file(tensors, path, header | {"index": json.dumps(content)})
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "message"),
     [
-        (lambda index: index.update(version=9), "version 9, this clipup reads 1"),
-        (lambda index: index.pop("entries"), "is not an index of images"),
-        (lambda index: index.update(encoder=3), "is not an index of images"),
-        (lambda index: index["entries"].pop(), r"features of shape \[6, 192\] for 5 images"),
+        ({"version": "9"}, "version '9', this clipup reads 1"),
+        ({"entries": None}, "KeyError: 'entries'"),
+        ({"encoder": lambda _: 3}, "TypeError"),
+        ({"encoder": lambda e: e | {"precision": "fp64"}}, "encoder Encoder"),
+        ({"encoder": lambda e: e | {"int8": "no"}}, "encoder Encoder"),
+        ({"entries": lambda e: e[:-1]}, r"features \[6, 192\] in torch.float32 for 5 images"),
+        ({"entries": lambda e: [[n, float("inf"), c] for n, _, c in e]}, "OverflowError"),
+        ({"entries": lambda e: [], "features": lambda f: f[:0]}, r"features \[0, 192\] in torch.float32 for 0 images"),
+        ({"features": lambda f: f.bfloat16()}, "in torch.bfloat16 for 6 images"),
+        ({"features": lambda f: f * float("nan")}, "features that are not of length 1"),
+        ({"features": lambda f: f * 20}, "features that are not of length 1"),
     ],
 )
-def test_files_that_are_no_index_are_refused(tmp_path, photos, change, message):
+def test_files_that_are_no_index_are_refused(tmp_path, photos, changes, message):
     updated(tmp_path / "index", photos, Counted())
-    path = tmp_path / "index" / "index.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
+    damaged(tmp_path / "index" / "index.safetensors", **changes)
+    with pytest.raises(ValueError, match=f"is not a whole index of images .*{message}.*make it again"):
         ImageIndex.load(tmp_path / "index")
+
+
+def test_what_is_no_index_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no index in"):
         ImageIndex.load(tmp_path)
+    (tmp_path / "index.safetensors").write_bytes(b"{}")
+    with pytest.raises(ValueError, match="is not a whole index of images"):
+        ImageIndex.load(tmp_path)
+
+
+def test_a_model_whose_weights_changed_is_refused(tmp_path, photos):
+    made = updated(tmp_path / "index", photos, Counted())
+    other = torch.nn.functional.normalize(torch.arange(192.0).flip(0), dim=0)
+    with pytest.raises(ValueError, match="model is not the model that made the index: its weights have changed"):
+        update_index(tmp_path / "index", photos, image_files(photos), ENCODER, Counted(), to_tensor, other)
+    made.check_model(PROBE)
+    with pytest.raises(ValueError, match="is not the model that made the index"):
+        made.check_model(PROBE * float("nan"))
+
+
+def test_one_call_writes_an_index_at_a_time(tmp_path, photos):
+    def encode(batch):
+        with pytest.raises(DirectoryInUse, match="wait until it has ended"):
+            updated(tmp_path / "index", photos, Counted())
+        return Counted()(batch)
+
+    assert len(updated(tmp_path / "index", photos, encode).entries) == 6
+
+
+def test_features_that_are_not_finite_are_not_stored(tmp_path, photos):
+    with pytest.raises(ValueError, match="features that are not finite for 0.png"):
+        updated(tmp_path / "index", photos, lambda batch: Counted()(batch) * float("nan"))
+
+
+def test_a_name_that_is_not_utf8_and_an_image_that_vanishes_are_skipped(tmp_path, photos):
+    os.rename(photos / "0.png", os.fsencode(photos) + b"/bad\xff.png")
+    records = image_files(photos)
+    (photos / "2.png").unlink()
+    made = update_index(tmp_path / "index", photos, records, ENCODER, Counted(), to_tensor, PROBE)
+    vanished = {"2.png": "FileNotFoundError: No such file or directory"}
+    assert made.skipped == {r"bad\udcff.png": "its name is not UTF-8"} | vanished
+    assert len(ImageIndex.load(tmp_path / "index").entries) == 4
 
 
 def test_the_best_images_are_found_in_order(tmp_path, photos):
