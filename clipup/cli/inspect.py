@@ -155,6 +155,8 @@ def find_images(source: str) -> list[Record]:
     """
     if ".tar" in Path(source).name:
         return list(eval_samples(source, preprocess=None).records)
+    if not Path(source).is_dir():
+        raise FileNotFoundError(f"images: there is no directory {source}; expected one with images, or .tar shards")
     return image_files(source)
 
 

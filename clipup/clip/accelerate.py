@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from clipup_kernels import packed_layout
+from clipup_kernels.types import QUANTIZATIONS
 
 from .. import checks
 from ..dense.dense_mlp import class_name
@@ -26,9 +27,6 @@ from ..moe.experts import Experts
 from ..moe.layer import SparseMoE
 from ..moe.prepared import PreparedMoE
 from ..precision import Precision
-
-WEIGHTS = ("int8",)
-"""What ``accelerate`` can turn weights into."""
 
 
 class NothingToPrepare(ValueError):
@@ -69,7 +67,7 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     checks.module("model", model)
     checks.boolean("inplace", inplace)
     if weights is not None:
-        checks.one_of("weights", weights, WEIGHTS)
+        checks.one_of("weights", weights, QUANTIZATIONS)
     _check(model, weights)
     originals = {id(parameter) for parameter in model.parameters()}
     if not inplace:
@@ -141,10 +139,8 @@ def _check(model: nn.Module, weights: str | None) -> None:
             )
 
     if weights is not None:
-        sparse = [layer.in_weight for layer in _sparse_layers(model)]
-        weights_read = [*sparse, *(mlp.dense.in_weight for mlp in _dense_mlps(model))]
-        weights_read += [p for block in _blocks(model) for p in block.parameters() if p.is_floating_point()]
-        for dtype in {weight.dtype for weight in weights_read}:
+        found = [p for part in (*_sparse_layers(model), *_blocks(model)) for p in part.parameters()]
+        for dtype in {parameter.dtype for parameter in found if parameter.is_floating_point()}:
             packed_layout(dtype, weights)  # raises if no kernel here multiplies them
 
 

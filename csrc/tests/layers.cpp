@@ -260,8 +260,25 @@ Expected Layer::naive_z() const {
   return z;
 }
 
+Expected Layer::combined(const Expected& out) const {
+  const std::int64_t T = shape_.T, K = shape_.K, D = shape_.D;
+  if (shape_.routed == Routed::kIdentity && K == 1) return out;
+  Expected y(T * D);
+  for (std::int64_t i = 0; i < T * D; ++i) {
+    Sum sum;
+    for (std::int64_t choice = i / D * K; choice < (i / D + 1) * K; ++choice) {
+      const std::int64_t row = plan_.row_of_choice[choice];
+      if (row < 0) continue;
+      const double gate = shape_.routed == Routed::kUngated ? 1.0 : gates_[choice];
+      sum.add(gate, out.value[row * D + i % D], out.error[row * D + i % D]);
+    }
+    sum.into(y, i);
+  }
+  return y;
+}
+
 Expected Layer::naive_forward(const Array& z_array) const {
-  const std::int64_t T = shape_.T, K = shape_.K, D = shape_.D, H = shape_.H;
+  const std::int64_t D = shape_.D, H = shape_.H;
   const double operand = operand_error(shape_.dtype);
   const std::vector<double> z = z_array.values();
   const std::vector<double> weight = out_weight_.values();
@@ -286,19 +303,7 @@ Expected Layer::naive_forward(const Array& z_array) const {
       }
     }
   }
-  if (shape_.routed == Routed::kIdentity && K == 1) return out;
-  Expected y(T * D);
-  for (std::int64_t i = 0; i < T * D; ++i) {
-    Sum sum;
-    for (std::int64_t choice = i / D * K; choice < (i / D + 1) * K; ++choice) {
-      const std::int64_t row = plan_.row_of_choice[choice];
-      if (row < 0) continue;
-      const double gate = shape_.routed == Routed::kUngated ? 1.0 : gates_[choice];
-      sum.add(gate, out.value[row * D + i % D], out.error[row * D + i % D]);
-    }
-    sum.into(y, i);
-  }
-  return y;
+  return combined(out);
 }
 
 double half_step(const double* row, std::int64_t n) {
@@ -308,7 +313,7 @@ double half_step(const double* row, std::int64_t n) {
 }
 
 Expected Layer::naive_int8() const {
-  const std::int64_t T = shape_.T, K = shape_.K, D = shape_.D, H = shape_.H;
+  const std::int64_t D = shape_.D, H = shape_.H;
   const std::vector<double> x = x_.values();
   const std::vector<double> in = in_weight_.values(), in_bias = in_bias_.values();
   const std::vector<double> gate = gate_weight_.values(), gate_bias = gate_bias_.values();
@@ -350,19 +355,7 @@ Expected Layer::naive_int8() const {
       }
     }
   }
-  if (shape_.routed == Routed::kIdentity && K == 1) return rows;
-  Expected y(T * D);
-  for (std::int64_t i = 0; i < T * D; ++i) {
-    Sum sum;
-    for (std::int64_t choice = i / D * K; choice < (i / D + 1) * K; ++choice) {
-      const std::int64_t row = plan_.row_of_choice[choice];
-      if (row < 0) continue;
-      const double g = shape_.routed == Routed::kUngated ? 1.0 : gates_[choice];
-      sum.add(g, rows.value[row * D + i % D], rows.error[row * D + i % D]);
-    }
-    sum.into(y, i);
-  }
-  return y;
+  return combined(rows);
 }
 
 Layer::NaiveGradients Layer::naive_backward(const Array& z_array) const {

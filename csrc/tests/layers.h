@@ -79,6 +79,8 @@ class Layer {
 
  private:
   Array array(std::int64_t size) const;
+  // y from the rows of all experts, by naive loops.
+  Expected combined(const Expected& out) const;
   std::int64_t rows() const { return shape_.T * shape_.K; }
   std::int64_t token_of(std::int64_t row) const;
   double gate_of(std::int64_t row) const;

@@ -245,3 +245,17 @@ def test_on_a_cpu_a_prepared_model_is_measured_unless_autocast_casts_its_weights
     monkeypatch.setattr(SparseMoE, "run_experts", lambda self, *args: forms.add(type(self)) or run_experts(self, *args))
     assert run(directory, "--val-data", val_data, "--precision", precision) == 0
     assert forms == {form}
+
+
+def test_int8_is_measured_and_named(directory, val_data, capsys):
+    plain, int8 = (results(directory, capsys, "--val-data", val_data, *flags) for flags in ([], ["--int8"]))
+    assert int8["precision"] == "fp32, int8 weights" and plain["precision"] == "fp32"
+    assert int8["retrieval"]["captions"] == plain["retrieval"]["captions"]
+
+
+def test_int8_is_refused_where_there_is_none(directory, val_data, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(directory, "--val-data", val_data, "--int8", "--precision", "amp_bf16")
+    assert "int8 needs precision fp32 or bf16 and device cpu, got amp_bf16 and cpu" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -107,6 +107,18 @@ def test_an_interrupted_index_is_continued(tmp_path, photos, monkeypatch):
     assert torch.equal(made.features, updated(tmp_path / "other", photos, Counted()).features)
 
 
+def test_what_was_encoded_before_an_interruption_is_kept(tmp_path, photos):
+    def encode(batch):
+        if encoded.images == 4:
+            raise KeyboardInterrupt
+        return encoded(batch)
+
+    encoded = Counted()
+    with pytest.raises(KeyboardInterrupt):
+        updated(tmp_path / "index", photos, encode)
+    assert len(updated(tmp_path / "index", photos, rest := Counted()).entries) == 6 and rest.images == 2
+
+
 def test_a_damaged_part_is_encoded_again(tmp_path, photos, monkeypatch, caplog):
     monkeypatch.setattr(image_index, "PART_IMAGES", 2)
     with pytest.raises(ZeroDivisionError):
