@@ -166,6 +166,19 @@ def test_it_loads_the_weights_of_a_plain_model():
     assert all(map(torch.equal, features(int8), features(clipup.accelerate(other, weights="int8"))))
 
 
+def test_one_of_two_matrices_with_the_same_input_is_loaded():
+    torch.manual_seed(0)
+    layer, other = (clipup.SparseMoE(32, 64, gated=True).eval() for _ in range(2))
+    with torch.no_grad():
+        other.in_weight[..., :3] *= 50
+    int8 = clipup.accelerate(layer, weights="int8")
+    int8.load_state_dict({"in_weight": other.in_weight.detach()}, strict=False)
+    layer.load_state_dict({"in_weight": other.in_weight.detach()}, strict=False)
+    x = torch.randn(9, 32)
+    with torch.inference_mode():
+        assert (int8(x) - layer(x)).norm() <= 5e-2 * layer(x).norm()
+
+
 def test_wrong_arguments_are_refused_by_name():
     with pytest.raises(ValueError, match="weights must be one of int8, got 'int3'"):
         clipup.accelerate(sparse_clip(), weights="int3")

@@ -1,5 +1,7 @@
 """clipup index and clipup search: one's own images, found by text; brought up to date, continued, exact."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -17,7 +19,7 @@ import clipup
 from clipup.cli import main
 from clipup.data.image_files import image_files
 from clipup.locks import DirectoryInUse
-from clipup.search import ImageIndex, find, image_index, results_page, update_index
+from clipup.search import ImageIndex, Result, find, image_index, results_page, update_index
 from clipup.search.image_index import Encoder
 
 PROBE = torch.nn.functional.normalize(torch.arange(192.0), dim=0)
@@ -257,6 +259,15 @@ def test_the_page_shows_pictures_and_escapes_names(tmp_path, photos):
     assert page.count("data:image/jpeg;base64,") == 6 and "cannot be read any more" in page
     assert "<i>red</i>" not in page and "<b>.png" not in page and "&lt;b&gt;.png" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_pictures_on_the_page_stand_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter, as phones store it
+    Image.new("RGB", (64, 32)).save(tmp_path / "photo.jpg", exif=exif)
+    page = results_page([("a photo", [Result(tmp_path / "photo.jpg", 0.5)])])
+    shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])))
+    assert shown.size == (32, 64)
 
 
 @pytest.mark.parametrize("int8", [False, True])
