@@ -7,6 +7,7 @@ Axis legend, used in every shape of this package: ``T`` tokens, ``D`` model widt
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ QUANTIZATIONS = ("int8",)
 """How ``pack_weight`` can quantize a weight."""
 
 
+@functools.cache
 def quantization_of(layout: str) -> str | None:
     """The quantization of a ``PackedWeight.layout``; None: its elements are exact."""
     return next((name for name in QUANTIZATIONS if layout.startswith(name)), None)
@@ -60,6 +62,36 @@ class Plan(NamedTuple):
     """[R] int32: ``t*K + k`` of the pair in this row; -1 from ``offsets[E]`` on."""
     row_of_choice: Tensor
     """[T, K] int32: row of the pair; -1 if it was dropped or the token is masked."""
+
+
+class RoutingBlocks(NamedTuple):
+    """The routing that ``clipup::packed_sparse_mlp`` returns, in two blocks: tensors of their own would take longer to
+    make than a few tokens take to route."""
+
+    floats: Tensor
+    """float32: logits [T, E], and Gating's gates, top_prob, mean_probs and z_loss, one after the other."""
+    ints: Tensor
+    """int32: Gating's expert_indices and tokens_per_expert, Plan's offsets, choice_of_row and row_of_choice."""
+    num_tokens: int
+    num_experts: int
+    k: int
+
+    @staticmethod
+    def sizes(num_tokens: int, num_experts: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers of elements in both blocks."""
+        rows = num_tokens * k
+        floats = (num_tokens * num_experts, rows, num_tokens, num_experts, 1)
+        return floats, (rows, k * num_experts, num_experts + 1, rows, rows)
+
+    def unpack(self) -> tuple[Tensor, Gating, Plan]:
+        """The logits, gating and plan, as views."""
+        of_token, of_choice = (self.num_tokens, self.num_experts), (self.num_tokens, self.k)
+        sizes = self.sizes(self.num_tokens, self.num_experts, self.k)
+        logits, gates, top_prob, mean_probs, z_loss = self.floats.split(sizes[0])
+        experts, tokens_per_expert, offsets, choice_of_row, row_of_choice = self.ints.split(sizes[1])
+        counts = tokens_per_expert.view(self.k, self.num_experts)
+        gating = Gating(gates.view(of_choice), experts.view(of_choice), top_prob, mean_probs, z_loss.view(()), counts)
+        return logits.view(of_token), gating, Plan(offsets, choice_of_row, row_of_choice.view(of_choice))
 
 
 class PackedWeight(NamedTuple):

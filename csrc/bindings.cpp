@@ -121,6 +121,17 @@ void expert_mlp_forward(int dtype, int activation, Size T, Size K, Size E, Size 
                              routing_of(T, K, routing), anything(x), out_anything(y), out_anything(z));
 }
 
+void sparse_mlp_forward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H,
+                        Address router_weight, Address selection_bias, bool renormalize,
+                        double capacity_factor, bool by_priority, float gate_scale, const Addresses& weights,
+                        Address mask, Address x, Address y, Address floats_, Address ints_, int packed_type) {
+  clipup::sparse_mlp_forward(experts_of(dtype, activation, E, D, H, 0, weights, packed_type),
+                             {floats(router_weight), floats(selection_bias), K, renormalize, capacity_factor,
+                              by_priority, gate_scale},
+                             flags(mask), T, anything(x), out_anything(y), out_floats(floats_),
+                             out_ints(ints_));
+}
+
 void expert_mlp_backward(int dtype, int activation, Size T, Size K, Size E, Size D, Size H, Size in_stride,
                          const std::array<Address, 4>& routing, const Addresses& weights, Address dy,
                          Address x, Address z, const std::array<Address, 8>& gradients) {
@@ -246,6 +257,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "row_of_choice"_a, "T"_a, "K"_a, "D"_a, "rows_used"_a, "R"_a, "d_rows"_a, "d_gates"_a);
   m.def("expert_mlp_forward", &expert_mlp_forward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
         "E"_a, "D"_a, "H"_a, "in_stride"_a, "routing"_a, "weights"_a, "x"_a, "y"_a, "z"_a,
+        "packed_type"_a = 0);
+  m.def("sparse_mlp_forward", &sparse_mlp_forward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
+        "E"_a, "D"_a, "H"_a, "router_weight"_a, "selection_bias"_a, "renormalize"_a, "capacity_factor"_a,
+        "by_priority"_a, "gate_scale"_a, "weights"_a, "mask"_a, "x"_a, "y"_a, "floats"_a, "ints"_a,
         "packed_type"_a = 0);
   m.def("expert_mlp_backward", &expert_mlp_backward, WithoutGil(), "dtype"_a, "activation"_a, "T"_a, "K"_a,
         "E"_a, "D"_a, "H"_a, "in_stride"_a, "routing"_a, "weights"_a, "dy"_a, "x"_a, "z"_a, "gradients"_a);

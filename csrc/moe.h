@@ -179,6 +179,26 @@ struct Experts {
 //   z[R,H]               gated: [2,R,H], z and then the gate's pre-activation; 0 past offsets[E]; null: not kept
 void expert_mlp_forward(const Experts& experts, const Routing& routing, const void* x, void* y, void* z);
 
+// How a sparse layer routes: the arguments of `router_logits`, `topk_gating` and `dispatch`.
+struct Router {
+  const float* weight;          // [E,D]
+  const float* selection_bias;  // [E] or null
+  std::int64_t K;
+  bool renormalize;
+  double capacity_factor;
+  bool by_priority;  // tokens are served in the order of top_prob
+  float gate_scale;  // y is the sum weighted by gate_scale * gates
+};
+
+// A sparse layer in one call: `router_logits`, `topk_gating`, `dispatch` and `expert_mlp_forward`, with their results bit
+// by bit. For few tokens the calls themselves take most of the time.
+//
+//   floats, ints         written: what the routing stages write, one after the other: logits, gates, top_prob,
+//                        mean_probs and z_loss; expert_indices, tokens_per_expert, offsets, choice_of_row and
+//                        row_of_choice
+void sparse_mlp_forward(const Experts& experts, const Router& router, const std::uint8_t* mask,
+                        std::int64_t T, const void* x, void* y, float* floats, std::int32_t* ints);
+
 // Gradients of `expert_mlp_forward`, by name; null: not wanted. An expert without rows gets 0.
 struct ExpertGradients {
   void* x;       // [T,D]

@@ -86,8 +86,15 @@ class Prepared(nn.Module):
 
     def packed(self, name: str) -> PackedWeight | None:
         """A weight by its name in ``SparseMoE``; None if the layer has none."""
-        packed = self._packed.get(name)
-        return None if packed is None else packed._replace(block=getattr(self, f"{name}_packed"))
+        if name not in self._packed:
+            return None
+        _, *rest = self._packed[name]
+        return PackedWeight._make((self._block(name), *rest))  # torch.compile cannot trace a call of the class
+
+    def _block(self, name: str) -> Tensor:
+        block = self._buffers[f"{name}_packed"]
+        assert block is not None
+        return block
 
     in_weight = property(lambda self: self.packed("in_weight"))
     out_weight = property(lambda self: self.packed("out_weight"))

@@ -216,13 +216,16 @@ class SparseMoE(Experts):
         return weighted_losses(routing, self.config, counts)
 
     def _mixture(self, tokens: Tensor, routing: Routing, dtype: torch.dtype | None) -> Tensor:
-        """[T, D]. Gates that sum to 1 over shards give 1/granularity of an MLP's output. NVIDIA (arXiv 2410.07524)
-        scales the weights to compensate; here the gates are scaled, so that the experts' projections stay bitwise those
-        of the dense MLP."""
-        routed = 1 if self.shared is None else 1 - SHARED_GATE
-        scale = self.config.granularity * routed
+        """[T, D]."""
+        scale = self.gate_scale()
         y = self.run_experts(tokens, routing.gates if scale == 1 else scale * routing.gates, routing.plan, dtype)
         return y if self.shared is None else y + self.shared(tokens, routing.mask, dtype, SHARED_GATE)
+
+    def gate_scale(self) -> float:
+        """Gates that sum to 1 over shards give 1/granularity of an MLP's output. NVIDIA (arXiv 2410.07524) scales the
+        weights to compensate; here the gates are scaled, so that the experts' projections stay bitwise those of the
+        dense MLP."""
+        return self.config.granularity * (1.0 if self.shared is None else 1 - SHARED_GATE)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         checks.tensor("x", x)

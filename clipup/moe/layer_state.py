@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from clipup_kernels import Gating, Plan
 
 from .router import Routing
 from .step_counts import StepCounts
@@ -58,6 +61,18 @@ class LastRouting(NamedTuple):
     z_loss: Tensor
     """[] float32."""
 
+    @classmethod
+    def of(cls, logits: Tensor, gating: Gating, plan: Plan, mask: Tensor | None) -> LastRouting:
+        return cls(
+            logits=logits.detach(),
+            mask=mask,
+            expert_indices=gating.expert_indices,
+            tokens_per_expert=gating.tokens_per_expert,
+            offsets=plan.offsets,
+            mean_probs=gating.mean_probs.detach(),
+            z_loss=gating.z_loss.detach(),
+        )
+
 
 class _Kept:
     """What the forward passes of one thread store for ``aux_loss`` and ``update_selection_bias``.
@@ -87,7 +102,7 @@ class _State:
 
     def __init__(self) -> None:
         self.ran_layer = False
-        self.last_routing: LastRouting | None = None
+        self.last_routing: LastRouting | Callable[[], LastRouting] | None = None
         self.newest: LossRecord | None = None
         self.step_counts: StepCounts | None = None
         self.kept = _Kept()
@@ -114,11 +129,19 @@ class LayerState:
     @property
     def last_routing(self) -> LastRouting | None:
         """The routing of the calling thread's last forward pass."""
-        return self._threads.state.last_routing
+        routing = self._threads.state.last_routing
+        return routing() if callable(routing) else routing
 
     @last_routing.setter
-    def last_routing(self, routing: LastRouting | None) -> None:
+    def last_routing(self, routing: LastRouting | Callable[[], LastRouting] | None) -> None:
         self._threads.state.last_routing = routing
+
+    def keep_inference(self, routing: Callable[[], LastRouting]) -> None:
+        """``keep`` for a forward pass that has no losses; ``routing`` is called when somebody asks for it."""
+        state = self._threads.state
+        state.ran_layer = True
+        if not _in_transform():
+            state.last_routing = routing
 
     @property
     def step_counts(self) -> StepCounts | None:
@@ -153,15 +176,8 @@ class LayerState:
             self._keep_loss(loss, output)
 
     def _keep_routing(self, routing: Routing) -> None:
-        gating = routing.gating
-        self._threads.state.last_routing = LastRouting(
-            logits=routing.noisy_logits.detach(),
-            mask=routing.mask,
-            expert_indices=gating.expert_indices,
-            tokens_per_expert=gating.tokens_per_expert,
-            offsets=routing.plan.offsets,
-            mean_probs=gating.mean_probs.detach(),
-            z_loss=gating.z_loss.detach(),
+        self._threads.state.last_routing = LastRouting.of(
+            routing.noisy_logits, routing.gating, routing.plan, routing.mask
         )
 
     def _keep_loss(self, loss: Tensor, output: Tensor) -> None:

@@ -164,6 +164,23 @@ class Router(nn.Module):
             gates = renormalize_kept(gates, plan)
         return Routing(gates, plan, gating, logits, noisy_logits, mask)
 
+    def in_one_op(self) -> dict[str, Any] | None:
+        """The arguments by which ``packed_sparse_mlp`` routes as this module does in inference; None if only calling it
+        does: hooks, options that the op lacks."""
+        config = self._config
+        if self.training or self._forward_hooks or self._forward_pre_hooks or "logits" in self.__dict__:
+            return None
+        if config.score_function != "softmax" or config.normalize_gates == "after_drop":
+            return None
+        return {
+            "router_weight": whole(self.weight).float(),
+            "k": config.top_k,
+            "renormalize": config.normalize_gates == "before_drop",
+            "capacity_factor": config.eval_capacity_factor,
+            "by_priority": config.priority,
+            "selection_bias": self.selection_bias,
+        }
+
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, num_experts={self.weight.shape[0]}, top_k={self.config.top_k}"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import glu
-from ..types import ACTIVATIONS
+from ..types import ACTIVATIONS, RoutingBlocks
 from . import meta
 from .extension import NATIVE
 from .plan_checks import check_offsets
@@ -264,6 +264,28 @@ def packed_expert_mlp(
         address(x), address(y), 0, PACKED_TYPE[quantize],
     )  # fmt: skip
     return y
+
+
+def packed_sparse_mlp(
+    x, router_weight, selection_bias, mask, k, renormalize, capacity_factor, by_priority, gate_scale, in_packed,
+    in_bias, out_packed, out_bias, gate_packed, gate_bias, hidden, activation, quantize,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    x, router_weight, selection_bias, mask, *biases = _dense(
+        x, router_weight, selection_bias, mask, in_bias, out_bias, gate_bias
+    )
+    num_experts = router_weight.shape[0]
+    _check_mlp(x, num_experts, hidden, quantize, in_packed, out_packed, gate_packed)
+    sizes = RoutingBlocks.sizes(x.shape[0], num_experts, k)
+    floats, ints = router_weight.new_empty(sum(sizes[0])), x.new_empty(sum(sizes[1]), dtype=torch.int32)
+    y = torch.empty_like(x)
+    NATIVE.sparse_mlp_forward(
+        DTYPE_CODE[x.dtype], ACTIVATIONS.index(activation), x.shape[0], k, num_experts, x.shape[1], hidden,
+        address(router_weight), address(selection_bias), renormalize,
+        -1.0 if capacity_factor is None else capacity_factor, by_priority, gate_scale,
+        _packed_addresses(biases, in_packed, out_packed, gate_packed), address(mask), address(x), address(y),
+        address(floats), address(ints), PACKED_TYPE[quantize],
+    )  # fmt: skip
+    return y, floats, ints
 
 
 def _check_mlp(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from ..types import RoutingBlocks
+
 
 def router_logits(x, weight, mask=None):
     return weight.new_empty(x.shape[0], weight.shape[0])
@@ -98,6 +100,12 @@ def dense_mlp(x, *args):
 
 
 packed_expert_mlp = packed_dense_mlp = dense_mlp
+
+
+def packed_sparse_mlp(x, router_weight, selection_bias, mask, k, *args):
+    sizes = RoutingBlocks.sizes(x.shape[0], router_weight.shape[0], k)
+    floats, ints = map(sum, sizes)
+    return x.new_empty(x.shape), router_weight.new_empty(floats), router_weight.new_empty(ints, dtype=torch.int32)
 
 
 def packed_grouped_linear(rows, packed, bias, offsets, out_features, layout):

@@ -28,7 +28,7 @@ PRODUCTS = (
     *("expert_glu_forward", "expert_glu_backward"),
 )
 """``dense_mlp`` is for inference: on CUDA devices it is torch's own products."""
-PACKED = ("packed_grouped_linear", "packed_expert_mlp", "packed_dense_mlp")
+PACKED = ("packed_grouped_linear", "packed_expert_mlp", "packed_dense_mlp", "packed_sparse_mlp")
 
 
 class Backend(NamedTuple):
@@ -58,6 +58,7 @@ _SAME_CODE = {
     "packed_grouped_linear": "grouped_linear",
     "packed_expert_mlp": "expert_mlp_forward",
     "packed_dense_mlp": "dense_mlp",
+    "packed_sparse_mlp": "expert_mlp_forward",
 }
 """Ops that are not checked themselves, and the op whose check stands for theirs."""
 
@@ -230,12 +231,14 @@ def distrust(backend: str, op: str, dtype: torch.dtype, reason: str | None, inde
     else:
         _DISTRUSTED[backend, op, dtype, index] = reason
     function_of.cache_clear()
+    all_computed_by.cache_clear()
 
 
 def trust_all() -> None:
     """Forgets what ``distrust`` was told."""
     _DISTRUSTED.clear()
     function_of.cache_clear()
+    all_computed_by.cache_clear()
 
 
 def failed_check(backend: Backend, op: str, dtype: torch.dtype, index: int | None = None) -> str | None:
@@ -301,6 +304,17 @@ def function_of(op: str, dtype: torch.dtype, device: str, index: int | None = No
     if device == "cuda" and dtype != torch.float64 and backend.name != forced():
         _warn_without_triton(index)
     return implementation(backend, op)
+
+
+@functools.cache
+def all_computed_by(backend: str, ops: tuple[str, ...], dtype: torch.dtype) -> bool:
+    """Whether a backend is chosen for each of these ops on the CPU, for tokens of a type."""
+    firsts = [(op, type_of_first(op, dtype)) for op in ops]
+    found = [next(iter(choices(op, first, "cpu")), None) for op, first in firsts]
+    return all(
+        one is not None and one.backend.name == backend and failed_check(one.backend, op, first) is None
+        for one, (op, first) in zip(found, firsts, strict=True)
+    )
 
 
 @functools.cache

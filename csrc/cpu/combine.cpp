@@ -84,9 +84,10 @@ void check_rows_covered(const std::int32_t* row_of_choice, std::int64_t R, std::
     }
     seen[row] = true;
   }
-  check(std::find(seen.begin(), seen.end(), false) == seen.end(),
-        "row_of_choice: expected a choice for each of the " + std::to_string(used) +
-            " rows used, one is missing");
+  check(std::find(seen.begin(), seen.end(), false) == seen.end(), [&] {
+    return "row_of_choice: expected a choice for each of the " + std::to_string(used) +
+           " rows used, one is missing";
+  });
 }
 
 }  // namespace
@@ -116,7 +117,8 @@ void combine_backward(const void* dy, const void* rows, DType dtype, const float
                       const std::int32_t* rows_used, std::int64_t R, void* d_rows, float* d_gates) {
   check_row_count(T, K);
   check_size("D", D, 0);
-  check(R == T * K, "R: expected T*K = " + std::to_string(T * K) + ", got " + std::to_string(R));
+  check(R == T * K,
+        [&] { return "R: expected T*K = " + std::to_string(T * K) + ", got " + std::to_string(R); });
   check_pointer("dy", dy, T * D);
   check_pointer("rows", rows, R * D);
   check_pointer("gates", gates, R);

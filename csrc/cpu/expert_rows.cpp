@@ -10,23 +10,25 @@ namespace clipup {
 
 void check_dtype(DType dtype) {
   const int value = static_cast<int>(dtype);
-  check(value >= 0 && value < 3,
-        "dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(value));
+  check(value >= 0 && value < 3, [&] {
+    return "dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got " + std::to_string(value);
+  });
 }
 
 void check_packed_type(PackedType type, std::int64_t k) {
   const int value = static_cast<int>(type);
   check(value == 0 || value == 1,
-        "packed_type: expected 0 (exact) or 1 (int8), got " + std::to_string(value));
+        [&] { return "packed_type: expected 0 (exact) or 1 (int8), got " + std::to_string(value); });
   constexpr std::int64_t kMost = 65536;  // a sum of more products than that could pass 2^31
-  check(type == PackedType::kExact || k <= kMost,
-        "packed_type: expected at most 65536 inputs of an int8 weight, got " + std::to_string(k));
+  check(type == PackedType::kExact || k <= kMost, [&] {
+    return "packed_type: expected at most 65536 inputs of an int8 weight, got " + std::to_string(k);
+  });
 }
 
 void check_offsets(const std::int32_t* offsets, std::int64_t E, std::int64_t R) {
   check_pointer("offsets", offsets, E + 1);
   check_values("offsets", offsets, E + 1, 0, R + 1);
-  check(offsets[0] == 0, "offsets: expected 0 first, got " + std::to_string(offsets[0]));
+  check(offsets[0] == 0, [&] { return "offsets: expected 0 first, got " + std::to_string(offsets[0]); });
   check(std::is_sorted(offsets, offsets + E + 1), "offsets: expected ascending values");
 }
 
@@ -35,13 +37,15 @@ void check_experts(const Experts& experts) {
   const std::int64_t E = experts.E, D = experts.D, H = experts.H;
   check_dtype(dtype);
   check(static_cast<int>(experts.activation) >= 0 && static_cast<int>(experts.activation) < kActivations,
-        "activation: expected 0 to " + std::to_string(kActivations - 1) + ", got " +
-            std::to_string(static_cast<int>(experts.activation)));
+        [&] {
+          return "activation: expected 0 to " + std::to_string(kActivations - 1) + ", got " +
+                 std::to_string(static_cast<int>(experts.activation));
+        });
   check_size("E", E, 0);
   check_size("D", D, 0);
   check_size("H", H, 0);
   check(experts.in_stride == 0 || experts.in_stride >= H * D,
-        "in_stride: expected 0 or at least H*D, got " + std::to_string(experts.in_stride));
+        [&] { return "in_stride: expected 0 or at least H*D, got " + std::to_string(experts.in_stride); });
   if (experts.packed_in == nullptr) check_pointer("in_weight", experts.in_weight, E * H * D);
   if (experts.packed_out == nullptr) check_pointer("out_weight", experts.out_weight, E * D * H);
   check_packed_type(experts.packed_type, D);
@@ -63,12 +67,14 @@ void check_routing(const Routing& routing, std::int64_t E) {
   check_offsets(offsets, E, T * K);
   check((choice_of_row == nullptr) == (row_of_choice == nullptr) || T * K == 0,
         "choice_of_row: expected both it and row_of_choice, or neither");
-  check(T * K == 0 || gates != nullptr || K == 1, "K: expected 1 without gates, got " + std::to_string(K));
+  check(T * K == 0 || gates != nullptr || K == 1,
+        [&] { return "K: expected 1 without gates, got " + std::to_string(K); });
   check(T * K == 0 || gates == nullptr || choice_of_row != nullptr,
         "gates: expected routing beside them, got none");
   if (choice_of_row == nullptr) {
-    check(offsets[E] == T * K,
-          "offsets: expected all " + std::to_string(T * K) + " rows, got " + std::to_string(offsets[E]));
+    check(offsets[E] == T * K, [&] {
+      return "offsets: expected all " + std::to_string(T * K) + " rows, got " + std::to_string(offsets[E]);
+    });
     return;
   }
   check_values("choice_of_row", choice_of_row, offsets[E], 0, T * K);

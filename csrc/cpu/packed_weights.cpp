@@ -109,7 +109,7 @@ void pack_weight(DType dtype, const void* weight, std::int64_t E, std::int64_t O
         "input_scale: expected none for an exact weight");
   for (std::int64_t i = 0; input_scale != nullptr && i < E * I; ++i) {
     check(std::isnormal(input_scale[i]) && input_scale[i] > 0.0F,
-          "input_scale: expected positive numbers, got " + std::to_string(input_scale[i]));
+          [&] { return "input_scale: expected positive numbers, got " + std::to_string(input_scale[i]); });
   }
   if (type == PackedType::kInt8) return pack_int8(dtype, weight, E, O, I, packed, input_scale);
   const Kernels& ks = kernels();

@@ -21,8 +21,9 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 
 inline void check_most_experts(std::int64_t E) {
-  check(E <= kMostExperts,
-        "E: expected at most " + std::to_string(kMostExperts) + " on CUDA, got " + std::to_string(E));
+  check(E <= kMostExperts, [&] {
+    return "E: expected at most " + std::to_string(kMostExperts) + " on CUDA, got " + std::to_string(E);
+  });
 }
 
 // Queues kernel(arguments...) on `stream`, for `blocks` blocks of `threads` threads; throws when that fails.

@@ -103,6 +103,68 @@ void few_rows_layers() {
   }
 }
 
+// A whole layer in one call writes what the stages write, and nothing past its blocks.
+void sparse_layers(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    LayerShape shape = layer_of(integer(40), 1 + integer(40), 1 + integer(40), 1 + integer(9), 1);
+    shape.K = 1 + integer(shape.E);
+    shape.dtype = DType{round % 3};
+    shape.gated = round % 2 == 1;
+    const Layer layer(shape);
+    describe("sparse layer of " + text_of(shape));
+    const std::int64_t T = shape.T, K = shape.K, E = shape.E, R = T * K;
+    std::vector<float> weight(E * shape.D), bias(E);
+    for (float& value : weight) value = normal();
+    for (float& value : bias) value = normal();
+    std::vector<std::uint8_t> mask(T);
+    for (std::uint8_t& flag : mask) flag = uniform() < 0.8F ? 1 : 0;
+    const Router router{weight.data(),
+                        round % 4 == 0 ? bias.data() : nullptr,
+                        K,
+                        round % 5 != 0,
+                        round % 3 == 0 ? -1.0 : 0.5 + uniform(),
+                        round % 2 == 0,
+                        round % 7 == 0 ? 2.0F : 1.0F};
+    const std::uint8_t* const tokens = round % 2 == 0 && T > 0 ? mask.data() : nullptr;
+
+    Array y = layer.new_output();
+    std::vector<float> floats(T * E + R + T + E + 1);
+    std::vector<std::int32_t> ints(R + K * E + E + 1 + 2 * R);
+    sparse_mlp_forward(layer.experts(), router, tokens, T, layer.x(), y.data(), floats.data(), ints.data());
+
+    std::vector<float> logits(T * E), gates(R), top_prob(T), mean_probs(E), z_loss(1);
+    std::vector<std::int32_t> experts(R), counts(K * E);
+    Plan plan(T, K, E);
+    router_logits(layer.x(), shape.dtype, tokens, weight.data(), T, shape.D, E, logits.data());
+    topk_gating(logits.data(), tokens, router.selection_bias, T, E, K, router.renormalize, gates.data(),
+                experts.data(), top_prob.data(), mean_probs.data(), z_loss.data(), counts.data());
+    dispatch(experts.data(), tokens, router.by_priority ? top_prob.data() : nullptr, T, K, E,
+             router.capacity_factor, plan.offsets.data(), plan.choice_of_row.data(),
+             plan.row_of_choice.data());
+    std::vector<float> all_floats;
+    for (const auto* part : {&logits, &gates, &top_prob, &mean_probs, &z_loss}) {
+      all_floats.insert(all_floats.end(), part->begin(), part->end());
+    }
+    std::vector<std::int32_t> all_ints;
+    for (const auto* part : {&experts, &counts, &plan.offsets, &plan.choice_of_row, &plan.row_of_choice}) {
+      all_ints.insert(all_ints.end(), part->begin(), part->end());
+    }
+    EXPECT(floats == all_floats);
+    EXPECT(ints == all_ints);
+    for (float& gate : gates) gate *= router.gate_scale;
+    Array wanted = layer.new_output();
+    expert_mlp_forward(
+        layer.experts(),
+        {T, K, gates.data(), plan.offsets.data(), plan.choice_of_row.data(), plan.row_of_choice.data()},
+        layer.x(), wanted.data(), nullptr);
+    EXPECT(y.same_bits(wanted));
+    EXPECT(refusal([&] {
+             sparse_mlp_forward(layer.experts(), router, tokens, T, layer.x(), y.data(), nullptr,
+                                ints.data());
+           }) == "floats: expected an array of 1 elements, got a null pointer");
+  }
+}
+
 void linear_layers(int rounds) {
   for (int round = 0; round < rounds; ++round) {
     const LayerShape random = random_shape(150, 70);
@@ -204,6 +266,7 @@ void test_products() {
   empty_layers();
   large_layers();
   few_rows_layers();
+  sparse_layers(quick() ? 20 : 120);
   linear_layers(quick() ? 20 : 120);
   streamed_gradients();
   concurrent_calls();

@@ -19,7 +19,11 @@ from torch import nn
 
 import clipup
 from clipup.dense.prepared import PreparedMLP
+from clipup.moe import prepared as prepared_module
 from clipup.moe.prepared import PreparedMoE
+from clipup.moe.router import Router
+from clipup_kernels import packed_layout
+from clipup_kernels.backends import registry
 
 LAYERS = {
     "plain": {},
@@ -56,6 +60,86 @@ def test_a_prepared_layer_gives_the_plain_layers_bits(name, dtype):
     with torch.no_grad():
         assert torch.equal(prepared(x), plain(x))
         assert torch.equal(prepared(x, mask), plain(x, mask))
+
+
+def count_calls_of_the_one_op(monkeypatch):
+    calls, op = [], prepared_module.packed_sparse_mlp
+    monkeypatch.setattr(prepared_module, "packed_sparse_mlp", lambda *a, **k: calls.append(1) or op(*a, **k))
+    return calls
+
+
+needs_packing = pytest.mark.skipif(packed_layout(torch.float32) == "plain", reason="nothing is packed here")
+
+
+@needs_packing
+def test_a_forward_pass_is_one_op_whose_routing_can_be_looked_at(monkeypatch):
+    calls = count_calls_of_the_one_op(monkeypatch)
+    plain, x, mask = layer("shared expert, fine-grained"), tokens(), torch.arange(50) % 3 > 0
+    prepared = clipup.accelerate(plain)
+    with torch.no_grad():
+        for one in (plain, prepared):
+            one(x.view(5, 10, 24), mask.view(5, 10))
+    assert calls == [1]
+    wanted, found = plain.state.last_routing, prepared.state.last_routing
+    for name, value in wanted._asdict().items():
+        assert torch.equal(getattr(found, name), value), name
+
+
+class Steep(Router):
+    def logits(self, x, mask=None):
+        return 10 * super().logits(x, mask)
+
+
+def hooked(made):
+    made.router.register_forward_hook(lambda router, inputs, routing: routing._replace(gates=2 * routing.gates))
+
+
+def steep(made):
+    made.router.__class__ = Steep
+
+
+def patched(made):
+    made.router.logits = lambda x, mask=None: -Router.logits(made.router, x, mask)
+
+
+@needs_packing
+@pytest.mark.parametrize("change", [hooked, steep, patched], ids=lambda change: change.__name__)
+def test_a_changed_router_is_called(change, monkeypatch):
+    calls = count_calls_of_the_one_op(monkeypatch)
+    plain, x = layer(), tokens()
+    prepared = clipup.accelerate(plain)
+    with torch.no_grad():
+        before = prepared(x)
+        for one in (plain, prepared):
+            change(one)
+        assert torch.equal(prepared(x), plain(x)) and not torch.equal(prepared(x), before)
+    assert calls == [1]
+
+
+@needs_packing
+@pytest.mark.parametrize("option", [{"score_function": "sigmoid"}, {"normalize_gates": "after_drop"}], ids=str)
+def test_options_that_the_one_op_lacks_mean_the_same(option, monkeypatch):
+    calls = count_calls_of_the_one_op(monkeypatch)
+    plain, x = layer(eval_capacity_factor=0.5, **option), tokens()
+    with torch.no_grad():
+        assert torch.equal(clipup.accelerate(plain)(x), plain(x))
+    assert not calls
+
+
+@needs_packing
+def test_routing_that_failed_its_self_check_is_not_in_the_one_op(monkeypatch):
+    calls = count_calls_of_the_one_op(monkeypatch)
+    prepared, x = clipup.accelerate(layer()), tokens()
+    registry.distrust("cpp", "topk_gating", torch.float32, "it is broken")
+    try:
+        with torch.no_grad():
+            prepared(x)
+        assert not calls
+    finally:
+        registry.distrust("cpp", "topk_gating", torch.float32, None)
+    with torch.no_grad():
+        prepared(x)
+    assert calls
 
 
 def test_a_prepared_mlp_gives_the_mlps_output_to_rounding():

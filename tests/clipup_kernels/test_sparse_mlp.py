@@ -1,0 +1,134 @@
+"""The op of a whole sparse layer gives bitwise the results of the single ops."""
+
+import pytest
+import torch
+from moe_cases import DTYPES, SHAPES, make_experts, randn, seeded
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import clipup_kernels as ck
+from clipup_kernels import packed_layout
+from clipup_kernels.ops.sparse_mlp import packed_sparse_mlp
+
+pytestmark = pytest.mark.skipif(packed_layout(torch.float32) == "plain", reason="nothing is packed here")
+
+MATRICES = ("in_weight", "out_weight", "gate_weight")
+
+
+class Layer:
+    def __init__(self, shape="odd", dtype=torch.float32, gated=False, bias=True, quantize=None):
+        self.shape = SHAPES[shape]
+        tokens, width, _, experts, _ = self.shape
+        self.x = randn(tokens, width, dtype=dtype, seed=1)
+        self.router = randn(experts, width, seed=2)
+        plain = make_experts(self.shape, dtype, "gelu", bias, gated, seed=3)
+        packed = {n: None if (w := getattr(plain, n)) is None else ck.pack_weight(w, quantize) for n in MATRICES}
+        self.experts = plain._replace(**packed)
+
+    def one_op(self, **options):
+        y, routing = packed_sparse_mlp(self.x, self.router, self.shape.k, *self.experts, **options)
+        return y, *routing.unpack()
+
+    def single_ops(
+        self, renormalize=True, capacity_factor=None, by_priority=False, gate_scale=1.0, selection_bias=None, mask=None
+    ):
+        logits = ck.router_logits(self.x, self.router, mask)
+        gating = ck.topk_gating(logits, self.shape.k, renormalize, selection_bias, mask)
+        priority = gating.top_prob if by_priority else None
+        plan = ck.dispatch(gating.expert_indices, self.shape.experts, capacity_factor, priority, mask)
+        y = ck.expert_mlp(self.x, gate_scale * gating.gates, plan, *self.experts)
+        return y, logits, gating, plan
+
+
+def assert_same(one, single):
+    assert torch.equal(one[0], single[0])
+    assert torch.equal(one[1], single[1])
+    for got, wanted in zip((*one[2], *one[3]), (*single[2], *single[3]), strict=True):
+        assert got.shape == wanted.shape and got.dtype == wanted.dtype
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_gives_the_bits_of_the_single_ops(dtype, quantize, shape):
+    layer = Layer(shape, dtype, quantize=quantize)
+    assert_same(layer.one_op(), layer.single_ops())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"renormalize": False},
+        {"capacity_factor": 0.5},
+        {"capacity_factor": 0.5, "by_priority": True},
+        {"gate_scale": 4.0},
+        {"gate_scale": 0.5, "capacity_factor": 1},
+        {"selection_bias": randn(5, seed=9)},
+        {"mask": torch.rand(37, generator=seeded(7)) < 0.6, "capacity_factor": 0.7},
+        {"mask": torch.zeros(37, dtype=torch.bool)},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_every_option_means_what_it_means_in_the_single_ops(gated, options):
+    layer = Layer(gated=gated, bias=not gated)
+    assert_same(layer.one_op(**options), layer.single_ops(**options))
+
+
+def test_masked_tokens_are_not_read():
+    layer = Layer()
+    mask = torch.arange(37) % 3 > 0
+    wanted = layer.one_op(mask=mask)
+    layer.x[~mask] = float("nan")
+    assert_same(layer.one_op(mask=mask), wanted)
+
+
+def cut(packed):
+    return packed._replace(block=packed.block[:64])
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda a: a.update(x=a["x"][:, 1:]), ValueError, r"x must have shape \[37, 19\]"),
+        (lambda a: a.update(x=a["x"].double()), TypeError, "x must be float32"),
+        (lambda a: a.update(router_weight=a["router_weight"][1:]), ValueError, r"router_weight must .* \[5, 19\]"),
+        (lambda a: a.update(in_bias=a["in_bias"][:, 1:]), ValueError, r"in_bias must have shape \[5, 53\]"),
+        (lambda a: a.update(out_bias=a["out_bias"][1:]), ValueError, r"out_bias must have shape \[5, 19\]"),
+        (lambda a: a.update(mask=torch.ones(36, dtype=torch.bool)), ValueError, r"mask must have shape \[37\]"),
+        (lambda a: a.update(mask=torch.ones(37)), TypeError, "mask must be bool"),
+        (lambda a: a.update(selection_bias=torch.zeros(4)), ValueError, r"selection_bias must have shape \[5\]"),
+        (lambda a: a.update(k=6), ValueError, "K: expected at most E = 5, got 6"),
+        (lambda a: a.update(capacity_factor=0.0), ValueError, "capacity_factor: expected a positive number"),
+        (lambda a: a.update(out_weight=cut(a["out_weight"])), ValueError, "takes .* bytes, got 64"),
+    ],
+)
+def test_wrong_arguments_are_named(change, error, message):
+    layer = Layer()
+    arguments = {"x": layer.x, "router_weight": layer.router, "k": 3, **layer.experts._asdict()}
+    change(arguments)
+    with pytest.raises(error, match=message):
+        packed_sparse_mlp(**arguments)
+
+
+@pytest.mark.parametrize("trained", ["x", "router"])
+def test_it_has_no_derivative(trained):
+    layer = Layer()
+    getattr(layer, trained).requires_grad_()
+    with pytest.raises(NotImplementedError, match="packed weights have no derivative"):
+        layer.one_op()
+
+
+def test_it_is_an_op_like_the_others():
+    layer, e = Layer(), Layer().experts
+    case = [layer.x, layer.router, None, None, 3, True, 1.5, True, 0.5, e.in_weight.block, e.in_bias]
+    case += [e.out_weight.block, e.out_bias, None, None, 53, "gelu", e.in_weight.layout]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
+    opcheck(torch.ops.clipup.packed_sparse_mlp, case, test_utils=checks)
+    counts = []
+    for run in (layer.one_op, layer.single_ops):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
