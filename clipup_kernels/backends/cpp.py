@@ -5,6 +5,7 @@ Every function has the arguments of its op, on CPU tensors of float32, bfloat16 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -297,7 +298,7 @@ def _check_mlp(
 
 def _check_blocks(x: Tensor, shape: tuple[int, int, int], quantize: str | None, *blocks: Tensor | None) -> None:
     """Refuses packed weights that are shorter than what is read."""
-    bytes_read = NATIVE.packed_weight_bytes(DTYPE_CODE[x.dtype], *shape, PACKED_TYPE[quantize])
+    bytes_read = _packed_bytes(x.dtype, shape, quantize)
     for block in blocks:
         if block is None:
             continue
@@ -306,6 +307,11 @@ def _check_blocks(x: Tensor, shape: tuple[int, int, int], quantize: str | None, 
                 f"a packed weight of shape {list(shape)} takes {bytes_read} bytes, got {block.numel()} of "
                 f"{block.dtype}{'' if block.is_contiguous() else ', not contiguous'}; use what pack_weight() returned"
             )
+
+
+@functools.lru_cache(1024)
+def _packed_bytes(dtype: torch.dtype, shape: tuple[int, int, int], quantize: str | None) -> int:
+    return NATIVE.packed_weight_bytes(DTYPE_CODE[dtype], *shape, PACKED_TYPE[quantize])
 
 
 def _packed_addresses(biases: list[Tensor | None], *packed: Tensor | None) -> list[int]:
