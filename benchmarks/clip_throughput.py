@@ -1,7 +1,8 @@
 """Whole models in one alternating run: dense B/32, B/16 and L/14 beside CLIP-UP B/32 and B/16, inference and training.
 
 "accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``, inference only);
-"int8" quantizes MLPs, experts and attention besides (``weights="int8"``). On a CPU they and CLIP-UP stop at the end of
+"int8" quantizes MLPs, experts and attention besides (``weights="int8"``); "onnxruntime" is the dense model in int8 there,
+in inference and where it is installed (onnx_peer.py). On a CPU they and CLIP-UP stop at the end of
 the longest text, where dense models in their usual form compute all 77 tokens.
 
     python benchmarks/clip_throughput.py                              # inference of bf16 models, some minutes
@@ -25,6 +26,7 @@ from statistics import median
 import open_clip
 import torch
 from harness import DTYPES, Timing, alternate, commit, print_table, require_device, write_csv
+from onnx_peer import ONNX, OnnxInt8, missing
 from torch import Tensor, nn
 
 import clipup
@@ -36,7 +38,7 @@ from clipup_kernels.machine import package_version, processor_name
 
 BASELINE, LARGE, ACCELERATED, INT8 = "ViT-B-16", "ViT-L-14", "accelerated", "int8"
 MODELS = (
-    BASELINE, f"ViT-B-16 {ACCELERATED}", f"ViT-B-16 {INT8}",
+    BASELINE, f"ViT-B-16 {ACCELERATED}", f"ViT-B-16 {INT8}", f"ViT-B-16 {ONNX}",
     "ViT-B-16 CLIP-UP", f"ViT-B-16 CLIP-UP {ACCELERATED}", f"ViT-B-16 CLIP-UP {INT8}",
     "ViT-B-32", "ViT-B-32 CLIP-UP", f"ViT-B-32 CLIP-UP {ACCELERATED}", f"ViT-B-32 CLIP-UP {INT8}", LARGE,
 )  # fmt: skip
@@ -65,7 +67,7 @@ def synchronise(device: str) -> None:
 class Inference:
     """Encodes a batch of pairs; keeps what the images and the texts of every call took, in seconds."""
 
-    def __init__(self, model: nn.Module, images: Tensor, texts: Tensor) -> None:
+    def __init__(self, model: nn.Module | OnnxInt8, images: Tensor, texts: Tensor) -> None:
         self.model, self.images, self.texts = model, images, texts
         self.device = images.device.type
         self.image_seconds: list[float] = []
@@ -83,7 +85,7 @@ class Inference:
 
     def check(self) -> bool:
         """Whether features are finite."""
-        towers = (self.model.encode_image(self.images[:2]), self.model.encode_text(self.texts[:2]))
+        towers = (self.model.encode_image(self.images), self.model.encode_text(self.texts))
         return all(features.isfinite().all() for features in towers)
 
 
@@ -113,11 +115,16 @@ def measure(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> 
     training = pass_ == "fwd_bwd"
     counts: dict[str, TowerCounts] = {}
     chosen = [name for name in MODELS if name in {*args.models, BASELINE}]
-    wanted = [name for name in chosen if not (training and name.endswith((ACCELERATED, INT8)))]
+    left_out = (ONNX,) if missing() or args.device != "cpu" else ()
+    left_out += (ACCELERATED, INT8, ONNX) if training else ()
+    wanted = [name for name in chosen if not name.endswith(left_out)]
 
     def runner(name: str) -> Inference | TrainingStep:
-        model, counts[name] = build(name, DTYPES[dtype], args.device, training)
+        on_onnx = name.endswith(ONNX)
+        model, counts[name] = build(name, torch.float32 if on_onnx else DTYPES[dtype], args.device, training)
         images = torch.randn(args.batch_size, 3, *image_size(model)).to(args.device, DTYPES[dtype])
+        if on_onnx:
+            model = OnnxInt8(model, images, texts, args.threads)
         run = (TrainingStep if training else Inference)(model, images, texts)
         with torch.inference_mode(not training):
             finite = run.check()

@@ -19,8 +19,8 @@ from statistics import median, quantiles
 import torch
 from clip_throughput import ACCELERATED, BASELINE, INT8, LARGE, WORDS, build
 from harness import DTYPES, commit, print_table, write_csv
-from onnx_peer import OnnxInt8, missing
-from torch import nn
+from onnx_peer import ONNX, OnnxInt8, missing
+from torch import Tensor, nn
 
 import clipup
 from clipup.clip.inputs import image_size
@@ -28,7 +28,6 @@ from clipup.pretrained.factory import create_model_and_transforms, expecting_ran
 from clipup.pretrained.tokenizers import get_tokenizer
 from clipup_kernels.machine import processor_name
 
-ONNX = "onnxruntime"
 MODELS = (
     BASELINE, f"{BASELINE} {ACCELERATED}", f"{BASELINE} {INT8}", f"{BASELINE} {ONNX}", f"{BASELINE} CLIP-UP",
     f"{BASELINE} CLIP-UP {ACCELERATED}", f"{BASELINE} CLIP-UP {INT8}", LARGE,
@@ -71,12 +70,18 @@ def rows_of(what: str, taken: dict[str, list[float]], args: argparse.Namespace) 
     return rows
 
 
-def model_of(name: str, args: argparse.Namespace, images: torch.Tensor, texts: torch.Tensor):
+def model_of(name: str, args: argparse.Namespace, texts: Tensor) -> tuple[nn.Module | OnnxInt8, Tensor]:
+    """The model, and an image for it."""
+
+    def image_for(model: nn.Module) -> Tensor:
+        return torch.randn(1, 3, *image_size(model)).to(DTYPES[args.dtype])
+
     if not name.endswith(ONNX):
-        return build(name, DTYPES[args.dtype], "cpu", training=False)[0]
+        model = build(name, DTYPES[args.dtype], "cpu", training=False)[0]
+        return model, image_for(model)
     with expecting_random_weights():
         dense = create_model_and_transforms(name.split()[0], load_weights=False)[0].eval()
-    return OnnxInt8(dense, images, texts, args.threads)
+    return OnnxInt8(dense, image_for(dense), texts, args.threads), image_for(dense)
 
 
 def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -107,12 +112,9 @@ def main(argv: list[str] | None = None) -> int:
 
     dtype = DTYPES[args.dtype]
     texts = get_tokenizer(BASELINE)([" ".join(WORDS[:12])])
-    images, models = {}, {}
+    models, images = {}, {}
     for name in args.models:
-        images[name] = torch.randn(1, 3, 224, 224).to(dtype)
-        models[name] = model_of(name, args, images[name], texts)
-        size = image_size(models[name]) if isinstance(models[name], nn.Module) else (224, 224)
-        assert tuple(size) == (224, 224), f"{name} takes images of {size}"
+        models[name], images[name] = model_of(name, args, texts)
         print(f"made {name}", file=sys.stderr, flush=True)
 
     rows = []

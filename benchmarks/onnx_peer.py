@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+ONNX = "onnxruntime"
+"""The last word of the names of such models."""
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 

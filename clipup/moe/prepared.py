@@ -49,9 +49,11 @@ class PreparedMoE(_PreparedExperts, SparseMoE):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, return_routing: bool = False) -> Any:
         """``SparseMoE.forward``, as one op where nobody looks at its parts."""
-        how = None if return_routing else self._in_one_op(x)
+        if return_routing:
+            return super().forward(x, mask, return_routing=True)
+        how = self._in_one_op(x)
         if how is None:
-            return super().forward(x, mask, return_routing=return_routing)
+            return super().forward(x, mask)
         self._check(x, mask)
         tokens = x.reshape(-1, self.d_model)
         token_mask = None if mask is None else mask.reshape(-1).bool()

@@ -130,6 +130,29 @@ def test_int8_times_and_accuracies_are_those_of_the_csv_files():
     ]
 
 
+def test_times_of_single_requests_are_those_of_the_csv_file():
+    found = {what: measured("latency_cpu.csv", input=what) for what in ("image", "caption")}
+    assert rows(PERFORMANCE, "image p50") == [
+        [
+            row["model"],
+            *(
+                text
+                for one in (row, other)
+                for text in (
+                    *(f"{float(one[f'{column}_ms']):.1f}" for column in ("p50", "p99")),
+                    ratio(one["ratio_to_first"]),
+                )
+            ),
+        ]
+        for row, other in zip(*found.values(), strict=True)
+    ]
+    impls = ("clipup", "clipup_prepared", "clipup_int8", "grouped_mm", "loop_unbind")
+    for case, *cells in rows(PERFORMANCE, "experts, type"):
+        experts, dtype = case.split(", ")
+        of_case = [measured("moe_forward_few_rows_cpu.csv", experts=experts, dtype=dtype, impl=impl) for impl in impls]
+        assert cells == [ratio(row["ratio_to_dense_k"]) for (row,) in of_case], case
+
+
 BASELINES = {"steps": "dense continued", "FLOPs": "dense equal flops", "CPU time": "dense equal seconds"}
 
 
