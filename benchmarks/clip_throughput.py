@@ -1,9 +1,9 @@
 """Whole models in one alternating run: dense B/32, B/16 and L/14 beside CLIP-UP B/32 and B/16, inference and training.
 
 "accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``, inference only);
-"int8" quantizes MLPs, experts and attention besides (``weights="int8"``); "onnxruntime" is the dense model in int8 there,
-in inference and where it is installed (onnx_peer.py). On a CPU they and CLIP-UP stop at the end of
-the longest text, where dense models in their usual form compute all 77 tokens.
+"int8" quantizes MLPs, experts and attention besides (``weights="int8"``); "onnxruntime" is the dense model in int8
+there, in inference and where it is installed (onnx_peer.py). On a CPU they, but for onnxruntime, and CLIP-UP stop at
+the end of the longest text, where dense models in their usual form compute all 77 tokens.
 
     python benchmarks/clip_throughput.py                              # inference of bf16 models, some minutes
     python benchmarks/clip_throughput.py --pass fwd_bwd --batch-size 8
