@@ -20,6 +20,7 @@ GateNormalization = Literal["none", "before_drop", "after_drop"]
 BalanceForm = Literal["top2", "topk"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 SelectionBias = Literal["none", "sign", "z_score"]
+RoutingKind = Literal["token_choice", "expert_choice"]
 LossScope = Literal["batch", "global_batch"]
 Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
@@ -28,6 +29,7 @@ _MODEL_FIELDS = ("towers", "blocks", "last_blocks", "padding_aware", "reinit_rat
 
 
 _CHOICES = {
+    "routing": RoutingKind,
     "normalize_gates": GateNormalization,
     "balance": BalanceForm,
     "score_function": ScoreFunction,
@@ -57,6 +59,10 @@ class MoEConfig:
     reinit_ratio: float = 0.0
     """Fraction of its hidden units that every expert re-initializes when a dense MLP is upcycled (Drop-Upcycling, which
     uses 0.5). The shared expert keeps all."""
+    routing: RoutingKind = "token_choice"
+    """Who chooses: each token its top_k experts, or each expert its ceil(capacity_factor*K*T/E) tokens, those with the
+    largest router probabilities (expert choice; a capacity factor of None means 1). Then a token may have any number of
+    experts, and its output depends on the other tokens of the batch, in evaluation too."""
     capacity_factor: float | None = None
     """In training an expert accepts at most ceil(capacity_factor*K*T/E) of the choices of T tokens. None drops
     nothing."""
@@ -146,6 +152,7 @@ class MoEConfig:
                 f"load_weight > 0 cannot be combined with selection_bias={self.selection_bias!r}: the load loss "
                 "assumes that the experts with the largest logits are selected, which the bias changes; use one of them"
             )
+        self._check_expert_choice()
         not_averages = ("importance_weight", "load_weight", "global_entropy_weight")
         weighted = [name for name in not_averages if getattr(self, name) > 0]
         if self.loss_scope == "global_batch" and weighted:
@@ -154,6 +161,17 @@ class MoEConfig:
                 "over tokens, so that it cannot be computed batch by batch; use balance_weight, or loss_scope='batch'"
             )
         self._check_model_fields()
+
+    def _check_expert_choice(self) -> None:
+        if self.routing == "token_choice":
+            return
+        choices_of_tokens = {"selection_bias": "none", "priority": False, "load_weight": 0.0, "granularity": 1}
+        for name, unused in choices_of_tokens.items():
+            if getattr(self, name) != unused:
+                raise ValueError(
+                    f"routing='expert_choice' cannot be combined with {name}={getattr(self, name)!r}, which is about "
+                    f"experts that tokens choose; leave it at {unused!r}"
+                )
 
     def _check_model_fields(self) -> None:
         for name in ("towers", "blocks"):
@@ -194,7 +212,7 @@ class MoEConfig:
     @property
     def keeps_function(self) -> bool:
         """Whether an upcycled model computes the same function as the dense one if nothing is dropped."""
-        return self.normalize_gates != "none" and self.reinit_ratio == 0
+        return self.normalize_gates != "none" and self.reinit_ratio == 0 and self.routing == "token_choice"
 
     @property
     def has_losses(self) -> bool:

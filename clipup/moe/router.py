@@ -151,11 +151,15 @@ class Router(nn.Module):
             noisy_logits = logits + torch.randn_like(logits) * (config.router_noise / config.num_experts)
         bias = None if self.selection_bias is None else self.selection_bias.to(logits.dtype)
         scores = log_scores(noisy_logits, config.score_function)
+        factor = config.capacity_factor if self.training else config.eval_capacity_factor
+        if config.routing == "expert_choice":
+            gating, plan = expert_choice(scores, config, 1.0 if factor is None else factor, mask)
+            return Routing(gating.gates, plan, gating, logits, noisy_logits, mask)
         gating = topk_gating(scores, config.top_k, config.normalize_gates == "before_drop", bias, mask)
         plan = dispatch(
             gating.expert_indices,
             config.num_experts,
-            config.capacity_factor if self.training else config.eval_capacity_factor,
+            factor,
             priority=gating.top_prob.detach() if config.priority else None,
             mask=mask,
         )
@@ -171,6 +175,8 @@ class Router(nn.Module):
         if self.training or self._forward_hooks or self._forward_pre_hooks or "logits" in self.__dict__:
             return None
         if config.score_function != "softmax" or config.normalize_gates == "after_drop":
+            return None
+        if config.routing != "token_choice":
             return None
         return {
             "router_weight": whole(self.weight).float(),
@@ -208,6 +214,37 @@ def z_loss(of_scores: Tensor, logits: Tensor, mask: Tensor | None, config: MoECo
     logits: [T, E]; mask: [T] bool or None.
     """
     return of_scores if config.score_function == "softmax" else losses.router_z(logits, mask)
+
+
+def expert_choice(scores: Tensor, config: MoEConfig, factor: float, mask: Tensor | None) -> tuple[Gating, Plan]:
+    """Expert choice routing (arXiv 2202.09368, section 3.2): each of E experts takes the ``ceil(factor*K*N/E)`` of N
+    unmasked tokens with the largest router probabilities p; on equal ones, the first. The gate is p, or with normalized
+    gates p over the sum of those of the token's experts (Sparse Upcycling, arXiv 2212.05055).
+
+    scores: [T, E] of ``log_scores``; mask: [T] bool. In the results a token has E choices, one for each expert in their
+    order; those that an expert did not make have index -1 and gate 0.
+    """
+    num_tokens, num_experts = scores.shape
+    probs = scores.softmax(-1)
+    ranked = probs.detach().nan_to_num(-1.0)
+    if mask is not None:
+        ranked = ranked.where(mask[:, None], -2.0)
+    places = ranked.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+    unmasked = num_tokens if mask is None else mask.sum().double()
+    capacity = torch.as_tensor(factor * config.top_k * unmasked / num_experts, dtype=torch.float64).ceil()
+    chosen = places < capacity
+    if mask is not None:
+        chosen = chosen & mask[:, None]
+    gates = probs.where(chosen, 0)
+    if config.normalize_gates != "none":
+        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+    experts = torch.arange(num_experts, device=scores.device, dtype=torch.int32)
+    indices = torch.where(chosen, experts, -1)
+    # the statistics of the distribution do not depend on who chooses
+    of_tokens = topk_gating(scores, 1, False, mask=mask)
+    counts = chosen.sum(0, dtype=torch.int32)[None]
+    gating = of_tokens._replace(gates=gates, expert_indices=indices, tokens_per_expert=counts)
+    return gating, dispatch(indices, num_experts, mask=mask)
 
 
 def renormalize_kept(gates: Tensor, plan: Plan) -> Tensor:

@@ -1,0 +1,114 @@
+"""Expert choice: experts take tokens, against loops in float64."""
+
+import math
+
+import pytest
+import torch
+
+import clipup
+from clipup import MoEConfig, SparseMoE
+from clipup.clip.inputs import random_inputs
+
+
+def layer(**options):
+    torch.manual_seed(0)
+    return SparseMoE(16, 24, num_experts=4, top_k=2, routing="expert_choice", **options).double().eval()
+
+
+def tokens(count=21, seed=1):
+    return torch.randn(count, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def by_loops(moe, x, factor, mask):
+    """y [T, D] and, for every expert, its tokens."""
+    probs = (x @ moe.router.weight.T).softmax(-1)
+    able = [t for t in range(len(x)) if mask is None or mask[t]]
+    capacity = min(len(able), math.ceil(factor * 2 * len(able) / 4))
+    taken = [sorted(able, key=lambda t: (-probs[t, e].item(), t))[:capacity] for e in range(4)]
+    y = torch.zeros_like(x)
+    for t in able:
+        mine = [e for e in range(4) if t in taken[e]]
+        total = sum(probs[t, e] for e in mine) if moe.config.normalize_gates != "none" else 1
+        for e in mine:
+            hidden = torch.nn.functional.gelu(moe.in_weight[e] @ x[t] + moe.in_bias[e])
+            y[t] += probs[t, e] / total * (moe.out_weight[e] @ hidden + moe.out_bias[e])
+    return y, taken
+
+
+@pytest.mark.parametrize("normalize", ["none", "before_drop"])
+@pytest.mark.parametrize("factor", [None, 0.3, 1.3, 9.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_expert_takes_its_most_probable_tokens(masked, factor, normalize):
+    moe, x = layer(eval_capacity_factor=factor, normalize_gates=normalize), tokens()
+    mask = torch.arange(21) % 3 > 0 if masked else None
+    wanted, taken = by_loops(moe, x, 1.0 if factor is None else factor, mask)
+    if masked:
+        x[~mask] = float("nan")
+    y, routing = moe(x, mask, return_routing=True)
+    torch.testing.assert_close(y, wanted)
+    for e in range(4):
+        assert routing.kept[:, e].nonzero().flatten().tolist() == sorted(taken[e])
+        assert (routing.experts[:, e][routing.kept[:, e]] == e).all()
+    assert (routing.experts[~routing.kept] == -1).all() and (routing.gates[~routing.kept] == 0).all()
+
+
+def test_experts_are_equally_loaded():
+    moe = layer()
+    moe(tokens(40) + 3)
+    (metrics,) = clipup.moe_metrics(moe).values()
+    assert metrics["load"].tolist() == [0.25] * 4 and metrics["dropped"] == 0
+
+
+def test_equal_probabilities_go_to_the_first_tokens():
+    moe = layer(eval_capacity_factor=0.5)
+    _, routing = moe(tokens(1).expand(8, 16), return_routing=True)
+    assert routing.kept.sum(0).tolist() == [2] * 4 and routing.kept[:2].all()
+
+
+def test_the_router_learns_from_the_gates():
+    moe, x = layer(normalize_gates="none").train(), tokens().requires_grad_()
+    torch.autograd.gradcheck(
+        lambda x, w: torch.func.functional_call(moe, {"router.weight": w}, (x,)), (x, moe.router.weight)
+    )
+
+
+def test_a_batch_of_masked_tokens_and_one_of_none_give_nothing():
+    moe = layer()
+    assert not moe(tokens(), torch.zeros(21, dtype=torch.bool)).any()
+    assert moe(tokens(0)).shape == (0, 16)
+
+
+def test_a_nan_reaches_only_its_own_token():
+    moe, x = layer(normalize_gates="none", eval_capacity_factor=4.0), tokens()
+    wanted = moe(x)
+    x[3] = float("nan")
+    y = moe(x)
+    assert y[3].isnan().all() and torch.equal(y[4:], wanted[4:])
+
+
+def test_models_are_upcycled_trained_and_prepared_with_it():
+    from tiny_clip import tiny_clip
+
+    model = clipup.upcycle(tiny_clip("gelu"), MoEConfig.clip_up(num_experts=4, routing="expert_choice"))
+    images, texts = random_inputs(model, 4)
+    features = model.encode_image(images).sum() + model.encode_text(texts).sum() + clipup.aux_loss(model)
+    features.backward()
+    routers = [one.router.weight.grad for one in clipup.moe.layer.moe_layers(model).values()]
+    assert routers and all(grad.abs().sum() > 0 for grad in routers)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(clipup.accelerate(model).encode_image(images), model.encode_image(images))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"selection_bias": "sign"}, {"priority": True}, {"granularity": 2}, {"load_weight": 0.1, "router_noise": 1}],
+)
+def test_options_of_choosing_tokens_are_refused(option):
+    name = next(iter(option))
+    with pytest.raises(ValueError, match=f"routing='expert_choice' cannot be combined with {name}"):
+        MoEConfig(routing="expert_choice", **option)
+
+
+def test_the_config_says_that_the_dense_function_is_not_kept():
+    assert not MoEConfig(routing="expert_choice").keeps_function
