@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .pretrained.timm_factory import create_timm_model
     from .pretrained.tokenizers import get_tokenizer
     from .upcycling.calibration import calibrate
+    from .upcycling.clusters import initialize_by_clusters
     from .upcycling.step0 import step0_difference
     from .upcycling.upcycle import upcycle
 
@@ -45,6 +46,7 @@ _LAZY = {
     "create_timm_model": "pretrained.timm_factory",
     "get_model_config": "pretrained.model_names",
     "get_tokenizer": "pretrained.tokenizers",
+    "initialize_by_clusters": "upcycling.clusters",
     "load_checkpoint": "pretrained.factory",
     "moe_layers": "moe.layer",
     "moe_metrics": "moe.metrics",
@@ -66,6 +68,7 @@ __all__ = [
     "create_timm_model",
     "get_model_config",
     "get_tokenizer",
+    "initialize_by_clusters",
     "load_checkpoint",
     "moe_layers",
     "moe_metrics",

@@ -153,6 +153,19 @@ def test_times_of_single_requests_are_those_of_the_csv_file():
         assert cells == [ratio(row["ratio_to_dense_k"]) for (row,) in of_case], case
 
 
+def test_times_of_transformers_experts_are_those_of_the_csv_file():
+    found = measured("transformers_experts_cpu.csv")
+    assert {row["impl"] for row in found} == {"grouped_mm", "eager", "clipup"}
+    times = {
+        (row["model"], row["tokens"], row["pass"], row["impl"]): ratio(row["ratio_to_grouped_mm"]) for row in found
+    }
+    for experts, tokens, *cells in rows(ROOT / "docs" / "transformers.md", "tokens"):
+        case = experts.split(",")[0].lower(), tokens
+        wanted = [times.pop((*case, kind, impl), "") for kind in ("fwd", "fwd_bwd") for impl in ("clipup", "eager")]
+        assert cells == wanted, case
+    assert {impl for *_, impl in times} == {"grouped_mm"}  # everything else is in the table
+
+
 BASELINES = {"steps": "dense continued", "FLOPs": "dense equal flops", "CPU time": "dense equal seconds"}
 
 

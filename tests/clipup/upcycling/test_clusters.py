@@ -1,0 +1,149 @@
+"""Cluster-aware initialization: router and experts fit the clusters of what the MLPs see."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_clip import tiny_clip
+
+from clipup import MoEConfig, SparseMoE, initialize_by_clusters, moe_layers, step0_difference, upcycle
+from clipup.clip.inputs import random_inputs
+from clipup.upcycling.clusters import _initialize, reduced_matrix, spherical_k_means
+
+CONFIG = MoEConfig.clip_up(num_experts=4)
+
+
+def batches(model, count=4, size=16):
+    return [random_inputs(model, size, seed=seed) for seed in range(count)]
+
+
+def bundles(clusters=4, each=50, width=16, seed=0):
+    """Rows around orthogonal directions, of different lengths, and which direction each is around."""
+    random = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(width, width, generator=random))[0][:clusters]
+    owner = torch.arange(clusters).repeat(each)
+    rows = directions[owner] + 0.05 * torch.randn(len(owner), width, generator=random)
+    return rows * torch.rand(len(owner), 1, generator=random).add(0.5), owner, directions
+
+
+def test_k_means_finds_directions():
+    rows, owner, directions = bundles()
+    centers, found = spherical_k_means(rows, 4)
+    torch.testing.assert_close(centers.norm(dim=-1), torch.ones(4))
+    match = (directions @ centers.T).argmax(1)
+    assert sorted(match.tolist()) == [0, 1, 2, 3] and torch.equal(found, match[owner])
+
+
+@pytest.mark.parametrize("rows", [torch.ones(9, 3), torch.zeros(5, 3), torch.eye(4)], ids=["equal", "zero", "as many"])
+def test_no_cluster_is_empty(rows):
+    centers, owner = spherical_k_means(rows, 4)
+    assert centers.isfinite().all() and owner.bincount(minlength=4).min() >= 1
+
+
+def test_a_reduced_matrix_is_the_best_one_of_its_rank_on_its_inputs():
+    torch.manual_seed(0)
+    weight, inputs = (
+        torch.randn(12, 9, dtype=torch.float64),
+        torch.randn(50, 9, dtype=torch.float64) * torch.logspace(0, -3, 9),
+    )
+    reduced, rank = reduced_matrix(weight, inputs, 0.9)
+    outputs = weight @ inputs.T
+    sizes = torch.linalg.svdvals(outputs)
+    assert rank < 9 and torch.linalg.matrix_rank(reduced) == rank
+    lost = (outputs - reduced @ inputs.T).square().sum()
+    torch.testing.assert_close(lost, sizes[rank:].square().sum())  # Eckart-Young
+    assert lost <= 0.1 * sizes.square().sum() < sizes[rank - 1 :].square().sum()
+
+
+def test_all_of_the_energy_keeps_the_matrices():
+    dense = tiny_clip("gelu")
+    sparse = upcycle(dense, CONFIG)
+    initialize_by_clusters(sparse, batches(sparse), energy=1)
+    for name, layer in moe_layers(sparse).items():
+        assert torch.equal(layer.in_weight, layer.in_weight[:1].expand_as(layer.in_weight)), name
+    assert step0_difference(dense, sparse, *batches(sparse)[0]) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_aware": False}, {"shared_expert": True}], ids=str)
+def test_experts_fit_their_own_clusters_best(options):
+    dense = tiny_clip("gelu")
+    sparse = upcycle(dense, CONFIG.replace(**options))
+    seen = {}
+    for name, layer in moe_layers(sparse).items():
+        layer.register_forward_pre_hook(lambda layer, inputs, name=name: seen.update({name: inputs}))
+    images, texts = random_inputs(sparse, 64)
+    with torch.no_grad():
+        sparse.eval()(images, texts)
+    dense_experts = {name: layer.in_weight[0].clone() for name, layer in moe_layers(sparse).items()}
+    found = initialize_by_clusters(sparse, [(images, texts)], energy=0.8)
+    for name, layer in moe_layers(sparse).items():
+        assert sum(found[name].sizes) > 4 and set(found[name].ranks) == {"in_weight", "out_weight"}
+        torch.testing.assert_close(layer.router.weight.norm(dim=-1), torch.ones(4))
+        x = seen[name][0].reshape(-1, layer.d_model)
+        if len(seen[name]) == 2:
+            x = x[seen[name][1].reshape(-1).bool()]
+        owner = (F.normalize(x, dim=-1) @ layer.router.weight.T).argmax(1)
+        exact = x @ dense_experts[name].T
+        errors = torch.stack(
+            [
+                torch.stack([(x[owner == c] @ w.T - exact[owner == c]).square().sum() for c in range(4)])
+                / torch.stack([exact[owner == c].square().sum() for c in range(4)])
+                for w in layer.in_weight.detach()
+            ]
+        )
+        assert (errors.diag() < 0.25).all()
+        assert errors.diag().mean() < errors.masked_fill(torch.eye(4).bool(), 0).sum() / 12
+
+
+def test_the_same_seed_gives_the_same_bits_and_inputs_may_be_sampled():
+    first = upcycle(tiny_clip("gelu"), CONFIG)
+    second = copy.deepcopy(first)
+    for one in (first, second):
+        found = initialize_by_clusters(one, batches(one), tokens=100, seed=5)
+    assert all(sum(layer.sizes) == 100 for layer in found.values())
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("family", ["gated", "scaled norm"])
+def test_other_families_are_initialized_too(family):
+    layer = SparseMoE(16, 24, num_experts=4, gated=family == "gated", norm=None if family == "gated" else "layer")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.dim() == 3 or parameter.shape[0] == 4:
+                parameter.copy_(parameter[:1].expand_as(parameter))
+    rows, owner, directions = bundles()
+    found = _initialize(layer, rows, directions, owner, 0.9)
+    assert set(found.ranks) == {"in_weight", "out_weight"} | ({"gate_weight"} if family == "gated" else set())
+    assert layer(rows).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "config, arguments, error, message",
+    [
+        (CONFIG, {"energy": 0.0}, ValueError, "energy is 0.0, expected above 0 and at most 1|energy"),
+        (CONFIG, {"tokens": 0}, ValueError, "tokens"),
+        (CONFIG, {"tokens": 3}, ValueError, "has 3 tokens for .*, fewer than its 4 experts"),
+        (CONFIG, {"seed": 1.5}, TypeError, "seed"),
+        (CONFIG, {"batches": []}, ValueError, "batches is empty"),
+        (CONFIG.replace(num_experts=8, top_k=2, granularity=2), {}, ValueError, "granularity > 1"),
+        (CONFIG.replace(reinit_ratio=0.5), {}, ValueError, "reinit_ratio > 0"),
+        (None, {}, ValueError, "model has no sparse layers; upcycle it first"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(config, arguments, error, message):
+    dense = tiny_clip("gelu")
+    model = dense if config is None else upcycle(dense, config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        initialize_by_clusters(model, **{"batches": batches(dense, 1)} | arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_trained_experts_are_left_alone():
+    sparse = upcycle(tiny_clip("gelu"), CONFIG)
+    with torch.no_grad():
+        next(iter(moe_layers(sparse).values())).in_weight[1, 0, 0] += 1
+    with pytest.raises(ValueError, match="differ already; initialize an upcycled model before it is trained"):
+        initialize_by_clusters(sparse, batches(sparse, 1))
