@@ -79,13 +79,15 @@ def packed_sparse_mlp(
         NotImplementedError: if it is differentiated.
     """
     num_experts, hidden, width = in_weight.shape
-    _check("x", x, (x.shape[0], width), in_weight.dtype)
-    _check("router_weight", router_weight, (num_experts, width), torch.float32)
-    _check("selection_bias", selection_bias, (num_experts,), torch.float32)
-    _check("mask", mask, (x.shape[0],), torch.bool)
-    _check("in_bias", in_bias, (num_experts, hidden), x.dtype)
-    _check("out_bias", out_bias, (num_experts, width), x.dtype)
-    _check("gate_bias", gate_bias, (num_experts, hidden), x.dtype)
+    if not x.is_cpu:
+        checks.packed("in_weight", in_weight, (num_experts, hidden, width), x)  # says where it is packed for
+    _check("x", x, (x.shape[0], width), in_weight.dtype, x)
+    _check("router_weight", router_weight, (num_experts, width), torch.float32, x)
+    _check("selection_bias", selection_bias, (num_experts,), torch.float32, x)
+    _check("mask", mask, (x.shape[0],), torch.bool, x)
+    _check("in_bias", in_bias, (num_experts, hidden), x.dtype, x)
+    _check("out_bias", out_bias, (num_experts, width), x.dtype, x)
+    _check("gate_bias", gate_bias, (num_experts, hidden), x.dtype, x)
     checks.no_gradient(x, router_weight, in_bias, out_bias, gate_bias)
     y, floats, ints = _packed_sparse_mlp(
         x, router_weight, selection_bias, mask, k, renormalize, capacity_factor, by_priority, gate_scale,
@@ -95,6 +97,9 @@ def packed_sparse_mlp(
     return y, RoutingBlocks(floats, ints, x.shape[0], num_experts, k)
 
 
-def _check(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if value is not None and (value.shape != shape or value.dtype != dtype):
-        checks.tensor(name, value, shape, (dtype,), value)
+def _check(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> None:
+    """``checks.tensor``, which takes longer, only where there is something to say."""
+    if value is None:
+        return
+    if value.shape != shape or value.dtype != dtype or not value.is_cpu or value.layout != torch.strided:
+        checks.tensor(name, value, shape, (dtype,), x)
