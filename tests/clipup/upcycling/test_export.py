@@ -16,6 +16,7 @@ OPTIONS = {
     "after_drop": {"normalize_gates": "after_drop", "eval_capacity_factor": 0.5},
     "shared": {"shared_expert": True, "granularity": 2},
     "norm": {"norm": "layer", "gated": True},
+    "expert choice": {"routing": "expert_choice", "eval_capacity_factor": 0.7},
     "biased": {"score_function": "sigmoid", "selection_bias": "sign"},
 }
 
