@@ -17,7 +17,7 @@ from .outputs import check_directory
 @dataclass
 class Options:
     """Writes image.pt2 and text.pt2: the encoders of a model as programs of torch.export, or compiled by AOTInductor.
-    They take batches of any size. A process that loads those of a sparse model imports clipup_kernels first.
+    They take batches of 1 to 65,536. A process that loads those of a sparse model imports clipup_kernels first.
 
     Example: clipup export models/b16-moe programs --aot
     """

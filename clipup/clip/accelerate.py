@@ -127,6 +127,14 @@ def _check(model: nn.Module, weights: str | None) -> None:
                 f"{name or 'model'} is a {type(module).__qualname__}, which overrides the computation of SparseMoE, "
                 "so it cannot be prepared"
             )
+        adapts = type(module).__module__.startswith("peft.") and isinstance(
+            getattr(module, "base_layer", None), Experts
+        )
+        if adapts:
+            raise TypeError(
+                f"{name} is an adapter of PEFT, which changes the weights at every call; merge it before preparing: "
+                "model.merge_and_unload()"
+            )
         missing = [
             n
             for n in MATRICES

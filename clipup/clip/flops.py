@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .. import checks
 from ..dense.prepared import Prepared
+from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from .inputs import encoders, ignore_padding, image_dtype, image_size, text_length
 
@@ -38,7 +39,8 @@ class TowerCounts(NamedTuple):
 def count(model: nn.Module) -> TowerCounts:
     """Counts the FLOPs and parameters of an open_clip or timm model, dense or sparse, on any device.
 
-    The model is neither run nor changed. FLOPs are those without token dropping. The decoder of a CoCa, which is not
+    The model is neither run nor changed. FLOPs are those without token dropping, with expert choice those of ceil(f K)
+    choices a token. The decoder of a CoCa, which is not
     used to compute features, counts in the parameters only.
 
     Raises:
@@ -48,6 +50,8 @@ def count(model: nn.Module) -> TowerCounts:
     if any(isinstance(module, Prepared) for module in model.modules()):
         raise ValueError("the model was prepared by clipup.accelerate; count the plain model, which has the same FLOPs")
     meta = meta_copy(model).eval()
+    for layer in moe_layers(meta).values():  # plans of expert choice have places for all experts of a token
+        layer.config = _as_token_choice(layer.config)
     ignore_padding(meta)
     encode = encoders(meta)
     images = torch.empty(1, 3, *image_size(model), dtype=image_dtype(model), device="meta")
@@ -68,8 +72,13 @@ def count_active(model: nn.Module) -> int:
     active = sum(parameter.numel() for parameter in model.parameters())
     for layer in moe_layers(model).values():
         experts = sum(parameter.numel() for parameter in layer.parameters(recurse=False))
-        active -= experts - experts // layer.config.num_experts * layer.config.top_k
+        active -= experts - experts // layer.config.num_experts * layer.config.mean_choices
     return active
+
+
+def _as_token_choice(config: MoEConfig) -> MoEConfig:
+    """With as many choices a token."""
+    return config.replace(routing="token_choice", top_k=config.mean_choices)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -61,8 +61,8 @@ class MoEConfig:
     uses 0.5). The shared expert keeps all."""
     routing: RoutingKind = "token_choice"
     """Who chooses: each token its top_k experts, or each expert its ceil(capacity_factor*K*T/E) tokens, those with the
-    largest router probabilities (expert choice; a capacity factor of None means 1). Then a token may have any number of
-    experts, and its output depends on the other tokens of the batch, in evaluation too."""
+    largest router probabilities (expert choice). A capacity factor of None is then 1, in evaluation that of training. A
+    token may have any number of experts, and its output depends on the other tokens of the batch, in evaluation too."""
     capacity_factor: float | None = None
     """In training an expert accepts at most ceil(capacity_factor*K*T/E) of the choices of T tokens. None drops
     nothing."""
@@ -165,13 +165,19 @@ class MoEConfig:
     def _check_expert_choice(self) -> None:
         if self.routing == "token_choice":
             return
-        choices_of_tokens = {"selection_bias": "none", "priority": False, "load_weight": 0.0, "granularity": 1}
+        choices_of_tokens: dict[str, Any] = {"selection_bias": "none", "priority": False, "load_weight": 0.0}
+        choices_of_tokens |= {"granularity": 1, "loss_scope": "batch", "balance_weight": 0.0}
         for name, unused in choices_of_tokens.items():
             if getattr(self, name) != unused:
                 raise ValueError(
                     f"routing='expert_choice' cannot be combined with {name}={getattr(self, name)!r}, which is about "
                     f"experts that tokens choose; leave it at {unused!r}"
                 )
+        if "decoder" in self.towers:
+            raise ValueError(
+                "routing='expert_choice' cannot be combined with the decoder tower: which experts a token gets would "
+                'depend on the tokens that it predicts; leave "decoder" out of towers'
+            )
 
     def _check_model_fields(self) -> None:
         for name in ("towers", "blocks"):
@@ -203,7 +209,21 @@ class MoEConfig:
         The capacity factor is derived from the paper's numbers; the loss weights (balance 0.01, z 1e-4) are common
         values, not confirmed by the paper's text.
         """
-        return cls(**{"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2", **overrides})
+        balanced = overrides.get("routing") == "expert_choice"  # by construction
+        preset = {"capacity_factor": 1.0, "balance_weight": 0.0 if balanced else 0.01, "z_weight": 1e-4}
+        return cls(**{**preset, "balance": "top2", **overrides})
+
+    @property
+    def mean_choices(self) -> int:
+        """Experts that compute a token, without dropping; on average and rounded up where experts choose."""
+        if self.routing == "token_choice":
+            return self.top_k
+        return min(self.num_experts, math.ceil(self.top_k * self.expert_choice_factor(training=True)))
+
+    def expert_choice_factor(self, training: bool) -> float:
+        """f: each expert takes ceil(f*K*T/E) of T tokens."""
+        factor = self.capacity_factor if training or self.eval_capacity_factor is None else self.eval_capacity_factor
+        return 1.0 if factor is None else factor
 
     def replace(self, **changes: Any) -> MoEConfig:
         """A copy with some fields changed, validated like a new config."""

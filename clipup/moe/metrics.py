@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .layer import SparseMoE, moe_layers
+from .layer_state import LastRouting
 from .router import log_scores, z_loss
 
 
@@ -17,10 +18,10 @@ def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
     All are detached tensors on the layer's device, computed without synchronization:
     ``load`` [E] fraction of all choices per expert, before dropping (sums to 1),
-    ``dropped`` [] fraction of the (token, choice) pairs that got no slot,
+    ``dropped`` [] fraction of the (token, choice) pairs that got no slot; with expert choice, of tokens without expert,
     ``router_entropy`` [] mean entropy of the tokens' router distributions, in nats,
     ``balance`` [] and ``z`` [] the unweighted losses,
-    ``expert_indices`` [T, K] int32 the choices, -1 for masked tokens.
+    ``expert_indices`` [T, K] int32 the choices, -1 for masked tokens; with expert choice [T, E], -1 for absent ones.
     Layers that have not run in this thread are omitted.
     """
     return {name: _of_layer(layer) for name, layer in moe_layers(model).items() if layer.state.last_routing is not None}
@@ -30,11 +31,19 @@ def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
     last = layer.state.last_routing
     tokens_per_expert = last.tokens_per_expert.sum(0)
     pairs = tokens_per_expert.sum()
+    chosen_by_experts = layer.config.routing == "expert_choice"
     return {
         "load": tokens_per_expert / pairs.clamp_min(1),
-        "dropped": (pairs - last.offsets[-1]) / pairs.clamp_min(1),
+        "dropped": _without_expert(last) if chosen_by_experts else (pairs - last.offsets[-1]) / pairs.clamp_min(1),
         "router_entropy": losses.local_entropy(log_scores(last.logits, layer.config.score_function), last.mask),
         "balance": losses.load_balance(last.mean_probs, last.tokens_per_expert, layer.config.balance),
         "z": z_loss(last.z_loss, last.logits, last.mask, layer.config),
         "expert_indices": last.expert_indices,
     }
+
+
+def _without_expert(last: LastRouting) -> Tensor:
+    """[]: the fraction of the unmasked tokens that no expert chose."""
+    alone = last.expert_indices[:, 0] < 0
+    mask = torch.ones_like(alone) if last.mask is None else last.mask
+    return (alone & mask).sum() / mask.sum().clamp_min(1)

@@ -68,6 +68,8 @@ class PreparedMoE(_PreparedExperts, SparseMoE):
         router, packed = self.router, self.in_weight
         if torch.compiler.is_compiling() or type(router) is not Router or not self.is_fused():
             return None
+        if "run_experts" in self.__dict__:
+            return None
         if not is_one_op(packed) or not isinstance(x, Tensor) or x.dtype != packed.dtype:
             return None
         how = router.in_one_op()

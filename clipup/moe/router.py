@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from clipup_kernels import Gating, Plan, dispatch, router_logits, topk_gating
 
@@ -49,7 +50,8 @@ class TokenRouting(NamedTuple):
     gates: Tensor
     """[..., K] float32, with a derivative: weights of the choices. That of a dropped choice is not added to y."""
     experts: Tensor
-    """[..., K] int32: the experts chosen, by descending probability; -1 for a masked token."""
+    """[..., K] int32: the experts chosen, by descending probability; -1 for a masked token. With expert choice
+    [..., E], and -1 where no expert chose the token."""
     kept: Tensor
     """[..., K] bool: False for choices that were dropped, for lack of capacity or because the token is masked."""
 
@@ -153,7 +155,7 @@ class Router(nn.Module):
         scores = log_scores(noisy_logits, config.score_function)
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if config.routing == "expert_choice":
-            gating, plan = expert_choice(scores, config, 1.0 if factor is None else factor, mask)
+            gating, plan = expert_choice(scores, config, config.expert_choice_factor(self.training), mask)
             return Routing(gating.gates, plan, gating, logits, noisy_logits, mask)
         gating = topk_gating(scores, config.top_k, config.normalize_gates == "before_drop", bias, mask)
         plan = dispatch(
@@ -168,11 +170,16 @@ class Router(nn.Module):
             gates = renormalize_kept(gates, plan)
         return Routing(gates, plan, gating, logits, noisy_logits, mask)
 
+    def has_hooks(self) -> bool:
+        """Whether a call of this module runs more than its forward: hooks of its own, or of all modules."""
+        own = self._forward_hooks or self._forward_pre_hooks
+        return bool(own or module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks)
+
     def in_one_op(self) -> dict[str, Any] | None:
         """The arguments by which ``packed_sparse_mlp`` routes as this module does in inference; None if only calling it
         does: hooks, options that the op lacks."""
         config = self._config
-        if self.training or self._forward_hooks or self._forward_pre_hooks or "logits" in self.__dict__:
+        if self.training or self.has_hooks() or self.__dict__.keys() & {"forward", "logits"}:
             return None
         if config.score_function != "softmax" or config.normalize_gates == "after_drop":
             return None
@@ -221,29 +228,25 @@ def expert_choice(scores: Tensor, config: MoEConfig, factor: float, mask: Tensor
     unmasked tokens with the largest router probabilities p; on equal ones, the first. The gate is p, or with normalized
     gates p over the sum of those of the token's experts (Sparse Upcycling, arXiv 2212.05055).
 
-    scores: [T, E] of ``log_scores``; mask: [T] bool. In the results a token has E choices, one for each expert in their
-    order; those that an expert did not make have index -1 and gate 0.
+    scores: [T, E] of ``log_scores``; mask: [T] bool. In the results a token has E choices by descending gate, of which
+    those that no expert made have index -1 and gate 0. A NaN ranks first, so that it shows.
     """
     num_tokens, num_experts = scores.shape
+    mask = torch.ones_like(scores[:, 0], dtype=torch.bool) if mask is None else mask
     probs = scores.softmax(-1)
-    ranked = probs.detach().nan_to_num(-1.0)
-    if mask is not None:
-        ranked = ranked.where(mask[:, None], -2.0)
+    ranked = probs.detach().nan_to_num(2.0).where(mask[:, None], -1.0)
     places = ranked.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
-    unmasked = num_tokens if mask is None else mask.sum().double()
-    capacity = torch.as_tensor(factor * config.top_k * unmasked / num_experts, dtype=torch.float64).ceil()
-    chosen = places < capacity
-    if mask is not None:
-        chosen = chosen & mask[:, None]
+    capacity = (factor * config.top_k * mask.sum().double() / num_experts).ceil()
+    chosen = (places < capacity) & mask[:, None]
     gates = probs.where(chosen, 0)
     if config.normalize_gates != "none":
         gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
-    experts = torch.arange(num_experts, device=scores.device, dtype=torch.int32)
-    indices = torch.where(chosen, experts, -1)
+    order = ranked.where(chosen, -1.0).argsort(dim=-1, descending=True, stable=True)
+    indices = torch.where(chosen.gather(1, order), order, -1).int()
     # the statistics of the distribution do not depend on who chooses
     of_tokens = topk_gating(scores, 1, False, mask=mask)
     counts = chosen.sum(0, dtype=torch.int32)[None]
-    gating = of_tokens._replace(gates=gates, expert_indices=indices, tokens_per_expert=counts)
+    gating = of_tokens._replace(gates=gates.gather(1, order), expert_indices=indices, tokens_per_expert=counts)
     return gating, dispatch(indices, num_experts, mask=mask)
 
 

@@ -84,4 +84,6 @@ def save_encoders(model: nn.Module, directory: Path, aot: bool = False) -> dict[
         return write
 
     atomic_files.replace_files({path: writer(name) for name, path in files.items()})
+    for other in {directory / f"{name}{SUFFIX}" for name in ("image", "text")} - set(files.values()):
+        other.unlink(missing_ok=True)  # of a model that had a text tower: not of this one
     return files

@@ -16,6 +16,8 @@ from . import hub, model_directory
 
 LOCAL_PREFIX = "local-dir:"
 
+open_clip.add_model_config(Path(__file__).parent / "model_configs")  # clipup's models, by name
+
 
 def get_model_config(model_name: str) -> dict[str, Any]:
     """A copy of the ``model_cfg`` of an open_clip model name or a directory."""

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from clipup_kernels.reference import activate
 
 from .. import checks
-from ..clip.towers import towers
+from ..clip.hugging_face import is_hugging_face
+from ..clip.inputs import encoders
+from ..dense.prepared import Prepared
 from ..moe.evaluation import evaluating_dropless
 from ..moe.layer import SparseMoE, moe_layers
 
@@ -49,7 +51,8 @@ def initialize_by_clusters(
     Experts differ from the start, and the model no longer computes the dense function.
 
     Args:
-        model: the result of ``upcycle``, before training, without shards (``granularity``) and re-initialized units.
+        model: the result of ``upcycle``, before training, without shards (``granularity``) and re-initialized units; of
+            open_clip or timm.
         batches: (images [B, 3, H, W], texts [B, context_length]) on any device. Texts are None for a model without a
             text tower.
         energy: in (0, 1]; 1 keeps the matrices as they are. The paper's share could not be confirmed.
@@ -63,7 +66,7 @@ def initialize_by_clusters(
     checks.number("energy", energy)
     checks.check("energy", energy, 0 < energy <= 1, "above 0 and at most 1")
     checks.check("tokens", tokens, checks.is_int(tokens) and tokens >= 1, "a positive int")
-    checks.check("seed", seed, checks.is_int(seed), "an int", TypeError)
+    checks.check("seed", seed, checks.is_int(seed) and 0 <= seed < 1 << 63, "an int from 0 to 2^63 - 1")
     layers = moe_layers(model)
     if not layers:
         raise ValueError("model has no sparse layers; upcycle it first: clipup.upcycle(model, config)")
@@ -72,24 +75,30 @@ def initialize_by_clusters(
     samples = _inputs_of(model, layers, batches, tokens, seed)
     assigned = {}
     for name, layer in layers.items():  # all of them before the first layer changes
-        if len(samples[name]) < layer.config.num_experts:
-            raise ValueError(
-                f"batches has {len(samples[name])} tokens for {name}, fewer than its {layer.config.num_experts} "
-                "experts; pass more"
-            )
+        found, experts = len(samples[name]), layer.config.num_experts
+        if found < experts:
+            limit = f"tokens is {tokens}" if found == tokens else f"batches has {found} tokens for {name}"
+            raise ValueError(f"{limit}, fewer than the {experts} experts of {name}; pass more")
+        if not samples[name].isfinite().all():
+            raise ValueError(f"the inputs of {name} hold NaN or infinity, so they have no clusters")
         assigned[name] = spherical_k_means(samples[name], layer.config.num_experts, seed)
     return {name: _initialize(layer, samples[name], *assigned[name], energy) for name, layer in layers.items()}
 
 
 def _check_layer(name: str, layer: SparseMoE) -> None:
+    if isinstance(layer, Prepared):
+        raise TypeError(f"{name} was prepared by clipup.accelerate, for inference; initialize the plain model")
     config = layer.config
     unlike = {"granularity > 1": config.granularity > 1, "reinit_ratio > 0": config.reinit_ratio > 0}
     unlike["experts divided over ranks"] = layer.expert_group() is not None
     if found := ", ".join(what for what, there in unlike.items() if there):
         raise ValueError(f"{name} has {found}; cluster-aware initialization needs whole copies of the dense MLP")
-    first = layer.in_weight[:1]
-    if not torch.equal(layer.in_weight, first.expand_as(layer.in_weight)):
-        raise ValueError(f"the experts of {name} differ already; initialize an upcycled model before it is trained")
+    for stacked in layer.parameters(recurse=False):
+        if not torch.equal(stacked, stacked[:1].expand_as(stacked)):
+            raise ValueError(
+                f"the experts of {name} differ already: they were trained, or come from several models; initialize the "
+                "result of upcycle(model)"
+            )
 
 
 class _Sample:
@@ -113,21 +122,43 @@ def _inputs_of(
     """[N, D] float32 on the CPU for every layer: tokens that are not masked, in the dense function."""
     samples = {name: _Sample(tokens, seed + number) for number, name in enumerate(layers)}
     hooks = [layer.register_forward_hook(partial(_record, samples[name])) for name, layer in layers.items()]
-    device, has_text = next(model.parameters()).device, "text" in towers(model)
+    if is_hugging_face(model):
+        raise TypeError(
+            "cluster-aware initialization of transformers' models is not supported; use open_clip's or timm's"
+        )
+    encode, first = encoders(model), next(model.parameters())
+    configs = {layer: layer.config for layer in layers.values()}
     seen = 0
     try:
+        for layer, config in configs.items():  # so that the model computes the dense function
+            layer.config = config.replace(routing="token_choice", normalize_gates="before_drop")
         with evaluating_dropless(model):
-            for images, texts in batches:
-                if has_text and texts is None:
+            for batch in batches:
+                images, texts = _pair(batch)
+                if "text" in encode and texts is None:
                     raise ValueError("a batch has no texts, but the model has a text tower")
-                model(*(part.to(device) for part in (images, texts) if part is not None))
+                encode["image"](images.to(first.device, first.dtype))
+                if "text" in encode:
+                    encode["text"](texts.to(first.device))
                 seen += 1
     finally:
+        for layer, config in configs.items():
+            layer.config = config
         for hook in hooks:
             hook.remove()
     if not seen:
         raise ValueError("batches is empty; pass at least one batch of images and texts")
     return {name: sample.rows for name, sample in samples.items()}
+
+
+def _pair(batch: Any) -> Batch:
+    pair = isinstance(batch, list | tuple) and len(batch) == 2
+    if not pair or not isinstance(batch[0], Tensor) or not isinstance(batch[1], Tensor | None):
+        raise TypeError(
+            f"batches must be an iterable of pairs (images, texts), tensors or None for texts; one is a "
+            f"{type(batch).__name__}"
+        )
+    return batch
 
 
 def _record(sample: _Sample, layer: SparseMoE, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -143,7 +174,8 @@ def spherical_k_means(rows: Tensor, clusters: int, seed: int = 0) -> tuple[Tenso
         rows: [N, D], N >= clusters.
 
     Returns:
-        Directions [clusters, D] of length 1, and the cluster of every row [N]; none is empty.
+        Directions [clusters, D] of length 1, or 0 where rows cancel out, and the cluster of every row [N]; none is
+        empty.
     """
     points = F.normalize(rows, dim=-1)
     random = torch.Generator().manual_seed(seed)

@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 from tiny_clip import tiny_clip, tiny_config
+from tiny_families import TIMM, timm_model
 
 import clipup
 from clipup import MoEConfig, upcycle
 from clipup.cli import main
 from clipup.clip.inputs import random_inputs
-from clipup.pretrained.exporting import export_encoders
+from clipup.pretrained.exporting import export_encoders, save_encoders
 
 
 @pytest.fixture(params=[pytest.param("dense", marks=pytest.mark.slow), "sparse"])
@@ -44,6 +45,14 @@ def test_programs_that_are_there_are_kept_unless_told_otherwise(directory, tmp_p
     assert (out / "image.pt2").read_text() == "mine"
     assert main(["export", str(directory), str(out), "--overwrite"]) == 0
     torch.export.load(out / "image.pt2")
+
+
+def test_programs_of_another_model_do_not_stay_beside_new_ones(tmp_path):
+    pytest.importorskip("timm")
+    (tmp_path / "text.pt2").write_text("of a model with texts")
+    images_only = upcycle(timm_model(next(iter(TIMM))), MoEConfig(towers=("image",), num_experts=4))
+    assert set(save_encoders(images_only, tmp_path)) == {"image"}
+    assert [path.name for path in tmp_path.iterdir()] == ["image.pt2"]
 
 
 def test_the_model_is_left_as_it_was():

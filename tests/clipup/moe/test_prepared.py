@@ -102,8 +102,30 @@ def patched(made):
     made.router.logits = lambda x, mask=None: -Router.logits(made.router, x, mask)
 
 
+def replaced(made):
+    made.router.forward = lambda x, mask=None: Router.forward(made.router, -x, mask)
+
+
+def experts_replaced(made):
+    made.run_experts = lambda *args: 2 * type(made).run_experts(made, *args)
+
+
 @needs_packing
-@pytest.mark.parametrize("change", [hooked, steep, patched], ids=lambda change: change.__name__)
+def test_hooks_of_all_modules_see_the_router():
+    prepared, seen = clipup.accelerate(layer()), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        with torch.no_grad():
+            prepared(tokens())
+    finally:
+        handle.remove()
+    assert seen == [Router, PreparedMoE]
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    "change", [hooked, steep, patched, replaced, experts_replaced], ids=lambda change: change.__name__
+)
 def test_a_changed_router_is_called(change, monkeypatch):
     calls = count_calls_of_the_one_op(monkeypatch)
     plain, x = layer(), tokens()

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_clip import tiny_clip
+from tiny_hugging_face import tiny_hugging_face
 
+import clipup
 from clipup import MoEConfig, SparseMoE, initialize_by_clusters, moe_layers, step0_difference, upcycle
 from clipup.clip.inputs import random_inputs
 from clipup.upcycling.clusters import _initialize, reduced_matrix, spherical_k_means
@@ -124,8 +126,16 @@ def test_other_families_are_initialized_too(family):
     [
         (CONFIG, {"energy": 0.0}, ValueError, "energy is 0.0, expected above 0 and at most 1|energy"),
         (CONFIG, {"tokens": 0}, ValueError, "tokens"),
-        (CONFIG, {"tokens": 3}, ValueError, "has 3 tokens for .*, fewer than its 4 experts"),
-        (CONFIG, {"seed": 1.5}, TypeError, "seed"),
+        (CONFIG, {"tokens": 3}, ValueError, "tokens is 3, fewer than the 4 experts of"),
+        (CONFIG, {"seed": 1.5}, ValueError, "seed"),
+        (CONFIG, {"seed": 2**70}, ValueError, "seed"),
+        (CONFIG, {"batches": [torch.zeros(2, 3, 32, 32)]}, TypeError, "batches must be an iterable of pairs"),
+        (
+            CONFIG,
+            {"batches": [(torch.full((2, 3, 32, 32), torch.nan), torch.ones(2, 16).long())]},
+            ValueError,
+            "hold NaN",
+        ),
         (CONFIG, {"batches": []}, ValueError, "batches is empty"),
         (CONFIG.replace(num_experts=8, top_k=2, granularity=2), {}, ValueError, "granularity > 1"),
         (CONFIG.replace(reinit_ratio=0.5), {}, ValueError, "reinit_ratio > 0"),
@@ -141,9 +151,31 @@ def test_what_cannot_be_is_refused_and_changes_nothing(config, arguments, error,
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_trained_experts_are_left_alone():
+@pytest.mark.parametrize("name", ["in_weight", "out_weight", "in_bias"])
+def test_trained_experts_are_left_alone(name):
     sparse = upcycle(tiny_clip("gelu"), CONFIG)
     with torch.no_grad():
-        next(iter(moe_layers(sparse).values())).in_weight[1, 0, 0] += 1
-    with pytest.raises(ValueError, match="differ already; initialize an upcycled model before it is trained"):
+        getattr(next(iter(moe_layers(sparse).values())), name)[1] += 1
+    with pytest.raises(ValueError, match="differ already: they were trained, or come from several models"):
         initialize_by_clusters(sparse, batches(sparse, 1))
+
+
+def test_prepared_models_and_those_of_transformers_are_refused():
+    prepared = clipup.accelerate(upcycle(tiny_clip("gelu"), CONFIG))
+    with pytest.raises(TypeError, match="was prepared by clipup.accelerate"):
+        initialize_by_clusters(prepared, batches(tiny_clip("gelu"), 1))
+    with pytest.raises(TypeError, match="transformers' models is not supported"):
+        initialize_by_clusters(upcycle(tiny_hugging_face("CLIPModel")), batches(tiny_clip("gelu"), 1))
+
+
+@pytest.mark.parametrize(
+    "options", [{"routing": "expert_choice", "balance_weight": 0.0}, {"normalize_gates": "none"}], ids=str
+)
+def test_clusters_are_those_of_the_dense_function_whatever_the_routing(options):
+    plain = upcycle(tiny_clip("gelu"), CONFIG.replace(balance_weight=0.0, blocks="every"))
+    other = upcycle(tiny_clip("gelu"), CONFIG.replace(blocks="every", **options))
+    for model in (plain, other):
+        initialize_by_clusters(model, batches(plain), energy=0.9)
+    for name, layer in moe_layers(plain).items():
+        torch.testing.assert_close(layer.router.weight, moe_layers(other)[name].router.weight, rtol=1e-3, atol=1e-3)
+        assert moe_layers(other)[name].config == other.moe_config
