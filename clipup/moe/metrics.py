@@ -29,6 +29,7 @@ def moe_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 def _of_layer(layer: SparseMoE) -> dict[str, Tensor]:
     last = layer.state.last_routing
+    assert last is not None
     tokens_per_expert = last.tokens_per_expert.sum(0)
     pairs = tokens_per_expert.sum()
     chosen_by_experts = layer.config.routing == "expert_choice"

@@ -25,7 +25,6 @@ from .model_names import LOCAL_PREFIX, check_known, directory_of, hub_access
 from .state_dicts import Weights, check_fit, check_types, read_weights
 from .structure import assign_weights, drop_parameters, without_random_numbers
 
-
 _NUMPY = (".npz", ".npy")  # weights of big_vision, which open_clip reads
 _POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 

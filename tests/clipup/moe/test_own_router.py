@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipup import SparseMoE
+from clipup import SparseMoE, accelerate
 from clipup.moe.router import Router
 
 
@@ -50,3 +50,16 @@ def test_peft_trains_the_experts(tmp_path):
     adapted(x).square().mean().backward()
     trained = {name: p.grad.abs().sum() for name, p in adapted.named_parameters() if p.requires_grad and ".1." in name}
     assert trained and any(value > 0 for value in trained.values())
+
+
+def test_an_adapter_is_merged_before_experts_are_prepared():
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(16, 16), SparseMoE(16, 24, num_experts=4, top_k=2)).eval()
+    config = peft.LoraConfig(r=2, target_parameters=["1.in_weight", "1.out_weight"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    with pytest.raises(TypeError, match=r"merge it before preparing: model\.merge_and_unload"):
+        accelerate(adapted)
+    x = torch.randn(9, 16)
+    with torch.no_grad():
+        wanted = adapted(x)
+        torch.testing.assert_close(accelerate(adapted.merge_and_unload())(x), wanted)
