@@ -81,13 +81,14 @@ def _gathers(parts: list[Unit], options: TrainOptions, encoder_calls: int) -> It
 
 
 def gathers_per_step(unit: Unit, options: TrainOptions, encoder_calls: int) -> int:
-    """A block is gathered for each forward and each backward pass, or once for both if it stays gathered. What belongs
-    to no block is gathered for each pass, and in a forward pass again for each further encoder that it calls, unless it
-    stays gathered."""
+    """A unit is gathered for each forward and each backward pass, or once for both if it stays gathered. Where the
+    forward pass calls encoders, what belongs to no block is gathered for each of them, or for each pass if it stays
+    gathered."""
     forward, backward = forward_passes(options), options.accum_freq
+    by_encoders = unit.kind == "root" and encoder_calls > 0
     if options.fsdp_no_reshard_after_forward:
-        return forward + backward if unit.kind == "root" else backward
-    return (max(1, encoder_calls) if unit.kind == "root" else 1) * forward + backward
+        return forward + backward if by_encoders else backward
+    return (encoder_calls if by_encoders else 1) * forward + backward
 
 
 def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -> Iterator[Transfer]:
