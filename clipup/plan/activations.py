@@ -25,6 +25,7 @@ from ..moe.layer import moe_layers
 from ..precision import Precision, autocast, image_dtype
 from ..train.chunked_losses import ChunkedClipLoss, ChunkedSigLipLoss
 from ..train.forward import named_output
+from ..train.parallel import ENCODERS
 from .units import parameters_of_half_units
 
 
@@ -58,6 +59,8 @@ class Activations(NamedTuple):
     feature_bytes: int
     """Of an element of the features that the loss compares."""
     feature_width: int
+    encoder_calls: int
+    """Calls of ``ENCODERS`` in a forward pass: open_clip 3 calls one for each tower, open_clip 4 none."""
 
 
 def activations(
@@ -84,6 +87,7 @@ def activations(
         layers=few.layers,
         feature_bytes=few.features.element_size(),
         feature_width=few.features.shape[1],
+        encoder_calls=few.encoder_calls,
     )
 
 
@@ -117,6 +121,7 @@ class _Run(NamedTuple):
     blocks: dict[str, int]
     layers: tuple[LayerTokens, ...]
     features: Tensor
+    encoder_calls: int
 
 
 def _run(
@@ -132,11 +137,12 @@ def _run(
         blocks: dict[str, int] = {}
         layers: list[LayerTokens] = []
         _watch(fake, pairs, saved, blocks, layers, precision)
+        calls = _counted_calls(fake, ENCODERS)
         inside.enter_context(_FusedAttention(device_type == "cuda"))
         inside.enter_context(autocast(precision, torch.device("cpu")))
         inside.enter_context(saved.counting())
         output = named_output(fake(images, texts))
-    return _Run(sum(saved.sizes()), blocks, tuple(layers), output["image_features"])
+    return _Run(sum(saved.sizes()), blocks, tuple(layers), output["image_features"], len(calls))
 
 
 def _fake_copy(model: nn.Module, in_half: set[int]) -> Any:
@@ -185,6 +191,22 @@ def _watch(
             layers.append(LayerTokens(name, tokens, module.d_model, size))
 
         layer.register_forward_hook(note)
+
+
+def _counted_calls(fake: Any, names: tuple[str, ...]) -> list[str]:
+    """A list that gets the name of each of these methods that is called."""
+    calls: list[str] = []
+
+    def counted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return method(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(fake, name, counted(name, getattr(fake, name)))
+    return calls
 
 
 def _copies(layer: Any, precision: Precision) -> float:
@@ -245,10 +267,20 @@ def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) else value
 
 
+def _result(query: Tensor, value: Tensor) -> Tensor:
+    """[N, heads, length, width], laid out as fused kernels leave it: the heads of a token side by side, so that joining
+    them copies nothing."""
+    *batch, length, _ = query.shape
+    if len(batch) < 2:
+        return query.new_empty(*batch, length, value.shape[-1])
+    *batch, heads = batch
+    return query.new_empty(*batch, length, heads, value.shape[-1]).transpose(-3, -2)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        result = _result(query, value)
         ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return result
 

@@ -50,10 +50,11 @@ def traffic(subject: Subject, options: TrainOptions, gpus: int, caption_tokens: 
             whole context.
     """
     parts = subject.units(options, gpus)
-    found = [*_gradients(parts), *_gathers(parts, options), *_rows(subject, options, caption_tokens)]
+    encoder_calls = subject.activations(options).encoder_calls
+    found = [*_gradients(parts), *_gathers(parts, options, encoder_calls), *_rows(subject, options, caption_tokens)]
     found += [*_features(subject, options, gpus), *_small(subject, options, gpus, parts)]
     if options.fsdp_offload_cpu:
-        found += _offloaded(parts, options)
+        found += _offloaded(parts, options, encoder_calls)
     return [
         transfer for transfer in found if transfer.payload and (transfer.group > 1 or transfer.collective == "copy")
     ]
@@ -72,20 +73,22 @@ def _gradients(parts: list[Unit]) -> Iterator[Transfer]:
             yield Transfer("gradients", "all_reduce", unit.reduced_shard_bytes, unit.replicas, span, True)
 
 
-def _gathers(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
+def _gathers(parts: list[Unit], options: TrainOptions, encoder_calls: int) -> Iterator[Transfer]:
     for unit in parts:
         if unit.shards > 1:
-            times = gathers_per_step(unit, options)
+            times = gathers_per_step(unit, options, encoder_calls)
             yield Transfer("parameters", "all_gather", times * unit.gathered_bytes, unit.shards, unit.stride, True)
 
 
-def gathers_per_step(unit: Unit, options: TrainOptions) -> int:
-    """A block is gathered for each forward and each backward pass, or once for both if it stays gathered. What belongs
-    to no block is gathered for each tower, or for each pass if it stays gathered."""
+def gathers_per_step(unit: Unit, options: TrainOptions, encoder_calls: int) -> int:
+    """A unit is gathered for each forward and each backward pass, or once for both if it stays gathered. Where the
+    forward pass calls encoders, what belongs to no block is gathered for each of them, or for each pass if it stays
+    gathered."""
     forward, backward = forward_passes(options), options.accum_freq
+    by_encoders = unit.kind == "root" and encoder_calls > 0
     if options.fsdp_no_reshard_after_forward:
-        return forward + backward if unit.kind == "root" else backward
-    return (2 if unit.kind == "root" else 1) * forward + backward
+        return forward + backward if by_encoders else backward
+    return (encoder_calls if by_encoders else 1) * forward + backward
 
 
 def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -> Iterator[Transfer]:
@@ -131,8 +134,8 @@ def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]
     yield Transfer("small gradients and counts", "all_reduce", size * (1 if once else 2), gpus)
 
 
-def _offloaded(parts: list[Unit], options: TrainOptions) -> Iterator[Transfer]:
+def _offloaded(parts: list[Unit], options: TrainOptions, encoder_calls: int) -> Iterator[Transfer]:
     """Shards go to the GPU before each gather, and their gradients come back."""
     for unit in parts:
-        times = gathers_per_step(unit, options) + 1
+        times = gathers_per_step(unit, options, encoder_calls) + 1
         yield Transfer("host", "copy", times * unit.shard_bytes, 1, overlapped=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +27,10 @@ _RANDOM_IN_PLACE = {
 }
 _RANDOM_LIKE = {torch.randn_like, torch.rand_like}
 _RANDOM = {torch.randn, torch.rand}
+_TRUNCATED = "_no_grad_trunc_normal_"
+"""What nn.init.trunc_normal_ calls, which modes do not see: torch 2.13 draws until all values are within the bounds, so
+without random numbers it would never end."""
+_here = threading.local()
 
 
 class _WithoutRandomNumbers(TorchFunctionMode):
@@ -44,8 +50,34 @@ class _WithoutRandomNumbers(TorchFunctionMode):
 @contextmanager
 def without_random_numbers() -> Iterator[None]:
     """In this context and thread, modules are created with uninitialized parameters. Computed buffers are correct."""
-    with _WithoutRandomNumbers():
-        yield
+    _skip_truncated_normals()
+    before = _is_skipping()
+    _here.skipping = True
+    try:
+        with _WithoutRandomNumbers():
+            yield
+    finally:
+        _here.skipping = before
+
+
+def _is_skipping() -> bool:
+    """Whether this thread is in ``without_random_numbers``."""
+    return getattr(_here, "skipping", False)
+
+
+def _skip_truncated_normals() -> None:
+    """Replaces torch's function, once and for all, by one that returns at once in ``without_random_numbers``. To put it
+    back at the end of a context would take it from other threads."""
+    draw = getattr(nn.init, _TRUNCATED, None)
+    if draw is None or hasattr(draw, "skips"):
+        return
+
+    @functools.wraps(draw)
+    def drawn_unless_skipped(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return tensor if _is_skipping() else draw(tensor, *args, **kwargs)
+
+    drawn_unless_skipped.skips = True  # type: ignore[attr-defined]
+    setattr(nn.init, _TRUNCATED, drawn_unless_skipped)
 
 
 def drop_parameters(model: nn.Module) -> None:

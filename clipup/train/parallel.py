@@ -32,6 +32,8 @@ from ..precision import Precision
 from .distributed import Ranks
 from .options import TrainOptions
 
+ENCODERS = ("encode_image", "encode_text")
+"""Methods of a model that gather what belongs to no block for themselves, and release it, as its forward pass does."""
 _EP = "ep"
 """The dimension of a mesh over which experts are divided."""
 
@@ -196,7 +198,7 @@ class _Sharding:
             for block in _blocks(model, tower):
                 self._shard(block, mp_policy=self.in_half, shard_placement_fn=self._axis)
         self._shard(model, mp_policy=self.in_full)
-        for name in ("encode_image", "encode_text"):
+        for name in ENCODERS:
             if hasattr(model, name):
                 register_fsdp_forward_method(model, name)
 

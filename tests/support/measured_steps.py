@@ -40,6 +40,9 @@ _WHOLE = {"allgather_": 0, "_allgather_base_": 0}
 """Where an op's payload is not its input but its result: the place among its arguments."""
 _INPUT = {"scatter_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
 
+_FUNCTIONAL = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
+"""Those of torch's functional collectives, with which open_clip 4 gathers features: they return their result."""
+
 
 class Collectives(TorchDispatchMode):
     """Counts the bytes that collectives of several ranks are called with."""
@@ -57,7 +60,11 @@ class Collectives(TorchDispatchMode):
             if name in _COLLECTIVES and groups[0].size() > 1:
                 place = _WHOLE.get(name, _INPUT.get(name, 0))
                 self.payload[_COLLECTIVES[name]] += sum(tensor.nbytes for tensor in _tensors(args[place]))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "_c10d_functional" and func._opname in _FUNCTIONAL:
+            kind = _FUNCTIONAL[func._opname]
+            self.payload[kind] += (result if kind == "all_gather" else args[0]).nbytes
+        return result
 
 
 @contextmanager

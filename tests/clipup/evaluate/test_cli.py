@@ -10,6 +10,7 @@ import benchmark_layouts as layouts
 import open_clip
 import pytest
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import clipup
 from clipup.cli import eval as module
@@ -237,13 +238,15 @@ def test_options_that_contradict_each_other_are_refused(directory, capsys, optio
 
 
 @pytest.mark.parametrize(("precision", "form"), [("fp32", PreparedMoE), ("bf16", PreparedMoE), ("amp_bf16", BlockMoE)])
-def test_on_a_cpu_a_prepared_model_is_measured_unless_autocast_casts_its_weights(
-    directory, val_data, capsys, monkeypatch, precision, form
-):
+def test_on_a_cpu_a_prepared_model_is_measured_unless_autocast_casts_its_weights(directory, val_data, precision, form):
     forms = set()
-    run_experts = SparseMoE.run_experts
-    monkeypatch.setattr(SparseMoE, "run_experts", lambda self, *args: forms.add(type(self)) or run_experts(self, *args))
-    assert run(directory, "--val-data", val_data, "--precision", precision) == 0
+
+    def note(module, args):
+        if isinstance(module, SparseMoE):
+            forms.add(type(module))
+
+    with register_module_forward_pre_hook(note):
+        assert run(directory, "--val-data", val_data, "--precision", precision) == 0
     assert forms == {form}
 
 

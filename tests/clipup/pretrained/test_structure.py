@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tiny_clip import tiny_clip, tiny_config
 from tiny_families import HUGGING_FACE, build, hugging_face_cfg
+from torch import nn
 
 import clipup
 from clipup import MoEConfig, save_pretrained, step0_difference, upcycle
 from clipup.pretrained.model_directory import WEIGHTS_NAME
+from clipup.pretrained.structure import without_random_numbers
 
 
 @pytest.fixture
@@ -22,6 +26,24 @@ def test_loading_draws_no_random_numbers(directory):
     before = torch.get_rng_state()
     clipup.create_model_and_transforms(str(directory))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_truncated_normals_are_not_drawn_whatever_the_memory_holds():
+    """torch 2.13 draws until all values are within the bounds, for ever if none are drawn."""
+    outside = torch.full((3,), 9.0)
+    with without_random_numbers():
+        assert nn.init.trunc_normal_(outside) is outside and (outside == 9).all()
+        assert nn.init.trunc_normal_(outside, a=5, b=6) is outside and (outside == 9).all()  # far from the mean
+    assert (nn.init.trunc_normal_(outside).abs() <= 2).all()
+
+
+def test_threads_that_load_nothing_draw_truncated_normals():
+    drawn = torch.full((3,), 9.0)
+    with without_random_numbers():
+        thread = threading.Thread(target=nn.init.trunc_normal_, args=(drawn,))
+        thread.start()
+        thread.join()
+    assert (drawn.abs() <= 2).all()
 
 
 def test_loaded_model_does_not_depend_on_its_file(directory):

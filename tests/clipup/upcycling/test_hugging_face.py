@@ -3,9 +3,11 @@
 import copy
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
@@ -67,6 +69,48 @@ def test_saved_and_loaded_by_transformers(name, tmp_path):
     if type(dense.config) in transformers.AutoModel._model_mapping:
         automatic = transformers.AutoModel.from_pretrained(tmp_path)
         assert moe_layers(automatic) and type(automatic).__name__.startswith("Sparse")
+
+
+@pytest.fixture
+def hub_of_folders(tmp_path, monkeypatch):
+    """A hub without a network, which has the files that are pushed to it: a function from a repository's name to its
+    folder."""
+
+    def create_repo(self, repo_id, **options):
+        folder(repo_id).mkdir(parents=True, exist_ok=True)
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def create_commit(self, repo_id, operations, **options):
+        for operation in operations:
+            shutil.copy(operation.path_or_fileobj, folder(repo_id) / operation.path_in_repo)
+
+    def without_card(repo_id, **options):
+        raise huggingface_hub.errors.EntryNotFoundError(f"{repo_id} has no README.md")
+
+    def folder(repo_id):
+        return tmp_path / "hub" / repo_id
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", without_card)
+    monkeypatch.setattr(huggingface_hub.ModelCard, "validate", lambda self, **options: None)
+    return folder
+
+
+@pytest.mark.parametrize("size", ["50GB", "20KB"], ids=["one file", "shards"])
+def test_a_pushed_model_is_the_sparse_model(hub_of_folders, size):
+    dense = tiny_hugging_face("CLIPModel")
+    sparse = upcycle(dense, sparse_config(dense))
+
+    sparse.push_to_hub("org/sparse", max_shard_size=size)
+
+    pushed = hub_of_folders("org/sparse")
+    assert json.loads((pushed / "config.json").read_text())["moe_cfg"] == sparse.moe_config.to_dict()
+    assert huggingface_hub.ModelCard((pushed / "README.md").read_text()).data.library_name == "transformers"
+    assert (len(list(pushed.glob("*.safetensors"))) > 1) == (size == "20KB")
+    loaded = transformers.AutoModel.from_pretrained(pushed)
+    assert type(loaded) is type(sparse) and loaded.moe_config == sparse.moe_config
+    assert step0_difference(sparse, loaded) == 0
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "BertForSequenceClassification"])
