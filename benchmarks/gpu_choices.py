@@ -5,19 +5,23 @@
 For every product: another width of its tile, weights by descriptors, rows by descriptors (gathered rows are copied into
 expert order first, which is timed too), and both together with the other width. Then gradients in one launch or two,
 both passes with all weights or all rows by descriptors, and, for a narrow layer, both products of inference in one
-launch. Tiles are compiled in parallel and compared with the usual one on few tokens; those that differ, or do not fit,
-have no time. ``ratio`` is the time over the usual choice's, the median of pair-by-pair ratios: below 1 a choice is
-faster. docs/kernels.md says what follows from which figure.
+launch. Tiles are compiled in parallel and compared with the usual one on few tokens; those that fail, differ or do not
+fit have no time. ``ratio`` is the time over the usual choice's, the median of pair-by-pair ratios: below 1 a choice is
+faster. docs/kernels.md says what follows from which figure. The file is written again after every launch; one that
+fails is named, and the others are measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 
 import torch
-from harness import DTYPES, alternate, commit, report, require_device
+from harness import DTYPES, alternate, commit, print_table, require_device, write_csv
 
 from clipup_kernels.machine import package_version, processor_name
 from clipup_kernels.triton import configs, dispatch, expert_mlp, expert_mlp_backward, topk_gating, tune
@@ -28,6 +32,8 @@ USUAL = "usual"
 Layer = tuple[int, int, int, int]
 """D, H, E, K."""
 Run = Callable[[], object]
+Prepare = Callable[[], dict[str, Run | None]]
+"""Makes a launch's choices, the usual one first."""
 MAIN, NARROW = ((768, 3072, 8, 2), 50_000), ((128, 512, 8, 2), 200_000)
 
 
@@ -43,30 +49,33 @@ def choices(kernel: str, usual: Config) -> dict[str, Config]:
     return found
 
 
-def products(
-    layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int
-) -> Iterator[tuple[str, dict[str, Run | None]]]:
-    """Every product with its choices; None for those whose results differ or that do not fit."""
+def products(layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int) -> Iterator[tuple[str, Prepare]]:
+    """Every product, and what makes its choices: None for those that fail, whose results differ or that do not fit."""
     arch, kind = configs.architecture(torch.device(device)), configs.arithmetic(dtype)
     bucket = configs.bucket_of(tokens * layer[3], layer[2])
     few = {one[:3]: one for one in tune.products(*layer, min(1000, tokens), dtype, device, gated=False)}
-    of_one_weight = []
-    for product in tune.products(*layer, tokens, dtype, device, gated=False):
-        usual = configs.heuristic(arch, product.kernel, kind, bucket, product.depth, product.columns)
-        if product.kernel in configs.BOTH_KERNELS:
-            continue
-        if product.kernel == "weight_gradient":
-            of_one_weight.append(lambda launch=product.launch, usual=usual: launch(usual))
-            continue
-        tiles = choices(product.kernel, usual)
+    listed = [one for one in tune.products(*layer, tokens, dtype, device, gated=False) if one.kernel in configs.KERNELS]
+
+    def usual(product: tune.Product) -> Config:
+        tile = configs.heuristic(arch, product.kernel, kind, bucket, product.depth, product.columns)
+        assert tile is not None, product.kernel
+        return tile
+
+    of_one_weight = [functools.partial(one.launch, usual(one)) for one in listed if one.kernel == "weight_gradient"]
+
+    def runs(product: tune.Product) -> dict[str, Run | None]:
+        tiles = choices(product.kernel, usual(product))
         kept = tune.usable(few[product[:3]], tiles.values(), kind, threads)
-        runs: dict[str, Run | None] = {
-            name: (lambda launch=product.launch, tile=tile: launch(tile)) if tile in kept else None
-            for name, tile in tiles.items()
+        found: dict[str, Run | None] = {
+            name: functools.partial(product.launch, tile) if tile in kept else None for name, tile in tiles.items()
         }
         if product.kernel == "expert_gradients":
-            runs["a launch for each weight"] = lambda: [launch() for launch in of_one_weight]
-        yield product.kernel, runs
+            found["a launch for each weight"] = lambda: [launch() for launch in of_one_weight]
+        return found
+
+    for product in listed:
+        if product.kernel != "weight_gradient":
+            yield product.kernel, functools.partial(runs, product)
 
 
 def one_launch(layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int) -> dict[str, Run | None]:
@@ -123,14 +132,14 @@ def passes(layer: Layer, tokens: int, dtype: torch.dtype, device: str) -> dict[s
 
 def comparisons(
     main: tuple[Layer, int], narrow: tuple[Layer, int], dtype: torch.dtype, device: str, threads: int
-) -> Iterator[tuple[str, str, dict[str, Run | None]]]:
-    """Layer, launch and choices, the usual one first."""
+) -> Iterator[tuple[str, str, Prepare]]:
+    """Layer, launch, and what makes its choices."""
     name = "{}x{}x{}".format(main[1], *main[0][:2])
-    for launch, runs in products(*main, dtype, device, threads):
-        yield name, launch, runs
-    yield name, "both passes", passes(*main, dtype, device)
+    for launch, prepare in products(*main, dtype, device, threads):
+        yield name, launch, prepare
+    yield name, "both passes", lambda: passes(*main, dtype, device)
     narrow_name = "{}x{}x{}".format(narrow[1], *narrow[0][:2])
-    yield narrow_name, "both products", one_launch(*narrow, dtype, device, threads)
+    yield narrow_name, "both products", lambda: one_launch(*narrow, dtype, device, threads)
 
 
 def measure(runs: dict[str, Run | None], seconds: float, device: str, min_rounds: int = 5) -> list[dict[str, str]]:
@@ -144,7 +153,7 @@ def measure(runs: dict[str, Run | None], seconds: float, device: str, min_rounds
     return rows
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--seconds", type=float, default=8, help="timing of one launch's choices (default 8)")
@@ -153,13 +162,23 @@ def main(argv: list[str] | None = None) -> None:
     require_device("cuda")
     about = {"machine": processor_name("cuda"), "torch": torch.__version__, "triton": package_version("triton")}
     about |= {"dtype": options.dtype, "commit": commit()}
-    table = []
-    for layer, launch, runs in comparisons(MAIN, NARROW, DTYPES[options.dtype], "cuda", os.cpu_count() or 1):
-        for row in measure(runs, options.seconds, "cuda"):
-            table.append({"layer": layer, "launch": launch, **row, **about})
-    print(f"{about['machine']}, torch {about['torch']}, triton {about['triton']}; {options.dtype}")
-    report(table, COLUMNS, options.csv)
+    print(f"{about['machine']}, torch {about['torch']}, triton {about['triton']}; {options.dtype}", flush=True)
+    table, failures = [], 0
+    for layer, launch, prepare in comparisons(MAIN, NARROW, DTYPES[options.dtype], "cuda", os.cpu_count() or 1):
+        try:
+            found = measure(prepare(), options.seconds, "cuda")
+        except Exception as failure:  # a compiler's or a driver's, of many kinds
+            traceback.print_exc()
+            print(f"left out: {launch}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}", flush=True)
+            failures += 1
+            continue
+        fresh = [{"layer": layer, "launch": launch, **row, **about} for row in found]
+        table += fresh
+        print_table(fresh, COLUMNS.split())
+        if options.csv:
+            write_csv(options.csv, table)
+    return int(failures > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,13 +6,16 @@ Times are medians, between two events, with an empty second-level cache. ``predi
 the rate of the second-level cache that was measured here. Ceilings: a copy in memory, reads of 24 MiB that stay in the
 second-level cache, torch's product of 8,192 x 8,192 matrices, and its products on as many rows as the layer has. With
 ``--peers`` also the same grouped products by others: a loop over torch's products, torch's ``grouped_mm``, and QuACK
-where it is installed. A product that fails, or whose result differs from ours, is left out by name.
+where it is installed. A launch that fails, or a peer whose result differs from ours, is left out by name. The file is
+written again after every launch.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from statistics import median
 from typing import NamedTuple
 
@@ -20,7 +23,7 @@ import gpu_model
 import torch
 import triton
 import triton.language as tl
-from harness import DTYPES, clock, commit, report, require_device
+from harness import DTYPES, clock, commit, print_table, require_device, write_csv
 
 from clipup_kernels.machine import package_version, processor_name
 from clipup_kernels.triton import (
@@ -241,7 +244,44 @@ def measure(launch: Launch, device: str, repetitions: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
+def measure_all(
+    found: Iterable[Launch], device: str, repetitions: int, keep: Callable[[dict[str, object]], None]
+) -> int:
+    """Hands the row of every launch to ``keep`` as soon as it is measured, names those that fail, and counts them."""
+    failures = 0
+    for launch in found:
+        try:
+            row = measure(launch, device, repetitions)
+        except Exception as failure:  # a compiler's or a driver's, of many kinds
+            failures += 1
+            tell(launch.name, failure)
+            continue
+        print(f"{launch.name}: {row['ms']} ms", flush=True)
+        keep(row)
+    return failures
+
+
+def tell(what: str, failure: Exception) -> None:
+    """Names what failed, for the log and for the summary."""
+    traceback.print_exception(failure)
+    print(f"left out: {what}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}", flush=True)
+
+
+def predict_on_this_card(layer: tuple[int, int, int, int, int], rows: list[dict[str, object]]) -> dict[str, float]:
+    """``predictions`` at the rate of the second-level cache among the ceilings' rows; empty on a card without a model,
+    and, with words, where that rate or the machine code is missing."""
+    card = torch.cuda.get_device_properties(0)
+    if (card.major, card.multi_processor_count) != (9, gpu_model.MULTIPROCESSORS):
+        return {}
+    try:
+        l2 = next(float(str(row["gbytes_per_s"])) for row in rows if row["launch"] == "L2 read") * 1e9
+        return predictions(*layer, l2)
+    except Exception as failure:  # StopIteration, and the compiler's and its tools' own
+        tell("predictions", failure)
+        return {}
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("tokens", 50_000), ("width", 768), ("hidden", 3072), ("experts", 8), ("top-k", 2)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
@@ -253,24 +293,28 @@ def main(argv: list[str] | None = None) -> None:
     require_device("cuda")
     layer = options.tokens, options.width, options.hidden, options.experts, options.top_k
     dtype = DTYPES[options.dtype]
-    table = [measure(launch, "cuda", options.repetitions) for launch in ceilings("cuda", dtype)]
-    l2 = next(float(str(row["gbytes_per_s"])) for row in table if row["launch"] == "L2 read") * 1e9
-    card = torch.cuda.get_device_properties(0)
-    modelled = (card.major, card.multi_processor_count) == (9, gpu_model.MULTIPROCESSORS)
-    predicted = predictions(*layer, l2) if modelled else {}
-    for launch in launches(*layer, dtype, "cuda", options.peers):
-        row = measure(launch, "cuda", options.repetitions)
-        print(f"{launch.name}: {row['ms']} ms", flush=True)  # what was measured before the time is up
-        if launch.name in predicted:
-            row["predicted_ms"] = f"{predicted[launch.name]:.4f}"
-            row["measured_to_predicted"] = f"{float(str(row['ms'])) / predicted[launch.name]:.2f}"
-        table.append(row)
     shape = f"{options.tokens}x{options.width}x{options.hidden}, {options.experts} experts, top {options.top_k}"
     about = {"machine": processor_name("cuda"), "torch": torch.__version__, "triton": package_version("triton")}
-    table = [row | about | {"layer": shape, "dtype": options.dtype, "commit": commit()} for row in table]
-    print(f"{about['machine']}, torch {about['torch']}, triton {about['triton']}; {shape}, {options.dtype}")
-    report(table, COLUMNS, options.csv)
+    print(f"{about['machine']}, torch {about['torch']}, triton {about['triton']}; {shape}, {options.dtype}", flush=True)
+    about |= {"layer": shape, "dtype": options.dtype, "commit": commit()}
+    table: list[dict[str, object]] = []
+    predicted: dict[str, float] = {}
+
+    def keep(row: dict[str, object]) -> None:
+        name = str(row["launch"])
+        if name in predicted:
+            row["predicted_ms"] = f"{predicted[name]:.4f}"
+            row["measured_to_predicted"] = f"{float(str(row['ms'])) / predicted[name]:.2f}"
+        table.append(row | about)
+        if options.csv:
+            write_csv(options.csv, table)
+
+    failures = measure_all(ceilings("cuda", dtype), "cuda", options.repetitions, keep)
+    predicted |= predict_on_this_card(layer, table)
+    failures += measure_all(launches(*layer, dtype, "cuda", options.peers), "cuda", options.repetitions, keep)
+    print_table(table, COLUMNS.split())
+    return int(failures > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

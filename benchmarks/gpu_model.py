@@ -30,7 +30,7 @@ TENSOR_FLOPS = 4096
 SCHEDULERS, REGISTERS, SHARED_BYTES, LAUNCH = 4, 65536, 227 * 1024, 3e-6
 DRAM_BYTES = 2.6e12
 CUBLAS_FLOPS = 650e12
-"""Of a large product in torch, for comparison with dense_k."""
+"""Of dense_k's products in torch. ``gpu_kernels.py`` measures them ("torch, in" and "torch, out")."""
 
 
 class Code(NamedTuple):
@@ -172,12 +172,12 @@ def moves(rows: float, width: int, hidden: int, experts: int, tokens: float, tra
         yield Move("sum of x's gradients", 3 * token_rows)
 
 
-def dense(rows: float, width: int, hidden: int, training: bool) -> float:
+def dense(rows: float, width: int, hidden: int, training: bool, cublas_flops: float = CUBLAS_FLOPS) -> float:
     """Milliseconds of a dense MLP on as many rows in torch: products at cuBLAS's rate, and passes over memory for the
     activation, its slope, and the sums that are the biases' gradients."""
     flops = (3 if training else 1) * 4 * rows * width * hidden
     passes = (2 + (3 if training else 0)) * 2 * rows * hidden + (2 * rows * (hidden + width) if training else 0)
-    return 1e3 * (flops / CUBLAS_FLOPS + passes / DRAM_BYTES)
+    return 1e3 * (flops / cublas_flops + passes / DRAM_BYTES)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -185,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, default in (("tokens", 50_000), ("width", 768), ("hidden", 3072), ("experts", 8), ("top-k", 2)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
     parser.add_argument("--l2", type=float, default=7.5, help="TB/s of the second-level cache (default 7.5)")
+    parser.add_argument("--cublas", type=float, default=650, help="TFLOP/s of dense_k's products (default 650)")
     tile = ("M", "N", "K", "WARPS", "STAGES")
     parser.add_argument("--tile", type=int, nargs=5, metavar=tile, help="of project_in and project_back")
     options = parser.parse_args(argv)
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         for move in moves(*layer, options.experts, options.tokens, training):
             total += move.milliseconds
             print(f"{move.name:22} {'':37} {move.milliseconds:7.2f} {move.milliseconds:7.2f}")
-        peer = dense(*layer, training)
+        peer = dense(*layer, training, options.cublas * 1e12)
         what = "forward + backward" if training else "forward"
         print(f"{what:22} {total:52.2f}, {total / peer:.2f} of dense_k ({peer:.2f} ms at cuBLAS's rate)\n")
 

@@ -170,7 +170,11 @@ def summary(folder: Path, measured: bool = True) -> tuple[str, bool]:
     page += [*table(shown, ([row[column] for column in shown] for row in rows)), ""]
     launched = "launch ms tflops gbytes_per_s predicted_ms measured_to_predicted".split()
     chosen = "layer launch choice ms p20_ms p80_ms ratio".split()
-    for name, columns in (("kernels.csv", launched), ("choices.csv", chosen), ("peers.csv", launched)):
+    whole = "model dtype pass batch_size pairs_per_s gflop_per_s speed_to_b16 speed_to_l14".split()
+    staged = "stage tokens experts top_k how triton_us cuda_us ratio".split()
+    files = {"kernels.csv": launched, "choices.csv": chosen, "peers.csv": launched, "routing_stages.csv": staged}
+    files |= {"clip_inference.csv": whole, "clip_training.csv": whole}
+    for name, columns in files.items():
         if (folder / name).is_file():
             page += [*table(columns, ([row[column] for column in columns] for row in read(folder / name))), ""]
     page += [line for told in left_out(folder) for line in (told, "")]

@@ -192,27 +192,30 @@ def products(
 
 def usable(product: Product, tiles: Iterable[Config | None], kind: str, threads: int) -> list[Config | None]:
     """The first of ``tiles``, and those whose results agree with it. The others are named, except for those that do not
-    fit this GPU.
+    fit this GPU: a tile that does not compile is no reason to measure none.
 
     Every tile is compiled and launched once, in ``threads`` threads.
     """
     first, *others = dict.fromkeys(tiles)
     expected = product.launch(first)
 
-    def error(tile: Config | None) -> float | None:
+    def fault(tile: Config | None) -> str | None:
         try:
-            return max(map(_difference, product.launch(tile), expected))
+            error = max(map(_difference, product.launch(tile), expected))
         except triton.runtime.errors.OutOfResources:
-            return None
+            return ""
+        except Exception as failure:  # the compiler's own, of many kinds
+            return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
+        return None if error <= _TOLERANCES[kind] else f"its results differ by {error:.1e} of the largest"
 
     with ThreadPoolExecutor(threads) as pool:
-        errors = list(pool.map(error, others))
+        faults = list(pool.map(fault, others))
     kept = [first]
-    for tile, found in zip(others, errors, strict=True):
-        if found is not None and found <= _TOLERANCES[kind]:
+    for tile, words in zip(others, faults, strict=True):
+        if words is None:
             kept.append(tile)
-        elif found is not None:
-            print(f"{product.kernel}: {tile} is left out, its results differ by {found:.1e} of the largest", flush=True)
+        elif words:
+            print(f"left out: {product.kernel}: {tile}: {words}", flush=True)
     return kept
 
 

@@ -52,6 +52,23 @@ def test_rates_come_from_the_measured_times_and_the_counted_flops(rows):
     assert step == pytest.approx(3 * forward, rel=1e-3) and sparse >= forward
 
 
+def test_a_model_without_enough_memory_is_left_out_by_name(monkeypatch, tmp_path, capsys):
+    build = clip_throughput.build
+
+    def without_memory(name, *which):
+        if name == MODELS[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.26 GiB.\nand advice")
+        return build(name, *which)
+
+    monkeypatch.setattr(clip_throughput, "build", without_memory)
+    path = tmp_path / "rows.csv"
+    assert clip_throughput.main([*ARGUMENTS, "--rounds", "2", "--csv", str(path)]) == 0
+    with path.open() as file:
+        assert [row["model"] for row in csv.DictReader(file)] == [MODELS[0], MODELS[2]]
+    told = f"left out: {MODELS[1]} in bf16, fwd: CUDA out of memory. Tried to allocate 2.26 GiB.\n"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_cuda_is_refused_by_name_where_there_is_none():
     with pytest.raises(SystemExit, match="--device cuda: torch finds no CUDA GPU"):

@@ -89,3 +89,34 @@ def test_a_row_has_the_median_and_the_rates(monkeypatch):
     row = measure(Launch("a", 6e9, 9e6, lambda: None), "cpu", 5)
     assert (row["ms"], row["p20_ms"], row["p80_ms"]) == ("3.0000", "2.0000", "4.0000")
     assert (row["tflops"], row["gbytes_per_s"]) == ("2", "3")
+
+
+def test_a_launch_that_fails_is_named_and_what_is_measured_is_written_at_once(monkeypatch, capsys, tmp_path):
+    def fails():
+        raise RuntimeError("no such instruction\nwith a long log")
+
+    written = tmp_path / "kernels.csv"
+
+    def launches(*which):
+        assert [line.split(",")[0] for line in written.read_text().splitlines()] == ["launch", "copy"]
+        yield Launch("project_in", 1e9, 1e6, lambda: None)
+        yield Launch("project_back", 1e9, 1e6, fails)
+        yield Launch("gather_sum", 0, 1e6, lambda: None)
+
+    card = types.SimpleNamespace(major=9, multi_processor_count=gpu_model.MULTIPROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(gpu_kernels, "require_device", lambda device: None)
+    monkeypatch.setattr(gpu_kernels, "processor_name", lambda device: "a card")
+    monkeypatch.setattr(gpu_kernels, "clock", lambda run, device: run() or 1e-3)
+    ceilings = [Launch("copy", 0, 1e9, lambda: None), Launch("L2 read", 0, 1e9, fails)]
+    monkeypatch.setattr(gpu_kernels, "ceilings", lambda *which: ceilings)
+    monkeypatch.setattr(gpu_kernels, "launches", launches)
+    assert gpu_kernels.main(["--csv", str(written)]) == 1
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert told == [
+        "left out: L2 read: RuntimeError: no such instruction",
+        "left out: predictions: StopIteration: ",
+        "left out: project_back: RuntimeError: no such instruction",
+    ]
+    names = [line.split(",")[0] for line in written.read_text().splitlines()]
+    assert names == ["launch", "copy", "project_in", "gather_sum"]

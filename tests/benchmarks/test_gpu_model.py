@@ -81,3 +81,13 @@ def test_the_program_predicts_every_launch_from_compiled_kernels():
     assert [line.split("  ")[0] for line in lines if "of dense_k" in line] == ["forward", "forward + backward"]
     for name in ("project_in", "project_rows", "combine", "project_back", "expert_gradients", "gather_sum"):
         assert any(line.startswith(name) for line in lines), name
+
+
+def test_the_ratio_to_dense_k_depends_on_the_rate_of_its_products(code, capsys):
+    ratios = []
+    for rate in ("650", "800"):
+        gpu_model.main(["--cublas", rate])
+        told = [line for line in capsys.readouterr().out.splitlines() if "of dense_k" in line]
+        ratios += [float(line.split(", ")[1].split()[0]) for line in told]
+    slow_forward, slow_both, fast_forward, fast_both = ratios
+    assert fast_forward > 1.1 * slow_forward and fast_both > 1.1 * slow_both

@@ -87,7 +87,8 @@ def test_what_is_not_installed_is_skipped_by_name(suite):
     _, steps = suite()
     skipped = {name: row["words"] for name, row in steps.items() if row["status"] == "skipped"}
     assert skipped == {
-        "clip_throughput": "needs open_clip",
+        "clip_inference": "needs open_clip",
+        "clip_training": "needs open_clip",
         "memcheck": "needs compute-sanitizer",
         "racecheck": "needs compute-sanitizer",
     }
@@ -105,10 +106,16 @@ def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer_where_it_is_i
 def test_what_matters_most_comes_first(suite):
     order = list(suite()[1])
     assert order[:8] == ["device", "build", "smoke", "self_check", "kernels", "forward", "training", "choices"]
-    assert order.index("memcheck") < order.index("forward_sizes") < order.index("clip_throughput")
+    assert order.index("memcheck") < order.index("forward_sizes") < order.index("clip_inference")
     assert "--shapes 50000x768x3072 --dtype bf16" in suite.log("forward")
     (sizes,) = [line for line in suite.log("forward_sizes").splitlines() if "--shapes" in line]
     assert sizes.index("4096x768x3072") < sizes.index("200000x768x3072") < sizes.index("400000x768x3072 --dtype")
+
+
+def test_tests_of_the_gpu_run_side_by_side_where_they_can_because_most_of_their_time_is_compiling(suite):
+    suite.program("python3", PYTHON.format(python=sys.executable).replace(' | *"import xdist"*', ""))
+    suite("main", "tests")
+    assert " -n 6 " in suite.log("cuda_tests") and " -n 6 " in suite.log("smoke")
 
 
 def test_the_smoke_step_names_about_25_tests_of_every_op(suite):
@@ -137,7 +144,7 @@ def test_the_smoke_step_names_about_25_tests_of_every_op(suite):
             "sizes",
             ["forward_sizes", "training_sizes", "forward_narrow", "forward_fp16", "training_fp16", "routing_stages"],
         ),
-        ("models", ["clip_throughput"]),
+        ("models", ["clip_inference", "clip_training"]),
     ],
 )
 def test_a_window_runs_its_own_steps_after_the_build(suite, window, measured):
@@ -186,9 +193,9 @@ def test_a_step_that_takes_too_long_is_ended_and_none_begins_without_time_left(s
 
 def test_files_of_an_earlier_run_are_replaced_and_those_of_others_are_left_alone(suite):
     suite()
-    (suite.out / "clip_throughput.log").write_text("left out: long ago")
+    (suite.out / "clip_inference.log").write_text("left out: long ago")
     suite()
-    assert not (suite.out / "clip_throughput.log").exists()
+    assert not (suite.out / "clip_inference.log").exists()
     (suite.out / "steps.csv").rename(suite.out / "results.csv")
     refused = subprocess.run([shutil.which("bash"), str(SUITE), str(suite.out)], capture_output=True, text=True)
     assert refused.returncode == 2 and "name another OUTDIR" in refused.stderr

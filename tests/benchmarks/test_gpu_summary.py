@@ -62,6 +62,19 @@ def test_choices_are_on_the_page_without_being_demands(tmp_path, capsys):
     assert "| 50000x768x3072 | project_in | usual | 1.1 | 1.0 | 1.2 | 1.0000 |" in capsys.readouterr().out
 
 
+def test_whole_models_and_stages_of_routing_are_on_the_page(tmp_path, capsys):
+    write_csv(tmp_path / "steps.csv", [dict(step="clip_training", status="ok", seconds="3", words="w")])
+    row = dict(model="ViT-B-16 CLIP-UP", dtype="bf16", batch_size="256", pairs_per_s="900.00", gflop_per_s="1.5e+05")
+    row |= {"pass": "fwd_bwd", "speed_to_b16": "0.800", "speed_to_l14": "3.100"}
+    write_csv(tmp_path / "clip_training.csv", [row])
+    stage = dict(stage="dispatch", tokens="4096", experts="8", top_k="2", how="graph", triton_us="9.1", cuda_us="7.0")
+    write_csv(tmp_path / "routing_stages.csv", [stage | dict(ratio="0.769")])
+    assert gpu_summary.main([str(tmp_path), "--windows", "sizes", "models"]) == 0
+    page = capsys.readouterr().out
+    assert "| ViT-B-16 CLIP-UP | bf16 | fwd_bwd | 256 | 900.00 | 1.5e+05 | 0.800 | 3.100 |" in page
+    assert "| dispatch | 4096 | 8 | 2 | graph | 9.1 | 7.0 | 0.769 |" in page
+
+
 def test_speeds_are_quotients_of_ratios_against_the_fastest_loop(tmp_path):
     found = verdicts(measured(tmp_path))
     assert found["fwd: ratio_to_dense_k"] == ("0.95", "pass")

@@ -225,10 +225,12 @@ def test_tuning_takes_the_fastest_tile_if_it_is_faster_by_more_than_noise():
     assert fastest(None, second)[0] == second and fastest(None, first)[0] is None
 
 
-def test_tuning_leaves_out_tiles_without_room_and_names_those_with_wrong_results(capsys):
+def test_tuning_leaves_out_tiles_without_room_and_names_those_that_fail_or_are_wrong(capsys):
     from triton.runtime.errors import OutOfResources
 
-    first, exact, close, wrong, infinite, absent, large, *_ = tune.candidates_both(90, "project_both", "half", 64, 512)
+    first, exact, close, wrong, infinite, absent, large, fails, *_ = tune.candidates_both(
+        90, "project_both", "half", 64, 512
+    )
     right = torch.randn(8, 8)
     results = {first: right, exact: right, close: right + 0.01 * right.max(), wrong: right + right.max()}
     results |= {infinite: right.clone().fill_(float("nan")), absent: None}
@@ -236,13 +238,16 @@ def test_tuning_leaves_out_tiles_without_room_and_names_those_with_wrong_results
     def launch(tile):
         if tile == large:
             raise OutOfResources(300000, 232448, "shared memory")
+        if tile == fails:
+            raise RuntimeError("PassManager::run failed\nwith a long log")
         return None, results[tile]
 
     product = tune.Product("project_both", 64, 512, launch)
-    tiles = [first, exact, close, wrong, infinite, absent, large, first]
+    tiles = [first, exact, close, wrong, infinite, absent, large, fails, first]
     assert tune.usable(product, tiles, "half", threads=1) == [first, exact, close]
     told = capsys.readouterr().out
-    assert all(f"{tile} is left out" in told for tile in (wrong, infinite, absent)) and str(large) not in told
+    assert all(f"left out: project_both: {tile}: its results differ" in told for tile in (wrong, infinite, absent))
+    assert f"{fails}: RuntimeError: PassManager::run failed\n" in told and str(large) not in told
 
 
 def test_tuning_takes_one_number_of_tokens_for_each_class_of_rows():
