@@ -17,11 +17,12 @@ from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
 from ..dense.mlp_readers import FAMILIES, families_read
 from ..dense.prepared import MATRICES, Prepared, PreparedMLP
 from ..dense.prepared_attention import (
+    ATTENTION_MODULES,
     ATTENTIONS,
     SELF_ATTENTION_BLOCKS,
-    PreparedAttention,
     PreparedLinear,
     can_be_prepared,
+    prepared_attention,
 )
 from ..moe.experts import Experts
 from ..moe.layer import SparseMoE
@@ -172,10 +173,10 @@ def _quantize_attention(module: nn.Module, weights: str) -> None:
         if type(child) is nn.Linear:
             if class_name(module) in ATTENTIONS:
                 setattr(module, name, PreparedLinear(child, weights))
-        elif type(child) is not nn.MultiheadAttention:
+        elif class_name(child) not in ATTENTION_MODULES or not _attends_to_itself(module):
             _quantize_attention(child, weights)
-        elif can_be_prepared(child) and _attends_to_itself(module):
-            setattr(module, name, PreparedAttention(child, weights))
+        elif can_be_prepared(child):
+            setattr(module, name, prepared_attention(child, weights))
 
 
 def _attends_to_itself(block: nn.Module) -> bool:

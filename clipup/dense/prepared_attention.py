@@ -5,6 +5,8 @@ Axis legend: ``B`` sequences, ``L`` tokens per sequence, ``D`` model width, ``h`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -89,11 +91,11 @@ class PreparedLinear(_PreparedProjections):
 class PreparedAttention(_PreparedProjections):
     """Self-attention by an ``nn.MultiheadAttention`` with quantized projections. It returns no attention weights."""
 
-    def __init__(self, attention: nn.MultiheadAttention, quantize: str) -> None:
+    def __init__(self, attention: Any, quantize: str) -> None:
         super().__init__()
         if not can_be_prepared(attention):
             raise TypeError("attention with separate projections, bias_k or add_zero_attn cannot be prepared")
-        self.num_heads, self.batch_first = attention.num_heads, attention.batch_first
+        self.num_heads, self.batch_first = attention.num_heads, getattr(attention, "batch_first", True)
         out = attention.out_proj
         places = {
             "in_weight": ("in_proj_weight", attention.in_proj_weight),
@@ -129,20 +131,45 @@ class PreparedAttention(_PreparedProjections):
         self._check_type(query)
         x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
         x = x if query.dim() == 3 else x[None]
-        batch, length, width = x.shape
-        projected = self._linear(x, self.in_weight, self._buffers.get("in_bias"))
-        q, k, v = projected.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        mask = _additive(attn_mask, key_padding_mask, batch, self.num_heads, x.dtype)
-        causal = is_causal and attn_mask is None
-        attended = attend(q, k, v, mask, causal)
-        y = self._linear(
-            attended.transpose(1, 2).reshape(batch, length, width), self.out_weight, self._buffers.get("out_bias")
-        )
+        mask = _additive(attn_mask, key_padding_mask, x.shape[0], self.num_heads, x.dtype)
+        y = self._attention(x, mask, causal=is_causal and attn_mask is None)
         y = y if query.dim() == 3 else y[0]
         return (y if self.batch_first or query.dim() == 2 else y.transpose(0, 1)), None
 
+    def _attention(self, x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        """x [B, L, D] and an additive mask that broadcasts to [B, h, L, L] -> [B, L, D]."""
+        batch, length, width = x.shape
+        projected = self._linear(x, self.in_weight, self._buffers.get("in_bias"))
+        q, k, v = projected.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        attended = attend(q, k, v, mask, causal).transpose(1, 2).reshape(batch, length, width)
+        return self._linear(attended, self.out_weight, self._buffers.get("out_bias"))
+
     def extra_repr(self) -> str:
         return f"{self.out_weight.shape[-2]}, num_heads={self.num_heads}, quantize={self.quantize!r}"
+
+
+class PreparedOpenClipAttention(PreparedAttention):
+    """The same of the ``Attention`` that open_clip 4 has in its blocks."""
+
+    def forward(  # type: ignore[override]  # that class's signature
+        self, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """x: [B, L, D]; attn_mask: additive, or boolean with True for what is seen, [B*h, L, L] or such that it
+        broadcasts to [B, h, L, L].
+
+        Raises:
+            NotImplementedError: k_x or v_x is another tensor.
+        """
+        if any(other is not None and other is not x for other in (k_x, v_x)):
+            raise NotImplementedError("quantized attention computes self-attention only: k_x and v_x must be x or None")
+        self._check_type(x)
+        if attn_mask is not None:
+            if attn_mask.dtype is torch.bool:
+                attn_mask = torch.zeros(attn_mask.shape, dtype=x.dtype).masked_fill_(~attn_mask, float("-inf"))
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.view(x.shape[0], self.num_heads, *attn_mask.shape[1:])
+            attn_mask = attn_mask.to(x.dtype)
+        return self._attention(x, attn_mask, causal=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -164,12 +191,27 @@ SELF_ATTENTION_BLOCKS = frozenset(
         "torchvision.models.vision_transformer.EncoderBlock",
     ]
 )
-"""Full names of block classes whose ``nn.MultiheadAttention`` is called as ``PreparedAttention`` can be."""
+"""Full names of block classes whose attention is called as the prepared one can be."""
 
 
-def can_be_prepared(attention: nn.MultiheadAttention) -> bool:
-    """Whether ``PreparedAttention`` computes what the module does."""
-    return attention.in_proj_weight is not None and attention.bias_k is None and not attention.add_zero_attn
+def prepared_attention(attention: nn.Module, quantize: str) -> PreparedAttention:
+    """The prepared layer in place of a module of ``ATTENTION_MODULES`` for which ``can_be_prepared`` holds."""
+    of_torch = isinstance(attention, nn.MultiheadAttention)
+    return (PreparedAttention if of_torch else PreparedOpenClipAttention)(attention, quantize)
+
+
+ATTENTION_MODULES = frozenset(["torch.nn.modules.activation.MultiheadAttention", "open_clip.transformer.Attention"])
+"""Full names of the classes that ``prepared_attention`` takes from ``SELF_ATTENTION_BLOCKS``."""
+
+
+def can_be_prepared(attention: Any) -> bool:
+    """Whether ``prepared_attention`` computes what a module of ``ATTENTION_MODULES`` does."""
+    if attention.in_proj_weight is None:
+        return False
+    if isinstance(attention, nn.MultiheadAttention):
+        return attention.bias_k is None and not attention.add_zero_attn
+    plain = all(isinstance(getattr(attention, name), nn.Identity) for name in ("ln_q", "ln_k", "ln_inner"))
+    return plain and attention.logit_scale is None and attention.head_scale is None
 
 
 def _additive(

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import os
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import Attention
 from tiny_clip import CONFIGS, tiny_clip
 from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
 from tiny_hugging_face import CONFIGS as TRANSFORMERS
@@ -22,7 +24,7 @@ import clipup_kernels
 from clipup.clip.hugging_face import random_batch
 from clipup.clip.inputs import random_inputs
 from clipup.dense.prepared import Prepared
-from clipup.dense.prepared_attention import PreparedAttention, PreparedLinear
+from clipup.dense.prepared_attention import PreparedAttention, PreparedLinear, can_be_prepared, prepared_attention
 
 pytestmark = pytest.mark.skipif(
     not clipup_kernels.backend_info()["compiled"], reason="int8 needs the compiled extension"
@@ -236,6 +238,31 @@ def test_attention_refuses_what_it_does_not_compute():
         attention(*[x.double()] * 3, need_weights=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masks", ["none", "additive", "boolean", "by head", "of each text"])
+def test_attention_of_open_clip_4_follows_it(masks, dtype):
+    if "k_x" not in inspect.signature(Attention.forward).parameters:
+        pytest.skip("open_clip 3 has nn.MultiheadAttention in its blocks")
+    torch.manual_seed(0)
+    plain = Attention(64, num_heads=4).eval()
+    nn.init.normal_(plain.in_proj_bias)
+    quantized = prepared_attention(copy.deepcopy(plain).to(dtype), "int8")
+    x, past = torch.randn(3, 7, 64), torch.ones(7, 7, dtype=torch.bool).tril()
+    mask = {
+        "none": None,
+        "additive": torch.zeros(7, 7).masked_fill(~past, float("-inf")),
+        "boolean": past,
+        "by head": torch.randn(12, 7, 7),
+        "of each text": (torch.arange(7) < torch.tensor([[7], [4], [5]]))[:, None, None],
+    }[masks]
+    with torch.inference_mode():
+        theirs, ours = plain(x, attn_mask=mask), quantized(x.to(dtype), attn_mask=mask)
+    assert ours.shape == theirs.shape and ours.dtype == dtype and (ours - theirs).norm() <= 2e-2 * theirs.norm()
+    with pytest.raises(NotImplementedError, match="self-attention only: k_x and v_x must be x or None"):
+        quantized(x.to(dtype), k_x=x.clone())
+    assert not can_be_prepared(Attention(64, num_heads=4, qk_norm=True))
+
+
 def test_a_linear_layer_follows_torch():
     torch.manual_seed(0)
     plain = nn.Linear(64, 40)
@@ -251,7 +278,7 @@ def test_hooked_attention_is_left_as_it_is():
     model.transformer.resblocks[0].attn.register_forward_hook(lambda *_: seen.append(1))
     int8 = clipup.accelerate(model, weights="int8")
     features(int8)
-    assert seen and type(int8.transformer.resblocks[0].attn) is nn.MultiheadAttention
+    assert seen and not isinstance(int8.transformer.resblocks[0].attn, Prepared)
 
 
 def test_coca_keeps_its_cross_attention():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from html_page import Page, assert_stands_alone
 from sparse_clip import CAPTIONS, dense_clip, pictures, sparse_clip, sparse_config
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from clipup import save_pretrained
 from clipup.cli import main
@@ -60,11 +61,15 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     assert "to the dense MLP" not in text
 
 
-def test_on_a_cpu_the_model_is_prepared(model, captions, tmp_path, monkeypatch):
+def test_on_a_cpu_the_model_is_prepared(model, captions, tmp_path):
     forms = set()
-    run_experts = SparseMoE.run_experts
-    monkeypatch.setattr(SparseMoE, "run_experts", lambda self, *args: forms.add(type(self)) or run_experts(self, *args))
-    made(tmp_path / "r.html", model, "--captions", captions)
+
+    def note(module, args):
+        if isinstance(module, SparseMoE):
+            forms.add(type(module))
+
+    with register_module_forward_pre_hook(note):
+        made(tmp_path / "r.html", model, "--captions", captions)
     assert forms == {PreparedMoE}
 
 
