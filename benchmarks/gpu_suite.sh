@@ -18,7 +18,8 @@
 #
 #   PYTHON          with torch and triton                                                    (python3)
 #   SECONDS_IN_ALL  when the last step has to end                                            (520)
-#   PACK            1: OUTDIR keeps steps.csv, summary.md and all else in results.tar.gz     (0)
+#   PACK            1: OUTDIR keeps steps.csv, summary.md and all else in results.tar.gz,    (0)
+#                   at most the last 500 kB of each log, so that it stays under 16 MiB
 #   WHEELS          a folder of wheels to install first, without a network: open_clip_torch, ftfy, wcwidth, timm (none)
 set -uo pipefail
 
@@ -138,6 +139,10 @@ for window in "${windows[@]}"; do "window_$window"; done
 "$PYTHON" benchmarks/gpu_summary.py "$out" --windows "${windows[@]}"
 code=$?
 if ((${PACK:-0})); then
+  for log in "$out"/*.log; do # of each what it said last, so that all of them fit into 16 MiB
+    tail -c 500000 "$log" >"$out/end" && cat "$out/end" >"$log"
+  done
+  rm -f "$out/end"
   (cd "$out" && tar -czf results.tar.gz -- *.log *.csv && find . -maxdepth 1 -name '*.log' -delete &&
     find . -maxdepth 1 -name '*.csv' ! -name steps.csv -delete)
 fi

@@ -175,6 +175,20 @@ def test_packed_everything_comes_back_in_three_files(suite):
         assert {f"{step}.log" for step in steps} | {"steps.csv"} <= set(packed.getnames())
 
 
+def test_what_is_packed_stays_under_16_mib_with_the_end_of_every_log(suite, tmp_path):
+    noise = os.urandom(3_000_000).hex()
+    (tmp_path / "noise").write_text(f"first\n{noise}\nlast\n")
+    suite.program(
+        "python3",
+        PYTHON.replace('echo "first"; echo "ran $*"', f"cat {tmp_path / 'noise'}").format(python=sys.executable),
+    )
+    _, steps = suite("main", PACK="1")
+    assert len(steps) > 6 and (suite.out / "results.tar.gz").stat().st_size < 16 << 20
+    with tarfile.open(suite.out / "results.tar.gz") as packed:
+        logs = [packed.extractfile(name).read() for name in packed.getnames() if name.endswith(".log")]
+    assert any(log.endswith(b"last\n") and not log.startswith(b"first") for log in logs)
+
+
 def test_wheels_are_installed_first_and_found_by_every_step(suite, tmp_path):
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "ftfy-6-py3-none-any.whl").write_text("")
