@@ -180,7 +180,7 @@ def _quantize_attention(module: nn.Module, weights: str) -> None:
 
 
 def _attends_to_itself(block: nn.Module) -> bool:
-    """Whether a block's ``nn.MultiheadAttention`` gets one tensor, and its attention weights are not asked for."""
+    """Whether a block's attention gets one tensor, and its attention weights are not asked for."""
     names = {f"{base.__module__}.{base.__qualname__}" for base in type(block).__mro__}
     return bool(names & SELF_ATTENTION_BLOCKS) and not hasattr(block, "ln_1_kv")  # open_clip's cross-attention
 

@@ -153,7 +153,6 @@ class Router(nn.Module):
             noisy_logits = logits + torch.randn_like(logits) * (config.router_noise / config.num_experts)
         bias = None if self.selection_bias is None else self.selection_bias.to(logits.dtype)
         scores = log_scores(noisy_logits, config.score_function)
-        factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if config.routing == "expert_choice":
             gating, plan = expert_choice(scores, config, config.expert_choice_factor(self.training), mask)
             return Routing(gating.gates, plan, gating, logits, noisy_logits, mask)
@@ -161,7 +160,7 @@ class Router(nn.Module):
         plan = dispatch(
             gating.expert_indices,
             config.num_experts,
-            factor,
+            config.capacity_factor if self.training else config.eval_capacity_factor,
             priority=gating.top_prob.detach() if config.priority else None,
             mask=mask,
         )
