@@ -92,7 +92,7 @@ class MoEConfig:
     """Exclude the tokens after a text's end from routing, capacity and losses, in text towers whose features do not
     depend on them (causal, pooled at end-of-text). No effect in other towers."""
     balance_weight: float = 0.0
-    """Weight of the load-balance loss, which is 1 for uniform routing."""
+    """Weight of the load-balance loss, which is 1 for uniform routing, and so always with expert choice."""
     balance: BalanceForm = "topk"
     """Choices that the balance loss counts: first choices only (top2), or all choices (topk)."""
     loss_scope: LossScope = "batch"
@@ -166,7 +166,7 @@ class MoEConfig:
         if self.routing == "token_choice":
             return
         choices_of_tokens: dict[str, Any] = {"selection_bias": "none", "priority": False, "load_weight": 0.0}
-        choices_of_tokens |= {"granularity": 1, "loss_scope": "batch", "balance_weight": 0.0}
+        choices_of_tokens |= {"granularity": 1, "loss_scope": "batch"}
         for name, unused in choices_of_tokens.items():
             if getattr(self, name) != unused:
                 raise ValueError(
@@ -209,9 +209,7 @@ class MoEConfig:
         The capacity factor is derived from the paper's numbers; the loss weights (balance 0.01, z 1e-4) are common
         values, not confirmed by the paper's text.
         """
-        balanced = overrides.get("routing") == "expert_choice"  # by construction
-        preset = {"capacity_factor": 1.0, "balance_weight": 0.0 if balanced else 0.01, "z_weight": 1e-4}
-        return cls(**{**preset, "balance": "top2", **overrides})
+        return cls(**{"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2", **overrides})
 
     @property
     def mean_choices(self) -> int:

@@ -162,13 +162,31 @@ def test_models_are_upcycled_trained_and_prepared_with_it():
         {"granularity": 2},
         {"load_weight": 0.1, "router_noise": 1},
         {"loss_scope": "global_batch"},
-        {"balance_weight": 0.01},
     ],
 )
 def test_options_of_choosing_tokens_are_refused(option):
     name = next(iter(option))
     with pytest.raises(ValueError, match=f"routing='expert_choice' cannot be combined with {name}"):
         MoEConfig(routing="expert_choice", **option)
+
+
+def test_the_command_line_upcycles_with_the_presets_other_options(tmp_path):
+    from clipup.cli import main
+    from clipup.pretrained.factory import create_model_and_transforms
+
+    arguments = ["clipup-tiny-32", str(tmp_path / "sparse"), "--random-weights", "--routing", "expert_choice"]
+    assert main(["upcycle", *arguments]) == 0
+    model, *_ = create_model_and_transforms(str(tmp_path / "sparse"))
+    assert model.moe_config.routing == "expert_choice" and model.moe_config.balance_weight == 0.01
+
+
+def test_the_balance_loss_is_constant():
+    moe = layer(balance_weight=1.0, capacity_factor=1.0).train()
+    moe(tokens(40))
+    loss = clipup.aux_loss(moe)
+    (gradient,) = torch.autograd.grad(loss, moe.router.weight)
+    torch.testing.assert_close(loss.item(), 1.0)
+    assert gradient.abs().max() < 1e-6
 
 
 def test_a_decoder_is_refused():

@@ -169,11 +169,9 @@ def test_prepared_models_and_those_of_transformers_are_refused():
         initialize_by_clusters(upcycle(tiny_hugging_face("CLIPModel")), batches(tiny_clip("gelu"), 1))
 
 
-@pytest.mark.parametrize(
-    "options", [{"routing": "expert_choice", "balance_weight": 0.0}, {"normalize_gates": "none"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"routing": "expert_choice"}, {"normalize_gates": "none"}], ids=str)
 def test_clusters_are_those_of_the_dense_function_whatever_the_routing(options):
-    plain = upcycle(tiny_clip("gelu"), CONFIG.replace(balance_weight=0.0, blocks="every"))
+    plain = upcycle(tiny_clip("gelu"), CONFIG.replace(blocks="every"))
     other = upcycle(tiny_clip("gelu"), CONFIG.replace(blocks="every", **options))
     for model in (plain, other):
         initialize_by_clusters(model, batches(plain), energy=0.9)
