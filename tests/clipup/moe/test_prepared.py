@@ -29,6 +29,8 @@ LAYERS = {
     "plain": {},
     "gated, no bias": {"gated": True, "bias": False, "activation": "silu"},
     "norm": {"norm": "layer"},
+    "fine-grained": {"granularity": 2, "num_experts": 8},
+    "shared expert": {"shared_expert": True},
     "shared expert, fine-grained": {"shared_expert": True, "granularity": 2, "num_experts": 8},
     "selection bias": {"selection_bias": "sign"},
     "dropout": {"dropout": 0.1},
