@@ -41,7 +41,9 @@ class Code(NamedTuple):
     step: int
     """Instructions per thread of one step over the terms."""
     after: int
-    """Instructions per thread after the last product of a tile."""
+    """Instructions per thread after the last product of a tile; those of a loop there are counted once."""
+    again: int
+    """Those of the loop among them, 0 without one."""
 
 
 class Product(NamedTuple):
@@ -59,6 +61,8 @@ class Product(NamedTuple):
     dram_bytes: float
     epilogue_bytes: int = 2
     """Bytes that the epilogue reads and writes for each output."""
+    turns: int = 1
+    """Of the loop in its epilogue, if it has one."""
 
 
 def code_of(name: str, tile: configs.Config | None) -> tuple[Code, dict[str, int], int]:
@@ -70,15 +74,19 @@ def code_of(name: str, tile: configs.Config | None) -> tuple[Code, dict[str, int
     found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", compiled.sass)
     position = {int(address, 16): number for number, (address, _) in enumerate(found)}
     texts = [text for _, text in found]
-    loops = []
+    loops, others = [], {}
     for number, text in enumerate(texts):
         jump = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
         begin = position.get(int(jump[1], 16), number) if jump else number
         if begin < number and any("HGMMA" in inside for inside in texts[begin:number]):
             loops.append((number - begin + 1, number))
+        elif begin < number:
+            others[begin] = number - begin + 1
     step, end = min(loops)
     last = max(number for number, text in enumerate(texts) if "HGMMA" in text)
-    code = Code(compiled.registers, compiled.shared_bytes, step, len(texts) - max(last, end))
+    done = max(last, end)
+    again = sum(length for begin, length in others.items() if begin > done and length > 1)  # not the trap at the end
+    code = Code(compiled.registers, compiled.shared_bytes, step, len(texts) - done, again)
     return code, variant.constants, variant.options["num_warps"]
 
 
@@ -99,7 +107,7 @@ def products(rows: float, width: int, hidden: int, experts: int, training: bool)
         return
     yield Product(
         "project_back", "project_back gelu bf16 half 128x128x64 w8", width, (rows, hidden), experts,
-        narrow + weight + 3 * wide, 6,
+        narrow + weight + 3 * wide, 6, turns=2,
     )  # fmt: skip
     yield Product(
         "expert_gradients", "expert_gradients plain bf16 half 128x256x64 w8", rows / experts,
@@ -134,7 +142,7 @@ def predict(product: Product, l2_bytes: float, other_tile: configs.Config | None
     blocks = max(1, min(2, by_registers, SHARED_BYTES // (code.shared_bytes + 1024)))
     tensor = 2 * block_m * block_n * block_k * steps / TENSOR_FLOPS
     issue = code.step * steps * warps / SCHEDULERS
-    epilogue = code.after * warps / SCHEDULERS
+    epilogue = (code.after + (product.turns - 1) * code.again) * warps / SCHEDULERS
     through_l2 = 2 * (block_m + block_n) * block_k * steps + product.epilogue_bytes * block_m * block_n
     l2 = through_l2 / (l2_bytes / MULTIPROCESSORS / CLOCK)
     waves = tiles / (MULTIPROCESSORS * blocks)

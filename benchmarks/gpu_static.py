@@ -4,7 +4,8 @@
     python benchmarks/gpu_static.py --arch 90 --match dispatch  those whose name holds "dispatch", for sm_90
 
 A kernel fails when it does not compile, when it has a stack (registers were spilled), when its shared memory is more
-than a block may have on the architecture, or when machine instructions are missing that it is meant to use. The last
+than a block may have on the architecture, when it takes more registers than the blocks leave each other that are meant to
+share a multiprocessor, or when machine instructions are missing that it is meant to use. The last
 line counts kernels and failures; the exit status is 1 when there are failures or nothing was compiled.
 """
 
@@ -43,6 +44,8 @@ def faults(variant: Variant, compiled: Compiled, arch: int) -> list[str]:
         found.append(f"{compiled.stack_bytes} bytes of stack")
     if compiled.shared_bytes > SHARED_BYTES[arch]:
         found.append(f"shared memory over the limit by {compiled.shared_bytes - SHARED_BYTES[arch]} bytes")
+    if variant.most_registers and compiled.registers > variant.most_registers:
+        found.append(f"{compiled.registers} registers, {variant.most_registers} at most")
     missing = [name for name in variant.instructions if not variants.count(name, compiled.sass)]
     return found + [f"no {name}" for name in missing]
 

@@ -29,6 +29,8 @@ KERNELS = (
 )  # fmt: skip
 GRADIENTS = ("weight_gradient", "expert_gradients")
 """Those that sum over the experts' rows: no weights are read."""
+LONG_EPILOGUES = ("project_in", "project_in_gated", "project_back")
+"""Those that apply activations to their sums."""
 BOTH_KERNELS = ("project_both", "project_both_gated")
 """Both products of inference in one launch. Only ``tune`` gives them a config: without one they take two launches."""
 BUCKETS = {"few": 96, "some": 768, "many": float("inf")}
@@ -128,7 +130,7 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
     if kernel in BOTH_KERNELS:
         return None
     fused, plain = _TILES[arch, kind]
-    tile = fused if kernel in ("project_in", "project_in_gated", "project_back") else plain
+    tile = fused if kernel in LONG_EPILOGUES else plain
     if depth % 16 or columns % 16:  # unaligned rows are loaded element by element, through registers
         tile = Config(64, 32, 32, 4, 2) if kind != "ieee" else tile
     if kernel == "project_in_gated":  # two sums of products instead of one
@@ -144,7 +146,8 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
         spills = (kernel, kind) == ("expert_gradients", "ieee")  # with 3 on architecture 100, Triton 3.6
         return tile._replace(num_stages=max(2 if spills else 3, tile.num_stages))
     if bucket == "few" and tile.block_m > 64:
-        tile = tile._replace(block_m=64, num_warps=4)
+        # with 4 warps on architecture 100, Triton 3.6 spills registers in the epilogue
+        tile = tile._replace(block_m=64, num_warps=8 if (arch, kernel) == (100, "project_back") else 4)
     return tile._replace(block_k=min(tile.block_k, _tile_side(depth)))
 
 
@@ -174,6 +177,14 @@ class Case(NamedTuple):
     """Many rows per expert in bfloat16: the one case per kernel for which its rarer forms are also compiled."""
     even: bool
     """Whether the weights' sizes are multiples of the tile's; if not, they are not multiples of 16 either."""
+
+    @property
+    def most_registers(self) -> int | None:
+        """65,536 over the threads of two blocks, for the tiles of ``_TILES`` that count on a second block."""
+        fused = _TILES[self.arch, self.kind][0]
+        two = self.arch >= 90 and self.kind == "half" and self.kernel in LONG_EPILOGUES
+        same = self.config.block_m == fused.block_m and self.config.num_warps == fused.num_warps
+        return 65_536 // (2 * 32 * fused.num_warps) if two and same else None
 
 
 def cases(arch: int, kernel: str) -> Iterator[Case]:

@@ -107,20 +107,19 @@ def _project_back(
                 GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
-            # In eight parts these two activations take more than the 128 registers of two blocks; in sixteen, rows are
-            # written 16 bytes at a time.
-            PARTS: tl.constexpr = 16 if (ACTIVATION == "quick_gelu" or ACTIVATION == "silu") and not GATED else 8
+            # Eight parts, in a loop over the halves that is not unrolled: otherwise the compiler adds up <a, da> of all
+            # parts at the end, keeps their terms until then and needs more than the 128 registers of two blocks.
             d_gate = tl.zeros([BLOCK_M], tl.float32)
-            das = quarters(da, BLOCK_M, BLOCK_N)
-            for part in tl.static_range(PARTS):
-                if PARTS == 16:
-                    own_da = quarters(das[part // 4], BLOCK_M, BLOCK_N // 4)[part % 4]
-                else:
-                    own_da = halves(das[part // 2], BLOCK_M, BLOCK_N // 4)[part % 2]
-                d_gate += _finish_back(
-                    own_da, gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // PARTS), plane, columns,
-                    GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // PARTS,
-                )  # fmt: skip
+            half, right_half = halves(da, BLOCK_M, BLOCK_N)
+            for _ in tl.range(0, 2, num_stages=1, loop_unroll_factor=1):
+                das = quarters(half, BLOCK_M, BLOCK_N // 2)
+                for part in tl.static_range(4):
+                    d_gate += _finish_back(
+                        das[part], gate, z, dz, scaled_a, first, end, first_column + part * (BLOCK_N // 8), plane,
+                        columns, GATED, ACTIVATION, EVEN_COLUMNS, BLOCK_M, BLOCK_N // 8,
+                    )  # fmt: skip
+                half = right_half
+                first_column += BLOCK_N // 2
         if parts is not None:
             tl.store(parts + row.to(tl.int64) * column_tiles + column_tile, d_gate, mask=own)
 

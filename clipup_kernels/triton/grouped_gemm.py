@@ -309,6 +309,7 @@ def describe(
         constants,
         block.options,
         instructions + (("UTMALDG",) if block.descriptors or block.row_descriptors else ()),
+        case.most_registers,
     )
 
 

@@ -43,6 +43,8 @@ class Variant(NamedTuple):
     """``num_warps`` and ``num_stages``."""
     instructions: tuple[str, ...] = ()
     """Machine instructions that must occur, for example "HGMMA"."""
+    most_registers: int | None = None
+    """What so many blocks allow that are meant to share a multiprocessor, per thread; None: no more than compile."""
 
 
 class Compiled(NamedTuple):

@@ -25,7 +25,7 @@ def code(monkeypatch):
 
         monkeypatch.setattr(gpu_model, "code_of", code_of)
 
-    usual = Code(registers=128, shared_bytes=98304, step=150, after=1500)
+    usual = Code(registers=128, shared_bytes=98304, step=150, after=1500, again=0)
     set_code()
     return set_code
 
@@ -54,6 +54,15 @@ def test_with_one_register_too_many_the_epilogue_is_added(code):
     code(registers=129)
     alone = of("project_back")
     assert (shared.blocks, alone.blocks) == (2, 1) and alone.total > shared.total + 0.2
+
+
+def test_the_instructions_of_an_epilogue_s_loop_count_in_every_turn(code):
+    code(after=1000, again=0)
+    once = (of("project_back").issue, of("project_in").issue)
+    code(after=1000, again=900)
+    twice = (of("project_back").issue, of("project_in").issue)
+    per_instruction = 100_512 * 3072 / (128 * 128) * 8 / 4 / gpu_model.MULTIPROCESSORS / gpu_model.CLOCK * 1e3
+    assert twice[0] - once[0] == pytest.approx(900 * per_instruction, rel=0.01) and twice[1] == once[1]
 
 
 def test_results_and_what_an_epilogue_reads_go_through_the_cache_as_well(code):

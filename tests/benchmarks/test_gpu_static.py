@@ -75,6 +75,16 @@ def test_instructions_that_are_meant_must_be_there():
     assert gpu_static.faults(variant, FINE, 90) == ["no UTMALDG"]
 
 
+def test_kernels_whose_epilogue_is_hidden_by_a_second_block_leave_it_its_registers():
+    kernels = {v.name: v for v in gpu_static.all_variants(90) if v.name.startswith(("project_in", "project_back"))}
+    limited = {name for name, variant in kernels.items() if variant.most_registers == 128}
+    assert {f"project_back {act} bf16 half 128x128x64 w8" for act in ("gelu", "quick_gelu", "relu")} <= limited
+    assert {"project_in gelu bf16 half 128x128x64 w8", "project_in_gated silu bf16 half 128x64x64 w8"} <= limited
+    variant = kernels["project_back gelu bf16 half 128x128x64 w8"]
+    assert gpu_static.faults(variant, FINE._replace(registers=128), 90) == []
+    assert gpu_static.faults(variant, FINE._replace(registers=129), 90) == ["129 registers, 128 at most"]
+
+
 def test_a_match_without_kernels_is_a_failure(capsys):
     assert gpu_static.main(["--match", "no kernel has this name"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "0 kernels, 0 failures"

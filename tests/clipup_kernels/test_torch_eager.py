@@ -218,3 +218,28 @@ def test_autocast_changes_neither_types_nor_values(cpu_backend, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         for value, want in zip(run(), plain, strict=True):
             assert value.dtype == want.dtype and torch.equal(value, want)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_compiled_step_follows_the_oracle_in_both_passes(cpu_backend, compiler, dtype, gated):
+    x, gates, plan, experts = arguments(dtype=dtype, gated=gated)
+    weights = [weight for weight in experts if isinstance(weight, torch.Tensor)]
+    places = [name for name, weight in experts._asdict().items() if isinstance(weight, torch.Tensor)]
+    upstream = randn(SHAPE.tokens, SHAPE.width, dtype=dtype, seed=9)
+
+    def step(function, x, gates, *weights):
+        return function(x, gates, plan, **dict(zip(places, weights, strict=True)), activation=experts.activation)
+
+    def outputs(function, upstream, *tensors):
+        tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        y = function(*tensors)
+        return y, *torch.autograd.grad(y, tensors, upstream)
+
+    compiled_step = torch.compile(lambda *tensors: step(ck.expert_mlp, *tensors), fullgraph=True, backend=compiler)
+    found = outputs(compiled_step, upstream, x, gates, *weights)
+    wide = [tensor.double() for tensor in (x, gates, *weights)]
+    expected = outputs(lambda *tensors: step(reference.expert_mlp, *tensors), upstream.double(), *wide)
+    for name, ours, oracle in zip(("y", "x", "gates", *places), found, expected, strict=True):
+        assert_follows(ours, oracle, dtype, name)
