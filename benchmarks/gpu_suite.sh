@@ -5,12 +5,13 @@
 #
 # Each window takes less than nine minutes; several run one after the other within the same time (all of them by default):
 #
-#   main    a few CUDA tests, the self-check of every op, then the main case (50,000 tokens, 768/3072, bf16): every launch,
-#           and both passes
-#   choices tiles, descriptors and merged launches, each in turn with the usual one; others' grouped products
-#   tests   every CUDA test, then small shapes under compute-sanitizer
-#   sizes   other sizes and types, small ones first, and routing stage by stage
-#   models  whole CLIP models (needs open_clip; see WHEELS)
+#   main        a few CUDA tests, the self-check of every op, then the main case (50,000 tokens, 768/3072, bf16): every launch,
+#               and both passes
+#   choices     tiles, descriptors and merged launches, each in turn with the usual one; others' grouped products
+#   tests       every CUDA test
+#   sizes       other sizes and types, small ones first, and routing stage by stage
+#   models      whole CLIP models (needs open_clip; see WHEELS)
+#   sanitizers  small shapes under compute-sanitizer's memcheck and racecheck
 #
 # OUTDIR receives a log and, from benchmarks, a CSV for every step, steps.csv, and summary.md (gpu_summary.py), whose exit
 # status is this program's; its end, with the verdict, is printed last. A step that fails, is slow or lacks its tool is
@@ -26,10 +27,10 @@ set -uo pipefail
 out=${1:?usage: benchmarks/gpu_suite.sh OUTDIR [WINDOW...]}
 shift
 windows=("$@")
-((${#windows[@]})) || windows=(main choices tests sizes models)
+((${#windows[@]})) || windows=(main choices tests sizes models sanitizers)
 for window in "${windows[@]}"; do
-  if [[ ! " main choices tests sizes models " == *" $window "* ]]; then
-    echo "there is no window $window; there are main, choices, tests, sizes and models" >&2
+  if [[ ! " main choices tests sizes models sanitizers " == *" $window "* ]]; then
+    echo "there is no window $window; there are main, choices, tests, sizes, models and sanitizers" >&2
     exit 2
   fi
 done
@@ -105,10 +106,8 @@ window_choices() {
 }
 
 window_tests() {  # -v: a log that is cut off by the time still names what failed
-  step cuda_tests 240 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
+  step cuda_tests 340 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
     tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cpp_cuda.py tests/clipup_kernels/test_cuda_layer.py
-  sanitized memcheck 50
-  sanitized racecheck 50
 }
 
 window_sizes() {
@@ -125,6 +124,11 @@ window_models() {  # with a batch of 64 they wait for the host; a step of L/14 w
   throughput+=(--models ViT-B-16 "ViT-B-16 CLIP-UP" ViT-L-14)
   needing open_clip.py clip_inference 140 "${throughput[@]}" --batch-size 512 --csv "$out/clip_inference.csv"
   needing open_clip.py clip_training 190 "${throughput[@]}" --batch-size 256 --pass fwd_bwd --csv "$out/clip_training.csv"
+}
+
+window_sanitizers() {
+  sanitized memcheck 170
+  sanitized racecheck 170
 }
 
 if [[ -n ${WHEELS:-} ]]; then

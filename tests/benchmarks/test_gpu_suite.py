@@ -106,7 +106,12 @@ def test_small_layers_and_the_cuda_kernels_run_under_the_sanitizer_where_it_is_i
 def test_what_matters_most_comes_first(suite):
     order = list(suite()[1])
     assert order[:8] == ["device", "build", "smoke", "self_check", "kernels", "forward", "training", "choices"]
-    assert order.index("memcheck") < order.index("forward_sizes") < order.index("clip_inference")
+    assert (
+        order.index("cuda_tests")
+        < order.index("forward_sizes")
+        < order.index("clip_inference")
+        < order.index("memcheck")
+    )
     assert "--shapes 50000x768x3072 --dtype bf16" in suite.log("forward")
     (sizes,) = [line for line in suite.log("forward_sizes").splitlines() if "--shapes" in line]
     assert sizes.index("4096x768x3072") < sizes.index("200000x768x3072") < sizes.index("400000x768x3072 --dtype")
@@ -139,7 +144,8 @@ def test_the_smoke_step_names_about_25_tests_of_every_op(suite):
     [
         ("main", ["smoke", "self_check", "kernels", "forward", "training"]),
         ("choices", ["choices", "peers"]),
-        ("tests", ["cuda_tests", "memcheck", "racecheck"]),
+        ("tests", ["cuda_tests"]),
+        ("sanitizers", ["memcheck", "racecheck"]),
         (
             "sizes",
             ["forward_sizes", "training_sizes", "forward_narrow", "forward_fp16", "training_fp16", "routing_stages"],
@@ -154,7 +160,7 @@ def test_a_window_runs_its_own_steps_after_the_build(suite, window, measured):
 def test_time_limits_of_a_window_fit_into_the_time_in_all():
     script = SUITE.read_text()
     needed = sum(map(int, re.findall(r"^step (?:device|build) (\d+)", script, re.M)))
-    for window in ("main", "choices", "tests", "sizes", "models"):
+    for window in ("main", "choices", "tests", "sizes", "models", "sanitizers"):
         body = script.partition(f"window_{window}() {{")[2].partition("\n}")[0]
         limits = re.findall(r"^  (?:step|layer|sanitized) \S+ (\d+)|^  needing \S+ \S+ (\d+)", body, re.M)
         assert limits and needed + sum(int(one or other) for one, other in limits) <= 520, window
@@ -163,7 +169,7 @@ def test_time_limits_of_a_window_fit_into_the_time_in_all():
 def test_an_unknown_window_is_refused(suite):
     command = [shutil.which("bash"), str(SUITE), str(suite.out), "mian"]
     refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 2 and "there are main, choices, tests, sizes and models" in refused.stderr
+    assert refused.returncode == 2 and "there are main, choices, tests, sizes, models and sanitizers" in refused.stderr
     assert not suite.out.exists()
 
 
