@@ -4,9 +4,9 @@
     python benchmarks/gpu_static.py --arch 90 --match dispatch  those whose name holds "dispatch", for sm_90
 
 A kernel fails when it does not compile, when it has a stack (registers were spilled), when its shared memory is more
-than a block may have on the architecture, when it takes more registers than the blocks leave each other that are meant to
-share a multiprocessor, or when machine instructions are missing that it is meant to use. The last
-line counts kernels and failures; the exit status is 1 when there are failures or nothing was compiled.
+than a block may have on the architecture, when two of its blocks are meant to share a multiprocessor and its registers
+do not allow it, or when machine instructions are missing that it is meant to use. The last line counts kernels and
+failures; the exit status is 1 when there are failures or nothing was compiled.
 """
 
 from __future__ import annotations
