@@ -16,6 +16,7 @@ from clipup.train import TrainingInterrupted
 
 from .icon_data.build import Sets, build
 from .runner import config, page, runner
+from .scene_data import build as scenes
 
 PROGRAM = "python -m studies"
 _DIVERGED, _INTERRUPTED = 1, 130
@@ -80,6 +81,38 @@ class Icons:
 
 
 @dataclass
+class Scenes:
+    """Scenes of two coloured icons of @iconify/json, side by side or one above the other; every step draws its own.
+
+    Example: python -m studies scenes data/scenes --package package
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Directory to write; nothing is done if it already holds this data set."""
+    package: Path
+    """Directory of the unpacked npm package @iconify/json."""
+    seed: int = 0
+    """Seed of the splits and of the scenes for evaluation."""
+    overwrite: bool = False
+    """Replace another data set in OUT."""
+    processes: int | None = None
+    """Rendering processes. None: one per CPU."""
+
+    def run(self) -> int:
+        dataset = scenes.build(
+            self.out, self.package, seed=self.seed, overwrite=self.overwrite, processes=self.processes
+        )
+        print(f"{dataset['name']} in {self.out}: {len(dataset['concepts']):,} concepts, {dataset['size']} pixels")
+        for name, split in dataset["splits"].items():
+            print(
+                f"  {name:<13}{split['drawings']:>8,} drawings of {split['concepts']:,} concepts, "
+                f"{split['images']:,} scenes"
+            )
+        print(f"left out for twins: {dataset['left_out_twins']}; makers and licences: LICENSES.md in it")
+        return 0
+
+
+@dataclass
 class Run:
     """Runs or resumes runs, shortest first and each after the run it starts from; runs that have a log are skipped.
 
@@ -139,7 +172,7 @@ class Report:
         return 0
 
 
-COMMANDS = {"icons": Icons, "run": Run, "report": Report}
+COMMANDS = {"icons": Icons, "scenes": Scenes, "run": Run, "report": Report}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,8 +16,6 @@ The .json is `{"captions": [...], "group": SET}`. The same package, options and 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import io
 import json
 from collections import Counter
@@ -31,11 +29,10 @@ import numpy as np
 from clipup.clip.word_tokenizer import count_vocabulary
 from clipup.data import shard_writer
 from clipup.data.processes import each
-from clipup.extras import missing
 from clipup.progress import progress as shown
 
-from . import captions, iconify, near_duplicates, splits
-from .iconify import Icon, IconSet
+from . import captions, credits, iconify, near_duplicates, splits
+from .iconify import Icon
 
 FORMAT = 1
 """Incremented when the same package and options give a different data set."""
@@ -142,11 +139,11 @@ def build(
         raise ValueError(f"seed: got {seed}, expected 0 or more")
     out, sets = Path(out), sets or Sets.read()
     package = iconify.find_package(package)
-    source = {"package": iconify.PACKAGE, "version": iconify.version(package), "resvg_py": _renderer_version()}
+    source = {"package": iconify.PACKAGE, "version": iconify.version(package), "resvg_py": iconify.renderer_version()}
     options = {"size": size, "seed": seed, "samples_per_shard": samples_per_shard}
     if test_drawings:
         options["test_drawings"] = True
-    fingerprint = _fingerprint(FORMAT, source, options, sets.train, sets.test)
+    fingerprint = credits.fingerprint(FORMAT, source, options, sets.train, sets.test)
     if shard_writer.finished(out, fingerprint) and not shard_writer.left_behind(out):
         return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
     with shard_writer.only_writer(out):
@@ -171,7 +168,7 @@ def _build(
     if options.get("test_drawings"):
         names, rules = (*names, splits.TEST_DRAWINGS), rules | {splits.TEST_DRAWINGS: _RULE_OF_DRAWINGS}
     described, icons = iconify.read_sets(package, (*sets.train, *sets.test), progress)
-    texts, cut = _captions(icons)
+    texts, cut = captions.of_icons(icons)
     assigned = [
         splits.split_of(caption, icon.set in sets.test, seed) for icon, caption in zip(icons, texts, strict=True)
     ]
@@ -195,7 +192,7 @@ def _build(
         (directory / "vocabulary.txt").write_text("\n".join(vocabulary) + "\n", "utf-8")
         style_words = sorted(captions.STYLE_WORDS)
         shard_writer.write_json(directory / "captions.json", {**_CAPTION_RULES, "style_words": style_words, "cut": cut})
-        credits = _credits(described, samples)
+        makers = credits.of_sets(described, (sample.icon.set for sample in samples))
         dataset = {
             "name": "icons",
             "format": FORMAT,
@@ -205,27 +202,13 @@ def _build(
             "rules": rules,
             "vocabulary": {"words": len(vocabulary), "captions_a_word_at_least": WORDS_AT_LEAST},
             "source": source,
-            "sources": credits,
+            "sources": makers,
             "skipped": skipped,
             "left_out_twins": duplicates,
         }
-        (directory / "LICENSES.md").write_text(_licences(credits, source), "utf-8")
+        (directory / "LICENSES.md").write_text(credits.licences(makers, source), "utf-8")
         shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
     return dataset
-
-
-def _captions(icons: Sequence[Icon]) -> tuple[list[str], dict[str, dict]]:
-    """One caption per icon, and the words removed by set."""
-    names: dict[str, list[str]] = {}
-    for icon in icons:
-        names.setdefault(icon.set, []).append(icon.name)
-    texts, cut = [], {}
-    for prefix, of_set in names.items():
-        found, cut_here = captions.captions(of_set)
-        texts += found
-        if cut_here:
-            cut[prefix] = {"names": len(of_set), **cut_here}
-    return texts, cut
 
 
 def _render(
@@ -287,44 +270,3 @@ def _counts(members: Sequence[Sample]) -> dict:
         "distinct_captions": len({sample.caption for sample in members}),
         "images_by_set": dict(sorted(Counter(sample.icon.set for sample in members).items())),
     }
-
-
-def _credits(sets: Sequence[IconSet], samples: Sequence[Sample]) -> list[dict]:
-    images = Counter(sample.icon.set for sample in samples)
-    return [
-        {
-            "set": described.prefix,
-            "gives": described.name,
-            "made_by": described.author,
-            "licence": described.licence,
-            "url": described.url,
-            "images": images[described.prefix],
-        }
-        for described in sets
-    ]
-
-
-def _licences(credits: list[dict], source: dict[str, str]) -> str:
-    rows = "\n".join(
-        "| {set} | {gives} | {made_by} | {licence} | {images} | {url} |".format(**credit) for credit in credits
-    )
-    return f"""# Makers and licences of the icons
-
-The drawings were scaled and put on white, and are otherwise unchanged. An icon's key names its set (`SET/NAME`). They
-were taken from {source["package"]} {source["version"]}.
-
-| set | name | made by | licence | images | from |
-|---|---|---|---|---|---|
-{rows}
-"""
-
-
-def _renderer_version() -> str:
-    try:
-        return importlib.metadata.version("resvg-py")
-    except importlib.metadata.PackageNotFoundError:
-        raise missing("drawing icons", "resvg-py", "demo") from None
-
-
-def _fingerprint(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

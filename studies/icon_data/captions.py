@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 from clipup.data.captions import words
 
+from .iconify import Icon
+
 CUT_FROM = 0.02
 """A style word at one end of at least this share of a set's names describes the set's style, not the icon."""
 STYLE_WORDS = frozenset(
@@ -44,6 +46,20 @@ def captions(names: Sequence[str]) -> tuple[list[str], dict[str, dict[str, int]]
             parts[row] = part
     found = {end: dict(sorted(counts.items())) for end, counts in cut.items() if counts}
     return [" ".join(part) for part in parts], found
+
+
+def of_icons(icons: Sequence[Icon]) -> tuple[list[str], dict[str, dict]]:
+    """One caption per icon of several sets, and the words removed by set."""
+    names: dict[str, list[str]] = {}
+    for icon in icons:
+        names.setdefault(icon.set, []).append(icon.name)
+    texts, cut = [], {}
+    for prefix, of_set in names.items():
+        found, cut_here = captions(of_set)
+        texts += found
+        if cut_here:
+            cut[prefix] = {"names": len(of_set), **cut_here}
+    return texts, cut
 
 
 def _style_of(parts: Sequence[Sequence[str]], place: int) -> set[str]:

@@ -8,6 +8,7 @@ DIR is what `npm pack @iconify/json` unpacks to, or node_modules/@iconify/json.
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipup.extras import needed_for
+from clipup.extras import missing, needed_for
 from clipup.progress import progress as shown
 
 if TYPE_CHECKING:
@@ -75,6 +76,17 @@ def version(package: Path) -> str:
     return str(_read(package / "package.json")["version"])
 
 
+def renderer_version() -> str:
+    """
+    Raises:
+        ImportError: resvg-py is not installed.
+    """
+    try:
+        return importlib.metadata.version("resvg-py")
+    except importlib.metadata.PackageNotFoundError:
+        raise missing("drawing icons", "resvg-py", "demo") from None
+
+
 def read_set(package: Path, prefix: str) -> tuple[IconSet, list[Icon]]:
     """A set and its icons by name, without hidden ones (withdrawn by their makers) and aliases.
 
@@ -102,6 +114,11 @@ def read_set(package: Path, prefix: str) -> tuple[IconSet, list[Icon]]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"package: {path} is not in Iconify's format ({error!r})") from error
     return described, drawn
+
+
+def is_monochrome(package: Path, prefix: str) -> bool:
+    """Whether a set is drawn in one colour, which its users choose."""
+    return _read(package / "json" / f"{prefix}.json").get("info", {}).get("palette") is False
 
 
 def read_sets(package: Path, prefixes: Sequence[str], progress: bool = False) -> tuple[list[IconSet], list[Icon]]:

@@ -23,6 +23,7 @@ def retrieval_numbers(
     samples: Sequence[tuple[Tensor, Sequence[str], dict[str, Any]]],
     tokenizer: Callable[[list[str]], Tensor],
     with_hits: bool = False,
+    group_size: int | None = None,
 ) -> dict[str, Any]:
     """Retrieval in which all images of a caption count as correct.
 
@@ -30,6 +31,8 @@ def retrieval_numbers(
         samples: (image, captions, metadata) triples, from ``clipup.data.loaders.eval_samples``.
         with_hits: adds which queries are correct at rank 1 (captions in order of first appearance, images in the order
             of the samples) as base64 of packed bits, for paired statistics.
+        group_size: so many samples in order make a group, each with one caption; adds the recall at rank 1 among a
+            group's own texts and images, ``group``.
 
     Returns:
         ``t2i`` and ``i2t``, each {"r1", "r5", "nll"}; ``gallery`` and ``captions``, their numbers.
@@ -46,7 +49,19 @@ def retrieval_numbers(
         numbers[way] = {f"r{k}": hits_at(k, *ranks).mean().item() for k in RECALL_AT} | {"nll": nll[way]}
         if with_hits:
             numbers[way]["hits"] = pack(hits_at(1, *ranks) > 0.5)
+    if group_size is not None:
+        rows = {caption: row for row, caption in enumerate(distinct)}
+        own = texts[[rows[caption] for caption in captions]]
+        for way, share in _within_groups(images, own, group_size).items():
+            numbers[way]["group"] = share
     return numbers
+
+
+def _within_groups(images: Tensor, texts: Tensor, size: int) -> dict[str, float]:
+    """How often the best of a group's texts (images) is an image's (text's) own, of pairs [N, D] in groups in order."""
+    scores = images.view(-1, size, images.shape[1]) @ texts.view(-1, size, texts.shape[1]).mT  # [groups, image, text]
+    own = torch.arange(size)
+    return {way: (scores.argmax(dim) == own).float().mean().item() for way, dim in (("t2i", 1), ("i2t", 2))}
 
 
 def expert_cosines(model: nn.Module) -> dict[str, float]:

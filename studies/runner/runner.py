@@ -22,10 +22,10 @@ from clipup.train import Every, TrainOptions, TrainResult, train
 from clipup.upcycling.step0 import step0_difference
 from clipup.upcycling.upcycle import upcycle
 from clipup_kernels.machine import describe_machine
+from studies.scene_data.stream import SceneStream
 
 from . import log, measure
 from .config import StudyRun, beside, read
-from .results import TESTS
 
 _ABOUT_DATA = ("name", "fingerprint", "options", "source", "vocabulary", "skipped", "left_out_twins")
 _EVALUATIONS = 10
@@ -40,8 +40,7 @@ def run(
 
     Args:
         file: the config (``StudyRun``); those of the runs it starts from are beside it.
-        data: directory of a data set with the splits train, validation, test_styles and test_names; other splits
-            named test_... are measured too.
+        data: directory of the icons or of the scenes: training data, and the splits validation and test... .
         runs_directory: for checkpoints and models, one directory per run.
         logs: directory of the logs; default: ``logs`` beside the config. A run with a log is done.
         device: where to train and evaluate; on the CPU with one thread.
@@ -87,14 +86,15 @@ class _Run:
         self.device = device
         self.config, self.data, self.runs = config, Path(data), Path(runs_directory)
         self.dataset = describe(data)
+        self.group_size: int | None = self.dataset.get("group_size")
         self.model, self.step0 = self._model()
         _, _, self.preprocess = _create(config.model, load_weights=False)
         self.tokenizer = tokenizers.get_tokenizer(config.model)
 
     def records(self) -> list[log.Record]:
         result = self._train()
-        more = [split for split in self.dataset["splits"] if split.startswith("test_") and split not in TESTS]
-        test = {split: self._measure(result.model, split) for split in (*TESTS, *more, "validation")}
+        tests = [split for split in self.dataset["splits"] if split.startswith("test")]
+        test = {split: self._measure(result.model, split) for split in (*tests, "validation")}
         evaluations = [{"kind": "validation", "step": one["step"], **one["numbers"]} for one in result.evaluations]
         return [
             {"kind": "run", **self.config.to_dict(), "data": self._about_data(), "step0_difference": self.step0},
@@ -139,23 +139,32 @@ class _Run:
             save_every_n_steps=_SAVE_EVERY,
             log_every_n_steps=_LOG_EVERY,
         )
-        loader = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size)
-        loader.dataloader.seed = config.seed
+        loader = self._loader()
         validation = list(self._samples("validation"))
 
         def validate(model: nn.Module) -> dict[str, Any]:
-            numbers = measure.retrieval_numbers(model, validation, self.tokenizer)
+            numbers = measure.retrieval_numbers(model, validation, self.tokenizer, group_size=self.group_size)
             cosines = measure.expert_cosines(model)
             return {"numbers": numbers | ({"similarity": sum(cosines.values()) / len(cosines)} if cosines else {})}
 
         every = max(1, config.steps // _EVALUATIONS)
         return train(options, model=self.model, loader=loader, callbacks=[Every(every, validate)])
 
+    def _loader(self) -> Any:
+        config = self.config
+        if self.dataset["name"] == "scenes":
+            part = int(config.start is not None)
+            return SceneStream(self.data, self.preprocess, self.tokenizer, config.batch_size, config.seed, part)
+        loader = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size)
+        loader.dataloader.seed = config.seed
+        return loader
+
     def _samples(self, split: str) -> Any:
         return eval_samples(self.data / f"{split}-*.tar", self.preprocess)
 
     def _measure(self, model: nn.Module, split: str) -> dict[str, Any]:
-        return measure.retrieval_numbers(model, list(self._samples(split)), self.tokenizer, with_hits=True)
+        samples = list(self._samples(split))
+        return measure.retrieval_numbers(model, samples, self.tokenizer, with_hits=True, group_size=self.group_size)
 
     def _about_data(self) -> dict[str, Any]:
         splits = self.dataset["splits"].items()

@@ -19,6 +19,7 @@ from clipup.data import shard_writer
 from clipup.train import TrainingInterrupted
 from clipup_kernels import backend_info
 from studies.runner import config, log, measure, results, runner
+from studies.scene_data.stream import SceneStream
 
 MODEL_CFG = {
     "embed_dim": 16,
@@ -28,6 +29,9 @@ MODEL_CFG = {
 COMMON = "model: tiny\nlr: 0.001\nwarmup: 2\nbatch_size: 8\n"
 DENSE = COMMON + "arm: dense\nsteps: 6\n"
 SPARSE = COMMON + "arm: clip_up\nsteps: 12\nstart: dense\nmoe: {num_experts: 4}\n"
+
+
+WIDE_CFG = MODEL_CFG | {"vision_cfg": MODEL_CFG["vision_cfg"] | {"image_size": 32}}
 
 
 @pytest.fixture(autouse=True)
@@ -298,3 +302,39 @@ def test_hits_average_to_recall_and_give_paired_differences(study, data):
             difference, _ = results.paired_difference(found["other"], found["dense"], split, way)
             r1 = [found[name].test[split][way]["r1"] for name in ("other", "dense")]
             assert difference == pytest.approx(r1[0] - r1[1])
+
+
+def test_a_run_on_scenes_draws_new_ones_at_every_step_and_is_measured_within_groups(study, scenes_data, monkeypatch):
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", WIDE_CFG)
+    it = study("runs on scenes", scenes_data)
+    it.write(dense=DENSE, sparse=SPARSE)
+
+    records = it.run("sparse")
+
+    assert records[0]["data"]["name"] == "scenes" and records[0]["data"]["images"]["test"] == 20
+    (test,) = kinds(records, "test")
+    assert list(test)[1:] == ["test", "validation"] and test["test"]["gallery"] == 20
+    assert all(0 <= test["test"][way]["group"] <= 1 for way in ("t2i", "i2t"))
+    assert all("group" in line["i2t"] for line in kinds(records, "validation"))
+    assert len({line["contrastive"] for line in kinds(records, "train")}) == 12
+
+
+def test_a_run_on_scenes_that_was_stopped_gives_the_log_of_one_that_was_not(study, scenes_data, monkeypatch):
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", WIDE_CFG)
+    whole, stopped = study("whole", scenes_data), study("stopped", scenes_data)
+    for it in (whole, stopped):
+        it.write(dense=DENSE)
+    batch, seen = SceneStream.batch, []
+
+    def stops_once(stream, step):
+        seen.append(step)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(stream, step)
+
+    monkeypatch.setattr(SceneStream, "batch", stops_once)
+    with pytest.raises(TrainingInterrupted):
+        stopped.run("dense")
+    monkeypatch.setattr(SceneStream, "batch", batch)
+
+    assert log.reproducible(stopped.run("dense")) == log.reproducible(whole.run("dense"))

@@ -1,0 +1,195 @@
+"""Builds the scenes data set: drawings for training, and whole scenes for evaluation (`python -m studies scenes OUT`).
+
+    OUT/drawings.npz           masks and counts of the training drawings (``scenes.Drawings``)
+    OUT/validation-*.tar       scenes of drawings from sets that are not trained on, for tuning
+    OUT/test-*.tar             scenes of drawings from other sets that are not trained on
+    OUT/sizes.json             samples per shard, in open_clip's format
+    OUT/dataset.json           options, concepts, counts, rules of the splits, sets and licences
+    OUT/LICENSES.md            makers and licences of the sets
+
+A sample is .png, .txt (the caption) and .json, `{"captions": [...], "group": NUMBER}`. The same package, options and
+image libraries give the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clipup.clip.word_tokenizer import read_vocabulary
+from clipup.data import shard_writer
+from clipup.data.processes import each
+from clipup.progress import progress as shown
+from studies.icon_data import captions, credits, iconify, near_duplicates
+from studies.icon_data.build import Sets
+
+from . import concepts
+from .scenes import COLOURS, GROUP, ICON_SIDE, RELATIONS, SIDE, Drawings, pictures, sample
+from .scenes import captions as captions_of
+from .stream import DRAWINGS_FILE
+
+FORMAT = 1
+"""Incremented when the same package and options give a different data set."""
+VOCABULARY = "words:icons"
+"""Concepts have its words only, so that models of the icons read every caption."""
+
+_GROUPS = {"validation": 256, "test": 1024}
+_FAINT = 64  # a drawing that nowhere covers more than this, of 255, cannot be seen
+_SPARE = 1.3  # candidates per concept: some lose their held-out drawings
+_RULES = {
+    "train": "drawings of the training sets; a run draws its scenes from them",
+    "validation": f"scenes of drawings of {concepts.VALIDATION_SETS} sets that are not trained on, for tuning",
+    "test": "scenes of drawings of other sets that are not trained on",
+    "concepts": "captions of one or two words of the icons' vocabulary, without words of colours and places, that "
+    "have a test drawing; those that most training sets draw",
+    "twins": "held-out drawings with a duplicate or near-duplicate in the training split (validation's also in the "
+    "test split) are left out",
+}
+
+
+def build(
+    out: str | Path,
+    package: str | Path,
+    number: int = 1500,
+    seed: int = 0,
+    overwrite: bool = False,
+    processes: int | None = None,
+    progress: bool = True,
+    sets: Sets | None = None,
+    groups: dict[str, int] | None = None,
+) -> dict:
+    """Builds the data set in `out`, or reuses it if it exists, and returns the content of its `dataset.json`.
+
+    Args:
+        out: a directory that does not exist, is empty, or holds this data set.
+        package: the unpacked npm package @iconify/json (see `studies.icon_data.iconify`).
+        number: of concepts.
+        seed: of the validation sets and of the scenes for evaluation.
+        overwrite: replaces another data set in `out`.
+        processes: rendering processes; default: one per CPU.
+        sets: default: those of the icons data set.
+        groups: groups of scenes by split; default: 256 for validation and 1,024 for the test.
+
+    Raises:
+        FileNotFoundError: the package or a set is missing.
+        ImportError: resvg-py is not installed.
+        ValueError: an argument is out of range, there are too few concepts, or `out` holds something else, which is
+            left unchanged.
+    """
+    if number < 3:
+        raise ValueError(f"number: got {number} concepts, expected at least 3")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}, expected 0 or more")
+    out, sets, groups = Path(out), sets or Sets.read(), groups or _GROUPS
+    package = iconify.find_package(package)
+    source = {"package": iconify.PACKAGE, "version": iconify.version(package), "resvg_py": iconify.renderer_version()}
+    options = {"concepts": number, "seed": seed, "groups": groups}
+    fingerprint = credits.fingerprint(FORMAT, source, options, sets.train, sets.test)
+    with shard_writer.only_writer(out):
+        if shard_writer.finished(out, fingerprint):
+            return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
+        shard_writer.check_target(out, overwrite)
+        described, used, drawings, left_out = _drawings(package, sets, number, seed, processes, progress)
+        with shard_writer.appearing_whole(out) as directory:
+            train = drawings["train"]
+            np.savez(directory / DRAWINGS_FILE, masks=train.masks, counts=train.counts)
+            written = {}
+            for place, (split, count) in enumerate(groups.items()):
+                files = _scenes(drawings[split], count, np.random.default_rng([seed, place]))
+                written[split] = shard_writer.write_shards(directory, split, files, 4096)
+            shard_writer.write_sizes(directory, [shard for shards in written.values() for shard in shards])
+            makers = [one for one in credits.of_sets(described, used) if one["images"]]
+            counts = {
+                split: {
+                    "images": GROUP * groups.get(split, 0),
+                    "drawings": len(found.masks),
+                    "concepts": len(found.names),
+                    "shards": written.get(split, []),
+                }
+                for split, found in drawings.items()
+            }
+            dataset = {
+                "name": "scenes",
+                "format": FORMAT,
+                "fingerprint": fingerprint,
+                "options": options,
+                "splits": counts,
+                "rules": _RULES,
+                "colours": list(COLOURS),
+                "relations": list(RELATIONS),
+                "size": SIDE,
+                "group_size": GROUP,
+                "concepts": list(train.names),
+                "source": source,
+                "sources": makers,
+                "left_out_twins": left_out,
+            }
+            (directory / "LICENSES.md").write_text(credits.licences(makers, source), "utf-8")
+            shard_writer.write_json(directory / shard_writer.DATASET_FILE, dataset)
+    return dataset
+
+
+def _drawings(
+    package: Path, sets: Sets, number: int, seed: int, processes: int | None, progress: bool
+) -> tuple[list[iconify.IconSet], list[str], dict[str, Drawings], dict[str, int]]:
+    """The sets, the set of every drawing, the drawings by split, and how many twins were left out."""
+    train_sets, test_sets = (
+        [one for one in listed if iconify.is_monochrome(package, one)] for listed in (sets.train, sets.test)
+    )
+    of_set = concepts.split_of_sets(train_sets, test_sets, seed)
+    described, icons = iconify.read_sets(package, tuple(of_set), progress)
+    splits = [of_set[icon.set] for icon in icons]
+    words = set(read_vocabulary(VOCABULARY))
+    texts = [text if set(text.split()) <= words else "" for text in captions.of_icons(icons)[0]]
+    wanted = concepts.candidates(texts, [icon.set for icon in icons], splits, int(_SPARE * number))
+    rows = [row for row, text in enumerate(texts) if text in set(wanted)]
+
+    drawn = each(_draw, [icons[row].svg for row in rows], processes)
+    bar = shown(drawn, "drawing icons", "icons", total=len(rows), show=progress)
+    seen = [(row, *found) for row, found in zip(rows, bar, strict=True) if found is not None]
+    kept, left_out = concepts.without_duplicates([splits[row] for row, *_ in seen], [picture for *_, picture in seen])
+    masks = {row: mask for (row, mask, _), keep in zip(seen, kept, strict=True) if keep}
+
+    by_split: dict[str, dict[str, list[int]]] = {split: defaultdict(list) for split in concepts.SPLITS}
+    for row in masks:
+        by_split[splits[row]][texts[row]].append(row)
+    names = [name for name in wanted if name in by_split["train"] and name in by_split["test"]][:number]
+    if len(names) < number:
+        raise ValueError(f"number: got {number} concepts, but there are drawings for {len(names)} only")
+    used, drawings = [], {}
+    for split, of_name in by_split.items():
+        here = [name for name in names if name in of_name]
+        ordered = [row for name in here for row in of_name[name]]
+        used += [icons[row].set for row in ordered]
+        stacked = np.stack([masks[row] for row in ordered])
+        drawings[split] = Drawings(stacked, np.array([len(of_name[name]) for name in here]), here)
+    return described, used, drawings, left_out
+
+
+def _draw(svg: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """An icon's mask and its picture for comparison; None if it cannot be read or seen."""
+    try:
+        mask = 255 - np.asarray(iconify.render(svg, ICON_SIDE).convert("L"))
+        picture = near_duplicates.grey(iconify.render(svg, near_duplicates.SIDE))
+    except (OSError, ValueError):
+        return None
+    return (mask, picture) if int(mask.max()) > _FAINT else None
+
+
+def _scenes(drawings: Drawings, groups: int, draw: np.random.Generator) -> list[shard_writer.Sample]:
+    scenes = sample(draw, drawings, groups)
+    files = []
+    for number, (picture, caption) in enumerate(
+        zip(pictures(scenes, drawings.masks), captions_of(scenes, drawings.names), strict=True)
+    ):
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        about = {"captions": [caption], "group": number // GROUP}
+        members = {"png": file.getvalue(), "txt": caption.encode(), "json": json.dumps(about).encode()}
+        files.append((f"{number:05d}", members))
+    return files

@@ -1,0 +1,76 @@
+"""Which icons are the drawings of which concept of the scenes, and in which split.
+
+A concept is a caption of one or two words. Drawings of whole sets are held out: the data set's test sets, and
+VALIDATION_SETS of its training sets. Sets in colours of their own are not used.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from clipup.data.captions import place, same_words
+from studies.icon_data import near_duplicates
+
+from .scenes import RESERVED
+
+SPLITS = ("train", "validation", "test")
+VALIDATION_SETS = 12
+_PURPOSE = "clipup scenes"
+_NO_DUPLICATE_IN = {"test": ("train",), "validation": ("train", "test")}
+
+
+def split_of_sets(train: Sequence[str], test: Sequence[str], seed: int) -> dict[str, str]:
+    """The split of every set: VALIDATION_SETS of the training sets are held out for tuning.
+
+    Raises:
+        ValueError: there are no more training sets than that.
+    """
+    if len(train) <= VALIDATION_SETS:
+        raise ValueError(f"sets: got {len(train)} training sets in one colour, expected more than {VALIDATION_SETS}")
+    held_out = sorted(train, key=lambda one: place(_PURPOSE, f"{seed}:validation", one))[:VALIDATION_SETS]
+    return dict.fromkeys(train, "train") | dict.fromkeys(held_out, "validation") | dict.fromkeys(test, "test")
+
+
+def candidates(captions: Sequence[str], sets: Sequence[str], splits: Sequence[str], number: int) -> list[str]:
+    """At most ``number`` captions that may be concepts, those that most training sets draw first.
+
+    Each has a drawing in the test split and none of the words of colours and places; of the same words in two orders
+    only the first is taken.
+
+    Args:
+        captions, sets, splits: of every icon.
+    """
+    drawn_by: dict[str, set[str]] = defaultdict(set)
+    tested = set()
+    for caption, of, split in zip(captions, sets, splits, strict=True):
+        words = caption.split()
+        if not 1 <= len(words) <= 2 or RESERVED & set(words):
+            continue
+        if split == "train":
+            drawn_by[caption].add(of)
+        elif split == "test":
+            tested.add(caption)
+    ranked = sorted(tested & drawn_by.keys(), key=lambda caption: (-len(drawn_by[caption]), caption))
+    first = {same_words(caption): caption for caption in reversed(ranked)}
+    return [caption for caption in ranked if first[same_words(caption)] == caption][:number]
+
+
+def without_duplicates(splits: Sequence[str], pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
+    """Which drawings are kept (bool [N]), and the number of held-out ones that are not, because another split has an
+    equal or nearly equal one.
+
+    Args:
+        pictures: uint8 [near_duplicates.SIDE, near_duplicates.SIDE] each.
+    """
+    split, stacked = np.array(splits), np.stack(pictures)
+    kept = np.ones(len(split), bool)
+    left_out = {}
+    for held_out, others in _NO_DUPLICATE_IN.items():
+        rows, other_rows = np.flatnonzero(split == held_out), np.flatnonzero(np.isin(split, others))
+        same, near = near_duplicates.find_duplicates(stacked[rows], stacked[other_rows])
+        kept[rows[same | near]] = False
+        left_out[held_out] = int((same | near).sum())
+    return kept, left_out
