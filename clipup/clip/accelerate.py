@@ -22,6 +22,7 @@ from ..dense.prepared_attention import (
     SELF_ATTENTION_BLOCKS,
     PreparedLinear,
     can_be_prepared,
+    is_changed,
     prepared_attention,
 )
 from ..moe.experts import Experts
@@ -165,10 +166,9 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 def _quantize_attention(module: nn.Module, weights: str) -> None:
     """Quantizes self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. What has
-    hooks, or a class derived from these, is left as it is."""
+    hooks, a class derived from these, or one whose parts are others, is left as it is."""
     for name, child in list(module.named_children()):
-        changed = bool(child._forward_hooks or child._forward_pre_hooks or "forward" in vars(child))
-        if isinstance(child, Prepared | SparseMoE) or changed:
+        if isinstance(child, Prepared | SparseMoE) or is_changed(child):
             continue
         if type(child) is nn.Linear:
             if class_name(module) in ATTENTIONS:

@@ -120,7 +120,8 @@ class Prepared(nn.Module):
     # ------------------------------------------------------------ refusals
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in MATRICES:
+        plain = {stored.partition(".")[0] for stored in vars(self).get("_stored", ())}
+        if name in MATRICES or (name in plain and name not in self._buffers):
             raise AttributeError(f"{name} of a prepared layer cannot be set: {_ONLY_INFERENCE}")
         super().__setattr__(name, value)
 

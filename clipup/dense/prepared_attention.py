@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clipup_kernels import PackedWeight, grouped_linear
 
+from .. import checks
 from .prepared import Part, Prepared, Stored
 
 _LONGEST_PRODUCT = 512
@@ -58,8 +59,8 @@ class _PreparedProjections(Prepared):
 
     def _linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """x [..., I] -> [..., O]."""
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(self.dtype)
-        offsets = torch.arange(2, dtype=torch.int32) * rows.shape[0]
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        offsets = torch.arange(2, dtype=torch.int32, device=x.device) * rows.shape[0]
         y = grouped_linear(rows, weight, None if bias is None else bias[None], offsets)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -131,7 +132,7 @@ class PreparedAttention(_PreparedProjections):
         self._check_type(query)
         x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
         x = x if query.dim() == 3 else x[None]
-        mask = _additive(attn_mask, key_padding_mask, x.shape[0], self.num_heads, x.dtype)
+        mask = _both_masks(attn_mask, key_padding_mask, x, self.num_heads, batched=query.dim() == 3)
         y = self._attention(x, mask, causal=is_causal and attn_mask is None)
         y = y if query.dim() == 3 else y[0]
         return (y if self.batch_first or query.dim() == 2 else y.transpose(0, 1)), None
@@ -154,26 +155,35 @@ class PreparedOpenClipAttention(PreparedAttention):
     def forward(  # type: ignore[override]  # that class's signature
         self, x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
-        """x: [B, L, D]; attn_mask: additive, or boolean with True for what is seen, [B*h, L, L] or such that it
-        broadcasts to [B, h, L, L].
+        """x: [B, L, D]; attn_mask: additive, or boolean with True for what is seen, [B*h, L, L], or of two or four
+        dimensions that broadcast to [B, h, L, L].
 
         Raises:
             NotImplementedError: k_x or v_x is another tensor.
+            TypeError, ValueError: a mask of another type or shape.
         """
         if any(other is not None and other is not x for other in (k_x, v_x)):
             raise NotImplementedError("quantized attention computes self-attention only: k_x and v_x must be x or None")
         self._check_type(x)
         if attn_mask is not None:
-            if attn_mask.dtype is torch.bool:
-                attn_mask = torch.zeros(attn_mask.shape, dtype=x.dtype).masked_fill_(~attn_mask, float("-inf"))
-            if attn_mask.dim() == 3:
-                attn_mask = attn_mask.view(x.shape[0], self.num_heads, *attn_mask.shape[1:])
-            attn_mask = attn_mask.to(x.dtype)
+            batch, length = x.shape[:2]
+            excluded = ~attn_mask if _kind("attn_mask", attn_mask) is torch.bool else attn_mask
+            attn_mask = _additive(excluded, x)
+            shape = tuple(attn_mask.shape)
+            scores = (batch, self.num_heads, length, length)
+            flat = (batch * self.num_heads, length, length)
+            if shape != flat and not _broadcasts(shape, scores):
+                raise ValueError(
+                    f"attn_mask must have shape {flat}, or one of 2 or 4 dimensions that broadcasts to {scores}, got "
+                    f"{shape}"
+                )
+            attn_mask = attn_mask.view(scores) if shape == flat else attn_mask
         return self._attention(x, attn_mask, causal=False)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention of q, k, v [B, h, L, d] with an additive mask, by whichever of torch's ways is faster here."""
+    """Attention of q, k, v [B, h, L, d] with an additive mask, by whichever of torch's ways is faster here. A query
+    that sees nothing gives 0, as in torch's."""
     batch, heads, length, width = q.shape
     if q.dtype != torch.bfloat16 or length > _LONGEST_PRODUCT or causal:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -182,6 +192,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -
     if mask is not None:
         scores += mask
     shares = torch.softmax(scores, -1)
+    if mask is not None:
+        shares = shares.masked_fill_((mask == float("-inf")).all(-1, keepdim=True), 0)
     return torch.bmm(shares.view(-1, length, length), v.reshape(flat)).view(q.shape)
 
 
@@ -204,35 +216,79 @@ ATTENTION_MODULES = frozenset(["torch.nn.modules.activation.MultiheadAttention",
 """Full names of the classes that ``prepared_attention`` takes from ``SELF_ATTENTION_BLOCKS``."""
 
 
+_OPEN_CLIP_PARTS = {
+    **dict.fromkeys(("ln_q", "ln_k", "ln_inner"), nn.Identity),
+    **dict.fromkeys(("attn_drop", "out_drop"), nn.Dropout),
+    "out_proj": nn.Linear,
+}
+"""The children of an ``Attention`` of open_clip 4, which it calls."""
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether a call of the module does something else than its class says: hooks, or a ``forward`` of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def can_be_prepared(attention: Any) -> bool:
     """Whether ``prepared_attention`` computes what a module of ``ATTENTION_MODULES`` does."""
     if attention.in_proj_weight is None:
         return False
     if isinstance(attention, nn.MultiheadAttention):
         return attention.bias_k is None and not attention.add_zero_attn
-    plain = all(isinstance(getattr(attention, name), nn.Identity) for name in ("ln_q", "ln_k", "ln_inner"))
-    return plain and attention.logit_scale is None and attention.head_scale is None
+    if not getattr(attention, "use_sdpa", False):  # also open_clip 3's class of this name, with other masks
+        return False
+    parts = {name: type(getattr(attention, name)) for name in _OPEN_CLIP_PARTS}
+    return (
+        parts == _OPEN_CLIP_PARTS
+        and attention.logit_scale is None
+        and attention.head_scale is None
+        and attention.scale == attention.head_dim**-0.5
+        and not any(is_changed(part) for part in attention.children())
+    )
 
 
-def _additive(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, heads: int, dtype: torch.dtype
+def _both_masks(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, x: Tensor, heads: int, batched: bool
 ) -> Tensor | None:
-    """The sum of both masks, [B or 1, h or 1, L or 1, L]; in boolean ones, True excludes."""
+    """The sum of both masks for x [B, L, D], [B or 1, h or 1, L or 1, L]; in boolean ones, True excludes."""
+    batch, length, _ = x.shape
+    of_keys = [(batch, length)] if batched else [(length,)]
     total = None
-    for mask, lead in ((attn_mask, None), (key_padding_mask, (batch, 1, 1))):
+    for name, mask, wanted in (
+        ("attn_mask", attn_mask, [(length, length), (batch * heads, length, length)]),
+        ("key_padding_mask", key_padding_mask, of_keys),
+    ):
         if mask is None:
             continue
-        if mask.dtype is torch.bool:
-            mask = torch.zeros(mask.shape, dtype=dtype).masked_fill_(mask, float("-inf"))
-        length = mask.shape[-1]
-        wanted = [(batch, length)] if lead is not None else [(length, length), (batch * heads, length, length)]
+        _kind(name, mask)
         if tuple(mask.shape) not in wanted:
-            name = "attn_mask" if lead is None else "key_padding_mask"
             raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {tuple(mask.shape)}")
-        if lead is not None:
-            mask = mask.view(*lead, length)
+        mask = _additive(mask, x)
+        if name == "key_padding_mask":
+            mask = mask.view(batch, 1, 1, length)
         elif mask.dim() == 3:
-            mask = mask.view(batch, heads, *mask.shape[1:])
-        mask = mask.to(dtype)
+            mask = mask.view(batch, heads, length, length)
         total = mask if total is None else total + mask
     return total
+
+
+def _kind(name: str, mask: Any) -> torch.dtype:
+    """The type of a mask, which is boolean or floating."""
+    checks.tensor(name, mask)
+    dtype: torch.dtype = mask.dtype
+    if dtype is not torch.bool and not dtype.is_floating_point:
+        raise TypeError(f"{name} must be boolean, or floating and added to the scores, got {dtype}")
+    return dtype
+
+
+def _additive(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask in x's type; in a boolean one, True excludes."""
+    if mask.dtype is torch.bool:
+        return torch.zeros(mask.shape, dtype=x.dtype, device=mask.device).masked_fill_(mask, float("-inf"))
+    return mask.to(x.dtype)
+
+
+def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a mask of 2 or 4 dimensions broadcasts to the scores' shape."""
+    fits = all(one in (1, other) for one, other in zip(reversed(shape), reversed(wanted), strict=False))
+    return len(shape) in (2, 4) and fits

@@ -238,11 +238,16 @@ def test_attention_refuses_what_it_does_not_compute():
         attention(*[x.double()] * 3, need_weights=False)
 
 
+only_open_clip_4 = pytest.mark.skipif(
+    "k_x" not in inspect.signature(Attention.forward).parameters,
+    reason="open_clip 3 has nn.MultiheadAttention in its blocks",
+)
+
+
+@only_open_clip_4
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masks", ["none", "additive", "boolean", "by head", "of each text"])
 def test_attention_of_open_clip_4_follows_it(masks, dtype):
-    if "k_x" not in inspect.signature(Attention.forward).parameters:
-        pytest.skip("open_clip 3 has nn.MultiheadAttention in its blocks")
     torch.manual_seed(0)
     plain = Attention(64, num_heads=4).eval()
     nn.init.normal_(plain.in_proj_bias)
@@ -261,6 +266,103 @@ def test_attention_of_open_clip_4_follows_it(masks, dtype):
     with pytest.raises(NotImplementedError, match="self-attention only: k_x and v_x must be x or None"):
         quantized(x.to(dtype), k_x=x.clone())
     assert not can_be_prepared(Attention(64, num_heads=4, qk_norm=True))
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+@only_open_clip_4
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attn: hooked(attn.out_proj),
+        lambda attn: hooked(attn.out_drop),
+        lambda attn: hooked(attn.ln_q),
+        lambda attn: setattr(attn.out_proj, "forward", torch.tanh),
+        lambda attn: setattr(attn, "out_proj", OwnLinear(32, 32)),
+        lambda attn: setattr(attn, "out_drop", nn.Tanh()),
+        lambda attn: setattr(attn, "scale", 1.0),
+        lambda attn: setattr(attn, "use_sdpa", False),
+        lambda attn: nn.utils.parametrizations.weight_norm(attn.out_proj),
+    ],
+)
+def test_attention_of_open_clip_4_with_other_parts_is_left_as_it_is(change):
+    model = sparse_clip()
+    attention = model.transformer.resblocks[0].attn
+    change(attention)
+    int8 = clipup.accelerate(model, weights="int8")
+    assert type(int8.transformer.resblocks[0].attn) is type(attention)
+    assert (cosines(features(int8), features(model)) > 0.995).all()
+
+
+def test_attention_of_another_class_of_that_name_is_left_as_it_is():
+    class Attention3(Attention):  # open_clip 3's, in whose boolean masks True excludes
+        pass
+
+    attention = Attention3(32, num_heads=2)
+    attention.use_sdpa = False
+    assert not can_be_prepared(attention)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [7, 520])
+def test_a_query_that_sees_nothing_gives_the_bias_of_the_output(dtype, length):
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(32, 2, batch_first=True).to(dtype).eval()
+    nn.init.normal_(plain.out_proj.bias)
+    quantized = PreparedAttention(plain, "int8")
+    x = torch.randn(2, length, 32, dtype=dtype)
+    mask = torch.zeros(length, length, dtype=torch.bool)
+    mask[3] = True
+    with torch.inference_mode():
+        ours, _ = quantized(x, x, x, need_weights=False, attn_mask=mask)
+        rest, _ = quantized(x, x, x, need_weights=False)
+    torch.testing.assert_close(ours[:, 3], plain.out_proj.bias.expand(2, -1))
+    torch.testing.assert_close(torch.cat([ours[:, :3], ours[:, 4:]], 1), torch.cat([rest[:, :3], rest[:, 4:]], 1))
+
+
+def test_a_default_device_is_not_that_of_the_masks_and_offsets():
+    model, wanted = clipup.accelerate(sparse_clip(), weights="int8"), None
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        images, texts = random_inputs(model, batch_size=3)
+        with torch.device(device), torch.inference_mode():
+            found = model.encode_image(images), model.encode_text(texts)
+        wanted = wanted or found
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_model_is_exported_with_any_batch():
+    model = clipup.accelerate(sparse_clip(), weights="int8")
+    images, _ = random_inputs(model, batch_size=3)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model.visual, (images,), dynamic_shapes=({0: batch},)).module()
+    more, _ = random_inputs(model, batch_size=5)
+    with torch.inference_mode():
+        torch.testing.assert_close(exported(more), model.visual(more))
+
+
+def test_weights_of_a_prepared_layer_cannot_be_set():
+    model = clipup.accelerate(sparse_clip(), weights="int8")
+    block = clipup.accelerate(tiny_clip().eval(), weights="int8").transformer.resblocks[0]
+    for layer, name, value in (
+        (block.attn, "in_proj_weight", nn.Parameter(torch.zeros(96, 32))),
+        (block.attn, "in_proj_bias", nn.Parameter(torch.zeros(96))),
+        (block.attn, "out_proj", nn.Linear(32, 32)),
+        (block.mlp, "c_fc", nn.Linear(32, 64)),
+        (block.mlp, "c_proj", nn.Linear(64, 32)),
+        (model.transformer.resblocks[0].mlp, "in_weight", nn.Parameter(torch.zeros(8, 64, 32))),
+        (PreparedLinear(nn.Linear(32, 32), "int8"), "bias", nn.Parameter(torch.zeros(32))),
+    ):
+        with pytest.raises(AttributeError, match=f"{name} of a prepared layer cannot be set"):
+            setattr(layer, name, value)
 
 
 def test_a_linear_layer_follows_torch():
@@ -378,3 +480,32 @@ def test_masks_of_other_shapes_are_refused():
         attention(x, x, x, need_weights=False, attn_mask=torch.zeros(1, 7))
     with pytest.raises(ValueError, match=r"key_padding_mask must have shape \(2, 7\), got \(7,\)"):
         attention(x, x, x, need_weights=False, key_padding_mask=torch.zeros(7, dtype=torch.bool))
+    for name, shapes in {"attn_mask": [(1, 1), (8, 8)], "key_padding_mask": [(2, 1), (2, 8)]}.items():
+        for shape in shapes:
+            with pytest.raises(ValueError, match=f"{name} must have shape"):
+                attention(x, x, x, need_weights=False, **{name: torch.zeros(shape)})
+        for dtype in (torch.int64, torch.uint8):
+            with pytest.raises(TypeError, match=rf"{name} must be boolean, or floating .* got {dtype}"):
+                attention(x, x, x, need_weights=False, **{name: torch.zeros(7, 7, dtype=dtype)})
+        with pytest.raises(TypeError, match=f"{name} must be a tensor"):
+            attention(x, x, x, need_weights=False, **{name: [[0.0]]})
+    one = x[0]
+    padding = torch.arange(7) > 4
+    with torch.inference_mode():
+        alone, _ = attention(one, one, one, need_weights=False, key_padding_mask=padding)
+        together, _ = attention(x, x, x, need_weights=False, key_padding_mask=padding.expand(2, 7))
+    torch.testing.assert_close(alone, together[0])
+
+
+@only_open_clip_4
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_other_shapes_are_refused_in_open_clip_4_too(dtype):
+    attention = prepared_attention(Attention(64, num_heads=4).to(dtype).eval(), "int8")
+    x = torch.randn(2, 7, 64, dtype=dtype)
+    for shape in ((7,), (1, 7, 7), (2, 7, 7), (8, 8), (2, 3, 7, 7), (1, 2, 4, 7, 7)):
+        with pytest.raises(ValueError, match=r"attn_mask must have shape \(8, 7, 7\), or one of 2 or 4 dimensions"):
+            attention(x, attn_mask=torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"attn_mask must be boolean, or floating .* got torch.int64"):
+        attention(x, attn_mask=torch.ones(7, 7, dtype=torch.int64))
+    for shape in ((7, 7), (1, 7), (2, 1, 1, 7), (1, 4, 7, 7), (8, 7, 7)):
+        assert attention(x, attn_mask=torch.zeros(shape)).shape == x.shape
