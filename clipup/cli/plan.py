@@ -17,12 +17,13 @@ from ..plan import Cluster, Plan, Rates, Subject, card, plan, propose
 from ..plan.report import Length, as_json, as_text, summary
 from ..precision import Precision
 from ..train.options import TrainOptions
+from ..train.trained_parts import lock_parts
 from .flags import MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
 
 _OF_TRAIN = (
     *("model", "moe", "moe_cfg", "precision", "grad_checkpointing", "accum_freq", "fsdp", "fsdp_replicas", "ep"),
     *("fsdp_no_reshard_after_forward", "fsdp_offload_cpu", "loss_chunk_size", "siglip", "local_loss"),
-    "gather_with_grad",
+    *("gather_with_grad", "lock_image", "lock_image_unlocked_groups", "lock_text", "lock_text_unlocked_layers"),
 )
 _OF_CARD = ("memory_gb", "tflops", "link_gb_s", "network_gb_s", "host_gb_s")
 
@@ -70,6 +71,14 @@ class Options:
     """Every rank computes the logits of its own images and texts only."""
     gather_with_grad: bool = True
     """Gradients flow through gathered features."""
+    lock_image: bool = False
+    """Freeze the image tower."""
+    lock_image_unlocked_groups: int = 0
+    """Leave the last n groups of the image tower unlocked."""
+    lock_text: bool = False
+    """Freeze the text tower."""
+    lock_text_unlocked_layers: int = 0
+    """Leave the last n layers of the text tower unlocked."""
     caption_tokens: int | None = None
     """Mean length of a caption in tokens, for the rows of sparse text layers. None: the whole context."""
 
@@ -85,7 +94,7 @@ class Options:
     memory_gb: float | None = None
     """Memory of a GPU, 10^9 bytes."""
     tflops: float | None = None
-    """Its peak in bfloat16 without sparsity, 10^12 FLOPs per second."""
+    """Its peak in the run's type of products (bfloat16; float32 for fp32), without sparsity, 10^12 FLOPs per second."""
     link_gb_s: float | None = None
     """To the GPUs of its node, 10^9 bytes per second and direction."""
     network_gb_s: float | None = None
@@ -122,6 +131,10 @@ class Options:
             raise ValueError("samples and epochs both say how long the run is; use one")
         if (self.epochs is None) != (self.train_num_samples is None):
             raise ValueError("epochs counts passes over train_num_samples pairs; set both, or samples instead")
+        if self.train_num_samples is not None and self.train_num_samples < self.batch:
+            raise ValueError(
+                f"train_num_samples must be at least batch, {self.batch}, which is a step; got {self.train_num_samples}"
+            )
 
     def train_options(self) -> TrainOptions:
         return TrainOptions(**{name: getattr(self, name) for name in _OF_TRAIN})
@@ -129,14 +142,17 @@ class Options:
     def cluster(self) -> Cluster:
         given = {name: getattr(self, name) for name in _OF_CARD if getattr(self, name) is not None}
         rates = {each.name: getattr(self, each.name) for each in dataclasses.fields(Rates)}
+        if self.tflops is not None:
+            given["tflops_fp32"] = self.tflops
         chosen = dataclasses.replace(card(self.gpu), **given)
         return Cluster(self.gpus, chosen, Rates(**rates), self.reserve, self.price)
 
     def length(self) -> Length | None:
-        samples = self.samples
+        """As ``clipup train`` reads indexed data: the last pairs of an epoch that fill no step are left out."""
         if self.epochs is not None and self.train_num_samples is not None:
-            samples = self.epochs * self.train_num_samples
-        return None if samples is None else Length(-(-samples // self.batch), samples)
+            steps = self.epochs * (self.train_num_samples // self.batch)
+            return Length(steps, steps * self.batch)
+        return None if self.samples is None else Length(-(-self.samples // self.batch), self.samples)
 
 
 RULES = [
@@ -145,6 +161,8 @@ RULES = [
     NoEffect(("caption_tokens",), lambda options: options.ep == 1, "without --ep"),
     NoEffect(("mfu",), lambda options: options.images_per_second is not None, "with --images-per-second"),
     NoEffect(("local_loss", "gather_with_grad", "loss_chunk_size"), lambda options: options.siglip, "with --siglip"),
+    NoEffect(("lock_image_unlocked_groups",), lambda options: not options.lock_image, "without --lock-image"),
+    NoEffect(("lock_text_unlocked_layers",), lambda options: not options.lock_text, "without --lock-text"),
     NoEffect(
         ("price",), lambda options: options.length() is None, "without --samples, or --epochs and --train-num-samples"
     ),
@@ -160,6 +178,7 @@ def main(argv: list[str]) -> int:
         refuse_idle([*argv, "--moe"], options, [ON_SPARSE._replace(names=("moe",))])
     if options.moe:
         subject = Subject.create(options.model, options.moe_cfg, options.precision, options.siglip)
+    lock_parts(subject.model, trained)
     made = plan(subject, trained, cluster, options.batch, options.caption_tokens)
     proposed = propose(subject, trained, cluster, options.batch, options.caption_tokens)
     length = options.length()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..clip.inputs import ignore_padding, image_size, text_length
 from ..clip.towers import tower_blocks, towers
@@ -61,6 +62,10 @@ class Activations(NamedTuple):
     feature_width: int
     encoder_calls: int
     """Calls of ``ENCODERS`` in a forward pass: open_clip 3 calls one for each tower, open_clip 4 none."""
+    trained_towers: tuple[str, ...]
+    """Whose features have a gradient."""
+    silent_blocks: frozenset[str]
+    """Blocks without a backward pass: those of locked towers, up to the first that is trained."""
 
 
 def activations(
@@ -88,6 +93,8 @@ def activations(
         feature_bytes=few.features.element_size(),
         feature_width=few.features.shape[1],
         encoder_calls=few.encoder_calls,
+        trained_towers=few.trained_towers,
+        silent_blocks=few.silent_blocks,
     )
 
 
@@ -109,11 +116,19 @@ def bytes_per_logit(siglip: bool, precision: Precision) -> float:
     pairs, width = 64, 8
     loss = ChunkedSigLipLoss() if siglip else ChunkedClipLoss()
     saved = _Saved()
-    with FakeTensorMode(), autocast(precision, torch.device("cpu")), saved.counting():
-        images, texts = (torch.empty(pairs, width, requires_grad=True) for _ in range(2))
-        scales = [torch.empty((), requires_grad=True) for _ in range(1 + siglip)]
+    with _as_in_training(), FakeTensorMode(), autocast(precision, torch.device("cpu")), saved.counting():
+        images, texts = (torch.empty(pairs, width, dtype=torch.float32, requires_grad=True) for _ in range(2))
+        scales = [torch.empty((), dtype=torch.float32, requires_grad=True) for _ in range(1 + siglip)]
         loss(images, texts, *scales)
     return sum(size for size in saved.sizes() if size >= pairs * pairs) / pairs**2
+
+
+@contextmanager
+def _as_in_training() -> Iterator[None]:
+    """Whatever modes the caller is in: with gradients, without autocast of its own, on the CPU."""
+    off = torch.autocast("cpu", enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), off, torch.device("cpu"):
+        yield
 
 
 class _Run(NamedTuple):
@@ -122,27 +137,33 @@ class _Run(NamedTuple):
     layers: tuple[LayerTokens, ...]
     features: Tensor
     encoder_calls: int
+    trained_towers: tuple[str, ...]
+    silent_blocks: frozenset[str]
 
 
 def _run(
     model: nn.Module, precision: Precision, device_type: str, pairs: int, checkpointed: bool, blocks_in_half: bool
 ) -> _Run:
     with ExitStack() as inside:
+        inside.enter_context(_as_in_training())
         inside.enter_context(FakeTensorMode())
         fake = _fake_copy(model, parameters_of_half_units(model) if blocks_in_half else set()).train()
         fake.set_grad_checkpointing(checkpointed)
-        images = torch.empty(pairs, 3, *image_size(model), dtype=image_dtype(precision))
+        images = torch.empty(pairs, 3, *image_size(model), dtype=image_dtype(precision) or torch.float32)
         texts = torch.zeros(pairs, text_length(model), dtype=torch.long)
         saved = _Saved(*fake.parameters(), *fake.buffers(), images, texts)
         blocks: dict[str, int] = {}
         layers: list[LayerTokens] = []
-        _watch(fake, pairs, saved, blocks, layers, precision)
+        silent: set[str] = set()
+        _watch(fake, pairs, saved, blocks, silent, layers, precision)
         calls = _counted_calls(fake, ENCODERS)
         inside.enter_context(_FusedAttention(device_type == "cuda"))
         inside.enter_context(autocast(precision, torch.device("cpu")))
         inside.enter_context(saved.counting())
         output = named_output(fake(images, texts))
-    return _Run(sum(saved.sizes()), blocks, tuple(layers), output["image_features"], len(calls))
+    trained = tuple(tower for tower in ("image", "text") if output[f"{tower}_features"].requires_grad)
+    features = output["image_features"]
+    return _Run(sum(saved.sizes()), blocks, tuple(layers), features, len(calls), trained, frozenset(silent))
 
 
 def _fake_copy(model: nn.Module, in_half: set[int]) -> Any:
@@ -169,9 +190,15 @@ def _returning(dtype: torch.dtype) -> Callable[[], torch.dtype]:
 
 
 def _watch(
-    fake: nn.Module, pairs: int, saved: _Saved, blocks: dict[str, int], layers: list[LayerTokens], precision: Precision
+    fake: nn.Module,
+    pairs: int,
+    saved: _Saved,
+    blocks: dict[str, int],
+    silent: set[str],
+    layers: list[LayerTokens],
+    precision: Precision,
 ) -> None:
-    """Notes what each block saves and what each sparse layer gets."""
+    """Notes what each block saves, which have no backward pass, and what each sparse layer gets."""
     for tower in towers(fake):
         for name, block in tower_blocks(fake, tower).items():
 
@@ -180,6 +207,8 @@ def _watch(
 
             def after(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 blocks[name] += sum(saved.sizes())
+                if not any(one.requires_grad for one in tree_leaves(output) if isinstance(one, Tensor)):
+                    silent.add(name)
 
             block.register_forward_pre_hook(before)
             block.register_forward_hook(after)
@@ -210,10 +239,11 @@ def _counted_calls(fake: Any, names: tuple[str, ...]) -> list[str]:
 
 
 def _copies(layer: Any, precision: Precision) -> float:
-    """Bytes of the copies of a layer's experts in autocast's type."""
+    """Bytes of the copies of a layer's experts, the shared one too, in autocast's type."""
     if precision not in ("amp", "amp_bf16"):
         return 0
-    return sum(2 * parameter.numel() for parameter in layer.parameters(recurse=False))
+    stacks = [experts for experts in (layer, layer.shared) if experts is not None]
+    return sum(2 * parameter.numel() for experts in stacks for parameter in experts.parameters(recurse=False))
 
 
 class _Saved:

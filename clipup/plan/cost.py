@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ..checks import check, is_int, positive_number
 from ..train.cards import Card
 from ..train.options import TrainOptions
 from .subject import Subject
@@ -27,6 +28,16 @@ class Rates:
     """Share of the links' rates that collectives reach. An assumption until it is measured."""
     gpus_per_node: int = 8
     """GPUs that share fast links."""
+
+    def __post_init__(self) -> None:
+        for name in ("mfu", "link_efficiency"):
+            value = getattr(self, name)
+            positive_number(name, value)
+            check(name, value, value <= 1, "above 0 and at most 1")
+        if self.images_per_second is not None:
+            positive_number("images_per_second", self.images_per_second)
+        nodes = self.gpus_per_node
+        check("gpus_per_node", nodes, is_int(nodes) and nodes >= 1, "a positive int")
 
 
 class StepTime(NamedTuple):
@@ -53,15 +64,18 @@ class StepTime(NamedTuple):
 
 
 def step_flops(subject: Subject, options: TrainOptions, gpus: int) -> float:
-    """FLOPs of one GPU and step: a backward pass is two forward ones; checkpointing and accumulation each add one."""
-    counts = subject.counts
+    """FLOPs of one GPU and step: a backward pass is two forward ones; checkpointing and accumulation each add one. A
+    tower that is locked whole has forward passes alone; one that is locked in part counts as trained."""
+    counts, found = subject.counts, subject.activations(options)
     own = options.batch_size * options.accum_freq
-    passes = (
-        2 * options.accum_freq + forward_passes(options) + (options.accum_freq if options.grad_checkpointing else 0)
-    )
-    towers = (counts.image_gflops + counts.text_gflops) * 1e9 * options.batch_size * passes
+    forward = forward_passes(options)
+    trained = forward + options.accum_freq * (3 if options.grad_checkpointing else 2)
+    passes = {tower: trained if tower in found.trained_towers else forward for tower in ("image", "text")}
+    gflops = counts.image_gflops * passes["image"] + counts.text_gflops * passes["text"]
+    towers = gflops * 1e9 * options.batch_size
     directions = 1 if options.siglip else 2
-    logits = directions * 2.0 * own * own * gpus * subject.activations(options).feature_width * 3 * options.accum_freq
+    rows = own if options.siglip or options.local_loss else own * gpus
+    logits = directions * 2.0 * rows * own * gpus * found.feature_width * 3 * options.accum_freq
     return towers + logits
 
 
@@ -78,7 +92,8 @@ def step_time(
     if rates.images_per_second is not None:
         compute = options.batch_size * options.accum_freq / rates.images_per_second
     else:
-        compute = step_flops(subject, options, gpus) / (rates.mfu * card.tflops * 1e12)
+        peak = card.tflops_fp32 if subject.precision == "fp32" else card.tflops
+        compute = step_flops(subject, options, gpus) / (rates.mfu * peak * 1e12)
     by_kind: dict[str, float] = {}
     hidden = 0.0
     for transfer in transfers:

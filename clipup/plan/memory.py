@@ -45,7 +45,7 @@ def memory(subject: Subject, options: TrainOptions, gpus: int, reserve: float = 
     parts = subject.units(options, gpus)
     states = [
         Part("parameters", sum(unit.shard_bytes for unit in parts), "exact"),
-        Part("gradients", sum(unit.shard_bytes for unit in parts), "exact"),
+        Part("gradients", sum(unit.trained_bytes for unit in parts), "exact"),
         Part("optimizer (AdamW)", optimizer_bytes(parts), "exact"),
     ]
     host = sum(part.bytes for part in states) if options.fsdp_offload_cpu else 0.0
@@ -64,12 +64,12 @@ def memory(subject: Subject, options: TrainOptions, gpus: int, reserve: float = 
 
 def optimizer_bytes(parts: list[Unit]) -> int:
     """AdamW's two moments in the parameters' types, and a float32 count of steps for each parameter."""
-    return sum(2 * unit.shard_bytes + 4 * len(unit.parameters) for unit in parts)
+    return sum(2 * unit.trained_bytes + 4 * len(unit.trained) for unit in parts)
 
 
 def _whole(parts: list[Unit]) -> float:
     """Without reduction, FSDP2 keeps the gradients of all parameters that it gathers, in float32."""
-    return sum(4 * parameter.numel for unit in parts if unit.fsdp for parameter in unit.parameters)
+    return sum(4 * parameter.numel for unit in parts if unit.fsdp for parameter in unit.trained)
 
 
 def _gathered(parts: list[Unit], options: TrainOptions) -> float:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .. import checks
+from ..clip.inputs import text_length
 from ..train.cards import Card
 from ..train.distributed import Ranks
 from ..train.options import TrainOptions
@@ -33,6 +35,13 @@ class Cluster:
     """Share of a GPU's needed memory that is added for the allocator, the CUDA context and NCCL. An assumption."""
     price: float | None = None
     """Of one GPU and hour."""
+
+    def __post_init__(self) -> None:
+        checks.check("gpus", self.gpus, checks.is_int(self.gpus) and self.gpus >= 1, "a positive int")
+        checks.number("reserve", self.reserve)
+        checks.check("reserve", self.reserve, self.reserve >= 0, "0 or more")
+        if self.price is not None:
+            checks.positive_number("price", self.price)
 
 
 @dataclass(frozen=True)
@@ -77,9 +86,17 @@ def plan(
         options: batch_size is overridden, by what a rank has of the global batch.
         batch: pairs of one optimizer step, over all ranks and accumulated batches.
 
+        caption_tokens: mean length of a caption, for the rows of sparse text layers; None: the whole context.
+
     Raises:
-        ValueError: the batch cannot be divided among the ranks, or ``clipup train`` would refuse the options.
+        ValueError: the batch cannot be divided among the ranks, captions are longer than the context, or ``clipup
+            train`` would refuse the options.
     """
+    checks.check("batch", batch, checks.is_int(batch) and batch >= 1, "a positive int")
+    if caption_tokens is not None:
+        checks.number("caption_tokens", caption_tokens)
+        longest = text_length(subject.model)
+        checks.check("caption_tokens", caption_tokens, 1 <= caption_tokens <= longest, f"1 to {longest}, the context")
     parts = cluster.gpus * options.accum_freq
     if batch % parts or batch < parts:
         raise ValueError(
@@ -89,7 +106,7 @@ def plan(
     check(subject.model, options, Ranks(torch.device("meta"), world_size=cluster.gpus), subject.precision)
     needed = memory(subject, options, cluster.gpus, cluster.reserve)
     transfers = traffic(subject, options, cluster.gpus, caption_tokens)
-    held = sum(unit.shard_bytes for unit in subject.units(options, cluster.gpus))
+    held = sum(unit.trained_bytes for unit in subject.units(options, cluster.gpus))
     time = step_time(subject, options, cluster.gpus, cluster.card, cluster.rates, transfers, held)
     fits = needed.bytes <= cluster.card.memory_gb * 1e9
     return Plan(options, needed, transfers, time, step_flops(subject, options, cluster.gpus), fits)

@@ -85,5 +85,7 @@ class Subject:
         """``units.units`` of the model, once for each way to spread it."""
         key = (options.fsdp, options.fsdp_replicas, options.ep, gpus)
         if key not in self._units:
-            self._units[key] = units(self.model, options, gpus, self.precision)
+            found = self.activations(options)
+            apart = found.encoder_calls > 0
+            self._units[key] = units(self.model, options, gpus, self.precision, found.silent_blocks, apart)
         return self._units[key]

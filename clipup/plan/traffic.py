@@ -83,8 +83,10 @@ def _gathers(parts: list[Unit], options: TrainOptions, encoder_calls: int) -> It
 def gathers_per_step(unit: Unit, options: TrainOptions, encoder_calls: int) -> int:
     """A unit is gathered for each forward and each backward pass, or once for both if it stays gathered. Where the
     forward pass calls encoders, what belongs to no block is gathered for each of them, or for each pass if it stays
-    gathered."""
+    gathered. What has no backward pass, in a locked tower, is not gathered for it."""
     forward, backward = forward_passes(options), options.accum_freq
+    if not unit.backward:
+        return backward if options.fsdp_no_reshard_after_forward else forward
     by_encoders = unit.kind == "root" and encoder_calls > 0
     if options.fsdp_no_reshard_after_forward:
         return forward + backward if by_encoders else backward
@@ -115,10 +117,10 @@ def _features(subject: Subject, options: TrainOptions, gpus: int) -> Iterator[Tr
     if options.siglip:
         yield Transfer("features", "send", 2 * options.accum_freq * own * (gpus - 1), gpus)
         return
-    gathered = 2 * options.accum_freq * own * gpus
-    yield Transfer("features", "all_gather", gathered, gpus)
+    gathered = options.accum_freq * own * gpus  # of one tower
+    yield Transfer("features", "all_gather", 2 * gathered, gpus)
     if options.gather_with_grad:
-        yield Transfer("features", "reduce_scatter", gathered, gpus)
+        yield Transfer("features", "reduce_scatter", len(found.trained_towers) * gathered, gpus)
 
 
 def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]) -> Iterator[Transfer]:
@@ -128,6 +130,8 @@ def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]
     else:
         buffers = sum(buffer.nbytes for buffer in subject.model.buffers())
         yield Transfer("small gradients and counts", "broadcast", buffers, gpus)
+    biased = sum(8 * config.num_experts for config in subject.sparse.values() if config.selection_bias != "none")
+    yield Transfer("small gradients and counts", "all_reduce", biased, gpus)
     counted = [config for config in subject.sparse.values() if config.loss_scope == "global_batch"]
     once = options.accum_freq > 1 or not options.grad_checkpointing
     size = sum(4 * (config.top_k * config.num_experts + 1) for config in counted)

@@ -6,7 +6,7 @@ The rules are those of ``clipup.train.parallel``; tests compare them with real r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -29,6 +29,8 @@ class Parameter(NamedTuple):
     shards: int = 1
     axis: int = 0
     """Over which the shards divide it."""
+    trained: bool = True
+    """Whether it has a gradient and moments."""
 
     @property
     def numel(self) -> int:
@@ -70,6 +72,8 @@ class Unit(NamedTuple):
     """Ranks that hold the same shard."""
     in_half: bool = False
     """Whether the parameters, in float32, are gathered in bfloat16."""
+    backward: bool = True
+    """Whether they are gathered for a backward pass too."""
 
     @property
     def fsdp(self) -> bool:
@@ -88,18 +92,28 @@ class Unit(NamedTuple):
 
     @property
     def reduced_shard_bytes(self) -> int:
-        """Of a shard of a gradient."""
-        return sum(4 * parameter.padded for parameter in self.parameters) if self.fsdp else self.shard_bytes
+        """Of a shard of the gradients."""
+        return sum(4 * parameter.padded for parameter in self.trained) if self.fsdp else self.trained_bytes
+
+    @property
+    def trained(self) -> list[Parameter]:
+        return [parameter for parameter in self.parameters if parameter.trained]
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of one shard of what is trained, with padding."""
+        return sum(parameter.padded * parameter.bytes_each for parameter in self.trained)
 
     @property
     def shard_bytes(self) -> int:
         """Of one shard, with padding."""
         return sum(parameter.padded * parameter.bytes_each for parameter in self.parameters)
 
-    def held_bytes(self, rank: int) -> int:
-        """Of a rank's shard, without padding."""
+    def held_bytes(self, rank: int, trained: bool = False) -> int:
+        """Of a rank's shard, without padding; ``trained``: of its gradients."""
         shard = rank // self.stride % self.shards
-        return sum(parameter.held(shard) * parameter.bytes_each for parameter in self.parameters)
+        counted = self.trained if trained else self.parameters
+        return sum(parameter.held(shard) * parameter.bytes_each for parameter in counted)
 
 
 def has_half_units(options: TrainOptions, precision: Precision) -> bool:
@@ -116,8 +130,20 @@ def parameters_of_half_units(model: nn.Module) -> set[int]:
     return {id(parameter) for block in blocks for parameter in block.parameters()} - routers - whole
 
 
-def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precision) -> list[Unit]:
-    """The units of a model, on any device, in which all parameters are trained."""
+def units(
+    model: nn.Module,
+    options: TrainOptions,
+    gpus: int,
+    precision: Precision,
+    silent: Collection[str] = (),
+    towers_apart: bool = True,
+) -> list[Unit]:
+    """The units of a model, on any device.
+
+    Args:
+        silent: names of the blocks that have no backward pass.
+        towers_apart: FSDP2 sees a forward pass of each tower, as in open_clip 3, instead of one of the model.
+    """
     if not options.is_sharded:
         parameters = tuple(_parameters(model.named_parameters(), 1))
         return [Unit("replicated", parameters, 1, 1, gpus)]
@@ -131,18 +157,23 @@ def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precisi
 
     half = has_half_units(options, precision)
 
+    blocks = [tower_blocks(model, tower) for tower in towers(model)]
+    passes = blocks if towers_apart else [{name: block for each in blocks for name, block in each.items()}]
+    of_silent = {id(module) for each in passes for module in _without_backward(each, silent)}
+
     def add(kind: Kind, module: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in module.named_parameters() if id(parameter) not in taken]
         taken.update(id(parameter) for _, parameter in named)
         if not named:
             return
         in_half = half and kind in _IN_HALF
+        backward = id(module) not in of_silent
         if kind == "experts":
             own = tuple(_parameters(named, shards, axis=1, divided=ep))
-            found.append(Unit(kind, own, shards, ep, replicas, in_half))
+            found.append(Unit(kind, own, shards, ep, replicas, in_half, backward))
         else:
             own = tuple(_parameters(named, dense_shards, longer_axis=kind == "block"))
-            found.append(Unit(kind, own, dense_shards, 1, dense_replicas, in_half))
+            found.append(Unit(kind, own, dense_shards, 1, dense_replicas, in_half, backward))
 
     if ep > 1 or half:
         for router in _routers(model):
@@ -157,6 +188,16 @@ def units(model: nn.Module, options: TrainOptions, gpus: int, precision: Precisi
             add("block", block)
     add("root", model)
     return found
+
+
+def _without_backward(blocks: dict[str, nn.Module], silent: Collection[str]) -> Iterator[nn.Module]:
+    """Modules of the silent ones among the blocks of a forward pass, which are not gathered for a backward pass. The
+    last of them before a trained block is all the same: FSDP2 gathers it while that one's backward pass runs."""
+    names = list(blocks)
+    for place, name in enumerate(names):
+        if name in silent:
+            gathered_ahead = place + 1 < len(names) and names[place + 1] not in silent
+            yield from (module for module in blocks[name].modules() if not (gathered_ahead and module is blocks[name]))
 
 
 def _routers(model: nn.Module) -> list[Router]:
@@ -180,4 +221,5 @@ def _parameters(
         if divided > 1:
             shape = (shape[0] // divided, *shape[1:])
         second = longer_axis and len(shape) > 1 and shape[0] < shards and shape[1] % shards == 0
-        yield Parameter(name, shape, parameter.element_size(), shards, 1 if second else axis)
+        size, trained = parameter.element_size(), parameter.requires_grad
+        yield Parameter(name, shape, size, shards, 1 if second else axis, trained)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _RANDOM_INITS = ("normal", "uniform", "trunc_normal", "xavier", "kaiming", "orthogonal", "sparse")
 _RANDOM_IN_PLACE = {
@@ -30,26 +31,47 @@ _RANDOM = {torch.randn, torch.rand}
 _TRUNCATED = "_no_grad_trunc_normal_"
 """What nn.init.trunc_normal_ calls, which modes do not see: torch 2.13 draws until all values are within the bounds, so
 without random numbers it would never end."""
+_DRAWS = 8
+"""Draws of one tensor that are skipped."""
 _here = threading.local()
 
 
 class _WithoutRandomNumbers(TorchFunctionMode):
-    """Skips the generation of random numbers: tensors stay uninitialized, generators unchanged."""
+    """Skips the usual functions that draw parameters from the global generator: tensors stay uninitialized. What is
+    drawn from a generator of its own is drawn, since it may be the content of a buffer that no file has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._skipped = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RANDOM_IN_PLACE:
-            return args[0] if args else kwargs["tensor"]
-        if func in _RANDOM_LIKE:
-            return torch.empty_like(*args, **kwargs)
-        if func in _RANDOM:
-            return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
+        if not _has_generator(args, kwargs):
+            if func in _RANDOM_IN_PLACE:
+                tensor = args[0] if args else kwargs["tensor"]
+                if not self._is_drawn_again_and_again(tensor):
+                    return tensor
+            elif func in _RANDOM_LIKE:
+                return torch.empty_like(*args, **kwargs)
+            elif func in _RANDOM:
+                return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
         return func(*args, **kwargs)
+
+    def _is_drawn_again_and_again(self, tensor: Tensor) -> bool:
+        """Whether a loop may be waiting for numbers that meet a condition; without them it would never end."""
+        self._skipped[tensor] = self._skipped.get(tensor, 0) + 1
+        return self._skipped[tensor] > _DRAWS
+
+
+def _has_generator(args: tuple, kwargs: dict[str, Any]) -> bool:
+    return any(isinstance(one, torch.Generator) for one in (*args, *kwargs.values()))
 
 
 @contextmanager
 def without_random_numbers() -> Iterator[None]:
-    """In this context and thread, modules are created with uninitialized parameters. Computed buffers are correct."""
+    """In this context and thread, modules are created with uninitialized parameters. Buffers are correct that are
+    computed, or drawn from a generator that is passed; others that no state dict has differ from model to model anyway.
+    """
     _skip_truncated_normals()
     before = _is_skipping()
     _here.skipping = True
@@ -74,7 +96,8 @@ def _skip_truncated_normals() -> None:
 
     @functools.wraps(draw)
     def drawn_unless_skipped(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return tensor if _is_skipping() else draw(tensor, *args, **kwargs)
+        skips = _is_skipping() and not _has_generator(args, kwargs)
+        return tensor if skips else draw(tensor, *args, **kwargs)
 
     drawn_unless_skipped.skips = True  # type: ignore[attr-defined]
     setattr(nn.init, _TRUNCATED, drawn_unless_skipped)
@@ -87,6 +110,7 @@ def drop_parameters(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 meta = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                vars(meta).update(vars(parameter))
                 module._parameters[name] = moved.setdefault(id(parameter), meta)
 
 
@@ -104,7 +128,10 @@ def assign_weights(model: nn.Module, weights: dict[str, Tensor], device: torch.d
     copies = {}
     for name, wanted in model.state_dict().items():
         copies[name] = weights.pop(name).to(device=device, dtype=wanted.dtype, copy=True)
+    marks = {name: vars(parameter) for name, parameter in model.named_parameters()}
     model.load_state_dict(copies, assign=True)
+    for name, marked in marks.items():  # attributes such as no_weight_decay
+        vars(model.get_parameter(name)).update(marked)
     for first, *others in shared.values():
         for other in others:
             path, _, name = other.rpartition(".")

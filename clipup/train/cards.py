@@ -16,6 +16,8 @@ class Card:
     """10^9 bytes."""
     tflops: float
     """Dense bfloat16 products with float32 sums, 10^12 FLOPs per second."""
+    tflops_fp32: float
+    """The same of float32, without tensor cores: TF32 is off in torch."""
     memory_gb_s: float
     """Bandwidth of its memory."""
     link_gb_s: float
@@ -39,12 +41,12 @@ _H200 = f"NVIDIA H200 data sheet (SXM: NVLink 900 GB/s in total); {_400G}"
 _L40S = "NVIDIA L40S data sheet (PCIe 4.0 x16, no NVLink); 100 Gb/s per GPU, assumed"
 
 CARDS = {
-    "h100": Card(80, 989, 3350, 450, 50, _PCIE5, _H100, "NVIDIA H100 80GB HBM3"),
-    "h200": Card(141, 989, 4800, 450, 50, _PCIE5, _H200, "NVIDIA H200"),
-    "b200": Card(180, 2250, 7700, 900, 50, _PCIE5, _B200, "NVIDIA B200"),
-    "a100-80gb": Card(80, 312, 2039, 300, 25, _PCIE4, _A100, "NVIDIA A100-SXM4-80GB"),
-    "a100-40gb": Card(40, 312, 1555, 300, 25, _PCIE4, _A100, "NVIDIA A100-SXM4-40GB"),
-    "l40s": Card(48, 362, 864, 32, 12.5, _PCIE4, _L40S, "NVIDIA L40S"),
+    "h100": Card(80, 989, 67, 3350, 450, 50, _PCIE5, _H100, "NVIDIA H100 80GB HBM3"),
+    "h200": Card(141, 989, 67, 4800, 450, 50, _PCIE5, _H200, "NVIDIA H200"),
+    "b200": Card(180, 2250, 75, 7700, 900, 50, _PCIE5, _B200, "NVIDIA B200"),
+    "a100-80gb": Card(80, 312, 19.5, 2039, 300, 25, _PCIE4, _A100, "NVIDIA A100-SXM4-80GB"),
+    "a100-40gb": Card(40, 312, 19.5, 1555, 300, 25, _PCIE4, _A100, "NVIDIA A100-SXM4-40GB"),
+    "l40s": Card(48, 362, 91.6, 864, 32, 12.5, _PCIE4, _L40S, "NVIDIA L40S"),
 }
 """By name."""
 

@@ -25,6 +25,7 @@ from clipup.train.distributed import joined
 from clipup.train.objectives import create_objective
 from clipup.train.optim import create_optimizer
 from clipup.train.step import TrainStep
+from clipup.train.trained_parts import lock_parts
 
 _COLLECTIVES = {
     "allreduce_": "all_reduce",
@@ -113,6 +114,7 @@ def measure(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, A
         options = TrainOptions(device="cpu", **given)
         with joined(options) as ranks, norms_in_float32():
             model = tiny_parallel.model(moe, options.siglip)
+            lock_parts(model, options)
             precision = options.precision_on("cpu")
             objective = create_objective(options, model, ranks, precision)
             model.set_grad_checkpointing(options.grad_checkpointing)
@@ -132,7 +134,7 @@ def measure(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, A
 
 def _held(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     parameters = [parallel.shard_of(parameter) for parameter in model.parameters()]
-    gradients = [parallel.shard_of(parameter.grad) for parameter in model.parameters()]
+    gradients = [parallel.shard_of(one.grad) for one in model.parameters() if one.requires_grad]
     moments = [parallel.shard_of(value) for state in optimizer.state.values() for value in state.values()]
     named = {"parameters": parameters, "gradients": gradients, "optimizer": moments}
     return {name: sum(tensor.nbytes for tensor in tensors) for name, tensors in named.items()}

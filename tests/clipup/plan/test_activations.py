@@ -62,3 +62,29 @@ def test_the_loss_saves_the_counted_bytes_for_each_logit(loss, scales):
     expected = bytes_per_logit(loss is ChunkedSigLipLoss, "fp32") * pairs**2
     logits = 4 * pairs**2
     assert sum(size for size in (one.nbytes() for one in saved.values()) if size >= logits) == expected
+
+
+def test_the_modes_of_the_caller_change_nothing():
+    clip = model("sparse", "amp_bf16")
+    expected = activations(clip, "amp_bf16"), bytes_per_logit(False, "amp_bf16")
+    plain = saved_bytes(clip, "fp32", "cuda", 6, False)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta")):
+        with mode:
+            assert (activations(clip, "amp_bf16"), bytes_per_logit(False, "amp_bf16")) == expected
+            assert saved_bytes(clip, "fp32", "cuda", 6, False) == plain
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert (activations(clip, "amp_bf16"), bytes_per_logit(False, "amp_bf16")) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_copies_of_experts_are_those_of_the_shared_one_too():
+    found = [
+        activations(tiny_parallel.model({**MOE["sparse"], "shared_expert": shared}), "amp_bf16")
+        for shared in (False, True)
+    ]
+    one = tiny_parallel.model(None).transformer.resblocks[0].mlp
+    shared = 2 * sum(parameter.numel() for parameter in one.parameters())
+    assert found[1].largest_expert_copies - found[0].largest_expert_copies == shared
+    assert found[1].expert_copies - found[0].expert_copies == 2 * shared

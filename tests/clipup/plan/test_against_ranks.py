@@ -15,6 +15,7 @@ from clipup.plan.activations import saved_bytes
 from clipup.plan.memory import expert_parallel_bytes
 from clipup.plan.traffic import traffic
 from clipup.train import TrainOptions
+from clipup.train.trained_parts import lock_parts
 
 SPREAD = {
     "replicated": {},
@@ -34,6 +35,20 @@ OF_TWO = {
     "shared expert, fsdp and ep in bfloat16": (
         {**DROPLESS, "shared_expert": True},
         {"fsdp": True, "ep": 2, "precision": "amp_bf16"},
+    ),
+    "image tower locked": (DROPLESS, {"lock_image": True}),
+    "image tower locked, fsdp": (DROPLESS, {"fsdp": True, "lock_image": True}),
+    "image tower locked, kept gathered": (
+        DROPLESS,
+        {"fsdp": True, "lock_image": True, "fsdp_no_reshard_after_forward": True},
+    ),
+    "image tower locked but for a block, ep": (
+        DROPLESS,
+        {"fsdp": True, "ep": 2, "lock_image": True, "lock_image_unlocked_groups": 2},
+    ),
+    "selection bias": (
+        {**DROPLESS, "selection_bias": "sign", "load_weight": 0.0, "importance_weight": 0.0},
+        {"fsdp": True},
     ),
     "checkpointed in bfloat16": (DROPLESS, {"fsdp": True, "grad_checkpointing": True, "precision": "amp_bf16"}),
 }
@@ -75,7 +90,9 @@ def subject_and_options(count, name):
     options = TrainOptions(device="cpu", **given)
     pairs = tiny_parallel.GLOBAL_BATCH // count // options.accum_freq
     planned = TrainOptions(device="cpu", batch_size=pairs, **given)
-    return Subject(tiny_parallel.model(moe, options.siglip), options.precision_on("cpu")), planned
+    model = tiny_parallel.model(moe, options.siglip)
+    lock_parts(model, options)
+    return Subject(model, options.precision_on("cpu")), planned
 
 
 every_case = pytest.mark.parametrize(
@@ -94,9 +111,10 @@ def test_parameters_gradients_and_optimizer_are_as_large_as_planned(measured, co
     parts = subject.units(options, count)
     for rank, held in enumerate(measured(count, name)):
         planned = sum(unit.held_bytes(rank) for unit in parts)
-        steps = 4 * sum(len(unit.parameters) for unit in parts)
-        assert (held["parameters"], held["gradients"]) == (planned, planned)
-        assert held["optimizer"] == 2 * planned + steps
+        trained = sum(unit.held_bytes(rank, trained=True) for unit in parts)
+        steps = 4 * sum(len(unit.trained) for unit in parts)
+        assert (held["parameters"], held["gradients"]) == (planned, trained)
+        assert held["optimizer"] == 2 * trained + steps
 
 
 @every_case

@@ -36,7 +36,7 @@ def test_hours_and_price_follow_from_the_measured_pace(capsys):
         "180000",
     ]
     run = planned(capsys, *alone)["plan"]["run"]
-    assert run["samples"] == 360_000
+    assert (run["samples"], run["steps"]) == (358_400, 350)  # 800 pairs of an epoch fill no step
     assert run["gpu_hours"] == pytest.approx(1, rel=0.01)
     assert run["price"] == 3 * run["gpu_hours"]
 
@@ -65,6 +65,18 @@ def test_offloaded_state_is_in_the_memory_of_the_host(capsys):
     assert not {part["name"] for part in offloaded["memory"]["parts"]} & set(names)
 
 
+def test_a_locked_tower_has_no_gradients_and_no_backward_pass(capsys):
+    plain, locked, both = (
+        planned(capsys, *more)["plan"] for more in ([], ["--lock-text"], ["--fsdp", "--lock-text"])
+    )
+    sizes = [{part["name"]: part["bytes"] for part in made["memory"]["parts"]} for made in (plain, locked, both)]
+    for name in ("gradients", "optimizer (AdamW)", "activations"):
+        assert sizes[1][name] < 0.7 * sizes[0][name], name
+    assert sizes[1]["parameters"] == sizes[0]["parameters"]
+    assert locked["flops"] < 0.8 * plain["flops"]
+    assert both["time"]["total"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +88,11 @@ def test_offloaded_state_is_in_the_memory_of_the_host(capsys):
         (["--price", "2"], "--price has no effect without --samples, or --epochs and --train-num-samples"),
         (["--model", "coca_ViT-B-32"], "a plan is for models with an image and a text tower"),
         (["--caption-tokens", "9"], "--caption-tokens has no effect without --ep"),
+        (
+            ["--moe", "--ep", "2", "--fsdp", "--caption-tokens", "100"],
+            "caption_tokens must be 1 to 12, the context, got 100",
+        ),
+        (["--lock-text-unlocked-layers", "1"], "--lock-text-unlocked-layers has no effect without --lock-text"),
         (["--num-experts", "4"], "--num-experts has no effect without --moe"),
     ],
 )
@@ -88,6 +105,10 @@ def test_wrong_options_are_refused_by_name(arguments, message, capsys):
     ("arguments", "message"),
     [
         (["--epochs", "2"], "epochs counts passes over train_num_samples pairs; set both, or samples instead"),
+        (
+            ["--epochs", "2", "--train-num-samples", "1000"],
+            "train_num_samples must be at least batch, 1024, which is a step; got 1000",
+        ),
         (["--mfu", "1.5"], "mfu must be above 0 and at most 1, got 1.5"),
         (["--tflops", "inf"], "tflops must be positive and finite, got inf"),
         (["--reserve", "1e400"], "reserve must be 0 or more, and finite, got inf"),

@@ -8,6 +8,7 @@ from clipup.plan import CARDS, Cluster, Rates, Subject, plan
 from clipup.plan.cost import bandwidth
 from clipup.plan.traffic import Transfer, traffic
 from clipup.train import TrainOptions
+from clipup.train.trained_parts import lock_parts
 
 H100, PLAIN = CARDS["h100"], Rates(link_efficiency=1.0)
 
@@ -50,6 +51,58 @@ def test_each_repeated_forward_pass_adds_its_flops(subject, options, passes):
     counts = count(subject.model)
     towers = passes * 32 * (counts.image_gflops + counts.text_gflops) * 1e9
     assert towers < made.flops < 1.05 * towers
+
+
+def test_without_local_loss_every_rank_compares_all_pairs(subject):
+    cluster = Cluster(8, H100)
+    alone, all_pairs = (plan(subject, TrainOptions(local_loss=local), cluster, 256).flops for local in (True, False))
+    logits = 2 * 2 * 256 * 256 * 16 * 3  # both directions, features of 16 channels, forward and backward
+    assert all_pairs - alone == pytest.approx(logits * 7 / 8)
+
+
+def test_products_in_float32_have_its_peak():
+    clip = tiny_parallel.model({})
+    subjects = Subject(clip, "amp_bf16"), Subject(clip, "fp32")
+    times = [plan(one, TrainOptions(), Cluster(8, H100), 256).time.compute for one in subjects]
+    assert times[1] / times[0] == pytest.approx(H100.tflops / H100.tflops_fp32)
+    assert all(one.tflops > 2 * one.tflops_fp32 > 0 for one in CARDS.values())
+
+
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_a_locked_tower_runs_forward_alone(subject, tower):
+    clip = tiny_parallel.model({})
+    lock_parts(clip, TrainOptions(**{f"lock_{tower}": True}))
+    counts, options = count(clip), TrainOptions(grad_checkpointing=True)
+    locked, plain = (plan(one, options, Cluster(8, H100), 256).flops for one in (Subject(clip), subject))
+    assert plain - locked == pytest.approx(3 * 32 * getattr(counts, f"{tower}_gflops") * 1e9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Cluster(0, H100), "gpus must be a positive int, got 0"),
+        (lambda: Cluster(1.5, H100), "gpus must be a positive int, got 1.5"),
+        (lambda: Cluster(1, H100, reserve=-2), "reserve must be 0 or more, got -2"),
+        (lambda: Cluster(1, H100, price=0), "price must be positive, got 0"),
+        (lambda: Rates(mfu=0), "mfu must be positive, got 0"),
+        (lambda: Rates(mfu=float("nan")), "mfu must be finite, got nan"),
+        (lambda: Rates(link_efficiency=2), "link_efficiency must be above 0 and at most 1, got 2"),
+        (lambda: Rates(images_per_second=0), "images_per_second must be positive, got 0"),
+        (lambda: Rates(gpus_per_node=0), "gpus_per_node must be a positive int, got 0"),
+    ],
+)
+def test_impossible_clusters_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_impossible_batches_and_captions_are_refused_by_name(subject):
+    for batch in ("16", 0, 16.0):
+        with pytest.raises(ValueError, match="batch must be a positive int, got"):
+            plan(subject, TrainOptions(), Cluster(8, H100), batch)
+    for tokens in (-5, 9):
+        with pytest.raises(ValueError, match="caption_tokens must be 1 to 8, the context, got"):
+            plan(subject, TrainOptions(), Cluster(8, H100), 16, tokens)
 
 
 def test_shorter_captions_send_fewer_rows(subject):

@@ -13,7 +13,7 @@ from torch import nn
 import clipup
 from clipup import MoEConfig, save_pretrained, step0_difference, upcycle
 from clipup.pretrained.model_directory import WEIGHTS_NAME
-from clipup.pretrained.structure import without_random_numbers
+from clipup.pretrained.structure import assign_weights, drop_parameters, without_random_numbers
 
 
 @pytest.fixture
@@ -35,6 +35,48 @@ def test_truncated_normals_are_not_drawn_whatever_the_memory_holds():
         assert nn.init.trunc_normal_(outside) is outside and (outside == 9).all()
         assert nn.init.trunc_normal_(outside, a=5, b=6) is outside and (outside == 9).all()  # far from the mean
     assert (nn.init.trunc_normal_(outside).abs() <= 2).all()
+
+
+def test_what_a_generator_of_its_own_draws_is_drawn():
+    def draws():
+        own = torch.Generator().manual_seed(7)
+        filled = torch.empty(5)
+        return (
+            torch.randn(5, generator=own), torch.rand(5, generator=own), filled.clone().normal_(generator=own),
+            nn.init.trunc_normal_(filled.clone(), generator=own), nn.init.normal_(filled.clone(), 0, 1, own),
+            torch.randn_like(filled, generator=own), nn.init.xavier_normal_(torch.empty(4, 4), generator=own),
+        )  # fmt: skip
+
+    expected = draws()
+    before = torch.get_rng_state()
+    with without_random_numbers():
+        found = draws()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_module_that_draws_until_something_holds_is_built():
+    torch.manual_seed(0)
+    with without_random_numbers():
+        weight = torch.zeros(8, 8)
+        while torch.linalg.matrix_rank(weight.normal_()) < 8:
+            pass
+        alone = torch.zeros(3)
+        for _ in range(3):
+            alone.uniform_(1, 2)
+    assert torch.linalg.matrix_rank(weight) == 8 and not alone.any()
+
+
+def test_marks_of_parameters_are_kept(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    model[0].weight.no_weight_decay = True
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    drop_parameters(model)
+    assert model[0].weight.is_meta and model[0].weight.no_weight_decay
+    assign_weights(model, weights)
+    assert not model[0].weight.is_meta and model[0].weight.no_weight_decay
+    assert not hasattr(model[1].weight, "no_weight_decay")
 
 
 def test_threads_that_load_nothing_draw_truncated_normals():
