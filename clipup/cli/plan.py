@@ -204,4 +204,6 @@ def _proposal(made: Plan, proposed: Plan | None, cluster: Cluster) -> str:
     if proposed.setting() == made.setting():
         return "\nproposed: this setting"
     rule = "fits, and sends least of those whose modelled step is within 5 % of the shortest"
+    if cluster.rates.images_per_second is not None:
+        rule += "; timed by FLOPs and mfu, since the measured pace is that of the setting above"
     return f"\nproposed ({rule}):\n  {summary(proposed, cluster)}"

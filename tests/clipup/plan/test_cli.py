@@ -43,7 +43,14 @@ def test_hours_and_price_follow_from_the_measured_pace(capsys):
 
 def test_a_short_run_has_hours_and_a_price_that_are_not_zero(capsys):
     assert main([*RUN, "--images-per-second", "1000", "--samples", "10240", "--price", "2.5"]) == 0
-    assert "10,240 pairs, 10 steps: 0.00036 hours, 0.0028 GPU hours, 0.0071 at 2.5" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "10,240 pairs, 10 steps: 0.00036 hours, 0.0028 GPU hours, 0.0071 at 2.5" in out
+
+
+def test_a_proposal_beside_a_measured_pace_says_how_it_is_timed(capsys):
+    assert main([*RUN, "--images-per-second", "1000", "--grad-checkpointing"]) == 0
+    out = capsys.readouterr().out
+    assert "timed by FLOPs and mfu, since the measured pace is that of the setting above" in out
 
 
 @pytest.mark.slow
@@ -66,9 +73,7 @@ def test_offloaded_state_is_in_the_memory_of_the_host(capsys):
 
 
 def test_a_locked_tower_has_no_gradients_and_no_backward_pass(capsys):
-    plain, locked, both = (
-        planned(capsys, *more)["plan"] for more in ([], ["--lock-text"], ["--fsdp", "--lock-text"])
-    )
+    plain, locked, both = (planned(capsys, *more)["plan"] for more in ([], ["--lock-text"], ["--fsdp", "--lock-text"]))
     sizes = [{part["name"]: part["bytes"] for part in made["memory"]["parts"]} for made in (plain, locked, both)]
     for name in ("gradients", "optimizer (AdamW)", "activations"):
         assert sizes[1][name] < 0.7 * sizes[0][name], name
