@@ -41,9 +41,9 @@ def each(
 
 
 def worker_init_fn() -> Callable[[int], None]:
-    """``worker_init_fn`` for a data loader whose workers ignore Ctrl-C and SIGTERM.
+    """``worker_init_fn`` for a data loader whose workers ignore Ctrl-C, SIGTERM and SIGHUP.
 
-    Both signals reach the whole process group, and a run that finishes its step and saves needs its workers until then.
+    These signals reach the whole process group, and a run that finishes its step and saves needs its workers until then.
     Workers end with their parent, without a word if it was killed. At exit the parent sends them SIGTERM, which they
     ignore, and would wait forever, so remaining workers are killed at exit.
     """
@@ -96,8 +96,9 @@ def _end_workers_of(iterator: Any) -> None:
 
 
 def _prepare_worker(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.excepthook = functools.partial(_report, sys.excepthook)
 
 

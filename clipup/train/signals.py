@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM: finish the current step, save, then stop."""
+"""Ctrl-C, SIGTERM and the end of the terminal (SIGHUP): finish the current step, save, then stop."""
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from typing import Any
 
 REPEAT_SECONDS = 5.0
 """For so long after the first SIGTERM another one is the same request: torchrun, and schedulers that signal a whole
-process group, send it to ranks that already have it."""
+process group, send it to ranks that already have it. A closed terminal sends SIGHUP, and so does its shell."""
 
 
 _program_ends = False
@@ -20,7 +22,7 @@ _program_ends = False
 
 @contextmanager
 def program_ends_with_the_run() -> Iterator[None]:
-    """Inside, a repeated SIGTERM is ignored after a ``StopRequest`` is left, too: the run has been saved, and the
+    """Inside, a repeated SIGTERM or SIGHUP is ignored after a ``StopRequest`` is left, too: the run has been saved, and the
     program is about to exit."""
     global _program_ends
     _program_ends = True
@@ -31,22 +33,25 @@ def program_ends_with_the_run() -> Iterator[None]:
 
 
 class StopRequest:
-    """While it is entered, the first SIGINT or SIGTERM sets ``received``.
+    """While it is entered, the first SIGINT, SIGTERM or SIGHUP sets ``received``. A SIGHUP that is ignored, as under
+    nohup, stays ignored.
 
-    A second SIGINT has the effect that it had before entering, which is to stop at once; so has a SIGTERM that comes
-    more than ``REPEAT_SECONDS`` after the first.
+    A second SIGINT has the effect that it had before entering, which is to stop at once; so has a SIGTERM or SIGHUP that
+    comes more than ``REPEAT_SECONDS`` after the first.
     """
 
     def __init__(self, enabled: bool = True) -> None:
         """``enabled=False``, or a thread other than the main one, leaves the signals alone."""
         self.received = False
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[int, Any] = {}
         self._terminated = 0.0
 
     def __enter__(self) -> StopRequest:
         if self._enabled:
-            handlers = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate}
+            handlers: dict[int, Any] = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate}
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                handlers[signal.SIGHUP] = self._hang_up
             self._before = {number: signal.getsignal(number) for number in handlers}
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -56,7 +61,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            if number == signal.SIGTERM and self.received and _program_ends:
+            if number != signal.SIGINT and self.received and _program_ends:
                 continue  # _terminate restores it when the time of repeated ones is over
             signal.signal(number, handler)
 
@@ -69,5 +74,22 @@ class StopRequest:
         now = time.monotonic()
         self._terminated = self._terminated or now
         if now - self._terminated > REPEAT_SECONDS:
-            signal.signal(number, self._before[signal.SIGTERM])
+            signal.signal(number, self._before[number])
             signal.raise_signal(number)
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        _write_to_no_terminal()
+        self._terminate(number, frame)
+
+
+def _write_to_no_terminal() -> None:
+    """A terminal that is gone refuses what is written to it: an error in the middle of saving."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        try:
+            is_terminal = stat.S_ISCHR(os.fstat(stream).st_mode)
+        except OSError:  # it was closed
+            continue
+        if is_terminal:
+            os.dup2(nothing, stream)
+    os.close(nothing)

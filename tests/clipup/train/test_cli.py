@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -92,6 +94,31 @@ def test_a_signal_to_all_processes_saves_says_how_to_continue_and_exits_with_130
     assert main([*command, "--steps", str(done + 2), "--resume", "latest"]) == 0
     assert f"{done + 2} steps" in capsys.readouterr().out
     assert torch.isfinite(clipup.create_model_and_transforms(str(tmp_path / "logs/run/model"))[0].logit_scale)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_a_run_whose_terminal_is_closed_saves_and_can_be_resumed(command, tmp_path, capsys):
+    log = tmp_path / "logs" / "run" / "metrics.jsonl"
+    master, terminal = os.openpty()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clipup", *command, "--steps", "100000", "--workers", "2"],
+        env=environment, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, cwd=tmp_path,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(terminal)
+    started = time.monotonic()
+    while not (log.is_file() and log.read_text().count("\n") >= 4):
+        assert time.monotonic() < started + 60 and process.poll() is None
+        os.read(master, 1 << 16)
+
+    os.close(master)  # the kernel sends SIGHUP, and whoever writes to the terminal gets an error
+
+    assert process.wait(timeout=60) == 130
+    done = load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")["step"]
+    assert main([*command, "--steps", str(done + 2), "--resume", "latest"]) == 0
+    assert f"{done + 2} steps" in capsys.readouterr().out
 
 
 def test_help_shows_defaults_units_and_an_example(capsys):
