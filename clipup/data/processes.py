@@ -43,7 +43,7 @@ def each(
 def worker_init_fn() -> Callable[[int], None]:
     """``worker_init_fn`` for a data loader whose workers ignore Ctrl-C, SIGTERM and SIGHUP.
 
-    These signals reach the whole process group, and a run that finishes its step and saves needs its workers until then.
+    These signals reach the whole process group, and a run that finishes its step and saves needs its workers so long.
     Workers end with their parent, without a word if it was killed. At exit the parent sends them SIGTERM, which they
     ignore, and would wait forever, so remaining workers are killed at exit.
     """
