@@ -22,8 +22,8 @@ _program_ends = False
 
 @contextmanager
 def program_ends_with_the_run() -> Iterator[None]:
-    """Inside, a repeated SIGTERM or SIGHUP is ignored after a ``StopRequest`` is left, too: the run has been saved, and the
-    program is about to exit."""
+    """Inside, a repeated SIGTERM or SIGHUP is ignored after a ``StopRequest`` is left, too: the run has been saved, and
+    the program is about to exit."""
     global _program_ends
     _program_ends = True
     try:
