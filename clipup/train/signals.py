@@ -36,8 +36,8 @@ class StopRequest:
     """While it is entered, the first SIGINT, SIGTERM or SIGHUP sets ``received``. A SIGHUP that is ignored, as under
     nohup, stays ignored.
 
-    A second SIGINT has the effect that it had before entering, which is to stop at once; so has a SIGTERM or SIGHUP that
-    comes more than ``REPEAT_SECONDS`` after the first.
+    A second SIGINT has the effect that it had before entering, which is to stop at once; so has a SIGTERM or SIGHUP
+    that comes more than ``REPEAT_SECONDS`` after the first.
     """
 
     def __init__(self, enabled: bool = True) -> None:
