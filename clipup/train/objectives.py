@@ -141,16 +141,19 @@ class DistillationObjective(Objective):
     """CLIP's loss, and the mean cross-entropy of the similarities with the softmax of the teacher's as targets, images
     to texts and texts to images, half of each (open_clip's DistillClipLoss).
 
-    open_clip_train refuses to accumulate with a teacher; here the teacher's features of all batches are kept.
+    With ``multi_positive``, CLIP's loss is that of ``MultiPositiveObjective``; the similarities of equal captions are
+    compared with the teacher's like all others. open_clip_train refuses to accumulate with a teacher; here the
+    teacher's features of all batches are kept.
     """
 
     option = "distill_model"
     own_options = ("distill_pretrained",)
 
-    def __init__(self, teacher: nn.Module, **gathering: Any) -> None:
+    def __init__(self, teacher: nn.Module, multi_positive: bool = False, **gathering: Any) -> None:
         """teacher: takes the same batches as the model; frozen and in evaluation mode."""
         self.teacher = teacher
         self.loss = DistillClipLoss(cache_labels=True, **gathering)
+        self.over_distinct = MultiPositiveClipLoss(**gathering) if multi_positive else None
 
     @classmethod
     def check_options(cls, options: TrainOptions) -> None:
@@ -168,16 +171,20 @@ class DistillationObjective(Objective):
     def create(cls, options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:
         assert options.distill_model is not None  # it selects this objective
         teacher = create_teacher(options.distill_model, options.distill_pretrained, model, ranks.device, precision)
-        return cls(teacher, **_gathering(options, ranks))
+        return cls(teacher, options.multi_positive, **_gathering(options, ranks))
 
     def targets(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         outputs = [named_output(self.teacher(images, texts)) for images, texts in batches]
         features = {f"dist_{name}": torch.cat([output[name] for output in outputs]) for name in _FEATURES}
-        return {**features, "dist_logit_scale": outputs[0]["logit_scale"]}
+        texts = {} if self.over_distinct is None else {"texts": torch.cat([texts for _, texts in batches])}
+        return {**features, "dist_logit_scale": outputs[0]["logit_scale"], **texts}
 
     def terms(self, output: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, Tensor]:
         features = [output[name] for name in _FEATURES]
-        contrastive, distill = self.loss(*features, output["logit_scale"], **targets)
+        of_teacher = {name: target for name, target in targets.items() if name != "texts"}
+        contrastive, distill = self.loss(*features, output["logit_scale"], **of_teacher)
+        if self.over_distinct is not None:
+            contrastive = self.over_distinct(*features, output["logit_scale"], targets["texts"])
         return {"contrastive": contrastive, "distill": distill}
 
 
@@ -242,6 +249,8 @@ def selected(options: TrainOptions) -> type[Objective]:
         ValueError: they select more than one.
     """
     found = [objective for objective in _BY_OPTION if getattr(options, objective.option) not in (None, False)]
+    if found == [MultiPositiveObjective, DistillationObjective]:
+        return DistillationObjective
     if len(found) > 1:
         raise ValueError(
             f"{' and '.join(objective.option for objective in found)} select different losses, and a run has one; "

@@ -21,7 +21,7 @@ class LossOptions(OptionGroup):
     """Use the sigmoid loss (SigLIP) instead of the softmax loss (CLIP)."""
     multi_positive: bool = False
     """Do not treat pairs of a batch with equal captions as negatives of each other; on val_data every image of a
-    caption counts as a correct answer to it. Not with siglip."""
+    caption counts as a correct answer to it. Not with siglip; a teacher's targets stay as they are."""
     coca_caption_loss_weight: float = 2.0
     """Weight of the captioning loss, for a CoCa."""
     coca_contrastive_loss_weight: float = 1.0

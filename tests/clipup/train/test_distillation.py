@@ -10,7 +10,7 @@ import torch
 
 import clipup
 from clipup.train import train
-from clipup.train.objectives import DistillationObjective
+from clipup.train.objectives import DistillationObjective, MultiPositiveObjective
 from clipup.train.step import TrainStep
 
 MOE = clipup.MoEConfig(num_experts=4, z_weight=0.1, towers=("image",))
@@ -48,6 +48,31 @@ def test_loss_is_contrastive_plus_the_cross_entropy_with_the_teachers_similariti
     (contrastive + distill + aux).backward()
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=5e-6)
+
+
+def test_equal_captions_do_not_compete_but_are_compared_with_the_teacher(make_model, pairs):
+    data, teacher = pairs(), make_model(seed=1).eval()
+    texts = data.texts.clone()
+    texts[1] = texts[0]
+
+    def terms(objective):
+        model = make_model(MOE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        return TrainStep(model, objective, optimizer, torch.device("cpu"))([(data.images, texts)]).terms
+
+    alone, plain = terms(MultiPositiveObjective()), terms(DistillationObjective(teacher))
+    both = terms(DistillationObjective(teacher, multi_positive=True))
+    torch.testing.assert_close(both["contrastive"], alone["contrastive"])
+    torch.testing.assert_close(both["distill"], plain["distill"])
+    assert both["contrastive"] < plain["contrastive"]
+
+
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_a_run_may_have_a_teacher_and_captions_that_repeat(make_model, pairs, options, model_directory, accum_freq):
+    chosen = options(distill_model=str(model_directory), multi_positive=True, accum_freq=accum_freq)
+    result = train(chosen, model=make_model(MOE, seed=3), loader=pairs())
+    for record in result.history:
+        assert record["loss"] == pytest.approx(record["contrastive"] + record["aux"] + record["distill"], rel=1e-5)
 
 
 def test_distillation_loss_is_least_for_the_teacher_itself(make_model, pairs):
@@ -94,8 +119,8 @@ def test_teachers_that_cannot_teach_are_refused_by_name(make_model, pairs, optio
         options(distill_pretrained="openai")
     with pytest.raises(ValueError, match="siglip and distill_model select different losses, and a run has one"):
         options(distill_model="ViT-B-32", siglip=True)
-    with pytest.raises(ValueError, match="multi_positive and distill_model select different losses, and a run has one"):
-        options(distill_model="ViT-B-32", multi_positive=True)
+    with pytest.raises(ValueError, match="siglip and multi_positive and distill_model select different losses"):
+        options(distill_model="ViT-B-32", multi_positive=True, siglip=True)
     with pytest.raises(ValueError, match="distill_pretrained is missing, so tiny would have random weights"):
         train(options(distill_model=named_model), model=make_model(MOE), loader=pairs())
 
