@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..clip.layer_groups import layer_groups
+from ..moe.layer import moe_layers
 from ..moe.weight_decay import decays
 from .options import TrainOptions
 from .whole_state import by_mesh, names_of, shard_like, whole_optimizer_state
@@ -81,14 +82,15 @@ def _named_errors(options: TrainOptions) -> Iterator[None]:
 
 
 def groups_of(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
-    """The trainable parameters in groups: without weight decay and with it and, under layer decay, by ``lr_scale``, the
-    factor of their learning rate, the largest first.
+    """The trainable parameters in groups: without weight decay and with it and, with layer decay or ``moe_lr_scale``,
+    by ``lr_scale``, the factor of their learning rate, the largest first.
 
     A parameter has no weight decay by the rule of ``clipup.parameter_groups``, or if a pattern of ``wd_exclude``
     matches its name.
 
     Raises:
-        ValueError: a pattern matches no parameter, or layer decay is set for a tower without blocks.
+        ValueError: a pattern matches no parameter, layer decay is set for a tower without blocks, or ``moe_lr_scale``
+            for a model without sparse layers.
     """
     scales = _lr_scales(model, options)
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -111,7 +113,7 @@ def groups_of(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
 
 
 def _lr_scales(model: nn.Module, options: TrainOptions) -> dict[str, float]:
-    """The factors of the learning rate by parameter name; empty without layer decay."""
+    """The factors of the learning rate by parameter name; empty where none is set."""
     scales: dict[str, float] = {}
     for tower in ("image", "text"):
         decay = getattr(options, f"{tower}_layer_decay")
@@ -122,6 +124,16 @@ def _lr_scales(model: nn.Module, options: TrainOptions) -> dict[str, float]:
             raise ValueError(f"{tower}_layer_decay={decay}: the {tower} tower has no list of blocks, so no layers")
         for depth, group in enumerate(reversed(groups)):
             scales |= dict.fromkeys(group, decay**depth)
+    if options.moe_lr_scale != 1:
+        layers = moe_layers(model)
+        if not layers:
+            raise ValueError(
+                f"moe_lr_scale={options.moe_lr_scale:g}: the model has no sparse layers; leave it out, or make the "
+                "model sparse with moe"
+            )
+        for prefix, layer in layers.items():
+            for name, _ in layer.named_parameters(prefix):
+                scales[name] = options.moe_lr_scale * scales.get(name, 1.0)
     return scales
 
 

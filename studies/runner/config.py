@@ -35,6 +35,14 @@ class StudyRun:
     """Steps of the CLIP-UP run whose FLOPs or seconds this run matches. None: its own steps."""
     moe: dict[str, Any] | None = None
     """Overrides of ``MoEConfig.clip_up()``; {} is the preset itself, None a dense model."""
+    others: tuple[str, ...] = ()
+    """Dense runs beside ``start`` whose MLPs become experts too: expert e is from run e modulo their number."""
+    clusters: bool = False
+    """Whether experts and router are initialized from clusters of what the dense model's MLPs see."""
+    teacher: str | None = None
+    """The run whose model's similarities are a second target."""
+    moe_lr_scale: float = 1.0
+    """Factor of the learning rate of routers and experts."""
     why: str = ""
     """Purpose of the run, in one sentence."""
     batch_size: int = 256
@@ -49,28 +57,45 @@ class StudyRun:
         for one in dataclasses.fields(self):
             expected = _TYPES.get(one.name)
             value = getattr(self, one.name)
-            if expected and (not isinstance(value, expected) or isinstance(value, bool)):
+            if expected and (not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected)):
                 raise TypeError(f"{one.name} must be {_named(expected)}, got {value!r}")
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget must be at least 1, got {self.budget}")
-        if self.start == self.name:
-            raise ValueError(f"start must be another run, got the run's own name {self.start!r}")
+        object.__setattr__(self, "others", tuple(self.others))
+        for other in self.needed:
+            if other == self.name:
+                raise ValueError(f"start must be another run, got the run's own name {other!r}")
+        if (self.others or self.clusters) and (self.start is None or self.moe is None):
+            raise ValueError("others and clusters make a dense start sparse: set start and moe, or leave them out")
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
         if self.moe is not None:
             object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**self.moe))
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The runs that must be done before this one."""
+        found = (self.start, *self.others, self.teacher)
+        return tuple(dict.fromkeys(name for name in found if name is not None))
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything the run depends on, for its log."""
+        """Everything the run depends on, for its log; fields of rare arms are left out where they say nothing."""
+        rare = {one.name: one.default for one in dataclasses.fields(self) if one.name in _RARE}
         values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
+        values = {name: value for name, value in values.items() if name not in rare or value != rare[name]}
         values["moe_cfg"] = None if self.moe_cfg is None else self.moe_cfg.to_dict()
         return values
 
 
+_RARE = ("others", "clusters", "teacher", "moe_lr_scale")
 _TYPES: dict[str, tuple[type, ...]] = {
+    "others": (list, tuple),
+    "clusters": (bool,),
+    "teacher": (str, type(None)),
+    "moe_lr_scale": (float, int),
     "arm": (str,),
     "model": (str,),
     "why": (str,),

@@ -6,12 +6,14 @@ On the same machine's CPU, the same config gives a bitwise equal log, however of
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipup.clip.flops import count
 from clipup.data.loaders import describe, eval_samples, train_loader
@@ -19,6 +21,7 @@ from clipup.moe.layer import moe_layers
 from clipup.precision import check_device
 from clipup.pretrained import factory, tokenizers
 from clipup.train import Every, TrainOptions, TrainResult, train
+from clipup.upcycling.clusters import initialize_by_clusters
 from clipup.upcycling.step0 import step0_difference
 from clipup.upcycling.upcycle import upcycle
 from clipup_kernels.machine import describe_machine
@@ -30,6 +33,7 @@ from .config import StudyRun, beside, read
 _ABOUT_DATA = ("name", "fingerprint", "options", "source", "vocabulary", "skipped", "left_out_twins")
 _EVALUATIONS = 10
 _LOG_EVERY, _SAVE_EVERY = 10, 500
+_CLUSTERED = 16  # batches
 _BACKWARD = 2  # FLOPs of the backward pass over those of the forward pass
 
 
@@ -58,14 +62,25 @@ def run(
     path = logs / f"{config.name}{log.SUFFIX}"
     if path.is_file():
         return path
-    missing = [config]
-    while (start := missing[-1].start) is not None and not _model(runs_directory, start).is_dir():
-        if start in [one.name for one in missing]:
-            raise ValueError(f"start: the runs form a circle through {start}; one of them must have no start")
-        missing.append(read(beside(file, start)))
-    for one in reversed(missing):
+    for one in _in_order(config, file, runs_directory):
         path = _write_log(_Run(one, data, runs_directory, device), logs)
     return path
+
+
+def _in_order(config: StudyRun, file: str | Path, runs_directory: str | Path) -> list[StudyRun]:
+    """The runs that a run needs and that have no model yet, and then itself."""
+    found: dict[str, StudyRun] = {}
+
+    def add(one: StudyRun, above: tuple[str, ...]) -> None:
+        for name in one.needed:
+            if name in above:
+                raise ValueError(f"start: the runs form a circle through {name}; one of them must have no start")
+            if name not in found and not _model(runs_directory, name).is_dir():
+                add(read(beside(file, name)), (*above, name))
+        found[one.name] = one
+
+    add(config, (config.name,))
+    return list(found.values())
 
 
 def _write_log(run: _Run, logs: Path) -> Path:
@@ -87,9 +102,9 @@ class _Run:
         self.config, self.data, self.runs = config, Path(data), Path(runs_directory)
         self.dataset = describe(data)
         self.group_size: int | None = self.dataset.get("group_size")
-        self.model, self.step0 = self._model()
         _, _, self.preprocess = _create(config.model, load_weights=False)
         self.tokenizer = tokenizers.get_tokenizer(config.model)
+        self.model, self.step0 = self._model()
 
     def records(self) -> list[log.Record]:
         result = self._train()
@@ -115,7 +130,10 @@ class _Run:
         dense, *_ = _create(str(_model(self.runs, config.start)))
         if config.moe_cfg is None:
             return dense, None
-        sparse = upcycle(dense, config.moe_cfg)
+        others = [_create(str(_model(self.runs, name)))[0] for name in config.others]
+        sparse = upcycle([dense, *others], config.moe_cfg)
+        if config.clusters:
+            initialize_by_clusters(sparse, itertools.islice(self._batches(), _CLUSTERED), seed=config.seed)
         return sparse, step0_difference(dense, sparse)
 
     def _train(self) -> TrainResult:
@@ -130,6 +148,8 @@ class _Run:
             wd=config.wd,
             warmup=config.warmup,
             grad_clip_norm=config.grad_clip_norm,
+            moe_lr_scale=config.moe_lr_scale,
+            distill_model=None if config.teacher is None else str(_model(self.runs, config.teacher)),
             batch_size=config.batch_size,
             precision=config.precision,
             multi_positive=True,
@@ -158,6 +178,12 @@ class _Run:
         loader = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size)
         loader.dataloader.seed = config.seed
         return loader
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those of the first epoch."""
+        loader = self._loader()
+        loader.set_epoch(0)
+        yield from getattr(loader, "dataloader", loader)
 
     def _samples(self, split: str) -> Any:
         return eval_samples(self.data / f"{split}-*.tar", self.preprocess)

@@ -48,6 +48,8 @@ class OptimizationOptions(OptionGroup):
     the whole learning rate. The groups are those of --lock-image-unlocked-groups."""
     text_layer_decay: float | None = None
     """The same for the text tower."""
+    moe_lr_scale: float = 1.0
+    """Factor of the learning rate of routers and experts."""
     warmup: int = 10000
     """Steps over which the learning rate rises to lr."""
     lr_scheduler: Literal["cosine", "const", "const-cooldown"] = "cosine"
@@ -83,6 +85,8 @@ class OptimizationOptions(OptionGroup):
         for name in ("image_layer_decay", "text_layer_decay"):
             value = getattr(self, name)
             check(name, value, value is None or 0 < value <= 1, "in (0, 1]")
+        scale = self.moe_lr_scale
+        check("moe_lr_scale", scale, math.isfinite(scale) and scale > 0, "a positive number")
         check("lr_cooldown_power", self.lr_cooldown_power, self.lr_cooldown_power > 0, "positive")
         self._check_optimizer()
         self._check_cooldown()

@@ -72,6 +72,8 @@ def test_defaults_of_the_betas_are_clips_for_adamw_and_timms_own_for_timm(make_m
         ({"opt": "nadamw", "moe": True, "resume_dense": "x.pt"}, "resume_dense carries over AdamW's moments"),
         ({"wd_exclude": ("router",)}, "wd_exclude: 'router' matches no parameter"),
         ({"image_layer_decay": 1.5}, r"image_layer_decay must be in \(0, 1\]"),
+        ({"moe_lr_scale": 0.0}, "moe_lr_scale must be a positive number, got 0.0"),
+        ({"moe_lr_scale": 2.0}, "moe_lr_scale=2: the model has no sparse layers; leave it out"),
     ],
 )
 def test_optimizers_that_cannot_be_created_are_refused_by_name(make_model, options, changes, message):
@@ -107,6 +109,19 @@ def test_layer_decay_lowers_the_learning_rate_with_the_depth_of_the_tower(make_m
     usual = {name: group["weight_decay"] for names, group in named_groups(model, options()) for name in names}
     assert decay == usual
     assert [group["lr_scale"] for _, group in groups] == sorted((g["lr_scale"] for _, g in groups), reverse=True)
+
+
+def test_routers_and_experts_may_have_another_learning_rate(make_model, options):
+    model = make_model(SPARSE)
+    groups = named_groups(model, options(moe_lr_scale=4.0, text_layer_decay=0.5, lr=1.0))
+    scale = {name: group["lr_scale"] for names, group in groups for name in names}
+
+    sparse = "visual.transformer.resblocks.1.mlp."
+    assert scale[f"{sparse}in_weight"] == scale[f"{sparse}router.weight"] == scale[f"{sparse}out_bias"] == 4
+    assert scale["transformer.resblocks.1.mlp.in_weight"] == 4 * scale["transformer.resblocks.1.ln_1.weight"] == 2
+    assert scale["visual.transformer.resblocks.0.mlp.c_fc.weight"] == scale["visual.proj"] == 1
+    usual = {name: group["weight_decay"] for names, group in named_groups(model, options()) for name in names}
+    assert {name: group["weight_decay"] for names, group in groups for name in names} == usual
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["scheduled", "constant"])

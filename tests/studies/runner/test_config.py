@@ -45,7 +45,7 @@ def read_all(study: str) -> list[config.StudyRun]:
     return [config.read(path) for path in sorted((STUDIES / study).glob("*.yaml"))]
 
 
-@pytest.fixture(scope="module", params=["icons", "icons-w384", "converged"])
+@pytest.fixture(scope="module", params=["icons", "icons-w384", "converged", "scenes"])
 def committed(request):
     return read_all(request.param)
 
@@ -73,6 +73,11 @@ def test_a_config_names_its_run_by_its_file_and_changes_the_preset(write):
         (COMPLETE.replace("10", "0"), "steps must be at least 1, got 0"),
         (COMPLETE.replace("10", "true"), "steps must be int, got True"),
         (COMPLETE + "moe: {num_experts: 0}\n", r"a-run\.yaml: num_experts must be at least 1"),
+        (COMPLETE + "others: [a]\nmoe: {}\n", "others and clusters make a dense start sparse: set start and moe"),
+        (COMPLETE + "clusters: true\nstart: a\n", "others and clusters make a dense start sparse: set start and moe"),
+        (COMPLETE + "clusters: 1\n", "clusters must be bool, got 1"),
+        (COMPLETE + "others: a\n", "others must be list or tuple, got 'a'"),
+        (COMPLETE + "teacher: a-run\n", "start must be another run, got the run's own name 'a-run'"),
         (COMPLETE + "precision: fp8\n", "precision must be one of fp32"),
         (COMPLETE + "budget: 0\n", "budget must be at least 1, got 0"),
         (COMPLETE + "start: a-run\n", "start must be another run"),

@@ -338,3 +338,45 @@ def test_a_run_on_scenes_that_was_stopped_gives_the_log_of_one_that_was_not(stud
     monkeypatch.setattr(SceneStream, "batch", batch)
 
     assert log.reproducible(stopped.run("dense")) == log.reproducible(whole.run("dense"))
+
+
+def test_runs_that_a_run_needs_come_first_each_once(study, data):
+    it = study("needs", data)
+    it.write(
+        dense=DENSE, second=DENSE + "seed: 1\n", sparse=SPARSE + "others: [second]\nteacher: dense\nmoe_lr_scale: 2.0\n"
+    )
+
+    records = it.run("sparse")
+
+    assert records[0]["others"] == ("second",) or records[0]["others"] == ["second"]
+    assert records[0]["teacher"] == "dense" and records[0]["moe_lr_scale"] == 2.0
+    assert {path.stem for path in (it.directory / "logs").iterdir()} == {"dense", "second", "sparse"}
+    assert records[0]["step0_difference"] > 1e-3  # experts of two models are no dense model's function
+    assert all(
+        line["loss"] > line["contrastive"] + line["aux"] for line in kinds(records, "train")
+    )  # the teacher's part
+
+
+def test_a_run_that_needs_nothing_more_logs_what_it_always_did(study, data):
+    it = study("plain", data)
+    it.write(dense=DENSE)
+    assert not {"others", "clusters", "teacher", "moe_lr_scale"} & it.run("dense")[0].keys()
+
+
+def test_experts_may_start_from_clusters(study, data, monkeypatch):
+    monkeypatch.setattr(runner, "_CLUSTERED", 2)
+    it = study("clusters", data)
+    it.write(dense=DENSE, sparse=SPARSE, apart=SPARSE + "clusters: true\n")
+
+    plain, apart = it.run("sparse"), it.run("apart")
+
+    assert apart[0]["clusters"] is True and apart[0]["step0_difference"] > 1e-3 > plain[0]["step0_difference"]
+    first = [kinds(records, "validation")[0]["similarity"] for records in (plain, apart)]
+    assert first[1] < first[0] - 0.01  # experts that differ from the start
+
+
+def test_a_circle_of_runs_is_refused(study, data):
+    it = study("circle", data)
+    it.write(dense=DENSE + "teacher: sparse\n", sparse=SPARSE)
+    with pytest.raises(ValueError, match="start: the runs form a circle through sparse"):
+        it.run("sparse")
