@@ -67,6 +67,10 @@ class Activations(NamedTuple):
     silent_blocks: frozenset[str]
     """Blocks without a backward pass: those of locked towers, up to the first that is trained."""
 
+    def is_silent(self, layer: str) -> bool:
+        """Whether a sparse layer is in such a block."""
+        return any(layer.startswith(f"{block}.") for block in self.silent_blocks)
+
 
 def activations(
     model: nn.Module, precision: Precision, device_type: str = "cuda", blocks_in_half: bool = False

@@ -115,11 +115,13 @@ def _of_batch(subject: Subject, options: TrainOptions, gpus: int) -> list[Part]:
 def expert_parallel_bytes(subject: Subject, options: TrainOptions) -> float:
     """Each sparse layer also keeps the rows that its experts received and the results that came back, with gates and
     places, if ranks receive equally many; while they travel, both ends have a buffer."""
-    per_layer = [
-        rows_per_pair(subject, layer) * options.batch_size * (2 * layer.width * layer.bytes_each + 16)
-        for layer in subject.activations(options).layers
-    ]
-    return (max(per_layer) if options.grad_checkpointing else sum(per_layer)) + max(per_layer)
+    found = subject.activations(options)
+    per_layer = {
+        layer.name: rows_per_pair(subject, layer) * options.batch_size * (2 * layer.width * layer.bytes_each + 16)
+        for layer in found.layers
+    }
+    kept = [size for name, size in per_layer.items() if not found.is_silent(name)]
+    return (max(kept, default=0) if options.grad_checkpointing else sum(kept)) + max(per_layer.values())
 
 
 def rows_per_pair(subject: Subject, layer: LayerTokens) -> float:

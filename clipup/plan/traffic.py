@@ -98,10 +98,13 @@ def _rows(subject: Subject, options: TrainOptions, caption_tokens: int | None) -
     backward pass repeats the forward's exchanges."""
     if options.ep == 1:
         return
-    forward = forward_passes(options) + (options.accum_freq if options.grad_checkpointing else 0)
-    backward = options.accum_freq
-    for layer in subject.activations(options).layers:
+    found = subject.activations(options)
+    for layer in found.layers:
         config = subject.sparse[layer.name]
+        forward, backward = forward_passes(options), 0
+        if not found.is_silent(layer.name):
+            forward += options.accum_freq if options.grad_checkpointing else 0
+            backward = options.accum_freq
         rows = rows_per_pair(subject, layer) * options.batch_size
         if caption_tokens is not None and config.padding_aware and not layer.name.startswith("visual"):
             rows *= min(1.0, caption_tokens / layer.per_pair)

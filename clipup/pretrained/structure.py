@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 _RANDOM_INITS = ("normal", "uniform", "trunc_normal", "xavier", "kaiming", "orthogonal", "sparse")
 _RANDOM_IN_PLACE = {
@@ -32,7 +31,7 @@ _TRUNCATED = "_no_grad_trunc_normal_"
 """What nn.init.trunc_normal_ calls, which modes do not see: torch 2.13 draws until all values are within the bounds, so
 without random numbers it would never end."""
 _DRAWS = 8
-"""Draws of one tensor that are skipped."""
+"""Draws of one tensor that are skipped. A tensor whose parts are drawn one by one may have so many of each."""
 _here = threading.local()
 
 
@@ -42,7 +41,8 @@ class _WithoutRandomNumbers(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._skipped = WeakTensorKeyDictionary()
+        self._skipped: dict[int, list[Any]] = {}
+        """Storages, which stay alive so that none takes another's place, and how often they were skipped."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -59,8 +59,10 @@ class _WithoutRandomNumbers(TorchFunctionMode):
 
     def _is_drawn_again_and_again(self, tensor: Tensor) -> bool:
         """Whether a loop may be waiting for numbers that meet a condition; without them it would never end."""
-        self._skipped[tensor] = self._skipped.get(tensor, 0) + 1
-        return self._skipped[tensor] > _DRAWS
+        storage = tensor.untyped_storage()  # views and .data are new tensors each time
+        entry = self._skipped.setdefault(storage._cdata, [storage, 0])
+        entry[1] += 1
+        return bool(entry[1] > _DRAWS * max(1, len(storage) // max(1, tensor.nbytes)))
 
 
 def _has_generator(args: tuple, kwargs: dict[str, Any]) -> bool:

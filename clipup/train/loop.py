@@ -12,7 +12,7 @@ from . import checkpoints, optimizer_upcycling, parallel, rng
 from .distributed import Ranks
 from .evaluations import Evaluations
 from .finite import FiniteGuard
-from .optim import create_optimizer, schedule
+from .optim import base_lr, create_optimizer, schedule
 from .options import TrainOptions
 from .recorder import KINDS, Record
 from .reports import Reports
@@ -228,7 +228,7 @@ class Trainer:
         record = {
             "step": self.state.step,
             "epoch": self.state.epoch,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": base_lr(self.optimizer),
             **numbers,
             **times,
             **self.utilization.of(times["images_per_second"]),

@@ -21,6 +21,8 @@ from .whole_state import by_mesh, names_of, shard_like, whole_optimizer_state
 
 _BETAS, _EPS = (0.9, 0.98), 1e-6
 """CLIP's, of AdamW and NAdamW."""
+_OF_A_RUN = ("param_names", "lr_scale")
+"""Of a saved group, what a run sets anew; the rest, such as a count of steps, is the optimizer's own."""
 
 
 def create_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
@@ -183,7 +185,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
             if moments is not None:
                 spread = {key: shard_like(parameter, value) for key, value in moments.items()}
                 states[first + position] = spread
-        counted = {key: value for key, value in known.items() if key not in group and key != "param_names"}
+        counted = {key: value for key, value in known.items() if key not in group and key not in _OF_A_RUN}
         groups.append({**counted, **group, "params": list(range(first, first + len(names)))})
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
@@ -208,6 +210,12 @@ def schedule(
         return left * (options.lr - options.lr_cooldown_end) + options.lr_cooldown_end
 
     return lambda step: _set_lr(optimizer, rate(step))
+
+
+def base_lr(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate without any group's ``lr_scale``."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] / group.get("lr_scale", 1.0))
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -78,18 +79,24 @@ class StopRequest:
             signal.raise_signal(number)
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
-        _write_to_no_terminal()
         self._terminate(number, frame)
+        _write_to_nobody()
 
 
-def _write_to_no_terminal() -> None:
-    """A terminal that is gone refuses what is written to it: an error in the middle of saving."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):
-        try:
-            is_terminal = stat.S_ISCHR(os.fstat(stream).st_mode)
-        except OSError:  # it was closed
-            continue
-        if is_terminal:
-            os.dup2(nothing, stream)
-    os.close(nothing)
+def _write_to_nobody() -> None:
+    """Of stdout and stderr, what nobody reads any more goes nowhere: a terminal that is gone, and a pipe or a socket,
+    whose other end gets the same signal, would refuse what is written, in the middle of saving."""
+    with suppress(OSError, ValueError):  # no descriptor is free: then output stays where it is
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            with suppress(OSError):  # it was closed
+                mode = os.fstat(stream).st_mode
+                if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or (stat.S_ISCHR(mode) and _is_gone(stream)):
+                    os.dup2(nothing, stream)
+        os.close(nothing)
+
+
+def _is_gone(stream: int) -> bool:
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -6,6 +6,7 @@ import tiny_parallel
 from clipup.clip.flops import count
 from clipup.plan import CARDS, Cluster, Rates, Subject, plan
 from clipup.plan.cost import bandwidth
+from clipup.plan.memory import expert_parallel_bytes
 from clipup.plan.traffic import Transfer, traffic
 from clipup.train import TrainOptions
 from clipup.train.trained_parts import lock_parts
@@ -75,6 +76,19 @@ def test_a_locked_tower_runs_forward_alone(subject, tower):
     counts, options = count(clip), TrainOptions(grad_checkpointing=True)
     locked, plain = (plan(one, options, Cluster(8, H100), 256).flops for one in (Subject(clip), subject))
     assert plain - locked == pytest.approx(3 * 32 * getattr(counts, f"{tower}_gflops") * 1e9)
+
+
+def test_experts_of_a_locked_tower_get_no_gradients_from_other_ranks():
+    options = TrainOptions(ep=2, batch_size=4)
+    sizes = {}
+    for locked in ((), ("image",), ("image", "text")):
+        clip = tiny_parallel.model({"capacity_factor": None})
+        lock_parts(clip, TrainOptions(**{f"lock_{tower}": True for tower in locked}))
+        one = Subject(clip)
+        sent = sum(each.payload for each in traffic(one, options, 2) if each.kind == "expert rows")
+        sizes[len(locked)] = sent, expert_parallel_bytes(one, options)
+    assert sizes[2][0] == pytest.approx(sizes[0][0] / 2) and sizes[0][0] > sizes[1][0] > sizes[2][0]
+    assert sizes[0][1] > sizes[1][1] > sizes[2][1] > 0
 
 
 @pytest.mark.parametrize(

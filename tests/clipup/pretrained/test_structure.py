@@ -61,6 +61,14 @@ def test_a_module_that_draws_until_something_holds_is_built():
         weight = torch.zeros(8, 8)
         while torch.linalg.matrix_rank(weight.normal_()) < 8:
             pass
+        for part in (lambda tensor: tensor.data, lambda tensor: tensor.detach(), lambda tensor: tensor[2]):
+            other = torch.zeros(8, 8)
+            while part(other).std() < 0.5:
+                part(other).normal_()
+        rows = torch.zeros(40, 3)
+        for row in rows:
+            row.normal_()
+        assert not rows.any()
         alone = torch.zeros(3)
         for _ in range(3):
             alone.uniform_(1, 2)

@@ -9,7 +9,14 @@ import torch
 
 import clipup
 from clipup.train import train
-from clipup.train.optim import create_optimizer, groups_of
+from clipup.train.optim import (
+    base_lr,
+    create_optimizer,
+    groups_of,
+    load_optimizer_state,
+    optimizer_state,
+    schedule,
+)
 
 SPARSE = clipup.MoEConfig(num_experts=4)
 
@@ -122,6 +129,28 @@ def test_routers_and_experts_may_have_another_learning_rate(make_model, options)
     assert scale["visual.transformer.resblocks.0.mlp.c_fc.weight"] == scale["visual.proj"] == 1
     usual = {name: group["weight_decay"] for names, group in named_groups(model, options()) for name in names}
     assert {name: group["weight_decay"] for names, group in groups for name in names} == usual
+
+
+@pytest.mark.parametrize(("before", "now"), [(10.0, 1.0), (1.0, 10.0), (10.0, 0.1)])
+def test_another_scale_on_resume_is_the_only_one_from_then_on(make_model, options, before, now):
+    model, chosen = make_model(SPARSE), options(moe_lr_scale=now, warmup=0, lr_scheduler="const")
+    state = optimizer_state(create_optimizer(model, options(moe_lr_scale=before)), model)
+    optimizer = create_optimizer(model, chosen)
+
+    load_optimizer_state(optimizer, model, state)
+    schedule(chosen, optimizer, 6, 6)(3)
+
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[one]: group["lr"] for group in optimizer.param_groups for one in group["params"]}
+    assert rates["visual.proj"] == rates["logit_scale"] == pytest.approx(1e-3)
+    assert rates["visual.transformer.resblocks.1.mlp.router.weight"] == pytest.approx(1e-3 * now)
+    assert base_lr(optimizer) == pytest.approx(1e-3)
+
+
+def test_a_run_records_the_rate_without_a_group_s_factor(make_model, pairs, options):
+    settings = {"moe_lr_scale": 10.0, "warmup": 0, "lr_scheduler": "const", "steps": 2, "logs": None}
+    result = train(options(**settings), model=make_model(SPARSE), loader=pairs())
+    assert [record["lr"] for record in result.history] == [pytest.approx(1e-3)] * len(result.history)
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["scheduled", "constant"])

@@ -27,7 +27,7 @@ print("alive")
     ("first", "pause", "code", "output"),
     [
         ("SIGTERM", 0, 0, "alive\n"),
-        ("SIGHUP", 0, 0, "alive\n"),
+        ("SIGHUP", 0, 0, ""),  # its output, a pipe, goes nowhere from then on
         pytest.param("SIGINT", 0, 0, "alive\n", marks=pytest.mark.slow),
         pytest.param("SIGTERM", 1.1, -signal.SIGTERM, "", marks=pytest.mark.slow),
     ],
@@ -53,3 +53,37 @@ def test_a_run_that_ignores_the_end_of_its_terminal_goes_on():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", IGNORED], env=environment, capture_output=True, text=True)
     assert done.stdout == "went on\n", done.stderr
+
+
+TALKS = """
+import os, signal, sys
+from clipup.train import signals
+reader, writer = os.pipe()
+kept = os.dup(1)
+{before}
+with signals.StopRequest() as stop:
+    signal.raise_signal(signal.SIGHUP)
+    {after}
+    for stream in (1, 2):
+        os.write(stream, b"said ")
+os.write(kept, b"received" if stop.received else b"lost")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("os.dup2(writer, 2); os.close(writer)", "os.close(reader)", "said received"),  # the reader ends a little later
+        ("", "", "said received"),
+        ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))", "", "said received"),
+    ],
+    ids=["a pipe whose reader ends", "a file", "no free descriptor"],
+)
+def test_a_hang_up_is_received_whoever_reads_the_output(tmp_path, before, after, said):
+    out = tmp_path / "out"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = TALKS.format(before=before, after=after)
+    with out.open("w") as file:
+        done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=file, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert out.read_text() == said
