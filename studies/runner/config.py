@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -65,9 +66,17 @@ class StudyRun:
         if self.budget is not None and self.budget < 1:
             raise ValueError(f"budget must be at least 1, got {self.budget}")
         object.__setattr__(self, "others", tuple(self.others))
-        for other in self.needed:
-            if other == self.name:
-                raise ValueError(f"start must be another run, got the run's own name {other!r}")
+        for other in self.others:
+            if not isinstance(other, str):
+                raise TypeError(f"others must be names of runs, got {other!r}")
+        for field_name in ("start", "others", "teacher"):
+            given = getattr(self, field_name)
+            if self.name in (given if field_name == "others" else (given,)):
+                raise ValueError(f"{field_name} must be another run, got the run's own name {self.name!r}")
+        if not (self.moe_lr_scale > 0 and math.isfinite(self.moe_lr_scale)):
+            raise ValueError(f"moe_lr_scale must be a positive number, got {self.moe_lr_scale}")
+        if self.moe_lr_scale != 1 and self.moe is None:
+            raise ValueError("moe_lr_scale is for sparse layers: set moe, or leave it out")
         if (self.others or self.clusters) and (self.start is None or self.moe is None):
             raise ValueError("others and clusters make a dense start sparse: set start and moe, or leave them out")
         if self.precision not in get_args(Precision):

@@ -32,7 +32,8 @@ def retrieval_numbers(
         with_hits: adds which queries are correct at rank 1 (captions in order of first appearance, images in the order
             of the samples) as base64 of packed bits, for paired statistics.
         group_size: so many samples in order make a group, each with one caption; adds the recall at rank 1 among a
-            group's own texts and images, ``group``.
+            group's own texts and images, ``group``, and ``pairs``: for every scene of a group after the first, how
+            often the two of that scene and the first one prefer their own (half for a tie).
 
     Returns:
         ``t2i`` and ``i2t``, each {"r1", "r5", "nll"}; ``gallery`` and ``captions``, their numbers.
@@ -50,18 +51,30 @@ def retrieval_numbers(
         if with_hits:
             numbers[way]["hits"] = pack(hits_at(1, *ranks) > 0.5)
     if group_size is not None:
+        groups = [about.get("group") for _, _, about in samples]
+        whole = all(groups[row] == groups[row - row % group_size] for row in range(len(groups)))
+        if len(captions) != len(samples) or len(samples) % group_size or not whole:
+            raise ValueError(
+                f"samples: expected groups of {group_size} in order, each sample with one caption, and got "
+                f"{len(samples)} samples of {len(set(groups))} groups with {len(captions)} captions"
+            )
         rows = {caption: row for row, caption in enumerate(distinct)}
         own = texts[[rows[caption] for caption in captions]]
-        for way, share in _within_groups(images, own, group_size).items():
-            numbers[way]["group"] = share
+        scores = images.view(-1, group_size, images.shape[1]) @ own.view(-1, group_size, own.shape[1]).mT
+        numbers["i2t"] |= _within_groups(scores)
+        numbers["t2i"] |= _within_groups(scores.mT)
     return numbers
 
 
-def _within_groups(images: Tensor, texts: Tensor, size: int) -> dict[str, float]:
-    """How often the best of a group's texts (images) is an image's (text's) own, of pairs [N, D] in groups in order."""
-    scores = images.view(-1, size, images.shape[1]) @ texts.view(-1, size, texts.shape[1]).mT  # [groups, image, text]
-    own = torch.arange(size)
-    return {way: (scores.argmax(dim) == own).float().mean().item() for way, dim in (("t2i", 1), ("i2t", 2))}
+def _within_groups(scores: Tensor) -> dict[str, Any]:
+    """``group`` and ``pairs`` of scores [groups, query, answer]."""
+    own = scores.diagonal(dim1=1, dim2=2)  # [groups, query]
+    best = (scores.argmax(2) == torch.arange(scores.shape[1])).float().mean().item()
+    pairs = []
+    for other in range(1, scores.shape[1]):
+        ahead = torch.stack([own[:, 0] - scores[:, 0, other], own[:, other] - scores[:, other, 0]])
+        pairs.append(((ahead > 0).float() + (ahead == 0).float() / 2).mean().item())
+    return {"group": best, "pairs": pairs}
 
 
 def expert_cosines(model: nn.Module) -> dict[str, float]:

@@ -7,6 +7,7 @@ On the same machine's CPU, the same config gives a bitwise equal log, however of
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipup.atomic_files import replace_files
 from clipup.clip.flops import count
 from clipup.data.loaders import describe, eval_samples, train_loader
 from clipup.moe.layer import moe_layers
@@ -34,6 +36,7 @@ _ABOUT_DATA = ("name", "fingerprint", "options", "source", "vocabulary", "skippe
 _EVALUATIONS = 10
 _LOG_EVERY, _SAVE_EVERY = 10, 500
 _CLUSTERED = 16  # batches
+_BEGAN_WITH = ".config.json"
 _BACKWARD = 2  # FLOPs of the backward pass over those of the forward pass
 
 
@@ -63,8 +66,36 @@ def run(
     if path.is_file():
         return path
     for one in _in_order(config, file, runs_directory):
-        path = _write_log(_Run(one, data, runs_directory, device), logs)
+        _keep_config(one, runs_directory)
+        path = _write_log(_Run(one, data, runs_directory, device, part=_generation(one, file)), logs)
     return path
+
+
+def _keep_config(config: StudyRun, runs_directory: str | Path) -> None:
+    """Notes the config with which a run begins.
+
+    Raises:
+        ValueError: it has begun with another one, so that its log would describe a run that was never made.
+    """
+    path = Path(runs_directory) / f"{config.name}{_BEGAN_WITH}"
+    ours = json.loads(json.dumps({key: value for key, value in config.to_dict().items() if key != "why"}))
+    if path.is_file():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        if changed:
+            was = ", ".join(f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}" for name in changed)
+            raise ValueError(
+                f"{config.name} was begun with another config: {was}; restore the config, or delete {path} and "
+                f"{path.with_name(config.name)} to begin again"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_files({path: lambda part: part.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")})
+
+
+def _generation(config: StudyRun, file: str | Path) -> int:
+    """How many runs come before a run, one after the other."""
+    return max((1 + _generation(read(beside(file, name)), file) for name in config.needed), default=0)
 
 
 def _in_order(config: StudyRun, file: str | Path, runs_directory: str | Path) -> list[StudyRun]:
@@ -95,10 +126,13 @@ def _write_log(run: _Run, logs: Path) -> Path:
 class _Run:
     """One run: its model, data, training and log records."""
 
-    def __init__(self, config: StudyRun, data: str | Path, runs_directory: str | Path, device: str = "cpu") -> None:
+    def __init__(
+        self, config: StudyRun, data: str | Path, runs_directory: str | Path, device: str = "cpu", part: int = 0
+    ) -> None:
+        """part: of the scenes, which no run before has had."""
         if torch.device(device).type == "cpu":
             torch.set_num_threads(1)
-        self.device = device
+        self.device, self.part = device, part
         self.config, self.data, self.runs = config, Path(data), Path(runs_directory)
         self.dataset = describe(data)
         self.group_size: int | None = self.dataset.get("group_size")
@@ -173,8 +207,7 @@ class _Run:
     def _loader(self) -> Any:
         config = self.config
         if self.dataset["name"] == "scenes":
-            part = int(config.start is not None)
-            return SceneStream(self.data, self.preprocess, self.tokenizer, config.batch_size, config.seed, part)
+            return SceneStream(self.data, self.preprocess, self.tokenizer, config.batch_size, config.seed, self.part)
         loader = _training_data(self.data, self.dataset["fingerprint"], config.model, config.batch_size)
         loader.dataloader.seed = config.seed
         return loader

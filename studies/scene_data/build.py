@@ -3,6 +3,7 @@
     OUT/drawings.npz           masks and counts of the training drawings (``scenes.Drawings``)
     OUT/validation-*.tar       scenes of drawings from sets that are not trained on, for tuning
     OUT/test-*.tar             scenes of drawings from other sets that are not trained on
+    OUT/test_seen-*.tar        scenes of training drawings
     OUT/sizes.json             samples per shard, in open_clip's format
     OUT/dataset.json           options, concepts, counts, rules of the splits, sets and licences
     OUT/LICENSES.md            makers and licences of the sets
@@ -38,13 +39,16 @@ FORMAT = 1
 VOCABULARY = "words:icons"
 """Concepts have its words only, so that models of the icons read every caption."""
 
-_GROUPS = {"validation": 256, "test": 1024}
+_GROUPS = {"validation": 256, "test": 1024, "test_seen": 1024}
+_DRAWN_FROM = {"test_seen": "train"}
+_EVALUATION = 2  # the last word of seeds; training has another
 _FAINT = 64  # a drawing that nowhere covers more than this, of 255, cannot be seen
 _SPARE = 1.3  # candidates per concept: some lose their held-out drawings
 _RULES = {
     "train": "drawings of the training sets; a run draws its scenes from them",
     "validation": f"scenes of drawings of {concepts.VALIDATION_SETS} sets that are not trained on, for tuning",
     "test": "scenes of drawings of other sets that are not trained on",
+    "test_seen": "other scenes than any run draws, of the training drawings",
     "concepts": "captions of one or two words of the icons' vocabulary, without words of colours and places, that "
     "have a test drawing; those that most training sets draw",
     "twins": "held-out drawings with a duplicate or near-duplicate in the training split (validation's also in the "
@@ -73,7 +77,7 @@ def build(
         overwrite: replaces another data set in `out`.
         processes: rendering processes; default: one per CPU.
         sets: default: those of the icons data set.
-        groups: groups of scenes by split; default: 256 for validation and 1,024 for the test.
+        groups: groups of scenes by split; default: 256 for validation and 1,024 for each test.
 
     Raises:
         FileNotFoundError: the package or a set is missing.
@@ -100,7 +104,8 @@ def build(
             np.savez(directory / DRAWINGS_FILE, masks=train.masks, counts=train.counts)
             written = {}
             for place, (split, count) in enumerate(groups.items()):
-                files = _scenes(drawings[split], count, np.random.default_rng([seed, place]))
+                draw = np.random.default_rng([seed, place, _EVALUATION])
+                files = _scenes(drawings[_DRAWN_FROM.get(split, split)], count, draw)
                 written[split] = shard_writer.write_shards(directory, split, files, 4096)
             shard_writer.write_sizes(directory, [shard for shards in written.values() for shard in shards])
             makers = [one for one in credits.of_sets(described, used) if one["images"]]
@@ -111,7 +116,7 @@ def build(
                     "concepts": len(found.names),
                     "shards": written.get(split, []),
                 }
-                for split, found in drawings.items()
+                for split, found in ((one, drawings[_DRAWN_FROM.get(one, one)]) for one in ("train", *groups))
             }
             dataset = {
                 "name": "scenes",
@@ -124,6 +129,7 @@ def build(
                 "relations": list(RELATIONS),
                 "size": SIDE,
                 "group_size": GROUP,
+                "drawings_sha256": shard_writer.sha256(directory / DRAWINGS_FILE),
                 "concepts": list(train.names),
                 "source": source,
                 "sources": makers,

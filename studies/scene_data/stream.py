@@ -9,17 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from clipup.data.shard_writer import DATASET_FILE
+from clipup.data.shard_writer import DATASET_FILE, sha256
 
-from .scenes import GROUP, SIDE, Drawings, captions, pictures, sample
+from .scenes import GROUP, ICON_SIDE, SIDE, Drawings, captions, pictures, sample
 
 DRAWINGS_FILE = "drawings.npz"
 RULE = 1
 """Incremented when the same seed and step give other scenes."""
 _STEPS = 1000
+_TRAINING = 1
+"""The last word of the generators' seeds, which is not 0: numpy takes no notice of zeros at the end. Scenes for
+evaluation have another one."""
 
 
 class SceneStream:
@@ -36,13 +40,15 @@ class SceneStream:
         batch_size: int,
         seed: int = 0,
         part: int = 0,
+        accum_freq: int = 1,
     ) -> None:
         """
         Args:
             data: directory of the scenes (``studies.scene_data.build``).
             preprocess: PIL image to tensor, the same affine function for every pixel of a channel.
             batch_size: B, a multiple of GROUP.
-            part: 0, and another number where a run continues one with the same seed: its scenes are new too.
+            part: 0, and another number for every run that follows others with the same seed: its scenes are new too.
+            accum_freq: that of the run, batches per step.
 
         Raises:
             FileNotFoundError, ValueError: the data, or the batch size.
@@ -51,29 +57,38 @@ class SceneStream:
             raise ValueError(f"batch_size: got {batch_size}, expected a multiple of {GROUP}, the scenes of a group")
         self.drawings, fingerprint = read_drawings(data)
         self.batch_size, self.seed, self.part, self._tokenizer = batch_size, seed, part, tokenizer
+        self.accum_freq = accum_freq
         black, white = (preprocess(Image.new("RGB", (SIDE, SIDE), (tone,) * 3)) for tone in (0, 255))
         if black.shape != (3, SIDE, SIDE):
             raise ValueError(f"preprocess: got images of shape {list(black.shape)}, expected {[3, SIDE, SIDE]}")
         self._black, self._range = black[:, :1, :1], (white - black)[:, :1, :1] / 255
+        rows = _STEPS * batch_size * accum_freq
         self.order = {
-            "rule": f"scenes {RULE}", "rows": _STEPS * batch_size, "samples": _STEPS * batch_size,
-            "global_batch": batch_size, "part": part, "data": fingerprint,
+            "rule": f"scenes {RULE}", "rows": rows, "samples": rows, "global_batch": batch_size * accum_freq,
+            "part": part, "data": fingerprint,
         }  # fmt: skip
-        self._epoch, self._first_step = 0, 0
+        self._epoch, self._first = 0, 0
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        self._epoch, self._first_step = epoch, first_step
+        self._epoch, self._first = epoch, first_step * self.accum_freq
 
     def __len__(self) -> int:
-        return _STEPS
+        return _STEPS * self.accum_freq
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for step in range(self._first_step, _STEPS):
-            yield self.batch(self._epoch * _STEPS + step)
+        """
+        Raises:
+            RuntimeError: there are several processes, which would all get the same scenes.
+        """
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(f"scenes are for one process, and there are {dist.get_world_size()}")
+        for number in range(self._first, len(self)):
+            yield self.batch(self._epoch * len(self) + number)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The batch of a step, counted from the beginning of the run."""
-        scenes = sample(np.random.default_rng([self.seed, self.part, step]), self.drawings, self.batch_size // GROUP)
+    def batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """A batch, counted from the beginning of the run."""
+        draw = np.random.default_rng([self.seed, self.part, number, _TRAINING])
+        scenes = sample(draw, self.drawings, self.batch_size // GROUP)
         images = torch.from_numpy(pictures(scenes, self.drawings.masks)).permute(0, 3, 1, 2).float()
         return self._black + images * self._range, self._tokenizer(captions(scenes, self.drawings.names))
 
@@ -88,11 +103,14 @@ def read_drawings(data: str | Path) -> tuple[Drawings, str]:
     if not path.is_file() or not about.is_file():
         raise FileNotFoundError(f"{data} is not a directory of scenes: build it with `python -m studies scenes {data}`")
     dataset: dict[str, Any] = json.loads(about.read_text("utf-8"))
+    if dataset.get("drawings_sha256") != sha256(path):
+        raise ValueError(f"{path} is not the file that {about} describes: build the scenes again")
     with np.load(path, allow_pickle=False) as content:
         drawings = Drawings(content["masks"], content["counts"], dataset["concepts"])
-    if len(drawings.counts) != len(drawings.names) or drawings.counts.sum() != len(drawings.masks):
+    shape = (int(drawings.counts.sum()), ICON_SIDE, ICON_SIDE)
+    if len(drawings.counts) != len(drawings.names) or drawings.masks.shape != shape:
         raise ValueError(
-            f"{path} has {len(drawings.masks)} drawings of {len(drawings.counts)} concepts, but {about} names "
-            f"{len(drawings.names)} concepts: build the scenes again"
+            f"{path} has drawings {list(drawings.masks.shape)} of {len(drawings.counts)} concepts, but {about} names "
+            f"{len(drawings.names)} concepts with {list(shape)}: build the scenes again"
         )
     return drawings, dataset["fingerprint"]

@@ -29,7 +29,8 @@ def numbers(monkeypatch, images, texts, group_size):
     """Of samples whose captions are their rows; no network."""
     monkeypatch.setattr(measure, "encode_images", lambda model, found, batch: torch.stack(list(found)))
     monkeypatch.setattr(measure, "encode_texts", lambda model, found, *rest: texts[[int(one) for one in found]])
-    samples = [(image, [str(row)], {}) for row, image in enumerate(images)]
+    size = group_size or 1
+    samples = [(image, [str(row)], {"group": row // size}) for row, image in enumerate(images)]
     return measure.retrieval_numbers(Given(), samples, None, group_size=group_size)
 
 
@@ -52,3 +53,23 @@ def test_both_directions_are_told_apart(monkeypatch):
 
 def test_without_a_size_there_are_no_groups(monkeypatch):
     assert "group" not in numbers(monkeypatch, torch.eye(4), torch.eye(4), None)["t2i"]
+
+
+def test_pairs_tell_in_what_a_model_of_words_alone_fails(monkeypatch):
+    # words, colours bound to things, relation, concept: a model that knows words and concepts only
+    known = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(2, 1)
+    found = numbers(monkeypatch, known, known, 4)
+    for way in ("t2i", "i2t"):
+        assert found[way]["pairs"] == [0.5, 0.5, 1.0]
+    whole = numbers(monkeypatch, torch.eye(8), torch.eye(8), 4)
+    assert whole["i2t"]["pairs"] == whole["t2i"]["pairs"] == [1, 1, 1]
+    assert numbers(monkeypatch, torch.eye(8), torch.eye(8).flip(0), 8)["i2t"]["pairs"] == [0.5] * 6 + [0.0]
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 1, 1, 1, 1], [0, 0, 0, 1]])
+def test_samples_that_are_no_whole_groups_are_refused(monkeypatch, groups):
+    monkeypatch.setattr(measure, "encode_images", lambda model, found, batch: torch.stack(list(found)))
+    monkeypatch.setattr(measure, "encode_texts", lambda model, found, *rest: torch.eye(8)[[int(one) for one in found]])
+    samples = [(torch.eye(8)[row], [str(row)], {"group": group}) for row, group in enumerate(groups)]
+    with pytest.raises(ValueError, match=r"samples: expected groups of \d in order, each sample with one caption"):
+        measure.retrieval_numbers(Given(), samples, None, group_size=2 if len(groups) == 4 else 4)

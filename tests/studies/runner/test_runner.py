@@ -380,3 +380,31 @@ def test_a_circle_of_runs_is_refused(study, data):
     it.write(dense=DENSE + "teacher: sparse\n", sparse=SPARSE)
     with pytest.raises(ValueError, match="start: the runs form a circle through sparse"):
         it.run("sparse")
+
+
+def test_a_run_that_was_begun_with_another_config_is_not_continued(study, data, monkeypatch):
+    it = study("changed", data)
+    it.write(dense=DENSE)
+    monkeypatch.setattr(runner, "_write_log", lambda run, logs: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        it.run("dense")
+    monkeypatch.undo()
+    it.write(dense=DENSE.replace("0.001", "0.01"))
+    with pytest.raises(ValueError, match=r"dense was begun with another config: lr was 0.001 and is 0.01; restore"):
+        it.run("dense")
+
+
+def test_every_generation_of_runs_gets_scenes_of_its_own(study, scenes_data, monkeypatch):
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", WIDE_CFG)
+    parts = []
+    made = SceneStream.__init__
+
+    def noted(self, data, preprocess, tokenizer, batch_size, seed, part):
+        parts.append(part)
+        made(self, data, preprocess, tokenizer, batch_size, seed, part)
+
+    monkeypatch.setattr(SceneStream, "__init__", noted)
+    it = study("generations", scenes_data)
+    it.write(dense=DENSE, sparse=SPARSE, taught=DENSE + "teacher: sparse\n")
+    it.run("taught")
+    assert parts == [0, 1, 2]

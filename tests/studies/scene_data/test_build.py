@@ -99,7 +99,7 @@ def test_training_pictures_are_those_that_evaluation_would_read(stream):
 
     it = stream()
     images, tokens = it.batch(3)
-    scenes = sample(np.random.default_rng([0, 0, 3]), it.drawings, 2)
+    scenes = sample(np.random.default_rng([0, 0, 3, 1]), it.drawings, 2)
     drawn = [Image.open(io.BytesIO(_png(one))) for one in pictures(scenes, it.drawings.masks)]
     torch.testing.assert_close(images, torch.stack([preprocess(one) for one in drawn]))
     assert tokens.tolist() == tokenizer(captions(scenes, it.drawings.names)).tolist()
@@ -140,7 +140,46 @@ def test_another_directory_and_drawings_of_another_build_are_refused(stream, tmp
     ):
         read_drawings(tmp_path)
     stream()
-    about = tmp_path / "scenes" / "dataset.json"
-    about.write_text(about.read_text().replace('"concepts": [', '"concepts": [\n"another",'))
-    with pytest.raises(ValueError, match="10 concepts, but .* names 11 concepts: build the scenes again"):
+    about, path = tmp_path / "scenes" / "dataset.json", tmp_path / "scenes" / "drawings.npz"
+    text = about.read_text()
+    about.write_text(text.replace('"concepts": [', '"concepts": [\n"another",'))
+    with pytest.raises(ValueError, match="of 10 concepts, but .* names 11 concepts .*: build the scenes again"):
         read_drawings(tmp_path / "scenes")
+    about.write_text(text)
+    with np.load(path) as content:
+        masks, counts = content["masks"], content["counts"]
+    np.savez(path, masks=masks // 2, counts=counts)
+    with pytest.raises(ValueError, match="drawings.npz is not the file that .* describes: build the scenes again"):
+        read_drawings(tmp_path / "scenes")
+
+
+def test_scenes_for_evaluation_are_not_those_of_a_training_step(stream, tmp_path):
+    it = stream(batch=20)
+    samples = list(eval_samples(str(tmp_path / "scenes" / "test-*.tar"), preprocess))
+    for part in range(3):
+        first = SceneStream(tmp_path / "scenes", preprocess, tokenizer, 20, 0, part).batch(0)[0]
+        same = [torch.equal(a, b) for (a, *_), b in zip(samples, first, strict=True)]
+        assert not any(same) and len(it) > 0
+
+
+def test_a_second_test_has_scenes_of_training_drawings(scenes_package, tmp_path):
+    dataset = build(
+        tmp_path / "scenes", scenes_package(), **(SMALL | {"groups": {"validation": 3, "test": 5, "test_seen": 4}})
+    )
+    of = dataset["splits"]
+    assert of["test_seen"]["images"] == 16 and of["test_seen"]["drawings"] == of["train"]["drawings"]
+    assert of["test"]["drawings"] != of["train"]["drawings"]
+
+
+def test_an_accumulated_step_has_as_many_batches_and_is_resumed_where_it_was(stream):
+    it = stream(accum_freq=3)
+    assert len(it) == 3 * len(stream()) and it.order["global_batch"] == 24
+    it.set_epoch(1, 2)
+    assert torch.equal(next(iter(it))[0], stream(accum_freq=3).batch(len(it) + 6)[0])
+
+
+def test_several_processes_are_refused(stream, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="scenes are for one process, and there are 2"):
+        next(iter(stream()))
