@@ -95,7 +95,10 @@ class PreparedAttention(_PreparedProjections):
     def __init__(self, attention: Any, quantize: str) -> None:
         super().__init__()
         if not can_be_prepared(attention):
-            raise TypeError("attention with separate projections, bias_k or add_zero_attn cannot be prepared")
+            raise TypeError(
+                f"a {type(attention).__name__} with separate projections, bias_k, add_zero_attn, or parts that are not "
+                "its class's own cannot be prepared; leave it as it is"
+            )
         self.num_heads, self.batch_first = attention.num_heads, getattr(attention, "batch_first", True)
         out = attention.out_proj
         places = {
@@ -124,25 +127,29 @@ class PreparedAttention(_PreparedProjections):
 
         Raises:
             NotImplementedError: key or value is another tensor, or attention weights are asked for.
+            TypeError, ValueError: a mask of another type or shape, or ``is_causal``, which says what attn_mask is,
+                without one.
         """
         if key is not query or value is not query:
             raise NotImplementedError("quantized attention computes self-attention only: key and value must be query")
         if need_weights:
             raise NotImplementedError("quantized attention returns no attention weights; pass need_weights=False")
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal says that attn_mask is causal, and there is none; pass the mask")
         self._check_type(query)
         x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
         x = x if query.dim() == 3 else x[None]
         mask = _both_masks(attn_mask, key_padding_mask, x, self.num_heads, batched=query.dim() == 3)
-        y = self._attention(x, mask, causal=is_causal and attn_mask is None)
+        y = self._attention(x, mask)
         y = y if query.dim() == 3 else y[0]
         return (y if self.batch_first or query.dim() == 2 else y.transpose(0, 1)), None
 
-    def _attention(self, x: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """x [B, L, D] and an additive mask that broadcasts to [B, h, L, L] -> [B, L, D]."""
         batch, length, width = x.shape
         projected = self._linear(x, self.in_weight, self._buffers.get("in_bias"))
         q, k, v = projected.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        attended = attend(q, k, v, mask, causal).transpose(1, 2).reshape(batch, length, width)
+        attended = attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, width)
         return self._linear(attended, self.out_weight, self._buffers.get("out_bias"))
 
     def extra_repr(self) -> str:
@@ -178,15 +185,15 @@ class PreparedOpenClipAttention(PreparedAttention):
                     f"{shape}"
                 )
             attn_mask = attn_mask.view(scores) if shape == flat else attn_mask
-        return self._attention(x, attn_mask, causal=False)
+        return self._attention(x, attn_mask)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q, k, v [B, h, L, d] with an additive mask, by whichever of torch's ways is faster here. A query
     that sees nothing gives 0, as in torch's."""
     batch, heads, length, width = q.shape
-    if q.dtype != torch.bfloat16 or length > _LONGEST_PRODUCT or causal:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    if q.dtype != torch.bfloat16 or length > _LONGEST_PRODUCT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     flat = (batch * heads, length, width)
     scores = torch.bmm((q * width**-0.5).reshape(flat), k.reshape(flat).mT).view(batch, heads, length, length)
     if mask is not None:

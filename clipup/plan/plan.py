@@ -85,7 +85,6 @@ def plan(
     Args:
         options: batch_size is overridden, by what a rank has of the global batch.
         batch: pairs of one optimizer step, over all ranks and accumulated batches.
-
         caption_tokens: mean length of a caption, for the rows of sparse text layers; None: the whole context.
 
     Raises:

@@ -144,5 +144,5 @@ def _small(subject: Subject, options: TrainOptions, gpus: int, parts: list[Unit]
 def _offloaded(parts: list[Unit], options: TrainOptions, encoder_calls: int) -> Iterator[Transfer]:
     """Shards go to the GPU before each gather, and their gradients come back."""
     for unit in parts:
-        times = gathers_per_step(unit, options, encoder_calls) + 1
-        yield Transfer("host", "copy", times * unit.shard_bytes, 1, overlapped=True)
+        there = gathers_per_step(unit, options, encoder_calls) * unit.shard_bytes
+        yield Transfer("host", "copy", there + unit.trained_bytes, 1, overlapped=True)

@@ -159,7 +159,7 @@ def units(
 
     blocks = [tower_blocks(model, tower) for tower in towers(model)]
     passes = blocks if towers_apart else [{name: block for each in blocks for name, block in each.items()}]
-    of_silent = {id(module) for each in passes for module in _without_backward(each, silent)}
+    of_silent = {id(module) for each in passes for module in _without_backward(each, silent, not towers_apart)}
 
     def add(kind: Kind, module: nn.Module) -> None:
         named = [(name, parameter) for name, parameter in module.named_parameters() if id(parameter) not in taken]
@@ -190,13 +190,15 @@ def units(
     return found
 
 
-def _without_backward(blocks: dict[str, nn.Module], silent: Collection[str]) -> Iterator[nn.Module]:
+def _without_backward(blocks: dict[str, nn.Module], silent: Collection[str], whole_model: bool) -> Iterator[nn.Module]:
     """Modules of the silent ones among the blocks of a forward pass, which are not gathered for a backward pass. The
-    last of them before a trained block is all the same: FSDP2 gathers it while that one's backward pass runs."""
+    last of them before a trained block, or before the end of the whole model's pass, is all the same: FSDP2 gathers it
+    while the backward pass of what follows runs."""
     names = list(blocks)
     for place, name in enumerate(names):
         if name in silent:
-            gathered_ahead = place + 1 < len(names) and names[place + 1] not in silent
+            last = place + 1 == len(names)
+            gathered_ahead = whole_model if last else names[place + 1] not in silent
             yield from (module for module in blocks[name].modules() if not (gathered_ahead and module is blocks[name]))
 
 

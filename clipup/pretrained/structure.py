@@ -49,7 +49,7 @@ class _WithoutRandomNumbers(TorchFunctionMode):
         if not _has_generator(args, kwargs):
             if func in _RANDOM_IN_PLACE:
                 tensor = args[0] if args else kwargs["tensor"]
-                if not self._is_drawn_again_and_again(tensor):
+                if self.skips(tensor):
                     return tensor
             elif func in _RANDOM_LIKE:
                 return torch.empty_like(*args, **kwargs)
@@ -57,12 +57,13 @@ class _WithoutRandomNumbers(TorchFunctionMode):
                 return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
         return func(*args, **kwargs)
 
-    def _is_drawn_again_and_again(self, tensor: Tensor) -> bool:
-        """Whether a loop may be waiting for numbers that meet a condition; without them it would never end."""
+    def skips(self, tensor: Tensor) -> bool:
+        """Whether a draw of the tensor is skipped. What is drawn again and again is drawn: a loop may be waiting for
+        numbers that meet a condition, and without them it would never end."""
         storage = tensor.untyped_storage()  # views and .data are new tensors each time
         entry = self._skipped.setdefault(storage._cdata, [storage, 0])
         entry[1] += 1
-        return bool(entry[1] > _DRAWS * max(1, len(storage) // max(1, tensor.nbytes)))
+        return bool(entry[1] <= _DRAWS * max(1, storage.nbytes() // max(1, tensor.nbytes)))
 
 
 def _has_generator(args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -75,18 +76,17 @@ def without_random_numbers() -> Iterator[None]:
     computed, or drawn from a generator that is passed; others that no state dict has differ from model to model anyway.
     """
     _skip_truncated_normals()
-    before = _is_skipping()
-    _here.skipping = True
+    before = _mode_here()
     try:
-        with _WithoutRandomNumbers():
+        with _WithoutRandomNumbers() as _here.mode:
             yield
     finally:
-        _here.skipping = before
+        _here.mode = before
 
 
-def _is_skipping() -> bool:
-    """Whether this thread is in ``without_random_numbers``."""
-    return getattr(_here, "skipping", False)
+def _mode_here() -> _WithoutRandomNumbers | None:
+    """This thread's, in ``without_random_numbers``."""
+    return getattr(_here, "mode", None)
 
 
 def _skip_truncated_normals() -> None:
@@ -98,7 +98,8 @@ def _skip_truncated_normals() -> None:
 
     @functools.wraps(draw)
     def drawn_unless_skipped(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        skips = _is_skipping() and not _has_generator(args, kwargs)
+        mode = _mode_here()
+        skips = mode is not None and not _has_generator(args, kwargs) and mode.skips(tensor)
         return tensor if skips else draw(tensor, *args, **kwargs)
 
     drawn_unless_skipped.skips = True  # type: ignore[attr-defined]

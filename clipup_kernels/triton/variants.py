@@ -44,7 +44,7 @@ class Variant(NamedTuple):
     instructions: tuple[str, ...] = ()
     """Machine instructions that must occur, for example "HGMMA"."""
     most_registers: int | None = None
-    """What so many blocks allow that are meant to share a multiprocessor, per thread; None: no more than compile."""
+    """Per thread, where two blocks are meant to share a multiprocessor; None: any number."""
 
 
 class Compiled(NamedTuple):

@@ -13,6 +13,7 @@ needs SciPy and PyWavelets. The search itself is one matrix product per block.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,3 +69,26 @@ def find_duplicates(pictures: np.ndarray, others: np.ndarray, progress: bool = F
         closest = (ours[start : start + _ROWS] @ theirs.T).max(axis=1, initial=0)
         near[start : start + _ROWS] = closest >= ALIKE * _LENGTH**2
     return same, near & ~same
+
+
+def keep_apart(
+    splits: Sequence[str], pictures: np.ndarray, apart_from: Mapping[str, Sequence[str]], progress: bool = False
+) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
+    """Removes held-out drawings that have a duplicate in another split.
+
+    Args:
+        splits: the split of each drawing. pictures: uint8 [N, SIDE, SIDE].
+        apart_from: for every held-out split, those with which it must share no drawing.
+
+    Returns:
+        Which are kept (bool [N]), and the number removed by split: {"same": identical images, "near": near-duplicates}.
+    """
+    split = np.array(splits)
+    kept = np.ones(len(split), bool)
+    left_out = {}
+    for held_out, others in apart_from.items():
+        rows, other_rows = np.flatnonzero(split == held_out), np.flatnonzero(np.isin(split, others))
+        same, near = find_duplicates(pictures[rows], pictures[other_rows], progress)
+        kept[rows[same | near]] = False
+        left_out[held_out] = {"same": int(same.sum()), "near": int(near.sum())}
+    return kept, left_out

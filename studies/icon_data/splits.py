@@ -77,27 +77,14 @@ def hold_out_drawings(splits: Sequence[str], sets: Sequence[str], captions: Sequ
 def without_duplicates(
     splits: Sequence[str], pictures: np.ndarray, names: Sequence[str] = SPLITS, progress: bool = False
 ) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
-    """Removes held-out drawings with a duplicate in the training split, and validation's with one in a test split.
-
-    The held-out drawing is the one removed, so the training split does not depend on the test splits.
+    """``near_duplicates.keep_apart``: held-out drawings have no duplicate in the training split, and validation's none
+    in a test split. The held-out drawing is the one removed, so the training split does not depend on the test splits.
 
     Args:
-        splits: the split of each drawing. pictures: uint8 [N, SIDE, SIDE], see `near_duplicates`.
         names: the splits of the data set.
-
-    Returns:
-        Which are kept (bool [N]), and the number removed by split: {"same": identical images, "near": near-duplicates}.
     """
-    split = np.array(splits)
-    kept = np.ones(len(split), bool)
-    left_out = {}
-    for held_out in (name for name in _NO_DUPLICATE_IN if name in names):
-        rows = np.flatnonzero(split == held_out)
-        others = np.flatnonzero(np.isin(split, _NO_DUPLICATE_IN[held_out]))
-        same, near = near_duplicates.find_duplicates(pictures[rows], pictures[others], progress)
-        kept[rows[same | near]] = False
-        left_out[held_out] = {"same": int(same.sum()), "near": int(near.sum())}
-    return kept, left_out
+    apart_from = {name: others for name, others in _NO_DUPLICATE_IN.items() if name in names}
+    return near_duplicates.keep_apart(splits, pictures, apart_from, progress)
 
 
 def order(keys: Sequence[str], seed: int) -> list[int]:

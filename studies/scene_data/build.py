@@ -24,6 +24,7 @@ from PIL import Image
 
 from clipup.clip.word_tokenizer import read_vocabulary
 from clipup.data import shard_writer
+from clipup.data.loaders import describe
 from clipup.data.processes import each
 from clipup.progress import progress as shown
 from studies.icon_data import captions, credits, iconify, near_duplicates
@@ -96,25 +97,25 @@ def build(
     fingerprint = credits.fingerprint(FORMAT, source, options, sets.train, sets.test)
     with shard_writer.only_writer(out):
         if shard_writer.finished(out, fingerprint):
-            return json.loads((out / shard_writer.DATASET_FILE).read_text("utf-8"))
+            return describe(out)
         shard_writer.check_target(out, overwrite)
         described, used, drawings, left_out = _drawings(package, sets, number, seed, processes, progress)
         with shard_writer.appearing_whole(out) as directory:
             train = drawings["train"]
             np.savez(directory / DRAWINGS_FILE, masks=train.masks, counts=train.counts)
-            written = {}
+            written = {"train": [_file(directory / DRAWINGS_FILE)]}
             for place, (split, count) in enumerate(groups.items()):
                 draw = np.random.default_rng([seed, place, _EVALUATION])
                 files = _scenes(drawings[_DRAWN_FROM.get(split, split)], count, draw)
                 written[split] = shard_writer.write_shards(directory, split, files, 4096)
-            shard_writer.write_sizes(directory, [shard for shards in written.values() for shard in shards])
+            shard_writer.write_sizes(directory, [shard for split in groups for shard in written[split]])
             makers = [one for one in credits.of_sets(described, used) if one["images"]]
             counts = {
                 split: {
                     "images": GROUP * groups.get(split, 0),
                     "drawings": len(found.masks),
                     "concepts": len(found.names),
-                    "shards": written.get(split, []),
+                    "shards": written[split],
                 }
                 for split, found in ((one, drawings[_DRAWN_FROM.get(one, one)]) for one in ("train", *groups))
             }
@@ -129,7 +130,6 @@ def build(
                 "relations": list(RELATIONS),
                 "size": SIDE,
                 "group_size": GROUP,
-                "drawings_sha256": shard_writer.sha256(directory / DRAWINGS_FILE),
                 "concepts": list(train.names),
                 "source": source,
                 "sources": makers,
@@ -142,7 +142,7 @@ def build(
 
 def _drawings(
     package: Path, sets: Sets, number: int, seed: int, processes: int | None, progress: bool
-) -> tuple[list[iconify.IconSet], list[str], dict[str, Drawings], dict[str, int]]:
+) -> tuple[list[iconify.IconSet], list[str], dict[str, Drawings], dict[str, dict[str, int]]]:
     """The sets, the set of every drawing, the drawings by split, and how many twins were left out."""
     train_sets, test_sets = (
         [one for one in listed if iconify.is_monochrome(package, one)] for listed in (sets.train, sets.test)
@@ -158,7 +158,8 @@ def _drawings(
     drawn = each(_draw, [icons[row].svg for row in rows], processes)
     bar = shown(drawn, "drawing icons", "icons", total=len(rows), show=progress)
     seen = [(row, *found) for row, found in zip(rows, bar, strict=True) if found is not None]
-    kept, left_out = concepts.without_duplicates([splits[row] for row, *_ in seen], [picture for *_, picture in seen])
+    pictures_seen = np.stack([picture for *_, picture in seen])
+    kept, left_out = near_duplicates.keep_apart([splits[row] for row, *_ in seen], pictures_seen, concepts.APART_FROM)
     masks = {row: mask for (row, mask, _), keep in zip(seen, kept, strict=True) if keep}
 
     by_split: dict[str, dict[str, list[int]]] = {split: defaultdict(list) for split in concepts.SPLITS}
@@ -175,6 +176,11 @@ def _drawings(
         stacked = np.stack([masks[row] for row in ordered])
         drawings[split] = Drawings(stacked, np.array([len(of_name[name]) for name in here]), here)
     return described, used, drawings, left_out
+
+
+def _file(path: Path) -> dict:
+    """The drawings beside the shards of ``shard_writer.write_shards``, so that they are looked after like these."""
+    return {"file": path.name, "samples": 0, "bytes": path.stat().st_size, "sha256": shard_writer.sha256(path)}
 
 
 def _draw(svg: str) -> tuple[np.ndarray, np.ndarray] | None:

@@ -9,17 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-import numpy as np
-
 from clipup.data.captions import place, same_words
-from studies.icon_data import near_duplicates
 
 from .scenes import RESERVED
 
 SPLITS = ("train", "validation", "test")
+APART_FROM = {"test": ("train",), "validation": ("train", "test")}
+"""The splits in which a held-out drawing must have no near-duplicate."""
 VALIDATION_SETS = 12
 _PURPOSE = "clipup scenes"
-_NO_DUPLICATE_IN = {"test": ("train",), "validation": ("train", "test")}
 
 
 def split_of_sets(train: Sequence[str], test: Sequence[str], seed: int) -> dict[str, str]:
@@ -56,21 +54,3 @@ def candidates(captions: Sequence[str], sets: Sequence[str], splits: Sequence[st
     ranked = sorted(tested & drawn_by.keys(), key=lambda caption: (-len(drawn_by[caption]), caption))
     first = {same_words(caption): caption for caption in reversed(ranked)}
     return [caption for caption in ranked if first[same_words(caption)] == caption][:number]
-
-
-def without_duplicates(splits: Sequence[str], pictures: Sequence[np.ndarray]) -> tuple[np.ndarray, dict[str, int]]:
-    """Which drawings are kept (bool [N]), and the number of held-out ones that are not, because another split has an
-    equal or nearly equal one.
-
-    Args:
-        pictures: uint8 [near_duplicates.SIDE, near_duplicates.SIDE] each.
-    """
-    split, stacked = np.array(splits), np.stack(pictures)
-    kept = np.ones(len(split), bool)
-    left_out = {}
-    for held_out, others in _NO_DUPLICATE_IN.items():
-        rows, other_rows = np.flatnonzero(split == held_out), np.flatnonzero(np.isin(split, others))
-        same, near = near_duplicates.find_duplicates(stacked[rows], stacked[other_rows])
-        kept[rows[same | near]] = False
-        left_out[held_out] = int((same | near).sum())
-    return kept, left_out

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from clipup.data.loaders import describe
 from clipup.data.shard_writer import DATASET_FILE, sha256
 
 from .scenes import GROUP, ICON_SIDE, SIDE, Drawings, captions, pictures, sample
@@ -102,8 +101,8 @@ def read_drawings(data: str | Path) -> tuple[Drawings, str]:
     path, about = Path(data) / DRAWINGS_FILE, Path(data) / DATASET_FILE
     if not path.is_file() or not about.is_file():
         raise FileNotFoundError(f"{data} is not a directory of scenes: build it with `python -m studies scenes {data}`")
-    dataset: dict[str, Any] = json.loads(about.read_text("utf-8"))
-    if dataset.get("drawings_sha256") != sha256(path):
+    dataset = describe(data)
+    if [one["sha256"] for one in dataset["splits"]["train"]["shards"]] != [sha256(path)]:
         raise ValueError(f"{path} is not the file that {about} describes: build the scenes again")
     with np.load(path, allow_pickle=False) as content:
         drawings = Drawings(content["masks"], content["counts"], dataset["concepts"])

@@ -46,6 +46,15 @@ OF_TWO = {
         DROPLESS,
         {"fsdp": True, "ep": 2, "lock_image": True, "lock_image_unlocked_groups": 2},
     ),
+    "image tower locked, fsdp in bfloat16": (
+        DROPLESS,
+        {"fsdp": True, "lock_image": True, "precision": "amp_bf16"},
+    ),
+    "image tower locked but for a block, in bfloat16": (
+        DROPLESS,
+        {"fsdp": True, "lock_image": True, "lock_image_unlocked_groups": 2, "precision": "amp_bf16"},
+    ),
+    "text tower locked, fsdp": (DROPLESS, {"fsdp": True, "lock_text": True}),
     "selection bias": (
         {**DROPLESS, "selection_bias": "sign", "load_weight": 0.0, "importance_weight": 0.0},
         {"fsdp": True},
