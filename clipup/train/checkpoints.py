@@ -66,7 +66,7 @@ def _link_or_copy(source: Path, path: Path) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint, ours or open_clip_train's, onto the CPU. Nothing in it is executed.
 
-    The ``optimizer`` of a sharded one is {"by_name": tensors by parameter and key}.
+    The ``optimizer`` of a sharded one is {"by_name": values by parameter and key}.
 
     Raises:
         ValueError: it is not a checkpoint, holds only weights, is damaged, or holds values that are not finite.

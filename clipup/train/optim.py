@@ -174,20 +174,33 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
         saved = [{**group, "param_names": names} for group, names in zip(saved, wanted, strict=True)]
     index = {name: at for group in saved for name, at in zip(group["param_names"], group["params"], strict=True)}
     name_of = {parameter: name for name, parameter in model.named_parameters()}
-    groups: list[dict[str, Any]] = []
+    held = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    groups = continued_groups(optimizer, held, saved)
     states: dict[int, Any] = {}
-    for group in optimizer.param_groups:
-        names = [name_of[parameter] for parameter in group["params"]]
-        known: dict[str, Any] = next((one for one in saved if not set(names).isdisjoint(one["param_names"])), {})
-        first = sum(len(one["params"]) for one in groups)
-        for position, (name, parameter) in enumerate(zip(names, group["params"], strict=True)):
+    for group, of_group, names in zip(optimizer.param_groups, groups, held, strict=True):
+        for position, name, parameter in zip(of_group["params"], names, group["params"], strict=True):
             moments = state["state"].get(index.get(name))
             if moments is not None:
-                spread = {key: shard_like(parameter, value) for key, value in moments.items()}
-                states[first + position] = spread
-        counted = {key: value for key, value in known.items() if key not in group and key not in _OF_A_RUN}
-        groups.append({**counted, **group, "params": list(range(first, first + len(names)))})
+                states[position] = {key: shard_like(parameter, value) for key, value in moments.items()}
     optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def continued_groups(
+    optimizer: torch.optim.Optimizer, names: list[list[str]], saved: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The groups of the optimizer's state dict: its own settings, and of a saved group with one of its parameters what
+    its own group does not have yet, such as a count of steps.
+
+    Args:
+        names: the names of the parameters in the optimizer's groups.
+        saved: settings of groups, with ``param_names``.
+    """
+    groups = []
+    for group, own_names in zip(optimizer.state_dict()["param_groups"], names, strict=True):
+        known: dict[str, Any] = next((one for one in saved if not set(own_names).isdisjoint(one["param_names"])), {})
+        counted = {key: value for key, value in known.items() if key not in group and key not in _OF_A_RUN}
+        groups.append({**counted, **group})
+    return groups
 
 
 def schedule(

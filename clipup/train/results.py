@@ -12,7 +12,7 @@ from .recorder import Record
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended the run; ``checkpoint`` is the one to resume from."""
+    """Ctrl-C, SIGTERM or SIGHUP ended the run; ``checkpoint`` is the one to resume from."""
 
     def __init__(self, message: str, checkpoint: Path) -> None:
         super().__init__(message)

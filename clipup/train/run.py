@@ -53,8 +53,8 @@ def train(
         ChildProcessError: a data worker was killed.
         RankLost: another rank died or failed. A rank that waits for a frozen one ends with exit code 3 instead.
         OSError: a checkpoint could not be written, and the one before is whole; or one could not be read.
-        TrainingInterrupted: Ctrl-C or SIGTERM, after a checkpoint. Without ``options.logs`` it is KeyboardInterrupt,
-            at once.
+        TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP, after a checkpoint. Without ``options.logs`` it is
+            KeyboardInterrupt, at once.
     """
     check_complete(options, model, loader)
     with joined(options) as ranks, _directory(options, ranks) as directory:

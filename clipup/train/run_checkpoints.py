@@ -83,7 +83,7 @@ class RunCheckpoints:
             checkpoint.get("conditions", self.conditions)["options"].get("opt", "adamw") == self.options.opt
         )
         if source.is_dir():
-            self._restore_sharded(source, same_optimizer)
+            self._restore_sharded(checkpoint, source, same_optimizer)
         else:
             checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
             if same_optimizer:
@@ -93,7 +93,7 @@ class RunCheckpoints:
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))
         self.guard.last_checkpoint = source
 
-    def _restore_sharded(self, source: Path, same_optimizer: bool) -> None:
+    def _restore_sharded(self, checkpoint: dict[str, Any], source: Path, same_optimizer: bool) -> None:
         if not same_optimizer:
             raise ValueError(
                 f"{source} is a sharded checkpoint of another opt, which is read as a whole; resume with the former "
@@ -104,7 +104,7 @@ class RunCheckpoints:
             name.removeprefix(MODEL): entry.shape for name, entry in index.tensors.items() if name.startswith(MODEL)
         }
         checkpoints.check_model(self.built.model, weights, source)
-        self.sharded.load(source, index)
+        self.sharded.load(source, index, checkpoint.get("optimizer", {"param_groups": [], "values": {}}))
         if self.directory is not None and source.resolve().parent == self.directory.checkpoints.resolve():
             self.sharded.last = source, self.state.step
 

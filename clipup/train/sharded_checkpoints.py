@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..atomic_files import remove_directory, replace_files
 from ..pretrained.shard_files import INDEX, MODEL, OPTIMIZER, Index, check_files, read_index, read_tensors
@@ -100,19 +99,22 @@ def _check_finite(path: Path) -> None:
 
 
 def load(directory: Path) -> dict[str, Any]:
-    """Its state with all tensors: ``state_dict``, and ``optimizer`` as {"by_name": tensors by parameter and key}.
+    """Its state with all tensors: ``state_dict``, and ``optimizer`` as {"by_name": values by parameter and key}.
 
     Raises:
         ValueError: it is damaged, or holds values that are not finite.
         OSError: it could not be read.
     """
     index = check(directory)
-    by_name: dict[str, dict[str, Tensor]] = {}
+    state = read_state(directory)
+    by_name: dict[str, dict[str, Any]] = {}
     for name, value in read_tensors(directory, index, OPTIMIZER).items():
         parameter, _, key = name.rpartition(".")
         by_name.setdefault(parameter, {})[key] = value
+    for parameter, values in state.get("optimizer", {"values": {}})["values"].items():
+        by_name.setdefault(parameter, {}).update(values)
     weights = read_tensors(directory, index, MODEL)
-    return {**read_state(directory), **index.configs, "state_dict": weights, "optimizer": {"by_name": by_name}}
+    return {**state, **index.configs, "state_dict": weights, "optimizer": {"by_name": by_name}}
 
 
 def finish(aside: Path, target: Path, index: Index, state: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from ..pretrained.shard_files import Index
 from . import sharded_checkpoints, sharded_state
 from .distributed import Ranks, unlimited_group
 from .recorder import LOG
+from .sharded_state import OptimizerValues
 
 
 class ShardedSaves:
@@ -56,14 +57,21 @@ class ShardedSaves:
         )
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._after_first_step = optimizer.register_step_post_hook(self._check_kinds)
 
-    def load(self, directory: Path, index: Index) -> None:
-        """Puts the tensors of a checkpoint, whatever its layout, into the model and the optimizer."""
+    def _check_kinds(self, *_: object) -> None:
+        """Of what the state of an optimizer consists is known after its first step; nobody should lose more to it."""
+        self._after_first_step.remove()
+        sharded_state.check_kinds(self.optimizer, self._names)
+
+    def load(self, directory: Path, index: Index, others: OptimizerValues) -> None:
+        """Puts the tensors of a checkpoint, whatever its layout, into the model and the optimizer, with the optimizer's
+        other values."""
         from . import dcp_storage
 
-        wanted, state = sharded_state.targets(self.model, self.optimizer, self._names, index)
+        wanted, state = sharded_state.targets(self.model, self.optimizer, self._names, index, others)
         dcp_storage.load(wanted, directory, index, self._group)
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.optimizer.load_state_dict(state)
 
     def save(self, name: str, state: dict[str, Any]) -> Path:
         """Starts to write a checkpoint, after the one before is whole. Returns its path.
@@ -74,6 +82,7 @@ class ShardedSaves:
             OSError: the one before could not be written, or this one not started.
         """
         self.wait()
+        state = {**state, "optimizer": sharded_state.other_values(self.optimizer, self._names)}
         if self.last is not None and self.last[1] == state["step"]:
             self.last = self.ranks.first_does(lambda: self._replace_state(name, state)), state["step"]
             self.saved(self.last[0])

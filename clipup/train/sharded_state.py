@@ -1,17 +1,28 @@
-"""The tensors of a model and its optimizer by names that do not depend on how they are spread over ranks.
+"""The state of a model and its optimizer by names that do not depend on how it is spread over ranks.
 
-``model.NAME`` are weights and buffers, ``optimizer.NAME.KEY`` the optimizer's tensors of the parameter NAME.
+Of the tensors, ``model.NAME`` are weights and buffers, ``optimizer.NAME.KEY`` the optimizer's of the parameter NAME.
+What else the optimizer holds, such as counts of steps, is ``OptimizerValues``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from ..moe.expert_parallel import is_distributed
 from ..pretrained.shard_files import MODEL, OPTIMIZER, Index
+from .optim import continued_groups
+
+
+class OptimizerValues(TypedDict):
+    """What an optimizer holds besides tensors."""
+
+    param_groups: list[dict[str, Any]]
+    """The settings of its groups, and the names of their parameters in ``param_names``."""
+    values: dict[str, dict[str, Any]]
+    """By parameter and key."""
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
@@ -20,21 +31,44 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 
 
 def all_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """All tensors, which share the memory of the model and the optimizer.
-
-    Raises:
-        TypeError: the state holds something else.
-    """
+    """All tensors, which share the memory of the model and the optimizer."""
     found = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
     for parameter, values in optimizer.state.items():
-        found |= {f"{OPTIMIZER}{names[parameter]}.{key}": value for key, value in values.items()}
-    for name, value in found.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} is {type(value).__name__}, and a sharded checkpoint holds only tensors; use "
-                "fsdp_checkpoint='full'"
-            )
+        tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+        found |= {f"{OPTIMIZER}{names[parameter]}.{key}": value for key, value in tensors.items()}
     return found
+
+
+def other_values(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> OptimizerValues:
+    """What ``all_tensors`` leaves out, the same on all ranks."""
+    groups = [
+        {**{key: value for key, value in group.items() if key != "params"}, "param_names": names_of_group}
+        for group, names_of_group in _named(optimizer, names)
+    ]
+    values = {
+        names[parameter]: {key: value for key, value in held.items() if not isinstance(value, Tensor)}
+        for parameter, held in optimizer.state.items()
+    }
+    return {"param_groups": groups, "values": {name: held for name, held in values.items() if held}}
+
+
+def check_kinds(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> None:
+    """
+    Raises:
+        ValueError: the state of a parameter holds something else than tensors and numbers.
+    """
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if not (value is None or isinstance(value, Tensor | int | float | str)):
+                raise ValueError(
+                    f"fsdp_checkpoint 'sharded' saves tensors and numbers, and {type(optimizer).__name__} keeps a "
+                    f"{type(value).__name__} in {key!r} of {names[parameter]}; use fsdp_checkpoint 'full', or another "
+                    "opt"
+                )
+
+
+def _named(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> list[tuple[dict[str, Any], list[str]]]:
+    return [(group, [names[parameter] for parameter in group["params"]]) for group in optimizer.param_groups]
 
 
 def own_share(tensors: dict[str, Tensor], buffers: set[str], rank: int, world_size: int) -> dict[str, Tensor]:
@@ -79,10 +113,14 @@ def _check_alike(keys: dict[str, list[str]]) -> None:
 
 
 def targets(
-    model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[Tensor, str], index: Index
-) -> tuple[dict[str, Tensor], dict[int, dict[str, Tensor]]]:
-    """Tensors to read a checkpoint into: all by name, and those of the optimizer also as the ``state`` of its state
-    dict. Those of the model share its memory.
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    names: dict[Tensor, str],
+    index: Index,
+    others: OptimizerValues,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors to read a checkpoint into: all by name, and those of the optimizer also in its state dict, with the other
+    values. Those of the model share its memory.
 
     Raises:
         ValueError: a tensor of the optimizer is missing.
@@ -95,17 +133,20 @@ def targets(
             keys.setdefault(parameter_name, []).append(key)
     if isinstance(optimizer, torch.optim.AdamW | torch.optim.NAdam):  # others have other keys for some parameters
         _check_alike(keys)
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for group, own in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
         for parameter, number in zip(group["params"], own["params"], strict=True):
+            values: dict[str, Any] = dict(others["values"].get(names[parameter], {}))
             for key in keys.get(names[parameter], ()):
                 name = f"{OPTIMIZER}{names[parameter]}.{key}"
                 entry = index.tensors[name]
                 like_parameter = key != "step" and entry.shape == tuple(parameter.shape)
-                value = (
+                values[key] = wanted[name] = (
                     torch.empty_like(parameter.detach())
                     if like_parameter
                     else torch.empty(entry.shape, dtype=entry.dtype)
                 )
-                wanted[name] = state.setdefault(number, {})[key] = value
-    return wanted, state
+            if values:
+                state[number] = values
+    own_names = [names_of_group for _, names_of_group in _named(optimizer, names)]
+    return wanted, {"state": state, "param_groups": continued_groups(optimizer, own_names, others["param_groups"])}

@@ -189,14 +189,14 @@ def variants(arch: int) -> Iterator[Variant]:
     """
     pointers = ("x", "weight", "bias", "gate_weight", "gate_bias", "z", "a")
     for case in configs.cases(arch, "project_in"):
-        form = dict(gate_weight=None, gate_bias=None, ACTIVATION="gelu")
-        yield describe(_project_in, "gelu", pointers, form, case)
+        form = dict(gate_weight=None, gate_bias=None)
+        for activation in ACTIVATIONS if case.is_main else ("gelu",):
+            yield describe(_project_in, activation, pointers, form | {"ACTIVATION": activation}, case)
         if case.is_main:
-            for activation in ACTIVATIONS[1:]:
-                yield describe(_project_in, activation, pointers, form | {"ACTIVATION": activation}, case)
-            yield describe(_project_in, "inference", pointers, form | {"z": None}, case)
+            yield describe(_project_in, "inference", pointers, form | {"ACTIVATION": "gelu", "z": None}, case)
     for case in configs.cases(arch, "project_in_gated"):
-        yield describe(_project_in, "silu", pointers, dict(ACTIVATION="silu"), case)
+        for activation in ACTIVATIONS if case.is_main else ("silu",):
+            yield describe(_project_in, activation, pointers, dict(ACTIVATION=activation), case)
 
 
 expert_glu_forward = glu.forward_of(expert_mlp_forward)

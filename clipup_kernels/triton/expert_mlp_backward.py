@@ -67,8 +67,8 @@ def _finish_back(
     if dz is not None:
         da *= gate[:, None]
         if GATED:
-            tl.store(dz + corner + target, (da * activated).to(storage), mask=inside)
             tl.store(dz + plane + corner + target, (da * linear * slope).to(storage), mask=inside)
+            tl.store(dz + corner + target, (da * activated).to(storage), mask=inside)
         else:
             tl.store(dz + corner + target, (da * slope).to(storage), mask=inside)
     return d_gate
@@ -257,16 +257,14 @@ def expert_mlp_backward(
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """``project_back`` with every tile, type and activation, and gated; ``gate_gradient`` with every type."""
+    """``project_back`` with every tile and type, plain and gated, and every activation; ``gate_gradient`` with every type."""
     pointers = ("dy", "weight", "z", "dz", "scaled_a")
     for case in configs.cases(arch, "project_back"):
-        form = dict(GATED=False, ACTIVATION="gelu")
-        yield describe(_project_back, "gelu", pointers, form, case, transposed=True)
-        gated = dict(GATED=True, ACTIVATION="silu")
-        yield describe(_project_back, "gated silu", pointers, gated, case, transposed=True)
-        if case.is_main:
-            for activation in ACTIVATIONS[1:]:
-                yield describe(_project_back, activation, pointers, form | {"ACTIVATION": activation}, case)
+        for gated, usual in ((False, "gelu"), (True, "silu")):
+            for activation in ACTIVATIONS if case.is_main else (usual,):
+                form = dict(GATED=gated, ACTIVATION=activation)
+                label = f"gated {activation}" if gated else activation
+                yield describe(_project_back, label, pointers, form, case, transposed=True)
     integers = ("num_tokens", "num_experts", "top_k", "num_parts", "width")
     for name in TYPE_NAMES.values():
         types = {"parts": "*fp32", "dy": f"*{name}", "out_bias": f"*{name}", "offsets": "*i32", "row_of_choice": "*i32"}

@@ -57,7 +57,7 @@ def run(
 
     Raises:
         FileNotFoundError, ValueError, TypeError: the config, the data or the device.
-        TrainingInterrupted: Ctrl-C or SIGTERM; the same call resumes.
+        TrainingInterrupted: Ctrl-C, SIGTERM or SIGHUP; the same call resumes.
     """
     check_device(device)
     config = read(file)
@@ -72,21 +72,22 @@ def run(
 
 
 def _keep_config(config: StudyRun, runs_directory: str | Path) -> None:
-    """Notes the config with which a run begins.
+    """Notes the config of a run before its first step.
 
     Raises:
         ValueError: it has begun with another one, so that its log would describe a run that was never made.
     """
     path = Path(runs_directory) / f"{config.name}{_BEGAN_WITH}"
     ours = json.loads(json.dumps({key: value for key, value in config.to_dict().items() if key != "why"}))
-    if path.is_file():
+    directory = path.with_name(config.name)
+    if path.is_file() and directory.is_dir():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
         if changed:
             was = ", ".join(f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}" for name in changed)
             raise ValueError(
-                f"{config.name} was begun with another config: {was}; restore the config, or delete {path} and "
-                f"{path.with_name(config.name)} to begin again"
+                f"{config.name} was begun with another config: {was}; restore the config, or delete {directory} to "
+                "begin again"
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)

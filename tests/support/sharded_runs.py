@@ -77,6 +77,9 @@ def of_two_more(out: Path) -> None:
         run(out, f"{name}, whole", DROPLESS, lr_scheduler="const", **spreads[name])
     resume_all(out, {name: spreads[name] for name in ("replicated", "fsdp", "ep")}, spreads)
     resume_all(out, {"full": SPREAD["fsdp and ep"]}, spreads)
+    lamb = {**spreads["replicated"], "opt": "timm/lamb"}
+    run(out, "lamb, whole", DROPLESS, lr_scheduler="const", **lamb)
+    resume_all(out, {"lamb": lamb}, {"lamb": lamb})
 
 
 def of_four(place: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_run_resumed_with_another_layout_does_what_one_process_does(out, name)
     assert_same(out / name, out / "alone", bitwise=False)
 
 
-@pytest.mark.parametrize("name", ["replicated", "fsdp", "ep"])
+@pytest.mark.parametrize("name", ["replicated", "fsdp", "ep", "lamb"])
 def test_every_layout_is_resumed_bitwise(more, name):
     assert_same(more / f"{name}, {name}", more / f"{name}, whole", bitwise=True)
 

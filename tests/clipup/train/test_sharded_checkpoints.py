@@ -68,6 +68,33 @@ def test_a_resumed_run_equals_the_uninterrupted_one_with_either_kind_of_checkpoi
     assert same_weights(resumed.model, whole.model)
 
 
+@pytest.mark.parametrize(
+    "opt",
+    [  # what they hold besides tensors: a count of steps in their groups, or numbers by parameter
+        "timm/lamb",
+        "timm/madgrad",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("timm/adan", "timm/muon", "timm/laprop")),
+    ],
+)
+@pytest.mark.parametrize("first,then", [("sharded", "full"), ("full", "sharded"), ("sharded", "sharded")])
+def test_other_optimizers_are_continued_too(run, opt, first, then):
+    whole = run(name="whole", opt=opt)
+
+    run(steps=2, opt=opt, fsdp_checkpoint=first)
+    run(steps=4, opt=opt, fsdp_checkpoint=then, resume="latest")
+    resumed = run(opt=opt, fsdp_checkpoint=first, resume="latest")
+
+    assert [record["loss"] for record in resumed.history] == [record["loss"] for record in whole.history]
+    assert same_weights(resumed.model, whole.model)
+
+
+def test_an_optimizer_whose_state_cannot_be_sharded_is_refused_after_its_first_step(run):
+    steps = []
+    with pytest.raises(ValueError, match="keeps a list in 'Q' of .*; use fsdp_checkpoint 'full', or another opt"):
+        run([Every(1, lambda model: steps.append(1))], opt="timm/kron")
+    assert not steps
+
+
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(run, monkeypatch):
     trained_on, writing, most = threading.Event(), [], []
     write = dcp_storage.write_parts

@@ -389,8 +389,14 @@ def test_a_run_that_was_begun_with_another_config_is_not_continued(study, data, 
     with pytest.raises(pytest.fail.Exception):
         it.run("dense")
     monkeypatch.undo()
+    it.write(dense=DENSE.replace("0.001", "0.02"))
+    monkeypatch.setattr(runner, "_write_log", lambda run, logs: "it had not begun")
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", MODEL_CFG)
+    file = it.directory / "dense.yaml"
+    assert runner.run(file, it.data, it.directory / "runs") == "it had not begun"
+    (it.directory / "runs" / "dense").mkdir()
     it.write(dense=DENSE.replace("0.001", "0.01"))
-    with pytest.raises(ValueError, match=r"dense was begun with another config: lr was 0.001 and is 0.01; restore"):
+    with pytest.raises(ValueError, match=r"dense was begun with another config: lr was 0.02 and is 0.01; restore"):
         it.run("dense")
 
 
