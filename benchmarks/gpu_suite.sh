@@ -34,22 +34,36 @@ for window in "${windows[@]}"; do
     exit 2
   fi
 done
-mkdir -p "$out"
+for name in PACK:[01] 'SECONDS_IN_ALL:+([0-9])'; do
+  value=${name%%:*}
+  # shellcheck disable=SC2053 # a pattern
+  if [[ -n ${!value:-} && ! ${!value} == ${name#*:} ]]; then
+    echo "$value: got '${!value}', wanted a number$([[ $value == PACK ]] && echo ", 0 or 1")" >&2
+    exit 2
+  fi
+done
+if [[ -n ${WHEELS:-} ]]; then
+  WHEELS=$(cd "$WHEELS" && pwd) || exit 2
+fi
+mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 deadline=$((SECONDS + ${SECONDS_IN_ALL:-520}))
-if [[ ! -e $out/steps.csv ]] && compgen -G "$out/*.csv" > /dev/null; then
-  echo "$out holds CSV files of something else, which would be deleted; name another OUTDIR" >&2
+old=$(compgen -G "$out/*.csv"; compgen -G "$out/*.log"; compgen -G "$out/summary.md"; compgen -G "$out/results.tar.gz")
+if [[ -n $old && ! -e $out/steps.csv ]]; then
+  echo "$out holds files of something else, which would be deleted; name another OUTDIR:" "$old" >&2
   exit 2
 fi
 rm -f "$out"/*.csv "$out"/*.log "$out"/summary.md "$out"/results.tar.gz
 echo "step,status,seconds,words" > "$out/steps.csv"
 
 record() {  # record STEP STATUS SECONDS WORDS: WORDS without what a CSV would read as more than words
-  printf '%s,%s,%s,%s\n' "$1" "$2" "$3" "$(tr -d ',"' <<< "$4" | cut -c 1-200)" >> "$out/steps.csv"
-  printf '%-18s %-12s %4s s  %s\n' "$1" "$2" "$3" "$4"
+  local words
+  words=$(LC_ALL=C tr -cd ' !#-+\055-~' <<< "$4" | cut -c 1-200)
+  printf '%s,%s,%s,%s\n' "$1" "$2" "$3" "$words" >> "$out/steps.csv"
+  printf '%-18s %-12s %4s s  %s\n' "$1" "$2" "$3" "$words"
 }
 
 step() {  # step NAME LIMIT COMMAND...
@@ -59,11 +73,27 @@ step() {  # step NAME LIMIT COMMAND...
     record "$name" "no time left" 0 "$*"
     return
   fi
-  timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" > "$out/$name.log" 2>&1
+  ((limit < left)) || limit=$left
+  timeout --kill-after=5 "$limit" "$@" > "$out/$name.log" 2>&1 &
+  running=$!  # in the background: a signal that comes meanwhile is acted upon at once
+  wait "$running"
   code=$?
-  if ((code == 124 || code == 137)); then status="timed out"; elif ((code)); then status=failed; fi
-  record "$name" "$status" "$((SECONDS - began))" "$(grep . "$out/$name.log" | tail -n 1)"
+  running=
+  if ((code == 124 || (code == 137 && SECONDS - began >= limit))); then status="timed out"; elif ((code)); then status=failed; fi
+  record "$name" "$status" "$((SECONDS - began))" "$(tail -c 2000 "$out/$name.log" | tr -d '\0' | grep -a . | tail -n 1)"
 }
+
+running=
+stopped() {  # stopped CODE: ends the running step, which timeout has put into a process group of its own
+  if [[ -n $running ]]; then
+    kill -TERM "$running"
+    wait "$running"
+  fi
+  exit "$1"
+}
+trap 'stopped 130' INT
+trap 'stopped 143' TERM
+trap 'stopped 129' HUP
 
 layer() {  # layer NAME LIMIT forward|training OPTIONS...: one CSV of layers
   step "$1" "$2" "$PYTHON" "benchmarks/moe_$3.py" --device cuda --skip-failing --seconds 1.5 --csv "$out/$1.csv" "${@:4}"

@@ -47,7 +47,7 @@ class Finding(NamedTuple):
 
 
 def read(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -6,8 +6,12 @@ reasons of their own, so it is settled here, in front of everything. On a machin
 """
 
 import os
+import signal
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; runs would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)

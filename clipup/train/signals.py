@@ -17,6 +17,8 @@ REPEAT_SECONDS = 5.0
 """For so long after the first SIGTERM another one is the same request: torchrun, and schedulers that signal a whole
 process group, send it to ranks that already have it. A closed terminal sends SIGHUP, and so does its shell."""
 
+_READERS_END_SECONDS = 0.1
+"""For so long a hang-up waits for the programs that read the output to get it too."""
 
 _program_ends = False
 
@@ -34,8 +36,8 @@ def program_ends_with_the_run() -> Iterator[None]:
 
 
 class StopRequest:
-    """While it is entered, the first SIGINT, SIGTERM or SIGHUP sets ``received``. A SIGHUP that is ignored, as under
-    nohup, stays ignored.
+    """While it is entered, the first SIGINT, SIGTERM or SIGHUP sets ``received``. One that is ignored stays ignored:
+    SIGHUP under nohup, SIGINT in the background of a shell script.
 
     A second SIGINT has the effect that it had before entering, which is to stop at once; so has a SIGTERM or SIGHUP
     that comes more than ``REPEAT_SECONDS`` after the first.
@@ -47,15 +49,18 @@ class StopRequest:
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
         self._terminated = 0.0
+        self._outlives_readers = False
 
     def __enter__(self) -> StopRequest:
         if self._enabled:
             handlers: dict[int, Any] = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate}
-            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            if hasattr(signal, "SIGHUP"):
                 handlers[signal.SIGHUP] = self._hang_up
-            self._before = {number: signal.getsignal(number) for number in handlers}
             for number, handler in handlers.items():
-                signal.signal(number, handler)
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):  # None: of another language, and could not be restored
+                    self._before[number] = before
+                    signal.signal(number, handler)
         return self
 
     def __exit__(
@@ -80,23 +85,39 @@ class StopRequest:
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
         self._terminate(number, frame)
-        _write_to_nobody()
+        if not self._outlives_readers:
+            self._outlives_readers = True
+            _outlive_readers()
 
 
-def _write_to_nobody() -> None:
-    """Of stdout and stderr, what nobody reads any more goes nowhere: a terminal that is gone, and a pipe or a socket,
-    whose other end gets the same signal, would refuse what is written, in the middle of saving."""
+def _outlive_readers() -> None:
+    """From now on, stdout and stderr go nowhere as soon as nobody reads them: a terminal that is gone, or a pipe whose
+    other end gets the same signal a little later, would refuse what is written, in the middle of saving."""
     with suppress(OSError, ValueError):  # no descriptor is free: then output stays where it is
         nothing = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            with suppress(OSError):  # it was closed
-                mode = os.fstat(stream).st_mode
-                if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or (stat.S_ISCHR(mode) and _is_gone(stream)):
-                    os.dup2(nothing, stream)
-        os.close(nothing)
+        read = {stream for stream in (1, 2) if _has_a_reader(stream)}
+        watch = threading.Thread(target=_watch, args=(read, nothing), name="clipup output", daemon=True)
+        watch.start()
+        watch.join(_READERS_END_SECONDS)
 
 
-def _is_gone(stream: int) -> bool:
-    poll = select.poll()
-    poll.register(stream, select.POLLOUT)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+def _has_a_reader(stream: int) -> bool:
+    try:
+        mode = os.fstat(stream).st_mode
+    except OSError:  # it was closed
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)
+
+
+def _watch(read: set[int], nothing: int) -> None:
+    """Redirects each of the streams when it loses its reader."""
+    lost = select.poll()
+    for stream in read:
+        lost.register(stream, 0)  # errors and hang-ups are always reported
+    while read:
+        for stream, event in lost.poll():
+            lost.unregister(stream)
+            read.discard(stream)
+            if event & (select.POLLERR | select.POLLHUP):
+                os.dup2(nothing, stream)
+    os.close(nothing)

@@ -257,7 +257,8 @@ def expert_mlp_backward(
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """``project_back`` with every tile and type, plain and gated, and every activation; ``gate_gradient`` with every type."""
+    """``project_back`` with every tile and type, plain and gated, and with every activation; ``gate_gradient`` with
+    every type."""
     pointers = ("dy", "weight", "z", "dz", "scaled_a")
     for case in configs.cases(arch, "project_back"):
         for gated, usual in ((False, "gelu"), (True, "silu")):

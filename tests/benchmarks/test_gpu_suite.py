@@ -4,9 +4,11 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import moe_bench
@@ -64,6 +66,13 @@ class Suite:
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         with (self.out / "steps.csv").open() as file:
             return result, {row["step"]: row for row in csv.DictReader(file)}
+
+    def refusal(self, **environment):
+        """What it says when it refuses to begin."""
+        command = [shutil.which("bash"), str(SUITE), str(self.out)]
+        refused = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        assert refused.returncode == 2
+        return refused.stderr
 
     def log(self, step):
         return (self.out / f"{step}.log").read_text()
@@ -211,15 +220,74 @@ def test_a_step_that_takes_too_long_is_ended_and_none_begins_without_time_left(s
     assert {row["status"] for row in steps.values()} == {"no time left", "skipped"}
 
 
-def test_files_of_an_earlier_run_are_replaced_and_those_of_others_are_left_alone(suite):
+def test_files_of_an_earlier_run_are_replaced(suite):
     suite()
     (suite.out / "clip_inference.log").write_text("left out: long ago")
     suite()
     assert not (suite.out / "clip_inference.log").exists()
-    (suite.out / "steps.csv").rename(suite.out / "results.csv")
-    refused = subprocess.run([shutil.which("bash"), str(SUITE), str(suite.out)], capture_output=True, text=True)
-    assert refused.returncode == 2 and "name another OUTDIR" in refused.stderr
-    assert (suite.out / "results.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["results.csv", "training.log", "summary.md", "results.tar.gz"])
+def test_files_of_something_else_are_left_alone(suite, name):
+    suite.out.mkdir()
+    (suite.out / name).write_text("of something else")
+    assert "name another OUTDIR" in suite.refusal()
+    assert (suite.out / name).read_text() == "of something else"
+
+
+@pytest.mark.parametrize(
+    "environment,message",
+    [
+        ({"PACK": "yes"}, "PACK: got 'yes', wanted a number, 0 or 1"),
+        ({"SECONDS_IN_ALL": "ten"}, "SECONDS_IN_ALL: got 'ten', wanted a number"),
+        ({"WHEELS": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_wrong_settings_are_refused(suite, environment, message):
+    assert message in suite.refusal(**environment)
+    assert not suite.out.exists()
+
+
+def test_a_relative_folder_of_wheels_is_looked_up_where_the_suite_was_started(suite, tmp_path, monkeypatch):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "ftfy-6-py3-none-any.whl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    suite("main", WHEELS="wheels")
+    assert str(tmp_path / "wheels" / "ftfy-6-py3-none-any.whl") in suite.log("wheels")
+
+
+@pytest.mark.parametrize("words", [r"caf\303\251 \377", r"one\rtwo", r"a\000b", "é" * 150])
+def test_whatever_a_step_says_last_the_records_can_be_read(suite, words):
+    text = PYTHON.replace('echo "first"; echo "ran $*"', f"printf 'first\\n{words}\\n'").format(python=sys.executable)
+    suite.program("python3", text)
+    result, steps = suite("main")
+    assert steps["device"]["status"] == "ok" and steps["device"]["words"].isascii()
+    assert (suite.out / "summary.md").exists() and "Traceback" not in result.stderr
+
+
+def test_a_step_that_is_killed_at_once_has_failed_and_not_timed_out(suite):
+    suite.program("python3", PYTHON.replace("exit 3", "kill -9 $$").format(python=sys.executable))
+    _, steps = suite("main")
+    assert steps["training"]["status"] == "failed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_running_step_too(suite, tmp_path, number):
+    suite.program("python3", f"#!/bin/sh\n[ $1 = -c ] && exit 1\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    (suite.tools / "sleep").symlink_to(shutil.which("sleep"))
+    command = [shutil.which("bash"), str(SUITE), str(suite.out)]
+    process = subprocess.Popen(command, env=os.environ | {"PATH": str(suite.tools)}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    step = int((tmp_path / "pid").read_text())
+
+    process.send_signal(number)
+
+    assert process.wait(20) == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.kill(step, 0)
 
 
 def test_options_that_the_suite_gives_are_options_of_the_programs(suite):

@@ -27,7 +27,7 @@ print("alive")
     ("first", "pause", "code", "output"),
     [
         ("SIGTERM", 0, 0, "alive\n"),
-        ("SIGHUP", 0, 0, ""),  # its output, a pipe, goes nowhere from then on
+        ("SIGHUP", 0, 0, "alive\n"),
         pytest.param("SIGINT", 0, 0, "alive\n", marks=pytest.mark.slow),
         pytest.param("SIGTERM", 1.1, -signal.SIGTERM, "", marks=pytest.mark.slow),
     ],
@@ -42,21 +42,23 @@ def test_a_sigterm_that_repeats_the_first_does_not_kill_a_run_that_has_stopped(f
 IGNORED = """
 import signal
 from clipup.train import signals
-signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.{name}, signal.SIG_IGN)
 with signals.StopRequest() as stop:
-    signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.{name})
 print("received" if stop.received else "went on")
 """
 
 
-def test_a_run_that_ignores_the_end_of_its_terminal_goes_on():
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGTERM"])  # under nohup, and in the background of a script
+def test_a_signal_that_is_ignored_stays_ignored(name):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", IGNORED], env=environment, capture_output=True, text=True)
+    program = IGNORED.format(name=name)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout == "went on\n", done.stderr
 
 
 TALKS = """
-import os, signal, sys
+import os, signal, sys, threading, time
 from clipup.train import signals
 reader, writer = os.pipe()
 kept = os.dup(1)
@@ -73,11 +75,16 @@ os.write(kept, b"received" if stop.received else b"lost")
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ("os.dup2(writer, 2); os.close(writer)", "os.close(reader)", "said received"),  # the reader ends a little later
+        (
+            "os.dup2(writer, 2); os.close(writer); threading.Timer(0.02, lambda: os.close(reader)).start()",
+            "",
+            "said received",
+        ),
+        ("os.dup2(writer, 2); os.close(writer)", "time.sleep(0.2); os.close(reader); time.sleep(0.2)", "said received"),
         ("", "", "said received"),
         ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))", "", "said received"),
     ],
-    ids=["a pipe whose reader ends", "a file", "no free descriptor"],
+    ids=["a pipe whose reader ends with it", "ends later", "a file", "no free descriptor"],
 )
 def test_a_hang_up_is_received_whoever_reads_the_output(tmp_path, before, after, said):
     out = tmp_path / "out"
