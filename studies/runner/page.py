@@ -2,31 +2,27 @@
 
 The template (``studies/icons/page.md.j2``) calls the methods of ``Tables``, and ``by(COLUMN, FILE)`` for the rows of a
 CSV file beside it by the values of a column; ``pending`` are the runs without a log, ``planned`` is the number of runs.
+``study(NAME)`` are the tables of a study whose directory is beside this one, ``by(COLUMN, FILE, NAME)`` rows of its
+files, and ``NAME/part.md.j2`` is what it adds to the page, to be included.
 Figures are written beside the page. The same logs, configs and template give the same bytes.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 from clipup.atomic_files import replace_files
-from clipup.inspection.figures import svg
-from clipup.inspection.figures.charts import Series, line_chart
-from clipup.inspection.figures.format import MISSING, percent, percent_tick, short
 
 from . import results
 from .config import SUFFIX as CONFIG_SUFFIX
-from .results import Result
+from .tables import Tables
 
-TEMPLATE = "page.md.j2"
-_WIDTH, _HEIGHT = 640, 340
+TEMPLATE, PART = "page.md.j2", "part.md.j2"
 
 
 def write(study: str | Path, out: str | Path) -> list[Path]:
@@ -39,345 +35,60 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     if not (study / TEMPLATE).is_file():
         raise FileNotFoundError(f"there is no {TEMPLATE} in {study}; name the directory of a study")
     tables = Tables(results.read(study / "logs"))
+    parts: dict[str, Tables] = {}
+
+    def other_study(name: str) -> Tables:
+        _check_name("study()", name, f"a directory beside {study.name}")
+        return parts.setdefault(name, Tables(results.read(study.resolve().parent / name / "logs")))
+
     environment = SandboxedEnvironment(  # a study's directory may come from anyone, so its template must not run Python
-        loader=jinja2.FileSystemLoader(study),
+        loader=jinja2.FunctionLoader(partial(_source, study)),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in tables.figures().items()}
     configs = sorted(path.stem for path in study.glob(f"*{CONFIG_SUFFIX}"))
     try:
-        written[out] = environment.get_template(TEMPLATE).render(
+        text = environment.get_template(TEMPLATE).render(
             tables=tables,
-            by=lambda column, name: {row[column]: row for row in _rows(study, name)},
+            study=other_study,
+            by=lambda column, name, of=study.name: {row[column]: row for row in _rows(study, of, name)},
             pending=[name for name in configs if name not in tables.results],
             planned=len(configs),
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"{study / TEMPLATE} cannot be rendered: {error}") from error
+    figures = tables.figures() | {
+        f"{name}_{key}": svg for name, of in parts.items() for key, svg in of.figures().items()
+    }
+    written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in figures.items()} | {out: text}
     replace_files({path: partial(_write, text) for path, text in written.items()})
     return list(written)
 
 
-class Tables:
-    """Tables in Markdown, with rows ordered by budget and arm. A group holds the runs of one arm and budget."""
-
-    def __init__(self, found: dict[str, Result]) -> None:
-        self.results = found
-        chosen = results.chosen(found.values())
-        self.groups = sorted(chosen.items())
-
-    def data(self) -> dict:
-        """The description of the data in the logs, which must be the same in all of them."""
-        seen = {one.config["data"]["fingerprint"]: one.config["data"] for one in self.results.values()}
-        if len(seen) > 1:
-            raise ValueError(f"the logs are of {len(seen)} different data sets: run the study on one")
-        return next(iter(seen.values()))
-
-    def galleries(self) -> dict[str, dict[str, float]]:
-        """The number of ``images`` and distinct ``captions`` by split, and the R@1 of guessing, ``chance``, which is
-        equal in both directions if every image has one caption."""
-        test = next(iter(self.results.values())).test
-        return {
-            split: {"images": of["gallery"], "captions": of["captions"], "chance": 1 / of["captions"]}
-            for split, of in test.items()
-        }
-
-    def retrieval(self, split: str) -> str:
-        """Recall and negative log-likelihood of every group on a split, at its chosen learning rate."""
-        head = ["arm", "steps", "lr", "seeds", "PFLOP", "t2i R@1", "R@5", "NLL", "i2t R@1", "R@5", "NLL"]
-        rows = []
-        for group, runs in self.groups:
-            steps = runs[0].config["steps"]
-            cells = [_label(group.arm), f"{steps:,}", f"{runs[0].config['lr']:g}", str(len(runs)), self._pflop(runs)]
-            for way in results.WAYS:
-                values = {name: [run.test[split][way][name] for run in runs] for name in ("r1", "r5", "nll")}
-                cells += [_spread(values["r1"], percent), _spread(values["r5"], percent), _spread(values["nll"], _nll)]
-            rows.append(cells)
-        return _table(head, rows)
-
-    def leads(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
-        """R@1 of an arm minus that of every other arm of the same budget, in points: means over the seeds that both
-        have; the last but one column is also over splits and directions. The last is the same for the NLL, in nats."""
-        ways = [_way(split, way) for split in splits for way in results.WAYS]
-        head = ["minus", "budget", "seeds", *ways, "mean", "NLL"]
-        rows = []
-        for group, pairs in self._pairs(arm):
-            each = [results.lead(pairs, [split], [way]) for split in splits for way in results.WAYS]
-            cells = [_label(group.arm), f"{group.budget:,}", str(len(pairs))]
-            nll = _nats(results.lead(pairs, splits, measure="nll"))
-            rows.append([*cells, *map(_lead, [*each, results.lead(pairs, splits)]), nll])
-        return _table(head, rows)
-
-    def leads_by_rate(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
-        """The lead of an arm over others at the same learning rate and the arm's smallest budget, with the number of
-        seeds."""
-        budget = min((run.budget for run in self.results.values() if run.config["arm"] == arm), default=None)
-        at: dict[tuple[float, str], dict[int, Result]] = {}
-        for run in self.results.values():
-            if run.budget == budget:
-                at.setdefault((run.config["lr"], run.config["arm"]), {})[run.config["seed"]] = run
-        lines = []
-        for rate in sorted(lr for lr, name in at if name == arm):
-            cells = []
-            for other in others:
-                ours, theirs = at[rate, arm], at.get((rate, other), {})
-                pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
-                cells += [_lead(results.lead(pairs, splits)), str(len(pairs))] if pairs else [MISSING] * 2
-            lines.append([f"{rate:g}", *cells])
-        return _table(["learning rate of both", *_with_seeds(others)], lines)
-
-    def growth(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
-        """R@1 of an arm and others by length of the runs, mean over splits and directions, and the arm's leads. A row
-        is over the seeds that all of its arms have; the first is the start of the shortest runs."""
-        of_group, lines = dict(self.groups), []
-        for group in (group for group, _ in self.groups if group.arm == arm):
-            of_arm = {
-                name: {run.config["seed"]: run for run in of_group[group._replace(arm=name)]}
-                for name in (*others, arm)
-                if group._replace(arm=name) in of_group
-            }
-            seeds = sorted(set.intersection(*map(set, of_arm.values())))
-            if not seeds:
-                raise ValueError(f"{', '.join(of_arm)} of {group.budget} steps have no seed in common: run one more")
-            found = {name: [of_seed[seed] for seed in seeds] for name, of_seed in of_arm.items()}
-            starts = [self.results[run.config["start"]] for run in found[arm] if run.config["start"] is not None]
-            if starts and not lines:
-                before = _recall(starts, splits)
-                lines.append(["0", str(len(seeds)), *[before] * (1 + len(others)), *[MISSING] * len(others)])
-            recalls = [_recall(found[name], splits) if name in found else MISSING for name in (*others, arm)]
-            pairs = {name: list(zip(found[arm], runs, strict=True)) for name, runs in found.items()}
-            leads = [_lead(results.lead(pairs[name], splits)) if name in pairs else MISSING for name in others]
-            lines.append([f"{group.budget:,}", str(len(seeds)), *recalls, *leads])
-        head = ["steps", "seeds", *map(_label, (*others, arm)), *(f"minus {_label(other)}" for other in others)]
-        return _table(head, lines)
-
-    def validation(self, run: str) -> str:
-        """A run's R@1 on validation, mean of both directions, for a sentence."""
-        return percent(self.results[run].selection, 2) if run in self.results else MISSING
-
-    def similarity(self, run: str) -> str:
-        """The cosine between a run's experts at the end, for a sentence."""
-        cosine = self.results[run].similarity if run in self.results else None
-        return MISSING if cosine is None else f"{cosine:.2f}"
-
-    def verdict(
-        self, arm: str, others: dict[str, str], measure: str = "r1", splits: Sequence[str] = results.TESTS
-    ) -> str:
-        """The leads over other arms in one sentence, with the same wording whether the arm wins or loses: those over
-        several seeds first, in points or nats, with budget and seeds in parentheses, then those with a single seed,
-        which decide nothing.
-
-        Args:
-            others: the wording of each comparison by arm, "at equal steps" for ``dense_continued``.
-            measure: ``r1``, or ``nll``, where lower is better.
-        """
-        better, written = (1, _lead) if measure == "r1" else (-1, _nats)
-        decided, single = [], []
-        for group, pairs in self._pairs(arm):
-            if group.arm not in others:
-                continue
-            lead = results.lead(pairs, splits, measure=measure)
-            if lead.half_width is None:
-                single.append(f"{others[group.arm]} ({group.budget:,}) {written(lead)}")
-                continue
-            what = "not decided" if not lead.sure else "better" if better * lead.mean > 0 else "worse"
-            where = f"{others[group.arm]} ({group.budget:,}; {lead.seeds} seeds)"
-            decided.append(f"{where} {what}, {written(lead)}")
-        if single:
-            decided.append(f"with one seed each, which decides nothing: {', '.join(single)}")
-        return "; ".join(decided) or "there is no run to compare yet"
-
-    def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
-        """R@1 of an arm minus that of every other arm of the same budget, on the same captions, in points, one row per
-        pair of runs with the same seed. Images are left out: many share a caption, so they are not independent."""
-        head = ["run", "minus", *(_way(split, "t2i") for split in splits)]
-        rows = []
-        for _, pairs in self._pairs(arm):
-            for ours, theirs in pairs:
-                cells = [f"`{ours.name}`", f"`{theirs.name}`"]
-                for split in splits:
-                    difference, half = results.paired_difference(ours, theirs, split, "t2i")
-                    cells.append(f"{100 * difference:+.2f} ± {100 * half:.2f}")
-                rows.append(cells)
-        return _table(head, rows)
-
-    def sweep(self) -> str:
-        """Validation at the end by learning rate: the mean R@1 of both directions, with the chosen rate in bold."""
-        picked = {run.name for _, runs in self.groups for run in runs}
-        by_group: dict[results.Group, list[Result]] = {}
-        for run in self.results.values():
-            by_group.setdefault(results.group_of(run), []).append(run)
-        rows = []
-        for group, runs in sorted(by_group.items()):
-            scores: dict[float, list[Result]] = {}
-            for run in sorted(runs, key=lambda run: (run.config["lr"], run.config["seed"])):
-                scores.setdefault(run.config["lr"], []).append(run)
-            cells = []
-            for rate, of_rate in scores.items():
-                text = f"{rate:g}: {' / '.join(percent(run.selection, 2) for run in of_rate)}"
-                cells.append(f"**{text}**" if of_rate[0].name in picked else text)
-            rows.append([_label(group.arm), f"{runs[0].config['steps']:,}", ", ".join(cells)])
-        return _table(["arm", "steps", "learning rate: R@1 on validation, by seed"], rows)
-
-    def experts(self) -> str:
-        """Similarity of the experts and balance of their load at the end of each run."""
-        rows = []
-        for run in sorted(self.results.values(), key=lambda run: run.name):
-            if run.layers:
-                loads = [layer["load"] for layer in run.layers.values()]
-                dropped = [layer["dropped"] for layer in run.layers.values()]
-                cells = [
-                    f"`{run.name}`",
-                    f"{run.similarity:.3f}",
-                    f"{sum(loads) / len(loads):.2f}",
-                    f"{max(loads):.2f}",
-                ]
-                rows.append([*cells, percent(sum(dropped) / len(dropped))])
-        return _table(["run", "cosine of experts", "load, max / mean", "worst layer", "dropped %"], rows)
-
-    def costs(self) -> str:
-        """The cost of every run."""
-        rows = []
-        for run in sorted(self.results.values(), key=lambda run: run.name):
-            cost = run.cost
-            cells = [
-                f"`{run.name}`",
-                f"{cost['steps']:,}",
-                f"{cost['pairs'] / 1e6:.2f}",
-                f"{cost['pairs'] / self.data()['images']['train']:.1f}",
-                f"{cost['gflops_per_pair']:.4f}",
-            ]
-            cells += [f"{cost['train_gflops'] / 1e6:.3f}", f"{cost['params'] / 1e6:.2f}"]
-            cells += [
-                f"{cost['active_params'] / 1e6:.2f}",
-                f"{cost['seconds'] / 3600:.2f}",
-                cost["machine"]["processor"],
-            ]
-            rows.append(cells)
-        counts = ["steps", "M pairs", "epochs", "GFLOP per pair", "PFLOP", "M params", "active"]
-        return _table(["run", *counts, "hours, 1 thread", "machine"], rows)
-
-    def figures(self) -> dict[str, str]:
-        """As SVG: ``recall`` at the end over FLOPs, of the arms that have several lengths if any do; the training
-        ``loss`` of their longest runs; and the ``similarity`` of the experts of every sparse group. Loss and similarity
-        are those of each group's first seed."""
-        lengths: dict[str, list[list[Result]]] = {}
-        for group, runs in self.groups:
-            lengths.setdefault(group.arm, []).append(runs)
-        several = {arm: groups for arm, groups in lengths.items() if len(groups) > 1} or lengths
-        recall = [self._over_flops(arm, groups) for arm, groups in several.items()]
-        longest = [groups[-1][0] for groups in several.values()]
-        loss = [_over_steps(run, run.training, "contrastive") for run in longest]
-        sparse = [runs[0] for _, runs in self.groups if runs[0].layers]
-        alike = [_over_steps(run, run.validations, "similarity") for run in sparse]
-        figures = {
-            "recall": (
-                recall,
-                "R@1 on both test splits at the end of a run",
-                "PFLOP of training, start included",
-                "R@1",
-            ),
-            "loss": (loss, "Contrastive loss in training", "step of the run", "nats"),
-            "similarity": (alike, "Mean cosine between two experts of a layer", "step of the run", "cosine"),
-        }
-        formats = {"recall": percent_tick}
-        return {
-            name: svg.on_white(
-                line_chart(*content, formats.get(name, short), width=_WIDTH, height=_HEIGHT), _WIDTH, _HEIGHT
-            )
-            for name, content in figures.items()
-        }
-
-    def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:
-        """For each group of another arm, the runs of ``arm`` with the same model and budget, each paired with the
-        group's run of the same seed."""
-        of_group = dict(self.groups)
-        found = []
-        for group, runs in self.groups:
-            theirs = {run.config["seed"]: run for run in runs}
-            ours = of_group.get(group._replace(arm=arm), []) if group.arm != arm else []
-            pairs = [(run, theirs[run.config["seed"]]) for run in ours if run.config["seed"] in theirs]
-            pairs = [(run, other) for run, other in pairs if other.name != run.config["start"]]
-            if pairs:
-                found.append((group, pairs))
-        return found
-
-    def _pflop(self, runs: Sequence[Result]) -> str:
-        return f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
-
-    def _over_flops(self, arm: str, groups: Sequence[Sequence[Result]]) -> Series:
-        """The means over seeds, one point per length, with the start of the shortest runs as the first point."""
-        starts = [self.results[run.config["start"]] for run in groups[0] if run.config["start"] is not None]
-        runs = [*([starts] if starts else []), *groups]
-        x = [results.total_gflops(of[0], self.results) / 1e6 for of in runs]
-        return Series(_label(arm), x, [fmean(run.mean("r1") for run in of) for of in runs], points=True)
+def _source(study: Path, name: str) -> str | None:
+    """The study's own template, or the part of a study beside it."""
+    other, _, file = name.rpartition("/")
+    if other:
+        _check_name("include", other, f"a directory beside {study.name}")
+    if file != (PART if other else TEMPLATE):
+        return None
+    path = study.resolve().parent / name if other else study / name
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _rows(study: Path, name: str) -> list[dict[str, str]]:
-    if Path(name).name != name:
-        raise ValueError(f"{TEMPLATE}: by() got {name!r}, expected the name of a file beside the template")
+def _rows(study: Path, of: str, name: str) -> list[dict[str, str]]:
+    _check_name("by()", name, "a file of the study")
+    if of != study.name:
+        _check_name("by()", of, f"a directory beside {study.name}")
+        study = study.resolve().parent / of
     with (study / name).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def _over_steps(run: Result, lines: Sequence[dict], field: str) -> Series:
-    return Series(_legend(run), [line["step"] for line in lines], [line[field] for line in lines])
-
-
-def _legend(run: Result) -> str:
-    return f"{_label(run.config['arm'])}, {short(run.config['steps'])}"
-
-
-def _label(arm: str) -> str:
-    return arm.replace("_", " ")
-
-
-def _way(split: str, way: str) -> str:
-    return f"{split.removeprefix('test_')} {way}"
-
-
-def _with_seeds(arms: Sequence[str]) -> list[str]:
-    return [name for arm in arms for name in (f"minus {_label(arm)}", "seeds")]
-
-
-def _lead(lead: results.Lead) -> str:
-    """A lead in R@1, in points; bold if the interval excludes 0."""
-    return _with_interval(lead, 100, 2)
-
-
-def _nats(lead: results.Lead) -> str:
-    """A lead in NLL; bold if the interval excludes 0."""
-    return _with_interval(lead, 1, 3)
-
-
-def _with_interval(lead: results.Lead, scale: int, decimals: int) -> str:
-    text = f"{scale * lead.mean:+.{decimals}f}"
-    if lead.half_width is not None:
-        text += f" ± {scale * lead.half_width:.{decimals}f}"
-    return f"**{text}**" if lead.sure else text
-
-
-def _recall(runs: Sequence[Result], splits: Sequence[str]) -> str:
-    return percent(fmean(run.mean("r1", splits) for run in runs), 2)
-
-
-def _nll(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _spread(values: Sequence[float], written: Callable[[float], str]) -> str:
-    """Mean, and ± the standard deviation over seeds if there are several."""
-    mean, spread = results.mean_and_spread(values)
-    return written(mean) if spread is None else f"{written(mean)} ± {written(spread)}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        rows = [[MISSING] * len(head)]
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _check_name(call: str, name: str, expected: str) -> None:
+    if Path(name).name != name or name == "..":
+        raise ValueError(f"{TEMPLATE}: {call} got {name!r}, expected the name of {expected}")
 
 
 def _write(text: str, path: Path) -> None:

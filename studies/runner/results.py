@@ -95,11 +95,16 @@ def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
 
     That is the rate that beats every other one in pairwise comparisons over the seeds that both have, so a rate cannot
     win by a seed that the other lacks. If none does, it is the one with the most wins, then with the most seeds.
+
+    Raises:
+        ValueError: two runs differ in neither, or two rates have no seed in common.
     """
     groups: dict[Group, dict[float, dict[int, Result]]] = {}
     for result in results:
         of_rate = groups.setdefault(group_of(result), {}).setdefault(result.config["lr"], {})
-        of_rate[result.config["seed"]] = result
+        other = of_rate.setdefault(result.config["seed"], result)
+        if other is not result:
+            raise ValueError(f"{other.name} and {result.name} are of one arm, budget, learning rate and seed")
     best = {}
     for group, by_rate in groups.items():
         seeds = by_rate[_best_rate(group, by_rate)]
@@ -121,6 +126,18 @@ def _best_rate(group: Group, by_rate: dict[float, dict[int, Result]]) -> float:
         return sum(beats(rate, other) for other in by_rate if other != rate), len(by_rate[rate])
 
     return max(sorted(by_rate), key=strength)
+
+
+def start_steps(result: Result, results: dict[str, Result]) -> int | None:
+    """The steps of the run that a run starts from."""
+    start = result.config["start"]
+    return None if start is None else results[start].config["steps"]
+
+
+def of_start(results: dict[str, Result], steps: int) -> dict[str, Result]:
+    """The runs from starts of so many steps, and the runs that they start from."""
+    found = {name: result for name, result in results.items() if start_steps(result, results) == steps}
+    return {result.config["start"]: results[result.config["start"]] for result in found.values()} | found
 
 
 def total_gflops(result: Result, results: dict[str, Result]) -> float:

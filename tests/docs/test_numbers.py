@@ -10,7 +10,7 @@ import pytest
 from documents import ROOT, tables
 
 from studies.runner import results
-from studies.runner.page import Tables
+from studies.runner.tables import Tables
 
 README, PERFORMANCE, INDEX = ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "index.md"
 MODELS = "clip_throughput_cpu.csv"

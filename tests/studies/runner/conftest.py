@@ -20,6 +20,11 @@ DATA = {
     "images": {"train": 1000, "validation": 100, "test_styles": 8, "test_names": 8},
 }
 
+LAYERS = {
+    "visual": {"similarity": 0.8, "load": 1.5, "dropped": 0.1},
+    "text": {"similarity": 0.9, "load": 2.5, "dropped": 0.3},
+}
+
 
 def records(
     name: str,
@@ -33,6 +38,7 @@ def records(
     layers: dict[str, Any] | None = None,
     budget: int | None = None,
     validation: float | None = None,
+    steps: int = 5,
 ) -> list[log.Record]:
     """A log of which no two numbers are alike.
 
@@ -51,7 +57,16 @@ def records(
         return {"gallery": 8, "captions": captions, **ways}
 
     of_validation = split(score if validation is None else validation, captions=5)
-    config = {"name": name, "arm": arm, "model": "m", "steps": 5, "lr": lr, "seed": seed, "start": start, "data": DATA}
+    config = {
+        "name": name,
+        "arm": arm,
+        "model": "m",
+        "steps": steps,
+        "lr": lr,
+        "seed": seed,
+        "start": start,
+        "data": DATA,
+    }
     config["budget"] = budget
     along = {"similarity": 0.9} if layers else {}
     cost = {"steps": 5, "pairs": 2500, "gflops_per_pair": 0.01, "train_gflops": gflops, "params": 10**6}
@@ -59,7 +74,13 @@ def records(
         {"kind": "run", **config},
         *({"kind": "train", "step": step, "lr": 0.0, "loss": 1.0, "contrastive": 1.0 / step} for step in (1, 5)),
         *({"kind": "validation", "step": step, **of_validation, **along} for step in (1, 5)),
-        {"kind": "test", "test_styles": split(score), "test_names": split(score / 5), "validation": of_validation},
+        {
+            "kind": "test",
+            "test_styles": split(score),
+            "test_names": split(score / 5),
+            "test_drawings": split(score / 2),
+            "validation": of_validation,
+        },
         *([{"kind": "layers", "layers": layers}] if layers else []),
         {"kind": "cost", **cost, "active_params": 10**6, "seconds": 3600.0, "machine": {"processor": "a CPU"}},
     ]
@@ -80,3 +101,16 @@ def write(tmp_path):
         return results.read(tmp_path / "logs")
 
     return write
+
+
+@pytest.fixture
+def found(write, make_records):
+    """A dense start, dense and sparse continuations at two rates, and a second seed of the sparse one."""
+    hits = [True] * 4 + [False] * 4
+    return write(
+        make_records("base", "dense", score=0.4, gflops=2e6),
+        make_records("dense-a", "dense_continued", 0.1, start="base", score=0.50, gflops=1e6),
+        make_records("dense-b", "dense_continued", 0.2, start="base", score=0.45, gflops=1e6),
+        make_records("sparse-a", "clip_up", 0.1, start="base", score=0.52, gflops=1.5e6, hits=hits, layers=LAYERS),
+        make_records("sparse-s1", "clip_up", 0.1, seed=1, start="base", score=0.56, gflops=1.5e6, layers=LAYERS),
+    )

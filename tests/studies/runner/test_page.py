@@ -1,7 +1,8 @@
-"""The page of a study: its numbers are those of the logs, and it is the same for the same logs."""
+"""The page of a study: it is the same for the same logs, and a template does nothing but write it."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -9,197 +10,11 @@ from pathlib import Path
 import pytest
 
 from studies import cli
+from studies.runner import log
 from studies.runner import page as study_page
-from studies.runner.page import Tables
 
 ROOT = Path(__file__).parents[3]
-LAYERS = {
-    "visual": {"similarity": 0.8, "load": 1.5, "dropped": 0.1},
-    "text": {"similarity": 0.9, "load": 2.5, "dropped": 0.3},
-}
-
-
-@pytest.fixture
-def found(write, make_records):
-    """A dense start, dense and sparse continuations at two rates, and a second seed of the sparse one."""
-    hits = [True] * 4 + [False] * 4
-    return write(
-        make_records("base", "dense", score=0.4, gflops=2e6),
-        make_records("dense-a", "dense_continued", 0.1, start="base", score=0.50, gflops=1e6),
-        make_records("dense-b", "dense_continued", 0.2, start="base", score=0.45, gflops=1e6),
-        make_records("sparse-a", "clip_up", 0.1, start="base", score=0.52, gflops=1.5e6, hits=hits, layers=LAYERS),
-        make_records("sparse-s1", "clip_up", 0.1, seed=1, start="base", score=0.56, gflops=1.5e6, layers=LAYERS),
-    )
-
-
-def rows(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-
-
-def test_retrieval_is_given_at_the_chosen_rate_with_its_spread_over_seeds(found):
-    head, _, *lines = rows(Tables(found).retrieval("test_styles"))
-    by_arm = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
-
-    assert set(by_arm) == {"dense", "dense continued", "clip up"}
-    assert by_arm["dense continued"]["lr"] == "0.1" and by_arm["dense continued"]["t2i R@1"] == "50.0"
-    assert by_arm["clip up"]["seeds"] == "2" and by_arm["clip up"]["t2i R@1"] == "54.0 ± 2.8"
-    assert by_arm["clip up"]["PFLOP"] == "3.500" and by_arm["dense"]["PFLOP"] == "2.000"  # with the start's
-    assert head[5:] == ["t2i R@1", "R@5", "NLL", "i2t R@1", "R@5", "NLL"]
-    assert next(line for line in lines if line[0] == "dense")[5:] == ["40.0", "60.0", "1.600", "20.0", "30.0", "1.800"]
-    names = rows(Tables(found).retrieval("test_names"))[2:]
-    assert next(line for line in names if line[0] == "dense")[5:] == ["8.0", "12.0", "1.920", "4.0", "6.0", "1.960"]
-
-
-def test_the_size_of_a_gallery_and_the_chance_of_guessing_are_known(found):
-    galleries = Tables(found).galleries()
-
-    assert galleries["validation"] == {"images": 8, "captions": 5, "chance": 0.2}
-    assert galleries["test_names"] == {"images": 8, "captions": 8, "chance": 0.125}
-
-
-def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
-    logs = [make_records("start", "dense", score=0.1)]
-    for seed, score in enumerate((0.52, 0.53, 0.54)):
-        logs += [make_records(f"sparse-{seed}", "clip_up", seed=seed, score=score, start="start")]
-        logs += [make_records(f"dense-{seed}", "dense_continued", seed=seed, score=0.50, start="start")]
-        logs += [make_records(f"more-{seed}", "dense_equal_flops", seed=seed, score=0.53, start="start")]
-    logs += [make_records("limoe", "limoe", score=0.50, start="start")]
-    tables = Tables(write(*logs))
-
-    _, _, *lines = rows(tables.leads("clip_up"))
-    by_arm = {line[0]: line[1:] for line in lines}
-
-    assert set(by_arm) == {"dense continued", "dense equal flops", "limoe"}  # not what it started from
-    assert rows(tables.leads("clip_up"))[0][3:] == ["styles t2i", "styles i2t", "names t2i", "names i2t", "mean", "NLL"]
-    points = ["+3.00 ± 2.48", "+1.50 ± 1.24", "+0.60 ± 0.50", "+0.30 ± 0.25", "+1.35 ± 1.12", "-0.013 ± 0.011"]
-    assert by_arm["dense continued"] == ["5", "3", *(f"**{cell}**" for cell in points)]
-    assert by_arm["dense equal flops"][:3] == ["5", "3", "+0.00 ± 2.48"]
-    assert by_arm["limoe"] == ["5", "1", "+2.00", "+1.00", "+0.40", "+0.20", "+0.90", "-0.009"]
-    words = {"dense_continued": "at equal steps", "dense_equal_flops": "at equal FLOPs", "limoe": "of losses"}
-    assert tables.verdict("clip_up", words) == (
-        "at equal steps (5; 3 seeds) better, **+1.35 ± 1.12**; "
-        "at equal FLOPs (5; 3 seeds) not decided, +0.00 ± 1.12; "
-        "with one seed each, which decides nothing: of losses (5) +0.90"
-    )
-    assert tables.verdict("dense_continued", {"clip_up": "then"}) == "then (5; 3 seeds) worse, **-1.35 ± 1.12**"
-    nll = "then (5; 3 seeds) better, **-0.013 ± 0.011**"  # less is better
-    assert tables.verdict("clip_up", {"dense_continued": "then"}, "nll") == nll
-
-
-def test_one_seed_decides_nothing(found):
-    assert Tables(found).verdict("clip_up", {"dense_continued": "then"}) == (
-        "with one seed each, which decides nothing: then (5) +0.90"
-    )
-    assert Tables(found).verdict("clip_up", {"limoe": "then"}) == "there is no run to compare yet"
-
-
-def test_differences_are_those_of_runs_with_the_same_seed(found):
-    _, _, *lines = rows(Tables(found).differences("clip_up"))
-
-    assert [line[:2] for line in lines] == [["`sparse-a`", "`dense-a`"]]  # the second seed has no dense counterpart
-    assert len(lines[0]) == 4 and all(cell.startswith("+50.00 ± ") for cell in lines[0][2:])
-
-
-def test_every_rate_is_shown_and_the_chosen_one_marked(found):
-    _, _, *lines = rows(Tables(found).sweep())
-
-    assert ["dense continued", "5", "**0.1: 37.50**, 0.2: 33.75"] in lines  # the mean of both ways
-    assert ["clip up", "5", "**0.1: 39.00 / 42.00**"] in lines
-
-
-def test_leads_at_one_rate_for_both_arms_tell_what_tuning_one_alone_would_give(write, make_records):
-    logs = [make_records("start", "dense", score=0.1)]
-    for lr, sparse, dense in ((0.1, 0.52, 0.50), (0.2, 0.55, 0.56)):
-        logs += [make_records(f"sparse-{lr}", "clip_up", lr, score=sparse, start="start")]
-        logs += [make_records(f"dense-{lr}", "dense_continued", lr, score=dense, start="start")]
-    logs += [make_records("sparse-s1", "clip_up", 0.2, seed=1, score=0.58, start="start")]
-    logs += [make_records("dense-s1", "dense_continued", 0.2, seed=1, score=0.55, start="start")]
-    logs += [make_records("sparse-s2", "clip_up", 0.2, seed=2, score=0.9, start="start")]  # no dense run of this seed
-    logs += [make_records("sparse-long", "clip_up", 0.1, score=0.9, start="start", budget=50)]
-    logs += [make_records("dense-long", "dense_continued", 0.1, score=0.1, start="start", budget=50)]
-
-    assert rows(Tables(write(*logs)).leads_by_rate("clip_up", ["dense_continued", "dense_equal_flops"]))[2:] == [
-        ["0.1", "+0.90", "1", "–", "–"],
-        ["0.2", "+0.45 ± 11.44", "2", "–", "–"],
-    ]
-    assert rows(Tables(write(*logs)).leads_by_rate("limoe", ["dense_continued"]))[2:] == [["–"] * 3]  # no run yet
-
-
-def test_growth_is_over_the_seeds_that_all_arms_of_a_length_have_at_their_best_rates(write, make_records):
-    def record(arm, budget, seed, score, **more):
-        name = f"{arm}-{budget}-{more.get('lr', 0.1)}-s{seed}"
-        return make_records(name, arm, seed=seed, score=score, start=f"start-{seed}", budget=budget, **more)
-
-    logs = [make_records(f"start-{seed}", "dense", seed=seed, score=0.1 + seed / 10) for seed in (0, 1, 2)]
-    for seed in (0, 1):
-        logs += [
-            record("clip_up", 5, seed, 0.52),
-            record("dense_continued", 5, seed, 0.50 + seed / 100),
-            record("dense_equal_flops", 5, seed, 0.54),
-        ]
-    logs += [record("clip_up", 5, 2, 0.99)]  # the others do not have this seed
-    logs += [record("clip_up", 5, 0, 0.99, lr=0.2, validation=0.4)]  # not the best on validation
-    logs += [record("clip_up", 50, 1, 0.60), record("dense_continued", 50, 1, 0.61)]
-
-    table = Tables(write(*logs)).growth("clip_up", ["dense_continued", "dense_equal_flops"])
-
-    assert rows(table)[0][1:5] == ["seeds", "dense continued", "dense equal flops", "clip up"]
-    assert rows(table)[2:] == [
-        ["0", "2", "6.75", "6.75", "6.75", "–", "–"],
-        ["5", "2", "22.73", "24.30", "23.40", "+0.68 ± 2.86", "**-0.90 ± 0.00**"],
-        ["50", "1", "27.45", "–", "27.00", "-0.45", "–"],
-    ]
-    assert rows(Tables(write(*logs)).growth("limoe", ["dense"]))[2:] == [["–"] * 5]  # no run yet
-    logs += [record("limoe", 5, 2, 0.5)]
-    with pytest.raises(ValueError, match="dense_continued, limoe of 5 steps have no seed in common: run one more"):
-        Tables(write(*logs)).growth("limoe", ["dense_continued"])
-
-
-def test_recall_is_drawn_over_flops_of_the_arms_with_several_lengths_from_their_start_on(write, make_records):
-    logs = [make_records(f"start-{seed}", "dense", seed=seed, score=0.1 + seed / 10, gflops=2e6) for seed in (0, 1)]
-    for budget, seeds in ((5, (0, 1)), (50, (0,))):
-        for seed in seeds:
-            name = f"sparse-{budget}-{seed}"
-            logs += [
-                make_records(
-                    name, seed=seed, score=0.5 + seed / 10, start=f"start-{seed}", budget=budget, gflops=budget * 1e6
-                )
-            ]
-    logs += [make_records("limoe", "limoe", score=0.9, start="start-0")]
-
-    figure = ElementTree.fromstring(Tables(write(*logs)).figures()["recall"])
-
-    points = [title.text for title in figure.iter() if title.tag.endswith("title") and title.text]
-    assert not [point for point in points if "limoe" in point]
-    assert [point.rpartition("included ")[2] for point in points if "clip up" in point] == [
-        "2: 6.75%",
-        "7: 24.75%",
-        "52: 22.5%",
-    ]
-
-
-def test_experts_and_costs_are_those_of_the_logs(found):
-    tables = Tables(found)
-
-    assert ["`sparse-a`", "0.850", "2.00", "2.50", "20.0"] in rows(tables.experts())
-    cost = dict(zip(*(rows(tables.costs())[i] for i in (0, 2)), strict=True))
-    assert cost["run"] == "`base`" and cost["PFLOP"] == "2.000" and cost["hours, 1 thread"] == "1.00"
-    assert cost["epochs"] == "2.5"
-
-
-def test_a_sentence_can_quote_a_run_and_says_when_there_is_none(found):
-    tables = Tables(found)
-
-    assert (tables.validation("sparse-a"), tables.similarity("sparse-a")) == ("39.00", "0.85")
-    assert (tables.validation("no-run"), tables.similarity("no-run"), tables.similarity("base")) == ("–",) * 3
-
-
-def test_logs_of_different_data_are_not_put_on_one_page(write, make_records):
-    other = make_records("b", lr=0.2)
-    other[0]["data"] = {**other[0]["data"], "fingerprint": "g"}
-
-    with pytest.raises(ValueError, match="2 different data sets"):
-        Tables(write(make_records("a"), other)).data()
+LAYERS = {"visual": {"similarity": 0.8, "load": 1.5, "dropped": 0.1}}
 
 
 @pytest.mark.parametrize("study", ["icons", "icons-w384"])
@@ -238,6 +53,13 @@ def test_a_study_without_template_is_refused(tmp_path):
         "by.__globals__['__builtins__']['open']('TRACE', 'w')",
         "by('a', '../secret.csv')",
         "by('a', 'DIRECTORY/secret.csv')",
+        "by('a', 'secret.csv', '..')",
+        "by('a', 'secret.csv', 'DIRECTORY')",
+        "study('..').starts",
+        "study.__globals__['__builtins__']['open']('TRACE', 'w')",
+        "'' }}{% include '../part.md.j2' %}{{ ''",
+        "'' }}{% include 'DIRECTORY/part.md.j2' %}{{ ''",
+        "'' }}{% include 'study/secret.csv' %}{{ ''",
     ],
 )
 def test_a_template_runs_no_python_and_reads_no_other_files(found, tmp_path, code):
@@ -245,6 +67,8 @@ def test_a_template_runs_no_python_and_reads_no_other_files(found, tmp_path, cod
     study = tmp_path / "study"
     study.mkdir()
     shutil.copytree(found_logs(tmp_path), study / "logs")
+    for place in (tmp_path, tmp_path.parent):
+        (place / study_page.PART).write_text("secret")
     code = code.replace("TRACE", str(tmp_path / "trace")).replace("DIRECTORY", str(tmp_path))
     (study / study_page.TEMPLATE).write_text("{{ " + code + " }}")
 
@@ -252,6 +76,53 @@ def test_a_template_runs_no_python_and_reads_no_other_files(found, tmp_path, cod
         study_page.write(study, tmp_path / "page.md")
 
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_page_shows_a_study_beside_it_with_its_figures(found, tmp_path):
+    first, second, logs = tmp_path / "first", tmp_path / "second", found_logs(tmp_path)
+    for study in (first, second):
+        shutil.copytree(logs, study / "logs")
+    (first / study_page.TEMPLATE).write_text(
+        "{% with tables = study('second') %}{% include 'second/part.md.j2' %}{% endwith %}"
+    )
+    (second / study_page.PART).write_text("{{ tables.starts }} {{ by('name', 'step.csv', 'second').x.ratio }}")
+    (second / "step.csv").write_text("name,ratio\nx,1.25\n")
+
+    written = study_page.write(first, tmp_path / "page.md")
+
+    assert (tmp_path / "page.md").read_text() == "[5] 1.25"
+    figures = {"recall", "loss", "similarity"}
+    assert {path.stem for path in written} == {"page"} | {
+        f"page_{part}{name}" for part in ("", "second_") for name in figures
+    }
+
+
+@pytest.mark.parametrize("starts", [(15000,), (15000, 30000)])
+def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_records, tmp_path, starts):
+    for start in starts:
+        write(make_records(f"dense-{start}", "dense", steps=start))
+        for arm, score in (("clip_up", 0.55), ("dense_continued", 0.5), ("dense_equal_flops", 0.51)):
+            layers = LAYERS if arm == "clip_up" else None
+            for seed in (0, 1, 2):
+                name = f"{arm}-{start}-{seed}"
+                write(make_records(name, arm, seed=seed, score=score, start=f"dense-{start}", layers=layers))
+    page, converged = tmp_path / "page", tmp_path / "converged"
+    log.write(page / "logs" / "a.jsonl", make_records("a", layers=LAYERS))
+    converged.mkdir()
+    shutil.move(tmp_path / "logs", converged / "logs")
+    shutil.copy(ROOT / "studies" / "converged" / study_page.PART, converged)
+    include = "{% with tables = study('converged') %}{% include 'converged/part.md.j2' %}{% endwith %}"
+    (page / study_page.TEMPLATE).write_text(include)
+
+    written = study_page.write(page, tmp_path / "study.md")
+
+    text = (tmp_path / "study.md").read_text()
+    assert "on validation by\n**+0.75 ± 0.00** points" in text
+    assert "at equal FLOPs (5; 3 seeds) better, **+1.80 ± 0.00**" in text
+    assert "Drawings:\n" in text and "27.5" in text
+    shown = set(re.findall(r"\((study_\w+\.svg)\)", text))
+    assert shown == {path.name for path in written if path.name.startswith("study_converged")}
+    assert ("study_converged_starts.svg" in shown) == (len(starts) > 1)
 
 
 def found_logs(directory):
