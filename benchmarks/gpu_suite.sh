@@ -34,30 +34,43 @@ for window in "${windows[@]}"; do
     exit 2
   fi
 done
-for name in PACK:[01] 'SECONDS_IN_ALL:+([0-9])'; do
-  value=${name%%:*}
-  # shellcheck disable=SC2053 # a pattern
-  if [[ -n ${!value:-} && ! ${!value} == ${name#*:} ]]; then
-    echo "$value: got '${!value}', wanted a number$([[ $value == PACK ]] && echo ", 0 or 1")" >&2
-    exit 2
-  fi
-done
-if [[ -n ${WHEELS:-} ]]; then
-  WHEELS=$(cd "$WHEELS" && pwd) || exit 2
-fi
-mkdir -p "$out" || exit 2
-out=$(cd "$out" && pwd)
-cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-deadline=$((SECONDS + ${SECONDS_IN_ALL:-520}))
-old=$(compgen -G "$out/*.csv"; compgen -G "$out/*.log"; compgen -G "$out/summary.md"; compgen -G "$out/results.tar.gz")
-if [[ -n $old && ! -e $out/steps.csv ]]; then
-  echo "$out holds files of something else, which would be deleted; name another OUTDIR:" "$old" >&2
+unset CDPATH
+if [[ ! ${PACK:-0} == [01] ]]; then
+  echo "PACK: got '$PACK', wanted 0 or 1" >&2
   exit 2
 fi
-rm -f "$out"/*.csv "$out"/*.log "$out"/summary.md "$out"/results.tar.gz
-echo "step,status,seconds,words" > "$out/steps.csv"
+if [[ ! ${SECONDS_IN_ALL:-520} =~ ^[0-9]+$ ]]; then
+  echo "SECONDS_IN_ALL: got '$SECONDS_IN_ALL', wanted a number of seconds" >&2
+  exit 2
+fi
+if [[ -n ${WHEELS:-} ]]; then
+  WHEELS=$(cd -- "$WHEELS" && pwd) || exit 2
+fi
+PYTHON=${PYTHON:-python3}
+if [[ $PYTHON == */* && $PYTHON != /* ]]; then
+  PYTHON=$PWD/$PYTHON
+fi
+mkdir -p -- "$out" || exit 2
+out=$(cd -- "$out" && pwd) || exit 2
+cd -- "$(dirname -- "$0")/.." || exit 2
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+deadline=$((SECONDS + 10#${SECONDS_IN_ALL:-520}))
+columns="step,status,seconds,words"
+shopt -s nullglob
+old=("$out"/*.csv "$out"/*.log)
+for file in "$out"/{summary.md,results.tar.gz}; do
+  [[ ! -e $file ]] || old+=("$file")
+done
+first=
+[[ ! -f $out/steps.csv ]] || read -r first < "$out/steps.csv"
+if ((${#old[@]})); then
+  if [[ $first != "$columns" ]]; then
+    echo "$out holds files of something else, which would be deleted; name another OUTDIR:" "${old[@]##*/}" >&2
+    exit 2
+  fi
+  rm -f -- "${old[@]}"
+fi
+echo "$columns" > "$out/steps.csv"
 
 record() {  # record STEP STATUS SECONDS WORDS: WORDS without what a CSV would read as more than words
   local words
@@ -99,8 +112,12 @@ layer() {  # layer NAME LIMIT forward|training OPTIONS...: one CSV of layers
   step "$1" "$2" "$PYTHON" "benchmarks/moe_$3.py" --device cuda --skip-failing --seconds 1.5 --csv "$out/$1.csv" "${@:4}"
 }
 
+probe() {  # probe MODULE: whether Python has it
+  timeout 30 "$PYTHON" -c "import $1" &> /dev/null
+}
+
 needing() {  # needing PROGRAM|MODULE.py NAME LIMIT COMMAND...: a step, skipped where its tool is not installed
-  if command -v "$1" > /dev/null || { [[ $1 == *.py ]] && "$PYTHON" -c "import ${1%.py}" &> /dev/null; }; then
+  if command -v "$1" > /dev/null || { [[ $1 == *.py ]] && probe "${1%.py}"; }; then
     step "${@:2}"
   else
     record "$2" skipped 0 "needs ${1%.py}"
@@ -115,7 +132,7 @@ sanitized() {  # sanitized TOOL LIMIT: small shapes under compute-sanitizer, eve
 }
 
 workers=()  # most of the tests' time is Triton compiling
-"$PYTHON" -c "import xdist" &> /dev/null && workers=(-n 6)
+probe xdist && workers=(-n 6)
 smoke="triton_is_used or small_experts or without_biases or (large_experts and tiled and dropless) or inference_gives"
 smoke+=" or (gating_and and 777) or many_rows_and_their or host_never_waits or twenty_runs_agree or graph_replays"
 main_case=(--shapes 50000x768x3072)
@@ -173,11 +190,15 @@ for window in "${windows[@]}"; do "window_$window"; done
 "$PYTHON" benchmarks/gpu_summary.py "$out" --windows "${windows[@]}"
 code=$?
 if ((${PACK:-0})); then
-  for log in "$out"/*.log; do # of each what it said last, so that all of them fit into 16 MiB
-    tail -c 500000 "$log" >"$out/end" && cat "$out/end" >"$log"
+  logs=("$out"/*.log) tables=("$out"/*.csv) end=$(mktemp)
+  for log in "${logs[@]}"; do # of each what it said last, so that all of them fit into 16 MiB
+    tail -c 500000 "$log" > "$end" && cat "$end" > "$log"
   done
-  rm -f "$out/end"
-  (cd "$out" && tar -czf results.tar.gz -- *.log *.csv && find . -maxdepth 1 -name '*.log' -delete &&
-    find . -maxdepth 1 -name '*.csv' ! -name steps.csv -delete)
+  rm -f "$end"
+  if tar -czf "$out/results.tar.gz" -C "$out" -- "${logs[@]##*/}" "${tables[@]##*/}"; then
+    for file in "${logs[@]}" "${tables[@]}"; do
+      [[ $file == "$out/steps.csv" ]] || rm -f -- "$file"
+    done
+  fi
 fi
 exit "$code"

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -169,7 +170,7 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 def write_pickle(content: dict[str, Any], path: Path) -> None:
-    """Writes with ``torch.save`` what ``read_pickle`` reads.
+    """Writes with ``torch.save`` what ``read_pickle`` reads. Numbers of numpy become Python's.
 
     When writing breaks off, torch's archive writer raises a RuntimeError from its destructor in place of the reason.
 
@@ -179,12 +180,22 @@ def write_pickle(content: dict[str, Any], path: Path) -> None:
     """
     try:
         with open(path, "wb") as file:
-            torch.save(content, file)
+            torch.save(_without_numpy(content), file)
     except RuntimeError as error:
         reason = error.__context__
         if isinstance(reason, OSError) or (reason is not None and not isinstance(reason, Exception)):
             raise reason from error
         raise
+
+
+def _without_numpy(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {_without_numpy(key): _without_numpy(of_key) for key, of_key in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numpy, value))
+    return value
 
 
 def strip_wrapper_prefixes(state_dict: dict[str, Any]) -> dict[str, Any]:

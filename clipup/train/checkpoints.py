@@ -101,8 +101,8 @@ def load_share(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
         OSError: it could not be read.
     """
     try:
-        sharded_checkpoints.check(directory, rank, world_size)
-        return sharded_checkpoints.read_state(directory)
+        index = sharded_checkpoints.check(directory, rank, world_size)
+        return sharded_checkpoints.read_checked_state(directory, index)
     except OSError as error:
         raise _unread(directory, error) from error
 

@@ -36,7 +36,7 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
         values = found.get(name)
         if not values:  # a parameter that never had a gradient
             continue
-        absent = [key for key in ("step", *_MOMENTS) if key not in values]
+        absent = [key for key in ("step", *_MOMENTS) if not isinstance(values.get(key), Tensor)]
         if absent:
             raise ValueError(f"the optimizer of {source} holds no {', '.join(absent)} for {name}; it is not an AdamW")
         shapes = {tuple(values[key].shape) for key in _MOMENTS}

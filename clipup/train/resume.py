@@ -22,6 +22,7 @@ IDENTITY = (
     *("force_image_size", "force_context_length", "force_quick_gelu", "force_custom_text", "opt"),
 )
 """Options that identify a run."""
+_COUNTS_IN_TENSORS = ("adamw", "nadamw")
 BATCH = ("batch_size", "accum_freq", "world_size")
 """Whose product is the global batch."""
 DATA = ("dataset_type", "dataset_resampled", "train_data_upsampling_factors", "train_num_samples")
@@ -85,6 +86,11 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
     if without_effect:
         notes.append(
             f"changes without effect, because the weights come from the checkpoint: {', '.join(without_effect)}"
+        )
+    if source.is_dir() and "optimizer" not in state and options.opt not in _COUNTS_IN_TENSORS:
+        notes.append(
+            f"{source} is of an earlier version, whose sharded checkpoints hold only tensors; what {options.opt} "
+            "counts besides them starts anew"
         )
     return notes
 

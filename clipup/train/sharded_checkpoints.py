@@ -6,16 +6,18 @@
 
 A directory is written under a temporary name, then renamed, then named in latest.json. One with more steps than
 latest.json says is not used: its writer was killed before that, or the run was continued from an earlier one.
-``state.pt`` in it is what a single-file checkpoint holds besides tensors.
+``state.pt`` in it is what a single-file checkpoint holds besides tensors; ``optimizer`` in it is ``OptimizerValues``,
+which checkpoints of earlier versions lack.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError, safe_open
 
@@ -28,6 +30,23 @@ POINTER = "latest.json"
 STATE = "state.pt"
 _NAME = re.compile(r"(epoch|step)_\d+")
 _STEP = re.compile(r"step_\d+")
+
+
+class OptimizerValues(TypedDict):
+    """What an optimizer holds besides tensors."""
+
+    param_groups: list[dict[str, Any]]
+    """The settings of its groups, and the names of their parameters in ``param_names``."""
+    values: dict[str, dict[str, Any]]
+    """By parameter and key; what ``is_plain`` accepts."""
+
+
+NO_VALUES: OptimizerValues = {"param_groups": [], "values": {}}
+
+
+def is_plain(value: object) -> bool:
+    """Whether it can be a value of an optimizer: None, a number or a string."""
+    return value is None or isinstance(value, int | float | str)
 
 
 def directory_name(kept_as: str | None, step: int) -> str:
@@ -63,6 +82,44 @@ def read_state(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} is not a whole sharded checkpoint: {STATE} is missing")
     check_archive(path)
     return read_pickle(path)
+
+
+def read_checked_state(directory: Path, index: Index) -> dict[str, Any]:
+    """Its ``state.pt``, in which ``optimizer`` is what it should be.
+
+    Raises:
+        ValueError: it is missing or damaged.
+        OSError: it could not be read.
+    """
+    state = read_state(directory)
+    if "optimizer" in state and not _are_optimizer_values(state["optimizer"], index):
+        raise ValueError(
+            f"{directory / STATE} is damaged: its optimizer is not groups with names and finite numbers by parameter; "
+            "resume from an earlier checkpoint"
+        )
+    return state
+
+
+def _are_optimizer_values(held: Any, index: Index) -> bool:
+    if not (isinstance(held, dict) and isinstance(held.get("param_groups"), list)):
+        return False
+    groups, values = held["param_groups"], held.get("values")
+    if not (isinstance(values, dict) and all(isinstance(one, dict) for one in (*groups, *values.values()))):
+        return False
+    names = [group.get("param_names") for group in groups]
+    return (
+        all(isinstance(of_group, list) and all(isinstance(name, str) for name in of_group) for of_group in names)
+        and all(_is_finite(value) for group in groups for value in group.values())
+        and all(
+            is_plain(value) and _is_finite(value) and f"{OPTIMIZER}{name}.{key}" not in index.tensors
+            for name, of_parameter in values.items()
+            for key, value in of_parameter.items()
+        )
+    )
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def write_state(directory: Path, state: dict[str, Any]) -> None:
@@ -106,12 +163,12 @@ def load(directory: Path) -> dict[str, Any]:
         OSError: it could not be read.
     """
     index = check(directory)
-    state = read_state(directory)
+    state = read_checked_state(directory, index)
     by_name: dict[str, dict[str, Any]] = {}
     for name, value in read_tensors(directory, index, OPTIMIZER).items():
         parameter, _, key = name.rpartition(".")
         by_name.setdefault(parameter, {})[key] = value
-    for parameter, values in state.get("optimizer", {"values": {}})["values"].items():
+    for parameter, values in state.get("optimizer", NO_VALUES)["values"].items():
         by_name.setdefault(parameter, {}).update(values)
     weights = read_tensors(directory, index, MODEL)
     return {**state, **index.configs, "state_dict": weights, "optimizer": {"by_name": by_name}}

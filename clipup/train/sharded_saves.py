@@ -15,7 +15,7 @@ from ..pretrained.shard_files import Index
 from . import sharded_checkpoints, sharded_state
 from .distributed import Ranks, unlimited_group
 from .recorder import LOG
-from .sharded_state import OptimizerValues
+from .sharded_checkpoints import OptimizerValues
 
 
 class ShardedSaves:
@@ -146,7 +146,9 @@ class ShardedSaves:
 
     def _replace_state(self, name: str, state: dict[str, Any]) -> Path:
         path, _ = self.last or (self.folder / name, 0)
-        sharded_checkpoints.write_state(path, state)
+        before = sharded_checkpoints.read_state(path)  # this run may train fewer parameters than the tensors are of
+        kept = {"optimizer": before["optimizer"]} if "optimizer" in before else {}
+        sharded_checkpoints.write_state(path, state | kept)
         if sharded_checkpoints.is_between_epochs(path) and path.name != name:
             if path.with_name(name).exists():
                 remove_directory(path.with_name(name))

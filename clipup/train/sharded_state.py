@@ -1,12 +1,12 @@
 """The state of a model and its optimizer by names that do not depend on how it is spread over ranks.
 
 Of the tensors, ``model.NAME`` are weights and buffers, ``optimizer.NAME.KEY`` the optimizer's of the parameter NAME.
-What else the optimizer holds, such as counts of steps, is ``OptimizerValues``.
+What else the optimizer holds, such as counts of steps, is ``sharded_checkpoints.OptimizerValues``.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from ..moe.expert_parallel import is_distributed
 from ..pretrained.shard_files import MODEL, OPTIMIZER, Index
 from .optim import continued_groups
-
-
-class OptimizerValues(TypedDict):
-    """What an optimizer holds besides tensors."""
-
-    param_groups: list[dict[str, Any]]
-    """The settings of its groups, and the names of their parameters in ``param_names``."""
-    values: dict[str, dict[str, Any]]
-    """By parameter and key."""
+from .sharded_checkpoints import OptimizerValues, is_plain
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
@@ -59,7 +51,7 @@ def check_kinds(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> N
     """
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
-            if not (value is None or isinstance(value, Tensor | int | float | str)):
+            if not (isinstance(value, Tensor) or is_plain(value)):
                 raise ValueError(
                     f"fsdp_checkpoint 'sharded' saves tensors and numbers, and {type(optimizer).__name__} keeps a "
                     f"{type(value).__name__} in {key!r} of {names[parameter]}; use fsdp_checkpoint 'full', or another "

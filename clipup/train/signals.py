@@ -49,7 +49,6 @@ class StopRequest:
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
         self._terminated = 0.0
-        self._outlives_readers = False
 
     def __enter__(self) -> StopRequest:
         if self._enabled:
@@ -85,23 +84,33 @@ class StopRequest:
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
         self._terminate(number, frame)
-        if not self._outlives_readers:
-            self._outlives_readers = True
-            _outlive_readers()
+        _outlive_readers()
+
+
+_watch: threading.Thread | None = None
 
 
 def _outlive_readers() -> None:
     """From now on, stdout and stderr go nowhere as soon as nobody reads them: a terminal that is gone, or a pipe whose
     other end gets the same signal a little later, would refuse what is written, in the middle of saving."""
+    global _watch
+    if _watch is not None and _watch.is_alive():
+        return
     with suppress(OSError, ValueError):  # no descriptor is free: then output stays where it is
         nothing = os.open(os.devnull, os.O_WRONLY)
-        read = {stream for stream in (1, 2) if _has_a_reader(stream)}
-        watch = threading.Thread(target=_watch, args=(read, nothing), name="clipup output", daemon=True)
-        watch.start()
-        watch.join(_READERS_END_SECONDS)
+        read = [stream for stream in (1, 2) if _may_lose_its_reader(stream)]
+        _watch = threading.Thread(target=_redirect_lost, args=(read, nothing), name="clipup output", daemon=True)
+        try:
+            _watch.start()
+        except RuntimeError:  # no thread is free: then it goes nowhere from now on
+            for stream in read:
+                os.dup2(nothing, stream)
+            os.close(nothing)
+        else:
+            _watch.join(_READERS_END_SECONDS)
 
 
-def _has_a_reader(stream: int) -> bool:
+def _may_lose_its_reader(stream: int) -> bool:
     try:
         mode = os.fstat(stream).st_mode
     except OSError:  # it was closed
@@ -109,7 +118,7 @@ def _has_a_reader(stream: int) -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)
 
 
-def _watch(read: set[int], nothing: int) -> None:
+def _redirect_lost(read: list[int], nothing: int) -> None:
     """Redirects each of the streams when it loses its reader."""
     lost = select.poll()
     for stream in read:
@@ -117,7 +126,7 @@ def _watch(read: set[int], nothing: int) -> None:
     while read:
         for stream, event in lost.poll():
             lost.unregister(stream)
-            read.discard(stream)
+            read.remove(stream)
             if event & (select.POLLERR | select.POLLHUP):
                 os.dup2(nothing, stream)
     os.close(nothing)

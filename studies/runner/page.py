@@ -10,6 +10,7 @@ Figures are written beside the page. The same logs, configs and template give th
 from __future__ import annotations
 
 import csv
+import re
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from .config import SUFFIX as CONFIG_SUFFIX
 from .tables import Tables
 
 TEMPLATE, PART = "page.md.j2", "part.md.j2"
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 def write(study: str | Path, out: str | Path) -> list[Path]:
@@ -38,8 +40,7 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     parts: dict[str, Tables] = {}
 
     def other_study(name: str) -> Tables:
-        _check_name("study()", name, f"a directory beside {study.name}")
-        return parts.setdefault(name, Tables(results.read(study.resolve().parent / name / "logs")))
+        return parts.setdefault(name, Tables(results.read(_beside(study, name) / "logs")))
 
     environment = SandboxedEnvironment(  # a study's directory may come from anyone, so its template must not run Python
         loader=jinja2.FunctionLoader(partial(_source, study)),
@@ -56,8 +57,10 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
             pending=[name for name in configs if name not in tables.results],
             planned=len(configs),
         )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"{study / TEMPLATE} cannot be rendered: {error}") from error
+    except Exception as error:  # whatever a template does
+        if isinstance(error, OSError) and not isinstance(error, jinja2.TemplateNotFound):
+            raise
+        raise ValueError(f"{study / TEMPLATE} cannot be rendered: {type(error).__name__}: {error}") from error
     figures = tables.figures() | {
         f"{name}_{key}": svg for name, of in parts.items() for key, svg in of.figures().items()
     }
@@ -69,26 +72,30 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
 def _source(study: Path, name: str) -> str | None:
     """The study's own template, or the part of a study beside it."""
     other, _, file = name.rpartition("/")
-    if other:
-        _check_name("include", other, f"a directory beside {study.name}")
     if file != (PART if other else TEMPLATE):
         return None
-    path = study.resolve().parent / name if other else study / name
+    path = _own(_beside(study, other) if other else study, file)
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def _rows(study: Path, of: str, name: str) -> list[dict[str, str]]:
-    _check_name("by()", name, "a file of the study")
-    if of != study.name:
-        _check_name("by()", of, f"a directory beside {study.name}")
-        study = study.resolve().parent / of
-    with (study / name).open(encoding="utf-8", newline="") as file:
+    if not name.endswith(".csv"):
+        raise ValueError(f"by() got {name!r}, expected the name of a CSV file of the study")
+    with _own(study if of == study.name else _beside(study, of), name).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def _check_name(call: str, name: str, expected: str) -> None:
-    if Path(name).name != name or name == "..":
-        raise ValueError(f"{TEMPLATE}: {call} got {name!r}, expected the name of {expected}")
+def _beside(study: Path, name: str) -> Path:
+    """A study's directory beside another one."""
+    return _own(study.resolve().parent, name)
+
+
+def _own(directory: Path, name: str) -> Path:
+    """A path in a directory: a template must not lead out of it, and neither must a link that came with it."""
+    path = directory.resolve() / name
+    if not _NAME.fullmatch(name) or path.resolve() != path:
+        raise ValueError(f"{name!r} is not the name of a file or directory in {directory}")
+    return path
 
 
 def _write(text: str, path: Path) -> None:

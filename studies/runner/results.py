@@ -90,14 +90,11 @@ def group_of(result: Result) -> Group:
     return Group(result.config["model"], result.budget, result.config["arm"])
 
 
-def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
-    """The runs of each group at the learning rate that is best on validation, ordered by seed.
-
-    That is the rate that beats every other one in pairwise comparisons over the seeds that both have, so a rate cannot
-    win by a seed that the other lacks. If none does, it is the one with the most wins, then with the most seeds.
+def by_rate(results: Iterable[Result]) -> dict[Group, dict[float, dict[int, Result]]]:
+    """The runs of each group by learning rate and seed.
 
     Raises:
-        ValueError: two runs differ in neither, or two rates have no seed in common.
+        ValueError: two runs differ in none of these.
     """
     groups: dict[Group, dict[float, dict[int, Result]]] = {}
     for result in results:
@@ -105,9 +102,21 @@ def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
         other = of_rate.setdefault(result.config["seed"], result)
         if other is not result:
             raise ValueError(f"{other.name} and {result.name} are of one arm, budget, learning rate and seed")
+    return groups
+
+
+def chosen(results: Iterable[Result]) -> dict[Group, list[Result]]:
+    """The runs of each group at the learning rate that is best on validation, ordered by seed.
+
+    That is the rate that beats every other one in pairwise comparisons over the seeds that both have, so a rate cannot
+    win by a seed that the other lacks. If none does, it is the one with the most wins, then with the most seeds.
+
+    Raises:
+        ValueError: two rates have no seed in common.
+    """
     best = {}
-    for group, by_rate in groups.items():
-        seeds = by_rate[_best_rate(group, by_rate)]
+    for group, rates in by_rate(results).items():
+        seeds = rates[_best_rate(group, rates)]
         best[group] = [seeds[seed] for seed in sorted(seeds)]
     return best
 
@@ -128,22 +137,42 @@ def _best_rate(group: Group, by_rate: dict[float, dict[int, Result]]) -> float:
     return max(sorted(by_rate), key=strength)
 
 
+def started_from(result: Result, results: dict[str, Result]) -> Result | None:
+    """The run that a run starts from.
+
+    Raises:
+        ValueError: it has no log.
+    """
+    name = result.config["start"]
+    if name is None:
+        return None
+    if name not in results:
+        raise ValueError(f"{result.name} starts from {name}, which has no log: run it too, or leave {result.name} out")
+    return results[name]
+
+
 def start_steps(result: Result, results: dict[str, Result]) -> int | None:
     """The steps of the run that a run starts from."""
-    start = result.config["start"]
-    return None if start is None else results[start].config["steps"]
+    start = started_from(result, results)
+    return None if start is None else start.config["steps"]
 
 
 def of_start(results: dict[str, Result], steps: int) -> dict[str, Result]:
-    """The runs from starts of so many steps, and the runs that they start from."""
+    """The runs from starts of so many steps, and all that those start from in turn."""
     found = {name: result for name, result in results.items() if start_steps(result, results) == steps}
-    return {result.config["start"]: results[result.config["start"]] for result in found.values()} | found
+    before: dict[str, Result] = {}
+    for result in found.values():
+        start = started_from(result, results)
+        while start is not None:
+            before[start.name] = start
+            start = started_from(start, results)
+    return before | found
 
 
 def total_gflops(result: Result, results: dict[str, Result]) -> float:
     """Training FLOPs of a run and of all runs that it starts from, in 10^9."""
-    start = result.config["start"]
-    before = total_gflops(results[start], results) if start is not None else 0.0
+    start = started_from(result, results)
+    before = 0.0 if start is None else total_gflops(start, results)
     return before + result.cost["train_gflops"]
 
 
@@ -160,8 +189,11 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""0.975 quantiles of Student's t with 1 to 9 degrees of freedom."""
+_T_95 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
+)
+"""0.975 quantiles of Student's t with 1 to 19 degrees of freedom."""
 
 
 class Lead(NamedTuple):
@@ -188,5 +220,7 @@ def lead(
     differences = [ours.mean(measure, splits, ways) - theirs.mean(measure, splits, ways) for ours, theirs in pairs]
     mean, spread = mean_and_spread(differences)
     count = len(differences)
+    if count > len(_T_95) + 1:
+        raise ValueError(f"intervals are for at most {len(_T_95) + 1} seeds, got {count}")
     half = None if spread is None else _T_95[count - 2] * spread / math.sqrt(count)
     return Lead(mean, half, count)

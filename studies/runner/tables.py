@@ -82,10 +82,12 @@ class Tables:
         """The lead of an arm over others at the same learning rate and the arm's smallest budget, with the number of
         seeds."""
         budget = min((run.budget for run in self.results.values() if run.config["arm"] == arm), default=None)
-        at: dict[tuple[float, str], dict[int, Result]] = {}
-        for run in self.results.values():
-            if run.budget == budget:
-                at.setdefault((run.config["lr"], run.config["arm"]), {})[run.config["seed"]] = run
+        at = {
+            (rate, group.arm): of_seed
+            for group, rates in results.by_rate(self.results.values()).items()
+            for rate, of_seed in rates.items()
+            if group.budget == budget
+        }
         lines: list[list[str]] = []
         for rate in sorted(lr for lr, name in at if name == arm):
             cells = []
@@ -110,7 +112,7 @@ class Tables:
             if not seeds:
                 raise ValueError(f"{', '.join(of_arm)} of {group.budget} steps have no seed in common: run one more")
             found = {name: [of_seed[seed] for seed in seeds] for name, of_seed in of_arm.items()}
-            starts = [self.results[run.config["start"]] for run in found[arm] if run.config["start"] is not None]
+            starts = self._starts_of(found[arm])
             if starts and not lines:
                 before = _recall(starts, splits)
                 lines.append(["0", str(len(seeds)), *[before] * (1 + len(others)), *[MISSING] * len(others)])
@@ -171,11 +173,9 @@ class Tables:
         self, arm: str, other: str, splits: Sequence[str] = results.TESTS, seeds: Sequence[int] | None = None
     ) -> str:
         """The lead of an arm over another one at its smallest budget, for a sentence. ``seeds``: default all."""
-        for group, pairs in self._pairs(arm):
-            if group.arm == other:
-                of_seeds = [pair for pair in pairs if seeds is None or pair[0].config["seed"] in seeds]
-                return _lead(results.lead(of_seeds, splits)) if of_seeds else MISSING
-        return MISSING
+        pairs = self._shortest(arm).get(other, [])
+        of_seeds = [pair for pair in pairs if seeds is None or pair[0].config["seed"] in seeds]
+        return _lead(results.lead(of_seeds, splits)) if of_seeds else MISSING
 
     def leads_by_start(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
         """By the steps of the dense start: what ``others[1]`` gains over ``others[0]`` on validation, and the arm's
@@ -265,10 +265,14 @@ class Tables:
         are those of each group's first seed.
 
         If there are several starts, these are of the one with the most runs, and ``starts`` are the leads of CLIP-UP by
-        the steps of the start."""
-        if len(self.starts) > 1:
-            by_start = [self.of_start(steps) for steps in self.starts]
-            return max(by_start, key=lambda of: len(of.results)).figures() | {"starts": self._over_starts()}
+        the steps of the start.
+        """
+        if len(self.starts) < 2:
+            return self._over_training()
+        most = max(map(self.of_start, self.starts), key=lambda of: len(of.results))
+        return most._over_training() | {"starts": self._over_starts()}
+
+    def _over_training(self) -> dict[str, str]:
         lengths: dict[str, list[list[Result]]] = {}
         for group, runs in self.groups:
             lengths.setdefault(group.arm, []).append(runs)
@@ -318,12 +322,21 @@ class Tables:
                 found.append((group, pairs))
         return found
 
+    def _shortest(self, arm: str) -> dict[str, list[tuple[Result, Result]]]:
+        """The pairs of the arm's smallest budget by the other arm."""
+        budget = min((group.budget for group, _ in self.groups if group.arm == arm), default=None)
+        return {group.arm: pairs for group, pairs in self._pairs(arm) if group.budget == budget}
+
+    def _starts_of(self, runs: Sequence[Result]) -> list[Result]:
+        starts = [results.started_from(run, self.results) for run in runs]
+        return [start for start in starts if start is not None]
+
     def _pflop(self, runs: Sequence[Result]) -> str:
         return f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
 
     def _over_flops(self, arm: str, groups: Sequence[Sequence[Result]]) -> Series:
         """The means over seeds, one point per length, with the start of the shortest runs as the first point."""
-        starts = [self.results[run.config["start"]] for run in groups[0] if run.config["start"] is not None]
+        starts = self._starts_of(groups[0])
         runs = [*([starts] if starts else []), *groups]
         x = [results.total_gflops(of[0], self.results) / 1e6 for of in runs]
         return Series(_label(arm), x, [fmean(run.mean("r1") for run in of) for of in runs], points=True)

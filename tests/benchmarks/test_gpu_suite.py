@@ -235,11 +235,37 @@ def test_files_of_something_else_are_left_alone(suite, name):
     assert (suite.out / name).read_text() == "of something else"
 
 
+def test_a_stranger_s_steps_and_a_name_with_patterns_are_no_earlier_run(suite):
+    suite.out = suite.out.with_name("out[1]")
+    suite.out.mkdir()
+    (suite.out / "steps.csv").write_text("step,calories\n")
+    (suite.out / "notes.log").write_text("mine")
+    assert "name another OUTDIR: steps.csv notes.log" in suite.refusal()
+    assert (suite.out / "notes.log").read_text() == "mine"
+
+
+def test_packing_leaves_other_files_alone(suite):
+    suite.out.mkdir()
+    (suite.out / "end").write_text("mine")
+    suite("main", PACK="1")
+    assert (suite.out / "end").read_text() == "mine"
+    result, steps = suite("main", PACK="1", SECONDS_IN_ALL="008")  # no step had time, so there is no log
+    assert {row["status"] for row in steps.values()} <= {"no time left", "skipped"} and "tar" not in result.stderr
+
+
+def test_a_relative_python_and_a_search_path_for_directories_mislead_nobody(suite, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "out").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    suite.out = Path("out")
+    _, steps = suite("main", PYTHON="tools/python3", CDPATH=str(tmp_path / "elsewhere"))
+    assert steps["device"]["status"] == "ok"
+
+
 @pytest.mark.parametrize(
     "environment,message",
     [
-        ({"PACK": "yes"}, "PACK: got 'yes', wanted a number, 0 or 1"),
-        ({"SECONDS_IN_ALL": "ten"}, "SECONDS_IN_ALL: got 'ten', wanted a number"),
+        ({"PACK": "yes"}, "PACK: got 'yes', wanted 0 or 1"),
+        ({"SECONDS_IN_ALL": "ten"}, "SECONDS_IN_ALL: got 'ten', wanted a number of seconds"),
         ({"WHEELS": "/nowhere"}, "/nowhere"),
     ],
 )

@@ -172,6 +172,9 @@ def test_an_optimizer_of_another_model_is_refused_by_name(make_model, dense_run)
     optimizer["state"][index]["exp_avg"] = torch.zeros(3)
     with pytest.raises(ValueError, match="the optimizer of run.pt is of another model: its moments of .* have shape"):
         named_state(make_model(), optimizer, "run.pt")
+    optimizer["state"][index]["step"] = 3  # as some of timm's count
+    with pytest.raises(ValueError, match="holds no step for .*; it is not an AdamW"):
+        named_state(make_model(), optimizer, "run.pt")
     del optimizer["state"][index]["exp_avg"]
-    with pytest.raises(ValueError, match="holds no exp_avg for .*; it is not an AdamW"):
+    with pytest.raises(ValueError, match="holds no step, exp_avg for .*; it is not an AdamW"):
         named_state(make_model(), optimizer, "run.pt")

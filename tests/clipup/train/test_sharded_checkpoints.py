@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from strangers import MakesFile
@@ -86,6 +87,65 @@ def test_other_optimizers_are_continued_too(run, opt, first, then):
 
     assert [record["loss"] for record in resumed.history] == [record["loss"] for record in whole.history]
     assert same_weights(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_numbers_of_numpy_can_be_saved_and_read(run, kind):
+    rates = {"lr": np.float64(1e-3), "opt_kwargs": {"eps": np.float64(1e-5)}, "fsdp_checkpoint": kind}
+    run(steps=2, **rates)
+    assert run(steps=4, resume="latest", **rates).steps == 4
+
+
+OF_OPTIMIZER = {"param_groups": [], "values": {}}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        *(None, [1], {}, {"param_groups": []}, {"param_groups": None, "values": {}}, {**OF_OPTIMIZER, "values": [1]}),
+        *({**OF_OPTIMIZER, "param_groups": groups} for groups in ([{}], ["a"], [{"param_names": 5}])),
+        {**OF_OPTIMIZER, "param_groups": [{"param_names": [], "step": float("nan")}]},
+        *({**OF_OPTIMIZER, "values": {"logit_scale": of}} for of in (None, [1], {"k": [1]}, {"k": float("inf")})),
+        {**OF_OPTIMIZER, "values": {"logit_scale": {"exp_avg": 1.0}}},  # which is a tensor
+    ],
+    ids=str,
+)
+def test_an_optimizer_of_another_form_is_named_and_the_checkpoint_before_is_used(run, optimizer):
+    first = run()
+    folder = first.directory / "checkpoints"
+    path = folder / "epoch_2" / "state.pt"
+    torch.save({**torch.load(path, weights_only=True), "optimizer": optimizer}, path)
+
+    for read in (lambda: load(folder / "epoch_2"), lambda: run(resume=str(folder / "epoch_2"))):
+        with pytest.raises(ValueError, match=r"epoch_2/state\.pt is damaged: its optimizer is not groups"):
+            read()
+    assert run(resume="latest").steps == 6
+    assert "epoch_1, because a checkpoint cannot be used" in (first.directory / "out.log").read_text()
+
+
+def test_a_run_that_does_no_step_with_a_locked_tower_leaves_the_optimizer_whole(run):
+    whole = run(name="whole", opt="timm/madgrad")
+    with pytest.raises(TrainingInterrupted):
+        run([Every(4, lambda model: os.kill(os.getpid(), signal.SIGINT))], opt="timm/madgrad")
+    run(steps=4, resume="latest", resume_with_changes=True, lock_image=True, opt="timm/madgrad")
+
+    resumed = run(resume="latest", resume_with_changes=True, opt="timm/madgrad")
+
+    assert same_weights(resumed.model, whole.model)
+
+
+@pytest.mark.parametrize("opt", ["timm/lamb", "adamw"])
+def test_a_checkpoint_of_an_earlier_version_is_resumed_and_what_it_lacks_is_said(run, opt):
+    first = run(opt=opt, steps=3)
+    path = newest(first) / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["optimizer"]
+    torch.save(state, path)
+
+    run(opt=opt, resume="latest")
+
+    said = "what timm/lamb counts besides them starts anew" in (first.directory / "out.log").read_text()
+    assert said == (opt == "timm/lamb")
 
 
 def test_an_optimizer_whose_state_cannot_be_sharded_is_refused_after_its_first_step(run):

@@ -83,8 +83,14 @@ os.write(kept, b"received" if stop.received else b"lost")
         ("os.dup2(writer, 2); os.close(writer)", "time.sleep(0.2); os.close(reader); time.sleep(0.2)", "said received"),
         ("", "", "said received"),
         ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))", "", "said received"),
+        (
+            "def full(thread): raise RuntimeError\nthreading.Thread.start = full\n"
+            "os.dup2(writer, 2); os.close(writer); os.close(reader)",
+            "",
+            "said received",
+        ),
     ],
-    ids=["a pipe whose reader ends with it", "ends later", "a file", "no free descriptor"],
+    ids=["a pipe whose reader ends with it", "ends later", "a file", "no free descriptor", "no free thread"],
 )
 def test_a_hang_up_is_received_whoever_reads_the_output(tmp_path, before, after, said):
     out = tmp_path / "out"
@@ -94,3 +100,23 @@ def test_a_hang_up_is_received_whoever_reads_the_output(tmp_path, before, after,
         done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=file, stderr=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert out.read_text() == said
+
+
+OFTEN = """
+import os, signal, threading
+from clipup.train import signals
+for _ in range(3):
+    with signals.StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+print(threading.active_count(), len(os.listdir("/proc/self/fd")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_hang_ups_leave_one_thread_and_one_descriptor_behind():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    few, many = (
+        subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True).stdout.split()
+        for text in (OFTEN.replace("range(3)", "range(1)"), OFTEN)
+    )
+    assert few == many and few[0] == "2"

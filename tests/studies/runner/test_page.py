@@ -54,6 +54,16 @@ def test_a_study_without_template_is_refused(tmp_path):
         "by('a', '../secret.csv')",
         "by('a', 'DIRECTORY/secret.csv')",
         "by('a', 'secret.csv', '..')",
+        "by('a', 'secret.csv', '')",
+        "by('a', 'x.csv', '.hidden')",
+        "by('a', 'secret', 'beside')",
+        "by('a', 'link.csv')",
+        "study('').starts",
+        "study('.hidden').starts",
+        "'' }}{% include 'study/part.md.j2' %}{{ ''",
+        "1 / 0",
+        "tables.retrieval('nope')",
+        "'' }}{% include 'page.md.j2' %}{{ ''",
         "by('a', 'secret.csv', 'DIRECTORY')",
         "study('..').starts",
         "study.__globals__['__builtins__']['open']('TRACE', 'w')",
@@ -69,6 +79,12 @@ def test_a_template_runs_no_python_and_reads_no_other_files(found, tmp_path, cod
     shutil.copytree(found_logs(tmp_path), study / "logs")
     for place in (tmp_path, tmp_path.parent):
         (place / study_page.PART).write_text("secret")
+    for beside in (".hidden", "beside"):
+        (tmp_path / beside).mkdir()
+        (tmp_path / beside / "secret").write_text("a\n1\n")
+        (tmp_path / beside / "x.csv").write_text("a\n1\n")
+    (study / "link.csv").symlink_to(tmp_path / "secret.csv")
+    (study / study_page.PART).symlink_to(tmp_path / study_page.PART)
     code = code.replace("TRACE", str(tmp_path / "trace")).replace("DIRECTORY", str(tmp_path))
     (study / study_page.TEMPLATE).write_text("{{ " + code + " }}")
 

@@ -207,6 +207,46 @@ def test_starts_of_several_lengths_are_compared_by_what_dense_training_still_gai
     assert set(tables.of_start(50).results) == {name for name in tables.results if name.split("-")[1] == "50"}
 
 
+def test_runs_of_other_starts_and_lengths_are_not_mixed(write, make_records):
+    logs = of_start(make_records, 50, 0.02, 0.01)
+    logs += [make_records("long", "clip_up", score=0.9, start="start-50", budget=50)]
+    logs += [make_records("dense-long", "limoe", score=0.1, start="start-50", budget=50)]
+    tables = Tables(write(*logs))
+
+    assert tables.lead("clip_up", "limoe") == "–"  # of the longer budget only
+    mixed = Tables(write(make_records("other", "clip_up", start="start-50")))
+    with pytest.raises(ValueError, match="clip_up-50-0 and other are of one arm"):
+        mixed.leads_by_rate("clip_up", ["dense_continued"])
+
+
+def test_a_start_without_a_log_is_named(write, make_records):
+    with pytest.raises(ValueError, match="sparse starts from dense, which has no log"):
+        Tables(write(make_records("sparse", start="dense"))).figures()
+
+
+def test_what_a_start_started_from_belongs_to_it(write, make_records):
+    logs = [make_records("dense", "dense", steps=50, gflops=2e6)]
+    logs += [make_records("middle", "dense_continued", start="dense", gflops=1e6)]
+    logs += [make_records("sparse", start="middle", gflops=1e6)]
+    tables = Tables(write(*logs))
+
+    assert tables.starts == [5, 50]
+    assert set(tables.of_start(5).results) == {"dense", "middle", "sparse"} and tables.figures()
+
+
+def test_up_to_twenty_seeds_have_an_interval(write, make_records):
+    for count in (20, 21):
+        logs = [make_records("start", "dense", score=0.1)]
+        for seed in range(count):
+            logs += [make_records(f"s{seed}", seed=seed, score=0.5 + 0.2 * (seed % 2), start="start")]
+            logs += [make_records(f"d{seed}", "dense_continued", seed=seed, score=0.5, start="start")]
+        tables = Tables(write(*logs))
+        if count == 20:
+            assert tables.lead("clip_up", "dense_continued") == "**+4.50 ± 2.16**"
+    with pytest.raises(ValueError, match="at most 20 seeds, got 21"):
+        tables.lead("clip_up", "dense_continued")
+
+
 def test_comparisons_are_rows_with_a_verdict(write, make_records):
     logs = of_start(make_records, 50, 0.02, 0.01)
     logs += [make_records("once", "limoe", score=0.3, start="start-50")]
