@@ -16,10 +16,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.models.auto import modeling_auto
 
 from ..clip.hugging_face import hugging_face_blocks
@@ -29,6 +25,17 @@ from ..moe.layer import aux_loss, moe_layers
 from ..moe.router import Router
 from .sparse_blocks import make_sparse
 from .sparse_configs import sparse_config_class, sparse_name
+
+try:
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"sparse models of transformers need version 5 of it or newer, and {transformers.__version__} is installed: "
+        'pip install "transformers>=5"'
+    ) from error
 
 
 def adopt(model: Any, config: MoEConfig) -> None:

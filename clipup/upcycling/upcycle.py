@@ -8,7 +8,7 @@ the sparse model has the same outputs as the dense one. ``step0_difference`` mea
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -43,6 +43,7 @@ def upcycle(
         TypeError: an unsupported model or argument, or a selected block whose MLP is of no supported family.
         ValueError: no model, or models that differ in the shape of an MLP; a model is already sparse, ``config.blocks``
             names a missing block, or a hidden width is not a multiple of ``config.granularity``.
+        ImportError: a model of transformers before version 5.
     """
     models: list[nn.Module] = list(model) if isinstance(model, list | tuple) else [model]  # type: ignore[list-item]
     if not models:
@@ -62,11 +63,13 @@ def upcycle(
             )
     mlps = [mlp.dense for mlp in chosen_mlps(first, config)]  # raises before anything is copied
     more = [mlps_like(mlps, other, config) for other in others]
+    adopt: Callable[[nn.Module, MoEConfig], None] | None = None
+    if is_hugging_face(first):
+        from .sparse_hugging_face import adopt  # imports transformers, which is optional
+
     if not inplace:
         first = copy.deepcopy(first)
     make_sparse(first, config, more)
-    if is_hugging_face(first):
-        from . import sparse_hugging_face  # imports transformers, which is optional
-
-        sparse_hugging_face.adopt(first, config)
+    if adopt is not None:
+        adopt(first, config)
     return first

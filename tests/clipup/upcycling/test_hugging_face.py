@@ -49,6 +49,17 @@ def test_every_family_computes_the_same_function_at_step_zero(name):
     assert not moe_layers(dense) and dense.config.to_dict()["model_type"] == dense.config.model_type
 
 
+def test_transformers_before_version_5_is_refused_and_the_model_stays_as_it_was(monkeypatch):
+    dense = tiny_hugging_face("ViTForImageClassification")
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    monkeypatch.delitem(sys.modules, "clipup.upcycling.sparse_hugging_face", raising=False)
+
+    with pytest.raises(ImportError, match=f"version 5 of it or newer, and {transformers.__version__} is installed"):
+        upcycle(dense, inplace=True)
+
+    assert not moe_layers(dense)
+
+
 @FAMILIES
 def test_saved_and_loaded_by_transformers(name, tmp_path):
     dense = tiny_hugging_face(name)
