@@ -126,7 +126,8 @@ def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_reco
     log.write(page / "logs" / "a.jsonl", make_records("a", layers=LAYERS))
     converged.mkdir()
     shutil.move(tmp_path / "logs", converged / "logs")
-    shutil.copy(ROOT / "studies" / "converged" / study_page.PART, converged)
+    for name in (study_page.PART, "step.csv"):
+        shutil.copy(ROOT / "studies" / "converged" / name, converged)
     include = "{% with tables = study('converged') %}{% include 'converged/part.md.j2' %}{% endwith %}"
     (page / study_page.TEMPLATE).write_text(include)
 
