@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,19 @@ from torch import Tensor, nn
 def check(name: str, value: object, holds: bool, expected: str, error: type[Exception] = ValueError) -> None:
     if not holds:
         raise error(f"{name} must be {expected}, got {value!r}")
+
+
+def without_numpy(value: Any) -> Any:
+    """Numbers of numpy as Python's, also within dicts, lists and tuples: JSON and checkpoints hold no others."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        plain = copy.copy(value)  # of the same class
+        plain.update({key: without_numpy(of_key) for key, of_key in value.items()})
+        return plain
+    if type(value) in (list, tuple):
+        return type(value)(map(without_numpy, value))
+    return value
 
 
 def is_int(value: object) -> bool:

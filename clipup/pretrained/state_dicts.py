@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..checks import without_numpy
 from ..moe.config import MoEConfig
 from . import shard_files
 
@@ -180,22 +180,12 @@ def write_pickle(content: dict[str, Any], path: Path) -> None:
     """
     try:
         with open(path, "wb") as file:
-            torch.save(_without_numpy(content), file)
+            torch.save(without_numpy(content), file)
     except RuntimeError as error:
         reason = error.__context__
         if isinstance(reason, OSError) or (reason is not None and not isinstance(reason, Exception)):
             raise reason from error
         raise
-
-
-def _without_numpy(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) is dict:
-        return {_without_numpy(key): _without_numpy(of_key) for key, of_key in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_without_numpy, value))
-    return value
 
 
 def strip_wrapper_prefixes(state_dict: dict[str, Any]) -> dict[str, Any]:

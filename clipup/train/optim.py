@@ -11,7 +11,7 @@ from typing import Any
 
 import timm.optim
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..clip.layer_groups import layer_groups
 from ..moe.layer import moe_layers
@@ -173,31 +173,31 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
             )
         saved = [{**group, "param_names": names} for group, names in zip(saved, wanted, strict=True)]
     index = {name: at for group in saved for name, at in zip(group["param_names"], group["params"], strict=True)}
-    name_of = {parameter: name for name, parameter in model.named_parameters()}
-    held = [[name_of[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    groups = continued_groups(optimizer, held, saved)
+    name_of: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    groups = continued_groups(optimizer, name_of, saved)
     states: dict[int, Any] = {}
-    for group, of_group, names in zip(optimizer.param_groups, groups, held, strict=True):
-        for position, name, parameter in zip(of_group["params"], names, group["params"], strict=True):
-            moments = state["state"].get(index.get(name))
+    for group, of_group in zip(optimizer.param_groups, groups, strict=True):
+        for position, parameter in zip(of_group["params"], group["params"], strict=True):
+            moments = state["state"].get(index.get(name_of[parameter]))
             if moments is not None:
                 states[position] = {key: shard_like(parameter, value) for key, value in moments.items()}
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def continued_groups(
-    optimizer: torch.optim.Optimizer, names: list[list[str]], saved: list[dict[str, Any]]
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The groups of the optimizer's state dict: its own settings, and of a saved group with one of its parameters what
     its own group does not have yet, such as a count of steps.
 
     Args:
-        names: the names of the parameters in the optimizer's groups.
+        names: of the parameters.
         saved: settings of groups, with ``param_names``.
     """
     groups = []
-    for group, own_names in zip(optimizer.state_dict()["param_groups"], names, strict=True):
-        known: dict[str, Any] = next((one for one in saved if not set(own_names).isdisjoint(one["param_names"])), {})
+    for own, group in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
+        own_names = {names[parameter] for parameter in own["params"]}
+        known: dict[str, Any] = next((one for one in saved if not own_names.isdisjoint(one["param_names"])), {})
         counted = {key: value for key, value in known.items() if key not in group and key not in _OF_A_RUN}
         groups.append({**counted, **group})
     return groups

@@ -33,10 +33,10 @@ def all_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, names: dict[
 
 def other_values(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> OptimizerValues:
     """What ``all_tensors`` leaves out, the same on all ranks."""
-    groups = [
-        {**{key: value for key, value in group.items() if key != "params"}, "param_names": names_of_group}
-        for group, names_of_group in _named(optimizer, names)
-    ]
+    groups = []
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**settings, "param_names": [names[parameter] for parameter in group["params"]]})
     values = {
         names[parameter]: {key: value for key, value in held.items() if not isinstance(value, Tensor)}
         for parameter, held in optimizer.state.items()
@@ -57,10 +57,6 @@ def check_kinds(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> N
                     f"{type(value).__name__} in {key!r} of {names[parameter]}; use fsdp_checkpoint 'full', or another "
                     "opt"
                 )
-
-
-def _named(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> list[tuple[dict[str, Any], list[str]]]:
-    return [(group, [names[parameter] for parameter in group["params"]]) for group in optimizer.param_groups]
 
 
 def own_share(tensors: dict[str, Tensor], buffers: set[str], rank: int, world_size: int) -> dict[str, Tensor]:
@@ -140,5 +136,4 @@ def targets(
                 )
             if values:
                 state[number] = values
-    own_names = [names_of_group for _, names_of_group in _named(optimizer, names)]
-    return wanted, {"state": state, "param_groups": continued_groups(optimizer, own_names, others["param_groups"])}
+    return wanted, {"state": state, "param_groups": continued_groups(optimizer, names, others["param_groups"])}

@@ -40,7 +40,9 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     parts: dict[str, Tables] = {}
 
     def other_study(name: str) -> Tables:
-        return parts.setdefault(name, Tables(results.read(_beside(study, name) / "logs")))
+        if name not in parts:
+            parts[name] = Tables(results.read(_beside(study, name) / "logs"))
+        return parts[name]
 
     environment = SandboxedEnvironment(  # a study's directory may come from anyone, so its template must not run Python
         loader=jinja2.FunctionLoader(partial(_source, study)),

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from ...checks import without_numpy
 from ...moe.config import MoEConfig
 from ...precision import Precision
 from ..objectives import check_options
@@ -68,6 +69,8 @@ class TrainOptions(
     """Sparse layers for --moe; the defaults are CLIP-UP's recipe."""
 
     def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            setattr(self, option.name, without_numpy(getattr(self, option.name)))
         for group in GROUPS.values():
             group.check(self)
         if self.resume_dense is not None and self.opt != "adamw":

@@ -91,9 +91,12 @@ def test_other_optimizers_are_continued_too(run, opt, first, then):
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
 def test_numbers_of_numpy_can_be_saved_and_read(run, kind):
-    rates = {"lr": np.float64(1e-3), "opt_kwargs": {"eps": np.float64(1e-5)}, "fsdp_checkpoint": kind}
-    run(steps=2, **rates)
-    assert run(steps=4, resume="latest", **rates).steps == 4
+    of_numpy = {"lr": np.float32(1e-3), "wd": np.float64(0.1), "opt_kwargs": {"eps": np.float32(1e-5)}}
+    run(steps=np.int64(2), fsdp_checkpoint=kind, **of_numpy)
+    moe = MoEConfig.clip_up(capacity_factor=np.float64(1.5))
+    assert run(steps=4, resume="latest", fsdp_checkpoint=kind, **of_numpy).steps == 4
+    run(name="sparse", moe=moe, steps=2, fsdp_checkpoint=kind)
+    assert run(name="sparse", moe=moe, steps=4, resume="latest", fsdp_checkpoint=kind).steps == 4
 
 
 OF_OPTIMIZER = {"param_groups": [], "values": {}}

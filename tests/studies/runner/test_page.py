@@ -135,7 +135,7 @@ def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_reco
 
     text = (tmp_path / "study.md").read_text()
     assert "on validation by\n**+0.75 ± 0.00** points" in text
-    assert "at equal FLOPs (5; 3 seeds) better, **+1.80 ± 0.00**" in text
+    assert "| at equal FLOPs | 5 | 3 | **+1.80 ± 0.00** | better |\n" in text
     assert "Drawings:\n" in text and "27.5" in text
     shown = set(re.findall(r"\((study_\w+\.svg)\)", text))
     assert shown == {path.name for path in written if path.name.startswith("study_converged")}
