@@ -306,7 +306,8 @@ class Tables:
         series = [
             Series(f"over {_label(other)}", *zip(*points, strict=True), points=True) for other, points in lines.items()
         ]
-        return _chart(series, f"Lead of {_label(arm)} in R@1, both test splits", "steps of the start", "points", short)
+        title = f"Lead of {_label(arm)} in R@1, both test splits"
+        return _chart(series, title, "steps of the start", "points", short, [(0, "no lead")])
 
     def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:
         """For each group of another arm, the runs of ``arm`` with the same model and budget, each paired with the
@@ -342,8 +343,16 @@ class Tables:
         return Series(_label(arm), x, [fmean(run.mean("r1") for run in of) for of in runs], points=True)
 
 
-def _chart(series: Sequence[Series], title: str, x: str, y: str, form: Callable[[float], str]) -> str:
-    return svg.on_white(line_chart(series, title, x, y, form, width=_WIDTH, height=_HEIGHT), _WIDTH, _HEIGHT)
+def _chart(
+    series: Sequence[Series],
+    title: str,
+    x: str,
+    y: str,
+    form: Callable[[float], str],
+    levels: Sequence[tuple[float, str]] = (),
+) -> str:
+    drawn = line_chart(series, title, x, y, form, levels=levels, width=_WIDTH, height=_HEIGHT)
+    return svg.on_white(drawn, _WIDTH, _HEIGHT)
 
 
 def _over_steps(run: Result, lines: Sequence[dict], field: str) -> Series:
