@@ -1,4 +1,4 @@
-"""``accelerate``: prepares a model for CPU inference by packing the weights of its MLPs and experts."""
+"""``accelerate``: prepares a model for CPU inference by packing the weights of its MLPs, experts and attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clipup_kernels import packed_layout
-from clipup_kernels.types import QUANTIZATIONS
+from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
 
 from .. import checks
 from ..dense.dense_mlp import class_name
@@ -37,22 +37,22 @@ class NothingToPrepare(ValueError):
 
 @torch.no_grad()
 def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = None) -> nn.Module:
-    """Prepares a model for CPU inference: sparse layers and dense MLPs store packed weights instead of plain ones.
+    """Prepares a model for CPU inference: layers store packed weights instead of plain ones.
 
-    The outputs of sparse layers are bitwise unchanged. Dense MLPs run on clipup's kernels, with the same outputs up to
-    rounding. In text towers that return only the features of the end-of-text token, computation stops at the end of
-    the longest text in the batch, as in upcycled models (``clipup.clip.padding_aware``). All other modules are
-    unchanged: attention, norms, and MLPs that consist of several modules (as in BERT), have a norm between their
-    projections, or have hooks.
+    The outputs of sparse layers are bitwise unchanged. Dense MLPs, and self-attention in the blocks of open_clip,
+    torchvision, timm and transformers (``clipup.dense.prepared_attention`` names them), run on clipup's kernels, with
+    the same outputs up to rounding. In text towers that return only the features of the end-of-text token, computation
+    stops at the end of the longest text in the batch, as in upcycled models (``clipup.clip.padding_aware``). All other
+    modules are unchanged: norms, MLPs that consist of several modules (as in BERT) or have a norm between their
+    projections, and what has hooks. Where no kernel here computes the model's type, attention is unchanged too.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, modifying, casting or
     moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
     work, and ``state_dict()`` has the names and values of the plain model. Upcycle and cast before preparing.
 
-    With ``weights="int8"``, the matrices of experts, dense MLPs and of self-attention in the blocks of open_clip,
-    torchvision, timm and transformers (``clipup.dense.prepared_attention`` names them) are quantized by output channel,
-    and their inputs by row at every call. Routers, norms, embeddings and heads are unchanged. ``state_dict()``
-    then raises: the plain weights are gone.
+    With ``weights="int8"``, the matrices of experts, dense MLPs and attention are quantized by output channel, and
+    their inputs by row at every call; so outputs of sparse layers change too. ``state_dict()`` then raises: the plain
+    weights are gone.
 
     Args:
         model: a model on the CPU with transformer blocks of a family in ``clipup.dense.mlp_families``, sparse or dense;
@@ -88,9 +88,8 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
         cast(PreparedMoE, layer).prepare(weights)
     for mlp in dense:
         mlp.replace(PreparedMLP(mlp.module, weights))
-    if weights is not None:
-        for block in _blocks(model):
-            _quantize_attention(block, weights)
+    for block in _blocks(model):
+        _prepare_attention(block, weights)
     if not inplace:
         _copy_parameters(model, originals)
     for parameter in model.parameters():
@@ -164,19 +163,24 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _quantize_attention(module: nn.Module, weights: str) -> None:
-    """Quantizes self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. What has
-    hooks, a class derived from these, or one whose parts are others, is left as it is."""
+def _prepare_attention(module: nn.Module, weights: str | None) -> None:
+    """Prepares self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. What has
+    hooks, a class derived from these, or one whose parts are others, is left as it is; so is what no kernel here
+    computes, since torch's products are faster than those of a fallback."""
     for name, child in list(module.named_children()):
         if isinstance(child, Prepared | SparseMoE) or is_changed(child):
             continue
         if type(child) is nn.Linear:
-            if class_name(module) in ATTENTIONS:
+            if class_name(module) in ATTENTIONS and _is_packed(child.weight.dtype, weights):
                 setattr(module, name, PreparedLinear(child, weights))
         elif class_name(child) not in ATTENTION_MODULES or not _attends_to_itself(module):
-            _quantize_attention(child, weights)
-        elif can_be_prepared(child):
+            _prepare_attention(child, weights)
+        elif can_be_prepared(child) and _is_packed(child.in_proj_weight.dtype, weights):
             setattr(module, name, prepared_attention(child, weights))
+
+
+def _is_packed(dtype: torch.dtype, weights: str | None) -> bool:
+    return packed_layout(dtype, weights) != PLAIN_LAYOUT
 
 
 def _attends_to_itself(block: nn.Module) -> bool:

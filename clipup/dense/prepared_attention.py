@@ -1,4 +1,4 @@
-"""Attention with quantized projections, for inference on CPUs; made by ``clipup.accelerate(model, weights="int8")``.
+"""Attention whose projections hold packed weights, for inference on CPUs; made by ``clipup.accelerate``.
 
 Axis legend: ``B`` sequences, ``L`` tokens per sequence, ``D`` model width, ``h`` heads.
 """
@@ -47,7 +47,8 @@ Others read weights and biases themselves (timm's EvaAttention)."""
 
 def _whole(name: str, parameter: Tensor) -> Stored:
     """A parameter that is one tensor of the prepared layer."""
-    return Stored(parameter.shape, parameter.dtype, [Part(name, parameter.shape, parameter.stride(), 0)])
+    contiguous = torch.empty(parameter.shape, device="meta").stride()
+    return Stored(parameter.shape, parameter.dtype, [Part(name, parameter.shape, contiguous, 0)])
 
 
 class _PreparedProjections(Prepared):
@@ -56,6 +57,10 @@ class _PreparedProjections(Prepared):
 
     def _keep(self, name: str, packed: PackedWeight) -> None:
         super()._keep(name, packed._replace(shape=(1, *packed.shape)[-3:]))
+
+    def _get(self, name: str) -> Tensor:
+        tensor = super()._get(name)
+        return tensor[0] if tensor.dim() == 3 else tensor
 
     def _linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """x [..., I] -> [..., O]."""
@@ -66,9 +71,9 @@ class _PreparedProjections(Prepared):
 
 
 class PreparedLinear(_PreparedProjections):
-    """A quantized ``nn.Linear``."""
+    """An ``nn.Linear`` with packed weights."""
 
-    def __init__(self, linear: nn.Linear, quantize: str) -> None:
+    def __init__(self, linear: nn.Linear, quantize: str | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         tensors = {"in_weight": linear.weight, "in_bias": linear.bias}
@@ -90,9 +95,9 @@ class PreparedLinear(_PreparedProjections):
 
 
 class PreparedAttention(_PreparedProjections):
-    """Self-attention by an ``nn.MultiheadAttention`` with quantized projections. It returns no attention weights."""
+    """Self-attention by an ``nn.MultiheadAttention`` with packed projections. It returns no attention weights."""
 
-    def __init__(self, attention: Any, quantize: str) -> None:
+    def __init__(self, attention: Any, quantize: str | None = None) -> None:
         super().__init__()
         if not can_be_prepared(attention):
             raise TypeError(
@@ -131,9 +136,9 @@ class PreparedAttention(_PreparedProjections):
                 without one.
         """
         if key is not query or value is not query:
-            raise NotImplementedError("quantized attention computes self-attention only: key and value must be query")
+            raise NotImplementedError("prepared attention computes self-attention only: key and value must be query")
         if need_weights:
-            raise NotImplementedError("quantized attention returns no attention weights; pass need_weights=False")
+            raise NotImplementedError("prepared attention returns no attention weights; pass need_weights=False")
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says that attn_mask is causal, and there is none; pass the mask")
         self._check_type(query)
@@ -170,7 +175,7 @@ class PreparedOpenClipAttention(PreparedAttention):
             TypeError, ValueError: a mask of another type or shape.
         """
         if any(other is not None and other is not x for other in (k_x, v_x)):
-            raise NotImplementedError("quantized attention computes self-attention only: k_x and v_x must be x or None")
+            raise NotImplementedError("prepared attention computes self-attention only: k_x and v_x must be x or None")
         self._check_type(x)
         if attn_mask is not None:
             batch, length = x.shape[:2]
@@ -213,7 +218,7 @@ SELF_ATTENTION_BLOCKS = frozenset(
 """Full names of block classes whose attention is called as the prepared one can be."""
 
 
-def prepared_attention(attention: nn.Module, quantize: str) -> PreparedAttention:
+def prepared_attention(attention: nn.Module, quantize: str | None) -> PreparedAttention:
     """The prepared layer in place of a module of ``ATTENTION_MODULES`` for which ``can_be_prepared`` holds."""
     of_torch = isinstance(attention, nn.MultiheadAttention)
     return (PreparedAttention if of_torch else PreparedOpenClipAttention)(attention, quantize)

@@ -1,4 +1,4 @@
-"""accelerate: prepares the sparse layers and dense MLPs of a model for inference and leaves the rest unchanged."""
+"""accelerate: prepares sparse layers, dense MLPs and attention for inference, and leaves the rest of a model unchanged."""
 
 import copy
 import importlib
@@ -12,8 +12,11 @@ from tiny_families import HUGGING_FACE, TIMM, build, hugging_face_cfg, timm_mode
 from torch import nn
 
 import clipup
+import clipup_kernels
 from clipup.clip.inputs import random_inputs
 from clipup.clip.towers import tower_blocks
+from clipup.dense.prepared_attention import PreparedAttention
+from clipup_kernels.types import PLAIN_LAYOUT
 
 
 def features(model):
@@ -47,6 +50,26 @@ def test_dense_mlps_run_on_the_kernels(monkeypatch):
     with torch.no_grad():
         features(clipup.accelerate(tiny_clip().eval()))
     assert len(calls) == 8  # 4 blocks in each of two towers
+
+
+@pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="only compiled kernels pack weights")
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_attention_of_every_block_holds_packed_weights(kind):
+    model = tiny_clip(kind).eval()
+    fast = clipup.accelerate(model)
+    plain = [name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention]
+    blocks = [name for name in plain if "transformer.resblocks" in name]
+    assert blocks or kind == "custom_blocks"  # open_clip 3 has an attention of its own in these
+    assert all(isinstance(fast.get_submodule(name), PreparedAttention) for name in blocks)
+    left = {name for name, module in fast.named_modules() if type(module) is nn.MultiheadAttention}
+    assert left == set(plain) - set(blocks)
+
+
+def test_attention_stays_in_torch_where_no_kernel_computes_its_type(monkeypatch):
+    model = tiny_clip().eval()
+    monkeypatch.setattr(importlib.import_module("clipup.clip.accelerate"), "packed_layout", lambda *_: PLAIN_LAYOUT)
+    fast = clipup.accelerate(model)
+    assert not any(isinstance(module, PreparedAttention) for module in fast.modules())
 
 
 def test_texts_are_computed_up_to_the_end_of_the_longest_text():

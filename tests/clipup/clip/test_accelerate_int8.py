@@ -1,4 +1,7 @@
-"""accelerate(model, weights="int8"): experts, MLPs and attention of both towers in int8, close to the plain model."""
+"""accelerate(model, weights="int8"): experts, MLPs and attention of both towers in int8, close to the plain model.
+
+What concerns attention holds for packed weights of the model's own type too.
+"""
 
 import copy
 import gc
@@ -100,18 +103,19 @@ def test_the_model_is_copied_unless_inplace():
     assert all(map(torch.equal, features(model), features(int8)))
 
 
-def test_copies_pickles_and_threads_compute_the_same():
-    int8 = clipup.accelerate(sparse_clip(), weights="int8")
-    expected = features(int8)
-    for same in (copy.deepcopy(int8), pickle.loads(pickle.dumps(int8))):
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_copies_pickles_and_threads_compute_the_same(weights):
+    prepared = clipup.accelerate(sparse_clip(), weights=weights)
+    expected = features(prepared)
+    for same in (copy.deepcopy(prepared), pickle.loads(pickle.dumps(prepared))):
         assert all(map(torch.equal, features(same), expected))
     torch.manual_seed(0)
-    images, _ = random_inputs(int8, batch_size=3)
+    images, _ = random_inputs(prepared, batch_size=3)
     wrong = []
 
     def call():
         with torch.inference_mode():
-            wrong.extend(i for i in range(5) if not torch.equal(int8.encode_image(images), expected[0]))
+            wrong.extend(i for i in range(5) if not torch.equal(prepared.encode_image(images), expected[0]))
 
     threads = [threading.Thread(target=call) for _ in range(4)]
     for thread in threads:
@@ -221,8 +225,9 @@ def test_attention_of_open_clip_4_with_other_parts_is_left_as_it_is(change):
     assert (cosines(features(int8), features(model)) > 0.995).all()
 
 
-def test_a_default_device_is_not_that_of_the_masks_and_offsets():
-    model, wanted = clipup.accelerate(sparse_clip(), weights="int8"), None
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_default_device_is_not_that_of_the_masks_and_offsets(weights):
+    model, wanted = clipup.accelerate(sparse_clip(), weights=weights), None
     for device in ("cpu", "meta"):
         torch.manual_seed(0)
         images, texts = random_inputs(model, batch_size=3)
@@ -232,8 +237,9 @@ def test_a_default_device_is_not_that_of_the_masks_and_offsets():
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_a_model_is_exported_with_any_batch():
-    model = clipup.accelerate(sparse_clip(), weights="int8")
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_model_is_exported_with_any_batch(weights):
+    model = clipup.accelerate(sparse_clip(), weights=weights)
     images, _ = random_inputs(model, batch_size=3)
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(model.visual, (images,), dynamic_shapes=({0: batch},)).module()
@@ -258,13 +264,14 @@ def test_weights_of_a_prepared_layer_cannot_be_set():
             setattr(layer, name, value)
 
 
-def test_hooked_attention_is_left_as_it_is():
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_hooked_attention_is_left_as_it_is(weights):
     model = sparse_clip()
     seen = []
     model.transformer.resblocks[0].attn.register_forward_hook(lambda *_: seen.append(1))
-    int8 = clipup.accelerate(model, weights="int8")
-    features(int8)
-    assert seen and not isinstance(int8.transformer.resblocks[0].attn, Prepared)
+    prepared = clipup.accelerate(model, weights=weights)
+    features(prepared)
+    assert seen and not isinstance(prepared.transformer.resblocks[0].attn, Prepared)
 
 
 def test_coca_keeps_its_cross_attention():
@@ -313,21 +320,23 @@ def test_hugging_face_towers_are_quantized(name, tmp_path):
     assert (cosines(features(int8), features(model)) > 0.98).all()
 
 
-def test_compiled_models_compute_the_same():
-    int8 = clipup.accelerate(sparse_clip(), weights="int8")
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_compiled_models_compute_the_same(weights):
+    prepared = clipup.accelerate(sparse_clip(), weights=weights)
     torch.manual_seed(0)
-    images, _ = random_inputs(int8, batch_size=2)
-    compiled = torch.compile(int8.visual, backend="eager")
+    images, _ = random_inputs(prepared, batch_size=2)
+    compiled = torch.compile(prepared.visual, backend="eager")
     with torch.inference_mode():
-        assert torch.equal(compiled(images), int8.visual(images))
+        assert torch.equal(compiled(images), prepared.visual(images))
 
 
-def test_empty_batches_are_encoded():
-    int8 = clipup.accelerate(sparse_clip(), weights="int8")
-    _, texts = random_inputs(int8, batch_size=2)
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_empty_batches_are_encoded(weights):
+    prepared = clipup.accelerate(sparse_clip(), weights=weights)
+    _, texts = random_inputs(prepared, batch_size=2)
     with torch.inference_mode():
-        assert int8.encode_text(texts[:0]).shape == (0, 16)
-        attention = PreparedAttention(nn.MultiheadAttention(32, 2, batch_first=True).eval(), "int8")
+        assert prepared.encode_text(texts[:0]).shape == (0, 16)
+        attention = PreparedAttention(nn.MultiheadAttention(32, 2, batch_first=True).eval(), weights)
         assert attention(*[torch.zeros(3, 0, 32)] * 3, need_weights=False)[0].shape == (3, 0, 32)
 
 
@@ -340,13 +349,14 @@ class OwnBlock(nn.Module):
         return self.mlp(x + self.attn(x, x, x)[0])  # need_weights=True
 
 
-def test_attention_of_unknown_blocks_is_left_as_it_is():
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_attention_of_unknown_blocks_is_left_as_it_is(weights):
     torch.manual_seed(0)
     model = OwnBlock().eval()
-    int8 = clipup.accelerate(model, weights="int8")
+    prepared = clipup.accelerate(model, weights=weights)
     x = torch.randn(2, 5, 32)
     with torch.inference_mode():
-        assert (int8(x) - model(x)).norm() <= 3e-2 * model(x).norm()
+        assert (prepared(x) - model(x)).norm() <= 3e-2 * model(x).norm()
 
 
 def test_a_model_with_one_float64_layer_is_refused_before_anything_changes():

@@ -1,4 +1,4 @@
-"""Quantized attention and linear layers by themselves: torch's and open_clip's results, and what they refuse."""
+"""Prepared attention and linear layers, plain and int8: torch's and open_clip's results, and what they refuse."""
 
 import copy
 
@@ -14,16 +14,24 @@ from clipup.dense.prepared_attention import PreparedAttention, PreparedLinear, c
 pytestmark = pytest.mark.skipif(
     not clipup_kernels.backend_info()["compiled"], reason="int8 needs the compiled extension"
 )
+with_weights = pytest.mark.parametrize("weights", [None, "int8"])
 
 
+def assert_follows(ours, theirs, weights):
+    """Up to rounding in ours's type, or up to quantization."""
+    tolerance = 2e-2 if weights == "int8" else 1e-5 if ours.dtype == torch.float32 else 1e-2
+    assert ours.shape == theirs.shape and (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@with_weights
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("masks", ["none", "causal", "boolean", "by head", "padding", "both"])
-def test_attention_follows_torch(masks, batch_first, dtype):
+def test_attention_follows_torch(masks, batch_first, dtype, weights):
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(64, 4, batch_first=batch_first).eval()
     nn.init.normal_(plain.in_proj_bias)
-    quantized = PreparedAttention(copy.deepcopy(plain).to(dtype), "int8")
+    prepared = PreparedAttention(copy.deepcopy(plain).to(dtype), weights)
     batch, length = 3, 7
     x = torch.randn((batch, length, 64) if batch_first else (length, batch, 64))
     future = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -40,19 +48,20 @@ def test_attention_follows_torch(masks, batch_first, dtype):
     with torch.inference_mode():
         theirs, _ = plain(x, x, x, need_weights=False, **options)
         rounded = x.to(dtype)
-        ours, weights = quantized(rounded, rounded, rounded, need_weights=False, **options)
-    assert weights is None and ours.shape == theirs.shape and ours.dtype == dtype
-    assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
+        ours, shares = prepared(rounded, rounded, rounded, need_weights=False, **options)
+    assert shares is None and ours.dtype == dtype
+    assert_follows(ours, theirs, weights)
 
 
-def test_attention_without_a_batch_follows_torch():
+@with_weights
+def test_attention_without_a_batch_follows_torch(weights):
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(64, 4, bias=False).eval()
     x = torch.randn(7, 64)
     with torch.inference_mode():
         theirs, _ = plain(x, x, x, need_weights=False)
-        ours, _ = PreparedAttention(plain, "int8")(x, x, x, need_weights=False)
-    assert ours.shape == theirs.shape and (ours - theirs).norm() <= 2e-2 * theirs.norm()
+        ours, _ = PreparedAttention(plain, weights)(x, x, x, need_weights=False)
+    assert_follows(ours, theirs, weights)
 
 
 def test_attention_refuses_what_it_does_not_compute():
@@ -71,13 +80,14 @@ def test_attention_refuses_what_it_does_not_compute():
 
 
 @only_open_clip_4
+@with_weights
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masks", ["none", "additive", "boolean", "by head", "of each text"])
-def test_attention_of_open_clip_4_follows_it(masks, dtype):
+def test_attention_of_open_clip_4_follows_it(masks, dtype, weights):
     torch.manual_seed(0)
     plain = Attention(64, num_heads=4).eval()
     nn.init.normal_(plain.in_proj_bias)
-    quantized = prepared_attention(copy.deepcopy(plain).to(dtype), "int8")
+    prepared = prepared_attention(copy.deepcopy(plain).to(dtype), weights)
     x, past = torch.randn(3, 7, 64), torch.ones(7, 7, dtype=torch.bool).tril()
     mask = {
         "none": None,
@@ -87,10 +97,11 @@ def test_attention_of_open_clip_4_follows_it(masks, dtype):
         "of each text": (torch.arange(7) < torch.tensor([[7], [4], [5]]))[:, None, None],
     }[masks]
     with torch.inference_mode():
-        theirs, ours = plain(x, attn_mask=mask), quantized(x.to(dtype), attn_mask=mask)
-    assert ours.shape == theirs.shape and ours.dtype == dtype and (ours - theirs).norm() <= 2e-2 * theirs.norm()
+        theirs, ours = plain(x, attn_mask=mask), prepared(x.to(dtype), attn_mask=mask)
+    assert ours.dtype == dtype
+    assert_follows(ours, theirs, weights)
     with pytest.raises(NotImplementedError, match="self-attention only: k_x and v_x must be x or None"):
-        quantized(x.to(dtype), k_x=x.clone())
+        prepared(x.to(dtype), k_x=x.clone())
     assert not can_be_prepared(Attention(64, num_heads=4, qk_norm=True))
 
 
@@ -103,30 +114,47 @@ def test_attention_of_another_class_of_that_name_is_left_as_it_is():
     assert not can_be_prepared(attention)
 
 
+@with_weights
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [7, 520])
-def test_a_query_that_sees_nothing_gives_the_bias_of_the_output(dtype, length):
+def test_a_query_that_sees_nothing_gives_the_bias_of_the_output(dtype, length, weights):
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(32, 2, batch_first=True).to(dtype).eval()
     nn.init.normal_(plain.out_proj.bias)
-    quantized = PreparedAttention(plain, "int8")
+    prepared = PreparedAttention(plain, weights)
     x = torch.randn(2, length, 32, dtype=dtype)
     mask = torch.zeros(length, length, dtype=torch.bool)
     mask[3] = True
     with torch.inference_mode():
-        ours, _ = quantized(x, x, x, need_weights=False, attn_mask=mask)
-        rest, _ = quantized(x, x, x, need_weights=False)
+        ours, _ = prepared(x, x, x, need_weights=False, attn_mask=mask)
+        rest, _ = prepared(x, x, x, need_weights=False)
     torch.testing.assert_close(ours[:, 3], plain.out_proj.bias.expand(2, -1))
     torch.testing.assert_close(torch.cat([ours[:, :3], ours[:, 4:]], 1), torch.cat([rest[:, :3], rest[:, 4:]], 1))
 
 
-def test_a_linear_layer_follows_torch():
+@with_weights
+def test_a_linear_layer_follows_torch(weights):
     torch.manual_seed(0)
     plain = nn.Linear(64, 40)
     x = torch.randn(2, 5, 64)
     with torch.inference_mode():
-        theirs, ours = plain(x), PreparedLinear(plain, "int8")(x)
-    assert ours.shape == theirs.shape and (ours - theirs).norm() <= 2e-2 * theirs.norm()
+        theirs, ours = plain(x), PreparedLinear(plain, weights)(x)
+    assert_follows(ours, theirs, weights)
+
+
+@with_weights
+def test_weights_may_lie_transposed_in_memory(weights):
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 40)
+    plain.weight = nn.Parameter(torch.randn(64, 40).t())
+    prepared = PreparedLinear(plain, weights)
+    x = torch.randn(5, 64)
+    with torch.inference_mode():
+        before = prepared(x)
+        prepared.load_state_dict(plain.state_dict())
+        assert torch.equal(prepared(x), before)
+    if weights is None:
+        assert all(torch.equal(prepared.state_dict()[name], value) for name, value in plain.state_dict().items())
 
 
 def test_masks_of_other_shapes_are_refused():
