@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -21,7 +22,8 @@ class Progress:
     """Call ``update`` after each piece of work and ``close`` at the end, or use it as a context manager.
 
     If stderr is not a terminal, a line is printed after 5, 15 and 35 seconds, then every 30 seconds, and at the end. A
-    task that ends before the first line prints nothing.
+    task that ends before the first line prints nothing. Once stderr refuses what is written, nothing more is shown, and
+    the task goes on.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class Progress:
         self.done += count
         self._detail = detail
         if not self._lines:
-            self._bar.set_postfix_str(detail, refresh=False)
-            self._bar.update(count)
+            with self._unless_refused():
+                self._bar.set_postfix_str(detail, refresh=False)
+                self._bar.update(count)
         elif time.monotonic() >= self._due:
             self._line()
             self._due = time.monotonic() + next(self._pauses, _PAUSE)
@@ -70,12 +73,22 @@ class Progress:
     def write(self, text: str) -> None:
         """Prints a separate line, above the bar if there is one."""
         if self._show:
-            tqdm.write(text, file=sys.stderr)
+            with self._unless_refused():
+                tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         if self._last_printed not in (None, self.done):
             self._line()
-        self._bar.close()
+        with self._unless_refused():
+            self._bar.close()
+
+    @contextmanager
+    def _unless_refused(self) -> Iterator[None]:
+        """Inside, output that cannot be written is the end of showing: its reader may be gone."""
+        try:
+            yield
+        except OSError:
+            self._show, self._bar.disable = False, True
 
     def _line(self) -> None:
         self._last_printed = self.done

@@ -17,11 +17,11 @@ from ..clip.layer_groups import layer_groups
 from ..moe.layer import moe_layers
 from ..moe.weight_decay import decays
 from .options import TrainOptions
-from .whole_state import by_mesh, names_of, shard_like, whole_optimizer_state
+from .whole_state import PLACE, by_mesh, names_of, shard_like, whole_optimizer_state
 
 _BETAS, _EPS = (0.9, 0.98), 1e-6
 """CLIP's, of AdamW and NAdamW."""
-_OF_A_RUN = ("param_names", "lr_scale")
+_OF_A_RUN = ("param_names", "lr_scale", *PLACE)
 """Of a saved group, what a run sets anew; the rest, such as a count of steps, is the optimizer's own."""
 
 
@@ -181,7 +181,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
             moments = state["state"].get(index.get(name_of[parameter]))
             if moments is not None:
                 states[position] = {key: shard_like(parameter, value) for key, value in moments.items()}
-    optimizer.load_state_dict({"state": states, "param_groups": groups})
+    optimizer.load_state_dict({**state, "state": states, "param_groups": groups})
 
 
 def continued_groups(
@@ -193,14 +193,30 @@ def continued_groups(
     Args:
         names: of the parameters.
         saved: settings of groups, with ``param_names``.
+
+    Raises:
+        ValueError: what it takes from a saved group is no finite number.
     """
     groups = []
     for own, group in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
         own_names = {names[parameter] for parameter in own["params"]}
         known: dict[str, Any] = next((one for one in saved if not own_names.isdisjoint(one["param_names"])), {})
         counted = {key: value for key, value in known.items() if key not in group and key not in _OF_A_RUN}
+        for key, value in counted.items():
+            if not _is_counted(value):
+                raise ValueError(
+                    f"the checkpoint's optimizer has {key} = {value!r} in a group, where a finite number should be; "
+                    "resume from an earlier checkpoint"
+                )
         groups.append({**counted, **group})
     return groups
+
+
+def _is_counted(value: object) -> bool:
+    """Whether an optimizer can have counted or measured it: a number that a float holds exactly, if it is whole."""
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    return value is None or (isinstance(value, int | float) and abs(value) <= 2**53)
 
 
 def schedule(

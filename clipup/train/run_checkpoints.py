@@ -57,6 +57,8 @@ class RunCheckpoints:
         self.directory = directory
         self.unsharded = unsharded
         self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch, order)
+        self._restored: tuple[Path, int] | None = None
+        """The file whose optimizer was loaded, and its step."""
         self._sharded: ShardedSaves | None = None
         if options.fsdp_checkpoint == "sharded" and directory is not None:
             self._sharded = self.sharded
@@ -88,6 +90,7 @@ class RunCheckpoints:
             checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
             if same_optimizer:
                 load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
+                self._restored = source, self.state.step
         if self.train_step.scaler is not None and "scaler" in checkpoint:
             self.train_step.scaler.load_state_dict(checkpoint["scaler"])
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))
@@ -125,12 +128,22 @@ class RunCheckpoints:
         paths = [self.directory.checkpoints / name for name in names]
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)
         optimizer = optimizer_state(self.train_step.optimizer, self.built.model, keep=self.ranks.first)
-        tensors = {"state_dict": weights, "optimizer": optimizer}
-        self.ranks.first_does(lambda: checkpoints.save({**self._state(recorder), **self._configs(), **tensors}, *paths))
+        rest = {**self._state(recorder), **self._configs(), "state_dict": weights}
+        self.ranks.first_does(lambda: checkpoints.save({**rest, "optimizer": self._of_all(optimizer)}, *paths))
         self._is_saved(paths[-1])
         if self.options.save_total_limit is not None:
             self.ranks.first_does(lambda: checkpoints.prune(paths[0], self.options.save_total_limit))
         return paths[-1]
+
+    def _of_all(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's state; before the first step that of the checkpoint, since this run may train fewer of its
+        parameters."""
+        if self._restored is None or self._restored[1] != self.state.step:
+            return optimizer
+        try:
+            return checkpoints.load(self._restored[0])["optimizer"]
+        except (OSError, ValueError):  # deleted or replaced meanwhile
+            return optimizer
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is whole. A failure is raised on every rank."""

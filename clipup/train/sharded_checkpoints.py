@@ -109,7 +109,7 @@ def _are_optimizer_values(held: Any, index: Index) -> bool:
     names = [group.get("param_names") for group in groups]
     return (
         all(isinstance(of_group, list) and all(isinstance(name, str) for name in of_group) for of_group in names)
-        and all(_is_finite(value) for group in groups for value in group.values())
+        and not any(isinstance(value, float) and math.isnan(value) for group in groups for value in group.values())
         and all(
             is_plain(value) and _is_finite(value) and f"{OPTIMIZER}{name}.{key}" not in index.tensors
             for name, of_parameter in values.items()

@@ -15,6 +15,7 @@ from ..moe.expert_parallel import is_distributed
 from ..pretrained.shard_files import MODEL, OPTIMIZER, Index
 from .optim import continued_groups
 from .sharded_checkpoints import OptimizerValues, is_plain
+from .whole_state import PLACE
 
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
@@ -35,7 +36,7 @@ def other_values(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> 
     """What ``all_tensors`` leaves out, the same on all ranks."""
     groups = []
     for group in optimizer.param_groups:
-        settings = {key: value for key, value in group.items() if key != "params"}
+        settings = {key: value for key, value in group.items() if key not in ("params", *PLACE)}
         groups.append({**settings, "param_names": [names[parameter] for parameter in group["params"]]})
     values = {
         names[parameter]: {key: value for key, value in held.items() if not isinstance(value, Tensor)}

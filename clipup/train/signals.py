@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import select
 import signal
-import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from .lost_output import LostOutput
 
 REPEAT_SECONDS = 5.0
 """For so long after the first SIGTERM another one is the same request: torchrun, and schedulers that signal a whole
@@ -37,7 +36,7 @@ def program_ends_with_the_run() -> Iterator[None]:
 
 class StopRequest:
     """While it is entered, the first SIGINT, SIGTERM or SIGHUP sets ``received``. One that is ignored stays ignored:
-    SIGHUP under nohup, SIGINT in the background of a shell script.
+    SIGHUP under nohup, SIGINT in the background of a shell script. Output may lose its readers meanwhile.
 
     A second SIGINT has the effect that it had before entering, which is to stop at once; so has a SIGTERM or SIGHUP
     that comes more than ``REPEAT_SECONDS`` after the first.
@@ -49,9 +48,11 @@ class StopRequest:
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
         self._terminated = 0.0
+        self._output = LostOutput()
 
     def __enter__(self) -> StopRequest:
         if self._enabled:
+            self._output.__enter__()
             handlers: dict[int, Any] = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate}
             if hasattr(signal, "SIGHUP"):
                 handlers[signal.SIGHUP] = self._hang_up
@@ -65,10 +66,13 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ends = self.received and _program_ends
         for number, handler in self._before.items():
-            if number != signal.SIGINT and self.received and _program_ends:
+            if number != signal.SIGINT and ends:
                 continue  # _terminate restores it when the time of repeated ones is over
             signal.signal(number, handler)
+        if self._enabled and not ends:  # else the program has its last words to say
+            self._output.__exit__()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.received = True
@@ -84,49 +88,4 @@ class StopRequest:
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
         self._terminate(number, frame)
-        _outlive_readers()
-
-
-_watch: threading.Thread | None = None
-
-
-def _outlive_readers() -> None:
-    """From now on, stdout and stderr go nowhere as soon as nobody reads them: a terminal that is gone, or a pipe whose
-    other end gets the same signal a little later, would refuse what is written, in the middle of saving."""
-    global _watch
-    if _watch is not None and _watch.is_alive():
-        return
-    with suppress(OSError, ValueError):  # no descriptor is free: then output stays where it is
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        read = [stream for stream in (1, 2) if _may_lose_its_reader(stream)]
-        _watch = threading.Thread(target=_redirect_lost, args=(read, nothing), name="clipup output", daemon=True)
-        try:
-            _watch.start()
-        except RuntimeError:  # no thread is free: then it goes nowhere from now on
-            for stream in read:
-                os.dup2(nothing, stream)
-            os.close(nothing)
-        else:
-            _watch.join(_READERS_END_SECONDS)
-
-
-def _may_lose_its_reader(stream: int) -> bool:
-    try:
-        mode = os.fstat(stream).st_mode
-    except OSError:  # it was closed
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)
-
-
-def _redirect_lost(read: list[int], nothing: int) -> None:
-    """Redirects each of the streams when it loses its reader."""
-    lost = select.poll()
-    for stream in read:
-        lost.register(stream, 0)  # errors and hang-ups are always reported
-    while read:
-        for stream, event in lost.poll():
-            lost.unregister(stream)
-            read.remove(stream)
-            if event & (select.POLLERR | select.POLLHUP):
-                os.dup2(nothing, stream)
-    os.close(nothing)
+        self._output.wait(_READERS_END_SECONDS)

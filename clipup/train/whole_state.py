@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..moe.expert_parallel import is_distributed
 
-_GROUP, _POSITIONS = "group", "positions"
-"""Keys of a part of a parameter group: the group's index, and the positions of its parameters among all."""
+_GROUP, _POSITIONS = PLACE = "group", "positions"
+"""Keys of a part of a parameter group: the group's index, and the positions of its parameters among all. They are of
+this run's layout, and in no checkpoint."""
 
 
 def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,14 +49,14 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True) -
     groups: dict[int, dict[str, Any]] = {}
     state = {}
     for group in own["param_groups"]:
-        settings = {key: value for key, value in group.items() if key not in ("params", _GROUP, _POSITIONS)}
+        settings = {key: value for key, value in group.items() if key not in ("params", *PLACE)}
         groups.setdefault(group[_GROUP], {**settings, "params": []})["params"] += group[_POSITIONS]
         for index, position in zip(group["params"], group[_POSITIONS], strict=True):
             if index in own["state"]:
                 state[position] = _gathered(own["state"][index], keep)
     for group in groups.values():
         group["params"].sort()
-    return {"state": dict(sorted(state.items())), "param_groups": [groups[index] for index in sorted(groups)]}
+    return {**own, "state": dict(sorted(state.items())), "param_groups": [groups[index] for index in sorted(groups)]}
 
 
 def load_weights(model: nn.Module, state: dict[str, Any]) -> None:

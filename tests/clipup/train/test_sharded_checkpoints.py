@@ -126,13 +126,15 @@ def test_an_optimizer_of_another_form_is_named_and_the_checkpoint_before_is_used
     assert "epoch_1, because a checkpoint cannot be used" in (first.directory / "out.log").read_text()
 
 
-def test_a_run_that_does_no_step_with_a_locked_tower_leaves_the_optimizer_whole(run):
-    whole = run(name="whole", opt="timm/madgrad")
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_a_run_that_does_no_step_with_a_locked_tower_leaves_the_optimizer_whole(run, kind):
+    of_both = {"opt": "timm/madgrad", "fsdp_checkpoint": kind}
+    whole = run(name="whole", **of_both)
     with pytest.raises(TrainingInterrupted):
-        run([Every(4, lambda model: os.kill(os.getpid(), signal.SIGINT))], opt="timm/madgrad")
-    run(steps=4, resume="latest", resume_with_changes=True, lock_image=True, opt="timm/madgrad")
+        run([Every(4, lambda model: os.kill(os.getpid(), signal.SIGINT))], **of_both)
+    run(steps=4, resume="latest", resume_with_changes=True, lock_image=True, **of_both)
 
-    resumed = run(resume="latest", resume_with_changes=True, opt="timm/madgrad")
+    resumed = run(resume="latest", resume_with_changes=True, **of_both)
 
     assert same_weights(resumed.model, whole.model)
 
@@ -145,10 +147,58 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_and_what_it_lacks_is_said
     del state["optimizer"]
     torch.save(state, path)
 
-    run(opt=opt, resume="latest")
+    run(opt=opt, steps=3, resume="latest", resume_with_changes=True, wd=0.0)  # no step, and nothing new is known
+    log = first.directory / "out.log"
+    log.unlink()
+    run(opt=opt, resume="latest", resume_with_changes=True)
 
-    said = "what timm/lamb counts besides them starts anew" in (first.directory / "out.log").read_text()
+    said = "what timm/lamb counts besides them starts anew" in log.read_text()
     assert said == (opt == "timm/lamb")
+
+
+@pytest.mark.parametrize("changes", [{}, {"lock_image": True}], ids=["all", "locked"])
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_a_checkpoint_that_says_where_parameters_lay_on_other_ranks_is_resumed(run, kind, changes):
+    """Versions before this one saved the parts of the groups of a run with fsdp or ep."""
+    first = run(steps=2)
+    path = newest(first) / "state.pt"
+    state = torch.load(path, weights_only=True)
+    for index, group in enumerate(state["optimizer"]["param_groups"]):
+        group |= {"group": index, "positions": list(range(7))}
+    torch.save(state, path)
+
+    run(steps=4, resume="latest", resume_with_changes=True, fsdp_checkpoint=kind, **changes)
+    if kind == "sharded":
+        groups = torch.load(newest(first) / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+        assert not any({"group", "positions"} & set(group) for group in groups)
+    assert run(resume="latest", resume_with_changes=True, fsdp_checkpoint="full").steps == 6
+
+
+@pytest.mark.parametrize("kind", ["sharded", "full"])
+def test_settings_of_an_optimizer_may_be_infinite(run, kind):
+    lamb = {"opt": "timm/lamb", "opt_kwargs": {"max_grad_norm": float("inf")}, "fsdp_checkpoint": kind}
+    run(steps=2, **lamb)
+    assert run(resume="latest", **lamb).steps == 6
+
+
+@pytest.mark.parametrize("counted", ["x", float("inf"), 10**400, [3]], ids=str)
+def test_a_count_that_is_no_number_is_refused_by_name(run, counted):
+    first = run(opt="timm/lamb", steps=2)
+    path = newest(first) / "state.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group["step"] = counted
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="has step = .* in a group, where a finite number should be"):
+        run(opt="timm/lamb", resume="latest")
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_draws_continues_its_draws(run):
+    kron = {"opt": "timm/kron", "fsdp_checkpoint": "full"}
+    whole = run(name="whole", steps=90, **kron)
+    run(steps=30, **kron)
+    assert same_weights(run(steps=90, resume="latest", **kron).model, whole.model)
 
 
 def test_an_optimizer_whose_state_cannot_be_sharded_is_refused_after_its_first_step(run):

@@ -113,10 +113,40 @@ print(threading.active_count(), len(os.listdir("/proc/self/fd")))
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_hang_ups_leave_one_thread_and_one_descriptor_behind():
+def test_hang_ups_leave_no_thread_and_no_descriptor_behind():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    few, many = (
+    none, many = (
         subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True).stdout.split()
-        for text in (OFTEN.replace("range(3)", "range(1)"), OFTEN)
+        for text in (OFTEN.replace("range(3)", "()"), OFTEN)
     )
-    assert few == many and few[0] == "2"
+    assert none == many and none[0] == "1"
+
+
+READS_NO_LONGER = """
+import logging, os, pty, sys, time
+from clipup.progress import Progress
+from clipup.train import signals
+logging.basicConfig(filename=sys.argv[1], format="%(message)s")
+reader, writer = {open}()
+os.dup2(writer, 2); os.close(writer)
+with signals.StopRequest(enabled={watched}) as stop, Progress("steps", "steps", 3, line_at_once=True) as shown:
+    shown.update()
+    os.close(reader)
+    time.sleep({pause})
+    shown.write("an evaluation")
+    shown.update(2)
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("open_", ["os.pipe", "pty.openpty"])
+@pytest.mark.parametrize(("watched", "pause"), [(True, 0.2), (False, 0)], ids=["later", "at the same moment"])
+def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path, open_, watched, pause):
+    """A pager that is left, tee under nohup, a terminal that closes without a signal."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = READS_NO_LONGER.format(open=open_, watched=watched, pause=pause)
+    command = [sys.executable, "-c", program, str(tmp_path / "log")]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+    said = "nobody reads stderr any more; the run goes on without it\n" if watched else ""
+    assert (tmp_path / "log").read_text() == said

@@ -1,0 +1,84 @@
+"""stdout and stderr that nobody reads any more must not end a run: a closed terminal, a pipe whose reader has ended."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import threading
+from contextlib import suppress
+
+from .recorder import LOG
+
+_NAMES = {1: "stdout", 2: "stderr"}
+
+
+class LostOutput:
+    """While it is entered, stdout and stderr go nowhere as soon as nobody reads them, where they would refuse what is
+    written, in mid-epoch or while a checkpoint is being saved."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._stop = -1
+
+    def __enter__(self) -> LostOutput:
+        read = [stream for stream in _NAMES if _may_lose_its_reader(stream)]
+        with suppress(OSError):  # no descriptor is free: then output stays where it is
+            until, self._stop = os.pipe()
+            self._thread = threading.Thread(target=_redirect_lost, args=(read, until), name="clipup output", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # no thread is free
+                self._thread = None
+                os.close(until)
+                os.close(self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is not None:
+            os.close(self._stop)
+            self._thread.join()
+            self._thread = None
+
+    def wait(self, seconds: float) -> None:
+        """Gives readers so long to end. Without a watch, output that may lose its reader goes nowhere from now on."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+            return
+        with suppress(OSError):
+            for stream in filter(_may_lose_its_reader, _NAMES):
+                _silence(stream)
+
+
+def _may_lose_its_reader(stream: int) -> bool:
+    try:
+        mode = os.fstat(stream).st_mode
+    except OSError:  # it was closed
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISCHR(mode)
+
+
+def _redirect_lost(read: list[int], until: int) -> None:
+    """Redirects each of the streams when it loses its reader, until the other end of the pipe ``until`` is closed or
+    none is left."""
+    events = select.poll()
+    for stream in (*read, until):
+        events.register(stream, 0)  # errors and hang-ups are always reported
+    while read:
+        for stream, event in events.poll():
+            if stream == until:
+                os.close(until)
+                return
+            events.unregister(stream)
+            read.remove(stream)
+            if event & (select.POLLERR | select.POLLHUP):
+                with suppress(OSError):
+                    _silence(stream)
+                LOG.warning("nobody reads %s any more; the run goes on without it", _NAMES[stream])
+    os.close(until)
+
+
+def _silence(stream: int) -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream)
+    os.close(nothing)
