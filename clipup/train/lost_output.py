@@ -25,7 +25,9 @@ class LostOutput:
         read = [stream for stream in _NAMES if _may_lose_its_reader(stream)]
         with suppress(OSError):  # no descriptor is free: then output stays where it is
             until, self._stop = os.pipe()
-            self._thread = threading.Thread(target=_redirect_lost, args=(read, until), name="clipup output", daemon=True)
+            self._thread = threading.Thread(
+                target=_redirect_lost, args=(read, until), name="clipup output", daemon=True
+            )
             try:
                 self._thread.start()
             except RuntimeError:  # no thread is free

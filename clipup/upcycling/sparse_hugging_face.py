@@ -38,6 +38,27 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+def check_classes(model: nn.Module) -> None:
+    """
+    Raises:
+        TypeError: the model, a model of transformers in it, or its config is of a class derived from transformers',
+            whose overrides an upcycled one would not have.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        for what, kind in (
+            (name or "the model", type(module)),
+            (f"the config of {name or 'the model'}", type(module.config)),
+        ):
+            if not kind.__module__.startswith("transformers."):
+                base = _dense_class(module if kind is type(module) else module.config)
+                raise TypeError(
+                    f"{what} is a {kind.__qualname__} of {kind.__module__}, which derives from transformers' "
+                    f"{base.__name__} and may compute something else; upcycle a model of transformers' own class"
+                )
+
+
 def adopt(model: Any, config: MoEConfig) -> None:
     """Gives an upcycled model, each model of transformers in it that has sparse layers, and their configs the classes
     that save and load them."""

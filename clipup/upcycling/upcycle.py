@@ -65,8 +65,9 @@ def upcycle(
     more = [mlps_like(mlps, other, config) for other in others]
     adopt: Callable[[nn.Module, MoEConfig], None] | None = None
     if is_hugging_face(first):
-        from .sparse_hugging_face import adopt  # imports transformers, which is optional
+        from .sparse_hugging_face import adopt, check_classes  # imports transformers, which is optional
 
+        check_classes(first)
     if not inplace:
         first = copy.deepcopy(first)
     make_sparse(first, config, more)

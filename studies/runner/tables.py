@@ -179,15 +179,23 @@ class Tables:
 
     def leads_by_start(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
         """By the steps of the dense start: what ``others[1]`` gains over ``others[0]`` on validation, and the arm's
-        leads over both, at its smallest budget."""
+        leads over both, at its smallest budget, over the seeds that all starts have."""
         fewer, more = others
+        seeds = self._common_seeds()
         lines = []
         for steps in self.starts:
             of = self.of_start(steps)
-            leads = [of.lead(arm, other, splits) for other in others]
-            lines.append([f"{steps:,}", of.lead(more, fewer, ["validation"]), *leads])
+            leads = [of.lead(arm, other, splits, seeds) for other in others]
+            lines.append([f"{steps:,}", str(len(seeds)), of.lead(more, fewer, ["validation"], seeds), *leads])
         gain = f"{_label(more)} minus {_label(fewer)}, validation"
-        return _table(["steps of the start", gain, *(f"minus {_label(other)}" for other in others)], lines)
+        return _table(["steps of the start", "seeds", gain, *(f"minus {_label(other)}" for other in others)], lines)
+
+    def _common_seeds(self) -> list[int]:
+        """The seeds that have runs from every start."""
+        of_starts: dict[int | None, set[int]] = {}
+        for run in self.results.values():
+            of_starts.setdefault(results.start_steps(run, self.results), set()).add(run.config["seed"])
+        return sorted(set.intersection(*(of_starts[steps] for steps in self.starts)))
 
     def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of every other arm of the same budget, on the same captions, in points, one row per
@@ -297,12 +305,12 @@ class Tables:
 
     def _over_starts(self, arm: str = "clip_up") -> str:
         lines: dict[str, list[tuple[int, float]]] = {}
+        seeds = self._common_seeds()
         for steps in self.starts:
-            smallest: dict[str, float] = {}
-            for group, pairs in self.of_start(steps)._pairs(arm):
-                smallest.setdefault(group.arm, 100 * results.lead(pairs).mean)
-            for other, lead in smallest.items():
-                lines.setdefault(other, []).append((steps, lead))
+            for other, pairs in self.of_start(steps)._shortest(arm).items():
+                of_seeds = [pair for pair in pairs if pair[0].config["seed"] in seeds]
+                if of_seeds:
+                    lines.setdefault(other, []).append((steps, 100 * results.lead(of_seeds).mean))
         series = [
             Series(f"over {_label(other)}", *zip(*points, strict=True), points=True) for other, points in lines.items()
         ]

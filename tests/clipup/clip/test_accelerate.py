@@ -1,4 +1,4 @@
-"""accelerate: prepares sparse layers, dense MLPs and attention for inference, and leaves the rest of a model unchanged."""
+"""accelerate: prepares sparse layers, dense MLPs and attention for inference, and leaves the rest unchanged."""
 
 import copy
 import importlib

@@ -196,8 +196,8 @@ def test_starts_of_several_lengths_are_compared_by_what_dense_training_still_gai
 
     assert tables.starts == [50, 500]
     assert rows(tables.leads_by_start("clip_up", list(OTHERS)))[2:] == [
-        ["50", "**+1.50 ± 0.00**", "**+0.45 ± 0.00**", "**-0.45 ± 0.00**"],
-        ["500", "+0.00 ± 0.00", "**+1.80 ± 0.00**", "**+1.80 ± 0.00**"],
+        ["50", "2", "**+1.50 ± 0.00**", "**+0.45 ± 0.00**", "**-0.45 ± 0.00**"],
+        ["500", "2", "+0.00 ± 0.00", "**+1.80 ± 0.00**", "**+1.80 ± 0.00**"],
     ]
     drawn = ElementTree.fromstring(tables.figures()["starts"])
     titles = [title.text for title in drawn.iter() if title.tag.endswith("title") and title.text]
@@ -205,6 +205,23 @@ def test_starts_of_several_lengths_are_compared_by_what_dense_training_still_gai
     with pytest.raises(ValueError, match="clip_up-50-0 and clip_up-500-0 are of one arm, budget"):
         tables.sweep()
     assert set(tables.of_start(50).results) == {name for name in tables.results if name.split("-")[1] == "50"}
+
+
+def test_starts_are_compared_over_the_seeds_that_all_have(write, make_records):
+    logs = [*of_start(make_records, 50, 0.02, 0.01), *of_start(make_records, 500, 0.0, 0.04)]
+    for arm in ("dense_continued", "dense_equal_flops", "clip_up"):  # seed 2 of one start alone, with no lead
+        logs += [make_records(f"{arm}-500-2", arm, seed=2, score=0.5, start="start-500")]
+    tables = Tables(write(*logs))
+
+    assert rows(tables.leads_by_start("clip_up", list(OTHERS)))[3][:4] == [
+        "500",
+        "2",
+        "+0.00 ± 0.00",
+        "**+1.80 ± 0.00**",
+    ]
+    assert tables.of_start(500).lead("clip_up", "dense_continued") == "+1.20 ± 2.58"
+    drawn = ElementTree.fromstring(tables.figures()["starts"])
+    assert any("500: 1.8" in (title.text or "") for title in drawn.iter() if title.tag.endswith("title"))
 
 
 def test_runs_of_other_starts_and_lengths_are_not_mixed(write, make_records):
