@@ -63,12 +63,15 @@ for file in "$out"/{summary.md,results.tar.gz}; do
 done
 first=
 [[ ! -f $out/steps.csv ]] || read -r first < "$out/steps.csv"
-if ((${#old[@]})); then
-  if [[ $first != "$columns" ]]; then
-    echo "$out holds files of something else, which would be deleted; name another OUTDIR:" "${old[@]##*/}" >&2
-    exit 2
-  fi
-  rm -f -- "${old[@]}"
+if ((${#old[@]})) && [[ $first != "$columns" ]]; then
+  echo "$out holds files of something else, which could be overwritten; name another OUTDIR:" "${old[@]##*/}" >&2
+  exit 2
+fi
+if ((${#old[@]})); then  # those of an earlier run, and no others
+  while IFS=, read -r name _; do
+    [[ ! $name =~ ^[a-z0-9_]+$ ]] || rm -f -- "$out/$name.csv" "$out/$name.log"
+  done < "$out/steps.csv"
+  rm -f -- "$out"/{steps.csv,summary.md,results.tar.gz}
 fi
 echo "$columns" > "$out/steps.csv"
 
@@ -76,8 +79,9 @@ record() {  # record STEP STATUS SECONDS WORDS: WORDS without what a CSV would r
   local words
   words=$(LC_ALL=C tr -cd ' !#-+\055-~' <<< "$4" | cut -c 1-200)
   printf '%s,%s,%s,%s\n' "$1" "$2" "$3" "$words" >> "$out/steps.csv"
-  printf '%-18s %-12s %4s s  %s\n' "$1" "$2" "$3" "$words"
+  printf '%-18s %-12s %4s s  %s\n' "$1" "$2" "$3" "$words" 2> /dev/null || exec > /dev/null  # nobody reads it any more
 }
+trap '' PIPE
 
 step() {  # step NAME LIMIT COMMAND...
   local name=$1 limit=$2 began=$SECONDS left=$((deadline - SECONDS)) status=ok code
@@ -112,12 +116,22 @@ layer() {  # layer NAME LIMIT forward|training OPTIONS...: one CSV of layers
   step "$1" "$2" "$PYTHON" "benchmarks/moe_$3.py" --device cuda --skip-failing --seconds 1.5 --csv "$out/$1.csv" "${@:4}"
 }
 
-probe() {  # probe MODULE: whether Python has it
-  timeout 30 "$PYTHON" -c "import $1" &> /dev/null
+declare -A has
+probe() {  # probe MODULE: whether Python has it, asked once and while there is time
+  local left=$((deadline - SECONDS))
+  if [[ -z ${has[$1]:-} ]]; then
+    has[$1]=no
+    ((left > 0)) || return 1
+    timeout "$((left < 30 ? left : 30))" "$PYTHON" -c "import $1" &> /dev/null &
+    running=$!
+    wait "$running" && has[$1]=yes
+    running=
+  fi
+  [[ ${has[$1]} == yes ]]
 }
 
 needing() {  # needing PROGRAM|MODULE.py NAME LIMIT COMMAND...: a step, skipped where its tool is not installed
-  if command -v "$1" > /dev/null || { [[ $1 == *.py ]] && probe "${1%.py}"; }; then
+  if command -v "$1" > /dev/null || { [[ $1 == *.py ]] && { ((deadline - SECONDS < 10)) || probe "${1%.py}"; }; }; then
     step "${@:2}"
   else
     record "$2" skipped 0 "needs ${1%.py}"
@@ -180,6 +194,7 @@ window_sanitizers() {
 
 if [[ -n ${WHEELS:-} ]]; then
   site=$(mktemp -d)
+  trap 'rm -rf -- "$site"' EXIT
   step wheels 60 "$PYTHON" -m pip install --quiet --no-index --no-deps --target "$site" "$WHEELS"/*.whl
   export PYTHONPATH="$PYTHONPATH:$site"
 fi
@@ -190,15 +205,17 @@ for window in "${windows[@]}"; do "window_$window"; done
 "$PYTHON" benchmarks/gpu_summary.py "$out" --windows "${windows[@]}"
 code=$?
 if ((${PACK:-0})); then
-  logs=("$out"/*.log) tables=("$out"/*.csv) end=$(mktemp)
-  for log in "${logs[@]}"; do # of each what it said last, so that all of them fit into 16 MiB
-    tail -c 500000 "$log" > "$end" && cat "$end" > "$log"
+  logs=() tables=(steps.csv) end=$(mktemp)
+  while IFS=, read -r name _; do
+    [[ ! -f $out/$name.log ]] || logs+=("$name.log")
+    [[ ! -f $out/$name.csv ]] || tables+=("$name.csv")
+  done < "$out/steps.csv"
+  for log in ${logs[@]+"${logs[@]}"}; do # of each what it said last, so that all of them fit into 16 MiB
+    tail -c 500000 "$out/$log" > "$end" && cat "$end" > "$out/$log"
   done
   rm -f "$end"
-  if tar -czf "$out/results.tar.gz" -C "$out" -- "${logs[@]##*/}" "${tables[@]##*/}"; then
-    for file in "${logs[@]}" "${tables[@]}"; do
-      [[ $file == "$out/steps.csv" ]] || rm -f -- "$file"
-    done
+  if tar -czf "$out/results.tar.gz" -C "$out" -- ${logs[@]+"${logs[@]}"} "${tables[@]}"; then
+    for file in ${logs[@]+"${logs[@]}"} "${tables[@]:1}"; do rm -f -- "$out/$file"; done
   fi
 fi
 exit "$code"

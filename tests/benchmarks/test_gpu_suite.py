@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -322,3 +323,39 @@ def test_options_that_the_suite_gives_are_options_of_the_programs(suite):
         (command,) = [line for line in suite.log(step).splitlines() if "moe_" in line]
         args = moe_bench.parse("", step.startswith("training"), command.partition(".py ")[2].split())
         assert args.device == "cuda" and args.skip_failing and args.csv == str(suite.out / f"{step}.csv")
+
+
+def test_without_a_reader_the_suite_goes_on_to_its_summary(suite):
+    """| head, or a terminal that is gone."""
+    command = f'{shlex.quote(str(SUITE))} {shlex.quote(str(suite.out))} main | head -n 1; exit "${{PIPESTATUS[0]}}"'
+    (suite.tools / "head").symlink_to(shutil.which("head"))
+    done = subprocess.run([shutil.which("bash"), "-c", command], env=os.environ | {"PATH": str(suite.tools)})
+    assert done.returncode not in (141, -signal.SIGPIPE)
+    with (suite.out / "steps.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)][-1] == "training"
+    assert (suite.out / "summary.md").exists()
+
+
+def test_what_is_asked_of_python_takes_no_more_time_than_is_left_and_ends_with_a_signal(suite):
+    suite.program("python3", '#!/bin/sh\ncase "$*" in *"import "*) exec sleep 20 ;; *) exit 0 ;; esac\n')
+    (suite.tools / "sleep").symlink_to(shutil.which("sleep"))
+    began = time.monotonic()
+    _, steps = suite("models", SECONDS_IN_ALL="1")
+    assert time.monotonic() - began < 10 and steps["clip_inference"]["status"] == "no time left"
+
+    command = [shutil.which("bash"), str(SUITE), str(suite.out), "models"]
+    running = subprocess.Popen(command, env=os.environ | {"PATH": str(suite.tools)})
+    time.sleep(1)
+    running.terminate()
+    assert running.wait(5) == 143
+
+
+def test_other_files_beside_those_of_an_earlier_run_are_left_alone(suite):
+    suite("main")
+    (suite.out / "mine.csv").write_text("mine")
+    (suite.out / "mine.log").write_text("mine")
+    for environment in ({}, {"PACK": "1"}):
+        suite("main", **environment)
+        assert (suite.out / "mine.csv").read_text() == (suite.out / "mine.log").read_text() == "mine"
+    with tarfile.open(suite.out / "results.tar.gz") as packed:
+        assert not any(name.startswith("mine") for name in packed.getnames())
