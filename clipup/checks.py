@@ -20,9 +20,12 @@ def check(name: str, value: object, holds: bool, expected: str, error: type[Exce
 
 
 def without_numpy(value: Any) -> Any:
-    """Numbers of numpy as Python's, also within dicts, lists and tuples: JSON and checkpoints hold no others."""
-    if isinstance(value, np.generic):
-        return value.item()
+    """Numbers and arrays of numpy as Python's numbers and lists, also within dicts, lists and tuples: JSON and
+    checkpoints hold no others."""
+    if isinstance(value, np.floating):
+        return float(value)  # item() of a long double is one again
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     if isinstance(value, dict):
         plain = copy.copy(value)  # of the same class
         plain.update({key: without_numpy(of_key) for key, of_key in value.items()})

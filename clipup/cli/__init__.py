@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 
 COMMANDS = {
-    "demo": "train a dense CLIP, upcycle it and compare both, in minutes, with a report",
+    "demo": "upcycle a small CLIP, train it on and compare, in minutes, with a report",
     "data": "build a data set as WebDataset shards",
     "upcycle": "make a dense model sparse, and check that its outputs are unchanged",
     "train": "train a dense or sparse model",

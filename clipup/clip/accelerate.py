@@ -39,12 +39,13 @@ class NothingToPrepare(ValueError):
 def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = None) -> nn.Module:
     """Prepares a model for CPU inference: layers store packed weights instead of plain ones.
 
-    The outputs of sparse layers are bitwise unchanged. Dense MLPs, and self-attention in the blocks of open_clip,
-    torchvision, timm and transformers (``clipup.dense.prepared_attention`` names them), run on clipup's kernels, with
-    the same outputs up to rounding. In text towers that return only the features of the end-of-text token, computation
-    stops at the end of the longest text in the batch, as in upcycled models (``clipup.clip.padding_aware``). All other
-    modules are unchanged: norms, MLPs that consist of several modules (as in BERT) or have a norm between their
-    projections, and what has hooks. Where no kernel here computes the model's type, attention is unchanged too.
+    The outputs of sparse layers are bitwise unchanged, unless they are quantized. Dense MLPs, and self-attention in the
+    blocks of open_clip, torchvision, timm and transformers (``clipup.dense.prepared_attention`` names them), run on
+    clipup's kernels, with the same outputs up to rounding. In text towers that return only the features of the
+    end-of-text token, computation stops at the end of the longest text in the batch, as in upcycled models
+    (``clipup.clip.padding_aware``). All other modules are unchanged: norms, MLPs that consist of several modules (as in
+    BERT) or have a norm between their projections, and what has hooks. Where no kernel here computes the model's type,
+    attention is unchanged too.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, modifying, casting or
     moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``

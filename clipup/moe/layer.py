@@ -254,7 +254,7 @@ class SparseMoE(Experts):
         parts = [f"{self.d_model}, {self.d_hidden}", f"num_experts={config.num_experts}", f"top_k={config.top_k}"]
         parts += [f"activation={self.activation!r}", f"capacity_factor={config.capacity_factor}"]
         parts += [f"granularity={config.granularity}"] if config.granularity > 1 else []
-        parts += [f"score={config.score_function!r}"] if config.score_function != "softmax" else []
+        parts += [f"score_function={config.score_function!r}"] if config.score_function != "softmax" else []
         parts += ["bias=False"] if self.in_bias is None else []
         parts += ["gated=True"] if self.gate_weight is not None else []
         parts += ["norm='layer'"] if self.ln_weight is not None else []

@@ -17,9 +17,9 @@ A layer whose routing collapses is reported once, in ``result.warnings`` and war
 (``clipup.train.routing_collapse``).
 
 A resumed run equals the run that was not stopped, bitwise on a CPU in float32. Within an epoch, data that are indexed
-are continued where they were, others are read again from the epoch's start. One exception: worker processes that read
-WebDataset shards live for the whole run, so that from the second epoch on a resumed run has the same samples in the
-same order, but other random crops.
+are continued where they were, others are read again from the epoch's start. One exception: worker processes that
+stream WebDataset shards live for the whole run, so that from the second epoch on a resumed run has the same samples in
+the same order, but other random crops.
 """
 
 from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights

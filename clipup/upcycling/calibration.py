@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..clip.hugging_face import is_hugging_face
 from ..moe.evaluation import evaluating_dropless
 from ..moe.layer import SparseMoE, moe_layers
 from .upcycle import upcycle
@@ -43,6 +44,7 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
         The error at every step, before its update, by layer name.
 
     Raises:
+        TypeError: they are models of transformers, which are not supported.
         ValueError: ``model`` was not upcycled or not from ``dense``, all its experts are frozen, or there are no
             batches.
         FloatingPointError: the error of a layer became NaN or infinite.
@@ -50,6 +52,8 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
     checks.module("model", model)
     checks.module("dense", dense)
     checks.positive_number("lr", lr)
+    if is_hugging_face(model):
+        raise TypeError("calibration of transformers' models is not supported; use open_clip's or timm's")
     config, students = getattr(model, "moe_config", None), moe_layers(model)
     if config is None or not students:
         raise ValueError("model has no sparse layers from clipup.upcycle, so there is nothing to calibrate")

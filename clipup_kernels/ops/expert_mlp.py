@@ -204,10 +204,11 @@ def expert_mlp(
         gate_weight: [E, H, D] for gated experts. gate_bias: [E, H] or None.
         recompute: "none" keeps z for backward; "full" keeps only x and recomputes z.
 
-    All weights (not the biases) may be packed by ``pack_weight``: bitwise the same result, faster, no derivative.
+    All weights (not the biases) may be packed by ``pack_weight``: bitwise the same result unless they are quantized,
+    faster, no derivative.
 
     Returns:
-        [T, D] of x's type. Sums are in float32.
+        [T, D] of x's type. Sums are in float32, of float64 in float64.
 
     Raises:
         TypeError, ValueError: a wrong argument, by name.
@@ -301,7 +302,8 @@ def dense_mlp(
         activation: one of ``ACTIVATIONS``.
         gate_weight: [H, D] for a gated MLP. gate_bias: [H] or None.
 
-    All weights (not the biases) may be packed by ``pack_weight``: bitwise the same result, faster.
+    All weights (not the biases) may be packed by ``pack_weight``: bitwise the same result unless they are quantized,
+    faster.
 
     Returns:
         [T, D] of x's type.

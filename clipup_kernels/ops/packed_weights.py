@@ -1,7 +1,7 @@
 """Weights packed once for inference on CPUs. The caller holds them; this package caches none.
 
 A product reads its right operand as B panels (csrc/cpu/kernels.h). From a plain weight the kernels pack them at every
-call; a packed weight already has them. The results are bitwise the same.
+call; a packed weight already has them. The results are bitwise the same unless it is quantized.
 """
 
 from __future__ import annotations

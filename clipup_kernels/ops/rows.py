@@ -87,8 +87,8 @@ def grouped_linear(rows: Tensor, weight: Tensor | PackedWeight, bias: Tensor | N
 
     Args:
         rows: [R, I], expert-sorted as by ``permute``.
-        weight: [E, O, I], of rows' type; or packed by ``pack_weight``, with bitwise the same result and no
-            derivative.
+        weight: [E, O, I], of rows' type; or packed by ``pack_weight``, with bitwise the same result unless it is
+            quantized, and no derivative.
         bias: [E, O] or None.
         offsets: [E+1] int32, ``Plan.offsets``.
 

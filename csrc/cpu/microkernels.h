@@ -10,7 +10,7 @@
 namespace clipup {
 namespace {
 
-// Measured (docs/performance.md): with more rows, packing in small steps costs more time, for storing and loading sums,
+// Measured (docs/performance_log.md): with more rows, packing in small steps costs more time, for storing and loading sums,
 // than it saves in waiting for the second-level cache.
 template <class Storage>
 constexpr std::int64_t few_rows() {

@@ -91,7 +91,8 @@ def test_other_optimizers_are_continued_too(run, opt, first, then):
 
 @pytest.mark.parametrize("kind", ["sharded", "full"])
 def test_numbers_of_numpy_can_be_saved_and_read(run, kind):
-    of_numpy = {"lr": np.float32(1e-3), "wd": np.float64(0.1), "opt_kwargs": {"eps": np.float32(1e-5)}}
+    of_numpy = {"lr": np.float32(1e-3), "wd": np.float64(0.1), "opt_kwargs": {"eps": np.array(1e-5)}}
+    of_numpy |= {"beta1": np.longdouble(0.9), "beta2": 0.98, "wd_exclude": np.array(["logit_scale"])}
     run(steps=np.int64(2), fsdp_checkpoint=kind, **of_numpy)
     moe = MoEConfig.clip_up(capacity_factor=np.float64(1.5))
     assert run(steps=4, resume="latest", fsdp_checkpoint=kind, **of_numpy).steps == 4

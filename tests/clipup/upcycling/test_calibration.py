@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
 from tiny_families import HUGGING_FACE, build, hugging_face_cfg
+from tiny_hugging_face import tiny_hugging_face
 
 from clipup import MoEConfig, calibrate, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import main
@@ -153,3 +154,10 @@ def test_command_line_runs_a_pipe_only_where_it_is_allowed(dense_directory, csv_
     assert "--allow-pipe" in capsys.readouterr().err and not trace.exists()
     assert main([*command, "--allow-pipe"]) == 0
     assert trace.exists()
+
+
+def test_models_of_transformers_are_refused_by_name():
+    dense = tiny_hugging_face("CLIPModel")
+    sparse = upcycle(dense, CONFIG)
+    with pytest.raises(TypeError, match="calibration of transformers' models is not supported; use open_clip's"):
+        calibrate(sparse, dense, [])
