@@ -41,7 +41,8 @@ class Progress:
             show: False prints nothing.
             line_at_once: if stderr is not a terminal, print a line at the first update.
         """
-        terminal = sys.stderr.isatty()
+        show = show and sys.stderr is not None  # None if it was closed
+        terminal = show and sys.stderr.isatty()
         self.description, self.unit, self.total, self.done = description, unit, total, done
         self._bar = tqdm(
             total=total,

@@ -44,8 +44,8 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     clipup's kernels, with the same outputs up to rounding. In text towers that return only the features of the
     end-of-text token, computation stops at the end of the longest text in the batch, as in upcycled models
     (``clipup.clip.padding_aware``). All other modules are unchanged: norms, MLPs that consist of several modules (as in
-    BERT) or have a norm between their projections, and what has hooks. Where no kernel here computes the model's type,
-    attention is unchanged too.
+    BERT) or have a norm between their projections, attention beside these, attention in float16 and float64, and what
+    has hooks or methods of its own.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, modifying, casting or
     moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
@@ -90,7 +90,8 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     for mlp in dense:
         mlp.replace(PreparedMLP(mlp.module, weights))
     for block in _blocks(model):
-        _prepare_attention(block, weights)
+        if weights is not None or any(isinstance(part, Prepared) for part in block.modules()):
+            _prepare_attention(block, weights)
     if not inplace:
         _copy_parameters(model, originals)
     for parameter in model.parameters():
@@ -181,13 +182,17 @@ def _prepare_attention(module: nn.Module, weights: str | None) -> None:
 
 
 def _is_packed(dtype: torch.dtype, weights: str | None) -> bool:
-    return packed_layout(dtype, weights) != PLAIN_LAYOUT
+    """Whether packed weights of the type are worth it: those of float16 are float32, twice as large."""
+    known = (torch.float32, torch.bfloat16) if weights is None else (torch.float32, torch.bfloat16, torch.float16)
+    return dtype in known and packed_layout(dtype, weights) != PLAIN_LAYOUT
 
 
 def _attends_to_itself(block: nn.Module) -> bool:
     """Whether a block's attention gets one tensor, and its attention weights are not asked for."""
-    names = {f"{base.__module__}.{base.__qualname__}" for base in type(block).__mro__}
-    return bool(names & SELF_ATTENTION_BLOCKS) and not hasattr(block, "ln_1_kv")  # open_clip's cross-attention
+    kind = next(base for base in type(block).__mro__ if not base.__module__.startswith("clipup."))
+    known = f"{kind.__module__}.{kind.__qualname__}" in SELF_ATTENTION_BLOCKS
+    changed = {"forward", "attention"} & vars(block).keys()
+    return known and not changed and not hasattr(block, "ln_1_kv")  # open_clip's cross-attention
 
 
 def _overrides(layer_class: type[SparseMoE]) -> bool:

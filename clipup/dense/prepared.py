@@ -119,6 +119,13 @@ class Prepared(nn.Module):
 
     # ------------------------------------------------------------ refusals
 
+    def __getattr__(self, name: str) -> Any:
+        if name in {stored.partition(".")[0] for stored in vars(self).get("_stored", ())}:
+            raise AttributeError(
+                f"{name} of a prepared layer is packed; read it from the plain model, or from state_dict()"
+            )
+        return super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
         plain = {stored.partition(".")[0] for stored in vars(self).get("_stored", ())}
         if name in MATRICES or (name in plain and name not in self._buffers):

@@ -83,7 +83,13 @@ class PreparedLinear(_PreparedProjections):
         self._prepare({name: t for name, t in tensors.items() if t is not None}, stored, quantize)
         self.train(False)
 
-    weight = property(lambda self: self.in_weight)
+    @property
+    def weight(self) -> PackedWeight:
+        """[O, I]."""
+        packed: PackedWeight = self.in_weight
+        return PackedWeight._make((packed.block, packed.shape[-2:], *packed[2:]))
+
+    bias = property(lambda self: self._buffers.get("in_bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., I] in the type in which the layer was prepared."""
@@ -105,6 +111,8 @@ class PreparedAttention(_PreparedProjections):
                 "its class's own cannot be prepared; leave it as it is"
             )
         self.num_heads, self.batch_first = attention.num_heads, getattr(attention, "batch_first", True)
+        self.embed_dim = attention.out_proj.in_features
+        self.head_dim = self.embed_dim // self.num_heads
         out = attention.out_proj
         places = {
             "in_weight": ("in_proj_weight", attention.in_proj_weight),
@@ -195,7 +203,8 @@ class PreparedOpenClipAttention(PreparedAttention):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q, k, v [B, h, L, d] with an additive mask, by whichever of torch's ways is faster here. A query
-    that sees nothing gives 0, as in torch's."""
+    that sees nothing gives 0, as in torch's. Scores are rounded to q's type, as in the fast path of torch's
+    ``MultiheadAttention``."""
     batch, heads, length, width = q.shape
     if q.dtype != torch.bfloat16 or length > _LONGEST_PRODUCT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -206,7 +215,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     shares = torch.softmax(scores, -1)
     if mask is not None:
         shares = shares.masked_fill_((mask == float("-inf")).all(-1, keepdim=True), 0)
-    return torch.bmm(shares.view(-1, length, length), v.reshape(flat)).view(q.shape)
+    return torch.bmm(shares.view(batch * heads, length, length), v.reshape(flat)).view(q.shape)
 
 
 SELF_ATTENTION_BLOCKS = frozenset(
@@ -228,6 +237,7 @@ ATTENTION_MODULES = frozenset(["torch.nn.modules.activation.MultiheadAttention",
 """Full names of the classes that ``prepared_attention`` takes from ``SELF_ATTENTION_BLOCKS``."""
 
 
+_OUT_PROJECTIONS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
 _OPEN_CLIP_PARTS = {
     **dict.fromkeys(("ln_q", "ln_k", "ln_inner"), nn.Identity),
     **dict.fromkeys(("attn_drop", "out_drop"), nn.Dropout),
@@ -237,16 +247,20 @@ _OPEN_CLIP_PARTS = {
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether a call of the module does something else than its class says: hooks, or a ``forward`` of its own."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    """Whether the module does something else than its class says, when it is called or saved: hooks, or a ``forward``
+    of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks, module._state_dict_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
 
 
 def can_be_prepared(attention: Any) -> bool:
     """Whether ``prepared_attention`` computes what a module of ``ATTENTION_MODULES`` does."""
-    if attention.in_proj_weight is None:
+    if attention._parameters.get("in_proj_weight") is None:
         return False
     if isinstance(attention, nn.MultiheadAttention):
-        return attention.bias_k is None and not attention.add_zero_attn
+        out = attention.out_proj
+        plain = type(out) in _OUT_PROJECTIONS and out._parameters.get("weight") is not None and not is_changed(out)
+        return plain and attention.bias_k is None and not attention.add_zero_attn
     if not getattr(attention, "use_sdpa", False):  # also open_clip 3's class of this name, with other masks
         return False
     parts = {name: type(getattr(attention, name)) for name in _OPEN_CLIP_PARTS}

@@ -38,6 +38,8 @@ class LostOutput:
 
     def __exit__(self, *_: object) -> None:
         if self._thread is not None:
+            with suppress(OSError):  # none reads it if both streams are lost
+                os.write(self._stop, b".")  # forked processes hold this end too: closing it alone says nothing
             os.close(self._stop)
             self._thread.join()
             self._thread = None
@@ -61,10 +63,11 @@ def _may_lose_its_reader(stream: int) -> bool:
 
 
 def _redirect_lost(read: list[int], until: int) -> None:
-    """Redirects each of the streams when it loses its reader, until the other end of the pipe ``until`` is closed or
-    none is left."""
+    """Redirects each of the streams when it loses its reader, until there is something to read from the pipe ``until``
+    or none is left."""
     events = select.poll()
-    for stream in (*read, until):
+    events.register(until, select.POLLIN)
+    for stream in read:
         events.register(stream, 0)  # errors and hang-ups are always reported
     while read:
         for stream, event in events.poll():

@@ -213,10 +213,11 @@ def continued_groups(
 
 
 def _is_counted(value: object) -> bool:
-    """Whether an optimizer can have counted or measured it: a number that a float holds exactly, if it is whole."""
+    """Whether an optimizer can have counted or measured it: a number that a float holds exactly, if it is whole. What
+    is no number is the optimizer's own business."""
     if isinstance(value, Tensor):
         return bool(value.isfinite().all())
-    return value is None or (isinstance(value, int | float) and abs(value) <= 2**53)
+    return not isinstance(value, int | float) or abs(value) <= 2**53
 
 
 def schedule(

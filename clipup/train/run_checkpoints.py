@@ -141,9 +141,10 @@ class RunCheckpoints:
         if self._restored is None or self._restored[1] != self.state.step:
             return optimizer
         try:
-            return checkpoints.load(self._restored[0])["optimizer"]
-        except (OSError, ValueError):  # deleted or replaced meanwhile
+            held = checkpoints.load(self._restored[0])
+        except (OSError, ValueError):  # deleted meanwhile
             return optimizer
+        return held["optimizer"] if held.get("step") == self.state.step else optimizer  # or replaced
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is whole. A failure is raised on every rank."""

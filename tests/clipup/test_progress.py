@@ -105,3 +105,10 @@ def test_terminal_shows_a_bar_and_other_lines_above_it(monkeypatch):
 
     assert "sorting:   0%|" in terminal.getvalue() and "half of it\n" in terminal.getvalue()
     assert "1 of 2" not in terminal.getvalue()
+
+
+def test_without_stderr_nothing_is_shown(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)  # as after 2>&-
+    with Progress("steps", "steps", 2, line_at_once=True) as shown:
+        shown.update()
+        shown.write("text")

@@ -2,11 +2,13 @@
 
 import copy
 import importlib
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
+from open_clip.transformer import ResidualAttentionBlock
 from tiny_clip import CONFIGS, tiny_clip
 from tiny_families import HUGGING_FACE, TIMM, build, hugging_face_cfg, timm_model
 from torch import nn
@@ -15,7 +17,8 @@ import clipup
 import clipup_kernels
 from clipup.clip.inputs import random_inputs
 from clipup.clip.towers import tower_blocks
-from clipup.dense.prepared_attention import PreparedAttention
+from clipup.dense.prepared import Prepared
+from clipup.dense.prepared_attention import PreparedAttention, PreparedLinear
 from clipup_kernels.types import PLAIN_LAYOUT
 
 
@@ -70,6 +73,59 @@ def test_attention_stays_in_torch_where_no_kernel_computes_its_type(monkeypatch)
     monkeypatch.setattr(importlib.import_module("clipup.clip.accelerate"), "packed_layout", lambda *_: PLAIN_LAYOUT)
     fast = clipup.accelerate(model)
     assert not any(isinstance(module, PreparedAttention) for module in fast.modules())
+
+
+class OwnBlock(ResidualAttentionBlock):
+    def attention(self, q_x, k_x=None, v_x=None, attn_mask=None):
+        y, self.shares = self.attn(q_x, q_x, q_x, need_weights=True, attn_mask=attn_mask)
+        return y
+
+
+def test_blocks_that_ask_for_attention_weights_keep_their_attention():
+    """Tools that draw attention replace the method of a block, or its class."""
+    model = clipup.upcycle(tiny_clip(), clipup.MoEConfig()).eval()
+    first, second, *_ = model.visual.transformer.resblocks
+    first.attention = types.MethodType(OwnBlock.attention, first)
+    second.__class__ = OwnBlock
+    fast = clipup.accelerate(model)
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        theirs = features(model)
+        torch.manual_seed(0)
+        assert_close(features(fast), theirs, 1e-5)
+    assert all(block.shares is not None for block in fast.visual.transformer.resblocks[:2])
+
+
+@pytest.mark.parametrize(
+    "change", [prune.identity, nn.utils.parametrizations.weight_norm], ids=["pruned", "parametrized"]
+)
+def test_attention_with_a_changed_output_projection_keeps_its_names(change):
+    model = tiny_clip().eval()
+    attention = model.transformer.resblocks[0].attn
+    change(attention.out_proj, "weight")
+    names = set(model.state_dict())
+    assert set(clipup.accelerate(model, inplace=True).state_dict()) == names
+
+
+def test_attention_beside_an_mlp_that_is_not_prepared_is_left_in_torch(tmp_path):
+    model = build(hugging_face_cfg(HUGGING_FACE["BertLayer"](), tmp_path)).eval()
+    fast = clipup.accelerate(model)
+    assert not any(isinstance(module, Prepared) for module in fast.text.modules())
+    _, texts = random_inputs(model, batch_size=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast.encode_text(texts).isfinite().all()
+
+
+@pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="only compiled kernels pack weights")
+def test_what_is_read_of_prepared_attention_is_there_or_explained():
+    block = clipup.accelerate(tiny_clip().eval()).transformer.resblocks[0]
+    assert (block.attn.embed_dim, block.attn.num_heads * block.attn.head_dim) == (32, 32)
+    for read in (lambda: block.attn.in_proj_weight, lambda: block.attn.out_proj, lambda: block.mlp.c_proj):
+        with pytest.raises(AttributeError, match="of a prepared layer is packed; read it from the plain model, or"):
+            read()
+    linear = PreparedLinear(nn.Linear(12, 20))
+    assert tuple(linear.weight.shape) == (20, 12) and linear.bias.shape == (20,)
+    assert PreparedLinear(nn.Linear(12, 20, bias=False)).bias is None
 
 
 def test_texts_are_computed_up_to_the_end_of_the_longest_text():

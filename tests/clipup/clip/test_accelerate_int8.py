@@ -338,6 +338,8 @@ def test_empty_batches_are_encoded(weights):
         assert prepared.encode_text(texts[:0]).shape == (0, 16)
         attention = PreparedAttention(nn.MultiheadAttention(32, 2, batch_first=True).eval(), weights)
         assert attention(*[torch.zeros(3, 0, 32)] * 3, need_weights=False)[0].shape == (3, 0, 32)
+        half = PreparedAttention(nn.MultiheadAttention(32, 2, batch_first=True).bfloat16().eval(), weights)
+        assert half(*[torch.zeros(3, 0, 32).bfloat16()] * 3, need_weights=False)[0].shape == (3, 0, 32)
 
 
 class OwnBlock(nn.Module):

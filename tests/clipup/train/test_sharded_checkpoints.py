@@ -182,8 +182,8 @@ def test_settings_of_an_optimizer_may_be_infinite(run, kind):
     assert run(resume="latest", **lamb).steps == 6
 
 
-@pytest.mark.parametrize("counted", ["x", float("inf"), 10**400, [3]], ids=str)
-def test_a_count_that_is_no_number_is_refused_by_name(run, counted):
+@pytest.mark.parametrize("counted", [float("inf"), 10**400], ids=["infinity", "ten to 400"])
+def test_a_count_that_is_not_finite_is_refused_by_name(run, counted):
     first = run(opt="timm/lamb", steps=2)
     path = newest(first) / "state.pt"
     state = torch.load(path, weights_only=True)

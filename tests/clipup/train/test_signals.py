@@ -122,6 +122,27 @@ def test_hang_ups_leave_no_thread_and_no_descriptor_behind():
     assert none == many and none[0] == "1"
 
 
+FORKS = """
+import os, time
+from clipup.train import signals
+with signals.StopRequest():
+    if not os.fork():
+        time.sleep(60)
+print("left")
+"""
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_run_from_ending():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(
+        [sys.executable, "-c", FORKS], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert run.wait(30) == 0
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+
+
 READS_NO_LONGER = """
 import logging, os, pty, sys, time
 from clipup.progress import Progress
