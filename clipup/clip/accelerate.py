@@ -177,7 +177,7 @@ def _prepare_attention(module: nn.Module, weights: str | None) -> None:
                 setattr(module, name, PreparedLinear(child, weights))
         elif class_name(child) not in ATTENTION_MODULES or not _attends_to_itself(module):
             _prepare_attention(child, weights)
-        elif can_be_prepared(child) and _is_packed(child.in_proj_weight.dtype, weights):
+        elif can_be_prepared(child) and _is_packed(cast(nn.Parameter, child.in_proj_weight).dtype, weights):
             setattr(module, name, prepared_attention(child, weights))
 
 
