@@ -139,23 +139,29 @@ def converged():
     return read_all("converged")
 
 
-def test_arms_from_a_converged_start_go_on_from_the_dense_run_of_their_own_seed(converged):
-    starts = {run.seed: run for run in converged if run.arm == "dense"}
+def test_arms_from_a_converged_start_go_on_from_a_dense_run_of_their_own_seed(converged):
+    starts = {run.name: run for run in converged if run.arm == "dense"}
 
-    assert starts.keys() == set(range(8))
-    assert len({(run.steps, run.lr) for run in starts.values()}) == 1  # one schedule
-    assert all(run.start == starts[run.seed].name for run in converged if run.arm != "dense")
+    assert {run.seed for run in starts.values() if run.steps == 15000} == set(range(8))
+    assert {run.lr for run in starts.values()} == {0.002}  # one schedule
+    for run in converged:
+        if run.arm != "dense":
+            start = starts[run.start]
+            assert start.seed == run.seed
+            assert (f"-from{start.steps}-" in run.name) == (start.steps != 15000), run.name
 
 
 def test_arms_from_a_converged_start_are_tuned_with_the_same_rates_and_seeds(converged):
-    tuned: dict[str, set[tuple[float, int]]] = {}
+    tuned: dict[tuple[str, str], set[tuple[float, int]]] = {}
     for run in converged:
         if run.arm in VERDICT and (run.budget or run.steps) == 5000 and run.seed < 3:
-            tuned.setdefault(run.arm, set()).add((run.lr, run.seed))
+            start = run.start.partition("-lr")[0]
+            tuned.setdefault((start, run.arm), set()).add((run.lr, run.seed))
 
-    assert tuned.keys() == VERDICT
-    assert {(lr, seed) for lr in (0.0005, 0.001, 0.002) for seed in range(3)} <= tuned["clip_up"]
-    assert all(found == tuned["clip_up"] for found in tuned.values()), tuned
+    assert {arm for _, arm in tuned} == VERDICT
+    rates = {(lr, seed) for lr in (0.0005, 0.001, 0.002, 0.004) for seed in range(3)}
+    assert tuned["dense-15000", "clip_up"] == rates
+    assert all(found == tuned[start, "clip_up"] for (start, _), found in tuned.items()), tuned
 
 
 @functools.cache
