@@ -142,7 +142,7 @@ def converged():
 def test_arms_from_a_converged_start_go_on_from_a_dense_run_of_their_own_seed(converged):
     starts = {run.name: run for run in converged if run.arm == "dense"}
 
-    assert {run.seed for run in starts.values() if run.steps == 15000} == set(range(8))
+    assert {run.seed for run in starts.values() if run.steps == 30000} == set(range(8))
     assert {run.lr for run in starts.values()} == {0.002}  # one schedule
     for run in converged:
         if run.arm != "dense":
