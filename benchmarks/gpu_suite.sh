@@ -81,7 +81,7 @@ record() {  # record STEP STATUS SECONDS WORDS: WORDS without what a CSV would r
   printf '%s,%s,%s,%s\n' "$1" "$2" "$3" "$words" >> "$out/steps.csv"
   printf '%-18s %-12s %4s s  %s\n' "$1" "$2" "$3" "$words" 2> /dev/null || exec > /dev/null  # nobody reads it any more
 }
-trap '' PIPE
+trap '' PIPE  # a write without a reader fails instead
 
 step() {  # step NAME LIMIT COMMAND...
   local name=$1 limit=$2 began=$SECONDS left=$((deadline - SECONDS)) status=ok code

@@ -28,7 +28,8 @@ def without_numpy(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, dict):
         plain = copy.copy(value)  # of the same class
-        plain.update({key: without_numpy(of_key) for key, of_key in value.items()})
+        plain.clear()
+        plain.update({without_numpy(key): without_numpy(of_key) for key, of_key in value.items()})
         return plain
     if type(value) in (list, tuple):
         return type(value)(map(without_numpy, value))

@@ -119,16 +119,19 @@ class Prepared(nn.Module):
 
     # ------------------------------------------------------------ refusals
 
+    def _is_plain(self, name: str) -> bool:
+        """Whether the plain layer has a parameter of this name, or a module with parameters."""
+        return name in {stored.partition(".")[0] for stored in vars(self).get("_stored", ())}
+
     def __getattr__(self, name: str) -> Any:
-        if name in {stored.partition(".")[0] for stored in vars(self).get("_stored", ())}:
+        if self._is_plain(name):
             raise AttributeError(
                 f"{name} of a prepared layer is packed; read it from the plain model, or from state_dict()"
             )
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        plain = {stored.partition(".")[0] for stored in vars(self).get("_stored", ())}
-        if name in MATRICES or (name in plain and name not in self._buffers):
+        if name in MATRICES or (self._is_plain(name) and name not in self._buffers):
             raise AttributeError(f"{name} of a prepared layer cannot be set: {_ONLY_INFERENCE}")
         super().__setattr__(name, value)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipup_kernels import PackedWeight, grouped_linear
+from clipup_kernels.types import PLAIN_LAYOUT
 
 from .. import checks
 from .prepared import Part, Prepared, Stored
@@ -52,18 +53,13 @@ def _whole(name: str, parameter: Tensor) -> Stored:
 
 
 class _PreparedProjections(Prepared):
-    """Layers whose matrices are linear projections: ``in_weight`` and ``out_weight``, with their biases. Packed, each
-    is the weight of one expert, [1, O, I]."""
-
-    def _keep(self, name: str, packed: PackedWeight) -> None:
-        super()._keep(name, packed._replace(shape=(1, *packed.shape)[-3:]))
-
-    def _get(self, name: str) -> Tensor:
-        tensor = super()._get(name)
-        return tensor[0] if tensor.dim() == 3 else tensor
+    """Layers whose matrices are linear projections: ``in_weight`` and ``out_weight``, with their biases."""
 
     def _linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        """x [..., I] -> [..., O]."""
+        """x [..., I] -> [..., O], the weight [O, I] being that of one expert."""
+        if weight.layout == PLAIN_LAYOUT:  # prepared on another CPU, whose kernels this one lacks
+            return F.linear(x.to(self.dtype), weight.block, bias)
+        weight = PackedWeight._make((weight.block, (1, *weight.shape), *weight[2:]))  # as in Prepared.packed
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
         offsets = torch.arange(2, dtype=torch.int32, device=x.device) * rows.shape[0]
         y = grouped_linear(rows, weight, None if bias is None else bias[None], offsets)
@@ -83,12 +79,7 @@ class PreparedLinear(_PreparedProjections):
         self._prepare({name: t for name, t in tensors.items() if t is not None}, stored, quantize)
         self.train(False)
 
-    @property
-    def weight(self) -> PackedWeight:
-        """[O, I]."""
-        packed: PackedWeight = self.in_weight
-        return PackedWeight._make((packed.block, packed.shape[-2:], *packed[2:]))
-
+    weight = property(lambda self: self.in_weight)
     bias = property(lambda self: self._buffers.get("in_bias"))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,14 +14,14 @@ _NAMES = {1: "stdout", 2: "stderr"}
 
 
 class LostOutput:
-    """While it is entered, stdout and stderr go nowhere as soon as nobody reads them, where they would refuse what is
-    written, in mid-epoch or while a checkpoint is being saved."""
+    """Between ``start`` and ``stop``, stdout and stderr go nowhere as soon as nobody reads them, where they would
+    refuse what is written, in mid-epoch or while a checkpoint is being saved."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._stop = -1
 
-    def __enter__(self) -> LostOutput:
+    def start(self) -> None:
         read = [stream for stream in _NAMES if _may_lose_its_reader(stream)]
         with suppress(OSError):  # no descriptor is free: then output stays where it is
             until, self._stop = os.pipe()
@@ -34,9 +34,8 @@ class LostOutput:
                 self._thread = None
                 os.close(until)
                 os.close(self._stop)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
         if self._thread is not None:
             with suppress(OSError):  # none reads it if both streams are lost
                 os.write(self._stop, b".")  # forked processes hold this end too: closing it alone says nothing

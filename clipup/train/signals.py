@@ -52,7 +52,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if self._enabled:
-            self._output.__enter__()
+            self._output.start()
             handlers: dict[int, Any] = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate}
             if hasattr(signal, "SIGHUP"):
                 handlers[signal.SIGHUP] = self._hang_up
@@ -72,7 +72,7 @@ class StopRequest:
                 continue  # _terminate restores it when the time of repeated ones is over
             signal.signal(number, handler)
         if self._enabled and not ends:  # else the program has its last words to say
-            self._output.__exit__()
+            self._output.stop()
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self.received = True

@@ -2,6 +2,10 @@
 
 import copy
 import importlib
+import os
+import pickle
+import subprocess
+import sys
 import types
 
 import pytest
@@ -66,6 +70,24 @@ def test_attention_of_every_block_holds_packed_weights(kind):
     assert blocks or kind == "custom_blocks"  # open_clip 3 has an attention of its own in these
     for name in kinds:
         assert isinstance(fast.get_submodule(name), PreparedAttention) == (name in blocks), name
+
+
+LOADED = """
+import pickle, sys, torch
+fast, texts, theirs = pickle.load(sys.stdin.buffer)
+with torch.inference_mode():
+    difference = (fast.encode_text(texts) - theirs).abs().max() / theirs.abs().max()
+assert difference < 1e-5, difference
+"""
+
+
+def test_a_pickle_is_computed_where_no_kernel_reads_packed_weights():
+    model = tiny_clip().eval()
+    _, texts = random_inputs(model, batch_size=2)
+    with torch.inference_mode():
+        content = pickle.dumps((clipup.accelerate(model), texts, model.encode_text(texts)))
+    environment = os.environ | {"CLIPUP_BACKEND": "torch_eager"}
+    subprocess.run([sys.executable, "-c", LOADED], input=content, env=environment, check=True)
 
 
 def test_attention_stays_in_torch_where_no_kernel_computes_its_type(monkeypatch):
