@@ -272,13 +272,12 @@ class Tables:
         ``loss`` of their longest runs; and the ``similarity`` of the experts of every sparse group. Loss and similarity
         are those of each group's first seed.
 
-        If there are several starts, these are of the one with the most runs, and ``starts`` are the leads of CLIP-UP by
-        the steps of the start.
+        If there are several starts, these are of the longest, and ``starts`` are the leads of CLIP-UP by the steps of the
+        start.
         """
         if len(self.starts) < 2:
             return self._over_training()
-        most = max(map(self.of_start, self.starts), key=lambda of: len(of.results))
-        return most._over_training() | {"starts": self._over_starts()}
+        return self.of_start(self.starts[-1])._over_training() | {"starts": self._over_starts()}
 
     def _over_training(self) -> dict[str, str]:
         lengths: dict[str, list[list[Result]]] = {}

@@ -113,11 +113,10 @@ def test_a_page_shows_a_study_beside_it_with_its_figures(found, tmp_path):
     }
 
 
-@pytest.mark.parametrize("starts", [(15000,), (15000, 30000)])
-def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_records, tmp_path, starts):
-    for start in starts:
+def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_records, tmp_path):
+    for start, gain in ((15000, 0.02), (30000, 0.01)):
         write(make_records(f"dense-{start}", "dense", steps=start))
-        for arm, score in (("clip_up", 0.55), ("dense_continued", 0.5), ("dense_equal_flops", 0.51)):
+        for arm, score in (("clip_up", 0.55), ("dense_continued", 0.5), ("dense_equal_flops", 0.5 + gain)):
             layers = LAYERS if arm == "clip_up" else None
             for seed in (0, 1, 2):
                 name = f"{arm}-{start}-{seed}"
@@ -134,12 +133,11 @@ def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_reco
     written = study_page.write(page, tmp_path / "study.md")
 
     text = (tmp_path / "study.md").read_text()
-    assert "on validation by\n**+0.75 ± 0.00** points" in text
+    assert "on validation by **+0.75 ± 0.00** points" in text and "that is **+1.50 ± 0.00**, and" in text
     assert "| at equal FLOPs | 5 | 3 | **+1.80 ± 0.00** | better |\n" in text
     assert "Drawings:\n" in text and "27.5" in text
     shown = set(re.findall(r"\((study_\w+\.svg)\)", text))
     assert shown == {path.name for path in written if path.name.startswith("study_converged")}
-    assert ("study_converged_starts.svg" in shown) == (len(starts) > 1)
 
 
 def found_logs(directory):
