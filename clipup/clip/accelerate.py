@@ -12,17 +12,17 @@ from clipup_kernels import packed_layout
 from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
 
 from .. import checks
-from ..dense.dense_mlp import class_name
+from ..dense.dense_mlp import class_name, is_assigned
 from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
 from ..dense.mlp_readers import FAMILIES, families_read
-from ..dense.prepared import MATRICES, Prepared, PreparedMLP
+from ..dense.prepared import MATRICES, Prepared, PreparedMLP, mlp_can_be_prepared
 from ..dense.prepared_attention import (
     ATTENTION_MODULES,
     ATTENTIONS,
     SELF_ATTENTION_BLOCKS,
     PreparedLinear,
     can_be_prepared,
-    is_changed,
+    linear_can_be_prepared,
     prepared_attention,
 )
 from ..moe.experts import Experts
@@ -35,6 +35,7 @@ class NothingToPrepare(ValueError):
     """The model has no layer that can be prepared."""
 
 
+@torch.inference_mode(False)  # what is copied there cannot be loaded into elsewhere
 @torch.no_grad()
 def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = None) -> nn.Module:
     """Prepares a model for CPU inference: layers store packed weights instead of plain ones.
@@ -45,7 +46,7 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     end-of-text token, computation stops at the end of the longest text in the batch, as in upcycled models
     (``clipup.clip.padding_aware``). All other modules are unchanged: norms, MLPs that consist of several modules (as in
     BERT) or have a norm between their projections, attention beside these, attention in float16 and float64, and what
-    has hooks or methods of its own.
+    has hooks, methods, buffers or parameters that are not its class's.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, modifying, casting or
     moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
@@ -72,7 +73,7 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     if weights is not None:
         checks.one_of("weights", weights, QUANTIZATIONS)
     _check(model, weights)
-    originals = {id(parameter) for parameter in model.parameters()}
+    originals = {id(parameter): parameter for parameter in model.parameters()}  # kept alive: ids of others come again
     if not inplace:
         model = copy.deepcopy(model, _deepcopy_memo(model))
     if _is_mlp(model):
@@ -104,13 +105,13 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     return model
 
 
-def _copy_parameters(model: nn.Module, originals: set[int]) -> None:
+def _copy_parameters(model: nn.Module, originals: dict[int, nn.Parameter]) -> None:
     """Clones the parameters that a copied model still shares with its original: those excluded from the deepcopy that
     are also used outside of prepared layers."""
     copies: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if id(parameter) in originals:
+            if parameter is not None and id(parameter) in originals:
                 copies.setdefault(id(parameter), nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
                 module._parameters[name] = copies[id(parameter)]
 
@@ -166,33 +167,34 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _prepare_attention(module: nn.Module, weights: str | None) -> None:
-    """Prepares self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. What has
-    hooks, a class derived from these, or one whose parts are others, is left as it is; so is what no kernel here
-    computes, since torch's products are faster than those of a fallback."""
+    """Prepares self-attention in a block: ``nn.MultiheadAttention`` and the linear layers of ``ATTENTIONS``. What is
+    or holds something else than its class says is left as it is; so is what no kernel here computes, since torch's
+    products are faster than those of a fallback."""
     for name, child in list(module.named_children()):
-        if isinstance(child, Prepared | SparseMoE) or is_changed(child):
+        if isinstance(child, Prepared | SparseMoE) or "forward" in vars(child):
             continue
-        if type(child) is nn.Linear:
-            if class_name(module) in ATTENTIONS and _is_packed(child.weight.dtype, weights):
+        if isinstance(child, nn.Linear):
+            if class_name(module) in ATTENTIONS and linear_can_be_prepared(child) and _is_packed(child.weight, weights):
                 setattr(module, name, PreparedLinear(child, weights))
         elif class_name(child) not in ATTENTION_MODULES or not _attends_to_itself(module):
             _prepare_attention(child, weights)
-        elif can_be_prepared(child) and _is_packed(cast(nn.Parameter, child.in_proj_weight).dtype, weights):
+        elif can_be_prepared(child) and _is_packed(cast(nn.Parameter, child.in_proj_weight), weights):
             setattr(module, name, prepared_attention(child, weights))
 
 
-def _is_packed(dtype: torch.dtype, weights: str | None) -> bool:
-    """Whether packed weights of the type are worth it: those of float16 are float32, twice as large."""
+def _is_packed(weight: torch.Tensor, weights: str | None) -> bool:
+    """Whether packed weights of its type are worth it: those of float16 are float32, twice as large."""
     known = (torch.float32, torch.bfloat16) if weights is None else (torch.float32, torch.bfloat16, torch.float16)
-    return dtype in known and packed_layout(dtype, weights) != PLAIN_LAYOUT
+    return weight.dtype in known and packed_layout(weight.dtype, weights) != PLAIN_LAYOUT
 
 
 def _attends_to_itself(block: nn.Module) -> bool:
     """Whether a block's attention gets one tensor, and its attention weights are not asked for."""
     kind = next(base for base in type(block).__mro__ if not base.__module__.startswith("clipup."))
-    known = f"{kind.__module__}.{kind.__qualname__}" in SELF_ATTENTION_BLOCKS
-    changed = {"forward", "attention"} & vars(block).keys()
-    return known and not changed and not hasattr(block, "ln_1_kv")  # open_clip's cross-attention
+    if f"{kind.__module__}.{kind.__qualname__}" not in SELF_ATTENTION_BLOCKS or hasattr(block, "ln_1_kv"):
+        return False  # the latter is open_clip's cross-attention
+    methods = {"forward", "attention"}
+    return not methods & vars(block).keys() and not any(is_assigned(kind, name) for name in methods & vars(kind).keys())
 
 
 def _overrides(layer_class: type[SparseMoE]) -> bool:
@@ -217,20 +219,20 @@ def _deepcopy_memo(model: nn.Module) -> dict[int, object]:
 
 def _is_mlp(module: nn.Module) -> bool:
     try:
-        return read_mlp(module).ln_weight is None
+        return mlp_can_be_prepared(module, read_mlp(module))
     except TypeError:
         return False
 
 
 def _dense_mlps(model: nn.Module) -> list[BlockMLP]:
-    """The MLPs in the model's blocks that ``dense_mlp`` can compute: those that are a single module."""
+    """The MLPs in the model's blocks that ``PreparedMLP`` can replace: of those that are a single module."""
     found = []
     for block in model.modules():
         try:
             mlp = find_mlp(block)
         except TypeError:
             continue
-        if len(mlp.family.parts) == 1 and mlp.dense.ln_weight is None:
+        if len(mlp.family.parts) == 1 and mlp_can_be_prepared(mlp.module, mlp.dense):
             found.append(mlp)
     return found
 

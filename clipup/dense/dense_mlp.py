@@ -145,12 +145,25 @@ def read_dropout(name: str, module: nn.Module) -> float:
     return module.p if type(module) is nn.Dropout else 0.0
 
 
+def has_another_forward(module: nn.Module) -> bool:
+    """Whether a module is computed by something else than what its class was defined with: a ``forward`` assigned to
+    the module, or to its class."""
+    home = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    return "forward" in vars(module) or is_assigned(home, "forward")
+
+
+def is_assigned(kind: type, method: str) -> bool:
+    """Whether a method in a class comes from a module other than the class, as those do that tools assign."""
+    found = vars(kind)[method]
+    return getattr(found, "__globals__", {}).get("__name__") != kind.__module__  # functools.wraps leaves these
+
+
 def refuse_changed_forward(*parts: nn.Module) -> None:
     """Refuses an MLP whose modules were modified: forward hooks (pruning and weight normalization use them), or a
-    ``forward`` assigned to a module. Experts made of its weights would lose the modification."""
+    ``forward`` assigned to a module or class. Experts made of its weights would lose the modification."""
     for name, module in (named for part in parts for named in part.named_modules()):
         changed = "forward hooks" if module._forward_hooks or module._forward_pre_hooks else ""
-        changed = "a forward of its own" if "forward" in vars(module) else changed
+        changed = "a forward of its own" if has_another_forward(module) else changed
         if changed:
             raise TypeError(
                 f"cannot read an MLP with {changed}{f' on {name}' if name else ''}: experts made of its weights would "

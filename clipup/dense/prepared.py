@@ -19,7 +19,7 @@ from clipup_kernels import PackedWeight, dense_mlp, pack_weight, packed_layout, 
 
 from .. import checks
 from ..precision import autocast_dtype
-from .dense_mlp import DenseMLP
+from .dense_mlp import DenseMLP, has_another_forward
 from .mlp_families import read_mlp
 
 MATRICES = ("in_weight", "out_weight", "gate_weight")
@@ -43,6 +43,29 @@ class Stored(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     parts: list[Part]
+
+
+def whole(name: str, parameter: Tensor) -> Stored:
+    """A parameter that is one tensor of the prepared layer."""
+    contiguous = torch.empty(parameter.shape, device="meta").stride()
+    return Stored(parameter.shape, parameter.dtype, [Part(name, parameter.shape, contiguous, 0)])
+
+
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_state_dict_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+
+
+def plain_entries(module: nn.Module) -> set[str] | None:
+    """The names in the state dict of a module that does what its classes say when it is called, saved and loaded, and
+    holds nothing but parameters in dense memory; None for others, whose place no prepared layer can take."""
+    for part in module.modules():
+        if any(getattr(part, hooks) for hooks in _HOOKS) or has_another_forward(part) or part._buffers:
+            return None
+    entries = module.state_dict(keep_vars=True)
+    plain = all(type(p) is nn.Parameter and p.layout is torch.strided and not p.is_nested for p in entries.values())
+    return set(entries) if plain else None
 
 
 class _TypeOnly(NamedTuple):
@@ -110,12 +133,15 @@ class Prepared(nn.Module):
         checks.tensor("x", x)
         autocast = autocast_dtype(x)
         wanted = autocast or x.dtype
-        if wanted != self.dtype:
-            where = "x is" if autocast is None else "autocast asks for"
-            raise TypeError(
-                f"{where} {wanted}, but the layer was prepared in {self.dtype}; cast the plain model and prepare that: "
-                f"clipup.accelerate(model.to({wanted}))"
-            )
+        if wanted == self.dtype:
+            return
+        if not wanted.is_floating_point:
+            raise TypeError(f"x is {wanted}, but the layer was prepared in {self.dtype}; pass that")
+        where = "x is" if autocast is None else "autocast asks for"
+        raise TypeError(
+            f"{where} {wanted}, but the layer was prepared in {self.dtype}; cast the plain model and prepare that: "
+            f"clipup.accelerate(model.to({wanted}))"
+        )
 
     # ------------------------------------------------------------ refusals
 
@@ -258,10 +284,13 @@ class PreparedMLP(Prepared):
     def __init__(self, mlp: nn.Module, quantize: str | None = None) -> None:
         super().__init__()
         dense = read_mlp(mlp)
-        if dense.ln_weight is not None:
-            raise TypeError("an MLP with a norm between its projections cannot be prepared")
+        if not mlp_can_be_prepared(mlp, dense):
+            raise TypeError(
+                f"a {type(mlp).__name__} with a norm between its projections, or with hooks, buffers or parameters "
+                "that are not its class's, cannot be prepared; leave it as it is"
+            )
         self.activation = dense.activation
-        self.input_norm_name = next((name for name, m in mlp.named_children() if m is dense.input_norm), None)
+        self.input_norm_name = _input_norm_name(mlp, dense)
         if self.input_norm_name is not None:
             self.add_module(self.input_norm_name, dense.input_norm)
         self._prepare(dense.parameters(), _where_parts_lie(mlp, dense), quantize)
@@ -271,8 +300,7 @@ class PreparedMLP(Prepared):
         """x: [..., D] in the type in which the MLP was prepared."""
         self._check_type(x)
         width = self.in_weight.shape[1]
-        if x.dim() == 0 or x.shape[-1] != width:
-            raise ValueError(f"x must be [..., {width}], got {list(x.shape)}")
+        check_width("x", x, width)
         if self.input_norm_name is not None:
             x = getattr(self, self.input_norm_name)(x)
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
@@ -288,19 +316,42 @@ class PreparedMLP(Prepared):
         return f"{width}, {hidden}, activation={self.activation!r}, quantize={self.quantize!r}"
 
 
+def check_width(name: str, x: Tensor, width: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ValueError(f"{name} must be [..., {width}], got {list(x.shape)}")
+
+
+def mlp_can_be_prepared(mlp: nn.Module, dense: DenseMLP) -> bool:
+    """Whether ``PreparedMLP`` computes and stores all that an MLP does, which was read as ``dense``."""
+    names = plain_entries(mlp)
+    if names is None or dense.ln_weight is not None:
+        return False
+    stored = _where_parts_lie(mlp, dense)
+    of_norm = _input_norm_name(mlp, dense)
+    beside = {name for name in names if of_norm is not None and name.startswith(f"{of_norm}.")}
+    found = [part.name for where in stored.values() for part in where.parts]
+    return names == stored.keys() | beside and sorted(found) == sorted(dense.parameters())
+
+
+def _input_norm_name(mlp: nn.Module, dense: DenseMLP) -> str | None:
+    return next((name for name, module in mlp.named_children() if module is dense.input_norm), None)
+
+
 def _where_parts_lie(mlp: nn.Module, dense: DenseMLP) -> dict[str, Stored]:
-    """The MLP's parameters by name, each with the tensors of ``dense`` that are views into it."""
-    parts = list(dense.parameters().items())
+    """The MLP's parameters by name, each with the tensors of ``dense`` that are views into it; without those whose
+    order in memory is not that of their indices, unless one tensor is all of them."""
+    parts = dense.parameters()
     stored = {}
     for name, parameter in mlp.named_parameters():
-        if not parameter.is_contiguous():
-            raise TypeError(f"{name} of the MLP is not contiguous in memory, so it cannot be prepared")
         begin = parameter.data_ptr()
         inside = [
             Part(part, t.shape, t.stride(), (t.data_ptr() - begin) // t.element_size())
-            for part, t in parts
+            for part, t in parts.items()
             if begin <= t.data_ptr() < begin + parameter.nbytes
         ]
-        if inside:
+        all_of_it = [part for part, t in parts.items() if t is parameter]
+        if all_of_it:
+            stored[name] = whole(all_of_it[0], parameter)
+        elif inside and parameter.is_contiguous():
             stored[name] = Stored(parameter.shape, parameter.dtype, inside)
     return stored

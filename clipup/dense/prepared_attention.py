@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from clipup_kernels import PackedWeight, grouped_linear
 from clipup_kernels.types import PLAIN_LAYOUT
 
 from .. import checks
-from .prepared import Part, Prepared, Stored
+from .prepared import Prepared, check_width, plain_entries, whole
 
 _LONGEST_PRODUCT = 512
 """Tokens up to which plain products of bfloat16 are faster on a CPU than torch's fused attention: 12.3 to 18.0 ms for
@@ -46,12 +47,6 @@ ATTENTIONS = frozenset(
 Others read weights and biases themselves (timm's EvaAttention)."""
 
 
-def _whole(name: str, parameter: Tensor) -> Stored:
-    """A parameter that is one tensor of the prepared layer."""
-    contiguous = torch.empty(parameter.shape, device="meta").stride()
-    return Stored(parameter.shape, parameter.dtype, [Part(name, parameter.shape, contiguous, 0)])
-
-
 class _PreparedProjections(Prepared):
     """Layers whose matrices are linear projections: ``in_weight`` and ``out_weight``, with their biases."""
 
@@ -71,11 +66,16 @@ class PreparedLinear(_PreparedProjections):
 
     def __init__(self, linear: nn.Linear, quantize: str | None = None) -> None:
         super().__init__()
+        if not linear_can_be_prepared(linear):
+            raise TypeError(
+                f"a {type(linear).__name__} with hooks, buffers or parameters that are not its class's cannot be "
+                "prepared; leave it as it is"
+            )
         self.in_features, self.out_features = linear.in_features, linear.out_features
         tensors = {"in_weight": linear.weight, "in_bias": linear.bias}
-        stored = {"weight": _whole("in_weight", linear.weight)}
+        stored = {"weight": whole("in_weight", linear.weight)}
         if linear.bias is not None:
-            stored["bias"] = _whole("in_bias", linear.bias)
+            stored["bias"] = whole("in_bias", linear.bias)
         self._prepare({name: t for name, t in tensors.items() if t is not None}, stored, quantize)
         self.train(False)
 
@@ -85,6 +85,7 @@ class PreparedLinear(_PreparedProjections):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., I] in the type in which the layer was prepared."""
         self._check_type(x)
+        check_width("x", x, self.in_features)
         return self._linear(x, self.in_weight, self._buffers.get("in_bias"))
 
     def extra_repr(self) -> str:
@@ -98,22 +99,22 @@ class PreparedAttention(_PreparedProjections):
         super().__init__()
         if not can_be_prepared(attention):
             raise TypeError(
-                f"a {type(attention).__name__} with separate projections, bias_k, add_zero_attn, or parts that are not "
-                "its class's own cannot be prepared; leave it as it is"
+                f"a {type(attention).__name__} with separate projections, bias_k, add_zero_attn, or hooks, buffers, "
+                "parameters or parts that are not its class's cannot be prepared; leave it as it is"
             )
         self.num_heads, self.batch_first = attention.num_heads, getattr(attention, "batch_first", True)
         self.embed_dim = attention.out_proj.in_features
         self.head_dim = self.embed_dim // self.num_heads
         out = attention.out_proj
-        places = {
-            "in_weight": ("in_proj_weight", attention.in_proj_weight),
-            "in_bias": ("in_proj_bias", attention.in_proj_bias),
-            "out_weight": ("out_proj.weight", out.weight),
-            "out_bias": ("out_proj.bias", out.bias),
+        tensors = {
+            "in_weight": attention.in_proj_weight,
+            "in_bias": attention.in_proj_bias,
+            "out_weight": out.weight,
+            "out_bias": out.bias,
         }
-        places = {name: place for name, place in places.items() if place[1] is not None}
-        stored = {plain: _whole(name, parameter) for name, (plain, parameter) in places.items()}
-        self._prepare({name: parameter for name, (_, parameter) in places.items()}, stored, quantize)
+        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        stored = {_NAMES[name]: whole(name, tensor) for name, tensor in tensors.items()}
+        self._prepare(tensors, stored, quantize)
         self.train(False)
 
     def forward(
@@ -141,6 +142,9 @@ class PreparedAttention(_PreparedProjections):
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says that attn_mask is causal, and there is none; pass the mask")
         self._check_type(query)
+        if query.dim() not in (2, 3):
+            raise ValueError(f"query must be [B, L, {self.embed_dim}], or without B, got {list(query.shape)}")
+        check_width("query", query, self.embed_dim)
         x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
         x = x if query.dim() == 3 else x[None]
         mask = _both_masks(attn_mask, key_padding_mask, x, self.num_heads, batched=query.dim() == 3)
@@ -176,6 +180,9 @@ class PreparedOpenClipAttention(PreparedAttention):
         if any(other is not None and other is not x for other in (k_x, v_x)):
             raise NotImplementedError("prepared attention computes self-attention only: k_x and v_x must be x or None")
         self._check_type(x)
+        if x.dim() != 3:
+            raise ValueError(f"x must be [B, L, {self.embed_dim}], got {list(x.shape)}")
+        check_width("x", x, self.embed_dim)
         if attn_mask is not None:
             batch, length = x.shape[:2]
             excluded = ~attn_mask if _kind("attn_mask", attn_mask) is torch.bool else attn_mask
@@ -197,7 +204,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     that sees nothing gives 0, as in torch's. Scores are rounded to q's type, as in the fast path of torch's
     ``MultiheadAttention``."""
     batch, heads, length, width = q.shape
-    if q.dtype != torch.bfloat16 or length > _LONGEST_PRODUCT:
+    short = statically_known_true(length <= _LONGEST_PRODUCT)  # no guard on the length of a traced program
+    if q.dtype != torch.bfloat16 or not short:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     flat = (batch * heads, length, width)
     scores = torch.bmm((q * width**-0.5).reshape(flat), k.reshape(flat).mT).view(batch, heads, length, length)
@@ -235,23 +243,31 @@ _OPEN_CLIP_PARTS = {
     "out_proj": nn.Linear,
 }
 """The children of an ``Attention`` of open_clip 4, which it calls."""
+_NAMES = {
+    "in_weight": "in_proj_weight",
+    "in_bias": "in_proj_bias",
+    "out_weight": "out_proj.weight",
+    "out_bias": "out_proj.bias",
+}
+"""The parameters of attention by their names in the prepared layer."""
 
 
-def is_changed(module: nn.Module) -> bool:
-    """Whether the module does something else than its class says, when it is called or saved: hooks, or a ``forward``
-    of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks, module._state_dict_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+def linear_can_be_prepared(linear: nn.Linear) -> bool:
+    """Whether ``PreparedLinear`` computes and stores all that a linear layer does."""
+    names = {"weight"} if linear.bias is None else {"weight", "bias"}
+    return type(linear) is nn.Linear and plain_entries(linear) == names
 
 
 def can_be_prepared(attention: Any) -> bool:
-    """Whether ``prepared_attention`` computes what a module of ``ATTENTION_MODULES`` does."""
-    if attention._parameters.get("in_proj_weight") is None:
+    """Whether ``prepared_attention`` computes and stores all that a module of ``ATTENTION_MODULES`` does."""
+    if attention.in_proj_weight is None:
+        return False
+    out = attention.out_proj
+    absent = {"in_proj_bias": attention.in_proj_bias is None, "out_proj.bias": out.bias is None}
+    if plain_entries(attention) != {name for name in _NAMES.values() if not absent.get(name)}:
         return False
     if isinstance(attention, nn.MultiheadAttention):
-        out = attention.out_proj
-        plain = type(out) in _OUT_PROJECTIONS and out._parameters.get("weight") is not None and not is_changed(out)
-        return plain and attention.bias_k is None and not attention.add_zero_attn
+        return type(out) in _OUT_PROJECTIONS and attention.bias_k is None and not attention.add_zero_attn
     if not getattr(attention, "use_sdpa", False):  # also open_clip 3's class of this name, with other masks
         return False
     parts = {name: type(getattr(attention, name)) for name in _OPEN_CLIP_PARTS}
@@ -260,7 +276,6 @@ def can_be_prepared(attention: Any) -> bool:
         and attention.logit_scale is None
         and attention.head_scale is None
         and attention.scale == attention.head_dim**-0.5
-        and not any(is_changed(part) for part in attention.children())
     )
 
 

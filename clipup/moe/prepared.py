@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipup_kernels.ops.sparse_mlp import is_one_op, packed_sparse_mlp
 
-from ..dense.prepared import MATRICES, Part, Prepared, Stored
+from ..dense.prepared import MATRICES, Prepared, whole
 from .experts import Experts, SharedExpert
 from .layer import SHARED_GATE, SparseMoE
 from .layer_state import LastRouting
@@ -21,11 +21,7 @@ class _PreparedExperts(Prepared, Experts):
 
     def prepare(self, quantize: str | None = None) -> None:
         matrices = {name: parameter for name in MATRICES if (parameter := self._parameters.pop(name)) is not None}
-        whole = {
-            name: Stored(m.shape, m.dtype, [Part(name, m.shape, m.contiguous().stride(), 0)])
-            for name, m in matrices.items()
-        }
-        self._prepare(matrices, whole, quantize)
+        self._prepare(matrices, {name: whole(name, matrix) for name, matrix in matrices.items()}, quantize)
 
     def expert_group(self) -> None:
         """Prepared experts are all in this process."""

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from open_clip.transformer import Attention
+from open_clip.transformer import Attention, ResidualAttentionBlock
 from open_clip_4 import only_open_clip_4
 from torch import nn
 
 import clipup_kernels
+from clipup import accelerate
 from clipup.dense.prepared_attention import PreparedAttention, PreparedLinear, can_be_prepared, prepared_attention
 
 pytestmark = pytest.mark.skipif(
@@ -193,3 +194,40 @@ def test_masks_of_other_shapes_are_refused_in_open_clip_4_too(dtype):
         attention(x, attn_mask=torch.ones(7, 7, dtype=torch.int64))
     for shape in ((7, 7), (1, 7), (2, 1, 1, 7), (1, 4, 7, 7), (8, 7, 7)):
         assert attention(x, attn_mask=torch.zeros(shape)).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_exported_program_takes_sequences_of_every_length(dtype):
+    torch.manual_seed(0)
+    block = ResidualAttentionBlock(32, 2).eval().to(dtype)
+    prepared = accelerate(block)
+    sizes = {"q_x": {1: torch.export.Dim("length", min=2, max=1024)}}
+    with torch.no_grad():
+        program = torch.export.export(prepared, (torch.randn(2, 20, 32, dtype=dtype),), dynamic_shapes=sizes).module()
+        for length in (7, 600):
+            x = torch.randn(2, length, 32, dtype=dtype)
+            assert_follows(program(x), block(x), None)
+
+
+def test_inputs_of_other_shapes_are_refused():
+    linear, x = PreparedLinear(nn.Linear(64, 40)), torch.randn(2, 7, 60)
+    attention = PreparedAttention(nn.MultiheadAttention(64, 4, batch_first=True).eval())
+    for wrong in (x, torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"x must be \[\.\.\., 64\], got \["):
+            linear(wrong)
+    with pytest.raises(ValueError, match=r"query must be \[\.\.\., 64\], got \[2, 7, 60\]"):
+        attention(x, x, x, need_weights=False)
+    for wrong in (torch.randn(64), torch.randn(2, 3, 7, 64)):
+        with pytest.raises(ValueError, match=r"query must be \[B, L, 64\], or without B, got \["):
+            attention(wrong, wrong, wrong, need_weights=False)
+    with pytest.raises(TypeError, match=r"x is torch\.int64, but the layer was prepared in torch\.float32; pass that"):
+        linear(torch.ones(2, 64, dtype=torch.int64))
+
+
+@only_open_clip_4
+def test_inputs_of_other_shapes_are_refused_in_open_clip_4_too():
+    attention = prepared_attention(Attention(64, num_heads=4).eval(), None)
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 64\], got \[2, 7, 60\]"):
+        attention(torch.randn(2, 7, 60))
+    with pytest.raises(ValueError, match=r"x must be \[B, L, 64\], got \[7, 64\]"):
+        attention(torch.randn(7, 64))
