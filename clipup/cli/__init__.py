@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 
 COMMANDS = {
     "demo": "upcycle a small CLIP, train it on and compare, in minutes, with a report",
@@ -34,6 +35,7 @@ _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, 2 for user errors, 130 after Ctrl-C, 141 for a closed pipe."""
+    _open_closed_streams()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.", flush=True)
@@ -61,13 +63,19 @@ def reporting_errors(program: str, function: Callable[[], int]) -> int:
     Args:
         program: prefix of the line.
     """
+    _open_closed_streams()
     try:
         code = function()
-        if sys.stdout is not None:  # None if it was closed
+        try:
             sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            _discard_stdout()
+            return _report(program, f"could not write to stdout: {error}")
         return code
     except BrokenPipeError:  # the reader of the output has exited
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return _BROKEN_PIPE
     except _USER_ERRORS as error:
         return _report(program, str(error))
@@ -76,17 +84,42 @@ def reporting_errors(program: str, function: Callable[[], int]) -> int:
             raise
         return _report(program, f"out of memory: {error}")
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        say(f"{program}: interrupted")
         return _INTERRUPTED
 
 
 def _report(program: str, message: str) -> int:
     """Prints the current exception, as one line or with its traceback."""
     if os.environ.get(DEBUG) == "1":
-        traceback.print_exc()
+        message = traceback.format_exc()
     else:
-        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+        message = f"{program}: {' '.join(message.split())}"
+    say(message)
     return _BAD_INPUT
+
+
+def _discard_stdout() -> None:
+    """What it still holds would be written when Python ends, and fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def say(text: str) -> None:
+    """Prints to stderr, if it takes anything: the exit code says what happened too."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _open_closed_streams() -> None:
+    """Gives stdin, stdout and stderr that were closed to nothing. Otherwise the next files that are opened would get
+    their descriptors, and what is printed would land in these."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import Any, TextIO
+from typing import Any
 
 import tyro
 
@@ -18,7 +17,7 @@ from ..train.options import GROUPS
 from ..train.options.key_values import KeyValues
 from ..train.rank_watch import EXIT_CODE as _RANK_LOST
 from ..train.signals import program_ends_with_the_run
-from . import open_clip_flags
+from . import open_clip_flags, say
 from .flags import MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle
 from .outputs import check_directory
 
@@ -112,31 +111,30 @@ def main(argv: list[str]) -> int:
         with program_ends_with_the_run():
             result = train(options)
     except FloatingPointError as error:
-        _print(f"clipup train: {error}", sys.stderr, not failure_is_reported())
+        _say(error)
         return _DIVERGED
     except RankLost as error:
-        _print(f"clipup train: {error}", sys.stderr, not failure_is_reported())
+        _say(error)
         return _RANK_LOST
     except TrainingInterrupted as stopped:
-        _print(f"clipup train: {stopped}", sys.stderr, not failure_is_reported())
+        _say(stopped)
         return _INTERRUPTED
     except (Exception, KeyboardInterrupt):
         if failure_is_reported():
             return _REFUSED
         raise
-    first = Launched.from_environment().rank == 0
+    if Launched.from_environment().rank != 0:
+        return 0
     if result.already_finished:
         text = f"the run in {result.directory} was already finished at step {result.steps}; nothing was changed. "
-        _print(f"{text}To continue training set more --steps or --epochs", sys.stdout, first)
+        print(f"{text}To continue training set more --steps or --epochs")
         return 0
     losses = [record["loss"] for record in result.history if record["loss"] is not None]
     last = f", last loss {losses[-1]:.4f}" if losses else ""
     skipped = result.history[-1]["skipped_steps"] if result.history else 0
     last += f", {skipped} steps not applied because their gradient was not finite" if skipped else ""
     last += f", {result.skipped} samples skipped" if result.skipped else ""
-    _print(
-        f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}", sys.stdout, first
-    )
+    print(f"{result.steps} steps in {result.seconds:.0f} s of training{last}; see {result.directory}")
     return 0
 
 
@@ -185,6 +183,6 @@ def _key_values() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
-def _print(text: str, stream: TextIO, here: bool) -> None:
-    if here:
-        print(text, file=stream)
+def _say(error: BaseException) -> None:
+    if not failure_is_reported():
+        say(f"clipup train: {error}")

@@ -10,6 +10,7 @@ checkpoints (``clipup.train.sharded_checkpoints``) are directories beside these 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -23,10 +24,13 @@ from torch import Tensor, nn
 from ..atomic_files import remove_directory, replace_files
 from ..pretrained.state_dicts import check_archive, read_pickle, strip_wrapper_prefixes, write_pickle
 from . import sharded_checkpoints
+from .checkpoint_contents import check_contents
 from .finite import not_finite, tensors_of
 from .whole_state import load_weights
 
 LATEST = "epoch_latest.pt"
+ASIDE = "before_rewind_"
+"""Prefix of the directories of checkpoints that a run has passed and then trained anew."""
 _NAME = re.compile(r"epoch_(\d+|latest)\.pt")
 _REQUIRED = ("epoch", "state_dict", "optimizer")
 
@@ -86,6 +90,7 @@ def load(path: str | Path) -> dict[str, Any]:
             f"{path} lacks {', '.join(missing)}, so it is not a checkpoint of a run; to start from weights alone "
             "use --pretrained"
         )
+    check_contents(state, path)
     broken = not_finite(tensors_of(state["state_dict"], state["optimizer"]))
     if broken is not None:
         raise ValueError(f"{path} holds values that are not finite, in {broken}; resume from an earlier checkpoint")
@@ -188,6 +193,33 @@ def prune(newest: Path, limit: int | None) -> None:
         old = older[: max(len(older) - (limit - (newest.name != LATEST)), 0)]
     for path in old:
         delete(path)
+
+
+def set_aside_later(folder: Path, resumed: Path) -> tuple[Path, list[str]] | None:
+    """Moves the checkpoints in a directory that have more steps than ``resumed`` into a new one within, where no run
+    looks for them: what follows is trained anew. Returns that directory and their names, None if there are none.
+
+    The newest is moved last: after a kill in between, it is still the one that a run continues from.
+
+    Raises:
+        OSError: one could not be read or moved.
+    """
+    begin, later = _position(resumed), []
+    from_elsewhere = resumed.resolve().parent != folder.resolve()  # then one of the same step is another
+    for path in [*_files(folder), *sharded_checkpoints.directories(folder)]:
+        with suppress(ValueError, FileNotFoundError):  # damaged ones are passed over by name
+            position = _position(path)
+            if position > begin or (from_elsewhere and position == begin):
+                later.append((position, path))
+    if not later:
+        return None
+    aside = next(path for n in itertools.count(1) if not (path := folder / f"{ASIDE}{n}").exists())
+    aside.mkdir()
+    for _, path in sorted(later):
+        path.rename(aside / path.name)
+    if resumed.is_dir() and not from_elsewhere:
+        sharded_checkpoints.name_newest(resumed, begin[0])
+    return aside, sorted(path.name for _, path in later)
 
 
 def delete(path: Path) -> None:

@@ -104,7 +104,7 @@ class Trainer:
         """Trains until the last step. ``notes``: what the log says first."""
         self.stop = stop
         if self.directory is not None:
-            self.ranks.first_does(lambda: self.directory.prepare(self.options))
+            notes = [*notes, *self.ranks.first_does(lambda: self.directory.prepare(self.options))]
         self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
         place = self.model, self.state, self.clock
         self.evaluations = Evaluations(
@@ -256,8 +256,9 @@ class Trainer:
     def _after_epoch(self) -> None:
         """What comes after an epoch's checkpoint; a run that was killed before its end does it when it resumes."""
         self.evaluations.validate_epoch()
-        if self.options.delete_previous_checkpoint:
-            self.checkpoints.delete_before(self.state.epoch)
+        epoch, every = self.state.epoch, self.options.save_frequency
+        if self.options.delete_previous_checkpoint and every and epoch % every == 0:
+            self.checkpoints.delete_kept(epoch - every)
 
     def _save(self, *names: str) -> Path | None:
         if self.directory is not None:

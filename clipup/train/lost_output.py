@@ -19,29 +19,31 @@ class LostOutput:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._stop = -1
+        self._pipe: tuple[int, int] = (-1, -1)
+        """Both ends are closed here: writing to a pipe that nobody can read could end the process (SIGPIPE)."""
 
     def start(self) -> None:
         read = [stream for stream in _NAMES if _may_lose_its_reader(stream)]
         with suppress(OSError):  # no descriptor is free: then output stays where it is
-            until, self._stop = os.pipe()
-            self._thread = threading.Thread(
-                target=_redirect_lost, args=(read, until), name="clipup output", daemon=True
-            )
+            self._pipe = os.pipe()
+            arguments = read, self._pipe[0]
+            self._thread = threading.Thread(target=_redirect_lost, args=arguments, name="clipup output", daemon=True)
             try:
                 self._thread.start()
             except RuntimeError:  # no thread is free
                 self._thread = None
-                os.close(until)
-                os.close(self._stop)
+                self._close()
 
     def stop(self) -> None:
         if self._thread is not None:
-            with suppress(OSError):  # none reads it if both streams are lost
-                os.write(self._stop, b".")  # forked processes hold this end too: closing it alone says nothing
-            os.close(self._stop)
+            os.write(self._pipe[1], b".")  # forked processes hold this end too: closing it alone says nothing
             self._thread.join()
             self._thread = None
+            self._close()
+
+    def _close(self) -> None:
+        for end in self._pipe:
+            os.close(end)
 
     def wait(self, seconds: float) -> None:
         """Gives readers so long to end. Without a watch, output that may lose its reader goes nowhere from now on."""
@@ -69,17 +71,18 @@ def _redirect_lost(read: list[int], until: int) -> None:
     for stream in read:
         events.register(stream, 0)  # errors and hang-ups are always reported
     while read:
-        for stream, event in events.poll():
-            if stream == until:
-                os.close(until)
-                return
+        found = dict(events.poll())
+        if until in found:
+            return
+        lost = [stream for stream, event in found.items() if event & (select.POLLERR | select.POLLHUP)]
+        for stream in found:
             events.unregister(stream)
             read.remove(stream)
-            if event & (select.POLLERR | select.POLLHUP):
-                with suppress(OSError):
-                    _silence(stream)
-                LOG.warning("nobody reads %s any more; the run goes on without it", _NAMES[stream])
-    os.close(until)
+        for stream in lost:  # all of them before a line is written: the log may be one
+            with suppress(OSError):
+                _silence(stream)
+        for stream in lost:
+            LOG.warning("nobody reads %s any more; the run goes on without it", _NAMES[stream])
 
 
 def _silence(stream: int) -> None:

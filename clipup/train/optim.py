@@ -184,6 +184,22 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
     optimizer.load_state_dict({**state, "state": states, "param_groups": groups})
 
 
+@contextmanager
+def missing_state_explained() -> Iterator[None]:
+    """Around the step of an optimizer, whose state may come from a checkpoint.
+
+    Raises:
+        ValueError: the state lacks what the optimizer needs with its settings, as AdamW with amsgrad.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(
+            f"opt_kwargs: with these the optimizer needs {error} of every parameter, which the checkpoint that the run "
+            "continues from does not have; resume with the opt_kwargs that it was written with"
+        ) from error
+
+
 def continued_groups(
     optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:

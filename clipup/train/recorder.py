@@ -41,6 +41,7 @@ class Recorder:
         self._files = {kind: directory / f"{kind}.jsonl" for kind in KINDS}
         self._handlers = [_LogFile(directory / "out.log", encoding="utf-8")]
         self._handlers[0].setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+        self._log_before = self.log.level, self.log.propagate
         self.log.setLevel(logging.INFO)
         self.log.propagate = False  # open_clip sets up the root logger, which would print every step over the bar
         for handler in self._handlers:
@@ -74,7 +75,9 @@ class Recorder:
         return read_records(self._files[kind]) if kind in self._files else list(self._memory[kind])
 
     def close(self) -> None:
-        self.log.propagate = True
+        if self._handlers:
+            level, self.log.propagate = self._log_before
+            self.log.setLevel(level)
         for handler in self._handlers:
             self.log.removeHandler(handler)
             handler.close()
@@ -83,8 +86,14 @@ class Recorder:
 
     def _add(self, kind: str, record: Record) -> None:
         if kind in self._files:
-            with open(self._files[kind], "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self._files[kind], "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise OSError(
+                    f"could not write {self._files[kind]}: {error.strerror or error}. Make sure that its directory "
+                    "exists and has space, then continue with --resume latest"
+                ) from error
         else:
             self._memory[kind].append(record)
         for tracker in self._trackers if kind != "warnings" else ():

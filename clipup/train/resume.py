@@ -18,10 +18,10 @@ from .options import TrainOptions
 from .run_directory import RunDirectory, load_together
 
 IDENTITY = (
-    *("model", "moe", "moe_cfg", "train_data", "seed", "siglip"),
+    *("model", "pretrained", "moe", "moe_cfg", "train_data", "seed", "siglip"),
     *("force_image_size", "force_context_length", "force_quick_gelu", "force_custom_text", "opt"),
 )
-"""Options that identify a run."""
+"""Options that identify a run. With ``pretrained`` come the normalization of images and the tokenizer."""
 _COUNTS_IN_TENSORS = ("adamw", "nadamw")
 BATCH = ("batch_size", "accum_freq", "world_size")
 """Whose product is the global batch."""
@@ -29,8 +29,8 @@ DATA = ("dataset_type", "dataset_resampled", "train_data_upsampling_factors", "t
 """Options that decide which samples there are."""
 SEQUENCE = ("seed", "cache_data")
 """Options that decide their order, or their augmentation."""
-START = ("pretrained", "resume_dense")
-"""Options that only set the weights before the first step."""
+START = ("resume_dense",)
+"""Options that only set weights and moments before the first step."""
 _OF_THE_CALL = ("name", "logs", "resume", "resume_with_changes", "force")
 
 
@@ -79,7 +79,7 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
     if identity and not options.resume_with_changes:
         raise ValueError(
             f"{source} is of a run with other options: {', '.join(identity)}. Use the former values to continue it, "
-            "another --name to start a separate run, or --resume-with-changes to continue it with these values"
+            "another --name to start a separate run, or --resume-with-changes to continue it with these values, if its weights fit"
         )
     without_effect = [changed.pop(key) for key in START if key in changed]
     notes = [f"resumed with changes, which take effect from now on: {', '.join(changed.values())}"] if changed else []

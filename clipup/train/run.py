@@ -65,7 +65,7 @@ def train(
         if checkpoint is not None:
             notes += resume.changes(checkpoint.state, options, ranks.world_size, checkpoint.path)
         rng.seed_everything(options.seed)
-        built = build_model(options, ranks, precision, model, preprocess, tokenizer)
+        built = build_model(options, ranks, precision, model, preprocess, tokenizer, checkpoint is not None)
         first_epoch = checkpoint.state["epoch"] if checkpoint else 0
         data = Epochs(
             build_loader(options, built, ranks, first_epoch) if loader is None else loader, options.accum_freq

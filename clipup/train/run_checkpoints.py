@@ -184,15 +184,15 @@ class RunCheckpoints:
             "preprocess_cfg": None if preprocess_cfg is None else saving.preprocess_fields(preprocess_cfg),
         }
 
-    def delete_before(self, epoch: int) -> None:
-        """Deletes the kept checkpoint of the epoch before, if there is one."""
+    def delete_kept(self, epoch: int) -> None:
+        """Deletes the kept checkpoint of an epoch, if there is one, after the one that is being written is whole."""
         if self.directory is None:
             return
         self.wait()
-        before = self.directory.checkpoints / checkpoints.epoch_name(epoch - 1)
+        kept = self.directory.checkpoints / checkpoints.epoch_name(epoch)
         if self.ranks.first:
-            checkpoints.delete(before)
-            checkpoints.delete(before.with_suffix(""))
+            checkpoints.delete(kept)
+            checkpoints.delete(kept.with_suffix(""))
 
     def save_model(self) -> None:
         """The model as a directory that loads without the run, with the last evaluation in its card. A collective."""

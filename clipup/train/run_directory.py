@@ -5,7 +5,8 @@ LOGS/NAME/metrics.jsonl           a line per logged step
 LOGS/NAME/evaluations.jsonl       a line per evaluation
 LOGS/NAME/warnings.jsonl          a line per layer whose routing has collapsed, if any (clipup.train.routing_collapse)
 LOGS/NAME/options.json            all options
-LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt; sharded ones: epoch_K/, step_N/, latest.json
+LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt; sharded ones: epoch_K/, step_N/, latest.json;
+                                  before_rewind_N/: those after the one from which the run was continued, and records
 LOGS/NAME/tensorboard/            with report_to="tensorboard"
 LOGS/NAME/wandb/                  with report_to="wandb"
 LOGS/NAME/model/                  the trained model, as clipup.create_model_and_transforms reads it
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,30 @@ class RunDirectory:
                 "another --name"
             )
 
-    def prepare(self, options: TrainOptions) -> None:
-        """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``."""
+    def prepare(self, options: TrainOptions) -> list[str]:
+        """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``. Returns
+        notes for the log."""
+        notes = []
         if options.resume is None:
             self._discard(self._parts())
         elif options.resume == "latest":
             sharded_checkpoints.remove_unnamed(self.checkpoints)
+        elif self.holds(Path(options.resume)):
+            notes = self._rewind(Path(options.resume))
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
+        return notes
+
+    def _rewind(self, resumed: Path) -> list[str]:
+        """Sets aside what came after a checkpoint from which the run is continued, records included."""
+        later = checkpoints.set_aside_later(self.checkpoints, resumed)
+        if later is None:
+            return []
+        aside, names = later
+        for kind in KINDS:
+            with suppress(FileNotFoundError):
+                shutil.copyfile(self.root / f"{kind}.jsonl", aside / f"{kind}.jsonl")
+        return [f"the run goes on from {resumed}; what came after it, {', '.join(names)}, was moved to {aside}"]
 
     def holds_a_run(self) -> bool:
         """Whether a run has started here."""

@@ -72,12 +72,14 @@ def build_model(
     model: nn.Module | None = None,
     preprocess: Any = None,
     tokenizer: Any = None,
+    resumed: bool = False,
 ) -> Built:
     """The model on its device, made sparse if ``options.moe`` is set, and the objective that it is trained with.
 
     Args:
         model: an existing model; ``options.model`` then only names its architecture, for saving.
         preprocess: the transform of training and validation images, or a pair of them.
+        resumed: whether weights and moments come from a checkpoint of the run.
     """
     train_transform, val_transform = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
     if model is None:
@@ -90,7 +92,7 @@ def build_model(
         model = model.to(ranks.device)
         model_cfg = None if options.model is None else model_names.get_model_config(options.model)
     optimizer_state = None
-    if options.resume_dense is not None:
+    if options.resume_dense is not None and not resumed:
         optimizer_state = _resume_dense(model, options.resume_dense, options)
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from ..atomic_files import remove_directory, replace_files
 from ..pretrained.shard_files import INDEX, MODEL, OPTIMIZER, Index, check_files, read_index, read_tensors
 from ..pretrained.state_dicts import check_archive, read_pickle, write_pickle
+from .checkpoint_contents import check_contents
 from .finite import not_finite
 
 POINTER = "latest.json"
@@ -92,6 +93,7 @@ def read_checked_state(directory: Path, index: Index) -> dict[str, Any]:
         OSError: it could not be read.
     """
     state = read_state(directory)
+    check_contents({key: value for key, value in state.items() if key != "optimizer"}, directory / STATE)
     if "optimizer" in state and not _are_optimizer_values(state["optimizer"], index):
         raise ValueError(
             f"{directory / STATE} is damaged: its optimizer is not groups with names and finite numbers by parameter; "

@@ -17,6 +17,7 @@ from ..precision import Precision, autocast, image_dtype
 from .attention import attention_kernel
 from .forward import SCALES, forward
 from .objectives import Batch, Objective
+from .optim import missing_state_explained
 from .parallel import (
     batch_statistics,
     clip_gradients,
@@ -182,10 +183,11 @@ class TrainStep:
         if finite:
             if self.grad_clip_norm is not None:
                 clip_gradients(self.module, self.grad_clip_norm, self.gradient_norm)
-            if self.scaler is None:
-                self.optimizer.step()
-            else:
-                self.scaler.step(self.optimizer)
+            with missing_state_explained():
+                if self.scaler is None:
+                    self.optimizer.step()
+                else:
+                    self.scaler.step(self.optimizer)
             update_selection_bias(self.module)
             with torch.no_grad():
                 self.module.get_parameter("logit_scale").clamp_(0, LOGIT_SCALE_MAX)

@@ -6,11 +6,11 @@ One flat ``TrainOptions``, from a dataclass per job; ``clipup train --help`` sho
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
-from ...checks import without_numpy
 from ...moe.config import MoEConfig
 from ...precision import Precision
 from ..objectives import check_options
@@ -22,6 +22,7 @@ from .optimization import OptimizationOptions
 from .parallel import ParallelOptions
 from .running import ProcessOptions, RemoteSyncOptions, ReportingOptions, RunDirectoryOptions, SpeedOptions
 from .trained_parts import TrainedPartsOptions
+from .values import conform
 
 GROUPS: dict[str, type[OptionGroup]] = {
     "model": ModelOptions,
@@ -69,8 +70,10 @@ class TrainOptions(
     """Sparse layers for --moe; the defaults are CLIP-UP's recipe."""
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            setattr(self, option.name, without_numpy(getattr(self, option.name)))
+        if not isinstance(self.moe, bool):
+            raise TypeError(f"moe must be True or False, got {self.moe!r}; the options of sparse layers are in moe_cfg")
+        for name, hint in _annotations().items():
+            setattr(self, name, conform(name, getattr(self, name), hint))
         for group in GROUPS.values():
             group.check(self)
         if self.resume_dense is not None and self.opt != "adamw":
@@ -89,3 +92,10 @@ class TrainOptions(
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["moe_cfg"] = self.moe_cfg.to_dict() if self.moe else None
         return json.dumps(values, indent=2) + "\n"
+
+
+@functools.cache
+def _annotations() -> dict[str, Any]:
+    """The annotations of all options."""
+    hints = get_type_hints(TrainOptions)
+    return {option.name: hints[option.name] for option in dataclasses.fields(TrainOptions)}

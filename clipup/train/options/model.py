@@ -36,8 +36,6 @@ class ModelOptions(OptionGroup):
     """Give the text tower a module of its own (CustomTextCLIP)."""
 
     def check(self) -> None:
-        if not isinstance(self.moe, bool):
-            raise TypeError(f"moe must be True or False, got {self.moe!r}; the options of sparse layers are in moe_cfg")
         if self.resume_dense is not None and not self.moe:
             raise ValueError(
                 f"resume_dense={self.resume_dense!r} starts a sparse model, which needs moe; set moe, or continue the "

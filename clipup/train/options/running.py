@@ -80,7 +80,8 @@ class RunDirectoryOptions(OptionGroup):
     resume: str | None = None
     """"latest" or the path of a checkpoint to continue from. Changed options take effect from there on."""
     resume_with_changes: bool = False
-    """On resume, accept a model, moe, train_data, seed, siglip or opt that differs from the checkpoint's."""
+    """On resume, accept a model, pretrained, moe, train_data, seed, siglip or opt that differs from the checkpoint's,
+    if its weights fit."""
     force: bool = False
     """Discard a run of the same name instead of refusing to start."""
     save_frequency: int = 1
@@ -107,7 +108,8 @@ class RunDirectoryOptions(OptionGroup):
         check("fsdp_checkpoint", self.fsdp_checkpoint, self.fsdp_checkpoint in ("full", "sharded"), "full or sharded")
         if self.name is not None:
             name = self.name
-            check("name", name, Path(name).name == name, "the name of a directory, without separators")
+            is_name = Path(name).name == name and name != ".." and "\0" not in name
+            check("name", name, is_name, "the name of a directory, without separators")
         if self.resume == "latest" and (self.logs is None or self.name is None):
             raise ValueError("resume='latest' needs logs and name to find the checkpoints")
 

@@ -1,6 +1,7 @@
 """User errors on the command line: each prints one line that says what to change, with exit code 2."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -230,3 +231,26 @@ def test_closed_pipe_is_not_an_error():
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_mistakes_are_told_by_the_exit_code_whatever_takes_the_output(streams):
+    command = f"{shlex.quote(sys.executable)} -m clipup train --epochs x {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+
+
+def test_output_that_cannot_be_written_is_told():
+    command = f"{shlex.quote(sys.executable)} -m clipup --version > /dev/full"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 2 and "could not write to stdout: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_is_opened_gets_no_descriptor_of_a_closed_stream(tmp_path):
+    program = (
+        "import os, sys; from clipup.cli import main; main(['--version']); print(os.open(sys.argv[1], os.O_CREAT))"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {tmp_path / 'file'} <&- 2>&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert int(done.stdout.splitlines()[-1]) > 2

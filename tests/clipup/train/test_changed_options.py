@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import open_clip
 import pytest
@@ -175,3 +176,24 @@ def test_the_same_command_reports_no_changes(run):
     run(steps=None, epochs=1)
 
     assert "changes" not in log(run(steps=None, epochs=1, resume="latest"))
+
+
+def test_other_pretrained_weights_are_refused_since_a_normalization_comes_with_them(model_directory, pairs, options):
+    def run(**changes):
+        return train(options(**changes), loader=pairs())
+
+    run(steps=4, pretrained=str(model_directory))
+    other = shutil.copytree(model_directory, model_directory.with_name("other"))
+    with pytest.raises(ValueError, match="of a run with other options: pretrained '.*dense' -> '.*other'"):
+        run(steps=8, pretrained=str(other), resume="latest")
+    resumed = run(steps=8, pretrained=str(other), resume="latest", resume_with_changes=True)
+    assert resumed.steps == 8
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_settings_that_need_moments_which_the_checkpoint_lacks_are_refused_by_name(run, kind):
+    run(steps=4, lr_scheduler="const", fsdp_checkpoint=kind)
+    changes = {"steps": 8, "lr_scheduler": "const", "fsdp_checkpoint": kind, "resume": "latest"}
+    with pytest.raises(ValueError, match="opt_kwargs: .* needs 'max_exp_avg_sq' of every parameter"):
+        run(opt_kwargs={"amsgrad": True}, **changes)
+    assert run(**changes).steps == 8

@@ -128,3 +128,47 @@ def test_metrics_with_a_damaged_line_lose_only_that_line(run):
     resumed = run(steps=6, resume="latest")
 
     assert [record["step"] for record in resumed.history] == [1, 3, 4, 5, 6]
+
+
+def without_options(state):
+    del state["conditions"]["options"]
+
+
+def number_among_weights(state):
+    state["state_dict"][next(iter(state["state_dict"]))] = 3
+
+
+CONTENTS = {
+    "no options": (without_options, "conditions"),
+    "no weights": (lambda state: state.update(state_dict=[]), "state_dict"),
+    "a number among the weights": (number_among_weights, "state_dict"),
+    "no optimizer": (lambda state: state.update(optimizer={}), "optimizer"),
+    "no groups": (lambda state: state["optimizer"].update(param_groups=[]), "optimizer"),
+    "no samples": (lambda state: state.update(samples_seen=None), "samples_seen"),
+    "no skipped samples": (lambda state: state.update(skipped_samples={}), "skipped_samples"),
+    "a number of validations": (lambda state: state.update(validated=5), "validated"),
+    "a number of conditions": (lambda state: state.update(conditions=5), "conditions"),
+    "one skipped step": (lambda state: state.update(skipped_steps=(1,)), "skipped_steps"),
+    "a text of evaluations": (lambda state: state.update(evaluations="x"), "evaluations"),
+    "a text of seconds": (lambda state: state.update(seconds="x"), "seconds"),
+    "a step before the first": (lambda state: state.update(step_of_epoch=-3), "step_of_epoch"),
+    "a step after all": (lambda state: state.update(step=10**30), "step"),
+}
+
+
+@pytest.mark.parametrize("change, name", CONTENTS.values(), ids=CONTENTS)
+def test_a_checkpoint_with_other_contents_is_named_and_an_older_one_is_used(run, change, name, caplog):
+    once = run()
+    folder = once.directory / "checkpoints"
+    latest = folder / "epoch_latest.pt"
+    (folder / "epoch_2.pt").unlink()
+    state = torch.load(latest, weights_only=True)
+    change(state)
+    torch.save(state, latest)
+
+    with pytest.raises(ValueError, match=rf"epoch_latest.pt is damaged: its {name} is .*, where .* should be"):
+        run(resume=str(latest))
+    resumed = run(resume="latest")
+
+    assert resumed.steps == once.steps and not resumed.already_finished
+    assert f"resumed from {folder / 'epoch_1.pt'}, because a checkpoint cannot be used" in caplog.text

@@ -166,12 +166,26 @@ def test_data_without_a_whole_batch_are_refused(run):
         ({"save_frequency": 2}, {"epoch_2.pt", "epoch_4.pt", "epoch_latest.pt"}),
         ({"save_frequency": 0}, {"epoch_latest.pt"}),
         ({"delete_previous_checkpoint": True}, {"epoch_4.pt", "epoch_latest.pt"}),
+        ({"delete_previous_checkpoint": True, "save_frequency": 2}, {"epoch_4.pt", "epoch_latest.pt"}),
+        ({"delete_previous_checkpoint": True, "save_frequency": 3}, {"epoch_3.pt", "epoch_latest.pt"}),
     ],
 )
 def test_checkpoints_are_kept_as_asked(run, changes, expected):
     result = run(steps=None, epochs=4, **changes)
 
     assert {path.name for path in (result.directory / "checkpoints").iterdir()} == expected
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
+def test_records_that_cannot_be_written_are_named(make_model, pairs, options, name, tmp_path):
+    def block(model):
+        path = tmp_path / "logs" / "run" / name
+        path.unlink(missing_ok=True)
+        path.mkdir()
+
+    with pytest.raises(OSError, match=rf"could not write .*{name}: Is a directory\. Make sure .* --resume latest"):
+        callbacks = [Every(1, block), Every(1, lambda model: {"x": 1})]
+        train(options(), model=make_model(), loader=pairs(), callbacks=callbacks)
 
 
 def test_a_checkpoint_with_two_names_is_stored_once(make_model, pairs, options):

@@ -178,3 +178,12 @@ def test_an_optimizer_of_another_model_is_refused_by_name(make_model, dense_run)
     del optimizer["state"][index]["exp_avg"]
     with pytest.raises(ValueError, match="holds no step, exp_avg for .*; it is not an AdamW"):
         named_state(make_model(), optimizer, "run.pt")
+
+
+def test_a_run_is_resumed_without_the_dense_checkpoint_that_it_started_from(make_model, pairs, options, dense_run):
+    changes = {"moe": True, "moe_cfg": MOE, "resume_dense": str(dense_run)}
+    train(options(steps=3, **changes), model=make_model(), loader=pairs())
+    dense_run.unlink()
+    assert train(options(steps=6, resume="latest", **changes), model=make_model(), loader=pairs()).steps == 6
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        train(options(name="another", **changes), model=make_model(), loader=pairs())

@@ -102,6 +102,36 @@ def test_a_hang_up_is_received_whoever_reads_the_output(tmp_path, before, after,
     assert out.read_text() == said
 
 
+UNREAD = """
+import os, signal, sys, time
+from clipup.train import signals
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+kept = os.dup(1)
+{before}
+with signals.StopRequest():
+    {within}
+os.write(kept, b"went on")
+"""
+LOST = "import threading\n    [thread.join() for thread in threading.enumerate() if thread.name == 'clipup output']"
+
+
+@pytest.mark.parametrize(
+    ("before", "within"),
+    [
+        ("pass", "time.sleep(0.2)"),
+        ("r, w = os.pipe(); os.dup2(w, 1); os.dup2(w, 2); os.close(w); os.close(r)", LOST),
+    ],
+    ids=["nothing to watch", "both streams lost"],
+)
+def test_a_program_that_a_lost_pipe_would_end_goes_on(tmp_path, before, within):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = UNREAD.format(before=before, within=within)
+    with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+        done = subprocess.run([sys.executable, "-c", program], env=environment, stdout=out, stderr=err)
+    assert done.returncode == 0, (tmp_path / "err").read_text()
+    assert (tmp_path / "out").read_text() == "went on"
+
+
 OFTEN = """
 import os, signal, threading
 from clipup.train import signals

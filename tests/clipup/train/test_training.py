@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -327,3 +328,16 @@ def test_a_cooldown_longer_than_the_run_is_said(make_model, pairs, options):
         "a cooldown of 9 steps is longer than what this run of 6 has"
         in (Path(options().logs) / "run" / "out.log").read_text()
     )
+
+
+def test_the_logging_of_the_program_is_as_before(make_model, pairs, options):
+    log = logging.getLogger("clipup.train")
+    before = log.level, log.propagate
+    try:
+        log.setLevel(logging.ERROR)
+        log.propagate = False
+        train(options(steps=1), model=make_model(), loader=pairs())
+        assert (log.level, log.propagate) == (logging.ERROR, False)
+    finally:
+        log.setLevel(before[0])
+        log.propagate = before[1]

@@ -1,0 +1,102 @@
+"""What the entries of a checkpoint are, whoever wrote it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+MOST = 2**53
+"""Steps and samples at most: whole numbers that a float holds exactly."""
+
+
+def check_contents(state: dict[str, Any], path: Path) -> None:
+    """Checks the entries that a run continues from, as far as they are there.
+
+    Raises:
+        ValueError: one is something else than it should be.
+    """
+    for name, (holds, expected) in _ENTRIES.items():
+        if name in state and not holds(state[name]):
+            raise ValueError(
+                f"{path} is damaged: its {name} is {_short(state[name])}, where {expected} should be; resume from an "
+                "earlier checkpoint"
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and abs(value) <= MOST
+
+
+def _is_duration(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def _are_conditions(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("options"), dict)
+        and _is_count(value.get("world_size"))
+        and _is_count(value.get("steps_of_epoch"))
+        and isinstance(value.get("order"), dict | None)
+    )
+
+
+def _are_validations(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(one, tuple | list) and len(one) == 2 and _is_count(one[0]) and isinstance(one[1], dict | None)
+        for one in value.values()
+    )
+
+
+def _are_skipped(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(of), dict) and all(map(_is_count, value[of].values())) for of in ("all", "epoch")
+    )
+
+
+def _are_weights(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(weight, Tensor) for weight in value.values())
+
+
+def _is_optimizer(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    groups, states = value.get("param_groups"), value.get("state")
+    if not (isinstance(groups, list) and groups and isinstance(states, dict)):
+        return False
+    return all(isinstance(one, dict) for one in states.values()) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    )
+
+
+def _are_two_counts(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_count, value))
+
+
+_COUNT = "a whole number, 0 or more,"
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("epoch", "step", "step_of_epoch", "samples_seen"), (_is_count, _COUNT)),
+    "steps_before": (_is_whole, "a whole number"),
+    "seconds": (_is_duration, "a duration"),
+    "evaluations": (lambda value: value is None or _is_count(value), _COUNT),
+    "skipped_steps": (_are_two_counts, "two counts"),
+    "skipped_samples": (_are_skipped, "counts of samples"),
+    "validated": (_are_validations, "steps and numbers of validations"),
+    "conditions": (_are_conditions, "options, world_size, steps_of_epoch and order"),
+    "state_dict": (_are_weights, "tensors by name"),
+    "optimizer": (_is_optimizer, "the state dict of an optimizer"),
+    "finished": (lambda value: isinstance(value, bool), "True or False"),
+}
