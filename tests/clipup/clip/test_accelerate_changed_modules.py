@@ -43,7 +43,10 @@ def test_copies_are_right_where_listing_modules_makes_new_parameters():
     """As PEFT's attention does: a parameter of the copy may then lie where one of the original lay."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    plain = peft.get_peft_model(tiny_clip().eval(), peft.LoraConfig(target_modules=["attn"], r=4)).eval()
+    model = tiny_clip().eval()
+    if type(model.visual.transformer.resblocks[0].attn) is not nn.MultiheadAttention:
+        pytest.skip("PEFT does not know open_clip 4's attention")
+    plain = peft.get_peft_model(model, peft.LoraConfig(target_modules=["attn"], r=4)).eval()
     for parameter in plain.parameters():
         nn.init.normal_(parameter, std=0.2)
     torch.manual_seed(1)
