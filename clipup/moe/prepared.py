@@ -19,9 +19,19 @@ from .router import Router
 class _PreparedExperts(Prepared, Experts):
     """Experts whose matrices are packed. Biases and norms are plain parameters that do not require gradients."""
 
+    _order: list[str]
+    """The parameters of the plain layer."""
+
     def prepare(self, quantize: str | None = None) -> None:
+        self._order = list(self._parameters)
         matrices = {name: parameter for name in MATRICES if (parameter := self._parameters.pop(name)) is not None}
         self._prepare(matrices, {name: whole(name, matrix) for name, matrix in matrices.items()}, quantize)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key in [prefix + name for name in (*self._order, *self._buffers)]:  # the plain layer's order
+            if key in destination:
+                destination[key] = destination.pop(key)
 
     def expert_group(self) -> None:
         """Prepared experts are all in this process."""
