@@ -71,9 +71,22 @@ def _are_weights(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(weight, Tensor) for weight in value.values())
 
 
+def check_optimizer(state: dict[str, Any], path: str | Path) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint holds weights alone.
+    """
+    if not state["optimizer"]:
+        raise ValueError(
+            f"{path} holds no state of an optimizer to go on with; start from its weights: clipup convert makes a "
+            "model directory of it for --model"
+        )
+
+
 def _is_optimizer(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
+    """An optimizer's state dict; or an empty one, of a checkpoint that is kept for its weights."""
+    if not isinstance(value, dict) or not value:
+        return isinstance(value, dict)
     groups, states = value.get("param_groups"), value.get("state")
     if not (isinstance(groups, list) and groups and isinstance(states, dict)):
         return False

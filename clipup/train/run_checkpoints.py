@@ -13,6 +13,7 @@ from torch import nn
 from ..pretrained import model_card, model_directory, origin, saving
 from ..pretrained.shard_files import MODEL, read_index
 from . import checkpoints, resume, sharded_checkpoints, whole_state
+from .checkpoint_contents import check_optimizer
 from .distributed import Ranks
 from .finite import FiniteGuard
 from .optim import load_optimizer_state, optimizer_state
@@ -89,6 +90,7 @@ class RunCheckpoints:
         else:
             checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
             if same_optimizer:
+                check_optimizer(checkpoint, source)
                 load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
                 self._restored = source, self.state.step
         if self.train_step.scaler is not None and "scaler" in checkpoint:

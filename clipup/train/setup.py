@@ -18,6 +18,7 @@ from ..precision import Precision
 from ..pretrained import factory, model_names, tokenizers
 from ..upcycling.upcycle import upcycle
 from . import checkpoints, parallel
+from .checkpoint_contents import check_optimizer
 from .distributed import Ranks
 from .objectives import Objective, create_objective, selected
 from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
@@ -126,6 +127,7 @@ def _compile(model: nn.Module, options: TrainOptions) -> None:
 def _resume_dense(model: nn.Module, path: str, options: TrainOptions) -> OptimizerState:
     """Loads a dense run's weights into the model, and returns the optimizer's state for the sparse model."""
     state = checkpoints.load(path)
+    check_optimizer(state, path)
     checkpoints.restore(model, state["state_dict"], path)
     return upcycled_state(model, options.moe_cfg, named_state(model, state["optimizer"], path))
 

@@ -272,8 +272,8 @@ class Tables:
         ``loss`` of their longest runs; and the ``similarity`` of the experts of every sparse group. Loss and similarity
         are those of each group's first seed.
 
-        If there are several starts, these are of the longest, and ``starts`` are the leads of CLIP-UP by the steps of the
-        start.
+        If there are several starts, these are of the longest, and ``starts`` are the leads of CLIP-UP by the steps of
+        the start.
         """
         if len(self.starts) < 2:
             return self._over_training()

@@ -142,7 +142,7 @@ CONTENTS = {
     "no options": (without_options, "conditions"),
     "no weights": (lambda state: state.update(state_dict=[]), "state_dict"),
     "a number among the weights": (number_among_weights, "state_dict"),
-    "no optimizer": (lambda state: state.update(optimizer={}), "optimizer"),
+    "no optimizer": (lambda state: state.update(optimizer=None), "optimizer"),
     "no groups": (lambda state: state["optimizer"].update(param_groups=[]), "optimizer"),
     "no samples": (lambda state: state.update(samples_seen=None), "samples_seen"),
     "no skipped samples": (lambda state: state.update(skipped_samples={}), "skipped_samples"),
@@ -172,3 +172,15 @@ def test_a_checkpoint_with_other_contents_is_named_and_an_older_one_is_used(run,
 
     assert resumed.steps == once.steps and not resumed.already_finished
     assert f"resumed from {folder / 'epoch_1.pt'}, because a checkpoint cannot be used" in caplog.text
+
+
+def test_no_run_goes_on_from_weights_alone(run, make_model, pairs, options):
+    latest = run().directory / "checkpoints" / "epoch_latest.pt"
+    state = torch.load(latest, weights_only=True)
+    torch.save({**state, "optimizer": {}}, latest)
+    changes = {"moe": True, "resume_dense": str(latest), "name": "sparse"}
+    for start in ({"resume": str(latest), "steps": 9}, changes):
+        with pytest.raises(
+            ValueError, match="epoch_latest.pt holds no state of an optimizer to go on with; start from"
+        ):
+            train(options(**start), model=make_model(), loader=pairs())
