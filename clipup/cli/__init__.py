@@ -35,7 +35,6 @@ _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, 2 for user errors, 130 after Ctrl-C, 141 for a closed pipe."""
-    _open_closed_streams()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.", flush=True)

@@ -76,7 +76,7 @@ class OptimizationOptions(OptionGroup):
         for name in ("seed", "warmup", "wd", "max_nonfinite_steps", "lr_cooldown_end"):
             check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         check("steps", self.steps, self.steps is None or self.steps >= 1, "at least 1")
-        check("lr", self.lr, math.isfinite(self.lr) and self.lr > 0, "a positive number")
+        check("lr", self.lr, self.lr > 0, "a positive number")
         largest = self.grad_clip_norm
         check("grad_clip_norm", largest, largest is None or largest > 0, "positive, or None")
         for name in ("beta1", "beta2", "momentum"):
@@ -87,7 +87,7 @@ class OptimizationOptions(OptionGroup):
             value = getattr(self, name)
             check(name, value, value is None or 0 < value <= 1, "in (0, 1]")
         scale = self.moe_lr_scale
-        check("moe_lr_scale", scale, math.isfinite(scale) and scale > 0, "a positive number")
+        check("moe_lr_scale", scale, scale > 0, "a positive number")
         check("lr_cooldown_power", self.lr_cooldown_power, self.lr_cooldown_power > 0, "positive")
         self._check_optimizer()
         self._check_cooldown()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -66,7 +65,7 @@ class ProcessOptions(OptionGroup):
 
     def check(self) -> None:
         timeout = self.dist_timeout
-        check("dist_timeout", timeout, math.isfinite(timeout) and timeout > 0, "a positive number of seconds")
+        check("dist_timeout", timeout, timeout > 0, "a positive number of seconds")
 
 
 @dataclass(kw_only=True)
@@ -105,7 +104,6 @@ class RunDirectoryOptions(OptionGroup):
             check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         limit = self.save_total_limit
         check("save_total_limit", limit, limit is None or limit >= 1, "at least 1, or None")
-        check("fsdp_checkpoint", self.fsdp_checkpoint, self.fsdp_checkpoint in ("full", "sharded"), "full or sharded")
         if self.name is not None:
             name = self.name
             is_name = Path(name).name == name and name != ".." and "\0" not in name
@@ -127,7 +125,7 @@ class RemoteSyncOptions(OptionGroup):
 
     def check(self) -> None:
         every = self.remote_sync_frequency
-        check("remote_sync_frequency", every, math.isfinite(every) and every > 0, "a positive number of seconds")
+        check("remote_sync_frequency", every, every > 0, "a positive number of seconds")
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union
 
 from ...checks import check, without_numpy
 
-MAY_BE_INFINITE = ("opt_kwargs",)
+_MAY_BE_INFINITE = ("opt_kwargs",)
 """Options that check this themselves."""
 _WORDS: dict[Any, str] = {
     bool: "True or False",
@@ -37,7 +37,7 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         choices = [one for one in _alternatives(hint) if typing.get_origin(one) is Literal]
         error = ValueError if choices and isinstance(value, str) else TypeError
         check(name, given, False, " or ".join(map(_described, _alternatives(hint))), error)
-    if name not in MAY_BE_INFINITE:
+    if name not in _MAY_BE_INFINITE:
         check(name, value, is_finite(value), "finite")
     return value
 

@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+import transformers
 from tiny_clip import tiny_clip
 from tiny_families import timm_model
 from torch import nn
@@ -108,7 +109,6 @@ def test_hooks_of_loading_are_called(path):
 @pytest.mark.parametrize("weights", [None, "int8"])
 def test_hooks_on_attention_whose_projections_alone_are_replaced_go_on(weights):
     """transformers 5 leaves hooks on the attention of a model that was asked for its hidden states."""
-    transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8)).eval()
     called = []
