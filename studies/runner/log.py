@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from clipup.atomic_files import replace_files
+from clipup.moe.config import MoEConfig
 
 SUFFIX = ".jsonl"
 Record = dict[str, Any]
@@ -46,8 +47,13 @@ def read(path: str | Path) -> list[Record]:
 
 
 def reproducible(records: Sequence[Record]) -> list[Record]:
-    """The records without the fields that vary between repetitions."""
-    return [{key: value for key, value in one.items() if key not in ("seconds", "machine")} for one in records]
+    """The records without the fields that vary between repetitions. Settings of sparse layers that did not exist when a
+    log was written have their defaults."""
+    found = [{key: value for key, value in one.items() if key not in ("seconds", "machine")} for one in records]
+    for one in found:
+        if one.get("moe_cfg") is not None:
+            one["moe_cfg"] = MoEConfig.from_dict(one["moe_cfg"]).to_dict()
+    return found
 
 
 def training(history: Sequence[Record], steps: int) -> Iterator[Record]:

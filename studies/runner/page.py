@@ -3,7 +3,7 @@
 The template (``studies/icons/page.md.j2``) calls the methods of ``Tables``, and ``by(COLUMN, FILE)`` for the rows of a
 CSV file beside it by the values of a column; ``pending`` are the runs without a log, ``planned`` is the number of runs.
 ``study(NAME)`` are the tables of a study whose directory is beside this one, ``by(COLUMN, FILE, NAME)`` rows of its
-files, and ``NAME/part.md.j2`` is what it adds to the page, to be included.
+files, ``pending_of(NAME)`` its runs without a log, and ``NAME/part.md.j2`` is what it adds to the page, to be included.
 Figures are written beside the page. The same logs, configs and template give the same bytes.
 """
 
@@ -50,14 +50,16 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    configs = sorted(path.stem for path in study.glob(f"*{CONFIG_SUFFIX}"))
     try:
         text = environment.get_template(TEMPLATE).render(
             tables=tables,
             study=other_study,
             by=lambda column, name, of=study.name: {row[column]: row for row in _rows(study, of, name)},
-            pending=[name for name in configs if name not in tables.results],
-            planned=len(configs),
+            pending=_without_log(study, tables),
+            planned=len(_configs(study)),
+            pending_of=lambda name: [
+                run for run in _configs(_beside(study, name)) if run not in other_study(name).results
+            ],
         )
     except Exception as error:  # whatever a template does
         if isinstance(error, OSError) and not isinstance(error, jinja2.TemplateNotFound):
@@ -69,6 +71,14 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
     written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in figures.items()} | {out: text}
     replace_files({path: partial(_write, text) for path, text in written.items()})
     return list(written)
+
+
+def _configs(study: Path) -> list[str]:
+    return sorted(path.stem for path in study.glob(f"*{CONFIG_SUFFIX}"))
+
+
+def _without_log(study: Path, tables: Tables) -> list[str]:
+    return [name for name in _configs(study) if name not in tables.results]
 
 
 def _source(study: Path, name: str) -> str | None:

@@ -14,6 +14,8 @@ from . import results
 from .results import Result
 
 _WIDTH, _HEIGHT = 640, 340
+_DENSE = ("dense_continued", "dense_equal_flops")
+_SEEDS_OF_A_START = 2  # one has no interval
 
 
 class Tables:
@@ -159,11 +161,13 @@ class Tables:
         return "; ".join(decided) or "there is no run to compare yet"
 
     def comparisons(self, arm: str, others: dict[str, str], splits: Sequence[str] = results.TESTS) -> list[list[str]]:
-        """The leads in R@1 over other arms as rows of a table: the wording of the comparison, the steps of the arm,
-        seeds, lead and verdict. ``others``: as of ``verdict``."""
+        """The leads in R@1 over other arms as rows of a table, by budget and then in the order of ``others``: the
+        wording of the comparison, the steps of the arm, seeds, lead and verdict. ``others``: as of ``verdict``."""
         rows = []
-        for group, pairs in self._pairs(arm):
-            if group.arm in others:
+        order = list(others)
+        of_others = [(group, pairs) for group, pairs in self._pairs(arm) if group.arm in others]
+        for group, pairs in sorted(of_others, key=lambda one: (one[0].budget, order.index(one[0].arm))):
+            if pairs:
                 lead = results.lead(pairs, splits)
                 cells = [others[group.arm], f"{group.budget:,}", str(lead.seeds), _lead(lead)]
                 rows.append([*cells, "one seed" if lead.half_width is None else _verdict(lead)])
@@ -179,23 +183,50 @@ class Tables:
 
     def leads_by_start(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
         """By the steps of the dense start: what ``others[1]`` gains over ``others[0]`` on validation, and the arm's
-        leads over both, at its smallest budget, over the seeds that all starts have."""
+        leads over both, at its smallest budget, over the seeds that all arms of all rows have. Starts with a single
+        seed are left out while others have more."""
         fewer, more = others
-        seeds = self._common_seeds()
+        starts, seeds = self._comparable_starts(arm, others)
         lines = []
-        for steps in self.starts:
+        for steps in starts:
             of = self.of_start(steps)
             leads = [of.lead(arm, other, splits, seeds) for other in others]
             lines.append([f"{steps:,}", str(len(seeds)), of.lead(more, fewer, ["validation"], seeds), *leads])
         gain = f"{_label(more)} minus {_label(fewer)}, validation"
         return _table(["steps of the start", "seeds", gain, *(f"minus {_label(other)}" for other in others)], lines)
 
-    def _common_seeds(self) -> list[int]:
-        """The seeds that have runs from every start."""
-        of_starts: dict[int | None, set[int]] = {}
-        for run in self.results.values():
-            of_starts.setdefault(results.start_steps(run, self.results), set()).add(run.config["seed"])
-        return sorted(set.intersection(*(of_starts[steps] for steps in self.starts)))
+    def _comparable_starts(self, arm: str, others: Sequence[str]) -> tuple[list[int], list[int]]:
+        """The starts that ``leads_by_start`` is about, and the seeds that all of ``arm`` and ``others`` have there."""
+        seeds: dict[int, set[int]] = {}
+        for steps in self.starts:
+            pairs = self.of_start(steps)._shortest(arm)
+            of_arms = [{ours.config["seed"] for ours, _ in pairs.get(other, [])} for other in others]
+            seeds[steps] = set.intersection(*of_arms)
+        enough = min(_SEEDS_OF_A_START, max(map(len, seeds.values()), default=0))
+        starts = [steps for steps in self.starts if len(seeds[steps]) >= max(1, enough)]
+        return starts, sorted(set.intersection(*(seeds[steps] for steps in starts))) if starts else []
+
+    def recovery(self, arms: Sequence[str]) -> str:
+        """How far a run falls below its start: R@1 on validation, mean of both directions, of the start, at the lowest
+        evaluation and at the end, and the share of the steps after which the runs are at the start's level again. Means
+        over the seeds of each arm at its smallest budget and chosen rate."""
+        head = ["arm", "steps", "seeds", "start", "lowest", "after", "at the start's level after", "end"]
+        rows = []
+        for arm in arms:
+            of_arm = [(group, runs) for group, runs in self.groups if group.arm == arm]
+            if not of_arm:
+                continue
+            group, runs = min(of_arm)
+            start = fmean(run.selection for run in self._starts_of(runs))
+            steps = [one["step"] for one in runs[0].validations]
+            curve = [fmean(_of_validation(run.validations[at]) for run in runs) for at in range(len(steps))]
+            lowest = min(range(len(steps)), key=curve.__getitem__)
+            back = next((at for at in range(lowest, len(steps)) if curve[at] >= start), None)
+            share = [MISSING if at is None else f"{steps[at] / steps[-1]:.0%}" for at in (lowest, back)]
+            values = [percent(value, 2) for value in (start, curve[lowest], curve[-1])]
+            cells = [_label(group.arm), f"{steps[-1]:,}", str(len(runs))]
+            rows.append([*cells, values[0], values[1], *share, values[2]])
+        return _table(head, rows)
 
     def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of every other arm of the same budget, on the same captions, in points, one row per
@@ -211,8 +242,9 @@ class Tables:
                 rows.append(cells)
         return _table(head, rows)
 
-    def sweep(self) -> str:
-        """Validation at the end by learning rate: the mean R@1 of both directions, with the chosen rate in bold."""
+    def sweep(self, with_seeds: bool = False) -> str:
+        """Validation at the end by learning rate: the mean R@1 of both directions, with the chosen rate in bold.
+        ``with_seeds``: the seeds of a rate are given where the rates of an arm have different ones."""
         picked = {run.name for _, runs in self.groups for run in runs}
         by_group: dict[results.Group, list[Result]] = {}
         for run in self.results.values():
@@ -223,8 +255,11 @@ class Tables:
             for run in sorted(runs, key=lambda run: (run.config["lr"], run.config["seed"])):
                 scores.setdefault(run.config["lr"], []).append(run)
             cells = []
+            seeds = {rate: [run.config["seed"] for run in of_rate] for rate, of_rate in scores.items()}
+            named = with_seeds and any(of_rate != seeds[min(seeds)] for of_rate in seeds.values())
             for rate, of_rate in scores.items():
-                text = f"{rate:g}: {' / '.join(percent(run.selection, 2) for run in of_rate)}"
+                of_seeds = f" (seeds {', '.join(map(str, seeds[rate]))})" if named else ""
+                text = f"{rate:g}{of_seeds}: {' / '.join(percent(run.selection, 2) for run in of_rate)}"
                 cells.append(f"**{text}**" if of_rate[0].name in picked else text)
             rows.append([_label(group.arm), f"{runs[0].config['steps']:,}", ", ".join(cells)])
         return _table(["arm", "steps", "learning rate: R@1 on validation, by seed"], rows)
@@ -286,6 +321,9 @@ class Tables:
         several = {arm: groups for arm, groups in lengths.items() if len(groups) > 1} or lengths
         recall = [self._over_flops(arm, groups) for arm, groups in several.items()]
         longest = [groups[-1][0] for groups in several.values()]
+        starts = {run.config["start"] for run in self.results.values()}
+        continued = [run for run in longest if run.name not in starts]  # whose losses differ by little
+        longest = continued or longest
         loss = [_over_steps(run, run.training, "contrastive") for run in longest]
         sparse = [runs[0] for _, runs in self.groups if runs[0].layers]
         alike = [_over_steps(run, run.validations, "similarity") for run in sparse]
@@ -304,12 +342,13 @@ class Tables:
 
     def _over_starts(self, arm: str = "clip_up") -> str:
         lines: dict[str, list[tuple[int, float]]] = {}
-        seeds = self._common_seeds()
-        for steps in self.starts:
-            for other, pairs in self.of_start(steps)._shortest(arm).items():
-                of_seeds = [pair for pair in pairs if pair[0].config["seed"] in seeds]
-                if of_seeds:
-                    lines.setdefault(other, []).append((steps, 100 * results.lead(of_seeds).mean))
+        others = _DENSE
+        starts, seeds = self._comparable_starts(arm, others)
+        for steps in starts:
+            pairs = self.of_start(steps)._shortest(arm)
+            for other in others:
+                of_seeds = [pair for pair in pairs[other] if pair[0].config["seed"] in seeds]
+                lines.setdefault(other, []).append((steps, 100 * results.lead(of_seeds).mean))
         series = [
             Series(f"over {_label(other)}", *zip(*points, strict=True), points=True) for other, points in lines.items()
         ]
@@ -364,6 +403,10 @@ def _chart(
 
 def _over_steps(run: Result, lines: Sequence[dict], field: str) -> Series:
     return Series(_legend(run), [line["step"] for line in lines], [line[field] for line in lines])
+
+
+def _of_validation(record: dict) -> float:
+    return fmean(record[way]["r1"] for way in results.WAYS)
 
 
 def _legend(run: Result) -> str:

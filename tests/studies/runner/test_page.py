@@ -101,12 +101,16 @@ def test_a_page_shows_a_study_beside_it_with_its_figures(found, tmp_path):
     (first / study_page.TEMPLATE).write_text(
         "{% with tables = study('second') %}{% include 'second/part.md.j2' %}{% endwith %}"
     )
-    (second / study_page.PART).write_text("{{ tables.starts }} {{ by('name', 'step.csv', 'second').x.ratio }}")
+    (second / study_page.PART).write_text(
+        "{{ tables.starts }} {{ by('name', 'step.csv', 'second').x.ratio }} {{ pending_of('second') | join }}"
+    )
+    for name in ("base", "not-run"):
+        (second / f"{name}.yaml").write_text("")
     (second / "step.csv").write_text("name,ratio\nx,1.25\n")
 
     written = study_page.write(first, tmp_path / "page.md")
 
-    assert (tmp_path / "page.md").read_text() == "[5] 1.25"
+    assert (tmp_path / "page.md").read_text() == "[5] 1.25 not-run"
     figures = {"recall", "loss", "similarity"}
     assert {path.stem for path in written} == {"page"} | {
         f"page_{part}{name}" for part in ("", "second_") for name in figures
@@ -133,7 +137,7 @@ def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_reco
     written = study_page.write(page, tmp_path / "study.md")
 
     text = (tmp_path / "study.md").read_text()
-    assert "on validation by **+0.75 ± 0.00** points" in text and "that is **+1.50 ± 0.00**, and" in text
+    assert "on validation by **+0.75 ± 0.00** points" in text and "the number is\n**+1.50 ± 0.00**, and" in text
     assert "| at equal FLOPs | 5 | 3 | **+1.80 ± 0.00** | better |\n" in text
     assert "Drawings:\n" in text and "27.5" in text
     shown = set(re.findall(r"\((study_\w+\.svg)\)", text))

@@ -84,6 +84,37 @@ def test_every_rate_is_shown_and_the_chosen_one_marked(found):
     assert ["clip up", "5", "**0.1: 39.00 / 42.00**"] in lines
 
 
+def test_the_seeds_of_a_rate_are_named_where_rates_have_different_ones(write, make_records, found):
+    tables = Tables(found | write(make_records("sparse-c", "clip_up", 0.2, start="base", score=0.4)))
+    lines = rows(tables.sweep(with_seeds=True))[2:]
+
+    assert ["dense continued", "5", "**0.1: 37.50**, 0.2: 33.75"] in lines
+    assert ["clip up", "5", "**0.1 (seeds 0, 1): 39.00 / 42.00**, 0.2 (seeds 0): 30.00"] in lines
+    assert ["clip up", "5", "**0.1: 39.00 / 42.00**, 0.2: 30.00"] in rows(tables.sweep())[2:]
+
+
+def test_how_far_runs_fall_below_their_start_and_when_they_are_back_is_told(write, make_records):
+    logs = [make_records(f"start-{seed}", "dense", seed=seed, score=0.4 + seed / 10) for seed in (0, 1)]
+    for seed in (0, 1):
+        run = make_records(f"sparse-{seed}", seed=seed, start=f"start-{seed}", score=0.6 + seed / 10, steps=20)
+        curve = [(5, 0.2), (10, 0.3), (15, 0.5), (20, 0.6)]
+        of_split = next(record for record in run if record["kind"] == "validation")
+        run = [record for record in run if record["kind"] != "validation"]
+        for step, score in curve:
+            ways = {way: of_split[way] | {"r1": part * (score + seed / 10)} for way, part in (("t2i", 1), ("i2t", 0.5))}
+            run.insert(-1, of_split | ways | {"step": step})
+        logs.append(run)
+    logs += [make_records("low", "dense_continued", start="start-0", score=0.1)]
+
+    table = rows(Tables(write(*logs)).recovery(["dense_continued", "clip_up", "limoe"]))
+
+    assert table[0][3:] == ["start", "lowest", "after", "at the start's level after", "end"]
+    assert table[2:] == [
+        ["dense continued", "5", "1", "30.00", "7.50", "20%", "–", "7.50"],
+        ["clip up", "20", "2", "33.75", "18.75", "25%", "75%", "48.75"],
+    ]
+
+
 def test_leads_at_one_rate_for_both_arms_tell_what_tuning_one_alone_would_give(write, make_records):
     logs = [make_records("start", "dense", score=0.1)]
     for lr, sparse, dense in ((0.1, 0.52, 0.50), (0.2, 0.55, 0.56)):
@@ -222,6 +253,41 @@ def test_starts_are_compared_over_the_seeds_that_all_have(write, make_records):
     assert tables.of_start(500).lead("clip_up", "dense_continued") == "+1.20 ± 2.58"
     drawn = ElementTree.fromstring(tables.figures()["starts"])
     assert any("500: 1.8" in (title.text or "") for title in drawn.iter() if title.tag.endswith("title"))
+
+
+def test_a_start_with_fewer_seeds_does_not_take_those_of_the_others(write, make_records):
+    logs = []
+    for steps in (5, 50, 500):
+        logs += [run for run in of_start(make_records, steps, 0.0, 0.04) if steps > 5 or not run[0]["seed"]]
+        if steps > 5:
+            for arm, score in (("dense_continued", 0.5), ("dense_equal_flops", 0.5), ("clip_up", 0.54)):
+                logs += [make_records(f"{arm}-{steps}-2", arm, seed=2, score=score, start=f"start-{steps}")]
+    logs += [make_records("extra", "clip_up", seed=3, score=0.9, start="start-500")]  # dense arms lack this seed
+    logs += [make_records("extra-dense", "dense_continued", seed=3, score=0.1, start="start-500")]
+    tables = Tables(write(*logs))
+
+    lines = rows(tables.leads_by_start("clip_up", list(OTHERS)))[2:]
+
+    assert [line[:2] for line in lines] == [["50", "3"], ["500", "3"]]
+    assert all(line[3] == "**+1.80 ± 0.00**" for line in lines)
+    drawn = ElementTree.fromstring(tables.figures()["starts"])
+    titles = [title.text for title in drawn.iter() if title.tag.endswith("title") and title.text]
+    assert any("500: 1.8" in title for title in titles) and not any(" 5: " in title for title in titles)
+
+
+def test_the_loss_of_continued_runs_is_not_drawn_beside_that_of_their_start(found):
+    drawn = ElementTree.fromstring(Tables(found).figures()["loss"])
+    text = " ".join(one.text or "" for one in drawn.iter())
+
+    assert "dense continued, 5" in text and "dense, 5" not in text
+
+
+def test_comparisons_are_in_the_order_that_is_asked_for(write, make_records):
+    tables = Tables(write(*of_start(make_records, 50, 0.02, 0.01)))
+
+    order = {"dense_equal_flops": "at equal FLOPs", "dense_continued": "at equal steps"}
+    assert [row[0] for row in tables.comparisons("clip_up", order)] == ["at equal FLOPs", "at equal steps"]
+    assert [row[0] for row in tables.comparisons("clip_up", OTHERS)] == ["at equal steps", "at equal FLOPs"]
 
 
 def test_runs_of_other_starts_and_lengths_are_not_mixed(write, make_records):
