@@ -3,14 +3,14 @@
 open_clip's keys are epoch, name, state_dict, optimizer and scaler. The others are ``step`` (optimizer steps done),
 ``step_of_epoch`` (those of the current epoch, 0 at its start), ``steps_before``, ``samples_seen``, ``conditions`` (what
 these numbers depend on: ``clipup.train.resume``), ``validated`` (step and numbers of the last validation),
-``evaluations`` (records so far), ``skipped_steps``, ``skipped_samples``, ``seconds``, ``model_cfg``, ``moe_cfg``,
-``preprocess_cfg``, and ``finished`` (the model directory is written too). A file appears whole or not at all. Sharded
-checkpoints (``clipup.train.sharded_checkpoints``) are directories beside these files.
+``evaluations`` (records so far), ``rewinds`` (how often the run has gone back: ``clipup.train.rewind``),
+``skipped_steps``, ``skipped_samples``, ``seconds``, ``model_cfg``, ``moe_cfg``, ``preprocess_cfg``, and ``finished``
+(the model directory is written too). A file appears whole or not at all. Sharded checkpoints
+(``clipup.train.sharded_checkpoints``) are directories beside these files.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shutil
@@ -29,8 +29,6 @@ from .finite import not_finite, tensors_of
 from .whole_state import load_weights
 
 LATEST = "epoch_latest.pt"
-ASIDE = "before_rewind_"
-"""Prefix of the directories of checkpoints that a run has passed and then trained anew."""
 _NAME = re.compile(r"epoch_(\d+|latest)\.pt")
 _REQUIRED = ("epoch", "state_dict", "optimizer")
 
@@ -161,7 +159,7 @@ def candidates(directory: Path) -> tuple[list[Path], list[str]]:
     for path in sorted([*_files(directory), *sharded_checkpoints.directories(directory)]):
         try:
             position = _position(path)
-            if path.is_dir() and named is not None and position[0] > named:
+            if path.is_dir() and named is not None and position.step > named:
                 continue  # its writer was killed before it was named
             found.append((position, path))
         except FileNotFoundError:
@@ -195,31 +193,29 @@ def prune(newest: Path, limit: int | None) -> None:
         delete(path)
 
 
-def set_aside_later(folder: Path, resumed: Path) -> tuple[Path, list[str]] | None:
-    """Moves the checkpoints in a directory that have more steps than ``resumed`` into a new one within, where no run
-    looks for them: what follows is trained anew. Returns that directory and their names, None if there are none.
+class Position(NamedTuple):
+    """Orders the checkpoints of a run: the last has most positions before it."""
 
-    The newest is moved last: after a kill in between, it is still the one that a run continues from.
+    rewinds: int
+    """How often the run had gone back to an earlier checkpoint. So what was trained before does not count as later
+    where it is found again, as in a copy that keeps what was moved."""
+    step: int
+    epoch: int
+
+
+def after(resumed: Path) -> tuple[list[Path], Position]:
+    """The checkpoints beside ``resumed`` that come after it or have more steps, the newest last; and the position of
+    ``resumed``, with the ``rewinds`` of the newest.
 
     Raises:
-        OSError: one could not be read or moved.
+        OSError: one could not be read.
     """
-    begin, later = _position(resumed), []
-    from_elsewhere = resumed.resolve().parent != folder.resolve()  # then one of the same step is another
-    for path in [*_files(folder), *sharded_checkpoints.directories(folder)]:
+    begin, found = _position(resumed), []
+    for path in [*_files(resumed.parent), *sharded_checkpoints.directories(resumed.parent)]:
         with suppress(ValueError, FileNotFoundError):  # damaged ones are passed over by name
-            position = _position(path)
-            if position > begin or (from_elsewhere and position == begin):
-                later.append((position, path))
-    if not later:
-        return None
-    aside = next(path for n in itertools.count(1) if not (path := folder / f"{ASIDE}{n}").exists())
-    aside.mkdir()
-    for _, path in sorted(later):
-        path.rename(aside / path.name)
-    if resumed.is_dir() and not from_elsewhere:
-        sharded_checkpoints.name_newest(resumed, begin[0])
-    return aside, sorted(path.name for _, path in later)
+            found.append((_position(path), path))
+    later = sorted((at, path) for at, path in found if at > begin or at[1:] > begin[1:])
+    return [path for _, path in later], begin._replace(rewinds=max([begin, *(at for at, _ in later)]).rewinds)
 
 
 def delete(path: Path) -> None:
@@ -238,8 +234,8 @@ def _files(directory: Path) -> list[Path]:
     return [directory / name for name in names if _NAME.fullmatch(name)]
 
 
-def _position(path: Path) -> tuple[int, int]:
-    """(step, epoch), without reading tensors."""
+def _position(path: Path) -> Position:
+    """Without reading tensors."""
     try:
         if path.is_dir():
             state = sharded_checkpoints.read_state(path)
@@ -248,9 +244,11 @@ def _position(path: Path) -> tuple[int, int]:
             state = read_pickle(path, mmap=True)
     except OSError as error:
         raise _unread(path, error) from error
-    position = state.get("step", -1), state.get("epoch", -1)
+    position = Position(state.get("rewinds", 0), state.get("step", -1), state.get("epoch", -1))
     if not all(isinstance(number, int) for number in position):
-        raise ValueError(f"{path} is not a checkpoint of a run: its step and epoch are {position}")
+        raise ValueError(
+            f"{path} is not a checkpoint of a run: its rewinds, step and epoch are {', '.join(map(repr, position))}"
+        )
     return position
 
 

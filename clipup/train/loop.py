@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,16 @@ class Trainer:
         """Trains until the last step. ``notes``: what the log says first."""
         self.stop = stop
         if self.directory is not None:
-            notes = [*notes, *self.ranks.first_does(lambda: self.directory.prepare(self.options))]
-        self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
+            prepare = partial(self.directory.prepare, self.options, self.state.rewinds)
+            more, self.state.rewinds = self.ranks.first_does(prepare)
+            notes = [*notes, *more]
+        began = self.state.step
+        try:
+            self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
+        except BaseException:
+            if self.directory is not None and self.ranks.first:
+                self.directory.undo_rewind()
+            raise
         place = self.model, self.state, self.clock
         self.evaluations = Evaluations(
             self.validations, *place, self.guard, self.ranks, self.reports, self.options.is_sharded
@@ -122,12 +131,18 @@ class Trainer:
         except BaseException as error:
             self.checkpoints.end(error)
             self.reports.failure(error)
+            if self.state.step == began and not isinstance(error, TrainingInterrupted):
+                self._undo_rewind()
             raise
         finally:
             self.data.close()
             self.reports.close()
         records = {kind: self.reports.recorder.records(kind) for kind in KINDS}
         return self._result(records, skipped=skipped)
+
+    def _undo_rewind(self) -> None:
+        if self.directory is not None and self.ranks.first and (note := self.directory.undo_rewind()):
+            self.reports.recorder.failure(note)
 
     def _result(self, records: dict[str, list[Record]], **more: Any) -> TrainResult:
         metrics, evaluations, warnings = (records.get(kind, []) for kind in KINDS)
@@ -258,7 +273,7 @@ class Trainer:
         self.evaluations.validate_epoch()
         epoch, every = self.state.epoch, self.options.save_frequency
         if self.options.delete_previous_checkpoint and every and epoch % every == 0:
-            self.checkpoints.delete_kept(epoch - every)
+            self.checkpoints.delete_kept(epoch - every, successor=epoch)
 
     def _save(self, *names: str) -> Path | None:
         if self.directory is not None:

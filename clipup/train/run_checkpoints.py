@@ -186,13 +186,14 @@ class RunCheckpoints:
             "preprocess_cfg": None if preprocess_cfg is None else saving.preprocess_fields(preprocess_cfg),
         }
 
-    def delete_kept(self, epoch: int) -> None:
-        """Deletes the kept checkpoint of an epoch, if there is one, after the one that is being written is whole."""
+    def delete_kept(self, epoch: int, successor: int) -> None:
+        """Deletes the kept checkpoint of an epoch, if there is one, once that of the epoch ``successor`` is whole. If
+        there is no such checkpoint, as when it was not to be kept at the time, the former one stays."""
         if self.directory is None:
             return
         self.wait()
-        kept = self.directory.checkpoints / checkpoints.epoch_name(epoch)
-        if self.ranks.first:
+        kept, next_one = (self.directory.checkpoints / checkpoints.epoch_name(of) for of in (epoch, successor))
+        if self.ranks.first and (next_one.exists() or next_one.with_suffix("").exists()):
             checkpoints.delete(kept)
             checkpoints.delete(kept.with_suffix(""))
 

@@ -6,7 +6,7 @@ LOGS/NAME/evaluations.jsonl       a line per evaluation
 LOGS/NAME/warnings.jsonl          a line per layer whose routing has collapsed, if any (clipup.train.routing_collapse)
 LOGS/NAME/options.json            all options
 LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt; sharded ones: epoch_K/, step_N/, latest.json;
-                                  before_rewind_N/: those after the one from which the run was continued, and records
+                                  before_rewind_N/: what the run had done after a checkpoint that it went back to
 LOGS/NAME/tensorboard/            with report_to="tensorboard"
 LOGS/NAME/wandb/                  with report_to="wandb"
 LOGS/NAME/model/                  the trained model, as clipup.create_model_and_transforms reads it
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from . import checkpoints, sharded_checkpoints
 from .distributed import Ranks
 from .options import TrainOptions
 from .recorder import KINDS, Record, read_records
+from .rewind import Rewind, go_back
 
 _PARTS = (
     "checkpoints",
@@ -74,6 +75,7 @@ class RunDirectory:
         self.root = root
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
+        self._rewind: Rewind | None = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -102,43 +104,62 @@ class RunDirectory:
                 "or discard it with --force"
             )
         if parts and options.resume not in (None, "latest") and not self.holds(Path(options.resume)):
+            if self.root.resolve() in Path(options.resume).resolve().parents:
+                raise FileExistsError(
+                    f"the checkpoint {options.resume} is not among those of its run, in {self.checkpoints}: it was "
+                    "moved aside when the run went back, or copied; choose another --name to continue from it"
+                )
             raise FileExistsError(
                 f"{self.root} already holds another run than the one of the checkpoint {options.resume}; choose "
                 "another --name"
             )
 
-    def prepare(self, options: TrainOptions) -> list[str]:
-        """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``. Returns
-        notes for the log."""
+    def prepare(self, options: TrainOptions, rewinds: int) -> tuple[list[str], int]:
+        """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``.
+
+        Args:
+            rewinds: of the checkpoint that the run continues from.
+
+        Returns:
+            Notes for the log, and the ``rewinds`` of what follows.
+        """
         notes = []
         if options.resume is None:
             self._discard(self._parts())
         elif options.resume == "latest":
             sharded_checkpoints.remove_unnamed(self.checkpoints)
         elif self.holds(Path(options.resume)):
-            notes = self._rewind(Path(options.resume))
+            self._rewind = go_back(self.root, self.checkpoints / Path(options.resume).name)
+            if self._rewind is not None:
+                rewinds = self._rewind.rewinds
+                moved = ", ".join(path.name for path in self._rewind.moved)
+                notes = [
+                    f"the run goes on from {options.resume}; what came after it, {moved}, was moved to "
+                    f"{self._rewind.aside}"
+                ]
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
-        return notes
+        return notes, rewinds
 
-    def _rewind(self, resumed: Path) -> list[str]:
-        """Sets aside what came after a checkpoint from which the run is continued, records included."""
-        later = checkpoints.set_aside_later(self.checkpoints, resumed)
-        if later is None:
-            return []
-        aside, names = later
-        for kind in KINDS:
-            with suppress(FileNotFoundError):
-                shutil.copyfile(self.root / f"{kind}.jsonl", aside / f"{kind}.jsonl")
-        return [f"the run goes on from {resumed}; what came after it, {', '.join(names)}, was moved to {aside}"]
+    def undo_rewind(self) -> str | None:
+        """For a run that has failed before its first step: moves back what ``prepare`` has moved aside. Returns a note
+        for the log; None where nothing was moved."""
+        rewind, self._rewind = self._rewind, None
+        if rewind is None:
+            return None
+        try:
+            rewind.undo()
+        except OSError as error:
+            return f"what was moved to {rewind.aside} could not be moved back: {error}"
+        return f"no step was done: what was moved to {rewind.aside} is back in its place"
 
     def holds_a_run(self) -> bool:
         """Whether a run has started here."""
         return bool(self._parts())
 
     def holds(self, path: Path) -> bool:
-        """Whether a file is in this directory."""
-        return self.root.resolve() in path.resolve().parents
+        """Whether this is one of the run's checkpoints."""
+        return path.parent.resolve() == self.checkpoints.resolve()
 
     def resumed_from(self, resume: str, ranks: Ranks) -> checkpoints.Newest | None:
         """The checkpoint that ``--resume`` selects; None when there is none yet. A collective. Of a sharded checkpoint
