@@ -13,10 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+_MOST_SHOWN = 200
+"""Characters of a value in a message."""
+
 
 def check(name: str, value: object, holds: bool, expected: str, error: type[Exception] = ValueError) -> None:
     if not holds:
-        raise error(f"{name} must be {expected}, got {value!r}")
+        raise error(f"{name} must be {expected}, got {shown(value)}")
+
+
+def shown(value: object) -> str:
+    """A value for a message, in one line, cut if it is long."""
+    try:
+        text = " ".join(repr(value).split())  # tensors have several lines
+    except ValueError:  # an int of more digits than Python prints, or something that holds one
+        return f"a value of the type {type(value).__name__}, too long to print"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
 def without_numpy(value: Any) -> Any:

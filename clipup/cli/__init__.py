@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from typing import Any, TextIO
 
 COMMANDS = {
     "demo": "upcycle a small CLIP, train it on and compare, in minutes, with a report",
@@ -36,17 +37,21 @@ _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code: 0, 2 for user errors, 130 after Ctrl-C, 141 for a closed pipe."""
     argv = sys.argv[1:] if argv is None else argv
+    known = bool(argv) and argv[0] in COMMANDS
+    return reporting_errors(f"clipup {argv[0]}" if known else "clipup", lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.", flush=True)
+        print(f"{usage('clipup', COMMANDS)}\nclipup --version prints the version.")
         return 0 if argv else _BAD_INPUT
-    if argv[0] == "--version":
-        return reporting_errors("clipup", _print_version)
     command, *options = argv
+    if command == "--version":
+        return _print_version()
     if command not in COMMANDS:
-        print(f"clipup: {_unknown('command', command, COMMANDS)}", file=sys.stderr)
-        return _BAD_INPUT
-    module = command.replace("-", "_")
-    return reporting_errors(f"clipup {command}", lambda: importlib.import_module(f"{__name__}.{module}").main(options))
+        raise ValueError(_unknown("command", command, COMMANDS))
+    code: int = importlib.import_module(f"{__name__}.{command.replace('-', '_')}").main(options)
+    return code
 
 
 def _print_version() -> int:
@@ -64,17 +69,16 @@ def reporting_errors(program: str, function: Callable[[], int]) -> int:
     """
     _open_closed_streams()
     try:
-        code = function()
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            _discard_stdout()
-            return _report(program, f"could not write to stdout: {error}")
-        return code
+        return _all_written(program, _code_of(program, function))
+    except SystemExit as stop:  # argparse's, after its help or its error
+        stop.code = _all_written(program, stop.code)
+        raise
+
+
+def _code_of(program: str, function: Callable[[], int]) -> int:
+    try:
+        return function()
     except BrokenPipeError:  # the reader of the output has exited
-        _discard_stdout()
         return _BROKEN_PIPE
     except _USER_ERRORS as error:
         return _report(program, str(error))
@@ -87,6 +91,19 @@ def reporting_errors(program: str, function: Callable[[], int]) -> int:
         return _INTERRUPTED
 
 
+def _all_written(program: str, code: Any) -> Any:
+    """The exit code of a program that prints no more: another one than 0 if stdout does not take what it printed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = code or _BROKEN_PIPE
+    except OSError as error:
+        code = code or _report(program, f"could not write to stdout: {error}")
+    for stream in (sys.stdout, sys.stderr):
+        _discard_unwritten(stream)
+    return code
+
+
 def _report(program: str, message: str) -> int:
     """Prints the current exception, as one line or with its traceback."""
     if os.environ.get(DEBUG) == "1":
@@ -97,9 +114,12 @@ def _report(program: str, message: str) -> int:
     return _BAD_INPUT
 
 
-def _discard_stdout() -> None:
-    """What it still holds would be written when Python ends, and fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _discard_unwritten(stream: TextIO) -> None:
+    """What a stream could not write would be written again when Python ends, and fail again."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(text: str) -> None:
@@ -109,13 +129,14 @@ def say(text: str) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Gives stdin, stdout and stderr that were closed to nothing. Otherwise the next files that are opened would get
-    their descriptors, and what is printed would land in these."""
+    """Gives stdin, stdout and stderr that were closed to nothing, here and in the programs that are started. Otherwise
+    the next files that are opened would get their descriptors, and what is printed would land in these."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.set_inheritable(opened, True)
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115

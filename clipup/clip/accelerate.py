@@ -12,7 +12,7 @@ from clipup_kernels import packed_layout
 from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
 
 from .. import checks
-from ..dense.dense_mlp import class_name, is_assigned
+from ..dense.dense_mlp import class_name
 from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
 from ..dense.mlp_readers import FAMILIES, families_read
 from ..dense.prepared import MATRICES, Prepared, PreparedMLP, mlp_can_be_prepared
@@ -45,8 +45,9 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     clipup's kernels, with the same outputs up to rounding. In text towers that return only the features of the
     end-of-text token, computation stops at the end of the longest text in the batch, as in upcycled models
     (``clipup.clip.padding_aware``). All other modules are unchanged: norms, MLPs that consist of several modules (as in
-    BERT) or have a norm between their projections, attention beside these, attention in float16 and float64, and what
-    has hooks, methods, buffers or parameters that are not its class's.
+    BERT) or have a norm between their projections, attention beside these, attention in float16 and float64, what has
+    hooks, methods, buffers or parameters that are not its class's, and what lies in attention or a block with a
+    ``forward`` that is not its class's, or was assigned to the class.
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, modifying, casting or
     moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
@@ -157,12 +158,13 @@ def _check(model: nn.Module, weights: str | None) -> None:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's transformer blocks."""
+    """The model's transformer blocks that call their layers."""
     names = {name for family in FAMILIES for name in family.blocks}
     return [
         module
         for module in model.modules()
         if class_name(module) in names or any(isinstance(child, SparseMoE) for child in module.children())
+        if _calls_its_layers(module)
     ]
 
 
@@ -171,7 +173,7 @@ def _prepare_attention(module: nn.Module, weights: str | None) -> None:
     or holds something else than its class says is left as it is; so is what no kernel here computes, since torch's
     products are faster than those of a fallback."""
     for name, child in list(module.named_children()):
-        if isinstance(child, Prepared | SparseMoE) or "forward" in vars(child):
+        if isinstance(child, Prepared | SparseMoE) or not _calls_its_layers(child):
             continue
         if isinstance(child, nn.Linear):
             if class_name(module) in ATTENTIONS and linear_can_be_prepared(child) and _is_packed(child.weight, weights):
@@ -193,8 +195,24 @@ def _attends_to_itself(block: nn.Module) -> bool:
     kind = next(base for base in type(block).__mro__ if not base.__module__.startswith("clipup."))
     if f"{kind.__module__}.{kind.__qualname__}" not in SELF_ATTENTION_BLOCKS or hasattr(block, "ln_1_kv"):
         return False  # the latter is open_clip's cross-attention
-    methods = {"forward", "attention"}
-    return not methods & vars(block).keys() and not any(is_assigned(kind, name) for name in methods & vars(kind).keys())
+    return "attention" not in vars(block) and ("attention" not in vars(kind) or was_defined_with(kind, "attention"))
+
+
+def _calls_its_layers(module: nn.Module) -> bool:
+    """Whether a module is computed as its class was written. Another forward may read weights in place of a call."""
+    homes = [base for base in type(module).__mro__ if "forward" in vars(base) and base is not nn.Module]
+    return "forward" not in vars(module) and all(was_defined_with(home, "forward") for home in homes)
+
+
+def was_defined_with(kind: type, method: str) -> bool:
+    """Whether a method in a class is that of its definition, in no other decorators than its library's and torch's:
+    transformers has some around its forwards. Those of tools may name what they wrap (``functools.wraps``)."""
+    layers = [vars(kind)[method]]
+    while hasattr(layers[-1], "__wrapped__"):
+        layers.append(layers[-1].__wrapped__)
+    homes = {getattr(layer, "__globals__", {}).get("__name__", "").partition(".")[0] for layer in layers}
+    known = {kind.__module__.partition(".")[0], "torch"}
+    return homes <= known and layers[-1].__qualname__ == f"{kind.__qualname__}.{method}"
 
 
 def _overrides(layer_class: type[SparseMoE]) -> bool:
@@ -225,9 +243,9 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _dense_mlps(model: nn.Module) -> list[BlockMLP]:
-    """The MLPs in the model's blocks that ``PreparedMLP`` can replace: of those that are a single module."""
+    """The MLPs that ``PreparedMLP`` can replace in blocks that call their layers: those that are a single module."""
     found = []
-    for block in model.modules():
+    for block in filter(_calls_its_layers, model.modules()):
         try:
             mlp = find_mlp(block)
         except TypeError:

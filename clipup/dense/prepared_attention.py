@@ -201,8 +201,8 @@ class PreparedOpenClipAttention(PreparedAttention):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q, k, v [B, h, L, d] with an additive mask, by whichever of torch's ways is faster here. A query
-    that sees nothing gives 0, as in torch's. Scores are rounded to q's type, as in the fast path of torch's
-    ``MultiheadAttention``."""
+    that sees nothing gives 0, as in ``scaled_dot_product_attention``; in the fast path of torch's
+    ``MultiheadAttention`` it gives NaN. Scores are rounded to q's type, as in that path."""
     batch, heads, length, width = q.shape
     short = statically_known_true(length <= _LONGEST_PRODUCT)  # no guard on the length of a traced program
     if q.dtype != torch.bfloat16 or not short:
@@ -254,20 +254,21 @@ _NAMES = {
 
 def linear_can_be_prepared(linear: nn.Linear) -> bool:
     """Whether ``PreparedLinear`` computes and stores all that a linear layer does."""
-    names = {"weight"} if linear.bias is None else {"weight", "bias"}
-    return type(linear) is nn.Linear and plain_entries(linear) == names
+    if type(linear) is not nn.Linear:
+        return False
+    return plain_entries(linear) == ({"weight"} if linear.bias is None else {"weight", "bias"})
 
 
 def can_be_prepared(attention: Any) -> bool:
     """Whether ``prepared_attention`` computes and stores all that a module of ``ATTENTION_MODULES`` does."""
-    if attention.in_proj_weight is None:
-        return False
     out = attention.out_proj
+    if attention.in_proj_weight is None or type(out) not in _OUT_PROJECTIONS:
+        return False
     absent = {"in_proj_bias": attention.in_proj_bias is None, "out_proj.bias": out.bias is None}
     if plain_entries(attention) != {name for name in _NAMES.values() if not absent.get(name)}:
         return False
     if isinstance(attention, nn.MultiheadAttention):
-        return type(out) in _OUT_PROJECTIONS and attention.bias_k is None and not attention.add_zero_attn
+        return attention.bias_k is None and not attention.add_zero_attn
     if not getattr(attention, "use_sdpa", False):  # also open_clip 3's class of this name, with other masks
         return False
     parts = {name: type(getattr(attention, name)) for name in _OPEN_CLIP_PARTS}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..checks import shown
+
 MOST = 2**53
-"""Steps and samples at most: whole numbers that a float holds exactly."""
+"""Steps, samples and seconds at most: whole numbers that a float holds exactly."""
 
 
 def check_contents(state: dict[str, Any], path: Path) -> None:
@@ -22,14 +23,9 @@ def check_contents(state: dict[str, Any], path: Path) -> None:
     for name, (holds, expected) in _ENTRIES.items():
         if name in state and not holds(state[name]):
             raise ValueError(
-                f"{path} is damaged: its {name} is {_short(state[name])}, where {expected} should be; resume from an "
+                f"{path} is damaged: its {name} is {shown(state[name])}, where {expected} should be; resume from an "
                 "earlier checkpoint"
             )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_count(value: object) -> bool:
@@ -41,7 +37,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_duration(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and 0 <= value <= MOST
 
 
 def _are_conditions(value: object) -> bool:
@@ -90,9 +86,15 @@ def _is_optimizer(value: object) -> bool:
     groups, states = value.get("param_groups"), value.get("state")
     if not (isinstance(groups, list) and groups and isinstance(states, dict)):
         return False
-    return all(isinstance(one, dict) for one in states.values()) and all(
-        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
-    )
+    return all(isinstance(one, dict) for one in states.values()) and all(map(_is_group, groups))
+
+
+def _is_group(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(params := value.get("params"), list):
+        return False
+    names = value.get("param_names")  # open_clip_train's have none
+    named = isinstance(names, list) and len(names) == len(params) and all(isinstance(name, str) for name in names)
+    return all(map(_is_count, params)) and (names is None or named)
 
 
 def _are_two_counts(value: object) -> bool:
@@ -101,7 +103,7 @@ def _are_two_counts(value: object) -> bool:
 
 _COUNT = "a whole number, 0 or more,"
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("epoch", "step", "step_of_epoch", "samples_seen"), (_is_count, _COUNT)),
+    **dict.fromkeys(("epoch", "step", "step_of_epoch", "samples_seen", "rewinds"), (_is_count, _COUNT)),
     "steps_before": (_is_whole, "a whole number"),
     "seconds": (_is_duration, "a duration"),
     "evaluations": (lambda value: value is None or _is_count(value), _COUNT),

@@ -186,7 +186,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
 
 @contextmanager
 def missing_state_explained() -> Iterator[None]:
-    """Around the step of an optimizer, whose state may come from a checkpoint.
+    """Around the first step of an optimizer whose state was loaded.
 
     Raises:
         ValueError: the state lacks what the optimizer needs with its settings, as AdamW with amsgrad.
@@ -195,8 +195,9 @@ def missing_state_explained() -> Iterator[None]:
         yield
     except KeyError as error:
         raise ValueError(
-            f"opt_kwargs: with these the optimizer needs {error} of every parameter, which the checkpoint that the run "
-            "continues from does not have; resume with the opt_kwargs that it was written with"
+            f"the optimizer needs {error} of every parameter, which the checkpoint that its state comes from does not "
+            "have; the checkpoint was written with other opt_kwargs, or other versions of torch or timm: resume with "
+            "those"
         ) from error
 
 

@@ -81,4 +81,3 @@ def go_back(root: Path, resumed: Path) -> Rewind | None:
             done.undo()
         raise
     return done
-

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..pretrained import model_card, model_directory, origin, saving
 from ..pretrained.shard_files import MODEL, read_index
@@ -48,7 +48,12 @@ class RunCheckpoints:
         Args:
             order: what the samples of a step depend on (``Epochs.order``).
             unsharded: the model with weights of ``whole_state.weights``, on one rank.
+
+        Raises:
+            ValueError: the model has state that is no tensor, which checkpoints do not hold.
         """
+        if directory is not None:
+            _check_is_tensors(built.model)
         self.options = options
         self.built = built
         self.train_step = train_step
@@ -235,3 +240,14 @@ class RunCheckpoints:
             f"The last checkpoint, {last}, is whole; to continue, run the same command with --name "
             f"{self.directory.root.name} --resume latest"
         )
+
+
+def _check_is_tensors(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            extra = module.get_extra_state()
+            if not isinstance(extra, Tensor):
+                raise ValueError(
+                    f"get_extra_state of {name} gives a {type(extra).__name__}, and a run continues from tensors "
+                    "alone; let it return a tensor, or train without logs"
+                )

@@ -1,11 +1,11 @@
-"""Values of numpy become Python's, whatever holds them."""
+"""Values of numpy become Python's, whatever holds them; and what messages show of values."""
 
 from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
 
-from clipup.checks import without_numpy
+from clipup.checks import check, without_numpy
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,14 @@ def test_numbers_and_arrays_of_numpy_become_python_s(value, plain):
     assert found == plain and type(found) is type(plain) and list(found) == list(plain)
     assert {type(key) for key in found} == {type(key) for key in plain}
     assert [type(of_key) for of_key in found.values()] == [type(of_key) for of_key in plain.values()]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.5, "0.5"), ("x" * 300, "'" + "x" * 196 + "..."), (10**5000, "a value of the type int, too long to print")],
+    ids=["short", "long", "longer than Python prints"],
+)
+def test_a_refused_value_is_shown_up_to_a_length(value, said):
+    with pytest.raises(ValueError) as refused:
+        check("lr", value, False, "finite")
+    assert str(refused.value) == f"lr must be finite, got {said}"

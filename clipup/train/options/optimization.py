@@ -95,7 +95,7 @@ class OptimizationOptions(OptionGroup):
     def _check_optimizer(self) -> None:
         for key, value in self.opt_kwargs.items():  # others may be infinite: max_grad_norm
             finite = is_finite(value) or (value == math.inf and key not in ("lr", "betas", "eps", "weight_decay"))
-            check(f"opt_kwargs[{key!r}]", value, finite, "finite")
+            check(f"opt_kwargs[{key!r}]", value, finite, "finite in float32")
         known = self.opt in ("adamw", "nadamw") or self.opt.startswith("timm/")
         check("opt", self.opt, known, "adamw, nadamw or timm/NAME")
         if not self.opt.startswith("timm/"):

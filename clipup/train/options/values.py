@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import types
 import typing
 from typing import Any, Literal, Union
 
+import torch
+
 from ...checks import check, without_numpy
 
 _MAY_BE_INFINITE = ("opt_kwargs",)
 """Options that check this themselves."""
+_LARGEST = torch.finfo(torch.float32).max
 _WORDS: dict[Any, str] = {
     bool: "True or False",
     int: "a whole number",
@@ -26,7 +28,8 @@ def conform(name: str, value: Any, hint: Any) -> Any:
     for a tuple also a list, or one number in place of several.
 
     Raises:
-        TypeError, ValueError: it is of another type, none of the choices, or not finite.
+        TypeError, ValueError: it is of another type, none of the choices, or not finite; or it is a dict with what JSON
+            does not have, and options.json could not.
     """
     given = value = without_numpy(value)
     if isinstance(value, os.PathLike):
@@ -37,8 +40,13 @@ def conform(name: str, value: Any, hint: Any) -> Any:
         choices = [one for one in _alternatives(hint) if typing.get_origin(one) is Literal]
         error = ValueError if choices and isinstance(value, str) else TypeError
         check(name, given, False, " or ".join(map(_described, _alternatives(hint))), error)
+    if isinstance(value, dict):
+        for key, of_key in value.items():
+            check(f"a key of {name}", key, isinstance(key, str), "a string", TypeError)
+            expected = "a value of JSON (None, a string, a number, a list or dict of these)"
+            check(f"{name}[{key!r}]", of_key, _is_json(of_key), expected, TypeError)
     if name not in _MAY_BE_INFINITE:
-        check(name, value, is_finite(value), "finite")
+        check(name, value, is_finite(value), "finite in float32")
     return value
 
 
@@ -79,10 +87,18 @@ def _described(hint: Any) -> str:
     return _WORDS.get(hint, "a dict" if issubclass(hint, dict) else f"a {hint.__name__}")
 
 
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(of_key) for key, of_key in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, str | int | float)
+
+
 def is_finite(value: Any) -> bool:
-    """Whether a value and all within it are finite, as far as they are floats."""
+    """Whether a value and all within it, as far as they are numbers, are finite in float32, in which most are used."""
     if isinstance(value, dict):
         return all(map(is_finite, value.values()))
     if isinstance(value, list | tuple):
         return all(map(is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+    return not isinstance(value, int | float) or abs(value) <= _LARGEST

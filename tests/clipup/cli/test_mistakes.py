@@ -226,31 +226,67 @@ def test_misspelled_flag_is_refused_with_the_closest_one(flag, meant, capsys):
     assert stop.value.code == 2 and meant in error.split("meant")[1]
 
 
-def test_closed_pipe_is_not_an_error():
-    command = f"{sys.executable} -m clipup doctor clipup-tiny-32 | true"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+PYTHON = shlex.quote(sys.executable)
+
+
+def shell(command):
+    """Runs a command whose output is buffered, as is usual."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "flops --help", "doctor clipup-tiny-32"])
+def test_closed_pipe_is_not_an_error(arguments):
+    done = shell(f"{PYTHON} -m clipup {arguments} | true; echo ${{PIPESTATUS[0]}}")
+    assert done.stderr == "" and int(done.stdout) in (0, 141)  # 0 if all was written before the pipe was closed
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", "2>/dev/full"])
-def test_mistakes_are_told_by_the_exit_code_whatever_takes_the_output(streams):
-    command = f"{shlex.quote(sys.executable)} -m clipup train --epochs x {streams}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout
+@pytest.mark.parametrize("arguments", ["train --epochs x", "nothing"])
+def test_mistakes_are_told_by_the_exit_code_whatever_takes_the_output(arguments, streams):
+    done = shell(f"{PYTHON} -m clipup {arguments} {streams}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
 
 
-def test_output_that_cannot_be_written_is_told():
-    command = f"{shlex.quote(sys.executable)} -m clipup --version > /dev/full"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert done.returncode == 2 and "could not write to stdout: " in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("arguments", ["--version", "--help", "flops --help"])
+def test_output_that_cannot_be_written_is_told(arguments):
+    done = shell(f"{PYTHON} -m clipup {arguments} > /dev/full")
+    assert done.returncode == 2 and "No space left on device" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("taker", ["> /dev/full", "| true"])
+def test_a_mistake_after_output_that_nothing_takes_is_told(taker):
+    program = """
+import sys, time
+from clipup.cli import reporting_errors
+
+def command():
+    print("a table")
+    time.sleep(0.5)  # until the reader of a pipe is gone
+    raise ValueError("wrong value")
+
+sys.exit(reporting_errors("clipup x", command))
+"""
+    done = shell(f"{PYTHON} -c {shlex.quote(program)} {taker}; echo ${{PIPESTATUS[0]}}")
+    assert (done.stderr, done.stdout) == ("clipup x: wrong value\n", "2\n")
 
 
 def test_what_is_opened_gets_no_descriptor_of_a_closed_stream(tmp_path):
     program = (
         "import os, sys; from clipup.cli import main; main(['--version']); print(os.open(sys.argv[1], os.O_CREAT))"
     )
-    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {tmp_path / 'file'} <&- 2>&-"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    done = shell(f"{PYTHON} -c {shlex.quote(program)} {tmp_path / 'file'} <&- 2>&-")
     assert int(done.stdout.splitlines()[-1]) > 2
+
+
+def test_programs_that_are_started_get_no_closed_streams_either():
+    child = "import os; print(*(os.path.exists(f'/proc/self/fd/{stream}') for stream in range(3)))"
+    program = f"""
+import subprocess, sys
+from clipup.cli import main
+main(["--version"])
+print(subprocess.run([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE, text=True).stdout)
+"""
+    done = shell(f"{PYTHON} -c {shlex.quote(program)} <&- 2>&-")
+    assert done.stdout.split()[-3:] == ["True"] * 3

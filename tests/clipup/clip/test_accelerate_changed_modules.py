@@ -1,7 +1,9 @@
 """accelerate leaves modules as they are that do, or hold, something else than their classes."""
 
 import copy
+import functools
 import importlib
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from tiny_families import timm_model
 from torch import nn
 
 import clipup
-from clipup.clip.accelerate import for_inference
+from clipup.clip.accelerate import for_inference, was_defined_with
 from clipup.clip.inputs import random_inputs
+from clipup.dense.mlp_readers import FAMILIES
 from clipup.dense.prepared import Prepared
-from clipup.dense.prepared_attention import PreparedLinear
+from clipup.dense.prepared_attention import ATTENTIONS, PreparedLinear
 
 BLOCK = "Block/Mlp"
 PARTS = {"attention": "blocks.0.attn.qkv", "MLP": "blocks.0.mlp", "projection": "blocks.0.mlp.fc1"}
@@ -194,3 +197,52 @@ def test_a_model_prepared_in_inference_mode_loads_weights_outside_of_it():
         fast = clipup.accelerate(model)
     fast.load_state_dict(model.state_dict())
     torch.testing.assert_close(of_timm(fast), of_timm(model), rtol=1e-5, atol=1e-5)
+
+
+def reads_the_weights(self, x, *args, **options):
+    """Attention that does not call its layers, as timm's EvaAttention."""
+    qkv = nn.functional.linear(x, self.qkv.weight, self.qkv.bias)
+    q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def calls_the_parts(self, x, *args, **options):
+    """A block that does not call its MLP."""
+    x = x + self.attn(self.norm1(x))
+    return x + self.mlp.fc2(self.mlp.act(self.mlp.fc1(self.norm2(x))))
+
+
+def disguised(forward, before):
+    return functools.wraps(before)(lambda self, *args, **options: forward(self, *args, **options))
+
+
+OTHERS = {"attention": ("attn", reads_the_weights), "block": (None, calls_the_parts)}
+
+
+@pytest.mark.parametrize("wraps", [False, True], ids=["plain", "wraps"])
+@pytest.mark.parametrize("owner", ["class", "module"])
+@pytest.mark.parametrize(("name", "forward"), OTHERS.values(), ids=OTHERS)
+def test_what_another_forward_may_read_is_left_as_it_is(name, forward, owner, wraps, monkeypatch):
+    model = timm_model(BLOCK).eval()
+    other = model.blocks[0].get_submodule(name or "")
+    before = type(other).forward
+    forward = disguised(forward, before) if wraps else forward
+    if owner == "class":
+        monkeypatch.setattr(type(other), "forward", forward)
+    else:
+        other.forward = forward.__get__(other)
+    theirs = of_timm(model)
+    fast = for_inference(copy.deepcopy(model)) if owner == "class" else clipup.accelerate(model)
+    torch.testing.assert_close(of_timm(fast), theirs, rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, Prepared) for module in fast.blocks[0].get_submodule(name or "").modules())
+
+
+def test_decorators_of_the_library_itself_are_no_other_forward():
+    """Those of transformers are around the forwards of its blocks, and of some of its attention."""
+    found = set()
+    for full_name in {*ATTENTIONS, *(block for family in FAMILIES for block in family.blocks)}:
+        module, _, name = full_name.rpartition(".")
+        with suppress(ImportError, AttributeError):  # of other versions
+            found.add(kind := getattr(importlib.import_module(module), name))
+            assert was_defined_with(kind, "forward"), full_name
+    assert len(found) > 30 and any(hasattr(kind.forward, "__wrapped__") for kind in found)

@@ -10,7 +10,13 @@ from torch import nn
 
 import clipup_kernels
 from clipup import accelerate
-from clipup.dense.prepared_attention import PreparedAttention, PreparedLinear, can_be_prepared, prepared_attention
+from clipup.dense.prepared_attention import (
+    PreparedAttention,
+    PreparedLinear,
+    can_be_prepared,
+    linear_can_be_prepared,
+    prepared_attention,
+)
 
 pytestmark = pytest.mark.skipif(
     not clipup_kernels.backend_info()["compiled"], reason="int8 needs the compiled extension"
@@ -113,6 +119,21 @@ def test_attention_of_another_class_of_that_name_is_left_as_it_is():
     attention = Attention3(32, num_heads=2)
     attention.use_sdpa = False
     assert not can_be_prepared(attention)
+
+
+def test_attention_with_another_output_projection_is_left_as_it_is():
+    attention = Attention(32, num_heads=2)
+    attention.out_proj = nn.Sequential(attention.out_proj, nn.Tanh())
+    assert not can_be_prepared(attention)
+
+
+def test_linear_layers_of_a_class_without_a_bias_are_left_as_they_are():
+    class Unbiased(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3, bias=False)
+            del self.bias
+
+    assert not linear_can_be_prepared(Unbiased())
 
 
 @with_weights

@@ -194,6 +194,31 @@ def test_other_pretrained_weights_are_refused_since_a_normalization_comes_with_t
 def test_settings_that_need_moments_which_the_checkpoint_lacks_are_refused_by_name(run, kind):
     run(steps=4, lr_scheduler="const", fsdp_checkpoint=kind)
     changes = {"steps": 8, "lr_scheduler": "const", "fsdp_checkpoint": kind, "resume": "latest"}
-    with pytest.raises(ValueError, match="opt_kwargs: .* needs 'max_exp_avg_sq' of every parameter"):
+    with pytest.raises(ValueError, match="needs 'max_exp_avg_sq' of every parameter.* other opt_kwargs"):
         run(opt_kwargs={"amsgrad": True}, **changes)
     assert run(**changes).steps == 8
+
+
+def test_only_a_step_after_loading_tells_that_the_checkpoint_lacks_what_the_optimizer_needs(run, monkeypatch):
+    """In any other step a KeyError is the optimizer's own."""
+    step = torch.optim.AdamW.step
+
+    def fail_at(wanted):
+        steps = []
+
+        def failing(self, closure=None):
+            steps.append(len(steps) + 1)
+            if steps[-1] == wanted:
+                raise KeyError("buckets")
+            return step(self, closure)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+
+    usual = {"lr_scheduler": "const", "save_every_n_steps": 2, "opt_kwargs": {"foreach": False}}
+    for start, wanted in (({"name": "other"}, 1), ({}, 3), ({"resume": "latest"}, 3)):
+        fail_at(wanted)
+        with pytest.raises(KeyError, match="buckets"):
+            run(steps=8, **start, **usual)
+    fail_at(1)
+    with pytest.raises(ValueError, match="needs 'buckets' .* other opt_kwargs, or other versions of torch or timm"):
+        run(resume="latest", steps=8, **usual)

@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 import torch
+from torch import nn
 
 from clipup.train import train
 
@@ -153,6 +154,10 @@ CONTENTS = {
     "a text of seconds": (lambda state: state.update(seconds="x"), "seconds"),
     "a step before the first": (lambda state: state.update(step_of_epoch=-3), "step_of_epoch"),
     "a step after all": (lambda state: state.update(step=10**30), "step"),
+    "seconds beyond every float": (lambda state: state.update(seconds=10**400), "seconds"),
+    "too few parameters": (lambda state: state["optimizer"]["param_groups"][0].update(params=[]), "optimizer"),
+    "a number of names": (lambda state: state["optimizer"]["param_groups"][0].update(param_names=5), "optimizer"),
+    "a text of rewinds": (lambda state: state.update(rewinds="x"), "rewinds"),
 }
 
 
@@ -166,7 +171,7 @@ def test_a_checkpoint_with_other_contents_is_named_and_an_older_one_is_used(run,
     change(state)
     torch.save(state, latest)
 
-    with pytest.raises(ValueError, match=rf"epoch_latest.pt is damaged: its {name} is .*, where .* should be"):
+    with pytest.raises(ValueError, match=rf"epoch_latest.pt is damaged: its {name}.* is .*, where .* should be"):
         run(resume=str(latest))
     resumed = run(resume="latest")
 
@@ -184,3 +189,30 @@ def test_no_run_goes_on_from_weights_alone(run, make_model, pairs, options):
             ValueError, match="epoch_latest.pt holds no state of an optimizer to go on with; start from"
         ):
             train(options(**start), model=make_model(), loader=pairs())
+
+
+class WithExtraState(nn.Module):
+    """What it keeps beside its weights is a tensor or something else."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, extra):
+        self.extra = extra
+
+
+def test_extra_state_is_resumed_if_it_is_a_tensor_and_refused_if_it_is_not(make_model, pairs, options):
+    def run(extra, **changes):
+        model = make_model()
+        model.visual.counter = WithExtraState(extra)
+        return train(options(**changes), model=model, loader=pairs())
+
+    run(torch.tensor([5]), name="tensor", steps=2)
+    assert run(torch.tensor([0]), name="tensor", steps=3, resume="latest").model.visual.counter.extra == 5
+    with pytest.raises(ValueError, match=r"get_extra_state of visual.counter gives a dict, .*; let it return a tensor"):
+        run({"n": 5}, steps=2)
+    assert run({"n": 5}, steps=2, logs=None).steps == 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from clipup.train import TrainOptions
 
@@ -24,6 +26,10 @@ from clipup.train import TrainOptions
         ({"wd_exclude": ["*bias"]}, {"wd_exclude": ("*bias",)}),
         ({"train_data": Path("a") / "b.csv", "logs": Path("x")}, {"train_data": "a/b.csv", "logs": "x"}),
         ({"opt_kwargs": {"max_grad_norm": math.inf}}, {"opt_kwargs": {"max_grad_norm": math.inf}}),
+        (
+            {"opt_kwargs": {"a": [None, True, (1, "b", {"c": 0.5})]}},
+            {"opt_kwargs": {"a": [None, True, (1, "b", {"c": 0.5})]}},
+        ),
     ],
 )
 def test_numbers_of_numpy_lists_and_paths_are_taken(given, kept):
@@ -50,6 +56,10 @@ def test_numbers_of_numpy_lists_and_paths_are_taken(given, kept):
         ({"force_image_size": (1, 2, 3)}, r"force_image_size must be a whole number or a tuple of 2 whole numbers or"),
         ({"aug_cfg": "scale"}, "aug_cfg must be a dict, got 'scale'"),
         ({"moe_cfg": {}}, r"moe_cfg must be a MoEConfig, got \{\}"),
+        ({"opt_kwargs": {"lr": torch.tensor(1e-3)}}, r"opt_kwargs\['lr'\] must be a value of JSON.*, got tensor"),
+        ({"opt_kwargs": {"betas": (0.9, {0.99})}}, r"opt_kwargs\['betas'\] must be a value of JSON.*, got \(0.9"),
+        ({"aug_cfg": {"scale": 1 + 2j}}, r"aug_cfg\['scale'\] must be a value of JSON.*, got \(1\+2j\)"),
+        ({"opt_kwargs": {1: 2}}, "a key of opt_kwargs must be a string, got 1"),
     ],
 )
 def test_values_of_other_types_are_refused_by_name(changes, message):
@@ -72,11 +82,20 @@ def test_choices_that_there_are_not_are_refused_by_name(changes, message):
         TrainOptions(**changes)
 
 
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("name", ["lr", "eps", "wd", "lr_cooldown_end", "lr_cooldown_power", "grad_clip_norm", "beta1"])
-def test_numbers_are_finite(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be finite, got {value}"):
+NUMBERS = ["lr", "eps", "wd", "lr_cooldown_end", "lr_cooldown_power", "grad_clip_norm", "beta1"]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, 10**400, 10**39, -1e300], ids=lambda value: f"{str(value)[:5]}")
+@pytest.mark.parametrize("name", [*NUMBERS, "coca_caption_loss_weight"])
+def test_numbers_are_finite_in_float32(name, value):
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be finite in float32, got {value}"[:100])):
         TrainOptions(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["warmup", "epochs", "max_nonfinite_steps"])
+def test_whole_numbers_that_are_divided_are_no_larger_than_a_float(name):
+    with pytest.raises(ValueError, match=f"{name} must be finite in float32, got 10000"):
+        TrainOptions(**{name: 10**400})
 
 
 @pytest.mark.parametrize(
@@ -88,9 +107,11 @@ def test_numbers_are_finite(name, value):
         {"opt_kwargs": {"eps": math.inf}},
         {"opt_kwargs": {"weight_decay": math.inf}},
         {"opt_kwargs": {"max_grad_norm": math.nan}},
+        {"opt_kwargs": {"max_grad_norm": 10**400}},
+        {"image_std": (10**400,)},
     ],
-    ids=str,
+    ids=lambda changes: str(changes)[:40],
 )
 def test_numbers_within_others_are_finite(changes):
-    with pytest.raises(ValueError, match=rf"{next(iter(changes))}.* must be finite, got "):
+    with pytest.raises(ValueError, match=rf"{next(iter(changes))}.* must be finite( in float32)?, got "):
         TrainOptions(**changes)
