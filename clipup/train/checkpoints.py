@@ -194,7 +194,7 @@ def prune(newest: Path, limit: int | None) -> None:
 
 
 class Position(NamedTuple):
-    """Orders the checkpoints of a run: the last has most positions before it."""
+    """Orders the checkpoints of a run, the newest last."""
 
     rewinds: int
     """How often the run had gone back to an earlier checkpoint. So what was trained before does not count as later
