@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import cast
 
 import torch
@@ -12,7 +13,7 @@ from clipup_kernels import packed_layout
 from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
 
 from .. import checks
-from ..dense.dense_mlp import class_name
+from ..dense.dense_mlp import class_name, has_another_forward, was_defined_with
 from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
 from ..dense.mlp_readers import FAMILIES, families_read
 from ..dense.prepared import MATRICES, Prepared, PreparedMLP, mlp_can_be_prepared
@@ -164,7 +165,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         module
         for module in model.modules()
         if class_name(module) in names or any(isinstance(child, SparseMoE) for child in module.children())
-        if _calls_its_layers(module)
+        if not has_another_forward(module)  # which may read weights in place of a call
     ]
 
 
@@ -173,7 +174,7 @@ def _prepare_attention(module: nn.Module, weights: str | None) -> None:
     or holds something else than its class says is left as it is; so is what no kernel here computes, since torch's
     products are faster than those of a fallback."""
     for name, child in list(module.named_children()):
-        if isinstance(child, Prepared | SparseMoE) or not _calls_its_layers(child):
+        if isinstance(child, Prepared | SparseMoE) or has_another_forward(child):
             continue
         if isinstance(child, nn.Linear):
             if class_name(module) in ATTENTIONS and linear_can_be_prepared(child) and _is_packed(child.weight, weights):
@@ -196,23 +197,6 @@ def _attends_to_itself(block: nn.Module) -> bool:
     if f"{kind.__module__}.{kind.__qualname__}" not in SELF_ATTENTION_BLOCKS or hasattr(block, "ln_1_kv"):
         return False  # the latter is open_clip's cross-attention
     return "attention" not in vars(block) and ("attention" not in vars(kind) or was_defined_with(kind, "attention"))
-
-
-def _calls_its_layers(module: nn.Module) -> bool:
-    """Whether a module is computed as its class was written. Another forward may read weights in place of a call."""
-    homes = [base for base in type(module).__mro__ if "forward" in vars(base) and base is not nn.Module]
-    return "forward" not in vars(module) and all(was_defined_with(home, "forward") for home in homes)
-
-
-def was_defined_with(kind: type, method: str) -> bool:
-    """Whether a method in a class is that of its definition, in no other decorators than its library's and torch's:
-    transformers has some around its forwards. Those of tools may name what they wrap (``functools.wraps``)."""
-    layers = [vars(kind)[method]]
-    while hasattr(layers[-1], "__wrapped__"):
-        layers.append(layers[-1].__wrapped__)
-    homes = {getattr(layer, "__globals__", {}).get("__name__", "").partition(".")[0] for layer in layers}
-    known = {kind.__module__.partition(".")[0], "torch"}
-    return homes <= known and layers[-1].__qualname__ == f"{kind.__qualname__}.{method}"
 
 
 def _overrides(layer_class: type[SparseMoE]) -> bool:
@@ -245,7 +229,7 @@ def _is_mlp(module: nn.Module) -> bool:
 def _dense_mlps(model: nn.Module) -> list[BlockMLP]:
     """The MLPs that ``PreparedMLP`` can replace in blocks that call their layers: those that are a single module."""
     found = []
-    for block in filter(_calls_its_layers, model.modules()):
+    for block in itertools.filterfalse(has_another_forward, model.modules()):
         try:
             mlp = find_mlp(block)
         except TypeError:

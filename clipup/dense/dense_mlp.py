@@ -148,14 +148,19 @@ def read_dropout(name: str, module: nn.Module) -> float:
 def has_another_forward(module: nn.Module) -> bool:
     """Whether a module is computed by something else than what its class was defined with: a ``forward`` assigned to
     the module, or to its class."""
-    home = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    return "forward" in vars(module) or is_assigned(home, "forward")
+    homes = [kind for kind in type(module).__mro__ if "forward" in vars(kind) and kind is not nn.Module]
+    return "forward" in vars(module) or not all(was_defined_with(kind, "forward") for kind in homes)
 
 
-def is_assigned(kind: type, method: str) -> bool:
-    """Whether a method in a class comes from a module other than the class, as those do that tools assign."""
-    found = vars(kind)[method]
-    return getattr(found, "__globals__", {}).get("__name__") != kind.__module__  # functools.wraps leaves these
+def was_defined_with(kind: type, method: str) -> bool:
+    """Whether a method in a class is that of its definition, in no other decorators than its library's and torch's:
+    transformers has some around its forwards. Those of tools may name what they wrap (``functools.wraps``)."""
+    layers = [vars(kind)[method]]
+    while hasattr(layers[-1], "__wrapped__"):
+        layers.append(layers[-1].__wrapped__)
+    homes = {getattr(layer, "__globals__", {}).get("__name__", "").partition(".")[0] for layer in layers}
+    known = {kind.__module__.partition(".")[0], "torch"}
+    return homes <= known and layers[-1].__qualname__ == f"{kind.__qualname__}.{method}"
 
 
 def refuse_changed_forward(*parts: nn.Module) -> None:

@@ -115,16 +115,16 @@ class Trainer:
             if self.directory is not None and self.ranks.first:
                 self.directory.undo_rewind()
             raise
-        place = self.model, self.state, self.clock
-        self.evaluations = Evaluations(
-            self.validations, *place, self.guard, self.ranks, self.reports, self.options.is_sharded
-        )
-        self.reports.start(notes)
-        for line in filter(None, (self.data.promise(), self.utilization.note)):
-            self.reports.log.info("%s", line)
         how_to_continue = self.checkpoints.how_to_continue
-        self.ranks.on_loss(how_to_continue, self.reports.recorder.failure)
         try:
+            place = self.model, self.state, self.clock
+            self.evaluations = Evaluations(
+                self.validations, *place, self.guard, self.ranks, self.reports, self.options.is_sharded
+            )
+            self.reports.start(notes)
+            for line in filter(None, (self.data.promise(), self.utilization.note)):
+                self.reports.log.info("%s", line)
+            self.ranks.on_loss(how_to_continue, self.reports.recorder.failure)
             with self.ranks.rank_lost_explained(), lost_workers_explained(how_to_continue):
                 self._train()
                 skipped = self.data.skipped(self.ranks.gather)

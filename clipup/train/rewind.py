@@ -21,7 +21,6 @@ ASIDE = "before_rewind_"
 class Rewind:
     """What was moved aside, and can be moved back."""
 
-    root: Path
     aside: Path
     moved: tuple[Path, ...]
     """Checkpoints and the model directory, by their paths before."""
@@ -36,9 +35,13 @@ class Rewind:
         Raises:
             OSError: something could not be moved or copied; it is still in ``aside``.
         """
-        for path in reversed(self.moved):
-            (self.aside / path.name).rename(path)
         replace_files({path: partial(shutil.copyfile, self.aside / path.name) for path in self.copied})
+        self.move_back()
+
+    def move_back(self) -> None:
+        for path in reversed(self.moved):
+            if (self.aside / path.name).exists():
+                (self.aside / path.name).rename(path)
         shutil.rmtree(self.aside)
 
 
@@ -61,23 +64,18 @@ def go_back(root: Path, resumed: Path) -> Rewind | None:
     copied = tuple(path for path in (*(root / f"{kind}.jsonl" for kind in KINDS), pointer) if path.is_file())
     model = root / "model"
     moved = (*later[:-1], *([model] if model.is_dir() else []), later[-1])
-    done = Rewind(root, aside, (), copied, begin.rewinds + 1)
+    rewind = Rewind(aside, moved, copied, begin.rewinds + 1)
     try:
         for path in copied:
             shutil.copyfile(path, aside / path.name)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    try:
         for path in moved:
             path.rename(aside / path.name)
-            done = Rewind(root, aside, (*done.moved, path), copied, begin.rewinds + 1)
         if resumed.is_dir():
             sharded_checkpoints.name_newest(resumed, begin.step)
         elif pointer.is_file():
             pointer.unlink()  # of directories that are aside now
     except OSError:
         with suppress(OSError):
-            done.undo()
+            rewind.move_back()
         raise
-    return done
+    return rewind

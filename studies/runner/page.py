@@ -57,9 +57,7 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
             by=lambda column, name, of=study.name: {row[column]: row for row in _rows(study, of, name)},
             pending=_without_log(study, tables),
             planned=len(_configs(study)),
-            pending_of=lambda name: [
-                run for run in _configs(_beside(study, name)) if run not in other_study(name).results
-            ],
+            pending_of=lambda name: _without_log(_beside(study, name), other_study(name)),
         )
     except Exception as error:  # whatever a template does
         if isinstance(error, OSError) and not isinstance(error, jinja2.TemplateNotFound):

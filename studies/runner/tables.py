@@ -167,10 +167,9 @@ class Tables:
         order = list(others)
         of_others = [(group, pairs) for group, pairs in self._pairs(arm) if group.arm in others]
         for group, pairs in sorted(of_others, key=lambda one: (one[0].budget, order.index(one[0].arm))):
-            if pairs:
-                lead = results.lead(pairs, splits)
-                cells = [others[group.arm], f"{group.budget:,}", str(lead.seeds), _lead(lead)]
-                rows.append([*cells, "one seed" if lead.half_width is None else _verdict(lead)])
+            lead = results.lead(pairs, splits)
+            cells = [others[group.arm], f"{group.budget:,}", str(lead.seeds), _lead(lead)]
+            rows.append([*cells, "one seed" if lead.half_width is None else _verdict(lead)])
         return rows
 
     def lead(
@@ -342,11 +341,10 @@ class Tables:
 
     def _over_starts(self, arm: str = "clip_up") -> str:
         lines: dict[str, list[tuple[int, float]]] = {}
-        others = _DENSE
-        starts, seeds = self._comparable_starts(arm, others)
+        starts, seeds = self._comparable_starts(arm, _DENSE)
         for steps in starts:
             pairs = self.of_start(steps)._shortest(arm)
-            for other in others:
+            for other in _DENSE:
                 of_seeds = [pair for pair in pairs[other] if pair[0].config["seed"] in seeds]
                 lines.setdefault(other, []).append((steps, 100 * results.lead(of_seeds).mean))
         series = [

@@ -13,8 +13,9 @@ from tiny_families import timm_model
 from torch import nn
 
 import clipup
-from clipup.clip.accelerate import for_inference, was_defined_with
+from clipup.clip.accelerate import for_inference
 from clipup.clip.inputs import random_inputs
+from clipup.dense.dense_mlp import was_defined_with
 from clipup.dense.mlp_readers import FAMILIES
 from clipup.dense.prepared import Prepared
 from clipup.dense.prepared_attention import ATTENTIONS, PreparedLinear
