@@ -301,6 +301,24 @@ class Tables:
         counts = ["steps", "M pairs", "epochs", "GFLOP per pair", "PFLOP", "M params", "active"]
         return _table(["run", *counts, "hours, 1 thread", "machine"], rows)
 
+    def machines(self) -> str:
+        """The machines of the runs with their seeds.
+
+        Raises:
+            ValueError: the runs of one seed were made on two machines, so that more differs between them than the arm.
+        """
+        of_seed: dict[int, Result] = {}
+        seeds: dict[str, list[int]] = {}
+        for run in sorted(self.results.values(), key=lambda run: run.config["seed"]):
+            seed, processor = run.config["seed"], run.cost["machine"]["processor"]
+            first = of_seed.setdefault(seed, run)
+            if first.cost["machine"]["processor"] != processor:
+                before = f"{first.name} on {first.cost['machine']['processor']}"
+                raise ValueError(f"seed {seed} has {before} and {run.name} on {processor}: run the seed again on one")
+            if first is run:
+                seeds.setdefault(processor, []).append(seed)
+        return _table(["machine", "seeds"], [[name, ", ".join(map(str, of))] for name, of in seeds.items()])
+
     def figures(self) -> dict[str, str]:
         """As SVG: ``recall`` at the end over FLOPs, of the arms that have several lengths if any do; the training
         ``loss`` of their longest runs; and the ``similarity`` of the experts of every sparse group. Loss and similarity

@@ -195,6 +195,27 @@ def test_experts_and_costs_are_those_of_the_logs(found):
     assert cost["epochs"] == "2.5"
 
 
+def on(records, processor):
+    """The log as if it had been made on another machine."""
+    records[-1]["machine"] = {"processor": processor}
+    return records
+
+
+def test_the_machines_of_a_study_are_listed_with_their_seeds(write, make_records):
+    logs = [on(make_records(f"start-{seed}", "dense", seed=seed), "an old CPU") for seed in (0, 1)]
+    logs += [on(make_records(f"sparse-{seed}", seed=seed, start=f"start-{seed}"), "an old CPU") for seed in (0, 1)]
+    logs += [on(make_records("start-2", "dense", seed=2), "a new CPU")]
+
+    assert rows(Tables(write(*logs)).machines())[2:] == [["an old CPU", "0, 1"], ["a new CPU", "2"]]
+
+
+def test_a_seed_whose_runs_are_of_two_machines_is_not_put_on_a_page(write, make_records):
+    logs = [on(make_records("start", "dense", seed=3), "an old CPU"), on(make_records("sparse", seed=3), "a new CPU")]
+
+    with pytest.raises(ValueError, match="seed 3 has sparse on a new CPU and start on an old CPU: run the seed again"):
+        Tables(write(*logs)).machines()
+
+
 def test_a_sentence_can_quote_a_run_and_says_when_there_is_none(found):
     tables = Tables(found)
 
