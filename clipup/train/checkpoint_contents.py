@@ -103,7 +103,7 @@ def _are_two_counts(value: object) -> bool:
 
 _COUNT = "a whole number, 0 or more,"
 _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("epoch", "step", "step_of_epoch", "samples_seen", "rewinds"), (_is_count, _COUNT)),
+    **dict.fromkeys(("epoch", "step", "step_of_epoch", "samples_seen"), (_is_count, _COUNT)),
     "steps_before": (_is_whole, "a whole number"),
     "seconds": (_is_duration, "a duration"),
     "evaluations": (lambda value: value is None or _is_count(value), _COUNT),

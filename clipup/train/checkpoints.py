@@ -3,10 +3,9 @@
 open_clip's keys are epoch, name, state_dict, optimizer and scaler. The others are ``step`` (optimizer steps done),
 ``step_of_epoch`` (those of the current epoch, 0 at its start), ``steps_before``, ``samples_seen``, ``conditions`` (what
 these numbers depend on: ``clipup.train.resume``), ``validated`` (step and numbers of the last validation),
-``evaluations`` (records so far), ``rewinds`` (how often the run has gone back: ``clipup.train.rewind``),
-``skipped_steps``, ``skipped_samples``, ``seconds``, ``model_cfg``, ``moe_cfg``, ``preprocess_cfg``, and ``finished``
-(the model directory is written too). A file appears whole or not at all. Sharded checkpoints
-(``clipup.train.sharded_checkpoints``) are directories beside these files.
+``evaluations`` (records so far), ``skipped_steps``, ``skipped_samples``, ``seconds``, ``model_cfg``, ``moe_cfg``,
+``preprocess_cfg``, and ``finished`` (the model directory is written too). A file appears whole or not at all. Sharded
+checkpoints (``clipup.train.sharded_checkpoints``) are directories beside these files.
 """
 
 from __future__ import annotations
@@ -155,13 +154,9 @@ def candidates(directory: Path) -> tuple[list[Path], list[str]]:
         OSError: one could not be read, which does not mean that it is damaged.
     """
     unusable, found = [], []
-    named = sharded_checkpoints.newest_step(directory)
     for path in sorted([*_files(directory), *sharded_checkpoints.directories(directory)]):
         try:
-            position = _position(path)
-            if path.is_dir() and named is not None and position.step > named:
-                continue  # its writer was killed before it was named
-            found.append((position, path))
+            found.append((_position(path), path))
         except FileNotFoundError:
             if path.is_symlink():
                 raise
@@ -196,26 +191,37 @@ def prune(newest: Path, limit: int | None) -> None:
 class Position(NamedTuple):
     """Orders the checkpoints of a run, the newest last."""
 
-    rewinds: int
-    """How often the run had gone back to an earlier checkpoint. So what was trained before does not count as later
-    where it is found again, as in a copy that keeps what was moved."""
     step: int
+    """-1 for one of open_clip_train."""
     epoch: int
 
+    def __str__(self) -> str:
+        return f"after step {self.step}" if self.step >= 0 else f"after epoch {self.epoch}"
 
-def after(resumed: Path) -> tuple[list[Path], Position]:
-    """The checkpoints beside ``resumed`` that come after it or have more steps, the newest last; and the position of
-    ``resumed``, with the ``rewinds`` of the newest.
 
-    Raises:
-        OSError: one could not be read.
+def is_name(name: str) -> bool:
+    """Whether a run's checkpoint may have this name."""
+    return _NAME.fullmatch(name) is not None or sharded_checkpoints.is_name(name)
+
+
+def check_is_newest(checkpoint: Path) -> None:
     """
-    begin, found = _position(resumed), []
-    for path in [*_files(resumed.parent), *sharded_checkpoints.directories(resumed.parent)]:
-        with suppress(ValueError, FileNotFoundError):  # damaged ones are passed over by name
+    Raises:
+        FileExistsError: checkpoints beside it come after it; damaged ones do not count.
+        ValueError, OSError: it, or one that may come after it, could not be read.
+    """
+    at, found = _position(checkpoint), []
+    for path in [*_files(checkpoint.parent), *sharded_checkpoints.directories(checkpoint.parent)]:
+        with suppress(ValueError, FileNotFoundError):
             found.append((_position(path), path))
-    later = sorted((at, path) for at, path in found if at > begin or at[1:] > begin[1:])
-    return [path for _, path in later], begin._replace(rewinds=max([begin, *(at for at, _ in later)]).rewinds)
+    later = sorted((position, path) for position, path in found if position > at)
+    if later:
+        newest, path = later[-1]
+        raise FileExistsError(
+            f"the checkpoint {checkpoint} is {at}, and its run has gone on: {path.name} is {newest}. Continue the run "
+            f"with --resume latest; train on from {checkpoint.name} with another --name; or move what comes after it "
+            f"elsewhere first: {', '.join(path.name for _, path in later)}"
+        )
 
 
 def delete(path: Path) -> None:
@@ -244,10 +250,10 @@ def _position(path: Path) -> Position:
             state = read_pickle(path, mmap=True)
     except OSError as error:
         raise _unread(path, error) from error
-    position = Position(state.get("rewinds", 0), state.get("step", -1), state.get("epoch", -1))
+    position = Position(state.get("step", -1), state.get("epoch", -1))
     if not all(isinstance(number, int) for number in position):
         raise ValueError(
-            f"{path} is not a checkpoint of a run: its rewinds, step and epoch are {', '.join(map(repr, position))}"
+            f"{path} is not a checkpoint of a run: its step and epoch are {position[0]!r}, {position[1]!r}"
         )
     return position
 

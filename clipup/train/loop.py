@@ -16,7 +16,7 @@ from .finite import FiniteGuard
 from .optim import base_lr, create_optimizer, schedule
 from .options import TrainOptions
 from .recorder import KINDS, Record
-from .reports import Reports
+from .reports import Reports, check_reports
 from .results import Every, TrainingInterrupted, TrainResult
 from .run_checkpoints import RunCheckpoints
 from .run_directory import RunDirectory
@@ -105,16 +105,9 @@ class Trainer:
         """Trains until the last step. ``notes``: what the log says first."""
         self.stop = stop
         if self.directory is not None:
-            prepare = partial(self.directory.prepare, self.options, self.state.rewinds)
-            more, self.state.rewinds = self.ranks.first_does(prepare)
-            notes = [*notes, *more]
-        began = self.state.step
-        try:
-            self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
-        except BaseException:
-            if self.directory is not None and self.ranks.first:
-                self.directory.undo_rewind()
-            raise
+            self.ranks.first_does(partial(check_reports, self.options, self.directory))
+            self.ranks.first_does(partial(self.directory.prepare, self.options))
+        self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
         how_to_continue = self.checkpoints.how_to_continue
         try:
             place = self.model, self.state, self.clock
@@ -131,18 +124,12 @@ class Trainer:
         except BaseException as error:
             self.checkpoints.end(error)
             self.reports.failure(error)
-            if self.state.step == began and not isinstance(error, TrainingInterrupted):
-                self._undo_rewind()
             raise
         finally:
             self.data.close()
             self.reports.close()
         records = {kind: self.reports.recorder.records(kind) for kind in KINDS}
         return self._result(records, skipped=skipped)
-
-    def _undo_rewind(self) -> None:
-        if self.directory is not None and self.ranks.first and (note := self.directory.undo_rewind()):
-            self.reports.recorder.failure(note)
 
     def _result(self, records: dict[str, list[Record]], **more: Any) -> TrainResult:
         metrics, evaluations, warnings = (records.get(kind, []) for kind in KINDS)

@@ -39,6 +39,8 @@ class Recorder:
         if directory is None:
             return
         self._files = {kind: directory / f"{kind}.jsonl" for kind in KINDS}
+        for kind, path in self._files.items():
+            _keep_until(path, steps_done, evaluations_done if kind == "evaluations" else None)
         self._handlers = [_LogFile(directory / "out.log", encoding="utf-8")]
         self._handlers[0].setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
         self._log_before = self.log.level, self.log.propagate
@@ -46,8 +48,6 @@ class Recorder:
         self.log.propagate = False  # open_clip sets up the root logger, which would print every step over the bar
         for handler in self._handlers:
             self.log.addHandler(handler)
-        for kind, path in self._files.items():
-            _keep_until(path, steps_done, evaluations_done if kind == "evaluations" else None)
 
     def step(self, record: Record) -> None:
         record = _without_nonfinite(record)

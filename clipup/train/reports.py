@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -11,12 +11,30 @@ from torch import nn
 from .console import Console
 from .distributed import Ranks
 from .options import TrainOptions
-from .recorder import Record, Recorder
+from .recorder import LOG, Record, Recorder
 from .remote_sync import RemoteSync
 from .routing_collapse import CollapseWatch, warning
 from .run_directory import RunDirectory
 from .run_state import Length, RunState
-from .trackers import create_trackers
+from .trackers import check_trackers, create_trackers
+
+
+def check_reports(options: TrainOptions, directory: RunDirectory) -> None:
+    """Before anything is changed in the directory, which may hold a run that is to be discarded.
+
+    Raises:
+        ValueError: ``remote_sync`` cannot be copied to.
+        ImportError: a package of ``report_to`` is not installed.
+    """
+    check_trackers(options)
+    _remote_sync(options, directory.root, report=LOG.warning)
+
+
+def _remote_sync(options: TrainOptions, root: Path, report: Callable[[str], object]) -> RemoteSync | None:
+    if options.remote_sync is None:
+        return None
+    remote = f"{options.remote_sync.rstrip('/')}/{root.name}"
+    return RemoteSync(root, remote, options.remote_sync_protocol, options.remote_sync_frequency, report, LOG)
 
 
 class Reports:
@@ -35,16 +53,9 @@ class Reports:
         trackers = [] if root is None else create_trackers(options, root, state.step)
         self.recorder = Recorder(root, trackers, state.step, state.evaluations)
         self.console = Console(length.steps, state.step, shown=ranks.first)
-        self._sync = None if root is None else self._remote_sync(options, root)
+        self._sync = None if root is None else _remote_sync(options, root, self._warn)
         self._collapse = CollapseWatch(model, self.recorder.records("warnings"))
         self._state, self._length, self._ranks, self._directory = state, length, ranks, directory
-
-    def _remote_sync(self, options: TrainOptions, root: Path) -> RemoteSync | None:
-        if options.remote_sync is None:
-            return None
-        remote = f"{options.remote_sync.rstrip('/')}/{root.name}"
-        how = options.remote_sync_protocol, options.remote_sync_frequency
-        return RemoteSync(root, remote, *how, self._warn, self.log)
 
     def _warn(self, text: str) -> None:
         self.log.warning("%s", text)

@@ -119,8 +119,8 @@ def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> 
         raise ValueError(
             f"{source} is from within epoch {state['epoch'] + 1}, after step {state['step_of_epoch']} of "
             f"{was['steps_of_epoch']}; with {', '.join(causes)} the rest of the epoch would repeat "
-            "some samples and leave out others. Resume with the former values, or from the checkpoint of an epoch's "
-            "end (--resume .../epoch_K.pt), where they may change"
+            "some samples and leave out others. Resume with the former values, or, with another --name, from the "
+            "checkpoint of an epoch's end (--resume .../epoch_K.pt), where they may change"
         )
 
 

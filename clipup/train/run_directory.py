@@ -5,8 +5,7 @@ LOGS/NAME/metrics.jsonl           a line per logged step
 LOGS/NAME/evaluations.jsonl       a line per evaluation
 LOGS/NAME/warnings.jsonl          a line per layer whose routing has collapsed, if any (clipup.train.routing_collapse)
 LOGS/NAME/options.json            all options
-LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt; sharded ones: epoch_K/, step_N/, latest.json;
-                                  before_rewind_N/: what the run had done after a checkpoint that it went back to
+LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt; sharded ones: epoch_K/, step_N/
 LOGS/NAME/tensorboard/            with report_to="tensorboard"
 LOGS/NAME/wandb/                  with report_to="wandb"
 LOGS/NAME/model/                  the trained model, as clipup.create_model_and_transforms reads it
@@ -28,7 +27,6 @@ from . import checkpoints, sharded_checkpoints
 from .distributed import Ranks
 from .options import TrainOptions
 from .recorder import KINDS, Record, read_records
-from .rewind import Rewind, go_back
 
 _PARTS = (
     "checkpoints",
@@ -75,7 +73,6 @@ class RunDirectory:
         self.root = root
         self.checkpoints = root / "checkpoints"
         self.model = root / "model"
-        self._rewind: Rewind | None = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -95,7 +92,9 @@ class RunDirectory:
     def check(self, options: TrainOptions) -> None:
         """
         Raises:
-            FileExistsError: it holds another run, and the options neither resume nor discard that run.
+            FileExistsError: it holds another run, and the options neither resume nor discard that run; or the
+                checkpoint to resume from is not the newest of the run.
+            ValueError, OSError: that checkpoint, or one that may be newer, could not be read.
         """
         parts = ", ".join(self._parts())
         if parts and options.resume is None and not options.force:
@@ -103,55 +102,30 @@ class RunDirectory:
                 f"{self.root} already holds a run ({parts}); continue it with --resume latest, choose another --name, "
                 "or discard it with --force"
             )
-        if parts and options.resume not in (None, "latest") and not self.holds(Path(options.resume)):
-            if self.root.resolve() in Path(options.resume).resolve().parents:
-                raise FileExistsError(
-                    f"the checkpoint {options.resume} is not among those of its run, in {self.checkpoints}: it was "
-                    "moved aside when the run went back, or copied; choose another --name to continue from it"
-                )
+        if parts and options.resume not in (None, "latest"):
+            self._check_is_newest(Path(options.resume))
+
+    def _check_is_newest(self, checkpoint: Path) -> None:
+        if self.holds(checkpoint):
+            checkpoints.check_is_newest(self.checkpoints / checkpoint.name)
+        elif self.root.resolve() in checkpoint.resolve().parents:
             raise FileExistsError(
-                f"{self.root} already holds another run than the one of the checkpoint {options.resume}; choose "
-                "another --name"
+                f"the checkpoint {checkpoint} has another place or name than those of its run ({self.checkpoints}: "
+                "epoch_K.pt, epoch_latest.pt, epoch_K or step_N), so the run would not find it again; choose another "
+                "--name to continue from it"
+            )
+        else:
+            raise FileExistsError(
+                f"{self.root} already holds another run than the one of the checkpoint {checkpoint}; choose another "
+                "--name"
             )
 
-    def prepare(self, options: TrainOptions, rewinds: int) -> tuple[list[str], int]:
-        """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``.
-
-        Args:
-            rewinds: of the checkpoint that the run continues from.
-
-        Returns:
-            Notes for the log, and the ``rewinds`` of what follows.
-        """
-        notes = []
+    def prepare(self, options: TrainOptions) -> None:
+        """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``."""
         if options.resume is None:
             self._discard(self._parts())
-        elif options.resume == "latest":
-            sharded_checkpoints.remove_unnamed(self.checkpoints)
-        elif self.holds(Path(options.resume)):
-            self._rewind = go_back(self.root, self.checkpoints / Path(options.resume).name)
-            if self._rewind is not None:
-                rewinds = self._rewind.rewinds
-                moved = ", ".join(path.name for path in self._rewind.moved)
-                notes = [
-                    f"the run goes on from {options.resume}; what came after it, {moved}, was moved to "
-                    f"{self._rewind.aside}"
-                ]
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
-        return notes, rewinds
-
-    def undo_rewind(self) -> str | None:
-        """For a run that has failed before its first step: moves back what ``prepare`` has moved aside. Returns a note
-        for the log; None where nothing was moved."""
-        rewind, self._rewind = self._rewind, None
-        if rewind is None:
-            return None
-        try:
-            rewind.undo()
-        except OSError as error:
-            return f"what was moved to {rewind.aside} could not be moved back: {error}"
-        return f"no step was done: what was moved to {rewind.aside} is back in its place"
 
     def holds_a_run(self) -> bool:
         """Whether a run has started here."""
@@ -159,7 +133,7 @@ class RunDirectory:
 
     def holds(self, path: Path) -> bool:
         """Whether this is one of the run's checkpoints."""
-        return path.parent.resolve() == self.checkpoints.resolve()
+        return path.parent.resolve() == self.checkpoints.resolve() and checkpoints.is_name(path.name)
 
     def resumed_from(self, resume: str, ranks: Ranks) -> checkpoints.Newest | None:
         """The checkpoint that ``--resume`` selects; None when there is none yet. A collective. Of a sharded checkpoint

@@ -37,8 +37,6 @@ class RunState:
     """Records of evaluations when the checkpoint was written that the run continues from."""
     skipped_samples: dict[str, dict[str, int]] = field(default_factory=lambda: {"all": {}, "epoch": {}})
     """Samples that could not be read, as of the last checkpoint (``Epochs.for_checkpoint``)."""
-    rewinds: int = 0
-    """How often the run has gone back to an earlier checkpoint (``clipup.train.rewind``)."""
     finished: bool = False
     """Whether all is done and the model is saved."""
 
@@ -65,7 +63,6 @@ class RunState:
         self.seconds = checkpoint.get("seconds", 0.0)
         self.validated = dict(checkpoint.get("validated", {}))
         self.evaluations = checkpoint.get("evaluations")
-        self.rewinds = checkpoint.get("rewinds", 0)
         if other_length:
             self.step_of_epoch = steps_of_epoch if self.step_of_epoch else 0  # all of an epoch, or nothing
             self.steps_before = self.step - self.step_of_epoch - self.epoch * steps_of_epoch
@@ -85,7 +82,6 @@ class RunState:
             "steps_before": self.steps_before,
             "samples_seen": self.samples_seen,
             "seconds": self.seconds,
-            "rewinds": self.rewinds,
             "finished": self.finished,
             "validated": dict(self.validated),
             "skipped_samples": self.skipped_samples,

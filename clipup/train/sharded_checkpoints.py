@@ -1,18 +1,15 @@
-"""The directories of sharded checkpoints, and the file that names the newest.
+"""The directories of sharded checkpoints.
 
     checkpoints/epoch_K/       after K whole epochs
     checkpoints/step_N/        after step N
-    checkpoints/latest.json    {"checkpoint": the name of the newest, "step": its step}
 
-A directory is written under a temporary name, then renamed, then named in latest.json. One with more steps than
-latest.json says is not used: its writer was killed before that, or the run was continued from an earlier one.
-``state.pt`` in it is what a single-file checkpoint holds besides tensors; ``optimizer`` in it is ``OptimizerValues``,
-which checkpoints of earlier versions lack.
+A directory is written under a temporary name and gets its own when it is whole. ``state.pt`` in it is what a
+single-file checkpoint holds besides tensors; ``optimizer`` in it is ``OptimizerValues``, which checkpoints of earlier
+versions lack.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -27,7 +24,6 @@ from ..pretrained.state_dicts import check_archive, read_pickle, write_pickle
 from .checkpoint_contents import check_contents
 from .finite import not_finite
 
-POINTER = "latest.json"
 STATE = "state.pt"
 _NAME = re.compile(r"(epoch|step)_\d+")
 _STEP = re.compile(r"step_\d+")
@@ -182,42 +178,9 @@ def finish(aside: Path, target: Path, index: Index, state: dict[str, Any]) -> No
     with open(aside / INDEX, "rb+") as file:
         os.fsync(file.fileno())
     write_state(aside, state)
-    if target.exists():  # from before the run was continued from an earlier one
+    if target.exists():  # a damaged one
         remove_directory(target)
     aside.rename(target)
-    name_newest(target, state["step"])
-
-
-def name_newest(directory: Path, step: int) -> None:
-    text = json.dumps({"checkpoint": directory.name, "step": step}) + "\n"
-    replace_files({directory.parent / POINTER: lambda path: path.write_text(text, encoding="utf-8")})
-
-
-def newest_step(folder: Path) -> int | None:
-    """The step that latest.json names; None if there is no such file.
-
-    Raises:
-        OSError: it could not be read.
-    """
-    try:
-        step = json.loads((folder / POINTER).read_text(encoding="utf-8"))["step"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # damaged: the directories have checksums of their own
-    return step if isinstance(step, int) else None
-
-
-def remove_unnamed(folder: Path) -> list[Path]:
-    """Removes the directories that have more steps than latest.json says, and returns them."""
-    newest, removed = newest_step(folder), []
-    for directory in directories(folder) if newest is not None else ():
-        try:
-            step = read_state(directory)["step"]
-        except (ValueError, OSError, KeyError):
-            continue  # it is passed over by name
-        if step > newest:
-            remove_directory(directory)
-            removed.append(directory)
-    return removed
 
 
 def is_between_epochs(path: Path) -> bool:

@@ -154,5 +154,4 @@ class ShardedSaves:
             if path.with_name(name).exists():
                 remove_directory(path.with_name(name))
             path = path.rename(path.with_name(name))
-        sharded_checkpoints.name_newest(path, state["step"])
         return path

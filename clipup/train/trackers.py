@@ -21,14 +21,20 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+def check_trackers(options: TrainOptions) -> None:
+    """
+    Raises:
+        ImportError: a package of ``report_to`` is not installed.
+    """
+    for name in sorted(options.trackers()):
+        _summary_writer() if name == "tensorboard" else _module(name)
+
+
 def create_trackers(options: TrainOptions, directory: Path, steps_done: int) -> list[Tracker]:
-    """Those of ``report_to``.
+    """Those of ``report_to``, which ``check_trackers`` has accepted.
 
     Args:
         directory: of the run. steps_done: those before a resume.
-
-    Raises:
-        ImportError: a package is not installed.
     """
     trackers: list[Tracker] = []
     if "tensorboard" in options.trackers():
@@ -42,9 +48,7 @@ def create_trackers(options: TrainOptions, directory: Path, steps_done: int) -> 
 
 class _TensorBoard:
     def __init__(self, directory: Path, purge_step: int) -> None:
-        with needed_for("report_to='tensorboard'", "train"):
-            from torch.utils.tensorboard import SummaryWriter
-        self._writer: Any = SummaryWriter(str(directory), purge_step=purge_step)
+        self._writer: Any = _summary_writer()(str(directory), purge_step=purge_step)
 
     def log(self, numbers: list[tuple[str, float]], step: int) -> None:
         for name, value in numbers:
@@ -88,6 +92,12 @@ def _common(options: TrainOptions, directory: Path) -> dict[str, Any]:
         "name": directory.name,
         "config": json.loads(options.to_json()),
     }
+
+
+def _summary_writer() -> Any:
+    with needed_for("report_to='tensorboard'", "train"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
 
 
 def _module(name: str) -> Any:

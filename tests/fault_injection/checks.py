@@ -52,7 +52,6 @@ class Checkpoints:
     @classmethod
     def of(cls, run: Path) -> Checkpoints:
         steps, damaged, not_finite = {}, {}, []
-        newest = sharded_checkpoints.newest_step(run / "checkpoints")
         for path in sorted((run / "checkpoints").glob("*_*")):
             if not _CHECKPOINT.fullmatch(path.name):
                 continue
@@ -60,8 +59,6 @@ class Checkpoints:
             if state is None:
                 damaged[path] = digest(path)
                 continue
-            if path.is_dir() and newest is not None and state["step"] > newest:
-                continue  # its writer was killed before it was named as the newest, and the next start removes it
             steps[path] = state["step"]
             if not all(tensor.isfinite().all() for tensor in _floats(state)):
                 not_finite.append(path)

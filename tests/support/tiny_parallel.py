@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -13,7 +12,7 @@ import open_clip
 import torch
 
 import clipup
-from clipup.train import TrainOptions, TrainResult, train
+from clipup.train import TrainOptions, TrainResult, checkpoints, train
 
 VISION = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
@@ -58,10 +57,8 @@ def run_all(out: Path, cases: dict[str, tuple[dict[str, Any] | None, dict[str, A
 
 
 def newest(run: Path) -> Path:
-    """The newest checkpoint of a run: the one that latest.json names, or epoch_latest.pt."""
-    pointer = run / "checkpoints" / "latest.json"
-    name = json.loads(pointer.read_text())["checkpoint"] if pointer.is_file() else "epoch_latest.pt"
-    return run / "checkpoints" / name
+    """The newest checkpoint of a run."""
+    return checkpoints.newest(run / "checkpoints").path
 
 
 def resume_all(out: Path, before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> None:

@@ -77,7 +77,8 @@ class RunDirectoryOptions(OptionGroup):
     name: str | None = None
     """Name of the run, and of its directory under logs. None: date, model and learning rate."""
     resume: str | None = None
-    """"latest" or the path of a checkpoint to continue from. Changed options take effect from there on."""
+    """"latest" or the path of a checkpoint to continue from: the newest of this run, or any of another run. Changed
+    options take effect from there on."""
     resume_with_changes: bool = False
     """On resume, accept a model, pretrained, moe, train_data, seed, siglip or opt that differs from the checkpoint's,
     if its weights fit."""

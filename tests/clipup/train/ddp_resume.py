@@ -68,14 +68,11 @@ def main(out: Path) -> None:
             run(out, name="diverging", steps=6, resume=resume)
         except ValueError as error:
             found[f"refused {Path(resume).stem}"] = str(error)
-    found["back"] = []
-    first = str(out / "back" / "checkpoints" / "epoch_1.pt")
-    for changes in ({}, {"resume": first}, {"resume": first, "opt_kwargs": {"amsgrad": True}}, {"resume": "latest"}):
-        try:
-            back = run(out, name="back", epochs=2, **changes)
-            found["back"].append([back.steps, back.already_finished])
-        except ValueError as error:
-            found["back"].append(str(error))
+    run(out, name="on", epochs=2)
+    try:
+        run(out, name="on", epochs=2, resume=str(out / "on" / "checkpoints" / "epoch_1.pt"))
+    except FileExistsError as error:
+        found["back"] = str(error)
     (out / f"rank_{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

@@ -157,7 +157,6 @@ CONTENTS = {
     "seconds beyond every float": (lambda state: state.update(seconds=10**400), "seconds"),
     "too few parameters": (lambda state: state["optimizer"]["param_groups"][0].update(params=[]), "optimizer"),
     "a number of names": (lambda state: state["optimizer"]["param_groups"][0].update(param_names=5), "optimizer"),
-    "a text of rewinds": (lambda state: state.update(rewinds="x"), "rewinds"),
 }
 
 

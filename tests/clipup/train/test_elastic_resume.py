@@ -86,7 +86,7 @@ def test_a_checkpoint_of_an_earlier_version_continues_at_an_epochs_end_only(run)
     with pytest.raises(ValueError, match="with this version of clipup, which has another order of samples"):
         run(steps=6, resume="latest")
     kept = str(result.directory / "checkpoints" / "epoch_1.pt")
-    assert run(steps=6, resume=kept, resume_with_changes=True).steps == 6
+    assert run(steps=6, resume=kept, name="other", resume_with_changes=True).steps == 6
 
 
 def test_the_log_says_what_the_order_of_samples_depends_on(run, options, make_model, shards):

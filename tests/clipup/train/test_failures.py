@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import clipup
 from clipup.train import Every, train
 from clipup.train.checkpoints import load
+from clipup.train.recorder import LOG
 from clipup.train.sharded_checkpoints import write_state
 
 
@@ -116,6 +118,27 @@ def test_force_replaces_the_run_that_was_there_and_keeps_foreign_files(run):
     assert [record["step"] for record in second.history] == [1, 2, 3, 4]
     assert {path.name for path in (second.directory / "checkpoints").iterdir()} == {"epoch_1.pt", "epoch_latest.pt"}
     assert (second.directory / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "mistake,error",
+    [
+        ({"remote_sync": "file:///{run}", "remote_sync_protocol": "fsspec"}, ValueError),
+        ({"remote_sync": "nowhere://x", "remote_sync_protocol": "fsspec"}, ValueError),
+        ({"report_to": "tensorboard,wandb"}, ImportError),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_reported_to_is_refused_before_force_discards_a_run(run, monkeypatch, mistake, error):
+    directory = run().directory
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+
+    with pytest.raises(error):
+        run(force=True, **{name: value.replace("{run}", str(directory)) for name, value in mistake.items()})
+
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    assert not LOG.handlers
 
 
 def test_a_checkpoint_of_another_run_is_not_continued_in_a_used_directory(run):

@@ -18,9 +18,8 @@ import clipup
 from clipup.cli import main
 from clipup.moe.config import MoEConfig
 from clipup.pretrained import shard_files
-from clipup.train import Every, NonFiniteWeights, TrainingInterrupted, dcp_storage, train
+from clipup.train import Every, NonFiniteWeights, TrainingInterrupted, checkpoints, dcp_storage, train
 from clipup.train.checkpoints import load
-from clipup.train.sharded_checkpoints import POINTER
 
 
 @pytest.fixture
@@ -39,8 +38,7 @@ def names(result):
 
 
 def newest(result):
-    folder = result.directory / "checkpoints"
-    return folder / json.loads((folder / POINTER).read_text())["checkpoint"]
+    return checkpoints.newest(result.directory / "checkpoints").path
 
 
 def same_weights(one, other):
@@ -270,11 +268,11 @@ def test_weights_that_are_not_finite_are_not_written(run):
 @pytest.mark.parametrize(
     "changes,kept",
     [
-        ({}, ["epoch_1", "epoch_2", "epoch_3", "latest.json"]),
-        ({"save_total_limit": 2}, ["epoch_3", "latest.json", "step_8"]),
-        ({"save_total_limit": 3}, ["epoch_2", "epoch_3", "latest.json", "step_8"]),
-        ({"save_frequency": 0}, ["latest.json", "step_9"]),
-        ({"delete_previous_checkpoint": True, "save_every_n_steps": 0}, ["epoch_3", "latest.json"]),
+        ({}, ["epoch_1", "epoch_2", "epoch_3"]),
+        ({"save_total_limit": 2}, ["epoch_3", "step_8"]),
+        ({"save_total_limit": 3}, ["epoch_2", "epoch_3", "step_8"]),
+        ({"save_frequency": 0}, ["step_9"]),
+        ({"delete_previous_checkpoint": True, "save_every_n_steps": 0}, ["epoch_3"]),
         ({"save_total_limit": 2, "fsdp_checkpoint": "full"}, ["epoch_2.pt", "epoch_3.pt", "epoch_latest.pt"]),
     ],
 )
@@ -312,19 +310,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, file, dam
     assert load(folder / "epoch_2")["step"] == 6
 
 
-def test_a_checkpoint_whose_writer_was_killed_before_it_was_named_is_not_used_and_removed(run):
+def test_a_checkpoint_whose_writer_was_killed_has_no_name_and_is_removed(run):
     folder = run(steps=4).directory / "checkpoints"
-    pointer = (folder / POINTER).read_text()
-    run(steps=5, resume="latest", save_total_limit=5)
-    (folder / POINTER).write_text(pointer)
     for place in (folder, folder / "step_4"):
         (place / ".writing.elsewhere.1.00000000.tmp").mkdir()
 
     result = run(steps=6, resume="latest", save_total_limit=5)
 
     assert "from step 4 to step 6 on cpu" in (result.directory / "out.log").read_text()
-    assert names(result) == ["epoch_1", "epoch_2", "latest.json", "step_4"]
+    assert names(result) == ["epoch_1", "epoch_2", "step_4"]
     assert not list(folder.rglob(".writing*"))
+
+
+def test_a_whole_checkpoint_that_was_copied_into_the_run_is_used_and_kept(run, tmp_path):
+    folder = run(steps=4).directory / "checkpoints"
+    shutil.copytree(folder, tmp_path / "copy")
+    run(steps=5, resume="latest", save_total_limit=5)
+    shutil.move(folder / "step_5", tmp_path / "copy")
+    shutil.rmtree(folder)
+    shutil.move(tmp_path / "copy", folder)
+
+    result = run(steps=6, resume="latest", save_total_limit=5)
+
+    assert "from step 5 to step 6 on cpu" in (result.directory / "out.log").read_text()
+    assert "step_5" in names(result)
 
 
 @pytest.fixture
@@ -403,10 +412,9 @@ def test_an_index_that_is_wrong_in_itself_is_refused_by_name(run, change, messag
         run(resume=str(path), steps=9)
 
 
-@pytest.mark.parametrize("file", ["epoch_2/index.json", POINTER])
-def test_deep_json_is_damage_and_no_traceback(run, file):
+def test_deep_json_is_damage_and_no_traceback(run):
     first = run()
-    (first.directory / "checkpoints" / file).write_text("[" * 200_000)
+    (first.directory / "checkpoints" / "epoch_2" / "index.json").write_text("[" * 200_000)
 
     assert same_weights(first.model, run(resume="latest").model)
 
