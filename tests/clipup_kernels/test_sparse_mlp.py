@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import clipup_kernels as ck
 from clipup_kernels import packed_layout
-from clipup_kernels.ops.sparse_mlp import packed_sparse_mlp
+from clipup_kernels.ops.sparse_mlp import is_one_op, packed_sparse_mlp
 
 pytestmark = pytest.mark.skipif(packed_layout(torch.float32) == "plain", reason="nothing is packed here")
 
@@ -53,6 +53,8 @@ def assert_same(one, single):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_it_gives_the_bits_of_the_single_ops(dtype, quantize, shape):
     layer = Layer(shape, dtype, quantize=quantize)
+    if not is_one_op(layer.experts.in_weight):
+        pytest.skip("this CPU multiplies experts of this type in AMX tiles, by single ops")
     assert_same(layer.one_op(), layer.single_ops())
 
 
