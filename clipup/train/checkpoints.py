@@ -90,7 +90,7 @@ def load(path: str | Path) -> dict[str, Any]:
     check_contents(state, path)
     broken = not_finite(tensors_of(state["state_dict"], state["optimizer"]))
     if broken is not None:
-        raise ValueError(f"{path} holds values that are not finite, in {broken}; resume from an earlier checkpoint")
+        raise ValueError(f"{path} holds values that are not finite, in {broken}; --resume latest takes an earlier one")
     state["state_dict"] = strip_wrapper_prefixes(state["state_dict"])
     return state
 
@@ -153,8 +153,14 @@ def candidates(directory: Path) -> tuple[list[Path], list[str]]:
     Raises:
         OSError: one could not be read, which does not mean that it is damaged.
     """
-    unusable, found = [], []
-    for path in sorted([*_files(directory), *sharded_checkpoints.directories(directory)]):
+    found, unusable = _positions(directory)
+    return [path for _, path in sorted(found, reverse=True)], unusable
+
+
+def _positions(directory: Path) -> tuple[list[tuple[Position, Path]], list[str]]:
+    """Of all checkpoints in a directory, and why others have none."""
+    found, unusable = [], []
+    for path in sorted(held_in(directory)):
         try:
             found.append((_position(path), path))
         except FileNotFoundError:
@@ -163,7 +169,7 @@ def candidates(directory: Path) -> tuple[list[Path], list[str]]:
             continue  # a run that is still training has removed it
         except ValueError as error:
             unusable.append(str(error))
-    return [path for _, path in sorted(found, reverse=True)], unusable
+    return found, unusable
 
 
 def prune(newest: Path, limit: int | None) -> None:
@@ -196,31 +202,40 @@ class Position(NamedTuple):
     epoch: int
 
     def __str__(self) -> str:
-        return f"after step {self.step}" if self.step >= 0 else f"after epoch {self.epoch}"
+        return f"step {self.step}" if self.step >= 0 else f"epoch {self.epoch}"
 
 
-def is_name(name: str) -> bool:
-    """Whether a run's checkpoint may have this name."""
-    return _NAME.fullmatch(name) is not None or sharded_checkpoints.is_name(name)
+def held_in(directory: Path) -> list[Path]:
+    """All that are checkpoints by name and kind, links to nowhere among them, in no order."""
+    try:
+        paths = list(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [
+        path
+        for path in paths
+        if _NAME.fullmatch(path.name)
+        or (sharded_checkpoints.is_name(path.name) and (path.is_dir() or not path.exists()))
+    ]
 
 
 def check_is_newest(checkpoint: Path) -> None:
-    """
+    """Refuses to continue a run from a checkpoint that others beside it come after.
+
+    Those of which not even the position can be read do not count: ``newest`` passes over them too.
+
     Raises:
-        FileExistsError: checkpoints beside it come after it; damaged ones do not count.
+        FileExistsError: one comes after it.
         ValueError, OSError: it, or one that may come after it, could not be read.
     """
-    at, found = _position(checkpoint), []
-    for path in [*_files(checkpoint.parent), *sharded_checkpoints.directories(checkpoint.parent)]:
-        with suppress(ValueError, FileNotFoundError):
-            found.append((_position(path), path))
-    later = sorted((position, path) for position, path in found if position > at)
-    if later:
-        newest, path = later[-1]
+    at = _position(checkpoint)
+    found, _ = _positions(checkpoint.parent)
+    position, newest = max(found)
+    if position > at:
         raise FileExistsError(
-            f"the checkpoint {checkpoint} is {at}, and its run has gone on: {path.name} is {newest}. Continue the run "
-            f"with --resume latest; train on from {checkpoint.name} with another --name; or move what comes after it "
-            f"elsewhere first: {', '.join(path.name for _, path in later)}"
+            f"the checkpoint {checkpoint} was written at {at}, and its run has gone on: {newest.name} was written at "
+            f"{position}. Continue the run with --resume latest, which passes over damaged checkpoints, or choose "
+            f"another --name to train on from {checkpoint.name}"
         )
 
 

@@ -72,6 +72,7 @@ class Trainer:
         )
         self.guard = FiniteGuard(options.max_nonfinite_steps, ranks.device)
         self.state = RunState()
+        self._is_of_another_run = False
         self.clock = Clock(self.state)
         self.checkpoints = RunCheckpoints(
             *(options, built, self.train_step, self.state, self.guard, ranks, directory),
@@ -90,6 +91,7 @@ class Trainer:
             ValueError: the checkpoint is of another model, or from within an epoch of other data.
         """
         self.checkpoints.restore(checkpoint, source)
+        self._is_of_another_run = self.directory is not None and not self.directory.holds(source)
         self.data.restore(self.state.skipped_samples, self.state.step_of_epoch > 0)
         self._plan()
         finished = self.length.is_reached(self.state) and checkpoint.get("finished", False)
@@ -138,7 +140,12 @@ class Trainer:
         return TrainResult(*done, metrics, evaluations, root, warnings, **more)
 
     def _train(self) -> None:
-        """From the position of the run to its end, with what a killed run left undone after its last checkpoint."""
+        """From the position of the run to its end, with what a killed run left undone after its last checkpoint.
+
+        A run that goes on from a checkpoint of another one saves it as its own first, to be found from here on.
+        """
+        if self._is_of_another_run:
+            self._save(checkpoints.LATEST)
         if self.state.step >= self.length.steps and self.state.step_of_epoch >= self.data.steps:
             self._end_epoch()
         elif self.state.epoch and self.state.step_of_epoch == 0:

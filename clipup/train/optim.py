@@ -223,7 +223,7 @@ def continued_groups(
             if not _is_counted(value):
                 raise ValueError(
                     f"the checkpoint's optimizer has {key} = {value!r} in a group, where a finite number should be; "
-                    "resume from an earlier checkpoint"
+                    "resume from an earlier checkpoint with another --name"
                 )
         groups.append({**counted, **group})
     return groups

@@ -20,7 +20,7 @@ from .trackers import check_trackers, create_trackers
 
 
 def check_reports(options: TrainOptions, directory: RunDirectory) -> None:
-    """Before anything is changed in the directory, which may hold a run that is to be discarded.
+    """Checks what can be known before the directory is changed, which may hold a run that is to be discarded.
 
     Raises:
         ValueError: ``remote_sync`` cannot be copied to.
@@ -51,7 +51,12 @@ class Reports:
     ) -> None:
         root = directory.root if directory and ranks.first else None
         trackers = [] if root is None else create_trackers(options, root, state.step)
-        self.recorder = Recorder(root, trackers, state.step, state.evaluations)
+        try:
+            self.recorder = Recorder(root, trackers, state.step, state.evaluations)
+        except BaseException:
+            for tracker in trackers:
+                tracker.close()
+            raise
         self.console = Console(length.steps, state.step, shown=ranks.first)
         self._sync = None if root is None else _remote_sync(options, root, self._warn)
         self._collapse = CollapseWatch(model, self.recorder.records("warnings"))

@@ -79,8 +79,8 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
     if identity and not options.resume_with_changes:
         raise ValueError(
             f"{source} is of a run with other options: {', '.join(identity)}. Use the former values to continue it, "
-            "another --name to start a separate run, or --resume-with-changes to continue it with these values, if its "
-            "weights fit"
+            "another --name without --resume to start a separate run, or --resume-with-changes to continue it with "
+            "these values, if its weights fit"
         )
     without_effect = [changed.pop(key) for key in START if key in changed]
     notes = [f"resumed with changes, which take effect from now on: {', '.join(changed.values())}"] if changed else []

@@ -46,7 +46,7 @@ def train(
         callbacks: evaluations along the way.
 
     Raises:
-        FileExistsError: the directory of the run holds another run.
+        FileExistsError: the directory of the run holds another run, or newer checkpoints than the one to resume from.
         DirectoryInUse: another process writes into it.
         ValueError: options or data that cannot be trained on, or a checkpoint that cannot be resumed from.
         NonFiniteLoss, NonFiniteGradients, NonFiniteWeights: values became NaN or infinite.

@@ -14,6 +14,7 @@ LOGS/NAME/.lock                   while a process writes there
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,26 +104,28 @@ class RunDirectory:
                 "or discard it with --force"
             )
         if parts and options.resume not in (None, "latest"):
-            self._check_is_newest(Path(options.resume))
+            self._check_resumed(Path(options.resume), options.force)
 
-    def _check_is_newest(self, checkpoint: Path) -> None:
+    def _check_resumed(self, checkpoint: Path, force: bool) -> None:
+        if not os.path.lexists(checkpoint):
+            raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
         if self.holds(checkpoint):
             checkpoints.check_is_newest(self.checkpoints / checkpoint.name)
-        elif self.root.resolve() in checkpoint.resolve().parents:
+        elif self._is_inside(checkpoint):
             raise FileExistsError(
                 f"the checkpoint {checkpoint} has another place or name than those of its run ({self.checkpoints}: "
                 "epoch_K.pt, epoch_latest.pt, epoch_K or step_N), so the run would not find it again; choose another "
                 "--name to continue from it"
             )
-        else:
+        elif not force:
             raise FileExistsError(
-                f"{self.root} already holds another run than the one of the checkpoint {checkpoint}; choose another "
-                "--name"
+                f"{self.root} already holds a run, and the checkpoint {checkpoint} is of another one; continue the run "
+                "there with --resume latest, choose another --name, or discard it with --force"
             )
 
     def prepare(self, options: TrainOptions) -> None:
         """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``."""
-        if options.resume is None:
+        if options.resume is None or (options.resume != "latest" and not self._is_inside(Path(options.resume))):
             self._discard(self._parts())
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
@@ -133,7 +136,12 @@ class RunDirectory:
 
     def holds(self, path: Path) -> bool:
         """Whether this is one of the run's checkpoints."""
-        return path.parent.resolve() == self.checkpoints.resolve() and checkpoints.is_name(path.name)
+        return path.parent.resolve() == self.checkpoints.resolve() and (
+            self.checkpoints / path.name in checkpoints.held_in(self.checkpoints)
+        )
+
+    def _is_inside(self, path: Path) -> bool:
+        return self.root.resolve() in path.resolve().parents or self.holds(path)
 
     def resumed_from(self, resume: str, ranks: Ranks) -> checkpoints.Newest | None:
         """The checkpoint that ``--resume`` selects; None when there is none yet. A collective. Of a sharded checkpoint
@@ -150,8 +158,9 @@ class RunDirectory:
             return checkpoints.first_usable(folder, paths, unusable, lambda path: load_together(path, ranks))
         except ValueError as error:
             raise ValueError(
-                f"--resume latest: {error}. Nothing was changed. Restore one from a copy, select another with --resume "
-                "PATH, or start from the beginning with --force in place of --resume"
+                f"--resume latest: {error}. Nothing was changed. Restore one from a copy, continue from a copy "
+                "elsewhere with --resume PATH and another --name, or start from the beginning with --force in place of "
+                "--resume"
             ) from error
 
     def history(self) -> dict[str, list[Record]]:

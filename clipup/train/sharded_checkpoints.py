@@ -93,7 +93,7 @@ def read_checked_state(directory: Path, index: Index) -> dict[str, Any]:
     if "optimizer" in state and not _are_optimizer_values(state["optimizer"], index):
         raise ValueError(
             f"{directory / STATE} is damaged: its optimizer is not groups with names and finite numbers by parameter; "
-            "resume from an earlier checkpoint"
+            "--resume latest takes an earlier one"
         )
     return state
 
@@ -150,7 +150,7 @@ def _check_finite(path: Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if broken is not None:
-        raise ValueError(f"{path} holds values that are not finite, in {broken}; resume from an earlier checkpoint")
+        raise ValueError(f"{path} holds values that are not finite, in {broken}; --resume latest takes an earlier one")
 
 
 def load(directory: Path) -> dict[str, Any]:

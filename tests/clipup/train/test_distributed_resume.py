@@ -54,7 +54,10 @@ def test_what_rank_0_refuses_to_resume_from_is_refused_on_every_rank(found):
 
 
 def test_an_earlier_checkpoint_of_a_run_is_refused_on_every_rank(found):
-    assert "epoch_1.pt is after step 2, and its run has gone on: epoch_latest.pt is after step 4" in found["back"]
+    assert (
+        "epoch_1.pt was written at step 2, and its run has gone on: epoch_latest.pt was written at step 4"
+        in found["back"]
+    )
 
 
 def test_another_number_of_ranks_is_refused_within_an_epoch_and_accepted_at_its_end(out):

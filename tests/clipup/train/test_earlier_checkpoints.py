@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from clipup.train import train
+from clipup.train import Every, train
 from clipup.train.checkpoints import load
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
@@ -17,9 +17,9 @@ KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
 def run(make_model, pairs, options):
     """Three epochs of three steps each."""
 
-    def run(**changes):
+    def run(callbacks=(), **changes):
         settings = {"steps": None, "epochs": 3, **changes}
-        return train(options(**settings), model=make_model(), loader=pairs())
+        return train(options(**settings), model=make_model(), loader=pairs(), callbacks=callbacks)
 
     return run
 
@@ -38,9 +38,8 @@ def test_an_earlier_checkpoint_of_the_run_is_refused_and_nothing_changes(run, ki
     directory = run(fsdp_checkpoint=kind).directory
     before = tree(directory)
     refused = (
-        r"epoch_1(\.pt)? is after step 3, and its run has gone on: epoch_(latest\.pt|3) is after step 9. Continue the "
-        r"run with --resume latest; train on from epoch_1(\.pt)? with another --name; or move what comes after it "
-        r"elsewhere first: epoch_2(\.pt)?, epoch_3(\.pt)?"
+        r"epoch_1(\.pt)? was written at step 3, and its run has gone on: epoch_(latest\.pt|3) was written at step 9. "
+        r"Continue the run with --resume latest, .*, or choose another --name to train on from epoch_1(\.pt)?"
     )
 
     with pytest.raises(FileExistsError, match=refused):
@@ -65,16 +64,34 @@ def test_another_run_goes_on_from_an_earlier_checkpoint_as_the_first_one_did(run
 
 
 @KINDS
-def test_a_run_goes_on_from_an_earlier_checkpoint_once_the_later_ones_are_elsewhere(run, kind, tmp_path):
-    directory = run(fsdp_checkpoint=kind).directory
-    for path in (directory / "checkpoints").iterdir():
-        if path != of_epoch(directory, 1, kind):
-            shutil.move(path, tmp_path)
+def test_another_run_that_dies_before_its_first_step_is_continued_from_where_it_began(run, kind):
+    once = run(fsdp_checkpoint=kind)
+    first = str(of_epoch(once.directory, 1, kind))
 
-    resumed = run(fsdp_checkpoint=kind, resume=str(of_epoch(directory, 1, kind)))
+    class Killed(BaseException):
+        pass
 
-    assert [record["step"] for record in resumed.history] == list(range(1, 10))
-    assert load(of_epoch(directory, 3, kind))["step"] == 9
+    def kill(model):
+        raise Killed
+
+    with pytest.raises(Killed):
+        run([Every(1, kill)], fsdp_checkpoint=kind, resume=first, name="other")
+    with pytest.raises(FileExistsError, match="already holds a run, and .*there with --resume latest"):
+        run(fsdp_checkpoint=kind, resume=first, name="other")
+    resumed = run(fsdp_checkpoint=kind, resume="latest", name="other")
+
+    assert [record["step"] for record in resumed.history] == list(range(4, 10))
+    for name, value in once.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_force_discards_a_run_for_one_from_a_checkpoint_of_another_run(run):
+    first = str(of_epoch(run().directory, 1, "full"))
+    run(name="other", epochs=2)
+
+    assert [record["step"] for record in run(resume=first, name="other", force=True).history] == list(range(4, 10))
+    with pytest.raises(FileExistsError, match="its run has gone on"):
+        run(resume=first, force=True)
 
 
 @KINDS
@@ -86,7 +103,7 @@ def test_the_newest_checkpoint_may_be_named_by_its_path(run, kind):
     assert resumed.steps == 12
 
 
-def test_damaged_checkpoints_do_not_come_after_another_one(run):
+def test_checkpoints_that_are_damaged_throughout_do_not_come_after_another_one(run):
     directory = run().directory
     for name in ("epoch_3.pt", "epoch_latest.pt"):
         (directory / "checkpoints" / name).write_bytes(b"damaged")
@@ -96,14 +113,55 @@ def test_damaged_checkpoints_do_not_come_after_another_one(run):
     assert [record["step"] for record in resumed.history] == list(range(1, 10))
 
 
-def test_a_checkpoint_under_a_name_that_a_run_does_not_find_again_is_continued_as_another_run(run):
+def test_the_way_out_of_a_checkpoint_with_nan_is_the_one_that_is_said(run):
     directory = run().directory
-    best = shutil.copy(of_epoch(directory, 3, "full"), directory / "checkpoints" / "best.pt")
+    for name in ("epoch_3.pt", "epoch_latest.pt"):
+        state = load(directory / "checkpoints" / name)
+        state["state_dict"]["logit_scale"].fill_(torch.nan)
+        torch.save(state, directory / "checkpoints" / name)
 
-    with pytest.raises(FileExistsError, match=r"best.pt has another place or name than those .*another --name"):
-        run(resume=str(best), epochs=4)
+    with pytest.raises(ValueError, match="not finite, in logit_scale; --resume latest takes an earlier one"):
+        run(resume=str(of_epoch(directory, 3, "full")))
+    with pytest.raises(FileExistsError, match="--resume latest, which passes over damaged checkpoints"):
+        run(resume=str(of_epoch(directory, 2, "full")))
+    resumed = run(resume="latest", epochs=4)
 
-    assert run(resume=str(best), epochs=4, name="other").steps == 12
+    assert "from step 6 to step 12" in (directory / "out.log").read_text() and resumed.steps == 12
+
+
+@KINDS
+def test_a_later_checkpoint_on_a_disk_that_is_away_is_neither_passed_over_nor_replaced(run, kind, tmp_path):
+    directory = run(fsdp_checkpoint=kind, save_most_recent=False).directory
+    last, away = of_epoch(directory, 3, kind), tmp_path / "away"
+    if kind == "full":
+        (directory / "checkpoints" / "epoch_latest.pt").unlink()
+    last.rename(away)
+    last.symlink_to(tmp_path / "nowhere")
+
+    for resume in (str(of_epoch(directory, 2, kind)), "latest"):
+        with pytest.raises(FileNotFoundError, match="could not be read.*It may be intact"):
+            run(fsdp_checkpoint=kind, resume=resume)
+
+    assert last.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["best.pt", "step_9", "epoch_3"])
+def test_a_checkpoint_under_a_name_that_a_run_does_not_find_again_is_continued_as_another_run(run, name):
+    directory = run().directory
+    copy = shutil.copy(of_epoch(directory, 3, "full"), directory / "checkpoints" / name)
+
+    with pytest.raises(FileExistsError, match=f"{name} has another place or name than those .*another --name"):
+        run(resume=str(copy), epochs=4)
+
+    assert run(resume=str(copy), epochs=4, name="other").steps == 12
+
+
+@pytest.mark.parametrize("name", ["run/epoch_3.pt", "run/checkpoints/epoch_9.pt", "rum/checkpoints/epoch_3.pt"])
+def test_a_checkpoint_that_is_not_there_is_named(run, name):
+    path = run().directory.parent / name
+
+    with pytest.raises(FileNotFoundError, match=f"there is no checkpoint .*{name}"):
+        run(resume=str(path))
 
 
 def test_a_kept_checkpoint_is_not_deleted_for_one_that_was_not_kept(run):
