@@ -180,7 +180,7 @@ def prune(newest: Path, limit: int | None) -> None:
         OSError: one could not be deleted.
     """
     found = []
-    for path in [*_files(newest.parent), *sharded_checkpoints.directories(newest.parent)]:
+    for path in held_in(newest.parent):
         with suppress(ValueError, OSError):
             if path.name != LATEST:
                 found.append((_position(path), path))
