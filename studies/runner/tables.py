@@ -358,17 +358,24 @@ class Tables:
         return {name: _chart(*content, formats.get(name, short)) for name, content in figures.items()}
 
     def _over_starts(self, arm: str = "clip_up") -> str:
-        lines: dict[str, list[tuple[int, float]]] = {}
+        leads: dict[str, list[results.Lead]] = {}
         starts, seeds = self._comparable_starts(arm, _DENSE)
         for steps in starts:
             pairs = self.of_start(steps)._shortest(arm)
             for other in _DENSE:
                 of_seeds = [pair for pair in pairs[other] if pair[0].config["seed"] in seeds]
-                lines.setdefault(other, []).append((steps, 100 * results.lead(of_seeds).mean))
+                leads.setdefault(other, []).append(results.lead(of_seeds))
         series = [
-            Series(f"over {_label(other)}", *zip(*points, strict=True), points=True) for other, points in lines.items()
+            Series(
+                f"over {_label(other)}",
+                starts,
+                [100 * lead.mean for lead in found],
+                points=True,
+                half_intervals=[None if lead.half_width is None else 100 * lead.half_width for lead in found],
+            )
+            for other, found in leads.items()
         ]
-        title = f"Lead of {_label(arm)} in R@1, both test splits"
+        title = f"Lead of {_label(arm)} in R@1, both test splits, with 95 % intervals over seeds"
         return _chart(series, title, "steps of the start", "points", short, [(0, "no lead")])
 
     def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:

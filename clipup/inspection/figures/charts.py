@@ -17,11 +17,13 @@ from .format import percent_tick, short
 from .palette import expert_color, is_second_eight
 
 _MOST_POINTS = 100
+_BESIDE = 8  # between series with intervals, in pixels
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``y`` over ``x``, of equal length. ``points`` marks every point, with its value as a tooltip."""
+    """One line: ``y`` over ``x``, of equal length. ``points`` marks every point, with its value as a tooltip.
+    ``half_intervals`` draws y ± that at every point, as a bar; None is a point without one."""
 
     label: str
     x: Sequence[SupportsFloat]
@@ -29,6 +31,7 @@ class Series:
     color: str | None = None
     dash: str | None = None
     points: bool = False
+    half_intervals: Sequence[SupportsFloat | None] = ()
 
     def pairs(self) -> list[tuple[float, float]]:
         if len(self.x) != len(self.y):
@@ -36,6 +39,22 @@ class Series:
                 f"series {self.label!r} has {len(self.x)} x and {len(self.y)} y; they must be equally long"
             )
         return [(float(x), float(y)) for x, y in zip(self.x, self.y, strict=True)]
+
+    def bars(self) -> list[tuple[float, float, float]]:
+        """x and both ends of every interval that is finite."""
+        if not self.half_intervals:
+            return []
+        if len(self.half_intervals) != len(self.y):
+            raise ValueError(
+                f"series {self.label!r} has {len(self.half_intervals)} half_intervals for {len(self.y)} points; "
+                "give one for every point, or None"
+            )
+        known = [
+            (x, y - float(half), y + float(half))
+            for (x, y), half in zip(self.pairs(), self.half_intervals, strict=True)
+            if half is not None
+        ]
+        return [bar for bar in known if all(map(math.isfinite, bar))]
 
 
 def smooth(values: Sequence[SupportsFloat], window: int) -> list[float]:
@@ -65,12 +84,13 @@ def line_chart(
 
     ``y_range``: ends of the y axis; by default those of the values. ``marks``: (x, label) of dotted vertical lines;
     ``levels``: (y, label) of dashed horizontal lines. Series without a color cycle through the palette, dashed from the
-    second cycle on.
+    second cycle on. Series with intervals are drawn side by side, so that their bars do not hide one another.
     """
-    drawn = [(_key(one, row), one.pairs(), one.points) for row, one in enumerate(series)]
+    drawn = [(_key(one, row), one.pairs(), one) for row, one in enumerate(series)]
     finite = [(x, y) for _, pairs, _ in drawn for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
     if y_range is None:
-        y_range = axes.span([y for _, y in finite] + [level for level, _ in levels if finite], margin=0.06)
+        ends = [end for one in series for _, low, high in one.bars() for end in (low, high)]
+        y_range = axes.span([y for _, y in finite] + ends + [level for level, _ in levels if finite], margin=0.06)
     frame, around = axes.build(
         width=width,
         height=height,
@@ -84,10 +104,17 @@ def line_chart(
         legend=[key for key, _, _ in drawn] if len(drawn) > 1 else (),
     )
     parts = [around, *(_mark(frame, x, label) for x, label in marks), *(_level(frame, y, label) for y, label in levels)]
-    for key, pairs, points in drawn:
-        parts.append(_line(frame, pairs, key.color, key.dash))
-        if points:
-            parts += _points(frame, key.label, pairs, key.color, x_format, x_label, y_format)
+    aside = -_BESIDE * (sum(bool(one.half_intervals) for one in series) - 1) / 2
+    for key, pairs, one in drawn:
+        line = [_line(frame, pairs, key.color, key.dash)]
+        if one.points:
+            line += _points(frame, key.label, pairs, key.color, x_format, x_label, y_format)
+        if one.half_intervals:
+            line += _bars(frame, one.bars(), key.color)
+            parts.append(svg.element("g", *line, transform=f"translate({aside:g} 0)"))
+            aside += _BESIDE
+        else:
+            parts += line
     if not finite:
         parts.append(_no_data(frame))
     return svg.picture(width, height, title, *parts)
@@ -199,6 +226,19 @@ def _points(
         )
         for x, y in pairs
         if math.isfinite(x) and math.isfinite(y)
+    ]
+
+
+def _bars(frame: Frame, bars: Sequence[tuple[float, float, float]], color: str) -> list[str]:
+    return [
+        svg.element(
+            "path",
+            d=f"M{frame.x(x) - 4:.1f} {frame.y(low):.1f}h8m-4 0V{frame.y(high):.1f}m-4 0h8",
+            fill="none",
+            stroke=color,
+            stroke_width=1.5,
+        )
+        for x, low, high in bars
     ]
 
 

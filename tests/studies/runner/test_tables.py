@@ -254,6 +254,7 @@ def test_starts_of_several_lengths_are_compared_by_what_dense_training_still_gai
     drawn = ElementTree.fromstring(tables.figures()["starts"])
     titles = [title.text for title in drawn.iter() if title.tag.endswith("title") and title.text]
     assert any("500: 1.8" in title for title in titles) and any("50: -0.45" in title for title in titles)
+    assert len([path for path in drawn.iter() if "m-4 0V" in path.get("d", "")]) == 4, "an interval at every point"
     with pytest.raises(ValueError, match="clip_up-50-0 and clip_up-500-0 are of one arm, budget"):
         tables.sweep()
     assert set(tables.of_start(50).results) == {name for name in tables.results if name.split("-")[1] == "50"}

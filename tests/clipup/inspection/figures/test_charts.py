@@ -125,3 +125,24 @@ def test_lines_are_dashed_where_the_colours_begin_again():
 
     assert lines[0].get("stroke") == lines[8].get("stroke") and len({line.get("stroke") for line in lines[:8]}) == 8
     assert [line.get("stroke-dasharray") for line in lines] == [None] * 8 + ["5 3"]
+
+
+def test_an_interval_is_a_bar_from_end_to_end_of_it_within_the_axis():
+    line = Series("a", [0, 10, 20], [0.0, 1.0, 2.0], half_intervals=[3.0, None, 1.0])
+    drawn = paths(line_chart([line], "t", "x", "y"))
+    bars = [re.fullmatch(r"M\S+ (\S+)h8m-4 0V(\S+)m-4 0h8", path) for path in drawn]
+    lengths = [float(bar[1]) - float(bar[2]) for bar in bars if bar]
+    assert len(lengths) == 2 and lengths[0] == pytest.approx(3 * lengths[1], abs=0.5)
+    frame = [float(y) for bar in bars if bar for y in bar.groups()]
+    assert 0 < min(frame) and max(frame) < 290, "the axis covers the intervals"
+
+
+def test_intervals_of_two_series_are_side_by_side():
+    both = [Series(name, [0, 10], [1, 1], half_intervals=[1, 1]) for name in "ab"]
+    moved = re.findall(r"translate\((\S+) 0\)", line_chart([*both, Series("plain", [0, 10], [0, 1])], "t", "x", "y"))
+    assert [float(one) for one in moved] == [-4, 4]
+
+
+def test_intervals_that_are_not_one_per_point_are_refused():
+    with pytest.raises(ValueError, match="'a' has 1 half_intervals for 2 points"):
+        line_chart([Series("a", [0, 1], [0, 1], half_intervals=[1])], "t", "x", "y")
