@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 __version__: str
 
-# Imported on first access. Some of these modules import open_clip, which takes seconds and which SparseMoE does not
+# All imported on first access. Some of these modules import open_clip, which takes seconds and which SparseMoE does not
 # need; all import torch, for which the command line must not wait before it handles Ctrl-C and prints its help.
+_SUBPACKAGES = ("evaluate", "inspection", "moe", "plan", "pretrained", "search", "train")
 _LAZY = {
     "MoEConfig": "moe.config",
     "SparseMoE": "moe.layer",
@@ -86,10 +87,12 @@ register_configs()
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module("clipup_kernels").__version__
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

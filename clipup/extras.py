@@ -24,4 +24,7 @@ def needed_for(what: str, extra: str) -> Iterator[None]:
 
 
 def missing(what: str, package: str, extra: str) -> ImportError:
-    return ImportError(f'{what} needs the package {package}, which is not installed: pip install "clipup[{extra}]"')
+    return ImportError(
+        f"{what} needs the package {package}, which is not installed; clipup's extra {extra!r} has it. In a clone of "
+        f'clipup: pip install ".[{extra}]"'
+    )

@@ -5,8 +5,8 @@
     y = expert_mlp(x, gating.gates, plan, in_weight, in_bias, out_weight, out_bias, "gelu")
 
 The ops are registered as ``torch.ops.clipup.*``: they work under autograd, ``torch.func`` in reverse mode, autocast,
-``torch.compile(fullgraph=True)`` and ``FlopCounterMode``. ``clipup_kernels.reference`` has the same functions in
-plain torch.
+``torch.compile(fullgraph=True)`` and ``FlopCounterMode``. ``clipup_kernels.reference`` has the stages of the
+layer in plain torch.
 """
 
 from . import reference

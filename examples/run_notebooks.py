@@ -2,7 +2,7 @@
 
     python examples/run_notebooks.py examples/experts.ipynb      # or: make notebooks
 
-Needs nbclient and ipykernel (pip install "clipup[test]"). When a cell fails, the file stays as it was.
+Needs nbclient and ipykernel (the extra test). When a cell fails, the file stays as it was.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from . import run_subcommand
 
 @dataclass
 class Pictograms:
-    """Emoji and icons with captions, rendered from Python packages (pip install "clipup[demo]"), without a network.
+    """Emoji and icons with captions, rendered from Python packages (clipup's extra demo), without a network.
 
     Twemoji and OpenMoji drawings of the same emoji and Phosphor icons in six stroke weights, RGB on white. Two splits
     are held out: test (one drawing of about 1,000 concepts) and concepts (whole concepts).

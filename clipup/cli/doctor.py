@@ -42,13 +42,18 @@ class Options:
     """Print JSON instead of tables."""
     moe: Annotated[MoEConfig, tyro.conf.arg(name="")] = field(default_factory=MoEConfig.clip_up)
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: an option has a value that is refused, or two contradict each other.
+        """
         if (self.model is None) == (self.device is None):
             raise ValueError("pass a MODEL to see what upcycle would do with it, or --device to check its kernels")
 
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup doctor", moe_rules(lambda options: options.moe))
+    options.check()
     if options.model is None:
         return check_kernels(options)
     model = factory.create_on_meta(options.model)

@@ -83,7 +83,11 @@ class Options:
     card: bool = False
     """Add the results to the model card (README.md) in the model's directory."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: an option has a value that is refused, or two contradict each other.
+        """
         if self.dataset is None and self.val_data is None and self.classes is None:
             raise ValueError("nothing to measure: pass --dataset and --root, --val-data, or --classes and --images")
         if (self.dataset is None) != (self.root is None):
@@ -187,6 +191,7 @@ RULES = [
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup eval", RULES)
+    options.check()
     if options.out not in (None, "-"):
         check_file("out", options.out)
     directory = model_names.directory_of(options.model)

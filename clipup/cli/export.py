@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from ..pretrained import origin
 from ..pretrained.exporting import SUFFIX, save_encoders
 from ..pretrained.factory import create_model_and_transforms
 from .flags import parse
@@ -27,7 +28,7 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory for the programs."""
     pretrained: str | None = None
-    """Tag or file of open_clip weights for a model known by name."""
+    """Tag or file of open_clip weights, needed for a model known by name."""
     aot: bool = False
     """Compile for this machine: torch._inductor.aoti_load_package loads the files. Otherwise torch.export.load does."""
     overwrite: bool = False
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup export")
     if options.out.exists() and not options.out.is_dir():
         raise FileExistsError(f"{options.out} is a file; choose another directory")
+    origin.refuse_random_weights("pretrained", options.model, options.pretrained)
     check_directory("out", options.out)
     there = sorted(path.name for path in options.out.glob(f"*{SUFFIX}"))
     if there and not options.overwrite:

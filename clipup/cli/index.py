@@ -50,7 +50,11 @@ class Options:
     device: str = field(default_factory=default_device)
     """cpu, cuda or cuda:N."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: an option has a value that is refused, or two contradict each other.
+        """
         check_int8(self.int8, self.precision, self.device)
         for name, least in (("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
@@ -60,6 +64,7 @@ class Options:
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup index")
+    options.check()
     check_device(options.device)
     origin.refuse_random_weights("pretrained", options.model, options.pretrained)
     records = image_files(options.images)

@@ -48,7 +48,7 @@ class Options:
     images: str | None = None
     """Directory with images (searched with its subdirectories), or evaluation shards ("test-*.tar")."""
     captions: Path | None = None
-    """Text file with one caption a line. None: those in the shards, if images are shards."""
+    """Text file with one caption per line. None: those in the shards, if images are shards."""
     dense: str | None = None
     """The model that was upcycled, to compare the experts with: a name that open_clip knows, or a directory."""
     dense_pretrained: str | None = None
@@ -64,7 +64,11 @@ class Options:
     device: str = field(default_factory=default_device)
     """cpu, cuda or cuda:N."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: an option has a value that is refused, or two contradict each other.
+        """
         if self.images is None and self.captions is None:
             raise ValueError("nothing to inspect: pass --images, --captions or both")
         if self.dense_pretrained is not None and self.dense is None:
@@ -77,6 +81,7 @@ class Options:
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup inspect")
+    options.check()
     if options.dense is not None:
         origin.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
     check_device(options.device)
@@ -164,13 +169,13 @@ def _captions(options: Options, records: list[Record]) -> list[str]:
     if options.captions is None:
         return [record.captions[0] for record in records if record.captions]
     if not options.captions.is_file():
-        raise FileNotFoundError(f"captions: there is no file {options.captions}; expected one caption a line")
+        raise FileNotFoundError(f"captions: there is no file {options.captions}; expected one caption per line")
     try:
         found = lines(options.captions.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"captions: {options.captions} is not UTF-8 text ({error.reason})") from error
     if not found:
-        raise ValueError(f"captions: {options.captions} is empty; expected one caption a line")
+        raise ValueError(f"captions: {options.captions} is empty; expected one caption per line")
     return found
 
 

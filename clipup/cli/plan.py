@@ -117,7 +117,11 @@ class Options:
     json: bool = False
     """Print JSON."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: an option has a value that is refused, or two contradict each other.
+        """
         for name in ("gpus", "batch", "gpus_per_node", "samples", "epochs", "train_num_samples", "caption_tokens"):
             value = getattr(self, name)
             check(name, value, value is None or value >= 1, "at least 1")
@@ -171,6 +175,7 @@ RULES = [
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup plan", RULES)
+    options.check()
     cluster = options.cluster()
     trained = options.train_options()
     subject = Subject.create(options.model, None, options.precision, options.siglip)

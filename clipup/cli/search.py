@@ -37,7 +37,11 @@ class Options:
     device: str = field(default_factory=default_device)
     """cpu, cuda or cuda:N."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: an option has a value that is refused, or two contradict each other.
+        """
         if not self.texts or not all(text.strip() for text in self.texts):
             raise ValueError("texts: expected at least one text that is not blank")
         try:
@@ -51,6 +55,7 @@ class Options:
 @errors_only()
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup search")
+    options.check()
     check_device(options.device)
     if options.page is not None:
         check_file("page", options.page)

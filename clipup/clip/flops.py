@@ -40,7 +40,7 @@ def count(model: nn.Module) -> TowerCounts:
     """Counts the FLOPs and parameters of an open_clip or timm model, dense or sparse, on any device.
 
     The model is neither run nor changed. FLOPs are those without token dropping, with expert choice those of ceil(f K)
-    choices a token. The decoder of a CoCa, which is not used to compute features, counts in the parameters only.
+    choices per token. The decoder of a CoCa, which is not used to compute features, counts in the parameters only.
 
     Raises:
         ValueError: the model was prepared by ``clipup.accelerate``; packed weights are not parameters.
@@ -76,7 +76,7 @@ def count_active(model: nn.Module) -> int:
 
 
 def _as_token_choice(config: MoEConfig) -> MoEConfig:
-    """With as many choices a token."""
+    """With as many choices per token."""
     return config.replace(routing="token_choice", top_k=config.mean_choices)
 
 

@@ -98,7 +98,7 @@ def global_batches(samples: int, options: DataOptions, reader: Reader) -> Global
     """
     batches = GlobalBatches(samples, options.batch_size, options.accum_freq, reader.rank, reader.world_size)
     if batches.steps == 0:
-        accumulated = f", and {options.accum_freq} of them a step" if options.accum_freq > 1 else ""
+        accumulated = f", and {options.accum_freq} of them per step" if options.accum_freq > 1 else ""
         raise ValueError(
             f"batch_size: got {options.batch_size} for {reader.world_size} processes{accumulated}, but "
             f"{options.train_data} has {samples} readable samples: use a smaller batch"

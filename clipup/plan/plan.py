@@ -68,7 +68,7 @@ class Plan:
 
     def flags(self) -> str:
         """The setting as options of ``clipup train``."""
-        flags = [f"--batch-size {self.options.batch_size}"]
+        flags = [f"--batch-size {self.options.batch_size}", f"--precision {self.options.precision}"]
         for name, value in self.setting().items():
             flag = "--" + name.replace("_", "-")
             if value is True:
@@ -81,9 +81,12 @@ class Plan:
 def plan(
     subject: Subject, options: TrainOptions, cluster: Cluster, batch: int, caption_tokens: int | None = None
 ) -> Plan:
-    """
+    """What one setting of a training run needs on every rank: memory, traffic and time of a step.
+
     Args:
-        options: batch_size is overridden, by what a rank has of the global batch.
+        subject: the model that is trained, dense or sparse.
+        options: those of the run; batch_size is overridden, by what a rank has of the global batch.
+        cluster: the GPUs, their links and rates.
         batch: pairs of one optimizer step, over all ranks and accumulated batches.
         caption_tokens: mean length of a caption, for the rows of sparse text layers; None: the whole context.
 

@@ -82,7 +82,7 @@ def _redirect_lost(read: list[int], until: int) -> None:
             with suppress(OSError):
                 _silence(stream)
         for stream in lost:
-            LOG.warning("nobody reads %s any more; the run goes on without it", _NAMES[stream])
+            LOG.warning("nobody reads %s any more; the run continues without it", _NAMES[stream])
 
 
 def _silence(stream: int) -> None:

@@ -121,7 +121,7 @@ class RunCheckpoints:
     def save(self, names: list[str], recorder: Recorder) -> Path | None:
         """Writes a checkpoint under these names, and returns the path of the last. A failure is raised on every rank.
 
-        A sharded one has one name, and is written while the training goes on; ``wait`` waits for it.
+        A sharded one has one name, and is written while the training continues; ``wait`` waits for it.
         """
         if self.directory is None or not names:
             return None

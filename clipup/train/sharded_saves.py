@@ -1,4 +1,4 @@
-"""Saving sharded checkpoints while the training goes on."""
+"""Saving sharded checkpoints while the training continues."""
 
 from __future__ import annotations
 

@@ -4,13 +4,12 @@ import pytest
 from documents import ROOT
 
 import clipup
-import clipup.evaluate
 import clipup_kernels
 
+PACKAGES = (clipup, clipup.evaluate, clipup.inspection, clipup.plan, clipup.search, clipup.train)
 
-@pytest.mark.parametrize(
-    ("package", "page"), [(clipup, "clipup"), (clipup.evaluate, "clipup"), (clipup_kernels, "kernels")]
-)
+
+@pytest.mark.parametrize(("package", "page"), [*((one, "clipup") for one in PACKAGES), (clipup_kernels, "kernels")])
 def test_every_public_name_is_in_the_reference(package, page):
     text = (ROOT / "docs" / "api" / f"{page}.md").read_text("utf-8")
     listed = re.findall(rf"^\.\. (?:auto|py:)\w+:: {package.__name__}\.(\w+)", text, re.MULTILINE)

@@ -24,7 +24,9 @@ def parses(monkeypatch):
 
     def only(parse):
         def stop(*args, **kwargs):
-            parse(*args, **kwargs)
+            options = parse(*args, **kwargs)
+            if hasattr(options, "check"):
+                options.check()
             raise Parsed
 
         return stop

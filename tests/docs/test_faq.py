@@ -11,7 +11,7 @@ QUOTED = [line for block in blocks(ROOT / "docs" / "faq.md", "text") for line in
 
 def literals():
     """All strings of both packages; f-strings have a hole for each expression."""
-    for path in [*ROOT.glob("clipup/**/*.py"), *ROOT.glob("clipup_kernels/**/*.py")]:
+    for path in [ROOT / "setup.py", *ROOT.glob("clipup/**/*.py"), *ROOT.glob("clipup_kernels/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value

@@ -23,9 +23,10 @@ class TrainingDataOptions(OptionGroup):
     """The image-text pairs to train on, and how they are read."""
 
     train_data: str | None = None
-    """CSV file, or WebDataset shards ("data/{000..099}.tar", several joined by "::")."""
+    """A directory that clipup data wrote, WebDataset shards ("data/{000..099}.tar", several joined by "::"), or a CSV
+    file."""
     train_num_samples: int | None = None
-    """Samples in an epoch, for WebDataset shards without a sizes.json."""
+    """Samples in an epoch. None: all. Needed for streamed shards without a sizes.json or __len__ beside them."""
     dataset_type: Literal["webdataset", "csv", "auto"] = DataOptions.dataset_type
     """What train_data is; auto goes by its ending."""
     dataset_resampled: bool = DataOptions.dataset_resampled
@@ -40,8 +41,8 @@ class TrainingDataOptions(OptionGroup):
     csv_caption_key: str = DataOptions.csv_caption_key
     """Column with the captions."""
     max_skipped: float = DataOptions.max_skipped
-    """Share of the samples that may be unreadable: they are left out, each is named once, and the last line says how
-    many. Above it the run stops."""
+    """Share of the samples that may be unreadable: they are replaced in indexed data and left out of streamed data,
+    each is named once, and the last line says how many. Above it the run stops."""
     max_image_pixels: int = DataOptions.max_image_pixels
     """Pixels of an image that is decoded at most; one of more counts as unreadable."""
     allow_pipe: bool = DataOptions.allow_pipe
@@ -52,7 +53,7 @@ class TrainingDataOptions(OptionGroup):
     cache_data: bool = DataOptions.cache
     """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
     workers: int = field(default_factory=default_workers)
-    """Data loader processes a rank."""
+    """Data loader processes per rank."""
 
     def check(self) -> None:
         samples = self.train_num_samples

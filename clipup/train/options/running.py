@@ -95,8 +95,8 @@ class RunDirectoryOptions(OptionGroup):
     step_N. epoch_latest.pt is not counted."""
     fsdp_checkpoint: Literal["full", "sharded"] = "full"
     """full: one file in open_clip's format, which rank 0 writes while training waits. sharded: a directory to which
-    every rank writes its part while training goes on (torch.distributed.checkpoint), with or without fsdp. Both can be
-    resumed with any parallelism, and clipup convert makes a model directory of both."""
+    every rank writes its part while training continues (torch.distributed.checkpoint), with or without fsdp. Both can
+    be resumed with any parallelism, and clipup convert makes a model directory of both."""
     delete_previous_checkpoint: bool = False
     """Delete the previous epoch_K.pt once the next one is written and validated."""
 
@@ -115,7 +115,7 @@ class RunDirectoryOptions(OptionGroup):
 
 @dataclass(kw_only=True)
 class RemoteSyncOptions(OptionGroup):
-    """Copies of the run's directory at another place, made while the run goes on."""
+    """Copies of the run's directory at another place, made while the run continues."""
 
     remote_sync: str | None = None
     """Where the run's directory is copied to, under its name: s3://BUCKET/PATH, or a URL of fsspec."""

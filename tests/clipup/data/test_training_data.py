@@ -219,7 +219,10 @@ def test_data_without_any_readable_sample_is_an_error_and_does_not_loop(pictures
         ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
         ({"workers": -1}, "workers: got -1, expected 0"),
         ({"accum_freq": 0}, "accum_freq: got 0, expected at least 1"),
-        ({"accum_freq": 9}, "batch_size: got 3 for 1 processes, and 9 of them a step, but .* has 24 readable samples"),
+        (
+            {"accum_freq": 9},
+            "batch_size: got 3 for 1 processes, and 9 of them per step, but .* has 24 readable samples",
+        ),
         ({"data_retries": -1}, "data_retries: got -1, expected 0"),
         ({"world_size": 2, "rank": 2}, "rank: got 2 for world_size 2, expected 0 to 1"),
         ({"dataset_type": "parquet"}, "dataset_type: got 'parquet', expected 'auto', 'webdataset' or 'csv'"),

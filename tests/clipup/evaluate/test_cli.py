@@ -134,8 +134,7 @@ def test_eval_restores_the_level_of_logging(directory, val_data):
 
 
 def test_nothing_to_measure_is_refused(directory, capsys):
-    with pytest.raises(SystemExit):
-        run(directory)
+    assert run(directory) == 2
 
     assert "nothing to measure" in capsys.readouterr().err
 
@@ -231,10 +230,9 @@ def test_results_are_added_to_the_model_card_on_request(directory, tmp_path, cap
     ],
 )
 def test_options_that_contradict_each_other_are_refused(directory, capsys, options, message):
-    with pytest.raises(SystemExit):
-        run(directory, *options)
+    assert run(directory, *options) == 2
 
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("precision", "form"), [("fp32", PreparedMoE), ("bf16", PreparedMoE), ("amp_bf16", BlockMoE)])
@@ -257,8 +255,5 @@ def test_int8_is_measured_and_named(directory, val_data, capsys):
 
 
 def test_int8_is_refused_where_there_is_none(directory, val_data, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(directory, "--val-data", val_data, "--int8", "--precision", "amp_bf16")
-    assert "int8 needs precision fp32 or bf16 and device cpu, got amp_bf16 and cpu" in " ".join(
-        capsys.readouterr().err.split()
-    )
+    assert run(directory, "--val-data", val_data, "--int8", "--precision", "amp_bf16") == 2
+    assert "int8 needs precision fp32 or bf16 and device cpu, got amp_bf16 and cpu" in capsys.readouterr().err

@@ -318,7 +318,6 @@ def test_mistakes_are_one_line(tmp_path, photos, model, capsys):
     assert "pretrained" in capsys.readouterr().err
     assert main(["search", str(tmp_path), "a cat"]) == 2
     assert "there is no index in" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        main(["search", str(tmp_path), " "])
+    assert main(["search", str(tmp_path), " "]) == 2
     assert "texts: expected at least one text that is not blank" in capsys.readouterr().err
     assert not (tmp_path / "index").exists()

@@ -199,5 +199,5 @@ def test_a_run_goes_on_when_nobody_reads_its_output(tmp_path, open_, watched, pa
     command = [sys.executable, "-c", program, str(tmp_path / "log")]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert (done.returncode, done.stdout) == (0, "went on\n")
-    said = "nobody reads stderr any more; the run goes on without it\n" if watched else ""
+    said = "nobody reads stderr any more; the run continues without it\n" if watched else ""
     assert (tmp_path / "log").read_text() == said
