@@ -95,7 +95,7 @@ RULES = [
         "without --remote-sync",
     ),
     NoEffect(("wandb_notes",), lambda options: "wandb" not in options.trackers(), "without --report-to wandb"),
-    NoEffect(("force",), lambda options: options.resume is not None, "with --resume"),
+    NoEffect(("force",), lambda options: options.resume == "latest", "with --resume latest"),
     NoEffect(("delete_previous_checkpoint",), lambda options: options.save_frequency == 0, "with --save-frequency 0"),
 ]
 

@@ -26,10 +26,16 @@ from ..dense.prepared_attention import (
     linear_can_be_prepared,
     prepared_attention,
 )
-from ..moe.experts import Experts
+from ..moe.experts import Experts, SharedExpert
 from ..moe.layer import SparseMoE
-from ..moe.prepared import PreparedMoE
+from ..moe.prepared import PreparedMoE, PreparedSharedExpert
 from ..precision import Precision
+
+_OF_PYTHON = (
+    *("__annotations__", "__annotate__", "__annotate_func__", "__conditional_annotations__"),
+    *("__orig_bases__", "__parameters__", "__slots__"),
+)
+"""What Python adds to a class for its annotations and bases."""
 
 
 class NothingToPrepare(ValueError):
@@ -65,8 +71,8 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
         weights: None to keep the weights' type, or "int8".
 
     Raises:
-        TypeError: ``model`` is not a module, or contains a SparseMoE that is pruned, parametrized or overrides the
-            computation of SparseMoE.
+        TypeError: ``model`` is not a module, or contains a SparseMoE that is pruned, parametrized, of a derived
+            class that defines more than a constructor, or with another shared expert than clipup's.
         ValueError: the model has nothing to prepare (NothingToPrepare), or is not on the CPU; ``weights`` is unknown.
         RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8 (no compiled extension, or float64).
     """
@@ -128,11 +134,17 @@ def _check(model: nn.Module, weights: str | None) -> None:
                 f"{name or 'model'} was prepared with weights={module.quantize!r} before, and cannot be changed to "
                 f"{weights!r}; prepare the plain model"
             )
-        if isinstance(module, SparseMoE) and not isinstance(module, Prepared) and _overrides(type(module)):
-            raise TypeError(
-                f"{name or 'model'} is a {type(module).__qualname__}, which overrides the computation of SparseMoE, "
-                "so it cannot be prepared"
-            )
+        if isinstance(module, SparseMoE) and not isinstance(module, Prepared):
+            if defined := _defined_beside(type(module), SparseMoE):
+                raise TypeError(
+                    f"{name or 'model'} is a {type(module).__qualname__}, which defines {', '.join(defined)}; a "
+                    "prepared layer is a SparseMoE without it, so it cannot be prepared"
+                )
+            if module.shared is not None and type(module.shared) not in (SharedExpert, PreparedSharedExpert):
+                raise TypeError(
+                    f"the shared expert of {name or 'the layer'} is a {type(module.shared).__qualname__}; only "
+                    "clipup's own SharedExpert can be prepared"
+                )
         adapts = type(module).__module__.startswith("peft.") and isinstance(
             getattr(module, "base_layer", None), Experts
         )
@@ -199,9 +211,11 @@ def _attends_to_itself(block: nn.Module) -> bool:
     return "attention" not in vars(block) and ("attention" not in vars(kind) or was_defined_with(kind, "attention"))
 
 
-def _overrides(layer_class: type[SparseMoE]) -> bool:
-    methods = ("__call__", "forward", "run_experts")
-    return any(getattr(layer_class, name) is not getattr(SparseMoE, name) for name in methods)
+def _defined_beside(layer_class: type, base: type) -> list[str]:
+    """What a class and those between it and ``base`` define, but for constructors and what every class has."""
+    usual = {"__init__", "extra_repr", *_OF_PYTHON, *vars(type("Empty", (), {}))}
+    between = layer_class.__mro__[: layer_class.__mro__.index(base)]
+    return sorted({name for one in between if not one.__module__.startswith("clipup.") for name in vars(one)} - usual)
 
 
 def _sparse_layers(model: nn.Module) -> list[SparseMoE]:
@@ -212,6 +226,7 @@ def _deepcopy_memo(model: nn.Module) -> dict[int, object]:
     """A memo for deepcopy that excludes the weights to be packed: packing already copies them."""
     sparse = _sparse_layers(model)
     stacks = [experts for layer in sparse for experts in (layer, layer.shared) if experts is not None]
+    stacks = [experts for experts in stacks if not isinstance(experts, Prepared)]
     weights = [experts._parameters[name] for experts in stacks for name in MATRICES]
     mlps = [model] if _is_mlp(model) else [mlp.module for mlp in _dense_mlps(model)]
     for mlp in mlps:

@@ -15,6 +15,10 @@ from .layer import SHARED_GATE, SparseMoE
 from .layer_state import LastRouting
 from .router import Router
 
+_METHODS = frozenset(
+    name for name in dir(SparseMoE) if not name.startswith("__") and callable(getattr(SparseMoE, name))
+)
+
 
 class _PreparedExperts(Prepared, Experts):
     """Experts whose matrices are packed. Biases and norms are plain parameters that do not require gradients."""
@@ -49,7 +53,7 @@ class PreparedMoE(_PreparedExperts, SparseMoE):
 
     def prepare(self, quantize: str | None = None) -> None:
         super().prepare(quantize)
-        if self.shared is not None:
+        if self.shared is not None and not isinstance(self.shared, Prepared):  # another layer may share it
             self.shared.__class__ = PreparedSharedExpert
             cast(PreparedSharedExpert, self.shared).prepare(quantize)
 
@@ -74,7 +78,7 @@ class PreparedMoE(_PreparedExperts, SparseMoE):
         router, packed = self.router, self.in_weight
         if torch.compiler.is_compiling() or type(router) is not Router or not self.is_fused():
             return None
-        if "run_experts" in self.__dict__:
+        if not _METHODS.isdisjoint(self.__dict__):  # one was assigned to this layer
             return None
         if not is_one_op(packed) or not isinstance(x, Tensor) or x.dtype != packed.dtype:
             return None

@@ -22,10 +22,7 @@ def check_contents(state: dict[str, Any], path: Path) -> None:
     """
     for name, (holds, expected) in _ENTRIES.items():
         if name in state and not holds(state[name]):
-            raise ValueError(
-                f"{path} is damaged: its {name} is {shown(state[name])}, where {expected} should be; --resume "
-                "latest takes an earlier one"
-            )
+            raise ValueError(f"{path} is damaged: its {name} is {shown(state[name])}, where {expected} should be")
 
 
 def _is_count(value: object) -> bool:

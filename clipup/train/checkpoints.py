@@ -49,7 +49,8 @@ def save(state: dict[str, Any], *paths: Path) -> None:
         for other in others:
             replace_files({other: lambda path: _link_or_copy(first, path)})
     except OSError as error:
-        before = max(_files(first.parent), key=lambda path: path.stat().st_mtime, default=None)
+        there = [path for path in _files(first.parent) if path.exists()]  # and no link to nowhere
+        before = max(there, key=lambda path: path.stat().st_mtime, default=None)
         whole = f"{before} is whole" if before else "there is no earlier one"
         raise OSError(
             f"could not write the checkpoint {first}: {error}; {whole}. Free some space, then continue with "
@@ -90,7 +91,7 @@ def load(path: str | Path) -> dict[str, Any]:
     check_contents(state, path)
     broken = not_finite(tensors_of(state["state_dict"], state["optimizer"]))
     if broken is not None:
-        raise ValueError(f"{path} holds values that are not finite, in {broken}; --resume latest takes an earlier one")
+        raise ValueError(f"{path} holds values that are not finite, in {broken}")
     state["state_dict"] = strip_wrapper_prefixes(state["state_dict"])
     return state
 
@@ -200,16 +201,26 @@ class Position(NamedTuple):
     step: int
     """-1 for one of open_clip_train."""
     epoch: int
+    finished: bool = False
+    """Of one step, that of the finished run comes last."""
 
     def __str__(self) -> str:
         return f"step {self.step}" if self.step >= 0 else f"epoch {self.epoch}"
 
 
 def held_in(directory: Path) -> list[Path]:
-    """All that are checkpoints by name and kind, links to nowhere among them, in no order."""
+    """All that are checkpoints by name and kind, links to nowhere among them, in no order.
+
+    Raises:
+        OSError: the directory is a link to nowhere, or could not be read.
+    """
     try:
         paths = list(directory.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError as error:
+        if directory.is_symlink():
+            raise _unread(directory, error) from error
+        return []
+    except NotADirectoryError:
         return []
     return [
         path
@@ -231,7 +242,7 @@ def check_is_newest(checkpoint: Path) -> None:
     at = _position(checkpoint)
     found, _ = _positions(checkpoint.parent)
     position, newest = max(found)
-    if position > at:
+    if position[:2] > at[:2]:
         raise FileExistsError(
             f"the checkpoint {checkpoint} was written at {at}, and its run has gone on: {newest.name} was written at "
             f"{position}. Continue the run with --resume latest, which passes over damaged checkpoints, or choose "
@@ -265,17 +276,15 @@ def _position(path: Path) -> Position:
             state = read_pickle(path, mmap=True)
     except OSError as error:
         raise _unread(path, error) from error
-    position = Position(state.get("step", -1), state.get("epoch", -1))
-    if not all(isinstance(number, int) for number in position):
-        raise ValueError(
-            f"{path} is not a checkpoint of a run: its step and epoch are {position[0]!r}, {position[1]!r}"
-        )
-    return position
+    step, epoch = state.get("step", -1), state.get("epoch", -1)
+    if not (isinstance(step, int) and isinstance(epoch, int)):
+        raise ValueError(f"{path} is not a checkpoint of a run: its step and epoch are {step!r}, {epoch!r}")
+    return Position(step, epoch, state.get("finished") is True)
 
 
 def _unread(path: Path, error: OSError) -> OSError:
     """The same error with its consequence for a run."""
-    if isinstance(error, FileNotFoundError) and not path.is_symlink():
+    if isinstance(error, FileNotFoundError) and not any(one.is_symlink() for one in (path, path.parent)):
         return FileNotFoundError(f"there is no checkpoint {path}")
     return type(error)(
         f"the checkpoint {path} could not be read: {error.strerror or error}. It may be intact, so no other checkpoint "

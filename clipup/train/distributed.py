@@ -116,12 +116,12 @@ class Ranks:
 
     def first_does(self, action: Callable[[], Any]) -> Any:
         """Rank 0 acts while the others wait, however long it takes. Every rank gets what the action returns, or the
-        OSError or ValueError that it raises."""
+        OSError, ValueError or ImportError that it raises."""
         result, failure = None, None
         if self.first:
             try:
                 result = action()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, ImportError) as error:
                 failure = error
         result, failure = self.of_first((result, failure))
         if failure is not None:

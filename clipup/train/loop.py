@@ -92,6 +92,8 @@ class Trainer:
         """
         self.checkpoints.restore(checkpoint, source)
         self._is_of_another_run = self.directory is not None and not self.directory.holds(source)
+        if self._is_of_another_run:
+            self.state.validated = {}  # its records begin here
         self.data.restore(self.state.skipped_samples, self.state.step_of_epoch > 0)
         self._plan()
         finished = self.length.is_reached(self.state) and checkpoint.get("finished", False)
@@ -146,6 +148,7 @@ class Trainer:
         """
         if self._is_of_another_run:
             self._save(checkpoints.LATEST)
+            self.checkpoints.wait()
         if self.state.step >= self.length.steps and self.state.step_of_epoch >= self.data.steps:
             self._end_epoch()
         elif self.state.epoch and self.state.step_of_epoch == 0:
@@ -281,8 +284,8 @@ class Trainer:
         assert latest is not None  # without a directory signals are left alone
         self.checkpoints.wait()
         raise TrainingInterrupted(
-            f"stopped after step {self.state.step} of {self.length.steps}, saved {latest}; to continue, run the same "
-            f"command with --name {self.directory.root.name} --resume latest",
+            f"stopped after step {self.state.step} of {self.length.steps}, saved {latest}; to continue, "
+            f"{self.checkpoints.command_to_continue()}",
             latest,
         )
 

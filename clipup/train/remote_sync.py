@@ -8,7 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -46,7 +46,7 @@ class RemoteSync:
         """
         self.local, self.remote, self.every = local, remote.rstrip("/"), every
         self._report, self._log = report, log
-        self._copy = _aws(self.local, self.remote) if protocol == "s3" else _Changed(self.local, self.remote)
+        self._remote: _Remote = _Aws(local, self.remote) if protocol == "s3" else _Fsspec(local, self.remote)
         self._failed = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="remote sync", daemon=True)
@@ -61,10 +61,21 @@ class RemoteSync:
             self._thread.join()
         self.copy()
 
+    def holds(self, name: str) -> bool:
+        """Whether the copy has a directory of this name that is not empty.
+
+        Raises:
+            OSError: that could not be found out.
+        """
+        try:
+            return self._remote.holds(name)
+        except Exception as error:  # file systems of fsspec raise their own exceptions
+            raise OSError(f"remote_sync: {self.remote} could not be read: {error}") from error
+
     def copy(self) -> bool:
         """Copies now, and returns whether that has succeeded."""
         try:
-            self._copy()
+            self._remote.copy()
         except Exception as error:  # file systems of fsspec raise their own exceptions
             text = f"remote sync to {self.remote} failed: {error}; the files in {self.local} are whole"
             (self._log.warning if self._failed else self._report)(text)
@@ -80,24 +91,41 @@ class RemoteSync:
             self.copy()
 
 
-def _aws(local: Path, remote: str) -> Callable[[], None]:
-    program = shutil.which("aws")
-    if program is None:
-        raise ValueError(
-            "remote_sync_protocol 's3' runs the program aws, which is not installed; install awscli, or use fsspec"
-        )
-    command = [program, "s3", "sync", str(local), remote, "--only-show-errors"]
-    command += [part for name in (f"*{_TEMPORARY}*", LOCK_FILE) for part in ("--exclude", name)]
+class _Remote(Protocol):
+    """The other place."""
 
-    def copy() -> None:
-        done = subprocess.run(command, capture_output=True, text=True)
+    def copy(self) -> None: ...
+
+    def holds(self, name: str) -> bool:
+        """Whether it has a directory of this name that is not empty."""
+
+
+class _Aws:
+    def __init__(self, local: Path, remote: str) -> None:
+        program = shutil.which("aws")
+        if program is None:
+            raise ValueError(
+                "remote_sync_protocol 's3' runs the program aws, which is not installed; install awscli, or use fsspec"
+            )
+        self._program, self._local, self._remote = program, local, remote
+
+    def copy(self) -> None:
+        left_out = [part for name in (f"*{_TEMPORARY}*", LOCK_FILE) for part in ("--exclude", name)]
+        done = self._run("sync", str(self._local), self._remote, "--only-show-errors", *left_out)
         if done.returncode:
             raise OSError(" ".join(done.stderr.split()) or f"aws has ended with exit code {done.returncode}")
 
-    return copy
+    def holds(self, name: str) -> bool:
+        done = self._run("ls", f"{self._remote}/{name}/")
+        if done.returncode and done.stderr.strip():  # it ends with 1, in silence, where there is nothing
+            raise OSError(" ".join(done.stderr.split()))
+        return bool(done.stdout.strip())
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([self._program, "s3", *arguments], capture_output=True, text=True)
 
 
-class _Changed:
+class _Fsspec:
     """Copies the files that have changed since this object copied them."""
 
     def __init__(self, local: Path, remote: str) -> None:
@@ -113,7 +141,11 @@ class _Changed:
         self._local = local
         self._copied: dict[Path, tuple[int, int]] = {}
 
-    def __call__(self) -> None:
+    def holds(self, name: str) -> bool:
+        directory = f"{self._root}/{name}"
+        return self._files.isdir(directory) and bool(self._files.ls(directory, detail=False))
+
+    def copy(self) -> None:
         for path in sorted(self._local.rglob("*")):
             name = path.relative_to(self._local).as_posix()
             if not path.is_file() or path.name == LOCK_FILE or _TEMPORARY in name:

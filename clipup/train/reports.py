@@ -24,10 +24,16 @@ def check_reports(options: TrainOptions, directory: RunDirectory) -> None:
 
     Raises:
         ValueError: ``remote_sync`` cannot be copied to.
+        FileExistsError: the run begins, and the copy there is of another one.
         ImportError: a package of ``report_to`` is not installed.
     """
     check_trackers(options)
-    _remote_sync(options, directory.root, report=LOG.warning)
+    sync = _remote_sync(options, directory.root, report=LOG.warning)
+    if sync is not None and directory.begins(options) and sync.holds("checkpoints"):
+        raise FileExistsError(
+            f"{sync.remote} holds the copy of a run, whose checkpoints would be mixed with those of this one. Copy it "
+            "back and continue it with --resume latest, choose another --name or --remote-sync, or delete the copy"
+        )
 
 
 def _remote_sync(options: TrainOptions, root: Path, report: Callable[[str], object]) -> RemoteSync | None:
@@ -50,7 +56,7 @@ class Reports:
         directory: RunDirectory | None,
     ) -> None:
         root = directory.root if directory and ranks.first else None
-        trackers = [] if root is None else create_trackers(options, root, state.step)
+        trackers = [] if root is None else create_trackers(options, root, state.step, directory.begins(options))
         try:
             self.recorder = Recorder(root, trackers, state.step, state.evaluations)
         except BaseException:

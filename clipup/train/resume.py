@@ -29,6 +29,11 @@ DATA = ("dataset_type", "dataset_resampled", "train_data_upsampling_factors", "t
 """Options that decide which samples there are."""
 SEQUENCE = ("seed", "cache_data")
 """Options that decide their order, or their augmentation."""
+MEASURED = (
+    *("val_data", "imagenet_val", "imagenet_v2", "multi_positive", "precision", "csv_separator", "csv_img_key"),
+    *("csv_caption_key", "image_mean", "image_std", "image_interpolation", "image_resize_mode"),
+)
+"""Options that decide what the numbers of an evaluation are of."""
 START = ("resume_dense",)
 """Options that only set weights and moments before the first step."""
 _OF_THE_CALL = ("name", "logs", "resume", "resume_with_changes", "force")
@@ -47,8 +52,24 @@ def find_checkpoint(
     if found is not None:
         path, unusable = found.path, found.passed_over
         return found, [f"resumed from {path}, because a checkpoint cannot be used: {reason}" for reason in unusable]
+    start = ranks.first_does(directory.begun_from)
+    if start is not None:
+        return _begun_from(start, directory, ranks)
     started = ranks.first_does(directory.holds_a_run)
-    return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"] if started else []
+    where = f"no checkpoint in {directory.checkpoints} yet" if started else f"there is no run in {directory.root} yet"
+    return None, [f"{where}: starts from the beginning"]
+
+
+def _begun_from(start: Path, directory: RunDirectory, ranks: Ranks) -> tuple[checkpoints.Newest, list[str]]:
+    """The checkpoint of another run, again: this one was stopped before it had one of its own."""
+    begun = f"the run in {directory.root} was begun from {start} and has no checkpoint of its own yet"
+    try:
+        found = checkpoints.Newest(start, load_together(start, ranks), [])
+    except (ValueError, OSError) as error:
+        raise type(error)(
+            f"{begun}, and that cannot be used: {error}. Restore it, or begin again with --force in place of --resume"
+        ) from error
+    return found, [f"{begun}: begins from it again"]
 
 
 def conditions(
@@ -94,6 +115,16 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
             "counts besides them starts anew"
         )
     return notes
+
+
+def measured_alike(state: dict[str, Any], conditions: dict[str, Any]) -> bool:
+    """Whether the evaluations of a checkpoint measured what this run's would.
+
+    Args:
+        conditions: of this run.
+    """
+    was, now = state.get("conditions", conditions)["options"], conditions["options"]
+    return all(was.get(name) == now.get(name) for name in MEASURED)
 
 
 def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -236,10 +237,16 @@ class RunCheckpoints:
         last = self.guard.last_checkpoint
         if last is None or self.directory is None:
             return "There is no checkpoint yet"
-        return (
-            f"The last checkpoint, {last}, is whole; to continue, run the same command with --name "
-            f"{self.directory.root.name} --resume latest"
+        return f"The last checkpoint, {last}, is whole; to continue, {self.command_to_continue()}"
+
+    def command_to_continue(self) -> str:
+        """In words."""
+        given = self.options.resume if self.options.resume not in (None, "latest") else None
+        replaced = " and ".join(
+            flag for flag, used in (("--force", self.options.force), (f"--resume {given}", given)) if used
         )
+        in_place = f" in place of {replaced}" if replaced else ""
+        return f"run the same command with --name {shlex.quote(self.directory.root.name)} --resume latest{in_place}"
 
 
 def _check_is_tensors(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ LOGS/NAME/.lock                   while a process writes there
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from .. import checks
 from ..atomic_files import remove_abandoned, replace_files
 from ..locks import LOCK_FILE, exclusive
 from . import checkpoints, sharded_checkpoints
@@ -29,10 +31,11 @@ from .distributed import Ranks
 from .options import TrainOptions
 from .recorder import KINDS, Record, read_records
 
+_OPTIONS = "options.json"
 _PARTS = (
     "checkpoints",
     *(f"{kind}.jsonl" for kind in KINDS),
-    "options.json",
+    _OPTIONS,
     "tensorboard",
     "wandb",
     "model",
@@ -59,6 +62,13 @@ def load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
     return state
 
 
+def _check_is_directory(path: Path) -> None:
+    """Refuses what is there and is no directory, before anything beside it is changed."""
+    if os.path.lexists(path) and not path.is_dir():
+        what = f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "a file"
+        raise OSError(f"{path} is {what}, and should be a directory; nothing was changed")
+
+
 def run_name(options: TrainOptions) -> str:
     """The name in the options, or one from date, model and learning rate."""
     if options.name:
@@ -81,7 +91,10 @@ class RunDirectory:
 
         Raises:
             DirectoryInUse: another run writes here.
+            OSError: the run's directory, or that of its checkpoints, is a file, or a link to what is not there.
         """
+        for path in (self.root, self.checkpoints):
+            _check_is_directory(path)
         otherwise = "wait for it to end, or choose another --name"
         with exclusive(self.root / LOCK_FILE, self.root, otherwise):
             for directory in (self.root, self.checkpoints, *sharded_checkpoints.directories(self.checkpoints)):
@@ -104,31 +117,79 @@ class RunDirectory:
                 "or discard it with --force"
             )
         if parts and options.resume not in (None, "latest"):
-            self._check_resumed(Path(options.resume), options.force)
+            self._check_resumed(options, Path(options.resume))
 
-    def _check_resumed(self, checkpoint: Path, force: bool) -> None:
+    def _check_resumed(self, options: TrainOptions, checkpoint: Path) -> None:
         if not os.path.lexists(checkpoint):
             raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
         if self.holds(checkpoint):
             checkpoints.check_is_newest(self.checkpoints / checkpoint.name)
+            if options.force:
+                raise ValueError(
+                    f"force discards the run in {self.root}, and the checkpoint {checkpoint} is its own; drop --force "
+                    "to continue it, or choose another --name"
+                )
+        elif checkpoint.is_dir() and not sharded_checkpoints.is_name(checkpoint.name):
+            raise ValueError(
+                f"{checkpoint} is a directory, and no sharded checkpoint (epoch_K or step_N); name one of the "
+                "checkpoints in it, or continue a run with its --name and --resume latest"
+            )
         elif self._is_inside(checkpoint):
             raise FileExistsError(
                 f"the checkpoint {checkpoint} has another place or name than those of its run ({self.checkpoints}: "
                 "epoch_K.pt, epoch_latest.pt, epoch_K or step_N), so the run would not find it again; choose another "
                 "--name to continue from it"
             )
-        elif not force:
+        elif not options.force and not self._is_start(options):
             raise FileExistsError(
                 f"{self.root} already holds a run, and the checkpoint {checkpoint} is of another one; continue the run "
                 "there with --resume latest, choose another --name, or discard it with --force"
             )
 
     def prepare(self, options: TrainOptions) -> None:
-        """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``."""
-        if options.resume is None or (options.resume != "latest" and not self._is_inside(Path(options.resume))):
-            self._discard(self._parts())
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
+        """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``.
+
+        The options come first: whenever the process is killed, either the former run is there, or what this one begins
+        from is known (``begun_from``).
+        """
+        start = self._start(options)
+        begins = self.begins(options) or start is not None
+        former = [name for name in self._parts() if name != _OPTIONS] if begins else []
+        known = options if start is None else dataclasses.replace(options, resume=str(start))
+        self.root.mkdir(parents=True, exist_ok=True)
+        replace_files({self.root / _OPTIONS: lambda path: path.write_text(known.to_json(), encoding="utf-8")})
+        self._discard(former)
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def begins(self, options: TrainOptions) -> bool:
+        """Whether the run begins, and does not continue what is here."""
+        return options.resume is None or (options.resume != "latest" and not self._is_inside(Path(options.resume)))
+
+    def begun_from(self) -> Path | None:
+        """The checkpoint of another run that this one was begun from, as long as it has none of its own.
+
+        Raises:
+            OSError: its checkpoints could not be looked for.
+        """
+        options = self.root / _OPTIONS
+        if checkpoints.held_in(self.checkpoints) or not options.is_file():
+            return None
+        held = checks.read_json(options)
+        resume = held.get("resume") if isinstance(held, dict) else None
+        if not isinstance(resume, str) or resume == "latest" or self._is_inside(Path(resume)):
+            return None
+        return Path(resume)
+
+    def _start(self, options: TrainOptions) -> Path | None:
+        """What ``begun_from`` should find until the first checkpoint."""
+        if options.resume == "latest":
+            return self.begun_from()
+        return Path(os.path.abspath(options.resume)) if options.resume is not None and self.begins(options) else None
+
+    def _is_start(self, options: TrainOptions) -> bool:
+        """Whether the run was stopped before its first checkpoint, and these options begin it again."""
+        start, wanted = self.begun_from(), self._start(options)
+        return start is not None and wanted is not None and os.path.realpath(start) == os.path.realpath(wanted)
 
     def holds_a_run(self) -> bool:
         """Whether a run has started here."""
@@ -136,12 +197,12 @@ class RunDirectory:
 
     def holds(self, path: Path) -> bool:
         """Whether this is one of the run's checkpoints."""
-        return path.parent.resolve() == self.checkpoints.resolve() and (
+        return os.path.realpath(path.parent) == os.path.realpath(self.checkpoints) and (
             self.checkpoints / path.name in checkpoints.held_in(self.checkpoints)
         )
 
     def _is_inside(self, path: Path) -> bool:
-        return self.root.resolve() in path.resolve().parents or self.holds(path)
+        return Path(os.path.realpath(self.root)) in Path(os.path.realpath(path)).parents or self.holds(path)
 
     def resumed_from(self, resume: str, ranks: Ranks) -> checkpoints.Newest | None:
         """The checkpoint that ``--resume`` selects; None when there is none yet. A collective. Of a sharded checkpoint
@@ -151,7 +212,7 @@ class RunDirectory:
             ValueError: none of the checkpoints can be used, or the selected one cannot.
         """
         if resume != "latest":
-            return checkpoints.Newest(Path(resume), load_together(Path(resume), ranks), [])
+            return self._selected(Path(resume), ranks)
         folder = self.checkpoints
         try:
             paths, unusable = ranks.first_does(lambda: checkpoints.candidates(folder))
@@ -163,15 +224,25 @@ class RunDirectory:
                 "--resume"
             ) from error
 
+    def _selected(self, path: Path, ranks: Ranks) -> checkpoints.Newest:
+        try:
+            return checkpoints.Newest(path, load_together(path, ranks), [])
+        except ValueError as error:
+            own = ranks.first_does(lambda: self.holds(path))
+            way = "--resume latest takes an earlier one" if own else "name another checkpoint of its run"
+            raise ValueError(f"{error}; {way}") from error
+
     def history(self) -> dict[str, list[Record]]:
         """The records of the run by kind."""
         return {kind: read_records(self.root / f"{kind}.jsonl") for kind in KINDS}
 
     def _parts(self) -> list[str]:
-        return [name for name in _PARTS if (self.root / name).exists()]
+        return [name for name in _PARTS if os.path.lexists(self.root / name)]
 
     def _discard(self, parts: list[str]) -> None:
         """Moves them away first, so that a kill in between leaves no half of a run that could be resumed."""
+        if not parts:
+            return
         discarded = self.root / _DISCARDED
         discarded.mkdir()
         for name in parts:

@@ -61,7 +61,7 @@ class RunState:
         samples_of_step = options.batch_size * options.accum_freq * ranks.world_size
         self.samples_seen = checkpoint.get("samples_seen", self.step * samples_of_step)
         self.seconds = checkpoint.get("seconds", 0.0)
-        self.validated = dict(checkpoint.get("validated", {}))
+        self.validated = dict(checkpoint.get("validated", {})) if resume.measured_alike(checkpoint, conditions) else {}
         self.evaluations = checkpoint.get("evaluations")
         if other_length:
             self.step_of_epoch = steps_of_epoch if self.step_of_epoch else 0  # all of an epoch, or nothing

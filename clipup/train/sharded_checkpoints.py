@@ -75,7 +75,7 @@ def read_state(directory: Path) -> dict[str, Any]:
         OSError: it could not be read.
     """
     path = directory / STATE
-    if directory.is_dir() and not path.exists():
+    if directory.is_dir() and not os.path.lexists(path):
         raise ValueError(f"{directory} is not a whole sharded checkpoint: {STATE} is missing")
     check_archive(path)
     return read_pickle(path)
@@ -92,8 +92,7 @@ def read_checked_state(directory: Path, index: Index) -> dict[str, Any]:
     check_contents({key: value for key, value in state.items() if key != "optimizer"}, directory / STATE)
     if "optimizer" in state and not _are_optimizer_values(state["optimizer"], index):
         raise ValueError(
-            f"{directory / STATE} is damaged: its optimizer is not groups with names and finite numbers by parameter; "
-            "--resume latest takes an earlier one"
+            f"{directory / STATE} is damaged: its optimizer is not groups with names and finite numbers by parameter"
         )
     return state
 
@@ -150,7 +149,7 @@ def _check_finite(path: Path) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if broken is not None:
-        raise ValueError(f"{path} holds values that are not finite, in {broken}; --resume latest takes an earlier one")
+        raise ValueError(f"{path} holds values that are not finite, in {broken}")
 
 
 def load(directory: Path) -> dict[str, Any]:

@@ -245,13 +245,82 @@ def test_unsupported_models_are_refused(model, error, message):
         clipup.accelerate(model)
 
 
-def test_layer_that_overrides_forward_is_refused():
-    class Doubled(clipup.SparseMoE):
-        def forward(self, x, mask=None):
-            return 2 * super().forward(x, mask)
+class Doubled(clipup.SparseMoE):
+    def forward(self, x, mask=None):
+        return 2 * super().forward(x, mask)
 
-    with pytest.raises(TypeError, match="1 is a .*Doubled, which overrides"):
-        clipup.accelerate(nn.Sequential(nn.Linear(8, 8), Doubled(8, 16)))
+
+class Scaled(clipup.SparseMoE):
+    def gate_scale(self):
+        return 3.0
+
+
+class Mixin:
+    def operands(self, dtype):
+        return {name: 2 * value for name, value in super().operands(dtype).items() if value is not None}
+
+
+class Mixed(Mixin, clipup.SparseMoE):
+    pass
+
+
+class More(Scaled):
+    def describe(self):
+        return "more"
+
+
+@pytest.mark.parametrize(
+    ("kind", "defined"),
+    [(Doubled, "forward"), (Scaled, "gate_scale"), (Mixed, "operands"), (More, "describe, gate_scale")],
+)
+def test_a_layer_that_a_prepared_one_would_not_be_is_refused(kind, defined):
+    model = nn.Sequential(nn.Linear(8, 8), kind(8, 16, num_experts=2))
+
+    with pytest.raises(
+        TypeError, match=f"1 is a {kind.__name__}, which defines {defined}; a prepared layer is a SparseMoE"
+    ):
+        clipup.accelerate(model, inplace=True)
+
+    assert type(model[1]) is kind
+
+
+def test_a_derived_layer_that_only_has_a_constructor_is_prepared():
+    class Small(clipup.SparseMoE):
+        """Eight wide."""
+
+        def __init__(self):
+            super().__init__(8, 16, num_experts=2)
+
+    plain, x = Small().eval(), torch.randn(5, 8)
+    with torch.no_grad():
+        assert torch.equal(clipup.accelerate(plain)(x), plain(x))
+
+
+def test_a_shared_expert_that_two_layers_share_is_prepared_once():
+    model = nn.Sequential(*(clipup.SparseMoE(16, 32, num_experts=4, shared_expert=True) for _ in range(2))).eval()
+    model[1].shared = model[0].shared
+    x = torch.randn(7, 16)
+
+    prepared = clipup.accelerate(model)
+
+    assert prepared[1].shared is prepared[0].shared
+    with torch.no_grad():
+        assert torch.equal(prepared(x), model(x))
+        assert torch.equal(clipup.accelerate(prepared, inplace=True)(x), model(x))
+
+
+def test_a_shared_expert_of_ones_own_is_refused_and_nothing_changes():
+    class Own(nn.Module):
+        def forward(self, tokens, mask, dtype, gate):
+            return gate * tokens
+
+    layer = clipup.SparseMoE(16, 32, num_experts=4, shared_expert=True).eval()
+    layer.shared = Own()
+
+    with pytest.raises(TypeError, match="the shared expert of the layer is a .*Own; only clipup's own SharedExpert"):
+        clipup.accelerate(layer, inplace=True)
+
+    assert type(layer) is clipup.SparseMoE
 
 
 def test_preparing_is_idempotent():

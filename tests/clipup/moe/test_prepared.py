@@ -112,6 +112,15 @@ def experts_replaced(made):
     made.run_experts = lambda *args: 2 * type(made).run_experts(made, *args)
 
 
+def scaled(made):
+    made.gate_scale = lambda: 3.0
+
+
+def without_biases(made):
+    plain = type(made).operands
+    made.operands = lambda dtype: plain(made, dtype) | {"in_bias": None, "out_bias": None}
+
+
 @needs_packing
 def test_hooks_of_all_modules_see_the_router():
     prepared, seen = clipup.accelerate(layer()), []
@@ -126,7 +135,9 @@ def test_hooks_of_all_modules_see_the_router():
 
 @needs_packing
 @pytest.mark.parametrize(
-    "change", [hooked, steep, patched, replaced, experts_replaced], ids=lambda change: change.__name__
+    "change",
+    [hooked, steep, patched, replaced, experts_replaced, scaled, without_biases],
+    ids=lambda change: change.__name__,
 )
 def test_a_changed_router_is_called(change, monkeypatch):
     calls = count_calls_of_the_one_op(monkeypatch)

@@ -58,7 +58,9 @@ def test_only_files_that_have_changed_are_copied_and_none_that_is_being_written(
     (run / "checkpoints" / "epoch_1.pt").write_text("1")
     put, copied = fsspec.filesystem("file").put_file, []
     monkeypatch.setattr(
-        type(copier._copy._files), "put_file", lambda _, here, there: (copied.append(Path(here).name), put(here, there))
+        type(copier._remote._files),
+        "put_file",
+        lambda _, here, there: (copied.append(Path(here).name), put(here, there)),
     )
 
     assert copier.copy()
