@@ -34,6 +34,18 @@ def tensor(name: str, value: Any, shape: tuple[int | str, ...], dtypes: tuple[to
         raise ValueError(f"{name} is on {value.device}, but the other arguments are on {like.device}; move it there")
 
 
+def memory(value: Tensor) -> None:
+    """
+    Raises:
+        RuntimeError: it has elements and no memory, which a kernel would read.
+    """
+    if value.numel() and not value.data_ptr():
+        raise RuntimeError(
+            f"a tensor of shape {tuple(value.shape)} has no memory: its storage was freed, as FSDP does with weights "
+            "outside of their layer's forward and backward pass; call the layer through its FSDP module"
+        )
+
+
 def optional(name: str, value: Tensor | None, shape: tuple, dtypes: tuple, like: Tensor) -> None:
     if value is not None:
         tensor(name, value, shape, dtypes, like)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import glu
+from .. import checks, glu
 from ..types import ACTIVATIONS, RoutingBlocks
 from . import meta
 from .extension import NATIVE
@@ -42,11 +42,7 @@ def address(tensor: Tensor | None) -> int:
         return 0
     if found := tensor.data_ptr():
         return found
-    if tensor.numel():
-        raise RuntimeError(
-            f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed, as FSDP does with weights "
-            "outside of their layer's forward and backward pass; call the layer through its FSDP module"
-        )
+    checks.memory(tensor)
     return _SOME_MEMORY.data_ptr()
 
 

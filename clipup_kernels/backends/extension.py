@@ -48,7 +48,8 @@ def _load_native():
     except ImportError as error:
         warnings.warn(
             f"clipup_kernels runs without its compiled extension ({error}); the CPU ops fall back to plain torch and "
-            "are slower. Install clipup again with a C++17 compiler; in a clone: pip install --force-reinstall --no-deps .",
+            "are slower. Install clipup again with a C++17 compiler; in a clone: "
+            "pip install --force-reinstall --no-deps .",
             RuntimeWarning,
             stacklevel=2,
         )

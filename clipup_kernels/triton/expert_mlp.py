@@ -38,9 +38,10 @@ from .grouped_gemm import (
     operand,
     place,
     quarters,
+    suited,
 )
 from .grouped_linear import project_rows
-from .launch import ceil_div, dense
+from .launch import ceil_div, dense, stacked
 from .variants import Variant
 
 
@@ -70,7 +71,7 @@ def _finish_in(
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
 def _project_in(
     x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
-    num_rows, num_experts, top_k, depth, columns,
+    num_rows, num_experts, top_k, depth, columns, stride,
     ACTIVATION: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -91,7 +92,7 @@ def _project_in(
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if gate_weight is None:
             total = multiply(
-                total, left, first, weight, expert, first_column, depth, columns,
+                total, left, first, weight, expert, stride, first_column, depth, columns,
                 False, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             if BLOCK_N < 128:
@@ -109,7 +110,7 @@ def _project_in(
         else:
             gate_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             total, gate_total = multiply_pair(
-                total, gate_total, left, first, weight, gate_weight, expert, first_column, depth, columns,
+                total, gate_total, left, first, weight, gate_weight, expert, stride, first_column, depth, columns,
                 ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             _finish_in(
@@ -131,9 +132,8 @@ def project_in(
     config: configs.Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """z [R, H] (gated: [2, R, H], W_in's first), 0 past ``offsets[E]``, and a [R, H], unwritten there; each or None."""
-    x, offsets, choice_of_row, weight, bias, gate_weight, gate_bias = dense(
-        x, offsets, choice_of_row, weight, bias, gate_weight, gate_bias
-    )
+    x, offsets, choice_of_row, bias, gate_bias = dense(x, offsets, choice_of_row, bias, gate_bias)
+    (weight, gate_weight), stride = stacked(weight, gate_weight)
     num_experts, columns, depth = weight.shape
     num_rows = len(choice_of_row)
     shape = (num_rows, columns) if gate_weight is None else (2, num_rows, columns)
@@ -143,6 +143,7 @@ def project_in(
         return z, a
     kernel = "project_in" if gate_weight is None else "project_in_gated"
     config = config or configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, depth, columns)
+    config = suited(config, (weight, gate_weight), (x,))
     tiles = max_tiles(num_rows, num_experts, config.block_m) * ceil_div(columns, config.block_n)
     if config.row_descriptors:
         x = rows.in_expert_order(x, choice_of_row, top_k)
@@ -150,7 +151,7 @@ def project_in(
         _project_in[(tiles,)](
             block_of_rows(x, config, [config.block_m, config.block_k]), operand(weight, config), bias,
             operand(gate_weight, config), gate_bias, offsets, choice_of_row, z, a,
-            num_rows, num_experts, top_k, depth, columns,
+            num_rows, num_experts, top_k, depth, columns, stride,
             ACTIVATION=activation, **config.loads, **config.even(depth, columns), PRECISION=configs.precision(x.dtype),
             GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip

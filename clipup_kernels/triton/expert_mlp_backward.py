@@ -37,9 +37,10 @@ from .grouped_gemm import (
     operand,
     place,
     quarters,
+    suited,
 )
 from .grouped_linear import project_rows
-from .launch import FUSED, ceil_div, dense, power_of_two
+from .launch import FUSED, ceil_div, dense, power_of_two, stacked
 from .variants import TYPE_NAMES, Variant, signature
 from .weight_gradient import expert_gradients, weight_gradient
 
@@ -77,7 +78,7 @@ def _finish_back(
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
 def _project_back(
     dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
-    num_rows, num_experts, top_k, depth, columns,
+    num_rows, num_experts, top_k, depth, columns, stride,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -96,8 +97,8 @@ def _project_back(
         else:
             left = dy + (tl.load(choice_of_row + row, mask=own, other=0) // top_k).to(tl.int64) * depth
         da = multiply(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), left, first, weight, expert, first_column, depth, columns,
-            True, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), left, first, weight, expert, stride, first_column, depth,
+            columns, True, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         # Loaded again: kept through the product it would cost registers.
         gate = tl.load(gates + tl.load(choice_of_row + row, mask=own, other=-1), mask=own, other=0.0)
@@ -132,10 +133,12 @@ def project_back(
 
     Not written past ``offsets[E]``. ``dy_rows``: dy for configs with rows by descriptors, if others need it too.
     """
-    dy, gates, offsets, choice_of_row, out_weight, z = dense(dy, gates, offsets, choice_of_row, out_weight, z)
+    dy, gates, offsets, choice_of_row, z = dense(dy, gates, offsets, choice_of_row, z)
+    (out_weight,), stride = stacked(out_weight)
     num_experts, depth, columns = out_weight.shape
     num_rows, top_k = len(choice_of_row), gates.shape[1]
     config = config or configs.choose("project_back", dy.device, dy.dtype, num_rows, num_experts, depth, columns)
+    config = suited(config, (out_weight,), (dy,), transposed=True)
     column_tiles = ceil_div(columns, config.block_n)
     dz = torch.empty_like(z) if need_dz else None
     scaled_a = dy.new_empty(num_rows, columns) if need_a else None
@@ -148,7 +151,7 @@ def project_back(
             _project_back[(tiles,)](
                 block_of_rows(dy, config, [config.block_m, config.block_k]),
                 operand(out_weight, config, transposed=True), z, gates, offsets, choice_of_row, dz, scaled_a, parts,
-                num_rows, num_experts, top_k, depth, columns, GATED=z.dim() == 3, ACTIVATION=activation,
+                num_rows, num_experts, top_k, depth, columns, stride, GATED=z.dim() == 3, ACTIVATION=activation,
                 **config.loads, **config.even(depth, columns),
                 PRECISION=configs.precision(dy.dtype), GROUPS=groups(num_experts),
                 **config.constants, **config.options,

@@ -21,7 +21,7 @@ from ..types import ACTIVATIONS
 from . import configs
 from .activations import activate
 from .grouped_gemm import add_bias, describe, find_tile, groups, max_tiles
-from .launch import dense
+from .launch import dense, stacked
 from .variants import Variant
 
 
@@ -45,7 +45,7 @@ def _pre_activation(tokens, weight, bias, expert, unit, hidden, PRECISION: tl.co
 @triton.jit(do_not_specialize=["num_rows", "num_experts", "top_k"])
 def _project_both(
     x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, offsets, choice_of_row, out,
-    num_rows, num_experts, top_k, width, hidden,
+    num_rows, num_experts, top_k, width, hidden, in_stride, out_stride,
     ACTIVATION: tl.constexpr, EVEN: tl.constexpr, HOIST: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -59,12 +59,13 @@ def _project_both(
         tl.load(choice_of_row + row, mask=row < end, other=0) // top_k
     )  # surplus rows compute token 0 and are not stored
     tokens = _load(x + token.to(tl.int64)[:, None] * width + column[None, :], inside[None, :], EVEN)
-    own = expert.to(tl.int64) * hidden * width
+    own_in = expert.to(tl.int64) * in_stride
+    own_out = expert.to(tl.int64) * out_stride
     total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     # Hoisting costs registers, but on architecture 80 x would be staged inside the loop without it.
     for start in tl.range(0, hidden, BLOCK_N, disable_licm=not HOIST):
         unit = start + tl.arange(0, BLOCK_N)
-        left = own + unit[None, :] * width + column[:, None]
+        left = own_in + unit[None, :] * width + column[:, None]
         weight = _load(in_weight + left, inside[:, None], EVEN)
         z = _pre_activation(tokens, weight, in_bias, expert, unit, hidden, PRECISION)
         if gate_weight is None:
@@ -72,7 +73,7 @@ def _project_both(
         else:
             weight = _load(gate_weight + left, inside[:, None], EVEN)
             a = activate(_pre_activation(tokens, weight, gate_bias, expert, unit, hidden, PRECISION), ACTIVATION) * z
-        right = own + column[None, :] * hidden + unit[:, None]
+        right = own_out + column[None, :] * hidden + unit[:, None]
         weight = _load(out_weight + right, inside[None, :], EVEN)
         total = tl.dot(a.to(tokens.dtype), weight, total, input_precision=PRECISION)
     total = add_bias(total, out_bias, expert, column, width)
@@ -89,9 +90,11 @@ def project_both(
     Raises:
         ValueError: the config does not fit weights of these sizes.
     """
-    x, offsets, choice_of_row, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias = dense(
-        x, offsets, choice_of_row, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias
+    x, offsets, choice_of_row, in_bias, out_bias, gate_bias = dense(
+        x, offsets, choice_of_row, in_bias, out_bias, gate_bias
     )
+    (in_weight, gate_weight), in_stride = stacked(in_weight, gate_weight)
+    (out_weight,), out_stride = stacked(out_weight)
     num_experts, hidden, width = in_weight.shape
     if config.block_k < width or hidden % config.block_n:
         raise ValueError(
@@ -105,7 +108,7 @@ def project_both(
     with torch.cuda.device_of(x):
         _project_both[(max_tiles(num_rows, num_experts, config.block_m),)](
             x, in_weight, in_bias, gate_weight, gate_bias, out_weight, out_bias, offsets, choice_of_row, out,
-            num_rows, num_experts, top_k, width, hidden,
+            num_rows, num_experts, top_k, width, hidden, in_stride, out_stride,
             ACTIVATION=activation, EVEN=width == config.block_k, HOIST=configs.architecture(x.device) == 80,
             PRECISION=configs.precision(x.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip

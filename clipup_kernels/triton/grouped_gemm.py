@@ -8,6 +8,7 @@ Rows past ``offsets[E]`` come last, as tiles of a group E without an expert.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -28,38 +29,44 @@ def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
 def operand(
     weight: Tensor | None, config: configs.Config, transposed: bool = False
 ) -> Tensor | TensorDescriptor | None:
-    """The weights argument of ``multiply``: weights [E, N, K] ([E, K, N] if ``transposed``) or, if the config says so,
-    a descriptor (TMA) of them as one matrix.
-
-    Raises:
-        ValueError: descriptors do not support these sizes.
-    """
+    """The weights argument of ``multiply``: weights [E, N, K] ([E, K, N] if ``transposed``) of ``stacked`` or, if the
+    config (of ``suited``) says so, a descriptor (TMA) of them as one matrix."""
     if weight is None or not config.descriptors:
         return weight
     block = [config.block_k, config.block_n] if transposed else [config.block_n, config.block_k]
-    if weight.shape[2] * weight.itemsize % 16 or (transposed and weight.shape[1] % config.block_k):
-        raise ValueError(
-            f"the measured config {tuple(config)} takes weights by descriptors, which weights {list(weight.shape)} of "
-            f"{weight.dtype} do not allow; delete {configs.table_path()}"
-        )
-    return TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), block)
+    num_experts, rows, columns = weight.shape
+    matrix = (num_experts - 1) * (weight.stride(0) // columns) + rows, columns
+    return TensorDescriptor.from_tensor(weight.as_strided(matrix, (columns, 1)), block)
 
 
 def block_of_rows(rows: Tensor | None, config: configs.Config, block: list[int]) -> Tensor | TensorDescriptor | None:
-    """Rows [R, N] in expert order as a kernel's argument; if the config says so, a descriptor of them, which loads
-    ``block`` rows and columns. Rows past the last one are 0, but those of the next expert are not.
+    """Rows [R, N] in expert order as a kernel's argument; if the config (of ``suited``) says so, a descriptor of them,
+    which loads ``block`` rows and columns. Rows past the last one are 0, but those of the next expert are not."""
+    return rows if rows is None or not config.row_descriptors else TensorDescriptor.from_tensor(rows, block)
 
-    Raises:
-        ValueError: descriptors do not support these sizes.
-    """
-    if rows is None or not config.row_descriptors:
-        return rows
-    if rows.shape[1] * rows.itemsize % 16:
-        raise ValueError(
-            f"the measured config {tuple(config)} takes rows by descriptors, which rows {list(rows.shape)} of "
-            f"{rows.dtype} do not allow; delete {configs.table_path()}"
-        )
-    return TensorDescriptor.from_tensor(rows, block)
+
+def suited(
+    config: configs.Config, weights: Sequence[Tensor | None] = (), rows: Sequence[Tensor | None] = (),
+    transposed: bool = False,
+) -> configs.Config:  # fmt: skip
+    """The config, without descriptors of what does not allow any: they need memory and rows on multiples of 16 bytes,
+    and whole blocks of terms. One measured config serves a class of rows, whatever memory they lie in."""
+    if config.descriptors and not all(_describable(weight, config, transposed) for weight in weights):
+        config = config._replace(descriptors=False)
+    if config.row_descriptors and not all(row is None or _is_aligned(row) for row in rows):
+        config = config._replace(row_descriptors=False)
+    return config
+
+
+def _describable(weight: Tensor | None, config: configs.Config, transposed: bool) -> bool:
+    if weight is None:
+        return True
+    whole_rows = weight.numel() > 0 and weight.stride(0) % weight.shape[2] == 0
+    return whole_rows and _is_aligned(weight) and not (transposed and weight.shape[1] % config.block_k)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.shape[-1] * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def groups(num_experts: int) -> int:
@@ -92,11 +99,11 @@ def expert_of(row, offsets, num_experts, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _weight_start(weight, expert, first_column, depth, columns, TRANSPOSED: tl.constexpr):
+def _weight_start(weight, expert, stride, first_column, depth, TRANSPOSED: tl.constexpr):
     """Pointer to the first term of a tile's first column, in weights [columns, depth], or [depth, columns] if
-    TRANSPOSED. It is a scalar, and places relative to it are int32: in the loop over the terms both take few registers.
-    """
-    own = weight + expert.to(tl.int64) * depth * columns
+    TRANSPOSED, of an expert every ``stride`` elements. It is a scalar, and places relative to it are int32: in the loop
+    over the terms both take few registers."""
+    own = weight + expert.to(tl.int64) * stride
     if TRANSPOSED:
         start = own + first_column
     else:
@@ -139,31 +146,32 @@ def _load_weight(pointers, term, depth, column, columns, EVEN_DEPTH: tl.constexp
 
 
 @triton.jit
-def _load_block(weight, expert, start, first_column, depth, columns, TRANSPOSED: tl.constexpr):
+def _load_block(weight, expert, stride, start, first_column, depth, columns, TRANSPOSED: tl.constexpr):
     """[K, N]: ``_load_weight`` through a descriptor of all experts' weights; undefined past the last column."""
     if TRANSPOSED:
-        block = weight.load([expert * depth + start, first_column])
+        block = weight.load([expert * (stride // columns) + start, first_column])
     else:
-        block = tl.trans(weight.load([expert * columns + first_column, start]))
+        block = tl.trans(weight.load([expert * (stride // depth) + first_column, start]))
     return block
 
 
 @triton.jit
 def multiply(
-    total, left, first, weight, expert, first_column, depth, columns,
+    total, left, first, weight, expert, stride, first_column, depth, columns,
     TRANSPOSED: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``total`` [M, N] float32 plus rows times the expert's weight.
 
     ``left`` [M] points to a row's first term; with ROW_DESCRIPTORS it is a descriptor, and ``first`` the first row.
+    ``stride``: elements from one expert's weight to the next.
     """
     term = tl.arange(0, BLOCK_K)
     column = first_column + tl.arange(0, BLOCK_N)
     if not ROW_DESCRIPTORS:
         left = left[:, None] + term[None, :]
     if not DESCRIPTORS:
-        right = _weight_start(weight, expert, first_column, depth, columns, TRANSPOSED)
+        right = _weight_start(weight, expert, stride, first_column, depth, TRANSPOSED)
         places = _weight_places(depth, columns, TRANSPOSED, BLOCK_N, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
         if ROW_DESCRIPTORS:
@@ -172,7 +180,7 @@ def multiply(
             rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
             left += BLOCK_K
         if DESCRIPTORS:
-            own = _load_block(weight, expert, start, first_column, depth, columns, TRANSPOSED)
+            own = _load_block(weight, expert, stride, start, first_column, depth, columns, TRANSPOSED)
         else:
             own = _load_weight(right + places, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
             if TRANSPOSED:
@@ -185,7 +193,7 @@ def multiply(
 
 @triton.jit
 def multiply_pair(
-    total, other_total, left, first, weight, other_weight, expert, first_column, depth, columns,
+    total, other_total, left, first, weight, other_weight, expert, stride, first_column, depth, columns,
     ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -195,8 +203,8 @@ def multiply_pair(
     if not ROW_DESCRIPTORS:
         left = left[:, None] + term[None, :]
     if not DESCRIPTORS:
-        right = _weight_start(weight, expert, first_column, depth, columns, False)
-        other_right = _weight_start(other_weight, expert, first_column, depth, columns, False)
+        right = _weight_start(weight, expert, stride, first_column, depth, False)
+        other_right = _weight_start(other_weight, expert, stride, first_column, depth, False)
         places = _weight_places(depth, columns, False, BLOCK_N, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
         if ROW_DESCRIPTORS:
@@ -205,8 +213,8 @@ def multiply_pair(
             rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
             left += BLOCK_K
         if DESCRIPTORS:
-            own = _load_block(weight, expert, start, first_column, depth, columns, False)
-            other = _load_block(other_weight, expert, start, first_column, depth, columns, False)
+            own = _load_block(weight, expert, stride, start, first_column, depth, columns, False)
+            other = _load_block(other_weight, expert, stride, start, first_column, depth, columns, False)
         else:
             own = _load_weight(right + places, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
             other = _load_weight(other_right + places, start + term, depth, column, columns, EVEN_DEPTH, EVEN_COLUMNS)
@@ -259,7 +267,7 @@ def add_bias(total, bias, expert, column, columns):
 
 _INT32_POINTERS = {"offsets", "choice_of_row"}
 _FLOAT32_POINTERS = {"gates", "parts"}
-_WIDTHS = {"depth", "columns", "left_columns", "right_columns", "width", "hidden"}
+_WIDTHS = {"depth", "columns", "left_columns", "right_columns", "width", "hidden", "stride", "in_stride", "out_stride"}
 _WEIGHTS = {"weight", "other_weight", "gate_weight"}
 _ROWS = {"x", "dy", "rows", "other_rows"}
 _OUTER_LEFT, _OUTER_RIGHT = {"left", "dz", "dy"}, {"right", "x", "a"}

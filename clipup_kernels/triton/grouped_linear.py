@@ -14,8 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .grouped_gemm import add_bias, block_of_rows, describe, find_tile, groups, max_tiles, multiply, operand, place
-from .launch import ceil_div, dense
+from .grouped_gemm import (
+    add_bias,
+    block_of_rows,
+    describe,
+    find_tile,
+    groups,
+    max_tiles,
+    multiply,
+    operand,
+    place,
+    suited,
+)
+from .launch import ceil_div, dense, stacked
 from .variants import Variant
 from .weight_gradient import weight_gradient
 
@@ -34,7 +45,7 @@ def _first_terms(rows, first, end, depth, ROW_DESCRIPTORS: tl.constexpr, BLOCK_M
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def _project_rows(
-    rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns,
+    rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns, stride,
     TRANSPOSED: tl.constexpr, FILL_EMPTY: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -46,14 +57,14 @@ def _project_rows(
     if (first < end) & (expert < num_experts):
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total = multiply(
-            total, _first_terms(rows, first, end, depth, ROW_DESCRIPTORS, BLOCK_M), first, weight, expert, first_column,
-            depth, columns, TRANSPOSED, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N,
-            BLOCK_K,
+            total, _first_terms(rows, first, end, depth, ROW_DESCRIPTORS, BLOCK_M), first, weight, expert, stride,
+            first_column, depth, columns, TRANSPOSED, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION,
+            BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if other_rows is not None:
             total = multiply(
                 total, _first_terms(other_rows, first, end, depth, ROW_DESCRIPTORS, BLOCK_M), first, other_weight,
-                expert, first_column, depth, columns, TRANSPOSED, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH,
+                expert, stride, first_column, depth, columns, TRANSPOSED, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH,
                 EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         total = add_bias(total, bias, expert, first_column + tl.arange(0, BLOCK_N), columns)
@@ -77,7 +88,9 @@ def project_rows(
         other: rows and weight of a second product, added to the first.
         config: instead of the table's.
     """
-    rows, weight, bias, offsets, other_rows, other_weight = dense(rows, weight, bias, offsets, *(other or (None, None)))
+    other_rows, other_weight = other or (None, None)
+    rows, bias, offsets, other_rows = dense(rows, bias, offsets, other_rows)
+    (weight, other_weight), stride = stacked(weight, other_weight)
     num_experts, columns, depth = weight.mT.shape if transposed else weight.shape
     num_rows = rows.shape[0]
     out = rows.new_empty(num_rows, columns)
@@ -85,13 +98,14 @@ def project_rows(
         return out
     kernel = "project_rows_transposed" if transposed else "project_rows"
     config = config or configs.choose(kernel, rows.device, rows.dtype, num_rows, num_experts, depth, columns)
+    config = suited(config, (weight, other_weight), (rows, other_rows), transposed)
     tiles = max_tiles(num_rows, num_experts, config.block_m) * ceil_div(columns, config.block_n)
     block = [config.block_m, config.block_k]
     with torch.cuda.device_of(rows):
         _project_rows[(tiles,)](
             block_of_rows(rows, config, block), operand(weight, config, transposed),
             block_of_rows(other_rows, config, block), operand(other_weight, config, transposed), bias,
-            offsets, out, num_rows, num_experts, depth, columns,
+            offsets, out, num_rows, num_experts, depth, columns, stride,
             TRANSPOSED=transposed, FILL_EMPTY=fill_empty, **config.loads, **config.even(depth, columns),
             PRECISION=configs.precision(rows.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .grouped_gemm import block_of_rows, describe
+from .grouped_gemm import block_of_rows, describe, suited
 from .launch import ceil_div, dense
 from .rows import ExpertOrder, in_expert_order
 from .variants import Variant
@@ -219,11 +219,15 @@ def weight_gradient(
     left, right, offsets, choice_of_row, gates = dense(left, right, offsets, choice_of_row, gates)
     num_experts, num_left, num_right = len(offsets) - 1, left.shape[1], right.shape[1]
     num_rows = len(left if choice_of_row is None else choice_of_row)
-    d_weight = left.new_empty(num_experts, num_left, num_right)
-    d_bias = left.new_empty(num_experts, num_left) if need_bias else None
+    make = left.new_empty if num_rows else left.new_zeros
+    d_weight = make(num_experts, num_left, num_right)
+    d_bias = make(num_experts, num_left) if need_bias else None
+    if num_rows == 0:
+        return d_weight, d_bias
     config = config or configs.choose(
         "weight_gradient", left.device, left.dtype, num_rows, num_experts, num_left, num_right
     )
+    config = suited(config, rows=(left, right))
     tiles = num_experts * ceil_div(num_left, config.block_m) * ceil_div(num_right, config.block_n)
     if config.row_descriptors:
         left = in_expert_order(left, choice_of_row, top_k) if gather_left else left
@@ -257,17 +261,22 @@ def expert_gradients(
     dz, x, dy, a, gates, offsets, choice_of_row = dense(dz, x, dy, a, gates, offsets, choice_of_row)
     num_experts, width, (num_rows, hidden) = len(offsets) - 1, x.shape[1], a.shape
     planes = 1 if dz.dim() == 2 else 2
-    in_weights = [x.new_empty(num_experts, hidden, width) for _ in range(planes)]
-    in_biases = [x.new_empty(num_experts, hidden) if in_bias else None for _ in range(planes)]
-    d_out_weight = x.new_empty(num_experts, width, hidden)
-    d_out_bias = x.new_empty(num_experts, width) if out_bias else None
+    make = x.new_empty if num_rows else x.new_zeros
+    in_weights = [make(num_experts, hidden, width) for _ in range(planes)]
+    in_biases = [make(num_experts, hidden) if in_bias else None for _ in range(planes)]
+    d_gate_weight, d_gate_bias = (in_weights[1], in_biases[1]) if planes == 2 else (None, None)
+    d_out_weight = make(num_experts, width, hidden)
+    d_out_bias = make(num_experts, width) if out_bias else None
+    gradients = [in_weights[0], in_biases[0], d_out_weight, d_out_bias, d_gate_weight, d_gate_bias]
+    if num_rows == 0:
+        return gradients
     config = config or configs.choose("expert_gradients", x.device, x.dtype, num_rows, num_experts, hidden, width)
+    config = suited(config, rows=(dz, x, dy, a))
     in_tiles, out_tiles = (
         num_experts * ceil_div(left, config.block_m) * ceil_div(right, config.block_n)
         for left, right in ((hidden, width), (width, hidden))
     )
     block = max(config.block_m, config.block_n)
-    d_gate_weight, d_gate_bias = (in_weights[1], in_biases[1]) if planes == 2 else (None, None)
     gather = not config.row_descriptors
     if not gather:
         dy = (dy_rows or ExpertOrder(dy, choice_of_row, gates.shape[1])).rows
@@ -281,7 +290,7 @@ def expert_gradients(
             EVEN_SIZES=width % block == 0 and hidden % block == 0, PRECISION=configs.precision(x.dtype),
             **config.constants, **_staged(config, gather).options,
         )  # fmt: skip
-    return [in_weights[0], in_biases[0], d_out_weight, d_out_bias, d_gate_weight, d_gate_bias]
+    return gradients
 
 
 def _operands(config: configs.Config, left: Tensor, right: Tensor) -> tuple[Any, Any]:

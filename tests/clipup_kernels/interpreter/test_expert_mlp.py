@@ -20,6 +20,8 @@ from moe_cases import (
     route,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipup_kernels import ACTIVATIONS, Plan, reference
 from clipup_kernels.backends import torch_eager
@@ -161,14 +163,96 @@ def test_one_weights_gradient_from_rows_read_by_descriptors_follows_the_oracle(b
             assert_follows(gradient, want[name], torch.float16, name)
 
 
-def test_operands_that_no_descriptor_can_serve_are_refused(monkeypatch):
-    choose = configs.choose
+@pytest.fixture
+def descriptors_made(monkeypatch):
+    made, make = [], TensorDescriptor.from_tensor
+    monkeypatch.setattr(
+        TensorDescriptor, "from_tensor", lambda tensor, block: made.append(tensor) or make(tensor, block)
+    )
+    return made
+
+
+def test_operands_that_no_descriptor_can_serve_are_read_by_pointers(by_descriptors, descriptors_made):
+    tiles = by_descriptors(rows_too=True)
+    assert_follows_oracle(SHAPES["odd"], gated=True)
+    assert all(tile.row_descriptors for tile in tiles) and not descriptors_made
+
+
+def off_by_an_element(tensor):
+    """The same values, from memory that is not on a multiple of 16 bytes."""
+    moved = torch.cat((tensor.new_zeros(1), tensor.flatten()))[1:].view(tensor.shape)
+    assert moved.data_ptr() % 16 and moved.is_contiguous()
+    return moved
+
+
+def test_weights_and_rows_on_odd_addresses_are_read_by_pointers(by_descriptors, descriptors_made):
+    by_descriptors(rows_too=True)
+    dy, x, gates, plan, experts = case(Shape(80, 64, 160, 2, 2), dtype=torch.float16)
+    odd = experts._replace(in_weight=off_by_an_element(experts.in_weight))
+    y, z = forward(x, gates, plan, experts)
+    before = len(descriptors_made)
+    odd_y, odd_z = forward(off_by_an_element(x), gates, plan, odd)
+    assert torch.equal(odd_y, y) and torch.equal(odd_z, z)
+    assert len(descriptors_made) == before + before // 2, "those of the second product"
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_no_rows_give_gradients_of_0_whatever_the_config(by_descriptors, gated):
+    by_descriptors(rows_too=True)
+    dy, x, gates, plan, experts = case(Shape(0, 64, 160, 2, 2), dtype=torch.float16, gated=gated)
+    y, z = forward(x, gates, plan, experts)
+    for wanted in ((True,) * 4, (False, False, True, False), (False, False, False, True)):
+        for name, gradient in backward(dy, x, gates, plan, experts, z, wanted).items():
+            assert not gradient.any(), name
+
+
+@pytest.mark.parametrize("rows_too", [None, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("keep_z", [True, False])
+def test_the_halves_of_one_weight_are_read_where_they_are(by_descriptors, descriptors_made, rows_too, keep_z):
+    if rows_too:
+        by_descriptors(rows_too)
+    shape = Shape(80, 64, 160, 3, 2)
+    dy, x, gates, plan, experts = case(shape, dtype=torch.float16, gated=True, bias=False)
+    whole = torch.cat((experts.gate_weight, experts.in_weight), dim=1)
+    gate_half, in_half = whole.chunk(2, dim=1)
+    halves = experts._replace(in_weight=in_half, gate_weight=gate_half)
+
+    copies = CopiesOf((3, 160, 64))
+    with copies:
+        y, z = forward(x, gates, plan, halves, keep_z)
+        gradients = backward(dy, x, gates, plan, halves, z)
+
+    assert copies.seen == 0 and bool(descriptors_made) == bool(rows_too)
+    wanted_y, wanted_z = forward(x, gates, plan, experts, keep_z)
+    assert torch.equal(y, wanted_y) and torch.equal(z, wanted_z)
+    for name, gradient in backward(dy, x, gates, plan, experts, wanted_z).items():
+        assert torch.equal(gradients[name], gradient), name
+
+
+class CopiesOf(TorchDispatchMode):
+    """Counts the ops that copy a tensor of a shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.seen = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default) and args[0].shape == self.shape:
+            self.seen += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_copies_of_weights_are_seen():
+    with CopiesOf((3, 4, 5)) as copies:
+        torch.zeros(3, 8, 5)[:, :4].contiguous()
+    assert copies.seen == 1
+
+
+def test_a_weight_whose_memory_was_freed_is_named():
     _, x, gates, plan, experts = case(SHAPES["odd"])
-    for option, shape in (("descriptors", r"weights \[5, 53, 19\]"), ("row_descriptors", r"rows \[111, 19\]")):
-        with_option = {option: True}
-        monkeypatch.setattr(configs, "choose", lambda *which, option=with_option: choose(*which)._replace(**option))
-        with pytest.raises(ValueError, match=rf"by descriptors, which {shape}.*delete"):
-            forward(x, gates, plan, experts)
+    experts.in_weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"shape \(5, 53, 19\) has no memory: its storage was freed, as FSDP does"):
+        forward(x, gates, plan, experts)
 
 
 @pytest.mark.slow

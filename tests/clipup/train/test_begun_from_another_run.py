@@ -1,0 +1,312 @@
+"""A run that is begun from a checkpoint of another one and stopped before it has its own begins from there again: under
+``--resume latest``, and by the same command. Never from random weights."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from clipup.cli import main
+from clipup.train import Every, checkpoints, dcp_storage, train
+
+KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
+LATER = list(range(4, 10))
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def run(make_model, pairs, options):
+    """Three epochs of three steps each."""
+
+    def run(callbacks=(), **changes):
+        settings = {"steps": None, "epochs": 3, **changes}
+        return train(options(**settings), model=make_model(), loader=pairs(), callbacks=callbacks)
+
+    return run
+
+
+@pytest.fixture
+def first(run):
+    """The run "run", and a checkpoint of it after the first of three epochs."""
+
+    def first(kind="full"):
+        once = run(fsdp_checkpoint=kind)
+        return once, str(once.directory / "checkpoints" / ("epoch_1.pt" if kind == "full" else "epoch_1"))
+
+    return first
+
+
+@pytest.fixture
+def save_breaks_off(monkeypatch):
+    """The next checkpoint is not written: an error in its place."""
+
+    def prepare(error):
+        def fail(*args, **kwargs):
+            monkeypatch.undo()
+            raise error
+
+        monkeypatch.setattr(checkpoints, "write_pickle", fail)
+        monkeypatch.setattr(dcp_storage, "save", fail)
+
+    return prepare
+
+
+def assert_is_rest_of(resumed, once):
+    assert [record["step"] for record in resumed.history] == LATER
+    for name, value in once.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@KINDS
+@pytest.mark.parametrize("again", ["latest", "the same command"])
+def test_killed_while_it_saves_its_first_checkpoint_it_begins_there_again(run, first, save_breaks_off, kind, again):
+    once, start = first(kind)
+    resume = "latest" if again == "latest" else start
+
+    save_breaks_off(Killed())
+    with pytest.raises(Killed):
+        run(fsdp_checkpoint=kind, resume=start, name="other")
+    save_breaks_off(Killed())
+    with pytest.raises(Killed):
+        run(fsdp_checkpoint=kind, resume=resume, name="other")
+
+    resumed = run(fsdp_checkpoint=kind, resume=resume, name="other")
+
+    assert_is_rest_of(resumed, once)
+    assert ("has no checkpoint of its own yet" in (resumed.directory / "out.log").read_text()) == (again == "latest")
+
+
+@KINDS
+def test_its_first_checkpoint_is_whole_before_its_first_step(run, first, kind, tmp_path):
+    _, start = first(kind)
+    found = []
+
+    def note(model):
+        found.extend(checkpoints.candidates(tmp_path / "logs" / "other" / "checkpoints")[0])
+        raise Killed
+
+    with pytest.raises(Killed):
+        run([Every(1, note)], fsdp_checkpoint=kind, resume=start, name="other")
+
+    assert [path.name for path in found] == ["epoch_latest.pt" if kind == "full" else "step_3"]
+
+
+@KINDS
+def test_a_full_disk_at_its_first_checkpoint_costs_nothing(run, first, save_breaks_off, kind):
+    once, start = first(kind)
+    save_breaks_off(OSError(errno.ENOSPC, "No space left on device"))
+
+    with pytest.raises(OSError, match="No space left.*there is no earlier one.*continue with --resume latest"):
+        run(fsdp_checkpoint=kind, resume=start, name="other")
+
+    assert_is_rest_of(run(fsdp_checkpoint=kind, resume="latest", name="other"), once)
+
+
+def test_what_it_began_from_is_needed_until_it_has_a_checkpoint(run, first, save_breaks_off):
+    _, start = first()
+    save_breaks_off(Killed())
+    with pytest.raises(Killed):
+        run(resume=start, name="other")
+    os.rename(start, f"{start}.away")
+
+    said = (
+        f"was begun from {start} and has no checkpoint of its own yet, and that cannot be used: there is no checkpoint"
+    )
+    with pytest.raises(FileNotFoundError, match=said):
+        run(resume="latest", name="other")
+    os.rename(f"{start}.away", start)
+    run(resume="latest", name="other", epochs=2)
+    os.rename(start, f"{start}.away")
+    assert run(resume="latest", name="other").steps == 9
+
+
+def test_where_it_began_does_not_depend_on_the_directory_of_the_process(run, first, save_breaks_off, monkeypatch):
+    once, start = first()
+    save_breaks_off(Killed())
+    monkeypatch.chdir(once.directory)
+    with pytest.raises(Killed):  # and the former directory again
+        run(resume=os.path.relpath(start), name="other")
+
+    assert_is_rest_of(run(resume="latest", name="other"), once)
+
+
+def test_another_checkpoint_does_not_begin_it_again(run, first, save_breaks_off):
+    once, start = first()
+    save_breaks_off(Killed())
+    with pytest.raises(Killed):
+        run(resume=start, name="other")
+
+    with pytest.raises(FileExistsError, match="already holds a run, and the checkpoint .*epoch_2.pt is of another one"):
+        run(resume=start.replace("epoch_1", "epoch_2"), name="other")
+
+
+@pytest.mark.parametrize("renamed", range(3))
+def test_killed_while_it_discards_a_run_either_that_one_is_there_or_it_begins_again(run, first, monkeypatch, renamed):
+    once, start = first()
+    former = run(name="other", epochs=2, lr=5e-4)
+    rename, left = Path.rename, [renamed]
+
+    def rename_some(path, target):
+        if ".discarded.tmp" in str(target):
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Path, "rename", rename_some)
+        run(resume=start, name="other", force=True)
+    with_options = {"lr": 5e-4, "epochs": 2} if renamed == 0 else {}
+    resumed = run(resume="latest", name="other", **with_options)
+
+    if renamed == 0:
+        assert resumed.already_finished and resumed.steps == former.steps
+    else:
+        assert_is_rest_of(resumed, once)
+
+
+def test_the_command_line_discards_a_run_for_a_checkpoint_of_another_one(monkeypatch, capsys):
+    seen = []
+
+    def stop(options):
+        seen.append(options)
+        raise ValueError("not trained")
+
+    monkeypatch.setattr("clipup.cli.train.train", stop)
+    command = ["train", "--model", "ViT-B-32", "--name", "b", "--force", "--resume"]
+
+    assert main([*command, "latest"]) == 2
+    assert "--force has no effect with --resume latest" in capsys.readouterr().err
+    assert main([*command, "logs/a/checkpoints/epoch_1.pt"]) == 2
+    assert [(one.force, one.resume) for one in seen] == [(True, "logs/a/checkpoints/epoch_1.pt")]
+
+
+def test_force_does_not_discard_a_run_that_is_continued(run, first):
+    once, _ = first()
+
+    with pytest.raises(
+        ValueError, match="force discards the run in .*, and the checkpoint .* is its own; drop --force"
+    ):
+        run(resume=str(once.directory / "checkpoints" / "epoch_latest.pt"), force=True)
+
+
+def test_a_stopped_run_names_the_command_that_continues_it(run, first):
+    _, start = first()
+
+    def interrupt(model):
+        os.kill(os.getpid(), 15)
+
+    with pytest.raises(
+        KeyboardInterrupt, match=f"--name 'a b' --resume latest in place of --force and --resume {start}"
+    ):
+        run([Every(1, interrupt)], resume=start, force=True, name="a b")
+
+
+@pytest.mark.parametrize("resume", ["logs/run", "logs/run/checkpoints"])
+def test_a_directory_that_is_no_checkpoint_is_said_to_be_none(run, first, tmp_path, resume):
+    first()
+
+    with pytest.raises(ValueError, match="is a directory, and no sharded checkpoint"):
+        run(resume=str(tmp_path / resume))
+
+
+@pytest.fixture
+def validated(make_model, pairs, options, csv_data):
+    def validated(**changes):
+        return train(
+            options(**{"steps": None, "epochs": 2, "val_data": csv_data, **changes}),
+            model=make_model(),
+            preprocess=open_clip.image_transform(16, is_train=False),
+            tokenizer=open_clip.SimpleTokenizer(context_length=8),
+            loader=pairs(),
+        )
+
+    return validated
+
+
+@pytest.mark.parametrize("name", ["run", "other"])
+def test_numbers_of_other_data_are_not_taken_for_its_own(validated, csv_data, tmp_path, name):
+    once = validated()
+    fewer = tmp_path / "fewer.csv"
+    fewer.write_text("".join(Path(csv_data).read_text().splitlines(keepends=True)[:9]))
+    state = checkpoints.load(once.directory / "checkpoints" / "epoch_latest.pt")
+    torch.save({**state, "finished": False}, once.directory / "checkpoints" / "epoch_latest.pt")
+    resume = "latest" if name == "run" else str(once.directory / "checkpoints" / "epoch_latest.pt")
+
+    other = validated(name=name, resume=resume, val_data=str(fewer))
+
+    last = json.loads((other.directory / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert last["gallery"] == 8
+
+
+def test_a_run_without_validation_ends_after_one_with_it(validated):
+    once = validated()
+
+    other = validated(
+        name="other", resume=str(once.directory / "checkpoints" / "epoch_latest.pt"), val_data=None, epochs=2
+    )
+
+    assert other.steps == once.steps and not (other.directory / "evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize("resume", ["latest", None, "path"])
+@pytest.mark.parametrize("what", ["link", "file"])
+def test_checkpoints_on_a_disk_that_is_away_are_not_replaced(run, tmp_path, resume, what):
+    directory = run().directory
+    before = {path.name for path in directory.iterdir()}
+    place = directory / "checkpoints"
+    place.rename(tmp_path / "away")
+    place.symlink_to(tmp_path / "gone") if what == "link" else place.write_text("")
+
+    with pytest.raises(OSError, match="checkpoints is a .*, and should be a directory; nothing was changed"):
+        run(resume=str(place / "epoch_2.pt") if resume == "path" else resume, force=resume is None)
+
+    assert {path.name for path in directory.iterdir()} == before
+
+
+def test_a_full_disk_is_said_beside_a_link_to_a_disk_that_is_away(tmp_path):
+    (tmp_path / "epoch_1.pt").symlink_to(tmp_path / "gone")
+
+    with pytest.raises(OSError, match="could not write the checkpoint .*; there is no earlier one"):
+        checkpoints.save({"optimizer": lambda: None}, tmp_path / "missing" / "epoch_2.pt")
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(OSError, match="full; there is no earlier one"):
+        patched.setattr(checkpoints, "write_pickle", _full)
+        checkpoints.save({}, tmp_path / "epoch_2.pt")
+
+
+def _full(*_):
+    raise OSError("full")
+
+
+def test_a_run_does_not_begin_where_the_copy_is_of_another_one(run, tmp_path):
+    copied = {"remote_sync": f"file://{tmp_path}/there", "remote_sync_protocol": "fsspec"}
+    directory = run(**copied).directory
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+    with pytest.raises(FileExistsError, match="there/run holds the copy of a run, .*delete the copy"):
+        run(force=True, **copied)
+
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    assert run(resume="latest", epochs=4, **copied).steps == 12
+
+
+def test_a_run_that_is_finished_in_another_kind_of_checkpoint_stays_as_it_is(run, save_breaks_off, monkeypatch):
+    directory = run(fsdp_checkpoint="sharded", save_every_n_steps=4, steps=4, epochs=3).directory
+    index = next((directory / "checkpoints").glob("step_4"))
+    state = checkpoints.sharded_checkpoints.read_state(index)
+    checkpoints.sharded_checkpoints.write_state(index, {**state, "finished": False})
+
+    run(fsdp_checkpoint="full", steps=4, resume="latest")
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"}
+
+    assert run(fsdp_checkpoint="full", steps=4, resume="latest").already_finished
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"} == before
