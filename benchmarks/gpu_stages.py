@@ -3,7 +3,8 @@
     python benchmarks/gpu_stages.py --csv runs/gpu_stages.csv
 
 ``ratio`` is the time of CUDA C++ over Triton's, the median of pair-by-pair ratios: below 1 a stage is faster as C++.
-``launched`` calls are timed as the host makes them, ``graph`` ones inside a CUDA graph, without the host.
+``launched`` calls are timed on the device, behind a sweep that gives the host a start, ``graph`` ones inside a CUDA
+graph. ``in a row`` is the time per call of 50 calls between two synchronizations: the host's, where it takes longer.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from clipup_kernels.machine import package_version, processor_name
 TOKENS = (4096, 16_384, 50_000, 200_000, 400_000)
 SIZES = ((8, 2), (64, 8))
 """Experts and choices."""
+CALLS = 50
 Call = Callable[[], object]
 
 
@@ -70,15 +72,30 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
+def in_a_row(call: Call) -> Call:
+    """CALLS of them, waited for."""
+
+    def run() -> None:
+        for _ in range(CALLS):
+            call()
+        torch.cuda.synchronize()
+
+    return run
+
+
 def measure(tokens: int, num_experts: int, k: int, seconds: float) -> Iterator[dict]:
     for name, theirs, ours in stages(tokens, num_experts, k):
         check(name, theirs(), ours())
-        for how, wrap in (("launched", lambda call: call), ("graph", captured)):
-            times = alternate({"triton": wrap(theirs), "cuda": wrap(ours)}, "triton", seconds, "cuda")
+        for how, wrap, clock, calls in (
+            ("launched", lambda call: call, "cuda", 1),
+            ("graph", captured, "cuda", 1),
+            ("in a row", in_a_row, "cpu", CALLS),
+        ):
+            times = alternate({"triton": wrap(theirs), "cuda": wrap(ours)}, "triton", seconds, clock)
             yield {
                 "device": processor_name("cuda"), "stage": name, "tokens": tokens, "experts": num_experts, "top_k": k,
-                "how": how, "triton_us": f"{times['triton'].median_ms * 1e3:.1f}",
-                "cuda_us": f"{times['cuda'].median_ms * 1e3:.1f}", "ratio": f"{times['cuda'].ratio:.3f}",
+                "how": how, "triton_us": f"{times['triton'].median_ms * 1e3 / calls:.1f}",
+                "cuda_us": f"{times['cuda'].median_ms * 1e3 / calls:.1f}", "ratio": f"{times['cuda'].ratio:.3f}",
                 "commit": commit(), "torch": torch.__version__, "triton": package_version("triton"),
             }  # fmt: skip
 

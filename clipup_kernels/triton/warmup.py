@@ -23,7 +23,8 @@ def warmup(
     gated: bool = False,
     training: bool = True,
 ) -> None:
-    """Compiles the kernels of one layer by running them on zeros; Triton caches them on disk.
+    """Compiles the kernels of one layer by running them on zeros; Triton caches them on disk. Routing is compiled with
+    and without a mask; for training also with a capacity and with the gradients of the auxiliary losses.
 
     Args:
         width, hidden, num_experts, top_k: D, H, E, K.
@@ -39,15 +40,28 @@ def warmup(
     gate_weight = zeros(num_experts, hidden, width, wanted=gated)
     gate_bias = zeros(num_experts, hidden, wanted=gated and bias)
     parameters = (in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias)
+
+    def route(x, router_weight, mask):
+        logits = router_logits.router_logits(x, router_weight, mask)
+        gates, expert_indices, top_prob, mean_probs, z_loss, _ = topk_gating.topk_gating(
+            logits, top_k, True, None, mask
+        )
+        plan = dispatch.dispatch(expert_indices, num_experts, None, None, mask)
+        if training:
+            dispatch.dispatch(expert_indices, num_experts, 1.0, None, mask)
+            router_logits.router_logits_backward(logits, x, router_weight, mask, [True, True])
+            for of_losses in ((None, None), (mean_probs, z_loss)):
+                gradients = gates, None, *of_losses
+                topk_gating.topk_gating_backward(logits, expert_indices, True, mask, *gradients)
+        return gates, plan
+
     for num_tokens in tokens:
         x, router_weight = zeros(num_tokens, width), zeros(num_experts, width, dtype=torch.float32)
-        logits = router_logits.router_logits(x, router_weight)
-        gates, expert_indices, *_ = topk_gating.topk_gating(logits, top_k, True)
-        routed = (x, gates, *dispatch.dispatch(expert_indices, num_experts), *parameters)
+        route(x, router_weight, torch.ones(num_tokens, dtype=torch.bool, device=device))
+        gates, plan = route(x, router_weight, None)
+        routed = (x, gates, *plan, *parameters)
         y, z = expert_mlp.expert_mlp_forward(*routed, activation, False)
         if training:
             expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)
             y, z = expert_mlp.expert_mlp_forward(*routed, activation, True)
-            router_logits.router_logits_backward(logits, x, router_weight, None, [True, True])
-            topk_gating.topk_gating_backward(logits, expert_indices, True, None, gates)
             expert_mlp_backward.expert_mlp_backward(y, *routed, z, activation, [True] * 4)

@@ -120,3 +120,18 @@ def test_a_launch_that_fails_is_named_and_what_is_measured_is_written_at_once(mo
     ]
     names = [line.split(",")[0] for line in written.read_text().splitlines()]
     assert names == ["launch", "copy", "project_in", "gather_sum"]
+
+
+def test_a_launch_that_fails_takes_only_those_with_it_that_read_its_results(monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(gpu_kernels, "clock", lambda run, device: (run(), 1e-3)[1])
+    monkeypatch.setattr(gpu_kernels.expert_mlp_backward, "project_back", fails)
+    rows = []
+
+    failures = gpu_kernels.measure_all(launches(*LAYER, torch.float16, "cpu"), "cpu", 1, rows.append)
+
+    measured = [row["launch"] for row in rows]
+    assert {"router_logits", "project_in", "project_rows", "combine", "torch, in", "torch, out"} <= set(measured)
+    assert failures == 5 and not {"project_back", "gate_gradient", "expert_gradients", "gather_sum"} & set(measured)

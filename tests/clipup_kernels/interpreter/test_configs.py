@@ -7,7 +7,16 @@ import pytest
 import torch
 from moe_cases import Shape, make_experts, randn, route
 
-from clipup_kernels.triton import configs, expert_mlp, expert_mlp_backward, tune, warmup
+from clipup_kernels.triton import (
+    configs,
+    dispatch,
+    expert_mlp,
+    expert_mlp_backward,
+    router_logits,
+    topk_gating,
+    tune,
+    warmup,
+)
 from clipup_kernels.triton.configs import Config
 from clipup_kernels.triton.grouped_gemm import max_tiles
 
@@ -174,6 +183,48 @@ def test_an_old_gpu_is_refused_with_a_fix(monkeypatch):
 def test_relatives_of_a_large_chip_share_its_tiles(monkeypatch, capability, arch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert configs.architecture(torch.device("cuda:0")) == arch
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
+def test_warmup_launches_the_routing_of_a_training_step(monkeypatch, masked):
+    """Each kernel, with the same constants and the same arguments that are None."""
+    launched = set()
+
+    def note(module, name):
+        kernel = getattr(module, name)
+
+        class Noting:
+            def __getitem__(self, grid):
+                def launch(*arguments, **constants):
+                    absent = tuple(argument is None for argument in arguments)
+                    launched.add((name, absent, tuple(sorted(constants.items()))))
+                    return kernel[grid](*arguments, **constants)
+
+                return launch
+
+        monkeypatch.setattr(module, name, Noting())
+
+    for module, names in {
+        router_logits: ("_logits", "_token_gradient", "_weight_sums"),
+        topk_gating: ("_gating", "_gating_backward"),
+        dispatch: ("_count", "_assign"),
+    }.items():
+        for name in names:
+            note(module, name)
+    warmup.warmup(24, 40, 4, 2, [20], dtype=torch.float16, device="cpu")
+    warm = set(launched)
+    launched.clear()
+
+    x, router = randn(20, 24, dtype=torch.float16), randn(4, 24)
+    mask = torch.arange(20) % 3 > 0 if masked else None
+    logits = router_logits.router_logits(x, router, mask)
+    gates, indices, _, mean_probs, z_loss, _ = topk_gating.topk_gating(logits, 2, True, None, mask)
+    dispatch.dispatch(indices, 4, 1.0, None, mask)
+    topk_gating.topk_gating_backward(logits, indices, True, mask, gates, None, mean_probs, z_loss)
+    router_logits.router_logits_backward(logits, x, router, mask, [True, True])
+
+    assert len({name for name, *_ in launched}) == 7
+    assert launched <= warm
 
 
 def test_warmup_launches_what_a_training_step_launches(monkeypatch):
