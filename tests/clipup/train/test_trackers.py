@@ -83,7 +83,7 @@ def test_a_resumed_run_continues_its_trackio_run(stub, make_model, pairs, option
 def test_a_missing_package_is_named_with_its_extra(make_model, pairs, options, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
 
-    with pytest.raises(ImportError, match=rf"report_to='{name}' needs the package {name}.*clipup\[{name}\]"):
+    with pytest.raises(ImportError, match=rf"report_to='{name}' needs the package {name}.*extra '{name}' has it"):
         train(options(report_to=name), model=make_model(), loader=pairs())
 
 
