@@ -36,7 +36,7 @@ class Options:
     Example: clipup eval runs/b16-moe/model --dataset coco --root /data/coco --out coco.json
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A model name of open_clip, a directory, or hf-hub:ORG/NAME."""
     pretrained: str | None = None
     """Tag or file of weights for a model given by name; a training checkpoint may be sparse."""

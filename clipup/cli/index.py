@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from torch import Tensor
@@ -31,9 +32,9 @@ class Options:
     Example: clipup index photos/ photos.index --model logs/b16-moe/model --int8
     """
 
-    images: tyro.conf.Positional[str]
+    images: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
     """Directory with images."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory for the index."""
     model: str
     """A model name of open_clip, a directory, or hf-hub:ORG/NAME."""

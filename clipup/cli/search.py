@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -26,9 +27,9 @@ class Options:
     Example: clipup search photos.index "a red bicycle" --page found.html
     """
 
-    index: tyro.conf.Positional[Path]
+    index: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="INDEX")]
     """Directory of the index."""
-    texts: tyro.conf.Positional[list[str]]
+    texts: Annotated[list[str], tyro.conf.Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]")]
     """What to look for; several texts are searched for one by one."""
     count: int = 12
     """Images per text."""

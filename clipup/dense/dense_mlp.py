@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clipup_kernels import ACTIVATIONS
+
 
 @dataclass(frozen=True)
 class DenseMLP:
@@ -18,6 +20,10 @@ class DenseMLP:
 
     ``W_out norm(dropout(act(W_in x + b_in))) + b_out``, gated: ``act(W_gate x + b_gate) * (W_in x + b_in)`` inside;
     norm and dropout are optional.
+
+    Raises:
+        TypeError: projections of which only some have a bias, of shapes that do not fit, or of several types or
+            devices; half of a norm; an unknown activation.
     """
 
     in_weight: Tensor
@@ -44,6 +50,32 @@ class DenseMLP:
     """Probability of dropping an entry of the activation in training."""
     input_norm: nn.Module | None = None
     """A norm in front of the projections. It is not part of an expert: it stays in front of the router."""
+
+    def __post_init__(self) -> None:
+        projections = ("in", "out") if self.gate_weight is None else ("in", "out", "gate")
+        if len({getattr(self, f"{name}_bias") is None for name in projections}) > 1:
+            raise TypeError("cannot read an MLP with a bias in only one of its projections")
+        if (self.ln_weight is None) != (self.ln_bias is None):
+            raise TypeError("cannot read an MLP with a layer norm that lacks weight or bias")
+        if self.activation not in ACTIVATIONS:
+            raise TypeError(
+                f"cannot read an MLP with activation {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}"
+            )
+        (hidden, width), ends = self.in_weight.shape, tuple(self.out_weight.shape)
+        if ends != (width, hidden) and ends[1:] == (hidden,):
+            raise TypeError(
+                f"cannot read an MLP from width {width} over {hidden} to {ends[0]}; experts end as wide as they start"
+            )
+        shapes = {"out_weight": (width, hidden), "gate_weight": (hidden, width), "out_bias": (width,)}
+        for name, value in self.parameters().items():
+            expected = shapes.get(name, tuple(self.in_weight.shape) if name == "in_weight" else (hidden,))
+            if tuple(value.shape) != expected:
+                raise TypeError(f"cannot read an MLP whose {name} has shape {list(value.shape)}, not {list(expected)}")
+        of_projections = [value for name, value in self.parameters().items() if not name.startswith("ln_")]
+        for what in ("dtype", "device"):
+            found = {str(getattr(value, what)) for value in of_projections}
+            if len(found) > 1:
+                raise TypeError(f"cannot read an MLP with projections in {' and '.join(sorted(found))}; make them one")
 
     def parameters(self) -> dict[str, Tensor]:
         """The tensors by their names in SparseMoE; absent ones are omitted."""
@@ -101,9 +133,9 @@ def read_activation(module: nn.Module) -> str:
 def read_linears(linears: dict[str, nn.Module], activation: nn.Module, **others: Any) -> DenseMLP:
     """The MLP of plain linear layers named "in", "out" and, if gated, "gate"; ``others``: further fields."""
     check_linears(*linears.values())
-    weights = {f"{name}_weight": linear.weight for name, linear in linears.items()}
-    biases = {f"{name}_bias": linear.bias for name, linear in linears.items()}
-    return assemble(**weights, **biases, activation=read_activation(activation), **others)
+    weights: dict[str, Any] = {f"{name}_weight": linear.weight for name, linear in linears.items()}
+    biases: dict[str, Any] = {f"{name}_bias": linear.bias for name, linear in linears.items()}
+    return DenseMLP(**weights, **biases, activation=read_activation(activation), **others)
 
 
 def check_linears(*linears: nn.Module) -> None:
@@ -113,18 +145,6 @@ def check_linears(*linears: nn.Module) -> None:
             raise TypeError(
                 f"cannot read an MLP whose projection is a {class_name(linear)}, expected a plain nn.Linear"
             )
-
-
-def assemble(**fields: Any) -> DenseMLP:
-    """A ``DenseMLP`` that the ops support: all projections with biases or none, and equal input and output width."""
-    if len({fields[name] is None for name in fields if name in ("in_bias", "gate_bias", "out_bias")}) > 1:
-        raise TypeError("cannot read an MLP with a bias in only one of its projections")
-    (hidden, width), out_shape = fields["in_weight"].shape, tuple(fields["out_weight"].shape)
-    if out_shape != (width, hidden):
-        raise TypeError(
-            f"cannot read an MLP from width {width} over {hidden} to {out_shape[0]}; experts end as wide as they start"
-        )
-    return DenseMLP(**fields)
 
 
 def read_norm(name: str, module: nn.Module) -> dict[str, Any]:

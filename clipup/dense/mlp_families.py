@@ -66,7 +66,10 @@ def read_mlp(*parts: nn.Module) -> DenseMLP:
             dense = family.read(*parts)
             refuse_changed_forward(*parts)
             return dense
-    raise TypeError(f"cannot read {' and '.join(names)} as an MLP; {families_read()}")
+    raise TypeError(
+        f"cannot read {' and '.join(names) or 'nothing'} as an MLP; {families_read()}. Of any other, "
+        "SparseMoE.from_dense takes a clipup.dense.dense_mlp.DenseMLP of its tensors"
+    )
 
 
 def _has(block: nn.Module, path: str) -> bool:

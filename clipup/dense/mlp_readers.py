@@ -10,7 +10,6 @@ from torch import nn
 
 from .dense_mlp import (
     DenseMLP,
-    assemble,
     check_linears,
     read_activation,
     read_dropout,
@@ -85,12 +84,12 @@ def _read_timm_glu(mlp: Any) -> DenseMLP:
 def _read_halves(order: tuple[str, str], both: nn.Module, out: nn.Module, **others: Any) -> DenseMLP:
     """A gated MLP in which one linear layer holds both projections into the hidden width, in this order."""
     check_linears(both, out)
-    fields = {"out_weight": out.weight, "out_bias": out.bias}
+    fields: dict[str, Any] = {"out_weight": out.weight, "out_bias": out.bias}
     for part in ("weight", "bias"):
         tensor = getattr(both, part)
         halves = (None, None) if tensor is None else tensor.chunk(2)
         fields |= {f"{name}_{part}": half for name, half in zip(order, halves, strict=True)}
-    return assemble(**fields, **others)
+    return DenseMLP(**fields, **others)
 
 
 def _read_timm_geglu(mlp: Any) -> DenseMLP:

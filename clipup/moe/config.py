@@ -152,6 +152,7 @@ class MoEConfig:
                 f"load_weight > 0 cannot be combined with selection_bias={self.selection_bias!r}: the load loss "
                 "assumes that the experts with the largest logits are selected, which the bias changes; use one of them"
             )
+        self._check_model_fields()
         self._check_expert_choice()
         not_averages = ("importance_weight", "load_weight", "global_entropy_weight")
         weighted = [name for name in not_averages if getattr(self, name) > 0]
@@ -160,7 +161,6 @@ class MoEConfig:
                 f"loss_scope='global_batch' cannot be combined with {weighted[0]} > 0: that loss is not an average "
                 "over tokens, so that it cannot be computed batch by batch; use balance_weight, or loss_scope='batch'"
             )
-        self._check_model_fields()
 
     def _check_expert_choice(self) -> None:
         if self.routing == "token_choice":
@@ -252,7 +252,7 @@ class MoEConfig:
         if not isinstance(values, dict):
             raise TypeError(f"moe_cfg must be a JSON object, got {type(values).__name__}")
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
             raise ValueError(f"moe_cfg has unknown fields {', '.join(unknown)}; known are {', '.join(known)}")
         return cls(**values)
@@ -262,7 +262,16 @@ class MoEConfig:
 
     @classmethod
     def from_json(cls, text: str) -> MoEConfig:
-        return cls.from_dict(json.loads(text))
+        """The inverse of ``to_json``.
+
+        Raises:
+            TypeError, ValueError: it is not JSON, no object, or has unknown fields or refused values.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"moe_cfg is not valid JSON: {error}") from error
+        return cls.from_dict(values)
 
 
 LOSS_WEIGHTS = tuple(field.name for field in dataclasses.fields(MoEConfig) if field.name.endswith("_weight"))

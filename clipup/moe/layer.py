@@ -43,15 +43,15 @@ class SparseMoE(Experts):
     shards). With a ``shared_expert``, ``y = (shared(x) + sum_k gate_k * expert_k(x)) / 2``.
 
     Types: x and the experts' weights must have the same floating type, as in ``nn.Linear``; inside autocast both are
-    cast to its type. y has that type. The router, the gates and the losses are always float32.
+    cast to its type. y has that type. The router, the gates and the losses are float32, or float64 like x.
 
     Losses: a forward pass in training mode with gradients enabled stores its weighted losses in the layer until
     ``aux_loss`` takes them. Each forward pass counts once; the recomputation of activation checkpointing does not
     count. An untaken loss is dropped when backward runs through y. Losses, and what ``moe_metrics`` shows, belong to
     the thread that ran the forward pass. Reentrant checkpointing runs the first forward pass without gradients and
     therefore stores no losses: use ``use_reentrant=False``. Under ``torch.compile`` a layer holds only the losses of
-    its last forward pass. Inside a transform of ``torch.func``, take losses inside the transform; routing and load are
-    not recorded.
+    its last forward pass, and backward through y does not drop them: take them at every step. Inside a transform of
+    ``torch.func``, take losses inside the transform; routing and load are not recorded.
 
     Args:
         d_model: D.
@@ -112,13 +112,14 @@ class SparseMoE(Experts):
           whole groups are selected, each shard with the same gate.
 
         Args:
-            mlp: an MLP of a family in ``clipup.dense.mlp_readers``. Where its projections lie in two modules, as in
+            mlp: an MLP of a family in ``clipup.dense.mlp_readers``, or of any other a ``DenseMLP`` of its tensors
+                (``clipup.dense.dense_mlp``). Where its projections lie in two modules, as in
                 BERT: both, ``(layer.intermediate, layer.output)``; what else the second does, such as the residual and
                 its norm, is left out.
             config: None means ``MoEConfig()``.
 
         Raises:
-            TypeError: the MLP belongs to no family that ``clipup.dense.mlp_families`` supports, or has a norm in front
+            TypeError: the MLP belongs to no family in ``clipup.dense.mlp_readers``, or has a norm in front
                 of its projections, which is not part of an expert (``upcycle`` keeps it in front of the layer).
             TypeError, ValueError: the MLP does not split into ``config.granularity`` shards.
         """
@@ -159,7 +160,13 @@ class SparseMoE(Experts):
 
     @property
     def config(self) -> MoEConfig:
-        return self.router.config
+        router = self.router
+        if not hasattr(router, "config"):  # an AttributeError of a property would be said to be this layer's
+            raise TypeError(
+                f"router must be a clipup Router or have its config, got {type(router).__name__}; a wrapper around it "
+                "has to pass on its attributes"
+            )
+        return router.config
 
     @config.setter
     def config(self, config: MoEConfig) -> None:
@@ -234,10 +241,10 @@ class SparseMoE(Experts):
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [..., {self.d_model}], the layer's d_model last, got {list(x.shape)}")
         if x.dtype != self.in_weight.dtype and autocast_dtype(x) is None:
-            raise TypeError(
-                f"x is {x.dtype} but the experts' weights are {self.in_weight.dtype}; cast one of them, or use "
-                "torch.autocast, where the layer casts both"
-            )
+            ways = "cast one of them, or use torch.autocast, where the layer casts both"
+            if x.dtype == torch.float64 and torch.is_autocast_enabled(x.device.type):
+                ways = "cast x, which autocast leaves in float64"
+            raise TypeError(f"x is {x.dtype} but the experts' weights are {self.in_weight.dtype}; {ways}")
         if mask is None:
             return
         checks.tensor("mask", mask)
@@ -276,7 +283,8 @@ def aux_loss(model: nn.Module) -> Tensor:
     """Takes the weighted auxiliary losses of the calling thread's forward passes and returns their sum.
 
     Add it to the loss of each forward pass, or of several at once: the losses of a forward pass count once. Returns a
-    0-d float32 tensor, 0 if there is nothing to take (evaluation, no weights, no sparse layers).
+    0-d tensor, float32 (float64 of float64 layers), 0 if there is nothing to take (evaluation, no weights, no sparse
+    layers).
 
     The losses of a forward pass belong to the thread that ran it, so several threads can train or evaluate one model.
     If other threads run the forward passes of a step (``nn.DataParallel``), call ``aux_loss`` there too, inside the

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..clip.hugging_face import is_hugging_face
+from ..clip.inputs import image_text_pair
 from ..moe.evaluation import evaluating_dropless
 from ..moe.layer import SparseMoE, moe_layers
 from .upcycle import upcycle
@@ -73,7 +74,8 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
         teachers[name].register_forward_hook(partial(_fit_hook, fit))
     device = next(teacher.parameters()).device
     with evaluating_dropless(model), evaluating_dropless(teacher):
-        for images, texts in batches:
+        for batch in batches:
+            images, texts = image_text_pair(batch)
             teacher(*(part.to(device) for part in (images, texts) if part is not None))
     if not all(fit.errors for fit in fits.values()):
         raise ValueError("batches is empty, so nothing was calibrated")

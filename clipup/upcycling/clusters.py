@@ -18,7 +18,7 @@ from clipup_kernels.reference import activate
 
 from .. import checks
 from ..clip.hugging_face import is_hugging_face
-from ..clip.inputs import encoders
+from ..clip.inputs import encoders, image_text_pair
 from ..dense.prepared import Prepared
 from ..moe.evaluation import evaluating_dropless
 from ..moe.layer import SparseMoE, moe_layers
@@ -134,7 +134,7 @@ def _inputs_of(
             layer.config = config.replace(routing="token_choice", normalize_gates="before_drop")
         with evaluating_dropless(model):
             for batch in batches:
-                images, texts = _pair(batch)
+                images, texts = image_text_pair(batch)
                 if "text" in encode and texts is None:
                     raise ValueError("a batch has no texts, but the model has a text tower")
                 encode["image"](images.to(first.device, first.dtype))
@@ -149,16 +149,6 @@ def _inputs_of(
     if not seen:
         raise ValueError("batches is empty; pass at least one batch of images and texts")
     return {name: sample.rows for name, sample in samples.items()}
-
-
-def _pair(batch: Any) -> Batch:
-    pair = isinstance(batch, list | tuple) and len(batch) == 2
-    if not pair or not isinstance(batch[0], Tensor) or not isinstance(batch[1], Tensor | None):
-        raise TypeError(
-            f"batches must be an iterable of pairs (images, texts), tensors or None for texts; one is a "
-            f"{type(batch).__name__}"
-        )
-    return batch
 
 
 def _record(sample: _Sample, layer: SparseMoE, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..clip.hugging_face import is_hugging_face, random_batch
 from ..clip.inputs import encoders, random_inputs
+from ..clip.towers import towers
 from ..moe.evaluation import evaluating_dropless
 
 
@@ -30,9 +31,14 @@ def step0_difference(
 
     Returns:
         0 up to rounding right after upcycling with normalized gates. Features have length 1.
+
+    Raises:
+        TypeError: one is no model of open_clip, timm or transformers, or images or texts are no tensors.
     """
     checks.module("dense", dense)
     checks.module("sparse", sparse)
+    for model in (dense, sparse):
+        towers(model)  # refuses what has none
     for name, given in (("images", images), ("texts", texts)):
         if given is not None:
             checks.tensor(name, given)

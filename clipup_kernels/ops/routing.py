@@ -51,7 +51,8 @@ _topk_gating_backward = define(
 def topk_gating(
     logits: Tensor, k: int, renormalize: bool, selection_bias: Tensor | None = None, mask: Tensor | None = None
 ) -> Gating:
-    """Softmax over the experts and the ``k`` best of them for every token.
+    """Softmax over the experts and the ``k`` best of them for every token. Which experts a token with a NaN gets, among
+    its logits or in ``selection_bias``, is not specified; they are valid and differ.
 
     Args:
         logits: [T, E] float32 router logits.

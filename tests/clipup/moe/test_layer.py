@@ -370,3 +370,29 @@ def test_a_layer_takes_a_config_and_fields_in_place_of_its_own():
 def test_what_is_no_option_of_a_layer_is_refused_by_name(arguments, options, message):
     with pytest.raises(TypeError, match=message):
         SparseMoE(D, H, *arguments, **options)
+
+
+def test_a_router_that_hides_its_config_is_named():
+    class Wrapped(nn.Module):
+        def __init__(self, router):
+            super().__init__()
+            self.inside = router
+
+        def forward(self, *inputs):
+            return self.inside(*inputs)
+
+    layer = SparseMoE(8, 16, num_experts=2)
+    layer.router = Wrapped(layer.router)
+
+    with pytest.raises(TypeError, match="router must be a clipup Router or have its config, got Wrapped"):
+        layer(torch.randn(3, 8))
+
+
+def test_float64_inside_autocast_is_told_to_be_cast():
+    layer = SparseMoE(8, 16, num_experts=2)
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match="cast x, which autocast leaves in float64"),
+    ):
+        layer(torch.randn(3, 8, dtype=torch.float64))

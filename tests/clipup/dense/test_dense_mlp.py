@@ -1,0 +1,57 @@
+"""``DenseMLP``: the tensors of any MLP, checked before a layer is made of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import clipup
+from clipup.dense.dense_mlp import DenseMLP
+
+
+def parts(gated=False, hidden=6, width=4):
+    found = {"in_weight": (hidden, width), "out_weight": (width, hidden), "in_bias": (hidden,), "out_bias": (width,)}
+    if gated:
+        found |= {"gate_weight": (hidden, width), "gate_bias": (hidden,)}
+    return {name: torch.randn(shape) for name, shape in found.items()}
+
+
+def test_an_mlp_of_ones_own_becomes_experts_that_compute_it():
+    mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+    dense = DenseMLP(mlp[0].weight, mlp[2].weight, mlp[0].bias, mlp[2].bias, activation="gelu")
+    layer, x = clipup.SparseMoE.from_dense(dense, clipup.MoEConfig(num_experts=4)).eval(), torch.randn(5, 8)
+
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), mlp(x))
+    assert all(parameter.device.type == "cpu" for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out_bias": None}, "a bias in only one of its projections"),
+        ({"gate_bias": None}, "a bias in only one of its projections"),
+        ({"ln_weight": torch.ones(6)}, "a layer norm that lacks weight or bias"),
+        ({"activation": "tanh"}, "activation 'tanh', expected one of gelu, "),
+        (
+            {"out_weight": torch.zeros(5, 6), "out_bias": torch.zeros(5)},
+            "from width 4 over 6 to 5; experts",
+        ),
+        ({"out_weight": torch.zeros(6, 4)}, r"whose out_weight has shape \[6, 4\], not \[4, 6\]"),
+        ({"gate_weight": torch.zeros(7, 4)}, r"whose gate_weight has shape \[7, 4\], not \[6, 4\]"),
+        ({"ln_weight": torch.ones(4), "ln_bias": torch.ones(4)}, r"whose ln_weight has shape \[4\], not \[6\]"),
+        ({"in_weight": torch.zeros(6, 4).half()}, "projections in torch.float16 and torch.float32; make them one"),
+        ({"in_bias": torch.zeros(6, device="meta")}, "projections in cpu and meta; make them one"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_a_layer_is_made(changes, message):
+    with pytest.raises(TypeError, match=message):
+        DenseMLP(**{"activation": "gelu", **parts(gated=True), **changes})
+
+
+def test_what_is_no_known_mlp_is_told_the_way():
+    with pytest.raises(TypeError, match="cannot read .*Linear as an MLP; .*takes a .*DenseMLP of its tensors"):
+        clipup.SparseMoE.from_dense(nn.Linear(4, 4))
+    with pytest.raises(TypeError, match="cannot read nothing as an MLP"):
+        clipup.SparseMoE.from_dense(())
