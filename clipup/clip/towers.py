@@ -53,7 +53,7 @@ def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
         TypeError: not a CLIP, CoCa or timm model, no such tower, or the tower has no list of blocks.
     """
     if tower not in towers(model):
-        raise TypeError(f"a {type(model).__name__} has no {tower} tower; it has towers={towers(model)}")
+        raise TypeError(f"a {type(model).__name__} has no {tower} tower; choose from towers={towers(model)}")
     if is_hugging_face(model):
         return hugging_face_blocks(model)[tower]
     path, module = tower_module(model, tower)

@@ -80,7 +80,7 @@ def leaves(path: str) -> bool:
 
 def _file(path: str, argument: str) -> str:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{argument}: there is no file {path}")
+        raise FileNotFoundError(f"{argument}: there is no file {path}; expected a CSV file with images and captions")
     return path
 
 

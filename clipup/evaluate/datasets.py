@@ -216,7 +216,7 @@ def _count(path: Path) -> int:
 def _annotations(root: Path, given: str | Path | None, *names: str) -> Path:
     """The given file, else the first of these names that exists in ``root``."""
     if not root.is_dir():
-        raise FileNotFoundError(f"root: there is no directory {root}")
+        raise FileNotFoundError(f"root: there is no directory {root}; expected that of the benchmark")
     candidates = [Path(given)] if given is not None else [root / name for name in names]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:

@@ -30,6 +30,9 @@ def encode_images(
         model: open_clip's CLIP, dense or sparse; runs on the device of its parameters.
         images: preprocessed images [3, height, width], consumed lazily. In a distributed evaluation, the images of
             this process's batches; the features of all images are returned.
+        batch_size: images in a batch.
+        precision: fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights).
+        share: this process's share of a distributed evaluation.
     """
     device, dtype = device_of(model), image_dtype(precision)
     clip: Any = model  # nn.Module types what it does not know as Tensor | Module
@@ -50,8 +53,19 @@ def encode_texts(
     precision: Precision = "fp32",
     share: Share | None = None,
 ) -> Tensor:
-    """Normalised text features [N, D]. Equal texts are encoded once. Every process of a distributed evaluation gets all
-    texts."""
+    """Normalised text features [N, D]. Equal texts are encoded once.
+
+    Args:
+        model: open_clip's CLIP, dense or sparse; runs on the device of its parameters.
+        texts: N texts; every process of a distributed evaluation gets all of them.
+        tokenizer: the model's, texts to token ids [B, context_length].
+        batch_size: texts in a batch.
+        precision: fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights).
+        share: this process's share of a distributed evaluation.
+
+    Raises:
+        ValueError: the tokenizer gives ids that the model's embedding lacks.
+    """
     share = share or Share()
     device, tokenize = device_of(model), CheckedTokenizer(tokenizer, model)
     distinct = list(dict.fromkeys(texts))

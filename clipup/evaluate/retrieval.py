@@ -117,8 +117,12 @@ def evaluate_retrieval(
     Args:
         model: open_clip's CLIP, dense or sparse, on its device.
         samples: (image, captions, metadata) triples, as from ``clipup.data.loaders.eval_samples``.
+        tokenizer: the model's, texts to token ids [B, context_length].
         preprocess: image to tensor [3, height, width]; None if the images are tensors already.
+        batch_size: images, or captions, in a batch.
         by: a metadata key; images with the same value are also measured as a separate gallery.
+        precision: fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights).
+        show_progress: a progress bar.
         multi_positive: treats equal captions as one text that matches all their images.
         share: this process's share of a distributed evaluation; ``samples`` are then those of its batches.
 
@@ -128,6 +132,7 @@ def evaluate_retrieval(
 
     Raises:
         ValueError: an empty data set, or a sample without captions.
+        NonFiniteFeatures: a feature is NaN or infinite.
     """
     share = share or Share()
     about: list[tuple[list[str], Any]] = []

@@ -42,8 +42,12 @@ def zero_shot(
         model: open_clip's CLIP, dense or sparse, on its device.
         samples: (image, class index) pairs. In a distributed evaluation, those of this process's batches.
         classes: one name per class.
+        tokenizer: the model's, texts to token ids [B, context_length].
         preprocess: image to tensor [3, height, width]; None if the images are tensors already.
         templates: functions of a class name, or strings with the placeholder ``{}``.
+        batch_size: images, or texts, in a batch.
+        precision: fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights).
+        show_progress: a progress bar.
         share: this process's share of a distributed evaluation, which returns the same on every process.
         classifier: of these classes, as ``zero_shot_classifier`` returns it; None computes it.
 

@@ -183,8 +183,13 @@ def inspect_experts(
         captions: texts. tokenizer: the model's, from ``clipup.get_tokenizer``.
         dense: the model that was upcycled (or another of its architecture), to compare the experts with.
         name: the model's name on the page.
+        batch_size: images, or captions, in a batch.
+
+    Returns:
+        The report, whose methods draw the figures and the page.
 
     Raises:
+        TypeError: ``model`` or ``dense`` is not a module.
         ValueError: the model has no sparse layers; neither images nor captions; images without preprocess or captions
             without tokenizer; ``dense`` is sparse or has another architecture.
     """

@@ -117,10 +117,13 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Loads weights into a dense or sparse model of the same architecture. Position embeddings are resized.
 
     Args:
+        model: of open_clip or timm, dense or sparse; modified in place.
         path: safetensors, a state dict, or a checkpoint of open_clip's or clipup's trainer, sharded or not, with or
             without "module." prefixes. No code in it is executed.
 
     Raises:
+        TypeError: ``model`` is not a module.
+        FileNotFoundError: there is no such file.
         ValueError: the weights do not fit, or the file contains more than weights. The model is unchanged.
     """
     checks.module("model", model)

@@ -20,7 +20,15 @@ open_clip.add_model_config(Path(__file__).parent / "model_configs")  # clipup's 
 
 
 def get_model_config(model_name: str) -> dict[str, Any]:
-    """A copy of the ``model_cfg`` of an open_clip model name or a directory."""
+    """A copy of the ``model_cfg`` of a model: its architecture, as in open_clip's JSON files.
+
+    Args:
+        model_name: a name that open_clip knows, or the directory of a model.
+
+    Raises:
+        TypeError: ``model_name`` is no str.
+        ValueError: it is neither, or the directory holds no valid config.
+    """
     directory = directory_of(model_name)
     if directory is not None:
         return model_directory.read_config(directory)["model_cfg"]

@@ -101,7 +101,9 @@ def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
         return chosen[-last:]
     outside = [index for index in config.blocks if not -depth <= index < depth]
     if outside:
-        raise ValueError(f"blocks names {outside}, but the {tower} tower has {depth} blocks (0 to {depth - 1})")
+        raise ValueError(
+            f"blocks names {outside}, but the {tower} tower has {depth} blocks (0 to {depth - 1}); name some of these"
+        )
     indices = [index % depth for index in config.blocks]
     if len(set(indices)) < len(indices):
         raise ValueError(f"blocks={config.blocks} names a block of the {tower} tower ({depth} blocks) twice")

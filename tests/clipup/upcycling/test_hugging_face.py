@@ -465,5 +465,5 @@ def test_other_models_are_refused_by_name():
 
 
 def test_a_tower_that_the_model_lacks_is_refused_by_name():
-    with pytest.raises(TypeError, match=r"a ViTModel has no text tower; it has towers=\('image',\)"):
+    with pytest.raises(TypeError, match=r"a ViTModel has no text tower; choose from towers=\('image',\)"):
         upcycle(tiny_hugging_face("ViTModel"), MoEConfig.clip_up())

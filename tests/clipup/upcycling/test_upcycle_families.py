@@ -209,7 +209,7 @@ def test_flops_of_hugging_face_towers_are_counted(name, tmp_path):
         (
             lambda: timm_model("test_vit"),
             ("text",),
-            r"a VisionTransformer has no text tower; it has towers=\('image',\)",
+            r"a VisionTransformer has no text tower; choose from towers=\('image',\)",
         ),
         (lambda: build(coca_cfg()), ("decoder", "image"), None),
         (
