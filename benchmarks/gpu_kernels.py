@@ -179,11 +179,15 @@ def launches(
     yield Launch("torch, out", flops, narrow + weight / experts + wide, lambda: inputs.z_and_a[1] @ back_right)
     if not with_peers:
         return
-    token, (z, a), dz = choice_of_row // top_k, inputs.z_and_a, inputs.back[0]
-    expected = {"in": z, "in with GELU": a, "out": inputs.out}
-    expected["in's gradient"] = weight_gradient.weight_gradient(
-        dz, x, offsets, need_bias=False, choice_of_row=choice_of_row, top_k=top_k, gather_right=True
-    )[0]
+    expected = {
+        "in": lambda: inputs.z_and_a[0],
+        "in with GELU": lambda: inputs.z_and_a[1],
+        "out": lambda: inputs.out,
+        "in's gradient": lambda: weight_gradient.weight_gradient(
+            inputs.back[0], x, offsets, need_bias=False, choice_of_row=choice_of_row, top_k=top_k, gather_right=True
+        )[0],
+    }  # fmt: skip
+    a, dz, token = expected["in with GELU"], lambda: inputs.back[0], choice_of_row // top_k
     sizes = {"in": narrow + weight + wide, "in with GELU": narrow + weight + wide, "out": wide + weight + narrow}
     for name, run in peers(x, a, dz, in_weight, in_bias, out_weight, out_bias, offsets, token):
         what = name.partition(", ")[2]
@@ -192,7 +196,8 @@ def launches(
 
 
 def peers(
-    x: torch.Tensor, a: torch.Tensor, dz: torch.Tensor, in_weight: torch.Tensor, in_bias: torch.Tensor,
+    x: torch.Tensor, a: Callable[[], torch.Tensor], dz: Callable[[], torch.Tensor],
+    in_weight: torch.Tensor, in_bias: torch.Tensor,
     out_weight: torch.Tensor, out_bias: torch.Tensor, offsets: torch.Tensor, token: torch.Tensor,
 ) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:  # fmt: skip
     """The grouped products by others, without copying x [T, D] into expert order, which ``token`` [R] describes, where
@@ -207,11 +212,15 @@ def peers(
 
     owner = torch.repeat_interleave(torch.arange(len(counts), device=x.device), offsets.diff().long())
     ends = offsets[1:].int()
-    for name, left, weight, bias in (("in", rows_in_order, in_weight, in_bias), ("out", a, out_weight, out_bias)):
-        yield f"loop, {name}", lambda args=(left, weight, bias): loop(*args)
+    for name, left, weight, bias in (
+        ("in", lambda: rows_in_order, in_weight, in_bias), ("out", a, out_weight, out_bias)
+    ):  # fmt: skip
+        yield f"loop, {name}", lambda left=left, args=(weight, bias): loop(left(), *args)
         yield (
             f"grouped_mm and bias, {name}",
-            lambda args=(left, weight.mT), bias=bias: torch.nn.functional.grouped_mm(*args, offs=ends) + bias[owner],
+            lambda left=left, weight=weight.mT, bias=bias: (
+                torch.nn.functional.grouped_mm(left(), weight, offs=ends) + bias[owner]
+            ),
         )
     try:
         from quack.gemm_interface import gemm, gemm_act
@@ -226,16 +235,17 @@ def peers(
             x, in_weight.mT, bias=in_bias, activation="gelu_tanh_approx", store_preact=False, **gathered
         )[1],
     )  # fmt: skip
-    yield "quack, out", lambda: gemm(a, out_weight.mT, bias=out_bias, cu_seqlens_m=offsets)
-    yield "quack, in's gradient", lambda: gemm(dz.T, rows_in_order, cu_seqlens_k=offsets)
+    yield "quack, out", lambda: gemm(a(), out_weight.mT, bias=out_bias, cu_seqlens_m=offsets)
+    yield "quack, in's gradient", lambda: gemm(dz().T, rows_in_order, cu_seqlens_k=offsets)
 
 
-def agrees(name: str, run: Callable[[], torch.Tensor], expected: torch.Tensor) -> bool:
-    """Whether a peer runs and gives ``expected`` up to rounding; says so if not."""
+def agrees(name: str, run: Callable[[], torch.Tensor], expected: Callable[[], torch.Tensor]) -> bool:
+    """Whether a peer runs and gives what ours does up to rounding; says so if not."""
     try:
-        error = float((run().float() - expected.float()).abs().max() / expected.float().abs().max())
+        ours = expected().float()
+        error = float((run().float() - ours).abs().max() / ours.abs().max())
         reason = None if error <= 3e-2 else f"its result differs by {error:.1e} of the largest entry"
-    except Exception as failure:  # another project's, of many kinds
+    except Exception as failure:  # ours, or another project's of many kinds
         reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
     if reason is not None:
         print(f"left out: {name}: {reason}", flush=True)

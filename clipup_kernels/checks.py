@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .types import ACTIVATIONS, MAX_EXPERTS, PackedWeight, Plan
 
+_MEMORY = 1 << 40
+"""No offset in a storage is so large: from here on an address is one of memory."""
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -39,7 +41,8 @@ def memory(value: Tensor) -> None:
     Raises:
         RuntimeError: it has elements and no memory, which a kernel would read.
     """
-    if value.numel() and not value.data_ptr():
+    at = value.data_ptr()
+    if at < _MEMORY and at == value.storage_offset() * value.itemsize and value.numel():
         raise RuntimeError(
             f"a tensor of shape {tuple(value.shape)} has no memory: its storage was freed, as FSDP does with weights "
             "outside of their layer's forward and backward pass; call the layer through its FSDP module"

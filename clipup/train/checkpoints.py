@@ -284,7 +284,8 @@ def _position(path: Path) -> Position:
 
 def _unread(path: Path, error: OSError) -> OSError:
     """The same error with its consequence for a run."""
-    if isinstance(error, FileNotFoundError) and not any(one.is_symlink() for one in (path, path.parent)):
+    away = any(one.is_symlink() and not one.exists() for one in (path, path.parent))
+    if isinstance(error, FileNotFoundError) and not away:
         return FileNotFoundError(f"there is no checkpoint {path}")
     return type(error)(
         f"the checkpoint {path} could not be read: {error.strerror or error}. It may be intact, so no other checkpoint "

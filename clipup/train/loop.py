@@ -19,7 +19,7 @@ from .recorder import KINDS, Record
 from .reports import Reports, check_reports
 from .results import Every, TrainingInterrupted, TrainResult
 from .run_checkpoints import RunCheckpoints
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, Start
 from .run_state import Clock, Length, RunState
 from .setup import Built
 from .signals import StopRequest
@@ -72,7 +72,8 @@ class Trainer:
         )
         self.guard = FiniteGuard(options.max_nonfinite_steps, ranks.device)
         self.state = RunState()
-        self._is_of_another_run = False
+        self._start: Start | None = None
+        self._continues = False
         self.clock = Clock(self.state)
         self.checkpoints = RunCheckpoints(
             *(options, built, self.train_step, self.state, self.guard, ranks, directory),
@@ -84,15 +85,15 @@ class Trainer:
         self.length = Length.of(self.options, self.data.steps, self.state.steps_before)
         self.set_lr = schedule(self.options, self.optimizer, self.length.steps, self.data.steps)
 
-    def restore(self, checkpoint: dict[str, Any], source: Path) -> None:
-        """Puts the run where the checkpoint was written.
+    def restore(self, checkpoint: dict[str, Any], source: Path, start: Start | None) -> None:
+        """Puts the run where the checkpoint was written. ``start``: the checkpoint, if it is of another run.
 
         Raises:
             ValueError: the checkpoint is of another model, or from within an epoch of other data.
         """
         self.checkpoints.restore(checkpoint, source)
-        self._is_of_another_run = self.directory is not None and not self.directory.holds(source)
-        if self._is_of_another_run:
+        self._start, self._continues = start, start is None
+        if start is not None:
             self.state.validated = {}  # its records begin here
         self.data.restore(self.state.skipped_samples, self.state.step_of_epoch > 0)
         self._plan()
@@ -109,9 +110,11 @@ class Trainer:
         """Trains until the last step. ``notes``: what the log says first."""
         self.stop = stop
         if self.directory is not None:
-            self.ranks.first_does(partial(check_reports, self.options, self.directory))
-            self.ranks.first_does(partial(self.directory.prepare, self.options))
-        self.reports = Reports(self.options, self.model, self.state, self.length, self.ranks, self.directory)
+            self.ranks.first_does(partial(check_reports, self.options, self.directory, self._continues))
+            self.ranks.first_does(partial(self.directory.prepare, self.options, self._start))
+        self.reports = Reports(
+            *(self.options, self.model, self.state, self.length, self.ranks, self.directory, self._continues)
+        )
         how_to_continue = self.checkpoints.how_to_continue
         try:
             place = self.model, self.state, self.clock
@@ -146,9 +149,10 @@ class Trainer:
 
         A run that goes on from a checkpoint of another one saves it as its own first, to be found from here on.
         """
-        if self._is_of_another_run:
+        if self._start is not None and self.directory is not None:
             self._save(checkpoints.LATEST)
             self.checkpoints.wait()
+            self.ranks.first_does(self.directory.has_begun)
         if self.state.step >= self.length.steps and self.state.step_of_epoch >= self.data.steps:
             self._end_epoch()
         elif self.state.epoch and self.state.step_of_epoch == 0:

@@ -117,7 +117,7 @@ class _Aws:
 
     def holds(self, name: str) -> bool:
         done = self._run("ls", f"{self._remote}/{name}/")
-        if done.returncode and done.stderr.strip():  # it ends with 1, in silence, where there is nothing
+        if done.returncode > 1:  # it ends with 1 where there is nothing
             raise OSError(" ".join(done.stderr.split()))
         return bool(done.stdout.strip())
 

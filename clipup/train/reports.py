@@ -19,17 +19,20 @@ from .run_state import Length, RunState
 from .trackers import check_trackers, create_trackers
 
 
-def check_reports(options: TrainOptions, directory: RunDirectory) -> None:
+def check_reports(options: TrainOptions, directory: RunDirectory, continues: bool) -> None:
     """Checks what can be known before the directory is changed, which may hold a run that is to be discarded.
+
+    Args:
+        continues: whether the run continues from a checkpoint of its own.
 
     Raises:
         ValueError: ``remote_sync`` cannot be copied to.
-        FileExistsError: the run begins, and the copy there is of another one.
+        FileExistsError: it does not, and the copy there has checkpoints.
         ImportError: a package of ``report_to`` is not installed.
     """
     check_trackers(options)
     sync = _remote_sync(options, directory.root, report=LOG.warning)
-    if sync is not None and directory.begins(options) and sync.holds("checkpoints"):
+    if sync is not None and not continues and sync.holds("checkpoints"):
         raise FileExistsError(
             f"{sync.remote} holds the copy of a run, whose checkpoints would be mixed with those of this one. Copy it "
             "back and continue it with --resume latest, choose another --name or --remote-sync, or delete the copy"
@@ -54,9 +57,10 @@ class Reports:
         length: Length,
         ranks: Ranks,
         directory: RunDirectory | None,
+        continues: bool,
     ) -> None:
         root = directory.root if directory and ranks.first else None
-        trackers = [] if root is None else create_trackers(options, root, state.step, directory.begins(options))
+        trackers = [] if root is None else create_trackers(options, root, state.step, continues)
         try:
             self.recorder = Recorder(root, trackers, state.step, state.evaluations)
         except BaseException:

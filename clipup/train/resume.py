@@ -15,7 +15,7 @@ from typing import Any
 from . import checkpoints
 from .distributed import Ranks
 from .options import TrainOptions
-from .run_directory import RunDirectory, load_together
+from .run_directory import RunDirectory, Start, load_together
 
 IDENTITY = (
     *("model", "pretrained", "moe", "moe_cfg", "train_data", "seed", "siglip"),
@@ -30,6 +30,7 @@ DATA = ("dataset_type", "dataset_resampled", "train_data_upsampling_factors", "t
 SEQUENCE = ("seed", "cache_data")
 """Options that decide their order, or their augmentation."""
 MEASURED = (
+    *IDENTITY,
     *("val_data", "imagenet_val", "imagenet_v2", "multi_positive", "precision", "csv_separator", "csv_img_key"),
     *("csv_caption_key", "image_mean", "image_std", "image_interpolation", "image_resize_mode"),
 )
@@ -42,34 +43,52 @@ _OF_THE_CALL = ("name", "logs", "resume", "resume_with_changes", "force")
 def find_checkpoint(
     options: TrainOptions, directory: RunDirectory | None, ranks: Ranks
 ) -> tuple[checkpoints.Newest | None, list[str]]:
-    """The checkpoint to continue from, and notes on the choice for the log."""
+    """The checkpoint to continue from, or that of another run to begin from, and notes on the choice for the log."""
     wanted = options.resume
     if wanted is None:
         return None, []
     if directory is None:
         return checkpoints.Newest(Path(wanted), load_together(Path(wanted), ranks), []), []
+    if wanted == "latest":
+        start = ranks.first_does(directory.begun_from)
+        if start is not None:
+            return _begun_from(start, directory, ranks)
     found = directory.resumed_from(wanted, ranks)
     if found is not None:
         path, unusable = found.path, found.passed_over
         return found, [f"resumed from {path}, because a checkpoint cannot be used: {reason}" for reason in unusable]
-    start = ranks.first_does(directory.begun_from)
-    if start is not None:
-        return _begun_from(start, directory, ranks)
     started = ranks.first_does(directory.holds_a_run)
     where = f"no checkpoint in {directory.checkpoints} yet" if started else f"there is no run in {directory.root} yet"
     return None, [f"{where}: starts from the beginning"]
 
 
-def _begun_from(start: Path, directory: RunDirectory, ranks: Ranks) -> tuple[checkpoints.Newest, list[str]]:
+def _begun_from(start: Start, directory: RunDirectory, ranks: Ranks) -> tuple[checkpoints.Newest, list[str]]:
     """The checkpoint of another run, again: this one was stopped before it had one of its own."""
-    begun = f"the run in {directory.root} was begun from {start} and has no checkpoint of its own yet"
+    begun = f"the run in {directory.root} was begun from {start.checkpoint} and has no checkpoint of its own yet"
     try:
-        found = checkpoints.Newest(start, load_together(start, ranks), [])
+        found = checkpoints.Newest(start.checkpoint, load_together(start.checkpoint, ranks), [])
     except (ValueError, OSError) as error:
         raise type(error)(
-            f"{begun}, and that cannot be used: {error}. Restore it, or begin again with --force in place of --resume"
+            f"{begun}, and that cannot be used: {error}. Restore it, or begin again with --force: from another "
+            "checkpoint with --resume PATH, or from step 0 without --resume"
         ) from error
-    return found, [f"{begun}: begins from it again"]
+    moved = "" if position(found.state) == start.step else f", which was at step {start.step} at first"
+    return found, [f"{begun}: begins from it again, at step {position(found.state)}{moved}"]
+
+
+def start_of_run(found: checkpoints.Newest | None, directory: RunDirectory | None, ranks: Ranks) -> Start | None:
+    """What a run begins from, if that is a checkpoint of another run. In a directory without a run this is noted at
+    once: to build a model and its data can take minutes."""
+    if found is None or directory is None or ranks.first_does(lambda: directory.holds(found.path)):
+        return None
+    start = Start(found.path, position(found.state))
+    ranks.first_does(lambda: None if directory.holds_a_run() else directory.begins_from(start))
+    return start
+
+
+def position(state: dict[str, Any]) -> int:
+    """A checkpoint's step; -1 for one of open_clip_train."""
+    return int(state.get("step", -1))
 
 
 def conditions(

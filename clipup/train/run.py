@@ -64,6 +64,7 @@ def train(
         checkpoint, notes = resume.find_checkpoint(options, directory, ranks)
         if checkpoint is not None:
             notes += resume.changes(checkpoint.state, options, ranks.world_size, checkpoint.path)
+        start = resume.start_of_run(checkpoint, directory, ranks)
         rng.seed_everything(options.seed)
         built = build_model(options, ranks, precision, model, preprocess, tokenizer, checkpoint is not None)
         first_epoch = checkpoint.state["epoch"] if checkpoint else 0
@@ -72,7 +73,7 @@ def train(
         )
         trainer = Trainer(options, built, data, ranks, directory, precision, callbacks)
         if checkpoint is not None:
-            trainer.restore(checkpoint.state, checkpoint.path)
+            trainer.restore(checkpoint.state, checkpoint.path, start)
             if trainer.state.finished:
                 return trainer.result_before()
         notes += schedule_warnings(options, trainer.length.steps, data.steps)
@@ -92,4 +93,9 @@ def _directory(options: TrainOptions, ranks: Ranks) -> Iterator[RunDirectory | N
     with ExitStack() as held:
         ranks.first_does(lambda: held.enter_context(directory.locked()))
         ranks.first_does(lambda: directory.check(options))
-        yield directory
+        try:
+            yield directory
+        except BaseException:
+            if ranks.first:
+                directory.forget_start()
+            raise

@@ -243,7 +243,9 @@ class RunCheckpoints:
         """In words."""
         given = self.options.resume if self.options.resume not in (None, "latest") else None
         replaced = " and ".join(
-            flag for flag, used in (("--force", self.options.force), (f"--resume {given}", given)) if used
+            flag
+            for flag, used in (("--force", self.options.force), (f"--resume {shlex.quote(str(given))}", given))
+            if used
         )
         in_place = f" in place of {replaced}" if replaced else ""
         return f"run the same command with --name {shlex.quote(self.directory.root.name)} --resume latest{in_place}"

@@ -5,6 +5,7 @@ LOGS/NAME/metrics.jsonl           a line per logged step
 LOGS/NAME/evaluations.jsonl       a line per evaluation
 LOGS/NAME/warnings.jsonl          a line per layer whose routing has collapsed, if any (clipup.train.routing_collapse)
 LOGS/NAME/options.json            all options
+LOGS/NAME/begun_from.json         the other run's checkpoint that the run begins from, until it has one of its own
 LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt; sharded ones: epoch_K/, step_N/
 LOGS/NAME/tensorboard/            with report_to="tensorboard"
 LOGS/NAME/wandb/                  with report_to="wandb"
@@ -14,14 +15,14 @@ LOGS/NAME/.lock                   while a process writes there
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import checks
 from ..atomic_files import remove_abandoned, replace_files
@@ -31,15 +32,16 @@ from .distributed import Ranks
 from .options import TrainOptions
 from .recorder import KINDS, Record, read_records
 
-_OPTIONS = "options.json"
+_START = "begun_from.json"
 _PARTS = (
     "checkpoints",
     *(f"{kind}.jsonl" for kind in KINDS),
-    _OPTIONS,
+    "options.json",
     "tensorboard",
     "wandb",
     "model",
     "out.log",
+    _START,
 )
 _DISCARDED = ".discarded.tmp"
 
@@ -77,6 +79,13 @@ def run_name(options: TrainOptions) -> str:
     return f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}-lr_{options.lr}"
 
 
+class Start(NamedTuple):
+    """A checkpoint of another run, from which a run begins."""
+
+    checkpoint: Path
+    step: int
+
+
 class RunDirectory:
     """Paths of a run, and who may write there."""
 
@@ -100,7 +109,8 @@ class RunDirectory:
             for directory in (self.root, self.checkpoints, *sharded_checkpoints.directories(self.checkpoints)):
                 remove_abandoned(directory, locked=True)
             remove_abandoned(self.model)
-            shutil.rmtree(self.root / _DISCARDED, ignore_errors=True)
+            if (self.root / _DISCARDED).is_dir():  # the process that discarded a run was killed
+                self._discard(self._parts_without_start())
             yield
 
     def check(self, options: TrainOptions) -> None:
@@ -116,10 +126,10 @@ class RunDirectory:
                 f"{self.root} already holds a run ({parts}); continue it with --resume latest, choose another --name, "
                 "or discard it with --force"
             )
-        if parts and options.resume not in (None, "latest"):
-            self._check_resumed(options, Path(options.resume))
+        if options.resume not in (None, "latest"):
+            self._check_resumed(options, Path(options.resume), bool(parts))
 
-    def _check_resumed(self, options: TrainOptions, checkpoint: Path) -> None:
+    def _check_resumed(self, options: TrainOptions, checkpoint: Path, started: bool) -> None:
         if not os.path.lexists(checkpoint):
             raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
         if self.holds(checkpoint):
@@ -140,56 +150,59 @@ class RunDirectory:
                 "epoch_K.pt, epoch_latest.pt, epoch_K or step_N), so the run would not find it again; choose another "
                 "--name to continue from it"
             )
-        elif not options.force and not self._is_start(options):
+        elif started and not options.force and not self._is_start(checkpoint):
             raise FileExistsError(
                 f"{self.root} already holds a run, and the checkpoint {checkpoint} is of another one; continue the run "
                 "there with --resume latest, choose another --name, or discard it with --force"
             )
 
-    def prepare(self, options: TrainOptions) -> None:
+    def prepare(self, options: TrainOptions, start: Start | None) -> None:
         """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``.
 
-        The options come first: whenever the process is killed, either the former run is there, or what this one begins
-        from is known (``begun_from``).
+        What the run begins from is written first: whenever the process is killed, either the former run is there, or
+        it is known where this one begins.
         """
-        start = self._start(options)
-        begins = self.begins(options) or start is not None
-        former = [name for name in self._parts() if name != _OPTIONS] if begins else []
-        known = options if start is None else dataclasses.replace(options, resume=str(start))
-        self.root.mkdir(parents=True, exist_ok=True)
-        replace_files({self.root / _OPTIONS: lambda path: path.write_text(known.to_json(), encoding="utf-8")})
+        former = self._parts_without_start() if start is not None or options.resume is None else []
+        if start is None:
+            (self.root / _START).unlink(missing_ok=True)
+        else:
+            self.begins_from(start)
         self._discard(former)
-        self.checkpoints.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
 
-    def begins(self, options: TrainOptions) -> bool:
-        """Whether the run begins, and does not continue what is here."""
-        return options.resume is None or (options.resume != "latest" and not self._is_inside(Path(options.resume)))
+    def begins_from(self, start: Start) -> None:
+        """Notes where the run begins, for ``--resume latest`` until ``has_begun``."""
+        noted = json.dumps({"checkpoint": str(start.checkpoint.absolute()), "step": start.step}) + "\n"
+        replace_files({self.root / _START: lambda path: path.write_text(noted, encoding="utf-8")})
 
-    def begun_from(self) -> Path | None:
-        """The checkpoint of another run that this one was begun from, as long as it has none of its own.
+    def has_begun(self) -> None:
+        """To be called when the run has a checkpoint of its own."""
+        (self.root / _START).unlink(missing_ok=True)
+
+    def forget_start(self) -> None:
+        """To be called when a run has ended with an error: if nothing is here but the note, the name is free again."""
+        if self._parts() == [_START]:
+            (self.root / _START).unlink()
+
+    def begun_from(self) -> Start | None:
+        """Where the run begins, as long as it has no checkpoint of its own.
 
         Raises:
-            OSError: its checkpoints could not be looked for.
+            ValueError: the note is damaged.
         """
-        options = self.root / _OPTIONS
-        if checkpoints.held_in(self.checkpoints) or not options.is_file():
+        path = self.root / _START
+        if not path.is_file():
             return None
-        held = checks.read_json(options)
-        resume = held.get("resume") if isinstance(held, dict) else None
-        if not isinstance(resume, str) or resume == "latest" or self._is_inside(Path(resume)):
-            return None
-        return Path(resume)
+        noted = checks.read_json(path)
+        if not isinstance(noted, dict) or not isinstance(noted.get("checkpoint"), str):
+            raise ValueError(f"{path} should name the checkpoint that the run begins from; name it with --resume PATH")
+        return Start(Path(noted["checkpoint"]), noted.get("step", -1))
 
-    def _start(self, options: TrainOptions) -> Path | None:
-        """What ``begun_from`` should find until the first checkpoint."""
-        if options.resume == "latest":
-            return self.begun_from()
-        return Path(os.path.abspath(options.resume)) if options.resume is not None and self.begins(options) else None
-
-    def _is_start(self, options: TrainOptions) -> bool:
-        """Whether the run was stopped before its first checkpoint, and these options begin it again."""
-        start, wanted = self.begun_from(), self._start(options)
-        return start is not None and wanted is not None and os.path.realpath(start) == os.path.realpath(wanted)
+    def _is_start(self, checkpoint: Path) -> bool:
+        """Whether the run was stopped before its first checkpoint, and begins from this one again."""
+        start = self.begun_from()
+        return start is not None and os.path.realpath(start.checkpoint) == os.path.realpath(checkpoint)
 
     def holds_a_run(self) -> bool:
         """Whether a run has started here."""
@@ -239,12 +252,16 @@ class RunDirectory:
     def _parts(self) -> list[str]:
         return [name for name in _PARTS if os.path.lexists(self.root / name)]
 
+    def _parts_without_start(self) -> list[str]:
+        return [name for name in self._parts() if name != _START]
+
     def _discard(self, parts: list[str]) -> None:
-        """Moves them away first, so that a kill in between leaves no half of a run that could be resumed."""
-        if not parts:
-            return
+        """Moves them away first, so that a kill in between leaves no half of a run that could be resumed: who takes the
+        lock next moves the rest (``locked``)."""
         discarded = self.root / _DISCARDED
-        discarded.mkdir()
+        if not parts and not discarded.exists():
+            return
+        discarded.mkdir(exist_ok=True)
         for name in parts:
             (self.root / name).rename(discarded / name)
         shutil.rmtree(discarded)

@@ -30,12 +30,12 @@ def check_trackers(options: TrainOptions) -> None:
         _summary_writer() if name == "tensorboard" else _module(name)
 
 
-def create_trackers(options: TrainOptions, directory: Path, steps_done: int, begins: bool) -> list[Tracker]:
+def create_trackers(options: TrainOptions, directory: Path, steps_done: int, continues: bool) -> list[Tracker]:
     """Those of ``report_to``, which ``check_trackers`` has accepted.
 
     Args:
-        directory: of the run. steps_done: those before a resume. begins: whether the run begins, and does not continue
-            one of this name.
+        directory: of the run. steps_done: those before a resume. continues: whether the run continues from a
+            checkpoint of its own.
     """
     trackers: list[Tracker] = []
     if "tensorboard" in options.trackers():
@@ -43,7 +43,7 @@ def create_trackers(options: TrainOptions, directory: Path, steps_done: int, beg
     if "wandb" in options.trackers():
         trackers.append(_wandb(options, directory))
     if "trackio" in options.trackers():
-        trackers.append(_trackio(options, directory, begins))
+        trackers.append(_trackio(options, directory, continues))
     return trackers
 
 
@@ -81,9 +81,9 @@ def _wandb(options: TrainOptions, directory: Path) -> _Run:
     )
 
 
-def _trackio(options: TrainOptions, directory: Path, begins: bool) -> _Run:
+def _trackio(options: TrainOptions, directory: Path, continues: bool) -> _Run:
     """Into trackio's local database."""
-    resume = "never" if begins else "allow"
+    resume = "allow" if continues else "never"
     return _Run(_module("trackio"), **_common(options, directory), resume=resume)
 
 

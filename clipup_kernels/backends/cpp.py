@@ -40,9 +40,9 @@ def address(tensor: Tensor | None) -> int:
     0)."""
     if tensor is None:
         return 0
+    checks.memory(tensor)
     if found := tensor.data_ptr():
         return found
-    checks.memory(tensor)
     return _SOME_MEMORY.data_ptr()
 
 

@@ -143,7 +143,7 @@ def project_in(
         return z, a
     kernel = "project_in" if gate_weight is None else "project_in_gated"
     config = config or configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, depth, columns)
-    config = suited(config, (weight, gate_weight), (x,))
+    config = suited(config, (weight, gate_weight), copied=(x,))
     tiles = max_tiles(num_rows, num_experts, config.block_m) * ceil_div(columns, config.block_n)
     if config.row_descriptors:
         x = rows.in_expert_order(x, choice_of_row, top_k)

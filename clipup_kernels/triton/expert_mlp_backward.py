@@ -138,7 +138,7 @@ def project_back(
     num_experts, depth, columns = out_weight.shape
     num_rows, top_k = len(choice_of_row), gates.shape[1]
     config = config or configs.choose("project_back", dy.device, dy.dtype, num_rows, num_experts, depth, columns)
-    config = suited(config, (out_weight,), (dy,), transposed=True)
+    config = suited(config, (out_weight,), copied=(dy,), transposed=True)
     column_tiles = ceil_div(columns, config.block_n)
     dz = torch.empty_like(z) if need_dz else None
     scaled_a = dy.new_empty(num_rows, columns) if need_a else None
@@ -228,7 +228,7 @@ def expert_mlp_backward(
     d_gates = gate_gradient(parts, dy, out_bias, offsets, row_of_choice) if need_gates else gates.new_empty(0)
     d_out_weight = d_out_bias = d_in_weight = d_in_bias = d_gate_weight = d_gate_bias = dx = None
     same_biases = gate_weight is None or (in_bias is None) == (gate_bias is None)
-    if need_in and need_out and same_biases:
+    if need_in and need_out and same_biases and in_weight.numel() > 0:
         d_in_weight, d_in_bias, d_out_weight, d_out_bias, d_gate_weight, d_gate_bias = expert_gradients(
             dz, x, dy, scaled_a, gates, offsets, choice_of_row, in_bias=in_bias is not None,
             out_bias=out_bias is not None, dy_rows=dy_rows,

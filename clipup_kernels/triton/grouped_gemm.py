@@ -42,18 +42,22 @@ def operand(
 def block_of_rows(rows: Tensor | None, config: configs.Config, block: list[int]) -> Tensor | TensorDescriptor | None:
     """Rows [R, N] in expert order as a kernel's argument; if the config (of ``suited``) says so, a descriptor of them,
     which loads ``block`` rows and columns. Rows past the last one are 0, but those of the next expert are not."""
-    return rows if rows is None or not config.row_descriptors else TensorDescriptor.from_tensor(rows, block)
+    if rows is None or not config.row_descriptors:
+        return rows
+    return TensorDescriptor(rows, list(rows.shape), [rows.shape[1], 1], block)  # of one row the stride may be another
 
 
 def suited(
     config: configs.Config, weights: Sequence[Tensor | None] = (), rows: Sequence[Tensor | None] = (),
-    transposed: bool = False,
+    copied: Sequence[Tensor] = (), transposed: bool = False,
 ) -> configs.Config:  # fmt: skip
     """The config, without descriptors of what does not allow any: they need memory and rows on multiples of 16 bytes,
-    and whole blocks of terms. One measured config serves a class of rows, whatever memory they lie in."""
+    and whole blocks of terms. One measured config serves a class of rows, whatever memory they lie in. ``copied``: rows
+    in token order, which descriptors read from a copy in expert order."""
     if config.descriptors and not all(_describable(weight, config, transposed) for weight in weights):
         config = config._replace(descriptors=False)
-    if config.row_descriptors and not all(row is None or _is_aligned(row) for row in rows):
+    wide = all(_has_aligned_rows(row) for row in (*rows, *copied) if row is not None)
+    if config.row_descriptors and not (wide and all(_is_aligned(row) for row in rows if row is not None)):
         config = config._replace(row_descriptors=False)
     return config
 
@@ -61,12 +65,17 @@ def suited(
 def _describable(weight: Tensor | None, config: configs.Config, transposed: bool) -> bool:
     if weight is None:
         return True
-    whole_rows = weight.numel() > 0 and weight.stride(0) % weight.shape[2] == 0
-    return whole_rows and _is_aligned(weight) and not (transposed and weight.shape[1] % config.block_k)
+    if not (_has_aligned_rows(weight) and _is_aligned(weight)) or weight.stride(0) % weight.shape[2]:
+        return False
+    return weight.stride(0) < 1 << 31 and not (transposed and weight.shape[1] % config.block_k)
+
+
+def _has_aligned_rows(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.shape[-1] * tensor.itemsize % 16 == 0
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.shape[-1] * tensor.itemsize % 16 == 0 and tensor.data_ptr() % 16 == 0
+    return tensor.data_ptr() % 16 == 0
 
 
 def groups(num_experts: int) -> int:

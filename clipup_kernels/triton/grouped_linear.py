@@ -98,7 +98,7 @@ def project_rows(
         return out
     kernel = "project_rows_transposed" if transposed else "project_rows"
     config = config or configs.choose(kernel, rows.device, rows.dtype, num_rows, num_experts, depth, columns)
-    config = suited(config, (weight, other_weight), (rows, other_rows), transposed)
+    config = suited(config, (weight, other_weight), (rows, other_rows), transposed=transposed)
     tiles = max_tiles(num_rows, num_experts, config.block_m) * ceil_div(columns, config.block_n)
     block = [config.block_m, config.block_k]
     with torch.cuda.device_of(rows):

@@ -23,8 +23,9 @@ def warmup(
     gated: bool = False,
     training: bool = True,
 ) -> None:
-    """Compiles the kernels of one layer by running them on zeros; Triton caches them on disk. Routing is compiled with
-    and without a mask; for training also with a capacity and with the gradients of the auxiliary losses.
+    """Compiles the kernels of one layer by running them on zeros; Triton caches them on disk. Routing is compiled as
+    ``MoEConfig.clip_up()`` has it, with and without a mask, of tokens in ``dtype`` and in float32; for training also
+    with a capacity and with the gradients of the auxiliary losses.
 
     Args:
         width, hidden, num_experts, top_k: D, H, E, K.
@@ -57,8 +58,10 @@ def warmup(
 
     for num_tokens in tokens:
         x, router_weight = zeros(num_tokens, width), zeros(num_experts, width, dtype=torch.float32)
-        route(x, router_weight, torch.ones(num_tokens, dtype=torch.bool, device=device))
-        gates, plan = route(x, router_weight, None)
+        mask = torch.ones(num_tokens, dtype=torch.bool, device=device)
+        for tokens_of_router in (x.float(), x):  # under autocast a router may get float32
+            route(tokens_of_router, router_weight, mask)
+            gates, plan = route(tokens_of_router, router_weight, None)
         routed = (x, gates, *plan, *parameters)
         y, z = expert_mlp.expert_mlp_forward(*routed, activation, False)
         if training:

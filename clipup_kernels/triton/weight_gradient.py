@@ -224,10 +224,20 @@ def weight_gradient(
     d_bias = make(num_experts, num_left) if need_bias else None
     if num_rows == 0:
         return d_weight, d_bias
+    if num_right == 0 and need_bias:  # a tile sums left's rows beside its product
+        _, d_bias = weight_gradient(
+            left, right.new_zeros(len(right), 1), offsets, need_bias=True, choice_of_row=choice_of_row, top_k=top_k,
+            gather_left=gather_left, gather_right=gather_right, gates=gates,
+        )  # fmt: skip
+        return d_weight, d_bias
     config = config or configs.choose(
         "weight_gradient", left.device, left.dtype, num_rows, num_experts, num_left, num_right
     )
-    config = suited(config, rows=(left, right))
+    config = suited(
+        config,
+        rows=[rows for rows, gathered in ((left, gather_left), (right, gather_right)) if not gathered],
+        copied=[rows for rows, gathered in ((left, gather_left), (right, gather_right)) if gathered],
+    )
     tiles = num_experts * ceil_div(num_left, config.block_m) * ceil_div(num_right, config.block_n)
     if config.row_descriptors:
         left = in_expert_order(left, choice_of_row, top_k) if gather_left else left
@@ -271,7 +281,7 @@ def expert_gradients(
     if num_rows == 0:
         return gradients
     config = config or configs.choose("expert_gradients", x.device, x.dtype, num_rows, num_experts, hidden, width)
-    config = suited(config, rows=(dz, x, dy, a))
+    config = suited(config, rows=(dz, a), copied=(x, dy))
     in_tiles, out_tiles = (
         num_experts * ceil_div(left, config.block_m) * ceil_div(right, config.block_n)
         for left, right in ((hidden, width), (width, hidden))

@@ -36,10 +36,10 @@ def test_a_peer_that_fails_or_differs_is_left_out_by_name(capsys):
         raise TypeError("gemm() got an unexpected keyword argument")
 
     right = torch.ones(3, 3)
-    assert gpu_kernels.agrees("exact", lambda: right, right)
-    assert not gpu_kernels.agrees("wrong, in", lambda: 1.1 * right, right)
-    assert not gpu_kernels.agrees("not finite, in", lambda: right / 0 * 0, right)
-    assert not gpu_kernels.agrees("quack, in", fails, right)
+    assert gpu_kernels.agrees("exact", lambda: right, lambda: right)
+    assert not gpu_kernels.agrees("wrong, in", lambda: 1.1 * right, lambda: right)
+    assert not gpu_kernels.agrees("not finite, in", lambda: right / 0 * 0, lambda: right)
+    assert not gpu_kernels.agrees("quack, in", fails, lambda: right)
     told = capsys.readouterr().out.splitlines()
     assert [line.split(":")[:2] for line in told] == [
         ["left out", " wrong, in"], ["left out", " not finite, in"], ["left out", " quack, in"],
@@ -135,3 +135,16 @@ def test_a_launch_that_fails_takes_only_those_with_it_that_read_its_results(monk
     measured = [row["launch"] for row in rows]
     assert {"router_logits", "project_in", "project_rows", "combine", "torch, in", "torch, out"} <= set(measured)
     assert failures == 5 and not {"project_back", "gate_gradient", "expert_gradients", "gather_sum"} & set(measured)
+
+
+def test_peers_are_measured_beside_a_launch_that_fails(monkeypatch, capsys):
+    def fails(*arguments, **options):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(gpu_kernels, "clock", lambda run, device: (run(), 1e-3)[1])
+    monkeypatch.setattr(gpu_kernels.expert_mlp_backward, "project_back", fails)
+    rows = []
+
+    gpu_kernels.measure_all(launches(*LAYER, torch.float16, "cpu", with_peers=True), "cpu", 1, rows.append)
+
+    assert {"loop, in", "loop, out"} <= {row["launch"] for row in rows}

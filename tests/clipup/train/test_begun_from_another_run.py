@@ -118,9 +118,7 @@ def test_what_it_began_from_is_needed_until_it_has_a_checkpoint(run, first, save
         run(resume=start, name="other")
     os.rename(start, f"{start}.away")
 
-    said = (
-        f"was begun from {start} and has no checkpoint of its own yet, and that cannot be used: there is no checkpoint"
-    )
+    said = f"was begun from {start} and has no checkpoint of its own yet, and that cannot be used: there is no "
     with pytest.raises(FileNotFoundError, match=said):
         run(resume="latest", name="other")
     os.rename(f"{start}.away", start)
@@ -149,29 +147,105 @@ def test_another_checkpoint_does_not_begin_it_again(run, first, save_breaks_off)
         run(resume=start.replace("epoch_1", "epoch_2"), name="other")
 
 
-@pytest.mark.parametrize("renamed", range(3))
-def test_killed_while_it_discards_a_run_either_that_one_is_there_or_it_begins_again(run, first, monkeypatch, renamed):
-    once, start = first()
-    former = run(name="other", epochs=2, lr=5e-4)
-    rename, left = Path.rename, [renamed]
+@pytest.fixture
+def killed_while_discarding(monkeypatch, run):
+    """A run that is killed after so many parts of the former one were moved away."""
 
-    def rename_some(path, target):
+    def kill(renamed, **options):
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(Path, "rename", _rename_some(renamed))
+            run(force=True, **options)
+
+    return kill
+
+
+def _rename_some(left):
+    rename, seen = Path.rename, []
+
+    def renaming(path, target):
         if ".discarded.tmp" in str(target):
-            if not left[0]:
+            seen.append(path)
+            if len(seen) > left:
                 raise Killed
-            left[0] -= 1
         return rename(path, target)
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(Path, "rename", rename_some)
-        run(resume=start, name="other", force=True)
-    with_options = {"lr": 5e-4, "epochs": 2} if renamed == 0 else {}
-    resumed = run(resume="latest", name="other", **with_options)
+    return renaming
 
-    if renamed == 0:
-        assert resumed.already_finished and resumed.steps == former.steps
-    else:
-        assert_is_rest_of(resumed, once)
+
+@pytest.mark.parametrize("renamed", range(4))
+def test_killed_while_it_discards_a_run_it_begins_again(run, first, killed_while_discarding, renamed):
+    once, start = first()
+    run(name="other", epochs=2, lr=5e-4)
+
+    killed_while_discarding(renamed, resume=start, name="other")
+
+    assert_is_rest_of(run(resume="latest", name="other"), once)
+
+
+@pytest.mark.parametrize("renamed", range(3))
+def test_nothing_of_a_run_that_was_discarded_is_left_beside_the_next_one(run, killed_while_discarding, renamed):
+    directory = run(epochs=2).directory
+    (directory / "model").mkdir()
+
+    killed_while_discarding(renamed)
+    result = run(resume="latest")
+
+    assert [record["step"] for record in result.history] == list(range(1, 10))
+    assert not (directory / "model").exists() and "step 6" not in (directory / "out.log").read_text().splitlines()[0]
+
+
+def test_a_run_that_has_lost_its_checkpoints_is_not_begun_again_nor_discarded(run, first, tmp_path):
+    _, start = first()
+    other = run(resume=start, name="other")
+    (other.directory / "model").mkdir()
+    (other.directory / "checkpoints").rename(tmp_path / "moved")
+    before = {path.name for path in other.directory.iterdir()}
+
+    with pytest.raises(FileExistsError, match="already holds a run, and the checkpoint .* is of another one"):
+        run(resume=start, name="other")
+    assert {path.name for path in other.directory.iterdir()} == before
+
+    again = run(resume="latest", name="other", epochs=1)
+    assert again.steps == 3 and (other.directory / "model").exists()
+    assert "yet: starts from the beginning" in (other.directory / "out.log").read_text()
+
+
+def test_a_checkpoint_in_the_directory_of_a_run_that_has_not_begun_is_refused(run, first, tmp_path):
+    _, start = first()
+    (tmp_path / "logs" / "other").mkdir()
+    inside = Path(start).rename(tmp_path / "logs" / "other" / "epoch_1.pt")
+
+    with pytest.raises(FileExistsError, match="has another place or name than those of its run"):
+        run(resume=str(inside), name="other")
+
+
+def test_killed_while_its_model_is_built_it_begins_there_again(run, first, monkeypatch, make_model):
+    once, start = first()
+
+    def kill(*_):
+        os._exit(9)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr("clipup.train.run.build_model", kill)
+        run(resume=start, name="other")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+    assert_is_rest_of(run(resume="latest", name="other"), once)
+
+
+def test_a_run_that_could_not_be_built_leaves_its_name_free(run, first, monkeypatch, tmp_path):
+    _, start = first()
+
+    def fail(*_):
+        raise ValueError("no such model")
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="no such model"):
+        patched.setattr("clipup.train.run.build_model", fail)
+        run(resume=start, name="other")
+
+    assert not (tmp_path / "logs" / "other").exists()
+    assert run(name="other", epochs=1).steps == 3
 
 
 def test_the_command_line_discards_a_run_for_a_checkpoint_of_another_one(monkeypatch, capsys):
@@ -294,6 +368,10 @@ def test_a_run_does_not_begin_where_the_copy_is_of_another_one(run, tmp_path):
 
     with pytest.raises(FileExistsError, match="there/run holds the copy of a run, .*delete the copy"):
         run(force=True, **copied)
+    directory.rename(tmp_path / "lost")
+    with pytest.raises(FileExistsError, match="there/run holds the copy of a run, .*Copy it back"):
+        run(resume="latest", **copied)
+    (tmp_path / "lost").rename(directory)
 
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
     assert run(resume="latest", epochs=4, **copied).steps == 12

@@ -186,8 +186,9 @@ def test_relatives_of_a_large_chip_share_its_tiles(monkeypatch, capability, arch
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all tokens", "masked"])
-def test_warmup_launches_the_routing_of_a_training_step(monkeypatch, masked):
-    """Each kernel, with the same constants and the same arguments that are None."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_warmup_launches_the_routing_of_a_training_step(monkeypatch, masked, dtype):
+    """Each kernel, with the same constants, and arguments of the same types, or None."""
     launched = set()
 
     def note(module, name):
@@ -196,8 +197,8 @@ def test_warmup_launches_the_routing_of_a_training_step(monkeypatch, masked):
         class Noting:
             def __getitem__(self, grid):
                 def launch(*arguments, **constants):
-                    absent = tuple(argument is None for argument in arguments)
-                    launched.add((name, absent, tuple(sorted(constants.items()))))
+                    types = tuple(getattr(argument, "dtype", argument is None) for argument in arguments)
+                    launched.add((name, types, tuple(sorted(constants.items()))))
                     return kernel[grid](*arguments, **constants)
 
                 return launch
@@ -215,7 +216,7 @@ def test_warmup_launches_the_routing_of_a_training_step(monkeypatch, masked):
     warm = set(launched)
     launched.clear()
 
-    x, router = randn(20, 24, dtype=torch.float16), randn(4, 24)
+    x, router = randn(20, 24, dtype=dtype), randn(4, 24)
     mask = torch.arange(20) % 3 > 0 if masked else None
     logits = router_logits.router_logits(x, router, mask)
     gates, indices, _, mean_probs, z_loss, _ = topk_gating.topk_gating(logits, 2, True, None, mask)

@@ -334,3 +334,23 @@ def test_strided_arguments_are_read_as_they_are_indexed():
     want = backward(expanded.contiguous(), x, gates, plan, experts, z)
     for name, gradient in backward(expanded, spread, gates, plan, strided, z).items():
         assert torch.equal(gradient, want[name]), name
+
+
+def test_a_view_in_memory_that_was_freed_is_named():
+    """Such as a parameter in FSDP's flat one."""
+    _, x, gates, plan, experts = case(SHAPES["odd"])
+    flat = torch.cat((torch.zeros(8), experts.in_weight.flatten()))
+    experts = experts._replace(in_weight=flat[8:].view(experts.in_weight.shape))
+    flat.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has no memory: its storage was freed"):
+        forward(x, gates, plan, experts)
+
+
+@pytest.mark.parametrize("rows_too", [None, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize(("width", "hidden"), [(0, 16), (16, 0)])
+def test_biases_of_experts_without_a_width_have_their_gradients(by_descriptors, rows_too, gated, width, hidden):
+    if rows_too:
+        by_descriptors(rows_too)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert_follows_oracle(Shape(20, width, hidden, 2, 2), gated=gated)
