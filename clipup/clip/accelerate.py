@@ -31,11 +31,11 @@ from ..moe.layer import SparseMoE
 from ..moe.prepared import PreparedMoE, PreparedSharedExpert
 from ..precision import Precision
 
-_OF_PYTHON = (
-    *("__annotations__", "__annotate__", "__annotate_func__", "__conditional_annotations__"),
-    *("__orig_bases__", "__parameters__", "__slots__"),
-)
-"""What Python adds to a class for its annotations and bases."""
+_HARMLESS = {
+    *("__init__", "__new__", "__init_subclass__", "__class_getitem__", "__subclasshook__", "extra_repr", "__repr__"),
+    *("__dict__", "__weakref__", "__annotate__", "__annotate_func__"),  # which Python adds
+}
+"""What a class derived from a layer may define without another computation, or losing something."""
 
 
 class NothingToPrepare(ValueError):
@@ -72,7 +72,7 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
 
     Raises:
         TypeError: ``model`` is not a module, or contains a SparseMoE that is pruned, parametrized, of a derived
-            class that defines more than a constructor, or with another shared expert than clipup's.
+            class that defines functions or properties, or with another shared expert than clipup's.
         ValueError: the model has nothing to prepare (NothingToPrepare), or is not on the CPU; ``weights`` is unknown.
         RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8 (no compiled extension, or float64).
     """
@@ -134,17 +134,6 @@ def _check(model: nn.Module, weights: str | None) -> None:
                 f"{name or 'model'} was prepared with weights={module.quantize!r} before, and cannot be changed to "
                 f"{weights!r}; prepare the plain model"
             )
-        if isinstance(module, SparseMoE) and not isinstance(module, Prepared):
-            if defined := _defined_beside(type(module), SparseMoE):
-                raise TypeError(
-                    f"{name or 'model'} is a {type(module).__qualname__}, which defines {', '.join(defined)}; a "
-                    "prepared layer is a SparseMoE without it, so it cannot be prepared"
-                )
-            if module.shared is not None and type(module.shared) not in (SharedExpert, PreparedSharedExpert):
-                raise TypeError(
-                    f"the shared expert of {name or 'the layer'} is a {type(module.shared).__qualname__}; only "
-                    "clipup's own SharedExpert can be prepared"
-                )
         adapts = type(module).__module__.startswith("peft.") and isinstance(
             getattr(module, "base_layer", None), Experts
         )
@@ -163,11 +152,32 @@ def _check(model: nn.Module, weights: str | None) -> None:
                 f"{missing[0]} of {name or 'the layer'} is not a plain parameter (pruned or parametrized); make it one "
                 "before preparing: torch.nn.utils.prune.remove, or parametrize.remove_parametrizations"
             )
-
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseMoE) and not isinstance(layer, Prepared):
+            _check_kind(name, layer)
     if weights is not None:
         found = [p for part in (*_sparse_layers(model), *_blocks(model)) for p in part.parameters()]
         for dtype in {parameter.dtype for parameter in found if parameter.is_floating_point()}:
             packed_layout(dtype, weights)  # raises if no kernel here multiplies them
+
+
+def _check_kind(name: str, layer: SparseMoE) -> None:
+    """Refuses a layer that a prepared one would not compute."""
+    if defined := _defined_beside(type(layer), SparseMoE):
+        raise TypeError(
+            f"{name or 'model'} is a {type(layer).__qualname__}, which defines {', '.join(defined)}; a prepared layer "
+            "is a SparseMoE without it, so it cannot be prepared"
+        )
+    if not _can_become(type(layer), PreparedMoE):
+        raise TypeError(
+            f"{name or 'model'} is a {type(layer).__qualname__}, which has other bases beside SparseMoE, so it cannot "
+            "be prepared; load its weights into a SparseMoE and prepare that"
+        )
+    if layer.shared is not None and not _is_shared_expert(layer.shared):
+        raise TypeError(
+            f"the shared expert of {name or 'the layer'} is a {type(layer.shared).__qualname__}; only clipup's own "
+            "SharedExpert can be prepared"
+        )
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -211,11 +221,33 @@ def _attends_to_itself(block: nn.Module) -> bool:
     return "attention" not in vars(block) and ("attention" not in vars(kind) or was_defined_with(kind, "attention"))
 
 
+def _is_shared_expert(module: nn.Module) -> bool:
+    if not isinstance(module, SharedExpert):
+        return False
+    kind = type(module)
+    return isinstance(module, Prepared) or (
+        not _defined_beside(kind, SharedExpert) and _can_become(kind, PreparedSharedExpert)
+    )
+
+
+def _can_become(kind: type, other: type) -> bool:
+    """Whether Python lets an object change its class; bases such as ``Generic`` can give it another layout."""
+    try:
+        object.__setattr__(object.__new__(kind), "__class__", other)
+    except TypeError:
+        return False
+    return True
+
+
 def _defined_beside(layer_class: type, base: type) -> list[str]:
-    """What a class and those between it and ``base`` define, but for constructors and what every class has."""
-    usual = {"__init__", "extra_repr", *_OF_PYTHON, *vars(type("Empty", (), {}))}
+    """The functions and properties of a class and of those between it and ``base``, which would be lost."""
     between = layer_class.__mro__[: layer_class.__mro__.index(base)]
-    return sorted({name for one in between if not one.__module__.startswith("clipup.") for name in vars(one)} - usual)
+    own = [one for one in between if one.__module__.partition(".")[0] not in ("clipup", "typing", "abc")]
+    return sorted(
+        name
+        for name, value in {name: value for one in own for name, value in vars(one).items()}.items()
+        if (callable(value) or hasattr(type(value), "__get__")) and name not in _HARMLESS
+    )
 
 
 def _sparse_layers(model: nn.Module) -> list[SparseMoE]:

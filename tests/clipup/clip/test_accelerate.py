@@ -7,6 +7,8 @@ import pickle
 import subprocess
 import sys
 import types
+from abc import ABC
+from typing import ClassVar, Generic, TypeVar
 
 import pytest
 import torch
@@ -294,6 +296,58 @@ def test_a_derived_layer_that_only_has_a_constructor_is_prepared():
     plain, x = Small().eval(), torch.randn(5, 8)
     with torch.no_grad():
         assert torch.equal(clipup.accelerate(plain)(x), plain(x))
+
+
+T = TypeVar("T")
+
+
+class Named:
+    registry: ClassVar[dict] = {}
+
+    def __init_subclass__(cls, key=None, **options):
+        cls.registry[key] = cls
+        super().__init_subclass__(**options)
+
+
+class OfAType(Generic[T], clipup.SparseMoE):
+    pass
+
+
+class Abstract(clipup.SparseMoE, ABC):
+    width = 8
+
+
+class Registered(Named, clipup.SparseMoE, key="a layer"):
+    """A registry's class."""
+
+    key = "a layer"
+
+
+def test_a_class_that_python_does_not_let_change_is_refused_and_nothing_changes():
+    model = nn.Sequential(clipup.SparseMoE(8, 8, num_experts=2), OfAType(8, 16, num_experts=2))
+
+    with pytest.raises(TypeError, match="1 is a OfAType, which has other bases beside SparseMoE"):
+        clipup.accelerate(model, inplace=True)
+
+    assert type(model[0]) is clipup.SparseMoE
+
+
+@pytest.mark.parametrize("kind", [Abstract, Registered])
+def test_what_python_and_registries_add_to_a_class_does_not_matter(kind):
+    plain, x = kind(8, 16, num_experts=2).eval(), torch.randn(5, 8)
+    with torch.no_grad():
+        assert torch.equal(clipup.accelerate(plain)(x), plain(x))
+
+
+def test_a_parametrized_layer_is_told_the_way():
+    layer = clipup.SparseMoE(8, 16, num_experts=2, shared_expert=True).eval()
+    for part in (layer, layer.shared):
+        torch.nn.utils.parametrize.register_parametrization(part, "in_weight", nn.Identity())
+
+        with pytest.raises(TypeError, match="in_weight .* is not a plain parameter .*remove_parametrizations"):
+            clipup.accelerate(layer)
+        torch.nn.utils.parametrize.remove_parametrizations(part, "in_weight")
+    clipup.accelerate(layer)
 
 
 def test_a_shared_expert_that_two_layers_share_is_prepared_once():
