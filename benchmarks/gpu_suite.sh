@@ -177,7 +177,7 @@ window_sizes() {
   layer forward_narrow 35 forward --shapes 4096x128x512 200000x128x512 --dtype bf16
   layer forward_fp16 45 forward "${main_case[@]}" --dtype fp16
   layer training_fp16 50 training "${main_case[@]}" --dtype fp16
-  step routing_stages 100 "$PYTHON" benchmarks/gpu_stages.py --csv "$out/routing_stages.csv"
+  step routing_stages 85 "$PYTHON" benchmarks/gpu_stages.py --csv "$out/routing_stages.csv"
 }
 
 window_models() {  # with a batch of 64 they wait for the host; a step of L/14 with one of 512 saves 108 GiB

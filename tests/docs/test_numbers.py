@@ -189,7 +189,7 @@ def test_the_studys_verdict_is_that_of_its_logs():
 
 
 def test_the_readme_quotes_the_studys_verdict():
-    (paragraph,) = (part for part in README.read_text("utf-8").split("\n\n") if part.startswith("**Proven:**"))
+    (paragraph,) = (part for part in README.read_text("utf-8").split("\n\n") if part.startswith("**Tested:**"))
     paragraph, found = " ".join(paragraph.split()), leads()
     steps, flops = (found[baseline, "2,500"][1] for baseline in ("dense continued", "dense equal flops"))
     assert re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", paragraph) == [steps.strip("*")]
