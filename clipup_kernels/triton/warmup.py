@@ -44,9 +44,7 @@ def warmup(
 
     def route(x, router_weight, mask):
         logits = router_logits.router_logits(x, router_weight, mask)
-        gates, expert_indices, top_prob, mean_probs, z_loss, _ = topk_gating.topk_gating(
-            logits, top_k, True, None, mask
-        )
+        gates, expert_indices, _, mean_probs, z_loss, _ = topk_gating.topk_gating(logits, top_k, True, None, mask)
         plan = dispatch.dispatch(expert_indices, num_experts, None, None, mask)
         if training:
             dispatch.dispatch(expert_indices, num_experts, 1.0, None, mask)

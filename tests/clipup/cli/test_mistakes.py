@@ -67,6 +67,10 @@ def refused(place, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (
+            "export ViT-B-32 programs",
+            "pretrained is missing, so ViT-B-32 would have random weights; pass a file of weights",
+        ),
         ("train", "model is missing: pass a name that open_clip knows, such as --model ViT-B-16"),
         ("train --train-data x.csv --pretrained weights.pt", "model is missing"),
         ("train --model dense", "train_data is missing: pass --train-data with a CSV file or WebDataset shards"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import clipup
-from clipup.train import TrainOptions
+from clipup.train import Every, TrainOptions, TrainResult, train
 
 MODEL_CFG = {
     "embed_dim": 16,
@@ -78,6 +78,19 @@ def options(tmp_path: Path) -> Callable[..., TrainOptions]:
         return TrainOptions(**{**usual, **changes})
 
     return make
+
+
+@pytest.fixture
+def run(
+    make_model: Callable[..., nn.Module], pairs: type[Pairs], options: Callable[..., TrainOptions]
+) -> Callable[..., TrainResult]:
+    """Three epochs of three steps each."""
+
+    def run(callbacks: Sequence[Every] = (), **changes: Any) -> TrainResult:
+        settings = {"steps": None, "epochs": 3, **changes}
+        return train(options(**settings), model=make_model(), loader=pairs(), callbacks=callbacks)
+
+    return run
 
 
 @pytest.fixture

@@ -24,17 +24,6 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def run(make_model, pairs, options):
-    """Three epochs of three steps each."""
-
-    def run(callbacks=(), **changes):
-        settings = {"steps": None, "epochs": 3, **changes}
-        return train(options(**settings), model=make_model(), loader=pairs(), callbacks=callbacks)
-
-    return run
-
-
-@pytest.fixture
 def first(run):
     """The run "run", and a checkpoint of it after the first of three epochs."""
 

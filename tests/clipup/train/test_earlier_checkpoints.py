@@ -7,21 +7,10 @@ import shutil
 import pytest
 import torch
 
-from clipup.train import Every, train
+from clipup.train import Every
 from clipup.train.checkpoints import load
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
-
-
-@pytest.fixture
-def run(make_model, pairs, options):
-    """Three epochs of three steps each."""
-
-    def run(callbacks=(), **changes):
-        settings = {"steps": None, "epochs": 3, **changes}
-        return train(options(**settings), model=make_model(), loader=pairs(), callbacks=callbacks)
-
-    return run
 
 
 def tree(directory):
