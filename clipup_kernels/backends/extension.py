@@ -36,6 +36,17 @@ def _share_openmp() -> None:
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
+def _remedy() -> str:
+    """What brings the extension here; installing again does not where Python imports a clone's sources instead."""
+    clone = Path(__file__).resolve().parents[2]
+    if (clone / "setup.py").is_file() and (clone / "csrc").is_dir():
+        return (
+            f"These are the sources in {clone}, which come before an installed clipup wherever Python is started "
+            "there. Start it elsewhere, or build in place with a C++17 compiler: pip install --editable ."
+        )
+    return "Install clipup again with a C++17 compiler: pip install --force-reinstall --no-deps, then its sources"
+
+
 def _load_native():
     if os.environ.get(FORCE_BACKEND) == "torch_eager":
         return None, f"{FORCE_BACKEND}=torch_eager is set"
@@ -48,8 +59,7 @@ def _load_native():
     except ImportError as error:
         warnings.warn(
             f"clipup_kernels runs without its compiled extension ({error}); the CPU ops fall back to plain torch and "
-            "are slower. Install clipup again with a C++17 compiler; in a clone: "
-            "pip install --force-reinstall --no-deps .",
+            f"are slower. {_remedy()}",
             RuntimeWarning,
             stacklevel=2,
         )

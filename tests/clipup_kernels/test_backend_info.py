@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import clipup_kernels as ck
 
@@ -49,3 +51,16 @@ def test_a_missing_extension_warns_once_and_says_how_to_fix_it():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stderr.count("runs without its compiled extension") == 1
     assert "pip install" in run.stderr and "_C" in run.stdout
+
+
+def test_sources_of_a_clone_that_were_never_built_say_that_installing_again_does_not_help(tmp_path):
+    clone = tmp_path / "clone"
+    (clone / "csrc").mkdir(parents=True)
+    (clone / "setup.py").touch()
+    shutil.copytree(
+        Path(ck.__file__).parent, clone / "clipup_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    code = "import sys; sys.modules['clipup_kernels._C'] = None; import clipup_kernels"
+    run = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, check=True)
+    assert f"sources in {clone}" in run.stderr and "pip install --editable ." in run.stderr
+    assert "again" not in run.stderr
