@@ -152,7 +152,7 @@ class Trainer:
         if self._start is not None and self.directory is not None:
             self._save(checkpoints.LATEST)
             self.checkpoints.wait()
-            self.ranks.first_does(self.directory.has_begun)
+            self.ranks.first_does(partial(self.directory.begins_from, None))
         if self.state.step >= self.length.steps and self.state.step_of_epoch >= self.data.steps:
             self._end_epoch()
         elif self.state.epoch and self.state.step_of_epoch == 0:

@@ -68,7 +68,7 @@ def _begun_from(start: Start, directory: RunDirectory, ranks: Ranks) -> tuple[ch
     try:
         found = checkpoints.Newest(start.checkpoint, load_together(start.checkpoint, ranks), [])
     except (ValueError, OSError) as error:
-        raise type(error)(
+        raise (type(error) if isinstance(error, OSError) else ValueError)(
             f"{begun}, and that cannot be used: {error}. Restore it, or begin again with --force: from another "
             "checkpoint with --resume PATH, or from step 0 without --resume"
         ) from error
@@ -78,10 +78,13 @@ def _begun_from(start: Start, directory: RunDirectory, ranks: Ranks) -> tuple[ch
 
 def start_of_run(found: checkpoints.Newest | None, directory: RunDirectory | None, ranks: Ranks) -> Start | None:
     """What a run begins from, if that is a checkpoint of another run. In a directory without a run this is noted at
-    once: to build a model and its data can take minutes."""
-    if found is None or directory is None or ranks.first_does(lambda: directory.holds(found.path)):
+    once: to build a model and its data can take minutes. Whatever then fails, the note stays; alone, it does not keep
+    another run from starting there."""
+    if directory is None:
         return None
-    start = Start(found.path, position(found.state))
+    start = None
+    if found is not None and not ranks.first_does(lambda: directory.holds(found.path)):
+        start = Start(found.path, position(found.state))
     ranks.first_does(lambda: None if directory.holds_a_run() else directory.begins_from(start))
     return start
 

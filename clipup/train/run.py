@@ -93,9 +93,4 @@ def _directory(options: TrainOptions, ranks: Ranks) -> Iterator[RunDirectory | N
     with ExitStack() as held:
         ranks.first_does(lambda: held.enter_context(directory.locked()))
         ranks.first_does(lambda: directory.check(options))
-        try:
-            yield directory
-        except BaseException:
-            if ranks.first:
-                directory.forget_start()
-            raise
+        yield directory

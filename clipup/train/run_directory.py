@@ -5,7 +5,7 @@ LOGS/NAME/metrics.jsonl           a line per logged step
 LOGS/NAME/evaluations.jsonl       a line per evaluation
 LOGS/NAME/warnings.jsonl          a line per layer whose routing has collapsed, if any (clipup.train.routing_collapse)
 LOGS/NAME/options.json            all options
-LOGS/NAME/begun_from.json         the other run's checkpoint that the run begins from, until it has one of its own
+LOGS/NAME/begun_from.json         the other run's checkpoint that the run begins from; counts until it has its own
 LOGS/NAME/checkpoints/            epoch_K.pt, epoch_latest.pt; sharded ones: epoch_K/, step_N/
 LOGS/NAME/tensorboard/            with report_to="tensorboard"
 LOGS/NAME/wandb/                  with report_to="wandb"
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import checks
-from ..atomic_files import remove_abandoned, replace_files
+from ..atomic_files import remove_abandoned, remove_directory, replace_files
 from ..locks import LOCK_FILE, exclusive
 from . import checkpoints, sharded_checkpoints
 from .distributed import Ranks
@@ -41,9 +40,9 @@ _PARTS = (
     "wandb",
     "model",
     "out.log",
-    _START,
 )
-_DISCARDED = ".discarded.tmp"
+"""Of a run, in the order in which they are discarded."""
+_DISCARDING = ".discarding.tmp"
 
 
 def load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
@@ -109,8 +108,7 @@ class RunDirectory:
             for directory in (self.root, self.checkpoints, *sharded_checkpoints.directories(self.checkpoints)):
                 remove_abandoned(directory, locked=True)
             remove_abandoned(self.model)
-            if (self.root / _DISCARDED).is_dir():  # the process that discarded a run was killed
-                self._discard(self._parts_without_start())
+            self._finish_discarding()
             yield
 
     def check(self, options: TrainOptions) -> None:
@@ -162,42 +160,41 @@ class RunDirectory:
         What the run begins from is written first: whenever the process is killed, either the former run is there, or
         it is known where this one begins.
         """
-        former = self._parts_without_start() if start is not None or options.resume is None else []
-        if start is None:
-            (self.root / _START).unlink(missing_ok=True)
-        else:
-            self.begins_from(start)
+        former = self._parts() if start is not None or options.resume is None else []
+        self.begins_from(start)
         self._discard(former)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
 
-    def begins_from(self, start: Start) -> None:
-        """Notes where the run begins, for ``--resume latest`` until ``has_begun``."""
+    def begins_from(self, start: Start | None) -> None:
+        """Notes where the run begins, for ``--resume latest`` until it has a checkpoint of its own; None: at step 0, or
+        it has one."""
+        if start is None:
+            (self.root / _START).unlink(missing_ok=True)
+            return
         noted = json.dumps({"checkpoint": str(start.checkpoint.absolute()), "step": start.step}) + "\n"
         replace_files({self.root / _START: lambda path: path.write_text(noted, encoding="utf-8")})
 
-    def has_begun(self) -> None:
-        """To be called when the run has a checkpoint of its own."""
-        (self.root / _START).unlink(missing_ok=True)
-
-    def forget_start(self) -> None:
-        """To be called when a run has ended with an error: if nothing is here but the note, the name is free again."""
-        if self._parts() == [_START]:
-            (self.root / _START).unlink()
-
     def begun_from(self) -> Start | None:
-        """Where the run begins, as long as it has no checkpoint of its own.
+        """Where the run begins, as long as it has no checkpoint of its own. With one, or a trained model, a note does
+        not count, whoever brought it there: a copy of an earlier state, or a start that was killed before it discarded
+        this run.
 
         Raises:
             ValueError: the note is damaged.
         """
         path = self.root / _START
-        if not path.is_file():
+        begun = checkpoints.held_in(self.checkpoints) or os.path.lexists(self.model)
+        if begun or not os.path.lexists(path):
             return None
-        noted = checks.read_json(path)
-        if not isinstance(noted, dict) or not isinstance(noted.get("checkpoint"), str):
-            raise ValueError(f"{path} should name the checkpoint that the run begins from; name it with --resume PATH")
-        return Start(Path(noted["checkpoint"]), noted.get("step", -1))
+        try:
+            noted = checks.read_json(path)
+            return Start(Path(noted["checkpoint"]), int(noted["step"]))
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ValueError(
+                f"{path} should name the checkpoint that the run begins from, and cannot be used ({error}); begin "
+                "again with --force: from a checkpoint with --resume PATH, or from step 0 without --resume"
+            ) from error
 
     def _is_start(self, checkpoint: Path) -> bool:
         """Whether the run was stopped before its first checkpoint, and begins from this one again."""
@@ -205,7 +202,7 @@ class RunDirectory:
         return start is not None and os.path.realpath(start.checkpoint) == os.path.realpath(checkpoint)
 
     def holds_a_run(self) -> bool:
-        """Whether a run has started here."""
+        """Whether a run has started here; a note where it should begin is not yet one."""
         return bool(self._parts())
 
     def holds(self, path: Path) -> bool:
@@ -252,16 +249,26 @@ class RunDirectory:
     def _parts(self) -> list[str]:
         return [name for name in _PARTS if os.path.lexists(self.root / name)]
 
-    def _parts_without_start(self) -> list[str]:
-        return [name for name in self._parts() if name != _START]
-
     def _discard(self, parts: list[str]) -> None:
         """Moves them away first, so that a kill in between leaves no half of a run that could be resumed: who takes the
-        lock next moves the rest (``locked``)."""
-        discarded = self.root / _DISCARDED
-        if not parts and not discarded.exists():
+        lock next moves the rest (``_finish_discarding``)."""
+        if not parts:
             return
-        discarded.mkdir(exist_ok=True)
+        discarding = self.root / _DISCARDING
+        discarding.mkdir()
         for name in parts:
-            (self.root / name).rename(discarded / name)
-        shutil.rmtree(discarded)
+            (self.root / name).rename(discarding / name)
+        remove_directory(discarding)
+
+    def _finish_discarding(self) -> None:
+        """After a process was killed in ``_discard``. Its first part are the checkpoints: where there are some, it has
+        moved nothing yet, or the run has been restored since; and so has a part that it has moved."""
+        discarding = self.root / _DISCARDING
+        if discarding.is_symlink():
+            discarding.unlink()
+        if not discarding.is_dir():
+            return
+        for name in [] if checkpoints.held_in(self.checkpoints) else self._parts():
+            if not os.path.lexists(discarding / name):
+                (self.root / name).rename(discarding / name)
+        remove_directory(discarding)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -152,7 +153,7 @@ def _rename_some(left):
     rename, seen = Path.rename, []
 
     def renaming(path, target):
-        if ".discarded.tmp" in str(target):
+        if ".discarding.tmp" in str(target):
             seen.append(path)
             if len(seen) > left:
                 raise Killed
@@ -162,16 +163,108 @@ def _rename_some(left):
 
 
 @pytest.mark.parametrize("renamed", range(4))
-def test_killed_while_it_discards_a_run_it_begins_again(run, first, killed_while_discarding, renamed):
+@pytest.mark.parametrize("again", ["latest", "the same command"])
+def test_killed_while_it_discards_a_run_it_begins_again(run, first, killed_while_discarding, renamed, again):
     once, start = first()
-    run(name="other", epochs=2, lr=5e-4)
+    former = run(name="other", epochs=2, lr=5e-4)
 
     killed_while_discarding(renamed, resume=start, name="other")
+    if again == "the same command":
+        assert_is_rest_of(run(resume=start, force=True, name="other"), once)
+    elif renamed:
+        assert_is_rest_of(run(resume="latest", name="other"), once)
+    else:  # the former run is whole, and continued
+        after = run(resume="latest", name="other", epochs=2, lr=5e-4)
+        assert after.already_finished and after.steps == former.steps
 
-    assert_is_rest_of(run(resume="latest", name="other"), once)
+
+@pytest.mark.parametrize("renamed", range(4))
+@pytest.mark.parametrize("again", [{}, {"resume": "latest"}])
+def test_a_run_that_was_restored_is_not_discarded_by_what_was_left_undone(run, killed_while_discarding, renamed, again):
+    directory = run(epochs=2).directory
+    (directory / "model").mkdir()
+    copy = directory.with_name("copy")
+    shutil.copytree(directory, copy)
+    killed_while_discarding(renamed)
+    shutil.copytree(copy, directory, dirs_exist_ok=True)
+
+    if again:
+        assert run(epochs=2, **again).already_finished
+    else:
+        with pytest.raises(FileExistsError, match="already holds a run"):
+            run(epochs=2)
+
+    left = {path.name for path in directory.iterdir()}
+    assert left == {path.name for path in copy.iterdir()} and ".discarding.tmp" not in left
+    assert held(directory) == held(copy)
 
 
-@pytest.mark.parametrize("renamed", range(3))
+def held(directory):
+    return sorted(path.name for path in (directory / "checkpoints").iterdir())
+
+
+def test_what_a_link_names_is_not_touched_by_what_was_left_undone(run, tmp_path):
+    directory = run(epochs=2).directory
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "options.json").write_text("{}")
+    (directory / ".discarding.tmp").symlink_to(elsewhere)
+
+    assert run(epochs=2, resume="latest").already_finished
+    assert run(epochs=1, force=True).steps == 3
+    assert [path.name for path in elsewhere.iterdir()] == ["options.json"]
+    assert (elsewhere / "options.json").read_text() == "{}"
+
+
+def test_a_disk_that_refuses_to_discard_a_run_leaves_it_to_be_continued(run, first, monkeypatch):
+    _, start = first()
+    former = run(name="other", epochs=2)
+
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="busy"):
+        patched.setattr(Path, "rename", busy)
+        run(name="other", resume=start, force=True)
+
+    after = run(name="other", resume="latest", epochs=2)
+    assert after.already_finished and after.steps == former.steps
+
+
+@KINDS
+@pytest.mark.parametrize("again", ["latest", "the same command"])
+def test_a_note_that_a_copy_brings_back_does_not_count_beside_its_checkpoints(run, first, save_breaks_off, kind, again):
+    _, start = first(kind)
+    save_breaks_off(Killed())
+    with pytest.raises(Killed):
+        run(fsdp_checkpoint=kind, resume=start, name="other")
+    note = start.rpartition("/run/")[0] + "/other/begun_from.json"
+    noted = Path(note).read_text()
+    other = run(fsdp_checkpoint=kind, resume="latest", name="other")
+    Path(note).write_text(noted)
+    before = held(other.directory)
+
+    if again == "latest":
+        assert run(fsdp_checkpoint=kind, resume="latest", name="other").already_finished
+    else:
+        with pytest.raises(FileExistsError, match="already holds a run, and the checkpoint .* is of another one"):
+            run(fsdp_checkpoint=kind, resume=start, name="other")
+    assert held(other.directory) == before
+
+
+def test_a_model_that_is_trained_is_not_discarded_for_a_note(run, first):
+    _, start = first()
+    other = run(resume=start, name="other")
+    (other.directory / "model").mkdir()
+    (other.directory / "checkpoints").rename(other.directory.parent / "moved")
+    (other.directory / "begun_from.json").write_text(json.dumps({"checkpoint": start, "step": 3}))
+
+    run(resume="latest", name="other", epochs=1)
+
+    assert (other.directory / "model").exists()
+
+
+@pytest.mark.parametrize("renamed", range(1, 4))
 def test_nothing_of_a_run_that_was_discarded_is_left_beside_the_next_one(run, killed_while_discarding, renamed):
     directory = run(epochs=2).directory
     (directory / "model").mkdir()
@@ -223,18 +316,81 @@ def test_killed_while_its_model_is_built_it_begins_there_again(run, first, monke
     assert_is_rest_of(run(resume="latest", name="other"), once)
 
 
-def test_a_run_that_could_not_be_built_leaves_its_name_free(run, first, monkeypatch, tmp_path):
-    _, start = first()
+@pytest.fixture
+def could_not_be_built(run, first, monkeypatch):
+    """The whole run, and the first checkpoint of it, from which a run "other" was to begin."""
 
-    def fail(*_):
-        raise ValueError("no such model")
+    def could_not_be_built(error):
+        once, start = first()
 
-    with monkeypatch.context() as patched, pytest.raises(ValueError, match="no such model"):
-        patched.setattr("clipup.train.run.build_model", fail)
-        run(resume=start, name="other")
+        def fail(*_):
+            raise error
 
-    assert not (tmp_path / "logs" / "other").exists()
+        with monkeypatch.context() as patched, pytest.raises(type(error)):
+            patched.setattr("clipup.train.run.build_model", fail)
+            run(resume=start, name="other")
+        return once, start
+
+    return could_not_be_built
+
+
+ERRORS = pytest.mark.parametrize(
+    "error", [ValueError("no such model"), KeyboardInterrupt()], ids=["error", "interrupt"]
+)
+
+
+@ERRORS
+def test_a_run_that_could_not_be_built_begins_there_once_it_can_be(run, could_not_be_built, error):
+    once, start = could_not_be_built(error)
+    os.rename(start, f"{start}.away")
+    with pytest.raises(FileNotFoundError, match="Restore it"):
+        run(resume="latest", name="other")
+    os.rename(f"{start}.away", start)
+    with pytest.raises(ValueError, match="Use the former values"):
+        run(resume="latest", name="other", seed=1)
+
+    assert_is_rest_of(run(resume="latest", name="other"), once)
+
+
+@ERRORS
+def test_a_run_that_could_not_be_built_leaves_its_name_free(run, could_not_be_built, error):
+    could_not_be_built(error)
+
     assert run(name="other", epochs=1).steps == 3
+    assert run(name="other", epochs=1, resume="latest").already_finished
+
+
+def test_a_run_that_could_not_be_built_begins_where_was_asked_last(run, could_not_be_built, monkeypatch):
+    _, start = could_not_be_built(KeyboardInterrupt())
+    later = start.replace("epoch_1", "epoch_2")
+
+    def kill(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("clipup.train.run.build_model", kill)
+        run(resume=later, name="other")
+
+    assert [record["step"] for record in run(resume="latest", name="other").history] == [7, 8, 9]
+
+
+@pytest.mark.parametrize("note", ["{", "[]", "{}", '{"checkpoint": 1, "step": 3}', "\ud800", None])
+def test_a_damaged_note_names_what_starts_the_run_again(run, first, could_not_be_built, note):
+    once, start = could_not_be_built(ValueError())
+    path = once.directory.parent / "other" / "begun_from.json"
+    path.unlink()
+    if note is None:
+        path.mkdir()
+    else:
+        path.write_text(note if note.startswith(("{", "[")) else json.dumps({"checkpoint": note, "step": 3}))
+
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="begin again with --force: from an?(other)? checkpoint"
+        ):
+            run(resume="latest", name="other")
+    if note is not None:
+        assert_is_rest_of(run(resume=start, name="other", force=True), once)
 
 
 def test_the_command_line_discards_a_run_for_a_checkpoint_of_another_one(monkeypatch, capsys):
