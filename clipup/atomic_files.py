@@ -24,7 +24,13 @@ def replace_files(writers: Mapping[Path, Callable[[Path], object]]) -> None:
     Each writer is called with a path in a temporary directory next to its target. When all files are written and
     flushed to disk, they are moved into place. If anything fails before that, existing files are unchanged. Temporary
     directories left behind by killed processes are removed.
+
+    Raises:
+        IsADirectoryError: a target is a directory; nothing was changed.
     """
+    for path in writers:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a directory, and should be a file; nothing was changed")
     name = _own_name()
     folders = {path.parent: path.parent / name for path in writers}
     written = {path: folders[path.parent] / path.name for path in writers}

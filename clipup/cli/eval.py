@@ -117,6 +117,8 @@ class _Benchmark:
     classification: bool = False
     annotations: bool = False
     """Whether ``--annotations`` names its caption file."""
+    of_any_data: bool = False
+    """Whether ``--root`` decides what is measured, so that results name it."""
 
 
 _BENCHMARKS = {
@@ -131,14 +133,17 @@ _BENCHMARKS = {
         annotations=True,
     ),
     "imagenet": _Benchmark(lambda options, root, _: datasets.imagenet(root, options.split), classification=True),
-    "imagenet-v2": _Benchmark(lambda options, root, _: imagenet_v2(root), classification=True),
+    "imagenet-v2": _Benchmark(lambda options, root, _: imagenet_v2(root), classification=True, of_any_data=True),
     "webdataset": _Benchmark(  # the task is only known from its files
         lambda options, root, templates: datasets.webdataset(root, options.split, templates),
         retrieval=True,
         classification=True,
+        of_any_data=True,
     ),
     "csv": _Benchmark(
-        lambda options, root, _: datasets.csv(root, options.split, *options.source.csv_format), retrieval=True
+        lambda options, root, _: datasets.csv(root, options.split, *options.source.csv_format),
+        retrieval=True,
+        of_any_data=True,
     ),
 }
 
@@ -156,9 +161,16 @@ def _has_classification(options: Options) -> bool:
     return options.classes is not None or (options.dataset is not None and _BENCHMARKS[options.dataset].classification)
 
 
+def _is_one_split(options: Options) -> bool:
+    """Whether there is nothing to choose a split from."""
+    of_files = options.dataset in ("webdataset", "csv") and not Path(options.root or "").is_dir()
+    return options.dataset == "imagenet-v2" or of_files
+
+
 RULES = [
     NoEffect(("split",), lambda options: options.dataset is None, "without --dataset"),
-    NoEffect(("split",), lambda options: options.dataset == "imagenet-v2", "on imagenet-v2, which is one split"),
+    NoEffect(("split",), _is_one_split, "on imagenet-v2, or on files named by --root, which are one split"),
+    NoEffect(("max_skipped",), lambda options: options.val_data is None, "without --val-data: nothing is skipped"),
     NoEffect(
         ("annotations",),
         lambda options: options.dataset is not None and not _BENCHMARKS[options.dataset].annotations,
@@ -233,7 +245,11 @@ def evaluate(options: Options) -> dict[str, Any]:
     precision = f"{options.precision}, int8 weights" if options.int8 else options.precision
     results: dict[str, Any] = {"model": options.model, "precision": precision}
     if options.dataset is not None:
-        results |= {"dataset": options.dataset, "split": options.split}
+        results["dataset"] = options.dataset
+        if _BENCHMARKS[options.dataset].of_any_data:
+            results["root"] = options.root
+        if not _is_one_split(options):
+            results["split"] = options.split
     results |= {name: path for name in ("val_data", "images") if (path := getattr(options, name)) is not None}
     if own is not None:
         own.preprocess = preprocess

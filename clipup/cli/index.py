@@ -14,10 +14,10 @@ from ..clip.accelerate import for_inference
 from ..data.image_files import image_files
 from ..evaluate.encode import encode_images
 from ..precision import Precision, check_device, default_device, default_workers
-from ..pretrained import factory, origin
+from ..pretrained import factory, model_names, origin
 from ..progress import progress
 from ..search import probe_picture, update_index
-from ..search.image_index import Encoder
+from ..search.image_index import Encoder, digest
 from .flags import check_int8, parse
 from .logs import errors_only
 from .outputs import printable
@@ -72,17 +72,21 @@ def main(argv: list[str]) -> int:
     model, _, preprocess = factory.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
+    weights = digest(model)
     model = for_inference(model, options.precision, "int8" if options.int8 else None)
 
     def encode(images: Tensor) -> Tensor:
         return encode_images(model, images, options.batch_size, options.precision)
 
-    name = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+    directory = model_names.directory_of(options.model)
+    name = options.model if directory is None else f"{model_names.LOCAL_PREFIX}{directory.resolve()}"
+    file = options.pretrained is not None and Path(options.pretrained).is_file()
+    pretrained = str(Path(options.pretrained).resolve()) if file and options.pretrained else options.pretrained
     made = update_index(
         options.out,
         options.images,
         records,
-        Encoder(name, options.pretrained, options.precision, options.int8),
+        Encoder(name, pretrained, options.precision, options.int8, weights),
         encode,
         preprocess,
         encode(preprocess(probe_picture())[None])[0],

@@ -20,15 +20,14 @@ from ..data.image_files import image_files
 from ..data.loaders import eval_samples
 from ..data.sample_index import Record, lines, read_image
 from ..inspection.expert_report import inspect_experts
-from ..moe.layer import moe_layers
 from ..precision import check_device, default_device
 from ..pretrained import factory, model_names, origin, tokenizers
+from ..pretrained.checkpoint_model import checkpoint_model
 from ..pretrained.model_directory import CONFIG_NAME
 from ..pretrained.state_dicts import read_weights
 from ..progress import progress
 from ..train import checkpoints
 from ..train.run_directory import RunDirectory
-from ..upcycling.upcycle import upcycle
 from .flags import parse
 from .logs import errors_only
 from .outputs import check_file
@@ -143,13 +142,13 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
         raise ValueError(
             f"{root / 'options.json'} names no model; expected the options of a run, as clipup train wrote them"
         )
-    with factory.expecting_random_weights():
-        model, _, preprocess = factory.create_model_and_transforms(named, device=device)
-    moe_config = read_weights(latest.path).moe_config
-    if moe_config is not None and not moe_layers(model):
-        upcycle(model, moe_config, inplace=True)
-    factory.load_checkpoint(model, latest.path)
-    return model, preprocess, tokenizers.get_tokenizer(named)
+    weights = read_weights(latest.path)
+    model, preprocess, model_cfg = checkpoint_model(
+        weights, latest.path, None if weights.configs.get("model_cfg") else named
+    )
+    length = model_cfg["text_cfg"].get("context_length")
+    tokenizer = tokenizers.get_tokenizer(named, **({} if length is None else {"context_length": length}))
+    return model.to(device), preprocess, tokenizer
 
 
 def find_images(source: str) -> list[Record]:

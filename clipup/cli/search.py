@@ -14,6 +14,7 @@ from ..evaluate.encode import encode_images, encode_texts
 from ..precision import check_device, default_device
 from ..pretrained import factory, tokenizers
 from ..search import ImageIndex, find, probe_picture, results_page
+from ..search.image_index import digest
 from .flags import parse
 from .logs import errors_only
 from .outputs import check_file, printable
@@ -65,9 +66,10 @@ def main(argv: list[str]) -> int:
     model, _, preprocess = factory.create_model_and_transforms(
         encoder.model, encoder.pretrained, precision=encoder.precision, device=options.device
     )
+    weights = digest(model)
     model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)
     probe = encode_images(model, preprocess(probe_picture())[None], precision=encoder.precision)
-    index.check_model(probe[0])
+    index.check_model(weights, probe[0])
     texts = encode_texts(model, options.texts, tokenizers.get_tokenizer(encoder.model), precision=encoder.precision)
     found = list(zip(options.texts, find(index, texts, options.count), strict=True))
     for text, results in found:

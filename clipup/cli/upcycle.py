@@ -111,7 +111,10 @@ def run(options: Options) -> None:
         run_calibration(sparse, dense, options, preprocess)
     difference = check_step0(step0_difference(dense, sparse), options.moe)
     base_model = origin.base_model(options.model, options.pretrained)
-    saving.save_pretrained(sparse, options.out, model_cfg, base_model=base_model)
+    tokenizer_directory = model_names.directory_of(options.model)
+    saving.save_pretrained(
+        sparse, options.out, model_cfg, base_model=base_model, tokenizer_directory=tokenizer_directory
+    )
     before, after = flops.count(dense), flops.count(sparse)
     print(f"largest difference of normalized features at step 0: {difference:.1e}")
     print(

@@ -85,7 +85,7 @@ def read_vocabulary(name: str, directory: Path | None = None) -> list[str]:
         FileNotFoundError: found in neither.
         ValueError: the name is not valid (it could be a path), or the file is not UTF-8 text.
     """
-    return _text(_file(name, directory)).split()
+    return vocabulary_text(name, directory).split()
 
 
 def uses_words(text_cfg: dict) -> bool:
@@ -111,9 +111,9 @@ def from_config(text_cfg: dict, directory: Path | None = None, context_length: i
     return tokenizer
 
 
-def vocabulary_text(text_cfg: dict) -> str | None:
-    """The content of the vocabulary file of a model with this config; None for other tokenizers."""
-    return _text(_file(text_cfg["hf_tokenizer_name"], None)) if uses_words(text_cfg) else None
+def vocabulary_text(name: str, directory: Path | None = None) -> str:
+    """The content of the file that ``read_vocabulary`` reads."""
+    return _text(_file(name, directory))
 
 
 def _text(path: Path) -> str:

@@ -31,7 +31,8 @@ def ship(directory: str | Path, to: str | Path = START) -> None:
         FileNotFoundError, ValueError: no model in ``directory``.
     """
     model, *_ = factory.create_model_and_transforms(str(directory))
-    save_pretrained(model.half(), to, model_names.get_model_config(str(directory)))
+    model_cfg = model_names.get_model_config(str(directory))
+    save_pretrained(model.half(), to, model_cfg, tokenizer_directory=directory)
     (Path(to) / model_card.README).write_text(_README, encoding="utf-8")
     (Path(to) / word_tokenizer.FILE_NAME).unlink()  # it is in the package
 

@@ -16,6 +16,9 @@ from ..data.shard_names import expand_shards, open_shard
 from ..data.skips import Skips
 from ..data.tars import read_samples
 
+_SHOWN = 3
+"""Names that a message lists."""
+
 
 def read_lines(path: str | Path) -> list[str]:
     """The non-blank lines of a text file: class names, or templates with ``{}``.
@@ -42,11 +45,12 @@ def read_text(path: str | Path) -> str:
 def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     """The images of a directory with one subdirectory per class, with their class indices.
 
-    If all subdirectories are named by classes, names decide; else the sorted subdirectories are the classes in the
+    If subdirectories are named by classes, names decide; if none is, the sorted subdirectories are the classes in the
     order of the list (as with ImageNet).
 
     Raises:
-        FileNotFoundError, ValueError: no such directory, a wrong number of subdirectories, or no image in them.
+        FileNotFoundError, ValueError: no such directory, a wrong number of subdirectories, only some of them named by
+            classes, or no image in them.
     """
     root = Path(directory)
     if not root.is_dir():
@@ -55,6 +59,13 @@ def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Pa
     names = [folder.name for folder in folders]
     if set(names) <= set(classes):
         label_of = {folder: list(classes).index(folder.name) for folder in folders}
+    elif set(names) & set(classes):
+        other = [name for name in names if name not in classes]
+        raise ValueError(
+            f"{len(names) - len(other)} of the {len(names)} subdirectories of {directory} are named by classes, but "
+            f"not {', '.join(other[:_SHOWN])}{', ...' * (len(other) > _SHOWN)}; rename them as the classes are, or all "
+            "otherwise, in the order of the list"
+        )
     elif len(folders) == len(classes):
         label_of = {folder: label for label, folder in enumerate(folders)}
     else:

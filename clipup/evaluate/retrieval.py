@@ -142,7 +142,8 @@ def evaluate_retrieval(
         for row, (image, texts, metadata) in enumerate(shown):
             if not texts:
                 raise ValueError(f"image {row} of the data set has no caption; every image needs at least one")
-            about.append((list(texts), None if by is None else metadata.get(by)))
+            group = None if by is None else metadata.get(by)
+            about.append((list(texts), None if group is None else str(group)))
             yield image if preprocess is None else preprocess(image)
 
     image_features = encode_images(model, images(), batch_size, precision, share)
@@ -156,10 +157,10 @@ def evaluate_retrieval(
     if share.index > 0:
         return None
     result = retrieval(image_features, text_features, pairs)
-    values = sorted({group for group in groups if group is not None}, key=str)
+    values = sorted({group for group in groups if group is not None})
     if values:
         result["splits"] = {
-            str(value): _of_group(image_features, text_features, pairs, [group == value for group in groups])
+            value: _of_group(image_features, text_features, pairs, [group == value for group in groups])
             for value in values
         }
     return result

@@ -83,6 +83,13 @@ def zero_shot(
     return {**accuracy, "chance": 1 / len(classes), "images": len(truth), "classes": len(classes)}
 
 
+def _has_placeholder(template: str) -> bool:
+    try:
+        return template.format("a") != template.format("b")
+    except (LookupError, ValueError, AttributeError):
+        return False
+
+
 def zero_shot_classifier(
     model: nn.Module,
     classes: Sequence[str],
@@ -97,6 +104,11 @@ def zero_shot_classifier(
     for name, value in (("classes", classes), ("templates", templates)):
         if not value:
             raise ValueError(f"{name} is empty; expected at least one")
+    for template in templates:
+        if isinstance(template, str) and not _has_placeholder(template):
+            raise ValueError(
+                f"templates: {template!r} should have one {{}}, in place of the class name, and no other braces"
+            )
     share = share or Share()
     at_once = max(1, batch_size // len(templates))
     mine = share.part(classes, at_once)

@@ -26,6 +26,7 @@ from .state_dicts import Weights, check_fit, check_types, read_weights
 from .structure import assign_weights, drop_parameters, without_random_numbers
 
 _NUMPY = (".npz", ".npy")  # weights of big_vision, which open_clip reads
+_TRANSFORM = ("mean", "std", "interpolation", "resize_mode")
 _POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 
 
@@ -74,6 +75,8 @@ def _create(
         found = model_directory.read_moe_config(directory)
         model_name = f"{LOCAL_PREFIX}{directory}"
         weights = model_directory.read_weights(directory) if found is not None and load_weights else None
+        if load_weights and found is None:
+            model_directory.check_weights(directory)
         types = model_directory.types_of_weights(directory) if load_weights else {}
         if types:
             described = model_directory.read_config(directory)["model_cfg"]
@@ -83,6 +86,8 @@ def _create(
         check_known(model_name, pretrained)
         file = _file_of_weights(model_name, pretrained)
         found = _config_of_file(file, pretrained, moe_cfg)
+        if file is not None:
+            kwargs = _as_trained(file, model_name, str(pretrained), kwargs)
         weights = file.state_dict if found is not None and load_weights else None
         types = file.types if file is not None and load_weights else {}
         del file  # open_clip reads dense weights itself
@@ -93,6 +98,8 @@ def _create(
             "dense model sparse, use clipup.upcycle"
         )
     if found is None:
+        if model_name.startswith(hub.HUB_PREFIX) and load_weights:
+            kwargs = {"require_pretrained": True, **kwargs}
         with _clear_errors(model_name):
             model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
         check_types(model, types, str(pretrained or directory))
@@ -179,6 +186,30 @@ def _config_of_file(file: Weights | None, path: str | None, given: MoEConfig | N
             f"{path} has sparse layers but no config of them; pass moe_cfg, the MoEConfig that they were upcycled with"
         )
     return file.moe_config or given
+
+
+def _as_trained(file: Weights, model_name: str, path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The caller's arguments, completed by what a training checkpoint says: the transform of its images, and whether
+    its model has a logit bias.
+
+    Raises:
+        ValueError: it was trained with another activation than that of the name.
+    """
+    preprocess = file.configs.get("preprocess_cfg") or {}
+    own = {f"image_{name}": preprocess[name] for name in _TRANSFORM if preprocess.get(name) is not None}
+    if "logit_bias" in file.state_dict:
+        own["init_logit_bias"] = 0.0  # replaced by the file's
+    model_cfg = file.configs.get("model_cfg")
+    if isinstance(model_cfg, dict):
+        trained = bool(model_cfg.get("quick_gelu"))
+        named = bool((open_clip.get_model_config(model_name) or {}).get("quick_gelu"))
+        if trained != (named or bool(kwargs.get("force_quick_gelu"))):
+            way = "force_quick_gelu=True" if trained else "a name without -quickgelu"
+            raise ValueError(
+                f"pretrained={path!r} was trained with quick_gelu={trained}, unlike {model_name}; use {way}, or make a "
+                "model directory with clipup convert and name that instead"
+            )
+    return {**kwargs, **{name: value for name, value in own.items() if kwargs.get(name) is None}}
 
 
 def create_on_meta(model_name: str, **kwargs: Any) -> nn.Module:

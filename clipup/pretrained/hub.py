@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,37 @@ def offline_if_unreachable(what: str, cache_dir: str | None = None) -> Iterator[
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def refusing_code(what: str) -> Iterator[None]:
+    """Inside, transformers refuses what needs code from its own directory or repository, instead of asking on the
+    terminal whether to run it.
+
+    Args:
+        what: what is being loaded, for the error message.
+
+    Raises:
+        ValueError: it needs such code; none was run.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        yield
+        return
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE  # seconds that it waits for an answer; 0: it does not ask
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error) or "tokenizer_kwargs" in str(error):
+            raise
+        raise ValueError(
+            f"{what} needs code that comes with it, and clipup does not run that; nothing was run. If you trust the "
+            "code, load it with transformers"
+        ) from error
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 @contextmanager

@@ -20,7 +20,7 @@ _SPARSE = (
     " in which sparse Mixture-of-Experts layers replace the MLPs of some blocks, made from a dense model by upcycling "
     "([CLIP-UP](https://arxiv.org/abs/2502.00965))."
 )
-_ROW = re.compile(r"^\| (.+) \| (.+) \| ([\d.]+) \|$")
+_ROW = re.compile(r"^\| (.+) \| (.+) \| (.+) \|$")
 _BASE = "base_model:"
 _CLIP_USAGE = """\
 import clipup
@@ -100,11 +100,12 @@ def model_card(
 
 
 def add_results(directory: str | Path, results: dict[str, Any]) -> None:
-    """Adds results of ``clipup eval`` to the directory's card. They replace those with the same data and metric.
+    """Adds results of ``clipup eval`` to the directory's card. They replace those with the same data and metric; other
+    rows and text in the card stay.
 
     Args:
         results: ``retrieval`` and ``zero_shot`` as returned by the functions of these names; the data as ``dataset``
-            and ``split``, or as paths ``val_data`` and ``images``; optionally ``precision`` and ``multi_positive``.
+            with ``split`` and ``root`` if they matter, or as paths ``val_data`` and ``images``; optionally ``precision`` and ``multi_positive``.
 
     Raises:
         FileNotFoundError: the directory has no README.md.
@@ -115,10 +116,13 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     before, _, section = path.read_text(encoding="utf-8").partition(f"{_HEAD}\n")
     lines = section.splitlines()
     end = next((index for index, line in enumerate(lines) if line.startswith("#")), len(lines))
-    rows = {(row[1], row[2]): row[3] for row in map(_ROW.match, lines[:end]) if row}
+    found = [line for line in lines[:end] if line not in _TABLE]
+    rows = {(row[1], row[2]): row[3] for row in map(_ROW.match, found) if row}
     rows |= _rows(results)
+    prose = "\n".join(line for line in found if not _ROW.match(line) and line != _NO_RESULTS).strip("\n")
+    between = ["", prose] if prose else []
     table = [*_TABLE, *(f"| {data} | {metric} | {value} |" for (data, metric), value in rows.items())]
-    text = "\n".join([before.rstrip("\n"), "", _HEAD, "", *table, "", *lines[end:]]).rstrip("\n") + "\n"
+    text = "\n".join([before.rstrip("\n"), "", _HEAD, "", *table, *between, "", *lines[end:]]).rstrip("\n") + "\n"
     replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
 
 
@@ -167,9 +171,11 @@ def _millions(count: int) -> str:
 
 
 def _data(results: dict[str, Any], argument: str) -> str:
-    """Name of the evaluation data: benchmark and split, or the last two parts of the path in ``argument``."""
+    """Name of the evaluation data: benchmark, the last part of its path and split, or the last two parts of the path in
+    ``argument``."""
     if "dataset" in results:
-        name = f"{results['dataset']} {results.get('split', '')}".strip()
+        place = Path(results.get("root", "")).name.replace("|", "-")
+        name = " ".join(part for part in (results["dataset"], place, results.get("split")) if part)
     else:
         name = "/".join(Path(results[argument]).parts[-2:]).replace("|", "-") if argument in results else "own data"
     precision = results.get("precision", "fp32")

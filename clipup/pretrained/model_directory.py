@@ -19,6 +19,8 @@ CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 MODEL_FIELDS = ("embed_dim", "vision_cfg", "text_cfg")
 
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
+"""Of files in which open_clip finds the weights of a directory."""
 _NAME = re.compile(r"(hf-hub:)?\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?")
 """A name of timm's or transformers', or of the hub: nothing that they would read as a path outside."""
 
@@ -88,6 +90,16 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False creates the model without")
     return read_safetensors(path)
+
+
+def check_weights(directory: str | Path) -> None:
+    """Refuses a directory in which open_clip would find no weights: it would leave random ones.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    if not any(path.suffix in _WEIGHT_SUFFIXES for path in Path(directory).iterdir()):
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False creates the model without")
 
 
 def types_of_weights(directory: str | Path) -> dict[str, torch.dtype]:

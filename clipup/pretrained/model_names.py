@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def hub_access(model_name: str, pretrained: str | None, text_field: str, cache_d
         yield
         return
     what = f"pretrained={pretrained!r} of {model_name}" if is_tag else model_name
-    with hub.offline_if_unreachable(what, cache_dir):
+    trusted = not (on_hub or hf_name)  # open_clip's own models
+    with nullcontext() if trusted else hub.refusing_code(what), hub.offline_if_unreachable(what, cache_dir):
         yield
 
 

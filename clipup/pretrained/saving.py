@@ -4,6 +4,7 @@
     DIR/open_clip_model.safetensors   the state dict
     DIR/README.md                     the model card
     DIR/vocabulary.txt                only for models with a word tokenizer (``clipup.clip.word_tokenizer``)
+    DIR/tokenizer.json, ...           only for models whose own directory has a Hugging Face tokenizer
 
 For a timm model, timm's two files replace open_clip's (``clipup.pretrained.timm_directory``). The files are replaced
 atomically. ``huggingface_hub.upload_folder`` can push the directory. open_clip itself can load a dense model from it;
@@ -27,10 +28,10 @@ from ..atomic_files import replace_files
 from ..clip import towers, word_tokenizer
 from ..dense.prepared import Prepared
 from ..moe.layer import moe_layers
-from . import model_card, timm_directory
+from . import model_card, timm_directory, tokenizers
 from .model_directory import CONFIG_NAME, MODEL_FIELDS, WEIGHTS_NAME
 
-_PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode")
+_PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
 def save_pretrained(
@@ -40,6 +41,7 @@ def save_pretrained(
     preprocess_cfg: dict[str, Any] | None = None,
     license: str = "other",
     base_model: str | None = None,
+    tokenizer_directory: str | Path | None = None,
 ) -> None:
     """Saves a dense or upcycled model with a model card.
 
@@ -51,14 +53,17 @@ def save_pretrained(
         directory: created if it does not exist. A model and card in it are replaced, or unchanged if writing fails.
         model_cfg: open_clip's architecture config, as returned by ``clipup.get_model_config(name)``. For a timm model:
             arguments of ``timm.create_model`` that timm does not record itself.
-        preprocess_cfg: mean, std, interpolation, resize_mode. None means those that open_clip attached to the model.
+        preprocess_cfg: mean, std, interpolation, resize_mode, fill_color. None means those that open_clip attached to
+            the model.
         license: license of the weights for the card, as the hub names it (mit, apache-2.0, ...).
         base_model: hub name ORG/NAME of the model that this one was made from, for the card.
+        tokenizer_directory: a model directory that this model was made from: its tokenizer's files (``vocabulary.txt``,
+            or those of Hugging Face) are copied. Without it, the tokenizer is found by the name in ``model_cfg``.
 
     Raises:
         ValueError: ``model_cfg`` is incomplete, the model has sparse layers but no ``moe_config``, or it was prepared
             for inference.
-        OSError: a file could not be written.
+        OSError: a file could not be written, or a directory has the name of one.
     """
     checks.module("model", model)
     if any(isinstance(module, Prepared) for module in model.modules()):
@@ -83,9 +88,8 @@ def save_pretrained(
     needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
     extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
     texts = {model_card.README: model_card.model_card(model, library, license, base_model, extra)}
-    vocabulary = word_tokenizer.vocabulary_text(text_cfg)
-    if vocabulary is not None:
-        texts[word_tokenizer.FILE_NAME] = vocabulary
+    source = None if tokenizer_directory is None else Path(tokenizer_directory)
+    files = tokenizers.files_of(text_cfg, source)
     texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last, because it marks a complete directory
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     directory = Path(directory)
@@ -93,8 +97,8 @@ def save_pretrained(
     writers: dict[Path, Callable[[Path], object]] = {
         directory / names[1]: lambda path: _save_tensors(tensors, path, directory)
     }
-    for name, text in texts.items():
-        writers[directory / name] = partial(_write_text, text)
+    for name, content in {**files, **{name: text.encode("utf-8") for name, text in texts.items()}}.items():
+        writers[directory / name] = partial(_write, content)
     replace_files(writers)
 
 
@@ -114,8 +118,8 @@ def preprocess_fields(preprocess_cfg: dict[str, Any]) -> dict[str, Any]:
     return {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg}
 
 
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path, directory: Path) -> None:

@@ -34,11 +34,25 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _MAX_SHOWN = 3
 
 
+_CONFIGS = ("model_cfg", "moe_cfg", "preprocess_cfg")
+
+
 class Weights(NamedTuple):
-    """A state dict on the CPU, and the config of its sparse layers if the file has one."""
+    """A state dict on the CPU, and the configs of its model, as far as the file has them."""
 
     state_dict: dict[str, Tensor]
-    moe_config: MoEConfig | None
+    configs: dict[str, Any] = {}
+    """``model_cfg``, ``moe_cfg``, ``preprocess_cfg``, as they are in the file."""
+
+    @property
+    def moe_config(self) -> MoEConfig | None:
+        """The config of its sparse layers.
+
+        Raises:
+            TypeError, ValueError: it is not valid.
+        """
+        moe_cfg = self.configs.get("moe_cfg")
+        return None if moe_cfg is None else MoEConfig.from_dict(moe_cfg)
 
     @property
     def sparse(self) -> bool:
@@ -64,22 +78,20 @@ def read_weights(path: str | Path) -> Weights:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; expected weights as safetensors or a checkpoint")
     if path.suffix == ".safetensors":
-        return Weights(strip_wrapper_prefixes(read_safetensors(path)), None)
+        return Weights(strip_wrapper_prefixes(read_safetensors(path)))
     check_archive(path)
     content = read_pickle(path, mmap=True)
     state_dict = content.get("state_dict", content)
     if not isinstance(state_dict, dict) or not any(isinstance(value, Tensor) for value in state_dict.values()):
         raise ValueError(f"{path} has no weights: expected a state dict, or a dictionary with a state_dict")
-    moe_cfg = content.get("moe_cfg") if state_dict is not content else None
-    return Weights(strip_wrapper_prefixes(state_dict), None if moe_cfg is None else MoEConfig.from_dict(moe_cfg))
+    configs = {} if state_dict is content else {key: content[key] for key in _CONFIGS if key in content}
+    return Weights(strip_wrapper_prefixes(state_dict), configs)
 
 
 def _read_sharded(directory: Path) -> Weights:
     index = shard_files.read_index(directory)
     shard_files.check_files(directory, index, index.files)
-    moe_cfg = index.configs.get("moe_cfg")
-    weights = shard_files.read_tensors(directory, index, shard_files.MODEL)
-    return Weights(weights, None if moe_cfg is None else MoEConfig.from_dict(moe_cfg))
+    return Weights(shard_files.read_tensors(directory, index, shard_files.MODEL), index.configs)
 
 
 def types_in_safetensors(path: Path) -> dict[str, torch.dtype]:

@@ -8,18 +8,19 @@ Axis legend: ``N`` images, ``D`` width of the features.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..atomic_files import replace_files
 from ..data.loaders import EvalSamples
@@ -31,9 +32,9 @@ from ..precision import Precision
 INDEX_FILE, PARTS = "index.safetensors", "parts"
 PART_IMAGES = 4096
 """Images after which what is finished is written."""
-_VERSION = "1"
+_VERSION = "2"
 _SAME = 0.99
-"""Least cosine of a probe's features with themselves, by the same model: another machine rounds differently."""
+"""Least cosine of a probe's features with themselves, by the same weights: another machine rounds differently."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -46,6 +47,17 @@ class Encoder:
     pretrained: str | None
     precision: Precision
     int8: bool
+    weights: str
+    """Digest of the model's weights (``digest``)."""
+
+
+def digest(model: nn.Module) -> str:
+    """A checksum of a model's weights by their names, types and values."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(model.state_dict().items()):
+        found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 class Entry(NamedTuple):
@@ -69,7 +81,8 @@ class ImageIndex:
     features: Tensor
     """[N, D] float32, of length 1."""
     probe: Tensor
-    """[D] features of a fixed picture, which show whether a model is the one that made the index."""
+    """[D] features of a fixed picture, which show whether images are transformed and encoded as when the index was
+    made."""
     skipped: dict[str, str]
     """Images that could not be read, with the reason."""
 
@@ -117,19 +130,25 @@ class ImageIndex:
         tensors = {"features": self.features.contiguous(), "probe": self.probe.contiguous()}
         replace_files({directory / INDEX_FILE: lambda path: save_file(tensors, path, header)})
 
-    def check_model(self, probe: Tensor) -> None:
-        """Refuses a model that encodes the fixed picture otherwise than the one that made the index.
+    def check_model(self, weights: str, probe: Tensor) -> None:
+        """Refuses a model that is not the one that made the index, or that encodes the fixed picture otherwise.
 
         Args:
+            weights: its ``digest``.
             probe: [D] its features of ``probe_picture``.
 
         Raises:
             ValueError: it is another model.
         """
-        if probe.shape != self.probe.shape or not torch.dot(probe, self.probe) >= _SAME:
+        if weights != self.encoder.weights:
             raise ValueError(
                 f"{self.encoder.model} is not the model that made the index: its weights have changed since; make the "
                 "index again in another directory"
+            )
+        if probe.shape != self.probe.shape or not torch.dot(probe, self.probe) >= _SAME:
+            raise ValueError(
+                f"{self.encoder.model} encodes a fixed picture otherwise than when the index was made; make the index "
+                "again in another directory"
             )
 
 
@@ -259,13 +278,14 @@ def _known(directory: Path, images: Path, encoder: Encoder, probe: Tensor) -> di
                 raise
             _LOG.warning("%s is encoded again: %s", source, error)
             continue
-        for what, have, wanted in (("encoder", found.encoder, encoder), ("images", found.images, images)):
+        same_weights = replace(found.encoder, weights=encoder.weights)
+        for what, have, wanted in (("encoder", same_weights, encoder), ("images", found.images, images)):
             if have != wanted:
                 raise ValueError(
                     f"{directory} holds an index with {what} {have}, and {wanted} was asked for; choose another "
                     "directory, or remove this one"
                 )
-        found.check_model(probe)
+        found.check_model(encoder.weights, probe)
         known |= dict(zip(found.entries, found.features, strict=True))
     return known
 

@@ -212,7 +212,13 @@ class RunCheckpoints:
 
     def _save_model(self, model: nn.Module) -> None:
         base_model = origin.base_model(self.options.model, self.options.pretrained)
-        saving.save_pretrained(model, self.directory.model, self.built.model_cfg, base_model=base_model)
+        saving.save_pretrained(
+            model,
+            self.directory.model,
+            self.built.model_cfg,
+            base_model=base_model,
+            tokenizer_directory=self.built.directory,
+        )
         for results in self._results():
             model_card.add_results(self.directory.model, {**results, "precision": self.train_step.precision})
 

@@ -44,6 +44,8 @@ class Built(NamedTuple):
     """open_clip's architecture config; None when the model was passed in and ``options.model`` does not name it."""
     optimizer_state: OptimizerState | None = None
     """What the optimizer starts with, carried over from ``options.resume_dense``."""
+    directory: Path | None = None
+    """That the model was read from; its tokenizer is saved with the trained one."""
 
 
 def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) -> None:
@@ -84,7 +86,7 @@ def build_model(
     """
     train_transform, val_transform = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
     if model is None:
-        model, model_cfg, transforms, tokenizer = _create(options, ranks.device, precision, tokenizer)
+        model, model_cfg, transforms, tokenizer, directory = _create(options, ranks.device, precision, tokenizer)
         train_transform, val_transform = train_transform or transforms[0], val_transform or transforms[1]
     else:
         unused = ", ".join(_factory_arguments(options))
@@ -92,6 +94,7 @@ def build_model(
             raise ValueError(f"{unused}: no effect on a model that is passed in; create it, and its transforms, so")
         model = model.to(ranks.device)
         model_cfg = None if options.model is None else model_names.get_model_config(options.model)
+        directory = None if options.model is None else model_names.directory_of(options.model)
     optimizer_state = None
     if options.resume_dense is not None and not resumed:
         optimizer_state = _resume_dense(model, options.resume_dense, options)
@@ -106,7 +109,7 @@ def build_model(
         clip.set_grad_checkpointing()
     if options.torchcompile:
         _compile(model, options)
-    return Built(model, objective, train_transform, val_transform, tokenizer, model_cfg, optimizer_state)
+    return Built(model, objective, train_transform, val_transform, tokenizer, model_cfg, optimizer_state, directory)
 
 
 def _compile(model: nn.Module, options: TrainOptions) -> None:
@@ -151,7 +154,7 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
     if tokenizer is None:
         length = options.force_context_length
         tokenizer = tokenizers.get_tokenizer(name, **({} if length is None else {"context_length": length}))
-    return model, {**model_cfg, **init}, transforms, tokenizer
+    return model, {**model_cfg, **init}, transforms, tokenizer, model_names.directory_of(name)
 
 
 def _factory_arguments(options: TrainOptions) -> dict[str, Any]:

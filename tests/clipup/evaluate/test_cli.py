@@ -188,6 +188,13 @@ def test_shards_and_csv_files_by_path_are_measured_too(directory, tmp_path, val_
     rows = results(directory, capsys, "--dataset", "csv", "--root", val_data)
 
     assert shards["retrieval"]["gallery"] == 12 and rows["retrieval"]["gallery"] == 4
+    assert rows["root"] == str(val_data) and "split" not in {**shards, **rows}
+
+
+@pytest.mark.parametrize("flags", [["--split", "train"], ["--max-skipped", "0.5"]])
+def test_options_without_effect_on_files_of_a_benchmark_are_refused(directory, val_data, capsys, flags):
+    assert run(directory, "--dataset", "csv", "--root", val_data, *flags) == 2
+    assert f"{flags[0]} has no effect" in capsys.readouterr().err
 
 
 def test_half_precision_runs_on_a_benchmark(directory, tmp_path, capsys):

@@ -205,6 +205,15 @@ def test_a_data_set_is_encoded_in_batches_and_every_group_is_also_a_separate_gal
     assert result["splits"]["icons"]["t2i"]["r1"] == 1
 
 
+def test_a_group_of_any_type_is_measured_under_its_text(oracle, number_tokenizer, number_image):
+    groups = ["a", ["b"], 1, "1"]
+    samples = [(number_image(n), [f"number {n}"], {"group": group}) for n, group in enumerate(groups)]
+
+    found = evaluate_retrieval(oracle, samples, number_tokenizer, by="group")["splits"]
+
+    assert {name: of["gallery"] for name, of in found.items()} == {"a": 1, "['b']": 1, "1": 2}
+
+
 def test_without_the_key_there_are_no_splits(oracle, number_tokenizer, number_image):
     samples = [(number_image(n), [f"number {n}"], {}) for n in range(3)]
 

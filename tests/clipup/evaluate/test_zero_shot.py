@@ -12,7 +12,7 @@ from PIL import Image
 from strangers import MakesFile
 from torchvision.transforms.functional import to_tensor
 
-from clipup.evaluate import image_folder, read_lines, zero_shot
+from clipup.evaluate import image_folder, read_lines, zero_shot, zero_shot_classifier
 from clipup.evaluate.labelled_images import image_shards, labelled_images
 
 
@@ -84,6 +84,19 @@ def test_subdirectories_with_other_names_are_the_classes_in_sorted_order(folders
     found = image_folder(folders, ["tabby", "hound"])
 
     assert [(path.parent.name, label) for path, label in found] == [("cat", 0), ("dog", 1)]
+
+
+def test_image_folders_of_which_one_is_no_class_are_refused(folders):
+    (folders / "Bird").mkdir()
+
+    with pytest.raises(ValueError, match="2 of the 3 subdirectories of .* are named by classes, but not Bird; rename"):
+        image_folder(folders, ["dog", "bird", "cat"])
+
+
+@pytest.mark.parametrize("template", ["a photo of {c}", "a photo", "{} and {", "{0.x}"])
+def test_a_template_without_a_place_for_the_name_is_refused(template):
+    with pytest.raises(ValueError, match="templates: .* should have one {}, in place of the class name"):
+        zero_shot_classifier(None, ["cat"], None, ["a photo of {}", template])
 
 
 def test_image_folders_that_do_not_fit_the_class_list_are_refused(folders, tmp_path):

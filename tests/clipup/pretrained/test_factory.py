@@ -73,7 +73,7 @@ def test_hub_tokenizer_is_read_from_the_directory_if_it_was_saved_there(tmp_path
     assert all(kwargs["context_length"] == 10 and kwargs["clean"] == "lower" for _, kwargs in asked)
 
 
-def test_config_cannot_run_code_of_a_tokenizer(tmp_path):
+def test_config_cannot_run_code_of_a_tokenizer(tmp_path, monkeypatch):
     """transformers runs such code if a config sets `trust_remote_code` in `tokenizer_kwargs`."""
     config = tiny_config()
     config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"trust_remote_code": True}}
@@ -89,6 +89,12 @@ def test_config_cannot_run_code_of_a_tokenizer(tmp_path):
 
     with pytest.raises(ValueError, match="tokenizer_kwargs: the config of .* sets trust_remote_code"):
         clipup.get_tokenizer(str(tmp_path))
+    del config["text_cfg"]["tokenizer_kwargs"]
+    save_pretrained(tiny_clip(), tmp_path / "asks", config, tokenizer_directory=tmp_path)
+    (tmp_path / "asks" / "own.py").write_text((tmp_path / "own.py").read_text())
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to transformers, which would ask
+    with pytest.raises(ValueError, match="needs code that comes with it, and clipup does not run that"):
+        clipup.get_tokenizer(str(tmp_path / "asks"))
 
     assert not trace.exists()
     if open_clip.__version__ < "4":  # open_clip 4 does not pass the option on from a directory

@@ -39,6 +39,8 @@ def change(directory, *keys, value):
         ("hf_tokenizer_name", ["org/name"]),
         ("tokenizer_kwargs", {"bpe_path": "OUTSIDE/vocabulary.gz"}),
         ("tokenizer_kwargs", {"vocab_file": "OUTSIDE/vocab.txt"}),
+        ("tokenizer_kwargs", {"subfolder": "../outside"}),
+        ("tokenizer_kwargs", {"vocab": "OUTSIDE/vocab.txt"}),
         ("tokenizer_kwargs", "clean"),
     ],
 )

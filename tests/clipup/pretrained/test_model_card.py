@@ -174,6 +174,28 @@ def test_manual_edits_of_the_card_are_kept(directory):
     assert card.count("| own data: 5,000 images, 25,010 captions | text to image R@5 | 50.00 |") == 1
 
 
+def test_what_was_written_about_the_results_is_kept(directory):
+    path = directory / "README.md"
+    add_results(directory, {"dataset": "coco", "retrieval": RETRIEVAL})
+    path.write_text(path.read_text() + "| cifar | top-1 | 93.1 ± 0.2 |\n\nMeasured by hand.\n\nTwice.\n")
+
+    for _ in range(2):
+        add_results(directory, {"dataset": "coco", "retrieval": RETRIEVAL})
+
+    card = text(directory)
+    assert card.endswith("| cifar | top-1 | 93.1 ± 0.2 |\n\nMeasured by hand.\n\nTwice.\n")
+    assert card.count("| coco: ") == 6 and card.count("| data | metric | % |") == 1
+
+
+def test_results_of_the_same_kind_of_data_in_other_places_are_listed_separately(directory):
+    zero_shot = {"top1": 0.5, "top5": 0.9, "chance": 0.001, "images": 10000, "classes": 1000}
+    for variant in ("imagenetv2-matched-frequency-format-val", "imagenetv2-top-images-format-val"):
+        add_results(directory, {"dataset": "imagenet-v2", "root": f"/data/{variant}", "zero_shot": zero_shot})
+
+    assert text(directory).count("zero-shot top-1") == 2
+    assert "| imagenet-v2 imagenetv2-top-images-format-val: 10,000 images" in text(directory)
+
+
 def test_results_without_a_card_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="card: no README.md"):
         add_results(tmp_path, {"retrieval": RETRIEVAL})

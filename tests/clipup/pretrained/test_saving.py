@@ -11,6 +11,7 @@ from tiny_clip import CONFIGS, tiny_clip, tiny_config
 import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.atomic_files import replace_files
+from clipup.cli import main
 from clipup.clip.inputs import random_inputs
 from clipup.pretrained.model_directory import CONFIG_NAME, WEIGHTS_NAME
 
@@ -62,7 +63,13 @@ def test_directory_has_open_clips_files_a_card_and_the_configs(saved):
 
 
 def test_preprocessing_is_saved_and_loaded(tmp_path):
-    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "resize_mode": "squash"}
+    preprocess = {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "interpolation": "bilinear",
+        "resize_mode": "longest",
+    }
+    preprocess["fill_color"] = 7
     save_pretrained(make_sparse(), tmp_path / "one", tiny_config(), {**preprocess, "size": 99})
     loaded, _, transform = clipup.create_model_and_transforms(str(tmp_path / "one"))
     assert "0.1, 0.2, 0.3" in str(transform)
@@ -207,7 +214,7 @@ def test_failed_write_leaves_the_previous_model_unchanged(saved, monkeypatch, fa
     if failing == "weights":
         monkeypatch.setattr(safetensors.torch, "save_file", disk_full)
     else:
-        monkeypatch.setattr("pathlib.Path.write_text", disk_full)
+        monkeypatch.setattr("pathlib.Path.write_bytes", disk_full)
     with pytest.raises(OSError, match="No space left on device"):
         save_pretrained(make_sparse(config=CONFIG.replace(num_experts=2)), saved, tiny_config())
     assert contents(saved) == before
@@ -239,6 +246,58 @@ def test_files_are_replaced_together_or_not_at_all(tmp_path):
     assert contents(tmp_path) == {"first": b"old"}
     replace_files({first: lambda path: path.write_text("new"), second: lambda path: path.write_text("new")})
     assert contents(tmp_path) == {"first": b"new", "second": b"new"}
+
+
+def test_a_directory_in_the_place_of_a_file_leaves_the_previous_model_unchanged(saved):
+    (saved / "README.md").unlink()
+    (saved / "README.md").mkdir()
+    before = (saved / WEIGHTS_NAME).read_bytes(), (saved / CONFIG_NAME).read_bytes()
+
+    with pytest.raises(IsADirectoryError, match="README.md is a directory, and should be a file; nothing was changed"):
+        save_pretrained(tiny_clip(), saved, tiny_config())
+
+    assert ((saved / WEIGHTS_NAME).read_bytes(), (saved / CONFIG_NAME).read_bytes()) == before
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_directory_without_weights_is_refused(tmp_path, kind):
+    save_pretrained(tiny_clip() if kind == "dense" else make_sparse(), tmp_path, tiny_config())
+    (tmp_path / WEIGHTS_NAME).unlink()
+
+    with pytest.raises(FileNotFoundError, match=f"no {WEIGHTS_NAME} in .*load_weights=False creates the model without"):
+        clipup.create_model_and_transforms(str(tmp_path))
+
+    assert clipup.create_model_and_transforms(str(tmp_path), load_weights=False)[0] is not None
+
+
+WORDS = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
+
+
+def test_the_vocabulary_of_a_directory_is_saved_with_what_is_made_of_it(tmp_path):
+    config = tiny_config()
+    config["text_cfg"] |= WORDS
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "vocabulary.txt").write_text("red\ngreen\nblue\n")
+    model = tiny_clip(text_cfg=WORDS)
+    save_pretrained(model, tmp_path / "first", config, tokenizer_directory=tmp_path / "first")
+
+    assert main(["upcycle", str(tmp_path / "first"), str(tmp_path / "second")]) == 0
+
+    tokens = [clipup.get_tokenizer(str(tmp_path / name))(["blue"]).tolist() for name in ("first", "second")]
+    assert tokens[0] == tokens[1] and tokens[0][0][1] == 5
+
+
+def test_the_hugging_face_tokenizer_of_a_directory_is_saved_with_what_is_made_of_it(tmp_path):
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/words"}
+    save_pretrained(tiny_clip(), tmp_path / "first", config)
+    for name in ("tokenizer_config.json", "vocab.txt"):
+        (tmp_path / "first" / name).write_bytes(name.encode())
+
+    save_pretrained(tiny_clip(), tmp_path / "second", config, tokenizer_directory=tmp_path / "first")
+
+    assert set(contents(tmp_path / "second")) == set(contents(tmp_path / "first"))
+    assert (tmp_path / "second" / "vocab.txt").read_bytes() == b"vocab.txt"
 
 
 def test_all_files_have_default_permissions(saved):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from clipup.search import ImageIndex, Result, find, image_index, results_page, u
 from clipup.search.image_index import Encoder
 
 PROBE = torch.nn.functional.normalize(torch.arange(192.0), dim=0)
-ENCODER = Encoder("model", None, "fp32", False)
+ENCODER = Encoder("model", None, "fp32", False, "a0")
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_unreadable_images_are_named_and_skipped(tmp_path, photos):
 
 def test_an_index_of_another_model_or_directory_is_refused(tmp_path, photos):
     updated(tmp_path / "index", photos, Counted())
-    other = Encoder("another", None, "fp32", True)
+    other = Encoder("another", None, "fp32", True, "a0")
     with pytest.raises(ValueError, match="holds an index with encoder .*'model'.*'another'.* was asked for"):
         update_index(tmp_path / "index", photos, image_files(photos), other, Counted(), to_tensor, PROBE)
     with pytest.raises(ValueError, match="holds an index with images"):
@@ -176,7 +177,7 @@ def damaged(path, features=None, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "9"}, "version '9', this clipup reads 1"),
+        ({"version": "9"}, "version '9', this clipup reads 2"),
         ({"entries": None}, "KeyError: 'entries'"),
         ({"encoder": lambda _: 3}, "TypeError"),
         ({"encoder": lambda e: e | {"precision": "fp64"}}, "encoder Encoder"),
@@ -207,11 +208,43 @@ def test_what_is_no_index_is_refused(tmp_path):
 def test_a_model_whose_weights_changed_is_refused(tmp_path, photos):
     made = updated(tmp_path / "index", photos, Counted())
     other = torch.nn.functional.normalize(torch.arange(192.0).flip(0), dim=0)
-    with pytest.raises(ValueError, match="model is not the model that made the index: its weights have changed"):
+    with pytest.raises(ValueError, match="model encodes a fixed picture otherwise than when the index was made"):
         update_index(tmp_path / "index", photos, image_files(photos), ENCODER, Counted(), to_tensor, other)
-    made.check_model(PROBE)
-    with pytest.raises(ValueError, match="is not the model that made the index"):
-        made.check_model(PROBE * float("nan"))
+    made.check_model("a0", PROBE)
+    with pytest.raises(ValueError, match="encodes a fixed picture otherwise"):
+        made.check_model("a0", PROBE * float("nan"))
+    trained_on = replace(ENCODER, weights="a1")
+    with pytest.raises(ValueError, match="model is not the model that made the index: its weights have changed"):
+        update_index(tmp_path / "index", photos, image_files(photos), trained_on, Counted(), to_tensor, PROBE)
+
+
+def test_the_smallest_change_of_a_weight_is_noticed(tmp_path, photos, model):
+    index = str(tmp_path / "index")
+    assert main(["index", str(photos), index, "--model", model]) == 0
+    changed, *_ = clipup.create_model_and_transforms(model)
+    before = image_index.digest(changed)
+    with torch.no_grad():
+        changed.visual.proj[0, 0] += 1e-5
+    assert image_index.digest(changed) != before == image_index.digest(clipup.create_model_and_transforms(model)[0])
+    clipup.save_pretrained(changed, model, clipup.get_model_config(model))
+
+    assert main(["search", index, "a red circle"]) == 2
+    assert main(["index", str(photos), index, "--model", model]) == 2
+
+
+def test_an_index_is_searched_from_any_directory(tmp_path, photos, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["index", "photos", "one", "--model", "local-dir:model"]) == 0
+    weights = clipup.create_model_and_transforms("clipup-tiny-32", load_weights=False)[0].state_dict()
+    torch.save(weights, "weights.pt")
+    assert main(["index", "photos", "two", "--model", "clipup-tiny-32", "--pretrained", "weights.pt"]) == 0
+    (tmp_path / "clipup-tiny-32").mkdir()  # names come before directories
+    assert main(["index", "photos", "three", "--model", "clipup-tiny-32", "--pretrained", "weights.pt"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    for index in ("one", "two", "three"):
+        assert main(["search", f"../{index}", "a red circle"]) == 0
 
 
 def test_one_call_writes_an_index_at_a_time(tmp_path, photos):

@@ -385,9 +385,7 @@ def test_a_damaged_note_names_what_starts_the_run_again(run, first, could_not_be
         path.write_text(note if note.startswith(("{", "[")) else json.dumps({"checkpoint": note, "step": 3}))
 
     for _ in range(2):
-        with pytest.raises(
-            ValueError, match="begin again with --force: from an?(other)? checkpoint"
-        ):
+        with pytest.raises(ValueError, match="begin again with --force: from an?(other)? checkpoint"):
             run(resume="latest", name="other")
     if note is not None:
         assert_is_rest_of(run(resume=start, name="other", force=True), once)
