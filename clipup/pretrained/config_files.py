@@ -54,6 +54,8 @@ def check_depth(model_cfg: Any, tensors: int, source: Path | str) -> None:
     for tower in ("vision_cfg", "text_cfg", "multimodal_cfg"):
         part = model_cfg.get(tower) if isinstance(model_cfg, dict) else None
         layers = part.get("layers") if isinstance(part, dict) else None
+        if isinstance(layers, list):  # of a ResNet's stages
+            layers = sum(count for count in layers if isinstance(count, int))
         if isinstance(layers, int) and layers > max(tensors, 1):
             raise ValueError(
                 f"{source}: {tower} has {layers} layers, but there are {tensors} tensors of weights; config and "

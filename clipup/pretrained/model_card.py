@@ -105,15 +105,17 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
 
     Args:
         results: ``retrieval`` and ``zero_shot`` as returned by the functions of these names; the data as ``dataset``
-            with ``split`` and ``root`` if they matter, or as paths ``val_data`` and ``images``; optionally ``precision`` and ``multi_positive``.
+            with ``split`` and ``root`` if they matter, or as paths ``val_data`` and ``images``; optionally
+            ``precision`` and ``multi_positive``.
 
     Raises:
         FileNotFoundError: the directory has no README.md.
+        ValueError: it is not UTF-8.
     """
     path = Path(directory) / README
     if not path.is_file():
         raise FileNotFoundError(f"card: no {README} in {directory}; clipup.save_pretrained writes one")
-    before, _, section = path.read_text(encoding="utf-8").partition(f"{_HEAD}\n")
+    before, _, section = _text(path).partition(f"{_HEAD}\n")
     lines = section.splitlines()
     end = next((index for index, line in enumerate(lines) if line.startswith("#")), len(lines))
     found = [line for line in lines[:end] if line not in _TABLE]
@@ -127,12 +129,19 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
 
 
 def base_model_in(directory: str | Path) -> str | None:
-    """The ``base_model`` in the directory's card; None if there is none."""
+    """The ``base_model`` in the directory's card; None if there is none. Raises ``ValueError`` if it is not UTF-8."""
     path = Path(directory) / README
     if not path.is_file():
         return None
-    lines = path.read_text(encoding="utf-8").split("\n---", 1)[0].splitlines()
+    lines = _text(path).split("\n---", 1)[0].splitlines()
     return next((line[len(_BASE) :].strip() or None for line in lines if line.startswith(_BASE)), None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the model card {path} is not UTF-8 text ({error}); convert or remove it") from error
 
 
 def _front_matter(license: str, base_model: str | None, task: str, tags: list[str]) -> list[str]:

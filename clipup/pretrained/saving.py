@@ -66,9 +66,12 @@ def save_pretrained(
         OSError: a file could not be written, or a directory has the name of one.
     """
     checks.module("model", model)
-    if any(isinstance(module, Prepared) for module in model.modules()):
+    prepared = [module for module in model.modules() if isinstance(module, Prepared)]
+    if prepared:
+        quantized = any(module.quantize is not None for module in prepared)
         raise ValueError(
-            "the model was prepared by clipup.accelerate; save the plain model, or load this one's state_dict() into it"
+            "the model was prepared by clipup.accelerate; save the plain model"
+            + (", from which this one was quantized" if quantized else ", or load this one's state_dict() into it")
         )
     moe_config = getattr(model, "moe_config", None)
     if moe_config is None and moe_layers(model):

@@ -88,9 +88,10 @@ def test_options_that_give_no_model_are_an_error_about_the_directory(directory, 
 
 
 @pytest.mark.parametrize("tower", ["vision_cfg", "text_cfg"])
+@pytest.mark.parametrize("layers", [10**9, [10**9 - 3, 1, 1, 1]])
 @pytest.mark.parametrize("directory", ["dense", "sparse"], indirect=True)
-def test_more_layers_than_the_weights_can_have_are_refused_before_they_are_built(directory, tower):
-    change(directory, "model_cfg", tower, "layers", value=10**9)
+def test_more_layers_than_the_weights_can_have_are_refused_before_they_are_built(directory, tower, layers):
+    change(directory, "model_cfg", tower, "layers", value=layers)
     with pytest.raises(ValueError, match=rf"{tower} has 1000000000 layers, but there are \d+ tensors of weights"):
         clipup.create_model_and_transforms(str(directory))
 

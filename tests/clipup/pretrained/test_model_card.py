@@ -174,6 +174,14 @@ def test_manual_edits_of_the_card_are_kept(directory):
     assert card.count("| own data: 5,000 images, 25,010 captions | text to image R@5 | 50.00 |") == 1
 
 
+def test_a_card_that_is_not_utf8_is_named(directory):
+    (directory / "README.md").write_bytes("Modèle".encode("latin-1"))
+
+    for call in lambda: add_results(directory, {"retrieval": RETRIEVAL}), lambda: base_model_in(directory):
+        with pytest.raises(ValueError, match="the model card .*README.md is not UTF-8 text"):
+            call()
+
+
 def test_what_was_written_about_the_results_is_kept(directory):
     path = directory / "README.md"
     add_results(directory, {"dataset": "coco", "retrieval": RETRIEVAL})
