@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from .retries import RETRIES, Retries
 from .skips import Skips
 from .tars import lines
 
@@ -38,7 +40,12 @@ def row_name(path: str, line: int, image: str) -> str:
 
 
 def readable_rows(
-    path: str, form: CsvFormat, skips: Skips, argument: str, directory: str | os.PathLike | None = None
+    path: str,
+    form: CsvFormat,
+    skips: Skips,
+    argument: str,
+    directory: str | os.PathLike | None = None,
+    retries: int = RETRIES,
 ) -> Iterator[Row]:
     """The usable rows; the others are noted in `skips`. With `directory`, paths are relative to it.
 
@@ -48,8 +55,9 @@ def readable_rows(
     Raises FileNotFoundError for a missing file, and ValueError for a missing column or text that is not UTF-8, each
     naming the argument.
     """
+    retried = Retries(retries, skips)
     with open(_file(path, argument), encoding="utf-8-sig", newline="") as file:
-        for line, image, caption, fault, count in _rows(file, path, form, argument):
+        for line, image, caption, fault, count in _rows(file, path, form, argument, directory or os.curdir):
             name = row_name(path, line, image)
             if not fault and directory is not None and leaves(image):
                 fault = f"its image is not in {directory}"
@@ -60,7 +68,7 @@ def readable_rows(
             elif not fault and not lines(caption):
                 fault = "it has no caption"
             elif not fault:
-                fault = _file_fault(image)
+                fault = _file_fault(image, name, retried)
             if fault:
                 skips.note(name, fault, count)
             else:
@@ -84,40 +92,60 @@ def _file(path: str, argument: str) -> str:
     return path
 
 
-def _file_fault(image: str) -> str:
+def _file_fault(image: str, name: str, retried: Retries) -> str:
     try:
-        size = os.stat(image).st_size
+        state = retried(lambda: name, lambda: os.stat(image))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return f"its image cannot be opened ({getattr(error, 'strerror', None) or error})"
-    if not os.path.isfile(image):
+    if not stat.S_ISREG(state.st_mode):
         return "its image is not a file"
-    return "" if size else "its image is an empty file"
+    return "" if state.st_size else "its image is an empty file"
 
 
-def _rows(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[tuple[int, str, str, str, int]]:
+def _rows(
+    file: TextIO, path: str, form: CsvFormat, argument: str, directory: str | os.PathLike
+) -> Iterator[tuple[int, str, str, str, int]]:
     """Line, image, caption, fault ("" for none), and the number of rows it stands for."""
     cells = _cells(file, path, form, argument)
     image_column, caption_column, columns = _header(cells, path, form, argument)
+    separator = _separator(form.separator)
+
+    def rows_in(texts: Sequence[str]) -> int:
+        """How many of the later lines of a row look like rows."""
+        return sum(_looks_like_row(text, separator, image_column, directory) for text in texts)
+
     for line, row, fault in cells:
         if fault:
-            yield line, "", "", fault, 1
+            swallowed = rows_in(row)
+            if swallowed:
+                fault = _unclosed(swallowed)
+            yield line, "", "", fault, 1 + swallowed
             continue
         if not any(cell.strip() for cell in row):
             continue  # a blank line
         image, caption = ((row[c] if c < len(row) else "") for c in (image_column, caption_column))
-        swallowed = sum(_looks_like_row(text, form.separator, image_column) for cell in row for text in _later(cell))
+        swallowed = sum(rows_in(_later(cell)) for cell in row)
         if swallowed:
-            fault = f"its quote is not closed and takes in {swallowed} more rows: close the quote, or double it"
+            fault = _unclosed(swallowed)
         elif any(row[columns:]):
             fault = f"it has {len(row)} cells, the header has {columns}: quote cells that contain the separator"
         yield line, "" if swallowed else image, caption, fault, 1 + swallowed
 
 
 def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[tuple[int, list[str], str]]:
-    """First line, cells and fault ("" for none) of every row."""
-    reader = csv.reader(file, delimiter=_separator(form.separator))
+    """First line, cells and fault ("" for none) of every row. With a fault, its lines after the first in place of its
+    cells."""
+    read: list[str] = []
+
+    def noted() -> Iterator[str]:
+        for text in file:
+            read.append(text)
+            yield text
+
+    reader = csv.reader(noted(), delimiter=_separator(form.separator))
     while True:
         line = reader.line_num + 1
+        read.clear()
         try:
             yield line, next(reader), ""
         except StopIteration:
@@ -127,14 +155,16 @@ def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[
                 f"{argument}: {path} is not UTF-8 text ({error.reason}): convert it, such as with `iconv -t UTF-8`"
             ) from error
         except csv.Error as error:  # a NUL (before Python 3.11), or a quote that opens a cell of more than 128 KiB
-            yield line, [], str(error)
+            yield line, read[1:], str(error)
 
 
 def _header(
     cells: Iterator[tuple[int, list[str], str]], path: str, form: CsvFormat, argument: str
 ) -> tuple[int, int, int]:
     """The indices of the image and caption columns, and the number of columns."""
-    _, columns, _ = next(cells, (0, [], ""))
+    _, columns, fault = next(cells, (0, [], ""))
+    if fault:
+        raise ValueError(f"{argument}: {path} has no readable header: {fault}")
     if not columns:
         raise ValueError(f"{argument}: {path} is empty, expected a header and rows")
     for option, column in (("csv_img_key", form.img_key), ("csv_caption_key", form.caption_key)):
@@ -144,6 +174,10 @@ def _header(
                 f"or csv_separator (now {form.separator!r})"
             )
     return columns.index(form.img_key), columns.index(form.caption_key), len(columns)
+
+
+def _unclosed(swallowed: int) -> str:
+    return f"its quote is not closed and takes in {swallowed} more rows: close the quote, or double it"
 
 
 def _separator(given: str) -> str:
@@ -158,6 +192,6 @@ def _later(cell: str) -> list[str]:
     return cell.splitlines()[1:] if "\n" in cell or "\r" in cell else []
 
 
-def _looks_like_row(text: str, separator: str, image_column: int) -> bool:
-    cells = text.split(separator)
-    return image_column < len(cells) > 1 and os.path.isfile(cells[image_column])
+def _looks_like_row(text: str, separator: str, image_column: int, directory: str | os.PathLike) -> bool:
+    cells = text.rstrip("\r\n").split(separator)
+    return image_column < len(cells) > 1 and os.path.isfile(os.path.join(directory, cells[image_column]))

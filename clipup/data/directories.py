@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
-from .sample_index import IMAGE_EXTENSIONS
+from .tars import IMAGE_EXTENSIONS, TAR
 
 
 def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.tar") -> ValueError:
@@ -24,8 +25,8 @@ def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.t
         advice = f"name the file in it, {table}"
     elif image is not None and image.with_suffix(".txt").is_file():
         advice = (
-            f"it holds images with captions beside them, which make a shard: tar --sort=name -cf data.tar -C {root} . "
-            "and name data.tar"
+            f"it holds images with captions beside them, which make a shard: {TAR} -cf data.tar "
+            f"-C {shlex.quote(str(root))} . and name data.tar"
         )
     elif image is not None:
         advice = (

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 MAX_PIXELS = 89_478_485
 """Default for the largest image to decode, in pixels: where Pillow warns of a decompression bomb."""
+
+MAX_ASPECT_RATIO = 200
+"""The longest image to decode, as its longer side over the shorter one. Transforms resize the shorter side to that of
+the model: without a limit, a file of some kilobytes would take gigabytes."""
 
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Decoded formats, whatever the file extension. Not EPS: Pillow runs it in Ghostscript, an interpreter."""
@@ -29,16 +35,30 @@ def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS) -> Image:
     16-bit gray values (modes I;16 and I) are scaled to 8 bits from 0..65535, floats from 0..1, or from 0..255 if any is
     above 1.
 
-    Raises ValueError for more than `max_pixels`, before decoding, and for values out of range; otherwise what Pillow
-    raises for unreadable images.
+    Raises ValueError for more than `max_pixels` or a longer shape than `MAX_ASPECT_RATIO`, before decoding, and for
+    values out of range; otherwise what Pillow raises for unreadable images.
     """
     with _opened(BytesIO(content) if isinstance(content, bytes) else content) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise ValueError(f"its {width} x {height} pixels exceed the limit of {max_pixels} (max_image_pixels)")
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise ValueError(f"its {width} x {height} pixels exceed the limit of {MAX_ASPECT_RATIO}:1 on the shape")
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = _eight_bit(image)
         return image.convert("RGB")
+
+
+def preprocessed(preprocess: Callable[[Image], Tensor], image: Image, name: Callable[[], str]) -> Tensor:
+    """What the transform returns. The messages of its errors name the image."""
+    try:
+        return preprocess(image)
+    except Exception as error:
+        message = f"{error}{' ' * bool(str(error))}(preprocess of {name()})"
+        if len(error.args) > 1:  # of which some exceptions make their message
+            raise ValueError(f"{type(error).__name__}: {message}") from error
+        error.args = (message,)
+        raise
 
 
 def _opened(file: str | BytesIO) -> Image:

@@ -15,14 +15,16 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..progress import Progress
 from .epoch_order import EpochOrder
 from .options import DataOptions
 from .processes import reading
 from .random_choices import own_choices, seed_choices
+from .retries import Retries
 from .sample_index import Images, Record, check_records, csv_records, tar_records
+from .skips import Notes
 from .train_data import Reader, Start, TrainData, described, global_batches
 
 _READ_BATCH = 64
@@ -37,9 +39,11 @@ def cached_data(options: DataOptions, shards: Sequence[str], reader: Reader, pro
     """Training data read into memory, from shards or, without any, from a CSV file."""
     source, skips = options.train_data, reader.skips
     if shards:
-        records = tar_records(shards, skips, "train_data")
+        records = tar_records(shards, skips, "train_data", options.data_retries)
     else:
-        records = csv_records(source, options.csv_format, skips, "train_data", merge_images=False)
+        records = csv_records(
+            source, options.csv_format, skips, "train_data", merge_images=False, retries=options.data_retries
+        )
     check_records(records, skips, source, "train_data")
     global_batches(len(records), options, reader)  # before the images are read
     loader = CachedLoader(records, options, reader, progress and reader.rank == 0)
@@ -95,17 +99,26 @@ class CachedLoader:
                 yield self.images[images], self.tokens[texts]
 
 
-class _SeededImages(Images):
+_Item = tuple[Tensor | str, Sequence[tuple[str, str]]]
+"""An image, or why it cannot be read, and what was read again."""
+
+
+class _SeededImages(Dataset):
     """Images whose augmentations depend on the seed and their number alone."""
 
     def __init__(self, records: Sequence[Record], options: DataOptions, reader: Reader) -> None:
-        super().__init__(records, reader.preprocess, options.max_image_pixels)
+        self.notes = Notes()
+        retried = Retries(options.data_retries, self.notes)
+        self.images = Images(records, reader.preprocess, options.max_image_pixels, retried)
         self.order = EpochOrder(len(records), options.seed)
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> _Item:
         with own_choices():
             seed_choices(int(self.order.seeds(_FILLING, np.array([index]))[0]))
-            return super().__getitem__(index)
+            return self.images[index], self.notes.report().retried
 
 
 def _digest(records: Sequence[Record]) -> str:
@@ -131,7 +144,8 @@ def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progr
     filled = 0
     shown = Progress("reading images into memory", "images", len(records), show=progress)
     with shown as bar, reading(loader) as batches:
-        for batch, reasons in batches:
+        for batch, reasons, retried in batches:
+            reader.skips.add_retries(retried)
             for reason in reasons:
                 if reason:
                     reader.skips.note(records[len(readable)].named, reason)
@@ -148,9 +162,11 @@ def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progr
     return images[:filled], readable
 
 
-def _keep_readable(items: list[Tensor | str]) -> tuple[Tensor | None, list[str]]:
-    good = [item for item in items if isinstance(item, Tensor)]
-    return torch.stack(good) if good else None, ["" if isinstance(item, Tensor) else item for item in items]
+def _keep_readable(items: list[_Item]) -> tuple[Tensor | None, list[str], list[tuple[str, str]]]:
+    """Of a batch: the readable images, why each of the others cannot be read ("" for none), and what was read again."""
+    good = [image for image, _ in items if isinstance(image, Tensor)]
+    reasons = ["" if isinstance(image, Tensor) else image for image, _ in items]
+    return torch.stack(good) if good else None, reasons, [one for _, retried in items for one in retried]
 
 
 def _check_memory(count: int, image: Tensor, world_size: int) -> None:

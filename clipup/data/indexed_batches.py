@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .epoch_order import EpochOrder, GlobalBatches
-from .images import load_image
+from .images import load_image, preprocessed
 from .options import DataOptions
 from .processes import worker_init_fn
 from .random_choices import own_choices, seed_choices
-from .retries import Retries
+from .retries import Retries, SourceError
 from .skips import Notes, Report
 from .sources import CsvSource, ShardSource, Source
 from .train_data import CountedBatches, Reader, Start, TrainData, described, global_batches
@@ -31,9 +31,12 @@ def indexed_data(options: DataOptions, shards: list[str], reader: Reader, progre
     source: Source
     if shards:
         processes, first = max(1, options.workers), reader.rank * len(shards) // reader.world_size
-        source = ShardSource(shards, skips, processes=processes, first=first, progress=progress and reader.rank == 0)
+        shown = progress and reader.rank == 0
+        source = ShardSource(
+            shards, skips, processes=processes, first=first, retries=options.data_retries, progress=shown
+        )
     else:
-        source = CsvSource(path, options.csv_format, skips)
+        source = CsvSource(path, options.csv_format, skips, options.data_retries)
     rows = len(source)
     if rows == 0:
         raise ValueError(
@@ -141,13 +144,15 @@ class IndexedBatches(Dataset):
         try:
             content, captions = self.retried(lambda: self.source.name(row), lambda: self.source.read(row))
             image = load_image(content, self.max_pixels)
+        except SourceError:
+            raise
         except Exception as error:  # PIL has no common class for what a broken file may raise
             self.notes.add(self.source.name(row), f"{type(error).__name__}: {error}")
             return None
         self.notes.read()
         seed_choices(seed)
         caption = captions[seed % len(captions)]
-        return self.preprocess(image), self.tokenizer([caption])[0]
+        return preprocessed(self.preprocess, image, lambda: self.source.name(row)), self.tokenizer([caption])[0]
 
 
 def _unchanged(batch: Any) -> Any:

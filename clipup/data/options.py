@@ -38,7 +38,7 @@ class SourceOptions:
     """Largest share of samples that may be unreadable. They are skipped, counted, and each is logged once; above this
     share reading stops with an error."""
     max_image_pixels: int = MAX_PIXELS
-    """Largest image to decode, in pixels; larger ones count as unreadable."""
+    """Largest image to decode, in pixels; larger ones, and those of a shape of more than 200:1, count as unreadable."""
 
     def __post_init__(self) -> None:
         if self.dataset_type not in ("auto", "webdataset", "csv"):

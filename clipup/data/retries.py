@@ -8,7 +8,7 @@ from collections.abc import Callable
 from time import sleep
 from typing import TypeVar
 
-from .skips import Notes
+from .skips import Notes, Skips
 
 Result = TypeVar("Result")
 
@@ -21,6 +21,12 @@ _TEMPORARY = {
     *(errno.ENETUNREACH, errno.ENETRESET, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENOTCONN),
     *(errno.EHOSTUNREACH, errno.EPIPE),
 }
+_OWN = {errno.EMFILE: "raise the limit (ulimit -n)", errno.ENFILE: "close other programs", errno.ENOMEM: "free memory"}
+"""What this process or machine lacks: says nothing about the data."""
+
+
+class SourceError(ValueError):
+    """What prevents reading is no fault of a sample, so no other one may take its place."""
 
 
 class Retries:
@@ -31,13 +37,14 @@ class Retries:
     ends a run instead of delaying every sample.
     """
 
-    def __init__(self, retries: int, notes: Notes) -> None:
+    def __init__(self, retries: int, notes: Notes | Skips) -> None:
         """notes: where repetitions are noted."""
         self.retries, self.notes = retries, notes
         self._left = retries
 
     def __call__(self, name: Callable[[], str], read: Callable[[], Result]) -> Result:
-        """What ``read`` returns. Raises its last OSError, or at once one that waiting cannot repair.
+        """What ``read`` returns. Raises its last OSError, or at once one that waiting cannot repair, as
+        ``SourceError`` if the fault is not that of the data.
 
         Args:
             name: gives the name of what is read, for the log.
@@ -47,6 +54,8 @@ class Retries:
             try:
                 result = read()
             except OSError as error:
+                if error.errno in _OWN:
+                    raise SourceError(f"cannot read {name()}: {error.strerror}: {_OWN[error.errno]}") from error
                 if not (error.errno is None or error.errno in _TEMPORARY):
                     raise
                 if number >= self._left:
@@ -58,6 +67,17 @@ class Retries:
             else:
                 self._left = self.retries
                 return result
+
+
+def read_shard(read: Callable[[], Result], shard: str, argument: str, retried: Retries) -> Result:
+    """What ``read`` returns of a whole local shard. Raises OSError, naming the shard."""
+    try:
+        return retried(lambda: shard, read)
+    except OSError as error:
+        raise OSError(
+            f"{argument}: {shard} cannot be read ({error}): repair the disk or the mount, copy the shard again, or "
+            "leave it out"
+        ) from error
 
 
 def check_retries(retries: int) -> None:

@@ -13,16 +13,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .csv_rows import CsvFormat, readable_rows, row_name
-from .images import MAX_PIXELS, load_image
-from .shard_names import is_remote, open_shard, sizes_of
+from .images import MAX_PIXELS, load_image, preprocessed
+from .retries import RETRIES, Retries, SourceError, read_shard
+from .shard_names import FileState, check_state, is_remote, sizes_of, state_of
 from .skips import Note, Skips
-from .tars import IMAGE_EXTENSIONS, complete, lines, read_samples
+from .tars import IMAGE_EXTENSIONS, TarSample, complete, lines, read_samples
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,6 +42,8 @@ class Record:
     offset: int | None = None
     size: int | None = None
     metadata: dict = field(default_factory=dict)
+    state: FileState | None = None
+    """Of a shard, when its samples were found."""
 
     @property
     def named(self) -> str:
@@ -48,21 +52,31 @@ class Record:
 
 
 def read_image(record: Record, max_pixels: int = MAX_PIXELS) -> Image:
-    """The image of a record; raises as `load_image`."""
-    if record.offset is None:
-        return load_image(record.path, max_pixels)
+    """The image of a record. Raises as `load_image`, and SourceError when its shard has changed."""
+    return load_image(_content(record), max_pixels)
+
+
+def _content(record: Record) -> bytes:
     with open(record.path, "rb") as file:
-        file.seek(record.offset)
-        return load_image(file.read(record.size), max_pixels)
+        if record.state is not None:
+            check_state(file.fileno(), record.state, record.path)
+        file.seek(record.offset or 0)
+        return file.read(-1 if record.size is None else record.size)
 
 
 class Images(Dataset):
     """`[i]` is the preprocessed image of record i, or the reason (str) why it cannot be read."""
 
     def __init__(
-        self, records: Sequence[Record], preprocess: Callable[[Image], Tensor], max_pixels: int = MAX_PIXELS
+        self,
+        records: Sequence[Record],
+        preprocess: Callable[[Image], Tensor],
+        max_pixels: int = MAX_PIXELS,
+        retried: Retries | None = None,
     ) -> None:
+        """retried: repeats reading; None for the default, which logs."""
         self.records, self.preprocess, self.max_pixels = records, preprocess, max_pixels
+        self.retried = Retries(RETRIES, Skips()) if retried is None else retried
 
     def __len__(self) -> int:
         return len(self.records)
@@ -70,10 +84,13 @@ class Images(Dataset):
     def __getitem__(self, index: int) -> Tensor | str:
         record = self.records[index]
         try:
-            image = read_image(record, self.max_pixels)
+            content = self.retried(lambda: record.named, lambda: _content(record))
+            image = load_image(content, self.max_pixels)
+        except SourceError:
+            raise
         except Exception as error:  # PIL has no common class for what a broken file may raise
             return f"{type(error).__name__}: {error}"
-        tensor = self.preprocess(image)
+        tensor = preprocessed(self.preprocess, image, lambda: record.named)
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"preprocess: returned {type(tensor).__name__} for {record.named}, expected a tensor "
@@ -82,34 +99,49 @@ class Images(Dataset):
         return tensor
 
 
-def tar_records(shards: Sequence[str], skips: Skips, argument: str) -> list[Record]:
-    """Every complete sample of local shards, in order. Only headers and captions are read, not images."""
+def tar_records(shards: Sequence[str], skips: Skips, argument: str, retries: int = RETRIES) -> list[Record]:
+    """Every complete sample of local shards, in order. Only headers and captions are read, not images.
+
+    Raises OSError, naming the shard, when one cannot be read, also after `retries` further tries.
+    """
     records: list[Record] = []
     sizes = sizes_of(shards)
     found = dict.fromkeys(shards, 0)
     lost: list[tuple[str, Note]] = []
+    retried = Retries(retries, skips)
     for shard in shards:
         if is_remote(shard):
             raise ValueError(f"{argument}: {shard} is not a local file, which is required here: copy it first")
-
-        def lose(*note: Any, shard: str = shard) -> None:
-            lost.append((shard, note))
-
-        with open_shard(shard) as file:
-            for sample in read_samples(file, shard, lose, images=False, expected=sizes.get(shard)):
-                found[shard] += 1
-                try:
-                    image, _, captions, about = complete(sample)
-                except ValueError as error:
-                    skips.note(sample.named, error)
-                    continue
-                place = sample.place[image]
-                records.append(Record(sample.key, shard, tuple(captions), *place, {"key": sample.key, **about}))
+        read = partial(_samples_of, shard, sizes.get(shard))
+        samples, state, notes = read_shard(read, shard, argument, retried)
+        found[shard] += len(samples)
+        lost += [(shard, note) for note in notes]
+        for sample in samples:
+            try:
+                image, _, captions, about = complete(sample)
+            except ValueError as error:
+                skips.note(sample.named, error)
+                continue
+            place = sample.place[image]
+            metadata = {"key": sample.key, **about}
+            records.append(Record(sample.numbered, shard, tuple(captions), *place, metadata, state))
     damaged = {shard for shard, _ in lost}
     usual = max((count for shard, count in found.items() if shard not in damaged), default=0)
-    for shard, (name, reason, samples) in lost:
-        skips.note(name, reason, samples or max(1, usual - found[shard]))
+    for shard, (name, reason, count) in lost:
+        skips.note(name, reason, count or max(1, usual - found[shard]))
     return records
+
+
+def _samples_of(shard: str, expected: int | None) -> tuple[list[TarSample], FileState, list[Note]]:
+    """Its samples, complete or not, its state, and what is damaged."""
+    notes: list[Note] = []
+
+    def lose(name: str, reason: object, samples: int) -> None:
+        notes.append((name, str(reason), samples))
+
+    with open(shard, "rb") as file:
+        state = state_of(file.fileno())
+        return list(read_samples(file, shard, lose, images=False, expected=expected)), state, notes
 
 
 def csv_records(
@@ -119,6 +151,7 @@ def csv_records(
     argument: str,
     merge_images: bool,
     directory: str | os.PathLike | None = None,
+    retries: int = RETRIES,
 ) -> list[Record]:
     """The usable rows of a CSV file.
 
@@ -128,7 +161,7 @@ def csv_records(
     """
     captions_of: dict[str, list[str]] = {}
     path_of: dict[str, str] = {}
-    for line, image, text in readable_rows(path, form, skips, argument, directory):
+    for line, image, text in readable_rows(path, form, skips, argument, directory, retries):
         key = image if merge_images else row_name(path, line, image)
         path_of[key] = image
         captions_of.setdefault(key, []).extend(lines(text))

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,16 @@ from clipup_kernels.user_cache import user_cache
 from ..atomic_files import replace_files
 from ..progress import Progress
 from .processes import each
-from .shard_names import is_remote, sizes_of
-from .skips import Note, Skips
+from .retries import RETRIES, Retries, read_shard
+from .shard_names import FileState, is_remote, sizes_of, state_of
+from .skips import Note, Notes, Skips
 from .tars import complete, read_samples
 
 PLACE = np.dtype([("image", "<i8"), ("image_size", "<i8"), ("text", "<i8"), ("text_size", "<i4"), ("json", "?")])
 """A sample: the offsets and sizes in bytes of its image and of the member with its captions, and whether that is a
 json."""
 
-_VERSION = 1
+_VERSION = 2
 _KEPT_FROM_SECONDS = 0.5
 """An index that took longer to read is kept."""
 
@@ -45,6 +47,12 @@ class ShardIndex:
     incomplete: list[Note] = field(default_factory=list)
     lost: list[Note] = field(default_factory=list)
     """Damaged parts; 0 samples where their number is unknown."""
+    state: FileState = (0, 0)
+    """Of the file that was read."""
+    repeated: bool = False
+    """Whether several samples have the same key."""
+    retried: Sequence[tuple[str, str]] = ()
+    """What was read again, and the error of the time before."""
 
     @property
     def found(self) -> int:
@@ -52,14 +60,26 @@ class ShardIndex:
 
 
 def index_shards(
-    shards: Sequence[str], skips: Skips, argument: str, *, processes: int = 1, first: int = 0, progress: bool = False
-) -> list[np.ndarray]:
-    """The complete samples of each local shard, as arrays of `PLACE`. Others are noted in `skips`.
+    shards: Sequence[str],
+    skips: Skips,
+    argument: str,
+    *,
+    processes: int = 1,
+    first: int = 0,
+    retries: int = RETRIES,
+    progress: bool = False,
+) -> list[ShardIndex]:
+    """The indexes of local shards. Samples that are not complete are noted in `skips`.
 
     Args:
         processes: that read shards at the same time.
         first: the shard to start with. If the ranks of a machine start with different ones, each finds in the cache
             what the others have read.
+        retries: further tries after an error that may be temporary.
+
+    Raises:
+        OSError: a shard cannot be read. It is not skipped: ranks that read it would have other samples.
+        ChildProcessError: a process was killed.
     """
     for shard in shards:
         if is_remote(shard):
@@ -68,10 +88,11 @@ def index_shards(
     turned = [*shards[first:], *shards[:first]]
     found: dict[str, ShardIndex] = {}
     shown = Progress("indexing shards", "shards", len(shards), show=progress)
-    with shown as bar:
-        read = functools.partial(_index_of, sizes=sizes)
+    with shown as bar, _killed_processes_explained(argument):
+        read = functools.partial(_index_of, sizes=sizes, argument=argument, retries=retries)
         for shard, index in zip(turned, each(read, turned, min(processes, len(shards)), chunk=1), strict=True):
             found[shard] = index
+            skips.add_retries(index.retried)
             bar.update()
     usual = max((index.found for index in found.values() if not index.lost), default=0)
     for shard in shards:
@@ -80,25 +101,36 @@ def index_shards(
             skips.note(*note)
         for name, reason, samples in index.lost:
             skips.note(name, reason, samples or max(1, usual - index.found))
-    return [found[shard].places for shard in shards]
+    return [found[shard] for shard in shards]
 
 
-def _index_of(shard: str, sizes: dict[str, int]) -> ShardIndex:
-    """The index of a shard, from the cache if it is there."""
-    expected = sizes.get(shard)
+@contextmanager
+def _killed_processes_explained(argument: str) -> Iterator[None]:
     try:
-        state = os.stat(shard)
-        where = os.path.realpath(shard)
-        about = {"version": _VERSION, "shard": where, "expected": expected}
-        about |= {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
-        path = user_cache("shard_index", f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:32]}.npz")
-        kept = None if path is None else _kept(path, about, shard)
-        if kept is not None:
-            return kept
-        start = time.perf_counter()
-        index = read_index(shard, expected)
-    except OSError as error:
-        return ShardIndex(np.empty(0, PLACE), lost=[(shard, f"it cannot be opened ({error})", expected or 0)])
+        yield
+    except ChildProcessError as error:
+        raise ChildProcessError(f"{argument}: the shards were not indexed, {error} (workers)") from error
+
+
+def _index_of(shard: str, sizes: dict[str, int], argument: str, retries: int) -> ShardIndex:
+    """The index of a shard, from the cache if it is there."""
+    notes = Notes()
+    index = read_shard(lambda: _kept_or_read(shard, sizes.get(shard)), shard, argument, Retries(retries, notes))
+    index.retried = notes.report().retried
+    return index
+
+
+def _kept_or_read(shard: str, expected: int | None) -> ShardIndex:
+    state = os.stat(shard)
+    where = os.path.realpath(shard)
+    about = {"version": _VERSION, "shard": where, "expected": expected}
+    about |= {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    path = user_cache("shard_index", f"{hashlib.sha256(os.fsencode(where)).hexdigest()[:32]}.npz")
+    kept = None if path is None else _kept(path, about, shard)
+    if kept is not None:
+        return kept
+    start = time.perf_counter()
+    index = read_index(shard, expected)
     if path is not None and time.perf_counter() - start > _KEPT_FROM_SECONDS:
         _keep(path, about, shard, index)
     return index
@@ -109,6 +141,8 @@ def read_index(shard: str, expected: int | None) -> ShardIndex:
 
     Args:
         expected: how many samples it should have, where known.
+
+    Raises OSError where it cannot be read: the index of a part would be one of a damaged shard.
     """
     rows: list[tuple[int, int, int, int, bool]] = []
     index = ShardIndex(np.empty(0, PLACE))
@@ -117,7 +151,9 @@ def read_index(shard: str, expected: int | None) -> ShardIndex:
         index.lost.append((name, str(reason), samples))
 
     with open(shard, "rb") as file:
+        index.state = state_of(file.fileno())
         for sample in read_samples(file, shard, lose, images=False, expected=expected):
+            index.repeated |= sample.earlier > 0
             try:
                 image, text, _, _ = complete(sample)
             except ValueError as error:
@@ -135,16 +171,17 @@ def _kept(path: Path, about: dict[str, Any], shard: str) -> ShardIndex | None:
             noted = json.loads(str(content["about"]))
             places = content["places"]
         incomplete, lost = ([(n, r, c) for n, r, c in noted.pop(kind)] for kind in ("incomplete", "lost"))
-        named = noted.pop("named")
+        named, repeated = noted.pop("named"), bool(noted.pop("repeated"))
     except Exception:  # no such file, or a damaged one, for which numpy and zipfile have no common class
         return None
     if noted != about or named != shard or places.dtype != PLACE:
         return None
-    return ShardIndex(places, incomplete, lost)
+    return ShardIndex(places, incomplete, lost, (noted["size"], noted["mtime_ns"]), repeated)
 
 
 def _keep(path: Path, about: dict[str, Any], shard: str, index: ShardIndex) -> None:
-    noted = json.dumps({**about, "named": shard, "incomplete": index.incomplete, "lost": index.lost})
+    found = {"incomplete": index.incomplete, "lost": index.lost, "repeated": index.repeated}
+    noted = json.dumps({**about, "named": shard, **found})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_files({path: lambda file: _write(file, noted, index.places)})

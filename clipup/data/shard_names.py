@@ -17,7 +17,11 @@ from typing import Any, BinaryIO
 
 from .. import checks
 from ..extras import needed_for
+from .retries import SourceError
 from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
+
+FileState = tuple[int, int]
+"""The size of a file and its time of modification in nanoseconds."""
 
 _URL = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]+):")
 _PIPE = "pipe"
@@ -37,7 +41,7 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
     source = os.fspath(source)
     shards: list[str] = []
     for pattern in [source] if _is_file(source) else filter(None, source.split("::")):
-        for name in [pattern] if _is_file(pattern) else _braces(pattern):
+        for name in [pattern] if _is_file(pattern) else _braces(pattern, argument):
             if is_remote(name) and not _is_file(name):
                 shards.append(_checked_url(name, argument, allow_pipe))
             else:
@@ -113,6 +117,21 @@ def open_shard(shard: str) -> BinaryIO:
     return gopen(shard)
 
 
+def state_of(descriptor: int) -> FileState:
+    """The state of an open file."""
+    state = os.fstat(descriptor)
+    return state.st_size, state.st_mtime_ns
+
+
+def check_state(descriptor: int, expected: FileState, shard: str) -> None:
+    """Raises SourceError when an open shard is not in the state in which its samples were found."""
+    if state_of(descriptor) != expected:
+        raise SourceError(
+            f"{shard} was replaced or changed after its samples were indexed: do not write into data that are in use. "
+            "Start again, so that it is indexed again"
+        )
+
+
 def sizes_of(shards: Sequence[str]) -> dict[str, int]:
     """The number of samples of each shard that a `sizes.json` beside it lists."""
     sizes: dict[str, int] = {}
@@ -159,7 +178,7 @@ def local_shards(paths: Iterable[str | os.PathLike], argument: str) -> list[str]
 
 
 def _is_file(path: str) -> bool:
-    return os.path.exists(path) and not os.path.isdir(path)
+    return os.path.isfile(path)
 
 
 def _found(name: str, pattern: str, argument: str) -> list[str]:
@@ -171,14 +190,21 @@ def _found(name: str, pattern: str, argument: str) -> list[str]:
     return [_local(match) for match in matches]
 
 
-def _braces(pattern: str) -> Iterator[str]:
+def _braces(pattern: str, argument: str) -> Iterator[str]:
     """A generator, because braces can stand for more names than fit into memory."""
     if "{" not in pattern:
-        return iter([pattern])
+        yield pattern
+        return
     with needed_for("a shard name with braces", "train"):
         from braceexpand import braceexpand
 
-    return braceexpand(pattern)
+    try:
+        yield from braceexpand(pattern)
+    except ValueError as error:
+        raise ValueError(
+            f"{argument}: the braces of {pattern!r} do not match, expected a range such as {{0000..0099}}: close each, "
+            "or put a backslash before it where it belongs to the name"
+        ) from error
 
 
 def _local(path: str) -> str:

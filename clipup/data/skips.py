@@ -107,11 +107,15 @@ class Skips:
         self.samples |= new
         self._count += sum(new.values())
 
+    def retry(self, what: str, error: object) -> None:
+        """Call before something is read again after an error."""
+        self.retries += 1
+        _LOG.warning("reads %s again: %s", what, error)
+
     def add_retries(self, retried: Iterable[tuple[str, str]]) -> None:
         """Counts and logs them."""
         for what, error in retried:
-            self.retries += 1
-            _LOG.warning("reads %s again: %s", what, error)
+            self.retry(what, error)
 
     def check(self, total: float, count: float | None = None, world_size: int = 1) -> None:
         """Raises ValueError when more than `max_skipped` of `total` samples are unreadable.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import tarfile
 from array import array
 from collections import OrderedDict
@@ -14,12 +15,14 @@ import numpy as np
 
 from .csv_rows import CsvFormat, readable_rows, row_name
 from .packed_texts import PackedTexts
+from .retries import RETRIES
 from .shard_index import index_shards
+from .shard_names import check_state
 from .skips import Skips
 from .tars import TarSample, complete, key_of, lines
 
 OPEN_FILES = 256
-"""Shards that a process keeps open at most."""
+"""Shards that a process keeps open at most; fewer where it may open few files."""
 
 
 class Source(Protocol):
@@ -36,17 +39,17 @@ class Source(Protocol):
     def read(self, row: int) -> tuple[bytes, list[str]]:
         """The content of the image's file, and the captions.
 
-        Raises OSError or ValueError where they cannot be read.
+        Raises OSError or ValueError where they cannot be read, SourceError where that is no fault of the sample.
         """
 
 
 class CsvSource:
     """The usable rows of a CSV file."""
 
-    def __init__(self, path: str, form: CsvFormat, skips: Skips) -> None:
+    def __init__(self, path: str, form: CsvFormat, skips: Skips, retries: int = RETRIES) -> None:
         self.path = path
         self.lines, self.images, self.captions = array("q"), PackedTexts(), PackedTexts()
-        for row in readable_rows(path, form, skips, "train_data"):
+        for row in readable_rows(path, form, skips, "train_data", retries=retries):
             self.lines.append(row.line)
             self.images.append(row.image)
             self.captions.append(row.captions)
@@ -67,13 +70,24 @@ class ShardSource:
     """The complete samples of local shards."""
 
     def __init__(
-        self, shards: Sequence[str], skips: Skips, *, processes: int = 1, first: int = 0, progress: bool = False
+        self,
+        shards: Sequence[str],
+        skips: Skips,
+        *,
+        processes: int = 1,
+        first: int = 0,
+        retries: int = RETRIES,
+        progress: bool = False,
     ) -> None:
         """As `index_shards`."""
-        indexes = index_shards(shards, skips, "train_data", processes=processes, first=first, progress=progress)
+        indexes = index_shards(
+            shards, skips, "train_data", processes=processes, first=first, retries=retries, progress=progress
+        )
         self.shards = PackedTexts(shards)
-        self.places = np.concatenate(indexes)
-        self.ends = np.cumsum([len(index) for index in indexes])
+        self.places = np.concatenate([index.places for index in indexes])
+        self.ends = np.cumsum([len(index.places) for index in indexes])
+        self.states = np.array([index.state for index in indexes])
+        self.repeated = np.array([index.repeated for index in indexes])
         names = PackedTexts(os.path.basename(shard) for shard in shards)
         self.digest = _digest(*names.arrays, self.ends, self.places)
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -98,6 +112,8 @@ class ShardSource:
             member = ""
         # a header holds at most 255 bytes of a name, and often only 100
         key = key_of(member) if member and len(member) < 100 else f"the image at byte {offset}"
+        if self.repeated[shard]:  # every sample is counted by its name
+            key = f"{key} (at byte {offset})"
         return f"{key} in {self.shards[shard]}"
 
     def read(self, row: int) -> tuple[bytes, list[str]]:
@@ -124,11 +140,19 @@ class ShardSource:
         """A file descriptor. The least recently used one is closed where there are too many."""
         if shard in self._files:
             self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) >= OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        else:
+            while len(self._files) >= _most_open_files():
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        size, modified = self.states[shard].tolist()
+        check_state(self._files[shard], (size, modified), self.shards[shard])
         return self._files[shard]
+
+
+def _most_open_files() -> int:
+    """A quarter of what the process may open: it has other files, and several sources."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return OPEN_FILES if limit == resource.RLIM_INFINITY else max(1, min(OPEN_FILES, limit // 4))
 
 
 def _digest(*arrays: np.ndarray) -> str:

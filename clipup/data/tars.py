@@ -1,14 +1,17 @@
 """Reading the samples of WebDataset shards; every loss in a damaged file is reported.
 
-A sample consists of consecutive members of a tar file with the same key: `KEY.png`, `KEY.txt`. Links, sparse files and
-other special members are ignored, and nothing is extracted to disk.
+A sample consists of consecutive members of a tar file with the same key: `KEY.png`, `KEY.txt`. A key ends at the first
+dot of the base name. Links, sparse files and other special members are not read, and nothing is extracted to disk.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -21,9 +24,13 @@ if TYPE_CHECKING:
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """Image extensions; if a sample has several images, the first in this order is used, as in open_clip."""
 TEXT_EXTENSIONS = ("txt", "json", "cls")
+TAR = "tar --sort=name --dereference --hard-dereference"
+"""The command that writes the files of a directory as samples: side by side, and with content in place of links."""
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names
 _MARK = 2  # zero blocks that end an archive; more of them pad the last record of 20 blocks
+_SKIPPED_AT_ONCE = 1 << 20
+"""Bytes of a member that is not needed, of a shard that is streamed."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -35,6 +42,10 @@ class TarSample:
     shard: str
     content: dict[str, bytes] = field(default_factory=dict)
     place: dict[str, tuple[int, int]] = field(default_factory=dict)
+    special: set[str] = field(default_factory=set)
+    """Extensions of images and texts that are no regular files, such as links."""
+    earlier: int = 0
+    """How many earlier samples of the shard have the same key."""
 
     @property
     def image(self) -> str | None:
@@ -42,8 +53,31 @@ class TarSample:
         return next((extension for extension in IMAGE_EXTENSIONS if extension in self.place), None)
 
     @property
+    def numbered(self) -> str:
+        """Its key, with its number where other samples have the same key."""
+        return f"{self.key} (number {self.earlier + 1} of that name)" if self.earlier else self.key
+
+    @property
     def named(self) -> str:
-        return f"{self.key} in {self.shard}"
+        """Its name in messages, by which it is counted."""
+        return f"{self.numbered} in {self.shard}"
+
+    def dotted(self) -> list[str]:
+        """Extensions of the images that would be samples of their own if their keys ended at the last dot: those with
+        a text of the same name, or, where the sample has no image of its own, all."""
+        texts = {extension.rpartition(".")[0] for extension in self.place if _kind(extension) in TEXT_EXTENSIONS}
+        return [
+            extension
+            for extension in self.place
+            if "." in extension
+            and _kind(extension) in IMAGE_EXTENSIONS
+            and (self.image is None or extension.rpartition(".")[0] in texts)
+        ]
+
+
+def _kind(name: str) -> str:
+    """What follows the last dot."""
+    return name.rpartition(".")[2]
 
 
 def lines(text: str) -> list[str]:
@@ -83,10 +117,16 @@ def complete(sample: TarSample) -> Complete:
         except UnicodeDecodeError as error:
             raise ValueError(f"its .txt is not UTF-8 ({error})") from error
     if sample.image is None:
-        raise ValueError("it has no image beside it")
+        raise ValueError(_missing("image", sample.special.intersection(IMAGE_EXTENSIONS)))
     if not captions:
-        raise ValueError("it has no caption beside it")
+        raise ValueError(_missing("caption", sample.special.intersection(TEXT_EXTENSIONS)))
     return Complete(sample.image, text, captions, about)
+
+
+def _missing(part: str, special: set[str]) -> str:
+    if special:
+        return f"its {part} is no regular file but a link or the like: write the shard with {TAR}"
+    return f"it has no {part} beside it"
 
 
 def key_of(member: str) -> str:
@@ -109,33 +149,63 @@ def read_samples(
     Args:
         file: read once from start to end; must be seekable without `images`.
         skip: called with name, reason and number of samples for what is missing.
-        images: whether image contents are read, or only their places.
+        images: whether image contents are read, or only their places. Without them, an OSError is raised: it can be
+            another one, or none, when the file is read again. With them it ends the shard, as damage does.
         expected: how many samples the shard should have, where known.
         usual: how many similar shards have, where `expected` is unknown. With 0, `skip` gets 0 samples for a truncated
             shard.
     """
     faults = _Faults()
     found = incomplete = 0
-    sample: TarSample | None = None
-    for name, content, place in _members(file, images, faults):
-        split = _KEY_AND_EXTENSION.fullmatch(name)
-        if split is None:
-            continue
-        key, extension = split[1], split[2].lower()
-        if sample is None or key != sample.key or extension in sample.place:
-            if sample is not None:
-                found, incomplete = found + 1, incomplete + _is_incomplete(sample)
-                yield sample
-            sample = TarSample(key, shard)
-        sample.place[extension] = place
-        if content is not None:
-            sample.content[extension] = content
-    if sample is not None:
-        found, incomplete = found + 1, incomplete + _is_incomplete(sample)
-        yield sample
+    for sample in _grouped(_members(file, images, faults), shard):
+        dotted = sample.dotted()
+        if dotted:
+            found += len(dotted)
+            skip(
+                f"images of {sample.named}",
+                f"the key of a sample ends at the first dot of its name, so {sample.key}.{dotted[0]} and the like are "
+                f"no samples of their own: rename them, such as {sample.key}_{dotted[0]}",
+                len(dotted),
+            )
+        if sample.image is not None or not dotted:
+            found, incomplete = found + 1, incomplete + _is_incomplete(sample)
+            yield sample
     lost, reason = faults.lost(found, incomplete, expected, usual)
     if lost is not None:
         skip(f"a part of {shard}" if found else shard, reason, lost)
+
+
+def _grouped(members: Iterator[_Member], shard: str) -> Iterator[TarSample]:
+    """Consecutive members with the same key, as samples."""
+    seen: Counter[str] = Counter()
+    sample: TarSample | None = None
+    for member in members:
+        key, extension = member.key, member.extension
+        if sample is None or key != sample.key or extension in sample.place or extension in sample.special:
+            if sample is not None:
+                yield sample
+            sample = TarSample(key, shard, earlier=seen[key])
+            seen[key] += 1
+        if member.place is None:
+            sample.special.add(extension)
+            continue
+        sample.place[extension] = member.place
+        if member.content is not None:
+            sample.content[extension] = member.content
+    if sample is not None:
+        yield sample
+
+
+class _Member(NamedTuple):
+    """A file in a tar file that belongs to a sample."""
+
+    key: str
+    extension: str
+    """Lower case."""
+    content: bytes | None
+    """Of texts, and of images where they are read."""
+    place: tuple[int, int] | None
+    """None for an image or a text that is not a regular file."""
 
 
 @dataclass
@@ -161,15 +231,19 @@ def _is_incomplete(sample: TarSample) -> bool:
     return sample.image is None or not sample.place.keys() & set(TEXT_EXTENSIONS)
 
 
-def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[str, bytes | None, tuple[int, int]]]:
-    """Name, content (of images and texts) and place of every regular file in a tar file.
+def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[_Member]:
+    """The files in a tar file that have a key and an extension.
 
     Damaged headers are skipped (`ignore_zeros`), so that members after them are not lost.
     """
     header = _watched_header()
     members = 0
     read = (*TEXT_EXTENSIONS, *(IMAGE_EXTENSIONS if images else ()))
+    end = math.inf
     try:
+        if not images:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(0)
         tar = tarfile.open(
             fileobj=file,
             mode="r|" if images else "r:",
@@ -186,11 +260,21 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[st
             header.damaged = header.zeros = 0
             if member.size < 0:
                 raise tarfile.ReadError(f"the size of {member.name} is negative")
-            if member.isreg() and not member.issparse():
-                wanted = member.name.rpartition(".")[2].lower() in read
-                content = tar.extractfile(member).read() if wanted else None
-                yield member.name, content, (member.offset_data, member.size)
+            regular = member.isreg() and not member.issparse()
+            if regular and member.offset_data + member.size > end:
+                raise tarfile.ReadError("unexpected end of data")
+            split = _KEY_AND_EXTENSION.fullmatch(member.name)
+            if split is not None:
+                key, extension = split[1], split[2].lower()
+                if regular:
+                    content = tar.extractfile(member).read() if extension in read else None
+                    yield _Member(key, extension, content, (member.offset_data, member.size))
+                elif not member.isdir() and extension in (*TEXT_EXTENSIONS, *IMAGE_EXTENSIONS):
+                    yield _Member(key, extension, None, None)
+            _skip_to_next_header(tar, end)
     except Exception as error:  # readers of URLs raise their own exceptions
+        if isinstance(error, OSError) and not images:
+            raise
         faults.end = f"{'its rest' if members else 'it'} cannot be read ({error})"
         if not members and header.damaged:
             faults.end = _kind_of(header.begins)
@@ -201,6 +285,17 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[tuple[st
         faults.end = f"its last {header.lost_bytes()} bytes are damaged"
     elif not header.zeros:
         faults.end = "it has no end-of-archive mark, so it was cut off"
+
+
+def _skip_to_next_header(tar: tarfile.TarFile, end: float) -> None:
+    """Raises ReadError when that is after the end of the file: tarfile would overflow, or skip to it in small steps."""
+    file, offset = tar.fileobj, tar.offset  # type: ignore[attr-defined]
+    if end == math.inf:
+        while file.tell() < offset and file.read(min(offset - file.tell(), _SKIPPED_AT_ONCE)):
+            pass
+        end = file.tell()
+    if offset > end:
+        raise tarfile.ReadError("unexpected end of data")
 
 
 def _is_padding(zeros: int, end: int) -> bool:

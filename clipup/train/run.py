@@ -71,6 +71,7 @@ def train(
         data = Epochs(
             build_loader(options, built, ranks, first_epoch) if loader is None else loader, options.accum_freq
         )
+        data.check_alike(ranks.gather)
         trainer = Trainer(options, built, data, ranks, directory, precision, callbacks)
         if checkpoint is not None:
             trainer.restore(checkpoint.state, checkpoint.path, start)

@@ -41,6 +41,23 @@ class Epochs:
                 "batch_size or accum_freq, or pass more data"
             )
 
+    def check_alike(self, gather: Callable[[Any], list[Any]]) -> None:
+        """
+        Args:
+            gather: returns every rank's value on every rank.
+
+        Raises:
+            ValueError: ranks have found other samples, so that some would be trained on twice and others not at all.
+        """
+        first, *others = gather({"steps of an epoch": self.steps, **(self.order or {})})
+        for rank, found in enumerate(others, 1):
+            differing = [f"{key} {first[key]} and {found.get(key)}" for key in first if found.get(key) != first[key]]
+            if differing:
+                raise ValueError(
+                    f"train_data: ranks 0 and {rank} found different samples: {', '.join(differing)}. Give every rank "
+                    "the same files in the same state; the logs name what could not be read"
+                )
+
     def epoch(self, epoch: int, first_step: int = 0) -> Generator[list[Batch], None, None]:
         """The steps of an epoch from ``first_step``, which is 0 without ``order``; batches left over at its end are not
         used. Close it to end its data workers."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from picture_samples import preprocess
+from picture_samples import preprocess, samples_of, tokenizer
 from PIL import Image
 
 from clipup.cli import main
 from clipup.data.images import MAX_PIXELS, load_image
 from clipup.data.loaders import eval_samples, train_loader
+from clipup.evaluate import datasets
 from clipup.evaluate.datasets import read_lines
 
 KINDS = ("csv", "cached csv", "webdataset", "cached webdataset")
@@ -176,6 +178,49 @@ def test_a_stray_quote_is_named_and_the_rows_in_it_are_counted(pictures, kind, c
     assert "line 62 of" in caplog.text and "takes in 3 more rows" in caplog.text
 
 
+def rows_with_quotes(folder="", opening=2, closing=None, more=0):
+    """A table of twelve pictures, and `more` rows of them. The captions of two rows begin and end with a quote."""
+    rows = ["filepath\ttitle"]
+    for n in range(12 + more):
+        quoted = '"' * (n == opening) + f"{n % 12} {n // 12}" + '"' * (n == closing)
+        rows.append(os.path.join(folder, f"{n % 12}.png") + "\t" + quoted)
+    return "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize("separator", ["\t", "\\t"])
+def test_rows_in_a_quote_are_counted_however_the_tab_is_written(pictures, separator):
+    pictures.csv(12)
+    path = pictures.folder / "quotes.tsv"
+    path.write_text(rows_with_quotes(pictures.folder, closing=7))
+    data = train_loader(path, preprocess, tokenizer, 1, 0, progress=False, max_skipped=0.9, csv_separator=separator)
+    assert [picture == caption for picture, caption, _ in samples_of(data.dataloader)] == [True] * 6
+    assert data.skipped == 6
+
+
+def test_rows_in_a_quote_are_counted_in_the_table_of_a_directory(pictures):
+    pictures.csv(12)
+    (pictures.folder / "test.tsv").write_text(rows_with_quotes(closing=7))
+    with pytest.raises(ValueError, match=r"and 6 without; .*takes in 5 more rows"):
+        datasets.csv(pictures.folder, "test", "\t", "filepath", "title")
+
+
+def test_rows_in_a_quote_of_more_than_a_reader_takes_are_counted(pictures, caplog):
+    pictures.csv(12)
+    path = pictures.folder / "quotes.tsv"
+    path.write_text(rows_with_quotes(pictures.folder, more=8000))
+    data = train_loader(path, preprocess, tokenizer, 1, 0, progress=False, max_skipped=0.9)
+    assert data.order["rows"] + data.skipped == 8012 and data.skipped > 1000
+    assert "line 4 of" in caplog.text and "its quote is not closed and takes in" in caplog.text
+
+
+def test_a_header_whose_quote_is_not_closed_is_refused(pictures):
+    pictures.csv(12)
+    path = pictures.folder / "quotes.tsv"
+    path.write_text('"' + rows_with_quotes(pictures.folder, opening=None, more=8000))
+    with pytest.raises(ValueError, match="train_data: .*quotes.tsv has no readable header: field larger"):
+        train_loader(path, preprocess, tokenizer, 1, 0, progress=False)
+
+
 def test_a_text_that_is_not_utf8_is_named(pictures, picture, caplog, tmp_path):
     members = [(name, content) for n in range(3) for name, content in ((f"{n}.png", picture(n)), (f"{n}.txt", b"good"))]
     members[3] = ("1.txt", b"caf\xe9")
@@ -237,6 +282,57 @@ def test_the_limit_on_pixels_can_exceed_pillows_which_is_unchanged(picture):
     assert MAX_PIXELS == Image.MAX_IMAGE_PIXELS
     with pytest.raises(Image.DecompressionBombError):
         Image.open(io.BytesIO(large_png(30_000, 30_000)))
+
+
+@pytest.mark.parametrize("size", [(1, 201), (100_000, 400)])
+def test_the_limit_on_the_shape_is_checked_before_decoding(size):
+    width, height = size
+    with pytest.raises(ValueError, match=rf"its {width} x {height} pixels exceed the limit of 200:1 on the shape"):
+        load_image(large_png(*size))
+    assert load_image(encoded(Image.new("L", (200, 1)))).size == (200, 1)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "streamed", "evaluation"])
+def test_every_loader_skips_an_image_that_is_too_long(pictures, picture, kind, caplog):
+    contents = [(picture(n), "png", f"{n} 0") for n in range(3)] + [(encoded(Image.new("L", (1, 5000))), "png", "3 0")]
+    if kind == "evaluation":
+        samples = eval_samples(write(pictures, kind, contents)["train_data"], preprocess, max_skipped=0.9)
+        assert (len(list(samples)), samples.skipped) == (3, 1)
+    elif kind == "streamed":
+        source = f"file:{write(pictures, kind, contents)['train_data']}"
+        data = train_loader(source, preprocess, tokenizer, 1, 0, train_num_samples=3, max_skipped=0.9)
+        assert (len(list(data.dataloader)), data.skipped) == (3, 1)
+    else:
+        seen, skipped = served(pictures, kind, contents)
+        assert (len(seen), skipped) == (3, 1)
+    assert "its 1 x 5000 pixels exceed the limit of 200:1" in caplog.text
+
+
+class Full:
+    """A transform that fails, in one of several ways, for the picture with the red 2."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __call__(self, image):
+        if image.getpixel((0, 0))[0] == 2:
+            raise self.error
+        return preprocess(image)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [*KINDS, "streamed", "evaluation"])
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "no space"), ZeroDivisionError("division by zero")])
+def test_an_error_of_preprocess_names_the_image(pictures, picture, kind, error, workers):
+    contents = [(picture(n), "png", f"{n} 0") for n in range(3)]
+    source, options = write(pictures, kind, contents)["train_data"], {"progress": False, "cache": "cached" in kind}
+    with pytest.raises((type(error), ValueError), match=r"\(preprocess of .*(s2 in .*train\.tar|2\.img)\)"):
+        if kind == "evaluation":
+            list(eval_samples(source, Full(error)).batches(1, workers))
+        else:
+            if kind == "streamed":
+                source, options = f"file:{source}", {"train_num_samples": 3}
+            list(train_loader(source, Full(error), tokenizer, 1, workers, **options).dataloader)
 
 
 @pytest.mark.parametrize("kind", KINDS)

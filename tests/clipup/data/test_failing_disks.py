@@ -1,0 +1,205 @@
+"""Disks that fail for a moment or for good, shards that change, and ranks that found other samples: nothing is trained
+on other data than the indexed ones, without a word."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import resource
+
+import pytest
+from picture_samples import preprocess, samples_of, tokenizer
+
+from clipup.data import retries, sample_index, shard_index, sources
+from clipup.data.loaders import eval_samples, train_loader
+from clipup.train.training_data import Epochs
+
+KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between tries, which take no time."""
+    taken = []
+    monkeypatch.setattr(retries, "sleep", taken.append)
+    return taken
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Files that fail to be read, at the third read of one with this name, so often."""
+
+    class Disk:
+        name, failures, reads = "", 0, 0
+
+        def open(self, path, mode="r", **options):
+            return File(path) if os.path.basename(path) == self.name else open(path, mode, **options)
+
+    class File(io.FileIO):
+        def read(self, size=-1):
+            disk.reads += 1
+            if disk.reads % 3 == 0 and disk.failures:
+                disk.failures -= 1
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(size)
+
+    disk = Disk()
+    for module in (shard_index, sample_index):
+        monkeypatch.setattr(module, "open", disk.open, raising=False)
+    return disk
+
+
+def loader(kind, source, **options):
+    options = {"max_skipped": 0.5, "progress": False, **options}
+    return train_loader(source, preprocess, tokenizer, 3, 0, cache="cached" in kind, **options)
+
+
+def pictures_of(data, epoch=0):
+    data.set_epoch(epoch)
+    return sorted(picture for picture, _, _ in samples_of(data.dataloader))
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset"])
+def test_a_read_that_fails_for_a_moment_while_a_shard_is_indexed_is_repeated(pictures, disk, pauses, kind):
+    disk.name, disk.failures = "train-000002.tar", 1
+    data = loader(kind, pictures.shards())
+    assert pictures_of(data) == list(range(24))
+    assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "evaluation"])
+def test_a_shard_that_cannot_be_read_to_its_end_is_an_error_that_names_it(pictures, disk, pauses, kind):
+    disk.name, disk.failures = "train-000002.tar", 10**9
+    source = pictures.shards()
+    read = (lambda: eval_samples(source, preprocess)) if kind == "evaluation" else (lambda: loader(kind, source))
+    with pytest.raises(OSError, match=r"(train_data|source): .*train-000002\.tar cannot be read .*Input/output error"):
+        read()
+    assert len(pauses) == 4
+
+
+def test_no_index_is_kept_of_a_shard_that_could_not_be_read(pictures, disk, pauses, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_index, "_KEPT_FROM_SECONDS", -1)
+    source = pictures.shards()
+    disk.name, disk.failures = "train-000002.tar", 1
+    with pytest.raises(OSError, match="cannot be read"):
+        loader("webdataset", source, data_retries=0)
+    assert pictures_of(loader("webdataset", source)) == list(range(24))
+
+
+def test_images_read_into_memory_are_read_again_after_an_error(pictures, pauses, disk):
+    source = pictures.csv()
+    disk.name, disk.failures, disk.reads = "5.png", 1, 2
+    data = loader("cached csv", source)
+    assert pictures_of(data) == list(range(24))
+    assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["csv", "cached csv"])
+def test_rows_are_checked_again_after_an_error_of_the_file_system(pictures, pauses, monkeypatch, kind):
+    source, stat, failures = pictures.csv(), os.stat, [errno.EIO]
+
+    def failing(path, *more, **options):
+        if str(path).endswith("5.png") and failures:
+            raise OSError(failures.pop(), "a moment")
+        return stat(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", failing)
+    data = loader(kind, source)
+    assert pictures_of(data) == list(range(24)) and (data.skips.retries, len(pauses)) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_that_found_different_samples_do_not_train(pictures, kind):
+    source = pictures.csv() if "csv" in kind else pictures.shards()
+
+    def rank(number):
+        return Epochs(loader(kind, source, world_size=2, rank=number), 1)
+
+    def gathered(*ranks):
+        values = []
+        for one in ranks:
+            with pytest.raises(ZeroDivisionError):
+                one.check_alike(lambda value: values.append(value) or 1 / 0)
+        return values
+
+    first, second = rank(0), rank(1)
+    first.check_alike(lambda value: gathered(first, second))
+    if "csv" in kind:
+        (pictures.folder / "3.png").unlink()
+    else:
+        pictures.damage_header(1, "s7.png")
+    other = rank(1)
+    for one in (first, other):
+        with pytest.raises(ValueError, match="train_data: ranks 0 and 1 found different samples: .*rows 24 and 23"):
+            one.check_alike(lambda value: gathered(first, other))
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "evaluation"])
+@pytest.mark.parametrize("change", ["other captions", "time"])
+def test_a_shard_that_was_replaced_after_it_was_indexed_is_an_error_that_names_it(pictures, picture, kind, change):
+    source = pictures.shards(shards=1)
+    data = eval_samples(source, preprocess) if kind == "evaluation" else loader(kind, source).dataloader
+    path = pictures.folder / "train-000000.tar"
+    if change == "time":
+        os.utime(path, ns=(0, 0))
+    else:
+        path.unlink()
+        members = (
+            (f"s{n}.png", picture(n)) if odd else (f"s{n}.txt", b"7 7\n" * 300) for n in range(24) for odd in (0, 1)
+        )
+        pictures.tar(path.name, list(members))
+    with pytest.raises(ValueError, match=r"train-000000\.tar was replaced or changed after its samples were indexed"):
+        list(data)
+
+
+def test_a_shard_that_is_overwritten_while_it_is_read_is_an_error(pictures):
+    data = loader("webdataset", pictures.shards(shards=1))
+    batches = iter(data.dataloader)
+    next(batches)
+    path = pictures.folder / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(ValueError, match="was replaced or changed"):
+        list(batches)
+
+
+@pytest.fixture
+def few_files():
+    """This process may open ten more files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_shards_than_a_process_may_open_are_read(pictures, few_files):
+    data = loader("webdataset", pictures.shards(48, 48))
+    assert pictures_of(data) == list(range(48)) and data.skipped == 0
+
+
+@pytest.mark.parametrize("kind", ["csv", "webdataset", "cached csv", "evaluation"])
+def test_a_lack_of_file_descriptors_is_no_unreadable_sample(pictures, monkeypatch, kind):
+    def exhausted(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    if kind == "webdataset":
+        data = loader(kind, pictures.shards())
+        monkeypatch.setattr(os, "open", exhausted)
+        read = lambda: list(data.dataloader)  # noqa: E731
+    else:
+        source = pictures.csv()
+        found = eval_samples(source, preprocess) if kind == "evaluation" else None
+        data = loader(kind, source) if kind == "csv" else None
+        for module in (sources, sample_index):
+            monkeypatch.setattr(module, "open", exhausted, raising=False)
+        read = lambda: list(found or (data and data.dataloader) or loader(kind, source).dataloader)  # noqa: E731
+    with pytest.raises(ValueError, match=r"cannot read .*: Too many open files: raise the limit \(ulimit -n\)"):
+        read()
+
+
+def test_an_order_does_not_depend_on_when_a_shard_was_written(pictures):
+    source = pictures.shards()
+    before = loader("webdataset", source).order
+    os.utime(pictures.folder / "train-000001.tar", ns=(0, 0))
+    assert loader("webdataset", source).order == before
