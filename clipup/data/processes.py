@@ -9,9 +9,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any
 
@@ -28,7 +32,9 @@ def each(
         processes: None for one per CPU; with 1, the calling process does the work.
         chunk: items sent to a process at once.
 
-    Workers ignore Ctrl-C; the calling process receives it and ends them.
+    Workers ignore Ctrl-C; the calling process receives it and ends them. They end with it, too, if it is killed.
+
+    Raises ChildProcessError when a worker was killed.
     """
     processes = processes or os.cpu_count() or 1
     if processes == 1:
@@ -36,8 +42,30 @@ def each(
         return
     # Forked where possible, so that workers need not import the package (and torch) again
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    with context.Pool(processes, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        yield from pool.imap(function, items, chunksize=chunk)
+    pool = ProcessPoolExecutor(processes, context, _prepare_for_map)
+    try:
+        yield from pool.map(function, items, chunksize=chunk)
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"one of {processes} worker processes was killed, perhaps for lack of memory: use fewer of them"
+        ) from error
+    finally:
+        for worker in list((pool._processes or {}).values()):  # those that are busy would finish their items
+            worker.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def _prepare_for_map() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked, they have the handlers of the calling process
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def worker_init_fn() -> Callable[[int], None]:
@@ -120,6 +148,8 @@ def _register_at_exit() -> None:
 
 def _end_daemons() -> None:
     """Terminates daemonic children as ``multiprocessing`` would, and kills those that ignore it."""
+    if hasattr(signal, "SIGCHLD"):  # torch's handler raises when a worker is killed, here too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     daemons = [child for child in multiprocessing.active_children() if child.daemon]
     for child in daemons:
         child.terminate()

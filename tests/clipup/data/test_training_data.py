@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -21,8 +22,15 @@ from clipup.data.loaders import DataOptions, load_train_data, train_loader
 KINDS = ("webdataset", "csv", "cached webdataset", "cached csv", "streamed")
 
 
+def source_of(pictures, kind: str) -> str:
+    """Written once: shards may not change while they are read."""
+    if (pictures.folder / "sizes.json").exists() and "csv" not in kind:
+        return str(pictures.folder / "train-{000000..000003}.tar")
+    return pictures.csv() if "csv" in kind else pictures.shards()
+
+
 def loader(pictures, kind: str, batch_size: int = 3, workers: int = 0, **options):
-    source = options.pop("source", None) or (pictures.csv() if "csv" in kind else pictures.shards())
+    source = options.pop("source", None) or source_of(pictures, kind)
     if kind == "streamed":
         source, options = f"file:{source}", {"train_num_samples": 24, **options}
     return train_loader(
@@ -257,6 +265,18 @@ def test_missing_data_are_named(pictures):
         train_loader("", preprocess, tokenizer, 3, dataset_type="webdataset")
 
 
+@pytest.mark.parametrize("pattern", ["a{0..3.tar", "a{0..1}}.tar"])
+def test_braces_that_do_not_match_are_named_with_the_argument(pattern):
+    with pytest.raises(ValueError, match=r"train_data: the braces of 'a.*\.tar' do not match, expected a range"):
+        train_loader(pattern, preprocess, tokenizer, 3)
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")  # to open it would be to wait
+    with pytest.raises(FileNotFoundError, match="train_data: no shard"):
+        train_loader(tmp_path / "a.tar", preprocess, tokenizer, 3, 0)
+
+
 def test_a_wrong_csv_says_which_column_is_missing(pictures):
     source = pictures.csv(separator=",")
     for cached in (False, True):
@@ -337,6 +357,19 @@ batches = iter(train_loader({source!r}, preprocess, tokenizer, 3, 1).dataloader)
 next(batches)
 itself = [batches]
 itself.append(itself)  # freed by the garbage collector alone, after the program's exit functions
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_program_ends_after_it_has_read_everything_with_several_data_workers(pictures):
+    """Torch's handler for the end of a child process would raise while the first of them is killed."""
+    program = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from picture_samples import preprocess, tokenizer
+from clipup.data.loaders import train_loader
+data = train_loader({pictures.shards()!r}, preprocess, tokenizer, 3, 3)
+list(data.dataloader)
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
