@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,11 @@ __all__ = [
     "load_train_data",
     "train_loader",
 ]
+
+_EVEN_ENOUGH = 10
+"""Shards per data worker from which one more of them makes little difference."""
+
+_LOG = logging.getLogger(__name__)
 
 
 def train_loader(
@@ -139,7 +145,21 @@ def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainD
             f"shards and every worker needs one: at most {len(shards) // reader.world_size} workers, or cache the data"
         )
     num_samples = _num_samples(shards, options.train_num_samples)
+    if not options.dataset_resampled and reader.rank == 0:
+        _warn_of_uneven_parts(len(shards), max(1, options.workers) * reader.world_size)
     return webdataset_data(options, shards, num_samples, reader)
+
+
+def _warn_of_uneven_parts(shards: int, readers: int) -> None:
+    """Every data worker serves as many batches as any other, whatever shards it has."""
+    each, more = divmod(shards, readers)
+    if more and each < _EVEN_ENOUGH:
+        _LOG.warning(
+            "train_data: %d shards for %d data workers in all: in an epoch, those with %d serve some samples twice, "
+            "and those with %d leave some out. With a number of workers that divides that of the shards, or with more "
+            "shards, there are fewer of both",
+            *(shards, readers, each, each + 1),
+        )
 
 
 class EvalSamples:
@@ -255,12 +275,12 @@ def load_eval_samples(
 
 
 def _num_samples(shards: list[str], given: int | None) -> int:
-    """Samples per epoch: as given, else the sum of `sizes.json` beside the shards, else `__len__` beside the first."""
+    """Samples per epoch: as given, else the sum of `sizes.json` beside the shards, else `__len__` beside them."""
     total = _from_sizes(shards) if given is None else given
     if total is None:
         raise ValueError(
             f"train_num_samples: not given, and neither {SIZES_FILE} nor __len__ beside {shards[0]} gives the "
-            "number of samples: pass the number of samples per epoch"
+            "number of samples of these shards: pass the number of samples per epoch"
         )
     if total < 1:
         raise ValueError(f"train_data: got {total} samples, the data set is empty")
@@ -278,9 +298,12 @@ def _from_sizes(shards: list[str]) -> int | None:
             f"train_data: {os.path.join(directory, SIZES_FILE)} does not list {name}: pass the number of samples per "
             "epoch as train_num_samples"
         )
-    length = Path(shards[0]).parent / "__len__"
-    if is_remote(shards[0]) or not length.is_file():
+    beside = Path(shards[0]).parent
+    length = beside / "__len__"
+    if any(map(is_remote, shards)) or not length.is_file():
         return None
+    if {*map(Path, shards)} != {*beside.glob("*.tar")}:
+        return None  # it counts the samples of its directory, and these are others
     try:
         return int(length.read_text("utf-8"))
     except ValueError as error:

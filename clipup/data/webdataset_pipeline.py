@@ -22,10 +22,10 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from .images import load_image
+from .images import load_image, preprocessed
 from .options import DataOptions
 from .processes import worker_init_fn
-from .retries import Retries
+from .retries import Retries, SourceError
 from .shard_names import open_shard, shard_weights, sizes_of
 from .skips import Notes, Report
 from .tars import TarSample, complete, lines, read_samples
@@ -40,11 +40,11 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
     """Training data from shards.
 
     Every worker serves the same number of full batches, so an epoch is rounded up to a multiple of them; a worker that
-    runs out of samples starts over. `num_samples`: samples per epoch, before rounding.
+    runs out of full batches starts over, in another order. `num_samples`: samples per epoch, before rounding.
     """
     workers = max(1, options.workers)
     worker_batches = math.ceil(math.ceil(num_samples / (options.batch_size * reader.world_size)) / workers)
-    notes = Notes()
+    notes, passes = Notes(), Passes()
     own_shards: list[object]
     if options.dataset_resampled:
         factors = options.train_data_upsampling_factors
@@ -53,15 +53,16 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
     else:
         own_shards = [
             webdataset.SimpleShardList(shards),
-            Shuffle(*_SHARD_BUFFER, options.seed, reader.epoch),
+            Shuffle(*_SHARD_BUFFER, options.seed, reader.epoch, passes),
             SplitByRank(reader.rank, reader.world_size),
             webdataset.split_by_worker,
         ]
-    dataset = webdataset.DataPipeline(
+    dataset = Epoch(
+        passes,
         *own_shards,
         ReadShards(notes, sizes_of(shards), max(1, num_samples // len(shards)), options.data_retries),
-        Shuffle(*_SAMPLE_BUFFER, options.seed, reader.epoch),
-        Decode(notes, options.max_image_pixels, reader, DrawCaption(reader, options.seed)),
+        Shuffle(*_SAMPLE_BUFFER, options.seed, reader.epoch, passes),
+        Decode(notes, options.max_image_pixels, reader, DrawCaption(reader, options.seed, passes)),
         webdataset.batched(options.batch_size, collation_fn=default_collate, partial=False),
         ReportedBatches(notes, options.batch_size),
     ).with_epoch(nbatches=worker_batches)
@@ -94,6 +95,29 @@ def webdataset_data(options: DataOptions, shards: list[str], num_samples: int, r
     )
 
 
+class Passes:
+    """Where a worker is: the pass through its shards in an epoch, and how many epochs it has begun."""
+
+    number = 0
+    epochs = 0
+
+
+class Epoch(webdataset.DataPipeline):
+    """The batches of a worker: one pass after the other, until there are enough of them."""
+
+    def __init__(self, passes: Passes, *stages: object) -> None:
+        super().__init__(*stages)
+        self.passes = passes
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes.number, self.passes.epochs = -1, self.passes.epochs + 1
+        return super().__iter__()
+
+    def iterator1(self) -> Iterator[Any]:
+        self.passes.number += 1
+        return super().iterator1()
+
+
 class ResampledShards:
     """Shards drawn with replacement, without end; each worker of each rank draws its own."""
 
@@ -119,13 +143,13 @@ class ResampledShards:
 
 
 class Shuffle:
-    """webdataset's shuffle buffer, seeded by seed and epoch (its own is seeded by the clock)."""
+    """webdataset's shuffle buffer, seeded by seed, epoch and pass (its own is seeded by the clock)."""
 
-    def __init__(self, capacity: int, initial: int, seed: int, epoch: SharedEpoch) -> None:
-        self.capacity, self.initial, self.seed, self.epoch = capacity, initial, seed, epoch
+    def __init__(self, capacity: int, initial: int, seed: int, epoch: SharedEpoch, passes: Passes) -> None:
+        self.capacity, self.initial, self.seed, self.epoch, self.passes = capacity, initial, seed, epoch, passes
 
     def __call__(self, items: Iterable[Any]) -> Iterator[Any]:
-        generator = random.Random(self.seed + self.epoch())
+        generator = random.Random(mixed_seed(self.seed, self.epoch(), self.passes.number))
         return webdataset.shuffle(self.capacity, self.initial, rng=generator)(iter(items))
 
 
@@ -152,6 +176,8 @@ class ReadShards:
             name = shard["url"]
             try:
                 file = self.retried(partial(str, name), partial(opened, name))
+            except SourceError:
+                raise
             except Exception as error:  # readers of URLs raise their own exceptions
                 self._skip(name, f"it cannot be opened ({error})", self.sizes.get(name, self.usual))
                 continue
@@ -219,7 +245,8 @@ class Decode:
                 self.notes.add(sample.named, f"{type(error).__name__}: {error}")
                 continue
             self.notes.read()
-            yield self.preprocess(image), self.draw(["\n".join(captions)])[0]
+            tensor = preprocessed(self.preprocess, image, lambda: sample.named)  # noqa: B023
+            yield tensor, self.draw(["\n".join(captions)])[0]
 
 
 class ReportedBatches:
@@ -249,8 +276,9 @@ class DrawCaption:
     Draws are the same for the same seed, epoch, rank and worker.
     """
 
-    def __init__(self, reader: Reader, seed: int) -> None:
+    def __init__(self, reader: Reader, seed: int, passes: Passes) -> None:
         self.tokenizer, self.seed, self.rank, self.epoch = reader.tokenizer, seed, reader.rank, reader.epoch
+        self.passes = passes
         self._state: tuple[int, int] | None = None
         self._random = random.Random(0)
 
@@ -259,10 +287,12 @@ class DrawCaption:
         return self.tokenizer([self._draw(text) for text in texts])
 
     def _draw(self, text: str) -> str:
-        state = (self.epoch(), worker_id())
+        state = (self.passes.epochs, self.passes.number)
         if state != self._state:
             self._state = state
-            self._random = random.Random(mixed_seed(self.seed, self.rank, *state))
+            self._random = random.Random(
+                mixed_seed(self.seed, self.rank, self.epoch(), worker_id(), self.passes.number)
+            )
         return self._random.choice(lines(text))
 
 

@@ -54,6 +54,34 @@ def test_shards_that_do_not_divide_into_full_batches_start_over(pictures):
     assert len({picture for picture, _, _ in seen}) >= 20
 
 
+def test_a_second_pass_through_the_shards_has_another_order_and_other_samples(pictures):
+    data = loader(pictures, batch_size=16)
+    first, second = (
+        [picture for picture, _, _ in part] for epoch in [epoch_of(data, 0)] for part in (epoch[:16], epoch[16:])
+    )
+    assert first != second and set(first) != set(second)
+    assert epoch_of(data, 0) == epoch_of(loader(pictures, batch_size=16), 0)
+
+
+def test_epochs_of_neighbouring_seeds_have_different_orders(pictures):
+    orders = {
+        tuple(picture for picture, _, _ in epoch_of(loader(pictures, seed=seed), epoch))
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(orders) == 9
+
+
+@pytest.mark.parametrize("workers, warned", [(0, False), (2, False), (3, True)])
+def test_shards_that_do_not_divide_among_workers_are_a_warning(pictures, workers, warned, caplog):
+    loader(pictures, workers=workers)
+    loader(pictures, workers=workers, source=pictures.shards(60, 30 * max(1, workers) + 1), train_num_samples=60)
+    resampled(pictures, workers=3)
+    messages = [line for line in caplog.messages if "serve some samples twice" in line]
+    assert len(messages) == warned
+    assert not warned or "4 shards for 3 data workers in all" in messages[0]
+
+
 def test_resampling_draws_shards_and_keeps_the_length_of_an_epoch(pictures):
     data = resampled(pictures)
     seen = epoch_of(data, 0)
@@ -118,6 +146,19 @@ def test_the_number_of_samples_is_found_or_required(pictures):
     assert resampled(pictures, source, train_num_samples=12).dataloader.num_batches == 4
     (pictures.folder / "__len__").write_text("24")
     assert resampled(pictures, source).dataloader.num_batches == 8
+
+
+def test_a_number_of_samples_beside_shards_is_that_of_all_shards_there(pictures, tmp_path_factory, monkeypatch):
+    pictures.shards()
+    folder, other = pictures.folder, tmp_path_factory.mktemp("other") / "more.tar"
+    (folder / "sizes.json").unlink()
+    (folder / "__len__").write_text("24")
+    other.write_bytes((folder / "train-000000.tar").read_bytes())
+    for source in (f"{folder}/train-*.tar::{other}", f"{folder}/train-000000.tar"):
+        with pytest.raises(ValueError, match=r"train_num_samples: .* gives the number of samples of these shards"):
+            resampled(pictures, source)
+    monkeypatch.chdir(folder)
+    assert resampled(pictures, "train-{000000..000003}.tar").dataloader.num_batches == 8
 
 
 @pytest.mark.parametrize(
