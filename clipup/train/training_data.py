@@ -162,9 +162,11 @@ def worker_errors_explained(advice: Callable[[], str]) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if not str(error).startswith("Caught "):
             raise
-        # torch's message of such an error is the worker's traceback
-        _, _, message = str(error).rpartition(f"\n{type(error).__name__}: ")
-        raise type(error)(message.strip()) from error
+        # torch's message of such an error is the worker's traceback, which names classes with their modules
+        kind = type(error)
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        _, _, message = str(error).rpartition(f"\n{name}: ")
+        raise kind(message.strip()) from error
 
 
 def detect_lost_workers_when_reading() -> None:

@@ -13,7 +13,7 @@ from picture_samples import preprocess, samples_of, tokenizer
 
 from clipup.data import retries, sample_index, shard_index, sources
 from clipup.data.loaders import eval_samples, train_loader
-from clipup.train.training_data import Epochs
+from clipup.train.training_data import Epochs, worker_errors_explained
 
 KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
 
@@ -152,6 +152,16 @@ def test_a_shard_that_was_replaced_after_it_was_indexed_is_an_error_that_names_i
         pictures.tar(path.name, list(members))
     with pytest.raises(ValueError, match=r"train-000000\.tar was replaced or changed after its samples were indexed"):
         list(data)
+
+
+def test_a_run_says_in_one_line_that_a_shard_was_replaced(pictures):
+    source = pictures.shards(shards=1)
+    data = train_loader(source, preprocess, tokenizer, 3, workers=1, progress=False)
+    os.utime(pictures.folder / "train-000000.tar", ns=(0, 0))
+    with pytest.raises(ValueError, match=r"^\S+train-000000\.tar was replaced .*$") as caught:
+        with worker_errors_explained(lambda: ""):
+            list(data.dataloader)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_shard_that_is_overwritten_while_it_is_read_is_an_error(pictures):
