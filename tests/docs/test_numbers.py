@@ -168,20 +168,27 @@ def test_times_of_transformers_experts_are_those_of_the_csv_file():
 BASELINES = {"steps": "dense continued", "FLOPs": "dense equal flops", "CPU time": "dense equal seconds"}
 
 
-def leads() -> dict[tuple[str, str], tuple[str, str]]:
-    """Seeds and R@1 difference of CLIP-UP by baseline and steps, out of the study's logs."""
-    table = Tables(results.read(ROOT / "studies" / "icons" / "logs")).leads("clip_up")
-    head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
-    found = [dict(zip(head, line, strict=True)) for line in lines]
-    return {(one["minus"], one["budget"]): (one["seeds"], one["mean"]) for one in found}
+def leads() -> dict[tuple[str, str, str], tuple[str, str]]:
+    """Seeds and R@1 difference of CLIP-UP by the steps of the dense start, baseline and steps, out of the logs of both
+    parts of the study."""
+    runs = {part: results.read(ROOT / "studies" / part / "logs") for part in ("icons", "converged")}
+    leads = {}
+    for start, of_start in {"5,000": runs["icons"], "30,000": results.of_start(runs["converged"], 30_000)}.items():
+        table = Tables(of_start).leads("clip_up")
+        head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+        found = [dict(zip(head, line, strict=True)) for line in lines]
+        leads |= {(start, one["minus"], one["budget"]): (one["seeds"], one["mean"]) for one in found}
+    return leads
 
 
 def test_the_studys_verdict_is_that_of_its_logs():
-    found = {key: value for key, value in leads().items() if key[0] in BASELINES.values()}
+    found = {key: value for key, value in leads().items() if key[1] in BASELINES.values()}
     shown = rows(INDEX, "R@1 difference")
-    assert {(BASELINES[baseline.removeprefix("the same ")], steps) for baseline, steps, *_ in shown} == set(found)
-    for baseline, steps, seeds, difference, verdict in shown:
-        expected = found[BASELINES[baseline.removeprefix("the same ")], steps]
+    assert {(start, BASELINES[baseline.removeprefix("the same ")], steps) for start, baseline, steps, *_ in shown} == (
+        set(found)
+    )
+    for start, baseline, steps, seeds, difference, verdict in shown:
+        expected = found[start, BASELINES[baseline.removeprefix("the same ")], steps]
         assert (seeds, difference) == (expected[0], expected[1].strip("*"))
         sure = expected[1].startswith("**")
         better = "CLIP-UP is better" if difference.startswith("+") else "the baseline is better"
@@ -189,9 +196,11 @@ def test_the_studys_verdict_is_that_of_its_logs():
 
 
 def test_the_readme_quotes_the_studys_verdict():
+    """That from the converged start, at equal FLOPs and at equal steps."""
     (paragraph,) = (part for part in README.read_text("utf-8").split("\n\n") if part.startswith("**Tested:**"))
     paragraph, found = " ".join(paragraph.split()), leads()
-    steps, flops = (found[baseline, "2,500"][1] for baseline in ("dense continued", "dense equal flops"))
-    assert re.findall(r"[+-]\d+\.\d+ ± \d+\.\d+", paragraph) == [steps.strip("*")]
-    assert steps.startswith("**+") == ("lead over continued dense training" in paragraph)
-    assert flops.startswith("**") != ("undecided at equal FLOPs" in paragraph)
+    flops, steps = (found["30,000", baseline, "5,000"] for baseline in ("dense equal flops", "dense continued"))
+    quoted = re.findall(r"([+-]\d+\.\d+ ± \d+\.\d+)( \(not decided\))?", paragraph)
+    assert [number for number, _ in quoted] == [flops[1].strip("*"), steps[1].strip("*")]
+    assert [not undecided for _, undecided in quoted] == [lead.startswith("**") for _, lead in (flops, steps)]
+    assert {seeds for seeds, _ in (flops, steps)} == {"8"} and "eight seeds" in paragraph
