@@ -19,21 +19,29 @@ LAYERS = {"visual": {"similarity": 0.8, "load": 1.5, "dropped": 0.1}}
 
 @pytest.mark.parametrize("study", ["icons", "icons-w384"])
 def test_the_studies_own_templates_give_pages_and_figures_that_stay_the_same(study, found, tmp_path, capsys):
+    directory, beside = tmp_path / study, tmp_path / "converged"
+    directory.mkdir()
     for path in (ROOT / "studies" / study).iterdir():
         if path.name == study_page.TEMPLATE or path.suffix == ".csv":
-            shutil.copy(path, tmp_path)
+            shutil.copy(path, directory)
+    logs = found_logs(tmp_path)
+    shutil.copytree(logs, beside / "logs")
+    shutil.move(logs, directory / "logs")
+    (beside / study_page.PART).write_text("The second part.")
 
-    (tmp_path / "sparse-a.yaml").touch()
-    (tmp_path / "to-come.yaml").touch()
+    (directory / "sparse-a.yaml").touch()
+    (directory / "to-come.yaml").touch()
     contents = []
     for _ in range(2):
-        assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "docs" / "study.md")]) == 0
+        assert cli.main(["report", str(directory), "--out", str(tmp_path / "docs" / "study.md")]) == 0
         names = capsys.readouterr().out.split()
         contents.append({Path(name).name: Path(name).read_bytes() for name in names})
 
     assert contents[0] == contents[1]
-    assert set(contents[0]) == {"study.md", "study_recall.svg", "study_loss.svg", "study_similarity.svg"}
     page = contents[0]["study.md"].decode()
+    parts = ["", "converged_"] if study == "icons" else [""]
+    figures = {f"study_{part}{name}.svg" for part in parts for name in ("recall", "loss", "similarity")}
+    assert set(contents[0]) == {"study.md"} | figures and ("The second part." in page) == (study == "icons")
     assert "54.0 ± 2.8" in page and "@iconify/json 1.2.3" in page
     assert study != "icons" or ("1,000" in page and "11 duplicates and 12 near-duplicates" in page)
     assert "1 of 2 runs have no log yet" in page
@@ -138,7 +146,7 @@ def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_reco
 
     text = (tmp_path / "study.md").read_text()
     assert "on validation by **+0.75 ± 0.00** points" in text and "the number is\n**+1.50 ± 0.00**, and" in text
-    assert "| at equal FLOPs | 5 | 3 | **+1.80 ± 0.00** | better |\n" in text
+    assert re.search(r"\| dense equal flops \| 5 \| 3 \|.*\| \*\*\+1\.80 ± 0\.00\*\* \|", text)
     assert "Drawings:\n" in text and "27.5" in text
     shown = set(re.findall(r"\((study_\w+\.svg)\)", text))
     assert shown == {path.name for path in written if path.name.startswith("study_converged")}
