@@ -83,7 +83,7 @@ def zero_shot(
     return {**accuracy, "chance": 1 / len(classes), "images": len(truth), "classes": len(classes)}
 
 
-def _has_placeholder(template: str) -> bool:
+def _takes_the_name(template: str) -> bool:
     try:
         return template.format("a") != template.format("b")
     except (LookupError, ValueError, AttributeError):
@@ -105,7 +105,7 @@ def zero_shot_classifier(
         if not value:
             raise ValueError(f"{name} is empty; expected at least one")
     for template in templates:
-        if isinstance(template, str) and not _has_placeholder(template):
+        if isinstance(template, str) and not _takes_the_name(template):
             raise ValueError(
                 f"templates: {template!r} should have one {{}}, in place of the class name, and no other braces"
             )
