@@ -1,0 +1,110 @@
+"""What a run leaves as it is: numbers measured on other data, checkpoints on a disk that is away, another run's copy,
+and a run that has ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from clipup.train import checkpoints, train
+
+
+@pytest.fixture
+def validated(make_model, pairs, options, csv_data):
+    def validated(**changes):
+        return train(
+            options(**{"steps": None, "epochs": 2, "val_data": csv_data, **changes}),
+            model=make_model(),
+            preprocess=open_clip.image_transform(16, is_train=False),
+            tokenizer=open_clip.SimpleTokenizer(context_length=8),
+            loader=pairs(),
+        )
+
+    return validated
+
+
+@pytest.mark.parametrize("name", ["run", "other"])
+def test_numbers_of_other_data_are_not_taken_for_its_own(validated, csv_data, tmp_path, name):
+    once = validated()
+    fewer = tmp_path / "fewer.csv"
+    fewer.write_text("".join(Path(csv_data).read_text().splitlines(keepends=True)[:9]))
+    state = checkpoints.load(once.directory / "checkpoints" / "epoch_latest.pt")
+    torch.save({**state, "finished": False}, once.directory / "checkpoints" / "epoch_latest.pt")
+    resume = "latest" if name == "run" else str(once.directory / "checkpoints" / "epoch_latest.pt")
+
+    other = validated(name=name, resume=resume, val_data=str(fewer))
+
+    last = json.loads((other.directory / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert last["gallery"] == 8
+
+
+def test_a_run_without_validation_ends_after_one_with_it(validated):
+    once = validated()
+
+    other = validated(
+        name="other", resume=str(once.directory / "checkpoints" / "epoch_latest.pt"), val_data=None, epochs=2
+    )
+
+    assert other.steps == once.steps and not (other.directory / "evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize("resume", ["latest", None, "path"])
+@pytest.mark.parametrize("what", ["link", "file"])
+def test_checkpoints_on_a_disk_that_is_away_are_not_replaced(run, tmp_path, resume, what):
+    directory = run().directory
+    before = {path.name for path in directory.iterdir()}
+    place = directory / "checkpoints"
+    place.rename(tmp_path / "away")
+    place.symlink_to(tmp_path / "gone") if what == "link" else place.write_text("")
+
+    with pytest.raises(OSError, match="checkpoints is a .*, and should be a directory; nothing was changed"):
+        run(resume=str(place / "epoch_2.pt") if resume == "path" else resume, force=resume is None)
+
+    assert {path.name for path in directory.iterdir()} == before
+
+
+def test_a_full_disk_is_said_beside_a_link_to_a_disk_that_is_away(tmp_path):
+    (tmp_path / "epoch_1.pt").symlink_to(tmp_path / "gone")
+
+    with pytest.raises(OSError, match="could not write the checkpoint .*; there is no earlier one"):
+        checkpoints.save({"optimizer": lambda: None}, tmp_path / "missing" / "epoch_2.pt")
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(OSError, match="full; there is no earlier one"):
+        patched.setattr(checkpoints, "write_pickle", _full)
+        checkpoints.save({}, tmp_path / "epoch_2.pt")
+
+
+def _full(*_):
+    raise OSError("full")
+
+
+def test_a_run_does_not_begin_where_the_copy_is_of_another_one(run, tmp_path):
+    copied = {"remote_sync": f"file://{tmp_path}/there", "remote_sync_protocol": "fsspec"}
+    directory = run(**copied).directory
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+    with pytest.raises(FileExistsError, match="there/run holds the copy of a run, .*delete the copy"):
+        run(force=True, **copied)
+    directory.rename(tmp_path / "lost")
+    with pytest.raises(FileExistsError, match="there/run holds the copy of a run, .*Copy it back"):
+        run(resume="latest", **copied)
+    (tmp_path / "lost").rename(directory)
+
+    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    assert run(resume="latest", epochs=4, **copied).steps == 12
+
+
+def test_a_run_that_is_finished_in_another_kind_of_checkpoint_stays_as_it_is(run):
+    directory = run(fsdp_checkpoint="sharded", save_every_n_steps=4, steps=4, epochs=3).directory
+    index = next((directory / "checkpoints").glob("step_4"))
+    state = checkpoints.sharded_checkpoints.read_state(index)
+    checkpoints.sharded_checkpoints.write_state(index, {**state, "finished": False})
+
+    run(fsdp_checkpoint="full", steps=4, resume="latest")
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"}
+
+    assert run(fsdp_checkpoint="full", steps=4, resume="latest").already_finished
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"} == before
