@@ -112,7 +112,7 @@ def test_user_error_is_one_line_that_says_what_to_change(refused, place, line, m
             "jpegs",
             "it holds images, such as cat.jpg, and no captions: write a CSV file with the columns filepath and title",
         ),
-        ("pairs", "tar --sort=name -cf data.tar -C pairs . and name data.tar"),
+        ("pairs", "tar --sort=name --dereference --hard-dereference -cf data.tar -C pairs . and name data.tar"),
         ("tables", "name the file in it, tables/x.csv"),
         ("shards", "name the shards of one split, such as shards/*.tar"),
         ("empty", "it holds no shard (.tar), no CSV file and no image"),
