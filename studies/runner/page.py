@@ -4,7 +4,8 @@ The template (``studies/icons/page.md.j2``) calls the methods of ``Tables``, and
 CSV file beside it by the values of a column; ``pending`` are the runs without a log, ``planned`` is the number of runs.
 ``study(NAME)`` are the tables of a study whose directory is beside this one, ``by(COLUMN, FILE, NAME)`` rows of its
 files, ``pending_of(NAME)`` its runs without a log, and ``NAME/part.md.j2`` is what it adds to the page, to be included.
-Figures are written beside the page. The same logs, configs and template give the same bytes.
+Figures are written beside the page, those of another study if it has such a part. The same logs, configs and template
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
             raise
         raise ValueError(f"{study / TEMPLATE} cannot be rendered: {type(error).__name__}: {error}") from error
     figures = tables.figures() | {
-        f"{name}_{key}": svg for name, of in parts.items() for key, svg in of.figures().items()
+        f"{name}_{key}": svg
+        for name, of in parts.items()
+        if _own(_beside(study, name), PART).is_file()
+        for key, svg in of.figures().items()
     }
     written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in figures.items()} | {out: text}
     replace_files({path: partial(_write, text) for path, text in written.items()})

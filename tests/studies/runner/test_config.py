@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -162,6 +163,16 @@ def test_arms_from_a_converged_start_are_tuned_with_the_same_rates_and_seeds(con
     rates = {(lr, seed) for lr in (0.0005, 0.001, 0.002, 0.004) for seed in range(3)}
     assert tuned["dense-15000", "clip_up"] == rates
     assert all(found == tuned[start, "clip_up"] for (start, _), found in tuned.items()), tuned
+
+
+def test_runs_at_a_higher_rate_are_those_of_the_verdict_but_for_the_rate(converged):
+    of_verdict = {run.name: run for run in converged}
+    higher = read_all("converged_rate")
+
+    assert {(run.arm, run.seed) for run in higher} == {(arm, seed) for arm in VERDICT for seed in range(3)}
+    for run in higher:
+        same = of_verdict[run.name.replace("-lr0.008-", "-lr0.004-")]
+        assert run.lr == 0.008 and dataclasses.replace(run, name=same.name, lr=same.lr, why=same.why) == same
 
 
 @functools.cache

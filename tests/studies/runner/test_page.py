@@ -125,6 +125,22 @@ def test_a_page_shows_a_study_beside_it_with_its_figures(found, tmp_path):
     }
 
 
+def test_runs_that_stand_apart_have_tables_without_their_starts_and_no_figures(write, make_records, tmp_path):
+    for arm, score in (("clip_up", 0.55), ("dense_equal_flops", 0.5)):
+        layers = LAYERS if arm == "clip_up" else None
+        write(make_records(arm, arm, score=score, lr=0.008, start="elsewhere", layers=layers))
+    page, apart = tmp_path / "page", tmp_path / "apart"
+    apart.mkdir()
+    shutil.move(tmp_path / "logs", apart / "logs")
+    log.write(page / "logs" / "a.jsonl", make_records("a", layers=LAYERS))
+    (page / study_page.TEMPLATE).write_text("{{ study('apart').leads('clip_up') }}")
+
+    written = study_page.write(page, tmp_path / "page.md")
+
+    assert "| dense equal flops | 5 | 1 |" in (tmp_path / "page.md").read_text()
+    assert {path.stem for path in written} == {"page", "page_recall", "page_loss", "page_similarity"}
+
+
 def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_records, tmp_path):
     for start, gain in ((15000, 0.02), (30000, 0.01)):
         write(make_records(f"dense-{start}", "dense", steps=start))
