@@ -85,6 +85,12 @@ def top_k(k: int, num_experts: int) -> None:
         raise ValueError(f"k must be between 1 and the number of experts ({num_experts}), got {k}")
 
 
+def row_count(num_tokens: int, k: int) -> None:
+    """Row numbers are int32."""
+    if num_tokens * k >= 2**31:
+        raise ValueError(f"T*K: expected fewer than 2^31 rows, got {num_tokens} tokens of {k} choices")
+
+
 def capacity_factor(value: float | None) -> None:
     if value is None:
         return

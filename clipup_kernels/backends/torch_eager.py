@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import glu, reference
+from .. import checks, glu, reference
 from ..types import Plan
 from . import grouped_products
 from .plan_checks import check_choices, check_offsets, check_rows
@@ -72,6 +72,7 @@ def topk_gating_backward(
 
 
 def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, mask=None) -> Outputs:
+    checks.row_count(*expert_indices.shape)
     if expert_indices.device.type == "cpu":  # on other devices the check would make the host wait
         wrong = expert_indices[(expert_indices < -1) | (expert_indices >= num_experts)]
         if len(wrong):

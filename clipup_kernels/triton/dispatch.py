@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from ..reference import serving_order
 from .launch import FUSED, ceil_div, dense, power_of_two
 from .variants import Variant, signature
@@ -141,8 +142,9 @@ def dispatch(expert_indices, num_experts, capacity_factor=None, priority=None, m
 
     With ``priority`` torch sorts the tokens first, stably and without a host wait.
     """
-    expert_indices, mask = dense(expert_indices, mask)
     num_tokens, k = expert_indices.shape
+    checks.row_count(num_tokens, k)
+    expert_indices, mask = dense(expert_indices, mask)
     if num_tokens == 0:
         return expert_indices.new_zeros(num_experts + 1), expert_indices.new_empty(0), expert_indices.new_empty(0, k)
     offsets = expert_indices.new_empty(num_experts + 1)

@@ -243,3 +243,8 @@ def test_a_compiled_step_follows_the_oracle_in_both_passes(cpu_backend, compiler
     expected = outputs(lambda *tensors: step(reference.expert_mlp, *tensors), upstream.double(), *wide)
     for name, ours, oracle in zip(("y", "x", "gates", *places), found, expected, strict=True):
         assert_follows(ours, oracle, dtype, name)
+
+
+def test_more_rows_than_int32_counts_are_refused():
+    with pytest.raises(ValueError, match=r"T\*K: expected fewer than 2\^31 rows, got 1073741824 tokens of 2 choices"):
+        torch_eager.dispatch(torch.empty(2**30, 2, dtype=torch.int32, device="meta"), 4)

@@ -101,6 +101,17 @@ def test_missing_files_and_models_are_named(sparse, tmp_path, publish):
         clipup.create_model_and_transforms("hf-hub:org/nothing", **cache)
 
 
+def test_dense_model_of_the_hub_without_weights_is_refused_unless_none_are_wanted(tmp_path, publish):
+    save_pretrained(tiny_clip(), tmp_path / "model", tiny_config())
+    (tmp_path / "model" / "open_clip_model.safetensors").unlink()
+    cache = publish(tmp_path / "model", "bare")
+
+    with pytest.raises(ValueError, match="could not create hf-hub:org/bare: Required pretrained weights"):
+        clipup.create_model_and_transforms("hf-hub:org/bare", **cache)
+    loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/bare", load_weights=False, **cache)
+    assert not moe_layers(loaded)
+
+
 def test_saved_directory_can_be_pushed(sparse, tmp_path, monkeypatch):
     save_pretrained(sparse, tmp_path / "model", tiny_config(), license="mit")
     pushed, validated = [], []

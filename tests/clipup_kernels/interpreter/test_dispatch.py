@@ -109,3 +109,8 @@ def test_strided_arguments_are_read_as_they_are_indexed():
     experts, mask = random_experts(60, 4, 2).T.contiguous().T, (torch.arange(120) % 3 > 0)[::2]
     assert not experts.is_contiguous()
     assert_follows_oracle(experts, 4, 1.0, torch.rand(120, generator=seeded(1))[::2], mask)
+
+
+def test_more_rows_than_int32_counts_are_refused():
+    with pytest.raises(ValueError, match=r"T\*K: expected fewer than 2\^31 rows, got 1073741824 tokens of 2 choices"):
+        triton_dispatch.dispatch(torch.empty(2**30, 2, dtype=torch.int32, device="meta"), 4)
