@@ -80,8 +80,24 @@ def worker_init_fn() -> Callable[[int], None]:
 
 
 @contextmanager
+def _errors_of_workers_as_raised() -> Iterator[None]:
+    """Inside, an error that a data loader's worker raised has that worker's message alone, without its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not str(error).startswith("Caught "):
+            raise
+        # torch's message of such an error is the worker's traceback, which names classes with their modules
+        kind = type(error)
+        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        _, _, message = str(error).rpartition(f"\n{name}: ")
+        raise kind(message.strip()) from error
+
+
+@contextmanager
 def reading(loader: Any) -> Iterator[Iterator[Any]]:
-    """An iterator over a data loader, whose workers end if the block is left before the last batch.
+    """An iterator over a data loader, whose workers end if the block is left before the last batch. An error that a
+    worker raised has that worker's message alone.
 
     Without it they end when the iterator is garbage-collected. The traceback of an error keeps the iterator, and when
     both are collected at once, the queues may be gone first: the workers are not told to end, and the process waits
@@ -90,7 +106,8 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
     iterator = iter(loader)
     persistent = getattr(loader, "persistent_workers", False)
     try:
-        yield iterator
+        with _errors_of_workers_as_raised():
+            yield iterator
     except BaseException as error:
         if not (persistent and isinstance(error, GeneratorExit)):
             if persistent:

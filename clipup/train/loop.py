@@ -29,7 +29,7 @@ from .training_data import (
     Epochs,
     detect_lost_workers_when_reading,
     lost_workers_explained,
-    worker_errors_explained,
+    broken_connections_explained,
 )
 from .utilization import Utilization, peak_tflops
 from .validations import build_validations
@@ -193,7 +193,7 @@ class Trainer:
         self.ranks.doing("reading data", self.state.step + 1)
         try:
             drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
-            with self.clock.waiting(), drawing, worker_errors_explained(self.checkpoints.how_to_continue):
+            with self.clock.waiting(), drawing, broken_connections_explained(self.checkpoints.how_to_continue):
                 batches = next(steps, None)
         except (RuntimeError, ValueError, OSError):
             if self.stop.received and not self.ranks.several:  # the signal may have ended the data workers

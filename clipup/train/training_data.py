@@ -152,21 +152,12 @@ def lost_workers_explained(advice: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
-def worker_errors_explained(advice: Callable[[], str]) -> Iterator[None]:
-    """Inside, while data are read: an error that a data worker raised has that worker's message alone, and a broken
-    connection to a worker is a ChildProcessError."""
+def broken_connections_explained(advice: Callable[[], str]) -> Iterator[None]:
+    """Inside, while data are read, a broken connection to a worker is a ChildProcessError."""
     try:
         yield
     except (ConnectionError, EOFError) as error:
         raise ChildProcessError(f"a data worker has ended ({error}). {advice()}") from error
-    except (ValueError, OSError) as error:
-        if not str(error).startswith("Caught "):
-            raise
-        # torch's message of such an error is the worker's traceback, which names classes with their modules
-        kind = type(error)
-        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-        _, _, message = str(error).rpartition(f"\n{name}: ")
-        raise kind(message.strip()) from error
 
 
 def detect_lost_workers_when_reading() -> None:

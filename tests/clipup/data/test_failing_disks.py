@@ -13,7 +13,7 @@ from picture_samples import preprocess, samples_of, tokenizer
 
 from clipup.data import retries, sample_index, shard_index, sources
 from clipup.data.loaders import eval_samples, train_loader
-from clipup.train.training_data import Epochs, worker_errors_explained
+from clipup.train.training_data import Epochs
 
 KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
 
@@ -154,12 +154,21 @@ def test_a_shard_that_was_replaced_after_it_was_indexed_is_an_error_that_names_i
         list(data)
 
 
-def test_a_run_says_in_one_line_that_a_shard_was_replaced(pictures):
+@pytest.mark.parametrize("use", ["training", "evaluation"])
+def test_what_a_data_worker_finds_replaced_is_said_in_one_line(pictures, use):
     source = pictures.shards(shards=1)
-    data = train_loader(source, preprocess, tokenizer, 3, workers=1, progress=False)
-    os.utime(pictures.folder / "train-000000.tar", ns=(0, 0))
+
+    def replace():
+        os.utime(pictures.folder / "train-000000.tar", ns=(0, 0))
+
     with pytest.raises(ValueError, match=r"^\S+train-000000\.tar was replaced .*$") as caught:
-        with worker_errors_explained(lambda: ""):
+        if use == "evaluation":
+            samples = eval_samples(source, preprocess)
+            replace()
+            list(samples.batches(3, workers=1))
+        else:
+            data = train_loader(source, preprocess, tokenizer, 3, workers=1, progress=False)
+            replace()
             list(data.dataloader)
     assert "\n" not in str(caught.value)
 
