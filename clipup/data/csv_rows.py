@@ -154,6 +154,8 @@ def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[
             raise ValueError(
                 f"{argument}: {path} is not UTF-8 text ({error.reason}): convert it, such as with `iconv -t UTF-8`"
             ) from error
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from error  # a failed read does not name its file
         except csv.Error as error:  # a NUL (before Python 3.11), or a quote that opens a cell of more than 128 KiB
             yield line, read[1:], str(error)
 

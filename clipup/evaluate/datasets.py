@@ -72,7 +72,7 @@ class ClassificationSet:
         raises ``ValueError``, naming it."""
         shards = [one for one in self.images if isinstance(one, str)]
         if shards:
-            return ((preprocess(image), label) for image, label in image_shards(shards, max_image_pixels))
+            return image_shards(shards, max_image_pixels, preprocess)
         files = [one for one in self.images if not isinstance(one, str)]
         return labelled_images(files, preprocess, batch_size, workers, max_image_pixels)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -102,11 +103,16 @@ def labelled_images(
         yield from ((image, about["label"]) for image, about in zip(images, metadata, strict=True))
 
 
-def image_shards(shards: str | Sequence[str], max_image_pixels: int = MAX_PIXELS) -> Iterator[tuple[Image.Image, int]]:
-    """(image, class index) of WebDataset samples with an image and a ``cls``.
+def image_shards(
+    shards: str | Sequence[str],
+    max_image_pixels: int = MAX_PIXELS,
+    preprocess: Callable[[Image.Image], Any] = lambda image: image,
+) -> Iterator[tuple[Any, int]]:
+    """(preprocessed image, class index) of WebDataset samples with an image and a ``cls``.
 
     Args:
         shards: a pattern as in ``clipup.data.loaders.train_loader``, or a list of patterns.
+        preprocess: default: images as they are.
 
     Raises:
         FileNotFoundError, ValueError: no such shard, a damaged one, or a sample without image or class.
@@ -124,7 +130,8 @@ def image_shards(shards: str | Sequence[str], max_image_pixels: int = MAX_PIXELS
                 if sample.image is None or "cls" not in sample.content:
                     raise ValueError(f"sample {named} lacks an image or its .cls")
                 try:
-                    found = load_image(sample.content[sample.image], max_image_pixels), int(sample.content["cls"])
+                    image = preprocess(load_image(sample.content[sample.image], max_image_pixels))
+                    found = image, int(sample.content["cls"])
                 except Exception as error:  # PIL has no common class for what a broken file may raise
                     raise ValueError(f"cannot read sample {named}: {error}; repair or remove it") from error
                 yield found

@@ -27,9 +27,9 @@ from .step import Batch, StepLosses, TrainStep
 from .step_record import step_record
 from .training_data import (
     Epochs,
+    broken_connections_explained,
     detect_lost_workers_when_reading,
     lost_workers_explained,
-    broken_connections_explained,
 )
 from .utilization import Utilization, peak_tflops
 from .validations import build_validations

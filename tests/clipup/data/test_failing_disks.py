@@ -6,12 +6,13 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import resource
 
 import pytest
 from picture_samples import preprocess, samples_of, tokenizer
 
-from clipup.data import retries, sample_index, shard_index, sources
+from clipup.data import csv_rows, retries, sample_index, shard_index, sources
 from clipup.data.loaders import eval_samples, train_loader
 from clipup.train.training_data import Epochs
 
@@ -134,6 +135,17 @@ def test_ranks_that_found_different_samples_do_not_train(pictures, kind):
     for one in (first, other):
         with pytest.raises(ValueError, match="train_data: ranks 0 and 1 found different samples: .*rows 24 and 23"):
             one.check_alike(lambda value: gathered(first, other))
+
+
+def test_a_csv_file_that_cannot_be_read_to_its_end_is_named(pictures, monkeypatch):
+    class Failing(io.StringIO):
+        def __next__(self):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    source = pictures.csv()
+    monkeypatch.setattr(csv_rows, "open", lambda *args, **options: Failing(), raising=False)
+    with pytest.raises(OSError, match=re.escape(str(source))):
+        loader("csv", source)
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "evaluation"])

@@ -13,6 +13,7 @@ from strangers import MakesFile
 from torchvision.transforms.functional import to_tensor
 
 from clipup.evaluate import image_folder, read_lines, zero_shot, zero_shot_classifier
+from clipup.evaluate.datasets import ClassificationSet
 from clipup.evaluate.labelled_images import image_shards, labelled_images
 
 
@@ -154,6 +155,18 @@ def test_an_unreadable_sample_is_named(tmp_path):
 
     with pytest.raises(ValueError, match="cannot read sample 7 of .*test.tar"):
         next(image_shards(shard))
+
+
+def test_a_sample_that_cannot_be_preprocessed_is_named(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(picture, "PNG")
+    shard = write_shard(tmp_path / "test.tar", {"7.png": picture.getvalue(), "7.cls": b"0"})
+
+    def preprocess(image):
+        raise RuntimeError(f"no crop of {image.size}")
+
+    with pytest.raises(ValueError, match=r"cannot read sample 7 of .*test\.tar: no crop of \(4, 4\)"):
+        next(ClassificationSet([shard], ["cat"], ["a {}"]).samples(preprocess))
 
 
 def test_a_pickle_beside_an_image_is_not_executed(tmp_path):
