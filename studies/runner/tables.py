@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from statistics import fmean
@@ -46,11 +47,17 @@ class Tables:
         return next(iter(seen.values()))
 
     def galleries(self) -> dict[str, dict[str, float]]:
-        """The number of ``images`` and distinct ``captions`` by split, and the R@1 of guessing, ``chance``, which is
-        equal in both directions if every image has one caption."""
+        """The number of ``images`` and distinct ``captions`` by split, the R@1 of guessing, ``chance``, which is equal in
+        both directions if every image has one caption, and ``uniform_nll``, the NLL of an image's caption if all are
+        equally likely."""
         test = next(iter(self.results.values())).test
         return {
-            split: {"images": of["gallery"], "captions": of["captions"], "chance": 1 / of["captions"]}
+            split: {
+                "images": of["gallery"],
+                "captions": of["captions"],
+                "chance": 1 / of["captions"],
+                "uniform_nll": math.log(of["captions"]),
+            }
             for split, of in test.items()
         }
 
@@ -173,12 +180,25 @@ class Tables:
         return rows
 
     def lead(
-        self, arm: str, other: str, splits: Sequence[str] = results.TESTS, seeds: Sequence[int] | None = None
+        self,
+        arm: str,
+        other: str,
+        splits: Sequence[str] = results.TESTS,
+        seeds: Sequence[int] | None = None,
+        measure: str = "r1",
     ) -> str:
-        """The lead of an arm over another one at its smallest budget, for a sentence. ``seeds``: default all."""
+        """The lead of an arm over another one at its smallest budget, in points, for a sentence. ``seeds``: default
+        all. ``measure``: ``r1`` or ``r5``."""
         pairs = self._shortest(arm).get(other, [])
         of_seeds = [pair for pair in pairs if seeds is None or pair[0].config["seed"] in seeds]
-        return _lead(results.lead(of_seeds, splits)) if of_seeds else MISSING
+        return _lead(results.lead(of_seeds, splits, measure=measure)) if of_seeds else MISSING
+
+    def gain(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
+        """R@1 of an arm minus that of its starts, at its smallest budget, in points, for a sentence."""
+        budget = min((group.budget for group, _ in self.groups if group.arm == arm), default=None)
+        runs = next((runs for group, runs in self.groups if (group.arm, group.budget) == (arm, budget)), [])
+        starts = self._starts_of(runs)
+        return _lead(results.lead(list(zip(runs, starts, strict=True)), splits)) if starts else MISSING
 
     def leads_by_start(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
         """By the steps of the dense start: what ``others[1]`` gains over ``others[0]`` on validation, and the arm's
@@ -347,7 +367,7 @@ class Tables:
         figures = {
             "recall": (
                 recall,
-                "R@1 on both test splits at the end of a run",
+                "R@1 on styles and names at the end of a run",
                 "PFLOP of training, start included",
                 "R@1",
             ),
@@ -375,7 +395,7 @@ class Tables:
             )
             for other, found in leads.items()
         ]
-        title = f"Lead of {_label(arm)} in R@1, both test splits, with 95 % intervals over seeds"
+        title = f"Lead of {_label(arm)} in R@1, styles and names, with 95 % intervals over seeds"
         return _chart(series, title, "steps of the start", "points", short, [(0, "no lead")])
 
     def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:
