@@ -47,9 +47,9 @@ class Tables:
         return next(iter(seen.values()))
 
     def galleries(self) -> dict[str, dict[str, float]]:
-        """The number of ``images`` and distinct ``captions`` by split, the R@1 of guessing, ``chance``, which is equal in
-        both directions if every image has one caption, and ``uniform_nll``, the NLL of an image's caption if all are
-        equally likely."""
+        """The number of ``images`` and distinct ``captions`` by split, the R@1 of guessing, ``chance``, which is equal
+        in both directions if every image has one caption, and ``uniform_nll``, the NLL of an image's caption if all
+        are equally likely."""
         test = next(iter(self.results.values())).test
         return {
             split: {

@@ -161,7 +161,7 @@ def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_reco
     written = study_page.write(page, tmp_path / "study.md")
 
     text = (tmp_path / "study.md").read_text()
-    assert "on validation by **+0.75 ± 0.00** points" in text and "the number is\n**+1.50 ± 0.00**, and" in text
+    assert "on validation by **+0.75 ± 0.00** points" in text and "where the\nnumber is **+1.50 ± 0.00**, and" in text
     assert re.search(r"\| dense equal flops \| 5 \| 3 \|.*\| \*\*\+1\.80 ± 0\.00\*\* \|", text)
     assert "Drawings:\n" in text and "27.5" in text
     shown = set(re.findall(r"\((study_\w+\.svg)\)", text))

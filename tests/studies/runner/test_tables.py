@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from clipup.inspection.figures.format import MISSING
 from studies.runner.tables import Tables
 
 
@@ -30,8 +31,18 @@ def test_retrieval_is_given_at_the_chosen_rate_with_its_spread_over_seeds(found)
 def test_the_size_of_a_gallery_and_the_chance_of_guessing_are_known(found):
     galleries = Tables(found).galleries()
 
-    assert galleries["validation"] == {"images": 8, "captions": 5, "chance": 0.2}
-    assert galleries["test_names"] == {"images": 8, "captions": 8, "chance": 0.125}
+    assert galleries["validation"] == {
+        "images": 8,
+        "captions": 5,
+        "chance": 0.2,
+        "uniform_nll": pytest.approx(1.609, abs=1e-3),
+    }
+    assert galleries["test_names"] == {
+        "images": 8,
+        "captions": 8,
+        "chance": 0.125,
+        "uniform_nll": pytest.approx(2.079, abs=1e-3),
+    }
 
 
 def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
@@ -61,6 +72,19 @@ def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
     assert tables.verdict("dense_continued", {"clip_up": "then"}) == "then (5; 3 seeds) worse, **-1.35 ± 1.12**"
     nll = "then (5; 3 seeds) better, **-0.013 ± 0.011**"  # less is better
     assert tables.verdict("clip_up", {"dense_continued": "then"}, "nll") == nll
+
+
+def test_gains_over_the_start_and_leads_by_split_and_measure_are_for_sentences(write, make_records):
+    logs = [make_records("start", "dense", score=0.1)]
+    for seed, score in enumerate((0.52, 0.53, 0.54)):
+        logs += [make_records(f"sparse-{seed}", "clip_up", seed=seed, score=score, start="start")]
+        logs += [make_records(f"dense-{seed}", "dense_continued", seed=seed, score=0.50, start="start")]
+    tables = Tables(write(*logs))
+
+    assert tables.gain("clip_up") == "**+19.35 ± 1.12**" and tables.gain("dense_continued") == "**+18.00 ± 0.00**"
+    assert tables.gain("clip_up", ["test_styles"]) == "**+32.25 ± 1.86**" and tables.gain("limoe") == MISSING
+    assert tables.lead("clip_up", "dense_continued", ["test_styles"]) == "**+2.25 ± 1.86**"
+    assert tables.lead("clip_up", "dense_continued", measure="r5") == "**+2.03 ± 1.68**"  # half as much again
 
 
 def test_one_seed_decides_nothing(found):
