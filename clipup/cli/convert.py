@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from .. import atomic_files, checks
+from .. import atomic_files
 from ..locks import LOCK_FILE, exclusive
-from ..pretrained import model_names, saving
+from ..pretrained import saving
 from ..pretrained.checkpoint_model import checkpoint_model
 from ..pretrained.shard_files import is_sharded
 from ..pretrained.state_dicts import read_weights
@@ -33,7 +33,7 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Directory for the model. It must be empty or not exist."""
     model: str | None = None
-    """The model that was trained, as its run named it, for a checkpoint without its config."""
+    """The model that was trained, as its run named it, for a checkpoint without its config or its tokenizer."""
 
 
 def main(argv: list[str]) -> int:
@@ -55,19 +55,7 @@ def main(argv: list[str]) -> int:
         broken = not_finite(weights.state_dict)
         if broken is not None:
             raise ValueError(f"{path} holds values that are not finite, in {broken}; convert an earlier checkpoint")
-        model, _, model_cfg = checkpoint_model(weights, path, options.model)
-        saving.save_pretrained(
-            model, options.out, model_cfg, tokenizer_directory=_tokenizer_directory(path, options.model)
-        )
+        model, _, model_cfg, tokenizer_files = checkpoint_model(weights, path, options.model)
+        saving.save_with_tokenizer(model, options.out, model_cfg, tokenizer_files)
     print(f"saved to {options.out}")
     return 0
-
-
-def _tokenizer_directory(checkpoint: Path, name: str | None) -> Path | None:
-    """The directory of the model that the checkpoint's run began with, if that had one."""
-    options = checkpoint.absolute().parent.parent / "options.json"
-    if name is None and options.is_file():
-        found = checks.read_json(options)
-        named = [found.get("pretrained"), found.get("model")] if isinstance(found, dict) else []
-        name = next((one for one in named if isinstance(one, str) and Path(one).is_dir()), None)
-    return None if name is None else model_names.directory_of(name)

@@ -143,12 +143,10 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
             f"{root / 'options.json'} names no model; expected the options of a run, as clipup train wrote them"
         )
     weights = read_weights(latest.path)
-    model, preprocess, model_cfg = checkpoint_model(
+    model, preprocess, model_cfg, tokenizer_files = checkpoint_model(
         weights, latest.path, None if weights.configs.get("model_cfg") else named
     )
-    length = model_cfg["text_cfg"].get("context_length")
-    tokenizer = tokenizers.get_tokenizer(named, **({} if length is None else {"context_length": length}))
-    return model.to(device), preprocess, tokenizer
+    return model.to(device), preprocess, tokenizers.from_files(model_cfg, tokenizer_files)
 
 
 def find_images(source: str) -> list[Record]:

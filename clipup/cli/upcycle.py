@@ -20,7 +20,7 @@ from ..data.options import DataOptions, is_csv
 from ..data.train_data import TrainData
 from ..locks import LOCK_FILE, exclusive
 from ..moe.config import MoEConfig
-from ..pretrained import factory, model_names, origin, saving, tokenizers
+from ..pretrained import architecture, factory, model_names, origin, saving, tokenizers
 from ..progress import progress
 from ..upcycling.calibration import calibrate
 from ..upcycling.step0 import step0_difference
@@ -104,6 +104,7 @@ def run(options: Options) -> None:
             "pretrained", options.model, options.pretrained, "or --random-weights to upcycle random weights"
         )
     model_cfg = model_names.get_model_config(options.model)
+    tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(options.model))
     torch.manual_seed(options.seed)
     dense, _, preprocess = factory.create_model_and_transforms(options.model, options.pretrained)
     sparse = upcycle(dense, options.moe)
@@ -111,10 +112,8 @@ def run(options: Options) -> None:
         run_calibration(sparse, dense, options, preprocess)
     difference = check_step0(step0_difference(dense, sparse), options.moe)
     base_model = origin.base_model(options.model, options.pretrained)
-    tokenizer_directory = model_names.directory_of(options.model)
-    saving.save_pretrained(
-        sparse, options.out, model_cfg, base_model=base_model, tokenizer_directory=tokenizer_directory
-    )
+    model_cfg = architecture.with_logit_bias(model_cfg, getattr(dense, "logit_bias", None))
+    saving.save_with_tokenizer(sparse, options.out, model_cfg, tokenizer_files, base_model=base_model)
     before, after = flops.count(dense), flops.count(sparse)
     print(f"largest difference of normalized features at step 0: {difference:.1e}")
     print(

@@ -101,8 +101,16 @@ def from_config(text_cfg: dict, directory: Path | None = None, context_length: i
         FileNotFoundError: its vocabulary is missing.
         ValueError: the vocabulary does not have the model's vocabulary size.
     """
-    words = read_vocabulary(text_cfg["hf_tokenizer_name"], directory)
-    tokenizer = WordTokenizer(words, context_length or text_cfg["context_length"])
+    return from_text(vocabulary_text(text_cfg["hf_tokenizer_name"], directory), text_cfg, context_length)
+
+
+def from_text(vocabulary: str, text_cfg: dict, context_length: int | None = None) -> WordTokenizer:
+    """The same with the content of the vocabulary's file.
+
+    Raises:
+        ValueError: the vocabulary does not have the model's vocabulary size.
+    """
+    tokenizer = WordTokenizer(vocabulary.split(), context_length or text_cfg["context_length"])
     if tokenizer.vocab_size != text_cfg["vocab_size"]:
         raise ValueError(
             f"the vocabulary {text_cfg['hf_tokenizer_name']} has {tokenizer.vocab_size} tokens, but the model has "

@@ -43,7 +43,7 @@ def load(
     model, _, transform = factory.create_model_and_transforms(
         model_name, pretrained or None, device=device, cache_dir=cache_dir
     )
-    return model, transform, tokenizers.get_tokenizer(model_name)
+    return model, transform, tokenizers.get_tokenizer(model_name, cache_dir=cache_dir)
 
 
 def load_prepared(*args: Any, **kwargs: Any) -> tuple[nn.Module, Any, Callable[[list[str]], torch.Tensor]]:

@@ -25,6 +25,11 @@ LossScope = Literal["batch", "global_batch"]
 Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
 
+_EVALUATION_FIELDS = (
+    *("num_experts", "top_k", "granularity", "shared_expert", "routing", "eval_capacity_factor", "normalize_gates"),
+    *("priority", "score_function", "padding_aware"),
+)
+"""Fields that outputs in evaluation depend on, besides the blocks, which the names of weights show."""
 _MODEL_FIELDS = ("towers", "blocks", "last_blocks", "padding_aware", "reinit_ratio")
 
 
@@ -231,6 +236,12 @@ class MoEConfig:
     def keeps_function(self) -> bool:
         """Whether an upcycled model computes the same function as the dense one if nothing is dropped."""
         return self.normalize_gates != "none" and self.reinit_ratio == 0 and self.routing == "token_choice"
+
+    def differing(self, other: MoEConfig) -> list[str]:
+        """The fields for which layers with the same weights compute something else in evaluation."""
+        chosen_by_experts = "expert_choice" in (self.routing, other.routing)
+        names = (*_EVALUATION_FIELDS, *("capacity_factor",) * chosen_by_experts)
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     @property
     def has_losses(self) -> bool:

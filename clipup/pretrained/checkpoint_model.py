@@ -7,9 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import open_clip
 from torch import nn
 
-from . import factory, model_names
+from .. import checks
+from . import architecture, factory, hub, model_directory, model_names, tokenizers
 from .config_files import check_depth
 from .model_directory import CONFIG_NAME
 from .state_dicts import Weights
@@ -22,6 +24,8 @@ class CheckpointModel(NamedTuple):
     preprocess: Any
     """The transform of validation images."""
     model_cfg: dict[str, Any]
+    tokenizer_files: dict[str, bytes]
+    """By name; empty for a tokenizer that ``model_cfg`` names."""
 
 
 def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> CheckpointModel:
@@ -34,11 +38,14 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
     Raises:
         ValueError: the checkpoint has no config and there is no name, or there are both and they differ; or the weights
             do not fit.
+        FileNotFoundError: the tokenizer was in the directory of a model that is not there.
     """
     configs = {key: value for key, value in weights.configs.items() if value is not None}
     if name is not None:
         named = model_names.get_model_config(name)
-        if configs.setdefault("model_cfg", named) != named:
+        own = configs.setdefault("model_cfg", named)
+        model_directory.check_model_cfg(own, path)
+        if architecture.differing(own, named):
             raise ValueError(
                 f"model: {path} holds the config of its model, which is not that of {name!r}; drop --model"
             )
@@ -46,12 +53,50 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
         raise ValueError(
             f"{path} does not say which model it is of; pass --model with the name or directory that the run was given"
         )
+    model_directory.check_model_cfg(configs["model_cfg"], path)
+    configs["model_cfg"] = architecture.with_logit_bias(configs["model_cfg"], weights.state_dict.get("logit_bias"))
     check_depth(configs["model_cfg"], len(weights.state_dict), path)
+    files = _tokenizer_files(weights, path, configs["model_cfg"]["text_cfg"], name)
+    configs.pop("tokenizer_files", None)
     with tempfile.TemporaryDirectory() as temporary:  # so that the config is checked like any that is read
         (Path(temporary) / CONFIG_NAME).write_text(json.dumps(configs), encoding="utf-8")
         with factory.expecting_random_weights():
             model, _, preprocess = factory.create_model_and_transforms(
-                f"{model_names.LOCAL_PREFIX}{temporary}", load_weights=False
+                f"{model_names.LOCAL_PREFIX}{temporary}",
+                load_weights=False,
+                pretrained_image=False,
+                pretrained_text=False,
             )
     factory.load_state_dict(model, weights.state_dict, str(path))
-    return CheckpointModel(model, preprocess, configs["model_cfg"])
+    return CheckpointModel(model, preprocess, configs["model_cfg"], files)
+
+
+def _tokenizer_files(weights: Weights, path: Path, text_cfg: dict[str, Any], name: str | None) -> dict[str, bytes]:
+    """Of the tokenizer that the run trained with: in the checkpoint. One without them, as earlier versions wrote, is of
+    the model with this name, or of the one that its run's options.json names."""
+    files = tokenizers.saved_in(weights.configs, path)
+    if files is not None:
+        return files
+    if not text_cfg.get("hf_tokenizer_name"):
+        return {}
+    options = path.absolute().parent.parent / "options.json"
+    if name is None and options.is_file():
+        found = checks.read_json(options)
+        named = [found.get("pretrained"), found.get("model")] if isinstance(found, dict) else []
+        names = [one for one in named if isinstance(one, str)]
+        name = next((one for one in names if Path(one).is_dir()), names[-1] if names else None)
+    if name is None:
+        raise ValueError(
+            f"{path} does not hold its tokenizer, and is not in the directory of its run; pass the model that the run "
+            "began with as --model to clipup convert"
+        )
+    if (
+        not name.startswith(hub.HUB_PREFIX)
+        and name not in open_clip.list_models()
+        and not Path(name.removeprefix(model_names.LOCAL_PREFIX)).is_dir()
+    ):
+        raise FileNotFoundError(
+            f"the tokenizer of {path} is that of the model {name}, with which its run began, and there is no such "
+            "directory here; pass that directory as --model to clipup convert"
+        )
+    return tokenizers.files_of(text_cfg, tokenizers.source_directory(name))

@@ -14,19 +14,22 @@ import open_clip
 import safetensors
 import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from .. import checks
+from ..clip import towers
 from ..moe.config import MoEConfig
 from ..upcycling.upcycle import upcycle
-from . import hub, model_directory
-from .config_files import check_depth
-from .model_names import LOCAL_PREFIX, check_known, directory_of, hub_access
+from . import architecture, hub, model_directory, skeleton, tokenizers
+from .config_files import check_depth, moe_config_in
+from .model_names import LOCAL_PREFIX, check_known, directory_of, get_model_config, hub_access
 from .state_dicts import Weights, check_fit, check_types, read_weights
 from .structure import assign_weights, drop_parameters, without_random_numbers
 
 _NUMPY = (".npz", ".npy")  # weights of big_vision, which open_clip reads
 _TRANSFORM = ("mean", "std", "interpolation", "resize_mode")
+_FORCED_SIZES = {"vision_cfg.image_size": "force_image_size", "text_cfg.context_length": "force_context_length"}
 _POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
 
 
@@ -66,6 +69,7 @@ def _create(
     model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Any, Any]:
     load_weights = kwargs.get("load_weights", True)
+    fill_color = None
     directory = directory_of(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
     if directory is not None:
         if pretrained:
@@ -88,6 +92,7 @@ def _create(
         found = _config_of_file(file, pretrained, moe_cfg)
         if file is not None:
             kwargs = _as_trained(file, model_name, str(pretrained), kwargs)
+            fill_color = _preprocess_cfg(file, str(pretrained)).get("fill_color")
         weights = file.state_dict if found is not None and load_weights else None
         types = file.types if file is not None and load_weights else {}
         del file  # open_clip reads dense weights itself
@@ -103,13 +108,14 @@ def _create(
         with _clear_errors(model_name):
             model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
         check_types(model, types, str(pretrained or directory))
-        return model, *transforms
+        return model, *_with_fill_color(model, transforms, fill_color, kwargs.get("aug_cfg"))
     if kwargs.get("jit"):
         raise ValueError("jit=True is not supported for sparse models; use torch.compile")
     dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
     initialization = nullcontext() if weights is None else without_random_numbers()
     with _clear_errors(model_name), expecting_random_weights(), initialization:
         model, *transforms = open_clip.create_model_and_transforms(model_name, **dense_kwargs)
+    transforms = _with_fill_color(model, transforms, fill_color, kwargs.get("aug_cfg"))
     if weights is None:
         return upcycle(model, found, inplace=True), *transforms
     drop_parameters(model)
@@ -123,6 +129,8 @@ def _create(
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Loads weights into a dense or sparse model of the same architecture. Position embeddings are resized.
 
+    Of a checkpoint that holds its model's configs, those are compared with the model too.
+
     Args:
         model: of open_clip or timm, dense or sparse; modified in place.
         path: safetensors, a state dict, or a checkpoint of open_clip's or clipup's trainer, sharded or not, with or
@@ -131,10 +139,38 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         TypeError: ``model`` is not a module.
         FileNotFoundError: there is no such file.
-        ValueError: the weights do not fit, or the file contains more than weights. The model is unchanged.
+        ValueError: the weights do not fit, the file's configs are those of another function, or it contains more than
+            weights. The model is unchanged.
     """
     checks.module("model", model)
-    load_state_dict(model, read_weights(path).state_dict, str(path))
+    file = read_weights(path)
+    _check_configs(model, file, path)
+    load_state_dict(model, file.state_dict, str(path))
+
+
+def _check_configs(model: nn.Module, file: Weights, path: str | Path) -> None:
+    """Refuses weights of sparse layers that route otherwise, and of a model with other activations, heads or masks:
+    they would fit."""
+    trained, own = moe_config_in(file.configs, Path(path)), getattr(model, "moe_config", None)
+    if trained is not None and own is not None:
+        fields = trained.differing(own)
+        if fields:
+            says = ", ".join(f"{name}={getattr(trained, name)!r}" for name in fields)
+            is_own = ", ".join(f"{name}={getattr(own, name)!r}" for name in fields)
+            raise ValueError(
+                f"{path} was trained with {says}, the model has {is_own}; upcycle the model with the moe_cfg of the "
+                "checkpoint, or make a model directory of it with clipup convert"
+            )
+    model_cfg = file.configs.get("model_cfg")
+    if model_cfg is None or towers.is_timm(model):
+        return
+    model_directory.check_model_cfg(model_cfg, Path(path))
+    found = skeleton.differences(model, model_cfg, own, weights_replaced=True)
+    if found:
+        raise ValueError(
+            f"{path} was trained as another model than the one that is given: {found[0]}; create the model as its run "
+            "did, or make a model directory of the checkpoint with clipup convert"
+        )
 
 
 def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
@@ -181,11 +217,12 @@ def _file_of_weights(model_name: str, pretrained: str | None) -> Weights | None:
 def _config_of_file(file: Weights | None, path: str | None, given: MoEConfig | None) -> MoEConfig | None:
     if file is None or not file.sparse:
         return None
-    if file.moe_config is None and given is None:
+    found = moe_config_in(file.configs, Path(str(path)))
+    if found is None and given is None:
         raise ValueError(
             f"{path} has sparse layers but no config of them; pass moe_cfg, the MoEConfig that they were upcycled with"
         )
-    return file.moe_config or given
+    return found or given
 
 
 def _as_trained(file: Weights, model_name: str, path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -193,23 +230,65 @@ def _as_trained(file: Weights, model_name: str, path: str, kwargs: dict[str, Any
     its model has a logit bias.
 
     Raises:
-        ValueError: it was trained with another activation than that of the name.
+        ValueError: it was trained as another model than that of the name, or with another tokenizer.
     """
-    preprocess = file.configs.get("preprocess_cfg") or {}
+    preprocess = _preprocess_cfg(file, path)
     own = {f"image_{name}": preprocess[name] for name in _TRANSFORM if preprocess.get(name) is not None}
     if "logit_bias" in file.state_dict:
         own["init_logit_bias"] = 0.0  # replaced by the file's
-    model_cfg = file.configs.get("model_cfg")
-    if isinstance(model_cfg, dict):
-        trained = bool(model_cfg.get("quick_gelu"))
-        named = bool((open_clip.get_model_config(model_name) or {}).get("quick_gelu"))
-        if trained != (named or bool(kwargs.get("force_quick_gelu"))):
-            way = "force_quick_gelu=True" if trained else "a name without -quickgelu"
+    if file.configs.get("model_cfg") is not None:
+        model_directory.check_model_cfg(file.configs["model_cfg"], Path(path))
+        named = get_model_config(model_name)
+        _check_architecture(file.configs["model_cfg"], named, model_name, path, kwargs)
+        trained = tokenizers.saved_in(file.configs, path)
+        if trained is not None and trained != tokenizers.files_of(named["text_cfg"], None):
             raise ValueError(
-                f"pretrained={path!r} was trained with quick_gelu={trained}, unlike {model_name}; use {way}, or make a "
-                "model directory with clipup convert and name that instead"
+                f"pretrained={path!r} was trained with a tokenizer of its own, unlike {model_name}; make a model "
+                "directory with clipup convert and name that instead"
             )
     return {**kwargs, **{name: value for name, value in own.items() if kwargs.get(name) is None}}
+
+
+def _preprocess_cfg(file: Weights, path: str) -> dict[str, Any]:
+    preprocess = file.configs.get("preprocess_cfg")
+    model_directory.check_preprocess_cfg(preprocess, Path(path))
+    return preprocess or {}
+
+
+def _check_architecture(
+    trained: dict[str, Any], named: dict[str, Any], model_name: str, path: str, kwargs: dict[str, Any]
+) -> None:
+    """Refuses to load, by a name, a checkpoint whose own config is that of another function. Sizes that the caller
+    forces are not compared: position embeddings are resized for them."""
+    found = architecture.differing(trained, architecture.overridden(named, kwargs))
+    found = {field: values for field, values in found.items() if kwargs.get(_FORCED_SIZES.get(field, "")) is None}
+    if not found:
+        return
+    says = ", ".join(f"{field}={checks.shown(value)}" for field, (value, _) in found.items())
+    is_named = ", ".join(checks.shown(value) for _, value in found.values())
+    ways = []
+    for field, (value, _) in found.items():
+        if field == "quick_gelu":
+            ways.append("force_quick_gelu=True" if value else "a name without -quickgelu")
+        elif field in _FORCED_SIZES:
+            ways.append(f"{_FORCED_SIZES[field]}={value!r}")
+    way = f"use {' and '.join(ways)}, or " if len(ways) == len(found) else ""
+    raise ValueError(
+        f"pretrained={path!r} was trained with {says}, unlike {model_name} ({is_named}); {way}make a model directory "
+        "with clipup convert and name that instead"
+    )
+
+
+def _with_fill_color(model: Any, transforms: list[Any], color: Any, aug_cfg: Any) -> list[Any]:
+    """The transforms with the color of a checkpoint's padding, which open_clip's factory has no argument for."""
+    if color is None:
+        return transforms
+    model.visual.preprocess_cfg = {**model.visual.preprocess_cfg, "fill_color": color}
+    preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
+    return [
+        image_transform_v2(preprocess, is_train=True, aug_cfg=aug_cfg),
+        image_transform_v2(preprocess, is_train=False),
+    ]
 
 
 def create_on_meta(model_name: str, **kwargs: Any) -> nn.Module:
@@ -251,4 +330,4 @@ def _clear_errors(model_name: str) -> Iterator[None]:
 
 def expecting_random_weights() -> AbstractContextManager[None]:
     """Suppresses open_clip's warning about random weights where they are intended."""
-    return hub.suppress_log_lines(("No pretrained weights loaded", "Local config loaded, but no CLIP weights found"))
+    return hub.suppress_log_lines(hub.OF_RANDOM_WEIGHTS)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
 from open_clip.pretrained import download_pretrained_from_hf
 
@@ -17,6 +17,8 @@ HUB_PREFIX = "hf-hub:"
 _TIMEOUT = 5  # seconds
 _LOGGERS = (None, "open_clip.factory", "open_clip.pretrained")
 """Where open_clip logs: version 3 to the root logger, version 4 by module."""
+OF_RANDOM_WEIGHTS = ("No pretrained weights loaded", "Local config loaded, but no CLIP weights found")
+"""How open_clip's warnings start about a model whose weights are random."""
 
 
 def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
@@ -37,6 +39,16 @@ def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
         commit = directory.name
     assert directory is not None  # there is at least one file
     return directory
+
+
+def add_if_there(directory: Path, name: str, file: str, cache_dir: str | None = None) -> bool:
+    """Whether the model has this file, which is then downloaded to the directory that ``cached`` gave. Without the hub:
+    whether it is cached."""
+    try:
+        hf_hub_download(name.removeprefix(HUB_PREFIX), file, revision=directory.name, cache_dir=cache_dir)
+    except (EntryNotFoundError, OfflineModeIsEnabled):
+        return False
+    return True
 
 
 @contextmanager

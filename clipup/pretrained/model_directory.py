@@ -39,7 +39,13 @@ def read_config(directory: str | Path) -> dict[str, Any]:
             f"{directory} is a sharded checkpoint, not a model; make a model directory of it with clipup convert"
         )
     config = read_config_file(path, "a directory saved by clipup or open_clip")
-    model_cfg = config.get("model_cfg")
+    check_model_cfg(config.get("model_cfg"), path)
+    check_preprocess_cfg(config.get("preprocess_cfg"), path)
+    return config
+
+
+def check_model_cfg(model_cfg: Any, path: Path) -> None:
+    """Raises ``ValueError``, naming the file, for a ``model_cfg`` that is incomplete or refers to files elsewhere."""
     if not isinstance(model_cfg, dict):
         raise ValueError(f"{path} has no model_cfg, the config of the model")
     missing = [field for field in MODEL_FIELDS if field not in model_cfg]
@@ -51,8 +57,6 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     for field in ("hf_model_name", "hf_tokenizer_name"):
         name = model_cfg["text_cfg"].get(field)
         checks.check(f"{path}: {field}", name, name is None or isinstance(name, str), "a name")
-    _check_normalization(config.get("preprocess_cfg"), path)
-    return config
 
 
 def check_name(field: str, name: Any) -> None:
@@ -63,19 +67,21 @@ def check_name(field: str, name: Any) -> None:
         )
 
 
-def _check_normalization(preprocess_cfg: Any, path: Path) -> None:
-    """Refuses a mean or standard deviation of the images' channels that is not a finite number."""
+def check_preprocess_cfg(preprocess_cfg: Any, path: Path) -> None:
+    """Refuses, naming the file, what is no object, and a mean, standard deviation or fill color of the images' channels
+    that is not a finite number."""
     if preprocess_cfg is None:
         return
     checks.check(f"preprocess_cfg in {path}", preprocess_cfg, isinstance(preprocess_cfg, dict), "an object")
-    for field, check in ("mean", checks.number), ("std", checks.positive_number):
+    for field, check in ("mean", checks.number), ("std", checks.positive_number), ("fill_color", checks.number):
         value = preprocess_cfg.get(field)
         if value is None:
             continue
         name = f"{path}: {field}"
-        if isinstance(value, list):
+        of_channels = isinstance(value, list | tuple)  # checkpoints hold tuples
+        if of_channels:
             checks.check(name, value, len(value) == 3, "one number, or one per channel")
-        for one in value if isinstance(value, list) else [value]:
+        for one in value if of_channels else [value]:
             check(name, one)
 
 

@@ -30,6 +30,8 @@ from ..dense.prepared import Prepared
 from ..moe.layer import moe_layers
 from . import model_card, timm_directory, tokenizers
 from .model_directory import CONFIG_NAME, MODEL_FIELDS, WEIGHTS_NAME
+from .model_names import LOCAL_PREFIX
+from .skeleton import check_describes
 
 _PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
@@ -61,9 +63,38 @@ def save_pretrained(
             or those of Hugging Face) are copied. Without it, the tokenizer is found by the name in ``model_cfg``.
 
     Raises:
-        ValueError: ``model_cfg`` is incomplete, the model has sparse layers but no ``moe_config``, or it was prepared
-            for inference.
+        ValueError: ``model_cfg`` is incomplete or describes another model, the model has sparse layers but no
+            ``moe_config``, it was prepared for inference, its vocabulary has another size than the model's, or the
+            directory holds another tokenizer and ``tokenizer_directory`` does not say which is the model's.
+        FileNotFoundError: there is no ``tokenizer_directory``.
         OSError: a file could not be written, or a directory has the name of one.
+    """
+    files = None
+    if tokenizer_directory is not None:
+        source = Path(str(tokenizer_directory).removeprefix(LOCAL_PREFIX))
+        if not source.is_dir():
+            raise FileNotFoundError(
+                f"tokenizer_directory: there is no directory {source}; expected that of the model which this one was "
+                "made from"
+            )
+        files = tokenizers.files_of((model_cfg or {}).get("text_cfg") or {}, source)
+    save_with_tokenizer(model, directory, model_cfg, files, preprocess_cfg, license, base_model)
+
+
+def save_with_tokenizer(
+    model: nn.Module,
+    directory: str | Path,
+    model_cfg: dict[str, Any] | None,
+    tokenizer_files: dict[str, bytes] | None,
+    preprocess_cfg: dict[str, Any] | None = None,
+    license: str = "other",
+    base_model: str | None = None,
+) -> None:
+    """``save_pretrained`` with the content of the tokenizer's files.
+
+    Args:
+        tokenizer_files: by name (``tokenizers.files_of``); those of another tokenizer in the directory are removed.
+            None: the tokenizer that ``model_cfg`` names.
     """
     checks.module("model", model)
     prepared = [module for module in model.modules() if isinstance(module, Prepared)]
@@ -85,17 +116,19 @@ def save_pretrained(
     else:
         names = CONFIG_NAME, WEIGHTS_NAME
         config = _open_clip_config(model, model_cfg, preprocess_cfg)
+        check_describes(model, config["model_cfg"], moe_config)
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
     text_cfg = config["model_cfg"]["text_cfg"] if library == "open_clip" else {}
     needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
     extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
     texts = {model_card.README: model_card.model_card(model, library, license, base_model, extra)}
-    source = None if tokenizer_directory is None else Path(tokenizer_directory)
-    files = tokenizers.files_of(text_cfg, source)
-    texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last, because it marks a complete directory
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     directory = Path(directory)
+    files = tokenizers.files_of(text_cfg, None) if tokenizer_files is None else tokenizer_files
+    if tokenizer_files is None and library == "open_clip":
+        _check_tokenizer_in(directory, files)
+    texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last, because it marks a complete directory
+    tensors = _tensors(model)
     directory.mkdir(parents=True, exist_ok=True)
     writers: dict[Path, Callable[[Path], object]] = {
         directory / names[1]: lambda path: _save_tensors(tensors, path, directory)
@@ -103,6 +136,32 @@ def save_pretrained(
     for name, content in {**files, **{name: text.encode("utf-8") for name, text in texts.items()}}.items():
         writers[directory / name] = partial(_write, content)
     replace_files(writers)
+    for name in tokenizers.ALL_FILES:
+        if library == "open_clip" and name not in files:
+            (directory / name).unlink(missing_ok=True)  # of another model that was saved here
+
+
+def _check_tokenizer_in(directory: Path, files: dict[str, bytes]) -> None:
+    """Refuses a directory with another tokenizer than that of these files: it may be the model's own, or a former
+    one's."""
+    for name in tokenizers.ALL_FILES:
+        path = directory / name
+        if path.is_file() and path.read_bytes() != files.get(name):
+            raise ValueError(
+                f"directory: {directory} holds a tokenizer ({name}) that is not the one which model_cfg names; pass it "
+                "as tokenizer_directory too, if the tokenizer is the model's, or remove the file"
+            )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, without shared memory, which safetensors refuses: tied parameters become copies."""
+    tensors, storages = {}, set()
+    for name, value in model.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return tensors
 
 
 def _open_clip_config(

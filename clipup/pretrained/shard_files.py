@@ -84,7 +84,7 @@ class Index:
     tensors: dict[str, Entry]
     files: dict[str, FileSum]
     configs: dict[str, Any]
-    """``model_cfg``, ``moe_cfg`` and ``preprocess_cfg``, None where the run has none."""
+    """``model_cfg``, ``moe_cfg``, ``preprocess_cfg`` and ``tokenizer_files``, None where the run has none."""
 
     def to_json(self) -> str:
         tensors = {

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import without_numpy
-from ..moe.config import MoEConfig
 from . import shard_files
 
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -34,7 +33,7 @@ _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 _MAX_SHOWN = 3
 
 
-_CONFIGS = ("model_cfg", "moe_cfg", "preprocess_cfg")
+_CONFIGS = ("model_cfg", "moe_cfg", "preprocess_cfg", "tokenizer_files")
 
 
 class Weights(NamedTuple):
@@ -42,17 +41,7 @@ class Weights(NamedTuple):
 
     state_dict: dict[str, Tensor]
     configs: dict[str, Any] = {}
-    """``model_cfg``, ``moe_cfg``, ``preprocess_cfg``, as they are in the file."""
-
-    @property
-    def moe_config(self) -> MoEConfig | None:
-        """The config of its sparse layers.
-
-        Raises:
-            TypeError, ValueError: it is not valid.
-        """
-        moe_cfg = self.configs.get("moe_cfg")
-        return None if moe_cfg is None else MoEConfig.from_dict(moe_cfg)
+    """``model_cfg``, ``moe_cfg``, ``preprocess_cfg``, ``tokenizer_files``, as they are in the file."""
 
     @property
     def sparse(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ _FILES = (
     *("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
 )
 """Of transformers' tokenizers; the first is in every directory with one."""
+ALL_FILES = (word_tokenizer.FILE_NAME, *_FILES)
+"""Of all tokenizers."""
 
 
 def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
@@ -38,8 +43,17 @@ def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
     with hub_access(model_name, None, "hf_tokenizer_name", kwargs.get("cache_dir")):
         try:
             return _tokenizer(model_name, **kwargs)
-        except (AssertionError, ArithmeticError, AttributeError, LookupError) as error:
+        except (AssertionError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"the tokenizer of {model_name} could not be created: {error}") from error
+
+
+def source_directory(model_name: str, cache_dir: str | None = None) -> Path | None:
+    """The directory in which a model's own tokenizer would be: that of the model, of a model on the hub its snapshot in
+    the cache, to which the tokenizer's files are downloaded. None for open_clip names."""
+    if not model_name.startswith(hub.HUB_PREFIX):
+        return directory_of(model_name)
+    with hub_access(model_name, None, "hf_tokenizer_name", cache_dir):
+        return _snapshot(model_name, cache_dir)
 
 
 def files_of(text_cfg: dict[str, Any], directory: Path | None) -> dict[str, bytes]:
@@ -47,48 +61,109 @@ def files_of(text_cfg: dict[str, Any], directory: Path | None) -> dict[str, byte
     tokenizer that lies in the model's directory.
 
     Raises:
-        FileNotFoundError, ValueError: the vocabulary was not found, or is not valid.
+        FileNotFoundError, ValueError: the vocabulary was not found, is not valid, or has another size than the model's.
     """
     if word_tokenizer.uses_words(text_cfg):
         text = word_tokenizer.vocabulary_text(text_cfg["hf_tokenizer_name"], directory)
+        word_tokenizer.from_text(text, text_cfg)
         return {word_tokenizer.FILE_NAME: text.encode("utf-8")}
     if not text_cfg.get("hf_tokenizer_name") or directory is None or not (directory / _FILES[0]).is_file():
         return {}
     return {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
 
 
-def _tokenizer(model_name: str, **kwargs: Any) -> Any:
-    directory = directory_of(model_name)
+def saved_in(configs: dict[str, Any], path: Path | str) -> dict[str, bytes] | None:
+    """The tokenizer's files that a training checkpoint brings, by name; none for a tokenizer that its config names, and
+    None if the checkpoint does not say.
+
+    Args:
+        configs: ``Weights.configs``.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: they are not what ``for_checkpoint`` gave.
+    """
+    encoded = configs.get("tokenizer_files")
+    if encoded is None:
+        return None
+    try:
+        files = {name: base64.b64decode(text, validate=True) for name, text in encoded.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its tokenizer_files are not files in base64 ({error})") from error
+    unknown = [name for name in files if name not in ALL_FILES]
+    if unknown:
+        raise ValueError(f"{path}: tokenizer_files has {checks.shown(unknown[0])}, which is no file of a tokenizer")
+    return files
+
+
+def for_checkpoint(files: dict[str, bytes]) -> dict[str, str]:
+    """The tokenizer's files for a checkpoint, as text that JSON can represent."""
+    return {name: base64.b64encode(content).decode("ascii") for name, content in files.items()}
+
+
+def from_files(model_cfg: dict[str, Any], files: dict[str, bytes]) -> Any:
+    """The tokenizer of a model's config and its files, as ``get_tokenizer`` gives it for a directory with both."""
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        config = json.dumps({"model_cfg": model_cfg})
+        (directory / model_directory.CONFIG_NAME).write_text(config, encoding="utf-8")
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        return get_tokenizer(f"{LOCAL_PREFIX}{directory}")
+
+
+def _tokenizer(model_name: str, cache_dir: str | None = None, **kwargs: Any) -> Any:
     if model_name.startswith(hub.HUB_PREFIX):
-        return _hub_tokenizer(model_name, **kwargs)
-    text_cfg = get_model_config(model_name).get("text_cfg", {})
+        directory = _snapshot(model_name, cache_dir)
+        text_cfg = {} if directory is None else model_directory.read_config(directory)["model_cfg"]["text_cfg"]
+    else:
+        directory = directory_of(model_name)
+        text_cfg = get_model_config(model_name).get("text_cfg", {})
     if directory is not None:
         _check_options(text_cfg, model_name)
     if word_tokenizer.uses_words(text_cfg):
-        return word_tokenizer.from_config(text_cfg, directory, **kwargs)
-    if directory is None:
-        return open_clip.get_tokenizer(model_name, **kwargs)
+        return _word_tokenizer(text_cfg, directory, **kwargs)
+    if directory is None:  # a name, or a tokenizer alone on the hub
+        return open_clip.get_tokenizer(model_name, cache_dir=cache_dir, **kwargs)
+    options = {**(text_cfg.get("tokenizer_kwargs") or {}), **kwargs}
+    options.setdefault("context_length", text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
     hub_name = text_cfg.get("hf_tokenizer_name")
-    if hub_name and not (directory / "tokenizer_config.json").is_file():
+    if not hub_name:
+        return open_clip.tokenizer.SimpleTokenizer(**options)
+    own = (directory / _FILES[0]).is_file()
+    if not own:
         _check_tokenizer_name(hub_name, model_name)
-        options = {**text_cfg.get("tokenizer_kwargs", {}), **kwargs}
-        options.setdefault("context_length", text_cfg.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH))
-        return open_clip.tokenizer.HFTokenizer(hub_name, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
-    return open_clip.get_tokenizer(f"{LOCAL_PREFIX}{directory}", **kwargs)
+    return open_clip.tokenizer.HFTokenizer(
+        str(directory) if own else hub_name,
+        cache_dir=cache_dir,
+        tokenizer_mode=text_cfg.get("tokenizer_mode"),
+        **options,
+    )
 
 
-def _hub_tokenizer(model_name: str, cache_dir: str | None = None, **kwargs: Any) -> Any:
+def _word_tokenizer(
+    text_cfg: dict[str, Any], directory: Path | None, context_length: int | None = None, **unknown: Any
+) -> Any:
+    if unknown:
+        raise TypeError(f"{', '.join(sorted(unknown))}: no option of a word tokenizer, which has context_length only")
+    return word_tokenizer.from_config(text_cfg, directory, context_length)
+
+
+def _snapshot(model_name: str, cache_dir: str | None) -> Path | None:
+    """The cached directory of a model on the hub with those of its tokenizer's files that it has; None if it is not an
+    open_clip model."""
     try:
-        found = hub.cached(model_name, model_directory.CONFIG_NAME, cache_dir=cache_dir)
-        text_cfg = model_directory.read_config(found)["model_cfg"].get("text_cfg", {})
-    except FileNotFoundError:  # not an open_clip model: a tokenizer alone, or an error from open_clip
-        text_cfg = {}
-    _check_options(text_cfg, model_name)
+        directory = hub.cached(model_name, model_directory.CONFIG_NAME, cache_dir=cache_dir)
+    except FileNotFoundError:  # a tokenizer alone, or an error from open_clip
+        return None
+    text_cfg = model_directory.read_config(directory)["model_cfg"]["text_cfg"]
+    wanted: tuple[str, ...] = _FILES if text_cfg.get("hf_tokenizer_name") else ()
     if word_tokenizer.uses_words(text_cfg):
-        found = hub.cached(model_name, model_directory.CONFIG_NAME, word_tokenizer.FILE_NAME, cache_dir=cache_dir)
-        return word_tokenizer.from_config(text_cfg, found, **kwargs)
-    _check_tokenizer_name(text_cfg.get("hf_tokenizer_name"), model_name)
-    return open_clip.get_tokenizer(model_name, cache_dir=cache_dir, **kwargs)
+        wanted = (word_tokenizer.FILE_NAME,)
+    if wanted and hub.add_if_there(directory, model_name, wanted[0], cache_dir):
+        for file in wanted[1:]:
+            hub.add_if_there(directory, model_name, file, cache_dir)
+    return directory
 
 
 def _check_tokenizer_name(name: Any, source: str) -> None:

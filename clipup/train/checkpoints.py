@@ -4,8 +4,9 @@ open_clip's keys are epoch, name, state_dict, optimizer and scaler. The others a
 ``step_of_epoch`` (those of the current epoch, 0 at its start), ``steps_before``, ``samples_seen``, ``conditions`` (what
 these numbers depend on: ``clipup.train.resume``), ``validated`` (step and numbers of the last validation),
 ``evaluations`` (records so far), ``skipped_steps``, ``skipped_samples``, ``seconds``, ``model_cfg``, ``moe_cfg``,
-``preprocess_cfg``, and ``finished`` (the model directory is written too). A file appears whole or not at all. Sharded
-checkpoints (``clipup.train.sharded_checkpoints``) are directories beside these files.
+``preprocess_cfg``, ``tokenizer_files`` (``clipup.pretrained.tokenizers``), and ``finished`` (the model directory is
+written too). A file appears whole or not at all. Sharded checkpoints (``clipup.train.sharded_checkpoints``) are
+directories beside these files.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..pretrained import model_card, model_directory, origin, saving
+from ..pretrained import model_card, model_directory, origin, saving, tokenizers
 from ..pretrained.shard_files import MODEL, read_index
 from . import checkpoints, resume, sharded_checkpoints, whole_state
 from .checkpoint_contents import check_optimizer
@@ -184,12 +184,15 @@ class RunCheckpoints:
         }
 
     def _configs(self) -> dict[str, Any]:
+        """What makes the checkpoint a model without anything else: ``Weights.configs``."""
+        files = self.built.tokenizer_files
         moe_config = getattr(self.built.model, "moe_config", None)
         preprocess_cfg = getattr(getattr(self.built.model, "visual", None), "preprocess_cfg", None)
         return {
             "model_cfg": self.built.model_cfg,
             "moe_cfg": None if moe_config is None else moe_config.to_dict(),
             "preprocess_cfg": None if preprocess_cfg is None else saving.preprocess_fields(preprocess_cfg),
+            "tokenizer_files": None if files is None else tokenizers.for_checkpoint(files),
         }
 
     def delete_kept(self, epoch: int, successor: int) -> None:
@@ -212,12 +215,12 @@ class RunCheckpoints:
 
     def _save_model(self, model: nn.Module) -> None:
         base_model = origin.base_model(self.options.model, self.options.pretrained)
-        saving.save_pretrained(
+        saving.save_with_tokenizer(
             model,
             self.directory.model,
             self.built.model_cfg,
+            self.built.tokenizer_files,
             base_model=base_model,
-            tokenizer_directory=self.built.directory,
         )
         for results in self._results():
             model_card.add_results(self.directory.model, {**results, "precision": self.train_step.precision})

@@ -15,7 +15,7 @@ from ..data.loaders import load_train_data
 from ..data.train_data import TrainData
 from ..moe.config import MoEConfig
 from ..precision import Precision
-from ..pretrained import factory, model_names, tokenizers
+from ..pretrained import architecture, factory, model_names, skeleton, tokenizers
 from ..upcycling.upcycle import upcycle
 from . import checkpoints, parallel
 from .checkpoint_contents import check_optimizer
@@ -44,8 +44,9 @@ class Built(NamedTuple):
     """open_clip's architecture config; None when the model was passed in and ``options.model`` does not name it."""
     optimizer_state: OptimizerState | None = None
     """What the optimizer starts with, carried over from ``options.resume_dense``."""
-    directory: Path | None = None
-    """That the model was read from; its tokenizer is saved with the trained one."""
+    tokenizer_files: dict[str, bytes] | None = None
+    """Of the model's tokenizer as the run began, which checkpoints and the trained model bring; None like
+    ``model_cfg``."""
 
 
 def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) -> None:
@@ -86,15 +87,20 @@ def build_model(
     """
     train_transform, val_transform = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
     if model is None:
-        model, model_cfg, transforms, tokenizer, directory = _create(options, ranks.device, precision, tokenizer)
+        model, model_cfg, transforms, tokenizer, name = _create(options, ranks.device, precision, tokenizer)
         train_transform, val_transform = train_transform or transforms[0], val_transform or transforms[1]
     else:
         unused = ", ".join(_factory_arguments(options))
         if unused:
             raise ValueError(f"{unused}: no effect on a model that is passed in; create it, and its transforms, so")
         model = model.to(ranks.device)
-        model_cfg = None if options.model is None else model_names.get_model_config(options.model)
-        directory = None if options.model is None else model_names.directory_of(options.model)
+        name = options.model
+        model_cfg = None if name is None else model_names.get_model_config(name)
+    tokenizer_files = None
+    if model_cfg is not None:
+        model_cfg = architecture.with_logit_bias(model_cfg, getattr(model, "logit_bias", None))
+        skeleton.check_describes(model, model_cfg, getattr(model, "moe_config", None))
+        tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
     optimizer_state = None
     if options.resume_dense is not None and not resumed:
         optimizer_state = _resume_dense(model, options.resume_dense, options)
@@ -109,7 +115,8 @@ def build_model(
         clip.set_grad_checkpointing()
     if options.torchcompile:
         _compile(model, options)
-    return Built(model, objective, train_transform, val_transform, tokenizer, model_cfg, optimizer_state, directory)
+    transforms = train_transform, val_transform
+    return Built(model, objective, *transforms, tokenizer, model_cfg, optimizer_state, tokenizer_files)
 
 
 def _compile(model: nn.Module, options: TrainOptions) -> None:
@@ -154,7 +161,7 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
     if tokenizer is None:
         length = options.force_context_length
         tokenizer = tokenizers.get_tokenizer(name, **({} if length is None else {"context_length": length}))
-    return model, {**model_cfg, **init}, transforms, tokenizer, model_names.directory_of(name)
+    return model, {**model_cfg, **init}, transforms, tokenizer, name
 
 
 def _factory_arguments(options: TrainOptions) -> dict[str, Any]:

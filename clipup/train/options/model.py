@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...checks import check
+from ...pretrained import architecture
 from .group import OptionGroup
 
 
@@ -59,15 +60,4 @@ class ModelOptions(OptionGroup):
 
     def overridden(self, model_cfg: dict[str, Any]) -> dict[str, Any]:
         """The ``model_cfg`` of the model that open_clip's factory makes of this one under the options."""
-        forced = self.model_overrides()
-        towers = {
-            "vision_cfg": {"force_image_size": "image_size", "force_patch_dropout": "patch_dropout"},
-            "text_cfg": {"force_context_length": "context_length"},
-        }
-        changed = dict(model_cfg)
-        for tower, fields in towers.items():
-            values = {field: forced[option] for option, field in fields.items() if option in forced}
-            if values:
-                changed[tower] = {**model_cfg[tower], **values}
-        flags = {"force_quick_gelu": "quick_gelu", "force_custom_text": "custom_text"}
-        return changed | {field: True for option, field in flags.items() if option in forced}
+        return architecture.overridden(model_cfg, self.model_overrides())

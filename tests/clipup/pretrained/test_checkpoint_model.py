@@ -1,7 +1,9 @@
 """A training checkpoint is the model that was trained: with its activation, its transform of images and its bias."""
 
+import open_clip
 import pytest
 import torch
+from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
@@ -35,6 +37,16 @@ def checkpoint(tmp_path):
     return write
 
 
+@pytest.fixture
+def csv_data(tmp_path):
+    rows = ["filepath\ttitle"]
+    for number in range(4):
+        Image.new("RGB", (40, 40), (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append(f"{tmp_path / f'{number}.png'}\tcolour {number}")
+    (tmp_path / "data.csv").write_text("\n".join(rows))
+    return str(tmp_path / "data.csv")
+
+
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_its_images_are_transformed_as_in_training(checkpoint, sparse):
     path, model = checkpoint(sparse)
@@ -65,6 +77,78 @@ def test_its_logit_bias_is_loaded(checkpoint, sparse):
     loaded, *_ = clipup.create_model_and_transforms(NAME, str(path))
 
     assert torch.equal(loaded.logit_bias, model.logit_bias) and step0_difference(model, loaded) == 0
+
+
+def test_what_is_made_of_a_checkpoint_with_a_logit_bias_can_be_loaded(checkpoint, tmp_path, csv_data):
+    path, model = checkpoint(init_logit_bias=-7.5)
+    bare = tmp_path / "open_clip.pt"
+    torch.save({"state_dict": model.state_dict(), "epoch": 1}, bare)
+    train = ["train", "--model", NAME, "--pretrained", str(path), "--siglip", "--train-data", csv_data, "--steps", "1"]
+
+    assert main(["upcycle", NAME, str(tmp_path / "sparse"), "--pretrained", str(path)]) == 0
+    assert main(["convert", str(bare), str(tmp_path / "converted"), "--model", NAME]) == 0
+    assert main([*train, *"--batch-size 4 --workers 0 --device cpu --name again --logs".split(), str(tmp_path)]) == 0
+    again = tmp_path / "again" / "checkpoints" / "epoch_latest.pt"
+    assert main(["convert", str(again), str(tmp_path / "trained")]) == 0
+
+    for directory in ("sparse", "converted"):
+        loaded, *_ = clipup.create_model_and_transforms(str(tmp_path / directory))
+        assert torch.equal(loaded.logit_bias, model.logit_bias) and step0_difference(model, loaded) < 1e-6
+    for directory in ("again/model", "trained"):
+        bias = clipup.create_model_and_transforms(str(tmp_path / directory))[0].logit_bias
+        assert bias is not None and abs(bias + 7.5) < 0.1
+
+
+def test_a_color_of_padding_is_that_of_training(checkpoint):
+    path, _ = checkpoint()
+    content = torch.load(path)
+    torch.save(content | {"preprocess_cfg": {"resize_mode": "longest", "fill_color": 255}}, path)
+
+    model, _, transform = clipup.create_model_and_transforms(NAME, str(path))
+
+    assert model.visual.preprocess_cfg["fill_color"] == 255
+    wide = Image.new("RGB", (40, 20), "black")
+    assert transform(wide)[:, 0].min() > 1 and transform(wide)[:, 16].max() < 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("preprocess_cfg", [1], "preprocess_cfg in .*epoch_1.pt must be an object"),
+        ("preprocess_cfg", {"mean": [float("nan")] * 3}, "epoch_1.pt: mean must be finite"),
+        ("preprocess_cfg", {"std": [0.0] * 3}, "epoch_1.pt: std must be positive"),
+        ("preprocess_cfg", {"fill_color": "red"}, "epoch_1.pt: fill_color must be a number"),
+        ("model_cfg", {"vision_cfg": {}}, "model_cfg in .*epoch_1.pt lacks embed_dim, text_cfg"),
+        ("model_cfg", "ViT", "epoch_1.pt has no model_cfg"),
+        ("moe_cfg", [1], "epoch_1.pt: moe_cfg must be a JSON object, got list"),
+        ("moe_cfg", {"unknown": 1}, "epoch_1.pt: moe_cfg has unknown fields unknown"),
+        ("tokenizer_files", {"../vocab.txt": ""}, "epoch_1.pt: tokenizer_files has '../vocab.txt', which is no file"),
+        ("tokenizer_files", {"vocab.txt": "?"}, "epoch_1.pt is damaged: its tokenizer_files are not files in base64"),
+        ("tokenizer_files", [1], "epoch_1.pt is damaged: its tokenizer_files"),
+    ],
+)
+def test_configs_in_a_checkpoint_are_checked_like_those_of_a_directory(checkpoint, field, value, error):
+    path, _ = checkpoint(sparse=True)
+    torch.save(torch.load(path) | {field: value}, path)
+
+    with pytest.raises((ValueError, TypeError), match=error):
+        clipup.create_model_and_transforms(NAME, str(path))
+
+
+def test_a_checkpoint_with_a_text_tower_of_hugging_face_is_converted_without_its_pretrained_weights(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertConfig(vocab_size=32, **sizes).save_pretrained(tmp_path / "bert")
+    text = {"hf_model_name": str(tmp_path / "bert"), "hf_pooler_type": "mean_pooler", "context_length": 8}
+    config = clipup.get_model_config(NAME) | {"text_cfg": text}
+    model = open_clip.CustomTextCLIP(**{**config, "text_cfg": {**text, "hf_model_pretrained": False}}).eval()
+    path = tmp_path / "epoch_1.pt"
+    torch.save({"state_dict": model.state_dict(), "epoch": 1, "model_cfg": config}, path)
+
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 0
+
+    loaded, *_ = clipup.create_model_and_transforms(str(tmp_path / "out"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
 def test_the_model_of_an_unfinished_run_is_inspected_as_it_was_trained(checkpoint):

@@ -7,10 +7,12 @@ import open_clip
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
+from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
 
 import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
+from clipup.cli import main
 from clipup.pretrained import hub
 
 CONFIG = MoEConfig.clip_up(num_experts=3)
@@ -63,6 +65,60 @@ def test_word_vocabulary_is_downloaded_with_its_model(tmp_path, publish):
     tokens = clipup.get_tokenizer("hf-hub:org/words", **cache)(["left arrow"])
 
     assert torch.equal(tokens, expected)
+
+
+@pytest.fixture
+def own_words(tmp_path, publish, monkeypatch):
+    """The directory of a model with a vocabulary of its own, which is on the hub too."""
+    config = tiny_config()
+    words = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
+    config["text_cfg"] |= words
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "vocabulary.txt").write_text("red\ngreen\nblue\n")
+    save_pretrained(tiny_clip(text_cfg=words), tmp_path / "own", config, tokenizer_directory=tmp_path / "own")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", publish(tmp_path / "own", "own")["cache_dir"])
+    return tmp_path / "own"
+
+
+def tokens(name):
+    return clipup.get_tokenizer(str(name))(["blue red"]).tolist()
+
+
+def test_what_is_made_of_a_model_of_the_hub_keeps_its_tokenizer(own_words, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
+    (tmp_path / "data.csv").write_text("filepath\ttitle\n" + f"{tmp_path / 'image.png'}\tred\n" * 4)
+    train = ["train", "--model", "hf-hub:org/own", "--train-data", str(tmp_path / "data.csv"), "--steps", "1"]
+
+    assert main(["upcycle", "hf-hub:org/own", str(tmp_path / "sparse")]) == 0
+    assert main([*train, *"--batch-size 4 --workers 0 --device cpu --name run --logs".split(), str(tmp_path)]) == 0
+
+    assert tokens(own_words) == tokens(tmp_path / "sparse") == tokens(tmp_path / "run" / "model")
+
+
+def write_tokenizer(directory, words):
+    """A Hugging Face tokenizer of whole words."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special).save_pretrained(directory)
+
+
+def test_a_tokenizer_of_hugging_face_is_the_same_on_the_hub_as_in_the_directory(tmp_path, publish, monkeypatch):
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/base"}
+    save_pretrained(tiny_clip(), tmp_path / "model", config)
+    write_tokenizer(tmp_path / "model", ["blue", "green", "red"])
+    write_tokenizer(tmp_path / "base", ["red", "green", "blue"])
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "bert"}')
+    publish(tmp_path / "base", "base")
+    cache = publish(tmp_path / "model", "model")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", cache["cache_dir"])
+
+    assert tokens("hf-hub:org/model") == tokens(tmp_path / "model")
+    assert main(["upcycle", "hf-hub:org/model", str(tmp_path / "sparse")]) == 0
+    assert tokens(tmp_path / "sparse") == tokens(tmp_path / "model")
 
 
 def test_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):

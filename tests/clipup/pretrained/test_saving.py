@@ -270,7 +270,56 @@ def test_a_directory_without_weights_is_refused(tmp_path, kind):
     assert clipup.create_model_and_transforms(str(tmp_path), load_weights=False)[0] is not None
 
 
+def test_tied_parameters_are_saved(tmp_path):
+    model = tiny_clip()
+    model.visual.proj = model.text_projection
+
+    save_pretrained(model, tmp_path, tiny_config())
+
+    assert step0_difference(model, clipup.create_model_and_transforms(str(tmp_path))[0]) == 0
+
+
 WORDS = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
+
+
+@pytest.fixture
+def with_words(tmp_path):
+    """A directory whose model has three words of its own, the model, and its config."""
+    config = tiny_config()
+    config["text_cfg"] |= WORDS
+    model, directory = tiny_clip(text_cfg=WORDS), tmp_path / "own"
+    directory.mkdir()
+    (directory / "vocabulary.txt").write_text("red\ngreen\nblue\n")
+    save_pretrained(model, directory, config, tokenizer_directory=f"local-dir:{directory}")
+    return directory, model, config
+
+
+def test_a_vocabulary_of_another_size_than_the_models_is_not_saved(with_words, tmp_path):
+    _, model, config = with_words
+    with pytest.raises(ValueError, match="vocabulary words:icons has 6139 tokens, but the model has vocab_size=7"):
+        save_pretrained(model, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_directory_that_is_not_there_is_refused(with_words, tmp_path):
+    _, model, config = with_words
+    with pytest.raises(FileNotFoundError, match="tokenizer_directory: there is no directory .*owm; expected"):
+        save_pretrained(model, tmp_path / "out", config, tokenizer_directory=tmp_path / "owm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_in_a_directory_is_kept_or_replaced_on_demand_only(with_words):
+    directory, model, config = with_words
+    named = {**config, "text_cfg": {key: value for key, value in config["text_cfg"].items() if "hf_" not in key}}
+
+    with pytest.raises(ValueError, match=r"holds a tokenizer \(vocabulary.txt\) that is not the one which model_cfg"):
+        save_pretrained(model, directory, named)
+    save_pretrained(model, directory, config, tokenizer_directory=directory)
+    assert clipup.get_tokenizer(str(directory))(["blue"])[0, 1] == 5
+    for name in ("tokenizer_config.json", "vocab.txt"):
+        (directory / name).write_text("{}")
+    save_pretrained(model, directory, config, tokenizer_directory=directory)
+    assert {"tokenizer_config.json", "vocab.txt"}.isdisjoint(contents(directory))
 
 
 def test_the_vocabulary_of_a_directory_is_saved_with_what_is_made_of_it(tmp_path):

@@ -1,0 +1,145 @@
+"""The tokenizer that a run trained with stays with its checkpoints, wherever they and the model that it began with
+are."""
+
+import shutil
+
+import pytest
+import torch
+
+import clipup
+from clipup.cli import main
+from clipup.cli.inspect import load
+from clipup.train import Every, TrainOptions, train
+
+NAME = "clipup-icons-w64"
+TEXT = "blue arrow left"
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The directory of a model with a vocabulary of its own, of the same size as that of its name."""
+    directory = tmp_path / "own"
+    model, *_ = clipup.create_model_and_transforms(NAME)
+    clipup.save_pretrained(clipup.upcycle(model, clipup.MoEConfig(num_experts=2)), directory, config())
+    words = (directory / "vocabulary.txt").read_text().split()
+    (directory / "vocabulary.txt").write_text("\n".join(reversed(words)))
+    return directory
+
+
+def config():
+    return clipup.get_model_config(NAME)
+
+
+def tokens(name):
+    return clipup.get_tokenizer(str(name))([TEXT]).tolist()
+
+
+@pytest.fixture
+def trained(tmp_path, csv_data):
+    """Runs one step with these arguments, and gives the directory of the run without the model at its end."""
+
+    def run(*arguments):
+        usual = [
+            "--train-data",
+            csv_data,
+            "--steps",
+            "1",
+            "--warmup",
+            "0",
+            "--logs",
+            tmp_path / "logs",
+            "--name",
+            "run",
+        ]
+        usual += ["--batch-size", "4", "--workers", "0", "--device", "cpu"]
+        assert main(["train", *map(str, [*usual, *arguments])]) == 0
+        shutil.rmtree(tmp_path / "logs" / "run" / "model")
+        return tmp_path / "logs" / "run"
+
+    return run
+
+
+def newest(run):
+    whole = run / "checkpoints" / "epoch_latest.pt"
+    return whole if whole.is_file() else next((run / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "sharded"])
+@pytest.mark.parametrize("named", ["local-dir", "directory", "pretrained"])
+def test_a_checkpoint_is_converted_and_inspected_with_the_tokenizer_of_its_run(
+    own, trained, tmp_path, monkeypatch, named, sharded
+):
+    monkeypatch.chdir(tmp_path)
+    model = {
+        "local-dir": ["--model", "local-dir:own"],
+        "directory": ["--model", "own"],
+        "pretrained": ["--model", NAME, "--pretrained", "own"],
+    }[named]
+    expected = tokens(own)
+    run = trained(*model, *["--fsdp-checkpoint", "sharded"] * sharded)
+    own.rename(tmp_path / "elsewhere")
+    (tmp_path / "moved").mkdir()
+    moved = (tmp_path / "moved" / newest(run).name).absolute()
+    (shutil.copytree if sharded else shutil.copy)(newest(run), moved)
+    monkeypatch.chdir(tmp_path / "moved")
+
+    assert load(str(run), "cpu")[2]([TEXT]).tolist() == expected
+    for number, checkpoint in enumerate((newest(run), moved)):
+        assert main(["convert", str(checkpoint), str(tmp_path / f"out{number}")]) == 0
+        assert tokens(tmp_path / f"out{number}") == expected
+
+
+def test_a_trained_model_has_the_tokenizer_that_the_run_began_with(own, csv_data, tmp_path):
+    expected = tokens(own)
+
+    def replace(model):
+        (own / "vocabulary.txt").write_text("other")
+
+    data = {"train_data": csv_data, "batch_size": 4, "workers": 0}
+    options = TrainOptions(model=str(own), steps=2, warmup=0, device="cpu", logs=str(tmp_path / "logs"), **data)
+    result = train(options, callbacks=[Every(1, replace)])
+
+    assert tokens(result.directory / "model") == expected
+
+
+def test_a_checkpoint_with_a_tokenizer_of_its_own_is_not_loaded_by_name(own, trained):
+    checkpoint = newest(trained("--model", own))
+    with pytest.raises(
+        ValueError, match=f"was trained with a tokenizer of its own, unlike {NAME}; make a model direct"
+    ):
+        clipup.create_model_and_transforms(NAME, str(checkpoint))
+
+
+def test_a_checkpoint_with_the_tokenizer_of_its_name_is_loaded_by_name(trained):
+    checkpoint = newest(trained("--model", NAME))
+    assert clipup.create_model_and_transforms(NAME, str(checkpoint))[0] is not None
+
+
+@pytest.fixture
+def earlier(own, trained):
+    """A checkpoint as earlier versions wrote it: its tokenizer is where the options of its run say."""
+    run = trained("--model", own)
+    content = torch.load(newest(run))
+    del content["tokenizer_files"]
+    torch.save(content, newest(run))
+    return newest(run)
+
+
+def test_an_earlier_checkpoint_has_the_tokenizer_of_the_model_that_its_run_began_with(own, earlier, tmp_path):
+    assert main(["convert", str(earlier), str(tmp_path / "out")]) == 0
+    assert tokens(tmp_path / "out") == tokens(own)
+
+
+def test_a_tokenizer_that_is_not_found_is_asked_for(own, earlier, tmp_path, capsys):
+    moved = tmp_path / "moved.pt"
+    shutil.copy(earlier, moved)
+    own.rename(tmp_path / "elsewhere")
+
+    assert main(["convert", str(earlier), str(tmp_path / "out")]) == 2
+    assert f"is that of the model {own}, with which its run began, and there is no such" in capsys.readouterr().err
+    assert main(["convert", str(moved), str(tmp_path / "out")]) == 2
+    assert (
+        "moved.pt does not hold its tokenizer, and is not in the directory of its run; pass" in capsys.readouterr().err
+    )
+    assert main(["convert", str(moved), str(tmp_path / "out"), "--model", str(tmp_path / "elsewhere")]) == 0
+    assert tokens(tmp_path / "out") == tokens(tmp_path / "elsewhere")
