@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,43 +46,78 @@ def read_text(path: str | Path) -> str:
 def image_folder(directory: str | Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     """The images of a directory with one subdirectory per class, with their class indices.
 
-    If subdirectories are named by classes, names decide; if none is, the sorted subdirectories are the classes in the
-    order of the list (as with ImageNet).
+    If subdirectories are named by classes, names decide; upper and lower case, and "_", "-" and " ", count as the same.
+    If all are numbers, these are the indices. Otherwise the sorted subdirectories are the classes in the order of the
+    list (as with ImageNet).
 
     Raises:
         FileNotFoundError, ValueError: no such directory, a wrong number of subdirectories, only some of them named by
-            classes, or no image in them.
+            classes, numbers other than 0 to N - 1 for N classes, or no image in them.
     """
     root = Path(directory)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}; expected one with a subdirectory per class")
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    names = [folder.name for folder in folders]
-    if set(names) <= set(classes):
-        label_of = {folder: list(classes).index(folder.name) for folder in folders}
-    elif set(names) & set(classes):
-        other = [name for name in names if name not in classes]
-        raise ValueError(
-            f"{len(names) - len(other)} of the {len(names)} subdirectories of {directory} are named by classes, but "
-            f"not {', '.join(other[:_SHOWN])}{', ...' * (len(other) > _SHOWN)}; rename them as the classes are, or all "
-            "otherwise, in the order of the list"
-        )
-    elif len(folders) == len(classes):
-        label_of = {folder: label for label, folder in enumerate(folders)}
-    else:
-        raise ValueError(
-            f"{directory} has {len(folders)} subdirectories, the class list has {len(classes)} names; expected one "
-            "subdirectory per name in the same order, or subdirectories named by classes"
-        )
+    labels = _labels(directory, [folder.name for folder in folders], classes)
     found = [
         (path, label)
-        for folder, label in label_of.items()
+        for folder, label in zip(folders, labels, strict=True)
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in IMG_EXTENSIONS
     ]
     if not found:
         raise ValueError(f"no image ({', '.join(IMG_EXTENSIONS)}) in the subdirectories of {directory}")
     return found
+
+
+def _labels(directory: str | Path, names: list[str], classes: Sequence[str]) -> list[int]:
+    """The class of each subdirectory, in the order of their sorted names."""
+    exact, folded = _positions(classes), _positions(map(_folded, classes))
+    named = [_one_of(exact.get(name) or folded.get(_folded(name)), name, directory, classes) for name in names]
+    if None not in named:
+        return [label for label in named if label is not None]
+    other = [name for name, label in zip(names, named, strict=True) if label is None]
+    if len(other) < len(names):
+        raise ValueError(
+            f"{len(names) - len(other)} of the {len(names)} subdirectories of {directory} are named by classes, but "
+            f"not {', '.join(other[:_SHOWN])}{', ...' * (len(other) > _SHOWN)}; rename them as the classes are, or all "
+            "otherwise, in the order of the list"
+        )
+    if all(name.isascii() and name.isdecimal() for name in names):
+        numbers = [int(name) for name in names]
+        if sorted(numbers) != list(range(len(classes))):
+            raise ValueError(
+                f"the {len(names)} subdirectories of {directory} are numbers, and the class list has {len(classes)} "
+                f"names; expected the numbers 0 to {len(classes) - 1}, each once, or subdirectories named by classes"
+            )
+        return numbers
+    if len(names) != len(classes):
+        raise ValueError(
+            f"{directory} has {len(names)} subdirectories, the class list has {len(classes)} names; expected one "
+            "subdirectory per name in the same order, or subdirectories named by classes"
+        )
+    return list(range(len(names)))
+
+
+def _positions(names: Iterable[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        found.setdefault(name, []).append(index)
+    return found
+
+
+def _one_of(found: list[int] | None, name: str, directory: str | Path, classes: Sequence[str]) -> int | None:
+    """The class that a subdirectory is named by; None if it is none."""
+    if found is not None and len(found) > 1:
+        raise ValueError(
+            f"{directory}: the subdirectory {name} may be class {found[0]} or {found[1]}, which are named "
+            f"{classes[found[0]]!r} and {classes[found[1]]!r}; name classes and subdirectories apart"
+        )
+    return found[0] if found else None
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
 def labelled_images(

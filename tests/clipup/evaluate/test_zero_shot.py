@@ -88,10 +88,55 @@ def test_subdirectories_with_other_names_are_the_classes_in_sorted_order(folders
 
 
 def test_image_folders_of_which_one_is_no_class_are_refused(folders):
-    (folders / "Bird").mkdir()
+    (folders / "Fish").mkdir()
 
-    with pytest.raises(ValueError, match="2 of the 3 subdirectories of .* are named by classes, but not Bird; rename"):
+    with pytest.raises(ValueError, match="2 of the 3 subdirectories of .* are named by classes, but not Fish; rename"):
         image_folder(folders, ["dog", "bird", "cat"])
+
+
+def make_folders(root, names):
+    for name in names:
+        (root / name).mkdir()
+        Image.new("RGB", (4, 4)).save(root / name / "1.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes"),
+    [
+        (["Cat", "Dog"], ["dog", "cat"]),
+        (["fire_truck", "ice_cream"], ["ice cream", "fire truck"]),
+        (["Fire-Truck", "ice cream", "zebra"], ["zebra", "ice_cream", "fire truck", "ant"]),
+    ],
+)
+def test_subdirectories_are_named_by_classes_in_other_letters_too(tmp_path, folders, classes):
+    found = image_folder(make_folders(tmp_path, folders), classes)
+
+    labels = {path.parent.name: label for path, label in found}
+    assert all(
+        classes[labels[name]].replace("_", " ") == name.lower().replace("-", " ").replace("_", " ") for name in folders
+    )
+    assert len(labels) == len(folders)
+
+
+def test_a_name_that_may_be_two_classes_is_refused(tmp_path):
+    make_folders(tmp_path, ["Crane"])
+    for classes in (["crane", "crane"], ["crane", "CRANE"]):
+        with pytest.raises(ValueError, match="subdirectory Crane may be class 0 or 1, which are named 'crane' and"):
+            image_folder(tmp_path, classes)
+    assert [label for _, label in image_folder(tmp_path, ["crane", "Crane"])] == [1]
+
+
+def test_numbers_are_the_classes_of_these_indices(tmp_path):
+    found = image_folder(make_folders(tmp_path, map(str, range(11))), [f"class {index}" for index in range(11)])
+
+    assert len(found) == 11 and all(int(path.parent.name) == label for path, label in found)
+
+
+@pytest.mark.parametrize("numbers", [["1", "2"], ["0", "00"], ["0", "1", "2"], ["0"]])
+def test_numbers_that_are_not_those_of_the_classes_are_refused(tmp_path, numbers):
+    with pytest.raises(ValueError, match="are numbers, and the class list has 2 names; expected the numbers 0 to 1"):
+        image_folder(make_folders(tmp_path, numbers), ["cat", "dog"])
 
 
 @pytest.mark.parametrize("template", ["a photo of {c}", "a photo", "{} and {", "{0.x}"])
