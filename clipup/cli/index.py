@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     model, _, preprocess = factory.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device
     )
-    weights = digest(model)
+    model_digest = digest(model, options.model)
     model = for_inference(model, options.precision, "int8" if options.int8 else None)
 
     def encode(images: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         options.out,
         options.images,
         records,
-        Encoder(name, pretrained, options.precision, options.int8, weights),
+        Encoder(name, pretrained, options.precision, options.int8, model_digest),
         encode,
         preprocess,
         encode(preprocess(probe_picture())[None])[0],

@@ -66,10 +66,10 @@ def main(argv: list[str]) -> int:
     model, _, preprocess = factory.create_model_and_transforms(
         encoder.model, encoder.pretrained, precision=encoder.precision, device=options.device
     )
-    weights = digest(model)
+    model_digest = digest(model, encoder.model)
     model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)
     probe = encode_images(model, preprocess(probe_picture())[None], precision=encoder.precision)
-    index.check_model(weights, probe[0])
+    index.check_model(model_digest, probe[0])
     texts = encode_texts(model, options.texts, tokenizers.get_tokenizer(encoder.model), precision=encoder.precision)
     found = list(zip(options.texts, find(index, texts, options.count), strict=True))
     for text, results in found:

@@ -28,11 +28,12 @@ from ..data.sample_index import Record
 from ..data.skips import Skips
 from ..locks import LOCK_FILE, exclusive
 from ..precision import Precision
+from ..pretrained import model_names, tokenizers
 
 INDEX_FILE, PARTS = "index.safetensors", "parts"
 PART_IMAGES = 4096
 """Images after which what is finished is written."""
-_VERSION = "2"
+_VERSION = "3"
 _SAME = 0.99
 """Least cosine of a probe's features with themselves, by the same weights: another machine rounds differently."""
 _LOG = logging.getLogger(__name__)
@@ -47,13 +48,23 @@ class Encoder:
     pretrained: str | None
     precision: Precision
     int8: bool
-    weights: str
-    """Digest of the model's weights (``digest``)."""
+    model_digest: str
+    """``digest`` of the model."""
 
 
-def digest(model: nn.Module) -> str:
-    """A checksum of a model's weights by their names, types and values."""
+def digest(model: nn.Module, name: str) -> str:
+    """A checksum of what features depend on: a model's weights by their names, types and values, its config, and the
+    files of its tokenizer.
+
+    Args:
+        name: of the model, for config and tokenizer: as in ``clipup.create_model_and_transforms``.
+    """
     found = hashlib.blake2b(digest_size=16)
+    model_cfg = model_names.get_model_config(name)
+    found.update(json.dumps(model_cfg, sort_keys=True).encode())
+    files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
+    for file, content in sorted(files.items()):
+        found.update(f"\n{file} {len(content)}\n".encode() + content)
     for name, value in sorted(model.state_dict().items()):
         found.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -130,20 +141,20 @@ class ImageIndex:
         tensors = {"features": self.features.contiguous(), "probe": self.probe.contiguous()}
         replace_files({directory / INDEX_FILE: lambda path: save_file(tensors, path, header)})
 
-    def check_model(self, weights: str, probe: Tensor) -> None:
+    def check_model(self, model_digest: str, probe: Tensor) -> None:
         """Refuses a model that is not the one that made the index, or that encodes the fixed picture otherwise.
 
         Args:
-            weights: its ``digest``.
+            model_digest: its ``digest``.
             probe: [D] its features of ``probe_picture``.
 
         Raises:
             ValueError: it is another model.
         """
-        if weights != self.encoder.weights:
+        if model_digest != self.encoder.model_digest:
             raise ValueError(
-                f"{self.encoder.model} is not the model that made the index: its weights have changed since; make the "
-                "index again in another directory"
+                f"{self.encoder.model} is not the model that made the index: its weights, config or tokenizer have "
+                "changed since; make the index again in another directory"
             )
         if probe.shape != self.probe.shape or not torch.dot(probe, self.probe) >= _SAME:
             raise ValueError(
@@ -278,14 +289,14 @@ def _known(directory: Path, images: Path, encoder: Encoder, probe: Tensor) -> di
                 raise
             _LOG.warning("%s is encoded again: %s", source, error)
             continue
-        same_weights = replace(found.encoder, weights=encoder.weights)
-        for what, have, wanted in (("encoder", same_weights, encoder), ("images", found.images, images)):
+        same_digest = replace(found.encoder, model_digest=encoder.model_digest)
+        for what, have, wanted in (("encoder", same_digest, encoder), ("images", found.images, images)):
             if have != wanted:
                 raise ValueError(
                     f"{directory} holds an index with {what} {have}, and {wanted} was asked for; choose another "
                     "directory, or remove this one"
                 )
-        found.check_model(encoder.weights, probe)
+        found.check_model(encoder.model_digest, probe)
         known |= dict(zip(found.entries, found.features, strict=True))
     return known
 

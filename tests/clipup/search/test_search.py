@@ -177,7 +177,7 @@ def damaged(path, features=None, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "9"}, "version '9', this clipup reads 2"),
+        ({"version": "9"}, "version '9', this clipup reads 3"),
         ({"entries": None}, "KeyError: 'entries'"),
         ({"encoder": lambda _: 3}, "TypeError"),
         ({"encoder": lambda e: e | {"precision": "fp64"}}, "encoder Encoder"),
@@ -213,8 +213,8 @@ def test_a_model_whose_weights_changed_is_refused(tmp_path, photos):
     made.check_model("a0", PROBE)
     with pytest.raises(ValueError, match="encodes a fixed picture otherwise"):
         made.check_model("a0", PROBE * float("nan"))
-    trained_on = replace(ENCODER, weights="a1")
-    with pytest.raises(ValueError, match="model is not the model that made the index: its weights have changed"):
+    trained_on = replace(ENCODER, model_digest="a1")
+    with pytest.raises(ValueError, match="model is not the model that made the index: its weights, config or tokenizer have"):
         update_index(tmp_path / "index", photos, image_files(photos), trained_on, Counted(), to_tensor, PROBE)
 
 
@@ -222,14 +222,37 @@ def test_the_smallest_change_of_a_weight_is_noticed(tmp_path, photos, model):
     index = str(tmp_path / "index")
     assert main(["index", str(photos), index, "--model", model]) == 0
     changed, *_ = clipup.create_model_and_transforms(model)
-    before = image_index.digest(changed)
+    before = image_index.digest(changed, model)
     with torch.no_grad():
         changed.visual.proj[0, 0] += 1e-5
-    assert image_index.digest(changed) != before == image_index.digest(clipup.create_model_and_transforms(model)[0])
+    again = image_index.digest(clipup.create_model_and_transforms(model)[0], model)
+    assert image_index.digest(changed, model) != before == again
     clipup.save_pretrained(changed, model, clipup.get_model_config(model))
 
     assert main(["search", index, "a red circle"]) == 2
     assert main(["index", str(photos), index, "--model", model]) == 2
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "config"])
+def test_another_tokenizer_or_text_tower_than_that_of_the_index_is_noticed(tmp_path, photos, capsys, part):
+    directory, index = tmp_path / "words", str(tmp_path / "index")
+    words = {"hf_tokenizer_name": "words:icons", "vocab_size": 7}
+    config = tiny_config()
+    config["text_cfg"] |= words
+    directory.mkdir()
+    (directory / "vocabulary.txt").write_text("red\ngreen\nblue\n")
+    clipup.save_pretrained(tiny_clip(text_cfg=words), directory, config, tokenizer_directory=directory)
+    assert main(["index", str(photos), index, "--model", str(directory)]) == 0
+    assert main(["search", index, "blue"]) == 0
+
+    if part == "tokenizer":
+        (directory / "vocabulary.txt").write_text("blue\ngreen\nred\n")
+    else:
+        saved = (directory / "open_clip_config.json").read_text()
+        (directory / "open_clip_config.json").write_text(saved.replace('"heads": 2', '"heads": 4'))
+
+    assert main(["search", index, "blue"]) == 2
+    assert "its weights, config or tokenizer have changed since; make the index again" in capsys.readouterr().err
 
 
 def test_an_index_is_searched_from_any_directory(tmp_path, photos, model, monkeypatch):
