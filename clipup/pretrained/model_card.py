@@ -15,12 +15,15 @@ from ..moe.layer import SparseMoE, moe_layers
 README = "README.md"
 _HEAD = "## Evaluation"
 _NO_RESULTS = "Not evaluated yet: `clipup eval DIR --dataset ... --root ... --card` adds its results here."
+_HEADING = re.compile(r"## Evaluation\s*")
+_SECTION = re.compile(r"#{1,2}\s")
+_RULE = re.compile(r"[|\s:-]*-[|\s:-]*")
+_COLUMNS = ["data", "metric", "%"]
 _TABLE = ["| data | metric | % |", "|---|---|---|"]
 _SPARSE = (
     " in which sparse Mixture-of-Experts layers replace the MLPs of some blocks, made from a dense model by upcycling "
     "([CLIP-UP](https://arxiv.org/abs/2502.00965))."
 )
-_ROW = re.compile(r"^\| (.+) \| (.+) \| (.+) \|$")
 _BASE = "base_model:"
 _CLIP_USAGE = """\
 import clipup
@@ -100,8 +103,8 @@ def model_card(
 
 
 def add_results(directory: str | Path, results: dict[str, Any]) -> None:
-    """Adds results of ``clipup eval`` to the directory's card. They replace those with the same data and metric; other
-    rows and text in the card stay.
+    """Adds results of ``clipup eval`` to the directory's card: to the table with the columns data, metric and % below
+    the heading "## Evaluation". They replace those with the same data and metric; all else in the card stays.
 
     Args:
         results: ``retrieval`` and ``zero_shot`` as returned by the functions of these names; the data as ``dataset``
@@ -115,17 +118,58 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     path = Path(directory) / README
     if not path.is_file():
         raise FileNotFoundError(f"card: no {README} in {directory}; clipup.save_pretrained writes one")
-    before, _, section = _text(path).partition(f"{_HEAD}\n")
-    lines = section.splitlines()
-    end = next((index for index, line in enumerate(lines) if line.startswith("#")), len(lines))
-    found = [line for line in lines[:end] if line not in _TABLE]
-    rows = {(row[1], row[2]): row[3] for row in map(_ROW.match, found) if row}
-    rows |= _rows(results)
-    prose = "\n".join(line for line in found if not _ROW.match(line) and line != _NO_RESULTS).strip("\n")
-    between = ["", prose] if prose else []
-    table = [*_TABLE, *(f"| {data} | {metric} | {value} |" for (data, metric), value in rows.items())]
-    text = "\n".join([before.rstrip("\n"), "", _HEAD, "", *table, *between, "", *lines[end:]]).rstrip("\n") + "\n"
+    lines = _text(path).rstrip("\n").split("\n")
+    start, end = _table(lines)
+    rows = _rows(results)
+    for index in range(start, end):
+        cells = _cells(lines[index])
+        if len(cells) == len(_COLUMNS) and tuple(cells[:2]) in rows:
+            lines[index] = _row(*cells[:2], rows.pop((cells[0], cells[1])))
+    lines[end:end] = [_row(*key, value) for key, value in rows.items()]
+    text = "\n".join(lines) + "\n"
     replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
+
+
+def _table(lines: list[str]) -> tuple[int, int]:
+    """First and last row, and one more, of the results' table in a card, to which it is added if it is missing."""
+    ours = [not code for code in _in_code(lines)]
+    head = next((index for index, line in enumerate(lines) if ours[index] and _HEADING.fullmatch(line)), None)
+    if head is None:
+        lines += ["", _HEAD, "", *_TABLE]
+        return len(lines), len(lines)
+    end = next((index for index in range(head + 1, len(lines)) if ours[index] and _SECTION.match(lines[index])), None)
+    for index in range(head + 1, len(lines) if end is None else end):
+        if ours[index] and _cells(lines[index]) == _COLUMNS and _RULE.fullmatch("".join(lines[index + 1 : index + 2])):
+            stop = start = index + 2
+            while stop < len(lines) and lines[stop].startswith("|"):
+                stop += 1
+            return start, stop
+    if _NO_RESULTS in lines[head:end]:
+        place = lines.index(_NO_RESULTS, head)
+        lines[place : place + 1] = _TABLE
+        return (place + len(_TABLE),) * 2
+    text_follows = lines[head + 1 : head + 2] not in ([], [""])
+    lines[head + 1 : head + 1] = ["", *_TABLE, *[""] * text_follows]
+    return (head + 2 + len(_TABLE),) * 2
+
+
+def _in_code(lines: list[str]) -> list[bool]:
+    """Whether each line is in a block of code, or delimits it."""
+    found, fence = [], ""
+    for line in lines:
+        mark = line.lstrip()[:3]
+        delimits = mark in ("```", "~~~") and fence in ("", mark)
+        found.append(delimits or fence != "")
+        fence = ("" if fence else mark) if delimits else fence
+    return found
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+
+
+def _row(data: str, metric: str, value: str) -> str:
+    return f"| {data} | {metric} | {value} |"
 
 
 def base_model_in(directory: str | Path) -> str | None:

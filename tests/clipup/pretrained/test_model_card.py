@@ -204,6 +204,38 @@ def test_results_of_the_same_kind_of_data_in_other_places_are_listed_separately(
     assert "| imagenet-v2 imagenetv2-top-images-format-val: 10,000 images" in text(directory)
 
 
+OTHER_TABLE = "Compared with others:\n\n| model | params | note |\n| --- | --- | --- |\n| ViT-B | 86 M | dense |\n"
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        f"# A\n\n## Evaluation\n\n| data | metric | % |\n|---|---|---|\n| a | b | 1.00 |\n\n{OTHER_TABLE}\n## End\n",
+        f"# A\n\n## Evaluation\n\n{OTHER_TABLE}\n### By hand\n\nTwice.\n",
+        "# A\n\n### Evaluation\n\nOf humans.\n\n## End\n",
+        "# A\n\n## Evaluation of humans\n\nBetter.\n",
+        "# A\n\n## Evaluation",
+        "# A\n\n```\n## Evaluation\n| data | metric | % |\n|---|---|---|\n```\n\nText.\n",
+        "# A\n\n## Evaluation\n\nHow:\n\n```\n# first\n```\n\n| data | metric | % |\n| --- | :-: | --- |\n",
+        "# A\n\n## Evaluation \n\n| data  | metric | %   |\n|-------|--------|-----|\n| a     | b      | 1.0 |\n",
+        "# A\n\n## Evaluation\n\n| a | b | 1.00 |\n|---|---|---|\n| data | metric | % |\n",
+    ],
+)
+def test_nothing_else_in_a_card_is_changed_by_results(directory, card):
+    (directory / "README.md").write_text(card)
+
+    for _ in range(2):
+        add_results(directory, {"retrieval": RETRIEVAL})
+
+    after = text(directory)
+    added = [line for line in after.splitlines() if line.startswith("| own data: 5,000 images")]
+    assert len(added) == 6 and len(set(added)) == 6
+    rest = iter(after.splitlines())
+    assert all(line in rest for line in card.splitlines())  # in this order
+    table = after[: after.index(added[0])].rstrip("\n").splitlines()[-4:]
+    assert any(line.split() == "| data | metric | % |".split() for line in table)
+
+
 def test_results_without_a_card_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="card: no README.md"):
         add_results(tmp_path, {"retrieval": RETRIEVAL})

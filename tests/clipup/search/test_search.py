@@ -214,7 +214,9 @@ def test_a_model_whose_weights_changed_is_refused(tmp_path, photos):
     with pytest.raises(ValueError, match="encodes a fixed picture otherwise"):
         made.check_model("a0", PROBE * float("nan"))
     trained_on = replace(ENCODER, model_digest="a1")
-    with pytest.raises(ValueError, match="model is not the model that made the index: its weights, config or tokenizer have"):
+    with pytest.raises(
+        ValueError, match="model is not the model that made the index: its weights, config or tokenizer have"
+    ):
         update_index(tmp_path / "index", photos, image_files(photos), trained_on, Counted(), to_tensor, PROBE)
 
 
