@@ -131,7 +131,9 @@ def _tokenizer(model_name: str, cache_dir: str | None = None, **kwargs: Any) -> 
     if not hub_name:
         return open_clip.tokenizer.SimpleTokenizer(**options)
     own = (directory / _FILES[0]).is_file()
-    if not own:
+    if own:
+        _check_own(directory)
+    else:
         _check_tokenizer_name(hub_name, model_name)
     return open_clip.tokenizer.HFTokenizer(
         str(directory) if own else hub_name,
@@ -168,6 +170,25 @@ def _snapshot(model_name: str, cache_dir: str | None) -> Path | None:
 
 def _check_tokenizer_name(name: Any, source: str) -> None:
     model_directory.check_name(f"hf_tokenizer_name in the config of {source}", name)
+
+
+def _check_own(directory: Path) -> None:
+    """Refuses a tokenizer's config that names files outside of its directory, which transformers would read. Paths that
+    lead nowhere, as of the machine where a tokenizer was saved, are ignored."""
+    path = directory / _FILES[0]
+    config = checks.read_json(path)
+    checks.check(str(path), config, isinstance(config, dict), "an object")
+    inside = directory.resolve()
+    for key, value in config.items():
+        if key not in ("vocab", "merges") and not key.endswith(("_file", "_files")):
+            continue
+        for name in value if isinstance(value, list) else [value]:
+            found = [Path(name), directory / name] if isinstance(name, str) and "\0" not in name else []
+            if any(file.is_file() and inside not in file.resolve().parents for file in found):
+                raise ValueError(
+                    f"{path}: {key} is {checks.shown(name)}, a file outside of the model's directory, which a config "
+                    "must not refer to. Copy the file into the directory, or remove the key"
+                )
 
 
 def _check_options(text_cfg: dict[str, Any], source: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -50,6 +51,58 @@ def test_the_tokenizer_in_a_config_cannot_be_files_outside(directory, tmp_path, 
     with pytest.raises(ValueError, match=field) as caught:
         clipup.get_tokenizer(str(directory))
     assert str(directory) in str(caught.value)
+
+
+def own_tokenizer(directory, **config):
+    """A word-piece tokenizer of Hugging Face in a model's directory."""
+    pytest.importorskip("transformers")
+    change(directory, "model_cfg", "text_cfg", "hf_tokenizer_name", value="org/words")
+    (directory / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **config}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab", "OUTSIDE/secret.txt"),
+        ("merges", "OUTSIDE/secret.txt"),
+        ("vocab_file", "OUTSIDE/secret.txt"),
+        ("tokenizer_file", "../secret.txt"),
+        ("vocab", "secret.txt"),
+        ("fast_tokenizer_files", ["tokenizer.json", "../secret.txt"]),
+    ],
+)
+def test_the_config_of_a_tokenizer_cannot_name_files_outside(directory, tmp_path, monkeypatch, key, value):
+    (tmp_path / "secret.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nsecret\n")
+    monkeypatch.chdir(tmp_path)
+    own_tokenizer(directory, **{key: json.loads(json.dumps(value).replace("OUTSIDE", str(tmp_path)))})
+
+    with pytest.raises(
+        ValueError, match=rf"tokenizer_config.json: {key} is .*secret.txt', a file outside of the model's"
+    ):
+        clipup.get_tokenizer(str(directory))
+
+
+def test_the_config_of_a_tokenizer_may_name_its_own_files_and_what_is_nowhere(directory):
+    own_tokenizer(directory, vocab_file="vocab.txt", special_tokens_map_file="/home/another/special_tokens_map.json")
+    assert clipup.get_tokenizer(str(directory))(["red"])[0, 1] == 5
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '"vocab.txt"'])
+def test_a_config_of_a_tokenizer_that_is_no_object_is_refused(directory, content):
+    own_tokenizer(directory)
+    (directory / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer_config.json (must be an object|is not valid JSON)"):
+        clipup.get_tokenizer(str(directory))
+
+
+@pytest.mark.parametrize("hub_name", ["org/words", None])
+def test_no_options_of_a_tokenizer_are_none(directory, monkeypatch, hub_name):
+    monkeypatch.setattr(open_clip.tokenizer, "HFTokenizer", lambda name, **options: (name, options["context_length"]))
+    change(directory, "model_cfg", "text_cfg", "hf_tokenizer_name", value=hub_name)
+    change(directory, "model_cfg", "text_cfg", "tokenizer_kwargs", value=None)
+    tokenizer = clipup.get_tokenizer(str(directory))
+    assert tokenizer == ("org/words", 10) if hub_name else tokenizer(["red"]).shape == (1, 10)
 
 
 @pytest.mark.parametrize("name", ["local-dir:/outside", "hf-hub:../outside", "../outside", ["vit"], 5])
