@@ -163,7 +163,8 @@ def _has_classification(options: Options) -> bool:
 
 def _is_one_split(options: Options) -> bool:
     """Whether there is nothing to choose a split from."""
-    of_files = options.dataset in ("webdataset", "csv") and not Path(options.root or "").is_dir()
+    root = Path(options.root or "")
+    of_files = options.dataset in ("webdataset", "csv") and (root.is_file() or ".tar" in str(root))
     return options.dataset == "imagenet-v2" or of_files
 
 

@@ -136,6 +136,12 @@ def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
         raise ValueError(f"split: got {split!r}, expected test or val (the same images), or train")
     folder = Path(root) / ("train" if split == "train" else "val")
     if not folder.is_dir() and any(Path(root).glob(_WORDNET_DIRECTORIES)):
+        images_of = Path(root).resolve().name
+        if images_of in ("train", "val") and images_of != folder.name:
+            raise ValueError(
+                f"split: got {split!r}, but root is {root}, the images of {images_of}; pass the split {images_of}, or "
+                "the directory above as root"
+            )
         folder = Path(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no directory {folder}; expected one with a subdirectory per class")

@@ -304,8 +304,8 @@ def create_on_meta(model_name: str, **kwargs: Any) -> nn.Module:
 @contextmanager
 def _clear_errors(model_name: str) -> Iterator[None]:
     """Converts open_clip's errors into one-line ValueErrors: RuntimeError about names, files and downloads,
-    AssertionError about widths, those of options that give no model (a division by zero, an unknown key),
-    SafetensorError, and UnpicklingError about files that contain code."""
+    AssertionError about widths, those of options that give no model (a division by zero, an unknown key; of a config
+    that was read, also of a wrong type), SafetensorError, and UnpicklingError about files that contain code."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -317,6 +317,11 @@ def _clear_errors(model_name: str) -> Iterator[None]:
         ) from error
     except safetensors.SafetensorError as error:
         raise ValueError(f"the weights of {model_name} cannot be read, the file is damaged: {error}") from error
+    except (TypeError, ValueError) as error:
+        directory = model_name.removeprefix(LOCAL_PREFIX)
+        if not model_name.startswith((LOCAL_PREFIX, hub.HUB_PREFIX)) or directory in str(error):
+            raise
+        raise ValueError(f"open_clip could not create {model_name}: {type(error).__name__}: {error}") from error
     except (ArithmeticError, AttributeError, LookupError) as error:
         raise ValueError(f"open_clip could not create {model_name}: {type(error).__name__}: {error}") from error
     except (RuntimeError, AssertionError) as error:

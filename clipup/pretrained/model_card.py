@@ -124,8 +124,8 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
     for index in range(start, end):
         cells = _cells(lines[index])
         if len(cells) == len(_COLUMNS) and tuple(cells[:2]) in rows:
-            lines[index] = _row(*cells[:2], rows.pop((cells[0], cells[1])))
-    lines[end:end] = [_row(*key, value) for key, value in rows.items()]
+            lines[index] = _row(cells[0], cells[1], rows.pop((cells[0], cells[1])))
+    lines[end:end] = [_row(data, metric, value) for (data, metric), value in rows.items()]
     text = "\n".join(lines) + "\n"
     replace_files({path: lambda temporary: temporary.write_text(text, encoding="utf-8")})
 

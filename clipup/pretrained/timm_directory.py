@@ -18,6 +18,7 @@ from torch import nn
 
 from ..moe.config import MoEConfig
 from .config_files import moe_config_in, read_config_file
+from .model_directory import check_name
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -34,6 +35,7 @@ def read_moe_config(directory: Path) -> MoEConfig | None:
     config = read_config_file(path, "a directory with a saved timm model")
     if "architecture" not in config:
         raise ValueError(f"{path} has no architecture, so it is not the config of a timm model")
+    check_name(f"{path}: architecture", config["architecture"])
     return moe_config_in(config, path)
 
 

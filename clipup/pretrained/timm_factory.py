@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from ..upcycling.upcycle import upcycle
@@ -28,7 +29,7 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
 
     Raises:
         FileNotFoundError: config or weights are missing.
-        ValueError: the weights do not fit the model.
+        ValueError: timm cannot create the model, or the weights do not fit it.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, also for a directory, got {type(name).__name__}")
@@ -42,7 +43,14 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
     if load_weights and not path.is_file():
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False creates the model without")
     with without_random_numbers() if load_weights else nullcontext():
-        model = timm.create_model(f"{LOCAL_PREFIX}{directory}", pretrained=False, **kwargs)
+        try:
+            model = timm.create_model(f"{LOCAL_PREFIX}{directory}", pretrained=False, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # timm has no common class for what a wrong config raises
+            raise ValueError(
+                f"timm could not create the model of {directory / CONFIG_NAME}: {type(error).__name__}: {error}"
+            ) from error
     device = next(model.parameters()).device
     if load_weights:
         drop_parameters(model)

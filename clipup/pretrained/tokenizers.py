@@ -44,7 +44,9 @@ def get_tokenizer(model_name: str, **kwargs: Any) -> Any:
         try:
             return _tokenizer(model_name, **kwargs)
         except (AssertionError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            raise ValueError(f"the tokenizer of {model_name} could not be created: {error}") from error
+            raise ValueError(
+                f"the tokenizer of {model_name} could not be created: {str(error) or repr(error)}"
+            ) from error
 
 
 def source_directory(model_name: str, cache_dir: str | None = None) -> Path | None:

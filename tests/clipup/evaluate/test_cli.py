@@ -191,6 +191,25 @@ def test_shards_and_csv_files_by_path_are_measured_too(directory, tmp_path, val_
     assert rows["root"] == str(val_data) and "split" not in {**shards, **rows}
 
 
+@pytest.mark.parametrize("dataset", ["webdataset", "csv"])
+def test_a_root_that_is_not_there_is_named_whatever_the_split(tmp_path, capsys, dataset):
+    nowhere = str(tmp_path / "nowhere")
+    arguments = [
+        "eval",
+        "clipup-tiny-32",
+        "--random-weights",
+        "--dataset",
+        dataset,
+        "--root",
+        nowhere,
+        "--split",
+        "val",
+    ]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "eval: root: " in error and nowhere in error and "--split" not in error
+
+
 @pytest.mark.parametrize("flags", [["--split", "train"], ["--max-skipped", "0.5"]])
 def test_options_without_effect_on_files_of_a_benchmark_are_refused(directory, val_data, capsys, flags):
     assert run(directory, "--dataset", "csv", "--root", val_data, *flags) == 2

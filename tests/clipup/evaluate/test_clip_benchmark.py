@@ -98,6 +98,15 @@ def test_importing_the_module_registers_the_type(directory):
     assert model.encode_image(image).shape == model.encode_text(tokenizer(["a cat"])).shape
 
 
+def test_model_and_tokenizer_are_from_the_given_cache(directory, tmp_path, monkeypatch):
+    import clipup.evaluate.clip_benchmark as ours
+
+    asked = []
+    monkeypatch.setattr(ours.tokenizers, "get_tokenizer", lambda name, **options: asked.append((name, options)))
+    ours.load(str(directory), cache_dir=str(tmp_path))
+    assert asked == [(str(directory), {"cache_dir": str(tmp_path)})]
+
+
 def test_a_name_without_weights_is_refused():
     from clipup.evaluate import clip_benchmark
 

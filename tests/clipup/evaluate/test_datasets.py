@@ -138,6 +138,13 @@ def test_imagenets_directories_in_sorted_order_are_open_clips_classes(imagenet):
     assert datasets.imagenet(imagenet / "val").images == found.images
 
 
+def test_images_of_another_split_than_that_of_imagenet_are_refused(imagenet):
+    with pytest.raises(
+        ValueError, match="split: got 'train', but root is .*val, the images of val; pass the split val"
+    ):
+        datasets.imagenet(imagenet / "val", "train")
+
+
 def test_imagenet_v2s_directories_are_class_indices(tmp_path):
     found = imagenet_v2(layouts.imagenet_v2(tmp_path / "v2"))
 

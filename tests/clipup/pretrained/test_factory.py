@@ -102,6 +102,13 @@ def test_config_cannot_run_code_of_a_tokenizer(tmp_path, monkeypatch):
         assert trace.exists()
 
 
+def test_a_word_tokenizer_needs_no_cache_and_has_one_option(tmp_path):
+    tokenizer = clipup.get_tokenizer("clipup-icons-w64", cache_dir=str(tmp_path), context_length=5)
+    assert tokenizer(["arrow"]).shape == (1, 5)
+    with pytest.raises(ValueError, match="tokenizer of clipup-icons-w64 could not be created: clean: no option of a w"):
+        clipup.get_tokenizer("clipup-icons-w64", clean="lower")
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_random_inputs_fit_the_towers(kind):
     model = tiny_clip(kind).eval()

@@ -53,6 +53,25 @@ def test_the_tokenizer_in_a_config_cannot_be_files_outside(directory, tmp_path, 
     assert str(directory) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("text_cfg", "unknown"), 1),
+        (("unknown",), 1),
+        (("text_cfg", "width"), "x"),
+        (("embed_dim",), "16"),
+        (("vision_cfg", "image_size"), "a"),
+        (("text_cfg", "heads"), 0),
+        (("text_cfg", "context_length"), None),
+        (("text_cfg", "norm_kwargs"), {"unknown": 1}),
+    ],
+)
+def test_a_field_that_open_clip_does_not_take_is_an_error_about_the_directory(directory, keys, value):
+    change(directory, "model_cfg", *keys, value=value)
+    with pytest.raises(ValueError, match=f"open_clip could not create local-dir:{re.escape(str(directory))}: "):
+        clipup.create_model_and_transforms(str(directory), load_weights=False)
+
+
 def own_tokenizer(directory, **config):
     """A word-piece tokenizer of Hugging Face in a model's directory."""
     pytest.importorskip("transformers")
