@@ -89,7 +89,7 @@ def test_a_run_killed_before_its_model_was_saved_is_finished_by_the_next(run, mo
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("clipup.pretrained.saving.save_pretrained", kill)
+        patch.setattr("clipup.pretrained.saving.save_with_tokenizer", kill)
         with pytest.raises(Killed):
             run(steps=4, save_every_n_steps=4)
     torch.rand(5)
@@ -117,7 +117,7 @@ def test_a_full_disk_at_the_model_keeps_the_last_step(run, tmp_path, monkeypatch
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("clipup.pretrained.saving.save_pretrained", full)
+    monkeypatch.setattr("clipup.pretrained.saving.save_with_tokenizer", full)
 
     with pytest.raises(OSError, match="No space left"):
         run(steps=5)
