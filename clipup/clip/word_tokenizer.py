@@ -20,6 +20,7 @@ PREFIX = "words:"
 FILE_NAME = "vocabulary.txt"
 _VOCABULARIES = Path(__file__).parent / "vocabularies"
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_CONTEXT_LENGTH, _VOCAB_SIZE = 77, 49408  # open_clip's, of a config that does not say
 _PADDING, _START, _UNKNOWN = range(3)
 _SPECIAL = 4  # padding, start, unknown; and end of text, whose id follows those of all words
 
@@ -42,8 +43,8 @@ class WordTokenizer:
         if len(set(words)) < len(words):
             duplicate = Counter(words).most_common(1)[0][0]
             raise ValueError(f"words: {duplicate!r} is duplicated")
-        if context_length < 3:
-            raise ValueError(f"context_length: got {context_length}, expected at least 3 (start, a word, end)")
+        if not isinstance(context_length, int) or context_length < 3:
+            raise ValueError(f"context_length: got {context_length!r}, expected at least 3 (start, a word, end)")
         self.words = tuple(words)
         self.context_length = context_length
         self.vocab_size = len(words) + _SPECIAL
@@ -110,11 +111,12 @@ def from_text(vocabulary: str, text_cfg: dict, context_length: int | None = None
     Raises:
         ValueError: the vocabulary does not have the model's vocabulary size.
     """
-    tokenizer = WordTokenizer(vocabulary.split(), context_length or text_cfg["context_length"])
-    if tokenizer.vocab_size != text_cfg["vocab_size"]:
+    length = text_cfg.get("context_length", _CONTEXT_LENGTH) if context_length is None else context_length
+    tokenizer = WordTokenizer(vocabulary.split(), length)
+    if tokenizer.vocab_size != text_cfg.get("vocab_size", _VOCAB_SIZE):
         raise ValueError(
             f"the vocabulary {text_cfg['hf_tokenizer_name']} has {tokenizer.vocab_size} tokens, but the model has "
-            f"vocab_size={text_cfg['vocab_size']}; restore the vocabulary that it was trained with"
+            f"vocab_size={text_cfg.get('vocab_size', _VOCAB_SIZE)}; restore the vocabulary that it was trained with"
         )
     return tokenizer
 
