@@ -144,14 +144,22 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """
     checks.module("model", model)
     file = read_weights(path)
-    _check_configs(model, file, path)
+    check_configs(model, file.configs, path)
     load_state_dict(model, file.state_dict, str(path))
 
 
-def _check_configs(model: nn.Module, file: Weights, path: str | Path) -> None:
+def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -> None:
     """Refuses weights of sparse layers that route otherwise, and of a model with other activations, heads or masks:
-    they would fit."""
-    trained, own = moe_config_in(file.configs, Path(path)), getattr(model, "moe_config", None)
+    they would fit.
+
+    Args:
+        configs: of the checkpoint with the weights (``Weights.configs``).
+        path: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: the configs are those of another function, or not valid.
+    """
+    trained, own = moe_config_in(configs, Path(path)), getattr(model, "moe_config", None)
     if trained is not None and own is not None:
         fields = trained.differing(own)
         if fields:
@@ -161,7 +169,7 @@ def _check_configs(model: nn.Module, file: Weights, path: str | Path) -> None:
                 f"{path} was trained with {says}, the model has {is_own}; upcycle the model with the moe_cfg of the "
                 "checkpoint, or make a model directory of it with clipup convert"
             )
-    model_cfg = file.configs.get("model_cfg")
+    model_cfg = configs.get("model_cfg")
     if model_cfg is None or towers.is_timm(model):
         return
     model_directory.check_model_cfg(model_cfg, Path(path))

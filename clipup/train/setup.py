@@ -103,7 +103,7 @@ def build_model(
         tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
     optimizer_state = None
     if options.resume_dense is not None and not resumed:
-        optimizer_state = _resume_dense(model, options.resume_dense, options)
+        optimizer_state = _resume_dense(model, options.resume_dense, options, tokenizer_files)
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
     parallel.check(model, options, ranks, precision)
@@ -134,10 +134,23 @@ def _compile(model: nn.Module, options: TrainOptions) -> None:
         raise ValueError(f"torchcompile_mode={mode!r}: {error}") from error
 
 
-def _resume_dense(model: nn.Module, path: str, options: TrainOptions) -> OptimizerState:
-    """Loads a dense run's weights into the model, and returns the optimizer's state for the sparse model."""
+def _resume_dense(
+    model: nn.Module, path: str, options: TrainOptions, tokenizer_files: dict[str, bytes] | None
+) -> OptimizerState:
+    """Loads a dense run's weights into the model, and returns the optimizer's state for the sparse model.
+
+    Raises:
+        ValueError: the run trained another model than the one that is given, or with another tokenizer.
+    """
     state = checkpoints.load(path)
     check_optimizer(state, path)
+    factory.check_configs(model, state, path)
+    trained = tokenizers.saved_in(state, path)
+    if trained is not None and tokenizer_files is not None and trained != tokenizer_files:
+        raise ValueError(
+            f"resume_dense: {path} was trained with another tokenizer than that of {options.model}; pass the directory "
+            "that its run began with as model, or make one of the checkpoint with clipup convert"
+        )
     checkpoints.restore(model, state["state_dict"], path)
     return upcycled_state(model, options.moe_cfg, named_state(model, state["optimizer"], path))
 

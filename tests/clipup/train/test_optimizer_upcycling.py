@@ -187,3 +187,17 @@ def test_a_run_is_resumed_without_the_dense_checkpoint_that_it_started_from(make
     assert train(options(steps=6, resume="latest", **changes), model=make_model(), loader=pairs()).steps == 6
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         train(options(name="another", **changes), model=make_model(), loader=pairs())
+
+
+def test_weights_of_another_activation_or_tokenizer_are_not_upcycled(named_model, options, pairs):
+    run = train(options(model=named_model, name="dense", steps=1, force_quick_gelu=True), loader=pairs())
+    path = run.directory / "checkpoints" / "epoch_latest.pt"
+    sparse = {"model": named_model, "name": "sparse", "steps": 1, "moe": True, "resume_dense": str(path)}
+
+    with pytest.raises(ValueError, match=r"epoch_latest.pt was trained as another model .* describes 'QuickGELU'"):
+        train(options(**sparse), loader=pairs())
+    torch.save(load(path) | {"tokenizer_files": {"vocab.txt": ""}}, path)
+    with pytest.raises(ValueError, match="resume_dense: .* was trained with another tokenizer than that of tiny; pass"):
+        train(options(**sparse, force_quick_gelu=True), loader=pairs())
+    torch.save(load(path) | {"tokenizer_files": {}}, path)
+    assert train(options(**sparse, force_quick_gelu=True), loader=pairs()).steps == 1
