@@ -158,10 +158,13 @@ def _resume_dense(
 def _create(options: TrainOptions, device: torch.device, precision: Precision, tokenizer: Any) -> tuple[Any, ...]:
     name, pretrained = options.model, options.pretrained
     if pretrained is not None and Path(pretrained).is_dir():
-        if name is not None and model_names.get_model_config(name) != model_names.get_model_config(pretrained):
+        differing = architecture.differing(
+            model_names.get_model_config(pretrained), model_names.get_model_config(name or pretrained)
+        )
+        if differing:
             raise ValueError(
-                f"model is {name!r}, but the directory pretrained={pretrained!r} holds another architecture; leave "
-                "model out"
+                f"model is {name!r}, but the directory pretrained={pretrained!r} holds another architecture "
+                f"({', '.join(differing)}); leave model out"
             )
         name, pretrained = pretrained, None
     assert name is not None  # check_complete

@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from tiny_clip import tiny_clip, tiny_config
 from torchvision.transforms import Normalize, RandomResizedCrop
 
 import clipup
@@ -51,6 +52,19 @@ def test_a_run_with_another_architecture_is_saved_as_what_it_is(named_model, opt
     result.model.eval()
     assert torch.equal(loaded.encode_image(image), result.model.encode_image(image))
     assert torch.equal(loaded.encode_text(texts), result.model.encode_text(texts))
+
+
+def test_a_name_and_a_directory_are_the_same_architecture_whatever_weights_say(built, named_model, tmp_path):
+    config = clipup.get_model_config(named_model)
+    model, *_ = clipup.create_model_and_transforms(named_model, init_logit_bias=-10.0)
+    clipup.save_pretrained(model, tmp_path / "saved", config | {"init_logit_bias": -10.0})
+    assert built(model=named_model, pretrained=str(tmp_path / "saved")).model.logit_bias == -10
+
+    clipup.save_pretrained(tiny_clip(), tmp_path / "other", tiny_config())
+    with pytest.raises(
+        ValueError, match=r"holds another architecture \(text_cfg.context_length, .*\); leave model out"
+    ):
+        built(model=named_model, pretrained=str(tmp_path / "other"))
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
