@@ -9,6 +9,7 @@ import tarfile
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -96,8 +97,8 @@ class ShardSource:
         return {**self.__dict__, "_files": OrderedDict()}
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+        for shard in list(getattr(self, "_files", ())):
+            self._close(shard)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -128,12 +129,16 @@ class ShardSource:
         return int(np.searchsorted(self.ends, row, side="right"))
 
     def _content(self, shard: int, offset: int, size: int) -> bytes:
-        content = os.pread(self._opened(shard), size, offset)
-        while len(content) < size:  # a read gives 2 GiB at most
-            more = os.pread(self._opened(shard), size - len(content), offset + len(content))
-            if not more:
-                raise ValueError(f"unexpected end of data in {self.shards[shard]}")
-            content += more
+        try:
+            content = os.pread(self._opened(shard), size, offset)
+            while len(content) < size:  # a read gives 2 GiB at most
+                more = os.pread(self._opened(shard), size - len(content), offset + len(content))
+                if not more:
+                    raise ValueError(f"unexpected end of data in {self.shards[shard]}")
+                content += more
+        except OSError:
+            self._close(shard)  # a handle that was lost (ESTALE, ENOTCONN) stays lost until the file is opened again
+            raise
         return content
 
     def _opened(self, shard: int) -> int:
@@ -142,11 +147,16 @@ class ShardSource:
             self._files.move_to_end(shard)
         else:
             while len(self._files) >= _most_open_files():
-                os.close(self._files.popitem(last=False)[1])
+                self._close(next(iter(self._files)))
             self._files[shard] = os.open(self.shards[shard], os.O_RDONLY)
         size, modified = self.states[shard].tolist()
         check_state(self._files[shard], (size, modified), self.shards[shard])
         return self._files[shard]
+
+    def _close(self, shard: int) -> None:
+        if shard in self._files:
+            with suppress(OSError):  # it was only read
+                os.close(self._files.pop(shard))
 
 
 def _most_open_files() -> int:

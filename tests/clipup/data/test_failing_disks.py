@@ -196,6 +196,48 @@ def test_a_shard_that_is_overwritten_while_it_is_read_is_an_error(pictures):
 
 
 @pytest.fixture
+def lost_handles(monkeypatch):
+    """Call it, and what is open now cannot be read any more, as after a file server has started again."""
+    lost = set()
+
+    def fail_if_lost(function):
+        def checked(descriptor, *more):
+            if descriptor in lost:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return function(descriptor, *more)
+
+        return checked
+
+    opened, close = os.open, os.close
+    monkeypatch.setattr(os, "close", lambda descriptor: lost.discard(descriptor) or close(descriptor))
+    for name in ("pread", "fstat"):
+        monkeypatch.setattr(os, name, fail_if_lost(getattr(os, name)))
+    now_open = set()
+    monkeypatch.setattr(os, "open", lambda *args, **options: now_open.add(one := opened(*args, **options)) or one)
+    return lambda: lost.update(now_open)
+
+
+def test_a_shard_whose_file_handle_is_lost_is_opened_again(pictures, pauses, lost_handles):
+    data = loader("webdataset", pictures.shards(shards=1))
+    batches = iter(data.dataloader)
+    seen = samples_of([next(batches)])
+    lost_handles()
+    seen += samples_of(batches)
+    assert sorted(picture for picture, _, _ in seen) == list(range(24))
+    assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
+
+
+def test_a_shard_that_was_replaced_while_its_file_handle_was_lost_is_an_error(pictures, picture, pauses, lost_handles):
+    batches = iter(loader("webdataset", pictures.shards(shards=1)).dataloader)
+    next(batches)
+    lost_handles()
+    (pictures.folder / "train-000000.tar").unlink()
+    pictures.tar("train-000000.tar", [("s0.png", picture(0)), ("s0.txt", b"0 0")])
+    with pytest.raises(ValueError, match=r"train-000000\.tar was replaced or changed"):
+        list(batches)
+
+
+@pytest.fixture
 def few_files():
     """This process may open ten more files."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
