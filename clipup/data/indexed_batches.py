@@ -19,7 +19,7 @@ from .images import load_image, preprocessed
 from .options import DataOptions
 from .processes import worker_init_fn
 from .random_choices import own_choices, seed_choices
-from .retries import Retries, SourceError
+from .retries import Retries, raise_lack
 from .skips import Notes, Report
 from .sources import CsvSource, ShardSource, Source
 from .train_data import CountedBatches, Reader, Start, TrainData, described, global_batches
@@ -144,9 +144,8 @@ class IndexedBatches(Dataset):
         try:
             content, captions = self.retried(lambda: self.source.name(row), lambda: self.source.read(row))
             image = load_image(content, self.max_pixels)
-        except SourceError:
-            raise
         except Exception as error:  # PIL has no common class for what a broken file may raise
+            raise_lack(error, lambda: self.source.name(row))
             self.notes.add(self.source.name(row), f"{type(error).__name__}: {error}")
             return None
         self.notes.read()

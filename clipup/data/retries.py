@@ -22,11 +22,33 @@ _TEMPORARY = {
     *(errno.EHOSTUNREACH, errno.EPIPE),
 }
 _OWN = {errno.EMFILE: "raise the limit (ulimit -n)", errno.ENFILE: "close other programs", errno.ENOMEM: "free memory"}
-"""What this process or machine lacks: says nothing about the data."""
+"""What this process or machine lacks, which says nothing about the data."""
 
 
 class SourceError(ValueError):
     """What prevents reading is no fault of a sample, so no other one may take its place."""
+
+
+def lack(error: BaseException) -> str:
+    """What this process or machine lacks, and what to do; "" for an error of another kind."""
+    if isinstance(error, MemoryError):
+        return "memory ran out: free memory, use fewer workers, or lower max_image_pixels"
+    if isinstance(error, OSError) and error.errno in _OWN:
+        return f"{error.strerror}: {_OWN[error.errno]}"
+    return ""
+
+
+def raise_lack(error: BaseException, name: Callable[[], str]) -> None:
+    """Raises SourceError for an error that is one, or says what this process or machine lacks."""
+    if isinstance(error, SourceError):
+        raise error
+    if lack(error):
+        raise SourceError(f"cannot read {name()}: {lack(error)}") from error
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says, or of which class it is."""
+    return str(error) or type(error).__name__
 
 
 class Retries:
@@ -53,10 +75,9 @@ class Retries:
         while True:
             try:
                 result = read()
-            except OSError as error:
-                if error.errno in _OWN:
-                    raise SourceError(f"cannot read {name()}: {error.strerror}: {_OWN[error.errno]}") from error
-                if not (error.errno is None or error.errno in _TEMPORARY):
+            except (OSError, MemoryError) as error:
+                raise_lack(error, name)
+                if not isinstance(error, OSError) or not (error.errno is None or error.errno in _TEMPORARY):
                     raise
                 if number >= self._left:
                     self._left = 0

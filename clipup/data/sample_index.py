@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from .csv_rows import CsvFormat, readable_rows, row_name
 from .images import MAX_PIXELS, load_image, preprocessed
-from .retries import RETRIES, Retries, SourceError, read_shard
+from .retries import RETRIES, Retries, raise_lack, read_shard
 from .shard_names import FileState, check_state, is_remote, sizes_of, state_of
 from .skips import Note, Skips
 from .tars import IMAGE_EXTENSIONS, TarSample, complete, lines, read_samples
@@ -86,9 +86,8 @@ class Images(Dataset):
         try:
             content = self.retried(lambda: record.named, lambda: _content(record))
             image = load_image(content, self.max_pixels)
-        except SourceError:
-            raise
         except Exception as error:  # PIL has no common class for what a broken file may raise
+            raise_lack(error, lambda: record.named)
             return f"{type(error).__name__}: {error}"
         tensor = preprocessed(self.preprocess, image, lambda: record.named)
         if not isinstance(tensor, Tensor):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from .retries import lack, message_of
 from .shard_writer import SIZES_FILE
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def read_samples(
         file: read once from start to end; must be seekable without `images`.
         skip: called with name, reason and number of samples for what is missing.
         images: whether image contents are read, or only their places. Without them, an OSError is raised: it can be
-            another one, or none, when the file is read again. With them it ends the shard, as damage does.
+            another one, or none, when the file is read again. With them it ends the shard, as damage does. Raised in
+            any case is one that says what this process lacks, such as MemoryError.
         expected: how many samples the shard should have, where known.
         usual: how many similar shards have, where `expected` is unknown. With 0, `skip` gets 0 samples for a truncated
             shard.
@@ -273,9 +275,9 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[_Member]
                     yield _Member(key, extension, None, None)
             _skip_to_next_header(tar, end)
     except Exception as error:  # readers of URLs raise their own exceptions
-        if isinstance(error, OSError) and not images:
+        if lack(error) or isinstance(error, OSError) and not images:
             raise
-        faults.end = f"{'its rest' if members else 'it'} cannot be read ({error})"
+        faults.end = f"{'its rest' if members else 'it'} cannot be read ({message_of(error)})"
         if not members and header.damaged:
             faults.end = _kind_of(header.begins)
         return

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from .images import load_image, preprocessed
 from .options import DataOptions
 from .processes import worker_init_fn
-from .retries import Retries, SourceError
+from .retries import Retries, message_of, raise_lack
 from .shard_names import open_shard, shard_weights, sizes_of
 from .skips import Notes, Report
 from .tars import TarSample, complete, lines, read_samples
@@ -176,10 +176,9 @@ class ReadShards:
             name = shard["url"]
             try:
                 file = self.retried(partial(str, name), partial(opened, name))
-            except SourceError:
-                raise
             except Exception as error:  # readers of URLs raise their own exceptions
-                self._skip(name, f"it cannot be opened ({error})", self.sizes.get(name, self.usual))
+                raise_lack(error, partial(str, name))
+                self._skip(name, f"it cannot be opened ({message_of(error)})", self.sizes.get(name, self.usual))
                 continue
             try:
                 for sample in read_samples(
@@ -187,6 +186,9 @@ class ReadShards:
                 ):
                     self.notes.met += 1
                     yield sample
+            except (OSError, MemoryError) as error:
+                raise_lack(error, partial(str, name))
+                raise
             finally:
                 with suppress(OSError):  # of a program that delivered too little, which is noted
                     file.close()
@@ -236,12 +238,13 @@ class Decode:
         for sample in samples:
             try:
                 extension, _, captions, _ = complete(sample)
-            except ValueError as reason:
-                self.notes.add(sample.named, reason)
+            except ValueError as error:
+                self.notes.add(sample.named, error)
                 continue
             try:
                 image = load_image(sample.content[extension], self.max_pixels)
             except Exception as error:  # PIL has no common class for what a broken file may raise
+                raise_lack(error, lambda: sample.named)  # noqa: B023
                 self.notes.add(sample.named, f"{type(error).__name__}: {error}")
                 continue
             self.notes.read()
