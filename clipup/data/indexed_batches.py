@@ -146,7 +146,8 @@ class IndexedBatches(Dataset):
             image = load_image(content, self.max_pixels)
         except Exception as error:  # PIL has no common class for what a broken file may raise
             raise_lack(error, lambda: self.source.name(row))
-            self.notes.add(self.source.name(row), f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            self.notes.add(self.source.name(row), reason, place=self.source.place(row))
             return None
         self.notes.read()
         seed_choices(seed)

@@ -126,8 +126,7 @@ def tar_records(shards: Sequence[str], skips: Skips, argument: str, retries: int
             records.append(Record(sample.numbered, shard, tuple(captions), *place, metadata, state))
     damaged = {shard for shard, _ in lost}
     usual = max((count for shard, count in found.items() if shard not in damaged), default=0)
-    for shard, (name, reason, count) in lost:
-        skips.note(name, reason, count or max(1, usual - found[shard]))
+    skips.add(note._replace(samples=note.samples or max(1, usual - found[shard])) for shard, note in lost)
     return records
 
 
@@ -136,7 +135,7 @@ def _samples_of(shard: str, expected: int | None) -> tuple[list[TarSample], File
     notes: list[Note] = []
 
     def lose(name: str, reason: object, samples: int) -> None:
-        notes.append((name, str(reason), samples))
+        notes.append(Note(name, str(reason), samples))
 
     with open(shard, "rb") as file:
         state = state_of(file.fileno())

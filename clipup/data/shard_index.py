@@ -97,10 +97,8 @@ def index_shards(
     usual = max((index.found for index in found.values() if not index.lost), default=0)
     for shard in shards:
         index = found[shard]
-        for note in index.incomplete:
-            skips.note(*note)
-        for name, reason, samples in index.lost:
-            skips.note(name, reason, samples or max(1, usual - index.found))
+        skips.add(index.incomplete)
+        skips.add(note._replace(samples=note.samples or max(1, usual - index.found)) for note in index.lost)
     return [found[shard] for shard in shards]
 
 
@@ -148,7 +146,7 @@ def read_index(shard: str, expected: int | None) -> ShardIndex:
     index = ShardIndex(np.empty(0, PLACE))
 
     def lose(name: str, reason: object, samples: int) -> None:
-        index.lost.append((name, str(reason), samples))
+        index.lost.append(Note(name, str(reason), samples))
 
     with open(shard, "rb") as file:
         index.state = state_of(file.fileno())
@@ -157,7 +155,7 @@ def read_index(shard: str, expected: int | None) -> ShardIndex:
             try:
                 image, text, _, _ = complete(sample)
             except ValueError as error:
-                index.incomplete.append((sample.named, str(error), 1))
+                index.incomplete.append(Note(sample.named, str(error)))
                 continue
             rows.append((*sample.place[image], *sample.place[text], text == "json"))
     index.places = np.array(rows, PLACE)
@@ -170,7 +168,7 @@ def _kept(path: Path, about: dict[str, Any], shard: str) -> ShardIndex | None:
         with np.load(path, allow_pickle=False) as content:
             noted = json.loads(str(content["about"]))
             places = content["places"]
-        incomplete, lost = ([(n, r, c) for n, r, c in noted.pop(kind)] for kind in ("incomplete", "lost"))
+        incomplete, lost = ([Note(*note) for note in noted.pop(kind)] for kind in ("incomplete", "lost"))
         named, repeated = noted.pop("named"), bool(noted.pop("repeated"))
     except Exception:  # no such file, or a damaged one, for which numpy and zipfile have no common class
         return None

@@ -11,9 +11,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-Note = tuple[str, str, int]
-"""The name of a sample or of a part of a shard, why it cannot be read, and how many samples it stands for."""
-
 MAX_SKIPPED = 0.1
 """Default for the largest share of samples that may be unreadable."""
 GIVE_UP_AFTER = 10_000
@@ -25,6 +22,22 @@ _LOG = logging.getLogger(__name__)
 def check_max_skipped(share: float) -> None:
     if not 0 <= share <= 1:
         raise ValueError(f"max_skipped: got {share}, expected a share from 0 to 1 (0.1: a tenth of the samples)")
+
+
+class Note(NamedTuple):
+    """What cannot be read: a sample, or a part of a shard."""
+
+    name: str
+    """In messages."""
+    reason: str
+    samples: int = 1
+    """How many samples it stands for."""
+    place: str = ""
+    """By which it is counted, where that is not the name: a name that is read with the sample may be unreadable too."""
+
+    @property
+    def counted_as(self) -> str:
+        return self.place or self.name
 
 
 class Report(NamedTuple):
@@ -45,9 +58,9 @@ class Notes:
         self._retried: list[tuple[str, str]] = []
         self._in_a_row = 0
 
-    def add(self, name: str, reason: object, samples: int = 1) -> None:
-        """Raises ValueError after too many unreadable samples in a row."""
-        self._notes.append((name, str(reason), samples))
+    def add(self, name: str, reason: object, samples: int = 1, place: str = "") -> None:
+        """The fields of a note. Raises ValueError after too many unreadable samples in a row."""
+        self._notes.append(Note(name, str(reason), samples, place))
         self._in_a_row += 1
         if self._in_a_row >= GIVE_UP_AFTER:
             raise ValueError(f"{GIVE_UP_AFTER} samples in a row could not be read, the last is {name}: {reason}")
@@ -62,7 +75,7 @@ class Notes:
 
     def first(self) -> str:
         """The first note as text; "" when there is none."""
-        return f"; {self._notes[0][0]}: {self._notes[0][1]}" if self._notes else ""
+        return f"; {self._notes[0].name}: {self._notes[0].reason}" if self._notes else ""
 
     def report(self) -> Report:
         report = Report(self.met, self._notes, self._retried)
@@ -71,14 +84,14 @@ class Notes:
 
 
 class Skips:
-    """Unreadable samples so far, by name. `int(skips)` is their number."""
+    """Unreadable samples so far. `int(skips)` is their number."""
 
     def __init__(self, max_skipped: float = 1.0) -> None:
         """Raises ValueError when `max_skipped` is not a share."""
         check_max_skipped(max_skipped)
         self.max_skipped = max_skipped
         self.samples: dict[str, int] = {}
-        """The number of samples for each name."""
+        """How many each note stands for, by what it is counted as."""
         self._count = 0
         self.first = ""
         """The first one and its reason, as text."""
@@ -90,20 +103,22 @@ class Skips:
 
     def note(self, name: str, reason: object, samples: int = 1) -> None:
         """Counts and logs skipped samples, unless they are known already."""
-        if name in self.samples:
-            return
-        self.samples[name] = samples
-        self._count += samples
-        self.first = self.first or f"{name}: {reason}"
-        _LOG.warning("skipped %s: %s%s", name, reason, f" ({samples} samples)" if samples > 1 else "")
+        self.add([Note(name, str(reason), samples)])
 
     def add(self, notes: Iterable[Note]) -> None:
+        """Counts and logs what is not known already."""
         for note in notes:
-            self.note(*note)
+            if note.counted_as in self.samples:
+                continue
+            self.samples[note.counted_as] = note.samples
+            self._count += note.samples
+            self.first = self.first or f"{note.name}: {note.reason}"
+            more = f" ({note.samples} samples)" if note.samples > 1 else ""
+            _LOG.warning("skipped %s: %s%s", note.name, note.reason, more)
 
     def restore(self, samples: Mapping[str, int]) -> None:
         """Counts samples that were skipped before the run was resumed; they are not logged again."""
-        new = {name: count for name, count in samples.items() if name not in self.samples}
+        new = {one: count for one, count in samples.items() if one not in self.samples}
         self.samples |= new
         self._count += sum(new.values())
 

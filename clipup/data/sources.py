@@ -20,7 +20,7 @@ from .retries import RETRIES
 from .shard_index import index_shards
 from .shard_names import check_state
 from .skips import Skips
-from .tars import TarSample, complete, key_of, lines
+from .tars import HEADER_BYTES, TarSample, complete, key_of, lines, name_before_content
 
 OPEN_FILES = 256
 """Shards that a process keeps open at most; fewer where it may open few files."""
@@ -36,6 +36,9 @@ class Source(Protocol):
 
     def name(self, row: int) -> str:
         """Of a sample, for messages."""
+
+    def place(self, row: int) -> str:
+        """By which a sample is counted: always the same, and no other's."""
 
     def read(self, row: int) -> tuple[bytes, list[str]]:
         """The content of the image's file, and the captions.
@@ -61,6 +64,9 @@ class CsvSource:
 
     def name(self, row: int) -> str:
         return row_name(self.path, self.lines[row], self.images[row])
+
+    def place(self, row: int) -> str:
+        return self.name(row)
 
     def read(self, row: int) -> tuple[bytes, list[str]]:
         with open(self.images[row], "rb") as file:
@@ -104,18 +110,20 @@ class ShardSource:
         return len(self.places)
 
     def name(self, row: int) -> str:
-        place, shard = self.places[row], self._shard_of(row)
-        offset = int(place["image"]) - tarfile.BLOCKSIZE
+        image, shard = int(self.places[row]["image"]), self._shard_of(row)
+        begin = max(0, image - HEADER_BYTES)
         try:
-            header = self._content(shard, offset, tarfile.BLOCKSIZE)
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "backslashreplace").name
-        except (OSError, ValueError, tarfile.TarError):
+            member = name_before_content(self._content(shard, begin, image - begin))
+        except (OSError, ValueError):
             member = ""
-        # a header holds at most 255 bytes of a name, and often only 100
-        key = key_of(member) if member and len(member) < 100 else f"the image at byte {offset}"
-        if self.repeated[shard]:  # every sample is counted by its name
-            key = f"{key} (at byte {offset})"
+        at = f"at byte {image - tarfile.BLOCKSIZE}"
+        key = key_of(member) if member else f"the image {at}"
+        if member and self.repeated[shard]:
+            key = f"{key} ({at})"
         return f"{key} in {self.shards[shard]}"
+
+    def place(self, row: int) -> str:
+        return f"byte {self.places[row]['image']} of {self.shards[self._shard_of(row)]}"
 
     def read(self, row: int) -> tuple[bytes, list[str]]:
         place, shard = self.places[row], self._shard_of(row)

@@ -13,7 +13,9 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from .retries import lack, message_of
@@ -27,6 +29,9 @@ IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 TEXT_EXTENSIONS = ("txt", "json", "cls")
 TAR = "tar --sort=name --dereference --hard-dereference"
 """The command that writes the files of a directory as samples: side by side, and with content in place of links."""
+
+HEADER_BYTES = 16 * tarfile.BLOCKSIZE
+"""Enough for the headers of a member with a long name."""
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names
 _MARK = 2  # zero blocks that end an archive; more of them pad the last record of 20 blocks
@@ -134,6 +139,21 @@ def key_of(member: str) -> str:
     """The key of the sample that a member belongs to."""
     split = _KEY_AND_EXTENSION.fullmatch(member)
     return split[1] if split else member
+
+
+def name_before_content(headers: bytes) -> str:
+    """The name of the member whose content follows these bytes; "" where its header is damaged.
+
+    Names that are long or not ASCII stand in another header before the member's own, which then has only a part of
+    them. So the first block counts from which a member is read whose content follows.
+    """
+    for start in range(len(headers) % tarfile.BLOCKSIZE, len(headers), tarfile.BLOCKSIZE):
+        rest = BytesIO(headers[start:])
+        with suppress(Exception):  # tarfile has no common class for what a block without header may raise
+            member = tarfile.open(fileobj=rest, mode="r:", encoding="utf-8", errors="backslashreplace").next()
+            if member is not None and member.offset_data == len(headers) - start:
+                return member.name
+    return ""
 
 
 def read_samples(

@@ -131,7 +131,7 @@ class CountedBatches:
         self.loader, self.skips = loader, skips
         self.num_samples, self.num_batches, self.world_size = num_samples, num_batches, world_size
         self._expected, self._skipped_before = total / world_size, int(skips) / world_size
-        self._names_before = dict(skips.samples)
+        self._known_before = dict(skips.samples)
         self._met = self._skipped_before
         self._earlier: dict[str, int] = {}
         self._iterated = False
@@ -143,13 +143,13 @@ class CountedBatches:
 
     @property
     def skipped_in_pass(self) -> dict[str, int]:
-        """The unreadable samples of the last pass by name, without those that are in no pass."""
+        """The unreadable samples of the last pass as they are counted, without those that are in no pass."""
         return self._earlier | self._skipped
 
     @property
     def pass_counts(self) -> tuple[float, dict[str, int]]:
-        """This process's share of the samples of the last pass, and the unreadable samples of that pass by name."""
-        return max(self._expected, self._met), self._names_before | self.skipped_in_pass
+        """This process's share of the samples of the last pass, and the unreadable samples of that pass."""
+        return max(self._expected, self._met), self._known_before | self.skipped_in_pass
 
     def __len__(self) -> int:
         return self.num_batches
@@ -165,8 +165,8 @@ class CountedBatches:
                 self.skips.add_retries(report.retried)
                 if report.skipped:
                     self.skips.add(report.skipped)
-                    self._skipped |= {name: samples for name, _, samples in report.skipped}
-                    new = sum(samples for name, samples in self._skipped.items() if name not in self._earlier)
+                    self._skipped |= {note.counted_as: note.samples for note in report.skipped}
+                    new = sum(samples for one, samples in self._skipped.items() if one not in self._earlier)
                     count = self._skipped_before + sum(self._earlier.values()) / self.world_size + new
                     self.skips.check(max(self._expected, self._met), count, self.world_size)
                 yield images, texts

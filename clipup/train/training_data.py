@@ -87,7 +87,7 @@ class Epochs:
         return None
 
     def for_checkpoint(self, gather: Callable[[Any], list[Any]]) -> dict[str, dict[str, int]]:
-        """The samples that no rank could read, by name: ``all`` so far, and those of the current ``epoch``."""
+        """What no rank could read, as it is counted: ``all`` so far, and those of the current ``epoch``."""
         skips = getattr(self._info, "skips", None)
         mine = {} if skips is None else skips.samples, getattr(self._batches, "skipped_in_pass", {})
         of_run, of_epoch = zip(*gather(mine), strict=True)

@@ -3,10 +3,14 @@ of them stop the run."""
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
+import tarfile
 
 import pytest
-from picture_samples import preprocess, samples_of, tokenizer
+from picture_samples import png, preprocess, samples_of, tokenizer
 
 from clipup.data.loaders import eval_samples, train_loader
 
@@ -166,6 +170,45 @@ def test_a_stream_longer_than_its_epoch_is_checked_by_its_own_size(pictures):
     for epoch in range(20):
         batches_of(data, epoch)
     assert data.skipped == 4
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "streamed"])
+def test_samples_whose_names_need_an_extended_header_are_named_and_counted_one_by_one(pictures, kind, form, caplog):
+    names = [f"{chr(0x4E00 + n)}{'long ' * 30 * (n % 2)}" for n in range(20)]
+    with tarfile.open(pictures.folder / "train.tar", "w", format=form) as tar:
+        for n, name in enumerate(names):
+            for extension, content in (("txt", f"{n} 0".encode()), ("png", png(n) if n < 12 else b"broken")):
+                member = tarfile.TarInfo(f"{name}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    data = loader(kind, pictures.folder / "train.tar", batch_size=2, count=20, max_skipped=0.5)
+    batches_of(data, 0)
+    assert data.skipped == 8
+    for name in names[12:]:
+        assert f"skipped {name} in {'file:' * (kind == 'streamed')}{pictures.folder / 'train.tar'}: " in caplog.text
+
+
+def test_a_sample_whose_header_can_be_read_only_later_is_counted_once(pictures, monkeypatch):
+    """And one that has been counted before a resume is not counted again."""
+    data = loader("webdataset", spoilt(pictures, "webdataset", [17]), data_retries=0)
+    read = os.pread
+    with monkeypatch.context() as patched:
+
+        def unreadable(descriptor, size, offset):
+            if size % 512 == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(descriptor, size, offset)
+
+        patched.setattr(os, "pread", unreadable)
+        batches_of(data, 0)
+    assert "the image at byte" in data.skips.first
+    batches_of(data, 1)
+    assert data.skipped == 1
+    resumed = loader("webdataset", str(pictures.folder / "train-{000000..000003}.tar"))
+    resumed.skips.restore(data.skips.samples)
+    batches_of(resumed, 2)
+    assert resumed.skipped == 1
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
