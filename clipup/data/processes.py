@@ -79,15 +79,72 @@ def worker_init_fn() -> Callable[[int], None]:
     return _prepare_worker
 
 
+class LostWorker(ChildProcessError):
+    """A data worker was killed, or has ended otherwise."""
+
+    @classmethod
+    def after(cls, error: BaseException) -> LostWorker:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).removesuffix(".")
+        return cls(
+            f"a data worker has ended ({reason}), perhaps killed for lack of memory: use fewer workers, or free memory"
+        )
+
+
+@contextmanager
+def lost_workers_named() -> Iterator[None]:
+    """Inside, LostWorker takes the place of torch's error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise LostWorker.after(error) from error
+
+
+@contextmanager
+def broken_connections_named() -> Iterator[None]:
+    """Inside, while data are read, LostWorker takes the place of the error of a broken connection to a worker."""
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        if _was_raised_by_worker(error):
+            raise
+        raise LostWorker.after(error) from error
+
+
+def detect_lost_workers_when_reading(handler: Any = signal.SIG_DFL) -> None:
+    """Removes torch's SIGCHLD handler, which raises wherever the process is when a data worker dies: while a checkpoint
+    is written, or while the run ends. The data loader detects it within seconds when it waits for data.
+
+    Args:
+        handler: takes its place.
+    """
+    if _is_torchs(_sigchld_handler()) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if _is_torchs(handler) else handler)
+
+
+def _sigchld_handler() -> Any:
+    return signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+
+
+def _is_torchs(handler: Any) -> bool:
+    return getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+
+
+def _was_raised_by_worker(error: BaseException) -> bool:
+    """Whether torch raised it in place of a worker's error of that class. The message is the worker's traceback."""
+    return str(error).startswith("Caught ")
+
+
 @contextmanager
 def _errors_of_workers_as_raised() -> Iterator[None]:
     """Inside, an error that a data loader's worker raised has that worker's message alone, without its traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        if not str(error).startswith("Caught "):
+    except (ValueError, OSError, MemoryError) as error:
+        if not _was_raised_by_worker(error):
             raise
-        # torch's message of such an error is the worker's traceback, which names classes with their modules
+        # the traceback names classes with their modules
         kind = type(error)
         name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
         _, _, message = str(error).rpartition(f"\n{name}: ")
@@ -97,16 +154,18 @@ def _errors_of_workers_as_raised() -> Iterator[None]:
 @contextmanager
 def reading(loader: Any) -> Iterator[Iterator[Any]]:
     """An iterator over a data loader, whose workers end if the block is left before the last batch. An error that a
-    worker raised has that worker's message alone.
+    worker raised has that worker's message alone; a worker that was lost is LostWorker, and never interrupts the block.
 
     Without it they end when the iterator is garbage-collected. The traceback of an error keeps the iterator, and when
     both are collected at once, the queues may be gone first: the workers are not told to end, and the process waits
     five seconds for each. Persistent workers stay for the next iteration unless an error ends this one.
     """
+    handler = _sigchld_handler()
     iterator = iter(loader)
+    detect_lost_workers_when_reading(handler)
     persistent = getattr(loader, "persistent_workers", False)
     try:
-        with _errors_of_workers_as_raised():
+        with _errors_of_workers_as_raised(), lost_workers_named(), broken_connections_named():
             yield iterator
     except BaseException as error:
         if not (persistent and isinstance(error, GeneratorExit)):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..data.processes import broken_connections_named, detect_lost_workers_when_reading
 from ..precision import Precision
 from . import checkpoints, optimizer_upcycling, parallel, rng
 from .distributed import Ranks
@@ -25,12 +26,7 @@ from .setup import Built
 from .signals import StopRequest
 from .step import Batch, StepLosses, TrainStep
 from .step_record import step_record
-from .training_data import (
-    Epochs,
-    broken_connections_explained,
-    detect_lost_workers_when_reading,
-    lost_workers_explained,
-)
+from .training_data import Epochs, lost_workers_explained
 from .utilization import Utilization, peak_tflops
 from .validations import build_validations
 
@@ -193,7 +189,7 @@ class Trainer:
         self.ranks.doing("reading data", self.state.step + 1)
         try:
             drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
-            with self.clock.waiting(), drawing, broken_connections_explained(self.checkpoints.how_to_continue):
+            with self.clock.waiting(), drawing, broken_connections_named():
                 batches = next(steps, None)
         except (RuntimeError, ValueError, OSError):
             if self.stop.received and not self.ranks.several:  # the signal may have ended the data workers

@@ -1,14 +1,12 @@
-"""Training data as steps, and what the errors of data workers mean."""
+"""Training data as steps, and how a run continues that has lost a data worker."""
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..data.processes import end_workers
+from ..data.processes import LostWorker, end_workers, lost_workers_named
 from ..data.train_data import TrainData
 from .objectives import Batch
 
@@ -141,31 +139,9 @@ def _union(of_ranks: Iterable[dict[str, int]]) -> dict[str, int]:
 
 @contextmanager
 def lost_workers_explained(advice: Callable[[], str]) -> Iterator[None]:
-    """Inside, a killed data worker is a ChildProcessError with the advice on how to continue."""
+    """Inside, the error of a lost data worker ends with the advice on how to continue."""
     try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        reason = str(error).splitlines()[0].removesuffix(".")
-        raise ChildProcessError(f"{reason}, perhaps for lack of memory. {advice()}") from error
-
-
-@contextmanager
-def broken_connections_explained(advice: Callable[[], str]) -> Iterator[None]:
-    """Inside, while data are read, a broken connection to a worker is a ChildProcessError."""
-    try:
-        yield
-    except (ConnectionError, EOFError) as error:
-        raise ChildProcessError(f"a data worker has ended ({error}). {advice()}") from error
-
-
-def detect_lost_workers_when_reading() -> None:
-    """Removes torch's SIGCHLD handler, which raises wherever the process is when a data worker dies: while a checkpoint
-    is written, or while the run ends. The data loader detects it within seconds when it waits for data."""
-    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-    if (
-        getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
-        and threading.current_thread() is threading.main_thread()
-    ):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with lost_workers_named():
+            yield
+    except LostWorker as error:
+        raise LostWorker(f"{error}. {advice()}") from error

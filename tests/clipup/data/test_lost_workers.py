@@ -1,0 +1,83 @@
+"""Data workers that are killed: one error that says so, wherever data are read, and nothing else is interrupted."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from picture_samples import preprocess, tokenizer
+
+from clipup.cli import reporting_errors
+from clipup.data.loaders import eval_samples, train_loader
+
+MAIN = os.getpid()
+MESSAGE = r"a data worker has ended \(.*\), perhaps killed for lack of memory: use fewer workers, or free memory"
+
+
+@pytest.fixture(autouse=True)
+def before_the_first_data_loader(monkeypatch):
+    """Torch's handler of ended processes comes with the first data loader of a process."""
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+def killed(image):
+    """A transform that does not survive its fifth picture in a worker."""
+    if image.getpixel((0, 0))[0] == 5 and os.getpid() != MAIN:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return preprocess(image)
+
+
+def batches(kind, pictures, transform):
+    if kind == "evaluation":
+        return eval_samples(pictures.shards(), transform).batches(2, workers=1)
+    source = pictures.shards()
+    if kind == "streamed":
+        source = f"file:{source}"
+    options = {"train_num_samples": 24} if kind == "streamed" else {}
+    return train_loader(
+        source, transform, tokenizer, 2, 1, cache=kind == "cached", progress=False, **options
+    ).dataloader
+
+
+@pytest.mark.parametrize("kind", ["indexed", "cached", "streamed", "evaluation"])
+def test_a_killed_data_worker_is_an_error_in_one_line(pictures, kind, capsys):
+    def read():
+        list(batches(kind, pictures, killed))
+
+    with pytest.raises(ChildProcessError, match=MESSAGE):
+        read()
+    assert reporting_errors("clipup", read) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["indexed", "evaluation"])
+def test_a_data_worker_that_is_killed_while_a_batch_is_used_is_noticed_when_the_next_one_is_read(pictures, kind):
+    reading = iter(batches(kind, pictures, preprocess))
+    next(reading)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+    time.sleep(0.3)  # torch would interrupt this
+    with pytest.raises(ChildProcessError, match=MESSAGE):
+        list(reading)
+
+
+def test_a_handler_of_ended_processes_outlives_data_workers(pictures):
+    def own(*_):
+        """Of the program that reads data."""
+
+    signal.signal(signal.SIGCHLD, own)
+    list(batches("evaluation", pictures, preprocess))
+    assert signal.getsignal(signal.SIGCHLD) is own
+
+
+def test_memory_that_runs_out_in_a_data_worker_is_said_in_one_line(pictures):
+    def exhausted(image):
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match=r"^no room \(preprocess of .*\)$"):
+        list(batches("indexed", pictures, exhausted))
