@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from typing import Any
 
 _CHUNK = 32
 _SECONDS_TO_END = 1
+"""For all workers together, from when they are told to end until they are killed."""
 
 
 def each(
@@ -180,8 +182,8 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
 
 
 def end_workers(loader: Any) -> None:
-    """Ends the persistent workers of a data loader. Those that hang are killed after a few seconds, or by Ctrl-C, which
-    is done with then: left to the garbage collector, it would be a traceback of an ignored exception."""
+    """Ends the persistent workers of a data loader. Those that hang are killed after a second, or by Ctrl-C, which is
+    done with then: left to the garbage collector, it would be a traceback of an ignored exception."""
     iterator = getattr(loader, "_iterator", None)
     if iterator is None:
         return
@@ -191,12 +193,21 @@ def end_workers(loader: Any) -> None:
 
 
 def _end_workers_of(iterator: Any) -> None:
-    """Tells them to end, and kills those that hang: torch terminates them, which they ignore."""
+    """Tells them to end, and kills those that hang: torch waits for one after the other, and terminates them, which
+    they ignore."""
+    deadline = threading.Timer(_SECONDS_TO_END, _kill, [iterator._workers])
+    deadline.daemon = True
+    deadline.start()
     try:
         iterator._shutdown_workers()  # torch has no public name for it
     finally:
-        for worker in iterator._workers:
-            worker.kill()
+        deadline.cancel()
+        _kill(iterator._workers)
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _prepare_worker(worker: int) -> None:
@@ -229,6 +240,7 @@ def _end_daemons() -> None:
     daemons = [child for child in multiprocessing.active_children() if child.daemon]
     for child in daemons:
         child.terminate()
-    for child in daemons:
-        child.join(_SECONDS_TO_END)
-        child.kill()
+    left, deadline = {child.sentinel for child in daemons}, time.monotonic() + _SECONDS_TO_END
+    while left and time.monotonic() < deadline:
+        left.difference_update(wait(list(left), deadline - time.monotonic()))
+    _kill(daemons)

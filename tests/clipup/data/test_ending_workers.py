@@ -13,6 +13,7 @@ from picture_samples import preprocess, tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from clipup.data.loaders import train_loader
+from clipup.data import processes
 from clipup.data.processes import _prepare_worker, reading
 from clipup.train.training_data import Epochs
 
@@ -84,3 +85,24 @@ def test_ctrl_c_while_workers_end_kills_them_and_is_no_traceback(pictures, capfd
         signal.signal(signal.SIGINT, before)
     worker.join(5)
     assert not worker.is_alive() and "Exception ignored" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("when", ["at exit", "when an iteration is left"])
+def test_workers_that_hang_are_waited_for_together(monkeypatch, when):
+    monkeypatch.setattr(processes, "_SECONDS_TO_END", 0.5)
+    loader = DataLoader(Pictures(), batch_size=QUICK, num_workers=4, worker_init_fn=_prepare_worker)
+    iterator = iter(loader)
+    next(iterator)
+    time.sleep(0.5)  # until all of them hang
+    workers = iterator._workers
+    start = time.monotonic()
+    if when == "at exit":
+        before = signal.getsignal(signal.SIGCHLD)
+        processes._end_daemons()
+        signal.signal(signal.SIGCHLD, before)
+    else:
+        processes._end_workers_of(iterator)
+    assert time.monotonic() - start < 2
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
