@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
@@ -44,29 +44,41 @@ def each(
         return
     # Forked where possible, so that workers need not import the package (and torch) again
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    pool = ProcessPoolExecutor(processes, context, _prepare_for_map)
+    end, ends = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(processes, context, _prepare_for_map, (end,))
     try:
-        yield from pool.map(function, items, chunksize=chunk)
+        parts = [pool.submit(_all, function, items[i : i + chunk]) for i in range(0, len(items), chunk)]
+        parts.reverse()
+        while parts:
+            yield from parts.pop().result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
             f"one of {processes} worker processes was killed, perhaps for lack of memory: use fewer of them"
         ) from error
     finally:
-        for worker in list((pool._processes or {}).values()):  # those that are busy would finish their items
-            worker.kill()
-        pool.shutdown(cancel_futures=True)
+        # To all workers, since none receives it: those that are busy would finish their items. No part is cancelled:
+        # the pool, which then counts as broken, would fail to say so to one.
+        ends.send(None)
+        pool.shutdown()
+        end.close()
+        ends.close()
 
 
-def _prepare_for_map() -> None:
+def _all(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return [function(item) for item in items]
+
+
+def _prepare_for_map(end: Connection) -> None:
+    """The worker ends with its parent, and when there is something to receive."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked, they have the handlers of the calling process
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    threading.Thread(target=_end_with, args=([parent.sentinel, end],), daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
-    wait([sentinel])
+def _end_with(ends: list[Any]) -> None:
+    wait(ends)
     os._exit(1)
 
 

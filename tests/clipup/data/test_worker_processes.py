@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -62,6 +63,16 @@ def test_processes_end_at_once_when_their_results_are_not_wanted():
     assert next(results) == 0
     results.close()
     assert not multiprocessing.active_children()
+
+
+def test_the_end_of_processes_whose_results_are_not_wanted_is_no_traceback(monkeypatch):
+    failures = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    for _ in range(20):
+        results = each(an_hour, range(20), 2, chunk=1)
+        next(results)
+        results.close()
+    assert failures == []
 
 
 def test_a_killed_indexing_process_is_named(pictures, monkeypatch):
