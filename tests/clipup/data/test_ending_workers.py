@@ -12,8 +12,8 @@ import torch
 from picture_samples import preprocess, tokenizer
 from torch.utils.data import DataLoader, Dataset
 
-from clipup.data.loaders import train_loader
 from clipup.data import processes
+from clipup.data.loaders import train_loader
 from clipup.data.processes import _prepare_worker, reading
 from clipup.train.training_data import Epochs
 
