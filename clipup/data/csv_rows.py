@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from .retries import RETRIES, Retries
+from .retries import RETRIES, Retries, SourceError
 from .skips import Skips
 from .tars import lines
 
@@ -95,6 +95,8 @@ def _file(path: str, argument: str) -> str:
 def _file_fault(image: str, name: str, retried: Retries) -> str:
     try:
         state = retried(lambda: name, lambda: os.stat(image))
+    except SourceError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         return f"its image cannot be opened ({getattr(error, 'strerror', None) or error})"
     if not stat.S_ISREG(state.st_mode):

@@ -94,7 +94,7 @@ class DataOptions(SourceOptions):
     """Let `pipe:COMMAND` in `train_data` run its command in a shell."""
     data_retries: int = RETRIES
     """Further tries where reading a file, or opening a streamed shard, fails with an error that may be temporary; after
-    2, 4, 8, ... seconds."""
+    2, 4, 8, ... seconds, at most about a minute."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

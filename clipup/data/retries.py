@@ -15,7 +15,8 @@ Result = TypeVar("Result")
 RETRIES = 4
 """Default for the number of further tries."""
 FIRST_PAUSE = 2.0
-"""Seconds before the second try; each further pause is twice as long."""
+"""Seconds before the second try; each further pause is twice as long, up to about a minute."""
+_DOUBLINGS = 5
 _TEMPORARY = {
     *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ETIMEDOUT, errno.ENETDOWN),
     *(errno.ENETUNREACH, errno.ENETRESET, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENOTCONN),
@@ -54,9 +55,9 @@ def message_of(error: BaseException) -> str:
 class Retries:
     """Calls a function that reads until it succeeds, at most ``retries`` times more than once.
 
-    Pauses are 2, 4, 8, ... seconds, each between a half and one and a half of that, so that many processes do not
-    return to a server at once. After a read that failed to the end, none is repeated until one succeeds: a lost disk
-    ends a run instead of delaying every sample.
+    Pauses are 2, 4, 8, ..., 64, 64, ... seconds, each between a half and one and a half of that, so that many processes
+    do not return to a server at once. After a read that failed to the end, none is repeated until one succeeds: a lost
+    disk ends a run instead of delaying every sample.
     """
 
     def __init__(self, retries: int, notes: Notes | Skips) -> None:
@@ -83,7 +84,7 @@ class Retries:
                     self._left = 0
                     raise
                 self.notes.retry(name(), error)
-                sleep(FIRST_PAUSE * 2**number * random.Random().uniform(0.5, 1.5))
+                sleep(FIRST_PAUSE * 2 ** min(number, _DOUBLINGS) * random.Random().uniform(0.5, 1.5))
                 number += 1
             else:
                 self._left = self.retries

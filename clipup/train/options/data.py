@@ -48,8 +48,8 @@ class TrainingDataOptions(OptionGroup):
     allow_pipe: bool = DataOptions.allow_pipe
     """Let pipe:COMMAND in train_data run its command in a shell. Only for a train_data that you trust."""
     data_retries: int = DataOptions.data_retries
-    """Further tries, after 2, 4, 8, ... seconds, where reading a file or opening a shard by URL fails with an error
-    that may be temporary."""
+    """Further tries, after 2, 4, 8, ... seconds (at most a minute), where reading a file or opening a shard by URL
+    fails with an error that may be temporary."""
     cache_data: bool = DataOptions.cache
     """Decode and tokenize the whole training set once and keep it in memory (small sets)."""
     workers: int = field(default_factory=default_workers)

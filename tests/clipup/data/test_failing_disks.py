@@ -69,6 +69,13 @@ def test_a_read_that_fails_for_a_moment_while_a_shard_is_indexed_is_repeated(pic
     assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
 
 
+def test_pauses_grow_to_about_a_minute(pictures, disk, pauses):
+    disk.name, disk.failures = "train-000002.tar", 10**9
+    with pytest.raises(OSError, match="cannot be read"):
+        loader("webdataset", pictures.shards(), data_retries=1100)
+    assert len(pauses) == 1100 and 30 < max(pauses) < 100
+
+
 @pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "evaluation"])
 def test_a_shard_that_cannot_be_read_to_its_end_is_an_error_that_names_it(pictures, disk, pauses, kind):
     disk.name, disk.failures = "train-000002.tar", 10**9
@@ -269,6 +276,20 @@ def test_a_lack_of_file_descriptors_is_no_unreadable_sample(pictures, monkeypatc
         read = lambda: list(found or (data and data.dataloader) or loader(kind, source).dataloader)  # noqa: E731
     with pytest.raises(ValueError, match=r"cannot read .*: Too many open files: raise the limit \(ulimit -n\)"):
         read()
+
+
+@pytest.mark.parametrize("kind", ["csv", "cached csv"])
+def test_a_lack_of_memory_is_no_missing_image(pictures, monkeypatch, kind):
+    source, stat = pictures.csv(), os.stat
+
+    def exhausted(path, *more, **options):
+        if str(path).endswith("5.png"):
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return stat(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", exhausted)
+    with pytest.raises(ValueError, match=r"cannot read line .*5\.png.*: Cannot allocate memory: free memory"):
+        loader(kind, source)
 
 
 def test_an_order_does_not_depend_on_when_a_shard_was_written(pictures):
