@@ -7,15 +7,26 @@ file that belongs to a directory may only name images in that directory.
 from __future__ import annotations
 
 import csv
+import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
+from .. import checks
 from .retries import RETRIES, Retries, SourceError
+from .shard_names import FileState, check_state, state_of
 from .skips import Skips
 from .tars import lines
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer as WriteableBuffer
+
+
+_READ_AT_ONCE = 1 << 20
+_MOST_SHOWN = 200
+"""Characters of the path of an image in a message."""
 
 
 class CsvFormat(NamedTuple):
@@ -36,7 +47,8 @@ class Row(NamedTuple):
 
 def row_name(path: str, line: int, image: str) -> str:
     """The name of a row in messages."""
-    return f"line {line} of {path}" + f" ({image})" * bool(image)
+    shown = image if len(image) <= _MOST_SHOWN else f"{image[:_MOST_SHOWN]}..."
+    return f"line {line} of {path}" + f" ({shown})" * bool(image)
 
 
 def readable_rows(
@@ -52,11 +64,11 @@ def readable_rows(
     Skipped are rows without image or caption, rows whose image is missing or empty, rows with too many cells, and rows
     that an unclosed quote takes into its cell.
 
-    Raises FileNotFoundError for a missing file, and ValueError for a missing column or text that is not UTF-8, each
-    naming the argument.
+    Raises FileNotFoundError for a missing file, OSError for one that cannot be read, also after `retries` further
+    tries, and ValueError for a missing column or text that is not UTF-8, each naming the argument.
     """
     retried = Retries(retries, skips)
-    with open(_file(path, argument), encoding="utf-8-sig", newline="") as file:
+    with _opened(path, argument, retried) as file:
         for line, image, caption, fault, count in _rows(file, path, form, argument, directory or os.curdir):
             name = row_name(path, line, image)
             if not fault and directory is not None and leaves(image):
@@ -75,10 +87,10 @@ def readable_rows(
                 yield Row(line, image, caption)
 
 
-def check_columns(path: str, form: CsvFormat, argument: str) -> None:
+def check_columns(path: str, form: CsvFormat, argument: str, retries: int = RETRIES) -> None:
     """Raises what `readable_rows` raises, but reads the header only."""
-    with open(_file(path, argument), encoding="utf-8-sig", newline="") as file:
-        _header(_cells(file, path, form, argument), path, form, argument)
+    with _opened(path, argument, Retries(retries, Skips())) as file:
+        _header(_records(file, path, form, argument), path, form, argument)
 
 
 def leaves(path: str) -> bool:
@@ -86,10 +98,40 @@ def leaves(path: str) -> bool:
     return os.path.isabs(path) or os.pardir in path.replace("\\", "/").split("/")
 
 
-def _file(path: str, argument: str) -> str:
+def _opened(path: str, argument: str, retried: Retries) -> TextIO:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}; expected a CSV file with images and captions")
-    return path
+    file = io.BufferedReader(_ReadAgain(path, retried), _READ_AT_ONCE)
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+
+
+class _ReadAgain(io.RawIOBase):
+    """A file that is opened for every read, so that a read that failed can be repeated.
+
+    Raises SourceError when it changes meanwhile.
+    """
+
+    def __init__(self, path: str, retried: Retries) -> None:
+        self._path, self._retried = path, retried
+        self._offset = 0
+        self._state: FileState | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        with memoryview(buffer) as view:
+            content = self._retried(lambda: self._path, lambda: self._read(len(view)))
+            view[: len(content)] = content
+        self._offset += len(content)
+        return len(content)
+
+    def _read(self, size: int) -> bytes:
+        with open(self._path, "rb", buffering=0) as file:
+            self._state = self._state or state_of(file.fileno())
+            check_state(file.fileno(), self._state, self._path)
+            file.seek(self._offset)
+            return file.read(size)
 
 
 def _file_fault(image: str, name: str, retried: Retries) -> str:
@@ -104,39 +146,60 @@ def _file_fault(image: str, name: str, retried: Retries) -> str:
     return "" if state.st_size else "its image is an empty file"
 
 
+class _Record(NamedTuple):
+    """What the CSV reader takes for a row."""
+
+    line: int
+    """Its first."""
+    cells: list[str]
+    """None with a fault."""
+    fault: str
+    lines: list[str]
+    """As they are in the file."""
+
+
 def _rows(
     file: TextIO, path: str, form: CsvFormat, argument: str, directory: str | os.PathLike
 ) -> Iterator[tuple[int, str, str, str, int]]:
     """Line, image, caption, fault ("" for none), and the number of rows it stands for."""
-    cells = _cells(file, path, form, argument)
-    image_column, caption_column, columns = _header(cells, path, form, argument)
+    records = _records(file, path, form, argument)
+    image_column, caption_column, columns = _header(records, path, form, argument)
     separator = _separator(form.separator)
 
-    def rows_in(texts: Sequence[str]) -> int:
-        """How many of the later lines of a row look like rows."""
-        return sum(_looks_like_row(text, separator, image_column, directory) for text in texts)
+    def image_of(line: str) -> str:
+        """The image of a line that is a row; "" for other lines."""
+        try:
+            cells = next(csv.reader([line], delimiter=separator), [])
+        except csv.Error:
+            return ""
+        return cells[image_column] if image_column < len(cells) > 1 else ""
 
-    for line, row, fault in cells:
-        if fault:
-            swallowed = rows_in(row)
-            if swallowed:
-                fault = _unclosed(swallowed)
-            yield line, "", "", fault, 1 + swallowed
-            continue
-        if not any(cell.strip() for cell in row):
+    def rows_within(record: _Record, image: str) -> int:
+        """How many lines of a record look like rows, its first and the one with its own image aside."""
+        if len(record.lines) < 2:
+            return 0
+        images = [image_of(line) for line in record.lines]
+        if image in images:
+            images[images.index(image)] = ""
+        return sum(bool(one) and os.path.isfile(os.path.join(directory, one)) for one in images[1:])
+
+    for record in records:
+        if not record.fault and not any(cell.strip() for cell in record.cells):
             continue  # a blank line
-        image, caption = ((row[c] if c < len(row) else "") for c in (image_column, caption_column))
-        swallowed = sum(rows_in(_later(cell)) for cell in row)
+        image, caption = (
+            (record.cells[column] if column < len(record.cells) else "") for column in (image_column, caption_column)
+        )
+        fault, swallowed = record.fault, rows_within(record, image)
         if swallowed:
             fault = _unclosed(swallowed)
-        elif any(row[columns:]):
-            fault = f"it has {len(row)} cells, the header has {columns}: quote cells that contain the separator"
-        yield line, "" if swallowed else image, caption, fault, 1 + swallowed
+        elif any(record.cells[columns:]):
+            fault = (
+                f"it has {len(record.cells)} cells, the header has {columns}: quote cells that contain the separator"
+            )
+        yield record.line, "" if swallowed else image, caption, fault, 1 + swallowed
 
 
-def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[tuple[int, list[str], str]]:
-    """First line, cells and fault ("" for none) of every row. With a fault, its lines after the first in place of its
-    cells."""
+def _records(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[_Record]:
     read: list[str] = []
 
     def noted() -> Iterator[str]:
@@ -149,7 +212,7 @@ def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[
         line = reader.line_num + 1
         read.clear()
         try:
-            yield line, next(reader), ""
+            cells, fault = next(reader), ""
         except StopIteration:
             return
         except UnicodeDecodeError as error:
@@ -157,25 +220,28 @@ def _cells(file: TextIO, path: str, form: CsvFormat, argument: str) -> Iterator[
                 f"{argument}: {path} is not UTF-8 text ({error.reason}): convert it, such as with `iconv -t UTF-8`"
             ) from error
         except OSError as error:
-            raise OSError(error.errno, error.strerror, path) from error  # a failed read does not name its file
+            raise OSError(
+                f"{argument}: {path} cannot be read ({error}): repair the disk or the mount, or copy the file again"
+            ) from error
         except csv.Error as error:  # a NUL (before Python 3.11), or a quote that opens a cell of more than 128 KiB
-            yield line, read[1:], str(error)
+            cells, fault = [], str(error)
+        yield _Record(line, cells, fault, list(read))
 
 
-def _header(
-    cells: Iterator[tuple[int, list[str], str]], path: str, form: CsvFormat, argument: str
-) -> tuple[int, int, int]:
+def _header(records: Iterator[_Record], path: str, form: CsvFormat, argument: str) -> tuple[int, int, int]:
     """The indices of the image and caption columns, and the number of columns."""
-    _, columns, fault = next(cells, (0, [], ""))
+    _, columns, fault, text = next(records, _Record(0, [], "", []))
     if fault:
         raise ValueError(f"{argument}: {path} has no readable header: {fault}")
     if not columns:
         raise ValueError(f"{argument}: {path} is empty, expected a header and rows")
     for option, column in (("csv_img_key", form.img_key), ("csv_caption_key", form.caption_key)):
         if column not in columns:
+            more = len(text) - 1
+            quote = f"; a quote in it takes in {more} more lines: close it" if more else ""
             raise ValueError(
-                f"{option}: {path} has no column {column!r}, its columns are {columns}: correct {option}, "
-                f"or csv_separator (now {form.separator!r})"
+                f"{option}: {path} has no column {column!r}, its columns are {checks.shown(columns)}: correct "
+                f"{option}, or csv_separator (now {form.separator!r}){quote}"
             )
     return columns.index(form.img_key), columns.index(form.caption_key), len(columns)
 
@@ -189,13 +255,3 @@ def _separator(given: str) -> str:
     if len(separator) != 1:
         raise ValueError(f"csv_separator: got {given!r}, expected one character")
     return separator
-
-
-def _later(cell: str) -> list[str]:
-    """The lines of a cell after its first."""
-    return cell.splitlines()[1:] if "\n" in cell or "\r" in cell else []
-
-
-def _looks_like_row(text: str, separator: str, image_column: int, directory: str | os.PathLike) -> bool:
-    cells = text.rstrip("\r\n").split(separator)
-    return image_column < len(cells) > 1 and os.path.isfile(os.path.join(directory, cells[image_column]))

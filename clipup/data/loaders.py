@@ -132,7 +132,7 @@ def _train_shards(options: DataOptions) -> list[str]:
         return listed_shards(source, "train", "train_data")
     if not options.is_csv(source, "train_data"):
         return expand_shards(source, "train_data", options.allow_pipe)
-    check_columns(source, options.csv_format, "train_data")
+    check_columns(source, options.csv_format, "train_data", options.data_retries)
     return []
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import re
 import resource
 
 import pytest
@@ -29,10 +28,10 @@ def pauses(monkeypatch):
 
 @pytest.fixture
 def disk(monkeypatch):
-    """Files that fail to be read, at the third read of one with this name, so often."""
+    """Files that fail to be read, at every third read of one with this name, so often."""
 
     class Disk:
-        name, failures, reads = "", 0, 0
+        name, failures, reads, every = "", 0, 0, 3
 
         def open(self, path, mode="r", **options):
             return File(path) if os.path.basename(path) == self.name else open(path, mode, **options)
@@ -40,13 +39,13 @@ def disk(monkeypatch):
     class File(io.FileIO):
         def read(self, size=-1):
             disk.reads += 1
-            if disk.reads % 3 == 0 and disk.failures:
+            if disk.reads % disk.every == 0 and disk.failures:
                 disk.failures -= 1
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return super().read(size)
 
     disk = Disk()
-    for module in (shard_index, sample_index):
+    for module in (shard_index, sample_index, csv_rows):
         monkeypatch.setattr(module, "open", disk.open, raising=False)
     return disk
 
@@ -144,14 +143,34 @@ def test_ranks_that_found_different_samples_do_not_train(pictures, kind):
             one.check_alike(lambda value: gathered(first, other))
 
 
-def test_a_csv_file_that_cannot_be_read_to_its_end_is_named(pictures, monkeypatch):
-    class Failing(io.StringIO):
-        def __next__(self):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
+@pytest.mark.parametrize("kind, reads", [("csv", 0), ("csv", 2), ("cached csv", 0), ("evaluation", 2)])
+def test_a_csv_file_is_read_again_after_an_error(pictures, disk, pauses, kind, reads):
     source = pictures.csv()
-    monkeypatch.setattr(csv_rows, "open", lambda *args, **options: Failing(), raising=False)
-    with pytest.raises(OSError, match=re.escape(str(source))):
+    disk.name, disk.failures, disk.reads = "train.csv", 1, reads
+    data = eval_samples(source, preprocess) if kind == "evaluation" else loader(kind, source)
+    assert (len(data) if kind == "evaluation" else data.order["rows"]) == 24 and len(pauses) == 1
+
+
+@pytest.mark.parametrize("kind", ["csv", "evaluation"])
+def test_a_csv_file_that_cannot_be_read_to_its_end_is_named(pictures, disk, pauses, kind):
+    source = pictures.csv()
+    disk.name, disk.failures, disk.every = "train.csv", 10**9, 1
+    with pytest.raises(OSError, match=r"(train_data|source): .*train\.csv cannot be read .*Input/output error"):
+        eval_samples(source, preprocess) if kind == "evaluation" else loader(kind, source)
+    assert len(pauses) == 4
+
+
+def test_a_csv_file_that_changes_while_it_is_read_is_an_error(pictures, monkeypatch):
+    source, stat = pictures.csv(), os.stat
+
+    def changing(path, *more, **options):
+        if str(path).endswith("5.png"):
+            os.utime(source, ns=(0, 0))
+        return stat(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", changing)
+    monkeypatch.setattr(csv_rows, "_READ_AT_ONCE", 512)
+    with pytest.raises(ValueError, match=r"train\.csv was replaced or changed"):
         loader("csv", source)
 
 

@@ -187,6 +187,34 @@ def rows_with_quotes(folder="", opening=2, closing=None, more=0):
     return "\n".join(rows) + "\n"
 
 
+@pytest.mark.parametrize("columns", [("filepath", "title"), ("filepath", "title", "source"), ("title", "filepath")])
+@pytest.mark.parametrize("kind", ["csv", "cached csv"])
+def test_a_missing_quote_among_quoted_cells_loses_no_row_uncounted(pictures, kind, columns, caplog):
+    pictures.csv(6)
+    cells = {"filepath": str(pictures.folder / "{n}.png"), "title": "{n} 0", "source": "web"}
+    rows = [",".join(f'"{cells[name].format(n=n)}"' for name in columns) for n in range(6)]
+    rows[2] = rows[2].removesuffix('"') if len(columns) == 2 else rows[2].replace('2 0"', "2 0").replace(',"web"', "")
+    path = pictures.folder / "quoted.csv"
+    path.write_text("\n".join([",".join(columns), *rows]) + "\n")
+    data = train_loader(
+        path, preprocess, tokenizer, 1, 0, cache=kind != "csv", progress=False, max_skipped=0.9, csv_separator=","
+    )
+    assert [(picture, caption) for picture, caption, _ in samples_of(data.dataloader) if picture != caption] == []
+    assert (data.dataloader.num_batches, data.skipped) == (4, 2)
+    assert "takes in 1 more row" in caplog.text
+
+
+def test_the_row_of_an_image_that_stands_after_a_text_of_several_lines_is_one_row(pictures):
+    """Whichever of its lines the image is on."""
+    pictures.csv(6)
+    path = pictures.folder / "texts.csv"
+    rows = ["title,filepath,note"]
+    rows += [f'"{n} 0\n{n} 0",{pictures.folder / f"{n}.png"},"of\nseveral lines"' for n in range(6)]
+    path.write_text("\n".join(rows) + "\n")
+    data = train_loader(path, preprocess, tokenizer, 1, 0, progress=False, csv_separator=",")
+    assert sorted(samples_of(data.dataloader)) == [(n, n, 0) for n in range(6)] and data.skipped == 0
+
+
 @pytest.mark.parametrize("separator", ["\t", "\\t"])
 def test_rows_in_a_quote_are_counted_however_the_tab_is_written(pictures, separator):
     pictures.csv(12)
@@ -219,6 +247,24 @@ def test_a_header_whose_quote_is_not_closed_is_refused(pictures):
     path.write_text('"' + rows_with_quotes(pictures.folder, opening=None, more=8000))
     with pytest.raises(ValueError, match="train_data: .*quotes.tsv has no readable header: field larger"):
         train_loader(path, preprocess, tokenizer, 1, 0, progress=False)
+
+
+def test_a_message_about_a_header_is_short(pictures):
+    pictures.csv(12)
+    path = pictures.folder / "quotes.tsv"
+    path.write_text('"' + rows_with_quotes(pictures.folder, opening=None, more=500))
+    message = r"csv_img_key: .* has no column 'filepath', .* a quote in it takes in 512 more lines: close it"
+    with pytest.raises(ValueError, match=message) as caught:
+        train_loader(path, preprocess, tokenizer, 1, 0, progress=False)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_message_about_a_row_is_short(pictures, caplog):
+    source = pictures.csv(12)
+    with open(source, "a") as file:
+        file.write("x" * 50_000 + "\t0 0\n")
+    data = train_loader(source, preprocess, tokenizer, 1, 0, progress=False)
+    assert data.skipped == 1 and len(caplog.text) < 1000
 
 
 def test_a_text_that_is_not_utf8_is_named(pictures, picture, caplog, tmp_path):
