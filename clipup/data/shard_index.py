@@ -33,7 +33,7 @@ PLACE = np.dtype([("image", "<i8"), ("image_size", "<i8"), ("text", "<i8"), ("te
 """A sample: the offsets and sizes in bytes of its image and of the member with its captions, and whether that is a
 json."""
 
-_VERSION = 2
+_VERSION = 3
 _KEPT_FROM_SECONDS = 0.5
 """An index that took longer to read is kept."""
 

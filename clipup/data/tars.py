@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 IMAGE_EXTENSIONS = ("jpg", "png", "jpeg", "webp")
 """Image extensions; if a sample has several images, the first in this order is used, as in open_clip."""
 TEXT_EXTENSIONS = ("txt", "json", "cls")
+MAX_TEXT_BYTES = 2**31 - 1
+"""Of a text; what an index has room for."""
 TAR = "tar --sort=name --dereference --hard-dereference"
 """The command that writes the files of a directory as samples: side by side, and with content in place of links."""
 
@@ -106,8 +108,12 @@ class Complete(NamedTuple):
 def complete(sample: TarSample) -> Complete:
     """The parts of a sample. Captions are `captions` of its json, else the lines of its txt.
 
-    Raises ValueError with the reason when it has no caption or no image.
+    Raises ValueError with the reason when it has no caption or no image, or a text that is too large.
     """
+    for extension in TEXT_EXTENSIONS:
+        size = sample.place.get(extension, (0, 0))[1]
+        if size > MAX_TEXT_BYTES:
+            raise ValueError(f"its .{extension} has {size} bytes, expected at most {MAX_TEXT_BYTES}")
     about: dict = {}
     try:
         about = dict(json.loads(sample.content.get("json", b"{}")))
@@ -225,7 +231,7 @@ class _Member(NamedTuple):
     extension: str
     """Lower case."""
     content: bytes | None
-    """Of texts, and of images where they are read."""
+    """Of texts that are not too large, and of images where they are read."""
     place: tuple[int, int] | None
     """None for an image or a text that is not a regular file."""
 
@@ -240,10 +246,11 @@ class _Faults:
     def lost(self, found: int, incomplete: int, expected: int | None, usual: int) -> tuple[int | None, str]:
         """How many samples were lost besides the incomplete ones (None: nothing), and why."""
         reason = self.end or next(iter(self.damaged), "")
-        if expected is not None:
-            missing = expected - found if expected > found else None
-            return missing, reason or f"it holds {found} samples, {SIZES_FILE} beside it says {expected}"
-        if self.end:
+        if found and found == expected:
+            return None, ""
+        if expected is not None and expected > found:
+            return expected - found, reason or f"it holds {found} samples, {SIZES_FILE} beside it says {expected}"
+        if self.end:  # what the file says is unknown, or too little
             return max(1, usual - found) if usual else 0, reason
         beside = len(self.damaged) - incomplete  # a damaged header loses at least one member of a sample
         return beside if beside > 0 else None, reason
@@ -289,7 +296,8 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[_Member]
             if split is not None:
                 key, extension = split[1], split[2].lower()
                 if regular:
-                    content = tar.extractfile(member).read() if extension in read else None
+                    wanted = extension in read and (extension in IMAGE_EXTENSIONS or member.size <= MAX_TEXT_BYTES)
+                    content = tar.extractfile(member).read() if wanted else None
                     yield _Member(key, extension, content, (member.offset_data, member.size))
                 elif not member.isdir() and extension in (*TEXT_EXTENSIONS, *IMAGE_EXTENSIONS):
                     yield _Member(key, extension, None, None)

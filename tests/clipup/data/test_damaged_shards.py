@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import shutil
 import tarfile
 
@@ -112,6 +113,52 @@ def test_samples_missing_according_to_sizes_json_are_counted(pictures, picture, 
         assert read(pictures, source, cached) == ({*range(10), *range(12, 24)}, 2)
     path = pictures.folder / SHARD
     assert f"skipped a part of {path}: it holds 4 samples, sizes.json beside it says 6 (2 samples)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "kind, listed", [("cut in a header", 2), ("cut in an image", 0), ("cut between samples", 2), ("a page of HTML", 0)]
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_sizes_json_that_says_too_little_hides_no_loss(pictures, cached, kind, listed):
+    source = pictures.shards()
+    content, left, _ = damages(pictures)[kind]
+    (pictures.folder / SHARD).write_bytes(content)
+    sizes = pictures.folder / "sizes.json"
+    sizes.write_text(json.dumps(json.loads(sizes.read_text()) | {SHARD: listed}))
+    seen, skipped = read(pictures, source, cached, max_skipped=0.3, **({} if cached else {"train_num_samples": 24}))
+    assert seen == {*range(6), *left, *range(12, 24)} and skipped == 6 - len(left)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_shard_without_end_mark_that_holds_what_sizes_json_says_is_whole(pictures, cached):
+    source = pictures.shards()
+    path = pictures.folder / SHARD
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    os.truncate(path, last.offset_data + 512)
+    assert read(pictures, source, cached) == (set(range(24)), 0)
+
+
+@pytest.mark.parametrize("extension", ["txt", "json"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_text_of_two_gigabytes_is_refused_by_name(pictures, picture, cached, extension, caplog):
+    """It is a hole in the file: nothing reads it."""
+    path = pictures.tar(
+        "train.tar", [(f"s{n}.{e}", c) for n in range(3) for e, c in (("png", picture(n)), ("txt", b"0 0"))]
+    )
+    with tarfile.open(path, "r:") as tar:
+        end = tar.getmembers()[-1].offset_data + 512
+    with open(path, "r+b") as file:
+        file.seek(end)
+        for name, size in (("s3.png", 512), (f"s3.{extension}", 2**31)):
+            header = tarfile.TarInfo(name)
+            header.size = size
+            file.write(header.tobuf())
+            file.seek(size, 1)
+        file.write(bytes(1024))
+        file.truncate()
+    data = train_loader(path, preprocess, tokenizer, 1, 0, cache=cached, progress=False, max_skipped=0.5)
+    assert data.skipped == 1 and f"skipped s3 in {path}: its .{extension} has 2147483648 bytes" in caplog.text
 
 
 @pytest.mark.parametrize("cached", [False, True])
