@@ -20,8 +20,9 @@ from .in_memory import cached_data
 from .indexed_batches import indexed_data
 from .options import DataOptions, SourceOptions
 from .processes import reading
+from .retries import Retries
 from .sample_index import Images, Record, check_records, csv_records, tar_records
-from .shard_names import describe, expand_shards, is_remote, listed_shards, sizes_of
+from .shard_names import describe, digest_of, expand_shards, is_remote, listed_shards, sizes_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
 from .skips import Skips
 from .train_data import Reader, SharedEpoch, TrainData
@@ -114,6 +115,7 @@ def load_train_data(
         data = _streamed(options, shards, reader)
     else:
         data = indexed_data(options, shards, reader, progress)
+    data.options = options
     data.set_epoch(epoch)
     return data
 
@@ -147,7 +149,9 @@ def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainD
     num_samples = _num_samples(shards, options.train_num_samples)
     if not options.dataset_resampled and reader.rank == 0:
         _warn_of_uneven_parts(len(shards), max(1, options.workers) * reader.world_size)
-    return webdataset_data(options, shards, num_samples, reader)
+    data = webdataset_data(options, shards, num_samples, reader)
+    data.shards = digest_of(shards, Retries(options.data_retries, reader.skips))
+    return data
 
 
 def _warn_of_uneven_parts(shards: int, readers: int) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from .csv_rows import CsvFormat
 from .images import MAX_PIXELS, check_max_pixels
@@ -12,6 +12,8 @@ from .retries import RETRIES, check_retries
 from .skips import MAX_SKIPPED, check_max_skipped
 
 CSV_EXTENSIONS = (".csv", ".tsv")
+_OF_A_RANK = ("train_data", "workers", "data_retries", "allow_pipe")
+"""Options in which ranks may differ: where the files lie, and how they are read."""
 
 
 def is_csv(source: str | None, dataset_type: str = "auto") -> bool:
@@ -115,3 +117,7 @@ class DataOptions(SourceOptions):
         if self.cache and (self.dataset_resampled or self.train_num_samples is not None):
             name = "dataset_resampled" if self.dataset_resampled else "train_num_samples"
             raise ValueError(f"{name}: has no effect with cache, which serves every sample once per epoch: drop one")
+
+    def of_all_ranks(self) -> dict[str, Any]:
+        """The options that must be the same on all ranks, by name."""
+        return {name: value for name, value in asdict(self).items() if name not in _OF_A_RANK}

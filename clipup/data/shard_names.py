@@ -7,17 +7,19 @@ of a file beside it, because a data set may come from anyone.
 from __future__ import annotations
 
 import glob
+import hashlib
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import checks
 from ..extras import needed_for
-from .retries import SourceError
+from .retries import Retries, SourceError
 from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
 
 FileState = tuple[int, int]
@@ -107,14 +109,24 @@ def is_remote(name: str) -> bool:
 
 def open_shard(shard: str) -> BinaryIO:
     """Opens a shard returned by `expand_shards` for reading from its start."""
-    if not is_remote(shard):
-        return open(shard, "rb")
-    scheme, _, path = shard.partition(":")
-    if scheme.strip().lower() == _FILE:
-        return open(path.removeprefix("//"), "rb")
+    path = _path_of(shard)
+    if path is not None:
+        return open(path, "rb")
     from webdataset.gopen import gopen
 
     return gopen(shard)
+
+
+def digest_of(shards: Sequence[str], retried: Retries) -> str:
+    """Of the names of shards and the sizes of those that are files. Equal after the files have moved."""
+    found = hashlib.sha256()
+    for shard in shards:
+        path, size = _path_of(shard), None
+        if path is not None:
+            with suppress(OSError):  # a shard that is missing is skipped later
+                size = retried(partial(str, shard), partial(os.stat, path)).st_size
+        found.update(repr((shard if path is None else os.path.basename(path), size)).encode())
+    return found.hexdigest()[:16]
 
 
 def state_of(descriptor: int) -> FileState:
@@ -175,6 +187,14 @@ def local_shards(paths: Iterable[str | os.PathLike], argument: str) -> list[str]
         shards.append(_local(os.fspath(path)))
     check_unchanged(shards, argument)
     return shards
+
+
+def _path_of(shard: str) -> str | None:
+    """Of a shard that is a file; None for one that only a URL reader can open."""
+    if not is_remote(shard):
+        return shard
+    scheme, _, path = shard.partition(":")
+    return path.removeprefix("//") if scheme.strip().lower() == _FILE else None
 
 
 def _is_file(path: str) -> bool:

@@ -70,6 +70,10 @@ class TrainData:
     order: dict[str, Any] | None = None
     """What the order of samples depends on besides the epoch, as plain values (`described`). None for streamed data,
     whose order also depends on the numbers of ranks and workers."""
+    options: DataOptions | None = None
+    """What the data were made from."""
+    shards: str = ""
+    """Of streamed data: a digest of which shards there are."""
 
     @property
     def skipped(self) -> int:

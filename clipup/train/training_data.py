@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..data.options import DataOptions
 from ..data.processes import LostWorker, end_workers, lost_workers_named
 from ..data.train_data import TrainData
 from .objectives import Batch
@@ -45,11 +46,22 @@ class Epochs:
             gather: returns every rank's value on every rank.
 
         Raises:
-            ValueError: ranks have found other samples, so that some would be trained on twice and others not at all.
+            ValueError: ranks have other options of the data, or have found other samples, so that some would be trained
+                on twice and others not at all.
         """
-        first, *others = gather({"steps of an epoch": self.steps, **(self.order or {})})
-        for rank, found in enumerate(others, 1):
-            differing = [f"{key} {first[key]} and {found.get(key)}" for key in first if found.get(key) != first[key]]
+        given = getattr(self._info, "options", None)
+        options = given.of_all_ranks() if isinstance(given, DataOptions) else {}
+        found = {"steps of an epoch": self.steps, **(self.order or {})}
+        if self.streamed:
+            found["digest of the shards"] = self._info.shards
+        first, *others = gather((options, found))
+        for rank, other in enumerate(others, 1):
+            for name, value in _differing(first[0], other[0]):
+                raise ValueError(
+                    f"{name}: ranks 0 and {rank} have {first[0][name]!r} and {value!r}, expected the same: give every "
+                    "rank the same options"
+                )
+            differing = [f"{name} {first[1][name]} and {value}" for name, value in _differing(first[1], other[1])]
             if differing:
                 raise ValueError(
                     f"train_data: ranks 0 and {rank} found different samples: {', '.join(differing)}. Give every rank "
@@ -131,6 +143,11 @@ class Epochs:
         if isinstance(self._info, TrainData):
             end_workers(getattr(self._batches, "loader", None))
         self._info = self._batches = None
+
+
+def _differing(first: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What the other one has in place of the values of the first."""
+    return [(name, other.get(name)) for name in first if other.get(name) != first[name]]
 
 
 def _union(of_ranks: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -117,30 +117,84 @@ def test_rows_are_checked_again_after_an_error_of_the_file_system(pictures, paus
     assert pictures_of(data) == list(range(24)) and (data.skips.retries, len(pauses)) == (1, 1)
 
 
+def compare(*ranks):
+    """What the ranks compare before the first step, one after the other."""
+    values = []
+    for one in ranks:
+        with pytest.raises(ZeroDivisionError):
+            one.check_alike(lambda value: values.append(value) or 1 / 0)
+    for one in ranks:
+        one.check_alike(lambda value: values)
+
+
+def rank_of(kind, source, number, **options):
+    if kind == "streamed":
+        source, options = f"file:{source}", {"train_num_samples": 24, **options}
+    return Epochs(loader(kind, source, world_size=2, rank=number, **options), 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_that_found_different_samples_do_not_train(pictures, kind):
     source = pictures.csv() if "csv" in kind else pictures.shards()
-
-    def rank(number):
-        return Epochs(loader(kind, source, world_size=2, rank=number), 1)
-
-    def gathered(*ranks):
-        values = []
-        for one in ranks:
-            with pytest.raises(ZeroDivisionError):
-                one.check_alike(lambda value: values.append(value) or 1 / 0)
-        return values
-
-    first, second = rank(0), rank(1)
-    first.check_alike(lambda value: gathered(first, second))
+    first, second = rank_of(kind, source, 0), rank_of(kind, source, 1)
+    compare(first, second)
     if "csv" in kind:
         (pictures.folder / "3.png").unlink()
     else:
         pictures.damage_header(1, "s7.png")
-    other = rank(1)
-    for one in (first, other):
-        with pytest.raises(ValueError, match="train_data: ranks 0 and 1 found different samples: .*rows 24 and 23"):
-            one.check_alike(lambda value: gathered(first, other))
+    with pytest.raises(ValueError, match="train_data: ranks 0 and 1 found different samples: .*rows 24 and 23"):
+        compare(first, rank_of(kind, source, 1))
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+@pytest.mark.parametrize("change", ["one more", "another size", "another name", "missing"])
+def test_ranks_that_stream_different_shards_do_not_train(pictures, resampled, change, tmp_path):
+    names = [f"train-00000{n}.tar" for n in range(4)]
+    directories = tmp_path / "a", tmp_path / "b"
+    sources = []
+    for directory in directories:
+        pictures.folder = directory
+        directory.mkdir()
+        pictures.shards()
+        (directory / "sizes.json").unlink()
+        sources.append("::".join(f"file:{directory / name}" for name in names))
+
+    def rank(number):
+        options = {"dataset_resampled": resampled, "train_num_samples": 24, "data_retries": 0}
+        return Epochs(loader("streamed", sources[number], world_size=2, rank=number, **options), 1)
+
+    compare(rank(0), rank(1))
+    last = directories[1] / names[3]
+    if change == "one more":
+        sources[1] += f"::file:{last}"
+    elif change == "another size":
+        last.write_bytes(last.read_bytes() + bytes(10240))
+    elif change == "another name":
+        sources[1] = sources[1].replace(names[3], "other.tar")
+        last.rename(last.with_name("other.tar"))
+    else:
+        last.unlink()
+    with pytest.raises(ValueError, match=r"train_data: ranks 0 and 1 found different samples: .*shards"):
+        compare(rank(0), rank(1))
+
+
+@pytest.mark.parametrize("option", ["seed", "max_image_pixels", "max_skipped"])
+@pytest.mark.parametrize("kind", [*KINDS, "streamed"])
+def test_ranks_with_different_options_of_the_data_do_not_train(pictures, kind, option):
+    source = pictures.csv() if "csv" in kind else pictures.shards()
+    usual, other = {"seed": (0, 1), "max_image_pixels": (10**6, 10**5), "max_skipped": (0.5, 0.1)}[option]
+    with pytest.raises(ValueError, match=f"{option}: ranks 0 and 1 have {usual!r} and {other!r}, expected the same"):
+        compare(rank_of(kind, source, 0, **{option: usual}), rank_of(kind, source, 1, **{option: other}))
+
+
+@pytest.mark.parametrize("option", [{"workers": 2}, {"data_retries": 1}, {"allow_pipe": True}])
+def test_ranks_may_differ_in_how_they_read(pictures, option):
+    options = {"batch_size": 3, "workers": 0, "world_size": 2, "progress": False}
+    data = [
+        train_loader(pictures.csv(), preprocess, tokenizer, **{**options, **own}, rank=number)
+        for number, own in enumerate(({}, option))
+    ]
+    compare(*(Epochs(one, 1) for one in data))
 
 
 @pytest.mark.parametrize("kind, reads", [("csv", 0), ("csv", 2), ("cached csv", 0), ("evaluation", 2)])
