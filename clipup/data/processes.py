@@ -134,7 +134,7 @@ def detect_lost_workers_when_reading(handler: Any = signal.SIG_DFL) -> None:
         handler: takes its place.
     """
     if _is_torchs(_sigchld_handler()) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if _is_torchs(handler) else handler)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None or _is_torchs(handler) else handler)
 
 
 def _sigchld_handler() -> Any:
@@ -167,20 +167,21 @@ def _errors_of_workers_as_raised() -> Iterator[None]:
 
 @contextmanager
 def reading(loader: Any) -> Iterator[Iterator[Any]]:
-    """An iterator over a data loader, whose workers end if the block is left before the last batch. An error that a
-    worker raised has that worker's message alone; a worker that was lost is LostWorker, and never interrupts the block.
+    """An iterator over a data loader, whose workers end if the block is left before the last batch. Of its errors, one
+    that a worker raised has that worker's message alone, and that of a lost worker is LostWorker; the rest of the block
+    is not interrupted.
 
     Without it they end when the iterator is garbage-collected. The traceback of an error keeps the iterator, and when
     both are collected at once, the queues may be gone first: the workers are not told to end, and the process waits
     five seconds for each. Persistent workers stay for the next iteration unless an error ends this one.
     """
     handler = _sigchld_handler()
-    iterator = iter(loader)
+    with lost_workers_named():
+        iterator = iter(loader)
     detect_lost_workers_when_reading(handler)
     persistent = getattr(loader, "persistent_workers", False)
     try:
-        with _errors_of_workers_as_raised(), lost_workers_named(), broken_connections_named():
-            yield iterator
+        yield _with_errors_named(iterator)
     except BaseException as error:
         if not (persistent and isinstance(error, GeneratorExit)):
             if persistent:
@@ -191,6 +192,11 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
                 # loader. They are of this process; the worker's own traceback is text in the error's message.
                 traceback.clear_frames(error.__traceback__)
         raise
+
+
+def _with_errors_named(iterator: Iterator[Any]) -> Iterator[Any]:
+    with _errors_of_workers_as_raised(), lost_workers_named(), broken_connections_named():
+        yield from iterator
 
 
 def end_workers(loader: Any) -> None:

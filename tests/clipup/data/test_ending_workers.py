@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -66,7 +67,7 @@ def test_workers_that_hang_when_an_iteration_is_left_are_killed():
     loader = DataLoader(Pictures(), batch_size=QUICK, num_workers=1, worker_init_fn=_prepare_worker)
     with pytest.raises(ZeroDivisionError), reading(loader) as batches:
         next(batches)
-        [worker] = batches._workers
+        [worker] = multiprocessing.active_children()
         1 / 0  # noqa: B018
     worker.join(5)
     assert not worker.is_alive()
