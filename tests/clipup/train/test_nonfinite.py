@@ -174,7 +174,7 @@ def test_a_nan_batch_leaves_no_trace_in_batch_norms(make_model, pairs, options):
     assert watch.states[2][name].isfinite().all() and not torch.equal(watch.states[2][name], watch.states[1][name])
 
 
-def test_weights_that_are_not_finite_are_not_written(make_model, pairs, options):
+def test_weights_that_are_not_finite_are_not_written(make_model, pairs, options, model_directory):
     def spoil(model):
         with torch.no_grad():
             model.text_projection[0, 0] = torch.nan
@@ -183,7 +183,7 @@ def test_weights_that_are_not_finite_are_not_written(make_model, pairs, options)
         NonFiniteWeights, match="text_projection holds values.*at step 6, so it was not saved.*are finite"
     ):
         train(
-            options(model="ViT-B-32", save_every_n_steps=2),
+            options(model=str(model_directory), save_every_n_steps=2),
             model=make_model(),
             loader=pairs(),
             callbacks=[Every(6, spoil)],

@@ -307,6 +307,7 @@ def test_experts_without_a_row_get_zero_gradients():
 
 
 def test_only_the_wanted_gradients_are_computed_and_they_do_not_change():
+    """Those of both sides' parameters are one launch with tiles of its own: alone, their sums may round otherwise."""
     dy, x, gates, plan, experts = case(SHAPES["odd"], gated=True)
     _, z = forward(x, gates, plan, experts)
     full = backward(dy, x, gates, plan, experts, z)
@@ -315,8 +316,12 @@ def test_only_the_wanted_gradients_are_computed_and_they_do_not_change():
         some = backward(dy, x, gates, plan, experts, z, [place == wanted for place in range(4)])
         for place, names in enumerate(groups):
             for name in names:
-                if place == wanted:
+                if place == wanted and name in ("x", "gates"):
                     assert torch.equal(some[name], full[name]), name
+                elif place == wanted:
+                    torch.testing.assert_close(
+                        some[name], full[name], rtol=1e-5, atol=1e-6 * float(full[name].abs().max())
+                    )
                 else:
                     assert some[name].numel() == 0, name
 
