@@ -140,13 +140,13 @@ study-runs: $(call installed,all)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m studies run studies/icons/*.yaml --data $(ICONS) --runs $(STUDY_RUNS)
 
 # The runs of the second part, which start from converged dense models, under the conditions of their plan
-# (studies/converged/plan.md), and those at a higher rate, which stand apart.
+# (studies/converged/plan.md), and those at a higher rate, which stand apart (with the configs of their starts).
 CONVERGED := runs/converged
 study-converged: $(call installed,all)
 	test -d $(CONVERGED)/data || $(BIN)/python -m studies icons $(CONVERGED)/data --package $(ICONIFY) --test-drawings
 	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged/*.yaml \
 	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
-	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged_rate/*.yaml \
+	OMP_NUM_THREADS=1 CLIPUP_CPU_ISA=avx512_bf16 nice -n 19 $(BIN)/python -m studies run studies/converged_rate/*-lr0.008-*.yaml \
 	  --data $(CONVERGED)/data --runs $(CONVERGED)/runs
 
 # The runs on scenes (studies/scenes/plan.md), in the same way.

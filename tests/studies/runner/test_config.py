@@ -46,7 +46,7 @@ def read_all(study: str) -> list[config.StudyRun]:
     return [config.read(path) for path in sorted((STUDIES / study).glob("*.yaml"))]
 
 
-@pytest.fixture(scope="module", params=["icons", "icons-w384", "converged", "scenes"])
+@pytest.fixture(scope="module", params=["icons", "icons-w384", "converged", "converged_rate", "scenes"])
 def committed(request):
     return read_all(request.param)
 
@@ -167,8 +167,11 @@ def test_arms_from_a_converged_start_are_tuned_with_the_same_rates_and_seeds(con
 
 def test_runs_at_a_higher_rate_are_those_of_the_verdict_but_for_the_rate(converged):
     of_verdict = {run.name: run for run in converged}
-    higher = read_all("converged_rate")
+    starts, higher = (
+        [run for run in read_all("converged_rate") if (run.arm == "dense") == of_start] for of_start in (True, False)
+    )
 
+    assert all(run == of_verdict[run.name] for run in starts)
     assert {(run.arm, run.seed) for run in higher} == {(arm, seed) for arm in VERDICT for seed in range(3)}
     for run in higher:
         same = of_verdict[run.name.replace("-lr0.008-", "-lr0.004-")]
