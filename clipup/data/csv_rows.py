@@ -101,8 +101,15 @@ def leaves(path: str) -> bool:
 def _opened(path: str, argument: str, retried: Retries) -> TextIO:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{argument}: there is no file {path}; expected a CSV file with images and captions")
-    file = io.BufferedReader(_ReadAgain(path, retried), _READ_AT_ONCE)
+    file = _LargeReads(_ReadAgain(path, retried), _READ_AT_ONCE)
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+
+
+class _LargeReads(io.BufferedReader):
+    """Gives a TextIOWrapper, which asks for 8 KiB and so would open the file for each, all that one read gives."""
+
+    def read1(self, size: int = -1, /) -> bytes:
+        return super().read1(_READ_AT_ONCE)
 
 
 class _ReadAgain(io.RawIOBase):
@@ -178,7 +185,9 @@ def _rows(
         """How many lines of a record look like rows, its first and the one with its own image aside."""
         if len(record.lines) < 2:
             return 0
-        images = [image_of(line) for line in record.lines]
+        first, *later = record.lines
+        # An odd quote begins a cell of several lines or ends one: what follows it is no row
+        images = [image_of(first), *(image_of(one.partition('"')[0] if one.count('"') % 2 else one) for one in later)]
         if image in images:
             images[images.index(image)] = ""
         return sum(bool(one) and os.path.isfile(os.path.join(directory, one)) for one in images[1:])

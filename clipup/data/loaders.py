@@ -150,7 +150,8 @@ def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainD
     if not options.dataset_resampled and reader.rank == 0:
         _warn_of_uneven_parts(len(shards), max(1, options.workers) * reader.world_size)
     data = webdataset_data(options, shards, num_samples, reader)
-    data.shards = digest_of(shards, Retries(options.data_retries, reader.skips))
+    if not options.dataset_resampled:  # then every rank draws shards of its own
+        data.shards = digest_of(shards, Retries(options.data_retries, reader.skips))
     return data
 
 

@@ -64,22 +64,50 @@ def each(
         ends.close()
 
 
+class _Worker:
+    """What a worker process of a map does. It is told to end between the results that it sends: half of one would keep
+    the pool waiting for the rest."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._computing = self._ending = False
+
+    def all(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        with self._lock:
+            if self._ending:
+                os._exit(1)
+            self._computing = True
+        try:
+            return [function(item) for item in items]
+        finally:
+            with self._lock:
+                self._computing = False
+
+    def end_with(self, parent: Any, end: Connection) -> None:
+        """Ends the process with its parent, and, unless it sends a result, when there is something to receive."""
+        if parent in wait([parent, end]):
+            os._exit(1)
+        with self._lock:
+            self._ending = True
+            if self._computing:
+                os._exit(1)
+        wait([parent])  # the pool ends those that have nothing to do
+        os._exit(1)
+
+
+_worker = _Worker()
+
+
 def _all(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    return [function(item) for item in items]
+    return _worker.all(function, items)
 
 
 def _prepare_for_map(end: Connection) -> None:
-    """The worker ends with its parent, and when there is something to receive."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked, they have the handlers of the calling process
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_end_with, args=([parent.sentinel, end],), daemon=True).start()
-
-
-def _end_with(ends: list[Any]) -> None:
-    wait(ends)
-    os._exit(1)
+    threading.Thread(target=_worker.end_with, args=(parent.sentinel, end), daemon=True).start()
 
 
 def worker_init_fn() -> Callable[[int], None]:
@@ -213,6 +241,9 @@ def end_workers(loader: Any) -> None:
 def _end_workers_of(iterator: Any) -> None:
     """Tells them to end, and kills those that hang: torch waits for one after the other, and terminates them, which
     they ignore."""
+    if sys.is_finalizing():  # no thread can be started, and torch does nothing
+        _kill(iterator._workers)
+        return
     deadline = threading.Timer(_SECONDS_TO_END, _kill, [iterator._workers])
     deadline.daemon = True
     deadline.start()

@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from .. import checks
 from ..extras import needed_for
@@ -118,14 +119,16 @@ def open_shard(shard: str) -> BinaryIO:
 
 
 def digest_of(shards: Sequence[str], retried: Retries) -> str:
-    """Of the names of shards and the sizes of those that are files. Equal after the files have moved."""
+    """Of the names of shards and the sizes of those that are files. Equal after the files have moved: of a URL the last
+    part of its path counts, and of a command nothing."""
     found = hashlib.sha256()
     for shard in shards:
         path, size = _path_of(shard), None
+        name = "" if shard.lstrip().startswith(f"{_PIPE}:") else os.path.basename(path or urlsplit(shard).path)
         if path is not None:
             with suppress(OSError):  # a shard that is missing is skipped later
                 size = retried(partial(str, shard), partial(os.stat, path)).st_size
-        found.update(repr((shard if path is None else os.path.basename(path), size)).encode())
+        found.update(repr((name, size)).encode())
     return found.hexdigest()[:16]
 
 

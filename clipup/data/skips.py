@@ -108,7 +108,7 @@ class Skips:
     def add(self, notes: Iterable[Note]) -> None:
         """Counts and logs what is not known already."""
         for note in notes:
-            if note.counted_as in self.samples:
+            if note.counted_as in self.samples or note.name in self.samples:  # checkpoints of before hold names
                 continue
             self.samples[note.counted_as] = note.samples
             self._count += note.samples

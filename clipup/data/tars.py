@@ -37,6 +37,15 @@ HEADER_BYTES = 16 * tarfile.BLOCKSIZE
 
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)  # as WebDataset splits names
 _MARK = 2  # zero blocks that end an archive; more of them pad the last record of 20 blocks
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+_MOST_EXTENDED = 1 << 26
+"""Bytes of an extended header: of names and the like."""
 _SKIPPED_AT_ONCE = 1 << 20
 """Bytes of a member that is not needed, of a shard that is streamed."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -350,7 +359,10 @@ class _Header(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         cls.begins = cls.begins or bytes(buf)
         try:
-            return super().frombuf(buf, encoding, errors)
+            found = super().frombuf(buf, encoding, errors)
+            if found.type in _EXTENDED and found.size > _MOST_EXTENDED:  # which tarfile would read at once
+                raise tarfile.InvalidHeaderError("an extended header is damaged")
+            return found
         except tarfile.HeaderError:
             if buf == bytes(tarfile.BLOCKSIZE):
                 cls.zeros += 1

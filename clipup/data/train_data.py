@@ -169,7 +169,10 @@ class CountedBatches:
                 self.skips.add_retries(report.retried)
                 if report.skipped:
                     self.skips.add(report.skipped)
-                    self._skipped |= {note.counted_as: note.samples for note in report.skipped}
+                    self._skipped |= {
+                        note.name if note.name in self._earlier else note.counted_as: note.samples  # by name: of before
+                        for note in report.skipped
+                    }
                     new = sum(samples for one, samples in self._skipped.items() if one not in self._earlier)
                     count = self._skipped_before + sum(self._earlier.values()) / self.world_size + new
                     self.skips.check(max(self._expected, self._met), count, self.world_size)

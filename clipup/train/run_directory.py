@@ -175,7 +175,8 @@ class RunDirectory:
         try:
             self._discard(former)
         except OSError:
-            self._note_start(noted)
+            if self._parts() == former:  # else what is left of it is discarded by the next start
+                self._note_start(noted)
             raise
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})

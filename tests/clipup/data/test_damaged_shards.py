@@ -87,6 +87,18 @@ def test_without_sizes_json_a_damaged_shard_is_counted_by_the_size_of_the_others
 
 
 @pytest.mark.parametrize("cached", [False, True])
+def test_a_header_of_a_name_of_32_tib_is_damage(pictures, cached):
+    """tarfile reads all of such a header's content at once."""
+    source, path = pictures.shards(), pictures.folder / SHARD
+    endless = tarfile.TarInfo("././@LongLink")
+    endless.type, endless.size = tarfile.GNUTYPE_LONGNAME, 2**45
+    with tarfile.open(path) as tar:
+        at = tar.getmember("s9.png").offset
+    path.write_bytes(path.read_bytes()[:at] + endless.tobuf(tarfile.GNU_FORMAT) + path.read_bytes()[at:])
+    assert read(pictures, source, cached, max_skipped=0.3)[0] == set(range(24))
+
+
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("kind", ["a page of HTML", "cut in an image"])
 def test_a_shard_whose_loss_exceeds_max_skipped_is_refused(pictures, kind, cached):
     source = pictures.shards()

@@ -11,8 +11,9 @@ import resource
 import pytest
 from picture_samples import preprocess, samples_of, tokenizer
 
-from clipup.data import csv_rows, retries, sample_index, shard_index, sources
+from clipup.data import csv_rows, retries, sample_index, shard_index, shard_names, sources
 from clipup.data.loaders import eval_samples, train_loader
+from clipup.data.skips import Skips
 from clipup.train.training_data import Epochs
 
 KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
@@ -174,8 +175,20 @@ def test_ranks_that_stream_different_shards_do_not_train(pictures, resampled, ch
         last.rename(last.with_name("other.tar"))
     else:
         last.unlink()
+    if resampled:  # every rank draws from shards of its own
+        compare(rank(0), rank(1))
+        return
     with pytest.raises(ValueError, match=r"train_data: ranks 0 and 1 found different samples: .*shards"):
         compare(rank(0), rank(1))
+
+
+def test_ranks_may_read_the_same_shards_from_servers_of_their_own():
+    of_ranks = (
+        ["https://a.example/s/0.tar?key=1", "pipe:cat /a/1.tar"],
+        ["https://b.example/0.tar", "pipe:cat b/1.tar"],
+    )
+    first, second = (shard_names.digest_of(shards, retries.Retries(0, Skips())) for shards in of_ranks)
+    assert first == second != shard_names.digest_of(["https://a.example/s/2.tar"], retries.Retries(0, Skips()))
 
 
 @pytest.mark.parametrize("option", ["seed", "max_image_pixels", "max_skipped"])

@@ -211,6 +211,13 @@ def test_a_sample_whose_header_can_be_read_only_later_is_counted_once(pictures, 
     assert resumed.skipped == 1
 
 
+def test_samples_that_a_checkpoint_of_before_counts_by_name_are_not_counted_again(pictures, caplog):
+    data = loader("webdataset", spoilt(pictures, "webdataset", [17]))
+    data.skips.restore({"s17 in " + str(pictures.folder / "train-000001.tar"): 1})
+    batches_of(data, 0)
+    assert data.skipped == 1 and "skipped s17" not in caplog.text
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_out_of_range_is_refused(pictures, share):
     with pytest.raises(ValueError, match=r"max_skipped: got .*, expected a share from 0 to 1"):

@@ -13,6 +13,7 @@ from picture_samples import preprocess, samples_of, tokenizer
 from PIL import Image
 
 from clipup.cli import main
+from clipup.data import csv_rows
 from clipup.data.images import MAX_PIXELS, load_image
 from clipup.data.loaders import eval_samples, train_loader
 from clipup.evaluate import datasets
@@ -230,6 +231,26 @@ def test_rows_in_a_quote_are_counted_in_the_table_of_a_directory(pictures):
     (pictures.folder / "test.tsv").write_text(rows_with_quotes(closing=7))
     with pytest.raises(ValueError, match=r"and 6 without; .*takes in 5 more rows"):
         datasets.csv(pictures.folder, "test", "\t", "filepath", "title")
+
+
+def test_cells_of_several_lines_are_no_rows_whatever_follows_them(pictures):
+    """The last line of such a cell alone may look like a row with another image, here that of a mask."""
+    pictures.csv(4)
+    image, mask = (pictures.folder / f"{n}.png" for n in (1, 2))
+    path = pictures.folder / "masks.csv"
+    path.write_text(f'id,filepath,title,mask\n1,{image},"two\nlines",{mask}\n2,{image},one,{mask}\n')
+    data = train_loader(path, preprocess, tokenizer, 1, 0, progress=False, csv_separator=",")
+    assert (data.order["rows"], data.skipped) == (2, 0)
+
+
+def test_a_large_csv_file_is_read_in_large_parts(pictures, monkeypatch):
+    source = pictures.csv(4)
+    with open(source, "a", encoding="utf-8") as file:
+        file.writelines(f"{pictures.folder / '1.png'}\tpicture number {n}\n" for n in range(20_000))
+    opened, read = [], csv_rows._ReadAgain._read
+    monkeypatch.setattr(csv_rows._ReadAgain, "_read", lambda file, size: opened.append(size) or read(file, size))
+    data = train_loader(source, preprocess, tokenizer, 1, 0, progress=False)
+    assert data.order["rows"] == 20_004 and len(opened) < 10
 
 
 def test_rows_in_a_quote_of_more_than_a_reader_takes_are_counted(pictures, caplog):

@@ -41,6 +41,10 @@ def an_hour(number):
     return number
 
 
+def large(number):
+    return bytes(300_000)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_results_are_in_the_order_of_the_items(processes):
     assert list(each(squared, range(100), processes, chunk=3)) == [n * n for n in range(100)]
@@ -63,6 +67,28 @@ def test_processes_end_at_once_when_their_results_are_not_wanted():
     assert next(results) == 0
     results.close()
     assert not multiprocessing.active_children()
+
+
+def test_processes_that_send_large_results_end_when_those_are_not_wanted():
+    for _ in range(30):
+        results = each(large, range(8), 2, chunk=1)
+        next(results)
+        results.close()
+
+
+def test_a_program_ends_that_has_left_a_loader_half_read(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from torch.utils.data import DataLoader\n"
+        "from clipup.data.processes import reading\n"
+        "def batches():\n"
+        "    with reading(DataLoader(list(range(40)), num_workers=2)) as found:\n"
+        "        yield from found\n"
+        "left = batches()\n"
+        "print(next(left).item())\n"
+    )
+    ended = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "0\n"), ended.stderr
 
 
 def test_the_end_of_processes_whose_results_are_not_wanted_is_no_traceback(monkeypatch):

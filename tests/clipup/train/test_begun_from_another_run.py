@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from clipup.cli import main
-from clipup.train import Every, checkpoints, dcp_storage
+from clipup.train import Every, checkpoints, dcp_storage, run_directory
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
 LATER = list(range(4, 10))
@@ -230,6 +230,23 @@ def test_a_disk_that_refuses_to_discard_a_run_leaves_it_to_be_continued(run, fir
 
     after = run(name="other", resume="latest", epochs=2)
     assert after.already_finished and after.steps == former.steps
+
+
+def test_a_run_that_is_half_discarded_is_not_taken_for_the_one_it_was_begun_from(run, first, monkeypatch):
+    once, start = first()
+    run(resume=start, name="other", epochs=2)
+    remove = run_directory.remove_directory
+
+    def full(path):
+        if path.name == ".discarding.tmp":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        remove(path)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(run_directory, "remove_directory", full)
+        run(name="other", force=True, resume=start)
+
+    assert_is_rest_of(run(resume="latest", name="other"), once)
 
 
 @pytest.fixture
