@@ -93,8 +93,8 @@ def save_with_tokenizer(
     """``save_pretrained`` with the content of the tokenizer's files.
 
     Args:
-        tokenizer_files: by name (``tokenizers.files_of``); those of another tokenizer in the directory are removed.
-            None: the tokenizer that ``model_cfg`` names.
+        tokenizer_files: by name (``tokenizers.files_of``); files in the directory from which ``model_cfg`` would make
+            another tokenizer are removed. None: the tokenizer that ``model_cfg`` names.
     """
     checks.module("model", model)
     prepared = [module for module in model.modules() if isinstance(module, Prepared)]
@@ -126,8 +126,7 @@ def save_with_tokenizer(
     directory = Path(directory)
     files = tokenizers.files_of(text_cfg, None) if tokenizer_files is None else tokenizer_files
     if tokenizer_files is None and library == "open_clip":
-        _check_tokenizer_in(directory, files)
-    texts[names[0]] = json.dumps(config, indent=2) + "\n"  # last, because it marks a complete directory
+        _check_tokenizer_in(directory, files, text_cfg)
     tensors = _tensors(model)
     directory.mkdir(parents=True, exist_ok=True)
     writers: dict[Path, Callable[[Path], object]] = {
@@ -135,16 +134,27 @@ def save_with_tokenizer(
     }
     for name, content in {**files, **{name: text.encode("utf-8") for name, text in texts.items()}}.items():
         writers[directory / name] = partial(_write, content)
+    former = [directory / name for name in tokenizers.file_names(text_cfg) if name not in files]
+    content = (json.dumps(config, indent=2) + "\n").encode("utf-8")
+    writers[directory / names[0]] = partial(_write_last, content, former)  # it marks a complete directory
     replace_files(writers)
-    for name in tokenizers.ALL_FILES:
-        if library == "open_clip" and name not in files:
-            (directory / name).unlink(missing_ok=True)  # of another model that was saved here
 
 
-def _check_tokenizer_in(directory: Path, files: dict[str, bytes]) -> None:
-    """Refuses a directory with another tokenizer than that of these files: it may be the model's own, or a former
-    one's."""
-    for name in tokenizers.ALL_FILES:
+def _write_last(content: bytes, former: list[Path], path: Path) -> None:
+    """Writes the config, and then removes the files of a former tokenizer from its directory, after the former config:
+    a kill before all is in place leaves no model with a tokenizer that is not its own."""
+    _write(content, path)
+    found = [file for file in former if file.is_file() or file.is_symlink()]
+    if found:
+        (found[0].parent / path.name).unlink(missing_ok=True)
+    for file in found:
+        file.unlink()
+
+
+def _check_tokenizer_in(directory: Path, files: dict[str, bytes], text_cfg: dict[str, Any]) -> None:
+    """Refuses a directory from which this config would make another tokenizer than that of these files: it may be the
+    model's own, or a former one's."""
+    for name in tokenizers.file_names(text_cfg):
         path = directory / name
         if path.is_file() and path.read_bytes() != files.get(name):
             raise ValueError(

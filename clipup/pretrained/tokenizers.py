@@ -58,6 +58,14 @@ def source_directory(model_name: str, cache_dir: str | None = None) -> Path | No
         return _snapshot(model_name, cache_dir)
 
 
+def file_names(text_cfg: dict[str, Any]) -> tuple[str, ...]:
+    """The files of a directory from which a tokenizer with this config may be read; the first is always among them.
+    Without ``hf_tokenizer_name`` none is, whatever lies there: open_clip's own tokenizer needs no files."""
+    if word_tokenizer.uses_words(text_cfg):
+        return (word_tokenizer.FILE_NAME,)
+    return _FILES if text_cfg.get("hf_tokenizer_name") else ()
+
+
 def files_of(text_cfg: dict[str, Any], directory: Path | None) -> dict[str, bytes]:
     """The tokenizer's files of a model with this config, by name: a word vocabulary, or those of a Hugging Face
     tokenizer that lies in the model's directory.
@@ -161,9 +169,7 @@ def _snapshot(model_name: str, cache_dir: str | None) -> Path | None:
     except FileNotFoundError:  # a tokenizer alone, or an error from open_clip
         return None
     text_cfg = model_directory.read_config(directory)["model_cfg"]["text_cfg"]
-    wanted: tuple[str, ...] = _FILES if text_cfg.get("hf_tokenizer_name") else ()
-    if word_tokenizer.uses_words(text_cfg):
-        wanted = (word_tokenizer.FILE_NAME,)
+    wanted = file_names(text_cfg)
     if wanted and hub.add_if_there(directory, model_name, wanted[0], cache_dir):
         for file in wanted[1:]:
             hub.add_if_there(directory, model_name, file, cache_dir)

@@ -308,18 +308,46 @@ def test_a_tokenizer_directory_that_is_not_there_is_refused(with_words, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_the_tokenizer_in_a_directory_is_kept_or_replaced_on_demand_only(with_words):
+def test_the_tokenizer_in_a_directory_is_kept_or_replaced_on_demand_only(with_words, tmp_path):
     directory, model, config = with_words
-    named = {**config, "text_cfg": {key: value for key, value in config["text_cfg"].items() if "hf_" not in key}}
-
-    with pytest.raises(ValueError, match=r"holds a tokenizer \(vocabulary.txt\) that is not the one which model_cfg"):
-        save_pretrained(model, directory, named)
-    save_pretrained(model, directory, config, tokenizer_directory=directory)
-    assert clipup.get_tokenizer(str(directory))(["blue"])[0, 1] == 5
+    named = {**config, "text_cfg": {**config["text_cfg"], "hf_tokenizer_name": "org/words"}}
+    save_pretrained(model, tmp_path / "plain", named)
     for name in ("tokenizer_config.json", "vocab.txt"):
         (directory / name).write_text("{}")
+
     save_pretrained(model, directory, config, tokenizer_directory=directory)
+    assert clipup.get_tokenizer(str(directory))(["blue"])[0, 1] == 5
+    with pytest.raises(ValueError, match=r"holds a tokenizer \(tokenizer_config.json\) that is not the one which model"):
+        save_pretrained(model, directory, named)
+    save_pretrained(model, directory, named, tokenizer_directory=tmp_path / "plain")
     assert {"tokenizer_config.json", "vocab.txt"}.isdisjoint(contents(directory))
+
+
+def test_files_of_tokenizers_that_the_config_does_not_use_are_left_as_they_are(tmp_path):
+    files = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "vocabulary.txt")
+    for name in files:
+        (tmp_path / name).write_text(name)
+
+    save_pretrained(tiny_clip(), tmp_path, tiny_config())
+    save_pretrained(tiny_clip(), tmp_path, tiny_config(), tokenizer_directory=tmp_path)
+
+    assert all((tmp_path / name).read_text() == name for name in files)
+
+
+def test_a_kill_while_a_tokenizer_is_replaced_leaves_no_model_with_the_former_one(with_words, tmp_path, monkeypatch):
+    directory, model, config = with_words
+    named = {**config, "text_cfg": {**config["text_cfg"], "hf_tokenizer_name": "org/words"}}
+    save_pretrained(model, tmp_path / "plain", named)
+    (directory / "tokenizer_config.json").write_text("{}")
+
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(model, directory, named, tokenizer_directory=tmp_path / "plain")
+
+    assert {CONFIG_NAME, "tokenizer_config.json"}.isdisjoint(contents(directory))
 
 
 def test_the_vocabulary_of_a_directory_is_saved_with_what_is_made_of_it(tmp_path):
