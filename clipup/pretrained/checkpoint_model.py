@@ -15,6 +15,7 @@ from . import architecture, factory, hub, model_directory, model_names, tokenize
 from .config_files import check_depth
 from .model_directory import CONFIG_NAME
 from .state_dicts import Weights
+from .timm_size import resize_tower
 
 
 class CheckpointModel(NamedTuple):
@@ -67,6 +68,7 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
                 pretrained_image=False,
                 pretrained_text=False,
             )
+    resize_tower(model, configs["model_cfg"], weights.state_dict)
     factory.load_state_dict(model, weights.state_dict, str(path))
     return CheckpointModel(model, preprocess, configs["model_cfg"], files)
 

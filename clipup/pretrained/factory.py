@@ -26,6 +26,7 @@ from .config_files import check_depth, moe_config_in
 from .model_names import LOCAL_PREFIX, check_known, directory_of, get_model_config, hub_access
 from .state_dicts import Weights, check_fit, check_types, read_weights
 from .structure import assign_weights, drop_parameters, without_random_numbers
+from .timm_size import is_resized, resize_tower
 
 _NUMPY = (".npz", ".npy")  # weights of big_vision, which open_clip reads
 _TRANSFORM = ("mean", "std", "interpolation", "resize_mode")
@@ -78,13 +79,14 @@ def _create(
             )
         found = model_directory.read_moe_config(directory)
         model_name = f"{LOCAL_PREFIX}{directory}"
-        weights = model_directory.read_weights(directory) if found is not None and load_weights else None
         if load_weights and found is None:
             model_directory.check_weights(directory)
         types = model_directory.types_of_weights(directory) if load_weights else {}
+        described = model_directory.read_config(directory)["model_cfg"]
         if types:
-            described = model_directory.read_config(directory)["model_cfg"]
             check_depth(described, len(types), directory / model_directory.CONFIG_NAME)
+        read_here = load_weights and (found is not None or is_resized(described, types))
+        weights = model_directory.read_weights(directory) if read_here else None
         described_by = f"its {model_directory.CONFIG_NAME}"
     else:
         check_known(model_name, pretrained)
@@ -96,13 +98,14 @@ def _create(
         weights = file.state_dict if found is not None and load_weights else None
         types = file.types if file is not None and load_weights else {}
         del file  # open_clip reads dense weights itself
+        described = None
         described_by = f"{model_name} with its moe_cfg"
     if moe_cfg is not None and found != moe_cfg:
         raise ValueError(
             "moe_cfg does not apply here: it is only for files with sparse weights but without their config. To make a "
             "dense model sparse, use clipup.upcycle"
         )
-    if found is None:
+    if found is None and weights is None:
         if model_name.startswith(hub.HUB_PREFIX) and load_weights:
             kwargs = {"require_pretrained": True, **kwargs}
         with _clear_errors(model_name):
@@ -117,12 +120,18 @@ def _create(
         model, *transforms = open_clip.create_model_and_transforms(model_name, **dense_kwargs)
     transforms = _with_fill_color(model, transforms, fill_color, kwargs.get("aug_cfg"))
     if weights is None:
+        assert found is not None
         return upcycle(model, found, inplace=True), *transforms
+    if described is not None:
+        resize_tower(model, described, weights)
     drop_parameters(model)
-    upcycle(model, found, inplace=True)
+    if found is not None:
+        upcycle(model, found, inplace=True)
     with _clear_errors(model_name):
         weights = _fitting(model, weights, str(pretrained or directory), described_by)
     assign_weights(model, weights, kwargs.get("device", "cpu"))
+    if kwargs.get("force_image_size") is not None and described is not None:
+        resize_tower(model, architecture.overridden(described, kwargs), {})
     return model, *transforms
 
 

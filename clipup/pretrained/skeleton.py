@@ -10,7 +10,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transformer import QuickGELU
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import shown
 from ..moe.config import MoEConfig
@@ -18,6 +18,7 @@ from ..upcycling.upcycle import upcycle
 from .hub import OF_RANDOM_WEIGHTS, suppress_log_lines
 from .model_directory import CONFIG_NAME
 from .structure import without_random_numbers
+from .timm_size import resize_tower
 
 _SIZES = ("image_size", "context_length")
 _ATTRIBUTES = (
@@ -61,7 +62,7 @@ def differences(
         weights_replaced: leave out what weights of that config bring or are resized for: names, shapes and sizes.
     """
     text_by_name = (model_cfg.get("text_cfg") or {}).get(_BY_NAME) is not None
-    described = _skeleton(model_cfg, moe_config, text_by_name)
+    described = _skeleton(model_cfg, moe_config, text_by_name, model.state_dict())
     ours, theirs = _modules(model, text_by_name), _modules(described, text_by_name)
     found = [] if weights_replaced else _of_weights(model, described, text_by_name)
     attributes = _ATTRIBUTES if weights_replaced else _ATTRIBUTES + _SIZES
@@ -82,11 +83,14 @@ def _listed(found: list[str]) -> str:
     return "; ".join(found[:_SHOWN]) + f"; and {more} more" * (more > 0)
 
 
-def _skeleton(model_cfg: dict[str, Any], moe_config: MoEConfig | None, without_text: bool) -> nn.Module:
+def _skeleton(
+    model_cfg: dict[str, Any], moe_config: MoEConfig | None, without_text: bool, weights: dict[str, Tensor]
+) -> nn.Module:
     """The model of a config on the meta device, or without values where a tower cannot be made there.
 
     Args:
         without_text: with a text tower of one small block, which nothing compares.
+        weights: of the model that it is compared with, for which an image tower of timm is resized.
     """
     if without_text:
         model_cfg = {**model_cfg, "text_cfg": _NO_TEXT}
@@ -98,9 +102,11 @@ def _skeleton(model_cfg: dict[str, Any], moe_config: MoEConfig | None, without_t
             try:
                 with torch.device("meta"):
                     model = _create(directory, "meta")
+                    resize_tower(model, model_cfg, weights)
             except (NotImplementedError, RuntimeError):  # a module that reads its own values
                 with without_random_numbers():
                     model = _create(directory, "cpu")
+                    resize_tower(model, model_cfg, weights)
         except Exception as error:  # open_clip and timm have no common class for what a wrong option raises
             raise ValueError(
                 f"model_cfg: open_clip could not create a model of it: {type(error).__name__}: {error}"

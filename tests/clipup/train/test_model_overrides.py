@@ -54,6 +54,24 @@ def test_a_run_with_another_architecture_is_saved_as_what_it_is(named_model, opt
     assert torch.equal(loaded.encode_text(texts), result.model.encode_text(texts))
 
 
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "sparse"])
+def test_an_image_tower_of_timm_is_trained_and_loaded_at_another_size(monkeypatch, options, csv_data, tmp_path, moe):
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "of-timm", {**tiny_config("timm"), "text_cfg": text})
+    settings = {"train_data": csv_data, "workers": 0, "batch_size": 8, "steps": 1, "moe": moe}
+    result = train(options(model="of-timm", force_image_size=64, **settings))
+    run = result.directory
+    assert main(["convert", str(run / "checkpoints" / "epoch_latest.pt"), str(tmp_path / "out")]) == 0
+
+    image = torch.randn(1, 3, 64, 64)
+    result.model.eval()
+    for directory in (run / "model", tmp_path / "out"):
+        loaded = clipup.create_model_and_transforms(str(directory))[0]
+        assert torch.equal(loaded.encode_image(image), result.model.encode_image(image))
+        larger = clipup.create_model_and_transforms(str(directory), force_image_size=96)[0]
+        assert larger.encode_image(torch.randn(1, 3, 96, 96)).isfinite().all()
+
+
 def test_a_name_and_a_directory_are_the_same_architecture_whatever_weights_say(built, named_model, tmp_path):
     config = clipup.get_model_config(named_model)
     model, *_ = clipup.create_model_and_transforms(named_model, init_logit_bias=-10.0)
