@@ -30,6 +30,8 @@ _FILES = (
     *("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
 )
 """Of transformers' tokenizers; the first is in every directory with one."""
+_RECORDED = "special_tokens_map_file"
+"""A path that transformers writes into a tokenizer's config, and does not read from there."""
 ALL_FILES = (word_tokenizer.FILE_NAME, *_FILES)
 """Of all tokenizers."""
 
@@ -182,17 +184,18 @@ def _check_tokenizer_name(name: Any, source: str) -> None:
 
 def _check_own(directory: Path) -> None:
     """Refuses a tokenizer's config that names files outside of its directory, which transformers would read. Paths that
-    lead nowhere, as of the machine where a tokenizer was saved, are ignored."""
+    lead nowhere, as of the machine where a tokenizer was saved, are ignored. A file of the directory may itself be a
+    link, as in the hub's cache."""
     path = directory / _FILES[0]
     config = checks.read_json(path)
     checks.check(str(path), config, isinstance(config, dict), "an object")
     inside = directory.resolve()
     for key, value in config.items():
-        if key not in ("vocab", "merges") and not key.endswith(("_file", "_files")):
+        if key == _RECORDED or (key not in ("vocab", "merges") and not key.endswith(("_file", "_files"))):
             continue
         for name in value if isinstance(value, list) else [value]:
             found = [Path(name), directory / name] if isinstance(name, str) and "\0" not in name else []
-            if any(file.is_file() and inside not in file.resolve().parents for file in found):
+            if any(file.is_file() and inside not in (file.parent.resolve() / file.name).parents for file in found):
                 raise ValueError(
                     f"{path}: {key} is {checks.shown(name)}, a file outside of the model's directory, which a config "
                     "must not refer to. Copy the file into the directory, or remove the key"

@@ -107,6 +107,26 @@ def test_the_config_of_a_tokenizer_may_name_its_own_files_and_what_is_nowhere(di
     assert clipup.get_tokenizer(str(directory))(["red"])[0, 1] == 5
 
 
+def test_a_tokenizer_in_the_cache_of_the_hub_and_of_this_machine_is_read(directory, tmp_path):
+    (tmp_path / "special_tokens_map.json").write_text('{"unk_token": "red"}')
+    own_tokenizer(directory, vocab_file="vocab.txt", special_tokens_map_file=str(tmp_path / "special_tokens_map.json"))
+    (tmp_path / "blobs").mkdir()
+    (directory / "vocab.txt").rename(tmp_path / "blobs" / "0123")
+    (directory / "vocab.txt").symlink_to("../blobs/0123")
+
+    assert clipup.get_tokenizer(str(directory))(["red blue"])[0, :3].tolist() == [2, 5, 1]
+
+
+def test_a_link_to_a_directory_does_not_bring_files_outside(directory, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "vocab.txt").write_text("secret\n")
+    own_tokenizer(directory, vocab_file="link/vocab.txt")
+    (directory / "link").symlink_to(tmp_path / "outside")
+
+    with pytest.raises(ValueError, match="vocab_file is 'link/vocab.txt', a file outside of the model's"):
+        clipup.get_tokenizer(str(directory))
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '"vocab.txt"'])
 def test_a_config_of_a_tokenizer_that_is_no_object_is_refused(directory, content):
     own_tokenizer(directory)
