@@ -43,9 +43,17 @@ def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
 
 def add_if_there(directory: Path, name: str, file: str, cache_dir: str | None = None) -> bool:
     """Whether the model has this file, which is then downloaded to the directory that ``cached`` gave. Without the hub:
-    whether it is cached."""
+    whether it is cached.
+
+    Raises:
+        LocalEntryNotFoundError: the download failed, so nothing is known about the file.
+    """
     try:
         hf_hub_download(name.removeprefix(HUB_PREFIX), file, revision=directory.name, cache_dir=cache_dir)
+    except LocalEntryNotFoundError:  # an EntryNotFoundError too
+        if not constants.HF_HUB_OFFLINE:
+            raise
+        return False
     except (EntryNotFoundError, OfflineModeIsEnabled):
         return False
     return True

@@ -95,6 +95,9 @@ def save_with_tokenizer(
     Args:
         tokenizer_files: by name (``tokenizers.files_of``); files in the directory from which ``model_cfg`` would make
             another tokenizer are removed. None: the tokenizer that ``model_cfg`` names.
+
+    Raises:
+        ValueError: as in ``save_pretrained``, or the directory's ``config.json`` is of another kind of tokenizer.
     """
     checks.module("model", model)
     prepared = [module for module in model.modules() if isinstance(module, Prepared)]
@@ -127,6 +130,8 @@ def save_with_tokenizer(
     files = tokenizers.files_of(text_cfg, None) if tokenizer_files is None else tokenizer_files
     if tokenizer_files is None and library == "open_clip":
         _check_tokenizer_in(directory, files, text_cfg)
+    if library == "open_clip":
+        files = tokenizers.without_kind(files, directory)
     tensors = _tensors(model)
     directory.mkdir(parents=True, exist_ok=True)
     writers: dict[Path, Callable[[Path], object]] = {

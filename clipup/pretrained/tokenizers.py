@@ -32,7 +32,10 @@ _FILES = (
 """Of transformers' tokenizers; the first is in every directory with one."""
 _RECORDED = "special_tokens_map_file"
 """A path that transformers writes into a tokenizer's config, and does not read from there."""
-ALL_FILES = (word_tokenizer.FILE_NAME, *_FILES)
+CONFIG_FILE = "config.json"
+"""Of a model of transformers, which says what kind of tokenizer its directory has."""
+_KIND = ("model_type", "tokenizer_class")
+ALL_FILES = (word_tokenizer.FILE_NAME, *_FILES, CONFIG_FILE)
 """Of all tokenizers."""
 
 
@@ -81,7 +84,35 @@ def files_of(text_cfg: dict[str, Any], directory: Path | None) -> dict[str, byte
         return {word_tokenizer.FILE_NAME: text.encode("utf-8")}
     if not text_cfg.get("hf_tokenizer_name") or directory is None or not (directory / _FILES[0]).is_file():
         return {}
-    return {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
+    files = {name: (directory / name).read_bytes() for name in _FILES if (directory / name).is_file()}
+    kind = _kind(directory)
+    return files if kind is None else {**files, CONFIG_FILE: kind}
+
+
+def without_kind(files: dict[str, bytes], directory: Path) -> dict[str, bytes]:
+    """The files to save in a directory: without ``config.json`` if the directory has one, which may be another
+    library's and is left as it is.
+
+    Raises:
+        ValueError: transformers would make another tokenizer of the files beside that ``config.json``.
+    """
+    if _FILES[0] not in files or not (directory / CONFIG_FILE).is_file():
+        return files
+    if _kind(directory) != files.get(CONFIG_FILE):
+        raise ValueError(
+            f"directory: {directory} holds a {CONFIG_FILE} of another model, by which transformers would choose another "
+            f"kind of tokenizer than the model's; choose another directory, or remove {CONFIG_FILE} from it"
+        )
+    return {name: content for name, content in files.items() if name != CONFIG_FILE}
+
+
+def _kind(directory: Path) -> bytes | None:
+    """Of a directory's ``config.json``, as one of its own, by what transformers chooses a tokenizer's class; None if
+    nothing."""
+    path = directory / CONFIG_FILE
+    config = checks.read_json(path) if path.is_file() else None
+    found = {name: config[name] for name in _KIND if isinstance(config, dict) and isinstance(config.get(name), str)}
+    return json.dumps(found).encode("utf-8") if found else None
 
 
 def saved_in(configs: dict[str, Any], path: Path | str) -> dict[str, bytes] | None:
@@ -173,7 +204,7 @@ def _snapshot(model_name: str, cache_dir: str | None) -> Path | None:
     text_cfg = model_directory.read_config(directory)["model_cfg"]["text_cfg"]
     wanted = file_names(text_cfg)
     if wanted and hub.add_if_there(directory, model_name, wanted[0], cache_dir):
-        for file in wanted[1:]:
+        for file in (*wanted[1:], *[CONFIG_FILE] * (wanted == _FILES)):
             hub.add_if_there(directory, model_name, file, cache_dir)
     return directory
 

@@ -121,6 +121,17 @@ def test_a_tokenizer_of_hugging_face_is_the_same_on_the_hub_as_in_the_directory(
     assert tokens(tmp_path / "sparse") == tokens(tmp_path / "model")
 
 
+def test_a_download_that_fails_is_no_missing_file(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("timed out")
+
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
+    assert not hub.add_if_there(tmp_path, "hf-hub:org/own", "tokenizer_config.json")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError, match="timed out"):
+        hub.add_if_there(tmp_path, "hf-hub:org/own", "tokenizer_config.json")
+
+
 def test_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
     dense = tiny_clip()
     save_pretrained(dense, tmp_path / "model", tiny_config())

@@ -13,6 +13,7 @@ from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upc
 from clipup.atomic_files import replace_files
 from clipup.cli import main
 from clipup.clip.inputs import random_inputs
+from clipup.pretrained import tokenizers
 from clipup.pretrained.model_directory import CONFIG_NAME, WEIGHTS_NAME
 
 CONFIG = MoEConfig.clip_up(num_experts=3)
@@ -375,6 +376,29 @@ def test_the_hugging_face_tokenizer_of_a_directory_is_saved_with_what_is_made_of
 
     assert set(contents(tmp_path / "second")) == set(contents(tmp_path / "first"))
     assert (tmp_path / "second" / "vocab.txt").read_bytes() == b"vocab.txt"
+
+
+def test_the_kind_of_a_tokenizer_of_hugging_face_is_saved_with_it(tmp_path):
+    pytest.importorskip("transformers")
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/words"}
+    first = tmp_path / "first"
+    save_pretrained(tiny_clip(), first, config)
+    (first / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nred\n##d\nre\n")
+    (first / "tokenizer_config.json").write_text("{}")
+    (first / "config.json").write_text('{"model_type": "bert", "hidden_size": 8}')
+    expected = clipup.get_tokenizer(str(first))(["Redd"])
+
+    save_pretrained(tiny_clip(), tmp_path / "second", config, tokenizer_directory=first)
+    save_pretrained(tiny_clip(), first, config, tokenizer_directory=first)
+
+    files = tokenizers.files_of(config["text_cfg"], first)
+    assert torch.equal(clipup.get_tokenizer(str(tmp_path / "second"))(["Redd"]), expected)
+    assert torch.equal(tokenizers.from_files(config, files)(["Redd"]), expected)
+    assert (first / "config.json").read_text() == '{"model_type": "bert", "hidden_size": 8}'
+    (tmp_path / "second" / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match=r"second holds a config.json of another model, .*; choose another directory"):
+        save_pretrained(tiny_clip(), tmp_path / "second", config, tokenizer_directory=first)
 
 
 def test_all_files_have_default_permissions(saved):
