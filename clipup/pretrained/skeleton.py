@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def check_describes(model: nn.Module, model_cfg: dict[str, Any], moe_config: MoE
     found = differences(model, model_cfg, moe_config)
     if found:
         raise ValueError(
-            f"model_cfg describes another model than the one that is given: {_listed(found)}. Pass the config that the "
+            f"model_cfg describes another model than the one that is given: {listed(found)}. Pass the config that the "
             "model was created with: clipup.get_model_config(NAME), changed by the arguments of its creation "
             "(force_quick_gelu: quick_gelu; force_image_size: vision_cfg.image_size; force_context_length: "
             "text_cfg.context_length; init_logit_bias)"
@@ -62,7 +63,7 @@ def differences(
         weights_replaced: leave out what weights of that config bring or are resized for: names, shapes and sizes.
     """
     text_by_name = (model_cfg.get("text_cfg") or {}).get(_BY_NAME) is not None
-    described = _skeleton(model_cfg, moe_config, text_by_name, model.state_dict())
+    described = _skeleton(model_cfg, moe_config, text_by_name, dict(model.named_parameters()))
     ours, theirs = _modules(model, text_by_name), _modules(described, text_by_name)
     found = [] if weights_replaced else _of_weights(model, described, text_by_name)
     attributes = _ATTRIBUTES if weights_replaced else _ATTRIBUTES + _SIZES
@@ -78,13 +79,14 @@ def differences(
     return found
 
 
-def _listed(found: list[str]) -> str:
+def listed(found: list[str]) -> str:
+    """The first of many differences, for a message."""
     more = len(found) - _SHOWN
     return "; ".join(found[:_SHOWN]) + f"; and {more} more" * (more > 0)
 
 
 def _skeleton(
-    model_cfg: dict[str, Any], moe_config: MoEConfig | None, without_text: bool, weights: dict[str, Tensor]
+    model_cfg: dict[str, Any], moe_config: MoEConfig | None, without_text: bool, weights: Mapping[str, Tensor]
 ) -> nn.Module:
     """The model of a config on the meta device, or without values where a tower cannot be made there.
 

@@ -26,6 +26,8 @@ from .options import TrainOptions
 from .rng import preserved
 from .trained_parts import lock_parts
 
+_WRAPPERS = {".lora_": "LoRA", "._orig_mod.": "torch.compile", ".module.": "a wrapper such as DistributedDataParallel"}
+"""By what is in the names of their parameters."""
 Transform = Callable[[Any], torch.Tensor]
 """PIL image to tensor."""
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -86,6 +88,7 @@ def build_model(
         resumed: whether weights and moments come from a checkpoint of the run.
     """
     train_transform, val_transform = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
+    passed_in = model is not None
     if model is None:
         model, model_cfg, transforms, tokenizer, name = _create(options, ranks.device, precision, tokenizer)
         train_transform, val_transform = train_transform or transforms[0], val_transform or transforms[1]
@@ -99,7 +102,10 @@ def build_model(
     tokenizer_files = None
     if model_cfg is not None:
         model_cfg = architecture.with_logit_bias(model_cfg, getattr(model, "logit_bias", None))
-        skeleton.check_describes(model, model_cfg, getattr(model, "moe_config", None))
+        if passed_in:
+            _check_is_named(model, model_cfg, str(name))
+        else:
+            skeleton.check_describes(model, model_cfg, getattr(model, "moe_config", None))
         tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
     optimizer_state = None
     if options.resume_dense is not None and not resumed:
@@ -117,6 +123,29 @@ def build_model(
         _compile(model, options)
     transforms = train_transform, val_transform
     return Built(model, objective, *transforms, tokenizer, model_cfg, optimizer_state, tokenizer_files)
+
+
+def _check_is_named(model: nn.Module, model_cfg: dict[str, Any], name: str) -> None:
+    """
+    Raises:
+        ValueError: a model that was passed in is another one than that of the name.
+    """
+    way = (
+        "leave model out of the options (nothing is then saved as a model directory); to resume a run with model, add "
+        "resume_with_changes"
+    )
+    for mark, wrapper in _WRAPPERS.items():
+        if any(mark in f".{parameter}" for parameter, _ in model.named_parameters()):
+            raise ValueError(
+                f"model: the {type(model).__name__} that is passed in is wrapped or changed by {wrapper}, so its weights "
+                f"have other names than those of {name!r}, as which it would be saved; pass the plain model, or {way}"
+            )
+    found = skeleton.differences(model, model_cfg, getattr(model, "moe_config", None))
+    if found:
+        raise ValueError(
+            f"model: the one that is passed in is another than {name!r}, as which it would be saved: "
+            f"{skeleton.listed(found)}. Give the name of the model that is passed in, or {way}"
+        )
 
 
 def _compile(model: nn.Module, options: TrainOptions) -> None:

@@ -141,6 +141,19 @@ def test_they_are_refused_for_a_model_that_is_passed_in(make_model, pairs, optio
         train(options(**changes), model=make_model(), loader=pairs())
 
 
+def test_a_model_that_is_passed_in_is_that_of_the_name(named_model, make_model, pairs, options):
+    plain = make_model()
+    lora = make_model()
+    lora.visual.conv1.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(2)))
+    for model, message in (
+        (torch.compile(plain), "OptimizedModule that is passed in is wrapped or changed by torch.compile, so its"),
+        (lora, "CLIP that is passed in is wrapped or changed by LoRA, so its weights have other names"),
+        (make_model(quick_gelu=True), "is another than 'tiny', as which it would be saved: class of .*Give the name"),
+    ):
+        with pytest.raises(ValueError, match=f"model: the .*{message}.*leave model out of the options .*_with_changes"):
+            train(options(model=named_model), model=model, loader=pairs())
+
+
 def test_another_architecture_on_resume_is_refused_by_name(named_model, options, csv_data):
     settings = {"model": named_model, "train_data": csv_data, "workers": 0, "batch_size": 8, "steps": 1}
     train(options(**settings))
