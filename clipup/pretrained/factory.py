@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import textwrap
 import traceback
@@ -28,6 +29,7 @@ from .state_dicts import Weights, check_fit, check_types, read_weights
 from .structure import assign_weights, drop_parameters, without_random_numbers
 from .timm_size import is_resized, resize_tower
 
+LOG = logging.getLogger("clipup.pretrained")
 _NUMPY = (".npz", ".npy")  # weights of big_vision, which open_clip reads
 _TRANSFORM = ("mean", "std", "interpolation", "resize_mode")
 _FORCED_SIZES = {"vision_cfg.image_size": "force_image_size", "text_cfg.context_length": "force_context_length"}
@@ -159,7 +161,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -> None:
     """Refuses weights of sparse layers that route otherwise, and of a model with other activations, heads or masks:
-    they would fit.
+    they would fit. Checkpoints of earlier versions, which lack ``tokenizer_files``, have the config of their model's
+    name also where force_quick_gelu created it, so activations are left out.
 
     Args:
         configs: of the checkpoint with the weights (``Weights.configs``).
@@ -182,7 +185,10 @@ def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -
     if model_cfg is None or towers.is_timm(model):
         return
     model_directory.check_model_cfg(model_cfg, Path(path))
-    found = skeleton.differences(model, model_cfg, own, weights_replaced=True)
+    says_activations = "tokenizer_files" in configs
+    if not says_activations:
+        LOG.warning("%s is of an earlier version, so activations are not compared with the model's", path)
+    found = skeleton.differences(model, model_cfg, own, weights_replaced=True, activations=says_activations)
     if found:
         raise ValueError(
             f"{path} was trained as another model than the one that is given: {found[0]}; create the model as its run "

@@ -54,13 +54,18 @@ def check_describes(model: nn.Module, model_cfg: dict[str, Any], moe_config: MoE
 
 
 def differences(
-    model: nn.Module, model_cfg: dict[str, Any], moe_config: MoEConfig | None = None, weights_replaced: bool = False
+    model: nn.Module,
+    model_cfg: dict[str, Any],
+    moe_config: MoEConfig | None = None,
+    weights_replaced: bool = False,
+    activations: bool = True,
 ) -> list[str]:
     """What a config's model has otherwise than this one, in words: "is" in the model and "describes" in the config.
 
     Args:
         moe_config: of the model's sparse layers.
         weights_replaced: leave out what weights of that config bring or are resized for: names, shapes and sizes.
+        activations: compare these too.
     """
     text_by_name = (model_cfg.get("text_cfg") or {}).get(_BY_NAME) is not None
     described = _skeleton(model_cfg, moe_config, text_by_name, dict(model.named_parameters()))
@@ -69,7 +74,7 @@ def differences(
     attributes = _ATTRIBUTES if weights_replaced else _ATTRIBUTES + _SIZES
     for name in [name for name in ours if name in theirs]:
         one, other = _function(ours[name], attributes), _function(theirs[name], attributes)
-        if _is_activation(ours[name]) or _is_activation(theirs[name]):
+        if activations and (_is_activation(ours[name]) or _is_activation(theirs[name])):
             one["class"], other["class"] = type(ours[name]).__name__, type(theirs[name]).__name__
         found += [
             f"{what} of {name or 'the model'} is {shown(one[what])}, the config describes {shown(other[what])}"

@@ -100,8 +100,8 @@ def without_kind(files: dict[str, bytes], directory: Path) -> dict[str, bytes]:
         return files
     if _kind(directory) != files.get(CONFIG_FILE):
         raise ValueError(
-            f"directory: {directory} holds a {CONFIG_FILE} of another model, by which transformers would choose another "
-            f"kind of tokenizer than the model's; choose another directory, or remove {CONFIG_FILE} from it"
+            f"directory: {directory} holds a {CONFIG_FILE} of another model, by which transformers would choose "
+            f"another kind of tokenizer than the model's; choose another directory, or remove {CONFIG_FILE} from it"
         )
     return {name: content for name, content in files.items() if name != CONFIG_FILE}
 

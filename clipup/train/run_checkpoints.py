@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..pretrained import model_card, model_directory, origin, saving, tokenizers
+from ..pretrained import factory, model_card, model_directory, origin, saving, tokenizers
 from ..pretrained.shard_files import MODEL, read_index
 from . import checkpoints, resume, sharded_checkpoints, whole_state
 from .checkpoint_contents import check_optimizer
@@ -19,7 +19,7 @@ from .distributed import Ranks
 from .finite import FiniteGuard
 from .optim import load_optimizer_state, optimizer_state
 from .options import TrainOptions
-from .recorder import Recorder
+from .recorder import LOG, Recorder
 from .results import TrainingInterrupted
 from .run_directory import RunDirectory
 from .run_state import RunState
@@ -87,6 +87,7 @@ class RunCheckpoints:
         Raises:
             ValueError: the checkpoint is of another model, or from within an epoch of other data.
         """
+        self._check_function(checkpoint, source)
         self.state.restore(checkpoint, source, self.options, self.conditions, self.ranks)
         same_optimizer = (
             checkpoint.get("conditions", self.conditions)["options"].get("opt", "adamw") == self.options.opt
@@ -103,6 +104,28 @@ class RunCheckpoints:
             self.train_step.scaler.load_state_dict(checkpoint["scaler"])
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))
         self.guard.last_checkpoint = source
+
+    def _check_function(self, checkpoint: dict[str, Any], source: Path) -> None:
+        """Whether the model is the one of the checkpoint, whose weights may fit another one too.
+
+        Raises:
+            ValueError: it computes something else, or has another tokenizer; with ``resume_with_changes`` a warning.
+        """
+        configs = read_index(source).configs if source.is_dir() else checkpoint
+        trained = tokenizers.saved_in(configs, source)
+        own = None if self.built.other_tokenizer else self.built.tokenizer_files
+        try:
+            factory.check_configs(self.built.model, configs, source)
+            if trained is not None and own is not None and trained != own:
+                raise ValueError(
+                    f"{source} was trained with another tokenizer than that of {self.options.model}; restore the files "
+                    "of the tokenizer that the run began with"
+                )
+        except ValueError as error:
+            if not self.options.resume_with_changes:
+                raise ValueError(f"{error}. If the change is meant, add resume_with_changes") from error
+            if self.ranks.first:
+                LOG.warning("%s", error)
 
     def _restore_sharded(self, checkpoint: dict[str, Any], source: Path, same_optimizer: bool) -> None:
         if not same_optimizer:
@@ -192,7 +215,9 @@ class RunCheckpoints:
             "model_cfg": self.built.model_cfg,
             "moe_cfg": None if moe_config is None else moe_config.to_dict(),
             "preprocess_cfg": None if preprocess_cfg is None else saving.preprocess_fields(preprocess_cfg),
-            "tokenizer_files": None if files is None else tokenizers.for_checkpoint(files),
+            "tokenizer_files": None
+            if files is None or self.built.other_tokenizer
+            else tokenizers.for_checkpoint(files),
         }
 
     def delete_kept(self, epoch: int, successor: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from ..checks import check
+from ..clip import word_tokenizer
 from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_train_data
 from ..data.train_data import TrainData
@@ -28,6 +30,9 @@ from .trained_parts import lock_parts
 
 _WRAPPERS = {".lora_": "LoRA", "._orig_mod.": "torch.compile", ".module.": "a wrapper such as DistributedDataParallel"}
 """By what is in the names of their parameters."""
+_PROBES = ("a photo of a cat", "Zwei rote Äpfel, 3 & 14!", "日本の猫", "unbelievable arrow left " * 40)
+"""Texts by which two tokenizers are compared."""
+LOG = logging.getLogger("clipup.train")
 Transform = Callable[[Any], torch.Tensor]
 """PIL image to tensor."""
 Tokenizer = Callable[[list[str]], torch.Tensor]
@@ -49,6 +54,9 @@ class Built(NamedTuple):
     tokenizer_files: dict[str, bytes] | None = None
     """Of the model's tokenizer as the run began, which checkpoints and the trained model bring; None like
     ``model_cfg``."""
+    other_tokenizer: bool = False
+    """Whether the run trains with a tokenizer that was passed in and gives other tokens than the model's, so that
+    checkpoints do not say which one they were trained with."""
 
 
 def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) -> None:
@@ -85,8 +93,10 @@ def build_model(
     Args:
         model: an existing model; ``options.model`` then only names its architecture, for saving.
         preprocess: the transform of training and validation images, or a pair of them.
+        tokenizer: in place of the model's. Words are saved with the model; another one is not, which is a warning.
         resumed: whether weights and moments come from a checkpoint of the run.
     """
+    given_tokenizer = tokenizer
     train_transform, val_transform = preprocess if isinstance(preprocess, tuple) else (preprocess, preprocess)
     passed_in = model is not None
     if model is None:
@@ -99,7 +109,7 @@ def build_model(
         model = model.to(ranks.device)
         name = options.model
         model_cfg = None if name is None else model_names.get_model_config(name)
-    tokenizer_files = None
+    tokenizer_files, other_tokenizer = None, False
     if model_cfg is not None:
         model_cfg = architecture.with_logit_bias(model_cfg, getattr(model, "logit_bias", None))
         if passed_in:
@@ -107,9 +117,18 @@ def build_model(
         else:
             skeleton.check_describes(model, model_cfg, getattr(model, "moe_config", None))
         tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
+        if given_tokenizer is not None:
+            tokenizer_files, other_tokenizer = _files_of_given(given_tokenizer, model_cfg, tokenizer_files)
+        if other_tokenizer and ranks.first:
+            LOG.warning(
+                "the tokenizer that is passed in gives other tokens than that of %s, which is named by the model that "
+                "is saved at the end; keep yours for it",
+                name,
+            )
     optimizer_state = None
     if options.resume_dense is not None and not resumed:
-        optimizer_state = _resume_dense(model, options.resume_dense, options, tokenizer_files)
+        expected = None if other_tokenizer else tokenizer_files
+        optimizer_state = _resume_dense(model, options.resume_dense, options, expected)
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
     parallel.check(model, options, ranks, precision)
@@ -122,7 +141,30 @@ def build_model(
     if options.torchcompile:
         _compile(model, options)
     transforms = train_transform, val_transform
-    return Built(model, objective, *transforms, tokenizer, model_cfg, optimizer_state, tokenizer_files)
+    return Built(model, objective, *transforms, tokenizer, model_cfg, optimizer_state, tokenizer_files, other_tokenizer)
+
+
+def _files_of_given(
+    tokenizer: Any, model_cfg: dict[str, Any], files: dict[str, bytes]
+) -> tuple[dict[str, bytes], bool]:
+    """The files to save of a tokenizer that was passed in, and whether they are of another one.
+
+    Args:
+        files: of the model's tokenizer by its name.
+    """
+    text_cfg = model_cfg["text_cfg"]
+    if isinstance(tokenizer, word_tokenizer.WordTokenizer) and word_tokenizer.uses_words(text_cfg):
+        text = files[word_tokenizer.FILE_NAME].decode("utf-8")
+        if text.split() != list(tokenizer.words):
+            text = "\n".join(tokenizer.words) + "\n"
+        word_tokenizer.from_text(text, text_cfg)
+        return {word_tokenizer.FILE_NAME: text.encode("utf-8")}, False
+    try:
+        named = tokenizers.from_files(model_cfg, files)
+    except (ImportError, OSError, ValueError):  # not on this machine, where nothing needs it
+        return files, True
+    given, expected = (torch.as_tensor(one(list(_PROBES))) for one in (tokenizer, named))
+    return files, not torch.equal(given, expected)
 
 
 def _check_is_named(model: nn.Module, model_cfg: dict[str, Any], name: str) -> None:
@@ -137,8 +179,8 @@ def _check_is_named(model: nn.Module, model_cfg: dict[str, Any], name: str) -> N
     for mark, wrapper in _WRAPPERS.items():
         if any(mark in f".{parameter}" for parameter, _ in model.named_parameters()):
             raise ValueError(
-                f"model: the {type(model).__name__} that is passed in is wrapped or changed by {wrapper}, so its weights "
-                f"have other names than those of {name!r}, as which it would be saved; pass the plain model, or {way}"
+                f"model: the {type(model).__name__} that is passed in is wrapped or changed by {wrapper}, so its "
+                f"weights have other names than those of {name!r}, as which it would be saved; pass the plain model, or {way}"
             )
     found = skeleton.differences(model, model_cfg, getattr(model, "moe_config", None))
     if found:

@@ -187,3 +187,14 @@ def test_the_vocabulary_that_a_run_began_with_is_converted_with_its_checkpoint(t
     assert main(["convert", str(path), str(tmp_path / "out")]) == 0
 
     assert clipup.get_tokenizer(str(tmp_path / "out"))(["blue"])[0, 1] == 5
+
+
+def test_activations_of_a_checkpoint_of_an_earlier_version_are_not_compared(checkpoint, caplog):
+    path, _ = checkpoint()
+    model, *_ = clipup.create_model_and_transforms(NAME, load_weights=False, force_quick_gelu=True)
+
+    clipup.load_checkpoint(model, path)
+    assert "epoch_1.pt is of an earlier version, so activations are not compared" in caplog.text
+    torch.save(torch.load(path) | {"tokenizer_files": {}}, path)
+    with pytest.raises(ValueError, match="class of .* is 'QuickGELU', the config describes 'GELU'"):
+        clipup.load_checkpoint(model, path)

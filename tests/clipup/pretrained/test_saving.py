@@ -318,7 +318,9 @@ def test_the_tokenizer_in_a_directory_is_kept_or_replaced_on_demand_only(with_wo
 
     save_pretrained(model, directory, config, tokenizer_directory=directory)
     assert clipup.get_tokenizer(str(directory))(["blue"])[0, 1] == 5
-    with pytest.raises(ValueError, match=r"holds a tokenizer \(tokenizer_config.json\) that is not the one which model"):
+    with pytest.raises(
+        ValueError, match=r"holds a tokenizer \(tokenizer_config.json\) that is not the one which model"
+    ):
         save_pretrained(model, directory, named)
     save_pretrained(model, directory, named, tokenizer_directory=tmp_path / "plain")
     assert {"tokenizer_config.json", "vocab.txt"}.isdisjoint(contents(directory))

@@ -143,3 +143,46 @@ def test_a_tokenizer_that_is_not_found_is_asked_for(own, earlier, tmp_path, caps
     )
     assert main(["convert", str(moved), str(tmp_path / "out"), "--model", str(tmp_path / "elsewhere")]) == 0
     assert tokens(tmp_path / "out") == tokens(tmp_path / "elsewhere")
+
+
+def run_of(csv_data, tmp_path, **options):
+    usual = {"train_data": csv_data, "batch_size": 4, "workers": 0, "steps": 1, "warmup": 0, "device": "cpu"}
+    return TrainOptions(**{**usual, "model": NAME, "logs": str(tmp_path / "logs"), "name": "run", **options})
+
+
+def test_the_words_of_a_tokenizer_that_is_passed_in_are_saved(own, csv_data, tmp_path):
+    result = train(run_of(csv_data, tmp_path), tokenizer=clipup.get_tokenizer(str(own)))
+
+    assert main(["convert", str(newest(result.directory)), str(tmp_path / "out")]) == 0
+    assert tokens(result.directory / "model") == tokens(tmp_path / "out") == tokens(own)
+
+
+def test_another_tokenizer_that_is_passed_in_is_not_saved_as_the_models(csv_data, tmp_path, caplog):
+    named = clipup.get_tokenizer(NAME)
+
+    result = train(run_of(csv_data, tmp_path), tokenizer=lambda texts: named([text[::-1] for text in texts]))
+    assert torch.load(newest(result.directory))["tokenizer_files"] is None
+    assert f"passed in gives other tokens than that of {NAME}" in caplog.text
+    caplog.clear()
+    result = train(run_of(csv_data, tmp_path, name="same"), tokenizer=lambda texts: named(texts))
+    assert torch.load(newest(result.directory))["tokenizer_files"] is not None and "other tokens" not in caplog.text
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["file", "sharded"])
+@pytest.mark.parametrize("changed", ["vocabulary", "activation"])
+def test_a_run_does_not_go_on_as_another_model_when_its_directory_changed(own, csv_data, tmp_path, changed, sharded):
+    options = {"model": str(own), "fsdp_checkpoint": "sharded" if sharded else "full"}
+    train(run_of(csv_data, tmp_path, **options))
+    if changed == "vocabulary":
+        words = (own / "vocabulary.txt").read_text().split()
+        (own / "vocabulary.txt").write_text("\n".join(reversed(words)))
+    else:
+        content = (own / "open_clip_config.json").read_text()
+        (own / "open_clip_config.json").write_text(
+            content.replace('"model_cfg": {', '"model_cfg": {"quick_gelu": true,')
+        )
+    message = {"vocabulary": "another tokenizer than that of", "activation": "trained as another model than"}[changed]
+
+    with pytest.raises(ValueError, match=f"{message}.* If the change is meant, add resume_with_changes"):
+        train(run_of(csv_data, tmp_path, **options, steps=2, resume="latest"))
+    assert train(run_of(csv_data, tmp_path, **options, steps=2, resume="latest", resume_with_changes=True)).steps == 2
