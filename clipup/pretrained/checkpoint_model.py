@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import open_clip
+from open_clip.model import CLIPTextCfg
 from torch import nn
 
 from .. import checks
@@ -16,6 +17,13 @@ from .config_files import check_depth
 from .model_directory import CONFIG_NAME
 from .state_dicts import Weights
 from .timm_size import resize_tower
+
+
+_OF_TOKENIZER = (
+    *(("hf_tokenizer_name", None), ("tokenizer_kwargs", None), ("tokenizer_mode", None)),
+    ("vocab_size", CLIPTextCfg.vocab_size),
+)
+"""Fields of ``text_cfg``, with open_clip's defaults."""
 
 
 class CheckpointModel(NamedTuple):
@@ -34,7 +42,7 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
     Args:
         weights: of the checkpoint.
         path: of the checkpoint, for messages.
-        name: of the model, for a checkpoint without its config.
+        name: of the model, for a checkpoint without its config, or without its tokenizer.
 
     Raises:
         ValueError: the checkpoint has no config and there is no name, or there are both and they differ; or the weights
@@ -46,7 +54,7 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
         named = model_names.get_model_config(name)
         own = configs.setdefault("model_cfg", named)
         model_directory.check_model_cfg(own, path)
-        if architecture.differing(own, named):
+        if _differ(own, named, tokenizers.saved_in(weights.configs, path) is not None):
             raise ValueError(
                 f"model: {path} holds the config of its model, which is not that of {name!r}; drop --model"
             )
@@ -71,6 +79,15 @@ def checkpoint_model(weights: Weights, path: Path, name: str | None = None) -> C
     resize_tower(model, configs["model_cfg"], weights.state_dict)
     factory.load_state_dict(model, weights.state_dict, str(path))
     return CheckpointModel(model, preprocess, configs["model_cfg"], files)
+
+
+def _differ(own: dict[str, Any], named: dict[str, Any], has_tokenizer: bool) -> bool:
+    """Whether the configs of a checkpoint and of a name are those of other models. If the name only stands for the
+    tokenizer, which an earlier checkpoint lacks: whether those of other tokenizers."""
+    ours, theirs = own["text_cfg"], named["text_cfg"]
+    if has_tokenizer or not ours.get("hf_tokenizer_name"):
+        return bool(architecture.differing(own, named))
+    return any((ours.get(field) or default) != (theirs.get(field) or default) for field, default in _OF_TOKENIZER)
 
 
 def _tokenizer_files(weights: Weights, path: Path, text_cfg: dict[str, Any], name: str | None) -> dict[str, bytes]:

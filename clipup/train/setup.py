@@ -180,7 +180,8 @@ def _check_is_named(model: nn.Module, model_cfg: dict[str, Any], name: str) -> N
         if any(mark in f".{parameter}" for parameter, _ in model.named_parameters()):
             raise ValueError(
                 f"model: the {type(model).__name__} that is passed in is wrapped or changed by {wrapper}, so its "
-                f"weights have other names than those of {name!r}, as which it would be saved; pass the plain model, or {way}"
+                f"weights have other names than those of {name!r}, as which it would be saved; pass the plain model, "
+                f"or {way}"
             )
     found = skeleton.differences(model, model_cfg, getattr(model, "moe_config", None))
     if found:

@@ -145,6 +145,20 @@ def test_a_tokenizer_that_is_not_found_is_asked_for(own, earlier, tmp_path, caps
     assert tokens(tmp_path / "out") == tokens(tmp_path / "elsewhere")
 
 
+def test_a_moved_earlier_checkpoint_of_a_changed_model_takes_its_tokenizer_from_the_name(own, earlier, tmp_path):
+    moved, out = tmp_path / "moved.pt", tmp_path / "out"
+    content = torch.load(earlier)
+    content["model_cfg"]["quick_gelu"] = True
+    torch.save(content, moved)
+    other = clipup.get_model_config(NAME)
+    other["text_cfg"]["tokenizer_kwargs"] = {"clean": "lower"}
+    clipup.save_pretrained(clipup.create_model_and_transforms(NAME)[0], tmp_path / "other", other)
+
+    assert main(["convert", str(moved), str(out), "--model", str(tmp_path / "other")]) == 2
+    assert main(["convert", str(moved), str(out), "--model", str(own)]) == 0
+    assert tokens(out) == tokens(own) and clipup.get_model_config(str(out))["quick_gelu"]
+
+
 def run_of(csv_data, tmp_path, **options):
     usual = {"train_data": csv_data, "batch_size": 4, "workers": 0, "steps": 1, "warmup": 0, "device": "cpu"}
     return TrainOptions(**{**usual, "model": NAME, "logs": str(tmp_path / "logs"), "name": "run", **options})
