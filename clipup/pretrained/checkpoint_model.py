@@ -18,7 +18,6 @@ from .model_directory import CONFIG_NAME
 from .state_dicts import Weights
 from .timm_size import resize_tower
 
-
 _OF_TOKENIZER = (
     *(("hf_tokenizer_name", None), ("tokenizer_kwargs", None), ("tokenizer_mode", None)),
     ("vocab_size", CLIPTextCfg.vocab_size),
