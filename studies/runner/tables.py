@@ -39,6 +39,16 @@ class Tables:
         """The tables of the runs from starts of so many steps."""
         return Tables(results.of_start(self.results, steps))
 
+    def difference(self, run: str, other: str) -> str:
+        """R@1 of a run minus that of another one, mean over styles, names and directions, in points."""
+        if run not in self.results or other not in self.results:
+            return MISSING
+        return _lead(results.lead([(self.results[run], self.results[other])]))
+
+    def with_runs_of(self, other: Tables) -> Tables:
+        """The tables of these runs and another study's."""
+        return Tables(self.results | other.results)
+
     def data(self) -> dict:
         """The description of the data in the logs, which must be the same in all of them."""
         seen = {one.config["data"]["fingerprint"]: one.config["data"] for one in self.results.values()}

@@ -155,6 +155,10 @@ def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_reco
     shutil.move(tmp_path / "logs", converged / "logs")
     for name in (study_page.PART, "step.csv"):
         shutil.copy(ROOT / "studies" / "converged" / name, converged)
+    for arm, score in (("clip_up", 0.6), ("dense_equal_flops", 0.5)):
+        layers = LAYERS if arm == "clip_up" else None
+        records = make_records(f"{arm}-higher", arm, lr=0.2, score=score, start="dense-30000", layers=layers)
+        log.write(tmp_path / "converged_rate" / "logs" / f"{arm}.jsonl", records)
     include = "{% with tables = study('converged') %}{% include 'converged/part.md.j2' %}{% endwith %}"
     (page / study_page.TEMPLATE).write_text(include)
 
@@ -164,6 +168,7 @@ def test_the_part_of_the_converged_study_says_what_its_logs_say(write, make_reco
     assert "on validation by **+0.75 ± 0.00** points" in text and "where the\nnumber is **+1.50 ± 0.00**, and" in text
     assert re.search(r"\| dense equal flops \| 5 \| 3 \|.*\| \*\*\+1\.80 ± 0\.00\*\* \|", text)
     assert "Drawings:\n" in text and "27.5" in text
+    assert "| 0.2 | – | – | +4.50 | 1 |" in text and "| clip up | 5 | **0.2: 45.00** |" in text
     shown = set(re.findall(r"\((study_\w+\.svg)\)", text))
     assert shown == {path.name for path in written if path.name.startswith("study_converged")}
 

@@ -157,6 +157,24 @@ def test_leads_at_one_rate_for_both_arms_tell_what_tuning_one_alone_would_give(w
     assert rows(Tables(write(*logs)).leads_by_rate("limoe", ["dense_continued"]))[2:] == [["–"] * 3]  # no run yet
 
 
+def test_runs_of_another_study_can_be_shown_beside_these(write, make_records):
+    logs = [make_records("start", "dense", score=0.1)]
+    for arm, score in (("clip_up", 0.52), ("dense_continued", 0.50)):
+        logs += [make_records(f"{arm}-low", arm, lr=0.1, score=score, start="start")]
+    apart = [make_records("clip_up-high", lr=0.2, score=0.6, start="start")]
+    apart += [make_records("dense-high", "dense_continued", lr=0.2, score=0.5, start="start")]
+    found = write(*logs, *apart)
+    tables = Tables({name: run for name, run in found.items() if "high" not in name})
+
+    both = tables.with_runs_of(Tables({name: run for name, run in found.items() if "high" in name}))
+
+    lines = rows(both.leads_by_rate("clip_up", ["dense_continued"]))[2:]
+    assert lines == [["0.1", "+0.90", "1"], ["0.2", "+4.50", "1"]]
+    assert len(rows(tables.leads_by_rate("clip_up", ["dense_continued"]))[2:]) == 1
+    assert both.difference("clip_up-high", "dense_continued-low") == "+4.50"
+    assert tables.difference("clip_up-high", "dense_continued-low") == MISSING
+
+
 def test_growth_is_over_the_seeds_that_all_arms_of_a_length_have_at_their_best_rates(write, make_records):
     def record(arm, budget, seed, score, **more):
         name = f"{arm}-{budget}-{more.get('lr', 0.1)}-s{seed}"
