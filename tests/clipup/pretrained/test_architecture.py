@@ -79,8 +79,8 @@ def test_a_config_that_gives_no_model_is_not_saved(tmp_path):
         save_pretrained(tiny_clip(), tmp_path / "out", config)
 
 
-def saved_checkpoint(path, model, config, moe_cfg=None):
-    content = {"state_dict": model.state_dict(), "epoch": 1, "model_cfg": config, "moe_cfg": moe_cfg}
+def saved_checkpoint(path, model, config, moe_cfg=None, **more):
+    content = {"state_dict": model.state_dict(), "epoch": 1, "model_cfg": config, "moe_cfg": moe_cfg, **more}
     torch.save({**content, "preprocess_cfg": None}, path)
     return str(path)
 
@@ -144,7 +144,7 @@ def test_weights_of_sparse_layers_that_route_otherwise_are_not_loaded_into_a_mod
 def test_weights_of_another_activation_are_not_loaded_into_a_model_but_of_other_sizes_are(tmp_path):
     model, *_ = clipup.create_model_and_transforms(NAME)
     config = clipup.get_model_config(NAME)
-    path = saved_checkpoint(tmp_path / "gelu.pt", model, {**config, "quick_gelu": True})
+    path = saved_checkpoint(tmp_path / "gelu.pt", model, {**config, "quick_gelu": True}, tokenizer_files=None)
 
     with pytest.raises(ValueError, match="gelu.pt was trained as another model .*'GELU', the config describes 'Quick"):
         clipup.load_checkpoint(model, path)
