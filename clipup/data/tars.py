@@ -361,7 +361,7 @@ class _Header(tarfile.TarInfo):
         try:
             found = super().frombuf(buf, encoding, errors)
             if found.type in _EXTENDED and found.size > _MOST_EXTENDED:  # which tarfile would read at once
-                raise tarfile.InvalidHeaderError("an extended header is damaged")
+                raise tarfile.InvalidHeaderError("an extended header is damaged")  # type: ignore[attr-defined]  # of the stub
             return found
         except tarfile.HeaderError:
             if buf == bytes(tarfile.BLOCKSIZE):
