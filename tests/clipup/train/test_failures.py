@@ -149,12 +149,12 @@ def test_a_checkpoint_of_another_run_is_not_continued_in_a_used_directory(run):
         run(resume=str(other.directory / "checkpoints" / "epoch_latest.pt"))
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name_and_shape(run, make_model):
+def test_a_checkpoint_of_another_model_is_refused_by_what_differs(run, make_model):
     run(model=make_model(clipup.MoEConfig(num_experts=4)))
 
     with pytest.raises(ValueError, match="another model.*mlp.c_fc.weight .* is missing.*in_weight .* is unknown"):
         run(resume="latest")
-    with pytest.raises(ValueError, match=r"is \[4, 128, 32\] in the checkpoint and \[8, 128, 32\] in"):
+    with pytest.raises(ValueError, match="was trained with num_experts=4, the model has num_experts=8"):
         run(model=make_model(clipup.MoEConfig(num_experts=8)), resume="latest")
 
 
