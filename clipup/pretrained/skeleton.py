@@ -18,7 +18,6 @@ from ..moe.config import MoEConfig
 from ..upcycling.upcycle import upcycle
 from .hub import OF_RANDOM_WEIGHTS, suppress_log_lines
 from .model_directory import CONFIG_NAME
-from .structure import without_random_numbers
 from .timm_size import resize_tower
 
 _SIZES = ("image_size", "context_length")
@@ -93,7 +92,7 @@ def listed(found: list[str]) -> str:
 def _skeleton(
     model_cfg: dict[str, Any], moe_config: MoEConfig | None, without_text: bool, weights: Mapping[str, Tensor]
 ) -> nn.Module:
-    """The model of a config on the meta device, or without values where a tower cannot be made there.
+    """The model of a config on the meta device.
 
     Args:
         without_text: with a text tower of one small block, which nothing compares.
@@ -106,26 +105,16 @@ def _skeleton(
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / CONFIG_NAME).write_text(json.dumps({"model_cfg": model_cfg}), encoding="utf-8")
         try:
-            try:
-                with torch.device("meta"):
-                    model = _create(directory, "meta")
-                    resize_tower(model, model_cfg, weights)
-            except (NotImplementedError, RuntimeError):  # a module that reads its own values
-                with without_random_numbers():
-                    model = _create(directory, "cpu")
-                    resize_tower(model, model_cfg, weights)
+            with torch.device("meta"), suppress_log_lines(OF_RANDOM_WEIGHTS):
+                model = open_clip.create_model(
+                    f"local-dir:{directory}", load_weights=False, device="meta", pretrained_text=False
+                )
+                resize_tower(model, model_cfg, weights)
         except Exception as error:  # open_clip and timm have no common class for what a wrong option raises
             raise ValueError(
                 f"model_cfg: open_clip could not create a model of it: {type(error).__name__}: {error}"
             ) from error
     return model if moe_config is None else upcycle(model, moe_config, inplace=True)
-
-
-def _create(directory: str, device: str) -> nn.Module:
-    with suppress_log_lines(OF_RANDOM_WEIGHTS):
-        return open_clip.create_model(
-            f"local-dir:{directory}", load_weights=False, device=device, pretrained_text=False
-        )
 
 
 def _of_weights(model: nn.Module, described: nn.Module, text_by_name: bool) -> list[str]:

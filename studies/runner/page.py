@@ -22,6 +22,7 @@ from clipup.atomic_files import replace_files
 
 from . import results
 from .config import SUFFIX as CONFIG_SUFFIX
+from .figures import figures as figures_of
 from .tables import Tables
 
 TEMPLATE, PART = "page.md.j2", "part.md.j2"
@@ -64,11 +65,11 @@ def write(study: str | Path, out: str | Path) -> list[Path]:
         if isinstance(error, OSError) and not isinstance(error, jinja2.TemplateNotFound):
             raise
         raise ValueError(f"{study / TEMPLATE} cannot be rendered: {type(error).__name__}: {error}") from error
-    figures = tables.figures() | {
+    figures = figures_of(tables) | {
         f"{name}_{key}": svg
         for name, of in parts.items()
         if _own(_beside(study, name), PART).is_file()
-        for key, svg in of.figures().items()
+        for key, svg in figures_of(of).items()
     }
     written = {out.with_name(f"{out.stem}_{name}.svg"): figure + "\n" for name, figure in figures.items()} | {out: text}
     replace_files({path: partial(_write, text) for path, text in written.items()})

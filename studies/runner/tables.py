@@ -1,4 +1,4 @@
-"""Tables and figures of a study's results."""
+"""Tables of a study's results."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from statistics import fmean
 
-from clipup.inspection.figures import svg
-from clipup.inspection.figures.charts import Series, line_chart
-from clipup.inspection.figures.format import MISSING, percent, percent_tick, short
+from clipup.inspection.figures.format import MISSING, percent
 
 from . import results
 from .results import Result
 
-_WIDTH, _HEIGHT = 640, 340
-_DENSE = ("dense_continued", "dense_equal_flops")
 _SEEDS_OF_A_START = 2  # one has no interval
 
 
@@ -77,7 +73,7 @@ class Tables:
         rows = []
         for group, runs in self.groups:
             steps = runs[0].config["steps"]
-            cells = [_label(group.arm), f"{steps:,}", f"{runs[0].config['lr']:g}", str(len(runs)), self._pflop(runs)]
+            cells = [label(group.arm), f"{steps:,}", f"{runs[0].config['lr']:g}", str(len(runs)), self._pflop(runs)]
             for way in results.WAYS:
                 values = {name: [run.test[split][way][name] for run in runs] for name in ("r1", "r5", "nll")}
                 cells += [_spread(values["r1"], percent), _spread(values["r5"], percent), _spread(values["nll"], _nll)]
@@ -92,7 +88,7 @@ class Tables:
         rows = []
         for group, pairs in self._pairs(arm):
             each = [results.lead(pairs, [split], [way]) for split in splits for way in results.WAYS]
-            cells = [_label(group.arm), f"{group.budget:,}", str(len(pairs))]
+            cells = [label(group.arm), f"{group.budget:,}", str(len(pairs))]
             nll = _nats(results.lead(pairs, splits, measure="nll"))
             rows.append([*cells, *map(_lead, [*each, results.lead(pairs, splits)]), nll])
         return _table(head, rows)
@@ -131,7 +127,7 @@ class Tables:
             if not seeds:
                 raise ValueError(f"{', '.join(of_arm)} of {group.budget} steps have no seed in common: run one more")
             found = {name: [of_seed[seed] for seed in seeds] for name, of_seed in of_arm.items()}
-            starts = self._starts_of(found[arm])
+            starts = self.starts_of(found[arm])
             if starts and not lines:
                 before = _recall(starts, splits)
                 lines.append(["0", str(len(seeds)), *[before] * (1 + len(others)), *[MISSING] * len(others)])
@@ -139,7 +135,7 @@ class Tables:
             pairs = {name: list(zip(found[arm], runs, strict=True)) for name, runs in found.items()}
             leads = [_lead(results.lead(pairs[name], splits)) if name in pairs else MISSING for name in others]
             lines.append([f"{group.budget:,}", str(len(seeds)), *recalls, *leads])
-        head = ["steps", "seeds", *map(_label, (*others, arm)), *(f"minus {_label(other)}" for other in others)]
+        head = ["steps", "seeds", *map(label, (*others, arm)), *(f"minus {label(other)}" for other in others)]
         return _table(head, lines)
 
     def validation(self, run: str) -> str:
@@ -199,7 +195,7 @@ class Tables:
     ) -> str:
         """The lead of an arm over another one at its smallest budget, in points, for a sentence. ``seeds``: default
         all. ``measure``: ``r1`` or ``r5``."""
-        pairs = self._shortest(arm).get(other, [])
+        pairs = self.shortest(arm).get(other, [])
         of_seeds = [pair for pair in pairs if seeds is None or pair[0].config["seed"] in seeds]
         return _lead(results.lead(of_seeds, splits, measure=measure)) if of_seeds else MISSING
 
@@ -207,7 +203,7 @@ class Tables:
         """R@1 of an arm minus that of its starts, at its smallest budget, in points, for a sentence."""
         budget = min((group.budget for group, _ in self.groups if group.arm == arm), default=None)
         runs = next((runs for group, runs in self.groups if (group.arm, group.budget) == (arm, budget)), [])
-        starts = self._starts_of(runs)
+        starts = self.starts_of(runs)
         return _lead(results.lead(list(zip(runs, starts, strict=True)), splits)) if starts else MISSING
 
     def leads_by_start(self, arm: str, others: Sequence[str], splits: Sequence[str] = results.TESTS) -> str:
@@ -215,20 +211,20 @@ class Tables:
         leads over both, at its smallest budget, over the seeds that all arms of all rows have. Starts with a single
         seed are left out while others have more."""
         fewer, more = others
-        starts, seeds = self._comparable_starts(arm, others)
+        starts, seeds = self.comparable_starts(arm, others)
         lines = []
         for steps in starts:
             of = self.of_start(steps)
             leads = [of.lead(arm, other, splits, seeds) for other in others]
             lines.append([f"{steps:,}", str(len(seeds)), of.lead(more, fewer, ["validation"], seeds), *leads])
-        gain = f"{_label(more)} minus {_label(fewer)}, validation"
-        return _table(["steps of the start", "seeds", gain, *(f"minus {_label(other)}" for other in others)], lines)
+        gain = f"{label(more)} minus {label(fewer)}, validation"
+        return _table(["steps of the start", "seeds", gain, *(f"minus {label(other)}" for other in others)], lines)
 
-    def _comparable_starts(self, arm: str, others: Sequence[str]) -> tuple[list[int], list[int]]:
+    def comparable_starts(self, arm: str, others: Sequence[str]) -> tuple[list[int], list[int]]:
         """The starts that ``leads_by_start`` is about, and the seeds that all of ``arm`` and ``others`` have there."""
         seeds: dict[int, set[int]] = {}
         for steps in self.starts:
-            pairs = self.of_start(steps)._shortest(arm)
+            pairs = self.of_start(steps).shortest(arm)
             of_arms = [{ours.config["seed"] for ours, _ in pairs.get(other, [])} for other in others]
             seeds[steps] = set.intersection(*of_arms)
         enough = min(_SEEDS_OF_A_START, max(map(len, seeds.values()), default=0))
@@ -246,14 +242,14 @@ class Tables:
             if not of_arm:
                 continue
             group, runs = min(of_arm)
-            start = fmean(run.selection for run in self._starts_of(runs))
+            start = fmean(run.selection for run in self.starts_of(runs))
             steps = [one["step"] for one in runs[0].validations]
             curve = [fmean(_of_validation(run.validations[at]) for run in runs) for at in range(len(steps))]
             lowest = min(range(len(steps)), key=curve.__getitem__)
             back = next((at for at in range(lowest, len(steps)) if curve[at] >= start), None)
             share = [MISSING if at is None else f"{steps[at] / steps[-1]:.0%}" for at in (lowest, back)]
             values = [percent(value, 2) for value in (start, curve[lowest], curve[-1])]
-            cells = [_label(group.arm), f"{steps[-1]:,}", str(len(runs))]
+            cells = [label(group.arm), f"{steps[-1]:,}", str(len(runs))]
             rows.append([*cells, values[0], values[1], *share, values[2]])
         return _table(head, rows)
 
@@ -290,7 +286,7 @@ class Tables:
                 of_seeds = f" (seeds {', '.join(map(str, seeds[rate]))})" if named else ""
                 text = f"{rate:g}{of_seeds}: {' / '.join(percent(run.selection, 2) for run in of_rate)}"
                 cells.append(f"**{text}**" if of_rate[0].name in picked else text)
-            rows.append([_label(group.arm), f"{runs[0].config['steps']:,}", ", ".join(cells)])
+            rows.append([label(group.arm), f"{runs[0].config['steps']:,}", ", ".join(cells)])
         return _table(["arm", "steps", "learning rate: R@1 on validation, by seed"], rows)
 
     def experts(self) -> str:
@@ -349,65 +345,6 @@ class Tables:
                 seeds.setdefault(processor, []).append(seed)
         return _table(["machine", "seeds"], [[name, ", ".join(map(str, of))] for name, of in seeds.items()])
 
-    def figures(self) -> dict[str, str]:
-        """As SVG: ``recall`` at the end over FLOPs, of the arms that have several lengths if any do; the training
-        ``loss`` of their longest runs; and the ``similarity`` of the experts of every sparse group. Loss and similarity
-        are those of each group's first seed.
-
-        If there are several starts, these are of the longest, and ``starts`` are the leads of CLIP-UP by the steps of
-        the start.
-        """
-        if len(self.starts) < 2:
-            return self._over_training()
-        return self.of_start(self.starts[-1])._over_training() | {"starts": self._over_starts()}
-
-    def _over_training(self) -> dict[str, str]:
-        lengths: dict[str, list[list[Result]]] = {}
-        for group, runs in self.groups:
-            lengths.setdefault(group.arm, []).append(runs)
-        several = {arm: groups for arm, groups in lengths.items() if len(groups) > 1} or lengths
-        recall = [self._over_flops(arm, groups) for arm, groups in several.items()]
-        longest = [groups[-1][0] for groups in several.values()]
-        starts = {run.config["start"] for run in self.results.values()}
-        continued = [run for run in longest if run.name not in starts]  # whose losses differ by little
-        longest = continued or longest
-        loss = [_over_steps(run, run.training, "contrastive") for run in longest]
-        sparse = [runs[0] for _, runs in self.groups if runs[0].layers]
-        alike = [_over_steps(run, run.validations, "similarity") for run in sparse]
-        figures = {
-            "recall": (
-                recall,
-                "R@1 on styles and names at the end of a run",
-                "PFLOP of training, start included",
-                "R@1",
-            ),
-            "loss": (loss, "Contrastive loss in training", "step of the run", "nats"),
-            "similarity": (alike, "Mean cosine between two experts of a layer", "step of the run", "cosine"),
-        }
-        formats = {"recall": percent_tick}
-        return {name: _chart(*content, formats.get(name, short)) for name, content in figures.items()}
-
-    def _over_starts(self, arm: str = "clip_up") -> str:
-        leads: dict[str, list[results.Lead]] = {}
-        starts, seeds = self._comparable_starts(arm, _DENSE)
-        for steps in starts:
-            pairs = self.of_start(steps)._shortest(arm)
-            for other in _DENSE:
-                of_seeds = [pair for pair in pairs[other] if pair[0].config["seed"] in seeds]
-                leads.setdefault(other, []).append(results.lead(of_seeds))
-        series = [
-            Series(
-                f"over {_label(other)}",
-                starts,
-                [100 * lead.mean for lead in found],
-                points=True,
-                half_intervals=[None if lead.half_width is None else 100 * lead.half_width for lead in found],
-            )
-            for other, found in leads.items()
-        ]
-        title = f"Lead of {_label(arm)} in R@1, styles and names, with 95 % intervals over seeds"
-        return _chart(series, title, "steps of the start", "points", short, [(0, "no lead")])
-
     def _pairs(self, arm: str) -> list[tuple[results.Group, list[tuple[Result, Result]]]]:
         """For each group of another arm, the runs of ``arm`` with the same model and budget, each paired with the
         group's run of the same seed."""
@@ -422,51 +359,25 @@ class Tables:
                 found.append((group, pairs))
         return found
 
-    def _shortest(self, arm: str) -> dict[str, list[tuple[Result, Result]]]:
+    def shortest(self, arm: str) -> dict[str, list[tuple[Result, Result]]]:
         """The pairs of the arm's smallest budget by the other arm."""
         budget = min((group.budget for group, _ in self.groups if group.arm == arm), default=None)
         return {group.arm: pairs for group, pairs in self._pairs(arm) if group.budget == budget}
 
-    def _starts_of(self, runs: Sequence[Result]) -> list[Result]:
+    def starts_of(self, runs: Sequence[Result]) -> list[Result]:
         starts = [results.started_from(run, self.results) for run in runs]
         return [start for start in starts if start is not None]
 
     def _pflop(self, runs: Sequence[Result]) -> str:
         return f"{results.total_gflops(runs[0], self.results) / 1e6:.3f}"
 
-    def _over_flops(self, arm: str, groups: Sequence[Sequence[Result]]) -> Series:
-        """The means over seeds, one point per length, with the start of the shortest runs as the first point."""
-        starts = self._starts_of(groups[0])
-        runs = [*([starts] if starts else []), *groups]
-        x = [results.total_gflops(of[0], self.results) / 1e6 for of in runs]
-        return Series(_label(arm), x, [fmean(run.mean("r1") for run in of) for of in runs], points=True)
-
-
-def _chart(
-    series: Sequence[Series],
-    title: str,
-    x: str,
-    y: str,
-    form: Callable[[float], str],
-    levels: Sequence[tuple[float, str]] = (),
-) -> str:
-    drawn = line_chart(series, title, x, y, form, levels=levels, width=_WIDTH, height=_HEIGHT)
-    return svg.on_white(drawn, _WIDTH, _HEIGHT)
-
-
-def _over_steps(run: Result, lines: Sequence[dict], field: str) -> Series:
-    return Series(_legend(run), [line["step"] for line in lines], [line[field] for line in lines])
-
 
 def _of_validation(record: dict) -> float:
     return fmean(record[way]["r1"] for way in results.WAYS)
 
 
-def _legend(run: Result) -> str:
-    return f"{_label(run.config['arm'])}, {short(run.config['steps'])}"
-
-
-def _label(arm: str) -> str:
+def label(arm: str) -> str:
+    """An arm's name in tables and figures."""
     return arm.replace("_", " ")
 
 
@@ -475,7 +386,7 @@ def _way(split: str, way: str) -> str:
 
 
 def _with_seeds(arms: Sequence[str]) -> list[str]:
-    return [name for arm in arms for name in (f"minus {_label(arm)}", "seeds")]
+    return [name for arm in arms for name in (f"minus {label(arm)}", "seeds")]
 
 
 def _lead(lead: results.Lead) -> str:

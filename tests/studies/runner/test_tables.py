@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from clipup.inspection.figures.format import MISSING
+from studies.runner.figures import figures
 from studies.runner.tables import Tables
 
 
@@ -217,7 +218,7 @@ def test_recall_is_drawn_over_flops_of_the_arms_with_several_lengths_from_their_
             ]
     logs += [make_records("limoe", "limoe", score=0.9, start="start-0")]
 
-    figure = ElementTree.fromstring(Tables(write(*logs)).figures()["recall"])
+    figure = ElementTree.fromstring(figures(Tables(write(*logs)))["recall"])
 
     points = [title.text for title in figure.iter() if title.tag.endswith("title") and title.text]
     assert not [point for point in points if "limoe" in point]
@@ -293,7 +294,7 @@ def test_starts_of_several_lengths_are_compared_by_what_dense_training_still_gai
         ["50", "2", "**+1.50 ± 0.00**", "**+0.45 ± 0.00**", "**-0.45 ± 0.00**"],
         ["500", "2", "+0.00 ± 0.00", "**+1.80 ± 0.00**", "**+1.80 ± 0.00**"],
     ]
-    drawn = ElementTree.fromstring(tables.figures()["starts"])
+    drawn = ElementTree.fromstring(figures(tables)["starts"])
     titles = [title.text for title in drawn.iter() if title.tag.endswith("title") and title.text]
     assert any("500: 1.8" in title for title in titles) and any("50: -0.45" in title for title in titles)
     assert len([path for path in drawn.iter() if "m-4 0V" in path.get("d", "")]) == 4, "an interval at every point"
@@ -315,7 +316,7 @@ def test_starts_are_compared_over_the_seeds_that_all_have(write, make_records):
         "**+1.80 ± 0.00**",
     ]
     assert tables.of_start(500).lead("clip_up", "dense_continued") == "+1.20 ± 2.58"
-    drawn = ElementTree.fromstring(tables.figures()["starts"])
+    drawn = ElementTree.fromstring(figures(tables)["starts"])
     assert any("500: 1.8" in (title.text or "") for title in drawn.iter() if title.tag.endswith("title"))
 
 
@@ -334,13 +335,13 @@ def test_a_start_with_fewer_seeds_does_not_take_those_of_the_others(write, make_
 
     assert [line[:2] for line in lines] == [["50", "3"], ["500", "3"]]
     assert all(line[3] == "**+1.80 ± 0.00**" for line in lines)
-    drawn = ElementTree.fromstring(tables.figures()["starts"])
+    drawn = ElementTree.fromstring(figures(tables)["starts"])
     titles = [title.text for title in drawn.iter() if title.tag.endswith("title") and title.text]
     assert any("500: 1.8" in title for title in titles) and not any(" 5: " in title for title in titles)
 
 
 def test_the_loss_of_continued_runs_is_not_drawn_beside_that_of_their_start(found):
-    drawn = ElementTree.fromstring(Tables(found).figures()["loss"])
+    drawn = ElementTree.fromstring(figures(Tables(found))["loss"])
     text = " ".join(one.text or "" for one in drawn.iter())
 
     assert "dense continued, 5" in text and "dense, 5" not in text
@@ -368,7 +369,7 @@ def test_runs_of_other_starts_and_lengths_are_not_mixed(write, make_records):
 
 def test_a_start_without_a_log_is_named(write, make_records):
     with pytest.raises(ValueError, match="sparse starts from dense, which has no log"):
-        Tables(write(make_records("sparse", start="dense"))).figures()
+        figures(Tables(write(make_records("sparse", start="dense"))))
 
 
 def test_what_a_start_started_from_belongs_to_it(write, make_records):
@@ -378,7 +379,7 @@ def test_what_a_start_started_from_belongs_to_it(write, make_records):
     tables = Tables(write(*logs))
 
     assert tables.starts == [5, 50]
-    assert set(tables.of_start(5).results) == {"dense", "middle", "sparse"} and tables.figures()
+    assert set(tables.of_start(5).results) == {"dense", "middle", "sparse"} and figures(tables)
 
 
 def test_up_to_twenty_seeds_have_an_interval(write, make_records):
