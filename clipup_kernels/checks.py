@@ -135,8 +135,10 @@ def packed(name: str, value: Any, shape: tuple[int | str, ...], x: Tensor) -> No
     ):
         want = ", ".join(str(size) for size in shape)
         raise ValueError(f"{name} must be packed from a weight of shape [{want}], got {list(value.shape)}")
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise ValueError(f"x is on {x.device}, but {name} is packed for CPUs; use the plain weight there")
+    if not value.block.is_cpu:
+        raise ValueError(f"{name} is on {value.device}, but packed weights are read on CPUs; load or pack it there")
 
 
 def no_gradient(*tensors: Tensor | None) -> None:

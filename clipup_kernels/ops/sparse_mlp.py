@@ -79,8 +79,9 @@ def packed_sparse_mlp(
         NotImplementedError: if it is differentiated.
     """
     num_experts, hidden, width = in_weight.shape
-    if not x.is_cpu:
-        checks.packed("in_weight", in_weight, (num_experts, hidden, width), x)  # says where it is packed for
+    for name, packed in (("in_weight", in_weight), ("out_weight", out_weight), ("gate_weight", gate_weight)):
+        if packed is not None and not (x.is_cpu and packed.block.is_cpu):
+            checks.packed(name, packed, packed.shape, x)  # says which is where
     _check("x", x, (x.shape[0], width), in_weight.dtype, x)
     _check("router_weight", router_weight, (num_experts, width), torch.float32, x)
     _check("selection_bias", selection_bias, (num_experts,), torch.float32, x)

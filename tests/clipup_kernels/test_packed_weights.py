@@ -183,6 +183,27 @@ def test_wrong_packed_weights_are_refused_by_name(change, message):
         layer(change(layer.packed(), layer.experts))
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("name", ["in_weight", "out_weight", "gate_weight"])
+def test_a_packed_weight_without_memory_is_refused_by_name(name, quantize):
+    """As ``torch.load(prepared, map_location="meta")`` leaves it: x and the other arguments are on the CPU."""
+    if quantize is not None and not ck.backend_info()["compiled"]:
+        pytest.skip("int8 needs the compiled extension")
+    layer = Layer(gated=True)
+    e, rows = layer.experts, ck.permute(layer.x, layer.plan)
+    packed = {n: ck.pack_weight(getattr(e, n), quantize) for n in MATRICES}
+    one = {n: ck.pack_weight(getattr(e, n)[0], quantize) for n in MATRICES}
+    for weights in (packed, one):
+        weights[name] = weights[name]._replace(block=weights[name].block.to("meta"))
+    with pytest.raises(ValueError, match=f"^{name} is on meta"):
+        layer(e._replace(**packed))
+    with pytest.raises(ValueError, match=f"^{name} is on meta"):
+        ck.dense_mlp(layer.x, one["in_weight"], None, one["out_weight"], None, "gelu", one["gate_weight"])
+    if name != "out_weight":  # which takes rows of another width
+        with pytest.raises(ValueError, match="^weight is on meta"):
+            ck.grouped_linear(rows, packed[name], None, layer.plan.offsets)
+
+
 @pytest.mark.parametrize(
     ("weight", "message"),
     [

@@ -90,6 +90,10 @@ def cut(packed):
     return packed._replace(block=packed.block[:64])
 
 
+def on_meta(packed):
+    return packed._replace(block=packed.block.to("meta"))
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -102,6 +106,8 @@ def cut(packed):
         (lambda a: a.update(mask=torch.ones(37)), TypeError, "mask must be bool"),
         (lambda a: a.update(selection_bias=torch.zeros(4)), ValueError, r"selection_bias must have shape \[5\]"),
         (lambda a: a.update(x=a["x"].to("meta")), ValueError, "x is on meta, but in_weight is packed for CPUs"),
+        (lambda a: a.update(in_weight=on_meta(a["in_weight"])), ValueError, "in_weight is on meta"),
+        (lambda a: a.update(out_weight=on_meta(a["out_weight"])), ValueError, "out_weight is on meta"),
         (lambda a: a.update(mask=torch.ones(37, dtype=torch.bool, device="meta")), ValueError, "mask is on meta"),
         (lambda a: a.update(x=a["x"].to_sparse()), TypeError, "x must be a dense tensor"),
         (lambda a: a.update(k=6), ValueError, "K: expected at most E = 5, got 6"),
