@@ -256,19 +256,22 @@ def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The input scales, [.., I], of matrices [.., O, I] that are quantized, by their names.
 
     Where a norm makes some channels large, the weights that read them are small. The scale of an input is the square
-    root of its largest weight, relative to the other inputs: half of what would make all columns equally large
-    (SmoothQuant, arXiv 2211.10438, eq. 4 with alpha = 0.5, and 1 / max|W_j| in place of max|X_j|: no calibration data).
+    root of their size relative to the other inputs': half of what would make all columns equally large (SmoothQuant,
+    arXiv 2211.10438, eq. 4 with alpha = 0.5, and 1 / size(W_j) in place of max|X_j|: no calibration data). The size is
+    the root mean square over outputs, each weight relative to the largest of its output: that is what its rounding
+    depends on, and so one outlier, which its output pays for anyway, costs the other outputs nothing.
     """
     groups = [[name for name in group if name in tensors] for group in (_SHARED_INPUT, ("out_weight",))]
     scales: dict[str, Tensor] = {}
     for group in groups:
-        weights = [tensors[name].float() for name in group]
+        weights = [tensors[name] for name in group]
         if not weights or 0 in weights[0].shape:
             continue
-        most = torch.stack([weight.abs().amax(-2) for weight in weights]).amax(0)
-        middle = most.median(-1, keepdim=True).values.clamp(min=1e-30)
-        scale = (most / middle).clamp(1 / 1024, 1024).nan_to_num(1.0).sqrt()
-        scales |= dict.fromkeys(group, scale)
+        relative = [weight.float() / weight.abs().amax(-1, keepdim=True) for weight in weights]
+        mean_squares = [one.nan_to_num_(0.0).square_().mean(-2) for one in relative]  # of rows that are 0 or infinite: 0
+        size = torch.stack(mean_squares).mean(0).sqrt()
+        middle = size.median(-1, keepdim=True).values.clamp(min=1e-30)
+        scales |= dict.fromkeys(group, (size / middle).clamp(1 / 1024, 1024).sqrt())
     return scales
 
 

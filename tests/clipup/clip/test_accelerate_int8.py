@@ -185,6 +185,25 @@ def test_one_of_two_matrices_with_the_same_input_is_loaded():
         assert (int8(x) - layer(x)).norm() <= 5e-2 * layer(x).norm()
 
 
+@pytest.mark.parametrize("shape", [(3072, 768), (256, 512)], ids=str)
+@pytest.mark.parametrize(
+    "outlier, factor",
+    [("weight", 100), ("weight", 1000), ("weight", float("inf")), ("input", 100), ("input", 1000)]
+    + [("output", 0), ("output", 1000)],
+)
+def test_an_outlier_costs_the_other_outputs_nothing(outlier, factor, shape):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(shape[1], shape[0], bias=False), torch.randn(32, shape[1])
+    with torch.no_grad():
+        {"weight": linear.weight[0, 7:8], "input": x[:, 7], "output": linear.weight[0]}[outlier].mul_(factor)
+        exact = F.linear(x.double(), linear.weight.double())[:, 1:]
+        plain = clipup_kernels.pack_weight(linear.weight[None], "int8")
+        offsets = torch.tensor([0, 32], dtype=torch.int32)
+        without = clipup_kernels.grouped_linear(x, plain, None, offsets)[:, 1:]
+        found = PreparedLinear(linear, "int8")(x)[:, 1:]
+    assert (found - exact).norm() <= 1.1 * (without - exact).norm()
+
+
 def test_wrong_arguments_are_refused_by_name():
     with pytest.raises(ValueError, match="weights must be one of int8, got 'int3'"):
         clipup.accelerate(sparse_clip(), weights="int3")
