@@ -172,7 +172,7 @@ def of_one_expert(weight: Any) -> Any:
     """A weight of one expert, [1, ...], without that axis."""
     if isinstance(weight, PackedWeight):
         block = weight.block[0] if weight.block.shape == weight.shape else weight.block
-        return weight._replace(block=block, shape=weight.shape[1:])
+        return PackedWeight._make((block, weight.shape[1:], *weight[2:]))  # torch.compile cannot trace _replace
     return None if weight is None else weight[0]
 
 

@@ -358,7 +358,7 @@ def test_weights_that_do_not_fit_are_refused(change, message):
         prepared.load_state_dict(state)
 
 
-@pytest.mark.parametrize("make", [layer, mlp])
+@pytest.mark.parametrize("make", [layer, lambda: layer("shared expert"), mlp])
 def test_prepared_layers_are_compiled_and_exported(make):
     prepared, x = clipup.accelerate(make()), tokens()
     with torch.no_grad():
