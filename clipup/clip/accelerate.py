@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from clipup_kernels import packed_layout
+from clipup_kernels import pack_weight, packed_layout
 from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
 
 from .. import checks
@@ -36,6 +36,11 @@ _HARMLESS = {
     *("__dict__", "__weakref__", "__annotate__", "__annotate_func__"),  # which Python adds
 }
 """What a class derived from a layer may define without another computation, or losing something."""
+
+_PREPARED: dict[type[Experts], type[PreparedMoE | PreparedSharedExpert]] = {
+    SparseMoE: PreparedMoE,
+    SharedExpert: PreparedSharedExpert,
+}
 
 
 class NothingToPrepare(ValueError):
@@ -75,13 +80,16 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
             class that defines functions or properties, or with another shared expert than clipup's.
         ValueError: the model has nothing to prepare (NothingToPrepare), or is not on the CPU; ``weights`` is unknown.
         RuntimeError: ``weights`` is "int8", and no kernel here multiplies int8 (no compiled extension, or float64).
+
+    These are raised before anything changes. If memory ends half-way in place, every layer is plain or prepared, and
+    another call prepares the rest.
     """
     checks.module("model", model)
     checks.boolean("inplace", inplace)
     if weights is not None:
         checks.one_of("weights", weights, QUANTIZATIONS)
     _check(model, weights)
-    originals = {id(parameter): parameter for parameter in model.parameters()}  # kept alive: ids of others come again
+    originals = {id(p): p for p in model.parameters() if not inplace}  # kept alive: ids of others come again
     if not inplace:
         model = copy.deepcopy(model, _deepcopy_memo(model))
     if _is_mlp(model):
@@ -89,13 +97,12 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
         if not inplace:
             _copy_parameters(prepared, originals)
         return prepared.requires_grad_(False)
-    sparse = _sparse_layers(model)
+    plain = _plain_experts(model).values()
     dense = _dense_mlps(model)
-    if not sparse and not dense and not any(isinstance(module, Prepared) for module in model.modules()):
+    if not plain and not dense and not any(isinstance(module, Prepared) for module in model.modules()):
         raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare; {families_read()}")
-    for layer in sparse:
-        layer.__class__ = PreparedMoE
-        cast(PreparedMoE, layer).prepare(weights)
+    for experts in plain:
+        _PREPARED[_base(experts)].prepare(experts, weights)
     for mlp in dense:
         mlp.replace(PreparedMLP(mlp.module, weights))
     for block in _blocks(model):
@@ -142,42 +149,48 @@ def _check(model: nn.Module, weights: str | None) -> None:
                 f"{name} is an adapter of PEFT, which changes the weights at every call; merge it before preparing: "
                 "model.merge_and_unload()"
             )
-        missing = [
-            n
-            for n in MATRICES
-            if isinstance(module, Experts) and not isinstance(module, Prepared) and n not in module._parameters
-        ]
+    matrices: dict[nn.Module, list[torch.Tensor]] = {
+        mlp.module: [t for name, t in mlp.dense.parameters().items() if name in MATRICES] for mlp in _dense_mlps(model)
+    }
+    for name, experts in _plain_experts(model).items():
+        missing = [matrix for matrix in MATRICES if matrix not in experts._parameters]
         if missing:
             raise TypeError(
                 f"{missing[0]} of {name or 'the layer'} is not a plain parameter (pruned or parametrized); make it one "
                 "before preparing: torch.nn.utils.prune.remove, or parametrize.remove_parametrizations"
             )
-    for name, layer in model.named_modules():
-        if isinstance(layer, SparseMoE) and not isinstance(layer, Prepared):
-            _check_kind(name, layer)
-    if weights is not None:
-        found = [p for part in (*_sparse_layers(model), *_blocks(model)) for p in part.parameters()]
-        for dtype in {parameter.dtype for parameter in found if parameter.is_floating_point()}:
-            packed_layout(dtype, weights)  # raises if no kernel here multiplies them
+        _check_kind(name, experts)
+        matrices[experts] = [p for matrix in MATRICES if (p := experts._parameters[matrix]) is not None]
+    for name, module in model.named_modules():
+        try:
+            for matrix in matrices.get(module, ()):
+                pack_weight(matrix.detach()[..., :1, :], weights)  # one output: what is refused of it is of all
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise type(error)(f"{name or 'the model'} cannot be prepared: {error}") from error
 
 
-def _check_kind(name: str, layer: SparseMoE) -> None:
+def _check_kind(name: str, experts: Experts) -> None:
     """Refuses a layer that a prepared one would not compute."""
-    if defined := _defined_beside(type(layer), SparseMoE):
+    base = _base(experts)
+    if defined := _defined_beside(type(experts), base):
         raise TypeError(
-            f"{name or 'model'} is a {type(layer).__qualname__}, which defines {', '.join(defined)}; a prepared layer "
-            "is a SparseMoE without it, so it cannot be prepared"
+            f"{name or 'model'} is a {type(experts).__qualname__}, which defines {', '.join(defined)}; a prepared "
+            f"layer is a {base.__name__} without it, so it cannot be prepared"
         )
-    if not _can_become(type(layer), PreparedMoE):
+    if not _can_become(type(experts), _PREPARED[base]):
         raise TypeError(
-            f"{name or 'model'} is a {type(layer).__qualname__}, which has other bases beside SparseMoE, so it cannot "
-            "be prepared; load its weights into a SparseMoE and prepare that"
+            f"{name or 'model'} is a {type(experts).__qualname__}, which has other bases beside {base.__name__}, so it "
+            f"cannot be prepared; load its weights into a {base.__name__} and prepare that"
         )
-    if layer.shared is not None and not _is_shared_expert(layer.shared):
+    if isinstance(experts, SparseMoE) and experts.shared is not None and not isinstance(experts.shared, SharedExpert):
         raise TypeError(
-            f"the shared expert of {name or 'the layer'} is a {type(layer.shared).__qualname__}; only clipup's own "
+            f"the shared expert of {name or 'the layer'} is a {type(experts.shared).__qualname__}; only clipup's own "
             "SharedExpert can be prepared"
         )
+
+
+def _base(experts: Experts) -> type[Experts]:
+    return next(base for base in _PREPARED if isinstance(experts, base))
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -221,15 +234,6 @@ def _attends_to_itself(block: nn.Module) -> bool:
     return "attention" not in vars(block) and ("attention" not in vars(kind) or was_defined_with(kind, "attention"))
 
 
-def _is_shared_expert(module: nn.Module) -> bool:
-    if not isinstance(module, SharedExpert):
-        return False
-    kind = type(module)
-    return isinstance(module, Prepared) or (
-        not _defined_beside(kind, SharedExpert) and _can_become(kind, PreparedSharedExpert)
-    )
-
-
 def _can_become(kind: type, other: type) -> bool:
     """Whether Python lets an object change its class; bases such as ``Generic`` can give it another layout."""
     try:
@@ -250,16 +254,15 @@ def _defined_beside(layer_class: type, base: type) -> list[str]:
     )
 
 
-def _sparse_layers(model: nn.Module) -> list[SparseMoE]:
-    return [m for m in model.modules() if isinstance(m, SparseMoE) and not isinstance(m, Prepared)]
+def _plain_experts(model: nn.Module) -> dict[str, Experts]:
+    """The sparse layers and shared experts that are not prepared yet, by name."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, SparseMoE | SharedExpert)}
+    return {name: experts for name, experts in found.items() if not isinstance(experts, Prepared)}
 
 
 def _deepcopy_memo(model: nn.Module) -> dict[int, object]:
     """A memo for deepcopy that excludes the weights to be packed: packing already copies them."""
-    sparse = _sparse_layers(model)
-    stacks = [experts for layer in sparse for experts in (layer, layer.shared) if experts is not None]
-    stacks = [experts for experts in stacks if not isinstance(experts, Prepared)]
-    weights = [experts._parameters[name] for experts in stacks for name in MATRICES]
+    weights = [experts._parameters[name] for experts in _plain_experts(model).values() for name in MATRICES]
     mlps = [model] if _is_mlp(model) else [mlp.module for mlp in _dense_mlps(model)]
     for mlp in mlps:
         weights += mlp.parameters()

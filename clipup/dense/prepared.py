@@ -88,20 +88,17 @@ class Prepared(nn.Module):
         self._put(tensors)
 
     def _put(self, tensors: Mapping[str, Tensor]) -> None:
-        scales: dict[str, Tensor] = {}
-        if self.quantize is not None:
-            if tensors.keys() & _SHARED_INPUT:  # both have the same input scales
-                tensors = {name: self._get(name) for name in _SHARED_INPUT if name in self._packed} | dict(tensors)
-            scales = _input_scales(tensors)
+        if self.quantize is not None and tensors.keys() & _SHARED_INPUT:  # both have the same input scales
+            tensors = {name: self._get(name) for name in _SHARED_INPUT if name in self._packed} | dict(tensors)
+        self._keep(pack_matrices(tensors, self.quantize))
         for name, tensor in tensors.items():
-            if name in MATRICES:
-                self._keep(name, pack_weight(tensor, self.quantize, scales.get(name)))
-            else:
+            if name not in MATRICES:
                 self.register_buffer(name, tensor.detach().clone(), persistent=False)
 
-    def _keep(self, name: str, packed: PackedWeight) -> None:
-        self.register_buffer(f"{name}_packed", packed.block, persistent=False)  # torch.export lifts buffers
-        self._packed[name] = packed._replace(block=_NO_BLOCK)
+    def _keep(self, packed: Mapping[str, PackedWeight]) -> None:
+        for name, weight in packed.items():
+            self.register_buffer(f"{name}_packed", weight.block, persistent=False)  # torch.export lifts buffers
+            self._packed[name] = weight._replace(block=_NO_BLOCK)
 
     def _get(self, name: str) -> Tensor:
         packed = self.packed(name)
@@ -249,7 +246,13 @@ class Prepared(nn.Module):
         for name in self._packed:  # they may have been packed on another CPU
             packed = self.packed(name)
             if packed is not None and packed.layout != packed_layout(packed.dtype, packed.quantization):
-                self._keep(name, pack_weight(packed))
+                self._keep({name: pack_weight(packed)})
+
+
+def pack_matrices(tensors: Mapping[str, Tensor], quantize: str | None) -> dict[str, PackedWeight]:
+    """Packed copies of the matrices among ``tensors``, by their names."""
+    scales = {} if quantize is None else _input_scales(tensors)
+    return {name: pack_weight(tensors[name], quantize, scales.get(name)) for name in MATRICES if name in tensors}
 
 
 def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -268,7 +271,7 @@ def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not weights or 0 in weights[0].shape:
             continue
         relative = [weight.float() / weight.abs().amax(-1, keepdim=True) for weight in weights]
-        mean_squares = [one.nan_to_num_(0.0).square_().mean(-2) for one in relative]  # of rows that are 0 or infinite: 0
+        mean_squares = [one.nan_to_num_(0.0).square_().mean(-2) for one in relative]  # NaN: 0 / 0, and what is NaN
         size = torch.stack(mean_squares).mean(0).sqrt()
         middle = size.median(-1, keepdim=True).values.clamp(min=1e-30)
         scales |= dict.fromkeys(group, (size / middle).clamp(1 / 1024, 1024).sqrt())

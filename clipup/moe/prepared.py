@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipup_kernels.ops.sparse_mlp import is_one_op, packed_sparse_mlp
 
-from ..dense.prepared import MATRICES, Prepared, whole
+from ..dense.prepared import MATRICES, Prepared, pack_matrices, whole
 from .experts import Experts, SharedExpert
 from .layer import SHARED_GATE, SparseMoE
 from .layer_state import LastRouting
@@ -26,10 +26,19 @@ class _PreparedExperts(Prepared, Experts):
     _order: list[str]
     """The parameters of the plain layer."""
 
-    def prepare(self, quantize: str | None = None) -> None:
-        self._order = list(self._parameters)
-        matrices = {name: parameter for name in MATRICES if (parameter := self._parameters.pop(name)) is not None}
-        self._prepare(matrices, {name: whole(name, matrix) for name, matrix in matrices.items()}, quantize)
+    @classmethod
+    def prepare(cls, experts: Experts, quantize: str | None = None) -> None:
+        """Makes plain experts a layer of this class; if they cannot be packed, they stay as they are."""
+        matrices = {name: weight for name in MATRICES if (weight := experts._parameters[name]) is not None}
+        packed = pack_matrices(matrices, quantize)
+        experts.__class__ = cls
+        prepared = cast(_PreparedExperts, experts)
+        prepared._order = list(prepared._parameters)
+        for name in MATRICES:
+            del prepared._parameters[name]
+        prepared._stored = {name: whole(name, matrix) for name, matrix in matrices.items()}
+        prepared._packed, prepared.quantize = {}, quantize
+        prepared._keep(packed)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -50,12 +59,6 @@ class PreparedSharedExpert(_PreparedExperts, SharedExpert):
 
 class PreparedMoE(_PreparedExperts, SparseMoE):
     """A ``SparseMoE`` for inference, with bitwise identical results unless it is quantized."""
-
-    def prepare(self, quantize: str | None = None) -> None:
-        super().prepare(quantize)
-        if self.shared is not None and not isinstance(self.shared, Prepared):  # another layer may share it
-            self.shared.__class__ = PreparedSharedExpert
-            cast(PreparedSharedExpert, self.shared).prepare(quantize)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, return_routing: bool = False) -> Any:
         """``SparseMoE.forward``, as one op where nobody looks at its parts."""

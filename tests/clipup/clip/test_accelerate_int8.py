@@ -5,6 +5,7 @@ What concerns attention holds for packed weights of the model's own type too.
 
 import copy
 import gc
+import importlib
 import os
 import pickle
 import subprocess
@@ -381,9 +382,40 @@ def test_attention_of_unknown_blocks_is_left_as_it_is(weights):
         assert (prepared(x) - model(x)).norm() <= 3e-2 * model(x).norm()
 
 
-def test_a_model_with_one_float64_layer_is_refused_before_anything_changes():
+@pytest.mark.parametrize(
+    "error, spoil",
+    [
+        (RuntimeError, lambda block: block.mlp.double()),
+        (ValueError, lambda block: setattr(block, "mlp", clipup.SparseMoE(32, 65_537, num_experts=1, top_k=1))),
+    ],
+    ids=["float64", "more inputs than the kernels sum"],
+)
+def test_a_model_with_one_layer_that_cannot_be_quantized_is_refused_before_anything_changes(error, spoil):
     model = sparse_clip()
-    model.visual.transformer.resblocks[1].attn.double()
-    with pytest.raises(RuntimeError, match=r"in torch\.float64"):
+    spoil(model.transformer.resblocks[2])
+    with pytest.raises(error, match=r"^transformer\.resblocks\.2\.mlp cannot be prepared"):
         clipup.accelerate(model, inplace=True, weights="int8")
     assert not any(isinstance(module, Prepared) for module in model.modules())
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("packed_before", [0, 1, 3, 5, 17, 25])
+def test_memory_that_ends_half_way_leaves_whole_layers(packed_before, weights, monkeypatch):
+    """In the first layer, in its shared expert, in the second layer, in a dense MLP, in attention."""
+    torch.manual_seed(0)
+    model = clipup.upcycle(tiny_clip(), clipup.MoEConfig(shared_expert=True)).eval()
+    plain, whole = features(model), features(clipup.accelerate(model, weights=weights))
+    module, left = importlib.import_module("clipup.dense.prepared"), [None] * packed_before
+
+    def pack_weight(*args):
+        if not left:
+            raise MemoryError
+        left.pop()
+        return clipup_kernels.pack_weight(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(module, "pack_weight", pack_weight)
+        clipup.accelerate(model, inplace=True, weights=weights)
+    assert (cosines(features(model), plain) > 0.995).all()
+    clipup.accelerate(model, inplace=True, weights=weights)
+    assert all(map(torch.equal, features(model), whole))
