@@ -63,7 +63,8 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
 
     The result is in evaluation mode and has no parameter that requires a gradient. Training, modifying, casting or
     moving a prepared layer raises an error. Threads can share prepared layers; deepcopy, pickle and ``load_state_dict``
-    work, and ``state_dict()`` has the names and values of the plain model. Upcycle and cast before preparing.
+    (while no other thread computes) work, and ``state_dict()`` has the names and values of the plain model. Upcycle and
+    cast before preparing.
 
     With ``weights="int8"``, the matrices of experts, dense MLPs and attention are quantized by output channel, and
     their inputs by row at every call; so outputs of sparse layers change too. ``state_dict()`` then raises: the plain

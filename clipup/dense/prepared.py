@@ -267,11 +267,13 @@ def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     groups = [[name for name in group if name in tensors] for group in (_SHARED_INPUT, ("out_weight",))]
     scales: dict[str, Tensor] = {}
     for group in groups:
-        weights = [tensors[name] for name in group]
+        weights = [tensors[name].contiguous() for name in group]  # sums of other strides round differently
         if not weights or 0 in weights[0].shape:
             continue
-        relative = [weight.float() / weight.abs().amax(-1, keepdim=True) for weight in weights]
-        mean_squares = [one.nan_to_num_(0.0).square_().mean(-2) for one in relative]  # NaN: 0 / 0, and what is NaN
+        mean_squares = [
+            (weight.float() / weight.abs().amax(-1, keepdim=True)).nan_to_num_(0.0).square_().mean(-2)  # 0 / 0: 0
+            for weight in weights
+        ]
         size = torch.stack(mean_squares).mean(0).sqrt()
         middle = size.median(-1, keepdim=True).values.clamp(min=1e-30)
         scales |= dict.fromkeys(group, (size / middle).clamp(1 / 1024, 1024).sqrt())
