@@ -21,7 +21,7 @@ from .config import MoEConfig, check_config, layer_config
 from .expert_init import experts_of, reinitialize_hidden_units
 from .expert_parallel import is_distributed
 from .experts import Experts, SharedExpert
-from .layer_state import LayerState, recomputing
+from .layer_state import LayerState, recomputing, warn_inside_function
 from .router import Router, Routing, TokenRouting, weighted_losses
 from .step_counts import StepCounts, over_ranks
 
@@ -48,8 +48,9 @@ class SparseMoE(Experts):
     Losses: a forward pass in training mode with gradients enabled stores its weighted losses in the layer until
     ``aux_loss`` takes them. Each forward pass counts once; the recomputation of activation checkpointing does not
     count. An untaken loss is dropped when backward runs through y. Losses, and what ``moe_metrics`` shows, belong to
-    the thread that ran the forward pass. Reentrant checkpointing runs the first forward pass without gradients and
-    therefore stores no losses: use ``use_reentrant=False``. Under ``torch.compile`` a layer holds only the losses of
+    the thread that ran the forward pass. Reentrant checkpointing, and any other ``autograd.Function`` around a layer,
+    runs the forward pass without gradients, so that no losses are stored and no load is counted; a warning says so
+    once. Use ``use_reentrant=False``. Under ``torch.compile`` a layer holds only the losses of
     its last forward pass, and backward through y does not drop them: take them at every step. Inside a transform of
     ``torch.func``, take losses inside the transform; routing and load are not recorded.
 
@@ -208,7 +209,10 @@ class SparseMoE(Experts):
             learns = self.training and torch.is_grad_enabled()
             loss = self._losses(routing) if learns and self.config.has_losses else None
         if not (recomputing() or torch.compiler.is_exporting()):
-            self.state.keep(routing, y, loss, counts_load=learns and self.config.selection_bias != "none")
+            balances = self.config.selection_bias != "none"
+            if self.training and not learns and (balances or self.config.has_losses):
+                warn_inside_function()
+            self.state.keep(routing, y, loss, counts_load=learns and balances)
         if return_routing:
             return y.view(x.shape), TokenRouting.of(routing, x.shape[:-1])
         return y.view(x.shape)

@@ -12,18 +12,25 @@ record of a loss is released
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.utils.checkpoint import CheckpointFunction
 
 from clipup_kernels import Gating, Plan
 
 from .router import Routing
 from .step_counts import StepCounts
+
+_APPLY = vars(Function)["apply"].__func__.__code__
 
 
 class LossRecord:
@@ -244,3 +251,25 @@ def _has_left_its_transform(loss: Tensor) -> bool:
 def recomputing() -> bool:
     """Whether a backward pass is running: a forward pass is then the recomputation of activation checkpointing."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def warn_inside_function() -> None:
+    """Warns if a custom ``autograd.Function`` runs the forward pass: it turns gradients off, though it trains."""
+    frame = None if torch.compiler.is_compiling() else sys._getframe()
+    while frame is not None and frame.f_code is not _APPLY:
+        frame = frame.f_back
+    if frame is not None:
+        warn_of(frame.f_locals["cls"])
+
+
+@functools.cache
+def warn_of(function: type) -> None:
+    """Warns once of each function."""
+    inside = f"the autograd.Function {function.__qualname__}"
+    if function is CheckpointFunction:
+        inside = "reentrant activation checkpointing; use use_reentrant=False"
+    warnings.warn(
+        "the training forward of a sparse layer stores no auxiliary losses and counts no load for loss-free "
+        f"balancing, because gradients are off inside {inside}",
+        stacklevel=2,
+    )

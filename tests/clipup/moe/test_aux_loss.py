@@ -1,6 +1,8 @@
 """How auxiliary losses are collected: each forward is counted once, whatever runs around it, and nothing leaks."""
 
+import functools
 import gc
+import warnings
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from clipup import MoEConfig, SparseMoE, aux_loss, moe_metrics, upcycle
 from clipup.clip.inputs import random_inputs
+from clipup.moe import layer_state
 from clipup.moe.layer_state import LossRecord
 
 D = 12
@@ -138,12 +141,52 @@ def test_checkpointed_forward_is_counted_once_with_the_same_gradients(x, early_s
     assert aux_loss(layer) == 0
 
 
-def test_reentrant_checkpointing_leaves_no_losses_and_no_stale_ones(x):
-    layer = make_layer()
-    y = checkpoint(layer, x, use_reentrant=True)
+class Rerun(torch.autograd.Function):
+    """Checkpointing of one's own."""
+
+    @staticmethod
+    def forward(ctx, layer, x):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            ctx.layer(x).backward(gradient)
+        return None, x.grad
+
+
+@pytest.mark.parametrize("config", [{"z_weight": 0.1}, {"selection_bias": "sign"}], ids=["losses", "selection bias"])
+@pytest.mark.parametrize(
+    ("run", "cause"),
+    [(functools.partial(checkpoint, use_reentrant=True), "use_reentrant=False"), (Rerun.apply, "Rerun")],
+    ids=["reentrant checkpointing", "own function"],
+)
+def test_a_training_forward_that_can_store_nothing_warns_once_and_leaves_nothing(x, run, cause, config):
+    layer = SparseMoE(D, 16, MoEConfig(num_experts=4, **config))
+    layer_state.warn_of.cache_clear()
+    with pytest.warns(UserWarning, match=cause):
+        y = run(layer, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(layer, x)  # it has been said
+        y.sum().backward()
     assert aux_loss(layer) == 0
-    y.sum().backward()
-    assert aux_loss(layer) == 0
+    assert layer.state.take_load() is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_training_forward_that_stores_or_has_nothing_to_store_does_not_warn(x):
+    layer, unweighted = make_layer(), SparseMoE(D, 16, MoEConfig(num_experts=4))
+    layer_state.warn_of.cache_clear()
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    with torch.no_grad():
+        layer(x)
+    Rerun.apply(unweighted, x).sum().backward()
+    Rerun.apply(layer.eval(), x).sum().backward()
 
 
 def test_two_checkpointed_forwards_before_one_backward_are_both_counted(x):
