@@ -15,7 +15,6 @@ from clipup_kernels.machine import describe_machine
 from clipup_kernels.self_check import check_again, known_faults, report
 
 from ..clip import flops
-from ..dense.mlp_readers import families_read
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from ..precision import check_device
@@ -133,7 +132,7 @@ def _tower(report: TowerReport) -> list[str]:
         rows = [("blocks", "class", "MLP", "widths", "activation", "status"), *_rows(report.blocks)]
         lines += _table(rows)
     if report.refused:
-        lines.append(f"  refused: {report.refused.split(f'; {families_read()}')[0]}")
+        lines.append(f"  refused: {report.refused}")
     return lines
 
 

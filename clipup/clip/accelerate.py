@@ -15,7 +15,7 @@ from clipup_kernels.types import PLAIN_LAYOUT, QUANTIZATIONS
 from .. import checks
 from ..dense.dense_mlp import class_name, has_another_forward, was_defined_with
 from ..dense.mlp_families import BlockMLP, find_mlp, read_mlp
-from ..dense.mlp_readers import FAMILIES, families_read
+from ..dense.mlp_readers import FAMILIES
 from ..dense.prepared import MATRICES, Prepared, PreparedMLP, mlp_can_be_prepared
 from ..dense.prepared_attention import (
     ATTENTION_MODULES,
@@ -101,7 +101,7 @@ def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = No
     plain = _plain_experts(model).values()
     dense = _dense_mlps(model)
     if not plain and not dense and not any(isinstance(module, Prepared) for module in model.modules()):
-        raise NothingToPrepare(f"the model has no sparse layer and no dense MLP to prepare; {families_read()}")
+        raise NothingToPrepare("the model has no sparse layer and no dense MLP to prepare (docs/index.md lists them)")
     for experts in plain:
         _PREPARED[_base(experts)].prepare(experts, weights)
     for mlp in dense:

@@ -9,7 +9,6 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import MultimodalTransformer, TextTransformer, VisionTransformer
 from torch import nn
 
-from ..dense.mlp_readers import families_read
 from .hugging_face import hugging_face_blocks, is_hugging_face
 
 _CLIPS = (open_clip.CLIP, open_clip.CustomTextCLIP, CoCa)
@@ -67,7 +66,7 @@ def tower_blocks(model: nn.Module, tower: str) -> dict[str, nn.Module]:
         if blocks:
             return {f"{path}.{name}".lstrip("."): block for name, block in blocks.items()}
     raise TypeError(
-        f"the {tower} tower ({path}: {type(module).__name__}) has no list of transformer blocks; {families_read()}"
+        f"the {tower} tower ({path}: {type(module).__name__}) has no list of transformer blocks"
         f"{leave_dense(model, tower)}"
     )
 
@@ -83,7 +82,8 @@ def tower_module(model: nn.Module, tower: str) -> tuple[str, nn.Module]:
 def leave_dense(model: nn.Module, tower: str) -> str:
     """Advice at the end of an error message: the option that leaves a tower dense, if the model has another one."""
     other = "text" if tower == "image" else "image"
-    return f'; towers=("{other}",) leaves the {tower} tower dense' if other in towers(model) else ""
+    ways = f'; towers=("{other}",), or --towers {other} of a command, leave the {tower} tower dense'
+    return ways if other in towers(model) else ""
 
 
 def _trunk(path: str, module: nn.Module) -> tuple[str, nn.Module]:

@@ -88,7 +88,7 @@ def class_name(module: nn.Module) -> str:
 
 
 _ACTIVATIONS: dict[str, str | Callable[[Any], str]] = {
-    "torch.nn.modules.activation.GELU": lambda act: _gelu(act.approximate),
+    "torch.nn.modules.activation.GELU": lambda act: {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate, act.approximate),
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.SiLU": "silu",
     "open_clip.transformer.QuickGELU": "quick_gelu",
@@ -114,19 +114,9 @@ _LAYER_NORMS = (
 )
 
 
-def _gelu(approximate: str) -> str:
-    names = {"none": "gelu", "tanh": "gelu_tanh"}
-    if approximate not in names:  # torch.nn.GELU finds out in its forward only
-        raise TypeError(f"cannot read an MLP with GELU(approximate={approximate!r}), expected none or tanh")
-    return names[approximate]
-
-
 def read_activation(module: nn.Module) -> str:
-    """The activation's name in ``clipup_kernels.ACTIVATIONS``."""
-    found = _ACTIVATIONS.get(class_name(module))
-    if found is None:
-        known = ", ".join(_ACTIVATIONS)
-        raise TypeError(f"cannot read an MLP with activation {class_name(module)}; activations that are read: {known}")
+    """The activation's name in ``clipup_kernels.ACTIVATIONS``; of another one, the class's, which ``DenseMLP`` refuses."""
+    found = _ACTIVATIONS.get(class_name(module), class_name(module))
     return found if isinstance(found, str) else found(module)
 
 

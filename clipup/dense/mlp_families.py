@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .dense_mlp import DenseMLP, class_name, refuse_changed_forward
-from .mlp_readers import FAMILIES, Family, families_read
+from .mlp_readers import ANY_OTHER, FAMILIES, Family
 
 
 class BlockMLP(NamedTuple):
@@ -51,7 +51,7 @@ def find_mlp(block: nn.Module) -> BlockMLP:
         inside = _inside(modules[0]) if modules else inside
     if not inside and _has(block, "mlp"):
         inside = _inside(block.get_submodule("mlp"))
-    raise TypeError(f"cannot read the MLP of a {class_name(block)}{inside}; {families_read()}")
+    raise TypeError(f"cannot read the MLP of a {class_name(block)}{inside}; {ANY_OTHER}")
 
 
 def read_mlp(*parts: nn.Module) -> DenseMLP:
@@ -66,10 +66,7 @@ def read_mlp(*parts: nn.Module) -> DenseMLP:
             dense = family.read(*parts)
             refuse_changed_forward(*parts)
             return dense
-    raise TypeError(
-        f"cannot read {' and '.join(names) or 'nothing'} as an MLP; {families_read()}. Of any other, "
-        "SparseMoE.from_dense takes a clipup.dense.dense_mlp.DenseMLP of its tensors"
-    )
+    raise TypeError(f"cannot read {' and '.join(names) or 'nothing'} as an MLP; {ANY_OTHER}")
 
 
 def _has(block: nn.Module, path: str) -> bool:

@@ -34,32 +34,23 @@ class Family:
     """Paths of the projections in the other parts, which ``nn.Identity`` replaces: the sparse layer includes them."""
 
 
-def families_read() -> str:
-    """One line that lists the supported MLPs."""
-    libraries: dict[str, tuple[list[str], list[str]]] = {}
-    for family in FAMILIES:
-        blocks, mlps = libraries.setdefault(family.blocks[0].split(".")[0], ([], []))
-        blocks += [_class(block) for block in family.blocks if _class(block) not in blocks]
-        mlps += [_class(family.parts[0][1])]
-    listed = [f"{', '.join(mlps)} in {name}'s {', '.join(blocks)}" for name, (blocks, mlps) in libraries.items()]
-    return "MLPs that are read: " + "; ".join(listed)
+ANY_OTHER = "of an MLP that is not read, SparseMoE.from_dense takes the tensors as a DenseMLP (docs/layer.md)"
+"""Ends the messages about MLPs that belong to no family."""
 
 
-def _class(full_name: str) -> str:
-    return full_name.rsplit(".", 1)[1]
-
-
-def _read_open_clip(mlp: Any) -> DenseMLP:
-    parts = dict(mlp.named_children())
-    if "act" in parts:
-        parts = {"gelu" if name == "act" else name: part for name, part in parts.items()}  # of a ModernTextBlock
-    if list(parts) not in (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"]):
-        raise TypeError(
-            f"cannot read an nn.Sequential of {', '.join(parts) or 'nothing'} as an MLP, expected c_fc, gelu, c_proj; "
-            f"{families_read()}"
-        )
-    norm = read_norm("ln", parts.get("ln", nn.Identity()))
-    return read_linears({"in": parts["c_fc"], "out": parts["c_proj"]}, parts["gelu"], **norm)
+def _read_sequential(mlp: Any) -> DenseMLP:
+    """A linear layer, an activation, and a linear layer; between the last two perhaps dropout, then perhaps a norm."""
+    parts = [(name, part) for name, part in mlp._modules.items() if type(part) is not nn.Identity]  # one may come twice
+    if parts and type(parts[-1][1]) is nn.Dropout:
+        refuse_dropout(*parts.pop())
+    between = parts[2:-1]
+    dropout = read_dropout(*between.pop(0)) if between and type(between[0][1]) is nn.Dropout else 0.0
+    norm = read_norm(*between.pop(0)) if between else {}
+    if len(parts) < 3 or between:
+        listed = ", ".join(type(part).__name__ for part in mlp) or "nothing"
+        raise TypeError(f"cannot read an nn.Sequential of {listed} as an MLP; {ANY_OTHER}")
+    (_, first), (_, activation), (_, second) = parts[0], parts[1], parts[-1]
+    return read_linears({"in": first, "out": second}, activation, dropout=dropout, **norm)
 
 
 def _read_open_clip_swiglu(mlp: Any) -> DenseMLP:
@@ -134,12 +125,6 @@ def _read_gate_up_down(mlp: Any) -> DenseMLP:
     return read_linears({"in": mlp.up_proj, "gate": mlp.gate_proj, "out": mlp.down_proj}, mlp.act_fn)
 
 
-def _read_torchvision(mlp: Any) -> DenseMLP:
-    first, activation, between, second, after = mlp
-    refuse_dropout("4", after)
-    return read_linears({"in": first, "out": second}, activation, dropout=read_dropout("2", between))
-
-
 def _read_bert(intermediate: Any, output: Any) -> DenseMLP:
     """The second projection is in the module that also adds the residual and normalizes, which stays."""
     return read_linears({"in": intermediate.dense, "out": output.dense}, intermediate.intermediate_act_fn)
@@ -188,7 +173,7 @@ def _pair(model: str, name: str) -> Family:
 
 
 FAMILIES: tuple[Family, ...] = (
-    Family(_OPEN_CLIP_BLOCKS, (("mlp", "torch.nn.modules.container.Sequential"),), _read_open_clip),
+    Family(_OPEN_CLIP_BLOCKS, (("mlp", "torch.nn.modules.container.Sequential"),), _read_sequential),
     Family(_OPEN_CLIP_BLOCKS, (("mlp", "open_clip.transformer.SwiGLU"),), _read_open_clip_swiglu),
     _timm("timm.layers.mlp.Mlp", _read_timm_mlp),
     _timm("timm.layers.mlp.SwiGLU", _read_timm_swiglu),
@@ -217,7 +202,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("torchvision.models.vision_transformer.EncoderBlock",),
         (("mlp", "torchvision.models.vision_transformer.MLPBlock"),),
-        _read_torchvision,
+        _read_sequential,
     ),
 )
 """The supported families; blocks and MLPs of one library can be combined freely."""

@@ -113,8 +113,8 @@ class SparseMoE(Experts):
           whole groups are selected, each shard with the same gate.
 
         Args:
-            mlp: an MLP of a family in ``clipup.dense.mlp_readers``, or of any other a ``DenseMLP`` of its tensors
-                (``clipup.dense.dense_mlp``). Where its projections lie in two modules, as in
+            mlp: an MLP of a family in ``clipup.dense.mlp_readers``, such as ``nn.Sequential(nn.Linear(D, H), nn.GELU(),
+                nn.Linear(H, D))``, or of any other a ``DenseMLP`` of its tensors (``clipup.dense.dense_mlp``). Where its projections lie in two modules, as in
                 BERT: both, ``(layer.intermediate, layer.output)``; what else the second does, such as the residual and
                 its norm, is left out.
             config: None means ``MoEConfig()``.

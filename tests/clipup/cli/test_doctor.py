@@ -74,7 +74,7 @@ def test_refused_tower_comes_with_a_suggestion(tmp_path, capsys):
     directory = saved(build(cfg), cfg, tmp_path / "resnet")
     assert main(["doctor", directory]) == 0
     out = capsys.readouterr().out
-    assert "refused: the image tower (visual: ModifiedResNet) has no list of transformer blocks\n" in out
+    assert "refused: the image tower (visual: ModifiedResNet) has no list of transformer blocks" in out
     assert "upcycle refuses it; parameters: " in out and "\nsuggestion: --towers text; parameters then: " in out
     found = findings(capsys, directory)
     assert not found["upcycles"] and found["suggestion"] == "--towers text"

@@ -235,7 +235,7 @@ def test_model_is_copied_unless_inplace():
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        (nn.Linear(3, 3), ValueError, "no sparse layer and no dense MLP to prepare; MLPs that are read"),
+        (nn.Linear(3, 3), ValueError, "no sparse layer and no dense MLP to prepare"),
         (None, TypeError, "model must be a torch.nn.Module, got NoneType"),
         ("ViT-B-32", TypeError, "model must be a torch.nn.Module, got str"),
         (clipup.SparseMoE(8, 16, device="meta"), ValueError, "the model is on meta, but it must be on the CPU"),

@@ -121,7 +121,7 @@ def test_config_is_upcycled_or_its_block_is_refused(name, without_network):
     wanted = []
     for tower, kind in zip(("image", "text"), expected(name), strict=True):
         if kind.endswith(" is refused"):
-            with pytest.raises(TypeError, match=f"{kind.split()[0]}.* leaves the {tower} tower dense"):
+            with pytest.raises(TypeError, match=f"{kind.split()[0]}.* leave the {tower} tower dense"):
                 upcycle(model, CONFIG.replace(towers=(tower,)), inplace=True)
         else:
             assert kinds(tower_blocks(model, tower)) == {kind}
