@@ -15,6 +15,7 @@ from clipup_kernels.machine import describe_machine
 from clipup_kernels.self_check import check_again, known_faults, report
 
 from ..clip import flops
+from ..clip.towers import with_towers
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from ..precision import check_device
@@ -86,6 +87,7 @@ def examine(name: str, model: nn.Module, config: MoEConfig) -> dict[str, Any]:
         accepts the model. params: parameters. sparse_params, active_params: parameters after upcycling, with the
         suggestion if there is one; None if it cannot be upcycled.
     """
+    config = with_towers(config, model)
     reports = diagnose(model, config)
     findings: dict[str, Any] = {"model": name, "moe": config.to_dict()}
     findings["towers"] = [dataclasses.asdict(report) for report in reports]
@@ -95,7 +97,7 @@ def examine(name: str, model: nn.Module, config: MoEConfig) -> dict[str, Any]:
     if moe_layers(model):
         findings |= {"sparse_params": findings["params"], "active_params": flops.count_active(model)}
         return findings
-    supported = tuple(report.tower for report in reports if report.tower in config.towers and not report.refused)
+    supported = tuple(r.tower for r in reports if r.tower in (config.towers or ()) and not r.refused)
     if supported and not findings["upcycles"]:
         findings["suggestion"] = f"--towers {' '.join(supported)}"
     if supported:

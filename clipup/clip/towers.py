@@ -9,6 +9,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import MultimodalTransformer, TextTransformer, VisionTransformer
 from torch import nn
 
+from ..moe.config import DEFAULT_TOWERS, MoEConfig
 from .hugging_face import hugging_face_blocks, is_hugging_face
 
 _CLIPS = (open_clip.CLIP, open_clip.CustomTextCLIP, CoCa)
@@ -36,6 +37,14 @@ def towers(model: nn.Module) -> tuple[str, ...]:
         f"expected open_clip's CLIP, CustomTextCLIP or CoCa, or a model of timm or transformers{unwrap}, got "
         f"{type(model).__name__}"
     )
+
+
+def with_towers(config: MoEConfig, model: nn.Module) -> MoEConfig:
+    """The config, naming the towers that become sparse: where it names none, image and text, as far as there are."""
+    if config.towers is not None:
+        return config
+    has = towers(model)
+    return config.replace(towers=tuple(tower for tower in DEFAULT_TOWERS if tower in has))
 
 
 def is_timm(model: nn.Module) -> bool:

@@ -24,6 +24,7 @@ RoutingKind = Literal["token_choice", "expert_choice"]
 LossScope = Literal["batch", "global_batch"]
 Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
+DEFAULT_TOWERS: tuple[Tower, ...] = ("image", "text")
 
 _EVALUATION_FIELDS = (
     *("num_experts", "top_k", "granularity", "shared_expert", "routing", "eval_capacity_factor", "normalize_gates"),
@@ -86,8 +87,9 @@ class MoEConfig:
     by the sign of the load's deviation from the mean, or by its z-score."""
     selection_bias_rate: float = 1e-3
     """Size of an update of that bias, in units of router probability."""
-    towers: tuple[Tower, ...] = ("image", "text")
-    """Towers that become sparse; the others stay dense. A CoCa also has a decoder."""
+    towers: tuple[Tower, ...] | None = None
+    """Towers that become sparse; the others stay dense. None: image and text, as far as the model has them. A CoCa also
+    has a decoder."""
     blocks: Blocks | tuple[int, ...] = "every_other"
     """Blocks that become sparse: every other one (1, 3, ...; block 0 stays dense), every one, or indices (negative ones
     count from the end)."""
@@ -178,7 +180,7 @@ class MoEConfig:
                     f"routing='expert_choice' cannot be combined with {name}={getattr(self, name)!r}, which is about "
                     f"experts that tokens choose; leave it at {unused!r}"
                 )
-        if "decoder" in self.towers:
+        if "decoder" in (self.towers or ()):
             raise ValueError(
                 "routing='expert_choice' cannot be combined with the decoder tower: which experts a token gets would "
                 'depend on the tokens that it predicts; leave "decoder" out of towers'
@@ -190,8 +192,8 @@ class MoEConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         towers = self.towers
         known = isinstance(towers, tuple) and len(towers) > 0 and all(tower in get_args(Tower) for tower in towers)
-        expected = 'a tuple of "image", "text" and "decoder", each once'
-        check("towers", towers, known and len(set(towers)) == len(towers), expected)
+        expected = 'None, or a tuple of "image", "text" and "decoder", each once'
+        check("towers", towers, towers is None or (known and len(set(towers)) == len(towers)), expected)
         named = isinstance(self.blocks, str) and self.blocks in get_args(Blocks)
         if not named:
             indices = (

@@ -100,7 +100,7 @@ def _skeleton(
     """
     if without_text:
         model_cfg = {**model_cfg, "text_cfg": _NO_TEXT}
-        towers = () if moe_config is None else tuple(tower for tower in moe_config.towers if tower == "image")
+        towers = () if moe_config is None else tuple(tower for tower in moe_config.towers or () if tower == "image")
         moe_config = moe_config.replace(towers=towers) if moe_config is not None and towers else None
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / CONFIG_NAME).write_text(json.dumps({"model_cfg": model_cfg}), encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..clip.towers import tower_blocks, towers
+from ..clip.towers import tower_blocks, towers, with_towers
 from ..dense.mlp_families import find_mlp
 from ..moe.config import MoEConfig
 from ..moe.expert_init import check_shards
@@ -56,11 +56,12 @@ def diagnose(model: nn.Module, config: MoEConfig) -> list[TowerReport]:
     Raises:
         TypeError: not a CLIP, CoCa or timm model.
     """
+    config = with_towers(config, model)
     return [_diagnose_tower(model, tower, config) for tower in towers(model)]
 
 
 def _diagnose_tower(model: nn.Module, tower: str, config: MoEConfig) -> TowerReport:
-    is_selected, refused, chosen = tower in config.towers, None, []
+    is_selected, refused, chosen = tower in (config.towers or ()), None, []
     try:
         blocks = tower_blocks(model, tower)
         chosen = chosen_indices(config, tower, len(blocks)) if is_selected else []

@@ -24,6 +24,7 @@ def make_sparse(model: nn.Module, config: MoEConfig, others: Sequence[Sequence[D
     """Replaces the MLPs that the config selects. If an error is raised, the model is unchanged.
 
     Args:
+        config: with towers that the model has.
         others: the same MLPs of other models, of which experts are made too.
 
     Raises:
@@ -34,7 +35,7 @@ def make_sparse(model: nn.Module, config: MoEConfig, others: Sequence[Sequence[D
     for number, (mlp, layer) in enumerate(zip(chosen, layers, strict=True)):
         mlp.replace(layer)
         _mix_experts(layer, [mlp.dense, *(of_model[number] for of_model in others)], config)
-    make_padding_aware(model, config.towers)
+    make_padding_aware(model, config.towers or ())
     add_no_weight_decay(model)
     model.moe_config = config  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
 
@@ -73,7 +74,7 @@ def _mix_experts(layer: nn.Module, mlps: Sequence[DenseMLP], config: MoEConfig) 
 def chosen_mlps(model: nn.Module, config: MoEConfig) -> list[BlockMLP]:
     """The MLPs of the blocks that become sparse. Raises unless every one can be read and split."""
     chosen = []
-    for tower in config.towers:
+    for tower in config.towers or ():
         blocks = tower_blocks(model, tower)
         names = [list(blocks)[index] for index in chosen_indices(config, tower, len(blocks))]
         for name in names:

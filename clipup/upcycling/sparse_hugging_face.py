@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..clip.hugging_face import hugging_face_blocks
+from ..clip.towers import with_towers
 from ..moe.config import MoEConfig
 from ..moe.experts import Experts
 from ..moe.layer import aux_loss, moe_layers
@@ -107,7 +108,7 @@ class _SparseModel:
                 f"config has no moe_cfg, which says what is sparse in a {type(self).__name__}; expected the config of "
                 "an upcycled model: clipup.upcycle a dense model"
             )
-        saved = MoEConfig.from_dict(config.moe_cfg)
+        saved = with_towers(MoEConfig.from_dict(config.moe_cfg), self)  # type: ignore[arg-type]
         has = hugging_face_blocks(self)  # type: ignore[arg-type]
         towers = tuple(tower for tower in saved.towers if tower in has)  # another head may use one tower of two
         make_sparse(self, saved.replace(towers=towers))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import checks
 from ..clip.hugging_face import is_hugging_face
-from ..clip.towers import towers
+from ..clip.towers import with_towers
 from ..moe.config import MoEConfig, check_config
 from ..moe.layer import moe_layers
 from .sparse_blocks import chosen_mlps, make_sparse, mlps_like
@@ -26,7 +26,7 @@ def upcycle(
     """Turns a dense model into a sparse one.
 
     Devices, dtypes, requires_grad and training modes are kept; meta tensors work. The result has the config as
-    ``model.moe_config``. Its ``no_weight_decay()``, which timm's optimizers call, adds the biases and norms of the
+    ``model.moe_config``, with the names of its sparse towers. Its ``no_weight_decay()``, which timm's optimizers call, adds the biases and norms of the
     experts to those of the dense model. If an error is raised, the model is unchanged.
 
     Args:
@@ -35,12 +35,11 @@ def upcycle(
             checkpoints of one training that were fine-tuned differently: expert e is the MLP of model e modulo their
             number (the multiplet of CLIP-MoE, arXiv 2409.19291), everything else is the first model's. Then the result
             is no dense model's function at step 0.
-        config: which blocks become sparse, and how. None means ``MoEConfig.clip_up()``, in the towers that the model
-            has; with ``towers`` that it does not have, an error is raised.
+        config: which blocks become sparse, and how. None means ``MoEConfig.clip_up()``.
         inplace: modify ``model`` instead of a copy.
 
     Raises:
-        TypeError: an unsupported model or argument, or a selected block whose MLP is of no supported family.
+        TypeError: an unsupported model or argument, a tower that is named and the model lacks, or a selected block whose MLP is of no supported family.
         ValueError: no model, or models that differ in the shape of an MLP; a model is already sparse, ``config.blocks``
             names a missing block, or a hidden width is not a multiple of ``config.granularity``.
         ImportError: a model of transformers before version 5.
@@ -52,7 +51,7 @@ def upcycle(
         checks.module("model", one)
     first, *others = models
     if config is None:
-        config = MoEConfig.clip_up(towers=tuple(tower for tower in ("image", "text") if tower in towers(first)))
+        config = MoEConfig.clip_up()
     check_config("config", config)
     checks.boolean("inplace", inplace)
     for one in models:
@@ -61,6 +60,7 @@ def upcycle(
             raise ValueError(
                 f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model"
             )
+    config = with_towers(config, first)
     mlps = [mlp.dense for mlp in chosen_mlps(first, config)]  # raises before anything is copied
     more = [mlps_like(mlps, other, config) for other in others]
     adopt: Callable[[nn.Module, MoEConfig], None] | None = None

@@ -82,7 +82,7 @@ class StudyRun:
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
         if self.moe is not None:
-            object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**self.moe))
+            object.__setattr__(self, "moe_cfg", MoEConfig.clip_up(**{"towers": ("image", "text"), **self.moe}))
 
     @property
     def needed(self) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def test_upcycle_writes_a_model_and_reports_the_step_zero_check(dense, tmp_path,
     assert "largest difference of normalized features at step 0: " in report
     assert float(report.split("at step 0: ")[1].split()[0]) <= 1e-6
     sparse, *_ = clipup.create_model_and_transforms(str(out))
-    assert sparse.moe_config == MoEConfig.clip_up(num_experts=3, blocks=(0, 2))
+    assert sparse.moe_config == MoEConfig.clip_up(num_experts=3, blocks=(0, 2), towers=("image", "text"))
     original, *_ = clipup.create_model_and_transforms(str(dense))
     assert step0_difference(original, sparse) <= 1e-6
 
@@ -191,7 +191,7 @@ def test_upcycle_accepts_every_option_as_a_flag(dense, tmp_path, capsys):
     sparse, *_ = clipup.create_model_and_transforms(str(tmp_path / "out"))
     assert sparse.moe_config == MoEConfig.clip_up(
         blocks="every", last_blocks=3, num_experts=16, top_k=8, granularity=4, shared_expert=True,
-        score_function="sigmoid", selection_bias="z_score", selection_bias_rate=0.01,
+        score_function="sigmoid", selection_bias="z_score", selection_bias_rate=0.01, towers=("image", "text"),
     )  # fmt: skip
 
 

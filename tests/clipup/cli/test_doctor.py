@@ -123,7 +123,7 @@ def test_hugging_face_tower_is_read(tmp_path, capsys):
 def test_diagnosis_agrees_with_upcycle(name, tmp_path):
     is_timm = name in TIMM
     model = timm_model(name) if is_timm else build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path))
-    config = MoEConfig(num_experts=2, towers=("image",) if is_timm else ("image", "text"))
+    config = MoEConfig(num_experts=2)
     reports = diagnose(model, config)
     chosen = [block for tower in reports for block in tower.blocks if block.status == "sparse"]
     upcycle(model, config, inplace=True)

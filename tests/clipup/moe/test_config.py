@@ -11,7 +11,7 @@ def test_clip_up_preset_is_the_recipe():
     config = MoEConfig.clip_up()
     assert (config.num_experts, config.top_k, config.capacity_factor, config.eval_capacity_factor) == (8, 2, 1.0, None)
     assert (config.balance_weight, config.z_weight, config.balance) == (0.01, 1e-4, "top2")
-    assert (config.towers, config.blocks, config.normalize_gates) == (("image", "text"), "every_other", "before_drop")
+    assert (config.towers, config.blocks, config.normalize_gates) == (None, "every_other", "before_drop")
 
 
 def test_preset_takes_overrides():
@@ -46,7 +46,7 @@ def test_config_saved_before_the_upcycling_choices_were_there_means_what_it_mean
         "importance_weight": 0.0, "load_weight": 0.0, "local_entropy_weight": 0.0, "global_entropy_weight": 0.0,
         "entropy_threshold": None,
     }  # fmt: skip
-    assert MoEConfig.from_dict(old) == MoEConfig.clip_up()
+    assert MoEConfig.from_dict(old) == MoEConfig.clip_up(towers=("image", "text"))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_threshold_of_global_entropy_defaults_to_the_uniform_distribution():
         ({"balance": "top1"}, ValueError, "balance must be one of top2, topk, got 'top1'"),
         ({"priority": 1}, TypeError, "priority must be True or False, got 1"),
         ({"padding_aware": None}, TypeError, "padding_aware must be True or False, got None"),
-        ({"towers": ()}, ValueError, "towers must be a tuple of"),
-        ({"towers": ("vision",)}, ValueError, r"towers must be a tuple of .* got \('vision',\)"),
-        ({"towers": "image"}, ValueError, "towers must be a tuple of"),
+        ({"towers": ()}, ValueError, "towers must be None, or a tuple of"),
+        ({"towers": ("vision",)}, ValueError, r"towers must be None, or a tuple of .* got \('vision',\)"),
+        ({"towers": "image"}, ValueError, "towers must be None, or a tuple of"),
         ({"blocks": "all"}, ValueError, 'blocks must be "every_other", "every" or a tuple of block indices'),
         ({"last_blocks": 0}, ValueError, "last_blocks must be at least 1, or None for all, got 0"),
         ({"last_blocks": 1.5}, TypeError, "last_blocks must be an int or None, got 1.5"),

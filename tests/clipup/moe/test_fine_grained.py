@@ -20,7 +20,7 @@ from clipup.dense.mlp_families import read_mlp
 from clipup.moe.expert_init import experts_of
 
 D, H = 16, 24
-CONFIG = MoEConfig.clip_up(num_experts=16, top_k=8, granularity=4)
+CONFIG = MoEConfig.clip_up(num_experts=16, top_k=8, granularity=4, towers=("image", "text"))
 
 
 def open_clip_mlp(bias=True):

@@ -18,7 +18,7 @@ from clipup.clip.flops import count, count_active
 from clipup.moe.weight_decay import decays
 
 D, H, E, K = 12, 20, 4, 2
-CONFIG = MoEConfig.clip_up(num_experts=4, shared_expert=True)
+CONFIG = MoEConfig.clip_up(num_experts=4, shared_expert=True, towers=("image", "text"))
 
 
 def make_layer(**options):

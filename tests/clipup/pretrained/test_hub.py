@@ -15,7 +15,7 @@ from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upc
 from clipup.cli import main
 from clipup.pretrained import hub
 
-CONFIG = MoEConfig.clip_up(num_experts=3)
+CONFIG = MoEConfig.clip_up(num_experts=3, towers=("image", "text"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -16,7 +16,7 @@ from clipup.clip.inputs import random_inputs
 from clipup.pretrained import tokenizers
 from clipup.pretrained.model_directory import CONFIG_NAME, WEIGHTS_NAME
 
-CONFIG = MoEConfig.clip_up(num_experts=3)
+CONFIG = MoEConfig.clip_up(num_experts=3, towers=("image", "text"))
 
 
 def make_sparse(kind="gelu", config=CONFIG):

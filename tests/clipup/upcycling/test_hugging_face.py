@@ -466,4 +466,12 @@ def test_other_models_are_refused_by_name():
 
 def test_a_tower_that_the_model_lacks_is_refused_by_name():
     with pytest.raises(TypeError, match=r"a ViTModel has no text tower; choose from towers=\('image',\)"):
-        upcycle(tiny_hugging_face("ViTModel"), MoEConfig.clip_up())
+        upcycle(tiny_hugging_face("ViTModel"), MoEConfig.clip_up(towers=("image", "text")))
+
+
+@pytest.mark.parametrize(("name", "tower"), [("ViTModel", "image"), ("BertModel", "text")])
+def test_a_model_with_one_tower_is_upcycled_in_it_and_its_config_names_it(name, tower, tmp_path):
+    sparse = upcycle(tiny_hugging_face(name), MoEConfig(num_experts=4, normalize_gates="after_drop"))
+    assert sparse.moe_config == MoEConfig(num_experts=4, normalize_gates="after_drop", towers=(tower,))
+    sparse.save_pretrained(tmp_path)
+    assert transformers.AutoModel.from_pretrained(tmp_path).moe_config == sparse.moe_config

@@ -10,7 +10,7 @@ from torch import nn
 from clipup import MoEConfig, aux_loss, moe_layers, step0_difference, upcycle
 from clipup.clip.inputs import random_inputs
 
-CONFIG = MoEConfig.clip_up(num_experts=4)
+CONFIG = MoEConfig.clip_up(num_experts=4, towers=("image", "text"))
 NATIVE = [kind for kind in CONFIGS if kind != "timm"]
 
 
@@ -99,7 +99,7 @@ def test_towers_and_blocks_can_be_selected(options, expected):
 
 
 def test_default_config_is_the_recipe():
-    assert upcycle(tiny_clip()).moe_config == MoEConfig.clip_up()
+    assert upcycle(tiny_clip()).moe_config == MoEConfig.clip_up(towers=("image", "text"))
 
 
 def test_model_is_copied_unless_inplace():

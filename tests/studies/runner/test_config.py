@@ -60,8 +60,8 @@ def test_a_config_names_its_run_by_its_file_and_changes_the_preset(write):
     run = config.read(write(COMPLETE + "moe: {num_experts: 4, blocks: [1]}\nstart: dense\n"))
 
     assert (run.name, run.steps, run.lr, run.start) == ("a-run", 10, 0.001, "dense")
-    assert run.moe_cfg == MoEConfig.clip_up(num_experts=4, blocks=(1,))
-    assert config.read(write(COMPLETE + "moe: {}\n")).moe_cfg == MoEConfig.clip_up()
+    assert run.moe_cfg == MoEConfig.clip_up(num_experts=4, blocks=(1,), towers=("image", "text"))
+    assert config.read(write(COMPLETE + "moe: {}\n")).moe_cfg == MoEConfig.clip_up(towers=("image", "text"))
     assert config.read(write(COMPLETE)).moe_cfg is None
 
 
