@@ -6,7 +6,7 @@ import logging
 import pickle
 import textwrap
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .structure import assign_weights, drop_parameters, without_random_numbers
 from .timm_size import is_resized, resize_tower
 
 LOG = logging.getLogger("clipup.pretrained")
+LOG.setLevel(logging.WARNING)  # also in commands that log errors only: what they print depends on it
 _NUMPY = (".npz", ".npy")  # weights of big_vision, which open_clip reads
 _TRANSFORM = ("mean", "std", "interpolation", "resize_mode")
 _FORCED_SIZES = {"vision_cfg.image_size": "force_image_size", "text_cfg.context_length": "force_context_length"}
@@ -83,11 +84,11 @@ def _create(
         model_name = f"{LOCAL_PREFIX}{directory}"
         if load_weights and found is None:
             model_directory.check_weights(directory)
-        types = model_directory.types_of_weights(directory) if load_weights else {}
+        stored = model_directory.weights_on_meta(directory) if load_weights else {}
         described = model_directory.read_config(directory)["model_cfg"]
-        if types:
-            check_depth(described, len(types), directory / model_directory.CONFIG_NAME)
-        read_here = load_weights and (found is not None or is_resized(described, types))
+        if stored:
+            check_depth(described, len(stored), directory / model_directory.CONFIG_NAME)
+        read_here = load_weights and (found is not None or is_resized(described, stored))
         weights = model_directory.read_weights(directory) if read_here else None
         described_by = f"its {model_directory.CONFIG_NAME}"
     else:
@@ -98,7 +99,7 @@ def _create(
             kwargs = _as_trained(file, model_name, str(pretrained), kwargs)
             fill_color = _preprocess_cfg(file, str(pretrained)).get("fill_color")
         weights = file.state_dict if found is not None and load_weights else None
-        types = file.types if file is not None and load_weights else {}
+        stored = file.on_meta() if file is not None and load_weights else {}
         del file  # open_clip reads dense weights itself
         described = None
         described_by = f"{model_name} with its moe_cfg"
@@ -112,7 +113,8 @@ def _create(
             kwargs = {"require_pretrained": True, **kwargs}
         with _clear_errors(model_name):
             model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
-        check_types(model, types, str(pretrained or directory))
+        check_types(model, stored, str(pretrained or directory))
+        _say_resized(model, stored, str(pretrained or directory))
         return model, *_with_fill_color(model, transforms, fill_color, kwargs.get("aug_cfg"))
     if kwargs.get("jit"):
         raise ValueError("jit=True is not supported for sparse models; use torch.compile")
@@ -208,11 +210,25 @@ def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str) -
 def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str, described_by: str) -> dict[str, Tensor]:
     """The weights, with position embeddings resized for the model. Raises ``ValueError`` if they do not fit."""
     check_fit(model, weights, source, _POSITION_EMBEDDINGS, described_by=described_by)
+    _say_resized(model, weights, source)
     weights = dict(weights)
     resize_pos_embed(weights, model)
     resize_text_pos_embed(weights, model)
     check_fit(model, weights, source, described_by=described_by)
     return weights
+
+
+def _say_resized(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Logs in one line which position embeddings are resized, because the model has other sizes than the weights."""
+    resized = [
+        f"{name} from {list(old.shape)} to {list(new.shape)}"
+        for name, new in model.state_dict().items()
+        if name in _POSITION_EMBEDDINGS
+        and (old := weights.get(name, weights.get(name.removeprefix("text.")))) is not None
+        and old.shape != new.shape
+    ]
+    if resized:
+        LOG.warning("the weights in %s are of other sizes than the model; resized %s", source, ", ".join(resized))
 
 
 def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:

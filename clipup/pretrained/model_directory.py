@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import checks
 from ..moe.config import MoEConfig
 from .config_files import moe_config_in, read_config_file
 from .shard_files import is_sharded
-from .state_dicts import read_safetensors, types_in_safetensors
+from .state_dicts import read_safetensors, safetensors_on_meta
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -108,7 +107,7 @@ def check_weights(directory: str | Path) -> None:
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False creates the model without")
 
 
-def types_of_weights(directory: str | Path) -> dict[str, torch.dtype]:
-    """The dtypes of the directory's tensors by name; empty if the weights are not safetensors."""
+def weights_on_meta(directory: str | Path) -> dict[str, Tensor]:
+    """The dtypes and shapes of the directory's tensors by name; empty if the weights are not safetensors."""
     path = Path(directory) / WEIGHTS_NAME
-    return types_in_safetensors(path) if path.is_file() else {}
+    return safetensors_on_meta(path) if path.is_file() else {}

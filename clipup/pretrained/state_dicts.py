@@ -48,10 +48,9 @@ class Weights(NamedTuple):
         """Whether the state dict has sparse layers."""
         return any(name.endswith(_ROUTER) for name in self.state_dict)
 
-    @property
-    def types(self) -> dict[str, torch.dtype]:
-        """The dtypes of the tensors by name."""
-        return {name: value.dtype for name, value in self.state_dict.items() if isinstance(value, Tensor)}
+    def on_meta(self) -> dict[str, Tensor]:
+        """The dtypes and shapes of the tensors by name."""
+        return {name: value.to("meta") for name, value in self.state_dict.items() if isinstance(value, Tensor)}
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -83,18 +82,19 @@ def _read_sharded(directory: Path) -> Weights:
     return Weights(shard_files.read_tensors(directory, index, shard_files.MODEL), index.configs)
 
 
-def types_in_safetensors(path: Path) -> dict[str, torch.dtype]:
-    """The dtypes of the tensors in a safetensors file by name, read from its header. Raises ``ValueError`` if the file
-    is incomplete."""
-    types = {}
+def safetensors_on_meta(path: Path) -> dict[str, Tensor]:
+    """The dtypes and shapes of the tensors in a safetensors file by name, read from its header. Raises ``ValueError`` if
+    the file is incomplete."""
+    found = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, not a mapping
                 part = file.get_slice(name)
-                types[name] = part[:0].dtype if part.get_shape() else file.get_tensor(name).dtype
+                few = part[:0] if part.get_shape() else file.get_tensor(name)
+                found[name] = torch.empty(part.get_shape(), dtype=few.dtype, device="meta")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-    return types
+    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ def check_fit(
         if name in weights and name not in ignore and weights[name].shape != tensor.shape
     ]
     mismatches = _shortened(mismatches, "more with different shapes")
-    mismatches += _dtype_mismatches(expected, {name: tensor.dtype for name, tensor in weights.items()})
+    mismatches += _dtype_mismatches(expected, weights)
     mismatches += _list_names("missing from the file", [name for name in expected if name not in weights])
     mismatches += _list_names("not in the model", [name for name in weights if name not in expected])
     if mismatches:
@@ -230,28 +230,28 @@ def check_fit(
         )
 
 
-def check_types(model: nn.Module, types: Mapping[str, torch.dtype], source: str) -> None:
+def check_types(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Refuses weights that torch would convert silently: integers, booleans and complex numbers in place of
     floating-point numbers, or the reverse.
 
     Args:
-        types: the dtypes of the file's tensors by name. Names that the model does not have are ignored.
+        weights: the file's tensors by name. Names that the model does not have are ignored.
 
     Raises:
         ValueError: a dtype does not fit. Names up to three parameters, and both dtypes.
     """
-    mismatches = _dtype_mismatches(model.state_dict(), types)
+    mismatches = _dtype_mismatches(model.state_dict(), weights)
     if mismatches:
         raise ValueError(
             f"the weights in {source} do not fit the model: {'; '.join(mismatches)}. Get them in a floating-point dtype"
         )
 
 
-def _dtype_mismatches(expected: Mapping[str, Tensor], types: Mapping[str, torch.dtype]) -> list[str]:
+def _dtype_mismatches(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
     mismatches = [
-        f"{name} is {types[name]} in the file, {tensor.dtype} in the model"
+        f"{name} is {weights[name].dtype} in the file, {tensor.dtype} in the model"
         for name, tensor in expected.items()
-        if name in types and types[name].is_floating_point != tensor.dtype.is_floating_point
+        if name in weights and weights[name].is_floating_point() != tensor.is_floating_point()
     ]
     return _shortened(mismatches, "more with different dtypes")
 

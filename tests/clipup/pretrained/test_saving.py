@@ -12,6 +12,7 @@ import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.atomic_files import replace_files
 from clipup.cli import main
+from clipup.cli.logs import errors_only
 from clipup.clip.inputs import random_inputs
 from clipup.pretrained import tokenizers
 from clipup.pretrained.model_directory import CONFIG_NAME, WEIGHTS_NAME
@@ -100,6 +101,22 @@ def test_experts_load_in_the_precision_of_the_model(saved, precision, dtype):
     assert {p.dtype for layer in moe_layers(loaded).values() for p in layer.parameters()} == {dtype}
     images, texts = random_inputs(loaded, 2)
     assert loaded(images, texts)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_a_config_of_other_sizes_than_the_weights_says_what_it_resizes(kind, tmp_path, caplog):
+    save_pretrained(tiny_clip() if kind == "dense" else make_sparse(), tmp_path, tiny_config())
+    clipup.create_model_and_transforms(str(tmp_path))
+    assert not caplog.messages
+    path = tmp_path / "open_clip_config.json"
+    config = json.loads(path.read_text())
+    config["model_cfg"]["vision_cfg"]["image_size"] = 32
+    config["model_cfg"]["text_cfg"]["context_length"] = 20
+    path.write_text(json.dumps(config))
+    with errors_only():
+        clipup.create_model_and_transforms(str(tmp_path))
+    (line,) = caplog.messages
+    assert str(tmp_path) in line and "[5, 32] to [17, 32]" in line and "[10, 32] to [20, 32]" in line
 
 
 def test_another_image_size_resizes_position_embeddings(saved):

@@ -15,7 +15,7 @@ from clipup.cli import main
 from clipup.pretrained.state_dicts import read_weights, strip_wrapper_prefixes
 
 NAME = "clipup-tiny-32"
-CONFIG = MoEConfig.clip_up(num_experts=3, blocks=(1, 2))
+CONFIG = MoEConfig.clip_up(num_experts=3, blocks=(1, 2), towers=("image", "text"))
 
 
 @pytest.fixture(scope="module")

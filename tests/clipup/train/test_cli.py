@@ -38,7 +38,7 @@ def test_train_makes_the_model_sparse_trains_evaluates_and_saves_it(command, tmp
     run = tmp_path / "logs" / "run"
     assert "6 steps" in capsys.readouterr().out
     config = clipup.create_model_and_transforms(str(run / "model"))[0].moe_config
-    assert config == clipup.MoEConfig.clip_up(num_experts=4, balance_weight=0.02)
+    assert config == clipup.MoEConfig.clip_up(num_experts=4, balance_weight=0.02, towers=("image", "text"))
     evaluations = (run / "evaluations.jsonl").read_text().splitlines()
     assert len(evaluations) == 2 and '"t2i": {"r1": ' in evaluations[0]
     names = {path.name for path in run.iterdir()}
