@@ -68,7 +68,11 @@ def moe_rules(config_of: Callable[[Any], MoEConfig]) -> list[NoEffect]:
             lambda config: config.capacity_factor is None and config.eval_capacity_factor is None,
             "without --capacity-factor or --eval-capacity-factor",
         ),
-        rule("padding_aware", lambda config: "text" not in (config.towers or ("text",)), "without the text tower in --towers"),
+        rule(
+            "padding_aware",
+            lambda config: "text" not in (config.towers or ("text",)),
+            "without the text tower in --towers",
+        ),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from typing import cast
+from typing import TypeVar, cast, overload
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from ..moe.layer import SparseMoE
 from ..moe.prepared import PreparedMoE, PreparedSharedExpert
 from ..precision import Precision
 
+M = TypeVar("M", bound=nn.Module)
 _HARMLESS = {
     *("__init__", "__new__", "__init_subclass__", "__class_getitem__", "__subclasshook__", "extra_repr", "__repr__"),
     *("__dict__", "__weakref__", "__annotate__", "__annotate_func__"),  # which Python adds
@@ -47,6 +48,12 @@ class NothingToPrepare(ValueError):
     """The model has no layer that can be prepared."""
 
 
+@overload
+def accelerate(  # type: ignore[overload-overlap]  # a single MLP is replaced
+    model: nn.Sequential, inplace: bool = False, weights: str | None = None
+) -> nn.Sequential | PreparedMLP: ...
+@overload
+def accelerate(model: M, inplace: bool = False, weights: str | None = None) -> M: ...
 @torch.inference_mode(False)  # what is copied there cannot be loaded into elsewhere
 @torch.no_grad()
 def accelerate(model: nn.Module, inplace: bool = False, weights: str | None = None) -> nn.Module:

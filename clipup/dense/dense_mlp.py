@@ -88,7 +88,9 @@ def class_name(module: nn.Module) -> str:
 
 
 _ACTIVATIONS: dict[str, str | Callable[[Any], str]] = {
-    "torch.nn.modules.activation.GELU": lambda act: {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate, act.approximate),
+    "torch.nn.modules.activation.GELU": lambda act: {"none": "gelu", "tanh": "gelu_tanh"}.get(
+        act.approximate, str(act)
+    ),
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.SiLU": "silu",
     "open_clip.transformer.QuickGELU": "quick_gelu",
@@ -115,7 +117,7 @@ _LAYER_NORMS = (
 
 
 def read_activation(module: nn.Module) -> str:
-    """The activation's name in ``clipup_kernels.ACTIVATIONS``; of another one, the class's, which ``DenseMLP`` refuses."""
+    """The activation's name in ``clipup_kernels.ACTIVATIONS``; of others their class's, which ``DenseMLP`` refuses."""
     found = _ACTIVATIONS.get(class_name(module), class_name(module))
     return found if isinstance(found, str) else found(module)
 

@@ -10,7 +10,9 @@ import difflib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
+
+from typing_extensions import Unpack
 
 from clipup_kernels import MAX_EXPERTS
 
@@ -31,9 +33,6 @@ _EVALUATION_FIELDS = (
     *("priority", "score_function", "padding_aware"),
 )
 """Fields that outputs in evaluation depend on, besides the blocks, which the names of weights show."""
-_MODEL_FIELDS = ("towers", "blocks", "last_blocks", "padding_aware", "reinit_ratio")
-
-
 _CHOICES = {
     "routing": RoutingKind,
     "normalize_gates": GateNormalization,
@@ -42,6 +41,43 @@ _CHOICES = {
     "selection_bias": SelectionBias,
     "loss_scope": LossScope,
 }
+
+
+class LayerOptions(TypedDict, total=False):
+    """The fields of ``MoEConfig`` that concern a single layer, as keyword arguments."""
+
+    num_experts: int
+    top_k: int
+    granularity: int
+    shared_expert: bool
+    routing: RoutingKind
+    capacity_factor: float | None
+    eval_capacity_factor: float | None
+    normalize_gates: GateNormalization
+    priority: bool
+    router_noise: float
+    score_function: ScoreFunction
+    selection_bias: SelectionBias
+    selection_bias_rate: float
+    balance_weight: float
+    balance: BalanceForm
+    loss_scope: LossScope
+    z_weight: float
+    importance_weight: float
+    load_weight: float
+    local_entropy_weight: float
+    global_entropy_weight: float
+    entropy_threshold: float | None
+
+
+class MoEOptions(LayerOptions, total=False):
+    """All fields of ``MoEConfig``, as keyword arguments."""
+
+    reinit_ratio: float
+    towers: tuple[Tower, ...] | None
+    blocks: Blocks | tuple[int, ...]
+    last_blocks: int | None
+    padding_aware: bool
 
 
 @dataclass(frozen=True)
@@ -210,13 +246,15 @@ class MoEConfig:
                 )
 
     @classmethod
-    def clip_up(cls, **overrides: Any) -> MoEConfig:
+    def clip_up(cls, **overrides: Unpack[MoEOptions]) -> MoEConfig:
         """The CLIP-UP recipe (arXiv 2502.00965): 8 experts, top 2, every other block of both towers, capacity factor 1.
 
         The capacity factor is derived from the paper's numbers; the loss weights (balance 0.01, z 1e-4) are common
         values, not confirmed by the paper's text.
         """
-        return cls(**{"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2", **overrides})
+        preset: MoEOptions = {"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2"}
+        options: MoEOptions = {**preset, **overrides}
+        return cls(**options)
 
     @property
     def mean_choices(self) -> int:
@@ -230,7 +268,7 @@ class MoEConfig:
         factor = self.capacity_factor if training or self.eval_capacity_factor is None else self.eval_capacity_factor
         return 1.0 if factor is None else factor
 
-    def replace(self, **changes: Any) -> MoEConfig:
+    def replace(self, **changes: Unpack[MoEOptions]) -> MoEConfig:
         """A copy with some fields changed, validated like a new config."""
         return dataclasses.replace(self, **changes)
 
@@ -291,7 +329,7 @@ LOSS_WEIGHTS = tuple(field.name for field in dataclasses.fields(MoEConfig) if fi
 """The fields that are weights of auxiliary losses: those named ``LOSS_weight``."""
 
 
-def layer_config(config: MoEConfig | None, overrides: dict[str, Any]) -> MoEConfig:
+def layer_config(config: MoEConfig | None, overrides: LayerOptions) -> MoEConfig:
     """The config of a single layer.
 
     Raises:
@@ -299,7 +337,7 @@ def layer_config(config: MoEConfig | None, overrides: dict[str, Any]) -> MoEConf
     """
     if config is not None:
         check_config("config", config)
-    known = [field.name for field in dataclasses.fields(MoEConfig) if field.name not in _MODEL_FIELDS]
+    known = list(LayerOptions.__annotations__)
     unknown = [name for name in overrides if name not in known]
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=1)

@@ -12,12 +12,13 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .. import checks
 from ..dense.dense_mlp import DenseMLP
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
-from .config import MoEConfig, check_config, layer_config
+from .config import LayerOptions, MoEConfig, check_config, layer_config
 from .expert_init import experts_of, reinitialize_hidden_units
 from .expert_parallel import is_distributed
 from .experts import Experts, SharedExpert
@@ -87,7 +88,7 @@ class SparseMoE(Experts):
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **overrides: Any,
+        **overrides: Unpack[LayerOptions],
     ) -> None:
         config = layer_config(config, overrides)
         mlp: dict[str, Any] = {"activation": activation, "bias": bias, "gated": gated, "norm": norm}
@@ -114,9 +115,9 @@ class SparseMoE(Experts):
 
         Args:
             mlp: an MLP of a family in ``clipup.dense.mlp_readers``, such as ``nn.Sequential(nn.Linear(D, H), nn.GELU(),
-                nn.Linear(H, D))``, or of any other a ``DenseMLP`` of its tensors (``clipup.dense.dense_mlp``). Where its projections lie in two modules, as in
-                BERT: both, ``(layer.intermediate, layer.output)``; what else the second does, such as the residual and
-                its norm, is left out.
+                nn.Linear(H, D))``, or of any other a ``DenseMLP`` of its tensors (``clipup.dense.dense_mlp``). Where
+                its projections lie in two modules, as in BERT: both, ``(layer.intermediate, layer.output)``; what else
+                the second does, such as the residual and its norm, is left out.
             config: None means ``MoEConfig()``.
 
         Raises:

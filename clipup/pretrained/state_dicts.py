@@ -83,8 +83,8 @@ def _read_sharded(directory: Path) -> Weights:
 
 
 def safetensors_on_meta(path: Path) -> dict[str, Tensor]:
-    """The dtypes and shapes of the tensors in a safetensors file by name, read from its header. Raises ``ValueError`` if
-    the file is incomplete."""
+    """The dtypes and shapes of the tensors in a safetensors file by name, read from its header. Raises ``ValueError``
+    if the file is incomplete."""
     found = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:

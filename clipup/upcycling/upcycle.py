@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -19,15 +20,15 @@ from ..moe.config import MoEConfig, check_config
 from ..moe.layer import moe_layers
 from .sparse_blocks import chosen_mlps, make_sparse, mlps_like
 
+M = TypeVar("M", bound=nn.Module)
 
-def upcycle(
-    model: nn.Module | Sequence[nn.Module], config: MoEConfig | None = None, inplace: bool = False
-) -> nn.Module:
+
+def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bool = False) -> M:
     """Turns a dense model into a sparse one.
 
     Devices, dtypes, requires_grad and training modes are kept; meta tensors work. The result has the config as
-    ``model.moe_config``, with the names of its sparse towers. Its ``no_weight_decay()``, which timm's optimizers call, adds the biases and norms of the
-    experts to those of the dense model. If an error is raised, the model is unchanged.
+    ``model.moe_config``, which names its sparse towers. Its ``no_weight_decay()``, which timm's optimizers call, adds
+    the biases and norms of the experts to those of the dense model. If an error is raised, the model is unchanged.
 
     Args:
         model: open_clip's CLIP, CustomTextCLIP or CoCa, a timm model, or a model of transformers
@@ -39,12 +40,13 @@ def upcycle(
         inplace: modify ``model`` instead of a copy.
 
     Raises:
-        TypeError: an unsupported model or argument, a tower that is named and the model lacks, or a selected block whose MLP is of no supported family.
+        TypeError: an unsupported model or argument, a named tower that the model lacks, or a selected block whose MLP
+            is of no supported family.
         ValueError: no model, or models that differ in the shape of an MLP; a model is already sparse, ``config.blocks``
             names a missing block, or a hidden width is not a multiple of ``config.granularity``.
         ImportError: a model of transformers before version 5.
     """
-    models: list[nn.Module] = list(model) if isinstance(model, list | tuple) else [model]  # type: ignore[list-item]
+    models: list[M] = list(model) if isinstance(model, list | tuple) else [model]  # type: ignore[list-item]
     if not models:
         raise ValueError("model is an empty list; expected one dense model, or several")
     for one in models:

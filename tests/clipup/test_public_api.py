@@ -4,12 +4,14 @@ import ast
 import importlib.util
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 import clipup
 import clipup_kernels
+from clipup.moe.config import MoEOptions
 
 SOURCE = Path(clipup.__file__)
 ROOT = SOURCE.parents[1]
@@ -68,3 +70,40 @@ def test_unknown_name_is_an_attribute_error():
 def test_packages_have_a_version_and_type_information(package):
     assert package.__version__ == clipup_kernels._version.__version__
     assert Path(package.__file__).with_name("py.typed").is_file()
+
+
+CALLS = """
+import clipup
+from torch import nn
+class Net(nn.Module): ...
+net: Net = clipup.upcycle(Net())
+net = clipup.upcycle([net, net], clipup.MoEConfig.clip_up(num_experts=4, towers=("image",)))
+net = clipup.accelerate(net)
+layer: clipup.SparseMoE = clipup.accelerate(clipup.SparseMoE(8, 16, num_experts=4))
+clipup.accelerate(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)))[0]  # error: [index]
+clipup.SparseMoE(8, 16, n_experts=4)  # error: [call-arg]
+clipup.SparseMoE(8, 16, towers=("image",))  # error: [call-arg]
+clipup.SparseMoE(8, 16, num_experts="4")  # error: [arg-type]
+clipup.MoEConfig.clip_up(n_experts=4)  # error: [call-arg]
+clipup.MoEConfig().replace(routing="expert")  # error: [arg-type]
+"""
+
+
+@pytest.mark.slow
+def test_type_checkers_know_what_is_returned_and_refuse_options_that_there_are_not(tmp_path):
+    path = tmp_path / "calls.py"
+    path.write_text(CALLS)
+    run = subprocess.run([sys.executable, "-m", "mypy", path], cwd=ROOT, capture_output=True, text=True)
+    errors = [
+        line.split(":")[1] + line[line.rindex("  [") + 2 :] for line in run.stdout.splitlines() if ": error" in line
+    ]
+    assert errors == [
+        f"{number}{line.split('# error: ')[1]}"
+        for number, line in enumerate(CALLS.splitlines(), 1)
+        if "# error: " in line
+    ], run.stdout + run.stderr
+
+
+def test_the_typed_options_are_the_fields_of_the_config():
+    fields = typing.get_type_hints(clipup.MoEConfig)
+    assert typing.get_type_hints(MoEOptions) == fields
