@@ -36,10 +36,8 @@ def find_mlp(block: nn.Module) -> BlockMLP:
 
     Raises:
         TypeError: the class of the block or of a part of its MLP belongs to no family, or the MLP has an unsupported
-        part
-            (an unknown activation, a norm other than layer norm); the message names it.
+            part (an unknown activation, a norm other than layer norm); the message names it.
     """
-    inside = ""
     for family in FAMILIES:
         if class_name(block) not in family.blocks:
             continue
@@ -48,9 +46,7 @@ def find_mlp(block: nn.Module) -> BlockMLP:
             dense = family.read(*modules)
             refuse_changed_forward(*modules)
             return BlockMLP(block, family, dense, modules[0])
-        inside = _inside(modules[0]) if modules else inside
-    if not inside and _has(block, "mlp"):
-        inside = _inside(block.get_submodule("mlp"))
+    inside = f" with an mlp of class {class_name(block.get_submodule('mlp'))}" if _has(block, "mlp") else ""
     raise TypeError(f"cannot read the MLP of a {class_name(block)}{inside}; {ANY_OTHER}")
 
 
@@ -75,7 +71,3 @@ def _has(block: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
-
-
-def _inside(mlp: nn.Module) -> str:
-    return f" with an mlp of class {class_name(mlp)}"

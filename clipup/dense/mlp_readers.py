@@ -189,7 +189,6 @@ FAMILIES: tuple[Family, ...] = (
     _hugging_face("siglip", "SiglipEncoderLayer", "SiglipMLP", _read_fc),
     _hugging_face("siglip2", "Siglip2EncoderLayer", "Siglip2MLP", _read_fc),
     _hugging_face("vit", "ViTLayer", "ViTMLP", _read_fc),
-    _pair("vit", "ViT"),  # of transformers 4
     _hugging_face("dinov2", "Dinov2Layer", "Dinov2MLP", _read_fc),
     _hugging_face("dinov2", "Dinov2Layer", "Dinov2SwiGLUFFN", _read_gate_up_down),
     _hugging_face("dinov3_vit", "DINOv3ViTLayer", "DINOv3ViTMLP", _read_up_down),

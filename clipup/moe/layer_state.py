@@ -31,6 +31,7 @@ from .router import Routing
 from .step_counts import StepCounts
 
 _APPLY = vars(Function)["apply"].__func__.__code__
+"""What runs the forward pass of a custom ``autograd.Function``, without gradients."""
 
 
 class LossRecord:

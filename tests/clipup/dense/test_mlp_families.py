@@ -1,6 +1,5 @@
 import dataclasses
 import importlib
-import types
 from collections import OrderedDict
 
 import open_clip.transformer
@@ -151,52 +150,6 @@ def test_an_mlp_in_two_modules_is_read_from_both():
     torch.testing.assert_close(layer(x), second.dense(first(x)))
     with pytest.raises(TypeError, match="cannot read .*BertIntermediate as an MLP"):
         SparseMoE.from_dense(first)
-
-
-class ViTIntermediate(nn.Module):
-    """Of transformers 4, as are the next two: version 5 has one module for both projections."""
-
-    def __init__(self):
-        super().__init__()
-        self.dense = nn.Linear(D, H)
-        self.intermediate_act_fn = transformers.activations.ACT2FN["gelu"]
-
-    def forward(self, x):
-        return self.intermediate_act_fn(self.dense(x))
-
-
-class ViTOutput(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.dense = nn.Linear(H, D)
-        self.dropout = nn.Dropout(0.0)
-
-    def forward(self, x, residual):
-        return self.dropout(self.dense(x)) + residual
-
-
-class ViTLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.intermediate = ViTIntermediate()
-        self.output = ViTOutput()
-
-    def forward(self, x):
-        return self.output(self.intermediate(x), x)
-
-
-def test_a_vit_block_of_transformers_4_computes_the_same_with_a_sparse_layer(monkeypatch):
-    home = "transformers.models.vit.modeling_vit"
-    for kind in (ViTIntermediate, ViTOutput, ViTLayer):
-        monkeypatch.setattr(kind, "__module__", home)
-        monkeypatch.setattr(kind, "forward", types.FunctionType(kind.forward.__code__, {"__name__": home}))
-    block, x = ViTLayer(), torch.randn(2, 9, D)
-    expected = block(x)
-    found = find_mlp(block)
-    assert found.dense.in_weight is block.intermediate.dense.weight
-    found.replace(SparseMoE.from_dense((block.intermediate, block.output), MoEConfig(num_experts=3)))
-    torch.testing.assert_close(block(x), expected)
-    assert type(block.output.dense) is nn.Identity
 
 
 class LooksLikeMlp(timm.layers.Mlp):
