@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -25,10 +27,11 @@ struct Pool {
 };
 
 // Never destroyed: a thread may still run while the process ends.
-Pool& pool() {
-  static auto* const instance = new Pool;
-  return *instance;
-}
+Pool& pool = *new Pool;
+
+// Locked across a fork: in the child, a lock that another thread holds would never be released.
+[[maybe_unused]] const int at_fork =
+    pthread_atfork([] { pool.mutex.lock(); }, [] { pool.mutex.unlock(); }, [] { pool.mutex.unlock(); });
 
 void* fresh(std::size_t bytes) {
   // Large matrices touch a new page every few rows; huge pages save address translations.
@@ -54,19 +57,18 @@ void expect_whole_write([[maybe_unused]] void* block, [[maybe_unused]] std::int6
 void* acquire_memory(std::size_t bytes) {
   const std::size_t unit = bytes >= kHugePage ? kHugePage : 4096;
   bytes = (bytes + unit - 1) / unit * unit;
-  Pool& p = pool();
-  const std::lock_guard<std::mutex> lock(p.mutex);
-  const auto found = p.free.lower_bound(bytes);
+  const std::lock_guard<std::mutex> lock(pool.mutex);
+  const auto found = pool.free.lower_bound(bytes);
   void* block = nullptr;
-  if (found != p.free.end() && found->first <= 2 * bytes) {
+  if (found != pool.free.end() && found->first <= 2 * bytes) {
     bytes = found->first;
     block = found->second;
-    p.free.erase(found);
-    p.free_bytes -= bytes;
-    p.used.emplace(block, bytes);
+    pool.free.erase(found);
+    pool.free_bytes -= bytes;
+    pool.used.emplace(block, bytes);
   } else {
     block = fresh(bytes);
-    p.used.emplace(block, bytes);
+    pool.used.emplace(block, bytes);
   }
 #ifdef CLIPUP_POISON
   std::memset(block, 0xFF, bytes);  // NaN in every storage type, so that reading unwritten memory shows
@@ -75,39 +77,35 @@ void* acquire_memory(std::size_t bytes) {
 }
 
 void return_memory(void* block) {
-  Pool& p = pool();
-  const std::lock_guard<std::mutex> lock(p.mutex);
-  const auto found = p.used.find(block);
+  const std::lock_guard<std::mutex> lock(pool.mutex);
+  const auto found = pool.used.find(block);
   const std::size_t bytes = found->second;
-  p.used.erase(found);
-  if (p.free_bytes + bytes > kKeptBytes) {
+  pool.used.erase(found);
+  if (pool.free_bytes + bytes > kKeptBytes) {
     std::free(block);
     return;
   }
-  p.free.emplace(bytes, block);
-  p.free_bytes += bytes;
+  pool.free.emplace(bytes, block);
+  pool.free_bytes += bytes;
 }
 
 std::int64_t kept_memory() {
-  Pool& p = pool();
-  const std::lock_guard<std::mutex> lock(p.mutex);
-  return static_cast<std::int64_t>(p.free_bytes);
+  const std::lock_guard<std::mutex> lock(pool.mutex);
+  return static_cast<std::int64_t>(pool.free_bytes);
 }
 
 std::int64_t used_memory() {
-  Pool& p = pool();
-  const std::lock_guard<std::mutex> lock(p.mutex);
+  const std::lock_guard<std::mutex> lock(pool.mutex);
   std::int64_t bytes = 0;
-  for (const auto& block : p.used) bytes += static_cast<std::int64_t>(block.second);
+  for (const auto& block : pool.used) bytes += static_cast<std::int64_t>(block.second);
   return bytes;
 }
 
 void release_memory() {
-  Pool& p = pool();
-  const std::lock_guard<std::mutex> lock(p.mutex);
-  for (const auto& [bytes, block] : p.free) std::free(block);
-  p.free.clear();
-  p.free_bytes = 0;
+  const std::lock_guard<std::mutex> lock(pool.mutex);
+  for (const auto& [bytes, block] : pool.free) std::free(block);
+  pool.free.clear();
+  pool.free_bytes = 0;
 }
 
 }  // namespace clipup

@@ -1,5 +1,9 @@
 // The pool of working memory: aligned, given out once, kept within its limit, from several threads at a time.
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <set>
 #include <thread>
@@ -49,6 +53,31 @@ bool churn(unsigned seed, int steps) {
   return well;
 }
 
+// Forks while other threads take and return blocks; a child that cannot take one is ended by its alarm.
+void expect_memory_in_forked_children() {
+  std::atomic<bool> over{false};
+  std::vector<std::thread> threads;
+  for (unsigned i = 0; i < 3; ++i) {
+    threads.emplace_back([&over] {
+      while (!over) return_memory(acquire_memory(4096));
+    });
+  }
+  bool well = true;
+  for (int forks = 0; well && forks < (quick() ? 30 : 300); ++forks) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(5);
+      return_memory(acquire_memory(4096));
+      _exit(0);
+    }
+    int status = -1;
+    well = child > 0 && waitpid(child, &status, 0) == child && status == 0;
+  }
+  over = true;
+  for (std::thread& thread : threads) thread.join();
+  EXPECT(well);
+}
+
 }  // namespace
 
 void test_memory() {
@@ -82,6 +111,7 @@ void test_memory() {
   for (std::thread& thread : threads) thread.join();
   for (const bool fine : well) EXPECT(fine);
   EXPECT(kept_memory() > 0 && kept_memory() <= std::int64_t{2} << 30U);
+  expect_memory_in_forked_children();
   release_memory();
   EXPECT(kept_memory() == 0);
 }
