@@ -32,7 +32,7 @@ def topk_gating(
     expert_indices = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     gates = probs.gather(1, expert_indices)
     if renormalize:
-        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+        gates = renormalize_gates(gates, logits.gather(1, expert_indices))
     share = mask.to(probs.dtype) / mask.sum().clamp_min(1)
     chosen = (expert_indices[..., None] == torch.arange(num_experts, device=logits.device)) & mask[:, None, None]
     return Gating(
@@ -43,6 +43,18 @@ def topk_gating(
         z_loss=share @ logits.logsumexp(-1).square(),
         tokens_per_expert=chosen.sum(0).int(),
     )
+
+
+def renormalize_gates(gates: Tensor, logits: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Gates divided by their sum over the choices kept: the softmax over the logits of these. It sums to 1 even where
+    the probabilities underflow. Choices that are not kept, or whose logit is -inf, get 0. A NaN stays.
+
+    gates, logits: [..., K]; kept: [..., K] bool, None for all.
+    """
+    finite = logits != -torch.inf
+    kept = finite if kept is None else kept & finite
+    shares = logits.where(kept, torch.finfo(logits.dtype).min).softmax(-1)
+    return torch.where(gates.isnan(), gates, shares).where(kept, 0)
 
 
 def serving_order(priority: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ void router_logits_backward(const float* d_logits, const void* x, DType dtype, c
 // Choices are ordered by their scores, highest first: logits, or probabilities plus selection bias if given.
 // Ties go to the lowest expert, a NaN ranks as minus infinity.
 //
-//   gates[T,K]           probability of the choice; `renormalize`: divided by the sum over the token's choices
+//   gates[T,K]           probability of the choice; `renormalize`: divided by the sum over the token's choices, computed
+//                        from the logits so that they sum to 1 even where the probabilities underflow
 //   expert_indices[T,K]  expert of the choice, distinct within a token
 //   top_prob[T]          largest probability of the token
 //   mean_probs[E]        mean probability over the unmasked tokens, 0 if there are none

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from clipup_kernels import Gating, Plan, dispatch, router_logits, topk_gating
+from clipup_kernels.reference import renormalize_gates
 
 from .. import checks
 from . import losses
@@ -166,7 +167,7 @@ class Router(nn.Module):
         )
         gates = gating.gates
         if config.normalize_gates == "after_drop":
-            gates = renormalize_kept(gates, plan)
+            gates = renormalize_kept(scores, gating, plan)
         return Routing(gates, plan, gating, logits, noisy_logits, mask)
 
     def has_hooks(self) -> bool:
@@ -239,7 +240,7 @@ def expert_choice(scores: Tensor, config: MoEConfig, factor: float, mask: Tensor
     chosen = (places < capacity) & mask[:, None]
     gates = probs.where(chosen, 0)
     if config.normalize_gates != "none":
-        gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+        gates = renormalize_gates(probs, scores, chosen)
     order = ranked.where(chosen, -1.0).argsort(dim=-1, descending=True, stable=True)
     indices = torch.where(chosen.gather(1, order), order, -1).int()
     # the statistics of the distribution do not depend on who chooses
@@ -249,14 +250,14 @@ def expert_choice(scores: Tensor, config: MoEConfig, factor: float, mask: Tensor
     return gating, dispatch(indices, num_experts, mask=mask)
 
 
-def renormalize_kept(gates: Tensor, plan: Plan) -> Tensor:
-    """Scales each token's gates to sum to 1 over the choices that got a slot, or to 0 if none did (Sparse Upcycling,
+def renormalize_kept(scores: Tensor, gating: Gating, plan: Plan) -> Tensor:
+    """Each token's gates, which sum to 1 over the choices that got a slot, or to 0 if none did (Sparse Upcycling,
     arXiv 2212.05055). With K = 1 a kept gate is always 1: the router learns from the auxiliary losses alone.
 
-    gates: [T, K] -> [T, K].
+    scores: [T, E] of ``log_scores`` -> [T, K].
     """
-    kept = gates.where(plan.row_of_choice >= 0, 0)
-    return kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+    chosen = scores.gather(1, gating.expert_indices.long().clamp_min(0))
+    return renormalize_gates(gating.gates, chosen, plan.row_of_choice >= 0)
 
 
 def weighted_losses(routing: Routing, config: MoEConfig, step: StepCounts | None = None) -> Tensor:

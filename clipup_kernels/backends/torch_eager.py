@@ -54,18 +54,18 @@ def topk_gating_backward(
     probs = logits.softmax(-1)
     share = (mask.to(probs.dtype) / mask.sum().clamp_min(1))[:, None]
     chosen = expert_indices.long().clamp_min(0)
-    d_probs = torch.zeros_like(probs)
+    d_probs, d_chosen = torch.zeros_like(probs), torch.zeros_like(probs)
     if d_gates is not None:
         if renormalize:
-            gates = probs.gather(1, chosen)
-            total = gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
-            d_gates = (d_gates - (d_gates * gates).sum(-1, keepdim=True) / total) / total
-        d_probs.scatter_add_(1, chosen, d_gates)
+            gates = reference.renormalize_gates(probs.gather(1, chosen), logits.gather(1, chosen))
+            d_chosen.scatter_add_(1, chosen, gates * (d_gates - (d_gates * gates).sum(-1, keepdim=True)))
+        else:
+            d_probs.scatter_add_(1, chosen, d_gates)
     if d_top_prob is not None:
         d_probs.scatter_add_(1, probs.argmax(-1, keepdim=True), d_top_prob[:, None])
     if d_mean_probs is not None:
         d_probs += share * d_mean_probs
-    d_logits = probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True))
+    d_logits = d_chosen + probs * (d_probs - (d_probs * probs).sum(-1, keepdim=True))
     if d_z_loss is not None:
         d_logits += share * (2 * d_z_loss) * logits.logsumexp(-1, keepdim=True) * probs
     return torch.where(mask[:, None], d_logits, 0)

@@ -58,6 +58,7 @@ def topk_gating(
         logits: [T, E] float32 router logits.
         k: choices per token, 1 <= k <= E.
         renormalize: divide a token's gates by their sum (GShard, arXiv 2006.16668), before any capacity is applied.
+            They sum to 1 even where a bias chooses experts whose probabilities underflow; a logit of -inf gives 0.
         selection_bias: [E] float32, added to the probabilities for the choice only; gates are not biased
             (loss-free balancing, arXiv 2408.15664).
         mask: [T] bool, False for masked tokens: they get gates 0 and expert indices -1 and enter no statistic.

@@ -23,6 +23,7 @@ _MAX_PROGRAMS = 512
 _TILE = 1024  # elements of a tile of tokens and experts: 8 per thread, because several tiles stay in registers
 _OPTIONS = {"num_warps": 4, "num_stages": 1, **FUSED}
 _TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
+_LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 @triton.jit
@@ -45,6 +46,15 @@ def _softmax(logits, mask, tokens, T, E: tl.constexpr, BLOCK_E: tl.constexpr):
     return tile, exponentials / total[:, None], highest + tl.log(total), unmasked
 
 
+@triton.jit
+def _renormalized(chosen, log_sum):
+    """The softmax over the chosen logits alone, -inf in the other places: it sums to 1 even where the probabilities
+    underflow. If all are -inf it is 0, not NaN; a NaN of any logit of the token makes ``log_sum`` NaN, and shows."""
+    highest = tl.maximum(tl.max(chosen, axis=1), _LOWEST)
+    gates = tl.exp(chosen - highest[:, None])
+    return gates / (tl.maximum(tl.sum(gates, axis=1), _TINY) + (log_sum - log_sum))[:, None]
+
+
 @triton.jit(do_not_specialize=["T", "tiles"])
 def _gating(
     logits, selection_bias, mask, gates, expert_indices, top_prob, prob_sums, z_sums, token_counts, choice_counts, T,
@@ -64,6 +74,7 @@ def _gating(
         prob_sum += tl.sum(tl.where(unmasked[:, None], probs, 0.0), axis=0)
         z_sum += tl.where(unmasked, log_sum * log_sum, 0.0)
         token_count += unmasked.to(tl.int32)
+        top = tl.max(probs, axis=1)
         # Logits order the experts as their probabilities do, and still do where those underflow.
         if selection_bias is not None:
             scores = probs + tl.load(selection_bias + columns, mask=columns < E, other=0.0)[None, :]
@@ -77,20 +88,22 @@ def _gating(
             best = tl.max(tl.where(free, scores, float("-inf")), axis=1)
             expert = tl.min(tl.where(free & (scores == best[:, None]), columns[None, :], BLOCK_E), axis=1)
             hit = columns[None, :] == expert[:, None]
-            prob = tl.sum(tl.where(hit, probs, 0.0), axis=1)
             chosen = tl.where(choices[None, :] == k, expert[:, None], chosen)
-            weights = tl.where(choices[None, :] == k, prob[:, None], weights)
+            if not RENORMALIZE:
+                prob = tl.sum(tl.where(hit, probs, 0.0), axis=1)
+                weights = tl.where(choices[None, :] == k, prob[:, None], weights)
             hits = tl.sum((hit & unmasked[:, None]).to(tl.int32), axis=0)
             tokens_per_expert += tl.where(choices[:, None] == k, hits[None, :], 0)
             free = free & (columns[None, :] != expert[:, None])
-        if RENORMALIZE:  # an underflow of every chosen probability gives gates of 0, not NaN
-            weights = weights / tl.maximum(tl.sum(weights, axis=1), _TINY)[:, None]
-
         place = tokens.to(tl.int64)[:, None] * K + choices[None, :]
         inside = (tokens[:, None] < T) & (choices[None, :] < K)
+        if RENORMALIZE:  # read again, because kept in registers they spill
+            address = logits + tokens.to(tl.int64)[:, None] * E + chosen
+            chosen_logits = tl.load(address, mask=inside & unmasked[:, None], other=float("-inf"))
+            weights = _renormalized(chosen_logits, log_sum)
         tl.store(gates + place, tl.where(unmasked[:, None], weights, 0.0), mask=inside)
         tl.store(expert_indices + place, tl.where(unmasked[:, None], chosen, -1), mask=inside)
-        tl.store(top_prob + tokens, tl.where(unmasked, tl.max(probs, axis=1), 0.0), mask=tokens < T)
+        tl.store(top_prob + tokens, tl.where(unmasked, top, 0.0), mask=tokens < T)
 
     tl.store(prob_sums + program * E + columns, prob_sum, mask=columns < E)
     tl.store(z_sums + program, tl.sum(z_sum, axis=0))
@@ -138,7 +151,7 @@ def _gating_backward(
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK_E)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    _, probs, log_sum, unmasked = _softmax(logits, mask, tokens, T, E, BLOCK_E)
+    tile_logits, probs, log_sum, unmasked = _softmax(logits, mask, tokens, T, E, BLOCK_E)
     count = T
     if num_unmasked is not None:
         count = tl.load(num_unmasked)
@@ -163,9 +176,7 @@ def _gating_backward(
             d_gate += tl.where(hit, tl.load(d_gates + place, mask=unmasked, other=0.0)[:, None], 0.0)
             chosen += hit.to(tl.int32)
         if RENORMALIZE:
-            # Renormalized gates are the softmax over the chosen logits alone.
-            gates = tl.where(chosen > 0, probs, 0.0)
-            gates = gates / tl.maximum(tl.sum(gates, axis=1), _TINY)[:, None]
+            gates = _renormalized(tl.where(chosen > 0, tile_logits, float("-inf")), log_sum)
             d_tile += gates * (d_gate - tl.sum(gates * d_gate, axis=1)[:, None])
         else:
             d_probs += d_gate

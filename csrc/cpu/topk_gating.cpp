@@ -46,12 +46,16 @@ void choose(const float* scores, std::int64_t E, std::int64_t K, std::uint8_t* t
   }
 }
 
-// The divisor of the gates. An underflow of every chosen probability gives gates of 0, not NaN.
-float gate_divisor(const float* probs, const std::int32_t* expert_indices, std::int64_t K, bool renormalize) {
-  if (!renormalize) return 1.0F;
+// Writes the softmax over the chosen logits alone, which sums to 1 even where the probabilities underflow. If all
+// chosen logits are minus infinity it is 0, not NaN; a NaN of any logit makes `log_sum` NaN, and shows.
+void renormalized_gates(const float* logits, float log_sum, const std::int32_t* expert_indices,
+                        std::int64_t K, float* gates) {
+  float highest = -FLT_MAX;
+  for (std::int64_t k = 0; k < K; ++k) highest = std::max(highest, logits[expert_indices[k]]);
   float sum = 0.0F;
-  for (std::int64_t k = 0; k < K; ++k) sum += probs[expert_indices[k]];
-  return std::max(sum, FLT_MIN);
+  for (std::int64_t k = 0; k < K; ++k) sum += gates[k] = std::exp(logits[expert_indices[k]] - highest);
+  const float divisor = std::max(sum, FLT_MIN) + (log_sum - log_sum);
+  for (std::int64_t k = 0; k < K; ++k) gates[k] /= divisor;
 }
 
 std::int64_t count_unmasked(const std::uint8_t* mask, std::int64_t T) {
@@ -86,16 +90,16 @@ void topk_gating(const float* logits, const std::uint8_t* mask, const float* sel
         top_prob[t] = 0.0F;
         continue;
       }
-      const double log_sum = softmax(logits + t * E, E, probs);
+      const float log_sum = softmax(logits + t * E, E, probs);
       for (std::int64_t e = 0; e < E; ++e) {
         // Logits order the experts as their probabilities do, and still do where those underflow.
         scores[e] = selection_bias == nullptr ? logits[t * E + e] : probs[e] + selection_bias[e];
         sums[block * E + e] += probs[e];
       }
-      z_sums[block] += log_sum * log_sum;
+      z_sums[block] += static_cast<double>(log_sum) * log_sum;
       choose(scores, E, K, all_taken.data() + block * E, expert_indices_K);
-      const float divisor = gate_divisor(probs, expert_indices_K, K, renormalize);
-      for (std::int64_t k = 0; k < K; ++k) gates_K[k] = probs[expert_indices_K[k]] / divisor;
+      for (std::int64_t k = 0; k < K; ++k) gates_K[k] = probs[expert_indices_K[k]];
+      if (renormalize) renormalized_gates(logits + t * E, log_sum, expert_indices_K, K, gates_K);
       top_prob[t] = *std::max_element(probs, probs + E);
     }
   });
@@ -136,6 +140,7 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
   const float share = num_unmasked == 0 ? 0.0F : 1.0F / static_cast<float>(num_unmasked);
   std::vector<float> all_probs(blocks * E);
   std::vector<float> all_d_probs(blocks * E);
+  std::vector<float> all_gates(blocks * K);
 
   parallel_for(blocks, 2, [&](std::int64_t block) {
     float* probs = all_probs.data() + block * E;
@@ -161,13 +166,13 @@ void topk_gating_backward(const float* logits, const std::uint8_t* mask, const s
       const float d_log_sum = d_z_loss == nullptr ? 0.0F : *d_z_loss * 2.0F * log_sum * share;
       for (std::int64_t e = 0; e < E; ++e) d_logits_E[e] = probs[e] * (d_probs[e] - inner + d_log_sum);
 
-      // Renormalised gates are the softmax over the chosen logits alone.
       if (d_gates_K != nullptr && renormalize) {
-        const float divisor = gate_divisor(probs, expert_indices_K, K, renormalize);
+        float* gates = all_gates.data() + block * K;
+        renormalized_gates(logits + t * E, log_sum, expert_indices_K, K, gates);
         float mean = 0.0F;
-        for (std::int64_t k = 0; k < K; ++k) mean += probs[expert_indices_K[k]] / divisor * d_gates_K[k];
+        for (std::int64_t k = 0; k < K; ++k) mean += gates[k] * d_gates_K[k];
         for (std::int64_t k = 0; k < K; ++k) {
-          d_logits_E[expert_indices_K[k]] += probs[expert_indices_K[k]] / divisor * (d_gates_K[k] - mean);
+          d_logits_E[expert_indices_K[k]] += gates[k] * (d_gates_K[k] - mean);
         }
       }
     }

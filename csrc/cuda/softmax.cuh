@@ -4,6 +4,7 @@
 // coalesced for any E. The split of tokens into blocks, and so the order of all sums, depends only on T, E and K.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -48,6 +49,13 @@ __device__ inline float group_sum(float value, int lanes) {
   return value;
 }
 
+__device__ inline float group_max(float value, int lanes) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
 // A token's probabilities; log_sum and top are the same in the whole group. Past E logits are -inf, probabilities 0.
 template <int kValues>
 struct Softmax {
@@ -67,9 +75,7 @@ __device__ Softmax<kValues> softmax(const float* logits, bool unmasked, int lane
     result.logits[v] = e >= grid.E ? kMinusInfinity : unmasked ? logits[e] : 0.0F;
     highest = fmaxf(highest, result.logits[v]);
   }
-  for (int distance = grid.lanes / 2; distance > 0; distance /= 2) {
-    highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, distance));
-  }
+  highest = group_max(highest, grid.lanes);
   float sum = 0.0F;
 #pragma unroll
   for (int v = 0; v < kValues; ++v) {
@@ -84,6 +90,23 @@ __device__ Softmax<kValues> softmax(const float* logits, bool unmasked, int lane
   result.log_sum = highest + logf(sum);
   result.top = 1.0F / sum;  // the exponential of the highest logit is 1
   return result;
+}
+
+// Replaces the group's chosen logits, -inf in the other places, by the softmax over them alone, which sums to 1 even
+// where the probabilities underflow. If all are minus infinity it is 0, not NaN; a NaN of any logit of the token makes
+// `log_sum` NaN, and shows.
+template <int kValues>
+__device__ void renormalize_gates(float (&gates)[kValues], float log_sum, int lanes) {
+  float highest = -FLT_MAX;
+#pragma unroll
+  for (int v = 0; v < kValues; ++v) highest = fmaxf(highest, gates[v]);
+  highest = group_max(highest, lanes);
+  float sum = 0.0F;
+#pragma unroll
+  for (int v = 0; v < kValues; ++v) sum += gates[v] = expf(gates[v] - highest);
+  const float divisor = fmaxf(group_sum(sum, lanes), FLT_MIN) + (log_sum - log_sum);
+#pragma unroll
+  for (int v = 0; v < kValues; ++v) gates[v] /= divisor;
 }
 
 // Calls function(std::integral_constant<int, kValues>{}) with the number of values that a lane holds.

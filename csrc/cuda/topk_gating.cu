@@ -2,7 +2,6 @@
 //
 //   gating_kernel    logits -> gates, expert_indices, top_prob; per block of tokens: sums and tokens_per_expert
 //   reduce_kernel    these sums, block by block in order -> mean_probs, z_loss, tokens_per_expert
-#include <cfloat>
 #include <climits>
 #include <cstdint>
 
@@ -121,38 +120,36 @@ __global__ void __launch_bounds__(kGatingThreads)
       tokens += 1.0F;
     }
 
-    // Lane l keeps choice k = v*lanes + l until the divisor of the gates is known.
-    float chosen_probs[kValues] = {};
+    // Lane l keeps choice k = v*lanes + l.
+    float weights[kValues];
     std::int32_t chosen[kValues] = {};
-    float chosen_sum = 0.0F;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
+      weights[v] = kMinusInfinity;
       for (int keeper = 0; keeper < lanes && v * lanes + keeper < grid.K; ++keeper) {
         const int expert = best_expert(scores, taken, lane, lanes);
-        float prob = 0.0F;
+        float weight = 0.0F;
 #pragma unroll
         for (int w = 0; w < kValues; ++w) {
           if (w * lanes + lane == expert) {
-            prob = token.probs[w];
+            weight = renormalize ? token.logits[w] : token.probs[w];
             taken |= 1U << w;
           }
         }
-        prob = __shfl_sync(kAllLanes, prob, expert % lanes, lanes);
-        chosen_sum += prob;
+        weight = __shfl_sync(kAllLanes, weight, expert % lanes, lanes);
         if (lane == keeper) {
-          chosen_probs[v] = prob;
+          weights[v] = weight;
           chosen[v] = expert;
         }
       }
     }
+    if (renormalize) renormalize_gates(weights, token.log_sum, lanes);
     if (!inside) continue;
-    // An underflow of every chosen probability gives gates of 0, not NaN.
-    const float divisor = renormalize ? fmaxf(chosen_sum, FLT_MIN) : 1.0F;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
       const int k = v * lanes + lane;
       if (k >= grid.K) continue;
-      gates[t * grid.K + k] = unmasked ? chosen_probs[v] / divisor : 0.0F;
+      gates[t * grid.K + k] = unmasked ? weights[v] : 0.0F;
       expert_indices[t * grid.K + k] = unmasked ? chosen[v] : -1;
     }
     if (lane == 0) top_prob[t] = unmasked ? token.top : 0.0F;

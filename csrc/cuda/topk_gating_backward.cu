@@ -2,7 +2,6 @@
 //
 //   count_tokens_kernel       mask -> partial counts of unmasked tokens; only if a loss needs their number
 //   gating_backward_kernel    logits, choices, incoming gradients -> d_logits
-#include <cfloat>
 #include <climits>
 #include <cstdint>
 
@@ -85,7 +84,6 @@ __global__ void __launch_bounds__(kGatingThreads)
 
     float d_probs[kValues];
     float inner = 0.0F;
-    float chosen_sum = 0.0F;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
       const int e = v * lanes + lane;
@@ -93,20 +91,20 @@ __global__ void __launch_bounds__(kGatingThreads)
       if (e == top_expert && unmasked) d_probs[v] += d.top_prob[t];
       if (!renormalize) d_probs[v] += d_gates[v];
       inner += token.probs[v] * d_probs[v];
-      chosen_sum += (chosen >> v & 1U) != 0 ? token.probs[v] : 0.0F;
     }
     inner = group_sum(inner, lanes);
     const float d_log_sum = d.z_loss == nullptr ? 0.0F : *d.z_loss * 2.0F * token.log_sum * share;
 
-    // Renormalised gates are the softmax over the chosen logits alone.
-    const float divisor = fmaxf(group_sum(chosen_sum, lanes), FLT_MIN);
     float gates[kValues];
-    float mean = 0.0F;
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {
-      gates[v] = renormalize && (chosen >> v & 1U) != 0 ? token.probs[v] / divisor : 0.0F;
-      mean += gates[v] * d_gates[v];
+      gates[v] = renormalize && (chosen >> v & 1U) != 0 ? token.logits[v] : kMinusInfinity;
     }
+    renormalize_gates(gates, token.log_sum,
+                      lanes);  // 0 if they are not renormalized: d_probs has their gradient
+    float mean = 0.0F;
+#pragma unroll
+    for (int v = 0; v < kValues; ++v) mean += gates[v] * d_gates[v];
     mean = group_sum(mean, lanes);
 #pragma unroll
     for (int v = 0; v < kValues; ++v) {

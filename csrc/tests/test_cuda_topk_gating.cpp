@@ -163,6 +163,9 @@ void test_cuda_topk_gating() {
   }
   for (const std::int64_t E : {8, 40, 256}) check_cuda_topk_gating(quick() ? 2 : 5, E, E, 3);  // K = E
   expect_one_expert_takes_all();
+  for (const std::int64_t E : {8, 40, 256}) {
+    for (const std::int64_t K : {1, 3, 8}) expect_both(GatingCase(30, E, K, 7).choose_unlikely());
+  }
   if (!quick()) expect_forward(GatingCase(17000, 8, 1, 3));  // several tokens a group
   expect_refusals();
 }

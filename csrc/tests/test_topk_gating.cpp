@@ -121,6 +121,20 @@ void expect_backward(const Case& c) {
   }
 }
 
+// What a float cannot hold beside 1 is told from no probability at all, and a NaN shows.
+void expect_gates_of_nothing() {
+  const float infinity = std::numeric_limits<float>::infinity();
+  Case c(4, 4, 2, 5);
+  c.logits = {0, 0, -104, -105, 0, 0, -infinity, -104, 0, 0, -infinity, -infinity, kNaN, 0, 1, 1};
+  c.bias = {0, 0, 9, 9};
+  const Gating out = c.run();
+  const double share = 1.0 / (1.0 + std::exp(-1.0));
+  EXPECT(close(out.gates[0], share, 1e-6) && close(out.gates[1], 1.0 - share, 1e-6));
+  EXPECT(out.gates[2] == 0.0F && out.gates[3] == 1.0F);
+  EXPECT(out.gates[4] == 0.0F && out.gates[5] == 0.0F);
+  EXPECT(std::isnan(out.gates[6]) && std::isnan(out.gates[7]));
+}
+
 void expect_ties_go_to_the_lowest_expert() {
   Case c(3, 6, 4, 1);
   std::fill(c.logits.begin(), c.logits.end(), 0.5F);
@@ -164,7 +178,10 @@ void test_topk_gating() {
     expect_backward(Case(5, 4, 2, options));
     expect_backward(Case(3, 1, 1, options));
     expect_backward(Case(4, 5, 5, options));
+    expect_forward(Case(300, 8, 2, options | 4).choose_unlikely());
+    expect_backward(Case(8, 5, 2, options | 4).choose_unlikely());
   }
+  expect_gates_of_nothing();
   expect_ties_go_to_the_lowest_expert();
   expect_distinct_experts_whatever_the_logits();
 

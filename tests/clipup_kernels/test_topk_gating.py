@@ -16,15 +16,16 @@ CASES = {
     "masked": dict(tokens=70, experts=8, k=2, renormalize=True, masked=0.5),
     "all masked": dict(tokens=7, experts=8, k=2, renormalize=True, masked=1.0),
     "no tokens": dict(tokens=0, experts=8, k=2, renormalize=True),
-    "biased choice": dict(tokens=70, experts=8, k=3, renormalize=True, biased=True),
+    "biased choice": dict(tokens=70, experts=8, k=3, renormalize=True, biased=0.3),
+    "choice of no probability": dict(tokens=40, experts=8, k=2, renormalize=True, biased=10.0, scale=60.0),
     "large logits": dict(tokens=40, experts=8, k=2, renormalize=True, scale=60.0),
 }
 
 
-def arguments(tokens, experts, k, renormalize, masked=0.0, biased=False, scale=1.0, seed=0):
+def arguments(tokens, experts, k, renormalize, masked=0.0, biased=0.0, scale=1.0, seed=0):
     logits = scale * randn(tokens, experts, seed=seed)
     mask = torch.rand(tokens, generator=seeded(seed)) >= masked if masked else None
-    bias = 0.3 * randn(experts, seed=seed + 1) if biased else None
+    bias = biased * randn(experts, seed=seed + 1) if biased else None
     return logits, k, renormalize, bias, mask
 
 
@@ -54,7 +55,7 @@ def test_gating_and_its_gradient_follow_the_oracle(case):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(0, 600), experts=st.integers(1, 20), k=st.integers(1, 6), renormalize=st.booleans(),
-    masked=st.sampled_from([0.0, 0.3, 1.0]), biased=st.booleans(), seed=st.integers(0, 999),
+    masked=st.sampled_from([0.0, 0.3, 1.0]), biased=st.sampled_from([0.0, 0.3]), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_any_gating_follows_the_oracle(tokens, experts, k, renormalize, masked, biased, seed):
     assert_gating_follows_oracle(*arguments(tokens, experts, min(k, experts), renormalize, masked, biased, seed=seed))
@@ -122,6 +123,17 @@ def test_the_bias_chooses_but_does_not_weigh():
     gating = ck.topk_gating(logits, 1, False, selection_bias=bias)
     assert (gating.expert_indices == 3).all()
     torch.testing.assert_close(gating.gates, torch.full((3, 1), 0.25))
+
+
+@pytest.mark.parametrize("package", [ck, ck.reference], ids=["op", "reference"])
+def test_normalized_gates_sum_to_one_however_improbable_the_choice(package):
+    logits = torch.tensor([[0.0, -88.0, -90.0], [0.0, -104.0, -300.0], [0.0, -104.0, -torch.inf]])
+    bias = torch.tensor([0.0, 9.0, 3.0])
+    assert package.topk_gating(logits, 1, True, bias).gates.tolist() == [[1.0]] * 3
+    gates = package.topk_gating(logits, 2, True, bias).gates
+    torch.testing.assert_close(gates[0], torch.tensor([0.0, -2.0]).softmax(-1))
+    assert gates[1:].tolist() == [[1.0, 0.0]] * 2
+    assert package.topk_gating(logits[2:], 1, True, torch.tensor([0.0, 0.0, 9.0])).gates.tolist() == [[0.0]]
 
 
 def test_result_does_not_depend_on_the_number_of_threads():

@@ -8,6 +8,7 @@ import torch
 import clipup
 from clipup import MoEConfig, SparseMoE
 from clipup.clip.inputs import random_inputs
+from clipup.moe.router import expert_choice
 
 
 def layer(**options):
@@ -49,6 +50,13 @@ def test_every_expert_takes_its_most_probable_tokens(masked, factor, normalize):
     for e in range(4):
         assert (routing.experts == e).any(-1).nonzero().flatten().tolist() == sorted(taken[e])
     assert (routing.experts[~routing.kept] == -1).all() and (routing.gates[~routing.kept] == 0).all()
+
+
+def test_the_only_gate_is_one_however_improbable_the_expert():
+    config = MoEConfig(num_experts=2, top_k=1, routing="expert_choice")
+    gating, _ = expert_choice(torch.tensor([[0.0, -104.0], [0.0, -100.0]]), config, 1.0, None)
+    assert gating.expert_indices.tolist() == [[0, -1], [1, -1]]
+    assert gating.gates.tolist() == [[1.0, 0.0]] * 2
 
 
 def test_experts_are_equally_loaded():

@@ -94,10 +94,18 @@ def test_after_drop_gates_sum_to_one_over_kept_choices_and_are_zero_where_none_i
     assert torch.equal(routing.gates[~kept(routing)], torch.zeros_like(routing.gates[~kept(routing)]))
 
 
+def test_the_only_gate_after_dropping_is_one_however_improbable_the_choice():
+    router = make_router(num_experts=3, normalize_gates="after_drop", capacity_factor=0.5)
+    router.logits = lambda x, mask: torch.tensor([[0.0, -300, -104]] * 2 + [[0, -104, -300]] * 2)
+    routing = router(torch.zeros(4, D))
+    assert kept(routing).tolist() == [[True, True]] * 2 + [[False, True]] * 2
+    assert routing.gates.tolist() == [[1.0, 0.0]] * 2 + [[0.0, 1.0]] * 2
+
+
 def test_after_drop_gradient_agrees_with_finite_differences(x):
-    plan = make_router(capacity_factor=0.5)(x).plan
-    gates = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda g: renormalize_kept(g, plan), gates)
+    routing = make_router(capacity_factor=0.5)(x)
+    scores = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: renormalize_kept(s, routing.gating, routing.plan), scores)
 
 
 @pytest.mark.parametrize("normalize_gates", ["before_drop", "after_drop"])

@@ -20,17 +20,18 @@ CASES = {
     "masked raw": dict(tokens=40, experts=6, k=3, renormalize=False, masked=0.5),
     "all masked": dict(tokens=7, experts=8, k=2, renormalize=True, masked=1.0),
     "no tokens": dict(tokens=0, experts=8, k=2, renormalize=True),
-    "biased choice": dict(tokens=70, experts=8, k=3, renormalize=True, biased=True),
+    "biased choice": dict(tokens=70, experts=8, k=3, renormalize=True, biased=0.3),
+    "choice of no probability": dict(tokens=40, experts=8, k=2, renormalize=True, biased=10.0, scale=60.0),
     "large logits": dict(tokens=40, experts=8, k=2, renormalize=True, scale=60.0),
 }
 
 
-def arguments(tokens, experts, k, renormalize, masked=0.0, biased=False, scale=1.0):
+def arguments(tokens, experts, k, renormalize, masked=0.0, biased=0.0, scale=1.0):
     logits = scale * randn(tokens, experts, seed=tokens)
     mask = torch.rand(tokens, generator=seeded(1)) >= masked if masked else None
     if mask is not None:
         logits[~mask] = torch.nan
-    bias = 0.3 * randn(experts, seed=2) if biased else None
+    bias = biased * randn(experts, seed=2) if biased else None
     return logits, k, renormalize, bias, mask
 
 
@@ -99,13 +100,14 @@ def test_experts_whose_probabilities_underflow_are_still_distinct():
     assert gates.tolist() == [[1.0, 0.0, 0.0, 0.0]]
 
 
-def test_chosen_experts_of_no_probability_at_all_give_zeros_and_no_nan():
-    logits = torch.tensor([[0.0, -300.0, -300.0]])
+def test_normalized_gates_are_those_of_the_choices_however_improbable_and_zero_of_impossible_ones():
+    logits = torch.tensor([[0.0, -300.0, -300.0], [0.0, -torch.inf, -torch.inf], [0.0, 1.0, torch.nan]])
     bias = torch.tensor([-10.0, 0.0, 0.0])
     gates, experts, *_ = triton_gating.topk_gating(logits, 2, True, bias)
-    assert experts.tolist() == [[1, 2]] and gates.tolist() == [[0.0, 0.0]]
-    gradient = triton_gating.topk_gating_backward(logits, experts, True, None, torch.tensor([[1.0, 2.0]]))
-    assert gradient.tolist() == [[0.0, 0.0, 0.0]]
+    assert experts[:2].tolist() == [[1, 2]] * 2 and gates[:2].tolist() == [[0.5, 0.5], [0.0, 0.0]]
+    assert gates[2].isnan().all()
+    gradient = triton_gating.topk_gating_backward(logits[:2], experts[:2], True, None, torch.tensor([[1.0, 2.0]] * 2))
+    assert gradient.tolist() == [[0.0, -0.25, 0.25], [0.0, 0.0, 0.0]]
 
 
 def test_strided_arguments_are_read_as_they_are_indexed():
