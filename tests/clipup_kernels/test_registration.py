@@ -21,6 +21,7 @@ def sample_arguments():
     plain, gated = with_grad(make_experts(SHAPE)), with_grad(make_experts(SHAPE, gated=True, activation="silu"))
     experts = ck.topk_gating(logits.detach(), SHAPE.k, True).expert_indices
     z = randn(SHAPE.tokens * SHAPE.k, SHAPE.hidden)
+    glu = torch.cat([plain.in_weight, plain.in_weight], 1).detach().requires_grad_()
     dy = randn(SHAPE.tokens, SHAPE.width)
 
     def fused(e, *tail):
@@ -30,7 +31,9 @@ def sample_arguments():
         return tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
 
     backward = detached(fused(plain))
-    return {
+    samples = {
+        "router_logits": (x, randn(SHAPE.experts, SHAPE.width).requires_grad_(), mask),
+        "router_logits_backward": (logits.detach(), dy, randn(SHAPE.experts, SHAPE.width), mask, [True, True]),
         "topk_gating": (logits, SHAPE.k, True, randn(SHAPE.experts), mask),
         "topk_gating plain": (logits, SHAPE.k, False, None, None),
         "topk_gating_backward": detached((logits, experts, True, mask, gates, dy[:, 0], None, torch.tensor(1.0))),
@@ -48,12 +51,47 @@ def sample_arguments():
         "expert_mlp_forward inference": detached(fused(plain, "gelu", False)),
         "expert_mlp_backward": (dy, *backward, z, "gelu", [True, True, True, True]),
         "expert_mlp_backward recomputing": (dy, *backward, x.new_empty(0), "gelu", [True, False, True, False]),
+        "expert_glu_forward": (x, gates, *plan, glu, plain.out_weight, "silu", True),
+        "expert_glu_backward": (
+            *detached((dy, x, gates, *plan, glu, plain.out_weight, torch.stack([z, z]))),
+            *("silu", [True, True, False, True]),
+        ),
+        "dense_mlp": (dy, *detached(one[0] for one in (*plain[:4], *gated[5:])), "gelu"),
+    }
+    return samples if ck.packed_layout(torch.float32) == "plain" else samples | packed_samples()
+
+
+def packed_samples():
+    """Of the ops on packed weights, which the CPU's compiled code alone has."""
+    gates, plan = route(SHAPE)
+    x, rows, router = (randn(n, SHAPE.width) for n in (SHAPE.tokens, SHAPE.tokens * SHAPE.k, SHAPE.experts))
+    experts, of_one = make_experts(SHAPE), make_experts(SHAPE, gated=True)
+
+    def operands(experts, pick=lambda weight: weight):
+        packed = [None if w is None else ck.pack_weight(pick(w)) for w in (*experts[:3:2], experts.gate_weight)]
+        blocks = [None if one is None else one.block for one in packed]
+        biases = [None if bias is None else pick(bias) for bias in (*experts[1:4:2], experts.gate_bias)]
+        return [one for pair in zip(blocks, biases, strict=True) for one in pair]
+
+    tail = (SHAPE.hidden, "gelu", ck.packed_layout(torch.float32))
+    routing = (None, torch.arange(SHAPE.tokens) % 4 > 0, SHAPE.k, True, 1.5, True, 0.5)
+    return {
+        "packed_grouped_linear": (rows, *operands(experts)[:2], plan.offsets, *tail[::2]),
+        "packed_dense_mlp": (x, *operands(of_one, lambda weight: weight[0]), *tail),
+        "packed_expert_mlp": (x, gates, *plan, *operands(experts), *tail),
+        "packed_sparse_mlp": (x, router, *routing, *operands(experts), *tail),
     }
 
 
 @pytest.mark.parametrize("name", sample_arguments())
 def test_opcheck_accepts(name):
     opcheck(getattr(ops, name.split()[0]), sample_arguments()[name])
+
+
+def test_every_op_is_checked():
+    ops_on_cpus = {name for name in torch._C._dispatch_get_registrations_for_dispatch_key("CPU") if "clipup::" in name}
+    missing = {name.removeprefix("clipup::") for name in ops_on_cpus} - {name.split()[0] for name in sample_arguments()}
+    assert not missing or (ck.packed_layout(torch.float32) == "plain" and all("packed" in name for name in missing))
 
 
 def moe(logits, x, experts, mask=None):

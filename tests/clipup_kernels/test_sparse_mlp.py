@@ -3,7 +3,6 @@
 import pytest
 import torch
 from moe_cases import DTYPES, SHAPES, make_experts, randn, seeded
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipup_kernels as ck
@@ -131,13 +130,8 @@ def test_it_has_no_derivative(trained):
         layer.one_op()
 
 
-def test_it_is_an_op_like_the_others():
-    layer, e = Layer(), Layer().experts
-    case = [layer.x, layer.router, None, None, 3, True, 1.5, True, 0.5, e.in_weight.block, e.in_bias]
-    case += [e.out_weight.block, e.out_bias, None, None, 53, "gelu", e.in_weight.layout]
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    opcheck(torch.ops.clipup.packed_sparse_mlp, case, test_utils=checks)
-    counts = []
+def test_its_flops_are_those_of_the_single_ops():
+    layer, counts = Layer(), []
     for run in (layer.one_op, layer.single_ops):
         with FlopCounterMode(display=False) as counter:
             run()
