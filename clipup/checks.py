@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,7 @@ def number(name: str, value: Any) -> None:
     """A finite int or float."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     check(name, value, is_number, "a number", TypeError)
-    check(name, value, _is_finite(value), "finite")
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int larger than every float
-        return False
+    check(name, value, abs(value) <= sys.float_info.max, "finite")
 
 
 def positive_number(name: str, value: Any) -> None:

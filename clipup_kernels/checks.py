@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -96,11 +96,7 @@ def capacity_factor(value: float | None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"capacity_factor must be a number or None, got {type(value).__name__}")
-    try:
-        valid = value > 0 and math.isfinite(value)
-    except OverflowError:  # an int larger than every float
-        valid = False
-    if not valid:
+    if not 0 < value <= sys.float_info.max:  # torch.compile cannot trace math.isfinite for a symbolic float
         raise ValueError(f"capacity_factor must be positive and finite, or None to drop nothing, got {value}")
 
 

@@ -43,6 +43,7 @@ def kernel_of(op: torch._ops.OpOverload, setup_context: Callable | None, backwar
         methods = {
             "forward": staticmethod(lambda ctx, *args: forward(ctx, run, *args)),
             "backward": staticmethod(lambda ctx, *grads: (*backward(ctx, *grads), None)),
+            "_compiled_autograd_key": staticmethod(torch.autograd.Function._compiled_autograd_key),
         }
         return type(f"clipup_{op._opname}", (_SingleLevelFunction,), methods)
 

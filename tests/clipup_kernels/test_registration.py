@@ -1,8 +1,11 @@
 """The ops behave as torch's own: opcheck, torch.compile, meta tensors, FlopCounterMode, second derivatives refused."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from moe_cases import SHAPES, Shape, make_experts, randn, route, with_grad
+from torch._dynamo import compiled_autograd
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -94,9 +97,9 @@ def test_every_op_is_checked():
     assert not missing or (ck.packed_layout(torch.float32) == "plain" and all("packed" in name for name in missing))
 
 
-def moe(logits, x, experts, mask=None):
+def moe(logits, x, experts, mask=None, capacity_factor=1.25):
     gating = ck.topk_gating(logits, 2, True, mask=mask)
-    plan = ck.dispatch(gating.expert_indices, logits.shape[1], 1.25, gating.top_prob, mask)
+    plan = ck.dispatch(gating.expert_indices, logits.shape[1], capacity_factor, gating.top_prob, mask)
     y = ck.expert_mlp(x, gating.gates, plan, *experts)
     return y, gating.z_loss + gating.mean_probs.square().sum()
 
@@ -116,6 +119,29 @@ def test_compiled_without_graph_breaks_gives_the_eager_result(dtype):
             results.append([y.detach(), loss.detach(), logits.grad, x.grad, experts.in_weight.grad])
         for eager, fused in zip(*results, strict=True):
             torch.testing.assert_close(fused, eager)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_for_any_capacity_factor(dynamic):
+    torch._dynamo.reset()  # what other tests have compiled counts towards the limit
+    logits, x, experts = randn(SHAPE.tokens, SHAPE.experts), randn(SHAPE.tokens, SHAPE.width), make_experts(SHAPE)
+    compiled = torch.compile(moe, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for factor in (0.5, 1.25, 2.0, None):
+        y, _ = compiled(logits, x, experts, capacity_factor=factor)
+        assert torch.equal(y, moe(logits, x, experts, capacity_factor=factor)[0])
+
+
+def test_compiled_autograd_gives_the_eager_gradients():
+    gradients = []
+    for compiler in (None, torch.compile(backend="aot_eager", fullgraph=True)):
+        experts = with_grad(make_experts(SHAPE))
+        leaves = [randn(SHAPE.tokens, n).requires_grad_() for n in (SHAPE.experts, SHAPE.width)]
+        y, loss = moe(*leaves, experts)
+        with nullcontext() if compiler is None else compiled_autograd._enable(compiler):
+            (y.square().mean() + loss).backward()
+        gradients.append([leaf.grad for leaf in (*leaves, *experts[:4])])
+    for eager, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 def test_meta_tensors_go_through():
