@@ -18,7 +18,8 @@ from ..atomic_files import replace_files
 from ..clip.accelerate import for_inference
 from ..data.image_files import image_files
 from ..data.loaders import eval_samples
-from ..data.sample_index import Record, lines, read_image
+from ..data.sample_index import Record, read_image
+from ..evaluate.labelled_images import read_lines
 from ..inspection.expert_report import inspect_experts
 from ..precision import check_device, default_device
 from ..pretrained import factory, model_names, origin, tokenizers
@@ -165,15 +166,7 @@ def find_images(source: str) -> list[Record]:
 def _captions(options: Options, records: list[Record]) -> list[str]:
     if options.captions is None:
         return [record.captions[0] for record in records if record.captions]
-    if not options.captions.is_file():
-        raise FileNotFoundError(f"captions: there is no file {options.captions}; expected one caption per line")
-    try:
-        found = lines(options.captions.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"captions: {options.captions} is not UTF-8 text ({error.reason})") from error
-    if not found:
-        raise ValueError(f"captions: {options.captions} is empty; expected one caption per line")
-    return found
+    return read_lines(options.captions, "caption")
 
 
 def _readable(records: list[Record], skipped: dict[str, str]) -> Iterator[Image.Image]:

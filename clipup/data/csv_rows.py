@@ -18,7 +18,6 @@ from .. import checks
 from .retries import RETRIES, Retries, SourceError
 from .shard_names import FileState, check_state, state_of
 from .skips import Skips
-from .tars import lines
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer as WriteableBuffer
@@ -38,17 +37,17 @@ class CsvFormat(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A usable row: its first line, the path of its image, and its captions (one per line)."""
+    """A usable row: its first line, the path of its image, and its caption."""
 
     line: int
     image: str
-    captions: str
+    caption: str
 
 
 def row_name(path: str, line: int, image: str) -> str:
     """The name of a row in messages."""
     shown = image if len(image) <= _MOST_SHOWN else f"{image[:_MOST_SHOWN]}..."
-    return f"line {line} of {path}" + f" ({shown})" * bool(image)
+    return checks.printable(f"line {line} of {path}" + f" ({shown})" * bool(image))
 
 
 def readable_rows(
@@ -77,7 +76,7 @@ def readable_rows(
                 image = os.path.join(directory, image)
             if not fault and not image:
                 fault = "it has no image"
-            elif not fault and not lines(caption):
+            elif not fault and not caption.strip():
                 fault = "it has no caption"
             elif not fault:
                 fault = _file_fault(image, name, retried)

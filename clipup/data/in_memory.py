@@ -23,7 +23,7 @@ from .options import DataOptions
 from .processes import reading
 from .random_choices import own_choices, seed_choices
 from .retries import Retries
-from .sample_index import Images, Record, check_records, csv_records, tar_records
+from .sample_index import Images, Record, check_found, csv_records, tar_records
 from .skips import Notes
 from .train_data import Reader, Start, TrainData, described, global_batches
 
@@ -39,12 +39,12 @@ def cached_data(options: DataOptions, shards: Sequence[str], reader: Reader, pro
     """Training data read into memory, from shards or, without any, from a CSV file."""
     source, skips = options.train_data, reader.skips
     if shards:
-        records = tar_records(shards, skips, "train_data", options.data_retries)
+        records = tar_records(shards, skips, "train_data", options.data_retries, training=True)
     else:
         records = csv_records(
             source, options.csv_format, skips, "train_data", merge_images=False, retries=options.data_retries
         )
-    check_records(records, skips, source, "train_data")
+    check_found(len(records), skips, source, "train_data")
     global_batches(len(records), options, reader)  # before the images are read
     loader = CachedLoader(records, options, reader, progress and reader.rank == 0)
     order = described(loader.order, loader.batches, loader.digest)
@@ -158,7 +158,7 @@ def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progr
                 filled += len(batch)
             bar.update(len(reasons))
     if images is None:
-        raise ValueError(f"train_data: none of the {len(records)} images can be read; see the log above")
+        raise ValueError(f"train_data: none of the {len(records)} images can be read; {reader.skips.first}")
     return images[:filled], readable
 
 

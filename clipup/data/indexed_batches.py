@@ -20,6 +20,7 @@ from .options import DataOptions
 from .processes import worker_init_fn
 from .random_choices import own_choices, seed_choices
 from .retries import Retries, raise_lack
+from .sample_index import check_found
 from .skips import Notes, Report
 from .sources import CsvSource, ShardSource, Source
 from .train_data import CountedBatches, Reader, Start, TrainData, described, global_batches
@@ -38,12 +39,7 @@ def indexed_data(options: DataOptions, shards: list[str], reader: Reader, progre
     else:
         source = CsvSource(path, options.csv_format, skips, options.data_retries)
     rows = len(source)
-    if rows == 0:
-        raise ValueError(
-            f"train_data: {path} holds no sample with an image and a caption ({int(skips)} skipped"
-            f"{f', the first is {skips.first}' if skips.first else ''})"
-        )
-    skips.check(rows + int(skips))
+    check_found(rows, skips, path, "train_data")
     samples = options.train_num_samples or rows
     batches = global_batches(samples, options, reader)
     order = EpochOrder(rows, options.seed)

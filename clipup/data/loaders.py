@@ -21,7 +21,7 @@ from .indexed_batches import indexed_data
 from .options import DataOptions, SourceOptions
 from .processes import reading
 from .retries import Retries
-from .sample_index import Images, Record, check_records, csv_records, tar_records
+from .sample_index import Images, Record, check_found, csv_records, tar_records
 from .shard_names import describe, digest_of, expand_shards, is_remote, listed_shards, sizes_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
 from .skips import Skips
@@ -63,7 +63,8 @@ def train_loader(
 ) -> TrainData:
     """Training batches `(images [B, C, H, W], tokens [B, L])`: indexed, from memory, or streamed.
 
-    A text of several lines holds several captions; one is drawn each time. The same arguments give the same batches.
+    A CSV cell is one caption, whatever it holds, and so is the .txt of a shard, as in open_clip; of several `captions`
+    in the json of a shard's sample one is drawn each time. The same arguments give the same batches.
     CSV files and local shards are indexed: the samples of step s of an epoch, their order, captions and augmentations
     are the same for every `workers` and for all `batch_size`, `accum_freq` and `world_size` with the same product. Rank
     r has batches r * accum_freq to (r + 1) * accum_freq - 1 of every step. The images of a cache are augmented once.
@@ -108,6 +109,7 @@ def load_train_data(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
     reader = Reader(preprocess, tokenizer, rank, world_size, SharedEpoch(epoch), Skips(options.max_skipped))
+    reader.skips.lines_mentioned = rank > 0  # the first one says it
     shards = _train_shards(options)
     if options.cache:
         data = cached_data(options, shards, reader, progress)
@@ -253,7 +255,7 @@ def eval_samples(
     """Samples for retrieval, from evaluation shards or from a CSV file (rows of one image are its captions).
 
     Args:
-        source: shards, as in `train_loader` (local files), or a CSV file.
+        source: shards, as in `train_loader` (local files), whose .txt has a caption a line, or a CSV file.
         preprocess: PIL image to tensor; None to read no image, or to set it later as an attribute.
         argument: what messages call the source.
         options: fields of `clipup.data.options.SourceOptions`, which describes them.
@@ -275,7 +277,7 @@ def load_eval_samples(
         records = csv_records(source, options.csv_format, skips, argument, merge_images=True)
     else:
         records = tar_records(expand_shards(source, argument), skips, argument)
-    check_records(records, skips, source, argument)
+    check_found(len(records), skips, source, argument)
     return EvalSamples(records, preprocess, skips, max_image_pixels=options.max_image_pixels)
 
 

@@ -1,9 +1,9 @@
 """An index of the samples of a source: the location and captions of each image, for evaluation and for the cache.
 
 A source is one of
-- WebDataset shards: `KEY.png|jpg|jpeg|webp` with `KEY.txt` (captions, one per line) or `KEY.json`
-  (`{"captions": [...], ...}`),
-- a CSV file with a column of image paths and one of captions.
+- WebDataset shards: `KEY.png|jpg|jpeg|webp` with `KEY.json` (`{"captions": [...], ...}`) or `KEY.txt`: one caption in
+  training, as in open_clip, and one a line in evaluation, as in CLIP_benchmark,
+- a CSV file with a column of image paths and one of captions: a cell is one caption.
 
 Unreadable samples are skipped and counted in `Skips`, never lost silently.
 """
@@ -29,7 +29,7 @@ from .tars import IMAGE_EXTENSIONS, TarSample, complete, lines, read_samples
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["IMAGE_EXTENSIONS", "Images", "Record", "csv_records", "lines", "read_image", "tar_records"]
+__all__ = ["IMAGE_EXTENSIONS", "Images", "Record", "csv_records", "read_image", "tar_records"]
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,13 @@ class Images(Dataset):
         return tensor
 
 
-def tar_records(shards: Sequence[str], skips: Skips, argument: str, retries: int = RETRIES) -> list[Record]:
+def tar_records(
+    shards: Sequence[str], skips: Skips, argument: str, retries: int = RETRIES, *, training: bool = False
+) -> list[Record]:
     """Every complete sample of local shards, in order. Only headers and captions are read, not images.
+
+    Args:
+        training: a txt is one caption; else it has one a line.
 
     Raises OSError, naming the shard, when one cannot be read, also after `retries` further tries.
     """
@@ -117,12 +122,17 @@ def tar_records(shards: Sequence[str], skips: Skips, argument: str, retries: int
         lost += [(shard, note) for note in notes]
         for sample in samples:
             try:
-                image, _, captions, about = complete(sample)
+                found_in = complete(sample)
             except ValueError as error:
                 skips.note(sample.named, error)
                 continue
-            place = sample.place[image]
-            metadata = {"key": sample.key, **about}
+            captions = found_in.captions
+            if not training and found_in.text == "txt":
+                captions = lines(captions[0])
+            elif found_in.several_lines:
+                skips.mention_lines(sample.named)
+            place = sample.place[found_in.image]
+            metadata = {"key": sample.key, **found_in.about}
             records.append(Record(sample.numbered, shard, tuple(captions), *place, metadata, state))
     damaged = {shard for shard, _ in lost}
     usual = max((count for shard, count in found.items() if shard not in damaged), default=0)
@@ -159,18 +169,21 @@ def csv_records(
     """
     captions_of: dict[str, list[str]] = {}
     path_of: dict[str, str] = {}
-    for line, image, text in readable_rows(path, form, skips, argument, directory, retries):
+    for line, image, caption in readable_rows(path, form, skips, argument, directory, retries):
         key = image if merge_images else row_name(path, line, image)
         path_of[key] = image
-        captions_of.setdefault(key, []).extend(lines(text))
+        captions_of.setdefault(key, []).append(caption)
     return [
         Record(key, path_of[key], tuple(dict.fromkeys(captions)), metadata={"key": key})
         for key, captions in captions_of.items()
     ]
 
 
-def check_records(records: Sequence[Record], skips: Skips, source: str, argument: str) -> None:
-    """Raises ValueError when there is no record, or when more samples were skipped than may be."""
-    if not records:
-        raise ValueError(f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped)")
-    skips.check(len(records) + int(skips))
+def check_found(samples: int, skips: Skips, source: str, argument: str) -> None:
+    """Raises ValueError when there is no sample, or when more were skipped than may be."""
+    if not samples:
+        first = f", the first is {skips.first}" if skips.first else ""
+        raise ValueError(
+            f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped{first})"
+        )
+    skips.check(samples + int(skips))

@@ -47,6 +47,8 @@ class Report(NamedTuple):
     met: int
     skipped: list[Note]
     retried: Sequence[tuple[str, str]] = ()
+    several_lines: str = ""
+    """The first sample whose caption is a txt of several lines."""
 
 
 class Notes:
@@ -54,6 +56,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.met = 0
+        self.several_lines = ""
         self._notes: list[Note] = []
         self._retried: list[tuple[str, str]] = []
         self._in_a_row = 0
@@ -78,7 +81,7 @@ class Notes:
         return f"; {self._notes[0].name}: {self._notes[0].reason}" if self._notes else ""
 
     def report(self) -> Report:
-        report = Report(self.met, self._notes, self._retried)
+        report = Report(self.met, self._notes, self._retried, self.several_lines)
         self.met, self._notes, self._retried = 0, [], []
         return report
 
@@ -97,6 +100,8 @@ class Skips:
         """The first one and its reason, as text."""
         self.retries = 0
         """How often something was read again after an error that may be temporary."""
+        self.lines_mentioned = False
+        """Whether `mention_lines` has said it."""
 
     def __int__(self) -> int:
         return self._count
@@ -131,6 +136,16 @@ class Skips:
         """Counts and logs them."""
         for what, error in retried:
             self.retry(what, error)
+
+    def mention_lines(self, sample: str) -> None:
+        """Says once, of the first sample ("": none) whose caption is a txt of several lines, what that means."""
+        if sample and not self.lines_mentioned:
+            self.lines_mentioned = True
+            _LOG.warning(
+                "the .txt of %s, and maybe of others, has several lines: each .txt is one caption in training. For "
+                'several captions of an image write {"captions": [...]} into its .json',
+                sample,
+            )
 
     def check(self, total: float, count: float | None = None, world_size: int = 1) -> None:
         """Raises ValueError when more than `max_skipped` of `total` samples are unreadable.

@@ -20,7 +20,7 @@ from .retries import RETRIES
 from .shard_index import index_shards
 from .shard_names import check_state
 from .skips import Skips
-from .tars import HEADER_BYTES, TarSample, complete, key_of, lines, name_before_content
+from .tars import HEADER_BYTES, TarSample, complete, key_of, name_before_content
 
 OPEN_FILES = 256
 """Shards that a process keeps open at most; fewer where it may open few files."""
@@ -56,7 +56,7 @@ class CsvSource:
         for row in readable_rows(path, form, skips, "train_data", retries=retries):
             self.lines.append(row.line)
             self.images.append(row.image)
-            self.captions.append(row.captions)
+            self.captions.append(row.caption)
         self.digest = _digest(np.array(self.lines), *self.captions.arrays)
 
     def __len__(self) -> int:
@@ -70,7 +70,7 @@ class CsvSource:
 
     def read(self, row: int) -> tuple[bytes, list[str]]:
         with open(self.images[row], "rb") as file:
-            return file.read(), lines(self.captions[row])
+            return file.read(), [self.captions[row]]
 
 
 class ShardSource:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from ..checks import printable
 from .retries import lack, message_of
 from .shard_writer import SIZES_FILE
 
@@ -98,8 +99,9 @@ def _kind(name: str) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The captions of a text with one per line."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    """The captions of a text with one per line. Only \\n and \\r\\n end a line: a caption may hold what else
+    ``str.splitlines`` splits at."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 class Complete(NamedTuple):
@@ -113,9 +115,14 @@ class Complete(NamedTuple):
     about: dict
     """The rest of its json."""
 
+    @property
+    def several_lines(self) -> bool:
+        """Whether its caption is a txt of several lines."""
+        return self.text == "txt" and len(lines(self.captions[0])) > 1
+
 
 def complete(sample: TarSample) -> Complete:
-    """The parts of a sample. Captions are `captions` of its json, else the lines of its txt.
+    """The parts of a sample. Captions are `captions` of its json, else one: its txt, as in open_clip.
 
     Raises ValueError with the reason when it has no caption or no image, or a text that is too large.
     """
@@ -130,13 +137,14 @@ def complete(sample: TarSample) -> Complete:
         pass  # not a JSON object: use the txt
     listed = about.pop("captions", None)
     listed = listed if isinstance(listed, list) else []
-    captions = [" ".join(c.splitlines()) for c in listed if isinstance(c, str) and c.strip()]
+    captions = [c for c in listed if isinstance(c, str) and c.strip()]
     text = "json" if captions else "txt"
     if not captions:
         try:
-            captions = lines(sample.content.get("txt", b"").decode())
+            caption = sample.content.get("txt", b"").decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"its .txt is not UTF-8 ({error})") from error
+        captions = [caption] if caption.strip() else []
     if sample.image is None:
         raise ValueError(_missing("image", sample.special.intersection(IMAGE_EXTENSIONS)))
     if not captions:
@@ -167,7 +175,7 @@ def name_before_content(headers: bytes) -> str:
         with suppress(Exception):  # tarfile has no common class for what a block without header may raise
             member = tarfile.open(fileobj=rest, mode="r:", encoding="utf-8", errors="backslashreplace").next()
             if member is not None and member.offset_data == len(headers) - start:
-                return member.name
+                return printable(member.name)
     return ""
 
 
@@ -293,6 +301,7 @@ def _members(file: BinaryIO, images: bool, faults: _Faults) -> Iterator[_Member]
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # the stub lacks the list that grows with the file
             members += 1
+            member.name = printable(member.name)
             if header.damaged or not _is_padding(header.zeros, member.offset):
                 faults.damaged.append(f"{header.lost_bytes()} bytes before {member.name} are damaged")
             header.damaged = header.zeros = 0

@@ -167,6 +167,7 @@ class CountedBatches:
             for images, texts, report in batches:
                 self._met += report.met
                 self.skips.add_retries(report.retried)
+                self.skips.mention_lines(report.several_lines)
                 if report.skipped:
                     self.skips.add(report.skipped)
                     self._skipped |= {

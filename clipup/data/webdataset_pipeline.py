@@ -28,7 +28,7 @@ from .processes import worker_init_fn
 from .retries import Retries, message_of, raise_lack
 from .shard_names import open_shard, shard_weights, sizes_of
 from .skips import Notes, Report
-from .tars import TarSample, complete, lines, read_samples
+from .tars import TarSample, complete, read_samples
 from .train_data import CountedBatches, Reader, SharedEpoch, TrainData, mixed_seed
 
 # Buffer sizes: (capacity, samples read before the first one is drawn), as in open_clip
@@ -237,19 +237,21 @@ class Decode:
     def __call__(self, samples: Iterable[TarSample]) -> Iterator[tuple[Tensor, Tensor]]:
         for sample in samples:
             try:
-                extension, _, captions, _ = complete(sample)
+                found = complete(sample)
             except ValueError as error:
                 self.notes.add(sample.named, error)
                 continue
             try:
-                image = load_image(sample.content[extension], self.max_pixels)
+                image = load_image(sample.content[found.image], self.max_pixels)
             except Exception as error:  # PIL has no common class for what a broken file may raise
                 raise_lack(error, lambda: sample.named)  # noqa: B023
                 self.notes.add(sample.named, f"{type(error).__name__}: {error}")
                 continue
             self.notes.read()
+            if found.several_lines and not self.notes.several_lines:
+                self.notes.several_lines = sample.named
             tensor = preprocessed(self.preprocess, image, lambda: sample.named)  # noqa: B023
-            yield tensor, self.draw(["\n".join(captions)])[0]
+            yield tensor, self.draw(found.captions)
 
 
 class ReportedBatches:
@@ -274,7 +276,7 @@ class ReportedBatches:
 
 
 class DrawCaption:
-    """A tokenizer that draws one of the captions of a text, one per line.
+    """A tokenizer that draws one of the captions of a sample.
 
     Draws are the same for the same seed, epoch, rank and worker.
     """
@@ -285,18 +287,15 @@ class DrawCaption:
         self._state: tuple[int, int] | None = None
         self._random = random.Random(0)
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Tokens [N, L], of one caption per text."""
-        return self.tokenizer([self._draw(text) for text in texts])
-
-    def _draw(self, text: str) -> str:
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Tokens [L]."""
         state = (self.passes.epochs, self.passes.number)
         if state != self._state:
             self._state = state
             self._random = random.Random(
                 mixed_seed(self.seed, self.rank, self.epoch(), worker_id(), self.passes.number)
             )
-        return self._random.choice(lines(text))
+        return self.tokenizer([self._random.choice(captions)])[0]
 
 
 def worker_id() -> int:

@@ -277,7 +277,7 @@ def _well_formed(path: Path) -> Iterator[None]:
 def _caption_lines(path: Path) -> list[tuple[Path, list[str]]]:
     """Lines ``NAME.jpg,CAPTION`` after a header; captions may contain commas and are not quoted."""
     captions: dict[str, list[str]] = {}
-    header, *rows = read_text(path).splitlines() or [""]
+    header, *rows = read_text(path).split("\n")
     if ".jpg," in header:
         raise ValueError(f"annotations: {path} begins with {header!r}, expected a header such as image,caption")
     for number, row in enumerate(rows, 2):

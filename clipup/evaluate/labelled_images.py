@@ -15,30 +15,30 @@ from ..data.loaders import EvalSamples
 from ..data.sample_index import Record
 from ..data.shard_names import expand_shards, open_shard
 from ..data.skips import Skips
-from ..data.tars import read_samples
+from ..data.tars import lines, read_samples
 
 _SHOWN = 3
 """Names that a message lists."""
 
 
-def read_lines(path: str | Path) -> list[str]:
-    """The non-blank lines of a text file: class names, or templates with ``{}``.
+def read_lines(path: str | Path, kind: str = "name") -> list[str]:
+    """The non-blank lines of a text file: class names, templates with ``{}``, or what else a line is (``kind``).
 
     Raises:
         FileNotFoundError, ValueError: no such file, or an empty one.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}; expected a text file with one name per line")
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty; expected one name per line")
-    return lines
+        raise FileNotFoundError(f"there is no file {path}; expected a text file with one {kind} per line")
+    found = lines(read_text(path))
+    if not found:
+        raise ValueError(f"{path} is empty; expected one {kind} per line")
+    return found
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file. Raises ``ValueError``, naming it, if it is not UTF-8."""
+    """The text of a file, with its line ends as they are. Raises ``ValueError``, naming it, if it is not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, such as with `iconv -t UTF-8`") from error
 

@@ -1,7 +1,7 @@
 """Builds the pictograms data set: captioned emoji and icons as WebDataset shards (`clipup data pictograms OUT`).
 
-    OUT/train-*.tar      KEY.png, KEY.txt (the captions, one per line; training samples a line)
-    OUT/test-*.tar       the same and KEY.json; one held-out rendering per concept
+    OUT/train-*.tar      KEY.png, KEY.json, and KEY.txt (the first caption)
+    OUT/test-*.tar       the same; one held-out rendering per concept
     OUT/concepts-*.tar   the same; concepts that are not in the training split
     OUT/sizes.json       samples per shard, in open_clip's format
     OUT/dataset.json     options, counts, rules of the splits, sources and licences
@@ -27,7 +27,7 @@ from ...progress import progress as shown
 from . import sources, splits
 from .sources import Concept, Rendering
 
-FORMAT = 1
+FORMAT = 2
 """Incremented when the same drawings, captions and options give a different data set."""
 
 _LOG = logging.getLogger(__name__)
@@ -101,9 +101,7 @@ def _build(
         raise ValueError("the training split is empty: no drawing could be read, or `only` selects none")
     with shard_writer.appearing_whole(out) as directory:
         written = {
-            split: shard_writer.write_shards(
-                directory, split, _samples(split, members, images), options["samples_per_shard"]
-            )
+            split: shard_writer.write_shards(directory, split, _samples(members, images), options["samples_per_shard"])
             for split, members in pairs.items()
         }
         shard_writer.write_sizes(directory, [shard for split in written.values() for shard in split])
@@ -178,13 +176,9 @@ def _one_picture_one_split(
     return {split: kept[split] for split in pairs}, {split: readable[split] - len(kept[split]) for split in pairs}
 
 
-def _samples(split: str, members: Iterable[Pair], images: dict[str, bytes]) -> list[shard_writer.Sample]:
+def _samples(members: Iterable[Pair], images: dict[str, bytes]) -> list[shard_writer.Sample]:
     samples = []
     for concept, rendering in members:
-        png = images[rendering.key]
-        if split == "train":
-            samples.append((rendering.key, {"png": png, "txt": "\n".join(concept.captions).encode()}))
-            continue
         about = {
             "captions": list(concept.captions),
             "concept": concept.key,
@@ -192,7 +186,9 @@ def _samples(split: str, members: Iterable[Pair], images: dict[str, bytes]) -> l
             "group": concept.group,
         }
         about_json = json.dumps(about, ensure_ascii=False).encode()
-        samples.append((rendering.key, {"png": png, "txt": concept.captions[0].encode(), "json": about_json}))
+        samples.append(
+            (rendering.key, {"png": images[rendering.key], "txt": concept.captions[0].encode(), "json": about_json})
+        )
     return samples
 
 

@@ -35,7 +35,10 @@ class Pictures:
             members = [
                 member
                 for n in numbers
-                for member in ((f"s{n}.png", png(n)), (f"s{n}.txt", "\n".join(self.captions(n)).encode()))
+                for member in (
+                    (f"s{n}.png", png(n)),
+                    (f"s{n}.json", json.dumps({"captions": self.captions(n)}).encode()),
+                )
             ]
             self.tar(f"train-{shard:06d}.tar", members)
             sizes[f"train-{shard:06d}.tar"] = len(numbers)
@@ -51,11 +54,11 @@ class Pictures:
         return self.folder / name
 
     def csv(self, count: int = 24, separator: str = "\t") -> str:
-        """A CSV file whose captions are cells of several lines."""
+        """A CSV file with the first caption of each sample."""
         rows = [f"filepath{separator}title"]
         for n in range(count):
             (self.folder / f"{n}.png").write_bytes(png(n))
-            rows.append(f'{self.folder / f"{n}.png"}{separator}"' + "\n".join(self.captions(n)) + '"')
+            rows.append(f"{self.folder / f'{n}.png'}{separator}{self.captions(n)[0]}")
         path = self.folder / "train.csv"
         path.write_text("\n".join(rows) + "\n")
         return str(path)

@@ -49,7 +49,7 @@ def damages(pictures):
         "nothing": (b"", (), "empty file"),
         "zeros": (bytes(204_800), (), "its last 204800 bytes are damaged"),
         "cut between samples": (content[: member("s9.png")], (6, 7, 8), "no end-of-archive mark"),
-        "cut in a sample": (content[: member("s9.txt")], (6, 7, 8), "no end-of-archive mark"),
+        "cut in a sample": (content[: member("s9.json")], (6, 7, 8), "no end-of-archive mark"),
         "cut in a header": (content[: member("s9.png") + 100], (6, 7, 8), "damaged"),
         "cut in an image": (content[: member("s9.png") + 530], (6, 7, 8), "unexpected end of data"),
         "a hole": (zero(member("s8.png"), member("s10.png")), (6, 7, 10, 11), "damaged"),

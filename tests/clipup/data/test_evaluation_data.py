@@ -33,10 +33,19 @@ def test_batches_have_the_same_samples_in_the_same_order(small, workers):
     assert [a for batch in about for a in batch] == [a for _, _, a in one_by_one]
 
 
-def test_without_json_the_lines_of_the_text_are_the_captions(pictures):
-    samples = eval_samples(pictures.shards(count=4, shards=1), preprocess)
-    assert [captions for _, captions, _ in samples] == [pictures.captions(n) for n in range(4)]
-    assert [about for _, _, about in samples] == [{"key": f"s{n}"} for n in range(4)]
+def test_a_txt_has_a_caption_a_line_and_a_caption_elsewhere_is_whole(pictures, picture):
+    """A line ends at a line feed, as CLIP_benchmark writes it, and nowhere else."""
+    one, whole = "one\x85of\u2028the\x0bfirst", "red cat\nblue dog\u2028house"
+    members = [("a.png", picture(1)), ("a.txt", f"{one}\r\ntwo\n\nthree\n".encode())]
+    members += [("b.png", picture(2)), ("b.json", json.dumps({"captions": [whole, "d"]}).encode())]
+    samples = eval_samples(pictures.tar("one.tar", members), preprocess)
+    assert [captions for _, captions, _ in samples] == [[one, "two", "three"], [whole, "d"]]
+    assert [about for _, _, about in samples] == [{"key": "a"}, {"key": "b"}]
+
+    (pictures.folder / "a.png").write_bytes(picture(1))
+    table = pictures.folder / "table.csv"
+    table.write_text(f'filepath\ttitle\n{pictures.folder}/a.png\t"{whole}"\n')
+    assert [captions for _, captions, _ in eval_samples(table, preprocess)] == [[whole]]
 
 
 def test_with_invalid_json_the_text_has_the_captions(pictures, picture):
@@ -77,7 +86,7 @@ def test_evaluation_data_that_cannot_be_found_is_an_error(pictures, picture):
         eval_samples(folder / "none.csv", preprocess)
     with pytest.raises(ValueError, match="source: .* is a directory: it holds no shard"):
         eval_samples(folder, preprocess)
-    with pytest.raises(ValueError, match="holds no sample with an image and a caption .1 skipped"):
+    with pytest.raises(ValueError, match="holds no sample with an image and a caption .1 skipped, the first is a in"):
         eval_samples(pictures.tar("one.tar", [("a.png", picture(1)), ("a.txt", b" \n")]), preprocess)
     with pytest.raises(ValueError, match="source: cannot tell the format of"):
         eval_samples(folder / "images.parquet", preprocess)

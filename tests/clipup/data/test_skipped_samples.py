@@ -154,7 +154,7 @@ def test_data_with_most_files_missing_are_refused_before_the_first_batch(picture
     source = pictures.csv(100)
     for n in range(4, 100):
         (pictures.folder / f"{n}.png").unlink()
-    with pytest.raises(ValueError, match=r"max_skipped: 96 of 100 samples cannot be read, .*line 14 of .*4\.png"):
+    with pytest.raises(ValueError, match=r"max_skipped: 96 of 100 samples cannot be read, .*line 6 of .*4\.png"):
         loader(kind, source)
     with pytest.raises(ValueError, match="batch_size: got 8"):
         loader(kind, source, batch_size=8, max_skipped=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import multiprocessing
 import os
@@ -55,11 +56,41 @@ def test_an_epoch_has_every_sample_once_with_one_of_its_own_captions(pictures, k
     assert (data.dataloader.num_samples, data.dataloader.num_batches) == (24, 8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "streamed"])
 def test_all_captions_of_an_image_are_drawn_over_many_epochs(pictures, kind):
     data = loader(pictures, kind)
     drawn = {(caption, variant) for epoch in range(40) for _, caption, variant in epoch_of(data, epoch)}
     assert drawn == {(caption, variant) for caption in range(24) for variant in range(3)}
+
+
+BREAKS = "red cat\nblue dog\r\nhouse\x85of\u2028two\x0bor\x1cmore\rlines"
+
+
+@pytest.mark.parametrize("member", ["txt", "json"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_caption_of_several_lines_is_one(pictures, picture, kind, member, caplog):
+    """A CSV cell, a txt as in open_clip, and a caption of a json. Of such a txt one line of the log says so."""
+    if "csv" in kind:
+        (pictures.folder / "0.png").write_bytes(picture(0))
+        source = pictures.folder / "lines.csv"
+        source.write_bytes(f'filepath\ttitle\n{pictures.folder}/0.png\t"{BREAKS}"\n'.encode())
+    else:
+        text = BREAKS.encode() if member == "txt" else json.dumps({"captions": [BREAKS]}).encode()
+        source = pictures.tar(
+            "lines.tar", [(f"s{n}.{e}", c) for n in (0, 1) for e, c in (("png", picture(n)), (member, text))]
+        )
+    seen: list[str] = []
+    data = train_loader(
+        f"file:{source}" if kind == "streamed" else source, preprocess,
+        lambda texts: seen.extend(texts) or torch.zeros(len(texts), 2), 1, 0, cache="cached" in kind, progress=False,
+        **({"train_num_samples": 2} if kind == "streamed" else {}),
+    )  # fmt: skip
+    for epoch in range(4):
+        data.set_epoch(epoch)
+        list(data.dataloader)
+    assert set(seen) == {BREAKS}
+    said = [message for message in caplog.messages if "captions" in message]
+    assert ["s0 in" in one or "s1 in" in one for one in said] == [True] * ("csv" not in kind and member == "txt")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,7 +188,7 @@ def test_unreadable_samples_of_a_shard_are_skipped_and_counted(pictures, kind, w
     source = pictures.shards()
     pictures.damage_content(0, "s1.png")
     pictures.damage_header(1, "s8.png")
-    pictures.damage_header(2, "s14.txt")
+    pictures.damage_header(2, "s14.json")
     with caplog.at_level(logging.WARNING):
         data = loader(pictures, kind, source=source, workers=workers, batch_size=1, max_skipped=0.2)
         for epoch in (0, 1):

@@ -63,6 +63,16 @@ def test_karpathys_own_file_is_read_and_restval_belongs_to_train(read, name, req
         read(root, "val")
 
 
+def test_a_caption_of_flickr_ends_at_a_line_feed_alone(flickr):
+    path = flickr / "flickr30k_test_karpathy.txt"
+    path.write_bytes(
+        path.read_bytes().replace(b", ", ", a \x85 b \u2028 c \r d \x0b ".encode()).replace(b"\n", b"\r\n")
+    )
+    found = datasets.flickr30k(flickr).records
+    assert len(found) == 12 and all(len(record.captions) == 5 for record in found)
+    assert all("a \x85 b \u2028 c \r d \x0b" in caption for record in found for caption in record.captions)
+
+
 def test_flickr_images_may_be_in_a_subdirectory(flickr):
     before = pairs(datasets.flickr30k(flickr))
     (flickr / "flickr30k-images").mkdir()

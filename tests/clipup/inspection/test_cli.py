@@ -79,6 +79,12 @@ def test_the_dense_model_is_compared_with(model, images, tmp_path):
     assert "to the dense MLP" in text and "to dense: 0." in text
 
 
+def test_a_line_of_the_captions_ends_at_a_line_feed(model, tmp_path, capsys):
+    (tmp_path / "lines.txt").write_bytes("red\u2028cat\x85of\x0bstone\r\nblue\rdog\n".encode())
+    made(tmp_path / "r.html", model, "--captions", tmp_path / "lines.txt")
+    assert capsys.readouterr().out.startswith("0 images and 2 captions")
+
+
 def test_a_finished_run_stands_for_its_last_model(model, captions, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model").symlink_to(model)
@@ -174,7 +180,7 @@ def test_what_is_no_file_is_no_image(model, tmp_path):
 
 def test_captions_that_are_no_text_are_named(model, captions, capsys):
     captions.write_bytes(b"\x89PNG")
-    assert f"captions: {captions} is not UTF-8 text" in refused(
+    assert f"{captions} is not UTF-8 text" in refused(
         capsys, model, "--captions", captions, "--out", "r.html"
     )
 
