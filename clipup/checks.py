@@ -31,11 +31,6 @@ def shown(value: object) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
-def printable(text: str) -> str:
-    """The text of a stranger, such as a file's name, for a message: what would control the terminal is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def without_numpy(value: Any) -> Any:
     """Numbers and arrays of numpy as Python's numbers and lists, also within dicts, lists and tuples: JSON and
     checkpoints hold no others."""

@@ -1,4 +1,5 @@
-"""Progress of long tasks on stderr: a bar on a terminal, otherwise (pipe, file, notebook) an occasional line."""
+"""Progress of long tasks on stderr: a bar on a terminal, otherwise (pipe, file, notebook) an occasional line; and texts
+of strangers that may be printed."""
 
 from __future__ import annotations
 
@@ -16,6 +17,11 @@ Item = TypeVar("Item")
 _FIRST_PAUSES = (5.0, 10.0, 20.0)
 _PAUSE = 30.0
 """Seconds between lines, after the shorter first pauses."""
+
+
+def printable(text: str) -> str:
+    """The text of a stranger, such as a file's name, for a message: what would control the terminal is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Progress:

@@ -23,6 +23,7 @@ from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, zero_shot
 from ..precision import Precision, check_device, default_device, default_workers, token_dtype
 from ..pretrained import factory, model_card, model_names, origin, tokenizers
+from ..progress import printable
 from .flags import NoEffect, check_int8, parse
 from .logs import errors_only
 from .outputs import check_file
@@ -55,7 +56,8 @@ class Options:
     """Benchmarks: use only the first n captions per image. None: all, as in CLIP_benchmark (five, on COCO sometimes
     more)."""
     val_data: str | None = None
-    """Retrieval: WebDataset shards or a CSV file. An image may have several captions, in a CSV file as several rows."""
+    """Retrieval: WebDataset shards or a CSV file. An image may have several captions: one a line of the .txt, captions
+    in the .json, in a CSV file several rows."""
     by: str = "group"
     """Retrieval: metadata key; images with the same value are also measured separately."""
     multi_positive: bool = False
@@ -306,7 +308,7 @@ def table(results: dict[str, Any]) -> str:
         for name, row in {"all": found, **found.get("splits", {})}.items():
             values = [row[way][f"r{k}"] for way in ("t2i", "i2t") for k in RECALL_AT]
             cells = "".join(f"{100 * value:>10.2f}" for value in values)
-            lines.append(f"{name:<16}{row['gallery']:>8}{cells}{100 * row['chance_r1']:>9.2f}")
+            lines.append(f"{printable(name):<16}{row['gallery']:>8}{cells}{100 * row['chance_r1']:>9.2f}")
         if found.get("skipped"):
             lines.append(f"{found['skipped']} samples could not be read and were skipped")
     if "zero_shot" in results:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import tyro
 
 from ..moe.config import MoEConfig
+from . import FLAG_OF
 
 T = TypeVar("T")
 MOE_FLAGS = tuple(field.name for field in dataclasses.fields(MoEConfig))
@@ -36,9 +37,23 @@ def parse(options: type[T], argv: Sequence[str], program: str, rules: Sequence[N
         ValueError: a flag has no effect according to one of the rules.
         SystemExit: --help, an unknown flag, or an invalid value.
     """
+    FLAG_OF.clear()
+    FLAG_OF.update(_flags(options))
     parsed = tyro.cli(options, args=list(argv), prog=program, **kwargs)
     refuse_idle(argv, parsed, rules)
     return parsed
+
+
+def _flags(options: type) -> dict[str, str]:
+    """The flags of options by their names; of groups of options those of the group. Positional ones have none."""
+    found: dict[str, str] = {}
+    for name, kind in get_type_hints(options, include_extras=True).items():
+        group = getattr(kind, "__origin__", kind)  # of Annotated
+        if dataclasses.is_dataclass(group):
+            found |= _flags(group)
+        elif "Positional" not in repr(kind):
+            found[name] = f"--{name.replace('_', '-')}"
+    return found
 
 
 def refuse_idle(argv: Sequence[str], parsed: Any, rules: Sequence[NoEffect]) -> None:

@@ -17,7 +17,7 @@ from ..train.options import GROUPS
 from ..train.options.key_values import KeyValues
 from ..train.rank_watch import EXIT_CODE as _RANK_LOST
 from ..train.signals import program_ends_with_the_run
-from . import open_clip_flags, say
+from . import FLAG_OF, in_one_line, open_clip_flags, say
 from .flags import MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle
 from .outputs import check_directory
 
@@ -161,6 +161,7 @@ def _options(argv: list[str]) -> TrainOptions:
     """
     open_clip_flags.refuse(argv, FLAGS)
     groups = parse(_Grouped, argv, "clipup train", config=(tyro.conf.OmitArgPrefixes,), registry=_key_values())
+    FLAG_OF["cache"] = "--cache-data"
     values: dict[str, Any] = {"moe_cfg": groups.sparse_layers}
     for name, group in GROUPS.items():
         values |= {field.name: getattr(getattr(groups, name), field.name) for field in dataclasses.fields(group)}
@@ -185,4 +186,4 @@ def _key_values() -> tyro.constructors.ConstructorRegistry:
 
 def _say(error: BaseException) -> None:
     if not failure_is_reported():
-        say(f"clipup train: {error}")
+        say(f"clipup train: {in_one_line(str(error))}")

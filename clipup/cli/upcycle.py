@@ -25,6 +25,7 @@ from ..progress import progress
 from ..upcycling.calibration import calibrate
 from ..upcycling.step0 import step0_difference
 from ..upcycling.upcycle import upcycle
+from . import FLAG_OF
 from .flags import NoEffect, moe_rules, parse
 from .outputs import check_directory
 
@@ -127,6 +128,7 @@ def run(options: Options) -> None:
 def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Callable[..., Any]) -> None:
     """Calibrates the sparse model and prints the error of each layer before and after."""
     assert options.calibrate_data is not None
+    FLAG_OF.update(train_data="--calibrate-data", batch_size="--calibrate-batch-size")
     data = DataOptions(
         train_data=options.calibrate_data,
         batch_size=options.calibrate_batch_size,

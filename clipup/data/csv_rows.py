@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from .. import checks
+from ..progress import printable
 from .retries import RETRIES, Retries, SourceError
 from .shard_names import FileState, check_state, state_of
 from .skips import Skips
@@ -47,7 +48,7 @@ class Row(NamedTuple):
 def row_name(path: str, line: int, image: str) -> str:
     """The name of a row in messages."""
     shown = image if len(image) <= _MOST_SHOWN else f"{image[:_MOST_SHOWN]}..."
-    return checks.printable(f"line {line} of {path}" + f" ({shown})" * bool(image))
+    return printable(f"line {line} of {path}" + f" ({shown})" * bool(image))
 
 
 def readable_rows(

@@ -35,7 +35,7 @@ class SourceOptions:
     csv_img_key: str = "filepath"
     """Column with the image paths."""
     csv_caption_key: str = "title"
-    """Column with the captions."""
+    """Column with the captions. A cell is one caption, whatever it holds."""
     max_skipped: float = MAX_SKIPPED
     """Largest share of samples that may be unreadable. They are skipped, counted, and each is logged once; above this
     share reading stops with an error."""
@@ -74,7 +74,7 @@ class DataOptions(SourceOptions):
     train_data: str
     """WebDataset shards (a path, DIR/train-*.tar, DIR/train-{000000..000024}.tar, several joined by "::"), a CSV file,
     or a directory written by `clipup data` (its training shards). CSV files and local shards are indexed; shards by URL
-    are streamed."""
+    are streamed. A .txt of a shard is one caption; several are `captions` of the sample's .json."""
     batch_size: int
     """Samples per batch and process."""
     workers: int = 1

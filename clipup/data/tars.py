@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from ..checks import printable
+from ..progress import printable
 from .retries import lack, message_of
 from .shard_writer import SIZES_FILE
 

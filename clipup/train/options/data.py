@@ -24,7 +24,7 @@ class TrainingDataOptions(OptionGroup):
 
     train_data: str | None = None
     """A directory that clipup data wrote, WebDataset shards ("data/{000..099}.tar", several joined by "::"), or a CSV
-    file."""
+    file. A .txt of a shard is one caption, whatever it holds; several are listed as captions in the sample's .json."""
     train_num_samples: int | None = None
     """Samples in an epoch. None: all. Needed for streamed shards without a sizes.json or __len__ beside them."""
     dataset_type: Literal["webdataset", "csv", "auto"] = DataOptions.dataset_type
@@ -39,7 +39,7 @@ class TrainingDataOptions(OptionGroup):
     csv_img_key: str = DataOptions.csv_img_key
     """Column with the paths of the images."""
     csv_caption_key: str = DataOptions.csv_caption_key
-    """Column with the captions."""
+    """Column with the captions. A cell is one caption, whatever it holds."""
     max_skipped: float = DataOptions.max_skipped
     """Share of the samples that may be unreadable: they are replaced in indexed data and left out of streamed data,
     each is named once, and the last line says how many. Above it the run stops."""
@@ -118,7 +118,8 @@ class EvaluationOptions(OptionGroup):
     """What is measured during training and at its end."""
 
     val_data: str | None = None
-    """CSV file or shards for retrieval after every val_frequency epochs and at the end."""
+    """CSV file or shards for retrieval after every val_frequency epochs and at the end. Of shards, a .txt has a caption a
+    line."""
     val_frequency: int = 1
     """Epochs between two evaluations on val_data; 0 evaluates at the end only."""
     imagenet_val: str | None = None

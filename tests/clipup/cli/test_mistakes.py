@@ -71,13 +71,16 @@ def refused(place, capsys, monkeypatch):
             "export ViT-B-32 programs",
             "pretrained is missing, so ViT-B-32 would have random weights; pass a file of weights",
         ),
-        ("train", "model is missing: pass a name that open_clip knows, such as --model ViT-B-16"),
-        ("train --train-data x.csv --pretrained weights.pt", "model is missing"),
-        ("train --model dense", "train_data is missing: pass --train-data with a CSV file or WebDataset shards"),
-        ("train --model dense --train-data x.csv --val-data nowhere.csv --batch-size 1", "val_data: there is no file"),
-        ("train --model dense --train-data x.csv --logs x.csv", "logs: PLACE/x.csv is a file; expected a directory"),
-        ("train --model dense --train-data x.csv --logs None", "logs: got None, with which nothing is saved"),
-        ("train --model dense --train-data x.csv --device gpu", "device is 'gpu', expected cpu, cuda or cuda:N"),
+        ("train", "--model is missing: pass a name that open_clip knows, such as --model ViT-B-16"),
+        ("train --train-data x.csv --pretrained weights.pt", "--model is missing"),
+        ("train --model dense", "--train-data is missing: pass --train-data with a CSV file or WebDataset shards"),
+        (
+            "train --model dense --train-data x.csv --val-data nowhere.csv --batch-size 1",
+            "--val-data: there is no file",
+        ),
+        ("train --model dense --train-data x.csv --logs x.csv", "--logs: PLACE/x.csv is a file; expected a directory"),
+        ("train --model dense --train-data x.csv --logs None", "--logs: got None, with which nothing is saved"),
+        ("train --model dense --train-data x.csv --device gpu", "--device is 'gpu', expected cpu, cuda or cuda:N"),
         (
             "upcycle ViT-B-32 out",
             "pretrained is missing, so ViT-B-32 would have random weights; pass a file of weights",
@@ -88,15 +91,22 @@ def refused(place, capsys, monkeypatch):
         ("inspect short_sparse --captions classes.txt", TOO_FEW_TOKENS),
         ("upcycle dense x.csv/out", "out: PLACE/x.csv is a file; expected a directory"),
         ("eval ViT-B-32 --val-data x.csv", "or --random-weights to measure random weights"),
-        ("eval ViT-B-32 --pretrained openai --val-data nowhere.csv", "val_data: there is no file nowhere.csv"),
+        ("eval ViT-B-32 --pretrained openai --val-data nowhere.csv", "--val-data: there is no file nowhere.csv"),
         ("eval dense --val-data x.csv --out jpegs", "out: jpegs is a directory; expected the path of a file"),
-        ("eval dense --val-data x.csv --device gpu", "device is 'gpu', expected cpu, cuda or cuda:N"),
+        ("eval dense --val-data x.csv --device gpu", "--device is 'gpu', expected cpu, cuda or cuda:N"),
+        ("eval dense --val-data val_data.csv", "--val-data: there is no file val_data.csv"),
+        (
+            "eval dense --val-data x.csv --csv-caption-key text",
+            "--csv-caption-key: x.csv has no column 'text', its columns are ['filepath', 'title']: correct "
+            "--csv-caption-key, or --csv-separator (now",
+        ),
+        ("upcycle dense out --reinit-ratio 0.5 --calibrate-data no.csv", "--calibrate-data: there is no file no.csv"),
         ("eval no_cfg --val-data x.csv", "no_cfg/open_clip_config.json has no model_cfg"),
         ("eval half_cfg --val-data x.csv", "half_cfg/open_clip_config.json lacks vision_cfg, text_cfg"),
         ("eval cut --val-data x.csv", "cut/open_clip_model.safetensors is not a complete safetensors file: "),
-        ("inspect sparse --captions jpegs", "captions: there is no file jpegs"),
+        ("inspect sparse --captions jpegs", "there is no file jpegs"),
         ("inspect sparse --images jpegs --out jpegs", "out: jpegs is a directory; expected the path of a file"),
-        ("inspect sparse --images jpegs --dense ViT-B-32", "dense_pretrained is missing, so ViT-B-32 would have"),
+        ("inspect sparse --images jpegs --dense ViT-B-32", "--dense-pretrained is missing, so ViT-B-32 would have"),
         ("doctor half_cfg", "lacks vision_cfg, text_cfg"),
         ("data pictogram", "there is no data set 'pictogram'; did you mean 'pictograms'?"),
     ],
@@ -119,7 +129,7 @@ def test_user_error_is_one_line_that_says_what_to_change(refused, place, line, m
     ],
 )
 def test_directory_as_data_is_refused_with_the_file_to_pass(refused, directory, advice):
-    assert f"train_data: {directory} is a directory: " in (
+    assert f"--train-data: {directory} is a directory: " in (
         error := refused(f"train --model dense --train-data {directory}")
     )
     assert advice in error
@@ -150,7 +160,7 @@ TRAIN = "train --model dense --train-data x.csv"
         (f"{TRAIN} --save-frequency 0 --delete-previous-checkpoint", "has no effect with --save-frequency 0"),
         (
             f"{TRAIN} --batch-size 1 --coca-caption-loss-weight 3",
-            "coca_caption_loss_weight has no effect on a model without a decoder",
+            "--coca-caption-loss-weight has no effect on a model without a decoder",
         ),
         (
             "train --model dense --train-data a.tar --csv-separator ,",

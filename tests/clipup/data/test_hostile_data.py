@@ -255,3 +255,26 @@ def test_an_icon_cannot_include_a_file_from_disk(tmp_path):
     ):
         with pytest.raises(ValueError, match="an image from a file"):
             iconify.render(iconify._document({"body": body}), 16)
+
+
+@pytest.mark.parametrize("kind", ["indexed", "cached", "streamed", "evaluation", "csv"])
+def test_what_controls_a_terminal_is_escaped_in_names(pictures, picture, kind, caplog):
+    """Of a sample without a picture that can be read, of one without a caption, and before a damaged header."""
+    evil = "\x1b]0;pwned\x07\u202e"
+    if kind == "csv":
+        source = pictures.csv(12)
+        with open(source, "a") as file:
+            file.write(f"{evil}.png\t1 0\n")
+    else:
+        good = [(f"s{n}.{e}", c) for n in range(12) for e, c in (("png", picture(n)), ("txt", b"1 0"))]
+        bad = [(f"{evil}1.png", b"broken"), (f"{evil}1.txt", b"1 0"), (f"{evil}2.png", picture(2))]
+        source = str(pictures.tar("train.tar", [*bad, *good, (f"{evil}3.png", picture(3)), (f"{evil}3.txt", b"1 0")]))
+    if kind == "evaluation":
+        list(eval_samples(source, preprocess, max_skipped=0.5))
+    else:
+        streamed = {"train_num_samples": 14} if kind == "streamed" else {}
+        source = f"file:{source}" if kind == "streamed" else source
+        options = {"cache": kind == "cached", "progress": False, "max_skipped": 0.5, **streamed}
+        list(train_loader(source, preprocess, tokenizer, 1, 0, **options).dataloader)
+    assert "\\x1b]0;pwned\\x07\\u202e" in caplog.text and caplog.text.count("skipped") == (1 if kind == "csv" else 2)
+    assert not {"\x1b", "\x07", "\u202e"} & set(caplog.text)

@@ -72,7 +72,7 @@ def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, t
 def test_eval_refuses_data_with_more_than_a_tenth_unreadable(directory, damaged_data, capsys):
     assert run(directory, "--val-data", damaged_data) == 2
 
-    assert "max_skipped: 1 of 5 samples cannot be read" in capsys.readouterr().err
+    assert "--max-skipped: 1 of 5 samples cannot be read" in capsys.readouterr().err
 
 
 def test_json_alone_is_printed_on_request(directory, val_data, capsys):
@@ -207,7 +207,7 @@ def test_a_root_that_is_not_there_is_named_whatever_the_split(tmp_path, capsys, 
     ]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert "eval: root: " in error and nowhere in error and "--split" not in error
+    assert "eval: --root: " in error and nowhere in error and "--split" not in error
 
 
 @pytest.mark.parametrize("flags", [["--split", "train"], ["--max-skipped", "0.5"]])
@@ -251,8 +251,8 @@ def test_results_are_added_to_the_model_card_on_request(directory, tmp_path, cap
     [
         (["--dataset", "coco"], "a benchmark needs both --dataset and --root"),
         (["--dataset", "coco", "--root", ".", "--val-data", "a.csv"], "names the data already"),
-        (["--dataset", "coco", "--root", ".", "--captions-per-image", "0"], "captions_per_image must be at least 1"),
-        (["--val-data", "a.csv", "--captions-per-image", "5"], "captions_per_image applies to benchmarks only"),
+        (["--dataset", "coco", "--root", ".", "--captions-per-image", "0"], "--captions-per-image must be at least 1"),
+        (["--val-data", "a.csv", "--captions-per-image", "5"], "--captions-per-image applies to benchmarks only"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(directory, capsys, options, message):

@@ -153,8 +153,8 @@ def test_what_cannot_be_looked_at_is_refused_by_name(model, images, tmp_path, ca
     "options, message",
     [
         ([], "pass --images, --captions or both"),
-        (["--images", "photos", "--dense-pretrained", "x"], "dense_pretrained has no effect without --dense"),
-        (["--images", "photos", "--max-images", "0"], "max_images must be at least 1, got 0"),
+        (["--images", "photos", "--dense-pretrained", "x"], "--dense-pretrained has no effect without --dense"),
+        (["--images", "photos", "--max-images", "0"], "--max-images must be at least 1, got 0"),
         (["--images", "photos", "--shown", "-1"], "shown must be at least 0, got -1"),
     ],
 )
@@ -180,9 +180,7 @@ def test_what_is_no_file_is_no_image(model, tmp_path):
 
 def test_captions_that_are_no_text_are_named(model, captions, capsys):
     captions.write_bytes(b"\x89PNG")
-    assert f"{captions} is not UTF-8 text" in refused(
-        capsys, model, "--captions", captions, "--out", "r.html"
-    )
+    assert f"{captions} is not UTF-8 text" in refused(capsys, model, "--captions", captions, "--out", "r.html")
 
 
 @pytest.mark.parametrize("options", [{}, [], {"model": None, "pretrained": None}, {"model": ["a"]}])

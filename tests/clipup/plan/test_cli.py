@@ -85,9 +85,12 @@ def test_a_locked_tower_has_no_gradients_and_no_backward_pass(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch", "1000", "--accum-freq", "2"], "batch must be a multiple of gpus * accum_freq = 8 * 2, got 1000"),
+        (
+            ["--batch", "1000", "--accum-freq", "2"],
+            "--batch must be a multiple of gpus * --accum-freq = 8 * 2, got 1000",
+        ),
         (["--ep", "2"], "ep=2 places experts on different ranks, and the model has none; set moe"),
-        (["--moe", "--ep", "3"], "fsdp_replicas 1 * ep 3 must divide the number of ranks, 8"),
+        (["--moe", "--ep", "3"], "--fsdp-replicas 1 * ep 3 must divide the number of ranks, 8"),
         (["--fsdp", "--precision", "amp"], "precision 'amp' scales gradients"),
         (["--gpu", "h1000"], "gpu must be one of h100, h200"),
         (["--price", "2"], "--price has no effect without --samples, or --epochs and --train-num-samples"),
@@ -95,7 +98,7 @@ def test_a_locked_tower_has_no_gradients_and_no_backward_pass(capsys):
         (["--caption-tokens", "9"], "--caption-tokens has no effect without --ep"),
         (
             ["--moe", "--ep", "2", "--fsdp", "--caption-tokens", "100"],
-            "caption_tokens must be 1 to 12, the context, got 100",
+            "--caption-tokens must be 1 to 12, the context, got 100",
         ),
         (["--lock-text-unlocked-layers", "1"], "--lock-text-unlocked-layers has no effect without --lock-text"),
         (["--num-experts", "4"], "--num-experts has no effect without --moe"),
@@ -109,10 +112,10 @@ def test_wrong_options_are_refused_by_name(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--epochs", "2"], "epochs counts passes over train_num_samples pairs; set both, or samples instead"),
+        (["--epochs", "2"], "epochs counts passes over --train-num-samples pairs; set both, or samples instead"),
         (
             ["--epochs", "2", "--train-num-samples", "1000"],
-            "train_num_samples must be at least batch, 1024, which is a step; got 1000",
+            "--train-num-samples must be at least batch, 1024, which is a step; got 1000",
         ),
         (["--mfu", "1.5"], "mfu must be above 0 and at most 1, got 1.5"),
         (["--tflops", "inf"], "tflops must be positive and finite, got inf"),
