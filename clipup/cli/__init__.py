@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
-from ..progress import printable
+from .logs import in_one_line
 
 COMMANDS = {
     "demo": "upcycle a small CLIP, train it on and compare, in minutes, with a report",
@@ -32,11 +31,6 @@ COMMANDS = {
 }
 DEBUG = "CLIPUP_DEBUG"
 """Environment variable: 1 shows full tracebacks instead of one-line errors."""
-
-FLAG_OF: dict[str, str] = {}
-"""Of the command that runs: its flags by the names of their options in Python."""
-_OPTION = re.compile(r"^\w+(?=: |=| (?:must|is|has|needs) )|(?<![\w./'\"-])[a-z]+_\w+(?![/'\"-]|\.\w)")
-"""What may name an option in a message: how it begins, and words with underscores that are no part of a path."""
 
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, FloatingPointError)
 _BAD_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141
@@ -120,11 +114,6 @@ def _report(program: str, message: str) -> int:
         message = f"{program}: {in_one_line(message)}"
     say(message)
     return _BAD_INPUT
-
-
-def in_one_line(message: str) -> str:
-    """A message for the terminal: options are named as flags, and what would control the terminal is escaped."""
-    return _OPTION.sub(lambda name: FLAG_OF.get(name[0], name[0]), printable(" ".join(message.split())))
 
 
 def _discard_unwritten(stream: TextIO) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import tyro
 
 from ..moe.config import MoEConfig
-from . import FLAG_OF
+from .logs import FLAG_OF
 
 T = TypeVar("T")
 MOE_FLAGS = tuple(field.name for field in dataclasses.fields(MoEConfig))
@@ -44,16 +45,13 @@ def parse(options: type[T], argv: Sequence[str], program: str, rules: Sequence[N
     return parsed
 
 
-def _flags(options: type) -> dict[str, str]:
+def _flags(options: Any) -> dict[str, str]:
     """The flags of options by their names; of groups of options those of the group. Positional ones have none."""
-    found: dict[str, str] = {}
-    for name, kind in get_type_hints(options, include_extras=True).items():
-        group = getattr(kind, "__origin__", kind)  # of Annotated
-        if dataclasses.is_dataclass(group):
-            found |= _flags(group)
-        elif "Positional" not in repr(kind):
-            found[name] = f"--{name.replace('_', '-')}"
-    return found
+    kinds = get_type_hints(options, include_extras=True)
+    groups = {name: getattr(kind, "__origin__", kind) for name, kind in kinds.items()}  # without Annotated
+    groups = {name: kind for name, kind in groups.items() if dataclasses.is_dataclass(kind)}
+    own = [name for name, kind in kinds.items() if name not in groups and "Positional" not in repr(kind)]
+    return dict(ChainMap({name: f"--{name.replace('_', '-')}" for name in own}, *map(_flags, groups.values())))
 
 
 def refuse_idle(argv: Sequence[str], parsed: Any, rules: Sequence[NoEffect]) -> None:

@@ -1,10 +1,18 @@
-"""How much commands log."""
+"""How much commands log, and how their messages name options."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from ..progress import printable
+
+FLAG_OF: dict[str, str] = {}
+"""Of the command that runs: its flags by the names of their options in Python."""
+_OPTION = re.compile(r"^\w+(?=: |=| (?:must|is|has|needs) )|(?<![\w./'\"-])[a-z]+_\w+(?![/'\"-]|\.\w)")
+"""What may name an option in a message: how it begins, and words with underscores that are no part of a path."""
 
 
 @contextmanager
@@ -20,3 +28,8 @@ def errors_only() -> Iterator[None]:
         yield
     finally:
         root.setLevel(level)
+
+
+def in_one_line(message: str) -> str:
+    """A message for the terminal: options are named as flags, and what would control the terminal is escaped."""
+    return _OPTION.sub(lambda name: FLAG_OF.get(name[0], name[0]), printable(" ".join(message.split())))

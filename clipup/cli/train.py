@@ -17,8 +17,9 @@ from ..train.options import GROUPS
 from ..train.options.key_values import KeyValues
 from ..train.rank_watch import EXIT_CODE as _RANK_LOST
 from ..train.signals import program_ends_with_the_run
-from . import FLAG_OF, in_one_line, open_clip_flags, say
+from . import open_clip_flags, say
 from .flags import MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle
+from .logs import FLAG_OF, in_one_line
 from .outputs import check_directory
 
 _DIVERGED, _REFUSED, _INTERRUPTED = 1, 2, 130

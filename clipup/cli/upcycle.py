@@ -25,8 +25,8 @@ from ..progress import progress
 from ..upcycling.calibration import calibrate
 from ..upcycling.step0 import step0_difference
 from ..upcycling.upcycle import upcycle
-from . import FLAG_OF
 from .flags import NoEffect, moe_rules, parse
+from .logs import FLAG_OF
 from .outputs import check_directory
 
 TOLERANCE = 1e-4

@@ -138,14 +138,16 @@ class IndexedBatches(Dataset):
     def _sample(self, row: int, seed: int) -> tuple[Tensor, Tensor] | None:
         """The preprocessed image and the tokens of one of its captions; None, with a note, if it cannot be read."""
         try:
-            content, captions = self.retried(lambda: self.source.name(row), lambda: self.source.read(row))
+            content, captions, several_lines = self.retried(
+                lambda: self.source.name(row), lambda: self.source.read(row)
+            )
             image = load_image(content, self.max_pixels)
         except Exception as error:  # PIL has no common class for what a broken file may raise
             raise_lack(error, lambda: self.source.name(row))
             reason = f"{type(error).__name__}: {error}"
             self.notes.add(self.source.name(row), reason, place=self.source.place(row))
             return None
-        self.notes.read()
+        self.notes.read(several_lines)
         seed_choices(seed)
         caption = captions[seed % len(captions)]
         return preprocessed(self.preprocess, image, lambda: self.source.name(row)), self.tokenizer([caption])[0]

@@ -109,7 +109,7 @@ def load_train_data(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
     reader = Reader(preprocess, tokenizer, rank, world_size, SharedEpoch(epoch), Skips(options.max_skipped))
-    reader.skips.lines_mentioned = rank > 0  # the first one says it
+    reader.skips.mentions_lines = rank == 0
     shards = _train_shards(options)
     if options.cache:
         data = cached_data(options, shards, reader, progress)

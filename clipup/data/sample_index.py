@@ -122,18 +122,15 @@ def tar_records(
         lost += [(shard, note) for note in notes]
         for sample in samples:
             try:
-                found_in = complete(sample)
+                whole = complete(sample)
             except ValueError as error:
                 skips.note(sample.named, error)
                 continue
-            captions = found_in.captions
-            if not training and found_in.text == "txt":
-                captions = lines(captions[0])
-            elif found_in.several_lines:
-                skips.mention_lines(sample.named)
-            place = sample.place[found_in.image]
-            metadata = {"key": sample.key, **found_in.about}
-            records.append(Record(sample.numbered, shard, tuple(captions), *place, metadata, state))
+            skips.mention_lines(training and whole.several_lines)
+            apart = not training and whole.text == "txt"
+            captions = tuple(lines(whole.captions[0]) if apart else whole.captions)
+            metadata = {"key": sample.key, **whole.about}
+            records.append(Record(sample.numbered, shard, captions, *sample.place[whole.image], metadata, state))
     damaged = {shard for shard, _ in lost}
     usual = max((count for shard, count in found.items() if shard not in damaged), default=0)
     skips.add(note._replace(samples=note.samples or max(1, usual - found[shard])) for shard, note in lost)
@@ -182,8 +179,8 @@ def csv_records(
 def check_found(samples: int, skips: Skips, source: str, argument: str) -> None:
     """Raises ValueError when there is no sample, or when more were skipped than may be."""
     if not samples:
-        first = f", the first is {skips.first}" if skips.first else ""
         raise ValueError(
-            f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped{first})"
+            f"{argument}: {source} holds no sample with an image and a caption ({int(skips)} skipped"
+            f"{f', the first is {skips.first}' if skips.first else ''})"
         )
     skips.check(samples + int(skips))

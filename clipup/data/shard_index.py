@@ -33,7 +33,7 @@ PLACE = np.dtype([("image", "<i8"), ("image_size", "<i8"), ("text", "<i8"), ("te
 """A sample: the offsets and sizes in bytes of its image and of the member with its captions, and whether that is a
 json."""
 
-_VERSION = 4
+_VERSION = 3
 _KEPT_FROM_SECONDS = 0.5
 """An index that took longer to read is kept."""
 
@@ -51,8 +51,6 @@ class ShardIndex:
     """Of the file that was read."""
     repeated: bool = False
     """Whether several samples have the same key."""
-    several_lines: str = ""
-    """The first sample whose caption is a txt of several lines."""
     retried: Sequence[tuple[str, str]] = ()
     """What was read again, and the error of the time before."""
 
@@ -99,7 +97,6 @@ def index_shards(
     usual = max((index.found for index in found.values() if not index.lost), default=0)
     for shard in shards:
         index = found[shard]
-        skips.mention_lines(index.several_lines)
         skips.add(index.incomplete)
         skips.add(note._replace(samples=note.samples or max(1, usual - index.found)) for note in index.lost)
     return [found[shard] for shard in shards]
@@ -156,13 +153,11 @@ def read_index(shard: str, expected: int | None) -> ShardIndex:
         for sample in read_samples(file, shard, lose, images=False, expected=expected):
             index.repeated |= sample.earlier > 0
             try:
-                found = complete(sample)
+                image, text, _, _ = complete(sample)
             except ValueError as error:
                 index.incomplete.append(Note(sample.named, str(error)))
                 continue
-            if found.several_lines and not index.several_lines:
-                index.several_lines = sample.named
-            rows.append((*sample.place[found.image], *sample.place[found.text], found.text == "json"))
+            rows.append((*sample.place[image], *sample.place[text], text == "json"))
     index.places = np.array(rows, PLACE)
     return index
 
@@ -174,17 +169,17 @@ def _kept(path: Path, about: dict[str, Any], shard: str) -> ShardIndex | None:
             noted = json.loads(str(content["about"]))
             places = content["places"]
         incomplete, lost = ([Note(*note) for note in noted.pop(kind)] for kind in ("incomplete", "lost"))
-        named, repeated, lines = noted.pop("named"), bool(noted.pop("repeated")), str(noted.pop("several_lines"))
+        named, repeated = noted.pop("named"), bool(noted.pop("repeated"))
     except Exception:  # no such file, or a damaged one, for which numpy and zipfile have no common class
         return None
     if noted != about or named != shard or places.dtype != PLACE:
         return None
-    return ShardIndex(places, incomplete, lost, (noted["size"], noted["mtime_ns"]), repeated, lines)
+    return ShardIndex(places, incomplete, lost, (noted["size"], noted["mtime_ns"]), repeated)
 
 
 def _keep(path: Path, about: dict[str, Any], shard: str, index: ShardIndex) -> None:
-    kept = ("incomplete", "lost", "repeated", "several_lines")
-    noted = json.dumps({**about, "named": shard, **{name: getattr(index, name) for name in kept}})
+    found = {"incomplete": index.incomplete, "lost": index.lost, "repeated": index.repeated}
+    noted = json.dumps({**about, "named": shard, **found})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_files({path: lambda file: _write(file, noted, index.places)})

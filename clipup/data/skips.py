@@ -47,8 +47,8 @@ class Report(NamedTuple):
     met: int
     skipped: list[Note]
     retried: Sequence[tuple[str, str]] = ()
-    several_lines: str = ""
-    """The first sample whose caption is a txt of several lines."""
+    several_lines: bool = False
+    """Whether a caption was a txt of several lines."""
 
 
 class Notes:
@@ -56,7 +56,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.met = 0
-        self.several_lines = ""
+        self._several_lines = False
         self._notes: list[Note] = []
         self._retried: list[tuple[str, str]] = []
         self._in_a_row = 0
@@ -72,16 +72,17 @@ class Notes:
         """Call before something is read again after an error."""
         self._retried.append((what, str(error)))
 
-    def read(self) -> None:
-        """Call when a sample was read."""
+    def read(self, several_lines: bool) -> None:
+        """Call when a sample was read, with whether its caption is a txt of several lines."""
         self._in_a_row = 0
+        self._several_lines |= several_lines
 
     def first(self) -> str:
         """The first note as text; "" when there is none."""
         return f"; {self._notes[0].name}: {self._notes[0].reason}" if self._notes else ""
 
     def report(self) -> Report:
-        report = Report(self.met, self._notes, self._retried, self.several_lines)
+        report = Report(self.met, self._notes, self._retried, self._several_lines)
         self.met, self._notes, self._retried = 0, [], []
         return report
 
@@ -100,8 +101,8 @@ class Skips:
         """The first one and its reason, as text."""
         self.retries = 0
         """How often something was read again after an error that may be temporary."""
-        self.lines_mentioned = False
-        """Whether `mention_lines` has said it."""
+        self.mentions_lines = True
+        """Whether a txt of several lines is still to be mentioned."""
 
     def __int__(self) -> int:
         return self._count
@@ -137,14 +138,13 @@ class Skips:
         for what, error in retried:
             self.retry(what, error)
 
-    def mention_lines(self, sample: str) -> None:
-        """Says once, of the first sample ("": none) whose caption is a txt of several lines, what that means."""
-        if sample and not self.lines_mentioned:
-            self.lines_mentioned = True
+    def mention_lines(self, several_lines: bool) -> None:
+        """Logs once, if the caption of a sample is a txt of several lines, that it is one caption."""
+        if several_lines and self.mentions_lines:
+            self.mentions_lines = False
             _LOG.warning(
-                "the .txt of %s, and maybe of others, has several lines: each .txt is one caption in training. For "
-                'several captions of an image write {"captions": [...]} into its .json',
-                sample,
+                "a .txt of the training data has several lines: in training each .txt is one caption. List several "
+                "captions of an image in its .json, as captions"
             )
 
     def check(self, total: float, count: float | None = None, world_size: int = 1) -> None:

@@ -40,8 +40,8 @@ class Source(Protocol):
     def place(self, row: int) -> str:
         """By which a sample is counted: always the same, and no other's."""
 
-    def read(self, row: int) -> tuple[bytes, list[str]]:
-        """The content of the image's file, and the captions.
+    def read(self, row: int) -> tuple[bytes, list[str], bool]:
+        """The content of the image's file, the captions, and whether that is a txt of several lines.
 
         Raises OSError or ValueError where they cannot be read, SourceError where that is no fault of the sample.
         """
@@ -68,9 +68,9 @@ class CsvSource:
     def place(self, row: int) -> str:
         return self.name(row)
 
-    def read(self, row: int) -> tuple[bytes, list[str]]:
+    def read(self, row: int) -> tuple[bytes, list[str], bool]:
         with open(self.images[row], "rb") as file:
-            return file.read(), [self.captions[row]]
+            return file.read(), [self.captions[row]], False
 
 
 class ShardSource:
@@ -125,13 +125,13 @@ class ShardSource:
     def place(self, row: int) -> str:
         return f"byte {self.places[row]['image']} of {self.shards[self._shard_of(row)]}"
 
-    def read(self, row: int) -> tuple[bytes, list[str]]:
+    def read(self, row: int) -> tuple[bytes, list[str], bool]:
         place, shard = self.places[row], self._shard_of(row)
         image = self._content(shard, int(place["image"]), int(place["image_size"]))
         text = self._content(shard, int(place["text"]), int(place["text_size"]))
         extension = "json" if place["json"] else "txt"
-        sample = TarSample("", "", {extension: text}, {"jpg": (0, 0)})  # only its captions are used
-        return image, complete(sample).captions
+        found = complete(TarSample("", "", {extension: text}, {"jpg": (0, 0)}))  # only its captions are used
+        return image, found.captions, found.several_lines
 
     def _shard_of(self, row: int) -> int:
         return int(np.searchsorted(self.ends, row, side="right"))

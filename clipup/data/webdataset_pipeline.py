@@ -247,9 +247,7 @@ class Decode:
                 raise_lack(error, lambda: sample.named)  # noqa: B023
                 self.notes.add(sample.named, f"{type(error).__name__}: {error}")
                 continue
-            self.notes.read()
-            if found.several_lines and not self.notes.several_lines:
-                self.notes.several_lines = sample.named
+            self.notes.read(found.several_lines)
             tensor = preprocessed(self.preprocess, image, lambda: sample.named)  # noqa: B023
             yield tensor, self.draw(found.captions)
 

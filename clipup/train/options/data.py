@@ -118,8 +118,8 @@ class EvaluationOptions(OptionGroup):
     """What is measured during training and at its end."""
 
     val_data: str | None = None
-    """CSV file or shards for retrieval after every val_frequency epochs and at the end. Of shards, a .txt has a caption a
-    line."""
+    """CSV file or shards for retrieval after every val_frequency epochs and at the end. A .txt of a shard has a caption
+    a line."""
     val_frequency: int = 1
     """Epochs between two evaluations on val_data; 0 evaluates at the end only."""
     imagenet_val: str | None = None

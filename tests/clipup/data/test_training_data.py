@@ -90,7 +90,7 @@ def test_a_caption_of_several_lines_is_one(pictures, picture, kind, member, capl
         list(data.dataloader)
     assert set(seen) == {BREAKS}
     said = [message for message in caplog.messages if "captions" in message]
-    assert ["s0 in" in one or "s1 in" in one for one in said] == [True] * ("csv" not in kind and member == "txt")
+    assert len(said) == ("csv" not in kind and member == "txt")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -51,7 +51,7 @@ def test_a_run_on_mostly_missing_data_does_not_start(command, csv_data, tmp_path
     assert main([*command, "--train-data", csv_data, "--epochs", "1"]) == 2
 
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "clipup train: max_skipped: 20 of 24 samples cannot be read" in error and "raise max_skipped" in error
+    assert "clipup train: --max-skipped: 20 of 24 samples cannot be read" in error and "raise --max-skipped" in error
     assert not (tmp_path / "logs").exists()
     assert main([*command, "--train-data", csv_data, "--epochs", "1", "--max-skipped", "0.9"]) == 0
 
