@@ -98,8 +98,8 @@ def test_upcycle_refuses_a_directory_that_is_not_empty(dense, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--top-k", "9"], "top_k (9) is larger than num_experts (8)"),
-        (["--capacity-factor", "0"], "capacity_factor must be positive"),
+        (["--top-k", "9"], "--top-k (9) is larger than --num-experts (8)"),
+        (["--capacity-factor", "0"], "--capacity-factor must be positive"),
         (["--blocks", "7"], "blocks names [7], but the image tower has 4 blocks"),
         (["--pretrained", "openai"], "cannot be used with the directory"),
     ],

@@ -69,6 +69,13 @@ def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, t
     assert "1 samples could not be read" in table
 
 
+def test_names_of_groups_are_printed_without_what_controls_a_terminal():
+    recall = {way: {f"r{k}": 0.5 for k in module.RECALL_AT} for way in ("t2i", "i2t")}
+    row = {**recall, "gallery": 2, "captions": 2, "chance_r1": 0.5}
+    printed = module.table({"retrieval": {**row, "splits": {"\x1b[31mred": row}}})
+    assert "\\x1b[31mred" in printed and "\x1b" not in printed
+
+
 def test_eval_refuses_data_with_more_than_a_tenth_unreadable(directory, damaged_data, capsys):
     assert run(directory, "--val-data", damaged_data) == 2
 

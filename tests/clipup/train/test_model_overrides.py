@@ -132,7 +132,7 @@ def test_augmentations_are_written_key_equals_value(model_directory, csv_data, t
     written = json.loads((tmp_path / "logs" / "run" / "options.json").read_text())
     assert written["aug_cfg"] == {"scale": [0.4, 1.0], "use_timm": True} and written["image_mean"] == [0.5]
     assert main([str(part) for part in [*command[:-3], "--aug-cfg", "zoom=2", "--force"]]) == 2
-    assert "a key of aug_cfg must be one of scale, ratio, color_jitter" in capsys.readouterr().err
+    assert "a key of --aug-cfg must be one of scale, ratio, color_jitter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{"force_image_size": 32}, {"image_mean": (0.5,)}, {"aug_cfg": {"re_prob": 0.1}}])

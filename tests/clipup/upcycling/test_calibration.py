@@ -137,7 +137,7 @@ def test_command_line_calibrates_and_prints_the_errors(dense_directory, csv_data
 
 def test_command_line_refuses_to_calibrate_copies(dense_directory, csv_data, tmp_path, capsys):
     assert main(["upcycle", dense_directory, str(tmp_path / "out"), "--calibrate-data", csv_data]) == 2
-    assert "they are copies of the dense MLP; set reinit_ratio, or omit calibrate_data" in capsys.readouterr().err
+    assert "they are copies of the dense MLP; set --reinit-ratio, or omit --calibrate-data" in capsys.readouterr().err
 
 
 def test_command_line_runs_a_pipe_only_where_it_is_allowed(dense_directory, csv_data, tmp_path, capsys):
