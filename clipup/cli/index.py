@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from ..clip.accelerate import for_inference
-from ..data.image_files import image_files
+from ..data.image_files import image_files, passed_over
 from ..evaluate.encode import encode_images
 from ..precision import Precision, check_device, default_device, default_workers
 from ..pretrained import factory, model_names, origin
@@ -26,8 +26,9 @@ from .outputs import printable
 @dataclass
 class Options:
     """Computes the features of the images (jpg, jpeg, png, webp) in a directory and its subdirectories, for clipup
-    search. Called again, it encodes what is new or changed, and continues where it was interrupted. Images that cannot
-    be read are named and skipped; links to directories are not followed.
+    search, turned as their EXIF orientation says. Called again, it encodes what is new or changed, and continues where
+    it was interrupted. Images that cannot be read are named and skipped, pictures of other kinds are counted; links to
+    directories are not followed.
 
     Example: clipup index photos/ photos.index --model logs/b16-moe/model --int8
     """
@@ -94,6 +95,8 @@ def main(argv: list[str]) -> int:
         workers=options.workers,
         show=lambda batches: progress(batches, "encoding images", "batches"),
     )
+    if others := passed_over(options.images):
+        print(f"clipup index: passed over {others}", file=sys.stderr)
     for name, reason in made.skipped.items():
         print(f"clipup index: skipped {printable(name)}: {printable(reason)}", file=sys.stderr)
     print(f"{len(made.entries)} images, {len(made.skipped)} skipped: {options.out}")

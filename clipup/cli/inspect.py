@@ -17,6 +17,7 @@ from .. import checks
 from ..atomic_files import replace_files
 from ..clip.accelerate import for_inference
 from ..data.image_files import image_files
+from ..data.images import upright
 from ..data.loaders import eval_samples
 from ..data.sample_index import Record, read_image
 from ..evaluate.labelled_images import read_lines
@@ -173,7 +174,7 @@ def _readable(records: list[Record], skipped: dict[str, str]) -> Iterator[Image.
     """The images that can be read; the others go into ``skipped`` with the reason."""
     for record in records:
         try:
-            image = read_image(record)
+            image = upright(read_image(record))
         except Exception as error:  # PIL has no common class for what a broken file may raise
             skipped[record.key] = f"{type(error).__name__}: {error}"
             continue

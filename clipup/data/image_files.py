@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from .sample_index import Record
 from .tars import IMAGE_EXTENSIONS
+
+_OTHER_KINDS = ("avif", "bmp", "dng", "gif", "heic", "heif", "jxl", "tif", "tiff")
 
 
 def image_files(source: str | Path) -> list[Record]:
@@ -17,9 +20,21 @@ def image_files(source: str | Path) -> list[Record]:
     root = Path(source)
     if not root.is_dir():
         raise FileNotFoundError(f"images: there is no directory {source}; expected one with images")
-    named = [path for path in sorted(root.rglob("*")) if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS]
+    named = [path for path in sorted(root.rglob("*")) if _kind(path) in IMAGE_EXTENSIONS]
     paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
     if not paths:
-        raise FileNotFoundError(f"images: {source} holds no image ({', '.join(IMAGE_EXTENSIONS)})")
+        others = passed_over(source) or "no image"
+        raise FileNotFoundError(f"images: {source} holds {others}; expected {', '.join(IMAGE_EXTENSIONS)}")
     keys = [path.relative_to(root).as_posix() for path in paths]
     return [Record(key, str(path), (), metadata={"key": key}) for key, path in zip(keys, paths, strict=True)]
+
+
+def passed_over(source: str | Path) -> str:
+    """How many pictures of which other kinds are below a directory, for a message; empty if none."""
+    kinds = Counter(kind for path in Path(source).rglob("*") if (kind := _kind(path)) in _OTHER_KINDS)
+    named = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
+    return f"{kinds.total()} pictures of other kinds: {named}" if kinds else ""
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.lower().lstrip(".")

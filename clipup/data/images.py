@@ -49,6 +49,16 @@ def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS) -> Image:
         return image.convert("RGB")
 
 
+def upright(image: Image) -> Image:
+    """The image as its EXIF orientation has it shown: as it is without one, and where its EXIF data are damaged."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # PIL has no common class for what damaged data may raise
+        return image
+
+
 def preprocessed(preprocess: Callable[[Image], Tensor], image: Image, name: Callable[[], str]) -> Tensor:
     """What the transform returns. The messages of its errors name the image."""
     try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from clipup_kernels import __version__
 
 from ..atomic_files import replace_files
 from ..clip import flops
@@ -94,12 +97,20 @@ def model_card(
         parts.append(f"| GFLOPs per text of full length | {counts.text_gflops:.3g} |")
     if sparse:
         parts += ["", "## Experts", "", *_experts(layers)]
-    package = "clipup" if extra is None else f'"clipup[{extra}]"'
-    parts += ["", "## Usage", "", "```bash", f"pip install {package}", "```", ""]
+    parts += ["", "## Usage", "", *_requirement("clipup" if extra is None else f"clipup[{extra}]"), ""]
     parts += ["```python", *(_CLIP_USAGE if is_clip else _TIMM_USAGE), "```"]
     if sparse:
         parts += ["", f"The sparse layers need clipup: {library} alone cannot load these weights."]
     return "\n".join([*parts, "", _HEAD, "", _NO_RESULTS, ""])
+
+
+def _requirement(package: str) -> list[str]:
+    """How to install the package: from the repository that the installed one names, as no index has it."""
+    urls = (url for one in distributions(name="clipup") for url in one.metadata.get_all("Project-URL") or ())
+    address = next((url.partition(", ")[2] for url in urls if url.startswith("Repository")), None)
+    if address is None:
+        return [f"This needs the package `{package}`, version {__version__}."]
+    return ["```bash", f'pip install "{package} @ git+{address}"', "```"]
 
 
 def add_results(directory: str | Path, results: dict[str, Any]) -> None:

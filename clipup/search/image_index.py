@@ -13,7 +13,8 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..atomic_files import replace_files
+from ..data.images import upright
 from ..data.loaders import EvalSamples
 from ..data.sample_index import Record
 from ..data.skips import Skips
@@ -33,7 +35,8 @@ from ..pretrained import model_names, tokenizers
 INDEX_FILE, PARTS = "index.safetensors", "parts"
 PART_IMAGES = 4096
 """Images after which what is finished is written."""
-_VERSION = "3"
+_VERSION = "4"
+"""An index of another version is made again. 4: images are turned as their EXIF orientation says."""
 _SAME = 0.99
 """Least cosine of a probe's features with themselves, by the same weights: another machine rounds differently."""
 _LOG = logging.getLogger(__name__)
@@ -48,7 +51,7 @@ class Encoder:
     pretrained: str | None
     precision: Precision
     int8: bool
-    model_digest: str
+    model_digest: str = field(repr=False)
     """``digest`` of the model."""
 
 
@@ -125,7 +128,8 @@ class ImageIndex:
             _check(features, probe, entries)
         except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
-                f"{path} is not a whole index of images ({type(error).__name__}: {error}); remove it and make it again"
+                f"{path} is not a whole index of images ({type(error).__name__}: {error}); make it again: clipup index IMAGES "
+                "OUT"
             ) from error
         return cls(images, encoder, entries, features, probe, skipped)
 
@@ -234,7 +238,9 @@ def update_index(
                 part.clear()
 
         try:
-            for batch, _, metadata in show(EvalSamples(todo, preprocess, reasons).batches(batch_size, workers)):
+            for batch, _, metadata in show(
+                EvalSamples(todo, partial(_upright, preprocess), reasons).batches(batch_size, workers)
+            ):
                 for one, features in zip(metadata, encode(batch), strict=True):
                     if not features.isfinite().all():
                         raise ValueError(f"the model gives features that are not finite for {one['key']}")
@@ -257,6 +263,10 @@ def update_index(
         found.save(directory)
         shutil.rmtree(directory / PARTS, ignore_errors=True)
     return found
+
+
+def _upright(preprocess: Callable[[Any], Tensor], image: Any) -> Tensor:
+    return preprocess(upright(image))
 
 
 def _entries(records: Sequence[Record]) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -284,9 +294,7 @@ def _known(directory: Path, images: Path, encoder: Encoder, probe: Tensor) -> di
     for source in [*sources, *_parts(directory)]:
         try:
             found = ImageIndex.load(source)
-        except (OSError, ValueError) as error:
-            if source == directory:
-                raise
+        except (FileNotFoundError, ValueError) as error:
             _LOG.warning("%s is encoded again: %s", source, error)
             continue
         same_digest = replace(found.encoder, model_digest=encoder.model_digest)

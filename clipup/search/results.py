@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ..data.images import load_image
+from ..data.images import load_image, upright
 from ..extras import needed_for
 from ..inspection.page import template
 from .image_index import ImageIndex
@@ -75,7 +75,7 @@ def results_page(found: Sequence[tuple[str, Sequence[Result]]]) -> str:
 def _picture(path: Path) -> str | None:
     """The picture as a data URL; None if it is not there any more."""
     try:
-        picture = ImageOps.exif_transpose(load_image(str(path))).convert("RGB")
+        picture = upright(load_image(str(path)))
     except Exception:  # PIL has no common class for what a broken file may raise
         return None
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))

@@ -7,11 +7,12 @@ import tarfile
 import pytest
 import torch
 from html_page import Page, assert_stands_alone
+from PIL import Image
 from sparse_clip import CAPTIONS, dense_clip, pictures, sparse_clip, sparse_config
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from clipup import save_pretrained
-from clipup.cli import main
+from clipup.cli import inspect, main
 from clipup.moe.layer import SparseMoE
 from clipup.moe.prepared import PreparedMoE
 
@@ -59,6 +60,20 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
     text = Page(html).text
     assert "The experts of tiny-moe" in text and "4 sparse layers, run on 4 images and 5 captions." in text
     assert "to the dense MLP" not in text
+
+
+def test_photos_stand_upright(model, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        inspect, "inspect_experts", lambda model, images, *args, **options: shown.extend(images) or 1 / 0
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter, as phones store it
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 32)).save(tmp_path / "photos" / "photo.jpg", exif=exif)
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", str(model), "--images", str(tmp_path / "photos")])
+    assert [image.size for image in shown] == [(32, 64)]
 
 
 def test_on_a_cpu_the_model_is_prepared(model, captions, tmp_path):
@@ -142,7 +157,7 @@ def test_what_cannot_be_looked_at_is_refused_by_name(model, images, tmp_path, ca
     assert "holds neither a model" in refused(capsys, tmp_path, "--images", images)
     assert f"images: there is no directory {tmp_path}/none" in refused(capsys, model, "--images", tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "holds no image (jpg, png" in refused(capsys, model, "--images", tmp_path / "empty")
+    assert "holds no image; expected jpg, png" in refused(capsys, model, "--images", tmp_path / "empty")
     (tmp_path / "empty" / "broken.png").write_text("no png")
     assert "none of the 1 can be read, such as broken.png" in refused(capsys, model, "--images", tmp_path / "empty")
     (tmp_path / "captions.txt").write_text("\n")

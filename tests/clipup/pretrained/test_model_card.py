@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+from email.message import Message
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -14,6 +16,7 @@ from tiny_clip import tiny_clip, tiny_config
 import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
 from clipup.clip import flops
+from clipup.pretrained import model_card
 from clipup.pretrained.model_card import add_results, base_model_in
 from clipup.pretrained.origin import base_model
 
@@ -63,7 +66,7 @@ def test_snippet_of_a_clip_runs(tmp_path):
     save_pretrained(sparse_clip(), tmp_path, sparse_config())
 
     assert re.match(r"tensor\(\[\[-?\d\S+, +-?\d\S+\]\]\)", run_snippet(tmp_path))
-    assert "model.eval()" in text(tmp_path) and "pip install clipup\n" in text(tmp_path)
+    assert "model.eval()" in text(tmp_path)
 
 
 @pytest.mark.slow
@@ -75,12 +78,28 @@ def test_snippet_of_a_timm_model_runs(tmp_path):
     assert "model.eval()" in text(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("urls", "needed"),
+    [
+        ([], f"needs the package `clipup`, version {clipup.__version__}."),
+        (["Repository, https://example.org/clipup"], 'pip install "clipup @ git+https://example.org/clipup"\n'),
+    ],
+)
+def test_card_says_what_to_install(sparse, tmp_path, monkeypatch, urls, needed):
+    metadata = Message()
+    for url in urls:
+        metadata["Project-URL"] = url
+    monkeypatch.setattr(model_card, "distributions", lambda name: [SimpleNamespace(metadata=metadata)])
+    save_pretrained(sparse, tmp_path, tiny_config())
+    assert needed in text(tmp_path) and "pip install clipup" not in text(tmp_path)
+
+
 def test_card_names_the_extra_for_a_hugging_face_tokenizer(tmp_path):
     config = tiny_config()
     config["text_cfg"]["hf_tokenizer_name"] = "org/words"
     save_pretrained(tiny_clip(), tmp_path, config)
 
-    assert 'pip install "clipup[hf]"\n' in text(tmp_path)
+    assert "needs the package `clipup[hf]`" in text(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,10 @@ def test_an_index_of_another_model_or_directory_is_refused(tmp_path, photos):
     other = Encoder("another", None, "fp32", True, "a0")
     with pytest.raises(ValueError, match="holds an index with encoder .*'model'.*'another'.* was asked for"):
         update_index(tmp_path / "index", photos, image_files(photos), other, Counted(), to_tensor, PROBE)
+    retrained = Encoder("another", None, "fp32", True, "b1")
+    with pytest.raises(ValueError, match="holds an index with encoder") as refused:
+        update_index(tmp_path / "index", photos, image_files(photos), retrained, Counted(), to_tensor, PROBE)
+    assert "b1" not in str(refused.value)  # no digest is shown as that of the index which is not
     with pytest.raises(ValueError, match="holds an index with images"):
         updated(tmp_path / "index", photos / "holiday", Counted())
 
@@ -177,7 +181,7 @@ def damaged(path, features=None, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "9"}, "version '9', this clipup reads 3"),
+        ({"version": "3"}, "version '3', this clipup reads 4"),
         ({"entries": None}, "KeyError: 'entries'"),
         ({"encoder": lambda _: 3}, "TypeError"),
         ({"encoder": lambda e: e | {"precision": "fp64"}}, "encoder Encoder"),
@@ -319,13 +323,52 @@ def test_the_page_shows_pictures_and_escapes_names(tmp_path, photos):
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 
-def test_pictures_on_the_page_stand_upright(tmp_path):
+def photo(path):
+    """A photo as phones store it: an upright half black, half white picture that lies on its side."""
+    upright = Image.fromarray(np.repeat(np.uint8([0] * 32 + [255] * 32)[:, None, None], 32, 1).repeat(3, 2))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter, as phones store it
-    Image.new("RGB", (64, 32)).save(tmp_path / "photo.jpg", exif=exif)
+    exif[0x0112] = 6  # turned by a quarter
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=100)
+    return upright
+
+
+def test_photos_are_encoded_upright(tmp_path):
+    (tmp_path / "photos").mkdir()
+    upright = to_tensor(photo(tmp_path / "photos" / "photo.jpg"))
+    made = updated(tmp_path / "index", tmp_path / "photos", Counted())
+    assert torch.allclose(made.features[0], Counted()(upright[None])[0], atol=0.01)
+
+
+def test_a_photo_with_damaged_exif_is_taken_as_it_lies(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "photos" / "photo.jpg", exif=b"Exif\0\0no header of a TIFF")
+    assert len(updated(tmp_path / "index", tmp_path / "photos", Counted()).entries) == 1
+
+
+def test_an_index_of_an_earlier_version_is_made_again(tmp_path, photos):
+    updated(tmp_path / "index", photos, Counted())
+    damaged(tmp_path / "index" / "index.safetensors", version="3")
+    updated(tmp_path / "index", photos, encode := Counted())
+    assert encode.images == 6 and len(ImageIndex.load(tmp_path / "index").entries) == 6
+
+
+def test_pictures_of_other_kinds_are_counted_and_named(tmp_path, photos, model, capsys):
+    for name in ("a.HEIC", "b.heic", "holiday/c.tif", "d.avif"):
+        (photos / name).write_bytes(b"")
+    assert main(["index", str(photos), str(tmp_path / "index"), "--model", model, "--workers", "0"]) == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "4 pictures" in line)
+    assert "heic (2)" in line and "tif (1)" in line and "avif (1)" in line
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "a.heic").write_bytes(b"")
+    assert main(["index", str(tmp_path / "phone"), str(tmp_path / "other"), "--model", model]) == 2
+    assert "heic (1)" in capsys.readouterr().err
+
+
+def test_pictures_on_the_page_stand_upright(tmp_path):
+    photo(tmp_path / "photo.jpg")
     page = results_page([("a photo", [Result(tmp_path / "photo.jpg", 0.5)])])
     shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", page)[1])))
-    assert shown.size == (32, 64)
+    assert shown.size == (32, 64) and shown.getpixel((16, 4))[0] < 64 < 192 < shown.getpixel((16, 60))[0]
 
 
 @pytest.mark.parametrize("int8", [False, True])
