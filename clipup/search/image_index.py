@@ -128,8 +128,8 @@ class ImageIndex:
             _check(features, probe, entries)
         except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
-                f"{path} is not a whole index of images ({type(error).__name__}: {error}); make it again: clipup index IMAGES "
-                "OUT"
+                f"{path} is not a whole index of images ({type(error).__name__}: {error}); make it again: "
+                "clipup index IMAGES OUT"
             ) from error
         return cls(images, encoder, entries, features, probe, skipped)
 
