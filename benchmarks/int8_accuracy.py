@@ -5,7 +5,7 @@
     python benchmarks/int8_accuracy.py ViT-B-16                       # random weights: cosines only, on noise
 
 A row is one model in one form (``clipup.accelerate``). Cosines are between its features and those of the plain float32
-model; recall is in per cent, over all images and texts of the data. ``outliers`` makes some channels of the blocks'
+model; recall is over all images and texts of the data. ``outliers`` makes some channels of the blocks'
 inputs 30 times as large and the weights that read them as much smaller: the same function, hard to quantize.
 """
 
@@ -36,7 +36,8 @@ FORMS = {
     "int8, bf16": (torch.bfloat16, "int8"),
 }
 """The type of the other weights and of activations, and ``weights`` of ``clipup.accelerate``."""
-FIELDS = "model outliers form image_cosine_mean image_cosine_min text_cosine_mean text_cosine_min t2i_r1 i2t_r1"
+RECALLS = ("text_to_image_R@1", "image_to_text_R@1")
+FIELDS = f"model outliers form image_cosine_mean image_cosine_min text_cosine_mean text_cosine_min {' '.join(RECALLS)}"
 OUTLIER, OUTLIERS = 30.0, 0.01
 """How much larger the outlying channels are, and the share of channels that are."""
 
@@ -96,13 +97,13 @@ def add_outliers(model: nn.Module) -> None:
 def row(
     model: str, outliers: bool, form: str, found: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor], pairs
 ) -> dict:
-    values = {"model": model, "outliers": int(outliers), "form": form, "t2i_r1": "", "i2t_r1": ""}
+    values = {"model": model, "outliers": int(outliers), "form": form} | dict.fromkeys(RECALLS, "")
     for tower, ours, theirs in zip(("image", "text"), found, exact, strict=True):
         cosines = (ours * theirs).sum(-1)
         values |= {f"{tower}_cosine_mean": f"{cosines.mean():.5f}", f"{tower}_cosine_min": f"{cosines.min():.5f}"}
     if pairs is not None:
         recall = retrieval(*found, pairs)
-        values |= {f"{way}_r1": f"{100 * recall[way]['r1']:.2f}" for way in ("t2i", "i2t")}
+        values |= {name: f"{recall[name]:.4f}" for name in RECALLS}
     return values
 
 

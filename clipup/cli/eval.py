@@ -19,7 +19,7 @@ from ..data.options import SourceOptions, is_csv
 from ..evaluate import datasets
 from ..evaluate.imagenet_v2 import imagenet_v2
 from ..evaluate.labelled_images import image_folder, read_lines
-from ..evaluate.retrieval import RECALL_AT, evaluate_retrieval
+from ..evaluate.retrieval import RECALL_AT, WAYS, evaluate_retrieval
 from ..evaluate.zero_shot import TEMPLATES, zero_shot
 from ..precision import Precision, check_device, default_device, default_workers, token_dtype
 from ..pretrained import factory, model_card, model_names, origin, tokenizers
@@ -302,13 +302,12 @@ def table(results: dict[str, Any]) -> str:
     lines = []
     if "retrieval" in results:
         found = results["retrieval"]
-        heads = [f"{way} R@{k}" for way in ("t2i", "i2t") for k in RECALL_AT]
-        cells = "".join(f"{head:>10}" for head in heads)
-        lines.append(f"{'retrieval (%)':<16}{'images':>8}{cells}{'chance':>9}")
+        heads = "".join(f"{f'R@{k}':>10}" for k in RECALL_AT)
+        lines.append(f"{'retrieval (%)':<16}{'images':>8}  {'':<13}{heads}{'chance':>10}")
         for name, row in {"all": found, **found.get("splits", {})}.items():
-            values = [row[way][f"r{k}"] for way in ("t2i", "i2t") for k in RECALL_AT]
-            cells = "".join(f"{100 * value:>10.2f}" for value in values)
-            lines.append(f"{printable(name):<16}{row['gallery']:>8}{cells}{100 * row['chance_r1']:>9.2f}")
+            for way in WAYS:
+                cells = "".join(f"{100 * row[f'{way}_R@{k}']:>10.2f}" for k in RECALL_AT)
+                lines.append(f"{printable(name):<16}{row['gallery']:>8}  {way}{cells}{100 * row['chance_R@1']:>10.2f}")
         if found.get("skipped"):
             lines.append(f"{found['skipped']} samples could not be read and were skipped")
     if "zero_shot" in results:

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..evaluate.retrieval import RECALL_AT
 from ..inspection.figures import svg
 from ..inspection.figures.format import chance, column, count, dig, number, percent, points, ratio
 from ..inspection.figures.tables import Column, Table, as_text
@@ -22,8 +23,7 @@ RATIO = "CLIP-UP / dense continued"
 VERSUS = "CLIP-UP vs. continued"
 _ROW_CLASSES = {"Chance": "chance", DIFFERENCE: "difference", VERSUS: "difference"}
 
-_RECALLS = (("r1", "R@1"), ("r5", "R@5"), ("r10", "R@10"))
-_TARGETS = {"t2i": "to image", "i2t": "to text"}
+_TARGETS = {"text_to_image": "to image", "image_to_text": "to text"}
 _TERMINAL = str.maketrans({"→": "to", "−": "-", "–": "-", "×": "x", "\u00a0": " "})
 _TEXT_WIDTH = 100
 
@@ -43,7 +43,7 @@ def comparison_table(report: Mapping[str, Any]) -> str:
 def heading(report: Mapping[str, Any]) -> str:
     """Gallery size and chance level of the main comparison."""
     images, captions = (count(dig(report, "data", key)) for key in ("test_images", "test_captions"))
-    return f"gallery of {images} images and {captions} captions, chance R@1 {chance(dig(report, 'chance_r1'))}\u00a0%"
+    return f"gallery of {images} images and {captions} captions, chance R@1 {chance(dig(report, 'chance_R@1'))}\u00a0%"
 
 
 def step0(report: Mapping[str, Any]) -> str | None:
@@ -64,11 +64,11 @@ def quality(report: Mapping[str, Any]) -> Table:
     """Recall of every arm on the held-out renderings in percent, with chance above and the difference below."""
     columns = []
     for way, name in WAYS:
-        for recall, label in _RECALLS:
-            values = [number(dig(report, arm, way, recall)) for arm, _ in ARMS]
-            above = chance(dig(report, "chance_r1")) if recall == "r1" else ""
+        for k in RECALL_AT:
+            values = [number(dig(report, arm, f"{way}_R@{k}")) for arm, _ in ARMS]
+            above = chance(dig(report, "chance_R@1")) if k == 1 else ""
             cells = (above, *map(percent, values), points(_lead(values)))
-            columns.append(Column(f"{name}, %", label, cells))
+            columns.append(Column(f"{name}, %", f"R@{k}", cells))
     rows = ("Chance", *(name for _, name in ARMS), DIFFERENCE)
     return Table(rows, tuple(columns), frozenset({3, 4}), _ROW_CLASSES)
 
@@ -117,8 +117,8 @@ def splits(report: Mapping[str, Any]) -> Table:
         about: Any = next((found for arm, _ in reversed(ARMS) if (found := dig(report, arm, "splits", split))), {})
         group = f"{svg.shorten(split, 40)}, gallery {count(dig(about, 'gallery'))}"
         for way, _ in WAYS:
-            values = [number(dig(report, arm, "splits", split, way, "r1")) for arm, _ in ARMS]
-            cells = (chance(dig(about, "chance_r1")), *map(percent, values), points(_lead(values)))
+            values = [number(dig(report, arm, "splits", split, f"{way}_R@1")) for arm, _ in ARMS]
+            cells = (chance(dig(about, "chance_R@1")), *map(percent, values), points(_lead(values)))
             columns.append(Column(group, _TARGETS[way], cells))
     rows = ("Chance", *(name for _, name in ARMS), DIFFERENCE)
     return Table(rows, tuple(columns), frozenset({3, 4}), _ROW_CLASSES)

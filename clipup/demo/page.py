@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ..evaluate.retrieval import RECALL_AT
 from ..inspection.figures import charts, images, svg, tables
 from ..inspection.figures.charts import Series
 from ..inspection.figures.format import MISSING, chance, count, dig, number, percent_tick
@@ -22,10 +23,11 @@ MOST_RETRIEVALS = 10
 """Limits of examples per page, which keep it under 3 MB."""
 
 _CURVES = {"dense": "Dense", "dense_continued": "Dense continued", "clip_up": "CLIP-UP"}
-_KNOWN = frozenset({"data", "chance_r1", "commands", *(arm for arm, _ in comparison_tables.ARMS)})
+_KNOWN = frozenset({"data", "chance_R@1", "commands", *(arm for arm, _ in comparison_tables.ARMS)})
 _KNOWN_OF_ARM = frozenset(
     {"steps", "seconds", "params", "active_params", "gflops_per_pair", "max_feature_difference"}
-    | {"t2i", "i2t", "splits", "chance_r1", "gallery", "captions"}
+    | {f"{way}_R@{k}" for way, _ in WAYS for k in RECALL_AT}
+    | {"splits", "chance_R@1", "gallery", "captions"}
 )
 _KNOWN_OF_DATA = frozenset({"name", "train_pairs", "test_images", "test_captions"})
 _LONGEST_VALUE = 400
@@ -51,7 +53,7 @@ def render_demo(
             as how to reproduce it.
         curves: {arm: [{"step", "loss", "contrastive"?}]} for ``dense``, ``dense_continued``, ``clip_up``; steps are
             counted from the dense model's first, and continued training starts where it ended.
-        evaluations: {arm: [{"step", "t2i_r1", "i2t_r1"}]}, fractions of 1, steps as above.
+        evaluations: {arm: [{"step", "text_to_image_R@1", "image_to_text_R@1"}]}, fractions of 1, steps as above.
         loads: {layer: {"steps": [N], "load": [N][E]}}, shares of 1.
         routing: [{"image": PIL image, "caption", "layers": {layer: int [grid_h, grid_w]}}], experts from 0;
             the first 12 are shown.
@@ -112,10 +114,10 @@ def _curves(report: Mapping[str, Any], curves: Mapping[str, Records], evaluation
     drawn = [charts.line_chart(continued, "Contrastive loss, continued training", "step", "nats")]
     if "dense" in arms:
         drawn.insert(0, charts.line_chart(list(losses.values()), "Contrastive loss", "step", "nats", marks=marks))
-    level = number(dig(report, "chance_r1"))
+    level = number(dig(report, "chance_R@1"))
     levels = () if level is None else ((level, f"chance {chance(level)}%"),)
     for way, name in WAYS:
-        series = [_recall(report, arm, evaluations, f"{way}_r1", way, before or 0.0) for arm in arms]
+        series = [_recall(report, arm, evaluations, f"{way}_R@1", before or 0.0) for arm in arms]
         title = f"R@1 {name}, held-out renderings"
         highest = max([y for one in series for _, y in one.pairs() if np.isfinite(y)] + [level or 0.0]) or 1.0
         from_zero = (-0.03 * highest, 1.06 * highest)
@@ -134,13 +136,11 @@ def _loss(arm: str, records: Records, window: int) -> Series:
     return Series(_CURVES[arm], x, y, COLORS[arm], DASHES[arm])
 
 
-def _recall(
-    report: Mapping[str, Any], arm: str, evaluations: Mapping[str, Records], key: str, way: str, branch: float
-) -> Series:
+def _recall(report: Mapping[str, Any], arm: str, evaluations: Mapping[str, Records], key: str, branch: float) -> Series:
     """An arm's R@1 over steps; continued training starts at the R@1 of its initial model."""
     found = [(_float(record.get("step")), _float(record.get(key))) for record in evaluations.get(arm, ())]
     start = {"dense_continued": "dense", "clip_up": "upcycled_step0"}.get(arm)
-    value = number(dig(report, start, way, "r1")) if start else None
+    value = number(dig(report, start, key)) if start else None
     if found and value is not None and found[0][0] > branch:
         found.insert(0, (branch, value))
     x, y = [step for step, _ in found], [recall for _, recall in found]

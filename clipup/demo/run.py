@@ -112,7 +112,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     origin = f"from {options.start}" if options.start else "from random weights"
     _say("2/5", f"a dense CLIP {origin}, {options.steps_before} steps")
     dense = stages.train(model, "dense", options.steps_before, options.lr) if options.steps_before else None
-    report: dict[str, Any] = {"data": _about(dataset), "chance_r1": None, "dense": stages.measure(model, dense)}
+    report: dict[str, Any] = {"data": _about(dataset), "chance_R@1": None, "dense": stages.measure(model, dense)}
 
     _say("3/5", "upcycling: every other MLP becomes 8 experts behind a router")
     config = MoEConfig.clip_up()
@@ -129,7 +129,7 @@ def run(options: DemoOptions) -> dict[str, Any]:
     _say("5/5", f"the sparse model continues training for the same {options.continue_steps} steps")
     clip_up = stages.train(sparse, "clip_up", options.continue_steps, options.continue_lr)
     report["clip_up"] = stages.measure(sparse, clip_up)
-    report["chance_r1"] = report["dense"]["chance_r1"]
+    report["chance_R@1"] = report["dense"]["chance_R@1"]
     report |= {
         "options": asdict(options),
         "moe_cfg": config.to_dict(),
@@ -186,7 +186,7 @@ class _Stages:
 
     def _recall(self, model: nn.Module) -> dict[str, float]:
         recall = self._retrieval(model, self.test)
-        return {"t2i_r1": recall["t2i"]["r1"], "i2t_r1": recall["i2t"]["r1"]}
+        return {name: recall[name] for name in ("text_to_image_R@1", "image_to_text_R@1")}
 
     def _retrieval(self, model: nn.Module, samples: list[Sample], by: str | None = None) -> dict[str, Any]:
         found = evaluate_retrieval(model, samples, self.tokenizer, batch_size=256, by=by)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..inspection.figures.format import count, dig, number, percent, points, short
 
-WAYS = (("t2i", "text → image"), ("i2t", "image → text"))
+WAYS = (("text_to_image", "text → image"), ("image_to_text", "image → text"))
 _COMPARED = ("clip_up", "dense_continued")
 _WRITTEN_ZERO = 0.0005  # a fraction; smaller differences are written 0.0 points
 _STANDARD_ERRORS = 2
@@ -28,11 +28,11 @@ def verdict(report: Mapping[str, Any]) -> Verdict:
     Differences below two standard errors, given the number of test images, are called level. With one seed, no claim of
     significance is made. If the report lacks numbers, the sentence says so.
     """
-    found = {(arm, way): number(dig(report, arm, way, "r1")) for arm in _COMPARED for way, _ in WAYS}
+    found = {(arm, way): number(dig(report, arm, f"{way}_R@1")) for arm in _COMPARED for way, _ in WAYS}
     rates = {key: rate for key, rate in found.items() if rate is not None}
     if len(rates) < len(found):
-        missing = [f"{arm} {way}" for (arm, way), rate in found.items() if rate is None]
-        return Verdict(f"No verdict: R@1 of {', '.join(missing)} is not in the report.", ())
+        missing = [f"{way}_R@1 of {arm}" for (arm, way), rate in found.items() if rate is None]
+        return Verdict(f"No verdict: {', '.join(missing)} is not in the report.", ())
     differences = {way: rates["clip_up", way] - rates["dense_continued", way] for way, _ in WAYS}
     details = " and ".join(
         f"{points(differences[way])} points of R@1 {name} "

@@ -1,8 +1,9 @@
 """Image-text retrieval: recall at 1, 5 and 10 in both directions, with several captions per image.
 
-Text to image (t2i): the share of captions whose image is among the k best-scored images. Image to text (i2t): the share
-of images with any caption among the k best-scored captions. CLIP papers and CLIP_benchmark report the same. Ties count
-with their expectation under random order, so a model that gives all inputs the same feature scores at chance level.
+``text_to_image_R@k``: the share of captions whose image is among the k best-scored images. ``image_to_text_R@k``: the
+share of images with any caption among the k best-scored captions. The names are those of open_clip_train.
+CLIP papers and CLIP_benchmark report the same. Ties count with their expectation under random order, so a model that
+gives all inputs the same feature scores at chance level.
 
 Short captions repeat. With ``multi_positive``, equal captions are one text that matches several images; without it,
 each caption matches only its own image, as in those papers.
@@ -21,6 +22,7 @@ from ..precision import Precision
 from ..progress import progress
 from .encode import encode_images, encode_texts, in_batches
 
+WAYS = ("text_to_image", "image_to_text")
 RECALL_AT = (1, 5, 10)
 _CHUNK = 1024
 
@@ -39,8 +41,8 @@ def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tens
             text may describe several images.
 
     Returns:
-        ``t2i`` and ``i2t``, each {"r1", "r5", "r10"}; ``chance_r1`` (P/(N*M) for P pairs, so 1/N with one image per
-        text); ``gallery`` N; ``captions`` M.
+        ``text_to_image_R@1``, ``text_to_image_R@5``, ``text_to_image_R@10``, the same of ``image_to_text``;
+        ``chance_R@1`` (P/(N*M) for P pairs, so 1/N with one image per text); ``gallery`` N; ``captions`` M.
 
     Raises:
         ValueError: no images, wrong shapes, or an image or text without a match.
@@ -50,26 +52,24 @@ def retrieval(image_features: Tensor, text_features: Tensor, image_of_text: Tens
     _check(image_features, text_features, pairs)
     images, captions = len(image_features), len(text_features)
     ranks = ranks_both_ways(image_features, text_features, pairs)
-    recall = {way: {f"r{k}": hits_at(k, *counts).mean().item() for k in RECALL_AT} for way, counts in ranks.items()}
-    return {**recall, "chance_r1": len(pairs) / captions / images, "gallery": images, "captions": captions}
+    recall = {f"{way}_R@{k}": hits_at(k, *counts).mean().item() for way, counts in ranks.items() for k in RECALL_AT}
+    return {**recall, "chance_R@1": len(pairs) / captions / images, "gallery": images, "captions": captions}
 
 
 def ranks_both_ways(
     image_features: Tensor, text_features: Tensor, image_of_text: Tensor
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """For ``t2i`` (one row per text) and ``i2t`` (one row per image): the number of candidates above the best match,
-    of candidates tied with it, and of matches among the tied ones. int64 each."""
+    """By ``WAYS``, one row per text and one row per image: the number of candidates above the best match, of candidates
+    tied with it, and of matches among the tied ones. int64 each."""
     pairs = _pairs(image_of_text)
-    return {
-        "t2i": _rank(text_features, image_features, pairs),
-        "i2t": _rank(image_features, text_features, pairs.flip(1)),
-    }
+    found = _rank(text_features, image_features, pairs), _rank(image_features, text_features, pairs.flip(1))
+    return dict(zip(WAYS, found, strict=True))
 
 
 def nll_both_ways(
     image_features: Tensor, text_features: Tensor, image_of_text: Tensor, logit_scale: float
 ) -> dict[str, float]:
-    """Negative log likelihood in nats, ``t2i`` and ``i2t``: the mean over queries of -log of the probability of the
+    """Negative log likelihood in nats, by ``WAYS``: the mean over queries of -log of the probability of the
     matches under the softmax over the gallery. Unlike recall it measures confidence. Arguments as in ``retrieval``;
     logit_scale: the factor of the cosine."""
     pairs = _pairs(image_of_text)
@@ -80,10 +80,8 @@ def nll_both_ways(
             nll.append(scores.logsumexp(1) - scores.masked_fill(~right, -torch.inf).logsumexp(1))
         return torch.cat(nll).double().mean().item()
 
-    return {
-        "t2i": mean_nll(text_features, image_features, pairs),
-        "i2t": mean_nll(image_features, text_features, pairs.flip(1)),
-    }
+    found = mean_nll(text_features, image_features, pairs), mean_nll(image_features, text_features, pairs.flip(1))
+    return dict(zip(WAYS, found, strict=True))
 
 
 def hits_at(k: int, above: Tensor, tied: Tensor, right: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 image = transform(Image.new("RGB", (256, 256), "red")).unsqueeze(0)  # or Image.open(FILE)
 with torch.no_grad():
     print(model(image))""".splitlines()
-_DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
+_RECALL = re.compile(r"(text_to_image|image_to_text)_R@\d+")
 
 
 def model_card(
@@ -253,9 +253,7 @@ def _rows(results: dict[str, Any]) -> dict[tuple[str, str], str]:
         found = results["retrieval"]
         captions = "distinct captions" if results.get("multi_positive") else "captions"
         data = f"{_data(results, 'val_data')}: {found['gallery']:,} images, {found['captions']:,} {captions}"
-        for direction, label in _DIRECTIONS.items():
-            recalls = {key: value for key, value in found[direction].items() if re.fullmatch(r"r\d+", key)}
-            rows |= {(data, f"{label} R@{key[1:]}"): f"{100 * value:.2f}" for key, value in recalls.items()}
+        rows |= {(data, key): f"{100 * value:.2f}" for key, value in found.items() if _RECALL.fullmatch(key)}
     if "zero_shot" in results:
         found = results["zero_shot"]
         data = f"{_data(results, 'images')}: {found['images']:,} images, {found['classes']:,} classes"

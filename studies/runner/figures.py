@@ -84,7 +84,7 @@ def _over_flops(tables: Tables, arm: str, groups: Sequence[Sequence[Result]]) ->
     starts = tables.starts_of(groups[0])
     runs = [*([starts] if starts else []), *groups]
     x = [results.total_gflops(of[0], tables.results) / 1e6 for of in runs]
-    return Series(label(arm), x, [fmean(run.mean("r1") for run in of) for of in runs], points=True)
+    return Series(label(arm), x, [fmean(run.mean("R@1") for run in of) for of in runs], points=True)
 
 
 def _chart(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipup.evaluate.encode import encode_images, encode_texts
-from clipup.evaluate.retrieval import hits_at, merge_equal, nll_both_ways, ranks_both_ways
+from clipup.evaluate.retrieval import WAYS, hits_at, merge_equal, nll_both_ways, ranks_both_ways
 from clipup.inspection.expert_similarity import model_similarity
 
 RECALL_AT = (1, 5)
@@ -36,7 +36,8 @@ def retrieval_numbers(
             often the two of that scene and the first one prefer their own (half for a tie).
 
     Returns:
-        ``t2i`` and ``i2t``, each {"r1", "r5", "nll"}; ``gallery`` and ``captions``, their numbers.
+        For each of the ``WAYS``, such as ``text_to_image``: ``text_to_image_R@1``, ``text_to_image_R@5``,
+        ``text_to_image_nll``; ``gallery`` and ``captions``, their numbers.
     """
     captions = [caption for _, texts, _ in samples for caption in texts]
     owners = [row for row, (_, texts, _) in enumerate(samples) for _ in texts]
@@ -47,9 +48,9 @@ def retrieval_numbers(
     nll = nll_both_ways(images, texts, pairs, model.logit_scale.exp().item())
     numbers: dict[str, Any] = {"gallery": len(images), "captions": len(texts)}
     for way, ranks in ranks_both_ways(images, texts, pairs).items():
-        numbers[way] = {f"r{k}": hits_at(k, *ranks).mean().item() for k in RECALL_AT} | {"nll": nll[way]}
+        numbers |= {f"{way}_R@{k}": hits_at(k, *ranks).mean().item() for k in RECALL_AT} | {f"{way}_nll": nll[way]}
         if with_hits:
-            numbers[way]["hits"] = pack(hits_at(1, *ranks) > 0.5)
+            numbers[f"{way}_hits"] = pack(hits_at(1, *ranks) > 0.5)
     if group_size is not None:
         groups = [about.get("group") for _, _, about in samples]
         whole = all(groups[row] == groups[row - row % group_size] for row in range(len(groups)))
@@ -61,8 +62,8 @@ def retrieval_numbers(
         rows = {caption: row for row, caption in enumerate(distinct)}
         own = texts[[rows[caption] for caption in captions]]
         scores = images.view(-1, group_size, images.shape[1]) @ own.view(-1, group_size, own.shape[1]).mT
-        numbers["i2t"] |= _within_groups(scores)
-        numbers["t2i"] |= _within_groups(scores.mT)
+        for way, of_way in zip(WAYS, (scores.mT, scores), strict=True):
+            numbers |= {f"{way}_{name}": value for name, value in _within_groups(of_way).items()}
     return numbers
 
 

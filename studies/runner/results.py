@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+from clipup.evaluate.retrieval import WAYS
+
 from . import log, measure
 
 TESTS = ("test_styles", "test_names")
-WAYS = ("t2i", "i2t")
 
 
 class Group(NamedTuple):
@@ -46,11 +47,11 @@ class Result:
     @property
     def selection(self) -> float:
         """The criterion for learning rates: mean R@1 of both directions on validation, at the end."""
-        return self.mean("r1", ["validation"])
+        return self.mean("R@1", ["validation"])
 
     def mean(self, measure: str, splits: Sequence[str] = TESTS, ways: Sequence[str] = WAYS) -> float:
-        """``r1``, ``r5`` or ``nll`` at the end, mean over splits and directions."""
-        return fmean(self.test[split][way][measure] for split in splits for way in ways)
+        """``R@1``, ``R@5`` or ``nll`` at the end, mean over splits and directions."""
+        return fmean(self.test[split][f"{way}_{measure}"] for split in splits for way in ways)
 
     @property
     def similarity(self) -> float | None:
@@ -178,8 +179,8 @@ def total_gflops(result: Result, results: dict[str, Result]) -> float:
 
 def paired_difference(a: Result, b: Result, split: str, way: str) -> tuple[float, float]:
     """R@1 of ``a`` minus that of ``b`` on the same queries, and half the width of its 95 % interval (normal)."""
-    count = a.test[split]["captions" if way == "t2i" else "gallery"]
-    hits = [measure.unpack(one.test[split][way]["hits"], count).astype(float) for one in (a, b)]
+    count = a.test[split]["captions" if way == "text_to_image" else "gallery"]
+    hits = [measure.unpack(one.test[split][f"{way}_hits"], count).astype(float) for one in (a, b)]
     differences = hits[0] - hits[1]
     return float(differences.mean()), 1.96 * float(differences.std(ddof=1)) / math.sqrt(count)
 
@@ -214,7 +215,7 @@ def lead(
     pairs: Sequence[tuple[Result, Result]],
     splits: Sequence[str] = TESTS,
     ways: Sequence[str] = WAYS,
-    measure: str = "r1",
+    measure: str = "R@1",
 ) -> Lead:
     """The lead of the first of each pair over the second, one pair per seed; mean over splits and directions."""
     differences = [ours.mean(measure, splits, ways) - theirs.mean(measure, splits, ways) for ours, theirs in pairs]

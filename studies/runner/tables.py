@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from statistics import fmean
 
+from clipup.evaluate.retrieval import WAYS
 from clipup.inspection.figures.format import MISSING, percent
 
 from . import results
@@ -69,25 +70,30 @@ class Tables:
 
     def retrieval(self, split: str) -> str:
         """Recall and negative log-likelihood of every group on a split, at its chosen learning rate."""
-        head = ["arm", "steps", "lr", "seeds", "PFLOP", "t2i R@1", "R@5", "NLL", "i2t R@1", "R@5", "NLL"]
+        measures = [head for way in WAYS for head in (f"{way}_R@1 %", "R@5 %", "NLL")]
+        head = ["arm", "steps", "lr", "seeds", "PFLOP", *measures]
         rows = []
         for group, runs in self.groups:
             steps = runs[0].config["steps"]
             cells = [label(group.arm), f"{steps:,}", f"{runs[0].config['lr']:g}", str(len(runs)), self._pflop(runs)]
-            for way in results.WAYS:
-                values = {name: [run.test[split][way][name] for run in runs] for name in ("r1", "r5", "nll")}
-                cells += [_spread(values["r1"], percent), _spread(values["r5"], percent), _spread(values["nll"], _nll)]
+            for way in WAYS:
+                values = {name: [run.test[split][f"{way}_{name}"] for run in runs] for name in ("R@1", "R@5", "nll")}
+                cells += [
+                    _spread(values["R@1"], percent),
+                    _spread(values["R@5"], percent),
+                    _spread(values["nll"], _nll),
+                ]
             rows.append(cells)
         return _table(head, rows)
 
     def leads(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of every other arm of the same budget, in points: means over the seeds that both
         have; the last but one column is also over splits and directions. The last is the same for the NLL, in nats."""
-        ways = [_way(split, way) for split in splits for way in results.WAYS]
+        ways = [_way(split, way) for split in splits for way in WAYS]
         head = ["minus", "budget", "seeds", *ways, "mean", "NLL"]
         rows = []
         for group, pairs in self._pairs(arm):
-            each = [results.lead(pairs, [split], [way]) for split in splits for way in results.WAYS]
+            each = [results.lead(pairs, [split], [way]) for split in splits for way in WAYS]
             cells = [label(group.arm), f"{group.budget:,}", str(len(pairs))]
             nll = _nats(results.lead(pairs, splits, measure="nll"))
             rows.append([*cells, *map(_lead, [*each, results.lead(pairs, splits)]), nll])
@@ -148,7 +154,7 @@ class Tables:
         return MISSING if cosine is None else f"{cosine:.2f}"
 
     def verdict(
-        self, arm: str, others: dict[str, str], measure: str = "r1", splits: Sequence[str] = results.TESTS
+        self, arm: str, others: dict[str, str], measure: str = "R@1", splits: Sequence[str] = results.TESTS
     ) -> str:
         """The leads over other arms in one sentence, with the same wording whether the arm wins or loses: those over
         several seeds first, in points or nats, with budget and seeds in parentheses, then those with a single seed,
@@ -156,9 +162,9 @@ class Tables:
 
         Args:
             others: the wording of each comparison by arm, "at equal steps" for ``dense_continued``.
-            measure: ``r1``, or ``nll``, where lower is better.
+            measure: ``R@1``, or ``nll``, where lower is better.
         """
-        better, written = (1, _lead) if measure == "r1" else (-1, _nats)
+        better, written = (1, _lead) if measure == "R@1" else (-1, _nats)
         decided, single = [], []
         for group, pairs in self._pairs(arm):
             if group.arm not in others:
@@ -191,10 +197,10 @@ class Tables:
         other: str,
         splits: Sequence[str] = results.TESTS,
         seeds: Sequence[int] | None = None,
-        measure: str = "r1",
+        measure: str = "R@1",
     ) -> str:
         """The lead of an arm over another one at its smallest budget, in points, for a sentence. ``seeds``: default
-        all. ``measure``: ``r1`` or ``r5``."""
+        all. ``measure``: ``R@1`` or ``R@5``."""
         pairs = self.shortest(arm).get(other, [])
         of_seeds = [pair for pair in pairs if seeds is None or pair[0].config["seed"] in seeds]
         return _lead(results.lead(of_seeds, splits, measure=measure)) if of_seeds else MISSING
@@ -256,13 +262,13 @@ class Tables:
     def differences(self, arm: str, splits: Sequence[str] = results.TESTS) -> str:
         """R@1 of an arm minus that of every other arm of the same budget, on the same captions, in points, one row per
         pair of runs with the same seed. Images are left out: many share a caption, so they are not independent."""
-        head = ["run", "minus", *(_way(split, "t2i") for split in splits)]
+        head = ["run", "minus", *(_way(split, WAYS[0]) for split in splits)]
         rows = []
         for _, pairs in self._pairs(arm):
             for ours, theirs in pairs:
                 cells = [f"`{ours.name}`", f"`{theirs.name}`"]
                 for split in splits:
-                    difference, half = results.paired_difference(ours, theirs, split, "t2i")
+                    difference, half = results.paired_difference(ours, theirs, split, WAYS[0])
                     cells.append(f"{100 * difference:+.2f} ± {100 * half:.2f}")
                 rows.append(cells)
         return _table(head, rows)
@@ -373,7 +379,7 @@ class Tables:
 
 
 def _of_validation(record: dict) -> float:
-    return fmean(record[way]["r1"] for way in results.WAYS)
+    return fmean(record[f"{way}_R@1"] for way in WAYS)
 
 
 def label(arm: str) -> str:
@@ -411,7 +417,7 @@ def _with_interval(lead: results.Lead, scale: int, decimals: int) -> str:
 
 
 def _recall(runs: Sequence[Result], splits: Sequence[str]) -> str:
-    return percent(fmean(run.mean("r1", splits) for run in runs), 2)
+    return percent(fmean(run.mean("R@1", splits) for run in runs), 2)
 
 
 def _nll(value: float) -> str:

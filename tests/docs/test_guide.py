@@ -24,7 +24,7 @@ def test_guide_leads_from_a_dense_checkpoint_to_a_page_about_its_experts(tmp_pat
     for block in blocks(GUIDE, "python"):
         subprocess.run([sys.executable, "-c", block.text], cwd=tmp_path, env=environment, check=True)
     recall = json.loads((tmp_path / "clip_up.json").read_text())["retrieval"]
-    assert recall["t2i"]["r1"] > 3 * recall["chance_r1"]
+    assert recall["text_to_image_R@1"] > 3 * recall["chance_R@1"]
     assert "R@1" in (tmp_path / "logs" / "clip_up" / "model" / "README.md").read_text()
     assert "<svg" in (tmp_path / "experts.html").read_text()
     assert (tmp_path / "found.html").read_text().count("<figure>") == 2 * 3

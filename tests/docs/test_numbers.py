@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from documents import ROOT, tables
 
+from clipup.evaluate.retrieval import WAYS
 from studies.runner import results
 from studies.runner.tables import Tables
 
@@ -119,11 +120,11 @@ def test_int8_times_and_accuracies_are_those_of_the_csv_files():
         ]
         for row in models
     ]
-    assert rows(PERFORMANCE, "t2i R@1") == [
+    assert rows(PERFORMANCE, "text_to_image_R@1 %") == [
         [
             *(row["model"].split("/")[0], "yes" if row["outliers"] == "1" else "no", row["form"]),
             *(f"{row[f'{tower}_cosine_mean']} ({row[f'{tower}_cosine_min']})" for tower in ("image", "text")),
-            *(row["t2i_r1"], row["i2t_r1"]),
+            *(f"{100 * float(row[f'{way}_R@1']):.2f}" for way in WAYS),
         ]
         for row in measured("int8_accuracy_cpu.csv")
     ]

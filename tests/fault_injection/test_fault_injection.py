@@ -43,7 +43,7 @@ def reference(tmp_path):
         save(run / "checkpoints" / name, step)
     records = [{"step": step, "loss": 1 / step, "seconds": step} for step in range(1, STEPS + 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (run / "evaluations.jsonl").write_text(json.dumps({"step": STEPS, "r1": 0.5}) + "\n")
+    (run / "evaluations.jsonl").write_text(json.dumps({"step": STEPS, "text_to_image_R@1": 0.5}) + "\n")
     return run
 
 
@@ -70,7 +70,7 @@ LOSSES = {
     "another loss": (edit("metrics.jsonl", "0.5", "0.50001"), "at step 2 in loss"),
     "half a line within": (edit("metrics.jsonl", '"step": 3', ""), "metrics.jsonl"),
     "an evaluation twice": (
-        edit("evaluations.jsonl", "", '{"step": 6, "r1": 0.5}\n'),
+        edit("evaluations.jsonl", "", '{"step": 6, "text_to_image_R@1": 0.5}\n'),
         "evaluations.jsonl has the steps",
     ),
     "a half-written file": (lambda run: (run / "checkpoints" / "x.tmp").touch(), "x.tmp was left behind"),

@@ -71,6 +71,6 @@ def test_the_difference_at_step_zero_is_judged(report, difference, said):
 
 
 def test_a_report_with_holes_has_dashes_and_does_not_fail():
-    table = comparison_table({"dense": {"t2i": {"r1": float("nan")}, "steps": None}})
+    table = comparison_table({"dense": {"text_to_image_R@1": float("nan"), "steps": None}})
     assert "Dense" in table and "nan" not in table.lower()
     assert "No verdict" in comparison_table({})

@@ -96,8 +96,8 @@ def test_an_empty_run_is_a_page_that_says_so():
 def test_a_run_that_broke_down_shows_dashes_and_gaps(inputs):
     for arm in ("dense", "dense_continued", "clip_up"):
         inputs["curves"][arm] = [{"step": 1, "loss": float("nan")}, {"step": None}, {}]
-        inputs["evaluations"][arm] = [{"step": 1, "t2i_r1": float("inf")}]
-        inputs["report"][arm] = {"t2i": {"r1": float("nan")}, "splits": None}
+        inputs["evaluations"][arm] = [{"step": 1, "text_to_image_R@1": float("inf")}]
+        inputs["report"][arm] = {"text_to_image_R@1": float("nan"), "splits": None}
     inputs["loads"] = {layer: {"steps": [1], "load": [[float("nan")] * 8]} for layer in inputs["loads"]}
     page = Page(render_demo(**inputs))
     assert "No verdict" in page.text and "–" in page.words

@@ -5,11 +5,11 @@ import pytest
 
 from clipup.demo.verdict import verdict
 
-DENSE_T2I, DENSE_I2T = 0.231, 0.239
+DENSE_TO_IMAGE, DENSE_TO_TEXT = 0.231, 0.239
 
 
 @pytest.mark.parametrize(
-    "lead_t2i, lead_i2t, standing",
+    "lead_to_image, lead_to_text, standing",
     [
         (0.06, 0.05, "CLIP-UP is ahead of the dense baseline (continued training):"),
         (-0.06, -0.05, "CLIP-UP is behind the dense baseline (continued training):"),
@@ -39,14 +39,17 @@ DENSE_T2I, DENSE_I2T = 0.231, 0.239
         ),
     ],
 )
-def test_the_verdict_says_which_way_it_fell(make, lead_t2i, lead_i2t, standing):
-    found = verdict(make.report(DENSE_T2I + lead_t2i, DENSE_I2T + lead_i2t))
+def test_the_verdict_says_which_way_it_fell(make, lead_to_image, lead_to_text, standing):
+    found = verdict(make.report(DENSE_TO_IMAGE + lead_to_image, DENSE_TO_TEXT + lead_to_text))
     assert standing in found.sentence
 
 
 def test_a_lead_counts_from_two_standard_errors_on(make):
-    report = make.report(0.5, DENSE_I2T)
-    report["dense_continued"]["t2i"]["r1"], report["data"]["test_images"] = 0.4, 200  # 2 sqrt((.24 + .25) / 196) = 0.1
+    report = make.report(0.5, DENSE_TO_TEXT)
+    report["dense_continued"]["text_to_image_R@1"], report["data"]["test_images"] = (
+        0.4,
+        200,
+    )  # 2 sqrt((.24 + .25) / 196) = 0.1
     assert "is ahead of" in verdict(report).sentence
     report["data"]["test_images"] = 192
     assert "level within the sampling error" in verdict(report).sentence
@@ -61,7 +64,7 @@ def test_the_verdict_gives_both_differences_in_points_with_what_they_are_made_of
 
 
 def test_a_win_and_a_loss_are_told_in_the_same_words(make):
-    win, loss = (verdict(make.report(DENSE_T2I + lead, DENSE_I2T + lead)) for lead in (0.06, -0.06))
+    win, loss = (verdict(make.report(DENSE_TO_IMAGE + lead, DENSE_TO_TEXT + lead)) for lead in (0.06, -0.06))
     without = [
         re.sub(r"ahead of|behind", "", re.sub(r"[+−]?\d+\.\d", "0", " ".join([found.sentence, *found.notes])))
         for found in (win, loss)
@@ -89,7 +92,7 @@ def test_unequal_steps_are_admitted(report):
 @pytest.mark.parametrize("broken", [None, float("nan"), "?"])
 def test_there_is_no_verdict_without_the_numbers(report, broken):
     report = copy.deepcopy(report)
-    report["clip_up"]["t2i"]["r1"] = broken
-    assert verdict(report) == ("No verdict: R@1 of clip_up t2i is not in the report.", ())
+    report["clip_up"]["text_to_image_R@1"] = broken
+    assert verdict(report) == ("No verdict: text_to_image_R@1 of clip_up is not in the report.", ())
     del report["clip_up"]
-    assert verdict(report).sentence.startswith("No verdict: R@1 of clip_up t2i, clip_up i2t")
+    assert verdict(report).sentence.startswith("No verdict: text_to_image_R@1 of clip_up, image_to_text_R@1 of clip_up")

@@ -62,10 +62,10 @@ def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, t
     results = json.loads(out.read_text())
     retrieval = results["retrieval"]
     assert (retrieval["gallery"], retrieval["captions"], retrieval["skipped"]) == (4, 5, 1)
-    assert retrieval["t2i"]["r5"] == retrieval["i2t"]["r5"] == 1
+    assert retrieval["text_to_image_R@5"] == retrieval["image_to_text_R@5"] == 1
     assert (results["zero_shot"]["images"], results["zero_shot"]["classes"]) == (2, 2)
     table = capsys.readouterr().out
-    assert "t2i R@1" in table and "zero-shot" in table and "25.00" in table
+    assert "retrieval (%)" in table and "text_to_image" in table and "zero-shot" in table and "25.00" in table
     assert "1 samples could not be read" in table
 
 
@@ -92,7 +92,7 @@ def test_half_precision_agrees_with_float32(directory, val_data, capsys):
     gallery = {}
     for precision in ("fp32", "amp_bf16", "bf16"):
         assert run(directory, "--val-data", val_data, "--json", "-", "--precision", precision) == 0
-        gallery[precision] = json.loads(capsys.readouterr().out)["retrieval"]["t2i"]["r5"]
+        gallery[precision] = json.loads(capsys.readouterr().out)["retrieval"]["text_to_image_R@5"]
 
     assert gallery == {"fp32": 1, "amp_bf16": 1, "bf16": 1}
 
@@ -229,7 +229,7 @@ def test_half_precision_runs_on_a_benchmark(directory, tmp_path, capsys):
     found = {p: results(directory, capsys, *options, "--precision", p)["retrieval"] for p in ("fp32", "bf16")}
 
     assert found["fp32"]["captions"] == found["bf16"]["captions"] == 60
-    assert found["bf16"]["t2i"]["r10"] == pytest.approx(found["fp32"]["t2i"]["r10"], abs=0.1)
+    assert found["bf16"]["text_to_image_R@10"] == pytest.approx(found["fp32"]["text_to_image_R@10"], abs=0.1)
 
 
 def test_a_benchmark_with_an_image_that_cannot_be_read_is_refused(directory, tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_results_are_added_to_the_model_card_on_request(directory, tmp_path, cap
 
     card = (directory / "README.md").read_text()
 
-    assert f"| coco test: 12 images, 60 captions | text to image R@1 | {printed[2]} |" in card
+    assert f"| coco test: 12 images, 60 captions | text_to_image_R@1 | {printed[3]} |" in card
     assert run("ViT-B-32", "--dataset", "coco", "--root", root, "--card") == 2
     assert "card: ViT-B-32 is not a local directory" in capsys.readouterr().err
 

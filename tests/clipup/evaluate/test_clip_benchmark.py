@@ -39,9 +39,9 @@ def test_clip_benchmark_measures_the_same_recall_as_clipup_eval(directory, tmp_p
 
     assert (found["gallery"], found["captions"]) == (12, 60)
     for k in KS:
-        assert found["t2i"][f"r{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"])
-        assert found["i2t"][f"r{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"])
-    assert 0 < found["t2i"]["r5"] < 1
+        assert found[f"text_to_image_R@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"])
+        assert found[f"image_to_text_R@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"])
+    assert 0 < found["text_to_image_R@5"] < 1
 
 
 @pytest.mark.slow

@@ -45,7 +45,9 @@ def test_recall_is_that_of_clip_benchmark(images, texts):
 
     for k in (1, 5, 10):
         theirs = clip_benchmark(*drawn, k)
-        assert (ours["t2i"][f"r{k}"], ours["i2t"][f"r{k}"]) == pytest.approx(theirs, abs=1e-6), f"seed {seed}"
+        assert (ours[f"text_to_image_R@{k}"], ours[f"image_to_text_R@{k}"]) == pytest.approx(theirs, abs=1e-6), (
+            f"seed {seed}"
+        )
 
 
 def test_recall_of_hand_computed_scores():
@@ -55,9 +57,10 @@ def test_recall_of_hand_computed_scores():
 
     result = retrieval(image_features, text_features, torch.tensor([0, 0, 1]))
 
-    assert result["t2i"] == {"r1": pytest.approx(2 / 3), "r5": 1.0, "r10": 1.0}  # a0 goes to image 1
-    assert result["i2t"] == {"r1": 0.5, "r5": 1.0, "r10": 1.0}  # image 0 finds a1, image 1 finds a0 before b
-    assert result["chance_r1"] == 0.5 and result["gallery"] == 2 and result["captions"] == 3
+    assert result["text_to_image_R@1"] == pytest.approx(2 / 3)  # a0 goes to image 1
+    assert result["image_to_text_R@1"] == 0.5  # image 0 finds a1, image 1 finds a0 before b
+    assert all(result[f"{way}_R@{k}"] == 1 for way in ("text_to_image", "image_to_text") for k in (5, 10))
+    assert result["chance_R@1"] == 0.5 and result["gallery"] == 2 and result["captions"] == 3
 
 
 def naive(image_features, text_features, image_of_text, k):
@@ -65,10 +68,10 @@ def naive(image_features, text_features, image_of_text, k):
     scores = (text_features @ image_features.T).tolist()
     owner = image_of_text.tolist()
     images = range(len(image_features))
-    t2i = [owner[t] in sorted(images, key=lambda i, r=row: -r[i])[:k] for t, row in enumerate(scores)]
+    to_image = [owner[t] in sorted(images, key=lambda i, r=row: -r[i])[:k] for t, row in enumerate(scores)]
     best = [sorted(range(len(scores)), key=lambda t, i=i: -scores[t][i])[:k] for i in images]
-    i2t = [any(owner[t] == i for t in best[i]) for i in images]
-    return sum(t2i) / len(t2i), sum(i2t) / len(i2t)
+    to_text = [any(owner[t] == i for t in best[i]) for i in images]
+    return sum(to_image) / len(to_image), sum(to_text) / len(to_text)
 
 
 @given(st.integers(1, 12), st.integers(0, 20), st.integers(0, 10**6), st.integers(1, 7))
@@ -80,7 +83,7 @@ def test_recall_equals_a_naive_implementation_for_every_chunk_size(images, more,
         result = retrieval(*drawn)
 
     for k in (1, 5, 10):
-        assert (result["t2i"][f"r{k}"], result["i2t"][f"r{k}"]) == pytest.approx(naive(*drawn, k))
+        assert (result[f"text_to_image_R@{k}"], result[f"image_to_text_R@{k}"]) == pytest.approx(naive(*drawn, k))
 
 
 @given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 6), st.integers(1, 12))
@@ -97,8 +100,8 @@ def test_ties_count_as_the_mean_over_all_orders(right, wrong, above, k):
 def test_a_collapsed_model_is_at_chance():
     result = retrieval(torch.ones(50, 4), torch.ones(50, 4), torch.arange(50))
 
-    for way in ("t2i", "i2t"):
-        assert result[way] == pytest.approx({"r1": 0.02, "r5": 0.1, "r10": 0.2})
+    for way in ("text_to_image", "image_to_text"):
+        assert [result[f"{way}_R@{k}"] for k in (1, 5, 10)] == pytest.approx([0.02, 0.1, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -142,10 +145,10 @@ def test_every_image_of_a_text_is_a_match_and_every_text_of_an_image(images, tex
     for k in (1, 5, 10):
         best_images = [sorted(range(images), key=lambda i, r=row: -r[i])[:k] for row in scores]
         best_texts = [sorted(range(texts), key=lambda t, i=i: -scores[t][i])[:k] for i in range(images)]
-        t2i = sum(any((t, i) in right for i in best) for t, best in enumerate(best_images)) / texts
-        i2t = sum(any((t, i) in right for t in best) for i, best in enumerate(best_texts)) / images
-        assert (result["t2i"][f"r{k}"], result["i2t"][f"r{k}"]) == pytest.approx((t2i, i2t))
-    assert result["chance_r1"] == pytest.approx(len(right) / images / texts)
+        to_image = sum(any((t, i) in right for i in best) for t, best in enumerate(best_images)) / texts
+        to_text = sum(any((t, i) in right for t in best) for i, best in enumerate(best_texts)) / images
+        assert (result[f"text_to_image_R@{k}"], result[f"image_to_text_R@{k}"]) == pytest.approx((to_image, to_text))
+    assert result["chance_R@1"] == pytest.approx(len(right) / images / texts)
 
 
 def test_nll_is_minus_log_of_the_probability_of_the_matches():
@@ -156,7 +159,7 @@ def test_nll_is_minus_log_of_the_probability_of_the_matches():
 
     nll = module.nll_both_ways(image_features, text_features, pairs, logit_scale=7.5)
 
-    for way, scores, right in (("t2i", logits, relation), ("i2t", logits.T, relation.T)):
+    for way, scores, right in (("text_to_image", logits, relation), ("image_to_text", logits.T, relation.T)):
         probability = (scores.softmax(1) * right).sum(1)
         assert nll[way] == pytest.approx(-probability.log().mean().item(), rel=1e-5)
 
@@ -169,9 +172,11 @@ def test_with_multi_positive_a_caption_matches_all_its_images(oracle, number_tok
     alone = evaluate_retrieval(oracle, samples, number_tokenizer)
     shared = evaluate_retrieval(oracle, samples, number_tokenizer, by="group", multi_positive=True)
 
-    assert alone["captions"] == 4 and alone["t2i"]["r1"] == 0.5  # one of three equal captions belongs to image 2
+    assert (
+        alone["captions"] == 4 and alone["text_to_image_R@1"] == 0.5
+    )  # one of three equal captions belongs to image 2
     assert shared["captions"] == 2 and shared["gallery"] == 4
-    assert shared["t2i"]["r1"] == 1.0  # image 2 also has the caption "picture 1"
+    assert shared["text_to_image_R@1"] == 1.0  # image 2 also has the caption "picture 1"
     assert shared["splits"]["a"]["captions"] == 1 and shared["splits"]["a"]["gallery"] == 3
 
 
@@ -196,13 +201,13 @@ def test_a_data_set_is_encoded_in_batches_and_every_group_is_also_a_separate_gal
 
     result = evaluate_retrieval(oracle, samples, number_tokenizer, batch_size=2, by="group")
 
-    assert result["t2i"]["r1"] == pytest.approx(3 / 4)
+    assert result["text_to_image_R@1"] == pytest.approx(3 / 4)
     assert result["gallery"] == 3 and result["captions"] == 4
     assert set(result["splits"]) == {"emoji", "icons"}
     emoji = result["splits"]["emoji"]
-    assert emoji["gallery"] == 2 and emoji["captions"] == 3 and emoji["chance_r1"] == 0.5
-    assert emoji["t2i"]["r1"] == pytest.approx((1 + 1 + 0.5) / 3)  # nothing among emoji looks like a 1: a tie
-    assert result["splits"]["icons"]["t2i"]["r1"] == 1
+    assert emoji["gallery"] == 2 and emoji["captions"] == 3 and emoji["chance_R@1"] == 0.5
+    assert emoji["text_to_image_R@1"] == pytest.approx((1 + 1 + 0.5) / 3)  # nothing among emoji looks like a 1: a tie
+    assert result["splits"]["icons"]["text_to_image_R@1"] == 1
 
 
 def test_a_group_of_any_type_is_measured_under_its_text(oracle, number_tokenizer, number_image):
@@ -235,7 +240,7 @@ def test_images_are_preprocessed_when_asked(oracle, number_tokenizer, number_ima
 
     result = evaluate_retrieval(oracle, samples, number_tokenizer, preprocess=number_image)
 
-    assert result["t2i"]["r1"] == result["i2t"]["r1"] == 1
+    assert result["text_to_image_R@1"] == result["image_to_text_R@1"] == 1
 
 
 def test_an_empty_data_set_and_an_image_without_caption_are_refused(oracle, number_tokenizer, number_image):

@@ -21,8 +21,10 @@ from clipup.pretrained.model_card import add_results, base_model_in
 from clipup.pretrained.origin import base_model
 
 CONFIG = MoEConfig.clip_up(num_experts=3)
-RECALL = {"r1": 0.25, "r5": 0.5, "r10": 1.0}
-RETRIEVAL = {"t2i": RECALL, "i2t": RECALL, "chance_r1": 0.001, "gallery": 5000, "captions": 25010}
+RECALL = {
+    f"{way}_R@{k}": value for way in ("text_to_image", "image_to_text") for k, value in ((1, 0.25), (5, 0.5), (10, 1.0))
+}
+RETRIEVAL = {**RECALL, "chance_R@1": 0.001, "gallery": 5000, "captions": 25010}
 
 
 @pytest.fixture
@@ -152,23 +154,22 @@ def test_results_are_added_and_replace_those_of_the_same_data(directory):
     add_results(directory, {"dataset": "coco", "split": "test", "precision": "fp32", "retrieval": RETRIEVAL})
     zero_shot = {"top1": 0.7692, "top5": 0.9, "chance": 0.001, "images": 50000, "classes": 1000}
     add_results(directory, {"dataset": "imagenet", "split": "test", "precision": "bf16", "zero_shot": zero_shot})
-    better = {**RETRIEVAL, "t2i": {**RECALL, "r1": 0.521}}
+    better = {**RETRIEVAL, "text_to_image_R@1": 0.521}
     add_results(directory, {"dataset": "coco", "split": "test", "precision": "fp32", "retrieval": better})
 
     card = text(directory)
 
     assert card.count("| coco test: 5,000 images, 25,010 captions |") == 6
-    assert "captions | text to image R@1 | 52.10 |" in card and "captions | image to text R@1 | 25.00 |" in card
+    assert "captions | text_to_image_R@1 | 52.10 |" in card and "captions | image_to_text_R@1 | 25.00 |" in card
     assert "| imagenet test in bf16: 50,000 images, 1,000 classes | zero-shot top-1 | 76.92 |" in card
     assert "Not evaluated" not in card
     assert card.partition("## Evaluation")[0] == before.partition("## Evaluation")[0]
 
 
 def test_other_metrics_of_retrieval_are_not_listed_as_recalls(directory):
-    other = {way: {**RECALL, "median_rank": 2.0} for way in ("t2i", "i2t")}
-    add_results(directory, {"dataset": "coco", "retrieval": {**RETRIEVAL, **other}})
+    add_results(directory, {"dataset": "coco", "retrieval": {**RETRIEVAL, "image_to_text_median_rank": 2.0}})
 
-    assert re.findall(r"image to text (\S+) ", text(directory)) == ["R@1", "R@5", "R@10"]
+    assert re.findall(r"image_to_text_(\S+) ", text(directory)) == ["R@1", "R@5", "R@10"]
 
 
 def test_recall_over_distinct_captions_is_listed_separately(directory):
@@ -190,7 +191,7 @@ def test_manual_edits_of_the_card_are_kept(directory):
 
     card = text(directory)
     assert "Trained on cats." in card and card.endswith("\n## Thanks\n\nTo all.\n")
-    assert card.count("| own data: 5,000 images, 25,010 captions | text to image R@5 | 50.00 |") == 1
+    assert card.count("| own data: 5,000 images, 25,010 captions | text_to_image_R@5 | 50.00 |") == 1
 
 
 def test_a_card_that_is_not_utf8_is_named(directory):

@@ -40,7 +40,7 @@ def test_train_makes_the_model_sparse_trains_evaluates_and_saves_it(command, tmp
     config = clipup.create_model_and_transforms(str(run / "model"))[0].moe_config
     assert config == clipup.MoEConfig.clip_up(num_experts=4, balance_weight=0.02, towers=("image", "text"))
     evaluations = (run / "evaluations.jsonl").read_text().splitlines()
-    assert len(evaluations) == 2 and '"t2i": {"r1": ' in evaluations[0]
+    assert len(evaluations) == 2 and '"text_to_image_R@1": ' in evaluations[0]
     names = {path.name for path in run.iterdir()}
     assert names == {"checkpoints", "evaluations.jsonl", "metrics.jsonl", "model", "options.json", "out.log"}
 

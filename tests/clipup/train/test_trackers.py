@@ -50,8 +50,8 @@ def test_every_logged_step_and_evaluation_is_reported(stub, make_model, pairs, o
     steps = [(args[0], kwargs["step"]) for _, args, kwargs in logs]
     losses = {step: numbers["train/loss"] for numbers, step in steps if "train/loss" in numbers}
     assert losses == {record["step"]: record["loss"] for record in result.history}
-    assert [numbers["val/t2i/r1"] for numbers, _ in steps if "val/t2i/r1" in numbers] == [
-        result.evaluations[0]["t2i"]["r1"]
+    assert [numbers["val/text_to_image_R@1"] for numbers, _ in steps if "val/text_to_image_R@1" in numbers] == [
+        result.evaluations[0]["text_to_image_R@1"]
     ]
     layer = next(iter(clipup.moe_layers(result.model)))
     assert f"train/layers/{layer}/load/1" in steps[0][0]

@@ -78,7 +78,7 @@ def test_the_end_of_a_run_is_always_measured_and_measured_once(run, images, freq
 def test_retrieval_and_accuracy_have_frequencies_of_their_own(run, images, csv_data):
     result = run(imagenet_v2=images["imagenet_v2"], zeroshot_frequency=2, val_data=csv_data, val_frequency=3)
 
-    kinds = [(record["step"], "imagenet_v2" in record, "t2i" in record) for record in result.evaluations]
+    kinds = [(record["step"], "imagenet_v2" in record, "text_to_image_R@1" in record) for record in result.evaluations]
     assert kinds == [(6, True, False), (9, False, True), (9, True, False)]
 
 

@@ -50,11 +50,11 @@ def records(
     answered = torch.zeros(8, dtype=torch.bool) if hits is None else torch.tensor(hits)
 
     def split(r1: float, captions: int = 8) -> log.Record:
-        ways = {
-            way: {"r1": r1 * part, "r5": r1 * part * 1.5, "nll": 2 - r1 * part, "hits": measure.pack(answered)}
-            for way, part in (("t2i", 1.0), ("i2t", 0.5))
-        }
-        return {"gallery": 8, "captions": captions, **ways}
+        record: log.Record = {"gallery": 8, "captions": captions}
+        for way, part in (("text_to_image", 1.0), ("image_to_text", 0.5)):
+            record |= {f"{way}_R@1": r1 * part, f"{way}_R@5": r1 * part * 1.5, f"{way}_nll": 2 - r1 * part}
+            record[f"{way}_hits"] = measure.pack(answered)
+        return record
 
     of_validation = split(score if validation is None else validation, captions=5)
     config = {

@@ -37,33 +37,33 @@ def numbers(monkeypatch, images, texts, group_size):
 def test_only_texts_and_images_of_the_own_group_compete(monkeypatch):
     images = torch.eye(4)[[0, 1, 0, 1]]  # the second group looks like the first
     found = numbers(monkeypatch, images, torch.eye(4)[[0, 1, 0, 1]], 2)
-    assert found["t2i"]["r1"] < 1 and found["t2i"]["group"] == found["i2t"]["group"] == 1
+    assert found["text_to_image_R@1"] < 1 and found["text_to_image_group"] == found["image_to_text_group"] == 1
 
 
 def test_both_directions_are_told_apart(monkeypatch):
     images = torch.tensor([[1.0, 0.2], [0.9, 0.1]])  # both texts like the first image best
     texts = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     found = numbers(monkeypatch, images, texts, 2)
-    assert found["t2i"]["group"] == pytest.approx(0.5) and found["i2t"]["group"] == pytest.approx(0.5)
+    assert found["text_to_image_group"] == pytest.approx(0.5) and found["image_to_text_group"] == pytest.approx(0.5)
     found = numbers(monkeypatch, images, torch.tensor([[1.0, 0.0], [1.1, 0.0]]), 2)
-    assert found["t2i"]["group"] == pytest.approx(0.5) and found["i2t"]["group"] == pytest.approx(0.5)
+    assert found["text_to_image_group"] == pytest.approx(0.5) and found["image_to_text_group"] == pytest.approx(0.5)
     found = numbers(monkeypatch, torch.tensor([[1.0, 0.0], [0.5, 0.1]]), torch.tensor([[0.9, 0.0], [1.0, 3.0]]), 2)
-    assert found["t2i"]["group"] == 0.5 and found["i2t"]["group"] == 0.5
+    assert found["text_to_image_group"] == 0.5 and found["image_to_text_group"] == 0.5
 
 
 def test_without_a_size_there_are_no_groups(monkeypatch):
-    assert "group" not in numbers(monkeypatch, torch.eye(4), torch.eye(4), None)["t2i"]
+    assert "text_to_image_group" not in numbers(monkeypatch, torch.eye(4), torch.eye(4), None)
 
 
 def test_pairs_tell_in_what_a_model_of_words_alone_fails(monkeypatch):
     # words, colours bound to things, relation, concept: a model that knows words and concepts only
     known = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]).repeat(2, 1)
     found = numbers(monkeypatch, known, known, 4)
-    for way in ("t2i", "i2t"):
-        assert found[way]["pairs"] == [0.5, 0.5, 1.0]
+    for way in ("text_to_image", "image_to_text"):
+        assert found[f"{way}_pairs"] == [0.5, 0.5, 1.0]
     whole = numbers(monkeypatch, torch.eye(8), torch.eye(8), 4)
-    assert whole["i2t"]["pairs"] == whole["t2i"]["pairs"] == [1, 1, 1]
-    assert numbers(monkeypatch, torch.eye(8), torch.eye(8).flip(0), 8)["i2t"]["pairs"] == [0.5] * 6 + [0.0]
+    assert whole["image_to_text_pairs"] == whole["text_to_image_pairs"] == [1, 1, 1]
+    assert numbers(monkeypatch, torch.eye(8), torch.eye(8).flip(0), 8)["image_to_text_pairs"] == [0.5] * 6 + [0.0]
 
 
 @pytest.mark.parametrize("groups", [[0, 0, 1, 1, 1, 1], [0, 0, 0, 1]])

@@ -99,7 +99,7 @@ def test_a_paired_difference_and_its_interval_are_those_of_the_queries(write, ma
     theirs = [True, False, False, False, True, True, True, False]
     found = write(make_records("a", hits=ours), make_records("b", hits=theirs))
 
-    difference, half_width = results.paired_difference(found["a"], found["b"], "test_styles", "t2i")
+    difference, half_width = results.paired_difference(found["a"], found["b"], "test_styles", "text_to_image")
 
     differences = numpy.array(ours, float) - numpy.array(theirs, float)
     assert difference == pytest.approx(2 / 8)
@@ -122,17 +122,17 @@ def test_a_lead_over_seeds_is_a_mean_with_students_interval(write, make_records)
         )
         pairs.append((found[f"a{seed}"], found[f"b{seed}"]))
 
-    lead = results.lead(pairs, ["test_styles"], ["t2i"])
+    lead = results.lead(pairs, ["test_styles"], ["text_to_image"])
 
     differences = numpy.array([0.02, 0.03, 0.07])
     assert lead.mean == pytest.approx(0.04) and lead.seeds == 3
     expected = 4.302653 * differences.std(ddof=1) / math.sqrt(3)  # Student's t, 2 degrees of freedom
     assert lead.half_width == pytest.approx(expected, rel=1e-3) and not lead.sure
-    assert results.lead(pairs[:1], ["test_styles"], ["t2i"]) == (pytest.approx(0.02), None, 1)
+    assert results.lead(pairs[:1], ["test_styles"], ["text_to_image"]) == (pytest.approx(0.02), None, 1)
     assert lead._replace(half_width=0.039).sure and not results.lead(pairs[:1]).sure
     every = results.lead(pairs)  # a half of it from images to texts, a fifth of both on names
     assert every.mean == pytest.approx(0.04 * (1 + 0.5 + 0.2 + 0.1) / 4)
-    assert results.lead(pairs, ["test_names"], ["i2t"], "nll").mean == pytest.approx(-0.04 * 0.1)
+    assert results.lead(pairs, ["test_names"], ["image_to_text"], "nll").mean == pytest.approx(-0.04 * 0.1)
 
 
 def test_one_run_has_no_spread():

@@ -126,8 +126,12 @@ def test_a_third_test_split_is_measured_beside_those_of_the_verdict(study, data,
 
     assert list(test)[1:] == ["test_styles", "test_names", "test_drawings", "validation"]
     assert test["test_drawings"] == test["test_names"]
-    cells = [test[split][way]["r1"] for split in ("test_styles", "test_names") for way in ("t2i", "i2t")]
-    assert result.mean("r1") == pytest.approx(sum(cells) / 4)  # the verdict's four
+    cells = [
+        test[split][f"{way}_R@1"]
+        for split in ("test_styles", "test_names")
+        for way in ("text_to_image", "image_to_text")
+    ]
+    assert result.mean("R@1") == pytest.approx(sum(cells) / 4)  # the verdict's four
 
 
 def test_the_cost_counts_forward_and_backward_of_every_pair(study, data):
@@ -310,12 +314,12 @@ def test_hits_average_to_recall_and_give_paired_differences(study, data):
     found = results.read(it.directory / "logs")
 
     for split in results.TESTS:
-        for way, size in (("t2i", "captions"), ("i2t", "gallery")):
+        for way, size in (("text_to_image", "captions"), ("image_to_text", "gallery")):
             for one in found.values():
-                hits = measure.unpack(one.test[split][way]["hits"], one.test[split][size])
-                assert hits.mean() == pytest.approx(one.test[split][way]["r1"])
+                hits = measure.unpack(one.test[split][f"{way}_hits"], one.test[split][size])
+                assert hits.mean() == pytest.approx(one.test[split][f"{way}_R@1"])
             difference, _ = results.paired_difference(found["other"], found["dense"], split, way)
-            r1 = [found[name].test[split][way]["r1"] for name in ("other", "dense")]
+            r1 = [found[name].test[split][f"{way}_R@1"] for name in ("other", "dense")]
             assert difference == pytest.approx(r1[0] - r1[1])
 
 
@@ -329,8 +333,8 @@ def test_a_run_on_scenes_draws_new_ones_at_every_step_and_is_measured_within_gro
     assert records[0]["data"]["name"] == "scenes" and records[0]["data"]["images"]["test"] == 20
     (test,) = kinds(records, "test")
     assert list(test)[1:] == ["test", "validation"] and test["test"]["gallery"] == 20
-    assert all(0 <= test["test"][way]["group"] <= 1 for way in ("t2i", "i2t"))
-    assert all("group" in line["i2t"] for line in kinds(records, "validation"))
+    assert all(0 <= test["test"][f"{way}_group"] <= 1 for way in ("text_to_image", "image_to_text"))
+    assert all("image_to_text_group" in line for line in kinds(records, "validation"))
     assert len({line["contrastive"] for line in kinds(records, "train")}) == 12
 
 

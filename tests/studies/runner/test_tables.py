@@ -20,10 +20,10 @@ def test_retrieval_is_given_at_the_chosen_rate_with_its_spread_over_seeds(found)
     by_arm = {line[0]: dict(zip(head, line, strict=True)) for line in lines}
 
     assert set(by_arm) == {"dense", "dense continued", "clip up"}
-    assert by_arm["dense continued"]["lr"] == "0.1" and by_arm["dense continued"]["t2i R@1"] == "50.0"
-    assert by_arm["clip up"]["seeds"] == "2" and by_arm["clip up"]["t2i R@1"] == "54.0 ± 2.8"
+    assert by_arm["dense continued"]["lr"] == "0.1" and by_arm["dense continued"]["text_to_image_R@1 %"] == "50.0"
+    assert by_arm["clip up"]["seeds"] == "2" and by_arm["clip up"]["text_to_image_R@1 %"] == "54.0 ± 2.8"
     assert by_arm["clip up"]["PFLOP"] == "3.500" and by_arm["dense"]["PFLOP"] == "2.000"  # with the start's
-    assert head[5:] == ["t2i R@1", "R@5", "NLL", "i2t R@1", "R@5", "NLL"]
+    assert head[5:] == ["text_to_image_R@1 %", "R@5 %", "NLL", "image_to_text_R@1 %", "R@5 %", "NLL"]
     assert next(line for line in lines if line[0] == "dense")[5:] == ["40.0", "60.0", "1.600", "20.0", "30.0", "1.800"]
     names = rows(Tables(found).retrieval("test_names"))[2:]
     assert next(line for line in names if line[0] == "dense")[5:] == ["8.0", "12.0", "1.920", "4.0", "6.0", "1.960"]
@@ -59,7 +59,8 @@ def test_leads_and_verdict_are_those_over_all_seeds(write, make_records):
     by_arm = {line[0]: line[1:] for line in lines}
 
     assert set(by_arm) == {"dense continued", "dense equal flops", "limoe"}  # not what it started from
-    assert rows(tables.leads("clip_up"))[0][3:] == ["styles t2i", "styles i2t", "names t2i", "names i2t", "mean", "NLL"]
+    ways = [f"{split} {way}" for split in ("styles", "names") for way in ("text_to_image", "image_to_text")]
+    assert rows(tables.leads("clip_up"))[0][3:] == [*ways, "mean", "NLL"]
     points = ["+3.00 ± 2.48", "+1.50 ± 1.24", "+0.60 ± 0.50", "+0.30 ± 0.25", "+1.35 ± 1.12", "-0.013 ± 0.011"]
     assert by_arm["dense continued"] == ["5", "3", *(f"**{cell}**" for cell in points)]
     assert by_arm["dense equal flops"][:3] == ["5", "3", "+0.00 ± 2.48"]
@@ -85,7 +86,7 @@ def test_gains_over_the_start_and_leads_by_split_and_measure_are_for_sentences(w
     assert tables.gain("clip_up") == "**+19.35 ± 1.12**" and tables.gain("dense_continued") == "**+18.00 ± 0.00**"
     assert tables.gain("clip_up", ["test_styles"]) == "**+32.25 ± 1.86**" and tables.gain("limoe") == MISSING
     assert tables.lead("clip_up", "dense_continued", ["test_styles"]) == "**+2.25 ± 1.86**"
-    assert tables.lead("clip_up", "dense_continued", measure="r5") == "**+2.03 ± 1.68**"  # half as much again
+    assert tables.lead("clip_up", "dense_continued", measure="R@5") == "**+2.03 ± 1.68**"  # half as much again
 
 
 def test_one_seed_decides_nothing(found):
@@ -126,8 +127,8 @@ def test_how_far_runs_fall_below_their_start_and_when_they_are_back_is_told(writ
         of_split = next(record for record in run if record["kind"] == "validation")
         run = [record for record in run if record["kind"] != "validation"]
         for step, score in curve:
-            ways = {way: of_split[way] | {"r1": part * (score + seed / 10)} for way, part in (("t2i", 1), ("i2t", 0.5))}
-            run.insert(-1, of_split | ways | {"step": step})
+            recalls = {"text_to_image_R@1": score + seed / 10, "image_to_text_R@1": (score + seed / 10) / 2}
+            run.insert(-1, of_split | recalls | {"step": step})
         logs.append(run)
     logs += [make_records("low", "dense_continued", start="start-0", score=0.1)]
 
