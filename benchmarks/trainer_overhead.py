@@ -26,8 +26,8 @@ from torch import nn
 
 import clipup
 from clipup.data.loaders import train_loader
+from clipup.demo.options import START
 from clipup.demo.pictograms.build import build
-from clipup.demo.run import START
 from clipup.pretrained.tokenizers import get_tokenizer
 from clipup.train import Every, TrainOptions, train
 from clipup_kernels.machine import package_version, processor_name

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 _MOST_SHOWN = 200
 """Characters of a value in a message."""
@@ -78,7 +76,9 @@ def width(name: str, value: Any) -> None:
 
 
 def tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
+    import torch  # options are checked without it
+
+    if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         kind = "a nested tensor" if value.is_nested else str(value.layout)
@@ -101,6 +101,8 @@ def read_json(path: Path, argument: str = "") -> Any:
 
 
 def module(name: str, value: object) -> None:
+    from torch import nn
+
     if isinstance(value, nn.Module):
         return
     advice = ""

@@ -10,11 +10,6 @@ import tyro
 
 from .. import atomic_files
 from ..locks import LOCK_FILE, exclusive
-from ..pretrained import saving
-from ..pretrained.checkpoint_model import checkpoint_model
-from ..pretrained.shard_files import is_sharded
-from ..pretrained.state_dicts import read_weights
-from ..train.finite import not_finite
 from .flags import parse
 from .outputs import check_directory
 
@@ -38,6 +33,12 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup convert")
+    from ..pretrained import saving
+    from ..pretrained.checkpoint_model import checkpoint_model
+    from ..pretrained.shard_files import is_sharded
+    from ..pretrained.state_dicts import read_weights
+    from ..train.finite import not_finite
+
     path = Path(options.checkpoint)
     if path.is_dir() and not is_sharded(path):
         raise ValueError(

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import tyro
 
-from ..demo.pictograms.build import build
 from . import run_subcommand
 
 
@@ -36,6 +35,8 @@ class Pictograms:
     """Processes that render; None: one per CPU."""
 
     def run(self) -> int:
+        from ..demo.pictograms.build import build
+
         start = time.perf_counter()
         dataset = build(self.out, self.size, self.overwrite, self.samples_per_shard, self.processes)
         _print_head(self, dataset, time.perf_counter() - start)

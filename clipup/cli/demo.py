@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..demo import DemoOptions, run
-from ..demo.comparison_tables import comparison_table
+from ..demo.options import DemoOptions
 from .flags import NoEffect, parse
 from .outputs import check_directory
 
@@ -15,6 +14,9 @@ RULES = [NoEffect(("lr",), lambda options: options.steps_before == 0, "without -
 def main(argv: list[str]) -> int:
     options = parse(DemoOptions, argv, "clipup demo", RULES)
     check_directory("out", options.out)
+    from ..demo.comparison_tables import comparison_table
+    from ..demo.run import run
+
     report = run(options)
     print(f"\n{comparison_table(report)}\n\nreport: {Path(options.out) / 'report.html'}")
     return 0

@@ -6,23 +6,17 @@ import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from torch import nn
 
-from clipup_kernels.machine import describe_machine
-from clipup_kernels.self_check import check_again, known_faults, report
-
-from ..clip import flops
-from ..clip.towers import with_towers
 from ..moe.config import MoEConfig
-from ..moe.layer import moe_layers
-from ..precision import check_device
-from ..pretrained import factory
-from ..upcycling.diagnose import BlockReport, TowerReport, diagnose
-from ..upcycling.upcycle import upcycle
 from .flags import ON_SPARSE, moe_rules, parse, refuse_idle
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..upcycling.diagnose import BlockReport, TowerReport
 
 
 @dataclass
@@ -56,6 +50,9 @@ def main(argv: list[str]) -> int:
     options.check()
     if options.model is None:
         return check_kernels(options)
+    from ..moe.layer import moe_layers
+    from ..pretrained import factory
+
     model = factory.create_on_meta(options.model)
     if moe_layers(model):
         refuse_idle(argv, options, [ON_SPARSE])
@@ -66,8 +63,12 @@ def main(argv: list[str]) -> int:
 
 def check_kernels(options: Options) -> int:
     """Checks the kernels of a device and prints the findings; 1 if an op failed."""
-    device = str(options.device)
-    check_device(device)
+    from clipup_kernels.machine import describe_machine
+    from clipup_kernels.self_check import check_again, known_faults, report
+
+    from ..precision import check_device
+
+    device = check_device(str(options.device))
     findings = check_again(device)
     failed = sum(finding.reason is not None for finding in findings)
     if options.json:
@@ -87,6 +88,12 @@ def examine(name: str, model: nn.Module, config: MoEConfig) -> dict[str, Any]:
         accepts the model. params: parameters. sparse_params, active_params: parameters after upcycling, with the
         suggestion if there is one; None if it cannot be upcycled.
     """
+    from ..clip import flops
+    from ..clip.towers import with_towers
+    from ..moe.layer import moe_layers
+    from ..upcycling.diagnose import diagnose
+    from ..upcycling.upcycle import upcycle
+
     config = with_towers(config, model)
     reports = diagnose(model, config)
     findings: dict[str, Any] = {"model": name, "moe": config.to_dict()}
@@ -112,6 +119,8 @@ def _count(model: nn.Module) -> int:
 
 def text(findings: dict[str, Any]) -> str:
     """The findings as text: a table per tower, parameters, and a suggestion if upcycling is refused."""
+    from ..upcycling.diagnose import BlockReport, TowerReport
+
     lines = []
     for tower in findings["towers"]:
         blocks = [BlockReport(**block) for block in tower["blocks"]]
@@ -129,6 +138,7 @@ def text(findings: dict[str, Any]) -> str:
 
 
 def _tower(report: TowerReport) -> list[str]:
+
     lines = [f"{report.tower} tower: {len(report.blocks)} blocks"]
     if report.blocks:
         rows = [("blocks", "class", "MLP", "widths", "activation", "status"), *_rows(report.blocks)]

@@ -6,27 +6,21 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from clipup_kernels.self_check import check_once
-
 from ..atomic_files import replace_files
-from ..clip.accelerate import for_inference
-from ..data.loaders import load_eval_samples
 from ..data.options import SourceOptions, is_csv
-from ..evaluate import datasets
-from ..evaluate.imagenet_v2 import imagenet_v2
-from ..evaluate.labelled_images import image_folder, read_lines
-from ..evaluate.retrieval import RECALL_AT, WAYS, evaluate_retrieval
-from ..evaluate.zero_shot import TEMPLATES, zero_shot
-from ..precision import Precision, check_device, default_device, default_workers, token_dtype
-from ..pretrained import factory, model_card, model_names, origin, tokenizers
+from ..precision import Precision, check_device, default_workers, token_dtype
+from ..pretrained import known_models
 from ..progress import printable
 from .flags import NoEffect, check_int8, parse
 from .logs import errors_only
 from .outputs import check_file
+
+if TYPE_CHECKING:
+    from ..evaluate import datasets
 
 
 @dataclass
@@ -38,7 +32,8 @@ class Options:
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """A model name of open_clip, a directory, or hf-hub:ORG/NAME."""
+    """A model name of open_clip, the directory of a model or of a training run, or hf-hub:ORG/NAME. Of a run, its last
+    model is taken."""
     pretrained: str | None = None
     """Tag or file of weights for a model given by name; a training checkpoint may be sparse."""
     random_weights: bool = False
@@ -78,8 +73,8 @@ class Options:
     """fp32, amp (float16 autocast), amp_bf16 (bfloat16 autocast) or bf16 (bfloat16 weights)."""
     int8: bool = False
     """Quantize experts, MLPs and attention (clipup.accelerate(model, weights="int8")); on CPUs, with fp32 or bf16."""
-    device: str = field(default_factory=default_device)
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["--json"])] = None
     """File for the results as JSON; "-" prints only JSON."""
     card: bool = False
@@ -104,6 +99,7 @@ class Options:
         for name, least in (("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self.device = check_device(self.device)
         check_int8(self.int8, self.precision, self.device)
         if self.captions_per_image is not None and self.captions_per_image < 1:
             raise ValueError(f"captions_per_image must be at least 1, got {self.captions_per_image}")
@@ -113,8 +109,8 @@ class Options:
 class _Benchmark:
     """What ``--dataset`` names: its reader, and what can be measured on it."""
 
-    read: Callable[[Options, str, list[str]], datasets.DataSet]
-    """The data set from the options, ``--root`` and the lines of ``--templates``."""
+    read: Callable[[Any, Options, str, list[str]], datasets.DataSet]
+    """The data set from ``clipup.evaluate.datasets``, the options, ``--root`` and the lines of ``--templates``."""
     retrieval: bool = False
     classification: bool = False
     annotations: bool = False
@@ -123,27 +119,35 @@ class _Benchmark:
     """Whether ``--root`` decides what is measured, so that results name it."""
 
 
+def _imagenet_v2(root: str) -> datasets.DataSet:
+    from ..evaluate.imagenet_v2 import imagenet_v2
+
+    return imagenet_v2(root)
+
+
 _BENCHMARKS = {
     "coco": _Benchmark(
-        lambda options, root, _: datasets.coco(root, options.split, options.annotations),
+        lambda datasets, options, root, _: datasets.coco(root, options.split, options.annotations),
         retrieval=True,
         annotations=True,
     ),
     "flickr30k": _Benchmark(
-        lambda options, root, _: datasets.flickr30k(root, options.split, options.annotations),
+        lambda datasets, options, root, _: datasets.flickr30k(root, options.split, options.annotations),
         retrieval=True,
         annotations=True,
     ),
-    "imagenet": _Benchmark(lambda options, root, _: datasets.imagenet(root, options.split), classification=True),
-    "imagenet-v2": _Benchmark(lambda options, root, _: imagenet_v2(root), classification=True, of_any_data=True),
+    "imagenet": _Benchmark(
+        lambda datasets, options, root, _: datasets.imagenet(root, options.split), classification=True
+    ),
+    "imagenet-v2": _Benchmark(lambda _, options, root, __: _imagenet_v2(root), classification=True, of_any_data=True),
     "webdataset": _Benchmark(  # the task is only known from its files
-        lambda options, root, templates: datasets.webdataset(root, options.split, templates),
+        lambda datasets, options, root, templates: datasets.webdataset(root, options.split, templates),
         retrieval=True,
         classification=True,
         of_any_data=True,
     ),
     "csv": _Benchmark(
-        lambda options, root, _: datasets.csv(root, options.split, *options.source.csv_format),
+        lambda datasets, options, root, _: datasets.csv(root, options.split, *options.source.csv_format),
         retrieval=True,
         of_any_data=True,
     ),
@@ -197,7 +201,7 @@ RULES = [
     ),
     NoEffect(
         ("random_weights",),
-        lambda options: origin.has_weights(options.model, options.pretrained),
+        lambda options: known_models.has_weights(options.model, options.pretrained),
         "on a model that brings its weights",
     ),
 ]
@@ -209,6 +213,8 @@ def main(argv: list[str]) -> int:
     options.check()
     if options.out not in (None, "-"):
         check_file("out", options.out)
+    from ..pretrained import model_card, model_names, origin
+
     directory = model_names.directory_of(options.model)
     if options.card and directory is None:
         raise ValueError(f"card: {options.model} is not a local directory, so it has no model card to add to")
@@ -218,7 +224,8 @@ def main(argv: list[str]) -> int:
         )
     results = evaluate(options)
     if options.card and directory is not None:
-        model_card.add_results(directory, results)
+        finished = directory / "model"  # if it is a run's
+        model_card.add_results(finished if finished.is_dir() else directory, results)
     text = json.dumps(results, indent=2) + "\n"
     if options.out == "-":
         print(text, end="")
@@ -232,18 +239,28 @@ def main(argv: list[str]) -> int:
 
 def evaluate(options: Options) -> dict[str, Any]:
     """The requested results, ``retrieval`` and ``zero_shot``, and what was measured: model, dataset, split."""
-    check_device(options.device)
+    from clipup_kernels.self_check import check_once
+
+    from ..clip.accelerate import for_inference
+    from ..data.loaders import load_eval_samples
+    from ..evaluate import datasets
+    from ..evaluate.retrieval import evaluate_retrieval
+    from ..evaluate.zero_shot import zero_shot
+    from ..pretrained import factory, tokenizers
+    from .runs import model_of
+
     if options.device.startswith("cuda"):
         check_once(options.device, [token_dtype(options.precision)])
     found = _find(options)
     own = None
     if options.val_data is not None:  # found before the model is loaded, which brings the transform
         own = load_eval_samples(options.val_data, None, options.source, "val_data")
-    model, _, preprocess = factory.create_model_and_transforms(
-        options.model, options.pretrained, precision=options.precision, device=options.device
-    )
+    with model_of(options.model) as name:
+        model, _, preprocess = factory.create_model_and_transforms(
+            name, options.pretrained, precision=options.precision, device=options.device
+        )
+        tokenizer = tokenizers.get_tokenizer(name)
     model = for_inference(model, options.precision, "int8" if options.int8 else None)
-    tokenizer = tokenizers.get_tokenizer(options.model)
     common: dict[str, Any] = {"batch_size": options.batch_size, "precision": options.precision, "show_progress": True}
     precision = f"{options.precision}, int8 weights" if options.int8 else options.precision
     results: dict[str, Any] = {"model": options.model, "precision": precision}
@@ -275,10 +292,13 @@ def evaluate(options: Options) -> dict[str, Any]:
 
 def _find(options: Options) -> datasets.DataSet | None:
     """The benchmark or the labelled images; None with ``val_data`` alone."""
+    from ..evaluate import datasets, image_folder, read_lines
+    from ..evaluate.zero_shot import TEMPLATES
+
     templates = [] if options.templates is None else read_lines(options.templates)
     found: datasets.DataSet
     if options.dataset is not None and options.root is not None:
-        found = _BENCHMARKS[options.dataset].read(options, options.root, templates)
+        found = _BENCHMARKS[options.dataset].read(datasets, options, options.root, templates)
     elif options.classes is not None and options.images is not None:
         names = read_lines(options.classes)
         images = options.images.split("::") if options.images.endswith(".tar") else image_folder(options.images, names)
@@ -299,6 +319,8 @@ def _one_by_one(batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]
 
 def table(results: dict[str, Any]) -> str:
     """The results as a text table, in percent."""
+    from ..evaluate.retrieval import RECALL_AT, WAYS
+
     lines = []
     if "retrieval" in results:
         found = results["retrieval"]

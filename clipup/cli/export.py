@@ -8,9 +8,6 @@ from typing import Annotated
 
 import tyro
 
-from ..pretrained import origin
-from ..pretrained.exporting import SUFFIX, save_encoders
-from ..pretrained.factory import create_model_and_transforms
 from .flags import parse
 from .outputs import check_directory
 
@@ -37,6 +34,10 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup export")
+    from ..pretrained import origin
+    from ..pretrained.exporting import SUFFIX, save_encoders
+    from ..pretrained.factory import create_model_and_transforms
+
     if options.out.exists() and not options.out.is_dir():
         raise FileExistsError(f"{options.out} is a file; choose another directory")
     origin.refuse_random_weights("pretrained", options.model, options.pretrained)

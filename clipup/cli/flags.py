@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 import tyro
 
 from ..moe.config import MoEConfig
+from ..pretrained import known_models
 from .logs import FLAG_OF
 
 T = TypeVar("T")
@@ -35,12 +36,13 @@ def parse(options: type[T], argv: Sequence[str], program: str, rules: Sequence[N
         kwargs: passed to ``tyro.cli``.
 
     Raises:
-        ValueError: a flag has no effect according to one of the rules.
+        ValueError: a model does not exist, or a flag has no effect according to one of the rules.
         SystemExit: --help, an unknown flag, or an invalid value.
     """
     FLAG_OF.clear()
     FLAG_OF.update(_flags(options))
     parsed = tyro.cli(options, args=list(argv), prog=program, **kwargs)
+    refuse_unknown_models(parsed)
     refuse_idle(argv, parsed, rules)
     return parsed
 
@@ -52,6 +54,17 @@ def _flags(options: Any) -> dict[str, str]:
     groups = {name: kind for name, kind in groups.items() if dataclasses.is_dataclass(kind)}
     own = [name for name, kind in kinds.items() if name not in groups and "Positional" not in repr(kind)]
     return dict(ChainMap({name: f"--{name.replace('_', '-')}" for name in own}, *map(_flags, groups.values())))
+
+
+def refuse_unknown_models(parsed: Any) -> None:
+    """
+    Raises:
+        ValueError: an option names a model that does not exist.
+    """
+    for option in ("model", "dense", "distill_model"):
+        name = getattr(parsed, option, None)
+        if isinstance(name, str):
+            known_models.check_known(name, known_models.packaged())
 
 
 def refuse_idle(argv: Sequence[str], parsed: Any, rules: Sequence[NoEffect]) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from ..clip.flops import TowerCounts, count
 from ..moe.config import MoEConfig
-from ..moe.layer import moe_layers
-from ..pretrained import factory
-from ..upcycling.upcycle import upcycle
 from .flags import MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
+
+if TYPE_CHECKING:
+    from ..clip.flops import TowerCounts
 
 
 @dataclass
@@ -41,6 +40,11 @@ RULES = [
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup flops", RULES)
+    from ..clip.flops import count
+    from ..moe.layer import moe_layers
+    from ..pretrained import factory
+    from ..upcycling.upcycle import upcycle
+
     config = options.moe_cfg
     model = factory.create_on_meta(options.model)
     is_sparse = bool(moe_layers(model))

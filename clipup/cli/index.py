@@ -8,16 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from torch import Tensor
 
-from ..clip.accelerate import for_inference
-from ..data.image_files import image_files, passed_over
-from ..evaluate.encode import encode_images
-from ..precision import Precision, check_device, default_device, default_workers
-from ..pretrained import factory, model_names, origin
+from ..precision import Precision, check_device, default_workers
 from ..progress import progress
-from ..search import probe_picture, update_index
-from ..search.image_index import Encoder, digest
 from .flags import check_int8, parse
 from .logs import errors_only
 from .outputs import printable
@@ -49,14 +42,15 @@ class Options:
     """Images in a batch."""
     workers: int = field(default_factory=default_workers)
     """Processes that read images."""
-    device: str = field(default_factory=default_device)
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
 
     def check(self) -> None:
         """
         Raises:
             ValueError: an option has a value that is refused, or two contradict each other.
         """
+        self.device = check_device(self.device)
         check_int8(self.int8, self.precision, self.device)
         for name, least in (("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
@@ -67,7 +61,15 @@ class Options:
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup index")
     options.check()
-    check_device(options.device)
+    from torch import Tensor
+
+    from ..clip.accelerate import for_inference
+    from ..data.image_files import image_files, passed_over
+    from ..evaluate.encode import encode_images
+    from ..pretrained import factory, model_names, origin
+    from ..search import probe_picture, update_index
+    from ..search.image_index import Encoder, digest
+
     origin.refuse_random_weights("pretrained", options.model, options.pretrained)
     records = image_files(options.images)
     model, _, preprocess = factory.create_model_and_transforms(

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from PIL import Image
-from torch import nn
 
-from .. import checks
 from ..atomic_files import replace_files
-from ..clip.accelerate import for_inference
-from ..data.image_files import image_files
 from ..data.images import upright
-from ..data.loaders import eval_samples
-from ..data.sample_index import Record, read_image
-from ..evaluate.labelled_images import read_lines
-from ..inspection.expert_report import inspect_experts
-from ..precision import check_device, default_device
-from ..pretrained import factory, model_names, origin, tokenizers
-from ..pretrained.checkpoint_model import checkpoint_model
-from ..pretrained.model_directory import CONFIG_NAME
-from ..pretrained.state_dicts import read_weights
+from ..precision import check_device
+from ..pretrained import known_models
 from ..progress import progress
-from ..train import checkpoints
-from ..train.run_directory import RunDirectory
 from .flags import parse
 from .logs import errors_only
 from .outputs import check_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
+    from ..data.sample_index import Record
 
 
 @dataclass
@@ -44,7 +35,7 @@ class Options:
     laion2b_s34b_b88k
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_MODEL")]
+    run_or_model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_OR_MODEL")]
     """A directory with a sparse model, or the directory of a training run, whose last model is taken."""
     images: str | None = None
     """Directory with images (searched with its subdirectories), or evaluation shards ("test-*.tar")."""
@@ -62,8 +53,8 @@ class Options:
     """Pictures and captions that are shown whole."""
     batch_size: int = 32
     """Images, or captions, in a batch."""
-    device: str = field(default_factory=default_device)
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
 
     def check(self) -> None:
         """
@@ -83,17 +74,24 @@ class Options:
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup inspect")
     options.check()
+    path = options.run_or_model
+    if not Path(path.removeprefix(known_models.LOCAL_PREFIX)).is_dir():
+        raise FileNotFoundError(f"there is no directory {path}; expected a sparse model's or a training run's")
+    from ..clip.accelerate import for_inference
+    from ..inspection.expert_report import inspect_experts
+    from ..pretrained import factory, origin
+
     if options.dense is not None:
         origin.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
-    check_device(options.device)
+    device = check_device(options.device)
     check_file("out", options.out)
     records = [] if options.images is None else find_images(options.images)[: options.max_images]
     captions = _captions(options, records)[: options.max_images]
-    model, preprocess, tokenizer = load(options.model, options.device)
+    model, preprocess, tokenizer = load(path, device)
     model = for_inference(model)
     dense = None
     if options.dense is not None:
-        dense = factory.create_model_and_transforms(options.dense, options.dense_pretrained, device=options.device)[0]
+        dense = factory.create_model_and_transforms(options.dense, options.dense_pretrained, device=device)[0]
     skipped: dict[str, str] = {}
     seen = inspect_experts(
         model,
@@ -102,7 +100,7 @@ def main(argv: list[str]) -> int:
         preprocess=preprocess,
         tokenizer=tokenizer,
         dense=dense,
-        name=Path(options.model).resolve().name,
+        name=Path(path).resolve().name,
         batch_size=options.batch_size,
     )
     seen = dataclasses.replace(seen, skipped=skipped)
@@ -117,38 +115,15 @@ def main(argv: list[str]) -> int:
 def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
     """The model that a model's or a run's directory stands for, its transform of images, and its tokenizer.
 
-    Of an unfinished run, the newest checkpoint.
-
     Raises:
-        FileNotFoundError: there is no such directory, or neither a model nor a checkpoint in it.
+        FileNotFoundError: there is neither a model nor a checkpoint in it.
     """
-    root = Path(path.removeprefix(model_names.LOCAL_PREFIX))
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no directory {path}; expected a sparse model's or a training run's")
-    run = RunDirectory(root)
-    for directory in (root, run.model):
-        if (directory / CONFIG_NAME).is_file():
-            name = f"{model_names.LOCAL_PREFIX}{directory}"
-            model, _, preprocess = factory.create_model_and_transforms(name, device=device)
-            return model, preprocess, tokenizers.get_tokenizer(name)
-    latest = checkpoints.newest(run.checkpoints)
-    if latest is None:
-        raise FileNotFoundError(
-            f"{path} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"
-        )
-    for reason in latest.passed_over:
-        print(f"clipup inspect: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)
-    options = checks.read_json(root / "options.json")
-    named = (options.get("model") or options.get("pretrained")) if isinstance(options, dict) else None
-    if not isinstance(named, str):
-        raise ValueError(
-            f"{root / 'options.json'} names no model; expected the options of a run, as clipup train wrote them"
-        )
-    weights = read_weights(latest.path)
-    model, preprocess, model_cfg, tokenizer_files = checkpoint_model(
-        weights, latest.path, None if weights.configs.get("model_cfg") else named
-    )
-    return model.to(device), preprocess, tokenizers.from_files(model_cfg, tokenizer_files)
+    from ..pretrained import factory, tokenizers
+    from .runs import model_of
+
+    with model_of(f"{known_models.LOCAL_PREFIX}{path.removeprefix(known_models.LOCAL_PREFIX)}") as name:
+        model, _, preprocess = factory.create_model_and_transforms(name, device=device)
+        return model, preprocess, tokenizers.get_tokenizer(name)
 
 
 def find_images(source: str) -> list[Record]:
@@ -157,6 +132,9 @@ def find_images(source: str) -> list[Record]:
     Raises:
         FileNotFoundError: no such directory or shards, or no image in it.
     """
+    from ..data.image_files import image_files
+    from ..data.loaders import eval_samples
+
     if ".tar" in Path(source).name:
         return list(eval_samples(source, preprocess=None).records)
     if not Path(source).is_dir():
@@ -167,11 +145,15 @@ def find_images(source: str) -> list[Record]:
 def _captions(options: Options, records: list[Record]) -> list[str]:
     if options.captions is None:
         return [record.captions[0] for record in records if record.captions]
+    from ..evaluate.labelled_images import read_lines
+
     return read_lines(options.captions, "caption")
 
 
-def _readable(records: list[Record], skipped: dict[str, str]) -> Iterator[Image.Image]:
+def _readable(records: list[Record], skipped: dict[str, str]) -> Iterator[Image]:
     """The images that can be read; the others go into ``skipped`` with the reason."""
+    from ..data.sample_index import read_image
+
     for record in records:
         try:
             image = upright(read_image(record))

@@ -6,19 +6,19 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from ..checks import check
 from ..moe.config import MoEConfig
-from ..moe.layer import moe_layers
-from ..plan import Cluster, Plan, Rates, Subject, card, plan, propose
-from ..plan.report import Length, as_json, as_text, summary
 from ..precision import Precision
-from ..train.options import TrainOptions
-from ..train.trained_parts import lock_parts
 from .flags import MOE_FLAGS, ON_SPARSE, NoEffect, moe_rules, parse, refuse_idle
+
+if TYPE_CHECKING:
+    from ..plan import Cluster, Plan
+    from ..plan.report import Length
+    from ..train.options import TrainOptions
 
 _OF_TRAIN = (
     *("model", "moe", "moe_cfg", "precision", "grad_checkpointing", "accum_freq", "fsdp", "fsdp_replicas", "ep"),
@@ -101,15 +101,15 @@ class Options:
     """To other nodes, per GPU and direction."""
     host_gb_s: float | None = None
     """To the host's memory, per direction."""
-    gpus_per_node: int = Rates.gpus_per_node
+    gpus_per_node: int = 8
     """GPUs that share fast links."""
-    mfu: float = Rates.mfu
+    mfu: float = 0.35
     """Share of the peak at which products run, those that are computed again included. The default is an assumption."""
     images_per_second: float | None = None
     """Pairs per second of one GPU, measured with this setting on few GPUs; replaces FLOPs and mfu."""
-    link_efficiency: float = Rates.link_efficiency
+    link_efficiency: float = 0.7
     """Share of the links' rates that collectives reach. The default is an assumption."""
-    reserve: float = Cluster.reserve
+    reserve: float = 0.1
     """Memory for the allocator's fragmentation, the CUDA context and NCCL, as a share of the rest. The default is an
     assumption."""
     price: float | None = None
@@ -141,9 +141,13 @@ class Options:
             )
 
     def train_options(self) -> TrainOptions:
+        from ..train.options import TrainOptions
+
         return TrainOptions(**{name: getattr(self, name) for name in _OF_TRAIN})
 
     def cluster(self) -> Cluster:
+        from ..plan import Cluster, Rates, card
+
         given = {name: getattr(self, name) for name in _OF_CARD if getattr(self, name) is not None}
         rates = {each.name: getattr(self, each.name) for each in dataclasses.fields(Rates)}
         if self.tflops is not None:
@@ -153,6 +157,8 @@ class Options:
 
     def length(self) -> Length | None:
         """As ``clipup train`` reads indexed data: the last pairs of an epoch that fill no step are left out."""
+        from ..plan.report import Length
+
         if self.epochs is not None and self.train_num_samples is not None:
             steps = self.epochs * (self.train_num_samples // self.batch)
             return Length(steps, steps * self.batch)
@@ -176,6 +182,11 @@ RULES = [
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup plan", RULES)
     options.check()
+    from ..moe.layer import moe_layers
+    from ..plan import Subject, plan, propose
+    from ..plan.report import as_json, as_text
+    from ..train.trained_parts import lock_parts
+
     cluster = options.cluster()
     trained = options.train_options()
     subject = Subject.create(options.model, None, options.precision, options.siglip)
@@ -204,6 +215,8 @@ def _heading(options: Options, cluster: Cluster) -> str:
 
 
 def _proposal(made: Plan, proposed: Plan | None, cluster: Cluster) -> str:
+    from ..plan.report import summary
+
     if proposed is None:
         return "\nno setting fits: use more GPUs, GPUs with more memory, or a smaller batch"
     if proposed.setting() == made.setting():

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from ..atomic_files import replace_files
-from ..clip.accelerate import for_inference
-from ..evaluate.encode import encode_images, encode_texts
-from ..precision import check_device, default_device
-from ..pretrained import factory, tokenizers
-from ..search import ImageIndex, find, probe_picture, results_page
-from ..search.image_index import digest
+from ..precision import check_device
 from .flags import parse
 from .logs import errors_only
 from .outputs import check_file, printable
@@ -36,8 +31,8 @@ class Options:
     """Images per text."""
     page: Path | None = None
     """File for a page with the pictures; an earlier one is replaced."""
-    device: str = field(default_factory=default_device)
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
 
     def check(self) -> None:
         """
@@ -58,13 +53,19 @@ class Options:
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup search")
     options.check()
-    check_device(options.device)
+    from ..clip.accelerate import for_inference
+    from ..evaluate.encode import encode_images, encode_texts
+    from ..pretrained import factory, tokenizers
+    from ..search import ImageIndex, find, probe_picture, results_page
+    from ..search.image_index import digest
+
+    device = check_device(options.device)
     if options.page is not None:
         check_file("page", options.page)
     index = ImageIndex.load(options.index)
     encoder = index.encoder
     model, _, preprocess = factory.create_model_and_transforms(
-        encoder.model, encoder.pretrained, precision=encoder.precision, device=options.device
+        encoder.model, encoder.pretrained, precision=encoder.precision, device=device
     )
     model_digest = digest(model, encoder.model)
     model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)

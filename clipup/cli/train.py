@@ -11,14 +11,11 @@ import tyro
 
 from ..data.options import is_csv
 from ..moe.config import MoEConfig
-from ..train import RankLost, TrainingInterrupted, TrainOptions, train
-from ..train.distributed import Launched, failure_is_reported
-from ..train.options import GROUPS
+from ..train.launched import Launched
+from ..train.options import GROUPS, TrainOptions
 from ..train.options.key_values import KeyValues
-from ..train.rank_watch import EXIT_CODE as _RANK_LOST
-from ..train.signals import program_ends_with_the_run
 from . import open_clip_flags, say
-from .flags import MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle
+from .flags import MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle, refuse_unknown_models
 from .logs import FLAG_OF, in_one_line
 from .outputs import check_directory
 
@@ -108,6 +105,11 @@ def main(argv: list[str]) -> int:
     if options.logs is None:
         raise ValueError("logs: got None, with which nothing is saved and which is for Python only: pass a directory")
     check_directory("logs", options.logs)
+    from ..train import RankLost, TrainingInterrupted, train
+    from ..train.distributed import failure_is_reported
+    from ..train.rank_watch import EXIT_CODE
+    from ..train.signals import program_ends_with_the_run
+
     try:
         with program_ends_with_the_run():
             result = train(options)
@@ -116,7 +118,7 @@ def main(argv: list[str]) -> int:
         return _DIVERGED
     except RankLost as error:
         _say(error)
-        return _RANK_LOST
+        return EXIT_CODE
     except TrainingInterrupted as stopped:
         _say(stopped)
         return _INTERRUPTED
@@ -167,6 +169,7 @@ def _options(argv: list[str]) -> TrainOptions:
     for name, group in GROUPS.items():
         values |= {field.name: getattr(getattr(groups, name), field.name) for field in dataclasses.fields(group)}
     options = TrainOptions(**values)
+    refuse_unknown_models(options)
     refuse_idle(argv, options, RULES)
     return options
 
@@ -186,5 +189,7 @@ def _key_values() -> tyro.constructors.ConstructorRegistry:
 
 
 def _say(error: BaseException) -> None:
+    from ..train.distributed import failure_is_reported
+
     if not failure_is_reported():
         say(f"clipup train: {in_one_line(str(error))}")

@@ -6,28 +6,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import tyro
-from torch import Tensor, nn
 
 from .. import atomic_files
-from ..clip import flops
-from ..clip.inputs import CheckedTokenizer
-from ..data.loaders import load_train_data
 from ..data.options import DataOptions, is_csv
-from ..data.train_data import TrainData
 from ..locks import LOCK_FILE, exclusive
 from ..moe.config import MoEConfig
-from ..pretrained import architecture, factory, model_names, origin, saving, tokenizers
+from ..pretrained import known_models
 from ..progress import progress
-from ..upcycling.calibration import calibrate
-from ..upcycling.step0 import step0_difference
-from ..upcycling.upcycle import upcycle
 from .flags import NoEffect, moe_rules, parse
 from .logs import FLAG_OF
 from .outputs import check_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..data.train_data import TrainData
 
 TOLERANCE = 1e-4
 """Largest difference of float32 features of length 1 that is attributed to rounding."""
@@ -72,7 +68,7 @@ RULES = [
     ),
     NoEffect(
         ("random_weights",),
-        lambda options: origin.has_weights(options.model, options.pretrained),
+        lambda options: known_models.has_weights(options.model, options.pretrained),
         "on a model that has its own weights",
     ),
     *moe_rules(lambda options: options.moe),
@@ -95,6 +91,13 @@ def main(argv: list[str]) -> int:
 
 def run(options: Options) -> None:
     """Upcycles the model, checks it, and saves it to the empty output directory."""
+    import torch
+
+    from ..clip import flops
+    from ..pretrained import architecture, factory, model_names, origin, saving, tokenizers
+    from ..upcycling.step0 import step0_difference
+    from ..upcycling.upcycle import upcycle
+
     if options.calibrate_data is not None and options.moe.keeps_function:
         raise ValueError(
             f"calibrate_data={options.calibrate_data!r} is for re-initialized experts, but with reinit_ratio=0 they "
@@ -127,6 +130,11 @@ def run(options: Options) -> None:
 
 def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, preprocess: Callable[..., Any]) -> None:
     """Calibrates the sparse model and prints the error of each layer before and after."""
+    from ..clip.inputs import CheckedTokenizer
+    from ..data.loaders import load_train_data
+    from ..pretrained import tokenizers
+    from ..upcycling.calibration import calibrate
+
     assert options.calibrate_data is not None
     FLAG_OF.update(train_data="--calibrate-data", batch_size="--calibrate-batch-size")
     data = DataOptions(

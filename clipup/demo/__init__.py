@@ -1,8 +1,4 @@
 """The demonstration: a tiny CLIP is upcycled, trained on pictograms and compared with the dense baseline.
 
-``run`` does all of it and writes ``report.json`` and ``report.html``; the command is ``clipup demo``.
+``clipup.demo.run.run`` does all of it and writes ``report.json`` and ``report.html``; the command is ``clipup demo``.
 """
-
-from .run import DemoOptions, run
-
-__all__ = ["DemoOptions", "run"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,67 +25,13 @@ from ..train import Every, TrainOptions, TrainResult, train
 from ..upcycling.step0 import step0_difference
 from ..upcycling.upcycle import upcycle
 from .examples import Sample, retrieval_examples, routing_examples
+from .options import DemoOptions
 from .page import render_demo
 from .pictograms.build import build
 
-START = Path(__file__).parent / "start"
-"""The dense model in the package, trained on icons without the sets that the demonstration uses."""
-MODEL = "clipup-tiny-32"
-"""The architecture that is trained from random weights."""
-_STEPS_FROM_SCRATCH = 500
 ARMS = ("dense", "dense_continued", "clip_up")
 REPORT_FILES = ("report.json", "report.html")
 _TRAIN_RULE = "all other drawings; several captions per image, one of which is drawn at each step"
-
-
-@dataclass(frozen=True)
-class DemoOptions:
-    """Upcycles a small CLIP, trains it on pictograms, and compares it with the dense baseline (continued training).
-
-    Example: clipup demo --out runs/demo
-    """
-
-    out: str = "runs/demo"
-    """Directory for the report, the runs and the data."""
-    data: str | None = None
-    """Directory of a data set written by `clipup data`. None: the pictograms, built once in OUT/data."""
-    start: str | None = str(START)
-    """Directory of the dense model to start from; the default was trained on other icons. None: random weights."""
-    dense_steps: int | None = None
-    """Steps of the dense model before upcycling. None: 0, or 500 from random weights."""
-    continue_steps: int = 400
-    """Steps for which the dense and the sparse model continue training."""
-    batch_size: int = 256
-    """Pairs per step."""
-    lr: float = 2e-3
-    """Peak learning rate of the dense model."""
-    continue_lr: float = 2e-3
-    """Peak learning rate of continued training, dense and sparse."""
-    eval_every: int = 100
-    """Steps between points of the R@1 curves."""
-    seed: int = 0
-    """Seed of weights and data order."""
-    overwrite: bool = False
-    """Replace the report and the runs of an earlier demonstration in OUT; its data are reused."""
-
-    def __post_init__(self) -> None:
-        for name in ("continue_steps", "batch_size", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dense_steps is not None and self.dense_steps < 0:
-            raise ValueError(f"dense_steps must be 0 or more, or None, got {self.dense_steps}")
-
-    @property
-    def model(self) -> str:
-        """The name or directory of the dense model."""
-        return self.start or MODEL
-
-    @property
-    def steps_before(self) -> int:
-        """Steps of the dense model before upcycling."""
-        if self.dense_steps is not None:
-            return self.dense_steps
-        return 0 if self.start else _STEPS_FROM_SCRATCH
 
 
 def run(options: DemoOptions) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..clip import word_tokenizer
 from ..pretrained import factory, model_card, model_names
 from ..pretrained.saving import save_pretrained
-from .run import START
+from .options import START
 
 _README = """# The dense model that the demonstration starts from
 

@@ -14,8 +14,6 @@ from typing import Any, Literal, TypedDict, get_args
 
 from typing_extensions import Unpack
 
-from clipup_kernels import MAX_EXPERTS
-
 from ..checks import boolean, check, is_int, number, one_of, positive_number
 
 GateNormalization = Literal["none", "before_drop", "after_drop"]
@@ -28,6 +26,8 @@ Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
 DEFAULT_TOWERS: tuple[Tower, ...] = ("image", "text")
 
+_MAX_EXPERTS = 1 << 20
+"""clipup_kernels.MAX_EXPERTS, which cannot be imported without torch."""
 _EVALUATION_FIELDS = (
     *("num_experts", "top_k", "granularity", "shared_expert", "routing", "eval_capacity_factor", "normalize_gates"),
     *("priority", "score_function", "padding_aware"),
@@ -158,7 +158,7 @@ class MoEConfig:
         for name in ("num_experts", "top_k", "granularity"):
             check(name, getattr(self, name), is_int(getattr(self, name)), "an int", TypeError)
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        check("num_experts", self.num_experts, self.num_experts <= MAX_EXPERTS, f"at most {MAX_EXPERTS}")
+        check("num_experts", self.num_experts, self.num_experts <= _MAX_EXPERTS, f"at most {_MAX_EXPERTS}")
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}): a token goes at most once to "

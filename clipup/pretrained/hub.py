@@ -13,7 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from huggingface_hub.utils import get_session
 from open_clip.pretrained import download_pretrained_from_hf
 
-HUB_PREFIX = "hf-hub:"
+from .known_models import HUB_PREFIX as HUB_PREFIX
+
 _TIMEOUT = 5  # seconds
 _LOGGERS = (None, "open_clip.factory", "open_clip.pretrained")
 """Where open_clip logs: version 3 to the root logger, version 4 by module."""

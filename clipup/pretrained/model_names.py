@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,11 +11,10 @@ import open_clip
 
 from ..clip import word_tokenizer
 from ..extras import needed_for
-from . import hub, model_directory
+from . import hub, known_models, model_directory
+from .known_models import LOCAL_PREFIX as LOCAL_PREFIX
 
-LOCAL_PREFIX = "local-dir:"
-
-open_clip.add_model_config(Path(__file__).parent / "model_configs")  # clipup's models, by name
+open_clip.add_model_config(known_models.CONFIGS)  # clipup's models, by name
 
 
 def get_model_config(model_name: str) -> dict[str, Any]:
@@ -78,10 +76,7 @@ def check_known(model_name: str, pretrained: str | None) -> None:
     """Raises ``ValueError`` for an unknown model name, and for weights that are neither a file nor a known tag."""
     if model_name.startswith(hub.HUB_PREFIX):
         return
-    if model_name.replace("/", "-") not in open_clip.list_models():
-        close = difflib.get_close_matches(model_name, open_clip.list_models(), n=3)
-        hint = f"; similar names are {', '.join(close)}" if close else ""
-        raise ValueError(f"{model_name!r} is neither an open_clip model nor a directory{hint}")
+    known_models.check_known(model_name, open_clip.list_models())
     if pretrained and open_clip.get_pretrained_cfg(model_name, pretrained) == {} and not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
         raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag of {model_name}; its tags are {tags}")

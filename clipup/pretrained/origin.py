@@ -6,15 +6,10 @@ from pathlib import Path
 
 import open_clip
 
-from . import model_card, model_names
+from . import known_models, model_card, model_names
 from .hub import HUB_PREFIX
 
 _SHOWN_TAGS = 3
-
-
-def has_weights(model_name: str, pretrained: str | None) -> bool:
-    """Whether a model is created with weights that are not random."""
-    return bool(pretrained) or model_name.startswith(HUB_PREFIX) or model_names.directory_of(model_name) is not None
 
 
 def refuse_random_weights(argument: str, model_name: str, pretrained: str | None, alternative: str = "") -> None:
@@ -26,7 +21,7 @@ def refuse_random_weights(argument: str, model_name: str, pretrained: str | None
     Raises:
         ValueError: the model would have random weights, or is unknown.
     """
-    if has_weights(model_name, pretrained):
+    if known_models.has_weights(model_name, pretrained):
         return
     model_names.get_model_config(model_name)
     tags = open_clip.list_pretrained_tags_by_model(model_name)[:_SHOWN_TAGS]

@@ -22,12 +22,32 @@ stream WebDataset shards live for the whole run, so that from the second epoch o
 the same order, but other random crops.
 """
 
-from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
-from .loop import Trainer
-from .options import TrainOptions
-from .rank_watch import RankLost
-from .results import Every, TrainingInterrupted, TrainResult
-from .run import train
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
+    from .loop import Trainer
+    from .options import TrainOptions
+    from .rank_watch import RankLost
+    from .results import Every, TrainingInterrupted, TrainResult
+    from .run import train
+
+# Imported on first access: the options alone need no torch.
+_LAZY = {
+    "Every": "results",
+    "NonFiniteGradients": "finite",
+    "NonFiniteLoss": "finite",
+    "NonFiniteWeights": "finite",
+    "RankLost": "rank_watch",
+    "TrainOptions": "options",
+    "TrainResult": "results",
+    "Trainer": "loop",
+    "TrainingInterrupted": "results",
+    "train": "run",
+}
 
 __all__ = [
     "Every",
@@ -41,3 +61,9 @@ __all__ = [
     "TrainingInterrupted",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -4,45 +4,23 @@ from __future__ import annotations
 
 import atexit
 import functools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..precision import check_device
+from .launched import DISTRIBUTED, Launched, first_set
 from .options import TrainOptions
 from .rank_watch import Activity, RankLost, RankWatch
 
 _NO_TIMEOUT = timedelta(days=365)
 """For the process groups: ``RankWatch`` ends a run whose ranks wait in vain."""
-
-_LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
-_RANK = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-_WORLD_SIZE = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-_DISTRIBUTED = ("WORLD_SIZE", "SLURM_NTASKS")
-"""Environment variables of launchers, in the order in which they are looked up; the first one that is set counts."""
-
-
-class Launched(NamedTuple):
-    """The place of this process among those that a launcher such as torchrun started."""
-
-    local_rank: int
-    rank: int
-    world_size: int
-
-    @classmethod
-    def from_environment(cls) -> Launched:
-        return cls(_first_set(_LOCAL_RANK, 0), _first_set(_RANK, 0), _first_set(_WORLD_SIZE, 1))
-
-
-def _first_set(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 @dataclass(frozen=True)
@@ -138,14 +116,12 @@ def joined(options: TrainOptions) -> Iterator[Ranks]:
         ValueError: there is no such device.
         RankLost: another rank did not start, died, froze or failed.
     """
-    if _first_set(_DISTRIBUTED, 1) <= 1:
-        check_device(options.device)
-        yield Ranks(torch.device(options.device))
+    if first_set(DISTRIBUTED, 1) <= 1:
+        yield Ranks(torch.device(check_device(options.device)))
         return
     watch, store = _meet(options.dist_timeout)
     with watch.run(options.dist_timeout):
-        check_device(options.device)
-        yield _connect(options.device, options.dist_backend, watch, store)
+        yield _connect(check_device(options.device), options.dist_backend, watch, store)
 
 
 def unlimited_group() -> dist.ProcessGroup:

@@ -16,7 +16,6 @@ from open_clip.coca_model import CoCa
 from open_clip.loss import DistillClipLoss
 from torch import Tensor, nn
 
-from ..checks import check
 from ..precision import Precision
 from .chunked_losses import ChunkedClipLoss, ChunkedSigLipLoss, MultiPositiveClipLoss
 from .forward import drops_by_position, named_output
@@ -36,16 +35,10 @@ class Objective:
 
     option: ClassVar[str] = ""
     """The training option that selects it; "" for those that are not selected by an option."""
-    own_options: ClassVar[tuple[str, ...]] = ()
-    """Training options that no other objective reads."""
     per_pair: ClassVar[tuple[str, ...]] = _FEATURES
     """Outputs of the model that it needs, with one row per pair."""
     model_arguments: ClassVar[dict[str, float]] = {}
     """Arguments of open_clip's models that a model with random weights should be created with."""
-
-    @classmethod
-    def check_options(cls, options: TrainOptions) -> None:
-        """Raises ValueError when an option of this objective has a value that it cannot have."""
 
     @classmethod
     def check_model(cls, model: nn.Module) -> None:
@@ -147,21 +140,12 @@ class DistillationObjective(Objective):
     """
 
     option = "distill_model"
-    own_options = ("distill_pretrained",)
 
     def __init__(self, teacher: nn.Module, multi_positive: bool = False, **gathering: Any) -> None:
         """teacher: takes the same batches as the model; frozen and in evaluation mode."""
         self.teacher = teacher
         self.loss = DistillClipLoss(cache_labels=True, **gathering)
         self.over_distinct = MultiPositiveClipLoss(**gathering) if multi_positive else None
-
-    @classmethod
-    def check_options(cls, options: TrainOptions) -> None:
-        if options.distill_pretrained is not None and options.distill_model is None:
-            raise ValueError(
-                f"distill_pretrained={options.distill_pretrained!r} names weights of distill_model, which is missing; "
-                "set both or neither"
-            )
 
     @classmethod
     def check_model(cls, model: nn.Module) -> None:
@@ -208,12 +192,6 @@ class CoCaObjective(Objective):
         self.pad_id, self.caption_weight, self.contrastive_weight = pad_id, caption_weight, contrastive_weight
 
     @classmethod
-    def check_options(cls, options: TrainOptions) -> None:
-        for name in cls.own_options:
-            weight = getattr(options, name)
-            check(name, weight, math.isfinite(weight) and weight >= 0, "0 or more")
-
-    @classmethod
     def check_model(cls, model: nn.Module) -> None:
         if _has_bias(model):
             raise ValueError("a CoCa's contrastive loss has no bias; create the model without init_logit_bias")
@@ -239,34 +217,13 @@ class CoCaObjective(Objective):
 
 
 _BY_OPTION = (SigmoidObjective, MultiPositiveObjective, DistillationObjective)
-_ALL = (ContrastiveObjective, *_BY_OPTION, CoCaObjective)
 
 
 def selected(options: TrainOptions) -> type[Objective]:
-    """The objective that the options select for a model without a decoder.
-
-    Raises:
-        ValueError: they select more than one.
-    """
+    """The objective that the options select for a model without a decoder; that of a teacher takes ``multi_positive``
+    too."""
     found = [objective for objective in _BY_OPTION if getattr(options, objective.option) not in (None, False)]
-    if found == [MultiPositiveObjective, DistillationObjective]:
-        return DistillationObjective
-    if len(found) > 1:
-        raise ValueError(
-            f"{' and '.join(objective.option for objective in found)} select different losses, and a run has one; "
-            "leave all but one out"
-        )
-    return found[0] if found else ContrastiveObjective
-
-
-def check_options(options: TrainOptions) -> None:
-    """
-    Raises:
-        ValueError: the options select more than one objective, or one of its options has a wrong value.
-    """
-    selected(options)
-    for objective in _ALL:
-        objective.check_options(options)
+    return found[-1] if found else ContrastiveObjective
 
 
 def create_objective(options: TrainOptions, model: nn.Module, ranks: Ranks, precision: Precision) -> Objective:

@@ -240,7 +240,7 @@ def _create(options: TrainOptions, device: torch.device, precision: Precision, t
             )
         name, pretrained = pretrained, None
     assert name is not None  # check_complete
-    model_cfg = options.overridden(model_names.get_model_config(name))
+    model_cfg = architecture.overridden(model_names.get_model_config(name), options.model_overrides())
     fresh = pretrained is None and model_names.directory_of(name) is None
     init: dict[str, Any] = selected(options).model_arguments if fresh else {}
     model, *transforms = factory.create_model_and_transforms(

@@ -13,7 +13,6 @@ from typing import Any, cast, get_type_hints
 
 from ...moe.config import MoEConfig
 from ...precision import Precision
-from ..objectives import check_options
 from .data import EvaluationOptions, ImageTransformOptions, TrainingDataOptions
 from .group import OptionGroup
 from .loss import LossOptions
@@ -80,7 +79,6 @@ class TrainOptions(
             raise ValueError(
                 f"resume_dense carries over AdamW's moments, which opt {self.opt!r} does not have; use adamw"
             )
-        check_options(self)
 
     def precision_on(self, device_type: str) -> Precision:
         """The precision of a run on "cuda" or "cpu"."""

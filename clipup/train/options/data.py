@@ -6,8 +6,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from open_clip.transform import AugmentationCfg
-
 from ...checks import check
 from ...data.images import check_max_pixels
 from ...data.options import DataOptions, SourceOptions
@@ -92,7 +90,10 @@ class ImageTransformOptions(OptionGroup):
     """How images get the model's shape in evaluation: crop what exceeds it, pad what is short of it, or distort."""
 
     def check(self) -> None:
-        known = [field.name for field in dataclasses.fields(AugmentationCfg)]
+        if self.aug_cfg:
+            from open_clip.transform import AugmentationCfg  # seconds, which --help must not wait for
+
+            known = [field.name for field in dataclasses.fields(AugmentationCfg)]
         for key in self.aug_cfg:
             check("a key of aug_cfg", key, key in known, f"one of {', '.join(known)}")
         for name in ("image_mean", "image_std"):

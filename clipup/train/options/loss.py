@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ...checks import check
@@ -38,3 +39,16 @@ class LossOptions(OptionGroup):
     def check(self) -> None:
         size = self.loss_chunk_size
         check("loss_chunk_size", size, size is None or size >= 1, "at least 1, or None")
+        for name in ("coca_caption_loss_weight", "coca_contrastive_loss_weight"):
+            weight = getattr(self, name)
+            check(name, weight, math.isfinite(weight) and weight >= 0, "0 or more")
+        if self.distill_pretrained is not None and self.distill_model is None:
+            raise ValueError(
+                f"distill_pretrained={self.distill_pretrained!r} names weights of distill_model, which is missing; "
+                "set both or neither"
+            )
+        losses = [name for name in ("siglip", "multi_positive", "distill_model") if getattr(self, name)]
+        if len(losses) > 1 and "siglip" in losses:
+            raise ValueError(
+                f"{' and '.join(losses)} select different losses, and a run has one; leave all but one out"
+            )

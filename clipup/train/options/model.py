@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...checks import check
-from ...pretrained import architecture
 from .group import OptionGroup
 
 
@@ -57,7 +56,3 @@ class ModelOptions(OptionGroup):
         """The arguments of open_clip's factory that differ from its defaults."""
         names = (field.name for field in dataclasses.fields(ModelOptions) if field.name.startswith("force_"))
         return {name: getattr(self, name) for name in names if getattr(self, name) not in (None, False)}
-
-    def overridden(self, model_cfg: dict[str, Any]) -> dict[str, Any]:
-        """The ``model_cfg`` of the model that open_clip's factory makes of this one under the options."""
-        return architecture.overridden(model_cfg, self.model_overrides())

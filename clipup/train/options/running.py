@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from ...checks import check
-from ...precision import Precision, default_device
+from ...precision import Precision
 from .group import OptionGroup
 
 _SAME_PRECISION = {"amp_bfloat16": "amp_bf16"}
@@ -36,8 +36,8 @@ class SpeedOptions(OptionGroup):
     """Backend of torch.compile. None: inductor."""
     torchcompile_mode: str | None = None
     """Mode of the backend inductor: default, reduce-overhead, max-autotune."""
-    device: str = field(default_factory=default_device)
-    """cpu, cuda or cuda:N."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N. auto: cuda if torch finds a GPU, else cpu."""
 
     def check(self) -> None:
         self.precision = _SAME_PRECISION.get(self.precision or "", self.precision)

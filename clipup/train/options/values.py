@@ -7,13 +7,11 @@ import types
 import typing
 from typing import Any, Literal, Union
 
-import torch
-
 from ...checks import check, without_numpy
 
 _MAY_BE_INFINITE = ("opt_kwargs",)
 """Options that check this themselves."""
-_LARGEST = torch.finfo(torch.float32).max
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 _WORDS: dict[Any, str] = {
     bool: "True or False",
     int: "a whole number",

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 from tiny_clip import tiny_clip, tiny_config
 
@@ -11,6 +12,7 @@ import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import COMMANDS, main
 from clipup.cli.upcycle import check_step0
+from clipup.pretrained import known_models
 
 ROOT = Path(__file__).parents[3]
 
@@ -136,7 +138,11 @@ def run_without_torch(tmp_path, *arguments):
 
 @pytest.mark.parametrize(
     ("arguments", "program"),
-    [(["flops", "ViT-B-32"], "clipup flops"), (["train", "--help"], "clipup train"), (["--version"], "clipup")],
+    [
+        (["flops", "ViT-B-32"], "clipup flops"),
+        (["train", "--model", "ViT-B-32"], "clipup train"),
+        (["--version"], "clipup"),
+    ],
 )
 def test_interrupt_while_torch_is_imported_prints_no_traceback(tmp_path, arguments, program):
     result = run_without_torch(tmp_path, *arguments)
@@ -147,6 +153,32 @@ def test_interrupt_while_torch_is_imported_prints_no_traceback(tmp_path, argumen
 def test_help_and_typos_are_answered_without_torch(tmp_path, arguments, code):
     result = run_without_torch(tmp_path, *arguments)
     assert result.returncode == code and "upcycle" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"clip-benchmark"}))  # whose help is CLIP_benchmark's own
+def test_help_of_a_command_needs_no_torch(tmp_path, command):
+    result = run_without_torch(tmp_path, command, "--help")
+    assert result.returncode == 0 and "usage: clipup" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "eval ViT-B-61 --val-data a.csv",
+        "upcycle ViT-B-61 out",
+        "train --model ViT-B-61 --train-data a.csv",
+        "index photos out --model ViT-B-61",
+        "flops ViT-B-61",
+        "plan --model ViT-B-61 --gpus 8 --batch 8",
+    ],
+)
+def test_a_model_that_does_not_exist_is_refused_without_torch(tmp_path, line):
+    result = run_without_torch(tmp_path, *line.split())
+    assert result.returncode == 2 and "'ViT-B-61' is neither an open_clip model nor a directory" in result.stderr
+
+
+def test_models_are_known_by_their_files_as_by_open_clip():
+    assert known_models.packaged() == set(open_clip.list_models())
 
 
 def test_flops_prints_only_json(capsys, caplog):

@@ -80,7 +80,10 @@ def refused(place, capsys, monkeypatch):
         ),
         ("train --model dense --train-data x.csv --logs x.csv", "--logs: PLACE/x.csv is a file; expected a directory"),
         ("train --model dense --train-data x.csv --logs None", "--logs: got None, with which nothing is saved"),
-        ("train --model dense --train-data x.csv --device gpu", "--device is 'gpu', expected cpu, cuda or cuda:N"),
+        (
+            "train --model dense --train-data x.csv --device gpu",
+            "--device is 'gpu', expected auto, cpu, cuda or cuda:N",
+        ),
         (
             "upcycle ViT-B-32 out",
             "pretrained is missing, so ViT-B-32 would have random weights; pass a file of weights",
@@ -93,7 +96,7 @@ def refused(place, capsys, monkeypatch):
         ("eval ViT-B-32 --val-data x.csv", "or --random-weights to measure random weights"),
         ("eval ViT-B-32 --pretrained openai --val-data nowhere.csv", "--val-data: there is no file nowhere.csv"),
         ("eval dense --val-data x.csv --out jpegs", "out: jpegs is a directory; expected the path of a file"),
-        ("eval dense --val-data x.csv --device gpu", "--device is 'gpu', expected cpu, cuda or cuda:N"),
+        ("eval dense --val-data x.csv --device gpu", "--device is 'gpu', expected auto, cpu, cuda or cuda:N"),
         ("eval dense --val-data val_data.csv", "--val-data: there is no file val_data.csv"),
         (
             "eval dense --val-data x.csv --csv-caption-key text",

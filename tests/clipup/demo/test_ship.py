@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 import clipup
-from clipup.demo.run import START
+from clipup.demo.options import START
 from clipup.demo.ship import ship
 from clipup.pretrained import factory, model_names, tokenizers
 from clipup.pretrained.model_directory import WEIGHTS_NAME

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from typing import get_args, get_type_hints
 
 import benchmark_layouts as layouts
 import open_clip
 import pytest
+import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -120,7 +122,29 @@ def test_a_directory_without_a_model_is_named(tmp_path, val_data, capsys):
 
     assert run(tmp_path / "nothing", "--val-data", val_data) == 2
 
-    assert "no open_clip_config.json" in capsys.readouterr().err
+    assert "holds neither a model (open_clip_config.json" in capsys.readouterr().err
+
+
+def test_a_run_stands_for_its_model(directory, val_data, tmp_path, capsys):
+    """That of a finished run; of another one the newest checkpoint."""
+    finished, unfinished = tmp_path / "finished", tmp_path / "unfinished"
+    finished.mkdir()
+    shutil.copytree(directory, finished / "model")
+    (unfinished / "checkpoints").mkdir(parents=True)
+    (unfinished / "options.json").write_text(json.dumps({"model": str(directory), "pretrained": None}))
+    weights = clipup.create_model_and_transforms(str(directory))[0].state_dict()
+    config = json.loads((directory / "open_clip_config.json").read_text())["moe_cfg"]
+    state = {"epoch": 0, "step": 3, "optimizer": {}, "state_dict": weights, "moe_cfg": config}
+    torch.save(state, unfinished / "checkpoints" / "epoch_latest.pt")
+
+    found = [
+        results(place, capsys, "--val-data", val_data, "--precision", "bf16")["retrieval"]
+        for place in (directory, finished, unfinished)
+    ]
+
+    assert found[0] == found[1] == found[2]
+    assert run(finished, "--val-data", val_data, "--card") == 0
+    assert "text_to_image_R@1" in (finished / "model" / "README.md").read_text()
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_ids_is_named(model_cfg, val_data, classes, tmp_path, capsys):

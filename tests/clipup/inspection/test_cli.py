@@ -12,7 +12,8 @@ from sparse_clip import CAPTIONS, dense_clip, pictures, sparse_clip, sparse_conf
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from clipup import save_pretrained
-from clipup.cli import inspect, main
+from clipup.cli import main
+from clipup.inspection import expert_report
 from clipup.moe.layer import SparseMoE
 from clipup.moe.prepared import PreparedMoE
 
@@ -65,7 +66,7 @@ def test_a_model_with_images_and_captions_is_a_page(model, images, captions, tmp
 def test_photos_stand_upright(model, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(
-        inspect, "inspect_experts", lambda model, images, *args, **options: shown.extend(images) or 1 / 0
+        expert_report, "inspect_experts", lambda model, images, *args, **options: shown.extend(images) or 1 / 0
     )
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter, as phones store it

@@ -1,8 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 
 from clipup.cli import main
+from clipup.cli.plan import Options
+from clipup.plan import Cluster, Rates
 
 RUN = ["plan", "--model", "clipup-tiny-32", "--gpus", "8", "--batch", "1024"]
 
@@ -125,3 +128,9 @@ def test_wrong_options_are_refused_by_name(arguments, message, capsys):
 def test_impossible_values_are_refused_by_name(arguments, message, capsys):
     assert main([*RUN, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_defaults_of_the_command_are_those_of_the_plan():
+    options = Options(model="ViT-B-32", gpus=8, batch=8)
+    assert options.reserve == Cluster.reserve
+    assert all(getattr(options, rate.name) == rate.default for rate in dataclasses.fields(Rates))

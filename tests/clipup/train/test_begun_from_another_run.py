@@ -481,7 +481,7 @@ def test_the_command_line_discards_a_run_for_a_checkpoint_of_another_one(monkeyp
         seen.append(options)
         raise ValueError("not trained")
 
-    monkeypatch.setattr("clipup.cli.train.train", stop)
+    monkeypatch.setattr("clipup.train.run.train", stop)
     command = ["train", "--model", "ViT-B-32", "--name", "b", "--force", "--resume"]
 
     assert main([*command, "latest"]) == 2

@@ -159,7 +159,7 @@ def test_help_groups_the_options_by_what_they_are_about(capsys):
 
 def test_every_option_of_a_run_is_a_flag_and_keeps_its_default(monkeypatch):
     taken = []
-    monkeypatch.setattr("clipup.cli.train.train", lambda options: taken.append(options) or sys.exit())
+    monkeypatch.setattr("clipup.train.run.train", lambda options: taken.append(options) or sys.exit())
     monkeypatch.setattr("clipup.cli.train.check_directory", lambda *_: None)
 
     for arguments in ([], ["--lr", "0.25", "--num-experts", "4", "--moe"]):

@@ -1,0 +1,56 @@
+"""The models that names and directories on the command line stand for."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .. import checks
+from ..pretrained import model_names, saving
+from ..pretrained.checkpoint_model import checkpoint_model
+from ..pretrained.model_directory import CONFIG_NAME
+from ..pretrained.state_dicts import read_weights
+from ..train import checkpoints
+from ..train.run_directory import RunDirectory
+
+
+@contextmanager
+def model_of(name: str) -> Iterator[str]:
+    """The model that a name, a model's directory or a training run's stands for, as ``factory`` takes it.
+
+    Of a run that is not finished, the newest checkpoint, in a directory that is removed afterwards.
+
+    Raises:
+        FileNotFoundError: a directory holds neither a model nor a checkpoint.
+    """
+    root = model_names.directory_of(name)
+    if root is None:
+        yield name
+        return
+    run = RunDirectory(root)
+    for directory in (root, run.model):
+        if (directory / CONFIG_NAME).is_file():
+            yield f"{model_names.LOCAL_PREFIX}{directory}"
+            return
+    latest = checkpoints.newest(run.checkpoints)
+    if latest is None:
+        raise FileNotFoundError(
+            f"{root} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"
+        )
+    for reason in latest.passed_over:
+        print(f"clipup: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)
+    options = checks.read_json(root / "options.json")
+    named = (options.get("model") or options.get("pretrained")) if isinstance(options, dict) else None
+    if not isinstance(named, str):
+        raise ValueError(
+            f"{root / 'options.json'} names no model; expected the options of a run, as clipup train wrote them"
+        )
+    weights = read_weights(latest.path)
+    own = weights.configs.get("model_cfg")
+    model, _, model_cfg, tokenizer_files = checkpoint_model(weights, latest.path, None if own else named)
+    with tempfile.TemporaryDirectory() as temporary:
+        saving.save_with_tokenizer(model, Path(temporary), model_cfg, tokenizer_files)
+        yield f"{model_names.LOCAL_PREFIX}{temporary}"
