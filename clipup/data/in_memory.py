@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from ..progress import Progress
 from .epoch_order import EpochOrder
 from .options import DataOptions
-from .processes import reading
+from .processes import reading, worker_init_fn
 from .random_choices import own_choices, seed_choices
 from .retries import Retries
-from .sample_index import Images, Record, check_found, csv_records, tar_records
+from .sample_index import Images, Record, check_found, csv_records, readable, tar_records
 from .skips import Notes
 from .train_data import Reader, Start, TrainData, described, global_batches
 
@@ -62,14 +62,14 @@ class CachedLoader:
 
     def __init__(self, records: Sequence[Record], options: DataOptions, reader: Reader, progress: bool) -> None:
         self.start = Start()
-        self.images, readable = _read(records, options, reader, progress)
+        self.images, good = _read(records, options, reader, progress)
         reader.skips.check(len(self.images) + int(reader.skips))
         self.pass_counts = (len(self.images) + int(reader.skips)) / reader.world_size, dict(reader.skips.samples)
         self.order = EpochOrder(len(self.images), options.seed)
         self.batches = global_batches(len(self.images), options, reader)
         self.num_batches = self.batches.of_rank
         self.num_samples = self.batches.steps * self.batches.global_size
-        kept = [record for record, good in zip(records, readable, strict=True) if good]
+        kept = [record for record, is_good in zip(records, good, strict=True) if is_good]
         self.digest = _digest(kept)
         # the index of an image's first caption; images with equal captions share them
         start: dict[tuple[str, ...], int] = {}
@@ -137,10 +137,11 @@ def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progr
         batch_size=_READ_BATCH,
         num_workers=options.workers,
         collate_fn=_keep_readable,
+        worker_init_fn=worker_init_fn(),
         generator=torch.Generator(),
     )
     images: Tensor | None = None
-    readable: list[bool] = []
+    good: list[bool] = []
     filled = 0
     shown = Progress("reading images into memory", "images", len(records), show=progress)
     with shown as bar, reading(loader) as batches:
@@ -148,8 +149,8 @@ def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progr
             reader.skips.add_retries(retried)
             for reason in reasons:
                 if reason:
-                    reader.skips.note(records[len(readable)].named, reason)
-                readable.append(not reason)
+                    reader.skips.note(records[len(good)].named, reason)
+                good.append(not reason)
             if batch is not None:
                 if images is None:
                     _check_memory(len(records), batch[0], reader.world_size)
@@ -159,14 +160,12 @@ def _read(records: Sequence[Record], options: DataOptions, reader: Reader, progr
             bar.update(len(reasons))
     if images is None:
         raise ValueError(f"train_data: none of the {len(records)} images can be read; {reader.skips.first}")
-    return images[:filled], readable
+    return images[:filled], good
 
 
 def _keep_readable(items: list[_Item]) -> tuple[Tensor | None, list[str], list[tuple[str, str]]]:
     """Of a batch: the readable images, why each of the others cannot be read ("" for none), and what was read again."""
-    good = [image for image, _ in items if isinstance(image, Tensor)]
-    reasons = ["" if isinstance(image, Tensor) else image for image, _ in items]
-    return torch.stack(good) if good else None, reasons, [one for _, retried in items for one in retried]
+    return *readable([image for image, _ in items]), [one for _, retried in items for one in retried]
 
 
 def _check_memory(count: int, image: Tensor, world_size: int) -> None:

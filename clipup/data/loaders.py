@@ -19,9 +19,9 @@ from .images import MAX_PIXELS
 from .in_memory import cached_data
 from .indexed_batches import indexed_data
 from .options import DataOptions, SourceOptions
-from .processes import reading
+from .processes import reading, worker_init_fn
 from .retries import Retries
-from .sample_index import Images, Record, check_found, csv_records, tar_records
+from .sample_index import Images, Record, check_found, csv_records, readable, tar_records
 from .shard_names import describe, digest_of, expand_shards, is_remote, listed_shards, sizes_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
 from .skips import Skips
@@ -221,22 +221,22 @@ class EvalSamples:
             self._images(),
             batch_size=batch_size,
             num_workers=workers,
-            collate_fn=list,
+            collate_fn=readable,
+            worker_init_fn=worker_init_fn(),
             generator=torch.Generator(),
         )
         records = iter(self.records)
         with reading(loader) as batches:
-            for items in batches:
+            for images, reasons in batches:
                 kept = []
-                for item, record in zip(items, records, strict=False):
-                    if isinstance(item, Tensor):
-                        kept.append((item, record))
+                for reason, record in zip(reasons, records, strict=False):
+                    if reason:
+                        self._note(record, reason)
                     else:
-                        self._note(record, item)
+                        kept.append(record)
                 if kept:
-                    images = torch.stack([image for image, _ in kept])
-                    captions = [list(record.captions) for _, record in kept]
-                    yield images, captions, [dict(record.metadata) for _, record in kept]
+                    captions = [list(record.captions) for record in kept]
+                    yield images, captions, [dict(record.metadata) for record in kept]
 
     def _images(self) -> Images:
         assert self.preprocess is not None  # set before images are read

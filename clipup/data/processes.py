@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import functools
 import importlib
 import multiprocessing
@@ -113,9 +114,9 @@ def _prepare_for_map(end: Connection) -> None:
 def worker_init_fn() -> Callable[[int], None]:
     """``worker_init_fn`` for a data loader whose workers ignore Ctrl-C, SIGTERM and SIGHUP.
 
-    These signals reach the whole process group, and a run that finishes its step and saves needs its workers so long.
-    Workers end with their parent, without a word if it was killed. At exit the parent sends them SIGTERM, which they
-    ignore, and would wait forever, so remaining workers are killed at exit.
+    These signals reach all processes of a job, and the parent decides when its workers end. Each leads a process group:
+    when it is killed, or its parent ends, even while its source stalls, the programs that it started end too. At exit
+    the parent sends SIGTERM, which workers ignore, and would wait forever, so remaining workers are killed at exit.
     """
     _register_at_exit()
     return _prepare_worker
@@ -126,32 +127,44 @@ class LostWorker(ChildProcessError):
 
     @classmethod
     def after(cls, error: BaseException) -> LostWorker:
+        if _fills_shared_memory(error):
+            return cls(SHARED_MEMORY_FULL)
         reason = next(iter(str(error).splitlines()), type(error).__name__).removesuffix(".")
         return cls(
             f"a data worker has ended ({reason}), perhaps killed for lack of memory: use fewer workers, or free memory"
         )
 
 
-@contextmanager
-def lost_workers_named() -> Iterator[None]:
-    """Inside, LostWorker takes the place of torch's error."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise LostWorker.after(error) from error
+SHARED_MEMORY_FULL = (
+    "shared memory (/dev/shm), in which data workers hand over their batches, is full: give the container more of it "
+    "(docker run --shm-size=8g, or --ipc=host), use fewer workers, or a smaller batch"
+)
+
+
+def _fills_shared_memory(error: BaseException) -> bool:
+    """Whether torch could not get shared memory, in a worker or here, or multiprocessing a semaphore."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC and error.filename is None
+    text = str(error)
+    return ("</torch_" in text and os.strerror(errno.ENOSPC) in text) or "killed by signal: Bus error" in text
 
 
 @contextmanager
-def broken_connections_named() -> Iterator[None]:
-    """Inside, while data are read, LostWorker takes the place of the error of a broken connection to a worker."""
+def lost_workers_named(iterator: Any = None) -> Iterator[None]:
+    """Inside, while data are read, LostWorker takes the place of torch's error and of that of a broken connection.
+
+    Args:
+        iterator: a data loader's, whose workers tell of what they died.
+    """
     try:
         yield
-    except (ConnectionError, EOFError) as error:
-        if _was_raised_by_worker(error):
-            raise
-        raise LostWorker.after(error) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        if any(worker.exitcode == -signal.SIGBUS for worker in getattr(iterator, "_workers", ())):
+            raise LostWorker(SHARED_MEMORY_FULL) from error
+        ended = isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader worker")
+        if _fills_shared_memory(error) or (ended and not _was_raised_by_worker(error)):
+            raise LostWorker.after(error) from error
+        raise
 
 
 def detect_lost_workers_when_reading(handler: Any = signal.SIG_DFL) -> None:
@@ -223,7 +236,7 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
 
 
 def _with_errors_named(iterator: Iterator[Any]) -> Iterator[Any]:
-    with _errors_of_workers_as_raised(), lost_workers_named(), broken_connections_named():
+    with _errors_of_workers_as_raised(), lost_workers_named(iterator):
         yield from iterator
 
 
@@ -257,13 +270,25 @@ def _end_workers_of(iterator: Any) -> None:
 def _kill(processes: Iterable[Any]) -> None:
     for process in processes:
         process.kill()
+        with suppress(OSError):  # what a data worker has started, such as curl: it may wait for a server
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _prepare_worker(worker: int) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        os.setpgid(0, 0)
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     sys.excepthook = functools.partial(_report, sys.excepthook)
+
+
+def _end_with(parent: int) -> None:
+    """torch's workers notice that their parent has ended only where they wait for it, not while they read."""
+    wait([parent])
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _report(

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from .csv_rows import CsvFormat, readable_rows, row_name
 from .images import MAX_PIXELS, load_image, preprocessed
@@ -96,6 +96,13 @@ class Images(Dataset):
                 "[C, H, W]: end it with torchvision.transforms.ToTensor()"
             )
         return tensor
+
+
+def readable(images: list[Tensor | str]) -> tuple[Tensor | None, list[str]]:
+    """Of a batch of `Images`: the readable ones [B, C, H, W], in shared memory where a worker calls it, and why each of
+    all cannot be read ("" for none)."""
+    good = [image for image in images if isinstance(image, Tensor)]
+    return default_collate(good) if good else None, ["" if isinstance(image, Tensor) else image for image in images]
 
 
 def tar_records(

@@ -190,8 +190,7 @@ class ReadShards:
                 raise_lack(error, partial(str, name))
                 raise
             finally:
-                with suppress(OSError):  # of a program that delivered too little, which is noted
-                    file.close()
+                _leave(file)
 
     def _skip(self, name: str, reason: object, samples: int) -> None:
         self.notes.met += samples
@@ -204,7 +203,7 @@ def opened(shard: str) -> BinaryIO:
     try:
         begin = file.read(tarfile.BLOCKSIZE)
     except BaseException:
-        file.close()
+        _leave(file)
         raise
     if not begin:
         file.close()  # raises OSError if the program has failed
@@ -212,11 +211,21 @@ def opened(shard: str) -> BinaryIO:
     return cast("BinaryIO", Begun(begin, file))
 
 
+def _leave(file: BinaryIO) -> None:
+    """Closes a shard, read to its end or not. A program that delivers it may be waiting for a server: it is killed."""
+    program = getattr(file, "proc", None)
+    if program is not None:
+        program.kill()
+    with suppress(OSError):  # of a program that delivered too little, which is noted
+        file.close()
+
+
 class Begun:
     """A file of which the beginning is read already."""
 
     def __init__(self, begin: bytes, file: BinaryIO) -> None:
         self._begin, self._file = begin, file
+        self.proc = getattr(file, "proc", None)
 
     def read(self, size: int = -1) -> bytes:
         if not self._begin:

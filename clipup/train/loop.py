@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..data.processes import broken_connections_named, detect_lost_workers_when_reading
+from ..data.processes import LostWorker, detect_lost_workers_when_reading, lost_workers_named
 from ..precision import Precision
 from . import checkpoints, optimizer_upcycling, parallel, rng
 from .distributed import Ranks
@@ -23,7 +23,7 @@ from .run_checkpoints import RunCheckpoints
 from .run_directory import RunDirectory, Start
 from .run_state import Clock, Length, RunState
 from .setup import Built
-from .signals import StopRequest
+from .signals import StopRequest, StopWaiting
 from .step import Batch, StepLosses, TrainStep
 from .step_record import step_record
 from .training_data import Epochs, lost_workers_explained
@@ -70,6 +70,7 @@ class Trainer:
         self.state = RunState()
         self._start: Start | None = None
         self._continues = False
+        self._lost: LostWorker | None = None
         self.clock = Clock(self.state)
         self.checkpoints = RunCheckpoints(
             *(options, built, self.train_step, self.state, self.guard, ranks, directory),
@@ -173,8 +174,9 @@ class Trainer:
             for _ in range(done if self._data_rng else 0):
                 self._next(steps)
             self.clock.restart()
-            while self.state.step < self.length.steps:
-                batches = self._next(steps)
+            while True:
+                batches = self._next(steps) if self.state.step < self.length.steps else None
+                self._end_if_asked()
                 if batches is None:
                     break
                 self._one_step(batches)
@@ -185,24 +187,40 @@ class Trainer:
             self._end_epoch()
 
     def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
-        """The next step's batches, None at the end of the epoch."""
+        """The next step's batches, None at the end of the epoch and where the run should end."""
         self.ranks.doing("reading data", self.state.step + 1)
-        try:
-            drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
-            with self.clock.waiting(), drawing, broken_connections_named():
-                batches = next(steps, None)
-        except (RuntimeError, ValueError, OSError):
-            if self.stop.received and not self.ranks.several:  # the signal may have ended the data workers
-                self._interrupt()
-            raise
+        batches = None
+        drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
+        with self._waiting(), self.clock.waiting(), drawing, lost_workers_named():
+            batches = next(steps, None)
         detect_lost_workers_when_reading()
         return batches
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Inside, a request to stop, or the loss of a data worker, ends the wait, and `_end_if_asked` the run."""
+        try:
+            with self.stop.waiting():
+                yield
+        except StopWaiting:
+            pass
+        except (RuntimeError, ValueError, OSError) as error:
+            if self.stop.received:  # the signal may have ended the data workers
+                return
+            if not isinstance(error, LostWorker):
+                raise
+            self._lost = error
+
+    def _end_if_asked(self) -> None:
+        """Ends the run if a rank was asked to stop or has lost a data worker. All ranks are between the same steps."""
+        self.ranks.doing("computing the step", self.state.step + 1, timed=True)
+        if self.ranks.any(self.stop.received or self._lost is not None):
+            self._interrupt()
 
     def _one_step(self, batches: list[Batch]) -> None:
         state, options = self.state, self.options
         if not options.skip_scheduler:
             self.set_lr(state.step)
-        self.ranks.doing("computing the step", state.step + 1, timed=True)
         last = state.step + 1 == self.length.steps
         logged = last or (state.step + 1) % options.log_every_n_steps == 0
         with self.clock.computing():
@@ -220,9 +238,8 @@ class Trainer:
         for callback in self.callbacks:
             if state.step % callback.steps == 0 or last:
                 self.evaluations.run(callback.function)
-        if self.ranks.any(self.stop.received):
-            self._interrupt()
-        if options.save_every_n_steps and state.step % options.save_every_n_steps == 0:
+        due = options.save_every_n_steps and state.step % options.save_every_n_steps == 0
+        if due and not self.ranks.any(self.stop.received):  # else the run ends, and saves then
             self._save(checkpoints.LATEST)
 
     def _seed_batch(self, index: int) -> None:
@@ -267,10 +284,19 @@ class Trainer:
 
     def _after_epoch(self) -> None:
         """What comes after an epoch's checkpoint; a run that was killed before its end does it when it resumes."""
-        self.evaluations.validate_epoch()
+        self._validate(self.evaluations.validate_epoch)
         epoch, every = self.state.epoch, self.options.save_frequency
         if self.options.delete_previous_checkpoint and every and epoch % every == 0:
             self.checkpoints.delete_kept(epoch - every, successor=epoch)
+
+    def _validate(self, validate: Callable[[], None]) -> None:
+        """One process may leave it at any point; several ranks finish it together."""
+        if self.ranks.several:
+            validate()
+            return
+        with self._waiting():
+            validate()
+        self._end_if_asked()
 
     def _save(self, *names: str) -> Path | None:
         if self.directory is not None:
@@ -281,8 +307,10 @@ class Trainer:
 
     def _interrupt(self) -> None:
         latest = self._save(checkpoints.LATEST)
-        assert latest is not None  # without a directory signals are left alone
         self.checkpoints.wait()
+        for lost in filter(None, self.ranks.gather(self._lost)):
+            raise lost
+        assert latest is not None  # without a directory signals are left alone
         raise TrainingInterrupted(
             f"stopped after step {self.state.step} of {self.length.steps}, saved {latest}; to continue, "
             f"{self.checkpoints.command_to_continue()}",
@@ -293,7 +321,7 @@ class Trainer:
         """The last evaluation, the model directory, and the checkpoint that says that the run is finished."""
         self.guard.check_weights(self.state.step, self.model, self.optimizer, self.ranks)
         parallel.share_batch_statistics(self.model, self.ranks)
-        self.evaluations.validate()
+        self._validate(self.evaluations.validate)
         try:
             self.checkpoints.save_model()
         except OSError:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the end of the terminal (SIGHUP): finish the current step, save, then stop."""
+"""Ctrl-C, SIGTERM and the end of the terminal (SIGHUP): finish the step that is computed, save, then stop."""
 
 from __future__ import annotations
 
@@ -34,6 +34,10 @@ def program_ends_with_the_run() -> Iterator[None]:
         _program_ends = False
 
 
+class StopWaiting(BaseException):
+    """A request to stop came where a run waits. No Exception: readers skip what raises one."""
+
+
 class StopRequest:
     """While it is entered, the first SIGINT, SIGTERM or SIGHUP sets ``received``. One that is ignored stays ignored:
     SIGHUP under nohup, SIGINT in the background of a shell script. Output may lose its readers meanwhile.
@@ -45,6 +49,7 @@ class StopRequest:
     def __init__(self, enabled: bool = True) -> None:
         """``enabled=False``, or a thread other than the main one, leaves the signals alone."""
         self.received = False
+        self._waits = False
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
         self._terminated = 0.0
@@ -74,18 +79,35 @@ class StopRequest:
         if self._enabled and not ends:  # else the program has its last words to say
             self._output.stop()
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside, where the main thread waits, a request raises StopWaiting, and so does one that came before."""
+        self._waits = True
+        try:
+            if self.received:
+                raise StopWaiting
+            yield
+        finally:
+            self._waits = False
+
+    def _receive(self) -> None:
         self.received = True
+        if self._waits:
+            self._waits = False
+            raise StopWaiting
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
         signal.signal(number, self._before[signal.SIGINT])
+        self._receive()
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
         now = time.monotonic()
         self._terminated = self._terminated or now
         if now - self._terminated > REPEAT_SECONDS:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
+        self._receive()
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
-        self._terminate(number, frame)
         self._output.wait(_READERS_END_SECONDS)
+        self._terminate(number, frame)

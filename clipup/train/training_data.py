@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..data.options import DataOptions
-from ..data.processes import LostWorker, end_workers, lost_workers_named
+from ..data.processes import LostWorker, end_workers
 from ..data.train_data import TrainData
 from .objectives import Batch
 
@@ -158,7 +158,6 @@ def _union(of_ranks: Iterable[dict[str, int]]) -> dict[str, int]:
 def lost_workers_explained(advice: Callable[[], str]) -> Iterator[None]:
     """Inside, the error of a lost data worker ends with the advice on how to continue."""
     try:
-        with lost_workers_named():
-            yield
+        yield
     except LostWorker as error:
         raise LostWorker(f"{error}. {advice()}") from error

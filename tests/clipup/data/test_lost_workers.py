@@ -5,9 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from picture_samples import preprocess, tokenizer
 
 from clipup.cli import reporting_errors
@@ -54,6 +58,48 @@ def test_a_killed_data_worker_is_an_error_in_one_line(pictures, kind, capsys):
     with pytest.raises(ChildProcessError, match=MESSAGE):
         read()
     assert reporting_errors("clipup", read) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_bus_error_of_a_data_worker_names_shared_memory(pictures):
+    def unbacked(image):
+        os.kill(os.getpid(), signal.SIGBUS)
+
+    with pytest.raises(ChildProcessError, match="/dev/shm.*--shm-size.*--ipc=host"):
+        list(batches("evaluation", pictures, unbacked))
+
+
+def large(image):
+    return torch.zeros(3, 512, 512)
+
+
+SMALL_SHARED_MEMORY = ("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=4m tmpfs /dev/shm && exec "$@"', "sh")
+READS = """
+import sys, test_lost_workers
+from clipup.data.processes import LostWorker
+try:
+    list(test_lost_workers.batches(sys.argv[1], test_lost_workers.Source(sys.argv[2]), test_lost_workers.large))
+except LostWorker as error:
+    print(error)
+"""
+
+
+class Source:
+    def __init__(self, shards):
+        self.shards = lambda: shards
+
+
+def _small_shared_memory_is_allowed():
+    return sys.platform == "linux" and subprocess.run([*SMALL_SHARED_MEMORY, "true"], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["indexed", "cached", "streamed", "evaluation"])
+def test_shared_memory_that_is_full_is_an_error_that_names_it(pictures, kind):
+    if not _small_shared_memory_is_allowed():
+        pytest.skip("needs a mount namespace")
+    program = [*SMALL_SHARED_MEMORY, sys.executable, "-c", READS, kind, pictures.shards()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert "/dev/shm" in done.stdout and "--shm-size" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["indexed", "evaluation"])

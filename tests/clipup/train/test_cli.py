@@ -96,6 +96,66 @@ def test_a_signal_to_all_processes_saves_says_how_to_continue_and_exits_with_130
     assert torch.isfinite(clipup.create_model_and_transforms(str(tmp_path / "logs/run/model"))[0].logit_scale)
 
 
+def of_session(leader):
+    """Processes of a session that live, by their command."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            before, _, after = stat.read_text().rpartition(")")
+            state, _, _, session = after.split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(before)
+    return found
+
+
+def opened(fifo, process):
+    """A writer of a pipe, once somebody reads it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.02)
+    raise AssertionError(process.communicate(timeout=1)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs /proc")
+@pytest.mark.parametrize("kind, workers", [("csv", 0), ("csv", 2), ("program", 0), ("program", 1)])
+def test_a_run_whose_data_stall_stops_at_a_sigterm_with_its_last_step_saved(
+    command, csv_data, shards, tmp_path, kind, workers
+):
+    fifo, log = tmp_path / "fifo", tmp_path / "logs" / "run" / "metrics.jsonl"
+    os.mkfifo(fifo)
+    program = [sys.executable, "-m", "clipup", *command, "--epochs", "100", "--workers", str(workers)]
+    program += ["--val-frequency", "0"]
+    if kind == "program":
+        program += ["--train-data", f"pipe:exec cat {fifo}", "--dataset-type", "webdataset", "--allow-pipe"]
+        program += ["--train-num-samples", "8"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        program, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=tmp_path
+    )
+    if kind == "program":  # delivers once, and then nothing
+        with open(opened(fifo, process), "wb") as first:
+            os.set_blocking(first.fileno(), True)
+            first.write((tmp_path / "train-0.tar").read_bytes())
+    while not (log.is_file() and log.read_text()) and process.poll() is None:
+        time.sleep(0.02)
+    for image in tmp_path.glob("*.png"):
+        os.link(fifo, tmp_path / "link")
+        os.replace(tmp_path / "link", image)
+    writer = opened(fifo, process)
+
+    process.terminate()
+    error = process.communicate(timeout=60)[1]
+
+    os.close(writer)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    done = load(tmp_path / "logs" / "run" / "checkpoints" / "epoch_latest.pt")["step"]
+    assert done == log.read_text().count("\n")
+    assert of_session(process.pid) == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
 def test_a_run_whose_terminal_is_closed_saves_and_can_be_resumed(command, tmp_path, capsys):
