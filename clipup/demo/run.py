@@ -119,7 +119,6 @@ class _Stages:
             steps=steps,
             lr=lr,
             wd=0.1,
-            warmup=max(1, steps // 10),
             grad_clip_norm=1.0,
             batch_size=self.options.batch_size,
             precision="fp32",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..data.processes import LostWorker, detect_lost_workers_when_reading, lost_workers_named
 from ..precision import Precision
@@ -29,6 +29,8 @@ from .step_record import step_record
 from .training_data import Epochs, lost_workers_explained
 from .utilization import Utilization, peak_tflops
 from .validations import build_validations
+
+_Result = TypeVar("_Result")
 
 _DATA = 1
 _STEP = 2
@@ -119,7 +121,9 @@ class Trainer:
                 self.validations, *place, self.guard, self.ranks, self.reports, self.options.is_sharded
             )
             self.reports.start(notes)
-            for line in filter(None, (self.data.promise(), self.utilization.note)):
+            rises = f"the learning rate rises to {self.options.lr:g} over {self.options.warmup} steps (--warmup)"
+            lines = self.data.promise(), self.utilization.note, "" if self.options.skip_scheduler else rises
+            for line in filter(None, lines):
                 self.reports.log.info("%s", line)
             self.ranks.on_loss(how_to_continue, self.reports.recorder.failure)
             with self.ranks.rank_lost_explained(), lost_workers_explained(how_to_continue):
@@ -189,27 +193,27 @@ class Trainer:
     def _next(self, steps: Iterator[list[Batch]]) -> list[Batch] | None:
         """The next step's batches, None at the end of the epoch and where the run should end."""
         self.ranks.doing("reading data", self.state.step + 1)
-        batches = None
         drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
-        with self._waiting(), self.clock.waiting(), drawing, lost_workers_named():
-            batches = next(steps, None)
+        with self.clock.waiting(), drawing:
+            batches = self._unless_asked(lost_workers_named()(partial(next, steps, None)))
         detect_lost_workers_when_reading()
         return batches
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Inside, a request to stop, or the loss of a data worker, ends the wait, and `_end_if_asked` the run."""
+    def _unless_asked(self, act: Callable[[], _Result]) -> _Result | None:
+        """What a function returns that may be left at any point. A request to stop, or the loss of a data worker, ends
+        it with None, and then ``_end_if_asked`` the run."""
         try:
             with self.stop.waiting():
-                yield
+                return act()
         except StopWaiting:
-            pass
+            return None
         except (RuntimeError, ValueError, OSError) as error:
             if self.stop.received:  # the signal may have ended the data workers
-                return
+                return None
             if not isinstance(error, LostWorker):
                 raise
             self._lost = error
+            return None
 
     def _end_if_asked(self) -> None:
         """Ends the run if a rank was asked to stop or has lost a data worker. All ranks are between the same steps."""
@@ -294,8 +298,7 @@ class Trainer:
         if self.ranks.several:
             validate()
             return
-        with self._waiting():
-            validate()
+        self._unless_asked(validate)
         self._end_if_asked()
 
     def _save(self, *names: str) -> Path | None:

@@ -21,6 +21,7 @@ from .whole_state import PLACE, by_mesh, names_of, shard_like, whole_optimizer_s
 
 _BETAS, _EPS = (0.9, 0.98), 1e-6
 """CLIP's, of AdamW and NAdamW."""
+_LONGEST_WARMUP = 10_000
 _OF_A_RUN = ("param_names", "lr_scale", *PLACE)
 """Of a saved group, what a run sets anew; the rest, such as a count of steps, is the optimizer's own."""
 
@@ -243,12 +244,13 @@ def schedule(
     """A function of the step, from 0 on, that sets the learning rate of every group: a linear warm-up, then a cosine to
     0, a constant, or a constant with a cooldown in the last epochs."""
     cooldown = (options.epochs_cooldown or 0) * steps_of_epoch
+    warmup = warmup_steps(options, total_steps)
 
     def rate(step: int) -> float:
-        if step < options.warmup:
-            return options.lr * (step + 1) / options.warmup
+        if step < warmup:
+            return options.lr * (step + 1) / warmup
         if options.lr_scheduler == "cosine":
-            done, steps = step - options.warmup, total_steps - options.warmup
+            done, steps = step - warmup, total_steps - warmup
             return 0.5 * (1 + math.cos(math.pi * done / steps)) * options.lr
         begin = total_steps - cooldown
         if options.lr_scheduler == "const" or step < begin:
@@ -257,6 +259,11 @@ def schedule(
         return left * (options.lr - options.lr_cooldown_end) + options.lr_cooldown_end
 
     return lambda step: _set_lr(optimizer, rate(step))
+
+
+def warmup_steps(options: TrainOptions, total_steps: int) -> int:
+    """``options.warmup``, or its default in a run of this length."""
+    return min(_LONGEST_WARMUP, max(1, total_steps // 10)) if options.warmup is None else options.warmup
 
 
 def base_lr(optimizer: torch.optim.Optimizer) -> float:
@@ -275,15 +282,15 @@ def schedule_warnings(options: TrainOptions, total_steps: int, steps_of_epoch: i
     if options.skip_scheduler:
         return []
     lines = []
-    if options.warmup > total_steps:
-        default = " (the default)" if options.warmup == TrainOptions.warmup else ""
-        reached = total_steps / options.warmup
+    warmup = warmup_steps(options, total_steps)
+    if warmup > total_steps:
+        reached = total_steps / warmup
         lines.append(
-            f"a warm-up of {options.warmup} steps{default} is longer than this run of {total_steps}: the learning rate "
-            f"rises to {options.lr * reached:.3g} only, {100 * reached:.3g} % of lr; set --warmup"
+            f"a warm-up of {warmup} steps is longer than this run of {total_steps}: the learning rate "
+            f"rises to {options.lr * reached:.3g} only, {100 * reached:.3g} % of lr; set a smaller --warmup"
         )
     cooldown = (options.epochs_cooldown or 0) * steps_of_epoch
-    if options.epochs_cooldown and cooldown > total_steps - options.warmup:
+    if options.epochs_cooldown and cooldown > total_steps - warmup:
         lines.append(
             f"a cooldown of {cooldown} steps is longer than what this run of {total_steps} has after its warm-up: the "
             "learning rate drops when it begins; set a smaller --epochs-cooldown"

@@ -22,7 +22,6 @@ IDENTITY = (
     *("force_image_size", "force_context_length", "force_quick_gelu", "force_custom_text", "opt"),
 )
 """Options that identify a run. With ``pretrained`` come the normalization of images and the tokenizer."""
-_COUNTS_IN_TENSORS = ("adamw", "nadamw")
 BATCH = ("batch_size", "accum_freq", "world_size")
 """Whose product is the global batch."""
 DATA = ("dataset_type", "dataset_resampled", "train_data_upsampling_factors", "train_num_samples")
@@ -131,12 +130,12 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
         notes.append(
             f"changes without effect, because the weights come from the checkpoint: {', '.join(without_effect)}"
         )
-    if source.is_dir() and "optimizer" not in state and options.opt not in _COUNTS_IN_TENSORS:
-        notes.append(
-            f"{source} is of an earlier version, whose sharded checkpoints hold only tensors; what {options.opt} "
-            "counts besides them starts anew"
-        )
     return notes
+
+
+def warmup_of(state: dict[str, Any]) -> int | None:
+    """The warm-up of the run that wrote a checkpoint; None of open_clip_train's."""
+    return state["conditions"]["options"]["warmup"] if "conditions" in state else None
 
 
 def measured_alike(state: dict[str, Any], conditions: dict[str, Any]) -> bool:
@@ -162,9 +161,7 @@ def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> 
     if "conditions" not in state or not _within_epoch(state):
         return
     was = state["conditions"]
-    if "order" not in was:
-        causes = ["this version of clipup, which has another order of samples than the one that wrote it,"]
-    elif was["order"] is None or now["order"] is None:
+    if was["order"] is None or now["order"] is None:
         causes = _of_read_data(was, now)
     else:
         causes = _of_indexed_data(was, now)

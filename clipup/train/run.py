@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from ..precision import token_dtype
 from . import resume, rng
 from .distributed import Ranks, joined
 from .loop import Trainer
-from .optim import schedule_warnings
+from .optim import schedule_warnings, warmup_steps
 from .options import TrainOptions
 from .recorder import LOG
 from .results import Every, TrainResult
 from .run_directory import RunDirectory, run_name
+from .run_state import Length
 from .setup import build_loader, build_model, check_complete
 from .signals import StopRequest
 from .training_data import Epochs
@@ -63,6 +65,8 @@ def train(
             check_once(ranks.device, [token_dtype(precision)])
         checkpoint, notes = resume.find_checkpoint(options, directory, ranks)
         if checkpoint is not None:
+            if options.warmup is None:
+                options = replace(options, warmup=resume.warmup_of(checkpoint.state))
             notes += resume.changes(checkpoint.state, options, ranks.world_size, checkpoint.path)
         start = resume.start_of_run(checkpoint, directory, ranks)
         rng.seed_everything(options.seed)
@@ -72,6 +76,7 @@ def train(
             build_loader(options, built, ranks, first_epoch) if loader is None else loader, options.accum_freq
         )
         data.check_alike(ranks.gather)
+        options = replace(options, warmup=warmup_steps(options, Length.of(options, data.steps, 0).steps))
         trainer = Trainer(options, built, data, ranks, directory, precision, callbacks)
         if checkpoint is not None:
             trainer.restore(checkpoint.state, checkpoint.path, start)

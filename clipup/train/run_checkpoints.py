@@ -138,7 +138,7 @@ class RunCheckpoints:
             name.removeprefix(MODEL): entry.shape for name, entry in index.tensors.items() if name.startswith(MODEL)
         }
         checkpoints.check_model(self.built.model, weights, source)
-        self.sharded.load(source, index, checkpoint.get("optimizer", sharded_checkpoints.NO_VALUES))
+        self.sharded.load(source, index, checkpoint["optimizer"])
         if self.directory is not None and source.resolve().parent == self.directory.checkpoints.resolve():
             self.sharded.last = source, self.state.step
 

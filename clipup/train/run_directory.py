@@ -70,12 +70,6 @@ def _check_is_directory(path: Path) -> None:
         raise OSError(f"{path} is {what}, and should be a directory; nothing was changed")
 
 
-def _check_is_file(path: Path) -> None:
-    """Refuses a directory in its place, before anything beside it is changed."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, and should be a file; nothing was changed: remove it")
-
-
 def run_name(options: TrainOptions) -> str:
     """The name in the options, or one from date, model and learning rate."""
     if options.name:
@@ -105,12 +99,10 @@ class RunDirectory:
 
         Raises:
             DirectoryInUse: another run writes here.
-            OSError: the run's directory, or that of its checkpoints, is a file, or a link to what is not there; or a
-                part of a run that is half discarded cannot be moved.
+            OSError: the run's directory, or that of its checkpoints, is a file, or a link to what is not there.
         """
         for path in (self.root, self.checkpoints):
             _check_is_directory(path)
-        _check_is_file(self.root / _START)
         otherwise = "wait for it to end, or choose another --name"
         with exclusive(self.root / LOCK_FILE, self.root, otherwise):
             for directory in (self.root, self.checkpoints, *sharded_checkpoints.directories(self.checkpoints)):
@@ -166,18 +158,11 @@ class RunDirectory:
         """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``.
 
         What the run begins from is written first: whenever the process is killed, either the former run is there, or
-        it is known where this one begins. If the former run cannot be discarded, it stays as it was.
+        it is known where this one begins.
         """
         former = self._parts() if start is not None or options.resume is None else []
-        note = self.root / _START
-        noted = note.read_bytes() if former and note.exists() else None
         self.begins_from(start)
-        try:
-            self._discard(former)
-        except OSError:
-            if self._parts() == former:  # else what is left of it is discarded by the next start
-                self._note_start(noted)
-            raise
+        self._discard(former)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
 
@@ -185,16 +170,10 @@ class RunDirectory:
         """Notes where the run begins, for ``--resume latest`` until it has a checkpoint of its own; None: at step 0, or
         it has one."""
         if start is None:
-            self._note_start(None)
-        else:
-            noted = {"checkpoint": str(start.checkpoint.absolute()), "step": start.step}
-            self._note_start((json.dumps(noted) + "\n").encode())
-
-    def _note_start(self, content: bytes | None) -> None:
-        if content is None:
             (self.root / _START).unlink(missing_ok=True)
-        else:
-            replace_files({self.root / _START: lambda path: path.write_bytes(content)})
+            return
+        noted = json.dumps({"checkpoint": str(start.checkpoint.absolute()), "step": start.step}) + "\n"
+        replace_files({self.root / _START: lambda path: path.write_text(noted, encoding="utf-8")})
 
     def begun_from(self) -> Start | None:
         """Where the run begins, as long as it has no checkpoint of its own. With one, or a trained model, a note does
@@ -272,33 +251,14 @@ class RunDirectory:
 
     def _discard(self, parts: list[str]) -> None:
         """Moves them away first, so that a kill in between leaves no half of a run that could be resumed: who takes the
-        lock next moves the rest (``_finish_discarding``). Where one cannot be moved, the others are moved back, in
-        reverse order: as long as the checkpoints are away, a kill leaves a run to be discarded."""
+        lock next moves the rest (``_finish_discarding``)."""
         if not parts:
             return
         discarding = self.root / _DISCARDING
         discarding.mkdir()
-        moved: list[str] = []
-        try:
-            for name in parts:
-                self._move_away(name)
-                moved.append(name)
-        except OSError:
-            for name in reversed(moved):
-                (discarding / name).rename(self.root / name)
-            discarding.rmdir()
-            raise
+        for name in parts:
+            (self.root / name).rename(discarding / name)
         remove_directory(discarding)
-
-    def _move_away(self, name: str) -> None:
-        part = self.root / name
-        try:
-            part.rename(self.root / _DISCARDING / name)
-        except OSError as error:
-            raise OSError(
-                f"{part} cannot be moved to discard the run ({error.strerror or error}): if something is mounted "
-                "there, unmount it, or choose another --name"
-            ) from error
 
     def _finish_discarding(self) -> None:
         """After a process was killed in ``_discard``. Its first part are the checkpoints: where there are some, it has
@@ -310,5 +270,5 @@ class RunDirectory:
             return
         for name in [] if checkpoints.held_in(self.checkpoints) else self._parts():
             if not os.path.lexists(discarding / name):
-                self._move_away(name)
+                (self.root / name).rename(discarding / name)
         remove_directory(discarding)

@@ -38,9 +38,6 @@ class OptimizerValues(TypedDict):
     """By parameter and key; what ``is_plain`` accepts."""
 
 
-NO_VALUES: OptimizerValues = {"param_groups": [], "values": {}}
-
-
 def is_plain(value: object) -> bool:
     """Whether it can be a value of an optimizer: None, a number or a string."""
     return value is None or isinstance(value, int | float | str)
@@ -165,7 +162,7 @@ def load(directory: Path) -> dict[str, Any]:
     for name, value in read_tensors(directory, index, OPTIMIZER).items():
         parameter, _, key = name.rpartition(".")
         by_name.setdefault(parameter, {})[key] = value
-    for parameter, values in state.get("optimizer", NO_VALUES)["values"].items():
+    for parameter, values in state["optimizer"]["values"].items():
         by_name.setdefault(parameter, {}).update(values)
     weights = read_tensors(directory, index, MODEL)
     return {**state, **index.configs, "state_dict": weights, "optimizer": {"by_name": by_name}}

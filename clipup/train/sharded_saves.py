@@ -147,9 +147,7 @@ class ShardedSaves:
     def _replace_state(self, name: str, state: dict[str, Any]) -> Path:
         path, _ = self.last or (self.folder / name, 0)
         before = sharded_checkpoints.read_state(path)  # this run may train fewer parameters than the tensors are of
-        state = {key: value for key, value in state.items() if key != "optimizer"}
-        kept = {"optimizer": before["optimizer"]} if "optimizer" in before else {}  # earlier versions wrote none
-        sharded_checkpoints.write_state(path, state | kept)
+        sharded_checkpoints.write_state(path, state | {"optimizer": before["optimizer"]})
         if sharded_checkpoints.is_between_epochs(path) and path.name != name:
             if path.with_name(name).exists():
                 remove_directory(path.with_name(name))

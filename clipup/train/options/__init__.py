@@ -60,7 +60,7 @@ class TrainOptions(
     """Trains a CLIP, dense or sparse, on image-text pairs.
 
     Example: clipup train --model ViT-B-16 --pretrained laion2b_s34b_b88k --moe --train-data 'data/{000..099}.tar'
-    --train-num-samples 1000000 --batch-size 512 --lr 5e-5 --warmup 500 --steps 20000 --name b16-moe
+    --train-num-samples 1000000 --batch-size 512 --lr 5e-5 --steps 20000 --name b16-moe
 
     Several ranks: torchrun --nproc-per-node 8 -m clipup -- train --model ...
     """

@@ -51,8 +51,8 @@ class OptimizationOptions(OptionGroup):
     """The same for the text tower."""
     moe_lr_scale: float = 1.0
     """Factor of the learning rate of routers and experts."""
-    warmup: int = 10000
-    """Steps over which the learning rate rises to lr."""
+    warmup: int | None = None
+    """Steps over which the learning rate rises to lr. None: a tenth of the run, at most 10,000."""
     lr_scheduler: Literal["cosine", "const", "const-cooldown"] = "cosine"
     """After warm-up: down to 0 along a cosine, constant, or constant until the last epochs_cooldown epochs."""
     epochs_cooldown: int | None = None
@@ -74,7 +74,8 @@ class OptimizationOptions(OptionGroup):
         for name in ("batch_size", "accum_freq", "epochs"):
             check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "warmup", "wd", "max_nonfinite_steps", "lr_cooldown_end"):
-            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+            value = getattr(self, name)
+            check(name, value, value is None or value >= 0, "0 or more")
         check("steps", self.steps, self.steps is None or self.steps >= 1, "at least 1")
         check("lr", self.lr, self.lr > 0, "a positive number")
         largest = self.grad_clip_norm

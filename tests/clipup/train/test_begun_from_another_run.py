@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -217,21 +216,6 @@ def test_what_a_link_names_is_not_touched_by_what_was_left_undone(run, tmp_path)
     assert (elsewhere / "options.json").read_text() == "{}"
 
 
-def test_a_disk_that_refuses_to_discard_a_run_leaves_it_to_be_continued(run, first, monkeypatch):
-    _, start = first()
-    former = run(name="other", epochs=2)
-
-    def busy(*_):
-        raise OSError(errno.EBUSY, "Device or resource busy")
-
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="busy"):
-        patched.setattr(Path, "rename", busy)
-        run(name="other", resume=start, force=True)
-
-    after = run(name="other", resume="latest", epochs=2)
-    assert after.already_finished and after.steps == former.steps
-
-
 def test_a_run_that_is_half_discarded_is_not_taken_for_the_one_it_was_begun_from(run, first, monkeypatch):
     once, start = first()
     run(resume=start, name="other", epochs=2)
@@ -247,64 +231,6 @@ def test_a_run_that_is_half_discarded_is_not_taken_for_the_one_it_was_begun_from
         run(name="other", force=True, resume=start)
 
     assert_is_rest_of(run(resume="latest", name="other"), once)
-
-
-@pytest.fixture
-def busy(monkeypatch):
-    """Inside, a part of a run cannot be moved, as one on which something is mounted."""
-
-    @contextmanager
-    def busy(part):
-        rename = Path.rename
-
-        def renaming(path, target):
-            if path.name == part:
-                raise OSError(errno.EBUSY, "Device or resource busy")
-            return rename(path, target)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Path, "rename", renaming)
-            yield
-
-    return busy
-
-
-@pytest.mark.parametrize("part", ["checkpoints", "metrics.jsonl", "out.log"])
-def test_a_run_of_which_a_part_cannot_be_discarded_stays_whole(run, busy, part):
-    former = run(epochs=2)
-    before = {path.name for path in former.directory.iterdir()}, held(former.directory)
-
-    for _ in range(2):
-        with busy(part), pytest.raises(OSError, match=rf"run/{part} cannot be moved .*busy.*choose another --name"):
-            run(force=True)
-        assert ({path.name for path in former.directory.iterdir()}, held(former.directory)) == before
-
-    assert run(epochs=2, resume="latest").already_finished
-    assert run(epochs=1, force=True).steps == 3
-
-
-@pytest.mark.parametrize("instead", ["step 0", "another checkpoint"])
-def test_a_run_that_cannot_be_discarded_still_begins_where_it_began(run, first, save_breaks_off, busy, instead):
-    once, start = first()
-    save_breaks_off(Killed())
-    with pytest.raises(Killed):
-        run(resume=start, name="other")
-
-    with busy("out.log"), pytest.raises(OSError, match="cannot be moved"):
-        run(name="other", force=True, resume=None if instead == "step 0" else start.replace("epoch_1", "epoch_2"))
-
-    assert_is_rest_of(run(resume="latest", name="other"), once)
-
-
-def test_a_part_that_keeps_a_run_from_being_discarded_is_named(run, busy, killed_while_discarding):
-    run(epochs=2)
-    killed_while_discarding(1)
-
-    for again in ({"force": True}, {"resume": "latest"}):
-        with busy("out.log"), pytest.raises(OSError, match=r"run/out\.log cannot be moved .*busy.*another --name"):
-            run(**again)
-
-    assert run(epochs=1).steps == 3
 
 
 @KINDS
@@ -460,18 +386,6 @@ def test_a_damaged_note_names_what_starts_the_run_again(run, first, could_not_be
         with pytest.raises(ValueError, match="begin again with --force: from an?(other)? checkpoint"):
             run(resume="latest", name="other")
     assert_is_rest_of(run(resume=start, name="other", force=True), once)
-
-
-def test_a_directory_in_place_of_a_note_is_named_before_anything_is_changed(run, first):
-    _, start = first()
-    former = run(name="other", epochs=2)
-    (former.directory / "begun_from.json").mkdir()
-    before = {path.name for path in former.directory.iterdir()}
-
-    for again in ({"resume": "latest"}, {"resume": start, "force": True}, {"force": True}, {}):
-        with pytest.raises(OSError, match=r"begun_from\.json is a directory, and should be a file; .*remove it"):
-            run(name="other", epochs=2, **again)
-    assert {path.name for path in former.directory.iterdir()} == before
 
 
 def test_the_command_line_discards_a_run_for_a_checkpoint_of_another_one(monkeypatch, capsys):

@@ -93,6 +93,20 @@ def test_a_rank_that_keeps_the_others_waiting_is_named_with_its_activity(tmp_pat
 
 
 @pytest.mark.slow
+def test_ranks_stop_at_a_sigterm_while_the_data_of_one_of_them_stall(tmp_path):
+    with ranks(tmp_path, faulty, tmp_path, "slow_data", 60) as processes:
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3, processes)
+        time.sleep(1)
+        for process in processes:
+            process.send(signal.SIGTERM)
+        ended = [process.ended(30) for process in processes]
+
+    for _, error in ended:
+        assert "TrainingInterrupted: stopped after step 3 of 8" in error
+    assert_whole(tmp_path / "run", 3)
+
+
+@pytest.mark.slow
 def test_neither_a_long_evaluation_nor_a_pause_of_the_whole_run_ends_it(tmp_path):
     with ranks(tmp_path, faulty, tmp_path, "slow_evaluation", 4) as processes:
         wait_for_lines(tmp_path / "run" / "metrics.jsonl", 3, processes)

@@ -138,23 +138,6 @@ def test_a_run_that_does_no_step_with_a_locked_tower_leaves_the_optimizer_whole(
     assert same_weights(resumed.model, whole.model)
 
 
-@pytest.mark.parametrize("opt", ["timm/lamb", "adamw"])
-def test_a_checkpoint_of_an_earlier_version_is_resumed_and_what_it_lacks_is_said(run, opt):
-    first = run(opt=opt, steps=3)
-    path = newest(first) / "state.pt"
-    state = torch.load(path, weights_only=True)
-    del state["optimizer"]
-    torch.save(state, path)
-
-    run(opt=opt, steps=3, resume="latest", resume_with_changes=True, wd=0.0)  # no step, and nothing new is known
-    log = first.directory / "out.log"
-    log.unlink()
-    run(opt=opt, resume="latest", resume_with_changes=True)
-
-    said = "what timm/lamb counts besides them starts anew" in log.read_text()
-    assert said == (opt == "timm/lamb")
-
-
 @pytest.mark.parametrize("changes", [{}, {"lock_image": True}], ids=["all", "locked"])
 @pytest.mark.parametrize("kind", ["sharded", "full"])
 def test_a_checkpoint_that_says_where_parameters_lay_on_other_ranks_is_resumed(run, kind, changes):

@@ -136,10 +136,21 @@ def test_learning_rate_can_stay_constant(make_model, pairs, options, changes):
     assert [record["lr"] for record in result.history] == pytest.approx([1e-3] * 6)
 
 
+def test_warm_up_is_a_tenth_of_the_run_unless_set_and_a_resumed_run_keeps_it(make_model, pairs, options):
+    usual = {"warmup": None, "lr_scheduler": "const", "lr": 1e-3}
+    first = train(options(steps=20, **usual), model=make_model(), loader=pairs())
+
+    assert [record["lr"] for record in first.history][:3] == pytest.approx([0.5e-3, 1e-3, 1e-3])
+    assert "over 2 steps" in (first.directory / "out.log").read_text()
+    train(options(steps=40, resume="latest", **usual), model=make_model(), loader=pairs())
+    assert json.loads((first.directory / "options.json").read_text())["warmup"] == 2
+    shortest = train(options(steps=3, name="short", **usual), model=make_model(), loader=pairs())
+    assert [record["lr"] for record in shortest.history] == pytest.approx([1e-3] * 3)
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"warmup": 10000}, "a warm-up of 10000 steps (the default) is longer than this run of 6: the learning rate"),
         (
             {"warmup": 12},
             "a warm-up of 12 steps is longer than this run of 6: the learning rate rises to 0.0005 only, 50",
