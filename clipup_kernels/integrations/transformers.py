@@ -7,7 +7,8 @@ Training and inference run on ``clipup_kernels.expert_glu``, on CPUs and CUDA de
 they are.
 
 Experts with biases, a transposed or interleaved weight, a norm after each expert or a gating of their own (GPT-OSS,
-Llama 4 and others) are refused by name.
+Llama 4 and others) are refused by name: when the implementation is set, or, for a model that is loaded with it, at the
+first forward.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations import moe
 
 from .. import dispatch, expert_glu, expert_mlp
@@ -29,8 +31,9 @@ _ACTIVATIONS = {
     "NewGELUActivation": "gelu_tanh",
     "QuickGELUActivation": "quick_gelu",
     "ReLU": "relu",
+    "silu": "silu",
 }
-"""The names of activations by those of torch's and transformers' classes."""
+"""The names of activations by those of torch's and transformers' classes and functions."""
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -79,7 +82,7 @@ def _check(module: Any) -> str:
         "a norm after each expert": module.has_post_expert_norm,
         "a gating of their own": module.has_gate and own_gating,
     }
-    act = type(act_fn).__name__
+    act = getattr(act_fn, "__name__", type(act_fn).__name__)
     activation = _ACTIVATIONS.get(act)
     if act == "GELU" and isinstance(act_fn, nn.GELU):
         activation = {"none": "gelu", "tanh": "gelu_tanh"}[act_fn.approximate]
@@ -94,4 +97,17 @@ def _check(module: Any) -> str:
     return activation
 
 
+_correct = PreTrainedModel.get_correct_experts_implementation
+
+
+def _checked(model: Any, requested_experts: str | None) -> str:
+    """transformers' check of an implementation that is set, which knows the names alone."""
+    for module in model.modules() if requested_experts == NAME else ():
+        if hasattr(module, "is_concatenated"):
+            _check(module)
+    return _correct(model, requested_experts)
+
+
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+# transformers offers no other place
+PreTrainedModel.get_correct_experts_implementation = _checked  # type: ignore[method-assign, assignment]

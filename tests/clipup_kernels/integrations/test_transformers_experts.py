@@ -21,6 +21,11 @@ MODELS = {
         transformers.Qwen3MoeConfig(**SIZE, num_experts=6, moe_intermediate_size=16, norm_topk_prob=True)
     ),
     "Olmoe": lambda: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**SIZE, num_experts=6)),
+    "Lfm2Moe": lambda: transformers.Lfm2MoeForCausalLM(
+        transformers.Lfm2MoeConfig(
+            **SIZE, num_experts=6, moe_intermediate_size=16, num_dense_layers=0, layer_types=["conv", "full_attention"]
+        )
+    ),
 }
 
 
@@ -169,9 +174,9 @@ def test_other_experts_are_refused_by_name(change, named):
         ours(**batch())
 
 
-def test_gpt_oss_is_refused_by_name():
-    config = transformers.GptOssConfig(**{**SIZE, "num_local_experts": 4})
-    model = transformers.GptOssForCausalLM(config)
-    model.set_experts_implementation("clipup")
+def test_gpt_oss_is_refused_by_name_when_it_is_set():
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**{**SIZE, "num_local_experts": 4}))
+    before = model.config._experts_implementation
     with pytest.raises(NotImplementedError, match="GptOssExperts, which has biases, .*a gating of their own"):
-        model(**batch())
+        model.set_experts_implementation("clipup")
+    assert model.config._experts_implementation == before
