@@ -107,7 +107,10 @@ def module(name: str, value: object) -> None:
         return
     advice = ""
     if isinstance(value, str):
-        advice = f"; create it first: {name}, _, preprocess = clipup.create_model_and_transforms({value!r})"
+        hub_name = "/" in value and ":" not in value and not Path(value).is_dir()
+        ours = f"{name}, _, preprocess = clipup.create_model_and_transforms({value!r})"
+        theirs = f"{name} = transformers.AutoModel.from_pretrained({value!r})"
+        advice = f"; create it first: {theirs if hub_name else ours}"
     elif isinstance(value, list | tuple):
         advice = "; pass one model at a time"
     raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}{advice}")

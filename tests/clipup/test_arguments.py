@@ -114,6 +114,8 @@ def test_model_must_be_a_module(model):
 def test_errors_say_how_to_fix_the_argument():
     with pytest.raises(TypeError, match=r"create it first: model, _, .* = clipup.create_model_and_tr\w+\('ViT-B-32'\)"):
         upcycle("ViT-B-32")
+    with pytest.raises(TypeError, match=r"first: model = transformers.AutoModel.from_pretrained\('openai/clip-\S+'\)"):
+        upcycle("openai/clip-vit-base-patch16")
     with pytest.raises(TypeError, match="pass one model at a time"):
         aux_loss([make_layer()])
     with pytest.raises(TypeError, match="inplace must be True or False, got 'no'"):
