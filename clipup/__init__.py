@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .upcycling.auto_classes import register_configs
+from .upcycling.auto_classes import register_upcycled
 
 if TYPE_CHECKING:
     from .clip.accelerate import accelerate
@@ -81,7 +81,7 @@ __all__ = [
 ]
 
 
-register_configs()
+register_upcycled()
 
 
 def __getattr__(name: str) -> Any:

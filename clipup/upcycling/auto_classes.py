@@ -1,6 +1,6 @@
-"""How transformers' ``AutoConfig`` and ``AutoModel`` find upcycled models once clipup is imported.
+"""How transformers and PEFT find upcycled models once clipup is imported.
 
-This module imports neither transformers nor torch: ``import clipup`` waits for neither.
+This module imports neither of them, nor torch: ``import clipup`` waits for none.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -16,22 +16,35 @@ from typing import Any
 from ..clip.hugging_face_types import MODEL_TYPES, SPARSE_PREFIX
 from .sparse_configs import sparse_config_class
 
-_AUTO = "transformers.models.auto.configuration_auto"
-"""The module that knows all configs."""
+
+def register_upcycled() -> None:
+    """Lets transformers' AutoConfig find the configs of upcycled models, and PEFT its defaults for them: now, or when
+    they are imported."""
+    for name, run in _REGISTERED.items():
+        if name in sys.modules:
+            run(sys.modules[name])
+        else:
+            sys.meta_path.insert(0, _AfterImport(name, run))
 
 
-def register_configs() -> None:
-    """Lets transformers' AutoConfig find the configs of upcycled models: now, or when it is imported."""
-    if _AUTO in sys.modules:
-        _register(sys.modules[_AUTO])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
-
-
-def _register(auto: Any) -> None:
+def _register_configs(auto: Any) -> None:
     for model_type in MODEL_TYPES:
         if model_type in auto.CONFIG_MAPPING_NAMES:
             auto.CONFIG_MAPPING.register(SPARSE_PREFIX + model_type, _found_when_used(auto, model_type), exist_ok=True)
+
+
+def _register_adapters(constants: Any) -> None:
+    """PEFT's tables of the modules that it adapts by default. Where they name an MLP's ("output.dense"), which may be
+    sparse here, PEFT asks for ``target_modules``."""
+    for table in vars(constants).values():
+        for name in MODEL_TYPES if isinstance(table, dict) else ():
+            if name in table and "dense" not in str(table[name]):
+                table[SPARSE_PREFIX + name] = table[name]
+
+
+def _use_auto_model(dual_encoder: Any) -> None:
+    """transformers makes a dense CLIPVisionModel of every config derived from CLIP's, and asks AutoModel for others."""
+    dual_encoder.CLIPVisionConfig = ()
 
 
 def _found_when_used(auto: Any, model_type: str) -> type:
@@ -54,11 +67,21 @@ def _found_when_used(auto: Any, model_type: str) -> type:
     return type(f"Sparse{auto.CONFIG_MAPPING_NAMES[model_type]}", (), content)
 
 
+_REGISTERED: dict[str, Callable[[Any], None]] = {
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.vision_text_dual_encoder.modeling_vision_text_dual_encoder": _use_auto_model,
+    "peft.utils.constants": _register_adapters,
+}
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers the configs as soon as transformers' module of all configs is imported."""
+    """Registers as soon as a module is imported."""
+
+    def __init__(self, module: str, register: Callable[[Any], None]) -> None:
+        self.module, self.register = module, register
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _AUTO:
+        if name != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -67,7 +90,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
             def run_and_register(module: ModuleType) -> None:
                 run(module)
-                _register(module)
+                self.register(module)
 
             spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec

@@ -1,14 +1,17 @@
 """Configs of upcycled transformers models.
 
-Without clipup, loading must not give a dense model with random MLPs. ``model_type`` in config.json is one that
-transformers does not know, and every ``hidden_size`` in it is a sentence that says what to do.
+Without clipup, loading must not give a dense model with random MLPs. ``model_type`` is one that transformers does not
+know, and in the saved file every ``hidden_size`` is a sentence that says what to do.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..clip.hugging_face_types import SPARSE_PREFIX
@@ -23,15 +26,25 @@ class _SparseConfig:
 
     model_type: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Makes sparse configs of what ``to_dict`` made of them."""
+        for name, dense in self.sub_configs.items():  # type: ignore[attr-defined]
+            part = getattr(self, name)
+            if isinstance(part, dict) and str(part.get("model_type")).startswith(SPARSE_PREFIX):
+                setattr(self, name, sparse_config_class(dense)(**part))
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """With widths that no class of a dense model takes."""
-        return _changed(super().to_dict(), lambda width: width if isinstance(width, str) else f"{_REFUSAL}{width}")  # type: ignore[misc]
+        values = json.loads(self.to_json_string(use_diff))  # type: ignore[attr-defined]
+        refusing = _changed(values, lambda width: f"{_REFUSAL}{width}")
+        Path(json_file_path).write_text(json.dumps(refusing, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """With widths again."""
         plain = _changed(config_dict, lambda width: int(str(width).removeprefix(_REFUSAL)))
-        return super().from_dict({**plain, "model_type": cls.model_type}, **kwargs)  # type: ignore[misc]
+        return super().from_dict(plain, **kwargs)  # type: ignore[misc]
 
 
 def _changed(values: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.models.auto import modeling_auto
 
 from ..clip.hugging_face import hugging_face_blocks
@@ -61,11 +61,12 @@ def check_classes(model: nn.Module) -> None:
 
 
 def adopt(model: Any, config: MoEConfig) -> None:
-    """Gives an upcycled model, each model of transformers in it that has sparse layers, and their configs the classes
-    that save and load them."""
+    """Gives an upcycled model, each public model of transformers in it that has sparse layers, and their configs the
+    classes that save and load them."""
     new: dict[int, Any] = {}  # several modules of a model share a config
     for name, module in reversed(list(model.named_modules())):  # a model's own config last: it holds those of its parts
-        if isinstance(module, PreTrainedModel) and moe_layers(module):
+        public = isinstance(module, PreTrainedModel) and hasattr(transformers, _dense_class(module).__name__)
+        if public and moe_layers(module):
             has = hugging_face_blocks(module)
             part = config.replace(towers=tuple(tower for tower in config.towers if tower in has))
             _adopt(module, part, new, is_root=not name)
@@ -126,7 +127,7 @@ class _SparseModel:
         for parameter, value in read.items():
             parameter.copy_(value)
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The dense class's forward. In training, a loss that it returns includes the weighted losses of the sparse
         layers (``clipup.aux_loss``); where it returns none, they are left to the caller."""
         as_dict = kwargs.pop("return_dict", None)
@@ -149,18 +150,27 @@ def _share(arguments: dict[str, Any]) -> Any:
 def sparse_model_class(dense: Any) -> Any:
     """The class of the models that are upcycled from a ``dense``."""
 
-    @functools.wraps(dense.forward)  # Trainer reads the names of its arguments
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _SparseModel._forward(self, *args, **kwargs)
+    def with_arguments(name: str) -> Any:
+        own: Any = getattr(_SparseModel, name)
+
+        @functools.wraps(getattr(dense, name))  # Trainer and others read the names of arguments
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return own(self, *args, **kwargs)
+
+        return method
 
     content = {
         "__module__": __name__,
         "__doc__": f"transformers' {dense.__name__}, upcycled: MLPs of some blocks are sparse layers.",
         "config_class": sparse_config_class(dense.config_class),  # type: ignore[attr-defined]
-        "forward": forward,
+        "__init__": with_arguments("__init__"),
+        "forward": with_arguments("forward"),
     }
     _convert_alike(dense.__name__, sparse_name(dense))
-    return type(sparse_name(dense), (_SparseModel, dense), content)
+    made = type(sparse_name(dense), (_SparseModel, dense), content)
+    # transformers notes in the constructor what a class can record; an upcycled model is given its class after it
+    dict.__setitem__(modeling_utils._CAN_RECORD_REGISTRY, str(made), dense._can_record_outputs)
+    return made
 
 
 def __getattr__(name: str) -> Any:

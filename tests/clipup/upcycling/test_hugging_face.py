@@ -49,6 +49,30 @@ def test_every_family_computes_the_same_function_at_step_zero(name):
     assert not moe_layers(dense) and dense.config.to_dict()["model_type"] == dense.config.model_type
 
 
+def tensors(output, place=""):
+    """All values of an output, nested ones too, by their places."""
+    if not isinstance(output, dict | list | tuple):
+        return {place: output}
+    pairs = output.items() if isinstance(output, dict) else enumerate(output)
+    return {key: value for name, part in pairs for key, value in tensors(part, f"{place}.{name}").items()}
+
+
+@pytest.mark.parametrize("flags", [{}, {"return_dict": False}], ids=["dict", "tuple"])
+@FAMILIES
+def test_every_output_is_that_of_the_dense_model_at_step_zero(name, flags):
+    dense = tiny_hugging_face(name)
+    dense.set_attn_implementation("eager")  # which returns attentions
+    sparse = upcycle(dense, sparse_config(dense))
+    for flag in ("output_hidden_states", "output_attentions"):
+        expected, found = (
+            tensors(model(**random_batch(dense, 2), **{flag: True}, **flags)) for model in (dense, sparse)
+        )
+        plain = tensors(dense(**random_batch(dense, 2), **flags))
+        assert expected.keys() > plain.keys() and found.keys() == expected.keys()
+        for place, value in expected.items():
+            torch.testing.assert_close(found[place], value, rtol=1e-4, atol=1e-5, msg=f"{flag}: {place}")
+
+
 def test_transformers_before_version_5_is_refused_and_the_model_stays_as_it_was(monkeypatch):
     dense = tiny_hugging_face("ViTForImageClassification")
     monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
@@ -305,7 +329,7 @@ def test_a_model_from_a_config_alone_is_sparse_and_random():
     assert len(layers) == 2 and all(layer.router.weight.std() > 0 for layer in layers.values())
 
 
-@pytest.mark.parametrize("name", ["CLIPModel", "BertForSequenceClassification"])
+@pytest.mark.parametrize("name", ["CLIPModel", "Dinov2Model", "BertForSequenceClassification"])
 def test_copies_and_pickles_are_sparse(name):
     sparse = upcycle(tiny_hugging_face(name))
     batch = random_batch(sparse, 4)

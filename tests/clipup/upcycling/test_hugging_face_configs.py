@@ -1,0 +1,72 @@
+"""Configs of upcycled models, in memory and in what transformers and PEFT make of them."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from tiny_hugging_face import CONFIGS, tiny_hugging_face
+
+from clipup import MoEConfig, moe_layers, upcycle
+from clipup.clip.hugging_face import random_batch
+from clipup.clip.towers import towers
+
+
+def tiny_sparse(name):
+    dense = tiny_hugging_face(name)
+    return upcycle(dense, MoEConfig.clip_up(towers=towers(dense), num_experts=4, capacity_factor=None))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_rebuilt_from_its_dict_and_the_refusal_is_in_the_file_alone(name, tmp_path):
+    config = tiny_sparse(name).config
+    config.save_pretrained(tmp_path)
+
+    again = type(config)(**config.to_dict())
+
+    assert again.to_dict() == config.to_dict() and again.to_dict()["model_type"] == config.model_type
+    assert "import clipup" in (tmp_path / "config.json").read_text() and "import clipup" not in config.to_json_string()
+    for other in (again, transformers.AutoConfig.from_pretrained(tmp_path)):
+        for part in config.sub_configs:
+            assert type(getattr(other, part)) is type(getattr(config, part)) is not type(config).sub_configs[part]
+
+
+@pytest.mark.parametrize("vision", ["ViTModel", "CLIPVisionModel"])
+def test_a_dual_encoder_of_sparse_models_is_saved_and_loaded(vision, tmp_path):
+    image, text = tiny_sparse(vision), tiny_sparse("BertModel")
+    both = transformers.VisionTextDualEncoderModel(vision_model=image, text_model=text)
+    batch = random_batch(image, 3) | random_batch(text, 3)
+    expected = both.eval()(**batch).logits_per_image
+
+    both.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+
+    assert moe_layers(loaded).keys() == moe_layers(both).keys() and len(moe_layers(loaded)) == 4
+    assert torch.equal(loaded(**batch).logits_per_image, expected)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["text_config"]["model_type"] == "clipup_bert"  # which transformers alone does not know
+
+
+def test_an_encoder_decoder_is_made_of_sparse_configs():
+    make = transformers.EncoderDecoderConfig.from_encoder_decoder_configs
+    config = make(tiny_sparse("BertModel").config, tiny_sparse("BertModel").config)
+    assert len(moe_layers(transformers.EncoderDecoderModel(config))) == 4
+
+
+@pytest.mark.parametrize("method", ["PromptTuning", "PrefixTuning", "Lora"])
+def test_adapters_with_their_defaults_are_those_of_the_dense_model(method):
+    peft = pytest.importorskip("peft")
+    options = {} if method == "Lora" else {"num_virtual_tokens": 2}
+    options = getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", **options)
+    config = CONFIGS["BertModel"]()
+    config.is_decoder = True
+    dense = transformers.BertLMHeadModel(config).eval()
+    sparse = upcycle(dense, MoEConfig.clip_up(towers=("text",), capacity_factor=None))
+    ids, losses, adapted = torch.arange(3, 9)[None], [], []
+    for model in (dense, sparse):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, options).eval()
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        adapted.append([name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    torch.testing.assert_close(*losses)
+    assert adapted[0] == adapted[1]
