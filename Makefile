@@ -43,9 +43,8 @@ space := $() $()
 
 install: $(VENV)/.installed-all
 
-# Waiting threads sleep after a short spin, so another program on one of the cores costs little.
 demo: $(call installed,demo)
-	GOMP_SPINCOUNT=2000 $(BIN)/clipup demo --out runs/demo --overwrite
+	$(BIN)/clipup demo --out runs/demo --overwrite
 
 test: $(call installed,test)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not cuda" $(PYTEST_ARGS)

@@ -29,6 +29,10 @@ COMMANDS = {
     "flops": "count FLOPs and parameters of a model, dense and sparse",
     "doctor": "list the blocks of a model and what upcycle would do with each",
 }
+SPIN = "GOMP_SPINCOUNT"
+"""Environment variable of libgomp: how often a waiting thread looks for work before it sleeps."""
+_SPINS = "2000"
+_WAITING = (SPIN, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 DEBUG = "CLIPUP_DEBUG"
 """Environment variable: 1 shows full tracebacks instead of one-line errors."""
 
@@ -52,8 +56,16 @@ def _run(argv: list[str]) -> int:
         return _print_version()
     if command not in COMMANDS:
         raise ValueError(_unknown("command", command, COMMANDS))
+    _sleep_soon()
     code: int = importlib.import_module(f"{__name__}.{command.replace('-', '_')}").main(options)
     return code
+
+
+def _sleep_soon() -> None:
+    """Before torch is loaded, has its waiting threads sleep after a short spin, unless the environment says how they
+    wait. A thread that has lost its core to another program makes all others wait; those that spin keep it from one."""
+    if not any(name in os.environ for name in _WAITING):
+        os.environ[SPIN] = _SPINS
 
 
 def _print_version() -> int:
