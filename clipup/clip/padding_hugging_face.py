@@ -39,11 +39,12 @@ _threads = _OfThread()
 def make_hugging_face_padding_aware(model: nn.Module) -> bool:
     """Lets the sparse layers of a transformers model leave out the padding, of texts and of SigLIP 2's images. Returns
     whether it has such layers. To call it again changes nothing."""
-    blocks = [block for block in model.modules() if block_class(block)] if is_hugging_face(model) else []
+    blocks: list[Any] = [block for block in model.modules() if block_class(block)] if is_hugging_face(model) else []
     found = {block: [layer for layer in block.children() if isinstance(layer, SparseMoE)] for block in blocks}
     for block, layers in found.items():
         if layers and not isinstance(block, PaddingAwareBlock):
             block.__class__ = _padding_aware(block_class(block))
+            block.chunk_size_feed_forward = 0  # BERT's memory saver: the tokens of a batch are routed together
             for layer in layers:
                 layer.register_forward_pre_hook(_pass_token_mask, with_kwargs=True)
     return any(found.values())
@@ -54,11 +55,6 @@ def _pass_token_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
     mask = _threads.state.token_mask
     if mask is None or len(args) > 1 or "mask" in kwargs or not layer.config.padding_aware:
         return None
-    if mask.shape != args[0].shape[:-1]:
-        raise ValueError(
-            f"the sparse layer got tokens {list(args[0].shape[:-1])} of a batch {list(mask.shape)}: with "
-            "chunk_size_feed_forward it cannot route them together; set it to 0 in the model's config before loading"
-        )
     return args, {**kwargs, "mask": mask}
 
 

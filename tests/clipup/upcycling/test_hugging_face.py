@@ -306,13 +306,16 @@ def test_a_decoder_generates_with_a_cache():
     assert torch.equal(sparse.generate(ids, **options), dense.generate(ids, **options))
 
 
-def test_a_forward_in_chunks_with_padding_is_refused_by_name():
+def test_a_forward_in_chunks_routes_all_tokens_together():
     config = CONFIGS["BertModel"]()
     config.chunk_size_feed_forward = 1
-    sparse = upcycle(transformers.BertModel(config).eval())
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
-    with pytest.raises(ValueError, match="with chunk_size_feed_forward it cannot route them together; set it to 0"):
-        sparse(torch.randint(3, 60, (2, 4)), attention_mask=mask)
+    dense = transformers.BertModel(config).eval()
+    sparse = upcycle(dense, sparse_config(dense))
+    mask = torch.tensor([[1] * 7 + [0] * 3, [1] * 10])
+    found, expected = (model(**random_batch(dense, 2), attention_mask=mask)[0] for model in (sparse, dense))
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+    for layer in moe_layers(sparse).values():
+        assert torch.equal(layer.state.last_routing.mask, mask.flatten().bool())
 
 
 def test_a_config_without_sparse_layers_is_refused_by_name():
