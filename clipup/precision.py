@@ -25,9 +25,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 def image_dtype(precision: Precision) -> torch.dtype | None:
     """The dtype to convert images to, None for no conversion."""
-    import torch
-
-    return torch.bfloat16 if precision == "bf16" else None
+    return token_dtype(precision) if precision == "bf16" else None
 
 
 def token_dtype(precision: Precision) -> torch.dtype:

@@ -119,12 +119,6 @@ class _Benchmark:
     """Whether ``--root`` decides what is measured, so that results name it."""
 
 
-def _imagenet_v2(root: str) -> datasets.DataSet:
-    from ..evaluate.imagenet_v2 import imagenet_v2
-
-    return imagenet_v2(root)
-
-
 _BENCHMARKS = {
     "coco": _Benchmark(
         lambda datasets, options, root, _: datasets.coco(root, options.split, options.annotations),
@@ -139,7 +133,9 @@ _BENCHMARKS = {
     "imagenet": _Benchmark(
         lambda datasets, options, root, _: datasets.imagenet(root, options.split), classification=True
     ),
-    "imagenet-v2": _Benchmark(lambda _, options, root, __: _imagenet_v2(root), classification=True, of_any_data=True),
+    "imagenet-v2": _Benchmark(
+        lambda datasets, options, root, _: datasets.imagenet_v2(root), classification=True, of_any_data=True
+    ),
     "webdataset": _Benchmark(  # the task is only known from its files
         lambda datasets, options, root, templates: datasets.webdataset(root, options.split, templates),
         retrieval=True,

@@ -61,13 +61,11 @@ class Options:
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup index")
     options.check()
-    from torch import Tensor
-
     from ..clip.accelerate import for_inference
     from ..data.image_files import image_files, passed_over
     from ..evaluate.encode import encode_images
     from ..pretrained import factory, model_names, origin
-    from ..search import probe_picture, update_index
+    from ..search import update_index
     from ..search.image_index import Encoder, digest
 
     origin.refuse_random_weights("pretrained", options.model, options.pretrained)
@@ -77,10 +75,6 @@ def main(argv: list[str]) -> int:
     )
     model_digest = digest(model, options.model)
     model = for_inference(model, options.precision, "int8" if options.int8 else None)
-
-    def encode(images: Tensor) -> Tensor:
-        return encode_images(model, images, options.batch_size, options.precision)
-
     directory = model_names.directory_of(options.model)
     name = options.model if directory is None else f"{model_names.LOCAL_PREFIX}{directory.resolve()}"
     file = options.pretrained is not None and Path(options.pretrained).is_file()
@@ -90,9 +84,8 @@ def main(argv: list[str]) -> int:
         options.images,
         records,
         Encoder(name, pretrained, options.precision, options.int8, model_digest),
-        encode,
+        lambda images: encode_images(model, images, options.batch_size, options.precision),
         preprocess,
-        encode(preprocess(probe_picture())[None])[0],
         batch_size=options.batch_size,
         workers=options.workers,
         show=lambda batches: progress(batches, "encoding images", "batches"),

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .. import checks
 from ..pretrained import model_names, saving
 from ..pretrained.checkpoint_model import checkpoint_model
 from ..pretrained.model_directory import CONFIG_NAME
@@ -42,15 +41,7 @@ def model_of(name: str) -> Iterator[str]:
         )
     for reason in latest.passed_over:
         print(f"clipup: reads {latest.path}, because a checkpoint cannot be used: {reason}", file=sys.stderr)
-    options = checks.read_json(root / "options.json")
-    named = (options.get("model") or options.get("pretrained")) if isinstance(options, dict) else None
-    if not isinstance(named, str):
-        raise ValueError(
-            f"{root / 'options.json'} names no model; expected the options of a run, as clipup train wrote them"
-        )
-    weights = read_weights(latest.path)
-    own = weights.configs.get("model_cfg")
-    model, _, model_cfg, tokenizer_files = checkpoint_model(weights, latest.path, None if own else named)
+    model, _, model_cfg, tokenizer_files = checkpoint_model(read_weights(latest.path), latest.path)
     with tempfile.TemporaryDirectory() as temporary:
         saving.save_with_tokenizer(model, Path(temporary), model_cfg, tokenizer_files)
         yield f"{model_names.LOCAL_PREFIX}{temporary}"

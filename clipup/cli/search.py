@@ -54,23 +54,20 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup search")
     options.check()
     from ..clip.accelerate import for_inference
-    from ..evaluate.encode import encode_images, encode_texts
+    from ..evaluate.encode import encode_texts
     from ..pretrained import factory, tokenizers
-    from ..search import ImageIndex, find, probe_picture, results_page
+    from ..search import ImageIndex, find, results_page
     from ..search.image_index import digest
 
-    device = check_device(options.device)
     if options.page is not None:
         check_file("page", options.page)
     index = ImageIndex.load(options.index)
     encoder = index.encoder
-    model, _, preprocess = factory.create_model_and_transforms(
-        encoder.model, encoder.pretrained, precision=encoder.precision, device=device
+    model, *_ = factory.create_model_and_transforms(
+        encoder.model, encoder.pretrained, precision=encoder.precision, device=check_device(options.device)
     )
-    model_digest = digest(model, encoder.model)
+    index.check_model(digest(model, encoder.model))
     model = for_inference(model, encoder.precision, "int8" if encoder.int8 else None)
-    probe = encode_images(model, preprocess(probe_picture())[None], precision=encoder.precision)
-    index.check_model(model_digest, probe[0])
     texts = encode_texts(model, options.texts, tokenizers.get_tokenizer(encoder.model), precision=encoder.precision)
     found = list(zip(options.texts, find(index, texts, options.count), strict=True))
     for text, results in found:

@@ -20,7 +20,7 @@ def image_files(source: str | Path) -> list[Record]:
     root = Path(source)
     if not root.is_dir():
         raise FileNotFoundError(f"images: there is no directory {source}; expected one with images")
-    named = [path for path in sorted(root.rglob("*")) if _kind(path) in IMAGE_EXTENSIONS]
+    named = [path for path in sorted(root.rglob("*")) if path.suffix.lower()[1:] in IMAGE_EXTENSIONS]
     paths = [path for path in named if path.is_file()]  # to open a pipe would be to wait
     if not paths:
         others = passed_over(source) or "no image"
@@ -31,10 +31,6 @@ def image_files(source: str | Path) -> list[Record]:
 
 def passed_over(source: str | Path) -> str:
     """How many pictures of which other kinds are below a directory, for a message; empty if none."""
-    kinds = Counter(kind for path in Path(source).rglob("*") if (kind := _kind(path)) in _OTHER_KINDS)
+    kinds = Counter(kind for path in Path(source).rglob("*") if (kind := path.suffix.lower()[1:]) in _OTHER_KINDS)
     named = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
     return f"{kinds.total()} pictures of other kinds: {named}" if kinds else ""
-
-
-def _kind(path: Path) -> str:
-    return path.suffix.lower().lstrip(".")

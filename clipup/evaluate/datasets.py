@@ -5,6 +5,7 @@ The layouts are those of CLIP_benchmark, so one directory serves both; nothing i
     COCO        ROOT/val2014/COCO_val2014_000000391895.jpg ...   ROOT/coco_test_karpathy.json
     Flickr30k   ROOT/1007129816.jpg ...                          ROOT/flickr30k_test_karpathy.txt
     ImageNet    ROOT/val/n01440764/ILSVRC2012_val_00000293.JPEG ...
+    ImageNet-V2 ROOT/imagenetv2-matched-frequency-format-val/{0..999}/*.jpeg
     WebDataset  ROOT/test/{0..N-1}.tar, ROOT/test/nshards.txt, ROOT/dataset_type.txt (classification: also
                 ROOT/classnames.txt and ROOT/zeroshot_classification_templates.txt)
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import open_clip
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .. import checks
 from ..data.csv_rows import CsvFormat, leaves
@@ -155,6 +157,42 @@ def imagenet(root: str | Path, split: str = "test") -> ClassificationSet:
             "original archives"
         )
     return ClassificationSet(image_folder(folder, classes), classes, open_clip.OPENAI_IMAGENET_TEMPLATES)
+
+
+def imagenet_v2(root: str | Path) -> ClassificationSet:
+    """ImageNet-V2 (arXiv 1902.10811) with the class names and templates of ``imagenet``.
+
+    Args:
+        root: a variant's directory, as its archive unpacks it: one directory per class, named by the class index from
+            0 to 999; or the directory that contains that one alone.
+
+    Raises:
+        FileNotFoundError, ValueError: no such directory, not one directory for each of 1,000 classes, or no image.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no directory {folder}; expected one with a subdirectory per class")
+    variants = sorted(path for path in folder.glob("[iI]mage[nN]et[vV]2*") if path.is_dir())
+    if len(variants) > 1:
+        names = ", ".join(variant.name for variant in variants)
+        raise ValueError(f"{folder} has several variants of ImageNet-V2, {names}; name one of them")
+    folder = variants[0] if variants else folder
+    named = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    classes = open_clip.IMAGENET_CLASSNAMES
+    if set(named) != set(map(str, range(len(classes)))):
+        raise ValueError(
+            f"{folder} has {len(named)} directories, expected {len(classes)} that are named 0 to {len(classes) - 1}, "
+            "as in the archives of https://huggingface.co/datasets/vaishaal/ImageNetV2"
+        )
+    images = [
+        (path, label)
+        for label in range(len(classes))
+        for path in sorted(named[str(label)].iterdir())
+        if path.suffix.lower() in IMG_EXTENSIONS
+    ]
+    if not images:
+        raise ValueError(f"no image ({', '.join(IMG_EXTENSIONS)}) in the subdirectories of {folder}")
+    return ClassificationSet(images, classes, open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
 def webdataset(root: str | Path, split: str = "test", templates: Sequence[Template] = ()) -> DataSet:

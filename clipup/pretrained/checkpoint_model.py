@@ -7,12 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 from open_clip.model import CLIPTextCfg
 from torch import nn
 
-from .. import checks
-from . import architecture, factory, hub, model_directory, model_names, tokenizers
+from . import architecture, factory, model_directory, model_names, tokenizers
 from .config_files import check_depth
 from .model_directory import CONFIG_NAME
 from .state_dicts import Weights
@@ -90,31 +88,14 @@ def _differ(own: dict[str, Any], named: dict[str, Any], has_tokenizer: bool) -> 
 
 
 def _tokenizer_files(weights: Weights, path: Path, text_cfg: dict[str, Any], name: str | None) -> dict[str, bytes]:
-    """Of the tokenizer that the run trained with: in the checkpoint. One without them, as earlier versions wrote, is of
-    the model with this name, or of the one that its run's options.json names."""
+    """Of the tokenizer that the run trained with; if they are not in the checkpoint, of the model with this name."""
     files = tokenizers.saved_in(weights.configs, path)
     if files is not None:
         return files
     if not text_cfg.get("hf_tokenizer_name"):
         return {}
-    options = path.absolute().parent.parent / "options.json"
-    if name is None and options.is_file():
-        found = checks.read_json(options)
-        named = [found.get("pretrained"), found.get("model")] if isinstance(found, dict) else []
-        names = [one for one in named if isinstance(one, str)]
-        name = next((one for one in names if Path(one).is_dir()), names[-1] if names else None)
     if name is None:
         raise ValueError(
-            f"{path} does not hold its tokenizer, and is not in the directory of its run; pass the model that the run "
-            "began with as --model to clipup convert"
-        )
-    if (
-        not name.startswith(hub.HUB_PREFIX)
-        and name not in open_clip.list_models()
-        and not Path(name.removeprefix(model_names.LOCAL_PREFIX)).is_dir()
-    ):
-        raise FileNotFoundError(
-            f"the tokenizer of {path} is that of the model {name}, with which its run began, and there is no such "
-            "directory here; pass that directory as --model to clipup convert"
+            f"{path} does not hold its tokenizer; pass the model that the run began with as --model to clipup convert"
         )
     return tokenizers.files_of(text_cfg, tokenizers.source_directory(name))

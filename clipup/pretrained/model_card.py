@@ -124,12 +124,11 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
 
     Raises:
         FileNotFoundError: the directory has no README.md.
-        ValueError: it is not UTF-8.
     """
     path = Path(directory) / README
     if not path.is_file():
         raise FileNotFoundError(f"card: no {README} in {directory}; clipup.save_pretrained writes one")
-    lines = _text(path).rstrip("\n").split("\n")
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     start, end = _table(lines)
     rows = _rows(results)
     for index in range(start, end):
@@ -143,14 +142,13 @@ def add_results(directory: str | Path, results: dict[str, Any]) -> None:
 
 def _table(lines: list[str]) -> tuple[int, int]:
     """First and last row, and one more, of the results' table in a card, to which it is added if it is missing."""
-    ours = [not code for code in _in_code(lines)]
-    head = next((index for index, line in enumerate(lines) if ours[index] and _HEADING.fullmatch(line)), None)
+    head = next((index for index, line in enumerate(lines) if _HEADING.fullmatch(line)), None)
     if head is None:
         lines += ["", _HEAD, "", *_TABLE]
         return len(lines), len(lines)
-    end = next((index for index in range(head + 1, len(lines)) if ours[index] and _SECTION.match(lines[index])), None)
+    end = next((index for index in range(head + 1, len(lines)) if _SECTION.match(lines[index])), None)
     for index in range(head + 1, len(lines) if end is None else end):
-        if ours[index] and _cells(lines[index]) == _COLUMNS and _RULE.fullmatch("".join(lines[index + 1 : index + 2])):
+        if _cells(lines[index]) == _COLUMNS and _RULE.fullmatch("".join(lines[index + 1 : index + 2])):
             stop = start = index + 2
             while stop < len(lines) and lines[stop].startswith("|"):
                 stop += 1
@@ -164,17 +162,6 @@ def _table(lines: list[str]) -> tuple[int, int]:
     return (head + 2 + len(_TABLE),) * 2
 
 
-def _in_code(lines: list[str]) -> list[bool]:
-    """Whether each line is in a block of code, or delimits it."""
-    found, fence = [], ""
-    for line in lines:
-        mark = line.lstrip()[:3]
-        delimits = mark in ("```", "~~~") and fence in ("", mark)
-        found.append(delimits or fence != "")
-        fence = ("" if fence else mark) if delimits else fence
-    return found
-
-
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
@@ -184,19 +171,12 @@ def _row(data: str, metric: str, value: str) -> str:
 
 
 def base_model_in(directory: str | Path) -> str | None:
-    """The ``base_model`` in the directory's card; None if there is none. Raises ``ValueError`` if it is not UTF-8."""
+    """The ``base_model`` in the directory's card; None if there is none."""
     path = Path(directory) / README
     if not path.is_file():
         return None
-    lines = _text(path).split("\n---", 1)[0].splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n---", 1)[0].splitlines()
     return next((line[len(_BASE) :].strip() or None for line in lines if line.startswith(_BASE)), None)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the model card {path} is not UTF-8 text ({error}); convert or remove it") from error
 
 
 def _front_matter(license: str, base_model: str | None, task: str, tags: list[str]) -> list[str]:

@@ -4,6 +4,6 @@
 """
 
 from .image_index import ImageIndex, update_index
-from .results import Result, find, probe_picture, results_page
+from .results import Result, find, results_page
 
-__all__ = ["ImageIndex", "Result", "find", "probe_picture", "results_page", "update_index"]
+__all__ = ["ImageIndex", "Result", "find", "results_page", "update_index"]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,8 +37,6 @@ PART_IMAGES = 4096
 """Images after which what is finished is written."""
 _VERSION = "4"
 """An index of another version is made again. 4: images are turned as their EXIF orientation says."""
-_SAME = 0.99
-"""Least cosine of a probe's features with themselves, by the same weights: another machine rounds differently."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -56,15 +54,16 @@ class Encoder:
 
 
 def digest(model: nn.Module, name: str) -> str:
-    """A checksum of what features depend on: a model's weights by their names, types and values, its config, and the
-    files of its tokenizer.
+    """A checksum of what features depend on: a model's weights by their names, types and values, its config, its
+    transform of images, and the files of its tokenizer.
 
     Args:
         name: of the model, for config and tokenizer: as in ``clipup.create_model_and_transforms``.
     """
     found = hashlib.blake2b(digest_size=16)
     model_cfg = model_names.get_model_config(name)
-    found.update(json.dumps(model_cfg, sort_keys=True).encode())
+    transform = getattr(model.visual, "preprocess_cfg", None)
+    found.update(json.dumps([model_cfg, transform], sort_keys=True).encode())
     files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
     for file, content in sorted(files.items()):
         found.update(f"\n{file} {len(content)}\n".encode() + content)
@@ -94,9 +93,6 @@ class ImageIndex:
     entries: list[Entry]
     features: Tensor
     """[N, D] float32, of length 1."""
-    probe: Tensor
-    """[D] features of a fixed picture, which show whether images are transformed and encoded as when the index was
-    made."""
     skipped: dict[str, str]
     """Images that could not be read, with the reason."""
 
@@ -115,23 +111,22 @@ class ImageIndex:
             )
         try:
             with safe_open(path, "pt") as file:
-                header, features, probe = file.metadata() or {}, file.get_tensor("features"), file.get_tensor("probe")
+                header, features = file.metadata() or {}, file.get_tensor("features")
             if header.get("version") != _VERSION:
                 raise ValueError(f"version {header.get('version')!r}, this clipup reads {_VERSION}")
             found = json.loads(header["index"])
             encoder = Encoder(**found["encoder"])
-            if encoder.precision not in get_args(Precision) or not isinstance(encoder.int8, bool):
-                raise ValueError(f"encoder {encoder}")
             entries = [Entry(str(name), int(size), int(changed)) for name, size, changed in found["entries"]]
             skipped = {str(name): str(reason) for name, reason in found["skipped"].items()}
             images = Path(found["images"])
-            _check(features, probe, entries)
+            if len(features) != len(entries):
+                raise ValueError(f"{len(features)} features for {len(entries)} images")
         except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{path} is not a whole index of images ({type(error).__name__}: {error}); make it again: "
                 "clipup index IMAGES OUT"
             ) from error
-        return cls(images, encoder, entries, features, probe, skipped)
+        return cls(images, encoder, entries, features, skipped)
 
     def save(self, directory: Path) -> None:
         """Writes the index, replacing an earlier one completely or not at all."""
@@ -142,38 +137,19 @@ class ImageIndex:
             "skipped": self.skipped,
         }
         header = {"version": _VERSION, "index": json.dumps(content)}
-        tensors = {"features": self.features.contiguous(), "probe": self.probe.contiguous()}
+        tensors = {"features": self.features.contiguous()}
         replace_files({directory / INDEX_FILE: lambda path: save_file(tensors, path, header)})
 
-    def check_model(self, model_digest: str, probe: Tensor) -> None:
-        """Refuses a model that is not the one that made the index, or that encodes the fixed picture otherwise.
-
-        Args:
-            model_digest: its ``digest``.
-            probe: [D] its features of ``probe_picture``.
-
+    def check_model(self, model_digest: str) -> None:
+        """
         Raises:
-            ValueError: it is another model.
+            ValueError: the model with this ``digest`` is not the one that made the index.
         """
         if model_digest != self.encoder.model_digest:
             raise ValueError(
-                f"{self.encoder.model} is not the model that made the index: its weights, config or tokenizer have "
-                "changed since; make the index again in another directory"
+                f"{self.encoder.model} is not the model that made the index: its weights, config, transform or "
+                "tokenizer have changed since; make the index again in another directory"
             )
-        if probe.shape != self.probe.shape or not torch.dot(probe, self.probe) >= _SAME:
-            raise ValueError(
-                f"{self.encoder.model} encodes a fixed picture otherwise than when the index was made; make the index "
-                "again in another directory"
-            )
-
-
-def _check(features: Tensor, probe: Tensor, entries: list[Entry]) -> None:
-    if features.dtype != torch.float32 or features.dim() != 2 or len(features) != len(entries) or not entries:
-        raise ValueError(f"features {list(features.shape)} in {features.dtype} for {len(entries)} images")
-    if probe.dtype != torch.float32 or probe.shape != features.shape[1:]:
-        raise ValueError(f"a probe {list(probe.shape)} in {probe.dtype} for features {list(features.shape)}")
-    if not ((features.norm(dim=1) - 1).abs() < 1e-2).all():  # NaN compares false
-        raise ValueError("features that are not of length 1")
 
 
 class _Reasons(Skips):
@@ -195,7 +171,6 @@ def update_index(
     encoder: Encoder,
     encode: Callable[[Tensor], Tensor],
     preprocess: Callable[[Any], Tensor],
-    probe: Tensor,
     *,
     batch_size: int = 64,
     workers: int = 0,
@@ -212,7 +187,6 @@ def update_index(
         records: the images, by their paths below ``images``.
         encode: images [B, 3, H, W] -> features [B, D] of length 1.
         preprocess: PIL image -> tensor [3, H, W].
-        probe: [D] features of ``probe_picture`` by the same model.
         show: wraps the batches, to show progress.
 
     Raises:
@@ -223,7 +197,7 @@ def update_index(
     directory, images = Path(directory), Path(images).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive(directory / LOCK_FILE, directory, "wait until it has ended, or choose another directory"):
-        known = _known(directory, images, encoder, probe)
+        known = _known(directory, images, encoder)
         now, skipped = _entries(records)
         todo = [record for record in records if record.key in now and now[record.key] not in known]
         reasons = _Reasons()
@@ -231,9 +205,7 @@ def update_index(
 
         def write_part() -> None:
             if part:
-                _write_part(
-                    directory, ImageIndex(images, encoder, list(part), torch.stack([*part.values()]), probe, {})
-                )
+                _write_part(directory, ImageIndex(images, encoder, list(part), torch.stack([*part.values()]), {}))
                 known.update(part)
                 part.clear()
 
@@ -259,7 +231,7 @@ def update_index(
         }
         if not kept:
             raise ValueError(f"none of the {len(records)} images can be read, such as {next(iter(skipped.items()))}")
-        found = ImageIndex(images, encoder, kept, torch.stack([known[entry] for entry in kept]), probe, skipped)
+        found = ImageIndex(images, encoder, kept, torch.stack([known[entry] for entry in kept]), skipped)
         found.save(directory)
         shutil.rmtree(directory / PARTS, ignore_errors=True)
     return found
@@ -287,7 +259,7 @@ def _entries(records: Sequence[Record]) -> tuple[dict[str, Entry], dict[str, str
     return now, skipped
 
 
-def _known(directory: Path, images: Path, encoder: Encoder, probe: Tensor) -> dict[Entry, Tensor]:
+def _known(directory: Path, images: Path, encoder: Encoder) -> dict[Entry, Tensor]:
     """Features that are there already, of a finished index and of the parts of an interrupted call."""
     known: dict[Entry, Tensor] = {}
     sources = [directory] if (directory / INDEX_FILE).exists() else []
@@ -304,7 +276,7 @@ def _known(directory: Path, images: Path, encoder: Encoder, probe: Tensor) -> di
                     f"{directory} holds an index with {what} {have}, and {wanted} was asked for; choose another "
                     "directory, or remove this one"
                 )
-        found.check_model(encoder.model_digest, probe)
+        found.check_model(encoder.model_digest)
         known |= dict(zip(found.entries, found.features, strict=True))
     return known
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from ..data.images import load_image, upright
@@ -37,14 +36,9 @@ def find(index: ImageIndex, texts: Tensor, count: int) -> list[list[Result]]:
 
     Raises:
         ImportError: faiss is not installed.
-        ValueError: the texts' width is not the index's.
     """
     with needed_for("searching", "search"):
         import faiss
-    if texts.shape[-1] != index.features.shape[1]:
-        raise ValueError(
-            f"texts have {texts.shape[-1]} features and the index {index.features.shape[1]}; use the model that made it"
-        )
     searched = faiss.IndexFlatIP(index.features.shape[1])
     searched.add(np.ascontiguousarray(index.features.numpy()))
     scores, rows = searched.search(np.ascontiguousarray(texts.float().numpy()), min(count, len(index.entries)))
@@ -52,12 +46,6 @@ def find(index: ImageIndex, texts: Tensor, count: int) -> list[list[Result]]:
         [Result(index.images / index.entries[row].name, float(score)) for row, score in zip(*one, strict=True)]
         for one in zip(rows, scores, strict=True)
     ]
-
-
-def probe_picture() -> Image.Image:
-    """The fixed picture by which ``ImageIndex.check_model`` knows a model again."""
-    row, column = np.mgrid[0:256, 0:256]
-    return Image.fromarray(np.stack([row, column, (row * column) % 256], -1).astype(np.uint8))
 
 
 def results_page(found: Sequence[tuple[str, Sequence[Result]]]) -> str:

@@ -12,8 +12,7 @@ from torch import nn
 
 from ..data.loaders import load_eval_samples
 from ..data.shares import Share
-from ..evaluate.datasets import ClassificationSet, imagenet
-from ..evaluate.imagenet_v2 import imagenet_v2
+from ..evaluate.datasets import ClassificationSet, imagenet, imagenet_v2
 from ..evaluate.retrieval import evaluate_retrieval
 from ..evaluate.zero_shot import zero_shot, zero_shot_classifier
 from ..precision import Precision

@@ -131,10 +131,9 @@ def test_a_run_stands_for_its_model(directory, val_data, tmp_path, capsys):
     finished.mkdir()
     shutil.copytree(directory, finished / "model")
     (unfinished / "checkpoints").mkdir(parents=True)
-    (unfinished / "options.json").write_text(json.dumps({"model": str(directory), "pretrained": None}))
     weights = clipup.create_model_and_transforms(str(directory))[0].state_dict()
-    config = json.loads((directory / "open_clip_config.json").read_text())["moe_cfg"]
-    state = {"epoch": 0, "step": 3, "optimizer": {}, "state_dict": weights, "moe_cfg": config}
+    configs = json.loads((directory / "open_clip_config.json").read_text())
+    state = {"epoch": 0, "step": 3, "optimizer": {}, "state_dict": weights, **configs}
     torch.save(state, unfinished / "checkpoints" / "epoch_latest.pt")
 
     found = [

@@ -11,7 +11,7 @@ from clip_benchmark.datasets.builder import build_dataset
 from PIL import Image
 
 from clipup.evaluate import datasets
-from clipup.evaluate.imagenet_v2 import imagenet_v2
+from clipup.evaluate.datasets import imagenet_v2
 
 
 def pairs(found):

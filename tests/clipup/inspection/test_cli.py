@@ -1,6 +1,5 @@
 """clipup inspect: a model's or a run's directory, images and captions in, one page out."""
 
-import json
 import os
 import tarfile
 
@@ -110,11 +109,15 @@ def test_a_finished_run_stands_for_its_last_model(model, captions, tmp_path):
 
 
 def test_a_run_that_goes_on_stands_for_its_newest_checkpoint(model, captions, tmp_path, capsys):
-    save_pretrained(dense_clip(), tmp_path / "dense", sparse_config())
     sparse, checkpoints = sparse_clip(), tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    (tmp_path / "run" / "options.json").write_text(json.dumps({"model": str(tmp_path / "dense"), "pretrained": None}))
-    state = {"epoch": 0, "step": 3, "moe_cfg": sparse.moe_config.to_dict(), "optimizer": {}}
+    state = {
+        "epoch": 0,
+        "step": 3,
+        "model_cfg": sparse_config(),
+        "moe_cfg": sparse.moe_config.to_dict(),
+        "optimizer": {},
+    }
     torch.save({**state, "state_dict": sparse.state_dict()}, checkpoints / "epoch_latest.pt")
     html = made(tmp_path / "r.html", tmp_path / "run", "--captions", captions)
     assert html.replace("of run", "of tiny-moe") == made(tmp_path / "m.html", model, "--captions", captions)
@@ -197,13 +200,3 @@ def test_what_is_no_file_is_no_image(model, tmp_path):
 def test_captions_that_are_no_text_are_named(model, captions, capsys):
     captions.write_bytes(b"\x89PNG")
     assert f"{captions} is not UTF-8 text" in refused(capsys, model, "--captions", captions, "--out", "r.html")
-
-
-@pytest.mark.parametrize("options", [{}, [], {"model": None, "pretrained": None}, {"model": ["a"]}])
-def test_a_run_whose_options_name_no_model_is_refused(images, tmp_path, capsys, options):
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    state = {"epoch": 0, "step": 3, "optimizer": {}, "state_dict": sparse_clip().state_dict()}
-    torch.save(state, run / "checkpoints" / "epoch_latest.pt")
-    (run / "options.json").write_text(json.dumps(options))
-    assert "options.json names no model" in refused(capsys, run, "--images", images)

@@ -116,8 +116,8 @@ def test_a_checkpoint_with_the_tokenizer_of_its_name_is_loaded_by_name(trained):
 
 
 @pytest.fixture
-def earlier(own, trained):
-    """A checkpoint as earlier versions wrote it: its tokenizer is where the options of its run say."""
+def bare(own, trained):
+    """A checkpoint without its tokenizer."""
     run = trained("--model", own)
     content = torch.load(newest(run))
     del content["tokenizer_files"]
@@ -125,29 +125,16 @@ def earlier(own, trained):
     return newest(run)
 
 
-def test_an_earlier_checkpoint_has_the_tokenizer_of_the_model_that_its_run_began_with(own, earlier, tmp_path):
-    assert main(["convert", str(earlier), str(tmp_path / "out")]) == 0
+def test_a_tokenizer_that_is_not_in_the_checkpoint_is_asked_for(own, bare, tmp_path, capsys):
+    assert main(["convert", str(bare), str(tmp_path / "out")]) == 2
+    assert "epoch_latest.pt does not hold its tokenizer; pass" in capsys.readouterr().err
+    assert main(["convert", str(bare), str(tmp_path / "out"), "--model", str(own)]) == 0
     assert tokens(tmp_path / "out") == tokens(own)
 
 
-def test_a_tokenizer_that_is_not_found_is_asked_for(own, earlier, tmp_path, capsys):
-    moved = tmp_path / "moved.pt"
-    shutil.copy(earlier, moved)
-    own.rename(tmp_path / "elsewhere")
-
-    assert main(["convert", str(earlier), str(tmp_path / "out")]) == 2
-    assert f"is that of the model {own}, with which its run began, and there is no such" in capsys.readouterr().err
-    assert main(["convert", str(moved), str(tmp_path / "out")]) == 2
-    assert (
-        "moved.pt does not hold its tokenizer, and is not in the directory of its run; pass" in capsys.readouterr().err
-    )
-    assert main(["convert", str(moved), str(tmp_path / "out"), "--model", str(tmp_path / "elsewhere")]) == 0
-    assert tokens(tmp_path / "out") == tokens(tmp_path / "elsewhere")
-
-
-def test_a_moved_earlier_checkpoint_of_a_changed_model_takes_its_tokenizer_from_the_name(own, earlier, tmp_path):
+def test_a_checkpoint_of_a_changed_model_takes_its_tokenizer_from_the_name(own, bare, tmp_path):
     moved, out = tmp_path / "moved.pt", tmp_path / "out"
-    content = torch.load(earlier)
+    content = torch.load(bare)
     content["model_cfg"]["quick_gelu"] = True
     torch.save(content, moved)
     other = clipup.get_model_config(NAME)
