@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from types import TracebackType
 from typing import Any
 
 _CHUNK = 32
@@ -281,12 +282,22 @@ def _prepare_worker(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    sys.excepthook = functools.partial(_report, sys.excepthook)
 
 
 def _end_with(parent: int) -> None:
     """torch's workers notice that their parent has ended only where they wait for it, not while they read."""
     wait([parent])
     os.killpg(os.getpid(), signal.SIGKILL)
+
+
+def _report(
+    report: Callable[..., object], kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A thread of ``multiprocessing`` hands over a worker's tensors. When the parent stops waiting meanwhile, or is
+    killed, a connection breaks in that thread, and its traceback would be the last that one reads of a run."""
+    if not isinstance(error, ConnectionError | EOFError):
+        report(kind, error, trace)
 
 
 @functools.cache

@@ -188,7 +188,7 @@ def test_help_shows_defaults_units_and_an_example(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert stop.value.code == 0
     assert "Example: clipup train --model ViT-B-16" in text
-    assert "Steps over which the learning rate rises to lr. (default: 10000)" in text
+    assert "Images per batch and rank. (default: 64)" in text
     assert "--num-experts" in text
 
 
