@@ -33,4 +33,4 @@ def passed_over(source: str | Path) -> str:
     """How many pictures of which other kinds are below a directory, for a message; empty if none."""
     kinds = Counter(kind for path in Path(source).rglob("*") if (kind := path.suffix.lower()[1:]) in _OTHER_KINDS)
     named = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items()))
-    return f"{kinds.total()} pictures of other kinds: {named}" if kinds else ""
+    return f"pictures of other kinds ({kinds.total()}): {named}" if kinds else ""

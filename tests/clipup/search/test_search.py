@@ -351,7 +351,7 @@ def test_pictures_of_other_kinds_are_counted_and_named(tmp_path, photos, model, 
     for name in ("a.HEIC", "b.heic", "holiday/c.tif", "d.avif"):
         (photos / name).write_bytes(b"")
     assert main(["index", str(photos), str(tmp_path / "index"), "--model", model, "--workers", "0"]) == 0
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if "4 pictures" in line)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "pictures of other kinds (4)" in line)
     assert "heic (2)" in line and "tif (1)" in line and "avif (1)" in line
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "a.heic").write_bytes(b"")
