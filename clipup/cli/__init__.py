@@ -31,7 +31,7 @@ COMMANDS = {
 }
 SPIN = "GOMP_SPINCOUNT"
 """Environment variable of libgomp: how often a waiting thread looks for work before it sleeps."""
-_SPINS = "2000"
+_SPINS = "20000"
 _WAITING = (SPIN, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 DEBUG = "CLIPUP_DEBUG"
 """Environment variable: 1 shows full tracebacks instead of one-line errors."""
