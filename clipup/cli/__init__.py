@@ -29,10 +29,9 @@ COMMANDS = {
     "flops": "count FLOPs and parameters of a model, dense and sparse",
     "doctor": "list the blocks of a model and what upcycle would do with each",
 }
-SPIN = "GOMP_SPINCOUNT"
-"""Environment variable of libgomp: how often a waiting thread looks for work before it sleeps."""
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+"""Environment variables of OpenMP runtimes: how waiting threads wait. The first is how often they look for work."""
 _SPINS = "20000"
-_WAITING = (SPIN, "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 DEBUG = "CLIPUP_DEBUG"
 """Environment variable: 1 shows full tracebacks instead of one-line errors."""
 
@@ -64,8 +63,8 @@ def _run(argv: list[str]) -> int:
 def _sleep_soon() -> None:
     """Before torch is loaded, has its waiting threads sleep after a short spin, unless the environment says how they
     wait. A thread that has lost its core to another program makes all others wait; those that spin keep it from one."""
-    if not any(name in os.environ for name in _WAITING):
-        os.environ[SPIN] = _SPINS
+    if not any(name in os.environ for name in WAITING):
+        os.environ[WAITING[0]] = _SPINS
 
 
 def _print_version() -> int:

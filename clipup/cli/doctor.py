@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ..moe.config import MoEConfig
+from . import WAITING
 from .flags import ON_SPARSE, moe_rules, parse, refuse_idle
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ def check_kernels(options: Options) -> int:
         print(json.dumps(about | {"failed": failed, "note": known_faults(device)}, indent=2))
     else:
         print(report(findings, device))
+        waits = ", ".join(f"{name}={os.environ[name]}" for name in WAITING if name in os.environ)
+        print(f"waiting threads: {waits}; programs of your own set it themselves (docs/performance.md)")
     return int(failed > 0)
 
 
