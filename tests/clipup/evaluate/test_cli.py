@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 import clipup
 from clipup.cli import eval as module
 from clipup.cli import main
+from clipup.evaluate.retrieval import RECALL_AT, WAYS
 from clipup.moe.layer import SparseMoE
 from clipup.moe.prepared import PreparedMoE
 from clipup.upcycling.sparse_blocks import BlockMoE
@@ -72,8 +73,8 @@ def test_eval_prints_a_table_and_writes_json(directory, damaged_data, classes, t
 
 
 def test_names_of_groups_are_printed_without_what_controls_a_terminal():
-    recall = {way: {f"r{k}": 0.5 for k in module.RECALL_AT} for way in ("t2i", "i2t")}
-    row = {**recall, "gallery": 2, "captions": 2, "chance_r1": 0.5}
+    row = {f"{way}_R@{k}": 0.5 for way in WAYS for k in RECALL_AT}
+    row |= {"gallery": 2, "captions": 2, "chance_R@1": 0.5}
     printed = module.table({"retrieval": {**row, "splits": {"\x1b[31mred": row}}})
     assert "\\x1b[31mred" in printed and "\x1b" not in printed
 

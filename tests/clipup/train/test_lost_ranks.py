@@ -163,7 +163,7 @@ def test_the_share_of_unreadable_samples_is_judged_over_all_ranks(command, csv_d
 
     assert [code for code, _ in ended] == [2, 2], ended
     [message] = [line for _, error in ended for line in messages(error)]
-    assert "max_skipped: 3 of 24 samples cannot be read" in message and "no picture" not in message
+    assert "--max-skipped: 3 of 24 samples cannot be read" in message and "no picture" not in message
     assert_whole(tmp_path / "logs" / "run", 3)
 
 
@@ -173,4 +173,4 @@ def test_bad_options_are_reported_once_for_all_ranks_of_a_machine(command, tmp_p
 
     assert [code for code, _ in ended] == [2, 2]
     both = "".join(error for _, error in ended)
-    assert both.count("dist_timeout must be a positive number") == 1
+    assert both.count("--dist-timeout must be a positive number") == 1
