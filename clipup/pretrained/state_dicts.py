@@ -79,7 +79,7 @@ def read_weights(path: str | Path) -> Weights:
 def _read_sharded(directory: Path) -> Weights:
     index = shard_files.read_index(directory)
     shard_files.check_files(directory, index, index.files)
-    return Weights(shard_files.read_tensors(directory, index, shard_files.MODEL), index.configs)
+    return Weights(shard_files.read_tensors(directory, shard_files.MODEL), index.configs)
 
 
 def safetensors_on_meta(path: Path) -> dict[str, Tensor]:

@@ -105,8 +105,8 @@ def load_share(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
         OSError: it could not be read.
     """
     try:
-        index = sharded_checkpoints.check(directory, rank, world_size)
-        return sharded_checkpoints.read_checked_state(directory, index)
+        sharded_checkpoints.check(directory, rank, world_size)
+        return sharded_checkpoints.read_state(directory)
     except OSError as error:
         raise _unread(directory, error) from error
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..pretrained import factory, model_card, model_directory, origin, saving, tokenizers
-from ..pretrained.shard_files import MODEL, read_index
+from ..pretrained.shard_files import MODEL, described, read_index
 from . import checkpoints, resume, sharded_checkpoints, whole_state
 from .checkpoint_contents import check_optimizer
 from .distributed import Ranks
@@ -133,12 +133,13 @@ class RunCheckpoints:
                 f"{source} is a sharded checkpoint of another opt, which is read as a whole; resume with the former "
                 "opt, or start from its weights: clipup convert makes a model directory for --model"
             )
-        index = read_index(source)
         weights = {
-            name.removeprefix(MODEL): entry.shape for name, entry in index.tensors.items() if name.startswith(MODEL)
+            name.removeprefix(MODEL): tuple(tensor.size)
+            for name, tensor in described(source).items()
+            if name.startswith(MODEL)
         }
         checkpoints.check_model(self.built.model, weights, source)
-        self.sharded.load(source, index, checkpoint["optimizer"])
+        self.sharded.load(source, checkpoint["optimizer"])
         if self.directory is not None and source.resolve().parent == self.directory.checkpoints.resolve():
             self.sharded.last = source, self.state.step
 

@@ -4,13 +4,11 @@
     checkpoints/step_N/        after step N
 
 A directory is written under a temporary name and gets its own when it is whole. ``state.pt`` in it is what a
-single-file checkpoint holds besides tensors; ``optimizer`` in it is ``OptimizerValues``, which checkpoints of earlier
-versions lack.
+single-file checkpoint holds besides tensors; ``optimizer`` in it is ``OptimizerValues``.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from pathlib import Path
@@ -21,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from ..atomic_files import remove_directory, replace_files
 from ..pretrained.shard_files import INDEX, MODEL, OPTIMIZER, Index, check_files, read_index, read_tensors
 from ..pretrained.state_dicts import check_archive, read_pickle, write_pickle
-from .checkpoint_contents import check_contents
 from .finite import not_finite
 
 STATE = "state.pt"
@@ -78,44 +75,6 @@ def read_state(directory: Path) -> dict[str, Any]:
     return read_pickle(path)
 
 
-def read_checked_state(directory: Path, index: Index) -> dict[str, Any]:
-    """Its ``state.pt``, in which ``optimizer`` is what it should be.
-
-    Raises:
-        ValueError: it is missing or damaged.
-        OSError: it could not be read.
-    """
-    state = read_state(directory)
-    check_contents({key: value for key, value in state.items() if key != "optimizer"}, directory / STATE)
-    if "optimizer" in state and not _are_optimizer_values(state["optimizer"], index):
-        raise ValueError(
-            f"{directory / STATE} is damaged: its optimizer is not groups with names and finite numbers by parameter"
-        )
-    return state
-
-
-def _are_optimizer_values(held: Any, index: Index) -> bool:
-    if not (isinstance(held, dict) and isinstance(held.get("param_groups"), list)):
-        return False
-    groups, values = held["param_groups"], held.get("values")
-    if not (isinstance(values, dict) and all(isinstance(one, dict) for one in (*groups, *values.values()))):
-        return False
-    names = [group.get("param_names") for group in groups]
-    return (
-        all(isinstance(of_group, list) and all(isinstance(name, str) for name in of_group) for of_group in names)
-        and not any(isinstance(value, float) and math.isnan(value) for group in groups for value in group.values())
-        and all(
-            is_plain(value) and _is_finite(value) and f"{OPTIMIZER}{name}.{key}" not in index.tensors
-            for name, of_parameter in values.items()
-            for key, value in of_parameter.items()
-        )
-    )
-
-
-def _is_finite(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
 def write_state(directory: Path, state: dict[str, Any]) -> None:
     """Replaces its ``state.pt``."""
     replace_files({directory / STATE: lambda path: write_pickle(state, path)})
@@ -157,14 +116,14 @@ def load(directory: Path) -> dict[str, Any]:
         OSError: it could not be read.
     """
     index = check(directory)
-    state = read_checked_state(directory, index)
+    state = read_state(directory)
     by_name: dict[str, dict[str, Any]] = {}
-    for name, value in read_tensors(directory, index, OPTIMIZER).items():
+    for name, value in read_tensors(directory, OPTIMIZER).items():
         parameter, _, key = name.rpartition(".")
         by_name.setdefault(parameter, {})[key] = value
     for parameter, values in state["optimizer"]["values"].items():
         by_name.setdefault(parameter, {}).update(values)
-    weights = read_tensors(directory, index, MODEL)
+    weights = read_tensors(directory, MODEL)
     return {**state, **index.configs, "state_dict": weights, "optimizer": {"by_name": by_name}}
 
 

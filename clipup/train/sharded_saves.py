@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..atomic_files import make_aside, remove_aside, remove_directory
-from ..pretrained.shard_files import Index
+from ..pretrained import shard_files
+from ..pretrained.shard_files import FileSum, Index
 from . import sharded_checkpoints, sharded_state
 from .distributed import Ranks, unlimited_group
 from .recorder import LOG
@@ -47,7 +48,6 @@ class ShardedSaves:
         self.last: tuple[Path, int] | None = None
         """The last checkpoint that is whole, and its step."""
         self._names = sharded_state.parameter_names(model)
-        self._buffers = sharded_state.buffer_names(model)
         self._group = unlimited_group() if ranks.several else None
         cuda = ranks.device.type == "cuda"
         self._stager = DefaultStager(
@@ -64,13 +64,14 @@ class ShardedSaves:
         self._after_first_step.remove()
         sharded_state.check_kinds(self.optimizer, self._names)
 
-    def load(self, directory: Path, index: Index, others: OptimizerValues) -> None:
+    def load(self, directory: Path, others: OptimizerValues) -> None:
         """Puts the tensors of a checkpoint, whatever its layout, into the model and the optimizer, with the optimizer's
         other values."""
         from . import dcp_storage
 
-        wanted, state = sharded_state.targets(self.model, self.optimizer, self._names, index, others)
-        dcp_storage.load(wanted, directory, index, self._group)
+        described = shard_files.described(directory)
+        wanted, state = sharded_state.targets(self.model, self.optimizer, self._names, described, others)
+        dcp_storage.load(wanted, directory, self._group)
         self.optimizer.load_state_dict(state)
 
     def save(self, name: str, state: dict[str, Any]) -> Path:
@@ -89,8 +90,7 @@ class ShardedSaves:
             return self.last[0]
         aside = self.ranks.first_does(lambda: make_aside(self.folder))
         tensors = sharded_state.all_tensors(self.model, self.optimizer, self._names)
-        share = sharded_state.own_share(tensors, self._buffers, self.ranks.rank, self.ranks.world_size)
-        staged: Any = self._stager.stage(share)
+        staged: Any = self._stager.stage(sharded_state.own_share(tensors, self.ranks.first))
         target = self.folder / name
         arguments = staged, aside, target, state
         self._thread = threading.Thread(target=self._write, args=arguments, name="clipup checkpoint", daemon=True)
@@ -114,9 +114,8 @@ class ShardedSaves:
     def _write(self, staged: Any, aside: Path, target: Path, state: dict[str, Any]) -> None:
         from . import dcp_storage
 
-        def finish(index: Index) -> None:
-            whole = Index(index.tensors, index.files, self.configs)
-            sharded_checkpoints.finish(aside, target, whole, state)
+        def finish(files: dict[str, FileSum]) -> None:
+            sharded_checkpoints.finish(aside, target, Index(files, self.configs), state)
 
         try:
             dcp_storage.save(staged, aside, self._group, finish)

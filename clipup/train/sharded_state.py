@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe.expert_parallel import is_distributed
-from ..pretrained.shard_files import MODEL, OPTIMIZER, Index
+from ..pretrained.shard_files import MODEL, OPTIMIZER
 from .optim import continued_groups
 from .sharded_checkpoints import OptimizerValues, is_plain
 from .whole_state import PLACE
@@ -60,37 +60,9 @@ def check_kinds(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> N
                 )
 
 
-def own_share(tensors: dict[str, Tensor], buffers: set[str], rank: int, world_size: int) -> dict[str, Tensor]:
-    """Those tensors that this rank writes, so that each part is copied and written by one rank.
-
-    Whole tensors are divided among the ranks by size, except for buffers, which may differ: those of rank 0 count. Of a
-    DTensor the ranks that hold the same part take turns.
-
-    Args:
-        buffers: names of the model's buffers.
-    """
-    loads = [0] * world_size
-    share = {}
-    for turn, name in enumerate(sorted(tensors, key=lambda name: (-tensors[name].nbytes, name))):
-        value: Any = tensors[name]
-        if is_distributed(value):
-            at, mesh = value.device_mesh.get_coordinate(), value.device_mesh
-            mine = all(
-                at[dimension] == turn % mesh.size(dimension)
-                for dimension, placement in enumerate(value.placements)
-                if placement.is_replicate()
-            )
-        else:
-            owner = 0 if name in buffers else loads.index(min(loads))
-            loads[owner] += value.nbytes
-            mine = owner == rank
-        if mine:
-            share[name] = value
-    return share
-
-
-def buffer_names(model: nn.Module) -> set[str]:
-    return {f"{MODEL}{name}" for name, _ in model.named_buffers()}
+def own_share(tensors: dict[str, Tensor], is_first: bool) -> dict[str, Tensor]:
+    """Those tensors that this rank may have to write: of plain ones, which all ranks have, the first rank's count."""
+    return {name: value for name, value in tensors.items() if is_first or is_distributed(value)}
 
 
 def _check_alike(keys: dict[str, list[str]]) -> None:
@@ -105,18 +77,21 @@ def targets(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     names: dict[Tensor, str],
-    index: Index,
+    described: dict[str, Any],
     others: OptimizerValues,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors to read a checkpoint into: all by name, and those of the optimizer also in its state dict, with the other
     values. Those of the model share its memory.
+
+    Args:
+        described: the checkpoint's tensors (``shard_files.described``).
 
     Raises:
         ValueError: a tensor of the optimizer is missing.
     """
     wanted = {f"{MODEL}{name}": value for name, value in model.state_dict().items()}
     keys: dict[str, list[str]] = {}
-    for name in index.tensors:
+    for name in described:
         if name.startswith(OPTIMIZER):
             parameter_name, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
             keys.setdefault(parameter_name, []).append(key)
@@ -128,12 +103,10 @@ def targets(
             values: dict[str, Any] = dict(others["values"].get(names[parameter], {}))
             for key in keys.get(names[parameter], ()):
                 name = f"{OPTIMIZER}{names[parameter]}.{key}"
-                entry = index.tensors[name]
-                like_parameter = key != "step" and entry.shape == tuple(parameter.shape)
+                size, dtype = described[name].size, described[name].properties.dtype
+                like_parameter = key != "step" and size == parameter.shape
                 values[key] = wanted[name] = (
-                    torch.empty_like(parameter.detach())
-                    if like_parameter
-                    else torch.empty(entry.shape, dtype=entry.dtype)
+                    torch.empty_like(parameter.detach()) if like_parameter else torch.empty(size, dtype=dtype)
                 )
             if values:
                 state[number] = values

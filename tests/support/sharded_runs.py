@@ -30,18 +30,17 @@ def sharded(spreads: dict[str, Any]) -> dict[str, Any]:
 
 
 def stuck(out: Path, options: dict[str, Any]) -> None:
-    """A checkpoint after each step. The threads stop in the middle of the third, and make the file OUT/half-R."""
-    write, count = dcp_storage.write_parts, iter(range(100))
+    """A checkpoint after each step. The threads stop in the middle of the third, and make the file OUT/half-NAME."""
+    sum_of, count = dcp_storage.sum_of, iter(range(100))
 
-    def half(path: Path, *arguments: Any) -> Any:
-        sums = write(path, *arguments)
+    def half(path: Path) -> Any:
         if next(count) == 2:
-            path.write_bytes(path.read_bytes()[: sums.size // 2])
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
             (out / f"half-{path.name}").touch()
             time.sleep(600)
-        return sums
+        return sum_of(path)
 
-    dcp_storage.write_parts = half
+    dcp_storage.sum_of = half
     run(out, "killed", DROPLESS, save_every_n_steps=1, lr_scheduler="const", fsdp_checkpoint="sharded", **options)
 
 
@@ -49,7 +48,7 @@ def damaged(out: Path, name: str, options: dict[str, Any]) -> None:
     """Damages a file of the newest checkpoint, and resumes."""
     run(out, name, DROPLESS, lr_scheduler="const", fsdp_checkpoint="sharded", **options)
     if os.environ["RANK"] == "0":
-        path = newest(out / name) / "rank_1.safetensors"
+        path = max(newest(out / name).glob("*.safetensors"))
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     torch.distributed.barrier()
     run(out, name, DROPLESS, lr_scheduler="const", fsdp_checkpoint="sharded", resume="latest", **options)

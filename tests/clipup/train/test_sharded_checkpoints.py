@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -17,7 +16,6 @@ from strangers import MakesFile
 import clipup
 from clipup.cli import main
 from clipup.moe.config import MoEConfig
-from clipup.pretrained import shard_files
 from clipup.train import Every, NonFiniteWeights, TrainingInterrupted, checkpoints, dcp_storage, train
 from clipup.train.checkpoints import load
 
@@ -98,33 +96,6 @@ def test_numbers_of_numpy_can_be_saved_and_read(run, kind):
     assert run(name="sparse", moe=moe, steps=4, resume="latest", fsdp_checkpoint=kind).steps == 4
 
 
-OF_OPTIMIZER = {"param_groups": [], "values": {}}
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        *(None, [1], {}, {"param_groups": []}, {"param_groups": None, "values": {}}, {**OF_OPTIMIZER, "values": [1]}),
-        *({**OF_OPTIMIZER, "param_groups": groups} for groups in ([{}], ["a"], [{"param_names": 5}])),
-        {**OF_OPTIMIZER, "param_groups": [{"param_names": [], "step": float("nan")}]},
-        *({**OF_OPTIMIZER, "values": {"logit_scale": of}} for of in (None, [1], {"k": [1]}, {"k": float("inf")})),
-        {**OF_OPTIMIZER, "values": {"logit_scale": {"exp_avg": 1.0}}},  # which is a tensor
-    ],
-    ids=str,
-)
-def test_an_optimizer_of_another_form_is_named_and_the_checkpoint_before_is_used(run, optimizer):
-    first = run()
-    folder = first.directory / "checkpoints"
-    path = folder / "epoch_2" / "state.pt"
-    torch.save({**torch.load(path, weights_only=True), "optimizer": optimizer}, path)
-
-    for read in (lambda: load(folder / "epoch_2"), lambda: run(resume=str(folder / "epoch_2"))):
-        with pytest.raises(ValueError, match=r"epoch_2/state\.pt is damaged: its optimizer is not groups"):
-            read()
-    assert run(resume="latest").steps == 6
-    assert "epoch_1, because a checkpoint cannot be used" in (first.directory / "out.log").read_text()
-
-
 @pytest.mark.parametrize("kind", ["sharded", "full"])
 def test_a_run_that_does_no_step_with_a_locked_tower_leaves_the_optimizer_whole(run, kind):
     of_both = {"opt": "timm/madgrad", "fsdp_checkpoint": kind}
@@ -138,41 +109,11 @@ def test_a_run_that_does_no_step_with_a_locked_tower_leaves_the_optimizer_whole(
     assert same_weights(resumed.model, whole.model)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lock_image": True}], ids=["all", "locked"])
-@pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_a_checkpoint_that_says_where_parameters_lay_on_other_ranks_is_resumed(run, kind, changes):
-    """Versions before this one saved the parts of the groups of a run with fsdp or ep."""
-    first = run(steps=2)
-    path = newest(first) / "state.pt"
-    state = torch.load(path, weights_only=True)
-    for index, group in enumerate(state["optimizer"]["param_groups"]):
-        group |= {"group": index, "positions": list(range(7))}
-    torch.save(state, path)
-
-    run(steps=4, resume="latest", resume_with_changes=True, fsdp_checkpoint=kind, **changes)
-    if kind == "sharded":
-        groups = torch.load(newest(first) / "state.pt", weights_only=True)["optimizer"]["param_groups"]
-        assert not any({"group", "positions"} & set(group) for group in groups)
-    assert run(resume="latest", resume_with_changes=True, fsdp_checkpoint="full").steps == 6
-
-
 @pytest.mark.parametrize("kind", ["sharded", "full"])
 def test_settings_of_an_optimizer_may_be_infinite(run, kind):
     lamb = {"opt": "timm/lamb", "opt_kwargs": {"max_grad_norm": float("inf")}, "fsdp_checkpoint": kind}
     run(steps=2, **lamb)
     assert run(resume="latest", **lamb).steps == 6
-
-
-@pytest.mark.parametrize("counted", [float("inf"), 10**400], ids=["infinity", "ten to 400"])
-def test_a_count_that_is_not_finite_is_refused_by_name(run, counted):
-    first = run(opt="timm/lamb", steps=2)
-    path = newest(first) / "state.pt"
-    state = torch.load(path, weights_only=True)
-    for group in state["optimizer"]["param_groups"]:
-        group["step"] = counted
-    torch.save(state, path)
-    with pytest.raises(ValueError, match="has step = .* in a group, where a finite number should be"):
-        run(opt="timm/lamb", resume="latest")
 
 
 @pytest.mark.slow
@@ -192,17 +133,17 @@ def test_an_optimizer_whose_state_cannot_be_sharded_is_refused_after_its_first_s
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(run, monkeypatch):
     trained_on, writing, most = threading.Event(), [], []
-    write = dcp_storage.write_parts
+    save = dcp_storage.save
 
-    def slow(path, *arguments):
-        writing.append(path)
+    def slow(tensors, directory, *arguments):
+        writing.append(directory)
         most.append(len(writing))
         in_time = trained_on.wait(20)
-        writing.remove(path)
+        writing.remove(directory)
         assert in_time, "training waited"
-        return write(path, *arguments)
+        save(tensors, directory, *arguments)
 
-    monkeypatch.setattr(dcp_storage, "write_parts", slow)
+    monkeypatch.setattr(dcp_storage, "save", slow)
     step = iter(range(1, 7))
     result = run([Every(1, lambda model: trained_on.set() if next(step) == 3 else None)], save_every_n_steps=2)
 
@@ -211,8 +152,8 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_one_waits(r
 
 
 def test_ctrl_c_waits_for_the_checkpoint_that_it_names(run, monkeypatch):
-    write = dcp_storage.write_parts
-    monkeypatch.setattr(dcp_storage, "write_parts", lambda *a: (threading.Event().wait(0.3), write(*a))[1])
+    save = dcp_storage.save
+    monkeypatch.setattr(dcp_storage, "save", lambda *a: (threading.Event().wait(0.3), save(*a))[1])
 
     with pytest.raises(TrainingInterrupted) as stopped:
         run([Every(2, lambda model: os.kill(os.getpid(), signal.SIGINT))])
@@ -222,15 +163,15 @@ def test_ctrl_c_waits_for_the_checkpoint_that_it_names(run, monkeypatch):
 
 
 def test_a_checkpoint_that_could_not_be_written_ends_the_run_and_the_one_before_is_whole(run, monkeypatch):
-    write = dcp_storage.write_parts
+    save = dcp_storage.save
 
-    def full_disk(path, *arguments):
-        if path.parent.parent.joinpath("step_2").exists():
-            path.write_bytes(b"half")
+    def full_disk(tensors, directory, *arguments):
+        if directory.parent.joinpath("step_2").exists():
+            (directory / "half.safetensors").write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        return write(path, *arguments)
+        save(tensors, directory, *arguments)
 
-    monkeypatch.setattr(dcp_storage, "write_parts", full_disk)
+    monkeypatch.setattr(dcp_storage, "save", full_disk)
     with pytest.raises(OSError, match="step_4: .*No space left.*step_2 is whole.*--resume latest"):
         run(save_every_n_steps=2, steps=8, save_frequency=0, save_most_recent=False)
 
@@ -277,14 +218,29 @@ def remove(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("file", ["rank_0.safetensors", "index.json", "state.pt"])
-@pytest.mark.parametrize("damage", [flip, *(pytest.param(each, marks=pytest.mark.slow) for each in (cut, remove))])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, file, damage):
+def another(path):
+    shutil.copy(path, path.with_name(f"more{path.suffix}"))
+
+
+@pytest.mark.parametrize(
+    ("files", "damage"),
+    [
+        *((files, flip) for files in ("*.safetensors", "index.json", "state.pt")),
+        *(("*.safetensors", damage) for damage in (cut, remove, another)),
+        *(
+            pytest.param(f, damage, marks=pytest.mark.slow)
+            for f in ("index.json", "state.pt")
+            for damage in (cut, remove)
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(run, files, damage):
     first = run()
     folder = first.directory / "checkpoints"
-    damage(folder / "epoch_2" / file)
+    [path] = (folder / "epoch_2").glob(files)
+    damage(path)
 
-    with pytest.raises(ValueError, match=f"epoch_2.*({file}|missing|damaged)"):
+    with pytest.raises(ValueError, match="epoch_2.*(missing|damaged)"):
         run(resume=str(folder / "epoch_2"))
     resumed = run(resume="latest")
 
@@ -326,7 +282,7 @@ def stranger(tmp_path):
     return pickle.dumps({"epoch": 1, "step": 99, "x": MakesFile(made)}), made
 
 
-@pytest.mark.parametrize("file", ["state.pt", ".metadata", "rank_0.safetensors", "index.json"])
+@pytest.mark.parametrize("file", ["state.pt", ".metadata", "more.safetensors", "index.json"])
 def test_nothing_in_a_checkpoint_is_executed(run, stranger, tmp_path, file, capsys):
     content, made = stranger
     result = run(steps=3, save_frequency=0)
@@ -344,64 +300,6 @@ def test_nothing_in_a_checkpoint_is_executed(run, stranger, tmp_path, file, caps
     assert not made.exists()
 
 
-def test_an_index_cannot_lead_out_of_its_directory_or_ask_for_more_memory_than_its_files_have(run, tmp_path):
-    path = newest(run(steps=3))
-    whole = json.loads((path / "index.json").read_text())["content"]
-    shutil.copy(path / "rank_0.safetensors", path.parent / "rank_0.safetensors")
-
-    for change in ("file", "size"):
-        content = json.loads(json.dumps(whole))
-        for entry in content["tensors"].values():
-            if change == "file":
-                entry["parts"][0][2] = "../rank_0.safetensors"
-            elif entry["shape"]:
-                entry["shape"][0] = entry["parts"][0][1][0] = 10**12
-        (path / "index.json").write_text(json.dumps({"crc32": shard_files._crc_of(content), "content": content}))
-        with pytest.raises(ValueError, match=r"not the name of a file|bytes cannot be in rank_0.safetensors"):
-            load(path)
-
-
-def some_weight(content):
-    return next(name for name, entry in content["tensors"].items() if name.startswith("model.") and entry["shape"])
-
-
-def overlapping(content):
-    """Two halves of a weight, both the first one."""
-    (offsets, shape, file) = content["tensors"][some_weight(content)]["parts"][0]
-    half = [shape[0] // 2, *shape[1:]]
-    content["tensors"][some_weight(content)]["parts"] = [[offsets, half, file]] * 2
-
-
-def infinite(content):
-    content["files"]["rank_0.safetensors"]["size"] = float("inf")
-
-
-def without_a_moment(content):
-    del content["tensors"][next(name for name in content["tensors"] if name.endswith("exp_avg_sq"))]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [(overlapping, "overlap"), (infinite, "inf"), (without_a_moment, "lacks optimizer..*exp_avg_sq")],
-)
-def test_an_index_that_is_wrong_in_itself_is_refused_by_name(run, change, message):
-    first = run()
-    path = newest(first)
-    content = json.loads((path / "index.json").read_text())["content"]
-    change(content)
-    (path / "index.json").write_text(json.dumps({"crc32": shard_files._crc_of(content), "content": content}))
-
-    with pytest.raises(ValueError, match=message):
-        run(resume=str(path), steps=9)
-
-
-def test_deep_json_is_damage_and_no_traceback(run):
-    first = run()
-    (first.directory / "checkpoints" / "epoch_2" / "index.json").write_text("[" * 200_000)
-
-    assert same_weights(first.model, run(resume="latest").model)
-
-
 def test_convert_makes_a_model_directory_of_either_kind_of_checkpoint(run, named_model, tmp_path, capsys):
     for kind in ("sharded", "full"):
         result = run(name=kind, moe=MoEConfig.clip_up(num_experts=2), model=named_model, fsdp_checkpoint=kind)
@@ -413,15 +311,6 @@ def test_convert_makes_a_model_directory_of_either_kind_of_checkpoint(run, named
         assert same_weights(made, result.model)
     files = [sorted(file.name for file in (tmp_path / kind).iterdir()) for kind in ("sharded", "full")]
     assert files[0] == files[1] == ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
-
-
-def test_convert_refuses_more_layers_than_the_weights_can_have(run, tmp_path, capsys):
-    path = newest(run(steps=3))
-    content = json.loads((path / "index.json").read_text())["content"]
-    content["configs"]["model_cfg"] = {"embed_dim": 16, "vision_cfg": {"layers": 10**7}, "text_cfg": {}}
-    (path / "index.json").write_text(json.dumps({"crc32": shard_files._crc_of(content), "content": content}))
-    assert main(["convert", str(path), str(tmp_path / "out")]) == 2
-    assert "vision_cfg has 10000000 layers, but there are" in capsys.readouterr().err
 
 
 def test_convert_refuses_what_it_cannot_convert(run, tmp_path, capsys):
