@@ -142,19 +142,19 @@ sanitized() {  # sanitized TOOL LIMIT: small shapes under compute-sanitizer, eve
   needing compute-sanitizer "$1" "$2" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     compute-sanitizer --tool "$1" --report-api-errors no --error-exitcode 9 \
     "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider tests/clipup_kernels/test_cuda_layer.py \
-    tests/clipup_kernels/test_cpp_cuda.py -k small
+    tests/clipup_kernels/test_cpp_cuda.py -m "not slow" -k small
 }
 
 workers=()  # most of the tests' time is Triton compiling
 probe xdist && workers=(-n 6)
-smoke="triton_is_used or small_experts or without_biases or (large_experts and tiled and dropless) or inference_gives"
-smoke+=" or (gating_and and 777) or many_rows_and_their or host_never_waits or twenty_runs_agree or graph_replays"
+smoke="triton_is_used or small_experts or (experts_follow and tiled and dropless) or inference_gives"
+smoke+=" or (gating_and and 777) or (rows_and and large) or host_never_waits or twenty_runs_agree or graph_replays"
 main_case=(--shapes 50000x768x3072)
 other_cases=(--shapes 4096x768x3072 50000x512x2048 50000x1024x4096 200000x768x3072 400000x768x3072)  # the largest last
 
 window_main() {
   step smoke 60 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
-    tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cuda_layer.py -k "$smoke"
+    tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cuda_layer.py -m "not slow" -k "$smoke"
   step self_check 75 "$PYTHON" -m clipup_kernels.self_check cuda
   step kernels 90 "$PYTHON" benchmarks/gpu_kernels.py --csv "$out/kernels.csv"
   layer forward 65 forward "${main_case[@]}" --dtype bf16
@@ -168,7 +168,8 @@ window_choices() {
 
 window_tests() {  # -v: a log that is cut off by the time still names what failed
   step cuda_tests 340 "$PYTHON" -m pytest -v --tb=short -p no:cacheprovider ${workers[@]+"${workers[@]}"} \
-    tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cpp_cuda.py tests/clipup_kernels/test_cuda_layer.py
+    tests/clipup_kernels/test_cuda.py tests/clipup_kernels/test_cpp_cuda.py tests/clipup_kernels/test_cuda_layer.py \
+    -m "not slow"
 }
 
 window_sizes() {

@@ -13,6 +13,7 @@ biases, masks and a capacity, on odd shapes and, on CUDA devices, on shapes that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -142,16 +143,14 @@ def check_again(device: str | torch.device = "cuda") -> list[Finding]:
     return findings
 
 
-def _keep(path: Path | None, findings: list[Finding]) -> None:
+def _keep(path: Path, findings: list[Finding]) -> None:
     """Stores findings without failures for later programs. With a failure nothing is kept: they check again, because
     the fault may be repaired, or have passed."""
-    try:
-        if path is not None and any(finding.reason is not None for finding in findings):
+    with contextlib.suppress(OSError):  # without a cache directory that can be written to, the check runs next time too
+        if any(finding.reason is not None for finding in findings):
             path.unlink(missing_ok=True)
-        elif path is not None and findings:
+        elif findings:
             write_json(path, [asdict(finding) for finding in findings])
-    except OSError:  # without a cache directory that can be written to, the check runs again next time
-        pass
 
 
 def check_once(device: str | torch.device = "cuda", dtypes: Iterable[torch.dtype] = tuple(TOLERANCE)) -> list[Finding]:
@@ -217,8 +216,8 @@ def known_faults(device: str | torch.device) -> str | None:
     )
 
 
-def cache_file(device: str | torch.device) -> Path | None:
-    """Where ``check_once`` keeps its result for a device, this installation and its settings; None: nowhere."""
+def cache_file(device: str | torch.device) -> Path:
+    """Where ``check_once`` keeps its result for a device, this installation and its settings."""
     device = _checked_device(device)
     versions = [package_version(name) for name in ("triton", "numpy")]
     key: list[Any] = [processor_name(device), torch.__version__, torch.version.cuda, *versions, registry.forced()]
@@ -236,24 +235,12 @@ def _installation() -> list[tuple[str, int, int]]:
     return [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def _read(path: Path | None) -> list[Finding]:
-    """Empty if there is no result without failures or it cannot be read: then the check runs again."""
+def _read(path: Path) -> list[Finding]:
+    """Empty if there is no result or it cannot be read: then the check runs again."""
     try:
-        if path is None or not path.is_file():
-            return []
-        findings = [Finding(**finding) for finding in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, RecursionError):
+        return [Finding(**finding) for finding in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
         return []
-    return findings if all(map(_passed, findings)) else []
-
-
-def _passed(finding: Finding) -> bool:
-    """Whether a finding that was read from a file is that of an op that passed."""
-    names = (finding.op, finding.dtype, finding.chosen_by, finding.backend)
-    if not (all(isinstance(name, str) for name in names) and finding.reason is None):
-        return False
-    error, allowed = finding.error, finding.allowed
-    return isinstance(error, float) and isinstance(allowed, float) and error <= allowed
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

@@ -10,18 +10,9 @@ from pathlib import Path
 from typing import Any
 
 
-def user_cache(*parts: str) -> Path | None:
-    """A path in ``clipup`` in the user's cache directory: ``$XDG_CACHE_HOME``, or ~/.cache. None if there is no home.
-
-    A relative ``XDG_CACHE_HOME`` is ignored (XDG Base Directory Specification).
-    """
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(root):
-        try:
-            root = str(Path.home() / ".cache")
-        except RuntimeError:  # no HOME, and a user without an entry in the system's table
-            return None
-    return Path(root, "clipup", *parts) if os.path.isabs(root) else None
+def user_cache(*parts: str) -> Path:
+    """A path in ``clipup`` in the user's cache directory: ``$XDG_CACHE_HOME``, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "clipup", *parts)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -31,17 +31,12 @@ GRADIENTS = ("weight_gradient", "expert_gradients")
 """Those that sum over the experts' rows: no weights are read."""
 LONG_EPILOGUES = ("project_in", "project_in_gated", "project_back")
 """Those that apply activations to their sums."""
-BOTH_KERNELS = ("project_both", "project_both_gated")
-"""Both products of inference in one launch. Only ``tune`` gives them a config: without one they take two launches."""
 BUCKETS = {"few": 96, "some": 768, "many": float("inf")}
 """Classes of rows per expert, with their upper limits."""
 
 
 class Config(NamedTuple):
-    """The tile of a grouped product: a block computes ``block_m x block_n`` outputs, ``block_k`` terms at a time.
-
-    In ``project_both`` it is the tile of the first product, whose terms are all computed at once.
-    """
+    """The tile of a grouped product: a block computes ``block_m x block_n`` outputs, ``block_k`` terms at a time."""
 
     block_m: int
     block_n: int
@@ -50,16 +45,10 @@ class Config(NamedTuple):
     num_stages: int
     descriptors: bool = False
     """Weights are loaded by descriptors (TMA, architecture 90 and later) instead of ``cp.async``."""
-    row_descriptors: bool = False
-    """Rows are loaded by descriptors; gathered ones are first copied into expert order (``permute``)."""
 
     @property
     def constants(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
-
-    @property
-    def loads(self) -> dict[str, bool]:
-        return {"DESCRIPTORS": self.descriptors, "ROW_DESCRIPTORS": self.row_descriptors}
 
     def even(self, depth: int, columns: int) -> dict[str, bool]:
         """Whether the sizes are multiples of the tile's, so that loads need no masks."""
@@ -70,20 +59,17 @@ class Config(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **FUSED}
 
 
-# By architecture and arithmetic: the tile of products with a long epilogue (activations), and that of the others. A
-# long epilogue takes about as long as the products of a tile. With 8 warps, 128 registers per thread and up to 113 KB,
-# two blocks share a multiprocessor, and one block's epilogue overlaps the other's products. Architecture 80 stays
-# within the 99 KB of the consumer variants (8.6, 8.9, 12.0) of the data-center architectures.
+# By architecture (100 has the tiles of 90) and arithmetic: the tile of products with a long epilogue (activations), and
+# that of the others. A long epilogue takes about as long as the products of a tile. With 8 warps, 128 registers per
+# thread and up to 113 KB, two blocks share a multiprocessor, and one block's epilogue overlaps the other's products.
+# Architecture 80 stays within the 99 KB of the consumer variants (8.6, 8.9, 12.0) of the data-center architectures.
 _TILES = {
     (80, "half"): (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 4)),
     (90, "half"): (Config(128, 128, 64, 8, 3), Config(128, 256, 64, 8, 3)),
-    (100, "half"): (Config(128, 128, 64, 8, 3), Config(128, 256, 64, 8, 3)),
     (80, "tf32"): (Config(64, 64, 32, 4, 3), Config(128, 128, 16, 8, 3)),
     (90, "tf32"): (Config(64, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
-    (100, "tf32"): (Config(64, 64, 32, 4, 3), Config(128, 128, 32, 8, 3)),
     (80, "ieee"): (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
     (90, "ieee"): (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
-    (100, "ieee"): (Config(64, 64, 16, 8, 2), Config(64, 64, 16, 8, 2)),
 }
 
 
@@ -104,10 +90,6 @@ def architecture(device: torch.device) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def arithmetic(dtype: torch.dtype) -> str:
     """How ``dtype`` is multiplied: "half" for 16 bits; float32 by "tf32" if torch allows it in matmuls, else "ieee"."""
     if dtype != torch.float32:
@@ -125,11 +107,9 @@ def bucket_of(num_rows: int, num_experts: int) -> str:
     return next(name for name, most in BUCKETS.items() if num_rows <= most * num_experts)
 
 
-def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config | None:
-    """A tile for products of ``depth`` terms that yield ``columns`` columns; None for ``BOTH_KERNELS``."""
-    if kernel in BOTH_KERNELS:
-        return None
-    fused, plain = _TILES[arch, kind]
+def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config:
+    """A tile for products of ``depth`` terms that yield ``columns`` columns."""
+    fused, plain = _TILES[min(arch, 90), kind]
     tile = fused if kernel in LONG_EPILOGUES else plain
     if depth % 16 or columns % 16:  # unaligned rows are loaded element by element, through registers
         tile = Config(64, 32, 32, 4, 2) if kind != "ieee" else tile
@@ -137,32 +117,14 @@ def heuristic(arch: int, kernel: str, kind: str, bucket: str, depth: int, column
         tile = tile._replace(block_n=tile.block_n // 2)
         if kind == "ieee" and (depth % 16 or columns % 16):
             tile = tile._replace(num_stages=3)  # with 2, Triton 3.9 spills registers
-    if (arch, kind, kernel) == (100, "tf32", "project_rows"):
-        tile = tile._replace(num_warps=4)  # with 8, Triton 3.9 spills registers
     if tile.block_n == 256 and (columns % 256 or bucket != "many"):  # no half-empty tiles, and enough of them
         tile = tile._replace(block_n=128, num_warps=4)
     tile = tile._replace(block_n=min(tile.block_n, _tile_side(columns)))
     if kernel in GRADIENTS:  # they sum over the experts' rows
-        spills = (kernel, kind) == ("expert_gradients", "ieee")  # with 3 on architecture 100, Triton 3.6
-        return tile._replace(num_stages=max(2 if spills else 3, tile.num_stages))
+        return tile._replace(num_stages=max(3, tile.num_stages))
     if bucket == "few" and tile.block_m > 64:
-        # with 4 warps on architecture 100, Triton 3.6 spills registers in the epilogue
-        tile = tile._replace(block_m=64, num_warps=8 if (arch, kernel) == (100, "project_back") else 4)
+        tile = tile._replace(block_m=64, num_warps=4)
     return tile._replace(block_k=min(tile.block_k, _tile_side(depth)))
-
-
-def both_tile(arch: int, width: int) -> Config:
-    """The first tile of ``project_both`` that ``tune`` tries."""
-    # With two stages, the loads of a step's weights would start right before the weights are used. On architecture 100,
-    # Triton 3.9 spills registers at 128 columns with 8 warps; with 4, two blocks share a multiprocessor as well.
-    columns = _tile_side(width)
-    return Config(128, 32, columns, 4 if arch == 100 and columns == 128 else 8, 3)
-
-
-def with_descriptors(kernel: str, tile: Config) -> list[Config]:
-    """A tile with weights by descriptors, and with rows too."""
-    rows_too = tile._replace(descriptors=kernel not in GRADIENTS, row_descriptors=True)
-    return [rows_too] if kernel in GRADIENTS else [tile._replace(descriptors=True), rows_too]
 
 
 class Case(NamedTuple):
@@ -181,8 +143,8 @@ class Case(NamedTuple):
     @property
     def most_registers(self) -> int | None:
         """65,536 over the threads of two blocks, for the tiles of ``_TILES`` that count on a second block."""
-        fused = _TILES[self.arch, self.kind][0]
-        two = self.arch >= 90 and self.kind == "half" and self.kernel in LONG_EPILOGUES
+        fused = _TILES[min(self.arch, 90), self.kind][0]
+        two = self.arch == 90 and self.kind == "half" and self.kernel in LONG_EPILOGUES
         same = self.config.block_m == fused.block_m and self.config.num_warps == fused.num_warps
         return 65_536 // (2 * 32 * fused.num_warps) if two and same else None
 
@@ -190,7 +152,7 @@ class Case(NamedTuple):
 def cases(arch: int, kernel: str) -> Iterator[Case]:
     """Every tile that the heuristic gives a kernel on an architecture, for weights with at least 128 columns.
 
-    The main one also with descriptors on architecture 90 and later, because ``tune`` may choose them.
+    The main one also with weights by descriptors on architecture 90 and later, because ``tune`` may choose them.
     """
 
     def tiles(depth: int, widths: tuple[int, ...]) -> list[Config]:
@@ -204,58 +166,28 @@ def cases(arch: int, kernel: str) -> Iterator[Case]:
             for number, tile in enumerate(tiles(768, (3072, 640))):
                 is_main = number == 0 and dtype == torch.bfloat16
                 yield Case(arch, kernel, dtype, kind, tile, is_main, even=True)
-                for config in with_descriptors(kernel, tile) if is_main and arch >= 90 else ():
-                    yield Case(arch, kernel, dtype, kind, config, False, even=True)
+                if is_main and arch >= 90 and kernel not in GRADIENTS:
+                    yield Case(arch, kernel, dtype, kind, tile._replace(descriptors=True), False, even=True)
             for tile in tiles(767, (3071,)):
                 yield Case(arch, kernel, dtype, kind, tile, False, even=False)
 
 
-def cases_both(arch: int, kernel: str) -> Iterator[Case]:
-    """Tiles of one of ``BOTH_KERNELS`` that ``tune`` may choose.
-
-    With ``even`` unset, the width is a multiple of 16 that does not fill the tile.
-    """
-    wide = [Config(64 if arch == 80 else 128, 32, 256, 8, 2)]
-    if arch >= 90 and kernel == "project_both":
-        wide.append(Config(64, 32, 512, 8, 2))
-    narrow = (both_tile(arch, width) for width in (16, 32, 64, 128))
-    for tile in (*narrow, *wide):
-        for dtype in (torch.bfloat16, torch.float16):
-            is_main = tile.block_k == 128 and dtype == torch.bfloat16
-            yield Case(arch, kernel, dtype, "half", tile, is_main, even=True)
-            if tile.block_k in (128, 256):  # with 512 columns there are no registers for a mask
-                yield Case(arch, kernel, dtype, "half", tile, False, even=False)
-
-
 def choose(
     kernel: str, device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, depth: int, columns: int
-) -> Config | None:
+) -> Config:
     """The config of a launch: from the measured table, else from the heuristic.
 
-    None: use two launches instead of ``project_both``.
-
     Args:
-        kernel: one of ``KERNELS`` or ``BOTH_KERNELS``.
-        num_rows: R. depth, columns: terms and columns of the product (the first one of two); for ``weight_gradient``,
-            which sums over rows, the rows and columns of a weight.
+        kernel: one of ``KERNELS``.
+        num_rows: R. depth, columns: terms and columns of the product; for ``weight_gradient``, which sums over rows,
+            the rows and columns of a weight.
     """
     bucket = bucket_of(num_rows, num_experts)
     return _choose(architecture(device), kernel, arithmetic(dtype), bucket, depth, columns)
 
 
-def choose_both(
-    gated: bool, device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, width: int, hidden: int
-) -> Config | None:
-    """``choose`` for both products in one launch; None also if there are fewer than two tiles per multiprocessor.
-
-    A block computes whole rows of the output and loops over all hidden units, so that few tiles leave the GPU idle.
-    """
-    config = choose(BOTH_KERNELS[gated], device, dtype, num_rows, num_experts, width, hidden)
-    return None if config is None or num_rows < 2 * multiprocessors(device) * config.block_m else config
-
-
 @functools.cache
-def _choose(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config | None:
+def _choose(arch: int, kernel: str, kind: str, bucket: str, depth: int, columns: int) -> Config:
     name = entry_name(arch, kernel, kind, bucket, depth, columns)
     if name in table():
         return table()[name]
@@ -267,26 +199,24 @@ def entry_name(arch: int, kernel: str, kind: str, bucket: str, depth: int, colum
     return f"sm{arch} {kernel} {kind} {bucket} {depth}x{columns}"
 
 
-def table_path() -> Path | None:
-    """Path of the measured table, which need not exist; None for a user without a home."""
-    named = os.environ.get(TABLE_PATH)
-    return Path(named) if named else user_cache("triton_configs.json")
+def table_path() -> Path:
+    """Path of the measured table, which need not exist unless CLIPUP_TRITON_CONFIGS names it."""
+    return Path(os.environ.get(TABLE_PATH) or user_cache("triton_configs.json"))
 
 
 @functools.cache
-def table() -> dict[str, Config | None]:
-    """The measured configs by ``entry_name``, None if two launches are faster than ``project_both``; empty before
-    ``tune``.
+def table() -> dict[str, Config]:
+    """The measured configs by ``entry_name``; empty before ``tune``.
 
     Raises:
         ValueError: the file is not a table of configs.
         FileNotFoundError: CLIPUP_TRITON_CONFIGS names a file that does not exist.
     """
     path = table_path()
-    if path is None or (not path.exists() and not os.environ.get(TABLE_PATH)):
+    if not path.exists() and not os.environ.get(TABLE_PATH):
         return {}
     try:
-        return {name: _checked(name, values) for name, values in json.loads(path.read_text()).items()}
+        return {name: Config(*values) for name, values in json.loads(path.read_text()).items()}
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a table of configs ({error}); delete it, or write it again with "
@@ -294,18 +224,10 @@ def table() -> dict[str, Config | None]:
         ) from error
 
 
-def store(measured: dict[str, Config | None]) -> Path:
-    """Adds configs to the table's file and returns its path; later launches use them.
-
-    Raises:
-        RuntimeError: there is no home directory for the file.
-        OSError: it cannot be written.
-    """
+def store(measured: dict[str, Config]) -> Path:
+    """Adds configs to the table's file and returns its path; later launches use them."""
     path = table_path()
-    if path is None:
-        raise RuntimeError(f"there is no home directory for the table of configs; set {TABLE_PATH} to a file")
-    configs = (table() if path.exists() else {}) | measured
-    write_json(path, {name: config and list(config) for name, config in configs.items()})
+    write_json(path, (table() if path.exists() else {}) | measured)
     forget()
     return path
 
@@ -314,20 +236,6 @@ def forget() -> None:
     """Makes the next launch read the table's file again."""
     table.cache_clear()
     _choose.cache_clear()
-
-
-def _checked(name: str, values: object) -> Config | None:
-    if values is None and any(f" {kernel} " in name for kernel in BOTH_KERNELS):
-        return None
-    well = isinstance(values, list) and [type(value) for value in values] == [int] * 5 + [bool] * 2
-    if not (well and all(v > 0 for v in values[:5])):
-        raise ValueError(f"expected {list(Config._fields)} as five positive integers and two bools, got {values!r}")
-    if any(v & (v - 1) for v in values[:4]):
-        raise ValueError(f"blocks and warps must be powers of two, got {values!r}")
-    config = Config(*values)
-    if any(f" {kernel} " in name for kernel in BOTH_KERNELS) and (config.descriptors or config.row_descriptors):
-        raise ValueError(f"{name} has no descriptors, got {values!r}")
-    return config
 
 
 def _tile_side(size: int) -> int:

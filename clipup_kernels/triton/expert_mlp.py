@@ -1,10 +1,9 @@
-"""The fused expert MLP, forward: three launches, or two if z is not kept and ``tune`` has found that faster.
+"""The fused expert MLP, forward: three launches.
 
     project_in     z = x W_in^T + b_in, rows gathered from x as they are loaded; a = act(z) in the epilogue.
                    Gated experts: both pre-activations from one pass over the rows, a = act(z_gate) * z_in.
     project_rows   a W_out^T + b_out                                                          (grouped_linear.py)
     combine        y = the gated sum of a token's rows                                        (rows.py)
-    project_both   the first two in one                                           (expert_mlp_inference.py)
 
 z is rounded to the storage type before the activation even if it is not kept, so that training and inference compute
 the same function and ``project_in`` gives bitwise the same a. In inference z is not written.
@@ -25,10 +24,8 @@ from .. import glu
 from ..types import ACTIVATIONS
 from . import configs, rows
 from .activations import activate
-from .expert_mlp_inference import project_both
 from .grouped_gemm import (
     add_bias,
-    block_of_rows,
     describe,
     find_tile,
     groups,
@@ -72,7 +69,7 @@ def _finish_in(
 def _project_in(
     x, weight, bias, gate_weight, gate_bias, offsets, choice_of_row, z, a,
     num_rows, num_experts, top_k, depth, columns, stride,
-    ACTIVATION: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -83,17 +80,14 @@ def _project_in(
     first_column = (tile % column_tiles) * BLOCK_N
     plane = num_rows.to(tl.int64) * columns  # distance from the pre-activations of W_in to those of W_gate
     if (first < end) & (expert < num_experts):
-        if ROW_DESCRIPTORS:
-            left = x
-            STORAGE: tl.constexpr = x.dtype
-        else:  # surplus rows compute token 0 and are not stored
-            left = x + (tl.load(choice_of_row + row, mask=row < end, other=0) // top_k).to(tl.int64) * depth
-            STORAGE: tl.constexpr = x.dtype.element_ty
+        STORAGE: tl.constexpr = x.dtype.element_ty
+        # Surplus rows compute token 0 and are not stored.
+        left = x + (tl.load(choice_of_row + row, mask=row < end, other=0) // top_k).to(tl.int64) * depth
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if gate_weight is None:
             total = multiply(
-                total, left, first, weight, expert, stride, first_column, depth, columns,
-                False, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+                total, left, weight, expert, stride, first_column, depth, columns,
+                False, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             if BLOCK_N < 128:
                 _finish_in(
@@ -110,8 +104,8 @@ def _project_in(
         else:
             gate_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             total, gate_total = multiply_pair(
-                total, gate_total, left, first, weight, gate_weight, expert, stride, first_column, depth, columns,
-                ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+                total, gate_total, left, weight, gate_weight, expert, stride, first_column, depth, columns,
+                DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             _finish_in(
                 total, gate_total, bias, gate_bias, z, a, expert, first, end, first_column, plane, columns,
@@ -143,17 +137,14 @@ def project_in(
         return z, a
     kernel = "project_in" if gate_weight is None else "project_in_gated"
     config = config or configs.choose(kernel, x.device, x.dtype, num_rows, num_experts, depth, columns)
-    config = suited(config, (weight, gate_weight), copied=(x,))
+    config = suited(config, weight, gate_weight)
     tiles = max_tiles(num_rows, num_experts, config.block_m) * ceil_div(columns, config.block_n)
-    if config.row_descriptors:
-        x = rows.in_expert_order(x, choice_of_row, top_k)
     with torch.cuda.device_of(x):
         _project_in[(tiles,)](
-            block_of_rows(x, config, [config.block_m, config.block_k]), operand(weight, config), bias,
-            operand(gate_weight, config), gate_bias, offsets, choice_of_row, z, a,
+            x, operand(weight, config), bias, operand(gate_weight, config), gate_bias, offsets, choice_of_row, z, a,
             num_rows, num_experts, top_k, depth, columns, stride,
-            ACTIVATION=activation, **config.loads, **config.even(depth, columns), PRECISION=configs.precision(x.dtype),
-            GROUPS=groups(num_experts), **config.constants, **config.options,
+            ACTIVATION=activation, DESCRIPTORS=config.descriptors, **config.even(depth, columns),
+            PRECISION=configs.precision(x.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip
     return z, a
 
@@ -163,22 +154,11 @@ def expert_mlp_forward(
     activation, keep_z,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [T, D], and z ([R, H], gated [2, R, H]) or a tensor of 0 elements if not ``keep_z``."""
-    num_rows, top_k = len(choice_of_row), row_of_choice.shape[1]
-    num_experts, hidden, width = in_weight.shape
-    both = None
-    if not keep_z:
-        both = configs.choose_both(gate_weight is not None, x.device, x.dtype, num_rows, num_experts, width, hidden)
-    if both is None:
-        z, a = project_in(
-            x, offsets, choice_of_row, top_k, in_weight, in_bias, gate_weight, gate_bias, activation,
-            keep_z=keep_z, keep_a=True,
-        )  # fmt: skip
-        out = project_rows(a, out_weight, out_bias, offsets)
-    else:
-        out = project_both(
-            x, offsets, choice_of_row, top_k, in_weight, in_bias, out_weight, out_bias, gate_weight, gate_bias,
-            activation, both,
-        )  # fmt: skip
+    z, a = project_in(
+        x, offsets, choice_of_row, row_of_choice.shape[1], in_weight, in_bias, gate_weight, gate_bias, activation,
+        keep_z=keep_z, keep_a=True,
+    )  # fmt: skip
+    out = project_rows(a, out_weight, out_bias, offsets)
     y = rows.combine(out, gates, offsets, choice_of_row, row_of_choice)
     return y, z if keep_z else x.new_empty(0)
 

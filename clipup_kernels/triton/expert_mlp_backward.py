@@ -26,7 +26,6 @@ from . import configs, rows
 from .activations import activate_with_slope
 from .expert_mlp import project_in
 from .grouped_gemm import (
-    block_of_rows,
     describe,
     expert_of,
     find_tile,
@@ -79,7 +78,7 @@ def _finish_back(
 def _project_back(
     dy, weight, z, gates, offsets, choice_of_row, dz, scaled_a, parts,
     num_rows, num_experts, top_k, depth, columns, stride,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -92,13 +91,10 @@ def _project_back(
         own = row < end
         first_column = column_tile * BLOCK_N
         plane = num_rows.to(tl.int64) * columns
-        if ROW_DESCRIPTORS:
-            left = dy
-        else:
-            left = dy + (tl.load(choice_of_row + row, mask=own, other=0) // top_k).to(tl.int64) * depth
+        left = dy + (tl.load(choice_of_row + row, mask=own, other=0) // top_k).to(tl.int64) * depth
         da = multiply(
-            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), left, first, weight, expert, stride, first_column, depth,
-            columns, True, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), left, weight, expert, stride, first_column, depth, columns,
+            True, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         # Loaded again: kept through the product it would cost registers.
         gate = tl.load(gates + tl.load(choice_of_row + row, mask=own, other=-1), mask=own, other=0.0)
@@ -127,32 +123,29 @@ def _project_back(
 
 def project_back(
     dy, gates, offsets, choice_of_row, out_weight, z, activation, *, need_dz: bool, need_a: bool, need_parts: bool,
-    dy_rows: rows.ExpertOrder | None = None, config: configs.Config | None = None,
+    config: configs.Config | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """dz of z's shape, the gated a [R, H] and the partial sums of <a, da> [R, tiles of columns] float32, each or None.
 
-    Not written past ``offsets[E]``. ``dy_rows``: dy for configs with rows by descriptors, if others need it too.
+    Not written past ``offsets[E]``.
     """
     dy, gates, offsets, choice_of_row, z = dense(dy, gates, offsets, choice_of_row, z)
     (out_weight,), stride = stacked(out_weight)
     num_experts, depth, columns = out_weight.shape
     num_rows, top_k = len(choice_of_row), gates.shape[1]
     config = config or configs.choose("project_back", dy.device, dy.dtype, num_rows, num_experts, depth, columns)
-    config = suited(config, (out_weight,), copied=(dy,), transposed=True)
+    config = suited(config, out_weight, transposed=True)
     column_tiles = ceil_div(columns, config.block_n)
     dz = torch.empty_like(z) if need_dz else None
     scaled_a = dy.new_empty(num_rows, columns) if need_a else None
     parts = gates.new_empty(num_rows, column_tiles) if need_parts else None
     tiles = max_tiles(num_rows, num_experts, config.block_m) * column_tiles
     if num_rows > 0:
-        if config.row_descriptors:
-            dy = (dy_rows or rows.ExpertOrder(dy, choice_of_row, top_k)).rows
         with torch.cuda.device_of(dy):
             _project_back[(tiles,)](
-                block_of_rows(dy, config, [config.block_m, config.block_k]),
-                operand(out_weight, config, transposed=True), z, gates, offsets, choice_of_row, dz, scaled_a, parts,
+                dy, operand(out_weight, config, transposed=True), z, gates, offsets, choice_of_row, dz, scaled_a, parts,
                 num_rows, num_experts, top_k, depth, columns, stride, GATED=z.dim() == 3, ACTIVATION=activation,
-                **config.loads, **config.even(depth, columns),
+                DESCRIPTORS=config.descriptors, **config.even(depth, columns),
                 PRECISION=configs.precision(dy.dtype), GROUPS=groups(num_experts),
                 **config.constants, **config.options,
             )  # fmt: skip
@@ -220,10 +213,9 @@ def expert_mlp_backward(
             x, offsets, choice_of_row, top_k, in_weight, in_bias, gate_weight, gate_bias, activation,
             keep_z=True, keep_a=False,
         )  # fmt: skip
-    dy_rows = rows.ExpertOrder(dy, choice_of_row, top_k)
     dz, scaled_a, parts = project_back(
         dy, gates, offsets, choice_of_row, out_weight, z, activation,
-        need_dz=need_x or need_in, need_a=need_out, need_parts=need_gates, dy_rows=dy_rows,
+        need_dz=need_x or need_in, need_a=need_out, need_parts=need_gates,
     )  # fmt: skip
     d_gates = gate_gradient(parts, dy, out_bias, offsets, row_of_choice) if need_gates else gates.new_empty(0)
     d_out_weight = d_out_bias = d_in_weight = d_in_bias = d_gate_weight = d_gate_bias = dx = None
@@ -231,7 +223,7 @@ def expert_mlp_backward(
     if need_in and need_out and same_biases and in_weight.numel() > 0:
         d_in_weight, d_in_bias, d_out_weight, d_out_bias, d_gate_weight, d_gate_bias = expert_gradients(
             dz, x, dy, scaled_a, gates, offsets, choice_of_row, in_bias=in_bias is not None,
-            out_bias=out_bias is not None, dy_rows=dy_rows,
+            out_bias=out_bias is not None,
         )  # fmt: skip
         need_in = need_out = False
     if need_out:

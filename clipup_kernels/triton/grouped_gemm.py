@@ -8,7 +8,6 @@ Rows past ``offsets[E]`` come last, as tiles of a group E without an expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -39,43 +38,21 @@ def operand(
     return TensorDescriptor.from_tensor(weight.as_strided(matrix, (columns, 1)), block)
 
 
-def block_of_rows(rows: Tensor | None, config: configs.Config, block: list[int]) -> Tensor | TensorDescriptor | None:
-    """Rows [R, N] in expert order as a kernel's argument; if the config (of ``suited``) says so, a descriptor of them,
-    which loads ``block`` rows and columns. Rows past the last one are 0, but those of the next expert are not."""
-    if rows is None or not config.row_descriptors:
-        return rows
-    return TensorDescriptor(rows, list(rows.shape), [rows.shape[1], 1], block)  # of one row the stride may be another
-
-
-def suited(
-    config: configs.Config, weights: Sequence[Tensor | None] = (), rows: Sequence[Tensor | None] = (),
-    copied: Sequence[Tensor] = (), transposed: bool = False,
-) -> configs.Config:  # fmt: skip
-    """The config, without descriptors of what does not allow any: they need memory and rows on multiples of 16 bytes,
-    and whole blocks of terms. One measured config serves a class of rows, whatever memory they lie in. ``copied``: rows
-    in token order, which descriptors read from a copy in expert order."""
+def suited(config: configs.Config, *weights: Tensor | None, transposed: bool = False) -> configs.Config:
+    """The config, without descriptors if these weights do not allow any: they need memory and rows on multiples of 16
+    bytes, and whole blocks of terms. One measured config serves weights wherever they lie."""
     if config.descriptors and not all(_describable(weight, config, transposed) for weight in weights):
         config = config._replace(descriptors=False)
-    wide = all(_has_aligned_rows(row) for row in (*rows, *copied) if row is not None)
-    if config.row_descriptors and not (wide and all(_is_aligned(row) for row in rows if row is not None)):
-        config = config._replace(row_descriptors=False)
     return config
 
 
 def _describable(weight: Tensor | None, config: configs.Config, transposed: bool) -> bool:
     if weight is None:
         return True
-    if not (_has_aligned_rows(weight) and _is_aligned(weight)) or weight.stride(0) % weight.shape[2]:
+    aligned = weight.numel() > 0 and weight.shape[2] * weight.itemsize % 16 == 0 and weight.data_ptr() % 16 == 0
+    if not aligned or weight.stride(0) % weight.shape[2]:
         return False
     return weight.stride(0) < 1 << 31 and not (transposed and weight.shape[1] % config.block_k)
-
-
-def _has_aligned_rows(tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and tensor.shape[-1] * tensor.itemsize % 16 == 0
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0
 
 
 def groups(num_experts: int) -> int:
@@ -166,28 +143,23 @@ def _load_block(weight, expert, stride, start, first_column, depth, columns, TRA
 
 @triton.jit
 def multiply(
-    total, left, first, weight, expert, stride, first_column, depth, columns,
-    TRANSPOSED: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    total, left, weight, expert, stride, first_column, depth, columns,
+    TRANSPOSED: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``total`` [M, N] float32 plus rows times the expert's weight.
 
-    ``left`` [M] points to a row's first term; with ROW_DESCRIPTORS it is a descriptor, and ``first`` the first row.
-    ``stride``: elements from one expert's weight to the next.
+    ``left`` [M] points to a row's first term. ``stride``: elements from one expert's weight to the next.
     """
     term = tl.arange(0, BLOCK_K)
     column = first_column + tl.arange(0, BLOCK_N)
-    if not ROW_DESCRIPTORS:
-        left = left[:, None] + term[None, :]
+    left = left[:, None] + term[None, :]
     if not DESCRIPTORS:
         right = _weight_start(weight, expert, stride, first_column, depth, TRANSPOSED)
         places = _weight_places(depth, columns, TRANSPOSED, BLOCK_N, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
-        if ROW_DESCRIPTORS:
-            rows = left.load([first, start])
-        else:
-            rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
-            left += BLOCK_K
+        rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
+        left += BLOCK_K
         if DESCRIPTORS:
             own = _load_block(weight, expert, stride, start, first_column, depth, columns, TRANSPOSED)
         else:
@@ -202,25 +174,21 @@ def multiply(
 
 @triton.jit
 def multiply_pair(
-    total, other_total, left, first, weight, other_weight, expert, stride, first_column, depth, columns,
-    ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    total, other_total, left, weight, other_weight, expert, stride, first_column, depth, columns,
+    DESCRIPTORS: tl.constexpr, EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``multiply`` of the same rows by two weights [columns, depth]; the rows are read once."""
     term = tl.arange(0, BLOCK_K)
     column = first_column + tl.arange(0, BLOCK_N)
-    if not ROW_DESCRIPTORS:
-        left = left[:, None] + term[None, :]
+    left = left[:, None] + term[None, :]
     if not DESCRIPTORS:
         right = _weight_start(weight, expert, stride, first_column, depth, False)
         other_right = _weight_start(other_weight, expert, stride, first_column, depth, False)
         places = _weight_places(depth, columns, False, BLOCK_N, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
-        if ROW_DESCRIPTORS:
-            rows = left.load([first, start])
-        else:
-            rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
-            left += BLOCK_K
+        rows = _load_rows(left, start + term, depth, EVEN_DEPTH)
+        left += BLOCK_K
         if DESCRIPTORS:
             own = _load_block(weight, expert, stride, start, first_column, depth, columns, False)
             other = _load_block(other_weight, expert, stride, start, first_column, depth, columns, False)
@@ -276,10 +244,8 @@ def add_bias(total, bias, expert, column, columns):
 
 _INT32_POINTERS = {"offsets", "choice_of_row"}
 _FLOAT32_POINTERS = {"gates", "parts"}
-_WIDTHS = {"depth", "columns", "left_columns", "right_columns", "width", "hidden", "stride", "in_stride", "out_stride"}
+_WIDTHS = {"depth", "columns", "left_columns", "right_columns", "width", "hidden", "stride"}
 _WEIGHTS = {"weight", "other_weight", "gate_weight"}
-_ROWS = {"x", "dy", "rows", "other_rows"}
-_OUTER_LEFT, _OUTER_RIGHT = {"left", "dz", "dy"}, {"right", "x", "a"}
 _TENSOR_CORE_INSTRUCTION = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA",)}
 
 
@@ -304,20 +270,14 @@ def describe(
     block = case.config
     if block.descriptors:
         sizes = (block.block_k, block.block_n) if transposed else (block.block_n, block.block_k)
-        descriptor = _tensordesc(case, *sizes)
+        descriptor = "tensordesc<{}[{}, {}]>".format(TYPE_NAMES[case.dtype], *sizes)
         types |= {name: descriptor for name in names if name in _WEIGHTS}
-    if block.row_descriptors and case.kernel in configs.GRADIENTS:
-        types |= {name: _tensordesc(case, block.block_k, block.block_m) for name in names if name in _OUTER_LEFT}
-        types |= {name: _tensordesc(case, block.block_k, block.block_n) for name in names if name in _OUTER_RIGHT}
-    elif block.row_descriptors:
-        types |= {name: _tensordesc(case, block.block_m, block.block_k) for name in names if name in _ROWS}
-    shared = {**block.loads, "GROUPS": 16}
+    shared = {"DESCRIPTORS": block.descriptors, "GROUPS": 16, **block.constants}
     shared |= {"PRECISION": "tf32" if case.kind == "tf32" else "ieee"}
-    shared |= block.constants
     shared |= {name: case.even for name in names if name.startswith("EVEN_")}
     constants = {name: value for name, value in (shared | constants).items() if name in names}
     tile = f"{block.block_m}x{block.block_n}x{block.block_k} w{block.num_warps}" + ("" if case.even else " odd")
-    tile += " row" * block.row_descriptors + " descriptors" * (block.descriptors or block.row_descriptors)
+    tile += " descriptors" * block.descriptors
     instructions = _TENSOR_CORE_INSTRUCTION[case.arch] if case.kind == "half" else ()
     return Variant(
         f"{case.kernel} {form} {TYPE_NAMES[case.dtype]} {case.kind} {tile}",
@@ -325,10 +285,6 @@ def describe(
         signature(kernel, types, constants),
         constants,
         block.options,
-        instructions + (("UTMALDG",) if block.descriptors or block.row_descriptors else ()),
+        instructions + (("UTMALDG",) if block.descriptors else ()),
         case.most_registers,
     )
-
-
-def _tensordesc(case: configs.Case, rows: int, columns: int) -> str:
-    return f"tensordesc<{TYPE_NAMES[case.dtype]}[{rows}, {columns}]>"

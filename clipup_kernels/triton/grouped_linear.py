@@ -16,7 +16,6 @@ from torch import Tensor
 from . import configs
 from .grouped_gemm import (
     add_bias,
-    block_of_rows,
     describe,
     find_tile,
     groups,
@@ -32,21 +31,16 @@ from .weight_gradient import weight_gradient
 
 
 @triton.jit
-def _first_terms(rows, first, end, depth, ROW_DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """``left`` of ``multiply`` for rows from ``first`` on. Surplus rows are not stored: they repeat the first row, and
-    with a descriptor they are whatever follows."""
-    if ROW_DESCRIPTORS:
-        left = rows
-    else:
-        row = first + tl.arange(0, BLOCK_M)
-        left = rows + tl.where(row < end, row, first).to(tl.int64) * depth
-    return left
+def _first_terms(rows, first, end, depth, BLOCK_M: tl.constexpr):
+    """``left`` of ``multiply`` for rows from ``first`` on. Surplus rows are not stored: they repeat the first row."""
+    row = first + tl.arange(0, BLOCK_M)
+    return rows + tl.where(row < end, row, first).to(tl.int64) * depth
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def _project_rows(
     rows, weight, other_rows, other_weight, bias, offsets, out, num_rows, num_experts, depth, columns, stride,
-    TRANSPOSED: tl.constexpr, FILL_EMPTY: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, FILL_EMPTY: tl.constexpr, DESCRIPTORS: tl.constexpr,
     EVEN_DEPTH: tl.constexpr, EVEN_COLUMNS: tl.constexpr, PRECISION: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -57,15 +51,13 @@ def _project_rows(
     if (first < end) & (expert < num_experts):
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         total = multiply(
-            total, _first_terms(rows, first, end, depth, ROW_DESCRIPTORS, BLOCK_M), first, weight, expert, stride,
-            first_column, depth, columns, TRANSPOSED, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION,
-            BLOCK_N, BLOCK_K,
+            total, _first_terms(rows, first, end, depth, BLOCK_M), weight, expert, stride, first_column, depth, columns,
+            TRANSPOSED, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if other_rows is not None:
             total = multiply(
-                total, _first_terms(other_rows, first, end, depth, ROW_DESCRIPTORS, BLOCK_M), first, other_weight,
-                expert, stride, first_column, depth, columns, TRANSPOSED, ROW_DESCRIPTORS, DESCRIPTORS, EVEN_DEPTH,
-                EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
+                total, _first_terms(other_rows, first, end, depth, BLOCK_M), other_weight, expert, stride, first_column,
+                depth, columns, TRANSPOSED, DESCRIPTORS, EVEN_DEPTH, EVEN_COLUMNS, PRECISION, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         total = add_bias(total, bias, expert, first_column + tl.arange(0, BLOCK_N), columns)
         corner, target, inside = place(first, end, first_column, columns, EVEN_COLUMNS, BLOCK_M, BLOCK_N)
@@ -98,15 +90,13 @@ def project_rows(
         return out
     kernel = "project_rows_transposed" if transposed else "project_rows"
     config = config or configs.choose(kernel, rows.device, rows.dtype, num_rows, num_experts, depth, columns)
-    config = suited(config, (weight, other_weight), (rows, other_rows), transposed=transposed)
+    config = suited(config, weight, other_weight, transposed=transposed)
     tiles = max_tiles(num_rows, num_experts, config.block_m) * ceil_div(columns, config.block_n)
-    block = [config.block_m, config.block_k]
     with torch.cuda.device_of(rows):
         _project_rows[(tiles,)](
-            block_of_rows(rows, config, block), operand(weight, config, transposed),
-            block_of_rows(other_rows, config, block), operand(other_weight, config, transposed), bias,
+            rows, operand(weight, config, transposed), other_rows, operand(other_weight, config, transposed), bias,
             offsets, out, num_rows, num_experts, depth, columns, stride,
-            TRANSPOSED=transposed, FILL_EMPTY=fill_empty, **config.loads, **config.even(depth, columns),
+            TRANSPOSED=transposed, FILL_EMPTY=fill_empty, DESCRIPTORS=config.descriptors, **config.even(depth, columns),
             PRECISION=configs.precision(rows.dtype), GROUPS=groups(num_experts), **config.constants, **config.options,
         )  # fmt: skip
     return out

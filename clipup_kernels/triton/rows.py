@@ -6,7 +6,6 @@ memory: a program moves a tile of whole vectors, and neighbouring programs share
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -91,10 +90,6 @@ def _grid(num_rows: int, block_rows: int, width: int) -> tuple[int, int]:
 
 
 def permute(x, offsets, choice_of_row, row_of_choice) -> Tensor:
-    return in_expert_order(x, choice_of_row, row_of_choice.shape[1])
-
-
-def in_expert_order(x: Tensor, choice_of_row: Tensor, top_k: int) -> Tensor:
     """[R, D]: every row's token, 0 in empty rows."""
     x, choice_of_row = dense(x, choice_of_row)
     width, num_rows = x.shape[1], choice_of_row.numel()
@@ -103,21 +98,9 @@ def in_expert_order(x: Tensor, choice_of_row: Tensor, top_k: int) -> Tensor:
         with torch.cuda.device_of(x):
             _permute[_grid(num_rows, _MOVED_ROWS, width)](
                 x, choice_of_row, rows, num_rows, width,
-                K=top_k, BLOCK_R=_MOVED_ROWS, BLOCK_D=_columns(width), **_OPTIONS,
+                K=row_of_choice.shape[1], BLOCK_R=_MOVED_ROWS, BLOCK_D=_columns(width), **_OPTIONS,
             )  # fmt: skip
     return rows
-
-
-class ExpertOrder:
-    """Tokens whose rows are copied into expert order when a launch first asks for them."""
-
-    def __init__(self, x: Tensor, choice_of_row: Tensor, top_k: int) -> None:
-        self._arguments = x, choice_of_row, top_k
-
-    @functools.cached_property
-    def rows(self) -> Tensor:
-        """[R, D]: every row's token, 0 in empty rows."""
-        return in_expert_order(*self._arguments)
 
 
 def gather_sum(rows, row_of_choice) -> Tensor:

@@ -2,14 +2,13 @@
 
     python -m clipup_kernels.triton.tune --width 768 --hidden 3072 --experts 8 --top-k 2 --tokens 1024 50000
 
-Up to 36 tiles per product are compiled in parallel, compared with the usual one on few tokens, and those that agree are
+Up to 32 tiles per product are compiled in parallel, compared with the usual one on few tokens, and those that agree are
 timed on all. ``configs.py`` says where the table is stored and when it is read.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
@@ -24,14 +23,12 @@ from . import (
     dispatch,
     expert_mlp,
     expert_mlp_backward,
-    expert_mlp_inference,
     grouped_linear,
     topk_gating,
     variants,
     weight_gradient,
 )
 from .configs import Config
-from .launch import power_of_two
 
 _NOISE = 0.02
 
@@ -74,16 +71,16 @@ class Product(NamedTuple):
     kernel: str
     depth: int
     columns: int
-    launch: Callable[[Config | None], tuple[torch.Tensor | None, ...]]
+    launch: Callable[[Config], tuple[torch.Tensor | None, ...]]
     """Its results, the same for every tile up to rounding."""
 
 
 def candidates(arch: int, kernel: str, kind: str, depth: int, columns: int) -> Iterator[Config]:
-    """The tiles to be measured: at most 36, whose operands fit into shared memory and whose sums take up to 128
+    """The tiles to be measured: at most 32, whose operands fit into shared memory and whose sums take up to 128
     registers per thread.
 
     If the architecture has descriptors and the sizes are multiples of the tile's, each also with weights by
-    descriptors, and large ones with rows by descriptors, where the time to copy gathered rows counts.
+    descriptors.
     """
     tiles = _TILES[kind] + (_TILES_80 if (arch, kind) == (80, "half") else ())
     for tile in tiles:
@@ -95,30 +92,14 @@ def candidates(arch: int, kernel: str, kind: str, depth: int, columns: int) -> I
         if operands <= SHARED_BYTES[arch] and sums <= 128:
             yield config
             even = depth % config.block_k == 0 and columns % config.block_n == 0
-            large = kind == "half" and tile[0] * tile[1] >= 128 * 128 and tile[3:] == (8, 3)
-            if arch >= 90 and even:
-                rows_too = configs.with_descriptors(kernel, config)
-                yield from rows_too if large else rows_too[:-1]
-
-
-def candidates_both(arch: int, kernel: str, kind: str, width: int, hidden: int) -> Iterator[Config | None]:
-    """Two launches, and tiles of ``project_both`` for 16-bit types that fit into shared memory and registers."""
-    yield None
-    columns = power_of_two(max(width, 16))
-    weights = 3 if kernel == "project_both_gated" else 2
-    for block_m, block_n, num_warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3)):
-        buffers = stages - 1 if arch == 80 else stages  # its tensor cores read the last operand from registers
-        operands = (block_m + weights * block_n * buffers) * columns * 2
-        fits = operands <= SHARED_BYTES[arch] and block_m * columns <= 128 * 32 * num_warps
-        fits = fits and hidden % block_n == 0 and width % (512 if columns >= 512 else 16) == 0
-        if kind == "half" and fits:
-            yield Config(block_m, block_n, columns, num_warps, stages)
+            if arch >= 90 and even and kernel not in configs.GRADIENTS:
+                yield config._replace(descriptors=True)
 
 
 def products(
     width: int, hidden: int, num_experts: int, top_k: int, num_tokens: int, dtype: torch.dtype, device: str, gated: bool
 ) -> Iterator[Product]:
-    """Kernel, depth, columns and launch of every product of a training step, and of ``project_both``."""
+    """Kernel, depth, columns and launch of every product of a training step."""
 
     def randn(*size: int) -> torch.Tensor:
         return torch.randn(size, dtype=dtype, device=device)
@@ -145,7 +126,7 @@ def products(
         lambda config: (grouped_linear.project_rows(a, out_weight, out_bias, offsets, config=config),),
     )  # fmt: skip
 
-    def back(config: Config | None) -> tuple[torch.Tensor | None, ...]:
+    def back(config: Config) -> tuple[torch.Tensor | None, ...]:
         dz, scaled_a, parts = expert_mlp_backward.project_back(
             *back_arguments, need_dz=True, need_a=True, need_parts=True, config=config
         )
@@ -181,16 +162,8 @@ def products(
         ),
     )  # fmt: skip
 
-    def both(config: Config | None) -> tuple[torch.Tensor, ...]:
-        if config is None:
-            _, own_a = expert_mlp.project_in(*in_arguments, keep_z=False, keep_a=True)
-            return (grouped_linear.project_rows(own_a, out_weight, out_bias, offsets),)
-        return (expert_mlp_inference.project_both(*in_arguments[:6], out_weight, out_bias, *in_arguments[6:], config),)
 
-    yield Product("project_both_gated" if gated else "project_both", width, hidden, both)
-
-
-def usable(product: Product, tiles: Iterable[Config | None], kind: str, threads: int) -> list[Config | None]:
+def usable(product: Product, tiles: Iterable[Config], kind: str, threads: int) -> list[Config]:
     """The first of ``tiles``, and those whose results agree with it. The others are named, except for those that do not
     fit this GPU: a tile that does not compile is no reason to measure none.
 
@@ -199,7 +172,7 @@ def usable(product: Product, tiles: Iterable[Config | None], kind: str, threads:
     first, *others = dict.fromkeys(tiles)
     expected = product.launch(first)
 
-    def fault(tile: Config | None) -> str | None:
+    def fault(tile: Config) -> str | None:
         try:
             error = max(map(_difference, product.launch(tile), expected))
         except triton.runtime.errors.OutOfResources:
@@ -227,9 +200,9 @@ def _difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> fl
 
 
 def fastest(
-    launch: Callable[[Config | None], object], tiles: Iterable[Config | None],
+    launch: Callable[[Config], object], tiles: Iterable[Config],
     milliseconds: Callable[[Callable[[], object]], float],
-) -> tuple[Config | None, dict[Config | None, float]]:  # fmt: skip
+) -> tuple[Config, dict[Config, float]]:  # fmt: skip
     """The first of ``tiles``, or the fastest if it is faster by more than noise; and the time of each."""
     times = {tile: milliseconds(lambda tile=tile: launch(tile)) for tile in tiles}
     first, best = next(iter(times)), min(times, key=times.__getitem__)
@@ -268,14 +241,13 @@ def tune_layer(
     """
     configs.store({})  # a table that cannot be written is an error now, not after minutes
     arch, kind = configs.architecture(device), configs.arithmetic(dtype)
-    tiles: dict[tuple[str, int, int], list[Config | None]] = {}
+    tiles: dict[tuple[str, int, int], list[Config]] = {}
 
-    def usual(product: Product, bucket: str) -> Config | None:
+    def usual(product: Product, bucket: str) -> Config:
         return configs.heuristic(arch, product.kernel, kind, bucket, product.depth, product.columns)
 
     for product in products(*layer, min(_CHECKED_TOKENS, *sizes.values()), dtype, str(device), gated):
-        tried = candidates_both if product.kernel in configs.BOTH_KERNELS else candidates
-        possible = tried(arch, product.kernel, kind, product.depth, product.columns)
+        possible = candidates(arch, product.kernel, kind, product.depth, product.columns)
         first = [usual(product, bucket) for bucket in sizes]
         tiles[product[:3]] = usable(product, [*first, *possible], kind, threads)
     for bucket, tokens in sizes.items():
@@ -285,10 +257,9 @@ def tune_layer(
             path = configs.store(
                 {configs.entry_name(arch, product.kernel, kind, bucket, product.depth, product.columns): best}
             )
-            names = [tuple(tile) if tile else "two launches" for tile in (before, best)]
             print(
                 f"{product.kernel} {product.depth}x{product.columns}, {tokens} tokens: {times[before]:.3f} ms with "
-                f"{names[0]}, {times[best]:.3f} ms with {names[1]}, the fastest of {len(times)} -> {path}",
+                f"{tuple(before)}, {times[best]:.3f} ms with {tuple(best)}, the fastest of {len(times)} -> {path}",
                 flush=True,
             )
 

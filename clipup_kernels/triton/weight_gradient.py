@@ -11,7 +11,6 @@ Either operand may be in token order: a row is then looked up through its choice
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -19,18 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .grouped_gemm import block_of_rows, describe, suited
+from .grouped_gemm import describe
 from .launch import ceil_div, dense
-from .rows import ExpertOrder, in_expert_order
 from .variants import Variant
 
 
 @triton.jit
 def _add_outer(
-    total, bias, left, right, left_shift, gates, choice_of_row, start, end, left_first, right_first, left_columns,
+    total, bias, left, right, gates, choice_of_row, start, end, left_first, right_first, left_columns,
     right_columns,
     TOP_K: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step of ``_sum_of_outer``: the sums with some rows added. FULL: all of them are below ``end``."""
@@ -47,17 +45,10 @@ def _add_outer(
             left_row = choice // TOP_K
         if GATHER_RIGHT:
             right_row = choice // TOP_K
-    if DESCRIPTORS:
-        lhs = left.load([left_shift + start, left_first])
-        rhs = right.load([start, right_first])
-        if not FULL:  # what follows the expert's rows may be NaN
-            lhs = tl.where(mine[:, None], lhs, 0.0)
-            rhs = tl.where(mine[:, None], rhs, 0.0)
-    else:
-        left_column = left_first + tl.arange(0, BLOCK_M)
-        right_column = right_first + tl.arange(0, BLOCK_N)
-        lhs = _load(left, left_row, mine, left_column, left_columns, FULL, EVEN_LEFT)
-        rhs = _load(right, right_row, mine, right_column, right_columns, FULL, EVEN_RIGHT)
+    left_column = left_first + tl.arange(0, BLOCK_M)
+    right_column = right_first + tl.arange(0, BLOCK_N)
+    lhs = _load(left, left_row, mine, left_column, left_columns, FULL, EVEN_LEFT)
+    rhs = _load(right, right_row, mine, right_column, right_columns, FULL, EVEN_RIGHT)
     total = tl.dot(tl.trans(lhs), rhs, total, input_precision=PRECISION)
     if BIAS:
         terms = lhs.to(tl.float32)
@@ -88,30 +79,28 @@ def _load(rows, row, mine, column, columns, FULL: tl.constexpr, EVEN: tl.constex
 
 @triton.jit
 def _sum_of_outer(
-    left, right, left_shift, gates, choice_of_row, begin, end, left_first, right_first, left_columns, right_columns,
+    left, right, gates, choice_of_row, begin, end, left_first, right_first, left_columns, right_columns,
     TOP_K: tl.constexpr, BIAS: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``left^T right`` [M, N] over rows ``begin:end``; with BIAS also left's rows [M] summed, by gates if given.
 
-    A gathered operand has a row per token, found through the row's choice. Only the last step masks rows. With
-    DESCRIPTORS, left and right are descriptors, and row 0 of the left sum is row ``left_shift`` of left.
+    A gathered operand has a row per token, found through the row's choice. Only the last step masks rows.
     """
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     bias = tl.zeros([BLOCK_M], tl.float32)
     full_end = begin + (end - begin) // BLOCK_K * BLOCK_K
     for start in range(begin, full_end, BLOCK_K):
         total, bias = _add_outer(
-            total, bias, left, right, left_shift, gates, choice_of_row, start, end, left_first, right_first,
-            left_columns, right_columns, TOP_K, True, BIAS, GATHER_LEFT, GATHER_RIGHT, DESCRIPTORS,
+            total, bias, left, right, gates, choice_of_row, start, end, left_first, right_first,
+            left_columns, right_columns, TOP_K, True, BIAS, GATHER_LEFT, GATHER_RIGHT,
             EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     if full_end < end:
         total, bias = _add_outer(
-            total, bias, left, right, left_shift, gates, choice_of_row, full_end, end, left_first, right_first,
-            left_columns, right_columns, TOP_K, False, BIAS, GATHER_LEFT, GATHER_RIGHT, DESCRIPTORS,
+            total, bias, left, right, gates, choice_of_row, full_end, end, left_first, right_first,
+            left_columns, right_columns, TOP_K, False, BIAS, GATHER_LEFT, GATHER_RIGHT,
             EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     return total, bias
@@ -119,8 +108,8 @@ def _sum_of_outer(
 
 @triton.jit
 def _gradient_tile(
-    tile, left, right, left_shift, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
-    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    tile, left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -136,14 +125,14 @@ def _gradient_tile(
     # Two loops, so that only the tiles that sum left's rows pay for it.
     if d_bias is None or right_first != 0:
         total, _ = _sum_of_outer(
-            left, right, left_shift, gates, choice_of_row, begin, end, left_first, right_first, left_columns,
-            right_columns, TOP_K, False, GATHER_LEFT, GATHER_RIGHT, DESCRIPTORS, EVEN_LEFT, EVEN_RIGHT, PRECISION,
+            left, right, gates, choice_of_row, begin, end, left_first, right_first, left_columns,
+            right_columns, TOP_K, False, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         total, bias = _sum_of_outer(
-            left, right, left_shift, gates, choice_of_row, begin, end, left_first, right_first, left_columns,
-            right_columns, TOP_K, True, GATHER_LEFT, GATHER_RIGHT, DESCRIPTORS, EVEN_LEFT, EVEN_RIGHT, PRECISION,
+            left, right, gates, choice_of_row, begin, end, left_first, right_first, left_columns,
+            right_columns, TOP_K, True, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION,
             BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         own_bias = d_bias + expert.to(tl.int64) * left_columns + left_column
@@ -157,13 +146,13 @@ def _gradient_tile(
 @triton.jit
 def _weight_gradient(
     left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
-    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
     EVEN_LEFT: tl.constexpr, EVEN_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     _gradient_tile(
-        tl.program_id(0), left, right, 0, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
-        TOP_K, GATHER_LEFT, GATHER_RIGHT, ROW_DESCRIPTORS, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        tl.program_id(0), left, right, gates, offsets, choice_of_row, d_weight, d_bias, left_columns, right_columns,
+        TOP_K, GATHER_LEFT, GATHER_RIGHT, EVEN_LEFT, EVEN_RIGHT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
 
@@ -171,7 +160,7 @@ def _weight_gradient(
 def _expert_gradients(
     dz, x, dy, a, gates, offsets, choice_of_row, d_in_weight, d_in_bias, d_gate_weight, d_gate_bias, d_out_weight,
     d_out_bias, num_rows, num_experts, width, hidden,
-    TOP_K: tl.constexpr, ROW_DESCRIPTORS: tl.constexpr, EVEN_SIZES: tl.constexpr, PRECISION: tl.constexpr,
+    TOP_K: tl.constexpr, EVEN_SIZES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -184,22 +173,19 @@ def _expert_gradients(
         # Computed for plain experts too: with the same code here and below, the compiler merges the two and reserves
         # shared memory for both.
         is_gate = tile >= in_tiles
-        shift = tl.where(is_gate, num_rows, 0)
         if d_gate_weight is not None:
-            if not ROW_DESCRIPTORS:
-                own_dz += shift.to(tl.int64) * hidden
+            own_dz += tl.where(is_gate, num_rows, 0).to(tl.int64) * hidden
             own_weight = tl.where(is_gate, d_gate_weight, d_in_weight)
             if d_in_bias is not None:
                 own_bias = tl.where(is_gate, d_gate_bias, d_in_bias)
         _gradient_tile(
-            tile % in_tiles, own_dz, x, shift, None, offsets, choice_of_row, own_weight, own_bias, hidden, width, TOP_K,
-            False, not ROW_DESCRIPTORS, ROW_DESCRIPTORS, EVEN_SIZES, EVEN_SIZES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            tile % in_tiles, own_dz, x, None, offsets, choice_of_row, own_weight, own_bias, hidden, width, TOP_K,
+            False, True, EVEN_SIZES, EVEN_SIZES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         _gradient_tile(
-            tile - planes * in_tiles, dy, a, 0, gates, offsets, choice_of_row, d_out_weight, d_out_bias, width, hidden,
-            TOP_K, not ROW_DESCRIPTORS, False, ROW_DESCRIPTORS, EVEN_SIZES, EVEN_SIZES, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            tile - planes * in_tiles, dy, a, gates, offsets, choice_of_row, d_out_weight, d_out_bias, width, hidden,
+            TOP_K, True, False, EVEN_SIZES, EVEN_SIZES, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -233,30 +219,21 @@ def weight_gradient(
     config = config or configs.choose(
         "weight_gradient", left.device, left.dtype, num_rows, num_experts, num_left, num_right
     )
-    config = suited(
-        config,
-        rows=[rows for rows, gathered in ((left, gather_left), (right, gather_right)) if not gathered],
-        copied=[rows for rows, gathered in ((left, gather_left), (right, gather_right)) if gathered],
-    )
     tiles = num_experts * ceil_div(num_left, config.block_m) * ceil_div(num_right, config.block_n)
-    if config.row_descriptors:
-        left = in_expert_order(left, choice_of_row, top_k) if gather_left else left
-        right = in_expert_order(right, choice_of_row, top_k) if gather_right else right
-        gather_left = gather_right = False
     with torch.cuda.device_of(left):
         _weight_gradient[(tiles,)](
-            *_operands(config, left, right), gates, offsets, choice_of_row, d_weight, d_bias, num_left, num_right,
-            TOP_K=top_k, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right, ROW_DESCRIPTORS=config.row_descriptors,
-            **_even(config, num_left, num_right),
+            left, right, gates, offsets, choice_of_row, d_weight, d_bias, num_left, num_right,
+            TOP_K=top_k, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right,
+            EVEN_LEFT=num_left % config.block_m == 0, EVEN_RIGHT=num_right % config.block_n == 0,
             PRECISION=configs.precision(left.dtype), **config.constants,
-            **_staged(config, gather_left or gather_right).options,
+            **(_staged(config) if gather_left or gather_right else config).options,
         )  # fmt: skip
     return d_weight, d_bias
 
 
 def expert_gradients(
     dz: Tensor, x: Tensor, dy: Tensor, a: Tensor, gates: Tensor, offsets: Tensor, choice_of_row: Tensor, *,
-    in_bias: bool, out_bias: bool, dy_rows: ExpertOrder | None = None, config: configs.Config | None = None,
+    in_bias: bool, out_bias: bool, config: configs.Config | None = None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of in_weight, in_bias, out_weight, out_bias, gate_weight and gate_bias in one launch; None for those
     that an expert lacks.
@@ -265,7 +242,6 @@ def expert_gradients(
         dz: [R, H], or [2, R, H] for gated experts. x, dy: [T, D]. a: [R, H], already multiplied by the gates, which
             are [T, K] and scale dy in out_weight's bias.
         in_bias: whether in_weight, and gate_weight too, have a bias. out_bias: whether out_weight has.
-        dy_rows: dy for configs with rows by descriptors, if others need it too.
         config: instead of the table's.
     """
     dz, x, dy, a, gates, offsets, choice_of_row = dense(dz, x, dy, a, gates, offsets, choice_of_row)
@@ -281,63 +257,43 @@ def expert_gradients(
     if num_rows == 0:
         return gradients
     config = config or configs.choose("expert_gradients", x.device, x.dtype, num_rows, num_experts, hidden, width)
-    config = suited(config, rows=(dz, a), copied=(x, dy))
     in_tiles, out_tiles = (
         num_experts * ceil_div(left, config.block_m) * ceil_div(right, config.block_n)
         for left, right in ((hidden, width), (width, hidden))
     )
     block = max(config.block_m, config.block_n)
-    gather = not config.row_descriptors
-    if not gather:
-        dy = (dy_rows or ExpertOrder(dy, choice_of_row, gates.shape[1])).rows
-        x = in_expert_order(x, choice_of_row, gates.shape[1])
     with torch.cuda.device_of(x):
         _expert_gradients[(planes * in_tiles + out_tiles,)](
-            *_operands(config, dz.view(-1, hidden), x), *_operands(config, dy, a), gates, offsets, choice_of_row,
+            dz, x, dy, a, gates, offsets, choice_of_row,
             in_weights[0], in_biases[0], d_gate_weight, d_gate_bias,
             d_out_weight, d_out_bias, num_rows, num_experts, width, hidden, TOP_K=gates.shape[1],
-            ROW_DESCRIPTORS=config.row_descriptors,
             EVEN_SIZES=width % block == 0 and hidden % block == 0, PRECISION=configs.precision(x.dtype),
-            **config.constants, **_staged(config, gather).options,
+            **config.constants, **_staged(config).options,
         )  # fmt: skip
     return gradients
 
 
-def _operands(config: configs.Config, left: Tensor, right: Tensor) -> tuple[Any, Any]:
-    """left and right of ``_sum_of_outer``."""
-    return (
-        block_of_rows(left, config, [config.block_k, config.block_m]),
-        block_of_rows(right, config, [config.block_k, config.block_n]),
-    )
-
-
-def _staged(config: configs.Config, gather: bool) -> configs.Config:
+def _staged(config: configs.Config) -> configs.Config:
     """The compiler halves the stages of loads with loaded addresses; this asks for twice as many."""
-    return config._replace(num_stages=2 * config.num_stages - 1) if gather else config
-
-
-def _even(config: configs.Config, num_left: int, num_right: int) -> dict[str, bool]:
-    return {"EVEN_LEFT": num_left % config.block_m == 0, "EVEN_RIGHT": num_right % config.block_n == 0}
+    return config._replace(num_stages=2 * config.num_stages - 1)
 
 
 def variants(arch: int) -> Iterator[Variant]:
     """``weight_gradient`` with every tile and type, for both sides of the experts and for ``grouped_linear``."""
     pointers = ("left", "right", "d_weight", "d_bias")
     for case in configs.cases(arch, "expert_gradients"):
-        gather = not case.config.row_descriptors
-        case = case._replace(config=_staged(case.config, gather))
+        case = case._replace(config=_staged(case.config))
         storage = ("dz", "x", "dy", "a", "d_in_weight", "d_in_bias", "d_out_weight", "d_out_bias")
         plain = dict(d_gate_weight=None, d_gate_bias=None, TOP_K=2)
         yield describe(_expert_gradients, "plain", storage, plain, case)
-        if case.is_main or not gather:
+        if case.is_main:
             gates = ("d_gate_weight", "d_gate_bias")
             yield describe(_expert_gradients, "gated", storage + gates, dict(TOP_K=2), case)
     for case in configs.cases(arch, "weight_gradient"):
-        gather = not case.config.row_descriptors
-        staged = case._replace(config=_staged(case.config, gather))
-        in_side = dict(GATHER_LEFT=False, GATHER_RIGHT=gather, gates=None, TOP_K=2)
+        staged = case._replace(config=_staged(case.config))
+        in_side = dict(GATHER_LEFT=False, GATHER_RIGHT=True, gates=None, TOP_K=2)
         yield describe(_weight_gradient, "in", pointers, in_side, staged)
-        out_side = dict(GATHER_LEFT=gather, GATHER_RIGHT=False, TOP_K=2)
+        out_side = dict(GATHER_LEFT=True, GATHER_RIGHT=False, TOP_K=2)
         yield describe(_weight_gradient, "out", pointers, out_side, staged)
         if case.is_main:
             unfused = dict(GATHER_LEFT=False, GATHER_RIGHT=False, gates=None, choice_of_row=None, TOP_K=1)

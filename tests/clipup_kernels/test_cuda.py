@@ -3,18 +3,32 @@
 import pytest
 import torch
 from gpu_cases import NEEDS_GPU, on_cpu, on_gpu, poison_memory, waiting_is_an_error
-from moe_cases import DTYPES, ROUTINGS, SHAPES, Shape, assert_follows, double, make_experts, randn, route, seeded
+from moe_cases import (
+    DTYPES,
+    ROUTINGS,
+    SHAPES,
+    Shape,
+    assert_follows,
+    covering,
+    double,
+    make_experts,
+    randn,
+    route,
+    seeded,
+)
 
 import clipup_kernels as ck
 
 pytestmark = NEEDS_GPU
 
-LARGE = Shape(20_000, 768, 64, 8, 2)
-
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     poison_memory()
+
+
+def test_triton_is_used():
+    assert ck.backend_info()["cuda_fallback_reason"] is None
 
 
 def layer(router, x, experts, mask=None):
@@ -41,24 +55,27 @@ def layer_arguments(dtype=torch.bfloat16, tokens=500, device="cuda"):
     return router, x, experts, torch.arange(tokens, device=device) % 5 > 0
 
 
-def test_triton_is_used():
-    assert ck.backend_info()["cuda_fallback_reason"] is None
-    assert ck.backend_info()["cuda"]["dispatch"]["float32"] == "triton"
+@pytest.mark.parametrize("case", covering(shape=SHAPES | {"large": None}, routing=ROUTINGS, dtype=DTYPES))
+def test_rows_and_their_gradients_follow_the_oracle(case):
+    shape = SHAPES.get(case["shape"], Shape(20_000, 768, 64, 8, 2))
+    assert_rows_follow_oracle(shape, case["routing"], case["dtype"])
 
 
-@pytest.mark.parametrize("masked", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize(("tokens", "experts", "k"), [(0, 8, 2), (1, 4, 2), (777, 8, 2), (50_000, 8, 2), (300, 256, 8)])
-def test_gating_and_its_gradient_follow_the_oracle(tokens, experts, k, renormalize, masked):
+SIZES = [(0, 8, 2), (1, 4, 2), (777, 8, 2), (50_000, 8, 2), (300, 256, 8)]
+"""T, E and K."""
+
+
+@pytest.mark.parametrize("case", covering(size=SIZES, renormalize=(False, True), masked=(0.0, 0.4, 1.0)))
+def test_gating_and_its_gradient_follow_the_oracle(case):
+    (tokens, experts, k), renormalize, masked = case.values()
     logits = randn(tokens, experts, seed=tokens)
     mask = torch.rand(tokens, generator=seeded(1)) >= masked if masked else None
     bias = 0.3 * randn(experts, seed=2) if tokens == 777 else None
     ours_in, oracle_in = logits.cuda().requires_grad_(), logits.double().requires_grad_()
     ours = ck.topk_gating(ours_in, k, renormalize, on_gpu(bias), on_gpu(mask))
     oracle = ck.reference.topk_gating(oracle_in, k, renormalize, double(bias), mask)
-    assert torch.equal(ours.expert_indices.cpu(), oracle.expert_indices) and torch.equal(
-        ours.tokens_per_expert.cpu(), oracle.tokens_per_expert
-    )
+    for name in ("expert_indices", "tokens_per_expert"):
+        assert torch.equal(getattr(ours, name).cpu(), getattr(oracle, name))
     loss, oracle_loss = 0.0, 0.0
     for position, name in enumerate(("gates", "top_prob", "mean_probs", "z_loss")):
         value, want = getattr(ours, name), getattr(oracle, name)
@@ -70,12 +87,11 @@ def test_gating_and_its_gradient_follow_the_oracle(tokens, experts, k, renormali
     assert_follows(gradient.cpu(), oracle_gradient, torch.float32, "gradient of logits")
 
 
-@pytest.mark.parametrize("prioritised", [False, True])
-@pytest.mark.parametrize("factor", [None, 0.7, 1.1])
 @pytest.mark.parametrize(
-    ("tokens", "experts", "k"), [(0, 8, 2), (1, 4, 2), (777, 5, 3), (200_000, 8, 2), (3000, 256, 8)]
+    "case", covering(size=[*SIZES, (200_000, 8, 2)], factor=(None, 0.7, 1.1), prioritised=(False, True))
 )
-def test_the_plan_is_the_oracles(tokens, experts, k, factor, prioritised):
+def test_the_plan_is_the_oracles(case):
+    (tokens, experts, k), factor, prioritised = case.values()
     chosen = torch.rand(tokens, experts, generator=seeded(tokens)).argsort(1)[:, :k].int()
     priority = (torch.rand(tokens, generator=seeded(3)) * 50).round() if prioritised else None
     mask = torch.rand(tokens, generator=seeded(4)) < 0.8
@@ -99,18 +115,6 @@ def assert_rows_follow_oracle(shape, routing, dtype):
         oracle_grads = torch.autograd.grad(want, oracle_in, incoming.double())
         for grad, oracle_grad in zip(grads, oracle_grads, strict=True):
             assert_follows(grad.cpu(), oracle_grad, dtype, f"gradient of {op}")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_rows_and_their_gradients_follow_the_oracle(shape, routing, dtype):
-    assert_rows_follow_oracle(shape, routing, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_rows_and_their_gradients_follow_the_oracle(dtype):
-    assert_rows_follow_oracle(LARGE, "capacity", dtype)
 
 
 def test_rows_behind_two_to_the_31_elements_are_found():

@@ -124,13 +124,6 @@ def test_a_wrong_argument_is_named(call, changed, error, message):
         call(**changed)
 
 
-@pytest.mark.parametrize(
-    "call", [call_topk_gating, call_dispatch, call_permute, call_combine, call_grouped_linear, call_expert_mlp]
-)
-def test_the_unchanged_call_is_accepted(call):
-    call()
-
-
 @pytest.mark.skipif(extension.NATIVE is None, reason="the other backends leave this to torch")
 @pytest.mark.parametrize("op", ["router_logits", "grouped_linear", "pack_weight"])
 def test_a_weight_whose_storage_was_freed_is_refused(op):

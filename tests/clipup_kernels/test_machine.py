@@ -16,9 +16,3 @@ def test_a_record_names_the_processor_and_what_the_kernels_use_of_it():
     of_backends = ("compiled", "instructions", "matmul_dtypes")
     assert {name: machine[name] for name in of_backends} == {name: backend_info()[name] for name in of_backends}
     assert json.loads(json.dumps(machine)) == machine
-
-
-def test_a_card_is_named_by_its_driver(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card of {device}")
-
-    assert processor_name("cuda:1") == "card of cuda:1"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from moe_cases import Shape, assert_follows, double, make_experts, randn, route
+from moe_cases import Shape, assert_follows, covering, double, make_experts, randn, route
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,12 +31,14 @@ def arguments(routing="capacity", dtype=torch.float32, gated=False):
 
 
 @pytest.mark.parametrize(
-    "rows", [(10, 0, 3, 7), (0, 0, 0, 20), (20, 0, 0, 0), (0, 0, 0, 0), (5, 5, 5, 5), (1, 2, 3, 4)]
-)
-@pytest.mark.parametrize("empty", [0, 6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("widths", [(8, 16), (5, 7)], ids=str)
-def test_grouped_products_follow_a_loop_over_the_experts(rows, empty, dtype, widths):
+    "case",
+    covering(
+        rows=[(10, 0, 3, 7), (0, 0, 0, 20), (20, 0, 0, 0), (0, 0, 0, 0), (5, 5, 5, 5)], empty=[0, 6],
+        dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64], widths=[(8, 16), (5, 7)],
+    ),
+)  # fmt: skip
+def test_grouped_products_follow_a_loop_over_the_experts(case):
+    rows, empty, dtype, widths = case.values()
     offsets, (inner, outer), number = offsets_of(*rows), widths, sum(rows) + empty
     x, other = randn(number, inner, dtype=dtype, seed=1), randn(number, outer, dtype=dtype, seed=2)
     weight, bias = randn(4, outer, inner, dtype=dtype, seed=3), randn(4, outer, dtype=dtype, seed=4)
@@ -65,19 +67,7 @@ def test_few_rows_of_many_experts_are_multiplied_less_than_twice(rows):
     assert 1 <= counter.get_total_flops() / (2 * number * 5 * 7) < 2
 
 
-@pytest.mark.parametrize("routing", ["dropless", "one_expert_takes_all"])
-def test_arithmetic_is_at_most_twice_what_the_rows_need(routing):
-    x, gates, plan, experts = arguments(routing)
-    experts = [None if index in (1, 3) else one for index, one in enumerate(experts)]  # without biases
-    with FlopCounterMode(display=False) as counter:
-        forward_and_backward(x, gates, plan, experts)
-    rows = SHAPE.tokens * SHAPE.k
-    needed = 6 * 2 * rows * SHAPE.width * SHAPE.hidden
-    assert needed * 0.9 < counter.get_total_flops() < needed * 2
-
-
-@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "gated"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_no_product_depends_on_values_so_the_host_never_waits(monkeypatch, dtype, gated):
     for check in ("check_offsets", "check_choices", "check_rows"):  # indices are checked on the CPU alone
         monkeypatch.setattr(torch_eager, check, lambda *_: None)
@@ -113,12 +103,6 @@ def test_blocks_hold_every_row_once():
         want = torch.where((reference.expert_of_row(offsets, number) < len(rows))[:, None], x, 0)
         assert torch.equal(blocks.join(blocks.cut(x)), want)
         assert blocks.filled.sum() == sum(rows) and blocks.filled.numel() < 2 * number
-
-
-def test_sums_of_half_precision_that_cancel_are_finite():
-    left, right = torch.full((400, 3), 200.0).half(), torch.full((400, 5), 200.0).half()
-    left[200:] *= -1
-    assert torch.equal(grouped_products.outer(left, right, offsets_of(400, 0)), torch.zeros(2, 3, 5))
 
 
 def strided(weight, form):
@@ -221,8 +205,7 @@ def test_autocast_changes_neither_types_nor_values(cpu_backend, dtype):
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("dtype", "gated"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_a_compiled_step_follows_the_oracle_in_both_passes(cpu_backend, compiler, dtype, gated):
     x, gates, plan, experts = arguments(dtype=dtype, gated=gated)
     weights = [weight for weight in experts if isinstance(weight, torch.Tensor)]
@@ -243,8 +226,3 @@ def test_a_compiled_step_follows_the_oracle_in_both_passes(cpu_backend, compiler
     expected = outputs(lambda *tensors: step(reference.expert_mlp, *tensors), upstream.double(), *wide)
     for name, ours, oracle in zip(("y", "x", "gates", *places), found, expected, strict=True):
         assert_follows(ours, oracle, dtype, name)
-
-
-def test_more_rows_than_int32_counts_are_refused():
-    with pytest.raises(ValueError, match=r"T\*K: expected fewer than 2\^31 rows, got 1073741824 tokens of 2 choices"):
-        torch_eager.dispatch(torch.empty(2**30, 2, dtype=torch.int32, device="meta"), 4)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+import random
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -31,6 +35,30 @@ SHAPES = {
     "all_experts": Shape(21, 16, 24, 4, 4),
     "more_experts_than_rows": Shape(3, 16, 24, 64, 2),
 }
+
+
+def pairwise(**axes: Iterable) -> list[dict[str, Any]]:
+    """Cases, one value of every axis, in which any two values of two axes meet: a covering array, chosen greedily."""
+    cases = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    random.Random(0).shuffle(cases)
+    pairs = [set(itertools.combinations(case.items(), 2)) for case in cases]
+    missing, chosen = set().union(*pairs), []
+    while missing:
+        best = max(range(len(cases)), key=lambda number: len(pairs[number] & missing))
+        chosen.append(cases[best])
+        missing -= pairs[best]
+    return chosen
+
+
+def covering(**axes: Iterable) -> list:
+    """Every case of the grid as a parameter of a test; those outside of ``pairwise`` are marked slow."""
+    axes = {name: tuple(values) for name, values in axes.items()}
+    usual = pairwise(**axes)
+    return [
+        pytest.param(case, marks=[] if case in usual else pytest.mark.slow, id="-".join(map(str, case.values())))
+        for case in (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+    ]
+
 
 ROUTINGS = ("dropless", "capacity", "priority", "masked", "all_masked", "all_dropped", "one_expert_takes_all")
 

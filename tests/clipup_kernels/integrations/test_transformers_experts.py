@@ -72,73 +72,6 @@ def test_low_precision_follows_float32(name, dtype):
     assert difference < (0.03 if dtype is torch.bfloat16 else 0.004)
 
 
-@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-def test_other_implementations_can_be_set_again(implementation):
-    eager, ours = pair("Mixtral")
-    expected = eager(**batch()).logits
-    ours.set_experts_implementation(implementation)
-    torch.testing.assert_close(ours(**batch()).logits, expected)
-    ours.set_experts_implementation("clipup")
-    torch.testing.assert_close(ours(**batch()).logits, expected)
-
-
-def test_the_implementation_can_be_named_when_a_model_is_loaded(tmp_path):
-    eager, _ = pair("Mixtral")
-    eager.save_pretrained(tmp_path)
-    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="clipup")
-    assert ours.config._experts_implementation == "clipup"
-    torch.testing.assert_close(ours(**batch()).logits, eager(**batch()).logits)
-
-
-def test_generation_gives_the_same_tokens():
-    eager, ours = pair("Qwen3Moe")
-    prompt = batch()["input_ids"][:, :4]
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(ours.eval().generate(prompt, **options), eager.eval().generate(prompt, **options))
-
-
-def test_float64_follows_eager():
-    eager, ours = pair("Mixtral", torch.float64)
-    torch.testing.assert_close(ours(**batch()).logits, eager(**batch()).logits)
-
-
-def test_autocast_follows_eager():
-    eager, ours = pair("Mixtral")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        expected, found = eager(**batch()), ours(**batch())
-    found.loss.backward()
-    torch.testing.assert_close(found.loss, expected.loss, rtol=2e-2, atol=2e-2)
-    experts = ours.model.layers[0].mlp.experts if hasattr(ours.model.layers[0], "mlp") else None
-    experts = experts or ours.model.layers[0].block_sparse_moe.experts
-    assert experts.gate_up_proj.grad.dtype == torch.float32 and experts.gate_up_proj.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_compiled_and_checkpointed_models_train_alike(checkpointing):
-    eager, ours = pair("Mixtral")
-    if checkpointing:
-        ours.train().gradient_checkpointing_enable()
-        eager.train()
-        loss = ours(**batch()).loss
-    else:
-        loss = torch.compile(ours, fullgraph=True)(**batch()).loss
-    expected = eager(**batch()).loss
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    expected.backward()
-    for (name, one), other in zip(ours.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_the_gradient_of_a_gated_weight_is_written_in_one_piece():
-    _, ours = pair("Mixtral")
-    experts = next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
-    x = torch.randn(50, 32)
-    index, weights = torch.randint(0, 5, (50, 2)), torch.rand(50, 2)
-    clipup_kernels.integrations.transformers.experts_forward(experts, x, index, weights).sum().backward()
-    assert experts.gate_up_proj.grad.is_contiguous()
-
-
 def test_choices_of_experts_elsewhere_give_nothing():
     _, ours = pair("Mixtral")
     experts = next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
@@ -170,13 +103,50 @@ def test_other_experts_are_refused_by_name(change, named):
     experts = next(module for module in ours.modules() if hasattr(module, "gate_up_proj"))
     for name, value in change.items():
         setattr(experts, name, value)
-    with pytest.raises(NotImplementedError, match=f"'clipup' does not compute MixtralExperts, which has {named}"):
+    with pytest.raises(NotImplementedError, match=f"MixtralExperts.*{named}"):
         ours(**batch())
 
 
 def test_gpt_oss_is_refused_by_name_when_it_is_set():
     model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**{**SIZE, "num_local_experts": 4}))
     before = model.config._experts_implementation
-    with pytest.raises(NotImplementedError, match="GptOssExperts, which has biases, .*a gating of their own"):
+    with pytest.raises(NotImplementedError, match="GptOssExperts"):
         model.set_experts_implementation("clipup")
     assert model.config._experts_implementation == before
+
+
+def test_another_implementation_can_be_set_and_ours_named_when_a_model_is_loaded(tmp_path):
+    eager, ours = pair("Mixtral")
+    expected = eager(**batch()).logits
+    for implementation in ("grouped_mm", "clipup"):
+        ours.set_experts_implementation(implementation)
+        torch.testing.assert_close(ours(**batch()).logits, expected)
+    eager.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="clipup")
+    assert loaded.config._experts_implementation == "clipup"
+    torch.testing.assert_close(loaded(**batch()).logits, expected)
+
+
+def test_under_autocast_gradients_keep_their_type():
+    eager, ours = pair("Mixtral")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = eager(**batch()), ours(**batch())
+    found.loss.backward()
+    torch.testing.assert_close(found.loss, expected.loss, rtol=2e-2, atol=2e-2)
+    (gradient, *_) = [p.grad for name, p in ours.named_parameters() if name.endswith("gate_up_proj")]
+    assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("how", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
+def test_compiled_and_checkpointed_models_train_alike(how):
+    eager, ours = pair("Mixtral")
+    if how == "checkpointed":
+        ours.train().gradient_checkpointing_enable()
+        eager.train()
+    step = torch.compile(ours, fullgraph=True) if how == "compiled" else ours
+    loss, expected = step(**batch()).loss, eager(**batch()).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for one, other in zip(ours.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)

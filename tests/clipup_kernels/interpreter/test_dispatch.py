@@ -35,34 +35,21 @@ def test_any_plan_is_the_oracles(tokens, num_experts, k, factor, prioritised, ma
     assert_follows_oracle(experts, num_experts, factor, priority, mask)
 
 
-@pytest.mark.parametrize("factor", [None, 0.9])
-def test_blocks_of_several_tiles_and_many_blocks_give_the_same_plan(monkeypatch, factor):
+def test_blocks_of_several_tiles_and_many_blocks_give_the_same_plan(monkeypatch):
     monkeypatch.setattr(triton_dispatch, "_MAX_BLOCKS", 4)
-    experts = random_experts(7000, 16, 2)
-    assert_follows_oracle(experts, 16, factor)
-    assert_follows_oracle(experts, 16, factor, torch.rand(7000, generator=seeded(3)))
+    assert_follows_oracle(random_experts(5000, 16, 2), 16, 0.9, torch.rand(5000, generator=seeded(3)))
 
 
-@pytest.mark.parametrize("num_experts", [64, 300])
-def test_many_experts(num_experts):
-    assert_follows_oracle(random_experts(200, num_experts, 5), num_experts, 1.1)
-
-
-def test_counts_of_more_blocks_than_the_scan_takes_at_a_time(monkeypatch):
+@pytest.mark.parametrize(("tokens", "num_experts"), [(165, 256), (100, 300)])
+def test_many_experts_and_more_blocks_than_the_scan_takes_at_a_time(monkeypatch, tokens, num_experts):
     monkeypatch.setattr(triton_dispatch, "_SCAN_ROWS", 8)
-    assert_follows_oracle(random_experts(16 * 10 + 5, 256, 2), 256, 1.0)
-
-
-def test_all_tokens_may_choose_one_expert():
-    experts = torch.zeros(1000, 1, dtype=torch.int32)
-    for factor in (None, 0.5, 1.0):
-        assert_follows_oracle(experts, 4, factor)
+    assert_follows_oracle(random_experts(tokens, num_experts, 2), num_experts, 1.0)
 
 
 def test_an_expert_that_a_token_names_twice_gets_both_rows():
     experts = torch.randint(-1, 3, (400, 3), generator=seeded(5)).int()
-    for factor in (None, 0.8):
-        assert_follows_oracle(experts, 3, factor)
+    assert_follows_oracle(experts, 3)
+    assert_follows_oracle(experts, 3, 0.8, mask=torch.arange(400) % 5 > 0)
 
 
 def test_nan_priority_goes_last_and_signed_zeros_tie():
@@ -79,14 +66,6 @@ def test_capacity_is_computed_in_float64():
     assert offsets.tolist() == [0, 15, 15]
     for factor in (1e-300, 5e-324, 1e300, 1.7e308):
         assert_follows_oracle(random_experts(50, 4, 2), 4, factor)
-
-
-def test_capacity_counts_only_tokens_that_take_part():
-    experts = torch.zeros(8, 1, dtype=torch.int32)
-    assert_follows_oracle(experts, 2, 1.0, mask=torch.arange(8) < 4)
-    experts[4:] = -1
-    offsets, *_ = assert_follows_oracle(experts, 2, 1.0)
-    assert offsets.tolist() == [0, 2, 2]
 
 
 def test_an_expert_that_does_not_exist_gets_no_row():
@@ -109,8 +88,3 @@ def test_strided_arguments_are_read_as_they_are_indexed():
     experts, mask = random_experts(60, 4, 2).T.contiguous().T, (torch.arange(120) % 3 > 0)[::2]
     assert not experts.is_contiguous()
     assert_follows_oracle(experts, 4, 1.0, torch.rand(120, generator=seeded(1))[::2], mask)
-
-
-def test_more_rows_than_int32_counts_are_refused():
-    with pytest.raises(ValueError, match=r"T\*K: expected fewer than 2\^31 rows, got 1073741824 tokens of 2 choices"):
-        triton_dispatch.dispatch(torch.empty(2**30, 2, dtype=torch.int32, device="meta"), 4)

@@ -6,7 +6,7 @@ import triton
 from moe_cases import Shape, make_experts, randn, route
 
 from clipup_kernels.triton import expert_mlp, expert_mlp_backward, grouped_linear, router_logits, rows
-from clipup_kernels.triton.launch import ceil_div, dense, power_of_two
+from clipup_kernels.triton.launch import ceil_div, power_of_two
 
 pytestmark = pytest.mark.interpreter
 
@@ -36,10 +36,3 @@ def test_division_and_powers_are_tritons():
             triton.cdiv(number, divisor) for divisor in (1, 16, 128)
         ]
     assert ceil_div(0, 16) == 0 and power_of_two(0) == 1
-
-
-def test_tensors_become_contiguous_and_masks_bytes():
-    x, mask = torch.randn(4, 6).T, torch.tensor([True, False])
-    rows, flags, nothing = dense(x, mask, None)
-    assert rows.is_contiguous() and torch.equal(rows, x) and nothing is None
-    assert flags.dtype == torch.uint8 and flags.tolist() == [1, 0]

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from moe_cases import TOLERANCE, assert_follows, randn, seeded
+from moe_cases import TOLERANCE, assert_follows, covering, randn, seeded
 
 from clipup_kernels import reference
 from clipup_kernels.backends import torch_eager
@@ -35,11 +35,10 @@ def oracle_of(x, weight, mask, d_logits):
     return logits, *torch_eager.router_logits_backward(d_logits, x, weight, mask, [True, True])
 
 
-@pytest.mark.parametrize("masked", [None, 0.4, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_logits_and_gradients_follow_the_oracle(size, dtype, masked):
-    x, weight, mask, d_logits = arguments(*size, dtype, masked)
+@pytest.mark.parametrize("case", covering(size=SIZES, dtype=(torch.float32, torch.float16), masked=(None, 0.4, 1.0)))
+def test_logits_and_gradients_follow_the_oracle(case):
+    dtype = case["dtype"]
+    x, weight, mask, d_logits = arguments(*SIZES[case["size"]], dtype, case["masked"])
     logits, d_x, d_weight = oracle_of(x, weight, mask, d_logits)
     ours = triton_router.router_logits(x, weight, mask)
     assert ours.dtype == torch.float32
@@ -78,12 +77,6 @@ def test_strided_arguments_are_read_as_they_are_indexed():
     ours = triton_router.router_logits_backward(d_logits, x, weight, mask, [True, True])
     assert_follows(ours[0], d_x, torch.float32)
     assert_follows(ours[1], d_weight, torch.float32)
-
-
-def test_a_tokens_logits_do_not_depend_on_its_batch():
-    x, weight, _, _ = arguments(21, 100, 8)
-    apart = torch.cat([triton_router.router_logits(token[None], weight) for token in x])
-    assert torch.equal(triton_router.router_logits(x, weight), apart)
 
 
 def test_float16_tokens_are_multiplied_in_float32():
