@@ -2,7 +2,7 @@
 
 "accelerated" runs the blocks that stay dense on this project's kernels too (``clipup.accelerate``, inference only);
 "int8" quantizes MLPs, experts and attention besides (``weights="int8"``); "onnxruntime" is the dense model in int8
-there, in inference and where it is installed (onnx_peer.py). On a CPU they, but for onnxruntime, and CLIP-UP stop at
+there, in inference and where it is installed (peers.py). On a CPU they, but for onnxruntime, and CLIP-UP stop at
 the end of the longest text, where dense models in their usual form compute all 77 tokens.
 
     python benchmarks/clip_throughput.py                              # inference of bf16 models, some minutes
@@ -26,7 +26,7 @@ from statistics import median
 import open_clip
 import torch
 from harness import DTYPES, Timing, alternate, commit, print_table, require_device, write_csv
-from onnx_peer import ONNX, OnnxInt8, missing
+from peers import ONNX, ONNX_PACKAGES, OnnxInt8, missing
 from torch import Tensor, nn
 
 import clipup
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace, pass_: str, dtype: str, texts: Tensor) -> 
     training = pass_ == "fwd_bwd"
     counts: dict[str, TowerCounts] = {}
     chosen = [name for name in MODELS if name in {*args.models, BASELINE}]
-    left_out = (ONNX,) if missing() or args.device != "cpu" else ()
+    left_out = (ONNX,) if missing(ONNX_PACKAGES) or args.device != "cpu" else ()
     left_out += (ACCELERATED, INT8, ONNX) if training else ()
     wanted = [name for name in chosen if not name.endswith(left_out)]
 

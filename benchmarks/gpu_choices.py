@@ -2,13 +2,11 @@
 
     python benchmarks/gpu_choices.py --csv runs/gpu_choices.csv
 
-For every product: another width of its tile, weights by descriptors, rows by descriptors (gathered rows are copied into
-expert order first, which is timed too), and both together with the other width. Then gradients in one launch or two,
-both passes with all weights or all rows by descriptors, and, for a narrow layer, both products of inference in one
-launch. Tiles are compiled in parallel and compared with the usual one on few tokens; those that fail, differ or do not
-fit have no time. ``ratio`` is the time over the usual choice's, the median of pair-by-pair ratios: below 1 a choice is
-faster. docs/kernels.md says what follows from which figure. The file is written again after every launch; one that
-fails is named, and the others are measured.
+For every product: another width of its tile, and weights by descriptors. Then gradients in one launch or two, and both
+passes with all weights by descriptors. Tiles are compiled in parallel and compared with the usual one on few tokens;
+those that fail, differ or do not fit have no time. ``ratio`` is the time over the usual choice's, the median of
+pair-by-pair ratios: below 1 a choice is faster. docs/kernels.md says what follows from which figure. The file is
+written again after every launch; one that fails is named, and the others are measured.
 """
 
 from __future__ import annotations
@@ -34,18 +32,15 @@ Layer = tuple[int, int, int, int]
 Run = Callable[[], object]
 Prepare = Callable[[], dict[str, Run | None]]
 """Makes a launch's choices, the usual one first."""
-MAIN, NARROW = ((768, 3072, 8, 2), 50_000), ((128, 512, 8, 2), 200_000)
+LAYER, TOKENS = (768, 3072, 8, 2), 50_000
 
 
 def choices(kernel: str, usual: Config) -> dict[str, Config]:
     """The tiles that are compared, the usual one first."""
     other = usual._replace(block_n=128 if usual.block_n == 256 else 2 * usual.block_n, num_warps=8)
-    *weights, rows_too = configs.with_descriptors(kernel, usual)
     found = {USUAL: usual, f"{other.block_m}x{other.block_n}": other}
-    if weights:
-        found["weights by descriptors"] = weights[0]
-    found["rows by descriptors"] = rows_too
-    found[f"{other.block_m}x{other.block_n}, rows by descriptors"] = configs.with_descriptors(kernel, other)[-1]
+    if kernel not in configs.GRADIENTS:
+        found["weights by descriptors"] = usual._replace(descriptors=True)
     return found
 
 
@@ -54,12 +49,10 @@ def products(layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads
     arch, kind = configs.architecture(torch.device(device)), configs.arithmetic(dtype)
     bucket = configs.bucket_of(tokens * layer[3], layer[2])
     few = {one[:3]: one for one in tune.products(*layer, min(1000, tokens), dtype, device, gated=False)}
-    listed = [one for one in tune.products(*layer, tokens, dtype, device, gated=False) if one.kernel in configs.KERNELS]
+    listed = list(tune.products(*layer, tokens, dtype, device, gated=False))
 
     def usual(product: tune.Product) -> Config:
-        tile = configs.heuristic(arch, product.kernel, kind, bucket, product.depth, product.columns)
-        assert tile is not None, product.kernel
-        return tile
+        return configs.heuristic(arch, product.kernel, kind, bucket, product.depth, product.columns)
 
     of_one_weight = [functools.partial(one.launch, usual(one)) for one in listed if one.kernel == "weight_gradient"]
 
@@ -78,25 +71,8 @@ def products(layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads
             yield product.kernel, functools.partial(runs, product)
 
 
-def one_launch(layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int) -> dict[str, Run | None]:
-    """Both products of inference: two launches, and every tile of ``project_both``."""
-    arch, kind = configs.architecture(torch.device(device)), configs.arithmetic(dtype)
-    *_, few = tune.products(*layer, min(1000, tokens), dtype, device, gated=False)
-    *_, product = tune.products(*layer, tokens, dtype, device, gated=False)
-    tiles = list(tune.candidates_both(arch, product.kernel, kind, product.depth, product.columns))
-    kept = tune.usable(few, tiles, kind, threads)
-    return {
-        USUAL if tile is None else "one launch, {}x{}, {} warps, {} stages".format(*tile[:2], *tile[3:5]): (
-            lambda tile=tile: product.launch(tile)
-        )
-        if tile in kept
-        else None
-        for tile in tiles
-    }
-
-
 def passes(layer: Layer, tokens: int, dtype: torch.dtype, device: str) -> dict[str, Run | None]:
-    """Both passes of the experts with the usual tiles, and with descriptors wherever they are possible."""
+    """Both passes of the experts with the usual tiles, and with all weights by descriptors."""
     width, hidden, num_experts, top_k = layer
 
     def randn(*size: int) -> torch.Tensor:
@@ -109,12 +85,9 @@ def passes(layer: Layer, tokens: int, dtype: torch.dtype, device: str) -> dict[s
     routed = (x, gates, *dispatch.dispatch(indices, num_experts), *weights, None, None)
     choose = configs.choose
 
-    def run(place: int | None) -> None:
-        def chosen(kernel: str, *which) -> Config | None:
-            tile = choose(kernel, *which)
-            if tile is None or place is None or (kernel in configs.GRADIENTS and place == 0):
-                return tile
-            return configs.with_descriptors(kernel, tile)[-1 if place else 0]
+    def run(descriptors: bool) -> None:
+        def chosen(kernel: str, *which) -> Config:
+            return choose(kernel, *which)._replace(descriptors=descriptors and kernel not in configs.GRADIENTS)
 
         configs.choose = chosen
         try:
@@ -123,23 +96,15 @@ def passes(layer: Layer, tokens: int, dtype: torch.dtype, device: str) -> dict[s
         finally:
             configs.choose = choose
 
-    return {
-        USUAL: lambda: run(None),
-        "all weights by descriptors": lambda: run(0),
-        "all rows by descriptors": lambda: run(1),
-    }
+    return {USUAL: lambda: run(False), "all weights by descriptors": lambda: run(True)}
 
 
 def comparisons(
-    main: tuple[Layer, int], narrow: tuple[Layer, int], dtype: torch.dtype, device: str, threads: int
-) -> Iterator[tuple[str, str, Prepare]]:
-    """Layer, launch, and what makes its choices."""
-    name = "{}x{}x{}".format(main[1], *main[0][:2])
-    for launch, prepare in products(*main, dtype, device, threads):
-        yield name, launch, prepare
-    yield name, "both passes", lambda: passes(*main, dtype, device)
-    narrow_name = "{}x{}x{}".format(narrow[1], *narrow[0][:2])
-    yield narrow_name, "both products", lambda: one_launch(*narrow, dtype, device, threads)
+    layer: Layer, tokens: int, dtype: torch.dtype, device: str, threads: int
+) -> Iterator[tuple[str, Prepare]]:
+    """A launch, and what makes its choices."""
+    yield from products(layer, tokens, dtype, device, threads)
+    yield "both passes", lambda: passes(layer, tokens, dtype, device)
 
 
 def measure(runs: dict[str, Run | None], seconds: float, device: str, min_rounds: int = 5) -> list[dict[str, str]]:
@@ -162,9 +127,10 @@ def main(argv: list[str] | None = None) -> int:
     require_device("cuda")
     about = {"machine": processor_name("cuda"), "torch": torch.__version__, "triton": package_version("triton")}
     about |= {"dtype": options.dtype, "commit": commit()}
+    layer = "{}x{}x{}".format(TOKENS, *LAYER[:2])
     print(f"{about['machine']}, torch {about['torch']}, triton {about['triton']}; {options.dtype}", flush=True)
     table, failures = [], 0
-    for layer, launch, prepare in comparisons(MAIN, NARROW, DTYPES[options.dtype], "cuda", os.cpu_count() or 1):
+    for launch, prepare in comparisons(LAYER, TOKENS, DTYPES[options.dtype], "cuda", os.cpu_count() or 1):
         try:
             found = measure(prepare(), options.seconds, "cuda")
         except Exception as failure:  # a compiler's or a driver's, of many kinds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import functools
 import subprocess
@@ -14,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from clipup_kernels.machine import processor_name
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The types by their names in options and files."""
 
@@ -24,6 +27,31 @@ class Timing(NamedTuple):
     p80_ms: float
     ratio: float
     """Median of the candidate's time over the baseline's, the two run in turn."""
+
+
+def timed_options(description: str | None, threads: int, rounds: int, seconds: float) -> argparse.ArgumentParser:
+    """A parser of what every program that times on a CPU or a GPU asks for; the numbers are the defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--threads", type=int, default=threads, help=f"CPU threads (default: {threads})")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    add("--rounds", type=int, default=rounds, help=f"least number of alternating rounds (default: {rounds})")
+    add("--seconds", type=float, default=seconds, help=f"timing budget of each case (default: {seconds:g})")
+    add("--csv", help="file to write the rows to")
+    return parser
+
+
+def begin(args: argparse.Namespace, note: str) -> None:
+    """Stops the program without its device; sets threads, and prints the processor and what ratios are."""
+    require_device(args.device)
+    torch.set_num_threads(args.threads)
+    print(f"{processor_name(args.device)}; {note}\n")
+
+
+def on_device(args: argparse.Namespace, dtype: str) -> dict[str, object]:
+    """The first columns of a row."""
+    threads = args.threads if args.device == "cpu" else ""
+    return {"device": processor_name(args.device), "dtype": dtype, "threads": threads}
 
 
 def require_device(device: str) -> None:

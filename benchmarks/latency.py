@@ -1,7 +1,7 @@
 """One image, one caption: how long a call takes on a CPU, as a server with one request at a time sees it.
 
 Models take turns, one call each a round, so that no model finds its weights in the cache. "accelerated" and "int8" are
-``clipup.accelerate``; "onnxruntime" is the dense model in int8 there, where it is installed (onnx_peer.py). At the end:
+``clipup.accelerate``; "onnxruntime" is the dense model in int8 there, where it is installed (peers.py). At the end:
 one token through one small layer, where the calls are all that takes time.
 
     python benchmarks/latency.py                                      # bfloat16, a few minutes
@@ -19,7 +19,7 @@ from statistics import median, quantiles
 import torch
 from clip_throughput import ACCELERATED, BASELINE, INT8, LARGE, WORDS, build
 from harness import DTYPES, commit, print_table, write_csv
-from onnx_peer import ONNX, OnnxInt8, missing
+from peers import ONNX, ONNX_PACKAGES, OnnxInt8, missing
 from torch import Tensor, nn
 
 import clipup
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.rounds < 10:
         parser.error(f"--rounds must be 10 or more, got {args.rounds}")
     torch.set_num_threads(args.threads)
-    if (lacking := missing()) and any(name.endswith(ONNX) for name in args.models):
+    if (lacking := missing(ONNX_PACKAGES)) and any(name.endswith(ONNX) for name in args.models):
         print(f"left out {ONNX}: pip install {' '.join(lacking)}", file=sys.stderr)
         args.models = [name for name in args.models if not name.endswith(ONNX)]
 

@@ -8,7 +8,6 @@ import traceback
 from itertools import product
 
 import torch
-from baselines import IMPLEMENTATIONS, PREPARED, Candidate, candidates, oracle, refusal, usual
 from gemm_peak import GemmPeak
 from harness import (
     DTYPES,
@@ -21,6 +20,7 @@ from harness import (
     write_csv,
 )
 from moe_layer import ROUTINGS, Case, Weights, make_x, without_close_calls
+from peers import PEERS, Candidate, candidates, oracle, refusal, usual
 from torch import Tensor
 
 from clipup_kernels.machine import package_version, processor_name
@@ -62,7 +62,7 @@ def options(description: str, training: bool) -> argparse.ArgumentParser:
     )
     add("--suite", choices=["default", "full"], default="default", help=text)
     add("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"], help="(default: fp32 bf16)")
-    add("--impl", nargs="+", choices=list(IMPLEMENTATIONS), help="(default: the usual ones that can run here)")
+    add("--impl", nargs="+", choices=list(PEERS), help="(default: the usual ones that can run here)")
     text = "leave out, by name, another implementation that fails or is off, instead of stopping"
     add("--skip-failing", action="store_true", help=text)
     add("--threads", nargs="+", type=int, help=f"CPU threads (default: {torch.get_num_threads()}; --suite full: 1 too)")
@@ -126,7 +126,7 @@ def check(timed: dict[str, Candidate], dtype: str, device: str, training: bool) 
         try:
             for _ in range(2):
                 error = max(map(largest_error, results(candidate._replace(x=x), training), wanted[kind]))
-                allowed = INT8_TOLERANCE if PREPARED.get(impl) else TOLERANCE[dtype]
+                allowed = INT8_TOLERANCE if "int8" in PEERS[impl].weights else TOLERANCE[dtype]
                 if not error <= allowed:
                     wrong[impl] = f"is off by {error:.1e} of the largest entry"
         except Exception as failure:  # other projects' own, of every kind; the caller decides what it stops

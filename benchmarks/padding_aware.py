@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import DTYPES, alternate, commit, report, require_device
+from harness import DTYPES, alternate, begin, commit, on_device, report, timed_options
 from torch import Tensor, nn
 
 import clipup
 from clipup.clip.padding_aware import tokens_up_to_pooled
 from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
 from clipup.pretrained.tokenizers import get_tokenizer
-from clipup_kernels.machine import package_version, processor_name
+from clipup_kernels.machine import package_version
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Of features of length 1: order and blocking of sums may depend on how many rows an expert has."""
@@ -79,8 +79,7 @@ def measure(args: argparse.Namespace, name: str, dtype: str) -> list[dict]:
     share = tokens_up_to_pooled(texts, dense.text_pool_type, dense.text_eos_id).float().mean().item()
     return [
         {
-            "device": processor_name(args.device), "dtype": dtype,
-            "threads": args.threads if args.device == "cpu" else "", "model": name, "batch_size": args.batch_size,
+            **on_device(args, dtype), "model": name, "batch_size": args.batch_size,
             "context_length": texts.shape[1], "tokens": "1.000" if impl != "padding_aware" else f"{share:.3f}",
             "impl": impl, "median_ms": f"{timing.median_ms:.2f}", "p20_ms": f"{timing.p20_ms:.2f}",
             "p80_ms": f"{timing.p80_ms:.2f}", "texts_per_s": f"{args.batch_size / timing.median_ms * 1e3:.1f}",
@@ -92,21 +91,13 @@ def measure(args: argparse.Namespace, name: str, dtype: str) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timed_options(__doc__, torch.get_num_threads(), rounds=5, seconds=30)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help=f"default: {' '.join(MODELS)}")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["fp32", "bf16"])
     parser.add_argument("--batch-size", type=int, default=64, help="texts a batch (default: 64)")
     parser.add_argument("--captions", help="text file, a caption a line (default: captions of the pictograms data)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
-    parser.add_argument("--seconds", type=float, default=30, help="timing budget of a model and dtype (default: 30)")
-    parser.add_argument("--csv", help="file to write the rows to")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-
-    require_device(args.device)
-    print(f"{processor_name(args.device)}; ratios are medians of pair-by-pair ratios of time, each over {BASELINE}\n")
+    begin(args, f"ratios are medians of pair-by-pair ratios of time, each over {BASELINE}")
     rows = [row for name in args.models for dtype in args.dtype for row in measure(args, name, dtype)]
     report(rows, "model dtype impl tokens median_ms p20_ms p80_ms texts_per_s ratio_to_all_tokens", args.csv)
     return 0

@@ -1,20 +1,112 @@
-"""Other projects' kernels for the same layer, on CUDA, where they are installed.
+"""The registry of peers: what this project is compared with, one entry each, and its own forms beside them.
 
-Every adapter takes (x [T, D], weights) like those of ``baselines.py``, uses what the project has, and adds in plain
-torch what it lacks. It is compared with the oracle before it is timed, so a release that changed its interface is left
-out by name instead of being measured wrongly.
+Layers: every function takes (x [T, D], weights) and returns y [T, D]; the sparse ones route with the same router:
+softmax over E experts, the best K, gates renormalised, nothing dropped. Other projects' kernels run on CUDA where they
+are installed; an adapter uses what the project has, and adds in plain torch what it lacks. All are compared with the
+oracle before they are timed, so a release that changed its interface is left out by name instead of being measured
+wrongly. Liger-Kernel has no entry: its fused experts are SwiGLU without biases, which is another layer.
 
-Liger-Kernel has no row: its fused experts are SwiGLU without biases, which is another layer.
+Whole models: dense ones in int8 on onnxruntime (``OnnxInt8``).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from moe_layer import Weights, route
-from torch import Tensor
+from moe_layer import Case, DenseWeights, Weights, check_loads, first_expert, make_weights, make_x, route
+from torch import Tensor, nn
+
+import clipup_kernels as ck
+from clipup_kernels.machine import package_version
+
+
+def dense(x: Tensor, w: DenseWeights) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w.in_weight, w.in_bias)), w.out_weight, w.out_bias)
+
+
+def dense_engine(x: Tensor, w: DenseWeights) -> Tensor:
+    """The same on this project's kernels, without a derivative."""
+    return ck.dense_mlp(x, *w.parameters, "gelu")
+
+
+def loop(x: Tensor, w: Weights) -> Tensor:
+    """A loop over the experts with index_add, as most model code has it."""
+    gates, experts = route(x, w)
+    y = torch.zeros_like(x)
+    for expert in range(w.router.shape[0]):
+        token, choice = (experts == expert).nonzero(as_tuple=True)
+        out = dense(x[token], DenseWeights(*(t[expert] for t in w[1:5])))
+        y.index_add_(0, token, out * gates[token, choice, None].to(x.dtype))
+    return y
+
+
+def loop_unbind(x: Tensor, w: Weights) -> Tensor:
+    """The same loop with the stacked weights unbound once, which spares its backward a stack of zero gradients."""
+    gates, experts = route(x, w)
+    y = torch.zeros_like(x)
+    for expert, unbound in enumerate(zip(*(t.unbind() for t in w[1:5]), strict=True)):
+        token, choice = (experts == expert).nonzero(as_tuple=True)
+        out = dense(x[token], DenseWeights(*unbound))
+        y = y.index_add(0, token, out * gates[token, choice, None].to(x.dtype))
+    return y
+
+
+def loop_sorted(x: Tensor, w: Weights) -> Tensor:
+    """Rows sorted by expert once, a product per expert on its slice, a gather and a sum back; the host asks once.
+
+    The strongest loop on a GPU, where every ``nonzero`` of the others makes the host wait.
+    """
+    gates, experts = route(x, w)
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    row_of_choice = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+    loads = torch.bincount(flat, minlength=w.router.shape[0]).tolist()
+    slices = x[order // w.top_k].split(loads)
+    experts_of = zip(*(t.unbind() for t in w[1:5]), strict=True)
+    out = torch.cat([dense(rows, DenseWeights(*unbound)) for rows, unbound in zip(slices, experts_of, strict=True)])
+    return (out[row_of_choice].view(*gates.shape, -1) * gates[..., None].to(x.dtype)).sum(1)
+
+
+def grouped_mm(x: Tensor, w: Weights) -> Tensor:
+    """Rows sorted by expert, ``torch.nn.functional.grouped_mm``, biases and activation apart, index_add back."""
+    gates, experts = route(x, w)
+    flat = experts.flatten()
+    owner, order = flat.sort(stable=True)
+    offsets = torch.bincount(flat, minlength=w.router.shape[0]).cumsum(0).int()
+    token = order // w.top_k
+    hidden = F.grouped_mm(x[token], w.in_weight.mT, offs=offsets) + w.in_bias[owner]
+    out = F.grouped_mm(F.gelu(hidden), w.out_weight.mT, offs=offsets) + w.out_bias[owner]
+    return torch.zeros_like(x).index_add(0, token, out * gates.flatten()[order, None].to(x.dtype))
+
+
+@functools.cache
+def _hf_experts_forward() -> Callable:
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    return grouped_mm_experts_forward
+
+
+def hf_grouped_mm(x: Tensor, w: Weights) -> Tensor:
+    """The experts of Hugging Face transformers, ``experts_implementation="grouped_mm"``: no gate, biases, erf GELU.
+
+    Called as a model's expert module calls it; gates come in x's type, as from the routers of Qwen3-MoE.
+    """
+    gates, experts = route(x, w)
+    module = SimpleNamespace(
+        up_proj=w.in_weight, up_proj_bias=w.in_bias, down_proj=w.out_weight, down_proj_bias=w.out_bias, act_fn=F.gelu,
+        num_experts=w.router.shape[0], has_gate=False, has_bias=True, is_transposed=False, has_post_expert_norm=False,
+        _is_expert_parallel=False,
+    )  # fmt: skip
+    return _hf_experts_forward()(module, x, experts, gates.to(x.dtype))
 
 
 def scattermoe(x: Tensor, w: Weights) -> Tensor:
@@ -59,11 +151,214 @@ def sonicmoe(x: Tensor, w: Weights) -> Tensor:
     return y
 
 
-PEERS = {"scattermoe": scattermoe, "megablocks": megablocks, "sonicmoe": sonicmoe}
-PACKAGES = {"scattermoe": ("scattermoe",), "megablocks": ("megablocks", "grouped_gemm"), "sonicmoe": ("sonicmoe",)}
-"""What has to be installed for a peer to run."""
+def clipup(x: Tensor, w: Weights) -> Tensor:
+    """This project's ops, as ``SparseMoE`` calls them."""
+    logits = ck.router_logits(x, w.router.float())
+    gating = ck.topk_gating(logits, w.top_k, renormalize=True)
+    plan = ck.dispatch(gating.expert_indices, w.router.shape[0])
+    return ck.expert_mlp(x, gating.gates, plan, w.in_weight, w.in_bias, w.out_weight, w.out_bias, "gelu")
 
 
-def missing_packages(peer: str) -> list[str]:
-    """The packages of a peer that are not installed."""
-    return [package for package in PACKAGES[peer] if importlib.util.find_spec(package) is None]
+def prepared(function: Callable, w: Weights | DenseWeights, quantize: str | None) -> Callable:
+    """``clipup`` or ``dense_engine`` on packed weights, as in the layers that ``clipup.accelerate`` makes."""
+    packed = w._replace(
+        in_weight=ck.pack_weight(w.in_weight, quantize), out_weight=ck.pack_weight(w.out_weight, quantize)
+    )
+    return lambda x, _: function(x, packed)
+
+
+def torch_int8(w: DenseWeights) -> Callable:
+    """torch's dynamic quantization of the same MLP: int8 weights by tensor, inputs by tensor at every call."""
+    from torch.ao.quantization import quantize_dynamic
+
+    hidden, width = w.in_weight.shape
+    mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+    with torch.no_grad():
+        for parameter, value in zip(mlp.parameters(), w.parameters, strict=True):
+            parameter.copy_(value)
+    quantized = quantize_dynamic(mlp.eval(), {nn.Linear}, dtype=torch.qint8)
+    return lambda x, _: quantized(x.float()).to(x.dtype)  # it takes float32 only
+
+
+def oracle(x: Tensor, w: Weights | DenseWeights) -> Tensor:
+    """The same layer in float64, sparse ones by the reference ops and routed on the same float32 logits."""
+    if isinstance(w, DenseWeights):
+        return dense(x.double(), DenseWeights(*(t.double() for t in w)))
+    logits = F.linear(x.float(), w.router.float())
+    gating = ck.reference.topk_gating(logits, w.top_k, renormalize=True)
+    plan = ck.reference.dispatch(gating.expert_indices, w.router.shape[0])
+    parameters = (t.double() for t in w[1:5])
+    return ck.reference.expert_mlp(x.double(), gating.gates.double(), plan, *parameters, "gelu")
+
+
+class Peer(NamedTuple):
+    """An implementation of the layer."""
+
+    function: Callable[[Tensor, Weights | DenseWeights], Tensor]
+    dense: bool = False
+    """One dense MLP: ``dense_1`` on T rows, what the dense model pays; all others on K*T rows, the sparse layer's."""
+    packages: tuple[str, ...] = ()
+    """What has to be installed."""
+    only_on: str | None = None
+    """The device type that it runs on."""
+    weights: str = "plain"
+    """Read at every call; or "packed", "int8" and "torch int8": prepared before the first call."""
+    derivative: bool = True
+    usual_on: tuple[str, ...] = ("cpu", "cuda")
+    """Where it is measured when nothing is chosen."""
+
+
+PEERS = {
+    "dense_1": Peer(dense, dense=True),
+    "dense_k": Peer(dense, dense=True),
+    "dense_k_engine": Peer(dense_engine, dense=True, derivative=False, usual_on=("cpu",)),
+    "dense_k_prepared": Peer(dense_engine, dense=True, only_on="cpu", weights="packed", derivative=False),
+    "dense_k_int8": Peer(dense_engine, dense=True, only_on="cpu", weights="int8", derivative=False),
+    "dense_k_torch_int8": Peer(
+        dense, True, ("torch.ao.quantization",), only_on="cpu", weights="torch int8", derivative=False
+    ),
+    "loop": Peer(loop, usual_on=("cpu",)),
+    "loop_unbind": Peer(loop_unbind),
+    "loop_sorted": Peer(loop_sorted, usual_on=("cuda",)),
+    "grouped_mm": Peer(grouped_mm),
+    "hf_grouped_mm": Peer(hf_grouped_mm, packages=("transformers",)),
+    "clipup": Peer(clipup),
+    "clipup_prepared": Peer(clipup, only_on="cpu", weights="packed", derivative=False),
+    "clipup_int8": Peer(clipup, only_on="cpu", weights="int8", derivative=False),
+    "scattermoe": Peer(scattermoe, packages=("scattermoe",), only_on="cuda"),
+    "megablocks": Peer(megablocks, packages=("megablocks", "grouped_gemm"), only_on="cuda"),
+    "sonicmoe": Peer(sonicmoe, packages=("sonicmoe",), only_on="cuda"),
+}
+TRANSFORMERS = (5, 4)
+"""The first version whose grouped experts can do without a gate."""
+ONNX, ONNX_PACKAGES = "onnxruntime", ("onnx", "onnxscript", "onnxruntime")
+"""The last word of the names of models on it, and what has to be installed."""
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """The packages that are not installed."""
+    return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
+def refusal(impl: str, training: bool, device: str) -> str | None:
+    """Why a peer cannot run here; None where it can."""
+    peer = PEERS[impl]
+    if training and not peer.derivative:
+        return "has no derivative"
+    if peer.only_on not in (None, device):
+        return f"runs on {peer.only_on} devices only"
+    if lacking := missing(peer.packages):
+        return f"needs {' and '.join(lacking)}"
+    if peer.weights == "int8" and not ck.backend_info()["compiled"]:
+        return "needs the compiled extension"
+    if impl == "hf_grouped_mm" and version_of("transformers") < TRANSFORMERS:
+        return "needs transformers " + ".".join(map(str, TRANSFORMERS)) + " or newer"
+    return None
+
+
+def usual(training: bool, device: str) -> list[str]:
+    """What is measured when nothing is chosen: all that can run, but for what belongs to the other kind of device."""
+    return [name for name, peer in PEERS.items() if device in peer.usual_on and refusal(name, training, device) is None]
+
+
+def version_of(package: str) -> tuple[int, ...]:
+    """Major and minor version; empty, less than any, where the package is not installed."""
+    return tuple(map(int, re.findall(r"\d+", package_version(package) or "")[:2]))
+
+
+class Candidate(NamedTuple):
+    """An implementation with its input and weights, ready to run."""
+
+    function: Callable[[Tensor, Weights | DenseWeights], Tensor]
+    x: Tensor
+    weights: Weights | DenseWeights
+
+    def forward(self) -> Tensor:
+        return self.function(self.x, self.weights)
+
+    def gradients(self, dy: Tensor) -> tuple[Tensor, ...]:
+        """Forward and backward: gradients of the input and of every parameter."""
+        return torch.autograd.grad(self.forward(), [self.x, *self.weights.parameters], dy)
+
+    def runner(self, training: bool) -> Callable[[], object]:
+        """What is timed."""
+        if not training:
+            return self.forward
+        generator = torch.Generator(self.x.device).manual_seed(2)
+        dy = torch.randn(self.x.shape, generator=generator, device=self.x.device).to(self.x)
+        return lambda: self.gradients(dy)
+
+
+def candidates(impls: Iterable[str], case: Case, top_k: int, dtype: torch.dtype, device: str) -> dict[str, Candidate]:
+    """The peers on one case; the sparse ones share their weights."""
+    weights = make_weights(case, top_k, dtype, device)
+    x, x_k = (make_x(rows, case.d_model, dtype, device) for rows in (case.tokens, top_k * case.tokens))
+    check_loads(case, x, weights)
+    one = first_expert(weights)
+    made = {}
+    for impl in impls:
+        peer = PEERS[impl]
+        function, mine = peer.function, one if peer.dense else weights
+        if peer.weights == "torch int8":
+            function = torch_int8(mine)
+        elif peer.weights != "plain":
+            function = prepared(function, mine, None if peer.weights == "packed" else peer.weights)
+        made[impl] = Candidate(function, x_k if peer.dense and impl != "dense_1" else x, mine)
+    return made
+
+
+class OnnxInt8:
+    """``encode_image`` and ``encode_text`` of a float32 model on the CPU, for inputs of the shapes of these.
+
+    onnxruntime's recipe for transformers on CPUs: export, ``quantize_dynamic`` with int8 weights per output channel.
+    Activations are quantized at every call, the rest is float32. A graph is exported for the shapes that it is timed
+    with.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, texts: Tensor, threads: int) -> None:
+        self.dtype = images.dtype
+        self.towers = {
+            name: _session(_Tower(model, name), example, threads)
+            for name, example in {"encode_image": images.float(), "encode_text": texts}.items()
+        }
+        for name, example in {"encode_image": images.float(), "encode_text": texts}.items():
+            with torch.no_grad():
+                wanted = getattr(model, name)(example)
+            cosine = torch.cosine_similarity(getattr(self, name)(example), wanted).min()
+            if not cosine > 0.99:
+                raise SystemExit(f"onnxruntime's {name} is not the model's: cosine {cosine:.3f}")
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        return self._run("encode_image", images.float())
+
+    def encode_text(self, texts: Tensor) -> Tensor:
+        return self._run("encode_text", texts)
+
+    def _run(self, tower: str, inputs: Tensor) -> Tensor:
+        return torch.from_numpy(self.towers[tower].run(None, {"inputs": inputs.numpy()})[0])
+
+
+class _Tower(nn.Module):
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return getattr(self.model, self.method)(inputs)
+
+
+def _session(tower: nn.Module, example: Tensor, threads: int):
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as directory:
+        exact, quantized = Path(directory) / "exact.onnx", Path(directory) / "int8.onnx"
+        with torch.no_grad():
+            torch.onnx.export(
+                tower.eval(), (example,), exact, input_names=["inputs"], output_names=["features"], dynamo=True,
+                verbose=False,
+            )  # fmt: skip
+        quantize_dynamic(exact, quantized, per_channel=True, weight_type=QuantType.QInt8)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        return onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])

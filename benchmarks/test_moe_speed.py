@@ -6,8 +6,8 @@ Absolute times mean little on a shared machine; they serve to compare two commit
 
 import pytest
 import torch
-from baselines import candidates
 from moe_layer import Case
+from peers import candidates
 
 SHAPES = {
     "vision_b16_8_images": Case(1576, 768, 3072),

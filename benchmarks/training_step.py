@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from harness import alternate, commit, report, require_device
+from harness import alternate, begin, commit, report, timed_options
 
 import clipup
 from clipup.clip.flops import count
@@ -65,19 +65,13 @@ def step(model: torch.nn.Module, batch: Batch, args: argparse.Namespace) -> Call
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timed_options(__doc__, threads=1, rounds=5, seconds=30)
     parser.add_argument("--model", default="clipup-icons-w64", help="(default: clipup-icons-w64)")
     parser.add_argument("--data", help="shards to take the batch from, such as icons/validation-*.tar (default: noise)")
     parser.add_argument("--precision", choices=get_args(Precision), default="amp_bf16", help="(default: amp_bf16)")
     parser.add_argument("--batch-size", type=int, default=256, help="pairs a batch (default: 256)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--rounds", type=int, default=5, help="least number of alternating rounds (default: 5)")
-    parser.add_argument("--seconds", type=float, default=30, help="timing budget (default: 30)")
-    parser.add_argument("--csv", help="file to write the rows to")
     args = parser.parse_args(argv)
-    require_device(args.device)
-    torch.set_num_threads(args.threads)
+    begin(args, "seconds_ratio is the median of pair-by-pair ratios")
 
     with expecting_random_weights():
         dense, _, preprocess = create_model_and_transforms(args.model, load_weights=False)
@@ -103,7 +97,6 @@ def main(argv: list[str] | None = None) -> int:
         }
         for name, timing in timings.items()
     ]  # fmt: skip
-    print(f"{processor_name(args.device)}; seconds_ratio is the median of pair-by-pair ratios\n")
     report(rows, "model impl median_ms p20_ms p80_ms gflops_per_pair flops_ratio seconds_ratio", args.csv)
     return 0
 

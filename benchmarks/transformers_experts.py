@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import transformers
-from harness import DTYPES, alternate, commit, report, require_device
+from harness import DTYPES, alternate, begin, commit, on_device, report, timed_options
 from torch import Tensor, nn
 
 import clipup_kernels.integrations.transformers  # noqa: F401  registers "clipup"
-from clipup_kernels.machine import package_version, processor_name
+from clipup_kernels.machine import package_version
 
 BASELINE = "grouped_mm"
 IMPLEMENTATIONS = (BASELINE, "eager", "batched_mm", "clipup")
@@ -117,8 +117,7 @@ def measure(name: str, precision: str, args: argparse.Namespace) -> list[dict[st
             for one, timing in alternate(candidates, BASELINE, args.seconds, args.device, args.rounds).items():
                 rows.append(
                     {
-                        "device": processor_name(args.device), "dtype": precision,
-                        "threads": args.threads if args.device == "cpu" else "", "model": name, "tokens": tokens,
+                        **on_device(args, precision), "model": name, "tokens": tokens,
                         "pass": "fwd_bwd" if training else "fwd", "impl": one,
                         "median_ms": f"{timing.median_ms:.1f}", "p20_ms": f"{timing.p20_ms:.1f}",
                         "p80_ms": f"{timing.p80_ms:.1f}", "ratio_to_grouped_mm": f"{timing.ratio:.3f}",
@@ -130,7 +129,7 @@ def measure(name: str, precision: str, args: argparse.Namespace) -> list[dict[st
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timed_options(__doc__, torch.get_num_threads(), rounds=3, seconds=5)
     parser.add_argument(
         "--models", nargs="+", choices=MODELS, default=["olmoe", "qwen3"], help="(default: olmoe qwen3)"
     )
@@ -140,17 +139,10 @@ def main(argv: list[str] | None = None) -> int:
         help="beside grouped_mm; a training step of eager takes 20 s with 64 experts (default: all)",
     )  # fmt: skip
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 512], help="tokens a batch (default: 64 512)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--rounds", type=int, default=3, help="least number of alternating rounds (default: 3)")
-    parser.add_argument("--seconds", type=float, default=5, help="timing budget of each case (default: 5)")
     parser.add_argument("--gather-gb", type=float, default=4, help="most that batched_mm may gather (default: 4)")
-    parser.add_argument("--csv", help="file to write the rows to")
     args = parser.parse_args(argv)
-    require_device(args.device)
-    torch.set_num_threads(args.threads)
+    begin(args, "ratios are medians of pair-by-pair ratios")
     rows = [row for name in args.models for dtype in args.dtypes for row in measure(name, dtype, args)]
-    print(f"{processor_name(args.device)}; ratios are medians of pair-by-pair ratios\n")
     report(rows, "model dtype tokens pass impl median_ms p20_ms p80_ms ratio_to_grouped_mm", args.csv)
     return 0
 

@@ -3,7 +3,7 @@
 import csv
 
 import latency
-import onnx_peer
+import peers
 import pytest
 import torch
 
@@ -21,7 +21,7 @@ def tiny_models(monkeypatch):
 
 
 def test_every_model_has_a_row_for_an_image_and_a_caption(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(latency, "missing", lambda: ["onnxruntime"])
+    monkeypatch.setattr(latency, "missing", lambda packages: ["onnxruntime"])
     path = tmp_path / "rows.csv"
     arguments = ["--models", *MODELS, "--dtype", "fp32", "--threads", "1", "--rounds", "10", "--csv", str(path)]
     assert latency.main(arguments) == 0
@@ -38,10 +38,6 @@ def test_every_model_has_a_row_for_an_image_and_a_caption(tmp_path, capsys, monk
     assert rows[0]["ratio_to_first"] == "1.000"
 
 
-def test_percentiles_are_those_of_the_times():
-    assert latency.percentiles([float(i) for i in range(101)]) == (50.0, 99.0)
-
-
 def test_calls_take_turns():
     order = []
     taken = latency.in_turn({name: lambda n=name: order.append(n) for name in "ab"}, rounds=3)
@@ -50,7 +46,7 @@ def test_calls_take_turns():
 
 @pytest.mark.slow
 def test_onnxruntime_computes_the_models_features():
-    for name in onnx_peer.PACKAGES:
+    for name in peers.ONNX_PACKAGES:
         pytest.importorskip(name)
     texts = latency.get_tokenizer(TINY)(["red bird"])
     model, image = latency.model_of(f"{TINY} onnxruntime", latency.argparse.Namespace(dtype="fp32", threads=1), texts)

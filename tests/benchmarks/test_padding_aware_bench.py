@@ -32,13 +32,6 @@ def test_a_run_prints_a_table_and_writes_a_row_for_each_way(tmp_path, captions, 
         assert row["ratio_to_all_tokens"] == "1.000" or row["impl"] != "all_tokens"
 
 
-def test_captions_are_those_of_the_pictograms_unless_a_file_is_given(captions):
-    pytest.importorskip("emoji")
-    drawn = padding_aware.captions(None, 50)
-    assert len(set(drawn)) > 40 and drawn == padding_aware.captions(None, 50)
-    assert set(padding_aware.captions(captions, 20)) == {"a red heart", "waving hand, hello"}
-
-
 def test_features_that_differ_are_not_timed(monkeypatch, captions):
     monkeypatch.setattr(
         padding_aware, "encoder", lambda model, texts, padding_aware: lambda: torch.ones(1) * padding_aware

@@ -37,8 +37,3 @@ def test_a_split_is_described_by_shares_of_its_captions(data, tmp_path):
     assert styles["captions_unknown_word"] == styles["captions_same_tokens"] == "40.0"  # "account ?", two of them
     assert styles["captions_same_words"] == "40.0"  # "arrow left" and "left arrow"
     assert set(rows["test_names"].values()) == {"test_names", "1", "0.0"}
-
-
-def test_a_model_that_reads_parts_of_words_is_refused(data):
-    with pytest.raises(SystemExit, match="ViT-B-32 reads no whole words"):
-        study_captions.main([str(data), "--model", "ViT-B-32"])

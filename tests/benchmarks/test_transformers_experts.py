@@ -29,15 +29,6 @@ def test_every_implementation_has_a_row_for_each_pass(tmp_path, monkeypatch, cap
     ]
 
 
-def test_what_would_gather_too_much_is_left_out(tmp_path, monkeypatch):
-    config = transformers.MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=4)
-    monkeypatch.setitem(transformers_experts.MODELS, "mixtral", lambda: (MixtralExperts(config), 2))
-    path = tmp_path / "rows.csv"
-    short = ["--models", "mixtral", "--tokens", "5", "--seconds", "0.01", "--rounds", "2", "--gather-gb", "1e-6"]
-    assert transformers_experts.main([*short, "--csv", str(path)]) == 0
-    assert "batched_mm" not in path.read_text()
-
-
 def test_a_wrong_result_is_not_timed(monkeypatch):
     config = transformers.MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=4)
     monkeypatch.setitem(transformers_experts.MODELS, "mixtral", lambda: (MixtralExperts(config), 2))
@@ -51,10 +42,3 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     )
     with pytest.raises(SystemExit, match="clipup in bf16: error .* against eager; nothing was timed"):
         transformers_experts.main(["--models", "mixtral", "--tokens", "5"])
-
-
-def test_a_single_round_is_refused(monkeypatch):
-    config = transformers.MixtralConfig(hidden_size=32, intermediate_size=48, num_local_experts=4)
-    monkeypatch.setitem(transformers_experts.MODELS, "mixtral", lambda: (MixtralExperts(config), 2))
-    with pytest.raises(SystemExit, match="--rounds must be 2 or more, got 1"):
-        transformers_experts.main(["--models", "mixtral", "--tokens", "5", "--seconds", "0.01", "--rounds", "1"])

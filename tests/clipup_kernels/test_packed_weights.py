@@ -1,7 +1,5 @@
 """Packed weights give bitwise the same results as plain ones; nothing is packed or cached implicitly."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from moe_cases import DTYPES, SHAPES, make_experts, randn, route
@@ -116,14 +114,6 @@ def test_ops_compute_with_the_weights_as_they_are_now(op):
     after = compute(e.in_weight)
     assert torch.equal(after, compute(e.in_weight.clone())) and not torch.equal(after, before)
     assert torch.equal(layer(packed), whole)
-
-
-@pytest.mark.parametrize("form", ["plain", "packed"])
-def test_threads_that_share_weights_get_the_same_results(form):
-    layer = Layer()
-    experts, expected = layer.experts if form == "plain" else layer.packed(), layer()
-    with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(y, expected) for y in pool.map(lambda _: layer(experts), range(100)))
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"] if ck.backend_info()["compiled"] else [None])

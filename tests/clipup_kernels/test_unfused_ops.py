@@ -70,17 +70,6 @@ def test_any_shape_and_routing_follows_the_oracle(shape, routing, dtype, seed):
     assert_follows_with_gradients(ck.combine, ck.reference.combine, dict(rows=rows, gates=gates, plan=plan), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_permute_copies_rows_bitwise(dtype):
-    shape = SHAPES["plain"]
-    _, plan = route(shape, "capacity")
-    x = randn(shape.tokens, shape.width, dtype=dtype)
-    rows = ck.permute(x, plan)
-    used = plan.choice_of_row[plan.choice_of_row >= 0].long()
-    assert torch.equal(rows[: len(used)], x[used // shape.k])
-    assert len(used) < len(rows) and (rows[len(used) :] == 0).all()
-
-
 def test_empty_rows_are_never_read_and_outputs_are_written_whole():
     shape = SHAPES["plain"]
     gates, plan = route(shape, "capacity")

@@ -60,22 +60,6 @@ def test_the_grid_covers_every_way_to_part_rows_among_experts():
     assert max_tiles(9 + 9 * 16, 8, 16) == 18  # nine groups of a full tile and one row
 
 
-def test_no_tile_of_256_columns_is_half_empty():
-    assert configs.heuristic(90, "project_rows", "half", "many", 3072, 768).block_n == 256
-    assert configs.heuristic(90, "project_rows", "half", "many", 2560, 640).block_n == 128
-
-
-def test_float32_is_rounded_to_tf32_only_where_torch_allows_it(monkeypatch):
-    before = torch.backends.cuda.matmul.fp32_precision
-    try:
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
-        assert configs.precision(torch.float32) == "ieee"
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert configs.precision(torch.float32) == "tf32"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
 def test_what_was_measured_is_used_and_nothing_else_changes(table):
     usual = configs.heuristic(90, "project_in", "half", "many", 768, 3072)
     measured = Config(64, 128, 32, 8, 2, True)
