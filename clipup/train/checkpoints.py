@@ -15,16 +15,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..atomic_files import remove_directory, replace_files
+from ..pretrained import factory, tokenizers
 from ..pretrained.state_dicts import check_archive, read_pickle, strip_wrapper_prefixes, write_pickle
 from . import sharded_checkpoints
-from .checkpoint_contents import check_contents
 from .finite import not_finite, tensors_of
 from .whole_state import load_weights
 
@@ -50,12 +49,9 @@ def save(state: dict[str, Any], *paths: Path) -> None:
         for other in others:
             replace_files({other: lambda path: _link_or_copy(first, path)})
     except OSError as error:
-        there = [path for path in _files(first.parent) if path.exists()]  # and no link to nowhere
-        before = max(there, key=lambda path: path.stat().st_mtime, default=None)
-        whole = f"{before} is whole" if before else "there is no earlier one"
         raise OSError(
-            f"could not write the checkpoint {first}: {error}; {whole}. Free some space, then continue with "
-            "--resume latest"
+            f"could not write the checkpoint {first}: {error}; those that were written before are whole. Free some "
+            "space, then continue with --resume latest"
         ) from error
 
 
@@ -76,20 +72,16 @@ def load(path: str | Path) -> dict[str, Any]:
         OSError: there is no such file, or it could not be read.
     """
     path = Path(path)
-    try:
-        if path.is_dir():
-            return sharded_checkpoints.load(path)
-        check_archive(path)
-        state = read_pickle(path)
-    except OSError as error:
-        raise _unread(path, error) from error
+    if path.is_dir():
+        return sharded_checkpoints.load(path)
+    check_archive(path)
+    state = read_pickle(path)
     missing = [key for key in _REQUIRED if key not in state]
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}, so it is not a checkpoint of a run; to start from weights alone "
             "use --pretrained"
         )
-    check_contents(state, path)
     broken = not_finite(tensors_of(state["state_dict"], state["optimizer"]))
     if broken is not None:
         raise ValueError(f"{path} holds values that are not finite, in {broken}")
@@ -97,18 +89,16 @@ def load(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_share(directory: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """Checks the files of a sharded checkpoint that are this rank's to check, and reads its state.
-
-    Raises:
-        ValueError: it is damaged, or holds values that are not finite.
-        OSError: it could not be read.
+def check_optimizer(state: dict[str, Any], path: str | Path) -> None:
     """
-    try:
-        sharded_checkpoints.check(directory, rank, world_size)
-        return sharded_checkpoints.read_state(directory)
-    except OSError as error:
-        raise _unread(directory, error) from error
+    Raises:
+        ValueError: the checkpoint holds weights alone.
+    """
+    if not state["optimizer"]:
+        raise ValueError(
+            f"{path} holds no state of an optimizer to go on with; start from its weights: clipup convert makes a "
+            "model directory of it for --model"
+        )
 
 
 class Newest(NamedTuple):
@@ -145,7 +135,10 @@ def first_usable(
         except ValueError as error:
             unusable.append(str(error))
     if unusable:
-        raise ValueError(f"there are checkpoints in {directory}, but none can be used: {'; '.join(unusable)}")
+        raise ValueError(
+            f"there are checkpoints in {directory}, but none can be used: {'; '.join(unusable)}. Restore one from a "
+            "copy, or start from the beginning with --force in place of --resume"
+        )
     return None
 
 
@@ -156,22 +149,21 @@ def candidates(directory: Path) -> tuple[list[Path], list[str]]:
         OSError: one could not be read, which does not mean that it is damaged.
     """
     found, unusable = _positions(directory)
-    return [path for _, path in sorted(found, reverse=True)], unusable
+    return [path for _, path in reversed(found)], unusable
 
 
 def _positions(directory: Path) -> tuple[list[tuple[Position, Path]], list[str]]:
-    """Of all checkpoints in a directory, and why others have none."""
+    """Of all checkpoints in a directory, the newest last, and why others have none."""
     found, unusable = [], []
-    for path in sorted(held_in(directory)):
+    for path in held_in(directory):
         try:
             found.append((_position(path), path))
-        except FileNotFoundError:
+        except FileNotFoundError:  # unless it is a link, a run that is still training has removed it
             if path.is_symlink():
                 raise
-            continue  # a run that is still training has removed it
         except ValueError as error:
             unusable.append(str(error))
-    return found, unusable
+    return sorted(found), unusable
 
 
 def prune(newest: Path, limit: int | None) -> None:
@@ -179,15 +171,11 @@ def prune(newest: Path, limit: int | None) -> None:
     by their step. ``epoch_latest.pt`` and damaged ones are left alone.
 
     Raises:
-        OSError: one could not be deleted.
+        OSError: one could not be read or deleted.
     """
-    found = []
-    for path in held_in(newest.parent):
-        with suppress(ValueError, OSError):
-            if path.name != LATEST:
-                found.append((_position(path), path))
+    found, _ = _positions(newest.parent)
     last = _position(newest)
-    older = [path for position, path in sorted(found) if position <= last and path != newest]
+    older = [path for position, path in found if position <= last and path != newest and path.name != LATEST]
     if limit is None:
         old = [path for path in older if sharded_checkpoints.is_between_epochs(path)]
     else:
@@ -210,22 +198,12 @@ class Position(NamedTuple):
 
 
 def held_in(directory: Path) -> list[Path]:
-    """All that are checkpoints by name and kind, links to nowhere among them, in no order.
-
-    Raises:
-        OSError: the directory is a link to nowhere, or could not be read.
-    """
-    try:
-        paths = list(directory.iterdir())
-    except FileNotFoundError as error:
-        if directory.is_symlink():
-            raise _unread(directory, error) from error
-        return []
-    except NotADirectoryError:
+    """All that are checkpoints by name and kind, links to nowhere among them, in no order."""
+    if not directory.is_dir():
         return []
     return [
         path
-        for path in paths
+        for path in directory.iterdir()
         if _NAME.fullmatch(path.name)
         or (sharded_checkpoints.is_name(path.name) and (path.is_dir() or not path.exists()))
     ]
@@ -242,7 +220,7 @@ def check_is_newest(checkpoint: Path) -> None:
     """
     at = _position(checkpoint)
     found, _ = _positions(checkpoint.parent)
-    position, newest = max(found)
+    position, newest = found[-1]
     if position[:2] > at[:2]:
         raise FileExistsError(
             f"the checkpoint {checkpoint} was written at {at}, and its run has gone on: {newest.name} was written at "
@@ -259,39 +237,31 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _files(directory: Path) -> list[Path]:
-    try:
-        names = os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [directory / name for name in names if _NAME.fullmatch(name)]
-
-
 def _position(path: Path) -> Position:
     """Without reading tensors."""
-    try:
-        if path.is_dir():
-            state = sharded_checkpoints.read_state(path)
-        else:
-            check_archive(path, suffix="data.pkl")
-            state = read_pickle(path, mmap=True)
-    except OSError as error:
-        raise _unread(path, error) from error
-    step, epoch = state.get("step", -1), state.get("epoch", -1)
-    if not (isinstance(step, int) and isinstance(epoch, int)):
-        raise ValueError(f"{path} is not a checkpoint of a run: its step and epoch are {step!r}, {epoch!r}")
-    return Position(step, epoch, state.get("finished") is True)
+    if path.is_dir():
+        state = sharded_checkpoints.read_state(path)
+    else:
+        check_archive(path, suffix="data.pkl")
+        state = read_pickle(path, mmap=True)
+    return Position(state.get("step", -1), state.get("epoch", -1), state.get("finished") is True)
 
 
-def _unread(path: Path, error: OSError) -> OSError:
-    """The same error with its consequence for a run."""
-    away = any(one.is_symlink() and not one.exists() for one in (path, path.parent))
-    if isinstance(error, FileNotFoundError) and not away:
-        return FileNotFoundError(f"there is no checkpoint {path}")
-    return type(error)(
-        f"the checkpoint {path} could not be read: {error.strerror or error}. It may be intact, so no other checkpoint "
-        "is used in its place. Try again when the file system answers",
-    )
+def check_configs(
+    model: nn.Module, configs: dict[str, Any], tokenizer_files: dict[str, bytes] | None, source: str | Path
+) -> None:
+    """Compares a model with that of a checkpoint, whose weights may fit a model that computes something else.
+
+    Args:
+        configs: of the checkpoint. tokenizer_files: of the model's tokenizer, if they are known.
+
+    Raises:
+        ValueError: it computes something else, or was trained with another tokenizer.
+    """
+    factory.check_configs(model, configs, source)
+    trained = tokenizers.saved_in(configs, source)
+    if trained is not None and tokenizer_files is not None and trained != tokenizer_files:
+        raise ValueError(f"{source} was trained with another tokenizer than that of the model; restore its files")
 
 
 def restore(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
@@ -313,20 +283,12 @@ def check_model(model: nn.Module, weights: dict[str, tuple[int, ...]], source: s
     Raises:
         ValueError: they are of another model.
     """
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in weights]
-    unknown = [name for name in weights if name not in expected]
-    shapes = [name for name in expected if name in weights and weights[name] != tuple(expected[name].shape)]
-    faults = [
-        f"{names[0]} (of {len(names)}) is {fault}"
-        for names, fault in ((missing, "missing"), (unknown, "unknown to the model"))
-        if names
-    ]
-    if shapes:
-        there, here = list(weights[shapes[0]]), list(expected[shapes[0]].shape)
-        faults.append(f"{shapes[0]} (of {len(shapes)}) is {there} in the checkpoint and {here} in the model")
-    if faults:
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    differing = [name for name in expected | weights if expected.get(name) != weights.get(name)]
+    if differing:
+        name = differing[0]
         raise ValueError(
-            f"the checkpoint {source} is of another model: {'; '.join(faults)}. Use the options (--model, --moe) that "
-            "it was trained with"
+            f"the checkpoint {source} is of another model: {len(differing)} tensors differ, the first is {name}, of "
+            f"shape {weights.get(name)} in the checkpoint and {expected.get(name)} in the model. Use the options "
+            "(--model, --moe) that it was trained with"
         )

@@ -20,7 +20,7 @@ from .recorder import KINDS, Record
 from .reports import Reports, check_reports
 from .results import Every, TrainingInterrupted, TrainResult
 from .run_checkpoints import RunCheckpoints
-from .run_directory import RunDirectory, Start
+from .run_directory import RunDirectory
 from .run_state import Clock, Length, RunState
 from .setup import Built
 from .signals import StopRequest, StopWaiting
@@ -70,7 +70,7 @@ class Trainer:
         )
         self.guard = FiniteGuard(options.max_nonfinite_steps, ranks.device)
         self.state = RunState()
-        self._start: Start | None = None
+        self._start: Path | None = None
         self._continues = False
         self._lost: LostWorker | None = None
         self.clock = Clock(self.state)
@@ -84,7 +84,7 @@ class Trainer:
         self.length = Length.of(self.options, self.data.steps, self.state.steps_before)
         self.set_lr = schedule(self.options, self.optimizer, self.length.steps, self.data.steps)
 
-    def restore(self, checkpoint: dict[str, Any], source: Path, start: Start | None) -> None:
+    def restore(self, checkpoint: dict[str, Any], source: Path, start: Path | None) -> None:
         """Puts the run where the checkpoint was written. ``start``: the checkpoint, if it is of another run.
 
         Raises:
@@ -96,8 +96,8 @@ class Trainer:
             self.state.validated = {}  # its records begin here
         self.data.restore(self.state.skipped_samples, self.state.step_of_epoch > 0)
         self._plan()
-        finished = self.length.is_reached(self.state) and checkpoint.get("finished", False)
-        self.state.finished = finished and self.checkpoints.is_complete(source)
+        here = self.directory is not None and start is None
+        self.state.finished = here and self.length.is_reached(self.state) and checkpoint.get("finished", False)
 
     def result_before(self) -> TrainResult:
         """The result of a run that was finished before. Writes nothing."""
@@ -194,7 +194,7 @@ class Trainer:
         """The next step's batches, None at the end of the epoch and where the run should end."""
         self.ranks.doing("reading data", self.state.step + 1)
         drawing = self._data_rng.drawing() if self._data_rng else nullcontext()
-        with self.clock.waiting(), drawing:
+        with self.clock.timed("data"), drawing:
             batches = self._unless_asked(lost_workers_named()(partial(next, steps, None)))
         detect_lost_workers_when_reading()
         return batches
@@ -227,7 +227,7 @@ class Trainer:
             self.set_lr(state.step)
         last = state.step + 1 == self.length.steps
         logged = last or (state.step + 1) % options.log_every_n_steps == 0
-        with self.clock.computing():
+        with self.clock.timed("step"):
             losses = self.train_step(batches, measure_routing=logged)
         state.step += 1
         state.step_of_epoch += 1

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,6 +11,7 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 
+from ..checks import check
 from ..clip.layer_groups import layer_groups
 from ..moe.layer import moe_layers
 from ..moe.weight_decay import decays
@@ -47,8 +46,7 @@ def create_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Opt
             settings["fused"] = trained[0].device.type == "cuda" if options.fused is None else options.fused
         else:
             settings["decoupled_weight_decay"] = True
-        with _named_errors(options):
-            optimizer = kind(groups, **{**settings, **options.opt_kwargs})
+        optimizer = kind(groups, **{**settings, **options.opt_kwargs})
     _set_lr(optimizer, options.lr)
     return optimizer
 
@@ -65,23 +63,10 @@ def _timm_optimizer(groups: list[dict[str, Any]], options: TrainOptions) -> torc
     settings |= {} if options.eps is None else {"eps": options.eps}
     settings |= {} if options.momentum is None else {"momentum": options.momentum}
     name = options.opt.removeprefix("timm/")
-    if name not in timm.optim.list_optimizers():
-        close = difflib.get_close_matches(name, map(str, timm.optim.list_optimizers()), n=3)
-        hint = f"; similar ones are {', '.join(close)}" if close else ""
-        raise ValueError(f"opt {options.opt!r}: timm has no optimizer {name!r}{hint}")
+    check("opt", options.opt, name in timm.optim.list_optimizers(), "adamw, nadamw or timm/NAME of timm.optim")
     if timm.optim.get_optimizer_info(name).second_order:
         raise ValueError(f"opt {options.opt!r} needs second derivatives, which the ops of sparse layers do not have")
-    with _named_errors(options):
-        return timm.optim.create_optimizer_v2(groups, name, **{**settings, **options.opt_kwargs})
-
-
-@contextmanager
-def _named_errors(options: TrainOptions) -> Iterator[None]:
-    """Inside, an argument that the optimizer does not take is a ValueError that names it."""
-    try:
-        yield
-    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
-        raise ValueError(f"opt {options.opt!r} cannot be created: {error}") from error
+    return timm.optim.create_optimizer_v2(groups, name, **{**settings, **options.opt_kwargs})
 
 
 def groups_of(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
@@ -165,13 +150,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
     wanted = names_of(optimizer, model)
     saved = state["param_groups"]
     if not all("param_names" in group for group in saved):
-        sizes = [len(group["params"]) for group in saved]
-        if sizes != [len(names) for names in wanted]:
-            raise ValueError(
-                f"the optimizer of the checkpoint has groups of {', '.join(map(str, sizes))} parameters without names, "
-                f"this run has {', '.join(str(len(names)) for names in wanted)}; train the same parameters in the same "
-                "groups"
-            )
         saved = [{**group, "param_names": names} for group, names in zip(saved, wanted, strict=True)]
     index = {name: at for group in saved for name, at in zip(group["param_names"], group["params"], strict=True)}
     name_of: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
@@ -185,23 +163,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
     optimizer.load_state_dict({**state, "state": states, "param_groups": groups})
 
 
-@contextmanager
-def missing_state_explained() -> Iterator[None]:
-    """Around the first step of an optimizer whose state was loaded.
-
-    Raises:
-        ValueError: the state lacks what the optimizer needs with its settings, as AdamW with amsgrad.
-    """
-    try:
-        yield
-    except KeyError as error:
-        raise ValueError(
-            f"the optimizer needs {error} of every parameter, which the checkpoint that its state comes from does not "
-            "have; the checkpoint was written with other opt_kwargs, or other versions of torch or timm: resume with "
-            "those"
-        ) from error
-
-
 def continued_groups(
     optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -211,31 +172,14 @@ def continued_groups(
     Args:
         names: of the parameters.
         saved: settings of groups, with ``param_names``.
-
-    Raises:
-        ValueError: what it takes from a saved group is no finite number.
     """
     groups = []
     for own, group in zip(optimizer.param_groups, optimizer.state_dict()["param_groups"], strict=True):
         own_names = {names[parameter] for parameter in own["params"]}
         known: dict[str, Any] = next((one for one in saved if not own_names.isdisjoint(one["param_names"])), {})
         counted = {key: value for key, value in known.items() if key not in group and key not in _OF_A_RUN}
-        for key, value in counted.items():
-            if not _is_counted(value):
-                raise ValueError(
-                    f"the checkpoint's optimizer has {key} = {value!r} in a group, where a finite number should be; "
-                    "resume from an earlier checkpoint with another --name"
-                )
         groups.append({**counted, **group})
     return groups
-
-
-def _is_counted(value: object) -> bool:
-    """Whether an optimizer can have counted or measured it: a number that a float holds exactly, if it is whole. What
-    is no number is the optimizer's own business."""
-    if isinstance(value, Tensor):
-        return bool(value.isfinite().all())
-    return not isinstance(value, int | float) or abs(value) <= 2**53
 
 
 def schedule(

@@ -30,44 +30,25 @@ def named_state(model: nn.Module, optimizer: dict[str, Any], source: str) -> Opt
     Raises:
         ValueError: it is the state of another model, or not of an AdamW.
     """
-    found = optimizer["by_name"] if "by_name" in optimizer else _by_name(model, optimizer, source)
+    found = optimizer["by_name"] if "by_name" in optimizer else _by_name(model, optimizer)
     state: OptimizerState = {}
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         values = found.get(name)
-        if not values:  # a parameter that never had a gradient
-            continue
-        absent = [key for key in ("step", *_MOMENTS) if not isinstance(values.get(key), Tensor)]
-        if absent:
-            raise ValueError(f"the optimizer of {source} holds no {', '.join(absent)} for {name}; it is not an AdamW")
-        shapes = {tuple(values[key].shape) for key in _MOMENTS}
-        if shapes != {tuple(parameter.shape)}:
-            raise ValueError(
-                f"the optimizer of {source} is of another model: its moments of {name} have shape "
-                f"{' and '.join(map(str, shapes))}, the parameter {tuple(parameter.shape)}"
-            )
-        state[name] = values
+        if values:  # else a parameter that never had a gradient
+            if not all(key in values for key in ("step", *_MOMENTS)):
+                raise ValueError(f"the optimizer of {source} is not an AdamW: it holds {', '.join(values)}")
+            state[name] = values
     return state
 
 
-def _by_name(model: nn.Module, optimizer: dict[str, Any], source: str) -> OptimizerState:
+def _by_name(model: nn.Module, optimizer: dict[str, Any]) -> OptimizerState:
     """A state dict's state by the names of the parameters. Raises ``ValueError`` if it is of another model."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     wanted = [[names[parameter] for parameter in group["params"]] for group in parameter_groups(model, 0.0)]
     held = [group["params"] for group in optimizer["param_groups"]]
     if all("param_names" in group for group in optimizer["param_groups"]):
         wanted = [group["param_names"] for group in optimizer["param_groups"]]
-        unknown = set(sum(wanted, [])).difference(names.values())
-        if unknown:
-            raise ValueError(
-                f"the optimizer of {source} is of another model: it holds {min(unknown)}, which the dense model lacks; "
-                "use the model that it was trained with"
-            )
-    elif [len(group) for group in held] != [len(group) for group in wanted]:
-        raise ValueError(
-            f"the optimizer of {source} has groups of {', '.join(str(len(group)) for group in held)} parameters, the "
-            f"dense model has {', '.join(str(len(group)) for group in wanted)}; use the model that it was trained with"
-        )
-    pairs = zip(sum(wanted, []), sum(held, []), strict=True)
+    pairs = [pair for group in zip(wanted, held, strict=True) for pair in zip(*group, strict=True)]
     return {name: optimizer["state"].get(index, {}) for name, index in pairs}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,19 +34,18 @@ class Recorder:
         self._files: dict[str, Path] = {}
         self._trackers = trackers
         self.log = LOG
-        self._handlers: list[logging.Handler] = []
+        self._handler: logging.Handler | None = None
         if directory is None:
             return
         self._files = {kind: directory / f"{kind}.jsonl" for kind in KINDS}
         for kind, path in self._files.items():
             _keep_until(path, steps_done, evaluations_done if kind == "evaluations" else None)
-        self._handlers = [_LogFile(directory / "out.log", encoding="utf-8")]
-        self._handlers[0].setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+        self._handler = logging.FileHandler(directory / "out.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
         self._log_before = self.log.level, self.log.propagate
         self.log.setLevel(logging.INFO)
         self.log.propagate = False  # open_clip sets up the root logger, which would print every step over the bar
-        for handler in self._handlers:
-            self.log.addHandler(handler)
+        self.log.addHandler(self._handler)
 
     def step(self, record: Record) -> None:
         record = _without_nonfinite(record)
@@ -62,12 +60,12 @@ class Recorder:
         """A message, and a record for each layer that it is about."""
         for record in records:
             self._add("warnings", record)
-        if self._handlers:
+        if self._handler:
             self.log.warning(text)
 
     def failure(self, text: str) -> None:
         """Why the run ends early. It goes into the log only: the console gets it from the caller of the run."""
-        if self._handlers:
+        if self._handler:
             self.log.error(text)
 
     def records(self, kind: str) -> list[Record]:
@@ -75,25 +73,18 @@ class Recorder:
         return read_records(self._files[kind]) if kind in self._files else list(self._memory[kind])
 
     def close(self) -> None:
-        if self._handlers:
+        if self._handler:
             level, self.log.propagate = self._log_before
             self.log.setLevel(level)
-        for handler in self._handlers:
-            self.log.removeHandler(handler)
-            handler.close()
+            self.log.removeHandler(self._handler)
+            self._handler.close()
         for tracker in self._trackers:
             tracker.close()
 
     def _add(self, kind: str, record: Record) -> None:
         if kind in self._files:
-            try:
-                with open(self._files[kind], "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                raise OSError(
-                    f"could not write {self._files[kind]}: {error.strerror or error}. Make sure that its directory "
-                    "exists and has space, then continue with --resume latest"
-                ) from error
+            with open(self._files[kind], "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         else:
             self._memory[kind].append(record)
         for tracker in self._trackers if kind != "warnings" else ():
@@ -108,7 +99,7 @@ def read_records(path: Path) -> list[Record]:
     for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
@@ -126,15 +117,6 @@ def named_numbers(prefix: str, record: Record) -> list[tuple[str, float]]:
         elif isinstance(value, int | float):
             found.append((f"{prefix}/{key}", value))
     return found
-
-
-class _LogFile(logging.FileHandler):
-    """Prints no traceback when a line cannot be written: on a full disk the metrics or the next checkpoint end the run,
-    with one message."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
 
 
 def _keep_until(path: Path, steps_done: int, most: int | None) -> None:

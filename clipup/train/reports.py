@@ -61,12 +61,7 @@ class Reports:
     ) -> None:
         root = directory.root if directory and ranks.first else None
         trackers = [] if root is None else create_trackers(options, root, state.step, continues)
-        try:
-            self.recorder = Recorder(root, trackers, state.step, state.evaluations)
-        except BaseException:
-            for tracker in trackers:
-                tracker.close()
-            raise
+        self.recorder = Recorder(root, trackers, state.step, state.evaluations)
         self.console = Console(length.steps, state.step, shown=ranks.first)
         self._sync = None if root is None else _remote_sync(options, root, self._warn)
         self._collapse = CollapseWatch(model, self.recorder.records("warnings"))

@@ -15,7 +15,7 @@ from typing import Any
 from . import checkpoints
 from .distributed import Ranks
 from .options import TrainOptions
-from .run_directory import RunDirectory, Start, load_together
+from .run_directory import RunDirectory, load_together
 
 IDENTITY = (
     *("model", "pretrained", "moe", "moe_cfg", "train_data", "seed", "siglip"),
@@ -48,49 +48,28 @@ def find_checkpoint(
         return None, []
     if directory is None:
         return checkpoints.Newest(Path(wanted), load_together(Path(wanted), ranks), []), []
-    if wanted == "latest":
-        start = ranks.first_does(directory.begun_from)
-        if start is not None:
-            return _begun_from(start, directory, ranks)
+    start = ranks.first_does(directory.begun_from) if wanted == "latest" else None
+    if start is not None:
+        begun = f"the run was begun from {start} and has no checkpoint of its own yet: begins from it again"
+        return checkpoints.Newest(start, load_together(start, ranks), []), [begun]
     found = directory.resumed_from(wanted, ranks)
-    if found is not None:
-        path, unusable = found.path, found.passed_over
-        return found, [f"resumed from {path}, because a checkpoint cannot be used: {reason}" for reason in unusable]
-    started = ranks.first_does(directory.holds_a_run)
-    where = f"no checkpoint in {directory.checkpoints} yet" if started else f"there is no run in {directory.root} yet"
-    return None, [f"{where}: starts from the beginning"]
+    if found is None:
+        return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"]
+    notes = [f"resumed from {found.path}, because a checkpoint cannot be used: {why}" for why in found.passed_over]
+    return found, notes
 
 
-def _begun_from(start: Start, directory: RunDirectory, ranks: Ranks) -> tuple[checkpoints.Newest, list[str]]:
-    """The checkpoint of another run, again: this one was stopped before it had one of its own."""
-    begun = f"the run in {directory.root} was begun from {start.checkpoint} and has no checkpoint of its own yet"
-    try:
-        found = checkpoints.Newest(start.checkpoint, load_together(start.checkpoint, ranks), [])
-    except (ValueError, OSError) as error:
-        raise (type(error) if isinstance(error, OSError) else ValueError)(
-            f"{begun}, and that cannot be used: {error}. Restore it, or begin again with --force: from another "
-            "checkpoint with --resume PATH, or from step 0 without --resume"
-        ) from error
-    moved = "" if position(found.state) == start.step else f", which was at step {start.step} at first"
-    return found, [f"{begun}: begins from it again, at step {position(found.state)}{moved}"]
-
-
-def start_of_run(found: checkpoints.Newest | None, directory: RunDirectory | None, ranks: Ranks) -> Start | None:
-    """What a run begins from, if that is a checkpoint of another run. In a directory without a run this is noted at
+def start_of_run(found: checkpoints.Newest | None, directory: RunDirectory | None, ranks: Ranks) -> Path | None:
+    """The checkpoint that a run begins from, if that is of another run. In a directory without a run this is noted at
     once: to build a model and its data can take minutes. Whatever then fails, the note stays; alone, it does not keep
     another run from starting there."""
     if directory is None:
         return None
     start = None
     if found is not None and not ranks.first_does(lambda: directory.holds(found.path)):
-        start = Start(found.path, position(found.state))
+        start = found.path
     ranks.first_does(lambda: None if directory.holds_a_run() else directory.begins_from(start))
     return start
-
-
-def position(state: dict[str, Any]) -> int:
-    """A checkpoint's step; -1 for one of open_clip_train."""
-    return int(state.get("step", -1))
 
 
 def conditions(
@@ -124,13 +103,8 @@ def changes(state: dict[str, Any], options: TrainOptions, world_size: int, sourc
             "another --name without --resume to start a separate run, or --resume-with-changes to continue it with "
             "these values, if its weights fit"
         )
-    without_effect = [changed.pop(key) for key in START if key in changed]
-    notes = [f"resumed with changes, which take effect from now on: {', '.join(changed.values())}"] if changed else []
-    if without_effect:
-        notes.append(
-            f"changes without effect, because the weights come from the checkpoint: {', '.join(without_effect)}"
-        )
-    return notes
+    changed = {key: text for key, text in changed.items() if key not in START}
+    return [f"resumed with changes, which take effect from now on: {', '.join(changed.values())}"] if changed else []
 
 
 def warmup_of(state: dict[str, Any]) -> int | None:
@@ -161,10 +135,16 @@ def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> 
     if "conditions" not in state or not _within_epoch(state):
         return
     was = state["conditions"]
-    if was["order"] is None or now["order"] is None:
-        causes = _of_read_data(was, now)
-    else:
-        causes = _of_indexed_data(was, now)
+    indexed = was["order"] is not None and now["order"] is not None
+    changed = _changed(was, now)
+    causes = [changed[key] for key in SEQUENCE if key in changed]
+    if not indexed:
+        from_files = now["options"]["train_data"] is not None
+        keys = (*BATCH, *DATA, *(["workers"] if from_files else []))
+        causes += [changed[key] for key in keys if key in changed]
+    if not causes and any(was[key] != now[key] for key in ("order", "steps_of_epoch")):
+        what = f"{was['steps_of_epoch']} steps of {was['order']} -> {now['steps_of_epoch']} of {now['order']}"
+        causes = [changed[key] for key in (*BATCH, *DATA) if key in changed] or [f"other training data ({what})"]
     if causes:
         raise ValueError(
             f"{source} is from within epoch {state['epoch'] + 1}, after step {state['step_of_epoch']} of "
@@ -172,37 +152,6 @@ def check_position(state: dict[str, Any], now: dict[str, Any], source: Path) -> 
             "some samples and leave out others. Resume with the former values, or, with another --name, from the "
             "checkpoint of an epoch's end (--resume .../epoch_K.pt), where they may change"
         )
-
-
-def _of_read_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What has changed that an epoch which is read again from its start depends on."""
-    changed = _changed(was, now)
-    from_files = now["options"]["train_data"] is not None
-    causes = [
-        changed[key] for key in (*BATCH, *SEQUENCE, *DATA, *(["workers"] if from_files else [])) if key in changed
-    ]
-    before, steps = was["steps_of_epoch"], now["steps_of_epoch"]
-    if not causes and (before != steps or was["order"] != now["order"]):
-        causes = [f"other training data ({steps} steps in an epoch in place of {before})"]
-    return causes
-
-
-def _of_indexed_data(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    changed = _changed(was, now)
-    causes = [changed[key] for key in SEQUENCE if key in changed]
-    differ = {key: (was["order"].get(key), value) for key, value in now["order"].items()}
-    differ = {key: (before, value) for key, (before, value) in differ.items() if before != value}
-    if "global_batch" in differ:
-        before, size = differ.pop("global_batch")
-        parts = [changed[key] for key in BATCH if key in changed]
-        causes.append(f"{', '.join(parts)} (a global batch of {size} in place of {before})")
-    if differ:
-        causes += [changed[key] for key in DATA if key in changed]
-    if differ and not causes:
-        before, rows = was["order"]["rows"], now["order"]["rows"]
-        how = f"{rows} samples in place of {before}" if rows != before else "as many samples, but other ones"
-        causes = [f"other training data ({how})"]
-    return causes
 
 
 def _changed(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

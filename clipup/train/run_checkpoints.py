@@ -9,12 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..pretrained import factory, model_card, model_directory, origin, saving, tokenizers
+from ..pretrained import model_card, origin, saving, tokenizers
 from ..pretrained.shard_files import MODEL, described, read_index
 from . import checkpoints, resume, sharded_checkpoints, whole_state
-from .checkpoint_contents import check_optimizer
 from .distributed import Ranks
 from .finite import FiniteGuard
 from .optim import load_optimizer_state, optimizer_state
@@ -49,12 +48,7 @@ class RunCheckpoints:
         Args:
             order: what the samples of a step depend on (``Epochs.order``).
             unsharded: the model with weights of ``whole_state.weights``, on one rank.
-
-        Raises:
-            ValueError: the model has state that is no tensor, which checkpoints do not hold.
         """
-        if directory is not None:
-            _check_is_tensors(built.model)
         self.options = options
         self.built = built
         self.train_step = train_step
@@ -64,8 +58,6 @@ class RunCheckpoints:
         self.directory = directory
         self.unsharded = unsharded
         self.conditions = resume.conditions(options, ranks.world_size, steps_of_epoch, order)
-        self._restored: tuple[Path, int] | None = None
-        """The file whose optimizer was loaded, and its step."""
         self._sharded: ShardedSaves | None = None
         if options.fsdp_checkpoint == "sharded" and directory is not None:
             self._sharded = self.sharded
@@ -97,9 +89,8 @@ class RunCheckpoints:
         else:
             checkpoints.restore(self.built.model, checkpoint["state_dict"], source)
             if same_optimizer:
-                check_optimizer(checkpoint, source)
+                checkpoints.check_optimizer(checkpoint, source)
                 load_optimizer_state(self.train_step.optimizer, self.built.model, checkpoint["optimizer"])
-                self._restored = source, self.state.step
         if self.train_step.scaler is not None and "scaler" in checkpoint:
             self.train_step.scaler.load_state_dict(checkpoint["scaler"])
         self.guard.skipped, self.guard.in_row = checkpoint.get("skipped_steps", (0, 0))
@@ -112,15 +103,8 @@ class RunCheckpoints:
             ValueError: it computes something else, or has another tokenizer; with ``resume_with_changes`` a warning.
         """
         configs = read_index(source).configs if source.is_dir() else checkpoint
-        trained = tokenizers.saved_in(configs, source)
-        own = None if self.built.other_tokenizer else self.built.tokenizer_files
         try:
-            factory.check_configs(self.built.model, configs, source)
-            if trained is not None and own is not None and trained != own:
-                raise ValueError(
-                    f"{source} was trained with another tokenizer than that of {self.options.model}; restore the files "
-                    "of the tokenizer that the run began with"
-                )
+            checkpoints.check_configs(self.built.model, configs, self.built.tokenizer_files, source)
         except ValueError as error:
             if not self.options.resume_with_changes:
                 raise ValueError(f"{error}. If the change is meant, add resume_with_changes") from error
@@ -161,22 +145,11 @@ class RunCheckpoints:
         weights = whole_state.weights(self.built.model, keep=self.ranks.first)
         optimizer = optimizer_state(self.train_step.optimizer, self.built.model, keep=self.ranks.first)
         rest = {**self._state(recorder), **self._configs(), "state_dict": weights}
-        self.ranks.first_does(lambda: checkpoints.save({**rest, "optimizer": self._of_all(optimizer)}, *paths))
+        self.ranks.first_does(lambda: checkpoints.save({**rest, "optimizer": optimizer}, *paths))
         self._is_saved(paths[-1])
         if self.options.save_total_limit is not None:
             self.ranks.first_does(lambda: checkpoints.prune(paths[0], self.options.save_total_limit))
         return paths[-1]
-
-    def _of_all(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        """The optimizer's state; before the first step that of the checkpoint, since this run may train fewer of its
-        parameters."""
-        if self._restored is None or self._restored[1] != self.state.step:
-            return optimizer
-        try:
-            held = checkpoints.load(self._restored[0])
-        except (OSError, ValueError):  # deleted meanwhile
-            return optimizer
-        return held["optimizer"] if held.get("step") == self.state.step else optimizer  # or replaced
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is whole. A failure is raised on every rank."""
@@ -216,9 +189,7 @@ class RunCheckpoints:
             "model_cfg": self.built.model_cfg,
             "moe_cfg": None if moe_config is None else moe_config.to_dict(),
             "preprocess_cfg": None if preprocess_cfg is None else saving.preprocess_fields(preprocess_cfg),
-            "tokenizer_files": None
-            if files is None or self.built.other_tokenizer
-            else tokenizers.for_checkpoint(files),
+            "tokenizer_files": None if files is None else tokenizers.for_checkpoint(files),
         }
 
     def delete_kept(self, epoch: int, successor: int) -> None:
@@ -260,13 +231,6 @@ class RunCheckpoints:
         for name, numbers in (self.state.numbers_now(ZERO_SHOT) or {}).items():
             yield {"images": getattr(self.options, name), "zero_shot": numbers}
 
-    def is_complete(self, source: Path) -> bool:
-        """Whether the directory of a finished run holds the checkpoint ``source`` and the saved model."""
-        if self.directory is None or not self.directory.holds(source):
-            return False
-        weights = self.directory.model / model_directory.WEIGHTS_NAME
-        return self.built.model_cfg is None or self.ranks.of_first(weights.is_file())
-
     def how_to_continue(self) -> str:
         """For the message of a run that ends early: its last checkpoint, and how to continue from it."""
         last = self.guard.last_checkpoint
@@ -276,22 +240,4 @@ class RunCheckpoints:
 
     def command_to_continue(self) -> str:
         """In words."""
-        given = self.options.resume if self.options.resume not in (None, "latest") else None
-        replaced = " and ".join(
-            flag
-            for flag, used in (("--force", self.options.force), (f"--resume {shlex.quote(str(given))}", given))
-            if used
-        )
-        in_place = f" in place of {replaced}" if replaced else ""
-        return f"run the same command with --name {shlex.quote(self.directory.root.name)} --resume latest{in_place}"
-
-
-def _check_is_tensors(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            extra = module.get_extra_state()
-            if not isinstance(extra, Tensor):
-                raise ValueError(
-                    f"get_extra_state of {name} gives a {type(extra).__name__}, and a run continues from tensors "
-                    "alone; let it return a tensor, or train without logs"
-                )
+        return f"run the same command with --name {shlex.quote(self.directory.root.name)} --resume latest"

@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import checks
-from ..atomic_files import remove_abandoned, remove_directory, replace_files
+from ..atomic_files import remove_abandoned, replace_files
 from ..locks import LOCK_FILE, exclusive
 from . import checkpoints, sharded_checkpoints
 from .distributed import Ranks
@@ -42,7 +42,6 @@ _PARTS = (
     "out.log",
 )
 """Of a run, in the order in which they are discarded."""
-_DISCARDING = ".discarding.tmp"
 
 
 def load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
@@ -54,7 +53,8 @@ def load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
         return loaded[0] if loaded else checkpoints.load(path)
     state, failure = {}, None
     try:
-        state = checkpoints.load_share(path, ranks.rank, ranks.world_size)
+        sharded_checkpoints.check(path, ranks.rank, ranks.world_size)
+        state = sharded_checkpoints.read_state(path)
     except (ValueError, OSError) as error:
         failure = error
     for of_rank in ranks.gather(failure):
@@ -76,13 +76,6 @@ def run_name(options: TrainOptions) -> str:
         return options.name
     model = Path((options.model or options.pretrained or "given").removesuffix("/")).name
     return f"{datetime.now():%Y_%m_%d-%H_%M_%S}-model_{model}-lr_{options.lr}"
-
-
-class Start(NamedTuple):
-    """A checkpoint of another run, from which a run begins."""
-
-    checkpoint: Path
-    step: int
 
 
 class RunDirectory:
@@ -108,7 +101,6 @@ class RunDirectory:
             for directory in (self.root, self.checkpoints, *sharded_checkpoints.directories(self.checkpoints)):
                 remove_abandoned(directory, locked=True)
             remove_abandoned(self.model)
-            self._finish_discarding()
             yield
 
     def check(self, options: TrainOptions) -> None:
@@ -124,82 +116,51 @@ class RunDirectory:
                 f"{self.root} already holds a run ({parts}); continue it with --resume latest, choose another --name, "
                 "or discard it with --force"
             )
-        if options.resume not in (None, "latest"):
-            self._check_resumed(options, Path(options.resume), bool(parts))
-
-    def _check_resumed(self, options: TrainOptions, checkpoint: Path, started: bool) -> None:
-        if not os.path.lexists(checkpoint):
-            raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
+        if options.resume in (None, "latest"):
+            return
+        checkpoint = Path(options.resume)
+        if options.force and self.root.resolve() in checkpoint.resolve().parents:
+            raise ValueError(
+                f"force discards the run in {self.root}, and the checkpoint {checkpoint} is its own; drop --force "
+                "to continue it, or choose another --name"
+            )
         if self.holds(checkpoint):
             checkpoints.check_is_newest(self.checkpoints / checkpoint.name)
-            if options.force:
-                raise ValueError(
-                    f"force discards the run in {self.root}, and the checkpoint {checkpoint} is its own; drop --force "
-                    "to continue it, or choose another --name"
-                )
-        elif checkpoint.is_dir() and not sharded_checkpoints.is_name(checkpoint.name):
-            raise ValueError(
-                f"{checkpoint} is a directory, and no sharded checkpoint (epoch_K or step_N); name one of the "
-                "checkpoints in it, or continue a run with its --name and --resume latest"
-            )
-        elif self._is_inside(checkpoint):
+        elif parts and not options.force:
             raise FileExistsError(
-                f"the checkpoint {checkpoint} has another place or name than those of its run ({self.checkpoints}: "
-                "epoch_K.pt, epoch_latest.pt, epoch_K or step_N), so the run would not find it again; choose another "
-                "--name to continue from it"
-            )
-        elif started and not options.force and not self._is_start(checkpoint):
-            raise FileExistsError(
-                f"{self.root} already holds a run, and the checkpoint {checkpoint} is of another one; continue the run "
-                "there with --resume latest, choose another --name, or discard it with --force"
+                f"{self.root} already holds a run, and the checkpoint {checkpoint} is not one of its {self.checkpoints}"
+                " (epoch_K.pt, epoch_latest.pt, epoch_K or step_N); continue the run there with --resume latest, "
+                "choose another --name, or discard it with --force"
             )
 
-    def prepare(self, options: TrainOptions, start: Start | None) -> None:
+    def prepare(self, options: TrainOptions, start: Path | None) -> None:
         """Makes the directory ready for a run that ``check`` accepted; discards the former run under ``force``.
 
-        What the run begins from is written first: whenever the process is killed, either the former run is there, or
-        it is known where this one begins.
+        What the run begins from is written first, and the former checkpoints are discarded first: whenever the process
+        is killed, either the former run is there, or it is known where this one begins.
         """
         former = self._parts() if start is not None or options.resume is None else []
         self.begins_from(start)
-        self._discard(former)
+        for part in former:
+            checkpoints.delete(self.root / part)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         replace_files({self.root / "options.json": lambda path: path.write_text(options.to_json(), encoding="utf-8")})
 
-    def begins_from(self, start: Start | None) -> None:
-        """Notes where the run begins, for ``--resume latest`` until it has a checkpoint of its own; None: at step 0, or
-        it has one."""
+    def begins_from(self, start: Path | None) -> None:
+        """Notes the checkpoint of another run that this one begins from, for ``--resume latest`` until it has a
+        checkpoint of its own; None: it begins at step 0, or has one."""
         if start is None:
             (self.root / _START).unlink(missing_ok=True)
             return
-        noted = json.dumps({"checkpoint": str(start.checkpoint.absolute()), "step": start.step}) + "\n"
+        noted = json.dumps({"checkpoint": str(start.absolute())}) + "\n"
         replace_files({self.root / _START: lambda path: path.write_text(noted, encoding="utf-8")})
 
-    def begun_from(self) -> Start | None:
-        """Where the run begins, as long as it has no checkpoint of its own. With one, or a trained model, a note does
-        not count, whoever brought it there: a copy of an earlier state, or a start that was killed before it discarded
-        this run.
-
-        Raises:
-            ValueError: the note is damaged.
-        """
+    def begun_from(self) -> Path | None:
+        """The checkpoint of another run that this one begins from, as long as it has none of its own."""
         path = self.root / _START
-        begun = checkpoints.held_in(self.checkpoints) or os.path.lexists(self.model)
-        if begun or not os.path.lexists(path):
+        if checkpoints.held_in(self.checkpoints) or not path.exists():
             return None
-        try:
-            noted = checks.read_json(path)
-            return Start(Path(noted["checkpoint"]), int(noted["step"]))
-        except (ValueError, OverflowError, TypeError, KeyError, OSError) as error:
-            raise ValueError(
-                f"{path} should name the checkpoint that the run begins from, and cannot be used ({error}); begin "
-                "again with --force: from a checkpoint with --resume PATH, or from step 0 without --resume"
-            ) from error
-
-    def _is_start(self, checkpoint: Path) -> bool:
-        """Whether the run was stopped before its first checkpoint, and begins from this one again."""
-        start = self.begun_from()
-        return start is not None and os.path.realpath(start.checkpoint) == os.path.realpath(checkpoint)
+        return Path(checks.read_json(path)["checkpoint"])
 
     def holds_a_run(self) -> bool:
         """Whether a run has started here; a note where it should begin is not yet one."""
@@ -207,12 +168,9 @@ class RunDirectory:
 
     def holds(self, path: Path) -> bool:
         """Whether this is one of the run's checkpoints."""
-        return os.path.realpath(path.parent) == os.path.realpath(self.checkpoints) and (
+        return path.parent.resolve() == self.checkpoints.resolve() and (
             self.checkpoints / path.name in checkpoints.held_in(self.checkpoints)
         )
-
-    def _is_inside(self, path: Path) -> bool:
-        return Path(os.path.realpath(self.root)) in Path(os.path.realpath(path)).parents or self.holds(path)
 
     def resumed_from(self, resume: str, ranks: Ranks) -> checkpoints.Newest | None:
         """The checkpoint that ``--resume`` selects; None when there is none yet. A collective. Of a sharded checkpoint
@@ -222,25 +180,10 @@ class RunDirectory:
             ValueError: none of the checkpoints can be used, or the selected one cannot.
         """
         if resume != "latest":
-            return self._selected(Path(resume), ranks)
+            return checkpoints.Newest(Path(resume), load_together(Path(resume), ranks), [])
         folder = self.checkpoints
-        try:
-            paths, unusable = ranks.first_does(lambda: checkpoints.candidates(folder))
-            return checkpoints.first_usable(folder, paths, unusable, lambda path: load_together(path, ranks))
-        except ValueError as error:
-            raise ValueError(
-                f"--resume latest: {error}. Nothing was changed. Restore one from a copy, continue from a copy "
-                "elsewhere with --resume PATH and another --name, or start from the beginning with --force in place of "
-                "--resume"
-            ) from error
-
-    def _selected(self, path: Path, ranks: Ranks) -> checkpoints.Newest:
-        try:
-            return checkpoints.Newest(path, load_together(path, ranks), [])
-        except ValueError as error:
-            own = ranks.first_does(lambda: self.holds(path))
-            way = "--resume latest takes an earlier one" if own else "name another checkpoint of its run"
-            raise ValueError(f"{error}; {way}") from error
+        paths, unusable = ranks.first_does(lambda: checkpoints.candidates(folder))
+        return checkpoints.first_usable(folder, paths, unusable, lambda path: load_together(path, ranks))
 
     def history(self) -> dict[str, list[Record]]:
         """The records of the run by kind."""
@@ -248,27 +191,3 @@ class RunDirectory:
 
     def _parts(self) -> list[str]:
         return [name for name in _PARTS if os.path.lexists(self.root / name)]
-
-    def _discard(self, parts: list[str]) -> None:
-        """Moves them away first, so that a kill in between leaves no half of a run that could be resumed: who takes the
-        lock next moves the rest (``_finish_discarding``)."""
-        if not parts:
-            return
-        discarding = self.root / _DISCARDING
-        discarding.mkdir()
-        for name in parts:
-            (self.root / name).rename(discarding / name)
-        remove_directory(discarding)
-
-    def _finish_discarding(self) -> None:
-        """After a process was killed in ``_discard``. Its first part are the checkpoints: where there are some, it has
-        moved nothing yet, or the run has been restored since; and so has a part that it has moved."""
-        discarding = self.root / _DISCARDING
-        if discarding.is_symlink():
-            discarding.unlink()
-        if not discarding.is_dir():
-            return
-        for name in [] if checkpoints.held_in(self.checkpoints) else self._parts():
-            if not os.path.lexists(discarding / name):
-                (self.root / name).rename(discarding / name)
-        remove_directory(discarding)

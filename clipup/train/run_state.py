@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import resume
 from .distributed import Ranks
@@ -114,27 +115,21 @@ class Clock:
     _logged: float = field(default_factory=time.perf_counter)
     _images: int = 0
     _steps: int = 0
-    _waited: float = 0.0
-    _computed: float = 0.0
+    _spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds since the last logged step, waiting for data and computing."""
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside, this rank waits for data."""
+    def timed(self, what: Literal["data", "step"]) -> Iterator[None]:
+        """Inside, this rank waits for data, or computes a step."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Inside, this rank computes a step."""
-        start = time.perf_counter()
-        yield
-        self._computed += time.perf_counter() - start
+        self._spent[what] += time.perf_counter() - start
 
     def restart(self) -> None:
         """Leaves out of the timings what happened since the last step."""
         self._mark = self._logged = time.perf_counter()
-        self._images, self._steps, self._waited, self._computed = 0, 0, 0.0, 0.0
+        self._images, self._steps = 0, 0
+        self._spent.clear()
 
     def count(self, images: int) -> None:
         """Counts a step of all ranks."""
@@ -150,11 +145,12 @@ class Clock:
         times = {
             "images_per_second": self._images / since,
             "batch_time": since / self._steps,
-            "data_time": self._waited / self._steps,
-            "step_time": self._computed / self._steps,
+            "data_time": self._spent["data"] / self._steps,
+            "step_time": self._spent["step"] / self._steps,
             "seconds": self.state.seconds + now - self._mark,
         }
-        self._images, self._steps, self._waited, self._computed, self._logged = 0, 0, 0.0, 0.0, now
+        self._images, self._steps, self._logged = 0, 0, now
+        self._spent.clear()
         return times
 
     def step_done(self) -> None:

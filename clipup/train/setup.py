@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..checks import check
 from ..clip import word_tokenizer
 from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_train_data
@@ -20,7 +20,6 @@ from ..precision import Precision
 from ..pretrained import architecture, factory, model_names, skeleton, tokenizers
 from ..upcycling.upcycle import upcycle
 from . import checkpoints, parallel
-from .checkpoint_contents import check_optimizer
 from .distributed import Ranks
 from .objectives import Objective, create_objective, selected
 from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
@@ -28,8 +27,6 @@ from .options import TrainOptions
 from .rng import preserved
 from .trained_parts import lock_parts
 
-_WRAPPERS = {".lora_": "LoRA", "._orig_mod.": "torch.compile", ".module.": "a wrapper such as DistributedDataParallel"}
-"""By what is in the names of their parameters."""
 _PROBES = ("a photo of a cat", "Zwei rote Äpfel, 3 & 14!", "日本の猫", "unbelievable arrow left " * 40)
 """Texts by which two tokenizers are compared."""
 LOG = logging.getLogger("clipup.train")
@@ -54,9 +51,6 @@ class Built(NamedTuple):
     tokenizer_files: dict[str, bytes] | None = None
     """Of the model's tokenizer as the run began, which checkpoints and the trained model bring; None like
     ``model_cfg``."""
-    other_tokenizer: bool = False
-    """Whether the run trains with a tokenizer that was passed in and gives other tokens than the model's, so that
-    checkpoints do not say which one they were trained with."""
 
 
 def check_complete(options: TrainOptions, model: nn.Module | None, loader: Any) -> None:
@@ -109,7 +103,7 @@ def build_model(
         model = model.to(ranks.device)
         name = options.model
         model_cfg = None if name is None else model_names.get_model_config(name)
-    tokenizer_files, other_tokenizer = None, False
+    tokenizer_files = None
     if model_cfg is not None:
         model_cfg = architecture.with_logit_bias(model_cfg, getattr(model, "logit_bias", None))
         if passed_in:
@@ -118,17 +112,10 @@ def build_model(
             skeleton.check_describes(model, model_cfg, getattr(model, "moe_config", None))
         tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
         if given_tokenizer is not None:
-            tokenizer_files, other_tokenizer = _files_of_given(given_tokenizer, model_cfg, tokenizer_files)
-        if other_tokenizer and ranks.first:
-            LOG.warning(
-                "the tokenizer that is passed in gives other tokens than that of %s, which is named by the model that "
-                "is saved at the end; keep yours for it",
-                name,
-            )
+            tokenizer_files = _files_of_given(given_tokenizer, model_cfg, tokenizer_files)
     optimizer_state = None
     if options.resume_dense is not None and not resumed:
-        expected = None if other_tokenizer else tokenizer_files
-        optimizer_state = _resume_dense(model, options.resume_dense, options, expected)
+        optimizer_state = _resume_dense(model, options.resume_dense, options, tokenizer_files)
     if options.moe:
         model = upcycle(model, options.moe_cfg, inplace=True)
     parallel.check(model, options, ranks, precision)
@@ -139,15 +126,14 @@ def build_model(
         clip: Any = model  # nn.Module types what it does not know as Tensor | Module
         clip.set_grad_checkpointing()
     if options.torchcompile:
-        _compile(model, options)
+        model.compile(backend=options.torchcompile_backend or "inductor", mode=options.torchcompile_mode)
     transforms = train_transform, val_transform
-    return Built(model, objective, *transforms, tokenizer, model_cfg, optimizer_state, tokenizer_files, other_tokenizer)
+    return Built(model, objective, *transforms, tokenizer, model_cfg, optimizer_state, tokenizer_files)
 
 
-def _files_of_given(
-    tokenizer: Any, model_cfg: dict[str, Any], files: dict[str, bytes]
-) -> tuple[dict[str, bytes], bool]:
-    """The files to save of a tokenizer that was passed in, and whether they are of another one.
+def _files_of_given(tokenizer: Any, model_cfg: dict[str, Any], files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files to save of a tokenizer that was passed in. One with other tokens than the model's is not saved, which
+    is a warning, unless both are of words.
 
     Args:
         files: of the model's tokenizer by its name.
@@ -158,13 +144,12 @@ def _files_of_given(
         if text.split() != list(tokenizer.words):
             text = "\n".join(tokenizer.words) + "\n"
         word_tokenizer.from_text(text, text_cfg)
-        return {word_tokenizer.FILE_NAME: text.encode("utf-8")}, False
-    try:
-        named = tokenizers.from_files(model_cfg, files)
-    except (ImportError, OSError, ValueError):  # not on this machine, where nothing needs it
-        return files, True
-    given, expected = (torch.as_tensor(one(list(_PROBES))) for one in (tokenizer, named))
-    return files, not torch.equal(given, expected)
+        return {word_tokenizer.FILE_NAME: text.encode("utf-8")}
+    with suppress(ImportError, OSError, ValueError):  # not on this machine, where nothing needs it
+        given, own = (one(list(_PROBES)) for one in (tokenizer, tokenizers.from_files(model_cfg, files)))
+        if not torch.equal(torch.as_tensor(given), own):
+            LOG.warning("the tokenizer that is passed in gives other tokens than the saved one; keep its files")
+    return files
 
 
 def _check_is_named(model: nn.Module, model_cfg: dict[str, Any], name: str) -> None:
@@ -176,34 +161,12 @@ def _check_is_named(model: nn.Module, model_cfg: dict[str, Any], name: str) -> N
         "leave model out of the options (nothing is then saved as a model directory); to resume a run with model, add "
         "resume_with_changes"
     )
-    for mark, wrapper in _WRAPPERS.items():
-        if any(mark in f".{parameter}" for parameter, _ in model.named_parameters()):
-            raise ValueError(
-                f"model: the {type(model).__name__} that is passed in is wrapped or changed by {wrapper}, so its "
-                f"weights have other names than those of {name!r}, as which it would be saved; pass the plain model, "
-                f"or {way}"
-            )
     found = skeleton.differences(model, model_cfg, getattr(model, "moe_config", None))
     if found:
         raise ValueError(
             f"model: the one that is passed in is another than {name!r}, as which it would be saved: "
             f"{skeleton.listed(found)}. Give the name of the model that is passed in, or {way}"
         )
-
-
-def _compile(model: nn.Module, options: TrainOptions) -> None:
-    """Compiles the model's ``forward`` in place, at its first call; names of parameters and the state dict stay.
-
-    Raises:
-        ValueError: torch knows no such backend or mode.
-    """
-    backend, mode = options.torchcompile_backend or "inductor", options.torchcompile_mode
-    backends = torch.compiler.list_backends(exclude_tags=())
-    check("torchcompile_backend", backend, backend in backends, f"one of {', '.join(backends)}")
-    try:
-        model.compile(backend=backend, mode=mode)
-    except RuntimeError as error:
-        raise ValueError(f"torchcompile_mode={mode!r}: {error}") from error
 
 
 def _resume_dense(
@@ -215,14 +178,8 @@ def _resume_dense(
         ValueError: the run trained another model than the one that is given, or with another tokenizer.
     """
     state = checkpoints.load(path)
-    check_optimizer(state, path)
-    factory.check_configs(model, state, path)
-    trained = tokenizers.saved_in(state, path)
-    if trained is not None and tokenizer_files is not None and trained != tokenizer_files:
-        raise ValueError(
-            f"resume_dense: {path} was trained with another tokenizer than that of {options.model}; pass the directory "
-            "that its run began with as model, or make one of the checkpoint with clipup convert"
-        )
+    checkpoints.check_optimizer(state, path)
+    checkpoints.check_configs(model, state, tokenizer_files, path)
     checkpoints.restore(model, state["state_dict"], path)
     return upcycled_state(model, options.moe_cfg, named_state(model, state["optimizer"], path))
 

@@ -10,14 +10,9 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-from .lost_output import LostOutput
-
 REPEAT_SECONDS = 5.0
 """For so long after the first SIGTERM another one is the same request: torchrun, and schedulers that signal a whole
 process group, send it to ranks that already have it. A closed terminal sends SIGHUP, and so does its shell."""
-
-_READERS_END_SECONDS = 0.1
-"""For so long a hang-up waits for the programs that read the output to get it too."""
 
 _program_ends = False
 
@@ -40,7 +35,7 @@ class StopWaiting(BaseException):
 
 class StopRequest:
     """While it is entered, the first SIGINT, SIGTERM or SIGHUP sets ``received``. One that is ignored stays ignored:
-    SIGHUP under nohup, SIGINT in the background of a shell script. Output may lose its readers meanwhile.
+    SIGHUP under nohup, SIGINT in the background of a shell script.
 
     A second SIGINT has the effect that it had before entering, which is to stop at once; so has a SIGTERM or SIGHUP
     that comes more than ``REPEAT_SECONDS`` after the first.
@@ -53,14 +48,12 @@ class StopRequest:
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[int, Any] = {}
         self._terminated = 0.0
-        self._output = LostOutput()
 
     def __enter__(self) -> StopRequest:
         if self._enabled:
-            self._output.start()
             handlers: dict[int, Any] = {signal.SIGINT: self._interrupt, signal.SIGTERM: self._terminate}
             if hasattr(signal, "SIGHUP"):
-                handlers[signal.SIGHUP] = self._hang_up
+                handlers[signal.SIGHUP] = self._terminate
             for number, handler in handlers.items():
                 before = signal.getsignal(number)
                 if before not in (signal.SIG_IGN, None):  # None: of another language, and could not be restored
@@ -76,8 +69,6 @@ class StopRequest:
             if number != signal.SIGINT and ends:
                 continue  # _terminate restores it when the time of repeated ones is over
             signal.signal(number, handler)
-        if self._enabled and not ends:  # else the program has its last words to say
-            self._output.stop()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -107,7 +98,3 @@ class StopRequest:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
         self._receive()
-
-    def _hang_up(self, number: int, frame: FrameType | None) -> None:
-        self._output.wait(_READERS_END_SECONDS)
-        self._terminate(number, frame)

@@ -17,7 +17,6 @@ from ..precision import Precision, autocast, image_dtype
 from .attention import attention_kernel
 from .forward import SCALES, forward
 from .objectives import Batch, Objective
-from .optim import missing_state_explained
 from .parallel import (
     batch_statistics,
     clip_gradients,
@@ -98,7 +97,6 @@ class TrainStep:
         """Whether the last step changed the weights."""
         self.gradient_norm = torch.zeros((), device=device)
         """Norm of the last step's gradient, before clipping."""
-        self._has_stepped = False
         self._statistics = batch_statistics(self.module)
         self._measure_routing = False
 
@@ -184,13 +182,10 @@ class TrainStep:
         if finite:
             if self.grad_clip_norm is not None:
                 clip_gradients(self.module, self.grad_clip_norm, self.gradient_norm)
-            loaded = not self._has_stepped and bool(self.optimizer.state)
-            with missing_state_explained() if loaded else nullcontext():
-                if self.scaler is None:
-                    self.optimizer.step()
-                else:
-                    self.scaler.step(self.optimizer)
-            self._has_stepped = True
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)
             update_selection_bias(self.module)
             with torch.no_grad():
                 self.module.get_parameter("logit_scale").clamp_(0, LOGIT_SCALE_MAX)

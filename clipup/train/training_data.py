@@ -50,22 +50,19 @@ class Epochs:
                 on twice and others not at all.
         """
         given = getattr(self._info, "options", None)
-        options = given.of_all_ranks() if isinstance(given, DataOptions) else {}
-        found = {"steps of an epoch": self.steps, **(self.order or {})}
+        mine = given.of_all_ranks() if isinstance(given, DataOptions) else {}
+        mine |= {"steps of an epoch": self.steps, **(self.order or {})}
         if self.streamed:
-            found["digest of the shards"] = self._info.shards
-        first, *others = gather((options, found))
+            mine["digest of the shards"] = self._info.shards
+        first, *others = gather(mine)
         for rank, other in enumerate(others, 1):
-            for name, value in _differing(first[0], other[0]):
-                raise ValueError(
-                    f"{name}: ranks 0 and {rank} have {first[0][name]!r} and {value!r}, expected the same: give every "
-                    "rank the same options"
-                )
-            differing = [f"{name} {first[1][name]} and {value}" for name, value in _differing(first[1], other[1])]
+            differing = [
+                f"{name} {first[name]!r} and {other.get(name)!r}" for name in first if other.get(name) != first[name]
+            ]
             if differing:
                 raise ValueError(
-                    f"train_data: ranks 0 and {rank} found different samples: {', '.join(differing)}. Give every rank "
-                    "the same files in the same state; the logs name what could not be read"
+                    f"train_data: ranks 0 and {rank} differ in {', '.join(differing)}. Give every rank the same "
+                    "options and the same files in the same state; the logs name what could not be read"
                 )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Generator[list[Batch], None, None]:
@@ -143,11 +140,6 @@ class Epochs:
         if isinstance(self._info, TrainData):
             end_workers(getattr(self._batches, "loader", None))
         self._info = self._batches = None
-
-
-def _differing(first: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What the other one has in place of the values of the first."""
-    return [(name, other.get(name)) for name in first if other.get(name) != first[name]]
 
 
 def _union(of_ranks: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -80,10 +80,7 @@ def _zero_shot(
     for name, reader in _READERS.items():
         path = getattr(options, name)
         if path is not None:
-            try:
-                sets[name] = reader(path)
-            except (OSError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
+            sets[name] = reader(path)
     common: dict[str, Any] = {"batch_size": options.batch_size, "precision": precision, "share": share}
 
     def measure(model: nn.Module) -> dict[str, Any] | None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ...checks import check
 from .group import OptionGroup
 from .key_values import KeyValues
-from .values import is_finite
 
 
 @dataclass(kw_only=True)
@@ -94,9 +92,6 @@ class OptimizationOptions(OptionGroup):
         self._check_cooldown()
 
     def _check_optimizer(self) -> None:
-        for key, value in self.opt_kwargs.items():  # others may be infinite: max_grad_norm
-            finite = is_finite(value) or (value == math.inf and key not in ("lr", "betas", "eps", "weight_decay"))
-            check(f"opt_kwargs[{key!r}]", value, finite, "finite in float32")
         known = self.opt in ("adamw", "nadamw") or self.opt.startswith("timm/")
         check("opt", self.opt, known, "adamw, nadamw or timm/NAME")
         if not self.opt.startswith("timm/"):

@@ -12,12 +12,6 @@ from .group import OptionGroup
 
 _SAME_PRECISION = {"amp_bfloat16": "amp_bf16"}
 """Second names that open_clip has."""
-_REFUSED_PRECISIONS = {
-    "fp16": "weights in float16 lose most updates of a training step; use amp, which keeps them in float32",
-    "pure_fp16": "weights in float16 lose most updates of a training step; use amp, which keeps them in float32",
-    "pure_bf16": "norms and embeddings in bfloat16 lose most updates; use bf16, which has the matrices in bfloat16",
-}
-"""Precisions of open_clip that are not offered, and why."""
 
 
 @dataclass(kw_only=True)
@@ -41,8 +35,6 @@ class SpeedOptions(OptionGroup):
 
     def check(self) -> None:
         self.precision = _SAME_PRECISION.get(self.precision or "", self.precision)
-        if self.precision in _REFUSED_PRECISIONS:
-            raise ValueError(f"precision={self.precision!r}: {_REFUSED_PRECISIONS[self.precision]}")
         known = get_args(Precision)
         check("precision", self.precision, self.precision in (None, *known), f"one of {', '.join(known)}")
         backend, mode = self.torchcompile_backend, self.torchcompile_mode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 
 import open_clip
 import pytest
@@ -46,7 +45,7 @@ def test_within_an_epoch_options_that_decide_the_samples_of_a_step_may_not_chang
 def test_within_an_epoch_other_data_are_refused(run, pairs):
     run(steps=4)
 
-    with pytest.raises(ValueError, match=r"other training data \(4 steps in an epoch in place of 3\)"):
+    with pytest.raises(ValueError, match="other training data"):
         run(steps=8, resume="latest", loader=pairs(pairs=32))
 
 
@@ -115,20 +114,6 @@ def test_learning_rate_decay_and_betas_take_effect_and_are_named(run):
     assert resumed.history[-1]["lr"] == 1e-2
 
 
-def test_a_decay_of_zero_on_resume_leaves_weights_without_gradient_alone(make_model, pairs, options):
-    def run(**changes):
-        model = make_model()
-        model.visual.conv1.weight.register_hook(torch.zeros_like)
-        return train(options(lr=0.1, **changes), model=model, loader=pairs())
-
-    run(steps=2)
-    before = load(checkpoint(run(steps=2, resume="latest")))["state_dict"]["visual.conv1.weight"]
-
-    after = run(steps=4, wd=0.0, resume="latest").model.visual.conv1.weight
-
-    assert torch.equal(before, after)
-
-
 @pytest.mark.parametrize(
     "changes, text", [({"seed": 1}, "seed 0 -> 1"), ({"siglip": True}, "siglip"), ({"model": "ViT-B-32"}, "model None")]
 )
@@ -158,67 +143,7 @@ def test_sparse_layers_of_another_config_are_named_by_what_differs(make_model, p
         run(other, resume="latest")
 
 
-def test_options_of_the_initial_weights_are_reported_as_without_effect(make_model, pairs, options, tmp_path):
-    dense = train(options(name="dense"), model=make_model(), loader=pairs())
-    source = str(checkpoint(dense))
-
-    def run(**changes):
-        return train(options(moe=True, **changes), model=make_model(), loader=pairs())
-
-    run(resume_dense=source, steps=3)
-
-    assert "changes without effect, because the weights come from the checkpoint: resume_dense" in log(
-        run(steps=4, resume="latest")
-    )
-
-
 def test_the_same_command_reports_no_changes(run):
     run(steps=None, epochs=1)
 
     assert "changes" not in log(run(steps=None, epochs=1, resume="latest"))
-
-
-def test_other_pretrained_weights_are_refused_since_a_normalization_comes_with_them(model_directory, pairs, options):
-    def run(**changes):
-        return train(options(**changes), loader=pairs())
-
-    run(steps=4, pretrained=str(model_directory))
-    other = shutil.copytree(model_directory, model_directory.with_name("other"))
-    with pytest.raises(ValueError, match="of a run with other options: pretrained '.*dense' -> '.*other'"):
-        run(steps=8, pretrained=str(other), resume="latest")
-    resumed = run(steps=8, pretrained=str(other), resume="latest", resume_with_changes=True)
-    assert resumed.steps == 8
-
-
-@pytest.mark.parametrize("kind", ["full", "sharded"])
-def test_settings_that_need_moments_which_the_checkpoint_lacks_are_refused_by_name(run, kind):
-    run(steps=4, lr_scheduler="const", fsdp_checkpoint=kind)
-    changes = {"steps": 8, "lr_scheduler": "const", "fsdp_checkpoint": kind, "resume": "latest"}
-    with pytest.raises(ValueError, match="needs 'max_exp_avg_sq' of every parameter.* other opt_kwargs"):
-        run(opt_kwargs={"amsgrad": True}, **changes)
-    assert run(**changes).steps == 8
-
-
-def test_only_a_step_after_loading_tells_that_the_checkpoint_lacks_what_the_optimizer_needs(run, monkeypatch):
-    """In any other step a KeyError is the optimizer's own."""
-    step = torch.optim.AdamW.step
-
-    def fail_at(wanted):
-        steps = []
-
-        def failing(self, closure=None):
-            steps.append(len(steps) + 1)
-            if steps[-1] == wanted:
-                raise KeyError("buckets")
-            return step(self, closure)
-
-        monkeypatch.setattr(torch.optim.AdamW, "step", failing)
-
-    usual = {"lr_scheduler": "const", "save_every_n_steps": 2, "opt_kwargs": {"foreach": False}}
-    for start, wanted in (({"name": "other"}, 1), ({}, 3), ({"resume": "latest"}, 3)):
-        fail_at(wanted)
-        with pytest.raises(KeyError, match="buckets"):
-            run(steps=8, **start, **usual)
-    fail_at(1)
-    with pytest.raises(ValueError, match="needs 'buckets' .* other opt_kwargs, or other versions of torch or timm"):
-        run(resume="latest", steps=8, **usual)

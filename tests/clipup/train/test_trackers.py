@@ -77,23 +77,3 @@ def test_a_resumed_run_continues_its_trackio_run(stub, make_model, pairs, option
 
     assert [kwargs["resume"] for function, _, kwargs in calls if function == "init"] == ["never", "allow"]
     assert [kwargs["step"] for function, _, kwargs in calls if function == "log"] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_missing_package_is_named_with_its_extra(make_model, pairs, options, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, None)
-
-    with pytest.raises(ImportError, match=rf"report_to='{name}' needs the package {name}.*extra '{name}' has it"):
-        train(options(report_to=name), model=make_model(), loader=pairs())
-
-
-@pytest.mark.parametrize(
-    "report_to, message",
-    [
-        ("wandb,trackio", "wandb and trackio record the same"),
-        ("comet", "report_to must be some of tensorboard, wandb, trackio, all, separated by commas, got 'comet'"),
-    ],
-)
-def test_programs_that_cannot_be_reported_to_are_refused(options, report_to, message):
-    with pytest.raises(ValueError, match=message):
-        options(report_to=report_to)

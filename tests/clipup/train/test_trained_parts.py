@@ -7,11 +7,10 @@ import dataclasses
 import open_clip
 import pytest
 import torch
-from tiny_families import bert_config, build, hugging_face_cfg, mt5_config
+from tiny_families import bert_config, build, hugging_face_cfg
 
 import clipup
-from clipup.clip.layer_groups import layer_groups
-from clipup.train import Every, train
+from clipup.train import train
 from clipup.train.trained_parts import lock_parts
 
 SPARSE = clipup.MoEConfig(num_experts=4, balance_weight=0.01, z_weight=1e-3, selection_bias="sign")
@@ -77,12 +76,6 @@ def test_training_can_be_of_routers_or_experts_alone(changes, towers):
     assert kinds("sparse_layers") == routers | experts
 
 
-def test_routers_of_an_unlocked_tower_are_trained_alone(changes):
-    moved, _ = changes(lock_image=True, train_only="routers")
-
-    assert moved == {f"transformer.resblocks.1.mlp.router.{name}" for name in ("weight", "selection_bias")}
-
-
 @pytest.mark.parametrize("unlocked", [0, 1, 2, 3])
 @pytest.mark.parametrize("custom", [False, True], ids=["CLIP", "CustomTextCLIP"])
 def test_locked_parameters_are_those_that_open_clip_locks(options, custom, unlocked):
@@ -124,22 +117,6 @@ def test_layer_norms_of_a_locked_hugging_face_tower_are_trained_unless_they_are_
     assert head and all("LayerNorm" in name for name in text - head) and bool(text - head) == (not freeze)
 
 
-def test_every_parameter_of_a_tower_is_in_one_group(tmp_path):
-    text = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
-    for model in (
-        build(text),
-        build({**text, "custom_text": False}),
-        build(hugging_face_cfg(mt5_config("relu"), tmp_path)),
-    ):
-        for tower in ("image", "text"):
-            groups = layer_groups(model, tower)
-            names = [name for group in groups for name in group]
-            assert len(groups) == 4 and len(names) == len(set(names))
-            image = {name for name, _ in model.named_parameters() if name.startswith("visual.")}
-            others = {name for name, _ in model.named_parameters() if not name.startswith(("visual.", "logit_"))}
-            assert set(names) == (image if tower == "image" else others)
-
-
 @pytest.mark.parametrize("freeze", [False, True])
 def test_batch_norm_statistics_of_a_locked_tower_can_be_frozen(pairs, options, freeze):
     vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
@@ -153,21 +130,6 @@ def test_batch_norm_statistics_of_a_locked_tower_can_be_frozen(pairs, options, f
     image = {name for name in changed(before, model) if name.startswith("visual.")}
     assert (image == set()) == freeze and all("running_" in name or "tracked" in name for name in image)
     assert set(model.state_dict()) == set(before)
-
-
-def test_a_locked_run_is_resumed_bitwise(make_model, pairs, options):
-    locked = {"lock_image": True, "lock_image_unlocked_groups": 1, "save_every_n_steps": 4}
-
-    def stop(_):
-        raise KeyboardInterrupt
-
-    whole = train(options(name="whole", **locked), model=make_model(SPARSE), loader=pairs())
-    with pytest.raises(KeyboardInterrupt):
-        train(options(**locked), model=make_model(SPARSE), loader=pairs(), callbacks=[Every(5, stop)])
-    resumed = train(options(resume="latest", **locked), model=make_model(SPARSE, seed=1), loader=pairs())
-
-    assert [record["loss"] for record in resumed.history] == [record["loss"] for record in whole.history]
-    assert changed(whole.model.state_dict(), resumed.model) == set()
 
 
 def test_what_is_locked_may_change_on_resume_and_moments_are_kept_by_name(make_model, pairs, options):
@@ -205,11 +167,3 @@ def test_what_is_locked_may_change_on_resume_and_moments_are_kept_by_name(make_m
 def test_locks_that_cannot_be_set_are_refused(make_model, pairs, options, settings, message):
     with pytest.raises(ValueError, match=message):
         train(options(**settings), model=make_model(), loader=pairs())
-
-
-def test_a_tower_without_blocks_is_locked_as_a_whole_only(options):
-    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=TEXT)
-
-    with pytest.raises(ValueError, match="has no list of blocks, so it can only be locked as a whole"):
-        lock_parts(model, options(lock_image=True, lock_image_unlocked_groups=1))

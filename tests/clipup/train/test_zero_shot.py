@@ -13,7 +13,6 @@ import clipup
 from clipup.evaluate import zero_shot
 from clipup.evaluate.datasets import imagenet
 from clipup.train import Every, train
-from clipup.train.evaluations import Evaluations
 
 COLOURS = ["red", "green", "blue", "white"]
 
@@ -75,13 +74,6 @@ def test_the_end_of_a_run_is_always_measured_and_measured_once(run, images, freq
     assert [record["step"] for record in result.evaluations] == steps
 
 
-def test_retrieval_and_accuracy_have_frequencies_of_their_own(run, images, csv_data):
-    result = run(imagenet_v2=images["imagenet_v2"], zeroshot_frequency=2, val_data=csv_data, val_frequency=3)
-
-    kinds = [(record["step"], "imagenet_v2" in record, "text_to_image_R@1" in record) for record in result.evaluations]
-    assert kinds == [(6, True, False), (9, False, True), (9, True, False)]
-
-
 def test_measuring_changes_nothing_in_the_run(run, images):
     without = run(name="without")
     measured = run(name="measured", **images, zeroshot_frequency=1)
@@ -89,20 +81,6 @@ def test_measuring_changes_nothing_in_the_run(run, images):
     assert [record["loss"] for record in measured.history] == [record["loss"] for record in without.history]
     for name, value in without.model.state_dict().items():
         assert torch.equal(value, measured.model.state_dict()[name]), name
-
-
-def test_a_run_killed_while_it_measures_measures_that_epoch_when_it_resumes(run, images, monkeypatch):
-    def killed(evaluations):
-        if evaluations._state.epoch == 2:
-            raise SystemExit("killed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Evaluations, "validate_epoch", killed)
-        with pytest.raises(SystemExit):
-            run(**images)
-    resumed = run(**images, resume="latest")
-
-    assert [record["step"] for record in resumed.evaluations] == [6, 9]
 
 
 def test_the_accuracy_at_the_end_is_in_the_model_card(named_model, options, csv_data, images):
