@@ -37,13 +37,15 @@ def create_trackers(options: TrainOptions, directory: Path, steps_done: int, con
         directory: of the run. steps_done: those before a resume. continues: whether the run continues from a
             checkpoint of its own.
     """
+    common = {"project": options.wandb_project_name, "name": directory.name, "config": json.loads(options.to_json())}
     trackers: list[Tracker] = []
     if "tensorboard" in options.trackers():
         trackers.append(_TensorBoard(directory / "tensorboard", purge_step=steps_done + 1))
-    if "wandb" in options.trackers():
-        trackers.append(_wandb(options, directory))
-    if "trackio" in options.trackers():
-        trackers.append(_trackio(options, directory, continues))
+    if "wandb" in options.trackers():  # offline, into the run's directory, unless the environment says otherwise
+        place = {"id": directory.name, "dir": str(directory), "mode": os.environ.get("WANDB_MODE", "offline")}
+        trackers.append(_Run(_module("wandb"), notes=options.wandb_notes, resume="allow", **common, **place))
+    if "trackio" in options.trackers():  # into its local database
+        trackers.append(_Run(_module("trackio"), resume="allow" if continues else "never", **common))
     return trackers
 
 
@@ -71,28 +73,6 @@ class _Run:
 
     def close(self) -> None:
         self._module.finish()
-
-
-def _wandb(options: TrainOptions, directory: Path) -> _Run:
-    """Offline, into the run's directory, unless the environment variable WANDB_MODE says otherwise."""
-    settings = {"notes": options.wandb_notes, "id": directory.name, "resume": "allow", "dir": str(directory)}
-    return _Run(
-        _module("wandb"), **_common(options, directory), **settings, mode=os.environ.get("WANDB_MODE", "offline")
-    )
-
-
-def _trackio(options: TrainOptions, directory: Path, continues: bool) -> _Run:
-    """Into trackio's local database."""
-    resume = "allow" if continues else "never"
-    return _Run(_module("trackio"), **_common(options, directory), resume=resume)
-
-
-def _common(options: TrainOptions, directory: Path) -> dict[str, Any]:
-    return {
-        "project": options.wandb_project_name,
-        "name": directory.name,
-        "config": json.loads(options.to_json()),
-    }
 
 
 def _summary_writer() -> Any:

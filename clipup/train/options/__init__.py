@@ -6,7 +6,6 @@ One flat ``TrainOptions``, from a dataclass per job; ``clipup train --help`` sho
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from dataclasses import dataclass, field
 from typing import Any, cast, get_type_hints
@@ -69,10 +68,10 @@ class TrainOptions(
     """Sparse layers for --moe; the defaults are CLIP-UP's recipe."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.moe, bool):
-            raise TypeError(f"moe must be True or False, got {self.moe!r}; the options of sparse layers are in moe_cfg")
-        for name, hint in _annotations().items():
-            setattr(self, name, conform(name, getattr(self, name), hint))
+        hints = get_type_hints(TrainOptions)
+        for option in dataclasses.fields(TrainOptions):
+            value = conform(option.name, getattr(self, option.name), hints[option.name])
+            setattr(self, option.name, value)
         for group in GROUPS.values():
             group.check(self)
         if self.resume_dense is not None and self.opt != "adamw":
@@ -90,10 +89,3 @@ class TrainOptions(
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["moe_cfg"] = self.moe_cfg.to_dict() if self.moe else None
         return json.dumps(values, indent=2) + "\n"
-
-
-@functools.cache
-def _annotations() -> dict[str, Any]:
-    """The annotations of all options."""
-    hints = get_type_hints(TrainOptions)
-    return {option.name: hints[option.name] for option in dataclasses.fields(TrainOptions)}

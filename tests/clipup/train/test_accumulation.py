@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import clipup
-from clipup.train import train
 from clipup.train.objectives import ContrastiveObjective, SigmoidObjective
 from clipup.train.step import TrainStep
 
@@ -39,15 +38,6 @@ def test_accumulation_has_the_losses_and_gradients_of_one_big_batch(make_model, 
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_accumulated_training_follows_training_on_big_batches(make_model, pairs, options):
-    def run(**changes):
-        data = pairs(pairs=32, noise=0, batch_size=32 // changes.get("accum_freq", 1))
-        return train(options(logs=None, **changes), model=make_model(SPARSE), loader=data).history
-
-    for accumulated, big in zip(run(accum_freq=4), run(), strict=True):
-        assert accumulated["loss"] == pytest.approx(big["loss"], rel=1e-3)
-
-
 def test_both_forward_passes_of_a_batch_draw_the_same_random_numbers(make_model, pairs):
     noisy = clipup.MoEConfig(num_experts=8, top_k=1, router_noise=50.0, normalize_gates="none")
     seen = []
@@ -64,14 +54,6 @@ def test_both_forward_passes_of_a_batch_draw_the_same_random_numbers(make_model,
 
     assert len(seen) == 3
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
-
-
-def test_batches_left_over_at_the_end_of_an_epoch_are_not_mixed_into_the_next(make_model, pairs, options):
-    data = pairs(pairs=40)  # five batches: two steps and one left over
-
-    result = train(options(logs=None, accum_freq=2, steps=4), model=make_model(), loader=data)
-
-    assert [record["epoch"] for record in result.history] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("kind", ["sign", "z_score"])

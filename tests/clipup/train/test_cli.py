@@ -172,17 +172,6 @@ def test_a_run_whose_terminal_is_closed_saves_and_can_be_resumed(command, tmp_pa
     assert f"{done + 2} steps" in capsys.readouterr().out
 
 
-def test_help_shows_defaults_units_and_an_example(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "--help"])
-
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert stop.value.code == 0
-    assert "Example: clipup train --model ViT-B-16" in text
-    assert "Images per batch and rank. (default: 64)" in text
-    assert "--num-experts" in text
-
-
 def test_every_option_of_a_run_is_a_flag_and_keeps_its_default(monkeypatch):
     taken = []
     monkeypatch.setattr("clipup.train.run.train", lambda options: taken.append(options) or sys.exit())

@@ -100,8 +100,3 @@ def test_what_has_no_captioning_loss_or_cannot_be_shuffled_is_refused(options, c
     model = clipup.upcycle(build({**coca_cfg(), **bias}), MOE.replace(priority=name != "--priority"))
     with pytest.raises(ValueError, match=name):
         train(options(logs=None, **changes), model=model, loader=Batches(model))
-
-
-def test_its_weights_are_refused_for_a_model_without_a_decoder(make_model, pairs, options):
-    with pytest.raises(ValueError, match="coca_caption_loss_weight has no effect"):
-        train(options(logs=None, coca_caption_loss_weight=1.0), model=make_model(), loader=pairs())

@@ -42,16 +42,6 @@ def test_in_a_pipe_the_first_and_the_last_step_and_every_evaluation_have_a_line(
     assert captured.out == ""
 
 
-def test_a_resumed_run_shows_where_it_continues(run, capsys):
-    run(steps=4)
-    capsys.readouterr()
-    run(steps=6, resume="latest")
-
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("training from step 4 to step 6")
-    assert lines[1].startswith("training: 5 of 6 steps")
-
-
 def test_on_a_terminal_there_is_a_bar_with_evaluations_above_it(run, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -76,16 +76,6 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact_and_no_temporary_file
     assert "could not write the checkpoint" in str(failure.value)
 
 
-def test_a_directory_with_another_run_is_refused_with_advice_and_left_alone(run):
-    first = run()
-    before = {path: path.read_bytes() for path in first.directory.rglob("*") if path.is_file()}
-
-    with pytest.raises(FileExistsError, match="already holds a run.*--resume latest.*another --name.*--force"):
-        run()
-
-    assert {path: path.read_bytes() for path in first.directory.rglob("*") if path.is_file()} == before
-
-
 def test_force_replaces_the_run_that_was_there_and_keeps_foreign_files(run):
     first = run(steps=9)
     (first.directory / "notes.txt").write_text("mine")
@@ -138,18 +128,6 @@ def test_weights_alone_and_broken_files_are_refused_as_checkpoints(run, make_mod
         run(resume=str(tmp_path / "missing.pt"))
 
 
-def test_data_without_a_whole_batch_are_refused(run):
-    class Empty:
-        def __len__(self):
-            return 3
-
-        def __iter__(self):
-            return iter(())
-
-    with pytest.raises(ValueError, match="no whole batch in an epoch"):
-        run(loader=Empty())
-
-
 @pytest.mark.parametrize(
     "changes, expected",
     [
@@ -165,18 +143,6 @@ def test_checkpoints_are_kept_as_asked(run, changes, expected):
     result = run(steps=None, epochs=4, **changes)
 
     assert {path.name for path in (result.directory / "checkpoints").iterdir()} == expected
-
-
-def test_a_checkpoint_with_two_names_is_stored_once(make_model, pairs, options):
-    seen = []
-
-    def look(model):
-        folder = Path(options().logs) / "run" / "checkpoints"
-        seen.append((folder / "epoch_1.pt").samefile(folder / "epoch_latest.pt"))
-
-    train(options(steps=4), model=make_model(), loader=pairs(), callbacks=[Every(4, look)])  # three steps an epoch
-
-    assert seen == [True]
 
 
 def test_a_data_worker_that_is_killed_ends_the_run_with_one_message_and_no_half_written_checkpoint(

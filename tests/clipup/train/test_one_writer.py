@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clipup.cli import main
-from clipup.locks import DirectoryInUse, exclusive
+from clipup.locks import DirectoryInUse
 from clipup.train import train
 from clipup.train.checkpoints import load
 
@@ -52,18 +51,3 @@ def test_a_run_in_use_is_refused_and_a_killed_one_is_taken_over_without_a_trace(
         *("checkpoints", "checkpoints/epoch_1.pt", "checkpoints/epoch_2.pt", "checkpoints/epoch_latest.pt"),
         *("metrics.jsonl", "options.json", "out.log"),
     ]
-
-
-def test_upcycle_refuses_a_directory_in_use_and_takes_over_that_of_a_killed_one(model_directory, tmp_path, capsys):
-    out = tmp_path / "sparse"
-    with exclusive(out / ".lock", out, ""):
-        assert main(["upcycle", str(model_directory), str(out)]) == 2
-        assert f"sparse is in use by process {os.getpid()}" in capsys.readouterr().err
-    (out / ".writing.elsewhere.5.0123abcd.tmp").mkdir(parents=True)
-    (out / ".lock").touch()
-
-    assert main(["upcycle", str(model_directory), str(out)]) == 0
-
-    assert {path.name for path in out.iterdir()} == {
-        *("open_clip_config.json", "open_clip_model.safetensors", "README.md")
-    }

@@ -8,7 +8,6 @@ import torch
 
 import clipup
 from clipup import parameter_groups
-from clipup.moe.weight_decay import decays
 from clipup.train.optim import schedule
 
 
@@ -24,26 +23,6 @@ def test_matrices_decay_and_norms_biases_and_the_logit_scale_do_not(make_model):
     assert free_names | decayed_names == set(names.values()) and not free_names & decayed_names
     assert {"logit_scale", "logit_bias", "ln_final.weight", "visual.ln_post.bias"} <= free_names
     assert {"token_embedding.weight", "visual.proj", "transformer.resblocks.0.mlp.c_fc.weight"} <= decayed_names
-
-
-def test_stacked_expert_biases_have_no_decay_and_expert_matrices_have(make_model):
-    model = make_model(clipup.MoEConfig(num_experts=4))
-
-    rule = {name: decays(name, parameter) for name, parameter in model.named_parameters() if ".1.mlp." in name}
-
-    prefix = "transformer.resblocks.1.mlp."
-    assert not rule[f"{prefix}in_bias"] and not rule[f"{prefix}out_bias"]
-    assert rule[f"{prefix}in_weight"] and rule[f"{prefix}out_weight"] and rule[f"{prefix}router.weight"]
-
-
-def test_frozen_parameters_are_in_no_group(make_model):
-    model = make_model()
-    model.visual.requires_grad_(False)
-
-    groups = parameter_groups(model, 0.2)
-
-    trained = sum(parameter.requires_grad for parameter in model.parameters())
-    assert sum(len(group["params"]) for group in groups) == trained
 
 
 @pytest.mark.parametrize("kind", ["cosine", "const", "const-cooldown"])

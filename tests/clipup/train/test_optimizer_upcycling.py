@@ -109,20 +109,6 @@ def test_shards_get_their_part_of_the_moments_and_the_whole_output_bias(make_mod
             assert torch.equal(state[f"{name}.shared.in_weight"][key][0], of_in)
 
 
-def test_parts_that_share_one_dense_parameter_get_their_halves():
-    dense = timm_model("Block/GluMlp")
-    state = {name: {key: torch.rand_like(p) for key in MOMENTS} for name, p in dense.named_parameters()}
-    state = {name: {"step": torch.tensor(7.0), **values} for name, values in state.items()}
-
-    carried = upcycled_state(dense, clipup.MoEConfig(num_experts=2, towers=("image",)), state)
-
-    first, second = state["blocks.1.mlp.fc1.weight"]["exp_avg"].chunk(2)
-    halves = [carried[f"blocks.1.mlp.{name}"]["exp_avg"][1] for name in ("in_weight", "gate_weight")]
-    assert {tuple(half.flatten().tolist()) for half in halves} == {
-        tuple(half.flatten().tolist()) for half in (first, second)
-    }
-
-
 @pytest.mark.parametrize("family", TIMM)
 def test_in_every_family_all_but_routers_get_moments_of_their_shape(family):
     dense = timm_model(family)
@@ -162,15 +148,6 @@ def test_weights_that_are_drawn_again_and_optimizers_of_other_kinds_are_refused(
         del group["param_names"]
     with pytest.raises(ValueError):
         named_state(timm_model("Block/Mlp"), optimizer, "run.pt")
-
-
-def test_a_run_is_resumed_without_the_dense_checkpoint_that_it_started_from(make_model, pairs, options, dense_run):
-    changes = {"moe": True, "moe_cfg": MOE, "resume_dense": str(dense_run)}
-    train(options(steps=3, **changes), model=make_model(), loader=pairs())
-    dense_run.unlink()
-    assert train(options(steps=6, resume="latest", **changes), model=make_model(), loader=pairs()).steps == 6
-    with pytest.raises(FileNotFoundError, match="epoch_latest"):
-        train(options(name="another", **changes), model=make_model(), loader=pairs())
 
 
 def test_weights_of_another_activation_or_tokenizer_are_not_upcycled(named_model, options, pairs):

@@ -151,27 +151,3 @@ def test_every_step_applies_the_scaled_learning_rates(make_model, pairs, options
 
     for name, scale in (("visual.proj", 1), ("visual.ln_post.bias", 0.5), ("visual.conv1.weight", 0.125)):
         torch.testing.assert_close(moves[0.5][name], scale * moves[None][name], rtol=1e-3, atol=1e-7)
-
-
-def test_fused_adamw_gives_the_same_run_and_takes_over_the_moments(make_model, pairs, options):
-    usual = {"lr_scheduler": "const"}
-    plain = train(options(name="plain", fused=False, **usual), model=make_model(SPARSE), loader=pairs())
-    fused = train(options(name="fused", fused=True, **usual), model=make_model(SPARSE), loader=pairs())
-    train(options(steps=3, fused=False, **usual), model=make_model(SPARSE), loader=pairs())
-    resumed = train(options(resume="latest", fused=True, **usual), model=make_model(SPARSE), loader=pairs())
-
-    for run in (fused, resumed):
-        losses = [[record["loss"] for record in one.history] for one in (run, plain)]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_another_optimizer_on_resume_is_refused_and_with_changes_starts_without_moments(make_model, pairs, options):
-    train(options(steps=3), model=make_model(SPARSE), loader=pairs())
-
-    with pytest.raises(ValueError, match="opt 'adamw' -> 'timm/lion'"):
-        train(options(resume="latest", opt="timm/lion"), model=make_model(SPARSE), loader=pairs())
-    changed = options(resume="latest", opt="timm/lion", resume_with_changes=True)
-    result = train(changed, model=make_model(SPARSE), loader=pairs())
-
-    latest = torch.load(result.directory / "checkpoints" / "epoch_latest.pt", weights_only=True)["optimizer"]
-    assert result.steps == 6 and {key for values in latest["state"].values() for key in values} == {"exp_avg"}

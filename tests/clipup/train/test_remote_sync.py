@@ -76,33 +76,6 @@ def test_a_copy_that_fails_is_reported_once_and_tried_again(sync, tmp_path):
     assert (tmp_path / "there" / "a.pt").read_text() == "1"
 
 
-def test_a_failing_copy_does_not_end_the_run(make_model, pairs, options, tmp_path, capsys):
-    (tmp_path / "there").write_text("")
-    run = options(remote_sync=f"{tmp_path}/there", remote_sync_protocol="fsspec", save_every_n_steps=2)
-
-    result = train(run, model=make_model(), loader=pairs())
-
-    assert result.steps == 6 and (result.directory / "checkpoints" / "epoch_latest.pt").is_file()
-    assert "warning: remote sync to " in capsys.readouterr().err
-    assert "remote sync to " in (result.directory / "out.log").read_text()
-
-
-def test_copies_are_made_while_the_run_goes_on(sync, tmp_path):
-    (tmp_path / "run" / "a.pt").write_text("1")
-    copier = sync()
-    copier.every = 0.01
-    copier.start()
-    there = tmp_path / "there" / "a.pt"
-    for text in ("1", "22", "333"):
-        (tmp_path / "run" / "a.pt").write_text(text)
-        for _ in range(2000):
-            if there.is_file() and there.read_text() == text:
-                break
-            copier._end.wait(0.01)
-        assert there.read_text() == text
-    copier.close()
-
-
 def test_s3_is_copied_by_awss_program(sync, tmp_path, monkeypatch):
     program = tmp_path / "bin" / "aws"
     program.parent.mkdir()

@@ -102,11 +102,6 @@ def test_a_single_odd_batch_and_a_rough_start_are_not_reported(found):
     assert found(records(EVEN, 300, **{f"at_{step}": odd for step in range(1, 31)})) == []
 
 
-def test_rarely_logged_runs_wait_for_ten_logged_steps(found):
-    assert [report["step"] for report in found(records(two_take(0.9), 5000, every=100))] == [1000]
-    assert [report["step"] for report in found(records(two_take(0.9), 5000, every=10))] == [110]
-
-
 def test_what_the_configuration_makes_unavoidable_is_not_reported(found):
     half_the_room = clipup.MoEConfig(num_experts=8, top_k=2, capacity_factor=0.5)
     assert found(records(EVEN, 200, dropped=0.6), half_the_room) == []

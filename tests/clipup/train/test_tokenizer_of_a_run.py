@@ -102,31 +102,6 @@ def test_a_trained_model_has_the_tokenizer_that_the_run_began_with(own, csv_data
     assert tokens(result.directory / "model") == expected
 
 
-def test_a_checkpoint_with_a_tokenizer_of_its_own_is_not_loaded_by_name(own, trained):
-    checkpoint = newest(trained("--model", own))
-    with pytest.raises(
-        ValueError, match=f"was trained with a tokenizer of its own, unlike {NAME}; make a model direct"
-    ):
-        clipup.create_model_and_transforms(NAME, str(checkpoint))
-
-
-@pytest.fixture
-def bare(own, trained):
-    """A checkpoint without its tokenizer."""
-    run = trained("--model", own)
-    content = torch.load(newest(run))
-    del content["tokenizer_files"]
-    torch.save(content, newest(run))
-    return newest(run)
-
-
-def test_a_tokenizer_that_is_not_in_the_checkpoint_is_asked_for(own, bare, tmp_path, capsys):
-    assert main(["convert", str(bare), str(tmp_path / "out")]) == 2
-    assert "epoch_latest.pt does not hold its tokenizer; pass" in capsys.readouterr().err
-    assert main(["convert", str(bare), str(tmp_path / "out"), "--model", str(own)]) == 0
-    assert tokens(tmp_path / "out") == tokens(own)
-
-
 def run_of(csv_data, tmp_path, **options):
     usual = {"train_data": csv_data, "batch_size": 4, "workers": 0, "steps": 1, "warmup": 0, "device": "cpu"}
     return TrainOptions(**{**usual, "model": NAME, "logs": str(tmp_path / "logs"), "name": "run", **options})

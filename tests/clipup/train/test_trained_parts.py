@@ -91,21 +91,6 @@ def test_locked_parameters_are_those_that_open_clip_locks(options, custom, unloc
     assert trained(ours) == trained(theirs) < set(dict(ours.named_parameters()))
 
 
-def test_a_timm_tower_is_locked_by_the_groups_of_its_trunk(options):
-    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
-    model = build({"embed_dim": 16, "vision_cfg": vision, "text_cfg": TEXT})
-
-    lock_parts(model, options(lock_image=True, lock_image_unlocked_groups=2))
-
-    image = {name for name in trained(model) if name.startswith("visual.")}
-    assert {name.split(".")[1] for name in image} == {"trunk", "head"}
-    assert {".".join(name.split(".")[2:4]) for name in image if "trunk" in name} == {
-        "blocks.11",
-        "norm.weight",
-        "norm.bias",
-    }
-
-
 @pytest.mark.parametrize("freeze", [False, True])
 def test_layer_norms_of_a_locked_hugging_face_tower_are_trained_unless_they_are_frozen(options, tmp_path, freeze):
     model = build(hugging_face_cfg(bert_config("Bert"), tmp_path))
@@ -115,21 +100,6 @@ def test_layer_norms_of_a_locked_hugging_face_tower_are_trained_unless_they_are_
     text = {name for name in trained(model) if name.startswith("text.")}
     head = {name for name in text if name.startswith(("text.proj.", "text.transformer.pooler."))}
     assert head and all("LayerNorm" in name for name in text - head) and bool(text - head) == (not freeze)
-
-
-@pytest.mark.parametrize("freeze", [False, True])
-def test_batch_norm_statistics_of_a_locked_tower_can_be_frozen(pairs, options, freeze):
-    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
-    torch.manual_seed(0)
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg={**TEXT, "vocab_size": 49408, "context_length": 8})
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    loader = [(torch.randn(4, 3, 32, 32), texts[:4]) for _, texts in pairs()]
-
-    train(options(logs=None, steps=2, lock_image=True, lock_image_freeze_bn_stats=freeze), model=model, loader=loader)
-
-    image = {name for name in changed(before, model) if name.startswith("visual.")}
-    assert (image == set()) == freeze and all("running_" in name or "tracked" in name for name in image)
-    assert set(model.state_dict()) == set(before)
 
 
 def test_what_is_locked_may_change_on_resume_and_moments_are_kept_by_name(make_model, pairs, options):
@@ -167,3 +137,18 @@ def test_what_is_locked_may_change_on_resume_and_moments_are_kept_by_name(make_m
 def test_locks_that_cannot_be_set_are_refused(make_model, pairs, options, settings, message):
     with pytest.raises(ValueError, match=message):
         train(options(**settings), model=make_model(), loader=pairs())
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_batch_norm_statistics_of_a_locked_tower_can_be_frozen(pairs, options, freeze):
+    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg={**TEXT, "vocab_size": 49408, "context_length": 8})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = [(torch.randn(4, 3, 32, 32), texts[:4]) for _, texts in pairs()]
+
+    train(options(logs=None, steps=2, lock_image=True, lock_image_freeze_bn_stats=freeze), model=model, loader=loader)
+
+    image = {name for name in changed(before, model) if name.startswith("visual.")}
+    assert (image == set()) == freeze and all("running_" in name or "tracked" in name for name in image)
+    assert set(model.state_dict()) == set(before)

@@ -67,13 +67,6 @@ def test_accuracy_is_measured_every_n_epochs_and_at_the_end_as_clipup_eval_measu
     assert records[1]["imagenet_val"] == alone
 
 
-@pytest.mark.parametrize("frequency, steps", [(0, [9]), (1, [3, 6, 9]), (3, [9])])
-def test_the_end_of_a_run_is_always_measured_and_measured_once(run, images, frequency, steps):
-    result = run(imagenet_val=images["imagenet_val"], zeroshot_frequency=frequency)
-
-    assert [record["step"] for record in result.evaluations] == steps
-
-
 def test_measuring_changes_nothing_in_the_run(run, images):
     without = run(name="without")
     measured = run(name="measured", **images, zeroshot_frequency=1)
