@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Recorder:
         self._files = {kind: directory / f"{kind}.jsonl" for kind in KINDS}
         for kind, path in self._files.items():
             _keep_until(path, steps_done, evaluations_done if kind == "evaluations" else None)
-        self._handler = logging.FileHandler(directory / "out.log", encoding="utf-8")
+        self._handler = _LogFile(directory / "out.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
         self._log_before = self.log.level, self.log.propagate
         self.log.setLevel(logging.INFO)
@@ -117,6 +118,15 @@ def named_numbers(prefix: str, record: Record) -> list[tuple[str, float]]:
         elif isinstance(value, int | float):
             found.append((f"{prefix}/{key}", value))
     return found
+
+
+class _LogFile(logging.FileHandler):
+    """Prints no traceback when a line cannot be written: on a full disk the metrics or the next checkpoint end the run,
+    with one message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def _keep_until(path: Path, steps_done: int, most: int | None) -> None:
