@@ -17,7 +17,7 @@ from harness import report
 
 from clipup.clip.word_tokenizer import WordTokenizer, split_words
 from clipup.data.captions import same_words
-from clipup.data.sample_index import tar_records
+from clipup.data.samples import tar_samples
 from clipup.data.shard_names import expand_shards
 from clipup.data.skips import Skips
 from clipup.pretrained.tokenizers import get_tokenizer
@@ -28,7 +28,7 @@ TRAIN, SPLITS = "train", ("test_styles", "test_names", "validation")
 def captions(data: Path, split: str) -> list[str]:
     """The first caption of every image."""
     shards = expand_shards(data / f"{split}-*.tar", "data")
-    return [record.captions[0] for record in tar_records(shards, Skips(), "data")]
+    return [record.captions[0] for record in tar_samples(shards, Skips(), "data")]
 
 
 def row(split: str, texts: list[str], trained: set[str], tokenizer: WordTokenizer) -> dict[str, str]:

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup index")
     options.check()
     from ..clip.accelerate import for_inference
-    from ..data.image_files import image_files, passed_over
+    from ..data.samples import image_files, passed_over
     from ..evaluate.encode import encode_images
     from ..pretrained import factory, model_names, origin
     from ..search import update_index

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import nn
 
-    from ..data.sample_index import Record
+    from ..data.samples import Sample
 
 
 @dataclass
@@ -126,23 +126,23 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
         return model, preprocess, tokenizers.get_tokenizer(name)
 
 
-def find_images(source: str) -> list[Record]:
+def find_images(source: str) -> list[Sample]:
     """The images of a directory, or of evaluation shards (which bring captions), in the order of their names.
 
     Raises:
         FileNotFoundError: no such directory or shards, or no image in it.
     """
-    from ..data.image_files import image_files
     from ..data.loaders import eval_samples
+    from ..data.samples import image_files
 
     if ".tar" in Path(source).name:
-        return list(eval_samples(source, preprocess=None).records)
+        return list(eval_samples(source, preprocess=None).samples)
     if not Path(source).is_dir():
         raise FileNotFoundError(f"images: there is no directory {source}; expected one with images, or .tar shards")
     return image_files(source)
 
 
-def _captions(options: Options, records: list[Record]) -> list[str]:
+def _captions(options: Options, records: list[Sample]) -> list[str]:
     if options.captions is None:
         return [record.captions[0] for record in records if record.captions]
     from ..evaluate.labelled_images import read_lines
@@ -150,9 +150,9 @@ def _captions(options: Options, records: list[Record]) -> list[str]:
     return read_lines(options.captions, "caption")
 
 
-def _readable(records: list[Record], skipped: dict[str, str]) -> Iterator[Image]:
+def _readable(records: list[Sample], skipped: dict[str, str]) -> Iterator[Image]:
     """The images that can be read; the others go into ``skipped`` with the reason."""
-    from ..data.sample_index import read_image
+    from ..data.samples import read_image
 
     for record in records:
         try:

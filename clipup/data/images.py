@@ -24,11 +24,6 @@ _FULL_16_BIT = 65_535
 _PILLOWS_BOUND = threading.Lock()
 
 
-def check_max_pixels(pixels: int) -> None:
-    if pixels < 1:
-        raise ValueError(f"max_image_pixels: got {pixels}, expected at least 1")
-
-
 def load_image(content: str | bytes, max_pixels: int = MAX_PIXELS) -> Image:
     """An image, fully decoded to RGB, from a path or from its bytes.
 

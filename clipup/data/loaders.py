@@ -13,18 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..extras import needed_for
-from .csv_rows import check_columns
-from .directories import not_a_source
 from .images import MAX_PIXELS
-from .in_memory import cached_data
-from .indexed_batches import indexed_data
+from .indexed import indexed_data
 from .options import DataOptions, SourceOptions
 from .processes import reading, worker_init_fn
-from .retries import Retries
-from .sample_index import Images, Record, check_found, csv_records, readable, tar_records
-from .shard_names import describe, digest_of, expand_shards, is_remote, listed_shards, sizes_of
+from .samples import Images, Sample, check_found, csv_samples, readable, tar_samples
+from .shard_names import describe, digest_of, expand_shards, is_remote, listed_shards, not_a_source, sizes_of
 from .shard_writer import DATASET_FILE, SIZES_FILE
-from .skips import Skips
+from .skips import Retries, Skips
 from .train_data import Reader, SharedEpoch, TrainData
 
 if TYPE_CHECKING:
@@ -109,11 +105,8 @@ def load_train_data(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: got {rank} for world_size {world_size}, expected 0 to {world_size - 1}")
     reader = Reader(preprocess, tokenizer, rank, world_size, SharedEpoch(epoch), Skips(options.max_skipped))
-    reader.skips.mentions_lines = rank == 0
     shards = _train_shards(options)
-    if options.cache:
-        data = cached_data(options, shards, reader, progress)
-    elif is_streamed(options, shards):
+    if not options.cache and (options.dataset_resampled or any(map(is_remote, shards))):
         data = _streamed(options, shards, reader)
     else:
         data = indexed_data(options, shards, reader, progress)
@@ -122,27 +115,19 @@ def load_train_data(
     return data
 
 
-def is_streamed(options: DataOptions, shards: Sequence[str]) -> bool:
-    """Whether the samples of shards come in the order of the files. Local shards are indexed instead."""
-    return options.dataset_resampled or any(map(is_remote, shards))
-
-
 def _train_shards(options: DataOptions) -> list[str]:
-    """The shards of the training data; none for a CSV file, whose columns are checked."""
+    """The shards of the training data; none for a CSV file."""
     source = options.train_data
     if os.path.isdir(source):
         if not (Path(source) / DATASET_FILE).is_file():
             raise not_a_source("train_data", source, "train-*.tar")
         return listed_shards(source, "train", "train_data")
-    if not options.is_csv(source, "train_data"):
-        return expand_shards(source, "train_data", options.allow_pipe)
-    check_columns(source, options.csv_format, "train_data", options.data_retries)
-    return []
+    return [] if options.is_csv(source, "train_data") else expand_shards(source, "train_data", options.allow_pipe)
 
 
 def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainData:
     with needed_for("streaming shards", "train"):
-        from .webdataset_pipeline import webdataset_data
+        from .streamed import streamed_data
     if not options.dataset_resampled and len(shards) < max(1, options.workers) * reader.world_size:
         raise ValueError(
             f"workers: {options.workers} in each of {reader.world_size} processes, but train_data has {len(shards)} "
@@ -151,7 +136,7 @@ def _streamed(options: DataOptions, shards: list[str], reader: Reader) -> TrainD
     num_samples = _num_samples(shards, options.train_num_samples)
     if not options.dataset_resampled and reader.rank == 0:
         _warn_of_uneven_parts(len(shards), max(1, options.workers) * reader.world_size)
-    data = webdataset_data(options, shards, num_samples, reader)
+    data = streamed_data(options, shards, num_samples, reader)
     if not options.dataset_resampled:  # then every rank draws shards of its own
         data.shards = digest_of(shards, Retries(options.data_retries, reader.skips))
     return data
@@ -179,19 +164,19 @@ class EvalSamples:
 
     def __init__(
         self,
-        records: Sequence[Record],
+        samples: Sequence[Sample],
         preprocess: Callable | None,
         skips: Skips,
         strict: bool = False,
         max_image_pixels: int = MAX_PIXELS,
     ) -> None:
         """preprocess: PIL image to tensor; None where no image is read, or the attribute is set before."""
-        self.records, self.preprocess, self.strict = records, preprocess, strict
+        self.samples, self.preprocess, self.strict = samples, preprocess, strict
         self.max_image_pixels = max_image_pixels
-        self._skips, self._total = skips, len(records) + int(skips)
+        self._skips, self._total = skips, len(samples) + int(skips)
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.samples)
 
     @property
     def skipped(self) -> int:
@@ -199,16 +184,16 @@ class EvalSamples:
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str], dict]]:
         images = self._images()
-        for index, record in enumerate(self.records):
-            image = images[index]
-            if isinstance(image, Tensor):
-                yield image, list(record.captions), dict(record.metadata)
+        for index, sample in enumerate(self.samples):
+            image, reason = images[index]
+            if image is None:
+                self._note(sample, reason)
             else:
-                self._note(record, image)
+                yield image, list(sample.captions), dict(sample.metadata)
 
     def part(self, share: Share, batch_size: int) -> EvalSamples:
         """The samples of one process of a distributed evaluation."""
-        mine = share.part(self.records, batch_size)
+        mine = share.part(self.samples, batch_size)
         return EvalSamples(mine, self.preprocess, self._skips, self.strict, self.max_image_pixels)
 
     def batches(self, batch_size: int, workers: int = 0) -> Iterator[tuple[Tensor, list[list[str]], list[dict]]]:
@@ -225,27 +210,27 @@ class EvalSamples:
             worker_init_fn=worker_init_fn(),
             generator=torch.Generator(),
         )
-        records = iter(self.records)
+        samples = iter(self.samples)
         with reading(loader) as batches:
             for images, reasons in batches:
                 kept = []
-                for reason, record in zip(reasons, records, strict=False):
+                for reason, sample in zip(reasons, samples, strict=False):
                     if reason:
-                        self._note(record, reason)
+                        self._note(sample, reason)
                     else:
-                        kept.append(record)
+                        kept.append(sample)
                 if kept:
-                    captions = [list(record.captions) for record in kept]
-                    yield images, captions, [dict(record.metadata) for record in kept]
+                    captions = [list(sample.captions) for sample in kept]
+                    yield images, captions, [dict(sample.metadata) for sample in kept]
 
     def _images(self) -> Images:
         assert self.preprocess is not None  # set before images are read
-        return Images(self.records, self.preprocess, self.max_image_pixels)
+        return Images(self.samples, self.preprocess, self.max_image_pixels)
 
-    def _note(self, record: Record, reason: str) -> None:
+    def _note(self, sample: Sample, reason: str) -> None:
         if self.strict:
-            raise ValueError(f"cannot read the image {record.named}: {reason}; repair or remove it")
-        self._skips.note(record.named, reason)
+            raise ValueError(f"cannot read the image {sample.named}: {reason}; repair or remove it")
+        self._skips.note(sample.named, reason, place=sample.counted_as)
         self._skips.check(self._total)
 
 
@@ -274,11 +259,11 @@ def load_eval_samples(
         raise not_a_source(argument, source, "test-*.tar")
     skips = Skips(options.max_skipped)
     if options.is_csv(source, argument):
-        records = csv_records(source, options.csv_format, skips, argument, merge_images=True)
+        samples = csv_samples(source, options.csv_format, skips, argument)
     else:
-        records = tar_records(expand_shards(source, argument), skips, argument)
-    check_found(len(records), skips, source, argument)
-    return EvalSamples(records, preprocess, skips, max_image_pixels=options.max_image_pixels)
+        samples = tar_samples(expand_shards(source, argument), skips, argument)
+    check_found(len(samples), skips, source, argument)
+    return EvalSamples(samples, preprocess, skips, max_image_pixels=options.max_image_pixels)
 
 
 def _num_samples(shards: list[str], given: int | None) -> int:
@@ -296,22 +281,9 @@ def _num_samples(shards: list[str], given: int | None) -> int:
 
 def _from_sizes(shards: list[str]) -> int | None:
     sizes = sizes_of(shards)
-    missing = [shard for shard in shards if shard not in sizes]
-    if not missing:
-        return sum(sizes.values())
-    if sizes:
-        directory, name = os.path.split(missing[0])
-        raise ValueError(
-            f"train_data: {os.path.join(directory, SIZES_FILE)} does not list {name}: pass the number of samples per "
-            "epoch as train_num_samples"
-        )
-    beside = Path(shards[0]).parent
-    length = beside / "__len__"
-    if any(map(is_remote, shards)) or not length.is_file():
-        return None
-    if {*map(Path, shards)} != {*beside.glob("*.tar")}:
-        return None  # it counts the samples of its directory, and these are others
-    try:
-        return int(length.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{length} contains no number of samples: {error}") from error
+    if len(sizes) == len(set(shards)):
+        return sum(sizes[shard] for shard in shards)
+    directory = Path(shards[0]).parent
+    if {*map(Path, shards)} != {*directory.glob("*.tar")} or not (directory / "__len__").is_file():
+        return None  # __len__ counts the samples of its directory
+    return int((directory / "__len__").read_text("utf-8"))

@@ -6,10 +6,10 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from ..checks import check, one_of
 from .csv_rows import CsvFormat
-from .images import MAX_PIXELS, check_max_pixels
-from .retries import RETRIES, check_retries
-from .skips import MAX_SKIPPED, check_max_skipped
+from .images import MAX_PIXELS
+from .skips import MAX_SKIPPED, RETRIES
 
 CSV_EXTENSIONS = (".csv", ".tsv")
 _OF_A_RANK = ("train_data", "workers", "data_retries", "allow_pipe")
@@ -43,10 +43,9 @@ class SourceOptions:
     """Largest image to decode, in pixels; larger ones, and those of a shape of more than 200:1, count as unreadable."""
 
     def __post_init__(self) -> None:
-        if self.dataset_type not in ("auto", "webdataset", "csv"):
-            raise ValueError(f"dataset_type: got {self.dataset_type!r}, expected 'auto', 'webdataset' or 'csv'")
-        check_max_skipped(self.max_skipped)
-        check_max_pixels(self.max_image_pixels)
+        one_of("dataset_type", self.dataset_type, ("auto", "webdataset", "csv"))
+        check("max_skipped", self.max_skipped, 0 <= self.max_skipped <= 1, "a share from 0 to 1 (0.1: a tenth)")
+        check("max_image_pixels", self.max_image_pixels, self.max_image_pixels >= 1, "at least 1")
 
     @property
     def csv_format(self) -> CsvFormat:
@@ -91,7 +90,7 @@ class DataOptions(SourceOptions):
     """With dataset_resampled: how often the shards of each source in train_data are drawn, relative to the others, such
     as "1::2" for "A::B"."""
     cache: bool = False
-    """Keep preprocessed images and tokens in memory; for small data sets (see `clipup.data.in_memory`)."""
+    """Keep preprocessed images and tokens in memory; for small data sets (see `clipup.data.indexed`)."""
     allow_pipe: bool = False
     """Let `pipe:COMMAND` in `train_data` run its command in a shell."""
     data_retries: int = RETRIES
@@ -100,15 +99,12 @@ class DataOptions(SourceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: got {self.batch_size}, expected at least 1")
-        if self.accum_freq < 1:
-            raise ValueError(f"accum_freq: got {self.accum_freq}, expected at least 1")
-        if self.train_num_samples is not None and self.train_num_samples < 1:
-            raise ValueError(f"train_num_samples: got {self.train_num_samples}, expected at least 1")
-        check_retries(self.data_retries)
-        if self.workers < 0:
-            raise ValueError(f"workers: got {self.workers}, expected 0 (read in this process) or more")
+        samples = self.train_num_samples
+        check("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        check("accum_freq", self.accum_freq, self.accum_freq >= 1, "at least 1")
+        check("train_num_samples", samples, samples is None or samples >= 1, "at least 1")
+        check("data_retries", self.data_retries, self.data_retries >= 0, "0 (no further try) or more")
+        check("workers", self.workers, self.workers >= 0, "0 (read in this process) or more")
         if self.train_data_upsampling_factors is not None and not self.dataset_resampled:
             raise ValueError(
                 f"train_data_upsampling_factors={self.train_data_upsampling_factors!r} needs dataset_resampled: only "

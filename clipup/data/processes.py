@@ -8,6 +8,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -65,42 +66,8 @@ def each(
         ends.close()
 
 
-class _Worker:
-    """What a worker process of a map does. It is told to end between the results that it sends: half of one would keep
-    the pool waiting for the rest."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._computing = self._ending = False
-
-    def all(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        with self._lock:
-            if self._ending:
-                os._exit(1)
-            self._computing = True
-        try:
-            return [function(item) for item in items]
-        finally:
-            with self._lock:
-                self._computing = False
-
-    def end_with(self, parent: Any, end: Connection) -> None:
-        """Ends the process with its parent, and, unless it sends a result, when there is something to receive."""
-        if parent in wait([parent, end]):
-            os._exit(1)
-        with self._lock:
-            self._ending = True
-            if self._computing:
-                os._exit(1)
-        wait([parent])  # the pool ends those that have nothing to do
-        os._exit(1)
-
-
-_worker = _Worker()
-
-
 def _all(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    return _worker.all(function, items)
+    return [function(item) for item in items]
 
 
 def _prepare_for_map(end: Connection) -> None:
@@ -108,7 +75,15 @@ def _prepare_for_map(end: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked, they have the handlers of the calling process
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=_worker.end_with, args=(parent.sentinel, end), daemon=True).start()
+    threading.Thread(target=_end_map, args=(parent.sentinel, end), daemon=True).start()
+
+
+def _end_map(parent: int, end: Connection) -> None:
+    """Ends a worker with its parent, and a second after there is something to receive: a result that is being sent
+    arrives as a whole."""
+    if parent not in wait([parent, end]):
+        time.sleep(_SECONDS_TO_END)
+    os._exit(1)
 
 
 def worker_init_fn() -> Callable[[int], None]:
@@ -124,15 +99,6 @@ def worker_init_fn() -> Callable[[int], None]:
 
 class LostWorker(ChildProcessError):
     """A data worker was killed, or has ended otherwise."""
-
-    @classmethod
-    def after(cls, error: BaseException) -> LostWorker:
-        if _fills_shared_memory(error):
-            return cls(SHARED_MEMORY_FULL)
-        reason = next(iter(str(error).splitlines()), type(error).__name__).removesuffix(".")
-        return cls(
-            f"a data worker has ended ({reason}), perhaps killed for lack of memory: use fewer workers, or free memory"
-        )
 
 
 SHARED_MEMORY_FULL = (
@@ -151,75 +117,52 @@ def _fills_shared_memory(error: BaseException) -> bool:
 
 @contextmanager
 def lost_workers_named(iterator: Any = None) -> Iterator[None]:
-    """Inside, while data are read, LostWorker takes the place of torch's error and of that of a broken connection.
+    """Inside, while data are read, LostWorker takes the place of torch's error and of that of a broken connection. An
+    error that a worker raised has that worker's message alone, without its traceback.
 
     Args:
         iterator: a data loader's, whose workers tell of what they died.
     """
     try:
         yield
-    except (RuntimeError, OSError, EOFError) as error:
-        if any(worker.exitcode == -signal.SIGBUS for worker in getattr(iterator, "_workers", ())):
+    except (RuntimeError, ValueError, OSError, EOFError, MemoryError) as error:
+        killed_by = {worker.exitcode for worker in getattr(iterator, "_workers", ())}
+        if -signal.SIGBUS in killed_by or _fills_shared_memory(error):
             raise LostWorker(SHARED_MEMORY_FULL) from error
-        ended = isinstance(error, ConnectionError | EOFError) or str(error).startswith("DataLoader worker")
-        if _fills_shared_memory(error) or (ended and not _was_raised_by_worker(error)):
-            raise LostWorker.after(error) from error
+        message = str(error)
+        if message.startswith("Caught "):  # by torch, which appends the worker's traceback
+            message = re.split(rf"\n[\w.]*\b{type(error).__name__}: ?", message)[-1]
+            raise type(error)(message.strip()) from error
+        if isinstance(error, ConnectionError | EOFError) or message.startswith("DataLoader worker"):
+            reason = next(iter(message.splitlines()), type(error).__name__).removesuffix(".")
+            raise LostWorker(
+                f"a data worker has ended ({reason}), perhaps killed for lack of memory: use fewer workers, or free "
+                "memory"
+            ) from error
         raise
 
 
-def detect_lost_workers_when_reading(handler: Any = signal.SIG_DFL) -> None:
+def detect_lost_workers_when_reading() -> None:
     """Removes torch's SIGCHLD handler, which raises wherever the process is when a data worker dies: while a checkpoint
-    is written, or while the run ends. The data loader detects it within seconds when it waits for data.
-
-    Args:
-        handler: takes its place.
-    """
-    if _is_torchs(_sigchld_handler()) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None or _is_torchs(handler) else handler)
-
-
-def _sigchld_handler() -> Any:
-    return signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-
-
-def _is_torchs(handler: Any) -> bool:
-    return getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
-
-
-def _was_raised_by_worker(error: BaseException) -> bool:
-    """Whether torch raised it in place of a worker's error of that class. The message is the worker's traceback."""
-    return str(error).startswith("Caught ")
-
-
-@contextmanager
-def _errors_of_workers_as_raised() -> Iterator[None]:
-    """Inside, an error that a data loader's worker raised has that worker's message alone, without its traceback."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError) as error:
-        if not _was_raised_by_worker(error):
-            raise
-        # the traceback names classes with their modules
-        kind = type(error)
-        name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-        _, _, message = str(error).rpartition(f"\n{name}: ")
-        raise kind(message.strip()) from error
+    is written, or while the run ends. The data loader detects it within seconds when it waits for data."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    of_torch = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+    if of_torch and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 @contextmanager
 def reading(loader: Any) -> Iterator[Iterator[Any]]:
-    """An iterator over a data loader, whose workers end if the block is left before the last batch. Of its errors, one
-    that a worker raised has that worker's message alone, and that of a lost worker is LostWorker; the rest of the block
-    is not interrupted.
+    """An iterator over a data loader, whose workers end if the block is left before the last batch, with errors as in
+    ``lost_workers_named``; the rest of the block is not interrupted.
 
     Without it they end when the iterator is garbage-collected. The traceback of an error keeps the iterator, and when
     both are collected at once, the queues may be gone first: the workers are not told to end, and the process waits
     five seconds for each. Persistent workers stay for the next iteration unless an error ends this one.
     """
-    handler = _sigchld_handler()
     with lost_workers_named():
         iterator = iter(loader)
-    detect_lost_workers_when_reading(handler)
+    detect_lost_workers_when_reading()
     persistent = getattr(loader, "persistent_workers", False)
     try:
         yield _with_errors_named(iterator)
@@ -236,7 +179,7 @@ def reading(loader: Any) -> Iterator[Iterator[Any]]:
 
 
 def _with_errors_named(iterator: Iterator[Any]) -> Iterator[Any]:
-    with _errors_of_workers_as_raised(), lost_workers_named(iterator):
+    with lost_workers_named(iterator):
         yield from iterator
 
 
@@ -279,9 +222,8 @@ def _prepare_worker(worker: int) -> None:
     if parent is not None:
         os.setpgid(0, 0)
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = functools.partial(_report, sys.excepthook)
 
 
@@ -304,17 +246,10 @@ def _report(
 def _register_at_exit() -> None:
     """``atexit`` runs functions in reverse order, so ours runs before that of ``multiprocessing.util``."""
     importlib.import_module("multiprocessing.util")
-    atexit.register(_end_daemons)
+    atexit.register(_kill_daemons)
 
 
-def _end_daemons() -> None:
-    """Terminates daemonic children as ``multiprocessing`` would, and kills those that ignore it."""
-    if hasattr(signal, "SIGCHLD"):  # torch's handler raises when a worker is killed, here too
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    daemons = [child for child in multiprocessing.active_children() if child.daemon]
-    for child in daemons:
-        child.terminate()
-    left, deadline = {child.sentinel for child in daemons}, time.monotonic() + _SECONDS_TO_END
-    while left and time.monotonic() < deadline:
-        left.difference_update(wait(list(left), deadline - time.monotonic()))
-    _kill(daemons)
+def _kill_daemons() -> None:
+    """Kills daemonic children, which ``multiprocessing`` would terminate: data workers ignore that."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker is killed, here too
+    _kill([child for child in multiprocessing.active_children() if child.daemon])

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -20,8 +21,9 @@ from urllib.parse import urlsplit
 
 from .. import checks
 from ..extras import needed_for
-from .retries import Retries, SourceError
 from .shard_writer import DATASET_FILE, SIZES_FILE, sha256
+from .skips import Retries, SourceError
+from .tars import IMAGE_EXTENSIONS, TAR
 
 FileState = tuple[int, int]
 """The size of a file and its time of modification in nanoseconds."""
@@ -43,9 +45,9 @@ def expand_shards(source: str | os.PathLike, argument: str, allow_pipe: bool | N
     """
     source = os.fspath(source)
     shards: list[str] = []
-    for pattern in [source] if _is_file(source) else filter(None, source.split("::")):
-        for name in [pattern] if _is_file(pattern) else _braces(pattern, argument):
-            if is_remote(name) and not _is_file(name):
+    for pattern in [source] if os.path.isfile(source) else filter(None, source.split("::")):
+        for name in [pattern] if os.path.isfile(pattern) else _braces(pattern, argument):
+            if is_remote(name) and not os.path.isfile(name):
                 shards.append(_checked_url(name, argument, allow_pipe))
             else:
                 shards += _found(name, pattern, argument)
@@ -83,14 +85,10 @@ def listed_shards(directory: str | os.PathLike, split: str, argument: str) -> li
     Raises as `expand_shards`, and ValueError for a split that does not exist or a name that is not a bare file name.
     """
     path = Path(directory) / DATASET_FILE
-    splits = describe(directory).get("splits")
-    if not isinstance(splits, dict) or split not in splits:
-        there = ", ".join(splits) if isinstance(splits, dict) else "none"
-        raise ValueError(f"split: {directory} has no split {split!r}, its splits are {there}")
-    names = [name for name, _ in _entries(splits[split], path)]
-    if not names:
-        raise ValueError(f"{argument}: {path} lists no shard of the split {split!r}")
-    return local_shards([Path(directory) / name for name in names], argument)
+    splits = describe(directory).get("splits", {})
+    if split not in splits:
+        raise ValueError(f"split: {directory} has no split {split!r}, its splits are {', '.join(splits)}")
+    return local_shards([Path(directory) / name for name, _ in _entries(splits[split], path)], argument)
 
 
 def describe(directory: str | os.PathLike) -> dict:
@@ -100,12 +98,46 @@ def describe(directory: str | os.PathLike) -> dict:
         raise FileNotFoundError(
             f"{directory} contains no {DATASET_FILE}: build a data set there with `clipup data pictograms {directory}`"
         )
-    return _json_object(path)
+    return checks.read_json(path)
 
 
 def is_remote(name: str) -> bool:
     """Whether a shard is given by a URL (http:, s3:, pipe:, file:, ...) instead of a path."""
     return _URL.match(name) is not None
+
+
+def check_local(shards: Sequence[str], argument: str) -> None:
+    """Raises ValueError for a shard that is given by a URL."""
+    for shard in shards:
+        if is_remote(shard):
+            raise ValueError(f"{argument}: {shard} is not a local file, which is required here: copy it first")
+
+
+def not_a_source(argument: str, directory: str | os.PathLike, shards: str = "*.tar") -> ValueError:
+    """The error for a directory where shards or a CSV file are expected: what to name in it, or how to make data of it.
+
+    Args:
+        argument: the argument that got the directory.
+        shards: the preferred shard pattern.
+    """
+    root = Path(directory)
+    named = next((path for pattern in (shards, "*.tar", "*.csv", "*.tsv") for path in sorted(root.glob(pattern))), None)
+    image = next((path for path in root.rglob("*") if path.suffix.lower()[1:] in IMAGE_EXTENSIONS), None)
+    if named is not None:
+        advice = f"name its shards or a CSV file, such as {root / shards if named.match(shards) else named}"
+    elif image is not None and image.with_suffix(".txt").is_file():
+        advice = (
+            f"it holds images with captions beside them, which make a shard: {TAR} -cf data.tar "
+            f"-C {shlex.quote(str(root))} . and name data.tar"
+        )
+    elif image is not None:
+        advice = (
+            f"it holds images, such as {image.name}, and no captions: write a CSV file with the columns filepath and "
+            "title, separated by a tab, one image per line, and name that file"
+        )
+    else:
+        advice = "it holds no shard (.tar), no CSV file and no image"
+    return ValueError(f"{argument}: {root} is a directory: {advice}")
 
 
 def open_shard(shard: str) -> BinaryIO:
@@ -150,31 +182,26 @@ def check_state(descriptor: int, expected: FileState, shard: str) -> None:
 def sizes_of(shards: Sequence[str]) -> dict[str, int]:
     """The number of samples of each shard that a `sizes.json` beside it lists."""
     sizes: dict[str, int] = {}
-    known: dict[str, dict[str, int]] = {}
+    read = cache(_sizes_in)
     for shard in shards:
         directory, name = os.path.split(shard)
-        if directory not in known:
-            known[directory] = {} if is_remote(shard) else _sizes_in(directory)
-        if name in known[directory]:
-            sizes[shard] = known[directory][name]
+        listed = {} if is_remote(shard) else read(directory)
+        if name in listed:
+            sizes[shard] = listed[name]
     return sizes
 
 
 def check_unchanged(shards: Sequence[str], argument: str) -> None:
     """Raises ValueError, naming the shard, when its sha256 differs from that in the `dataset.json` beside it."""
-    listed: dict[str, dict[str, str]] = {}
+    read = cache(_listed_hashes)
     for shard in shards:
         if is_remote(shard):
             continue
         directory, name = os.path.split(shard)
-        if directory not in listed:
-            listed[directory] = _listed_hashes(Path(directory))
-        expected = listed[directory].get(name)
-        if expected is None:
-            continue
+        expected = read(Path(directory)).get(name)
         state = os.stat(shard)
-        found = _sha256(shard, state.st_size, state.st_mtime_ns)
-        if found != expected:
+        found = _sha256(shard, state.st_size, state.st_mtime_ns) if expected else ""
+        if expected and found != expected:
             raise ValueError(
                 f"{argument}: {shard} is not the file listed in {DATASET_FILE} beside it (sha256 {found[:16]}..., "
                 f"expected {expected[:16]}...): it was damaged or changed; copy it again, or build the data set again"
@@ -200,13 +227,9 @@ def _path_of(shard: str) -> str | None:
     return path.removeprefix("//") if scheme.strip().lower() == _FILE else None
 
 
-def _is_file(path: str) -> bool:
-    return os.path.isfile(path)
-
-
 def _found(name: str, pattern: str, argument: str) -> list[str]:
-    matches = [name] if _is_file(name) or not glob.has_magic(name) else sorted(glob.glob(name))
-    if not matches or not all(map(_is_file, matches)):
+    matches = [name] if os.path.isfile(name) or not glob.has_magic(name) else sorted(glob.glob(name))
+    if not matches or not all(map(os.path.isfile, matches)):
         raise FileNotFoundError(
             f"{argument}: no shard {name} (from {pattern!r}): build the data first, or correct the path"
         )
@@ -255,16 +278,13 @@ def _checked_url(url: str, argument: str, allow_pipe: bool | None) -> str:
 def _entries(split: Any, path: Path) -> list[tuple[str, str | None]]:
     """Name and sha256 of the shards listed in a split."""
     entries = []
-    try:
-        for shard in split["shards"]:
-            name, digest = shard["file"], shard.get("sha256")
-            if name != os.path.basename(name) or name in ("", os.curdir, os.pardir) or "\0" in name or "\\" in name:
-                raise ValueError(
-                    f"{path} lists {name!r} as a shard, expected the name of a file beside it: do not trust it"
-                )
-            entries.append((name, digest))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} does not list its shards in the format of `clipup data` ({error!r})") from error
+    for shard in split["shards"]:
+        name = shard["file"]
+        if name != os.path.basename(name) or name in ("", os.curdir, os.pardir) or "\0" in name or "\\" in name:
+            raise ValueError(
+                f"{path} lists {name!r} as a shard, expected the name of a file beside it: do not trust it"
+            )
+        entries.append((name, shard.get("sha256")))
     return entries
 
 
@@ -273,8 +293,7 @@ def _listed_hashes(directory: Path) -> dict[str, str]:
     path = directory / DATASET_FILE
     if not path.is_file():
         return {}
-    content = checks.read_json(path)
-    splits = content.get("splits") if isinstance(content, dict) else None
+    splits = checks.read_json(path).get("splits")
     if not isinstance(splits, dict) or not all(isinstance(one, dict) and "shards" in one for one in splits.values()):
         return {}  # written by another tool
     return {name: digest for split in splits.values() for name, digest in _entries(split, path) if digest}
@@ -288,17 +307,8 @@ def _sha256(path: str, size: int, mtime_ns: int) -> str:
 
 def _sizes_in(directory: str) -> dict[str, int]:
     path = Path(directory) / SIZES_FILE
-    sizes = {}
-    for name, size in (_json_object(path) if path.is_file() else {}).items():
-        try:
-            sizes[name] = int(size)
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{path} lists {size!r} for {name}, expected a number of samples") from None
-    return sizes
-
-
-def _json_object(path: Path) -> dict:
-    content = checks.read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} contains a JSON {type(content).__name__}, expected an object")
-    return content
+    listed = checks.read_json(path) if path.is_file() else {}
+    try:
+        return {name: int(size) for name, size in listed.items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a number of samples for each shard ({error})") from error

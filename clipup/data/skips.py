@@ -1,4 +1,4 @@
-"""Unreadable samples: each is logged and counted once, and too many of them raise an error.
+"""What cannot be read: retried, then skipped, logged and counted once; too many skipped samples raise an error.
 
 Worker processes only take notes, which accompany the batches to the main process. So counts do not depend on which
 worker met a sample first.
@@ -6,22 +6,41 @@ worker met a sample first.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+import random
+from collections.abc import Callable, Iterable, Mapping
+from time import sleep
+from typing import NamedTuple, TypeVar
+
+Result = TypeVar("Result")
 
 MAX_SKIPPED = 0.1
 """Default for the largest share of samples that may be unreadable."""
 GIVE_UP_AFTER = 10_000
 """Consecutive unreadable samples after which reading stops, because an endless stream would never end."""
+RETRIES = 4
+"""Default for the number of further tries."""
+FIRST_PAUSE = 2.0
+"""Seconds before the second try; each further pause is twice as long, up to about a minute."""
+_DOUBLINGS = 5
+_LACK = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""What this process or machine lacks says nothing about the data."""
+_LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, *_LACK}
+"""Errors that waiting does not repair."""
 
 _LOG = logging.getLogger(__name__)
 
 
-def check_max_skipped(share: float) -> None:
-    if not 0 <= share <= 1:
-        raise ValueError(f"max_skipped: got {share}, expected a share from 0 to 1 (0.1: a tenth of the samples)")
+class SourceError(ValueError):
+    """What prevents reading is no fault of a sample, so no other one may take its place."""
+
+
+def raise_lack(error: BaseException) -> None:
+    """Raises an error that is no fault of a sample: of the source, or for lack of memory or of open files."""
+    if isinstance(error, SourceError | MemoryError) or getattr(error, "errno", None) in _LACK:
+        raise error
 
 
 class Note(NamedTuple):
@@ -31,13 +50,9 @@ class Note(NamedTuple):
     """In messages."""
     reason: str
     samples: int = 1
-    """How many samples it stands for."""
+    """How many samples it stands for; 0 is a remark."""
     place: str = ""
-    """By which it is counted, where that is not the name: a name that is read with the sample may be unreadable too."""
-
-    @property
-    def counted_as(self) -> str:
-        return self.place or self.name
+    """By which it is counted, if that is not the name: several samples can have the same name."""
 
 
 class Report(NamedTuple):
@@ -46,9 +61,7 @@ class Report(NamedTuple):
 
     met: int
     skipped: list[Note]
-    retried: Sequence[tuple[str, str]] = ()
-    several_lines: bool = False
-    """Whether a caption was a txt of several lines."""
+    retried: list[tuple[str, str]]
 
 
 class Notes:
@@ -56,10 +69,10 @@ class Notes:
 
     def __init__(self) -> None:
         self.met = 0
-        self._several_lines = False
         self._notes: list[Note] = []
         self._retried: list[tuple[str, str]] = []
         self._in_a_row = 0
+        self._several_lines = False
 
     def add(self, name: str, reason: object, samples: int = 1, place: str = "") -> None:
         """The fields of a note. Raises ValueError after too many unreadable samples in a row."""
@@ -75,77 +88,121 @@ class Notes:
     def read(self, several_lines: bool) -> None:
         """Call when a sample was read, with whether its caption is a txt of several lines."""
         self._in_a_row = 0
-        self._several_lines |= several_lines
+        if several_lines and not self._several_lines:
+            self._several_lines = True
+            self._notes.append(SEVERAL_LINES)
 
     def first(self) -> str:
         """The first note as text; "" when there is none."""
-        return f"; {self._notes[0].name}: {self._notes[0].reason}" if self._notes else ""
+        return next((f"; {note.name}: {note.reason}" for note in self._notes if note.samples), "")
 
     def report(self) -> Report:
-        report = Report(self.met, self._notes, self._retried, self._several_lines)
+        report = Report(self.met, self._notes, self._retried)
         self.met, self._notes, self._retried = 0, [], []
         return report
+
+
+SEVERAL_LINES = Note(
+    "a .txt of the training data has several lines",
+    "in training each .txt is one caption. List several captions of an image in its .json, as captions",
+    0,
+)
+
+
+class Retries:
+    """Calls a function that reads until it succeeds, at most ``retries`` times more than once.
+
+    Pauses are 2, 4, 8, ..., 64, 64, ... seconds, each between a half and one and a half of that, so that many processes
+    do not return to a server at once. After a read that failed to the end, none is repeated until one succeeds: a lost
+    disk ends a run instead of delaying every sample.
+    """
+
+    def __init__(self, retries: int, notes: Notes | Skips) -> None:
+        """notes: where repetitions are noted."""
+        self.retries, self.notes = retries, notes
+        self._left = retries
+
+    def __call__(self, name: Callable[[], str], read: Callable[[], Result]) -> Result:
+        """What ``read`` returns. Raises its last OSError, or at once one that waiting cannot repair.
+
+        Args:
+            name: gives the name of what is read, for the log.
+        """
+        number = 0
+        while True:
+            try:
+                result = read()
+                break
+            except OSError as error:
+                if error.errno in _LASTING:
+                    raise
+                if number >= self._left:
+                    self._left = 0
+                    raise
+                self.notes.retry(name(), error)
+            sleep(FIRST_PAUSE * 2 ** min(number, _DOUBLINGS) * random.Random().uniform(0.5, 1.5))
+            number += 1
+        self._left = self.retries
+        return result
+
+
+def read_whole(read: Callable[[], Result], path: str, argument: str, retried: Retries) -> Result:
+    """What ``read`` returns of a whole shard or CSV file. Raises OSError, naming it: no sample of it is skipped."""
+    try:
+        return retried(lambda: path, read)
+    except OSError as error:
+        raise OSError(
+            f"{argument}: {path} cannot be read ({error}): repair the disk or the mount, copy the file again, or leave "
+            "it out"
+        ) from error
 
 
 class Skips:
     """Unreadable samples so far. `int(skips)` is their number."""
 
     def __init__(self, max_skipped: float = 1.0) -> None:
-        """Raises ValueError when `max_skipped` is not a share."""
-        check_max_skipped(max_skipped)
         self.max_skipped = max_skipped
         self.samples: dict[str, int] = {}
         """How many each note stands for, by what it is counted as."""
-        self._count = 0
         self.first = ""
         """The first one and its reason, as text."""
         self.retries = 0
         """How often something was read again after an error that may be temporary."""
-        self.mentions_lines = True
-        """Whether a txt of several lines is still to be mentioned."""
 
     def __int__(self) -> int:
-        return self._count
+        return sum(self.samples.values())
 
-    def note(self, name: str, reason: object, samples: int = 1) -> None:
+    def note(self, name: str, reason: object, samples: int = 1, place: str = "") -> None:
         """Counts and logs skipped samples, unless they are known already."""
-        self.add([Note(name, str(reason), samples)])
+        self.add([Note(name, str(reason), samples, place)])
 
     def add(self, notes: Iterable[Note]) -> None:
         """Counts and logs what is not known already."""
         for note in notes:
-            if note.counted_as in self.samples or note.name in self.samples:  # checkpoints of before hold names
+            if (note.place or note.name) in self.samples:
                 continue
-            self.samples[note.counted_as] = note.samples
-            self._count += note.samples
+            self.samples[note.place or note.name] = note.samples
+            if not note.samples:
+                _LOG.warning("%s: %s", note.name, note.reason)
+                continue
             self.first = self.first or f"{note.name}: {note.reason}"
             more = f" ({note.samples} samples)" if note.samples > 1 else ""
             _LOG.warning("skipped %s: %s%s", note.name, note.reason, more)
 
     def restore(self, samples: Mapping[str, int]) -> None:
         """Counts samples that were skipped before the run was resumed; they are not logged again."""
-        new = {one: count for one, count in samples.items() if one not in self.samples}
-        self.samples |= new
-        self._count += sum(new.values())
+        self.samples = {**samples, **self.samples}
 
     def retry(self, what: str, error: object) -> None:
         """Call before something is read again after an error."""
         self.retries += 1
         _LOG.warning("reads %s again: %s", what, error)
 
-    def add_retries(self, retried: Iterable[tuple[str, str]]) -> None:
-        """Counts and logs them."""
-        for what, error in retried:
+    def add_report(self, report: Report) -> None:
+        """Counts and logs what a reader met."""
+        for what, error in report.retried:
             self.retry(what, error)
-
-    def mention_lines(self, several_lines: bool) -> None:
-        """Logs once, if the caption of a sample is a txt of several lines, that it is one caption."""
-        if several_lines and self.mentions_lines:
-            self.mentions_lines = False
-            _LOG.warning(
-                "a .txt of the training data has several lines: in training each .txt is one caption. List several "
-                "captions of an image in its .json, as captions"
-            )
+        self.add(report.skipped)
 
     def check(self, total: float, count: float | None = None, world_size: int = 1) -> None:
         """Raises ValueError when more than `max_skipped` of `total` samples are unreadable.
@@ -155,7 +212,7 @@ class Skips:
             world_size: with several processes, each checks its own part with a tolerance of three standard deviations,
                 because unreadable samples are not spread evenly.
         """
-        count = self._count if count is None else count
+        count = int(self) if count is None else count
         chance = 3 * math.sqrt(self.max_skipped * total) if world_size > 1 else 0
         if count > self.max_skipped * total + chance:
             raise ValueError(

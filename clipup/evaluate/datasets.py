@@ -30,7 +30,7 @@ from .. import checks
 from ..data.csv_rows import CsvFormat, leaves
 from ..data.images import MAX_PIXELS
 from ..data.loaders import EvalSamples
-from ..data.sample_index import Record, csv_records, tar_records
+from ..data.samples import Sample, csv_samples, tar_samples
 from ..data.shard_names import expand_shards, listed_shards, local_shards
 from ..data.shard_writer import DATASET_FILE
 from ..data.skips import Skips
@@ -48,7 +48,7 @@ _WORDNET_DIRECTORIES = f"n{'[0-9]' * 8}"
 class RetrievalSet:
     """Images with their captions."""
 
-    records: Sequence[Record]
+    records: Sequence[Sample]
 
     def samples(self, preprocess: Callable[[Any], Tensor], max_image_pixels: int = MAX_PIXELS) -> EvalSamples:
         """The samples for ``evaluate_retrieval``. An unreadable or too large image raises ``ValueError``, naming it."""
@@ -224,7 +224,7 @@ def webdataset(root: str | Path, split: str = "test", templates: Sequence[Templa
     else:
         shards = expand_shards(str(root), "root")
     skips = Skips()
-    return _nothing_skipped(tar_records(shards, skips, "root"), skips, root)
+    return _nothing_skipped(tar_samples(shards, skips, "root"), skips, root)
 
 
 def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key: str) -> RetrievalSet:
@@ -245,7 +245,7 @@ def csv(root: str | Path, split: str, separator: str, img_key: str, caption_key:
     skips = Skips()
     form = CsvFormat(separator, img_key, caption_key)
     directory = Path(root) if Path(root).is_dir() else None
-    records = csv_records(str(path), form, skips, "root", merge_images=True, directory=directory)
+    records = csv_samples(str(path), form, skips, "root", directory)
     return _nothing_skipped(records, skips, path)
 
 
@@ -345,10 +345,10 @@ def _retrieval(pairs: list[tuple[Path, list[str]]], source: Path, root: Path) ->
             f"root: {len(missing)} of the {len(pairs)} images that {source} names are missing under {root}, the first "
             f"is {missing[0]}"
         )
-    return RetrievalSet([Record(path.name, str(path), tuple(texts)) for path, texts in pairs])
+    return RetrievalSet([Sample(path.name, str(path), tuple(texts)) for path, texts in pairs])
 
 
-def _nothing_skipped(records: list[Record], skips: Skips, source: str | Path) -> RetrievalSet:
+def _nothing_skipped(records: list[Sample], skips: Skips, source: str | Path) -> RetrievalSet:
     if int(skips) or not records:
         raise ValueError(
             f"root: {source} contains {len(records)} samples with an image and a caption, and {int(skips)} without; "

@@ -12,7 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..data.images import MAX_PIXELS, load_image
 from ..data.loaders import EvalSamples
-from ..data.sample_index import Record
+from ..data.samples import Sample
 from ..data.shard_names import expand_shards, open_shard
 from ..data.skips import Skips
 from ..data.tars import lines, read_samples
@@ -132,7 +132,7 @@ def labelled_images(
     Raises:
         ValueError: an unreadable image, by name: skipping it would change the accuracy.
     """
-    records = [Record(path.name, str(path), (), metadata={"label": label}) for path, label in found]
+    records = [Sample(path.name, str(path), (), metadata={"label": label}) for path, label in found]
     samples = EvalSamples(records, preprocess, Skips(), strict=True, max_image_pixels=max_image_pixels)
     for images, _, metadata in samples.batches(batch_size, workers):
         yield from ((image, about["label"]) for image, about in zip(images, metadata, strict=True))

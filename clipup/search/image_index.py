@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..atomic_files import replace_files
 from ..data.images import upright
 from ..data.loaders import EvalSamples
-from ..data.sample_index import Record
+from ..data.samples import Sample
 from ..data.skips import Skips
 from ..locks import LOCK_FILE, exclusive
 from ..precision import Precision
@@ -159,7 +159,7 @@ class _Reasons(Skips):
         super().__init__()
         self.reasons: dict[str, str] = {}
 
-    def note(self, name: str, reason: object, samples: int = 1) -> None:
+    def note(self, name: str, reason: object, samples: int = 1, place: str = "") -> None:
         super().note(name, reason, samples)
         self.reasons[name] = str(reason)
 
@@ -167,7 +167,7 @@ class _Reasons(Skips):
 def update_index(
     directory: str | Path,
     images: str | Path,
-    records: Sequence[Record],
+    records: Sequence[Sample],
     encoder: Encoder,
     encode: Callable[[Tensor], Tensor],
     preprocess: Callable[[Any], Tensor],
@@ -241,7 +241,7 @@ def _upright(preprocess: Callable[[Any], Tensor], image: Any) -> Tensor:
     return preprocess(upright(image))
 
 
-def _entries(records: Sequence[Record]) -> tuple[dict[str, Entry], dict[str, str]]:
+def _entries(records: Sequence[Sample]) -> tuple[dict[str, Entry], dict[str, str]]:
     """The images as they are now, by name, and those that cannot be listed, with the reason."""
     now: dict[str, Entry] = {}
     skipped: dict[str, str] = {}

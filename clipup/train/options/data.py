@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...checks import check
-from ...data.images import check_max_pixels
 from ...data.options import DataOptions, SourceOptions
-from ...data.retries import check_retries
-from ...data.skips import check_max_skipped
 from ...precision import default_workers
 from .group import OptionGroup
 from .key_values import KeyValues
@@ -57,9 +54,8 @@ class TrainingDataOptions(OptionGroup):
         samples = self.train_num_samples
         check("train_num_samples", samples, samples is None or samples >= 1, "at least 1")
         check("workers", self.workers, self.workers >= 0, "0 or more")
-        check_max_skipped(self.max_skipped)
-        check_retries(self.data_retries)
-        check_max_pixels(self.max_image_pixels)
+        check("data_retries", self.data_retries, self.data_retries >= 0, "0 (no further try) or more")
+        self.val_data_options()  # checks its fields
 
     def data_options(self) -> DataOptions:
         """How the training data are read."""

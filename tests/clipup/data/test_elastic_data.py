@@ -14,7 +14,7 @@ import pytest
 import torch
 from picture_samples import preprocess, tokenizer
 
-from clipup.data import retries, shard_index
+from clipup.data import skips, sources
 from clipup.data.epoch_order import EpochOrder, GlobalBatches
 from clipup.data.loaders import train_loader
 from clipup.data.skips import Skips
@@ -182,27 +182,10 @@ def test_an_index_takes_few_bytes_a_sample_in_a_data_worker(pictures):
     assert len(pickle.dumps(source)) < 200 * 32 + 1000
 
 
-def test_a_shard_is_opened_once_by_a_process(pictures, monkeypatch):
-    source = source_of(pictures, "webdataset")
-    data, opened, system = loader(source, "webdataset"), [], os.open
-    monkeypatch.setattr(os, "open", lambda path, *more: opened.append(path) or system(path, *more))
-    for epoch in (0, 1):
-        batches_of(data, epoch)
-    assert sorted(map(os.path.basename, opened)) == [f"train-00000{n}.tar" for n in range(4)]
-
-
-def test_more_shards_than_may_be_open_are_read(pictures, monkeypatch):
-    monkeypatch.setattr("clipup.data.sources.OPEN_FILES", 2)
-    before = len(os.listdir("/proc/self/fd"))
-    data = loader(source_of(pictures, "webdataset"), "webdataset")
-    assert len({int(sample) for batch in batches_of(data, 0) for sample in batch[:, 0]}) == 60
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
-
-
 @pytest.fixture
 def pauses(monkeypatch):
     taken = []
-    monkeypatch.setattr(retries, "sleep", taken.append)
+    monkeypatch.setattr(skips, "sleep", taken.append)
     return taken
 
 
@@ -242,14 +225,14 @@ def test_a_lost_disk_does_not_delay_every_sample(pictures, pauses, monkeypatch):
 def kept(tmp_path, monkeypatch):
     """The shards whose headers are read, with a cache directory in which every index is kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shard_index, "_KEPT_FROM_SECONDS", -1)
-    read, shards = shard_index.read_index, []
+    monkeypatch.setattr(sources, "_KEPT_FROM_SECONDS", -1)
+    read, shards = sources.read_index, []
 
     def noted(shard, expected):
         shards.append(os.path.basename(shard))
         return read(shard, expected)
 
-    monkeypatch.setattr(shard_index, "read_index", noted)
+    monkeypatch.setattr(sources, "read_index", noted)
     return shards
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 import time
 
 import pytest
@@ -71,21 +69,6 @@ def test_workers_that_hang_when_an_iteration_is_left_are_killed():
         1 / 0  # noqa: B018
     worker.join(5)
     assert not worker.is_alive()
-
-
-@pytest.mark.slow
-def test_ctrl_c_while_workers_end_kills_them_and_is_no_traceback(pictures, capfd):
-    epochs, worker = hanging(pictures)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in a shell's background
-    ctrl_c = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    ctrl_c.start()
-    try:
-        epochs.close()
-    finally:
-        ctrl_c.join()
-        signal.signal(signal.SIGINT, before)
-    worker.join(5)
-    assert not worker.is_alive() and "Exception ignored" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("when", ["at exit", "when an iteration is left"])

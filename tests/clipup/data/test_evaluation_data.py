@@ -92,14 +92,6 @@ def test_evaluation_data_that_cannot_be_found_is_an_error(pictures, picture):
         eval_samples(folder / "images.parquet", preprocess)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_preprocess_that_returns_no_tensor_is_an_error_and_no_image_counts_as_unreadable(pictures, workers):
-    samples = eval_samples(pictures.shards(count=4, shards=1), lambda image: image.convert("L"))
-    with pytest.raises(TypeError, match=r"preprocess: returned Image for s0 in .*\.tar, expected a tensor \[C"):
-        list(samples.batches(2, workers))
-    assert samples.skipped == 0
-
-
 def test_workers_end_when_reading_is_left_early_or_by_an_error(pictures):
     shards, before = pictures.shards(count=4, shards=1), set(multiprocessing.active_children())
     batches = eval_samples(shards, preprocess).batches(1, workers=2)
@@ -116,9 +108,3 @@ def test_a_data_set_describes_itself(small, tmp_path):
     assert describe(out) == dataset == json.loads((out / "dataset.json").read_text())
     with pytest.raises(FileNotFoundError, match="contains no dataset.json"):
         describe(tmp_path)
-
-
-def test_an_index_error_of_preprocess_is_raised_as_it_is(pictures):
-    samples = eval_samples(pictures.shards(count=2, shards=1), lambda image: [][1])
-    with pytest.raises(IndexError, match="list index out of range"):
-        list(samples)

@@ -6,12 +6,11 @@ from __future__ import annotations
 import errno
 import io
 import os
-import resource
 
 import pytest
 from picture_samples import preprocess, samples_of, tokenizer
 
-from clipup.data import csv_rows, retries, sample_index, shard_index, shard_names, sources
+from clipup.data import samples, shard_names, skips, sources
 from clipup.data.loaders import eval_samples, train_loader
 from clipup.data.skips import Skips
 from clipup.train.training_data import Epochs
@@ -23,7 +22,7 @@ KINDS = ("csv", "webdataset", "cached csv", "cached webdataset")
 def pauses(monkeypatch):
     """The pauses between tries, which take no time."""
     taken = []
-    monkeypatch.setattr(retries, "sleep", taken.append)
+    monkeypatch.setattr(skips, "sleep", taken.append)
     return taken
 
 
@@ -46,7 +45,7 @@ def disk(monkeypatch):
             return super().read(size)
 
     disk = Disk()
-    for module in (shard_index, sample_index, csv_rows):
+    for module in (sources, samples):
         monkeypatch.setattr(module, "open", disk.open, raising=False)
     return disk
 
@@ -69,13 +68,6 @@ def test_a_read_that_fails_for_a_moment_while_a_shard_is_indexed_is_repeated(pic
     assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
 
 
-def test_pauses_grow_to_about_a_minute(pictures, disk, pauses):
-    disk.name, disk.failures = "train-000002.tar", 10**9
-    with pytest.raises(OSError, match="cannot be read"):
-        loader("webdataset", pictures.shards(), data_retries=1100)
-    assert len(pauses) == 1100 and 30 < max(pauses) < 100
-
-
 @pytest.mark.parametrize("kind", ["webdataset", "cached webdataset", "evaluation"])
 def test_a_shard_that_cannot_be_read_to_its_end_is_an_error_that_names_it(pictures, disk, pauses, kind):
     disk.name, disk.failures = "train-000002.tar", 10**9
@@ -88,7 +80,7 @@ def test_a_shard_that_cannot_be_read_to_its_end_is_an_error_that_names_it(pictur
 
 def test_no_index_is_kept_of_a_shard_that_could_not_be_read(pictures, disk, pauses, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shard_index, "_KEPT_FROM_SECONDS", -1)
+    monkeypatch.setattr(sources, "_KEPT_FROM_SECONDS", -1)
     source = pictures.shards()
     disk.name, disk.failures = "train-000002.tar", 1
     with pytest.raises(OSError, match="cannot be read"):
@@ -102,20 +94,6 @@ def test_images_read_into_memory_are_read_again_after_an_error(pictures, pauses,
     data = loader("cached csv", source)
     assert pictures_of(data) == list(range(24))
     assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
-
-
-@pytest.mark.parametrize("kind", ["csv", "cached csv"])
-def test_rows_are_checked_again_after_an_error_of_the_file_system(pictures, pauses, monkeypatch, kind):
-    source, stat, failures = pictures.csv(), os.stat, [errno.EIO]
-
-    def failing(path, *more, **options):
-        if str(path).endswith("5.png") and failures:
-            raise OSError(failures.pop(), "a moment")
-        return stat(path, *more, **options)
-
-    monkeypatch.setattr(os, "stat", failing)
-    data = loader(kind, source)
-    assert pictures_of(data) == list(range(24)) and (data.skips.retries, len(pauses)) == (1, 1)
 
 
 def compare(*ranks):
@@ -187,8 +165,8 @@ def test_ranks_may_read_the_same_shards_from_servers_of_their_own():
         ["https://a.example/s/0.tar?key=1", "pipe:cat /a/1.tar"],
         ["https://b.example/0.tar", "pipe:cat b/1.tar"],
     )
-    first, second = (shard_names.digest_of(shards, retries.Retries(0, Skips())) for shards in of_ranks)
-    assert first == second != shard_names.digest_of(["https://a.example/s/2.tar"], retries.Retries(0, Skips()))
+    first, second = (shard_names.digest_of(shards, skips.Retries(0, Skips())) for shards in of_ranks)
+    assert first == second != shard_names.digest_of(["https://a.example/s/2.tar"], skips.Retries(0, Skips()))
 
 
 @pytest.mark.parametrize("option", ["seed", "max_image_pixels", "max_skipped"])
@@ -208,37 +186,6 @@ def test_ranks_may_differ_in_how_they_read(pictures, option):
         for number, own in enumerate(({}, option))
     ]
     compare(*(Epochs(one, 1) for one in data))
-
-
-@pytest.mark.parametrize("kind, reads", [("csv", 0), ("csv", 2), ("cached csv", 0), ("evaluation", 2)])
-def test_a_csv_file_is_read_again_after_an_error(pictures, disk, pauses, kind, reads):
-    source = pictures.csv()
-    disk.name, disk.failures, disk.reads = "train.csv", 1, reads
-    data = eval_samples(source, preprocess) if kind == "evaluation" else loader(kind, source)
-    assert (len(data) if kind == "evaluation" else data.order["rows"]) == 24 and len(pauses) == 1
-
-
-@pytest.mark.parametrize("kind", ["csv", "evaluation"])
-def test_a_csv_file_that_cannot_be_read_to_its_end_is_named(pictures, disk, pauses, kind):
-    source = pictures.csv()
-    disk.name, disk.failures, disk.every = "train.csv", 10**9, 1
-    with pytest.raises(OSError, match=r"(train_data|source): .*train\.csv cannot be read .*Input/output error"):
-        eval_samples(source, preprocess) if kind == "evaluation" else loader(kind, source)
-    assert len(pauses) == 4
-
-
-def test_a_csv_file_that_changes_while_it_is_read_is_an_error(pictures, monkeypatch):
-    source, stat = pictures.csv(), os.stat
-
-    def changing(path, *more, **options):
-        if str(path).endswith("5.png"):
-            os.utime(source, ns=(0, 0))
-        return stat(path, *more, **options)
-
-    monkeypatch.setattr(os, "stat", changing)
-    monkeypatch.setattr(csv_rows, "_READ_AT_ONCE", 512)
-    with pytest.raises(ValueError, match=r"train\.csv was replaced or changed"):
-        loader("csv", source)
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "evaluation"])
@@ -276,106 +223,6 @@ def test_what_a_data_worker_finds_replaced_is_said_in_one_line(pictures, use):
             replace()
             list(data.dataloader)
     assert "\n" not in str(caught.value)
-
-
-def test_a_shard_that_is_overwritten_while_it_is_read_is_an_error(pictures):
-    data = loader("webdataset", pictures.shards(shards=1))
-    batches = iter(data.dataloader)
-    next(batches)
-    path = pictures.folder / "train-000000.tar"
-    path.write_bytes(path.read_bytes()[::-1])
-    with pytest.raises(ValueError, match="was replaced or changed"):
-        list(batches)
-
-
-@pytest.fixture
-def lost_handles(monkeypatch):
-    """Call it, and what is open now cannot be read any more, as after a file server has started again."""
-    lost = set()
-
-    def fail_if_lost(function):
-        def checked(descriptor, *more):
-            if descriptor in lost:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            return function(descriptor, *more)
-
-        return checked
-
-    opened, close = os.open, os.close
-    monkeypatch.setattr(os, "close", lambda descriptor: lost.discard(descriptor) or close(descriptor))
-    for name in ("pread", "fstat"):
-        monkeypatch.setattr(os, name, fail_if_lost(getattr(os, name)))
-    now_open = set()
-    monkeypatch.setattr(os, "open", lambda *args, **options: now_open.add(one := opened(*args, **options)) or one)
-    return lambda: lost.update(now_open)
-
-
-def test_a_shard_whose_file_handle_is_lost_is_opened_again(pictures, pauses, lost_handles):
-    data = loader("webdataset", pictures.shards(shards=1))
-    batches = iter(data.dataloader)
-    seen = samples_of([next(batches)])
-    lost_handles()
-    seen += samples_of(batches)
-    assert sorted(picture for picture, _, _ in seen) == list(range(24))
-    assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
-
-
-def test_a_shard_that_was_replaced_while_its_file_handle_was_lost_is_an_error(pictures, picture, pauses, lost_handles):
-    batches = iter(loader("webdataset", pictures.shards(shards=1)).dataloader)
-    next(batches)
-    lost_handles()
-    (pictures.folder / "train-000000.tar").unlink()
-    pictures.tar("train-000000.tar", [("s0.png", picture(0)), ("s0.txt", b"0 0")])
-    with pytest.raises(ValueError, match=r"train-000000\.tar was replaced or changed"):
-        list(batches)
-
-
-@pytest.fixture
-def few_files():
-    """This process may open ten more files."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 10, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def test_more_shards_than_a_process_may_open_are_read(pictures, few_files):
-    data = loader("webdataset", pictures.shards(48, 48))
-    assert pictures_of(data) == list(range(48)) and data.skipped == 0
-
-
-@pytest.mark.parametrize("kind", ["csv", "webdataset", "cached csv", "evaluation"])
-def test_a_lack_of_file_descriptors_is_no_unreadable_sample(pictures, monkeypatch, kind):
-    def exhausted(*_, **__):
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    if kind == "webdataset":
-        data = loader(kind, pictures.shards())
-        monkeypatch.setattr(os, "open", exhausted)
-        read = lambda: list(data.dataloader)  # noqa: E731
-    else:
-        source = pictures.csv()
-        found = eval_samples(source, preprocess) if kind == "evaluation" else None
-        data = loader(kind, source) if kind == "csv" else None
-        for module in (sources, sample_index):
-            monkeypatch.setattr(module, "open", exhausted, raising=False)
-        read = lambda: list(found or (data and data.dataloader) or loader(kind, source).dataloader)  # noqa: E731
-    with pytest.raises(ValueError, match=r"cannot read .*: Too many open files: raise the limit \(ulimit -n\)"):
-        read()
-
-
-@pytest.mark.parametrize("kind", ["csv", "cached csv"])
-def test_a_lack_of_memory_is_no_missing_image(pictures, monkeypatch, kind):
-    source, stat = pictures.csv(), os.stat
-
-    def exhausted(path, *more, **options):
-        if str(path).endswith("5.png"):
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        return stat(path, *more, **options)
-
-    monkeypatch.setattr(os, "stat", exhausted)
-    with pytest.raises(ValueError, match=r"cannot read line .*5\.png.*: Cannot allocate memory: free memory"):
-        loader(kind, source)
 
 
 def test_an_order_does_not_depend_on_when_a_shard_was_written(pictures):

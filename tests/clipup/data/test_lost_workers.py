@@ -15,7 +15,6 @@ import torch
 from picture_samples import preprocess, tokenizer
 
 from clipup.cli import reporting_errors
-from clipup.data import in_memory
 from clipup.data.loaders import eval_samples, train_loader
 
 MAIN = os.getpid()
@@ -111,24 +110,6 @@ def test_a_data_worker_that_is_killed_while_a_batch_is_used_is_noticed_when_the_
     time.sleep(0.3)  # torch would interrupt this
     with pytest.raises(ChildProcessError, match=MESSAGE):
         list(reading)
-
-
-def test_a_handler_of_ended_processes_outlives_data_workers(pictures):
-    def own(*_):
-        """Of the program that reads data."""
-
-    signal.signal(signal.SIGCHLD, own)
-    list(batches("evaluation", pictures, preprocess))
-    assert signal.getsignal(signal.SIGCHLD) is own
-
-
-def test_output_that_nobody_reads_while_a_cache_is_filled_is_no_lost_worker(pictures, monkeypatch):
-    def closed(*_):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(in_memory.Progress, "update", closed)
-    with pytest.raises(BrokenPipeError):
-        batches("cached", pictures, preprocess)
 
 
 def test_memory_that_runs_out_in_a_data_worker_is_said_in_one_line(pictures):

@@ -9,7 +9,7 @@ import pytest
 from picture_samples import preprocess, samples_of, tokenizer
 
 import clipup.data
-from clipup.data import retries, skips
+from clipup.data import skips
 from clipup.data.loaders import train_loader
 
 
@@ -30,7 +30,7 @@ def epoch_of(data, epoch: int):
 
 
 def test_more_samples_than_the_shuffle_buffer_holds_are_each_read_once(pictures, monkeypatch):
-    monkeypatch.setattr("clipup.data.webdataset_pipeline._SAMPLE_BUFFER", (10, 5))
+    monkeypatch.setattr("clipup.data.streamed._SAMPLE_BUFFER", (10, 5))
     data = loader(pictures, source=pictures.shards(240), train_num_samples=240)
     seen = [picture for picture, _, _ in epoch_of(data, 0)]
     assert sorted(seen) == list(range(240))
@@ -91,7 +91,7 @@ def test_resampling_draws_shards_and_keeps_the_length_of_an_epoch(pictures):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resampling_depends_on_seed_epoch_and_rank_alone(pictures, workers, monkeypatch):
-    monkeypatch.setattr("clipup.data.webdataset_pipeline._SAMPLE_BUFFER", (1, 1))  # samples in the order of the shards
+    monkeypatch.setattr("clipup.data.streamed._SAMPLE_BUFFER", (1, 1))  # samples in the order of the shards
     source = pictures.shards(240, 40)
 
     def data(seed, rank):
@@ -123,8 +123,8 @@ def test_a_batch_larger_than_the_shards_of_a_worker_is_an_error(pictures):
 
 def test_a_missing_package_is_named_with_the_extra_to_install(pictures, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
-    monkeypatch.delitem(sys.modules, "clipup.data.webdataset_pipeline", raising=False)
-    monkeypatch.delattr(clipup.data, "webdataset_pipeline", raising=False)
+    monkeypatch.delitem(sys.modules, "clipup.data.streamed", raising=False)
+    monkeypatch.delattr(clipup.data, "streamed", raising=False)
     with pytest.raises(
         ImportError, match=r"needs the package webdataset, which is not installed; clipup.s extra .train. has it"
     ):
@@ -148,19 +148,6 @@ def test_the_number_of_samples_is_found_or_required(pictures):
     assert resampled(pictures, source).dataloader.num_batches == 8
 
 
-def test_a_number_of_samples_beside_shards_is_that_of_all_shards_there(pictures, tmp_path_factory, monkeypatch):
-    pictures.shards()
-    folder, other = pictures.folder, tmp_path_factory.mktemp("other") / "more.tar"
-    (folder / "sizes.json").unlink()
-    (folder / "__len__").write_text("24")
-    other.write_bytes((folder / "train-000000.tar").read_bytes())
-    for source in (f"{folder}/train-*.tar::{other}", f"{folder}/train-000000.tar"):
-        with pytest.raises(ValueError, match=r"train_num_samples: .* gives the number of samples of these shards"):
-            resampled(pictures, source)
-    monkeypatch.chdir(folder)
-    assert resampled(pictures, "train-{000000..000003}.tar").dataloader.num_batches == 8
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -173,16 +160,11 @@ def test_every_worker_needs_a_shard(pictures, options, message):
         loader(pictures, **options)
 
 
-def test_a_stream_cannot_start_within_an_epoch(pictures):
-    with pytest.raises(ValueError, match="first_step: got 2, but streamed data start at the beginning of an epoch"):
-        loader(pictures).set_epoch(0, 2)
-
-
 @pytest.fixture
 def pauses(monkeypatch):
     """The pauses between tries, which take no time."""
     taken = []
-    monkeypatch.setattr(retries, "sleep", taken.append)
+    monkeypatch.setattr(skips, "sleep", taken.append)
     return taken
 
 
@@ -213,12 +195,6 @@ def test_tries_to_open_a_shard_are_bounded(pictures, pauses):
     with pytest.raises(ValueError, match="fewer than 3 readable samples.*cannot be opened.*exit 22"):
         epoch_of(piped(source), 0)
     assert len(pauses) == 4 and sum(pauses) <= 45
-
-
-def test_without_retries_a_shard_is_opened_once(pictures, pauses):
-    with pytest.raises(ValueError, match="cannot be opened"):
-        epoch_of(piped(flaky(pictures, 1), data_retries=0), 0)
-    assert pauses == []
 
 
 def test_a_file_that_does_not_exist_is_not_tried_again(pictures, pauses):

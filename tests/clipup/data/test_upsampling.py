@@ -11,7 +11,7 @@ from clipup.data.loaders import train_loader
 @pytest.fixture
 def drawn(pictures, monkeypatch):
     """The numbers of the shards, of four, that an epoch of 400 samples is drawn from."""
-    monkeypatch.setattr("clipup.data.webdataset_pipeline._SAMPLE_BUFFER", (1, 1))
+    monkeypatch.setattr("clipup.data.streamed._SAMPLE_BUFFER", (1, 1))
     pictures.shards(24, 4)
     folder = pictures.folder
     source = f"{folder}/train-000000.tar::{folder}/train-{{000001..000003}}.tar"

@@ -13,7 +13,7 @@ import time
 import pytest
 from picture_samples import preprocess, tokenizer
 
-from clipup.data import shard_index
+from clipup.data import sources
 from clipup.data.loaders import train_loader
 from clipup.data.processes import each
 
@@ -41,10 +41,6 @@ def an_hour(number):
     return number
 
 
-def large(number):
-    return bytes(300_000)
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_results_are_in_the_order_of_the_items(processes):
     assert list(each(squared, range(100), processes, chunk=3)) == [n * n for n in range(100)]
@@ -67,13 +63,6 @@ def test_processes_end_at_once_when_their_results_are_not_wanted():
     assert next(results) == 0
     results.close()
     assert not multiprocessing.active_children()
-
-
-def test_processes_that_send_large_results_end_when_those_are_not_wanted():
-    for _ in range(30):
-        results = each(large, range(8), 2, chunk=1)
-        next(results)
-        results.close()
 
 
 def test_a_program_ends_that_has_left_a_loader_half_read(tmp_path):
@@ -102,14 +91,14 @@ def test_the_end_of_processes_whose_results_are_not_wanted_is_no_traceback(monke
 
 
 def test_a_killed_indexing_process_is_named(pictures, monkeypatch):
-    read = shard_index.read_index
+    read = sources.read_index
 
     def killed(shard, expected):
         if shard.endswith("2.tar"):
             os.kill(os.getpid(), signal.SIGKILL)
         return read(shard, expected)
 
-    monkeypatch.setattr(shard_index, "read_index", killed)
+    monkeypatch.setattr(sources, "read_index", killed)
     with pytest.raises(ChildProcessError, match=r"train_data: the shards were not indexed, .* was killed.*\(workers\)"):
         train_loader(pictures.shards(), preprocess, tokenizer, 3, 2, progress=False)
 

@@ -18,7 +18,7 @@ from tiny_clip import tiny_clip, tiny_config
 
 import clipup
 from clipup.cli import main
-from clipup.data.image_files import image_files
+from clipup.data.samples import image_files
 from clipup.locks import DirectoryInUse
 from clipup.search import ImageIndex, Result, find, image_index, results_page, update_index
 from clipup.search.image_index import Encoder

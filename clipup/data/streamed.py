@@ -1,0 +1,178 @@
+"""Training batches streamed from WebDataset shards, with webdataset's readers of URLs and shuffle buffer.
+
+For shards by URL, and for resampled ones. Order and contents of an epoch depend on seed, epoch, rank, and the numbers
+of ranks and workers. What cannot be read is skipped and counted; opening a shard is tried again. Only images and texts
+are decoded: webdataset's own decoder unpickles members with certain extensions.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import count, islice
+from typing import Any, BinaryIO
+
+import torch
+import webdataset
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+
+from .images import load_image, preprocessed
+from .options import DataOptions
+from .processes import worker_init_fn
+from .shard_names import open_shard, shard_weights, sizes_of
+from .skips import Notes, Report, Retries, raise_lack
+from .tars import Members, complete, lines, read_samples
+from .train_data import CountedBatches, Reader, TrainData, mixed_seed
+
+# Capacity of the shuffle buffer, and samples read before the first one is drawn, as in open_clip
+_SAMPLE_BUFFER = (5000, 1000)
+
+
+def streamed_data(options: DataOptions, shards: list[str], num_samples: int, reader: Reader) -> TrainData:
+    """Training data from shards.
+
+    Every worker serves the same number of full batches, so an epoch is rounded up to a multiple of them; a worker that
+    runs out of full batches starts over, in another order. `num_samples`: samples per epoch, before rounding.
+    """
+    workers = max(1, options.workers)
+    worker_batches = math.ceil(math.ceil(num_samples / (options.batch_size * reader.world_size)) / workers)
+    generator = torch.Generator()
+    loader = DataLoader(
+        StreamedBatches(options, shards, max(1, num_samples // len(shards)), worker_batches, reader),
+        batch_size=None,
+        num_workers=options.workers,
+        persistent_workers=options.workers > 0,
+        worker_init_fn=worker_init_fn(),
+        generator=generator,
+    )
+    num_batches = worker_batches * workers
+    batches = CountedBatches(
+        loader,
+        reader.skips,
+        num_samples=num_batches * options.batch_size * reader.world_size,
+        num_batches=num_batches,
+        total=num_samples,
+        world_size=reader.world_size,
+    )
+    return TrainData(
+        batches,
+        reader.epoch,
+        reader.skips,
+        accum_freq=options.accum_freq,
+        seed=options.seed,
+        rank=reader.rank,
+        generator=generator,
+    )
+
+
+class StreamedBatches(IterableDataset):
+    """A worker's batches `(images [B, C, H, W], tokens [B, L], report)`: pass after pass through its shards.
+
+    Iterating raises ValueError when a pass gives no batch: the next one would not either.
+    """
+
+    def __init__(self, options: DataOptions, shards: list[str], usual: int, batches: int, reader: Reader) -> None:
+        """`usual`: samples of a shard, where unknown; `batches`: of a worker in an epoch."""
+        self.options, self.shards, self.usual, self.batches, self.reader = options, shards, usual, batches, reader
+        factors = options.train_data_upsampling_factors
+        self.weights = None if factors is None else shard_weights(options.train_data, factors, options.allow_pipe)
+        self.sizes = sizes_of(shards)
+        self.notes = Notes()
+        self.retried = Retries(options.data_retries, self.notes)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Report]]:
+        served = 0
+        for number in count():
+            before = served
+            samples = self._decoded(number)
+            while len(batch := list(islice(samples, self.options.batch_size))) == self.options.batch_size:
+                yield (*default_collate(batch), self.notes.report())
+                served += 1
+                if served == self.batches:
+                    return
+            if served == before:
+                raise ValueError(
+                    f"batch_size: the shards of one worker hold fewer than {self.options.batch_size} readable samples: "
+                    f"use a smaller batch, fewer workers, or cache the data{self.notes.first()}"
+                )
+
+    def _decoded(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Image and tokens of each sample of a pass; incomplete and undecodable samples are skipped and noted."""
+        draws = self._random(number, self.reader.rank, _worker()[0])
+        shuffled = webdataset.shuffle(*_SAMPLE_BUFFER, rng=self._random(number))
+        for members in shuffled(self._members(number)):
+            try:
+                parts = complete(members)
+                image = load_image(members.content[parts.image], self.options.max_image_pixels)
+            except Exception as error:  # PIL has no common class for what a broken file may raise
+                raise_lack(error)
+                self.notes.add(members.named, f"{type(error).__name__}: {error}", place=members.counted_as)
+                continue
+            self.notes.read(parts.text == "txt" and len(lines(parts.captions[0])) > 1)
+            tensor = preprocessed(self.reader.preprocess, image, lambda: members.named)  # noqa: B023
+            yield tensor, self.reader.tokenizer([draws.choice(parts.captions)])[0]
+
+    def _members(self, number: int) -> Iterator[Members]:
+        """The samples of a pass, complete or not. Damaged parts are skipped and noted."""
+        for shard in self._shards(number):
+            expected = self.sizes.get(shard)
+            try:
+                file = self.retried(partial(str, shard), partial(opened, shard))
+            except Exception as error:  # readers of URLs raise their own exceptions
+                raise_lack(error)
+                lost = self.usual if expected is None else expected
+                self._lose(shard, f"it cannot be opened ({error or type(error).__name__})", lost)
+                continue
+            try:
+                for members in read_samples(file, shard, self._lose, images=True, expected=expected, usual=self.usual):
+                    self.notes.met += 1
+                    yield members
+            finally:
+                _leave(file)
+
+    def _shards(self, number: int) -> Iterator[str]:
+        """The shards of this worker in a pass; drawn with replacement, without end."""
+        worker, workers = _worker()
+        if self.options.dataset_resampled:
+            draws = self._random(self.reader.rank, worker)
+            while True:
+                yield draws.choices(self.shards, self.weights)[0]
+        shards = list(self.shards)
+        self._random(number).shuffle(shards)
+        yield from shards[self.reader.rank :: self.reader.world_size][worker::workers]
+
+    def _lose(self, name: str, reason: object, samples: int) -> None:
+        self.notes.met += samples
+        self.notes.add(name, reason, samples)
+
+    def _random(self, *parts: int) -> random.Random:
+        return random.Random(mixed_seed(self.options.seed, self.reader.epoch(), *parts))
+
+
+def _worker() -> tuple[int, int]:
+    """The number of the data worker that calls it, and of all of them."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
+
+
+def opened(shard: str) -> BinaryIO:
+    """A shard whose beginning can be read: where a program such as curl delivers it, its failure shows there."""
+    file: Any = open_shard(shard)
+    stream = getattr(file, "stream", file)
+    if hasattr(stream, "peek") and not stream.peek():
+        file.close()  # raises OSError if the program has failed
+        return io.BytesIO()
+    return file
+
+
+def _leave(file: Any) -> None:
+    """Closes a shard, read to its end or not. A program that delivers it may be waiting for a server: it is killed."""
+    if hasattr(file, "proc"):
+        file.proc.kill()
+    with suppress(OSError):  # of a program that delivered too little, which is noted
+        file.close()
