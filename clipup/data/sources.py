@@ -103,7 +103,8 @@ class CsvSource:
         return self.name(row)
 
     def read(self, row: int) -> tuple[bytes, list[str], bool]:
-        return Path(self.images[row]).read_bytes(), [self.captions[row]], False
+        with open(self.images[row], "rb") as file:
+            return file.read(), [self.captions[row]], False
 
 
 class ShardSource:

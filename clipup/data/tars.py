@@ -154,7 +154,7 @@ def read_samples(
             yield sample
     reason = damage.end or next(iter(damage.parts), f"it holds {found} samples, {SIZES_FILE} beside it lists more")
     name = f"a part of {shard}" if found else shard
-    if expected is not None and expected >= found:
+    if expected is not None and expected >= max(found, 1):
         if expected > found:
             lose(name, reason, expected - found)
     elif damage.end:

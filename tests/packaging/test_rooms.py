@@ -25,7 +25,7 @@ INSIDE_FUNCTIONS = {
     "clipup.clip.accelerate -> clipup.clip.padding_aware": "open_clip, which SparseMoE does not need",
     "clipup.upcycling.auto_classes -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.upcycling.upcycle -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
-    "clipup.data.loaders -> clipup.data.webdataset_pipeline": "webdataset, an extra",
+    "clipup.data.loaders -> clipup.data.streamed": "webdataset, an extra",
     "clipup.train.sharded_saves -> clipup.train.dcp_storage": "torch.distributed.checkpoint, seconds to import",
 }
 """Imports of our own inside functions, and what each spares. Commands import what needs torch when their options are

@@ -17,9 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["clipup.train.run", "clipup.data.in_memory", "clipup.data.webdataset_pipeline", "torch.distributed"]
-)
+_FORKS.set_forkserver_preload(["clipup.train.run", "clipup.data.indexed", "clipup.data.streamed", "torch.distributed"])
 
 
 class RankProcess:
