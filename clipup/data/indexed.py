@@ -259,7 +259,8 @@ class _Parts(Dataset):
                     images.append(sample[0])
                     captions.append(tuple(sample[1]))
                     rows.append(row)
-        return torch.stack(images) if images else None, captions, rows, self.samples.notes.report()
+        # collated into shared memory at once: where that is full, the worker says so, and the queue would wait for ever
+        return default_collate(images) if images else None, captions, rows, self.samples.notes.report()
 
 
 def _read_all(

@@ -183,13 +183,8 @@ class EvalSamples:
         return int(self._skips)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[str], dict]]:
-        images = self._images()
-        for index, sample in enumerate(self.samples):
-            image, reason = images[index]
-            if image is None:
-                self._note(sample, reason)
-            else:
-                yield image, list(sample.captions), dict(sample.metadata)
+        for images, captions, metadata in self.batches(1):
+            yield images[0], captions[0], metadata[0]
 
     def part(self, share: Share, batch_size: int) -> EvalSamples:
         """The samples of one process of a distributed evaluation."""
@@ -202,8 +197,9 @@ class EvalSamples:
         A batch with unreadable images is smaller. Metadata is the sample's json (concept, source, group) without its
         captions, and its `key`.
         """
+        assert self.preprocess is not None  # set before images are read
         loader = DataLoader(
-            self._images(),
+            Images(self.samples, self.preprocess, self.max_image_pixels),
             batch_size=batch_size,
             num_workers=workers,
             collate_fn=readable,
@@ -222,10 +218,6 @@ class EvalSamples:
                 if kept:
                     captions = [list(sample.captions) for sample in kept]
                     yield images, captions, [dict(sample.metadata) for sample in kept]
-
-    def _images(self) -> Images:
-        assert self.preprocess is not None  # set before images are read
-        return Images(self.samples, self.preprocess, self.max_image_pixels)
 
     def _note(self, sample: Sample, reason: str) -> None:
         if self.strict:

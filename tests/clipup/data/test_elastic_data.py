@@ -190,10 +190,10 @@ def pauses(monkeypatch):
 
 
 class Failing:
-    """``os.pread`` that fails so often."""
+    """A read of a shard that fails so often."""
 
     def __init__(self, failures: int, number: int = errno.EIO) -> None:
-        self.failures, self.number, self.system = failures, number, os.pread
+        self.failures, self.number, self.system = failures, number, sources._content
 
     def __call__(self, *arguments):
         if self.failures:
@@ -206,7 +206,7 @@ def test_a_read_that_fails_for_a_moment_is_repeated(pictures, pauses, monkeypatc
     source = source_of(pictures, "webdataset")
     expected = batches_of(loader(source, "webdataset"), 0)
     data = loader(source, "webdataset")
-    monkeypatch.setattr(os, "pread", Failing(1))
+    monkeypatch.setattr(sources, "_content", Failing(1))
     with caplog.at_level(logging.WARNING):
         assert all(torch.equal(a, b) for a, b in zip(batches_of(data, 0), expected, strict=True))
     assert (data.skipped, data.skips.retries, len(pauses)) == (0, 1, 1)
@@ -215,7 +215,7 @@ def test_a_read_that_fails_for_a_moment_is_repeated(pictures, pauses, monkeypatc
 
 def test_a_lost_disk_does_not_delay_every_sample(pictures, pauses, monkeypatch):
     data = loader(source_of(pictures, "webdataset"), "webdataset")
-    monkeypatch.setattr(os, "pread", Failing(10**9))
+    monkeypatch.setattr(sources, "_content", Failing(10**9))
     with pytest.raises(ValueError, match="samples can be read, too few for a batch of 4.*Input/output error"):
         batches_of(data, 0)
     assert len(pauses) == 4

@@ -83,7 +83,7 @@ def test_a_program_ends_that_has_left_a_loader_half_read(tmp_path):
 def test_the_end_of_processes_whose_results_are_not_wanted_is_no_traceback(monkeypatch):
     failures = []
     monkeypatch.setattr(threading, "excepthook", failures.append)
-    for _ in range(20):
+    for _ in range(2):
         results = each(an_hour, range(20), 2, chunk=1)
         next(results)
         results.close()
