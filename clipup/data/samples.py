@@ -149,7 +149,7 @@ def estimated(found: dict[str, int], lost: dict[str, list[Note]]) -> list[Note]:
     """
     usual = max((count for shard, count in found.items() if not lost[shard]), default=0)
     return [
-        note._replace(samples=note.samples or max(1, usual - found[shard]), reason=str(note.reason))
+        note._replace(samples=note.samples or max(1, usual - found[shard]))
         for shard, notes in lost.items()
         for note in notes
     ]
