@@ -82,7 +82,7 @@ def test_workers_that_hang_are_waited_for_together(monkeypatch, when):
     start = time.monotonic()
     if when == "at exit":
         before = signal.getsignal(signal.SIGCHLD)
-        processes._end_daemons()
+        processes._kill_daemons()
         signal.signal(signal.SIGCHLD, before)
     else:
         processes._end_workers_of(iterator)

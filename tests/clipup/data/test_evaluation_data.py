@@ -10,7 +10,7 @@ import pytest
 import torch
 from picture_samples import preprocess
 
-from clipup.data.loaders import describe, eval_samples
+from clipup.data.loaders import eval_samples
 
 
 @pytest.mark.parametrize("split", ["test", "concepts"])
@@ -101,10 +101,3 @@ def test_workers_end_when_reading_is_left_early_or_by_an_error(pictures):
     with pytest.raises(TypeError) as kept:
         list(eval_samples(shards, lambda image: image.convert("L")).batches(1, workers=2))
     assert kept.value and set(multiprocessing.active_children()) <= before
-
-
-def test_a_data_set_describes_itself(small, tmp_path):
-    out, dataset = small
-    assert describe(out) == dataset == json.loads((out / "dataset.json").read_text())
-    with pytest.raises(FileNotFoundError, match="contains no dataset.json"):
-        describe(tmp_path)

@@ -178,16 +178,6 @@ def test_ranks_with_different_options_of_the_data_do_not_train(pictures, kind, o
         compare(rank_of(kind, source, 0, **{option: usual}), rank_of(kind, source, 1, **{option: other}))
 
 
-@pytest.mark.parametrize("option", [{"workers": 2}, {"data_retries": 1}, {"allow_pipe": True}])
-def test_ranks_may_differ_in_how_they_read(pictures, option):
-    options = {"batch_size": 3, "workers": 0, "world_size": 2, "progress": False}
-    data = [
-        train_loader(pictures.csv(), preprocess, tokenizer, **{**options, **own}, rank=number)
-        for number, own in enumerate(({}, option))
-    ]
-    compare(*(Epochs(one, 1) for one in data))
-
-
 @pytest.mark.parametrize("kind", ["webdataset", "evaluation"])
 @pytest.mark.parametrize("change", ["other captions", "time"])
 def test_a_shard_that_was_replaced_after_it_was_indexed_is_an_error_that_names_it(pictures, picture, kind, change):
@@ -204,25 +194,6 @@ def test_a_shard_that_was_replaced_after_it_was_indexed_is_an_error_that_names_i
         pictures.tar(path.name, list(members))
     with pytest.raises(ValueError, match=r"train-000000\.tar was replaced or changed after its samples were indexed"):
         list(data)
-
-
-@pytest.mark.parametrize("use", ["training", "evaluation"])
-def test_what_a_data_worker_finds_replaced_is_said_in_one_line(pictures, use):
-    source = pictures.shards(shards=1)
-
-    def replace():
-        os.utime(pictures.folder / "train-000000.tar", ns=(0, 0))
-
-    with pytest.raises(ValueError, match=r"^\S+train-000000\.tar was replaced .*$") as caught:
-        if use == "evaluation":
-            samples = eval_samples(source, preprocess)
-            replace()
-            list(samples.batches(3, workers=1))
-        else:
-            data = train_loader(source, preprocess, tokenizer, 3, workers=1, progress=False)
-            replace()
-            list(data.dataloader)
-    assert "\n" not in str(caught.value)
 
 
 def test_an_order_does_not_depend_on_when_a_shard_was_written(pictures):

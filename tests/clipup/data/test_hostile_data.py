@@ -197,16 +197,6 @@ def test_annotations_may_only_name_images_in_their_directory(tmp_path, picture):
             datasets.csv(root, "test", ",", "filepath", "title")
 
 
-def test_a_huge_number_of_shards_allocates_no_memory(tmp_path, pictures):
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "nshards.txt").write_text("1000000000000000")
-    with pytest.raises(FileNotFoundError, match=r"there is no shard .*0\.tar"):
-        datasets.webdataset(tmp_path)
-    (tmp_path / "test" / "nshards.txt").write_text("many")
-    with pytest.raises(ValueError, match=r"nshards\.txt contains no number"):
-        datasets.webdataset(tmp_path)
-
-
 def test_an_icon_cannot_include_a_file_from_disk(tmp_path):
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "secret.png")
     for body in (

@@ -119,18 +119,6 @@ def test_ranks_share_the_data_and_see_equally_many_batches(pictures, kind):
     assert len({data.dataloader.num_batches for data in ranks}) == 1
 
 
-def test_unreadable_samples_of_a_cache_shorten_the_epoch_of_every_rank(pictures):
-    source = pictures.shards()
-    for member in ("s0.png", "s2.png", "s4.png"):
-        pictures.damage_content(0, member)
-    ranks = [
-        loader(pictures, "cached webdataset", source=source, world_size=2, rank=rank, max_skipped=0.3)
-        for rank in (0, 1)
-    ]
-    assert [len(epoch_of(data, 0)) for data in ranks] == [9, 9]
-    assert [data.skipped for data in ranks] == [3, 3]
-
-
 def test_a_directory_stands_for_its_training_shards(small):
     out, dataset = small
 
@@ -148,14 +136,6 @@ def test_shards_are_found_by_different_patterns(pictures):
     folder = pictures.folder
     for source in (f"{folder}/train-*.tar", f"{folder}/train-00000[0-1].tar::{folder}/train-{{000002,000003}}.tar"):
         assert len(epoch_of(loader(pictures, "webdataset", source=source), 0)) == 24
-
-
-@pytest.mark.parametrize("kind", ["webdataset", "streamed"])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_shuffling_mixes_the_samples_of_different_shards(pictures, workers, kind):
-    data = loader(pictures, kind, batch_size=6, workers=workers)
-    for batch in data.dataloader:
-        assert len({picture // 6 for picture, _, _ in samples_of([batch])}) > 1
 
 
 def with_noise(image):
@@ -283,11 +263,6 @@ def test_a_cache_that_does_not_fit_is_refused_before_reading(pictures, monkeypat
     monkeypatch.setattr(indexed.os, "sysconf", lambda name: 64)
     with pytest.raises(ValueError, match=r"cache: 24 images of 3 x 4 x 4 take .* more than half of"):
         loader(pictures, "cached webdataset")
-
-
-def test_only_local_files_are_cached():
-    with pytest.raises(ValueError, match="train_data: https://host/a.tar is not a local file"):
-        train_loader("https://host/a.tar", preprocess, tokenizer, 3, cache=True)
 
 
 def test_the_options_of_a_loader_can_be_one_object(pictures):

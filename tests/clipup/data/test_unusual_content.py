@@ -12,7 +12,6 @@ import pytest
 from picture_samples import preprocess, samples_of, tokenizer
 from PIL import Image
 
-from clipup.cli import main
 from clipup.data.images import MAX_PIXELS, load_image
 from clipup.data.loaders import eval_samples, train_loader
 from clipup.evaluate.datasets import read_lines
@@ -77,13 +76,6 @@ def test_a_dark_picture_of_16_bits_stays_dark():
 def test_floats_of_an_unknown_range_are_refused(values):
     with pytest.raises(ValueError, match="its values range from .*, expected 0 to"):
         load_image(encoded(Image.fromarray(np.array([values], np.float32)), "TIFF"))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_other_modes_are_converted_by_pillow(mode):
-    image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).convert(mode)
-    content = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
-    assert load_image(content).tobytes() == Image.open(io.BytesIO(content)).convert("RGB").tobytes()
 
 
 def write(pictures, kind, contents):
@@ -286,22 +278,6 @@ def test_the_limit_on_the_shape_is_checked_before_decoding(size):
     assert load_image(encoded(Image.new("L", (200, 1)))).size == (200, 1)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "streamed", "evaluation"])
-def test_every_loader_skips_an_image_that_is_too_long(pictures, picture, kind, caplog):
-    contents = [(picture(n), "png", f"{n} 0") for n in range(3)] + [(encoded(Image.new("L", (1, 5000))), "png", "3 0")]
-    if kind == "evaluation":
-        samples = eval_samples(write(pictures, kind, contents)["train_data"], preprocess, max_skipped=0.9)
-        assert (len(list(samples)), samples.skipped) == (3, 1)
-    elif kind == "streamed":
-        source = f"file:{write(pictures, kind, contents)['train_data']}"
-        data = train_loader(source, preprocess, tokenizer, 1, 0, train_num_samples=3, max_skipped=0.9)
-        assert (len(list(data.dataloader)), data.skipped) == (3, 1)
-    else:
-        seen, skipped = served(pictures, kind, contents)
-        assert (len(seen), skipped) == (3, 1)
-    assert "its 1 x 5000 pixels exceed the limit of 200:1" in caplog.text
-
-
 class Full:
     """A transform that fails, in one of several ways, for the picture with the red 2."""
 
@@ -327,20 +303,3 @@ def test_an_error_of_preprocess_names_the_image(pictures, picture, kind, error, 
             if kind == "streamed":
                 source, options = f"file:{source}", {"train_num_samples": 3}
             list(train_loader(source, Full(error), tokenizer, 1, workers, **options).dataloader)
-
-
-def test_eval_names_the_option_that_limits_pixels(pictures, tmp_path, capsys):
-    (tmp_path / "root" / "cat").mkdir(parents=True)
-    (tmp_path / "root" / "cat" / "a.png").write_bytes(large_png(13_000, 13_000))
-    (tmp_path / "classes.txt").write_text("cat\n")
-    options = [
-        "--classes",
-        str(tmp_path / "classes.txt"),
-        "--images",
-        str(tmp_path / "root"),
-        "--workers",
-        "0",
-        "--random-weights",
-    ]
-    assert main(["eval", "clipup-tiny-32", "--device", "cpu", *options]) == 2
-    assert "13000 x 13000 pixels" in capsys.readouterr().err
