@@ -79,14 +79,14 @@ def test_workers_that_hang_are_waited_for_together(monkeypatch, when):
     next(iterator)
     time.sleep(0.5)  # until all of them hang
     workers = iterator._workers
+    before = signal.getsignal(signal.SIGCHLD)
     start = time.monotonic()
     if when == "at exit":
-        before = signal.getsignal(signal.SIGCHLD)
         processes._kill_daemons()
-        signal.signal(signal.SIGCHLD, before)
     else:
         processes._end_workers_of(iterator)
     assert time.monotonic() - start < 2
     for worker in workers:
         worker.join(5)
         assert not worker.is_alive()
+    signal.signal(signal.SIGCHLD, before)
