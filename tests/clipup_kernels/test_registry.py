@@ -132,7 +132,7 @@ def test_a_forced_backend_computes_what_it_has_and_leaves_the_rest_to_the_others
 def test_an_op_without_a_backend_is_refused(force_backend, monkeypatch):
     monkeypatch.setattr(extension, "NATIVE", None)
     for device, reason in (("cpu", "there is no compiled extension"), ("cuda", "it has no kernel there")):
-        with pytest.raises(RuntimeError, match=f"packed_dense_mlp .* {reason}"):
+        with pytest.raises(RuntimeError, match=f"packed_dense_mlp .*{reason}"):
             registry.choose("packed_dense_mlp", torch.float32, device)
 
 

@@ -54,7 +54,7 @@ def test_what_a_masked_token_holds_goes_nowhere():
 
 
 @pytest.mark.skipif(not ck.backend_info()["compiled"], reason="the compiled kernels promise it")
-@pytest.mark.parametrize(("dtype", "num_experts"), zip(DTYPES, (1, 3, 8), strict=True))
+@pytest.mark.parametrize(("dtype", "num_experts"), list(zip(DTYPES, (1, 3, 8), strict=True)))
 def test_a_tokens_logits_do_not_depend_on_its_batch(dtype, num_experts):
     x, weight, _, _ = inputs(61, 200, num_experts, dtype)
     together = ck.router_logits(x, weight)

@@ -19,7 +19,7 @@ CASES = {
     "odd sizes": Shape(37, 19, 53, 5, 3),
     "one row": Shape(1, 16, 24, 4, 1),
     "no rows": Shape(0, 16, 24, 4, 2),
-    "experts without rows": Shape(3, 16, 24, 64, 2),
+    "experts without rows": Shape(3, 16, 24, 12, 2),
 }
 
 
