@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,17 @@ def _link_or_copy(source: Path, path: Path) -> None:
         shutil.copyfile(source, path)
 
 
+@contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file names the checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(f"the checkpoint {path} could not be read: {error}. It may be intact") from error
+        raise
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint, ours or open_clip_train's, onto the CPU. Nothing in it is executed.
 
@@ -72,10 +84,11 @@ def load(path: str | Path) -> dict[str, Any]:
         OSError: there is no such file, or it could not be read.
     """
     path = Path(path)
-    if path.is_dir():
-        return sharded_checkpoints.load(path)
-    check_archive(path)
-    state = read_pickle(path)
+    with errors_named(path):
+        if path.is_dir():
+            return sharded_checkpoints.load(path)
+        check_archive(path)
+        state = read_pickle(path)
     missing = [key for key in _REQUIRED if key not in state]
     if missing:
         raise ValueError(
@@ -239,11 +252,12 @@ def delete(path: Path) -> None:
 
 def _position(path: Path) -> Position:
     """Without reading tensors."""
-    if path.is_dir():
-        state = sharded_checkpoints.read_state(path)
-    else:
-        check_archive(path, suffix="data.pkl")
-        state = read_pickle(path, mmap=True)
+    with errors_named(path):
+        if path.is_dir():
+            state = sharded_checkpoints.read_state(path)
+        else:
+            check_archive(path, suffix="data.pkl")
+            state = read_pickle(path, mmap=True)
     return Position(state.get("step", -1), state.get("epoch", -1), state.get("finished") is True)
 
 

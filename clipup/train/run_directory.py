@@ -53,8 +53,9 @@ def load_together(path: Path, ranks: Ranks) -> dict[str, Any]:
         return loaded[0] if loaded else checkpoints.load(path)
     state, failure = {}, None
     try:
-        sharded_checkpoints.check(path, ranks.rank, ranks.world_size)
-        state = sharded_checkpoints.read_state(path)
+        with checkpoints.errors_named(path):
+            sharded_checkpoints.check(path, ranks.rank, ranks.world_size)
+            state = sharded_checkpoints.read_state(path)
     except (ValueError, OSError) as error:
         failure = error
     for of_rank in ranks.gather(failure):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import zipfile
+
 import pytest
 import torch
 
@@ -120,3 +124,15 @@ def test_no_run_goes_on_from_weights_alone(run, make_model, pairs, options):
             ValueError, match="epoch_latest.pt holds no state of an optimizer to go on with; start from"
         ):
             train(options(**start), model=make_model(), loader=pairs())
+
+
+def test_an_input_output_error_within_a_file_names_the_checkpoint(run, monkeypatch):
+    run()
+
+    def fails(self, *args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", fails)
+
+    with pytest.raises(OSError, match="epoch_.*pt could not be read: .*Input/output error"):
+        run(resume="latest")
