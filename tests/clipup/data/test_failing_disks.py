@@ -121,7 +121,7 @@ def test_ranks_that_found_different_samples_do_not_train(pictures, kind):
         (pictures.folder / "3.png").unlink()
     else:
         pictures.damage_header(1, "s7.png")
-    with pytest.raises(ValueError, match="train_data: ranks 0 and 1 found different samples: .*rows 24 and 23"):
+    with pytest.raises(ValueError, match="train_data: ranks 0 and 1 differ in .*rows 24 and 23"):
         compare(first, rank_of(kind, source, 1))
 
 
@@ -156,7 +156,7 @@ def test_ranks_that_stream_different_shards_do_not_train(pictures, resampled, ch
     if resampled:  # every rank draws from shards of its own
         compare(rank(0), rank(1))
         return
-    with pytest.raises(ValueError, match=r"train_data: ranks 0 and 1 found different samples: .*shards"):
+    with pytest.raises(ValueError, match=r"train_data: ranks 0 and 1 differ in .*shards"):
         compare(rank(0), rank(1))
 
 
@@ -174,7 +174,7 @@ def test_ranks_may_read_the_same_shards_from_servers_of_their_own():
 def test_ranks_with_different_options_of_the_data_do_not_train(pictures, kind, option):
     source = pictures.csv() if "csv" in kind else pictures.shards()
     usual, other = {"seed": (0, 1), "max_image_pixels": (10**6, 10**5), "max_skipped": (0.5, 0.1)}[option]
-    with pytest.raises(ValueError, match=f"{option}: ranks 0 and 1 have {usual!r} and {other!r}, expected the same"):
+    with pytest.raises(ValueError, match=f"ranks 0 and 1 differ in .*{option} {usual!r} and {other!r}"):
         compare(rank_of(kind, source, 0, **{option: usual}), rank_of(kind, source, 1, **{option: other}))
 
 
