@@ -12,13 +12,16 @@ import importlib
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..moe.layer import SparseMoE
 from .hugging_face import BLOCKS, block_class, is_hugging_face
+from .hugging_face_types import SPARSE_PREFIX
 from .padding_masks import attended_tokens
 
 _PREFIX = "PaddingAware"
+_POOLS_LAST = ("siglip_text_model", "siglip2_text_model")
 
 
 class _State:
@@ -47,6 +50,8 @@ def make_hugging_face_padding_aware(model: nn.Module) -> bool:
             block.chunk_size_feed_forward = 0  # BERT's memory saver: the tokens of a batch are routed together
             for layer in layers:
                 layer.register_forward_pre_hook(_pass_token_mask, with_kwargs=True)
+            config = getattr(getattr(block, "self_attn", None), "config", None)
+            block.pools_last = getattr(config, "model_type", "").removeprefix(SPARSE_PREFIX) in _POOLS_LAST
     return any(found.values())
 
 
@@ -61,11 +66,16 @@ def _pass_token_mask(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[t
 class PaddingAwareBlock:
     """A block of transformers with a sparse layer."""
 
+    pools_last: bool
+    """Whether the features of a text are its last token's, masked or not, as in SigLIP: it is routed."""
+
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         state = _threads.state
         mask = _token_mask(attention_mask)
         if mask is not None and mask.shape[1] != hidden_states.shape[1]:
             mask = None  # with a cache, keys are more than the new tokens, which are none of the padding
+        elif mask is not None and self.pools_last:
+            mask = mask | (torch.arange(mask.shape[1], device=mask.device) == mask.shape[1] - 1)
         before, state.token_mask = state.token_mask, mask
         try:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]

@@ -43,10 +43,10 @@ def _read_sequential(mlp: Any) -> DenseMLP:
     parts = [(name, part) for name, part in mlp._modules.items() if type(part) is not nn.Identity]  # one may come twice
     if parts and type(parts[-1][1]) is nn.Dropout:
         refuse_dropout(*parts.pop())
-    between = parts[2:-1]
+    between = parts[2:-1] if parts and type(parts[0][1]) is nn.Linear else []
     dropout = read_dropout(*between.pop(0)) if between and type(between[0][1]) is nn.Dropout else 0.0
     norm = read_norm(*between.pop(0)) if between else {}
-    if len(parts) < 3 or between:
+    if len(parts) < 3 or between or any(type(parts[place][1]) is not nn.Linear for place in (0, -1)):
         listed = ", ".join(type(part).__name__ for part in mlp) or "nothing"
         raise TypeError(f"cannot read an nn.Sequential of {listed} as an MLP; {ANY_OTHER}")
     (_, first), (_, activation), (_, second) = parts[0], parts[1], parts[-1]

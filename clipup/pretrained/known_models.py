@@ -33,6 +33,7 @@ def check_known(name: str, known: Collection[str]) -> None:
     """
     if name.replace("/", "-") in known or name.startswith((HUB_PREFIX, LOCAL_PREFIX)) or Path(name).is_dir():
         return
-    close = difflib.get_close_matches(name, known, n=3)
+    lower = {model.lower(): model for model in known}
+    close = [lower[model] for model in difflib.get_close_matches(name.lower(), lower, n=3)]
     hint = f"; similar names are {', '.join(close)}" if close else ""
     raise ValueError(f"{name!r} is neither an open_clip model nor a directory{hint}")

@@ -14,6 +14,8 @@ from ..atomic_files import replace_files
 from .trackers import Tracker
 
 LOG = logging.getLogger("clipup.train")
+_DATA_LOG = logging.getLogger("clipup.data")
+"""What is skipped and read again, which the console shows too."""
 Record = dict[str, Any]
 KINDS = ("metrics", "evaluations", "warnings")
 """Kinds of records; each has a file KIND.jsonl."""
@@ -46,7 +48,8 @@ class Recorder:
         self._log_before = self.log.level, self.log.propagate
         self.log.setLevel(logging.INFO)
         self.log.propagate = False  # open_clip sets up the root logger, which would print every step over the bar
-        self.log.addHandler(self._handler)
+        for log in (self.log, _DATA_LOG):
+            log.addHandler(self._handler)
 
     def step(self, record: Record) -> None:
         record = _without_nonfinite(record)
@@ -77,7 +80,8 @@ class Recorder:
         if self._handler:
             level, self.log.propagate = self._log_before
             self.log.setLevel(level)
-            self.log.removeHandler(self._handler)
+            for log in (self.log, _DATA_LOG):
+                log.removeHandler(self._handler)
             self._handler.close()
         for tracker in self._trackers:
             tracker.close()

@@ -49,6 +49,17 @@ def test_every_family_computes_the_same_function_at_step_zero(name):
     assert not moe_layers(dense) and dense.config.to_dict()["model_type"] == dense.config.model_type
 
 
+@pytest.mark.parametrize("name", ["SiglipModel", "Siglip2Model", "SiglipTextModel"])
+def test_the_pooled_token_of_a_masked_text_is_computed(name):
+    dense = tiny_hugging_face(name)
+    sparse = upcycle(dense)
+    batch = random_batch(dense, 2)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, 3:] = 0
+    of_text = "text_embeds" if "text_embeds" in dense(**batch) else "pooler_output"
+    torch.testing.assert_close(sparse(**batch)[of_text], dense(**batch)[of_text], rtol=1e-4, atol=1e-5)
+
+
 def tensors(output, place=""):
     """All values of an output, nested ones too, by their places."""
     if not isinstance(output, dict | list | tuple):
