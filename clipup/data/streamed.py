@@ -164,7 +164,12 @@ def opened(shard: str) -> BinaryIO:
     """A shard whose beginning can be read: where a program such as curl delivers it, its failure shows there."""
     file: Any = open_shard(shard)
     stream = getattr(file, "stream", file)
-    if hasattr(stream, "peek") and not stream.peek():
+    try:
+        empty = hasattr(stream, "peek") and not stream.peek()
+    except BaseException:  # also where a signal ends the wait
+        _leave(file)
+        raise
+    if empty:
         file.close()  # raises OSError if the program has failed
         return io.BytesIO()
     return file

@@ -126,8 +126,8 @@ def test_user_error_is_one_line_that_says_what_to_change(refused, place, line, m
             "it holds images, such as cat.jpg, and no captions: write a CSV file with the columns filepath and title",
         ),
         ("pairs", "tar --sort=name --dereference --hard-dereference -cf data.tar -C pairs . and name data.tar"),
-        ("tables", "name the file in it, tables/x.csv"),
-        ("shards", "name the shards of one split, such as shards/*.tar"),
+        ("tables", "name its shards or a CSV file, such as tables/x.csv"),
+        ("shards", "name its shards or a CSV file, such as shards/"),
         ("empty", "it holds no shard (.tar), no CSV file and no image"),
     ],
 )

@@ -141,4 +141,4 @@ def test_an_error_of_a_data_worker_is_reported_in_one_line(command, csv_data, tm
 
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("clipup train: ") and "Traceback" not in error and "Caught" not in error
-    assert "train.tar: it is compressed (gzip)" in error
+    assert "train.tar: it is not an uncompressed tar file" in error

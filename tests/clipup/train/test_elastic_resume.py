@@ -46,8 +46,8 @@ def test_the_same_global_batch_continues_within_an_epoch(run, changes):
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"batch_size": 4}, r"batch_size 8 -> 4 \(a global batch of 4 in place of 8\)"),
-        ({"accum_freq": 2}, r"accum_freq 1 -> 2 \(a global batch of 16 in place of 8\)"),
+        ({"batch_size": 4}, "batch_size 8 -> 4"),
+        ({"accum_freq": 2}, "accum_freq 1 -> 2"),
         ({"train_num_samples": 16}, "train_num_samples None -> 16"),
         ({"seed": 1}, "seed 0 -> 1"),
         ({"cache_data": True}, "cache_data False -> True"),
@@ -67,10 +67,7 @@ def test_data_that_have_changed_are_refused_within_an_epoch(run, tmp_path):
     (tmp_path / "3.png").unlink()
     (tmp_path / "train-0.tar").write_bytes((tmp_path / "train-1.tar").read_bytes())
 
-    with pytest.raises(
-        ValueError,
-        match=r"with other training data \((23 samples in place of 24|as many samples, but other ones)\) the rest",
-    ):
+    with pytest.raises(ValueError, match="with other training data"):
         run(steps=6, resume="latest")
 
 

@@ -84,19 +84,6 @@ def test_other_optimizers_are_continued_too(run, opt, first, then):
     assert same_weights(resumed.model, whole.model)
 
 
-@pytest.mark.parametrize("kind", ["sharded", "full"])
-def test_a_run_that_does_no_step_with_a_locked_tower_leaves_the_optimizer_whole(run, kind):
-    of_both = {"opt": "timm/madgrad", "fsdp_checkpoint": kind}
-    whole = run(name="whole", **of_both)
-    with pytest.raises(TrainingInterrupted):
-        run([Every(4, lambda model: os.kill(os.getpid(), signal.SIGINT))], **of_both)
-    run(steps=4, resume="latest", resume_with_changes=True, lock_image=True, **of_both)
-
-    resumed = run(resume="latest", resume_with_changes=True, **of_both)
-
-    assert same_weights(resumed.model, whole.model)
-
-
 def test_an_optimizer_whose_state_cannot_be_sharded_is_refused_after_its_first_step(run):
     steps = []
     with pytest.raises(ValueError, match="keeps a list in 'Q' of .*; use fsdp_checkpoint 'full', or another opt"):

@@ -88,6 +88,6 @@ def test_the_accuracy_at_the_end_is_in_the_model_card(named_model, options, csv_
 
 def test_a_directory_that_is_not_imagenet_is_refused_before_training(run, tmp_path):
     seen = []
-    with pytest.raises(FileNotFoundError, match="imagenet_val: there is no directory .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="there is no directory .*nowhere"):
         run(callbacks=[Every(1, seen.append)], imagenet_val=str(tmp_path / "nowhere"))
     assert seen == []
