@@ -209,13 +209,13 @@ def main(argv: list[str]) -> int:
     options.check()
     if options.out not in (None, "-"):
         check_file("out", options.out)
-    from ..pretrained import model_card, model_names, origin
+    from ..pretrained import model_card, model_names
 
     directory = model_names.directory_of(options.model)
     if options.card and directory is None:
         raise ValueError(f"card: {options.model} is not a local directory, so it has no model card to add to")
     if not options.random_weights:
-        origin.refuse_random_weights(
+        model_names.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights to measure random weights"
         )
     results = evaluate(options)

@@ -34,13 +34,13 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup export")
-    from ..pretrained import origin
+    from ..pretrained import model_names
     from ..pretrained.exporting import SUFFIX, save_encoders
     from ..pretrained.factory import create_model_and_transforms
 
     if options.out.exists() and not options.out.is_dir():
         raise FileExistsError(f"{options.out} is a file; choose another directory")
-    origin.refuse_random_weights("pretrained", options.model, options.pretrained)
+    model_names.refuse_random_weights("pretrained", options.model, options.pretrained)
     check_directory("out", options.out)
     there = sorted(path.name for path in options.out.glob(f"*{SUFFIX}"))
     if there and not options.overwrite:

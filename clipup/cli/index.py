@@ -64,11 +64,11 @@ def main(argv: list[str]) -> int:
     from ..clip.accelerate import for_inference
     from ..data.samples import image_files, passed_over
     from ..evaluate.encode import encode_images
-    from ..pretrained import factory, model_names, origin
+    from ..pretrained import factory, model_names
     from ..search import update_index
     from ..search.image_index import Encoder, digest
 
-    origin.refuse_random_weights("pretrained", options.model, options.pretrained)
+    model_names.refuse_random_weights("pretrained", options.model, options.pretrained)
     records = image_files(options.images)
     model, _, preprocess = factory.create_model_and_transforms(
         options.model, options.pretrained, precision=options.precision, device=options.device

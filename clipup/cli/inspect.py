@@ -79,10 +79,10 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(f"there is no directory {path}; expected a sparse model's or a training run's")
     from ..clip.accelerate import for_inference
     from ..inspection.expert_report import inspect_experts
-    from ..pretrained import factory, origin
+    from ..pretrained import factory, model_names
 
     if options.dense is not None:
-        origin.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
+        model_names.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
     device = check_device(options.device)
     check_file("out", options.out)
     records = [] if options.images is None else find_images(options.images)[: options.max_images]

@@ -94,7 +94,7 @@ def run(options: Options) -> None:
     import torch
 
     from ..clip import flops
-    from ..pretrained import architecture, factory, model_names, origin, saving, tokenizers
+    from ..pretrained import architecture, factory, model_names, saving, tokenizers
     from ..upcycling.step0 import step0_difference
     from ..upcycling.upcycle import upcycle
 
@@ -104,7 +104,7 @@ def run(options: Options) -> None:
             "are copies of the dense MLP; set reinit_ratio, or omit calibrate_data"
         )
     if not options.random_weights:
-        origin.refuse_random_weights(
+        model_names.refuse_random_weights(
             "pretrained", options.model, options.pretrained, "or --random-weights to upcycle random weights"
         )
     model_cfg = model_names.get_model_config(options.model)
@@ -115,7 +115,7 @@ def run(options: Options) -> None:
     if options.calibrate_data is not None:
         run_calibration(sparse, dense, options, preprocess)
     difference = check_step0(step0_difference(dense, sparse), options.moe)
-    base_model = origin.base_model(options.model, options.pretrained)
+    base_model = model_names.base_model(options.model, options.pretrained)
     model_cfg = architecture.with_logit_bias(model_cfg, getattr(dense, "logit_bias", None))
     saving.save_with_tokenizer(sparse, options.out, model_cfg, tokenizer_files, base_model=base_model)
     before, after = flops.count(dense), flops.count(sparse)

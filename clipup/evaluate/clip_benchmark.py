@@ -17,7 +17,7 @@ from torch import nn
 
 from ..clip.accelerate import for_inference
 from ..extras import needed_for
-from ..pretrained import factory, origin, tokenizers
+from ..pretrained import factory, model_names, tokenizers
 
 with needed_for("CLIP_benchmark's command line", "benchmark"):
     import clip_benchmark.models as registry
@@ -39,7 +39,7 @@ def load(
     Raises:
         ValueError, FileNotFoundError: as ``clipup.create_model_and_transforms``; a name without weights.
     """
-    origin.refuse_random_weights("pretrained", model_name, pretrained)
+    model_names.refuse_random_weights("pretrained", model_name, pretrained)
     model, _, transform = factory.create_model_and_transforms(
         model_name, pretrained or None, device=device, cache_dir=cache_dir
     )

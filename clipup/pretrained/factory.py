@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-import pickle
-import textwrap
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import safetensors
 import torch
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -22,12 +18,20 @@ from .. import checks
 from ..clip import towers
 from ..moe.config import MoEConfig
 from ..upcycling.upcycle import upcycle
-from . import architecture, hub, model_directory, skeleton, tokenizers
-from .config_files import check_depth, moe_config_in
-from .model_names import LOCAL_PREFIX, check_known, directory_of, get_model_config, hub_access
-from .state_dicts import Weights, check_fit, check_types, read_weights
-from .structure import assign_weights, drop_parameters, without_random_numbers
-from .timm_size import is_resized, resize_tower
+from . import architecture, hub, model_directory, tokenizers
+from .hub import expecting_random_weights as expecting_random_weights
+from .known_models import LOCAL_PREFIX
+from .model_directory import CONFIG_NAME, WEIGHTS_NAME, moe_config_in
+from .model_names import check_known, directory_of, get_model_config, hub_access
+from .state_dicts import (
+    Weights,
+    assign_weights,
+    check_fit,
+    drop_parameters,
+    read_safetensors,
+    read_weights,
+    without_random_numbers,
+)
 
 LOG = logging.getLogger("clipup.pretrained")
 LOG.setLevel(logging.WARNING)  # also in commands that log errors only: what they print depends on it
@@ -73,70 +77,61 @@ def _create(
     model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, Any, Any]:
     load_weights = kwargs.get("load_weights", True)
-    fill_color = None
     directory = directory_of(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
+    described, color = None, None
     if directory is not None:
         if pretrained:
             raise ValueError(
                 f"pretrained={pretrained!r} cannot be used with the directory {directory}, which has its own weights"
             )
-        found = model_directory.read_moe_config(directory)
         model_name = f"{LOCAL_PREFIX}{directory}"
-        if load_weights and found is None:
-            model_directory.check_weights(directory)
-        stored = model_directory.weights_on_meta(directory) if load_weights else {}
-        described = model_directory.read_config(directory)["model_cfg"]
-        if stored:
-            check_depth(described, len(stored), directory / model_directory.CONFIG_NAME)
-        read_here = load_weights and (found is not None or is_resized(described, stored))
-        weights = model_directory.read_weights(directory) if read_here else None
-        described_by = f"its {model_directory.CONFIG_NAME}"
+        config = model_directory.read_config(directory)
+        described, found = config["model_cfg"], moe_config_in(config)
+        file = directory / WEIGHTS_NAME
+        if found is not None and load_weights:
+            model_directory.check_weights(file)
+        stored = read_safetensors(file) if load_weights and file.is_file() else {}
+        read_here = found is not None or architecture.is_resized(described)
     else:
         check_known(model_name, pretrained)
-        file = _file_of_weights(model_name, pretrained)
-        found = _config_of_file(file, pretrained, moe_cfg)
-        if file is not None:
-            kwargs = _as_trained(file, model_name, str(pretrained), kwargs)
-            fill_color = _preprocess_cfg(file, str(pretrained)).get("fill_color")
-        weights = file.state_dict if found is not None and load_weights else None
-        stored = file.on_meta() if file is not None and load_weights else {}
-        del file  # open_clip reads dense weights itself
-        described = None
-        described_by = f"{model_name} with its moe_cfg"
+        weights = _file_of_weights(model_name, pretrained)
+        found = _config_of_file(weights, pretrained, moe_cfg)
+        kwargs = _as_trained(weights, model_name, str(pretrained), kwargs)
+        color = (weights.configs.get("preprocess_cfg") or {}).get("fill_color")
+        stored = weights.state_dict if load_weights else {}
+        read_here = found is not None
+    source = str(pretrained or directory)
     if moe_cfg is not None and found != moe_cfg:
         raise ValueError(
             "moe_cfg does not apply here: it is only for files with sparse weights but without their config. To make a "
             "dense model sparse, use clipup.upcycle"
         )
-    if found is None and weights is None:
-        if model_name.startswith(hub.HUB_PREFIX) and load_weights:
-            kwargs = {"require_pretrained": True, **kwargs}
+    if not read_here:
+        from_elsewhere = directory is not None or model_name.startswith(hub.HUB_PREFIX)
+        kwargs = {"require_pretrained": from_elsewhere and load_weights, **kwargs}
         with _clear_errors(model_name):
             model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
-        check_types(model, stored, str(pretrained or directory))
-        _say_resized(model, stored, str(pretrained or directory))
-        return model, *_with_fill_color(model, transforms, fill_color, kwargs.get("aug_cfg"))
+        _say_resized(model, stored, source)
+        return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
     if kwargs.get("jit"):
         raise ValueError("jit=True is not supported for sparse models; use torch.compile")
     dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
-    initialization = nullcontext() if weights is None else without_random_numbers()
+    initialization = without_random_numbers() if stored else nullcontext()
     with _clear_errors(model_name), expecting_random_weights(), initialization:
         model, *transforms = open_clip.create_model_and_transforms(model_name, **dense_kwargs)
-    transforms = _with_fill_color(model, transforms, fill_color, kwargs.get("aug_cfg"))
-    if weights is None:
-        assert found is not None
-        return upcycle(model, found, inplace=True), *transforms
-    if described is not None:
-        resize_tower(model, described, weights)
-    drop_parameters(model)
+    if stored and described is not None:
+        architecture.resize_tower(model, described, stored)
+    if stored:
+        drop_parameters(model)
     if found is not None:
         upcycle(model, found, inplace=True)
-    with _clear_errors(model_name):
-        weights = _fitting(model, weights, str(pretrained or directory), described_by)
-    assign_weights(model, weights, kwargs.get("device", "cpu"))
+    if stored:
+        with _clear_errors(model_name):
+            fitting = _fitting(model, stored, source)
+        assign_weights(model, fitting, kwargs.get("device", "cpu"))
     if kwargs.get("force_image_size") is not None and described is not None:
-        resize_tower(model, architecture.overridden(described, kwargs), {})
-    return model, *transforms
+        architecture.resize_tower(model, architecture.overridden(described, kwargs), {})
+    return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -163,8 +158,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -> None:
     """Refuses weights of sparse layers that route otherwise, and of a model with other activations, heads or masks:
-    they would fit. Checkpoints of earlier versions, which lack ``tokenizer_files``, have the config of their model's
-    name also where force_quick_gelu created it, so activations are left out.
+    they would fit.
 
     Args:
         configs: of the checkpoint with the weights (``Weights.configs``).
@@ -173,7 +167,7 @@ def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -
     Raises:
         ValueError: the configs are those of another function, or not valid.
     """
-    trained, own = moe_config_in(configs, Path(path)), getattr(model, "moe_config", None)
+    trained, own = moe_config_in(configs), getattr(model, "moe_config", None)
     if trained is not None and own is not None:
         fields = trained.differing(own)
         if fields:
@@ -186,11 +180,7 @@ def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -
     model_cfg = configs.get("model_cfg")
     if model_cfg is None or towers.is_timm(model):
         return
-    model_directory.check_model_cfg(model_cfg, Path(path))
-    says_activations = "tokenizer_files" in configs
-    if not says_activations:
-        LOG.warning("%s is of an earlier version, so activations are not compared with the model's", path)
-    found = skeleton.differences(model, model_cfg, own, weights_replaced=True, activations=says_activations)
+    found = architecture.differences(model, model_cfg, own, sizes=False)
     if found:
         raise ValueError(
             f"{path} was trained as another model than the one that is given: {found[0]}; create the model as its run "
@@ -204,17 +194,17 @@ def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str) -
     Args:
         source: where they come from, for error messages.
     """
-    model.load_state_dict(_fitting(model, weights, source, f"a {type(model).__name__} with these options"))
+    model.load_state_dict(_fitting(model, weights, source))
 
 
-def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str, described_by: str) -> dict[str, Tensor]:
+def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """The weights, with position embeddings resized for the model. Raises ``ValueError`` if they do not fit."""
-    check_fit(model, weights, source, _POSITION_EMBEDDINGS, described_by=described_by)
+    check_fit(model, weights, source, _POSITION_EMBEDDINGS)
     _say_resized(model, weights, source)
     weights = dict(weights)
     resize_pos_embed(weights, model)
     resize_text_pos_embed(weights, model)
-    check_fit(model, weights, source, described_by=described_by)
+    check_fit(model, weights, source)
     return weights
 
 
@@ -235,28 +225,27 @@ def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -
     """The local directory of a sparse model on the hub; None for everything else, which open_clip loads."""
     if not model_name.startswith(hub.HUB_PREFIX):
         return None
-    directory = hub.cached(model_name, model_directory.CONFIG_NAME, cache_dir=cache_dir)
-    if model_directory.read_moe_config(directory) is None:
+    config = model_directory.read_config(hub.cached(model_name, CONFIG_NAME, cache_dir=cache_dir))
+    if moe_config_in(config) is None:
         return None
-    files = [model_directory.CONFIG_NAME] + [model_directory.WEIGHTS_NAME] * load_weights
-    return hub.cached(model_name, *files, cache_dir=cache_dir)
+    return hub.cached(model_name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)
 
 
-def _file_of_weights(model_name: str, pretrained: str | None) -> Weights | None:
-    """The weights in the file ``pretrained``; None if it is not a file, or a NumPy file.
+def _file_of_weights(model_name: str, pretrained: str | None) -> Weights:
+    """The weights in the file ``pretrained``; none if it is not a file, or a NumPy file.
 
-    Dense files are loaded by open_clip, but read here as well, to refuse code in them with a clear error.
+    Dense files are loaded by open_clip, but read here as well, for their configs.
     """
     is_tag = bool(pretrained) and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
     if not pretrained or is_tag or Path(pretrained).suffix in _NUMPY:
-        return None
+        return Weights({})
     return read_weights(pretrained)
 
 
-def _config_of_file(file: Weights | None, path: str | None, given: MoEConfig | None) -> MoEConfig | None:
-    if file is None or not file.sparse:
+def _config_of_file(file: Weights, path: str | None, given: MoEConfig | None) -> MoEConfig | None:
+    if not file.sparse:
         return None
-    found = moe_config_in(file.configs, Path(str(path)))
+    found = moe_config_in(file.configs)
     if found is None and given is None:
         raise ValueError(
             f"{path} has sparse layers but no config of them; pass moe_cfg, the MoEConfig that they were upcycled with"
@@ -271,12 +260,11 @@ def _as_trained(file: Weights, model_name: str, path: str, kwargs: dict[str, Any
     Raises:
         ValueError: it was trained as another model than that of the name, or with another tokenizer.
     """
-    preprocess = _preprocess_cfg(file, path)
+    preprocess = file.configs.get("preprocess_cfg") or {}
     own = {f"image_{name}": preprocess[name] for name in _TRANSFORM if preprocess.get(name) is not None}
     if "logit_bias" in file.state_dict:
         own["init_logit_bias"] = 0.0  # replaced by the file's
     if file.configs.get("model_cfg") is not None:
-        model_directory.check_model_cfg(file.configs["model_cfg"], Path(path))
         named = get_model_config(model_name)
         _check_architecture(file.configs["model_cfg"], named, model_name, path, kwargs)
         trained = tokenizers.saved_in(file.configs, path)
@@ -286,12 +274,6 @@ def _as_trained(file: Weights, model_name: str, path: str, kwargs: dict[str, Any
                 "directory with clipup convert and name that instead"
             )
     return {**kwargs, **{name: value for name, value in own.items() if kwargs.get(name) is None}}
-
-
-def _preprocess_cfg(file: Weights, path: str) -> dict[str, Any]:
-    preprocess = file.configs.get("preprocess_cfg")
-    model_directory.check_preprocess_cfg(preprocess, Path(path))
-    return preprocess or {}
 
 
 def _check_architecture(
@@ -305,13 +287,8 @@ def _check_architecture(
         return
     says = ", ".join(f"{field}={checks.shown(value)}" for field, (value, _) in found.items())
     is_named = ", ".join(checks.shown(value) for _, value in found.values())
-    ways = []
-    for field, (value, _) in found.items():
-        if field == "quick_gelu":
-            ways.append("force_quick_gelu=True" if value else "a name without -quickgelu")
-        elif field in _FORCED_SIZES:
-            ways.append(f"{_FORCED_SIZES[field]}={value!r}")
-    way = f"use {' and '.join(ways)}, or " if len(ways) == len(found) else ""
+    forced = [f"{_FORCED_SIZES[field]}={value!r}" for field, (value, _) in found.items() if field in _FORCED_SIZES]
+    way = f"use {' and '.join(forced)}, or " if len(forced) == len(found) else ""
     raise ValueError(
         f"pretrained={path!r} was trained with {says}, unlike {model_name} ({is_named}); {way}make a model directory "
         "with clipup convert and name that instead"
@@ -342,36 +319,12 @@ def create_on_meta(model_name: str, **kwargs: Any) -> nn.Module:
 
 @contextmanager
 def _clear_errors(model_name: str) -> Iterator[None]:
-    """Converts open_clip's errors into one-line ValueErrors: RuntimeError about names, files and downloads,
-    AssertionError about widths, those of options that give no model (a division by zero, an unknown key; of a config
-    that was read, also of a wrong type), SafetensorError, and UnpicklingError about files that contain code."""
+    """Converts open_clip's errors about names, files, downloads and weights that do not fit into ValueErrors."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"the weights of {model_name} contain more than tensors and plain values, and loading them would run code; "
-            "nothing was run. Get them as safetensors"
-        ) from error
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"the weights of {model_name} cannot be read, the file is damaged: {error}") from error
-    except (TypeError, ValueError) as error:
-        directory = model_name.removeprefix(LOCAL_PREFIX)
-        if not model_name.startswith((LOCAL_PREFIX, hub.HUB_PREFIX)) or directory in str(error):
-            raise
-        raise ValueError(f"open_clip could not create {model_name}: {type(error).__name__}: {error}") from error
-    except (ArithmeticError, AttributeError, LookupError) as error:
-        raise ValueError(f"open_clip could not create {model_name}: {type(error).__name__}: {error}") from error
     except (RuntimeError, AssertionError) as error:
-        text = str(error) or (traceback.extract_tb(error.__traceback__)[-1].line or "")  # a bare assertion: its code
-        lines = [textwrap.shorten(line, 200, placeholder=" ...") for line in text.splitlines() if line.strip()]
-        more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
-        misfit = isinstance(error, AssertionError) or "state_dict" in str(error)
-        hint = "; the weights belong to another model or config" if misfit else ""
-        raise ValueError(f"open_clip could not create {model_name}: {' '.join(lines[:4])}{more}{hint}") from error
-
-
-def expecting_random_weights() -> AbstractContextManager[None]:
-    """Suppresses open_clip's warning about random weights where they are intended."""
-    return hub.suppress_log_lines(hub.OF_RANDOM_WEIGHTS)
+        raise ValueError(
+            f"open_clip could not create {model_name}: {checks.shown(str(error))}; do the weights belong to this model?"
+        ) from error

@@ -5,59 +5,33 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import get_session
-from open_clip.pretrained import download_pretrained_from_hf
 
 from .known_models import HUB_PREFIX as HUB_PREFIX
 
 _TIMEOUT = 5  # seconds
 _LOGGERS = (None, "open_clip.factory", "open_clip.pretrained")
 """Where open_clip logs: version 3 to the root logger, version 4 by module."""
-OF_RANDOM_WEIGHTS = ("No pretrained weights loaded", "Local config loaded, but no CLIP weights found")
+_OF_RANDOM_WEIGHTS = ("No pretrained weights loaded", "Local config loaded, but no CLIP weights found")
 """How open_clip's warnings start about a model whose weights are random."""
 
 
 def cached(name: str, *files: str, cache_dir: str | None = None) -> Path:
-    """The cache directory with these files of a model, all of one commit. Missing files are downloaded.
+    """The cache directory of a model with those of these files that it has, all of one commit. Missing files are
+    downloaded; without the hub, those are there that were downloaded before.
 
     Args:
         name: "hf-hub:ORG/NAME".
 
     Raises:
-        FileNotFoundError: the hub has no such model or file, or a file is not cached and the hub is unreachable.
+        OSError: the hub has no such model, or nothing of it is cached and the hub is unreachable.
     """
-    directory, commit = None, None
-    for file in files:
-        path = download_pretrained_from_hf(
-            name.removeprefix(HUB_PREFIX), filename=file, revision=commit, cache_dir=cache_dir
-        )
-        directory = Path(path).parent
-        commit = directory.name
-    assert directory is not None  # there is at least one file
-    return directory
-
-
-def add_if_there(directory: Path, name: str, file: str, cache_dir: str | None = None) -> bool:
-    """Whether the model has this file, which is then downloaded to the directory that ``cached`` gave. Without the hub:
-    whether it is cached.
-
-    Raises:
-        LocalEntryNotFoundError: the download failed, so nothing is known about the file.
-    """
-    try:
-        hf_hub_download(name.removeprefix(HUB_PREFIX), file, revision=directory.name, cache_dir=cache_dir)
-    except LocalEntryNotFoundError:  # an EntryNotFoundError too
-        if not constants.HF_HUB_OFFLINE:
-            raise
-        return False
-    except (EntryNotFoundError, OfflineModeIsEnabled):
-        return False
-    return True
+    return Path(snapshot_download(name.removeprefix(HUB_PREFIX), cache_dir=cache_dir, allow_patterns=list(files)))
 
 
 @contextmanager
@@ -83,8 +57,7 @@ def offline_if_unreachable(what: str, cache_dir: str | None = None) -> Iterator[
         raise FileNotFoundError(
             f"{what} is not in the cache {cache_dir or constants.HF_HUB_CACHE} and cannot be downloaded: {reason}. "
             "Download it on a machine with network access and pass the file (pretrained) or the directory, or copy the "
-            f"cache. "
-            f"Missing: {str(error).partition('. ')[0]}"
+            "cache"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = before
@@ -136,6 +109,11 @@ def suppress_log_lines(start: str | tuple[str, ...]) -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(keep)
+
+
+def expecting_random_weights() -> AbstractContextManager[None]:
+    """Suppresses open_clip's warning about random weights where they are intended."""
+    return suppress_log_lines(_OF_RANDOM_WEIGHTS)
 
 
 def _why_unreachable() -> str | None:

@@ -1,4 +1,5 @@
-"""Resolves model names: open_clip models, directories, and repositories on the Hugging Face hub."""
+"""Resolves model names: open_clip models, directories, and repositories on the Hugging Face hub; where the weights of a
+model come from."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import open_clip
 
 from ..clip import word_tokenizer
 from ..extras import needed_for
-from . import hub, known_models, model_directory
+from . import hub, known_models, model_card, model_directory
 from .known_models import LOCAL_PREFIX as LOCAL_PREFIX
+
+_SHOWN_TAGS = 3
 
 open_clip.add_model_config(known_models.CONFIGS)  # clipup's models, by name
 
@@ -80,3 +83,43 @@ def check_known(model_name: str, pretrained: str | None) -> None:
     if pretrained and open_clip.get_pretrained_cfg(model_name, pretrained) == {} and not Path(pretrained).is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model_name)) or "none"
         raise ValueError(f"pretrained={pretrained!r} is neither a file nor a tag of {model_name}; its tags are {tags}")
+
+
+def refuse_random_weights(argument: str, model_name: str, pretrained: str | None, alternative: str = "") -> None:
+    """
+    Args:
+        argument: the argument that specifies the weights, for the error message.
+        alternative: what else the user can do, for the error message.
+
+    Raises:
+        ValueError: the model would have random weights, or is unknown.
+    """
+    if known_models.has_weights(model_name, pretrained):
+        return
+    get_model_config(model_name)
+    tags = open_clip.list_pretrained_tags_by_model(model_name)[:_SHOWN_TAGS]
+    hint = f", or a tag such as {', '.join(tags)}" if tags else ""
+    alternative = f", {alternative}" if alternative else ""
+    raise ValueError(
+        f"{argument} is missing, so {model_name} would have random weights; pass a file of weights{hint}{alternative}"
+    )
+
+
+def base_model(model_name: str | None, pretrained: str | None) -> str | None:
+    """The hub name ORG/NAME of the model that the weights come from, for a model card; None if unknown.
+
+    Args:
+        model_name: an open_clip model name, a directory or "hf-hub:ORG/NAME".
+        pretrained: a tag, a file or a directory.
+    """
+    if pretrained is not None and Path(pretrained).is_dir():
+        return model_card.base_model_in(pretrained)
+    if model_name is None:
+        return None
+    if model_name.startswith(hub.HUB_PREFIX):
+        return model_name.removeprefix(hub.HUB_PREFIX)
+    directory = directory_of(model_name)
+    if directory is not None:
+        return model_card.base_model_in(directory)
+    hub_path = open_clip.get_pretrained_cfg(model_name, pretrained).get("hf_hub", "") if pretrained else ""
+    return "/".join(hub_path.split("/")[:2]) or None

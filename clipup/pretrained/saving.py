@@ -6,7 +6,7 @@
     DIR/vocabulary.txt                only for models with a word tokenizer (``clipup.clip.word_tokenizer``)
     DIR/tokenizer.json, ...           only for models whose own directory has a Hugging Face tokenizer
 
-For a timm model, timm's two files replace open_clip's (``clipup.pretrained.timm_directory``). The files are replaced
+For a timm model, timm's two files replace open_clip's (``clipup.pretrained.timm_factory``). The files are replaced
 atomically. ``huggingface_hub.upload_folder`` can push the directory. open_clip itself can load a dense model from it;
 it refuses the weights of a sparse one.
 """
@@ -14,7 +14,6 @@ it refuses the weights of a sparse one.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,9 @@ from ..atomic_files import replace_files
 from ..clip import towers, word_tokenizer
 from ..dense.prepared import Prepared
 from ..moe.layer import moe_layers
-from . import model_card, timm_directory, tokenizers
-from .model_directory import CONFIG_NAME, MODEL_FIELDS, WEIGHTS_NAME
-from .model_names import LOCAL_PREFIX
-from .skeleton import check_describes
+from . import architecture, model_card, timm_factory, tokenizers
+from .known_models import LOCAL_PREFIX
+from .model_directory import CONFIG_NAME, WEIGHTS_NAME, check_model_cfg
 
 _PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 
@@ -65,7 +63,7 @@ def save_pretrained(
     Raises:
         ValueError: ``model_cfg`` is incomplete or describes another model, the model has sparse layers but no
             ``moe_config``, it was prepared for inference, its vocabulary has another size than the model's, or the
-            directory holds another tokenizer and ``tokenizer_directory`` does not say which is the model's.
+            directory holds another tokenizer.
         FileNotFoundError: there is no ``tokenizer_directory``.
         OSError: a file could not be written, or a directory has the name of one.
     """
@@ -73,10 +71,7 @@ def save_pretrained(
     if tokenizer_directory is not None:
         source = Path(str(tokenizer_directory).removeprefix(LOCAL_PREFIX))
         if not source.is_dir():
-            raise FileNotFoundError(
-                f"tokenizer_directory: there is no directory {source}; expected that of the model which this one was "
-                "made from"
-            )
+            raise FileNotFoundError(f"tokenizer_directory: there is no directory {source}")
         files = tokenizers.files_of((model_cfg or {}).get("text_cfg") or {}, source)
     save_with_tokenizer(model, directory, model_cfg, files, preprocess_cfg, license, base_model)
 
@@ -93,11 +88,10 @@ def save_with_tokenizer(
     """``save_pretrained`` with the content of the tokenizer's files.
 
     Args:
-        tokenizer_files: by name (``tokenizers.files_of``); files in the directory from which ``model_cfg`` would make
-            another tokenizer are removed. None: the tokenizer that ``model_cfg`` names.
+        tokenizer_files: by name (``tokenizers.files_of``). None: the tokenizer that ``model_cfg`` names.
 
     Raises:
-        ValueError: as in ``save_pretrained``, or the directory's ``config.json`` is of another kind of tokenizer.
+        ValueError: as in ``save_pretrained``.
     """
     checks.module("model", model)
     prepared = [module for module in model.modules() if isinstance(module, Prepared)]
@@ -113,58 +107,47 @@ def save_with_tokenizer(
             "the model has sparse layers but no moe_config, so it could not be loaded again; use clipup.upcycle"
         )
     library = "timm" if towers.is_timm(model) else "open_clip"
+    text_cfg: dict[str, Any] = {}
     if library == "timm":
-        names = timm_directory.CONFIG_NAME, timm_directory.WEIGHTS_NAME
-        config = timm_directory.config_of(model, model_cfg)
+        names = timm_factory.CONFIG_NAME, timm_factory.WEIGHTS_NAME
+        config = timm_factory.config_of(model, model_cfg)
     else:
         names = CONFIG_NAME, WEIGHTS_NAME
         config = _open_clip_config(model, model_cfg, preprocess_cfg)
-        check_describes(model, config["model_cfg"], moe_config)
+        text_cfg = config["model_cfg"]["text_cfg"]
+        architecture.check_describes(model, config["model_cfg"], moe_config)
     if moe_config is not None:
         config["moe_cfg"] = moe_config.to_dict()
-    text_cfg = config["model_cfg"]["text_cfg"] if library == "open_clip" else {}
     needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
     extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
-    texts = {model_card.README: model_card.model_card(model, library, license, base_model, extra)}
+    card = model_card.model_card(model, library, license, base_model, extra)
     directory = Path(directory)
     files = tokenizers.files_of(text_cfg, None) if tokenizer_files is None else tokenizer_files
-    if tokenizer_files is None and library == "open_clip":
-        _check_tokenizer_in(directory, files, text_cfg)
-    if library == "open_clip":
-        files = tokenizers.without_kind(files, directory)
+    _check_tokenizer_in(directory, files, text_cfg, replaces=tokenizer_files is not None)
     tensors = _tensors(model)
     directory.mkdir(parents=True, exist_ok=True)
-    writers: dict[Path, Callable[[Path], object]] = {
-        directory / names[1]: lambda path: _save_tensors(tensors, path, directory)
+    contents = {
+        **files,
+        model_card.README: card.encode("utf-8"),
+        names[0]: (json.dumps(config, indent=2) + "\n").encode("utf-8"),  # the last: it marks a complete directory
     }
-    for name, content in {**files, **{name: text.encode("utf-8") for name, text in texts.items()}}.items():
-        writers[directory / name] = partial(_write, content)
-    former = [directory / name for name in tokenizers.file_names(text_cfg) if name not in files]
-    content = (json.dumps(config, indent=2) + "\n").encode("utf-8")
-    writers[directory / names[0]] = partial(_write_last, content, former)  # it marks a complete directory
-    replace_files(writers)
+    writers = {directory / name: partial(_write, content) for name, content in contents.items()}
+    replace_files({directory / names[1]: lambda path: _save_tensors(tensors, path, directory), **writers})
 
 
-def _write_last(content: bytes, former: list[Path], path: Path) -> None:
-    """Writes the config, and then removes the files of a former tokenizer from its directory, after the former config:
-    a kill before all is in place leaves no model with a tokenizer that is not its own."""
-    _write(content, path)
-    found = [file for file in former if file.is_file() or file.is_symlink()]
-    if found:
-        (found[0].parent / path.name).unlink(missing_ok=True)
-    for file in found:
-        file.unlink()
-
-
-def _check_tokenizer_in(directory: Path, files: dict[str, bytes], text_cfg: dict[str, Any]) -> None:
+def _check_tokenizer_in(directory: Path, files: dict[str, bytes], text_cfg: dict[str, Any], replaces: bool) -> None:
     """Refuses a directory from which this config would make another tokenizer than that of these files: it may be the
-    model's own, or a former one's."""
+    model's own, or a former one's.
+
+    Args:
+        replaces: files of the same names are replaced.
+    """
     for name in tokenizers.file_names(text_cfg):
         path = directory / name
-        if path.is_file() and path.read_bytes() != files.get(name):
+        if path.is_file() and path.read_bytes() != files.get(name) and not (replaces and name in files):
             raise ValueError(
-                f"directory: {directory} holds a tokenizer ({name}) that is not the one which model_cfg names; pass it "
-                "as tokenizer_directory too, if the tokenizer is the model's, or remove the file"
+                f"directory: {directory} holds a tokenizer ({name}) that is not the model's; if it is, pass the "
+                "directory as tokenizer_directory too; otherwise choose another directory, or remove the file"
             )
 
 
@@ -182,9 +165,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _open_clip_config(
     model: nn.Module, model_cfg: dict[str, Any] | None, preprocess_cfg: dict[str, Any] | None
 ) -> dict[str, Any]:
-    missing = [field for field in MODEL_FIELDS if field not in (model_cfg or {})]
-    if missing:
-        raise ValueError(f"model_cfg lacks {', '.join(missing)}; pass clipup.get_model_config(name)")
+    check_model_cfg(model_cfg, "save_pretrained")
     if preprocess_cfg is None:
         preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_fields(preprocess_cfg)}

@@ -1,4 +1,5 @@
-"""Reads weights from safetensors and torch files without executing code, and checks that they fit a model.
+"""Reads weights from safetensors and torch files without executing code, checks that they fit a model, and assigns
+them with one copy of each in memory.
 
 A training checkpoint is open_clip's dictionary, ``{"state_dict": ..., "epoch": ..., ...}``; names in it may have the
 "module." prefix of DistributedDataParallel. Checkpoints of ``clipup train`` also have ``moe_cfg``, None for a dense
@@ -8,10 +9,10 @@ model.
 from __future__ import annotations
 
 import errno
-import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,20 +20,18 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..checks import without_numpy
 from . import shard_files
 
 _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")
-
-
 _ROUTER = ".router.weight"
 _CHUNK_BYTES = 1 << 24
 _DIRECTORY_ATTRIBUTE = 0x10
-_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
-_MAX_SHOWN = 3
-
-
+_MAX_SHOWN = 5
+_INITIALIZATIONS = {nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
+"""Those that a mode sees. The others, and what they draw, take little time."""
 _CONFIGS = ("model_cfg", "moe_cfg", "preprocess_cfg", "tokenizer_files")
 
 
@@ -47,10 +46,6 @@ class Weights(NamedTuple):
     def sparse(self) -> bool:
         """Whether the state dict has sparse layers."""
         return any(name.endswith(_ROUTER) for name in self.state_dict)
-
-    def on_meta(self) -> dict[str, Tensor]:
-        """The dtypes and shapes of the tensors by name."""
-        return {name: value.to("meta") for name, value in self.state_dict.items() if isinstance(value, Tensor)}
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -80,21 +75,6 @@ def _read_sharded(directory: Path) -> Weights:
     index = shard_files.read_index(directory)
     shard_files.check_files(directory, index, index.files)
     return Weights(shard_files.read_tensors(directory, shard_files.MODEL), index.configs)
-
-
-def safetensors_on_meta(path: Path) -> dict[str, Tensor]:
-    """The dtypes and shapes of the tensors in a safetensors file by name, read from its header. Raises ``ValueError``
-    if the file is incomplete."""
-    found = {}
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, not a mapping
-                part = file.get_slice(name)
-                few = part[:0] if part.get_shape() else file.get_tensor(name)
-                found[name] = torch.empty(part.get_shape(), dtype=few.dtype, device="meta")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
-    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -155,16 +135,9 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
     mmap = mmap and _is_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        code = _GLOBAL.search(str(error))
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or contains more than tensors and plain values"
-            f"{f' ({code[1]})' if code else ''}. No code in it was run. Get the weights as safetensors, or have "
-            "someone who trusts the file save its state dict alone"
-        ) from error
-    except Exception as error:  # a damaged file raises many types of errors, from zipfile or torch
+    except Exception as error:  # a damaged file raises many types of errors, from zipfile, pickle or torch
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint, and no code in it was run: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} contains a {type(content).__name__}, not a checkpoint")
     return content
@@ -194,75 +167,82 @@ def strip_wrapper_prefixes(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {_WRAPPERS.sub("", name): value for name, value in state_dict.items()}
 
 
-def check_fit(
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    source: str,
-    ignore: tuple[str, ...] = (),
-    *,
-    described_by: str,
-) -> None:
-    """Checks that weights fit a model: names, shapes, and floating-point versus other dtypes.
+def check_fit(model: nn.Module, weights: dict[str, Tensor], source: str, ignore: tuple[str, ...] = ()) -> None:
+    """Checks that names and shapes of weights fit a model.
 
     Args:
         source: where the weights come from, for the error message.
         ignore: names whose shapes are not compared.
-        described_by: what defines the model, for the error message.
 
     Raises:
-        ValueError: the weights do not fit. Names up to three parameters of each kind, and both shapes.
+        ValueError: the weights do not fit. Names the first parameters, and both shapes.
     """
     expected = model.state_dict()
-    weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
-    mismatches = [
+    found = [
         f"{name} is {list(weights[name].shape)} in the file, {list(tensor.shape)} in the model"
         for name, tensor in expected.items()
         if name in weights and name not in ignore and weights[name].shape != tensor.shape
     ]
-    mismatches = _shortened(mismatches, "more with different shapes")
-    mismatches += _dtype_mismatches(expected, weights)
-    mismatches += _list_names("missing from the file", [name for name in expected if name not in weights])
-    mismatches += _list_names("not in the model", [name for name in weights if name not in expected])
-    if mismatches:
-        raise ValueError(
-            f"the weights in {source} do not fit the model that {described_by} describes: {'; '.join(mismatches)}. "
-            "Restore the config that they were saved with, or save the model again"
-        )
+    found += [f"{name} is missing from the file" for name in expected if name not in weights]
+    found += [f"{name} is not in the model" for name in weights if name not in expected]
+    if found:
+        raise ValueError(f"the weights in {source} do not fit the model: {listed(found)}")
 
 
-def check_types(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Refuses weights that torch would convert silently: integers, booleans and complex numbers in place of
-    floating-point numbers, or the reverse.
+def listed(found: list[str]) -> str:
+    """The first of many differences, for a message."""
+    more = len(found) - _MAX_SHOWN
+    return "; ".join(found[:_MAX_SHOWN]) + f"; and {more} more" * (more > 0)
+
+
+class _SkipInitialization(TorchFunctionMode):
+    """Of this thread: other threads may create models with random weights at the same time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INITIALIZATIONS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_random_numbers() -> Iterator[None]:
+    """In this context modules are created with parameters that are partly uninitialized, and the global generator of
+    random numbers is afterwards as it was before."""
+    with torch.random.fork_rng(devices=[]), _SkipInitialization():
+        yield
+
+
+def drop_parameters(model: nn.Module) -> None:
+    """Replaces the parameters by meta tensors. Shared parameters stay shared; buffers are unchanged."""
+    moved: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                meta = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                vars(meta).update(vars(parameter))
+                module._parameters[name] = moved.setdefault(id(parameter), meta)
+
+
+def assign_weights(model: nn.Module, weights: dict[str, Tensor], device: torch.device | str = "cpu") -> None:
+    """Assigns copies of ``weights``, in the model's dtypes, to a model whose parameters are meta tensors.
+
+    Copies are needed because the tensors may be memory-mapped from a file that can change.
 
     Args:
-        weights: the file's tensors by name. Names that the model does not have are ignored.
-
-    Raises:
-        ValueError: a dtype does not fit. Names up to three parameters, and both dtypes.
+        weights: must fit the model (``check_fit``). Emptied one by one, to hold each in memory only once.
     """
-    mismatches = _dtype_mismatches(model.state_dict(), weights)
-    if mismatches:
-        raise ValueError(
-            f"the weights in {source} do not fit the model: {'; '.join(mismatches)}. Get them in a floating-point dtype"
-        )
-
-
-def _dtype_mismatches(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    mismatches = [
-        f"{name} is {weights[name].dtype} in the file, {tensor.dtype} in the model"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].is_floating_point() != tensor.is_floating_point()
-    ]
-    return _shortened(mismatches, "more with different dtypes")
-
-
-def _shortened(mismatches: list[str], rest: str) -> list[str]:
-    more = len(mismatches) - _MAX_SHOWN
-    return mismatches[:_MAX_SHOWN] + [f"{more} {rest}"] * (more > 0)
-
-
-def _list_names(kind: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
-    more = len(names) - _MAX_SHOWN
-    return [f"{kind}: {', '.join(names[:_MAX_SHOWN])}{f' and {more} more' if more > 0 else ''}"]
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    copies = {}
+    for name, wanted in model.state_dict().items():
+        copies[name] = weights.pop(name).to(device=device, dtype=wanted.dtype, copy=True)
+    marks = {name: vars(parameter) for name, parameter in model.named_parameters()}
+    model.load_state_dict(copies, assign=True)
+    for name, marked in marks.items():  # attributes such as no_weight_decay
+        vars(model.get_parameter(name)).update(marked)
+    for first, *others in shared.values():
+        for other in others:
+            path, _, name = other.rpartition(".")
+            model.get_submodule(path)._parameters[name] = model.get_parameter(first)

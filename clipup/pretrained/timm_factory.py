@@ -1,21 +1,32 @@
-"""Creates timm models, dense or sparse, from a directory or the Hugging Face hub (format: ``timm_directory``)."""
+"""Creates timm models, dense or sparse, from a directory or the Hugging Face hub. The format is timm's, with an
+additional key ``moe_cfg``:
+
+    DIR/config.json         timm's architecture, model_args, pretrained_cfg, ...; and moe_cfg
+    DIR/model.safetensors   the state dict
+
+timm itself can load a dense model from it ("local-dir:DIR"); it refuses the weights of a sparse one.
+"""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
+from timm.models import _hub
 from torch import nn
 
 from ..upcycling.upcycle import upcycle
 from .hub import HUB_PREFIX, cached, offline_if_unreachable
-from .model_names import LOCAL_PREFIX
-from .state_dicts import check_fit, read_safetensors
-from .structure import assign_weights, drop_parameters, without_random_numbers
-from .timm_directory import CONFIG_NAME, WEIGHTS_NAME, read_moe_config
+from .known_models import LOCAL_PREFIX
+from .model_directory import check_weights, moe_config_in, read_config_file
+from .state_dicts import assign_weights, check_fit, drop_parameters, read_safetensors, without_random_numbers
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
 
 
 def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | None = None, **kwargs: Any) -> nn.Module:
@@ -29,28 +40,19 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
 
     Raises:
         FileNotFoundError: config or weights are missing.
-        ValueError: timm cannot create the model, or the weights do not fit it.
+        ValueError: the weights do not fit the model.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a str, also for a directory, got {type(name).__name__}")
     if name.startswith(HUB_PREFIX):
         with offline_if_unreachable(name, cache_dir):
             directory = cached(name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)
     else:
         directory = Path(name.removeprefix(LOCAL_PREFIX))
-    moe_config = read_moe_config(directory)
+    moe_config = moe_config_in(read_config_file(directory / CONFIG_NAME, "a directory with a saved timm model"))
     path = directory / WEIGHTS_NAME
-    if load_weights and not path.is_file():
-        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}; load_weights=False creates the model without")
+    if load_weights:
+        check_weights(path)
     with without_random_numbers() if load_weights else nullcontext():
-        try:
-            model = timm.create_model(f"{LOCAL_PREFIX}{directory}", pretrained=False, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # timm has no common class for what a wrong config raises
-            raise ValueError(
-                f"timm could not create the model of {directory / CONFIG_NAME}: {type(error).__name__}: {error}"
-            ) from error
+        model = timm.create_model(f"{LOCAL_PREFIX}{directory}", pretrained=False, **kwargs)
     device = next(model.parameters()).device
     if load_weights:
         drop_parameters(model)
@@ -58,6 +60,26 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
         upcycle(model, moe_config, inplace=True)
     if load_weights:
         weights = read_safetensors(path)
-        check_fit(model, weights, str(directory), described_by=f"its {CONFIG_NAME}")
+        check_fit(model, weights, str(directory))
         assign_weights(model, weights, device)
     return model.eval()
+
+
+def config_of(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, Any]:
+    """timm's config of a model.
+
+    Args:
+        model_args: arguments that the model was created with, in addition to those that timm recorded.
+
+    Raises:
+        ValueError: the model has no architecture name.
+    """
+    if not (getattr(model, "pretrained_cfg", None) or {}).get("architecture"):
+        raise ValueError(
+            f"model is a {type(model).__name__} without an architecture name, so it could not be loaded again; "
+            "create it with timm.create_model"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, CONFIG_NAME)
+        _hub.save_config_for_hf(model, path, model_args=model_args)  # type: ignore[arg-type]  # timm passes a Path too
+        return json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..pretrained import model_card, origin, saving, tokenizers
+from ..pretrained import model_card, model_names, saving, tokenizers
 from ..pretrained.shard_files import MODEL, described, read_index
 from . import checkpoints, resume, sharded_checkpoints, whole_state
 from .distributed import Ranks
@@ -211,7 +211,7 @@ class RunCheckpoints:
         self.ranks.first_does(lambda: self._save_model(self.unsharded(weights)))
 
     def _save_model(self, model: nn.Module) -> None:
-        base_model = origin.base_model(self.options.model, self.options.pretrained)
+        base_model = model_names.base_model(self.options.model, self.options.pretrained)
         saving.save_with_tokenizer(
             model,
             self.directory.model,

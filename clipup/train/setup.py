@@ -17,7 +17,8 @@ from ..data.loaders import load_train_data
 from ..data.train_data import TrainData
 from ..moe.config import MoEConfig
 from ..precision import Precision
-from ..pretrained import architecture, factory, model_names, skeleton, tokenizers
+from ..pretrained import architecture, factory, model_names, tokenizers
+from ..pretrained.state_dicts import listed
 from ..upcycling.upcycle import upcycle
 from . import checkpoints, parallel
 from .distributed import Ranks
@@ -109,7 +110,7 @@ def build_model(
         if passed_in:
             _check_is_named(model, model_cfg, str(name))
         else:
-            skeleton.check_describes(model, model_cfg, getattr(model, "moe_config", None))
+            architecture.check_describes(model, model_cfg, getattr(model, "moe_config", None))
         tokenizer_files = tokenizers.files_of(model_cfg["text_cfg"], tokenizers.source_directory(name))
         if given_tokenizer is not None:
             tokenizer_files = _files_of_given(given_tokenizer, model_cfg, tokenizer_files)
@@ -161,11 +162,11 @@ def _check_is_named(model: nn.Module, model_cfg: dict[str, Any], name: str) -> N
         "leave model out of the options (nothing is then saved as a model directory); to resume a run with model, add "
         "resume_with_changes"
     )
-    found = skeleton.differences(model, model_cfg, getattr(model, "moe_config", None))
+    found = architecture.differences(model, model_cfg, getattr(model, "moe_config", None))
     if found:
         raise ValueError(
             f"model: the one that is passed in is another than {name!r}, as which it would be saved: "
-            f"{skeleton.listed(found)}. Give the name of the model that is passed in, or {way}"
+            f"{listed(found)}. Give the name of the model that is passed in, or {way}"
         )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..clip import inputs
 from ..precision import Precision
-from ..pretrained import factory, origin
+from ..pretrained import factory, model_names
 
 _EQUAL = {
     "image size": inputs.image_size,
@@ -26,7 +26,7 @@ def create_teacher(
     Raises:
         ValueError: it would have random weights, or takes other images or texts than the student.
     """
-    origin.refuse_random_weights("distill_pretrained", name, pretrained)
+    model_names.refuse_random_weights("distill_pretrained", name, pretrained)
     teacher, *_ = factory.create_model_and_transforms(
         name, pretrained, precision=precision, device=device, output_dict=True
     )

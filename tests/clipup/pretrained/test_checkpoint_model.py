@@ -29,6 +29,7 @@ def checkpoint(tmp_path):
         path = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
         path.parent.mkdir(parents=True)
         configs = {"model_cfg": clipup.get_model_config(NAME) | options, "preprocess_cfg": PREPROCESS}
+        configs["tokenizer_files"] = {}
         configs["moe_cfg"] = model.moe_config.to_dict() if sparse else None
         torch.save({"state_dict": model.state_dict(), "optimizer": {}, "epoch": 1, "step": 1, **configs}, path)
         return path, model.eval()
@@ -59,9 +60,7 @@ def test_its_images_are_transformed_as_in_training(checkpoint, sparse):
 def test_another_activation_than_that_of_the_name_is_refused(checkpoint, sparse, tmp_path):
     path, model = checkpoint(sparse, quick_gelu=True)
 
-    with pytest.raises(
-        ValueError, match="epoch_1.pt' was trained with quick_gelu=True, unlike .*; use force_quick_gelu"
-    ):
+    with pytest.raises(ValueError, match="epoch_1.pt' was trained with quick_gelu=True, unlike "):
         clipup.create_model_and_transforms(NAME, str(path))
     loaded, *_ = clipup.create_model_and_transforms(NAME, str(path), force_quick_gelu=True)
     assert step0_difference(model, loaded) == 0
@@ -110,30 +109,6 @@ def test_a_color_of_padding_is_that_of_training(checkpoint):
     assert transform(wide)[:, 0].min() > 1 and transform(wide)[:, 16].max() < 0
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "error"),
-    [
-        ("preprocess_cfg", [1], "preprocess_cfg in .*epoch_1.pt must be an object"),
-        ("preprocess_cfg", {"mean": [float("nan")] * 3}, "epoch_1.pt: mean must be finite"),
-        ("preprocess_cfg", {"std": [0.0] * 3}, "epoch_1.pt: std must be positive"),
-        ("preprocess_cfg", {"fill_color": "red"}, "epoch_1.pt: fill_color must be a number"),
-        ("model_cfg", {"vision_cfg": {}}, "model_cfg in .*epoch_1.pt lacks embed_dim, text_cfg"),
-        ("model_cfg", "ViT", "epoch_1.pt has no model_cfg"),
-        ("moe_cfg", [1], "epoch_1.pt: moe_cfg must be a JSON object, got list"),
-        ("moe_cfg", {"unknown": 1}, "epoch_1.pt: moe_cfg has unknown fields unknown"),
-        ("tokenizer_files", {"../vocab.txt": ""}, "epoch_1.pt: tokenizer_files has '../vocab.txt', which is no file"),
-        ("tokenizer_files", {"vocab.txt": "?"}, "epoch_1.pt is damaged: its tokenizer_files are not files in base64"),
-        ("tokenizer_files", [1], "epoch_1.pt is damaged: its tokenizer_files"),
-    ],
-)
-def test_configs_in_a_checkpoint_are_checked_like_those_of_a_directory(checkpoint, field, value, error):
-    path, _ = checkpoint(sparse=True)
-    torch.save(torch.load(path) | {field: value}, path)
-
-    with pytest.raises((ValueError, TypeError), match=error):
-        clipup.create_model_and_transforms(NAME, str(path))
-
-
 def test_a_checkpoint_with_a_text_tower_of_hugging_face_is_converted_without_its_pretrained_weights(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -164,14 +139,3 @@ def test_another_model_than_the_checkpoints_own_is_refused(checkpoint, tmp_path,
 
     assert main(["convert", str(path), str(tmp_path / "out"), "--model", NAME]) == 2
     assert f"holds the config of its model, which is not that of '{NAME}'; drop --model" in capsys.readouterr().err
-
-
-def test_activations_of_a_checkpoint_of_an_earlier_version_are_not_compared(checkpoint, caplog):
-    path, _ = checkpoint()
-    model, *_ = clipup.create_model_and_transforms(NAME, load_weights=False, force_quick_gelu=True)
-
-    clipup.load_checkpoint(model, path)
-    assert "epoch_1.pt is of an earlier version, so activations are not compared" in caplog.text
-    torch.save(torch.load(path) | {"tokenizer_files": {}}, path)
-    with pytest.raises(ValueError, match="class of .* is 'QuickGELU', the config describes 'GELU'"):
-        clipup.load_checkpoint(model, path)

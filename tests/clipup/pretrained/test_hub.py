@@ -13,7 +13,6 @@ from tiny_clip import tiny_clip, tiny_config
 import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import main
-from clipup.pretrained import hub
 
 CONFIG = MoEConfig.clip_up(num_experts=3, towers=("image", "text"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -121,17 +120,6 @@ def test_a_tokenizer_of_hugging_face_is_the_same_on_the_hub_as_in_the_directory(
     assert tokens(tmp_path / "sparse") == tokens(tmp_path / "model")
 
 
-def test_a_download_that_fails_is_no_missing_file(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise huggingface_hub.errors.LocalEntryNotFoundError("timed out")
-
-    monkeypatch.setattr(hub, "hf_hub_download", fail)
-    assert not hub.add_if_there(tmp_path, "hf-hub:org/own", "tokenizer_config.json")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(huggingface_hub.errors.LocalEntryNotFoundError, match="timed out"):
-        hub.add_if_there(tmp_path, "hf-hub:org/own", "tokenizer_config.json")
-
-
 def test_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
     dense = tiny_clip()
     save_pretrained(dense, tmp_path / "model", tiny_config())
@@ -142,29 +130,16 @@ def test_dense_model_loads_from_the_hub_as_in_open_clip(tmp_path, publish):
         assert not moe_layers(loaded) and step0_difference(dense, loaded) == 0
 
 
-def test_all_files_are_of_one_commit(tmp_path, monkeypatch):
-    asked = []
-
-    def download(name, filename, revision, cache_dir):
-        asked.append((name, filename, revision))
-        return str(tmp_path / "snapshots" / COMMIT / filename)
-
-    monkeypatch.setattr(hub, "download_pretrained_from_hf", download)
-
-    assert hub.cached("hf-hub:org/sparse", "a", "b") == tmp_path / "snapshots" / COMMIT
-    assert asked == [("org/sparse", "a", None), ("org/sparse", "b", COMMIT)]
-
-
 def test_missing_files_and_models_are_named(sparse, tmp_path, publish):
     save_pretrained(sparse, tmp_path / "model", tiny_config())
     (tmp_path / "model" / "open_clip_model.safetensors").unlink()
     cache = publish(tmp_path / "model", "weightless")
 
-    with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors.* for org/weightless"):
+    with pytest.raises(FileNotFoundError, match="open_clip_model.safetensors"):
         clipup.create_model_and_transforms("hf-hub:org/weightless", **cache)
     loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/weightless", load_weights=False, **cache)
     assert len(moe_layers(loaded)) == 4
-    with pytest.raises(FileNotFoundError, match="open_clip_config.json.* for org/nothing"):
+    with pytest.raises(FileNotFoundError, match="hf-hub:org/nothing"):
         clipup.create_model_and_transforms("hf-hub:org/nothing", **cache)
 
 
@@ -173,7 +148,7 @@ def test_dense_model_of_the_hub_without_weights_is_refused_unless_none_are_wante
     (tmp_path / "model" / "open_clip_model.safetensors").unlink()
     cache = publish(tmp_path / "model", "bare")
 
-    with pytest.raises(ValueError, match="could not create hf-hub:org/bare: Required pretrained weights"):
+    with pytest.raises(ValueError, match="could not create hf-hub:org/bare"):
         clipup.create_model_and_transforms("hf-hub:org/bare", **cache)
     loaded, *_ = clipup.create_model_and_transforms("hf-hub:org/bare", load_weights=False, **cache)
     assert not moe_layers(loaded)
@@ -234,9 +209,3 @@ def test_without_a_network_cached_models_load(unreachable, sparse, tmp_path, pub
 def test_without_a_network_uncached_tokenizers_are_refused_at_once(unreachable, tmp_path):
     with pytest.raises(FileNotFoundError, match="ViT-B-16-SigLIP is not in the cache .*does not respond"):
         clipup.get_tokenizer("ViT-B-16-SigLIP", cache_dir=str(tmp_path))
-
-
-def test_other_errors_are_not_reported_as_network_errors(unreachable, tmp_path):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="belong to another model or config$"):
-        clipup.create_model_and_transforms("clipup-tiny-32", str(tmp_path / "other.pt"))

@@ -18,7 +18,7 @@ from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
 from clipup.clip import flops
 from clipup.pretrained import model_card
 from clipup.pretrained.model_card import add_results, base_model_in
-from clipup.pretrained.origin import base_model
+from clipup.pretrained.model_names import base_model
 
 CONFIG = MoEConfig.clip_up(num_experts=3)
 RECALL = {
