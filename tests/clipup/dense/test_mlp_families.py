@@ -207,7 +207,7 @@ def mlp_with_one_bias():
             timm.layers.Mlp(D, H, use_conv=True),
             "projection is a torch.nn.modules.conv.Conv2d, expected a plain",
         ),
-        (mlp_of_other_linears(), "projection is a torch.nn.modules.linear.LazyLinear"),
+        (mlp_of_other_linears(), "Linear, GELU, LazyLinear"),
         (mlp_with_one_bias(), "with a bias in only one of its projections"),
         (timm.layers.Mlp(D, H, D + 1), "from width 12 over 20 to 13; experts end as wide as they start"),
         (timm.layers.GluMlp(D, 2 * H), r"activation 'torch\.nn\.modules\.activation\.Sigmoid'"),

@@ -445,7 +445,9 @@ def test_tokens_that_the_attention_mask_masks_are_not_routed(name, attention):
     layers = moe_layers(sparse)
     text = [layer for key, layer in layers.items() if "vision" not in key]
     features = sparse(**batch)
-    assert len(text) == 2 and all(torch.equal(layer.state.last_routing.mask, mask.flatten().bool()) for layer in text)
+    routed = mask.bool()
+    routed[:, -1] |= "Siglip" in name  # it is pooled
+    assert len(text) == 2 and all(torch.equal(layer.state.last_routing.mask, routed.flatten()) for layer in text)
     assert all(layer.state.last_routing.mask is None for key, layer in layers.items() if "vision" in key)
 
     for layer in text:
