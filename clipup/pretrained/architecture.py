@@ -158,11 +158,12 @@ def _function(model: nn.Module, compared: tuple[str, ...], sizes: bool) -> dict[
     attributes = _ATTRIBUTES + _SIZES * sizes
     for name, module in model.named_modules():
         if name.startswith(compared):
-            values = {what: _plain(vars(module)[what]) for what in attributes if what in vars(module)}
-            if hasattr(module, "attn_mask"):
-                values["causal mask"] = module.attn_mask is not None
+            values: dict[str, Any] = {}
             if type(module).__module__ in _ACTIVATIONS or isinstance(module, QuickGELU):
                 values["class"] = type(module).__name__
+            values |= {what: _plain(vars(module)[what]) for what in attributes if what in vars(module)}
+            if hasattr(module, "attn_mask"):
+                values["causal mask"] = module.attn_mask is not None
             function |= {f"{what} of {name or 'the model'}": value for what, value in values.items()}
     return function
 

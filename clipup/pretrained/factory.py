@@ -27,6 +27,7 @@ from .state_dicts import (
     Weights,
     assign_weights,
     check_fit,
+    check_types,
     drop_parameters,
     read_safetensors,
     read_weights,
@@ -111,6 +112,7 @@ def _create(
         kwargs = {"require_pretrained": from_elsewhere and load_weights, **kwargs}
         with _clear_errors(model_name):
             model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
+        check_types(model, stored, source)
         _say_resized(model, stored, source)
         return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
     if kwargs.get("jit"):

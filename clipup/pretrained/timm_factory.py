@@ -42,6 +42,8 @@ def create_timm_model(name: str, load_weights: bool = True, cache_dir: str | Non
         FileNotFoundError: config or weights are missing.
         ValueError: the weights do not fit the model.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str, also for a directory, got {type(name).__name__}")
     if name.startswith(HUB_PREFIX):
         with offline_if_unreachable(name, cache_dir):
             directory = cached(name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from tiny_clip import tiny_clip
+from tiny_clip import tiny_clip, tiny_config
 from torch import nn
 
 import clipup
@@ -127,6 +127,8 @@ def test_model_name_must_be_a_str(name):
     for function in (clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config):
         with pytest.raises(TypeError, match=f"model_name must be a str.* got {type(name).__name__}"):
             function(name)
+    with pytest.raises(TypeError, match="name must be a str"):
+        clipup.create_timm_model(name)
 
 
 def test_inputs_and_learning_rate_are_checked():
@@ -144,9 +146,46 @@ def test_inputs_and_learning_rate_are_checked():
             calibrate(sparse, dense, [random_inputs(dense, 2)], lr=lr)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_weights_of_non_floating_dtypes_are_refused(tmp_path, dtype, sparse):
+    model = tiny_clip()
+    if sparse:
+        model = upcycle(model, MoEConfig(num_experts=4), inplace=True)
+    clipup.save_pretrained(model, tmp_path, model_cfg=tiny_config(), preprocess_cfg={})
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    name = "visual.ln_post.weight"
+    weights[name] = weights[name].to(dtype)
+    path = tmp_path / "open_clip_model.safetensors"
+    safetensors.torch.save_file(weights, path)
+    message = f"{name} is {dtype} in the file, torch.float32 in the model"
+    with pytest.raises(ValueError, match=message):
+        clipup.create_model_and_transforms(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        clipup.load_checkpoint(model, path)
+    torch.save({"state_dict": weights}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=message):
+        clipup.load_checkpoint(model, tmp_path / "weights.pt")
+
+
+def test_dense_weights_of_non_floating_dtypes_are_refused(tmp_path):
+    model = clipup.create_model_and_transforms("clipup-tiny-32")[0]
+    weights = {**model.state_dict(), "visual.proj": torch.zeros_like(model.visual.proj, dtype=torch.int64)}
+    safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match="visual.proj is torch.int64 in the file, torch.float32 in the model"):
+        clipup.create_model_and_transforms("clipup-tiny-32", str(tmp_path / "weights.safetensors"))
+
+
 def test_weights_of_other_floating_dtypes_are_converted(tmp_path):
     model = tiny_clip()
     halves = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     safetensors.torch.save_file(halves, tmp_path / "weights.safetensors")
     clipup.load_checkpoint(model, tmp_path / "weights.safetensors")
     assert torch.equal(model.visual.proj, halves["visual.proj"].float())
+
+
+def test_non_tensor_values_count_as_missing_weights(tmp_path):
+    model = tiny_clip()
+    torch.save({**model.state_dict(), "visual.proj": 3}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="visual.proj is missing from the file"):
+        clipup.load_checkpoint(model, tmp_path / "weights.pt")
