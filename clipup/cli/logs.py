@@ -12,7 +12,7 @@ from ..progress import printable
 FLAG_OF: dict[str, str] = {}
 """Of the command that runs: its flags by the names of their options in Python."""
 _OPTION = re.compile(r"^\w+(?=: |=| (?:must|is|has|needs) )|(?<![\w./'\"-])[a-z]+_\w+(?![/'\"-]|\.\w)")
-"""What may name an option in a message: how it begins, and words with underscores that are no part of a path."""
+"""What may name an option in a message: its first word, and words with underscores outside of paths."""
 
 
 @contextmanager

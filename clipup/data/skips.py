@@ -34,11 +34,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class SourceError(ValueError):
-    """What prevents reading is no fault of a sample, so no other one may take its place."""
+    """Reading failed for a reason other than the sample itself, so no other sample may take its place."""
 
 
 def raise_lack(error: BaseException) -> None:
-    """Raises an error that is no fault of a sample: of the source, or for lack of memory or of open files."""
+    """Raises errors that the sample did not cause: those of the source, and lack of memory or of open files."""
     if isinstance(error, SourceError | MemoryError) or getattr(error, "errno", None) in _LACK:
         raise error
 

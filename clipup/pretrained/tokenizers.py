@@ -108,7 +108,7 @@ def saved_in(configs: dict[str, Any], path: Path | str) -> dict[str, bytes] | No
         return None
     unknown = set(encoded) - {word_tokenizer.FILE_NAME, *_FILES}
     if unknown:
-        raise ValueError(f"{path}: tokenizer_files has {', '.join(unknown)}, which is no file of a tokenizer")
+        raise ValueError(f"{path}: tokenizer_files names {', '.join(unknown)}; expected files of a tokenizer")
     return {name: base64.b64decode(text) for name, text in encoded.items()}
 
 
