@@ -32,8 +32,8 @@ from torch import Tensor, nn
 import clipup
 from clipup.clip.flops import TowerCounts, count
 from clipup.clip.inputs import image_size
-from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
-from clipup.pretrained.tokenizers import get_tokenizer
+from clipup.models.factory import create_model_and_transforms, expecting_random_weights
+from clipup.models.tokenizers import get_tokenizer
 from clipup_kernels.machine import package_version, processor_name
 
 BASELINE, LARGE, ACCELERATED, INT8 = "ViT-B-16", "ViT-L-14", "accelerated", "int8"

@@ -26,8 +26,8 @@ from clipup.clip.inputs import random_inputs
 from clipup.data.loaders import load_eval_samples
 from clipup.data.options import SourceOptions
 from clipup.evaluate.retrieval import retrieval
-from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
-from clipup.pretrained.tokenizers import get_tokenizer
+from clipup.models.factory import create_model_and_transforms, expecting_random_weights
+from clipup.models.tokenizers import get_tokenizer
 from clipup_kernels.machine import processor_name
 
 FORMS = {

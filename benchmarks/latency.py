@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 import clipup
 from clipup.clip.inputs import image_size
-from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
-from clipup.pretrained.tokenizers import get_tokenizer
+from clipup.models.factory import create_model_and_transforms, expecting_random_weights
+from clipup.models.tokenizers import get_tokenizer
 from clipup_kernels.machine import processor_name
 
 MODELS = (

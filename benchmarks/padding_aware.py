@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import clipup
 from clipup.clip.padding_aware import tokens_up_to_pooled
-from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
-from clipup.pretrained.tokenizers import get_tokenizer
+from clipup.models.factory import create_model_and_transforms, expecting_random_weights
+from clipup.models.tokenizers import get_tokenizer
 from clipup_kernels.machine import package_version
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}

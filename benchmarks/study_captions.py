@@ -20,7 +20,7 @@ from clipup.data.captions import same_words
 from clipup.data.samples import tar_samples
 from clipup.data.shard_names import expand_shards
 from clipup.data.skips import Skips
-from clipup.pretrained.tokenizers import get_tokenizer
+from clipup.models.tokenizers import get_tokenizer
 
 TRAIN, SPLITS = "train", ("test_styles", "test_names", "validation")
 

@@ -28,7 +28,7 @@ import clipup
 from clipup.data.loaders import train_loader
 from clipup.demo.options import START
 from clipup.demo.pictograms.build import build
-from clipup.pretrained.tokenizers import get_tokenizer
+from clipup.models.tokenizers import get_tokenizer
 from clipup.train import Every, TrainOptions, train
 from clipup_kernels.machine import package_version, processor_name
 

@@ -26,13 +26,13 @@ from clipup.clip.flops import count
 from clipup.clip.inputs import random_inputs
 from clipup.clip.padding_aware import make_padding_aware
 from clipup.data.loaders import eval_samples
+from clipup.models.factory import create_model_and_transforms, expecting_random_weights
+from clipup.models.tokenizers import get_tokenizer
 from clipup.precision import Precision
-from clipup.pretrained.factory import create_model_and_transforms, expecting_random_weights
-from clipup.pretrained.tokenizers import get_tokenizer
 from clipup.train import TrainOptions
-from clipup.train.distributed import Ranks
 from clipup.train.objectives import create_objective
 from clipup.train.optim import create_optimizer
+from clipup.train.ranks.distributed import Ranks
 from clipup.train.step import TrainStep
 from clipup_kernels.machine import package_version, processor_name
 

@@ -16,16 +16,16 @@ from .upcycling.auto_classes import register_upcycled
 
 if TYPE_CHECKING:
     from .clip.accelerate import accelerate
+    from .models.factory import create_model_and_transforms, load_checkpoint
+    from .models.model_names import get_model_config
+    from .models.saving import save_pretrained
+    from .models.timm_factory import create_timm_model
+    from .models.tokenizers import get_tokenizer
     from .moe.config import MoEConfig
     from .moe.layer import SparseMoE, aux_loss, collect_aux_losses, moe_layers
     from .moe.metrics import moe_metrics
     from .moe.selection_bias import update_selection_bias
     from .moe.weight_decay import parameter_groups
-    from .pretrained.factory import create_model_and_transforms, load_checkpoint
-    from .pretrained.model_names import get_model_config
-    from .pretrained.saving import save_pretrained
-    from .pretrained.timm_factory import create_timm_model
-    from .pretrained.tokenizers import get_tokenizer
     from .upcycling.calibration import calibrate
     from .upcycling.clusters import initialize_by_clusters
     from .upcycling.step0 import step0_difference
@@ -35,7 +35,7 @@ __version__: str
 
 # All imported on first access. Some of these modules import open_clip, which takes seconds and which SparseMoE does not
 # need; all import torch, for which the command line must not wait before it handles Ctrl-C and prints its help.
-_SUBPACKAGES = ("evaluate", "inspection", "moe", "plan", "pretrained", "search", "train")
+_SUBPACKAGES = ("evaluate", "inspection", "models", "moe", "plan", "search", "train")
 _LAZY = {
     "MoEConfig": "moe.config",
     "SparseMoE": "moe.layer",
@@ -43,16 +43,16 @@ _LAZY = {
     "aux_loss": "moe.layer",
     "calibrate": "upcycling.calibration",
     "collect_aux_losses": "moe.layer",
-    "create_model_and_transforms": "pretrained.factory",
-    "create_timm_model": "pretrained.timm_factory",
-    "get_model_config": "pretrained.model_names",
-    "get_tokenizer": "pretrained.tokenizers",
+    "create_model_and_transforms": "models.factory",
+    "create_timm_model": "models.timm_factory",
+    "get_model_config": "models.model_names",
+    "get_tokenizer": "models.tokenizers",
     "initialize_by_clusters": "upcycling.clusters",
-    "load_checkpoint": "pretrained.factory",
+    "load_checkpoint": "models.factory",
     "moe_layers": "moe.layer",
     "moe_metrics": "moe.metrics",
     "parameter_groups": "moe.weight_decay",
-    "save_pretrained": "pretrained.saving",
+    "save_pretrained": "models.saving",
     "step0_difference": "upcycling.step0",
     "upcycle": "upcycling.upcycle",
     "update_selection_bias": "moe.selection_bias",

@@ -33,10 +33,10 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup convert")
-    from ..pretrained import saving
-    from ..pretrained.checkpoint_model import checkpoint_model
-    from ..pretrained.shard_files import is_sharded
-    from ..pretrained.state_dicts import read_weights
+    from ..models import saving
+    from ..models.checkpoint_model import checkpoint_model
+    from ..models.shard_files import is_sharded
+    from ..models.state_dicts import read_weights
     from ..train.finite import not_finite
 
     path = Path(options.checkpoint)

@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
     options.check()
     if options.model is None:
         return check_kernels(options)
+    from ..models import factory
     from ..moe.layer import moe_layers
-    from ..pretrained import factory
 
     model = factory.create_on_meta(options.model)
     if moe_layers(model):

@@ -12,8 +12,8 @@ import tyro
 
 from ..atomic_files import replace_files
 from ..data.options import SourceOptions, is_csv
+from ..models import known_models
 from ..precision import Precision, check_device, default_workers, token_dtype
-from ..pretrained import known_models
 from ..progress import printable
 from .flags import NoEffect, check_int8, parse
 from .logs import errors_only
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> int:
     options.check()
     if options.out not in (None, "-"):
         check_file("out", options.out)
-    from ..pretrained import model_card, model_names
+    from ..models import model_card, model_names
 
     directory = model_names.directory_of(options.model)
     if options.card and directory is None:
@@ -242,7 +242,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     from ..evaluate import datasets
     from ..evaluate.retrieval import evaluate_retrieval
     from ..evaluate.zero_shot import zero_shot
-    from ..pretrained import factory, tokenizers
+    from ..models import factory, tokenizers
     from .runs import model_of
 
     if options.device.startswith("cuda"):

@@ -34,9 +34,9 @@ class Options:
 
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup export")
-    from ..pretrained import model_names
-    from ..pretrained.exporting import SUFFIX, save_encoders
-    from ..pretrained.factory import create_model_and_transforms
+    from ..models import model_names
+    from ..models.exporting import SUFFIX, save_encoders
+    from ..models.factory import create_model_and_transforms
 
     if options.out.exists() and not options.out.is_dir():
         raise FileExistsError(f"{options.out} is a file; choose another directory")

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import tyro
 
+from ..models import known_models
 from ..moe.config import MoEConfig
-from ..pretrained import known_models
 from .logs import FLAG_OF
 
 T = TypeVar("T")

@@ -41,8 +41,8 @@ RULES = [
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup flops", RULES)
     from ..clip.flops import count
+    from ..models import factory
     from ..moe.layer import moe_layers
-    from ..pretrained import factory
     from ..upcycling.upcycle import upcycle
 
     config = options.moe_cfg

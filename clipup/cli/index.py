@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     from ..clip.accelerate import for_inference
     from ..data.samples import image_files, passed_over
     from ..evaluate.encode import encode_images
-    from ..pretrained import factory, model_names
+    from ..models import factory, model_names
     from ..search import update_index
     from ..search.image_index import Encoder, digest
 

@@ -12,8 +12,8 @@ import tyro
 
 from ..atomic_files import replace_files
 from ..data.images import upright
+from ..models import known_models
 from ..precision import check_device
-from ..pretrained import known_models
 from ..progress import progress
 from .flags import parse
 from .logs import errors_only
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         raise FileNotFoundError(f"there is no directory {path}; expected a sparse model's or a training run's")
     from ..clip.accelerate import for_inference
     from ..inspection.expert_report import inspect_experts
-    from ..pretrained import factory, model_names
+    from ..models import factory, model_names
 
     if options.dense is not None:
         model_names.refuse_random_weights("dense_pretrained", options.dense, options.dense_pretrained)
@@ -118,7 +118,7 @@ def load(path: str, device: str) -> tuple[nn.Module, Any, Any]:
     Raises:
         FileNotFoundError: there is neither a model nor a checkpoint in it.
     """
-    from ..pretrained import factory, tokenizers
+    from ..models import factory, tokenizers
     from .runs import model_of
 
     with model_of(f"{known_models.LOCAL_PREFIX}{path.removeprefix(known_models.LOCAL_PREFIX)}") as name:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..pretrained import model_names, saving
-from ..pretrained.checkpoint_model import checkpoint_model
-from ..pretrained.model_directory import CONFIG_NAME
-from ..pretrained.state_dicts import read_weights
-from ..train import checkpoints
-from ..train.run_directory import RunDirectory
+from ..models import model_names, saving
+from ..models.checkpoint_model import checkpoint_model
+from ..models.model_directory import CONFIG_NAME
+from ..models.state_dicts import read_weights
+from ..train.checkpoints import open_clip_format
+from ..train.checkpoints.run_directory import RunDirectory
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def model_of(name: str) -> Iterator[str]:
         if (directory / CONFIG_NAME).is_file():
             yield f"{model_names.LOCAL_PREFIX}{directory}"
             return
-    latest = checkpoints.newest(run.checkpoints)
+    latest = open_clip_format.newest(run.checkpoints)
     if latest is None:
         raise FileNotFoundError(
             f"{root} holds neither a model ({CONFIG_NAME}, or the model/ of a finished run) nor a run's checkpoints"

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     options.check()
     from ..clip.accelerate import for_inference
     from ..evaluate.encode import encode_texts
-    from ..pretrained import factory, tokenizers
+    from ..models import factory, tokenizers
     from ..search import ImageIndex, find, results_page
     from ..search.image_index import digest
 

@@ -11,9 +11,9 @@ import tyro
 
 from ..data.options import is_csv
 from ..moe.config import MoEConfig
-from ..train.launched import Launched
 from ..train.options import GROUPS, TrainOptions
 from ..train.options.key_values import KeyValues
+from ..train.ranks.launched import Launched
 from . import open_clip_flags, say
 from .flags import MOE_FLAGS, NoEffect, moe_rules, parse, refuse_idle, refuse_unknown_models
 from .logs import FLAG_OF, in_one_line
@@ -106,8 +106,8 @@ def main(argv: list[str]) -> int:
         raise ValueError("logs: got None, with which nothing is saved and which is for Python only: pass a directory")
     check_directory("logs", options.logs)
     from ..train import RankLost, TrainingInterrupted, train
-    from ..train.distributed import failure_is_reported
-    from ..train.rank_watch import EXIT_CODE
+    from ..train.ranks.distributed import failure_is_reported
+    from ..train.ranks.rank_watch import EXIT_CODE
     from ..train.signals import program_ends_with_the_run
 
     try:
@@ -189,7 +189,7 @@ def _key_values() -> tyro.constructors.ConstructorRegistry:
 
 
 def _say(error: BaseException) -> None:
-    from ..train.distributed import failure_is_reported
+    from ..train.ranks.distributed import failure_is_reported
 
     if not failure_is_reported():
         say(f"clipup train: {in_one_line(str(error))}")

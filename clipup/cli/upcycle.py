@@ -13,8 +13,8 @@ import tyro
 from .. import atomic_files
 from ..data.options import DataOptions, is_csv
 from ..locks import LOCK_FILE, exclusive
+from ..models import known_models
 from ..moe.config import MoEConfig
-from ..pretrained import known_models
 from ..progress import progress
 from .flags import NoEffect, moe_rules, parse
 from .logs import FLAG_OF
@@ -94,7 +94,7 @@ def run(options: Options) -> None:
     import torch
 
     from ..clip import flops
-    from ..pretrained import architecture, factory, model_names, saving, tokenizers
+    from ..models import architecture, factory, model_names, saving, tokenizers
     from ..upcycling.step0 import step0_difference
     from ..upcycling.upcycle import upcycle
 
@@ -132,7 +132,7 @@ def run_calibration(sparse: nn.Module, dense: nn.Module, options: Options, prepr
     """Calibrates the sparse model and prints the error of each layer before and after."""
     from ..clip.inputs import CheckedTokenizer
     from ..data.loaders import load_train_data
-    from ..pretrained import tokenizers
+    from ..models import tokenizers
     from ..upcycling.calibration import calibrate
 
     assert options.calibrate_data is not None

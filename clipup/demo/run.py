@@ -19,8 +19,8 @@ from ..atomic_files import replace_files
 from ..clip.flops import count
 from ..data.loaders import describe, eval_samples, train_loader
 from ..evaluate.retrieval import evaluate_retrieval
+from ..models import factory, tokenizers
 from ..moe.config import MoEConfig
-from ..pretrained import factory, tokenizers
 from ..train import Every, TrainOptions, TrainResult, train
 from ..upcycling.step0 import step0_difference
 from ..upcycling.upcycle import upcycle

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from ..clip import word_tokenizer
-from ..pretrained import factory, model_card, model_names
-from ..pretrained.saving import save_pretrained
+from ..models import factory, model_card, model_names
+from ..models.saving import save_pretrained
 from .options import START
 
 _README = """# The dense model that the demonstration starts from

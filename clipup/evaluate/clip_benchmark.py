@@ -17,7 +17,7 @@ from torch import nn
 
 from ..clip.accelerate import for_inference
 from ..extras import needed_for
-from ..pretrained import factory, model_names, tokenizers
+from ..models import factory, model_names, tokenizers
 
 with needed_for("CLIP_benchmark's command line", "benchmark"):
     import clip_benchmark.models as registry

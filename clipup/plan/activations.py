@@ -26,7 +26,7 @@ from ..moe.layer import moe_layers
 from ..precision import Precision, autocast, image_dtype
 from ..train.chunked_losses import ChunkedClipLoss, ChunkedSigLipLoss
 from ..train.forward import named_output
-from ..train.parallel import ENCODERS
+from ..train.ranks.parallel import ENCODERS
 from .units import parameters_of_half_units
 
 

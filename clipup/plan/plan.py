@@ -11,9 +11,9 @@ import torch
 from .. import checks
 from ..clip.inputs import text_length
 from ..train.cards import Card
-from ..train.distributed import Ranks
 from ..train.options import TrainOptions
-from ..train.parallel import check
+from ..train.ranks.distributed import Ranks
+from ..train.ranks.parallel import check
 from .cost import Rates, StepTime, step_flops, step_time
 from .memory import Memory, memory
 from .subject import Subject

@@ -10,10 +10,10 @@ from torch import nn
 from ..clip import flops
 from ..clip.inputs import image_size, text_length
 from ..clip.towers import towers
+from ..models import factory
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from ..precision import Precision
-from ..pretrained import factory
 from ..train.objectives import SigmoidObjective
 from ..train.options import TrainOptions
 from ..upcycling.upcycle import upcycle

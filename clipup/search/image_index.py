@@ -29,8 +29,8 @@ from ..data.loaders import EvalSamples
 from ..data.samples import Sample
 from ..data.skips import Skips
 from ..locks import LOCK_FILE, exclusive
+from ..models import model_names, tokenizers
 from ..precision import Precision
-from ..pretrained import model_names, tokenizers
 
 INDEX_FILE, PARTS = "index.safetensors", "parts"
 PART_IMAGES = 4096

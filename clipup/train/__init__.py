@@ -7,14 +7,14 @@ A line of metrics.jsonl, and a record of ``result.history``: ``step``, ``epoch``
 ``contrastive``, ``aux`` (the sparse layers' losses), ``distill`` with a teacher and ``caption`` for a CoCa;
 ``logit_scale`` (the factor); ``images_per_second`` of all ranks; ``batch_time``, ``data_time`` and ``step_time``, rank
 0's mean seconds per step since the record before, those in which it waited for data and those in which it computed;
-``mfu``, the share of a GPU's peak if that is known (``clipup.train.utilization``); ``seconds`` (in training);
+``mfu``, the share of a GPU's peak if that is known (``clipup.train.log.utilization``); ``seconds`` (in training);
 ``skipped_steps`` (so far: steps whose gradient was not finite; they are not applied, and such a loss is None in the
 record). For a sparse model also ``balance``, ``z``, ``dropped``, ``router_entropy`` as means over layers, and under
 ``layers`` each of them for every layer with its ``load`` (share per expert). With accumulation they are means over the
 batches of a step.
 
 A layer whose routing collapses is reported once, in ``result.warnings`` and warnings.jsonl
-(``clipup.train.routing_collapse``).
+(``clipup.train.log.routing_collapse``).
 
 A resumed run equals the run that was not stopped, bitwise on a CPU in float32. Within an epoch, data that are indexed
 are continued where they were, others are read again from the epoch's start. One exception: worker processes that
@@ -29,23 +29,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .finite import NonFiniteGradients, NonFiniteLoss, NonFiniteWeights
+    from .log.results import Every, TrainingInterrupted, TrainResult
     from .loop import Trainer
     from .options import TrainOptions
-    from .rank_watch import RankLost
-    from .results import Every, TrainingInterrupted, TrainResult
+    from .ranks.rank_watch import RankLost
     from .run import train
 
 # Imported on first access: the options alone need no torch.
 _LAZY = {
-    "Every": "results",
+    "Every": "log.results",
     "NonFiniteGradients": "finite",
     "NonFiniteLoss": "finite",
     "NonFiniteWeights": "finite",
-    "RankLost": "rank_watch",
+    "RankLost": "ranks.rank_watch",
     "TrainOptions": "options",
-    "TrainResult": "results",
+    "TrainResult": "log.results",
     "Trainer": "loop",
-    "TrainingInterrupted": "results",
+    "TrainingInterrupted": "log.results",
     "train": "run",
 }
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from ..evaluate.retrieval import NonFiniteFeatures
 from . import rng
-from .distributed import Ranks
+from .checkpoints.run_state import Clock, RunState
 from .finite import FiniteGuard
-from .parallel import share_batch_statistics
+from .ranks.distributed import Ranks
+from .ranks.parallel import share_batch_statistics
 from .reports import Reports
-from .run_state import Clock, RunState
 from .validations import Validation
 
 Evaluation = Callable[[nn.Module], dict[str, Any] | None]

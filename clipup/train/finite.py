@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributed import Ranks
-from .parallel import shard_of
+from .ranks.distributed import Ranks
+from .ranks.parallel import shard_of
 from .step import StepLosses, TrainStep
 
 _ADVICE = "Lower lr, set grad_clip_norm (1.0), use another precision, or look for bad samples in the data"

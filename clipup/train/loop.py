@@ -10,24 +10,26 @@ from typing import Any, TypeVar
 
 from ..data.processes import LostWorker, detect_lost_workers_when_reading, lost_workers_named
 from ..precision import Precision
-from . import checkpoints, optimizer_upcycling, parallel, rng
-from .distributed import Ranks
+from . import optimizer_upcycling, rng
+from .checkpoints import open_clip_format
+from .checkpoints.run_checkpoints import RunCheckpoints
+from .checkpoints.run_directory import RunDirectory
+from .checkpoints.run_state import Clock, Length, RunState
 from .evaluations import Evaluations
 from .finite import FiniteGuard
+from .log.recorder import KINDS, Record
+from .log.results import Every, TrainingInterrupted, TrainResult
+from .log.step_record import step_record
+from .log.utilization import Utilization, peak_tflops
 from .optim import base_lr, create_optimizer, schedule
 from .options import TrainOptions
-from .recorder import KINDS, Record
+from .ranks import parallel
+from .ranks.distributed import Ranks
 from .reports import Reports, check_reports
-from .results import Every, TrainingInterrupted, TrainResult
-from .run_checkpoints import RunCheckpoints
-from .run_directory import RunDirectory
-from .run_state import Clock, Length, RunState
 from .setup import Built
 from .signals import StopRequest, StopWaiting
 from .step import Batch, StepLosses, TrainStep
-from .step_record import step_record
 from .training_data import Epochs, lost_workers_explained
-from .utilization import Utilization, peak_tflops
 from .validations import build_validations
 
 _Result = TypeVar("_Result")
@@ -151,7 +153,7 @@ class Trainer:
         A run that goes on from a checkpoint of another one saves it as its own first, to be found from here on.
         """
         if self._start is not None and self.directory is not None:
-            self._save(checkpoints.LATEST)
+            self._save(open_clip_format.LATEST)
             self.checkpoints.wait()
             self.ranks.first_does(partial(self.directory.begins_from, None))
         if self.state.step >= self.length.steps and self.state.step_of_epoch >= self.data.steps:
@@ -244,7 +246,7 @@ class Trainer:
                 self.evaluations.run(callback.function)
         due = options.save_every_n_steps and state.step % options.save_every_n_steps == 0
         if due and not self.ranks.any(self.stop.received):  # else the run ends, and saves then
-            self._save(checkpoints.LATEST)
+            self._save(open_clip_format.LATEST)
 
     def _seed_batch(self, index: int) -> None:
         """Random numbers in a batch's forward pass depend on the run's seed, the step, and the batch's number among
@@ -279,9 +281,9 @@ class Trainer:
         more = f", data read again after an error {retries} times" if retries else ""
         self.reports.log.info("epoch %d done at step %d; %d samples skipped%s", epoch, self.state.step, skipped, more)
         # The kept name first: a run that is killed between the two continues from here and writes the other one again.
-        names = [checkpoints.epoch_name(epoch)] if every and epoch % every == 0 else []
+        names = [open_clip_format.epoch_name(epoch)] if every and epoch % every == 0 else []
         if self.options.save_most_recent:
-            names.append(checkpoints.LATEST)
+            names.append(open_clip_format.LATEST)
         self._save(*names)
         self.data.check_skipped(self.ranks.gather)
         self._after_epoch()
@@ -309,7 +311,7 @@ class Trainer:
         return path
 
     def _interrupt(self) -> None:
-        latest = self._save(checkpoints.LATEST)
+        latest = self._save(open_clip_format.LATEST)
         self.checkpoints.wait()
         for lost in filter(None, self.ranks.gather(self._lost)):
             raise lost
@@ -328,10 +330,10 @@ class Trainer:
         try:
             self.checkpoints.save_model()
         except OSError:
-            self._save(checkpoints.LATEST)
+            self._save(open_clip_format.LATEST)
             self.checkpoints.wait()
             raise
         self.state.finished = True
-        self._save(checkpoints.LATEST)
+        self._save(open_clip_format.LATEST)
         self.checkpoints.wait()
         self.model.eval()

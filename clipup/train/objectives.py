@@ -22,8 +22,8 @@ from .forward import drops_by_position, named_output
 from .teacher import create_teacher
 
 if TYPE_CHECKING:
-    from .distributed import Ranks
     from .options import TrainOptions
+    from .ranks.distributed import Ranks
 
 Batch = tuple[Tensor, Tensor]
 """Images [B, 3, H, W] and texts [B, L]."""

@@ -16,7 +16,7 @@ from ..clip.layer_groups import layer_groups
 from ..moe.layer import moe_layers
 from ..moe.weight_decay import decays
 from .options import TrainOptions
-from .whole_state import PLACE, by_mesh, names_of, shard_like, whole_optimizer_state
+from .ranks.whole_state import PLACE, by_mesh, names_of, shard_like, whole_optimizer_state
 
 _BETAS, _EPS = (0.9, 0.98), 1e-6
 """CLIP's, of AdamW and NAdamW."""

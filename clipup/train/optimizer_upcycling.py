@@ -12,7 +12,7 @@ from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from ..moe.weight_decay import parameter_groups
 from ..upcycling.upcycle import upcycle
-from .whole_state import shard_like
+from .ranks.whole_state import shard_like
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerState = dict[str, dict[str, Tensor]]

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from torch import nn
 
-from .console import Console
-from .distributed import Ranks
+from .checkpoints.remote_sync import RemoteSync
+from .checkpoints.run_directory import RunDirectory
+from .checkpoints.run_state import Length, RunState
+from .log.console import Console
+from .log.recorder import LOG, Record, Recorder
+from .log.routing_collapse import CollapseWatch, warning
+from .log.trackers import check_trackers, create_trackers
 from .options import TrainOptions
-from .recorder import LOG, Record, Recorder
-from .remote_sync import RemoteSync
-from .routing_collapse import CollapseWatch, warning
-from .run_directory import RunDirectory
-from .run_state import Length, RunState
-from .trackers import check_trackers, create_trackers
+from .ranks.distributed import Ranks
 
 
 def check_reports(options: TrainOptions, directory: RunDirectory, continues: bool) -> None:

@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import checkpoints
-from .distributed import Ranks
+from .checkpoints import open_clip_format
+from .checkpoints.run_directory import RunDirectory, load_together
 from .options import TrainOptions
-from .run_directory import RunDirectory, load_together
+from .ranks.distributed import Ranks
 
 IDENTITY = (
     *("model", "pretrained", "moe", "moe_cfg", "train_data", "seed", "siglip"),
@@ -41,17 +41,17 @@ _OF_THE_CALL = ("name", "logs", "resume", "resume_with_changes", "force")
 
 def find_checkpoint(
     options: TrainOptions, directory: RunDirectory | None, ranks: Ranks
-) -> tuple[checkpoints.Newest | None, list[str]]:
+) -> tuple[open_clip_format.Newest | None, list[str]]:
     """The checkpoint to continue from, or that of another run to begin from, and notes on the choice for the log."""
     wanted = options.resume
     if wanted is None:
         return None, []
     if directory is None:
-        return checkpoints.Newest(Path(wanted), load_together(Path(wanted), ranks), []), []
+        return open_clip_format.Newest(Path(wanted), load_together(Path(wanted), ranks), []), []
     start = ranks.first_does(directory.begun_from) if wanted == "latest" else None
     if start is not None:
         begun = f"the run was begun from {start} and has no checkpoint of its own yet: begins from it again"
-        return checkpoints.Newest(start, load_together(start, ranks), []), [begun]
+        return open_clip_format.Newest(start, load_together(start, ranks), []), [begun]
     found = directory.resumed_from(wanted, ranks)
     if found is None:
         return None, [f"no checkpoint in {directory.checkpoints} yet: starts from the beginning"]
@@ -59,7 +59,7 @@ def find_checkpoint(
     return found, notes
 
 
-def start_of_run(found: checkpoints.Newest | None, directory: RunDirectory | None, ranks: Ranks) -> Path | None:
+def start_of_run(found: open_clip_format.Newest | None, directory: RunDirectory | None, ranks: Ranks) -> Path | None:
     """The checkpoint that a run begins from, if that is of another run. In a directory without a run this is noted at
     once: to build a model and its data can take minutes. Whatever then fails, the note stays; alone, it does not keep
     another run from starting there."""

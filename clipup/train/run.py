@@ -14,14 +14,14 @@ from clipup_kernels.self_check import check_once
 
 from ..precision import token_dtype
 from . import resume, rng
-from .distributed import Ranks, joined
+from .checkpoints.run_directory import RunDirectory, run_name
+from .checkpoints.run_state import Length
+from .log.recorder import LOG
+from .log.results import Every, TrainResult
 from .loop import Trainer
 from .optim import schedule_warnings, warmup_steps
 from .options import TrainOptions
-from .recorder import LOG
-from .results import Every, TrainResult
-from .run_directory import RunDirectory, run_name
-from .run_state import Length
+from .ranks.distributed import Ranks, joined
 from .setup import build_loader, build_model, check_complete
 from .signals import StopRequest
 from .training_data import Epochs

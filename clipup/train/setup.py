@@ -15,16 +15,17 @@ from ..clip import word_tokenizer
 from ..clip.inputs import CheckedTokenizer
 from ..data.loaders import load_train_data
 from ..data.train_data import TrainData
+from ..models import architecture, factory, model_names, tokenizers
+from ..models.state_dicts import listed
 from ..moe.config import MoEConfig
 from ..precision import Precision
-from ..pretrained import architecture, factory, model_names, tokenizers
-from ..pretrained.state_dicts import listed
 from ..upcycling.upcycle import upcycle
-from . import checkpoints, parallel
-from .distributed import Ranks
+from .checkpoints import open_clip_format
 from .objectives import Objective, create_objective, selected
 from .optimizer_upcycling import OptimizerState, named_state, upcycled_state
 from .options import TrainOptions
+from .ranks import parallel
+from .ranks.distributed import Ranks
 from .rng import preserved
 from .trained_parts import lock_parts
 
@@ -178,10 +179,10 @@ def _resume_dense(
     Raises:
         ValueError: the run trained another model than the one that is given, or with another tokenizer.
     """
-    state = checkpoints.load(path)
-    checkpoints.check_optimizer(state, path)
-    checkpoints.check_configs(model, state, tokenizer_files, path)
-    checkpoints.restore(model, state["state_dict"], path)
+    state = open_clip_format.load(path)
+    open_clip_format.check_optimizer(state, path)
+    open_clip_format.check_configs(model, state, tokenizer_files, path)
+    open_clip_format.restore(model, state["state_dict"], path)
     return upcycled_state(model, options.moe_cfg, named_state(model, state["optimizer"], path))
 
 

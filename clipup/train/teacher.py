@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from ..clip import inputs
+from ..models import factory, model_names
 from ..precision import Precision
-from ..pretrained import factory, model_names
 
 _EQUAL = {
     "image size": inputs.image_size,

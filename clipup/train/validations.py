@@ -16,8 +16,8 @@ from ..evaluate.datasets import ClassificationSet, imagenet, imagenet_v2
 from ..evaluate.retrieval import evaluate_retrieval
 from ..evaluate.zero_shot import zero_shot, zero_shot_classifier
 from ..precision import Precision
-from .distributed import Ranks
 from .options import TrainOptions
+from .ranks.distributed import Ranks
 from .setup import Built, both
 
 RETRIEVAL, ZERO_SHOT = "retrieval", "zero_shot"

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from clipup.atomic_files import replace_files
 from clipup.clip.flops import count
 from clipup.data.loaders import describe, eval_samples, train_loader
+from clipup.models import factory, tokenizers
 from clipup.moe.layer import moe_layers
 from clipup.precision import check_device
-from clipup.pretrained import factory, tokenizers
 from clipup.train import Every, TrainOptions, TrainResult, train
 from clipup.upcycling.clusters import initialize_by_clusters
 from clipup.upcycling.step0 import step0_difference

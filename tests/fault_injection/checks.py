@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipup.pretrained.state_dicts import read_pickle
-from clipup.train import sharded_checkpoints
+from clipup.models.state_dicts import read_pickle
+from clipup.train.checkpoints.open_clip_format import sharded_checkpoints
 
 Record = dict[str, Any]
 _CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt|(epoch|step)_\d+")

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = {
     "clipup": (
-        *("", "data", "dense", "moe", "clip", "upcycling", "pretrained", "evaluate", "train", "plan"),
+        *("", "data", "dense", "moe", "clip", "upcycling", "models", "evaluate", "train", "plan"),
         *("inspection", "search", "demo", "cli"),
     ),
     "clipup_kernels": ("", "triton", "backends", "ops"),
@@ -26,7 +26,7 @@ INSIDE_FUNCTIONS = {
     "clipup.upcycling.auto_classes -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.upcycling.upcycle -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.data.loaders -> clipup.data.streamed": "webdataset, an extra",
-    "clipup.train.sharded_saves -> clipup.train.dcp_storage": "torch.distributed.checkpoint, seconds to import",
+    "clipup.train.checkpoints.sharded_saves -> clipup.train.checkpoints.dcp_storage": "slow to import",
 }
 """Imports of our own inside functions, and what each spares. Commands import what needs torch when their options are
 known to be right (``tests/clipup/cli/test_commands.py``)."""

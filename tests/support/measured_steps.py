@@ -20,10 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipup.precision import autocast
-from clipup.train import TrainOptions, parallel
-from clipup.train.distributed import joined
+from clipup.train import TrainOptions
 from clipup.train.objectives import create_objective
 from clipup.train.optim import create_optimizer
+from clipup.train.ranks import parallel
+from clipup.train.ranks.distributed import joined
 from clipup.train.step import TrainStep
 from clipup.train.trained_parts import lock_parts
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tiny_parallel import DROPLESS, newest, resume_all, run
 
-from clipup.train import dcp_storage
+from clipup.train.checkpoints import dcp_storage
 
 SPREAD = {
     "replicated": {},

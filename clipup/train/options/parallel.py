@@ -1,4 +1,4 @@
-"""Options of how a model is divided over ranks; ``clipup.train.parallel`` does it."""
+"""Options of how a model is divided over ranks; ``clipup.train.ranks.parallel`` does it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import clipup
 from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
 from clipup.cli import COMMANDS, main
 from clipup.cli.upcycle import check_step0
-from clipup.pretrained import known_models
+from clipup.models import known_models
 
 ROOT = Path(__file__).parents[3]
 

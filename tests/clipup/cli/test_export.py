@@ -12,7 +12,7 @@ import clipup
 from clipup import MoEConfig, upcycle
 from clipup.cli import main
 from clipup.clip.inputs import random_inputs
-from clipup.pretrained.exporting import export_encoders, save_encoders
+from clipup.models.exporting import export_encoders, save_encoders
 
 
 @pytest.fixture(params=[pytest.param("dense", marks=pytest.mark.slow), "sparse"])

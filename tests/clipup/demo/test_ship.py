@@ -9,9 +9,9 @@ import torch
 import clipup
 from clipup.demo.options import START
 from clipup.demo.ship import ship
-from clipup.pretrained import factory, model_names, tokenizers
-from clipup.pretrained.model_directory import WEIGHTS_NAME
-from clipup.pretrained.saving import save_pretrained
+from clipup.models import factory, model_names, tokenizers
+from clipup.models.model_directory import WEIGHTS_NAME
+from clipup.models.saving import save_pretrained
 
 NAME = "clipup-icons-w64"
 

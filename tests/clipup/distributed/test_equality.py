@@ -9,9 +9,10 @@ import torch
 from rank_processes import ranks
 from tiny_parallel import DROPLESS, model, run, run_all
 
-from clipup.train import TrainOptions, parallel
-from clipup.train.checkpoints import load
-from clipup.train.distributed import Ranks
+from clipup.train import TrainOptions
+from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.ranks import parallel
+from clipup.train.ranks.distributed import Ranks
 
 BY_POSITION = {"priority": True}
 """A capacity, by probability: texts are not shuffled, so that one process can accumulate the batches of the ranks."""

@@ -14,9 +14,9 @@ from rank_processes import ranks
 from sharded_runs import FOUR, SHARDED, SPREAD, continued, of_four, of_two, of_two_more, stuck
 from tiny_parallel import DROPLESS, model, newest, resume_all, run
 
-from clipup.pretrained.factory import load_checkpoint
-from clipup.pretrained.shard_files import read_index
-from clipup.train.checkpoints import load
+from clipup.models.factory import load_checkpoint
+from clipup.models.shard_files import read_index
+from clipup.train.checkpoints.open_clip_format import load
 
 pytestmark = pytest.mark.slow
 

@@ -180,7 +180,7 @@ def test_options_of_choosing_tokens_are_refused(option):
 
 def test_the_command_line_upcycles_with_the_presets_other_options(tmp_path):
     from clipup.cli import main
-    from clipup.pretrained.factory import create_model_and_transforms
+    from clipup.models.factory import create_model_and_transforms
 
     arguments = ["clipup-tiny-32", str(tmp_path / "sparse"), "--random-weights", "--routing", "expert_choice"]
     assert main(["upcycle", *arguments]) == 0

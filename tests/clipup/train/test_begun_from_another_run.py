@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipup.cli import main
-from clipup.train import checkpoints, dcp_storage
+from clipup.train.checkpoints import dcp_storage, open_clip_format
 
 KINDS = pytest.mark.parametrize("kind", ["full", "sharded"])
 LATER = list(range(4, 10))
@@ -46,7 +46,7 @@ def test_stopped_while_it_saves_its_first_checkpoint_it_begins_there_again(run, 
         raise error
 
     with monkeypatch.context() as patched, pytest.raises(type(error)):
-        patched.setattr(checkpoints, "write_pickle", fail)
+        patched.setattr(open_clip_format, "write_pickle", fail)
         patched.setattr(dcp_storage, "save", fail)
         patched.chdir(once.directory)
         run(fsdp_checkpoint=kind, resume=os.path.relpath(start), name="other")
@@ -63,7 +63,7 @@ def test_stopped_while_it_saves_its_first_checkpoint_it_begins_there_again(run, 
 def test_killed_while_it_discards_a_run_it_leaves_no_half_of_that(run, first, monkeypatch, deleted, from_another):
     once, start = first()
     former = run(name="other", epochs=2, lr=5e-4)
-    delete, left = checkpoints.delete, iter(range(deleted))
+    delete, left = open_clip_format.delete, iter(range(deleted))
 
     def delete_some(path):
         if next(left, None) is None:
@@ -71,7 +71,7 @@ def test_killed_while_it_discards_a_run_it_leaves_no_half_of_that(run, first, mo
         delete(path)
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(checkpoints, "delete", delete_some)
+        patched.setattr(open_clip_format, "delete", delete_some)
         run(name="other", force=True, resume=start if from_another else None)
 
     if not deleted:  # the former run is whole, and continued

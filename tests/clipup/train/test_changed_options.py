@@ -9,7 +9,7 @@ import pytest
 
 import clipup
 from clipup.train import Every, train
-from clipup.train.checkpoints import load
+from clipup.train.checkpoints.open_clip_format import load
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import torch
 import clipup
 from clipup.cli import main
 from clipup.train import TrainOptions
-from clipup.train.checkpoints import load
+from clipup.train.checkpoints.open_clip_format import load
 
 ROOT = Path(__file__).parents[3]
 

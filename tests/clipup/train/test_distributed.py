@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipup.train.checkpoints import load
+from clipup.train.checkpoints.open_clip_format import load
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("ddp_run.py")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clipup.train.checkpoints import load
+from clipup.train.checkpoints.open_clip_format import load
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("ddp_resume.py")

@@ -7,7 +7,7 @@ import pytest
 
 import clipup
 from clipup.train import train
-from clipup.train.checkpoints import load
+from clipup.train.checkpoints.open_clip_format import load
 
 
 @pytest.fixture(params=[pytest.param("csv", marks=pytest.mark.slow), "shards"])

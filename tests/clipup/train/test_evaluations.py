@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clipup.train import Every, train
-from clipup.train.checkpoints import load
+from clipup.train.checkpoints.open_clip_format import load
 from clipup.train.evaluations import Evaluations
 
 

@@ -16,8 +16,8 @@ import torch
 
 import clipup
 from clipup.train import Every, train
-from clipup.train.checkpoints import load
-from clipup.train.recorder import LOG
+from clipup.train.checkpoints.open_clip_format import load
+from clipup.train.log.recorder import LOG
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_a_data_worker_that_is_killed_ends_the_run_with_one_message_and_no_half_
             time.sleep(0.3)
         torch.save(state, path)
 
-    monkeypatch.setattr("clipup.train.checkpoints.write_pickle", kill_meanwhile)
+    monkeypatch.setattr("clipup.train.checkpoints.open_clip_format.write_pickle", kill_meanwhile)
     message = r"a data worker has ended.*The last checkpoint, (.*), is whole.*--resume latest"
     data = {"model": str(model_directory), "train_data": str(csv_data), "workers": 1, "batch_size": 2}
     with pytest.raises(ChildProcessError, match=message) as raised:

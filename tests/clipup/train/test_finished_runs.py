@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import clipup
-from clipup.train import Every, Trainer, checkpoints, train
-from clipup.train.checkpoints import load
+from clipup.train import Every, Trainer, train
+from clipup.train.checkpoints import open_clip_format
+from clipup.train.checkpoints.open_clip_format import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0)
 
@@ -61,7 +62,7 @@ def test_a_run_killed_between_the_two_names_of_a_checkpoint_ends_with_both(run, 
     class Killed(BaseException):
         pass
 
-    link, links = checkpoints._link_or_copy, []
+    link, links = open_clip_format._link_or_copy, []
 
     def kill(*paths):
         links.append(paths)
@@ -70,7 +71,7 @@ def test_a_run_killed_between_the_two_names_of_a_checkpoint_ends_with_both(run, 
         link(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_link_or_copy", kill)
+        patch.setattr(open_clip_format, "_link_or_copy", kill)
         with pytest.raises(Killed):
             run(steps=6)
 
@@ -89,7 +90,7 @@ def test_a_run_killed_before_its_model_was_saved_is_finished_by_the_next(run, mo
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("clipup.pretrained.saving.save_with_tokenizer", kill)
+        patch.setattr("clipup.models.saving.save_with_tokenizer", kill)
         with pytest.raises(Killed):
             run(steps=4, save_every_n_steps=4)
     torch.rand(5)
@@ -108,7 +109,7 @@ def test_a_full_disk_at_the_model_keeps_the_last_step(run, tmp_path, monkeypatch
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("clipup.pretrained.saving.save_with_tokenizer", full)
+    monkeypatch.setattr("clipup.models.saving.save_with_tokenizer", full)
 
     with pytest.raises(OSError, match="No space left"):
         run(steps=5)

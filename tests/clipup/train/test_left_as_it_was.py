@@ -10,7 +10,8 @@ import open_clip
 import pytest
 import torch
 
-from clipup.train import checkpoints, train
+from clipup.train import train
+from clipup.train.checkpoints import open_clip_format
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_numbers_of_other_data_are_not_taken_for_its_own(validated, csv_data, tm
     once = validated()
     fewer = tmp_path / "fewer.csv"
     fewer.write_text("".join(Path(csv_data).read_text().splitlines(keepends=True)[:9]))
-    state = checkpoints.load(once.directory / "checkpoints" / "epoch_latest.pt")
+    state = open_clip_format.load(once.directory / "checkpoints" / "epoch_latest.pt")
     torch.save({**state, "finished": False}, once.directory / "checkpoints" / "epoch_latest.pt")
     resume = "latest" if name == "run" else str(once.directory / "checkpoints" / "epoch_latest.pt")
 

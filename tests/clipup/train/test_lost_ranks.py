@@ -17,7 +17,7 @@ import clipup
 from clipup.cli import main
 from clipup.data.loaders import eval_samples
 from clipup.evaluate import evaluate_retrieval
-from clipup.train.checkpoints import load
+from clipup.train.checkpoints.open_clip_format import load
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_rank_that_fails_is_quoted_by_the_others(tmp_path):
         (_, first), (_, second) = (process.ended() for process in processes)
 
     reason = "rank 1 of 2 failed: OSError: the file system is gone, at step 4 (reading data)"
-    assert f"clipup.train.rank_watch.RankLost: {reason}. The last checkpoint" in first
+    assert f"clipup.train.ranks.rank_watch.RankLost: {reason}. The last checkpoint" in first
     assert "OSError: the file system is gone" in second and "RankLost" not in second
     assert f" | ERROR | RankLost: {reason}" in (tmp_path / "run" / "out.log").read_text()
     assert_whole(tmp_path / "run", 3)

@@ -12,7 +12,7 @@ import pytest
 
 from clipup.locks import DirectoryInUse
 from clipup.train import train
-from clipup.train.checkpoints import load
+from clipup.train.checkpoints.open_clip_format import load
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
 ROOT = Path(__file__).parents[3]

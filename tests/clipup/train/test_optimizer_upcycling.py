@@ -8,11 +8,11 @@ from tiny_families import TIMM, timm_model
 
 import clipup
 from clipup.train import train
-from clipup.train.checkpoints import load
-from clipup.train.distributed import Ranks
+from clipup.train.checkpoints.open_clip_format import load
 from clipup.train.loop import Trainer
 from clipup.train.optim import create_optimizer
 from clipup.train.optimizer_upcycling import load_state, named_state, upcycled_state
+from clipup.train.ranks.distributed import Ranks
 from clipup.train.setup import build_model
 from clipup.train.training_data import Epochs
 

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from clipup.train import train
-from clipup.train.remote_sync import RemoteSync
+from clipup.train.checkpoints.remote_sync import RemoteSync
 
 LOG = logging.getLogger("test")
 

@@ -13,7 +13,7 @@ import torch
 
 import clipup
 from clipup.train import Every, TrainingInterrupted, train
-from clipup.train.checkpoints import load
+from clipup.train.checkpoints.open_clip_format import load
 
 NOISY = clipup.MoEConfig.clip_up(num_experts=4, router_noise=1.0, selection_bias="sign")
 TIMES = ("seconds", "images_per_second", "batch_time", "data_time", "step_time")

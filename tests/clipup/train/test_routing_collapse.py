@@ -12,7 +12,7 @@ from torch import nn
 import clipup
 from clipup.moe.layer import moe_layers
 from clipup.train import train
-from clipup.train.routing_collapse import CollapseWatch
+from clipup.train.log.routing_collapse import CollapseWatch
 
 CONFIG = clipup.MoEConfig(num_experts=8, top_k=2, capacity_factor=1.0)
 LAYERS = ["visual.transformer.resblocks.1.mlp", "transformer.resblocks.1.mlp"]

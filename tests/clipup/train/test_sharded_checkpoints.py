@@ -15,8 +15,9 @@ from strangers import MakesFile
 import clipup
 from clipup.cli import main
 from clipup.moe.config import MoEConfig
-from clipup.train import Every, TrainingInterrupted, checkpoints, dcp_storage, train
-from clipup.train.checkpoints import load
+from clipup.train import Every, TrainingInterrupted, train
+from clipup.train.checkpoints import dcp_storage, open_clip_format
+from clipup.train.checkpoints.open_clip_format import load
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def names(result):
 
 
 def newest(result):
-    return checkpoints.newest(result.directory / "checkpoints").path
+    return open_clip_format.newest(result.directory / "checkpoints").path
 
 
 def same_weights(one, other):

@@ -6,8 +6,8 @@ import torch
 import clipup.train
 from clipup import SparseMoE, moe_metrics
 from clipup.train import train
-from clipup.train.distributed import Ranks
-from clipup.train.step_record import routing_of, step_record
+from clipup.train.log.step_record import routing_of, step_record
+from clipup.train.ranks.distributed import Ranks
 
 RANKS = Ranks(torch.device("cpu"))
 

@@ -8,7 +8,7 @@ import torch
 import clipup
 from clipup.clip.flops import count
 from clipup.train import cards, loop, train
-from clipup.train.utilization import Utilization, peak_tflops
+from clipup.train.log.utilization import Utilization, peak_tflops
 
 
 def test_mfu_is_three_forward_passes_per_pair_over_the_peak_of_all_ranks(make_model):

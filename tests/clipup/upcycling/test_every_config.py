@@ -14,8 +14,8 @@ from tiny_families import bert_config, modern_bert_config, mt5_config
 from clipup import MoEConfig, moe_layers, upcycle
 from clipup.clip.towers import tower_blocks, towers
 from clipup.dense.mlp_families import find_mlp
-from clipup.pretrained.factory import create_on_meta
-from clipup.pretrained.model_names import get_model_config
+from clipup.models.factory import create_on_meta
+from clipup.models.model_names import get_model_config
 
 CONFIG = MoEConfig.clip_up(num_experts=2)
 

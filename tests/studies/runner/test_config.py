@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from clipup.clip import flops
+from clipup.models import factory
 from clipup.moe.config import MoEConfig
-from clipup.pretrained import factory
 from clipup.upcycling.upcycle import upcycle
 from studies.runner import config
 

@@ -1,0 +1,332 @@
+"""Creates open_clip models, dense and sparse, and loads weights into them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import resize_pos_embed, resize_text_pos_embed
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from .. import checks
+from ..clip import towers
+from ..moe.config import MoEConfig
+from ..upcycling.upcycle import upcycle
+from . import architecture, hub, model_directory, tokenizers
+from .hub import expecting_random_weights as expecting_random_weights
+from .known_models import LOCAL_PREFIX
+from .model_directory import CONFIG_NAME, WEIGHTS_NAME, moe_config_in
+from .model_names import check_known, directory_of, get_model_config, hub_access
+from .state_dicts import (
+    Weights,
+    assign_weights,
+    check_fit,
+    check_types,
+    drop_parameters,
+    read_safetensors,
+    read_weights,
+    without_random_numbers,
+)
+
+LOG = logging.getLogger("clipup.models")
+LOG.setLevel(logging.WARNING)  # also in commands that log errors only: what they print depends on it
+_NUMPY = (".npz", ".npy")  # weights of big_vision, which open_clip reads
+_TRANSFORM = ("mean", "std", "interpolation", "resize_mode")
+_FORCED_SIZES = {"vision_cfg.image_size": "force_image_size", "text_cfg.context_length": "force_context_length"}
+_POSITION_EMBEDDINGS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")
+
+
+def create_model_and_transforms(
+    model_name: str, pretrained: str | None = None, *, moe_cfg: MoEConfig | None = None, **kwargs: Any
+) -> tuple[nn.Module, Any, Any]:
+    """open_clip's function of the same name, which also loads sparse models: those saved by ``clipup.save_pretrained``,
+    from a directory or the hub, and training checkpoints.
+
+    The model is in evaluation mode, in which no tokens are dropped: call ``model.train()`` before training it.
+
+    Args:
+        model_name: an open_clip model name, a directory with an ``open_clip_config.json`` (``"DIR"`` or
+            ``"local-dir:DIR"``), or ``"hf-hub:ORG/NAME"``. Model names take precedence over directories.
+        pretrained: a tag or file, for an open_clip model name: safetensors, a state dict, or a checkpoint of
+            open_clip's or clipup's trainer. A directory has its own weights.
+        moe_cfg: the config of the sparse layers, if ``pretrained`` is a file with sparse layers but without a config.
+        kwargs: passed to open_clip, such as device, precision, load_weights and force_image_size.
+
+    Returns:
+        model, preprocess_train, preprocess_val. A sparse model has its config as ``moe_config``.
+
+    Raises:
+        ValueError: an unknown name or tag, weights that do not fit the model, or a file with more than weights.
+        FileNotFoundError: the directory lacks its config or weights, or the weights are not cached and cannot be
+            downloaded.
+        ImportError: a package that the text tower needs is not installed.
+    """
+    if not kwargs.get("weights_only", True):
+        raise ValueError("weights_only=False would run code in the file; save its state dict alone instead")
+    with hub_access(model_name, pretrained, "hf_model_name", kwargs.get("cache_dir")):
+        model, *transforms = _create(model_name, pretrained, moe_cfg, kwargs)
+    return model.eval(), *transforms
+
+
+def _create(
+    model_name: str, pretrained: str | None, moe_cfg: MoEConfig | None, kwargs: dict[str, Any]
+) -> tuple[nn.Module, Any, Any]:
+    load_weights = kwargs.get("load_weights", True)
+    directory = directory_of(model_name) or _hub_directory(model_name, load_weights, kwargs.get("cache_dir"))
+    described, color = None, None
+    if directory is not None:
+        if pretrained:
+            raise ValueError(
+                f"pretrained={pretrained!r} cannot be used with the directory {directory}, which has its own weights"
+            )
+        model_name = f"{LOCAL_PREFIX}{directory}"
+        config = model_directory.read_config(directory)
+        described, found = config["model_cfg"], moe_config_in(config)
+        file = directory / WEIGHTS_NAME
+        if found is not None and load_weights:
+            model_directory.check_weights(file)
+        stored = read_safetensors(file) if load_weights and file.is_file() else {}
+        read_here = found is not None or architecture.is_resized(described)
+    else:
+        check_known(model_name, pretrained)
+        weights = _file_of_weights(model_name, pretrained)
+        found = _config_of_file(weights, pretrained, moe_cfg)
+        kwargs = _as_trained(weights, model_name, str(pretrained), kwargs)
+        color = (weights.configs.get("preprocess_cfg") or {}).get("fill_color")
+        stored = weights.state_dict if load_weights else {}
+        read_here = found is not None
+    source = str(pretrained or directory)
+    if moe_cfg is not None and found != moe_cfg:
+        raise ValueError(
+            "moe_cfg does not apply here: it is only for files with sparse weights but without their config. To make a "
+            "dense model sparse, use clipup.upcycle"
+        )
+    if not read_here:
+        from_elsewhere = directory is not None or model_name.startswith(hub.HUB_PREFIX)
+        kwargs = {"require_pretrained": from_elsewhere and load_weights, **kwargs}
+        with _clear_errors(model_name):
+            model, *transforms = open_clip.create_model_and_transforms(model_name, pretrained, **kwargs)
+        check_types(model, stored, source)
+        _say_resized(model, stored, source)
+        return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
+    if kwargs.get("jit"):
+        raise ValueError("jit=True is not supported for sparse models; use torch.compile")
+    dense_kwargs = {**kwargs, "load_weights": False, "pretrained_image": False, "pretrained_text": False}
+    initialization = without_random_numbers() if stored else nullcontext()
+    with _clear_errors(model_name), expecting_random_weights(), initialization:
+        model, *transforms = open_clip.create_model_and_transforms(model_name, **dense_kwargs)
+    if stored and described is not None:
+        architecture.resize_tower(model, described, stored)
+    if stored:
+        drop_parameters(model)
+    if found is not None:
+        upcycle(model, found, inplace=True)
+    if stored:
+        with _clear_errors(model_name):
+            fitting = _fitting(model, stored, source)
+        assign_weights(model, fitting, kwargs.get("device", "cpu"))
+    if kwargs.get("force_image_size") is not None and described is not None:
+        architecture.resize_tower(model, architecture.overridden(described, kwargs), {})
+    return model, *_with_fill_color(model, transforms, color, kwargs.get("aug_cfg"))
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Loads weights into a dense or sparse model of the same architecture. Position embeddings are resized.
+
+    Of a checkpoint that holds its model's configs, those are compared with the model too.
+
+    Args:
+        model: of open_clip or timm, dense or sparse; modified in place.
+        path: safetensors, a state dict, or a checkpoint of open_clip's or clipup's trainer, sharded or not, with or
+            without "module." prefixes. No code in it is executed.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        FileNotFoundError: there is no such file.
+        ValueError: the weights do not fit, the file's configs are those of another function, or it contains more than
+            weights. The model is unchanged.
+    """
+    checks.module("model", model)
+    file = read_weights(path)
+    check_configs(model, file.configs, path)
+    load_state_dict(model, file.state_dict, str(path))
+
+
+def check_configs(model: nn.Module, configs: dict[str, Any], path: str | Path) -> None:
+    """Refuses weights of sparse layers that route otherwise, and of a model with other activations, heads or masks:
+    they would fit.
+
+    Args:
+        configs: of the checkpoint with the weights (``Weights.configs``).
+        path: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: the configs are those of another function, or not valid.
+    """
+    trained, own = moe_config_in(configs), getattr(model, "moe_config", None)
+    if trained is not None and own is not None:
+        fields = trained.differing(own)
+        if fields:
+            says = ", ".join(f"{name}={getattr(trained, name)!r}" for name in fields)
+            is_own = ", ".join(f"{name}={getattr(own, name)!r}" for name in fields)
+            raise ValueError(
+                f"{path} was trained with {says}, the model has {is_own}; upcycle the model with the moe_cfg of the "
+                "checkpoint, or make a model directory of it with clipup convert"
+            )
+    model_cfg = configs.get("model_cfg")
+    if model_cfg is None or towers.is_timm(model):
+        return
+    found = architecture.differences(model, model_cfg, own, sizes=False)
+    if found:
+        raise ValueError(
+            f"{path} was trained as another model than the one that is given: {found[0]}; create the model as its run "
+            "did, or make a model directory of the checkpoint with clipup convert"
+        )
+
+
+def load_state_dict(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """``load_checkpoint`` for weights that have been read.
+
+    Args:
+        source: where they come from, for error messages.
+    """
+    model.load_state_dict(_fitting(model, weights, source))
+
+
+def _fitting(model: nn.Module, weights: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """The weights, with position embeddings resized for the model. Raises ``ValueError`` if they do not fit."""
+    check_fit(model, weights, source, _POSITION_EMBEDDINGS)
+    _say_resized(model, weights, source)
+    weights = dict(weights)
+    resize_pos_embed(weights, model)
+    resize_text_pos_embed(weights, model)
+    check_fit(model, weights, source)
+    return weights
+
+
+def _say_resized(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Logs in one line which position embeddings are resized, because the model has other sizes than the weights."""
+    resized = [
+        f"{name} from {list(old.shape)} to {list(new.shape)}"
+        for name, new in model.state_dict().items()
+        if name in _POSITION_EMBEDDINGS
+        and (old := weights.get(name, weights.get(name.removeprefix("text.")))) is not None
+        and old.shape != new.shape
+    ]
+    if resized:
+        LOG.warning("the weights in %s are of other sizes than the model; resized %s", source, ", ".join(resized))
+
+
+def _hub_directory(model_name: str, load_weights: bool, cache_dir: str | None) -> Path | None:
+    """The local directory of a sparse model on the hub; None for everything else, which open_clip loads."""
+    if not model_name.startswith(hub.HUB_PREFIX):
+        return None
+    config = model_directory.read_config(hub.cached(model_name, CONFIG_NAME, cache_dir=cache_dir))
+    if moe_config_in(config) is None:
+        return None
+    return hub.cached(model_name, CONFIG_NAME, *[WEIGHTS_NAME] * load_weights, cache_dir=cache_dir)
+
+
+def _file_of_weights(model_name: str, pretrained: str | None) -> Weights:
+    """The weights in the file ``pretrained``; none if it is not a file, or a NumPy file.
+
+    Dense files are loaded by open_clip, but read here as well, for their configs.
+    """
+    is_tag = bool(pretrained) and open_clip.get_pretrained_cfg(model_name, pretrained) != {}
+    if not pretrained or is_tag or Path(pretrained).suffix in _NUMPY:
+        return Weights({})
+    return read_weights(pretrained)
+
+
+def _config_of_file(file: Weights, path: str | None, given: MoEConfig | None) -> MoEConfig | None:
+    if not file.sparse:
+        return None
+    found = moe_config_in(file.configs)
+    if found is None and given is None:
+        raise ValueError(
+            f"{path} has sparse layers but no config of them; pass moe_cfg, the MoEConfig that they were upcycled with"
+        )
+    return found or given
+
+
+def _as_trained(file: Weights, model_name: str, path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The caller's arguments, completed by what a training checkpoint says: the transform of its images, and whether
+    its model has a logit bias.
+
+    Raises:
+        ValueError: it was trained as another model than that of the name, or with another tokenizer.
+    """
+    preprocess = file.configs.get("preprocess_cfg") or {}
+    own = {f"image_{name}": preprocess[name] for name in _TRANSFORM if preprocess.get(name) is not None}
+    if "logit_bias" in file.state_dict:
+        own["init_logit_bias"] = 0.0  # replaced by the file's
+    if file.configs.get("model_cfg") is not None:
+        named = get_model_config(model_name)
+        _check_architecture(file.configs["model_cfg"], named, model_name, path, kwargs)
+        trained = tokenizers.saved_in(file.configs, path)
+        if trained is not None and trained != tokenizers.files_of(named["text_cfg"], None):
+            raise ValueError(
+                f"pretrained={path!r} was trained with a tokenizer of its own, unlike {model_name}; make a model "
+                "directory with clipup convert and name that instead"
+            )
+    return {**kwargs, **{name: value for name, value in own.items() if kwargs.get(name) is None}}
+
+
+def _check_architecture(
+    trained: dict[str, Any], named: dict[str, Any], model_name: str, path: str, kwargs: dict[str, Any]
+) -> None:
+    """Refuses to load, by a name, a checkpoint whose own config is that of another function. Sizes that the caller
+    forces are not compared: position embeddings are resized for them."""
+    found = architecture.differing(trained, architecture.overridden(named, kwargs))
+    found = {field: values for field, values in found.items() if kwargs.get(_FORCED_SIZES.get(field, "")) is None}
+    if not found:
+        return
+    says = ", ".join(f"{field}={checks.shown(value)}" for field, (value, _) in found.items())
+    is_named = ", ".join(checks.shown(value) for _, value in found.values())
+    forced = [f"{_FORCED_SIZES[field]}={value!r}" for field, (value, _) in found.items() if field in _FORCED_SIZES]
+    way = f"use {' and '.join(forced)}, or " if len(forced) == len(found) else ""
+    raise ValueError(
+        f"pretrained={path!r} was trained with {says}, unlike {model_name} ({is_named}); {way}make a model directory "
+        "with clipup convert and name that instead"
+    )
+
+
+def _with_fill_color(model: Any, transforms: list[Any], color: Any, aug_cfg: Any) -> list[Any]:
+    """The transforms with the color of a checkpoint's padding, which open_clip's factory has no argument for."""
+    if color is None:
+        return transforms
+    model.visual.preprocess_cfg = {**model.visual.preprocess_cfg, "fill_color": color}
+    preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
+    return [
+        image_transform_v2(preprocess, is_train=True, aug_cfg=aug_cfg),
+        image_transform_v2(preprocess, is_train=False),
+    ]
+
+
+def create_on_meta(model_name: str, **kwargs: Any) -> nn.Module:
+    """The model of an open_clip name or a directory on the meta device: shapes without weights or memory for them.
+
+    kwargs: as in ``create_model_and_transforms``.
+    """
+    kwargs = {"device": "meta", "load_weights": False, "pretrained_text": False, **kwargs}
+    with torch.device("meta"), expecting_random_weights():
+        return create_model_and_transforms(model_name, **kwargs)[0]
+
+
+@contextmanager
+def _clear_errors(model_name: str) -> Iterator[None]:
+    """Converts open_clip's errors about names, files, downloads and weights that do not fit into ValueErrors."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"open_clip could not create {model_name}: {checks.shown(str(error))}; do the weights belong to this model?"
+        ) from error

@@ -1,0 +1,187 @@
+"""``save_pretrained``: writes a model directory in open_clip's hub format, with ``moe_cfg`` beside ``model_cfg``.
+
+    DIR/open_clip_config.json         {"model_cfg": ..., "preprocess_cfg": ..., "moe_cfg": ...}
+    DIR/open_clip_model.safetensors   the state dict
+    DIR/README.md                     the model card
+    DIR/vocabulary.txt                only for models with a word tokenizer (``clipup.clip.word_tokenizer``)
+    DIR/tokenizer.json, ...           only for models whose own directory has a Hugging Face tokenizer
+
+For a timm model, timm's two files replace open_clip's (``clipup.models.timm_factory``). The files are replaced
+atomically. ``huggingface_hub.upload_folder`` can push the directory. open_clip itself can load a dense model from it;
+it refuses the weights of a sparse one.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..atomic_files import replace_files
+from ..clip import towers, word_tokenizer
+from ..dense.prepared import Prepared
+from ..moe.layer import moe_layers
+from . import architecture, model_card, timm_factory, tokenizers
+from .known_models import LOCAL_PREFIX
+from .model_directory import CONFIG_NAME, WEIGHTS_NAME, check_model_cfg
+
+_PREPROCESS_FIELDS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    model_cfg: dict[str, Any] | None = None,
+    preprocess_cfg: dict[str, Any] | None = None,
+    license: str = "other",
+    base_model: str | None = None,
+    tokenizer_directory: str | Path | None = None,
+) -> None:
+    """Saves a dense or upcycled model with a model card.
+
+    Load it with ``clipup.create_model_and_transforms(directory)``, a timm model with
+    ``clipup.create_timm_model(directory)``.
+
+    Args:
+        model: a model from ``clipup.upcycle``, open_clip or timm, not wrapped.
+        directory: created if it does not exist. A model and card in it are replaced, or unchanged if writing fails.
+        model_cfg: open_clip's architecture config, as returned by ``clipup.get_model_config(name)``. For a timm model:
+            arguments of ``timm.create_model`` that timm does not record itself.
+        preprocess_cfg: mean, std, interpolation, resize_mode, fill_color. None means those that open_clip attached to
+            the model.
+        license: license of the weights for the card, as the hub names it (mit, apache-2.0, ...).
+        base_model: hub name ORG/NAME of the model that this one was made from, for the card.
+        tokenizer_directory: a model directory that this model was made from: its tokenizer's files (``vocabulary.txt``,
+            or those of Hugging Face) are copied. Without it, the tokenizer is found by the name in ``model_cfg``.
+
+    Raises:
+        ValueError: ``model_cfg`` is incomplete or describes another model, the model has sparse layers but no
+            ``moe_config``, it was prepared for inference, its vocabulary has another size than the model's, or the
+            directory holds another tokenizer.
+        FileNotFoundError: there is no ``tokenizer_directory``.
+        OSError: a file could not be written, or a directory has the name of one.
+    """
+    files = None
+    if tokenizer_directory is not None:
+        source = Path(str(tokenizer_directory).removeprefix(LOCAL_PREFIX))
+        if not source.is_dir():
+            raise FileNotFoundError(f"tokenizer_directory: there is no directory {source}")
+        files = tokenizers.files_of((model_cfg or {}).get("text_cfg") or {}, source)
+    save_with_tokenizer(model, directory, model_cfg, files, preprocess_cfg, license, base_model)
+
+
+def save_with_tokenizer(
+    model: nn.Module,
+    directory: str | Path,
+    model_cfg: dict[str, Any] | None,
+    tokenizer_files: dict[str, bytes] | None,
+    preprocess_cfg: dict[str, Any] | None = None,
+    license: str = "other",
+    base_model: str | None = None,
+) -> None:
+    """``save_pretrained`` with the content of the tokenizer's files.
+
+    Args:
+        tokenizer_files: by name (``tokenizers.files_of``). None: the tokenizer that ``model_cfg`` names.
+
+    Raises:
+        ValueError: as in ``save_pretrained``.
+    """
+    checks.module("model", model)
+    prepared = [module for module in model.modules() if isinstance(module, Prepared)]
+    if prepared:
+        quantized = any(module.quantize is not None for module in prepared)
+        raise ValueError(
+            "the model was prepared by clipup.accelerate; save the plain model"
+            + (", from which this one was quantized" if quantized else ", or load this one's state_dict() into it")
+        )
+    moe_config = getattr(model, "moe_config", None)
+    if moe_config is None and moe_layers(model):
+        raise ValueError(
+            "the model has sparse layers but no moe_config, so it could not be loaded again; use clipup.upcycle"
+        )
+    library = "timm" if towers.is_timm(model) else "open_clip"
+    text_cfg: dict[str, Any] = {}
+    if library == "timm":
+        names = timm_factory.CONFIG_NAME, timm_factory.WEIGHTS_NAME
+        config = timm_factory.config_of(model, model_cfg)
+    else:
+        names = CONFIG_NAME, WEIGHTS_NAME
+        config = _open_clip_config(model, model_cfg, preprocess_cfg)
+        text_cfg = config["model_cfg"]["text_cfg"]
+        architecture.check_describes(model, config["model_cfg"], moe_config)
+    if moe_config is not None:
+        config["moe_cfg"] = moe_config.to_dict()
+    needs_transformers = "hf_model_name" in text_cfg or "hf_tokenizer_name" in text_cfg
+    extra = "hf" if needs_transformers and not word_tokenizer.uses_words(text_cfg) else None
+    card = model_card.model_card(model, library, license, base_model, extra)
+    directory = Path(directory)
+    files = tokenizers.files_of(text_cfg, None) if tokenizer_files is None else tokenizer_files
+    _check_tokenizer_in(directory, files, text_cfg, replaces=tokenizer_files is not None)
+    tensors = _tensors(model)
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {
+        **files,
+        model_card.README: card.encode("utf-8"),
+        names[0]: (json.dumps(config, indent=2) + "\n").encode("utf-8"),  # the last: it marks a complete directory
+    }
+    writers = {directory / name: partial(_write, content) for name, content in contents.items()}
+    replace_files({directory / names[1]: lambda path: _save_tensors(tensors, path, directory), **writers})
+
+
+def _check_tokenizer_in(directory: Path, files: dict[str, bytes], text_cfg: dict[str, Any], replaces: bool) -> None:
+    """Refuses a directory from which this config would make another tokenizer than that of these files: it may be the
+    model's own, or a former one's.
+
+    Args:
+        replaces: files of the same names are replaced.
+    """
+    for name in tokenizers.file_names(text_cfg):
+        path = directory / name
+        if path.is_file() and path.read_bytes() != files.get(name) and not (replaces and name in files):
+            raise ValueError(
+                f"directory: {directory} holds a tokenizer ({name}) that is not the model's; if it is, pass the "
+                "directory as tokenizer_directory too; otherwise choose another directory, or remove the file"
+            )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU, without shared memory, which safetensors refuses: tied parameters become copies."""
+    tensors, storages = {}, set()
+    for name, value in model.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return tensors
+
+
+def _open_clip_config(
+    model: nn.Module, model_cfg: dict[str, Any] | None, preprocess_cfg: dict[str, Any] | None
+) -> dict[str, Any]:
+    check_model_cfg(model_cfg, "save_pretrained")
+    if preprocess_cfg is None:
+        preprocess_cfg = getattr(getattr(model, "visual", None), "preprocess_cfg", {})
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_fields(preprocess_cfg)}
+
+
+def preprocess_fields(preprocess_cfg: dict[str, Any]) -> dict[str, Any]:
+    """Those of open_clip's transform of images that belong to a saved model."""
+    return {name: preprocess_cfg[name] for name in _PREPROCESS_FIELDS if name in preprocess_cfg}
+
+
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path, directory: Path) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(f"could not write the weights to {directory}: {error}; nothing there was changed") from error

@@ -1,0 +1,113 @@
+"""Detects collapsed routers from the routing metrics that a run logs.
+
+A layer's ``load`` and ``dropped`` are averaged over the logged steps among the last 100 (at least over the last 10
+logged steps). The layer has collapsed when, in that average,
+
+- few experts are used: the effective number of experts, 1 / sum_e load_e^2, is at most K + (E - K) / 4 (it is K when
+  all tokens choose the same K experts, and E when the load is even); or
+- most pairs are dropped: at least 60 % of the (token, choice) pairs that the capacity has room for under an even load;
+  or
+- experts are dead: at least a quarter of them get less than 1 % of an even share each.
+
+The average is over 100 steps because a healthy router can be unbalanced for some dozen steps around the learning rate's
+peak. With 8 experts and 2 choices the preset's effective number was 7.7 to 7.9 on the demonstration's model, and 4.2 or
+more with four times the learning rate and a fifth of the balance loss; 3.5 counts as collapsed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from torch import nn
+
+from ...moe.config import MoEConfig
+from ...moe.layer import moe_layers
+from .recorder import Record
+
+_STEPS, _RECORDS = 100, 10
+"""What an average is over: at least so many steps, and at least so many logged ones."""
+_USED = 0.25
+_DROPPED = 0.6
+_DEAD_LOAD, _DEAD = 0.01, 0.25
+
+
+class _Observed(NamedTuple):
+    step: int
+    layers: dict[str, Record]
+
+
+class CollapseWatch:
+    """Finds the collapsed layers in the records of a run, each layer once."""
+
+    def __init__(self, model: nn.Module, known: list[Record]) -> None:
+        """known: what was reported before the run was resumed."""
+        self._configs = {name: layer.config for name, layer in moe_layers(model).items()}
+        self._reported = {record["layer"] for record in known}
+        self._recent: deque[_Observed] = deque()
+        self._first_step: int | None = None
+
+    def observe(self, record: Record) -> list[Record]:
+        """A record for each layer that is found collapsed at this logged step for the first time: ``step``, ``layer``,
+        ``experts``, ``top_k``, and the averages ``effective_experts``, ``dead_experts``, ``dropped``, ``load``."""
+        if "layers" not in record:
+            return []
+        step = record["step"]
+        self._first_step = step if self._first_step is None else self._first_step
+        self._recent.append(_Observed(step, record["layers"]))
+        while len(self._recent) > _RECORDS and self._recent[0].step <= step - _STEPS:
+            self._recent.popleft()
+        if len(self._recent) < _RECORDS or step - self._first_step < _STEPS - 1:
+            return []
+        found = []
+        for name, config in self._configs.items():
+            if name not in self._reported and name in record["layers"]:
+                state = self._state(name, config)
+                if _has_collapsed(state, config):
+                    self._reported.add(name)
+                    found.append({"step": step, "layer": name, **state})
+        return found
+
+    def _state(self, name: str, config: MoEConfig) -> Record:
+        layers = [observed.layers[name] for observed in self._recent if name in observed.layers]
+        load = [sum(shares) / len(layers) for shares in zip(*(layer["load"] for layer in layers), strict=True)]
+        return {
+            "experts": config.num_experts,
+            "top_k": config.top_k,
+            "effective_experts": 1 / max(sum(share * share for share in load), 1e-12),
+            "dead_experts": sum(share * config.num_experts < _DEAD_LOAD for share in load),
+            "dropped": sum(layer["dropped"] for layer in layers) / len(layers),
+            "load": load,
+        }
+
+
+def _has_collapsed(state: Record, config: MoEConfig) -> bool:
+    if config.num_experts == config.top_k or sum(state["load"]) == 0:
+        return False
+    spare = config.num_experts - config.top_k
+    room = 1.0 if config.capacity_factor is None else min(1.0, config.capacity_factor)
+    return (
+        state["effective_experts"] <= config.top_k + _USED * spare
+        or state["dropped"] >= 1 - room + _DROPPED * room
+        or state["dead_experts"] >= _DEAD * config.num_experts
+    )
+
+
+def warning(found: list[Record]) -> str:
+    """One message about all layers that were found at a step."""
+    return (
+        f"routing has collapsed at step {found[0]['step']} in {'; '.join(map(_described, found))}. Experts without "
+        "tokens learn nothing. Lower lr, or raise balance_weight; docs/faq.md says what counts as collapsed"
+    )
+
+
+def _described(state: Record) -> str:
+    busiest, taken = 0, 0.0
+    for share in sorted(state["load"], reverse=True):
+        busiest, taken = busiest + 1, taken + share
+        if taken >= 0.8:
+            break
+    return (
+        f"{state['layer']} ({busiest} of {state['experts']} experts get {taken:.0%} of the tokens' choices, "
+        f"{state['dead_experts']} get next to none, {state['dropped']:.0%} of the choices are dropped)"
+    )

@@ -1,0 +1,1 @@
+"""The processes of a run: groups, data in parallel, sharded parameters, experts in parallel."""

@@ -1,0 +1,325 @@
+"""How a model is spread over the ranks: replicas (DDP), shards (FSDP2), and experts on different ranks.
+
+| parameters       | default    | --fsdp  | --ep N                       | --fsdp --ep N              |
+|------------------|------------|---------|------------------------------|----------------------------|
+| experts          | replicated | sharded | E/N on each rank, replicated | E/N on each rank, sharded  |
+| small ones       | replicated | replicated | replicated                | replicated                 |
+| all others       | replicated | sharded | replicated                   | sharded                    |
+
+Small ones are the scalars, and the norms and layer scales of blocks (``replicated_parameters``).
+
+With ``--fsdp-replicas R`` the ranks form R groups; parameters are sharded within a group and replicated over groups.
+Each rank has samples of its own in all cases. Gradients are the means over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...clip.flops import meta_copy
+from ...clip.towers import tower_blocks, towers
+from ...moe.expert_parallel import is_distributed
+from ...moe.layer import SparseMoE, moe_layers
+from ...moe.router import Router
+from ...precision import Precision
+from ..options import TrainOptions
+from .distributed import Ranks
+
+ENCODERS = ("encode_image", "encode_text")
+"""Methods of a model that gather what belongs to no block for themselves, and release it, as its forward pass does."""
+_EP = "ep"
+"""The dimension of a mesh over which experts are divided."""
+
+
+def check(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> None:
+    """
+    Raises:
+        ValueError: the model or the ranks do not allow what the options ask for.
+    """
+    if not options.is_sharded:
+        return
+    if not ranks.several:
+        raise ValueError(
+            f"{'fsdp' if options.fsdp else f'ep={options.ep}'} shards a model over several processes, and this is one; "
+            "start it with torchrun --nproc-per-node N -m clipup -- train ..., or leave the option out"
+        )
+    if options.opt != "adamw":
+        raise ValueError(
+            f"opt {options.opt!r} is not known to work on shards of parameters; use adamw with fsdp and ep"
+        )
+    if options.torchcompile:
+        raise ValueError("torchcompile does not compile the hooks of sharded models; leave it out with fsdp and ep")
+    if precision == "amp":
+        raise ValueError(
+            "precision 'amp' scales gradients, which sharded models do not support; use amp_bf16 with fsdp and ep"
+        )
+    if precision == "bf16":
+        raise ValueError(
+            "precision 'bf16' has some parameters in bfloat16 and some in float32, which FSDP2 does not shard "
+            "together; use amp_bf16 with fsdp and ep"
+        )
+    parts = options.fsdp_replicas * options.ep
+    if ranks.world_size % parts:
+        named = " * ".join(f"{name} {getattr(options, name)}" for name in ("fsdp_replicas", "ep"))
+        raise ValueError(f"{named} must divide the number of ranks, {ranks.world_size}")
+    if options.ep > 1:
+        layers = moe_layers(model)
+        if not layers:
+            raise ValueError(f"ep={options.ep} places experts on different ranks, and the model has none; set moe")
+        for name, layer in layers.items():
+            if layer.config.num_experts % options.ep:
+                raise ValueError(
+                    f"ep={options.ep} does not divide the {layer.config.num_experts} experts of {name}; use a divisor"
+                )
+            shards = ranks.world_size // parts if options.fsdp else 1
+            if layer.d_model % shards or layer.d_hidden % shards:
+                raise ValueError(
+                    f"fsdp divides each expert of {name} by its rows over {shards} ranks, and they are "
+                    f"{layer.d_hidden} and {layer.d_model}; use more fsdp_replicas or ep"
+                )
+
+
+def wrapped(model: nn.Module, options: TrainOptions, ranks: Ranks, precision: Precision) -> nn.Module:
+    """The model that a step runs. Sharded models are changed in place: their parameters become DTensors, equal to those
+    of rank 0 before."""
+    if not ranks.several:
+        return model
+    if not options.is_sharded:
+        return DistributedDataParallel(model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), src=0)
+    _Sharding(options, ranks, precision).apply(model)
+    return model
+
+
+def unsharded_form(model: nn.Module, options: TrainOptions) -> Callable[[dict[str, Any]], nn.Module]:
+    """A function from a state dict to the model with these weights on one rank. Call it before ``wrapped``.
+
+    A model that is not sharded is returned as it is, with the weights it has; a sharded one as a copy without its hooks
+    and meshes, which takes the tensors of the state dict for its own."""
+    if not options.is_sharded:
+        return lambda weights: model
+    structure = meta_copy(model)
+
+    def unsharded(weights: dict[str, Any]) -> nn.Module:
+        structure.load_state_dict(weights, assign=True)
+        return structure
+
+    return unsharded
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model that ``wrapped`` was given."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def batch_statistics(model: nn.Module) -> list[Tensor]:
+    """The running statistics of batch norms, which a forward pass in training changes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    return [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+
+
+@torch.no_grad()
+def share_batch_statistics(model: nn.Module, ranks: Ranks) -> None:
+    """Gives all ranks the statistics of rank 0, which are those that checkpoints hold. A rank's own are of its own
+    images."""
+    if ranks.several:
+        for buffer in batch_statistics(model):
+            dist.broadcast(buffer, src=0)
+
+
+def without_gradient_sync(model: nn.Module) -> AbstractContextManager:
+    """Inside, a backward pass does not average the gradients over ranks."""
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return _without_reduction(model) if hasattr(model, "set_requires_gradient_sync") else nullcontext()
+
+
+@contextmanager
+def _without_reduction(model: Any) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+class _Sharding:
+    """Shards a model by FSDP2, block by block.
+
+    Two meshes span the same ranks: one for experts, (replicas, shards, ep), and one for everything else, (replicas,
+    shards * ep). Without ``fsdp`` there is one shard, so that FSDP2 keeps a replica on each rank and only averages
+    gradients.
+
+    With amp_bf16, the matrices of blocks and experts are gathered with their biases in bfloat16, in which autocast
+    computes with them anyway. Routers and what is outside of blocks are gathered in float32. Gradients are reduced in
+    float32.
+    """
+
+    def __init__(self, options: TrainOptions, ranks: Ranks, precision: Precision) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+        self.ep = options.ep
+        replicas = options.fsdp_replicas if options.fsdp else ranks.world_size // options.ep
+        shards = ranks.world_size // (replicas * options.ep)
+        kind = ranks.device.type
+        dense = (replicas, shards * options.ep) if options.fsdp else (ranks.world_size, 1)
+        self.dense = init_device_mesh(kind, dense, mesh_dim_names=("replicas", "shards"))
+        names = ("replicas", "shards", _EP)
+        self.experts = init_device_mesh(kind, (replicas, shards, options.ep), mesh_dim_names=names)
+        offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if options.fsdp_offload_cpu else OffloadPolicy()
+        self.policies: dict[str, Any] = {
+            "reshard_after_forward": not options.fsdp_no_reshard_after_forward,
+            "offload_policy": offload,
+        }
+        half = torch.bfloat16 if precision == "amp_bf16" else None
+        self.in_half = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)
+        self.in_full = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+
+    def apply(self, model: nn.Module) -> None:
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        self.policies["ignored_params"] = set(replicated_parameters(model).values())
+        if self.ep > 1 or self.in_half != self.in_full:
+            for router in [module for module in model.modules() if isinstance(module, Router)]:
+                self._shard(router, mp_policy=self.in_full)
+        if self.ep > 1:
+            for layer in moe_layers(model).values():
+                self._place_experts(layer)
+        for tower in towers(model):
+            for block in _blocks(model, tower):
+                self._shard(block, mp_policy=self.in_half, shard_placement_fn=self._axis)
+        self._shard(model, mp_policy=self.in_full)
+        for name in ENCODERS:
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
+
+    def _axis(self, parameter: nn.Parameter) -> Any:
+        """The axis of a block's parameter to shard. FSDP2 pads the first one if it is shorter than the number of
+        shards, as that of stacked experts may be."""
+        from torch.distributed.tensor import Shard
+
+        shards = self.dense["shards"].size()
+        return (
+            Shard(1)
+            if parameter.ndim > 1 and parameter.shape[0] < shards and parameter.shape[1] % shards == 0
+            else None
+        )
+
+    def _place_experts(self, layer: SparseMoE) -> None:
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        mesh = self.experts[_EP]
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            own = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+            setattr(layer, name, nn.Parameter(own, requires_grad=parameter.requires_grad))
+        if layer.shared is not None:
+            self._shard(layer.shared, mp_policy=self.in_half)
+        over = self.experts["replicas", "shards"]
+        self._shard(layer, over, mp_policy=self.in_half, shard_placement_fn=lambda parameter: Shard(1))
+
+    def _shard(self, module: nn.Module, mesh: Any = None, **more: Any) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(module, mesh=mesh or self.dense, **self.policies, **more)
+
+
+def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the parameters that every rank holds whole although the model is sharded: scalars, and in blocks the
+    parameters of modules that have no matrix (norms and layer scales), with which autocast computes in float32."""
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 0}
+    names = {module: name for name, module in model.named_modules()}
+    for block in [block for tower in towers(model) for block in _blocks(model, tower)]:
+        for module in block.modules():
+            own = list(module.named_parameters(recurse=False))
+            if all(parameter.ndim < 2 for _, parameter in own):
+                found |= {f"{names[module]}.{name}": parameter for name, parameter in own}
+    return found
+
+
+def _blocks(model: nn.Module, tower: str) -> list[nn.Module]:
+    """The blocks of a tower; none if it is not a stack of blocks."""
+    try:
+        return list(tower_blocks(model, tower).values())
+    except TypeError:
+        return []
+
+
+@torch.no_grad()
+def finish_gradients(model: nn.Module, world_size: int) -> None:
+    """Makes the gradients of a sharded model means over all ranks, where FSDP2 leaves them as something else."""
+    if not any(is_distributed(parameter) for parameter in model.parameters()):
+        return
+    gradients: list[Any] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    _average([gradient for gradient in gradients if not is_distributed(gradient)], world_size)
+    for gradient in filter(is_distributed, gradients):
+        if _EP in (gradient.device_mesh.mesh_dim_names or ()):  # a sum over the ranks that the rows came from
+            shard_of(gradient).div_(gradient.device_mesh[_EP].size())
+
+
+def _average(gradients: list[Tensor], world_size: int) -> None:
+    """Makes them their means over all ranks, with one collective."""
+    if not gradients:
+        return
+    joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(joined)
+    means = (joined / world_size).split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def shard_of(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that this rank holds, which shares its memory; any other tensor as it is."""
+    sharded: Any = tensor
+    return sharded.to_local().detach() if is_distributed(tensor) else tensor
+
+
+def copies(tensor: Tensor, world_size: int) -> int:
+    """How many ranks hold the same part of a tensor."""
+    if not is_distributed(tensor):
+        return world_size
+    sharded: Any = tensor
+    shards = 1
+    for dimension, placement in enumerate(sharded.placements):
+        shards *= 1 if placement.is_replicate() else sharded.device_mesh.size(dimension)
+    return world_size // shards
+
+
+@torch.no_grad()
+def gradient_norm(model: nn.Module, world_size: int, device: torch.device) -> Tensor:
+    """[] float32 on the device: the Euclidean norm of all gradients; the same on every rank."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not any(map(is_distributed, gradients)):
+        return nn.utils.get_total_norm(gradients)
+    total = torch.zeros((), device=device)
+    for place, parts in _by_device(gradients).items():
+        norms = torch.stack(torch._foreach_norm([shard_of(part) for part in parts], 2, torch.float32))
+        counts = torch.tensor([copies(part, world_size) for part in parts], device=place)
+        total += (norms.square() / counts).sum().to(device)
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, largest: float, norm: Tensor) -> None:
+    """Scales the gradients, whose norm this is, to ``largest`` if it is more (``torch.nn.utils.clip_grad_norm_``)."""
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    for place, parts in _by_device(gradients).items():
+        torch._foreach_mul_([shard_of(part) for part in parts], factor.to(place))
+
+
+def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """Shards that are offloaded lie on the CPU, what is not sharded does not."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device, []).append(tensor)
+    return found

@@ -1,0 +1,152 @@
+import json
+
+import open_clip
+import pytest
+import torch
+from tiny_clip import CONFIGS, tiny_clip, tiny_config
+
+import clipup
+from clipup import MoEConfig, moe_layers, save_pretrained, upcycle
+from clipup.clip.inputs import random_inputs
+from clipup.clip.towers import tower_blocks
+from clipup.models.model_names import get_model_config
+
+CONFIG = MoEConfig(num_experts=3)
+
+
+def test_open_clip_name_gives_open_clips_model_and_transforms():
+    with torch.device("meta"):
+        model, train, val = clipup.create_model_and_transforms("ViT-B-32", device="meta")
+    assert isinstance(model, open_clip.CLIP) and not moe_layers(model)
+    assert callable(train) and callable(val)
+
+
+def test_model_config_is_a_copy():
+    config = get_model_config("ViT-B-32")
+    config["vision_cfg"]["layers"] = 1
+    assert get_model_config("ViT-B-32")["vision_cfg"]["layers"] == 12
+
+
+@pytest.mark.parametrize("call", [clipup.create_model_and_transforms, clipup.get_tokenizer, clipup.get_model_config])
+def test_unknown_names_are_refused_with_similar_names(call):
+    with pytest.raises(ValueError, match="'ViT-B-61' is neither an open_clip model nor a dir.* ViT-B-16"):
+        call("ViT-B-61")
+
+
+def test_unknown_weights_are_refused_with_the_known_tags():
+    with pytest.raises(ValueError, match="pretrained='laion' is neither a file nor a tag of ViT-B-32; .*openai"):
+        clipup.create_model_and_transforms("ViT-B-32", "laion")
+
+
+@pytest.mark.parametrize(
+    ("tower", "message"),
+    [("", "text pos_embed width changed"), ("visual.", r"Missing key\(s\) in state_dict")],
+)
+def test_dense_weights_of_another_model_are_refused(tmp_path, tower, message):
+    weights = tiny_clip("timm").state_dict()
+    torch.save({name: value for name, value in weights.items() if name.startswith(tower)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=f"could not create ViT-B-32: .*{message}") as caught:
+        clipup.create_model_and_transforms("ViT-B-32", str(tmp_path / "other.pt"))
+    assert "\n" not in str(caught.value)
+
+
+def test_tokenizer_of_a_name_and_of_a_directory(tmp_path):
+    sparse = upcycle(tiny_clip(), CONFIG)
+    save_pretrained(sparse, tmp_path, tiny_config())
+    assert clipup.get_tokenizer("ViT-B-32")(["a dog"]).shape == (1, 77)
+    for name in (str(tmp_path), f"local-dir:{tmp_path}"):
+        tokens = clipup.get_tokenizer(name)(["a dog", "two cats and a bird"])
+        assert tokens.shape == (2, 10)
+
+
+def test_hub_tokenizer_is_read_from_the_directory_if_it_was_saved_there(tmp_path, monkeypatch):
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"clean": "lower"}}
+    save_pretrained(tiny_clip(), tmp_path, config)
+    asked = []
+    for module in (open_clip.tokenizer, open_clip.factory):
+        monkeypatch.setattr(module, "HFTokenizer", lambda source, **kwargs: asked.append((str(source), kwargs)))
+    clipup.get_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    clipup.get_tokenizer(str(tmp_path))
+    assert [source for source, _ in asked] == ["org/words", str(tmp_path)]
+    assert all(kwargs["context_length"] == 10 and kwargs["clean"] == "lower" for _, kwargs in asked)
+
+
+def test_config_cannot_run_code_of_a_tokenizer(tmp_path, monkeypatch):
+    """transformers runs such code if a config sets `trust_remote_code` in `tokenizer_kwargs`."""
+    config = tiny_config()
+    config["text_cfg"] |= {"hf_tokenizer_name": "org/words", "tokenizer_kwargs": {"trust_remote_code": True}}
+    save_pretrained(tiny_clip(), tmp_path, config)
+    trace = tmp_path / "executed"
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "own.py").write_text(
+        f"open({str(trace)!r}, 'w')\nfrom transformers import BertTokenizer\nclass Own(BertTokenizer): pass\n"
+    )
+    content = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\n")
+
+    with pytest.raises(ValueError, match="tokenizer_kwargs .* trust_remote_code"):
+        clipup.get_tokenizer(str(tmp_path))
+    del config["text_cfg"]["tokenizer_kwargs"]
+    save_pretrained(tiny_clip(), tmp_path / "asks", config, tokenizer_directory=tmp_path)
+    (tmp_path / "asks" / "own.py").write_text((tmp_path / "own.py").read_text())
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # to transformers, which would ask
+    with pytest.raises(ValueError, match="needs code that comes with it, and clipup does not run that"):
+        clipup.get_tokenizer(str(tmp_path / "asks"))
+
+    assert not trace.exists()
+    if open_clip.__version__ < "4":  # open_clip 4 does not pass the option on from a directory
+        open_clip.get_tokenizer(f"local-dir:{tmp_path}")
+        assert trace.exists()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_random_inputs_fit_the_towers(kind):
+    model = tiny_clip(kind).eval()
+    images, texts = random_inputs(model, 4)
+    image_features, text_features, *_ = model(images, texts)
+    assert image_features.shape == text_features.shape == (4, tiny_config(kind)["embed_dim"])
+    assert torch.equal(random_inputs(model, 4)[1], texts)
+    end = 2 if kind == "eos_pool" else 63
+    assert ((texts == end).sum(1) == 1).all()
+    assert len({row.tolist().index(end) for row in texts}) > 1
+
+
+def test_random_images_have_the_towers_dtype():
+    assert random_inputs(tiny_clip().bfloat16(), 2)[0].dtype == torch.bfloat16
+
+
+def test_blocks_are_named_as_in_the_model():
+    for kind in CONFIGS:
+        model = tiny_clip(kind)
+        for tower in ("image", "text"):
+            for name, block in tower_blocks(model, tower).items():
+                assert model.get_submodule(name) is block
+
+
+@pytest.mark.parametrize("kind", ["gelu", "custom_text", "timm"])
+def test_open_clips_features_keep_working_on_a_sparse_model(kind):
+    sparse = upcycle(tiny_clip(kind), CONFIG).eval()
+    images, texts = random_inputs(sparse, 2)
+    expected = sparse(images, texts)
+    sparse.set_grad_checkpointing(True)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(images, texts)[0], expected[0])
+    out = sparse.forward_intermediates(images, texts)
+    torch.testing.assert_close(out["image_features"], expected[0])
+    torch.testing.assert_close(out["text_features"], expected[1])
+    sparse.lock_image_tower()
+    assert not any(parameter.requires_grad for parameter in sparse.visual.parameters() if parameter.dim() == 3)
+
+
+@pytest.mark.parametrize("upcycled", [False, True])
+def test_created_models_are_in_evaluation_mode(tmp_path, upcycled):
+    model = upcycle(tiny_clip(), CONFIG) if upcycled else tiny_clip()
+    save_pretrained(model.train(), tmp_path, tiny_config())
+    for created in (
+        clipup.create_model_and_transforms(str(tmp_path))[0],
+        clipup.create_model_and_transforms(str(tmp_path), load_weights=False)[0],
+    ):
+        assert not any(module.training for module in created.modules())

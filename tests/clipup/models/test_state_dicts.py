@@ -1,0 +1,172 @@
+"""Files of weights: dense and sparse training checkpoints, with and without wrappers, and files that contain code."""
+
+import json
+import pickle
+
+import pytest
+import safetensors.torch
+import torch
+from strangers import MakesFile
+from tiny_clip import tiny_clip, tiny_config
+from torch import nn
+
+import clipup
+from clipup import MoEConfig, moe_layers, save_pretrained, step0_difference, upcycle
+from clipup.cli import main
+from clipup.models.state_dicts import read_weights, strip_wrapper_prefixes
+
+NAME = "clipup-tiny-32"
+CONFIG = MoEConfig.clip_up(num_experts=3, blocks=(1, 2), towers=("image", "text"))
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(torch.seed() % 2**31)
+    return clipup.create_model_and_transforms(NAME)[0]
+
+
+@pytest.fixture(scope="module")
+def sparse(dense):
+    model = upcycle(dense, CONFIG)
+    with torch.no_grad():
+        for layer in moe_layers(model).values():
+            layer.in_weight.add_(0.1 * torch.randn_like(layer.in_weight))
+    return model
+
+
+@pytest.mark.parametrize("wrappers", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_removed(wrappers):
+    assert strip_wrapper_prefixes({f"{wrappers}visual.conv1.weight": 1}) == {"visual.conv1.weight": 1}
+
+
+def training_checkpoint(model, path, wrapped, **more):
+    """A checkpoint as open_clip's trainer writes it: with the optimizer, and prefixed names under DDP."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    names = {f"module.{name}" if wrapped else name: value for name, value in model.state_dict().items()}
+    state = {"epoch": 3, "name": "run", "state_dict": names, "optimizer": optimizer.state_dict(), **more}
+    torch.save(state, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_dense_training_checkpoints_load(dense, tmp_path, wrapped):
+    path = training_checkpoint(dense, tmp_path / "epoch_3.pt", wrapped)
+
+    loaded, *_ = clipup.create_model_and_transforms(NAME, path)
+
+    assert step0_difference(dense, loaded) == 0 and not moe_layers(loaded)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_sparse_training_checkpoints_load_with_their_config(sparse, tmp_path, wrapped):
+    path = training_checkpoint(sparse, tmp_path / "epoch_3.pt", wrapped, moe_cfg=CONFIG.to_dict())
+
+    loaded, *_ = clipup.create_model_and_transforms(NAME, path)
+
+    assert loaded.moe_config == CONFIG and step0_difference(sparse, loaded) == 0
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_sparse_weights_without_a_config_need_moe_cfg(sparse, tmp_path, ending):
+    path = str(tmp_path / f"weights.{ending}")
+    if ending == "pt":
+        torch.save(sparse.state_dict(), path)
+    else:
+        safetensors.torch.save_file(sparse.state_dict(), path)
+
+    with pytest.raises(ValueError, match="has sparse layers but no config of them; pass moe_cfg"):
+        clipup.create_model_and_transforms(NAME, path)
+    loaded, *_ = clipup.create_model_and_transforms(NAME, path, moe_cfg=CONFIG)
+    assert step0_difference(sparse, loaded) == 0
+    with pytest.raises(ValueError, match=r"in_weight is \[3, 256, 64\] in the file, \[4, 256, 64\] in the model"):
+        clipup.create_model_and_transforms(NAME, path, moe_cfg=CONFIG.replace(num_experts=4))
+
+
+def test_moe_cfg_for_a_dense_model_is_refused(dense, tmp_path):
+    path = training_checkpoint(dense, tmp_path / "dense.pt", wrapped=False)
+    for pretrained in (None, path):
+        with pytest.raises(ValueError, match="moe_cfg does not apply here.*use clipup.upcycle"):
+            clipup.create_model_and_transforms(NAME, pretrained, moe_cfg=CONFIG)
+
+
+def test_load_checkpoint_loads_weights_or_leaves_the_model_unchanged(sparse, dense, tmp_path):
+    path = training_checkpoint(sparse, tmp_path / "epoch_3.pt", wrapped=True)
+    model = upcycle(dense, CONFIG)
+
+    clipup.load_checkpoint(model, path)
+
+    assert step0_difference(sparse, model) == 0
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    with pytest.raises(ValueError, match="epoch_3.pt do not fit .* missing from the file"):
+        clipup.load_checkpoint(dense, path)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+def test_eval_accepts_a_training_checkpoint(sparse, tmp_path, capsys):
+    path = training_checkpoint(sparse, tmp_path / "epoch_3.pt", wrapped=False, moe_cfg=CONFIG.to_dict())
+    (tmp_path / "val.csv").write_text("filepath\ttitle\n" + "".join(f"{tmp_path}/{n}.png\ta {n}\n" for n in range(3)))
+    from PIL import Image
+
+    for number in range(3):
+        Image.new("RGB", (32, 32), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+
+    options = ["--val-data", str(tmp_path / "val.csv"), "--workers", "0", "--device", "cpu", "--out", "-"]
+    assert main(["eval", NAME, "--pretrained", path, *options]) == 0
+
+    assert json.loads(capsys.readouterr().out)["retrieval"]["gallery"] == 3
+
+
+@pytest.fixture
+def malicious(tmp_path):
+    """A file with code that creates another file when it is loaded unsafely."""
+    path, trace = tmp_path / "stranger.pt", tmp_path / "executed"
+    torch.save({"state_dict": tiny_clip().state_dict(), "epoch": MakesFile(trace)}, path)
+    torch.load(path, weights_only=False)
+    assert trace.exists()
+    trace.unlink()
+    return path
+
+
+def test_file_with_code_is_refused_without_running_it(malicious):
+    for read in (
+        read_weights,
+        lambda path: clipup.create_model_and_transforms(NAME, str(path)),
+        lambda path: clipup.load_checkpoint(nn.Linear(2, 2), path),
+    ):
+        with pytest.raises(ValueError, match="stranger.pt cannot be read .* no code in it was run"):
+            read(malicious)
+    assert not (malicious.parent / "executed").exists()
+
+
+def test_directory_whose_weights_contain_code_is_refused_without_running_it(malicious, tmp_path):
+    save_pretrained(tiny_clip(), tmp_path / "model", tiny_config())
+    (tmp_path / "model" / "open_clip_model.safetensors").unlink()
+    malicious.rename(tmp_path / "model" / "open_clip_pytorch_model.bin")
+
+    with pytest.raises(pickle.UnpicklingError):
+        clipup.create_model_and_transforms(str(tmp_path / "model"))
+
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_only_false_is_refused(malicious):
+    with pytest.raises(ValueError, match="weights_only=False would run code"):
+        clipup.create_model_and_transforms(NAME, str(malicious), weights_only=False)
+    assert not (malicious.parent / "executed").exists()
+
+
+def test_files_without_weights_are_refused(tmp_path):
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    (tmp_path / "cut.safetensors").write_bytes(b"\0\0")
+    for name, message in (
+        ("text.pt", "cannot be read as a checkpoint"),
+        ("list.pt", "contains a list, not a checkpoint"),
+        ("empty.pt", "has no weights"),
+        ("cut.safetensors", "is not a complete safetensors file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_weights(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="there is no file .*none.pt"):
+        read_weights(tmp_path / "none.pt")
