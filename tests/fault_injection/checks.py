@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipup.models.state_dicts import read_pickle
-from clipup.train.checkpoints.open_clip_format import sharded_checkpoints
+from clipup.train.checkpoints import sharded_checkpoints
 
 Record = dict[str, Any]
 _CHECKPOINT = re.compile(r"epoch_(\d+|latest)\.pt|(epoch|step)_\d+")
