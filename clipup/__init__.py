@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .upcycling.auto_classes import register_upcycled
 
 if TYPE_CHECKING:
-    from .clip.accelerate import accelerate
+    from .inference.accelerate import accelerate
     from .models.factory import create_model_and_transforms, load_checkpoint
     from .models.model_names import get_model_config
     from .models.saving import save_pretrained
@@ -39,7 +39,7 @@ _SUBPACKAGES = ("evaluate", "inspection", "models", "moe", "plan", "search", "tr
 _LAZY = {
     "MoEConfig": "moe.config",
     "SparseMoE": "moe.layer",
-    "accelerate": "clip.accelerate",
+    "accelerate": "inference.accelerate",
     "aux_loss": "moe.layer",
     "calibrate": "upcycling.calibration",
     "collect_aux_losses": "moe.layer",

@@ -100,6 +100,12 @@ def read_json(path: Path, argument: str = "") -> Any:
         raise ValueError(f"{argument}{': ' * bool(argument)}{path} is not valid JSON: {error}") from error
 
 
+def plain_weights(name: str, model: Any) -> None:
+    """Refuses a model that ``clipup.accelerate`` has prepared: its packed weights are no parameters."""
+    if any(getattr(type(module), "is_prepared", False) for module in model.modules()):
+        raise ValueError(f"{name} was prepared by clipup.accelerate, for inference; pass the plain model")
+
+
 def module(name: str, value: object) -> None:
     from torch import nn
 

@@ -237,11 +237,11 @@ def evaluate(options: Options) -> dict[str, Any]:
     """The requested results, ``retrieval`` and ``zero_shot``, and what was measured: model, dataset, split."""
     from clipup_kernels.self_check import check_once
 
-    from ..clip.accelerate import for_inference
     from ..data.loaders import load_eval_samples
     from ..evaluate import datasets
     from ..evaluate.retrieval import evaluate_retrieval
     from ..evaluate.zero_shot import zero_shot
+    from ..inference.accelerate import for_inference
     from ..models import factory, tokenizers
     from .runs import model_of
 

@@ -61,9 +61,9 @@ class Options:
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup index")
     options.check()
-    from ..clip.accelerate import for_inference
     from ..data.samples import image_files, passed_over
     from ..evaluate.encode import encode_images
+    from ..inference.accelerate import for_inference
     from ..models import factory, model_names
     from ..search import update_index
     from ..search.image_index import Encoder, digest

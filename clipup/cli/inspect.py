@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     path = options.run_or_model
     if not Path(path.removeprefix(known_models.LOCAL_PREFIX)).is_dir():
         raise FileNotFoundError(f"there is no directory {path}; expected a sparse model's or a training run's")
-    from ..clip.accelerate import for_inference
+    from ..inference.accelerate import for_inference
     from ..inspection.expert_report import inspect_experts
     from ..models import factory, model_names
 

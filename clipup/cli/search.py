@@ -53,8 +53,8 @@ class Options:
 def main(argv: list[str]) -> int:
     options = parse(Options, argv, "clipup search")
     options.check()
-    from ..clip.accelerate import for_inference
     from ..evaluate.encode import encode_texts
+    from ..inference.accelerate import for_inference
     from ..models import factory, tokenizers
     from ..search import ImageIndex, find, results_page
     from ..search.image_index import digest

@@ -1,1 +1,1 @@
-"""CLIP models: their towers and blocks, inputs, padding-aware text, CPU acceleration, FLOPs and the word tokenizer."""
+"""CLIP models: their towers and blocks, inputs, padding-aware text, FLOPs and the word tokenizer."""

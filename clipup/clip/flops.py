@@ -17,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import checks
-from ..dense.prepared import Prepared
 from ..moe.config import MoEConfig
 from ..moe.layer import moe_layers
 from .inputs import encoders, ignore_padding, image_dtype, image_size, text_length
@@ -43,11 +42,10 @@ def count(model: nn.Module) -> TowerCounts:
     choices per token. The decoder of a CoCa, which is not used to compute features, counts in the parameters only.
 
     Raises:
-        ValueError: the model was prepared by ``clipup.accelerate``; packed weights are not parameters.
+        ValueError: the model was prepared by ``clipup.accelerate``.
     """
     checks.module("model", model)
-    if any(isinstance(module, Prepared) for module in model.modules()):
-        raise ValueError("the model was prepared by clipup.accelerate; count the plain model, which has the same FLOPs")
+    checks.plain_weights("model", model)
     meta = meta_copy(model).eval()
     for layer in moe_layers(meta).values():  # plans of expert choice have places for all experts of a token
         layer.config = _as_token_choice(layer.config)

@@ -8,22 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .hugging_face_types import MODEL_TYPES, SPARSE_PREFIX
+from ..dense.transformers_models import KNOWN, MODEL_TYPES, SPARSE_PREFIX, full_name
 
-_MODELS = "transformers.models"
-BLOCKS: dict[str, str | None] = {
-    f"{_MODELS}.clip.modeling_clip.CLIPEncoderLayer": None,
-    f"{_MODELS}.siglip.modeling_siglip.SiglipEncoderLayer": None,
-    f"{_MODELS}.siglip2.modeling_siglip2.Siglip2EncoderLayer": None,
-    f"{_MODELS}.vit.modeling_vit.ViTLayer": "image",
-    f"{_MODELS}.dinov2.modeling_dinov2.Dinov2Layer": "image",
-    f"{_MODELS}.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer": "image",
-    f"{_MODELS}.bert.modeling_bert.BertLayer": "text",
-    f"{_MODELS}.roberta.modeling_roberta.RobertaLayer": "text",
-    f"{_MODELS}.xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer": "text",
-    f"{_MODELS}.modernbert.modeling_modernbert.ModernBertEncoderLayer": "text",
-}
-"""The tower of each class of block; None where both towers have it, and the name of the block or the model tells."""
+BLOCKS = {full_name(package, known.block): known.tower for package, known in KNOWN.items()}
+"""The tower of each class of block; None where both towers have it."""
 
 
 def is_hugging_face(model: nn.Module) -> bool:

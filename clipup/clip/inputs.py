@@ -53,21 +53,6 @@ def vocabulary_size(model: nn.Module) -> int:
     return text.vocab_size
 
 
-def image_text_pair(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """A batch that is (images, texts), or (images, None) for a model without a text tower.
-
-    Raises:
-        TypeError: it is something else.
-    """
-    pair = isinstance(batch, list | tuple) and len(batch) == 2
-    if not pair or not isinstance(batch[0], Tensor) or not isinstance(batch[1], Tensor | None):
-        raise TypeError(
-            f"batches must be an iterable of pairs (images, texts), tensors or None for texts; one is a "
-            f"{type(batch).__name__}"
-        )
-    return batch[0], batch[1]
-
-
 class CheckedTokenizer:
     """A tokenizer that raises ValueError for token ids that the model's token embedding does not have.
 

@@ -1,14 +1,14 @@
-"""Padding-aware text towers: tokens after the end of a text are excluded from the sparse layers.
-
-Towers that mask their padding themselves: ``clipup.clip.padding_masks``.
+"""Padding-aware towers: tokens after the end of a text, and the padding of images, are excluded from the sparse layers.
 
 In a causal text tower that pools at end-of-text, no token after it affects the features. ``make_padding_aware`` makes
 such a tower pass a mask to its sparse layers: True for the tokens up to the pooled one. On the CPU, where text lengths
-are known without synchronization, all blocks (also dense ones) compute only up to the end of the longest text.
+are known without synchronization, all blocks (also dense ones) compute only up to the end of the longest text. timm's
+NaFlexVit, open_clip 4's ModernTextTransformer and transformers' models mask their padding in attention, which tells the
+blocks what to leave out.
 
-The tower, its transformer and its sparse blocks change their classes from open_clip's to the subclasses in this module,
-whose forwards take the mask as an argument: tower -> transformer -> block -> layer. No module stores the mask, so
-concurrent forwards cannot mix them up.
+The tower, its transformer and its sparse blocks change their classes from the library's to subclasses, whose forwards
+take the mask as an argument: tower -> transformer -> block (``clipup.clip.padding_blocks``). No module stores the mask,
+so concurrent forwards cannot mix them up.
 
 Axis legend: ``B`` texts, ``L`` tokens per text, ``D`` model width.
 """
@@ -21,6 +21,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
     CustomResidualAttentionBlock,
     ResidualAttentionBlock,
@@ -28,13 +29,28 @@ from open_clip.transformer import (
     Transformer,
     text_global_pool,
 )
+from timm.models.eva import EvaBlock
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..moe.layer import SparseMoE
-from .padding_hugging_face import make_hugging_face_padding_aware
-from .padding_masks import can_truncate, make_images_padding_aware, make_modern_text_padding_aware
+from .hugging_face import is_hugging_face
+from .padding_blocks import (
+    ModernTextBlock,
+    PaddingAwareBlock,
+    PaddingAwareCustomBlock,
+    PaddingAwareEvaBlock,
+    PaddingAwareModernTextBlock,
+    PaddingAwareResidualBlock,
+    PaddingAwareTimmBlock,
+    can_truncate,
+    make_transformers_padding_aware,
+    pass_padding_on,
+)
+from .towers import is_timm
 
+_ModernTextTransformer: Any = getattr(open_clip.transformer, "ModernTextTransformer", object)
 _END_OF_TEXT_POOLS = ("argmax", "eos")
 
 
@@ -52,11 +68,32 @@ def make_padding_aware(model: nn.Module, towers: Sequence[str] = ("image", "text
         False if the text tower was left unchanged, because it is not causal, does not pool at end-of-text, returns
         token features, or contains a module that is not exactly of one of open_clip's classes.
     """
-    if make_hugging_face_padding_aware(model):
-        return True
+    if is_hugging_face(model):
+        return make_transformers_padding_aware(model)
     if "image" in towers:
-        make_images_padding_aware(model)
-    return "text" in towers and (make_modern_text_padding_aware(model) or _make_text_padding_aware(model))
+        _make_images_padding_aware(model)
+    return "text" in towers and (_make_modern_text_padding_aware(model) or _make_text_padding_aware(model))
+
+
+def _make_images_padding_aware(model: nn.Module) -> None:
+    """A NaFlexVit, by itself or as the image tower of a CLIP."""
+    tower: Any = model if is_timm(model) else getattr(model, "visual", None)
+    trunk = tower.trunk if isinstance(tower, TimmModel) else tower
+    if type(trunk) is NaFlexVit:
+        for block in trunk.blocks:
+            if type(block) in _TIMM_BLOCKS:
+                pass_padding_on(block, _TIMM_BLOCKS[type(block)])
+
+
+def _make_modern_text_padding_aware(model: nn.Module) -> bool:
+    tower: Any = getattr(model, "text", None)
+    if type(tower) is not _ModernTextTransformer or not all(type(block) is ModernTextBlock for block in tower.blocks):
+        return False
+    tower.__class__ = PaddingAwareModernTextTransformer
+    for block in tower.blocks:
+        pass_padding_on(block, PaddingAwareModernTextBlock)
+        block.__class__ = PaddingAwareModernTextBlock  # also of dense ones, which get the bias too
+    return True
 
 
 def _make_text_padding_aware(model: nn.Module) -> bool:
@@ -73,8 +110,7 @@ def _make_text_padding_aware(model: nn.Module) -> bool:
     tower.__class__ = _TOWERS[type(tower)]
     tower.transformer.__class__ = PaddingAwareTransformer
     for block in blocks:
-        if isinstance(block.mlp, SparseMoE):
-            block.__class__ = _BLOCKS[type(block)]
+        pass_padding_on(block, _BLOCKS[type(block)])
     return True
 
 
@@ -88,33 +124,6 @@ def tokens_up_to_pooled(texts: Tensor, pool_type: str, eos_id: int | None) -> Te
     return positions <= pooled[:, None]
 
 
-class PaddingAwareBlock(ResidualAttentionBlock):
-    """A block that passes ``token_mask`` [B, L] to its sparse layer: bool, True for tokens that are not masked."""
-
-    def forward(
-        self,
-        q_x: Tensor,
-        k_x: Tensor | None = None,
-        v_x: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        token_mask: Tensor | None = None,
-    ) -> Tensor:
-        if not _takes_mask(self.mlp, token_mask):
-            return super().forward(q_x, k_x, v_x, attn_mask)
-        x = q_x + self.ls_1(self.attention(self.ln_1(q_x), attn_mask=attn_mask))
-        return x + self.ls_2(self.mlp(self.ln_2(x), token_mask))
-
-
-class PaddingAwareCustomBlock(CustomResidualAttentionBlock):
-    """``PaddingAwareBlock`` for open_clip's custom block."""
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
-        if not _takes_mask(self.mlp, token_mask):
-            return super().forward(x, attn_mask)
-        x = x + self.ls_1(self.ln_attn(self.attn(self.ln_1(x), attn_mask=attn_mask)))
-        return x + self.ls_2(self.mlp(self.ln_2(x), token_mask))
-
-
 class PaddingAwareTransformer(Transformer):
     """Passes ``token_mask`` [B, L] to the padding-aware blocks, also under activation checkpointing."""
 
@@ -123,12 +132,9 @@ class PaddingAwareTransformer(Transformer):
             return super().forward(x, attn_mask)
         for block in self.resblocks:
             masks: dict[str, Any] = {"attn_mask": attn_mask}
-            if isinstance(block, PaddingAwareBlock | PaddingAwareCustomBlock):
+            if isinstance(block, PaddingAwareBlock):
                 masks["token_mask"] = token_mask
-            if self.grad_checkpointing:
-                x = checkpoint(block, x, use_reentrant=False, **masks)
-            else:
-                x = block(x, **masks)
+            x = checkpoint(block, x, use_reentrant=False, **masks) if self.grad_checkpointing else block(x, **masks)
         return x
 
 
@@ -162,11 +168,32 @@ class PaddingAwareTextTransformer(TextTransformer):
         return _encode(self, x, text, attn_mask, self.pool_type, self.eos_id)
 
 
+class PaddingAwareModernTextTransformer(_ModernTextTransformer):
+    """A tower whose blocks get the mask of the padding from ``key_bias`` also where attention is causal and needs
+    none."""
+
+    def forward(self, text: Tensor) -> Any:
+        """text: [B, L] token ids -> features [B, output_dim], and token features where the tower returns them."""
+        if can_truncate(self.blocks, text) and not self.cfg.output_tokens:
+            positions = torch.arange(1, text.shape[1] + 1, device=text.device)
+            text = text[:, : int((self._valid_mask(text) * positions).max())]
+        return super().forward(text)
+
+    def _attn_inputs(self, text: Tensor, dtype: torch.dtype, num_prefix: int = 0) -> tuple[bool, Tensor, Tensor]:
+        is_causal, key_bias, valid = super()._attn_inputs(text, dtype, num_prefix)
+        if key_bias is None:
+            bias = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
+            bias = bias.masked_fill(~valid, torch.finfo(dtype).min)
+            key_bias = nn.functional.pad(bias, (num_prefix, 0))[:, None, None, :]
+        return is_causal, key_bias, valid
+
+
 _TOWERS = {open_clip.CLIP: PaddingAwareCLIP, TextTransformer: PaddingAwareTextTransformer}
 _BLOCKS = {
-    ResidualAttentionBlock: PaddingAwareBlock,
+    ResidualAttentionBlock: PaddingAwareResidualBlock,
     CustomResidualAttentionBlock: PaddingAwareCustomBlock,
 }
+_TIMM_BLOCKS = {Block: PaddingAwareTimmBlock, EvaBlock: PaddingAwareEvaBlock}
 
 
 def _encode(
@@ -189,10 +216,6 @@ def _encode(
     if projection is None:
         return pooled
     return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-
-
-def _takes_mask(layer: nn.Module, token_mask: Tensor | None) -> bool:
-    return token_mask is not None and isinstance(layer, SparseMoE) and layer.config.padding_aware
 
 
 def _returns_end_of_text(tower: nn.Module) -> bool:

@@ -1,3 +1,3 @@
-"""What a dense MLP is made of: the families of MLPs that are read (``mlp_families``), their parts in one form
-(``dense_mlp``), and dense layers with packed weights (``prepared``).
+"""Dense MLPs: the families that are read (``mlp_families``), their parts in one form (``dense_mlp``), and the initial
+experts made from them (``expert_init``).
 """

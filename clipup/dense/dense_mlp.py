@@ -52,8 +52,10 @@ class DenseMLP:
     """A norm in front of the projections. It is not part of an expert: it stays in front of the router."""
 
     def __post_init__(self) -> None:
-        projections = ("in", "out") if self.gate_weight is None else ("in", "out", "gate")
-        if len({getattr(self, f"{name}_bias") is None for name in projections}) > 1:
+        biases = {bias is None for name, bias in vars(self).items() if name in ("in_bias", "out_bias")}
+        if self.gate_weight is not None:
+            biases.add(self.gate_bias is None)
+        if len(biases) > 1:
             raise TypeError("cannot read an MLP with a bias in only one of its projections")
         if (self.ln_weight is None) != (self.ln_bias is None):
             raise TypeError("cannot read an MLP with a layer norm that lacks weight or bias")
@@ -61,21 +63,18 @@ class DenseMLP:
             raise TypeError(
                 f"cannot read an MLP with activation {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}"
             )
-        (hidden, width), ends = self.in_weight.shape, tuple(self.out_weight.shape)
-        if ends != (width, hidden) and ends[1:] == (hidden,):
-            raise TypeError(
-                f"cannot read an MLP from width {width} over {hidden} to {ends[0]}; experts end as wide as they start"
-            )
-        shapes = {"out_weight": (width, hidden), "gate_weight": (hidden, width), "out_bias": (width,)}
+        hidden, width = self.in_weight.shape
+        shapes = {"in_weight": (hidden, width), "out_weight": (width, hidden), "gate_weight": (hidden, width)}
         for name, value in self.parameters().items():
-            expected = shapes.get(name, tuple(self.in_weight.shape) if name == "in_weight" else (hidden,))
+            expected = shapes.get(name, (width,) if name == "out_bias" else (hidden,))
             if tuple(value.shape) != expected:
-                raise TypeError(f"cannot read an MLP whose {name} has shape {list(value.shape)}, not {list(expected)}")
-        of_projections = [value for name, value in self.parameters().items() if not name.startswith("ln_")]
-        for what in ("dtype", "device"):
-            found = {str(getattr(value, what)) for value in of_projections}
-            if len(found) > 1:
-                raise TypeError(f"cannot read an MLP with projections in {' and '.join(sorted(found))}; make them one")
+                raise TypeError(
+                    f"cannot read an MLP whose {name} has shape {list(value.shape)}, not {list(expected)}: experts end "
+                    "as wide as they start"
+                )
+        kinds = {(value.dtype, value.device) for name, value in self.parameters().items() if not name.startswith("ln_")}
+        if len(kinds) > 1:
+            raise TypeError(f"cannot read an MLP with projections of several types or devices, {kinds}; make them one")
 
     def parameters(self) -> dict[str, Tensor]:
         """The tensors by their names in SparseMoE; absent ones are omitted."""
@@ -157,34 +156,19 @@ def read_dropout(name: str, module: nn.Module) -> float:
     return module.p if type(module) is nn.Dropout else 0.0
 
 
-def has_another_forward(module: nn.Module) -> bool:
-    """Whether a module is computed by something else than what its class was defined with: a ``forward`` assigned to
-    the module, or to its class."""
-    homes = [kind for kind in type(module).__mro__ if "forward" in vars(kind) and kind is not nn.Module]
-    return "forward" in vars(module) or not all(was_defined_with(kind, "forward") for kind in homes)
+def is_changed(module: nn.Module) -> bool:
+    """Whether a module may compute, save or load something else than its class: hooks (pruning and weight
+    normalization use them), or a ``forward`` assigned to it."""
+    return "forward" in vars(module) or any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks"))
 
 
-def was_defined_with(kind: type, method: str) -> bool:
-    """Whether a method in a class is that of its definition, in no other decorators than its library's and torch's:
-    transformers has some around its forwards. Those of tools may name what they wrap (``functools.wraps``)."""
-    layers = [vars(kind)[method]]
-    while hasattr(layers[-1], "__wrapped__"):
-        layers.append(layers[-1].__wrapped__)
-    homes = {getattr(layer, "__globals__", {}).get("__name__", "").partition(".")[0] for layer in layers}
-    known = {kind.__module__.partition(".")[0], "torch"}
-    return homes <= known and layers[-1].__qualname__ == f"{kind.__qualname__}.{method}"
-
-
-def refuse_changed_forward(*parts: nn.Module) -> None:
-    """Refuses an MLP whose modules were modified: forward hooks (pruning and weight normalization use them), or a
-    ``forward`` assigned to a module or class. Experts made of its weights would lose the modification."""
+def refuse_changed(*parts: nn.Module) -> None:
+    """Refuses an MLP with a changed module: experts made of its weights would lose the change."""
     for name, module in (named for part in parts for named in part.named_modules()):
-        changed = "forward hooks" if module._forward_hooks or module._forward_pre_hooks else ""
-        changed = "a forward of its own" if has_another_forward(module) else changed
-        if changed:
+        if is_changed(module):
             raise TypeError(
-                f"cannot read an MLP with {changed}{f' on {name}' if name else ''}: experts made of its weights would "
-                "lose them; remove them first"
+                f"cannot read an MLP with hooks or a forward of its own{f' on {name}' if name else ''}: experts made "
+                "of its weights would lose them; remove them first"
             )
 
 

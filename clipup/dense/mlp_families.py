@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .dense_mlp import DenseMLP, class_name, refuse_changed_forward
+from .dense_mlp import DenseMLP, class_name, refuse_changed
 from .mlp_readers import ANY_OTHER, FAMILIES, Family
 
 
@@ -44,7 +44,7 @@ def find_mlp(block: nn.Module) -> BlockMLP:
         modules = [block.get_submodule(path) for path, _ in family.parts if _has(block, path)]
         if [class_name(module) for module in modules] == [name for _, name in family.parts]:
             dense = family.read(*modules)
-            refuse_changed_forward(*modules)
+            refuse_changed(*modules)
             return BlockMLP(block, family, dense, modules[0])
     inside = f" with an mlp of class {class_name(block.get_submodule('mlp'))}" if _has(block, "mlp") else ""
     raise TypeError(f"cannot read the MLP of a {class_name(block)}{inside}; {ANY_OTHER}")
@@ -60,7 +60,7 @@ def read_mlp(*parts: nn.Module) -> DenseMLP:
     for family in FAMILIES:
         if names == [name for _, name in family.parts]:
             dense = family.read(*parts)
-            refuse_changed_forward(*parts)
+            refuse_changed(*parts)
             return dense
     raise TypeError(f"cannot read {' and '.join(names) or 'nothing'} as an MLP; {ANY_OTHER}")
 

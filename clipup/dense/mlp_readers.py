@@ -17,6 +17,7 @@ from .dense_mlp import (
     read_norm,
     refuse_dropout,
 )
+from .transformers_models import full_name
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,8 @@ def _timm(mlp: str, read: Callable[..., DenseMLP]) -> Family:
     return Family(_TIMM_BLOCKS, (("mlp", mlp),), read)
 
 
-def _mt5(mlp: str, read: Callable[..., DenseMLP]) -> Family:
-    module = "transformers.models.mt5.modeling_mt5"
-    return Family((f"{module}.MT5Block",), (("layer.1.DenseReluDense", f"{module}.{mlp}"),), read)
-
-
-def _hugging_face(model: str, block: str, mlp: str, read: Callable[..., DenseMLP]) -> Family:
-    module = f"transformers.models.{model}.modeling_{model}"
-    return Family((f"{module}.{block}",), (("mlp", f"{module}.{mlp}"),), read)
+def _hugging_face(model: str, block: str, mlp: str, read: Callable[..., DenseMLP], path: str = "mlp") -> Family:
+    return Family((full_name(model, block),), ((path, full_name(model, mlp)),), read)
 
 
 def _llama(model: str, name: str) -> Family:
@@ -167,9 +162,8 @@ def _llama(model: str, name: str) -> Family:
 
 
 def _pair(model: str, name: str) -> Family:
-    module = f"transformers.models.{model}.modeling_{model}.{name}"
-    parts = (("intermediate", f"{module}Intermediate"), ("output", f"{module}Output"))
-    return Family((f"{module}Layer",), parts, _read_bert, passed=("output.dense",))
+    parts = (("intermediate", full_name(model, f"{name}Intermediate")), ("output", full_name(model, f"{name}Output")))
+    return Family((full_name(model, f"{name}Layer"),), parts, _read_bert, passed=("output.dense",))
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -179,8 +173,8 @@ FAMILIES: tuple[Family, ...] = (
     _timm("timm.layers.mlp.SwiGLU", _read_timm_swiglu),
     _timm("timm.layers.mlp.GluMlp", _read_timm_glu),
     _timm("timm.models.vitamin.GeGluMlp", _read_timm_geglu),
-    _mt5("MT5DenseActDense", _read_mt5),
-    _mt5("MT5DenseGatedActDense", _read_gated_mt5),
+    _hugging_face("mt5", "MT5Block", "MT5DenseActDense", _read_mt5, "layer.1.DenseReluDense"),
+    _hugging_face("mt5", "MT5Block", "MT5DenseGatedActDense", _read_gated_mt5, "layer.1.DenseReluDense"),
     _hugging_face("modernbert", "ModernBertEncoderLayer", "ModernBertMLP", _read_modern_bert),
     _pair("bert", "Bert"),
     _pair("roberta", "Roberta"),

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..clip.accelerate import for_inference
 from ..extras import needed_for
+from ..inference.accelerate import for_inference
 from ..models import factory, model_names, tokenizers
 
 with needed_for("CLIP_benchmark's command line", "benchmark"):

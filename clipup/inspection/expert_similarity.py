@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dense.dense_mlp import DenseMLP
+from ..dense.expert_init import experts_of
 from ..dense.mlp_families import find_mlp
-from ..moe.expert_init import experts_of
 from ..moe.layer import SparseMoE, moe_layers
 
 BANDS = (

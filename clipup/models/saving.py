@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from .. import checks
 from ..atomic_files import replace_files
 from ..clip import towers, word_tokenizer
-from ..dense.prepared import Prepared
 from ..moe.layer import moe_layers
 from . import architecture, model_card, timm_factory, tokenizers
 from .known_models import LOCAL_PREFIX
@@ -94,13 +93,7 @@ def save_with_tokenizer(
         ValueError: as in ``save_pretrained``.
     """
     checks.module("model", model)
-    prepared = [module for module in model.modules() if isinstance(module, Prepared)]
-    if prepared:
-        quantized = any(module.quantize is not None for module in prepared)
-        raise ValueError(
-            "the model was prepared by clipup.accelerate; save the plain model"
-            + (", from which this one was quantized" if quantized else ", or load this one's state_dict() into it")
-        )
+    checks.plain_weights("model", model)
     moe_config = getattr(model, "moe_config", None)
     if moe_config is None and moe_layers(model):
         raise ValueError(

@@ -6,15 +6,12 @@ Frozen, converted to and from JSON; stored as ``moe_cfg`` beside open_clip's ``m
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, get_args
 
-from typing_extensions import Unpack
-
-from ..checks import boolean, check, is_int, number, one_of, positive_number
+from ..checks import boolean, check, is_int, number, one_of, positive_number, width
 
 GateNormalization = Literal["none", "before_drop", "after_drop"]
 BalanceForm = Literal["top2", "topk"]
@@ -26,8 +23,6 @@ Blocks = Literal["every_other", "every"]
 Tower = Literal["image", "text", "decoder"]
 DEFAULT_TOWERS: tuple[Tower, ...] = ("image", "text")
 
-_MAX_EXPERTS = 1 << 20
-"""clipup_kernels.MAX_EXPERTS, which cannot be imported without torch."""
 _EVALUATION_FIELDS = (
     *("num_experts", "top_k", "granularity", "shared_expert", "routing", "eval_capacity_factor", "normalize_gates"),
     *("priority", "score_function", "padding_aware"),
@@ -43,41 +38,18 @@ _CHOICES = {
 }
 
 
-class LayerOptions(TypedDict, total=False):
-    """The fields of ``MoEConfig`` that concern a single layer, as keyword arguments."""
-
-    num_experts: int
-    top_k: int
-    granularity: int
-    shared_expert: bool
-    routing: RoutingKind
-    capacity_factor: float | None
-    eval_capacity_factor: float | None
-    normalize_gates: GateNormalization
-    priority: bool
-    router_noise: float
-    score_function: ScoreFunction
-    selection_bias: SelectionBias
-    selection_bias_rate: float
-    balance_weight: float
-    balance: BalanceForm
-    loss_scope: LossScope
-    z_weight: float
-    importance_weight: float
-    load_weight: float
-    local_entropy_weight: float
-    global_entropy_weight: float
-    entropy_threshold: float | None
-
-
-class MoEOptions(LayerOptions, total=False):
-    """All fields of ``MoEConfig``, as keyword arguments."""
-
-    reinit_ratio: float
-    towers: tuple[Tower, ...] | None
-    blocks: Blocks | tuple[int, ...]
-    last_blocks: int | None
-    padding_aware: bool
+_OF_MODELS = ("reinit_ratio", "towers", "blocks", "last_blocks", "padding_aware")
+"""Fields that a single layer does not read."""
+_NOT_AVERAGES = ("importance_weight", "load_weight", "global_entropy_weight")
+"""Weights of losses that are not averages over tokens, so that they cannot be computed batch by batch."""
+_NOT_OF_EXPERT_CHOICE: dict[str, Any] = {
+    "selection_bias": "none",
+    "priority": False,
+    "load_weight": 0.0,
+    "granularity": 1,
+    "loss_scope": "batch",
+}
+"""Fields about experts that tokens choose, and the value that turns them off."""
 
 
 @dataclass(frozen=True)
@@ -155,106 +127,79 @@ class MoEConfig:
     """Global entropy, in nats, above which that loss is 0. None: log(num_experts)."""
 
     def __post_init__(self) -> None:
+        for name in ("towers", "blocks"):
+            if isinstance(getattr(self, name), list):  # as in JSON
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("num_experts", "top_k", "granularity"):
-            check(name, getattr(self, name), is_int(getattr(self, name)), "an int", TypeError)
-            check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        check("num_experts", self.num_experts, self.num_experts <= _MAX_EXPERTS, f"at most {_MAX_EXPERTS}")
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts}): a token goes at most once to "
-                "each expert; lower top_k or raise num_experts"
-            )
-        for name in ("num_experts", "top_k"):
-            if getattr(self, name) % self.granularity:
-                raise ValueError(
-                    f"{name} ({getattr(self, name)}) is not a multiple of granularity ({self.granularity}): it counts "
-                    f"shards of MLPs, and {self.granularity} shards make a whole MLP; round it up or down"
-                )
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            value = getattr(self, name)
-            if value is not None:
-                number(name, value)
-                check(name, value, value > 0, "positive, or None to drop nothing")
-        for name in ("router_noise", *LOSS_WEIGHTS):
-            number(name, getattr(self, name))
-            check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        if self.entropy_threshold is not None:
-            number("entropy_threshold", self.entropy_threshold)
-            check("entropy_threshold", self.entropy_threshold, self.entropy_threshold >= 0, "0 or more, or None")
+            width(name, getattr(self, name))
         for name, values in _CHOICES.items():
             one_of(name, getattr(self, name), get_args(values))
-        positive_number("selection_bias_rate", self.selection_bias_rate)
-        number("reinit_ratio", self.reinit_ratio)
-        check("reinit_ratio", self.reinit_ratio, 0 <= self.reinit_ratio <= 1, "between 0 and 1")
         for name in ("priority", "padding_aware", "shared_expert"):
             boolean(name, getattr(self, name))
-        if self.load_weight > 0 and self.router_noise == 0:
-            raise ValueError("load_weight > 0 needs router_noise > 0: the load loss is a probability under that noise")
-        if self.load_weight > 0 and self.selection_bias != "none":
-            raise ValueError(
-                f"load_weight > 0 cannot be combined with selection_bias={self.selection_bias!r}: the load loss "
-                "assumes that the experts with the largest logits are selected, which the bias changes; use one of them"
-            )
-        self._check_model_fields()
-        self._check_expert_choice()
-        not_averages = ("importance_weight", "load_weight", "global_entropy_weight")
-        weighted = [name for name in not_averages if getattr(self, name) > 0]
-        if self.loss_scope == "global_batch" and weighted:
-            raise ValueError(
-                f"loss_scope='global_batch' cannot be combined with {weighted[0]} > 0: that loss is not an average "
-                "over tokens, so that it cannot be computed batch by batch; use balance_weight, or loss_scope='batch'"
-            )
+        for name in ("capacity_factor", "eval_capacity_factor", "selection_bias_rate"):
+            if getattr(self, name) is not None or name == "selection_bias_rate":
+                positive_number(name, getattr(self, name))
+        for name in ("router_noise", "reinit_ratio", "entropy_threshold", *LOSS_WEIGHTS):
+            if getattr(self, name) is not None or name != "entropy_threshold":
+                number(name, getattr(self, name))
+                check(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        check("reinit_ratio", self.reinit_ratio, self.reinit_ratio <= 1, "between 0 and 1")
+        self._check_blocks()
+        self._check_combinations()
 
-    def _check_expert_choice(self) -> None:
-        if self.routing == "token_choice":
-            return
-        choices_of_tokens: dict[str, Any] = {"selection_bias": "none", "priority": False, "load_weight": 0.0}
-        choices_of_tokens |= {"granularity": 1, "loss_scope": "batch"}
-        for name, unused in choices_of_tokens.items():
-            if getattr(self, name) != unused:
-                raise ValueError(
-                    f"routing='expert_choice' cannot be combined with {name}={getattr(self, name)!r}, which is about "
-                    f"experts that tokens choose; leave it at {unused!r}"
-                )
-        if "decoder" in (self.towers or ()):
-            raise ValueError(
-                "routing='expert_choice' cannot be combined with the decoder tower: which experts a token gets would "
-                'depend on the tokens that it predicts; leave "decoder" out of towers'
-            )
-
-    def _check_model_fields(self) -> None:
-        for name in ("towers", "blocks"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        towers = self.towers
-        known = isinstance(towers, tuple) and len(towers) > 0 and all(tower in get_args(Tower) for tower in towers)
+    def _check_blocks(self) -> None:
+        towers, blocks, last = self.towers, self.blocks, self.last_blocks
+        known = isinstance(towers, tuple) and len(towers) > 0 and set(towers) <= set(get_args(Tower))
         expected = 'None, or a tuple of "image", "text" and "decoder", each once'
         check("towers", towers, towers is None or (known and len(set(towers)) == len(towers)), expected)
-        named = isinstance(self.blocks, str) and self.blocks in get_args(Blocks)
-        if not named:
-            indices = (
-                isinstance(self.blocks, tuple) and len(self.blocks) > 0 and all(is_int(block) for block in self.blocks)
-            )
-            check("blocks", self.blocks, indices, '"every_other", "every" or a tuple of block indices')
-        if self.last_blocks is not None:
-            check("last_blocks", self.last_blocks, is_int(self.last_blocks), "an int or None", TypeError)
-            check("last_blocks", self.last_blocks, self.last_blocks >= 1, "at least 1, or None for all")
-            if not named:
-                raise ValueError(
-                    f"last_blocks={self.last_blocks} cannot be combined with a list of blocks, {self.blocks}; list "
-                    "fewer"
-                )
+        named = isinstance(blocks, str) and blocks in get_args(Blocks)
+        indices = isinstance(blocks, tuple) and len(blocks) > 0 and all(map(is_int, blocks))
+        check("blocks", blocks, named or indices, '"every_other", "every" or a tuple of block indices')
+        positive = last is None or (named and is_int(last) and last >= 1)
+        check("last_blocks", last, positive, "None for all or, without a list of blocks, an int of at least 1")
+
+    def _check_combinations(self) -> None:
+        shards = f"counts shards of MLPs, of which {self.granularity} (granularity) make a whole one"
+        weighted = [name for name in _NOT_AVERAGES if getattr(self, name) > 0]
+        unused = [name for name, off in _NOT_OF_EXPERT_CHOICE.items() if getattr(self, name) != off]
+        unused += ["a decoder in towers"] * ("decoder" in (self.towers or ()))
+        for refused, why in (
+            (self.top_k > self.num_experts, f"top_k ({self.top_k}) is larger than num_experts ({self.num_experts})"),
+            (self.num_experts % self.granularity, f"num_experts ({self.num_experts}) {shards}; round it up or down"),
+            (self.top_k % self.granularity, f"top_k ({self.top_k}) {shards}; round it up or down"),
+            (
+                self.load_weight > 0 and self.router_noise == 0,
+                "load_weight > 0 needs router_noise > 0: the load loss is a probability under that noise",
+            ),
+            (
+                self.load_weight > 0 and self.selection_bias != "none",
+                f"load_weight > 0 cannot be combined with selection_bias={self.selection_bias!r}: the load loss "
+                "assumes that the experts with the largest logits are selected, which the bias changes; use one of "
+                "them",
+            ),
+            (
+                self.loss_scope == "global_batch" and weighted,
+                f"loss_scope='global_batch' cannot be combined with {', '.join(weighted)} > 0: that loss is not an "
+                "average over tokens; use balance_weight, or loss_scope='batch'",
+            ),
+            (
+                self.routing == "expert_choice" and unused,
+                f"routing='expert_choice' cannot be combined with {', '.join(unused)}: tokens do not choose experts, "
+                "and which ones they get depends on all tokens of the batch",
+            ),
+        ):
+            if refused:
+                raise ValueError(why)
 
     @classmethod
-    def clip_up(cls, **overrides: Unpack[MoEOptions]) -> MoEConfig:
+    def clip_up(cls, **overrides: Any) -> MoEConfig:
         """The CLIP-UP recipe (arXiv 2502.00965): 8 experts, top 2, every other block of both towers, capacity factor 1.
 
         The capacity factor is derived from the paper's numbers; the loss weights (balance 0.01, z 1e-4) are common
         values, not confirmed by the paper's text.
         """
-        preset: MoEOptions = {"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2"}
-        options: MoEOptions = {**preset, **overrides}
-        return cls(**options)
+        preset: dict[str, Any] = {"capacity_factor": 1.0, "balance_weight": 0.01, "z_weight": 1e-4, "balance": "top2"}
+        return cls(**preset | overrides)
 
     @property
     def mean_choices(self) -> int:
@@ -268,7 +213,7 @@ class MoEConfig:
         factor = self.capacity_factor if training or self.eval_capacity_factor is None else self.eval_capacity_factor
         return 1.0 if factor is None else factor
 
-    def replace(self, **changes: Unpack[MoEOptions]) -> MoEConfig:
+    def replace(self, **changes: Any) -> MoEConfig:
         """A copy with some fields changed, validated like a new config."""
         return dataclasses.replace(self, **changes)
 
@@ -299,13 +244,7 @@ class MoEConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MoEConfig:
-        """The inverse of ``to_dict``; missing fields get their defaults, unknown ones raise ``ValueError``."""
-        if not isinstance(values, dict):
-            raise TypeError(f"moe_cfg must be a JSON object, got {type(values).__name__}")
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(map(str, set(values) - set(known)))
-        if unknown:
-            raise ValueError(f"moe_cfg has unknown fields {', '.join(unknown)}; known are {', '.join(known)}")
+        """The inverse of ``to_dict``; missing fields get their defaults, unknown ones raise ``TypeError``."""
         return cls(**values)
 
     def to_json(self) -> str:
@@ -313,42 +252,26 @@ class MoEConfig:
 
     @classmethod
     def from_json(cls, text: str) -> MoEConfig:
-        """The inverse of ``to_json``.
-
-        Raises:
-            TypeError, ValueError: it is not JSON, no object, or has unknown fields or refused values.
-        """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"moe_cfg is not valid JSON: {error}") from error
-        return cls.from_dict(values)
+        """The inverse of ``to_json``."""
+        return cls.from_dict(json.loads(text))
 
 
 LOSS_WEIGHTS = tuple(field.name for field in dataclasses.fields(MoEConfig) if field.name.endswith("_weight"))
 """The fields that are weights of auxiliary losses: those named ``LOSS_weight``."""
 
 
-def layer_config(config: MoEConfig | None, overrides: LayerOptions) -> MoEConfig:
+def layer_config(config: MoEConfig | None, overrides: dict[str, Any]) -> MoEConfig:
     """The config of a single layer.
 
     Raises:
         TypeError: ``config`` is not a MoEConfig, or an override is not one of the fields that concern a layer.
     """
-    if config is not None:
-        check_config("config", config)
-    known = list(LayerOptions.__annotations__)
-    unknown = [name for name in overrides if name not in known]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; those of the routing are {', '.join(known)}"
-        raise TypeError(f"{unknown[0]} is not an option of a sparse layer{hint}")
+    check_config("config", MoEConfig() if config is None else config)
+    if of_models := ", ".join(sorted(overrides.keys() & set(_OF_MODELS))):
+        raise TypeError(f"{of_models}: not an option of a sparse layer, but of upcycling a model")
     return (config or MoEConfig()).replace(**overrides)
 
 
 def check_config(name: str, value: object) -> None:
     if not isinstance(value, MoEConfig):
-        advice = "; make one with MoEConfig.from_dict" if isinstance(value, dict) else ""
-        if isinstance(value, int):
-            advice = f"; did you mean num_experts={value}?"
-        raise TypeError(f"{name} must be a clipup.MoEConfig, got {type(value).__name__}{advice}")
+        raise TypeError(f"{name} must be a clipup.MoEConfig, got {type(value).__name__}")

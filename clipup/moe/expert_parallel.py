@@ -51,26 +51,13 @@ def whole(tensor: Any) -> Any:
 
 
 def group_of(weight: Any) -> dist.ProcessGroup | None:
-    """The ranks over which a stacked weight's experts are sharded; None if every rank has all of them.
-
-    Raises:
-        ValueError: they are sharded over several dimensions of the mesh, or not evenly.
-    """
-    if not is_distributed(weight):
-        return None
-    over = [dimension for dimension, placement in enumerate(weight.placements) if placement.is_shard(0)]
+    """The ranks over which a stacked weight's experts are sharded, evenly over one dimension of the mesh; None if every
+    rank has all of them."""
+    over = [i for i, placement in enumerate(getattr(weight, "placements", ())) if placement.is_shard(0)]
     if not over:
         return None
-    mesh = weight.device_mesh
-    if len(over) > 1:
-        raise ValueError(
-            f"the experts are sharded over {len(over)} dimensions of {mesh}; shard them over one, and replicate them "
-            "or shard another axis over the others"
-        )
-    ranks = mesh.size(over[0])
-    if weight.shape[0] % ranks:
-        raise ValueError(f"{weight.shape[0]} experts cannot be sharded evenly over {ranks} ranks")
-    return mesh.get_group(over[0]) if ranks > 1 else None
+    (dimension,) = over
+    return weight.device_mesh.get_group(dimension) if weight.device_mesh.size(dimension) > 1 else None
 
 
 def computed_where_the_experts_are(

@@ -65,8 +65,7 @@ class Experts(nn.Module):
         checks.boolean("bias", bias)
         checks.boolean("gated", gated)
         checks.one_of("activation", activation, ACTIVATIONS)
-        if norm is not None and not (isinstance(norm, str) and norm == "layer"):
-            raise ValueError(f'norm must be "layer" or None, got {norm!r}')
+        checks.one_of("norm", norm or "layer", ("layer",))
         checks.positive_number("norm_eps", norm_eps)
         checks.number("dropout", dropout)
         checks.check("dropout", dropout, 0 <= dropout < 1, "a probability below 1")

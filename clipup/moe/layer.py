@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from .. import checks
 from ..dense.dense_mlp import DenseMLP
+from ..dense.expert_init import experts_of, reinitialize_hidden_units
 from ..dense.mlp_families import read_mlp
 from ..precision import autocast_dtype
-from .config import LayerOptions, MoEConfig, check_config, layer_config
-from .expert_init import experts_of, reinitialize_hidden_units
-from .expert_parallel import is_distributed
+from .config import MoEConfig, layer_config
 from .experts import Experts, SharedExpert
 from .layer_state import LayerState, recomputing, warn_inside_function
 from .router import Router, Routing, TokenRouting, weighted_losses
@@ -88,7 +87,7 @@ class SparseMoE(Experts):
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **overrides: Unpack[LayerOptions],
+        **overrides: Any,
     ) -> None:
         config = layer_config(config, overrides)
         mlp: dict[str, Any] = {"activation": activation, "bias": bias, "gated": gated, "norm": norm}
@@ -133,7 +132,6 @@ class SparseMoE(Experts):
                 "or read the MLP with clipup.dense.mlp_families.read_mlp and put its input_norm in front of the layer"
             )
         config = config if config is not None else MoEConfig()
-        check_config("config", config)
         d_hidden, d_model = dense.in_weight.shape
         experts = experts_of(dense, config.num_experts, config.granularity)
         if config.reinit_ratio > 0:
@@ -160,15 +158,12 @@ class SparseMoE(Experts):
         layer.train(mlp.training if isinstance(mlp, nn.Module) else True)
         return layer
 
+    c_fc = property(lambda self: SimpleNamespace(weight=self.in_weight))
+    """From ``block.mlp.c_fc.weight.dtype`` open_clip's blocks read the type of the tower."""
+
     @property
     def config(self) -> MoEConfig:
-        router = self.router
-        if not hasattr(router, "config"):  # an AttributeError of a property would be said to be this layer's
-            raise TypeError(
-                f"router must be a clipup Router or have its config, got {type(router).__name__}; a wrapper around it "
-                "has to pass on its attributes"
-            )
-        return router.config
+        return self.router.config
 
     @config.setter
     def config(self, config: MoEConfig) -> None:
@@ -240,19 +235,15 @@ class SparseMoE(Experts):
         return self.config.granularity * (1.0 if self.shared is None else 1 - SHARED_GATE)
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        checks.tensor("x", x)
-        if is_distributed(x):
-            raise TypeError("x is a DTensor; each rank passes its own tokens, as a plain tensor: x.to_local()")
         if x.dim() == 0 or x.shape[-1] != self.d_model:
             raise ValueError(f"x must be [..., {self.d_model}], the layer's d_model last, got {list(x.shape)}")
         if x.dtype != self.in_weight.dtype and autocast_dtype(x) is None:
-            ways = "cast one of them, or use torch.autocast, where the layer casts both"
-            if x.dtype == torch.float64 and torch.is_autocast_enabled(x.device.type):
-                ways = "cast x, which autocast leaves in float64"
-            raise TypeError(f"x is {x.dtype} but the experts' weights are {self.in_weight.dtype}; {ways}")
+            raise TypeError(
+                f"x is {x.dtype} but the experts' weights are {self.in_weight.dtype}; cast one of them, or use "
+                "torch.autocast, where the layer casts both (but not from float64)"
+            )
         if mask is None:
             return
-        checks.tensor("mask", mask)
         if mask.is_floating_point() or mask.is_complex():
             raise TypeError(
                 f"mask must be torch.bool or of integers, True or 1 for tokens that are not masked, got {mask.dtype}; "
@@ -262,15 +253,10 @@ class SparseMoE(Experts):
             raise ValueError(f"mask must have x's leading dimensions {list(x.shape[:-1])}, got {list(mask.shape)}")
 
     def extra_repr(self) -> str:
-        config = self.config
-        parts = [f"{self.d_model}, {self.d_hidden}", f"num_experts={config.num_experts}", f"top_k={config.top_k}"]
-        parts += [f"activation={self.activation!r}", f"capacity_factor={config.capacity_factor}"]
-        parts += [f"granularity={config.granularity}"] if config.granularity > 1 else []
-        parts += [f"score_function={config.score_function!r}"] if config.score_function != "softmax" else []
-        parts += ["bias=False"] if self.in_bias is None else []
-        parts += ["gated=True"] if self.gate_weight is not None else []
-        parts += ["norm='layer'"] if self.ln_weight is not None else []
-        parts += [f"dropout={self.dropout}"] if self.dropout else []
+        parts = [f"{self.d_model}, {self.d_hidden}", f"activation={self.activation!r}"]
+        parts += ["gated=True"] * (self.gate_weight is not None) + ["norm='layer'"] * (self.ln_weight is not None)
+        defaults = vars(MoEConfig())
+        parts += [f"{name}={value!r}" for name, value in vars(self.config).items() if value != defaults[name]]
         return ", ".join(parts)
 
 
@@ -304,8 +290,12 @@ def aux_loss(model: nn.Module) -> Tensor:
     taken = [loss for layer in layers.values() for loss in layer.state.take_losses()]
     if taken:
         return torch.stack([loss.to(taken[0].device) for loss in taken]).sum()
-    if not torch.compiler.is_compiling():
-        _refuse_losses_of_other_threads(layers)
+    if not torch.compiler.is_compiling() and any(layer.state.untaken_elsewhere() for layer in layers.values()):
+        raise RuntimeError(
+            "aux_loss found no losses of this thread, but some that forwards left in other threads. A forward's losses "
+            "belong to the thread that ran it: call aux_loss there, with nn.DataParallel inside the wrapped module, "
+            "and return its value with the output"
+        )
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=None if parameter is None else parameter.device)
 
@@ -350,14 +340,3 @@ def collect_aux_losses(model: nn.Module) -> Iterator[CollectedLosses]:
     finally:
         taken = {name: layer.state.take_losses() for name, layer in layers.items()}
     collected.by_layer = {name: torch.stack(losses).sum() for name, losses in taken.items() if losses}
-
-
-def _refuse_losses_of_other_threads(layers: dict[str, SparseMoE]) -> None:
-    for name, layer in layers.items():
-        count = layer.state.untaken_elsewhere()
-        if count:
-            raise RuntimeError(
-                f"aux_loss found no losses of this thread, but {count} that forwards of {name or 'the layer'} left in "
-                "other threads. A forward's losses belong to the thread that ran it: call aux_loss there, with "
-                "nn.DataParallel inside the wrapped module, and return its value with the output"
-            )

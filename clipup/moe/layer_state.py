@@ -141,7 +141,7 @@ class LayerState:
         return routing() if callable(routing) else routing
 
     @last_routing.setter
-    def last_routing(self, routing: LastRouting | Callable[[], LastRouting] | None) -> None:
+    def last_routing(self, routing: LastRouting | None) -> None:
         self._threads.state.last_routing = routing
 
     def keep_inference(self, routing: Callable[[], LastRouting]) -> None:
@@ -173,20 +173,15 @@ class LayerState:
             self._keep(routing, output, loss, counts_load)
 
     def _keep(self, routing: Routing, output: Tensor, loss: Tensor | None, counts_load: bool) -> None:
-        self._threads.state.ran_layer = True
+        mine = self._threads.state
+        mine.ran_layer = True
         if not _in_transform():
-            self._keep_routing(routing)
+            mine.last_routing = LastRouting.of(routing.noisy_logits, routing.gating, routing.plan, routing.mask)
             if counts_load:
                 load = routing.gating.tokens_per_expert.sum(0)
-                kept = self._threads.state.kept
-                kept.load = load if kept.load is None else kept.load + load
+                mine.kept.load = load if mine.kept.load is None else mine.kept.load + load
         if loss is not None and loss.requires_grad:
             self._keep_loss(loss, output)
-
-    def _keep_routing(self, routing: Routing) -> None:
-        self._threads.state.last_routing = LastRouting.of(
-            routing.noisy_logits, routing.gating, routing.plan, routing.mask
-        )
 
     def _keep_loss(self, loss: Tensor, output: Tensor) -> None:
         """Under ``torch.compile`` the newest loss replaces all earlier ones."""

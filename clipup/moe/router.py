@@ -87,7 +87,6 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         checks.width("d_model", d_model)
-        check_config("config", config)
         self._config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, d_model, device=device, dtype=dtype))
         has_bias = config.selection_bias != "none"
@@ -102,11 +101,6 @@ class Router(nn.Module):
     @config.setter
     def config(self, config: MoEConfig) -> None:
         check_config("config", config)
-        if config.num_experts != self.config.num_experts:
-            raise ValueError(
-                f"config.num_experts is {config.num_experts}, but the layer has {self.config.num_experts} experts; "
-                "make a new layer to change their number"
-            )
         held = _structure(self.config)
         for name, wanted in _structure(config).items():
             if wanted != held[name]:
@@ -179,11 +173,9 @@ class Router(nn.Module):
         """The arguments by which ``packed_sparse_mlp`` routes as this module does in inference; None if only calling it
         does: hooks, options that the op lacks."""
         config = self._config
-        if self.training or self.has_hooks() or self.__dict__.keys() & {"forward", "logits"}:
+        if self.training or self.has_hooks() or config.routing != "token_choice":
             return None
         if config.score_function != "softmax" or config.normalize_gates == "after_drop":
-            return None
-        if config.routing != "token_choice":
             return None
         return {
             "router_weight": whole(self.weight).float(),
@@ -200,8 +192,8 @@ class Router(nn.Module):
 
 def _structure(config: MoEConfig) -> dict[str, Any]:
     """The options that determine a layer's parameters and buffers."""
-    has_bias = config.selection_bias != "none"
-    return {"granularity": config.granularity, "shared_expert": config.shared_expert, "selection_bias": has_bias}
+    named = {name: getattr(config, name) for name in ("num_experts", "granularity", "shared_expert")}
+    return named | {"selection_bias": config.selection_bias != "none"}
 
 
 def log_scores(logits: Tensor, score_function: ScoreFunction) -> Tensor:

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from ..clip.hugging_face_types import MODEL_TYPES, SPARSE_PREFIX
+from ..dense.transformers_models import MODEL_TYPES, SPARSE_PREFIX
 from .sparse_configs import sparse_config_class
 
 

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..clip.hugging_face import is_hugging_face
-from ..clip.inputs import image_text_pair
 from ..moe.evaluation import evaluating_dropless
 from ..moe.layer import SparseMoE, moe_layers
+from .clusters import Batch, run_batches
 from .upcycle import upcycle
-
-Batch = tuple[Tensor, Tensor | None]
 
 
 def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: float = 1e-3) -> dict[str, list[float]]:
@@ -53,8 +50,6 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
     checks.module("model", model)
     checks.module("dense", dense)
     checks.positive_number("lr", lr)
-    if is_hugging_face(model):
-        raise TypeError("calibration of transformers' models is not supported; use open_clip's or timm's")
     config, students = getattr(model, "moe_config", None), moe_layers(model)
     if config is None or not students:
         raise ValueError("model has no sparse layers from clipup.upcycle, so there is nothing to calibrate")
@@ -72,11 +67,8 @@ def calibrate(model: nn.Module, dense: nn.Module, batches: Iterable[Batch], lr: 
         raise ValueError("no expert of model has requires_grad=True, so there is nothing to calibrate")
     for name, fit in fits.items():
         teachers[name].register_forward_hook(partial(_fit_hook, fit))
-    device = next(teacher.parameters()).device
-    with evaluating_dropless(model), evaluating_dropless(teacher):
-        for batch in batches:
-            images, texts = image_text_pair(batch)
-            teacher(*(part.to(device) for part in (images, texts) if part is not None))
+    with evaluating_dropless(model):
+        run_batches(teacher, batches)
     if not all(fit.errors for fit in fits.values()):
         raise ValueError("batches is empty, so nothing was calibrated")
     return {name: fit.errors for name, fit in fits.items()}

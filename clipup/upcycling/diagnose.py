@@ -8,9 +8,10 @@ from typing import Literal
 from torch import nn
 
 from ..clip.towers import tower_blocks, towers, with_towers
+from ..dense.dense_mlp import DenseMLP
+from ..dense.expert_init import check_shards
 from ..dense.mlp_families import find_mlp
 from ..moe.config import MoEConfig
-from ..moe.expert_init import check_shards
 from ..moe.layer import SparseMoE
 from .sparse_blocks import chosen_indices
 
@@ -80,25 +81,22 @@ def _diagnose_tower(model: nn.Module, tower: str, config: MoEConfig) -> TowerRep
 def _diagnose_block(name: str, block: nn.Module, is_chosen: bool, granularity: int) -> tuple[BlockReport, str | None]:
     """The block's report, and why a selected block cannot be upcycled."""
     kind = type(block).__name__
-    norm: Norm | None
-    for layer in block.modules():
-        if isinstance(layer, SparseMoE):
-            gated = layer.gate_weight is not None
-            norm = None if layer.ln_weight is None else "hidden"
-            shape = layer.d_model, layer.d_hidden, layer.activation
-            problem = f"{name} is already sparse; upcycle a dense model" if is_chosen else None
-            return BlockReport(name, kind, type(layer).__name__, *shape, gated, norm, "already sparse"), problem
+
+    def report(mlp: nn.Module, parts: SparseMoE | DenseMLP, norm: Norm | None, status: Status) -> BlockReport:
+        hidden, width = parts.in_weight.shape[-2:]
+        norm = norm if parts.ln_weight is None else "hidden"
+        gated = parts.gate_weight is not None
+        return BlockReport(name, kind, type(mlp).__name__, width, hidden, parts.activation, gated, norm, status)
+
+    layer = next((module for module in block.modules() if isinstance(module, SparseMoE)), None)
+    if layer is not None:
+        problem = f"{name} is already sparse; upcycle a dense model" if is_chosen else None
+        return report(layer, layer, None, "already sparse"), problem
     try:
         found = find_mlp(block)
-        if is_chosen:
-            check_shards(found.dense, granularity)
+        check_shards(found.dense, granularity if is_chosen else 1)
     except (TypeError, ValueError) as error:
-        report = BlockReport(name, kind, None, status="refused" if is_chosen else "dense")
-        return report, f"{name}: {error}" if is_chosen else None
-    dense = found.dense
-    d_hidden, d_model = dense.in_weight.shape
-    norm = "input" if dense.input_norm is not None else "hidden" if dense.ln_weight is not None else None
-    status: Status = "sparse" if is_chosen else "dense"
-    shape = d_model, d_hidden, dense.activation
-    gated = dense.gate_weight is not None
-    return BlockReport(name, kind, type(found.module).__name__, *shape, gated, norm, status), None
+        unread = BlockReport(name, kind, None, status="refused" if is_chosen else "dense")
+        return unread, f"{name}: {error}" if is_chosen else None
+    norm: Norm | None = None if found.dense.input_norm is None else "input"
+    return report(found.module, found.dense, norm, "sparse" if is_chosen else "dense"), None

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..clip.padding_aware import make_padding_aware
 from ..clip.towers import leave_dense, tower_blocks
 from ..dense.dense_mlp import DenseMLP
+from ..dense.expert_init import check_shards, experts_of
 from ..dense.mlp_families import BlockMLP, find_mlp
 from ..moe.config import MoEConfig
-from ..moe.expert_init import check_shards, experts_of
 from ..moe.layer import SparseMoE
 from ..moe.weight_decay import add_no_weight_decay
 
@@ -38,25 +37,6 @@ def make_sparse(model: nn.Module, config: MoEConfig, others: Sequence[Sequence[D
     make_padding_aware(model, config.towers or ())
     add_no_weight_decay(model)
     model.moe_config = config  # type: ignore[assignment]  # nn.Module's stub has only tensors and modules
-
-
-def mlps_like(mlps: Sequence[DenseMLP], model: nn.Module, config: MoEConfig) -> list[DenseMLP]:
-    """The MLPs of another model that correspond to these.
-
-    Raises:
-        TypeError, ValueError: as ``upcycle``; one differs in its activation or a shape.
-    """
-    found = [mlp.dense for mlp in chosen_mlps(model, config)]
-    if len(found) != len(mlps):
-        raise ValueError(f"models must be of one architecture; they have {len(mlps)} and {len(found)} MLPs to replace")
-    for number, (one, other) in enumerate(zip(mlps, found, strict=True)):
-        about = [
-            {name: tuple(value.shape) for name, value in mlp.parameters().items()} | {"activation": mlp.activation}
-            for mlp in (one, other)
-        ]
-        if about[0] != about[1]:
-            raise ValueError(f"models must be of one architecture; MLP {number} is {about[0]} and {about[1]}")
-    return found
 
 
 @torch.no_grad()
@@ -114,20 +94,7 @@ def chosen_indices(config: MoEConfig, tower: str, depth: int) -> list[int]:
 def _sparse_layer(mlp: BlockMLP, config: MoEConfig) -> nn.Module:
     """The replacement of an MLP: a sparse layer, after the MLP's input norm if it has one."""
     dense = dataclasses.replace(mlp.dense, input_norm=None)
-    layer_class = BlockMoE if hasattr(mlp.block, "get_weight_dtype") else SparseMoE
-    layer = layer_class.from_dense(dense, config).train(mlp.module.training)
+    layer = SparseMoE.from_dense(dense, config).train(mlp.module.training)
     if mlp.dense.input_norm is None:
         return layer
     return nn.Sequential(OrderedDict(norm=mlp.dense.input_norm, moe=layer)).train(mlp.module.training)
-
-
-class _Projection(NamedTuple):
-    weight: Tensor
-
-
-class BlockMoE(SparseMoE):
-    """SparseMoE for open_clip's blocks, which read the tower's dtype from ``block.mlp.c_fc.weight.dtype``."""
-
-    @property
-    def c_fc(self) -> _Projection:
-        return _Projection(self.in_weight)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..clip.hugging_face_types import SPARSE_PREFIX
+from ..dense.transformers_models import SPARSE_PREFIX
 
 _REFUSAL = "import clipup and use AutoModel, this model is sparse: "
 _WIDTH = "hidden_size"

@@ -45,18 +45,14 @@ def check_classes(model: nn.Module) -> None:
         TypeError: the model, a model of transformers in it, or its config is of a class derived from transformers',
             whose overrides an upcycled one would not have.
     """
-    for name, module in model.named_modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        for what, kind in (
-            (name or "the model", type(module)),
-            (f"the config of {name or 'the model'}", type(module.config)),
-        ):
-            if not kind.__module__.startswith("transformers."):
-                base = _dense_class(module if kind is type(module) else module.config)
+    models = {name or "the model": part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+    for name, part in models.items():
+        for what, thing in ((name, part), (f"the config of {name}", part.config)):
+            if not type(thing).__module__.startswith("transformers."):
                 raise TypeError(
-                    f"{what} is a {kind.__qualname__} of {kind.__module__}, which derives from transformers' "
-                    f"{base.__name__} and may compute something else; upcycle a model of transformers' own class"
+                    f"{what} is a {type(thing).__qualname__} of {type(thing).__module__}, which derives from "
+                    f"transformers' {_dense_class(thing).__name__} and may compute something else; upcycle a model of "
+                    "transformers' own class"
                 )
 
 
@@ -104,11 +100,6 @@ class _SparseModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        if getattr(config, "moe_cfg", None) is None:
-            raise ValueError(
-                f"config has no moe_cfg, which says what is sparse in a {type(self).__name__}; expected the config of "
-                "an upcycled model: clipup.upcycle a dense model"
-            )
         saved = with_towers(MoEConfig.from_dict(config.moe_cfg), self)  # type: ignore[arg-type]
         has = hugging_face_blocks(self)  # type: ignore[arg-type]
         towers = tuple(tower for tower in saved.towers if tower in has)  # another head may use one tower of two

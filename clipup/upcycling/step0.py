@@ -43,30 +43,31 @@ def step0_difference(
         if given is not None:
             checks.tensor(name, given)
     if is_hugging_face(dense):
-        return _hugging_face_difference(dense, sparse, images, texts)
-    if images is None and texts is None:
-        images, texts = random_inputs(dense, batch_size=8)
+        named = {"pixel_values": images, "input_ids": texts}
+        batch = {name: value for name, value in named.items() if value is not None} or random_batch(dense, batch_size=8)
+    else:
+        if images is None and texts is None:
+            images, texts = random_inputs(dense, batch_size=8)
+        batch = {name: value for name, value in {"image": images, "text": texts}.items() if value is not None}
     with evaluating_dropless(dense), evaluating_dropless(sparse):
-        pairs = zip(_features(sparse, images, texts), _features(dense, images, texts), strict=True)
+        pairs = zip(_outputs(sparse, batch), _outputs(dense, batch), strict=True)
         differences = [(ours - theirs).abs().max() for ours, theirs in pairs]
     return torch.stack(differences).max().item()  # NaN where any is
 
 
-def _hugging_face_difference(dense: nn.Module, sparse: nn.Module, images: Tensor | None, texts: Tensor | None) -> float:
-    """Of all outputs of transformers models, normalized along the last axis."""
-    given = {"pixel_values": images, "input_ids": texts}
-    batch = {name: value for name, value in given.items() if value is not None} or random_batch(dense, batch_size=8)
-    outputs = []
-    for model in (dense, sparse):
-        first = next(model.parameters())
-        with evaluating_dropless(model):
-            inputs = {
-                name: value.to(first.device, first.dtype if value.is_floating_point() else None)
-                for name, value in batch.items()
-            }
-            outputs.append([F.normalize(value.float(), dim=-1).cpu() for value in _tensors(model(**inputs))])
-    differences = [(ours - theirs).abs().max() for theirs, ours in zip(*outputs, strict=True)]
-    return torch.stack(differences).max().item()
+def _outputs(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
+    """All outputs of a model, normalized to length 1 along the last axis, on the CPU."""
+    first = next(model.parameters())
+    batch = {name: value.to(first.device) for name, value in batch.items()}
+    if is_hugging_face(model):
+        typed = {name: value.to(first.dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        outputs: Any = model(**typed)
+    else:
+        encode = encoders(model)
+        outputs = [encode[name](value) for name, value in batch.items()]
+        if len(batch) == 2 and hasattr(model, "text_decoder"):
+            outputs.append(model(*batch.values())["logits"])
+    return [F.normalize(value.float(), dim=-1).cpu() for value in _tensors(outputs)]
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -80,15 +81,3 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for value in output:
             yield from _tensors(value)
-
-
-def _features(model: nn.Module, images: Tensor | None, texts: Tensor | None) -> Iterator[Tensor]:
-    """All outputs of a model, normalized to length 1 along the last axis, on the CPU."""
-    device = next(model.parameters()).device
-    encode = encoders(model)
-    if images is not None:
-        yield F.normalize(encode["image"](images.to(device)).float(), dim=-1).cpu()
-    if texts is not None:
-        yield F.normalize(encode["text"](texts.to(device)).float(), dim=-1).cpu()
-    if images is not None and texts is not None and hasattr(model, "text_decoder"):
-        yield F.normalize(model(images.to(device), texts.to(device))["logits"].float(), dim=-1).cpu()

@@ -18,7 +18,7 @@ from ..clip.hugging_face import is_hugging_face
 from ..clip.towers import with_towers
 from ..moe.config import MoEConfig, check_config
 from ..moe.layer import moe_layers
-from .sparse_blocks import chosen_mlps, make_sparse, mlps_like
+from .sparse_blocks import chosen_mlps, make_sparse
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,20 +51,20 @@ def upcycle(model: M | Sequence[M], config: MoEConfig | None = None, inplace: bo
         raise ValueError("model is an empty list; expected one dense model, or several")
     for one in models:
         checks.module("model", one)
-    first, *others = models
+    first = models[0]
     if config is None:
         config = MoEConfig.clip_up()
     check_config("config", config)
     checks.boolean("inplace", inplace)
-    for one in models:
-        sparse = list(moe_layers(one))
-        if sparse:
-            raise ValueError(
-                f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model"
-            )
+    if sparse := [name for one in models for name in moe_layers(one)]:
+        raise ValueError(f"the model is already sparse ({sparse[0]} and {len(sparse) - 1} more); upcycle a dense model")
     config = with_towers(config, first)
-    mlps = [mlp.dense for mlp in chosen_mlps(first, config)]  # raises before anything is copied
-    more = [mlps_like(mlps, other, config) for other in others]
+    # raises before anything is copied
+    mlps, *more = ([mlp.dense for mlp in chosen_mlps(one, config)] for one in models)
+    for number, same in enumerate(zip(mlps, *more, strict=True)):
+        forms = {(mlp.activation, *((name, value.shape) for name, value in mlp.parameters().items())) for mlp in same}
+        if len(forms) > 1:
+            raise ValueError(f"models must be of one architecture; their MLPs {number} are {forms}")
     adopt: Callable[[nn.Module, MoEConfig], None] | None = None
     if is_hugging_face(first):
         from .sparse_hugging_face import adopt, check_classes  # imports transformers, which is optional

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ROOMS = {
     "clipup": (
-        *("", "data", "dense", "moe", "clip", "upcycling", "models", "evaluate", "train", "plan"),
+        *("", "data", "dense", "moe", "clip", "upcycling", "inference", "models", "evaluate", "train", "plan"),
         *("inspection", "search", "demo", "cli"),
     ),
     "clipup_kernels": ("", "triton", "backends", "ops"),
@@ -22,7 +22,7 @@ FACADES |= {f"clipup_kernels.{name}" for name in ("__init__", "backend_info", "m
 """Modules of a package's root that show what the rooms hold."""
 
 INSIDE_FUNCTIONS = {
-    "clipup.clip.accelerate -> clipup.clip.padding_aware": "open_clip, which SparseMoE does not need",
+    "clipup.inference.accelerate -> clipup.clip.padding_aware": "open_clip, which SparseMoE does not need",
     "clipup.upcycling.auto_classes -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.upcycling.upcycle -> clipup.upcycling.sparse_hugging_face": "transformers, an extra",
     "clipup.data.loaders -> clipup.data.streamed": "webdataset, an extra",

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from padded_clip import set_padding_aware
 from tiny_clip import CONFIGS, tiny_clip
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,10 +47,9 @@ def test_parameters_of_b16_match_published_numbers(published):
     assert sparse.active_params == pytest.approx(191e6, rel=0.01)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_upcycling_adds_the_flops_of_active_experts_and_the_router(kind, top_k):
-    model = tiny_clip(kind)
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_upcycling_adds_the_flops_of_active_experts_and_the_router(top_k):
+    model = tiny_clip()
     dense, sparse = count(model), count(upcycle(model, MoEConfig(num_experts=3, top_k=top_k, towers=("text",))))
     tokens, width, hidden, layers = 10, 32, 128, 2
     passes = 2 * tokens * 2 * width * hidden
@@ -64,15 +64,16 @@ def test_upcycling_adds_the_flops_of_active_experts_and_the_router(kind, top_k):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_flops_on_the_meta_device_equal_those_of_a_run(kind):
-    config = MoEConfig(num_experts=3, padding_aware=False)  # texts of full length are counted
-    model = upcycle(tiny_clip(kind), config).eval().requires_grad_(False)
+    model = upcycle(tiny_clip(kind), MoEConfig(num_experts=3)).eval().requires_grad_(False)
+    found = count(model)
+    set_padding_aware(model, False)  # texts of full length are counted
     images, texts = random_inputs(model, 1)
     counted = []
     for encode, inputs in ((model.encode_image, images), (model.encode_text, texts)):
         with torch.no_grad(), countable_attention(), FlopCounterMode(display=False) as counter:
             encode(inputs)
         counted.append(counter.get_total_flops() / 1e9)
-    assert count(model)[:2] == tuple(counted)
+    assert found == count(model) and found[:2] == tuple(counted)
 
 
 def test_counting_does_not_change_the_model():
@@ -85,5 +86,5 @@ def test_counting_does_not_change_the_model():
 
 
 def test_prepared_model_is_refused():
-    with pytest.raises(ValueError, match="prepared by clipup.accelerate; count the plain model"):
+    with pytest.raises(ValueError, match="prepared by clipup.accelerate"):
         count(accelerate(tiny_clip()))

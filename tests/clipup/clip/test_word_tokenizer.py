@@ -54,6 +54,7 @@ def test_tokens_are_start_words_end_and_padding(tokenizer):
     ]
     assert tokens.dtype == torch.int64 and tokenizer.vocab_size == 7
     assert tokenizer("arrow left").tolist() == tokens[:1].tolist()
+    assert tokenizer.decode(tokenizer("left Arrow nowhere h1")[0]) == "left arrow ? h1"
 
 
 def test_long_text_is_truncated_before_its_end_token(tokenizer):
@@ -61,16 +62,6 @@ def test_long_text_is_truncated_before_its_end_token(tokenizer):
 
     assert tokens.tolist() == [[1, 4, 4, 4, 4, 6]] * 2
     assert tokenizer(["left"], context_length=3).tolist() == [[1, 4, 6]]
-
-
-def test_end_of_text_is_the_largest_id(tokenizer):
-    tokens = tokenizer(["arrow left", "h1", "unheard words"])
-
-    assert tokens.argmax(1).tolist() == [3, 2, 3]
-
-
-def test_decoding_marks_unknown_words(tokenizer):
-    assert tokenizer.decode(tokenizer("left Arrow nowhere h1")[0]) == "left arrow ? h1"
 
 
 @pytest.mark.parametrize(
@@ -113,14 +104,7 @@ def test_vocabulary_of_another_size_is_refused(vocabularies):
         clipup.get_tokenizer("words")
 
 
-def test_missing_vocabulary_is_named(vocabularies):
-    (vocabularies / "test.txt").unlink()
-
-    with pytest.raises(FileNotFoundError, match="words:test was not found as .*test.txt"):
-        clipup.get_tokenizer("words")
-
-
-@pytest.mark.parametrize("name", ["clipup-icons-w64", "clipup-icons-w128", "clipup-icons-w384-64px"])
+@pytest.mark.parametrize("name", ["clipup-icons-w64", "clipup-icons-w384-64px"])
 def test_every_icon_model_ships_with_its_vocabulary(name):
     tokenizer = clipup.get_tokenizer(name)
     text_cfg = clipup.get_model_config(name)["text_cfg"]
@@ -148,9 +132,3 @@ def test_vocabulary_name_must_not_be_a_path(vocabularies, tmp_path, name):
     path.write_text(path.read_text().replace('"words:test"', json.dumps(name)))
     with pytest.raises(ValueError, match="hf_tokenizer_name: .* is not a vocabulary name"):
         clipup.get_tokenizer(str(tmp_path / "model"))
-
-
-def test_vocabulary_that_is_not_utf8_is_refused(vocabularies, tmp_path):
-    (tmp_path / "shipped" / "test.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match=r"test\.txt is not UTF-8 text"):
-        word_tokenizer.read_vocabulary("words:test")

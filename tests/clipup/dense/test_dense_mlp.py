@@ -31,7 +31,6 @@ def test_an_mlp_of_ones_own_becomes_experts_that_compute_it():
     ("changes", "message"),
     [
         ({"out_bias": None}, "a bias in only one of its projections"),
-        ({"gate_bias": None}, "a bias in only one of its projections"),
         ({"ln_weight": torch.ones(6)}, "a layer norm that lacks weight or bias"),
         ({"activation": "tanh"}, "activation 'tanh', expected one of gelu, "),
         (

@@ -18,9 +18,8 @@ import clipup
 from clipup.cli import eval as module
 from clipup.cli import main
 from clipup.evaluate.retrieval import RECALL_AT, WAYS
+from clipup.inference.prepared_experts import PreparedMoE
 from clipup.moe.layer import SparseMoE
-from clipup.moe.prepared import PreparedMoE
-from clipup.upcycling.sparse_blocks import BlockMoE
 
 
 @pytest.fixture
@@ -292,7 +291,7 @@ def test_options_that_contradict_each_other_are_refused(directory, capsys, optio
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("precision", "form"), [("fp32", PreparedMoE), ("bf16", PreparedMoE), ("amp_bf16", BlockMoE)])
+@pytest.mark.parametrize(("precision", "form"), [("fp32", PreparedMoE), ("bf16", PreparedMoE), ("amp_bf16", SparseMoE)])
 def test_on_a_cpu_a_prepared_model_is_measured_unless_autocast_casts_its_weights(directory, val_data, precision, form):
     forms = set()
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from clipup.cli import main
+from clipup.inference.prepared_experts import PreparedMoE
 from clipup.moe.layer import moe_layers
-from clipup.moe.prepared import PreparedMoE
 
 KS = ("1", "5", "10")
 OURS = ["--json", "-", "--device", "cpu", "--workers", "0"]

@@ -12,9 +12,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from clipup import save_pretrained
 from clipup.cli import main
+from clipup.inference.prepared_experts import PreparedMoE
 from clipup.inspection import expert_report
 from clipup.moe.layer import SparseMoE
-from clipup.moe.prepared import PreparedMoE
 
 
 @pytest.fixture(scope="module")

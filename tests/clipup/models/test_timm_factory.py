@@ -114,7 +114,7 @@ def test_incomplete_timm_directories_are_refused(tmp_path):
     assert moe_layers(clipup.create_timm_model(str(tmp_path), load_weights=False))
     config["moe_cfg"]["num_experts"] = "three"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TypeError, match="num_experts must be"):
+    with pytest.raises(ValueError, match="num_experts must be"):
         clipup.create_timm_model(str(tmp_path))
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(ValueError, match="config.json is not valid JSON"):

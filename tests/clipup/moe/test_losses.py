@@ -39,8 +39,6 @@ def test_load_balance_counts_first_choices_or_all(logits):
     assert losses.load_balance(gating.mean_probs, gating.tokens_per_expert, "topk").item() == pytest.approx(
         E * (both * probs).sum().item()
     )
-    with pytest.raises(ValueError, match="form must be one of top2, topk, got 'top3'"):
-        losses.load_balance(gating.mean_probs, gating.tokens_per_expert, "top3")
 
 
 def test_router_z_is_the_squared_log_of_the_number_of_experts_at_zero_logits(logits):
@@ -70,11 +68,6 @@ def test_load_estimates_how_often_an_expert_wins_when_its_noise_is_drawn_again()
     share = wins.double().mean((0, 1))
     expected = share.var(correction=0) / share.mean() ** 2
     assert losses.load(logits, noisy, std, 2).item() == pytest.approx(expected.item(), rel=0.1)
-
-
-def test_load_without_noise_is_refused(logits):
-    with pytest.raises(ValueError, match="noise_std must be positive, got 0"):
-        losses.load(logits, logits, 0, K)
 
 
 def test_local_entropy_is_log_e_for_undecided_tokens_and_zero_for_sure_ones():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from tiny_clip import tiny_clip, tiny_config
-from tiny_families import timm_model
 
 from clipup import (
     MoEConfig,
@@ -15,7 +14,6 @@ from clipup import (
     upcycle,
 )
 from clipup.clip.flops import count, count_active
-from clipup.moe.weight_decay import decays
 
 D, H, E, K = 12, 20, 4, 2
 CONFIG = MoEConfig.clip_up(num_experts=4, shared_expert=True, towers=("image", "text"))
@@ -50,34 +48,12 @@ def test_layer_is_the_mean_of_its_shared_and_its_routed_experts(options):
     torch.testing.assert_close(layer(x), (routed(x) + shared(x)) / 2)
 
 
-def test_gradients_reach_every_part():
-    layer = make_layer().double()
-    routed, shared = parts(layer)
-    x = torch.randn(9, D, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(9, D, dtype=torch.float64)
-    names = ("in_weight", "in_bias", "out_weight", "out_bias")
-    inputs = [x, layer.router.weight] + [getattr(owner, n) for owner in (layer, layer.shared) for n in names]
-    expected = [x, routed.router.weight] + [getattr(owner, n) for owner in (routed, shared) for n in names]
-    found = torch.autograd.grad((layer(x) * weights).sum(), inputs)
-    definition = torch.autograd.grad(((routed(x) + shared(x)) / 2 * weights).sum(), expected)
-    for one, other in zip(found, definition, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("kind", ["gelu", "quick_gelu", "custom_blocks"])
 @pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"normalize_gates": "after_drop"}])
-def test_upcycled_model_equals_dense_at_step_zero(kind, options):
-    dense = tiny_clip(kind)
+def test_upcycled_model_equals_dense_at_step_zero(options):
+    dense = tiny_clip("custom_blocks")
     sparse = upcycle(dense, CONFIG.replace(**options))
     assert all(layer.shared is not None for layer in moe_layers(sparse).values())
     assert step0_difference(dense, sparse) <= 1e-6
-
-
-def test_normed_mlps_get_a_shared_expert_too():
-    dense = timm_model("EvaBlock/SwiGLU, normed")
-    sparse = upcycle(dense, MoEConfig(num_experts=2, towers=("image",), shared_expert=True))
-    assert next(iter(moe_layers(sparse).values())).shared.ln_weight is not None
-    assert step0_difference(dense, sparse, images=torch.randn(3, 3, 32, 32)) <= 1e-6
 
 
 def test_a_token_without_a_slot_still_gets_its_half():
@@ -99,10 +75,12 @@ def test_masked_tokens_get_nothing_from_it():
 
 
 def test_saved_model_loads_as_it_was(tmp_path):
-    sparse = upcycle(tiny_clip(), CONFIG)
+    sparse = upcycle(tiny_clip(), CONFIG.replace(num_experts=8, top_k=4, granularity=2, selection_bias="sign"))
+    for layer in moe_layers(sparse).values():
+        torch.nn.init.normal_(layer.router.selection_bias)
     save_pretrained(sparse, tmp_path, tiny_config())
     loaded, *_ = create_model_and_transforms(str(tmp_path))
-    assert loaded.moe_config == CONFIG and step0_difference(sparse, loaded) == 0
+    assert loaded.moe_config == sparse.moe_config and step0_difference(sparse, loaded) == 0
 
 
 def test_flops_and_active_parameters_count_one_more_pass():
@@ -114,15 +92,3 @@ def test_flops_and_active_parameters_count_one_more_pass():
     added = sum(parameter.numel() for layer in layers for parameter in layer.shared.parameters())
     assert shared.active_params - plain.active_params == shared.params - plain.params == added
     assert count_active(upcycle(dense, CONFIG)) == shared.active_params
-
-
-def test_its_biases_do_not_decay_and_its_matrices_do():
-    layer = make_layer()
-    kept = {name for name, parameter in layer.shared.named_parameters() if decays(name, parameter)}
-    assert kept == {"in_weight", "out_weight"}
-
-
-def test_layer_without_one_cannot_be_given_one_by_its_config():
-    layer = SparseMoE(D, H)
-    with pytest.raises(ValueError, match="config.shared_expert is True, but the layer was made with False"):
-        layer.config = layer.config.replace(shared_expert=True)

@@ -1,9 +1,5 @@
 """Experts' biases and norms have no weight decay, whoever makes the optimizer."""
 
-import copy
-import math
-import pickle
-
 import pytest
 import timm
 import torch
@@ -11,7 +7,6 @@ from timm.optim import create_optimizer_v2
 from tiny_clip import tiny_clip
 from torch import nn
 
-import clipup
 from clipup import MoEConfig, SparseMoE, moe_layers, parameter_groups, upcycle
 
 D = 12
@@ -59,9 +54,8 @@ def test_layer_names_its_biases_and_norms(options):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "timm model"])
-@pytest.mark.parametrize("shared_expert", [False, True])
-def test_timms_optimizer_decays_of_an_upcycled_model_what_it_decays_of_the_dense_one(kind, shared_expert):
-    dense, model = sparse(kind, shared_expert=shared_expert)
+def test_timms_optimizer_decays_of_an_upcycled_model_what_it_decays_of_the_dense_one(kind):
+    dense, model = sparse(kind, shared_expert=True)
     assert vectors(model) and vectors(model) <= model.no_weight_decay()
     assert dense.no_weight_decay() <= model.no_weight_decay()
     names = {name for name, _ in dense.named_parameters()}
@@ -69,29 +63,6 @@ def test_timms_optimizer_decays_of_an_upcycled_model_what_it_decays_of_the_dense
     assert not by_timm(model) & vectors(model)
     for layer_name in moe_layers(model):
         assert {f"{layer_name}.in_weight", f"{layer_name}.router.weight"} <= by_timm(model)
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "timm model"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), torch.compile])
-def test_copies_and_compiled_models_name_the_same(kind, duplicate):
-    model = sparse(kind)[1]
-    copied = duplicate(model)
-    assert copied.no_weight_decay() == model.no_weight_decay()
-    if duplicate is not torch.compile:
-        assert copied.no_weight_decay.args[0] is copied
-
-
-@pytest.mark.parametrize("kind", ["custom_text", "timm"])
-def test_a_tower_trained_by_itself_names_its_own(kind):
-    tower = sparse(kind)[1].visual
-    if hasattr(type(tower), "no_weight_decay"):
-        assert vectors(tower) and not by_timm(tower) & vectors(tower)
-
-
-def test_loaded_models_name_theirs(tmp_path):
-    model = sparse("timm model")[1]
-    clipup.save_pretrained(model, tmp_path)
-    assert clipup.create_timm_model(str(tmp_path)).no_weight_decay() == model.no_weight_decay()
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "timm model"])
@@ -110,22 +81,11 @@ def test_parameter_groups_are_those_of_open_clip_train(kind):
     torch.optim.AdamW(groups, lr=1e-4)
 
 
-def test_hugging_face_trainers_rule_leaves_the_biases_alone():
-    from transformers.trainer_pt_utils import get_parameter_names
-
-    layer = SparseMoE(D, 16, num_experts=4, gated=True, shared_expert=True)
-    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    names = set(get_parameter_names(nn.Sequential(layer), [nn.LayerNorm], patterns))
-    assert names and not {name.removeprefix("0.") for name in names} & vectors(layer)
-
-
 @pytest.mark.parametrize(
     ("model", "weight_decay", "error", "message"),
     [
         ([], 0.1, TypeError, "model must be a torch.nn.Module, got list"),
         (nn.Linear(2, 2), "0.1", TypeError, "weight_decay must be a number, got '0.1'"),
-        (nn.Linear(2, 2), True, TypeError, "weight_decay must be a number, got True"),
-        (nn.Linear(2, 2), math.nan, ValueError, "weight_decay must be finite, got nan"),
         (nn.Linear(2, 2), -1, ValueError, "weight_decay must be 0 or more, got -1"),
     ],
 )

@@ -1,14 +1,12 @@
 """Calibration: re-initialized experts are fitted to the dense MLPs."""
 
 import copy
-import tarfile
 
 import open_clip
 import pytest
 import torch
 from PIL import Image
 from tiny_clip import tiny_clip, tiny_config
-from tiny_families import HUGGING_FACE, build, hugging_face_cfg
 from tiny_hugging_face import tiny_hugging_face
 
 from clipup import MoEConfig, calibrate, moe_layers, save_pretrained, step0_difference, upcycle
@@ -24,20 +22,14 @@ def batches(model, steps, size=16):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"shared_expert": True},
-        {"padding_aware": False},
-        pytest.param({"granularity": 2}, marks=pytest.mark.slow),
-        pytest.param({"normalize_gates": "none"}, marks=pytest.mark.slow),
-    ],
+    [{}, {"shared_expert": True, "padding_aware": False}, pytest.param({"granularity": 2}, marks=pytest.mark.slow)],
 )
 def test_calibration_reduces_the_error_on_unseen_inputs(options):
     dense = tiny_clip()
     sparse = upcycle(dense, CONFIG.replace(**options))
     before = copy.deepcopy(sparse)
-    errors = calibrate(sparse, dense, batches(dense, 60))
-    assert set(errors) == set(moe_layers(sparse)) and all(len(values) == 60 for values in errors.values())
+    errors = calibrate(sparse, dense, batches(dense, 40))
+    assert set(errors) == set(moe_layers(sparse)) and all(len(values) == 40 for values in errors.values())
     fresh = [random_inputs(dense, 32, seed=1000)]
     for name, (error,) in calibrate(copy.deepcopy(sparse), dense, fresh).items():
         (at_start,) = calibrate(copy.deepcopy(before), dense, fresh)[name]
@@ -74,23 +66,6 @@ def test_only_experts_change_and_they_stay_different():
     assert (layer.in_weight[0] - layer.in_weight[1]).abs().mean() > 0.01
 
 
-def test_frozen_tower_is_unchanged():
-    dense = tiny_clip()
-    dense.visual.requires_grad_(False)
-    sparse = upcycle(dense, CONFIG)
-    before = copy.deepcopy(sparse.visual.state_dict())
-    errors = calibrate(sparse, dense, batches(dense, 3))
-    assert errors and not any(name.startswith("visual") for name in errors)
-    assert all(torch.equal(value, before[name]) for name, value in sparse.visual.state_dict().items())
-
-
-def test_family_whose_mlp_is_two_modules_is_calibrated(tmp_path):
-    dense = build(hugging_face_cfg(HUGGING_FACE["BertLayer"](), tmp_path))
-    sparse = upcycle(dense, CONFIG.replace(towers=("text",)))
-    (values,) = calibrate(sparse, dense, batches(dense, 60)).values()
-    assert values[-1] < 0.7 * values[0]
-
-
 def test_unsupported_arguments_are_refused():
     dense = tiny_clip()
     sparse = upcycle(dense, CONFIG)
@@ -102,6 +77,8 @@ def test_unsupported_arguments_are_refused():
         calibrate(sparse, tiny_clip("custom_text"), [])
     with pytest.raises(ValueError, match="no expert of model has requires_grad=True"):
         calibrate(copy.deepcopy(sparse).requires_grad_(False), dense, batches(dense, 1))
+    with pytest.raises(TypeError, match="model is one of transformers"):
+        calibrate(upcycle(tiny_hugging_face("CLIPModel"), CONFIG), tiny_hugging_face("CLIPModel"), [])
     with pytest.raises(FloatingPointError, match=r"the error of .*mlp is (nan|inf) at step \d+; lower lr"):
         calibrate(sparse, dense, batches(dense, 8), lr=1e30)
 
@@ -127,7 +104,7 @@ def csv_data(tmp_path):
 
 def test_command_line_calibrates_and_prints_the_errors(dense_directory, csv_data, tmp_path, capsys):
     command = ["upcycle", dense_directory, str(tmp_path / "out"), "--reinit-ratio", "0.5", "--calibrate-data", csv_data]
-    assert main([*command, "--calibrate-steps", "20", "--calibrate-batch-size", "4"]) == 0
+    assert main([*command, "--calibrate-steps", "10", "--calibrate-batch-size", "4"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "squared error" in line]
     assert len(lines) == 4
     for line in lines:
@@ -138,26 +115,3 @@ def test_command_line_calibrates_and_prints_the_errors(dense_directory, csv_data
 def test_command_line_refuses_to_calibrate_copies(dense_directory, csv_data, tmp_path, capsys):
     assert main(["upcycle", dense_directory, str(tmp_path / "out"), "--calibrate-data", csv_data]) == 2
     assert "they are copies of the dense MLP; set --reinit-ratio, or omit --calibrate-data" in capsys.readouterr().err
-
-
-def test_command_line_runs_a_pipe_only_where_it_is_allowed(dense_directory, csv_data, tmp_path, capsys):
-    with tarfile.open(tmp_path / "train.tar", "w") as tar:
-        for index in range(12):
-            (tmp_path / f"{index}.txt").write_text(f"colour number {index}")
-            tar.add(tmp_path / f"{index}.png", f"{index}.png")
-            tar.add(tmp_path / f"{index}.txt", f"{index}.txt")
-    trace = tmp_path / "trace"
-    pipe = f"pipe:touch {trace}; cat {tmp_path}/train.tar"
-    command = ["upcycle", dense_directory, str(tmp_path / "out"), "--reinit-ratio", "0.5", "--calibrate-data", pipe]
-    command += ["--calibrate-steps", "2", "--calibrate-batch-size", "4"]
-    assert main(command) == 2
-    assert "--allow-pipe" in capsys.readouterr().err and not trace.exists()
-    assert main([*command, "--allow-pipe"]) == 0
-    assert trace.exists()
-
-
-def test_models_of_transformers_are_refused_by_name():
-    dense = tiny_hugging_face("CLIPModel")
-    sparse = upcycle(dense, CONFIG)
-    with pytest.raises(TypeError, match="calibration of transformers' models is not supported; use open_clip's"):
-        calibrate(sparse, dense, [])

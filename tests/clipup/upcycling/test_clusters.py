@@ -11,7 +11,7 @@ from tiny_hugging_face import tiny_hugging_face
 import clipup
 from clipup import MoEConfig, SparseMoE, initialize_by_clusters, moe_layers, step0_difference, upcycle
 from clipup.clip.inputs import random_inputs
-from clipup.upcycling.clusters import _initialize, reduced_matrix, spherical_k_means
+from clipup.dense.expert_clusters import reduce_to_clusters, reduced_matrix, spherical_k_means
 
 CONFIG = MoEConfig.clip_up(num_experts=4)
 
@@ -115,58 +115,11 @@ def test_other_families_are_initialized_too(family):
         for parameter in layer.parameters():
             if parameter.dim() == 3 or parameter.shape[0] == 4:
                 parameter.copy_(parameter[:1].expand_as(parameter))
-    rows, owner, directions = bundles()
-    found = _initialize(layer, rows, directions, owner, 0.9)
-    assert set(found.ranks) == {"in_weight", "out_weight"} | ({"gate_weight"} if family == "gated" else set())
-    assert layer(rows).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "config, arguments, error, message",
-    [
-        (CONFIG, {"energy": 0.0}, ValueError, "energy is 0.0, expected above 0 and at most 1|energy"),
-        (CONFIG, {"tokens": 0}, ValueError, "tokens"),
-        (CONFIG, {"tokens": 3}, ValueError, "tokens is 3, fewer than the 4 experts of"),
-        (CONFIG, {"seed": 1.5}, ValueError, "seed"),
-        (CONFIG, {"seed": 2**70}, ValueError, "seed"),
-        (CONFIG, {"batches": [torch.zeros(2, 3, 32, 32)]}, TypeError, "batches must be an iterable of pairs"),
-        (CONFIG, {"batches": []}, ValueError, "batches is empty"),
-        (CONFIG.replace(num_experts=8, top_k=2, granularity=2), {}, ValueError, "granularity > 1"),
-        (CONFIG.replace(reinit_ratio=0.5), {}, ValueError, "reinit_ratio > 0"),
-        (None, {}, ValueError, "model has no sparse layers; upcycle it first"),
-    ],
-)
-def test_what_cannot_be_is_refused_and_changes_nothing(config, arguments, error, message):
-    dense = tiny_clip("gelu")
-    model = dense if config is None else upcycle(dense, config)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(error, match=message):
-        initialize_by_clusters(model, **{"batches": batches(dense, 1)} | arguments)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_inputs_that_are_not_finite_are_refused():
-    sparse = upcycle(tiny_clip("gelu"), CONFIG)
-    images, texts = batches(sparse, 1)[0]
-    with pytest.raises(ValueError, match="hold NaN or infinity"):
-        initialize_by_clusters(sparse, [(torch.full_like(images, torch.nan), texts)])
-
-
-@pytest.mark.parametrize("name", ["in_weight", "out_weight", "in_bias"])
-def test_trained_experts_are_left_alone(name):
-    sparse = upcycle(tiny_clip("gelu"), CONFIG)
+    rows, owner, _ = bundles()
     with torch.no_grad():
-        getattr(next(iter(moe_layers(sparse).values())), name)[1] += 1
-    with pytest.raises(ValueError, match="differ already: they were trained, or come from several models"):
-        initialize_by_clusters(sparse, batches(sparse, 1))
-
-
-def test_prepared_models_and_those_of_transformers_are_refused():
-    prepared = clipup.accelerate(upcycle(tiny_clip("gelu"), CONFIG))
-    with pytest.raises(TypeError, match="was prepared by clipup.accelerate"):
-        initialize_by_clusters(prepared, batches(tiny_clip("gelu"), 1))
-    with pytest.raises(TypeError, match="transformers' models is not supported"):
-        initialize_by_clusters(upcycle(tiny_hugging_face("CLIPModel")), batches(tiny_clip("gelu"), 1))
+        ranks = reduce_to_clusters(dict(layer.named_parameters(recurse=False)), rows, owner, 0.9, "gelu", 1e-5)
+    assert set(ranks) == {"in_weight", "out_weight"} | ({"gate_weight"} if family == "gated" else set())
+    assert layer(rows).isfinite().all()
 
 
 @pytest.mark.parametrize("options", [{"routing": "expert_choice"}, {"normalize_gates": "none"}], ids=str)
@@ -178,3 +131,38 @@ def test_clusters_are_those_of_the_dense_function_whatever_the_routing(options):
     for name, layer in moe_layers(plain).items():
         torch.testing.assert_close(layer.router.weight, moe_layers(other)[name].router.weight, rtol=1e-3, atol=1e-3)
         assert moe_layers(other)[name].config == other.moe_config
+
+
+def trained():
+    sparse = upcycle(tiny_clip("gelu"), CONFIG)
+    with torch.no_grad():
+        next(iter(moe_layers(sparse).values())).in_bias[1] += 1
+    return sparse
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "message"),
+    [
+        (None, {"energy": 0.0}, ValueError, "energy"),
+        (None, {"tokens": 0}, ValueError, "tokens"),
+        (None, {"tokens": 3}, ValueError, "tokens"),
+        (None, {"seed": 1.5}, ValueError, "seed"),
+        (None, {"batches": []}, ValueError, "batches"),
+        (
+            lambda: upcycle(tiny_clip("gelu"), CONFIG.replace(reinit_ratio=0.5)),
+            {},
+            ValueError,
+            "the experts of .* differ",
+        ),
+        (trained, {}, ValueError, "the experts of .* differ"),
+        (lambda: tiny_clip("gelu"), {}, ValueError, "model has no sparse layers"),
+        (lambda: clipup.accelerate(upcycle(tiny_clip("gelu"), CONFIG)), {}, ValueError, "model was prepared"),
+        (lambda: upcycle(tiny_hugging_face("CLIPModel")), {}, TypeError, "model is one of transformers"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(make, arguments, error, message):
+    model = upcycle(tiny_clip("gelu"), CONFIG) if make is None else make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        initialize_by_clusters(model, **{"batches": batches(tiny_clip("gelu"), 1)} | arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -4,10 +4,10 @@ import math
 import open_clip
 import pytest
 import torch
-from tiny_clip import CONFIGS, contrastive_loss, tiny_clip, tiny_config
+from tiny_clip import CONFIGS, tiny_clip, tiny_config
 from torch import nn
 
-from clipup import MoEConfig, aux_loss, moe_layers, step0_difference, upcycle
+from clipup import MoEConfig, moe_layers, step0_difference, upcycle
 from clipup.clip.inputs import random_inputs
 
 CONFIG = MoEConfig.clip_up(num_experts=4, towers=("image", "text"))
@@ -98,10 +98,6 @@ def test_towers_and_blocks_can_be_selected(options, expected):
     assert all(layer.config == sparse.moe_config for layer in moe_layers(sparse).values())
 
 
-def test_default_config_is_the_recipe():
-    assert upcycle(tiny_clip()).moe_config == MoEConfig.clip_up(towers=("image", "text"))
-
-
 def test_model_is_copied_unless_inplace():
     dense = tiny_clip()
     before = copy.deepcopy(dense.state_dict())
@@ -112,21 +108,6 @@ def test_model_is_copied_unless_inplace():
             parameter.zero_()
     assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
     assert upcycle(dense, CONFIG, inplace=True) is dense and moe_layers(dense)
-
-
-def test_experts_are_copies_and_routers_differ():
-    dense = tiny_clip()
-    sparse = upcycle(dense, CONFIG)
-    routers = []
-    for name, layer in moe_layers(sparse).items():
-        mlp = dense.get_submodule(name)
-        for expert in range(4):
-            assert torch.equal(layer.in_weight[expert], mlp.c_fc.weight)
-            assert torch.equal(layer.in_bias[expert], mlp.c_fc.bias)
-            assert torch.equal(layer.out_weight[expert], mlp.c_proj.weight)
-            assert torch.equal(layer.out_bias[expert], mlp.c_proj.bias)
-        routers.append(layer.router.weight)
-    assert not any(torch.equal(a, b) for i, a in enumerate(routers) for b in routers[:i] if a.shape == b.shape)
 
 
 def test_dtype_training_mode_and_requires_grad_are_kept():
@@ -147,66 +128,12 @@ def test_meta_model_upcycles():
     assert len(moe_layers(sparse)) == 4 and all(parameter.is_meta for parameter in sparse.parameters())
 
 
-def test_router_has_no_task_gradient_at_step_zero():
-    sparse = upcycle(tiny_clip(), CONFIG.replace(capacity_factor=None))
-    contrastive_loss(sparse, *random_inputs(sparse, 6)).backward()
-    for layer in moe_layers(sparse).values():
-        assert layer.router.weight.grad.abs().max() < 1e-5 * layer.in_weight.grad.abs().max()
-
-
-def test_experts_diverge_in_training_and_then_the_router_has_gradients():
-    torch.manual_seed(0)
-    sparse = upcycle(tiny_clip(), CONFIG)
-    optimizer = torch.optim.AdamW(sparse.parameters(), lr=1e-2)
-    images, texts = random_inputs(sparse, 6)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = contrastive_loss(sparse, images, texts)
-        (loss + aux_loss(sparse)).backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    for layer in moe_layers(sparse).values():
-        assert not any(torch.equal(layer.in_weight[0], other) for other in layer.in_weight[1:])
-    sparse.zero_grad()
-    contrastive_loss(sparse, images, texts).backward()
-    assert all(layer.router.weight.grad.abs().max() > 1e-6 for layer in moe_layers(sparse).values())
-
-
-@pytest.mark.parametrize("blocks", ["every_other", (0, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_block_zero_can_be_sparse_in_every_dtype(blocks, dtype):
+def test_block_zero_can_be_sparse_in_every_dtype(dtype):
     dense = tiny_clip().to(dtype)
-    sparse = upcycle(dense, CONFIG.replace(blocks=blocks))
+    sparse = upcycle(dense, CONFIG.replace(blocks=(0, 2)))
     assert sparse.transformer.get_cast_dtype() == dtype
     assert step0_difference(dense, sparse) <= {torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
-
-
-def test_upcycled_model_trains_under_autocast():
-    sparse = upcycle(tiny_clip(), CONFIG.replace(blocks=(0, 1)))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = contrastive_loss(sparse, *random_inputs(sparse, 4))
-    (loss + aux_loss(sparse)).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in sparse.parameters() if parameter.grad is not None)
-
-
-def test_copy_of_an_upcycled_model_has_its_config():
-    sparse = upcycle(tiny_clip(), CONFIG)
-    copied = copy.deepcopy(sparse)
-    assert copied.moe_config == CONFIG and step0_difference(sparse, copied) == 0
-
-
-def test_expert_biases_have_no_weight_decay_by_open_clips_rule():
-    def decays(name, parameter):  # open_clip_train's rule, which needs the name because a stacked bias has two axes
-        return not (parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale")))
-
-    sparse = upcycle(tiny_clip(), CONFIG)
-    layers = tuple(f"{name}." for name in moe_layers(sparse))
-    kept = {
-        name.rsplit("mlp.")[1] for name, p in sparse.named_parameters() if name.startswith(layers) and decays(name, p)
-    }
-    assert kept == {"router.weight", "in_weight", "out_weight"}
 
 
 def resnet_clip():
@@ -221,50 +148,15 @@ def one_block_clip():
 
 
 REFUSED = [
-    (
-        resnet_clip,
-        CONFIG,
-        TypeError,
-        r"the image tower \(visual: ModifiedResNet\) has no list of transformer blocks; .*--towers text",
-    ),
-    (one_block_clip, CONFIG, ValueError, "the text tower has 1 block, so blocks='every_other' selects none"),
-    (tiny_clip, CONFIG.replace(blocks=(1, 4)), ValueError, r"blocks names \[4\], but the image tower has 4 blocks"),
-    (
-        tiny_clip,
-        CONFIG.replace(blocks=(3, -1)),
-        ValueError,
-        r"blocks=\(3, -1\) names a block of the image tower .* twice",
-    ),
-    (
-        tiny_clip,
-        CONFIG.replace(last_blocks=3),
-        ValueError,
-        "last_blocks is 3, but blocks='every_other' selects 2 of the image tower's 4 blocks; lower it, or",
-    ),
-    (
-        tiny_clip,
-        CONFIG.replace(num_experts=3, top_k=3, granularity=3),
-        ValueError,
-        "resblocks.1: granularity is 3, which does not divide the MLP's 128 hidden units",
-    ),
-    (
-        lambda: upcycle(tiny_clip(), CONFIG),
-        CONFIG,
-        ValueError,
-        r"already sparse \(visual.* and 3 more\); upcycle a dense",
-    ),
-    (
-        lambda: nn.Linear(2, 2),
-        CONFIG,
-        TypeError,
-        "expected open_clip's CLIP, CustomTextCLIP or CoCa, or a model of timm or transformers, got Linear",
-    ),
-    (
-        lambda: nn.DataParallel(tiny_clip()),
-        CONFIG,
-        TypeError,
-        "or a model of timm or transformers, without a wrapper, got DataParallel",
-    ),
+    (resnet_clip, CONFIG, TypeError, "the image tower .* has no list of transformer blocks; .*--towers text"),
+    (one_block_clip, CONFIG, ValueError, "blocks='every_other' selects none"),
+    (tiny_clip, CONFIG.replace(blocks=(1, 4)), ValueError, r"blocks names \[4\]"),
+    (tiny_clip, CONFIG.replace(blocks=(3, -1)), ValueError, "blocks=.* twice"),
+    (tiny_clip, CONFIG.replace(last_blocks=3), ValueError, "last_blocks is 3"),
+    (tiny_clip, CONFIG.replace(num_experts=3, top_k=3, granularity=3), ValueError, "resblocks.1: granularity is 3"),
+    (lambda: upcycle(tiny_clip(), CONFIG), CONFIG, ValueError, r"already sparse \(visual.* and 3 more\)"),
+    (lambda: nn.Linear(2, 2), CONFIG, TypeError, "a model of timm or transformers, got Linear"),
+    (lambda: nn.DataParallel(tiny_clip()), CONFIG, TypeError, "without a wrapper, got DataParallel"),
 ]
 
 
@@ -275,9 +167,3 @@ def test_unsupported_models_and_configs_are_refused_and_the_model_is_unchanged(m
     with pytest.raises(error, match=message):
         upcycle(model, config, inplace=True)
     assert [type(module) for module in model.modules()] == before
-
-
-def test_unsupported_tower_can_stay_dense():
-    dense = resnet_clip()
-    sparse = upcycle(dense, CONFIG.replace(towers=("text",)))
-    assert step0_difference(dense, sparse) <= 1e-6

@@ -18,7 +18,6 @@ from tiny_hugging_face import tiny_hugging_face
 
 import clipup
 from clipup import MoEConfig, aux_loss, moe_layers, save_pretrained, step0_difference, upcycle
-from clipup.clip.flops import count
 from clipup.clip.hugging_face import hugging_face_blocks
 from clipup.clip.inputs import random_inputs
 from clipup.clip.towers import tower_blocks
@@ -27,7 +26,7 @@ from clipup.dense.mlp_readers import FAMILIES
 
 CONFIG = MoEConfig.clip_up(num_experts=3, capacity_factor=None)
 IMAGE = CONFIG.replace(towers=("image",))
-SMALL = ["test_vit", "test_vit4", "test_convnext", "test_convnext3"]
+SMALL = ["test_convnext"]
 
 
 def assert_upcycles_and_every_expert_learns(dense, config, loss):
@@ -138,14 +137,7 @@ def test_norm_before_the_projections_is_shared_by_all_experts():
     assert sparse.blocks[1].mlp.norm is not dense.blocks[1].mlp.norm
 
 
-def test_dense_projection_is_removed_from_its_other_module(tmp_path):
-    sparse = upcycle(build(hugging_face_cfg(HUGGING_FACE["RobertaLayer"](), tmp_path)), CONFIG)
-    layer = sparse.text.transformer.encoder.layer[1]
-    assert type(layer.output.dense) is torch.nn.Identity and layer.output.LayerNorm is not None
-    assert "text.transformer.encoder.layer.1.intermediate.router.weight" in sparse.state_dict()
-
-
-@pytest.mark.parametrize("name", ["MT5Block/MT5DenseGatedActDense", "RobertaLayer"])
+@pytest.mark.parametrize("name", ["RobertaLayer"])
 def test_hugging_face_towers_are_saved_and_loaded(name, tmp_path):
     cfg = hugging_face_cfg(HUGGING_FACE[name](), tmp_path / "text")
     sparse = upcycle(build(cfg), CONFIG)
@@ -156,20 +148,6 @@ def test_coca_is_saved_and_loaded(tmp_path):
     assert_round_trip(upcycle(build(coca_cfg()), CONFIG.replace(towers=("decoder", "image"))), tmp_path, coca_cfg())
 
 
-@pytest.mark.parametrize("text", [{"scale_fc": True}, {}])
-def test_experts_with_a_norm_are_saved_and_loaded(text, tmp_path):
-    cfg = {**coca_cfg(), "custom_text": True}
-    del cfg["multimodal_cfg"]
-    cfg["vision_cfg"] = {"image_size": 16, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
-    cfg["text_cfg"] = {"context_length": 10, "vocab_size": 64, "width": 32, "heads": 2, "layers": 2, **text}
-    cfg["vision_cfg"]["scale_fc"] = True
-    sparse = upcycle(build(cfg), CONFIG)
-    assert all(
-        layer.ln_weight is not None for name, layer in moe_layers(sparse).items() if text or name.startswith("visual")
-    )
-    assert_round_trip(sparse, tmp_path, cfg)
-
-
 def assert_round_trip(sparse, directory, cfg):
     save_pretrained(sparse, directory, cfg)
     loaded, *_ = clipup.create_model_and_transforms(str(directory))
@@ -178,67 +156,17 @@ def assert_round_trip(sparse, directory, cfg):
     assert step0_difference(sparse, loaded) == 0
 
 
-@pytest.mark.parametrize("name", ["EvaBlock/SwiGLU, normed", "Block/GluMlp", "Block/GeGluMlp"])
-def test_half_precision_and_frozen_parameters_are_kept(name):
-    dense = timm_model(name).bfloat16().requires_grad_(False).eval()
-    sparse = upcycle(dense, IMAGE)
-    assert {parameter.dtype for parameter in sparse.parameters()} == {torch.bfloat16}
-    assert not any(parameter.requires_grad for parameter in sparse.parameters())
-    assert not any(module.training for module in sparse.modules())
-    assert step0_difference(dense, sparse) <= 2e-2
-
-
-@pytest.mark.parametrize("name", ["EvaBlock/SwiGLU, normed", "Block/GeGluMlp", "ConvNeXtBlock/Mlp"])
-def test_flops_of_sparse_timm_models_are_counted(name):
-    dense = timm_model(name)
-    before, after = count(dense), count(upcycle(dense, IMAGE.replace(top_k=1)))
-    assert before.text_gflops == after.text_gflops == 0 < before.image_gflops < after.image_gflops
-    assert before.params < after.active_params < after.params
-
-
-@pytest.mark.parametrize("name", HUGGING_FACE)
-def test_flops_of_hugging_face_towers_are_counted(name, tmp_path):
-    dense = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path))
-    before, after = count(dense), count(upcycle(dense, CONFIG))
-    assert 0 < before.text_gflops < after.text_gflops
-
-
 @pytest.mark.parametrize(
-    ("make", "towers", "message"),
+    ("make", "message"),
     [
-        (
-            lambda: timm_model("test_vit"),
-            ("text",),
-            r"a VisionTransformer has no text tower; choose from towers=\('image',\)",
-        ),
-        (lambda: build(coca_cfg()), ("decoder", "image"), None),
-        (
-            lambda: timm.create_model("test_resnet"),
-            ("image",),
-            r"the image tower \(: ResNet\) has no list of transformer blocks",
-        ),
-        (
-            lambda: timm.create_model("test_convnext2", use_grn=True),
-            ("image",),
-            "a timm.models.convnext.ConvNeXtBlock with an mlp of class timm.layers.mlp.GlobalResponseNormMlp",
-        ),
-        (
-            lambda: timm.create_model("test_convnext", conv_mlp=True),
-            ("image",),
-            "stages.1.blocks.0: .*projection is a torch.nn.modules.conv.Conv2d",
-        ),
+        (lambda: timm.create_model("test_resnet"), "the image tower .* has no list of transformer blocks"),
+        (lambda: timm.create_model("test_convnext2", use_grn=True), "GlobalResponseNormMlp"),
+        (lambda: timm.create_model("test_convnext", conv_mlp=True), "Conv2d, expected a plain nn.Linear$"),
+        (lambda: build(coca_cfg()).text, "got TextTransformer"),
     ],
 )
-def test_unsupported_towers_and_blocks_are_refused(make, towers, message):
-    config = CONFIG.replace(towers=towers)
-    if message is None:
-        assert moe_layers(upcycle(make(), config))
-        return
+def test_unsupported_towers_and_blocks_are_refused(make, message):
     with pytest.raises(TypeError, match=message):
-        upcycle(make(), config)
-
-
-def test_refusal_of_a_model_with_one_tower_names_no_other_tower():
-    model = timm.create_model("test_convnext", conv_mlp=True)
-    with pytest.raises(TypeError, match="Conv2d, expected a plain nn.Linear$"):
-        upcycle(model, IMAGE)
+        upcycle(make(), IMAGE)
+    with pytest.raises(TypeError, match="has no decoder tower"):
+        upcycle(timm_model("Block/Mlp"), CONFIG.replace(towers=("decoder",)))

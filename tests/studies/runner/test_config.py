@@ -73,7 +73,7 @@ def test_a_config_names_its_run_by_its_file_and_changes_the_preset(write):
         (COMPLETE.replace("0.001", "1e-3"), r"a-run\.yaml: lr must be float or int, got '1e-3'"),  # a string in YAML
         (COMPLETE.replace("10", "0"), "steps must be at least 1, got 0"),
         (COMPLETE.replace("10", "true"), "steps must be int, got True"),
-        (COMPLETE + "moe: {num_experts: 0}\n", r"a-run\.yaml: num_experts must be at least 1"),
+        (COMPLETE + "moe: {num_experts: 0}\n", r"a-run\.yaml: num_experts must be a positive int"),
         (COMPLETE + "others: [a]\nmoe: {}\n", "others and clusters make a dense start sparse: set start and moe"),
         (COMPLETE + "clusters: true\nstart: a\n", "others and clusters make a dense start sparse: set start and moe"),
         (COMPLETE + "clusters: 1\n", "clusters must be bool, got 1"),

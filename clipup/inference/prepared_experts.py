@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipup_kernels.ops.sparse_mlp import is_one_op, packed_sparse_mlp
 
-from ..dense.prepared import MATRICES, Prepared, pack_matrices, whole
-from .experts import Experts, SharedExpert
-from .layer import SHARED_GATE, SparseMoE
-from .layer_state import LastRouting
-from .router import Router
-
-_METHODS = frozenset(
-    name for name in dir(SparseMoE) if not name.startswith("__") and callable(getattr(SparseMoE, name))
-)
+from ..moe.experts import Experts, SharedExpert
+from ..moe.layer import SHARED_GATE, SparseMoE
+from ..moe.layer_state import LastRouting
+from ..moe.router import Router
+from .prepared import MATRICES, Prepared
 
 
 class _PreparedExperts(Prepared, Experts):
-    """Experts whose matrices are packed. Biases and norms are plain parameters that do not require gradients."""
+    """Experts whose matrices are packed; biases and norms are buffers."""
 
-    _order: list[str]
-    """The parameters of the plain layer."""
+    @staticmethod
+    def read(plain: nn.Module) -> Mapping[str, Tensor | None]:
+        return dict(plain.named_parameters())
 
     @classmethod
     def prepare(cls, experts: Experts, quantize: str | None = None) -> None:
-        """Makes plain experts a layer of this class; if they cannot be packed, they stay as they are."""
-        matrices = {name: weight for name in MATRICES if (weight := experts._parameters[name]) is not None}
-        packed = pack_matrices(matrices, quantize)
-        experts.__class__ = cls
-        prepared = cast(_PreparedExperts, experts)
-        prepared._order = list(prepared._parameters)
+        """Makes plain experts a layer of this class."""
+        plain = nn.Module()
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            plain.register_parameter(name, parameter)
+            del experts._parameters[name]
         for name in MATRICES:
-            del prepared._parameters[name]
-        prepared._stored = {name: whole(name, matrix) for name, matrix in matrices.items()}
-        prepared._packed, prepared.quantize = {}, quantize
-        prepared._keep(packed)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key in [prefix + name for name in (*self._order, *self._buffers)]:  # the plain layer's order
-            if key in destination:
-                destination[key] = destination.pop(key)
+            experts._parameters.pop(name, None)  # None, of experts without gates
+        experts.__class__ = cls
+        cast(_PreparedExperts, experts)._prepare(plain, quantize)
 
     def expert_group(self) -> None:
         """Prepared experts are all in this process."""
@@ -81,23 +71,18 @@ class PreparedMoE(_PreparedExperts, SparseMoE):
         router, packed = self.router, self.in_weight
         if torch.compiler.is_compiling() or type(router) is not Router or not self.is_fused():
             return None
-        if not _METHODS.isdisjoint(self.__dict__):  # one was assigned to this layer
-            return None
-        if not is_one_op(packed) or not isinstance(x, Tensor) or x.dtype != packed.dtype:
-            return None
-        how = router.in_one_op()
+        how = router.in_one_op() if is_one_op(packed) and x.dtype == packed.dtype else None
         if how is None:
             return None
-        parameters = self._parameters
         return {
             **how,
             "in_weight": packed,
-            "in_bias": parameters["in_bias"],
+            "in_bias": self.in_bias,
             "out_weight": self.out_weight,
-            "out_bias": parameters["out_bias"],
+            "out_bias": self.out_bias,
             "activation": self.activation,
             "gate_weight": self.gate_weight,
-            "gate_bias": parameters["gate_bias"],
+            "gate_bias": self.gate_bias,
             "gate_scale": self.gate_scale(),
         }
 

@@ -5,6 +5,7 @@ Axis legend: ``B`` sequences, ``L`` tokens per sequence, ``D`` model width, ``h`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,32 +16,20 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from clipup_kernels import PackedWeight, grouped_linear
 from clipup_kernels.types import PLAIN_LAYOUT
 
-from .. import checks
-from .prepared import Prepared, check_width, plain_entries, whole
+from ..dense.transformers_models import KNOWN, full_name
+from .prepared import Prepared, is_replaceable
 
 _LONGEST_PRODUCT = 512
 """Tokens up to which plain products of bfloat16 are faster on a CPU than torch's fused attention: 12.3 to 18.0 ms for
 96 heads, 197 tokens and one thread of Zen 4."""
-_TRANSFORMERS = {
-    "bert": ("BertSelfAttention", "BertSelfOutput"),
-    "clip": ("CLIPAttention",),
-    "dinov2": ("Dinov2Attention",),
-    "dinov3_vit": ("DINOv3ViTAttention",),
-    "modernbert": ("ModernBertAttention",),
-    "mt5": ("MT5Attention",),
-    "roberta": ("RobertaSelfAttention", "RobertaSelfOutput"),
-    "siglip": ("SiglipAttention",),
-    "siglip2": ("Siglip2Attention",),
-    "vit": ("ViTAttention", "ViTSelfAttention", "ViTSelfOutput"),
-    "xlm_roberta": ("XLMRobertaSelfAttention", "XLMRobertaSelfOutput"),
-}
 ATTENTIONS = frozenset(
     [
         "timm.layers.attention.Attention",
         "timm.models.swin_transformer.WindowAttention",
         "timm.models.vision_transformer.Attention",
         "timm.models.vision_transformer_relpos.RelPosAttention",
-        *(f"transformers.models.{m}.modeling_{m}.{name}" for m, names in _TRANSFORMERS.items() for name in names),
+        full_name("mt5", "MT5Attention"),
+        *(full_name(package, name) for package, known in KNOWN.items() for name in known.attention),
     ]
 )
 """Full names of attention classes that only call their linear layers, so that ``PreparedLinear`` can replace these.
@@ -66,18 +55,13 @@ class PreparedLinear(_PreparedProjections):
 
     def __init__(self, linear: nn.Linear, quantize: str | None = None) -> None:
         super().__init__()
-        if not linear_can_be_prepared(linear):
-            raise TypeError(
-                f"a {type(linear).__name__} with hooks, buffers or parameters that are not its class's cannot be "
-                "prepared; leave it as it is"
-            )
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        tensors = {"in_weight": linear.weight, "in_bias": linear.bias}
-        stored = {"weight": whole("in_weight", linear.weight)}
-        if linear.bias is not None:
-            stored["bias"] = whole("in_bias", linear.bias)
-        self._prepare({name: t for name, t in tensors.items() if t is not None}, stored, quantize)
+        self._prepare(linear, quantize)
         self.train(False)
+
+    @staticmethod
+    def read(plain: nn.Linear) -> Mapping[str, Tensor | None]:
+        return {"in_weight": plain.weight, "in_bias": plain.bias}
 
     weight = property(lambda self: self.in_weight)
     bias = property(lambda self: self._buffers.get("in_bias"))
@@ -85,7 +69,6 @@ class PreparedLinear(_PreparedProjections):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., I] in the type in which the layer was prepared."""
         self._check_type(x)
-        check_width("x", x, self.in_features)
         return self._linear(x, self.in_weight, self._buffers.get("in_bias"))
 
     def extra_repr(self) -> str:
@@ -97,25 +80,15 @@ class PreparedAttention(_PreparedProjections):
 
     def __init__(self, attention: Any, quantize: str | None = None) -> None:
         super().__init__()
-        if not can_be_prepared(attention):
-            raise TypeError(
-                f"a {type(attention).__name__} with separate projections, bias_k, add_zero_attn, or hooks, buffers, "
-                "parameters or parts that are not its class's cannot be prepared; leave it as it is"
-            )
         self.num_heads, self.batch_first = attention.num_heads, getattr(attention, "batch_first", True)
-        self.embed_dim = attention.out_proj.in_features
-        self.head_dim = self.embed_dim // self.num_heads
-        out = attention.out_proj
-        tensors = {
-            "in_weight": attention.in_proj_weight,
-            "in_bias": attention.in_proj_bias,
-            "out_weight": out.weight,
-            "out_bias": out.bias,
-        }
-        tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        stored = {_NAMES[name]: whole(name, tensor) for name, tensor in tensors.items()}
-        self._prepare(tensors, stored, quantize)
+        self._prepare(attention, quantize)
         self.train(False)
+
+    @staticmethod
+    def read(plain: Any) -> Mapping[str, Tensor | None]:
+        out = plain.out_proj
+        projections = {"in_weight": plain.in_proj_weight, "in_bias": plain.in_proj_bias}
+        return {**projections, "out_weight": out.weight, "out_bias": out.bias}
 
     def forward(
         self,
@@ -128,33 +101,30 @@ class PreparedAttention(_PreparedProjections):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """As ``nn.MultiheadAttention.forward``, with ``key`` and ``value`` the query, and no attention weights.
+        """As ``nn.MultiheadAttention.forward`` of batches, with ``key`` and ``value`` the query, no mask but
+        ``attn_mask``, and no attention weights.
 
         Raises:
-            NotImplementedError: key or value is another tensor, or attention weights are asked for.
-            TypeError, ValueError: a mask of another type or shape, or ``is_causal``, which says what attn_mask is,
-                without one.
+            NotImplementedError: anything else is asked for.
         """
-        if key is not query or value is not query:
-            raise NotImplementedError("prepared attention computes self-attention only: key and value must be query")
-        if need_weights:
-            raise NotImplementedError("prepared attention returns no attention weights; pass need_weights=False")
-        if is_causal and attn_mask is None:
-            raise ValueError("is_causal says that attn_mask is causal, and there is none; pass the mask")
+        alone = key is query and value is query and key_padding_mask is None and not need_weights
+        if not alone or (is_causal and attn_mask is None):  # is_causal says what attn_mask is
+            raise NotImplementedError(
+                "prepared attention computes self-attention with an attn_mask alone, and returns no attention "
+                "weights: key and value must be query, need_weights=False"
+            )
         self._check_type(query)
-        if query.dim() not in (2, 3):
-            raise ValueError(f"query must be [B, L, {self.embed_dim}], or without B, got {list(query.shape)}")
-        check_width("query", query, self.embed_dim)
-        x = query if self.batch_first or query.dim() == 2 else query.transpose(0, 1)
-        x = x if query.dim() == 3 else x[None]
-        mask = _both_masks(attn_mask, key_padding_mask, x, self.num_heads, batched=query.dim() == 3)
+        x = query if self.batch_first else query.transpose(0, 1)
+        mask = F._canonical_mask(attn_mask, "attn_mask", None, "", x.dtype, False)  # type: ignore[attr-defined]
         y = self._attention(x, mask)
-        y = y if query.dim() == 3 else y[0]
-        return (y if self.batch_first or query.dim() == 2 else y.transpose(0, 1)), None
+        return (y if self.batch_first else y.transpose(0, 1)), None
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B, L, D] and an additive mask that broadcasts to [B, h, L, L] -> [B, L, D]."""
+        """x [B, L, D] and an additive mask, [B*h, L, L] or one that broadcasts to [B, h, L, L] -> [B, L, D]."""
         batch, length, width = x.shape
+        if mask is not None and mask.dim() == 3:
+            mask = mask.view(batch, self.num_heads, length, length)
+        mask = None if mask is None else mask.to(x.dtype)
         projected = self._linear(x, self.in_weight, self._buffers.get("in_bias"))
         q, k, v = projected.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
         attended = attend(q, k, v, mask).transpose(1, 2).reshape(batch, length, width)
@@ -175,27 +145,12 @@ class PreparedOpenClipAttention(PreparedAttention):
 
         Raises:
             NotImplementedError: k_x or v_x is another tensor.
-            TypeError, ValueError: a mask of another type or shape.
         """
         if any(other is not None and other is not x for other in (k_x, v_x)):
             raise NotImplementedError("prepared attention computes self-attention only: k_x and v_x must be x or None")
         self._check_type(x)
-        if x.dim() != 3:
-            raise ValueError(f"x must be [B, L, {self.embed_dim}], got {list(x.shape)}")
-        check_width("x", x, self.embed_dim)
-        if attn_mask is not None:
-            batch, length = x.shape[:2]
-            excluded = ~attn_mask if _kind("attn_mask", attn_mask) is torch.bool else attn_mask
-            attn_mask = _additive(excluded, x)
-            shape = tuple(attn_mask.shape)
-            scores = (batch, self.num_heads, length, length)
-            flat = (batch * self.num_heads, length, length)
-            if shape != flat and not _broadcasts(shape, scores):
-                raise ValueError(
-                    f"attn_mask must have shape {flat}, or one of 2 or 4 dimensions that broadcasts to {scores}, got "
-                    f"{shape}"
-                )
-            attn_mask = attn_mask.view(scores) if shape == flat else attn_mask
+        if attn_mask is not None and attn_mask.dtype is torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape, dtype=x.dtype).masked_fill_(~attn_mask, float("-inf"))
         return self._attention(x, attn_mask)
 
 
@@ -243,32 +198,21 @@ _OPEN_CLIP_PARTS = {
     "out_proj": nn.Linear,
 }
 """The children of an ``Attention`` of open_clip 4, which it calls."""
-_NAMES = {
-    "in_weight": "in_proj_weight",
-    "in_bias": "in_proj_bias",
-    "out_weight": "out_proj.weight",
-    "out_bias": "out_proj.bias",
-}
-"""The parameters of attention by their names in the prepared layer."""
 
 
 def linear_can_be_prepared(linear: nn.Linear) -> bool:
     """Whether ``PreparedLinear`` computes and stores all that a linear layer does."""
-    if type(linear) is not nn.Linear:
-        return False
-    return plain_entries(linear) == ({"weight"} if linear.bias is None else {"weight", "bias"})
+    return type(linear) is nn.Linear and is_replaceable(linear, PreparedLinear.read(linear))
 
 
 def can_be_prepared(attention: Any) -> bool:
     """Whether ``prepared_attention`` computes and stores all that a module of ``ATTENTION_MODULES`` does."""
-    out = attention.out_proj
-    if attention.in_proj_weight is None or type(out) not in _OUT_PROJECTIONS:
+    if attention.in_proj_weight is None or type(attention.out_proj) not in _OUT_PROJECTIONS:
         return False
-    absent = {"in_proj_bias": attention.in_proj_bias is None, "out_proj.bias": out.bias is None}
-    if plain_entries(attention) != {name for name in _NAMES.values() if not absent.get(name)}:
+    if not is_replaceable(attention, PreparedAttention.read(attention)):
         return False
     if isinstance(attention, nn.MultiheadAttention):
-        return attention.bias_k is None and not attention.add_zero_attn
+        return not attention.add_zero_attn
     if not getattr(attention, "use_sdpa", False):  # also open_clip 3's class of this name, with other masks
         return False
     parts = {name: type(getattr(attention, name)) for name in _OPEN_CLIP_PARTS}
@@ -278,50 +222,3 @@ def can_be_prepared(attention: Any) -> bool:
         and attention.head_scale is None
         and attention.scale == attention.head_dim**-0.5
     )
-
-
-def _both_masks(
-    attn_mask: Tensor | None, key_padding_mask: Tensor | None, x: Tensor, heads: int, batched: bool
-) -> Tensor | None:
-    """The sum of both masks for x [B, L, D], [B or 1, h or 1, L or 1, L]; in boolean ones, True excludes."""
-    batch, length, _ = x.shape
-    of_keys = [(batch, length)] if batched else [(length,)]
-    total = None
-    for name, mask, wanted in (
-        ("attn_mask", attn_mask, [(length, length), (batch * heads, length, length)]),
-        ("key_padding_mask", key_padding_mask, of_keys),
-    ):
-        if mask is None:
-            continue
-        _kind(name, mask)
-        if tuple(mask.shape) not in wanted:
-            raise ValueError(f"{name} must have shape {' or '.join(map(str, wanted))}, got {tuple(mask.shape)}")
-        mask = _additive(mask, x)
-        if name == "key_padding_mask":
-            mask = mask.view(batch, 1, 1, length)
-        elif mask.dim() == 3:
-            mask = mask.view(batch, heads, length, length)
-        total = mask if total is None else total + mask
-    return total
-
-
-def _kind(name: str, mask: Any) -> torch.dtype:
-    """The type of a mask, which is boolean or floating."""
-    checks.tensor(name, mask)
-    dtype: torch.dtype = mask.dtype
-    if dtype is not torch.bool and not dtype.is_floating_point:
-        raise TypeError(f"{name} must be boolean, or floating and added to the scores, got {dtype}")
-    return dtype
-
-
-def _additive(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask in x's type; in a boolean one, True excludes."""
-    if mask.dtype is torch.bool:
-        return torch.zeros(mask.shape, dtype=x.dtype, device=mask.device).masked_fill_(mask, float("-inf"))
-    return mask.to(x.dtype)
-
-
-def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a mask of 2 or 4 dimensions broadcasts to the scores' shape."""
-    fits = all(one in (1, other) for one, other in zip(reversed(shape), reversed(wanted), strict=False))
-    return len(shape) in (2, 4) and fits

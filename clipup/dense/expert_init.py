@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dense.dense_mlp import DenseMLP
+from .dense_mlp import DenseMLP
 
 _HIDDEN_FIRST = ("in_weight", "in_bias", "gate_weight", "gate_bias")
 

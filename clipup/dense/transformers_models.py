@@ -1,0 +1,49 @@
+"""Which models of transformers can be upcycled, and the classes that they are made of, which are known by name.
+``import clipup`` reads this, so it imports nothing. What their MLPs are made of: ``mlp_readers``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    """The models of a package of transformers."""
+
+    types: tuple[str, ...]
+    """transformers' names of the models."""
+    block: str
+    """The class of their blocks."""
+    tower: str | None
+    """The tower, "image" or "text"; None where both have this block, and the name of the block or the model tells."""
+    attention: tuple[str, ...]
+    """Classes of attention that only call their linear layers, so that prepared ones can replace these."""
+
+
+KNOWN = {
+    "clip": Known(("clip", "clip_vision_model", "clip_text_model"), "CLIPEncoderLayer", None, ("CLIPAttention",)),
+    "siglip": Known(
+        ("siglip", "siglip_vision_model", "siglip_text_model"), "SiglipEncoderLayer", None, ("SiglipAttention",)
+    ),
+    "siglip2": Known(
+        ("siglip2", "siglip2_vision_model", "siglip2_text_model"), "Siglip2EncoderLayer", None, ("Siglip2Attention",)
+    ),
+    "vit": Known(("vit",), "ViTLayer", "image", ("ViTAttention", "ViTSelfAttention", "ViTSelfOutput")),
+    "dinov2": Known(("dinov2",), "Dinov2Layer", "image", ("Dinov2Attention",)),
+    "dinov3_vit": Known(("dinov3_vit",), "DINOv3ViTLayer", "image", ("DINOv3ViTAttention",)),
+    "bert": Known(("bert",), "BertLayer", "text", ("BertSelfAttention", "BertSelfOutput")),
+    "roberta": Known(("roberta",), "RobertaLayer", "text", ("RobertaSelfAttention", "RobertaSelfOutput")),
+    "xlm_roberta": Known(
+        ("xlm-roberta",), "XLMRobertaLayer", "text", ("XLMRobertaSelfAttention", "XLMRobertaSelfOutput")
+    ),
+    "modernbert": Known(("modernbert",), "ModernBertEncoderLayer", "text", ("ModernBertAttention",)),
+}
+"""By the name of the package."""
+MODEL_TYPES = tuple(name for known in KNOWN.values() for name in known.types)
+SPARSE_PREFIX = "clipup_"
+"""In front of the names of upcycled ones."""
+
+
+def full_name(package: str, name: str) -> str:
+    """The full name of a class in a package of transformers."""
+    return f"transformers.models.{package}.modeling_{package}.{name}"

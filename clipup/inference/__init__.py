@@ -1,0 +1,1 @@
+"""Models for inference on CPUs: ``accelerate`` packs the weights of MLPs, experts and attention."""

@@ -1,0 +1,254 @@
+"""Dense layers that hold packed weights instead of plain ones, for inference on CPUs; made by ``clipup.accelerate``.
+
+Packing happens once, ahead of time. A prepared layer has no plain weights that could be trained or written to, so there
+is one copy of each weight and none can go stale. Its state dict is that of the plain layer, of which it keeps an empty
+copy: what reads the tensors of a plain layer also says where to put them back.
+
+Axis legend: ``D`` model width, ``H`` hidden width, ``E`` experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipup_kernels import PackedWeight, dense_mlp, pack_weight, packed_layout, unpack_weight
+
+from ..dense.dense_mlp import DenseMLP, is_changed
+from ..dense.mlp_families import read_mlp
+from ..precision import autocast_dtype
+
+MATRICES = ("in_weight", "out_weight", "gate_weight")
+"""Names, in ``SparseMoE`` and ``DenseMLP``, of the parameters that are packed."""
+_SHARED_INPUT = ("in_weight", "gate_weight")
+_NO_BLOCK = torch.empty(0, dtype=torch.uint8)
+_ONLY_INFERENCE = (
+    "its weights are packed for inference; train, cast or move the plain model and prepare it again with "
+    "clipup.accelerate"
+)
+
+
+class Prepared(nn.Module):
+    """Base of prepared layers: packed weights, and the refusals of what they do not support."""
+
+    is_prepared = True
+    """Read by ``checks.plain_weights``."""
+    quantize: str | None
+    """None, or how the matrices are quantized (``clipup_kernels.pack_weight``)."""
+    _packed: dict[str, PackedWeight]
+    """Without their blocks, which are buffers."""
+    _plain: tuple[nn.Module]
+    """The plain layer on the meta device; in a tuple, so that it is no part of this module."""
+
+    @staticmethod
+    def read(plain: Any) -> Mapping[str, Tensor | None]:
+        """The tensors of a plain layer by their names in ``SparseMoE``: its parameters, or views of them."""
+        raise NotImplementedError
+
+    def _prepare(self, plain: nn.Module, quantize: str | None) -> None:
+        """Takes the place of a plain layer, which is left without memory: matrices packed, others (biases) as
+        buffers."""
+        self.quantize, self._packed = quantize, {}
+        self._put(plain)
+        self._plain = (plain.to("meta"),)
+
+    def _put(self, plain: nn.Module) -> None:
+        tensors = {name: tensor.detach() for name, tensor in self.read(plain).items() if tensor is not None}
+        for name, weight in pack_matrices(tensors, self.quantize).items():
+            self._keep(name, weight)
+        for name in tensors.keys() - set(MATRICES):
+            self.register_buffer(name, tensors[name].clone(), persistent=False)
+
+    def _keep(self, name: str, weight: PackedWeight) -> None:
+        self.register_buffer(f"{name}_packed", weight.block, persistent=False)  # torch.export lifts buffers
+        self._packed[name] = weight._replace(block=_NO_BLOCK)
+
+    def packed(self, name: str) -> PackedWeight | None:
+        """A weight by its name in ``SparseMoE``; None if the layer has none."""
+        if name not in self._packed:
+            return None
+        _, *rest = self._packed[name]
+        block = self._buffers[f"{name}_packed"]
+        assert block is not None
+        return PackedWeight._make((block, *rest))  # torch.compile cannot trace a call of the class
+
+    in_weight = property(lambda self: self.packed("in_weight"))
+    out_weight = property(lambda self: self.packed("out_weight"))
+    gate_weight = property(lambda self: self.packed("gate_weight"))
+    c_fc = property(lambda self: SimpleNamespace(weight=self.in_weight))
+    """From ``block.mlp.c_fc.weight.dtype`` open_clip's blocks read the type of the tower."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that x must have."""
+        return self._packed["in_weight"].dtype
+
+    def _check_type(self, x: Tensor) -> None:
+        wanted = autocast_dtype(x) or x.dtype
+        if wanted != self.dtype:
+            raise TypeError(
+                f"x, or autocast, is {wanted}, but the layer was prepared in {self.dtype}; cast the plain model and "
+                f"prepare that: clipup.accelerate(model.to({wanted}))"
+            )
+
+    def train(self, mode: bool = True) -> Prepared:
+        if mode:
+            raise RuntimeError(f"a prepared layer has no training mode: {_ONLY_INFERENCE}")
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Prepared:
+        if requires_grad:
+            raise RuntimeError(f"a prepared layer cannot require gradients: {_ONLY_INFERENCE}")
+        return super().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Prepared:
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        if moved.dtype != self.dtype or moved.device.type != "cpu":
+            raise RuntimeError(
+                f"a prepared layer stays on the CPU and of type {self.dtype}, and cannot become {moved.dtype} on "
+                f"{moved.device}: {_ONLY_INFERENCE}"
+            )
+        return super()._apply(fn, recurse)
+
+    @torch.no_grad()
+    def _filled(self) -> nn.Module:
+        """The plain layer with its weights."""
+        plain = copy.deepcopy(self._plain[0]).to_empty(device="cpu")
+        for name, tensor in self.read(plain).items():
+            if tensor is not None:
+                packed = self.packed(name)
+                tensor.copy_(self.get_buffer(name) if packed is None else unpack_weight(packed))
+        return plain
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.quantize is not None:
+            raise RuntimeError(
+                f"{prefix.removesuffix('.') or 'the layer'} holds {self.quantize} weights, from which the state dict "
+                "of the plain layer cannot be restored; save the plain model's, or pickle the prepared model"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {prefix + name: value for name, value in self._filled().state_dict().items()}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        plain = self._filled()
+        names = {prefix + name: name for name in plain.state_dict()}
+        others = OrderedDict((key, value) for key, value in state_dict.items() if key not in names)
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        missing_keys += [key for key in names if strict and key not in state_dict]
+        try:
+            plain.load_state_dict({name: state_dict[key] for key, name in names.items() if key in state_dict}, False)
+        except RuntimeError as error:
+            error_msgs.append(f"{prefix}: {error}")
+        else:
+            self._put(plain)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name in self._packed:  # they may have been packed on another CPU
+            packed = self.packed(name)
+            if packed is not None and packed.layout != packed_layout(packed.dtype, packed.quantization):
+                self._keep(name, pack_weight(packed))
+
+
+def pack_matrices(tensors: Mapping[str, Tensor], quantize: str | None) -> dict[str, PackedWeight]:
+    """Packed copies of the matrices among ``tensors``, by their names."""
+    scales = {} if quantize is None else _input_scales(tensors)
+    return {name: pack_weight(tensors[name], quantize, scales.get(name)) for name in MATRICES if name in tensors}
+
+
+def _input_scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The input scales, [.., I], of matrices [.., O, I] that are quantized, by their names.
+
+    Where a norm makes some channels large, the weights that read them are small. The scale of an input is the square
+    root of their size relative to the other inputs': half of what would make all columns equally large (SmoothQuant,
+    arXiv 2211.10438, eq. 4 with alpha = 0.5, and 1 / size(W_j) in place of max|X_j|: no calibration data). The size is
+    the root mean square over outputs, each weight relative to the largest of its output: that is what its rounding
+    depends on, and so one outlier, which its output pays for anyway, costs the other outputs nothing.
+    """
+    groups = [[name for name in group if name in tensors] for group in (_SHARED_INPUT, ("out_weight",))]
+    scales: dict[str, Tensor] = {}
+    for group in groups:
+        weights = [tensors[name].contiguous() for name in group]  # sums of other strides round differently
+        if not weights or 0 in weights[0].shape:
+            continue
+        mean_squares = [
+            (weight.float() / weight.abs().amax(-1, keepdim=True)).nan_to_num_(0.0).square_().mean(-2)  # 0 / 0: 0
+            for weight in weights
+        ]
+        size = torch.stack(mean_squares).mean(0).sqrt()
+        middle = size.median(-1, keepdim=True).values.clamp(min=1e-30)
+        scales |= dict.fromkeys(group, (size / middle).clamp(1 / 1024, 1024).sqrt())
+    return scales
+
+
+def is_replaceable(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> bool:
+    """Whether a layer of these tensors can take the place of a module: it computes, saves and loads what its class
+    says, and stores nothing else."""
+    if any(map(is_changed, module.modules())) or next(module.buffers(), None) is not None:
+        return False
+    parameters = list(module.parameters())
+    if any(type(parameter) is not nn.Parameter or parameter.layout != torch.strided for parameter in parameters):
+        return False
+    stored = sum(tensor.numel() for tensor in tensors.values() if tensor is not None)
+    return stored == sum(parameter.numel() for parameter in parameters)
+
+
+class PreparedMLP(Prepared):
+    """A dense MLP for inference on ``clipup_kernels.dense_mlp``: the MLP's results up to rounding, or quantization."""
+
+    def __init__(self, mlp: nn.Module, quantize: str | None = None) -> None:
+        super().__init__()
+        dense = read_mlp(mlp)
+        self.activation = dense.activation
+        self.input_norm_name = _input_norm_name(mlp, dense)
+        if self.input_norm_name is not None:
+            self.add_module(self.input_norm_name, dense.input_norm)
+            mlp.add_module(self.input_norm_name, nn.Identity())
+        self._prepare(mlp, quantize)
+        self.train(False)
+
+    @staticmethod
+    def read(plain: nn.Module) -> Mapping[str, Tensor | None]:
+        return read_mlp(plain).parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] in the type in which the MLP was prepared."""
+        self._check_type(x)
+        if self.input_norm_name is not None:
+            x = getattr(self, self.input_norm_name)(x)
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        biases = (self._buffers.get(name) for name in ("in_bias", "out_bias", "gate_bias"))
+        in_bias, out_bias, gate_bias = biases
+        y = dense_mlp(
+            rows, self.in_weight, in_bias, self.out_weight, out_bias, self.activation, self.gate_weight, gate_bias
+        )
+        return y.view(x.shape)
+
+    def extra_repr(self) -> str:
+        hidden, width = self.in_weight.shape
+        return f"{width}, {hidden}, activation={self.activation!r}, quantize={self.quantize!r}"
+
+
+def mlp_can_be_prepared(mlp: nn.Module, dense: DenseMLP) -> bool:
+    """Whether ``PreparedMLP`` computes and stores all that an MLP does, which was read as ``dense``."""
+    norm = {} if dense.input_norm is None else dict(dense.input_norm.named_parameters())
+    return dense.ln_weight is None and is_replaceable(mlp, {**dense.parameters(), **norm})
+
+
+def _input_norm_name(mlp: nn.Module, dense: DenseMLP) -> str | None:
+    return next((name for name, module in mlp.named_children() if module is dense.input_norm), None)

@@ -1,0 +1,354 @@
+"""accelerate: prepares sparse layers, dense MLPs and attention for inference, plain or int8, and leaves the rest."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from tiny_clip import CONFIGS, tiny_clip
+from tiny_families import HUGGING_FACE, TIMM, build, coca_cfg, hugging_face_cfg, timm_model
+from tiny_hugging_face import CONFIGS as TRANSFORMERS
+from tiny_hugging_face import tiny_hugging_face
+from torch import nn
+
+import clipup
+import clipup_kernels
+from clipup.clip.hugging_face import random_batch
+from clipup.clip.inputs import random_inputs
+from clipup.clip.towers import tower_blocks
+from clipup.dense.dense_mlp import class_name
+from clipup.inference.prepared import Prepared, PreparedMLP
+from clipup.inference.prepared_attention import ATTENTION_MODULES, PreparedAttention, PreparedLinear, can_be_prepared
+
+needs_kernels = pytest.mark.skipif(not clipup_kernels.backend_info()["compiled"], reason="only C++ packs weights")
+with_weights = pytest.mark.parametrize("weights", [None, pytest.param("int8", marks=needs_kernels)])
+
+
+def features(model, seed=0):
+    torch.manual_seed(seed)
+    images, texts = random_inputs(model, batch_size=3)
+    with torch.inference_mode():
+        return model.encode_image(images), model.encode_text(texts)
+
+
+def of_timm(model):
+    torch.manual_seed(0)
+    images, _ = random_inputs(model, 2)
+    with torch.inference_mode():
+        return [model(images)]
+
+
+def assert_follows(ours, theirs, weights):
+    """Up to rounding, or up to quantization."""
+    for output, same in zip(ours, theirs, strict=True):
+        if weights is None:
+            assert (output - same).abs().max() <= 1e-5 * same.abs().max()
+        else:
+            assert F.cosine_similarity(output.flatten(1), same.flatten(1)).min() > 0.98
+
+
+def sparse_clip(kind="gelu", **options):
+    return clipup.upcycle(tiny_clip(kind), clipup.MoEConfig(**options)).eval()
+
+
+def prepared_parts(model, kind=Prepared):
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+@with_weights
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_features_and_state_dict_are_those_of_the_plain_model(kind, sparse, weights):
+    model = sparse_clip(kind) if sparse else tiny_clip(kind).train()
+    fast = clipup.accelerate(model, weights=weights)
+    assert_follows(features(fast), features(model.eval()), weights)
+    assert list(clipup.moe_layers(fast)) == list(clipup.moe_layers(model))
+    assert not any(module.training for module in fast.modules())
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters()) and not prepared_parts(model)
+    if weights is None:
+        plain, ours = model.state_dict(), fast.state_dict()
+        assert list(ours) == list(plain) and all(torch.equal(ours[name], plain[name]) for name in plain)
+    if clipup_kernels.backend_info()["compiled"]:
+        attention = {n: m for n, m in model.named_modules() if class_name(m) in ATTENTION_MODULES and "resbl" in n}
+        assert attention or kind == "custom_blocks"  # open_clip 3 has an attention of its own in these
+        for name, module in attention.items():
+            assert isinstance(fast.get_submodule(name), PreparedAttention) == can_be_prepared(module)
+
+
+@with_weights
+def test_a_prepared_model_loads_other_weights(weights):
+    other, fast = sparse_clip(), clipup.accelerate(sparse_clip(), weights=weights)
+    with torch.no_grad():
+        [parameter.mul_(1.1) for parameter in other.parameters()]
+    fast.load_state_dict(other.state_dict())
+    assert all(map(torch.equal, features(fast), features(clipup.accelerate(other, weights=weights))))
+
+
+@with_weights
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_families_are_accelerated_and_loaded(name, weights):
+    model = timm_model(name).eval()
+    if name.endswith("normed"):
+        with pytest.raises(ValueError, match="no dense MLP to prepare"):
+            clipup.accelerate(model)
+        return
+    fast = clipup.accelerate(model, weights=weights)
+    assert len(prepared_parts(fast, PreparedMLP)) == len(tower_blocks(model, "image"))
+    assert_follows(of_timm(fast), of_timm(model), weights)
+    if weights is None:
+        with torch.no_grad():
+            [parameter.mul_(1.5) for parameter in model.parameters()]
+        fast.load_state_dict(model.state_dict())
+        model.load_state_dict(fast.state_dict())
+        assert_follows(of_timm(fast), of_timm(model), weights)
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_towers_are_accelerated_if_their_mlp_is_one_module(name, tmp_path):
+    model = build(hugging_face_cfg(HUGGING_FACE[name](), tmp_path)).eval()
+    fast = clipup.accelerate(model)
+    assert len(prepared_parts(fast.text, PreparedMLP)) == (2 if name.startswith(("MT5", "ModernBert")) else 0)
+    assert_follows(features(fast), features(model), None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["CLIPModel", "Siglip2Model", "ViTModel", "Dinov2ForImageClassification"])
+def test_transformers_models_are_quantized_with_their_attention(name):
+    assert name in TRANSFORMERS
+    model = tiny_hugging_face(name)
+    int8 = clipup.accelerate(model, weights="int8")
+    assert len(prepared_parts(int8, PreparedLinear)) >= 8
+    inputs = random_batch(model, 2)
+    with torch.inference_mode():
+        ours, theirs = int8(**inputs), model(**inputs)
+    compared = [name for name in ("image_embeds", "text_embeds") if name in theirs] or [next(iter(theirs))]
+    assert_follows([ours[name] for name in compared], [theirs[name] for name in compared], "int8")
+
+
+@needs_kernels
+def test_coca_keeps_its_cross_attention():
+    torch.manual_seed(0)
+    model = build(coca_cfg()).eval()
+    int8 = clipup.accelerate(model, weights="int8")
+    inputs = random_inputs(model, batch_size=2)
+    with torch.inference_mode():
+        assert_follows([int8(*inputs)["logits"]], [model(*inputs)["logits"]], "int8")
+
+
+def test_texts_are_computed_up_to_the_end_of_the_longest_text():
+    fast, seen = clipup.accelerate(tiny_clip()), []
+    fast.transformer.resblocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    fast.encode_text(torch.tensor([[5, 7, 63, 0, 0, 0, 0, 0, 0, 0], [5, 7, 8, 9, 63, 0, 0, 0, 0, 0]]))
+    assert seen == [5]
+
+
+@with_weights
+def test_copies_pickles_and_threads_compute_the_same(weights):
+    prepared = clipup.accelerate(sparse_clip(), weights=weights)
+    expected = features(prepared)
+    for same in (
+        copy.deepcopy(prepared),
+        pickle.loads(pickle.dumps(prepared)),
+        clipup.accelerate(prepared, weights=weights),
+    ):
+        assert all(map(torch.equal, features(same), expected))
+    torch.manual_seed(0)
+    images, _ = random_inputs(prepared, batch_size=3)
+    right = []
+
+    def call():
+        with torch.inference_mode():
+            right.extend(torch.equal(prepared.encode_image(images), expected[0]) for _ in range(5))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(right) == 20 and all(right)
+
+
+LOADED = """
+import pickle, sys, torch
+fast, texts, theirs = pickle.load(sys.stdin.buffer)
+with torch.inference_mode():
+    difference = (fast.encode_text(texts) - theirs).abs().max() / theirs.abs().max()
+assert difference < 1e-5, difference
+"""
+
+
+@pytest.mark.parametrize("machine", [{"CLIPUP_BACKEND": "torch_eager"}, {"CLIPUP_CPU_ISA": "portable"}], ids=str)
+def test_a_pickle_is_computed_on_every_cpu(machine):
+    model = sparse_clip()
+    _, texts = random_inputs(model, batch_size=2)
+    with torch.inference_mode():
+        content = pickle.dumps((clipup.accelerate(model), texts, model.encode_text(texts)))
+    subprocess.run([sys.executable, "-c", LOADED], input=content, env=os.environ | machine, check=True)
+
+
+@with_weights
+def test_a_model_is_compiled_and_exported(weights):
+    visual = clipup.accelerate(sparse_clip(), weights=weights).visual
+    images, _ = random_inputs(tiny_clip(), batch_size=3)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(visual, (images,), dynamic_shapes=({0: batch},)).module()
+    compiled = torch.compile(visual, backend="eager")
+    more, _ = random_inputs(tiny_clip(), batch_size=5)
+    with torch.inference_mode():
+        torch.testing.assert_close(exported(more), visual(more))
+        assert torch.equal(compiled(images), visual(images))
+
+
+def test_a_model_is_cast_before_it_is_prepared():
+    model = tiny_clip().eval()
+    half, images = clipup.accelerate(copy.deepcopy(model).bfloat16()), random_inputs(model, 2)[0]
+    with torch.inference_mode():
+        assert_follows([half.encode_image(images.bfloat16()).float()], [model.encode_image(images)], "bfloat16")
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="prepared in torch.float32"):
+            clipup.accelerate(model).encode_image(images)
+    with pytest.raises(RuntimeError, match="of type torch.bfloat16, and cannot become torch.float32"):
+        half.float()
+
+
+@needs_kernels
+def test_int8_models_hold_their_weights_once_and_no_plain_ones(tmp_path):
+    model = sparse_clip().bfloat16()
+    half, int8 = clipup.accelerate(model), clipup.accelerate(model, weights="int8")
+    sizes = [sum(b.nbytes for n, b in m.named_buffers() if n.endswith("_packed")) for m in (half, int8)]
+    assert sizes[1] < 0.75 * sizes[0]  # tiny layers: scales and padding count
+    assert not any(parameter.dim() == 3 for parameter in int8.parameters())
+    with pytest.raises(RuntimeError, match="holds int8 weights"):
+        int8.state_dict()
+    for prepared in (half, int8):
+        with pytest.raises(ValueError, match="model was prepared by clipup.accelerate"):
+            clipup.save_pretrained(prepared, tmp_path / "model", {})
+    with pytest.raises(ValueError, match="prepared with weights='int8' before"):
+        clipup.accelerate(int8)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_model_is_copied_unless_inplace(inplace):
+    model = tiny_clip()
+    model.tied = nn.Linear(32, 128, bias=False)
+    model.tied.weight = model.visual.transformer.resblocks[0].mlp.c_fc.weight
+    weights = model.tied.weight.clone()
+    fast = clipup.accelerate(model, inplace)
+    assert (fast is model) is inplace and bool(prepared_parts(model)) is inplace
+    assert torch.equal(fast.tied.weight, weights)
+    assert inplace or not {p.data_ptr() for p in fast.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+class Derived(clipup.SparseMoE):
+    def gate_scale(self):
+        return 3.0
+
+
+def parametrized():
+    layer = clipup.SparseMoE(8, 16, num_experts=2)
+    nn.utils.parametrize.register_parametrization(layer, "in_weight", nn.Identity())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "message"),
+    [
+        (lambda: nn.Linear(3, 3), {}, ValueError, "no sparse layer and no dense MLP"),
+        (lambda: "ViT-B-32", {}, TypeError, "model must be a torch.nn.Module"),
+        (lambda: clipup.SparseMoE(8, 16, device="meta"), {}, ValueError, "the model is on meta"),
+        (lambda: nn.Sequential(nn.Linear(8, 8), Derived(8, 16)), {}, TypeError, "1 is a Derived"),
+        (parametrized, {}, TypeError, "model is a ParametrizedSparseMoE"),
+        (tiny_clip, {"inplace": "no"}, TypeError, "inplace must be"),
+        (tiny_clip, {"weights": "int3"}, ValueError, "weights must be one of int8"),
+        (lambda: clipup.SparseMoE(8, 16).double(), {"weights": "int8"}, RuntimeError, "float64"),
+    ],
+)
+def test_wrong_arguments_are_refused_by_name(model, options, error, message):
+    with pytest.raises(error, match=message):
+        clipup.accelerate(model(), **options)
+
+
+# ---------------------------------------------------------------- what is left as it is
+
+
+def thrice(output):
+    return (3 * output[0], *output[1:]) if isinstance(output, tuple) else 3 * output
+
+
+def hook(module):
+    module.register_forward_hook(lambda module, args, output: thrice(output))
+
+
+def replace_forward(module):
+    plain = module.forward
+    module.forward = lambda *args, **options: 3 * plain(*args, **options)
+
+
+def hold_more(module):
+    module.register_buffer("amax", torch.ones(3))  # as calibration does
+
+
+def call_when_loading(module):
+    module.register_load_state_dict_post_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("change", [hook, replace_forward, hold_more, call_when_loading])
+@pytest.mark.parametrize("path", ["attn.qkv", "mlp", "mlp.fc1"])
+def test_what_is_not_as_its_class_says_is_left_as_it_is(path, change):
+    model = timm_model("Block/Mlp").eval()
+    change(model.blocks[0].get_submodule(path))
+    theirs, state = of_timm(model), model.state_dict()
+    fast = clipup.accelerate(model, inplace=change is replace_forward)  # copies of the closure call the original
+    names = path.split(".")
+    above = [fast.blocks[0].get_submodule(".".join(names[: end + 1])) for end in range(len(names))]
+    assert not any(isinstance(module, Prepared) for module in above) and prepared_parts(fast.blocks[1])
+    assert_follows(of_timm(fast), theirs, None)
+    fast.load_state_dict(state)
+
+
+def test_blocks_that_ask_for_attention_weights_keep_their_attention():
+    """Tools that draw attention replace the method of a block, or its class."""
+
+    class OwnBlock(ResidualAttentionBlock):
+        def attention(self, q_x, k_x=None, v_x=None, attn_mask=None):
+            y, self.shares = self.attn(q_x, q_x, q_x, need_weights=True, attn_mask=attn_mask)
+            return y
+
+    model = sparse_clip()
+    block = model.visual.transformer.resblocks[1]  # a sparse one: of others the class would not be read
+    if type(block.attn) is not nn.MultiheadAttention:
+        pytest.skip("open_clip 4's attention gives no weights")
+    block.__class__ = OwnBlock
+    fast = clipup.accelerate(model)
+    assert_follows(features(fast), features(model), None)
+    assert fast.visual.transformer.resblocks[1].shares is not None
+
+
+def test_attention_beside_an_mlp_that_is_not_prepared_is_left_in_torch(tmp_path):
+    fast = clipup.accelerate(build(hugging_face_cfg(HUGGING_FACE["BertLayer"](), tmp_path)).eval())
+    assert not prepared_parts(fast.text)
+
+
+def test_a_model_prepared_in_inference_mode_loads_weights_outside_of_it():
+    model = timm_model("Block/Mlp").eval()
+    with torch.inference_mode():
+        fast = clipup.accelerate(model)
+    fast.load_state_dict(model.state_dict())
+    assert_follows(of_timm(fast), of_timm(model), None)
+
+
+@pytest.mark.parametrize("path", ["attn.qkv", "mlp.fc1"])
+def test_weights_of_another_order_are_computed_and_of_another_layout_left(path):
+    model = timm_model("Block/Mlp").eval()
+    transposed, sparse = (block.get_submodule(path) for block in model.blocks[:2])
+    weight = transposed.weight.detach().clone()
+    transposed.weight = nn.Parameter(weight.t().contiguous().t())
+    fast = clipup.accelerate(model)
+    assert_follows(of_timm(fast), of_timm(model), None)
+    assert torch.equal(fast.state_dict()[f"blocks.0.{path}.weight"], weight)
+    sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse_csr(), requires_grad=False)
+    assert isinstance(clipup.accelerate(model).blocks[1].get_submodule(path), nn.Linear)

@@ -1,0 +1,253 @@
+"""Prepared layers: one packed copy of their weights, nothing stale, nothing trained or lost by accident."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import clipup
+from clipup.inference import prepared_experts
+from clipup.inference.prepared import PreparedMLP
+from clipup.inference.prepared_experts import PreparedMoE
+from clipup.moe.router import Router
+from clipup_kernels import packed_layout
+from clipup_kernels.backends import registry
+
+LAYERS = {
+    "plain": {},
+    "gated, no bias": {"gated": True, "bias": False, "activation": "silu"},
+    "norm": {"norm": "layer", "dropout": 0.1},
+    "shared expert, fine-grained": {"shared_expert": True, "granularity": 2, "num_experts": 8},
+    "selection bias": {"selection_bias": "sign"},
+}
+needs_packing = pytest.mark.skipif(packed_layout(torch.float32) == "plain", reason="nothing is packed here")
+
+
+def layer(name="plain", dtype=torch.float32, **others):
+    torch.manual_seed(0)
+    return clipup.SparseMoE(24, 48, **{"num_experts": 4, "dtype": dtype} | LAYERS[name] | others).eval()
+
+
+def tokens(count=50, dtype=torch.float32):
+    return torch.randn(count, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict(c_fc=nn.Linear(24, 48), gelu=nn.GELU(), c_proj=nn.Linear(48, 24))).eval()
+
+
+FORMS = [layer, lambda: layer("shared expert, fine-grained"), lambda: layer("norm"), mlp]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_prepared_layer_gives_the_plain_layers_bits(name, dtype):
+    plain, x, mask = layer(name, dtype), tokens(dtype=dtype), torch.arange(50) % 3 > 0
+    prepared = clipup.accelerate(plain)
+    assert type(prepared) is PreparedMoE and isinstance(prepared, clipup.SparseMoE)
+    with torch.no_grad():
+        assert torch.equal(prepared(x), plain(x)) and torch.equal(prepared(x, mask), plain(x, mask))
+    assert list(prepared.state_dict()) == list(plain.state_dict())
+
+
+def test_a_prepared_mlp_gives_the_mlps_output_to_rounding():
+    plain = mlp()
+    prepared = clipup.accelerate(plain)
+    assert type(prepared) is PreparedMLP and (prepared(tokens()) - plain(tokens())).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="23"):
+        prepared(torch.ones(3, 23))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Grows with every call of the one op."""
+    calls, op = [], prepared_experts.packed_sparse_mlp
+    monkeypatch.setattr(prepared_experts, "packed_sparse_mlp", lambda *a, **k: calls.append(1) or op(*a, **k))
+    return calls
+
+
+@needs_packing
+def test_a_forward_pass_is_one_op_whose_routing_can_be_looked_at(calls):
+    plain, x, mask = layer("shared expert, fine-grained"), tokens(), torch.arange(50) % 3 > 0
+    prepared = clipup.accelerate(plain)
+    with torch.no_grad():
+        for form in (plain, prepared):
+            form(x.view(5, 10, 24), mask.view(5, 10))
+    assert calls == [1]
+    for name, value in plain.state.last_routing._asdict().items():
+        assert torch.equal(getattr(prepared.state.last_routing, name), value), name
+
+
+class Steep(Router):
+    def logits(self, x, mask=None):
+        return 10 * super().logits(x, mask)
+
+
+def hooked(made):
+    made.router.register_forward_hook(lambda router, inputs, routing: routing._replace(gates=2 * routing.gates))
+
+
+def steep(made):
+    made.router.__class__ = Steep
+
+
+@needs_packing
+@pytest.mark.parametrize("change", [hooked, steep])
+def test_a_changed_router_is_called(change, calls):
+    plain, x = layer(), tokens()
+    prepared = clipup.accelerate(plain)
+    change(plain), change(prepared)
+    with torch.no_grad():
+        assert torch.equal(prepared(x), plain(x))
+    assert not calls
+
+
+@needs_packing
+@pytest.mark.parametrize(
+    "option",
+    [{"score_function": "sigmoid"}, {"normalize_gates": "after_drop"}, {"routing": "expert_choice"}],
+    ids=str,
+)
+def test_options_that_the_one_op_lacks_mean_the_same(option, calls):
+    plain, x = layer(eval_capacity_factor=0.5, **option), tokens()
+    with torch.no_grad():
+        assert torch.equal(clipup.accelerate(plain)(x), plain(x))
+    assert not calls
+
+
+@needs_packing
+def test_routing_that_failed_its_self_check_is_not_in_the_one_op(calls):
+    prepared = clipup.accelerate(layer())
+    registry.distrust("cpp", "topk_gating", torch.float32, "it is broken")
+    try:
+        prepared(tokens())
+    finally:
+        registry.distrust("cpp", "topk_gating", torch.float32, None)
+    assert not calls
+    prepared(tokens())
+    assert calls
+
+
+WRITES = {
+    "one element through numpy": lambda made: made.out_weight.detach().numpy()[0, 1].__setitem__(2, 7.0),
+    "an expert re-initialized": lambda made: made.in_weight.data[1].normal_(),
+    "load_state_dict, assigned": lambda made: made.load_state_dict(
+        {name: value + 1 for name, value in made.state_dict().items()}, assign=True
+    ),
+    "swapped": lambda made: torch.utils.swap_tensors(made.in_weight, nn.Parameter(made.in_weight * 2)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_plain_layer_computes_with_the_weights_that_it_has_now(write):
+    plain, x = layer(), tokens()
+    prepared = clipup.accelerate(plain)
+    with torch.no_grad():
+        before = [plain(x) for _ in range(4)][-1]
+        WRITES[write](plain)
+        fresh = layer()
+        fresh.load_state_dict(plain.state_dict())
+        assert torch.equal(plain(x), fresh(x)) and not torch.equal(plain(x), before)
+        assert torch.equal(prepared(x), before)  # which does not follow the layer that it was made of
+
+
+def test_threads_share_a_layer():
+    """First calls at once, of several sizes: nothing is half made when another thread reads it."""
+    made, wrong = clipup.accelerate(layer("plain", num_experts=8)), []
+    inputs, barrier = [tokens(count) for count in (50, 7, 200, 33)], threading.Barrier(4)
+    expected = [copy.deepcopy(made)(x) for x in inputs]
+
+    def run(index):
+        barrier.wait()
+        wrong.extend(index for _ in range(5) if not torch.equal(made(inputs[index]), expected[index]))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not wrong
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+@pytest.mark.parametrize("make", FORMS)
+def test_copies_compute_the_same(make, copied):
+    prepared, x = clipup.accelerate(make()), tokens()
+    other = copied(prepared)
+    assert torch.equal(other(x), prepared(x))
+    assert list(other.state_dict()) == list(prepared.state_dict())
+    other.load_state_dict(make().state_dict())
+    assert torch.equal(other(x), prepared(x))
+
+
+def test_one_copy_of_the_weights_is_held():
+    made = layer(num_experts=8)
+    gone = [weakref.ref(made.in_weight), weakref.ref(made.out_weight)]
+    assert clipup.accelerate(made, inplace=True) is made
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
+    held = sum(tensor.nbytes for tensor in (*made.parameters(), *made.buffers()))
+    rows, columns = 8 * 48 * 24, 8 * 48 * 32  # D is filled up to whole panels
+    assert held <= 4 * (rows + columns * 2 + 8 * (48 + 24) + 4 * 24 * 2)
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "message"),
+    [
+        (lambda made: made.train(), RuntimeError, "no training mode"),
+        (lambda made: made.requires_grad_(), RuntimeError, "cannot require gradients"),
+        (lambda made: made.half(), RuntimeError, "cannot become torch.float16"),
+        (lambda made: made.to("meta"), RuntimeError, "stays on the CPU.*meta"),
+        (lambda made: setattr(made, "in_weight", torch.ones(1)), AttributeError, "in_weight"),
+        (lambda made: made.in_weight.data.mul_(2), AttributeError, "cannot be trained or written to"),
+        (lambda made: made(tokens().requires_grad_()), NotImplementedError, "packed weights have no derivative"),
+        (lambda made: made(tokens().half()), TypeError, "prepared in torch.float32"),
+        (lambda made: made(tokens()[:, 1:]), ValueError, "x must be"),
+    ],
+)
+def test_what_a_prepared_layer_cannot_do_is_refused_and_changes_nothing(act, error, message):
+    prepared, x = clipup.accelerate(layer()), tokens()
+    before = prepared(x)
+    with pytest.raises(error, match=message):
+        act(prepared)
+    assert torch.equal(prepared(x), before)
+    assert prepared.eval() is prepared and prepared.float() is prepared and prepared.cpu() is prepared
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("in_weight"), "Missing key.*in_weight"),
+        (lambda state: state.update(extra=torch.ones(1)), "Unexpected key.*extra"),
+        (lambda state: state.update(in_weight=torch.ones(2, 3)), "size mismatch for in_weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change, message):
+    prepared = clipup.accelerate(layer())
+    state = prepared.state_dict()
+    change(state)
+    with pytest.raises(RuntimeError, match=message):
+        prepared.load_state_dict(state)
+
+
+@pytest.mark.parametrize("make", [lambda: layer("shared expert, fine-grained"), mlp])
+def test_prepared_layers_are_compiled_and_exported(make):
+    prepared, x = clipup.accelerate(make()), tokens()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(prepared, fullgraph=True, backend="aot_eager")(x), prepared(x))
+        shapes = ({0: torch.export.Dim("tokens", min=2, max=4096)},)
+        exported = torch.export.export(prepared, (x,), dynamic_shapes=shapes).module()
+        assert torch.equal(exported(tokens(7)), prepared(tokens(7)))
+
+
+@pytest.mark.parametrize("make", FORMS)
+def test_writes_to_a_state_dict_reach_no_prepared_layer(make):
+    prepared, x = clipup.accelerate(make()), tokens()
+    before = prepared(x)
+    [value.zero_() for name, value in prepared.state_dict().items() if not name.startswith("router")]
+    assert torch.equal(prepared(x), before)
