@@ -33,15 +33,12 @@ def test_an_mlp_of_ones_own_becomes_experts_that_compute_it():
         ({"out_bias": None}, "a bias in only one of its projections"),
         ({"ln_weight": torch.ones(6)}, "a layer norm that lacks weight or bias"),
         ({"activation": "tanh"}, "activation 'tanh', expected one of gelu, "),
-        (
-            {"out_weight": torch.zeros(5, 6), "out_bias": torch.zeros(5)},
-            "from width 4 over 6 to 5; experts",
-        ),
+        ({"out_weight": torch.zeros(5, 6), "out_bias": torch.zeros(5)}, "out_weight"),
         ({"out_weight": torch.zeros(6, 4)}, r"whose out_weight has shape \[6, 4\], not \[4, 6\]"),
         ({"gate_weight": torch.zeros(7, 4)}, r"whose gate_weight has shape \[7, 4\], not \[6, 4\]"),
         ({"ln_weight": torch.ones(4), "ln_bias": torch.ones(4)}, r"whose ln_weight has shape \[4\], not \[6\]"),
-        ({"in_weight": torch.zeros(6, 4).half()}, "projections in torch.float16 and torch.float32; make them one"),
-        ({"in_bias": torch.zeros(6, device="meta")}, "projections in cpu and meta; make them one"),
+        ({"in_weight": torch.zeros(6, 4).half()}, "several types or devices"),
+        ({"in_bias": torch.zeros(6, device="meta")}, "several types or devices"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_before_a_layer_is_made(changes, message):

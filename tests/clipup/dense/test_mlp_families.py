@@ -203,7 +203,7 @@ def hooked_mlp():
         ),
         (mlp_of_other_linears(), "Linear, GELU, LazyLinear"),
         (hooked_mlp(), "with hooks or a forward of its own on c_fc"),
-        (timm.layers.Mlp(D, H, D + 1), "from width 12 over 20 to 13; experts end as wide as they start"),
+        (timm.layers.Mlp(D, H, D + 1), "out_weight .* experts end as wide as they start"),
         (timm.layers.GluMlp(D, 2 * H), r"activation 'torch\.nn\.modules\.activation\.Sigmoid'"),
         (timm.layers.GluMlp(D, 2 * H, use_conv=True), "projection is a torch.nn.modules.conv.Conv2d"),
     ],

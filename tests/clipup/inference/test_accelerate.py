@@ -351,4 +351,4 @@ def test_weights_of_another_order_are_computed_and_of_another_layout_left(path):
     assert_follows(of_timm(fast), of_timm(model), None)
     assert torch.equal(fast.state_dict()[f"blocks.0.{path}.weight"], weight)
     sparse.weight = nn.Parameter(sparse.weight.detach().to_sparse_csr(), requires_grad=False)
-    assert isinstance(clipup.accelerate(model).blocks[1].get_submodule(path), nn.Linear)
+    assert isinstance(clipup.accelerate(model, inplace=True).blocks[1].get_submodule(path), nn.Linear)
